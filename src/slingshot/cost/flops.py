@@ -1,0 +1,166 @@
+"""Parameters and floating-point operations of a ModelConfig, exact from the architecture. Plain arithmetic, no torch.
+
+What is counted: every matrix product, 2 FLOPs per multiply-add, and attention over the causal half only: the query at position t of
+its document meets t keys. Norms, softmax, rotations and the embedding look-up are not; they are no matrix products. A backward pass
+costs twice its forward (one product for the gradient of either operand), so training is 3 times forward; recomputation is not counted.
+
+    parameters(config).total                               # 671.03e9 for DeepSeek-V3
+    training_flops(config, [4096] * 16)                    # FLOPs of one step over 16 documents of 4096 tokens, MTP included
+    forward_parts(config, [4096], mtp=True)["mtp"]         # the MTP module's share, apart
+    generation_flops(config, prompt_length=64, new_tokens=[120, 87])     # two samples that share their prompt's prefill
+
+Checked against the figures published for DeepSeek-V3 (arXiv 2412.19437): 671B parameters, 37B active, 250 GFLOP per trained token at 4K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from slingshot.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Counts of numbers that are trained (router biases are not).
+
+    total       the main model: embedding, blocks, final norm, head (a tied head is counted once); the MTP module is apart
+    active      of those, what one token passes through: its `num_experts_per_tok` experts, all else, embedding and head included
+    embedding   the input embedding;  head: the output head, 0 when tied
+    mtp         the MTP module without its copies of embedding and head
+    """
+
+    total: int
+    active: int
+    embedding: int
+    head: int
+    mtp: int
+
+
+def parameters(config: ModelConfig) -> Parameters:
+    """Count the parameters of `config`."""
+    width = config.hidden_size
+    embedding = config.vocab_size * width
+    head = 0 if config.tie_word_embeddings else embedding
+    outside = embedding + head + width  # the last is the final norm
+    layers = range(config.num_hidden_layers)
+    # The MTP module is one more block with enorm, hnorm and shared_head.norm, and eh_proj from both inputs to one width.
+    mtp = config.num_nextn_predict_layers * (_block_parameters(config, config.num_hidden_layers, active=False) + 3 * width + 2 * width * width)
+    return Parameters(
+        total=outside + sum(_block_parameters(config, layer, active=False) for layer in layers),
+        active=outside + sum(_block_parameters(config, layer, active=True) for layer in layers),
+        embedding=embedding,
+        head=head,
+        mtp=mtp,
+    )
+
+
+def cache_bytes_per_token(config: ModelConfig, bytes_per_number: float = 2) -> float:
+    """Bytes the KV cache holds per token over all layers: 70,272 for DeepSeek-V3 in bf16 (arXiv 2505.09343, Table 1)."""
+    return config.cache_width * config.num_hidden_layers * bytes_per_number
+
+
+def forward_parts(config: ModelConfig, lengths: Iterable[int], mtp: bool = False) -> dict[str, float]:
+    """FLOPs of one forward pass over documents of these lengths, with logits at every position, by part of the network.
+
+    Keys: projections (into and out of attention), attention (scores and weighted values), mlp (dense layers), router, shared_experts,
+    routed_experts, head, and mtp when asked for: the whole MTP module, its own pass through the head included. It runs where a next
+    token exists, which is everywhere but at a document's last position.
+    """
+    lengths = list(lengths)
+    tokens, pairs = sum(lengths), sum(length * (length + 1) // 2 for length in lengths)
+    layers = range(config.num_hidden_layers)
+    parts = _block_parts(config, layers, tokens, pairs)
+    parts["head"] = 2.0 * config.vocab_size * config.hidden_size * tokens
+    if mtp and config.num_nextn_predict_layers:
+        shorter = [length - 1 for length in lengths]
+        tokens, pairs = sum(shorter), sum(length * (length + 1) // 2 for length in shorter)
+        block = _block_parts(config, [config.num_hidden_layers], tokens, pairs)
+        outside = 2.0 * tokens * config.hidden_size * (2 * config.hidden_size + config.vocab_size)  # eh_proj and the head
+        parts["mtp"] = sum(block.values()) + outside
+    return {part: flops for part, flops in parts.items() if flops}
+
+
+def forward_flops(config: ModelConfig, lengths: Iterable[int], mtp: bool = False) -> float:
+    """FLOPs of one forward pass over documents of these lengths; see `forward_parts`."""
+    return sum(forward_parts(config, lengths, mtp).values())
+
+
+def training_flops(config: ModelConfig, lengths: Iterable[int], mtp: bool = True) -> float:
+    """FLOPs of forward and backward over documents of these lengths, the MTP module (where the config has one) trained along."""
+    return 3 * forward_flops(config, lengths, mtp)
+
+
+def generation_flops(config: ModelConfig, prompt_length: int, new_tokens: int | Iterable[int]) -> float:
+    """FLOPs of sampling with a cache: one prefill of the prompt, then one decode step for each further token.
+
+    `new_tokens`: tokens sampled after the prompt, or several such counts for samples that share one prefill. The first token comes from
+    the prefill, which needs logits at its last position only. MLA decodes in absorbed form: queries and outputs pass through
+    kv_b_proj's two halves instead of the cache being expanded, so attention is over the latent (arXiv 2405.04434, 2.1.2).
+    """
+    counts = [new_tokens] if isinstance(new_tokens, int) else list(new_tokens)
+    layers = range(config.num_hidden_layers)
+    prefill = _block_parts(config, layers, prompt_length, prompt_length * (prompt_length + 1) // 2)
+    # A sample of n tokens decodes n - 1 of them; decode step i (from 1) sees prompt_length + i keys.
+    steps = [max(0, count - 1) for count in counts]
+    pairs = sum(step * prompt_length + step * (step + 1) // 2 for step in steps)
+    decode = _block_parts(config, layers, sum(steps), pairs, absorbed=True)
+    head = 2.0 * config.vocab_size * config.hidden_size * (1 + sum(steps))
+    return sum(prefill.values()) + sum(decode.values()) + head
+
+
+def _is_moe(config: ModelConfig, layer: int) -> bool:
+    return config.family == "deepseek_v3" and config.n_routed_experts > 0 and layer >= config.first_k_dense_replace
+
+
+def _projection_weights(config: ModelConfig) -> int:
+    """Matrix elements every token is multiplied by on its way into and out of attention (the same in MLA's expanded and absorbed form)."""
+    width, heads = config.hidden_size, config.num_attention_heads
+    if config.family == "dense":
+        return 2 * width * config.head_dim * (heads + config.num_key_value_heads)  # q and o; k and v
+    query = width * heads * config.qk_head_dim
+    if config.q_lora_rank is not None:
+        query = config.q_lora_rank * (width + heads * config.qk_head_dim)
+    latent = width * (config.kv_lora_rank + config.qk_rope_head_dim)
+    expand = config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
+    return query + latent + expand + heads * config.v_head_dim * width
+
+
+def _attention_width(config: ModelConfig, absorbed: bool) -> int:
+    """Multiply-adds per query-key pair and layer: the score's width and the value's, times the heads."""
+    if config.family == "dense":
+        return config.num_attention_heads * 2 * config.head_dim
+    if absorbed:
+        return config.num_attention_heads * (2 * config.kv_lora_rank + config.qk_rope_head_dim)
+    return config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
+
+
+def _block_parts(config: ModelConfig, layers: Iterable[int], tokens: int, pairs: int, absorbed: bool = False) -> dict[str, float]:
+    """Forward FLOPs of these layers for `tokens` tokens that form `pairs` query-key pairs."""
+    layers = list(layers)
+    n_moe = sum(_is_moe(config, layer) for layer in layers)
+    expert = 3 * config.hidden_size * config.moe_intermediate_size  # gate, up, down
+    weights = {
+        "projections": len(layers) * _projection_weights(config),
+        "mlp": (len(layers) - n_moe) * 3 * config.hidden_size * config.intermediate_size,
+        "router": n_moe * config.hidden_size * config.n_routed_experts,
+        "shared_experts": n_moe * config.n_shared_experts * expert,
+        "routed_experts": n_moe * config.num_experts_per_tok * expert,
+    }
+    parts = {part: 2.0 * tokens * count for part, count in weights.items()}
+    parts["attention"] = 2.0 * pairs * len(layers) * _attention_width(config, absorbed)
+    return parts
+
+
+def _block_parameters(config: ModelConfig, layer: int, active: bool) -> int:
+    width = config.hidden_size
+    count = 2 * width + _projection_weights(config)  # the two norms of a block
+    if config.family == "dense":
+        count += config.attention_bias * config.head_dim * (config.num_attention_heads + 2 * config.num_key_value_heads)
+        count += config.qk_norm * 2 * config.head_dim
+    else:
+        count += (config.q_lora_rank or 0) + config.kv_lora_rank  # norms of the latents
+    if not _is_moe(config, layer):
+        return count + 3 * width * config.intermediate_size
+    experts = config.n_shared_experts + (config.num_experts_per_tok if active else config.n_routed_experts)
+    return count + width * config.n_routed_experts + experts * 3 * width * config.moe_intermediate_size

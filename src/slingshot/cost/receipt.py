@@ -1,0 +1,198 @@
+"""The receipt every artifact carries: what a stage consumed, and the artifacts it came from. No torch.
+
+A stage keeps a `Meter` from its first step to its last, across interruptions, and closes it into receipt.json:
+
+    meter = Meter(saved_state)                       # None at the start; what `meter.state()` returned before an interruption
+    meter.add(tokens=4096, training=3e12, mtp=2e11)  # every step: tokens, and FLOPs by what they were spent on
+    meter.receipt("pretrain", out.name, config, parents=[], artifact=folder, peak=9e11, price=0.1, machine=describe()).write(folder)
+
+    Receipt.read(folder).flops
+"""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from slingshot import __version__
+from slingshot.config import Strict
+from slingshot.cost.machine import Machine
+from slingshot.files import SlingshotError, read_json, write_json
+
+RECEIPT = "receipt.json"
+
+
+class Parent(Strict):
+    """An artifact a stage was made from."""
+
+    path: str
+    digest: str
+
+
+class Receipt(Strict):
+    """What a stage consumed and what it came from; the content of receipt.json.
+
+    stage               its kind: pretrain, sft, rl ...;  name: the artifact's own
+    config              the stage's whole configuration
+    parents             the artifacts read, by path and content
+    digest              of this artifact's content; see `artifact_digest`
+    tokens, flops       tokens processed and FLOPs spent on them, from the architecture (slingshot.cost.flops)
+    flops_by_part       the same FLOPs by what they were spent on; sums to `flops`
+    seconds             wall clock while the stage ran, interruptions excluded
+    peak_memory_bytes   the largest resident set of the process
+    mfu                 flops / seconds / the machine's measured matrix peak; None when nothing was measured
+    money               seconds at the given price per hour; None when no price was given
+    extra               what else a stage has to say
+    """
+
+    stage: str
+    name: str
+    config: dict[str, Any]
+    parents: list[Parent]
+    digest: str
+    tokens: int
+    flops: float
+    flops_by_part: dict[str, float]
+    seconds: float
+    peak_memory_bytes: int
+    mfu: float | None
+    money: float | None
+    machine: Machine
+    version: str
+    extra: dict[str, Any] = {}
+
+    def write(self, folder: Path) -> None:
+        """Write receipt.json into the artifact's folder. Raises SlingshotError when that cannot be done."""
+        write_json(folder / RECEIPT, self.model_dump(mode="json"))
+
+    @classmethod
+    def read(cls, folder: Path) -> Receipt:
+        """Read a folder's receipt.json. Raises SlingshotError when it is missing, broken or not a receipt."""
+        path = folder / RECEIPT
+        values = read_json(path)
+        if not isinstance(values, dict):
+            raise SlingshotError(f"{path} is not a receipt; remove the folder {folder} to have it made again")
+        return cls.parse(values, str(path))
+
+
+class Meter:
+    """Counts what a stage consumes; `state()` survives in the stage's own checkpoint, so that a resumed stage goes on counting."""
+
+    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
+        state = state or {}
+        self.tokens: int = state.get("tokens", 0)
+        self.flops_by_part: dict[str, float] = dict(state.get("flops_by_part", {}))
+        self._seconds_before: float = state.get("seconds", 0.0)
+        self._memory_before: int = state.get("peak_memory_bytes", 0)
+        self._start = time.perf_counter()
+
+    def add(self, tokens: int = 0, **flops: float) -> None:
+        """Count tokens, and FLOPs under the names of what they were spent on."""
+        self.tokens += tokens
+        for part, count in flops.items():
+            self.flops_by_part[part] = self.flops_by_part.get(part, 0.0) + count
+
+    @property
+    def flops(self) -> float:
+        return sum(self.flops_by_part.values())
+
+    @property
+    def seconds(self) -> float:
+        """Wall clock this stage has run, earlier attempts up to their last saved state included."""
+        return self._seconds_before + time.perf_counter() - self._start
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        return max(self._memory_before, peak_memory_bytes())
+
+    def state(self) -> dict[str, Any]:
+        """JSON from which `Meter(state)` goes on."""
+        return {
+            "tokens": self.tokens,
+            "flops_by_part": dict(self.flops_by_part),
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+    def mfu(self, peak: float | None) -> float | None:
+        """Model FLOPs utilisation so far (arXiv 2204.02311, appendix B): the share of `peak` FLOP/s spent on the architecture's own FLOPs."""
+        return self.flops / self.seconds / peak if peak else None
+
+    def receipt(
+        self,
+        stage: str,
+        name: str,
+        config: Mapping[str, Any],
+        parents: Iterable[Path],
+        artifact: Path,
+        machine: Machine,
+        peak: float | None = None,
+        price: float | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Receipt:
+        """Close the account of the finished folder `artifact`, made from the folders `parents`.
+
+        `peak`: measured FLOP/s of a matrix product in the dtype used; `price`: money per hour of this machine.
+        """
+        seconds = self.seconds
+        return Receipt(
+            stage=stage,
+            name=name,
+            config=dict(config),
+            parents=[Parent(path=str(path), digest=artifact_digest(path)) for path in parents],
+            digest=artifact_digest(artifact),
+            tokens=self.tokens,
+            flops=self.flops,
+            flops_by_part=self.flops_by_part,
+            seconds=seconds,
+            peak_memory_bytes=self.peak_memory_bytes,
+            mfu=self.mfu(peak),
+            money=None if price is None else seconds / 3600 * price,
+            machine=machine,
+            version=__version__,
+            extra=dict(extra or {}),
+        )
+
+
+def artifact_digest(path: Path) -> str:
+    """A short name of an artifact's content: 16 hex digits of a SHA-256 over its files' names and bytes.
+
+    A folder with a receipt answers from it. Receipts, metrics, TensorBoard's event files and hidden files do not count: they hold clocks,
+    and the same stage run twice is the same artifact. Raises SlingshotError when there is nothing at `path`.
+    """
+    if (path / RECEIPT).is_file():
+        return Receipt.read(path).digest
+    if not path.exists():
+        raise SlingshotError(f"{path} does not exist; a stage was to read it")
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    total = hashlib.sha256()
+    for file in files:
+        relative = file.relative_to(path) if path.is_dir() else Path(file.name)
+        if relative.name in {RECEIPT, "metrics.jsonl"} or "tfevents" in relative.name or any(part.startswith(".") for part in relative.parts):
+            continue
+        try:
+            with file.open("rb") as content:
+                total.update(relative.as_posix().encode() + b"\0" + hashlib.file_digest(content, "sha256").digest())
+        except OSError as error:
+            raise SlingshotError(f"cannot read {file}: {error.strerror or error}") from error
+    return total.hexdigest()[:16]
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident set this process has had.
+
+    From /proc where there is one: getrusage's figure survives exec, so a child of a large process would start with its parent's.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,1 @@
+"""Text: corpora, packing, the tokenizer with its chat template, and the reasoning parser. No torch."""

@@ -1,0 +1,157 @@
+"""Corpora: text documents from files, folders, JSONL, Parquet and Python's own standard library.
+
+    corpus = Corpus.open(["stories/", "corpus.jsonl", "stdlib"])
+    train, heldout = corpus.split(heldout=0.05)
+
+A corpus is held in memory: it is packed and shuffled as a whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from slingshot.files import SlingshotError
+
+_log = logging.getLogger(__name__)
+
+_PIECE = 8192  # characters: one long file is read as several documents, so that part of it can be held out
+# Of the standard library: installed packages, and its own tests, half of it and in part malformed on purpose.
+_NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in memory, in a fixed order, none of them blank. skipped counts files of folders that could not be read as UTF-8 text."""
+
+    documents: list[str]
+    skipped: int
+
+    @classmethod
+    def open(cls, sources: str | Path | Iterable[str | Path], text_key: str = "text") -> Corpus:
+        """Read sources, each of them one of
+
+        a folder        every file below it, hidden ones apart; a plain text is one document; files that are not UTF-8 text are skipped and logged
+        a text file     documents of about 8192 characters, cut at line ends
+        .jsonl .parquet one document a row, under `text_key`; also within folders
+        "stdlib"        the modules of Python's standard library, its tests apart
+
+        Raises SlingshotError that names the source when it is missing, unreadable, binary or empty, or a row has no text.
+        """
+        documents: list[str] = []
+        skipped = 0
+        for source in [sources] if isinstance(sources, str | Path) else sources:
+            stdlib, path = str(source) == "stdlib", Path(source)
+            if stdlib:
+                texts, unread = _read_folder(Path(sysconfig.get_path("stdlib")), text_key, ".py", _NOT_STDLIB)
+            elif path.is_dir():
+                texts, unread = _read_folder(path, text_key)
+            elif path.exists():
+                texts, unread = list(_read_file(path, text_key, whole=False)), 0
+            else:
+                raise SlingshotError(f"corpus {path} does not exist; give a file, a folder, or stdlib")
+            texts = [text for text in texts if text.strip()]
+            if not texts:
+                unreadable = f" ({unread} files are not UTF-8 text)" if unread else ""
+                raise SlingshotError(f"corpus {source} holds no text{unreadable}; give UTF-8 text, .jsonl or .parquet")
+            documents += texts
+            skipped += unread
+        return cls(documents, skipped)
+
+    def split(self, heldout: float = 0.05) -> tuple[list[str], list[str]]:
+        """(train, held-out) documents. Held out is the share whose texts have the smallest SHA-256, at least one document of two.
+
+        So the choice survives moving and reordering files, and copies of one text never stand on both sides.
+        """
+        if not 0 <= heldout < 1:
+            raise SlingshotError(f"heldout {heldout} must be at least 0 and less than 1: it is the share of documents held out")
+        digests = [hashlib.sha256(text.encode(errors="surrogatepass")).digest() for text in self.documents]
+        different = sorted(set(digests))
+        chosen = set(different[: min(math.ceil(heldout * len(different)), len(different) - 1)])
+        sides: tuple[list[str], list[str]] = ([], [])
+        for text, digest in zip(self.documents, digests, strict=True):
+            sides[digest in chosen].append(text)
+        return sides
+
+
+class _NotText(SlingshotError):
+    """A file that cannot be read or is binary: skipped within a folder, an error by itself."""
+
+
+def _read_folder(root: Path, text_key: str, suffix: str = "", without: frozenset[str] = frozenset()) -> tuple[list[str], int]:
+    """The documents of all files below a folder, in the order of their paths, and how many files are not text."""
+    files: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in without | {"__pycache__"}]
+        paths = (Path(folder, name) for name in names if not name.startswith(".") and name.endswith(suffix))
+        files += [path for path in paths if path.is_file()]  # not a pipe, a socket or a dangling link
+    texts: list[str] = []
+    skipped: list[_NotText] = []
+    for file in sorted(files):
+        try:
+            texts += list(_read_file(file, text_key, whole=True))
+        except _NotText as reason:
+            skipped.append(reason)
+    if skipped:
+        _log.warning("%s: skipped %d of %d files, the first because %s", root, len(skipped), len(files), skipped[0])
+    return texts, len(skipped)
+
+
+def _read_file(path: Path, text_key: str, whole: bool) -> Iterator[str]:
+    """The documents of one file; a plain text is one document where `whole`, else several."""
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path, text_key)
+        return
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield from _read_jsonl(path, file, text_key) if path.suffix == ".jsonl" else _read_plain(path, file, whole)
+    except OSError as error:
+        raise _NotText(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise _NotText(f"{path} is not UTF-8 text; is it a binary file?") from error
+
+
+def _read_plain(path: Path, file: IO[str], whole: bool) -> Iterator[str]:
+    while text := file.read() if whole else file.read(_PIECE) + file.readline():
+        if "\0" in text:
+            raise _NotText(f"{path} holds zero bytes; is it a binary file?")
+        yield text
+
+
+def _read_jsonl(path: Path, file: IO[str], text_key: str) -> Iterator[str]:
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise SlingshotError(f"{path} line {number} is not valid JSON: {error}") from error
+            yield _text_of(row, text_key, f"{path} line {number}")
+
+
+def _read_parquet(path: Path, text_key: str) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise SlingshotError(f"reading {path} needs the datasets package: pip install datasets") from error
+    try:
+        rows = list(datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True))
+    except Exception as error:  # datasets and pyarrow raise kinds of their own
+        raise SlingshotError(f"{path} is not a readable Parquet file: {' '.join(str(error).split())}") from error
+    for number, row in enumerate(rows, start=1):
+        yield _text_of(row, text_key, f"{path} row {number}")
+
+
+def _text_of(row: Any, text_key: str, where: str) -> str:
+    text = row.get(text_key) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        keys = ", ".join(map(str, row)) if isinstance(row, dict) else "it is no object"
+        raise SlingshotError(f"{where} has no text under {text_key!r} (keys: {keys}); name the right key with text_key")
+    return text

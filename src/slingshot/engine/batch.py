@@ -1,0 +1,89 @@
+"""The rows that decode together: the cache and, beside it, each row's last token, position and sampling parameters as tensors.
+
+Active rows are always the first ones: a sequence that leaves gives its slot to the last row, so a step reads plain slices.
+
+    batch.place(sequences)          # into the next free slots; their prompts must then be written to the cache
+    batch.remove(sequence)
+
+Suffix: S slots.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slingshot.config import ModelConfig
+from slingshot.engine.sequence import Sequence
+from slingshot.model.cache import Cache
+
+LENGTH_STEP = 64  # the cache grows by multiples of this many tokens
+
+
+class Batch:
+    """Up to `max_batch` sequences in slots 0, 1, ... of a cache of about `cache_bytes` at most (one sequence always fits)."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_batch: int, cache_bytes: int) -> None:
+        self._config, self._dtype, self._device = config, dtype, device
+        self._max_batch = max_batch
+        self._max_entries = cache_bytes // (config.cache_width * config.num_hidden_layers * dtype.itemsize)
+        self.sequences: list[Sequence] = []
+        self.cache = Cache(config, 0, 0, dtype, device)
+        self.tokens_S = torch.zeros(max_batch, dtype=torch.long, device=device)
+        self.positions_S = torch.zeros(max_batch, dtype=torch.long, device=device)
+        self.streams_S = torch.zeros(max_batch, dtype=torch.long, device=device)
+        self.top_k_S = torch.zeros(max_batch, dtype=torch.long, device=device)
+        self.top_p_S = torch.zeros(max_batch, device=device)
+        self.temperature_S = torch.zeros(max_batch, device=device)
+
+    @property
+    def _rows_S(self) -> tuple[Tensor, ...]:
+        return self.tokens_S, self.positions_S, self.streams_S, self.top_k_S, self.top_p_S, self.temperature_S
+
+    def fits(self, rows: int, length: int) -> bool:
+        """Whether `rows` sequences of at most `length` tokens may be active at once."""
+        return rows <= self._max_batch and (rows == 1 or rows * length <= self._max_entries)
+
+    def place(self, sequences: list[Sequence]) -> None:
+        """Give each sequence the next slot, its row poised to decode the prompt's last token; the cache grows where needed."""
+        first = len(self.sequences)
+        self._reserve(first + len(sequences), max(sequence.request.limit for sequence in [*self.sequences, *sequences]))
+        for slot, sequence in enumerate(sequences, start=first):
+            sequence.slot = slot
+        self.sequences += sequences
+        requests = [sequence.request for sequence in sequences]
+        values = (
+            [request.prompt[-1] for request in requests],
+            [len(request.prompt) - 1 for request in requests],
+            [sequence.stream for sequence in sequences],
+            [request.params.top_k for request in requests],
+            [request.params.top_p for request in requests],
+            [request.params.temperature for request in requests],
+        )
+        for rows_S, row_values in zip(self._rows_S, values, strict=True):
+            rows_S[first : len(self.sequences)] = torch.tensor(row_values, dtype=rows_S.dtype, device=self._device)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Free the sequence's slot; the last row moves into it. Remove several from the highest slot down, so that no row moves that is to leave."""
+        hole = sequence.slot
+        assert hole is not None
+        last = self.sequences.pop()
+        if last is not sequence:
+            source = len(self.sequences)
+            self.cache.copy(source, hole, last.length - 1)
+            for rows_S in self._rows_S:
+                rows_S[hole] = rows_S[source]
+            self.sequences[hole], last.slot = last, hole
+        sequence.slot = None
+
+    def _reserve(self, rows: int, length: int) -> None:
+        """Make the cache hold `rows` sequences of `length` tokens. Rows grow by doubling, so that a growing load is copied seldom."""
+        old, active = self.cache, len(self.sequences)
+        if rows <= old.slots and length <= old.length:
+            return
+        doubled = min(self._max_batch, 1 << (rows - 1).bit_length())
+        length = -(-length // LENGTH_STEP) * LENGTH_STEP
+        self.cache = Cache(self._config, doubled if self.fits(doubled, length) else rows, length, self._dtype, self._device)
+        used = max((sequence.length for sequence in self.sequences), default=0)
+        for layer, old_layer in zip(self.cache.data, old.data, strict=True):
+            layer[:active, :used] = old_layer[:active, :used]

@@ -1,0 +1,320 @@
+"""Continuous batching over the one Transformer: token sequences in, tokens out.
+
+    engine = Engine.load("runs/tiny/rl")
+    outputs = engine.generate(["3+4=", [{"role": "user", "content": "What is 3+4?"}]], SamplingParams(temperature=0.6, n=4, seed=0))
+    outputs[0].outputs[0].text / .token_ids / .logprobs / .finish_reason / .reasoning / .answer
+    for kind, text in engine.stream(prompt, params): ...        # kind is "reasoning" or "answer"
+
+Underneath, `add` queues a request, `step` advances every active sequence by one token and returns the requests that finished, `abort` takes one out.
+A step reads: admit what waits into free slots and prefill it, decode one token for every row, let finished sequences leave.
+
+A prompt is prefilled up to its last token, which then takes the way of every sampled one: there is one place that samples, and n samples share one
+prefill by copying it. Suffixes: B rows, T time, S slots.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from slingshot.data.reasoning import Delta, Kind, ReasoningStream
+from slingshot.data.tokenizer import Tokenizer
+from slingshot.engine.batch import Batch
+from slingshot.engine.sampling import SamplingParams, sample, uniform_noise
+from slingshot.engine.sequence import Completion, Request, RequestOutput, Sequence
+from slingshot.files import SlingshotError
+from slingshot.model.checkpoint import load_model, load_tokenizer
+from slingshot.model.device import auto_device, auto_dtype
+from slingshot.model.transformer import Transformer
+
+Message = Mapping[str, str]
+Prompt = str | Seq[int] | Seq[Message]
+
+PREFILL_TOKENS = 8192  # prompt tokens, padding included, in one forward pass
+PREFILL_SCORES = 1 << 25  # attention scores of one layer in one forward pass: 128 MiB in float32
+EXTENT_STEP = 16  # decoding attends over a multiple of this many cached tokens, so that kernels see few shapes
+
+
+class Engine:
+    """Generates with a model and its tokenizer.
+
+    max_batch: sequences decoded together at most. max_length: tokens of a sequence at most, prompt included (default: the model's
+    max_position_embeddings). dtype None shares the model's parameters; otherwise the engine keeps a copy in that dtype.
+    cache_bytes: about how much memory the cache may take; fewer sequences run at once where they are long.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        max_batch: int = 256,
+        max_length: int | None = None,
+        dtype: torch.dtype | None = None,
+        cache_bytes: int = 1 << 30,
+    ) -> None:
+        config = model.config
+        if max_batch < 1:
+            raise SlingshotError(f"max_batch must be at least 1, got {max_batch}")
+        longest = config.max_position_embeddings
+        if max_length is not None and not 2 <= max_length <= longest:
+            raise SlingshotError(f"max_length must be between 2 and the model's max_position_embeddings {longest}, got {max_length}")
+        self.model = model if dtype is None else _copy_in(model, dtype)
+        self.tokenizer = tokenizer
+        self.max_length = max_length or longest
+        weight = self.model.model.embed_tokens.weight
+        self._device = weight.device
+        self._batch = Batch(config, self.model.compute_dtype or weight.dtype, weight.device, max_batch, cache_bytes)
+        self._waiting: deque[Sequence] = deque()
+        self._requests: dict[int, Request] = {}
+        self._ids = itertools.count()
+        self._unclaimed: list[RequestOutput] = []  # finished while a generate or stream of others was running
+
+    @classmethod
+    def load(
+        cls,
+        path: Path | str,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str = "auto",
+        max_batch: int = 256,
+        max_length: int | None = None,
+        cache_bytes: int = 1 << 30,
+    ) -> Self:
+        """Load a checkpoint; "auto" picks the device and the dtype this machine multiplies fastest in."""
+        where = auto_device() if device == "auto" else torch.device(device)
+        if isinstance(dtype, str):
+            known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+            if dtype not in known:
+                raise SlingshotError(f"dtype {dtype!r} is not supported; choose {', '.join(known)}")
+            dtype = known[dtype] or auto_dtype(where)
+        return cls(load_model(path, dtype=dtype, device=where), load_tokenizer(path), max_batch, max_length, cache_bytes=cache_bytes)
+
+    def add(self, prompt: Prompt, params: SamplingParams | None = None, key: str | None = None) -> int:
+        """Queue a request, return its id.
+
+        prompt: text, token ids, or a chat (a list of messages with "role" and "content"). key: names the request's noise together with
+        params.seed; default: the prompt itself, so that the same request always gets the same tokens.
+        Raises SlingshotError for a prompt that is empty, too long or holds ids outside the vocabulary.
+        """
+        ids = self._encode(prompt)
+        request_id = next(self._ids)
+        name = ",".join(map(str, ids)) if key is None else key
+        request = Request(request_id, ids, params or SamplingParams(), name, self.max_length, self.tokenizer)
+        self._requests[request_id] = request
+        self._waiting.extend(request.sequences)
+        return request_id
+
+    @torch.inference_mode()
+    def step(self) -> list[RequestOutput]:
+        """Advance every active sequence by one token; return the requests that are finished."""
+        outputs, self._unclaimed = self._unclaimed, []
+        self._admit()
+        if self._batch.sequences:
+            ids, logprobs = self._decode()
+            finished = [
+                sequence for sequence, token_id, logprob in zip(self._batch.sequences, ids, logprobs, strict=True) if sequence.push(token_id, logprob)
+            ]
+            for sequence in reversed(finished):
+                self._batch.remove(sequence)
+            for sequence in finished:
+                sequence.request.unfinished -= 1
+                if not sequence.request.unfinished:
+                    outputs.append(self._requests.pop(sequence.request.request_id).output())
+        return outputs
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that wait or run."""
+        return len(self._requests)
+
+    @torch.inference_mode()
+    def abort(self, request_id: int) -> RequestOutput | None:
+        """Take a request out and return what it has so far (finish_reason "abort" where unfinished); None if it is not here any more."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return None
+        for sequence in request.sequences:
+            if sequence.slot is not None:
+                self._batch.remove(sequence)
+        self._waiting = deque(sequence for sequence in self._waiting if sequence.request is not request)
+        return request.output()
+
+    def generate(
+        self, prompts: Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None, keys: Seq[str] | None = None
+    ) -> list[RequestOutput]:
+        """Complete all prompts, in order. `params` is one for all or one each; `keys` as in `add`."""
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
+        names: Seq[str | None] = [None] * len(prompts) if keys is None else keys
+        ids: list[int] = []
+        try:
+            for prompt, its_params, key in zip(prompts, each, names, strict=True):
+                ids.append(self.add(prompt, its_params, key))
+            outputs = {output.request_id: output for finished in self._run(ids) for output in finished}
+        finally:  # nothing of an interrupted call stays behind
+            for request_id in ids:
+                self.abort(request_id)
+        return [outputs[request_id] for request_id in ids]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, key: str | None = None) -> Generator[Delta, None, Completion]:
+        """Yield (kind, text) as the text of one sample grows, kind "reasoning" or "answer"; the return value is the whole Completion.
+
+        Text comes in whole characters and never goes beyond the start of a stop string. Closing the generator aborts the request.
+        """
+        if params is not None and params.n != 1:
+            raise SlingshotError(f"a stream carries one sample, got n={params.n}; use generate")
+        request_id = self.add(prompt, params, key)
+        request = self._requests[request_id]
+        sequence = request.sequences[0]
+        parser = ReasoningStream(self.tokenizer, request.opened)
+        sent: dict[Kind, str] = {"reasoning": "", "answer": ""}
+        pushed = 0
+        try:
+            for finished in self._run([request_id]):
+                if finished:
+                    break
+                safe = len(sequence.token_ids) if sequence.watch is None else sequence.watch.safe_tokens()
+                for token_id in sequence.token_ids[pushed:safe]:
+                    for kind, text in parser.push(token_id):
+                        sent[kind] += text
+                        yield kind, text
+                pushed = safe
+        finally:
+            self.abort(request_id)
+        # The end was held back: where the text ends, and what its last white space belongs to, is known only now.
+        completion = finished[0].outputs[0]
+        ends: tuple[Delta, ...] = (("reasoning", completion.reasoning or ""), ("answer", completion.answer))
+        for kind, text in ends:
+            if rest := text[len(sent[kind]) :]:
+                yield kind, rest
+        return completion
+
+    def update_weights(self, source: Transformer | Mapping[str, Tensor]) -> None:
+        """Take over new weights: a model or its state dict, cast to the engine's dtype. A shared model has them already.
+
+        Raises SlingshotError while requests are in flight: their cached prefixes belong to the old weights.
+        """
+        if self._requests:
+            raise SlingshotError(f"update_weights: {len(self._requests)} requests are in flight; finish or abort them first")
+        if source is not self.model:
+            self.model.load_state_dict(source.state_dict() if isinstance(source, Transformer) else source)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            begin = [self.tokenizer.bos_id] if self.tokenizer.config.get("add_bos_token") and self.tokenizer.bos_id is not None else []
+            ids = begin + self.tokenizer.encode(prompt)
+        else:
+            ids = [part for part in prompt if isinstance(part, int)]
+            messages = [part for part in prompt if isinstance(part, Mapping)]
+            if len(prompt) not in (len(ids), len(messages)):
+                raise SlingshotError("a prompt is text, a list of token ids or a list of chat messages; several prompts go in one list around them")
+            if messages:
+                ids = self.tokenizer.encode_chat(messages, add_generation_prompt=True)
+        if not ids:
+            raise SlingshotError("the prompt is empty: nothing says where to begin")
+        if len(ids) >= self.max_length:
+            raise SlingshotError(f"the prompt has {len(ids)} tokens, max_length is {self.max_length}: no room for an answer; shorten it")
+        vocabulary = self.model.config.vocab_size
+        if min(ids) < 0 or max(ids) >= vocabulary:
+            raise SlingshotError(f"the prompt holds token id {max(ids) if min(ids) >= 0 else min(ids)}, the model's vocabulary has {vocabulary}")
+        return ids
+
+    def _run(self, ids: Iterable[int]) -> Iterator[list[RequestOutput]]:
+        """Step until these requests are finished, yielding after each step those that are; what else finishes is kept for the next `step`."""
+        mine = set(ids)
+        others: list[RequestOutput] = []
+        try:
+            while mine:
+                outputs = self.step()
+                others += [output for output in outputs if output.request_id not in mine]
+                finished = [output for output in outputs if output.request_id in mine]
+                mine -= {output.request_id for output in finished}
+                yield finished
+        finally:
+            self._unclaimed += others
+
+    def _admit(self) -> None:
+        """Move what waits into free slots, first come first served, and write its prompts to the cache."""
+        if not self._waiting:
+            return
+        batch = self._batch
+        admitted: list[Sequence] = []
+        longest = max((sequence.request.limit for sequence in batch.sequences), default=0)
+        while self._waiting:
+            longest = max(longest, self._waiting[0].request.limit)
+            if not batch.fits(len(batch.sequences) + len(admitted) + 1, longest):
+                break
+            admitted.append(self._waiting.popleft())
+        holders = {sequence.request: sequence for sequence in batch.sequences}  # who has a prompt in the cache already
+        leaders: list[Sequence] = []
+        followers: list[Sequence] = []
+        for sequence in admitted:
+            (leaders if holders.setdefault(sequence.request, sequence) is sequence else followers).append(sequence)
+        leaders.sort(key=lambda sequence: len(sequence.request.prompt))
+        batch.place(leaders + followers)
+        for group in _similar(leaders):
+            self._prefill(group)
+        for sequence in followers:
+            source, slot = holders[sequence.request].slot, sequence.slot
+            assert source is not None and slot is not None
+            batch.cache.copy(source, slot, len(sequence.request.prompt) - 1)
+
+    def _prefill(self, group: list[Sequence]) -> None:
+        """Write all but the last token of these prompts to the cache, in chunks that bound memory. Padding is harmless: decoding overwrites it."""
+        first, rows = group[0].slot, len(group)
+        assert first is not None
+        prompts = [sequence.request.prompt[:-1] for sequence in group]
+        width = max(map(len, prompts))
+        tokens_BT = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=self._device)
+        positions_BT = torch.arange(width, device=self._device).expand(rows, width)
+        chunk = max(1, PREFILL_SCORES // max(1, rows * width * self.model.config.num_attention_heads))
+        for start in range(0, width, chunk):
+            end = min(start + chunk, width)
+            view = self._batch.cache.view(first, rows, end)
+            self.model(tokens_BT[:, start:end], positions_BT[:, start:end], cache=view, logits=False)
+
+    def _decode(self) -> tuple[list[int], list[float]]:
+        """Run every row's last token through the model and sample its next: -> ids, logprobs."""
+        batch, rows = self._batch, len(self._batch.sequences)
+        extent = max(sequence.length for sequence in batch.sequences)
+        extent = min(-(-extent // EXTENT_STEP) * EXTENT_STEP, batch.cache.length)
+        tokens_B, positions_B = batch.tokens_S[:rows], batch.positions_S[:rows]
+        output = self.model(tokens_B[:, None], positions_B[:, None], cache=batch.cache.view(0, rows, extent))
+        positions_B += 1
+        uniform_B = uniform_noise(batch.streams_S[:rows], positions_B)
+        ids_B, logprobs_B = sample(output.logits_BTV[:, -1], batch.temperature_S[:rows], batch.top_p_S[:rows], batch.top_k_S[:rows], uniform_B)
+        if not torch.isfinite(logprobs_B).all():
+            raise SlingshotError("the model's logits are not finite: its weights have diverged; go back to an earlier checkpoint")
+        tokens_B.copy_(ids_B)
+        return ids_B.tolist(), logprobs_B.tolist()
+
+
+def _similar(sequences: list[Sequence]) -> Iterator[list[Sequence]]:
+    """Part sequences, sorted by prompt length, into groups worth padding to one length and small enough for one forward pass."""
+    group: list[Sequence] = []
+    for sequence in sequences:
+        length = len(sequence.request.prompt)
+        if group and (length * (len(group) + 1) > PREFILL_TOKENS or length > 16 + 1.5 * len(group[0].request.prompt)):
+            yield group
+            group = []
+        group.append(sequence)
+    if group:
+        yield group
+
+
+def _copy_in(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """A copy of the model with its parameters in `dtype`. Buffers keep theirs: router biases are compared in float32."""
+    own = copy.deepcopy(model)
+    own.compute_dtype = None
+    for parameter in own.parameters():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(dtype)
+    return own

@@ -1,0 +1,134 @@
+"""How the next token is chosen: `SamplingParams` says it, `uniform_noise` and `sample` do it for a whole batch of rows at once.
+
+Suffixes: B rows, V vocabulary, R the rows that truncate, K the candidates looked at in them.
+
+    params = SamplingParams(temperature=0.6, top_p=0.95, max_tokens=256, n=8, seed=0)
+    uniform_B = uniform_noise(streams_B, positions_B)
+    ids_B, logprobs_B = sample(logits_BV, temperature_B, top_p_B, top_k_B, uniform_B)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slingshot.files import SlingshotError
+
+# Below this a float32 logit difference of one unit in the last place already decides: ask for 0, which says so.
+MIN_TEMPERATURE = 1e-4
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What a request asks for.
+
+    max_tokens: tokens at most, the end-of-sequence token included. temperature 0 is greedy. top_p 1 and top_k 0 keep the whole vocabulary.
+    n: samples of the same prompt. stop: the text ends before the first of these strings; stop_token_ids: ids that end it besides the tokenizer's own.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    n: int = 1
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        stop: object = self.stop  # a lone string is a tuple of characters to Python: the mistake everyone makes once
+        if isinstance(stop, str):
+            raise SlingshotError(f"sampling: stop must be a tuple of strings, got {stop!r}; write ({stop!r},)")
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        checks = (
+            (self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}"),
+            (self.n >= 1, f"n must be at least 1, got {self.n}"),
+            (
+                self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < float("inf"),
+                f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, got {self.temperature}",
+            ),
+            (0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}"),
+            (self.top_k >= 0, f"top_k must be 0 (off) or more, got {self.top_k}"),
+            (all(self.stop), "an empty stop string would end every answer at once; remove it"),
+        )
+        for good, message in checks:
+            if not good:
+                raise SlingshotError(f"sampling: {message}")
+
+
+def noise_stream(seed: int, key: str, sample_index: int) -> int:
+    """A signed 64-bit number that names one sample's stream of noise: nothing of the batch it runs in enters."""
+    name = f"{seed}/{sample_index}/{key}".encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+# splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014) in wrapping int64.
+_GOLDEN, _MIX1, _MIX2 = (_signed(value) for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _splitmix64(streams_B: Tensor, positions_B: Tensor) -> Tensor:
+    """Output number `position` of the splitmix64 generator seeded with `stream`, as int64 bits. Shifts are masked because int64's copy the sign."""
+    x_B = streams_B + positions_B * _GOLDEN
+    x_B = (x_B ^ ((x_B >> 30) & ((1 << 34) - 1))) * _MIX1
+    x_B = (x_B ^ ((x_B >> 27) & ((1 << 37) - 1))) * _MIX2
+    return x_B ^ ((x_B >> 31) & ((1 << 33) - 1))
+
+
+def uniform_noise(streams_B: Tensor, positions_B: Tensor) -> Tensor:
+    """One float32 in [0, 1) a row, multiples of 2**-24, a pure function of (stream, position): (B,) int64, (B,) int64 -> (B,)."""
+    return ((_splitmix64(streams_B, positions_B) >> 40) & 0xFFFFFF).float() * 2.0**-24
+
+
+def _smallest_kept(weights_RV: Tensor, top_p_R: Tensor, top_k_R: Tensor) -> Tensor:
+    """The weight below which a row's tokens are dropped: (R, V), (R,), (R,) -> (R,). Equal weights stand or fall together.
+
+    top-k keeps the k heaviest; top-p then keeps the heaviest of those until their share of what top-k left reaches top_p, the token that reaches it
+    included (Holtzman et al., arXiv 1904.09751). Without top-k, tokens under (1 - top_p) / V of the mass cannot be kept, all of them together
+    weigh less than the tail to be cut; that spares sorting the vocabulary.
+    """
+    total_R = weights_RV.sum(-1)
+    vocabulary = weights_RV.shape[-1]
+    needed_R = (weights_RV >= ((1 - top_p_R) * total_R / vocabulary)[:, None]).sum(-1)
+    needed_R = torch.where(top_k_R > 0, top_k_R.clamp(max=vocabulary), needed_R)
+    heaviest_RK = weights_RV.topk(max(1, int(needed_R.max())), dim=-1).values
+    rank_K = torch.arange(heaviest_RK.shape[-1], device=weights_RV.device)
+    heaviest_RK = heaviest_RK.masked_fill(rank_K >= needed_R[:, None], 0.0)
+    total_R = torch.where(top_k_R > 0, heaviest_RK.sum(-1), total_R)
+    before_RK = heaviest_RK.cumsum(-1) - heaviest_RK
+    kept_R = ((before_RK < (top_p_R * total_R)[:, None]) & (heaviest_RK > 0)).sum(-1)
+    return heaviest_RK.gather(-1, kept_R[:, None] - 1)[:, 0]
+
+
+def sample(logits_BV: Tensor, temperature_B: Tensor, top_p_B: Tensor, top_k_B: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose one token a row by inverting the cumulative distribution at `uniform_B`: -> ids (B,) int64, logprobs (B,) float32.
+
+    logits (B, V) float32; temperature, top_p (B,) float; top_k (B,) int64; uniform (B,) in [0, 1).
+    logprobs are log_softmax(logits / temperature) of the chosen ids over the whole vocabulary, before any truncation: what a trainer recomputes
+    by a forward pass. Rows of temperature 0 take the first of the largest logits, with its log probability at temperature 1.
+    """
+    greedy_B = temperature_B == 0
+    divisor_B1 = torch.where(greedy_B, 1.0, temperature_B)[:, None]
+    largest_B1 = logits_BV.amax(-1, keepdim=True)
+    weights_BV = (logits_BV - largest_B1).div_(divisor_B1).exp_()
+    log_total_B = weights_BV.sum(-1).log()
+    rows_R = (((top_p_B < 1) | (top_k_B > 0)) & ~greedy_B).nonzero()[:, 0]
+    if len(rows_R):
+        cut_B = torch.zeros_like(log_total_B)
+        cut_B[rows_R] = _smallest_kept(weights_BV if len(rows_R) == len(cut_B) else weights_BV[rows_R], top_p_B[rows_R], top_k_B[rows_R])
+        weights_BV.masked_fill_(weights_BV < cut_B[:, None], 0.0)
+    cumulative_BV = weights_BV.cumsum(-1)
+    # uniform < 1 keeps the target under the last entry, and `right` skips entries that add nothing: a dropped token cannot be hit.
+    target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
+    ids_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True).clamp_(max=logits_BV.shape[-1] - 1)
+    if greedy_B.any():
+        ids_B1 = torch.where(greedy_B[:, None], logits_BV.argmax(-1, keepdim=True), ids_B1)
+    logprobs_B1 = (logits_BV.gather(-1, ids_B1) - largest_B1) / divisor_B1
+    return ids_B1[:, 0], logprobs_B1[:, 0] - log_total_B

@@ -1,0 +1,143 @@
+"""A request on its way through the engine.
+
+    request = Request(0, prompt_ids, params, key="", max_length=4096, tokenizer=tokenizer)
+    request.sequences[0].push(token_id, logprob)        # True when that sample is finished
+    request.output()                                    # once all are
+
+`Request` holds the prompt, one `Sequence` grows per sample, `RequestOutput` with its `Completion`s is what comes back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from slingshot.data.reasoning import ends_in_reasoning, parse
+from slingshot.data.tokenizer import Tokenizer
+from slingshot.engine.sampling import SamplingParams, noise_stream
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished sample.
+
+    token_ids are all sampled ids, an end-of-sequence id included, with logprobs of the same length; text leaves that id out and ends before a stop
+    string. reasoning and answer are the text parted at the think tags (reasoning is None where there was none).
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+    reasoning: str | None
+    answer: str
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What a request gave: one completion per sample, in sample order."""
+
+    request_id: int
+    prompt_token_ids: list[int]
+    outputs: list[Completion]
+
+
+class StopWatch:
+    """Follows a sample's text for stop strings, which may begin and end inside tokens."""
+
+    def __init__(self, stop: tuple[str, ...], tokenizer: Tokenizer) -> None:
+        self._stop, self._stream = stop, tokenizer.stream()
+        self._longest = max(map(len, stop))
+        self.text = ""
+        self.ends: list[int] = []  # how long the text was after each token
+        self.cut: int | None = None  # where the first stop string begins
+
+    def push(self, token_id: int) -> bool:
+        """Take the next token; True when a stop string is complete."""
+        begin = max(0, len(self.text) - self._longest + 1)
+        self.text += self._stream.push(token_id)
+        self.ends.append(len(self.text))
+        found = [at for at in (self.text.find(stop, begin) for stop in self._stop) if at >= 0]
+        self.cut = min(found, default=None)
+        return self.cut is not None
+
+    def safe_tokens(self) -> int:
+        """How many tokens no stop string can reach back into any more, whatever comes next."""
+        held = max(
+            (size for stop in self._stop for size in range(1, len(stop)) if self.text.endswith(stop[:size])),
+            default=0,
+        )
+        count = len(self.ends)
+        while count and self.ends[count - 1] > len(self.text) - held:
+            count -= 1
+        return count
+
+
+class Sequence:
+    """One sample while it is generated. `slot` is its row in the batch; None while it waits."""
+
+    def __init__(self, request: Request, index: int) -> None:
+        self.request, self.index = request, index
+        self.slot: int | None = None
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.finish_reason: FinishReason | None = None
+        self.stream = noise_stream(request.params.seed, request.key, index)
+        self.watch = StopWatch(request.params.stop, request.tokenizer) if request.params.stop else None
+        self._ends = request.tokenizer.eos_ids | set(request.params.stop_token_ids)
+        self._budget = request.limit - len(request.prompt)
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, the prompt's included."""
+        return len(self.request.prompt) + len(self.token_ids)
+
+    def push(self, token_id: int, logprob: float) -> bool:
+        """Take the sampled token; True when the sample ends with it."""
+        self.token_ids.append(token_id)
+        self.logprobs.append(logprob)
+        if token_id in self._ends or (self.watch is not None and self.watch.push(token_id)):
+            self.finish_reason = "stop"
+        elif len(self.token_ids) == self._budget:
+            self.finish_reason = "length"
+        return self.finish_reason is not None
+
+    def visible_ids(self) -> list[int]:
+        """The ids a reader sees: without the id that ended the sample, cut before a stop string.
+
+        Where the cut falls inside a token, the part before it is encoded anew; text never encodes to control tokens, so tags stay what they were.
+        """
+        ids = self.token_ids
+        if self.finish_reason == "stop" and (self.watch is None or self.watch.cut is None):
+            return ids[:-1]
+        if self.watch is None or self.watch.cut is None:
+            return ids
+        text, tokenizer = self.watch.text[: self.watch.cut], self.request.tokenizer
+        for count in range(len(ids), -1, -1):
+            whole = tokenizer.decode(ids[:count])
+            if text.startswith(whole):
+                return ids[:count] + tokenizer.encode(text[len(whole) :])
+        return []
+
+    def completion(self) -> Completion:
+        """What became of the sample. An unfinished one counts as aborted."""
+        tokenizer, visible = self.request.tokenizer, self.visible_ids()
+        parsed = parse(visible, self.request.opened, tokenizer)
+        reason = self.finish_reason or "abort"
+        return Completion(tokenizer.decode(visible), self.token_ids, self.logprobs, reason, parsed.reasoning, parsed.answer)
+
+
+class Request:
+    """A prompt with its parameters and its `params.n` samples, none of which may grow beyond `limit` tokens, prompt included."""
+
+    def __init__(self, request_id: int, prompt: list[int], params: SamplingParams, key: str, max_length: int, tokenizer: Tokenizer) -> None:
+        self.request_id, self.prompt, self.params, self.key, self.tokenizer = request_id, prompt, params, key, tokenizer
+        self.limit = min(len(prompt) + params.max_tokens, max_length)
+        self.opened = ends_in_reasoning(prompt, tokenizer)
+        self.sequences = [Sequence(self, index) for index in range(params.n)]
+        self.unfinished = params.n
+
+    def output(self) -> RequestOutput:
+        return RequestOutput(self.request_id, self.prompt, [sequence.completion() for sequence in self.sequences])

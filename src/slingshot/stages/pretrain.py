@@ -1,0 +1,182 @@
+"""Pre-training from scratch: corpus, tokenizer, and the DeepSeek-V3 recipe (arXiv 2412.19437) at any size.
+
+The corpus is tasks' own worked documents of the train split, real text, or both. Documents are packed to a fixed length and attention
+stays within a document. One multi-token prediction module is trained along; routers are balanced by their biases after each step.
+
+    slingshot pretrain --config pretrain.toml --out runs/base
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+
+from slingshot.config import ModelConfig, Strict, TaskConfig
+from slingshot.cost.flops import training_flops
+from slingshot.data.corpora import Corpus
+from slingshot.data.packing import pack
+from slingshot.data.response import encode_responses
+from slingshot.data.tokenizer import Tokenizer
+from slingshot.files import SlingshotError
+from slingshot.model.checkpoint import load_tokenizer, save_checkpoint
+from slingshot.model.transformer import Transformer
+from slingshot.tasks.task import load_task
+from slingshot.training.language_model import LossWeights, Rows, evaluate_loss, language_model_step
+from slingshot.training.optimizer import Optimizer, OptimizerConfig, schedule, update_router_biases
+from slingshot.training.parallel import Parallel, gathered
+from slingshot.training.precision import Dtype, compute_dtype, peak
+from slingshot.training.progress import Progress
+from slingshot.training.workspace import Workspace, restore, training_state
+
+kind = "pretrain"
+
+
+class Documents(Strict):
+    """Documents written by tasks: how many, in which styles, and how many of them as a chat in R1's template."""
+
+    tasks: list[TaskConfig]
+    count: int
+    styles: dict[Literal["answer", "steps", "slips"], float] = {"answer": 0.6, "steps": 0.3, "slips": 0.1}
+    template_share: float = 0.25
+    language_mix: float = 0.2
+
+
+class Config(OptimizerConfig):
+    """`model` holds ModelConfig's fields; the vocabulary follows from the tokenizer."""
+
+    model: dict[str, Any]
+    documents: Documents | None = None
+    text: list[str] = []  # files, folders, .jsonl, .parquet or "stdlib"
+    tokenizer: str | None = None  # of this checkpoint, instead of a new one
+    vocab_size: int = Field(512, ge=264)
+    sequence_length: int = Field(256, ge=8)
+    batch_size: int = Field(32, ge=1)  # rows of `sequence_length`, over all ranks
+    micro_batch_size: int = Field(32, ge=1)
+    steps: int = Field(1000, ge=1)
+    losses: LossWeights = LossWeights()
+    bias_update_speed: float = 1e-3
+    bias_frozen_share: float = 0.05  # of the steps at the end: no more router bias updates (arXiv 2412.19437, 4.2)
+    dtype: Dtype = "auto"
+    save_seconds: float = 60.0
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.documents is None and not self.text:
+            raise ValueError("a corpus is needed: give [documents], text = [...], or both")
+        ModelConfig.parse({**self.model, "vocab_size": self.vocab_size}, "model")
+        return self
+
+
+def run(config: Config, out: Path) -> None:
+    """Train from scratch and write a checkpoint to `out`; resumes from `out.partial`."""
+    parallel = Parallel.start(config.threads)
+    work = Workspace(out, kind, config, [Path(config.tokenizer)] if config.tokenizer else [], parallel, config.save_seconds, peak(config.dtype))
+    tokenizer, tokens_NT, segments_NT, heldout = prepare(config)
+
+    model_config = ModelConfig.parse({**config.model, "vocab_size": tokenizer.vocab_size}, "model")
+    model = Transformer(model_config)
+    model.init_weights(torch.Generator().manual_seed(config.seed))
+    model.to(parallel.device).compute_dtype = compute_dtype(config.dtype)
+    parallel.shard(model)
+    optimizer = Optimizer(model, config)
+    saved = work.load()
+    if saved:
+        restore(saved, model, optimizer)
+
+    with Progress(out.name, config.steps, saved.step if saved else 0, parallel.is_first) as progress:
+        for step in range(saved.step if saved else 0, config.steps):
+            batch = _batch(tokens_NT, segments_NT, config, step)
+            rows = batch.shard(parallel)
+            losses = language_model_step(model, rows, config.losses, config.micro_batch_size, parallel)
+            work.check(step + 1, loss=losses.loss)
+            lr = schedule(config, step, config.steps)
+            norm = optimizer.step(lr)
+            work.check(step + 1, gradient_norm=norm)
+            if step < config.steps * (1 - config.bias_frozen_share):
+                update_router_biases(model, losses.load_LE, config.bias_update_speed)
+
+            flops_before = work.meter.flops
+            work.meter.add(rows.n_tokens, training=training_flops(model_config, rows.lengths(), mtp=False), mtp=rows.mtp_flops(model_config))
+            speed = work.speed(batch.n_tokens, flops_before)
+            work.log({"step": step + 1, **losses.logged(), "lr": lr * config.lr, "gradient_norm": norm, **speed})
+            progress.update(step + 1, loss=losses.loss, **{"tokens/s": speed["tokens_per_second"]})
+            work.keep(step + 1, lambda: training_state(model, optimizer))
+
+    extra: dict[str, Any] = {"corpus_tokens": int((segments_NT > 0).sum()), "epochs": config.steps * config.batch_size / len(tokens_NT)}
+    if heldout is not None:
+        rows, n_bytes = heldout
+        nats = evaluate_loss(model, rows.shard(parallel), config.micro_batch_size, parallel)
+        extra["bits_per_byte"] = nats / math.log(2) / n_bytes
+    state = gathered(model)
+    work.finish(lambda folder: save_checkpoint(folder, model, tokenizer, state), extra)
+    parallel.stop()
+
+
+def prepare(config: Config) -> tuple[Tokenizer, np.ndarray, np.ndarray, tuple[Rows, int] | None]:
+    """The tokenizer, packed tokens_NT and segments_NT, and held-out rows with their bytes where the corpus is real text."""
+    written = list(_written(config)) if config.documents else []
+    train_text, heldout_text = Corpus.open(config.text).split() if config.text else ([], [])
+    if config.tokenizer:
+        tokenizer = load_tokenizer(config.tokenizer)
+    else:
+        sample = [part for document in written[:20_000] for part in document] + train_text
+        tokenizer = Tokenizer.train(sample, config.vocab_size)
+    documents = _encode(tokenizer, written) + _framed(tokenizer, train_text)
+    random.Random(f"order/{config.seed}").shuffle(documents)
+    tokens_NT, segments_NT = pack(documents, config.sequence_length)
+    if len(tokens_NT) < config.batch_size:
+        raise SlingshotError(f"the corpus fills {len(tokens_NT)} rows of {config.sequence_length} tokens, fewer than one batch of {config.batch_size}; add text")
+    heldout = None
+    if heldout_text:
+        rows = Rows.from_numpy(*pack(_framed(tokenizer, heldout_text), config.sequence_length))
+        heldout = rows, sum(len(text.encode()) for text in heldout_text)
+    return tokenizer, tokens_NT, segments_NT, heldout
+
+
+def _written(config: Config) -> Iterator[tuple[str, ...]]:
+    """Documents of the tasks' train split: (text,) plain, or (prompt, reasoning, answer) to be framed by the chat template."""
+    documents = config.documents
+    assert documents is not None
+    rng = random.Random(f"documents/{config.seed}")
+    pieces: list[tuple[str, ...]] = []
+    total = sum(task.weight for task in documents.tasks) * sum(documents.styles.values())
+    for spec in documents.tasks:
+        task = load_task(spec.name, **spec.params)
+        for style, share in documents.styles.items():
+            count = round(documents.count * spec.weight * share / total)
+            for problem, solution in islice(task.documents("train", config.seed, style, documents.language_mix), count):
+                if rng.random() < documents.template_share:
+                    pieces.append((problem.prompt, solution.reasoning, solution.answer))
+                else:
+                    pieces.append(("\n".join(filter(None, (problem.prompt, solution.reasoning, solution.answer))),))
+    rng.shuffle(pieces)
+    return iter(pieces)
+
+
+def _framed(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    return [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
+
+
+def _encode(tokenizer: Tokenizer, documents: list[tuple[str, ...]]) -> list[list[int]]:
+    plain = [document[0] for document in documents if len(document) == 1]
+    chats = [document for document in documents if len(document) == 3]
+    prompts = [tokenizer.encode_chat([{"role": "user", "content": prompt}]) for prompt, _, _ in chats]
+    responses = encode_responses(tokenizer, [(reasoning, answer) for _, reasoning, answer in chats], opened=True)
+    return _framed(tokenizer, plain) + [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def _batch(tokens_NT: np.ndarray, segments_NT: np.ndarray, config: Config, step: int) -> Rows:
+    """The rows of one global step: every epoch in an order of its own."""
+    per_epoch = len(tokens_NT) // config.batch_size
+    epoch, index = divmod(step, per_epoch)
+    order = np.random.default_rng([config.seed, epoch]).permutation(len(tokens_NT))
+    chosen = np.sort(order[index * config.batch_size : (index + 1) * config.batch_size])
+    return Rows.from_numpy(tokens_NT[chosen], segments_NT[chosen])

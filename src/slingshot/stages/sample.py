@@ -1,0 +1,86 @@
+"""Rejection sampling: many responses to train problems, keep what the verifier accepts, drop duplicates (arXiv 2501.12948, 2.3.3).
+
+The artifact is a dataset, data.jsonl: {"prompt", "reasoning", "answer", "task", "key"} a line.
+
+    slingshot sample --config sample.toml --out runs/samples
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from torch import Tensor
+
+from slingshot.config import StageConfig, TaskConfig
+from slingshot.cost.flops import generation_flops
+from slingshot.engine.engine import Engine
+from slingshot.engine.sampling import SamplingParams
+from slingshot.files import SlingshotError, write_jsonl
+from slingshot.rollout import PromptForm, TaskMix, roll_out
+from slingshot.training.parallel import Parallel
+from slingshot.training.precision import Dtype, compute_dtype, peak
+from slingshot.training.progress import Progress
+from slingshot.training.workspace import Workspace
+
+kind = "sample"
+
+
+class Config(StageConfig):
+    """`per_problem` caps how many different accepted responses to one problem are kept."""
+
+    model: str
+    tasks: list[TaskConfig]
+    form: PromptForm = PromptForm()
+    problems: int = Field(1000, ge=1)
+    samples: int = Field(4, ge=1)
+    per_problem: int = Field(1, ge=1)
+    language: bool = True  # keep only responses wholly in the problem's language
+    max_tokens: int = Field(128, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    chunk: int = Field(64, ge=1)  # problems between two chances to stop
+    dtype: Dtype = "auto"
+    save_seconds: float = 30.0
+
+
+def run(config: Config, out: Path) -> None:
+    """Sample from `config.model` and write a dataset to `out`; resumes from `out.partial`."""
+    parallel = Parallel.start(config.threads)
+    work = Workspace(out, kind, config, [Path(config.model)], parallel, config.save_seconds, peak(config.dtype))
+    engine = Engine.load(config.model, dtype=compute_dtype(config.dtype), device=parallel.device)
+    items = TaskMix(config.tasks).draw("train", f"sample/{config.seed}", config.problems)
+    params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, n=config.samples, seed=config.seed)
+    saved = work.load()
+    rows: list[dict[str, Any]] = saved.info["rows"] if saved else []
+    chunks = [items[i : i + config.chunk] for i in range(0, len(items), config.chunk)]
+
+    def state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {}, {"rows": rows}
+
+    with Progress(out.name, len(chunks), saved.step if saved else 0, parallel.is_first) as progress:
+        for step in range(saved.step if saved else 0, len(chunks)):
+            flops_before = work.meter.flops
+            groups = roll_out(engine, chunks[step][parallel.rank :: parallel.world], params, config.form)
+            found = []
+            for group in groups:
+                accepted: dict[str, dict[str, Any]] = {}
+                for rollout in group:
+                    good = rollout.accuracy == 1.0 and rollout.format == 1.0 and (rollout.language == 1.0 or not config.language)
+                    if good and len(accepted) < config.per_problem:
+                        row = {"prompt": rollout.problem.prompt, "reasoning": rollout.reasoning.strip(), "answer": rollout.answer.strip()}
+                        accepted.setdefault(row["reasoning"], row | {"task": rollout.task.name, "key": rollout.problem.key})
+                found.append({"rows": list(accepted.values()), "accepted": sum(r.accuracy == 1.0 for r in group) / len(group)})
+                counts = [len(r.completion_ids) for r in group]
+                work.meter.add(sum(counts), sampling=generation_flops(engine.model.config, len(group[0].prompt_ids), counts))
+            found = parallel.gather(found)
+            rows += [row for each in found for row in each["rows"]]
+            pass_rate = sum(each["accepted"] for each in found) / max(1, len(found))
+            tokens = sum(len(r.completion_ids) for group in groups for r in group)
+            work.log({"step": step + 1, "pass_rate": pass_rate, "kept": len(rows), **work.speed(tokens, flops_before)})
+            progress.update(step + 1, **{"pass": pass_rate, "kept": len(rows)})
+            work.keep(step + 1, state)
+    if not rows:
+        raise SlingshotError(f"{config.model} solved none of {len(items)} problems in format; train it further or take easier problems")
+    work.finish(lambda folder: write_jsonl(folder / "data.jsonl", rows), {"examples": len(rows), "problems": len(items)})
+    parallel.stop()

@@ -1,0 +1,136 @@
+"""Supervised fine-tuning on prompts with reasoning and answer: R1's cold start, its SFT from the base, and its distillation.
+
+Examples come from JSONL datasets ({"prompt", "reasoning", "answer"} a line) or are written by tasks that can. Loss on the response
+only; MTP is trained along (arXiv 2501.12948, 2.3 and 2.4).
+
+    slingshot sft --config sft.toml --out runs/sft
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from slingshot.config import TaskConfig
+from slingshot.cost.flops import training_flops
+from slingshot.data.packing import pack_examples
+from slingshot.data.reasoning import ends_in_reasoning
+from slingshot.data.response import encode_responses
+from slingshot.data.tokenizer import Tokenizer
+from slingshot.files import SlingshotError, read_jsonl
+from slingshot.model.checkpoint import load_model, load_tokenizer, save_checkpoint
+from slingshot.rollout import PromptForm, TaskMix
+from slingshot.tasks.task import Problem
+from slingshot.training.language_model import LossWeights, Rows, language_model_step
+from slingshot.training.optimizer import Optimizer, OptimizerConfig, schedule
+from slingshot.training.parallel import Parallel, gathered
+from slingshot.training.precision import Dtype, compute_dtype, peak
+from slingshot.training.progress import Progress
+from slingshot.training.workspace import Workspace, restore, training_state
+
+kind = "sft"
+
+
+class Config(OptimizerConfig):
+    """`data` are dataset folders or .jsonl files; `tasks` write `examples` worked solutions in `style` instead or besides."""
+
+    model: str
+    data: list[str] = []
+    tasks: list[TaskConfig] = []
+    examples: int = Field(0, ge=0)
+    style: Literal["answer", "steps", "slips"] = "steps"
+    form: PromptForm = PromptForm()
+    epochs: int = Field(2, ge=1)
+    sequence_length: int = Field(256, ge=8)
+    batch_size: int = Field(16, ge=1)  # rows of `sequence_length`, over all ranks
+    micro_batch_size: int = Field(16, ge=1)
+    losses: LossWeights = LossWeights()
+    dtype: Dtype = "auto"
+    save_seconds: float = 60.0
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if not self.data and not (self.tasks and self.examples):
+            raise ValueError("no examples: give data = [...], or tasks = [...] with examples = N")
+        return self
+
+
+def run(config: Config, out: Path) -> None:
+    """Fine-tune `config.model` and write a checkpoint to `out`; resumes from `out.partial`."""
+    parallel = Parallel.start(config.threads)
+    parents = [Path(config.model), *map(Path, config.data)]
+    work = Workspace(out, kind, config, parents, parallel, config.save_seconds, peak(config.dtype))
+    model, tokenizer = load_model(config.model), load_tokenizer(config.model)
+    examples = _examples(config, tokenizer)
+    per_epoch = [_pack(examples, config, epoch) for epoch in range(config.epochs)]
+    steps = sum(-(-len(rows.tokens_BT) // config.batch_size) for rows in per_epoch)
+    batches = (rows[slice(i, i + config.batch_size)] for rows in per_epoch for i in range(0, len(rows.tokens_BT), config.batch_size))
+
+    model.to(parallel.device).compute_dtype = compute_dtype(config.dtype)
+    parallel.shard(model)
+    optimizer = Optimizer(model, config)
+    saved = work.load()
+    done = saved.step if saved else 0
+    if saved:
+        restore(saved, model, optimizer)
+
+    with Progress(out.name, steps, done, parallel.is_first) as progress:
+        for step, batch in enumerate(batches):
+            if step < done:
+                continue
+            rows = batch.shard(parallel)
+            losses = language_model_step(model, rows, config.losses, config.micro_batch_size, parallel)
+            work.check(step + 1, loss=losses.loss)
+            lr = schedule(config, step, steps)
+            norm = optimizer.step(lr)
+            work.check(step + 1, gradient_norm=norm)
+
+            flops_before = work.meter.flops
+            work.meter.add(rows.n_tokens, training=training_flops(model.config, rows.lengths(), mtp=False), mtp=rows.mtp_flops(model.config))
+            speed = work.speed(batch.n_tokens, flops_before)
+            work.log({"step": step + 1, **losses.logged(), "lr": lr * config.lr, "gradient_norm": norm, **speed})
+            progress.update(step + 1, loss=losses.loss, **{"tokens/s": speed["tokens_per_second"]})
+            work.keep(step + 1, lambda: training_state(model, optimizer))
+
+    state = gathered(model)
+    work.finish(lambda folder: save_checkpoint(folder, model, tokenizer, state), {"examples": len(examples)})
+    parallel.stop()
+
+
+def _examples(config: Config, tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
+    """Prompt and response ids of every example, in file order."""
+    rows: list[tuple[Problem, str, str]] = []
+    for source in map(Path, config.data):
+        file = source / "data.jsonl" if source.is_dir() else source
+        for number, row in enumerate(read_jsonl(file), start=1):
+            if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("prompt", "reasoning", "answer")):
+                raise SlingshotError(f"{file} line {number}: an example holds prompt, reasoning and answer, all text")
+            rows.append((Problem(prompt=row["prompt"], key=row["prompt"]), row["reasoning"], row["answer"]))
+    if config.tasks:
+        rng = random.Random(f"solutions/{config.seed}")
+        for item in TaskMix(config.tasks).draw("train", f"solutions/{config.seed}", config.examples):
+            if not item.task.has_solutions:
+                raise SlingshotError(f"task {item.task.name} writes no worked solutions; give data = [...] instead")
+            solution = item.task.solution(item.problem, config.style, rng)
+            rows.append((item.problem, solution.reasoning, solution.answer))
+    if not rows:
+        raise SlingshotError(f"{', '.join(config.data)}: no examples; did any sample pass the verifier?")
+    prompts = [config.form.encode(tokenizer, problem) for problem, _, _ in rows]
+    opened = ends_in_reasoning(prompts[0], tokenizer)
+    responses = encode_responses(tokenizer, [(reasoning, answer) for _, reasoning, answer in rows], opened)
+    kept = [pair for pair in zip(prompts, responses, strict=True) if len(pair[0]) + len(pair[1]) <= config.sequence_length]
+    if not kept:
+        raise SlingshotError(f"every example is longer than sequence_length {config.sequence_length}; raise it")
+    return kept
+
+
+def _pack(examples: list[tuple[list[int], list[int]]], config: Config, epoch: int) -> Rows:
+    """Rows of one epoch, examples in an order of its own."""
+    order = np.random.default_rng([config.seed, epoch]).permutation(len(examples))
+    marked = [(prompt + response, [0] * len(prompt) + [1] * len(response)) for prompt, response in (examples[i] for i in order)]
+    packed = pack_examples(marked, config.sequence_length)
+    return Rows.from_numpy(packed.tokens_NT, packed.segments_NT, packed.mask_NT)

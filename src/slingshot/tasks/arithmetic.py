@@ -1,0 +1,134 @@
+"""The task `arithmetic`: chains of + - x over small numbers, asked and reasoned about in English or Japanese.
+
+    What is 3+4-2+9?   ->   3 plus 4 is 7, 7 minus 2 is 5, 5 plus 9 is 14   ->   14
+    3+4-2+9はいくつ?    ->   3足す4は7、7引く2は5、5足す9は14                   ->   14
+
+One calculation a step, so that a small model can be sure of every step while the whole is out of its reach at a glance.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Self
+
+from pydantic import model_validator
+
+from slingshot.tasks.answers import last_number, read_number
+from slingshot.tasks.task import Language, Problem, Solution, Split, Style, Task, in_split
+
+_PROMPT = {"en": "What is %s?", "ja": "%sはいくつ?"}
+_STEP = {
+    "en": {"+": "%d plus %d is %s", "-": "%d minus %d is %s", "x": "%d times %d is %s"},
+    "ja": {"+": "%d足す%dは%s", "-": "%d引く%dは%s", "x": "%d掛ける%dは%s"},
+}
+_COMMA = {"en": ", ", "ja": "、"}
+_SLIP = {"en": "%d, wait, %d", "ja": "%d、いや%d"}
+
+
+class Arithmetic(Task):
+    """Chains of `min_terms` to `max_terms` numbers of 1 to `digits` digits (each length as likely; no zeros), joined by `operators`."""
+
+    min_terms: int = 4
+    max_terms: int = 8
+    digits: int = 1
+    operators: str = "+-"
+    languages: tuple[Language, ...] = ("en", "ja")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if not 2 <= self.min_terms <= self.max_terms <= 64:
+            raise ValueError(f"min_terms {self.min_terms} and max_terms {self.max_terms} must be 2 <= min_terms <= max_terms <= 64")
+        if not 1 <= self.digits <= 9:
+            raise ValueError(f"digits {self.digits} must be from 1 to 9")
+        if not self.operators or set(self.operators) - set("+-x"):
+            raise ValueError(f"operators {self.operators!r} must be some of + - x")
+        if not self.languages:
+            raise ValueError("languages must name at least one of en, ja")
+        return self
+
+    @property
+    def name(self) -> str:
+        return "arithmetic"
+
+    @property
+    def has_solutions(self) -> bool:
+        return True
+
+    def other_languages(self, language: str) -> tuple[Language, ...]:
+        return tuple(other for other in self.languages if other != language)
+
+    def problems(self, split: Split, seed: int) -> Iterator[Problem]:
+        return in_split(self._all(random.Random(f"arithmetic/{seed}")), split, self.name)
+
+    def _all(self, rng: random.Random) -> Iterator[Problem]:
+        # rng.random() scaled by hand: pre-training draws millions of these, and randrange takes several times as long.
+        uniform = rng.random
+        more_terms = self.max_terms - self.min_terms + 1
+        while True:
+            n_terms = self.min_terms + int(uniform() * more_terms)
+            lows = [10 ** int(uniform() * self.digits) for _ in range(n_terms)] if self.digits > 1 else [1] * n_terms
+            numbers = [low + int(uniform() * 9 * low) for low in lows]
+            operators = [self.operators[int(uniform() * len(self.operators))] for _ in range(n_terms - 1)]
+            language = self.languages[int(uniform() * len(self.languages))]
+            expression = str(numbers[0]) + "".join(map("{}{}".format, operators, numbers[1:]))
+            yield Problem(
+                prompt=_PROMPT[language] % expression,
+                key=chain_key(numbers, operators),
+                answer=str(chain_steps(numbers, operators)[-1][3]),
+                language=language,
+                data={"numbers": numbers, "operators": operators},
+            )
+
+    def solution(self, problem: Problem, style: Style, rng: random.Random) -> Solution:
+        if style == "answer":
+            return Solution("", problem.answer)
+        steps = chain_steps(problem.data["numbers"], problem.data["operators"])
+        words, slip = _STEP[problem.language], _SLIP[problem.language]
+        slipped = int(rng.random() * len(steps)) if style == "slips" else -1
+        said = [
+            words[operator] % (left, right, slip % (near_miss(result, rng), result) if index == slipped else result)
+            for index, (left, operator, right, result) in enumerate(steps)
+        ]
+        return Solution(_COMMA[problem.language].join(said), problem.answer)
+
+    def read(self, text: str) -> str | None:
+        return read_number(text)
+
+    def extract(self, text: str) -> str | None:
+        return last_number(text)
+
+
+def chain_steps(numbers: Sequence[int], operators: Sequence[str]) -> list[tuple[int, str, int, int]]:
+    """The calculations (left, operator, right, result) that solve a chain: products first, then left to right. The last result is the answer."""
+    values, left_over = list(numbers), list(operators)
+    steps = []
+    for wanted in ("x", "+-"):
+        at = 0
+        while at < len(left_over):
+            operator = left_over[at]
+            if operator not in wanted:
+                at += 1
+                continue
+            left, right = values[at], values[at + 1]
+            result = left + right if operator == "+" else left - right if operator == "-" else left * right
+            steps.append((left, operator, right, result))
+            values[at : at + 2] = [result]
+            del left_over[at]
+    return steps
+
+
+def chain_key(numbers: Sequence[int], operators: Sequence[str]) -> str:
+    """One spelling for all orders of the same chain: factors ordered within terms, terms ordered. 3+4-2+9 gives +3+4+9-2."""
+    terms = [("+", [numbers[0]])]
+    for operator, number in zip(operators, numbers[1:], strict=True):
+        if operator == "x":
+            terms[-1][1].append(number)
+        else:
+            terms.append((operator, [number]))
+    return "".join(sorted(f"{sign}{'x'.join(map(str, sorted(factors)))}" for sign, factors in terms))
+
+
+def near_miss(result: int, rng: random.Random) -> int:
+    """A wrong result of the kind people slip into: off by one or two."""
+    return result + (-2, -1, 1, 2)[int(rng.random() * 4)]

@@ -1,0 +1,169 @@
+"""The Task: where problems come from, how an answer is verified, and how a worked solution reads.
+
+    task = load_task("arithmetic", max_terms=6)          # or "countdown", "gym:chain_sum", "path/to/file.py"
+    problem = next(task.problems("train", seed=0))
+    task.verify(problem, "14").value                     # 1.0 if 14 is the answer
+    for problem, solution in task.documents("train", seed=0, style="steps"): ...
+
+A problem belongs to the train or the test split by the SHA-256 of its canonical key, so the two never overlap whatever the seed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from slingshot.config import Strict
+from slingshot.files import SlingshotError
+
+Split = Literal["train", "test"]
+Style = Literal["answer", "steps", "slips"]
+Language = Literal["en", "ja"]
+
+# Problems of the other split drawn in a row before a task is told to have none: 0.9 ** 20000 is no accident.
+_PATIENCE = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One problem. Problems with the same key are the same problem in other words, and always share a split."""
+
+    prompt: str
+    key: str
+    answer: str = ""
+    language: str = "en"
+    data: Mapping[str, Any] = field(default_factory=dict, hash=False)  # what the task itself needs to verify and solve; JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """A worked solution. `reasoning` is empty in style "answer"."""
+
+    reasoning: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """Accuracy in [0, 1], and the answer that was read in the text (None: no answer could be read)."""
+
+    value: float
+    answer: str | None
+
+
+class Task(Strict, ABC):
+    """Base of all tasks; a subclass's fields are its parameters.
+
+    A subclass brings `name` and `problems`. `score`, `read` and `extract` say which answers are right and how one is read in a text;
+    `has_solutions` and `solution` are for tasks that can write worked text.
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What `load_task` calls it."""
+
+    @abstractmethod
+    def problems(self, split: Split, seed: int) -> Iterator[Problem]:
+        """Problems of one split, the same for the same seed; endless for generated tasks, finite where a user's file ends."""
+
+    @property
+    def has_solutions(self) -> bool:
+        return False
+
+    def solution(self, problem: Problem, style: Style, rng: random.Random) -> Solution:
+        """A worked solution in the problem's language: "answer" has no reasoning, "steps" has it, "slips" has a mistake noticed and corrected."""
+        raise NotImplementedError(f"{self.name} cannot write solutions")
+
+    def other_languages(self, language: str) -> tuple[Language, ...]:
+        """The languages besides `language` that `solution` can reason in."""
+        return ()
+
+    def documents(self, split: Split, seed: int, style: Style, language_mix: float = 0.0) -> Iterator[tuple[Problem, Solution]]:
+        """Problems with their solutions. With probability `language_mix` the reasoning is in a language other than the problem's."""
+        rng = random.Random(f"{self.name}/{style}/{seed}")
+        for problem in self.problems(split, seed):
+            spoken = problem
+            if language_mix and rng.random() < language_mix and (others := self.other_languages(problem.language)):
+                spoken = replace(problem, language=rng.choice(others))
+            yield problem, self.solution(spoken, style, rng)
+
+    def read(self, text: str) -> str | None:
+        """The answer when `text` is nothing but the answer; None otherwise. Strict, so that listing many answers earns nothing."""
+        return text.strip() or None
+
+    def extract(self, text: str) -> str | None:
+        """The last thing in `text` that looks like an answer; None if nothing does. Lenient, for models that know no format."""
+        return text.strip().rpartition("\n")[2].strip() or None
+
+    def score(self, problem: Problem, answer: str) -> float:
+        """Accuracy of an answer that was read, in [0, 1]."""
+        return float(answer == problem.answer)
+
+    def verify(self, problem: Problem, text: str, lenient: bool = False) -> Reward:
+        """Score the answer part of a response; `lenient` looks for the last answer anywhere in `text` instead."""
+        answer = self.extract(text) if lenient else self.read(text)
+        return Reward(0.0 if answer is None else self.score(problem, answer), answer)
+
+
+def split_of(key: str) -> Split:
+    """The split a canonical key belongs to: a tenth of all keys, by SHA-256, are for testing."""
+    return "test" if int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") % 10 == 0 else "train"
+
+
+def in_split(problems: Iterable[Problem], split: Split, name: str) -> Iterator[Problem]:
+    """Those of `problems` that belong to `split`. Raises SlingshotError when there is none, rather than searching for ever."""
+    if split not in ("train", "test"):
+        raise SlingshotError(f"{name}: there is no split {split!r}; there are train and test")
+    missed = 0
+    found = False
+    for problem in problems:
+        if split_of(problem.key) == split:
+            missed = 0
+            found = True
+            yield problem
+        else:
+            missed += 1
+            if missed == _PATIENCE:
+                break
+    else:
+        if found:
+            return
+    raise SlingshotError(f"{name}: no {split} problem in {missed} drawn; give it parameters that allow more different problems")
+
+
+def unknown(what: str, given: str, known: Iterable[str]) -> SlingshotError:
+    """The error for a name that is not among `known`; names the nearest that is."""
+    names = list(known)
+    near = difflib.get_close_matches(given, names, n=1)
+    return SlingshotError(f"{what} {given!r} is unknown; " + (f"did you mean {near[0]}?" if near else f"there are: {', '.join(names)}"))
+
+
+def load_task(name: str, **params: Any) -> Task:
+    """The task called `name`: "arithmetic", "countdown", "gym:NAME" (any reasoning-gym dataset) or the path of a user's .py file.
+
+    Raises SlingshotError for an unknown name or parameter, and names the nearest known one.
+    """
+    # Imported here because these modules build on this one, and so that reasoning-gym loads only where it is used.
+    if name == "arithmetic":
+        from slingshot.tasks.arithmetic import Arithmetic
+
+        return Arithmetic.parse(params, name)
+    if name == "countdown":
+        from slingshot.tasks.countdown import Countdown
+
+        return Countdown.parse(params, name)
+    if name.startswith("gym:"):
+        from slingshot.tasks.gym import Gym
+
+        return Gym.load(name.removeprefix("gym:"), params)
+    if name.endswith(".py"):
+        from slingshot.tasks.user import UserTask
+
+        return UserTask.parse({"path": name, **params}, name)
+    raise unknown("task", name, ("arithmetic", "countdown", "gym:NAME", "path/to/file.py"))

@@ -1,0 +1,148 @@
+"""One step of next-token training over packed rows, shared by pre-training and SFT: forward, losses, backward.
+
+Shape suffixes: B rows, T time, N tokens, L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slingshot.config import ModelConfig, Strict
+from slingshot.cost.flops import training_flops
+from slingshot.model.transformer import ModelOutput, Transformer
+from slingshot.training.objectives import cross_entropy, mtp_targets, next_token_targets
+from slingshot.training.parallel import Parallel
+
+
+class LossWeights(Strict):
+    """Weights of the losses beside cross entropy (DeepSeek-V3: MTP 0.3 then 0.1, balance 1e-4; arXiv 2412.19437, 4.2)."""
+
+    mtp: float = 0.3
+    balance: float = 1e-4
+
+
+@dataclass
+class Rows:
+    """Packed rows: tokens_BT, segments_BT (documents numbered from 1 in each row, 0 padding), weights_BT of each token as a target."""
+
+    tokens_BT: Tensor
+    segments_BT: Tensor
+    weights_BT: Tensor
+
+    @classmethod
+    def from_numpy(cls, tokens_BT: np.ndarray, segments_BT: np.ndarray, weights_BT: np.ndarray | None = None) -> Rows:
+        segments = torch.from_numpy(np.ascontiguousarray(segments_BT)).long()
+        weights = (segments > 0).float() if weights_BT is None else torch.from_numpy(np.ascontiguousarray(weights_BT)).float()
+        return cls(torch.from_numpy(np.ascontiguousarray(tokens_BT)).long(), segments, weights)
+
+    def __getitem__(self, rows: slice) -> Rows:
+        return Rows(self.tokens_BT[rows], self.segments_BT[rows], self.weights_BT[rows])
+
+    def shard(self, parallel: Parallel) -> Rows:
+        """This rank's rows; empty rows are added where the ranks do not divide them, so that all take part in every step."""
+        missing = -len(self.tokens_BT) % parallel.world
+        fields = [self.tokens_BT, self.segments_BT, self.weights_BT]
+        if missing:
+            fields = [torch.cat((field, field.new_zeros(missing, field.shape[1]))) for field in fields]
+        return Rows(*(field[parallel.rank :: parallel.world].to(parallel.device) for field in fields))
+
+    def micro_batches(self, size: int) -> Iterator[Rows]:
+        for start in range(0, len(self.tokens_BT), size):
+            yield self[start : start + size]
+
+    @property
+    def n_tokens(self) -> int:
+        return int((self.segments_BT > 0).sum())
+
+    def lengths(self) -> list[int]:
+        """Tokens of every document in the rows, for counting FLOPs."""
+        flat = self.segments_BT + torch.arange(len(self.segments_BT), device=self.segments_BT.device)[:, None] * (self.segments_BT.shape[1] + 1)
+        counts: list[int] = flat[self.segments_BT > 0].unique(return_counts=True)[1].tolist()
+        return counts
+
+    def mtp_flops(self, config: ModelConfig) -> float:
+        """Training FLOPs of the MTP module on these rows."""
+        if not config.num_nextn_predict_layers:
+            return 0.0
+        lengths = self.lengths()
+        return training_flops(config, lengths, mtp=True) - training_flops(config, lengths, mtp=False)
+
+
+@dataclass
+class StepLosses:
+    """Losses of one global step: nats per token, and the load of each MoE layer summed over the global batch."""
+
+    loss: float
+    mtp_loss: float | None
+    balance_loss: float | None
+    load_LE: list[Tensor]
+
+    def logged(self) -> dict[str, Any]:
+        row: dict[str, Any] = {"loss": self.loss}
+        if self.mtp_loss is not None:
+            row["mtp_loss"] = self.mtp_loss
+        if self.load_LE:
+            row |= {"balance_loss": self.balance_loss, "expert_load": [float(load.max() / load.mean()) for load in self.load_LE]}
+        return row
+
+
+def target_loss(model: Transformer, hidden_BTD: Tensor, targets_BT: Tensor, weights_BT: Tensor) -> Tensor:
+    """Weighted sum of cross entropy; logits are made only where a target has weight."""
+    chosen_N = weights_BT.flatten().nonzero().squeeze(1)
+    logits_NV = model.lm_logits(hidden_BTD.flatten(0, 1).index_select(0, chosen_N))
+    return cross_entropy(logits_NV, targets_BT.flatten()[chosen_N], weights_BT.flatten()[chosen_N])
+
+
+def add_loads(total_LE: list[Tensor], output: ModelOutput) -> list[Tensor]:
+    return [a + b for a, b in zip(total_LE, output.load_LE, strict=True)] if total_LE else output.load_LE
+
+
+def language_model_step(model: Transformer, rows: Rows, weights: LossWeights, micro_batch_size: int, parallel: Parallel) -> StepLosses:
+    """Forward and backward over this rank's rows; gradients are those of the mean over the global batch's tokens."""
+    with_mtp = model.config.num_nextn_predict_layers > 0 and weights.mtp > 0
+    next_targets, next_weights = next_token_targets(rows.tokens_BT, rows.segments_BT, rows.weights_BT)
+    far_targets, far_weights = mtp_targets(rows.tokens_BT, rows.segments_BT, rows.weights_BT)
+    counts = parallel.sums({"next": float(next_weights.sum()), "far": float(far_weights.sum()), "rows": float((rows.segments_BT[:, 0] > 0).sum())})
+    sums = {"next": 0.0, "far": 0.0, "balance": 0.0}
+    load_LE: list[Tensor] = []
+    for start in range(0, len(rows.tokens_BT), micro_batch_size):
+        part = slice(start, start + micro_batch_size)
+        micro = rows[part]
+        output = model(micro.tokens_BT, segments_BT=micro.segments_BT, logits=False, mtp=with_mtp)
+        loss_sum = target_loss(model, output.hidden_BTD, next_targets[part], next_weights[part])
+        loss = loss_sum / max(counts["next"], 1.0)
+        sums["next"] += float(loss_sum.detach())
+        if output.mtp_hidden_BTD is not None:
+            far_sum = target_loss(model, output.mtp_hidden_BTD, far_targets[part], far_weights[part])
+            loss = loss + weights.mtp * far_sum / max(counts["far"], 1.0)
+            sums["far"] += float(far_sum.detach())
+        if output.balance_loss is not None:
+            balance = output.balance_loss * (float((micro.segments_BT[:, 0] > 0).sum()) / counts["rows"])
+            loss = loss + weights.balance * balance
+            sums["balance"] += float(balance.detach())
+        (loss * parallel.world).backward()  # FSDP averages over the ranks; the loss is a share of the global mean
+        load_LE = add_loads(load_LE, output)
+    total = parallel.sums(sums)
+    return StepLosses(
+        loss=total["next"] / max(counts["next"], 1.0),
+        mtp_loss=total["far"] / max(counts["far"], 1.0) if with_mtp else None,
+        balance_loss=total["balance"] if load_LE else None,
+        load_LE=[parallel.sum(load) for load in load_LE],
+    )
+
+
+@torch.no_grad()
+def evaluate_loss(model: Transformer, rows: Rows, micro_batch_size: int, parallel: Parallel) -> float:
+    """Sum of next-token cross entropy over the global rows, in nats."""
+    total = 0.0
+    for micro in rows.micro_batches(micro_batch_size):
+        targets_BT, weights_BT = next_token_targets(micro.tokens_BT, micro.segments_BT, micro.weights_BT)
+        hidden_BTD = model(micro.tokens_BT, segments_BT=micro.segments_BT, logits=False).hidden_BTD
+        total += float(target_loss(model, hidden_BTD, targets_BT, weights_BT))
+    return float(parallel.sum(total))

@@ -1,0 +1,97 @@
+"""Objectives: pure functions of tensors, each with its source. No module, no config.
+
+Every loss is a weighted SUM over tokens; the loop divides by counts taken over the whole global batch, so that losses do not depend
+on how a batch is split into micro-batches or over ranks.
+
+Shape suffixes: N tokens, V vocabulary, G samples of one group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor | None = None) -> Tensor:
+    """Sum of -log p(target), in nats, each token times its weight."""
+    losses_N = F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+    return losses_N.sum() if weights_N is None else (losses_N * weights_N).sum()
+
+
+def mtp_targets(tokens_BT: Tensor, segments_BT: Tensor, weights_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Targets and weights of the multi-token prediction module: position t predicts token t+2 of the same segment.
+
+    weights_BT[:, t] is the weight of token t as a prediction target; the result's weight at t is that of token t+2
+    (arXiv 2412.19437, 2.2; the module at t sees the embedding of t+1, which must be of the segment too).
+    """
+    targets_BT, weights = tokens_BT.roll(-2, dims=1), weights_BT.roll(-2, dims=1)
+    same = (segments_BT == segments_BT.roll(-2, dims=1)) & (segments_BT > 0)
+    same[:, -2:] = False
+    return targets_BT, weights * same
+
+
+def next_token_targets(tokens_BT: Tensor, segments_BT: Tensor, weights_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Targets and weights of next-token prediction: position t predicts token t+1 of the same segment."""
+    targets_BT, weights = tokens_BT.roll(-1, dims=1), weights_BT.roll(-1, dims=1)
+    same = (segments_BT == segments_BT.roll(-1, dims=1)) & (segments_BT > 0)
+    same[:, -1:] = False
+    return targets_BT, weights * same
+
+
+def token_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log p(target) and the distribution's entropy (no gradient), both [N] in nats, at the sampling temperature."""
+    logprobs_NV = (logits_NV.float() / temperature).log_softmax(-1)
+    with torch.no_grad():
+        entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
+    return logprobs_NV.gather(-1, targets_N[:, None]).squeeze(-1), entropy_N
+
+
+def group_advantages(rewards_G: Tensor, normalize_std: bool = True) -> Tensor:
+    """GRPO's advantage (r - mean) / std within a group (arXiv 2402.03300, 4.1.2); Dr. GRPO (2503.20783) leaves the std out.
+
+    The std is the population's; a group of equal rewards carries no signal and gets zeros.
+    """
+    centred = rewards_G - rewards_G.mean()
+    if not normalize_std:
+        return centred
+    std = rewards_G.std(correction=0)
+    return torch.zeros_like(centred) if std < 1e-6 else centred / std
+
+
+@dataclass
+class GrpoTerms:
+    """Sums over tokens: the loss, and what is logged of it (no gradient)."""
+
+    loss: Tensor
+    kl: Tensor
+    clipped: Tensor
+
+
+def grpo(
+    logprobs_N: Tensor,
+    sampler_logprobs_N: Tensor,
+    advantages_N: Tensor,
+    weights_N: Tensor,
+    reference_logprobs_N: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    kl_weight: float = 0.0,
+) -> GrpoTerms:
+    """The clipped policy objective with k3 KL penalty (arXiv 2402.03300, equations 3 and 4), as a sum to be minimised.
+
+    Per token -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) + kl_weight (exp(ref - log p) - (ref - log p) - 1).
+    Unequal clips are DAPO's clip-higher (2503.14476). weights_N carries the mask and the length normalisation.
+    """
+    ratio_N = (logprobs_N - sampler_logprobs_N).exp()
+    clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high)
+    policy_N = -torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N)
+    was_clipped_N = ((clipped_N * advantages_N) < (ratio_N * advantages_N)).float()
+    kl_N = torch.zeros_like(logprobs_N)
+    if reference_logprobs_N is not None:
+        difference_N = reference_logprobs_N - logprobs_N
+        kl_N = difference_N.exp() - difference_N - 1
+    loss = ((policy_N + kl_weight * kl_N) * weights_N).sum()
+    return GrpoTerms(loss, (kl_N.detach() * weights_N).sum(), (was_clipped_N * weights_N).sum())

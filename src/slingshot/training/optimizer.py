@@ -1,0 +1,171 @@
+"""The optimizer step: Muon for matrices, AdamW for embeddings, head, router and norms, and the routers' load balancing.
+
+    optimizer = Optimizer(model, config)          # any config derived from OptimizerConfig
+    optimizer.step(fraction)             # fraction of the peak learning rate, from `schedule`
+    update_router_biases(model, load_LE, speed=1e-3)
+
+Shape suffixes: X any leading dimensions, M rows, N columns, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from slingshot.config import StageConfig
+from slingshot.model.transformer import Transformer
+
+
+class OptimizerConfig(StageConfig):
+    """The optimizer's part of a training stage's Config. `lr` is the peak for matrices; `adam_lr` for what Muon leaves to AdamW.
+
+    With `optimizer` adamw, `lr` is for everything. `warmup` and `decay` are shares of all steps; `decay` falls linearly to `final` of the peak.
+    """
+
+    optimizer: Literal["muon", "adamw"] = "muon"
+    lr: float = Field(3e-3, gt=0)
+    adam_lr: float = Field(3e-3, gt=0)
+    momentum: float = Field(0.95, ge=0, lt=1)
+    betas: tuple[float, float] = (0.9, 0.95)  # arXiv 2412.19437, 4.2
+    weight_decay: float = Field(0.1, ge=0)
+    clip: float = Field(1.0, gt=0)
+    warmup: float = Field(0.02, ge=0, le=1)
+    decay: float = Field(0.4, ge=0, le=1)
+    final: float = Field(0.05, ge=0, le=1)
+
+
+def schedule(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Warm-up, constant, linear decay: the fraction of the peak learning rate at `step` (counted from 0)."""
+    warmup, decay = config.warmup * steps, config.decay * steps
+    rising = (step + 1) / warmup if warmup > 0 else 1.0
+    remaining = (steps - step) / decay if decay > 0 else 1.0
+    return min(1.0, rising, config.final + (1 - config.final) * min(1.0, remaining))
+
+
+def newton_schulz(matrices_XMN: Tensor, steps: int = 5) -> Tensor:
+    """Push every matrix's singular values towards 1, batched over leading dimensions.
+
+    The quintic iteration of Muon with Keller Jordan's coefficients (kellerjordan.github.io/posts/muon); computed in the input's dtype.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices_XMN
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: W -= lr (0.2 sqrt(max(M, N)) NS(nesterov momentum) + weight_decay W).
+
+    The scale makes an update's root mean square that of AdamW (Moonlight, arXiv 2502.16982). Leading dimensions ([E, 2, F, D] of
+    stacked experts) are a batch of matrices; parameters of equal shape go through one batched Newton-Schulz. Sharded parameters
+    (DTensor) are gathered for it, and every rank keeps its own shard of the result.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, ...], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                buffer = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                update = parameter.grad.lerp(buffer, group["momentum"])
+                full = update.full_tensor() if isinstance(update, DTensor) else update
+                by_shape[tuple(full.shape[-2:])].append((parameter, full))
+            for (rows, columns), members in by_shape.items():
+                stacked = torch.cat([full.reshape(-1, rows, columns) for _, full in members]).to(self.dtype)
+                orthogonal = newton_schulz(stacked).to(members[0][0].dtype)
+                scale = -group["lr"] * 0.2 * math.sqrt(max(rows, columns))
+                for (parameter, full), update in zip(members, orthogonal.split([full.numel() // (rows * columns) for _, full in members]), strict=True):
+                    update = update.view(full.shape)
+                    if isinstance(parameter, DTensor):
+                        update = distribute_tensor(update, parameter.device_mesh, parameter.placements)
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=scale)
+
+
+class Optimizer:
+    """Muon and AdamW over one model, stepped together; its state is named tensors, so that it can be saved as safetensors."""
+
+    def __init__(self, model: Transformer, config: OptimizerConfig) -> None:
+        self.config, self.model = config, model
+        matrices, others = [], []
+        for name, parameter in model.named_parameters():
+            is_matrix = parameter.dim() >= 2 and not any(part in name for part in ("embed_tokens", "lm_head", "mlp.gate.weight"))
+            (matrices if is_matrix and config.optimizer == "muon" else others).append(parameter)
+        decayed = [parameter for parameter in others if parameter.dim() >= 2]
+        plain = [parameter for parameter in others if parameter.dim() < 2]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        adam_lr = config.adam_lr if config.optimizer == "muon" else config.lr
+        adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=adam_lr, betas=config.betas, fused=True)
+        self.parts: list[tuple[torch.optim.Optimizer, float]] = [(adamw, adam_lr)]
+        if matrices:
+            dtype = model.compute_dtype or matrices[0].dtype
+            self.parts.append((Muon(matrices, config.lr, config.momentum, config.weight_decay, dtype), config.lr))
+
+    def step(self, fraction: float) -> float:
+        """Clip the gradient's norm, step at `fraction` of the peak learning rate, drop the gradients. Returns the norm before clipping.
+
+        A norm that is not finite leaves the weights untouched.
+        """
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if math.isfinite(value):
+            for part, lr in self.parts:
+                for group in part.param_groups:
+                    group["lr"] = lr * fraction
+                part.step()
+        self.model.zero_grad(set_to_none=True)
+        return value
+
+    def _slots(self) -> list[tuple[str, torch.optim.Optimizer, nn.Parameter]]:
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return [(names[p], part, p) for part, _ in self.parts for group in part.param_groups for p in group["params"]]
+
+    def state(self) -> dict[str, Tensor]:
+        """Named tensors of the state, gathered from all ranks: NAME.exp_avg, NAME.momentum ..."""
+        state = {}
+        for name, part, parameter in self._slots():
+            for key, value in part.state[parameter].items():
+                state[f"{name}.{key}"] = value.full_tensor() if isinstance(value, DTensor) else value
+        return state
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state` gave; sharded parameters take their shard."""
+        for name, part, parameter in self._slots():
+            for key in ("step", "exp_avg", "exp_avg_sq", "momentum"):
+                value = state.get(f"{name}.{key}")
+                if value is None:
+                    continue
+                if isinstance(parameter, DTensor) and key != "step":
+                    value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+                part.state[parameter][key] = value.clone() if key == "step" else value.to(parameter.device).clone()
+
+
+@torch.no_grad()
+def update_router_biases(model: Transformer, load_LE: list[Tensor], speed: float) -> None:
+    """Auxiliary-loss-free balancing: bias += speed * sign(mean load - load), once per optimizer step (arXiv 2412.19437, 2.1.2).
+
+    load_LE is the load of the whole global batch, one [E] per MoE layer in `Transformer.moe_layers` order.
+    """
+    for layer, load_E in zip(model.moe_layers(), load_LE, strict=False):
+        layer.gate.e_score_correction_bias += speed * (load_E.mean() - load_E).sign()

@@ -1,0 +1,126 @@
+"""cost/flops.py against figures worked out by hand, DeepSeek-V3's published ones, and the network itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slingshot.config import ModelConfig
+from slingshot.cost.flops import cache_bytes_per_token, forward_flops, forward_parts, generation_flops, parameters, training_flops
+from slingshot.model.transformer import Transformer
+
+# Widths are different primes or products of them, so that no two terms can be mistaken for each other.
+TINY = ModelConfig(
+    family="deepseek_v3", vocab_size=11, hidden_size=6, intermediate_size=7, num_hidden_layers=2, num_attention_heads=2,
+    q_lora_rank=None, kv_lora_rank=5, qk_nope_head_dim=3, qk_rope_head_dim=2, v_head_dim=4, moe_intermediate_size=3, n_routed_experts=4,
+    n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1, num_nextn_predict_layers=1,
+)  # fmt: skip
+DENSE = ModelConfig(
+    family="dense", vocab_size=13, hidden_size=8, intermediate_size=5, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=2, tie_word_embeddings=True,
+)  # fmt: skip
+V3 = ModelConfig(
+    family="deepseek_v3", vocab_size=129280, hidden_size=7168, intermediate_size=18432, num_hidden_layers=61, num_attention_heads=128,
+    q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, moe_intermediate_size=2048,
+    n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, n_group=8, topk_group=4, first_k_dense_replace=3,
+    routed_scaling_factor=2.5, num_nextn_predict_layers=1,
+)  # fmt: skip
+
+# TINY's attention matrices: q 6 x 2(3+2), kv_a 6 x (5+2), kv_b 5 x 2(3+4), o 2*4 x 6.
+PROJECTIONS = 60 + 42 + 70 + 48
+EXPERT = 3 * 6 * 3
+
+
+def test_tiny_forward_by_hand() -> None:
+    """Two documents of 3 and 2 tokens: 5 tokens, and 3*4/2 + 2*3/2 = 9 query-key pairs."""
+    assert forward_parts(TINY, [3, 2]) == {
+        "projections": 2 * 5 * 2 * PROJECTIONS,
+        "mlp": 2 * 5 * 3 * 6 * 7,
+        "router": 2 * 5 * 6 * 4,
+        "shared_experts": 2 * 5 * EXPERT,
+        "routed_experts": 2 * 5 * 2 * EXPERT,
+        "attention": 2 * 9 * 2 * 2 * (5 + 4),
+        "head": 2 * 5 * 6 * 11,
+    }
+
+
+def test_tiny_mtp_by_hand() -> None:
+    """The module sees 2 and 1 tokens: 3 tokens and 3 + 1 pairs through one MoE block, eh_proj [6, 12] and the head."""
+    block = 3 * (PROJECTIONS + 6 * 4 + 3 * EXPERT) + 4 * 2 * (5 + 4)
+    by_hand = 2 * (block + 3 * (12 * 6 + 6 * 11))
+    assert forward_parts(TINY, [3, 2], mtp=True)["mtp"] == by_hand
+    assert training_flops(TINY, [3, 2]) == 3 * (forward_flops(TINY, [3, 2]) + by_hand)
+    assert training_flops(TINY, [3, 2], mtp=False) == 3 * forward_flops(TINY, [3, 2])
+    assert "mtp" not in forward_parts(TINY.model_copy(update={"num_nextn_predict_layers": 0}), [3, 2], mtp=True)
+
+
+def test_tiny_generation_by_hand() -> None:
+    """Prompt of 3; samples of 1 and 3 tokens share the prefill. The second decodes 2 tokens that see 4 and 5 keys of width 2*5+2."""
+    weights = 2 * PROJECTIONS + 3 * 6 * 7 + 6 * 4 + 3 * EXPERT
+    prefill = 2 * (3 * weights + 6 * 2 * 2 * (5 + 4) + 6 * 11)
+    decode = 2 * (2 * weights + (4 + 5) * 2 * 2 * (2 * 5 + 2) + 2 * 6 * 11)
+    assert generation_flops(TINY, 3, 1) == prefill
+    assert generation_flops(TINY, 3, 3) == generation_flops(TINY, 3, [1, 3]) == prefill + decode
+    assert generation_flops(TINY, 3, [3, 3]) == prefill + 2 * decode
+
+
+def test_dense_by_hand() -> None:
+    """q and o 8 x 8, k and v 8 x 4; a tied head costs FLOPs but no parameters."""
+    attention = 2 * 64 + 2 * 32
+    assert forward_flops(DENSE, [4]) == 2 * (4 * (attention + 3 * 8 * 5 + 8 * 13) + 10 * 4 * (2 + 2))
+    counts = parameters(DENSE)
+    assert counts.total == counts.active == 13 * 8 + 2 * 8 + attention + 3 * 8 * 5 + 8
+    assert (counts.embedding, counts.head, counts.mtp) == (104, 0, 0)
+    assert cache_bytes_per_token(DENSE, 4) == 2 * 2 * 2 * 4
+
+
+def test_deepseek_v3_published_figures() -> None:
+    counts = parameters(V3)
+    assert round(counts.total / 1e9, 2) == 671.03
+    assert round(counts.active / 1e9, 2) == 37.55
+    assert round((counts.active - counts.embedding) / 1e9, 2) == 36.63
+    assert round((counts.active - counts.embedding - counts.head) / 1e9, 2) == 35.70
+    assert round(training_flops(V3, [4096], mtp=False) / 4096 / 1e9, 1) == 250.5
+    assert round(training_flops(V3, [4096]) / 4096 / 1e9, 1) == 260.6
+    assert cache_bytes_per_token(V3) == 70_272
+    # The released checkpoint: MTP with its copies of embedding and head, router biases, and an FP32 scale per 128 x 128 block of FP8.
+    biases = 59 * 256
+    unscaled = 3 * (counts.embedding) + counts.head  # embedding, head and both copies
+    scales = (counts.total + counts.mtp - unscaled / 2) / 128**2
+    assert round((counts.total + counts.mtp + counts.embedding + counts.head + biases + scales) / 1e9, 2) == 684.53
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TINY,
+        TINY.model_copy(update={"q_lora_rank": 3, "tie_word_embeddings": True}),
+        TINY.model_copy(update={"n_shared_experts": 0, "first_k_dense_replace": 0}),
+        DENSE,
+        DENSE.model_copy(update={"attention_bias": True, "tie_word_embeddings": False}),
+        DENSE.model_copy(update={"qk_norm": True}),
+    ],
+)
+def test_parameters_are_the_network_s_own(config: ModelConfig) -> None:
+    with torch.device("meta"):
+        model = Transformer(config)
+    counts = parameters(config)
+    assert counts.total + counts.mtp == sum(parameter.numel() for parameter in model.parameters())
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=6))
+@settings(derandomize=True, deadline=None)
+def test_documents_add_up_and_packing_them_together_would_cost_more(lengths: list[int]) -> None:
+    """Documents do not see each other, so a batch costs the sum of its documents, never more than one long document."""
+    assert forward_flops(TINY, lengths) == sum(forward_flops(TINY, [length]) for length in lengths)
+    assert forward_flops(TINY, lengths) <= forward_flops(TINY, [sum(lengths)])
+
+
+@given(st.integers(1, 50), st.integers(1, 50))
+@settings(derandomize=True, deadline=None)
+def test_dense_generation_equals_one_forward_pass(prompt: int, new: int) -> None:
+    """Without absorption, decoding with a cache does the same products as a forward pass, but for the logits of the prompt."""
+    skipped = 2 * (prompt - 1) * DENSE.hidden_size * DENSE.vocab_size
+    assert generation_flops(DENSE, prompt, new) == forward_flops(DENSE, [prompt + new - 1]) - skipped

@@ -1,0 +1,114 @@
+"""cost/receipt.py: the meter goes on where it stopped, and a digest names content, not clocks."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from slingshot.cost import receipt as module
+from slingshot.cost.machine import Machine
+from slingshot.cost.receipt import Meter, Receipt, artifact_digest, peak_memory_bytes
+from slingshot.files import SlingshotError
+
+MACHINE = Machine(cpu="test", cores=2, memory_bytes=2**30)
+
+
+class Clock:
+    """time.perf_counter under the test's control."""
+
+    now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(module, "peak_memory_bytes", lambda: 500)
+    return clock
+
+
+def folder(path: Path, **files: str) -> Path:
+    path.mkdir(parents=True)
+    for name, content in files.items():
+        (path / name.replace("__", ".")).write_text(content)
+    return path
+
+
+def test_meter_goes_on_over_interruptions(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Meter()
+    first.add(tokens=10, training=3e9, mtp=1e9)
+    clock.now += 5
+    saved = json.loads(json.dumps(first.state()))
+    first.add(tokens=99, training=9e9)  # lost: it came after the last saved state
+    clock.now += 1000  # nobody was running
+    monkeypatch.setattr(module, "peak_memory_bytes", lambda: 400)
+    second = Meter(saved)
+    second.add(tokens=20, training=4e9)
+    clock.now += 2
+    assert (second.tokens, second.flops, second.seconds, second.peak_memory_bytes) == (30, 8e9, 7.0, 500)
+    assert second.flops_by_part == {"training": 7e9, "mtp": 1e9}
+    assert second.mfu(peak=4e9) == pytest.approx(8e9 / 7 / 4e9)
+    assert second.mfu(peak=None) is None
+
+
+def test_receipt_round_trip(tmp_path: Path, clock: Clock) -> None:
+    base = folder(tmp_path / "base", model="weights")
+    out = folder(tmp_path / "zero", model="better weights")
+    meter = Meter()
+    meter.add(tokens=10, training=4e9)
+    clock.now += 2
+    written = meter.receipt("rl", "zero", {"lr": 0.1}, [base], out, MACHINE, peak=8e9, price=1.8, extra={"note": "x"})
+    written.write(out)
+    assert Receipt.read(out) == written
+    assert (written.tokens, written.flops, written.seconds, written.mfu, written.money) == (10, 4e9, 2.0, 0.25, 0.001)
+    assert written.parents[0].path == str(base) and written.parents[0].digest == artifact_digest(base)
+    assert written.machine == MACHINE and re.fullmatch(r"\d+\.\d+\.\d+", written.version)
+    again = meter.receipt("rl", "zero", {}, [out], base, MACHINE)
+    assert again.parents[0].digest == written.digest  # the next stage's receipt names this one
+    assert again.mfu is None and again.money is None
+
+
+def test_digest_names_content_not_clocks(tmp_path: Path) -> None:
+    one = folder(tmp_path / "one", model="weights", metrics__jsonl='{"seconds": 1}', events__out__tfevents="a", __hidden="a")
+    two = folder(tmp_path / "two", model="weights", metrics__jsonl='{"seconds": 2}')
+    assert artifact_digest(one) == artifact_digest(two) and re.fullmatch("[0-9a-f]{16}", artifact_digest(one))
+    assert artifact_digest(one) != artifact_digest(folder(tmp_path / "content", model="other weights"))
+    assert artifact_digest(one) != artifact_digest(folder(tmp_path / "name", modem="weights"))
+    deep = folder(tmp_path / "deep", model="weights")
+    folder(deep / "more", model="weights")
+    assert artifact_digest(one) != artifact_digest(deep)
+    assert artifact_digest(one / "model") == artifact_digest(two / "model")  # a parent may be a single file
+
+
+def test_digest_is_answered_by_the_receipt(tmp_path: Path, clock: Clock) -> None:
+    out = folder(tmp_path / "out", model="weights")
+    before = artifact_digest(out)
+    Meter().receipt("sft", "out", {}, [], out, MACHINE).write(out)
+    assert artifact_digest(out) == before
+    (out / "model").unlink()
+    assert artifact_digest(out) == before  # gigabytes are not read twice
+
+
+def test_what_is_missing_or_broken_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SlingshotError, match="nowhere does not exist"):
+        artifact_digest(tmp_path / "nowhere")
+    with pytest.raises(SlingshotError, match=r"receipt\.json"):
+        Receipt.read(tmp_path)
+    for content in ("[]", '{"stage": "rl"}'):
+        (tmp_path / "receipt.json").write_text(content)
+        with pytest.raises(SlingshotError, match=r"receipt\.json") as caught:
+            Receipt.read(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_peak_memory_sees_a_large_allocation() -> None:
+    before = peak_memory_bytes()
+    block = b"x" * (before + 64 * 2**20)  # larger than anything this process has held
+    after = peak_memory_bytes()
+    assert after >= before + 32 * 2**20 and len(block) > before

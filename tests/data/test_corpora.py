@@ -1,0 +1,101 @@
+"""Corpora: every kind of source, the split, and what is refused."""
+
+import json
+import logging
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from slingshot.data.corpora import Corpus
+from slingshot.files import SlingshotError
+
+
+def test_a_folder_is_read_in_order_and_skips_what_is_no_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "b.txt").write_bytes("\ufeffzweite\r\nZeile".encode())
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "first.md").write_text("first")
+    (tmp_path / "a" / "rows.jsonl").write_text('{"text": "row 1"}\n\n{"text": "row 2"}\n')
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "zeros.bin").write_bytes(b"PK\0\0")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for hidden in (".git", "__pycache__"):
+        (tmp_path / hidden).mkdir()
+        (tmp_path / hidden / "x.txt").write_text("hidden")
+    with caplog.at_level(logging.WARNING):
+        corpus = Corpus.open([tmp_path])
+    assert corpus == Corpus(["first", "row 1", "row 2", "zweite\nZeile"], skipped=2)
+    assert "skipped 2 of 6 files" in caplog.text and "latin.txt" in caplog.text
+
+
+def test_one_long_file_becomes_documents_cut_at_line_ends(tmp_path: Path) -> None:
+    text = "".join(f"line {number} of a long story\n" for number in range(2000))
+    (tmp_path / "story.txt").write_text(text)
+    documents = Corpus.open(tmp_path / "story.txt").documents
+    assert "".join(documents) == text
+    assert len(documents) > 5
+    assert all(document.endswith("\n") and len(document) < 9000 for document in documents)
+
+
+def test_rows_of_jsonl_and_parquet(tmp_path: Path) -> None:
+    rows = [{"body": "eins", "id": 1}, {"body": "zwei", "id": 2}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    corpus = Corpus.open([str(tmp_path / "rows.jsonl"), tmp_path / "rows.parquet"], text_key="body")
+    assert corpus.documents == ["eins", "zwei", "eins", "zwei"]
+
+
+def test_the_standard_library() -> None:
+    corpus = Corpus.open("stdlib")
+    assert len(corpus.documents) > 300
+    assert Path(json.__file__).read_text() in corpus.documents
+    assert not any("class TestJson" in document for document in corpus.documents)
+
+
+def test_the_split_is_by_content_and_covers_everything(tmp_path: Path) -> None:
+    documents = [f"document {number}" for number in range(100)] + ["document 7"]
+    train, heldout = Corpus(documents, 0).split(0.1)
+    assert len(heldout) in (10, 11) and sorted(train + heldout) == sorted(documents)
+    assert set(train).isdisjoint(heldout)  # copies stand together
+    turned_train, turned_heldout = Corpus(documents[::-1], 0).split(0.1)
+    assert set(turned_train) == set(train) and set(turned_heldout) == set(heldout)
+    assert [document for document in documents if document in train] == train  # in order
+
+
+def test_small_corpora_still_split() -> None:
+    assert [len(side) for side in Corpus(["a", "b"], 0).split(0.05)] == [1, 1]
+    assert Corpus(["a"], 0).split(0.5) == (["a"], [])
+    assert Corpus(["a", "b"], 0).split(0.0) == (["a", "b"], [])
+    with pytest.raises(SlingshotError, match=r"heldout 1\.0"):
+        Corpus(["a", "b"], 0).split(1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("empty.txt", b"", "holds no text"),
+        ("binary.txt", b"\xff\xfe\x00", "not UTF-8 text"),
+        ("zeros.txt", b"a\0b", "zero bytes"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text"', "line 2 is not valid JSON"),
+        ("key.jsonl", b'{"body": "a"}', r"line 1 has no text under 'text' \(keys: body\)"),
+        ("list.jsonl", b"[1]", "line 1 has no text"),
+        ("bad.parquet", b"PAR1 not really", "not a readable Parquet file"),
+    ],
+)
+def test_unusable_files_are_named(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SlingshotError, match=reason) as caught:
+        Corpus.open(tmp_path / name)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_and_unreadable_sources(tmp_path: Path) -> None:
+    with pytest.raises(SlingshotError, match="nowhere does not exist"):
+        Corpus.open(["stdlib", tmp_path / "nowhere"])
+    with pytest.raises(SlingshotError, match="holds no text;"):
+        Corpus.open(tmp_path)
+    (tmp_path / "only.bin").write_bytes(b"\xff\0")
+    with pytest.raises(SlingshotError, match=r"holds no text \(1 files are not UTF-8 text\)"):
+        Corpus.open(tmp_path)

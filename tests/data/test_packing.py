@@ -1,0 +1,72 @@
+"""Packing: nothing lost, nothing split that must not be, segments right."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slingshot.data.packing import pack, pack_examples
+
+thorough = settings(derandomize=True, deadline=None, max_examples=200)
+
+
+def test_documents_by_hand() -> None:
+    tokens_NT, segments_NT = pack([[1, 2, 3], [], [4, 5], [6, 7, 8, 9]], length=4, pad_id=99)
+    assert tokens_NT.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 99, 99, 99]]
+    assert segments_NT.tolist() == [[1, 1, 1, 2], [1, 2, 2, 2], [1, 0, 0, 0]]
+    assert tokens_NT.dtype == segments_NT.dtype == np.int32
+
+
+def test_no_documents_make_no_rows() -> None:
+    tokens_NT, segments_NT = pack(iter([[], []]), length=4)
+    assert tokens_NT.shape == segments_NT.shape == (0, 4)
+
+
+@thorough
+@given(sizes=st.lists(st.integers(0, 9), max_size=12), length=st.integers(1, 7))
+def test_documents_come_back_in_order(sizes: list[int], length: int) -> None:
+    documents = [[100 * index + at for at in range(size)] for index, size in enumerate(sizes, start=1)]
+    tokens_NT, segments_NT = pack(documents, length, pad_id=-1)
+    stream = [token for document in documents for token in document]
+    assert tokens_NT.ravel().tolist() == stream + [-1] * (tokens_NT.size - len(stream))
+    assert tokens_NT.size - len(stream) < length
+    for tokens, segments in zip(tokens_NT, segments_NT, strict=True):
+        owners = [token // 100 for token in tokens if token >= 0]
+        order = list(dict.fromkeys(owners))
+        assert segments.tolist() == [order.index(owner) + 1 for owner in owners] + [0] * (length - len(owners))
+
+
+def test_examples_by_hand() -> None:
+    examples = [([1, 2, 3], [0, 1, 1]), ([4, 5, 6, 7], [0, 0, 0, 1]), ([8], [1]), ([9, 10], [0, 1])]
+    packed = pack_examples(examples, length=5)
+    assert packed.placement == [(0, 0), (1, 0), (1, 4), (0, 3)]  # the fullest row with room comes first
+    assert packed.tokens_NT.tolist() == [[1, 2, 3, 9, 10], [4, 5, 6, 7, 8]]
+    assert packed.segments_NT.tolist() == [[1, 1, 1, 2, 2], [1, 1, 1, 1, 2]]
+    assert packed.mask_NT.tolist() == [[False, True, True, False, True], [False, False, False, True, True]]
+
+
+@thorough
+@given(sizes=st.lists(st.integers(0, 8), max_size=30), seed=st.integers(0, 9))
+def test_examples_stay_whole(sizes: list[int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    examples = [(rng.integers(1, 999, size).tolist(), rng.integers(0, 2, size).tolist()) for size in sizes]
+    tokens_NT, segments_NT, mask_NT, placement = pack_examples(examples, length=8, pad_id=0)
+    taken = np.zeros_like(tokens_NT)
+    for (ids, mask), (row, start) in zip(examples, placement, strict=True):
+        span = slice(start, start + len(ids))
+        assert tokens_NT[row, span].tolist() == ids
+        assert mask_NT[row, span].tolist() == [bool(entry) for entry in mask]
+        assert len(set(segments_NT[row, span])) <= 1
+        assert len(ids) == 0 or (segments_NT[row] == segments_NT[row, start]).sum() == len(ids)
+        taken[row, span] += 1
+    assert np.array_equal(taken, (segments_NT > 0).astype(np.int32))  # each place taken once, padding by none
+    assert not tokens_NT[taken == 0].any() and not mask_NT[taken == 0].any()
+    if len(tokens_NT) > 1:
+        used = np.sort(taken.sum(axis=1))
+        assert used[0] + used[1] > 8  # no two rows would have fitted one
+
+
+@pytest.mark.parametrize("example", [([1, 2, 3], [1, 1, 1]), ([1, 2], [1])])
+def test_impossible_examples_are_refused(example: tuple[list[int], list[int]]) -> None:
+    with pytest.raises(ValueError, match="example 1 has"):
+        pack_examples([([1], [1]), example], length=2)

@@ -1,0 +1,470 @@
+"""The engine against full forward passes, and its scheduling against one request at a time."""
+
+import copy
+import itertools
+import random
+
+import pytest
+import torch
+
+from slingshot.engine import engine as engine_module
+from slingshot.engine.batch import Batch
+from slingshot.engine.engine import Engine
+from slingshot.engine.sampling import SamplingParams
+from slingshot.engine.sequence import StopWatch
+from slingshot.files import SlingshotError
+from slingshot.model.cache import Cache
+from slingshot.model.checkpoint import save_checkpoint
+
+
+def prompts_of(*lengths, seed=0):
+    rng = random.Random(seed)
+    return [[rng.randrange(7, 290) for _ in range(length)] for length in lengths]
+
+
+def full_logprobs(model, output, completion, temperature):
+    """Log probabilities of the completion's ids by one forward pass without a cache."""
+    ids = torch.tensor([output.prompt_token_ids + completion.token_ids])
+    with torch.no_grad():
+        logits_TV = model(ids).logits_BTV[0]
+    start = len(output.prompt_token_ids)
+    logprobs_TV = (logits_TV / temperature).log_softmax(-1)[start - 1 : -1]
+    return logprobs_TV.gather(-1, ids[0, start:, None])[:, 0]
+
+
+def token_ids(outputs):
+    return [[completion.token_ids for completion in output.outputs] for output in outputs]
+
+
+def test_cached_logits_equal_full_forward_logits(model):
+    tokens_BT = torch.tensor(prompts_of(12, 12))
+    with torch.no_grad():
+        full_BTV = model(tokens_BT).logits_BTV
+        cache = Cache(model.config, slots=3, length=16, dtype=torch.float32)
+        positions_BT = torch.arange(12).expand(2, 12)
+        cached = [
+            model(tokens_BT[:, start:end], positions_BT[:, start:end], cache=cache.view(1, 2, extent)).logits_BTV
+            for start, end, extent in ((0, 5, 5), (5, 9, 12), (9, 10, 16), (10, 11, 11), (11, 12, 12))
+        ]
+    torch.testing.assert_close(torch.cat(cached, dim=1), full_BTV, atol=1e-5 * full_BTV.std().item(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampler_logprobs_equal_a_full_forward_pass(model, tokenizer, temperature):
+    params = SamplingParams(max_tokens=24, temperature=temperature, top_p=0.9, n=3, seed=5)
+    for output in Engine(model, tokenizer).generate(prompts_of(1, 4, 30, 31, 9), params):
+        for completion in output.outputs:
+            expected = full_logprobs(model, output, completion, temperature)
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_greedy_is_the_argmax_of_a_full_forward_pass(model, tokenizer):
+    (output,) = Engine(model, tokenizer).generate(prompts_of(6), SamplingParams(max_tokens=20, temperature=0))
+    completion = output.outputs[0]
+    ids = torch.tensor([output.prompt_token_ids + completion.token_ids])
+    with torch.no_grad():
+        expected = model(ids).logits_BTV[0, 5:-1].argmax(-1)
+    assert completion.token_ids == expected.tolist()
+    torch.testing.assert_close(torch.tensor(completion.logprobs), full_logprobs(model, output, completion, 1.0), atol=2e-4, rtol=1e-4)
+
+
+def test_batched_generation_equals_one_by_one(model, tokenizer):
+    """Slots fewer than samples, lengths and budgets all different, so sequences leave and enter at every step."""
+    prompts = prompts_of(3, 17, 1, 40, 8, 8, 25, 2, 11, 33)
+    params = [
+        SamplingParams(
+            max_tokens=3 + 5 * index % 23,
+            temperature=(0.0, 0.7, 1.3)[index % 3],
+            top_p=(1.0, 0.9)[index % 2],
+            top_k=20 * (index % 4),
+            n=1 + index % 3,
+        )
+        for index in range(len(prompts))
+    ]
+    together = Engine(model, tokenizer, max_batch=4).generate(prompts, params)
+    alone = [Engine(model, tokenizer).generate([prompt], its_params)[0] for prompt, its_params in zip(prompts, params, strict=True)]
+    assert token_ids(together) == token_ids(alone)
+    for one, other in zip(together, alone, strict=True):
+        for ours, theirs in zip(one.outputs, other.outputs, strict=True):
+            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+    sums = [len(completion.token_ids) for output in together for completion in output.outputs]
+    assert len(set(sums)) > 5
+
+
+def test_slots_are_reused_and_never_idle(dense_model, tokenizer, monkeypatch):
+    """20 requests of 1 to 20 tokens in 4 slots: as many rows as could be filled decode at every step."""
+    rows = []
+    decode = Engine._decode
+    monkeypatch.setattr(Engine, "_decode", lambda self: (rows.append(len(self._batch.sequences)), decode(self))[1])
+    params = [SamplingParams(max_tokens=1 + index, seed=index) for index in range(20)]
+    outputs = Engine(dense_model, tokenizer, max_batch=4).generate(prompts_of(*[5] * 20), params)
+    total = sum(len(output.outputs[0].token_ids) for output in outputs)
+    assert sum(rows) == total
+    assert max(rows) == 4
+    still_four = list(itertools.takewhile(lambda count: count == 4, rows))
+    assert sum(rows) - 4 * len(still_four) <= 3 * 20  # only the last three sequences ever run in a batch that is not full
+
+
+def test_n_samples_share_one_prefill_and_differ(model, tokenizer, monkeypatch):
+    prefilled = []
+    prefill = Engine._prefill
+    monkeypatch.setattr(Engine, "_prefill", lambda self, group: (prefilled.extend(group), prefill(self, group))[1])
+    (output,) = Engine(model, tokenizer).generate(prompts_of(12), SamplingParams(max_tokens=12, n=6))
+    assert len(prefilled) == 1
+    assert len({tuple(completion.token_ids) for completion in output.outputs}) == 6
+
+
+def test_prompts_of_similar_length_are_prefilled_together(dense_model, tokenizer, monkeypatch):
+    groups = []
+    prefill = Engine._prefill
+    monkeypatch.setattr(Engine, "_prefill", lambda self, group: (groups.append([len(one.request.prompt) for one in group]), prefill(self, group))[1])
+    Engine(dense_model, tokenizer).generate(prompts_of(60, 3, 20, 100, 61, 4, 90), SamplingParams(max_tokens=1))
+    assert groups == [[3, 4, 20], [60, 61, 90, 100]]
+    groups.clear()
+    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 130)
+    Engine(dense_model, tokenizer).generate(prompts_of(60, 61, 62, 63, 200), SamplingParams(max_tokens=1))
+    assert groups == [[60, 61], [62, 63], [200]]
+
+
+def test_seed_sample_and_key_decide_the_tokens(dense_model, tokenizer):
+    engine = Engine(dense_model, tokenizer)
+    (prompt,) = prompts_of(9)
+
+    def run(n=2, key=None, **params):
+        return token_ids(engine.generate([prompt], SamplingParams(max_tokens=16, n=n, **params), keys=None if key is None else [key]))[0]
+
+    assert run(seed=3) == run(seed=3)
+    assert run(seed=3) != run(seed=4)
+    assert run(n=5, seed=3)[:2] == run(n=2, seed=3)
+    assert run(key="a") == run(key="a")
+    assert run(key="a") != run(key="b")
+
+
+def test_chunked_prefill_and_growing_cache_change_nothing(model, tokenizer, monkeypatch):
+    prompts, params = prompts_of(50, 3, 47, 20), SamplingParams(max_tokens=40, n=2)
+    expected = token_ids(Engine(model, tokenizer).generate(prompts, params))
+    monkeypatch.setattr(engine_module, "PREFILL_SCORES", 1000)
+    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 60)
+    monkeypatch.setattr("slingshot.engine.batch.LENGTH_STEP", 1)
+    monkeypatch.setattr(engine_module, "EXTENT_STEP", 1)
+    engine = Engine(model, tokenizer)
+    outputs = []
+    for prompt in prompts:  # arriving while others run: the cache grows in rows and length under them
+        engine.add(prompt, params)
+        outputs += engine.step()
+    while engine.unfinished:
+        outputs += engine.step()
+    assert token_ids(sorted(outputs, key=lambda output: output.request_id)) == expected
+
+
+def test_cache_budget_bounds_rows_times_length(dense_model, tokenizer, monkeypatch):
+    sizes = []
+    reserve = Batch._reserve
+
+    def watched(self, rows, length):
+        reserve(self, rows, length)
+        sizes.append(sum(layer.nbytes for layer in self.cache.data))
+
+    monkeypatch.setattr(Batch, "_reserve", watched)
+    budget = 200 * dense_model.config.cache_width * 2 * 4  # 200 tokens
+    params = [SamplingParams(max_tokens=length) for length in (60, 60, 60, 60, 60, 190, 250, 60)]
+    expected = Engine(dense_model, tokenizer).generate(prompts_of(*[4] * 8), params)
+    sizes.clear()
+    outputs = Engine(dense_model, tokenizer, cache_bytes=budget).generate(prompts_of(*[4] * 8), params)
+    assert token_ids(outputs) == token_ids(expected)
+    assert max(sizes[:-1]) <= budget * 256 / 200  # one sequence always runs, however long
+    assert max(sizes) > 0
+
+
+def test_ends_at_eos_with_its_logprob_but_not_in_the_text(dense_model, tokenizer):
+    outputs = Engine(dense_model, tokenizer).generate(prompts_of(5), SamplingParams(max_tokens=200, temperature=1.5, n=32))
+    stopped = [completion for completion in outputs[0].outputs if completion.finish_reason == "stop"]
+    assert stopped
+    for completion in stopped:
+        assert completion.token_ids[-1] == tokenizer.eos_id
+        assert len(completion.logprobs) == len(completion.token_ids)
+        assert completion.text == tokenizer.decode(completion.token_ids[:-1])
+    for completion in outputs[0].outputs:
+        assert tokenizer.eos_id not in completion.token_ids[:-1]
+        if completion.finish_reason == "length":
+            assert len(completion.token_ids) == 200
+
+
+def test_stop_token_ids_end_a_sample(dense_model, tokenizer):
+    engine = Engine(dense_model, tokenizer)
+    params = SamplingParams(max_tokens=12, temperature=0)
+    (free,) = engine.generate(prompts_of(5), params)
+    ids = free.outputs[0].token_ids
+    (stopped,) = engine.generate(prompts_of(5), SamplingParams(max_tokens=12, temperature=0, stop_token_ids=(ids[6],)))
+    first = ids.index(ids[6])
+    assert stopped.outputs[0].token_ids == ids[: first + 1]
+    assert stopped.outputs[0].finish_reason == "stop"
+    assert stopped.outputs[0].text == tokenizer.decode(ids[:first])
+
+
+class Scripted(Engine):
+    """An engine whose rows all "sample" given ids, one after the other; prefill and cache work as ever."""
+
+    def __init__(self, model, tokenizer, script, **kwargs):
+        super().__init__(model, tokenizer, **kwargs)
+        self.script = script
+
+    def _decode(self):
+        super()._decode()
+        ids = [self.script[len(sequence.token_ids)] for sequence in self._batch.sequences]
+        return ids, [-1.0] * len(ids)
+
+
+@pytest.fixture
+def scripted(dense_model, tokenizer):
+    def make(ids, **kwargs):
+        return Scripted(dense_model, tokenizer, [*ids, *[tokenizer.eos_id] * 300], **kwargs)
+
+    return make
+
+
+PROMPT = [10, 11, 12]
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("3 plus 4 is 7.", ("plus",), "3 "),
+        ("3 plus 4 is 7.", ("s 4 i",), "3 plu"),  # begins and ends inside tokens
+        ("3 plus 4 is 7.", ("is", "lus"), "3 p"),  # the first to be complete wins
+        ("3 plus 4 is 7.", ("7.",), "3 plus 4 is "),
+        ("3 plus 4 is 7.", ("3",), ""),
+        ("3 plus 4 is 7.", ("minus",), "3 plus 4 is 7."),
+        ("いくつ? 3足す4は7", ("足す",), "いくつ? 3"),
+        ("aaab", ("aab",), "a"),
+    ],
+)
+def test_stop_strings_cut_the_text_before_them(scripted, tokenizer, text, stop, expected):
+    engine = scripted(tokenizer.encode(text))
+    params = SamplingParams(stop=stop)
+    (output,) = engine.generate([PROMPT], params)
+    completion = output.outputs[0]
+    assert completion.text == completion.answer == expected
+    assert completion.finish_reason == "stop"
+    assert "".join(delta for _, delta in engine.stream(PROMPT, params)) == expected
+    if expected != text:
+        assert tokenizer.eos_id not in completion.token_ids
+        assert any(one in tokenizer.decode(completion.token_ids) for one in stop)
+        assert not any(one in tokenizer.decode(completion.token_ids[:-1]) for one in stop)
+
+
+def test_of_stop_strings_completed_by_one_token_the_first_to_begin_cuts(tokenizer):
+    (end,) = tokenizer.encode(" end")
+    watch = StopWatch(("nd", "e", "d"), tokenizer)
+    assert not any(watch.push(token) for token in tokenizer.encode("Th"))
+    assert watch.push(end)
+    assert watch.text[: watch.cut] == "Th "
+
+
+def test_stop_string_inside_reasoning_keeps_tags_apart_by_id(scripted, tokenizer):
+    """`</think>` spelt by ordinary tokens is text, the token is the tag, also where the text is cut."""
+    typed = tokenizer.encode("no </think> tag")
+    ids = [tokenizer.think_id, *typed, tokenizer.end_think_id, *tokenizer.encode("the end stop here")]
+    (output,) = scripted(ids).generate([PROMPT], SamplingParams(stop=("p he",)))
+    completion = output.outputs[0]
+    assert completion.reasoning == "no </think> tag"
+    assert completion.answer == "the end sto"
+    assert completion.text == "<think>no </think> tag</think>the end sto"
+
+
+def test_reasoning_and_answer_stream_as_they_are_parsed(scripted, tokenizer):
+    ids = [*tokenizer.encode("3 plus 4 is 7\n"), tokenizer.end_think_id, *tokenizer.encode("\n\n7")]
+    engine = scripted(ids)
+    prompt = [*PROMPT, tokenizer.think_id]
+    deltas = list(engine.stream(prompt, SamplingParams()))
+    (output,) = engine.generate([prompt], SamplingParams())
+    for kind, whole in (("reasoning", output.outputs[0].reasoning), ("answer", output.outputs[0].answer)):
+        assert "".join(text for its_kind, text in deltas if its_kind == kind) == whole
+    assert output.outputs[0].answer == "7"
+    assert [kind for kind, _ in itertools.groupby(deltas, key=lambda delta: delta[0])] == ["reasoning", "answer"]
+    assert len(deltas) > 3
+
+
+def test_stream_of_random_bytes_gives_whole_characters_and_the_completions_text(dense_model, tokenizer):
+    """A random model emits broken UTF-8 all the time; "😀" comes in four tokens and must arrive as one piece."""
+    engine = Engine(dense_model, tokenizer)
+    for seed in range(5):
+        params = SamplingParams(max_tokens=60, temperature=1.5, seed=seed, stop=("e", " p"))
+        deltas = engine.stream(PROMPT, params)
+        pieces = []
+        try:
+            while True:
+                pieces.append(next(deltas))
+        except StopIteration as stop:
+            completion = stop.value
+        assert "".join(text for kind, text in pieces if kind == "answer") == completion.answer
+        assert "".join(text for kind, text in pieces if kind == "reasoning") == (completion.reasoning or "")
+    ids = tokenizer.encode("a😀b")
+    assert len(ids) == 6
+    scripted_engine = Scripted(dense_model, tokenizer, [*ids, tokenizer.eos_id])
+    assert [text for _, text in scripted_engine.stream(PROMPT)] == ["a", "😀", "b"]
+
+
+def test_stream_withholds_what_may_become_a_stop_string(scripted, tokenizer):
+    ids = [token for character in "a sto a stop b" for token in tokenizer.encode(character)]
+    pieces = [text for _, text in scripted(ids).stream(PROMPT, SamplingParams(stop=("stop",)))]
+    assert "".join(pieces) == "a sto a "
+    seen = ""
+    for piece in pieces:
+        seen += piece
+        assert "a sto a ".startswith(seen)
+
+
+def test_closing_a_stream_aborts_its_request(dense_model, tokenizer):
+    engine = Engine(dense_model, tokenizer)
+    deltas = engine.stream(PROMPT, SamplingParams(max_tokens=100, temperature=1.5))
+    next(deltas)
+    assert engine.unfinished == 1
+    deltas.close()
+    assert engine.unfinished == 0
+    assert engine.step() == []
+
+
+def test_stream_leaves_other_requests_to_their_owner(dense_model, tokenizer):
+    engine = Engine(dense_model, tokenizer)
+    mine = engine.add(PROMPT, SamplingParams(max_tokens=3, temperature=0))
+    list(engine.stream(PROMPT, SamplingParams(max_tokens=20, temperature=0)))
+    engine.generate([PROMPT], SamplingParams(max_tokens=2))
+    (output,) = engine.step()
+    assert output.request_id == mine
+    assert engine.step() == []
+
+
+def test_abort_frees_the_slots_and_leaves_the_others_alone(model, tokenizer):
+    prompts, params = prompts_of(5, 6, 7, 8), SamplingParams(max_tokens=20, temperature=1.2, n=2)
+    expected = token_ids(Engine(model, tokenizer).generate(prompts, params))
+    engine = Engine(model, tokenizer, max_batch=5)  # the last request waits with one sample in, one out
+    ids = [engine.add(prompt, params) for prompt in prompts]
+    outputs = [output for _ in range(4) for output in engine.step()]
+    aborted = engine.abort(ids[1])
+    assert [completion.finish_reason for completion in aborted.outputs] == ["abort", "abort"]
+    assert [completion.token_ids for completion in aborted.outputs] == [ids[:4] for ids in expected[1]]
+    assert engine.abort(ids[1]) is None
+    waiting = engine.abort(ids[3])
+    assert [completion.token_ids for completion in waiting.outputs] == [[], []]
+    while engine.unfinished:
+        outputs += engine.step()
+    assert {output.request_id for output in outputs} == {ids[0], ids[2]}
+    assert token_ids(sorted(outputs, key=lambda output: output.request_id)) == [expected[0], expected[2]]
+    assert engine.step() == []
+    assert not engine._batch.sequences
+
+
+def test_interrupted_generate_leaves_nothing_behind(dense_model, tokenizer, monkeypatch):
+    engine = Engine(dense_model, tokenizer)
+    decode = Engine._decode
+
+    def interrupt(self):
+        if len(self._batch.sequences[0].token_ids) == 3:
+            raise KeyboardInterrupt
+        return decode(self)
+
+    monkeypatch.setattr(Engine, "_decode", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(prompts_of(4, 5), SamplingParams(max_tokens=10, temperature=0))
+    assert engine.unfinished == 0
+    monkeypatch.setattr(Engine, "_decode", decode)
+    assert token_ids(engine.generate(prompts_of(6), SamplingParams(max_tokens=5))) == token_ids(
+        Engine(dense_model, tokenizer).generate(prompts_of(6), SamplingParams(max_tokens=5))
+    )
+
+
+def test_max_length_bounds_prompt_and_answer(scripted, tokenizer):
+    engine = scripted([20] * 50, max_length=10)
+    (output,) = engine.generate([PROMPT], SamplingParams(max_tokens=40))
+    assert len(output.outputs[0].token_ids) == 7
+    assert output.outputs[0].finish_reason == "length"
+    (output,) = engine.generate([[10] * 9], SamplingParams(max_tokens=40))
+    assert len(output.outputs[0].token_ids) == 1
+    with pytest.raises(SlingshotError, match="10 tokens, max_length is 10"):
+        engine.generate([[10] * 10])
+    with pytest.raises(SlingshotError, match="max_position_embeddings 256"):
+        scripted([20], max_length=257)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named"),
+    [
+        ("", "empty"),
+        ([], "empty"),
+        ([5, 10_000], "10000"),
+        ([-1], "-1"),
+        (["text"], "a prompt is"),
+        ([5, {"role": "user", "content": "x"}], "a prompt is"),
+    ],
+)
+def test_bad_prompts_are_named(dense_model, tokenizer, prompt, named):
+    engine = Engine(dense_model, tokenizer)
+    with pytest.raises(SlingshotError, match=named):
+        engine.generate([PROMPT, prompt])
+    assert engine.unfinished == 0
+
+
+def test_prompts_as_text_ids_and_chat(dense_model, tokenizer):
+    engine = Engine(dense_model, tokenizer)
+    chat = [{"role": "user", "content": "3+4"}]
+    outputs = engine.generate(["3+4", tokenizer.encode("3+4"), chat], SamplingParams(max_tokens=4))
+    assert outputs[0].prompt_token_ids == outputs[1].prompt_token_ids == tokenizer.encode("3+4")
+    assert outputs[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids
+    assert outputs[2].prompt_token_ids == tokenizer.encode_chat(chat, add_generation_prompt=True)
+    assert [output.prompt_token_ids for output in engine.generate("3+4", SamplingParams(max_tokens=1))] == [tokenizer.encode("3+4")]
+
+
+def test_text_prompts_begin_with_bos_where_the_tokenizer_says_so(dense_model, tokenizer):
+    framed = copy.deepcopy(tokenizer.config) | {"add_bos_token": True}
+    engine = Engine(dense_model, type(tokenizer)(tokenizer._backend, framed))
+    (output,) = engine.generate(["3+4"], SamplingParams(max_tokens=1))
+    assert output.prompt_token_ids == [tokenizer.bos_id, *tokenizer.encode("3+4")]
+
+
+def test_update_weights_reaches_copies_and_is_refused_in_flight(model, tokenizer):
+    prompts, params = prompts_of(8), SamplingParams(max_tokens=12, temperature=0)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.3)
+    expected = token_ids(Engine(other, tokenizer).generate(prompts, params))
+    shared = Engine(copy.deepcopy(model), tokenizer)
+    own = Engine(model, tokenizer, dtype=torch.float32)
+    before = token_ids(own.generate(prompts, params))
+    assert before != expected
+    for engine in (shared, own):
+        engine.update_weights(other)
+        assert token_ids(engine.generate(prompts, params)) == expected
+    own.update_weights(model.state_dict())
+    assert token_ids(own.generate(prompts, params)) == before
+    own.add(prompts[0], params)
+    with pytest.raises(SlingshotError, match="1 requests are in flight"):
+        own.update_weights(other)
+
+
+def test_a_copy_in_bfloat16_keeps_float32_router_biases_and_leaves_the_model_alone(model, tokenizer):
+    engine = Engine(model, tokenizer, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in engine.model.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in engine.model.buffers()} <= {torch.float32}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert {layer.dtype for layer in engine._batch.cache.data} == {torch.bfloat16}
+    (output,) = engine.generate(prompts_of(9), SamplingParams(max_tokens=8, n=2))
+    assert all(-20 < logprob <= 0 for completion in output.outputs for logprob in completion.logprobs)
+
+
+def test_load_reads_a_checkpoint(model, tokenizer, tmp_path):
+    save_checkpoint(tmp_path, model, tokenizer)
+    params = SamplingParams(max_tokens=10, n=2)
+    engine = Engine.load(tmp_path, dtype="float32", device="cpu", max_batch=2)
+    assert token_ids(engine.generate(["3+4"], params)) == token_ids(Engine(model, tokenizer).generate(["3+4"], params))
+    with pytest.raises(SlingshotError, match="float16"):
+        Engine.load(tmp_path, dtype="float16")
+
+
+def test_diverged_weights_are_reported(model, tokenizer):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(SlingshotError, match="not finite"):
+        Engine(broken, tokenizer).generate(prompts_of(4))

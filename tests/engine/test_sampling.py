@@ -1,0 +1,178 @@
+"""Sampling against values worked out by hand, reference generators and the distribution it claims to draw from."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slingshot.engine.sampling import SamplingParams, _splitmix64, noise_stream, sample, uniform_noise
+from slingshot.files import SlingshotError
+
+
+def draw(probabilities, uniform, temperature=1.0, top_p=1.0, top_k=0):
+    """Sample one row per uniform number from the same distribution."""
+    rows = len(uniform)
+    logits_BV = torch.tensor(probabilities).log().expand(rows, -1)
+    return sample(
+        logits_BV,
+        torch.full((rows,), temperature),
+        torch.full((rows,), top_p),
+        torch.full((rows,), top_k),
+        torch.tensor(uniform, dtype=torch.float32),
+    )
+
+
+def reached(probabilities, **truncation):
+    """Ids that a fine grid of uniform numbers reaches: the kept set."""
+    return set(draw(probabilities, [i / 1000 for i in range(1000)], **truncation)[0].tolist())
+
+
+def test_inverse_cumulative_distribution_by_hand():
+    ids, logprobs = draw([0.5, 0.2, 0.3], [0.0, 0.49, 0.51, 0.69, 0.71, 0.999])
+    assert ids.tolist() == [0, 0, 1, 1, 2, 2]
+    torch.testing.assert_close(logprobs, torch.tensor([0.5, 0.5, 0.2, 0.2, 0.3, 0.3]).log())
+
+
+def test_temperature_sharpens_by_hand():
+    # p = (0.8, 0.2) at temperature 0.5 is proportional to its square: (0.64, 0.04), so 16/17 and 1/17.
+    ids, logprobs = draw([0.8, 0.2], [0.94, 0.95], temperature=0.5)
+    assert ids.tolist() == [0, 1]
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([16 / 17, 1 / 17]))
+
+
+@pytest.mark.parametrize(
+    ("truncation", "kept"),
+    [
+        ({}, {0, 1, 2, 3}),
+        ({"top_k": 1}, {3}),
+        ({"top_k": 2}, {1, 3}),
+        ({"top_k": 9}, {0, 1, 2, 3}),
+        # Sorted: 0.4 (3), 0.3 (1), 0.2 (2), 0.1 (0). The token that reaches top_p is kept, the next is not.
+        ({"top_p": 0.39}, {3}),
+        ({"top_p": 0.41}, {1, 3}),
+        ({"top_p": 0.69}, {1, 3}),
+        ({"top_p": 0.71}, {1, 2, 3}),
+        ({"top_p": 0.91}, {0, 1, 2, 3}),
+        ({"top_p": 1e-6}, {3}),
+        # top_k 2 leaves 4/7 and 3/7: 0.55 of that is reached by the first alone, 0.58 needs both.
+        ({"top_p": 0.55, "top_k": 2}, {3}),
+        ({"top_p": 0.58, "top_k": 2}, {1, 3}),
+    ],
+)
+def test_truncation_by_hand(truncation, kept):
+    assert reached([0.1, 0.3, 0.2, 0.4], **truncation) == kept
+
+
+def test_equal_tokens_stand_or_fall_together():
+    assert reached([0.25, 0.25, 0.25, 0.25], top_k=1) == {0, 1, 2, 3}
+    assert reached([0.1, 0.2, 0.2, 0.5], top_p=0.6) == {1, 2, 3}
+
+
+def test_a_share_of_exactly_top_p_is_enough():
+    assert reached([0.5, 0.25, 0.125, 0.125], top_p=0.5) == {0}
+    assert reached([0.5, 0.25, 0.125, 0.125], top_p=0.75) == {0, 1}
+
+
+def test_truncation_renormalises_the_draw_but_not_the_logprob():
+    ids, logprobs = draw([0.1, 0.3, 0.2, 0.4], [0.42, 0.44], top_k=2)  # 3/7 = 0.4286 of what is left lies at token 1
+    assert ids.tolist() == [1, 3]
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.3, 0.4]))
+
+
+def test_greedy_takes_the_first_largest_logit_and_its_logprob_at_temperature_one():
+    ids, logprobs = draw([0.2, 0.4, 0.4], [0.0, 0.99], temperature=0.0)
+    assert ids.tolist() == [1, 1]
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.4, 0.4]))
+
+
+def test_rows_keep_their_own_parameters():
+    logits_BV = torch.tensor([0.1, 0.3, 0.2, 0.4]).log().repeat(4, 1)
+    ids, _ = sample(
+        logits_BV,
+        torch.tensor([1.0, 0.0, 1.0, 1.0]),
+        torch.tensor([1.0, 1.0, 0.5, 1.0]),
+        torch.tensor([0, 0, 0, 1]),
+        torch.tensor([0.05, 0.05, 0.05, 0.05]),
+    )
+    assert ids.tolist() == [0, 3, 1, 3]  # whole vocabulary; greedy; {1, 3} in id order; the heaviest alone
+
+
+def test_extreme_logits_and_temperatures_stay_finite():
+    logits_BV = torch.tensor([[1e4, -1e4, 0.0], [-3e38, 3e38, 0.0]])
+    ids, logprobs = sample(logits_BV, torch.tensor([1e-4, 100.0]), torch.ones(2), torch.zeros(2, dtype=torch.long), torch.tensor([0.999, 0.5]))
+    assert ids.tolist() == [0, 1]
+    assert logprobs.tolist() == [0.0, 0.0]
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(seed=st.integers(0, 10_000), temperature=st.floats(0.1, 3.0), top_p=st.floats(0.05, 1.0), top_k=st.integers(0, 40))
+def test_against_a_plain_reading_of_the_definitions(seed, temperature, top_p, top_k):
+    generator = torch.Generator().manual_seed(seed)
+    logits_BV = torch.randn(64, 33, generator=generator) * 3
+    uniform_B = torch.rand(64, generator=generator)
+    ids_B, logprobs_B = sample(logits_BV, torch.full((64,), temperature), torch.full((64,), top_p), torch.full((64,), top_k), uniform_B)
+    expected_BV = (logits_BV / temperature).log_softmax(-1)
+    torch.testing.assert_close(logprobs_B, expected_BV.gather(-1, ids_B[:, None])[:, 0], atol=1e-5, rtol=1e-5)
+    for row in range(64):
+        probabilities = expected_BV[row].double().exp()
+        order = probabilities.argsort(descending=True)[: top_k or 33]
+        share = probabilities[order] / probabilities[order].sum()
+        allowed = order[(share.cumsum(0) - share) < top_p + 1e-6]
+        assert ids_B[row] in allowed
+
+
+def test_frequencies_follow_the_distribution():
+    positions_B = torch.arange(40_000)
+    uniform_B = uniform_noise(torch.full((40_000,), noise_stream(0, "key", 0)), positions_B)
+    probabilities = torch.tensor([0.05, 0.6, 0.25, 0.1])
+    ids, _ = draw(probabilities.tolist(), uniform_B.tolist())
+    frequencies = torch.bincount(ids, minlength=4) / 40_000
+    assert (frequencies - probabilities).abs().max() < 0.01  # four standard deviations of the largest
+
+
+def test_noise_is_splitmix64():
+    # The first outputs for seed 1234567, as in the generator's widely used reference vectors.
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    outputs = _splitmix64(torch.full((5,), 1234567), torch.arange(1, 6))
+    assert [value % (1 << 64) for value in outputs.tolist()] == expected
+    uniform = uniform_noise(torch.full((5,), 1234567), torch.arange(1, 6))
+    assert uniform.tolist() == [(value >> 40) / (1 << 24) for value in expected]
+
+
+def test_noise_depends_on_stream_and_position_only():
+    streams = torch.tensor([noise_stream(0, "a", 0), noise_stream(0, "a", 1), noise_stream(1, "a", 0), noise_stream(0, "b", 0)])
+    assert len(set(streams.tolist())) == 4
+    positions = torch.tensor([5, 6, 7, 8])
+    together = uniform_noise(streams, positions)
+    alone = torch.cat([uniform_noise(streams[i : i + 1], positions[i : i + 1]) for i in (3, 1, 0, 2)])
+    assert torch.equal(together[[3, 1, 0, 2]], alone)
+    assert (together >= 0).all()
+    assert (together < 1).all()
+
+
+def test_largest_uniform_never_hits_a_dropped_token():
+    last = 1 - 2.0**-24
+    for probabilities in ([0.5, 0.5, 1e-30], [0.3, 0.7, 0.0], [1.0, 0.0, 0.0]):
+        ids, _ = draw(probabilities, [last])
+        assert probabilities[ids.item()] > 1e-9
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"n": 0}, "n must"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": 1e-9}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"stop": ("",)}, "empty stop"),
+        ({"stop": "end"}, "stop must be a tuple"),
+    ],
+)
+def test_impossible_parameters_are_refused_by_name(values, named):
+    with pytest.raises(SlingshotError, match=named):
+        SamplingParams(**values)

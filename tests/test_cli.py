@@ -79,6 +79,12 @@ def test_the_package_offers_what_it_promises() -> None:
         slingshot.Motor  # noqa: B018
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in (Path(recipe.__file__).parent / "recipes").glob("*.toml")))
+def test_shipped_recipes_are_valid(name: str) -> None:
+    loaded = recipe.Recipe.load(name)
+    assert loaded.stages and all(stage.kind in recipe.KINDS for stage in loaded.stages)
+
+
 def test_version(command: Command) -> None:
     assert command("--version") == (0, f"slingshot {slingshot.__version__}\n", "")
 

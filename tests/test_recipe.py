@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,19 +49,20 @@ text = "test"
 """
 
 
-@pytest.fixture(autouse=True)
-def built(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+@pytest.fixture(autouse=True, scope="module")
+def built() -> Iterator[list[Path]]:
     """Stages that do next to nothing; gives the runs whose reports were built."""
     spec = importlib.util.spec_from_file_location("fake_stages", FAKES)
     assert spec and spec.loader
     fakes = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "fake_stages", fakes)
-    spec.loader.exec_module(fakes)
     reports: list[Path] = []
-    monkeypatch.setattr(recipe, "stage_module", fakes.stage_module)
-    monkeypatch.setattr(recipe, "PROGRAM", [str(FAKES)])
-    monkeypatch.setattr(slingshot.report, "build", reports.append)
-    return reports
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "fake_stages", fakes)
+        spec.loader.exec_module(fakes)
+        patch.setattr(recipe, "stage_module", fakes.stage_module)
+        patch.setattr(recipe, "PROGRAM", [str(FAKES)])
+        patch.setattr(slingshot.report, "build", reports.append)
+        yield reports
 
 
 @pytest.fixture
@@ -69,6 +72,20 @@ def load(tmp_path: Path) -> Callable[..., Recipe]:
         return Recipe.load(str(tmp_path / "three.toml"), overrides, seed)
 
     return write_and_load
+
+
+@pytest.fixture(scope="module")
+def finished(built: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "three.toml").write_text(TEXT)
+    recipe.run(Recipe.load(str(folder / "three.toml")), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def out(finished: Path, tmp_path: Path) -> Path:
+    """A run of TEXT with every stage finished."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def refusal(work: Callable[[], object]) -> str:
@@ -200,10 +217,11 @@ def test_run_makes_every_artifact_and_then_skips_all(
     load: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str], built: list[Path]
 ) -> None:
     out = tmp_path / "run"
+    built.clear()
     recipe.run(load(), out)
     said = capsys.readouterr()
     assert set(states(said.err).values()) == {"done"}
-    assert "[3/3] tuned: done in 0s; loss 0.250, 1.5k tokens, 15 FLOPs" in said.err
+    assert re.search(r"^\[3/3\] tuned: done in \d+s; loss 0.250, 1.5k tokens, 15 FLOPs$", said.err, re.MULTILINE)
     assert "sums pass@1 50.0% (40.0% to 60.0%)" in said.err
     assert "supervised fine-tuning (from picks, base)" in said.err
     assert "What is 2+2?" in said.out and "two and two" in said.out and "1+1" not in said.out
@@ -223,12 +241,7 @@ def test_run_makes_every_artifact_and_then_skips_all(
     assert "skipped (unchanged)" in said.err and "What is 2+2?" in said.out
 
 
-def test_a_changed_key_runs_its_stage_and_what_came_of_it_again(
-    load: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    recipe.run(load(), out)
-    capsys.readouterr()
+def test_a_changed_key_runs_its_stage_and_what_came_of_it_again(load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe.run(load(TEXT, "picks.lr=0.75"), out)
     said = capsys.readouterr().err
     assert "picks is stale: lr 0.5 -> 0.75" in said
@@ -236,49 +249,35 @@ def test_a_changed_key_runs_its_stage_and_what_came_of_it_again(
     assert states(said) == {"base": "skipped", "base.evaluation": "skipped", "picks": "done", "tuned": "done", "tuned.evaluation": "done"}
 
 
-def test_a_parent_that_ends_the_same_leaves_its_children_standing(
-    load: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    recipe.run(load(), out)
-    capsys.readouterr()
+def test_a_parent_that_ends_the_same_leaves_its_children_standing(load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe.run(load(TEXT, "picks.text=other"), out)  # text does not show in what the stage makes
     assert states(capsys.readouterr().err)["tuned"] == "skipped"
 
 
-def test_a_parent_changed_from_outside_is_noticed(load: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "run"
-    recipe.run(load(), out)
+def test_a_parent_changed_from_outside_is_noticed(load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     receipt = read_json(out / "picks" / "receipt.json")
     (out / "picks" / "receipt.json").write_text(json.dumps(receipt | {"digest": "0" * 16}))
-    capsys.readouterr()
     recipe.run(load(), out)
     said = capsys.readouterr().err
     assert "tuned is stale: its parent picks changed" in said
     assert states(said)["picks"] == "skipped" and states(said)["tuned"] == "done"
 
 
-def test_a_cost_that_changed_makes_stale_what_takes_its_number_from_it(load: Callable[..., Recipe], tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    recipe.run(load(), out)
+def test_a_cost_that_changed_makes_stale_what_takes_its_number_from_it(load: Callable[..., Recipe], out: Path) -> None:
     recipe.run(load(TEXT, "base.flops=7"), out)
     assert Receipt.read(out / "tuned").flops == 21
 
 
 def test_price_and_place_make_nothing_stale(
-    load: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe.run(load(), tmp_path / "run")
-    (tmp_path / "run").rename(tmp_path / "moved")
-    capsys.readouterr()
-    monkeypatch.chdir(tmp_path)
-    recipe.run(load(TEXT, "defaults.price=2.5"), Path("moved"))
+    monkeypatch.chdir(out.parent)  # and `out` is a copy of the run that was made elsewhere
+    recipe.run(load(TEXT, "defaults.price=2.5"), Path(out.name))
     assert set(states(capsys.readouterr().err).values()) == {"skipped"}
 
 
-def test_another_kind_of_stage_under_the_same_name_is_stale(load: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe.run(load(), tmp_path / "run")
-    recipe.run(load(TEXT.replace('"sft"', '"rl"')), tmp_path / "run")
+def test_another_kind_of_stage_under_the_same_name_is_stale(load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe.run(load(TEXT.replace('"sft"', '"rl"')), out)
     assert "tuned is stale: stage sft -> rl" in capsys.readouterr().err
 
 

@@ -47,7 +47,7 @@ def chat(engine: Engine, console: Console, params: SamplingParams = DEFAULT_PARA
 
 def _answer(engine: Engine, console: Console, messages: list[Message], params: SamplingParams) -> str:
     """Stream one answer to the console and return it. Ctrl-C ends it where it is."""
-    start, answer, last, note = time.perf_counter(), "", "", ""
+    start, answer, last = time.perf_counter(), "", ""
     deltas = engine.stream(messages, params)
     try:
         while True:

@@ -102,7 +102,7 @@ def _stage_command(kind: str) -> Callable[..., None]:
             raise SlingshotError(f"{kind}: no --out; name the folder the artifact shall become")
         values = _read_table(config) if config else {}
         for text in settings or []:
-            recipe.apply_override(values, text if "=" in text else f"model={text}")
+            recipe.apply_override(values, text if "=" in text else f"{'source' if kind == 'convert' else 'model'}={text}")
         stage.run(stage.Config.parse(values, kind), out)
 
     command.__doc__ = f"One stage: {recipe.KINDS[kind]}."

@@ -30,6 +30,7 @@ HARMLESS_KEYS = {
     "bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "pretraining_tp", "ep_size", "aux_loss_alpha", "seq_aux",
     "_name_or_path", "is_llama_config", "rope_interleaved", "transformers.js_config", "max_window_layers", "layer_types", "num_key_value_heads",
     "mlp_bias", "return_dict", "output_hidden_states", "router_aux_loss_coef", "norm_topk_prob", "_attn_implementation", "unsloth_fixed",
+    "output_router_logits", "qk_head_dim",
 }  # fmt: skip
 
 

@@ -59,8 +59,9 @@ KINDS = {
     "rl": "reinforcement learning with verified rewards (GRPO)",
     "sample": "rejection sampling: keeps what the verifier accepts",
     "evaluate": "scores a model on held-out problems",
+    "convert": "reads a GGUF file, a package's too",
 }
-CHECKPOINT_KINDS = ("pretrain", "sft", "rl")
+CHECKPOINT_KINDS = ("pretrain", "sft", "rl", "convert")
 
 # How a stage's process is started, after the interpreter's name.
 PROGRAM = ["-m", "slingshot"]
@@ -221,6 +222,10 @@ class _Run:
     def _finished(self, stage: Stage) -> bool:
         return (self.out / stage.folder / "receipt.json").exists()
 
+    def _given(self, stage: Stage) -> Path:
+        """The config the stage's process was last started with."""
+        return self.out / "configs" / f"{stage.name}.json"
+
     def _receipt(self, name: str) -> Receipt:
         return Receipt.read(self.out / self.stages[name].folder)
 
@@ -252,19 +257,24 @@ class _Run:
 
     def _intent(self, stage: Stage) -> str:
         source = f" (from {', '.join(stage.parents)})" if stage.parents else ""
-        resumed = ", going on where it stopped" if (self.out / f"{stage.folder}.partial").exists() else ""
+        # What was begun with another config is begun anew.
+        begun = (self.out / f"{stage.folder}.partial").exists() and self._given(stage).exists()
+        resumed = ", going on where it stopped" if begun and not _differences(stage, read_json(self._given(stage)), self._config(stage)) else ""
         return f"{KINDS[stage.kind]}{source} -> {self.out / stage.folder}{resumed}"
 
     def _execute(self, stage: Stage) -> None:
         """Run one stage's process to its end; a stale artifact of it goes first."""
         folder = self.out / stage.folder
-        place = self.out / "configs" / f"{stage.name}.json"
-        write_json(place, self._config(stage))
+        write_json(self._given(stage), self._config(stage))
         if folder.exists():
             if not self._finished(stage):
                 raise SlingshotError(f"{folder} is in the way: it is no artifact of slingshot's; move it or choose another --out")
-            shutil.rmtree(folder)
-        code = _supervise([sys.executable, *self._launcher(), stage.kind, "--config", str(place), "--out", str(folder), "--child"], self.lock)
+            retired = folder.with_name(f".{folder.name}.old")  # killed while it deletes, a run must not leave half an artifact
+            shutil.rmtree(retired, ignore_errors=True)
+            folder.rename(retired)
+            shutil.rmtree(retired)
+        arguments = [stage.kind, "--config", str(self._given(stage)), "--out", str(folder), "--child"]
+        code = _supervise([sys.executable, *self._launcher(), *arguments], self.lock)
         if code in (130, -signal.SIGINT):
             raise KeyboardInterrupt
         if code == 2:

@@ -25,4 +25,4 @@ def chatml() -> Tokenizer:
     vocab = {token: id for id, token in enumerate(added + sorted(pre_tokenizers.ByteLevel.alphabet()) + ["he", "Ġt", "Ġthe"])}
     merges = [("h", "e"), ("Ġ", "t"), ("Ġt", "he")]
     config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "chat_template": CHATML}
-    return Tokenizer.from_bpe(vocab, merges, added, config)
+    return Tokenizer.from_bpe(vocab, merges, dict.fromkeys(added, True), config)

@@ -66,7 +66,7 @@ def test_ids_follow_the_tokens(tokenizer: Tokenizer, opened: bool, data: st.Data
         *map(tokenizer.encode, ["\n", " ", "7", "é🙂", THINK, END_THINK]),
         tokenizer.encode("é")[:1],
     ]
-    ids = sum(data.draw(st.lists(st.sampled_from(words), max_size=10)), [])
+    ids = [id for word in data.draw(st.lists(st.sampled_from(words), max_size=10)) for id in word]
     marks = {tokenizer.think_id: "\ue000", tokenizer.end_think_id: "\ue001"}
     text, run = "", []
     for id in [*ids, None]:

@@ -1,11 +1,13 @@
 """Written responses: what is encoded is what the parser reads back."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slingshot.data.reasoning import Parsed, parse
 from slingshot.data.response import encode_responses
 from slingshot.data.tokenizer import Tokenizer
+from slingshot.files import SlingshotError
 
 texts = st.text(max_size=12).map(lambda text: text.strip("\n"))
 
@@ -29,3 +31,8 @@ def test_parsing_reads_back_what_was_written(tokenizer: Tokenizer, chatml: Token
 def test_tags_typed_within_reasoning_stay_text(tokenizer: Tokenizer) -> None:
     (ids,) = encode_responses(tokenizer, [("a </think> b", "<think>")], opened=True)
     assert parse(ids, True, tokenizer) == Parsed("a </think> b", "<think>", True)
+
+
+def test_a_response_must_be_able_to_end(tokenizer: Tokenizer) -> None:
+    with pytest.raises(SlingshotError, match="names no eos_token"):
+        encode_responses(Tokenizer(tokenizer._backend, {}), [("a", "b")], opened=True)

@@ -58,6 +58,11 @@ def test_stripping_whole_messages_leaves_their_tags_text() -> None:
     assert render("{{ messages[0].content.split('\\n')[1] }}", [user("\n<think>")], TOKENS) == ["<think>"]
 
 
+@pytest.mark.parametrize("source", ["<th{{ messages[0].content | trim }}", "{{ messages[1].content | trim }}ink>"])
+def test_neighbours_do_not_complete_a_control_token(source: str) -> None:
+    assert render(source, [user(" ink> "), user(" <th ")], TOKENS) == ["<think>"]
+
+
 def test_what_transformers_offers_to_templates() -> None:
     assert text_of("{{ {'a': 'é<'} | tojson }}") == '{"a": "é<"}'
     assert text_of("{{ strftime_now('%Y') }}") == str(datetime.now().year)

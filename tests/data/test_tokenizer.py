@@ -102,7 +102,7 @@ def test_parts_of_a_message_do_not_join_into_a_control_token(tokenizer: Tokenize
 def test_neither_merges_nor_normalizers_lead_to_a_control_token() -> None:
     vocab = {"<tok>": 0, "he": 1, "h": 2, "e": 3, "t": 4, "o": 5, "k": 6, "<": 7, ">": 8, "at": 9, "a": 10}
     template = "{{ '<tok>' }}{{ messages[0].content }}"
-    tokenizer = Tokenizer.from_bpe(vocab, [("h", "e"), ("a", "t")], ["<tok>", "he"], {"chat_template": template})
+    tokenizer = Tokenizer.from_bpe(vocab, [("h", "e"), ("a", "t")], {"<tok>": True, "he": True}, {"chat_template": template})
     assert tokenizer.encode("heat") == [2, 3, 9]
     assert tokenizer.encode_chat([{"role": "user", "content": "heat"}]) == [0, 2, 3, 9]
     backend = tokenizers.Tokenizer.from_str(tokenizer._backend.to_str().replace('"normalized":false', '"normalized":true'))
@@ -135,6 +135,12 @@ def test_lone_surrogates_are_replaced(tokenizer: Tokenizer) -> None:
 def test_decode_keeps_tags_and_drops_the_frame(tokenizer: Tokenizer) -> None:
     ids = [0, 3, *tokenizer.encode("3"), 4, 5, *tokenizer.encode("é"), 6, 1, 2, -1, 10**6]
     assert tokenizer.decode(ids) == f"{USER}3{ASSISTANT}{THINK}é{END_THINK}"
+
+
+def test_think_tags_stay_even_where_they_are_special() -> None:
+    vocab = {THINK: 0, END_THINK: 1, "<eos>": 2, "x": 3}
+    tokenizer = Tokenizer.from_bpe(vocab, [], dict.fromkeys([THINK, END_THINK, "<eos>"], True), {"eos_token": "<eos>"})
+    assert tokenizer.decode([0, 3, 1, 2]) == f"{THINK}x{END_THINK}"
 
 
 @thorough

@@ -10,6 +10,15 @@ from slingshot.model.transformer import Transformer
 TEXTS = ["What is 3+4-2? 3 plus 4 is 7, 7 minus 2 is 5.", "3+4-2はいくつ? 3足す4は7、7引く2は5。", "The end. Stop here, then go on until the end."]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Products this small gain nothing from a second thread, and lose much on a busy machine: OpenMP threads wait for each other by spinning."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return Tokenizer.train(TEXTS * 20, vocab_size=300)

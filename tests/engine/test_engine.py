@@ -108,7 +108,7 @@ def test_slots_are_reused_and_never_idle(dense_model, tokenizer, monkeypatch):
 def test_n_samples_share_one_prefill_and_differ(model, tokenizer, monkeypatch):
     prefilled = []
     prefill = Engine._prefill
-    monkeypatch.setattr(Engine, "_prefill", lambda self, group: (prefilled.extend(group), prefill(self, group))[1])
+    monkeypatch.setattr(Engine, "_prefill", lambda self, slot, prompts: (prefilled.extend(prompts), prefill(self, slot, prompts))[1])
     (output,) = Engine(model, tokenizer).generate(prompts_of(12), SamplingParams(max_tokens=12, n=6))
     assert len(prefilled) == 1
     assert len({tuple(completion.token_ids) for completion in output.outputs}) == 6
@@ -117,7 +117,7 @@ def test_n_samples_share_one_prefill_and_differ(model, tokenizer, monkeypatch):
 def test_prompts_of_similar_length_are_prefilled_together(dense_model, tokenizer, monkeypatch):
     groups = []
     prefill = Engine._prefill
-    monkeypatch.setattr(Engine, "_prefill", lambda self, group: (groups.append([len(one.request.prompt) for one in group]), prefill(self, group))[1])
+    monkeypatch.setattr(Engine, "_prefill", lambda self, slot, prompts: (groups.append([*map(len, prompts)]), prefill(self, slot, prompts))[1])
     Engine(dense_model, tokenizer).generate(prompts_of(60, 3, 20, 100, 61, 4, 90), SamplingParams(max_tokens=1))
     assert groups == [[3, 4, 20], [60, 61, 90, 100]]
     groups.clear()

@@ -79,7 +79,7 @@ def test_problems_repeat_by_seed_and_seeds_share_nothing_in_order(chain_sum):
         for task, seed in ((chain_sum, 3), (load_task("gym:chain_sum", min_terms=2, max_terms=3, min_digits=1, max_digits=3), 3), (chain_sum, 4))
     )
     assert first == again
-    assert first[1:200] != other[:199] and first[:199] != other[1:200]
+    assert not any(first[at : at + 20] == other[:20] or other[at : at + 20] == first[:20] for at in range(1400))
 
 
 def test_a_sum_must_be_answered_with_its_number(chain_sum):

@@ -67,6 +67,14 @@ def test_iterators_survive_each_other_and_a_restart_of_the_worker(load):
     assert mixed == [problem for problem in whole[:140] for _ in range(2)]
 
 
+def test_problems_is_called_once_for_all_its_problems(load):
+    task = load(
+        "calls = 0\ndef problems(split, seed):\n    global calls\n    calls += 1\n"
+        "    for n in range(300): yield {'prompt': str(n), 'data': {'calls': calls}}\n" + VERIFY
+    )
+    assert {problem.data["calls"] for problem in task.problems("train", 0)} == {1}
+
+
 def test_two_functions_are_enough(load):
     task = load(PROBLEMS + VERIFY)
     problem = next(task.problems("train", 0))

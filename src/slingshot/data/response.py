@@ -1,6 +1,8 @@
 """The assistant's turn as token ids: reasoning, the closing tag, the answer, end of text.
 
     encode_responses(tokenizer, [("3 plus 4 is 7", "7")], opened=True)
+
+The inverse of data/reasoning.py.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from slingshot.data.tokenizer import Tokenizer
+from slingshot.files import SlingshotError
 
 
 def encode_responses(tokenizer: Tokenizer, responses: Sequence[tuple[str, str]], opened: bool) -> list[list[int]]:
@@ -15,6 +18,8 @@ def encode_responses(tokenizer: Tokenizer, responses: Sequence[tuple[str, str]],
 
     Where the vocabulary has no think tokens (models not made for reasoning) the tags are written as ordinary text.
     """
+    if tokenizer.eos_id is None:
+        raise SlingshotError("this tokenizer names no eos_token, so a response could never end; add it to tokenizer_config.json")
     if tokenizer.end_think_id is None or tokenizer.think_id is None:
         start = "" if opened else "<think>\n"
         texts = [f"{start}{reasoning}\n</think>\n\n{answer}" for reasoning, answer in responses]

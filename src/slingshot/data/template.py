@@ -225,7 +225,7 @@ def _sized(context: Context, text: str) -> str:
 class _Generation(Extension):
     """The `{% generation %}` block of templates that mark what the assistant wrote: its body, as it stands."""
 
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+    tags = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

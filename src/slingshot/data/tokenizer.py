@@ -114,13 +114,14 @@ class Tokenizer:
         return cls(_with_flags(backend, R1_TOKENS), _new_config(R1_CONFIG))
 
     @classmethod
-    def from_bpe(cls, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], added: Iterable[str], config: Mapping[str, Any]) -> Tokenizer:
+    def from_bpe(cls, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], added: Mapping[str, bool], config: Mapping[str, Any]) -> Tokenizer:
         """Build a tokenizer that splits individual digits, then as GPT-2 (SmolLM's): from a GGUF file's tables, say.
 
-        vocab: byte-level token -> id, the added (control) tokens included. config: bos_token, eos_token, pad_token, chat_template.
+        vocab: byte-level token -> id, the added (control) tokens included; added: those, and whether they are special.
+        config: bos_token, eos_token, pad_token, chat_template.
         """
         backend = _byte_level(models.BPE(vocab=dict(vocab), merges=list(merges)))
-        backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in added])
+        backend.add_tokens([tokenizers.AddedToken(token, special=special, normalized=False) for token, special in added.items()])
         return cls(backend, _new_config(config))
 
     @property
@@ -161,15 +162,10 @@ class Tokenizer:
             enable_thinking=thinking,  # Qwen3's name for it
             **variables,
         )
-        pieces = [_clean(piece) for piece in pieces]
-        starts = itertools.accumulate(map(len, pieces), initial=0)
-        written = [(self._control_tokens[token], (at, at + len(token))) for at, token in list(zip(starts, pieces, strict=False))[1::2]]
-        # When the template's control tokens are all there is to find, the whole is encoded as transformers does it.
-        whole = self._backend.encode("".join(pieces), add_special_tokens=False)
-        if written == [(id, span) for id, span in zip(whole.ids, whole.offsets, strict=True) if id in self.control_ids]:
-            return whole.ids
-        texts = self.encode_batch(pieces[::2])
-        return texts[0] + [id for (control, _), text in zip(written, texts[1:], strict=True) for id in (control, *text)]
+        ids = self.encode(pieces[0])
+        for token, text in zip(pieces[1::2], pieces[2::2], strict=True):
+            ids += [self._control_tokens[token], *self.encode(text)]
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids. Role and think tags stay; special tokens (bos, eos, pad) and ids beyond the vocabulary add nothing."""

@@ -2,8 +2,8 @@
 
 Active rows are always the first ones: a sequence that leaves gives its slot to the last row, so a step reads plain slices.
 
-    batch.place(sequences)          # into the next free slots; their prompts must then be written to the cache
-    batch.remove(sequence)
+    first_slot = batch.place(sequences)     # into the next free slots; their prompts must then be written to the cache
+    batch.remove(slot)
 
 Suffix: S slots.
 """
@@ -44,14 +44,10 @@ class Batch:
         """Whether `rows` sequences of at most `length` tokens may be active at once."""
         return rows <= self._max_batch and (rows == 1 or rows * length <= self._max_entries)
 
-    def place(self, sequences: list[Sequence]) -> None:
-        """Give each sequence the next slot, its row poised to decode the prompt's last token; the cache grows where needed."""
-        first = len(self.sequences)
+    def place(self, sequences: list[Sequence]) -> int:
+        """Give each sequence the next slot, its row poised to decode the prompt's last token; -> the first one's. The cache grows where needed."""
+        first, requests = len(self.sequences), [sequence.request for sequence in sequences]
         self._reserve(first + len(sequences), max(sequence.request.limit for sequence in [*self.sequences, *sequences]))
-        for slot, sequence in enumerate(sequences, start=first):
-            sequence.slot = slot
-        self.sequences += sequences
-        requests = [sequence.request for sequence in sequences]
         values = (
             [request.prompt[-1] for request in requests],
             [len(request.prompt) - 1 for request in requests],
@@ -61,29 +57,32 @@ class Batch:
             [request.params.temperature for request in requests],
         )
         for rows_S, row_values in zip(self._rows_S, values, strict=True):
-            rows_S[first : len(self.sequences)] = torch.tensor(row_values, dtype=rows_S.dtype, device=self._device)
+            rows_S[first : first + len(sequences)] = torch.tensor(row_values, dtype=rows_S.dtype, device=self._device)
+        self.sequences += sequences
+        return first
 
-    def remove(self, sequence: Sequence) -> None:
-        """Free the sequence's slot; the last row moves into it. Remove several from the highest slot down, so that no row moves that is to leave."""
-        hole = sequence.slot
-        assert hole is not None
-        last = self.sequences.pop()
-        if last is not sequence:
-            source = len(self.sequences)
-            self.cache.copy(source, hole, last.length - 1)
+    def remove(self, slot: int) -> Sequence:
+        """Take out the sequence in this slot; the last row moves there. Remove several from the highest slot down, so that none moves in vain."""
+        leaving, last, source = self.sequences[slot], self.sequences[-1], len(self.sequences) - 1
+        if slot != source:
+            self.cache.copy(source, slot, last.length - 1)
             for rows_S in self._rows_S:
-                rows_S[hole] = rows_S[source]
-            self.sequences[hole], last.slot = last, hole
-        sequence.slot = None
+                rows_S[slot] = rows_S[source]
+            self.sequences[slot] = last
+        self.sequences.pop()
+        return leaving
 
     def _reserve(self, rows: int, length: int) -> None:
         """Make the cache hold `rows` sequences of `length` tokens. Rows grow by doubling, so that a growing load is copied seldom."""
         old, active = self.cache, len(self.sequences)
         if rows <= old.slots and length <= old.length:
             return
+        if not active:
+            old.data.clear()  # nothing to keep: its memory goes before its successor's comes
         doubled = min(self._max_batch, 1 << (rows - 1).bit_length())
         length = -(-length // LENGTH_STEP) * LENGTH_STEP
         self.cache = Cache(self._config, doubled if self.fits(doubled, length) else rows, length, self._dtype, self._device)
-        used = max((sequence.length for sequence in self.sequences), default=0)
-        for layer, old_layer in zip(self.cache.data, old.data, strict=True):
-            layer[:active, :used] = old_layer[:active, :used]
+        if active:
+            used = max(sequence.length for sequence in self.sequences)
+            for layer, old_layer in zip(self.cache.data, old.data, strict=True):
+                layer[:active, :used] = old_layer[:active, :used]

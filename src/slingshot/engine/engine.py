@@ -39,7 +39,7 @@ Message = Mapping[str, str]
 Prompt = str | Seq[int] | Seq[Message]
 
 PREFILL_TOKENS = 8192  # prompt tokens, padding included, in one forward pass
-PREFILL_SCORES = 1 << 25  # attention scores of one layer in one forward pass: 128 MiB in float32
+PREFILL_SCORES = 1 << 24  # attention scores of one layer in one forward pass: 64 MiB in float32, of which attention makes a few copies
 EXTENT_STEP = 16  # decoding attends over a multiple of this many cached tokens, so that kernels see few shapes
 
 
@@ -117,16 +117,13 @@ class Engine:
         outputs, self._unclaimed = self._unclaimed, []
         self._admit()
         if self._batch.sequences:
-            ids, logprobs = self._decode()
-            finished = [
-                sequence for sequence, token_id, logprob in zip(self._batch.sequences, ids, logprobs, strict=True) if sequence.push(token_id, logprob)
-            ]
-            for sequence in reversed(finished):
-                self._batch.remove(sequence)
-            for sequence in finished:
-                sequence.request.unfinished -= 1
-                if not sequence.request.unfinished:
-                    outputs.append(self._requests.pop(sequence.request.request_id).output())
+            sampled = zip(self._batch.sequences, *self._decode(), strict=True)
+            finished = [slot for slot, (sequence, token_id, logprob) in enumerate(sampled) if sequence.push(token_id, logprob)]
+            requests = [self._batch.remove(slot).request for slot in reversed(finished)]
+            for request in requests:
+                request.unfinished -= 1
+                if not request.unfinished:
+                    outputs.append(self._requests.pop(request.request_id).output())
         return outputs
 
     @property
@@ -140,11 +137,9 @@ class Engine:
         request = self._requests.pop(request_id, None)
         if request is None:
             return None
-        for sequence in request.sequences:
-            if sequence.slot is not None:
-                self._batch.remove(sequence)
-        self._waiting = deque(sequence for sequence in self._waiting if sequence.request is not request)
-        return request.output()
+        for slot in reversed([slot for slot, sequence in enumerate(self._batch.sequences) if sequence.request is request]):
+            self._batch.remove(slot)
+        return request.output()  # its waiting samples are passed over when their turn comes
 
     def generate(
         self, prompts: Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None, keys: Seq[str] | None = None
@@ -249,36 +244,36 @@ class Engine:
         admitted: list[Sequence] = []
         longest = max((sequence.request.limit for sequence in batch.sequences), default=0)
         while self._waiting:
-            longest = max(longest, self._waiting[0].request.limit)
-            if not batch.fits(len(batch.sequences) + len(admitted) + 1, longest):
-                break
-            admitted.append(self._waiting.popleft())
-        holders = {sequence.request: sequence for sequence in batch.sequences}  # who has a prompt in the cache already
-        leaders: list[Sequence] = []
-        followers: list[Sequence] = []
-        for sequence in admitted:
-            (leaders if holders.setdefault(sequence.request, sequence) is sequence else followers).append(sequence)
-        leaders.sort(key=lambda sequence: len(sequence.request.prompt))
-        batch.place(leaders + followers)
-        for group in _similar(leaders):
-            self._prefill(group)
-        for sequence in followers:
-            source, slot = holders[sequence.request].slot, sequence.slot
-            assert source is not None and slot is not None
-            batch.cache.copy(source, slot, len(sequence.request.prompt) - 1)
+            request = self._waiting[0].request
+            if request.request_id in self._requests:  # else it was aborted
+                longest = max(longest, request.limit)
+                if not batch.fits(len(batch.sequences) + len(admitted) + 1, longest):
+                    break
+                admitted.append(self._waiting[0])
+            self._waiting.popleft()
+        if not admitted:
+            return
+        slots = {sequence.request: slot for slot, sequence in enumerate(batch.sequences)}  # where a prompt stands in the cache already
+        first = {sequence.request: sequence for sequence in reversed(admitted) if sequence.request not in slots}
+        leaders = sorted(first.values(), key=lambda sequence: len(sequence.request.prompt))
+        followers = [sequence for sequence in admitted if first.get(sequence.request) is not sequence]
+        slots |= {sequence.request: slot for slot, sequence in enumerate(leaders, start=len(batch.sequences))}
+        place = batch.place(leaders + followers)
+        for group in _similar([sequence.request.prompt for sequence in leaders]):
+            self._prefill(place, group)
+            place += len(group)
+        for slot, sequence in enumerate(followers, start=place):
+            batch.cache.copy(slots[sequence.request], slot, len(sequence.request.prompt) - 1)
 
-    def _prefill(self, group: list[Sequence]) -> None:
+    def _prefill(self, first_slot: int, prompts: list[list[int]]) -> None:
         """Write all but the last token of these prompts to the cache, in chunks that bound memory. Padding is harmless: decoding overwrites it."""
-        first, rows = group[0].slot, len(group)
-        assert first is not None
-        prompts = [sequence.request.prompt[:-1] for sequence in group]
-        width = max(map(len, prompts))
-        tokens_BT = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=self._device)
+        rows, width = len(prompts), max(map(len, prompts)) - 1
+        tokens_BT = torch.tensor([prompt[:-1] + [0] * (width + 1 - len(prompt)) for prompt in prompts], device=self._device)
         positions_BT = torch.arange(width, device=self._device).expand(rows, width)
         chunk = max(1, PREFILL_SCORES // max(1, rows * width * self.model.config.num_attention_heads))
         for start in range(0, width, chunk):
             end = min(start + chunk, width)
-            view = self._batch.cache.view(first, rows, end)
+            view = self._batch.cache.view(first_slot, rows, end)
             self.model(tokens_BT[:, start:end], positions_BT[:, start:end], cache=view, logits=False)
 
     def _decode(self) -> tuple[list[int], list[float]]:
@@ -297,15 +292,14 @@ class Engine:
         return ids_B.tolist(), logprobs_B.tolist()
 
 
-def _similar(sequences: list[Sequence]) -> Iterator[list[Sequence]]:
-    """Part sequences, sorted by prompt length, into groups worth padding to one length and small enough for one forward pass."""
-    group: list[Sequence] = []
-    for sequence in sequences:
-        length = len(sequence.request.prompt)
-        if group and (length * (len(group) + 1) > PREFILL_TOKENS or length > 16 + 1.5 * len(group[0].request.prompt)):
+def _similar(prompts: list[list[int]]) -> Iterator[list[list[int]]]:
+    """Part prompts, sorted by length, into groups worth padding to one length and small enough for one forward pass."""
+    group: list[list[int]] = []
+    for prompt in prompts:
+        if group and (len(prompt) * (len(group) + 1) > PREFILL_TOKENS or len(prompt) > 16 + 1.5 * len(group[0])):
             yield group
             group = []
-        group.append(sequence)
+        group.append(prompt)
     if group:
         yield group
 

@@ -76,11 +76,10 @@ class StopWatch:
 
 
 class Sequence:
-    """One sample while it is generated. `slot` is its row in the batch; None while it waits."""
+    """One sample while it is generated."""
 
     def __init__(self, request: Request, index: int) -> None:
-        self.request, self.index = request, index
-        self.slot: int | None = None
+        self.request = request
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.finish_reason: FinishReason | None = None
@@ -109,17 +108,12 @@ class Sequence:
 
         Where the cut falls inside a token, the part before it is encoded anew; text never encodes to control tokens, so tags stay what they were.
         """
-        ids = self.token_ids
-        if self.finish_reason == "stop" and (self.watch is None or self.watch.cut is None):
-            return ids[:-1]
+        ids, tokenizer = self.token_ids, self.request.tokenizer
         if self.watch is None or self.watch.cut is None:
-            return ids
-        text, tokenizer = self.watch.text[: self.watch.cut], self.request.tokenizer
-        for count in range(len(ids), -1, -1):
-            whole = tokenizer.decode(ids[:count])
-            if text.startswith(whole):
-                return ids[:count] + tokenizer.encode(text[len(whole) :])
-        return []
+            return ids[:-1] if self.finish_reason == "stop" else ids
+        text = self.watch.text[: self.watch.cut]
+        whole = next(count for count in range(len(ids), -1, -1) if text.startswith(tokenizer.decode(ids[:count])))
+        return ids[:whole] + tokenizer.encode(text[len(tokenizer.decode(ids[:whole])) :])
 
     def completion(self) -> Completion:
         """What became of the sample. An unfinished one counts as aborted."""

@@ -60,14 +60,20 @@ def from_hf_tensors(config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], 
             continue
         target = _target(state, name)
         if target is None:
-            raise SlingshotError(f"{where}: unknown tensor {name}; is config.json of another model?")
+            raise SlingshotError(f"{where}: unknown tensor {name}; is its configuration another model's?")
         if target.shape != tensor.shape:
-            raise SlingshotError(f"{where}: {name} has shape {list(tensor.shape)}, config.json says {list(target.shape)}")
+            raise SlingshotError(f"{where}: {name} has shape {list(tensor.shape)}, its configuration says {list(target.shape)}")
         target.copy_(tensor)
         if not torch.isfinite(target).all():
             raise SlingshotError(f"{where}: {name} holds NaN or infinite values")
         missing.discard(name)
-    if missing:
+    mtp = f"model.layers.{config.num_hidden_layers}."
+    if missing and missing == {name for name in to_hf_names(config, expected) if name.startswith(mtp)}:
+        # transformers does not save the MTP module, though its config.json goes on mentioning one
+        with torch.device("meta"):
+            model = Transformer(config.model_copy(update={"num_nextn_predict_layers": 0}))
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(mtp)}
+    elif missing:
         raise SlingshotError(f"{where}: {len(missing)} tensors are missing, among them {sorted(missing)[0]}")
     model.load_state_dict(state, assign=True)
     return model
@@ -117,7 +123,7 @@ def load_model(path: Path | str, dtype: torch.dtype = torch.float32, device: tor
     if path.suffix == ".gguf":
         from slingshot.model.gguf import load_gguf
 
-        return load_gguf(path, dtype)[0].to(device)
+        return load_gguf(path, dtype).to(device)
     if not path.is_dir():
         raise SlingshotError(f"{path} is not a checkpoint folder; a checkpoint holds config.json and model.safetensors")
     return from_hf_tensors(load_config(path), _read_tensors(path), str(path), dtype).to(device)
@@ -166,7 +172,8 @@ def save_checkpoint(folder: Path, model: Transformer, tokenizer: Tokenizer, stat
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise SlingshotError(f"cannot write {folder / 'model.safetensors'}: {error}; free space there or choose another --out") from error
-    write_json(folder / "config.json", config.to_hf())
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    write_json(folder / "config.json", {key: value for key, value in config.to_hf().items() if key != "dtype"} | {"torch_dtype": dtype})
     eos = sorted(tokenizer.eos_ids)
     generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos if len(eos) > 1 else tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     write_json(folder / "generation_config.json", generation | {"do_sample": True, "temperature": 0.6, "top_p": 0.95})

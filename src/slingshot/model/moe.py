@@ -175,4 +175,5 @@ def balance_loss(scores_BTE: Tensor, experts_BTk: Tensor, valid_BT: Tensor | Non
     weight_BT1 = valid_BT[..., None].to(scores_BTE.dtype)
     length_B1 = weight_BT1.sum(1).clamp(min=1)
     frequency_BE = (chosen_BTE * weight_BT1).sum(1) / length_B1 * (n_experts / k)
-    return (frequency_BE * (shares_BTE * weight_BT1).sum(1) / length_B1).sum(-1).mean()
+    sequences = valid_BT.any(1).sum().clamp(min=1)
+    return (frequency_BE * (shares_BTE * weight_BT1).sum(1) / length_B1).sum() / sequences

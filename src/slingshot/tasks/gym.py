@@ -106,7 +106,7 @@ class Gym(Task):
         return Solution(" ".join(said), problem.answer)
 
     def verify(self, problem: Problem, text: str, lenient: bool = False) -> Reward:
-        """Where the known answer is a number or a single word, so must be the one that is read; else it is the whole text (lenient: the last line)."""
+        """Where the known answer is a number or a single word, so must be the one read; else it is the whole text (lenient: the last line)."""
         known = read_number(problem.answer)
         if known is not None:
             answer = last_number(text) if lenient else read_number(text)

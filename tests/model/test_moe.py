@@ -1,0 +1,150 @@
+"""DeepSeekMoE: choice by hand, and sorted, padded experts equal to a loop over tokens, gradients included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slingshot.config import ModelConfig
+from slingshot.model.moe import Gate, MoE, balance_loss, expert_load
+from slingshot.model.transformer import Transformer
+
+Config = Callable[..., ModelConfig]
+
+
+def logit(*scores: float) -> Tensor:
+    return torch.tensor(scores).logit()
+
+
+def gate_with_scores(config: ModelConfig, bias: list[float], scores: list[float]) -> tuple[list[int], list[float]]:
+    """Chosen experts and gate values of one token whose router scores are `scores`: its first coordinate is 1, the router's first column their logits."""
+    gate = Gate(config)
+    with torch.no_grad():
+        gate.weight.zero_()
+        gate.weight[:, 0] = logit(*scores)
+        gate.e_score_correction_bias.copy_(torch.tensor(bias))
+        x_ND = torch.zeros(1, config.hidden_size)
+        x_ND[0, 0] = 1
+        routing = gate(x_ND)
+    assert torch.allclose(routing.scores_NE, torch.tensor([scores]))
+    chosen = sorted(zip(routing.experts_Nk[0].tolist(), routing.gates_Nk[0].tolist(), strict=True))
+    return [expert for expert, _ in chosen], [value for _, value in chosen]
+
+
+@pytest.fixture
+def four(deepseek: Config) -> Callable[..., ModelConfig]:
+    base = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
+    return lambda **changes: deepseek(**base | changes)
+
+
+def test_the_bias_moves_the_choice_but_not_the_gate_values(four: Config) -> None:
+    scores = [0.9, 0.6, 0.3, 0.2]
+    assert gate_with_scores(four(), [0.0, 0.0, 0.0, 0.0], scores) == ([0, 1], pytest.approx([0.6, 0.4]))
+    assert gate_with_scores(four(), [0.0, 0.0, 0.4, 0.0], scores) == ([0, 2], pytest.approx([0.75, 0.25]))
+
+
+def test_gate_values_are_normalised_on_request_and_scaled_always(four: Config) -> None:
+    scores = [0.9, 0.6, 0.3, 0.2]
+    assert gate_with_scores(four(norm_topk_prob=False), [0.0] * 4, scores)[1] == pytest.approx([0.9, 0.6])
+    assert gate_with_scores(four(norm_topk_prob=False, routed_scaling_factor=2.5), [0.0] * 4, scores)[1] == pytest.approx([2.25, 1.5])
+    assert gate_with_scores(four(routed_scaling_factor=2.5), [0.0] * 4, scores)[1] == pytest.approx([1.5, 1.0])
+
+
+def test_only_the_groups_with_the_best_pairs_are_open(four: Config) -> None:
+    """Groups score 0.8 + 0.1 and 0.5 + 0.45: the best expert stands in the closed group. Biases may make open experts negative."""
+    config = four(n_group=2, topk_group=1)
+    assert gate_with_scores(config, [0.0] * 4, [0.8, 0.1, 0.5, 0.45])[0] == [2, 3]
+    assert gate_with_scores(config, [-0.9, -0.9, -0.6, -0.6], [0.8, 0.1, 0.5, 0.45])[0] == [2, 3]
+
+
+def naive(moe: MoE, x_ND: Tensor, config: ModelConfig) -> Tensor:
+    """Equations 12 to 16 of arXiv 2412.19437, token by token; without groups."""
+    rows = []
+    for x_D in x_ND:
+        scores_E = (moe.gate.weight @ x_D).sigmoid()
+        chosen = (scores_E + moe.gate.e_score_correction_bias).topk(config.num_experts_per_tok).indices.tolist()
+        total = sum(scores_E[expert] for expert in chosen)
+        y_D = torch.zeros_like(x_D)
+        for expert in chosen:
+            gate_FD, up_FD = moe.experts.gate_up_proj.weight[expert]
+            y_D = y_D + config.routed_scaling_factor * scores_E[expert] / total * (
+                moe.experts.down_proj.weight[expert] @ (F.silu(gate_FD @ x_D) * (up_FD @ x_D))
+            )
+        if moe.shared_experts is not None:
+            shared = moe.shared_experts
+            y_D = y_D + shared.down_proj.weight @ (F.silu(shared.gate_proj.weight @ x_D) * (shared.up_proj.weight @ x_D))
+        rows.append(y_D)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("tokens", [1, 37, 1400], ids=["one token", "padded to 16", "padded to 128"])
+@pytest.mark.parametrize("shared", [0, 2])
+def test_output_and_all_gradients_equal_a_loop_over_tokens(
+    make_model: Callable[..., Transformer], deepseek: Config, tokens: int, shared: int
+) -> None:
+    """Row counts that are no multiple of a block, experts without a token, and enough assignments for the larger block."""
+    config = deepseek(n_group=1, topk_group=1, n_shared_experts=shared, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
+    moe = make_model(config).moe_layers()[0]
+    moe.gate.e_score_correction_bias[5] = -10.0  # an expert nobody chooses
+    generator = torch.Generator().manual_seed(0)
+    x_ND = torch.randn(tokens, config.hidden_size, generator=generator)
+    seed_ND = torch.randn(tokens, config.hidden_size, generator=generator)
+
+    def gradients(run: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        moe.zero_grad()
+        x = x_ND.clone().requires_grad_()
+        y = run(x)
+        y.backward(seed_ND)
+        assert x.grad is not None
+        return y.detach(), {"x": x.grad} | {name: parameter.grad.clone() for name, parameter in moe.named_parameters() if parameter.grad is not None}
+
+    y, found = gradients(lambda x: moe(x[None])[0][0])
+    expected_y, expected = gradients(lambda x: naive(moe, x, config))
+    assert torch.allclose(y, expected_y, atol=1e-5)
+    assert found.keys() == expected.keys() == {"x"} | {name for name, _ in moe.named_parameters()}
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 1e-3
+        assert (found[name] - gradient).abs().max() < 1e-5 * max(1.0, float(gradient.abs().max())), name
+    assert found["experts.down_proj.weight"][5].count_nonzero() == 0
+
+
+def test_expert_load_by_hand() -> None:
+    experts_Nk = torch.tensor([[0, 2], [2, 1], [2, 0]])
+    assert expert_load(experts_Nk, None, 4).tolist() == [2.0, 1.0, 3.0, 0.0]
+    assert expert_load(experts_Nk, torch.tensor([True, False, True]), 4).tolist() == [2.0, 0.0, 2.0, 0.0]
+
+
+def test_balance_loss_by_hand() -> None:
+    """E = 4, k = 2, T = 2: f counts choices times E / (k T) = 1; P is the mean share."""
+    scores_BTE = torch.tensor([[[0.5, 0.25, 0.25, 0.0], [0.8, 0.0, 0.8, 0.4]]])
+    experts_BTk = torch.tensor([[[0, 1], [0, 2]]])
+    # f = (2, 1, 1, 0); shares (.5, .25, .25, 0) and (.4, 0, .4, .2): P = (.45, .125, .325, .1)
+    assert float(balance_loss(scores_BTE, experts_BTk)) == pytest.approx(2 * 0.45 + 0.125 + 0.325)
+    even = torch.full((3, 2, 4), 0.5), torch.tensor([[[0, 1], [2, 3]]]).expand(3, 2, 2)
+    assert float(balance_loss(*even)) == pytest.approx(1.0)
+
+
+def test_balance_loss_is_of_sequences_and_padding_is_none() -> None:
+    """Sequences are averaged, not pooled; padded positions and rows of padding only change nothing."""
+    scores_BTE = torch.tensor([[[0.5, 0.25, 0.25, 0.0], [0.8, 0.0, 0.8, 0.4]], [[0.5, 0.5, 0.5, 0.5]] * 2])
+    experts_BTk = torch.tensor([[[0, 1], [0, 2]], [[0, 1], [0, 1]]])
+    expected = (1.35 + 1.0) / 2
+    assert float(balance_loss(scores_BTE, experts_BTk)) == pytest.approx(expected)
+    padding = torch.rand(3, 3, 4, generator=torch.Generator().manual_seed(0))
+    padding[:2, :2] = scores_BTE
+    chosen = torch.zeros(3, 3, 2, dtype=torch.long)
+    chosen[..., 1] = 3
+    chosen[:2, :2] = experts_BTk
+    valid = torch.tensor([[True, True, False]] * 2 + [[False] * 3])
+    assert float(balance_loss(padding, chosen, valid)) == pytest.approx(expected)
+
+
+def test_balance_loss_moves_scores_towards_even_load() -> None:
+    scores = torch.tensor([[[0.6, 0.5, 0.4, 0.3]] * 3], requires_grad=True)
+    balance_loss(scores, torch.tensor([[[0, 1]] * 3])).backward()
+    assert scores.grad is not None
+    assert (scores.grad[..., :2] > 0).all() and (scores.grad[..., 2:] < 0).all()

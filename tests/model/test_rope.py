@@ -1,0 +1,75 @@
+"""Rotary embeddings: hand-computed angles, and what they are for: scores depend on distances only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from slingshot.config import ModelConfig
+from slingshot.model.rope import frequencies, rotary, rotate, softmax_scale, yarn_mscale
+
+Config = Callable[..., ModelConfig]
+
+
+def test_plain_frequencies_and_angles_by_hand(dense: Config) -> None:
+    config = dense(head_dim=4, rope_theta=100.0)
+    assert frequencies(config).tolist() == pytest.approx([1.0, 0.1])  # 100^0, 100^(-2/4)
+    cos, sin = rotary(config, torch.tensor([[0, 3]]))
+    assert cos[0].tolist() == [[1.0, 1.0], pytest.approx([math.cos(3), math.cos(0.3)])]
+    assert sin[0, 1].tolist() == pytest.approx([math.sin(3), math.sin(0.3)])
+
+
+def test_deepseek_rotates_its_rope_part_only(deepseek: Config) -> None:
+    assert frequencies(deepseek(qk_rope_head_dim=6)).shape == (3,)
+
+
+def test_a_quarter_turn_by_hand() -> None:
+    """(x, y) -> (-y, x); pairs are neighbours for DeepSeek, halves apart for Llama; both come out as halves."""
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
+    cos, sin = torch.zeros(1, 1, 2), torch.ones(1, 1, 2)
+    assert rotate(x, cos, sin, interleaved=True).flatten().tolist() == [-2.0, -4.0, 1.0, 3.0]
+    assert rotate(x, cos, sin, interleaved=False).flatten().tolist() == [-3.0, -4.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_scores_depend_on_the_distance_only(dense: Config, interleaved: bool) -> None:
+    config = dense(head_dim=8)
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
+
+    def score(query_at: int, key_at: int) -> float:
+        turned = [rotate(x, *rotary(config, torch.tensor([[at]])), interleaved) for x, at in ((q, query_at), (k, key_at))]
+        return float((turned[0] * turned[1]).sum())
+
+    assert score(7, 4) == pytest.approx(score(103, 100), abs=1e-4)
+    assert score(7, 4) != pytest.approx(score(7, 5), abs=1e-3)
+
+
+def test_llama3_keeps_fast_pairs_and_slows_slow_ones(dense: Config) -> None:
+    """Wavelengths under original/high_freq stay, over original/low_freq are stretched by the factor, smooth in between (Llama 3.1)."""
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 100, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaled = frequencies(dense(head_dim=6, rope_theta=1000.0, rope_scaling=llama3))
+    # wavelengths 6.28, 62.8 and 628; smooth of the middle one: (100 / 62.83 - 1) / (4 - 1) = 0.19718
+    assert scaled.tolist() == pytest.approx([1.0, (0.80282 / 8 + 0.19718) * 0.1, 0.01 / 8], rel=1e-4)
+
+
+def test_yarn_keeps_fast_pairs_and_interpolates_slow_ones(deepseek: Config) -> None:
+    """Pairs that turn over 32 times within the original length stay, those under once are divided by the factor (arXiv 2309.00071, 3.2)."""
+    yarn = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0}
+    config = deepseek(qk_rope_head_dim=64, rope_scaling=yarn)
+    ratio = frequencies(config) / frequencies(deepseek(qk_rope_head_dim=64))
+    # 64 ln(4096 / (2 pi r)) / (2 ln 10000) is 10.47 for r = 32, 22.51 for r = 1: kept up to 10, fully interpolated from 23
+    assert ratio[:11].tolist() == pytest.approx([1.0] * 11)
+    assert ratio[23:].tolist() == pytest.approx([1 / 40] * 9)
+    assert ratio[12] == pytest.approx(1 - 2 / 13 * (1 - 1 / 40))
+
+
+def test_yarn_temperature_as_deepseek_v3_sets_it(deepseek: Config) -> None:
+    assert yarn_mscale(40.0, 1.0) == pytest.approx(1.368888, abs=1e-6) and yarn_mscale(1.0, 1.0) == 1.0
+    both = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0}
+    assert softmax_scale(deepseek(rope_scaling=both)) == pytest.approx(14**-0.5 * 1.368888**2, rel=1e-6)
+    assert rotary(deepseek(rope_scaling=both), torch.zeros(1, 1))[0].max() == 1.0  # the two temperatures cancel in the rotation
+    assert softmax_scale(deepseek(rope_scaling=both | {"mscale_all_dim": 0.0})) == pytest.approx(14**-0.5)
+    assert rotary(deepseek(rope_scaling=both | {"mscale_all_dim": 0.0}), torch.zeros(1, 1))[0].max() == pytest.approx(1.368888)

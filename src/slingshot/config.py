@@ -239,7 +239,8 @@ class ModelConfig(Strict):
         raw["rope_scaling"] = None
         if self.rope_scaling is not None:
             keys = {"rope_type", "factor", "original_max_position_embeddings"}
-            keys |= {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"} if self.rope_scaling.rope_type == "yarn" else {"low_freq_factor", "high_freq_factor"}
+            yarn = self.rope_scaling.rope_type == "yarn"
+            keys |= {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"} if yarn else {"low_freq_factor", "high_freq_factor"}
             raw["rope_scaling"] = {key: value for key, value in self.rope_scaling.model_dump().items() if key in keys}
         raw |= {"hidden_act": "silu", "model_type": model_type, "architectures": [MODEL_TYPES[model_type][1]], "torch_dtype": "float32"}
         return raw | self.extra

@@ -1,8 +1,8 @@
 """Where engine and tasks meet: problems in, verified and scored completions out. Used by rl, sample and evaluate.
 
-    tasks = TaskMix([TaskConfig(name="arithmetic")])
-    items = tasks.draw("train", seed="0/17", count=16)
-    groups = roll_out(engine, items, SamplingParams(n=16), PromptForm())
+tasks = TaskMix([TaskConfig(name="arithmetic")])
+items = tasks.draw("train", seed="0/17", count=16)
+groups = roll_out(engine, items, SamplingParams(n=16), PromptForm())
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class TaskMix:
 
     def __init__(self, configs: Sequence[TaskConfig]) -> None:
         if not configs:
-            raise SlingshotError("tasks: at least one task is needed, for example {name = \"arithmetic\"}")
+            raise SlingshotError('tasks: at least one task is needed, for example {name = "arithmetic"}')
         self.tasks = [(load_task(config.name, **config.params), config.weight) for config in configs]
 
     def draw(self, split: Split, seed: str, count: int) -> list[Item]:

@@ -40,6 +40,7 @@ Prompt = str | Seq[int] | Seq[Message]
 
 PREFILL_TOKENS = 8192  # prompt tokens, padding included, in one forward pass
 PREFILL_SCORES = 1 << 24  # attention scores of one layer in one forward pass: 64 MiB in float32, of which attention makes a few copies
+ROW_STEP = 16  # a batch decodes a multiple of this many rows, for the same reason as:
 EXTENT_STEP = 16  # decoding attends over a multiple of this many cached tokens, so that kernels see few shapes
 
 
@@ -254,9 +255,9 @@ class Engine:
         if not admitted:
             return
         slots = {sequence.request: slot for slot, sequence in enumerate(batch.sequences)}  # where a prompt stands in the cache already
-        first = {sequence.request: sequence for sequence in reversed(admitted) if sequence.request not in slots}
-        leaders = sorted(first.values(), key=lambda sequence: len(sequence.request.prompt))
-        followers = [sequence for sequence in admitted if first.get(sequence.request) is not sequence]
+        leading = {sequence.request: sequence for sequence in admitted if sequence.request not in slots}
+        leaders = sorted(leading.values(), key=lambda sequence: len(sequence.request.prompt))
+        followers = [sequence for sequence in admitted if leading.get(sequence.request) is not sequence]
         slots |= {sequence.request: slot for slot, sequence in enumerate(leaders, start=len(batch.sequences))}
         place = batch.place(leaders + followers)
         for group in _similar([sequence.request.prompt for sequence in leaders]):
@@ -282,10 +283,13 @@ class Engine:
         extent = max(sequence.length for sequence in batch.sequences)
         extent = min(-(-extent // EXTENT_STEP) * EXTENT_STEP, batch.cache.length)
         tokens_B, positions_B = batch.tokens_S[:rows], batch.positions_S[:rows]
-        output = self.model(tokens_B[:, None], positions_B[:, None], cache=batch.cache.view(0, rows, extent))
+        padded = min(-(-rows // ROW_STEP) * ROW_STEP, batch.cache.slots) if rows > ROW_STEP else rows  # free slots may hold anything
+        positions_P = batch.positions_S[:padded, None].clamp(max=extent - 1)
+        output = self.model(batch.tokens_S[:padded, None], positions_P, cache=batch.cache.view(0, padded, extent), logits=False)
+        logits_BV = self.model.lm_logits(output.hidden_BTD[:rows, -1])
         positions_B += 1
         uniform_B = uniform_noise(batch.streams_S[:rows], positions_B)
-        ids_B, logprobs_B = sample(output.logits_BTV[:, -1], batch.temperature_S[:rows], batch.top_p_S[:rows], batch.top_k_S[:rows], uniform_B)
+        ids_B, logprobs_B = sample(logits_BV, batch.temperature_S[:rows], batch.top_p_S[:rows], batch.top_k_S[:rows], uniform_B)
         if not torch.isfinite(logprobs_B).all():
             raise SlingshotError("the model's logits are not finite: its weights have diverged; go back to an earlier checkpoint")
         tokens_B.copy_(ids_B)

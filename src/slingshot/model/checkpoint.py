@@ -178,5 +178,3 @@ def save_checkpoint(folder: Path, model: Transformer, tokenizer: Tokenizer, stat
     generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos if len(eos) > 1 else tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     write_json(folder / "generation_config.json", generation | {"do_sample": True, "temperature": 0.6, "top_p": 0.95})
     tokenizer.save(folder)
-
-

@@ -57,7 +57,9 @@ def load_gguf_tokenizer(path: Path) -> Tokenizer:
         if (kind := file.get(key, str)) != known:
             raise SlingshotError(f"{path}: {key} {kind!r} is not supported, {known!r} is; give a checkpoint folder with its tokenizer.json instead")
     tokens, types = file.get("tokenizer.ggml.tokens", list), file.get("tokenizer.ggml.token_type", list)
-    added = {token: kind == TokenType.CONTROL for token, kind in zip(tokens, types, strict=False) if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)}
+    added = {
+        token: kind == TokenType.CONTROL for token, kind in zip(tokens, types, strict=False) if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
+    }
     config: dict[str, Any] = {"add_bos_token": file.get("tokenizer.ggml.add_bos_token", bool, False)}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         id = file.get(f"tokenizer.ggml.{key}_token_id", int, -1)
@@ -151,7 +153,9 @@ def _tensors(file: _File, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
         try:
             values = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
         except NotImplementedError as error:
-            raise SlingshotError(f"{file.path}: {tensor.name} is of type {tensor.tensor_type.name}, which cannot be dequantised; give F16 or Q8_0") from error
+            raise SlingshotError(
+                f"{file.path}: {tensor.name} is of type {tensor.tensor_type.name}, which cannot be dequantised; give F16 or Q8_0"
+            ) from error
         name = f"model.layers.{block[1]}.{module}.weight" if block else f"{module}.weight"
         if name.endswith(("q_proj.weight", "k_proj.weight")) and len(values) % config.head_dim == 0:
             values = _half_split(values, config.head_dim)

@@ -71,6 +71,15 @@ class Gate(nn.Module):
         return Routing(experts_Nk, gates_Nk * config.routed_scaling_factor, scores_NE)
 
 
+def _sum_of_k(rows_A: Tensor, k: int) -> Tensor:
+    """Sum each k consecutive rows: slice by slice, several times faster on CPU than a reduction over the middle dimension."""
+    parts = rows_A.unflatten(0, (-1, k)).unbind(1)
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
 class _Dispatch(torch.autograd.Function):
     """y_P = x[source_P], where assignment a of x's row a // k went to slot_A[a]; the gradient is gathered back through the slots.
 
@@ -86,8 +95,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (slot_A,) = ctx.saved_tensors
-        rows = grads[0].index_select(0, slot_A)
-        return rows.unflatten(0, (-1, ctx.k)).sum(1) if ctx.k > 1 else rows, None, None, None
+        return _sum_of_k(grads[0].index_select(0, slot_A), ctx.k), None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -134,7 +142,7 @@ class Experts(nn.Module):
         gates_P = _Dispatch.apply(routing.gates_Nk.flatten(), owner_P, slot_A, 1).to(x_ND.dtype) * filled_P
         # the gate value scales the narrow inner activation: the down projection is linear, so the sum over experts stays exact
         y_PD = self.down_proj(F.silu(gate) * up * gates_P[:, None], counts)
-        return _Combine.apply(y_PD, slot_A, owner_P).unflatten(0, (-1, k)).sum(1)
+        return _sum_of_k(_Combine.apply(y_PD, slot_A, owner_P), k)
 
 
 class MoE(nn.Module):

@@ -1,6 +1,6 @@
 """Rotary position embeddings: plain, YaRN and Llama 3 frequencies; interleaved pairs (DeepSeek) or half-split (Llama).
 
-    cos_BTR, sin_BTR = rotary(config, positions_BT)        # R = rotated width / 2
+cos_BTR, sin_BTR = rotary(config, positions_BT)        # R = rotated width / 2
 """
 
 from __future__ import annotations

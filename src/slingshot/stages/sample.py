@@ -70,12 +70,12 @@ def run(config: Config, out: Path) -> None:
                     if good and len(accepted) < config.per_problem:
                         row = {"prompt": rollout.problem.prompt, "reasoning": rollout.reasoning.strip(), "answer": rollout.answer.strip()}
                         accepted.setdefault(row["reasoning"], row | {"task": rollout.task.name, "key": rollout.problem.key})
-                found.append({"rows": list(accepted.values()), "accepted": sum(r.accuracy == 1.0 for r in group) / len(group)})
+                found.append((list(accepted.values()), sum(r.accuracy == 1.0 for r in group) / len(group)))
                 counts = [len(r.completion_ids) for r in group]
                 work.meter.add(sum(counts), sampling=generation_flops(engine.model.config, len(group[0].prompt_ids), counts))
             found = parallel.gather(found)
-            rows += [row for each in found for row in each["rows"]]
-            pass_rate = sum(each["accepted"] for each in found) / max(1, len(found))
+            rows += [row for kept, _ in found for row in kept]
+            pass_rate = sum(share for _, share in found) / max(1, len(found))
             tokens = sum(len(r.completion_ids) for group in groups for r in group)
             work.log({"step": step + 1, "pass_rate": pass_rate, "kept": len(rows), **work.speed(tokens, flops_before)})
             progress.update(step + 1, **{"pass": pass_rate, "kept": len(rows)})

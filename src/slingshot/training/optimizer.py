@@ -12,15 +12,15 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from slingshot.config import StageConfig
 from slingshot.model.transformer import Transformer
+from slingshot.training.parallel import sharded_like, whole
 
 
 class OptimizerConfig(StageConfig):
@@ -79,7 +79,7 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closures: gradients are there already
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
             for parameter in group["params"]:
@@ -90,16 +90,15 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(parameter)
                 buffer = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                 update = parameter.grad.lerp(buffer, group["momentum"])
-                full = update.full_tensor() if isinstance(update, DTensor) else update
+                full = whole(update)
                 by_shape[tuple(full.shape[-2:])].append((parameter, full))
             for (rows, columns), members in by_shape.items():
                 stacked = torch.cat([full.reshape(-1, rows, columns) for _, full in members]).to(self.dtype)
                 orthogonal = newton_schulz(stacked).to(members[0][0].dtype)
                 scale = -group["lr"] * 0.2 * math.sqrt(max(rows, columns))
-                for (parameter, full), update in zip(members, orthogonal.split([full.numel() // (rows * columns) for _, full in members]), strict=True):
-                    update = update.view(full.shape)
-                    if isinstance(parameter, DTensor):
-                        update = distribute_tensor(update, parameter.device_mesh, parameter.placements)
+                counts = [full.numel() // (rows * columns) for _, full in members]
+                for (parameter, full), part in zip(members, orthogonal.split(counts), strict=True):
+                    update = sharded_like(part.view(full.shape), parameter)
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=scale)
 
 
@@ -108,7 +107,8 @@ class Optimizer:
 
     def __init__(self, model: Transformer, config: OptimizerConfig) -> None:
         self.config, self.model = config, model
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             is_matrix = parameter.dim() >= 2 and not any(part in name for part in ("embed_tokens", "lm_head", "mlp.gate.weight"))
             (matrices if is_matrix and config.optimizer == "muon" else others).append(parameter)
@@ -128,7 +128,7 @@ class Optimizer:
         A norm that is not finite leaves the weights untouched.
         """
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        value = float(whole(norm))
         if math.isfinite(value):
             for part, lr in self.parts:
                 for group in part.param_groups:
@@ -146,7 +146,7 @@ class Optimizer:
         state = {}
         for name, part, parameter in self._slots():
             for key, value in part.state[parameter].items():
-                state[f"{name}.{key}"] = value.full_tensor() if isinstance(value, DTensor) else value
+                state[f"{name}.{key}"] = whole(value)
         return state
 
     def load(self, state: dict[str, Tensor]) -> None:
@@ -154,11 +154,8 @@ class Optimizer:
         for name, part, parameter in self._slots():
             for key in ("step", "exp_avg", "exp_avg_sq", "momentum"):
                 value = state.get(f"{name}.{key}")
-                if value is None:
-                    continue
-                if isinstance(parameter, DTensor) and key != "step":
-                    value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-                part.state[parameter][key] = value.clone() if key == "step" else value.to(parameter.device).clone()
+                if value is not None:
+                    part.state[parameter][key] = (value.to(parameter.device) if key == "step" else sharded_like(value, parameter)).clone()
 
 
 @torch.no_grad()

@@ -12,17 +12,17 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from slingshot.model.device import auto_device
 from slingshot.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass
@@ -44,6 +44,8 @@ class Parallel:
             torch.cuda.set_device(device)
         if world == 1:
             return cls(0, 1, device, None)
+        from torch.distributed.device_mesh import init_device_mesh  # here, because it takes half a second that a single process saves
+
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return cls(dist.get_rank(), world, device, init_device_mesh(device.type, (world,)))
@@ -56,6 +58,8 @@ class Parallel:
         """Shard parameters, gradients and optimizer state over the ranks, block by block (FSDP2)."""
         if self.mesh is None:
             return
+        from torch.distributed.fsdp import fully_shard
+
         for layer in model.model.layers:
             fully_shard(layer, mesh=self.mesh)
         fully_shard(model, mesh=self.mesh)
@@ -99,14 +103,30 @@ class Parallel:
             dist.destroy_process_group()
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded (a DTensor), on every rank."""
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
+
+
+def sharded_like(full: Tensor, target: Tensor) -> Tensor:
+    """`full` on the device of `target`, sharded as it is: this rank's part where `target` is a DTensor, else all of it."""
+    full = full.to(target.device)
+    if not hasattr(target, "full_tensor"):
+        return full
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(target, DTensor)
+    return distribute_tensor(full, target.device_mesh, target.placements)
+
+
 def gathered(model: Transformer) -> dict[str, Tensor]:
     """The whole state dict on every rank, sharded or not."""
-    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in model.state_dict().items()}
+    return {name: whole(value) for name, value in model.state_dict().items()}
 
 
 @torch.no_grad()
 def load_gathered(model: Transformer, state: dict[str, Tensor]) -> None:
     """Copy a whole state dict into a model, sharded or not."""
     for name, target in model.state_dict().items():
-        value = state[name].to(target.device)
-        target.copy_(distribute_tensor(value, target.device_mesh, target.placements) if isinstance(target, DTensor) else value)
+        target.copy_(sharded_like(state[name], target))

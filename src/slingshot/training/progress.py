@@ -1,7 +1,7 @@
 """One line of progress: a bar with time left in a terminal, a plain line now and then elsewhere.
 
-    with Progress("pretrain", steps, done=resumed_at) as progress:
-        progress.update(step, loss=1.234, **{"tokens/s": 41000})
+with Progress("pretrain", steps, done=resumed_at) as progress:
+    progress.update(step, loss=1.234, **{"tokens/s": 41000})
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Progress:
         self.title, self.total, self.shown = title, total, shown
         self._bar: Bar | None = None
         if shown and sys.stderr.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[values]}"))
-            self._bar = Bar(*columns, console=Console(stderr=True))
+            title_column, values_column = TextColumn("{task.description}"), TextColumn("{task.fields[values]}")
+            self._bar = Bar(title_column, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), values_column, console=Console(stderr=True))
             self._task = self._bar.add_task(title, total=total, completed=done, values="")
         self._first, self._start, self._last = done, time.monotonic(), time.monotonic()
 

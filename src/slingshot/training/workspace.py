@@ -60,7 +60,14 @@ class Workspace:
     """The working folder of one run of one stage. Only the first rank writes."""
 
     def __init__(
-        self, out: Path, kind: str, config: StageConfig, parents: list[Path], parallel: Parallel, save_seconds: float = 60.0, peak: float | None = None
+        self,
+        out: Path,
+        kind: str,
+        config: StageConfig,
+        parents: list[Path],
+        parallel: Parallel,
+        save_seconds: float = 60.0,
+        peak: float | None = None,
     ) -> None:
         self.out, self.kind, self.config, self.parents, self.parallel, self.peak = out, kind, config, parents, parallel, peak
         self.folder = out.with_name(out.name + ".partial")
@@ -73,9 +80,8 @@ class Workspace:
         identity = {"kind": kind, "config": config.model_dump(mode="json"), "parents": [artifact_digest(parent) for parent in parents]}
         if parallel.is_first:
             mark = self.folder / "identity.json"
-            if mark.exists() and read_json(mark) != digest(identity):
-                shutil.rmtree(self.folder)
-            if not mark.exists():
+            if not mark.exists() or read_json(mark) != digest(identity):
+                shutil.rmtree(self.folder, ignore_errors=True)  # of another configuration, or such a one half removed
                 write_json(mark, digest(identity))
             for unfinished in self.folder.glob(".*.tmp"):
                 shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
@@ -146,9 +152,8 @@ class Workspace:
         for name, value in values.items():
             if not math.isfinite(value):
                 saved = max((int(path.name.removeprefix("state-")) for path in self.folder.glob("state-*")), default=0)
-                raise SlingshotError(
-                    f"{self.out.name}: {name} is {value} at step {step}; the state of step {saved} is kept in {self.folder}; lower the learning rate and run again"
-                )
+                kept = f"the state of step {saved} is kept in {self.folder}"
+                raise SlingshotError(f"{self.out.name}: {name} is {value} at step {step}; {kept}; lower the learning rate and run again")
 
     def keep(self, step: int, state: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]) -> None:
         """Save now and then; at Ctrl-C save at once and stop with KeyboardInterrupt. `state` is called on every rank."""

@@ -1,0 +1,141 @@
+"""One training step over packed rows: the loss is a mean over the global batch's tokens, however the rows are split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slingshot.config import ModelConfig
+from slingshot.cost.flops import training_flops
+from slingshot.data.packing import pack
+from slingshot.model.moe import balance_loss
+from slingshot.model.transformer import Transformer
+from slingshot.training.language_model import LossWeights, Rows, evaluate_loss, language_model_step
+from slingshot.training.parallel import Parallel
+
+Make = Callable[..., Transformer]
+Config = Callable[..., ModelConfig]
+
+ALONE = Parallel(0, 1, torch.device("cpu"), None)
+WEIGHTS = LossWeights(mtp=0.3, balance=0.01)
+
+
+@pytest.fixture(scope="module")
+def model(make_model: Make, deepseek: Config) -> Transformer:
+    return make_model(deepseek())
+
+
+DOCUMENTS = [np.random.default_rng(size).integers(0, 64, size).tolist() for size in (5, 9, 2, 7, 12, 4, 6)]
+PIECES = [5, 7, 2, 2, 7, 1, 11, 1, 3, 6]  # what rows of 12 cut them into: 5 + 7, 2 + 2 + 7 + 1, 11 + 1, 3 + 6
+
+
+def packed_rows() -> Rows:
+    """Four rows of 12 tokens, the last with padding; targets from every third token on weigh 0."""
+    tokens_NT, segments_NT = pack(DOCUMENTS, 12)
+    weights = (segments_NT > 0) * (np.arange(12) % 3 != 0)
+    return Rows.from_numpy(tokens_NT, segments_NT, weights)
+
+
+def gradients(model: Transformer) -> dict[str, Tensor]:
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def test_losses_against_a_loop_over_documents(model: Transformer) -> None:
+    """Cross entropy and MTP over each piece of a document alone; balance loss per packed row; gradients of their weighted sum."""
+    rows = packed_rows()
+    next_losses, far_losses = [], []
+    for tokens_T, segments_T, weights_T in zip(rows.tokens_BT, rows.segments_BT, rows.weights_BT, strict=True):
+        for segment in range(1, int(segments_T.max()) + 1):
+            piece, weights = tokens_T[segments_T == segment], weights_T[segments_T == segment]
+            output = model(piece[None], mtp=True)
+            assert output.mtp_hidden_BTD is not None
+            next_losses.append((F.cross_entropy(output.logits_BTV[0, :-1], piece[1:], reduction="none") * weights[1:], weights[1:]))
+            far_logits = model.lm_logits(output.mtp_hidden_BTD[0, :-2])
+            far_losses.append((F.cross_entropy(far_logits, piece[2:], reduction="none") * weights[2:], weights[2:]))
+    next_loss, far_loss = (sum(loss.sum() for loss, _ in parts) / sum(weights.sum() for _, weights in parts) for parts in (next_losses, far_losses))
+
+    balance = []
+    for index in range(len(rows.tokens_BT)):
+        valid = rows.segments_BT[index] > 0
+        recorded: list = []
+        handles = [layer.gate.register_forward_hook(lambda _, __, routing: recorded.append(routing)) for layer in model.moe_layers()]
+        model(rows.tokens_BT[index : index + 1], segments_BT=rows.segments_BT[index : index + 1], mtp=True)
+        for handle in handles:
+            handle.remove()
+        balance.append(sum(balance_loss(routing.scores_NE[valid][None], routing.experts_Nk[valid][None]) for routing in recorded))
+    mean_balance = sum(balance) / len(balance)
+    (next_loss + 0.3 * far_loss + 0.01 * mean_balance).backward()
+    expected = gradients(model)
+
+    losses = language_model_step(model, rows, WEIGHTS, 4, ALONE)
+    found = gradients(model)
+    assert losses.loss == pytest.approx(next_loss.item(), rel=1e-5)
+    assert losses.mtp_loss == pytest.approx(far_loss.item(), rel=1e-5)
+    assert losses.balance_loss == pytest.approx(mean_balance.item(), rel=1e-5)
+    assert [float(load.sum()) for load in losses.load_LE] == [sum(map(len, DOCUMENTS)) * 3.0] * 3
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-7, name
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+@pytest.mark.parametrize("empty", [0, 2])
+def test_micro_batches_and_empty_rows_change_nothing(model: Transformer, micro_batch_size: int, empty: int) -> None:
+    """Empty rows are what a rank gets where the ranks do not divide the batch."""
+    rows = packed_rows()
+    whole = language_model_step(model, rows, WEIGHTS, 4, ALONE)
+    expected = gradients(model)
+    fields = (rows.tokens_BT, rows.segments_BT, rows.weights_BT)
+    padded = Rows(*(torch.cat((field, field.new_zeros(empty, 12))) for field in fields))
+    split = language_model_step(model, padded, WEIGHTS, micro_batch_size, ALONE)
+    found = gradients(model)
+    assert (split.loss, split.mtp_loss, split.balance_loss) == pytest.approx((whole.loss, whole.mtp_loss, whole.balance_loss), rel=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(split.load_LE, whole.load_LE, strict=True))
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-7, name
+
+
+def test_weights_of_zero_leave_their_parts_out(model: Transformer) -> None:
+    losses = language_model_step(model, packed_rows(), LossWeights(mtp=0.0, balance=0.0), 4, ALONE)
+    found = gradients(model)
+    assert losses.mtp_loss is None and len(losses.load_LE) == 2
+    assert not [name for name in found if name.startswith("model.layers.3.")]
+
+
+def test_rows_without_a_target_give_no_loss_and_no_gradient(make_model: Make, dense: Config) -> None:
+    model, rows = make_model(dense()), packed_rows()
+    losses = language_model_step(model, Rows(rows.tokens_BT, rows.segments_BT, torch.zeros_like(rows.weights_BT)), WEIGHTS, 4, ALONE)
+    assert losses.loss == 0.0 and losses.mtp_loss is None and losses.balance_loss is None
+    assert all(gradient.count_nonzero() == 0 for gradient in gradients(model).values())
+
+
+def test_held_out_loss_is_the_sum_over_tokens(model: Transformer) -> None:
+    rows = packed_rows()
+    losses = language_model_step(model, rows, WEIGHTS, 4, ALONE)
+    model.zero_grad()
+    same = (rows.segments_BT[:, 1:] == rows.segments_BT[:, :-1]) & (rows.segments_BT[:, 1:] > 0)
+    count = float((same * rows.weights_BT[:, 1:]).sum())
+    assert evaluate_loss(model, rows, 2, ALONE) == pytest.approx(losses.loss * count, rel=1e-5)
+
+
+def test_rows_count_their_tokens_and_documents(model: Transformer) -> None:
+    rows = packed_rows()
+    assert rows.n_tokens == 45
+    assert sorted(rows.lengths()) == sorted(PIECES)
+    assert rows.mtp_flops(model.config) == training_flops(model.config, PIECES, mtp=True) - training_flops(model.config, PIECES, mtp=False) > 0
+
+
+def test_ranks_share_the_rows_and_all_take_part() -> None:
+    """Five rows over two ranks: three each, the last of the second empty; together the whole batch."""
+    rows = Rows(*(torch.arange(5)[:, None].expand(5, 2) + 1 for _ in range(3)))
+    shares = [rows.shard(Parallel(rank, 2, torch.device("cpu"), None)) for rank in range(2)]
+    assert [share.tokens_BT[:, 0].tolist() for share in shares] == [[1, 3, 5], [2, 4, 0]]
+    assert shares[1].segments_BT[-1].tolist() == [0, 0] and shares[1].weights_BT[-1].tolist() == [0, 0]
+    assert [len(micro.tokens_BT) for micro in shares[0].micro_batches(2)] == [2, 1]

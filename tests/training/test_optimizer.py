@@ -1,0 +1,193 @@
+"""The optimizer step: orthogonalisation, Muon by an independent computation, which parameter goes where, schedule, and resuming."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from slingshot.config import ModelConfig
+from slingshot.model.moe import expert_load
+from slingshot.model.transformer import Transformer
+from slingshot.training.optimizer import Muon, Optimizer, OptimizerConfig, newton_schulz, schedule, update_router_biases
+
+Make = Callable[..., Transformer]
+Config = Callable[..., ModelConfig]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 8, 20), (3, 2, 20, 8), (12, 12)])
+def test_newton_schulz_pushes_singular_values_to_one_in_every_matrix(shape: tuple[int, ...]) -> None:
+    """Five quintic steps leave them between 0.6 and 1.3; directions stay; a batch is its matrices one by one."""
+    matrices = normal(*shape) * torch.logspace(-3, 3, shape[0]).view(-1, *[1] * (len(shape) - 1)) if len(shape) > 2 else normal(*shape)
+    result = newton_schulz(matrices)
+    values = torch.linalg.svdvals(result)
+    assert 0.6 < values.min() and values.max() < 1.3
+    for found, matrix in zip(result.view(-1, *shape[-2:]), matrices.view(-1, *shape[-2:]), strict=True):
+        assert torch.allclose(found, newton_schulz(matrix), atol=1e-5)
+        u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+        through = u.T @ found @ vh.T
+        assert (through - through.diag().diag()).abs().max() < 1e-3 and (through.diag() > 0.6).all()
+
+
+def test_newton_schulz_of_a_diagonal_by_hand() -> None:
+    """One step on diag(3, 4): normalised to (0.6, 0.8), then 3.4445 x - 4.7750 x^3 + 2.0315 x^5 each."""
+    expected = [3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5 for x in (0.6, 0.8)]
+    assert newton_schulz(torch.diag(torch.tensor([3.0, 4.0])), steps=1).diag().tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_newton_schulz_leaves_a_zero_gradient_zero() -> None:
+    assert newton_schulz(torch.zeros(2, 4, 3)).count_nonzero() == 0
+
+
+def test_muon_by_an_independent_computation() -> None:
+    """Two steps of W -= lr (0.2 sqrt(max(M, N)) NS(g + 0.9 (m - g)) + 0.1 W), m = 0.9 m + 0.1 g; a stack of experts beside a plain matrix."""
+    plain, stack = nn.Parameter(normal(3, 5)), nn.Parameter(normal(2, 2, 3, 5, seed=1))
+    optimizer = Muon([plain, stack], lr=0.02, momentum=0.9, weight_decay=0.1, dtype=torch.float32)
+    matrices = [plain.detach().clone(), *stack.detach().clone().view(4, 3, 5)]
+    momenta = [torch.zeros(3, 5) for _ in matrices]
+    for step in range(2):
+        gradients = [normal(3, 5, seed=10 + step), *normal(4, 3, 5, seed=20 + step)]
+        plain.grad, stack.grad = gradients[0].clone(), torch.stack(gradients[1:]).view(2, 2, 3, 5)
+        optimizer.step()
+        for index, gradient in enumerate(gradients):
+            momenta[index] = 0.9 * momenta[index] + 0.1 * gradient
+            direction = gradient + 0.9 * (momenta[index] - gradient)
+            x = direction / direction.norm()
+            for _ in range(5):
+                x = 3.4445 * x - 4.7750 * (x @ x.T) @ x + 2.0315 * (x @ x.T) @ (x @ x.T) @ x
+            matrices[index] = matrices[index] - 0.02 * (0.2 * math.sqrt(5) * x + 0.1 * matrices[index])
+    assert torch.allclose(plain, matrices[0], atol=1e-6)
+    assert torch.allclose(stack.view(4, 3, 5), torch.stack(matrices[1:]), atol=1e-6)
+
+
+def test_muon_leaves_parameters_without_gradient_alone() -> None:
+    parameter = nn.Parameter(normal(3, 5))
+    before = parameter.detach().clone()
+    Muon([parameter], lr=0.1, momentum=0.9, weight_decay=0.5, dtype=torch.float32).step()
+    assert torch.equal(parameter, before)
+
+
+def take_step(model: Transformer, optimizer: Optimizer, seed: int = 0, fraction: float = 1.0) -> float:
+    rows = torch.randint(0, model.config.vocab_size, (2, 6), generator=torch.Generator().manual_seed(seed))
+    output = model(rows, mtp=model.config.num_nextn_predict_layers > 0)
+    loss = output.logits_BTV.logsumexp(-1).mean()
+    if output.mtp_hidden_BTD is not None:
+        loss = loss + model.lm_logits(output.mtp_hidden_BTD).logsumexp(-1).mean()
+    loss.backward()
+    return optimizer.step(fraction)
+
+
+def test_matrices_go_to_muon_and_the_rest_to_adamw_each_once(make_model: Make, deepseek: Config) -> None:
+    """Embedding, head, router and norms are AdamW's; norms decay nowhere."""
+    model = make_model(deepseek())
+    optimizer = Optimizer(model, OptimizerConfig())
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    (adamw, _), (muon, _) = optimizer.parts
+    by_muon = {names[p] for group in muon.param_groups for p in group["params"]}
+    decayed, plain = ({names[p] for p in group["params"]} for group in adamw.param_groups)
+    assert by_muon | decayed | plain == set(names.values()) and len(by_muon) + len(decayed) + len(plain) == len(names)
+    assert decayed == {"model.embed_tokens.weight", "lm_head.weight"} | {f"model.layers.{layer}.mlp.gate.weight" for layer in (1, 2, 3)}
+    assert "model.layers.1.mlp.experts.gate_up_proj.weight" in by_muon and "model.layers.3.eh_proj.weight" in by_muon
+    assert all("norm" in name for name in plain) and adamw.param_groups[1]["weight_decay"] == 0.0 and adamw.param_groups[0]["weight_decay"] == 0.1
+
+
+def test_adamw_alone_has_one_learning_rate(make_model: Make, dense: Config) -> None:
+    ((part, lr),) = Optimizer(make_model(dense()), OptimizerConfig(optimizer="adamw", lr=0.5, adam_lr=0.1)).parts
+    assert lr == 0.5 and sum(len(group["params"]) for group in part.param_groups) == len(list(make_model(dense()).parameters()))
+
+
+def test_a_step_clips_the_norm_scales_the_rate_and_drops_the_gradients(make_model: Make, dense: Config) -> None:
+    """AdamW's first step moves every weight by the learning rate, decay aside: lr g / |g|; the norm returned is the one before clipping."""
+    model = make_model(dense())
+    optimizer = Optimizer(model, OptimizerConfig(optimizer="adamw", lr=0.01, weight_decay=0.0, clip=0.5))
+    before = model.model.norm.weight.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    gradient = model.model.norm.weight.grad
+    assert gradient is not None
+    gradient[:2] = torch.tensor([3.0, -4.0])
+    assert optimizer.step(fraction=0.5) == pytest.approx(5.0)
+    assert (model.model.norm.weight - before)[:3].tolist() == pytest.approx([-0.005, 0.005, 0.0], abs=1e-6)
+    moment = optimizer.state()["model.norm.weight.exp_avg"]
+    assert moment[:2].tolist() == pytest.approx([0.03, -0.04], rel=1e-4)  # (1 - 0.9) of the gradient clipped to norm 0.5
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_norm_that_is_not_finite_leaves_the_weights_untouched(make_model: Make, dense: Config, value: float) -> None:
+    model = make_model(dense())
+    optimizer = Optimizer(model, OptimizerConfig())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, value)
+    assert not math.isfinite(optimizer.step(1.0))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_schedule_warms_up_stays_and_decays_by_hand() -> None:
+    config = OptimizerConfig(warmup=0.2, decay=0.4, final=0.1)
+    # 2 steps of warm-up, 4 of decay: 6 to 9 at 1, .75, .5, .25 of the way from 0.1 to 1
+    expected = [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.775, 0.55, 0.325]
+    assert [schedule(config, step, 10) for step in range(10)] == pytest.approx(expected)
+    flat = OptimizerConfig(warmup=0.0, decay=0.0)
+    assert [schedule(flat, step, 3) for step in range(3)] == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw"}])
+def test_a_restored_optimizer_goes_on_identically(make_model: Make, deepseek: Config, changes: dict[str, Any]) -> None:
+    config = OptimizerConfig(**changes)
+    model = make_model(deepseek())
+    optimizer = Optimizer(model, config)
+    for seed in range(3):
+        take_step(model, optimizer, seed)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    norms = [take_step(model, optimizer, seed) for seed in (3, 4)]
+
+    again = make_model(deepseek(), seed=9)
+    again.load_state_dict(weights)
+    restored = Optimizer(again, config)
+    restored.load(state)
+    assert [take_step(again, restored, seed) for seed in (3, 4)] == norms
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+    fresh = make_model(deepseek())
+    fresh.load_state_dict(weights)
+    unrestored = Optimizer(fresh, config)
+    for seed in (3, 4):
+        take_step(fresh, unrestored, seed)
+    assert not torch.equal(fresh.model.norm.weight, model.model.norm.weight), "the state must matter"
+
+
+def test_router_biases_rise_where_the_load_is_low(make_model: Make, deepseek: Config) -> None:
+    model = make_model(deepseek())
+    before = [layer.gate.e_score_correction_bias.clone() for layer in model.moe_layers()]
+    load = torch.tensor([8.0, 0.0, 4.0, 4.0, 4.0, 4.0, 2.0, 6.0])
+    update_router_biases(model, [load, load.flip(0), load], speed=0.01)
+    signs = torch.tensor([-1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, -1.0])
+    moved = [layer.gate.e_score_correction_bias - old for layer, old in zip(model.moe_layers(), before, strict=True)]
+    for found, expected in zip(moved, (signs, signs.flip(0), signs), strict=True):
+        assert torch.allclose(found, 0.01 * expected, atol=1e-7)
+
+
+def test_biases_even_out_a_skewed_router(make_model: Make, deepseek: Config) -> None:
+    """The closed loop: measured load, moved bias, evener load."""
+    model = make_model(deepseek(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0, n_group=1, topk_group=1))
+    gate = model.moe_layers()[0].gate
+    with torch.no_grad():
+        gate.e_score_correction_bias.zero_()
+        x_ND = normal(400, 32) + gate.weight[0] + gate.weight[1]
+        loads = []
+        for _ in range(100):
+            loads.append(expert_load(gate(x_ND).experts_Nk, None, 8))
+            update_router_biases(model, loads[-1:], speed=0.01)
+    skew = [float(load.max() / load.mean()) for load in loads]
+    assert skew[0] > 1.6 and skew[-1] < 1.2

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from slingshot.files import SlingshotError
 
@@ -62,8 +62,8 @@ class RopeScaling(Strict):
     """Context extension of rotary embeddings: YaRN (arXiv 2309.00071, as DeepSeek-V3 applies it) or Llama 3's."""
 
     rope_type: Literal["yarn", "llama3"]
-    factor: float
-    original_max_position_embeddings: int
+    factor: float = Field(gt=0)
+    original_max_position_embeddings: int = Field(ge=1)
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     mscale: float = 1.0
@@ -131,14 +131,20 @@ class ModelConfig(Strict):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.family == "dense":
+            if self.num_key_value_heads < 1:
+                raise ValueError(f"num_key_value_heads must be at least 1, got {self.num_key_value_heads}")
             if self.num_attention_heads % self.num_key_value_heads:
-                raise ValueError(f"num_attention_heads {self.num_attention_heads} must divide into num_key_value_heads {self.num_key_value_heads}")
+                heads = f"num_attention_heads {self.num_attention_heads}"
+                raise ValueError(f"{heads} must divide evenly into num_key_value_heads {self.num_key_value_heads}")
             if self.head_dim < 2 or self.head_dim % 2:
                 raise ValueError(f"head_dim {self.head_dim} must be even: rotary embeddings turn pairs")
             return self
         for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 for deepseek_v3, got {getattr(self, name)}")
+        for name in ("n_shared_experts", "first_k_dense_replace"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
             raise ValueError("q_lora_rank must be null (a plain q_proj) or at least 1")
         if self.qk_rope_head_dim % 2:
@@ -273,14 +279,14 @@ def _refuse_unless_default(key: str, value: Any, where: str) -> Any:
 class StageConfig(Strict):
     """What every stage's Config has. `threads` 0 leaves torch's own choice; `price` is money per hour of this machine."""
 
-    seed: int = 0
-    threads: int = 0
-    price: float | None = None
+    seed: int = Field(0, ge=0)
+    threads: int = Field(0, ge=0)
+    price: float | None = Field(None, ge=0)
 
 
 class TaskConfig(Strict):
     """A task as recipes name it: what `load_task` takes, and its share where several are mixed."""
 
     name: str
-    weight: float = 1.0
+    weight: float = Field(1.0, gt=0)
     params: dict[str, Any] = {}

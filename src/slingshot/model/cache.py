@@ -26,8 +26,7 @@ class CacheView:
     def update(self, layer: int, entries_BTC: Tensor, positions_BT: Tensor) -> Tensor:
         """Write entries at their positions, return all entries up to the extent: [B, S, C]."""
         rows_BSC = self._data[layer][self._rows]
-        index_BTC = positions_BT[..., None].expand_as(entries_BTC)
-        rows_BSC.scatter_(1, index_BTC, entries_BTC.to(rows_BSC.dtype))
+        rows_BSC[torch.arange(len(rows_BSC), device=rows_BSC.device)[:, None], positions_BT] = entries_BTC.to(rows_BSC.dtype)
         return rows_BSC[:, : self.extent]
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import comb
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from slingshot.config import StageConfig, TaskConfig
@@ -35,7 +35,7 @@ class Config(StageConfig):
     """Sampling as DeepSeek evaluates R1: temperature 0.6, top-p 0.95 (arXiv 2501.12948, 3)."""
 
     model: str
-    tasks: list[TaskConfig]
+    tasks: list[TaskConfig] = Field(min_length=1)
     forms: list[PromptForm] = Field([PromptForm()], min_length=1)
     problems: int = Field(500, ge=1)  # of each task
     samples: int = Field(1, ge=1)
@@ -46,6 +46,13 @@ class Config(StageConfig):
     chunk: int = Field(128, ge=1)
     dtype: Dtype = "auto"
     save_seconds: float = 30.0
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        for kind_of, names in (("forms", [form.name for form in self.forms]), ("tasks", [task.name for task in self.tasks])):
+            if repeated := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"two {kind_of} are named {repeated[0]}; results are told apart by name")
+        return self
 
 
 def run(config: Config, out: Path) -> None:

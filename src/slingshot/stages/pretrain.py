@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from slingshot.data.tokenizer import Tokenizer
 from slingshot.files import SlingshotError
 from slingshot.model.checkpoint import load_tokenizer, save_checkpoint
 from slingshot.model.transformer import Transformer
-from slingshot.tasks.task import load_task
+from slingshot.tasks.task import Style, load_task
 from slingshot.training.language_model import LossWeights, Rows, evaluate_loss, language_model_step
 from slingshot.training.optimizer import Optimizer, OptimizerConfig, schedule, update_router_biases
 from slingshot.training.parallel import Parallel, gathered
@@ -42,11 +42,11 @@ kind = "pretrain"
 class Documents(Strict):
     """Documents written by tasks: how many, in which styles, and how many of them as a chat in R1's template."""
 
-    tasks: list[TaskConfig]
-    count: int
-    styles: dict[Literal["answer", "steps", "slips"], float] = {"answer": 0.6, "steps": 0.3, "slips": 0.1}
-    template_share: float = 0.25
-    language_mix: float = 0.2
+    tasks: list[TaskConfig] = Field(min_length=1)
+    count: int = Field(ge=1)
+    styles: dict[Style, Annotated[float, Field(gt=0)]] = Field({"answer": 0.6, "steps": 0.3, "slips": 0.1}, min_length=1)
+    template_share: float = Field(0.25, ge=0, le=1)
+    language_mix: float = Field(0.2, ge=0, le=1)
 
 
 class Config(OptimizerConfig):
@@ -62,8 +62,8 @@ class Config(OptimizerConfig):
     micro_batch_size: int = Field(32, ge=1)
     steps: int = Field(1000, ge=1)
     losses: LossWeights = LossWeights()
-    bias_update_speed: float = 1e-3
-    bias_frozen_share: float = 0.05  # of the steps at the end: no more router bias updates (arXiv 2412.19437, 4.2)
+    bias_update_speed: float = Field(1e-3, ge=0)
+    bias_frozen_share: float = Field(0.05, ge=0, le=1)  # of the steps at the end: no more router bias updates (arXiv 2412.19437, 4.2)
     dtype: Dtype = "auto"
     save_seconds: float = 60.0
 

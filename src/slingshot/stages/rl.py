@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,10 +26,11 @@ from slingshot.engine.sampling import SamplingParams
 from slingshot.model.checkpoint import load_model, load_tokenizer, save_checkpoint
 from slingshot.model.transformer import Transformer
 from slingshot.rollout import PromptForm, Rollout, TaskMix, roll_out
-from slingshot.training.language_model import Rows, add_loads
-from slingshot.training.objectives import cross_entropy, group_advantages, grpo, mtp_targets, next_token_targets, token_logprobs
-from slingshot.training.optimizer import Optimizer, OptimizerConfig, schedule, update_router_biases
+from slingshot.training.language_model import Rows
+from slingshot.training.objectives import group_advantages
+from slingshot.training.optimizer import Optimizer, schedule, update_router_biases
 from slingshot.training.parallel import Parallel, gathered, load_gathered
+from slingshot.training.policy import PolicyConfig, PolicyRows, policy_step
 from slingshot.training.precision import Dtype, compute_dtype, peak
 from slingshot.training.progress import Progress
 from slingshot.training.workspace import Workspace, restore, training_state
@@ -47,34 +47,28 @@ class RewardWeights(Strict):
     random: bool = False
 
 
-class Config(OptimizerConfig):
+class Config(PolicyConfig):
     """`max_flops` ends training once this stage has spent as many (sampling included)."""
 
     model: str
-    tasks: list[TaskConfig]
+    tasks: list[TaskConfig] = Field(min_length=1)
     form: PromptForm = PromptForm()
     rewards: RewardWeights = RewardWeights()
     steps: int = Field(100, ge=1)
     prompts_per_step: int = Field(16, ge=1)
     group_size: int = Field(16, ge=2)
     max_tokens: int = Field(128, ge=1)
-    temperature: float = Field(1.0, gt=0)
-    optimizer: Any = "adamw"
+    optimizer: Literal["muon", "adamw"] = "adamw"
     lr: float = Field(1e-4, gt=0)
-    warmup: float = 0.0
-    decay: float = 0.0
-    weight_decay: float = 0.0
-    clip_low: float = 0.2
-    clip_high: float = 0.28  # arXiv 2503.14476, 3.1
-    kl: float = 1e-3  # arXiv 2501.12948
+    warmup: float = Field(0.0, ge=0, le=1)
+    decay: float = Field(0.0, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
     reference_steps: int = Field(400, ge=1)
     normalize_std: bool = True
     minibatches: int = Field(1, ge=1)
     sequence_length: int = Field(256, ge=8)
-    micro_batch_size: int = Field(32, ge=1)
-    mtp: float = 0.1
-    bias_update_speed: float = 0.0
-    max_flops: float | None = None
+    bias_update_speed: float = Field(0.0, ge=0)
+    max_flops: float | None = Field(None, gt=0)
     dtype: Dtype = "auto"
     save_seconds: float = 60.0
 
@@ -115,10 +109,10 @@ def run(config: Config, out: Path) -> None:
             score(groups, config, step)
             kept = [rollout for group in groups if len({rollout.reward for rollout in group}) > 1 for rollout in group]
             update = _update(model, reference, optimizer, kept, config, step, parallel)
-            work.check(step + 1, **{name: update.logged[name] for name in ("loss", "gradient_norm") if name in update.logged})
+            work.check(step + 1, **{name: update[name] for name in ("loss", "gradient_norm") if name in update})
 
             _count(work, model, groups, kept, config)
-            row = {"step": step + 1, **_summary(groups, parallel), **update.logged}
+            row = {"step": step + 1, **_summary(groups, parallel), **update}
             speed = work.speed(row.pop("tokens"), flops_before)
             work.log({**row, "lr": config.lr * schedule(config, step, config.steps), **speed})
             shown = {"reward": row["reward"], "pass": row["pass_rate"], "length": row["response_tokens"], "tokens/s": speed["tokens_per_second"]}
@@ -145,110 +139,47 @@ def score(groups: Sequence[Sequence[Rollout]], config: Config, step: int) -> Non
             rollout.advantage = advantage
 
 
-@dataclass
-class _Update:
-    """What the update of one step logged."""
-
-    logged: dict[str, Any] = field(default_factory=dict)
-
-
-def _pack(rollouts: Sequence[Rollout], length: int) -> tuple[Rows, Tensor, Tensor]:
+def pack(rollouts: Sequence[Rollout], length: int) -> PolicyRows:
     """Rows of the rollouts, with advantage and sampler logprob of every completion token in its place."""
     examples = [(r.prompt_ids + r.completion_ids, [0] * len(r.prompt_ids) + [1] * len(r.completion_ids)) for r in rollouts]
-    packed = pack_examples(examples, max(length, *(len(ids) for ids, _ in examples)) if examples else length)
-    advantages_BT, logprobs_BT = (np.zeros(packed.tokens_NT.shape, dtype=np.float32) for _ in range(2))
+    packed = pack_examples(examples, max([length, *(len(ids) for ids, _ in examples)]))
+    advantages_BT, sampler_BT = (np.zeros(packed.tokens_NT.shape, dtype=np.float32) for _ in range(2))
     for rollout, (row, start) in zip(rollouts, packed.placement, strict=True):
         places = slice(start + len(rollout.prompt_ids), start + len(rollout.prompt_ids) + len(rollout.completion_ids))
         advantages_BT[row, places] = rollout.advantage
-        logprobs_BT[row, places] = rollout.logprobs
-    return Rows.from_numpy(packed.tokens_NT, packed.segments_NT, packed.mask_NT), torch.from_numpy(advantages_BT), torch.from_numpy(logprobs_BT)
+        sampler_BT[row, places] = rollout.logprobs
+    rows = Rows.from_numpy(packed.tokens_NT, packed.segments_NT, packed.mask_NT)
+    return PolicyRows(rows, torch.from_numpy(advantages_BT), torch.from_numpy(sampler_BT))
 
 
 def _update(
     model: Transformer, reference: Transformer, optimizer: Optimizer, rollouts: Sequence[Rollout], config: Config, step: int, parallel: Parallel
-) -> _Update:
-    """One pass over the rollouts in `minibatches` optimizer steps."""
-    rows, advantages_BT, sampler_BT = _pack(rollouts, config.sequence_length)
-    n_rows = parallel.max(len(rows.tokens_BT))  # ranks hold different numbers of rows: all take as many, the missing ones empty
+) -> dict[str, Any]:
+    """One pass over the rollouts in `minibatches` optimizer steps; what is logged of it, nothing if no group carried a signal."""
+    batch = pack(rollouts, config.sequence_length)
+    n_rows = parallel.max(len(batch.rows.tokens_BT))
     if n_rows == 0:
-        return _Update()
+        return {}
     size = -(-n_rows // config.minibatches)
-    totals = dict.fromkeys(("loss", "kl", "clipped", "entropy", "gap", "mtp_loss", "tokens_seen", "far"), 0.0)
+    totals: dict[str, float] = {}
     load_LE: list[Tensor] = []
     norms = []
-    with_mtp = model.config.num_nextn_predict_layers > 0 and config.mtp > 0
     for start in range(0, n_rows, size):
-        batch = rows[start : start + size]
-        counts = parallel.sums({"tokens": float(batch.weights_BT.sum()), "far": float(_far(batch)[1].sum())})
-        batch_load: list[Tensor] = []
-        for inner in range(start, min(start + size, n_rows), config.micro_batch_size):
-            part = slice(inner, min(inner + config.micro_batch_size, start + size))
-            micro = _padded(rows[part])
-            targets_BT, weights_BT = next_token_targets(micro.tokens_BT, micro.segments_BT, micro.weights_BT)
-            chosen_N = weights_BT.flatten().nonzero().squeeze(1)
-            targets_N = targets_BT.flatten()[chosen_N]
-
-            def shifted(values_BT: Tensor, part: slice = part, chosen_N: Tensor = chosen_N) -> Tensor:
-                return values_BT[part].roll(-1, dims=1).flatten()[chosen_N] if len(values_BT[part]) else values_BT.new_zeros(0)
-
-            with torch.no_grad():
-                hidden_BTD = reference(micro.tokens_BT, segments_BT=micro.segments_BT, logits=False).hidden_BTD
-                chosen_ND = hidden_BTD.flatten(0, 1).index_select(0, chosen_N)
-                reference_N, _ = token_logprobs(reference.lm_logits(chosen_ND), targets_N, config.temperature)
-            output = model(micro.tokens_BT, segments_BT=micro.segments_BT, logits=False, mtp=with_mtp, detach_mtp=True)
-            chosen_ND = output.hidden_BTD.flatten(0, 1).index_select(0, chosen_N)
-            logprobs_N, entropy_N = token_logprobs(model.lm_logits(chosen_ND), targets_N, config.temperature)
-            sampler_N = shifted(sampler_BT)
-            ones_N = torch.ones_like(logprobs_N)
-            terms = grpo(logprobs_N, sampler_N, shifted(advantages_BT), ones_N, reference_N, config.clip_low, config.clip_high, config.kl)
-            loss = terms.loss / max(counts["tokens"], 1.0)
-            if output.mtp_hidden_BTD is not None:
-                far_targets, far_weights = _far(micro)
-                far_N = far_weights.flatten().nonzero().squeeze(1)
-                far_logits = model.lm_logits(output.mtp_hidden_BTD.flatten(0, 1).index_select(0, far_N), detach_head=True)
-                far_loss = cross_entropy(far_logits, far_targets.flatten()[far_N])
-                loss = loss + config.mtp * far_loss / max(counts["far"], 1.0)
-                totals["mtp_loss"] += float(far_loss.detach())
-            (loss * parallel.world).backward()
-            batch_load = add_loads(batch_load, output)
-            totals["loss"] += float(terms.loss.detach())
-            totals["kl"] += float(terms.kl)
-            totals["clipped"] += float(terms.clipped)
-            totals["entropy"] += float(entropy_N.sum())
-            totals["gap"] += float((logprobs_N.detach() - sampler_N).abs().sum())
-        totals["tokens_seen"] += float(batch.weights_BT.sum())
-        totals["far"] += float(_far(batch)[1].sum())
+        sums = policy_step(model, reference, batch[start : start + size], min(size, n_rows - start), config, parallel)
         norms.append(optimizer.step(schedule(config, step, config.steps)))
-        batch_load = [parallel.sum(load) for load in batch_load]
-        if config.bias_update_speed and batch_load:
-            update_router_biases(model, batch_load, config.bias_update_speed)
-        load_LE = [a + b for a, b in zip(load_LE, batch_load, strict=True)] if load_LE else batch_load
-    total = parallel.sums(totals)
-    tokens = max(total["tokens_seen"], 1.0)
-    logged: dict[str, Any] = {
-        "loss": total["loss"] / tokens,
-        "kl": total["kl"] / tokens,
-        "clip_fraction": total["clipped"] / tokens,
-        "entropy": total["entropy"] / tokens,
-        "logprob_gap": total["gap"] / tokens,
-        "gradient_norm": max(norms),
-    }
-    if with_mtp:
-        logged["mtp_loss"] = total["mtp_loss"] / max(total["far"], 1.0)
+        loads = [parallel.sum(load) for load in sums.load_LE]
+        if config.bias_update_speed:
+            update_router_biases(model, loads, config.bias_update_speed)
+        load_LE = [a + b for a, b in zip(load_LE, loads, strict=True)] if load_LE else loads
+        totals = {name: totals.get(name, 0.0) + value for name, value in parallel.sums(sums.values).items()}
+    per_token = {"loss": "loss", "kl": "kl", "clip_fraction": "clipped", "entropy": "entropy", "logprob_gap": "gap"}
+    logged: dict[str, Any] = {name: totals[key] / totals["tokens"] for name, key in per_token.items()}
+    logged["gradient_norm"] = max(norms)
+    if totals["mtp_loss"]:
+        logged["mtp_loss"] = totals["mtp_loss"] / totals["far"]
     if load_LE:
         logged["expert_load"] = [float(load.max() / load.mean()) for load in load_LE]
-    return _Update(logged)
-
-
-def _far(rows: Rows) -> tuple[Tensor, Tensor]:
-    return mtp_targets(rows.tokens_BT, rows.segments_BT, rows.weights_BT)
-
-
-def _padded(rows: Rows) -> Rows:
-    """At least one row: a rank without rollouts left still takes part in the collective operations."""
-    if len(rows.tokens_BT):
-        return rows
-    return Rows(*(torch.zeros(1, field.shape[1], dtype=field.dtype) for field in (rows.tokens_BT, rows.segments_BT, rows.weights_BT)))
+    return logged
 
 
 def _count(work: Workspace, model: Transformer, groups: Sequence[Sequence[Rollout]], kept: Sequence[Rollout], config: Config) -> None:

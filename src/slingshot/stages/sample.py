@@ -31,7 +31,7 @@ class Config(StageConfig):
     """`per_problem` caps how many different accepted responses to one problem are kept."""
 
     model: str
-    tasks: list[TaskConfig]
+    tasks: list[TaskConfig] = Field(min_length=1)
     form: PromptForm = PromptForm()
     problems: int = Field(1000, ge=1)
     samples: int = Field(4, ge=1)

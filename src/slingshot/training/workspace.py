@@ -81,7 +81,8 @@ class Workspace:
         if parallel.is_first:
             mark = self.folder / "identity.json"
             if not mark.exists() or read_json(mark) != digest(identity):
-                shutil.rmtree(self.folder, ignore_errors=True)  # of another configuration, or such a one half removed
+                if self.folder.exists():  # of another configuration, or such a one half removed
+                    shutil.rmtree(self.folder)
                 write_json(mark, digest(identity))
             for unfinished in self.folder.glob(".*.tmp"):
                 shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()

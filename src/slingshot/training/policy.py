@@ -1,0 +1,103 @@
+"""One step of policy training over packed rollouts: reference and policy forward, GRPO and MTP losses, backward.
+
+Shape suffixes: B rows, T time, N chosen tokens, D model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from slingshot.model.transformer import Transformer
+from slingshot.training.language_model import Rows, add_loads, target_loss
+from slingshot.training.objectives import grpo, mtp_targets, next_token_targets, token_logprobs
+from slingshot.training.optimizer import OptimizerConfig
+from slingshot.training.parallel import Parallel
+
+
+class PolicyConfig(OptimizerConfig):
+    """The objective's part of an RL stage's Config; `mtp` weighs the MTP module's loss, trained on detached hidden states."""
+
+    temperature: float = Field(1.0, gt=0)
+    clip_low: float = Field(0.2, ge=0, le=1)
+    clip_high: float = Field(0.28, ge=0)  # arXiv 2503.14476, 3.1
+    kl: float = Field(1e-3, ge=0)  # arXiv 2501.12948
+    mtp: float = Field(0.1, ge=0)
+    micro_batch_size: int = Field(32, ge=1)
+
+
+@dataclass
+class PolicyRows:
+    """Packed rollouts with advantage and sampler logprob in each completion token's place; `rows` weighs completion tokens 1."""
+
+    rows: Rows
+    advantages_BT: Tensor
+    sampler_BT: Tensor
+
+    def __getitem__(self, part: slice) -> PolicyRows:
+        return PolicyRows(self.rows[part], self.advantages_BT[part], self.sampler_BT[part])
+
+    def or_empty(self) -> PolicyRows:
+        """At least one row: a rank that has none left still takes part in the collective operations."""
+        if len(self.rows.tokens_BT):
+            return self
+        rows = Rows(*(field.new_zeros(1, field.shape[1]) for field in (self.rows.tokens_BT, self.rows.segments_BT, self.rows.weights_BT)))
+        return PolicyRows(rows, *(field.new_zeros(1, field.shape[1]) for field in (self.advantages_BT, self.sampler_BT)))
+
+
+@dataclass
+class PolicySums:
+    """Sums over one rank's tokens, and the load of each MoE layer."""
+
+    values: dict[str, float]
+    load_LE: list[Tensor]
+
+
+def policy_step(model: Transformer, reference: Transformer, batch: PolicyRows, n_rows: int, config: PolicyConfig, parallel: Parallel) -> PolicySums:
+    """Forward and backward over this rank's rows; gradients are those of the mean over the global batch's completion tokens.
+
+    `n_rows` is the largest rank's number of rows: every rank takes as many micro-batches.
+    """
+    with_mtp = model.config.num_nextn_predict_layers > 0 and config.mtp > 0
+    rows = batch.rows
+    far_BT = mtp_targets(rows.tokens_BT, rows.segments_BT, rows.weights_BT)[1]
+    values = {"tokens": float(rows.weights_BT.sum()), "far": float(far_BT.sum()), "loss": 0.0, "kl": 0.0, "clipped": 0.0}
+    counts = parallel.sums(values)
+    values |= {"entropy": 0.0, "gap": 0.0, "mtp_loss": 0.0}
+    load_LE: list[Tensor] = []
+    for start in range(0, n_rows, config.micro_batch_size):
+        micro = batch[start : start + config.micro_batch_size].or_empty()
+        tokens_BT, segments_BT = micro.rows.tokens_BT, micro.rows.segments_BT
+        targets_BT, weights_BT = next_token_targets(tokens_BT, segments_BT, micro.rows.weights_BT)
+        chosen_N = weights_BT.flatten().nonzero().squeeze(1)
+        targets_N = targets_BT.flatten()[chosen_N]
+        advantages_N, sampler_N = (field.roll(-1, dims=1).flatten()[chosen_N] for field in (micro.advantages_BT, micro.sampler_BT))
+
+        with torch.no_grad():
+            hidden_BTD = reference(tokens_BT, segments_BT=segments_BT, logits=False).hidden_BTD
+            reference_N, _ = _chosen_logprobs(reference, hidden_BTD, chosen_N, targets_N, config.temperature)
+        output = model(tokens_BT, segments_BT=segments_BT, logits=False, mtp=with_mtp, detach_mtp=True)
+        logprobs_N, entropy_N = _chosen_logprobs(model, output.hidden_BTD, chosen_N, targets_N, config.temperature)
+        terms = grpo(logprobs_N, sampler_N, advantages_N, torch.ones_like(logprobs_N), reference_N, config.clip_low, config.clip_high, config.kl)
+        loss = terms.loss / max(counts["tokens"], 1.0)
+        if output.mtp_hidden_BTD is not None:
+            far_targets, far_weights = mtp_targets(tokens_BT, segments_BT, micro.rows.weights_BT)
+            mtp_loss = target_loss(model, output.mtp_hidden_BTD, far_targets, far_weights, detach_head=True)
+            loss = loss + config.mtp * mtp_loss / max(counts["far"], 1.0)
+            values["mtp_loss"] += float(mtp_loss.detach())
+        (loss * parallel.world).backward()  # FSDP averages over the ranks; the loss is a share of the global mean
+        load_LE = add_loads(load_LE, output)
+        values["loss"] += float(terms.loss.detach())
+        values["kl"] += float(terms.kl)
+        values["clipped"] += float(terms.clipped)
+        values["entropy"] += float(entropy_N.sum())
+        values["gap"] += float((logprobs_N.detach() - sampler_N).abs().sum())
+    return PolicySums(values, load_LE)
+
+
+def _chosen_logprobs(model: Transformer, hidden_BTD: Tensor, chosen_N: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    logits_NV = model.lm_logits(hidden_BTD.flatten(0, 1).index_select(0, chosen_N))
+    return token_logprobs(logits_NV, targets_N, temperature)

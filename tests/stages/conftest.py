@@ -1,0 +1,62 @@
+"""What the stages' tests share: a task of sums short enough to learn in seconds, and a base model pre-trained on it by the stage itself."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slingshot.files import read_jsonl
+from slingshot.stages import pretrain
+
+SUMS = {"name": "arithmetic", "params": {"min_terms": 2, "max_terms": 2, "operators": "+", "languages": ["en"]}}
+
+MODEL = {
+    "family": "deepseek_v3", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128,
+    "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "moe_intermediate_size": 16, "n_routed_experts": 8,
+    "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """A stage takes over the signals."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def sums() -> dict[str, Any]:
+    return SUMS
+
+
+@pytest.fixture(scope="session")
+def pretraining() -> Callable[..., pretrain.Config]:
+    """pretraining(**changes): a run of 30 steps, about two seconds."""
+    documents = {"tasks": [SUMS], "count": 600, "styles": {"answer": 1.0, "steps": 1.0}, "template_share": 0.6}
+    run = {"vocab_size": 300, "sequence_length": 48, "batch_size": 16, "micro_batch_size": 16, "steps": 30, "lr": 0.01, "adam_lr": 0.01}
+    common = {"dtype": "float32", "threads": 1, "model": MODEL, "documents": documents}
+    return lambda **changes: pretrain.Config.parse({**common, **run, **changes}, "base")
+
+
+@pytest.fixture(scope="session")
+def base(pretraining: Callable[..., pretrain.Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has seen a few hundred sums, plain and in R1's template."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    out = tmp_path_factory.mktemp("base") / "base"
+    pretrain.run(pretraining(), out)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return out
+
+
+@pytest.fixture(scope="session")
+def metrics() -> Callable[[Path], list[dict[str, Any]]]:
+    """The metrics of an artifact, clocks left out."""
+    clocks = {"seconds", "tokens_per_second", "mfu"}
+    return lambda folder: [{key: value for key, value in row.items() if key not in clocks} for row in read_jsonl(folder / "metrics.jsonl")]

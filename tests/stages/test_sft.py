@@ -1,0 +1,116 @@
+"""SFT: what an example becomes, that only responses are learnt, and which data is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slingshot.cost.receipt import Receipt
+from slingshot.files import SlingshotError, write_jsonl
+from slingshot.model.checkpoint import load_model, load_tokenizer
+from slingshot.stages import sft
+
+Metrics = Callable[[Path], list[dict[str, Any]]]
+Finetuning = Callable[..., sft.Config]
+
+EXAMPLES = [{"prompt": f"What is {a}+{b}?", "reasoning": f"{a} plus {b} is {a + b}", "answer": str(a + b)} for a in range(1, 9) for b in range(1, 6)]
+
+
+@pytest.fixture
+def finetuning(base: Path, tmp_path: Path) -> Finetuning:
+    """finetuning(**changes): on 40 examples of a file."""
+    write_jsonl(tmp_path / "data" / "data.jsonl", EXAMPLES)
+    common = {"model": str(base), "data": [str(tmp_path / "data")], "dtype": "float32", "threads": 1, "sequence_length": 48, "batch_size": 4}
+    return lambda **changes: sft.Config.parse({**common, **changes}, "sft")
+
+
+def test_an_example_is_its_prompt_in_the_template_and_the_response(base: Path, finetuning: Finetuning) -> None:
+    tokenizer = load_tokenizer(base)
+    examples = sft._examples(finetuning(), tokenizer)
+    assert len(examples) == 40
+    prompt, response = examples[0]
+    assert prompt == tokenizer.encode_chat([{"role": "user", "content": "What is 1+1?"}])
+    assert tokenizer.decode(response) == "1 plus 1 is 2\n</think>\n\n2" and response[-1] == tokenizer.eos_id
+
+
+def test_only_responses_are_targets_and_every_epoch_has_all_of_them(base: Path, finetuning: Finetuning) -> None:
+    config, tokenizer = finetuning(), load_tokenizer(base)
+    examples = sft._examples(config, tokenizer)
+    packed = [sft._pack(examples, config, epoch) for epoch in range(2)]
+    seen = []
+    for rows in packed:
+        found = []
+        for tokens_T, segments_T, weights_T in zip(rows.tokens_BT, rows.segments_BT, rows.weights_BT, strict=True):
+            for segment in range(1, int(segments_T.max()) + 1):
+                inside = segments_T == segment
+                found.append((tokens_T[inside & (weights_T == 0)].tolist(), tokens_T[inside & (weights_T > 0)].tolist()))
+            assert weights_T[segments_T == 0].count_nonzero() == 0
+        assert sorted(found) == sorted(examples)
+        seen.append(found)
+    assert seen[0] != seen[1]
+
+
+def test_a_run_learns_the_format_and_says_what_it_took(base: Path, finetuning: Finetuning, metrics: Metrics, tmp_path: Path) -> None:
+    sft.run(finetuning(epochs=3, lr=0.01, adam_lr=0.01), tmp_path / "out")
+    rows, receipt = metrics(tmp_path / "out"), Receipt.read(tmp_path / "out")
+    per_epoch = -(-len(sft._pack(sft._examples(finetuning(), load_tokenizer(base)), finetuning(), 0).tokens_BT) // 4)
+    assert abs(len(rows) - 3 * per_epoch) <= 3 and [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"] and rows[-1]["mtp_loss"] < 0.9 * rows[0]["mtp_loss"]
+    assert {parent.path for parent in receipt.parents} == {str(base), str(tmp_path / "data")} and receipt.extra == {"examples": 40}
+    length = sum(len(prompt) + len(response) for prompt, response in sft._examples(finetuning(), load_tokenizer(base)))
+    assert receipt.tokens == 3 * length
+    assert load_model(tmp_path / "out").config == load_model(base).config
+
+
+def test_tasks_write_worked_solutions_of_the_train_split(base: Path, finetuning: Finetuning, sums: dict[str, Any]) -> None:
+    tokenizer = load_tokenizer(base)
+    config = finetuning(data=[], tasks=[sums], examples=20)
+    responses = [tokenizer.decode(response) for _, response in sft._examples(config, tokenizer)]
+    assert len(responses) == 20 and all(" plus " in response and "</think>" in response for response in responses)
+    answers = [tokenizer.decode(response) for _, response in sft._examples(finetuning(data=[], tasks=[sums], examples=20, style="answer"), tokenizer)]
+    assert not [answer for answer in answers if "plus" in answer]
+
+
+def test_a_model_without_a_template_is_put_the_question_as_text(base: Path, finetuning: Finetuning) -> None:
+    tokenizer = load_tokenizer(base)
+    prompt, response = sft._examples(finetuning(form={"chat": False, "text": "Q: {prompt} A:"}), tokenizer)[0]
+    assert prompt == [tokenizer.bos_id, *tokenizer.encode("Q: What is 1+1? A:")]
+    assert response[0] == tokenizer.think_id  # the prompt does not open the reasoning, so the response does
+
+
+def test_examples_longer_than_a_row_are_left_out(base: Path, finetuning: Finetuning, tmp_path: Path) -> None:
+    long = EXAMPLES[0] | {"reasoning": "1 plus 1 is 2, " * 20}
+    write_jsonl(tmp_path / "long.jsonl", [long, EXAMPLES[1]])
+    assert len(sft._examples(finetuning(data=[str(tmp_path / "long.jsonl")]), load_tokenizer(base))) == 1
+    write_jsonl(tmp_path / "long.jsonl", [long])
+    with pytest.raises(SlingshotError, match="every example is longer than sequence_length 48; raise it"):
+        sft._examples(finetuning(data=[str(tmp_path / "long.jsonl")]), load_tokenizer(base))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('{"prompt": "a", "reasoning": "b"}\n', "data.jsonl line 1: an example holds prompt, reasoning and answer, all text"),
+        ('{"prompt": "a", "reasoning": "b", "answer": "c"}\n{"prompt": "a", "reasoning": "b", "answer": 7}\n', "line 2: an example holds"),
+        ("[1, 2]\n", "line 1: an example holds"),
+        ("nonsense\n", "data.jsonl line 1 is not valid JSON"),
+        ("", "no examples; did any sample pass the verifier"),
+    ],
+)
+def test_data_that_holds_no_examples_is_named(finetuning: Finetuning, tmp_path: Path, lines: str, message: str) -> None:
+    (tmp_path / "data" / "data.jsonl").write_text(lines)
+    with pytest.raises(SlingshotError, match=message):
+        sft.run(finetuning(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sources_that_are_not_there_are_named(finetuning: Finetuning, tmp_path: Path) -> None:
+    with pytest.raises(SlingshotError, match=r"sft: no examples: give data = \[\.\.\.\], or tasks = \[\.\.\.\] with examples = N"):
+        finetuning(data=[])
+    with pytest.raises(SlingshotError, match="nowhere does not exist"):
+        sft.run(finetuning(data=["nowhere"]), tmp_path / "out")
+    with pytest.raises(SlingshotError, match="task gym:leg_counting writes no worked solutions; give data"):
+        sft.run(finetuning(data=[], tasks=[{"name": "gym:leg_counting"}], examples=2), tmp_path / "out2")

@@ -1,0 +1,123 @@
+"""Files appear whole or not at all, and what cannot be read or written is named."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slingshot import files
+from slingshot.files import SlingshotError, digest, new_folder, read_json, read_jsonl, read_text, write_bytes, write_json, write_jsonl, write_text
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_text_and_json_come_back(tmp_path: Path) -> None:
+    write_text(tmp_path / "deep" / "a.txt", "3足す4は7\n")
+    write_json(tmp_path / "b.json", {"答え": 7, "x": [1.5, None]})
+    assert read_text(tmp_path / "deep" / "a.txt") == "3足す4は7\n"
+    assert read_json(tmp_path / "b.json") == {"答え": 7, "x": [1.5, None]} and "答え" in (tmp_path / "b.json").read_text()
+    assert names(tmp_path) == ["b.json", "deep", "deep/a.txt"]
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda value: st.lists(value) | st.dictionaries(st.text(), value), max_leaves=5)
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(rows=st.lists(JSON, max_size=4))
+def test_any_rows_come_back_from_jsonl(tmp_path_factory: pytest.TempPathFactory, rows: list[Any]) -> None:
+    """Strings with line separators of any kind included: only a line feed ends a row."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    write_jsonl(path, rows)
+    assert read_jsonl(path) == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "read", "message"),
+    [
+        (None, read_text, "cannot read .*file: No such file or directory"),
+        (b"ab\xff", read_text, r"file is not UTF-8 text \(byte 2\); is it a binary file\?"),
+        (b'{"a": 1', read_json, "file is not valid JSON: "),
+        (b"[" * 100_000, read_json, "file is not valid JSON: "),
+        (b'{"a": 1}\n\n{"a": \n', read_jsonl, "file line 3 is not valid JSON: "),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, content: bytes | None, read: Callable[[Path], Any], message: str) -> None:
+    path = tmp_path / "file"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SlingshotError, match=message) as refused:
+        read(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_bytes(tmp_path / "file", b"old")
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(SlingshotError, match="cannot write .*file: No space left on device; free space there or choose another --out"):
+        write_bytes(tmp_path / "file", b"new")
+    assert names(tmp_path) == ["file"] and (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_a_file_in_the_way_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(SlingshotError, match="cannot write .*taken/file: .*choose another --out"):
+        write_text(tmp_path / "taken" / "file", "x")
+    with pytest.raises(SlingshotError, match="cannot write .*taken/folder: .*choose another --out"), new_folder(tmp_path / "taken" / "folder"):
+        pass
+
+
+def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "runs" / "a") as folder:
+        write_text(folder / "inner" / "file", "x")
+        assert not (tmp_path / "runs" / "a").exists()
+    assert names(tmp_path / "runs") == ["a", "a/inner", "a/inner/file"]
+
+
+def test_a_folder_replaces_the_one_before(tmp_path: Path) -> None:
+    for content in ("old", "new"):
+        with new_folder(tmp_path / "a") as folder:
+            write_text(folder / content, content)
+    assert names(tmp_path) == ["a", "a/new"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_folder_whose_making_fails_leaves_what_was_there(tmp_path: Path, error: type[BaseException]) -> None:
+    with new_folder(tmp_path / "a") as folder:
+        write_text(folder / "old", "old")
+    with pytest.raises(error), new_folder(tmp_path / "a") as folder:
+        write_text(folder / "new", "new")
+        raise error
+    assert names(tmp_path) == ["a", "a/old"]
+
+
+def test_a_full_disk_makes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SlingshotError, match="cannot write .*a: No space left on device"), new_folder(tmp_path / "a") as folder:
+        write_text(folder / "file", "x")
+        monkeypatch.setattr(files.os, "fsync", full)
+    assert names(tmp_path) == []
+
+
+def test_leftovers_of_a_kill_do_not_get_into_the_next_folder(tmp_path: Path) -> None:
+    write_text(tmp_path / ".a.tmp" / "half", "")
+    with new_folder(tmp_path / "a") as folder:
+        write_text(folder / "file", "")
+    assert names(tmp_path) == ["a", "a/file"]
+
+
+def test_a_digest_names_the_value_whatever_its_order() -> None:
+    assert digest({"a": 1, "b": [2, "é"]}) == digest({"b": [2, "é"], "a": 1})
+    assert len({digest(value) for value in ({"a": 1}, {"a": 2}, {"a": "1"}, [1], "a")}) == 5
+    assert digest({}) == "44136fa355b3678a"  # SHA-256 of "{}"

@@ -1,0 +1,70 @@
+"""The same training on any number of ranks, for test_parallel.py: torchrun ... ranks.py FOLDER writes FOLDER/rank-R.json on each."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slingshot.config import ModelConfig
+from slingshot.model.transformer import Transformer
+from slingshot.training.language_model import LossWeights, Rows, language_model_step
+from slingshot.training.optimizer import Optimizer, OptimizerConfig, update_router_biases
+from slingshot.training.parallel import Parallel, gathered, load_gathered
+
+STEPS = 20
+CONFIG = ModelConfig(
+    family="deepseek_v3", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=3, initializer_range=0.1,
+    q_lora_rank=20, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=6, v_head_dim=10, moe_intermediate_size=16, n_routed_experts=8,
+    n_shared_experts=1, num_experts_per_tok=3, n_group=4, topk_group=2, first_k_dense_replace=1, num_nextn_predict_layers=1,
+)  # fmt: skip
+
+
+def batch(step: int) -> Rows:
+    """Five rows of 24 tokens, so that two ranks cannot share them evenly; documents of 7 tokens, the last row half empty."""
+    tokens_BT = torch.randint(0, 64, (5, 24), generator=torch.Generator().manual_seed(step))
+    tokens_BT[:, 1:] = (tokens_BT[:, :-1] // 2 + tokens_BT[:, 1:] // 8) % 64  # something to learn
+    segments_BT = (torch.arange(24) // 7 + 1).expand(5, 24).clone()
+    segments_BT[4, 12:] = 0
+    return Rows(tokens_BT, segments_BT, (segments_BT > 0).float())
+
+
+def train(parallel: Parallel) -> dict[str, Any]:
+    """20 steps; half-way everything is gathered into a new model and optimizer, as resuming does."""
+
+    def start() -> tuple[Transformer, Optimizer]:
+        model = Transformer(CONFIG)
+        model.init_weights(torch.Generator().manual_seed(0))
+        parallel.shard(model)
+        return model, Optimizer(model, OptimizerConfig(lr=0.01, adam_lr=0.01))
+
+    model, optimizer = start()
+    logged = []
+    for step in range(STEPS):
+        losses = language_model_step(model, batch(step).shard(parallel), LossWeights(balance=0.01), 2, parallel)
+        norm = optimizer.step(1.0)
+        update_router_biases(model, losses.load_LE, 0.01)
+        logged.append([losses.loss, losses.mtp_loss, losses.balance_loss, norm, *(float(load.max()) for load in losses.load_LE)])
+        if step == STEPS // 2:
+            weights, state = gathered(model), optimizer.state()
+            model, optimizer = start()
+            load_gathered(model, weights)
+            optimizer.load(state)
+    return {
+        "losses": logged,
+        "biases": [layer.gate.e_score_correction_bias.tolist() for layer in model.moe_layers()],
+        "weights": {name: tensor.flatten()[:50].tolist() for name, tensor in gathered(model).items()},
+        "sharded": sum(hasattr(parameter, "full_tensor") for parameter in model.parameters()) / len(list(model.parameters())),
+        "gathered": parallel.gather([{"row": row, "text": "é"} for row in range(5)][parallel.rank :: parallel.world]),
+        "sums": parallel.sums({"ranks": 1.0, "rank": float(parallel.rank)}),
+        "max": parallel.max(parallel.rank),
+    }
+
+
+if __name__ == "__main__":
+    me = Parallel.start(threads=1)
+    (Path(sys.argv[1]) / f"rank-{me.rank}.json").write_text(json.dumps(train(me)))
+    me.stop()

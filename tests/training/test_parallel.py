@@ -1,0 +1,67 @@
+"""Two ranks under torchrun (gloo, FSDP2) train as one process does."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from slingshot.training.parallel import Parallel
+
+SCRIPT = Path(__file__).with_name("ranks.py")
+
+
+@pytest.fixture(scope="module")
+def ranks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ranks", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: ModuleType) -> dict[str, Any]:
+    return ranks.train(Parallel(0, 1, torch.device("cpu"), None))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT), str(folder)]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_losses_and_norms_are_those_of_one_process(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    """20 float32 steps: cross entropy, MTP and balance loss, gradient norm and loads, on either rank, over a resumption."""
+    assert len(alone["losses"]) == 20 and alone["losses"][-1][0] < alone["losses"][0][0] - 0.1
+    for rank in two:
+        assert torch.allclose(torch.tensor(rank["losses"]), torch.tensor(alone["losses"]), atol=1e-5, rtol=1e-6)
+
+
+def test_router_biases_are_equal_on_all_ranks(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    assert two[0]["biases"] == two[1]["biases"] == alone["biases"]
+    assert any(abs(bias) > 0.05 for layer in alone["biases"] for bias in layer)
+
+
+def test_parameters_are_sharded_and_gather_to_the_same_weights(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    assert two[0]["sharded"] == two[1]["sharded"] == 1.0 and alone["sharded"] == 0.0
+    assert two[0]["weights"] == two[1]["weights"]
+    for name, values in alone["weights"].items():
+        assert two[0]["weights"][name] == pytest.approx(values, abs=1e-4), name
+
+
+def test_rows_and_numbers_meet_on_every_rank(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    rows = [{"row": row, "text": "é"} for row in range(5)]
+    assert [each["gathered"] for each in (alone, *two)] == [rows] * 3
+    assert [each["sums"] for each in two] == [{"ranks": 2.0, "rank": 1.0}] * 2 and [each["max"] for each in two] == [1, 1]
+    assert alone["sums"] == {"ranks": 1.0, "rank": 0.0}

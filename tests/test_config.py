@@ -154,6 +154,19 @@ def test_numbers_without_a_meaning_are_refused(kind: type[StageConfig], values: 
         kind.parse(values, "it")
 
 
+def test_a_misspelt_key_is_compared_with_those_of_its_own_table(deepseek: Config) -> None:
+    """Also within an optional table and within a list."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fest": 3.0}
+    with pytest.raises(SlingshotError, match=r"^model\.rope_scaling\.beta_fest: unknown key; did you mean beta_fast\?$"):
+        ModelConfig.parse({**deepseek().model_dump(), "rope_scaling": rope}, "model")
+
+    class Config(StageConfig):
+        tasks: list[TaskConfig] = []
+
+    with pytest.raises(SlingshotError, match=r"^rl\.tasks\.1\.wieght: unknown key; did you mean weight\?$"):
+        Config.parse({"tasks": [{"name": "a"}, {"name": "b", "wieght": 1}]}, "rl")
+
+
 def test_configs_are_frozen(dense: Config) -> None:
     with pytest.raises(ValueError, match="frozen"):
         dense().hidden_size = 3  # type: ignore[misc]

@@ -86,6 +86,13 @@ def run(
     recipe.run(loaded, out or Path("runs") / loaded.name, until, nproc)
 
 
+_ON_CHECKPOINTS = "slingshot chat {out}, or slingshot evaluate {out} 'tasks=[{{name = \"arithmetic\"}}]' --out {out}-evaluation"
+_NEXT = dict.fromkeys(recipe.KINDS, _ON_CHECKPOINTS) | {
+    "sample": "slingshot sft MODEL 'data=[\"{out}\"]' --out {out}-sft",
+    "evaluate": "read {out}/evaluation.json",
+}
+
+
 def _stage_command(kind: str) -> Callable[..., None]:
     def command(
         settings: Annotated[list[str] | None, typer.Argument(metavar="[MODEL] [KEY=VALUE]...", help="A checkpoint, and keys of the stage.")] = None,
@@ -104,6 +111,8 @@ def _stage_command(kind: str) -> Callable[..., None]:
         for text in settings or []:
             recipe.apply_override(values, text if "=" in text else f"{'source' if kind == 'convert' else 'model'}={text}")
         stage.run(stage.Config.parse(values, kind), out)
+        if not child and os.environ.get("RANK", "0") == "0":
+            print(f"made {out}: {recipe.headline(out)}\nnext: {_NEXT[kind].format(out=out)}")
 
     command.__doc__ = f"One stage: {recipe.KINDS[kind]}."
     return command

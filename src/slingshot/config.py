@@ -10,7 +10,8 @@ It reads and writes Hugging Face's config.json with DeepSeek's spellings. No tor
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -49,13 +50,26 @@ class Strict(BaseModel):
             key = ".".join(str(part) for part in first["loc"])
             place = f"{where}.{key}" if where and key else where or key
             if first["type"] == "extra_forbidden":
-                names = list(cls.model_fields)
+                names = list(_nested(cls, first["loc"][:-1]).model_fields)
                 near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(names)}"
                 raise SlingshotError(f"{place}: unknown key; {hint}") from error
             message = first["msg"].removeprefix("Value error, ")
             given = "" if first["type"] in {"missing", "value_error"} else f", got {first['input']!r:.80}"
             raise SlingshotError(f"{place}: {message}{given}") from error
+
+
+def _nested(model: type[Strict], location: Sequence[int | str]) -> type[Strict]:
+    """The config class that stands at a place within `model`'s fields, lists and unions on the way looked through."""
+    for part in location:
+        waiting = [model.model_fields[str(part)].annotation] if part in model.model_fields else []
+        while waiting:
+            annotation = waiting.pop()
+            if isinstance(annotation, type) and issubclass(annotation, Strict):
+                model = annotation
+                break
+            waiting += get_args(annotation)
+    return model
 
 
 class RopeScaling(Strict):

@@ -137,6 +137,19 @@ class Stage:
         return list(artifacts), list(costs)
 
 
+def headline(folder: Path) -> str:
+    """What a reader wants of a finished artifact in half a line: pass@1 of an evaluation, else the last loss or reward, and the cost."""
+    parts = []
+    if (folder / "evaluation.json").exists():
+        for task, score in read_json(folder / "evaluation.json")["tasks"].items():
+            low, high = score["ci95"]
+            parts.append(f"{task} pass@1 {score['pass@1']:.1%} ({low:.1%} to {high:.1%})")
+    if (folder / "metrics.jsonl").exists() and (rows := read_jsonl(folder / "metrics.jsonl")):
+        parts += [f"{key} {rows[-1][key]:.3f}" for key in ("loss", "reward") if isinstance(rows[-1].get(key), float)]
+    receipt = Receipt.read(folder)
+    return ", ".join([*parts, f"{_amount(receipt.tokens)} tokens", f"{_amount(receipt.flops)} FLOPs"])
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Stages in the order they run, every config of theirs found valid."""
@@ -214,7 +227,7 @@ class _Run:
             self._say(f"{place} {stage.name}: {self._intent(stage)}", "bold")
             self._execute(stage)
             report.build(self.out)
-            self._say(f"{place} {stage.name}: done in {_duration(time.monotonic() - begin)}; {self._headline(stage)}", "green")
+            self._say(f"{place} {stage.name}: done in {_duration(time.monotonic() - begin)}; {headline(self.out / stage.folder)}", "green")
         report.build(self.out)
         self._show_solved(stages)
         Console(highlight=False, soft_wrap=True).print(Text(f"report: {self.out / 'report.html'}"))
@@ -290,19 +303,6 @@ class _Run:
         if self.processes == 1:
             return PROGRAM
         return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes), *PROGRAM]
-
-    def _headline(self, stage: Stage) -> str:
-        """What a reader wants of a finished stage in half a line: pass@1 of an evaluation, else the last loss or reward, and the cost."""
-        folder = self.out / stage.folder
-        parts = []
-        if (folder / "evaluation.json").exists():
-            for task, score in read_json(folder / "evaluation.json")["tasks"].items():
-                low, high = score["ci95"]
-                parts.append(f"{task} pass@1 {score['pass@1']:.1%} ({low:.1%} to {high:.1%})")
-        if (folder / "metrics.jsonl").exists() and (rows := read_jsonl(folder / "metrics.jsonl")):
-            parts += [f"{key} {rows[-1][key]:.3f}" for key in ("loss", "reward") if isinstance(rows[-1].get(key), float)]
-        receipt = self._receipt(stage.name)
-        return ", ".join([*parts, f"{_amount(receipt.tokens)} tokens", f"{_amount(receipt.flops)} FLOPs"])
 
     def _show_solved(self, stages: Sequence[Stage]) -> None:
         """Print a problem the last evaluated model solved, with its reasoning, as a person would like to read it."""

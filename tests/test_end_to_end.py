@@ -1,0 +1,348 @@
+"""The recipe micro from one command: whole, interrupted at several moments, and on two ranks; and what is refused on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from slingshot import cli
+from slingshot.cost.receipt import Receipt
+from slingshot.files import read_json, read_jsonl
+from slingshot.model.checkpoint import load_model, load_tokenizer
+
+STAGES = {"base": "pretrain", "cold_start": "sft", "rl": "rl", "sample": "sample", "sft": "sft"}
+CHECKPOINTS = [name for name, kind in STAGES.items() if kind != "sample"]
+EVALUATED = ["base", "rl"]
+CLOCKS = {"seconds", "tokens_per_second", "mfu"}
+
+
+def launch(*arguments: object, ranks: int = 1) -> subprocess.Popen[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *torchrun, "-m", "slingshot", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def end(process: subprocess.Popen[str], code: int = 0) -> str:
+    """What a process printed on standard error, once it has ended with `code`."""
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == code, error
+    return error
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key not in CLOCKS} for row in read_jsonl(folder / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe, run without interruption."""
+    out = tmp_path_factory.mktemp("runs") / "micro"
+    end(launch("run", "micro", "--out", out))
+    return out
+
+
+def test_every_stage_leaves_its_artifact_and_account(micro: Path) -> None:
+    for name, kind in STAGES.items():
+        receipt = Receipt.read(micro / name)
+        assert (receipt.stage, receipt.name) == (kind, name) and receipt.tokens > 0 and receipt.flops > 0 and receipt.seconds > 0
+        assert receipt.mfu is not None and 0 < receipt.mfu < 1 and receipt.peak_memory_bytes > 2**26
+        for parent in receipt.parents:
+            assert parent.digest == Receipt.read(Path(parent.path)).digest
+    assert [Path(parent.path).name for parent in Receipt.read(micro / "sft").parents] == ["base", "sample"]
+    assert not list(micro.glob("**/*.partial")) and not list(micro.glob("**/.*.tmp"))
+    assert metrics(micro / "base")[-1]["loss"] < 0.3 * metrics(micro / "base")[0]["loss"]
+
+
+def test_the_report_tells_of_every_stage(micro: Path) -> None:
+    report = read_json(micro / "report.json")
+    assert [(stage["name"], stage["kind"]) for stage in report["stages"]] == list(STAGES.items())
+    for stage in report["stages"]:
+        assert (micro / stage["artifact"]).is_dir()
+        receipt = Receipt.read(micro / stage["name"])
+        for key in ("tokens", "flops", "seconds", "peak_memory_bytes", "mfu"):
+            assert stage["receipt"][key] == pytest.approx(getattr(receipt, key)), key
+        assert set(stage["eval"]) == ({"arithmetic"} if stage["name"] in EVALUATED else set())
+        for score in stage["eval"].values():
+            low, high = score["ci95"]
+            assert 0 <= low <= score["pass@1"] <= high <= 1 and score["pass@8"] is None and score["n"] == 16
+            assert score["mean_tokens"] > 0 and 0 <= score["format"] <= 1
+    page = (micro / "report.html").read_text()
+    assert "<svg" in page and "src=\"http" not in page and all(name in page for name in STAGES)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_transformers_loads_what_was_trained(micro: Path, name: str) -> None:
+    """Logits of a problem with a response agree within 1e-4 of their standard deviation, and so do tokenizer and template."""
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(micro / name, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    tokenizer, their_tokenizer = load_tokenizer(micro / name), transformers.AutoTokenizer.from_pretrained(micro / name)
+    chat = [{"role": "user", "content": "What is 3+4?"}]
+    prompt = tokenizer.encode_chat(chat)
+    assert their_tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) == prompt
+    ids = torch.tensor([prompt + tokenizer.encode("3 plus 4 is 7")])
+    model = load_model(micro / name)
+    with torch.no_grad():
+        expected, found = theirs(ids).logits, model(ids).logits_BTV
+    assert model.config.num_nextn_predict_layers == 1 and expected.std() > 1
+    assert (found - expected).abs().max() <= 1e-4 * expected.std()
+
+
+def test_a_finished_run_is_skipped_whole(micro: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for name in STAGES for path in (micro / name).iterdir()}
+    said = end(launch("run", "micro", "--out", micro)).splitlines()
+    assert [line.split(": ")[-1] for line in said] == ["skipped (unchanged)"] * (len(STAGES) + len(EVALUATED))
+    assert {path: path.stat().st_mtime_ns for name in STAGES for path in (micro / name).iterdir()} == before
+
+
+# Save after every step, and stop after every few problems: neither may change what comes out.
+EAGER = [f"{name}.save_seconds=0.0" for name in STAGES] + ["evaluation.save_seconds=0.0", "sample.chunk=4", "evaluation.chunk=2"]
+
+
+def wait_for(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not reached():
+        assert process.poll() is None and time.monotonic() < deadline, "ended before the moment of its interruption"
+        time.sleep(0.002)
+
+
+def lines(folder: Path) -> int:
+    """Steps logged in a working folder."""
+    file = folder / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def states(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("state-")) for path in folder.glob("state-*"))
+
+
+def child_of(process: subprocess.Popen[str]) -> int:
+    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The same recipe, stopped six times and started again each time; and what was seen at the stops."""
+    out = tmp_path_factory.mktemp("runs") / "interrupted"
+    seen: dict[str, Any] = {}
+    running: list[subprocess.Popen[str]] = []
+
+    def start() -> subprocess.Popen[str]:
+        running.append(launch("run", "micro", *EAGER, "--out", out))
+        return running[-1]
+
+    base, rl = out / "base.partial", out / "rl.partial"
+    try:
+        process = start()  # kill -9 of the runner before there is any state: the stage dies with it
+        wait_for(process, base.exists)
+        process.kill()
+        end(process, -signal.SIGKILL)
+
+        process = start()  # Ctrl-C within pre-training
+        wait_for(process, lambda: lines(base) >= 10)
+        process.send_signal(signal.SIGINT)
+        seen["said at Ctrl-C"] = end(process, 130)
+        seen["steps at Ctrl-C"] = (lines(base), states(base))
+
+        process = start()  # kill -9 of the runner within pre-training
+        wait_for(process, lambda: lines(base) >= 40)
+        seen["resumed"] = lines(base) > seen["steps at Ctrl-C"][0]
+        process.kill()
+        end(process, -signal.SIGKILL)
+
+        process = start()  # kill -9 of the stage within RL
+        wait_for(process, lambda: lines(rl) >= 2)
+        os.kill(child_of(process), signal.SIGKILL)
+        seen["said at the stage's death"] = end(process, 2)
+
+        for place in (out / "evaluations" / "rl.partial", out / "sample.partial"):
+            process = start()
+            wait_for(process, lambda: bool(states(place)))  # noqa: B023
+            process.kill()
+            end(process, -signal.SIGKILL)
+        end(start())
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.kill()
+    yield out, seen
+
+
+def test_ctrl_c_saves_at_once_and_says_how_to_go_on(interrupted: tuple[Path, dict[str, Any]]) -> None:
+    _, seen = interrupted
+    logged, saved = seen["steps at Ctrl-C"]
+    assert saved == [logged] and seen["resumed"]
+    assert seen["said at Ctrl-C"].splitlines()[-1] == "slingshot: stopped and saved; the same command goes on from here"
+    assert "Traceback" not in seen["said at Ctrl-C"]
+
+
+def test_a_killed_stage_is_reported_in_one_line(interrupted: tuple[Path, dict[str, Any]]) -> None:
+    said = interrupted[1]["said at the stage's death"]
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("slingshot: rl: its process was killed by SIGKILL") and said.count("slingshot: ") == 1
+
+
+@pytest.mark.parametrize("name", list(STAGES))
+def test_interruptions_leave_no_trace(micro: Path, interrupted: tuple[Path, dict[str, Any]], name: str) -> None:
+    """Weights, datasets and logged losses are those of the uninterrupted run, byte by byte."""
+    out, _ = interrupted
+    files = sorted(path.name for path in (micro / name).iterdir())
+    assert sorted(path.name for path in (out / name).iterdir()) == files
+    for file in files:
+        if file not in ("receipt.json", "metrics.jsonl"):
+            assert (out / name / file).read_bytes() == (micro / name / file).read_bytes(), file
+    if name == "sample":  # its steps are chunks, which are smaller here
+        assert [row["step"] for row in metrics(out / name)] == list(range(1, 9))
+    else:
+        assert metrics(out / name) == metrics(micro / name)
+    mine, theirs = Receipt.read(out / name), Receipt.read(micro / name)
+    assert (mine.digest, mine.tokens, mine.flops_by_part) == (theirs.digest, theirs.tokens, pytest.approx(theirs.flops_by_part, rel=1e-12))
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_interruptions_leave_no_trace_in_evaluations(micro: Path, interrupted: tuple[Path, dict[str, Any]], name: str) -> None:
+    place = Path("evaluations") / name / "evaluation.json"
+    assert (interrupted[0] / place).read_bytes() == (micro / place).read_bytes()
+
+
+def on_two_ranks(micro: Path, out: Path, name: str, *changes: str) -> Path:
+    """A stage of the finished run done again by two ranks, from the same parents."""
+    end(launch(STAGES[name], "--config", micro / "configs" / f"{name}.json", *changes, "--out", out / name, ranks=2))
+    return out / name
+
+
+def test_two_ranks_pretrain_as_one_process(micro: Path, tmp_path: Path) -> None:
+    """20 float32 steps: losses within 1e-5, router biases the same."""
+    two = on_two_ranks(micro, tmp_path, "base", "steps=20", "batch_size=15")
+    config = read_json(micro / "configs" / "base.json") | {"steps": 20, "batch_size": 15}
+    (tmp_path / "one.json").write_text(json.dumps(config))
+    end(launch("pretrain", "--config", tmp_path / "one.json", "--out", tmp_path / "one"))
+    one_rows, two_rows = metrics(tmp_path / "one"), metrics(two)
+    assert len(one_rows) == len(two_rows) == 20
+    for mine, theirs in zip(two_rows, one_rows, strict=True):
+        for key in ("loss", "mtp_loss", "balance_loss"):
+            assert mine[key] == pytest.approx(theirs[key], abs=1e-5), (mine["step"], key)
+    biases = [[layer.gate.e_score_correction_bias for layer in load_model(path).moe_layers()] for path in (tmp_path / "one", two)]
+    assert all(torch.equal(a, b) and a.count_nonzero() for a, b in zip(*biases, strict=True))
+    one, both = Receipt.read(tmp_path / "one"), Receipt.read(two)
+    assert (one.tokens, one.flops_by_part) == (both.tokens, pytest.approx(both.flops_by_part))
+
+
+def test_two_ranks_fine_tune_as_one_process(micro: Path, tmp_path: Path) -> None:
+    rows = metrics(on_two_ranks(micro, tmp_path, "cold_start"))
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in metrics(micro / "cold_start")], abs=1e-4)
+
+
+def test_two_ranks_do_rl_as_one_process(micro: Path, tmp_path: Path) -> None:
+    """The first step samples the same responses and takes the same step; later ones may part at a token of equal chances."""
+    rows, expected = metrics(on_two_ranks(micro, tmp_path, "rl", "steps=2")), metrics(micro / "rl")
+    assert len(rows) == 2 and rows[0].keys() == expected[0].keys()
+    for key in expected[0].keys() - {"lr"}:
+        assert rows[0][key] == pytest.approx(expected[0][key], abs=1e-4), key
+
+
+def test_two_ranks_sample_the_same_dataset(micro: Path, tmp_path: Path) -> None:
+    two = on_two_ranks(micro, tmp_path, "sample", "chunk=5")
+    assert (two / "data.jsonl").read_bytes() == (micro / "sample" / "data.jsonl").read_bytes()
+    assert Receipt.read(two).tokens == Receipt.read(micro / "sample").tokens
+
+
+def test_ctrl_c_stops_two_ranks_with_their_state(micro: Path, tmp_path: Path) -> None:
+    process = launch("run", "micro", "--nproc", 2, "--until", "base", "--out", tmp_path / "run")
+    base = tmp_path / "run" / "base.partial"
+    wait_for(process, lambda: lines(base) >= 3)
+    process.send_signal(signal.SIGINT)
+    assert "stopped and saved" in end(process, 130)
+    assert states(base) == [lines(base)]
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
+    """Run the command line in this process: it must end with code 2 and one line; gives the line."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["slingshot", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        error = capfd.readouterr().err
+        assert ended.value.code == 2 and "Traceback" not in error
+        said = [line for line in error.splitlines() if line.startswith("slingshot: ")]
+        assert len(said) == 1 and error.splitlines()[-1] == said[0]
+        return said[0]
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["micro", "base.stepz=3"], "base.stepz: unknown key; did you mean steps?"),
+        (["micro", "base.model.hiden_size=3"], "base.model.hiden_size: unknown key; did you mean hidden_size?"),
+        (["micro", "base.steps=many"], "base.steps: Input should be a valid integer"),
+        (["micro", "base.model.n_group=3"], "base.model: n_routed_experts 16 must divide evenly into n_group 3"),
+        (["micro", "base.model.qk_rope_head_dim=7"], "base.model: qk_rope_head_dim 7 must be even"),
+        (["micro", "rl.model=@bse"], "rl: no earlier stage 'bse' to refer to; did you mean base?"),
+        (["micro", "rl.rewards.acuracy=1"], "rl.rewards.acuracy: unknown key; did you mean accuracy?"),
+        (["mikro"], "no recipe 'mikro'; did you mean micro?"),
+        (["nowhere.toml"], "cannot read nowhere.toml: No such file or directory"),
+    ],
+)
+def test_a_recipe_that_cannot_run_is_refused_before_it_does(refused: Callable[..., str], tmp_path: Path, arguments: list[str], line: str) -> None:
+    assert line in refused("run", *arguments, "--out", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_that_cannot_be_written_are_named(refused: Callable[..., str], micro: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert f"cannot write {tmp_path / 'file' / 'out'}" in refused("run", "micro", "--out", tmp_path / "file" / "out")
+    config = micro / "configs" / "base.json"
+    assert f"cannot write {tmp_path / 'file'}" in refused("pretrain", "--config", config, "steps=1", "--out", tmp_path / "file" / "out")
+    assert f"{micro / 'base'} exists already; remove it or choose another --out" in refused("pretrain", "--config", config, "--out", micro / "base")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_inputs_that_are_not_what_they_should_be_are_named(refused: Callable[..., str], micro: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
+    raw = read_json(micro / "base" / "config.json")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(raw | {"model_type": "mixtral"}))
+    task = "tasks=[{name='arithmetic'}]"
+    cases: list[tuple[list[object], str]] = [
+        (["sft", tmp_path / "nowhere", task, "examples=1"], f"{tmp_path / 'nowhere'} does not exist"),
+        (["evaluate", other, task], "model_type 'mixtral' is not supported"),
+        (["rl", micro / "base", "tasks=[{name='arithmetics'}]"], "task 'arithmetics' is unknown; did you mean arithmetic?"),
+        (["sft", micro / "base", f"data=['{tmp_path / 'nowhere.jsonl'}']"], f"{tmp_path / 'nowhere.jsonl'} does not exist"),
+        (["evaluate", micro / "sample", task], "sample/config.json: No such file or directory"),
+    ]
+    for arguments, line in cases:
+        assert line in refused(*arguments, "dtype=float32", "threads=1", "--out", tmp_path / "out"), arguments
+    for source in ("empty.txt", "binary.txt"):
+        corpus = json.dumps({**read_json(micro / "configs" / "base.json"), "documents": None, "text": [str(tmp_path / source)]})
+        (tmp_path / "corpus.json").write_text(corpus)
+        assert str(tmp_path / source) in refused("pretrain", "--config", tmp_path / "corpus.json", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_diverging_run_ends_with_one_line_and_keeps_its_last_state(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said = end(launch("run", "micro", "base.lr=1e30", "base.adam_lr=1e30", "base.save_seconds=0.0", "--until", "base", "--out", out), 2)
+    assert "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if line.startswith("slingshot: ")]
+    assert line.startswith("slingshot: base: ") and "lower the learning rate and run again" in line and len(states(out / "base.partial")) == 1
+    assert not (out / "base").exists()

@@ -32,7 +32,8 @@ def test_text_and_json_come_back(tmp_path: Path) -> None:
     assert names(tmp_path) == ["b.json", "deep", "deep/a.txt"]
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda value: st.lists(value) | st.dictionaries(st.text(), value), max_leaves=5)
+LEAVES = st.none() | st.booleans() | st.integers() | st.text()
+JSON = st.recursive(LEAVES, lambda value: st.lists(value) | st.dictionaries(st.text(), value), max_leaves=5)
 
 
 @settings(derandomize=True, deadline=None, max_examples=50)
@@ -66,16 +67,16 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, content: bytes | None, rea
 def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_bytes(tmp_path / "file", b"old")
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(SlingshotError, match="cannot write .*file: No space left on device; free space there or choose another --out"):
+    with pytest.raises(SlingshotError, match=r"cannot write .*file: No space left on device; free space there or choose another --out"):
         write_bytes(tmp_path / "file", b"new")
     assert names(tmp_path) == ["file"] and (tmp_path / "file").read_bytes() == b"old"
 
 
 def test_a_file_in_the_way_of_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
-    with pytest.raises(SlingshotError, match="cannot write .*taken/file: .*choose another --out"):
+    with pytest.raises(SlingshotError, match=r"cannot write .*taken/file: .*choose another --out"):
         write_text(tmp_path / "taken" / "file", "x")
-    with pytest.raises(SlingshotError, match="cannot write .*taken/folder: .*choose another --out"), new_folder(tmp_path / "taken" / "folder"):
+    with pytest.raises(SlingshotError, match=r"cannot write .*taken/folder: .*choose another --out"), new_folder(tmp_path / "taken" / "folder"):
         pass
 
 
@@ -104,7 +105,7 @@ def test_a_folder_whose_making_fails_leaves_what_was_there(tmp_path: Path, error
 
 
 def test_a_full_disk_makes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SlingshotError, match="cannot write .*a: No space left on device"), new_folder(tmp_path / "a") as folder:
+    with pytest.raises(SlingshotError, match=r"cannot write .*a: No space left on device"), new_folder(tmp_path / "a") as folder:
         write_text(folder / "file", "x")
         monkeypatch.setattr(files.os, "fsync", full)
     assert names(tmp_path) == []

@@ -45,6 +45,8 @@ class Strict(BaseModel):
         """Validate `values`; raises SlingshotError of one line that names `where`, the key and the way out."""
         try:
             return cls.model_validate(values)
+        except SlingshotError as error:  # of a config that a validator of this one parsed
+            raise SlingshotError(f"{where}.{error}" if where else str(error)) from error
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])

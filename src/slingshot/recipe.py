@@ -147,6 +147,8 @@ def headline(folder: Path) -> str:
     if (folder / "metrics.jsonl").exists() and (rows := read_jsonl(folder / "metrics.jsonl")):
         parts += [f"{key} {rows[-1][key]:.3f}" for key in ("loss", "reward") if isinstance(rows[-1].get(key), float)]
     receipt = Receipt.read(folder)
+    if "bits_per_byte" in receipt.extra:
+        parts.append(f"{receipt.extra['bits_per_byte']:.3f} bits per byte of held-out text")
     return ", ".join([*parts, f"{_amount(receipt.tokens)} tokens", f"{_amount(receipt.flops)} FLOPs"])
 
 

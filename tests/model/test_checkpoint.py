@@ -68,9 +68,7 @@ def test_names_are_deepseeks(make_model: Make, deepseek: Config) -> None:
     assert tensors["model.layers.1.mlp.gate.e_score_correction_bias"].shape == (8,)
     assert torch.equal(tensors["model.layers.3.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
     assert torch.equal(tensors["model.layers.3.shared_head.head.weight"], tensors["lm_head.weight"])
-    assert {"model.layers.3.eh_proj.weight", "model.layers.3.enorm.weight", "model.layers.3.hnorm.weight", "model.layers.3.shared_head.norm.weight"} <= set(
-        tensors
-    )
+    assert {f"model.layers.3.{part}.weight" for part in ("eh_proj", "enorm", "hnorm", "shared_head.norm")} <= set(tensors)
     assert not [name for name in tensors if "gate_up_proj" in name]
 
 

@@ -21,7 +21,7 @@ def logit(*scores: float) -> Tensor:
 
 
 def gate_with_scores(config: ModelConfig, bias: list[float], scores: list[float]) -> tuple[list[int], list[float]]:
-    """Chosen experts and gate values of one token whose router scores are `scores`: its first coordinate is 1, the router's first column their logits."""
+    """Chosen experts and gate values of the token (1, 0, 0 ...), which the router, its first column their logits, gives these scores."""
     gate = Gate(config)
     with torch.no_grad():
         gate.weight.zero_()

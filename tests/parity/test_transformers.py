@@ -42,7 +42,7 @@ def tokenizer() -> Tokenizer:
 
 
 def in_transformers(model: Transformer, tokenizer: Tokenizer, folder: Path) -> torch.nn.Module:
-    """The model as transformers reads it from its checkpoint; every tensor transformers knows must be there, and only the MTP module be unknown to it."""
+    """The model as transformers reads it from its checkpoint; every tensor it wants must be there, and only the MTP module be unknown to it."""
     folder.mkdir(exist_ok=True)
     save_checkpoint(folder, model, tokenizer)
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
@@ -116,6 +116,7 @@ def deepseek_changes(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # transformers, of a model without shared experts
 @settings(derandomize=True, deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(deepseek_changes())
 def test_deepseek_v3_in_any_shape(
@@ -147,8 +148,8 @@ def theirs_of(kind: str) -> transformers.PreTrainedConfig:
     common = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     if kind == "deepseek_v3":
         mla = {"q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 10, "num_key_value_heads": 4}
-        moe = {"moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
-        return transformers.DeepseekV3Config(**common, **mla, **moe)
+        moe = {"moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2}
+        return transformers.DeepseekV3Config(**common, **mla, **moe, first_k_dense_replace=1)
     if kind == "llama":
         return transformers.LlamaConfig(**common, num_key_value_heads=2, rope_parameters=LLAMA3 | {"rope_theta": 500000.0})
     family = {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}[kind]

@@ -51,7 +51,8 @@ def result(form: str, accuracy: list[float], tokens: list[int], task: str = "sum
 def test_a_summary_by_hand(evaluating: Evaluating) -> None:
     """Two problems, two samples: pass@1 is the mean over all, shares are of all samples, the better form is reported."""
     forms = [{"name": "chat"}, {"name": "plain", "chat": False}]
-    results = [result("chat", [1.0, 0.0], [3, 5]), result("chat", [0.0, 0.0], [10, 2]), result("plain", [1.0, 1.0], [1, 1]), result("plain", [0.0, 1.0], [2, 4])]
+    results = [result("chat", [1.0, 0.0], [3, 5]), result("chat", [0.0, 0.0], [10, 2])]
+    results += [result("plain", [1.0, 1.0], [1, 1]), result("plain", [0.0, 1.0], [2, 4])]
     summary = summarise(results, evaluating(forms=forms))
     found = summary["tasks"]["sums"]
     assert (found["pass@1"], found["prompt_form"], found["pass@1_by_form"]) == (0.75, "plain", {"chat": 0.25, "plain": 0.75})

@@ -15,8 +15,15 @@ from slingshot.stages import sample
 
 Sampling = Callable[..., sample.Config]
 
-# What each of four samples scores: accuracy, format, language, and its reasoning.
-SAID = [(1.0, 1.0, 1.0, "because"), (0.0, 1.0, 1.0, "wrong"), (1.0, 0.0, 1.0, "unclosed"), (1.0, 1.0, 0.5, "だから"), (1.0, 1.0, 1.0, "because"), (1.0, 1.0, 1.0, "also")]
+# What each of six samples scores: accuracy, format, language, and its reasoning.
+SAID = [
+    (1.0, 1.0, 1.0, "because"),
+    (0.0, 1.0, 1.0, "wrong"),
+    (1.0, 0.0, 1.0, "unclosed"),
+    (1.0, 1.0, 0.5, "だから"),
+    (1.0, 1.0, 1.0, "because"),
+    (1.0, 1.0, 1.0, "also"),
+]
 
 
 @pytest.fixture

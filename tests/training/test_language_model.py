@@ -13,7 +13,7 @@ from torch import Tensor
 from slingshot.config import ModelConfig
 from slingshot.cost.flops import training_flops
 from slingshot.data.packing import pack
-from slingshot.model.moe import balance_loss
+from slingshot.model.moe import Routing, balance_loss
 from slingshot.model.transformer import Transformer
 from slingshot.training.language_model import LossWeights, Rows, evaluate_loss, language_model_step
 from slingshot.training.parallel import Parallel
@@ -61,15 +61,15 @@ def test_losses_against_a_loop_over_documents(model: Transformer) -> None:
             far_losses.append((F.cross_entropy(far_logits, piece[2:], reduction="none") * weights[2:], weights[2:]))
     next_loss, far_loss = (sum(loss.sum() for loss, _ in parts) / sum(weights.sum() for _, weights in parts) for parts in (next_losses, far_losses))
 
+    routings: list[Routing] = []
+    handles = [layer.gate.register_forward_hook(lambda _, __, routing: routings.append(routing)) for layer in model.moe_layers()]
+    model(rows.tokens_BT, segments_BT=rows.segments_BT, mtp=True)
+    for handle in handles:
+        handle.remove()
     balance = []
-    for index in range(len(rows.tokens_BT)):
-        valid = rows.segments_BT[index] > 0
-        recorded: list = []
-        handles = [layer.gate.register_forward_hook(lambda _, __, routing: recorded.append(routing)) for layer in model.moe_layers()]
-        model(rows.tokens_BT[index : index + 1], segments_BT=rows.segments_BT[index : index + 1], mtp=True)
-        for handle in handles:
-            handle.remove()
-        balance.append(sum(balance_loss(routing.scores_NE[valid][None], routing.experts_Nk[valid][None]) for routing in recorded))
+    for index, segments_T in enumerate(rows.segments_BT):
+        valid = torch.arange(index * 12, index * 12 + 12)[segments_T > 0]
+        balance.append(sum(balance_loss(routing.scores_NE[valid][None], routing.experts_Nk[valid][None]) for routing in routings))
     mean_balance = sum(balance) / len(balance)
     (next_loss + 0.3 * far_loss + 0.01 * mean_balance).backward()
     expected = gradients(model)

@@ -10,6 +10,7 @@
     def solution(problem, style):                    # optional: {"reasoning": ..., "answer": ...}
         return {"reasoning": "Since 1868 it is Tokyo.", "answer": "Tokyo"}
 
+A list of problems is shuffled by slingshot; a generator that goes on without end should draw by `seed`, so that every step sees new ones.
 Yield all problems for either split: slingshot keeps those whose key (default: the prompt) hashes into the split it wants.
 """
 
@@ -30,6 +31,7 @@ from slingshot.files import SlingshotError
 from slingshot.tasks.sandbox import Sandbox, SandboxError, take
 from slingshot.tasks.task import Language, Problem, Reward, Solution, Split, Style, Task, in_split
 
+_POOL = 4096  # a file that yields no more problems than this is kept whole and shuffled by the seed; a longer one is trusted to go by its seed
 _CHUNK = 64  # problems fetched from the worker at a time
 
 
@@ -58,6 +60,7 @@ class UserTask(Task):
     memory_mb: int = 2048
     _sandbox: Sandbox = PrivateAttr()
     _functions: frozenset[str] = PrivateAttr()
+    _pools: dict[str, list[Problem] | None] = PrivateAttr(default_factory=dict)  # all problems of a file that ends; None for one that goes on
 
     @model_validator(mode="after")
     def _open(self) -> Self:
@@ -85,7 +88,13 @@ class UserTask(Task):
         return "solution" in self._functions
 
     def problems(self, split: Split, seed: int) -> Iterator[Problem]:
-        return in_split(self._all(split, seed), split, self.name)
+        if split not in self._pools:
+            items = list(itertools.islice(self._all(split, 0), _POOL + 1))
+            self._pools[split] = items if len(items) <= _POOL else None
+        pool = self._pools[split]
+        if pool is None:
+            return in_split(self._all(split, seed), split, self.name)
+        return in_split(random.Random(seed).sample(pool, len(pool)), split, self.name)
 
     def _all(self, split: Split, seed: int) -> Iterator[Problem]:
         start = 0

@@ -3,8 +3,7 @@
 # make smollm2   the same treatment for a real open model, SmolLM2-135M-Instruct
 # make test      ruff, mypy, the import contract and all tests
 #
-# PYTHON picks the interpreter (3.11 or newer). PIP_FLAGS goes to every pip install: on Linux without a GPU,
-# PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" fetches the small torch instead of the CUDA one.
+# PYTHON picks the interpreter (3.11 or newer). PIP_FLAGS goes to every pip install, for example to take torch from another package index.
 
 PYTHON ?= python3
 PIP_FLAGS ?=

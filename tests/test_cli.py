@@ -17,6 +17,8 @@ import pytest
 import slingshot
 from slingshot import cli, recipe
 from slingshot.config import StageConfig
+from slingshot.cost.machine import Machine
+from slingshot.cost.receipt import Meter
 from slingshot.files import SlingshotError
 
 Command = Callable[..., tuple[int, str, str]]
@@ -57,6 +59,10 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         if fake.fail is not None:
             raise fake.fail
         fake.ran.append((config, out))
+        out.mkdir(exist_ok=True)
+        meter = Meter()
+        meter.add(tokens=1500, all=2e9)
+        meter.receipt("rl", out.name, config.model_dump(mode="json"), [], out, Machine(cpu="none", cores=1, memory_bytes=1)).write(out)
 
     fake.run = run
     monkeypatch.setattr(recipe, "stage_module", lambda kind: fake)
@@ -113,7 +119,9 @@ def test_what_is_wrong_is_one_line_and_code_2(command: Command, arguments: list[
 def test_a_stage_takes_a_model_and_keys_and_a_file(command: Command, stage: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "keys.json").write_text(json.dumps({"lr": 0.5, "seed": 3}))
     (tmp_path / "keys.toml").write_text("lr = 0.25\nsizes.a = 1\n")
-    assert command("rl", "runs/base", "lr=1e-4", "--config", tmp_path / "keys.json", "--out", tmp_path / "new")[0] == 0
+    code, out, _ = command("rl", "runs/base", "lr=1e-4", "--config", tmp_path / "keys.json", "--out", tmp_path / "new")
+    assert code == 0
+    assert out.startswith(f"made {tmp_path / 'new'}: 1.5k tokens, 2.0G FLOPs\nnext: slingshot chat {tmp_path / 'new'}")
     assert command("sft", "--out", tmp_path / "new", "sizes.b=2", "--config", tmp_path / "keys.toml")[0] == 0
     assert stage.ran == [
         (Config(model="runs/base", lr=1e-4, seed=3), tmp_path / "new"),

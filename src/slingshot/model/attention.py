@@ -168,11 +168,24 @@ class GQA(nn.Module):
         q = rotate(q, context.cos_BTR, context.sin_BTR, interleaved=False)
         k = rotate(k, context.cos_BTR, context.sin_BTR, interleaved=False)
         if context.cache is not None:
-            entries = torch.cat((k.flatten(2), v.flatten(2)), dim=-1)
-            k, v = context.cache.update(self.layer, entries, context.positions_BT).unflatten(-1, (2, -1, config.head_dim)).to(q.dtype).unbind(2)
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, scale=self.scale, enable_gqa=True)
-            return self.o_proj(y.transpose(1, 2).flatten(2))
+            entries_BSC = context.cache.update(self.layer, torch.cat((k.flatten(2), v.flatten(2)), dim=-1), context.positions_BT)
+            return self.o_proj(self._cached(q, entries_BSC, context))
         groups = config.num_attention_heads // config.num_key_value_heads
         q, k, v = (t.transpose(1, 2) for t in (q, k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)))
         return self.o_proj(attend(q, k, v, context.mask, self.scale).transpose(1, 2).flatten(2))
+
+    def _cached(self, q_BTHW: Tensor, entries_BSC: Tensor, context: Context) -> Tensor:
+        """Queries of one group fold into rows of one product with their keys, which are thus never repeated: y_BTX, X all heads' values.
+
+        Plain products: at one query a row, torch's fused CPU kernel takes several times as long.
+        """
+        assert context.mask is not None
+        (batch, time), n_groups = q_BTHW.shape[:2], self.config.num_key_value_heads
+        k, v = entries_BSC.to(q_BTHW.dtype).unflatten(-1, (2, n_groups, -1)).unbind(2)
+        k_NSW, v_NSW = (t.transpose(1, 2).flatten(0, 1) for t in (k, v))  # N = B * groups
+        q_NXW = q_BTHW.unflatten(2, (n_groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2)  # X = T * heads of a group
+        scores = torch.bmm(q_NXW, k_NSW.transpose(1, 2)).unflatten(0, (batch, n_groups)).unflatten(2, (time, -1)).float() * self.scale
+        scores = scores.masked_fill(~context.mask.unsqueeze(3), -torch.inf)  # [B, groups, T, heads of a group, S]
+        weights_NXS = scores.softmax(dim=-1).to(q_NXW.dtype).flatten(2, 3).flatten(0, 1)
+        y = torch.bmm(weights_NXS, v_NSW).unflatten(0, (batch, n_groups)).unflatten(2, (time, -1))
+        return y.transpose(1, 2).flatten(2)

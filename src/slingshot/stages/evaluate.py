@@ -109,9 +109,13 @@ def _result(task: str, form: PromptForm, group: Sequence[Rollout]) -> dict[str, 
 
 
 def summarise(results: Sequence[dict[str, Any]], config: Config) -> dict[str, Any]:
-    """The Evaluation: every task in the prompt form with the highest pass@1, the other forms' pass@1 beside it."""
+    """The Evaluation: every task in the prompt form with the highest pass@1, the other forms' pass@1 beside it.
+
+    `scores` holds each problem's share of right samples in a fixed order, so that two evaluations can be compared problem by problem.
+    """
     tasks: dict[str, Any] = {}
     examples: dict[str, Any] = {}
+    scores: dict[str, list[float]] = {}
     for task in dict.fromkeys(result["task"] for result in results):
         by_form = {form.name: [r for r in results if r["task"] == task and r["form"] == form.name] for form in config.forms}
         passes = {form: float(np.mean([np.mean(r["accuracy"]) for r in rows])) for form, rows in by_form.items()}
@@ -130,8 +134,9 @@ def summarise(results: Sequence[dict[str, Any]], config: Config) -> dict[str, An
             "prompt_form": best,
             "pass@1_by_form": passes,
         }
+        scores[task] = [float(np.mean(r["accuracy"])) for r in rows]
         examples[task] = [r["example"] for r in rows[: config.examples]]
-    return {"tasks": tasks, "examples": examples}
+    return {"tasks": tasks, "examples": examples, "scores": scores}
 
 
 def bootstrap(scores: Sequence[float], seed: int, resamples: int = 2000) -> list[float]:

@@ -80,9 +80,11 @@ def run(config: Config, out: Path) -> None:
     tasks = TaskMix(config.tasks)
     model, reference, tokenizer = load_model(config.model), load_model(config.model), load_tokenizer(config.model)
     dtype = compute_dtype(config.dtype)
+    for network in (model, reference):
+        network.to(parallel.device)
     engine = Engine(model, tokenizer, dtype=dtype)
     for network in (model, reference):
-        network.to(parallel.device).compute_dtype = dtype
+        network.compute_dtype = dtype
         parallel.shard(network)
     optimizer = Optimizer(model, config)
     saved = work.load()
@@ -116,6 +118,9 @@ def run(config: Config, out: Path) -> None:
             speed = work.speed(row.pop("tokens"), flops_before)
             work.log({**row, "lr": config.lr * schedule(config, step, config.steps), **speed})
             shown = {"reward": row["reward"], "pass": row["pass_rate"], "length": row["response_tokens"], "tokens/s": speed["tokens_per_second"]}
+            if config.max_flops is not None:
+                spent = float(parallel.sum(work.meter.flops)) / config.max_flops
+                progress.total = min(config.steps, max(step + 1, round((step + 1) / spent)))
             progress.update(step + 1, **shown)
             work.keep(step + 1, state)
 
@@ -156,7 +161,7 @@ def _update(
     model: Transformer, reference: Transformer, optimizer: Optimizer, rollouts: Sequence[Rollout], config: Config, step: int, parallel: Parallel
 ) -> dict[str, Any]:
     """One pass over the rollouts in `minibatches` optimizer steps; what is logged of it, nothing if no group carried a signal."""
-    batch = pack(rollouts, config.sequence_length)
+    batch = pack(rollouts, config.sequence_length).to(parallel.device)
     n_rows = parallel.max(len(batch.rows.tokens_BT))
     if n_rows == 0:
         return {}

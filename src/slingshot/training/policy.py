@@ -40,6 +40,11 @@ class PolicyRows:
     def __getitem__(self, part: slice) -> PolicyRows:
         return PolicyRows(self.rows[part], self.advantages_BT[part], self.sampler_BT[part])
 
+    def to(self, device: torch.device) -> PolicyRows:
+        fields = (self.rows.tokens_BT, self.rows.segments_BT, self.rows.weights_BT, self.advantages_BT, self.sampler_BT)
+        tokens_BT, segments_BT, weights_BT, advantages_BT, sampler_BT = (field.to(device) for field in fields)
+        return PolicyRows(Rows(tokens_BT, segments_BT, weights_BT), advantages_BT, sampler_BT)
+
     def or_empty(self) -> PolicyRows:
         """At least one row: a rank that has none left still takes part in the collective operations."""
         if len(self.rows.tokens_BT):

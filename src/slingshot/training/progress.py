@@ -19,7 +19,7 @@ _QUIET_SECONDS = 15.0
 
 
 class Progress:
-    """Progress of `total` steps, shown on standard error; `shown` False (other ranks) shows nothing."""
+    """Progress of `total` steps, shown on standard error; `shown` False (other ranks) shows nothing. `total` may be corrected on the way."""
 
     def __init__(self, title: str, total: int, done: int = 0, shown: bool = True) -> None:
         self.title, self.total, self.shown = title, total, shown
@@ -43,7 +43,7 @@ class Progress:
         """`step` steps are done; the values are shown beside the bar."""
         text = "  ".join(f"{name} {value:,.0f}" if abs(value) >= 1000 else f"{name} {value:.3g}" for name, value in values.items())
         if self._bar:
-            self._bar.update(self._task, completed=step, values=text)
+            self._bar.update(self._task, completed=step, total=self.total, values=text)
         elif self.shown and (time.monotonic() - self._last > _QUIET_SECONDS or step == self.total):
             self._last = time.monotonic()
             left = (self._last - self._start) / max(1, step - self._first) * (self.total - step)

@@ -138,7 +138,11 @@ class ModelConfig(Strict):
         values = dict(values)
         if values.get("family") == "dense" and values.get("num_attention_heads"):
             values["num_key_value_heads"] = values.get("num_key_value_heads") or values["num_attention_heads"]
-            values["head_dim"] = values.get("head_dim") or values.get("hidden_size", 0) // values["num_attention_heads"]
+            if not values.get("head_dim"):
+                values["head_dim"], left_over = divmod(values.get("hidden_size", 0), values["num_attention_heads"])
+                if left_over:
+                    heads = f"num_attention_heads {values['num_attention_heads']}"
+                    raise ValueError(f"hidden_size {values['hidden_size']} must divide evenly into {heads}, or head_dim be given")
         return values
 
     @model_validator(mode="after")

@@ -214,6 +214,16 @@ def test_the_reference_is_replaced_periodically(training: Training, metrics: Met
     assert [value > 1e-5 for value in kl] == [False, True, False, True, False]
 
 
+def test_without_a_kl_weight_there_is_no_reference(training: Training, metrics: Metrics, tmp_path: Path) -> None:
+    rl.run(training(kl=0.0), tmp_path / "free")
+    rl.run(training(kl=1e-12), tmp_path / "tied")
+    free, tied = metrics(tmp_path / "free"), metrics(tmp_path / "tied")
+    assert [row["kl"] for row in free] == [0.0, 0.0]
+    assert tied[1]["kl"] > 0
+    assert [row["loss"] for row in free] == pytest.approx([row["loss"] for row in tied], abs=1e-6)
+    assert Receipt.read(tmp_path / "free").flops_by_part["reference"] == 0 < Receipt.read(tmp_path / "tied").flops_by_part["reference"]
+
+
 def test_groups_of_equal_reward_give_no_signal(training: Training, base: Path, metrics: Metrics, tmp_path: Path) -> None:
     """Nothing to learn from: the step is logged, and not a weight moves."""
     rl.run(training(rewards={"accuracy": 0.0, "format": 0.0}, steps=1), tmp_path / "out")

@@ -1,7 +1,8 @@
 """Reinforcement learning with rewards a program can check: GRPO (arXiv 2402.03300) as R1-Zero and R1 use it (2501.12948).
 
 Every step draws problems, samples a group of responses to each through the engine, scores them, and moves the policy towards those
-above their group's mean: clipped ratio, k3 KL to a reference that is replaced now and then, no reward model, no critic.
+above their group's mean: clipped ratio, k3 KL to a reference that is replaced now and then, no reward model, no critic. With `kl` 0 there
+is no reference, neither in memory nor in time (arXiv 2503.14476, 2.3, leaves it out).
 
     slingshot rl --config rl.toml --out runs/zero
 """
@@ -78,30 +79,35 @@ def run(config: Config, out: Path) -> None:
     parallel = Parallel.start(config.threads)
     work = Workspace(out, kind, config, [Path(config.model)], parallel, config.save_seconds, peak(config.dtype))
     tasks = TaskMix(config.tasks)
-    model, reference, tokenizer = load_model(config.model), load_model(config.model), load_tokenizer(config.model)
+    model, tokenizer = load_model(config.model), load_tokenizer(config.model)
+    reference = load_model(config.model) if config.kl else None
+    networks = [model] if reference is None else [model, reference]
     dtype = compute_dtype(config.dtype)
-    for network in (model, reference):
+    for network in networks:
         network.to(parallel.device)
     engine = Engine(model, tokenizer, dtype=dtype)
-    for network in (model, reference):
+    for network in networks:
         network.compute_dtype = dtype
         parallel.shard(network)
     optimizer = Optimizer(model, config)
     saved = work.load()
     if saved:
         restore(saved, model, optimizer)
-        load_gathered(reference, saved.group("reference"))
+        if reference is not None:
+            load_gathered(reference, saved.group("reference"))
     params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, n=config.group_size, seed=config.seed)
 
     def state() -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, info = training_state(model, optimizer)
-        return tensors | {f"reference/{name}": tensor for name, tensor in gathered(reference).items()}, info
+        if reference is not None:
+            tensors |= {f"reference/{name}": tensor for name, tensor in gathered(reference).items()}
+        return tensors, info
 
     with Progress(out.name, config.steps, saved.step if saved else 0, parallel.is_first) as progress:
         for step in range(saved.step if saved else 0, config.steps):
             if config.max_flops is not None and float(parallel.sum(work.meter.flops)) >= config.max_flops:
                 break
-            if step % config.reference_steps == 0 and step > 0:
+            if reference is not None and step % config.reference_steps == 0 and step > 0:
                 load_gathered(reference, gathered(model))
             flops_before = work.meter.flops
 
@@ -158,7 +164,13 @@ def pack(rollouts: Sequence[Rollout], length: int) -> PolicyRows:
 
 
 def _update(
-    model: Transformer, reference: Transformer, optimizer: Optimizer, rollouts: Sequence[Rollout], config: Config, step: int, parallel: Parallel
+    model: Transformer,
+    reference: Transformer | None,
+    optimizer: Optimizer,
+    rollouts: Sequence[Rollout],
+    config: Config,
+    step: int,
+    parallel: Parallel,
 ) -> dict[str, Any]:
     """One pass over the rollouts in `minibatches` optimizer steps; what is logged of it, nothing if no group carried a signal."""
     batch = pack(rollouts, config.sequence_length).to(parallel.device)
@@ -197,7 +209,7 @@ def _count(work: Workspace, model: Transformer, groups: Sequence[Sequence[Rollou
         sampling=sum(generation_flops(model.config, len(group[0].prompt_ids), [len(r.completion_ids) for r in group]) for group in groups),
         training=update,
         mtp=with_mtp - update,
-        reference=forward_flops(model.config, lengths),
+        reference=forward_flops(model.config, lengths) if config.kl else 0.0,
     )
 
 

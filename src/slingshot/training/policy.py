@@ -61,7 +61,9 @@ class PolicySums:
     load_LE: list[Tensor]
 
 
-def policy_step(model: Transformer, reference: Transformer, batch: PolicyRows, n_rows: int, config: PolicyConfig, parallel: Parallel) -> PolicySums:
+def policy_step(
+    model: Transformer, reference: Transformer | None, batch: PolicyRows, n_rows: int, config: PolicyConfig, parallel: Parallel
+) -> PolicySums:
     """Forward and backward over this rank's rows; gradients are those of the mean over the global batch's completion tokens.
 
     `n_rows` is the largest rank's number of rows: every rank takes as many micro-batches.
@@ -81,9 +83,11 @@ def policy_step(model: Transformer, reference: Transformer, batch: PolicyRows, n
         targets_N = targets_BT.flatten()[chosen_N]
         advantages_N, sampler_N = (field.roll(-1, dims=1).flatten()[chosen_N] for field in (micro.advantages_BT, micro.sampler_BT))
 
-        with torch.no_grad():
-            hidden_BTD = reference(tokens_BT, segments_BT=segments_BT, logits=False).hidden_BTD
-            reference_N, _ = _chosen_logprobs(reference, hidden_BTD, chosen_N, targets_N, config.temperature)
+        reference_N = None
+        if reference is not None:
+            with torch.no_grad():
+                hidden_BTD = reference(tokens_BT, segments_BT=segments_BT, logits=False).hidden_BTD
+                reference_N, _ = _chosen_logprobs(reference, hidden_BTD, chosen_N, targets_N, config.temperature)
         output = model(tokens_BT, segments_BT=segments_BT, logits=False, mtp=with_mtp, detach_mtp=True)
         logprobs_N, entropy_N = _chosen_logprobs(model, output.hidden_BTD, chosen_N, targets_N, config.temperature)
         terms = grpo(logprobs_N, sampler_N, advantages_N, torch.ones_like(logprobs_N), reference_N, config.clip_low, config.clip_high, config.kl)

@@ -307,17 +307,18 @@ class _Run:
         return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes), *PROGRAM]
 
     def _show_solved(self, stages: Sequence[Stage]) -> None:
-        """Print a problem the last evaluated model solved, with its reasoning, as a person would like to read it."""
+        """Print the solved problem of the last evaluated model with the longest reasoning, as a person would like to read it."""
         places = [self.out / stage.folder / "evaluation.json" for stage in reversed(stages) if stage.kind == "evaluate"]
         for place in (place for place in places if place.exists()):
-            for example in (example for examples in read_json(place)["examples"].values() for example in examples):
-                if example["correct"]:
-                    console = Console(highlight=False)
-                    console.print(Text(f"\n{example['prompt'].strip()}", "bold"))
-                    if example.get("reasoning"):
-                        console.print(Text(example["reasoning"].strip(), "dim italic"))
-                    console.print(Text(f"{(example.get('response') or example['completion']).strip()}\n", "green"))
-                    return
+            solved = [example for examples in read_json(place)["examples"].values() for example in examples if example["correct"]]
+            if solved:
+                example = max(solved, key=lambda example: len(example["reasoning"]))
+                console = Console(highlight=False)
+                console.print(Text(f"\n{example['prompt'].strip()}", "bold"))
+                if example["reasoning"]:
+                    console.print(Text(example["reasoning"].strip(), "dim italic"))
+                console.print(Text(f"{example['response'].strip()}\n", "green"))
+                return
 
     def _say(self, line: str, style: str) -> None:
         self.console.print(Text(line, style))

@@ -267,9 +267,8 @@ def test_ctrl_c_stops_two_ranks_with_their_state(micro: Path, tmp_path: Path) ->
 
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
+def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run the command line in this process: it must end with code 2 and one line; gives the line."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["slingshot", *map(str, arguments)])
@@ -282,9 +281,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         assert len(said) == 1 and error.splitlines()[-1] == said[0]
         return said[0]
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slingshot.config import ModelConfig
-from slingshot.cost.flops import training_flops
+from slingshot.cost.flops import training_flops, training_parts
 from slingshot.data.packing import pack
 from slingshot.model.moe import Routing, balance_loss
 from slingshot.model.transformer import Transformer
@@ -129,7 +129,9 @@ def test_rows_count_their_tokens_and_documents(model: Transformer) -> None:
     rows = packed_rows()
     assert rows.n_tokens == 45
     assert sorted(rows.lengths()) == sorted(PIECES)
-    assert rows.mtp_flops(model.config) == training_flops(model.config, PIECES, mtp=True) - training_flops(model.config, PIECES, mtp=False) > 0
+    main, both = training_flops(model.config, PIECES, mtp=False), training_flops(model.config, PIECES, mtp=True)
+    assert training_parts(model.config, rows.lengths()) == {"training": main, "mtp": both - main} and both > main
+    assert training_parts(model.config, rows.lengths(), mtp=False) == {"training": main, "mtp": 0.0}
 
 
 def test_ranks_share_the_rows_and_all_take_part() -> None:

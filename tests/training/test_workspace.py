@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,6 @@ ALONE = Parallel(0, 1, torch.device("cpu"), None)
 
 class Config(StageConfig):
     lr: float = 0.1
-
-
-@pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    """A workspace takes over the signals."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

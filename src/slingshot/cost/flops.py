@@ -91,6 +91,13 @@ def training_flops(config: ModelConfig, lengths: Iterable[int], mtp: bool = True
     return 3 * forward_flops(config, lengths, mtp)
 
 
+def training_parts(config: ModelConfig, lengths: Iterable[int], mtp: bool = True) -> dict[str, float]:
+    """`training_flops` as receipts keep them apart: "training" of the main model and "mtp", 0 where no module is trained along."""
+    lengths = list(lengths)
+    main = training_flops(config, lengths, mtp=False)
+    return {"training": main, "mtp": training_flops(config, lengths, mtp=True) - main if mtp else 0.0}
+
+
 def generation_flops(config: ModelConfig, prompt_length: int, new_tokens: int | Iterable[int]) -> float:
     """FLOPs of sampling with a cache: one prefill of the prompt, then one decode step for each further token.
 

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field, model_validator
 
 from slingshot.config import ModelConfig, Strict, TaskConfig
-from slingshot.cost.flops import training_flops
+from slingshot.cost.flops import training_parts
 from slingshot.data.corpora import Corpus
 from slingshot.data.packing import pack
 from slingshot.data.response import encode_responses
@@ -104,7 +104,7 @@ def run(config: Config, out: Path) -> None:
                 update_router_biases(model, losses.load_LE, config.bias_update_speed)
 
             flops_before = work.meter.flops
-            work.meter.add(rows.n_tokens, training=training_flops(model_config, rows.lengths(), mtp=False), mtp=rows.mtp_flops(model_config))
+            work.meter.add(rows.n_tokens, **training_parts(model_config, rows.lengths(), mtp=config.losses.mtp > 0))
             speed = work.speed(batch.n_tokens, flops_before)
             work.log({"step": step + 1, **losses.logged(), "lr": lr * config.lr, "gradient_norm": norm, **speed})
             progress.update(step + 1, loss=losses.loss, **{"tokens/s": speed["tokens_per_second"]})

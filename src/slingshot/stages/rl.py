@@ -20,14 +20,14 @@ from pydantic import Field
 from torch import Tensor
 
 from slingshot.config import Strict, TaskConfig
-from slingshot.cost.flops import forward_flops, generation_flops, training_flops
+from slingshot.cost.flops import forward_flops, generation_flops, training_parts
 from slingshot.data.packing import pack_examples
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.model.checkpoint import load_model, load_tokenizer, save_checkpoint
 from slingshot.model.transformer import Transformer
 from slingshot.rollout import PromptForm, Rollout, TaskMix, roll_out
-from slingshot.training.language_model import Rows
+from slingshot.training.language_model import Rows, add_loads, busiest
 from slingshot.training.objectives import group_advantages
 from slingshot.training.optimizer import Optimizer, schedule, update_router_biases
 from slingshot.training.parallel import Parallel, gathered, load_gathered
@@ -187,7 +187,7 @@ def _update(
         loads = [parallel.sum(load) for load in sums.load_LE]
         if config.bias_update_speed:
             update_router_biases(model, loads, config.bias_update_speed)
-        load_LE = [a + b for a, b in zip(load_LE, loads, strict=True)] if load_LE else loads
+        load_LE = add_loads(load_LE, loads)
         totals = {name: totals.get(name, 0.0) + value for name, value in parallel.sums(sums.values).items()}
     per_token = {"loss": "loss", "kl": "kl", "clip_fraction": "clipped", "entropy": "entropy", "logprob_gap": "gap"}
     logged: dict[str, Any] = {name: totals[key] / totals["tokens"] for name, key in per_token.items()}
@@ -195,20 +195,17 @@ def _update(
     if totals["mtp_loss"]:
         logged["mtp_loss"] = totals["mtp_loss"] / totals["far"]
     if load_LE:
-        logged["expert_load"] = [float(load.max() / load.mean()) for load in load_LE]
+        logged["expert_load"] = busiest(load_LE)
     return logged
 
 
 def _count(work: Workspace, model: Transformer, groups: Sequence[Sequence[Rollout]], kept: Sequence[Rollout], config: Config) -> None:
     """Tokens and FLOPs of this step, on this rank: sampling, update, reference, MTP."""
     lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in kept]
-    with_mtp = training_flops(model.config, lengths, mtp=True) if config.mtp else training_flops(model.config, lengths, mtp=False)
-    update = training_flops(model.config, lengths, mtp=False)
     work.meter.add(
         sum(len(r.completion_ids) for group in groups for r in group),
         sampling=sum(generation_flops(model.config, len(group[0].prompt_ids), [len(r.completion_ids) for r in group]) for group in groups),
-        training=update,
-        mtp=with_mtp - update,
+        **training_parts(model.config, lengths, mtp=config.mtp > 0),
         reference=forward_flops(model.config, lengths) if config.kl else 0.0,
     )
 

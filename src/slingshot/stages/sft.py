@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from slingshot.config import TaskConfig
-from slingshot.cost.flops import training_flops
+from slingshot.cost.flops import training_parts
 from slingshot.data.packing import pack_examples
 from slingshot.data.reasoning import ends_in_reasoning
 from slingshot.data.response import encode_responses
@@ -90,7 +90,7 @@ def run(config: Config, out: Path) -> None:
             work.check(step + 1, gradient_norm=norm)
 
             flops_before = work.meter.flops
-            work.meter.add(rows.n_tokens, training=training_flops(model.config, rows.lengths(), mtp=False), mtp=rows.mtp_flops(model.config))
+            work.meter.add(rows.n_tokens, **training_parts(model.config, rows.lengths(), mtp=config.losses.mtp > 0))
             speed = work.speed(batch.n_tokens, flops_before)
             work.log({"step": step + 1, **losses.logged(), "lr": lr * config.lr, "gradient_norm": norm, **speed})
             progress.update(step + 1, loss=losses.loss, **{"tokens/s": speed["tokens_per_second"]})

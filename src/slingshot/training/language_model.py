@@ -14,9 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from slingshot.config import ModelConfig, Strict
-from slingshot.cost.flops import training_flops
-from slingshot.model.transformer import ModelOutput, Transformer
+from slingshot.config import Strict
+from slingshot.model.transformer import Transformer
 from slingshot.training.objectives import cross_entropy, mtp_targets, next_token_targets
 from slingshot.training.parallel import Parallel
 
@@ -67,13 +66,6 @@ class Rows:
         counts: list[int] = flat[self.segments_BT > 0].unique(return_counts=True)[1].tolist()
         return counts
 
-    def mtp_flops(self, config: ModelConfig) -> float:
-        """Training FLOPs of the MTP module on these rows."""
-        if not config.num_nextn_predict_layers:
-            return 0.0
-        lengths = self.lengths()
-        return training_flops(config, lengths, mtp=True) - training_flops(config, lengths, mtp=False)
-
 
 @dataclass
 class StepLosses:
@@ -89,7 +81,7 @@ class StepLosses:
         if self.mtp_loss is not None:
             row["mtp_loss"] = self.mtp_loss
         if self.load_LE:
-            row |= {"balance_loss": self.balance_loss, "expert_load": [float(load.max() / load.mean()) for load in self.load_LE]}
+            row |= {"balance_loss": self.balance_loss, "expert_load": busiest(self.load_LE)}
         return row
 
 
@@ -100,8 +92,14 @@ def target_loss(model: Transformer, hidden_BTD: Tensor, targets_BT: Tensor, weig
     return cross_entropy(logits_NV, targets_BT.flatten()[chosen_N], weights_BT.flatten()[chosen_N])
 
 
-def add_loads(total_LE: list[Tensor], output: ModelOutput) -> list[Tensor]:
-    return [a + b for a, b in zip(total_LE, output.load_LE, strict=True)] if total_LE else output.load_LE
+def add_loads(total_LE: list[Tensor], more_LE: list[Tensor]) -> list[Tensor]:
+    """Layer by layer; an empty total is zero."""
+    return [a + b for a, b in zip(total_LE, more_LE, strict=True)] if total_LE else more_LE
+
+
+def busiest(load_LE: list[Tensor]) -> list[float]:
+    """The load of each layer's busiest expert over the mean; 1 when perfectly even."""
+    return [float(load.max() / load.mean()) for load in load_LE]
 
 
 def language_model_step(model: Transformer, rows: Rows, weights: LossWeights, micro_batch_size: int, parallel: Parallel) -> StepLosses:
@@ -128,7 +126,7 @@ def language_model_step(model: Transformer, rows: Rows, weights: LossWeights, mi
             loss = loss + weights.balance * balance
             sums["balance"] += float(balance.detach())
         (loss * parallel.world).backward()  # FSDP averages over the ranks; the loss is a share of the global mean
-        load_LE = add_loads(load_LE, output)
+        load_LE = add_loads(load_LE, output.load_LE)
     total = parallel.sums(sums)
     return StepLosses(
         loss=total["next"] / max(counts["next"], 1.0),

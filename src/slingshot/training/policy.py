@@ -98,7 +98,7 @@ def policy_step(
             loss = loss + config.mtp * mtp_loss / max(counts["far"], 1.0)
             values["mtp_loss"] += float(mtp_loss.detach())
         (loss * parallel.world).backward()  # FSDP averages over the ranks; the loss is a share of the global mean
-        load_LE = add_loads(load_LE, output)
+        load_LE = add_loads(load_LE, output.load_LE)
         values["loss"] += float(terms.loss.detach())
         values["kl"] += float(terms.kl)
         values["clipped"] += float(terms.clipped)

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slingshot.config import ModelConfig
-from slingshot.cost.flops import cache_bytes_per_token, forward_flops, forward_parts, generation_flops, parameters, training_flops
+from slingshot.cost.flops import (
+    cache_bytes_per_token,
+    decode_parts,
+    forward_flops,
+    forward_parts,
+    generation_flops,
+    parameters,
+    prefill_parts,
+    training_flops,
+)
 from slingshot.model.transformer import Transformer
 
 # Widths are different primes or products of them, so that no two terms can be mistaken for each other.
@@ -124,3 +133,23 @@ def test_dense_generation_equals_one_forward_pass(prompt: int, new: int) -> None
     """Without absorption, decoding with a cache does the same products as a forward pass, but for the logits of the prompt."""
     skipped = 2 * (prompt - 1) * DENSE.hidden_size * DENSE.vocab_size
     assert generation_flops(DENSE, prompt, new) == forward_flops(DENSE, [prompt + new - 1]) - skipped
+
+
+def test_tiny_request_by_hand() -> None:
+    """A prompt of 5 tokens, 2 of them cached: 3 tokens that meet 3 + 4 + 5 = 12 keys; then 4 tokens decoded that meet 7 keys each on average."""
+    weights = 2 * PROJECTIONS + 3 * 6 * 7 + 6 * 4 + 3 * EXPERT
+    assert sum(prefill_parts(TINY, 5, cached=2).values()) == 2 * (3 * weights + 12 * 2 * 2 * (5 + 4) + 6 * 11)
+    assert sum(decode_parts(TINY, 7, tokens=4).values()) == 2 * (4 * weights + 4 * 7 * 2 * 2 * (2 * 5 + 2) + 4 * 6 * 11)
+    assert decode_parts(TINY, 7)["head"] == 2 * 6 * 11
+
+
+@given(st.integers(1, 40), st.integers(0, 40), st.integers(1, 20))
+@settings(derandomize=True, deadline=None)
+def test_a_request_is_its_prefill_and_its_decoding(prompt: int, cached: int, new: int) -> None:
+    """As generation_flops counts the same request at once; and what was cached need not be read again."""
+    steps = new - 1
+    mean = prompt + (steps + 1) / 2
+    split = sum(prefill_parts(TINY, prompt).values()) + sum(decode_parts(TINY, mean, steps).values())
+    assert split == pytest.approx(generation_flops(TINY, prompt, new), rel=1e-12)
+    cached = min(cached, prompt)
+    assert sum(prefill_parts(TINY, prompt, cached).values()) <= sum(prefill_parts(TINY, prompt).values())

@@ -8,6 +8,7 @@ costs twice its forward (one product for the gradient of either operand), so tra
     training_flops(config, [4096] * 16)                    # FLOPs of one step over 16 documents of 4096 tokens, MTP included
     forward_parts(config, [4096], mtp=True)["mtp"]         # the MTP module's share, apart
     generation_flops(config, prompt_length=64, new_tokens=[120, 87])     # two samples that share their prompt's prefill
+    prefill_parts(config, 4096, cached=2048); decode_parts(config, context=5000)     # a request's two phases, by part
 
 Checked against the figures published for DeepSeek-V3 (arXiv 2412.19437): 671B parameters, 37B active, 250 GFLOP per trained token at 4K.
 """
@@ -106,21 +107,38 @@ def generation_flops(config: ModelConfig, prompt_length: int, new_tokens: int | 
     kv_b_proj's two halves instead of the cache being expanded, so attention is over the latent (arXiv 2405.04434, 2.1.2).
     """
     counts = [new_tokens] if isinstance(new_tokens, int) else list(new_tokens)
-    layers = range(config.num_hidden_layers)
-    prefill = _block_parts(config, layers, prompt_length, prompt_length * (prompt_length + 1) // 2)
     # A sample of n tokens decodes n - 1 of them; decode step i (from 1) sees prompt_length + i keys.
     steps = [max(0, count - 1) for count in counts]
     pairs = sum(step * prompt_length + step * (step + 1) // 2 for step in steps)
-    decode = _block_parts(config, layers, sum(steps), pairs, absorbed=True)
-    head = 2.0 * config.vocab_size * config.hidden_size * (1 + sum(steps))
-    return sum(prefill.values()) + sum(decode.values()) + head
+    return sum(prefill_parts(config, prompt_length).values()) + sum(_decode_parts(config, sum(steps), pairs).values())
 
 
-def _is_moe(config: ModelConfig, layer: int) -> bool:
+def prefill_parts(config: ModelConfig, length: float, cached: float = 0) -> dict[str, float]:
+    """FLOPs of reading a prompt of `length` tokens whose first `cached` are in the cache already, by part; logits at the last position only.
+
+    Attention is in expanded form: every token after the cached ones meets itself and all before it. Means of many prompts may be fractions.
+    """
+    pairs = (length * (length + 1) - cached * (cached + 1)) / 2
+    parts = _block_parts(config, range(config.num_hidden_layers), length - cached, pairs)
+    return parts | {"head": 2.0 * config.vocab_size * config.hidden_size}
+
+
+def decode_parts(config: ModelConfig, context: float, tokens: float = 1) -> dict[str, float]:
+    """FLOPs of decoding `tokens` tokens that meet `context` keys each (themselves included), by part; attention in absorbed form."""
+    return _decode_parts(config, tokens, tokens * context)
+
+
+def _decode_parts(config: ModelConfig, tokens: float, pairs: float) -> dict[str, float]:
+    parts = _block_parts(config, range(config.num_hidden_layers), tokens, pairs, absorbed=True)
+    return parts | {"head": 2.0 * config.vocab_size * config.hidden_size * tokens}
+
+
+def is_moe(config: ModelConfig, layer: int) -> bool:
+    """Whether this block has routed experts; block `num_hidden_layers` is the MTP module's."""
     return config.family == "deepseek_v3" and config.n_routed_experts > 0 and layer >= config.first_k_dense_replace
 
 
-def _projection_weights(config: ModelConfig) -> int:
+def projection_weights(config: ModelConfig) -> int:
     """Matrix elements every token is multiplied by on its way into and out of attention (the same in MLA's expanded and absorbed form)."""
     width, heads = config.hidden_size, config.num_attention_heads
     if config.family == "dense":
@@ -142,13 +160,13 @@ def _attention_width(config: ModelConfig, absorbed: bool) -> int:
     return config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
 
 
-def _block_parts(config: ModelConfig, layers: Iterable[int], tokens: int, pairs: int, absorbed: bool = False) -> dict[str, float]:
+def _block_parts(config: ModelConfig, layers: Iterable[int], tokens: float, pairs: float, absorbed: bool = False) -> dict[str, float]:
     """Forward FLOPs of these layers for `tokens` tokens that form `pairs` query-key pairs."""
     layers = list(layers)
-    n_moe = sum(_is_moe(config, layer) for layer in layers)
+    n_moe = sum(is_moe(config, layer) for layer in layers)
     expert = 3 * config.hidden_size * config.moe_intermediate_size  # gate, up, down
     weights = {
-        "projections": len(layers) * _projection_weights(config),
+        "projections": len(layers) * projection_weights(config),
         "mlp": (len(layers) - n_moe) * 3 * config.hidden_size * config.intermediate_size,
         "router": n_moe * config.hidden_size * config.n_routed_experts,
         "shared_experts": n_moe * config.n_shared_experts * expert,
@@ -161,13 +179,13 @@ def _block_parts(config: ModelConfig, layers: Iterable[int], tokens: int, pairs:
 
 def _block_parameters(config: ModelConfig, layer: int, active: bool) -> int:
     width = config.hidden_size
-    count = 2 * width + _projection_weights(config)  # the two norms of a block
+    count = 2 * width + projection_weights(config)  # the two norms of a block
     if config.family == "dense":
         count += config.attention_bias * config.head_dim * (config.num_attention_heads + 2 * config.num_key_value_heads)
         count += config.qk_norm * 2 * config.head_dim
     else:
         count += (config.q_lora_rank or 0) + config.kv_lora_rank  # norms of the latents
-    if not _is_moe(config, layer):
+    if not is_moe(config, layer):
         return count + 3 * width * config.intermediate_size
     experts = config.n_shared_experts + (config.num_experts_per_tok if active else config.n_routed_experts)
     return count + width * config.n_routed_experts + experts * 3 * width * config.moe_intermediate_size

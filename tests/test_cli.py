@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,13 +13,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 import slingshot
 from slingshot import cli, recipe
-from slingshot.config import StageConfig
+from slingshot.config import ModelConfig, StageConfig
 from slingshot.cost.machine import Machine
 from slingshot.cost.receipt import Meter
+from slingshot.data.tokenizer import Tokenizer
 from slingshot.files import SlingshotError
+from slingshot.model.transformer import Transformer
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -70,7 +74,7 @@ def test_help_and_import_are_light() -> None:
     script += "print({'torch', 'matplotlib', 'transformers', 'reasoning_gym'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
-    for name in ("run", "pretrain", "sft", "rl", "sample", "evaluate", "chat", "generate", "doctor", "report"):
+    for name in ("run", "pretrain", "sft", "rl", "sample", "evaluate", "convert", "inspect", "chat", "generate", "doctor", "report"):
         assert f" {name} " in done.stdout
 
 
@@ -170,8 +174,11 @@ def test_how_a_stage_ends_badly(command: Command, stage: SimpleNamespace, tmp_pa
 
 
 def test_a_child_leaves_the_last_word_to_its_runner(command: Command, stage: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "keys.json").write_text("{}")
+    assert command("stage", "rl", "--config", tmp_path / "keys.json", "--out", tmp_path / "new")[:2] == (0, "")
+    assert len(stage.ran) == 1
     stage.fail = KeyboardInterrupt()
-    assert command("rl", "--out", tmp_path / "new", "--child") == (130, "", "")
+    assert command("stage", "rl", "--config", tmp_path / "keys.json", "--out", tmp_path / "new") == (130, "", "")
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(command: Command, stage: SimpleNamespace, tmp_path: Path) -> None:
@@ -197,3 +204,51 @@ def test_run_hands_its_options_to_the_recipe(command: Command, monkeypatch: pyte
         ("tiny", [], None),
         ("tiny", Path("runs/tiny"), None, 1),
     ]
+
+
+@pytest.fixture
+def checkpoint(make_model: Callable[..., Transformer], deepseek: Callable[..., ModelConfig], tmp_path: Path) -> Path:
+    from slingshot.model.checkpoint import save_checkpoint
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_checkpoint(folder, make_model(deepseek(vocab_size=268)), Tokenizer.train(["three plus three"], vocab_size=268))
+    return folder
+
+
+def test_convert_there_and_back(command: Command, checkpoint: Path, tmp_path: Path) -> None:
+    """Each way a user goes: dtype, shards, a GGUF file, and that file back into a folder that holds the same numbers."""
+    code, out, _ = command("convert", checkpoint, tmp_path / "fp8", "--dtype", "fp8", "--max-shard-size", "50KB")
+    assert code == 0 and re.search(r"made .*fp8: 0\.\d MB in \d safetensors files\nnext: slingshot inspect .*fp8", out)
+    code, out, _ = command("convert", checkpoint, tmp_path / "model.gguf", "--dtype", "float32")
+    assert code == 0 and re.search(r"made .*model\.gguf: 0\.\d MB\nnext: llama-cli -m", out)
+    assert command("convert", tmp_path / "model.gguf", tmp_path / "back", "--dtype", "float32")[0] == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint, tmp_path / "back"))
+    assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
+    assert [command("inspect", folder)[0] for folder in (checkpoint, tmp_path / "fp8", tmp_path / "model.gguf", tmp_path / "back")] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x", "--to", "onnx"], "--to onnx: the formats are hf (a Hugging Face folder) and gguf"),
+        (["x", "--to", "gguf"], "x: --to gguf makes a file whose name ends in .gguf"),
+        (["x.gguf", "--to", "hf"], "x.gguf: --to hf makes a folder"),
+        (["x", "--dtype", "q8_0"], "--dtype q8_0: a Hugging Face folder has no such type"),
+        (["x.gguf", "--dtype", "fp8"], "--dtype fp8: a GGUF file here is one of float32, float16, bfloat16, q8_0"),
+        (["x", "--max-shard-size", "big"], "convert.max_shard_size: could not parse value"),
+        (["x", "--max-shard-size", "0"], "convert.max_shard_size: Input should be greater than 0"),
+        (["pyproject.toml"], "pyproject.toml exists already; remove it or choose another --out"),
+    ],
+)
+def test_a_conversion_that_cannot_be_is_one_line(command: Command, checkpoint: Path, arguments: list[str], message: str) -> None:
+    code, _, err = command("convert", checkpoint, *arguments)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_inspect_ends_with_2_where_something_does_not_fit(command: Command, checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:-8])
+    code, out, _ = command("inspect", checkpoint)
+    assert code == 2 and "model.safetensors is no whole safetensors file" in out
+    code, out, _ = command("inspect", checkpoint, "--json")
+    assert code == 2 and json.loads(out)["problems"]

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from slingshot import doctor
-from slingshot.cost.machine import Measurement, load_measurement, measurement_path
+from slingshot.cost.machine import Measurement, load_measurement, measurement_path, save_measurement
 from slingshot.model.device import auto_dtype, machine_key
 
 CPU = torch.device("cpu")
@@ -84,3 +84,15 @@ def test_a_busy_machine_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch, l
 
 def test_verdict_without_bfloat16() -> None:
     assert doctor.verdict(CPU, Measurement(peak={"float32": 1e9})).startswith("float32 on cpu: bfloat16 multiplies 0.0 times")
+
+
+def test_calibration_measures_longer_and_forgets_what_was(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_measurement(machine_key(CPU), Measurement(peak={"float32": 1e15, "float16": 2e15}, bandwidth=1e12))
+    examined()
+    assert load_measurement(machine_key(CPU)).peak["float32"] == 1e15  # the best ever
+    taken = []
+    monkeypatch.setattr(doctor, "measure_bandwidth", lambda device, seconds: taken.append(seconds) or 28e9)
+    target = io.StringIO()
+    doctor.examine(Console(file=target, width=200), seconds=0.01, calibrate=True)
+    assert load_measurement(machine_key(CPU)) == Measurement(peak={"float32": 200e9, "bfloat16": 900e9, "int8": 2000e9}, bandwidth=28e9)
+    assert taken == [0.04] and f"Kept in {measurement_path()}, in place of what was measured before." in target.getvalue()

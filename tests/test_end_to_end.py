@@ -321,7 +321,7 @@ def test_inputs_that_are_not_what_they_should_be_are_named(refused: Callable[...
     (other / "config.json").write_text(json.dumps(raw | {"model_type": "mixtral"}))
     task = "tasks=[{name='arithmetic'}]"
     cases: list[tuple[list[object], str]] = [
-        (["sft", tmp_path / "nowhere", task, "examples=1"], f"{tmp_path / 'nowhere'} does not exist"),
+        (["sft", tmp_path / "nowhere", task, "examples=1"], f"{tmp_path / 'nowhere'}: no such folder or .gguf file"),
         (["evaluate", other, task], "model_type 'mixtral' is not supported"),
         (["rl", micro / "base", "tasks=[{name='arithmetics'}]"], "task 'arithmetics' is unknown; did you mean arithmetic?"),
         (["sft", micro / "base", f"data=['{tmp_path / 'nowhere.jsonl'}']"], f"{tmp_path / 'nowhere.jsonl'} does not exist"),

@@ -13,7 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slingshot import files
-from slingshot.files import SlingshotError, digest, new_folder, read_json, read_jsonl, read_text, write_bytes, write_json, write_jsonl, write_text
+from slingshot.files import (
+    SlingshotError,
+    digest,
+    inside,
+    new_folder,
+    read_json,
+    read_jsonl,
+    read_text,
+    write_bytes,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -122,3 +134,64 @@ def test_a_digest_names_the_value_whatever_its_order() -> None:
     assert digest({"a": 1, "b": [2, "é"]}) == digest({"b": [2, "é"], "a": 1})
     assert len({digest(value) for value in ({"a": 1}, {"a": 2}, {"a": "1"}, [1], "a")}) == 5
     assert digest({}) == "44136fa355b3678a"  # SHA-256 of "{}"
+
+
+HOSTILE_NAMES = ["../a", "a/b", "/etc/passwd", "..", ".", "", "a/", "a\\b", "a\0b", "./a", "\ud800", "a" * 5000, "\n/x"]
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_a_name_that_is_no_file_of_a_folder_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SlingshotError, match=r"is no file name; a checkpoint's files|is a link out of the folder or no plain file") as refused:
+        inside(tmp_path, name)
+    assert len(str(refused.value)) < 400 and "\n" not in str(refused.value)
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(name=st.text(st.sampled_from("ab./\\\0\n~ é\udc80") | st.characters(), max_size=8))
+def test_no_name_leaves_the_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    try:
+        path = inside(folder, name)
+    except SlingshotError:
+        return
+    assert path.parent == folder and Path(os.path.realpath(path)).parent == folder.resolve()
+
+
+def test_links_and_special_files_of_a_folder(tmp_path: Path) -> None:
+    """Within the folder a link may point where it likes; out of it, to nothing, in a circle, at a folder or a pipe it is refused."""
+    folder = tmp_path / "folder"
+    (folder / "deep").mkdir(parents=True)
+    (tmp_path / "secret").write_text("x")
+    (folder / "deep" / "file").write_text("x")
+    links = {"kept": "deep/file", "out": "../secret", "absolute": str(tmp_path / "secret"), "nothing": "absent", "circle": "circle", "chain": "out"}
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    os.mkfifo(folder / "pipe")
+    assert inside(folder, "kept") == folder / "kept" and inside(folder, "absent") == folder / "absent"
+    (tmp_path / "elsewhere").symlink_to(folder)  # the folder itself is the user's choice
+    assert inside(tmp_path / "elsewhere", "kept").read_text() == "x"
+    for name in ("out", "absolute", "nothing", "circle", "chain", "pipe", "deep"):
+        with pytest.raises(SlingshotError, match=f"{folder}: '{name}' is a link out of the folder or no plain file; put a copy of the file itself"):
+            inside(folder, name)
+
+
+def test_a_snapshot_of_the_hubs_cache_may_link_to_its_blobs(tmp_path: Path) -> None:
+    """To its own repository's, and through those to what repositories share; not to another repository, and not from any other folder."""
+    cache = tmp_path / "hub"
+    snapshot = cache / "models--a--b" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    for file in ("models--a--b/blobs/own", "models--c--d/blobs/other", "blobs/ab/shared", "models--a--b/refs/main"):
+        write_text(cache / file, "x")
+    (cache / "models--a--b" / "blobs" / "linked").symlink_to("../../blobs/ab/shared")
+    links = {"own": "../../blobs/own", "linked": "../../blobs/linked", "other": "../../../models--c--d/blobs/other", "ref": "../../refs/main"}
+    for name, target in links.items():
+        (snapshot / name).symlink_to(target)
+    assert inside(snapshot, "own").read_text() == inside(snapshot, "linked").read_text() == "x"
+    for name in ("other", "ref"):
+        with pytest.raises(SlingshotError, match=f"'{name}' is a link out of the folder"):
+            inside(snapshot, name)
+    (tmp_path / "mine" / "snapshots" / "c").mkdir(parents=True)
+    write_text(tmp_path / "mine" / "blobs" / "own", "x")
+    (tmp_path / "mine" / "snapshots" / "c" / "own").symlink_to("../../blobs/own")
+    with pytest.raises(SlingshotError, match="is a link out of the folder"):
+        inside(tmp_path / "mine" / "snapshots" / "c", "own")

@@ -292,7 +292,7 @@ def test_a_torchrun_of_two_processes_is_asked_for(load: Callable[..., Recipe], t
     with pytest.raises(SystemExit):
         recipe.run(load(), tmp_path / "run", processes=2)
     assert commands[0][1:7] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(FAKES)]
-    assert commands[0][7] == "pretrain"
+    assert commands[0][7:9] == ["stage", "pretrain"]
 
 
 # How a run ends badly

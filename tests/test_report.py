@@ -17,6 +17,7 @@ from slingshot import report
 from slingshot.config import ModelConfig
 from slingshot.cost.machine import Machine
 from slingshot.cost.receipt import Parent, Receipt
+from slingshot.cost.workload import KERNEL_SECONDS, TRAINING_KERNELS, forward_kernels
 from slingshot.files import SlingshotError, read_json, write_json, write_jsonl
 
 MODEL = ModelConfig(
@@ -143,7 +144,8 @@ def test_report_json_has_the_documented_shape(tmp_path: Path) -> None:
     assert [stage["name"] for stage in stages] == [stage[0] for stage in STAGES]
     zero = stages[1]
     assert zero["kind"] == "rl" and (run / zero["artifact"] / "receipt.json").is_file()
-    assert zero["receipt"] == {"tokens": 1_620_000, "flops": 41e12, "seconds": 154.0, "peak_memory_bytes": 1_310_000_000, "mfu": 41e12 / 154 / 9e11}
+    assert zero["receipt"] == {"tokens": 1_620_000, "flops": 41e12, "seconds": 154.0, "peak_memory_bytes": 1_310_000_000, "mfu": 41e12 / 154 / 9e11,
+                               "energy_joules": None, "money": None}  # fmt: skip
     score = zero["eval"]["arithmetic"]
     assert {"pass@1", "ci95", "pass@8", "mean_tokens", "format", "n"} <= set(score)
     assert score["pass@1"] == 0.874 and score["pass@8"] is None and score["n"] == 500 and score["ci95"][0] < 0.874 < score["ci95"][1]
@@ -297,3 +299,34 @@ def test_matplotlib_is_loaded_only_to_build() -> None:
     code = "import sys, slingshot.report; print('matplotlib' in sys.modules, 'torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["False", "False"]
+
+
+def test_the_bill_adds_up_stages_and_evaluations(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "tiny")
+    for number, file in enumerate(sorted(run.rglob("receipt.json"))):
+        receipt = read_json(file)
+        write_json(file, receipt | {"money": 0.25, "energy_joules": 3600.0 if number else None})
+    summary = report.build(run)["bill"]
+    assert (summary["seconds"], summary["tokens"]) == (838 + 6 * 12, 17_270_000 + 180_000)
+    assert (summary["money"], summary["energy_joules"]) == (3.25, 12 * 3600)
+    assert summary["flops"] == pytest.approx(268.7e12 + 2.4e12)
+    text = text_of((run / "report.html").read_text())
+    assert "in all 17.4 M 271 TFLOP 1.22 GiB 12 Wh 3.25" in text and "Of energy only a part is known." in text
+    assert "evaluations evaluate every checkpoint 180 k 2.4 TFLOP 1.22 GiB" in text
+
+
+def test_the_same_recipe_on_an_h100_comes_from_the_plan(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "tiny")
+    away = report.build(run)["bill"]["h100"]
+    # 112 TFLOP of pre-training in 1200 steps: each issues its kernels, which takes longer than the arithmetic at 40% of the peak.
+    config = ModelConfig.from_hf(MODEL.to_hf())
+    assert away["seconds"] > 1200 * TRAINING_KERNELS * forward_kernels(config) * KERNEL_SECONDS
+    assert away["money"] == pytest.approx(away["seconds"] / 3600 * 2.69)
+    assert any("40.0%" in line for line in away["assumptions"]) and any("$2.69" in line for line in away["assumptions"])
+    text = text_of((run / "report.html").read_text())
+    assert "The same recipe on an H100" in text and "A plan, not a measurement." in text and "at $2.69 an hour" in text
+    bare = make_run(tmp_path / "bare")
+    for file in bare.rglob("config.json"):
+        file.unlink()
+    assert report.build(bare)["bill"]["h100"]["seconds"] == 0  # what was trained is not known any more
+    assert "on an H100" not in text_of((bare / "report.html").read_text())

@@ -2,6 +2,7 @@
 
     slingshot run tiny rl.lr=1e-4 --until rl_final --out runs/tiny
     slingshot evaluate runs/tiny/rl task=countdown --out runs/check
+    slingshot convert runs/tiny/rl_final tiny.gguf
     slingshot chat runs/tiny/rl_final
 
 An error its user can mend is one line on standard error and exit code 2; Ctrl-C ends with 130. Imports that bring torch happen inside the commands.
@@ -25,6 +26,7 @@ from rich.text import Text
 from slingshot import __version__, recipe
 from slingshot.config import StageConfig
 from slingshot.files import SlingshotError, read_json, read_text
+from slingshot.plan import app as plan_app
 
 app = typer.Typer(
     help="Build, own and serve a DeepSeek-style reasoning model on the machine in front of you.",
@@ -36,7 +38,9 @@ app = typer.Typer(
 # OS errors that are the user's to mend: no space, no quota, no right to write.
 _PLACE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
-Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint folder.", show_default=False)]
+_SOURCE = "A checkpoint folder, a .gguf file, package:NAME, or a hub name (org/name[@revision])"
+
+Checkpoint = Annotated[str, typer.Argument(help=f"{_SOURCE}.", show_default=False)]
 
 
 def main() -> None:
@@ -54,7 +58,7 @@ def main() -> None:
         code = _refuse(f"{error.filename or 'writing'}: {error.strerror}; free space there or choose another --out")
     except KeyboardInterrupt:
         code = 130
-    if code == 130 and "--child" not in sys.argv and sys.argv[1] in {"run", *recipe.KINDS} and os.environ.get("RANK", "0") == "0":
+    if code == 130 and sys.argv[1] in {"run", *recipe.KINDS} and os.environ.get("RANK", "0") == "0":
         print("slingshot: stopped and saved; the same command goes on from here", file=sys.stderr)
     sys.exit(code)
 
@@ -99,7 +103,6 @@ def _stage_command(kind: str) -> Callable[..., None]:
         config: Annotated[Path | None, typer.Option(help="A .json or .toml file with keys of the stage.")] = None,
         out: Annotated[Path | None, typer.Option(help="The folder the artifact becomes.", show_default=False)] = None,
         keys: Annotated[bool, typer.Option("--keys", help="Show the stage's keys and their defaults, and exit.")] = False,
-        child: Annotated[bool, typer.Option("--child", hidden=True)] = False,
     ) -> None:
         stage = recipe.stage_module(kind)
         if keys:
@@ -109,9 +112,9 @@ def _stage_command(kind: str) -> Callable[..., None]:
             raise SlingshotError(f"{kind}: no --out; name the folder the artifact shall become")
         values = _read_table(config) if config else {}
         for text in settings or []:
-            recipe.apply_override(values, text if "=" in text else f"{'source' if kind == 'convert' else 'model'}={text}")
+            recipe.apply_override(values, text if "=" in text else f"model={text}")
         stage.run(stage.Config.parse(values, kind), out)
-        if not child and os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0":
             print(f"made {out}: {recipe.headline(out)}\nnext: {_NEXT[kind].format(out=out)}")
 
     command.__doc__ = f"One stage: {recipe.KINDS[kind]}."
@@ -119,7 +122,59 @@ def _stage_command(kind: str) -> Callable[..., None]:
 
 
 for _kind in recipe.KINDS:
-    app.command(_kind)(_stage_command(_kind))
+    if _kind != "convert":
+        app.command(_kind)(_stage_command(_kind))
+
+
+app.add_typer(plan_app, name="plan")
+
+
+@app.command("stage", hidden=True)
+def _stage(kind: str, config: Annotated[Path, typer.Option()], out: Annotated[Path, typer.Option()]) -> None:
+    """One stage of a recipe, as `run` starts it."""
+    stage = recipe.stage_module(kind)
+    stage.run(stage.Config.parse(_read_table(config), kind), out)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help=_SOURCE, show_default=False)],
+    destination: Annotated[Path, typer.Argument(help="The folder, or .gguf file, to make.", show_default=False)],
+    to: Annotated[str | None, typer.Option(help="hf or gguf.", show_default="by the destination's name")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, fp8 (hf only), q8_0 (gguf only).", show_default="as stored")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Bytes in one file of the folder, at most.")] = "5GB",
+) -> None:
+    """Write a checkpoint in another format or dtype: a Hugging Face folder, or a GGUF file for llama.cpp."""
+    stage = recipe.stage_module("convert")
+    to = to or ("gguf" if destination.suffix == ".gguf" else "hf")
+    if to not in ("hf", "gguf"):
+        raise SlingshotError(f"--to {to}: the formats are hf (a Hugging Face folder) and gguf (a file for llama.cpp)")
+    if (to == "gguf") != (destination.suffix == ".gguf"):
+        raise SlingshotError(f"{destination}: --to {to} makes {'a file whose name ends in .gguf' if to == 'gguf' else 'a folder'}")
+    if to == "gguf":
+        for note in stage.write_gguf_file(source, destination, dtype):
+            print(f"note: {note}")
+        print(f"made {destination}: {destination.stat().st_size / 1e6:,.1f} MB\nnext: llama-cli -m {destination}, or slingshot inspect {destination}")
+    else:
+        if dtype == "q8_0":
+            raise SlingshotError("--dtype q8_0: a Hugging Face folder has no such type, a GGUF file has; give --to gguf, or another --dtype")
+        stage.run(stage.Config.parse({"source": source, "dtype": dtype, "max_shard_size": max_shard_size}, "convert"), destination)
+        files = list(destination.glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in files)
+        print(f"made {destination}: {size / 1e6:,.1f} MB in {len(files)} safetensors file{'s'[: len(files) > 1]}")
+        print(f"next: slingshot inspect {destination}, or slingshot chat {destination}")
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(help=_SOURCE + ", or a preset such as deepseek-v3", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Show what a checkpoint holds, from its headers alone: architecture, sizes, tensors, tokenizer, template. Exit code 2 with problems."""
+    from slingshot.inspection import inspect as look
+
+    if not look(source, Console(), as_json):
+        raise typer.Exit(2)
 
 
 def _read_table(path: Path) -> dict[str, Any]:

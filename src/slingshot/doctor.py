@@ -1,8 +1,9 @@
 """`slingshot doctor`: what this machine has, how fast it multiplies in which dtype, and what `auto` will use.
 
-It measures for a few seconds, prints a table and keeps the measurement, which `auto` and every receipt's MFU then go by:
+It measures for a few seconds, prints a table and keeps the measurement, which `auto`, every receipt's MFU and plans for this machine go by:
 
-    examine(Console())
+    examine(Console())                        # keeps the best ever measured: a busy machine measures low, never high
+    examine(Console(), calibrate=True)        # measures longer, and forgets what was kept: for a machine that has changed
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from slingshot.model.device import (
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
-def measure(device: torch.device, seconds: float = 0.5) -> tuple[Measurement, bool]:
+def measure(device: torch.device, seconds: float = 0.5, anew: bool = False) -> tuple[Measurement, bool]:
     """Measure every dtype and the memory, `seconds` each; a dtype torch cannot multiply here is left out.
 
-    Returns the best ever measured on this machine, this time included, and whether it could be kept for the next one.
+    Returns the best ever measured on this machine (`anew`: only this time counts), and whether it could be kept for the next one.
     """
     peak = {}
     for dtype in DTYPES:
@@ -42,16 +43,16 @@ def measure(device: torch.device, seconds: float = 0.5) -> tuple[Measurement, bo
         except RuntimeError:
             continue
     measurement = Measurement(peak=peak, bandwidth=measure_bandwidth(device, seconds))
-    kept = save_measurement(machine_key(device), measurement)
+    kept = save_measurement(machine_key(device), measurement, anew)
     return load_measurement(machine_key(device)) if kept else measurement, kept
 
 
-def examine(console: Console, seconds: float = 0.5) -> None:
-    """Measure the machine and print what was found."""
+def examine(console: Console, seconds: float = 0.5, calibrate: bool = False) -> None:
+    """Measure the machine and print what was found; with `calibrate` four times as long, in place of what was measured before."""
     device = auto_device()
     load = os.getloadavg()[0]
     with console.status("measuring ..."):
-        measurement, kept = measure(device, seconds)
+        measurement, kept = measure(device, 4 * seconds if calibrate else seconds, calibrate)
     machine = describe_machine(device)
 
     has = Table(show_header=False, box=None, pad_edge=False)
@@ -78,7 +79,8 @@ def examine(console: Console, seconds: float = 0.5) -> None:
         console.print()
     if load > machine.cores / 2:
         console.print(f"The machine is busy (load {load:.1f} on {_plural(machine.cores, 'core')}): its full speed shows when it is idle.")
-    where = f"Kept in {measurement_path()}." if kept else f"{measurement_path()} cannot be written, so this is measured again each time."
+    anew = ", in place of what was measured before" if calibrate else ""
+    where = f"Kept in {measurement_path()}{anew}." if kept else f"{measurement_path()} cannot be written, so this is measured again each time."
     console.print(where, style="dim", soft_wrap=True, highlight=False)
 
 

@@ -87,6 +87,28 @@ def read_jsonl(path: Path) -> list[Any]:
     return rows
 
 
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file in an untrusted folder, which need not be there.
+
+    SlingshotError when `name` is no plain file name, or when what lies there is a symlink out of the folder or to nothing, or no plain file.
+    Hugging Face's cache links a snapshot's files to the blobs of its repository, and those to blobs that repositories share: links there pass.
+    """
+    if Path(name).name != name or not name or "\\" in name or "\0" in name:
+        raise SlingshotError(f"{folder}: {name!r:.100} is no file name; a checkpoint's files lie in its folder itself")
+    path, home = folder / name, folder.resolve()
+    homes = [home]
+    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
+        homes += [home.parent.parent / "blobs", home.parent.parent.parent / "blobs"]
+    try:
+        target = Path(os.path.realpath(path))
+        kept = any(home in target.parents for home in homes) and (target.is_file() or not os.path.lexists(path))
+    except (OSError, UnicodeError):  # a name that no file system takes
+        kept = False
+    if not kept:
+        raise SlingshotError(f"{folder}: {name!r:.100} is a link out of the folder or no plain file; put a copy of the file itself there")
+    return path
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` (replacing what was there) if the block ends without an exception."""

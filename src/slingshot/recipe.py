@@ -59,7 +59,7 @@ KINDS = {
     "rl": "reinforcement learning with verified rewards (GRPO)",
     "sample": "rejection sampling: keeps what the verifier accepts",
     "evaluate": "scores a model on held-out problems",
-    "convert": "reads a GGUF file, a package's too",
+    "convert": "writes a checkpoint in another dtype, from a folder, a GGUF file, a package or the hub",
 }
 CHECKPOINT_KINDS = ("pretrain", "sft", "rl", "convert")
 
@@ -288,7 +288,7 @@ class _Run:
             shutil.rmtree(retired, ignore_errors=True)
             folder.rename(retired)
             shutil.rmtree(retired)
-        arguments = [stage.kind, "--config", str(self._given(stage)), "--out", str(folder), "--child"]
+        arguments = ["stage", stage.kind, "--config", str(self._given(stage)), "--out", str(folder)]
         code = _supervise([sys.executable, *self._launcher(), *arguments], self.lock)
         if code in (130, -signal.SIGINT):
             raise KeyboardInterrupt

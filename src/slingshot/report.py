@@ -24,14 +24,17 @@ from markupsafe import Markup
 from pydantic import ConfigDict, Field
 
 from slingshot.config import ModelConfig, Strict
+from slingshot.cost.devices import DEVICES
 from slingshot.cost.flops import Parameters, parameters
 from slingshot.cost.receipt import RECEIPT, Receipt
+from slingshot.cost.workload import Elsewhere, Workload, elsewhere
 from slingshot.files import SlingshotError, read_json, read_jsonl, write_json, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 POINTS = 240  # per curve: more than a small chart has pixels for
+PLANNED = "h100"  # of cost/devices.py: where else the same recipe might have run
 LONGEST_TEXT = 4000  # characters shown of one response; the evaluation keeps the rest
 
 
@@ -90,6 +93,7 @@ class Stage:
     scores: dict[str, Score]
     examples: dict[str, list[Example]]
     model: Parameters | None
+    away: Elsewhere | None  # the same work on the device of the plan; None where nothing was multiplied
 
 
 def build(run: Path) -> dict[str, Any]:
@@ -99,9 +103,13 @@ def build(run: Path) -> dict[str, Any]:
     """
     recipe = _Recipe.parse(_object(run / "recipe.json"), str(run / "recipe.json"))
     stages = [_read_stage(run, entry) for entry in recipe.stages]
-    receipts = [Receipt.read(folder) for stage in stages if (folder := run / "evaluations" / stage.name).joinpath(RECEIPT).is_file()]
-    summary = {"stages": [_summary(stage) for stage in stages if stage.receipt]}
-    page = _page(recipe.name or run.resolve().name, stages, receipts)
+    folders = [run / "evaluations" / stage.name for stage in stages if (run / "evaluations" / stage.name / RECEIPT).is_file()]
+    evaluations = [(Receipt.read(folder), _elsewhere(run, folder, Receipt.read(folder), 0)) for folder in folders]
+    bill = _bill(stages, evaluations)
+    summary: dict[str, Any] = {"stages": [_summary(stage) for stage in stages if stage.receipt]}
+    if bill:
+        summary["bill"] = bill.summary()
+    page = _page(recipe.name or run.resolve().name, stages, bill)
     write_json(run / "report.json", summary)
     write_text(run / "report.html", page)
     return summary
@@ -129,10 +137,68 @@ def _read_stage(run: Path, entry: _StageEntry) -> Stage:
         if receipt and place.is_file():
             evaluation = _Evaluation.parse(_object(place), str(place))
             break
-    model = None
-    if receipt and (folder / "config.json").is_file():
-        model = parameters(ModelConfig.from_hf(_object(folder / "config.json"), str(folder / "config.json")))
-    return Stage(entry.name, entry.kind, receipt, metrics, evaluation.tasks, evaluation.examples, model)
+    model = parameters(_architecture(folder)) if receipt and (folder / "config.json").is_file() else None
+    away = _elsewhere(run, folder, receipt, len(metrics)) if receipt else None
+    return Stage(entry.name, entry.kind, receipt, metrics, evaluation.tasks, evaluation.examples, model, away)
+
+
+def _architecture(folder: Path) -> ModelConfig:
+    return ModelConfig.from_hf(_object(folder / "config.json"), str(folder / "config.json"))
+
+
+def _elsewhere(run: Path, folder: Path, receipt: Receipt, steps: int) -> Elsewhere | None:
+    """What a stage's work would take on the plan's device, by the network it made or, of a dataset or an evaluation, the one it was made with."""
+    for place in (folder, *(run / Path(parent.path).name for parent in receipt.parents), *(Path(parent.path) for parent in receipt.parents)):
+        if receipt.flops and (place / "config.json").is_file():
+            return elsewhere(Workload.of(receipt, _architecture(place), steps), DEVICES[PLANNED])
+    return None
+
+
+@dataclass(frozen=True)
+class Bill:
+    """The sums of a run, its evaluations among them and once apart; `away` are the same on the plan's device. None: not known."""
+
+    seconds: float
+    tokens: int
+    flops: float
+    memory: int
+    joules: float | None
+    money: float | None
+    away_seconds: float
+    away_money: float | None
+    partial: tuple[str, ...]  # sums that leave stages out
+    assumptions: tuple[str, ...]
+    evaluations: Bill | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """As report.json has it."""
+        here = {"seconds": self.seconds, "tokens": self.tokens, "flops": self.flops, "energy_joules": self.joules, "money": self.money}
+        return here | {PLANNED: {"seconds": self.away_seconds, "money": self.away_money, "assumptions": list(self.assumptions)}}
+
+
+def _bill(stages: list[Stage], evaluations: list[tuple[Receipt, Elsewhere | None]]) -> Bill | None:
+    """The bill of what has run so far; None when nothing has."""
+    finished = [(stage.receipt, stage.away) for stage in stages if stage.receipt] + evaluations
+    if not finished:
+        return None
+    apart = _bill([], evaluations) if stages else None
+    receipts, away = [receipt for receipt, _ in finished], [found for _, found in finished if found]
+    joules, money = ([value for value in values if value is not None] for values in zip(*((r.energy_joules, r.money) for r in receipts), strict=True))
+    known = {"energy": joules, "money": money}
+    prices = [found.money for found in away if found.money is not None]
+    return Bill(
+        seconds=sum(receipt.seconds for receipt in receipts),
+        tokens=sum(receipt.tokens for receipt in receipts),
+        flops=sum(receipt.flops for receipt in receipts),
+        memory=max(receipt.peak_memory_bytes for receipt in receipts),
+        joules=sum(joules) if joules else None,
+        money=sum(money) if money else None,
+        away_seconds=sum(found.seconds for found in away),
+        away_money=sum(prices) if prices else None,
+        partial=tuple(name for name, values in known.items() if 0 < len(values) < len(receipts)),
+        assumptions=away[0].assumptions if away else (),
+        evaluations=apart,
+    )
 
 
 def _summary(stage: Stage) -> dict[str, Any]:
@@ -142,7 +208,7 @@ def _summary(stage: Stage) -> dict[str, Any]:
         "name": stage.name,
         "kind": stage.kind,
         "artifact": stage.name,
-        "receipt": stage.receipt.model_dump(include={"tokens", "flops", "seconds", "peak_memory_bytes", "mfu"}),
+        "receipt": stage.receipt.model_dump(include={"tokens", "flops", "seconds", "peak_memory_bytes", "mfu", "energy_joules", "money"}),
         "eval": {task: score.model_dump(mode="json", by_alias=True) for task, score in stage.scores.items()},
     }
 
@@ -150,7 +216,7 @@ def _summary(stage: Stage) -> dict[str, Any]:
 # The page
 
 
-def _page(title: str, stages: list[Stage], evaluations: list[Receipt]) -> str:
+def _page(title: str, stages: list[Stage], bill: Bill | None) -> str:
     evaluated = [stage for stage in stages if stage.scores]
     tasks = list(dict.fromkeys(task for stage in evaluated for task in stage.scores))
     template = jinja2.Environment(
@@ -161,7 +227,6 @@ def _page(title: str, stages: list[Stage], evaluations: list[Receipt]) -> str:
         lstrip_blocks=True,
     ).get_template("report.html.jinja")
     finished = [stage.receipt for stage in stages if stage.receipt]
-    everything = finished + evaluations
     first, best = (evaluated[0], max(evaluated, key=lambda stage: _score_on(stage, tasks[0]))) if tasks else (None, None)
     return template.render(
         title=title,
@@ -175,14 +240,9 @@ def _page(title: str, stages: list[Stage], evaluations: list[Receipt]) -> str:
         built=max((stage.model for stage in stages if stage.model), key=lambda model: model.total, default=None),
         machine=finished[-1].machine if finished else None,
         version=finished[-1].version if finished else "",
-        seconds=sum(receipt.seconds for receipt in everything),
-        flops=sum(receipt.flops for receipt in everything),
-        memory=max((receipt.peak_memory_bytes for receipt in everything), default=0),
-        money=sum(receipt.money or 0 for receipt in everything) if any(receipt.money is not None for receipt in everything) else None,
-        evaluation_seconds=sum(receipt.seconds for receipt in evaluations),
-        evaluation_flops=sum(receipt.flops for receipt in evaluations),
-        evaluation_tokens=sum(receipt.tokens for receipt in evaluations),
-        longest=max([receipt.seconds for receipt in finished] + [sum(receipt.seconds for receipt in evaluations)], default=0),
+        bill=bill,
+        planned=DEVICES[PLANNED],
+        longest=max([receipt.seconds for receipt in finished] + [bill.evaluations.seconds if bill and bill.evaluations else 0.0]),
         accuracy_chart=_accuracy_chart(evaluated, tasks) if tasks else "",
         curves=_curves(stages),
         problems=_problems(evaluated, best, tasks),
@@ -190,6 +250,8 @@ def _page(title: str, stages: list[Stage], evaluations: list[Receipt]) -> str:
         duration=_duration,
         count=_count,
         size=_size,
+        energy=_energy,
+        price=_price,
         clip=_clip,
         parent_names=lambda receipt: ", ".join(Path(parent.path).name for parent in receipt.parents) or "nothing",
     )
@@ -426,6 +488,14 @@ def _count(number: float, unit: str = "") -> str:
 
 def _size(n_bytes: float) -> str:
     return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"
+
+
+def _energy(joules: float | None) -> str:
+    return "" if joules is None else f"{joules / 3.6e6:.3g} kWh" if joules >= 3.6e6 else f"{joules / 3600:.3g} Wh"
+
+
+def _price(money: float | None) -> str:
+    return "" if money is None else f"{money:,.2f}" if money >= 0.01 or not money else "under 0.01"
 
 
 def _clip(text: str) -> str:

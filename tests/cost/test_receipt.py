@@ -112,3 +112,40 @@ def test_peak_memory_sees_a_large_allocation() -> None:
     block = b"x" * (before + 64 * 2**20)  # larger than anything this process has held
     after = peak_memory_bytes()
     assert after >= before + 32 * 2**20 and len(block) > before
+
+
+class Counted:
+    """Energy under the test's control."""
+
+    joules: float | None = 0.0
+
+    def poll(self) -> None:
+        pass
+
+
+def test_energy_goes_on_over_interruptions_and_is_none_where_a_part_was_not_counted(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = Counted()
+    monkeypatch.setattr(module, "Energy", lambda: counter)
+    first = Meter()
+    counter.joules = 30.0
+    saved = json.loads(json.dumps(first.state()))
+    counter.joules = 12.0
+    second = Meter(saved)
+    clock.now += 4
+    out = folder(tmp_path / "out", model="weights")
+    receipt = second.receipt("rl", "out", {}, [], out, MACHINE, devices=8)
+    assert (receipt.energy_joules, receipt.devices, receipt.device_seconds) == (42.0, 8, 8 * receipt.seconds)
+    del saved["energy_joules"]  # begun before there were counters
+    assert Meter(saved).joules is None
+    counter.joules = None
+    assert Meter().joules is None
+
+
+def test_a_receipt_without_energy_is_still_one(tmp_path: Path, clock: Clock) -> None:
+    out = folder(tmp_path / "out", model="weights")
+    Meter().receipt("sft", "out", {}, [], out, MACHINE).write(out)
+    values = json.loads((out / "receipt.json").read_text())
+    (out / "receipt.json").write_text(json.dumps({key: value for key, value in values.items() if key not in ("energy_joules", "devices")}))
+    assert (Receipt.read(out).energy_joules, Receipt.read(out).devices) == (None, 1)

@@ -1,18 +1,20 @@
 """The tokenizer: what it encodes, what it must never encode, and that transformers reads it the same way."""
 
+import copy
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import normalizers
+from tokenizers import normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
 from slingshot.data.tokenizer import ASSISTANT, BOS, END_THINK, EOS, PAD, R1_TOKENS, THINK, USER, Tokenizer
-from slingshot.files import SlingshotError, write_json
+from slingshot.files import SlingshotError, read_json, write_json
 
 # Text as a user may write it: control tokens, pieces of them, and whatever Unicode has.
 PARTS = [*R1_TOKENS, "<|im_start|>", "<|im_end|>", "<th", "ink>", "</", "<", "｜>", "<｜", "User", " ", "\n", "42", "足す", "é", "🙂", "the"]
@@ -79,7 +81,7 @@ def test_messages_never_become_control_tokens(tokenizer: Tokenizer, system: str,
     messages = [("system", system), ("user", first), ("assistant", reply), ("user", second)]
     ids = tokenizer.encode_chat([{"role": role, "content": content} for role, content in messages])
     assert controls(tokenizer, ids) == [0, 3, 4, 1, 3, 4, 5]
-    answered = reply.split(END_THINK)[-1].lstrip("\n")
+    answered = reply.split(END_THINK)[-1]
     assert tokenizer.decode(ids) == f"{system}{USER}{first}{ASSISTANT}{answered}{USER}{second}{ASSISTANT}{THINK}\n"
 
 
@@ -217,9 +219,122 @@ def test_a_folder_survives_a_round_trip(tokenizer: Tokenizer, tmp_path: Path) ->
     assert loaded.config["model_max_length"] == 77
 
 
-def test_the_default_of_several_templates_is_taken(tokenizer: Tokenizer) -> None:
-    templates = [{"name": "tools", "template": "t"}, {"name": "default", "template": "{{ bos_token }}"}]
-    assert Tokenizer(tokenizer._backend, {**tokenizer.config, "chat_template": templates}).encode_chat([]) == [0]
+def test_the_default_of_several_templates_is_taken(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    templates = [{"name": "tool_use", "template": "{{ eos_token }}"}, {"name": "default", "template": "{{ bos_token }}"}]
+    several = Tokenizer(tokenizer._backend, {**tokenizer.config, "chat_template": templates})
+    assert several.encode_chat([]) == [0]
+    assert several.encode_chat([], tools=[]) == [1]
+    (tmp_path / "additional_chat_templates").mkdir()
+    tokenizer.save(tmp_path)
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ pad_token }}")
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.encode_chat([], tools=[]) == [2]
+    assert loaded.chat_template == tokenizer.chat_template
+    loaded.save(tmp_path / "copy")
+    assert Tokenizer.load(tmp_path / "copy").encode_chat([], tools=[]) == [2]
+
+
+def test_what_else_a_template_reads(tokenizer: Tokenizer) -> None:
+    template = "{{ bos_token }}{{ tools[0].name }}{{ documents[0].text }}{{ effort }}{{ enable_thinking }}"
+    told = Tokenizer(tokenizer._backend, {**tokenizer.config, "chat_template": template})
+    ids = told.encode_chat([], tools=[{"name": "<think>"}], documents=[{"text": EOS}], effort="<｜User｜>", enable_thinking="no")
+    assert controls(told, ids) == [0]
+    assert told.decode(ids) == f"{THINK}{EOS}{USER}no"
+
+
+def test_a_last_message_is_continued(tokenizer: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "3"}, {"role": "assistant", "content": "It is "}]
+    ids = tokenizer.encode_chat(messages, add_generation_prompt=False, continue_final_message=True)
+    assert ids == [0, 3, *tokenizer.encode("3"), 4, *tokenizer.encode("It is ")]
+
+
+def test_a_tokenizer_must_fit_its_model(tokenizer: Tokenizer) -> None:
+    tokenizer.check_fits(tokenizer.vocab_size)
+    tokenizer.check_fits(512)  # padded
+    with pytest.raises(SlingshotError, match=r"the tokenizer has 324 ids, the model's vocabulary 323"):
+        tokenizer.check_fits(323)
+
+
+# How the splits of well-known tokenizers look in tokenizer.json.
+DIGITS, CJK = {"Regex": r"\p{N}{1,3}"}, {"Regex": "[一-龥぀-ゟ゠-ヿ]+"}
+PUNCTUATED = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+DEEPSEEK = {"Regex": PUNCTUATED + r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"}
+LLAMA = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PIPELINES = {
+    "deepseek": ({"type": "Sequence", "normalizers": []}, [DIGITS, CJK, DEEPSEEK], False),
+    "llama3": (None, [{"Regex": LLAMA}], True),
+    "qwen": ({"type": "NFC"}, [{"Regex": LLAMA.replace("{1,3}", "")}], False),
+}
+
+
+@pytest.fixture(scope="module", params=PIPELINES)
+def piped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
+    """A tokenizer that splits text as a well-known one does, with added tokens of every kind, and transformers' reading of it."""
+    normalizer, patterns, ignore_merges = PIPELINES[request.param]
+    splits = [{"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False} for pattern in patterns]
+    bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    merges = [["h", "e"], ["Ġ", "t"], ["Ġt", "he"], ["Ċ", "Ċ"], ["Ġ", "Ġ"], ["1", "2"], ["12", "3"], ["Ã", "©"], ["'", "s"], ["l", "l"], ["o", "k"]]
+    vocab = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges), "hello"]  # `hello` can only be looked up whole
+    added = ["<bos>", "<eos>", THINK, END_THINK, "<|end|>", "<|left|>", "  \n  ", "<|norm|>"]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    changed = {THINK: {"special": False}, END_THINK: {"special": False}, "<|end|>": {"rstrip": True}, "<|left|>": {"lstrip": True, "special": False}}
+    changed |= {"  \n  ": {"special": False}, "<|norm|>": {"normalized": True}}
+    tokens = [{"id": len(vocab) + i, "content": token, **flags, **changed.get(token, {})} for i, token in enumerate(added)]
+    description = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": tokens,
+        "normalizer": normalizer,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, bytewise]},
+        "post_processor": bytewise,
+        "decoder": bytewise,
+        "model": {"type": "BPE", "ignore_merges": ignore_merges, "vocab": {token: id for id, token in enumerate(vocab)}, "merges": merges},
+    }
+    folder = tmp_path_factory.mktemp(request.param)
+    write_json(folder / "tokenizer.json", description)
+    template = "{{ bos_token }}{% for m in messages %}{{ '<|left|>' }}{{ m.content }}{{ '<|end|>\n' }}{% endfor %}{{ '<|norm|>' }}"
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<bos>",
+        "eos_token": {"__type": "AddedToken", "content": "<eos>"},
+        "chat_template": template,
+    }
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "config.json", {"model_type": "llama"})
+    return Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+
+
+SPOKEN = ["the", "hello", "é", "e\u0301", "がか\u3099", "中文", "ア", "한", "1", "12", "1234", "٣", "'s", "'S", "ok", "!?", "_", "🙂", "\u200b"]
+SPACES = [" ", "  ", "\n", "\r\n", "  \n  ", "\t", "\u3000", "\x1c", "\x85", "\u0301"]
+spoken = st.lists(st.sampled_from(SPOKEN + SPACES) | st.text(max_size=3), max_size=10).map("".join)
+
+
+@thorough
+@given(text=spoken, more=spoken)
+def test_well_known_splits_and_forms(piped: tuple[Tokenizer, Any], text: str, more: str) -> None:
+    ours, theirs = piped
+    if "<" not in text + more:
+        assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids
+        messages = [{"role": "user", "content": text}, {"role": "user", "content": more}]
+        assert ours.encode_chat(messages) == theirs.apply_chat_template(messages, return_dict=False)
+    normalized = text if ours._backend.normalizer is None else ours._backend.normalizer.normalize_str(text)
+    assert ours.decode(ours.encode(text)) == normalized
+    assert ours.encode_batch([text, more]) == [ours.encode(text), ours.encode(more)]
+
+
+def test_added_tokens_that_are_spaces_are_text(piped: tuple[Tokenizer, Any]) -> None:
+    ours, theirs = piped
+    (id,) = theirs("  \n  ").input_ids
+    assert ours.encode("the  \n  the") == [*ours.encode("the"), id, *ours.encode("the")]
+    assert id not in ours.control_ids and ours.decode([id]) == "  \n  "
+
+
+def test_added_tokens_swallow_the_spaces_beside_them(piped: tuple[Tokenizer, Any]) -> None:
+    ours, theirs = piped
+    left, end, norm, bos = (theirs.convert_tokens_to_ids(token) for token in ("<|left|>", "<|end|>", "<|norm|>", "<bos>"))
+    ids = ours.encode_chat([{"role": "user", "content": "the\x1c \u3000"}, {"role": "user", "content": "  the"}])
+    assert ids == [bos, left, *ours.encode("the\x1c \u3000"), end, left, *ours.encode("  the"), end, norm]
 
 
 def test_unusable_folders_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -231,10 +346,104 @@ def test_unusable_folders_are_named(tokenizer: Tokenizer, tmp_path: Path) -> Non
     (tmp_path / "tokenizer.json").write_text(tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).to_str())
     with pytest.raises(SlingshotError, match="only byte-level BPE"):
         Tokenizer.load(tmp_path)
+
+
+def change(value: Any, path: str, new: Any) -> Any:
+    """A deep copy of a JSON value with one thing in it replaced: `change(description, "model/vocab/a", 3)`."""
+    first, _, rest = path.partition("/")
+    value = copy.deepcopy(value)
+    key = int(first) if isinstance(value, list) else first
+    value[key] = change(value[key], rest, new) if rest else new
+    return value
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "new", "reason"),
+    [
+        ("tokenizer.json", "model/vocab/a", -1, "is not a tokenizer"),
+        ("tokenizer.json", "model/vocab/a", 2**31, r"gives \d+ tokens ids up to 2147483648"),
+        ("tokenizer.json", "model/vocab/a", 2**40, "is not a tokenizer"),
+        ("tokenizer.json", "model/vocab", {}, "is not a tokenizer"),
+        ("tokenizer.json", "model/merges/0", ["zz", "a"], "is not a tokenizer"),
+        ("tokenizer.json", "model/continuing_subword_prefix", "x", "marks the parts of words"),
+        ("tokenizer.json", "model/type", "Unigram", "is not a tokenizer"),
+        ("tokenizer.json", "model", [], "it describes no model"),
+        ("tokenizer.json", "pre_tokenizer", None, "decodes bytes that it never encodes"),
+        ("tokenizer.json", "decoder", None, "only byte-level BPE"),
+        ("tokenizer.json", "added_tokens/0/id", "zero", "is not a tokenizer"),
+        ("tokenizer.json", "added_tokens", {}, "is not a tokenizer"),
+        ("tokenizer_config.json", "eos_token", "<eos>", "names eos_token '<eos>'"),
+        ("tokenizer_config.json", "eos_token", 3, "gives eos_token as 3"),
+        ("tokenizer_config.json", "bos_token", {"content": []}, r"gives bos_token as \[\]"),
+        ("tokenizer_config.json", "chat_template", 3, "chat_template in tokenizer_config.json must be a text"),
+        ("tokenizer_config.json", "chat_template", [{"name": "default"}], "chat_template in tokenizer_config.json must be a text"),
+        ("tokenizer_config.json", "chat_template", [{"name": ["x"], "template": ""}], "chat_template in tokenizer_config.json must be a text"),
+        ("tokenizer_config.json", "chat_template", ["x"], "chat_template in tokenizer_config.json must be a text"),
+        ("generation_config.json", "eos_token_id", 324, "eos_token_id 324 is beyond the tokenizer's 324 ids"),
+        ("generation_config.json", "eos_token_id", [1, -1], "eos_token_id -1 is beyond"),
+        ("generation_config.json", "eos_token_id", [True], "eos_token_id True is beyond"),
+        ("generation_config.json", "eos_token_id", "1", "eos_token_id '1' is beyond"),
+    ],
+)
+def test_broken_files_are_named(tokenizer: Tokenizer, tmp_path: Path, file: str, path: str, new: Any, reason: str) -> None:
     tokenizer.save(tmp_path)
-    write_json(tmp_path / "tokenizer_config.json", {"eos_token": "<eos>"})
-    with pytest.raises(SlingshotError, match="eos_token '<eos>'"):
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": 1})
+    Tokenizer.load(tmp_path)
+    write_json(tmp_path / file, change(read_json(tmp_path / file), path, new))
+    with pytest.raises(SlingshotError, match=reason) as caught:
         Tokenizer.load(tmp_path)
-    write_json(tmp_path / "tokenizer_config.json", [])
-    with pytest.raises(SlingshotError, match="must hold a JSON object"):
-        Tokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_files_that_hold_no_object(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        tokenizer.save(tmp_path)
+        (tmp_path / file).write_text("[]")
+        with pytest.raises(SlingshotError, match="must hold a JSON object"):
+            Tokenizer.load(tmp_path)
+        (tmp_path / file).unlink()
+
+
+def test_a_regular_expression_may_give_up(tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]) -> None:
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+c"}, "behavior": "Isolated", "invert": False}
+    description = change(json.loads(tokenizer._backend.to_str()), "pre_tokenizer/pretokenizers/0", split)
+    slow = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(description)), tokenizer.config)
+    for encode in (slow.encode, lambda text: slow.encode_batch([text])):
+        with pytest.raises(SlingshotError, match="could not split the text"):
+            encode("a" * 40 + "b")
+    capfd.readouterr()  # the Rust side has printed where it gave up
+
+
+STRANGE: list[Any] = [None, True, -1, 2**31, 2**64, 1e300, "", "<think>", "\ud800", "Ġ", "x" * 9999, [], {}, [[]], ["a", "b"], {"content": "x"}]
+STRANGE += [{"type": "Split", "pattern": {"Regex": "(("}, "behavior": "Isolated", "invert": False}, {"type": "Prepend", "prepend": "<think>"}]
+STRANGE += [{"type": "ByteLevel"}, {"type": "Sequence", "normalizers": []}]
+
+
+def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else []
+    return [path, *(place for key, child in list(children)[:12] for place in _places(child, (*path, key)))]
+
+
+@settings(derandomize=True, deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_change_to_its_files_is_read_or_refused(tokenizer: Tokenizer, tmp_path: Path, data: st.DataObject) -> None:
+    tokenizer.save(tmp_path)
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": [1]})
+    file = tmp_path / data.draw(st.sampled_from(["tokenizer.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]))
+    value = read_json(file)
+    *path, last = data.draw(st.sampled_from(_places(value)[1:]))
+    inner = functools.reduce(lambda part, key: part[key], path, value)
+    if data.draw(st.booleans()):
+        inner[last] = data.draw(st.sampled_from(STRANGE))
+    else:
+        del inner[last]
+    file.write_text(json.dumps(value))
+    try:
+        loaded = Tokenizer.load(tmp_path)
+        ids = loaded.encode("What is 12 <think>?\n é🙂")
+        assert controls(loaded, ids) == []
+        loaded.decode(ids)
+        loaded.encode_chat([{"role": "user", "content": "hi <think>"}])
+        loaded.save(tmp_path / "copy")
+    except SlingshotError as error:
+        assert "\n" not in str(error)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +19,9 @@ from torch import Tensor
 from slingshot.config import ModelConfig
 from slingshot.data.tokenizer import Tokenizer
 from slingshot.files import SlingshotError
-from slingshot.model.checkpoint import load_config, load_model, load_tokenizer, save_checkpoint, to_hf_tensors
+from slingshot.model.checkpoint import load_config, load_model, load_tokenizer, save_checkpoint, to_hf_tensors, write_checkpoint
+from slingshot.model.fp8 import dequantize, quantize
+from slingshot.model.layout import layout
 from slingshot.model.transformer import Transformer
 
 Make = Callable[..., Transformer]
@@ -86,28 +93,13 @@ def test_a_model_loads_in_the_dtype_asked_for_but_keeps_exact_router_biases(save
     assert biases[0].dtype == torch.float32 and torch.equal(biases[0], exact)
 
 
-def test_shards_are_read_through_their_index(saved: Path) -> None:
+def test_shards_are_read_through_their_index(saved: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     expected = load_model(saved).state_dict()
-    tensors = load_file(saved / "model.safetensors")
-    names = sorted(tensors)
-    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
-    for file, part in shards.items():
-        save_file({name: tensors[name] for name in part}, saved / file)
-    (saved / "model.safetensors").unlink()
-    index = saved / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {name: file for file, part in shards.items() for name in part}}))
-    state = load_model(saved).state_dict()
+    (tmp_path / "sharded").mkdir()
+    save_checkpoint(tmp_path / "sharded", load_model(saved), tokenizer, max_shard_size=40_000)
+    assert len(list((tmp_path / "sharded").glob("model-*-of-*.safetensors"))) > 3
+    state = load_model(tmp_path / "sharded").state_dict()
     assert all(torch.equal(state[name], expected[name]) for name in expected)
-
-    (saved / "b.safetensors").unlink()
-    with pytest.raises(SlingshotError, match=r"b\.safetensors, which is not a file beside it"):
-        load_model(saved)
-    index.write_text(json.dumps({"weight_map": {"x": "../a.safetensors"}}))
-    with pytest.raises(SlingshotError, match="not a file beside it"):
-        load_model(saved)
-    index.write_text("{}")
-    with pytest.raises(SlingshotError, match="no weight_map"):
-        load_model(saved)
 
 
 def test_a_checkpoint_without_its_mtp_module_loads_without_it(saved: Path) -> None:
@@ -128,12 +120,24 @@ def test_a_checkpoint_without_its_mtp_module_loads_without_it(saved: Path) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("model.layers.3.eh_proj.weight"), "1 tensors are missing, among them model.layers.3.eh_proj.weight"),
-        (lambda t: t.pop("model.layers.2.mlp.experts.7.up_proj.weight"), "among them model.layers.2.mlp.experts.7.up_proj.weight"),
-        (lambda t: t.update({"model.layers.9.norm.weight": torch.ones(2)}), "unknown tensor model.layers.9.norm.weight"),
-        (lambda t: t.update({"model.layers.1.mlp.experts.8.up_proj.weight": torch.ones(16, 32)}), "unknown tensor model.layers.1.mlp.experts.8"),
-        (lambda t: t.update({"model.norm.weight": torch.ones(31)}), r"model.norm.weight has shape \[31\]"),
-        (lambda t: t["model.norm.weight"].fill_(torch.nan), "model.norm.weight holds NaN or infinite values"),
+        (
+            lambda t: t.pop("model.layers.3.eh_proj.weight"),
+            r"layers\.3\.eh_proj\.weight is missing; config\.json asks for 135 tensors, the files hold 134",
+        ),
+        (lambda t: t.pop("model.layers.2.mlp.experts.7.up_proj.weight"), r"model\.layers\.2\.mlp\.experts\.7\.up_proj\.weight is missing"),
+        (lambda t: t.update({"model.layers.9.norm.weight": torch.ones(2)}), r"safetensors: model\.layers\.9\.norm\.weight is no tensor of this arch"),
+        (
+            lambda t: t.update({"model.layers.1.mlp.experts.8.up_proj.weight": torch.ones(16, 32)}),
+            r"experts\.8\.up_proj\.weight is no tensor of this",
+        ),
+        (lambda t: t.update({"model.norm.weight": torch.ones(31)}), r"model\.norm\.weight has shape \[31\], config\.json says \[32\]"),
+        (lambda t: t["model.norm.weight"].fill_(torch.nan), r"safetensors: model\.norm\.weight holds NaN or infinite values"),
+        (lambda t: t["lm_head.weight"][-1].fill_(torch.inf), r"safetensors: lm_head\.weight holds NaN or infinite values"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int32)}),
+            r"model\.norm\.weight is stored as I32; weights are read from F64",
+        ),
+        (lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn)}), r"lm_head\.weight is stored in FP8 without the scales"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(saved: Path, change: Callable[[dict[str, Tensor]], None], message: str) -> None:
@@ -143,26 +147,106 @@ def test_tensors_that_do_not_fit_are_named(saved: Path, change: Callable[[dict[s
 
 
 def test_checkpoints_that_are_none_are_refused(saved: Path, tmp_path: Path) -> None:
-    weights = saved / "model.safetensors"
-    content = weights.read_bytes()
-    weights.write_bytes(content[: len(content) // 2])
-    with pytest.raises(SlingshotError, match=r"model\.safetensors cannot be read.*is the download complete"):
-        load_model(saved)
-    weights.unlink()
-    with pytest.raises(SlingshotError, match=r"holds no model\.safetensors$"):
-        load_model(saved)
-    (saved / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(SlingshotError, match=r"pytorch_model\.bin is pickled and never read: convert it to safetensors"):
-        load_model(saved)
     (saved / "config.json").write_text("[]")
     with pytest.raises(SlingshotError, match="does not hold a JSON object"):
         load_config(saved)
-    with pytest.raises(SlingshotError, match="nowhere is not a checkpoint folder"):
+    with pytest.raises(SlingshotError, match="nowhere"):
         load_model(tmp_path / "nowhere")
+    (tmp_path / "link.json").write_text("{}")
+    (saved / "config.json").unlink()
+    (saved / "config.json").symlink_to(tmp_path / "link.json")
+    with pytest.raises(SlingshotError, match=r"'config\.json' is a link out of the folder"):
+        load_config(saved)
+
+
+def test_a_configuration_beyond_its_tensors_is_refused_at_once(saved: Path) -> None:
+    """Before anything of that size is built, or a list of its tensors is written out."""
+    raw = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(raw | {"num_hidden_layers": 1000}))
+    start = time.monotonic()
+    with pytest.raises(SlingshotError, match=r"is missing; config\.json asks for \d{5} tensors, the files hold 135"):
+        load_model(saved)
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8_matrices_are_read_through_their_scales(
+    make_model: Make, deepseek: Config, tokenizer: Tokenizer, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """Wider than a block, with ragged edges; the experts' stack, the MTP module and the router are told apart."""
+    config = deepseek(vocab_size=264, hidden_size=140, intermediate_size=260, moe_intermediate_size=130, q_lora_rank=129)
+    model = make_model(config)
+    tensors = to_hf_tensors(config, model.state_dict())
+    stored, values = {}, {}
+    for spec in layout(config):
+        if spec.stored == "linear":
+            stored[spec.name], stored[spec.name + "_scale_inv"] = quantize(tensors[spec.name])
+            values[spec.name] = dequantize(stored[spec.name], stored[spec.name + "_scale_inv"])
+        else:
+            stored[spec.name] = values[spec.name] = tensors[spec.name]
+    write_checkpoint(tmp_path, config, stored.items(), tokenizer, "float32")
+    loaded = load_model(tmp_path, dtype=dtype)
+    for name, tensor in to_hf_tensors(config, loaded.state_dict()).items():
+        assert torch.equal(tensor, values[name].to(tensor.dtype)), name
+
+
+# A Llama of 1.07 billion parameters: 2.1 GiB in bfloat16. Its float32 file is a hole in the disk, so it costs neither space nor time.
+_LARGE = {
+    "family": "dense", "vocab_size": 64_000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 13, "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+}  # fmt: skip
+
+_MEASURE = """
+import re, sys
+from pathlib import Path
+import torch
+from slingshot.model.checkpoint import load_model, save_checkpoint
+from slingshot.data.tokenizer import Tokenizer
+from slingshot.stages import convert
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+folder, what = Path(sys.argv[1]), sys.argv[2]
+before = peak()
+if what == "convert":
+    convert.run(convert.Config(source=str(folder), dtype="bfloat16", threads=1), folder.with_name("out"))
+    size = 2 * int(sys.argv[3])
+else:
+    model = load_model(folder, dtype=torch.bfloat16)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    folder.with_name("out").mkdir()
+    save_checkpoint(folder.with_name("out"), model, Tokenizer.load(folder))
+print(peak() - before, size)
+"""
+
+
+@pytest.mark.parametrize("what", ["load and save", "convert"])
+def test_memory_stays_within_115_percent_of_the_models_size(tokenizer: Tokenizer, tmp_path: Path, what: str) -> None:
+    config, folder = ModelConfig(**_LARGE), tmp_path / "large"
+    folder.mkdir()
+    entries, end = {}, 0
+    for spec in layout(config):
+        size = 4 * math.prod(spec.shape)
+        entries[spec.name] = {"dtype": "F32", "shape": spec.shape, "data_offsets": [end, end + size]}
+        end += size
+    header = json.dumps(entries).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    tokenizer.save(folder)
+    command = [sys.executable, "-c", _MEASURE, str(folder), what, str(end // 4)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    peak, size = map(int, done.stdout.split()[-2:])
+    shutil.rmtree(tmp_path)
+    print(f"{what}: peak {peak / size:.3f} of {size / 2**30:.2f} GiB")
+    assert size >= 2 * 2**30 and peak <= 1.15 * size
 
 
 def test_a_checkpoint_of_another_family_is_refused(saved: Path) -> None:
     raw = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(raw | {"model_type": "mixtral"}))
-    with pytest.raises(SlingshotError, match="model_type 'mixtral' is not supported; supported: deepseek_v3, llama, qwen2, qwen3"):
+    with pytest.raises(SlingshotError, match="model_type 'mixtral' is not supported; supported: deepseek_v3, kimi_k2, llama, mistral, qwen2, qwen3"):
         load_model(saved)

@@ -61,12 +61,31 @@ def test_only_the_groups_with_the_best_pairs_are_open(four: Config) -> None:
     assert gate_with_scores(config, [-0.9, -0.9, -0.6, -0.6], [0.8, 0.1, 0.5, 0.45])[0] == [2, 3]
 
 
+def test_a_group_counts_by_its_two_best_and_their_biases(four: Config) -> None:
+    """0.6 + 0.5 beats 0.5 + 0.5, whose third would make it the larger sum; a bias of 0.2 on one of them turns that round."""
+    config, scores = four(n_routed_experts=6, n_group=2, topk_group=1), [0.6, 0.5, 0.1, 0.5, 0.5, 0.4]
+    assert gate_with_scores(config, [0.0] * 6, scores)[0] == [0, 1]
+    assert gate_with_scores(config, [0.0, 0.0, 0.0, 0.2, 0.0, 0.0], scores) == ([3, 4], pytest.approx([0.5, 0.5]))
+
+
+def test_three_groups_of_which_two_are_open(four: Config) -> None:
+    """Groups score 1.0, 0.9 and 1.1: the last three experts come from the first and the last."""
+    config = four(n_routed_experts=6, n_group=3, topk_group=2, num_experts_per_tok=3)
+    scores = [0.9, 0.1, 0.5, 0.4, 0.6, 0.5]
+    assert gate_with_scores(config, [0.0] * 6, scores) == ([0, 4, 5], pytest.approx([0.45, 0.3, 0.25]))
+
+
 def naive(moe: MoE, x_ND: Tensor, config: ModelConfig) -> Tensor:
-    """Equations 12 to 16 of arXiv 2412.19437, token by token; without groups."""
+    """Equations 12 to 16 of arXiv 2412.19437 and the group limit of 2.1.2, token by token."""
     rows = []
     for x_D in x_ND:
         scores_E = (moe.gate.weight @ x_D).sigmoid()
-        chosen = (scores_E + moe.gate.e_score_correction_bias).topk(config.num_experts_per_tok).indices.tolist()
+        choice = (scores_E + moe.gate.e_score_correction_bias).tolist()
+        size = config.n_routed_experts // config.n_group
+        groups = [range(start, start + size) for start in range(0, config.n_routed_experts, size)]
+        groups.sort(key=lambda group: -sum(sorted((choice[expert] for expert in group), reverse=True)[:2]))
+        reachable = [expert for group in groups[: config.topk_group] for expert in group]
+        chosen = sorted(reachable, key=lambda expert: -choice[expert])[: config.num_experts_per_tok]
         total = sum(scores_E[expert] for expert in chosen)
         y_D = torch.zeros_like(x_D)
         for expert in chosen:
@@ -82,12 +101,12 @@ def naive(moe: MoE, x_ND: Tensor, config: ModelConfig) -> Tensor:
 
 
 @pytest.mark.parametrize("tokens", [1, 37, 1400], ids=["one token", "padded to 16", "padded to 128"])
-@pytest.mark.parametrize("shared", [0, 2])
+@pytest.mark.parametrize(("shared", "groups"), [(0, {"n_group": 1, "topk_group": 1}), (2, {"n_group": 4, "topk_group": 2})])
 def test_output_and_all_gradients_equal_a_loop_over_tokens(
-    make_model: Callable[..., Transformer], deepseek: Config, tokens: int, shared: int
+    make_model: Callable[..., Transformer], deepseek: Config, tokens: int, shared: int, groups: dict[str, int]
 ) -> None:
     """Row counts that are no multiple of a block, experts without a token, and enough assignments for the larger block."""
-    config = deepseek(n_group=1, topk_group=1, n_shared_experts=shared, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
+    config = deepseek(**groups, n_shared_experts=shared, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
     moe = make_model(config).moe_layers()[0]
     moe.gate.e_score_correction_bias[5] = -10.0  # an expert nobody chooses
     generator = torch.Generator().manual_seed(0)

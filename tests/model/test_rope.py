@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from slingshot.config import ModelConfig
-from slingshot.model.rope import frequencies, rotary, rotate, softmax_scale, yarn_mscale
+from slingshot.model.rope import frequencies, rotary, rotate, rotation_scale, softmax_scale, yarn_mscale
 
 Config = Callable[..., ModelConfig]
+
+V3 = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0}
 
 
 def test_plain_frequencies_and_angles_by_hand(dense: Config) -> None:
@@ -57,8 +59,7 @@ def test_llama3_keeps_fast_pairs_and_slows_slow_ones(dense: Config) -> None:
 
 def test_yarn_keeps_fast_pairs_and_interpolates_slow_ones(deepseek: Config) -> None:
     """Pairs that turn over 32 times within the original length stay, those under once are divided by the factor (arXiv 2309.00071, 3.2)."""
-    yarn = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0}
-    config = deepseek(qk_rope_head_dim=64, rope_scaling=yarn)
+    config = deepseek(qk_rope_head_dim=64, rope_scaling=V3)
     ratio = frequencies(config) / frequencies(deepseek(qk_rope_head_dim=64))
     # 64 ln(4096 / (2 pi r)) / (2 ln 10000) is 10.47 for r = 32, 22.51 for r = 1: kept up to 10, fully interpolated from 23
     assert ratio[:11].tolist() == pytest.approx([1.0] * 11)
@@ -67,9 +68,52 @@ def test_yarn_keeps_fast_pairs_and_interpolates_slow_ones(deepseek: Config) -> N
 
 
 def test_yarn_temperature_as_deepseek_v3_sets_it(deepseek: Config) -> None:
+    """0.1 ln 40 + 1 = 1.368888, squared in the softmax scale and cancelled in the rotation: both of DeepSeek's programs."""
     assert yarn_mscale(40.0, 1.0) == pytest.approx(1.368888, abs=1e-6) and yarn_mscale(1.0, 1.0) == 1.0
-    both = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0}
-    assert softmax_scale(deepseek(rope_scaling=both)) == pytest.approx(14**-0.5 * 1.368888**2, rel=1e-6)
-    assert rotary(deepseek(rope_scaling=both), torch.zeros(1, 1))[0].max() == 1.0  # the two temperatures cancel in the rotation
-    assert softmax_scale(deepseek(rope_scaling=both | {"mscale_all_dim": 0.0})) == pytest.approx(14**-0.5)
-    assert rotary(deepseek(rope_scaling=both | {"mscale_all_dim": 0.0}), torch.zeros(1, 1))[0].max() == pytest.approx(1.368888)
+    config = deepseek(rope_scaling=V3)
+    assert softmax_scale(config) == pytest.approx(14**-0.5 * 1.368888**2, rel=1e-6)
+    assert rotation_scale(config) == 1.0 and rotary(config, torch.zeros(1, 1))[0].max() == 1.0
+    # the queries' and keys' widths of V3 itself: 192^-0.5 * 1.873854
+    v3 = deepseek(qk_nope_head_dim=128, qk_rope_head_dim=64, rope_scaling=V3)
+    assert softmax_scale(v3) == pytest.approx(0.1352338, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mscales", "softmax", "rotation"),
+    [
+        # modeling_deepseek.py: softmax scale (0.1 mscale_all_dim ln 40 + 1)^2, rotation (0.1 mscale ln 40 + 1) / (0.1 mscale_all_dim ln 40 + 1);
+        # 0.1 ln 40 is 0.3688879
+        ({"mscale": 0.707, "mscale_all_dim": 0.707}, 1.2608038**2, 1.0),  # V2
+        ({"mscale": 0.5, "mscale_all_dim": 1.0}, 1.3688879**2, 1.1844440 / 1.3688879),
+        ({"mscale": 0.5, "mscale_all_dim": 0.0}, 1.0, 1.1844440),  # transformers: 1.3688879
+        ({"mscale": 0.0, "mscale_all_dim": 1.0}, 1.3688879**2, 1 / 1.3688879),  # transformers: 1.3688879
+        ({}, 1.0, 1.3688879),
+    ],
+)
+def test_yarn_temperatures_follow_deepseek_where_transformers_departs(
+    deepseek: Config, mscales: dict[str, float], softmax: float, rotation: float
+) -> None:
+    silent = {key: value for key, value in V3.items() if not key.startswith("mscale")}
+    config = deepseek(rope_scaling=silent | mscales)
+    assert softmax_scale(config) == pytest.approx(14**-0.5 * softmax, rel=1e-6)
+    assert rotation_scale(config) == pytest.approx(rotation, rel=1e-6)
+    cos, sin = rotary(config, torch.tensor([[0, 5]]))
+    assert cos[0, 0].tolist() == pytest.approx([rotation] * 3, rel=1e-6)
+    assert (cos.square() + sin.square()).flatten().tolist() == pytest.approx([rotation**2] * 6, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mscales", "rotation"), [({}, 1.1386294), ({"mscale": 0.5}, 1.1386294), ({"mscale": 0.5, "mscale_all_dim": 1.0}, 1.0693147 / 1.1386294)]
+)
+def test_yarn_of_the_dense_family_scales_the_rotation_only(dense: Config, mscales: dict[str, float], rotation: float) -> None:
+    """Qwen2.5's long-context setting: factor 4 over 32,768 tokens; 0.1 ln 4 + 1 on cos and sin, unless both mscales are given (transformers)."""
+    qwen = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = dense(head_dim=16, rope_scaling=qwen | mscales)
+    assert softmax_scale(config) == 16**-0.5
+    assert rotation_scale(config) == pytest.approx(rotation, rel=1e-6)
+
+
+def test_without_yarn_nothing_is_scaled(dense: Config) -> None:
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 100}
+    assert rotation_scale(dense()) == rotation_scale(dense(rope_scaling=llama3)) == 1.0
+    assert softmax_scale(dense(head_dim=16, rope_scaling=llama3)) == 16**-0.5

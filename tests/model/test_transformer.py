@@ -1,4 +1,4 @@
-"""The whole network: causality, packed documents, the MTP module, and what a forward pass reports of its routing."""
+"""The whole network: causality, packed documents, and what a forward pass reports of its routing."""
 
 from __future__ import annotations
 
@@ -90,46 +90,6 @@ def test_routing_is_reported_per_layer_and_without_padding(model: Transformer) -
     for load, routing in zip(again.load_LE, recorded, strict=True):
         assert torch.equal(load, expert_load(routing.experts_Nk, valid.flatten(), 8))
     assert len(model(rows, segments_BT=segments).load_LE) == 2
-
-
-@torch.no_grad()
-def test_the_mtp_module_is_the_papers(model: Transformer) -> None:
-    """Equation 21 with the concatenation of the released weights: projection of [norm(embedding of t+1); norm(hidden at t)], a block, a norm."""
-    rows = tokens(1, 6)
-    mtp = model.model.layers[3]
-    main = model(rows, logits=False)
-    x = torch.cat((mtp.enorm(model.model.embed_tokens(rows[:, 1:])), mtp.hnorm(main.hidden_BTD[:, :-1])), dim=-1) @ mtp.eh_proj.weight.T
-    seen = []
-    handle = mtp.self_attn.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    expected = mtp_of(model(rows, mtp=True, logits=False))
-    handle.remove()
-    assert torch.allclose(seen[0][:, :-1], mtp.input_layernorm(x), atol=1e-5)
-    normalised = expected / mtp.shared_head.norm.weight
-    assert torch.allclose(normalised.square().mean(-1), torch.ones(1, 6), atol=1e-3)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_detached_mtp_trains_itself_only(make_model: Make, deepseek: Config, tied: bool) -> None:
-    """With detach_mtp and a detached head no gradient reaches embedding, head or any layer of the main model; without, it does."""
-    model = make_model(deepseek(tie_word_embeddings=tied))
-    rows = tokens(2, 8)
-
-    def reached(detach: bool) -> set[str]:
-        model.zero_grad()
-        hidden = mtp_of(model(rows, mtp=True, detach_mtp=detach, logits=False))
-        model.lm_logits(hidden, detach_head=detach).logsumexp(-1).sum().backward()
-        return {name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.count_nonzero()}
-
-    own = {name for name, _ in model.named_parameters() if name.startswith("model.layers.3.")}
-    assert reached(detach=True) == own
-    everything = {name for name, _ in model.named_parameters()}
-    assert reached(detach=False) == everything
-
-
-def test_a_step_without_mtp_leaves_the_module_alone(model: Transformer) -> None:
-    model.zero_grad()
-    model(tokens(1, 4)).logits_BTV.sum().backward()
-    assert all((parameter.grad is None) == name.startswith("model.layers.3.") for name, parameter in model.named_parameters())
 
 
 def test_initial_weights_follow_the_seed_and_the_range(deepseek: Config) -> None:

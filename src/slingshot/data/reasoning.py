@@ -7,16 +7,27 @@
     deltas = stream.finish()
 
 Where the vocabulary has think tokens the tags are those ids, and the same characters spelt by other tokens are text; elsewhere, and for plain
-strings, the tags are the characters. Line breaks around the tags are layout and belong to neither part; nothing else is dropped.
+strings, the tags are the characters.
+
+`opened` says where the output begins, which only the prompt can tell: True within the reasoning, False before it. A tag counts where it can:
+`<think>` before anything else was written, `</think>` while reasoning. Elsewhere a tag is text, as in an answer that speaks of tags; so is a
+`</think>` that nothing opened, since what came before it may have been shown as the answer long ago. With opened=None, for an output whose prompt
+is not known, such a `</think>` makes everything before it reasoning; nothing is told apart, then, before a tag or the end comes.
+
+Reasoning, answer and tags make up the output but for its layout, which is dropped: white space before `<think>`, line breaks after it (or at the
+beginning, when the prompt opened it), line breaks on either side of the `</think>` that counts, and a `<think>` repeated right after the first.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from slingshot.data.tokenizer import END_THINK, THINK, Tokenizer
+
+_TAG = re.compile(f"{THINK}|{END_THINK}")
 
 Kind = Literal["reasoning", "answer"]
 Delta = tuple[Kind, str]
@@ -33,14 +44,14 @@ class Parsed:
 
 def ends_in_reasoning(prompt_ids: Sequence[int], tokenizer: Tokenizer) -> bool:
     """Whether what follows this prompt is reasoning: its last think tag opens."""
-    if tokenizer.think_id is None:
+    if tokenizer.think_id is None or tokenizer.end_think_id is None:
         return tokenizer.decode(prompt_ids[-16:]).rstrip().endswith(THINK)
     tags = (id for id in reversed(prompt_ids) if id in (tokenizer.think_id, tokenizer.end_think_id))
     return next(tags, None) == tokenizer.think_id
 
 
-def parse(output: str | Iterable[int], opened: bool, tokenizer: Tokenizer | None = None) -> Parsed:
-    """Part a whole output, ids (with their tokenizer) or text. opened: the prompt ended inside <think>."""
+def parse(output: str | Iterable[int], opened: bool | None, tokenizer: Tokenizer | None = None) -> Parsed:
+    """Part a whole output, ids (with their tokenizer) or text. opened: whether the prompt ended inside <think>, None when it is not known."""
     stream = ReasoningStream(tokenizer, opened)
     deltas = [delta for piece in ([output] if isinstance(output, str) else output) for delta in stream.push(piece)] + stream.finish()
     reasoning, answer = ("".join(text for kind, text in deltas if kind == wanted) for wanted in ("reasoning", "answer"))
@@ -48,17 +59,15 @@ def parse(output: str | Iterable[int], opened: bool, tokenizer: Tokenizer | None
 
 
 class ReasoningStream:
-    """Parts an output while it is written: `push` each id (or piece of text), `finish` once. The deltas joined by kind are what `parse` gives.
+    """Parts an output while it is written: `push` each id (or piece of text), `finish` once. The deltas joined by kind are what `parse` gives."""
 
-    A think tag counts where it can: `<think>` before anything else was written, `</think>` while reasoning. Elsewhere a tag is text.
-    """
-
-    def __init__(self, tokenizer: Tokenizer | None, opened: bool) -> None:
-        self.reasoned = opened
+    def __init__(self, tokenizer: Tokenizer | None, opened: bool | None) -> None:
+        self.reasoned = bool(opened)
         self.closed = False
-        self._kind: Kind | None = "reasoning" if opened else None  # None: nothing but white space so far
-        self._fresh = opened  # nothing written yet since the tag
-        self._held = ""  # white space (line breaks, within reasoning) whose part the next character decides
+        self._unknown = opened is None
+        self._kind: Kind | None = "reasoning" if opened else None  # None: not told yet
+        self._fresh = self.reasoned  # nothing written yet since the tag
+        self._held: list[str] = []  # text whose part what follows decides: line breaks within reasoning; white space, or all, before any tag
         self._deltas: list[Delta] = []
         self._text = tokenizer.stream() if tokenizer is not None else None
         self._tags: dict[int, str] = {}
@@ -88,8 +97,7 @@ class ReasoningStream:
         else:
             self._scan(self._flush())
         self._write(self._tail)
-        if self._held:
-            self._deltas.append((self._kind or "answer", self._held))
+        self._tell(self._kind or "answer", "")
         return self._take()
 
     def _flush(self) -> str:
@@ -97,39 +105,46 @@ class ReasoningStream:
 
     def _scan(self, text: str) -> None:
         """Text whose characters may be tags: write what is none, keep the end back while it may become one."""
-        text = self._tail + text
-        while found := [(at, tag) for tag in (THINK, END_THINK) if (at := text.find(tag)) >= 0]:
-            at, tag = min(found)
-            self._write(text[:at])
-            self._tag(tag)
-            text = text[at + len(tag) :]
+        text, start = self._tail + text, 0
+        for found in _TAG.finditer(text):
+            self._write(text[start : found.start()])
+            self._tag(found[0])
+            start = found.end()
+        text = text[start:]
         kept = next((size for size in range(len(END_THINK) - 1, 0, -1) if text.endswith((THINK[:size], END_THINK[:size]))), 0)
         self._write(text[: len(text) - kept])
         self._tail = text[len(text) - kept :]
 
     def _tag(self, tag: str) -> None:
-        if tag == THINK and self._kind is None:
-            self._kind, self._fresh, self._held, self.reasoned = "reasoning", True, "", True
+        if tag == THINK and self._kind is None and not any(map(str.strip, self._held)):
+            self._kind, self._fresh, self._held, self.reasoned = "reasoning", True, [], True
         elif tag == THINK and self._kind == "reasoning" and self._fresh:
-            self._held = ""  # the prompt opened it already
-        elif tag == END_THINK and self._kind == "reasoning":
-            self._kind, self._fresh, self._held, self.closed = "answer", True, "", True
+            pass  # the prompt opened it already
+        elif tag == END_THINK and (self._kind == "reasoning" or (self._kind is None and self._unknown)):
+            before = "" if self._kind else "".join(self._held).strip("\n")
+            self._held, self.reasoned = [], True
+            self._tell("reasoning", before)
+            self._kind, self._fresh, self.closed = "answer", True, True
         else:
             self._write(tag)
 
     def _write(self, text: str) -> None:
         """Add text to the present part, less the line breaks that only set the tags apart."""
-        text, self._held = self._held + text, ""
-        if self._kind is None and text.strip():
+        if self._kind is None and text.strip() and not self._unknown:
             self._kind = "answer"
         if self._fresh:
             text = text.lstrip("\n")
-        if self._kind != "answer":
-            body = text.rstrip("\n") if self._kind else ""
-            text, self._held = body, text[len(body) :]
-        if text and self._kind:
+        body = text if self._kind == "answer" else text.rstrip("\n") if self._kind else ""
+        if body and self._kind:
             self._fresh = False
-            self._deltas.append((self._kind, text))
+            self._tell(self._kind, body)
+        if text[len(body) :]:
+            self._held.append(text[len(body) :])
+
+    def _tell(self, kind: Kind, text: str) -> None:
+        if text := "".join([*self._held, text]):
+            self._deltas.append((kind, text))
+        self._held = []
 
     def _take(self) -> list[Delta]:
         deltas, self._deltas = self._deltas, []

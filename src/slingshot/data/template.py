@@ -1,9 +1,13 @@
-"""Chat templates: DeepSeek-R1's, and the sandbox in which any model's Jinja template is rendered.
+"""Chat templates: DeepSeek-R1's, and rendering a chat in any model's, which keeps what is said apart from control tokens.
 
-    pieces = render(R1_TEMPLATE, messages, control_tokens, bos_token="...", eos_token="...", add_generation_prompt=True)
+    pieces = render(R1_TEMPLATE, messages, control_tokens, {"bos_token": "...", "eos_token": "..."}, add_generation_prompt=True)
 
-`pieces` alternates text and control tokens: [text, token, text, token, ..., text]. What a message holds is always text, so a user who types
-`<think>` or `<｜User｜>` writes characters, never a control token; `"".join(pieces)` is what `transformers` renders.
+`pieces` alternates text and control tokens: [text, token, text, token, ..., text]. What a message (a tool, a document) holds is always text, so a
+user who types `<think>` or `<｜User｜>` writes characters, never a control token; `"".join(pieces)` is what `transformers` renders.
+
+How the two are told apart: what looks like a control token in a message gets marks around it, which travel with it through the template, and
+the template's own tokens have none. To the template the text of a message (`_Said`) behaves as if it had no marks, and what is made of it is such
+text again. Where a mark still shows, the outcome differs from that of a rendering without, and the chat is refused rather than rendered otherwise.
 """
 
 from __future__ import annotations
@@ -11,33 +15,44 @@ from __future__ import annotations
 import functools
 import json
 import re
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError, nodes, pass_context
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.visitor import NodeTransformer
-
+from slingshot.data.jinja import METHODS, Joinable, Template
 from slingshot.files import SlingshotError
 
 # R1's layout (arXiv 2501.12948 and the model's own tokenizer): the opening <think> belongs to the prompt, and an earlier answer stands in the
-# history without the reasoning that led to it. `thinking=False` primes an empty reasoning, as V3.1 does.
+# history without the reasoning that led to it. `thinking=False` primes an empty reasoning, as V3.1 does. R1 was not made for tools.
 R1_TEMPLATE = """\
+{%- macro text(content) %}
+    {%- if content is string %}
+        {{- content }}
+    {%- elif content is undefined or content is mapping or content is not iterable %}
+        {{- raise_exception('a message has no content; it must be text, or a list of parts') }}
+    {%- else %}
+        {%- for part in content %}
+            {%- if part.type != 'text' %}
+                {{- raise_exception('a message holds a part of type ' ~ part.type ~ '; this model reads text only') }}
+            {%- endif %}
+            {{- part.text }}
+        {%- endfor %}
+    {%- endif %}
+{%- endmacro %}
+{%- if tools %}
+    {{- raise_exception('tools were given; this model was not made for them') }}
+{%- endif %}
 {{- bos_token }}
-{{- messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join('\\n\\n') }}
+{%- for message in messages | selectattr('role', 'equalto', 'system') %}
+    {{- ('' if loop.first else '\\n\\n') + text(message.content) }}
+{%- endfor %}
 {%- for message in messages %}
     {%- if message.role == 'user' %}
-        {{- '<｜User｜>' + message.content }}
-    {%- elif message.role == 'assistant' %}
-        {{- '<｜Assistant｜>' + (message.content or '').split('</think>')[-1].lstrip('\\n') + eos_token }}
+        {{- '<｜User｜>' + text(message.content) }}
+    {%- elif message.role == 'assistant' and not message.tool_calls %}
+        {{- '<｜Assistant｜>' + text(message.content or '').split('</think>')[-1] + eos_token }}
     {%- elif message.role != 'system' %}
-        {{- raise_exception('the role is ' ~ message.role ~ '; this template knows system, user and assistant') }}
+        {{- raise_exception('a message has the role ' ~ message.role ~ (' and tool calls' if message.tool_calls else '') ~
+            '; this template knows system, user and assistant, and no tools') }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
@@ -45,70 +60,164 @@ R1_TEMPLATE = """\
 {%- endif %}
 """
 
-MAX_CHARS = 16_000_000  # of a rendered chat, and of any text a template builds on the way: far beyond the longest context
-MAX_SECONDS = 10.0
+# Marks around what looks like a control token in a message. Lone surrogates: no text holds them, and `clean` has taken those away that JSON can
+# carry. What a message that is to be continued ends in is transformers' word for it: some templates look for it.
+_BEGIN, _END, _HERE = "\udc00", "\udc01", "\udc02"
+_CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG"
 
-# Marks around what looks like a control token inside a message. Unicode sets these two aside for a program's own use; they are never text.
-_BEGIN, _END = "\ufdd0", "\ufdd1"
-_NO_MARKS = {ord(_BEGIN): None, ord(_END): None}
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # what a message's reasoning is called; templates read the first, some the second
 
 
-def render(template: str, messages: Sequence[Mapping[str, Any]], control_tokens: Iterable[str], **variables: Any) -> list[str]:
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    control_tokens: Iterable[str],
+    special_tokens: Mapping[str, str] | None = None,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
+    **variables: Any,
+) -> list[str]:
     """Render a chat into alternating text and control tokens, text first and last.
 
-    Only tokens the template itself writes count as control tokens. Messages are JSON values: at least {"role": str, "content": str} each.
-    `variables` are what else the template may read (bos_token, add_generation_prompt, thinking ...). Raises SlingshotError when the messages are
-    not JSON, or the template refuses them, fails, or exceeds MAX_CHARS or MAX_SECONDS.
+    messages: JSON values, at least {"role": str, "content": str} each; keys whose value is null count as missing. tools: JSON schemas of
+    functions. special_tokens: {"bos_token": "..."} and the like, the template's own. variables: what else the template may read (thinking ...).
+    continue_final_message leaves the last message open, for the model to go on with it.
+
+    Raises SlingshotError when the messages are not JSON, or the template refuses them, fails or passes the bounds of data/jinja.py.
     """
-    tokens = _ControlTokens.of(frozenset(control_tokens))
+    if add_generation_prompt and continue_final_message:
+        raise SlingshotError("a chat either continues its last message or begins a reply; leave out add_generation_prompt or continue_final_message")
+    given = {"tools": tools, "documents": documents, **variables}
+    chat = _plain_json({"messages": _messages(messages), **given})
+    last = _open_last(chat["messages"]) if continue_final_message else ""
+    own = {"add_generation_prompt": add_generation_prompt, **(special_tokens or {})}
     try:
-        plain = json.loads(json.dumps(list(messages)))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise SlingshotError(f"chat messages must be plain JSON, such as [{{'role': 'user', 'content': 'Hello'}}]: {error}") from error
-    try:
-        text = _compile(template).render(messages=tokens.mark(plain), tools=None, documents=None, **variables)
+        tokens = _ControlTokens.of(frozenset(control_tokens))
+        compiled = _compile(template)
+        text = compiled.render(**{**own, **chat})
+        marked = str.__str__(compiled.render(**{**own, **tokens.said(chat)}))  # with the marks in sight
     except SlingshotError:
         raise
     except Exception as error:  # a template is foreign code: whatever it raises is its refusal
-        reason = " ".join(str(error).split()).translate(_NO_MARKS) or type(error).__name__
+        reason = _unmarked(" ".join(str(error)[:1000].split()))[:300] or type(error).__name__
         raise SlingshotError(f"the chat template could not render these messages: {reason}") from error
-    return tokens.split(text)
+    if continue_final_message:
+        if last.strip() not in text or _CONTINUE not in text:
+            raise SlingshotError("the chat template leaves a part of the last message away, so it cannot be continued")
+        text, marked = _cut(text), _cut(marked)
+    if _unmarked(marked) != text:
+        raise SlingshotError("the chat template takes apart what looks like a control token in a message; write it another way there")
+    return tokens.split(marked)
+
+
+def clean(text: str) -> str:
+    """Replace lone surrogates, which JSON can carry and UTF-8 cannot, by U+FFFD."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
+
+
+def _messages(messages: Any) -> list[dict[str, Any]]:
+    """Messages as transformers hands them to a template: no nulls, reasoning under every name."""
+    if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
+        raise SlingshotError("a chat is a list of messages, each an object such as {'role': 'user', 'content': 'Hello'}")
+    present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    for place, message in enumerate(present):
+        if (reasoning := next((message[name] for name in _REASONING if name in message), None)) is not None:
+            present[place] = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    return present
+
+
+def _plain_json(value: Any) -> Any:
+    try:
+        return json.loads(clean(json.dumps(value, ensure_ascii=False)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SlingshotError(f"chat messages and tools must be plain JSON, such as [{{'role': 'user', 'content': 'Hello'}}]: {error}") from error
+
+
+def _open_last(messages: list[dict[str, Any]]) -> str:
+    """Put a mark at the end of the last message and give its text. The space after the mark tells whether the template trims messages."""
+    content = messages[-1].get("content") if messages else None
+    parts = [part for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)] if isinstance(content, list) else []
+    if isinstance(content, str):
+        messages[-1]["content"] += _CONTINUE + " "
+        return content
+    if not parts:
+        raise SlingshotError("the last message holds no text that could be continued")
+    text: str = parts[-1]["text"]
+    parts[-1]["text"] += _CONTINUE + " "
+    return text
+
+
+def _cut(text: str) -> str:
+    """A rendered chat up to the mark in its last message."""
+    before, _, after = text.rpartition(_CONTINUE)
+    return before if after.startswith(" ") else before.rstrip()
+
+
+def _unmarked(text: str) -> str:
+    return text.replace(_BEGIN, "").replace(_END, "")
+
+
+def _alternatives(words: Iterable[str]) -> str:
+    """A regular expression for the longest of many words that reads each character once, however many words begin alike."""
+    by_first: dict[str, list[str]] = {}
+    for word in words:
+        by_first.setdefault(word[:1], []).append(word)
+    optional = by_first.pop("", None) is not None
+    branches = []
+    for alike in by_first.values():
+        low, high = min(alike), max(alike)
+        start = low[: next((at for at, (one, other) in enumerate(zip(low, high, strict=False)) if one != other), len(low))]
+        branches.append(re.escape(start) + _alternatives(word[len(start) :] for word in alike))
+    return f"(?:{'|'.join(branches)}){'?' * optional}" if branches else ""
 
 
 class _ControlTokens:
     """Finds control tokens in text: marks them in messages, recognises the unmarked ones in what was rendered."""
 
     def __init__(self, tokens: frozenset[str]) -> None:
-        longest_first = sorted(tokens, key=lambda token: (-len(token), token))
-        token = "|".join(map(re.escape, longest_first)) or "(?!)"
+        token = _alternatives(tokens - {""}) or "(?!)"
         self._find = re.compile(token)
-        self._find_unmarked = re.compile(f"{_BEGIN}(?:{token}){_END}|{_BEGIN}|{_END}|(?P<control>{token})")
-        self._beginnings = tuple({token[:size] for token in tokens for size in range(1, len(token))})
-        self._endings = tuple({token[size:] for token in tokens for size in range(1, len(token))})
+        self._find_unmarked = re.compile(f"{_BEGIN}{token}{_END}|(?P<control>{token})")
+        self._beginnings = frozenset(token[:size] for token in tokens for size in range(1, len(token)))
+        self._endings = frozenset(token[size:] for token in tokens for size in range(1, len(token)))
+        self._longest = max(map(len, tokens), default=0)
 
     @staticmethod
     @functools.lru_cache(maxsize=16)
     def of(tokens: frozenset[str]) -> _ControlTokens:
         return _ControlTokens(tokens)
 
-    def mark(self, value: Any) -> Any:
-        """Put marks around control tokens in every string of a JSON value.
-
-        A lone mark goes where a string could become one together with its neighbours: two parts "<th" and "ink>" of one message, say.
-        """
-        if isinstance(value, list):
-            return [self.mark(item) for item in value]
-        if isinstance(value, dict):
-            return {self.mark(key): self.mark(item) for key, item in value.items()}
-        if not isinstance(value, str):
+    def said(self, value: Any) -> Any:
+        """A JSON value, or what a method of a text gave, with every text in it one that was said."""
+        if isinstance(value, _Said):
             return value
-        text = value.translate(_NO_MARKS)
+        if isinstance(value, str):
+            return _Said(_unmarked(value), self)
+        if isinstance(value, list | tuple):
+            return type(value)(map(self.said, value))
+        if isinstance(value, dict):  # names are left alone: templates ask for them most of the time
+            return {key if key.isidentifier() else self.said(key): self.said(item) for key, item in value.items()}
+        return value
+
+    def mark(self, text: str) -> str:
+        """Put marks around control tokens.
+
+        A lone mark goes where a text could become one together with its neighbours: two parts "<th" and "ink>" of one message, say.
+        """
         core = text.strip()  # templates trim: the lone mark must stay beside what it guards
         text = self._find.sub(lambda match: _BEGIN + match[0] + _END, text)
-        if core.endswith(self._beginnings):
+        sizes = range(1, min(len(core) + 1, self._longest))
+        if any(core[-size:] in self._beginnings for size in sizes):
             at = len(text.rstrip())
             text = text[:at] + _END + text[at:]
-        if core.startswith(self._endings):
+        if any(core[:size] in self._endings for size in sizes):
             at = len(text) - len(text.lstrip())
             text = text[:at] + _BEGIN + text[at:]
         return text
@@ -121,132 +230,69 @@ class _ControlTokens:
                 pieces += [text[start : match.start()], match["control"]]
                 start = match.end()
         pieces.append(text[start:])
-        return [piece.translate(_NO_MARKS) for piece in pieces]
+        return [_unmarked(piece) for piece in pieces]
 
 
-class _Template:
-    """A compiled template whose rendering is bounded."""
+class _Said(Joinable):
+    """Text of a message, with marks in it. Its methods see it without and give texts of this kind; what copies its characters copies the marks."""
 
-    def __init__(self, source: str) -> None:
-        self._environment = _Environment()
-        tree = _Bound().visit(self._environment.parse(source))
-        self._template = self._environment.template_class.from_code(
-            self._environment, self._environment.compile(tree), self._environment.make_globals(None)
-        )
+    _tokens: _ControlTokens
 
-    def render(self, **variables: Any) -> str:
-        self._environment.clock.deadline = time.monotonic() + MAX_SECONDS
-        chunks, size = [], 0
-        for chunk in self._template.generate(**variables):
-            size += len(chunk)
-            self._environment.check(size)
-            chunks.append(chunk)
-        return "".join(chunks)
+    def __new__(cls, plain: str, tokens: _ControlTokens) -> _Said:
+        said = super().__new__(cls, tokens.mark(plain))
+        said.plain, said._tokens = plain, tokens
+        return said
+
+    def like(self, value: Any) -> Any:
+        return self._tokens.said(value)
+
+    def joined(self, parts: list[str]) -> str:
+        """Text of this kind again when no part brings anything of a control token from elsewhere; otherwise text with marks in it."""
+        if all(isinstance(part, _Said) or part == _unmarked(part) == self._tokens.mark(part) for part in parts):
+            return self.like("".join(part.plain if isinstance(part, _Said) else part for part in parts))
+        return "".join(parts)
+
+    def replace(self, old: str, new: str, count: int = -1) -> str:  # type: ignore[override]
+        first, *others = self.like(self.plain.replace(_plain(old), _HERE, count).split(_HERE))
+        return self.joined([first, *(part for other in others for part in (new, other))])
+
+    def __add__(self, other: str) -> str:
+        return NotImplemented if hasattr(other, "__html__") else self.joined([self, other])
+
+    def __radd__(self, other: str) -> str:
+        return self.joined([other, self])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.like([*self.plain]))
+
+    def __str__(self) -> str:
+        return self
+
+    def __repr__(self) -> str:
+        return self.like(repr(self.plain))
+
+    format = None  # type: ignore[assignment]  # what is said is no format
+
+
+def _plain(text: Any) -> Any:
+    return text.plain if isinstance(text, _Said) else text
+
+
+def _seen_without_marks(name: str) -> Callable[..., Any]:
+    of_str = getattr(str, name)
+
+    def method(self: _Said, *args: Any, **kwargs: Any) -> Any:
+        return self.like(of_str(self.plain, *map(_plain, args), **kwargs))
+
+    method.__name__ = name
+    return method
+
+
+_OPERATORS = ["__contains__", "__eq__", "__ge__", "__getitem__", "__gt__", "__hash__", "__le__", "__len__", "__lt__", "__mod__", "__mul__", "__ne__"]
+for _name in {*METHODS[str], *_OPERATORS, "__rmul__"} - {"format", "join", "replace"}:
+    setattr(_Said, _name, _seen_without_marks(_name))
 
 
 @functools.lru_cache(maxsize=16)
-def _compile(source: str) -> _Template:
-    return _Template(source)
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja as `transformers` sets it up for chat templates, with bounds on time and size.
-
-    Time is looked at wherever a template can repeat itself: each turn of a loop, each call. Size is, wherever text is repeated, joined or
-    written out.
-    """
-
-    intercepted_binops = frozenset({"+", "*", "**"})
-
-    def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
-        self.clock = threading.local()
-        self.filters |= {"tojson": _tojson, "trim": lambda value, chars=None: _strip(str(value), "strip", chars), _TIMED: _timed, _SIZED: _sized}
-        self.globals |= {"raise_exception": _raise_exception, "strftime_now": lambda format: datetime.now().strftime(format)}
-
-    def check(self, size: int = 0) -> None:
-        if size > MAX_CHARS:
-            raise SlingshotError(f"the chat template makes more than {MAX_CHARS} characters; shorten the chat or mend the template")
-        if time.monotonic() > self.clock.deadline:
-            raise SlingshotError(f"the chat template takes more than {MAX_SECONDS:g} s; shorten the chat or mend the template")
-
-    # The names are jinja2's, out of the way of whatever keywords a template passes.
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        __self.check()
-        if isinstance(text := getattr(__obj, "__self__", None), str) and __obj.__name__ in ("strip", "lstrip", "rstrip"):
-            return _strip(text, __obj.__name__, *args)
-        return super().call(__context, __obj, *args, **kwargs)
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**":
-            raise TemplateError("powers are not part of a chat template")
-        if operator == "*" and isinstance(left, int) != isinstance(right, int):
-            self.check(left * _extent(right) if isinstance(left, int) else _extent(left) * right)
-        result = super().call_binop(context, operator, left, right)
-        self.check(_extent(result))
-        return result
-
-
-def _extent(value: Any) -> int:
-    """How large a text, list or whole number is; 1 for anything else."""
-    return len(value) if isinstance(value, str | list | tuple) else value.bit_length() if isinstance(value, int) else 1
-
-
-_TIMED, _SIZED = "slingshot_timed", "slingshot_sized"
-
-
-class _Bound(NodeTransformer):
-    """Puts a watch on every loop and every joining of text."""
-
-    def visit_For(self, node: nodes.For) -> nodes.For:
-        self.generic_visit(node)
-        node.iter = nodes.Filter(node.iter, _TIMED, [], [], None, None, lineno=node.lineno)
-        return node
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
-        self.generic_visit(node)
-        return nodes.Filter(node, _SIZED, [], [], None, None, lineno=node.lineno)
-
-
-@pass_context
-def _timed(context: Context, items: Iterable[Any]) -> Iterator[Any]:
-    check: Callable[[], None] = context.environment.check  # type: ignore[attr-defined]
-    for item in items:
-        check()
-        yield item
-
-
-@pass_context
-def _sized(context: Context, text: str) -> str:
-    context.environment.check(len(text))  # type: ignore[attr-defined]
-    return text
-
-
-class _Generation(Extension):
-    """The `{% generation %}` block of templates that mark what the assistant wrote: its body, as it stands."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _strip(text: str, side: str, chars: str | None = None) -> str:
-    """str.strip, lstrip or rstrip as if there were no marks: one whose token was cut off, as by a split at </think>, goes with what is stripped."""
-    before = None
-    while text != before:
-        before = text
-        if side != "rstrip":
-            text = text.lstrip(chars).lstrip(_END)
-        if side != "lstrip":
-            text = text.rstrip(chars).rstrip(_BEGIN)
-    return text
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
+def _compile(source: str) -> Template:
+    return Template(source)

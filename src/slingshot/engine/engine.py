@@ -33,6 +33,7 @@ from slingshot.engine.sequence import Completion, Request, RequestOutput, Sequen
 from slingshot.files import SlingshotError
 from slingshot.model.checkpoint import load_model, load_tokenizer
 from slingshot.model.device import auto_device, auto_dtype
+from slingshot.model.hub import locate
 from slingshot.model.transformer import Transformer
 
 Message = Mapping[str, str]
@@ -88,13 +89,14 @@ class Engine:
         max_length: int | None = None,
         cache_bytes: int = 1 << 30,
     ) -> Self:
-        """Load a checkpoint; "auto" picks the device and the dtype this machine multiplies fastest in."""
+        """Load a checkpoint (folder, .gguf file, hub name); "auto" picks the device and the dtype this machine multiplies fastest in."""
         where = auto_device() if device == "auto" else torch.device(device)
         if isinstance(dtype, str):
             known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
             if dtype not in known:
                 raise SlingshotError(f"dtype {dtype!r} is not supported; choose {', '.join(known)}")
             dtype = known[dtype] or auto_dtype(where)
+        path = locate(path)
         return cls(load_model(path, dtype=dtype, device=where), load_tokenizer(path), max_batch, max_length, cache_bytes=cache_bytes)
 
     def add(self, prompt: Prompt, params: SamplingParams | None = None, key: str | None = None) -> int:

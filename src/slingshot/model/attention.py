@@ -88,7 +88,13 @@ class Context:
 
 
 class MLA(nn.Module):
-    """Multi-head latent attention (arXiv 2405.04434, 2.1; 2412.19437, 2.1.1)."""
+    """Multi-head latent attention (arXiv 2405.04434, 2.1; 2412.19437, 2.1.1).
+
+    The norms of the two latents have an epsilon of their own, whatever rms_norm_eps is: so it stands in both programs DeepSeek released
+    (inference/model.py, modeling_deepseek.py) and in transformers.
+    """
+
+    LATENT_EPS = 1e-6
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -98,10 +104,10 @@ class MLA(nn.Module):
             self.q_proj = Linear(width, heads * config.qk_head_dim)
         else:
             self.q_a_proj = Linear(width, config.q_lora_rank)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, self.LATENT_EPS)
             self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
         self.kv_a_proj_with_mqa = Linear(width, config.kv_lora_rank + config.qk_rope_head_dim)
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, self.LATENT_EPS)
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, width)
 

@@ -1,137 +1,180 @@
-"""Checkpoints in the Hugging Face layout: config.json, model.safetensors (or shards with an index), tokenizer, generation_config.json.
+"""Checkpoints in the Hugging Face layout: config.json, safetensors files (with an index where there are several), tokenizer, generation_config.json.
 
-    model = load_model("runs/tiny/zero", dtype=torch.float32)
+    model = load_model("runs/tiny/zero", dtype=torch.float32)       # a folder, or a .gguf file
     save_checkpoint(folder, model, tokenizer)
+    weights = open_weights(folder)                                   # one tensor at a time, without a model
+    weights.read("model.layers.3.mlp.experts.7.up_proj.weight")
 
-Tensor names are Hugging Face's. Expert matrices, stacked in the module, are one tensor per expert in the file; the MTP module is
-layer `num_hidden_layers` with its copies of embedding and head, as DeepSeek released it. A `.gguf` file can be loaded as well.
+Tensor names are Hugging Face's (model/layout.py). Expert matrices, stacked in the module, are one tensor per expert in the file; the MTP
+module is layer `num_hidden_layers` with its copies of embedding and head, as DeepSeek released it. FP8 matrices are read through their
+block scales. Reading and writing go piece by piece: neither needs more memory than the model itself.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from slingshot.config import ModelConfig
 from slingshot.data.tokenizer import Tokenizer
-from slingshot.files import SlingshotError, read_json, write_json
+from slingshot.files import SlingshotError, inside, read_json, write_json
+from slingshot.model.fp8 import dequantize
+from slingshot.model.hub import locate
+from slingshot.model.layout import FP8_BLOCK, SCALE, Spec, layout
+from slingshot.model.shards import DTYPES, Shards, problems, write_shards
 from slingshot.model.transformer import Transformer
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+_PIECE = 2**23  # numbers read at a time: 32 MiB in float32
 
 
-def to_hf_tensors(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Split the module's stacked experts into Hugging Face's names and add the MTP module's copies of embedding and head."""
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if name.endswith(".experts.gate_up_proj.weight"):
-            prefix = name.removesuffix(".gate_up_proj.weight")
-            for expert, (gate, up) in enumerate(tensor):
-                tensors[f"{prefix}.{expert}.gate_proj.weight"] = gate
-                tensors[f"{prefix}.{expert}.up_proj.weight"] = up
-        elif name.endswith(".experts.down_proj.weight"):
-            prefix = name.removesuffix(".down_proj.weight")
-            tensors |= {f"{prefix}.{expert}.down_proj.weight": down for expert, down in enumerate(tensor)}
-        else:
-            tensors[name] = tensor
-    for layer in range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers):
-        embedding = state["model.embed_tokens.weight"]
-        tensors[f"model.layers.{layer}.embed_tokens.weight"] = embedding
-        tensors[f"model.layers.{layer}.shared_head.head.weight"] = embedding if config.tie_word_embeddings else state["lm_head.weight"]
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+class Weights(Protocol):
+    """Named tensors of an architecture, wherever they lie: what can be loaded into a model or written in another format."""
+
+    config: ModelConfig
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor of `layout(config)` in float32 or in its own 16-bit type, or these rows of it (dimension 0)."""
+
+    def where(self, name: str) -> Path:
+        """The file a tensor lies in, for messages."""
 
 
-def from_hf_tensors(config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], where: str, dtype: torch.dtype) -> Transformer:
-    """Build the model from named tensors; a missing, unknown or misshapen one is a SlingshotError that names it."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    expected = dict(model.state_dict(keep_vars=False))
-    state = {name: torch.empty(meta.shape, dtype=torch.float32 if "e_score_correction_bias" in name else dtype) for name, meta in expected.items()}
-    missing = set(to_hf_names(config, expected))
-    for name, tensor in tensors:
-        if _is_copy(config, name):
+def open_weights(path: Path | str) -> Weights:
+    """The weights of a checkpoint folder or .gguf file, its tensors checked against its configuration; SlingshotError names what does not fit."""
+    path = locate(path)
+    if path.suffix == ".gguf":
+        from slingshot.model.gguf import GGUFWeights
+
+        return GGUFWeights(path)
+    return FolderWeights(path)
+
+
+class FolderWeights:
+    """The weights of a folder. A config.json that mentions an MTP module which the files have not (transformers drops it) is read without it."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            raise SlingshotError(f"{path} is not a checkpoint folder; a checkpoint holds config.json and model.safetensors")
+        self.config = load_config(path)
+        self.shards = Shards(path)
+        if problem := next(problems(self.config, self.shards.headers, path), None):
+            without_mtp = self.config.model_copy(update={"num_nextn_predict_layers": 0})
+            if next(problems(without_mtp, self.shards.headers, path), None):
+                raise SlingshotError(problem)
+            self.config = without_mtp
+
+    @property
+    def dtype(self) -> str:
+        """torch's name of the type that the final norm is stored in, which FP8 does not touch."""
+        return DTYPES[self.shards.headers["model.norm.weight"].dtype][0]
+
+    def where(self, name: str) -> Path:
+        return self.shards.headers[name].file
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        tensor = self.shards.read(name, rows)
+        if tensor.dtype == torch.float8_e4m3fn:
+            first = rows.start if rows else 0
+            blocks = slice(first // FP8_BLOCK, -(-(first + len(tensor)) // FP8_BLOCK))
+            tensor = dequantize(tensor, self.shards.read(name + SCALE, blocks).float(), first % FP8_BLOCK)
+        return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
+def load_weights(model: Transformer, weights: Weights) -> None:
+    """Fill a model's parameters and router biases, piece by piece. Of a sharded parameter (a DTensor) only this rank's rows are read."""
+    state = {name: _local(tensor) for name, tensor in model.state_dict().items()}
+    for spec in layout(weights.config):
+        if spec.copy_of is not None:
             continue
-        target = _target(state, name)
-        if target is None:
-            raise SlingshotError(f"{where}: unknown tensor {name}; is its configuration another model's?")
-        if target.shape != tensor.shape:
-            raise SlingshotError(f"{where}: {name} has shape {list(tensor.shape)}, its configuration says {list(target.shape)}")
-        target.copy_(tensor)
-        if not torch.isfinite(target).all():
-            raise SlingshotError(f"{where}: {name} holds NaN or infinite values")
-        missing.discard(name)
-    mtp = f"model.layers.{config.num_hidden_layers}."
-    if missing and missing == {name for name in to_hf_names(config, expected) if name.startswith(mtp)}:
-        # transformers does not save the MTP module, though its config.json goes on mentioning one
-        with torch.device("meta"):
-            model = Transformer(config.model_copy(update={"num_nextn_predict_layers": 0}))
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(mtp)}
-    elif missing:
-        raise SlingshotError(f"{where}: {len(missing)} tensors are missing, among them {sorted(missing)[0]}")
-    model.load_state_dict(state, assign=True)
-    return model
+        name, index = _place(spec.name)
+        target, first = state[name]
+        if index:  # one expert's matrix within the stack
+            if not first <= index[0] < first + len(target):
+                continue
+            target, first = target[index[0] - first][index[1:]], 0
+        read_into(target, weights, spec, first)
 
 
-def to_hf_names(config: ModelConfig, state: Mapping[str, Any]) -> list[str]:
-    """Names of the tensors a checkpoint must hold (without the MTP module's copies)."""
-    names = []
-    for name in state:
-        stacked = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)\.weight", name)
-        if stacked is None:
-            names.append(name)
-        else:
-            parts = ("gate_proj", "up_proj") if stacked[2] == "gate_up_proj" else ("down_proj",)
-            names += [f"{stacked[1]}.{expert}.{part}.weight" for expert in range(config.n_routed_experts) for part in parts]
-    return names
+def read_into(target: Tensor, weights: Weights, spec: Spec, first: int = 0) -> None:
+    """Fill `target`, of any dtype, with a tensor's rows from `first` on, never holding more than a piece of it besides."""
+    for rows in pieces(spec, first, first + len(target)):
+        piece = target[rows.start - first : rows.stop - first]
+        piece.copy_(weights.read(spec.copy_of or spec.name, rows))
+        if not torch.isfinite(piece).all():
+            dtype = str(target.dtype).removeprefix("torch.")
+            raise SlingshotError(f"{weights.where(spec.copy_of or spec.name)}: {spec.name} holds NaN or infinite values in {dtype}")
 
 
-def _is_copy(config: ModelConfig, name: str) -> bool:
-    mtp = f"model.layers.{config.num_hidden_layers}."
-    copy = config.num_nextn_predict_layers and name in (f"{mtp}embed_tokens.weight", f"{mtp}shared_head.head.weight")
-    return bool(copy) or name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
+def _local(tensor: Tensor) -> tuple[Tensor, int]:
+    """This rank's part of a tensor, and the row of the whole at which it begins."""
+    if not hasattr(tensor, "to_local"):
+        return tensor, 0
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    assert isinstance(tensor, DTensor)
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), offset[0]
 
 
-def _target(state: dict[str, Tensor], name: str) -> Tensor | None:
+def _place(name: str) -> tuple[str, tuple[int, ...]]:
+    """Where the module keeps a tensor: the name of its state, and the index in the stack of expert matrices."""
     expert = _EXPERT.fullmatch(name)
     if expert is None:
-        return state.get(name)
-    prefix, index, part = expert[1], int(expert[2]), expert[3]
-    stacked = state.get(f"{prefix}.down_proj.weight" if part == "down_proj" else f"{prefix}.gate_up_proj.weight")
-    if stacked is None or index >= stacked.shape[0]:
-        return None
-    return stacked[index] if part == "down_proj" else stacked[index, 0 if part == "gate_proj" else 1]
+        return name, ()
+    if expert[3] == "down_proj":
+        return f"{expert[1]}.down_proj.weight", (int(expert[2]),)
+    return f"{expert[1]}.gate_up_proj.weight", (int(expert[2]), 0 if expert[3] == "gate_proj" else 1)
+
+
+def pieces(spec: Spec, start: int, stop: int) -> Iterator[slice]:
+    """Rows start to stop of a tensor in pieces of at most `_PIECE` numbers, whole FP8 blocks where possible."""
+    rows = max(1, _PIECE // math.prod(spec.shape[1:]))
+    rows = rows // FP8_BLOCK * FP8_BLOCK or rows
+    return (slice(first, min(first + rows, stop)) for first in range(start, stop, rows))
 
 
 def load_config(path: Path | str) -> ModelConfig:
-    file = Path(path) / "config.json"
+    """The architecture that a folder's config.json describes."""
+    file = inside(Path(path), "config.json")
     raw = read_json(file)
     if not isinstance(raw, dict):
         raise SlingshotError(f"{file} does not hold a JSON object")
     return ModelConfig.from_hf(raw, str(file))
 
 
-def load_model(path: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Transformer:
-    """Load a checkpoint folder or a .gguf file in `dtype`. SlingshotError names the file and tensor that do not fit."""
-    path = Path(path)
-    if path.suffix == ".gguf":
-        from slingshot.model.gguf import load_gguf
+def load_model(
+    path: Path | str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    shard: Callable[[Transformer], None] | None = None,
+) -> Transformer:
+    """Load a checkpoint folder or a .gguf file in `dtype`; router biases stay float32. SlingshotError names the file and tensor that do not fit.
 
-        return load_gguf(path, dtype).to(device)
-    if not path.is_dir():
-        raise SlingshotError(f"{path} is not a checkpoint folder; a checkpoint holds config.json and model.safetensors")
-    return from_hf_tensors(load_config(path), _read_tensors(path), str(path), dtype).to(device)
+    `shard` splits the still empty model over ranks (Parallel.shard): each then reads only the bytes it keeps.
+    """
+    weights = open_weights(path)
+    with torch.device("meta"):
+        model = Transformer(weights.config.model_copy(update={"quantization": None}))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    if shard is not None:
+        shard(model)
+    model.to_empty(device=device)
+    load_weights(model, weights)
+    return model
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """The tokenizer and chat template of a checkpoint folder or .gguf file."""
-    path = Path(path)
+    path = locate(path)
     if path.suffix == ".gguf":
         from slingshot.model.gguf import load_gguf_tokenizer
 
@@ -139,42 +182,32 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     return Tokenizer.load(path)
 
 
-def _read_tensors(path: Path) -> Iterable[tuple[str, Tensor]]:
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        raw = read_json(index)
-        shards = sorted(set(raw.get("weight_map", {}).values())) if isinstance(raw, dict) else []
-        if not shards:
-            raise SlingshotError(f"{index} has no weight_map")
-    else:
-        shards = ["model.safetensors"]
-        if not (path / shards[0]).exists():
-            pickled = next(path.glob("*.bin"), None)
-            hint = f"; {pickled.name} is pickled and never read: convert it to safetensors" if pickled else ""
-            raise SlingshotError(f"{path} holds no model.safetensors{hint}")
-    for shard in shards:
-        file = path / shard
-        if Path(shard).name != shard or not file.exists():
-            raise SlingshotError(f"{index} names {shard}, which is not a file beside it")
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    yield name, tensors.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise SlingshotError(f"{file} cannot be read: {error}; is the download complete?") from error
+def to_hf_tensors(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's state under Hugging Face's names, the MTP module's copies of embedding and head included. Views, not copies."""
+    tensors = {}
+    for spec in layout(config):
+        name, index = _place(spec.copy_of or spec.name)
+        tensors[spec.name] = state[name].detach()[index]
+    return tensors
 
 
-def save_checkpoint(folder: Path, model: Transformer, tokenizer: Tokenizer, state: Mapping[str, Tensor] | None = None) -> None:
+def save_checkpoint(
+    folder: Path, model: Transformer, tokenizer: Tokenizer, state: Mapping[str, Tensor] | None = None, max_shard_size: float = 5e9
+) -> None:
     """Write model (or `state`, its gathered weights) and tokenizer into an existing folder; the caller makes it atomic."""
-    config = model.config.model_copy(update={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id})
-    tensors = to_hf_tensors(config, model.state_dict() if state is None else state)
-    try:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        raise SlingshotError(f"cannot write {folder / 'model.safetensors'}: {error}; free space there or choose another --out") from error
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    tensors = to_hf_tensors(model.config, model.state_dict() if state is None else state)
+    dtype = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
+    write_checkpoint(folder, model.config, tensors.items(), tokenizer, dtype, max_shard_size)
+
+
+def write_checkpoint(
+    folder: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], tokenizer: Tokenizer, dtype: str, max_shard_size: float = 5e9
+) -> None:
+    """Write configuration, tensors (taken one at a time) and tokenizer into an existing folder. `dtype`: what config.json calls theirs."""
+    config = config.model_copy(update={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id})
+    write_shards(folder, tensors, max_shard_size)
     write_json(folder / "config.json", {key: value for key, value in config.to_hf().items() if key != "dtype"} | {"torch_dtype": dtype})
     eos = sorted(tokenizer.eos_ids)
-    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos if len(eos) > 1 else tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    write_json(folder / "generation_config.json", generation | {"do_sample": True, "temperature": 0.6, "top_p": 0.95})
+    tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos if len(eos) > 1 else tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    write_json(folder / "generation_config.json", tokens | {"do_sample": True, "temperature": 0.6, "top_p": 0.95})
     tokenizer.save(folder)

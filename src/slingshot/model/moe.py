@@ -45,7 +45,8 @@ class Gate(nn.Module):
     """The router: sigmoid scores, group-limited top-k by score plus bias, gate values from the scores alone.
 
     Groups are scored by the sum of their two best; experts outside the best `topk_group` groups are masked with -inf, as in
-    DeepSeek's inference code (older transformers used 0).
+    DeepSeek's inference code (older transformers used 0). With norm_topk_prob a single expert's gate value is
+    normalised too, as there and in transformers (modeling_deepseek.py normalises from two experts on).
     """
 
     def __init__(self, config: ModelConfig) -> None:

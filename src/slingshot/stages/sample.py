@@ -15,9 +15,12 @@ from torch import Tensor
 
 from slingshot.config import StageConfig, TaskConfig
 from slingshot.cost.flops import generation_flops
+from slingshot.cost.workload import Workload
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.files import SlingshotError, write_jsonl
+from slingshot.model.hub import locate
+from slingshot.prospect import SHOWN, Prospect, accepted, guesses, luck, rollout_phase
 from slingshot.rollout import PromptForm, TaskMix, roll_out
 from slingshot.training.parallel import Parallel
 from slingshot.training.precision import Dtype, compute_dtype, peak
@@ -47,8 +50,9 @@ class Config(StageConfig):
 def run(config: Config, out: Path) -> None:
     """Sample from `config.model` and write a dataset to `out`; resumes from `out.partial`."""
     parallel = Parallel.start(config.threads)
-    work = Workspace(out, kind, config, [Path(config.model)], parallel, config.save_seconds, peak(config.dtype))
-    engine = Engine.load(config.model, dtype=compute_dtype(config.dtype), device=parallel.device)
+    source = locate(config.model)
+    work = Workspace(out, kind, config, [source], parallel, config.save_seconds, peak(config.dtype))
+    engine = Engine.load(source, dtype=compute_dtype(config.dtype), device=parallel.device)
     items = TaskMix(config.tasks).draw("train", f"sample/{config.seed}", config.problems)
     params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, n=config.samples, seed=config.seed)
     saved = work.load()
@@ -84,3 +88,14 @@ def run(config: Config, out: Path) -> None:
         raise SlingshotError(f"{config.model} solved none of {len(items)} problems in format; train it further or take easier problems")
     work.finish(lambda folder: write_jsonl(folder / "data.jsonl", rows), {"examples": len(rows), "problems": len(items)})
     parallel.stop()
+
+
+def plan(config: Config, prospect: Prospect) -> Workload:
+    """What `run` will do on a checkpoint like `prospect`, and how many examples it will probably keep."""
+    items = TaskMix(config.tasks).draw("train", f"sample/{config.seed}", min(config.problems, SHOWN))
+    scale = config.problems / len(items) if len(items) == SHOWN else 1.0
+    answered = [prospect.respond(item, config.form, config.samples, config.max_tokens) for item in items]
+    kept = sum(len(accepted(item, replies, config.per_problem)) for item, (_, replies) in zip(items, answered, strict=True))
+    phase = rollout_phase("rollouts", prospect.model, answered, -(-round(scale * len(items)) // config.chunk), scale)
+    lines = (*guesses(items, prospect.writer, config.max_tokens), luck(prospect.writer))
+    return Workload(kind=kind, model=prospect.model, phases=(phase,), assumptions=lines, examples=max(1, round(scale * kept)))

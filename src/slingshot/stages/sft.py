@@ -17,12 +17,15 @@ from pydantic import Field, model_validator
 
 from slingshot.config import TaskConfig
 from slingshot.cost.flops import training_parts
+from slingshot.cost.workload import Phase, Workload
 from slingshot.data.packing import pack_examples
 from slingshot.data.reasoning import ends_in_reasoning
 from slingshot.data.response import encode_responses
 from slingshot.data.tokenizer import Tokenizer
 from slingshot.files import SlingshotError, read_jsonl
 from slingshot.model.checkpoint import load_model, load_tokenizer, save_checkpoint
+from slingshot.model.hub import locate
+from slingshot.prospect import Prospect
 from slingshot.rollout import PromptForm, TaskMix
 from slingshot.tasks.task import Problem
 from slingshot.training.language_model import LossWeights, Rows, language_model_step
@@ -62,16 +65,16 @@ class Config(OptimizerConfig):
 def run(config: Config, out: Path) -> None:
     """Fine-tune `config.model` and write a checkpoint to `out`; resumes from `out.partial`."""
     parallel = Parallel.start(config.threads)
-    parents = [Path(config.model), *map(Path, config.data)]
+    source = locate(config.model)
+    parents = [source, *map(Path, config.data)]
     work = Workspace(out, kind, config, parents, parallel, config.save_seconds, peak(config.dtype))
-    model, tokenizer = load_model(config.model), load_tokenizer(config.model)
+    model, tokenizer = load_model(source, device=parallel.device, shard=parallel.shard), load_tokenizer(source)
     examples = _examples(config, tokenizer)
     per_epoch = [_pack(examples, config, epoch) for epoch in range(config.epochs)]
     steps = sum(-(-len(rows.tokens_BT) // config.batch_size) for rows in per_epoch)
     batches = (rows[slice(i, i + config.batch_size)] for rows in per_epoch for i in range(0, len(rows.tokens_BT), config.batch_size))
 
-    model.to(parallel.device).compute_dtype = compute_dtype(config.dtype)
-    parallel.shard(model)
+    model.compute_dtype = compute_dtype(config.dtype)
     optimizer = Optimizer(model, config)
     saved = work.load()
     done = saved.step if saved else 0
@@ -99,6 +102,17 @@ def run(config: Config, out: Path) -> None:
     state = gathered(model)
     work.finish(lambda folder: save_checkpoint(folder, model, tokenizer, state), {"examples": len(examples)})
     parallel.stop()
+
+
+def plan(config: Config, prospect: Prospect) -> Workload:
+    """What `run` will do with a model like `prospect`; `config.data` must be there, or stand-ins for it."""
+    rows = _pack(_examples(config, prospect.tokenizer), config, epoch=0)
+    steps = config.epochs * -(-len(rows.tokens_BT) // config.batch_size)
+    parts = training_parts(prospect.model, rows.lengths(), mtp=config.losses.mtp > 0)
+    flops = {part: config.epochs * count for part, count in parts.items()}
+    at_once = config.micro_batch_size * config.sequence_length
+    phase = Phase(name="training", sort="training", steps=steps, at_once=at_once, tokens=config.epochs * rows.n_tokens, flops=flops)
+    return Workload(kind=kind, model=prospect.model, phases=(phase,), assumptions=("every epoch packs into as many rows as the first",))
 
 
 def _examples(config: Config, tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:

@@ -200,6 +200,7 @@ class Workspace:
                     describe_machine(),
                     None if self.peak is None else self.peak * self.parallel.world,
                     self.config.price,
+                    self.parallel.world if self.parallel.device.type == "cuda" else 1,
                     extra,
                 )
                 receipt.write(folder)

@@ -1,0 +1,112 @@
+"""What an artifact cost in all: its own receipt and those of everything it was made from, each counted once. No torch.
+
+    bill = total(Path("runs/tiny/rl_final"))
+    for line in bill.lines: line.receipt.seconds         # ancestors first, the artifact itself last
+    bill.seconds, bill.device_seconds, bill.flops, bill.energy_joules, bill.money
+    bill.missing                                         # parents that are gone or changed, or came without a receipt, a line each
+
+A receipt names its parents by path and by the digest of their content. A run's folder may have been moved: where a path leads nowhere, the
+artifact's own neighbours are asked for that name. Whoever answers must have the digest; another artifact in its place is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from slingshot.config import Strict
+from slingshot.cost.receipt import RECEIPT, Parent, Receipt, artifact_digest
+from slingshot.files import SlingshotError
+
+
+class BillLine(Strict):
+    """An artifact's place and its receipt."""
+
+    path: str
+    receipt: Receipt
+
+
+class Bill(Strict):
+    """Lines in the order they were made. Energy and money add up what is known, None where nothing is; `missing` and `partial` say what is not."""
+
+    lines: list[BillLine]
+    missing: list[str]
+    seconds: float
+    device_seconds: float
+    flops: float
+    tokens: int
+    energy_joules: float | None
+    money: float | None
+    partial: list[str]  # sums that some lines have no figure for
+
+    @classmethod
+    def of(cls, lines: list[BillLine], missing: list[str]) -> Bill:
+        receipts = [line.receipt for line in lines]
+        figures: dict[str, Callable[[Receipt], float | None]] = {"energy": lambda r: r.energy_joules, "money": lambda r: r.money}
+        known = {name: [value for receipt in receipts if (value := of(receipt)) is not None] for name, of in figures.items()}
+        return cls(
+            lines=lines,
+            missing=missing,
+            seconds=sum(receipt.seconds for receipt in receipts),
+            device_seconds=sum(receipt.device_seconds for receipt in receipts),
+            flops=sum(receipt.flops for receipt in receipts),
+            tokens=sum(receipt.tokens for receipt in receipts),
+            energy_joules=sum(known["energy"]) if known["energy"] else None,
+            money=sum(known["money"]) if known["money"] else None,
+            partial=[name for name, values in known.items() if 0 < len(values) < len(receipts)],
+        )
+
+
+def total(path: Path) -> Bill:
+    """Walk from an artifact's receipt through its parents'. SlingshotError when `path` has no receipt or a receipt is broken."""
+    if not (path / RECEIPT).is_file():
+        raise SlingshotError(f"{path} has no {RECEIPT}: {_way_out(path)}")
+    lines: dict[tuple[str, str], BillLine] = {}
+    missing: dict[str, None] = {}
+    waiting: list[tuple[Path, bool]] = [(path, False)]
+    on_the_way: set[tuple[str, str]] = set()
+    while waiting:  # depth first, an artifact's line after those of its parents
+        folder, parents_done = waiting.pop()
+        receipt = Receipt.read(folder)
+        key = (receipt.stage, receipt.digest)
+        if parents_done:
+            lines.setdefault(key, BillLine(path=str(folder), receipt=receipt))
+        elif key not in on_the_way or True:
+            on_the_way.add(key)
+            waiting.append((folder, True))
+            for parent in reversed(receipt.parents):
+                found, trouble = _find(parent, folder)
+                if found is not None:
+                    waiting.append((found, False))
+                if trouble:
+                    missing[f"{receipt.name}: {trouble}"] = None
+    return Bill.of(list(lines.values()), list(missing))
+
+
+def _find(parent: Parent, child: Path) -> tuple[Path | None, str]:
+    """Where a parent with a receipt lies, or why its cost is not known."""
+    recorded = Path(parent.path)
+    changed = False
+    for place in dict.fromkeys((recorded, child.parent / recorded.name, child.resolve().parent / recorded.name)):
+        if (place / RECEIPT).is_file():
+            if Receipt.read(place).digest == parent.digest:
+                return place, ""
+            changed = True
+        elif place.exists() and place == recorded:
+            same = artifact_digest(place) == parent.digest
+            return None, f"its parent {recorded} {'came without a receipt' if same else 'changed since'}; what it cost is not counted"
+    return None, f"its parent {recorded} {'changed since' if changed else 'is gone'}; what it cost is not counted"
+
+
+def _way_out(path: Path) -> str:
+    """The nearest thing that has one."""
+    near = sorted(file.parent for file in path.glob(f"*/{RECEIPT}")) if path.is_dir() else []
+    if near:
+        return f"give one of its artifacts, such as {near[-1]}"
+    beside = sorted(file.parent for file in path.parent.glob(f"*/{RECEIPT}")) if path.parent.is_dir() else []
+    if beside:
+        import difflib
+
+        closest = difflib.get_close_matches(path.name, [place.name for place in beside], n=1, cutoff=0.0)
+        return f"did you mean {path.parent / closest[0]}?"
+    return "give the folder of an artifact that a stage made"

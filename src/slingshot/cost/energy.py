@@ -1,0 +1,105 @@
+"""Energy as the operating system counts it: the processors' RAPL counters, and the counters of NVIDIA's GPUs. No torch.
+
+    energy = Energy()          # nothing readable: energy.joules stays None
+    energy.poll()              # now and then: RAPL's counters turn over after some minutes
+    energy.joules              # since the start, of the whole machine, whoever used it
+
+RAPL counts a processor package, and on servers its memory apart; it reads /sys/class/powercap/intel-rapl:*/energy_uj (AMD's processors have the
+same files), which many systems show to root alone. NVML counts a GPU in millijoules since its driver was loaded. What neither sees, disks, fans,
+network and the power supply's loss, is not in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+POWERCAP = Path("/sys/class/powercap")
+
+
+@dataclass
+class Counter:
+    """Joules read by `read`, modulo `span` (0: it never turns over), added up in `total`."""
+
+    read: Callable[[], float]
+    span: float
+    last: float
+    total: float = 0.0
+
+    def poll(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            now = self.read()
+            self.total += now - self.last + (self.span if now < self.last else 0.0)
+            self.last = now
+
+
+class Energy:
+    """Every counter that can be read, from now on."""
+
+    def __init__(self, powercap: Path = POWERCAP) -> None:
+        self._counters = [*_rapl(powercap), *_nvml()]
+
+    def poll(self) -> None:
+        for counter in self._counters:
+            counter.poll()
+
+    @property
+    def joules(self) -> float | None:
+        """Since the start; None where nothing counts."""
+        self.poll()
+        return sum(counter.total for counter in self._counters) if self._counters else None
+
+
+def _rapl(powercap: Path) -> list[Counter]:
+    """Counters of processor packages, and of memory, which a package's does not include."""
+    found = []
+    for zone in sorted(powercap.glob("intel-rapl:*")):
+        with contextlib.suppress(OSError, ValueError):
+            if (zone / "name").read_text(encoding="ascii").strip().startswith(("package", "dram")):
+                read = _microjoules(zone / "energy_uj")
+                span = int((zone / "max_energy_range_uj").read_text(encoding="ascii")) / 1e6
+                found.append(Counter(read, span, read()))
+    return found
+
+
+def _microjoules(file: Path) -> Callable[[], float]:
+    return lambda: int(file.read_text(encoding="ascii")) / 1e6
+
+
+def _nvml() -> list[Counter]:
+    """Counters of the GPUs this process may use, where NVIDIA's library is and its driver runs."""
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+        if library.nvmlInit_v2():
+            return []
+        count = ctypes.c_uint()
+        if library.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+            return []
+    except (OSError, AttributeError):  # no library, or another one of that name
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = range(count.value)
+    if visible is not None and visible.replace(",", "").isdigit():
+        chosen = [int(number) for number in visible.split(",") if number and int(number) < count.value]  # type: ignore[assignment]
+    found = []
+    for index in chosen:
+        handle = ctypes.c_void_p()
+        if not library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle)):
+            with contextlib.suppress(OSError):
+                read = _millijoules(library, handle)
+                found.append(Counter(read, 0.0, read()))
+    return found
+
+
+def _millijoules(library: ctypes.CDLL, handle: ctypes.c_void_p) -> Callable[[], float]:
+    def read() -> float:
+        value = ctypes.c_ulonglong()
+        if code := library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(value)):
+            raise OSError(code, "this GPU does not count its energy")
+        return value.value / 1000
+
+    return read

@@ -1,0 +1,369 @@
+"""`slingshot plan recipe`: what every stage of a recipe will take here, and what it would take elsewhere, before it runs.
+
+    slingshot plan recipe tiny --device h100
+    slingshot plan recipe recipes/mine.toml rl.steps=200 --no-probe --json
+
+Architecture, tokenizer and the lengths of responses follow from the recipe alone. Time on this machine comes from rehearsals: every kind of
+stage makes at most 10 steps of its own code in a temporary folder (rehearsal.py). What a step took per FLOP, what came before the first one and
+what a save took make the forecast. Without the probe, and for other devices, time comes from FLOPs, bytes and an assumed share of the peak.
+No receipt is read.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from slingshot import __version__
+from slingshot import recipe as recipes
+from slingshot.bill import duration, energy, price
+from slingshot.config import StageConfig, Strict
+from slingshot.cost.devices import DEVICES, Device, device
+from slingshot.cost.flops import parameters
+from slingshot.cost.machine import describe
+from slingshot.cost.quantity import count as read_count
+from slingshot.cost.quantity import show_count, show_size
+from slingshot.cost.workload import SOLVED, Elsewhere, Workload, elsewhere
+from slingshot.files import SlingshotError, write_jsonl, write_text
+from slingshot.plan import Section, Story
+from slingshot.recipe import Recipe
+
+if TYPE_CHECKING:  # they bring torch, and this module makes a command
+    from slingshot.prospect import Prospect
+    from slingshot.rehearsal import Rehearsal
+
+PROBE_STEPS = 10  # of one kind of stage, all its shapes together
+
+# Keys of a stage's Config that change what is learned or how often a step is made, but not what one takes.
+_NOT_THE_STEP = {
+    "model", "data", "seed", "price", "steps", "epochs", "examples", "problems", "per_problem", "lr", "adam_lr", "momentum", "betas", "weight_decay",
+    "clip", "warmup", "decay", "final", "temperature", "top_p", "rewards", "max_flops", "reference_steps", "normalize_std", "clip_low", "clip_high",
+    "language", "save_seconds", "bias_frozen_share", "style",
+}  # fmt: skip
+
+
+class Here(Strict):
+    """What a stage will take on this machine; `seconds` as its receipt will have them, `start` its process before that."""
+
+    seconds: float
+    start: float
+    memory_bytes: float
+    money: float | None
+    joules: float | None
+    prepare: float  # of the seconds: before the first step
+    save: float  # of the seconds: states kept now and then, and the artifact
+    probed: int  # steps rehearsed for it; 0: the figures are from FLOPs and bytes
+
+
+class Line(Strict):
+    """One stage of a forecast."""
+
+    name: str
+    kind: str
+    work: Workload
+    here: Here
+    elsewhere: list[Elsewhere]
+
+
+class Forecast(Strict):
+    """What a recipe will take."""
+
+    recipe: str
+    stages: list[Line]
+    probed: bool
+    probing_seconds: float
+    assumptions: list[str]
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages, their processes' starts included."""
+        return sum(line.here.seconds + line.here.start for line in self.stages)
+
+    def total(self, value: Callable[[Line], float | None]) -> float | None:
+        """A sum over the stages; None where no stage has a value."""
+        found = [each for line in self.stages if (each := value(line)) is not None]
+        return sum(found) if found else None
+
+
+def forecast(
+    recipe: Recipe, devices: Sequence[Device] = (), probe: bool = True, solved: float = SOLVED, hourly: float | None = None, until: str | None = None
+) -> Forecast:
+    """Look through the recipe's stages in their order, rehearse what differs, and add up. `hourly` is the price of this machine."""
+    import time
+
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="slingshot-plan-") as folder:
+        stages = _walk(recipe, recipe.until(until), Path(folder), probe, solved)
+        found = _Rehearsals(stages, Path(folder)) if probe else None
+        local = None if probe else device("local")
+        lines = []
+        for stage in stages:
+            here = found.here(stage) if found else _by_flops(stage.work, local)
+            rate = stage.config.price if hourly is None else hourly
+            money = None if rate is None else here.seconds / 3600 * rate
+            away = [elsewhere(stage.work, each) for each in devices]
+            lines.append(Line(name=stage.name, kind=stage.kind, work=stage.work, here=here.model_copy(update={"money": money}), elsewhere=away))
+    return Forecast(
+        recipe=recipe.name, stages=lines, probed=probe, probing_seconds=time.perf_counter() - begin, assumptions=_assumptions(stages, lines, probe)
+    )
+
+
+# The stages, as far as they are known before they run
+
+
+class _Stage:
+    """A stage with its references resolved to stand-ins, the model it works on, and what it will do."""
+
+    def __init__(self, name: str, kind: str, config: StageConfig, prospect: Prospect, work: Workload) -> None:
+        self.name, self.kind, self.config, self.prospect, self.work = name, kind, config, prospect, work
+
+    @property
+    def shape(self) -> str:
+        """The same for stages whose steps take the same."""
+        keys = {key: value for key, value in self.config.model_dump(mode="json").items() if key not in _NOT_THE_STEP or self.kind == "convert"}
+        writer = dict(self.prospect.writer.styles) if any(phase.sort == "rollouts" for phase in self.work.phases) else None
+        return json.dumps([self.kind, self.prospect.model.model_dump(mode="json") if self.kind != "pretrain" else keys, keys, writer], sort_keys=True)
+
+
+def _walk(recipe: Recipe, stages: Sequence[recipes.Stage], folder: Path, probe: bool, solved: float) -> list[_Stage]:
+    """Foresee every stage from those before it; stand-ins for their artifacts are written to `folder`."""
+    from slingshot.prospect import Prospect, accepted
+    from slingshot.rehearsal import stand_in
+    from slingshot.rollout import TaskMix
+
+    prospects: dict[str, Prospect] = {}
+    written: dict[str, str] = {}  # by architecture and tokenizer: stages that pass on the same network share a stand-in
+    works: dict[str, Workload] = {}
+    found = []
+    for stage in stages:
+        module = recipes.stage_module(stage.kind)
+        values = recipes._resolve(stage.values, lambda name: str(folder / name), lambda name: works[name].flops)
+        config = module.Config.parse(values, stage.name)
+        source = stage.values.get("model") if stage.kind != "pretrain" else None
+        if stage.kind == "pretrain":
+            prospect = module.foresee(config)
+        elif stage.kind == "convert":
+            prospect = prospects.get(str(config.source).removeprefix(str(folder) + "/")) or Prospect.outside(config.source, solved)
+        elif isinstance(source, str) and source.startswith("@"):
+            prospect = prospects[source[1:]]
+        else:
+            prospect = Prospect.outside(config.model, solved)
+        prospect = prospect.trusting(solved)
+        if stage.kind == "rl" and not config.rewards.random:
+            prospect = prospect.reading({"steps": 1.0})  # what pays is written sooner or later
+        works[stage.name] = work = module.plan(config, prospect)
+        if stage.kind == "sft":
+            styles = {config.style: 1.0} if not config.data else {"steps": 1.0}
+            prospect = prospect.reading(styles)
+        if stage.kind == "sample":
+            items = TaskMix(config.tasks).draw("train", f"sample/{config.seed}", config.problems)
+            rows = [row for item in items for row in accepted(item, prospect.respond(item, config.form, config.samples, config.max_tokens)[1],
+                    config.per_problem)]  # fmt: skip
+            write_jsonl(folder / stage.name / "data.jsonl", rows)
+        elif stage.kind != "evaluate":
+            prospects[stage.name] = prospect
+            key = json.dumps([prospect.model.model_dump(mode="json"), id(prospect.tokenizer)])
+            if probe and (size := 4 * parameters(prospect.model).total) > describe().memory_bytes / 2:
+                raise SlingshotError(f"{stage.name}: its {show_size(size)} of weights are too much to rehearse here; --no-probe plans without")
+            if probe and key not in written:
+                stand_in(folder / stage.name, prospect.model, prospect.tokenizer)
+                written[key] = stage.name
+            elif probe:
+                (folder / stage.name).symlink_to(folder / written[key], target_is_directory=True)
+        found.append(_Stage(stage.name, stage.kind, config, prospect, work))
+    return found
+
+
+class _Rehearsals:
+    """What was measured, by shape. At most PROBE_STEPS steps of a kind: where shapes are many, each gets few, and the last get none of their own."""
+
+    def __init__(self, stages: Sequence[_Stage], folder: Path) -> None:
+        from slingshot.rehearsal import measure
+
+        self._measured: dict[str, Rehearsal] = {}
+        self._nearest: dict[str, str] = {}
+        shapes: dict[str, _Stage] = {}
+        for stage in stages:
+            shapes.setdefault(stage.shape, stage)
+        for number, (shape, stage) in enumerate(shapes.items()):
+            alike = [other for other in shapes.values() if other.kind == stage.kind]
+            if alike.index(stage) < PROBE_STEPS:
+                place = folder / f"rehearsal-{number}"
+                steps = max(1, PROBE_STEPS // len(alike))
+                self._measured[shape] = measure(stage.kind, _shortened(stage, steps), place, stage.prospect.writer, steps)
+            else:
+                self._nearest[shape] = alike[0].shape
+
+    def here(self, stage: _Stage) -> Here:
+        rehearsal = self._measured[self._nearest.get(stage.shape, stage.shape)]
+        if stage.kind == "convert":
+            moved = sum(step.n_bytes for step in rehearsal.steps)
+            steps = sum(step.seconds for step in rehearsal.steps) * stage.work.phases[0].n_bytes / moved
+        else:
+            steps = rehearsal.first + stage.work.flops * rehearsal.seconds_per_flop
+        saves = int(steps / stage.config.save_seconds) if hasattr(stage.config, "save_seconds") else 0
+        save = rehearsal.save * (saves + rehearsal.weights_share)
+        seconds = rehearsal.prepare + steps + save
+        return Here(
+            seconds=seconds, start=rehearsal.start, memory_bytes=rehearsal.peak_memory_bytes, money=None,
+            joules=None if rehearsal.watts is None else rehearsal.watts * seconds, prepare=rehearsal.prepare, save=save, probed=len(rehearsal.steps),
+        )  # fmt: skip
+
+
+def _shortened(stage: _Stage, steps: int) -> StageConfig:
+    """The config to rehearse with: an evaluation goes through every task and form by turns, so few chunks of each let few steps see all."""
+    config: Any = stage.config
+    if stage.kind == "evaluate":
+        chunks = max(1, steps // (len(config.tasks) * len(config.forms)))
+        shorter: StageConfig = config.model_copy(update={"problems": min(config.problems, chunks * config.chunk)})
+        return shorter
+    return stage.config
+
+
+def _by_flops(work: Workload, local: Device | None) -> Here:
+    assert local is not None
+    found = elsewhere(work, local)
+    return Here(seconds=found.seconds, start=0.0, memory_bytes=found.memory_bytes, money=None, joules=None, prepare=0.0, save=0.0, probed=0)
+
+
+def _assumptions(stages: Sequence[_Stage], lines: Sequence[Line], probe: bool) -> list[str]:
+    """Every assumption once, with the stages it is made for."""
+    made: dict[str, list[str]] = {}
+    for stage in stages:
+        for text in stage.work.assumptions:
+            made.setdefault(text, []).append(stage.name)
+    found = [f"{text} ({', '.join(names) if len(names) < 5 else f'{len(names)} stages'})" for text, names in made.items()]
+    if any(stage.kind == "rl" for stage in stages):
+        found.append("reinforcement learning writes worked steps from its first step on, unless its reward is a coin")
+    if probe:
+        found.append(f"seconds here: at most {PROBE_STEPS} steps of each kind of stage, rehearsed just now; a FLOP takes the rest of a stage as long")
+    else:
+        found.append("seconds here: as for other devices, at the peaks that doctor measured; documents, files and process starts left out")
+    for away in lines[0].elsewhere if lines else []:
+        found += [f"{away.device}: {text}" for text in away.assumptions]
+    return found
+
+
+# What is shown
+
+
+def columns(found: Forecast) -> list[str]:
+    """Headings of `rows`: money and energy only where something is known."""
+    here = ["time here", "memory", *(["money"] if _priced(found) else []), *(["energy"] if _metered(found) else [])]
+    return ["stage", "tokens", "FLOPs", *here, *(heading for away in found.stages[0].elsewhere for heading in (f"on {away.device}", "money"))]
+
+
+def rows(found: Forecast) -> list[list[str]]:
+    """A row a stage, one for the starts of processes, and the sums."""
+    made = []
+    for line in found.stages:
+        here, away = line.here, [(each.seconds, each.money) for each in line.elsewhere]
+        made.append(_row(found, line.name, line.work.tokens, line.work.flops, here.seconds, here.memory_bytes, here.money, here.joules, away))
+    if starts := sum(line.here.start for line in found.stages):
+        made.append([f"{len(found.stages)} processes", "", "", duration(starts), *[""] * (len(columns(found)) - 4)])
+    lines = found.stages
+    away = [sums(found, index) for index in range(len(lines[0].elsewhere))]
+    memory = max(line.here.memory_bytes for line in lines)
+    tokens, flops = sum(line.work.tokens for line in lines), sum(line.work.flops for line in lines)
+    money, joules = found.total(lambda line: line.here.money), found.total(lambda line: line.here.joules)
+    return [*made, _row(found, "in all", tokens, flops, found.seconds, memory, money, joules, away)]
+
+
+def sums(found: Forecast, index: int) -> tuple[float, float | None]:
+    """Seconds and money of the whole recipe on the device asked about at this place."""
+    away = [line.elsewhere[index] for line in found.stages]
+    money = [each.money for each in away if each.money is not None]
+    return sum(each.seconds for each in away), sum(money) if money else None
+
+
+def _row(
+    found: Forecast, name: str, tokens: float, flops: float, seconds: float, memory: float, money: float | None, joules: float | None,
+    away: Sequence[tuple[float, float | None]],
+) -> list[str]:  # fmt: skip
+    here = [duration(seconds), show_size(memory), *([price(money)] if _priced(found) else []), *([energy(joules)] if _metered(found) else [])]
+    return [name, show_count(tokens), show_count(flops), *here, *(cell for each, cost in away for cell in (duration(each), price(cost)))]
+
+
+def _priced(found: Forecast) -> bool:
+    return found.total(lambda line: line.here.money) is not None
+
+
+def _metered(found: Forecast) -> bool:
+    return found.total(lambda line: line.here.joules) is not None
+
+
+def show(found: Forecast, console: Console) -> None:
+    """Print the forecast as a table with its sums, and what was assumed."""
+    console.print(Text(f"The recipe {found.recipe}, before it runs", style="bold"))
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for index, heading in enumerate(columns(found)):
+        table.add_column(heading, justify="right" if index else "left")
+    for row in (made := rows(found)):
+        table.add_row(*map(Text, row), style="bold" if row is made[-1] else None)
+    console.print(table)
+    if found.probed:
+        console.print(Text(f"Rehearsed in {duration(found.probing_seconds)}.", style="dim"))
+    console.print(Text("\nAssumed", style="bold"))
+    for text in found.assumptions:
+        console.print(Text(f"- {text}", style="dim"))
+
+
+def recipe_command(
+    source: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe (tiny, micro, smollm2 ...) or a .toml file.", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[STAGE.KEY=VALUE]...", help="Change any key of the recipe.")] = None,
+    on: Annotated[list[str] | None, typer.Option("--device", help=f"Also on these: {', '.join(DEVICES)}.", show_default="h100")] = None,
+    probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Rehearse up to 10 steps of each kind of stage here, or reckon by FLOPs.")] = True,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The seed of every stage.")] = None,
+    solved: Annotated[float, typer.Option(help="Chance that a response is right, on average.")] = SOLVED,
+    hourly: Annotated[str | None, typer.Option("--price", help="Of an hour of this machine.", show_default="the recipe's")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page there, too.", show_default=False)] = None,
+) -> None:
+    """What a recipe will take: every stage's time, FLOPs, memory and money, here and on other devices."""
+    if not 0 < solved < 1:
+        raise SlingshotError(f"--solved {solved:g}: a chance above 0 and below 1; the nearest valid value is {0.99 if solved >= 1 else 0.01}")
+    loaded = Recipe.load(source, overrides or [], seed)
+    devices = [device(name) for name in on or ["h100"]]
+    found = forecast(loaded, devices, probe, solved, None if hourly is None else read_count(hourly, "--price"), until)
+    if html is not None:
+        write_text(html, page(found))
+    if as_json:
+        print(json.dumps(found.model_dump(mode="json"), indent=2, allow_nan=False))
+        return
+    show(found, Console())
+    if html is not None:
+        print(f"\nmade {html}")
+
+
+def page(found: Forecast) -> str:
+    """The forecast as one HTML file: no scripts, nothing loaded from anywhere, light and dark."""
+    import jinja2  # only here
+
+    fits = all(away.fits for line in found.stages for away in line.elsewhere)
+    made = rows(found)
+    longest = max(line.here.seconds for line in found.stages)
+    shares = [line.here.seconds / longest for line in found.stages] + [0.0] * (len(made) - len(found.stages))
+    figures = [(duration(found.seconds), "on this machine")]
+    for index, away in enumerate(found.stages[0].elsewhere):
+        seconds, money = sums(found, index)
+        figures.append((duration(seconds), f"on {away.device}" + ("" if money is None else f", {price(money)} dollars")))
+    how = f"rehearsed in {duration(found.probing_seconds)}" if found.probed else "reckoned by FLOPs and bytes, nothing rehearsed"
+    table = Section("Stage by stage", "", tuple(columns(found)), tuple(map(tuple, made)), tuple(shares), len(made) - 1)
+    assumed = Section("Assumed", rows=tuple((text,) for text in found.assumptions))
+    lede = f"{len(found.stages)} stages, {how}."
+    story = Story(f"The recipe {found.recipe}, before it runs", lede, tuple(figures), (table, assumed))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    devices = " or ".join(away.device for away in found.stages[0].elsewhere)
+    plan = {"fits": fits, "device": devices, "kind": f"recipe {found.recipe}"}
+    return environment.get_template("plan.html.jinja").render(story=story, plan=plan, version=__version__)

@@ -1,0 +1,128 @@
+"""cost/bill.py: what an artifact cost with everything it was made from, and the doors `slingshot receipt` opens to it."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from slingshot import bill as door
+from slingshot.cost.bill import total
+from slingshot.cost.machine import Machine
+from slingshot.cost.receipt import Parent, Receipt
+from slingshot.files import SlingshotError
+
+MACHINE = Machine(cpu="test", cores=2, memory_bytes=2**30)
+
+
+def made(run: Path, name: str, parents: list[Path], seconds: float, kind: str = "rl", **known: float) -> Path:
+    """An artifact in the run's folder, whose receipt names its parents as they are now."""
+    folder = run / name
+    folder.mkdir(parents=True)
+    named = [Parent(path=str(parent), digest=Receipt.read(parent).digest) for parent in parents]
+    Receipt.parse(
+        {
+            "stage": kind, "name": name, "config": {}, "parents": named, "digest": f"{name:0<16.16}", "tokens": 10, "flops": 100 * seconds,
+            "flops_by_part": {}, "seconds": seconds, "peak_memory_bytes": 1, "mfu": None, "money": None, "machine": MACHINE, "version": "1", **known,
+        }
+    ).write(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """base -> cold_start -> rl -> sample; sft of base on sample: base is reached twice."""
+    run = tmp_path / "run"
+    base = made(run, "base", [], 100, "pretrain", money=1.0, energy_joules=7200.0)
+    rl = made(run, "rl", [made(run, "cold_start", [base], 10, "sft", money=0.5)], 50, devices=4, money=0.25)
+    made(run, "sft", [base, made(run, "sample", [rl], 5, "sample")], 20, "sft")
+    made(run, "other", [base], 1000)
+    return run
+
+
+def test_ancestors_come_first_and_each_counts_once(run: Path) -> None:
+    bill = total(run / "sft")
+    assert [line.receipt.name for line in bill.lines] == ["base", "cold_start", "rl", "sample", "sft"]
+    assert (bill.seconds, bill.device_seconds, bill.flops, bill.tokens) == (185, 185 + 3 * 50, 18_500, 50)
+    assert (bill.money, bill.energy_joules, bill.partial, bill.missing) == (1.75, 7200, ["energy", "money"], [])
+    alone = total(run / "base")
+    assert len(alone.lines) == 1 and alone.partial == []
+    assert total(run / "other").money == 1.0
+
+
+def test_a_run_that_was_moved_finds_its_own(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = run.rename(run.with_name("moved"))
+    assert total(moved / "sft").seconds == 185
+    monkeypatch.chdir(moved)
+    assert total(Path("sft")).seconds == 185
+
+
+def test_what_is_gone_or_changed_is_said_and_not_counted(run: Path) -> None:
+    shutil.rmtree(run / "cold_start")
+    bill = total(run / "sft")
+    assert [line.receipt.name for line in bill.lines] == ["base", "rl", "sample", "sft"]
+    assert len(bill.missing) == 1 and bill.missing[0].startswith("rl: its parent ") and "is gone" in bill.missing[0]
+    shutil.rmtree(run / "base")
+    made(run, "base", [], 7, "pretrain", money=9.0)
+    receipt = Receipt.read(run / "base")
+    receipt.model_copy(update={"digest": "another"}).write(run / "base")
+    bill = total(run / "sft")
+    assert [line.receipt.name for line in bill.lines] == ["rl", "sample", "sft"] and bill.money == 0.25
+    assert any(line.startswith("sft: its parent ") and "changed since" in line for line in bill.missing)
+
+
+def test_a_parent_from_outside_has_no_cost(run: Path) -> None:
+    outside = run / "outside"
+    outside.mkdir()
+    (outside / "weights").write_text("x")
+    child = made(run, "child", [], 3)
+    from slingshot.cost.receipt import artifact_digest
+
+    receipt = Receipt.read(child)
+    named = [Parent(path=str(outside), digest=artifact_digest(outside))]
+    receipt.model_copy(update={"parents": named}).write(child)
+    assert "came without a receipt" in total(child).missing[0]
+    (outside / "weights").write_text("y")
+    assert "changed since" in total(child).missing[0]
+
+
+def test_receipts_in_a_circle_end(run: Path) -> None:
+    base = Receipt.read(run / "base")
+    sft = Receipt.read(run / "sft")
+    base.model_copy(update={"parents": [Parent(path=str(run / "sft"), digest=sft.digest)]}).write(run / "base")
+    assert len(total(run / "sft").lines) == 5
+
+
+def test_the_door_prints_every_stage_and_the_sum(run: Path) -> None:
+    shutil.rmtree(run / "cold_start")
+    target = io.StringIO()
+    door.show(run / "sft", Console(file=target, width=200))
+    lines = [line.split() for line in target.getvalue().splitlines()]
+    assert lines[0] == ["stage", "kind", "tokens", "FLOPs", "time", "device", "time", "energy", "money"]
+    assert lines[1] == ["base", "pretrain", "10", "10K", "1", "min", "40", "s", "1", "min", "40", "s", "2", "Wh", "1.00"]
+    assert lines[2] == ["rl", "rl", "10", "5K", "50.0", "s", "3", "min", "20", "s", "0.25"]
+    assert lines[5] == ["in", "all", "40", "17.5K", "2", "min", "55", "s", "5", "min", "25", "s", "2", "Wh", "1.25"]
+    text = target.getvalue()
+    assert "is gone; what it cost is not counted" in text and "money is known of some stages only" in text
+    target = io.StringIO()
+    door.show(run / "sft", Console(file=target, width=20), as_json=True)
+    assert json.loads(target.getvalue())["seconds"] == 175
+
+
+@pytest.mark.parametrize(
+    ("asked", "hint"), [("sfd", "did you mean .*sft"), (".", "such as .*sft"), ("nowhere/at/all", "an artifact that a stage made")]
+)
+def test_no_receipt_names_the_nearest(run: Path, asked: str, hint: str) -> None:
+    with pytest.raises(SlingshotError, match=hint) as caught:
+        total(run / asked)
+    assert "\n" not in str(caught.value)
+
+
+def test_figures_as_people_read_them() -> None:
+    assert [door.duration(seconds) for seconds in (0.42, 75, 3725)] == ["0.4 s", "1 min 15 s", "1 h 02 min"]
+    assert [door.energy(joules) for joules in (None, 1800, 7.2e6)] == ["", "0.5 Wh", "2 kWh"]
+    assert [door.price(money) for money in (None, 0.0, 0.004, 1234.5)] == ["", "0.00", "under 0.01", "1,234.50"]

@@ -1,0 +1,139 @@
+"""Every stage's plan against its receipt, and rehearsals: the stage's own code, stopped early and with prescribed responses."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slingshot import rehearsal
+from slingshot.cost.receipt import Receipt
+from slingshot.files import read_json, write_jsonl
+from slingshot.model.checkpoint import load_model
+from slingshot.prospect import Prospect, Writer
+from slingshot.rehearsal import Rehearsal, rehearse
+from slingshot.stages import convert, evaluate, pretrain, rl, sample, sft
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A rehearsal belongs in a process of its own: here its stages and signal handlers are put back."""
+    for module in (convert, evaluate, pretrain, rl, sample, sft):
+        for name in ("Workspace", "roll_out", "_as_stored", "_converted"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, getattr(module, name))
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def values(base: Path, sums: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"model": str(base), "tasks": [sums], "dtype": "float32", "threads": 1, **more}
+
+
+def test_pretraining_is_foreseen_from_a_part_of_its_corpus(base: Path, pretraining: Callable[..., pretrain.Config]) -> None:
+    config, receipt = pretraining(), Receipt.read(base)
+    prospect = pretrain.foresee(config)
+    work = pretrain.plan(config, prospect)
+    assert prospect.model.vocab_size == load_model(base).config.vocab_size
+    assert prospect.writer.styles == {"answer": 1.0, "steps": 1.0}
+    assert work.steps == 30 and work.tokens == pytest.approx(receipt.tokens, rel=0.01)  # the last row may be padded
+    assert work.flops == pytest.approx(receipt.flops, rel=0.02) and work.flops_by_part.keys() == receipt.flops_by_part.keys()
+
+
+def test_text_held_out_is_foreseen(tmp_path: Path, pretraining: Callable[..., pretrain.Config]) -> None:
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"line {number} of some text\n" * 30)
+    config = pretraining(documents=None, text=[str(tmp_path)])
+    work = pretrain.plan(config, pretrain.foresee(config))
+    assert [phase.name for phase in work.phases] == ["training", "held-out text"]
+    assert 0 < work.phases[1].total_flops < work.phases[0].total_flops
+
+
+def test_fine_tuning_is_planned_to_the_flop(base: Path, sums: dict[str, Any], tmp_path: Path) -> None:
+    config = sft.Config.parse(values(base, sums, examples=40, epochs=1, sequence_length=48, batch_size=4, micro_batch_size=4), "sft")
+    work = sft.plan(config, Prospect.outside(str(base)))
+    sft.run(config, tmp_path / "out")
+    receipt = Receipt.read(tmp_path / "out")
+    assert (work.flops_by_part, work.tokens) == (receipt.flops_by_part, receipt.tokens)
+    assert work.steps == len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+
+
+def recited(kind: str, module: Any, config: Any, out: Path, writer: Writer, steps: int = 10) -> Rehearsal:
+    return Rehearsal.parse({"start": 0.0, **json.loads(json.dumps(rehearse(kind, module, config, out, writer, steps)))}, kind)
+
+
+def test_reinforcement_is_rehearsed_as_it_is_planned(base: Path, sums: dict[str, Any], tmp_path: Path) -> None:
+    prospect = Prospect.outside(str(base))
+    given = values(base, sums, steps=5, prompts_per_step=4, group_size=4, max_tokens=24, sequence_length=48)
+    config = rl.Config.parse(given, "rl")
+    work = rl.plan(config, prospect)
+    found = recited("rl", rl, config, tmp_path / "rl", prospect.writer)
+    assert [step.tokens for step in found.steps] and sum(step.tokens for step in found.steps) == work.tokens
+    assert sum(step.flops for step in found.steps) == pytest.approx(work.flops)
+    assert work.phases[0].responses == 16 and work.steps == 5
+    assert found.prepare > 0 and found.save > 0 and found.peak_memory_bytes > 2**20
+    assert found.seconds_per_flop == pytest.approx(sum(s.seconds for s in found.steps[1:]) / sum(s.flops for s in found.steps[1:]))
+
+
+def test_a_budget_of_flops_ends_reinforcement(base: Path, sums: dict[str, Any]) -> None:
+    prospect = Prospect.outside(str(base))
+    given = values(base, sums, steps=100, prompts_per_step=4, group_size=4, max_tokens=24, sequence_length=48)
+    whole = rl.plan(rl.Config.parse(given, "rl"), prospect)
+    half = rl.plan(rl.Config.parse(given | {"max_flops": whole.flops / 2}, "rl"), prospect)
+    assert half.steps in (50, 51) and half.flops == pytest.approx(whole.flops * half.steps / 100)
+
+
+def test_a_coin_gives_nearly_every_group_a_signal(base: Path, sums: dict[str, Any]) -> None:
+    prospect = Prospect.outside(str(base))
+    given = values(base, sums, steps=8, prompts_per_step=4, group_size=4, max_tokens=24, sequence_length=48)
+    honest, coin = (rl.plan(rl.Config.parse(given | {"rewards": {"random": random}}, "rl"), prospect) for random in (False, True))
+    assert "100% of the groups carry a signal" in coin.assumptions
+    assert coin.phases[0] == honest.phases[0] and coin.phases[1].total_flops > 1.2 * honest.phases[1].total_flops
+
+
+def test_sampling_and_evaluation_are_rehearsed_as_they_are_planned(base: Path, sums: dict[str, Any], tmp_path: Path) -> None:
+    prospect = Prospect.outside(str(base))
+    config = sample.Config.parse(values(base, sums, problems=24, samples=2, chunk=8, max_tokens=24), "sample")
+    work = sample.plan(config, prospect)
+    found = recited("sample", sample, config, tmp_path / "sample", prospect.writer)
+    assert len(found.steps) == work.steps == 3 and sum(step.tokens for step in found.steps) == work.tokens
+    assert work.examples == read_json(tmp_path / "sample" / "receipt.json")["extra"]["examples"]  # the real verifier kept as many
+
+    forms = [{"name": "chat"}, {"name": "plain", "chat": False, "lenient": True}]
+    asked = evaluate.Config.parse(values(base, sums, problems=20, chunk=4, forms=forms, max_tokens=24), "evaluate")
+    planned = evaluate.plan(asked, prospect)
+    shown = [(phase.name, phase.steps, phase.responses) for phase in planned.phases]  # this task has 8 problems to test with
+    assert shown == [("arithmetic, chat", 2, 4), ("arithmetic, plain", 2, 4)]
+    found = recited("evaluate", evaluate, asked, tmp_path / "evaluation", prospect.writer)
+    assert sum(step.tokens for step in found.steps) == planned.tokens and sum(step.flops for step in found.steps) == pytest.approx(planned.flops)
+
+
+def test_a_rehearsal_stops_when_it_has_seen_enough(
+    pretraining: Callable[..., pretrain.Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = recited("pretrain", pretrain, pretraining(), tmp_path / "base", Writer(), steps=3)
+    assert len(found.steps) == 3 and not (tmp_path / "base").exists()
+    assert 0.2 < found.weights_share < 0.8  # beside the weights a saved state holds the optimizer's
+    monkeypatch.setattr(rehearsal, "LONG", 0.0)
+    assert len(recited("pretrain", pretrain, pretraining(), tmp_path / "again", Writer(), steps=9).steps) == 2
+
+
+def test_a_conversion_is_rehearsed_on_a_few_tensors(base: Path, tmp_path: Path) -> None:
+    prospect = Prospect.outside(str(base))
+    config = convert.Config(source=str(base), dtype="bfloat16", threads=1)
+    work = convert.plan(config, prospect)
+    assert work.flops == 0 and work.phases[0].n_bytes == convert.plan(convert.Config(source=str(base)), prospect).phases[0].n_bytes / 2
+    found = recited("convert", convert, config, tmp_path / "converted", Writer(), steps=4)
+    assert len(found.steps) == 4 and 0 < sum(step.n_bytes for step in found.steps) < work.phases[0].n_bytes
+
+
+def test_a_dataset_to_come_can_stand_in(base: Path, sums: dict[str, Any], tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "data.jsonl", [{"prompt": "What is 1+2?", "reasoning": "1 plus 2 is 3", "answer": "3"}] * 20)
+    given = {"model": str(base), "data": [str(tmp_path)], "sequence_length": 48, "batch_size": 2, "dtype": "float32", "threads": 1}
+    assert sft.plan(sft.Config.parse(given, "sft"), Prospect.outside(str(base))).steps > 2

@@ -1,0 +1,81 @@
+"""prospect.py: replies of a model to come are worked solutions of the same problems, right as often as it is believed to be."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from typing import Any
+
+import pytest
+
+from slingshot.config import TaskConfig
+from slingshot.data.tokenizer import Tokenizer
+from slingshot.prospect import Writer, accepted, guesses
+from slingshot.rollout import Item, PromptForm, TaskMix
+from slingshot.tasks.task import Problem
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    task = TaskMix([TaskConfig(name="arithmetic")]).tasks[0][0]
+    texts = [solution.reasoning for _, (_, solution) in zip(range(200), task.documents("train", 0, "steps"), strict=False)]
+    return Tokenizer.train(texts, 400)
+
+
+@pytest.fixture(scope="module")
+def items() -> list[Item]:
+    return TaskMix([TaskConfig(name="arithmetic")]).draw("train", "here", 300)
+
+
+def test_a_reply_is_the_worked_solution_of_its_problem(tokenizer: Tokenizer, items: list[Item]) -> None:
+    prompt, (reply,) = Writer({"steps": 1.0}).respond(tokenizer, items[0], PromptForm(), 1, 1000)
+    assert prompt == PromptForm().encode(tokenizer, items[0].problem)
+    assert reply.reasoning == items[0].task.solution(items[0].problem, "steps", random.Random(0)).reasoning
+    assert tokenizer.decode(reply.ids).startswith(reply.reasoning + "\n</think>") and reply.ids[-1] == tokenizer.eos_id
+    _, (plain,) = Writer({"answer": 1.0}).respond(tokenizer, items[0], PromptForm(chat=False), 1, 1000)
+    assert plain.ids == [*tokenizer.encode(plain.answer), tokenizer.eos_id]
+    assert len(Writer().respond(tokenizer, items[0], PromptForm(), 1, 5)[1][0].ids) == 5
+
+
+def test_right_replies_pass_the_verifier_and_wrong_ones_do_not(tokenizer: Tokenizer, items: list[Item]) -> None:
+    for item in items[:60]:
+        for reply in Writer().respond(tokenizer, item, PromptForm(), 4, 1000)[1]:
+            assert item.task.verify(item.problem, reply.answer).value == float(reply.right)
+
+
+@pytest.mark.parametrize("solved", [0.2, 0.5, 0.9])
+def test_problems_are_solved_as_often_as_believed_and_some_always_or_never(tokenizer: Tokenizer, items: list[Item], solved: float) -> None:
+    shares = [statistics.fmean(r.right for r in Writer(solved=solved).respond(tokenizer, item, PromptForm(), 16, 50)[1]) for item in items]
+    assert statistics.fmean(shares) == pytest.approx(solved, abs=0.06)
+    alike = statistics.fmean(share in (0.0, 1.0) for share in shares)
+    assert 0.2 < alike < 0.75  # of independent problems next to none would be
+
+
+def test_styles_come_in_their_shares_and_again_the_same(tokenizer: Tokenizer, items: list[Item]) -> None:
+    writer = Writer({"answer": 3.0, "steps": 1.0})
+    replies = [writer.respond(tokenizer, item, PromptForm(), 4, 1000)[1] for item in items]
+    assert statistics.fmean(not reply.reasoning for group in replies for reply in group) == pytest.approx(0.75, abs=0.05)
+    assert replies[7] == writer.respond(tokenizer, items[7], PromptForm(), 4, 1000)[1]
+
+
+class Silent:
+    """A task that cannot write solutions."""
+
+    name = "silent"
+    has_solutions = False
+
+
+def test_a_task_without_solutions_is_answered_at_full_length(tokenizer: Tokenizer) -> None:
+    task: Any = Silent()
+    item = Item(task, Problem(prompt="?", key="k", answer="7"), "k")
+    _, replies = Writer().respond(tokenizer, item, PromptForm(), 3, 40)
+    assert [len(reply.ids) for reply in replies] == [40, 40, 40]
+    assert guesses([item], Writer(), 40) == ["silent: no worked solutions, so every response runs to max_tokens 40"]
+
+
+def test_rejection_sampling_keeps_right_and_different_replies(tokenizer: Tokenizer, items: list[Item]) -> None:
+    kept = [accepted(item, Writer().respond(tokenizer, item, PromptForm(), 4, 1000)[1], most=2) for item in items]
+    assert all(len(rows) <= 1 for rows in kept)  # worked steps of a problem all read alike
+    assert 0.6 < statistics.fmean(map(len, kept)) < 0.9
+    row = next(rows[0] for rows in kept if rows)
+    assert set(row) == {"prompt", "reasoning", "answer", "task", "key"}

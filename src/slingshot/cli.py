@@ -26,6 +26,7 @@ from rich.text import Text
 from slingshot import __version__, recipe
 from slingshot.config import StageConfig
 from slingshot.files import SlingshotError, read_json, read_text
+from slingshot.forecast import recipe_command
 from slingshot.plan import app as plan_app
 
 app = typer.Typer(
@@ -126,6 +127,7 @@ for _kind in recipe.KINDS:
         app.command(_kind)(_stage_command(_kind))
 
 
+plan_app.command("recipe")(recipe_command)
 app.add_typer(plan_app, name="plan")
 
 
@@ -235,11 +237,22 @@ def generate(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure longer, and forget what was measured before.")] = False) -> None:
     """Show what this machine has, how fast it multiplies in which dtype, and what will be used."""
     from slingshot.doctor import examine
 
-    examine(Console())
+    examine(Console(), calibrate=calibrate)
+
+
+@app.command()
+def receipt(
+    path: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A checkpoint, dataset or evaluation.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Show what an artifact cost in all: its own receipt and those of everything it was made from."""
+    from slingshot.bill import show
+
+    show(path, Console(), as_json)
 
 
 @app.command()

@@ -12,6 +12,7 @@ No receipt is read.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -205,12 +206,11 @@ class _Rehearsals:
     def here(self, stage: _Stage) -> Here:
         rehearsal = self._measured[self._nearest.get(stage.shape, stage.shape)]
         if stage.kind == "convert":
-            moved = sum(step.n_bytes for step in rehearsal.steps)
-            steps = sum(step.seconds for step in rehearsal.steps) * stage.work.phases[0].n_bytes / moved
+            share = stage.work.phases[0].n_bytes / sum(step.n_bytes for step in rehearsal.steps)
+            steps, save = sum(step.seconds for step in rehearsal.steps) * share, rehearsal.save * share
         else:
             steps = rehearsal.first + stage.work.flops * rehearsal.seconds_per_flop
-        saves = int(steps / stage.config.save_seconds) if hasattr(stage.config, "save_seconds") else 0
-        save = rehearsal.save * (saves + rehearsal.weights_share)
+            save = rehearsal.save * (int(steps / getattr(stage.config, "save_seconds", math.inf)) + rehearsal.weights_share)
         seconds = rehearsal.prepare + steps + save
         return Here(
             seconds=seconds, start=rehearsal.start, memory_bytes=rehearsal.peak_memory_bytes, money=None,

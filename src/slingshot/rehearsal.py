@@ -79,6 +79,7 @@ class _Watch(Workspace):
     """A Workspace that keeps the clock and stops its stage."""
 
     limit = 10
+    began = 0.0  # to finish
     aside = 0.0  # seconds in which nothing was done that the stage would do
 
     def load(self) -> State | None:
@@ -113,9 +114,9 @@ class _Watch(Workspace):
         return {"save": took, "weights_share": weights / total if total else 1.0}
 
     def finish(self, *arguments: Any, **named: Any) -> None:
-        begin = time.perf_counter()
+        self.began = time.perf_counter()
         super().finish(*arguments, **named)
-        self.result = {"save": time.perf_counter() - begin}
+        self.result = {"save": time.perf_counter() - self.began}
         raise _Enough
 
 
@@ -140,10 +141,9 @@ def rehearse(kind: str, module: Any, config: StageConfig, out: Path, writer: Wri
         module.run(config, out)
     work = made[0]
     counted = tensors or work.counted
-    if tensors:  # they are read and written inside the finish
-        prepared, work.result["save"] = max(0.0, time.perf_counter() - begin - sum(step.seconds for step in counted)), 0.0
-    else:
-        prepared = work.clock[0] - begin
+    if tensors:  # they are read, written and digested inside the finish: what comes after the last of them grows with their bytes, too
+        work.result["save"] -= sum(step.seconds for step in counted)
+    prepared = (work.began if tensors else work.clock[0]) - begin
     joules = work.meter.joules
     return {
         "prepare": prepared, "steps": [step.model_dump() for step in counted], "peak_memory_bytes": work.meter.peak_memory_bytes,

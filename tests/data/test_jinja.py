@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jinja2
 import pytest
@@ -35,7 +36,8 @@ HOSTILE = [
     "{% for a in [[1]] recursive %}{{ loop([a, a]) }}{% endfor %}",
     "{% block a %}{{ self.a() }}{% endblock %}",
     loop("{% set ns.a = ns.a | map('string') %}") + "{{ ns.a | list }}",
-    BIG + "{{ big.rfind('z' + big) }}{{ big.rsplit('z' + big) }}",
+    "{% set a = 'a' * 400000 %}{{ a.rfind('ab' + a[:200000]) }}",
+    "{% set a = 'a' * 400000 %}{{ a.rsplit('ab' + a[:200000]) }}",
     BIG + "{{ big.find(big + 'z') }}{{ (big + 'z') in big }}{{ big.count('xy' * 100 + 'z') }}",
     # repeating
     "{{ 'x' * 99999999999 }}",
@@ -92,11 +94,11 @@ HOSTILE = [
     "{{ 1.5 | round(1000000000, 'ceil') }}",
     "{{ (1).to_bytes(1000000000, 'big') }}",
     # lists that hold the same thing many times, and lists in lists
-    loop("{% set ns.a = [ns.a, ns.a] %}"),
-    loop("{% set ns.a = (ns.a, ns.a) %}{% set ns.b = (ns.b, ns.b) %}"),
-    loop("{% set ns.a = {'a': ns.a, 'b': ns.a} %}") + "{{ ns.a | tojson }}",
-    loop("{% set ns.a = {'a': ns.a.items(), 'b': ns.a.items()} %}", "a={}"),
-    loop("{% set ns.a = namespace(a=ns.a, b=ns.a) %}", times=9_999),
+    loop("{% set ns.a = [ns.a, ns.a] %}", times=60),
+    loop("{% set ns.a = (ns.a, ns.a) %}{% set ns.b = (ns.b, ns.b) %}", times=60),
+    loop("{% set ns.a = {'a': ns.a, 'b': ns.a} %}", times=60) + "{{ ns.a | tojson }}",
+    loop("{% set ns.a = {'a': ns.a.items(), 'b': ns.a.items()} %}", "a={}", times=60),
+    loop("{% set ns.a = namespace(a=ns.a, b=ns.a) %}", times=60),
     loop("{% set ns.a = ns.a + ns.a %}"),
     loop("{% set ns.a = [ns.a] %}"),
     loop("{% set ns.a = (ns.a,) %}") + "{{ {ns.a: 1} }}",
@@ -155,7 +157,7 @@ def test_no_template_hangs_or_fills_the_memory() -> None:
         ("{{ ('{}' * 200).format('y' * 100) }}", "more than 10000 characters"),
         ("{{ ('a\n' * 200) | indent(100) }}", "more than 10000 characters"),
         ("{% for a in range(9999) %}{% set b = 'x' * 900 %}{% endfor %}", "more than 0 MB"),
-        ("{% macro f() %}{% for a in range(9999) %}{{ [a] }}{% endfor %}{% endmacro %}{% set x = f() %}", "more than"),
+        ("{% set l = ['x' * 99] %}{% macro f() %}{% for a in range(9999) %}{{ l }}{% endfor %}{% endmacro %}{{ f() }}", "more than 0 MB"),
         ("{% set ns = namespace(a=1) %}{% for a in range(300) %}{% set ns.a = [ns.a] %}{% endfor %}", "more than 200 deep"),
         ("{{ '%9999d' % 1 }}", "a width of more than 999"),
         ("{{ '{:9999}'.format(1) }}", "a width of more than 999"),
@@ -164,6 +166,8 @@ def test_no_template_hangs_or_fills_the_memory() -> None:
         ("{{ ('f' * 500) | int(base=16) + 1 }}", "whole numbers beyond 1024 bits"),
         ("{{ 2 ** 3 }}", "powers"),
         ("{{ 1 | tojson(indent=101) }}", "101 characters where 100 would be many"),
+        ("{{ strftime_now('%Y' * 501) }}", "1002 characters where 1000 would be many"),
+        ("x" * 100_001, "has 100001 characters, more than 100000"),
     ],
 )
 def test_bounds(source: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +215,7 @@ def test_long_honest_chats_fit() -> None:
         ("{{ ''.encode() }}", "unsafe"),
         ("{{ (1).bit_length() }}", "unsafe"),
         ("{{ raise_exception.__globals__.x }}", "unsafe"),
+        ("{% macro m() %}{% endmacro %}{{ m._environment.x }}", "unsafe"),
         ("{% set ns = namespace() %}{% set ns._a = 1 %}", "names of that kind belong to Python"),
         ("{{ namespace(__class__=1) }}", "names of that kind belong to Python"),
         ("{% include 'x' %}", "no loader"),
@@ -244,10 +249,18 @@ def test_a_scope_of_its_own_for_what_the_assistant_wrote() -> None:
     assert render("{% generation %}{% set a = 1 %}{{ a }}{% endgeneration %}-{{ a }}", [], []) == ["1-"]
 
 
+def test_threads_share_a_template() -> None:
+    source = "{% for i in range(999) %}{{ i }}{{ messages[0].content + '<eos>' }}{% endfor %}"
+    chats = [[{"role": "user", "content": f"<eos>{number}"}] for number in range(24)]
+    with ThreadPoolExecutor(4) as pool:
+        pieces = list(pool.map(lambda chat: render(source, chat, ["<eos>"]), chats))
+    assert pieces == [render(source, chat, ["<eos>"]) for chat in chats]
+
+
 def test_a_template_leaves_nothing_behind() -> None:
-    meter = jinja.Template("{{ messages }}")
-    meter.render(messages=[["x"] * 1000])
-    assert not meter._environment.meter.known
+    template = jinja.Template("{{ messages + [] }}")
+    template.render(messages=[["x"] * 1000])
+    assert not template._environment.meter.known
 
 
 # Expressions and statements, well formed and not, over everything the sandbox offers and much that it does not.

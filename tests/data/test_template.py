@@ -90,6 +90,10 @@ def test_templates_that_look_at_the_text() -> None:
     assert text == f"seen14eo>kn5key{spelt}-14['<eos>ab<think>']<EOS>AB<THINK><eos>ab<think><eos>ab<think>"
 
 
+def test_characters_one_by_one_do_not_make_a_control_token() -> None:
+    assert render("{% for c in messages[0].content %}{{ c }}{% endfor %}", [user("<think>")], TOKENS) == ["<think>"]
+
+
 @pytest.mark.parametrize("source", ["<th{{ messages[0].content | trim }}", "{{ messages[1].content | trim }}ink>"])
 def test_neighbours_do_not_complete_a_control_token(source: str) -> None:
     assert render(source, [user(" ink> "), user(" <th ")], TOKENS) == ["<think>"]
@@ -99,6 +103,10 @@ def test_a_template_may_put_a_control_token_together_itself() -> None:
     """As Phi-4-mini's does, from the role."""
     assert render("{{ '<|' + messages[0].role + '|>' }}", [user("")], ["<|user|>"]) == ["", "<|user|>", ""]
     assert render("{{ messages[0].content.replace('x', '<think>') }}", [user("a<eos>x")], TOKENS) == ["a<eos>", "<think>", ""]
+
+
+def test_what_is_given_as_a_special_token_is_said() -> None:
+    assert render("{{ bos_token }}{{ eos_token }}", [], TOKENS, SPECIAL, bos_token="<think>") == ["<think>", "<eos>", ""]
 
 
 def test_the_longest_control_token_is_taken() -> None:
@@ -134,6 +142,7 @@ def test_a_last_message_is_left_open() -> None:
     assert text_of("{{ messages[0].content[1].text }}.", *parts, continue_final_message=True) == "look "
     for source, message, reason in [
         ("{{ messages[0].content[:2] }}", user("long"), "leaves a part of the last message away"),
+        ("{{ messages[0].content[2:] }}", user("long"), "leaves a part of the last message away"),
         ("nothing", user("long"), "leaves a part of the last message away"),
         (trims, user(None), "no text that could be continued"),
         (trims, user([{"type": "image"}]), "no text that could be continued"),
@@ -183,9 +192,10 @@ def test_many_tokens_and_long_messages_take_no_time() -> None:
 # What templates do with a message: none of it brings a control token in. Last comes, maybe, what puts it beside half a token of the template's.
 STEPS = [
     *["| trim", "| upper", "| string", "| reverse", "| replace('a', 'b')", "| replace('think', 'bos')", "| replace('', '.')", "| tojson"],
-    *["| list | join", "| join('-')", "| default('x')", "| safe", "| title", "| capitalize", "| indent(1, true)"],
+    *["| list | join", "| join('-')", "| default(messages[1].content, true)", "| safe", "| title", "| capitalize", "| indent(1, true)"],
     *[".split('</think>')[-1]", ".split('<think>') | join(' ')", ".split() | join('')", ".split('h')[0]", ".strip('<>')", ".lstrip('\\n')"],
     *[".partition('think')[2]", ".removeprefix('<th')", ".removesuffix('>')", ".replace('/', '')", ".splitlines() | join('\\n')", ".casefold()"],
+    *["| select | join", "| map('lower') | join", "| list | reverse | join", "| unique | join"],
     *["[1:]", "[:-1]", "[::2]", "[::-1]", "[0]", "+ 'a'", "~ messages[1].content", "+ messages[1].content", "* 2", ".rstrip()", "| lower"],
 ]
 LAST = ["", "+ '<th'", "~ 'ink>'", "| replace('<', '<<')", "| join('>')", "| escape", "~ '<eos'"]

@@ -80,8 +80,8 @@ def test_text_is_split_and_merged_as_tiktoken_does(vocabulary: tuple[Tokenizer, 
 
 def test_kimis_pieces(tmp_path: Path) -> None:
     split = Tokenizer.load(write(tmp_path, BYTES))._backend.pre_tokenizer.pre_tokenize_str
-    text = "中文English混合 HelloWorld's 1234 ...\n\n  x"
-    pieces = ["中文", "English", "混合", " Hello", "World's", " ", "123", "4", " ...\n\n", " ", " x"]
+    text = "中文English混合。中文 HelloWorld's 1234 ...\n\n  x"
+    pieces = ["中文", "English", "混合", "。", "中文", " Hello", "World's", " ", "123", "4", " ...\n\n", " ", " x"]
     assert [text[begin:end] for _, (begin, end) in split(text)] == pieces
 
 

@@ -293,7 +293,7 @@ def piped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     }
     folder = tmp_path_factory.mktemp(request.param)
     write_json(folder / "tokenizer.json", description)
-    template = "{{ bos_token }}{% for m in messages %}{{ '<|left|>' }}{{ m.content }}{{ '<|end|>\n' }}{% endfor %}{{ '<|norm|>' }}"
+    template = "{{ bos_token }}{% for m in messages %}{{ 'the\x1c \u3000<|left|>' }}{{ m.content }}{{ '<|end|>\n' }}{% endfor %}{{ '<|norm|>' }}"
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<bos>",
@@ -334,7 +334,16 @@ def test_added_tokens_swallow_the_spaces_beside_them(piped: tuple[Tokenizer, Any
     ours, theirs = piped
     left, end, norm, bos = (theirs.convert_tokens_to_ids(token) for token in ("<|left|>", "<|end|>", "<|norm|>", "<bos>"))
     ids = ours.encode_chat([{"role": "user", "content": "the\x1c \u3000"}, {"role": "user", "content": "  the"}])
-    assert ids == [bos, left, *ours.encode("the\x1c \u3000"), end, left, *ours.encode("  the"), end, norm]
+    before = [*ours.encode("the\x1c"), left]
+    assert ids == [bos, *before, *ours.encode("the\x1c \u3000"), end, *before, *ours.encode("  the"), end, norm]
+
+
+def test_nothing_is_unknown_or_random() -> None:
+    vocab = {"<unk>": 0, **{letter: id for id, letter in enumerate("abcd", start=1)}, "ab": 5, "abc": 6}
+    description = Tokenizer.from_bpe(vocab, [("a", "b"), ("ab", "c")], {"<unk>": True}, {}).description()
+    description["model"] |= {"unk_token": "<unk>", "dropout": 0.9}
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(description)), {})
+    assert {tuple(tokenizer.encode("abcxd")) for _ in range(20)} == {(6, 4)}
 
 
 def test_unusable_folders_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -371,6 +380,7 @@ def change(value: Any, path: str, new: Any) -> Any:
         ("tokenizer.json", "pre_tokenizer", None, "decodes bytes that it never encodes"),
         ("tokenizer.json", "decoder", None, "only byte-level BPE"),
         ("tokenizer.json", "added_tokens/0/id", "zero", "is not a tokenizer"),
+        ("tokenizer.json", "added_tokens/3/content", "x" * 100_000, "of 100000 characters; 500 would be many"),
         ("tokenizer.json", "added_tokens", {}, "is not a tokenizer"),
         ("tokenizer_config.json", "eos_token", "<eos>", "names eos_token '<eos>'"),
         ("tokenizer_config.json", "eos_token", 3, "gives eos_token as 3"),

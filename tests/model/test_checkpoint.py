@@ -159,6 +159,12 @@ def test_checkpoints_that_are_none_are_refused(saved: Path, tmp_path: Path) -> N
         load_config(saved)
 
 
+def test_a_tokenizer_larger_than_its_model_is_refused(saved: Path) -> None:
+    Tokenizer.train(["three plus three"], vocab_size=268).save(saved)
+    with pytest.raises(SlingshotError, match=r"model: .*268.*264"):
+        load_tokenizer(saved)
+
+
 def test_a_configuration_beyond_its_tensors_is_refused_at_once(saved: Path) -> None:
     """Before anything of that size is built, or a list of its tensors is written out."""
     raw = json.loads((saved / "config.json").read_text())

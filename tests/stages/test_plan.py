@@ -56,7 +56,7 @@ def test_text_held_out_is_foreseen(tmp_path: Path, pretraining: Callable[..., pr
 
 
 def test_fine_tuning_is_planned_to_the_flop(base: Path, sums: dict[str, Any], tmp_path: Path) -> None:
-    config = sft.Config.parse(values(base, sums, examples=40, epochs=1, sequence_length=48, batch_size=4, micro_batch_size=4), "sft")
+    config = sft.Config.parse(values(base, sums, examples=40, epochs=2, sequence_length=48, batch_size=4, micro_batch_size=4), "sft")
     work = sft.plan(config, Prospect.outside(str(base)))
     sft.run(config, tmp_path / "out")
     receipt = Receipt.read(tmp_path / "out")

@@ -83,7 +83,8 @@ def test_two_functions_are_enough(load):
     assert task.verify(problem, "anything").value == 1.0
 
 
-def test_endless_and_slow_problems_are_fetched_in_time(load):
+def test_endless_and_slow_problems_are_fetched_in_time(load, monkeypatch):
+    monkeypatch.setattr("slingshot.tasks.user._POOL", 80)
     source = "import itertools, time\ndef problems(split, seed):\n    for n in itertools.count(): yield time.sleep(0.03) or {'prompt': str(n)}\n"
     task = load(source + VERIFY, timeout=1.5)  # a full chunk of 64 would take longer than a call may
     assert len(list(itertools.islice(task.problems("train", 0), 40))) == 40

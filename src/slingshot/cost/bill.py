@@ -71,7 +71,7 @@ def total(path: Path) -> Bill:
         key = (receipt.stage, receipt.digest)
         if parents_done:
             lines.setdefault(key, BillLine(path=str(folder), receipt=receipt))
-        elif key not in on_the_way or True:
+        elif key not in lines and key not in on_the_way:
             on_the_way.add(key)
             waiting.append((folder, True))
             for parent in reversed(receipt.parents):

@@ -127,7 +127,8 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, finalize=_finalize, extensions=["jinja2.ext.loopcontrols", _Marks])
+        extensions = ["jinja2.ext.loopcontrols", _Generation]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, finalize=_finalize, extensions=extensions)
         self.meter = _Meter()
         self.filters = {name: _metered(name, FILTERS[name]) for name in _FILTERS}
         self.filters |= {"join": _join, "replace": _replace, "safe": _safe, "tojson": _tojson, _TIMED: _timed, _WATCHED: _watched}
@@ -251,7 +252,7 @@ class _Namespace(Namespace):
         return "<Namespace>"
 
 
-class _Marks(Extension):
+class _Generation(Extension):
     """`{% generation %}`, which marks what the assistant wrote: its body, in a scope of its own. And a look at the clock while parsing."""
 
     tags = {"generation"}
@@ -328,7 +329,7 @@ def _finalize(environment: _Environment, value: Any) -> str:
 
 
 def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """One of Jinja's filters under the meter. What it would yield piece by piece is made at once: a chain of thousands could not be undone."""
+    """One of Jinja's filters under the meter. What it would yield piece by piece is made at once, and so counted; it can still be read only once."""
     wants = getattr(function, "jinja_pass_arg", None)
 
     @pass_context
@@ -337,7 +338,7 @@ def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         environment.meter.check()
         if name == "format":
             return environment.call_binop(context, "%", str(value), kwargs or args)
-        elif name == "indent":
+        if name == "indent":
             width = args[0] if args else kwargs.get("width", 4)
             environment.meter.expect((str(value).count("\n") + 2) * (len(width) if isinstance(width, str) else width))
         first = {"context": (context,), "eval_context": (context.eval_ctx,), "environment": (environment,)}.get(wants.name if wants else "", ())

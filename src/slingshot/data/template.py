@@ -142,15 +142,15 @@ def _plain_json(value: Any) -> Any:
 
 def _open_last(messages: list[dict[str, Any]]) -> str:
     """Put a mark at the end of the last message and give its text. The space after the mark tells whether the template trims messages."""
-    content = messages[-1].get("content") if messages else None
-    parts = [part for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)] if isinstance(content, list) else []
-    if isinstance(content, str):
-        messages[-1]["content"] += _CONTINUE + " "
-        return content
-    if not parts:
+    last = messages[-1] if messages else {}
+    content = last.get("content")
+    places = [(part, "text") for part in content if isinstance(part, dict)] if isinstance(content, list) else [(last, "content")]
+    places = [(place, key) for place, key in places if isinstance(place.get(key), str)]
+    if not places:
         raise SlingshotError("the last message holds no text that could be continued")
-    text: str = parts[-1]["text"]
-    parts[-1]["text"] += _CONTINUE + " "
+    place, key = places[-1]
+    text: str = place[key]
+    place[key] += _CONTINUE + " "
     return text
 
 
@@ -270,8 +270,6 @@ class _Said(Joinable):
 
     def __repr__(self) -> str:
         return self.like(repr(self.plain))
-
-    format = None  # type: ignore[assignment]  # what is said is no format
 
 
 def _plain(text: Any) -> Any:

@@ -78,6 +78,8 @@ class Tokenizer:
         controls = {id: token for id, token in added.items() if token["special"] or token["content"].strip()}
         self.control_ids = frozenset(controls)
         self._control_tokens = {token["content"]: id for id, token in controls.items()}
+        if long := [token for token in self._control_tokens if len(token) > 500]:
+            raise SlingshotError(f"tokenizer.json adds the token {reprlib.repr(long[0])} of {len(long[0])} characters; 500 would be many")
         self._swallows = {token["content"]: (token["lstrip"], token["rstrip"]) for token in controls.values() if token["lstrip"] or token["rstrip"]}
         self._plain = _without_control_tokens(description, set(self._control_tokens))
         self.bos_id, self.eos_id, self.pad_id = (self._named(f"{name}_token") for name in ("bos", "eos", "pad"))

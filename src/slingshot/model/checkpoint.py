@@ -173,13 +173,19 @@ def load_model(
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """The tokenizer and chat template of a checkpoint folder or .gguf file."""
+    """The tokenizer and chat template of a checkpoint folder or .gguf file. SlingshotError when it has more ids than the model."""
     path = locate(path)
     if path.suffix == ".gguf":
         from slingshot.model.gguf import load_gguf_tokenizer
 
         return load_gguf_tokenizer(path)
-    return Tokenizer.load(path)
+    tokenizer = Tokenizer.load(path)
+    if (path / "config.json").exists():
+        try:
+            tokenizer.check_fits(load_config(path).vocab_size)
+        except SlingshotError as error:
+            raise SlingshotError(f"{path}: {error}") from error
+    return tokenizer
 
 
 def to_hf_tensors(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

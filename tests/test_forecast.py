@@ -96,7 +96,7 @@ def rehearsed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any, int]]:
     """Rehearsals that take no time: a second before the first step, 3 s the first, then 1 s for 1e8 FLOPs; the stages asked for, in order."""
     asked: list[tuple[str, Any, int]] = []
 
-    def measure(kind: str, config: Any, folder: Path, writer: Any, steps: int) -> Rehearsal:
+    def measure(kind: str, config: Any, folder: Path, writer: Any, steps: int, least: int) -> Rehearsal:
         source = getattr(config, "model", None)
         assert not isinstance(source, str) or (Path(source) / "model.safetensors").is_file()  # stand-ins are there
         asked.append((kind, config, steps))
@@ -240,3 +240,40 @@ def test_a_model_too_large_for_this_machine_is_not_rehearsed(mine: str, measured
     with pytest.raises(SlingshotError, match=r"base: its .* of weights are too much to rehearse here; --no-probe plans without"):
         forecast(Recipe.load(mine))
     assert forecast(Recipe.load(mine), probe=False).stages and not rehearsed
+
+
+def test_a_model_that_is_there_speaks_for_itself(mine: str, rehearsed: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from slingshot import rehearsal
+    from slingshot.prospect import Prospect
+    from slingshot.stages import pretrain
+
+    prospect = pretrain.foresee(pretrain.Config.parse(Recipe.load(mine).stages[0].values, "base"))
+    rehearsal.stand_in(tmp_path / "there", prospect.model, prospect.tokenizer)
+    stages = f"""
+[copy]
+stage = "convert"
+source = "{tmp_path / "there"}"
+[tuned]
+stage = "sft"
+model = "@copy"
+examples = 20
+[evaluation]
+problems = 40
+chunk = 8
+"""
+    Path(mine).write_text(RECIPE[: RECIPE.index("[base]")] + stages)
+    fake, asked = rehearsal.measure, {}
+
+    def measure(kind: str, config: Any, folder: Path, writer: Any, steps: int, least: int) -> Rehearsal:
+        asked[kind, getattr(config, "model", "")] = writer
+        found = fake(kind, config, folder, writer, steps, least)
+        return found if kind != "convert" else found.model_copy(update={"steps": [Step(seconds=1, flops=0, tokens=0, n_bytes=1000)]})
+
+    monkeypatch.setattr(rehearsal, "measure", measure)
+    lines = {line.name: line for line in forecast(Recipe.load(mine)).stages}
+    assert asked["evaluate", str(tmp_path / "there")] is None  # the copy's evaluation: not the stand-in's weights, and no script
+    assert [bool(writer) for (kind, model), writer in asked.items() if kind == "evaluate" and model != str(tmp_path / "there")] == [True]
+    spoken, told = lines["copy.evaluation"], lines["tuned.evaluation"]
+    assert spoken.work.flops == pytest.approx(1e8 * spoken.work.steps)  # as many as a step of the rehearsal had
+    assert told.work.flops != pytest.approx(1e8 * told.work.steps)
+    assert Prospect.outside(str(tmp_path / "there")).reading({"steps": 1.0}).source is None

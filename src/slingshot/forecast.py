@@ -107,11 +107,11 @@ def forecast(
         local = None if probe else device("local")
         lines = []
         for stage in stages:
-            here = found.here(stage) if found else _by_flops(stage.work, local)
+            here, work = found.here(stage) if found else (_by_flops(stage.work, local), stage.work)
             rate = stage.config.price if hourly is None else hourly
             money = None if rate is None else here.seconds / 3600 * rate
-            away = [elsewhere(stage.work, each) for each in devices]
-            lines.append(Line(name=stage.name, kind=stage.kind, work=stage.work, here=here.model_copy(update={"money": money}), elsewhere=away))
+            away = [elsewhere(work, each) for each in devices]
+            lines.append(Line(name=stage.name, kind=stage.kind, work=work, here=here.model_copy(update={"money": money}), elsewhere=away))
     return Forecast(
         recipe=recipe.name, stages=lines, probed=probe, probing_seconds=time.perf_counter() - begin, assumptions=_assumptions(stages, lines, probe)
     )
@@ -127,10 +127,17 @@ class _Stage:
         self.name, self.kind, self.config, self.prospect, self.work = name, kind, config, prospect, work
 
     @property
+    def speaks(self) -> bool:
+        """Whether the model it samples from is there already, so that its own responses can be had."""
+        return self.kind in ("evaluate", "sample") and self.prospect.source is not None
+
+    @property
     def shape(self) -> str:
         """The same for stages whose steps take the same."""
         keys = {key: value for key, value in self.config.model_dump(mode="json").items() if key not in _NOT_THE_STEP or self.kind == "convert"}
-        writer = dict(self.prospect.writer.styles) if any(phase.sort == "rollouts" for phase in self.work.phases) else None
+        writer: Any = dict(self.prospect.writer.styles) if any(phase.sort == "rollouts" for phase in self.work.phases) else None
+        if self.speaks:
+            writer = self.prospect.source
         return json.dumps([self.kind, self.prospect.model.model_dump(mode="json") if self.kind != "pretrain" else keys, keys, writer], sort_keys=True)
 
 
@@ -158,8 +165,8 @@ def _walk(recipe: Recipe, stages: Sequence[recipes.Stage], folder: Path, probe: 
         else:
             prospect = Prospect.outside(config.model, solved)
         prospect = prospect.trusting(solved)
-        if stage.kind == "rl" and not config.rewards.random:
-            prospect = prospect.reading({"steps": 1.0})  # what pays is written sooner or later
+        if stage.kind == "rl":  # what pays is written sooner or later
+            prospect = prospect.reading(prospect.writer.styles if config.rewards.random else {"steps": 1.0})
         works[stage.name] = work = module.plan(config, prospect)
         if stage.kind == "sft":
             styles = {config.style: 1.0} if not config.data else {"steps": 1.0}
@@ -199,23 +206,30 @@ class _Rehearsals:
             if alike.index(stage) < PROBE_STEPS:
                 place = folder / f"rehearsal-{number}"
                 steps = max(1, PROBE_STEPS // len(alike))
-                self._measured[shape] = measure(stage.kind, _shortened(stage, steps), place, stage.prospect.writer, steps)
+                writer = None if stage.speaks else stage.prospect.writer
+                least = min(steps, max(2, len(stage.work.phases)))
+                self._measured[shape] = measure(stage.kind, _shortened(stage, steps), place, writer, steps, least)
             else:
                 self._nearest[shape] = alike[0].shape
 
-    def here(self, stage: _Stage) -> Here:
+    def here(self, stage: _Stage) -> tuple[Here, Workload]:
+        """What the stage will take, and its work as the rehearsal corrects it."""
         rehearsal = self._measured[self._nearest.get(stage.shape, stage.shape)]
+        work = stage.work
         if stage.kind == "convert":
             share = stage.work.phases[0].n_bytes / sum(step.n_bytes for step in rehearsal.steps)
             steps, save = sum(step.seconds for step in rehearsal.steps) * share, rehearsal.save * share
         else:
-            steps = rehearsal.first + stage.work.flops * rehearsal.seconds_per_flop
+            if stage.speaks:
+                work = work.scaled(sum(step.flops for step in rehearsal.steps) / len(rehearsal.steps) * work.steps / work.flops)
+            steps = rehearsal.first + work.flops * rehearsal.seconds_per_flop
             save = rehearsal.save * (int(steps / getattr(stage.config, "save_seconds", math.inf)) + rehearsal.weights_share)
         seconds = rehearsal.prepare + steps + save
-        return Here(
+        here = Here(
             seconds=seconds, start=rehearsal.start, memory_bytes=rehearsal.peak_memory_bytes, money=None,
             joules=None if rehearsal.watts is None else rehearsal.watts * seconds, prepare=rehearsal.prepare, save=save, probed=len(rehearsal.steps),
         )  # fmt: skip
+        return here, work
 
 
 def _shortened(stage: _Stage, steps: int) -> StageConfig:
@@ -223,9 +237,11 @@ def _shortened(stage: _Stage, steps: int) -> StageConfig:
     config: Any = stage.config
     if stage.kind == "evaluate":
         chunks = max(1, steps // (len(config.tasks) * len(config.forms)))
-        shorter: StageConfig = config.model_copy(update={"problems": min(config.problems, chunks * config.chunk)})
-        return shorter
-    return stage.config
+        config = config.model_copy(update={"problems": min(config.problems, chunks * config.chunk)})
+    if stage.speaks:
+        config = config.model_copy(update={"model": stage.prospect.source})
+    shorter: StageConfig = config
+    return shorter
 
 
 def _by_flops(work: Workload, local: Device | None) -> Here:
@@ -243,6 +259,8 @@ def _assumptions(stages: Sequence[_Stage], lines: Sequence[Line], probe: bool) -
     found = [f"{text} ({', '.join(names) if len(names) < 5 else f'{len(names)} stages'})" for text, names in made.items()]
     if any(stage.kind == "rl" for stage in stages):
         found.append("reinforcement learning writes worked steps from its first step on, unless its reward is a coin")
+    if probe and any(stage.speaks for stage in stages):
+        found.append("a model that is there already: responses as long as its own in the rehearsal")
     if probe:
         found.append(f"seconds here: at most {PROBE_STEPS} steps of each kind of stage, rehearsed just now; a FLOP takes the rest of a stage as long")
     else:

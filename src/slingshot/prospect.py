@@ -84,6 +84,7 @@ class Prospect:
     lengths: Sequence[int] = ()
     heldout: Sequence[int] = ()
     stored: str = "float32"  # torch's name of the type its weights are stored in
+    source: str | None = None  # where it lies, if it is there already
 
     def respond(self, item: Item, form: PromptForm, n: int, max_tokens: int) -> tuple[list[int], list[Reply]]:
         return self.writer.respond(self.tokenizer, item, form, n, max_tokens)
@@ -94,15 +95,15 @@ class Prospect:
         path = locate(source)
         weights = open_weights(path)
         stored = weights.dtype if isinstance(weights, FolderWeights) else "float32"
-        return cls(weights.config, load_tokenizer(path), Writer(solved=solved), stored=stored)
+        return cls(weights.config, load_tokenizer(path), Writer(solved=solved), stored=stored, source=str(path))
 
     def trusting(self, solved: float) -> Prospect:
         """The same model, believed to solve this share of problems."""
         return replace(self, writer=replace(self.writer, solved=solved))
 
     def reading(self, styles: Mapping[Style, float]) -> Prospect:
-        """The same model once it writes in these styles."""
-        return replace(self, writer=replace(self.writer, styles=dict(styles)))
+        """What training makes of the model: one that writes in these styles, and is not there yet."""
+        return replace(self, writer=replace(self.writer, styles=dict(styles)), source=None)
 
 
 def rollout_phase(name: str, model: ModelConfig, answered: Sequence[tuple[list[int], list[Reply]]], rounds: int, scale: float = 1.0) -> Phase:

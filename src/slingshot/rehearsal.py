@@ -4,13 +4,15 @@
 
 The stage's own `run` works in a temporary folder and is stopped after some steps. Two things are put in its way there. Its Workspace keeps
 the time of every step and ends it. And where it samples, the engine does all its work but says what a Writer wrote: what random weights would
-say has neither the length nor the right answers of what a trained model says. A conversion is stopped after as many tensors.
+say has neither the length nor the right answers of what a trained model says. (A model that is there already speaks for itself.) A conversion
+is stopped after as many tensors.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import subprocess
 import sys
 import time
@@ -37,6 +39,7 @@ from slingshot.rollout import Item, PromptForm, Rollout, roll_out
 from slingshot.training.workspace import State, Workspace
 
 LONG = 20.0  # seconds of steps after which two are enough
+SHARP = 20.0  # standard deviation of the logits while sampling: as sure as a trained model, so that nucleus sampling has few tokens to sort
 
 
 class Step(Strict):
@@ -79,6 +82,7 @@ class _Watch(Workspace):
     """A Workspace that keeps the clock and stops its stage."""
 
     limit = 10
+    least = 2  # steps, however long they take
     began = 0.0  # to finish
     aside = 0.0  # seconds in which nothing was done that the stage would do
 
@@ -98,7 +102,7 @@ class _Watch(Workspace):
         self.clock.append(now)
         self.aside = 0.0
         self._before = (self.meter.flops, self.meter.tokens)
-        if len(self.counted) >= self.limit or (len(self.counted) > 1 and now - self.clock[0] > LONG):
+        if len(self.counted) >= self.limit or (len(self.counted) >= self.least and now - self.clock[0] > LONG):
             self.result = self.closing(step, state)
             raise _Enough
 
@@ -120,21 +124,26 @@ class _Watch(Workspace):
         raise _Enough
 
 
-def rehearse(kind: str, module: Any, config: StageConfig, out: Path, writer: Writer, steps: int) -> dict[str, Any]:
-    """Run the stage until it has made `steps` steps; what was measured, as `Rehearsal` has it but for `start`."""
+def rehearse(kind: str, module: Any, config: StageConfig, out: Path, writer: Writer | None, steps: int, least: int = 2) -> dict[str, Any]:
+    """Run the stage until it has made `steps` steps; what was measured, as `Rehearsal` has it but for `start`.
+
+    Without a writer the model speaks for itself. After LONG seconds of steps `least` are enough.
+    """
     made: list[_Watch] = []
 
     def workspace(*arguments: Any, **named: Any) -> _Watch:
         made.append(_Watch(*arguments, **named))
-        made[0].limit = steps
+        made[0].limit, made[0].least = steps, least
         return made[0]
 
     module.Workspace = workspace
     tensors: list[Step] = []
+    fixed: list[float] = []  # seconds of a conversion that do not grow with its bytes
     if kind == "convert":
+        module.write_checkpoint = functools.partial(_write, module.write_checkpoint, fixed)
         for name in ("_as_stored", "_converted"):
             setattr(module, name, functools.partial(_some, getattr(module, name), tensors, steps))
-    elif hasattr(module, "roll_out"):
+    elif hasattr(module, "roll_out") and writer:
         module.roll_out = functools.partial(recite, writer, aside=lambda seconds: setattr(made[0], "aside", made[0].aside + seconds))
     begin = time.perf_counter()
     with contextlib.suppress(_Enough):
@@ -142,8 +151,8 @@ def rehearse(kind: str, module: Any, config: StageConfig, out: Path, writer: Wri
     work = made[0]
     counted = tensors or work.counted
     if tensors:  # they are read, written and digested inside the finish: what comes after the last of them grows with their bytes, too
-        work.result["save"] -= sum(step.seconds for step in counted)
-    prepared = (work.began if tensors else work.clock[0]) - begin
+        work.result["save"] -= sum(step.seconds for step in counted) + 2 * sum(fixed)
+    prepared = (work.began if tensors else work.clock[0]) - begin + sum(fixed)
     joules = work.meter.joules
     return {
         "prepare": prepared, "steps": [step.model_dump() for step in counted], "peak_memory_bytes": work.meter.peak_memory_bytes,
@@ -159,6 +168,10 @@ def recite(
     replies = {item.key: writer.respond(engine.tokenizer, item, form, params.n, params.max_tokens)[1] for item in items}
     scripts: dict[Sample, list[int]] = {}
     decode = type(engine)._decode
+    if params.top_p < 1 or params.top_k:
+        config = engine.model.config
+        with torch.no_grad():
+            engine.model.model.norm.weight.fill_(SHARP / (config.initializer_range * math.sqrt(config.hidden_size)))
     aside(time.perf_counter() - begin)
 
     def said() -> tuple[list[int], list[float]]:
@@ -175,6 +188,14 @@ def recite(
 
     cast(Any, engine)._decode = said
     return roll_out(engine, items, params, form)
+
+
+def _write(write: Callable[..., None], fixed: list[float], folder: Path, config: ModelConfig, tensors: Any, tokenizer: Tokenizer, *rest: Any) -> None:
+    """Write a checkpoint, and its tokenizer once more, to know what that takes."""
+    write(folder, config, tensors, tokenizer, *rest)
+    begin = time.perf_counter()
+    tokenizer.save(folder)
+    fixed.append(time.perf_counter() - begin)
 
 
 def _some(convert: Callable[..., Iterator[tuple[str, Tensor]]], counted: list[Step], most: int, *arguments: Any) -> Iterator[tuple[str, Tensor]]:
@@ -196,11 +217,11 @@ def stand_in(folder: Path, model: ModelConfig, tokenizer: Tokenizer) -> None:
         Meter().receipt("stand-in", folder.name, {}, [], place, Machine(cpu="", cores=1, memory_bytes=0)).write(place)
 
 
-def measure(kind: str, config: StageConfig, folder: Path, writer: Writer, steps: int) -> Rehearsal:
+def measure(kind: str, config: StageConfig, folder: Path, writer: Writer | None, steps: int, least: int = 2) -> Rehearsal:
     """`rehearse` in a process of its own, as a recipe's stages are run. SlingshotError with the process's last words when it fails."""
     job, result = folder / "job.json", folder / "result.json"
-    values = {"kind": kind, "config": config.model_dump(mode="json"), "styles": dict(writer.styles), "solved": writer.solved, "steps": steps}
-    write_json(job, values)
+    said = {"styles": dict(writer.styles), "solved": writer.solved} if writer else None
+    write_json(job, {"kind": kind, "config": config.model_dump(mode="json"), "writer": said, "steps": steps, "least": least})
     begin = time.time()
     done = subprocess.run([sys.executable, "-m", "slingshot.rehearsal", str(job), str(result)], capture_output=True, text=True, check=False)
     if done.returncode or not result.exists():
@@ -217,7 +238,8 @@ def main(job: Path, result: Path) -> None:
     module = stage_module(values["kind"])
     config = module.Config.parse(values["config"], values["kind"])
     began = time.time()
-    found = rehearse(values["kind"], module, config, job.parent / "out", Writer(values["styles"], values["solved"]), values["steps"])
+    writer = Writer(**values["writer"]) if values["writer"] else None
+    found = rehearse(values["kind"], module, config, job.parent / "out", writer, values["steps"], values["least"])
     write_json(result, {"start": began, **found})
 
 

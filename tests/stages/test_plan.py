@@ -11,11 +11,16 @@ from typing import Any
 import pytest
 
 from slingshot import rehearsal
+from slingshot.config import TaskConfig
 from slingshot.cost.receipt import Receipt
+from slingshot.engine import sampling
+from slingshot.engine.engine import Engine
+from slingshot.engine.sampling import SamplingParams
 from slingshot.files import read_json, write_jsonl
 from slingshot.model.checkpoint import load_model
-from slingshot.prospect import Prospect, Writer
+from slingshot.prospect import Prospect, Reply, Writer
 from slingshot.rehearsal import Rehearsal, rehearse
+from slingshot.rollout import Item, PromptForm, TaskMix
 from slingshot.stages import convert, evaluate, pretrain, rl, sample, sft
 
 
@@ -23,7 +28,7 @@ from slingshot.stages import convert, evaluate, pretrain, rl, sample, sft
 def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A rehearsal belongs in a process of its own: here its stages and signal handlers are put back."""
     for module in (convert, evaluate, pretrain, rl, sample, sft):
-        for name in ("Workspace", "roll_out", "_as_stored", "_converted"):
+        for name in ("Workspace", "roll_out", "_as_stored", "_converted", "write_checkpoint"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, getattr(module, name))
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -114,6 +119,13 @@ def test_sampling_and_evaluation_are_rehearsed_as_they_are_planned(base: Path, s
     assert sum(step.tokens for step in found.steps) == planned.tokens and sum(step.flops for step in found.steps) == pytest.approx(planned.flops)
 
 
+def test_without_a_writer_the_model_speaks_for_itself(base: Path, sums: dict[str, Any], tmp_path: Path) -> None:
+    config = evaluate.Config.parse(values(base, sums, problems=8, chunk=2, max_tokens=24), "evaluate")
+    evaluate.run(config, tmp_path / "real")
+    found = Rehearsal.parse({"start": 0.0, **rehearse("evaluate", evaluate, config, tmp_path / "rehearsed", None, 10)}, "evaluate")
+    assert sum(step.tokens for step in found.steps) == Receipt.read(tmp_path / "real").tokens
+
+
 def test_a_rehearsal_stops_when_it_has_seen_enough(
     pretraining: Callable[..., pretrain.Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +143,28 @@ def test_a_conversion_is_rehearsed_on_a_few_tensors(base: Path, tmp_path: Path) 
     assert work.flops == 0 and work.phases[0].n_bytes == convert.plan(convert.Config(source=str(base)), prospect).phases[0].n_bytes / 2
     found = recited("convert", convert, config, tmp_path / "converted", Writer(), steps=4)
     assert len(found.steps) == 4 and 0 < sum(step.n_bytes for step in found.steps) < work.phases[0].n_bytes
+
+
+def test_rehearsed_sampling_cuts_few_tokens_from_a_sure_distribution(base: Path, sums: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine.load(base, dtype="float32")
+    seen: list[float] = []
+    real = sampling._smallest_kept
+
+    def smallest_kept(weights_RV: Any, top_p_R: Any, top_k_R: Any) -> Any:
+        seen.append(float((weights_RV > 1e-3 * weights_RV.sum(-1, keepdim=True)).sum(-1).float().mean()))
+        return real(weights_RV, top_p_R, top_k_R)
+
+    monkeypatch.setattr(sampling, "_smallest_kept", smallest_kept)
+    items = TaskMix([TaskConfig.parse(sums)]).draw("train", "x", 4)
+    for top_p in (0.95, 1.0):
+        params = SamplingParams(max_tokens=24, temperature=0.6, top_p=top_p)
+        groups = rehearsal.recite(Writer(), engine, items, params, PromptForm(), lambda seconds: None)
+        assert [r.reasoning.strip() for group in groups for r in group] == [r.reasoning for i in items for r in said(engine, i, params)]
+    assert seen and max(seen) < 20  # of 300; random weights are sure of nothing
+
+
+def said(engine: Engine, item: Item, params: SamplingParams) -> list[Reply]:
+    return Writer().respond(engine.tokenizer, item, PromptForm(), params.n, params.max_tokens)[1]
 
 
 def test_a_dataset_to_come_can_stand_in(base: Path, sums: dict[str, Any], tmp_path: Path) -> None:

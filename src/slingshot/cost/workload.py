@@ -79,6 +79,15 @@ class Workload(Strict):
     def tokens(self) -> float:
         return sum(phase.tokens for phase in self.phases)
 
+    def scaled(self, times: float) -> Workload:
+        """The same with responses `times` as long, and their FLOPs in proportion."""
+        phases = []
+        for phase in self.phases:
+            flops = {part: times * count for part, count in phase.flops.items()}
+            lengths = {"response": times * phase.response, "longest": max(phase.longest, times * phase.response)}
+            phases.append(phase.model_copy(update={"tokens": times * phase.tokens, "flops": flops, **lengths}))
+        return self.model_copy(update={"phases": tuple(phases)})
+
     @property
     def steps(self) -> int:
         """Steps of its loop: the first phase's where phases take turns (rl), else those of all."""

@@ -1,7 +1,7 @@
 """Does a recipe take what `slingshot plan recipe` said it would? The forecast, then runs of the recipe, then one beside the other.
 
     .venv/bin/python benchmarks/forecast.py tiny --until rl_final --runs 3 --out runs/forecast
-    .venv/bin/python benchmarks/forecast.py smollm2 --runs 3 --out runs/forecast threads=1
+    .venv/bin/python benchmarks/forecast.py smollm2 --runs 3 --out runs/forecast defaults.threads=1
 
 Runs go into fresh folders under --out, RECIPE-0, RECIPE-1 ...; the forecast is made first, by rehearsals in the same sitting, and reads no
 receipt. Prints Markdown: predicted and median seconds of every stage, their ratio, and whether it lies within 25%. Kept in
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--until", default=None)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/forecast"))
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     recipe = Recipe.load(given.recipe, given.overrides)
     folders = [given.out / f"{recipe.name}-{number}" for number in range(given.runs)]
     if there := [str(folder) for folder in folders if folder.exists()]:

@@ -92,6 +92,14 @@ def test_a_file_in_the_way_of_a_folder_is_named(tmp_path: Path) -> None:
         pass
 
 
+def test_what_is_no_plain_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("")):
+        with pytest.raises(SlingshotError, match="that is no file"):
+            write_text(path, "x")
+    assert (tmp_path / "pipe").is_fifo() and names(tmp_path) == ["pipe"]
+
+
 def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
     with new_folder(tmp_path / "runs" / "a") as folder:
         write_text(folder / "inner" / "file", "x")

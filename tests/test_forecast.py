@@ -68,6 +68,18 @@ stage = "sft"
 model = "@base"
 data = ["@sample"]
 
+[student]
+stage = "pretrain"
+tokenizer = "@base"
+batch_size = 4
+micro_batch_size = 4
+steps = 10
+model = { family = "dense", hidden_size = 32, intermediate_size = 64, num_hidden_layers = 1, num_attention_heads = 2 }
+
+[student.documents]
+tasks = [{ name = "arithmetic", params = { min_terms = 2, max_terms = 2, languages = ["en"] } }]
+count = 400
+
 [evaluation]
 problems = 16
 """
@@ -112,7 +124,8 @@ def rehearsed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any, int]]:
 def test_every_stage_is_foreseen_from_those_before_it(recipe: Recipe, measured: None) -> None:
     found = forecast(recipe, [device("h100"), device("l40s")], probe=False)
     works = {line.name: line.work for line in found.stages}
-    names = ["base", "base.evaluation", "zero", "zero.evaluation", "coin", "coin.evaluation", "sample", "sft", "sft.evaluation"]
+    names = ["base", "base.evaluation", "zero", "zero.evaluation", "coin", "coin.evaluation", "sample", "sft", "sft.evaluation",
+             "student", "student.evaluation"]  # fmt: skip
     assert list(works) == names
     assert works["coin"].flops == pytest.approx(works["zero"].flops / 2, rel=0.1) and works["coin"].steps < 300
     # A base answers as its documents do, reinforcement makes it write the steps, a coin does not.
@@ -146,7 +159,7 @@ def test_time_here_is_what_rehearsals_took(mine: str, rehearsed: list[tuple[str,
 def test_stages_alike_are_rehearsed_once_and_no_kind_more_than_ten_steps(mine: str, rehearsed: list[tuple[str, Any, int]]) -> None:
     forecast(Recipe.load(mine))
     # zero and coin differ in how their responses read; the evaluations of zero and sft do not differ at all
-    assert [kind for kind, _, _ in rehearsed] == ["pretrain", "evaluate", "rl", "evaluate", "rl", "sample", "sft"]
+    assert [kind for kind, _, _ in rehearsed] == ["pretrain", "evaluate", "rl", "evaluate", "rl", "sample", "sft", "pretrain"]
     for kind in {kind for kind, _, _ in rehearsed}:
         assert 1 < sum(steps for other, _, steps in rehearsed if other == kind) <= module.PROBE_STEPS
     rehearsed.clear()
@@ -206,7 +219,8 @@ def test_the_door_prints_table_json_and_page(app: typer.Typer, mine: str, rehear
     [
         (["tini"], "did you mean tiny"),
         (["micro", "--device", "h1000"], "did you mean h100"),
-        (["micro", "--solved", "1.5"], "nearest valid value is 0.99"),
+        (["micro", "--solved", "100%"], "nearest valid value is 99%"),
+        (["micro", "--solved", "1.5"], "0.015 is 1.5%"),
         (["micro", "--until", "sampel"], "did you mean sample"),
         (["micro", "rl.step=3"], "did you mean steps"),
         (["micro", "--price", "cheap"], "not a number"),
@@ -226,7 +240,7 @@ def test_the_table_has_money_and_energy_only_where_they_are_known(recipe: Recipe
     assert module.rows(metered)[-1][-1] == ""  # nobody says what an hour of it costs
     target = io.StringIO()
     module.show(metered, Console(file=target, width=160))
-    assert "9 processes" in target.getvalue()
+    assert "11 processes" in target.getvalue()
 
 
 def test_the_door_needs_no_torch() -> None:
@@ -257,6 +271,19 @@ source = "{tmp_path / "there"}"
 stage = "sft"
 model = "@copy"
 examples = 20
+[straight]
+stage = "rl"
+model = "{tmp_path / "there"}"
+steps = 30
+prompts_per_step = 4
+group_size = 4
+[spent]
+stage = "rl"
+model = "{tmp_path / "there"}"
+steps = 30
+prompts_per_step = 4
+group_size = 4
+max_flops = 1.5e9
 [evaluation]
 problems = 40
 chunk = 8
@@ -270,9 +297,15 @@ chunk = 8
         return found if kind != "convert" else found.model_copy(update={"steps": [Step(seconds=1, flops=0, tokens=0, n_bytes=1000)]})
 
     monkeypatch.setattr(rehearsal, "measure", measure)
-    lines = {line.name: line for line in forecast(Recipe.load(mine)).stages}
+    forecasted = forecast(Recipe.load(mine))
+    lines = {line.name: line for line in forecasted.stages}
     assert asked["evaluate", str(tmp_path / "there")] is None  # the copy's evaluation: not the stand-in's weights, and no script
     assert [bool(writer) for (kind, model), writer in asked.items() if kind == "evaluate" and model != str(tmp_path / "there")] == [True]
+    assert asked["rl", str(tmp_path / "there")] is None
+    assert lines["straight"].work.flops == pytest.approx(30 * 1e8)
+    assert lines["spent"].work.flops == pytest.approx(1.5e9)
+    assert "responses as this model wrote them in the rehearsal (copy.evaluation, straight, spent)" in forecasted.assumptions
+    assert not any("carry a signal" in text or "from its first step on" in text for text in forecasted.assumptions)
     spoken, told = lines["copy.evaluation"], lines["tuned.evaluation"]
     assert spoken.work.flops == pytest.approx(1e8 * spoken.work.steps)  # as many as a step of the rehearsal had
     assert told.work.flops != pytest.approx(1e8 * told.work.steps)

@@ -32,7 +32,9 @@ def _fsync(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole: temporary name, fsync, rename. Raises SlingshotError when the place cannot be written."""
+    """Write a file whole: temporary name, fsync, rename. Raises SlingshotError when the place cannot be written or is no plain file."""
+    if not path.name or (path.exists() and not path.is_file()):
+        raise SlingshotError(f"cannot write {path}: that is no file; choose another --out")
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +24,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from slingshot import __version__
 from slingshot import recipe as recipes
 from slingshot.bill import duration, energy, price
 from slingshot.config import StageConfig, Strict
@@ -31,10 +31,10 @@ from slingshot.cost.devices import DEVICES, Device, device
 from slingshot.cost.flops import parameters
 from slingshot.cost.machine import describe
 from slingshot.cost.quantity import count as read_count
-from slingshot.cost.quantity import show_count, show_size
+from slingshot.cost.quantity import share, show_count, show_size
 from slingshot.cost.workload import SOLVED, Elsewhere, Workload, elsewhere
-from slingshot.files import SlingshotError, write_jsonl, write_text
-from slingshot.plan import Section, Story
+from slingshot.files import SlingshotError, write_jsonl
+from slingshot.plan import Section, Story, deliver, render
 from slingshot.recipe import Recipe
 
 if TYPE_CHECKING:  # they bring torch, and this module makes a command
@@ -129,7 +129,7 @@ class _Stage:
     @property
     def speaks(self) -> bool:
         """Whether the model it samples from is there already, so that its own responses can be had."""
-        return self.kind in ("evaluate", "sample") and self.prospect.source is not None
+        return self.kind in ("evaluate", "sample", "rl") and self.prospect.source is not None
 
     @property
     def shape(self) -> str:
@@ -153,7 +153,7 @@ def _walk(recipe: Recipe, stages: Sequence[recipes.Stage], folder: Path, probe: 
     found = []
     for stage in stages:
         module = recipes.stage_module(stage.kind)
-        values = recipes._resolve(stage.values, lambda name: str(folder / name), lambda name: works[name].flops)
+        values = recipes.resolve(stage.values, lambda name: str(folder / name), lambda name: works[name].flops)
         config = module.Config.parse(values, stage.name)
         source = stage.values.get("model") if stage.kind != "pretrain" else None
         if stage.kind == "pretrain":
@@ -165,6 +165,7 @@ def _walk(recipe: Recipe, stages: Sequence[recipes.Stage], folder: Path, probe: 
         else:
             prospect = Prospect.outside(config.model, solved)
         prospect = prospect.trusting(solved)
+        there = prospect.source
         if stage.kind == "rl":  # what pays is written sooner or later
             prospect = prospect.reading(prospect.writer.styles if config.rewards.random else {"steps": 1.0})
         works[stage.name] = work = module.plan(config, prospect)
@@ -181,12 +182,14 @@ def _walk(recipe: Recipe, stages: Sequence[recipes.Stage], folder: Path, probe: 
             key = json.dumps([prospect.model.model_dump(mode="json"), id(prospect.tokenizer)])
             if probe and (size := 4 * parameters(prospect.model).total) > describe().memory_bytes / 2:
                 raise SlingshotError(f"{stage.name}: its {show_size(size)} of weights are too much to rehearse here; --no-probe plans without")
-            if probe and key not in written:
+            if not probe:  # a later stage may learn from it how to write
+                prospect.tokenizer.save(folder / stage.name)
+            elif key not in written:
                 stand_in(folder / stage.name, prospect.model, prospect.tokenizer)
                 written[key] = stage.name
-            elif probe:
+            else:
                 (folder / stage.name).symlink_to(folder / written[key], target_is_directory=True)
-        found.append(_Stage(stage.name, stage.kind, config, prospect, work))
+        found.append(_Stage(stage.name, stage.kind, config, replace(prospect, source=there), work))
     return found
 
 
@@ -207,7 +210,8 @@ class _Rehearsals:
                 place = folder / f"rehearsal-{number}"
                 steps = max(1, PROBE_STEPS // len(alike))
                 writer = None if stage.speaks else stage.prospect.writer
-                least = min(steps, max(2, len(stage.work.phases)))
+                # Four steps of reinforcement: how many groups carry a signal varies from step to step.
+                least = min(steps, 4 if stage.speaks and stage.kind == "rl" else max(2, len(stage.work.phases)))
                 self._measured[shape] = measure(stage.kind, _shortened(stage, steps), place, writer, steps, least)
             else:
                 self._nearest[shape] = alike[0].shape
@@ -221,7 +225,10 @@ class _Rehearsals:
             steps, save = sum(step.seconds for step in rehearsal.steps) * share, rehearsal.save * share
         else:
             if stage.speaks:
-                work = work.scaled(sum(step.flops for step in rehearsal.steps) / len(rehearsal.steps) * work.steps / work.flops)
+                config: Any = stage.config
+                per_step = sum(step.flops for step in rehearsal.steps) / len(rehearsal.steps)
+                flops = per_step * (config.steps if stage.kind == "rl" else work.steps)
+                work = work.scaled(min(flops, getattr(config, "max_flops", None) or math.inf) / work.flops)
             steps = rehearsal.first + work.flops * rehearsal.seconds_per_flop
             save = rehearsal.save * (int(steps / getattr(stage.config, "save_seconds", math.inf)) + rehearsal.weights_share)
         seconds = rehearsal.prepare + steps + save
@@ -254,13 +261,12 @@ def _assumptions(stages: Sequence[_Stage], lines: Sequence[Line], probe: bool) -
     """Every assumption once, with the stages it is made for."""
     made: dict[str, list[str]] = {}
     for stage in stages:
-        for text in stage.work.assumptions:
+        spoken = ("responses as this model wrote them in the rehearsal",)
+        for text in spoken if probe and stage.speaks else stage.work.assumptions:
             made.setdefault(text, []).append(stage.name)
     found = [f"{text} ({', '.join(names) if len(names) < 5 else f'{len(names)} stages'})" for text, names in made.items()]
-    if any(stage.kind == "rl" for stage in stages):
+    if any(stage.kind == "rl" and not (probe and stage.speaks) for stage in stages):
         found.append("reinforcement learning writes worked steps from its first step on, unless its reward is a coin")
-    if probe and any(stage.speaks for stage in stages):
-        found.append("a model that is there already: responses as long as its own in the rehearsal")
     if probe:
         found.append(f"seconds here: at most {PROBE_STEPS} steps of each kind of stage, rehearsed just now; a FLOP takes the rest of a stage as long")
     else:
@@ -323,7 +329,7 @@ def show(found: Forecast, console: Console) -> None:
     console.print(Text(f"The recipe {found.recipe}, before it runs", style="bold"))
     table = Table(box=None, pad_edge=False, header_style="dim")
     for index, heading in enumerate(columns(found)):
-        table.add_column(heading, justify="right" if index else "left")
+        table.add_column(heading, justify="right" if index else "left", overflow="ellipsis" if index else "fold")
     for row in (made := rows(found)):
         table.add_row(*map(Text, row), style="bold" if row is made[-1] else None)
     console.print(table)
@@ -341,31 +347,23 @@ def recipe_command(
     probe: Annotated[bool, typer.Option("--probe/--no-probe", help="Rehearse up to 10 steps of each kind of stage here, or reckon by FLOPs.")] = True,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
     seed: Annotated[int | None, typer.Option(help="The seed of every stage.")] = None,
-    solved: Annotated[float, typer.Option(help="Chance that a response is right, on average.")] = SOLVED,
+    solved: Annotated[str, typer.Option(help="Chance that a response is right, on average.")] = f"{SOLVED:.0%}",
     hourly: Annotated[str | None, typer.Option("--price", help="Of an hour of this machine.", show_default="the recipe's")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page there, too.", show_default=False)] = None,
 ) -> None:
     """What a recipe will take: every stage's time, FLOPs, memory and money, here and on other devices."""
-    if not 0 < solved < 1:
-        raise SlingshotError(f"--solved {solved:g}: a chance above 0 and below 1; the nearest valid value is {0.99 if solved >= 1 else 0.01}")
+    chance = share(solved, "--solved")
+    if not 0 < chance < 1:
+        raise SlingshotError(f"--solved {solved}: a chance above 0 and below 1; the nearest valid value is {99 if chance == 1 else 1}%")
     loaded = Recipe.load(source, overrides or [], seed)
     devices = [device(name) for name in on or ["h100"]]
-    found = forecast(loaded, devices, probe, solved, None if hourly is None else read_count(hourly, "--price"), until)
-    if html is not None:
-        write_text(html, page(found))
-    if as_json:
-        print(json.dumps(found.model_dump(mode="json"), indent=2, allow_nan=False))
-        return
-    show(found, Console())
-    if html is not None:
-        print(f"\nmade {html}")
+    found = forecast(loaded, devices, probe, chance, None if hourly is None else read_count(hourly, "--price"), until)
+    deliver(found, show, page, as_json, html)
 
 
 def page(found: Forecast) -> str:
-    """The forecast as one HTML file: no scripts, nothing loaded from anywhere, light and dark."""
-    import jinja2  # only here
-
+    """The forecast as one HTML file."""
     fits = all(away.fits for line in found.stages for away in line.elsewhere)
     made = rows(found)
     longest = max(line.here.seconds for line in found.stages)
@@ -379,9 +377,4 @@ def page(found: Forecast) -> str:
     assumed = Section("Assumed", rows=tuple((text,) for text in found.assumptions))
     lede = f"{len(found.stages)} stages, {how}."
     story = Story(f"The recipe {found.recipe}, before it runs", lede, tuple(figures), (table, assumed))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    devices = " or ".join(away.device for away in found.stages[0].elsewhere)
-    plan = {"fits": fits, "device": devices, "kind": f"recipe {found.recipe}"}
-    return environment.get_template("plan.html.jinja").render(story=story, plan=plan, version=__version__)
+    return render(story, fits, " or ".join(away.device for away in found.stages[0].elsewhere), f"recipe {found.recipe}")

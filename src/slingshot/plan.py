@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slingshot import __version__
-from slingshot.config import ModelConfig, presets
+from slingshot.config import ModelConfig, Strict, presets
 from slingshot.cost.devices import DEVICES, device
 from slingshot.cost.plan import DistillPlan, Plan, PretrainPlan, RLPlan, ServePlan
 from slingshot.cost.plan_serving import plan_serve
@@ -44,6 +44,8 @@ from slingshot.cost.serving import DECODE_EFFICIENCY
 from slingshot.files import SlingshotError, read_json, write_text
 
 app = typer.Typer(help="What it will cost, before anything runs. Numbers may be written 14.8T, 7e12, 671B, 50ms.", no_args_is_help=True)
+
+Found = TypeVar("Found", bound=Strict)
 
 
 # What a plan says, for the table and the page alike
@@ -84,10 +86,10 @@ def tell(plan: Plan) -> Story:
     own: list[Section] = []
     if isinstance(plan, PretrainPlan):
         title = f"Pre-training {plan.model}"
-        lede = f"{show_count(plan.tokens)} tokens in {plan.precision} on {many}, {plan.tflops_per_device:,.3g} TFLOP/s each: {_mfus(plan)}."
+        lede = f"{show_count(plan.tokens)} tokens in {plan.precision} on {many}, {_tflops(plan.tflops_per_device)} each: {_mfus(plan)}."
         if plan.tflops_per_device > plan.tflops_bound:
-            lede += f" That is more than this layout lets through, which is {plan.tflops_bound:,.3g}: expect longer, or find a better layout."
-        own = [_flops(plan), _network(plan)]
+            lede += f" That is more than this layout lets through, which is {_tflops(plan.tflops_bound)}: expect longer, or find a better layout."
+        own = [_published(plan), _flops(plan), _network(plan)]
     elif isinstance(plan, RLPlan):
         title = f"Reinforcement learning of {plan.model}"
         lede = (
@@ -117,6 +119,10 @@ def _mfus(plan: PretrainPlan) -> str:
     if plan.mfu_of_bfloat16 is None or plan.precision == "bfloat16":
         return of_mix
     return f"{of_mix}, {show_share(plan.mfu_of_bfloat16)} of the bfloat16 peak"
+
+
+def _tflops(rate: float) -> str:
+    return f"{rate:,.0f} TFLOP/s" if rate >= 100 else f"{rate:.3g} TFLOP/s"
 
 
 def _model(plan: Plan) -> Section:
@@ -156,6 +162,27 @@ def _bill(plan: Plan) -> Section:
     return Section("The bill", _sentence(notes), columns, tuple(rows), shares, len(rows) - 1)
 
 
+def _published(plan: PretrainPlan) -> Section:
+    """The bill beside the one that somebody published of the same work."""
+    bill = plan.published
+    if bill is None:
+        return Section("Beside the published bill")
+    here = {stage.name: stage for stage in plan.stages}
+    missing = [name for name in bill.device_hours if name not in here]
+    lines = [(name, hours, here[name].device_hours if name in here else 0.0, name in here and not here[name].flops)
+             for name, hours in bill.device_hours.items()]  # fmt: skip
+    lines.append(("in all", sum(bill.device_hours.values()), 0.0 if missing else sum(own for _, _, own, _ in lines), False))
+    rows = []
+    for name, hours, own, given in lines:
+        distance = "given" if given else f"{round(own / hours - 1, 3) + 0:+.1%}" if own else ""
+        money = [show_money(each * price) if each and price else "" for each, price in ((hours, bill.price), (own, plan.price))]
+        rows.append((name, _hours(hours), _hours(own), distance, *money))
+    options = " ".join(f'--stage "{name}={show_count(bill.device_hours[name])}"' for name in missing)
+    note = f"{bill.source}." + (f" What no plan computes is added by {options}." if missing else "")
+    columns = ("", "published hours", "hours here", "distance", "published", "money here")
+    return Section("Beside the published bill", note, columns, tuple(rows), strong=len(rows) - 1)
+
+
 def _flops(plan: PretrainPlan) -> Section:
     largest = max(plan.flops_by_part.values())
     rows = [(part.replace("_", " "), f"{flops:.3g}", show_share(flops / plan.flops)) for part, flops in plan.flops_by_part.items()]
@@ -177,7 +204,7 @@ def _network(plan: PretrainPlan) -> Section:
     hidden = "hidden behind compute" if not plan.exposed_network_seconds else f"{show_seconds(plan.exposed_network_seconds)} of it not hidden"
     note = (
         f"Layout: {plan.layout_text}. What one device sends in an optimizer step of {show_count(plan.batch_tokens)} tokens, {hidden}; "
-        f"the pipeline stands idle {show_share(plan.bubble)} of the time. At most {plan.tflops_bound:,.3g} TFLOP/s get through."
+        f"the pipeline stands idle {show_share(plan.bubble)} of the time. At most {_tflops(plan.tflops_bound)} get through."
     )
     shares = tuple(sent.seconds / longest for sent in plan.transfers)
     return Section("The network", note, ("", "bytes", "link", "time"), tuple(rows), shares)
@@ -236,8 +263,8 @@ def _alternatives(plan: Plan) -> list[Section]:
             )
         serving = isinstance(plan, ServePlan)
         columns = ("", "precision", "hours", "devices" if serving else "time", "money", "room, in time" if serving else "has room")
-        note = "The same requests, on the best copy of each." if serving else "The same work on as many of each."
-        found.append(Section("Other devices and precisions", note + " Prices are the table's examples.", columns, tuple(rows)))
+        note = "The same requests, in whole copies of the best size on each." if serving else "The same work on as many of each."
+        found.append(Section("Other devices and precisions", note + " Other devices' prices are the table's examples.", columns, tuple(rows)))
     return found
 
 
@@ -333,6 +360,8 @@ def show(plan: Plan, console: Console) -> None:
     story = tell(plan)
     console.print(Text(story.title, style="bold"))
     console.print(Text(story.lede))
+    if not plan.fits:
+        console.print(Text(f"It does NOT fit in the memory of {plan.device}: what would, stands below.", style="bold red"))
     head = Table(box=None, pad_edge=False, show_header=False)
     for value, label in story.figures:
         head.add_row(Text(value, style="bold"), Text(label, style="dim"))
@@ -345,29 +374,35 @@ def show(plan: Plan, console: Console) -> None:
             table = Table(box=None, pad_edge=False, show_header=any(section.columns), header_style="dim")
             for index in range(len(section.rows[0])):
                 heading = section.columns[index] if index < len(section.columns) else ""
-                table.add_column(heading, justify="left" if index == 0 else "right")
+                table.add_column(heading, justify="left" if index == 0 else "right", overflow="ellipsis" if index else "fold")
             for index, row in enumerate(section.rows):
                 table.add_row(*(Text(cell) for cell in row), style="bold" if index == section.strong else None)
             console.print(table)
 
 
 def page(plan: Plan) -> str:
-    """A plan as one HTML file: no scripts, nothing loaded from anywhere, light and dark."""
+    """A plan as one HTML file."""
+    return render(tell(plan), plan.fits, plan.device, plan.kind)
+
+
+def render(story: Story, fits: bool, device: str, kind: str) -> str:
+    """A story as one HTML file: no scripts, nothing loaded from anywhere, light and dark. `kind`: the command's words after `slingshot plan`."""
     import jinja2  # only here
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template("plan.html.jinja").render(story=tell(plan), plan=plan, version=__version__)
+    return environment.get_template("plan.html.jinja").render(story=story, fits=fits, device=device, kind=kind, version=__version__)
 
 
-def _deliver(plan: Plan, as_json: bool, html: Path | None) -> None:
+def deliver(found: Found, show: Callable[[Found, Console], None], page: Callable[[Found], str], as_json: bool, html: Path | None) -> None:
+    """Print what was found, as JSON if so asked, and write its page if one is wanted."""
     if html is not None:
-        write_text(html, page(plan))
+        write_text(html, page(found))
     if as_json:
-        print(json.dumps(plan.model_dump(mode="json"), indent=2, allow_nan=False))
+        print(json.dumps(found.model_dump(mode="json"), indent=2, allow_nan=False))
         return
-    show(plan, Console())
+    show(found, Console())
     if html is not None:
         print(f"\nmade {html}")
 
@@ -390,12 +425,14 @@ def _given(read: Callable[[str, str], Any], text: str | None, what: str) -> Any:
 
 
 def _known_hours(texts: Sequence[str]) -> dict[str, float]:
-    stages = {}
+    stages: dict[str, float] = {}
     for text in texts:
         name, separator, hours = text.rpartition("=")
         if not separator or not name.strip():
             raise SlingshotError(f"--stage {text!r:.60}: write NAME=HOURS, such as 'context extension=119K'")
-        stages[name.strip()] = read_count(hours, f"the hours of {name.strip()}")
+        if (name := name.strip()) in (*stages, "pre-training"):
+            raise SlingshotError(f"--stage {text!r:.60}: there is a line {name!r:.40} already; give each stage a name of its own")
+        stages[name] = read_count(hours, f"the hours of {name}")
     return stages
 
 
@@ -471,7 +508,7 @@ def pretrain(
         ways=_ways(tp, pp, ep, zero, recompute),
         stages=_known_hours(stage or []),
     )
-    _deliver(plan, as_json, html)
+    deliver(plan, show, page, as_json, html)
 
 
 @app.command()
@@ -527,7 +564,7 @@ def rl(
         efficiency=share(efficiency, "--efficiency"),
         ways=_ways(tp, pp, ep, zero, recompute),
     )
-    _deliver(plan, as_json, html)
+    deliver(plan, show, page, as_json, html)
 
 
 @app.command()
@@ -540,7 +577,7 @@ def distill(
     count: Count = "1",
     prompt: Annotated[str, typer.Option(help="Mean tokens of a prompt.")] = "200",
     accepted: Annotated[str, typer.Option(help="Share of the teacher's responses that are kept.")] = "1",
-    epochs: Annotated[float, typer.Option(help="Passes over the samples.")] = 2.0,
+    epochs: Annotated[str, typer.Option(help="Passes over the samples.")] = "2",
     mfu: Mfu = None,
     tflops: Tflops = None,
     price: Price = None,
@@ -568,7 +605,7 @@ def distill(
         response=read_count(response, "--response"),
         prompt=read_count(prompt, "--prompt"),
         accepted=share(accepted, "--accepted"),
-        epochs=epochs,
+        epochs=read_count(epochs, "--epochs"),
         mfu=_given(share, mfu, "--mfu"),
         tflops=_given(read_count, tflops, "--tflops"),
         price=_given(read_count, price, "--price"),
@@ -578,7 +615,7 @@ def distill(
         efficiency=share(efficiency, "--efficiency"),
         ways=_ways(tp, pp, ep, zero, recompute),
     )
-    _deliver(plan, as_json, html)
+    deliver(plan, show, page, as_json, html)
 
 
 @app.command()
@@ -624,4 +661,4 @@ def serve(
         devices_per_copy=_given(whole, per_copy, "--devices-per-copy"),
         efficiency=share(efficiency, "--efficiency"),
     )
-    _deliver(plan, as_json, html)
+    deliver(plan, show, page, as_json, html)

@@ -133,7 +133,7 @@ class Stage:
     def _references(self) -> tuple[list[str], list[str]]:
         artifacts: dict[str, None] = {}
         costs: dict[str, float] = {}
-        _resolve(self.values, artifacts.setdefault, lambda name: costs.setdefault(name, 1.0))
+        resolve(self.values, artifacts.setdefault, lambda name: costs.setdefault(name, 1.0))
         return list(artifacts), list(costs)
 
 
@@ -246,7 +246,7 @@ class _Run:
 
     def _config(self, stage: Stage) -> dict[str, Any]:
         """The stage's whole config with references resolved: paths into this run, and numbers from receipts that are there."""
-        values = _resolve(stage.values, lambda name: str(self.out / self.stages[name].folder), lambda name: self._receipt(name).flops)
+        values = resolve(stage.values, lambda name: str(self.out / self.stages[name].folder), lambda name: self._receipt(name).flops)
         config: StageConfig = stage_module(stage.kind).Config.parse(values, stage.name)
         return config.model_dump(mode="json")
 
@@ -365,7 +365,7 @@ def _stages(recipe: str, tables: dict[str, Any], seed: int | None) -> tuple[Stag
             artifact(other)
             return 1.0  # any cost will do until the receipt is there
 
-        stage_module(kind).Config.parse(_resolve(values, artifact, flops, name), name)
+        stage_module(kind).Config.parse(resolve(values, artifact, flops, name), name)
         stages[name] = Stage(name, kind, values)
 
     for name, table in tables.items():
@@ -389,19 +389,19 @@ def _stages(recipe: str, tables: dict[str, Any], seed: int | None) -> tuple[Stag
     return tuple(stages.values())
 
 
-def _resolve(value: Any, artifact: Callable[[str], Any], flops: Callable[[str], float], where: str = "") -> Any:
+def resolve(value: Any, artifact: Callable[[str], Any], flops: Callable[[str], float], where: str = "") -> Any:
     """A config value with every "@stage" replaced by artifact(stage) and every {flops_of = stage, times = x} by x * flops(stage)."""
     if isinstance(value, str) and value.startswith("@"):
         return artifact(value[1:])
     if isinstance(value, list):
-        return [_resolve(part, artifact, flops, where) for part in value]
+        return [resolve(part, artifact, flops, where) for part in value]
     if isinstance(value, dict) and "flops_of" in value:
         times = value.get("times", 1)
         if value.keys() - {"flops_of", "times"} or not isinstance(value["flops_of"], str) or not isinstance(times, int | float):
             raise SlingshotError(f'{where}: a number from a receipt is written {{ flops_of = "STAGE", times = 3 }}, got {value!r:.80}')
         return times * flops(value["flops_of"])
     if isinstance(value, dict):
-        return {key: _resolve(part, artifact, flops, f"{where}.{key}") for key, part in value.items()}
+        return {key: resolve(part, artifact, flops, f"{where}.{key}") for key, part in value.items()}
     return value
 
 

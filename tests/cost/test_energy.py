@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from slingshot.cost import energy as module
-from slingshot.cost.energy import Energy
+from slingshot.cost.energy import Energy, _nvml
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +55,50 @@ def test_what_cannot_be_read_is_none_and_what_stops_being_readable_stands_still(
     assert energy.joules == 2.0
     file.unlink()
     assert energy.joules == 2.0
+
+
+class FourGPUs:
+    """NVML on a machine of four, whose handles are their numbers and one; each has used as many joules as its handle."""
+
+    def nvmlInit_v2(self) -> int:
+        return 0
+
+    def nvmlDeviceGetCount_v2(self, count: Any) -> int:
+        count._obj.value = 4
+        return 0
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index: Any, handle: Any) -> int:
+        handle._obj.value = index.value + 1
+        return 0
+
+    def nvmlDeviceGetHandleByUUID(self, name: Any, handle: Any) -> int:
+        handle._obj.value = 3
+        return name.value != b"GPU-third"
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: Any, value: Any) -> int:
+        value._obj.value = 1000 * handle.value
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("visible", "counted"),
+    [
+        (None, [1, 2, 3, 4]),
+        ("", []),
+        ("-1", []),
+        ("0, 1", [1, 2]),
+        ("2", [3]),
+        ("3,-1,0", [4]),
+        ("1,7,0", [2]),
+        ("GPU-third,0", [3, 1]),
+        ("GPU-gone", []),
+    ],
+)
+def test_only_gpus_this_process_may_use_are_counted(visible: str | None, counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA_VISIBLE_DEVICES as CUDA reads it: numbers or UUIDs, up to the first that is no device's."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: FourGPUs())
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [counter.read() for counter in _nvml()] == counted

@@ -30,12 +30,7 @@ DENSE = ModelConfig(
     family="dense", vocab_size=13, hidden_size=8, intermediate_size=5, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
     head_dim=2, tie_word_embeddings=True,
 )  # fmt: skip
-V3 = ModelConfig(
-    family="deepseek_v3", vocab_size=129280, hidden_size=7168, intermediate_size=18432, num_hidden_layers=61, num_attention_heads=128,
-    q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, moe_intermediate_size=2048,
-    n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, n_group=8, topk_group=4, first_k_dense_replace=3,
-    routed_scaling_factor=2.5, num_nextn_predict_layers=1,
-)  # fmt: skip
+V3 = ModelConfig.preset("deepseek-v3")
 
 # TINY's attention matrices: q 6 x 2(3+2), kv_a 6 x (5+2), kv_b 5 x 2(3+4), o 2*4 x 6.
 PROJECTIONS = 60 + 42 + 70 + 48
@@ -136,9 +131,10 @@ def test_dense_generation_equals_one_forward_pass(prompt: int, new: int) -> None
 
 
 def test_tiny_request_by_hand() -> None:
-    """A prompt of 5 tokens, 2 of them cached: 3 tokens that meet 3 + 4 + 5 = 12 keys; then 4 tokens decoded that meet 7 keys each on average."""
+    """A prompt of 5 tokens, 2 of them cached: 3 tokens that meet 3 + 4 + 5 = 12 keys, 2 latents expanded again in 2 layers by kv_b; then 4 tokens
+    decoded that meet 7 keys each on average."""
     weights = 2 * PROJECTIONS + 3 * 6 * 7 + 6 * 4 + 3 * EXPERT
-    assert sum(prefill_parts(TINY, 5, cached=2).values()) == 2 * (3 * weights + 12 * 2 * 2 * (5 + 4) + 6 * 11)
+    assert sum(prefill_parts(TINY, 5, cached=2).values()) == 2 * (3 * weights + 2 * 2 * 70 + 12 * 2 * 2 * (5 + 4) + 6 * 11)
     assert sum(decode_parts(TINY, 7, tokens=4).values()) == 2 * (4 * weights + 4 * 7 * 2 * 2 * (2 * 5 + 2) + 4 * 6 * 11)
     assert decode_parts(TINY, 7)["head"] == 2 * 6 * 11
 
@@ -153,3 +149,11 @@ def test_a_request_is_its_prefill_and_its_decoding(prompt: int, cached: int, new
     assert split == pytest.approx(generation_flops(TINY, prompt, new), rel=1e-12)
     cached = min(cached, prompt)
     assert sum(prefill_parts(TINY, prompt, cached).values()) <= sum(prefill_parts(TINY, prompt).values())
+
+
+def test_cached_latents_are_expanded_wherever_a_token_is_left_to_read() -> None:
+    """V3: 61 layers of a 512-wide latent made 128 heads of 128 + 128 numbers; a dense model caches keys and values as they are."""
+    again = prefill_parts(V3, 4000, cached=3000)["projections"] - prefill_parts(V3, 1000)["projections"]
+    assert again == 2 * 3000 * 61 * 512 * 128 * 256
+    assert prefill_parts(V3, 4000, cached=4000)["projections"] == 0
+    assert prefill_parts(DENSE, 40, cached=30)["projections"] == prefill_parts(DENSE, 10)["projections"]

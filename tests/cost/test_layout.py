@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slingshot.config import ModelConfig
 from slingshot.cost.devices import device
-from slingshot.cost.layout import LINK_EFFICIENCY, Layout, layouts, network_seconds, transfers
+from slingshot.cost.layout import LINK_EFFICIENCY, RECOMPUTE, Layout, layouts, network_seconds, parts_met, transfers
 from slingshot.cost.memory import PRECISIONS, sizes
 from slingshot.files import SlingshotError
 
@@ -30,6 +32,23 @@ def test_layouts_use_exactly_all_devices(config: ModelConfig, count: int) -> Non
         assert layout.expert_dp * layout.ep == layout.dp * layout.tp
         assert layout.ep == 1 or config.n_routed_experts % layout.ep == 0
         assert Layout.over(count, config, layout.tp, layout.pp, layout.ep, layout.zero, layout.recompute) == layout
+
+
+@pytest.mark.parametrize("ways", [{"tp": 16}, {"zero": 0}, {"tp": 8, "zero": 0}, {"ep": 64, "recompute": "full"}, {"pp": 2048 // 128}])
+def test_what_is_given_is_kept_and_all_else_stays_open(ways: dict[str, Any]) -> None:
+    found = list(layouts(V3, 2048, **ways))
+    assert all(getattr(layout, name) == value for layout in found for name, value in ways.items())
+    free = {name for name in ("tp", "pp", "ep", "zero", "recompute") if len({getattr(layout, name) for layout in found}) > 1}
+    assert free == {"tp", "pp", "ep", "zero", "recompute"} - ways.keys()
+
+
+def test_a_given_stage_of_zero_is_kept_on_one_device() -> None:
+    assert {layout.zero for layout in layouts(LLAMA, 1, zero=1)} == {1} and {layout.zero for layout in layouts(LLAMA, 1)} == {0}
+
+
+def test_given_ways_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(SlingshotError, match="tp 3 does not divide"):
+        list(layouts(V3, 2048, tp=3))
 
 
 @pytest.mark.parametrize(
@@ -64,11 +83,41 @@ def test_data_parallel_traffic_by_hand() -> None:
     total = 8_030_261_248
     layout = Layout.over(8, LLAMA)
     assert sent(LLAMA, layout, 8 * 4096, 4096) == {"gradients and weights": (7 / 8 * 4 * total, "node")}
-    # Twice the devices do not fit on a node; stage 3 gathers weights twice and scatters gradients for each of 4 microbatches.
-    wide = Layout.over(16, LLAMA, zero=3)
-    assert sent(LLAMA, wide, 64 * 4096, 4096) == {"gradients and weights": (15 / 16 * total * (2 * 4 + 2 * 8), "network")}
+    # Stage 3 gathers weights twice and scatters gradients for each of 4 microbatches.
+    third = Layout.over(8, LLAMA, zero=3)
+    assert sent(LLAMA, third, 32 * 4096, 4096) == {"gradients and weights": (7 / 8 * total * (2 * 4 + 2 * 8), "node")}
     # Stage 2 scatters gradients for each microbatch and gathers weights once.
-    assert sent(LLAMA, wide.model_copy(update={"zero": 2}), 64 * 4096, 4096)["gradients and weights"][0] == 15 / 16 * total * (2 * 4 + 2)
+    assert sent(LLAMA, third.model_copy(update={"zero": 2}), 32 * 4096, 4096)["gradients and weights"][0] == 7 / 8 * total * (2 * 4 + 2)
+
+
+def test_a_ring_over_several_nodes_leaves_each_once_over_all_its_members_cards() -> None:
+    """16 devices are two nodes: of the ring's bytes an eighth goes over each one's own card, the rest to neighbours in the node."""
+    volume = 15 / 16 * 4 * 8_030_261_248
+    assert sent(LLAMA, Layout.over(16, LLAMA), 16 * 4096, 4096) == {
+        "gradients and weights, between nodes": (volume / 8, "network"),
+        "gradients and weights, within a node": (volume * 7 / 8, "node"),
+    }
+    # Of a tensor parallel group of 4 each of its 16 copies has two members on a node; of 8, one, whose whole ring goes over its card.
+    quarter, eighth = (sent(LLAMA, Layout.over(64, LLAMA, tp=tp), 64 * 4096, 4096) for tp in (4, 8))
+    own = sizes(LLAMA, PRECISIONS["bfloat16"]).stage_weights(Layout.over(64, LLAMA, tp=4))[1]
+    assert quarter["gradients and weights, between nodes"] == (15 / 16 * 4 * own / 2, "network")
+    assert eighth["gradients and weights, between nodes"][0] > 0.9 * quarter["gradients and weights, between nodes"][0]
+    assert "gradients and weights, within a node" in quarter and "gradients and weights, within a node" not in eighth
+    # Tensor parallelism over two nodes is such a ring, too.
+    assert sent(LLAMA, Layout.over(16, LLAMA, tp=16), 4096, 4096)["tensor parallel, between nodes"][1] == "network"
+
+
+def test_all_reduce_over_nodes_is_about_as_fast_as_measured() -> None:
+    """Bus bandwidth of 248 nodes of 8 H200, 8 x 400 Gb/s each: about 350 GB/s (github.com/NVIDIA/nccl-tests, issue 283)."""
+    found = transfers(sizes(LLAMA, PRECISIONS["bfloat16"]), Layout.over(1984, LLAMA, zero=0), device("h200"), 1984 * 4096, 4096)
+    assert sum(transfer.n_bytes for transfer in found) / network_seconds(found) == pytest.approx(350e9, rel=0.1)
+
+
+def test_gradients_are_all_reduced_in_their_own_precision_without_zero() -> None:
+    """In FP8 float32 gradients: 4 bytes scattered and 4 gathered; with ZeRO 4 scattered and a byte of weight gathered."""
+    zero, one = (sent(LLAMA, Layout.over(8, LLAMA, zero=stage), 8 * 4096, 4096, "fp8")["gradients and weights"][0] for stage in (0, 1))
+    total = 8_030_261_248
+    assert zero == 7 / 8 * total * 8 and one == 7 / 8 * total * (4 + PRECISIONS["fp8"].weight)
 
 
 def test_tensor_parallel_traffic_by_hand() -> None:
@@ -90,20 +139,52 @@ def test_stages_of_a_pipeline_are_apart_where_each_fills_a_node() -> None:
 
 
 def test_expert_traffic_of_deepseek_v3_by_hand() -> None:
-    """EP64 over 8 nodes: a token goes to at most 4 nodes, 7/8 of them others, in FP8 (with a scale per 128) and back in bfloat16, twice."""
+    """EP64 over 8 nodes: a token goes to 4 nodes, 7/8 of them others, in FP8 (with a scale per 128) and back in bfloat16, twice.
+
+    There it is sent once to each device of its experts, of which it has one in each of 4 groups of 32 and 4 more among the 124 others.
+    """
     layout = Layout.over(2048, V3, pp=16, ep=64)
     tokens = 15360 * 4096 / 128
     found = sent(V3, layout, 15360 * 4096, 4096, "fp8")
     there_and_back = 1 + 4 / 128 + 2
     assert found["experts, between nodes"] == (pytest.approx(2 * 4 * tokens * 7168 * there_and_back * 4 * 7 / 8), "network")
-    assert found["experts, within a node"] == (pytest.approx(2 * 4 * tokens * 7168 * there_and_back * 8 * 7 / 8), "node")
+    missed = 7 / 8 * (120 * 119 * 118 * 117) / (124 * 123 * 122 * 121)
+    assert found["experts, within a node"] == (pytest.approx(2 * 4 * tokens * 7168 * there_and_back * 32 * (1 - missed) * 7 / 8), "node")
 
 
-def test_without_groups_a_token_s_experts_spread_over_more_nodes() -> None:
-    free = V3.model_copy(update={"n_group": 1, "topk_group": 1})
-    layout = Layout.over(2048, V3, pp=16, ep=64)
-    grouped, spread = (sent(config, layout, 15360 * 4096, 4096)["experts, between nodes"][0] for config in (V3, free))
-    assert spread / grouped == pytest.approx(8 * (1 - (7 / 8) ** 8) / 4)
+@pytest.mark.parametrize(("ep", "copies"), [(2, 0.98), (4, 2.36), (8, 3.5)])
+def test_a_neighbour_gets_a_token_once_however_many_of_its_experts_it_has(ep: int, copies: float) -> None:
+    """Of V3's 8 experts in 4 of 8 groups: on one other device at most one copy, on three 3/4 of those met, on seven 7/8 of four."""
+    layout = Layout.over(2048, V3, pp=16, ep=ep)
+    n_bytes, link = sent(V3, layout, 15360 * 4096, 4096, "fp8")["experts, within a node"]
+    assert link == "node" and n_bytes / (2 * 4 * 15360 * 4096 / 128 * 7168 * (1 + 4 / 128 + 2)) == pytest.approx(copies, rel=0.01)
+
+
+def test_full_recomputation_sends_tokens_to_their_experts_once_more() -> None:
+    """Only a block's input is kept, so its forward pass runs again: three passes of two."""
+    for name, layout in (("experts, between nodes", Layout.over(2048, V3, pp=16, ep=64)), ("tensor parallel", Layout.over(2048, V3, pp=16, tp=8))):
+        none, selective, full = (
+            sent(V3, layout.model_copy(update={"recompute": recompute}), 15360 * 4096, 4096)[name][0] for recompute in RECOMPUTE
+        )  # fmt: skip
+        assert none == selective and full == pytest.approx(1.5 * none)
+
+
+@pytest.mark.parametrize(
+    ("groups", "chosen", "experts", "per_token"), [(8, 4, 256, 8), (1, 1, 256, 8), (8, 3, 160, 6), (8, 8, 256, 8), (8, 6, 64, 4)]
+)  # fmt: skip
+def test_parts_met_agree_with_a_simulation_of_the_gate(groups: int, chosen: int, experts: int, per_token: int) -> None:
+    """Groups by the sum of their two best scores, then the best experts of those chosen (DeepSeek-V3's gate), over 4,000 random tokens."""
+    scores = np.random.default_rng(0).normal(size=(4000, groups, experts // groups))
+    best_two = np.sort(scores, axis=-1)[..., -2:].sum(axis=-1)
+    out = np.argsort(-best_two, axis=-1)[:, chosen:]
+    scores[np.arange(4000)[:, None], out] = -np.inf
+    picked = np.argsort(-scores.reshape(4000, experts), axis=-1)[:, :per_token]
+    config = V3.model_copy(
+        update={"n_group": groups, "topk_group": chosen, "n_routed_experts": experts, "num_experts_per_tok": per_token}
+    )  # fmt: skip
+    for parts in (1, 2, 4, 8, 16, 32):
+        met = np.mean([len(set(token)) for token in picked // (experts // parts)])
+        assert parts_met(config, parts) == pytest.approx(met, rel=0.015)
 
 
 def test_links_work_at_the_same_time_at_their_efficiency() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from slingshot.cost.devices import device
 from slingshot.cost.memory import PRECISIONS
 from slingshot.cost.plan import ServePlan
 from slingshot.cost.plan_serving import plan_serve, sampling_fleet
-from slingshot.cost.serving import Fleet
+from slingshot.cost.serving import Fleet, Lengths, round_seconds
 from slingshot.files import SlingshotError
 
 LLAMA = ModelConfig.preset("llama-3.1-8b")
@@ -60,18 +61,53 @@ def test_the_chosen_copy_writes_most_in_time() -> None:
     assert plan.fits and plan.devices_per_copy >= 16
 
 
-def test_sampling_takes_the_smallest_copy_with_room_for_its_share_of_the_batch() -> None:
+@pytest.mark.parametrize(
+    ("name", "device_name", "largest"),
+    [
+        ("qwen2.5-1.5b", "h100", 4),
+        ("qwen2.5-7b", "h100", 4),
+        ("smollm2-135m", "h100", 1),
+        ("qwen3-0.6b", "h100", 16),
+        ("llama-3.1-405b", "h100", 128),
+    ],
+)
+def test_a_chosen_copy_parts_its_heads_evenly_and_has_room(name: str, device_name: str, largest: int) -> None:
+    config = ModelConfig.preset(name)
+    plan = serve(config, device_name)
+    assert plan.devices_per_copy <= largest and config.num_attention_heads % plan.devices_per_copy == 0 and plan.fits
+    heads = max(1, config.num_key_value_heads // plan.devices_per_copy)  # on a device
+    sequences = plan.batch * plan.devices_per_copy
+    assert plan.memory.cache == sequences * 4500 * heads * 2 * config.head_dim * config.num_hidden_layers * 2
+
+
+def test_sampling_takes_the_copy_that_writes_most_at_its_batch() -> None:
+    """A few sequences a device are written fastest where a copy's weights are spread widest; with a given size that is kept."""
     fp8, usable = PRECISIONS["fp8"], 72 * 2.0**30
+    for batch in (1.0, 40.0, 80.0, math.inf):
+        copies, best = sampling_fleet(V3, device("h800"), fp8, 512, None, 8000, batch, 0.46)
+        assert copies * best.devices == 512
+        tokens = {}
+        for size in (16, 32, 64, 128, 256):
+            it = Fleet(V3, device("h800"), fp8, size)
+            held = min(batch, it.largest_batch(8000, usable))
+            tokens[size] = held / it.step_seconds(held, 8000)
+        assert tokens[best.devices] == max(tokens.values())
+    assert sampling_fleet(V3, device("h800"), fp8, 512, 16, 8000, 1, 0.46)[1].devices == 16
 
-    def chosen(batch: float) -> int:
-        copies, fleet = sampling_fleet(V3, device("h800"), fp8, 512, None, 8000, batch, 0.46)
-        assert copies * fleet.devices == 512
-        return fleet.devices
 
-    for batch in (1, 40, 80):
-        assert Fleet(V3, device("h800"), fp8, chosen(batch)).largest_batch(8000, usable) >= batch
-        assert Fleet(V3, device("h800"), fp8, chosen(batch) // 2).largest_batch(8000, usable) < batch
-    assert chosen(1) == 16 < chosen(80) < chosen(10_000) == 256
+def test_sampling_a_round_takes_the_copies_that_end_it_first_and_more_devices_never_take_longer() -> None:
+    lengths, usable, times = Lengths(4000, 16384), 72 * 2.0**30, []
+
+    def seconds(copies: int, fleet: Fleet) -> float:
+        return round_seconds(fleet, 512, copies, 200, lengths, usable)
+
+    for count in range(1, 10):
+        copies, best = sampling_fleet(LLAMA, device("h100"), PRECISIONS["bfloat16"], count, None, 4200, 512 / count, 0.46, seconds)
+        times.append(seconds(copies, best))
+        assert copies * best.devices <= count
+        sizes = [size for size in (1, 2, 4, 8) if size <= count]
+        assert times[-1] == min(seconds(count // size, Fleet(LLAMA, device("h100"), PRECISIONS["bfloat16"], size)) for size in sizes)
+    assert times == sorted(times, reverse=True)
 
 
 def test_what_does_not_fit_says_what_would() -> None:
@@ -93,6 +129,70 @@ def test_a_day_of_traffic_sizes_the_fleet() -> None:
     assert day.cost == plan.money == pytest.approx(plan.count * 48)
     assert day.revenue == pytest.approx((1e12 * 0.15 + 1e11 * 0.4) / 1e6)
     assert day.margin == pytest.approx((day.revenue - day.cost) / day.cost)
+
+
+def test_a_fleet_that_cannot_carry_the_day_is_refused_with_the_nearest_that_can() -> None:
+    day = {"input_tokens": 608e9, "output_tokens": 168e9, "devices_per_copy": 144, "prices": (0.14, 0.55, 2.19)}
+    enough = serve(V3, "h800", **day)
+    assert enough.count % 144 == 0 and enough.day is not None and enough.count - 144 < enough.day.devices_needed <= enough.count
+    with pytest.raises(SlingshotError, match=f"160 x h800 do not carry this day's traffic.*the nearest count that does is {enough.count}$"):
+        serve(V3, "h800", 160, **day)
+    assert serve(V3, "h800", enough.count, **day).money == enough.money
+    # A machine without a network is one machine.
+    alone = device("h100").model_copy(update={"network": 0.0, "per_node": 1, "link": 0.0})
+    for count in (None, 1):
+        with pytest.raises(SlingshotError, match=r"1 x h100 do not carry this day's traffic.*no more than 1 can be had"):
+            plan_serve(LLAMA, "it", alone, count, input_tokens=1e12, output_tokens=1e12)
+    with pytest.raises(SlingshotError, match="no more than 10000000 can be had"):
+        serve(input_tokens=1e308, output_tokens=1e308)
+
+
+def test_a_little_traffic_takes_one_copy_of_the_smallest_size() -> None:
+    plan = serve(V3, "h800", input_tokens=1e6, output_tokens=1e5)
+    assert plan.count == plan.devices_per_copy == 16 and "fewest devices" in plan.assumptions[0]
+
+
+def test_this_plan_s_row_among_the_alternatives_is_its_own_bill() -> None:
+    """In whatever precision, at whatever price, at full speed or for a day's traffic on more devices than it needs."""
+    day = {"input_tokens": 1e9, "output_tokens": 1e8}
+    for asked in (
+        {},
+        {"price": 5.0},
+        {"count": 64, "price": 5.0, **day},
+        {"precision": "int8"},
+        {"devices_per_copy": 2, **day},
+        {"latency": 1e-6},
+    ):
+        plan = serve(**asked)
+        own = [other for other in plan.alternatives if (other.device, other.precision) == (plan.device, plan.precision)]
+        assert [(other.device_hours, other.money) for other in own] == [(plan.device_hours, plan.money)]
+        assert own[0].fits == ("latency" not in asked)
+    # The same devices in another precision cost the same an hour.
+    found = next(other for other in serve(price=5.0).alternatives if (other.device, other.precision) == ("h100", "fp8"))
+    assert found.money == pytest.approx(found.device_hours * 5)
+
+
+def test_alternatives_carry_the_day_s_traffic_with_whole_copies() -> None:
+    """What a plan there says, not what the fleet asked about could do; at full speed they serve what it does."""
+    day = {"input_tokens": 3e9, "output_tokens": 1e9, "price": 1.0}
+    for plan in (serve(**day), serve(count=1000, **day)):
+        for other in plan.alternatives:
+            if other.fits and other.precision == "bfloat16" and other.device != plan.device:
+                there = serve(on=other.device, precision="bfloat16", **day)
+                assert other.device_hours == pytest.approx(there.device_hours) and other.device_hours % 24 == 0
+    plan = serve()
+    tokens = plan.stages[0].tokens
+    for other in plan.alternatives:
+        if other.fits and other.precision == "bfloat16":
+            there = serve(on=other.device, precision="bfloat16")
+            assert other.device_hours == pytest.approx(tokens / there.stages[0].tokens * there.device_hours)
+
+
+def test_devices_that_nothing_joins_hold_no_copy_together() -> None:
+    alone = device("h100").model_copy(update={"network": 0.0, "per_node": 1, "link": 0.0})
+    for day in ({}, {"input_tokens": 1e6, "output_tokens": 1e6}):
+        with pytest.raises(SlingshotError, match="what joins several of them is not known; the nearest valid count is 1"):
+            plan_serve(LLAMA, "it", alone, None, devices_per_copy=2, **day)
 
 
 def test_break_even_is_where_the_fleet_costs_what_buying_does() -> None:
@@ -118,7 +218,8 @@ def test_plans_add_up_and_are_json() -> None:
     found = json.loads(json.dumps(plan.model_dump(mode="json"), allow_nan=False))
     assert ServePlan.model_validate(found) == plan
     listed = " ".join(plan.assumptions)
-    assert "46% of the roofline" in listed and "cached prompt tokens cost nothing" in listed and "22.0% of the peak" in listed
+    assert "46% of the roofline" in listed and "cached prompt tokens are kept and fetched for nothing" in listed and "22.0% of the peak" in listed
+    assert "latents are expanded anew" in listed and "80% of their rate" in listed and "latents" not in " ".join(serve().assumptions)
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.sampled_from(["h800", "a100", "m3-ultra"]))
@@ -144,12 +245,18 @@ def test_without_a_price_there_is_no_money_and_a_line_that_says_so() -> None:
         ({"hit_share": -0.5}, "the nearest valid value is 0"),
         ({"latency": 0.0}, "must be more than 0"),
         ({"prompt": -5.0}, "did you mean 5?"),
+        ({"prompt": 1e300}, "the nearest valid values are 1.34218e+08 and 1000"),
+        ({"response": 0.1}, "the nearest valid values are 4000 and 1"),
         ({"prices": (1.0, 2.0)}, "such as 0.14/0.55/2.19"),
         ({"prices": (1.0, 2.0, -3.0)}, "none negative"),
         ({"input_tokens": 1e9}, "give the other one too"),
         ({"input_tokens": -1.0, "output_tokens": 1.0}, "did you mean 1?"),
         ({"count": 4, "devices_per_copy": 8}, "the nearest valid value is 4"),
-        ({"precision": "fp16"}, "did you mean"),
+        ({"devices_per_copy": 3}, "32 attention heads and 8 of keys and values evenly; the nearest valid value is 2"),
+        ({"devices_per_copy": 64}, "the nearest valid value is 32"),
+        ({"config": ModelConfig.preset("qwen2.5-1.5b"), "devices_per_copy": 8}, "the nearest valid value is 6"),
+        ({"devices_per_copy": 0}, "the nearest valid count is 1"),
+        ({"precision": "fp4"}, "did you mean fp8?"),
         ({"mfu": 0.0}, "a share above 0"),
         ({"efficiency": -1.0}, "must be more than 0"),
     ],

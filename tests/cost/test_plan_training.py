@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from slingshot.config import ModelConfig
 from slingshot.cost.devices import DEVICES, device
-from slingshot.cost.flops import parameters, training_flops
+from slingshot.cost.flops import decode_parts, parameters, prefill_parts, training_flops
 from slingshot.cost.plan import ASSUMED_MFU, Plan
 from slingshot.cost.plan_training import plan_distill, plan_pretrain, plan_rl
 from slingshot.files import SlingshotError
@@ -139,6 +139,65 @@ def test_the_chosen_layout_lets_no_less_through_than_others_that_fit() -> None:
     assert len(bounds) > 3 and min(bounds) < 0.8 * chosen.tflops_bound and max(bounds) < 1.1 * chosen.tflops_bound
 
 
+@pytest.mark.parametrize(
+    ("config", "on", "count", "ways"),
+    [
+        ("llama-3.1-405b", "h100", 2048, {"tp": 8}),
+        ("llama-3.1-405b", "h100", 2048, {"tp": 8, "zero": 0}),
+        ("llama-3.1-405b", "h100", 4096, {"tp": 16}),
+        ("llama-3.1-8b", "h200", 1, {}),
+        ("llama-3.1-8b", "h200", 1, {"zero": 1}),
+    ],
+)
+def test_a_given_way_leaves_the_rest_to_be_chosen(config: str, on: str, count: int, ways: dict[str, Any]) -> None:
+    plan = pretrain(ModelConfig.preset(config), on, count, ways=ways)
+    assert plan.fits and all(getattr(plan.layout, name) == value for name, value in ways.items())
+
+
+def test_without_zero_a_small_model_is_still_data_parallel() -> None:
+    assert pretrain(ModelConfig.preset("qwen3-0.6b"), count=8, ways={"zero": 0}).layout.dp == 8
+
+
+def test_zero_asked_for_shards_something_where_that_fits() -> None:
+    assert pretrain(count=16, ways={"zero": 3}).layout.dp > 1
+
+
+def test_a_layout_that_waits_for_its_memory_is_not_the_fastest() -> None:
+    """V3 on 2048 devices in 32 stages with EP8, on few links, reads its many experts for every one of 128 microbatches."""
+    reading = pretrain(V3, "h800", 2048, ways={"tp": 4, "pp": 32, "ep": 8, "zero": 1, "recompute": "none"})
+    assert reading.fits and reading.dominates.dominant == "memory traffic"
+    assert pretrain(V3, "h800", 2048).tflops_bound > 1.2 * reading.tflops_bound
+
+
+def test_the_assumed_batch_is_at_most_the_run() -> None:
+    """A million tokens are 244 sequences of 4096: fewer than 2,048 devices, so they cannot all be data parallel."""
+    plan = pretrain(count=2048, tokens=1e6)
+    assert plan.batch_tokens == 244 * 4096 and 1 <= plan.optimizer_steps < 1.01 and plan.layout.dp <= 244
+    assert "no more whole sequences" in " ".join(plan.assumptions)
+    assert pretrain(count=2048, tokens=1e6, batch=plan.batch_tokens).layout == plan.layout
+    assert pretrain(count=128, tokens=1e6).batch_tokens == 128 * 4096
+
+
+def test_sequences_beyond_the_model_s_own_and_hours_given_are_assumptions() -> None:
+    assert any("1e+06 tokens, though the model is made for 131072" in line for line in pretrain(context=1_000_000).assumptions)
+    assert any("though the model is made for" in line for line in rl(longest=200_000.0).assumptions)
+    assert not any("though the model" in line for line in [*pretrain(context=131_072).assumptions, *rl().assumptions])
+    assert "hours given are the same on every device" in pretrain(stages={"more": 5.0}).assumptions
+    assert "hours given are the same on every device" not in pretrain().assumptions
+
+
+def test_the_nearest_rate_named_is_one_that_is_taken() -> None:
+    for settings, read in (({"tflops": 5000.0}, float), ({"hours": 1.0}, lambda text: float(text.removesuffix(" hours").replace(",", "")))):
+        with pytest.raises(SlingshotError) as refused:
+            plan_pretrain(V3, "v3", device("h800"), 2048, tokens=14.8e12, **settings)
+        nearest = read(str(refused.value).rpartition("the nearest valid value is ")[2])
+        plan_pretrain(V3, "v3", device("h800"), 2048, tokens=14.8e12, **{key: nearest for key in settings})
+
+
+def test_a_precision_may_be_written_short() -> None:
+    assert [pretrain(precision=short).precision for short in ("bf16", "FP32", "half")] == ["bfloat16", "float32", "float16"]
+
+
 def test_a_pipeline_stands_idle_while_it_fills() -> None:
     """Four stages and 16 microbatches of a sequence: 3 of 19 turns."""
     plan = pretrain(count=4, batch=16 * 4096, ways={"pp": 4, "tp": 1})
@@ -187,22 +246,73 @@ def test_a_rate_the_layout_cannot_let_through_is_said() -> None:
 
 
 def test_rl_by_hand() -> None:
-    """100 steps of 32 x 16 responses of 2,000 tokens after prompts of 200: trained on once, and passed once through the reference."""
-    plan = rl(tflops=400)
+    """100 steps of 32 x 16 responses of 2,000 tokens after prompts of 200: trained on once, and passed once through the reference.
+
+    With a cap far off lengths are exponential, so their mean square is 2 x 2,000^2: in the mean over tokens a row is (200^2 + 2 x 200 x 2,000 +
+    8e6) / 2,200 = 4,018 long, and a token decoded meets 200 + 8e6 / 4,000 = 2,200 keys.
+    """
+    plan = rl(tflops=400, longest=1e6)
     assert plan.responses == 51_200 and plan.rounds == 100 and plan.tokens == 51_200 * 2200
-    forward = training_flops(LLAMA, [2200]) / 3 / 2200
+    forward = training_flops(LLAMA, [4018]) / 3 / 4018
     assert plan.stages[2].device_hours == pytest.approx((3 + 1) * forward * plan.tokens / 400e12 / 3600)
+    assert plan.stages[2].flops == pytest.approx(4 * forward * plan.tokens)
+    assert plan.stages[0].flops == pytest.approx(sum(decode_parts(LLAMA, 2200, 51_200 * 2000).values()), rel=1e-3)
     assert plan.stages[0].device_hours == pytest.approx(100 * plan.round_seconds * 64 / 3600)
-    assert plan.stages[1].device_hours == pytest.approx(51_200 * 0.1 / (16 * 64) * 64 / 3600)
-    assert rl(tflops=400, forwards=0).stages[2].device_hours == pytest.approx(plan.stages[2].device_hours * 3 / 4)
+    assert plan.stages[1].device_hours == pytest.approx(100 * 0.1 * 64 / 3600)  # 512 responses on 1,024 cores
+    assert rl(tflops=400, longest=1e6, forwards=0).stages[2].device_hours == pytest.approx(plan.stages[2].device_hours * 3 / 4)
 
 
-@pytest.mark.parametrize("make", [rl, distill])
-def test_sampling_elsewhere_is_what_a_plan_there_says(make: Any) -> None:
-    plan = make(mfu=0.4)
+def test_spread_lengths_cost_more_attention_than_their_mean() -> None:
+    """V3 at a mean of 8K and a cap of 32K: 1.42 times the FLOPs of decoding and 1.18 times those of the update."""
+    plan = rl(V3, "h800", 512, response=8000, longest=32_768)
+    responses, tokens = 51_200, 51_200 * 8200
+    flat = 4 * training_flops(V3, [8200], mtp=False) / 3 / 8200 * tokens
+    assert plan.stages[2].flops / flat == pytest.approx(1.18, abs=0.01)
+    assert plan.stages[0].flops / sum(decode_parts(V3, 4200, responses * 8000).values()) == pytest.approx(1.42, abs=0.01)
+
+
+@pytest.mark.parametrize(("workers", "waits"), [(8192, 1), (512, 1), (511, 2), (100, 6)])
+def test_a_round_is_not_verified_faster_than_its_cores_verify_a_response(workers: int, waits: int) -> None:
+    plan = rl(count=512, verify_workers=workers, verify_seconds=60)
+    assert plan.stages[1].days * 86400 == pytest.approx(100 * 60 * waits)
+
+
+def test_a_last_round_of_few_takes_its_own_time() -> None:
+    """17 steps of 32 responses, 512 at once: a full round, and one of 32, which alone would wait for its longest as well."""
+    plan, full, rest = (rl(steps=steps, prompts=2, rollout=512, devices_per_copy=8) for steps in (17, 16, 1))
+    assert (plan.rounds, full.rounds, rest.rounds) == (2, 1, 1) and "the last of 32" in plan.stages[0].note
+    assert plan.stages[0].device_hours == pytest.approx(full.stages[0].device_hours + rest.stages[0].device_hours)
+    assert rest.stages[0].device_hours > 0.3 * full.stages[0].device_hours
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (pretrain, {"price": 5.0, "stages": {"more": 1000.0}}),
+        (pretrain, {"precision": "float16"}),
+        (pretrain, {"count": 8, "ways": {"tp": 1, "pp": 1, "zero": 0, "recompute": "none"}}),  # does not fit, though another layout does
+        (rl, {"price": 5.0, "devices_per_copy": 8}),
+        (rl, {"config": V3, "on": "h800", "count": 512, "devices_per_copy": 64}),
+        (distill, {"price": 5.0, "teacher": V3, "on": "h800", "devices_per_copy": 64}),
+        (distill, {"teacher_precision": "float32"}),
+    ],
+)
+def test_a_plan_s_own_row_is_its_bill(make: Any, settings: dict[str, Any]) -> None:
+    plan: Plan = make(**settings)
+    (own,) = (other for other in plan.alternatives if (other.device, other.precision) == (plan.device, plan.precision))
+    assert (own.device_hours, own.days, own.money, own.fits) == (plan.device_hours, plan.days, plan.money, plan.fits)
+    for other in plan.alternatives:
+        if other.device == plan.device:
+            assert plan.price is not None and other.money == pytest.approx(other.device_hours * plan.price)  # here an hour costs what was given
+
+
+@pytest.mark.parametrize(("make", "settings"), [(rl, {}), (distill, {}), (distill, {"teacher": V3, "on": "h800"})])
+def test_sampling_elsewhere_is_what_a_plan_there_says(make: Any, settings: dict[str, Any]) -> None:
+    """The teacher in its own precision, V3's FP8, where a device has it."""
+    plan = make(**settings, mfu=0.4)
     for other in plan.alternatives:
         if other.fits and other.precision == "bfloat16":
-            there = make(on=other.device, mfu=0.4, precision="bfloat16", **({"teacher_precision": "bfloat16"} if make is distill else {}))
+            there = make(**settings | {"on": other.device}, mfu=0.4, precision="bfloat16")
             assert other.device_hours == pytest.approx(there.device_hours) and other.money == pytest.approx(there.money)
     listed = {(other.device, other.precision): other.fits for other in make(config=V3, on="h800", count=256).alternatives}
     assert listed["h800", "fp8"] and not listed["rtx4090", "bfloat16"]
@@ -218,6 +328,13 @@ def test_distillation_pays_for_what_is_thrown_away_once_and_for_what_is_kept_twi
     assert picky.stages[0].device_hours == pytest.approx(4 * plan.stages[0].device_hours, rel=0.05)
     assert picky.stages[1].device_hours == plan.stages[1].device_hours == pytest.approx(2 * distill(epochs=1).stages[1].device_hours)
     assert picky.sampled == 4e5 and picky.kept == 1e5
+
+
+def test_distillation_counts_reading_the_prompts() -> None:
+    plan = distill(prompt=1000.0, accepted=0.5)
+    read, written = sum(prefill_parts(MOONLIGHT, 1000).values()), sum(decode_parts(MOONLIGHT, 3000, 4000).values())
+    assert plan.stages[0].flops == plan.flops_by_part["sampling"] == pytest.approx(2e5 * (read + written))
+    assert "prompts read at 40.0%" in " ".join(plan.assumptions)
 
 
 @given(st.sampled_from([LLAMA, MOONLIGHT]), st.integers(1, 9), st.floats(1e8, 1e13), st.sampled_from(["h800", "a100", "mi300x"]))
@@ -255,12 +372,14 @@ def test_longer_responses_never_cost_less(group: int, response: float) -> None:
         (pretrain, {"mfu": 1.5}, "the nearest valid value is 1"),
         (pretrain, {"mfu": 0.4, "tflops": 300.0}, "give one of them"),
         (pretrain, {"tflops": 5000.0}, "the nearest valid value is 989.4"),
-        (pretrain, {"hours": 1.0}, "the nearest valid value is 1."),
+        (pretrain, {"hours": 1.0}, "the nearest valid value is 13,547 hours"),
         (pretrain, {"context": 1}, "the nearest valid value is 2"),
         (pretrain, {"context": 0}, "the nearest valid value is 2"),
         (pretrain, {"batch": 3.0}, "the nearest valid value is 4096"),
         (pretrain, {"batch": 1e13}, "the nearest valid value is 1e+12"),
+        (pretrain, {"tokens": 100.0}, "fewer than one sequence of 4096; the nearest valid value is 4096"),
         (pretrain, {"batch": 4096.0, "ways": {"tp": 1, "pp": 1}}, "the nearest valid batch is 262144"),
+        (pretrain, {"tokens": 1e5, "ways": {"tp": 1, "pp": 1}}, "the nearest valid batch is 262144, in a run of at least as many tokens"),
         (pretrain, {"ways": {"tp": 3}}, "the nearest valid value is 2"),
         (pretrain, {"ways": {"ep": 2}}, "no experts"),
         (pretrain, {"precision": "fp4"}, "did you mean fp8?"),

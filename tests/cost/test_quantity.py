@@ -15,7 +15,7 @@ from slingshot.files import SlingshotError
 @pytest.mark.parametrize(
     ("text", "number"),
     [("14.8T", 14.8e12), ("7e12", 7e12), ("671B", 671e9), ("671 b", 671e9), ("2G", 2e9), ("1.5M", 1.5e6), ("32k", 32e3), ("87,072", 87072),
-     ("1_000", 1000), (".5K", 500), ("$2.0", 2), (3, 3)],
+     ("1,234,567.5", 1234567.5), ("1_000", 1000), (".5K", 500), ("$2.0", 2), (3, 3)],
 )  # fmt: skip
 def test_counts(text: str | float, number: float) -> None:
     assert count(text) == pytest.approx(number, rel=1e-15)
@@ -44,7 +44,13 @@ def test_sizes_and_times() -> None:
         (size, "3 GBit", "did you mean GB?"),
         (seconds, "5 mins", "did you mean min?"),
         (share, "40", "0.4 is 40%"),
-        (share, "140%", "1.4"),
+        (share, "140%", "the nearest valid value is 100%"),
+        (share, "4e9", "the nearest valid value is 100%"),
+        (share, "-40%", "did you mean 40%?"),
+        (share, "1e-300", "the smallest share above 0 is 0.0001%"),
+        (count, "14,8B", "not a number"),
+        (count, "1,4.8T", "not a number"),
+        (count, "1234,567", "not a number"),
         (whole, "2.5", "the nearest is 2"),
         (whole, "0", "the nearest is 1"),
     ],

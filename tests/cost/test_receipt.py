@@ -107,6 +107,15 @@ def test_what_is_missing_or_broken_is_named(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("key", "value"), [("seconds", "NaN"), ("flops", "Infinity"), ("seconds", "-1"), ("devices", "0"), ("money", "NaN")])
+def test_a_receipt_of_impossible_numbers_is_refused(tmp_path: Path, key: str, value: str) -> None:
+    Meter().receipt("rl", "x", {}, [], tmp_path, MACHINE).write(tmp_path)
+    content = json.loads((tmp_path / "receipt.json").read_text())
+    (tmp_path / "receipt.json").write_text(json.dumps(content | {key: json.loads(value)}))
+    with pytest.raises(SlingshotError, match=rf"receipt\.json\.{key}"):
+        Receipt.read(tmp_path)
+
+
 def test_peak_memory_sees_a_large_allocation() -> None:
     before = peak_memory_bytes()
     block = b"x" * (before + 64 * 2**20)  # larger than anything this process has held

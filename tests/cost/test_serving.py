@@ -57,6 +57,26 @@ def test_tensor_parallel_decoding_shares_weights_and_exchanges_activations() -> 
     assert four.bytes_sent(3) == 3 * 4 * 32 * 2 * 2 * 3 / 4 * 4096 * 2
 
 
+def test_more_devices_than_key_value_heads_hold_each_head_of_the_cache_more_than_once() -> None:
+    """8 heads of 2 x 128 numbers in 32 layers, 131,072 bytes a token: a sequence a device is 16 of them on sixteen, where a device has one head."""
+    eight, sixteen = fleet(devices=8), fleet(devices=16)
+    assert eight.memory(3, 1000).cache == 3 * 1000 * 131_072
+    assert sixteen.memory(3, 1000).cache == 16 * 3 * 1000 * 131_072 / 8
+    assert sixteen.bytes_read(3, 1000) - sixteen.bytes_read(3, 0) == sixteen.memory(3, 1000).cache
+    left = ROOM - sixteen.memory(0, 0).total
+    assert sixteen.largest_batch(1000, ROOM) == pytest.approx(left / (2 * 1000 * 131_072))
+    # MLA's latent is one head, which experts' devices have for their own sequences only.
+    latent = V3.model_copy(update={"first_k_dense_replace": 61, "num_nextn_predict_layers": 0})
+    assert fleet(latent, 4).memory(1, 1000).cache == 4 * fleet(V3, 4).memory(1, 1000).cache == 4 * 1000 * 70_272
+
+
+def test_an_all_reduce_over_nodes_takes_the_network_links_of_all_its_members() -> None:
+    """16 H100 on two nodes: 8 links of 50 GB/s rather than one; H800's own links of 200 GB/s are slower than that. 12 devices are 6 a node."""
+    for devices, on, rate in ((8, "h100", 450e9), (16, "h100", 400e9), (12, "h100", 300e9), (16, "h800", 200e9), (2, "m4-max", 10e9)):
+        it = fleet(devices=devices, on=on)
+        assert it.decode_step(10, 0).network == pytest.approx(it.bytes_sent(10) / (0.8 * rate))
+
+
 def test_expert_parallel_decoding_sends_tokens_to_their_experts_elsewhere() -> None:
     """58 layers, 8 experts of which three in four are on other devices, 7,168 numbers in 1 byte there and in 2 back; nothing on one device."""
     assert fleet(V3, 4, "fp8").bytes_sent(10) == 10 * 58 * 8 * 3 / 4 * 7168 * (1 + 2)
@@ -125,22 +145,63 @@ def test_lengths_have_the_mean_they_were_asked_for(mean: float, factor: float) -
     assert lengths.share_longer(0) == 1 and lengths.share_longer(lengths.longest) == 0
 
 
+@given(st.floats(1, 1e5), st.floats(1.0, 1000))
+@settings(derandomize=True, deadline=None)
+def test_the_mean_square_of_lengths_is_its_integral(mean: float, factor: float) -> None:
+    lengths, points = Lengths(mean, mean * factor), 20_000
+    width = lengths.longest / points
+    middles = ((point + 0.5) * width for point in range(points))
+    assert lengths.square == pytest.approx(sum(2 * middle * lengths.share_longer(middle) for middle in middles) * width, rel=0.02)
+
+
+def test_the_mean_square_of_lengths_without_a_cap_and_all_at_the_cap() -> None:
+    assert Lengths(300, 1e9).square == pytest.approx(2 * 300**2)
+    assert Lengths(300, 300).square == pytest.approx(300**2) and Lengths(300, 300.01).square == pytest.approx(300**2, rel=1e-3)
+
+
 def simulated(it: Fleet, responses: int, copies: int, lengths: Lengths, seed: int, stride: int = 10) -> float:
-    """A round: every response drawn, the batch counted at every tenth position."""
+    """A round: every response drawn and dealt to a copy, each copy's batch counted at every tenth position; it ends with the last copy."""
     generator = random.Random(seed)
-    drawn = sorted(min(lengths.longest, generator.expovariate(lengths.rate)) for _ in range(responses))
-    total, ended = 0.0, 0
-    for position in range(0, math.ceil(drawn[-1]), stride):
-        while ended < responses and drawn[ended] <= position:
-            ended += 1
-        total += stride * it.step_seconds((responses - ended) / (copies * it.devices), 100 + position)
-    return total
+    times = []
+    for copy in range(copies):
+        drawn = sorted(min(lengths.longest, generator.expovariate(lengths.rate)) for _ in range(copy, responses, copies))
+        total, ended = 0.0, 0
+        for position in range(0, math.ceil(drawn[-1]), stride):
+            while drawn[ended] <= position:
+                ended += 1
+            total += stride * it.step_seconds((len(drawn) - ended) / it.devices, 100 + position)
+        times.append(total)
+    return max(times)
 
 
-def test_a_round_of_rollouts_takes_what_a_simulation_takes() -> None:
-    it, lengths = fleet(efficiency=0.46), Lengths(300, 2000)
-    expected = sum(simulated(it, 64, 2, lengths, seed) for seed in range(150)) / 150
-    assert round_seconds(it, 64, 2, 100, lengths, ROOM) == pytest.approx(expected, rel=0.05)
+@pytest.mark.parametrize(
+    ("it", "responses", "copies"),
+    [(fleet(efficiency=0.46), 64, 2), (fleet(devices=4), 64, 2), (fleet(), 8, 8), (fleet(V3, 16, "fp8"), 8, 8), (fleet(V3, 16, "fp8"), 256, 8)],
+)
+def test_a_round_of_rollouts_takes_what_a_simulation_takes(it: Fleet, responses: int, copies: int) -> None:
+    lengths = Lengths(300, 2000)
+    expected = sum(simulated(it, responses, copies, lengths, seed) for seed in range(150)) / 150
+    assert round_seconds(it, responses, copies, 100, lengths, ROOM) == pytest.approx(expected, rel=0.05)
+
+
+def test_copies_that_have_ended_do_not_help_those_that_have_not() -> None:
+    """One response takes as long with seven idle copies beside its own as with none; eight on eight copies take their longest one's time alone."""
+    it, lengths = fleet(V3, 16, "fp8"), Lengths(300, 2000)
+    assert round_seconds(it, 1, 8, 100, lengths, ROOM) == pytest.approx(round_seconds(it, 1, 1, 100, lengths, ROOM))
+    alike = Lengths(300, 300.001)
+    assert round_seconds(it, 8, 8, 100, alike, ROOM) == pytest.approx(300 * it.step_seconds(1 / 16, 250), rel=1e-3)
+
+
+@pytest.mark.parametrize("longest", [32_768, 1e6, 1e9, 1e15])
+def test_a_cap_that_no_response_reaches_changes_nothing(longest: float) -> None:
+    it = fleet()
+    assert round_seconds(it, 512, 8, 200, Lengths(50, longest), ROOM) == pytest.approx(
+        round_seconds(it, 512, 8, 200, Lengths(50, 8192), ROOM), rel=1e-4
+    )
+    # One response alone: its steps, counted at every position it may reach.
+    rate = Lengths(50, longest).rate
+    by_steps = sum(math.exp(-rate * (position + 0.5)) * it.step_seconds(1, 200.5 + position) for position in range(3000))
+    assert round_seconds(it, 1, 1, 200, Lengths(50, longest), ROOM) == pytest.approx(by_steps, rel=1e-3)
 
 
 def test_a_round_ends_with_its_longest_response() -> None:

@@ -13,12 +13,7 @@ from slingshot.model.checkpoint import to_hf_tensors
 from slingshot.model.layout import SCALE, layout, scale_shape, tensor_count
 from slingshot.model.transformer import Transformer
 
-V3 = ModelConfig(
-    family="deepseek_v3", vocab_size=129280, hidden_size=7168, intermediate_size=18432, num_hidden_layers=61, num_attention_heads=128,
-    q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, moe_intermediate_size=2048,
-    n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, n_group=8, topk_group=4, first_k_dense_replace=3,
-    routed_scaling_factor=2.5, num_nextn_predict_layers=1,
-)  # fmt: skip
+V3 = ModelConfig.preset("deepseek-v3")
 
 Released = dict[str, tuple[tuple[int, ...], str]]
 

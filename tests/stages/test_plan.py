@@ -98,7 +98,7 @@ def test_a_coin_gives_nearly_every_group_a_signal(base: Path, sums: dict[str, An
     prospect = Prospect.outside(str(base))
     given = values(base, sums, steps=8, prompts_per_step=4, group_size=4, max_tokens=24, sequence_length=48)
     honest, coin = (rl.plan(rl.Config.parse(given | {"rewards": {"random": random}}, "rl"), prospect) for random in (False, True))
-    assert "100% of the groups carry a signal" in coin.assumptions
+    assert any(line.startswith("100% of the groups carry a signal; ten points more or less are") for line in coin.assumptions)
     assert coin.phases[0] == honest.phases[0] and coin.phases[1].total_flops > 1.2 * honest.phases[1].total_flops
 
 

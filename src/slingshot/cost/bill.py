@@ -107,6 +107,7 @@ def _way_out(path: Path) -> str:
     if beside:
         import difflib
 
-        closest = difflib.get_close_matches(path.name, [place.name for place in beside], n=1, cutoff=0.0)
-        return f"did you mean {path.parent / closest[0]}?"
+        closest = difflib.get_close_matches(path.name, [place.name for place in beside], n=1)
+        if closest:
+            return f"did you mean {path.parent / closest[0]}?"
     return "give the folder of an artifact that a stage made"

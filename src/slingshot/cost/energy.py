@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,18 +82,26 @@ def _nvml() -> list[Counter]:
             return []
     except (OSError, AttributeError):  # no library, or another one of that name
         return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    chosen = range(count.value)
-    if visible is not None and visible.replace(",", "").isdigit():
-        chosen = [int(number) for number in visible.split(",") if number and int(number) < count.value]  # type: ignore[assignment]
     found = []
-    for index in chosen:
+    for name in _visible(count.value):
         handle = ctypes.c_void_p()
-        if not library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle)):
+        if name.isdecimal():
+            failed = library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(int(name)), ctypes.byref(handle))
+        else:
+            failed = library.nvmlDeviceGetHandleByUUID(ctypes.c_char_p(name.encode()), ctypes.byref(handle))
+        if not failed:
             with contextlib.suppress(OSError):
                 read = _millijoules(library, handle)
                 found.append(Counter(read, 0.0, read()))
     return found
+
+
+def _visible(count: int) -> list[str]:
+    """Numbers and UUIDs in CUDA_VISIBLE_DEVICES, as CUDA reads it: all where it is not set, else up to the first that is no device's."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(number) for number in range(count)] if given is None else [name.strip() for name in given.split(",")]
+    known = itertools.takewhile(lambda name: int(name) < count if name.isdecimal() else name.startswith(("GPU-", "MIG-")), names)
+    return list(known)
 
 
 def _millijoules(library: ctypes.CDLL, handle: ctypes.c_void_p) -> Callable[[], float]:

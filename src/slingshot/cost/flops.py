@@ -116,10 +116,13 @@ def generation_flops(config: ModelConfig, prompt_length: int, new_tokens: int | 
 def prefill_parts(config: ModelConfig, length: float, cached: float = 0) -> dict[str, float]:
     """FLOPs of reading a prompt of `length` tokens whose first `cached` are in the cache already, by part; logits at the last position only.
 
-    Attention is in expanded form: every token after the cached ones meets itself and all before it. Means of many prompts may be fractions.
+    Attention is in expanded form: every token after the cached ones meets itself and all before it. What MLA cached is latents, which
+    kv_b_proj expands anew wherever a token is left to read. Means of many prompts may be fractions.
     """
     pairs = (length * (length + 1) - cached * (cached + 1)) / 2
     parts = _block_parts(config, range(config.num_hidden_layers), length - cached, pairs)
+    if config.family == "deepseek_v3" and cached < length:
+        parts["projections"] += 2.0 * cached * config.num_hidden_layers * _expansion_weights(config)
     return parts | {"head": 2.0 * config.vocab_size * config.hidden_size}
 
 
@@ -147,8 +150,12 @@ def projection_weights(config: ModelConfig) -> int:
     if config.q_lora_rank is not None:
         query = config.q_lora_rank * (width + heads * config.qk_head_dim)
     latent = width * (config.kv_lora_rank + config.qk_rope_head_dim)
-    expand = config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
-    return query + latent + expand + heads * config.v_head_dim * width
+    return query + latent + _expansion_weights(config) + heads * config.v_head_dim * width
+
+
+def _expansion_weights(config: ModelConfig) -> int:
+    """Matrix elements of MLA's kv_b_proj, which makes keys and values of a latent."""
+    return config.kv_lora_rank * config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
 
 
 def _attention_width(config: ModelConfig, absorbed: bool) -> int:

@@ -22,6 +22,7 @@ from slingshot.cost.devices import Device, dtype_peak, mixed_peak
 from slingshot.cost.flops import cache_bytes_per_token, parameters
 from slingshot.cost.layout import Layout
 from slingshot.cost.memory import PRECISIONS, TRAINABLE, Memory, Precision
+from slingshot.cost.published import PublishedBill
 from slingshot.cost.quantity import show_count, show_share, show_size
 from slingshot.cost.scaling import DenseEquivalent
 from slingshot.cost.serving import Times
@@ -33,7 +34,9 @@ _MFU_SOURCE = {
     "fp8": "what DeepSeek-V3's 385 TFLOP/s on an H800 come to (arXiv 2505.09343, Table 4)",
     "bfloat16": "Llama 3 405B reports 38 to 43% (arXiv 2407.21783, Table 4)",
 }
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 USABLE = 0.9  # share of a device's memory a plan may fill: the rest is for the framework, buffers of collectives and fragmentation
+MOST = 10**7  # devices
 HOURS = 24.0
 
 
@@ -131,6 +134,7 @@ class PretrainPlan(Plan):
 
     tflops_bound   what this layout lets through at most: no step is shorter than its compute at the peak with the pipeline's bubble, its memory
                    traffic, or its network. A rate above it was not reached in this layout, or not on these links
+    published      the bill somebody published of the same work
     """
 
     tokens: float
@@ -150,6 +154,7 @@ class PretrainPlan(Plan):
     transfers: list[Transferred]
     dense_equivalent: DenseEquivalent | None
     dense_device_hours: float | None
+    published: PublishedBill | None
 
 
 class RLPlan(Plan):
@@ -292,7 +297,7 @@ class Pool:
         elif self.example:
             price = f"${self.price:g} per {self.device.name} hour, the table's example"
         else:
-            price = f"{self.price:g} per {self.device.name} hour, as given"
+            price = f"${self.price:g} per {self.device.name} hour, as given"
         watts = f"{self.device.power_watts:g} W a device, hosts, network and cooling left out" if self.device.power_watts else "energy unknown"
         return [f"{show_share(USABLE)} of {show_size(self.device.memory_bytes)} may be filled", price, watts]
 
@@ -301,8 +306,8 @@ def pool(device: Device, count: int, price: float | None) -> Pool:
     """Take `count` devices at `price` an hour, or at the table's example."""
     if count < 1:
         raise SlingshotError(f"{count} devices: the nearest valid count is 1")
-    if count > 10**7:
-        raise SlingshotError(f"{count} devices: the largest count a plan takes is {10**7}")
+    if count > MOST:
+        raise SlingshotError(f"{count} devices: the largest count a plan takes is {MOST}")
     if count > 1 and not device.network:
         raise SlingshotError(f"{count} x {device.name}: what joins several of them is not known; the nearest valid count is 1")
     if price is not None and not (price >= 0 and math.isfinite(price)):
@@ -322,6 +327,7 @@ def chosen_precision(config: ModelConfig, device: Device, name: str | None) -> P
     if name is None:
         wanted = (config.quantization, "bfloat16", "float32")
         name = next((dtype for dtype in wanted if dtype in device.peak), "float32")
+    name = _SHORT.get(name.lower(), name.lower())
     dtype_peak(device, name)
     return PRECISIONS[name]
 
@@ -356,12 +362,19 @@ def training_rate(
         assumed = ASSUMED_MFU[precision.dtype]
         rate, source = assumed * peak, f"MFU {show_share(assumed)}, assumed; {_MFU_SOURCE.get(precision.dtype, 'as in bfloat16')}"
     if rate > peak * (1 + 1e-9):
-        most = f"a {device.name} does at most {peak / 1e12:.4g} of this model's products in {precision.dtype}"
-        nearest = f"{sum(parts.values()) / peak / 3600:.4g} hours" if hours is not None else f"{peak / 1e12:.4g}"
+        below = f"{math.floor(peak / 1e9) / 1000:.10g}"
+        most = f"a {device.name} does at most {below} of this model's products in {precision.dtype}"
+        nearest = f"{math.ceil(sum(parts.values()) / peak / 3600):,} hours" if hours is not None else below
         raise SlingshotError(f"{rate / 1e12:.4g} TFLOP/s: {most}; the nearest valid value is {nearest}")
     return Rate(
         rate, rate / peak, f"{source}: {rate / 1e12:.4g} TFLOP/s, {show_share(rate / peak)} of {peak / 1e12:.4g} for this mix in {precision.dtype}"
     )
+
+
+def beyond(config: ModelConfig, tokens: float) -> list[str]:
+    """The assumption behind sequences longer than the model's own."""
+    most = config.max_position_embeddings
+    return [f"sequences of {tokens:g} tokens, though the model is made for {most}: its context extended first"] if tokens > most else []
 
 
 def checked_mfu(mfu: float) -> float:

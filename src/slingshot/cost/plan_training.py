@@ -15,12 +15,13 @@ from typing import Any
 
 from slingshot.config import ModelConfig
 from slingshot.cost.devices import DEVICES, Device, mixed_peak
-from slingshot.cost.flops import decode_parts, forward_flops, forward_parts, parameters, training_flops, training_parts
+from slingshot.cost.flops import decode_parts, forward_flops, forward_parts, parameters, prefill_parts, training_flops, training_parts
 from slingshot.cost.layout import LINK_EFFICIENCY, RECOMPUTE, Layout, Transfer, layouts, network_seconds, transfers
 from slingshot.cost.memory import PRECISIONS, Memory, Precision, Sizes, sizes, training_memory
 from slingshot.cost.plan import (
     ASSUMED_MFU,
     HOURS,
+    MOST,
     USABLE,
     Alternative,
     DistillPlan,
@@ -28,6 +29,7 @@ from slingshot.cost.plan import (
     PretrainPlan,
     RLPlan,
     Transferred,
+    beyond,
     chosen_precision,
     dominates,
     pool,
@@ -35,13 +37,15 @@ from slingshot.cost.plan import (
     training_rate,
 )
 from slingshot.cost.plan_serving import sampling_fleet
-from slingshot.cost.quantity import show_count
+from slingshot.cost.published import published
+from slingshot.cost.quantity import show_count, show_share
 from slingshot.cost.scaling import dense_equivalent
 from slingshot.cost.serving import DECODE_EFFICIENCY, Fleet, Lengths, Times, round_seconds
 from slingshot.files import SlingshotError
 
 BATCH = 4e6  # tokens in an optimizer step where the request does not say
 _ELSEWHERE = "other devices and precisions: at the same share of their own peak, which flatters the faster ones"
+_FASTEST = " (the power of two that is fastest)"
 _DECODING = "of the roofline (DeepSeek's day-6 disclosure comes to 46%), no speculation"
 
 
@@ -73,6 +77,8 @@ def plan_pretrain(
     context = min(4096, config.max_position_embeddings) if context is None else context
     if not 2 <= context <= 2**27:
         raise SlingshotError(f"context {context}: from 2 to {2**27} tokens; the nearest valid value is {min(max(2, context), 2**27)}")
+    if tokens < context:
+        raise SlingshotError(f"tokens {tokens:g}: fewer than one sequence of {context}; the nearest valid value is {context}")
     chosen = chosen_precision(config, device, precision)
     batch_tokens, batch_note = _batch(batch, tokens, context, count)
     # The FLOPs of one sequence, for all there are.
@@ -83,7 +89,7 @@ def plan_pretrain(
     run = _Run(config, device, count, chosen, context, batch_tokens)
     layout = run.layout(ways or {})
     memory = run.memory(layout)
-    times = run.times(layout)
+    times = run.times(layout, memory)
     bubble = (layout.pp - 1) / (run.microbatches(layout) + layout.pp - 1)
     shortest = max(times.compute / (1 - bubble), times.memory, times.network)
     bound = flops / tokens * batch_tokens / count / shortest if shortest < math.inf else 0.0
@@ -96,17 +102,19 @@ def plan_pretrain(
         lines.append(hired.stage(name, known, note="hours given, not computed"))
     total = sum(line.device_hours for line in lines)
     equal = dense_equivalent(config, tokens)
+    common = hired.common("pretrain", config, model, chosen, memory, lines)
     return PretrainPlan(
-        **hired.common("pretrain", config, model, chosen, memory, lines),
+        **common,
         nearest_fit=None if run.fits(memory) else run.nearest_fit(),
         flops=flops,
         flops_by_part=parts | ({"mtp": mtp} if mtp else {}),
         dominates=dominates(f"an optimizer step of {show_count(batch_tokens)} tokens", times),
-        alternatives=_alternatives(run, parts, computed, total - computed),
+        alternatives=_alternatives(run, common, parts, computed, total - computed),
         assumptions=[
             rate.note,
             batch_note,
             f"sequences of {context} tokens, each one document, one a microbatch; attention counted over the causal half",
+            *beyond(config, context),
             f"layout: {layout}{'' if ways else '; chosen as the fastest that fits'}",
             f"bytes a parameter in {chosen.dtype}: {chosen.weight:.3g} weights, {chosen.gradient:.3g} gradients, {chosen.optimizer:.3g} optimizer",
             f"links reach {LINK_EFFICIENCY:.0%} of their rate, a node's own and the network's at the same time; compute hides what it can",
@@ -114,6 +122,7 @@ def plan_pretrain(
             *(["the rate counts the main model's FLOPs, as published rates do; the MTP module's stand on a line of their own"] if mtp else []),
             *hired.notes(),
             _ELSEWHERE,
+            *(["hours given are the same on every device"] if stages else []),
         ],
         tokens=tokens,
         context=context,
@@ -132,6 +141,7 @@ def plan_pretrain(
         transfers=[Transferred(**vars(transfer)) for transfer in run.transfers(layout)],
         dense_equivalent=equal,
         dense_device_hours=equal.ratio * computed if equal else None,
+        published=published(config, model, device.name, tokens),
     )
 
 
@@ -177,56 +187,72 @@ def plan_rl(
     at_once = min(rollout if rollout is not None else prompts * group, responses)
     workers = verify_workers if verify_workers is not None else 16 * count
     positive(rollout=at_once, verify_workers=workers)
-    rounds, tokens = responses / at_once, responses * (prompt + response)
-
+    full, last = divmod(responses, at_once)
+    rounds, tokens = full + (last > 0), responses * (prompt + response)
     lengths = Lengths(response, longest)
-    copies, fleet = sampling_fleet(config, device, chosen, count, devices_per_copy, prompt + response, at_once / count, efficiency)
-    seconds = round_seconds(fleet, at_once, copies, prompt, lengths, hired.usable)
+
+    def sampling(copies: int, fleet: Fleet) -> float:
+        """Device-hours of all rounds."""
+        usable = USABLE * fleet.device.memory_bytes
+        seconds = full * round_seconds(fleet, at_once, copies, prompt, lengths, usable)
+        return (seconds + (round_seconds(fleet, last, copies, prompt, lengths, usable) if last else 0.0)) * count / 3600
+
+    def policies(other: Device, precision: Precision, given: int | None = None) -> tuple[int, Fleet]:
+        return sampling_fleet(config, other, precision, count, given, prompt + response, at_once / count, efficiency, sampling)
 
     def sampled(other: Device, precision: Precision) -> float:
-        many, copy = sampling_fleet(config, other, precision, count, None, prompt + response, at_once / count, efficiency)
-        return rounds * round_seconds(copy, at_once, many, prompt, lengths, USABLE * other.memory_bytes) * count / 3600
+        return sampling(*policies(other, precision))
 
-    decoding = responses * sum(decode_parts(config, prompt + response / 2, response).values())
+    copies, fleet = policies(device, chosen, devices_per_copy)
+    # A token of a response meets the prompt and, in the mean over all tokens, E[n^2] / 2 E[n] of its own.
+    decoding = responses * sum(decode_parts(config, prompt + lengths.square / response / 2, response).values())
 
-    # Packed rows of one prompt and response each, all of the mean length.
+    # Packed rows of one prompt and response each. In the mean a token's row is E[row^2] / E[row] long, which is what its attention goes by.
     length = max(2, round(prompt + response))
-    train = {part: 3 * flops * tokens / length for part, flops in forward_parts(config, [length]).items()}
-    other = forwards * forward_flops(config, [length]) * tokens / length
+    longer = max(2, round((prompt**2 + 2 * prompt * response + lengths.square) / (prompt + response)))
+    train = {part: 3 * flops * tokens / longer for part, flops in forward_parts(config, [longer]).items()}
+    other = forwards * forward_flops(config, [longer]) * tokens / longer
     rate = training_rate(device, chosen, train, mfu, tflops, None)
     run = _Run(config, device, count, chosen, length, max(prompts * group, count) * float(length))
     layout = run.layout(ways or {})
     batch = min(at_once / count, fleet.largest_batch(prompt + response, hired.usable))
     memory = max(run.memory(layout), fleet.memory(batch, prompt + response), key=lambda held: held.total)
+    waits = full * math.ceil(at_once / workers) + math.ceil(last / workers)  # for a response to be verified, one after the other
     lines = [
-        hired.stage("rollouts", rounds * seconds * count / 3600, responses * response, decoding, f"{rounds:,.0f} rounds of {at_once:,} responses"),
-        hired.stage("verification", responses * verify_seconds / workers * count / 3600, note=f"{workers:,} cores, {verify_seconds:g} s a response"),
+        hired.stage(
+            "rollouts", sampling(copies, fleet), responses * response, decoding,
+            f"{rounds:,} rounds of {at_once:,} responses{f', the last of {last:,}' if last else ''}",
+        ),
+        hired.stage("verification", waits * verify_seconds * count / 3600, note=f"{workers:,} cores, {verify_seconds:g} s a response"),
         hired.stage("update", (sum(train.values()) + other) / rate.per_device / 3600, tokens, sum(train.values()) + other),
-    ]
+    ]  # fmt: skip
+    common = hired.common("rl", config, model, chosen, memory, lines)
     return RLPlan(
-        **hired.common("rl", config, model, chosen, memory, lines),
+        **common,
         nearest_fit=None if run.fits(memory) else run.nearest_fit(),
         flops=sum(line.flops for line in lines),
         flops_by_part={"rollouts": decoding, "training": sum(train.values()), "other forward passes": other},
         dominates=dominates(f"a decoding step of {batch:.3g} sequences a device", fleet.decode_step(batch, prompt + response / 2)),
-        alternatives=_alternatives(run, train, lines[2].device_hours, lines[1].device_hours, sampled),
+        alternatives=_alternatives(run, common, train, lines[2].device_hours, lines[1].device_hours, sampled),
         assumptions=[
             rate.note,
             f"responses of {response:g} tokens in the mean and at most {longest:g}, their lengths exponential; prompts of {prompt:g} tokens",
-            f"{copies} {'copy' if copies == 1 else 'copies'} of the policy on {fleet.devices} devices each, decoding at {efficiency:.0%} {_DECODING}",
+            *beyond(config, prompt + longest),
+            f"{copies} {'copy' if copies == 1 else 'copies'} of the policy on {fleet.devices} devices each{'' if devices_per_copy else _FASTEST}, "
+            f"decoding at {efficiency:.0%} {_DECODING}",
             "reading the prompts left out: a group shares its prompt's",
             "a round ends with its longest response; rollouts, verification and update take turns on all devices, none overlapped",
             f"update: one pass over every response without padding and {forwards} forward passes besides",
             "the reference's weights are not counted as memory",
-            f"verification on {workers:,} cores at {verify_seconds:g} s a response",
+            f"verification of a round on {workers:,} cores at {verify_seconds:g} s a response, each on one core",
             f"training layout: {layout}; weights pass between training and sampling in no time",
             *hired.notes(),
-            _ELSEWHERE,
+            f"{_ELSEWHERE}; copies of the policy on as many devices as is fastest there",
         ],
         steps=steps,
         responses=responses,
         rounds=rounds,
-        round_seconds=seconds,
+        round_seconds=round_seconds(fleet, at_once, copies, prompt, lengths, hired.usable),
         tokens=tokens,
         devices_per_copy=fleet.devices,
         layout_text=str(layout),
@@ -264,20 +290,21 @@ def plan_distill(
         raise SlingshotError(f"accepted {accepted:g}: a share lies between 0 and 1; the nearest valid value is 1")
     chosen, of_teacher = chosen_precision(config, device, precision), chosen_precision(teacher, device, teacher_precision)
     sampled, context = samples / accepted, prompt + response / 2
-    copies, fleet = sampling_fleet(teacher, device, of_teacher, count, devices_per_copy, context, 1, efficiency)
+    copies, fleet = sampling_fleet(teacher, device, of_teacher, count, devices_per_copy, context, sampled / count, efficiency)
 
     def batch_and_hours(copy: Fleet, usable: float) -> tuple[float, float]:
         batch = min(copy.largest_batch(context, usable), max(1.0, sampled / count))
         reading = copy.prefill_seconds(prompt, 0.0, ASSUMED_MFU[copy.precision.dtype])
         return batch, sampled * (response * copy.step_seconds(batch, context) / batch + reading) / 3600
 
-    def sampling(other: Device, precision: Precision) -> float:
-        copy = sampling_fleet(teacher, other, precision, count, None, context, 1, efficiency)[1]
+    def sampling(other: Device, _: Precision) -> float:
+        as_here = of_teacher if of_teacher.dtype in other.peak else chosen_precision(teacher, other, None)
+        copy = sampling_fleet(teacher, other, as_here, count, None, context, sampled / count, efficiency)[1]
         return batch_and_hours(copy, USABLE * other.memory_bytes)[1]
 
     batch, sampling_hours = batch_and_hours(fleet, hired.usable)
     speed = batch / fleet.step_seconds(batch, context)
-    writing = sampled * sum(decode_parts(teacher, context, response).values())
+    writing = sampled * sum(sum(parts.values()) for parts in (prefill_parts(teacher, prompt), decode_parts(teacher, context, response)))
 
     length = max(2, round(prompt + response))
     tokens = epochs * samples * (prompt + response)
@@ -293,21 +320,23 @@ def plan_distill(
         ),
         hired.stage("the student trains", sum(train.values()) / rate.per_device / 3600, tokens, sum(train.values()), f"{epochs:g} epochs"),
     ]  # fmt: skip
+    common = hired.common("distill", config, model, chosen, memory, lines)
     return DistillPlan(
-        **hired.common("distill", config, model, chosen, memory, lines),
+        **common,
         nearest_fit=None if run.fits(memory) else run.nearest_fit(),
         flops=sum(line.flops for line in lines),
         flops_by_part={"sampling": writing, "training": sum(train.values())},
         dominates=dominates(f"a decoding step of the teacher, {batch:.3g} sequences a device", fleet.decode_step(batch, context)),
-        alternatives=_alternatives(run, train, lines[1].device_hours, sampled=sampling),
+        alternatives=_alternatives(run, common, train, lines[1].device_hours, sampled=sampling),
         assumptions=[
             rate.note,
             f"{accepted:.3g} of the teacher's responses are kept; {response:g} tokens each, prompts of {prompt:g}; verification left out",
-            f"{copies} {'copy' if copies == 1 else 'copies'} of the teacher in {of_teacher.dtype} on {fleet.devices} devices each, decoding at "
-            f"{efficiency:.0%} {_DECODING}, always at full batch",
+            f"{copies} {'copy' if copies == 1 else 'copies'} of the teacher in {of_teacher.dtype} on {fleet.devices} devices each"
+            f"{'' if devices_per_copy else _FASTEST}, decoding at {efficiency:.0%} {_DECODING}, always at full batch",
+            f"prompts read at {show_share(ASSUMED_MFU[of_teacher.dtype])} of the peak of their products",
             f"student's layout: {layout}; at least 64 examples a step, packed without padding",
             *hired.notes(),
-            _ELSEWHERE,
+            f"{_ELSEWHERE}; the teacher in {of_teacher.dtype} where they have it, its copies on as many devices as is fastest there",
         ],
         teacher=teacher_name,
         sampled=sampled,
@@ -323,12 +352,14 @@ def plan_distill(
 def _batch(batch: float | None, tokens: float, context: int, count: int) -> tuple[float, str]:
     """Tokens in an optimizer step, and the line that says so."""
     if batch is not None:
-        if not context <= batch <= max(tokens, context):
-            nearest = min(max(batch, context), max(tokens, context))
+        if not context <= batch <= tokens:
+            nearest = min(max(batch, context), tokens)
             raise SlingshotError(f"batch {batch:g} tokens: from one sequence of {context} to the whole run; the nearest valid value is {nearest:g}")
         return batch, f"{show_count(batch)} tokens in an optimizer step, as given"
-    sequences = max(round(min(BATCH, tokens / 1000) / context), count)
-    return sequences * float(context), f"{show_count(sequences * context)} tokens in an optimizer step, assumed; at least a sequence a device"
+    wanted, all_there_are = max(round(min(BATCH, tokens / 1000) / context), count), int(tokens // context)
+    sequences = min(wanted, all_there_are)
+    why = "at least a sequence a device" if wanted <= all_there_are else "the whole run has no more whole sequences"
+    return sequences * float(context), f"{show_count(sequences * context)} tokens in an optimizer step, assumed; {why}"
 
 
 @dataclass(frozen=True)
@@ -372,36 +403,35 @@ class _Run:
     def layout(self, ways: Mapping[str, Any]) -> Layout:
         """The fastest layout with these ways that fits; where none does, the one that needs least memory."""
         given = {name: value for name, value in ways.items() if value is not None}
-        options = [
-            layout
-            for layout in layouts(self.config, self.count, self.device.per_node)
-            if all(getattr(layout, name) == value for name, value in given.items())
-        ] or [Layout.over(self.count, self.config, **given)]
+        options = list(layouts(self.config, self.count, self.device.per_node, **given))
         fewest = min(layout.dp for layout in options)
         if fewest > self.sequences:
             raise SlingshotError(
                 f"a batch of {self.batch_tokens:g} tokens has {self.sequences:g} sequences of {self.context}, fewer than {fewest} data-parallel "
-                f"ranks; the nearest valid batch is {fewest * self.context}"
+                f"ranks; the nearest valid batch is {fewest * self.context}, in a run of at least as many tokens"
             )
         needs = [(layout, self.memory(layout)) for layout in options if layout.dp <= self.sequences]
-        fitting = [layout for layout, memory in needs if self.fits(memory)]
-        return min(fitting, key=self._seconds) if fitting else min(needs, key=lambda pair: pair[1].total)[0]
+        fitting = [(layout, memory) for layout, memory in needs if self.fits(memory)]
+        if not fitting:
+            return min(needs, key=lambda pair: pair[1].total)[0]
+        # Who asks for ZeRO asks for data parallelism, which it shards over.
+        return min(fitting, key=lambda pair: (pair[0].zero > 0 and pair[0].dp == 1, self._seconds(*pair)))[0]
 
-    def _seconds(self, layout: Layout) -> float:
-        """Of an optimizer step, to compare layouts: compute at its peak, with recomputation and bubble, and what of the network it cannot hide."""
+    def _seconds(self, layout: Layout, memory: Memory) -> float:
+        """Of an optimizer step, to compare layouts: what takes longest, compute at its peak with recomputation and bubble; then less network."""
         again = {"none": 1.0, "selective": 1.05, "full": 4 / 3}[layout.recompute]
         compute = again * self.compute_seconds * (1 + (layout.pp - 1) / self.microbatches(layout))
-        network = network_seconds(self.transfers(layout))
-        return compute + max(0.0, network - compute) + 0.01 * network
+        times = self.times(layout, memory)
+        return max(compute, times.memory, times.network) + 0.01 * times.network
 
-    def times(self, layout: Layout) -> Times:
+    def times(self, layout: Layout, memory: Memory) -> Times:
         """Seconds of an optimizer step on one device, each resource alone.
 
         Memory traffic: a microbatch reads the weights forward and for both gradients and reads and writes the gradients and what is kept for the
         backward pass; the optimizer reads and writes its state once.
         """
         experts, others = self.weighed.stage_weights(layout)
-        microbatches, memory = self.microbatches(layout), self.memory(layout)
+        microbatches = self.microbatches(layout)
         kept = memory.activations / min(layout.pp, microbatches)
         moved = microbatches * ((experts + others) * (3 * self.precision.weight + 2 * self.precision.gradient) + 2 * kept) + 2 * memory.optimizer
         return Times(
@@ -415,7 +445,7 @@ class _Run:
         for other in [self.device, *(entry for entry in DEVICES.values() if entry.name != self.device.name)]:
             if self.precision.dtype not in other.peak:
                 continue
-            for count in (self.count * 2**power for power in range(13 if other.network else 1)):
+            for count in (self.count * 2**power for power in range(13 if other.network else 1) if self.count * 2**power <= MOST):
                 batch = max(self.batch_tokens, float(self.context * count))
                 layout = _Run(self.config, other, count, self.precision, self.context, batch).leanest()
                 if layout is not None:
@@ -432,18 +462,28 @@ class _Run:
 
 
 def _alternatives(
-    run: _Run, parts: Mapping[str, float], trained: float, same: float = 0.0, sampled: Callable[[Device, Precision], float] | None = None
+    run: _Run,
+    plan: Mapping[str, Any],
+    parts: Mapping[str, float],
+    trained: float,
+    same: float = 0.0,
+    sampled: Callable[[Device, Precision], float] | None = None,
 ) -> list[Alternative]:
-    """The same work on as many of every other device, in every precision worth comparing.
+    """The same work on as many of every other device, in every precision worth comparing, and `plan`'s own figures among them.
 
     Training takes `trained` device-hours here and keeps its share of the peak of `parts`; `same` hours do not depend on the device; `sampled`
-    tells the hours of sampling on another one, or raises SlingshotError where no copy of the model has room.
+    tells the hours of sampling on another one, or raises SlingshotError where no copy of the model has room. This device's price is `plan`'s.
     """
     peak = mixed_peak(run.device, run.precision.dtype, parts)
     found = []
     for other in [run.device, *(entry for entry in DEVICES.values() if entry.name != run.device.name)]:
-        for dtype in ("fp8", "bfloat16", "float32") if other.name == run.device.name else ("fp8", "bfloat16"):
+        here = other.name == run.device.name
+        for dtype in dict.fromkeys(("fp8", "bfloat16", "float32", run.precision.dtype)) if here else ("fp8", "bfloat16"):
             if dtype not in other.peak or (run.count > 1 and not other.network):
+                continue
+            if here and dtype == run.precision.dtype:
+                own = {name: plan[name] for name in ("device_hours", "days", "money", "fits")}
+                found.append(Alternative(device=other.name, precision=dtype, **own))
                 continue
             hours = trained * peak / mixed_peak(other, dtype, parts) + same
             fits = _Run(run.config, other, run.count, PRECISIONS[dtype], run.context, run.batch_tokens).leanest() is not None
@@ -452,6 +492,7 @@ def _alternatives(
                     hours += sampled(other, PRECISIONS[dtype])
                 except SlingshotError:
                     fits = False
-            money = hours * other.price if other.price is not None else None
+            price = plan["price"] if here else other.price
+            money = hours * price if price is not None else None
             found.append(Alternative(device=other.name, precision=dtype, device_hours=hours, days=hours / run.count / HOURS, money=money, fits=fits))
     return found

@@ -25,6 +25,7 @@ for _power, _prefix in enumerate("KMGTPE", start=1):
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 LARGEST = 1e30  # more tokens, bytes or FLOP/s than there will be; keeps products of a few quantities finite
+SMALLEST_SHARE = 1e-6
 
 
 def count(text: str | float, what: str = "a count") -> float:
@@ -44,10 +45,15 @@ def seconds(text: str | float, what: str = "a time") -> float:
 
 def share(text: str | float, what: str = "a share") -> float:
     """Read a share between 0 and 1: 0.4 or 40%."""
-    percent = isinstance(text, str) and text.strip().endswith("%")
+    shown, percent = f"{text!s:.40}", str(text).strip().endswith("%")
+    if shown.strip().startswith("-"):
+        raise SlingshotError(f"{what} {shown!r}: must not be negative; did you mean {shown.strip().lstrip('-')}?")
     number = _read(str(text).strip().removesuffix("%"), what, {"": 1.0}, "0.4 or 40%") / (100 if percent else 1)
     if number > 1:
-        raise SlingshotError(f"{what} {text!s:.40}: a share lies between 0 and 1; {number / 100:g} is {number:g}%")
+        nearest = "the nearest valid value is 100%" if percent or number > 100 else f"{number / 100:g} is {number:g}%"
+        raise SlingshotError(f"{what} {shown!r}: a share lies between 0 and 1; {nearest}")
+    if 0 < number < SMALLEST_SHARE:
+        raise SlingshotError(f"{what} {shown!r}: the smallest share above 0 is {100 * SMALLEST_SHARE:g}%")
     return number
 
 
@@ -59,7 +65,8 @@ def whole(text: str | float, what: str = "a count") -> int:
     return int(number)
 
 
-_NUMBER = re.compile(r"([+-]?(?:\d[\d_,]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-z]*)", re.ASCII)
+# A comma stands between thousands or nowhere: "14,8B" is no number here, for it would be read as ten times what was meant.
+_NUMBER = re.compile(r"([+-]?(?:(?:\d{1,3}(?:,\d{3})+|\d[\d_]*)\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-z]*)", re.ASCII)
 
 
 def _read(text: str | float, what: str, suffixes: Mapping[str, float], examples: str) -> float:

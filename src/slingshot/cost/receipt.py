@@ -19,6 +19,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, Field
+
 from slingshot import __version__
 from slingshot.config import Strict
 from slingshot.cost.energy import Energy
@@ -53,22 +55,24 @@ class Receipt(Strict):
     extra               what else a stage has to say
     """
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     stage: str
     name: str
     config: dict[str, Any]
     parents: list[Parent]
     digest: str
-    tokens: int
-    flops: float
+    tokens: int = Field(ge=0)
+    flops: float = Field(ge=0)
     flops_by_part: dict[str, float]
-    seconds: float
+    seconds: float = Field(ge=0)
     peak_memory_bytes: int
     mfu: float | None
     money: float | None
     machine: Machine
     version: str
     energy_joules: float | None = None
-    devices: int = 1
+    devices: int = Field(1, ge=1)
     extra: dict[str, Any] = {}
 
     @property

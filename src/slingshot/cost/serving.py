@@ -60,6 +60,11 @@ def experts_touched(config: ModelConfig, tokens: float) -> float:
     return config.n_routed_experts * (1 - (miss**tokens if miss else 0.0 if tokens else 1.0))
 
 
+def cached_heads(config: ModelConfig) -> int:
+    """Heads of the cache, which tensor parallelism can part: keys' and values', or MLA's one latent."""
+    return config.num_key_value_heads if config.family == "dense" else 1
+
+
 @dataclass(frozen=True)
 class Fleet:
     """One copy of a model on `devices` devices."""
@@ -76,15 +81,22 @@ class Fleet:
         """Numbers on each device: experts', other matrices', the rest."""
         return serving_weights(self.config, self.devices)
 
+    @functools.cached_property
+    def cache_per_token(self) -> float:
+        """Bytes of cache on a device for each token of its own sequences. Tensor parallel over more devices than key-value heads holds each
+        head more than once; MLA's latent is one head."""
+        copies = 1.0 if self.config.n_moe_layers else max(1.0, self.devices / cached_heads(self.config))
+        return copies * cache_bytes_per_token(self.config, self.cache_bytes)
+
     def memory(self, batch: float, context: float) -> Memory:
         """Of one device with `batch` sequences of `context` tokens of its own; the MTP module is left out."""
         experts, others, outside = self.held
         weights = (experts + others) * self.precision.weight + outside * self.precision.other
-        return Memory.of(weights=weights, cache=batch * context * cache_bytes_per_token(self.config, self.cache_bytes))
+        return Memory.of(weights=weights, cache=batch * context * self.cache_per_token)
 
     def largest_batch(self, context: float, usable_bytes: float) -> float:
         """Sequences a device has room for beside the weights; 0 or less when the weights alone are too much."""
-        return (usable_bytes - self.memory(0, 0).total) / (context * cache_bytes_per_token(self.config, self.cache_bytes))
+        return (usable_bytes - self.memory(0, 0).total) / (context * self.cache_per_token)
 
     def bytes_read(self, batch: float, context: float) -> float:
         """Bytes one device reads from its memory in a decoding step: weights touched by any token, and the cache."""
@@ -94,7 +106,7 @@ class Fleet:
         # Of the embedding only the rows of the tokens are read.
         outside -= 0 if self.config.tie_word_embeddings else self._embedding_share()
         weights = (experts + others) * self.precision.weight + outside * self.precision.other
-        return weights + batch * context * cache_bytes_per_token(self.config, self.cache_bytes)
+        return weights + batch * context * self.cache_per_token
 
     def _embedding_share(self) -> float:
         return self.config.vocab_size * self.config.hidden_size / (1 if self.config.n_moe_layers else self.devices)
@@ -117,17 +129,35 @@ class Fleet:
 
     def decode_step(self, batch: float, context: float) -> Times:
         """Seconds of a step in which every device decodes one token of each of `batch` sequences that hold `context` tokens."""
-        return self._times(decode_parts(self.config, context, batch), self.bytes_read(batch, context), batch)
-
-    def _times(self, parts: dict[str, float], n_bytes: float, tokens: float) -> Times:
-        flops = sum(parts.values())
-        link = self.device.link if self.devices <= self.device.per_node else self.device.network
-        sent = self.bytes_sent(tokens)
+        token, key = self._token_and_key_seconds
+        sent = self.bytes_sent(batch)
         return Times(
-            compute=flops / mixed_peak(self.device, self.precision.dtype, parts),
-            memory=n_bytes / self.device.bandwidth,
-            network=sent / (link * LINK_EFFICIENCY) if link else math.inf if sent else 0.0,
+            compute=batch * (token + context * key),
+            memory=self.bytes_read(batch, context) / self.device.bandwidth,
+            network=sent / (self._link * LINK_EFFICIENCY) if self._link else math.inf if sent else 0.0,
         )
+
+    @functools.cached_property
+    def _token_and_key_seconds(self) -> tuple[float, float]:
+        """Of compute at the peak: for a token decoded, and for each key it meets."""
+        alone, attention = decode_parts(self.config, 0), {"attention": decode_parts(self.config, 1)["attention"]}
+        token, key = (sum(parts.values()) / mixed_peak(self.device, self.precision.dtype, parts) for parts in (alone, attention))
+        return token, key
+
+    @functools.cached_property
+    def _link(self) -> float:
+        """Bytes/s at which a device sends, one way.
+
+        An all-reduce over several nodes is a ring, whose bytes cross a node's border once, through the network links of all its members: 32 H100
+        of 4 nodes with 8 links of 50 GB/s reach 366 GB/s (github.com/NVIDIA/nccl-tests, issue 309). Experts' tokens take their own device's link.
+        """
+        device = self.device
+        if self.devices <= device.per_node:
+            return device.link
+        if self.config.n_moe_layers or device.per_node == 1:
+            return device.network
+        members = self.devices / math.ceil(self.devices / device.per_node)
+        return min(device.link, members * device.network)
 
     def step_seconds(self, batch: float, context: float) -> float:
         """What such a step takes: the roofline's bound over the share engines reach."""
@@ -169,12 +199,20 @@ class Lengths:
             low, high = (middle, high) if too_long else (low, middle)
         return high
 
+    @functools.cached_property
+    def square(self) -> float:
+        """The mean of the squared length, the integral of 2 x exp(-rate x) up to `longest`."""
+        until = self.rate * self.longest
+        if until < 1e-4:  # nearly all at the cap, where the difference below would be lost in rounding
+            return self.longest**2 * (1 - 2 * until / 3)
+        return 2 * (-math.expm1(-until) - until * math.exp(-until)) / self.rate**2
+
     def share_longer(self, position: float) -> float:
         """The share of responses that go on after `position` tokens."""
         return math.exp(-self.rate * position) if position < self.longest else 0.0
 
 
-POINTS = 256  # at which a round's shrinking batch is looked at
+POINTS = 128  # at which a round's shrinking batch is looked at: within 0.1% of 20,000
 
 
 def round_seconds(fleet: Fleet, responses: int, copies: int, prompt: float, lengths: Lengths, usable_bytes: float) -> float:
@@ -183,17 +221,18 @@ def round_seconds(fleet: Fleet, responses: int, copies: int, prompt: float, leng
     The batch shrinks as responses end, and the longest keep the devices waiting: the sum of the steps' times over positions, each counted by
     the chance that any response is still being written. Where the caches of all do not fit, they are written in equal waves.
     """
-    devices = copies * fleet.devices
     room = fleet.largest_batch(prompt + lengths.mean, usable_bytes)
     if room <= 0:
         return math.inf
-    waves = math.ceil(max(1.0, responses / devices / room))
+    waves = math.ceil(max(1.0, responses / copies / fleet.devices / room))
     of_wave = responses / waves
-    total, width = 0.0, lengths.longest / POINTS
+    # Where the cap is far off, the last response ends long before it: one round in exp(12), 160,000, goes on.
+    end = min(lengths.longest, (math.log(max(of_wave, 1.0)) + 12) / lengths.rate)
+    total, width = 0.0, end / POINTS
     for point in range(POINTS):
         position = (point + 0.5) * width
         share = lengths.share_longer(position)
         any_left = -math.expm1(of_wave * math.log1p(-share)) if share < 1 else 1.0
-        # While any response runs there is at least one, on one of the devices.
-        total += width * any_left * fleet.step_seconds(max(of_wave * share, 1.0) / devices, prompt + position)
+        # A copy that still runs has at least one response; those of other copies do not share its steps.
+        total += width * any_left * fleet.step_seconds(max(of_wave * share / copies, 1.0) / fleet.devices, prompt + position)
     return waves * total

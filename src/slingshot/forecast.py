@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,13 +26,12 @@ from rich.table import Table
 from rich.text import Text
 
 from slingshot import recipe as recipes
-from slingshot.bill import duration, energy, price
-from slingshot.config import StageConfig, Strict
+from slingshot.config import Strict
 from slingshot.cost.devices import DEVICES, Device, device
 from slingshot.cost.flops import parameters
 from slingshot.cost.machine import describe
 from slingshot.cost.quantity import count as read_count
-from slingshot.cost.quantity import share, show_count, show_size
+from slingshot.cost.quantity import share, show_count, show_duration, show_energy, show_price, show_size
 from slingshot.cost.workload import SOLVED, Elsewhere, Workload, elsewhere
 from slingshot.files import SlingshotError, write_jsonl
 from slingshot.plan import Section, Story, deliver, render
@@ -98,16 +98,14 @@ def forecast(
     recipe: Recipe, devices: Sequence[Device] = (), probe: bool = True, solved: float = SOLVED, hourly: float | None = None, until: str | None = None
 ) -> Forecast:
     """Look through the recipe's stages in their order, rehearse what differs, and add up. `hourly` is the price of this machine."""
-    import time
-
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="slingshot-plan-") as folder:
         stages = _walk(recipe, recipe.until(until), Path(folder), probe, solved)
-        found = _Rehearsals(stages, Path(folder)) if probe else None
+        measured = _rehearsals(stages, Path(folder)) if probe else {}
         local = None if probe else device("local")
         lines = []
         for stage in stages:
-            here, work = found.here(stage) if found else (_by_flops(stage.work, local), stage.work)
+            here, work = _by_rehearsal(stage, measured[stage.shape]) if local is None else (_by_flops(stage.work, local), stage.work)
             rate = stage.config.price if hourly is None else hourly
             money = None if rate is None else here.seconds / 3600 * rate
             away = [elsewhere(work, each) for each in devices]
@@ -123,7 +121,7 @@ def forecast(
 class _Stage:
     """A stage with its references resolved to stand-ins, the model it works on, and what it will do."""
 
-    def __init__(self, name: str, kind: str, config: StageConfig, prospect: Prospect, work: Workload) -> None:
+    def __init__(self, name: str, kind: str, config: Any, prospect: Prospect, work: Workload) -> None:
         self.name, self.kind, self.config, self.prospect, self.work = name, kind, config, prospect, work
 
     @property
@@ -138,16 +136,15 @@ class _Stage:
         writer: Any = dict(self.prospect.writer.styles) if any(phase.sort == "rollouts" for phase in self.work.phases) else None
         if self.speaks:
             writer = self.prospect.source
-        return json.dumps([self.kind, self.prospect.model.model_dump(mode="json") if self.kind != "pretrain" else keys, keys, writer], sort_keys=True)
+        return json.dumps([self.kind, self.prospect.model.model_dump(mode="json"), keys, writer], sort_keys=True)
 
 
 def _walk(recipe: Recipe, stages: Sequence[recipes.Stage], folder: Path, probe: bool, solved: float) -> list[_Stage]:
     """Foresee every stage from those before it; stand-ins for their artifacts are written to `folder`."""
-    from slingshot.prospect import Prospect, accepted
+    from slingshot.prospect import Prospect
     from slingshot.rehearsal import stand_in
-    from slingshot.rollout import TaskMix
 
-    prospects: dict[str, Prospect] = {}
+    prospects: dict[str, Prospect] = {}  # by the place of their stand-in
     written: dict[str, str] = {}  # by architecture and tokenizer: stages that pass on the same network share a stand-in
     works: dict[str, Workload] = {}
     found = []
@@ -155,30 +152,22 @@ def _walk(recipe: Recipe, stages: Sequence[recipes.Stage], folder: Path, probe: 
         module = recipes.stage_module(stage.kind)
         values = recipes.resolve(stage.values, lambda name: str(folder / name), lambda name: works[name].flops)
         config = module.Config.parse(values, stage.name)
-        source = stage.values.get("model") if stage.kind != "pretrain" else None
         if stage.kind == "pretrain":
             prospect = module.foresee(config)
-        elif stage.kind == "convert":
-            prospect = prospects.get(str(config.source).removeprefix(str(folder) + "/")) or Prospect.outside(config.source, solved)
-        elif isinstance(source, str) and source.startswith("@"):
-            prospect = prospects[source[1:]]
         else:
-            prospect = Prospect.outside(config.model, solved)
+            source = config.source if stage.kind == "convert" else config.model
+            prospect = prospects.get(source) or Prospect.outside(source)
         prospect = prospect.trusting(solved)
         there = prospect.source
         if stage.kind == "rl":  # what pays is written sooner or later
             prospect = prospect.reading(prospect.writer.styles if config.rewards.random else {"steps": 1.0})
         works[stage.name] = work = module.plan(config, prospect)
         if stage.kind == "sft":
-            styles = {config.style: 1.0} if not config.data else {"steps": 1.0}
-            prospect = prospect.reading(styles)
+            prospect = prospect.reading({config.style: 1.0} if not config.data else {"steps": 1.0})
         if stage.kind == "sample":
-            items = TaskMix(config.tasks).draw("train", f"sample/{config.seed}", config.problems)
-            rows = [row for item in items for row in accepted(item, prospect.respond(item, config.form, config.samples, config.max_tokens)[1],
-                    config.per_problem)]  # fmt: skip
-            write_jsonl(folder / stage.name / "data.jsonl", rows)
+            write_jsonl(folder / stage.name / "data.jsonl", module.foresee(config, prospect))
         elif stage.kind != "evaluate":
-            prospects[stage.name] = prospect
+            prospects[str(folder / stage.name)] = prospect
             key = json.dumps([prospect.model.model_dump(mode="json"), id(prospect.tokenizer)])
             if probe and (size := 4 * parameters(prospect.model).total) > describe().memory_bytes / 2:
                 raise SlingshotError(f"{stage.name}: its {show_size(size)} of weights are too much to rehearse here; --no-probe plans without")
@@ -193,66 +182,60 @@ def _walk(recipe: Recipe, stages: Sequence[recipes.Stage], folder: Path, probe: 
     return found
 
 
-class _Rehearsals:
-    """What was measured, by shape. At most PROBE_STEPS steps of a kind: where shapes are many, each gets few, and the last get none of their own."""
+def _rehearsals(stages: Sequence[_Stage], folder: Path) -> dict[str, Rehearsal]:
+    """Rehearsals by shape. At most PROBE_STEPS steps of a kind: where shapes are many, each gets few, and the last get none of their own."""
+    from slingshot.rehearsal import measure
 
-    def __init__(self, stages: Sequence[_Stage], folder: Path) -> None:
-        from slingshot.rehearsal import measure
-
-        self._measured: dict[str, Rehearsal] = {}
-        self._nearest: dict[str, str] = {}
-        shapes: dict[str, _Stage] = {}
-        for stage in stages:
-            shapes.setdefault(stage.shape, stage)
-        for number, (shape, stage) in enumerate(shapes.items()):
-            alike = [other for other in shapes.values() if other.kind == stage.kind]
-            if alike.index(stage) < PROBE_STEPS:
-                place = folder / f"rehearsal-{number}"
-                steps = max(1, PROBE_STEPS // len(alike))
-                writer = None if stage.speaks else stage.prospect.writer
-                # Four steps of reinforcement: how many groups carry a signal varies from step to step.
-                least = min(steps, 4 if stage.speaks and stage.kind == "rl" else max(2, len(stage.work.phases)))
-                self._measured[shape] = measure(stage.kind, _shortened(stage, steps), place, writer, steps, least)
-            else:
-                self._nearest[shape] = alike[0].shape
-
-    def here(self, stage: _Stage) -> tuple[Here, Workload]:
-        """What the stage will take, and its work as the rehearsal corrects it."""
-        rehearsal = self._measured[self._nearest.get(stage.shape, stage.shape)]
-        work = stage.work
-        if stage.kind == "convert":
-            share = stage.work.phases[0].n_bytes / sum(step.n_bytes for step in rehearsal.steps)
-            steps, save = sum(step.seconds for step in rehearsal.steps) * share, rehearsal.save * share
+    measured: dict[str, Rehearsal] = {}
+    shapes: dict[str, _Stage] = {}
+    for stage in stages:
+        shapes.setdefault(stage.shape, stage)
+    for number, (shape, stage) in enumerate(shapes.items()):
+        alike = [other for other in shapes.values() if other.kind == stage.kind]
+        if alike.index(stage) < PROBE_STEPS:
+            steps = max(1, PROBE_STEPS // len(alike))
+            writer = None if stage.speaks else stage.prospect.writer
+            # Four steps of reinforcement: how many groups carry a signal varies from step to step.
+            least = min(steps, 4 if stage.speaks and stage.kind == "rl" else max(2, len(stage.work.phases)))
+            measured[shape] = measure(stage.kind, _shortened(stage, steps), folder / f"rehearsal-{number}", writer, steps, least)
         else:
-            if stage.speaks:
-                config: Any = stage.config
-                per_step = sum(step.flops for step in rehearsal.steps) / len(rehearsal.steps)
-                flops = per_step * (config.steps if stage.kind == "rl" else work.steps)
-                work = work.scaled(min(flops, getattr(config, "max_flops", None) or math.inf) / work.flops)
-            steps = rehearsal.first + work.flops * rehearsal.seconds_per_flop
-            save = rehearsal.save * (int(steps / getattr(stage.config, "save_seconds", math.inf)) + rehearsal.weights_share)
-        seconds = rehearsal.prepare + steps + save
-        here = Here(
-            seconds=seconds, start=rehearsal.start, memory_bytes=rehearsal.peak_memory_bytes, money=None,
-            joules=None if rehearsal.watts is None else rehearsal.watts * seconds, prepare=rehearsal.prepare, save=save, probed=len(rehearsal.steps),
-        )  # fmt: skip
-        return here, work
+            measured[shape] = measured[alike[0].shape]
+    return measured
 
 
-def _shortened(stage: _Stage, steps: int) -> StageConfig:
+def _by_rehearsal(stage: _Stage, rehearsal: Rehearsal) -> tuple[Here, Workload]:
+    """What the stage will take, and its work as the rehearsal corrects it."""
+    work = stage.work
+    if stage.kind == "convert":
+        share = work.phases[0].n_bytes / sum(step.n_bytes for step in rehearsal.steps)
+        steps, save = sum(step.seconds for step in rehearsal.steps) * share, rehearsal.save * share
+    else:
+        if stage.speaks:
+            per_step = sum(step.flops for step in rehearsal.steps) / len(rehearsal.steps)
+            flops = per_step * (stage.config.steps if stage.kind == "rl" else work.steps)
+            work = work.scaled(min(flops, getattr(stage.config, "max_flops", None) or math.inf) / work.flops)
+        steps = rehearsal.first + work.flops * rehearsal.seconds_per_flop
+        save = rehearsal.save * (int(steps / stage.config.save_seconds) + rehearsal.weights_share)
+    seconds = rehearsal.prepare + steps + save
+    here = Here(
+        seconds=seconds, start=rehearsal.start, memory_bytes=rehearsal.peak_memory_bytes, money=None,
+        joules=None if rehearsal.watts is None else rehearsal.watts * seconds, prepare=rehearsal.prepare, save=save, probed=len(rehearsal.steps),
+    )  # fmt: skip
+    return here, work
+
+
+def _shortened(stage: _Stage, steps: int) -> Any:
     """The config to rehearse with: an evaluation goes through every task and form by turns, so few chunks of each let few steps see all."""
-    config: Any = stage.config
+    config = stage.config
     if stage.kind == "evaluate":
         chunks = max(1, steps // (len(config.tasks) * len(config.forms)))
         config = config.model_copy(update={"problems": min(config.problems, chunks * config.chunk)})
     if stage.speaks:
         config = config.model_copy(update={"model": stage.prospect.source})
-    shorter: StageConfig = config
-    return shorter
+    return config
 
 
-def _by_flops(work: Workload, local: Device | None) -> Here:
-    assert local is not None
+def _by_flops(work: Workload, local: Device) -> Here:
     found = elsewhere(work, local)
     return Here(seconds=found.seconds, start=0.0, memory_bytes=found.memory_bytes, money=None, joules=None, prepare=0.0, save=0.0, probed=0)
 
@@ -271,7 +254,7 @@ def _assumptions(stages: Sequence[_Stage], lines: Sequence[Line], probe: bool) -
         found.append(f"seconds here: at most {PROBE_STEPS} steps of each kind of stage, rehearsed just now; a FLOP takes the rest of a stage as long")
     else:
         found.append("seconds here: as for other devices, at the peaks that doctor measured; documents, files and process starts left out")
-    for away in lines[0].elsewhere if lines else []:
+    for away in lines[0].elsewhere:
         found += [f"{away.device}: {text}" for text in away.assumptions]
     return found
 
@@ -292,7 +275,7 @@ def rows(found: Forecast) -> list[list[str]]:
         here, away = line.here, [(each.seconds, each.money) for each in line.elsewhere]
         made.append(_row(found, line.name, line.work.tokens, line.work.flops, here.seconds, here.memory_bytes, here.money, here.joules, away))
     if starts := sum(line.here.start for line in found.stages):
-        made.append([f"{len(found.stages)} processes", "", "", duration(starts), *[""] * (len(columns(found)) - 4)])
+        made.append([f"{len(found.stages)} processes", "", "", show_duration(starts), *[""] * (len(columns(found)) - 4)])
     lines = found.stages
     away = [sums(found, index) for index in range(len(lines[0].elsewhere))]
     memory = max(line.here.memory_bytes for line in lines)
@@ -303,17 +286,16 @@ def rows(found: Forecast) -> list[list[str]]:
 
 def sums(found: Forecast, index: int) -> tuple[float, float | None]:
     """Seconds and money of the whole recipe on the device asked about at this place."""
-    away = [line.elsewhere[index] for line in found.stages]
-    money = [each.money for each in away if each.money is not None]
-    return sum(each.seconds for each in away), sum(money) if money else None
+    return sum(line.elsewhere[index].seconds for line in found.stages), found.total(lambda line: line.elsewhere[index].money)
 
 
 def _row(
     found: Forecast, name: str, tokens: float, flops: float, seconds: float, memory: float, money: float | None, joules: float | None,
     away: Sequence[tuple[float, float | None]],
 ) -> list[str]:  # fmt: skip
-    here = [duration(seconds), show_size(memory), *([price(money)] if _priced(found) else []), *([energy(joules)] if _metered(found) else [])]
-    return [name, show_count(tokens), show_count(flops), *here, *(cell for each, cost in away for cell in (duration(each), price(cost)))]
+    known = [*([show_price(money)] if _priced(found) else []), *([show_energy(joules)] if _metered(found) else [])]
+    there = [cell for each, cost in away for cell in (show_duration(each), show_price(cost))]
+    return [name, show_count(tokens), show_count(flops), show_duration(seconds), show_size(memory), *known, *there]
 
 
 def _priced(found: Forecast) -> bool:
@@ -334,7 +316,7 @@ def show(found: Forecast, console: Console) -> None:
         table.add_row(*map(Text, row), style="bold" if row is made[-1] else None)
     console.print(table)
     if found.probed:
-        console.print(Text(f"Rehearsed in {duration(found.probing_seconds)}.", style="dim"))
+        console.print(Text(f"Rehearsed in {show_duration(found.probing_seconds)}.", style="dim"))
     console.print(Text("\nAssumed", style="bold"))
     for text in found.assumptions:
         console.print(Text(f"- {text}", style="dim"))
@@ -368,11 +350,11 @@ def page(found: Forecast) -> str:
     made = rows(found)
     longest = max(line.here.seconds for line in found.stages)
     shares = [line.here.seconds / longest for line in found.stages] + [0.0] * (len(made) - len(found.stages))
-    figures = [(duration(found.seconds), "on this machine")]
+    figures = [(show_duration(found.seconds), "on this machine")]
     for index, away in enumerate(found.stages[0].elsewhere):
         seconds, money = sums(found, index)
-        figures.append((duration(seconds), f"on {away.device}" + ("" if money is None else f", {price(money)} dollars")))
-    how = f"rehearsed in {duration(found.probing_seconds)}" if found.probed else "reckoned by FLOPs and bytes, nothing rehearsed"
+        figures.append((show_duration(seconds), f"on {away.device}" + ("" if money is None else f", {show_price(money)} dollars")))
+    how = f"rehearsed in {show_duration(found.probing_seconds)}" if found.probed else "reckoned by FLOPs and bytes, nothing rehearsed"
     table = Section("Stage by stage", "", tuple(columns(found)), tuple(map(tuple, made)), tuple(shares), len(made) - 1)
     assumed = Section("Assumed", rows=tuple((text,) for text in found.assumptions))
     lede = f"{len(found.stages)} stages, {how}."

@@ -109,7 +109,7 @@ def tell(plan: Plan) -> Story:
         own = _serving(plan)
         if plan.output_cost_per_million is not None:
             figures.append((show_money(plan.output_cost_per_million), "a million output tokens"))
-    assumed = Section("Assumed", rows=_lines(plan.assumptions))
+    assumed = Section("Assumed", rows=tuple((text,) for text in plan.assumptions))
     sections = [_bill(plan), *own, _memory(plan), _dominates(plan), *_alternatives(plan), _model(plan), assumed]
     return Story(title, lede, tuple(figures), tuple(section for section in sections if section.rows or section.note))
 
@@ -338,10 +338,6 @@ def _hours_of(plan: Plan) -> str:
 
 def _hours(hours: float) -> str:
     return f"{hours:,.0f}" if hours >= 10 else f"{hours:.3g}" if hours else ""
-
-
-def _lines(texts: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    return tuple((text,) for text in texts)
 
 
 def _sentence(text: str) -> str:

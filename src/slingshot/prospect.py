@@ -15,7 +15,6 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from slingshot.config import ModelConfig
 from slingshot.cost.flops import generation_flops
@@ -90,12 +89,12 @@ class Prospect:
         return self.writer.respond(self.tokenizer, item, form, n, max_tokens)
 
     @classmethod
-    def outside(cls, source: str, solved: float = SOLVED) -> Prospect:
+    def outside(cls, source: str) -> Prospect:
         """A checkpoint that is there, by its headers; how it writes is unknown, so worked solutions step by step stand for it."""
         path = locate(source)
         weights = open_weights(path)
         stored = weights.dtype if isinstance(weights, FolderWeights) else "float32"
-        return cls(weights.config, load_tokenizer(path), Writer(solved=solved), stored=stored, source=str(path))
+        return cls(weights.config, load_tokenizer(path), Writer(), stored=stored, source=str(path))
 
     def trusting(self, solved: float) -> Prospect:
         """The same model, believed to solve this share of problems."""
@@ -116,16 +115,6 @@ def rollout_phase(name: str, model: ModelConfig, answered: Sequence[tuple[list[i
         responses=-(-round(scale * len(flat)) // max(1, rounds)), prompt=sum(len(prompt) for prompt, _ in answered) / max(1, len(answered)),
         response=sum(flat) / max(1, len(flat)), longest=max(flat, default=0),
     )  # fmt: skip
-
-
-def accepted(item: Item, replies: Sequence[Reply], most: int) -> list[dict[str, Any]]:
-    """What rejection sampling keeps of a problem's replies, as lines of its dataset."""
-    rows: dict[str, dict[str, Any]] = {}
-    for reply in replies:
-        if reply.right and len(rows) < most:
-            row = {"prompt": item.problem.prompt, "reasoning": reply.reasoning, "answer": reply.answer}
-            rows.setdefault(reply.reasoning, row | {"task": item.task.name, "key": item.problem.key})
-    return list(rows.values())
 
 
 def guesses(items: Sequence[Item], writer: Writer, max_tokens: int) -> list[str]:

@@ -38,16 +38,15 @@ from slingshot.prospect import Writer
 from slingshot.rollout import Item, PromptForm, Rollout, roll_out
 from slingshot.training.workspace import State, Workspace
 
-LONG = 20.0  # seconds of steps after which two are enough
+LONG = 20.0  # seconds of steps after which `least` are enough
 SHARP = 20.0  # standard deviation of the logits while sampling: as sure as a trained model, so that nucleus sampling has few tokens to sort
 
 
 class Step(Strict):
-    """One step as it was: seconds, and the FLOPs and tokens its stage counted; for a conversion the bytes of a tensor."""
+    """One step as it was: seconds, and the FLOPs its stage counted; for a conversion the bytes of a tensor."""
 
     seconds: float
     flops: float
-    tokens: int
     n_bytes: int = 0
 
 
@@ -81,8 +80,8 @@ class _Enough(BaseException):
 class _Watch(Workspace):
     """A Workspace that keeps the clock and stops its stage."""
 
-    limit = 10
-    least = 2  # steps, however long they take
+    limit: int
+    least: int  # steps, however long they take
     began = 0.0  # to finish
     aside = 0.0  # seconds in which nothing was done that the stage would do
 
@@ -90,18 +89,15 @@ class _Watch(Workspace):
         state = super().load()
         self.clock = [time.perf_counter()]
         self.counted: list[Step] = []
-        self._before = (0.0, 0)
+        self._flops_before = 0.0
         return state
 
     def keep(self, step: int, state: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]) -> None:
         now = time.perf_counter()
-        flops, tokens = self._before
-        self.counted.append(
-            Step(seconds=max(0.0, now - self.clock[-1] - self.aside), flops=self.meter.flops - flops, tokens=self.meter.tokens - tokens)
-        )
+        self.counted.append(Step(seconds=max(0.0, now - self.clock[-1] - self.aside), flops=self.meter.flops - self._flops_before))
         self.clock.append(now)
         self.aside = 0.0
-        self._before = (self.meter.flops, self.meter.tokens)
+        self._flops_before = self.meter.flops
         if len(self.counted) >= self.limit or (len(self.counted) >= self.least and now - self.clock[0] > LONG):
             self.result = self.closing(step, state)
             raise _Enough
@@ -204,7 +200,7 @@ def _some(convert: Callable[..., Iterator[tuple[str, Tensor]]], counted: list[St
     for name, tensor in islice(convert(*arguments), most):
         yield name, tensor
         now = time.perf_counter()
-        counted.append(Step(seconds=now - begin, flops=0.0, tokens=0, n_bytes=tensor.nbytes))
+        counted.append(Step(seconds=now - begin, flops=0.0, n_bytes=tensor.nbytes))
         begin = now
 
 

@@ -26,6 +26,7 @@ from pydantic import ConfigDict, Field
 from slingshot.config import ModelConfig, Strict
 from slingshot.cost.devices import DEVICES
 from slingshot.cost.flops import Parameters, parameters
+from slingshot.cost.quantity import show_energy, show_price
 from slingshot.cost.receipt import RECEIPT, Receipt
 from slingshot.cost.workload import Elsewhere, Workload, elsewhere
 from slingshot.files import SlingshotError, read_json, read_jsonl, write_json, write_text
@@ -250,8 +251,8 @@ def _page(title: str, stages: list[Stage], bill: Bill | None) -> str:
         duration=_duration,
         count=_count,
         size=_size,
-        energy=_energy,
-        price=_price,
+        energy=show_energy,
+        price=show_price,
         clip=_clip,
         parent_names=lambda receipt: ", ".join(Path(parent.path).name for parent in receipt.parents) or "nothing",
     )
@@ -488,14 +489,6 @@ def _count(number: float, unit: str = "") -> str:
 
 def _size(n_bytes: float) -> str:
     return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"
-
-
-def _energy(joules: float | None) -> str:
-    return "" if joules is None else f"{joules / 3.6e6:.3g} kWh" if joules >= 3.6e6 else f"{joules / 3600:.3g} Wh"
-
-
-def _price(money: float | None) -> str:
-    return "" if money is None else f"{money:,.2f}" if money >= 0.01 or not money else "under 0.01"
 
 
 def _clip(text: str) -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 from slingshot import bill as door
 from slingshot.cost.bill import total
 from slingshot.cost.machine import Machine
-from slingshot.cost.receipt import Parent, Receipt
+from slingshot.cost.receipt import Parent, Receipt, artifact_digest
 from slingshot.files import SlingshotError
 
 MACHINE = Machine(cpu="test", cores=2, memory_bytes=2**30)
@@ -80,8 +80,6 @@ def test_a_parent_from_outside_has_no_cost(run: Path) -> None:
     outside.mkdir()
     (outside / "weights").write_text("x")
     child = made(run, "child", [], 3)
-    from slingshot.cost.receipt import artifact_digest
-
     receipt = Receipt.read(child)
     named = [Parent(path=str(outside), digest=artifact_digest(outside))]
     receipt.model_copy(update={"parents": named}).write(child)
@@ -120,9 +118,3 @@ def test_no_receipt_names_the_nearest(run: Path, asked: str, hint: str) -> None:
     with pytest.raises(SlingshotError, match=hint) as caught:
         total(run / asked)
     assert "\n" not in str(caught.value)
-
-
-def test_figures_as_people_read_them() -> None:
-    assert [door.duration(seconds) for seconds in (0.42, 75, 3725)] == ["0.4 s", "1 min 15 s", "1 h 02 min"]
-    assert [door.energy(joules) for joules in (None, 1800, 7.2e6)] == ["", "0.5 Wh", "2 kWh"]
-    assert [door.price(money) for money in (None, 0.0, 0.004, 1234.5)] == ["", "0.00", "under 0.01", "1,234.50"]

@@ -81,14 +81,9 @@ def test_dense_by_hand() -> None:
 
 
 def test_deepseek_v3_published_figures() -> None:
+    """What tests/cost/test_published.py does not look at: a trained token with the MTP module, and the size of the released checkpoint."""
     counts = parameters(V3)
-    assert round(counts.total / 1e9, 2) == 671.03
-    assert round(counts.active / 1e9, 2) == 37.55
-    assert round((counts.active - counts.embedding) / 1e9, 2) == 36.63
-    assert round((counts.active - counts.embedding - counts.head) / 1e9, 2) == 35.70
-    assert round(training_flops(V3, [4096], mtp=False) / 4096 / 1e9, 1) == 250.5
     assert round(training_flops(V3, [4096]) / 4096 / 1e9, 1) == 260.6
-    assert cache_bytes_per_token(V3) == 70_272
     # The released checkpoint: MTP with its copies of embedding and head, router biases, and an FP32 scale per 128 x 128 block of FP8.
     biases = 59 * 256
     unscaled = 3 * (counts.embedding) + counts.head  # embedding, head and both copies

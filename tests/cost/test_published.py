@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from slingshot.config import ModelConfig
 from slingshot.cost.devices import device
 from slingshot.cost.flops import cache_bytes_per_token, parameters, training_flops
 from slingshot.cost.memory import PRECISIONS
+from slingshot.cost.plan import PretrainPlan
 from slingshot.cost.plan_serving import plan_serve
 from slingshot.cost.plan_training import plan_distill, plan_pretrain, plan_rl
 from slingshot.cost.serving import Fleet
@@ -16,31 +19,31 @@ from slingshot.plan import tell
 V3 = ModelConfig.preset("deepseek-v3")
 LLAMA = ModelConfig.preset("llama-3.1-405b")
 H800 = device("h800")
+STAGES = {"context extension": 119e3, "post-training": 5e3}
+
+
+def v3(**given: Any) -> PretrainPlan:
+    """DeepSeek-V3's pre-training on its 2048 H800."""
+    return plan_pretrain(V3, "deepseek-v3", H800, 2048, **{"tokens": 14.8e12} | given)
 
 
 def test_deepseek_v3_s_bill() -> None:
     """arXiv 2412.19437, Table 1, from the rate of 2505.09343, Table 4: 2664K hours, and with the two stages whose hours are taken as published
     2788K and $5.576M; 54 days on 2048 GPUs ("less than two months")."""
-    plan = plan_pretrain(
-        V3, "deepseek-v3", H800, 2048, tokens=14.8e12, tflops=385, stages={"context extension": 119e3, "post-training": 5e3}
-    )  # fmt: skip
+    plan = v3(tflops=385, stages=STAGES)
     bill = {stage.name: stage for stage in plan.stages}
     assert bill["pre-training"].device_hours == pytest.approx(2664e3, rel=0.02)
     assert bill["pre-training"].days == pytest.approx(54, rel=0.01)
     assert plan.device_hours == pytest.approx(2788e3, rel=0.02) and plan.money == pytest.approx(5.576e6, rel=0.02)
     assert plan.price == 2.0
     # Table 1 to the dollar, from the hours it gives.
-    exact = plan_pretrain(
-        V3, "deepseek-v3", H800, 2048, tokens=14.8e12, hours=2664e3, stages={"context extension": 119e3, "post-training": 5e3}
-    )  # fmt: skip
+    exact = v3(hours=2664e3, stages=STAGES)
     assert exact.device_hours == pytest.approx(2788e3, rel=1e-12) and exact.money == pytest.approx(5.576e6, rel=1e-12)
     assert exact.tflops_per_device == pytest.approx(385, rel=0.005)
 
 
 def test_a_plan_of_published_work_shows_the_published_bill_beside_its_own() -> None:
-    plan = plan_pretrain(
-        V3, "deepseek-v3", H800, 2048, tokens=14.8e12, tflops=385, stages={"context extension": 119e3, "post-training": 5e3}
-    )  # fmt: skip
+    plan = v3(tflops=385, stages=STAGES)
     section = next(section for section in tell(plan).sections if section.title == "Beside the published bill")
     assert "2412.19437" in section.note and "--stage" not in section.note
     assert section.rows == (
@@ -49,7 +52,7 @@ def test_a_plan_of_published_work_shows_the_published_bill_beside_its_own() -> N
         ("post-training", "5,000", "5,000", "given", "$10,000", "$10,000"),
         ("in all", "2,788,000", "2,798,437", "+0.4%", "$5,576,000", "$5,596,873"),
     )
-    alone = plan_pretrain(V3, "deepseek-v3", H800, 2048, tokens=14.8e12, tflops=385)
+    alone = v3(tflops=385)
     section = next(section for section in tell(alone).sections if section.title == "Beside the published bill")
     assert '--stage "context extension=119K" --stage "post-training=5K"' in section.note
     assert section.rows[1] == ("context extension", "119,000", "", "", "$238,000", "")
@@ -75,7 +78,7 @@ def test_only_what_was_published_enters_the_sum_beside_it() -> None:
 
 def test_deepseek_v3_s_counts() -> None:
     """671B and 37B as published, in the three ways 37B may be counted; 250 GFLOP a token and 70 KB of cache (arXiv 2505.09343, Tables 1 and 2)."""
-    counts = plan_pretrain(V3, "deepseek-v3", H800, 2048, tokens=14.8e12).parameters
+    counts = v3().parameters
     assert [round(number / 1e9, 2) for number in (counts.total, counts.active)] == [671.03, 37.55]
     assert round(counts.active_without_embedding / 1e9, 2) == 36.63
     assert round(counts.active_without_embedding_and_head / 1e9, 2) == 35.70
@@ -88,9 +91,7 @@ def test_deepseek_v3_s_counts() -> None:
 def test_deepseek_v3_s_speed() -> None:
     """272.8B tokens a day on 2048 GPUs at 385 TFLOP/s, 38.94% of the bfloat16 peak (arXiv 2505.09343, Table 4); no step is faster than what its
     own layout allows each resource, and its compute and its network are of one size (2412.19437, 3.2.1: "approximately 1:1")."""
-    plan = plan_pretrain(
-        V3, "deepseek-v3", H800, 2048, tokens=14.8e12, tflops=385, batch=15360 * 4096, ways={"tp": 1, "pp": 16, "ep": 64, "zero": 1}
-    )  # fmt: skip
+    plan = v3(tflops=385, batch=15360 * 4096, ways={"tp": 1, "pp": 16, "ep": 64, "zero": 1})
     assert plan.tokens_per_day == pytest.approx(272.8e9, rel=0.005)
     assert plan.mfu_of_bfloat16 == pytest.approx(0.3894, rel=0.002)
     seconds = plan.batch_tokens / (272.8e9 / 86400)
@@ -103,8 +104,7 @@ def test_deepseek_v3_s_speed() -> None:
 def test_deepseek_v3_s_context_extension_ran_slower_than_pretraining() -> None:
     """1000 steps of 1920 x 32K and 1000 of 480 x 128K (arXiv 2412.19437, 4.3) at 385 TFLOP/s come to 64% of the 119K hours published."""
     hours = sum(
-        plan_pretrain(V3, "deepseek-v3", H800, 2048, tokens=1000 * sequences * context, tflops=385, context=context).device_hours
-        for sequences, context in ((1920, 32_768), (480, 131_072))
+        v3(tokens=1000 * sequences * context, tflops=385, context=context).device_hours for sequences, context in ((1920, 32_768), (480, 131_072))
     )
     assert hours / 119e3 == pytest.approx(0.64, abs=0.01)
 
@@ -196,10 +196,10 @@ def test_llama_3_1_405b_s_implied_mfu() -> None:
 def test_gpt_3_s_flops() -> None:
     """3.14e23 for 300B tokens (arXiv 2005.14165, Table D.1), 174.6B parameters. The exact count is of a dense config with as many numbers in each
     matrix: its MLP of two 4 x 12288 wide matrices is one of three 8/3 x 12288 wide ones here; learned positions are left out."""
-    assert pytest.approx(3.14e23, rel=0.02) == 6 * 174.6e9 * 300e9
     gpt3 = ModelConfig(
         family="dense", vocab_size=50257, hidden_size=12288, intermediate_size=32768, num_hidden_layers=96, num_attention_heads=96,
         max_position_embeddings=2048, tie_word_embeddings=True,
     )  # fmt: skip
     assert parameters(gpt3).total == pytest.approx(174.6e9, rel=0.001)
+    assert 6 * parameters(gpt3).total * 300e9 == pytest.approx(3.14e23, rel=0.02)
     assert training_flops(gpt3, [2048]) / 2048 * 300e9 / 3.14e23 == pytest.approx(1.015, abs=0.002)

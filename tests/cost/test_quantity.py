@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slingshot.cost.quantity import count, seconds, share, show_count, show_money, show_seconds, show_share, show_size, size, whole
+from slingshot.cost.quantity import (
+    count,
+    seconds,
+    share,
+    show_count,
+    show_duration,
+    show_energy,
+    show_money,
+    show_price,
+    show_seconds,
+    show_share,
+    show_size,
+    whole,
+)
 from slingshot.files import SlingshotError
 
 
@@ -21,8 +32,7 @@ def test_counts(text: str | float, number: float) -> None:
     assert count(text) == pytest.approx(number, rel=1e-15)
 
 
-def test_sizes_and_times() -> None:
-    assert [size(text) for text in ("80GiB", "5GB", "5gb", "128 MiB", "3B", "7")] == [80 * 2**30, 5e9, 5e9, 128 * 2**20, 3, 7]
+def test_times_and_shares() -> None:
     assert [seconds(text) for text in ("50ms", "2h", "3", "1.5 min", "1d")] == [0.05, 7200, 3, 90, 86400]
     assert [share(text) for text in ("0.4", "40%", "1", "0")] == [0.4, 0.4, 1, 0]
     assert whole("2K") == 2000 and isinstance(whole("2K"), int)
@@ -40,8 +50,6 @@ def test_sizes_and_times() -> None:
         (count, "-3T", "did you mean 3T?"),
         (count, "1\n2", "not a number"),
         (count, "9" * 5000, "must be a number up to"),
-        (size, "80GiBB", "did you mean GiB?"),
-        (size, "3 GBit", "did you mean GB?"),
         (seconds, "5 mins", "did you mean min?"),
         (share, "40", "0.4 is 40%"),
         (share, "140%", "the nearest valid value is 100%"),
@@ -73,7 +81,6 @@ def test_what_is_printed_reads_back(number: float) -> None:
     assert count(show_money(number)) == pytest.approx(number, rel=0.0051)
     if number < 1e12:
         assert seconds(show_seconds(max(number, 1e-6))) == pytest.approx(max(number, 1e-6), rel=0.0051)
-        assert size(show_size(1 + number)) == pytest.approx(1 + number, rel=0.0051)
 
 
 @given(st.floats(0, 1e29), st.sampled_from(["", "K", "M", "B", "T"]))
@@ -93,4 +100,6 @@ def test_prints() -> None:
     assert [show_seconds(number) for number in (4_701_158, 0.05, 7200)] == ["54.4 d", "50 ms", "2 h"]
     assert [show_money(number) for number in (5_576_000, 2, 0.0318)] == ["$5,576,000", "$2.00", "$0.0318"]
     assert show_share(0.38912) == "38.9%"
-    assert math.isclose(size(show_size(2.0**80)), 2.0**80, rel_tol=0.01)
+    assert [show_duration(duration) for duration in (0.42, 75, 3725)] == ["0.4 s", "1 min 15 s", "1 h 02 min"]
+    assert [show_energy(joules) for joules in (None, 1800, 7.2e6)] == ["", "0.5 Wh", "2 kWh"]
+    assert [show_price(money) for money in (None, 0.0, 0.004, 1234.5)] == ["", "0.00", "under 0.01", "1,234.50"]

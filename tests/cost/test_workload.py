@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from slingshot.config import ModelConfig
@@ -77,11 +74,8 @@ def test_memory_says_what_fits() -> None:
     assert elsewhere(reference, H100).memory_bytes == pytest.approx(alone + 2 * weights)
 
 
-def test_a_price_given_replaces_the_tables() -> None:
-    work = training(LARGE, 10, 65536)
-    found = elsewhere(work, H100, price=10.0)
-    assert found.money == pytest.approx(found.seconds / 360) and "10 an hour, as given" in found.assumptions
-    assert "$2.69 an hour, the table's example" in elsewhere(work, H100).assumptions
+def test_the_price_is_the_tables_example() -> None:
+    assert "$2.69 an hour, the table's example" in elsewhere(training(LARGE, 10, 65536), H100).assumptions
 
 
 def receipt(stage: str, config: dict[str, object], tokens: int, **parts: float) -> Receipt:
@@ -101,8 +95,3 @@ def test_a_receipt_tells_what_was_done() -> None:
     (evaluated,) = Workload.of(receipt("evaluate", asked, 2 * 4 * 256 * 20, sampling=1e9), SMALL, steps=0).phases
     assert (evaluated.steps, evaluated.responses, evaluated.response, evaluated.longest) == (8, 256, 20, 30)
     assert Workload.of(receipt("convert", {}, 0), SMALL, steps=0).phases == ()
-
-
-def test_no_torch() -> None:
-    code = "import sys, slingshot.cost.workload, slingshot.cost.bill, slingshot.cost.energy; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"

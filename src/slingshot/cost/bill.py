@@ -11,7 +11,7 @@ artifact's own neighbours are asked for that name. Whoever answers must have the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
 from pathlib import Path
 
 from slingshot.config import Strict
@@ -42,8 +42,8 @@ class Bill(Strict):
     @classmethod
     def of(cls, lines: list[BillLine], missing: list[str]) -> Bill:
         receipts = [line.receipt for line in lines]
-        figures: dict[str, Callable[[Receipt], float | None]] = {"energy": lambda r: r.energy_joules, "money": lambda r: r.money}
-        known = {name: [value for receipt in receipts if (value := of(receipt)) is not None] for name, of in figures.items()}
+        joules = [receipt.energy_joules for receipt in receipts if receipt.energy_joules is not None]
+        money = [receipt.money for receipt in receipts if receipt.money is not None]
         return cls(
             lines=lines,
             missing=missing,
@@ -51,9 +51,9 @@ class Bill(Strict):
             device_seconds=sum(receipt.device_seconds for receipt in receipts),
             flops=sum(receipt.flops for receipt in receipts),
             tokens=sum(receipt.tokens for receipt in receipts),
-            energy_joules=sum(known["energy"]) if known["energy"] else None,
-            money=sum(known["money"]) if known["money"] else None,
-            partial=[name for name, values in known.items() if 0 < len(values) < len(receipts)],
+            energy_joules=sum(joules) if joules else None,
+            money=sum(money) if money else None,
+            partial=[name for name, known in (("energy", joules), ("money", money)) if 0 < len(known) < len(receipts)],
         )
 
 
@@ -105,8 +105,6 @@ def _way_out(path: Path) -> str:
         return f"give one of its artifacts, such as {near[-1]}"
     beside = sorted(file.parent for file in path.parent.glob(f"*/{RECEIPT}")) if path.parent.is_dir() else []
     if beside:
-        import difflib
-
         closest = difflib.get_close_matches(path.name, [place.name for place in beside], n=1)
         if closest:
             return f"did you mean {path.parent / closest[0]}?"

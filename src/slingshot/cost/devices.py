@@ -161,19 +161,23 @@ def device(name: str) -> Device:
     return found
 
 
+def and_others(device: Device) -> list[Device]:
+    """`device` itself, then the rest of the table."""
+    return [device, *(entry for entry in DEVICES.values() if entry.name != device.name)]
+
+
 def local_device() -> Device:
-    """This machine, by what `slingshot doctor` measured on it: the best of every measurement under this processor's or accelerator's name."""
+    """This machine, by what `slingshot doctor` measured on it: the best of every measurement under this processor's name."""
     machine = describe()
-    known = measurements()
     # An accelerator's measurements stand under its own name, the processor's under the processor's.
-    mine = [key for key in known if key.startswith(machine.cpu)]
-    if not mine or not any(known[key].peak for key in mine):
+    mine = [known for key, known in measurements().items() if key.startswith(machine.cpu)]
+    if not any(known.peak for known in mine):
         raise SlingshotError("this machine has not been measured yet; run `slingshot doctor` once, or name a device of the table")
     peak: dict[str, float] = {}
-    for key in mine:
-        for dtype, rate in known[key].peak.items():
+    for known in mine:
+        for dtype, rate in known.peak.items():
             peak[dtype] = max(rate, peak.get(dtype, 0.0))
-    bandwidth = max((known[key].bandwidth or 0.0) for key in mine)
+    bandwidth = max(known.bandwidth or 0.0 for known in mine)
     if not bandwidth:
         raise SlingshotError("this machine's memory has not been measured yet; run `slingshot doctor` once")
     title = f"{machine.cpu}, {machine.cores} core{'' if machine.cores == 1 else 's'}"

@@ -40,20 +40,44 @@ class Parameters:
 
 def parameters(config: ModelConfig) -> Parameters:
     """Count the parameters of `config`."""
-    width = config.hidden_size
-    embedding = config.vocab_size * width
+    embedding = config.vocab_size * config.hidden_size
     head = 0 if config.tie_word_embeddings else embedding
-    outside = embedding + head + width  # the last is the final norm
-    layers = range(config.num_hidden_layers)
-    # The MTP module is one more block with enorm, hnorm and shared_head.norm, and eh_proj from both inputs to one width.
-    mtp = config.num_nextn_predict_layers * (_block_parameters(config, config.num_hidden_layers, active=False) + 3 * width + 2 * width * width)
-    return Parameters(
-        total=outside + sum(_block_parameters(config, layer, active=False) for layer in layers),
-        active=outside + sum(_block_parameters(config, layer, active=True) for layer in layers),
-        embedding=embedding,
-        head=head,
-        mtp=mtp,
-    )
+    blocks = [block_weights(config, layer) for layer in range(config.num_hidden_layers)]
+    total = embedding + head + config.hidden_size + sum(block.total for block in blocks)  # the third is the final norm
+    experts = sum(block.experts for block in blocks)
+    chosen = experts // config.n_routed_experts * config.num_experts_per_tok if experts else 0
+    mtp = config.num_nextn_predict_layers * block_weights(config, config.num_hidden_layers).total
+    return Parameters(total=total, active=total - experts + chosen, embedding=embedding, head=head, mtp=mtp)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Counts of numbers in a block: matrices, routed experts' matrices, and the rest (norms, biases, router)."""
+
+    matrices: int = 0
+    experts: int = 0
+    rest: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.matrices + self.experts + self.rest
+
+
+def block_weights(config: ModelConfig, layer: int) -> Weights:
+    """What block `layer` holds; block `num_hidden_layers` is the MTP module."""
+    width, moe, extra = config.hidden_size, is_moe(config, layer), layer >= config.num_hidden_layers
+    # The MTP module is one more block with eh_proj, from both inputs to one width, and with enorm, hnorm and shared_head.norm.
+    matrices = projection_weights(config) + extra * 2 * width * width
+    rest = 2 * width + extra * 3 * width
+    if config.family == "dense":
+        rest += config.attention_bias * config.head_dim * (config.num_attention_heads + 2 * config.num_key_value_heads)
+        rest += config.qk_norm * 2 * config.head_dim
+    else:
+        rest += (config.q_lora_rank or 0) + config.kv_lora_rank
+    if not moe:
+        return Weights(matrices + 3 * width * config.intermediate_size, 0, rest)
+    expert = 3 * width * config.moe_intermediate_size
+    return Weights(matrices + config.n_shared_experts * expert, config.n_routed_experts * expert, rest + width * config.n_routed_experts)
 
 
 def cache_bytes_per_token(config: ModelConfig, bytes_per_number: float = 2) -> float:
@@ -182,17 +206,3 @@ def _block_parts(config: ModelConfig, layers: Iterable[int], tokens: float, pair
     parts = {part: 2.0 * tokens * count for part, count in weights.items()}
     parts["attention"] = 2.0 * pairs * len(layers) * _attention_width(config, absorbed)
     return parts
-
-
-def _block_parameters(config: ModelConfig, layer: int, active: bool) -> int:
-    width = config.hidden_size
-    count = 2 * width + projection_weights(config)  # the two norms of a block
-    if config.family == "dense":
-        count += config.attention_bias * config.head_dim * (config.num_attention_heads + 2 * config.num_key_value_heads)
-        count += config.qk_norm * 2 * config.head_dim
-    else:
-        count += (config.q_lora_rank or 0) + config.kv_lora_rank  # norms of the latents
-    if not is_moe(config, layer):
-        return count + 3 * width * config.intermediate_size
-    experts = config.n_shared_experts + (config.num_experts_per_tok if active else config.n_routed_experts)
-    return count + width * config.n_routed_experts + experts * 3 * width * config.moe_intermediate_size

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from slingshot.config import ModelConfig, Strict
 from slingshot.cost.devices import Device
@@ -23,7 +23,7 @@ from slingshot.files import SlingshotError
 # Of a link's rate, what collectives were seen to reach: 160 of 200 GB/s NVLink, 40 of 50 GB/s InfiniBand (DeepSeek, arXiv 2505.09343, 4.3).
 LINK_EFFICIENCY = 0.8
 
-RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
+RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
 
 
 class Layout(Strict):

@@ -1,7 +1,7 @@
 """Memory of one device: weights, gradients, optimizer, activations, KV cache, from the architecture and the layout. No torch.
 
-    training_memory(config, layout, PRECISIONS["fp8"], context=4096, microbatches=120)     # the fullest pipeline stage
-    serving_weights(config, devices=144)                                                    # for serving.Fleet, which adds the cache
+    training_memory(sizes(config, PRECISIONS["fp8"]), layout, context=4096, microbatches=120)     # the fullest pipeline stage
+    serving_weights(config, devices=144)                                                           # for serving.Fleet, which adds the cache
 
 Weights and optimizer state are exact. Activations are what a backward pass needs of a network with fused attention and normalisation that
 keep nothing else: the inputs of every product and of every activation function. Allocator waste, buffers of collectives and the
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from slingshot.config import ModelConfig, Strict
-from slingshot.cost.flops import is_moe, parameters, projection_weights
+from slingshot.cost.flops import Weights, block_weights, is_moe, parameters
 
 if TYPE_CHECKING:
     from slingshot.cost.layout import Layout
@@ -64,31 +64,6 @@ class Memory(Strict):
     def of(cls, weights: float, gradients: float = 0.0, optimizer: float = 0.0, activations: float = 0.0, cache: float = 0.0) -> Memory:
         total = weights + gradients + optimizer + activations + cache
         return cls(weights=weights, gradients=gradients, optimizer=optimizer, activations=activations, cache=cache, total=total)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Counts of numbers in a block: matrices, routed experts' matrices, and the rest (norms, biases, router)."""
-
-    matrices: int = 0
-    experts: int = 0
-    rest: int = 0
-
-
-def block_weights(config: ModelConfig, layer: int) -> Weights:
-    """What block `layer` holds; block `num_hidden_layers` is the MTP module, its projection of both inputs included."""
-    width, moe, extra = config.hidden_size, is_moe(config, layer), layer >= config.num_hidden_layers
-    matrices = projection_weights(config) + extra * 2 * width * width
-    rest = 2 * width + extra * 3 * width
-    if config.family == "dense":
-        rest += config.attention_bias * config.head_dim * (config.num_attention_heads + 2 * config.num_key_value_heads)
-        rest += config.qk_norm * 2 * config.head_dim
-    else:
-        rest += (config.q_lora_rank or 0) + config.kv_lora_rank
-    if not moe:
-        return Weights(matrices + 3 * width * config.intermediate_size, 0, rest)
-    expert = 3 * width * config.moe_intermediate_size
-    return Weights(matrices + config.n_shared_experts * expert, config.n_routed_experts * expert, rest + width * config.n_routed_experts)
 
 
 def block_activations(config: ModelConfig, moe: bool, precision: Precision, recompute: Recompute) -> float:

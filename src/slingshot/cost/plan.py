@@ -275,7 +275,7 @@ class Pool:
 
     def common(self, kind: str, config: ModelConfig, model: str, precision: Precision, memory: Memory, lines: list[Stage]) -> dict[str, Any]:
         """The fields every plan fills in the same way."""
-        watts, device_hours = self.device.power_watts, sum(line.device_hours for line in lines)
+        watts, whole = self.device.power_watts, self.stage("in all", sum(line.device_hours for line in lines))
         counts = parameters(config)
         return {
             "kind": kind, "model": model, "device": self.device.name, "count": self.count, "precision": precision.dtype,
@@ -284,9 +284,8 @@ class Pool:
                 active_without_embedding_and_head=counts.active - counts.embedding - counts.head, mtp=counts.mtp,
                 cache_bytes_per_token=cache_bytes_per_token(config),
             ),
-            "device_hours": device_hours, "days": device_hours / self.count / HOURS, "price": self.price,
-            "money": None if self.price is None else device_hours * self.price,
-            "energy_kwh": None if watts is None else device_hours * watts / 1000,
+            "device_hours": whole.device_hours, "days": whole.days, "price": self.price, "money": whole.money,
+            "energy_kwh": None if watts is None else whole.device_hours * watts / 1000,
             "memory": memory, "memory_per_device_bytes": memory.total, "usable_memory_bytes": self.usable, "fits": memory.total <= self.usable,
             "stages": lines,
         }  # fmt: skip
@@ -342,7 +341,7 @@ class Rate:
 
 
 def training_rate(
-    device: Device, precision: Precision, parts: Mapping[str, float], mfu: float | None, tflops: float | None, hours: float | None
+    device: Device, precision: Precision, parts: Mapping[str, float], mfu: float | None, tflops: float | None, hours: float | None = None
 ) -> Rate:
     """How fast one device trains: by at most one of the three, else by what is assumed of the precision. Never above the peak for `parts`."""
     if precision.dtype not in TRAINABLE:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from slingshot.config import ModelConfig
-from slingshot.cost.devices import DEVICES, Device
+from slingshot.cost.devices import Device, and_others
 from slingshot.cost.flops import decode_parts, prefill_parts
 from slingshot.cost.layout import LINK_EFFICIENCY
 from slingshot.cost.memory import PRECISIONS, Precision
@@ -41,6 +41,7 @@ MOST = 10**7  # devices a plan takes
 HIT_SHARES = (0.0, 0.25, 0.5, 0.75, 0.9)
 DAY = 86400.0
 LONGEST = 2**27  # tokens of a prompt or a response
+DECODING = "of the roofline (DeepSeek's day-6 disclosure comes to 46%), no speculation"
 
 
 def plan_serve(
@@ -153,7 +154,7 @@ def plan_serve(
         alternatives=_alternatives(here, fleet, work, latency, reads, hired.price),
         assumptions=[
             f"a copy of the model on {fleet.devices} devices{choice}",
-            f"decoding at {efficiency:.0%} of the roofline (DeepSeek's day-6 disclosure comes to 46%), no speculation",
+            f"decoding at {efficiency:.0%} {DECODING}",
             f"prompts of {prompt:g} tokens and responses of {response:g} in the mean, so {context:g} cached tokens a sequence, in 16 bits",
             *beyond(config, prompt + response),
             f"prompts read at {show_share(reads)} of the peak of their products, on devices of their own",
@@ -336,7 +337,7 @@ def sampling_fleet(
 
 def _nearest_fit(config: ModelConfig, device: Device, precision: Precision, context: float) -> Fit | None:
     """The fewest of these devices, else of the first others in the table, that hold a copy of the model and one sequence."""
-    for other in [device, *(entry for entry in DEVICES.values() if entry.name != device.name)]:
+    for other in and_others(device):
         if precision.dtype not in other.peak:
             continue
         for ways in _copy_sizes(config, 1024 if other.network else 1):
@@ -348,7 +349,7 @@ def _nearest_fit(config: ModelConfig, device: Device, precision: Precision, cont
 def _alternatives(here: Alternative, fleet: Fleet, work: _Work, latency: float, mfu: float, price: float | None) -> list[Alternative]:
     """The same work on the best copy of every device of the table, in 8 and 16 bits, beside this plan's; `fits` where one has room and is in time."""
     found = []
-    for other in [fleet.device, *(entry for entry in DEVICES.values() if entry.name != fleet.device.name)]:
+    for other in and_others(fleet.device):
         for dtype in dict.fromkeys(("fp8", "bfloat16", here.precision) if other.name == here.device else ("fp8", "bfloat16")):
             if (other.name, dtype) == (here.device, here.precision):
                 found.append(here)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slingshot.config import ModelConfig
-from slingshot.cost.devices import DEVICES, Device, mixed_peak
+from slingshot.cost.devices import Device, and_others, mixed_peak
 from slingshot.cost.flops import decode_parts, forward_flops, forward_parts, parameters, prefill_parts, training_flops, training_parts
 from slingshot.cost.layout import LINK_EFFICIENCY, RECOMPUTE, Layout, Transfer, layouts, network_seconds, transfers
 from slingshot.cost.memory import PRECISIONS, Memory, Precision, Sizes, sizes, training_memory
@@ -36,7 +36,7 @@ from slingshot.cost.plan import (
     positive,
     training_rate,
 )
-from slingshot.cost.plan_serving import sampling_fleet
+from slingshot.cost.plan_serving import DECODING, sampling_fleet
 from slingshot.cost.published import published
 from slingshot.cost.quantity import show_count, show_share
 from slingshot.cost.scaling import dense_equivalent
@@ -46,7 +46,6 @@ from slingshot.files import SlingshotError
 BATCH = 4e6  # tokens in an optimizer step where the request does not say
 _ELSEWHERE = "other devices and precisions: at the same share of their own peak, which flatters the faster ones"
 _FASTEST = " (the power of two that is fastest)"
-_DECODING = "of the roofline (DeepSeek's day-6 disclosure comes to 46%), no speculation"
 
 
 def plan_pretrain(
@@ -81,8 +80,7 @@ def plan_pretrain(
         raise SlingshotError(f"tokens {tokens:g}: fewer than one sequence of {context}; the nearest valid value is {context}")
     chosen = chosen_precision(config, device, precision)
     batch_tokens, batch_note = _batch(batch, tokens, context, count)
-    # The FLOPs of one sequence, for all there are.
-    parts = {part: 3 * flops * tokens / context for part, flops in forward_parts(config, [context]).items()}
+    parts = _forward_and_backward(config, context, tokens)
     mtp = training_parts(config, [context])["mtp"] * tokens / context
     flops = sum(parts.values())
     rate = training_rate(device, chosen, parts, mfu, tflops, hours)
@@ -210,9 +208,9 @@ def plan_rl(
     # Packed rows of one prompt and response each. In the mean a token's row is E[row^2] / E[row] long, which is what its attention goes by.
     length = max(2, round(prompt + response))
     longer = max(2, round((prompt**2 + 2 * prompt * response + lengths.square) / (prompt + response)))
-    train = {part: 3 * flops * tokens / longer for part, flops in forward_parts(config, [longer]).items()}
+    train = _forward_and_backward(config, longer, tokens)
     other = forwards * forward_flops(config, [longer]) * tokens / longer
-    rate = training_rate(device, chosen, train, mfu, tflops, None)
+    rate = training_rate(device, chosen, train, mfu, tflops)
     run = _Run(config, device, count, chosen, length, max(prompts * group, count) * float(length))
     layout = run.layout(ways or {})
     batch = min(at_once / count, fleet.largest_batch(prompt + response, hired.usable))
@@ -239,7 +237,7 @@ def plan_rl(
             f"responses of {response:g} tokens in the mean and at most {longest:g}, their lengths exponential; prompts of {prompt:g} tokens",
             *beyond(config, prompt + longest),
             f"{copies} {'copy' if copies == 1 else 'copies'} of the policy on {fleet.devices} devices each{'' if devices_per_copy else _FASTEST}, "
-            f"decoding at {efficiency:.0%} {_DECODING}",
+            f"decoding at {efficiency:.0%} {DECODING}",
             "reading the prompts left out: a group shares its prompt's",
             "a round ends with its longest response; rollouts, verification and update take turns on all devices, none overlapped",
             f"update: one pass over every response without padding and {forwards} forward passes besides",
@@ -308,8 +306,8 @@ def plan_distill(
 
     length = max(2, round(prompt + response))
     tokens = epochs * samples * (prompt + response)
-    train = {part: 3 * flops * tokens / length for part, flops in forward_parts(config, [length]).items()}
-    rate = training_rate(device, chosen, train, mfu, tflops, None)
+    train = _forward_and_backward(config, length, tokens)
+    rate = training_rate(device, chosen, train, mfu, tflops)
     run = _Run(config, device, count, chosen, length, max(64, count) * float(length))
     layout = run.layout(ways or {})
     memory = max(run.memory(layout), fleet.memory(batch, context), key=lambda held: held.total)
@@ -332,7 +330,7 @@ def plan_distill(
             rate.note,
             f"{accepted:.3g} of the teacher's responses are kept; {response:g} tokens each, prompts of {prompt:g}; verification left out",
             f"{copies} {'copy' if copies == 1 else 'copies'} of the teacher in {of_teacher.dtype} on {fleet.devices} devices each"
-            f"{'' if devices_per_copy else _FASTEST}, decoding at {efficiency:.0%} {_DECODING}, always at full batch",
+            f"{'' if devices_per_copy else _FASTEST}, decoding at {efficiency:.0%} {DECODING}, always at full batch",
             f"prompts read at {show_share(ASSUMED_MFU[of_teacher.dtype])} of the peak of their products",
             f"student's layout: {layout}; at least 64 examples a step, packed without padding",
             *hired.notes(),
@@ -347,6 +345,11 @@ def plan_distill(
         tflops_per_device=rate.per_device / 1e12,
         mfu=rate.mfu,
     )
+
+
+def _forward_and_backward(config: ModelConfig, length: int, tokens: float) -> dict[str, float]:
+    """FLOPs of both passes of the main model over `tokens` tokens in documents of this length, by part of the network."""
+    return {part: 3 * flops * tokens / length for part, flops in forward_parts(config, [length]).items()}
 
 
 def _batch(batch: float | None, tokens: float, context: int, count: int) -> tuple[float, str]:
@@ -402,8 +405,7 @@ class _Run:
 
     def layout(self, ways: Mapping[str, Any]) -> Layout:
         """The fastest layout with these ways that fits; where none does, the one that needs least memory."""
-        given = {name: value for name, value in ways.items() if value is not None}
-        options = list(layouts(self.config, self.count, self.device.per_node, **given))
+        options = list(layouts(self.config, self.count, self.device.per_node, **ways))
         fewest = min(layout.dp for layout in options)
         if fewest > self.sequences:
             raise SlingshotError(
@@ -442,7 +444,7 @@ class _Run:
 
     def nearest_fit(self) -> Fit | None:
         """Another layout on as many devices, else more of them, else another device; None where the table has nothing."""
-        for other in [self.device, *(entry for entry in DEVICES.values() if entry.name != self.device.name)]:
+        for other in and_others(self.device):
             if self.precision.dtype not in other.peak:
                 continue
             for count in (self.count * 2**power for power in range(13 if other.network else 1) if self.count * 2**power <= MOST):
@@ -476,7 +478,7 @@ def _alternatives(
     """
     peak = mixed_peak(run.device, run.precision.dtype, parts)
     found = []
-    for other in [run.device, *(entry for entry in DEVICES.values() if entry.name != run.device.name)]:
+    for other in and_others(run.device):
         here = other.name == run.device.name
         for dtype in dict.fromkeys(("fp8", "bfloat16", "float32", run.precision.dtype)) if here else ("fp8", "bfloat16"):
             if dtype not in other.peak or (run.count > 1 and not other.network):

@@ -1,7 +1,6 @@
-"""Quantities as people write and read them: 14.8T tokens, 7e12, 671B, 80GiB, 5GB, 50ms. No torch.
+"""Quantities as people write and read them: 14.8T tokens, 7e12, 671B, 80 GiB, 50ms. No torch.
 
 count("14.8T")            # 14.8e12; K, M, B or G, T, P, E are powers of 1000
-size("80GiB")             # 85899345920.0; KB, MB, GB ... are powers of 1000, KiB, MiB, GiB ... of 1024
 seconds("50ms")           # 0.05; us, ms, s, min, h, d
 
 show_count(14.8e12)       # "14.8T"
@@ -19,9 +18,6 @@ from collections.abc import Mapping
 from slingshot.files import SlingshotError
 
 COUNTS = {"": 1e0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
-SIZES = {"": 1.0, "B": 1.0}
-for _power, _prefix in enumerate("KMGTPE", start=1):
-    SIZES |= {f"{_prefix}B": 1000.0**_power, f"{_prefix}iB": 1024.0**_power}
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 LARGEST = 1e30  # more tokens, bytes or FLOP/s than there will be; keeps products of a few quantities finite
@@ -31,11 +27,6 @@ SMALLEST_SHARE = 1e-6
 def count(text: str | float, what: str = "a count") -> float:
     """Read a number with an optional suffix of COUNTS, in either case. `what` names it in the error."""
     return _read(text, what, COUNTS, "14.8T, 671B, 7e12 or 1500000")
-
-
-def size(text: str | float, what: str = "a size") -> float:
-    """Read bytes: a number with an optional suffix of SIZES, in either case."""
-    return _read(text, what, SIZES, "80GiB, 5GB or 85899345920")
 
 
 def seconds(text: str | float, what: str = "a time") -> float:
@@ -99,20 +90,37 @@ def show_count(number: float, digits: int = 3) -> str:
     return f"{number:.{digits}g}" if number >= 1e18 else _plain(number, digits)
 
 
-def show_size(n_bytes: float, digits: int = 3) -> str:
+def show_size(n_bytes: float) -> str:
     """85899345920 -> "80 GiB"."""
     for power, prefix in ((5, "Pi"), (4, "Ti"), (3, "Gi"), (2, "Mi"), (1, "Ki")):
         if n_bytes >= 1024**power:
-            return f"{_plain(n_bytes / 1024**power, digits)} {prefix}B"
-    return f"{_plain(n_bytes, digits)} B"
+            return f"{_plain(n_bytes / 1024**power, 3)} {prefix}B"
+    return f"{_plain(n_bytes, 3)} B"
 
 
-def show_seconds(duration: float, digits: int = 3) -> str:
+def show_seconds(duration: float) -> str:
     """0.05 -> "50 ms"; 4680000 -> "54.2 d"."""
     for unit in ("d", "h", "min", "s", "ms"):
         if duration >= SECONDS[unit]:
-            return f"{_plain(duration / SECONDS[unit], digits)} {unit}"
-    return f"{_plain(duration / SECONDS['us'], digits)} us"
+            return f"{_plain(duration / SECONDS[unit], 3)} {unit}"
+    return f"{_plain(duration / SECONDS['us'], 3)} us"
+
+
+def show_duration(duration: float) -> str:
+    """4000 -> "1 h 06 min"."""
+    minutes, rest = divmod(round(duration), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{duration:.1f} s"
+
+
+def show_energy(joules: float | None) -> str:
+    """In watt-hours; nothing where it is not known."""
+    return "" if joules is None else f"{joules / 3.6e6:.3g} kWh" if joules >= 3.6e6 else f"{joules / 3600:.3g} Wh"
+
+
+def show_price(money: float | None) -> str:
+    """To the cent, in whatever currency; nothing where none is known."""
+    return "" if money is None else f"{money:,.2f}" if money >= 0.01 or not money else "under 0.01"
 
 
 def show_money(money: float) -> str:

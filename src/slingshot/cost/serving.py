@@ -57,7 +57,7 @@ def experts_touched(config: ModelConfig, tokens: float) -> float:
     if not config.n_moe_layers:
         return 0.0
     miss = 1 - config.num_experts_per_tok / config.n_routed_experts
-    return config.n_routed_experts * (1 - (miss**tokens if miss else 0.0 if tokens else 1.0))
+    return config.n_routed_experts * (1 - miss**tokens)
 
 
 def cached_heads(config: ModelConfig) -> int:
@@ -73,7 +73,6 @@ class Fleet:
     device: Device
     precision: Precision
     devices: int
-    cache_bytes: float = 2
     efficiency: float = DECODE_EFFICIENCY
 
     @functools.cached_property
@@ -86,7 +85,7 @@ class Fleet:
         """Bytes of cache on a device for each token of its own sequences. Tensor parallel over more devices than key-value heads holds each
         head more than once; MLA's latent is one head."""
         copies = 1.0 if self.config.n_moe_layers else max(1.0, self.devices / cached_heads(self.config))
-        return copies * cache_bytes_per_token(self.config, self.cache_bytes)
+        return copies * cache_bytes_per_token(self.config)
 
     def memory(self, batch: float, context: float) -> Memory:
         """Of one device with `batch` sequences of `context` tokens of its own; the MTP module is left out."""

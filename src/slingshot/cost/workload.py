@@ -16,11 +16,11 @@ import math
 from typing import Literal, Self
 
 from slingshot.config import ModelConfig, Strict
-from slingshot.cost.devices import Device
+from slingshot.cost.devices import Device, dtype_peak
 from slingshot.cost.flops import is_moe, parameters
 from slingshot.cost.layout import Layout
 from slingshot.cost.memory import PRECISIONS, sizes, training_memory
-from slingshot.cost.plan import ASSUMED_MFU, USABLE, training_rate
+from slingshot.cost.plan import ASSUMED_MFU, USABLE
 from slingshot.cost.quantity import show_share
 from slingshot.cost.receipt import Receipt
 from slingshot.cost.serving import DECODE_EFFICIENCY, Fleet
@@ -68,14 +68,6 @@ class Workload(Strict):
         return sum(phase.total_flops for phase in self.phases)
 
     @property
-    def flops_by_part(self) -> dict[str, float]:
-        parts: dict[str, float] = {}
-        for phase in self.phases:
-            for part, flops in phase.flops.items():
-                parts[part] = parts.get(part, 0.0) + flops
-        return parts
-
-    @property
     def tokens(self) -> float:
         return sum(phase.tokens for phase in self.phases)
 
@@ -95,17 +87,12 @@ class Workload(Strict):
 
     def memory(self, fleet: Fleet) -> float:
         """Bytes its busiest moment takes on the device of `fleet`: a policy in training and the engine beside it take turns, but neither leaves."""
-        precision = fleet.precision
-        layout = Layout(dp=1, tp=1, pp=1, ep=1, zero=0, recompute="none")
-        total = 0.0
-        for sort in ("training", "rollouts"):
-            phases = [phase for phase in self.phases if phase.sort == sort]
-            if sort == "training" and phases:
-                total += max(training_memory(sizes(self.model, precision), layout, math.ceil(phase.at_once), 1).total for phase in phases)
-            elif phases:
-                batches = [(min(phase.responses, ENGINE_BATCH), phase.prompt + phase.longest) for phase in phases]
-                total += max(fleet.memory(batch, context).total for batch, context in batches)
-        return total + sum(parameters(self.model).total * precision.weight for phase in self.phases if "reference" in phase.flops)
+        weighed, layout = sizes(self.model, fleet.precision), Layout(dp=1, tp=1, pp=1, ep=1, zero=0, recompute="none")
+        training, sampling = ([phase for phase in self.phases if phase.sort == sort] for sort in ("training", "rollouts"))
+        trained = [training_memory(weighed, layout, math.ceil(phase.at_once), 1).total for phase in training]
+        sampled = [fleet.memory(min(phase.responses, ENGINE_BATCH), phase.prompt + phase.longest).total for phase in sampling]
+        references = sum(parameters(self.model).total * fleet.precision.weight for phase in self.phases if "reference" in phase.flops)
+        return max(trained, default=0.0) + max(sampled, default=0.0) + references
 
     @classmethod
     def of(cls, receipt: Receipt, model: ModelConfig, steps: int) -> Self:
@@ -159,14 +146,14 @@ class Elsewhere(Strict):
     assumptions: tuple[str, ...]
 
 
-def elsewhere(workload: Workload, device: Device, price: float | None = None) -> Elsewhere:
+def elsewhere(workload: Workload, device: Device) -> Elsewhere:
     """Time, money and energy of `workload` on one `device`: training at the MFU plans assume, decoding at their share of the roofline.
 
-    `price` is per hour, the table's when None. No step takes less time than issuing its kernels does. Work of the host is not in it.
+    No step takes less time than issuing its kernels does. Work of the host is not in it.
     """
     dtype = "bfloat16" if "bfloat16" in device.peak else "float32"
-    precision = PRECISIONS[dtype]
-    fleet = Fleet(workload.model, device, precision, devices=1)
+    fleet = Fleet(workload.model, device, PRECISIONS[dtype], devices=1)
+    rate = ASSUMED_MFU[dtype] * dtype_peak(device, dtype)
     seconds = launching = 0.0
     for phase in workload.phases:
         if phase.sort == "files":
@@ -181,18 +168,16 @@ def elsewhere(workload: Workload, device: Device, price: float | None = None) ->
             times = [(rounds * tokens, fleet.step_seconds(rows, phase.prompt + context)) for tokens, rows, context in parts]
         else:
             issuing *= TRAINING_KERNELS if phase.sort == "training" else 1
-            rate = training_rate(device, precision, phase.flops, None, None, None).per_device if phase.flops else math.inf
             times = [(phase.steps, phase.total_flops / rate / max(1, phase.steps))]
         seconds += sum(steps * max(each, issuing) for steps, each in times)
         launching += sum(steps * max(0.0, issuing - each) for steps, each in times)
-    hourly = device.price if price is None else price
     memory = workload.memory(fleet)
     return Elsewhere(
         device=device.name,
         seconds=seconds,
         memory_bytes=memory,
         fits=memory <= USABLE * device.memory_bytes,
-        money=None if hourly is None else seconds / 3600 * hourly,
+        money=None if device.price is None else seconds / 3600 * device.price,
         joules=None if device.power_watts is None else seconds * device.power_watts,
         launching=launching,
         assumptions=(
@@ -200,7 +185,7 @@ def elsewhere(workload: Workload, device: Device, price: float | None = None) ->
             "roofline",
             f"no step takes less than its kernels do at {KERNEL_SECONDS * 1e6:g} us each; a small network waits for little else",
             "the host's work (documents, tokenizer, verification, files) left out",
-            *([f"${hourly:g} an hour, the table's example" if price is None else f"{hourly:g} an hour, as given"] if hourly is not None else []),
+            *([f"${device.price:g} an hour, the table's example"] if device.price is not None else []),
             *([f"{device.power_watts:g} W all the time"] if device.power_watts is not None else []),
         ),
     )

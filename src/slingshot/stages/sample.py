@@ -7,6 +7,7 @@ The artifact is a dataset, data.jsonl: {"prompt", "reasoning", "answer", "task",
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.files import SlingshotError, write_jsonl
 from slingshot.model.hub import locate
-from slingshot.prospect import SHOWN, Prospect, accepted, guesses, luck, rollout_phase
-from slingshot.rollout import PromptForm, TaskMix, roll_out
+from slingshot.prospect import SHOWN, Prospect, Reply, guesses, luck, rollout_phase
+from slingshot.rollout import Item, PromptForm, TaskMix, roll_out
+from slingshot.tasks.task import Problem, Task
 from slingshot.training.parallel import Parallel
 from slingshot.training.precision import Dtype, compute_dtype, peak
 from slingshot.training.progress import Progress
@@ -68,13 +70,10 @@ def run(config: Config, out: Path) -> None:
             groups = roll_out(engine, chunks[step][parallel.rank :: parallel.world], params, config.form)
             found = []
             for group in groups:
-                accepted: dict[str, dict[str, Any]] = {}
-                for rollout in group:
-                    good = rollout.accuracy == 1.0 and rollout.format == 1.0 and (rollout.language == 1.0 or not config.language)
-                    if good and len(accepted) < config.per_problem:
-                        row = {"prompt": rollout.problem.prompt, "reasoning": rollout.reasoning.strip(), "answer": rollout.answer.strip()}
-                        accepted.setdefault(row["reasoning"], row | {"task": rollout.task.name, "key": rollout.problem.key})
-                found.append((list(accepted.values()), sum(r.accuracy == 1.0 for r in group) / len(group)))
+                good = [r for r in group if r.accuracy == 1.0 and r.format == 1.0 and (r.language == 1.0 or not config.language)]
+                texts = [(r.reasoning.strip(), r.answer.strip()) for r in good]
+                kept = _rows(group[0].task, group[0].problem, texts, config)
+                found.append((kept, sum(r.accuracy == 1.0 for r in group) / len(group)))
                 counts = [len(r.completion_ids) for r in group]
                 work.meter.add(sum(counts), sampling=generation_flops(engine.model.config, len(group[0].prompt_ids), counts))
             found = parallel.gather(found)
@@ -95,7 +94,26 @@ def plan(config: Config, prospect: Prospect) -> Workload:
     items = TaskMix(config.tasks).draw("train", f"sample/{config.seed}", min(config.problems, SHOWN))
     scale = config.problems / len(items) if len(items) == SHOWN else 1.0
     answered = [prospect.respond(item, config.form, config.samples, config.max_tokens) for item in items]
-    kept = sum(len(accepted(item, replies, config.per_problem)) for item, (_, replies) in zip(items, answered, strict=True))
+    kept = sum(len(_foreseen(item, replies, config)) for item, (_, replies) in zip(items, answered, strict=True))
     phase = rollout_phase("rollouts", prospect.model, answered, -(-round(scale * len(items)) // config.chunk), scale)
     lines = (*guesses(items, prospect.writer, config.max_tokens), luck(prospect.writer))
     return Workload(kind=kind, model=prospect.model, phases=(phase,), assumptions=lines, examples=max(1, round(scale * kept)))
+
+
+def foresee(config: Config, prospect: Prospect) -> list[dict[str, Any]]:
+    """The dataset `run` will probably make with a checkpoint like `prospect`."""
+    items = TaskMix(config.tasks).draw("train", f"sample/{config.seed}", config.problems)
+    return [row for item in items for row in _foreseen(item, prospect.respond(item, config.form, config.samples, config.max_tokens)[1], config)]
+
+
+def _foreseen(item: Item, replies: Sequence[Reply], config: Config) -> list[dict[str, Any]]:
+    return _rows(item.task, item.problem, [(reply.reasoning, reply.answer) for reply in replies if reply.right], config)
+
+
+def _rows(task: Task, problem: Problem, texts: Sequence[tuple[str, str]], config: Config) -> list[dict[str, Any]]:
+    """Lines of the dataset from accepted responses to a problem, reasoning and answer: the first of every reasoning."""
+    first: dict[str, str] = {}
+    for reasoning, answer in texts:
+        first.setdefault(reasoning, answer)
+    kept = list(first.items())[: config.per_problem]
+    return [{"prompt": problem.prompt, "reasoning": r, "answer": a, "task": task.name, "key": problem.key} for r, a in kept]

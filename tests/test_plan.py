@@ -186,6 +186,8 @@ def test_a_folder_goes_before_a_preset_of_its_name(tmp_path: Path, monkeypatch: 
         ([*PRETRAIN, "--stage", "a=5", "--stage", "a=6"], "a name of its own"),
         ([*PRETRAIN, "--stage", "pre-training=5"], "a name of its own"),
         ([*PRETRAIN, "--price", "2,5"], "not a number"),
+        ([*PRETRAIN, "--memory", "0"], "must be more than 0; a h800 of the table has 80 GiB"),
+        ([*PRETRAIN, "--memory", "40Gib/s"], "not a number"),
         ([*DISTILL, "--epochs", "nan"], "not a number"),
         ([*PRETRAIN, "--mfu", "0.4"], "give one of them"),
         ([*SERVE, "--prices", "1/2"], "such as 0.14/0.55/2.19"),
@@ -199,6 +201,12 @@ def test_nonsense_is_one_line_with_the_nearest_valid_choice(arguments: list[str]
     result = run(arguments)
     assert isinstance(result.exception, SlingshotError) and result.stdout == ""
     assert says in str(result.exception) and "\n" not in str(result.exception)
+
+
+def test_a_device_may_have_another_memory() -> None:
+    large, small = (as_json(["serve", "--model", "llama-3.1-8b", "--device", "a100", "--memory", size]) for size in ("80GiB", "40GiB"))
+    assert small["usable_memory_bytes"] == 0.9 * 40 * 2**30 and small["batch"] < large["batch"]
+    assert small["alternatives"][0]["device"] == "a100" and small["alternatives"][0]["money"] == small["money"]
 
 
 def test_a_folder_without_a_config_is_named(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from slingshot import __version__
 from slingshot.config import ModelConfig, Strict, presets
-from slingshot.cost.devices import DEVICES, device
+from slingshot.cost.devices import DEVICES, Device, device
 from slingshot.cost.plan import DistillPlan, Plan, PretrainPlan, RLPlan, ServePlan
 from slingshot.cost.plan_serving import plan_serve
 from slingshot.cost.plan_training import plan_distill, plan_pretrain, plan_rl
@@ -38,6 +38,7 @@ from slingshot.cost.quantity import (
     show_seconds,
     show_share,
     show_size,
+    size,
     whole,
 )
 from slingshot.cost.serving import DECODE_EFFICIENCY
@@ -432,6 +433,17 @@ def _known_hours(texts: Sequence[str]) -> dict[str, float]:
     return stages
 
 
+def _device(name: str, memory: str | None) -> Device:
+    """A device of the table, with another memory if one is given."""
+    found = device(name)
+    if memory is None:
+        return found
+    n_bytes = size(memory, "--memory")
+    if n_bytes < 1:
+        raise SlingshotError(f"--memory {memory}: must be more than 0; a {name} of the table has {show_size(found.memory_bytes)}")
+    return found.model_copy(update={"memory_bytes": n_bytes})
+
+
 def _prices(text: str | None) -> list[float] | None:
     if text is None:
         return None
@@ -446,6 +458,7 @@ Count = Annotated[str, typer.Option(help="Devices.")]
 Mfu = Annotated[str | None, typer.Option(help="Share of the peak reached in training.", show_default="22% in fp8, else 40%")]
 Tflops = Annotated[str | None, typer.Option(help="TFLOP/s of a device in training, measured; instead of --mfu.", show_default=False)]
 Price = Annotated[str | None, typer.Option(help="Of a device-hour.", show_default="the table's example")]
+Memory = Annotated[str | None, typer.Option(help="Of a device, such as 40GiB.", show_default="the table's")]
 Dtype = Annotated[
     str | None, typer.Option("--precision", help="float32, bfloat16, float16 or fp8.", show_default="as the model is stored, else 16 bits")
 ]
@@ -475,6 +488,7 @@ def pretrain(
     tflops: Tflops = None,
     hours: Annotated[str | None, typer.Option(help="Device-hours it took: shows what rate they come to.", show_default=False)] = None,
     price: Price = None,
+    memory: Memory = None,
     precision: Dtype = None,
     context: Annotated[str | None, typer.Option(help="Tokens in a sequence.", show_default="4096")] = None,
     batch: Annotated[str | None, typer.Option(help="Tokens in an optimizer step.", show_default="4M, or a sequence a device")] = None,
@@ -491,7 +505,7 @@ def pretrain(
     plan = plan_pretrain(
         load_model_config(model),
         model,
-        device(on),
+        _device(on, memory),
         whole(count, "--count"),
         tokens=read_count(tokens, "--tokens"),
         mfu=_given(share, mfu, "--mfu"),
@@ -525,6 +539,7 @@ def rl(
     mfu: Mfu = None,
     tflops: Tflops = None,
     price: Price = None,
+    memory: Memory = None,
     precision: Dtype = None,
     per_copy: Copy = None,
     efficiency: Efficiency = str(DECODE_EFFICIENCY),
@@ -540,7 +555,7 @@ def rl(
     plan = plan_rl(
         load_model_config(model),
         model,
-        device(on),
+        _device(on, memory),
         whole(count, "--count"),
         steps=whole(steps, "--steps"),
         response=read_count(response, "--response"),
@@ -577,6 +592,7 @@ def distill(
     mfu: Mfu = None,
     tflops: Tflops = None,
     price: Price = None,
+    memory: Memory = None,
     precision: Dtype = None,
     teacher_precision: Annotated[str | None, typer.Option(help="Of the teacher.", show_default="as it is stored, else 16 bits")] = None,
     per_copy: Copy = None,
@@ -593,7 +609,7 @@ def distill(
     plan = plan_distill(
         load_model_config(model),
         model,
-        device(on),
+        _device(on, memory),
         whole(count, "--count"),
         teacher=load_model_config(teacher),
         teacher_name=teacher,
@@ -629,6 +645,7 @@ def serve(
         str | None, typer.Option(help="Price list per million tokens: cached input/other input/output, such as 0.14/0.55/2.19.", show_default=False)
     ] = None,
     price: Price = None,
+    memory: Memory = None,
     precision: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16, fp8 or int8.", show_default="as the model is stored, else 16 bits")
     ] = None,
@@ -642,7 +659,7 @@ def serve(
     plan = plan_serve(
         load_model_config(model),
         model,
-        device(on),
+        _device(on, memory),
         _given(whole, count, "--count"),
         prompt=read_count(prompt, "--prompt"),
         response=read_count(response, "--response"),

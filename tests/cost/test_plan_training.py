@@ -187,11 +187,11 @@ def test_sequences_beyond_the_model_s_own_and_hours_given_are_assumptions() -> N
 
 
 def test_the_nearest_rate_named_is_one_that_is_taken() -> None:
-    for settings, read in (({"tflops": 5000.0}, float), ({"hours": 1.0}, lambda text: float(text.removesuffix(" hours").replace(",", "")))):
+    for asked, read in (({"tflops": 5000.0}, float), ({"hours": 1.0}, lambda text: float(text.removesuffix(" hours").replace(",", "")))):
         with pytest.raises(SlingshotError) as refused:
-            plan_pretrain(V3, "v3", device("h800"), 2048, tokens=14.8e12, **settings)
+            plan_pretrain(V3, "v3", device("h800"), 2048, tokens=14.8e12, **asked)
         nearest = read(str(refused.value).rpartition("the nearest valid value is ")[2])
-        plan_pretrain(V3, "v3", device("h800"), 2048, tokens=14.8e12, **{key: nearest for key in settings})
+        plan_pretrain(V3, "v3", device("h800"), 2048, tokens=14.8e12, **{key: nearest for key in asked})
 
 
 def test_a_precision_may_be_written_short() -> None:

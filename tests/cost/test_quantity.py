@@ -18,6 +18,7 @@ from slingshot.cost.quantity import (
     show_seconds,
     show_share,
     show_size,
+    size,
     whole,
 )
 from slingshot.files import SlingshotError
@@ -32,7 +33,8 @@ def test_counts(text: str | float, number: float) -> None:
     assert count(text) == pytest.approx(number, rel=1e-15)
 
 
-def test_times_and_shares() -> None:
+def test_sizes_times_and_shares() -> None:
+    assert [size(text) for text in ("80GiB", "5GB", "5gb", "128 MiB", "3B", "7")] == [80 * 2**30, 5e9, 5e9, 128 * 2**20, 3, 7]
     assert [seconds(text) for text in ("50ms", "2h", "3", "1.5 min", "1d")] == [0.05, 7200, 3, 90, 86400]
     assert [share(text) for text in ("0.4", "40%", "1", "0")] == [0.4, 0.4, 1, 0]
     assert whole("2K") == 2000 and isinstance(whole("2K"), int)
@@ -50,6 +52,8 @@ def test_times_and_shares() -> None:
         (count, "-3T", "did you mean 3T?"),
         (count, "1\n2", "not a number"),
         (count, "9" * 5000, "must be a number up to"),
+        (size, "80GiBB", "did you mean GiB?"),
+        (size, "3 GBit", "did you mean GB?"),
         (seconds, "5 mins", "did you mean min?"),
         (share, "40", "0.4 is 40%"),
         (share, "140%", "the nearest valid value is 100%"),
@@ -81,6 +85,7 @@ def test_what_is_printed_reads_back(number: float) -> None:
     assert count(show_money(number)) == pytest.approx(number, rel=0.0051)
     if number < 1e12:
         assert seconds(show_seconds(max(number, 1e-6))) == pytest.approx(max(number, 1e-6), rel=0.0051)
+        assert size(show_size(1 + number)) == pytest.approx(1 + number, rel=0.0051)
 
 
 @given(st.floats(0, 1e29), st.sampled_from(["", "K", "M", "B", "T"]))

@@ -1,6 +1,7 @@
-"""Quantities as people write and read them: 14.8T tokens, 7e12, 671B, 80 GiB, 50ms. No torch.
+"""Quantities as people write and read them: 14.8T tokens, 7e12, 671B, 80GiB, 5GB, 50ms. No torch.
 
 count("14.8T")            # 14.8e12; K, M, B or G, T, P, E are powers of 1000
+size("80GiB")             # 85899345920.0; KB, MB, GB ... are powers of 1000, KiB, MiB, GiB ... of 1024
 seconds("50ms")           # 0.05; us, ms, s, min, h, d
 
 show_count(14.8e12)       # "14.8T"
@@ -18,6 +19,9 @@ from collections.abc import Mapping
 from slingshot.files import SlingshotError
 
 COUNTS = {"": 1e0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
+SIZES = {"": 1.0, "B": 1.0}
+for _power, _prefix in enumerate("KMGTPE", start=1):
+    SIZES |= {f"{_prefix}B": 1000.0**_power, f"{_prefix}iB": 1024.0**_power}
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 LARGEST = 1e30  # more tokens, bytes or FLOP/s than there will be; keeps products of a few quantities finite
@@ -27,6 +31,11 @@ SMALLEST_SHARE = 1e-6
 def count(text: str | float, what: str = "a count") -> float:
     """Read a number with an optional suffix of COUNTS, in either case. `what` names it in the error."""
     return _read(text, what, COUNTS, "14.8T, 671B, 7e12 or 1500000")
+
+
+def size(text: str | float, what: str = "a size") -> float:
+    """Read bytes: a number with an optional suffix of SIZES, in either case."""
+    return _read(text, what, SIZES, "80GiB, 5GB or 85899345920")
 
 
 def seconds(text: str | float, what: str = "a time") -> float:

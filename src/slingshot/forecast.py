@@ -21,9 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from slingshot import recipe as recipes
 from slingshot.config import Strict
@@ -34,7 +31,7 @@ from slingshot.cost.quantity import count as read_count
 from slingshot.cost.quantity import share, show_count, show_duration, show_energy, show_price, show_size
 from slingshot.cost.workload import SOLVED, Elsewhere, Workload, elsewhere
 from slingshot.files import SlingshotError, write_jsonl
-from slingshot.plan import Section, Story, deliver, render
+from slingshot.plan import Section, Story, deliver
 from slingshot.recipe import Recipe
 
 if TYPE_CHECKING:  # they bring torch, and this module makes a command
@@ -306,20 +303,22 @@ def _metered(found: Forecast) -> bool:
     return found.total(lambda line: line.here.joules) is not None
 
 
-def show(found: Forecast, console: Console) -> None:
-    """Print the forecast as a table with its sums, and what was assumed."""
-    console.print(Text(f"The recipe {found.recipe}, before it runs", style="bold"))
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for index, heading in enumerate(columns(found)):
-        table.add_column(heading, justify="right" if index else "left", overflow="ellipsis" if index else "fold")
-    for row in (made := rows(found)):
-        table.add_row(*map(Text, row), style="bold" if row is made[-1] else None)
-    console.print(table)
-    if found.probed:
-        console.print(Text(f"Rehearsed in {show_duration(found.probing_seconds)}.", style="dim"))
-    console.print(Text("\nAssumed", style="bold"))
-    for text in found.assumptions:
-        console.print(Text(f"- {text}", style="dim"))
+def tell(found: Forecast) -> Story:
+    """Put a forecast into words and a table."""
+    made = rows(found)
+    longest = max(line.here.seconds for line in found.stages)
+    shares = [line.here.seconds / longest for line in found.stages] + [0.0] * (len(made) - len(found.stages))
+    figures = [(show_duration(found.seconds), "on this machine")]
+    for index, away in enumerate(found.stages[0].elsewhere):
+        seconds, money = sums(found, index)
+        figures.append((show_duration(seconds), f"on {away.device}" + ("" if money is None else f", {show_price(money)} dollars")))
+    how = f"rehearsed in {show_duration(found.probing_seconds)}" if found.probed else "reckoned by FLOPs and bytes, nothing rehearsed"
+    table = Section("Stage by stage", "", tuple(columns(found)), tuple(map(tuple, made)), tuple(shares), len(made) - 1)
+    assumed = Section("Assumed", rows=tuple((text,) for text in found.assumptions))
+    fits = all(away.fits for line in found.stages for away in line.elsewhere)
+    where = " or ".join(away.device for away in found.stages[0].elsewhere)
+    title, lede = f"The recipe {found.recipe}, before it runs", f"{len(found.stages)} stages, {how}."
+    return Story(title, lede, tuple(figures), (table, assumed), fits, where, f"recipe {found.recipe}")
 
 
 def recipe_command(
@@ -341,22 +340,4 @@ def recipe_command(
     loaded = Recipe.load(source, overrides or [], seed)
     devices = [device(name) for name in on or ["h100"]]
     found = forecast(loaded, devices, probe, chance, None if hourly is None else read_count(hourly, "--price"), until)
-    deliver(found, show, page, as_json, html)
-
-
-def page(found: Forecast) -> str:
-    """The forecast as one HTML file."""
-    fits = all(away.fits for line in found.stages for away in line.elsewhere)
-    made = rows(found)
-    longest = max(line.here.seconds for line in found.stages)
-    shares = [line.here.seconds / longest for line in found.stages] + [0.0] * (len(made) - len(found.stages))
-    figures = [(show_duration(found.seconds), "on this machine")]
-    for index, away in enumerate(found.stages[0].elsewhere):
-        seconds, money = sums(found, index)
-        figures.append((show_duration(seconds), f"on {away.device}" + ("" if money is None else f", {show_price(money)} dollars")))
-    how = f"rehearsed in {show_duration(found.probing_seconds)}" if found.probed else "reckoned by FLOPs and bytes, nothing rehearsed"
-    table = Section("Stage by stage", "", tuple(columns(found)), tuple(map(tuple, made)), tuple(shares), len(made) - 1)
-    assumed = Section("Assumed", rows=tuple((text,) for text in found.assumptions))
-    lede = f"{len(found.stages)} stages, {how}."
-    story = Story(f"The recipe {found.recipe}, before it runs", lede, tuple(figures), (table, assumed))
-    return render(story, fits, " or ".join(away.device for away in found.stages[0].elsewhere), f"recipe {found.recipe}")
+    deliver(found, tell(found), as_json, html)

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -46,9 +46,6 @@ from slingshot.files import SlingshotError, read_json, write_text
 
 app = typer.Typer(help="What it will cost, before anything runs. Numbers may be written 14.8T, 7e12, 671B, 50ms.", no_args_is_help=True)
 
-Found = TypeVar("Found", bound=Strict)
-
-
 # What a plan says, for the table and the page alike
 
 
@@ -66,12 +63,15 @@ class Section:
 
 @dataclass(frozen=True)
 class Story:
-    """A plan in words: a title, a sentence, its headline figures and its sections."""
+    """A plan in words: a title, a sentence, its headline figures and its sections; whether it fits, and on what; its command's name."""
 
     title: str
     lede: str
     figures: tuple[tuple[str, str], ...]
     sections: tuple[Section, ...]
+    fits: bool
+    where: str
+    command: str
 
 
 def tell(plan: Plan) -> Story:
@@ -112,7 +112,8 @@ def tell(plan: Plan) -> Story:
             figures.append((show_money(plan.output_cost_per_million), "a million output tokens"))
     assumed = Section("Assumed", rows=tuple((text,) for text in plan.assumptions))
     sections = [_bill(plan), *own, _memory(plan), _dominates(plan), *_alternatives(plan), _model(plan), assumed]
-    return Story(title, lede, tuple(figures), tuple(section for section in sections if section.rows or section.note))
+    told = tuple(section for section in sections if section.rows or section.note)
+    return Story(title, lede, tuple(figures), told, plan.fits, plan.device, plan.kind)
 
 
 def _mfus(plan: PretrainPlan) -> str:
@@ -352,13 +353,12 @@ def _energy(kwh: float) -> str:
 # The doors
 
 
-def show(plan: Plan, console: Console) -> None:
-    """Print a plan as tables."""
-    story = tell(plan)
+def show(story: Story, console: Console) -> None:
+    """Print a story as tables and lists."""
     console.print(Text(story.title, style="bold"))
     console.print(Text(story.lede))
-    if not plan.fits:
-        console.print(Text(f"It does NOT fit in the memory of {plan.device}: what would, stands below.", style="bold red"))
+    if not story.fits:
+        console.print(Text(f"It does NOT fit in the memory of one {story.where}.", style="bold red"))
     head = Table(box=None, pad_edge=False, show_header=False)
     for value, label in story.figures:
         head.add_row(Text(value, style="bold"), Text(label, style="dim"))
@@ -367,7 +367,10 @@ def show(plan: Plan, console: Console) -> None:
         console.print(Text(f"\n{section.title}", style="bold"))
         if section.note:
             console.print(Text(section.note, style="" if "NOT fit" in section.note else "dim"))
-        if section.rows:
+        if section.rows and len(section.rows[0]) == 1:
+            for (text,) in section.rows:
+                console.print(Text(f"- {text}", style="dim"))
+        elif section.rows:
             table = Table(box=None, pad_edge=False, show_header=any(section.columns), header_style="dim")
             for index in range(len(section.rows[0])):
                 heading = section.columns[index] if index < len(section.columns) else ""
@@ -377,29 +380,24 @@ def show(plan: Plan, console: Console) -> None:
             console.print(table)
 
 
-def page(plan: Plan) -> str:
-    """A plan as one HTML file."""
-    return render(tell(plan), plan.fits, plan.device, plan.kind)
-
-
-def render(story: Story, fits: bool, device: str, kind: str) -> str:
-    """A story as one HTML file: no scripts, nothing loaded from anywhere, light and dark. `kind`: the command's words after `slingshot plan`."""
+def page(story: Story) -> str:
+    """A story as one HTML file: no scripts, nothing loaded from anywhere, light and dark."""
     import jinja2  # only here
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template("plan.html.jinja").render(story=story, fits=fits, device=device, kind=kind, version=__version__)
+    return environment.get_template("plan.html.jinja").render(story=story, version=__version__)
 
 
-def deliver(found: Found, show: Callable[[Found, Console], None], page: Callable[[Found], str], as_json: bool, html: Path | None) -> None:
-    """Print what was found, as JSON if so asked, and write its page if one is wanted."""
+def deliver(found: Strict, story: Story, as_json: bool, html: Path | None) -> None:
+    """Print what was found, as JSON if so asked, else its story; write the story's page if one is wanted."""
     if html is not None:
-        write_text(html, page(found))
+        write_text(html, page(story))
     if as_json:
         print(json.dumps(found.model_dump(mode="json"), indent=2, allow_nan=False))
         return
-    show(found, Console())
+    show(story, Console())
     if html is not None:
         print(f"\nmade {html}")
 
@@ -440,7 +438,7 @@ def _device(name: str, memory: str | None) -> Device:
         return found
     n_bytes = size(memory, "--memory")
     if n_bytes < 1:
-        raise SlingshotError(f"--memory {memory}: must be more than 0; a {name} of the table has {show_size(found.memory_bytes)}")
+        raise SlingshotError(f"--memory {memory}: must be more than 0; the table's {name} has {show_size(found.memory_bytes)}")
     return found.model_copy(update={"memory_bytes": n_bytes})
 
 
@@ -518,7 +516,7 @@ def pretrain(
         ways=_ways(tp, pp, ep, zero, recompute),
         stages=_known_hours(stage or []),
     )
-    deliver(plan, show, page, as_json, html)
+    deliver(plan, tell(plan), as_json, html)
 
 
 @app.command()
@@ -575,7 +573,7 @@ def rl(
         efficiency=share(efficiency, "--efficiency"),
         ways=_ways(tp, pp, ep, zero, recompute),
     )
-    deliver(plan, show, page, as_json, html)
+    deliver(plan, tell(plan), as_json, html)
 
 
 @app.command()
@@ -627,7 +625,7 @@ def distill(
         efficiency=share(efficiency, "--efficiency"),
         ways=_ways(tp, pp, ep, zero, recompute),
     )
-    deliver(plan, show, page, as_json, html)
+    deliver(plan, tell(plan), as_json, html)
 
 
 @app.command()
@@ -674,4 +672,4 @@ def serve(
         devices_per_copy=_given(whole, per_copy, "--devices-per-copy"),
         efficiency=share(efficiency, "--efficiency"),
     )
-    deliver(plan, show, page, as_json, html)
+    deliver(plan, tell(plan), as_json, html)

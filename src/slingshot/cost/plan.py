@@ -362,7 +362,7 @@ def training_rate(
         rate, source = assumed * peak, f"MFU {show_share(assumed)}, assumed; {_MFU_SOURCE.get(precision.dtype, 'as in bfloat16')}"
     if rate > peak * (1 + 1e-9):
         below = f"{math.floor(peak / 1e9) / 1000:.10g}"
-        most = f"a {device.name} does at most {below} of this model's products in {precision.dtype}"
+        most = f"one {device.name} does at most {below} of this model's products in {precision.dtype}"
         nearest = f"{math.ceil(sum(parts.values()) / peak / 3600):,} hours" if hours is not None else below
         raise SlingshotError(f"{rate / 1e12:.4g} TFLOP/s: {most}; the nearest valid value is {nearest}")
     return Rate(

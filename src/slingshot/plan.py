@@ -264,8 +264,12 @@ def _alternatives(plan: Plan) -> list[Section]:
                 )
             )
         serving = isinstance(plan, ServePlan)
+        note = "The same work on as many of each."
+        if isinstance(plan, ServePlan):
+            whole_fleets = "The same traffic, in whole copies of the best size on each."
+            shares = "As many requests as these devices serve, by copies of the best size at full load; of a larger fleet, the share they take."
+            note = whole_fleets if plan.day else shares
         columns = ("", "precision", "hours", "devices" if serving else "time", "money", "room, in time" if serving else "has room")
-        note = "The same requests, in whole copies of the best size on each." if serving else "The same work on as many of each."
         found.append(Section("Other devices and precisions", note + " Other devices' prices are the table's examples.", columns, tuple(rows)))
     return found
 

@@ -36,7 +36,7 @@ _MFU_SOURCE = {
 }
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 USABLE = 0.9  # share of a device's memory a plan may fill: the rest is for the framework, buffers of collectives and fragmentation
-MOST = 10**7  # devices
+MOST = 10**7  # devices a plan takes
 HOURS = 24.0
 
 

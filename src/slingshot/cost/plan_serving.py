@@ -17,6 +17,7 @@ from slingshot.cost.memory import PRECISIONS, Precision
 from slingshot.cost.plan import (
     ASSUMED_MFU,
     HOURS,
+    MOST,
     USABLE,
     Alternative,
     Batch,
@@ -37,7 +38,6 @@ from slingshot.cost.quantity import show_share, show_size
 from slingshot.cost.serving import DECODE_EFFICIENCY, Fleet, cached_heads
 from slingshot.files import SlingshotError
 
-MOST = 10**7  # devices a plan takes
 HIT_SHARES = (0.0, 0.25, 0.5, 0.75, 0.9)
 DAY = 86400.0
 LONGEST = 2**27  # tokens of a prompt or a response

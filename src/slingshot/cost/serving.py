@@ -147,8 +147,8 @@ class Fleet:
     def _link(self) -> float:
         """Bytes/s at which a device sends, one way.
 
-        An all-reduce over several nodes is a ring, whose bytes cross a node's border once, through the network links of all its members: 32 H100
-        of 4 nodes with 8 links of 50 GB/s reach 366 GB/s (github.com/NVIDIA/nccl-tests, issue 309). Experts' tokens take their own device's link.
+        An all-reduce over several nodes is a ring, whose bytes cross a node's border once, through the network links of all its members: nodes of
+        8 links of 50 GB/s reach 350 GB/s (NCCL; github.com/NVIDIA/nccl-tests, issue 283). Experts' tokens take their own device's link.
         """
         device = self.device
         if self.devices <= device.per_node:

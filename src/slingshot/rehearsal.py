@@ -134,9 +134,9 @@ def rehearse(kind: str, module: Any, config: StageConfig, out: Path, writer: Wri
 
     module.Workspace = workspace
     tensors: list[Step] = []
-    fixed: list[float] = []  # seconds of a conversion that do not grow with its bytes
+    spent: list[float] = []  # seconds of a conversion: writing its tensors, and its tokenizer
     if kind == "convert":
-        module.write_checkpoint = functools.partial(_write, module.write_checkpoint, fixed)
+        module.write_checkpoint = functools.partial(_write, module.write_checkpoint, spent)
         for name in ("_as_stored", "_converted"):
             setattr(module, name, functools.partial(_some, getattr(module, name), tensors, steps))
     elif hasattr(module, "roll_out") and writer:
@@ -146,9 +146,11 @@ def rehearse(kind: str, module: Any, config: StageConfig, out: Path, writer: Wri
         module.run(config, out)
     work = made[0]
     counted = tensors or work.counted
-    if tensors:  # they are read, written and digested inside the finish: what comes after the last of them grows with their bytes, too
-        work.result["save"] -= sum(step.seconds for step in counted) + 2 * sum(fixed)
-    prepared = (work.began if tensors else work.clock[0]) - begin + sum(fixed)
+    prepared = (work.began if tensors else work.clock[0]) - begin
+    if tensors:  # read and written inside the finish, of which all else takes as long for any model
+        written, again = spent
+        prepared += work.result["save"] - written - again
+        work.result["save"] = max(0.0, written - sum(step.seconds for step in counted))
     joules = work.meter.joules
     return {
         "prepare": prepared, "steps": [step.model_dump() for step in counted], "peak_memory_bytes": work.meter.peak_memory_bytes,
@@ -186,12 +188,14 @@ def recite(
     return roll_out(engine, items, params, form)
 
 
-def _write(write: Callable[..., None], fixed: list[float], folder: Path, config: ModelConfig, tensors: Any, tokenizer: Tokenizer, *rest: Any) -> None:
+def _write(write: Callable[..., None], spent: list[float], folder: Path, config: ModelConfig, tensors: Any, tokenizer: Tokenizer, *rest: Any) -> None:
     """Write a checkpoint, and its tokenizer once more, to know what that takes."""
-    write(folder, config, tensors, tokenizer, *rest)
     begin = time.perf_counter()
+    write(folder, config, tensors, tokenizer, *rest)
+    written = time.perf_counter()
     tokenizer.save(folder)
-    fixed.append(time.perf_counter() - begin)
+    again = time.perf_counter() - written
+    spent += [written - begin - again, again]
 
 
 def _some(convert: Callable[..., Iterator[tuple[str, Tensor]]], counted: list[Step], most: int, *arguments: Any) -> Iterator[tuple[str, Tensor]]:

@@ -71,6 +71,7 @@ def test_local_is_this_machine_as_measured(tmp_path: Path, monkeypatch: pytest.M
     cpu = describe().cpu
     save_measurement(f"{cpu}, 1 threads, torch 2.13.0", Measurement(peak={"float32": 2.0, "bfloat16": 3.0}))
     save_measurement("another processor, 1 threads, torch 2.13.0", Measurement(peak={"float32": 99.0}, bandwidth=99.0))
+    save_measurement(f"{cpu} of a longer name, 1 threads, torch 2.13.0", Measurement(peak={"float32": 98.0}, bandwidth=98.0))
     with pytest.raises(SlingshotError, match="memory has not been measured"):
         device("local")
     save_measurement(f"{cpu}, 2 threads, torch 2.13.0", Measurement(peak={"float32": 4.0}, bandwidth=7.0))

@@ -170,7 +170,7 @@ def local_device() -> Device:
     """This machine, by what `slingshot doctor` measured on it: the best of every measurement under this processor's name."""
     machine = describe()
     # An accelerator's measurements stand under its own name, the processor's under the processor's.
-    mine = [known for key, known in measurements().items() if key.startswith(machine.cpu)]
+    mine = [known for key, known in measurements().items() if key.startswith(f"{machine.cpu}, ")]
     if not any(known.peak for known in mine):
         raise SlingshotError("this machine has not been measured yet; run `slingshot doctor` once, or name a device of the table")
     peak: dict[str, float] = {}

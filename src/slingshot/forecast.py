@@ -272,7 +272,8 @@ def rows(found: Forecast) -> list[list[str]]:
         here, away = line.here, [(each.seconds, each.money) for each in line.elsewhere]
         made.append(_row(found, line.name, line.work.tokens, line.work.flops, here.seconds, here.memory_bytes, here.money, here.joules, away))
     if starts := sum(line.here.start for line in found.stages):
-        made.append([f"{len(found.stages)} processes", "", "", show_duration(starts), *[""] * (len(columns(found)) - 4)])
+        many = "1 process" if len(found.stages) == 1 else f"{len(found.stages)} processes"
+        made.append([many, "", "", show_duration(starts), *[""] * (len(columns(found)) - 4)])
     lines = found.stages
     away = [sums(found, index) for index in range(len(lines[0].elsewhere))]
     memory = max(line.here.memory_bytes for line in lines)
@@ -317,7 +318,7 @@ def tell(found: Forecast) -> Story:
     assumed = Section("Assumed", rows=tuple((text,) for text in found.assumptions))
     fits = all(away.fits for line in found.stages for away in line.elsewhere)
     where = " or ".join(away.device for away in found.stages[0].elsewhere)
-    title, lede = f"The recipe {found.recipe}, before it runs", f"{len(found.stages)} stages, {how}."
+    title, lede = f"The recipe {found.recipe}, before it runs", f"{'1 stage' if len(found.stages) == 1 else f'{len(found.stages)} stages'}, {how}."
     return Story(title, lede, tuple(figures), (table, assumed), fits, where, f"recipe {found.recipe}")
 
 

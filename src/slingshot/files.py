@@ -89,6 +89,20 @@ def read_jsonl(path: Path) -> list[Any]:
     return rows
 
 
+def read_span(path: Path, start: int, buffer: memoryview, what: str) -> None:
+    """Fill `buffer` with a file's bytes from `start` on. SlingshotError when it cannot be read, or ends within `what`."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            while buffer:
+                count = file.readinto(buffer)
+                if not count:
+                    raise SlingshotError(f"{path} ends within {what}; is the download complete?")
+                buffer = buffer[count:]
+    except OSError as error:
+        raise SlingshotError(f"cannot read {path}: {error.strerror or error}") from error
+
+
 def inside(folder: Path, name: str) -> Path:
     """The path of a file in an untrusted folder, which need not be there.
 

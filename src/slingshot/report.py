@@ -24,6 +24,7 @@ from markupsafe import Markup
 from pydantic import ConfigDict, Field
 
 from slingshot.config import ModelConfig, Strict
+from slingshot.cost.bill import Sums
 from slingshot.cost.devices import DEVICES
 from slingshot.cost.flops import Parameters, parameters
 from slingshot.cost.quantity import show_energy, show_price
@@ -155,50 +156,35 @@ def _elsewhere(run: Path, folder: Path, receipt: Receipt, steps: int) -> Elsewhe
     return None
 
 
-@dataclass(frozen=True)
-class Bill:
+class RunBill(Sums):
     """The sums of a run, its evaluations among them and once apart; `away` are the same on the plan's device. None: not known."""
 
-    seconds: float
-    tokens: int
-    flops: float
     memory: int
-    joules: float | None
-    money: float | None
     away_seconds: float
     away_money: float | None
-    partial: tuple[str, ...]  # sums that leave stages out
     assumptions: tuple[str, ...]
-    evaluations: Bill | None = None
+    evaluations: RunBill | None
 
     def summary(self) -> dict[str, Any]:
         """As report.json has it."""
-        here = {"seconds": self.seconds, "tokens": self.tokens, "flops": self.flops, "energy_joules": self.joules, "money": self.money}
+        here = self.model_dump(include={"seconds", "tokens", "flops", "energy_joules", "money"})
         return here | {PLANNED: {"seconds": self.away_seconds, "money": self.away_money, "assumptions": list(self.assumptions)}}
 
 
-def _bill(stages: list[Stage], evaluations: list[tuple[Receipt, Elsewhere | None]]) -> Bill | None:
+def _bill(stages: list[Stage], evaluations: list[tuple[Receipt, Elsewhere | None]]) -> RunBill | None:
     """The bill of what has run so far; None when nothing has."""
     finished = [(stage.receipt, stage.away) for stage in stages if stage.receipt] + evaluations
     if not finished:
         return None
-    apart = _bill([], evaluations) if stages else None
     receipts, away = [receipt for receipt, _ in finished], [found for _, found in finished if found]
-    joules, money = ([value for value in values if value is not None] for values in zip(*((r.energy_joules, r.money) for r in receipts), strict=True))
-    known = {"energy": joules, "money": money}
     prices = [found.money for found in away if found.money is not None]
-    return Bill(
-        seconds=sum(receipt.seconds for receipt in receipts),
-        tokens=sum(receipt.tokens for receipt in receipts),
-        flops=sum(receipt.flops for receipt in receipts),
+    return RunBill(
+        **dict(Sums.of(receipts)),
         memory=max(receipt.peak_memory_bytes for receipt in receipts),
-        joules=sum(joules) if joules else None,
-        money=sum(money) if money else None,
         away_seconds=sum(found.seconds for found in away),
         away_money=sum(prices) if prices else None,
-        partial=tuple(name for name, values in known.items() if 0 < len(values) < len(receipts)),
         assumptions=away[0].assumptions if away else (),
-        evaluations=apart,
+        evaluations=_bill([], evaluations) if stages else None,
     )
 
 
@@ -217,7 +203,7 @@ def _summary(stage: Stage) -> dict[str, Any]:
 # The page
 
 
-def _page(title: str, stages: list[Stage], bill: Bill | None) -> str:
+def _page(title: str, stages: list[Stage], bill: RunBill | None) -> str:
     evaluated = [stage for stage in stages if stage.scores]
     tasks = list(dict.fromkeys(task for stage in evaluated for task in stage.scores))
     template = jinja2.Environment(

@@ -12,6 +12,7 @@ artifact's own neighbours are asked for that name. Whoever answers must have the
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 
 from slingshot.config import Strict
@@ -26,27 +27,22 @@ class BillLine(Strict):
     receipt: Receipt
 
 
-class Bill(Strict):
-    """Lines in the order they were made. Energy and money add up what is known, None where nothing is; `missing` and `partial` say what is not."""
+class Sums(Strict):
+    """Of receipts. Energy and money add up what is known, None where nothing is; `partial` says what is not."""
 
-    lines: list[BillLine]
-    missing: list[str]
     seconds: float
     device_seconds: float
     flops: float
     tokens: int
     energy_joules: float | None
     money: float | None
-    partial: list[str]  # sums that some lines have no figure for
+    partial: list[str]  # sums that some receipts have no figure for
 
-    @classmethod
-    def of(cls, lines: list[BillLine], missing: list[str]) -> Bill:
-        receipts = [line.receipt for line in lines]
+    @staticmethod
+    def of(receipts: Sequence[Receipt]) -> Sums:
         joules = [receipt.energy_joules for receipt in receipts if receipt.energy_joules is not None]
         money = [receipt.money for receipt in receipts if receipt.money is not None]
-        return cls(
-            lines=lines,
-            missing=missing,
+        return Sums(
             seconds=sum(receipt.seconds for receipt in receipts),
             device_seconds=sum(receipt.device_seconds for receipt in receipts),
             flops=sum(receipt.flops for receipt in receipts),
@@ -55,6 +51,13 @@ class Bill(Strict):
             money=sum(money) if money else None,
             partial=[name for name, known in (("energy", joules), ("money", money)) if 0 < len(known) < len(receipts)],
         )
+
+
+class Bill(Sums):
+    """Lines in the order they were made, with their sums; `missing` says which are not among them."""
+
+    lines: list[BillLine]
+    missing: list[str]
 
 
 def total(path: Path) -> Bill:
@@ -80,7 +83,8 @@ def total(path: Path) -> Bill:
                     waiting.append((found, False))
                 if trouble:
                     missing[f"{receipt.name}: {trouble}"] = None
-    return Bill.of(list(lines.values()), list(missing))
+    sums = Sums.of([line.receipt for line in lines.values()])
+    return Bill(**dict(sums), lines=list(lines.values()), missing=list(missing))
 
 
 def _find(parent: Parent, child: Path) -> tuple[Path | None, str]:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from slingshot.files import SlingshotError
+from slingshot.files import SlingshotError, read_span
 
 _HEADER_LIMIT = 2**26  # bytes; a vocabulary of 262,144 tokens and its merges take 15 million
 _MAX_DIMENSIONS = 4  # ggml's
@@ -81,17 +81,7 @@ class GGUFFile:
     def read(self, tensor: Tensor, first: int, count: int) -> np.ndarray:
         """The bytes of `count` rows of a tensor from row `first` on, uint8 [count, row_bytes]."""
         data = np.empty((count, tensor.row_bytes), dtype=np.uint8)
-        rest = data.reshape(-1).data
-        try:
-            with tensor.file.open("rb", buffering=0) as file:
-                file.seek(tensor.offset + first * tensor.row_bytes)
-                while rest:
-                    n_bytes = file.readinto(rest)
-                    if not n_bytes:
-                        raise SlingshotError(f"{tensor.file} ends within its tensors; is the download complete?")
-                    rest = rest[n_bytes:]
-        except OSError as error:
-            raise SlingshotError(f"cannot read {tensor.file}: {error.strerror or error}") from error
+        read_span(tensor.file, tensor.offset + first * tensor.row_bytes, data.reshape(-1).data, "its tensors")
         return data
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
 from slingshot.config import ModelConfig
-from slingshot.files import SlingshotError, inside, read_json, write_json
+from slingshot.files import SlingshotError, inside, read_json, read_span, write_json
 from slingshot.model.layout import SCALE, layout, scale_shape, tensor_count
 
 if TYPE_CHECKING:
@@ -75,17 +75,7 @@ class Shards:
             shape = (rows.stop - rows.start, *shape[1:])
             start += rows.start * math.prod(shape[1:]) * size
         tensor = torch.empty(shape, dtype=getattr(torch, dtype))
-        buffer = tensor.reshape(-1).view(torch.uint8).numpy().data
-        try:
-            with header.file.open("rb", buffering=0) as file:
-                file.seek(start)
-                while buffer:
-                    count = file.readinto(buffer)
-                    if not count:
-                        raise SlingshotError(f"{header.file} ends within {name}; is the download complete?")
-                    buffer = buffer[count:]
-        except OSError as error:
-            raise SlingshotError(f"cannot read {header.file}: {error.strerror or error}") from error
+        read_span(header.file, start, tensor.reshape(-1).view(torch.uint8).numpy().data, name)
         self.bytes_read += tensor.nbytes
         return tensor
 

@@ -79,14 +79,14 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, content: bytes | None, rea
 def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_bytes(tmp_path / "file", b"old")
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(SlingshotError, match=r"cannot write .*file: No space left on device; free space there or choose another --out"):
+    with pytest.raises(SlingshotError, match=r"cannot write .*file: No space left on device; free space there or choose another place"):
         write_bytes(tmp_path / "file", b"new")
     assert names(tmp_path) == ["file"] and (tmp_path / "file").read_bytes() == b"old"
 
 
 def test_a_file_in_the_way_of_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
-    with pytest.raises(SlingshotError, match=r"cannot write .*taken/file: .*choose another --out"):
+    with pytest.raises(SlingshotError, match=r"cannot write .*taken/file: .*choose another place"):
         write_text(tmp_path / "taken" / "file", "x")
     with pytest.raises(SlingshotError, match=r"cannot write .*taken/folder: .*choose another --out"), new_folder(tmp_path / "taken" / "folder"):
         pass

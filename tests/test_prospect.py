@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from slingshot import prospect
 from slingshot.config import TaskConfig
 from slingshot.data.tokenizer import Tokenizer
 from slingshot.prospect import Writer, guesses
@@ -51,11 +52,27 @@ def test_problems_are_solved_as_often_as_believed_and_some_always_or_never(token
     assert 0.2 < alike < 0.75  # of independent problems next to none would be
 
 
+def test_replies_to_a_problem_disagree_as_often_as_the_prior_says(tokenizer: Tokenizer, items: list[Item]) -> None:
+    assert Writer().disagreement(2) == pytest.approx(1 / 4)  # 2 (E p - E p^2) = 2 (1/2 - 3/8)
+    assert Writer(solved=0.25).disagreement(2) == pytest.approx(3 / 16)
+    assert Writer().disagreement(1) == pytest.approx(0)
+    drawn = [len({reply.right for reply in Writer().respond(tokenizer, item, PromptForm(), 8, 50)[1]}) > 1 for item in items]
+    assert statistics.fmean(drawn) == pytest.approx(Writer().disagreement(8), abs=0.08)
+
+
 def test_styles_come_in_their_shares_and_again_the_same(tokenizer: Tokenizer, items: list[Item]) -> None:
     writer = Writer({"answer": 3.0, "steps": 1.0})
     replies = [writer.respond(tokenizer, item, PromptForm(), 4, 1000)[1] for item in items]
     assert statistics.fmean(not reply.reasoning for group in replies for reply in group) == pytest.approx(0.75, abs=0.05)
     assert replies[7] == writer.respond(tokenizer, items[7], PromptForm(), 4, 1000)[1]
+
+
+def test_of_many_problems_some_stand_for_all(items: list[Item], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert prospect.some(items) == (items, 1.0)
+    monkeypatch.setattr(prospect, "SHOWN", 4)
+    assert prospect.some(items[:10]) == ([items[0], items[3], items[6], items[9]], 2.5)
+    assert prospect.some(items[:4]) == (items[:4], 1.0)
+    assert prospect.some([]) == ([], 0.0)
 
 
 class Silent:

@@ -34,7 +34,7 @@ def _fsync(path: Path) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole: temporary name, fsync, rename. Raises SlingshotError when the place cannot be written or is no plain file."""
     if not path.name or (path.exists() and not path.is_file()):
-        raise SlingshotError(f"cannot write {path}: that is no file; choose another --out")
+        raise SlingshotError(f"cannot write {path}: that is no file; choose another place")
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise SlingshotError(f"cannot write {path}: {error.strerror or error}; free space there or choose another --out") from error
+        raise SlingshotError(f"cannot write {path}: {error.strerror or error}; free space there or choose another place") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -149,7 +149,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             temporary.rename(path)
         _fsync(path.parent)
     except OSError as error:
-        raise SlingshotError(f"cannot write {path}: {error.strerror or error}; free space there or choose another --out") from error
+        raise SlingshotError(f"cannot write {path}: {error.strerror or error}; free space there or choose another place") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -12,6 +12,7 @@ concentration 1 around `solved`; at one half that is Jeffreys' prior: as many pr
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from slingshot.model.hub import locate
 from slingshot.rollout import Item, PromptForm
 from slingshot.tasks.task import Solution, Style
 
-SHOWN = 4096  # problems looked at; of more, the rest is taken to be like them
+SHOWN = 4096  # problems looked at; of more, the others are taken to be like them
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,14 @@ class Writer:
             ids = [[*each, tokenizer.eos_id or 0] for each in tokenizer.encode_batch(plain)]
         cut = [each[:max_tokens] for each in ids]
         return prompt, [Reply(each, s.reasoning, s.answer, right) for each, (s, right) in zip(cut, written, strict=True)]
+
+    def disagreement(self, n: int) -> float:
+        """The chance that of `n` replies to a problem some are right and some wrong, over all problems."""
+
+        def alike(p: float) -> float:  # the mean of p^n over Beta(p, 1 - p)
+            return math.exp(math.lgamma(p + n) - math.lgamma(p) - math.lgamma(1 + n))
+
+        return 1 - alike(self.solved) - alike(1 - self.solved)
 
     def _write(self, item: Item, rng: random.Random, right: bool, max_tokens: int) -> tuple[Solution, bool]:
         task, problem = item.task, item.problem
@@ -103,6 +112,12 @@ class Prospect:
     def reading(self, styles: Mapping[Style, float]) -> Prospect:
         """What training makes of the model: one that writes in these styles, and is not there yet."""
         return replace(self, writer=replace(self.writer, styles=dict(styles)), source=None)
+
+
+def some(items: Sequence[Item]) -> tuple[Sequence[Item], float]:
+    """At most SHOWN of the items, evenly spaced, and how many times as many there are."""
+    shown = items[:: -(-len(items) // SHOWN) or 1]
+    return shown, len(items) / max(1, len(shown))
 
 
 def rollout_phase(name: str, model: ModelConfig, answered: Sequence[tuple[list[int], list[Reply]]], rounds: int, scale: float = 1.0) -> Phase:

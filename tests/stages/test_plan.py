@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,10 @@ def test_reinforcement_is_rehearsed_as_it_is_planned(base: Path, sums: dict[str,
     config = rl.Config.parse(given, "rl")
     work = rl.plan(config, prospect)
     found = recited("rl", rl, config, tmp_path / "rl", prospect.writer)
-    assert sum(step.flops for step in found.steps) == pytest.approx(work.flops)
+    items = [item for step in range(5) for item in TaskMix(config.tasks).draw("train", f"{config.seed}/{step}", 4)]
+    drawn = statistics.fmean(len({reply.right for reply in prospect.respond(item, config.form, 4, 24)[1]}) > 1 for item in items)
+    sampling, update = (phase.total_flops for phase in work.phases)
+    assert sum(step.flops for step in found.steps) == pytest.approx(sampling + update * drawn / prospect.writer.disagreement(4), rel=0.03)
     assert work.phases[0].responses == 16 and work.steps == 5
     assert found.prepare > 0 and found.save > 0 and found.peak_memory_bytes > 2**20
     assert found.seconds_per_flop == pytest.approx(sum(s.seconds for s in found.steps[1:]) / sum(s.flops for s in found.steps[1:]))
@@ -97,8 +101,8 @@ def test_a_coin_gives_nearly_every_group_a_signal(base: Path, sums: dict[str, An
     prospect = Prospect.outside(str(base))
     given = values(base, sums, steps=8, prompts_per_step=4, group_size=4, max_tokens=24, sequence_length=48)
     honest, coin = (rl.plan(rl.Config.parse(given | {"rewards": {"random": random}}, "rl"), prospect) for random in (False, True))
-    assert any(line.startswith("100% of the groups carry a signal; ten points more or less are") for line in coin.assumptions)
-    assert coin.phases[0] == honest.phases[0] and coin.phases[1].total_flops > 1.2 * honest.phases[1].total_flops
+    assert any(line.startswith("88% of the groups carry a signal; ten points more or less are") for line in coin.assumptions)
+    assert coin.phases[0] == honest.phases[0] and coin.phases[1].total_flops > 1.5 * honest.phases[1].total_flops
 
 
 def test_sampling_and_evaluation_are_rehearsed_as_they_are_planned(base: Path, sums: dict[str, Any], tmp_path: Path) -> None:

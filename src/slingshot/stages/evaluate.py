@@ -23,7 +23,7 @@ from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.files import write_json
 from slingshot.model.hub import locate
-from slingshot.prospect import SHOWN, Prospect, guesses, rollout_phase
+from slingshot.prospect import Prospect, guesses, rollout_phase, some
 from slingshot.rollout import Item, PromptForm, Rollout, distinct, roll_out
 from slingshot.tasks.task import load_task
 from slingshot.training.parallel import Parallel
@@ -97,8 +97,8 @@ def plan(config: Config, prospect: Prospect) -> Workload:
     phases, shown = [], []
     for spec in config.tasks:
         task = load_task(spec.name, **spec.params)
-        items = [Item(task, problem, problem.key) for problem in distinct(task, "test", f"evaluate/{config.seed}", min(config.problems, SHOWN))]
-        scale = config.problems / len(items) if len(items) == SHOWN else 1.0
+        problems = distinct(task, "test", f"evaluate/{config.seed}", config.problems)
+        items, scale = some([Item(task, problem, problem.key) for problem in problems])
         shown += items
         for form in config.forms:
             answered = [prospect.respond(item, form, config.samples, config.max_tokens) for item in items]

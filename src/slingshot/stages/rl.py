@@ -143,9 +143,10 @@ def plan(config: Config, prospect: Prospect) -> Workload:
     tasks, shown = TaskMix(config.tasks), min(config.steps, 8)
     items = [item for step in range(shown) for item in tasks.draw("train", f"{config.seed}/{step}", config.prompts_per_step)]
     answered = [prospect.respond(item, config.form, config.group_size, config.max_tokens) for item in items]
-    kept = [(len(prompt), replies) for prompt, replies in answered if config.rewards.random or len({reply.right for reply in replies}) > 1]
-    lengths = [prompt + len(reply.ids) for prompt, replies in kept for reply in replies]
-    update = training_parts(prospect.model, lengths, mtp=config.mtp > 0) | {"reference": forward_flops(prospect.model, lengths) if config.kl else 0.0}
+    lengths = [len(prompt) + len(reply.ids) for prompt, replies in answered for reply in replies]
+    share = 1 - 0.5 ** (config.group_size - 1) if config.rewards.random else prospect.writer.disagreement(config.group_size)
+    whole = training_parts(prospect.model, lengths, mtp=config.mtp > 0) | {"reference": forward_flops(prospect.model, lengths) if config.kl else 0.0}
+    update = {part: share * flops for part, flops in whole.items()}
     sampling = rollout_phase("rollouts", prospect.model, answered, shown)
     per_step = (sampling.total_flops + sum(update.values())) / shown
     steps = config.steps if config.max_flops is None else min(config.steps, max(1, math.ceil(config.max_flops / per_step)))
@@ -157,8 +158,7 @@ def plan(config: Config, prospect: Prospect) -> Workload:
         # The tokens are counted where they are written, as the receipt does.
         Phase(name="update", sort="training", steps=steps * config.minibatches, at_once=at_once, flops=spent),
     )
-    share = len(kept) / max(1, len(answered))
-    tenth = sum(spent.values()) / max(share, 1e-9) / 10 / (sum(spent.values()) + scale * sampling.total_flops)
+    tenth = sum(spent.values()) / share / 10 / (sum(spent.values()) + scale * sampling.total_flops)
     signal = f"{share:.0%} of the groups carry a signal; ten points more or less are {tenth:.0%} of the FLOPs"
     lines = (*guesses(items, prospect.writer, config.max_tokens), luck(prospect.writer), signal)
     return Workload(kind=kind, model=prospect.model, phases=phases, assumptions=lines)

@@ -21,7 +21,7 @@ from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.files import SlingshotError, write_jsonl
 from slingshot.model.hub import locate
-from slingshot.prospect import SHOWN, Prospect, Reply, guesses, luck, rollout_phase
+from slingshot.prospect import Prospect, Reply, guesses, luck, rollout_phase, some
 from slingshot.rollout import Item, PromptForm, TaskMix, roll_out
 from slingshot.tasks.task import Problem, Task
 from slingshot.training.parallel import Parallel
@@ -91,8 +91,7 @@ def run(config: Config, out: Path) -> None:
 
 def plan(config: Config, prospect: Prospect) -> Workload:
     """What `run` will do on a checkpoint like `prospect`, and how many examples it will probably keep."""
-    items = TaskMix(config.tasks).draw("train", f"sample/{config.seed}", min(config.problems, SHOWN))
-    scale = config.problems / len(items) if len(items) == SHOWN else 1.0
+    items, scale = some(TaskMix(config.tasks).draw("train", f"sample/{config.seed}", config.problems))
     answered = [prospect.respond(item, config.form, config.samples, config.max_tokens) for item in items]
     kept = sum(len(_foreseen(item, replies, config)) for item, (_, replies) in zip(items, answered, strict=True))
     phase = rollout_phase("rollouts", prospect.model, answered, -(-round(scale * len(items)) // config.chunk), scale)

@@ -39,7 +39,8 @@ from slingshot.rollout import Item, PromptForm, Rollout, roll_out
 from slingshot.training.workspace import State, Workspace
 
 LONG = 20.0  # seconds of steps after which `least` are enough
-SHARP = 20.0  # standard deviation of the logits while sampling: as sure as a trained model, so that nucleus sampling has few tokens to sort
+SHARP = 10.0  # standard deviation of the logits over the temperature: as sure as a trained model, so that nucleus sampling has few tokens to sort,
+#               and not so sure that weights become denormal numbers, with which processors are slow
 
 
 class Step(Strict):
@@ -169,7 +170,7 @@ def recite(
     if params.top_p < 1 or params.top_k:
         config = engine.model.config
         with torch.no_grad():
-            engine.model.model.norm.weight.fill_(SHARP / (config.initializer_range * math.sqrt(config.hidden_size)))
+            engine.model.model.norm.weight.fill_(SHARP * (params.temperature or 1.0) / (config.initializer_range * math.sqrt(config.hidden_size)))
     aside(time.perf_counter() - begin)
 
     def said() -> tuple[list[int], list[float]]:

@@ -18,7 +18,7 @@ from slingshot.engine import sampling
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.files import read_jsonl, write_jsonl
-from slingshot.model.checkpoint import load_model
+from slingshot.model.checkpoint import load_model, load_tokenizer
 from slingshot.prospect import Prospect, Reply, Writer
 from slingshot.rehearsal import Rehearsal, rehearse
 from slingshot.rollout import Item, PromptForm, TaskMix
@@ -149,13 +149,18 @@ def test_a_conversion_is_rehearsed_on_a_few_tensors(base: Path, tmp_path: Path) 
     assert len(found.steps) == 4 and 0 < sum(step.n_bytes for step in found.steps) < work.phases[0].n_bytes
 
 
-def test_rehearsed_sampling_cuts_few_tokens_from_a_sure_distribution(base: Path, sums: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine.load(base, dtype="float32")
+def test_rehearsed_sampling_cuts_few_tokens_from_a_sure_distribution(
+    base: Path, sums: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rehearsal.stand_in(tmp_path / "stand-in", load_model(base).config, load_tokenizer(base))
+    engine = Engine.load(tmp_path / "stand-in", dtype="float32")
     seen: list[float] = []
+    smallest: list[float] = []
     real = sampling._smallest_kept
 
     def smallest_kept(weights_RV: Any, top_p_R: Any, top_k_R: Any) -> Any:
         seen.append(float((weights_RV > 1e-3 * weights_RV.sum(-1, keepdim=True)).sum(-1).float().mean()))
+        smallest.append(float(weights_RV.min()))
         return real(weights_RV, top_p_R, top_k_R)
 
     monkeypatch.setattr(sampling, "_smallest_kept", smallest_kept)
@@ -165,6 +170,7 @@ def test_rehearsed_sampling_cuts_few_tokens_from_a_sure_distribution(base: Path,
         groups = rehearsal.recite(Writer(), engine, items, params, PromptForm(), lambda seconds: None)
         assert [r.reasoning.strip() for group in groups for r in group] == [r.reasoning for i in items for r in said(engine, i, params)]
     assert seen and max(seen) < 20  # of 300; random weights are sure of nothing
+    assert min(smallest) > 2**-126  # no denormal numbers
 
 
 def said(engine: Engine, item: Item, params: SamplingParams) -> list[Reply]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from slingshot.config import StageConfig, TaskConfig
 from slingshot.cost.flops import generation_flops
-from slingshot.cost.workload import Workload
+from slingshot.cost.workload import Phase, Workload
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.files import write_json
@@ -94,7 +94,8 @@ def run(config: Config, out: Path) -> None:
 
 def plan(config: Config, prospect: Prospect) -> Workload:
     """What `run` will do on a checkpoint like `prospect`: a phase for each task in each prompt form."""
-    phases, shown = [], []
+    phases: list[Phase] = []
+    shown: list[Item] = []
     for spec in config.tasks:
         task = load_task(spec.name, **spec.params)
         problems = distinct(task, "test", f"evaluate/{config.seed}", config.problems)

@@ -56,6 +56,7 @@ def test_replies_disagree_as_often_as_was_measured() -> None:
     assert Writer().disagreement(2) == pytest.approx(2 * 0.25 * 0.84 / 1.84)  # 2 (E p - E p^2), where E p^2 = (E p)^2 + E p (1 - E p) / 1.84
     assert Writer(solved=0.25).disagreement(2) == pytest.approx(2 * 0.1875 * 0.84 / 1.84)
     assert Writer().disagreement(1) == pytest.approx(0)
+    assert 0 <= Writer(solved=1e-15).disagreement(8) < 1e-12
     assert Writer().disagreement(8) == pytest.approx(1 - 0.44, abs=0.005)  # arXiv 2607.00152
 
 

@@ -76,7 +76,7 @@ class Writer:
         def alike(a: float) -> float:  # the mean of p^n
             return math.exp(math.lgamma(a + n) - math.lgamma(a) + math.lgamma(CONCENTRATION) - math.lgamma(CONCENTRATION + n))
 
-        return 1 - sum(map(alike, self.prior))
+        return max(0.0, 1 - sum(map(alike, self.prior)))
 
     def _write(self, item: Item, rng: random.Random, right: bool, max_tokens: int) -> tuple[Solution, bool]:
         task, problem = item.task, item.problem

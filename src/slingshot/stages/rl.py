@@ -158,7 +158,7 @@ def plan(config: Config, prospect: Prospect) -> Workload:
         # The tokens are counted where they are written, as the receipt does.
         Phase(name="update", sort="training", steps=steps * config.minibatches, at_once=at_once, flops=spent),
     )
-    tenth = sum(spent.values()) / share / 10 / (sum(spent.values()) + scale * sampling.total_flops)
+    tenth = scale * sum(whole.values()) / 10 / (sum(spent.values()) + scale * sampling.total_flops)
     signal = f"{share:.0%} of the groups carry a signal; ten points more or less are {tenth:.0%} of the FLOPs"
     lines = (*guesses(items, prospect.writer, config.max_tokens), luck(prospect.writer), signal)
     return Workload(kind=kind, model=prospect.model, phases=phases, assumptions=lines)

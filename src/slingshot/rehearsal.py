@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -135,7 +135,7 @@ def rehearse(kind: str, module: Any, config: StageConfig, out: Path, writer: Wri
 
     module.Workspace = workspace
     tensors: list[Step] = []
-    spent: list[float] = []  # seconds of a conversion: making its tensors, writing them thrice, and its tokenizer once more
+    spent: list[float] = []  # seconds of a conversion: one writing of its tensors, and of `_write` without one writing of the tokenizer
     if kind == "convert":
         module.write_checkpoint = functools.partial(_write, module.write_checkpoint, spent)
         for name in ("_as_stored", "_converted"):
@@ -149,9 +149,9 @@ def rehearse(kind: str, module: Any, config: StageConfig, out: Path, writer: Wri
     counted = tensors or work.counted
     prepared = (work.began if tensors else work.clock[0]) - begin
     if tensors:  # read and written inside the finish, of which all else takes as long for any model
-        _, *writes, tokenizer = spent
-        prepared += work.result["save"] - sum(spent) + tokenizer
-        work.result["save"] = max(0.0, min(writes) - tokenizer)
+        written, apart = spent
+        prepared += work.result["save"] - apart
+        work.result["save"] = max(0.0, written)
     joules = work.meter.joules
     return {
         "prepare": prepared, "steps": [step.model_dump() for step in counted], "peak_memory_bytes": work.meter.peak_memory_bytes,
@@ -191,21 +191,23 @@ def recite(
 
 def _write(write: Callable[..., None], spent: list[float], folder: Path, config: ModelConfig, tensors: Any, tokenizer: Tokenizer, *rest: Any) -> None:
     """Write a checkpoint three times, again in the memory it had: page cache not used before is up to ten times slower. Its tokenizer once more."""
-    clock = [time.perf_counter()]
-    made = list(tensors)
-    clock.append(time.perf_counter())
+    begin = time.perf_counter()
+    made, writes = list(tensors), []
     for _ in range(3):
+        clock = time.perf_counter()
         for file in folder.iterdir():
             file.unlink()
         write(folder, config, made, tokenizer, *rest)
-        clock.append(time.perf_counter())
+        writes.append(time.perf_counter() - clock)
+    clock = time.perf_counter()
     tokenizer.save(folder)
-    clock.append(time.perf_counter())
-    spent += [after - before for before, after in pairwise(clock)]
+    end = time.perf_counter()
+    again = end - clock
+    spent += [min(writes) - again, end - begin - again]
 
 
 def _some(convert: Callable[..., Iterator[tuple[str, Tensor]]], counted: list[Step], most: int, *arguments: Any) -> Iterator[tuple[str, Tensor]]:
-    """The first tensors of a conversion, timed from one request to the next, so that writing them counts."""
+    """The first tensors of a conversion, timed from one request to the next."""
     begin = time.perf_counter()
     for name, tensor in islice(convert(*arguments), most):
         yield name, tensor

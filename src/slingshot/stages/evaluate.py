@@ -25,7 +25,7 @@ from slingshot.files import write_json
 from slingshot.model.hub import locate
 from slingshot.prospect import Prospect, guesses, rollout_phase, some
 from slingshot.rollout import Item, PromptForm, Rollout, distinct, roll_out
-from slingshot.tasks.task import load_task
+from slingshot.tasks.task import Task, load_task
 from slingshot.training.parallel import Parallel
 from slingshot.training.precision import Dtype, compute_dtype, peak
 from slingshot.training.progress import Progress
@@ -68,7 +68,7 @@ def run(config: Config, out: Path) -> None:
     jobs = []
     for spec in config.tasks:
         task = load_task(spec.name, **spec.params)
-        items = [Item(task, problem, problem.key) for problem in distinct(task, "test", f"evaluate/{config.seed}", config.problems)]
+        items = _items(task, config)
         jobs += [(task.name, form, items[i : i + config.chunk]) for form in config.forms for i in range(0, len(items), config.chunk)]
     saved = work.load()
     results: list[dict[str, Any]] = saved.info["results"] if saved else []
@@ -98,14 +98,17 @@ def plan(config: Config, prospect: Prospect) -> Workload:
     shown: list[Item] = []
     for spec in config.tasks:
         task = load_task(spec.name, **spec.params)
-        problems = distinct(task, "test", f"evaluate/{config.seed}", config.problems)
-        items, scale = some([Item(task, problem, problem.key) for problem in problems])
+        items, scale = some(_items(task, config))
         shown += items
         for form in config.forms:
             answered = [prospect.respond(item, form, config.samples, config.max_tokens) for item in items]
             name = f"{task.name}, {form.name}"
             phases.append(rollout_phase(name, prospect.model, answered, -(-round(scale * len(items)) // config.chunk), scale))
     return Workload(kind=kind, model=prospect.model, phases=tuple(phases), assumptions=tuple(guesses(shown, prospect.writer, config.max_tokens)))
+
+
+def _items(task: Task, config: Config) -> list[Item]:
+    return [Item(task, problem, problem.key) for problem in distinct(task, "test", f"evaluate/{config.seed}", config.problems)]
 
 
 def _result(task: str, form: PromptForm, group: Sequence[Rollout]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def run(config: Config, out: Path) -> None:
     source = locate(config.model)
     work = Workspace(out, kind, config, [source], parallel, config.save_seconds, peak(config.dtype))
     engine = Engine.load(source, dtype=compute_dtype(config.dtype), device=parallel.device)
-    items = TaskMix(config.tasks).draw("train", f"sample/{config.seed}", config.problems)
+    items = _items(config)
     params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, n=config.samples, seed=config.seed)
     saved = work.load()
     rows: list[dict[str, Any]] = saved.info["rows"] if saved else []
@@ -91,7 +91,7 @@ def run(config: Config, out: Path) -> None:
 
 def plan(config: Config, prospect: Prospect) -> Workload:
     """What `run` will do on a checkpoint like `prospect`, and how many examples it will probably keep."""
-    items, scale = some(TaskMix(config.tasks).draw("train", f"sample/{config.seed}", config.problems))
+    items, scale = some(_items(config))
     answered = [prospect.respond(item, config.form, config.samples, config.max_tokens) for item in items]
     kept = sum(len(_foreseen(item, replies, config)) for item, (_, replies) in zip(items, answered, strict=True))
     phase = rollout_phase("rollouts", prospect.model, answered, -(-round(scale * len(items)) // config.chunk), scale)
@@ -101,8 +101,13 @@ def plan(config: Config, prospect: Prospect) -> Workload:
 
 def foresee(config: Config, prospect: Prospect) -> list[dict[str, Any]]:
     """The dataset `run` will probably make with a checkpoint like `prospect`."""
-    items = TaskMix(config.tasks).draw("train", f"sample/{config.seed}", config.problems)
-    return [row for item in items for row in _foreseen(item, prospect.respond(item, config.form, config.samples, config.max_tokens)[1], config)]
+    return [
+        row for item in _items(config) for row in _foreseen(item, prospect.respond(item, config.form, config.samples, config.max_tokens)[1], config)
+    ]
+
+
+def _items(config: Config) -> list[Item]:
+    return TaskMix(config.tasks).draw("train", f"sample/{config.seed}", config.problems)
 
 
 def _foreseen(item: Item, replies: Sequence[Reply], config: Config) -> list[dict[str, Any]]:

@@ -22,8 +22,8 @@ from typing import Any
 
 from slingshot.cost.receipt import Receipt
 from slingshot.forecast import forecast
-from slingshot.model.device import describe_machine
-from slingshot.recipe import Recipe
+from slingshot.machine.device import describe_machine
+from slingshot.recipe.recipe import Recipe
 
 WITHIN = 0.25
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 import transformers
 
-from slingshot.config import ModelConfig
+from slingshot.model.config import ModelConfig
 from slingshot.cost.flops import training_flops
-from slingshot.model.device import describe_machine, machine_peak
+from slingshot.machine.device import describe_machine, machine_peak
 from slingshot.model.transformer import Transformer
 from slingshot.training.language_model import LossWeights, Rows, language_model_step
 from slingshot.training.optimizer import Optimizer, OptimizerConfig

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from slingshot.data.tokenizer import Tokenizer
+from slingshot.text.tokenizer import Tokenizer
 from slingshot.tasks.task import load_task
 
 # What the deepseek of conftest.py is pre-trained on.

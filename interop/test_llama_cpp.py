@@ -36,11 +36,11 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from interop.compare import Forced, assert_same_predictions, deviations, teacher_forced
-from slingshot.config import ModelConfig
-from slingshot.data.pretokenizers import SPLITS
-from slingshot.data.tokenizer import Tokenizer
-from slingshot.model import gguf_writer
-from slingshot.model.checkpoint import load_model, load_tokenizer, open_weights, save_checkpoint
+from slingshot.model.config import ModelConfig
+from slingshot.text.pretokenizers import SPLITS
+from slingshot.text.tokenizer import Tokenizer
+from slingshot.checkpoint.gguf import write as gguf_writer
+from slingshot.checkpoint.load_save import load_model, load_tokenizer, open_weights, save_checkpoint
 from slingshot.model.transformer import Transformer
 from slingshot.tasks.task import load_task
 

@@ -33,10 +33,10 @@ import torch
 
 from interop.compare import Bounds, Forced, assert_same_continuations, assert_same_predictions, teacher_forced
 from interop.questions import MAX_TOKENS, TASK, Questions
-from slingshot.data.tokenizer import Tokenizer
+from slingshot.text.tokenizer import Tokenizer
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
-from slingshot.model.checkpoint import load_model, load_tokenizer
+from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.tasks.task import load_task
 
 Peer = Callable[..., dict[str, Any]]

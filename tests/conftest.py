@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from slingshot.config import ModelConfig
+    from slingshot.model.config import ModelConfig
     from slingshot.model.transformer import Transformer
 
 # Before anything imports torch. Products this small gain nothing from a second thread, and lose much on a busy machine: OpenMP threads spin.
@@ -67,7 +67,7 @@ def make_model() -> Callable[..., Transformer]:
 @pytest.fixture(scope="session")
 def deepseek() -> Callable[..., ModelConfig]:
     """deepseek(**changes): a DeepSeek-V3 config of a few thousand parameters that uses every part of the architecture."""
-    from slingshot.config import ModelConfig
+    from slingshot.model.config import ModelConfig
 
     shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
     mla = {"q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 10}
@@ -79,7 +79,7 @@ def deepseek() -> Callable[..., ModelConfig]:
 @pytest.fixture(scope="session")
 def dense() -> Callable[..., ModelConfig]:
     """dense(**changes): a small Llama; attention_bias makes it a Qwen2, qk_norm a Qwen3."""
-    from slingshot.config import ModelConfig
+    from slingshot.model.config import ModelConfig
 
     shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     return lambda **changes: ModelConfig(family="dense", **{**shape, **changes})

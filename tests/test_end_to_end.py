@@ -16,10 +16,10 @@ import pytest
 import torch
 import transformers
 
-from slingshot import cli
+from slingshot.base.files import read_json, read_jsonl
+from slingshot.checkpoint.load_save import load_model, load_tokenizer
+from slingshot.cli import main as cli
 from slingshot.cost.receipt import Receipt
-from slingshot.files import read_json, read_jsonl
-from slingshot.model.checkpoint import load_model, load_tokenizer
 
 STAGES = {"base": "pretrain", "cold_start": "sft", "rl": "rl", "sample": "sample", "sft": "sft"}
 CHECKPOINTS = [name for name, kind in STAGES.items() if kind != "sample"]

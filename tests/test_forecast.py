@@ -15,12 +15,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from slingshot import forecast as module
+from slingshot.base.errors import SlingshotError
+from slingshot.cli.plan import show
 from slingshot.cost.devices import device
-from slingshot.cost.machine import Measurement, describe, save_measurement
-from slingshot.files import SlingshotError
 from slingshot.forecast import Forecast, forecast, recipe_command
-from slingshot.plan import show
-from slingshot.recipe import Recipe
+from slingshot.machine.machine import Measurement, describe, save_measurement
+from slingshot.recipe.recipe import Recipe
 from slingshot.rehearsal import Rehearsal, Step
 
 RECIPE = """
@@ -260,7 +260,7 @@ def test_the_table_has_money_and_energy_only_where_they_are_known(recipe: Recipe
 
 
 def test_the_door_needs_no_torch() -> None:
-    code = "import sys, slingshot.forecast, slingshot.bill; print('torch' in sys.modules)"
+    code = "import sys, slingshot.forecast, slingshot.cli.bill; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
 
 

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 from slingshot import prospect
-from slingshot.config import TaskConfig
-from slingshot.data.tokenizer import Tokenizer
 from slingshot.prospect import Writer, guesses
-from slingshot.rollout import Item, PromptForm, TaskMix
-from slingshot.tasks.task import Problem
+from slingshot.rollout.rollout import Item, PromptForm, TaskMix
+from slingshot.tasks.task import Problem, TaskConfig
+from slingshot.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

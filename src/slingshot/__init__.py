@@ -13,9 +13,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from slingshot.checkpoint.load_save import load_model, load_tokenizer
     from slingshot.engine.engine import Engine
     from slingshot.engine.sampling import SamplingParams
-    from slingshot.model.checkpoint import load_model, load_tokenizer
 
 __version__ = "0.1.0"
 __all__ = ["Engine", "SamplingParams", "load_model", "load_tokenizer"]
@@ -23,8 +23,8 @@ __all__ = ["Engine", "SamplingParams", "load_model", "load_tokenizer"]
 _HOMES = {
     "Engine": "slingshot.engine.engine",
     "SamplingParams": "slingshot.engine.sampling",
-    "load_model": "slingshot.model.checkpoint",
-    "load_tokenizer": "slingshot.model.checkpoint",
+    "load_model": "slingshot.checkpoint.load_save",
+    "load_tokenizer": "slingshot.checkpoint.load_save",
 }
 
 

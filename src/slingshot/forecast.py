@@ -22,17 +22,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slingshot import recipe as recipes
-from slingshot.config import Strict
+from slingshot.base.config import Strict
+from slingshot.base.errors import SlingshotError
+from slingshot.base.files import write_jsonl
+from slingshot.base.quantity import count as read_count
+from slingshot.base.quantity import share, show_count, show_duration, show_energy, show_price, show_size
+from slingshot.cli.plan import Section, Story, deliver
 from slingshot.cost.devices import DEVICES, Device, device
 from slingshot.cost.flops import parameters
-from slingshot.cost.machine import describe
-from slingshot.cost.quantity import count as read_count
-from slingshot.cost.quantity import share, show_count, show_duration, show_energy, show_price, show_size
 from slingshot.cost.workload import SOLVED, Elsewhere, Workload, elsewhere
-from slingshot.files import SlingshotError, write_jsonl
-from slingshot.plan import Section, Story, deliver
-from slingshot.recipe import Recipe
+from slingshot.machine.machine import describe
+from slingshot.recipe import recipe as recipes
+from slingshot.recipe.recipe import Recipe
 
 if TYPE_CHECKING:  # they bring torch, and this module makes a command
     from slingshot.prospect import Prospect

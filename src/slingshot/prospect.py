@@ -18,16 +18,16 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from slingshot.config import ModelConfig
+from slingshot.checkpoint.hub import locate
+from slingshot.checkpoint.load_save import FolderWeights, load_tokenizer, open_weights
 from slingshot.cost.flops import generation_flops
 from slingshot.cost.workload import SOLVED, Phase
-from slingshot.data.reasoning import ends_in_reasoning
-from slingshot.data.response import encode_responses
-from slingshot.data.tokenizer import Tokenizer
-from slingshot.model.checkpoint import FolderWeights, load_tokenizer, open_weights
-from slingshot.model.hub import locate
-from slingshot.rollout import Item, PromptForm
+from slingshot.model.config import ModelConfig
+from slingshot.rollout.rollout import Item, PromptForm
 from slingshot.tasks.task import Solution, Style
+from slingshot.text.reasoning import ends_in_reasoning
+from slingshot.text.response import encode_responses
+from slingshot.text.tokenizer import Tokenizer
 
 SHOWN = 4096  # problems looked at; of more, the others are taken to be like them
 CONCENTRATION = 0.84  # of the Beta distribution: the sum of its two parameters

@@ -24,19 +24,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from slingshot.config import ModelConfig, StageConfig, Strict
-from slingshot.cost.machine import Machine
+from slingshot.base.config import StageConfig, Strict
+from slingshot.base.errors import SlingshotError
+from slingshot.base.files import new_folder, read_json, write_json
+from slingshot.checkpoint.load_save import save_checkpoint
 from slingshot.cost.receipt import Meter, Receipt
-from slingshot.data.tokenizer import Tokenizer
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.engine.sequence import Sequence as Sample
-from slingshot.files import SlingshotError, new_folder, read_json, write_json
-from slingshot.model.checkpoint import save_checkpoint
+from slingshot.machine.machine import Machine
+from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.prospect import Writer
-from slingshot.rollout import Item, PromptForm, Rollout, roll_out
-from slingshot.training.workspace import State, Workspace
+from slingshot.rollout.rollout import Item, PromptForm, Rollout, roll_out
+from slingshot.text.tokenizer import Tokenizer
+from slingshot.training.checkpointer import State, Workspace
 
 LONG = 20.0  # seconds of steps after which `least` are enough
 SHARP = 10.0  # standard deviation of the logits over the temperature: as sure as a trained model, so that nucleus sampling has few tokens to sort,
@@ -240,7 +242,7 @@ def measure(kind: str, config: StageConfig, folder: Path, writer: Writer | None,
 
 
 def main(job: Path, result: Path) -> None:
-    from slingshot.recipe import stage_module  # as the runner finds it
+    from slingshot.recipe.recipe import stage_module  # as the runner finds it
 
     values = read_json(job)
     module = stage_module(values["kind"])

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from slingshot import bill as door
+from slingshot.base.errors import SlingshotError
+from slingshot.cli import bill as door
 from slingshot.cost.bill import total
-from slingshot.cost.machine import Machine
 from slingshot.cost.receipt import Parent, Receipt, artifact_digest
-from slingshot.files import SlingshotError
+from slingshot.machine.machine import Machine
 
 MACHINE = Machine(cpu="test", cores=2, memory_bytes=2**30)
 

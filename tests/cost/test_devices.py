@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slingshot.config import ModelConfig
+from slingshot.base.errors import SlingshotError
 from slingshot.cost.devices import DEVICES, LOW_PARTS, device, dtype_peak, mixed_peak
 from slingshot.cost.flops import forward_parts
-from slingshot.cost.machine import Measurement, describe, save_measurement
-from slingshot.files import SlingshotError
+from slingshot.machine.machine import Measurement, describe, save_measurement
+from slingshot.model.config import ModelConfig
 
 
 def test_the_table_has_what_was_asked_for_and_its_sources() -> None:

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slingshot.config import ModelConfig
 from slingshot.cost.flops import (
     cache_bytes_per_token,
     decode_parts,
@@ -18,6 +17,7 @@ from slingshot.cost.flops import (
     prefill_parts,
     training_flops,
 )
+from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 
 # Widths are different primes or products of them, so that no two terms can be mistaken for each other.

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from slingshot.base.errors import SlingshotError
 from slingshot.cost import receipt as module
-from slingshot.cost.machine import Machine
 from slingshot.cost.receipt import Meter, Receipt, artifact_digest, peak_memory_bytes
-from slingshot.files import SlingshotError
+from slingshot.machine.machine import Machine
 
 MACHINE = Machine(cpu="test", cores=2, memory_bytes=2**30)
 

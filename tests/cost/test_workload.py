@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from slingshot.config import ModelConfig
 from slingshot.cost.devices import device
 from slingshot.cost.flops import parameters, training_parts
-from slingshot.cost.machine import Machine
 from slingshot.cost.receipt import Receipt
 from slingshot.cost.workload import KERNEL_SECONDS, TRAINING_KERNELS, Phase, Workload, elsewhere, forward_kernels
+from slingshot.machine.machine import Machine
+from slingshot.model.config import ModelConfig
 
 SMALL = ModelConfig.parse(
     {"family": "dense", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -3,7 +3,7 @@
 import pytest
 from tokenizers import pre_tokenizers
 
-from slingshot.data.tokenizer import Tokenizer
+from slingshot.text.tokenizer import Tokenizer
 
 TEXTS = ["What is 3+4-2? 3足す4は7、答えは5。", "def add(x, y):\n    return x + y  # the quick brown fox, the think user"] * 4
 

@@ -8,8 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from slingshot.base.errors import SlingshotError
 from slingshot.data.corpora import Corpus
-from slingshot.files import SlingshotError
 
 
 def test_a_folder_is_read_in_order_and_skips_what_is_no_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

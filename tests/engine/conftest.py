@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from slingshot.config import ModelConfig
-from slingshot.data.tokenizer import Tokenizer
+from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
+from slingshot.text.tokenizer import Tokenizer
 
 TEXTS = ["What is 3+4-2? 3 plus 4 is 7, 7 minus 2 is 5.", "3+4-2はいくつ? 3足す4は7、7引く2は5。", "The end. Stop here, then go on until the end."]
 

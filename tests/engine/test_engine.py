@@ -7,14 +7,14 @@ import random
 import pytest
 import torch
 
+from slingshot.base.errors import SlingshotError
+from slingshot.checkpoint.load_save import save_checkpoint
 from slingshot.engine import engine as engine_module
 from slingshot.engine.batch import Batch
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.engine.sequence import StopWatch
-from slingshot.files import SlingshotError
 from slingshot.model.cache import Cache
-from slingshot.model.checkpoint import save_checkpoint
 
 
 def prompts_of(*lengths, seed=0):

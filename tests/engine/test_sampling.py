@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slingshot.base.errors import SlingshotError
 from slingshot.engine.sampling import SamplingParams, _splitmix64, noise_stream, sample, uniform_noise
-from slingshot.files import SlingshotError
 
 
 def draw(probabilities, uniform, temperature=1.0, top_p=1.0, top_k=0):

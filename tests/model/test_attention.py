@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slingshot.config import ModelConfig
 from slingshot.model.attention import MLA, Context, RMSNorm, attend
 from slingshot.model.cache import Cache
+from slingshot.model.config import ModelConfig
 from slingshot.model.rope import rotary
 from slingshot.model.transformer import Transformer
 

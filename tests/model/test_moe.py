@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slingshot.config import ModelConfig
+from slingshot.model.config import ModelConfig
 from slingshot.model.moe import Gate, MoE, balance_loss, expert_load
 from slingshot.model.transformer import Transformer
 

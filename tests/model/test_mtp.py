@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from slingshot.config import ModelConfig
-from slingshot.data.tokenizer import Tokenizer
-from slingshot.model.checkpoint import load_model, save_checkpoint
+from slingshot.checkpoint.load_save import load_model, save_checkpoint
+from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import ModelOutput, Transformer
 from slingshot.stages import convert
+from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.language_model import LossWeights, Rows, language_model_step
 from slingshot.training.optimizer import Optimizer, OptimizerConfig, update_router_biases
 from slingshot.training.parallel import Parallel

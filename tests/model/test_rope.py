@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from slingshot.config import ModelConfig
+from slingshot.model.config import ModelConfig
 from slingshot.model.rope import frequencies, rotary, rotate, rotation_scale, softmax_scale, yarn_mscale
 
 Config = Callable[..., ModelConfig]

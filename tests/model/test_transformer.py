@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slingshot.config import ModelConfig
+from slingshot.model.config import ModelConfig
 from slingshot.model.moe import balance_loss, expert_load
 from slingshot.model.transformer import ModelOutput, Transformer
 

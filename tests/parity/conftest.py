@@ -23,12 +23,12 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_layers import MtpModel
 
-from slingshot.config import ModelConfig
-from slingshot.data.tokenizer import Tokenizer
-from slingshot.files import read_json, write_json
+from slingshot.base.files import read_json, write_json
+from slingshot.checkpoint.load_save import save_checkpoint
 from slingshot.model.cache import Cache
-from slingshot.model.checkpoint import save_checkpoint
+from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
+from slingshot.text.tokenizer import Tokenizer
 
 TOLERANCES = {"logits": 2e-5, "loss": 2e-6, "gradient": 2e-5}  # some five times what rounding makes
 TIME = 40  # tokens a row; the original windows of the tests' YaRN and Llama 3 scaling are 16

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from torch import nn
 
-from slingshot.config import ModelConfig
-from slingshot.files import SlingshotError, read_json, write_json
-from slingshot.model.checkpoint import load_model
+from slingshot.base.errors import SlingshotError
+from slingshot.base.files import read_json, write_json
+from slingshot.checkpoint.load_save import load_model
+from slingshot.model.config import ModelConfig
 
 Compare = Callable[..., None]
 Models = Callable[[str], tuple[Path, nn.Module]]

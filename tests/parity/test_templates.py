@@ -17,9 +17,10 @@ import pytest
 import transformers
 from tokenizers import pre_tokenizers
 
-from slingshot.data.template import R1_TEMPLATE, render
-from slingshot.data.tokenizer import R1_TOKENS, Tokenizer
-from slingshot.files import SlingshotError, write_json
+from slingshot.base.errors import SlingshotError
+from slingshot.base.files import write_json
+from slingshot.text.chat_template import R1_TEMPLATE, render
+from slingshot.text.tokenizer import R1_TOKENS, Tokenizer
 
 _spec = importlib.util.find_spec("trl")
 assert _spec is not None and _spec.submodule_search_locations is not None

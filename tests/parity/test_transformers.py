@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from slingshot.config import ModelConfig
-from slingshot.data.tokenizer import Tokenizer
-from slingshot.model.checkpoint import load_model
+from slingshot.checkpoint.load_save import load_model
+from slingshot.model.config import ModelConfig
 from slingshot.model.rope import frequencies, rotation_scale
+from slingshot.text.tokenizer import Tokenizer
 
 Config = Callable[..., ModelConfig]
 Pair = Callable[..., tuple[Path, nn.Module]]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from slingshot.files import read_jsonl
+from slingshot.base.files import read_jsonl
 from slingshot.stages import pretrain
 
 SUMS = {"name": "arithmetic", "params": {"min_terms": 2, "max_terms": 2, "operators": "+", "languages": ["en"]}}

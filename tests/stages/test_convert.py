@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slingshot.config import ModelConfig
+from slingshot.base.errors import SlingshotError
+from slingshot.checkpoint.load_save import load_model, load_tokenizer, save_checkpoint
 from slingshot.cost.receipt import Receipt, artifact_digest
-from slingshot.data.tokenizer import Tokenizer
-from slingshot.files import SlingshotError
-from slingshot.model.checkpoint import load_model, load_tokenizer, save_checkpoint
+from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.stages.convert import Config, run, write_gguf_file
+from slingshot.text.tokenizer import Tokenizer
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from slingshot.base.errors import SlingshotError
+from slingshot.base.files import read_json
 from slingshot.cost.receipt import Receipt
-from slingshot.files import SlingshotError, read_json
-from slingshot.rollout import PromptForm, Rollout
+from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.stages import evaluate
 from slingshot.stages.evaluate import bootstrap, pass_at_k, summarise
 from slingshot.tasks.task import load_task, split_of
@@ -108,7 +109,7 @@ def test_a_run_asks_held_out_problems_in_every_form(evaluating: Evaluating, tmp_
 
 
 def test_the_problems_are_the_same_for_every_model(sums: dict[str, Any]) -> None:
-    from slingshot.rollout import distinct
+    from slingshot.rollout.rollout import distinct
 
     task = load_task("arithmetic")
     first = [problem.key for problem in distinct(task, "test", "evaluate/0", 30)]

@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 
 from slingshot import rehearsal
-from slingshot.config import TaskConfig
+from slingshot.base.files import read_jsonl, write_jsonl
+from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.receipt import Receipt
 from slingshot.engine import sampling
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
-from slingshot.files import read_jsonl, write_jsonl
-from slingshot.model.checkpoint import load_model, load_tokenizer
 from slingshot.prospect import Prospect, Reply, Writer
 from slingshot.rehearsal import Rehearsal, rehearse
-from slingshot.rollout import Item, PromptForm, TaskMix
+from slingshot.rollout.rollout import Item, PromptForm, TaskMix
 from slingshot.stages import convert, evaluate, pretrain, rl, sample, sft
+from slingshot.tasks.task import TaskConfig
 
 
 @pytest.fixture(autouse=True)

@@ -13,11 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from slingshot.base.errors import SlingshotError
+from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.flops import training_flops
 from slingshot.cost.receipt import Receipt
 from slingshot.data.corpora import Corpus
-from slingshot.files import SlingshotError
-from slingshot.model.checkpoint import load_model, load_tokenizer
 from slingshot.model.transformer import Transformer
 from slingshot.stages import pretrain
 from slingshot.tasks.task import load_task

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from slingshot.base.errors import SlingshotError
+from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.receipt import Receipt
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
-from slingshot.files import SlingshotError
-from slingshot.model.checkpoint import load_model, load_tokenizer
 from slingshot.model.transformer import Transformer
-from slingshot.rollout import PromptForm, Rollout, TaskMix, roll_out
+from slingshot.rollout.rollout import PromptForm, Rollout, TaskMix, roll_out
 from slingshot.stages import rl
 from slingshot.tasks.task import Problem, load_task
 from slingshot.training.optimizer import Optimizer

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from slingshot.base.errors import SlingshotError
+from slingshot.base.files import read_jsonl
 from slingshot.cost.receipt import Receipt
-from slingshot.files import SlingshotError, read_jsonl
-from slingshot.rollout import Item, Rollout
+from slingshot.rollout.rollout import Item, Rollout
 from slingshot.stages import sample
 
 Sampling = Callable[..., sample.Config]

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from slingshot.base.errors import SlingshotError
+from slingshot.base.files import write_jsonl
+from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.receipt import Receipt
-from slingshot.files import SlingshotError, write_jsonl
-from slingshot.model.checkpoint import load_model, load_tokenizer
 from slingshot.stages import sft
 
 Metrics = Callable[[Path], list[dict[str, Any]]]

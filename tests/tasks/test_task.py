@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slingshot.files import SlingshotError
+from slingshot.base.errors import SlingshotError
 from slingshot.tasks.task import Problem, Task, in_split, load_task, split_of
 
 

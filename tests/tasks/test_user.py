@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 
-from slingshot.files import SlingshotError
+from slingshot.base.errors import SlingshotError
 from slingshot.tasks.task import Problem, load_task, split_of
 
 GOOD = """

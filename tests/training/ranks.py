@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from slingshot.config import ModelConfig
-from slingshot.model.checkpoint import FolderWeights, load_model, load_weights
+from slingshot.checkpoint.load_save import FolderWeights, load_model, load_weights
+from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.training.language_model import LossWeights, Rows, language_model_step
 from slingshot.training.optimizer import Optimizer, OptimizerConfig, update_router_biases

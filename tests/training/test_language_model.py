@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slingshot.config import ModelConfig
 from slingshot.cost.flops import training_flops, training_parts
 from slingshot.data.packing import pack
+from slingshot.model.config import ModelConfig
 from slingshot.model.moe import Routing, balance_loss
 from slingshot.model.transformer import Transformer
 from slingshot.training.language_model import LossWeights, Rows, evaluate_loss, language_model_step

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from slingshot.training.objectives import cross_entropy, group_advantages, grpo, mtp_targets, next_token_targets, token_logprobs
+from slingshot.training.objectives import (
+    cross_entropy,
+    group_advantages,
+    grpo,
+    mtp_targets,
+    next_token_targets,
+    token_logprobs,
+)
 
 
 def row(*values: float) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slingshot.config import ModelConfig
+from slingshot.model.config import ModelConfig
 from slingshot.model.moe import expert_load
 from slingshot.model.transformer import Transformer
 from slingshot.training.optimizer import Muon, Optimizer, OptimizerConfig, newton_schulz, schedule, update_router_biases

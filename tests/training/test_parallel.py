@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from slingshot.model.checkpoint import to_hf_tensors
-from slingshot.model.shards import write_shards
+from slingshot.checkpoint.load_save import to_hf_tensors
+from slingshot.checkpoint.safetensors import write_shards
 from slingshot.model.transformer import Transformer
 from slingshot.training.parallel import Parallel
 

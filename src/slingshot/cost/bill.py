@@ -15,9 +15,9 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-from slingshot.config import Strict
+from slingshot.base.config import Strict
+from slingshot.base.errors import SlingshotError
 from slingshot.cost.receipt import RECEIPT, Parent, Receipt, artifact_digest
-from slingshot.files import SlingshotError
 
 
 class BillLine(Strict):

@@ -14,9 +14,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 
-from slingshot.config import Strict
-from slingshot.cost.machine import describe, measurements
-from slingshot.files import SlingshotError
+from slingshot.base.config import Strict
+from slingshot.base.errors import SlingshotError
+from slingshot.machine.machine import describe, measurements
 
 GIB = 2.0**30
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from slingshot.config import ModelConfig
+from slingshot.model.config import ModelConfig
 
 
 @dataclass(frozen=True)

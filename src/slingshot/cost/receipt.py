@@ -22,10 +22,11 @@ from typing import Any
 from pydantic import ConfigDict, Field
 
 from slingshot import __version__
-from slingshot.config import Strict
-from slingshot.cost.energy import Energy
-from slingshot.cost.machine import Machine
-from slingshot.files import SlingshotError, read_json, write_json
+from slingshot.base.config import Strict
+from slingshot.base.errors import SlingshotError
+from slingshot.base.files import read_json, write_json
+from slingshot.machine.energy import Energy
+from slingshot.machine.machine import Machine
 
 RECEIPT = "receipt.json"
 
@@ -50,7 +51,7 @@ class Receipt(Strict):
     peak_memory_bytes   the largest resident set of the process
     mfu                 flops / seconds / the machine's measured matrix peak; None when nothing was measured
     money               seconds at the given price per hour; None when no price was given
-    energy_joules       of the machine's processors and GPUs meanwhile; None where the system does not tell (slingshot.cost.energy)
+    energy_joules       of the machine's processors and GPUs meanwhile; None where the system does not tell (slingshot.machine.energy)
     devices             that worked at once: accelerators, or 1 for a machine without; device-seconds are `seconds` times these
     extra               what else a stage has to say
     """

@@ -15,15 +15,16 @@ from __future__ import annotations
 import math
 from typing import Literal, Self
 
-from slingshot.config import ModelConfig, Strict
+from slingshot.base.config import Strict
+from slingshot.base.quantity import show_share
 from slingshot.cost.devices import Device, dtype_peak
 from slingshot.cost.flops import is_moe, parameters
-from slingshot.cost.layout import Layout
-from slingshot.cost.memory import PRECISIONS, sizes, training_memory
-from slingshot.cost.plan import ASSUMED_MFU, USABLE
-from slingshot.cost.quantity import show_share
 from slingshot.cost.receipt import Receipt
-from slingshot.cost.serving import DECODE_EFFICIENCY, Fleet
+from slingshot.model.config import ModelConfig
+from slingshot.planning.memory import PRECISIONS, sizes, training_memory
+from slingshot.planning.plan import ASSUMED_MFU, USABLE
+from slingshot.planning.sharding import Layout
+from slingshot.planning.throughput import DECODE_EFFICIENCY, Fleet
 
 SOLVED = 0.5  # chance that a response is right, where nobody knows
 ENGINE_BATCH = 256  # sequences the engine decodes together unless told otherwise

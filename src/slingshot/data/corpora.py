@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from slingshot.files import SlingshotError
+from slingshot.base.errors import SlingshotError
 
 _log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slingshot.config import ModelConfig
 from slingshot.engine.sequence import Sequence
 from slingshot.model.cache import Cache
+from slingshot.model.config import ModelConfig
 
 LENGTH_STEP = 64  # the cache grows by multiples of this many tokens
 

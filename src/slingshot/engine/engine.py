@@ -25,16 +25,16 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from slingshot.data.reasoning import Delta, Kind, ReasoningStream
-from slingshot.data.tokenizer import Tokenizer
+from slingshot.base.errors import SlingshotError
+from slingshot.checkpoint.hub import locate
+from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.engine.batch import Batch
 from slingshot.engine.sampling import SamplingParams, sample, uniform_noise
 from slingshot.engine.sequence import Completion, Request, RequestOutput, Sequence
-from slingshot.files import SlingshotError
-from slingshot.model.checkpoint import load_model, load_tokenizer
-from slingshot.model.device import auto_device, auto_dtype
-from slingshot.model.hub import locate
+from slingshot.machine.device import auto_device, auto_dtype
 from slingshot.model.transformer import Transformer
+from slingshot.text.reasoning import Delta, Kind, ReasoningStream
+from slingshot.text.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
 Prompt = str | Seq[int] | Seq[Message]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slingshot.files import SlingshotError
+from slingshot.base.errors import SlingshotError
 
 # Below this a float32 logit difference of one unit in the last place already decides: ask for 0, which says so.
 MIN_TEMPERATURE = 1e-4

@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from slingshot.data.reasoning import ends_in_reasoning, parse
-from slingshot.data.tokenizer import Tokenizer
 from slingshot.engine.sampling import SamplingParams, noise_stream
+from slingshot.text.reasoning import ends_in_reasoning, parse
+from slingshot.text.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "abort"]
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slingshot.config import ModelConfig
 from slingshot.model.cache import CacheView
+from slingshot.model.config import ModelConfig
 from slingshot.model.linear import Linear
 from slingshot.model.rope import rotate, softmax_scale
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from slingshot.config import ModelConfig
 from slingshot.model.attention import GQA, MLA, Context, RMSNorm
+from slingshot.model.config import ModelConfig
 from slingshot.model.moe import MLP, MoE, Routing
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slingshot.config import ModelConfig
+from slingshot.model.config import ModelConfig
 
 
 class CacheView:

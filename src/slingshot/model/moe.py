@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slingshot.config import ModelConfig
+from slingshot.model.config import ModelConfig
 from slingshot.model.linear import GroupedLinear, Linear
 
 

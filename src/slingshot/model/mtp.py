@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from slingshot.config import ModelConfig
 from slingshot.model.attention import Context, RMSNorm
 from slingshot.model.block import Block
+from slingshot.model.config import ModelConfig
 from slingshot.model.linear import Linear
 from slingshot.model.moe import Routing
 

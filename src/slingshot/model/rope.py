@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from slingshot.config import ModelConfig
+from slingshot.model.config import ModelConfig
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:

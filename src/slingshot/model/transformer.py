@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slingshot.config import ModelConfig
 from slingshot.model.attention import Context, RMSNorm
 from slingshot.model.block import Block
 from slingshot.model.cache import CacheView
+from slingshot.model.config import ModelConfig
 from slingshot.model.linear import Linear
 from slingshot.model.moe import MoE, Routing, balance_loss, expert_load
 from slingshot.model.mtp import MTP

@@ -18,18 +18,27 @@ import torch
 from pydantic import ByteSize, Field
 from torch import Tensor
 
-from slingshot.config import StageConfig
+from slingshot.base.config import StageConfig
+from slingshot.base.errors import SlingshotError
+from slingshot.base.progress import Progress
+from slingshot.checkpoint.gguf.write import Dtype, write_gguf
+from slingshot.checkpoint.hub import locate
+from slingshot.checkpoint.layout import layout, tensor_count
+from slingshot.checkpoint.load_save import (
+    FolderWeights,
+    Weights,
+    load_tokenizer,
+    open_weights,
+    pieces,
+    read_into,
+    write_checkpoint,
+)
 from slingshot.cost.workload import Phase, Workload
-from slingshot.files import SlingshotError
-from slingshot.model.checkpoint import FolderWeights, Weights, load_tokenizer, open_weights, pieces, read_into, write_checkpoint
-from slingshot.model.fp8 import quantize
-from slingshot.model.gguf_writer import Dtype, write_gguf
-from slingshot.model.hub import locate
-from slingshot.model.layout import SCALE, layout, tensor_count
 from slingshot.prospect import Prospect
+from slingshot.quantization.formats import SCALE
+from slingshot.quantization.fp8 import quantize
+from slingshot.training.checkpointer import Workspace
 from slingshot.training.parallel import Parallel
-from slingshot.training.progress import Progress
-from slingshot.training.workspace import Workspace
 
 kind = "convert"
 

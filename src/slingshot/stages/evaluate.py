@@ -16,20 +16,20 @@ import numpy as np
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from slingshot.config import StageConfig, TaskConfig
+from slingshot.base.config import StageConfig
+from slingshot.base.files import write_json
+from slingshot.base.progress import Progress
+from slingshot.checkpoint.hub import locate
 from slingshot.cost.flops import generation_flops
 from slingshot.cost.workload import Phase, Workload
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
-from slingshot.files import write_json
-from slingshot.model.hub import locate
+from slingshot.machine.precision import Dtype, compute_dtype, peak
 from slingshot.prospect import Prospect, guesses, rollout_phase, some
-from slingshot.rollout import Item, PromptForm, Rollout, distinct, roll_out
-from slingshot.tasks.task import Task, load_task
+from slingshot.rollout.rollout import Item, PromptForm, Rollout, distinct, roll_out
+from slingshot.tasks.task import Task, TaskConfig, load_task
+from slingshot.training.checkpointer import Workspace
 from slingshot.training.parallel import Parallel
-from slingshot.training.precision import Dtype, compute_dtype, peak
-from slingshot.training.progress import Progress
-from slingshot.training.workspace import Workspace
 
 kind = "evaluate"
 

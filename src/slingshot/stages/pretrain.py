@@ -19,25 +19,26 @@ import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from slingshot.config import ModelConfig, Strict, TaskConfig
+from slingshot.base.config import Strict
+from slingshot.base.errors import SlingshotError
+from slingshot.base.progress import Progress
+from slingshot.checkpoint.hub import locate
+from slingshot.checkpoint.load_save import load_tokenizer, save_checkpoint
 from slingshot.cost.flops import forward_flops, training_parts
 from slingshot.cost.workload import Phase, Workload
 from slingshot.data.corpora import Corpus
 from slingshot.data.packing import pack
-from slingshot.data.response import encode_responses
-from slingshot.data.tokenizer import Tokenizer
-from slingshot.files import SlingshotError
-from slingshot.model.checkpoint import load_tokenizer, save_checkpoint
-from slingshot.model.hub import locate
+from slingshot.machine.precision import Dtype, compute_dtype, peak
+from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.prospect import Prospect, Writer
-from slingshot.tasks.task import Style, load_task
+from slingshot.tasks.task import Style, TaskConfig, load_task
+from slingshot.text.response import encode_responses
+from slingshot.text.tokenizer import Tokenizer
+from slingshot.training.checkpointer import Workspace, restore, training_state
 from slingshot.training.language_model import LossWeights, Rows, evaluate_loss, language_model_step
 from slingshot.training.optimizer import Optimizer, OptimizerConfig, schedule, update_router_biases
 from slingshot.training.parallel import Parallel, gathered
-from slingshot.training.precision import Dtype, compute_dtype, peak
-from slingshot.training.progress import Progress
-from slingshot.training.workspace import Workspace, restore, training_state
 
 kind = "pretrain"
 

@@ -20,25 +20,26 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from slingshot.config import Strict, TaskConfig
+from slingshot.base.config import Strict
+from slingshot.base.progress import Progress
+from slingshot.checkpoint.hub import locate
+from slingshot.checkpoint.load_save import load_model, load_tokenizer, save_checkpoint
 from slingshot.cost.flops import forward_flops, generation_flops, training_parts
 from slingshot.cost.workload import Phase, Workload
 from slingshot.data.packing import pack_examples
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
-from slingshot.model.checkpoint import load_model, load_tokenizer, save_checkpoint
-from slingshot.model.hub import locate
+from slingshot.machine.precision import Dtype, compute_dtype, peak
 from slingshot.model.transformer import Transformer
 from slingshot.prospect import Prospect, guesses, luck, rollout_phase
-from slingshot.rollout import PromptForm, Rollout, TaskMix, roll_out
+from slingshot.rollout.rollout import PromptForm, Rollout, TaskMix, roll_out
+from slingshot.tasks.task import TaskConfig
+from slingshot.training.checkpointer import Workspace, restore, training_state
 from slingshot.training.language_model import Rows, add_loads, busiest
 from slingshot.training.objectives import group_advantages
 from slingshot.training.optimizer import Optimizer, schedule, update_router_biases
 from slingshot.training.parallel import Parallel, gathered, load_gathered
 from slingshot.training.policy import PolicyConfig, PolicyRows, policy_step
-from slingshot.training.precision import Dtype, compute_dtype, peak
-from slingshot.training.progress import Progress
-from slingshot.training.workspace import Workspace, restore, training_state
 
 kind = "rl"
 

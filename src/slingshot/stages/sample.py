@@ -14,20 +14,21 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor
 
-from slingshot.config import StageConfig, TaskConfig
+from slingshot.base.config import StageConfig
+from slingshot.base.errors import SlingshotError
+from slingshot.base.files import write_jsonl
+from slingshot.base.progress import Progress
+from slingshot.checkpoint.hub import locate
 from slingshot.cost.flops import generation_flops
 from slingshot.cost.workload import Workload
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
-from slingshot.files import SlingshotError, write_jsonl
-from slingshot.model.hub import locate
+from slingshot.machine.precision import Dtype, compute_dtype, peak
 from slingshot.prospect import Prospect, Reply, guesses, luck, rollout_phase, some
-from slingshot.rollout import Item, PromptForm, TaskMix, roll_out
-from slingshot.tasks.task import Problem, Task
+from slingshot.rollout.rollout import Item, PromptForm, TaskMix, roll_out
+from slingshot.tasks.task import Problem, Task, TaskConfig
+from slingshot.training.checkpointer import Workspace
 from slingshot.training.parallel import Parallel
-from slingshot.training.precision import Dtype, compute_dtype, peak
-from slingshot.training.progress import Progress
-from slingshot.training.workspace import Workspace
 
 kind = "sample"
 

@@ -15,25 +15,25 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from slingshot.config import TaskConfig
+from slingshot.base.errors import SlingshotError
+from slingshot.base.files import read_jsonl
+from slingshot.base.progress import Progress
+from slingshot.checkpoint.hub import locate
+from slingshot.checkpoint.load_save import load_model, load_tokenizer, save_checkpoint
 from slingshot.cost.flops import training_parts
 from slingshot.cost.workload import Phase, Workload
 from slingshot.data.packing import pack_examples
-from slingshot.data.reasoning import ends_in_reasoning
-from slingshot.data.response import encode_responses
-from slingshot.data.tokenizer import Tokenizer
-from slingshot.files import SlingshotError, read_jsonl
-from slingshot.model.checkpoint import load_model, load_tokenizer, save_checkpoint
-from slingshot.model.hub import locate
+from slingshot.machine.precision import Dtype, compute_dtype, peak
 from slingshot.prospect import Prospect
-from slingshot.rollout import PromptForm, TaskMix
-from slingshot.tasks.task import Problem
+from slingshot.rollout.rollout import PromptForm, TaskMix
+from slingshot.tasks.task import Problem, TaskConfig
+from slingshot.text.reasoning import ends_in_reasoning
+from slingshot.text.response import encode_responses
+from slingshot.text.tokenizer import Tokenizer
+from slingshot.training.checkpointer import Workspace, restore, training_state
 from slingshot.training.language_model import LossWeights, Rows, language_model_step
 from slingshot.training.optimizer import Optimizer, OptimizerConfig, schedule
 from slingshot.training.parallel import Parallel, gathered
-from slingshot.training.precision import Dtype, compute_dtype, peak
-from slingshot.training.progress import Progress
-from slingshot.training.workspace import Workspace, restore, training_state
 
 kind = "sft"
 

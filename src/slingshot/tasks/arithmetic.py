@@ -14,8 +14,8 @@ from typing import Self
 
 from pydantic import model_validator
 
-from slingshot.tasks.answers import last_number, read_number
 from slingshot.tasks.task import Language, Problem, Solution, Split, Style, Task, in_split
+from slingshot.tasks.verifiers import last_number, read_number
 
 _PROMPT = {"en": "What is %s?", "ja": "%sはいくつ?"}
 _STEP = {

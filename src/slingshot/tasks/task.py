@@ -18,8 +18,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from slingshot.config import Strict
-from slingshot.files import SlingshotError
+from pydantic import Field
+
+from slingshot.base.config import Strict
+from slingshot.base.errors import SlingshotError
 
 Split = Literal["train", "test"]
 Style = Literal["answer", "steps", "slips"]
@@ -54,6 +56,14 @@ class Reward:
 
     value: float
     answer: str | None
+
+
+class TaskConfig(Strict):
+    """A task as recipes name it: what `load_task` takes, and its share where several are mixed."""
+
+    name: str
+    weight: float = Field(1.0, gt=0)
+    params: dict[str, Any] = {}
 
 
 class Task(Strict, ABC):
@@ -159,7 +169,7 @@ def load_task(name: str, **params: Any) -> Task:
 
         return Countdown.parse(params, name)
     if name.startswith("gym:"):
-        from slingshot.tasks.gym import Gym
+        from slingshot.tasks.reasoning_gym import Gym
 
         return Gym.load(name.removeprefix("gym:"), params)
     if name.endswith(".py"):

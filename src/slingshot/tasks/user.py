@@ -26,9 +26,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from slingshot.config import Strict
-from slingshot.files import SlingshotError
-from slingshot.tasks.sandbox import Sandbox, SandboxError, take
+from slingshot.base.config import Strict
+from slingshot.base.errors import SlingshotError
+from slingshot.sandbox.worker import Sandbox, SandboxError, take
 from slingshot.tasks.task import Language, Problem, Reward, Solution, Split, Style, Task, in_split
 
 _POOL = 4096  # a file that yields no more problems than this is kept whole and shuffled by the seed; a longer one is trusted to go by its seed

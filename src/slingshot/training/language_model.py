@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from slingshot.config import Strict
+from slingshot.base.config import Strict
 from slingshot.model.transformer import Transformer
 from slingshot.training.objectives import cross_entropy, mtp_targets, next_token_targets
 from slingshot.training.parallel import Parallel

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from slingshot.config import StageConfig
+from slingshot.base.config import StageConfig
 from slingshot.model.transformer import Transformer
 from slingshot.training.parallel import sharded_like, whole
 

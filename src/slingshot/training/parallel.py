@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from slingshot.model.device import auto_device
+from slingshot.machine.device import auto_device
 from slingshot.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ class Parallel:
             torch.cuda.set_device(device)
         if world == 1:
             return cls(0, 1, device, None)
-        from torch.distributed.device_mesh import init_device_mesh  # here, because it takes half a second that a single process saves
+        from torch.distributed.device_mesh import (
+            init_device_mesh,  # here, because it takes half a second that a single process saves
+        )
 
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

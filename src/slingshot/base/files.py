@@ -1,0 +1,157 @@
+"""Files written whole or not at all, and the one error a user sees.
+
+Every artifact is prepared beside its final place, fsynced and renamed, so a reader never meets half a file:
+
+    write_json(path, {"loss": 1.5})
+    with new_folder(out) as folder:        # appears as `out` when the block ends, or not at all
+        write_json(folder / "receipt.json", receipt)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from slingshot.base.errors import SlingshotError
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole: temporary name, fsync, rename. Raises SlingshotError when the place cannot be written or is no plain file."""
+    if not path.name or (path.exists() and not path.is_file()):
+        raise SlingshotError(f"cannot write {path}: that is no file; choose another place")
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise SlingshotError(f"cannot write {path}: {error.strerror or error}; free space there or choose another place") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_text(path: Path) -> str:
+    """Read UTF-8 text; a missing, unreadable or binary file is a SlingshotError that names it."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SlingshotError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise SlingshotError(f"{path} is not UTF-8 text (byte {error.start}); is it a binary file?") from error
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise SlingshotError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise SlingshotError(f"{path} line {number} is not valid JSON: {error}") from error
+    return rows
+
+
+def read_span(path: Path, start: int, buffer: memoryview, what: str) -> None:
+    """Fill `buffer` with a file's bytes from `start` on. SlingshotError when it cannot be read, or ends within `what`."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            while buffer:
+                count = file.readinto(buffer)
+                if not count:
+                    raise SlingshotError(f"{path} ends within {what}; is the download complete?")
+                buffer = buffer[count:]
+    except OSError as error:
+        raise SlingshotError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file in an untrusted folder, which need not be there.
+
+    SlingshotError when `name` is no plain file name, or when what lies there is a symlink out of the folder or to nothing, or no plain file.
+    Hugging Face's cache links a snapshot's files to the blobs of its repository, and those to blobs that repositories share: links there pass.
+    """
+    if Path(name).name != name or not name or "\\" in name or "\0" in name:
+        raise SlingshotError(f"{folder}: {name!r:.100} is no file name; a checkpoint's files lie in its folder itself")
+    path, home = folder / name, folder.resolve()
+    homes = [home]
+    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
+        homes += [home.parent.parent / "blobs", home.parent.parent.parent / "blobs"]
+    try:
+        target = Path(os.path.realpath(path))
+        kept = any(home in target.parents for home in homes) and (target.is_file() or not os.path.lexists(path))
+    except (OSError, UnicodeError):  # a name that no file system takes
+        kept = False
+    if not kept:
+        raise SlingshotError(f"{folder}: {name!r:.100} is a link out of the folder or no plain file; put a copy of the file itself there")
+    return path
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` (replacing what was there) if the block ends without an exception."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise SlingshotError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            _fsync(file)
+        _fsync(temporary)
+        if path.exists():
+            retired = path.with_name(f".{path.name}.old")
+            shutil.rmtree(retired, ignore_errors=True)
+            path.rename(retired)
+            temporary.rename(path)
+            shutil.rmtree(retired, ignore_errors=True)
+        else:
+            temporary.rename(path)
+        _fsync(path.parent)
+    except OSError as error:
+        raise SlingshotError(f"cannot write {path}: {error.strerror or error}; free space there or choose another place") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def digest(value: Any) -> str:
+    """A short, stable name of a JSON value: the first 16 hex digits of the SHA-256 of its canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]

@@ -1,0 +1,117 @@
+"""The tensors of a checkpoint in the Hugging Face layout: every name with its shape, and how it is stored. No torch.
+
+    for spec in layout(config): spec.name, spec.shape, spec.stored
+    scale_shape((7168, 2112))                            # (56, 17): one number for each block of an FP8 matrix
+
+Names and shapes are those of DeepSeek-V3's released checkpoint and of transformers' Llama, Mistral, Qwen2 and Qwen3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from slingshot.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One tensor: shape is [out, in] for matrices.
+
+    stored      "linear": a matrix that an FP8 checkpoint keeps in e4m3 with block scales; "float32": never narrowed (router biases);
+                "plain": the checkpoint's own dtype
+    copy_of     the tensor this one repeats: the MTP module's embedding and head
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stored: Literal["linear", "plain", "float32"] = "plain"
+    copy_of: str | None = None
+
+
+def layout(config: ModelConfig) -> Iterator[Spec]:
+    """Every tensor a checkpoint of this architecture holds, in order; an FP8 checkpoint has NAME_scale_inv beside each "linear" one."""
+    embedding = (config.vocab_size, config.hidden_size)
+    yield Spec("model.embed_tokens.weight", embedding)
+    for layer in range(config.num_hidden_layers):
+        yield from _block(config, layer)
+    for layer in range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers):
+        yield from _mtp(config, layer)
+    yield Spec("model.norm.weight", (config.hidden_size,))
+    if not config.tie_word_embeddings:
+        yield Spec("lm_head.weight", embedding)
+
+
+def tensor_count(config: ModelConfig) -> int:
+    """How many tensors `layout` yields, without walking through the experts of every layer."""
+    width = {"num_hidden_layers": 0, "num_nextn_predict_layers": 0}
+    outside = sum(1 for _ in layout(config.model_copy(update=width)))
+    dense = min(config.first_k_dense_replace, config.num_hidden_layers) if config.n_routed_experts else config.num_hidden_layers
+    total = outside + config.num_nextn_predict_layers * sum(1 for _ in _mtp(config, config.num_hidden_layers))
+    if dense:
+        total += dense * sum(1 for _ in _block(config, 0))
+    if dense < config.num_hidden_layers:
+        total += (config.num_hidden_layers - dense) * sum(1 for _ in _block(config, dense))
+    return total
+
+
+def _block(config: ModelConfig, layer: int) -> Iterator[Spec]:
+    prefix, width = f"model.layers.{layer}.", config.hidden_size
+    yield Spec(f"{prefix}input_layernorm.weight", (width,))
+    yield from _mla(config, f"{prefix}self_attn.") if config.family == "deepseek_v3" else _gqa(config, f"{prefix}self_attn.")
+    yield Spec(f"{prefix}post_attention_layernorm.weight", (width,))
+    if not config.n_routed_experts or layer < config.first_k_dense_replace:
+        yield from _mlp(f"{prefix}mlp.", width, config.intermediate_size)
+        return
+    yield Spec(f"{prefix}mlp.gate.weight", (config.n_routed_experts, width))
+    yield Spec(f"{prefix}mlp.gate.e_score_correction_bias", (config.n_routed_experts,), "float32")
+    for expert in range(config.n_routed_experts):
+        yield from _mlp(f"{prefix}mlp.experts.{expert}.", width, config.moe_intermediate_size)
+    if config.n_shared_experts:
+        yield from _mlp(f"{prefix}mlp.shared_experts.", width, config.moe_intermediate_size * config.n_shared_experts)
+
+
+def _mtp(config: ModelConfig, layer: int) -> Iterator[Spec]:
+    """The MTP module as DeepSeek released it: a block, what joins and ends it, and copies of the embedding and the head."""
+    prefix, width, embedding = f"model.layers.{layer}.", config.hidden_size, (config.vocab_size, config.hidden_size)
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    yield Spec(f"{prefix}embed_tokens.weight", embedding, copy_of="model.embed_tokens.weight")
+    yield Spec(f"{prefix}enorm.weight", (width,))
+    yield Spec(f"{prefix}hnorm.weight", (width,))
+    yield Spec(f"{prefix}eh_proj.weight", (width, 2 * width))
+    yield from _block(config, layer)
+    yield Spec(f"{prefix}shared_head.norm.weight", (width,))
+    yield Spec(f"{prefix}shared_head.head.weight", embedding, copy_of=head)
+
+
+def _mla(config: ModelConfig, prefix: str) -> Iterator[Spec]:
+    width, heads = config.hidden_size, config.num_attention_heads
+    if config.q_lora_rank is None:
+        yield Spec(f"{prefix}q_proj.weight", (heads * config.qk_head_dim, width), "linear")
+    else:
+        yield Spec(f"{prefix}q_a_proj.weight", (config.q_lora_rank, width), "linear")
+        yield Spec(f"{prefix}q_a_layernorm.weight", (config.q_lora_rank,))
+        yield Spec(f"{prefix}q_b_proj.weight", (heads * config.qk_head_dim, config.q_lora_rank), "linear")
+    yield Spec(f"{prefix}kv_a_proj_with_mqa.weight", (config.kv_lora_rank + config.qk_rope_head_dim, width), "linear")
+    yield Spec(f"{prefix}kv_a_layernorm.weight", (config.kv_lora_rank,))
+    yield Spec(f"{prefix}kv_b_proj.weight", (heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank), "linear")
+    yield Spec(f"{prefix}o_proj.weight", (width, heads * config.v_head_dim), "linear")
+
+
+def _gqa(config: ModelConfig, prefix: str) -> Iterator[Spec]:
+    width, query, key = config.hidden_size, config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    for name, rows in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
+        yield Spec(f"{prefix}{name}.weight", (rows, width), "linear")
+        if config.attention_bias:
+            yield Spec(f"{prefix}{name}.bias", (rows,))
+    yield Spec(f"{prefix}o_proj.weight", (width, query), "linear")
+    if config.qk_norm:
+        yield Spec(f"{prefix}q_norm.weight", (config.head_dim,))
+        yield Spec(f"{prefix}k_norm.weight", (config.head_dim,))
+
+
+def _mlp(prefix: str, width: int, intermediate: int) -> Iterator[Spec]:
+    yield Spec(f"{prefix}gate_proj.weight", (intermediate, width), "linear")
+    yield Spec(f"{prefix}up_proj.weight", (intermediate, width), "linear")
+    yield Spec(f"{prefix}down_proj.weight", (width, intermediate), "linear")

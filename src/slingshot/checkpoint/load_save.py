@@ -1,0 +1,221 @@
+"""Checkpoints in the Hugging Face layout: config.json, safetensors files (with an index where there are several), tokenizer, generation_config.json.
+
+    model = load_model("runs/tiny/zero", dtype=torch.float32)       # a folder, or a .gguf file
+    save_checkpoint(folder, model, tokenizer)
+    weights = open_weights(folder)                                   # one tensor at a time, without a model
+    weights.read("model.layers.3.mlp.experts.7.up_proj.weight")
+
+Tensor names are Hugging Face's (model/layout.py). Expert matrices, stacked in the module, are one tensor per expert in the file; the MTP
+module is layer `num_hidden_layers` with its copies of embedding and head, as DeepSeek released it. FP8 matrices are read through their
+block scales. Reading and writing go piece by piece: neither needs more memory than the model itself.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from slingshot.base.errors import SlingshotError
+from slingshot.base.files import inside, read_json, write_json
+from slingshot.checkpoint.hub import locate
+from slingshot.checkpoint.layout import Spec, layout
+from slingshot.checkpoint.safetensors import DTYPES, Shards, problems, write_shards
+from slingshot.model.config import ModelConfig
+from slingshot.model.transformer import Transformer
+from slingshot.quantization.formats import FP8_BLOCK, SCALE
+from slingshot.quantization.fp8 import dequantize
+from slingshot.text.tokenizer import Tokenizer
+
+_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+_PIECE = 2**23  # numbers read at a time: 32 MiB in float32
+
+
+class Weights(Protocol):
+    """Named tensors of an architecture, wherever they lie: what can be loaded into a model or written in another format."""
+
+    config: ModelConfig
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor of `layout(config)` in float32 or in its own 16-bit type, or these rows of it (dimension 0)."""
+
+    def where(self, name: str) -> Path:
+        """The file a tensor lies in, for messages."""
+
+
+def open_weights(path: Path | str) -> Weights:
+    """The weights of a checkpoint folder or .gguf file, its tensors checked against its configuration; SlingshotError names what does not fit."""
+    path = locate(path)
+    if path.suffix == ".gguf":
+        from slingshot.checkpoint.gguf.read import GGUFWeights
+
+        return GGUFWeights(path)
+    return FolderWeights(path)
+
+
+class FolderWeights:
+    """The weights of a folder. A config.json that mentions an MTP module which the files have not (transformers drops it) is read without it."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            raise SlingshotError(f"{path} is not a checkpoint folder; a checkpoint holds config.json and model.safetensors")
+        self.config = load_config(path)
+        self.shards = Shards(path)
+        if problem := next(problems(self.config, self.shards.headers, path), None):
+            without_mtp = self.config.model_copy(update={"num_nextn_predict_layers": 0})
+            if next(problems(without_mtp, self.shards.headers, path), None):
+                raise SlingshotError(problem)
+            self.config = without_mtp
+
+    @property
+    def dtype(self) -> str:
+        """torch's name of the type that the final norm is stored in, which FP8 does not touch."""
+        return DTYPES[self.shards.headers["model.norm.weight"].dtype][0]
+
+    def where(self, name: str) -> Path:
+        return self.shards.headers[name].file
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        tensor = self.shards.read(name, rows)
+        if tensor.dtype == torch.float8_e4m3fn:
+            first = rows.start if rows else 0
+            blocks = slice(first // FP8_BLOCK, -(-(first + len(tensor)) // FP8_BLOCK))
+            tensor = dequantize(tensor, self.shards.read(name + SCALE, blocks).float(), first % FP8_BLOCK)
+        return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
+def load_weights(model: Transformer, weights: Weights) -> None:
+    """Fill a model's parameters and router biases, piece by piece. Of a sharded parameter (a DTensor) only this rank's rows are read."""
+    state = {name: _local(tensor) for name, tensor in model.state_dict().items()}
+    for spec in layout(weights.config):
+        if spec.copy_of is not None:
+            continue
+        name, index = _place(spec.name)
+        target, first = state[name]
+        if index:  # one expert's matrix within the stack
+            if not first <= index[0] < first + len(target):
+                continue
+            target, first = target[index[0] - first][index[1:]], 0
+        read_into(target, weights, spec, first)
+
+
+def read_into(target: Tensor, weights: Weights, spec: Spec, first: int = 0) -> None:
+    """Fill `target`, of any dtype, with a tensor's rows from `first` on, never holding more than a piece of it besides."""
+    for rows in pieces(spec, first, first + len(target)):
+        piece = target[rows.start - first : rows.stop - first]
+        piece.copy_(weights.read(spec.copy_of or spec.name, rows))
+        if not torch.isfinite(piece).all():
+            dtype = str(target.dtype).removeprefix("torch.")
+            raise SlingshotError(f"{weights.where(spec.copy_of or spec.name)}: {spec.name} holds NaN or infinite values in {dtype}")
+
+
+def _local(tensor: Tensor) -> tuple[Tensor, int]:
+    """This rank's part of a tensor, and the row of the whole at which it begins."""
+    if not hasattr(tensor, "to_local"):
+        return tensor, 0
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    assert isinstance(tensor, DTensor)
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), offset[0]
+
+
+def _place(name: str) -> tuple[str, tuple[int, ...]]:
+    """Where the module keeps a tensor: the name of its state, and the index in the stack of expert matrices."""
+    expert = _EXPERT.fullmatch(name)
+    if expert is None:
+        return name, ()
+    if expert[3] == "down_proj":
+        return f"{expert[1]}.down_proj.weight", (int(expert[2]),)
+    return f"{expert[1]}.gate_up_proj.weight", (int(expert[2]), 0 if expert[3] == "gate_proj" else 1)
+
+
+def pieces(spec: Spec, start: int, stop: int) -> Iterator[slice]:
+    """Rows start to stop of a tensor in pieces of at most `_PIECE` numbers, whole FP8 blocks where possible."""
+    rows = max(1, _PIECE // math.prod(spec.shape[1:]))
+    rows = rows // FP8_BLOCK * FP8_BLOCK or rows
+    return (slice(first, min(first + rows, stop)) for first in range(start, stop, rows))
+
+
+def load_config(path: Path | str) -> ModelConfig:
+    """The architecture that a folder's config.json describes."""
+    file = inside(Path(path), "config.json")
+    raw = read_json(file)
+    if not isinstance(raw, dict):
+        raise SlingshotError(f"{file} does not hold a JSON object")
+    return ModelConfig.from_hf(raw, str(file))
+
+
+def load_model(
+    path: Path | str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    shard: Callable[[Transformer], None] | None = None,
+) -> Transformer:
+    """Load a checkpoint folder or a .gguf file in `dtype`; router biases stay float32. SlingshotError names the file and tensor that do not fit.
+
+    `shard` splits the still empty model over ranks (Parallel.shard): each then reads only the bytes it keeps.
+    """
+    weights = open_weights(path)
+    with torch.device("meta"):
+        model = Transformer(weights.config.model_copy(update={"quantization": None}))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    if shard is not None:
+        shard(model)
+    model.to_empty(device=device)
+    load_weights(model, weights)
+    return model
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """The tokenizer and chat template of a checkpoint folder or .gguf file. SlingshotError when it has more ids than the model."""
+    path = locate(path)
+    if path.suffix == ".gguf":
+        from slingshot.checkpoint.gguf.read import load_gguf_tokenizer
+
+        return load_gguf_tokenizer(path)
+    tokenizer = Tokenizer.load(path)
+    if (path / "config.json").exists():
+        try:
+            tokenizer.check_fits(load_config(path).vocab_size)
+        except SlingshotError as error:
+            raise SlingshotError(f"{path}: {error}") from error
+    return tokenizer
+
+
+def to_hf_tensors(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's state under Hugging Face's names, the MTP module's copies of embedding and head included. Views, not copies."""
+    tensors = {}
+    for spec in layout(config):
+        name, index = _place(spec.copy_of or spec.name)
+        tensors[spec.name] = state[name].detach()[index]
+    return tensors
+
+
+def save_checkpoint(
+    folder: Path, model: Transformer, tokenizer: Tokenizer, state: Mapping[str, Tensor] | None = None, max_shard_size: float = 5e9
+) -> None:
+    """Write model (or `state`, its gathered weights) and tokenizer into an existing folder; the caller makes it atomic."""
+    tensors = to_hf_tensors(model.config, model.state_dict() if state is None else state)
+    dtype = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
+    write_checkpoint(folder, model.config, tensors.items(), tokenizer, dtype, max_shard_size)
+
+
+def write_checkpoint(
+    folder: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], tokenizer: Tokenizer, dtype: str, max_shard_size: float = 5e9
+) -> None:
+    """Write configuration, tensors (taken one at a time) and tokenizer into an existing folder. `dtype`: what config.json calls theirs."""
+    config = config.model_copy(update={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id})
+    write_shards(folder, tensors, max_shard_size)
+    write_json(folder / "config.json", {key: value for key, value in config.to_hf().items() if key != "dtype"} | {"torch_dtype": dtype})
+    eos = sorted(tokenizer.eos_ids)
+    tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos if len(eos) > 1 else tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    write_json(folder / "generation_config.json", tokens | {"do_sample": True, "temperature": 0.6, "top_p": 0.95})
+    tokenizer.save(folder)

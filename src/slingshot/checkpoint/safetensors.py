@@ -1,0 +1,191 @@
+"""The safetensors files of a checkpoint folder, one or many with their index: headers first, tensors when asked for.
+
+    shards = Shards(folder)
+    list(problems(config, shards.headers, folder))       # what does not fit the architecture
+    shards.headers["model.norm.weight"]                  # Header(dtype="BF16", shape=(7168,), file=..., offset=...)
+    shards.read("lm_head.weight", slice(0, 1024))        # only these rows leave the disk
+    write_shards(folder, tensors, max_shard_size=5e9)    # tensors: pairs of name and tensor, taken one at a time
+
+Importing this and looking at headers needs no torch; `read` and `write_shards` do.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
+
+from slingshot.base.errors import SlingshotError
+from slingshot.base.files import inside, read_json, read_span, write_json
+from slingshot.checkpoint.layout import layout, tensor_count
+from slingshot.model.config import ModelConfig
+from slingshot.quantization.formats import SCALE, scale_shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# safetensors' names of the types that weights come in, torch's names, and bytes per number.
+DTYPES = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2), "F8_E4M3": ("float8_e4m3fn", 1)}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of a tensor before its data: safetensors' dtype name, shape, and where its bytes are."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int = 0
+
+
+class Shards:
+    """The tensors of a folder's safetensors files. Opening reads headers only; `bytes_read` counts tensor data read since."""
+
+    def __init__(self, folder: Path) -> None:
+        """SlingshotError names the file that is missing, truncated or corrupt, or the tensor that two files hold."""
+        self.folder = folder
+        self.bytes_read = 0
+        self.headers: dict[str, Header] = {}
+        index = read_index(folder)
+        for file in sorted(set(index.values())) if index else [SINGLE]:
+            for name, header in _headers(_shard(folder, file)).items():
+                if name in self.headers:
+                    raise SlingshotError(f"{header.file}: {name} is in {self.headers[name].file.name} too; one of the two is from another checkpoint")
+                self.headers[name] = header
+        for name, file in index.items():
+            if name not in self.headers or self.headers[name].file.name != file:
+                raise SlingshotError(f"{folder / INDEX} says that {file} holds {name}, which it does not; is it from another checkpoint?")
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """The tensor as stored, or these rows of it (dimension 0). SlingshotError when its type is none of `DTYPES`."""
+        import torch
+
+        header = self.headers[name]
+        if header.dtype not in DTYPES:
+            raise SlingshotError(f"{header.file}: {name} is stored as {header.dtype}; weights are read from {', '.join(DTYPES)}")
+        dtype, size = DTYPES[header.dtype]
+        shape, start = header.shape, header.offset
+        if rows is not None:
+            shape = (rows.stop - rows.start, *shape[1:])
+            start += rows.start * math.prod(shape[1:]) * size
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+        read_span(header.file, start, tensor.reshape(-1).view(torch.uint8).numpy().data, name)
+        self.bytes_read += tensor.nbytes
+        return tensor
+
+
+def problems(config: ModelConfig, headers: Mapping[str, Header], where: Path) -> Iterator[str]:
+    """What does not fit between an architecture and the headers of the checkpoint at `where`, a line each; the first missing tensor is the last."""
+    known = set()
+    for spec in layout(config):
+        known.add(spec.name)
+        if spec.name not in headers:
+            if spec.copy_of is None:
+                yield f"{where}: {spec.name} is missing; config.json asks for {tensor_count(config)} tensors, the files hold {len(headers)}"
+                return
+            continue
+        header = headers[spec.name]
+        if header.shape != spec.shape:
+            yield f"{header.file}: {spec.name} has shape {list(header.shape)}, config.json says {list(spec.shape)}"
+        if header.dtype not in DTYPES:
+            yield f"{header.file}: {spec.name} is stored as {header.dtype}; weights are read from {', '.join(DTYPES)}"
+        if header.dtype == "F8_E4M3":
+            known.add(spec.name + SCALE)
+            scale = headers.get(spec.name + SCALE)
+            if scale is None or len(spec.shape) != 2 or scale.shape != scale_shape(spec.shape):
+                yield f"{header.file}: {spec.name} is stored in FP8 without the scales of its 128 x 128 blocks, {spec.name}{SCALE}"
+    for name in sorted(headers.keys() - known):
+        if not (name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")):
+            yield f"{headers[name].file}: {name} is no tensor of this architecture; is config.json another model's?"
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """The index's map of tensors to files; empty where there is no index."""
+    path = inside(folder, INDEX)
+    if not path.exists():
+        return {}
+    raw = read_json(path)
+    index = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
+        raise SlingshotError(f"{path} has no weight_map of tensors to files")
+    return index
+
+
+def _shard(folder: Path, name: str) -> Path:
+    file = inside(folder, name)
+    if file.is_file():
+        return file
+    if name != SINGLE:
+        raise SlingshotError(f"{folder / INDEX} names {name}, which is not there; is the download complete?")
+    pickled = next((file for pattern in ("*.bin", "*.pt", "*.pth") for file in sorted(folder.glob(pattern))), None)
+    if pickled is None:
+        raise SlingshotError(f"{folder} holds no {SINGLE}")
+    raise SlingshotError(
+        f"{folder} holds no {SINGLE}; {pickled.name} is pickled, can run code when opened, and is never read: ask its maker for safetensors"
+    )
+
+
+def _headers(file: Path) -> dict[str, Header]:
+    """The headers of one file. The library checks them (sizes, offsets, the file's length); the offsets it does not tell are read from the JSON."""
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+        with file.open("rb") as content:
+            size = int.from_bytes(content.read(8), "little")
+            raw = json.loads(content.read(size))
+    except OSError as error:
+        raise SlingshotError(f"cannot read {file}: {error.strerror or error}") from error
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise SlingshotError(f"{file} is no whole safetensors file: {error}; is the download complete?") from error
+    raw.pop("__metadata__", None)
+    return {name: Header(entry["dtype"], tuple(entry["shape"]), file, 8 + size + entry["data_offsets"][0]) for name, entry in raw.items()}
+
+
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_size: float = 5e9) -> None:
+    """Write named tensors into an existing folder: model.safetensors, or shards of at most `max_shard_size` bytes with an index.
+
+    Tensors are taken one at a time and let go once their shard is written; a single larger one has a shard to itself.
+    """
+    shards: list[dict[str, int]] = []  # of each shard written: its tensors' sizes
+    pending: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        _write(folder / f"{len(shards)}.part", pending)
+        shards.append({name: tensor.nbytes for name, tensor in pending.items()})
+        pending.clear()
+
+    size = 0
+    for name, tensor in tensors:
+        if pending and size + tensor.nbytes > max_shard_size:
+            flush()
+            size = 0
+        pending[name] = tensor.detach().cpu().contiguous()
+        size += tensor.nbytes
+    flush()
+    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)] if len(shards) > 1 else [SINGLE]
+    for number, file in enumerate(files):
+        (folder / f"{number}.part").replace(folder / file)
+    if len(shards) > 1:
+        total = sum(sum(shard.values()) for shard in shards)
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write(file: Path, tensors: dict[str, Tensor]) -> None:
+    specs = {
+        name: TensorSpec(dtype=str(tensor.dtype).removeprefix("torch."), shape=list(tensor.shape), data_ptr=tensor.data_ptr(), data_len=tensor.nbytes)
+        for name, tensor in tensors.items()
+    }
+    try:
+        serialize_file(specs, file, metadata={"format": "pt"})
+        file.chmod(file.parent.stat().st_mode & 0o666)  # the library makes it readable by its owner alone
+    except (OSError, SafetensorError) as error:
+        raise SlingshotError(f"cannot write {file}: {error}; free space there or choose another --out") from error

@@ -1,0 +1,96 @@
+"""`slingshot doctor`: what this machine has, how fast it multiplies in which dtype, and what `auto` will use.
+
+It measures for a few seconds, prints a table and keeps the measurement, which `auto`, every receipt's MFU and plans for this machine go by:
+
+    examine(Console())                        # keeps the best ever measured: a busy machine measures low, never high
+    examine(Console(), calibrate=True)        # measures longer, and forgets what was kept: for a machine that has changed
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from slingshot.machine.device import (
+    BF16_WORTH_IT,
+    auto_device,
+    describe_machine,
+    dtype_name,
+    machine_key,
+    measure_bandwidth,
+    measure_peak,
+)
+from slingshot.machine.machine import Measurement, load_measurement, measurement_path, save_measurement
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+
+
+def measure(device: torch.device, seconds: float = 0.5, anew: bool = False) -> tuple[Measurement, bool]:
+    """Measure every dtype and the memory, `seconds` each; a dtype torch cannot multiply here is left out.
+
+    Returns the best ever measured on this machine (`anew`: only this time counts), and whether it could be kept for the next one.
+    """
+    peak = {}
+    for dtype in DTYPES:
+        try:
+            peak[dtype_name(dtype)] = measure_peak(dtype, device, seconds)
+        except RuntimeError:
+            continue
+    measurement = Measurement(peak=peak, bandwidth=measure_bandwidth(device, seconds))
+    kept = save_measurement(machine_key(device), measurement, anew)
+    return load_measurement(machine_key(device)) if kept else measurement, kept
+
+
+def examine(console: Console, seconds: float = 0.5, calibrate: bool = False) -> None:
+    """Measure the machine and print what was found; with `calibrate` four times as long, in place of what was measured before."""
+    device = auto_device()
+    load = os.getloadavg()[0]
+    with console.status("measuring ..."):
+        measurement, kept = measure(device, 4 * seconds if calibrate else seconds, calibrate)
+    machine = describe_machine(device)
+
+    has = Table(show_header=False, box=None, pad_edge=False)
+    has.add_row("processor", f"{machine.cpu}, {_plural(machine.cores, 'core')}")
+    has.add_row("memory", f"{machine.memory_bytes / 2**30:.1f} GiB, read at {(measurement.bandwidth or 0) / 1e9:.1f} GB/s")
+    has.add_row("free disk here", f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB")
+    has.add_row("accelerator", machine.accelerator or "none that torch can use")
+    has.add_row("software", f"Python {platform.python_version()}, torch {machine.torch}, {_plural(machine.threads or 0, 'thread')}")
+
+    fast = Table(box=None, pad_edge=False, header_style="dim")
+    fast.add_column("dtype")
+    fast.add_column("GFLOP/s", justify="right")
+    fast.add_column("to float32", justify="right")
+    for dtype in map(dtype_name, DTYPES):
+        if dtype in measurement.peak:
+            speed = measurement.peak[dtype]
+            fast.add_row(dtype, f"{speed / 1e9:,.0f}", f"{speed / measurement.peak['float32']:.2f}")
+        else:
+            fast.add_row(dtype, "not offered", "")
+
+    for heading, body in (("This machine", has), ("Matrix products", fast), ("What auto will use", verdict(device, measurement))):
+        console.print(heading, style="bold")
+        console.print(body, highlight=False)
+        console.print()
+    if load > machine.cores / 2:
+        console.print(f"The machine is busy (load {load:.1f} on {_plural(machine.cores, 'core')}): its full speed shows when it is idle.")
+    anew = ", in place of what was measured before" if calibrate else ""
+    where = f"Kept in {measurement_path()}{anew}." if kept else f"{measurement_path()} cannot be written, so this is measured again each time."
+    console.print(where, style="dim", soft_wrap=True, highlight=False)
+
+
+def verdict(device: torch.device, measurement: Measurement) -> str:
+    """What `auto` uses on this device, and why, in one sentence."""
+    gain = measurement.peak.get("bfloat16", 0.0) / measurement.peak["float32"]
+    chosen, comparison = ("bfloat16", "at least") if gain >= BF16_WORTH_IT else ("float32", "less than")
+    reason = f"bfloat16 multiplies {gain:.1f} times as fast as float32 here, {comparison} the {BF16_WORTH_IT} times that pay"
+    return f"{chosen} on {device.type}: {reason}."
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,117 @@
+"""The machine: what it has (`describe`), and what was measured on it (`Measurement`), kept across runs. No torch.
+
+Measurements are made by `slingshot.machine.device` and `slingshot doctor`; they live in ~/.cache/slingshot/machine.json ($XDG_CACHE_HOME is
+respected) under a key that names the processor, its threads and the torch that multiplied, so a measurement never speaks for another machine:
+
+    machine = describe()
+    load_measurement(key).peak.get("bfloat16")      # FLOP/s of the fastest matrix product seen, or None
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from slingshot.base.config import Strict
+from slingshot.base.errors import SlingshotError
+from slingshot.base.files import read_json, write_json
+
+
+class Machine(Strict):
+    """What a receipt says about where a stage ran. `cores` and `memory_bytes` are what this process may use, not what the host has."""
+
+    cpu: str
+    cores: int
+    memory_bytes: int
+    accelerator: str | None = None
+    threads: int | None = None
+    torch: str | None = None
+
+
+class Measurement(Strict):
+    """Measured ceilings of one device: FLOP/s (for int8: operations/s) of a matrix product by dtype name, and bytes/s of reading memory."""
+
+    peak: dict[str, float] = {}
+    bandwidth: float | None = None
+
+
+def describe(accelerator: str | None = None, threads: int | None = None, torch: str | None = None) -> Machine:
+    """The machine as the operating system shows it; what only torch knows is handed in."""
+    return Machine(cpu=_cpu_name(), cores=_cores(), memory_bytes=_memory_bytes(), accelerator=accelerator, threads=threads, torch=torch)
+
+
+def measurement_path() -> Path:
+    """Where measurements are kept: machine.json in the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "slingshot" / "machine.json"
+
+
+def load_measurement(key: str) -> Measurement:
+    """What was measured under `key`; empty when nothing was, or when the file is from another hand: a cache may always be lost."""
+    return measurements().get(key, Measurement())
+
+
+def measurements() -> dict[str, Measurement]:
+    """Everything measured on this machine so far, by key; what is not a measurement counts as lost."""
+    found = {}
+    for key, value in _load_all().items():
+        with contextlib.suppress(SlingshotError):
+            found[key] = Measurement.parse(value)
+    return found
+
+
+def save_measurement(key: str, measurement: Measurement, anew: bool = False) -> bool:
+    """Keep the best of `measurement` and what is known under `key`: a busy machine measures low, never high. `anew` forgets what was known.
+
+    False when the cache cannot be written, which hurts nobody: it is measured again next time.
+    """
+    known = Measurement() if anew else load_measurement(key)
+    peak = known.peak | {dtype: max(value, known.peak.get(dtype, 0.0)) for dtype, value in measurement.peak.items()}
+    bandwidth = max(known.bandwidth or 0.0, measurement.bandwidth or 0.0) or None
+    try:
+        write_json(measurement_path(), _load_all() | {key: Measurement(peak=peak, bandwidth=bandwidth).model_dump()})
+    except SlingshotError:
+        return False
+    return True
+
+
+def _load_all() -> dict[str, Any]:
+    if not measurement_path().is_file():
+        return {}
+    try:
+        found = read_json(measurement_path())
+    except SlingshotError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def _cores() -> int:
+    """Cores this process may run on: its affinity, bounded by a container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        cores = min(cores, max(1, round(int(quota) / int(period))))  # "max" is not a number: no quota
+    return cores
+
+
+def _memory_bytes() -> int:
+    """Memory this process may use: the machine's, bounded by a container's limit; 0 when the system does not say."""
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 0
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            total = min(total, int(Path(limit).read_text(encoding="ascii")))
+    return total

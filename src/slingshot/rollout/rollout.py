@@ -1,0 +1,129 @@
+"""Where engine and tasks meet: problems in, verified and scored completions out. Used by rl, sample and evaluate.
+
+tasks = TaskMix([TaskConfig(name="arithmetic")])
+items = tasks.draw("train", seed="0/17", count=16)
+groups = roll_out(engine, items, SamplingParams(n=16), PromptForm())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from slingshot.base.config import Strict
+from slingshot.base.errors import SlingshotError
+from slingshot.engine.engine import Engine
+from slingshot.engine.sampling import SamplingParams
+from slingshot.rollout.reward import format_reward, language_consistency
+from slingshot.tasks.task import Problem, Split, Task, TaskConfig, load_task
+from slingshot.text.reasoning import ends_in_reasoning, parse
+from slingshot.text.tokenizer import Tokenizer
+
+
+class PromptForm(Strict):
+    """How a problem is put to a model: in its chat template, or as plain text to be continued; `text` holds {prompt}.
+
+    `lenient` takes the last answer-like thing anywhere in the response, for models that know no format.
+    """
+
+    name: str = "chat"
+    chat: bool = True
+    text: str = "{prompt}"
+    lenient: bool = False
+
+    def encode(self, tokenizer: Tokenizer, problem: Problem) -> list[int]:
+        text = self.text.replace("{prompt}", problem.prompt)
+        if self.chat:
+            return tokenizer.encode_chat([{"role": "user", "content": text}])
+        start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        return start + tokenizer.encode(text)
+
+
+@dataclass
+class Rollout:
+    """One completion with what training needs of it per token, and its scores in [0, 1]."""
+
+    task: Task
+    problem: Problem
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    logprobs: list[float]  # the sampler's, at the sampling temperature
+    reasoning: str
+    answer: str
+    accuracy: float
+    format: float
+    language: float
+    reward: float = 0.0
+    advantage: float = 0.0
+
+
+@dataclass(frozen=True)
+class Item:
+    """A problem and the task it is of."""
+
+    task: Task
+    problem: Problem
+    key: str  # names the noise of its samples
+
+
+class TaskMix:
+    """Several tasks in fixed shares."""
+
+    def __init__(self, configs: Sequence[TaskConfig]) -> None:
+        if not configs:
+            raise SlingshotError('tasks: at least one task is needed, for example {name = "arithmetic"}')
+        self.tasks = [(load_task(config.name, **config.params), config.weight) for config in configs]
+
+    def draw(self, split: Split, seed: str, count: int) -> list[Item]:
+        """`count` problems with different keys, as many of each task as its weight says; fewer where a task has no more."""
+        total = sum(weight for _, weight in self.tasks)
+        items: list[Item] = []
+        for index, (task, weight) in enumerate(self.tasks):
+            done = sum(w for _, w in self.tasks[:index])
+            share = round(count * (done + weight) / total) - round(count * done / total)
+            items += [Item(task, problem, f"{seed}/{problem.key}") for problem in distinct(task, split, seed, share)]
+        return items
+
+
+def distinct(task: Task, split: Split, seed: str, count: int) -> list[Problem]:
+    """The first `count` problems of a split with different keys; fewer if the task runs out of them."""
+    found: dict[str, Problem] = {}
+    number = int.from_bytes(seed.encode(), "big") % 2**61
+    for problem in islice(task.problems(split, number), 20 * count):
+        found.setdefault(problem.key, problem)
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def roll_out(engine: Engine, items: Sequence[Item], params: SamplingParams, form: PromptForm) -> list[list[Rollout]]:
+    """`params.n` verified completions of every problem, grouped by problem."""
+    tokenizer = engine.tokenizer
+    prompts = [form.encode(tokenizer, item.problem) for item in items]
+    outputs = engine.generate(prompts, params, keys=[item.key for item in items])
+    groups = []
+    for item, output in zip(items, outputs, strict=True):
+        opened = ends_in_reasoning(output.prompt_token_ids, tokenizer)
+        group = []
+        for completion in output.outputs:
+            parsed = parse(completion.token_ids, opened, tokenizer)
+            finished = completion.finish_reason == "stop"
+            read = completion.text if form.lenient else parsed.answer
+            accuracy = item.task.verify(item.problem, read, lenient=form.lenient).value if finished or form.lenient else 0.0
+            group.append(
+                Rollout(
+                    task=item.task,
+                    problem=item.problem,
+                    prompt_ids=output.prompt_token_ids,
+                    completion_ids=completion.token_ids,
+                    logprobs=completion.logprobs,
+                    reasoning=parsed.reasoning or "",
+                    answer=parsed.answer,
+                    accuracy=accuracy,
+                    format=format_reward(parsed.closed, parsed.answer, finished),
+                    language=language_consistency(parsed.reasoning or parsed.answer, item.problem.language),
+                )
+            )
+        groups.append(group)
+    return groups

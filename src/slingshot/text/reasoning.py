@@ -1,0 +1,151 @@
+"""Reasoning and answer, parted from what a model wrote.
+
+    opened = ends_in_reasoning(prompt_ids, tokenizer)          # R1's template opens <think> in the prompt
+    parsed = parse(ids, opened, tokenizer)                     # Parsed(reasoning, answer, closed)
+    stream = ReasoningStream(tokenizer, opened)
+    for id in ids: deltas = stream.push(id)                    # [("reasoning", text), ("answer", text)]
+    deltas = stream.finish()
+
+Where the vocabulary has think tokens the tags are those ids, and the same characters spelt by other tokens are text; elsewhere, and for plain
+strings, the tags are the characters.
+
+`opened` says where the output begins, which only the prompt can tell: True within the reasoning, False before it. A tag counts where it can:
+`<think>` before anything else was written, `</think>` while reasoning. Elsewhere a tag is text, as in an answer that speaks of tags; so is a
+`</think>` that nothing opened, since what came before it may have been shown as the answer long ago. With opened=None, for an output whose prompt
+is not known, such a `</think>` makes everything before it reasoning; nothing is told apart, then, before a tag or the end comes.
+
+Reasoning, answer and tags make up the output but for its layout, which is dropped: white space before `<think>`, line breaks after it (or at the
+beginning, when the prompt opened it), line breaks on either side of the `</think>` that counts, and a `<think>` repeated right after the first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from slingshot.text.tokenizer import END_THINK, THINK, Tokenizer
+
+_TAG = re.compile(f"{THINK}|{END_THINK}")
+
+Kind = Literal["reasoning", "answer"]
+Delta = tuple[Kind, str]
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What a model wrote, in two parts. reasoning is None where none was begun; closed says that `</think>` ended it."""
+
+    reasoning: str | None
+    answer: str
+    closed: bool
+
+
+def ends_in_reasoning(prompt_ids: Sequence[int], tokenizer: Tokenizer) -> bool:
+    """Whether what follows this prompt is reasoning: its last think tag opens."""
+    if tokenizer.think_id is None or tokenizer.end_think_id is None:
+        return tokenizer.decode(prompt_ids[-16:]).rstrip().endswith(THINK)
+    tags = (id for id in reversed(prompt_ids) if id in (tokenizer.think_id, tokenizer.end_think_id))
+    return next(tags, None) == tokenizer.think_id
+
+
+def parse(output: str | Iterable[int], opened: bool | None, tokenizer: Tokenizer | None = None) -> Parsed:
+    """Part a whole output, ids (with their tokenizer) or text. opened: whether the prompt ended inside <think>, None when it is not known."""
+    stream = ReasoningStream(tokenizer, opened)
+    deltas = [delta for piece in ([output] if isinstance(output, str) else output) for delta in stream.push(piece)] + stream.finish()
+    reasoning, answer = ("".join(text for kind, text in deltas if kind == wanted) for wanted in ("reasoning", "answer"))
+    return Parsed(reasoning if stream.reasoned else None, answer, stream.closed)
+
+
+class ReasoningStream:
+    """Parts an output while it is written: `push` each id (or piece of text), `finish` once. The deltas joined by kind are what `parse` gives."""
+
+    def __init__(self, tokenizer: Tokenizer | None, opened: bool | None) -> None:
+        self.reasoned = bool(opened)
+        self.closed = False
+        self._unknown = opened is None
+        self._kind: Kind | None = "reasoning" if opened else None  # None: not told yet
+        self._fresh = self.reasoned  # nothing written yet since the tag
+        self._held: list[str] = []  # text whose part what follows decides: line breaks within reasoning; white space, or all, before any tag
+        self._deltas: list[Delta] = []
+        self._text = tokenizer.stream() if tokenizer is not None else None
+        self._tags: dict[int, str] = {}
+        if tokenizer is not None and tokenizer.think_id is not None and tokenizer.end_think_id is not None:
+            self._tags = {tokenizer.think_id: THINK, tokenizer.end_think_id: END_THINK}
+        self._tail = ""  # the beginning of what may become a tag, when tags are characters
+
+    def push(self, piece: int | str) -> list[Delta]:
+        """Take the next id or piece of text; what it adds to each part, often nothing."""
+        if isinstance(piece, str):
+            self._scan(piece)
+        elif piece in self._tags:
+            self._write(self._flush())
+            self._tag(self._tags[piece])
+        elif self._text is None:
+            raise ValueError("parsing ids needs their tokenizer")
+        elif self._tags:
+            self._write(self._text.push(piece))
+        else:
+            self._scan(self._text.push(piece))
+        return self._take()
+
+    def finish(self) -> list[Delta]:
+        """What was held back until the end was known."""
+        if self._tags:
+            self._write(self._flush())
+        else:
+            self._scan(self._flush())
+        self._write(self._tail)
+        self._tell(self._kind or "answer", "")
+        return self._take()
+
+    def _flush(self) -> str:
+        return self._text.finish() if self._text is not None else ""
+
+    def _scan(self, text: str) -> None:
+        """Text whose characters may be tags: write what is none, keep the end back while it may become one."""
+        text, start = self._tail + text, 0
+        for found in _TAG.finditer(text):
+            self._write(text[start : found.start()])
+            self._tag(found[0])
+            start = found.end()
+        text = text[start:]
+        kept = next((size for size in range(len(END_THINK) - 1, 0, -1) if text.endswith((THINK[:size], END_THINK[:size]))), 0)
+        self._write(text[: len(text) - kept])
+        self._tail = text[len(text) - kept :]
+
+    def _tag(self, tag: str) -> None:
+        if tag == THINK and self._kind is None and not any(map(str.strip, self._held)):
+            self._kind, self._fresh, self._held, self.reasoned = "reasoning", True, [], True
+        elif tag == THINK and self._kind == "reasoning" and self._fresh:
+            pass  # the prompt opened it already
+        elif tag == END_THINK and (self._kind == "reasoning" or (self._kind is None and self._unknown)):
+            before = "" if self._kind else "".join(self._held).strip("\n")
+            self._held, self.reasoned = [], True
+            self._tell("reasoning", before)
+            self._kind, self._fresh, self.closed = "answer", True, True
+        else:
+            self._write(tag)
+
+    def _write(self, text: str) -> None:
+        """Add text to the present part, less the line breaks that only set the tags apart."""
+        if self._kind is None and text.strip() and not self._unknown:
+            self._kind = "answer"
+        if self._fresh:
+            text = text.lstrip("\n")
+        body = text if self._kind == "answer" else text.rstrip("\n") if self._kind else ""
+        if body and self._kind:
+            self._fresh = False
+            self._tell(self._kind, body)
+        if text[len(body) :]:
+            self._held.append(text[len(body) :])
+
+    def _tell(self, kind: Kind, text: str) -> None:
+        if text := "".join([*self._held, text]):
+            self._deltas.append((kind, text))
+        self._held = []
+
+    def _take(self) -> list[Delta]:
+        deltas, self._deltas = self._deltas, []
+        return deltas

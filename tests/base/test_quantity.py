@@ -1,0 +1,110 @@
+"""cost/quantity.py: what people write is read, what is printed reads back, and nonsense is refused in one line with the nearest sense."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slingshot.base.errors import SlingshotError
+from slingshot.base.quantity import (
+    count,
+    seconds,
+    share,
+    show_count,
+    show_duration,
+    show_energy,
+    show_money,
+    show_price,
+    show_seconds,
+    show_share,
+    show_size,
+    size,
+    whole,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("14.8T", 14.8e12), ("7e12", 7e12), ("671B", 671e9), ("671 b", 671e9), ("2G", 2e9), ("1.5M", 1.5e6), ("32k", 32e3), ("87,072", 87072),
+     ("1,234,567.5", 1234567.5), ("1_000", 1000), (".5K", 500), ("$2.0", 2), (3, 3)],
+)  # fmt: skip
+def test_counts(text: str | float, number: float) -> None:
+    assert count(text) == pytest.approx(number, rel=1e-15)
+
+
+def test_sizes_times_and_shares() -> None:
+    assert [size(text) for text in ("80GiB", "5GB", "5gb", "128 MiB", "3B", "7")] == [80 * 2**30, 5e9, 5e9, 128 * 2**20, 3, 7]
+    assert [seconds(text) for text in ("50ms", "2h", "3", "1.5 min", "1d")] == [0.05, 7200, 3, 90, 86400]
+    assert [share(text) for text in ("0.4", "40%", "1", "0")] == [0.4, 0.4, 1, 0]
+    assert whole("2K") == 2000 and isinstance(whole("2K"), int)
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "says"),
+    [
+        (count, "14.8X", "unknown unit 'X'; write 14.8T"),
+        (count, "", "not a number"),
+        (count, "T", "not a number"),
+        (count, "nan", "not a number"),
+        (count, float("nan"), "must be a number up to"),
+        (count, "1e400", "must be a number up to"),
+        (count, "-3T", "did you mean 3T?"),
+        (count, "1\n2", "not a number"),
+        (count, "9" * 5000, "must be a number up to"),
+        (size, "80GiBB", "did you mean GiB?"),
+        (size, "3 GBit", "did you mean GB?"),
+        (seconds, "5 mins", "did you mean min?"),
+        (share, "40", "0.4 is 40%"),
+        (share, "140%", "the nearest valid value is 100%"),
+        (share, "4e9", "the nearest valid value is 100%"),
+        (share, "-40%", "did you mean 40%?"),
+        (share, "1e-300", "the smallest share above 0 is 0.0001%"),
+        (count, "14,8B", "not a number"),
+        (count, "1,4.8T", "not a number"),
+        (count, "1234,567", "not a number"),
+        (whole, "2.5", "the nearest is 2"),
+        (whole, "0", "the nearest is 1"),
+    ],
+)
+def test_nonsense_is_one_line_with_the_way_out(read: object, text: object, says: str) -> None:
+    with pytest.raises(SlingshotError, match="the thing") as caught:
+        read(text, "the thing")  # type: ignore[operator]
+    message = str(caught.value)
+    assert says in message and len(message.splitlines()) == 1 and len(message) < 300
+
+
+positive = st.floats(1e-9, 1e29, allow_nan=False, allow_infinity=False)
+
+
+@given(positive)
+@settings(derandomize=True, deadline=None)
+def test_what_is_printed_reads_back(number: float) -> None:
+    """To the three figures that are printed."""
+    assert count(show_count(number)) == pytest.approx(number, rel=0.0051)
+    assert count(show_money(number)) == pytest.approx(number, rel=0.0051)
+    if number < 1e12:
+        assert seconds(show_seconds(max(number, 1e-6))) == pytest.approx(max(number, 1e-6), rel=0.0051)
+        assert size(show_size(1 + number)) == pytest.approx(1 + number, rel=0.0051)
+
+
+@given(st.floats(0, 1e29), st.sampled_from(["", "K", "M", "B", "T"]))
+@settings(derandomize=True, deadline=None)
+def test_a_suffix_is_a_factor(number: float, suffix: str) -> None:
+    factor = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[suffix]
+    if number * factor <= 1e30:
+        assert count(f"{number!r}{suffix}") == number * factor
+
+
+def test_prints() -> None:
+    assert [show_count(number) for number in (14.8e12, 671.03e9, 2_664_000, 999_600, 12, 0, 3.7068e24)] == [
+        "14.8T", "671B", "2.66M", "1M", "12", "0", "3.71e+24",
+    ]  # fmt: skip
+    assert show_count(671.0264e9, 5) == "671.03B"
+    assert [show_size(number) for number in (80 * 2**30, 70_272, 5)] == ["80 GiB", "68.6 KiB", "5 B"]
+    assert [show_seconds(number) for number in (4_701_158, 0.05, 7200)] == ["54.4 d", "50 ms", "2 h"]
+    assert [show_money(number) for number in (5_576_000, 2, 0.0318)] == ["$5,576,000", "$2.00", "$0.0318"]
+    assert show_share(0.38912) == "38.9%"
+    assert [show_duration(duration) for duration in (0.42, 75, 3725)] == ["0.4 s", "1 min 15 s", "1 h 02 min"]
+    assert [show_energy(joules) for joules in (None, 1800, 7.2e6)] == ["", "0.5 Wh", "2 kWh"]
+    assert [show_price(money) for money in (None, 0.0, 0.004, 1234.5)] == ["", "0.00", "under 0.01", "1,234.50"]

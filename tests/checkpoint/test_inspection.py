@@ -1,0 +1,368 @@
+"""inspect: what it says of a model follows from the headers alone, and every fault that would stop a load is named before one is tried."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from slingshot.base.errors import SlingshotError
+from slingshot.checkpoint import inspection
+from slingshot.checkpoint.inspection import examine
+from slingshot.checkpoint.layout import layout
+from slingshot.checkpoint.safetensors import Header
+from slingshot.model.config import ModelConfig
+from slingshot.quantization.formats import SCALE, scale_shape
+from slingshot.text.tokenizer import Tokenizer
+
+Config = Callable[..., ModelConfig]
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1, "I32": 4}
+
+
+def inspect(source: str | Path, as_json: bool = False) -> tuple[bool, str]:
+    target = io.StringIO()
+    usable = inspection.inspect(str(source), Console(file=target, width=60), as_json)
+    return usable, target.getvalue()
+
+
+def tensors_of(config: ModelConfig, dtype: str = "BF16") -> Tensors:
+    """Name, dtype and shape of all that a checkpoint of this configuration holds."""
+    tensors: Tensors = {}
+    for spec in layout(config):
+        tensors[spec.name] = ("F32" if spec.stored == "float32" else dtype, spec.shape)
+        if config.quantization and spec.stored == "linear":
+            tensors[spec.name] = ("F8_E4M3", spec.shape)
+            tensors[spec.name + SCALE] = ("F32", scale_shape(spec.shape))
+    return tensors
+
+
+def write_headers(file: Path, tensors: Tensors) -> None:
+    """A safetensors file of zeros."""
+    header, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + BYTES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["the other thing, then the other"] * 5, 272)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, deepseek: Config, tokenizer: Tokenizer) -> Callable[..., Path]:
+    """checkpoint(config, tensors): a folder with these headers and a tokenizer."""
+
+    def make(config: ModelConfig | None = None, tensors: Tensors | None = None, **raw: Any) -> Path:
+        config = config or deepseek(vocab_size=tokenizer.vocab_size)
+        folder = tmp_path / "model"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config.to_hf() | {"torch_dtype": "bfloat16"} | raw))
+        write_headers(folder / "model.safetensors", tensors_of(config) if tensors is None else tensors)
+        tokenizer.save(folder)
+        return folder
+
+    return make
+
+
+def test_deepseek_v3_as_its_makers_count_it() -> None:
+    usable, text = inspect("deepseek-v3")
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert usable
+    for line in (
+        "model 671,026,404,352 671.03 B", "MTP module 11,610,067,968 11.61 B", "all, in 91,991 tensors 684,531,386,000 684.53 B",
+        "with embedding and head 37.55 B", "without the input embedding 36.63 B", "without both 35.70 B",
+        "one token 70,272 bytes", "full context 10.7 GiB for 163,840 tokens", "as plain MHA 4,997,120 bytes a token, 71 times as much",
+        "a checkpoint's size 641.3 GiB", "bfloat16 1.2 TiB 1.2 TiB", "type deepseek_v3, its matrices stored in FP8",
+    ):  # fmt: skip
+        assert line in lines
+    assert "37B" in text
+
+
+def test_all_of_it_as_json() -> None:
+    usable, text = inspect("deepseek-v3", as_json=True)
+    facts = json.loads(text)
+    assert usable and facts == examine("deepseek-v3")
+    assert facts["kind"] == "preset" and facts["files"] is facts["tokenizer"] is facts["template"] is None and not facts["problems"]
+    assert facts["checkpoint"] == {"tensors": 91_991, "numbers": 684_531_386_000, "bytes": 688_574_839_360}
+    active = ("active", "active_without_embedding", "active_without_embedding_and_head")
+    assert [round(facts["parameters"][name] / 1e9, 2) for name in active] == [37.55, 36.63, 35.70]
+    assert facts["model"]["rope_scaling"]["factor"] == 40 and facts["model"]["qk_rope_head_dim"] == 64
+
+
+def test_a_tied_matrix_counts_as_the_head() -> None:
+    counts = examine("smollm2-135m")["parameters"]
+    assert counts["active"] == counts["active_without_embedding"] == counts["total"] == 134_515_008
+    assert counts["active_without_embedding_and_head"] == 134_515_008 - 49152 * 576
+
+
+def test_a_dense_model_has_no_experts_and_no_mtp_to_show() -> None:
+    text = inspect("llama-3.1-8b")[1]
+    assert "32 heads of 128 on 8 of keys and values" in text and "131,072 tokens (Llama 3's scaling: 8 times 8,192)" in text
+    assert not any(word in text for word in ("MTP", "experts", "router", "FP8 scales", "Model cards"))
+
+
+def test_memory_by_dtype(dense: Config, checkpoint: Callable[..., Path]) -> None:
+    """By hand: matrices, embedding and head, norms; fp8 with a scale for each of the 14 matrices, q8_0 with 2 bytes for every 32 numbers."""
+    config = dense(vocab_size=272, tie_word_embeddings=False)
+    matrices, outside, norms = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48), 2 * 272 * 32, 5 * 32
+    assert examine(str(checkpoint(config)))["memory"] == {
+        "float32": {"main": 4 * (matrices + outside + norms), "mtp": 0},
+        "bfloat16": {"main": 2 * (matrices + outside + norms), "mtp": 0},
+        "fp8": {"main": matrices + 4 * 14 + 2 * (outside + norms), "mtp": 0},
+        "q8_0": {"main": (matrices + outside) * 34 // 32 + 4 * norms, "mtp": 0},
+    }
+
+
+def test_a_whole_checkpoint_fits(checkpoint: Callable[..., Path], tokenizer: Tokenizer) -> None:
+    folder = checkpoint()
+    facts = examine(str(folder))
+    assert (facts["kind"], facts["problems"], facts["notes"]) == ("folder", [], [])
+    assert facts["files"]["tensors"] == facts["checkpoint"]["tensors"] == sum(entry["tensors"] for entry in facts["files"]["dtypes"].values())
+    assert (
+        facts["files"]["bytes"]
+        == facts["checkpoint"]["bytes"]
+        == 4 * facts["files"]["dtypes"]["F32"]["numbers"] + facts["files"]["dtypes"]["BF16"]["bytes"]
+    )
+    assert facts["files"]["dtypes"]["F32"]["tensors"] == 3  # the router biases of two layers and the MTP module
+    assert facts["tokenizer"]["vocab_size"] == tokenizer.vocab_size and facts["tokenizer"]["special"]["eos"] == "<｜end▁of▁sentence｜>"
+    assert (facts["template"]["reasoning"], facts["template"]["switchable"]) == ("opened", True)
+    usable, text = inspect(folder)
+    assert usable and "opens <think> in the prompt, can be switched off" in text and "Everything fits. Headers only" in text
+    assert "1 file 135 tensors" in " ".join(text.split())
+
+
+def test_piped_output_is_never_wrapped(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint(tensors={})
+    line = next(line for line in inspect(folder)[1].splitlines() if line.startswith("problem: "))
+    assert line == f"problem: {examine(str(folder))['problems'][0]}" and len(line) > 60
+
+
+def test_fp8_with_its_scales_fits(checkpoint: Callable[..., Path], deepseek: Config) -> None:
+    config = deepseek(vocab_size=300, quantization="fp8")
+    facts = examine(str(checkpoint(config)))
+    assert (facts["problems"], facts["notes"]) == ([], [])
+    assert facts["parameters"]["fp8_scales"] == facts["files"]["dtypes"]["F8_E4M3"]["tensors"]  # every matrix here is one block
+    assert facts["files"]["bytes"] == facts["checkpoint"]["bytes"] and facts["files"]["tensors"] == facts["checkpoint"]["tensors"]
+
+
+EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "problem"),
+    [
+        (EXPERT, None, f": {EXPERT} is missing; config.json asks for 135 tensors, the files hold 134"),
+        ("model.extra.weight", ("F32", (3,)), "/model.safetensors: model.extra.weight is no tensor of this architecture"),
+        (EXPERT, ("F32", (16, 31)), f"/model.safetensors: {EXPERT} has shape [16, 31], config.json says [16, 32]"),
+        (EXPERT, ("I32", (16, 32)), f"/model.safetensors: {EXPERT} is stored as I32; weights are read from F64, F32"),
+        (EXPERT, ("F8_E4M3", (16, 32)), f"/model.safetensors: {EXPERT} is stored in FP8 without the scales of its 128 x 128 blocks"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(
+    name: str, header: tuple[str, tuple[int, ...]] | None, problem: str, checkpoint: Callable[..., Path], deepseek: Config
+) -> None:
+    config = deepseek(vocab_size=300)
+    tensors = {key: value for key, value in (tensors_of(config) | {name: header}).items() if value is not None}
+    folder = checkpoint(config, tensors)
+    [found] = examine(str(folder))["problems"]
+    assert found.startswith(f"{folder}{problem}")
+    usable, text = inspect(folder)
+    assert not usable and f"problem: {found}" in text and "Everything fits" not in text
+
+
+def test_many_problems_of_a_kind_are_counted(checkpoint: Callable[..., Path], deepseek: Config) -> None:
+    config = deepseek(vocab_size=300)
+    problems = examine(str(checkpoint(config, moe_intermediate_size=8)))["problems"]
+    assert len(problems) == 6 and problems[5] == f"... and {3 * (8 + 1) * 3 - 5} more like these"
+
+
+def test_a_missing_mtp_module_is_no_problem(checkpoint: Callable[..., Path], deepseek: Config) -> None:
+    """transformers does not save it, though its config.json goes on mentioning one."""
+    config = deepseek(vocab_size=300)
+    folder = checkpoint(config, {name: tensor for name, tensor in tensors_of(config).items() if not name.startswith("model.layers.3.")})
+    facts = examine(str(folder))
+    assert facts["problems"] == [] and facts["parameters"]["mtp"] == 0
+    assert facts["notes"] == [f"{folder}/config.json mentions an MTP module that the files have not; the model is read without"]
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_fp8_that_config_json_and_files_disagree_on_is_noted(quantized: bool, checkpoint: Callable[..., Path], deepseek: Config) -> None:
+    said, held = (deepseek(vocab_size=300, quantization=kind) for kind in (("fp8", None) if quantized else (None, "fp8")))
+    facts = examine(str(checkpoint(said, tensors_of(held))))
+    assert facts["problems"] == []
+    has = "a quantization_config, but no FP8 tensors" if quantized else "no quantization_config, but FP8 tensors"
+    assert [note.partition(" has ")[2].partition(" beside")[0] for note in facts["notes"]] == [has]
+
+
+def test_a_config_json_alone_is_counted(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint()
+    whole = examine(str(folder))
+    for file in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (folder / file).unlink()
+    facts = examine(str(folder))
+    assert facts["problems"] == [] and facts["files"] is None and facts["tokenizer"] is None
+    assert all(facts[part] == whole[part] for part in ("model", "parameters", "cache", "memory", "checkpoint"))
+    usable, text = inspect(folder)
+    assert usable and f"note: {folder} holds no weights: these are the numbers of what its config.json describes" in text
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    facts = examine(str(tmp_path))
+    assert facts["problems"] == [f"cannot read {tmp_path}/config.json: No such file or directory"]
+    assert facts["notes"] == [] and facts["model"] is None and facts["memory"] is None
+    assert not inspect(tmp_path)[0]
+
+
+def test_a_folder_goes_before_the_preset_of_its_name(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint()
+    folder.rename(folder.with_name("deepseek-v3"))
+    monkeypatch.chdir(folder.parent)
+    assert examine("deepseek-v3")["kind"] == "folder"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "cannot read {folder}/config.json: No such file or directory"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'), "{folder}/config.json: model_type 'gpt2' is not supported"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "{folder} has no tokenizer.json"),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+            "{folder} holds no model.safetensors; pytorch_model.bin is",
+        ),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 40), "{folder}/model.safetensors is no whole safetensors file"),
+    ],
+)
+def test_what_a_folder_lacks_is_named(spoil: Callable[[Path], object], problem: str, checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint()
+    spoil(folder)
+    [found] = examine(str(folder))["problems"]
+    assert found.startswith(problem.format(folder=folder))
+    assert not inspect(folder)[0]
+
+
+def test_an_index_that_names_a_missing_file(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint()
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"lm_head.weight": "model-00001-of-00002.safetensors", "model.norm.weight": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    [problem] = examine(str(folder))["problems"]
+    assert "model.safetensors.index.json names model-00002-of-00002.safetensors, which is not there" in problem
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_link_out_of_the_folder_is_not_followed(file: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = checkpoint()
+    (folder / file).rename(tmp_path / "elsewhere")
+    (folder / file).symlink_to(tmp_path / "elsewhere")
+    problems = examine(str(folder))["problems"]
+    assert len(problems) == 1 and file in problems[0] and "link" in problems[0]
+
+
+def test_pickles_and_programs_beside_the_model_are_noted(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint()
+    for file in ("optimizer.pt", "modeling_deepseek.py", "model.Q8_0.gguf"):
+        (folder / file).write_text("")
+    facts = examine(str(folder))
+    assert facts["problems"] == [] and inspect(folder)[0]
+    assert sorted(facts["notes"]) == [
+        f"{folder}: model.Q8_0.gguf is another checkpoint; give its own path to look at it",
+        f"{folder}: modeling_deepseek.py is a program, and is never run",
+        f"{folder}: optimizer.pt is pickled, can run code when opened, and is never read",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("template", "facts", "note"),
+    [
+        (None, None, "there is no chat template; chat, sft and rl need one, generate --raw does not"),
+        ("{{ messages[0].content }}", {"tools": False, "reasoning": "tags", "switchable": False}, None),
+        ("{% if tools %}{% endif %}{{ '<think>' }}", {"tools": True, "reasoning": "opened", "switchable": False}, None),
+        ("{{ raise_exception('no') }}", {"tools": False, "reasoning": None, "switchable": None}, "the chat template fails on a plain question: "),
+    ],
+)
+def test_the_template_is_tried(template: str | None, facts: dict[str, Any] | None, note: str | None, checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint()
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    found = examine(str(folder))
+    assert found["template"] == facts and found["problems"] == []
+    assert len(found["notes"]) == (note is not None) and (note is None or note in found["notes"][0])
+
+
+def test_a_tokenizer_of_another_model_is_named(checkpoint: Callable[..., Path], deepseek: Config, tokenizer: Tokenizer) -> None:
+    folder = checkpoint(deepseek(vocab_size=100, eos_token_id=7))
+    [problem] = examine(str(folder))["problems"]
+    assert problem == f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the embedding 100 rows; one of the two is another model's"
+    assert examine(str(folder))["notes"] == [f"{folder}: config.json's eos_token_id 7 is none of the tokenizer's (1), which count"]
+
+
+def test_names_from_a_file_cannot_steer_the_terminal(checkpoint: Callable[..., Path], deepseek: Config) -> None:
+    config = deepseek(vocab_size=300)
+    usable, text = inspect(checkpoint(config, tensors_of(config) | {"\x1b[2J[red]weight": ("F32", (1,))}))
+    assert not usable and "\x1b" not in text and "[2J[red]weight is no tensor" in text
+
+
+def test_a_checkpoint_on_the_hub_is_judged_by_its_headers(monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[..., Path]) -> None:
+    """All of DeepSeek-V3's, of which nothing but the describing files lies here."""
+    config = ModelConfig.preset("deepseek-v3")
+    folder = checkpoint(config, {})
+    (folder / "model.safetensors").unlink()
+    headers = {name: Header(dtype, shape, folder / f"{name[:15]}.safetensors") for name, (dtype, shape) in tensors_of(config).items()}
+    monkeypatch.setattr(inspection, "remote_headers", lambda source: (folder, headers, {"config.json": 1, "modeling_deepseek.py": 1}))
+    facts = examine("deepseek-ai/DeepSeek-V3")
+    assert (facts["kind"], facts["problems"]) == ("hub", [])
+    assert facts["notes"] == ["deepseek-ai/DeepSeek-V3: modeling_deepseek.py is a program, and is never run"]
+    assert (facts["files"]["tensors"], facts["files"]["numbers"]) == (91_991, 684_531_386_000)
+    numbers = {dtype: entry["numbers"] for dtype, entry in facts["files"]["dtypes"].items()}
+    assert numbers == {"F8_E4M3": 680_571_043_840, "BF16": 3_918_786_560, "F32": 41_555_600}  # as the hub counts the released files
+    assert facts["files"]["bytes"] == facts["checkpoint"]["bytes"]
+    del headers["model.layers.60.self_attn.o_proj.weight"]
+    [problem] = examine("deepseek-ai/DeepSeek-V3")["problems"]
+    assert "model.layers.60.self_attn.o_proj.weight is missing" in problem
+
+
+def test_a_gguf_file(tmp_path: Path, dense: Config, make_model: Callable[..., Any], tokenizer: Tokenizer) -> None:
+    from slingshot.checkpoint.gguf.write import write_gguf
+    from slingshot.checkpoint.load_save import open_weights, save_checkpoint
+
+    folder, file = tmp_path / "model", tmp_path / "model.gguf"
+    folder.mkdir()
+    save_checkpoint(folder, make_model(dense(vocab_size=tokenizer.vocab_size, rms_norm_eps=1e-5)), tokenizer)
+    write_gguf(file, open_weights(folder), tokenizer, "q8_0")
+    facts, whole = examine(str(file)), examine(str(folder))
+    assert (facts["kind"], facts["problems"]) == ("gguf", []) and facts["parameters"] == whole["parameters"]
+    assert facts["tokenizer"]["vocab_size"] == tokenizer.vocab_size and facts["template"] == whole["template"]
+    assert facts["files"]["tensors"] == whole["files"]["tensors"]
+    assert facts["files"]["dtypes"]["Q8_0"]["bytes"] == facts["files"]["dtypes"]["Q8_0"]["numbers"] * 34 // 32
+    assert "Q8_0" in inspect(file)[1]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("deepseek-v2", "^deepseek-v2: no such folder or .gguf file; .*; or did you mean the preset deepseek-v3[?]$"),
+        ("runs/nowhere/at/all", "^runs/nowhere/at/all: no such folder or .gguf file"),
+        ("package:no_such_package_here", "^package:no_such_package_here is not installed"),
+    ],
+)
+def test_a_source_that_is_none_is_refused(source: str, message: str) -> None:
+    with pytest.raises(SlingshotError, match=message):
+        examine(source)
+
+
+def test_looking_at_a_folder_needs_no_torch(checkpoint: Callable[..., Path]) -> None:
+    code = "import sys; from slingshot.checkpoint.inspection import examine; assert not examine(sys.argv[1])['problems']; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, str(checkpoint())], check=True, timeout=60)

@@ -1,0 +1,265 @@
+"""Checkpoints: Hugging Face's names there and back, and every broken one refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from slingshot.base.errors import SlingshotError
+from slingshot.checkpoint.layout import layout
+from slingshot.checkpoint.load_save import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    save_checkpoint,
+    to_hf_tensors,
+    write_checkpoint,
+)
+from slingshot.model.config import ModelConfig
+from slingshot.model.transformer import Transformer
+from slingshot.quantization.fp8 import dequantize, quantize
+from slingshot.text.tokenizer import Tokenizer
+
+Make = Callable[..., Transformer]
+Config = Callable[..., ModelConfig]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["3+4=7"], vocab_size=264)
+
+
+@pytest.fixture
+def saved(make_model: Make, deepseek: Config, tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_checkpoint(folder, make_model(deepseek(vocab_size=264)), tokenizer)
+    return folder
+
+
+def edit(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"q_lora_rank": None, "num_nextn_predict_layers": 0}])
+def test_a_round_trip_changes_nothing(make_model: Make, deepseek: Config, tokenizer: Tokenizer, tmp_path: Path, changes: dict[str, object]) -> None:
+    model = make_model(deepseek(vocab_size=264, **changes))
+    save_checkpoint(tmp_path, model, tokenizer)
+    again = load_model(tmp_path)
+    assert again.config.model_copy(update={"extra": {}}) == model.config.model_copy(
+        update={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    )
+    state, expected = again.state_dict(), model.state_dict()
+    assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
+    assert load_tokenizer(tmp_path).encode("3+4") == tokenizer.encode("3+4")
+    (tmp_path / "again").mkdir()
+    save_checkpoint(tmp_path / "again", again, tokenizer)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == json.loads((tmp_path / "config.json").read_text())
+
+
+def test_names_are_deepseeks(make_model: Make, deepseek: Config) -> None:
+    """One tensor per expert, gate before up; the MTP module is the layer after the last, with its own copies of embedding and head."""
+    model = make_model(deepseek())
+    tensors = to_hf_tensors(model.config, model.state_dict())
+    stacked = model.model.layers[1].mlp.experts
+    assert torch.equal(tensors["model.layers.1.mlp.experts.6.gate_proj.weight"], stacked.gate_up_proj.weight[6, 0])
+    assert torch.equal(tensors["model.layers.1.mlp.experts.6.up_proj.weight"], stacked.gate_up_proj.weight[6, 1])
+    assert torch.equal(tensors["model.layers.1.mlp.experts.6.down_proj.weight"], stacked.down_proj.weight[6])
+    assert tensors["model.layers.1.mlp.gate.e_score_correction_bias"].shape == (8,)
+    assert torch.equal(tensors["model.layers.3.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
+    assert torch.equal(tensors["model.layers.3.shared_head.head.weight"], tensors["lm_head.weight"])
+    assert {f"model.layers.3.{part}.weight" for part in ("eh_proj", "enorm", "hnorm", "shared_head.norm")} <= set(tensors)
+    assert not [name for name in tensors if "gate_up_proj" in name]
+
+
+def test_a_tied_head_is_not_stored(make_model: Make, deepseek: Config) -> None:
+    model = make_model(deepseek(tie_word_embeddings=True))
+    tensors = to_hf_tensors(model.config, model.state_dict())
+    assert "lm_head.weight" not in tensors and "model.layers.3.shared_head.head.weight" in tensors
+
+
+def test_a_model_loads_in_the_dtype_asked_for_but_keeps_exact_router_biases(saved: Path) -> None:
+    model = load_model(saved, dtype=torch.bfloat16)
+    biases = [layer.gate.e_score_correction_bias for layer in model.moe_layers()]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    exact = load_file(saved / "model.safetensors")["model.layers.1.mlp.gate.e_score_correction_bias"]
+    assert biases[0].dtype == torch.float32 and torch.equal(biases[0], exact)
+
+
+def test_shards_are_read_through_their_index(saved: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    expected = load_model(saved).state_dict()
+    (tmp_path / "sharded").mkdir()
+    save_checkpoint(tmp_path / "sharded", load_model(saved), tokenizer, max_shard_size=40_000)
+    assert len(list((tmp_path / "sharded").glob("model-*-of-*.safetensors"))) > 3
+    state = load_model(tmp_path / "sharded").state_dict()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+def test_a_checkpoint_without_its_mtp_module_loads_without_it(saved: Path) -> None:
+    """transformers drops the module when it saves and leaves its mention in config.json; half a module is an error."""
+    expected = load_model(saved).state_dict()
+
+    def drop(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith("model.layers.3.")]:
+            del tensors[name]
+
+    edit(saved, drop)
+    model = load_model(saved)
+    assert model.config.num_nextn_predict_layers == 0
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert not any(tensor.is_meta for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.pop("model.layers.3.eh_proj.weight"),
+            r"layers\.3\.eh_proj\.weight is missing; config\.json asks for 135 tensors, the files hold 134",
+        ),
+        (lambda t: t.pop("model.layers.2.mlp.experts.7.up_proj.weight"), r"model\.layers\.2\.mlp\.experts\.7\.up_proj\.weight is missing"),
+        (lambda t: t.update({"model.layers.9.norm.weight": torch.ones(2)}), r"safetensors: model\.layers\.9\.norm\.weight is no tensor of this arch"),
+        (
+            lambda t: t.update({"model.layers.1.mlp.experts.8.up_proj.weight": torch.ones(16, 32)}),
+            r"experts\.8\.up_proj\.weight is no tensor of this",
+        ),
+        (lambda t: t.update({"model.norm.weight": torch.ones(31)}), r"model\.norm\.weight has shape \[31\], config\.json says \[32\]"),
+        (lambda t: t["model.norm.weight"].fill_(torch.nan), r"safetensors: model\.norm\.weight holds NaN or infinite values"),
+        (lambda t: t["lm_head.weight"][-1].fill_(torch.inf), r"safetensors: lm_head\.weight holds NaN or infinite values"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int32)}),
+            r"model\.norm\.weight is stored as I32; weights are read from F64",
+        ),
+        (lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn)}), r"lm_head\.weight is stored in FP8 without the scales"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(saved: Path, change: Callable[[dict[str, Tensor]], None], message: str) -> None:
+    edit(saved, change)
+    with pytest.raises(SlingshotError, match=message):
+        load_model(saved)
+
+
+def test_checkpoints_that_are_none_are_refused(saved: Path, tmp_path: Path) -> None:
+    (saved / "config.json").write_text("[]")
+    with pytest.raises(SlingshotError, match="does not hold a JSON object"):
+        load_config(saved)
+    with pytest.raises(SlingshotError, match="nowhere"):
+        load_model(tmp_path / "nowhere")
+    (tmp_path / "link.json").write_text("{}")
+    (saved / "config.json").unlink()
+    (saved / "config.json").symlink_to(tmp_path / "link.json")
+    with pytest.raises(SlingshotError, match=r"'config\.json' is a link out of the folder"):
+        load_config(saved)
+
+
+def test_a_tokenizer_larger_than_its_model_is_refused(saved: Path) -> None:
+    Tokenizer.train(["three plus three"], vocab_size=268).save(saved)
+    with pytest.raises(SlingshotError, match=r"model: .*268.*264"):
+        load_tokenizer(saved)
+
+
+def test_a_configuration_beyond_its_tensors_is_refused_at_once(saved: Path) -> None:
+    """Before anything of that size is built, or a list of its tensors is written out."""
+    raw = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(raw | {"num_hidden_layers": 1000}))
+    start = time.monotonic()
+    with pytest.raises(SlingshotError, match=r"is missing; config\.json asks for \d{5} tensors, the files hold 135"):
+        load_model(saved)
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8_matrices_are_read_through_their_scales(
+    make_model: Make, deepseek: Config, tokenizer: Tokenizer, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """Wider than a block, with ragged edges; the experts' stack, the MTP module and the router are told apart."""
+    config = deepseek(vocab_size=264, hidden_size=140, intermediate_size=260, moe_intermediate_size=130, q_lora_rank=129)
+    model = make_model(config)
+    tensors = to_hf_tensors(config, model.state_dict())
+    stored, values = {}, {}
+    for spec in layout(config):
+        if spec.stored == "linear":
+            stored[spec.name], stored[spec.name + "_scale_inv"] = quantize(tensors[spec.name])
+            values[spec.name] = dequantize(stored[spec.name], stored[spec.name + "_scale_inv"])
+        else:
+            stored[spec.name] = values[spec.name] = tensors[spec.name]
+    write_checkpoint(tmp_path, config, stored.items(), tokenizer, "float32")
+    loaded = load_model(tmp_path, dtype=dtype)
+    for name, tensor in to_hf_tensors(config, loaded.state_dict()).items():
+        assert torch.equal(tensor, values[name].to(tensor.dtype)), name
+
+
+# A Llama of 1.07 billion parameters: 2.1 GiB in bfloat16. Its float32 file is a hole in the disk, so it costs neither space nor time.
+_LARGE = {
+    "family": "dense", "vocab_size": 64_000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 13, "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+}  # fmt: skip
+
+_MEASURE = """
+import re, sys
+from pathlib import Path
+import torch
+from slingshot.checkpoint.load_save import load_model, save_checkpoint
+from slingshot.text.tokenizer import Tokenizer
+from slingshot.stages import convert
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+folder, what = Path(sys.argv[1]), sys.argv[2]
+before = peak()
+if what == "convert":
+    convert.run(convert.Config(source=str(folder), dtype="bfloat16", threads=1), folder.with_name("out"))
+    size = 2 * int(sys.argv[3])
+else:
+    model = load_model(folder, dtype=torch.bfloat16)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    folder.with_name("out").mkdir()
+    save_checkpoint(folder.with_name("out"), model, Tokenizer.load(folder))
+print(peak() - before, size)
+"""
+
+
+@pytest.mark.parametrize("what", ["load and save", "convert"])
+def test_memory_stays_within_115_percent_of_the_models_size(tokenizer: Tokenizer, tmp_path: Path, what: str) -> None:
+    config, folder = ModelConfig(**_LARGE), tmp_path / "large"
+    folder.mkdir()
+    entries, end = {}, 0
+    for spec in layout(config):
+        size = 4 * math.prod(spec.shape)
+        entries[spec.name] = {"dtype": "F32", "shape": spec.shape, "data_offsets": [end, end + size]}
+        end += size
+    header = json.dumps(entries).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    tokenizer.save(folder)
+    command = [sys.executable, "-c", _MEASURE, str(folder), what, str(end // 4)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    peak, size = map(int, done.stdout.split()[-2:])
+    shutil.rmtree(tmp_path)
+    print(f"{what}: peak {peak / size:.3f} of {size / 2**30:.2f} GiB")
+    assert size >= 2 * 2**30 and peak <= 1.15 * size
+
+
+def test_a_checkpoint_of_another_family_is_refused(saved: Path) -> None:
+    raw = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(raw | {"model_type": "mixtral"}))
+    with pytest.raises(SlingshotError, match="model_type 'mixtral' is not supported; supported: deepseek_v3, kimi_k2, llama, mistral, qwen2, qwen3"):
+        load_model(saved)

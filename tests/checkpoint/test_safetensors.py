@@ -1,0 +1,188 @@
+"""safetensors files: the library reads what we write and the reverse; rows alone; resharding changes no byte; broken files are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from slingshot.base.errors import SlingshotError
+from slingshot.checkpoint.safetensors import INDEX, Header, Shards, write_shards
+
+TENSORS = {
+    "a": torch.arange(12.0).view(4, 3),
+    "b": torch.linspace(-1, 1, 10).to(torch.bfloat16).view(5, 2),
+    "c": torch.linspace(-400, 400, 6).to(torch.float8_e4m3fn).view(2, 3),
+    "d": torch.tensor(2.5, dtype=torch.float16),
+    "e": torch.zeros(0, 3),
+    "f": torch.tensor([1 / 3], dtype=torch.float64),
+}
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_shards(tmp_path, TENSORS.items())
+    return tmp_path
+
+
+def test_the_library_reads_what_is_written(folder: Path) -> None:
+    loaded = load_file(folder / "model.safetensors")
+    assert loaded.keys() == TENSORS.keys() and all(same(loaded[name], tensor) for name, tensor in TENSORS.items())
+    assert (folder / "model.safetensors").stat().st_mode & 0o777 == folder.stat().st_mode & 0o666
+    assert [file.name for file in folder.iterdir()] == ["model.safetensors"]
+
+
+def test_what_the_library_writes_is_read_and_headers_cost_no_data(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    shards = Shards(tmp_path)
+    assert shards.headers["b"] == Header("BF16", (5, 2), tmp_path / "model.safetensors", shards.headers["b"].offset)
+    assert shards.bytes_read == 0
+    assert all(same(shards.read(name), tensor) for name, tensor in TENSORS.items())
+    assert shards.bytes_read == sum(tensor.nbytes for tensor in TENSORS.values())
+
+
+def test_rows_alone_are_all_that_is_read(folder: Path) -> None:
+    shards = Shards(folder)
+    assert same(shards.read("b", slice(1, 4)), TENSORS["b"][1:4]) and shards.bytes_read == 3 * 2 * 2
+    assert same(shards.read("c", slice(1, 2)), TENSORS["c"][1:2]) and shards.bytes_read == 12 + 3
+
+
+@settings(derandomize=True, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=8), st.lists(st.integers(1, 400), min_size=1, max_size=3))
+def test_resharding_never_changes_a_byte(tmp_path_factory: pytest.TempPathFactory, sizes: list[int], limits: list[int]) -> None:
+    tensors = {f"t{i}": torch.randn(size, generator=torch.Generator().manual_seed(i)) for i, size in enumerate(sizes)}
+    source = tensors
+    for limit in limits:
+        folder = tmp_path_factory.mktemp("shards")
+        write_shards(folder, source.items(), limit)
+        shards = Shards(folder)
+        assert list(source) == list(tensors) and shards.headers.keys() == tensors.keys()
+        files = sorted(folder.glob("*.safetensors"))
+        held = [[tensors[name].nbytes for name, header in shards.headers.items() if header.file == file] for file in files]
+        assert all(sum(part) <= limit or len(part) == 1 for part in held) and all(held)
+        if len(files) > 1:
+            index = json.loads((folder / INDEX).read_text())
+            assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+            assert index["weight_map"] == {name: header.file.name for name, header in shards.headers.items()}
+            assert files[-1].name == f"model-{len(files):05}-of-{len(files):05}.safetensors"
+        source = {name: shards.read(name) for name in source}
+        assert all(same(source[name], tensor) for name, tensor in tensors.items())
+
+
+def sharded(folder: Path) -> dict[str, str]:
+    write_shards(folder, TENSORS.items(), 30)
+    return json.loads((folder / INDEX).read_text())["weight_map"]
+
+
+def write_index(folder: Path, weight_map: object) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_an_index_that_does_not_fit_its_files_is_named(tmp_path: Path) -> None:
+    weight_map = sharded(tmp_path)
+    first, last = weight_map["a"], weight_map["f"]
+    write_index(tmp_path, weight_map | {"a": last})
+    with pytest.raises(SlingshotError, match=f"{INDEX} says that {last} holds a, which it does not"):
+        Shards(tmp_path)
+    write_index(tmp_path, weight_map | {"z": last})
+    with pytest.raises(SlingshotError, match="holds z, which it does not"):
+        Shards(tmp_path)
+    for name in ("../a.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "a\\b"):
+        write_index(tmp_path, weight_map | {"a": name})
+        with pytest.raises(SlingshotError, match=r"is no file name|link out of the folder"):
+            Shards(tmp_path)
+    for broken in ({}, [], {"a": 3}, None):
+        write_index(tmp_path, broken)
+        with pytest.raises(SlingshotError, match="has no weight_map of tensors to files"):
+            Shards(tmp_path)
+    write_index(tmp_path, weight_map)
+    (tmp_path / first).unlink()
+    with pytest.raises(SlingshotError, match=f"{INDEX} names {first}, which is not there; is the download complete"):
+        Shards(tmp_path)
+
+
+def test_a_tensor_in_two_files_is_named(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
+    save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "y.safetensors")
+    write_index(tmp_path, {"a": "x.safetensors", "b": "y.safetensors"})
+    with pytest.raises(SlingshotError, match=r"y\.safetensors: a is in x\.safetensors too"):
+        Shards(tmp_path)
+
+
+def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "model.safetensors"
+    (folder / "model.safetensors").rename(elsewhere)
+    (folder / "model.safetensors").symlink_to(elsewhere)
+    with pytest.raises(SlingshotError, match=r"'model\.safetensors' is a link out of the folder"):
+        Shards(folder)
+
+
+def test_pickled_weights_are_refused_with_the_way_out(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(SlingshotError, match=r"holds no model\.safetensors$"):
+        Shards(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(
+        SlingshotError, match=r"pytorch_model\.bin is pickled, can run code when opened, and is never read: ask its maker for safetensors"
+    ):
+        Shards(folder)
+
+
+def test_a_type_that_is_no_weight_is_named(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2, dtype=torch.int8)}, tmp_path / "model.safetensors")
+    shards = Shards(tmp_path)
+    with pytest.raises(SlingshotError, match=r"model\.safetensors: a is stored as I8"):
+        shards.read("a")
+
+
+def test_a_file_cut_after_it_was_opened_is_named(folder: Path) -> None:
+    shards = Shards(folder)
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: shards.headers["a"].offset + 5])
+    with pytest.raises(SlingshotError, match=r"ends within a; is the download complete"):
+        shards.read("a")
+
+
+def test_a_disk_that_is_full_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SlingshotError, match=r"cannot write .*; free space there or choose another --out"):
+        write_shards(tmp_path / "missing", TENSORS.items())
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    """A sound file with bytes changed, cut or added, or with a header of its own making."""
+    header = json.dumps({name: {"dtype": "F32", "shape": [2], "data_offsets": [8 * i, 8 * i + 8]} for i, name in enumerate("abc")})
+    if draw(st.booleans()):
+        value = st.one_of(
+            st.integers(-(2**70), 2**70), st.text(max_size=4), st.none(), st.lists(st.integers(-(2**66), 2**66), max_size=4), st.floats()
+        )
+        entry = {"dtype": draw(st.sampled_from(["F32", "F8_E4M3", "x", 3])), "shape": draw(value), "data_offsets": draw(value)}
+        header = json.dumps({"a": entry} if draw(st.booleans()) else draw(value))
+    if draw(st.booleans()):
+        header = "[" * draw(st.integers(1, 100_000))
+    length = draw(st.sampled_from([len(header), len(header) + 1, 2**63, 2**64 - 1, 99_999_999, 0]))
+    content = bytearray(length.to_bytes(8, "little") + header.encode() + bytes(24))
+    for _ in range(draw(st.integers(0, 3))):
+        content[draw(st.integers(0, len(content) - 1))] = draw(st.integers(0, 255))
+    return bytes(content[: draw(st.integers(0, len(content)))] if draw(st.booleans()) else content)
+
+
+@settings(derandomize=True, deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damaged())
+def test_damaged_files_give_one_line_or_sound_tensors(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    try:
+        shards = Shards(tmp_path)
+        for name, header in shards.headers.items():
+            assert shards.read(name).shape == header.shape
+    except SlingshotError as error:
+        assert "model.safetensors" in str(error) and len(str(error)) < 500

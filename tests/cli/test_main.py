@@ -1,0 +1,257 @@
+"""The command line: light to start, and one clear line for everything its user can mend."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import slingshot
+from slingshot.base.config import StageConfig
+from slingshot.base.errors import SlingshotError
+from slingshot.cli import main as cli
+from slingshot.cost.receipt import Meter
+from slingshot.machine.machine import Machine
+from slingshot.model.config import ModelConfig
+from slingshot.model.transformer import Transformer
+from slingshot.recipe import recipe
+from slingshot.text.tokenizer import Tokenizer
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+class Config(StageConfig):
+    """What the stage of these tests can be told."""
+
+    model: str | None = None
+    lr: float = 0.1
+    sizes: dict[str, int] = {}
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run the command line in this process: exit code, standard output, standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["slingshot", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        output = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, output.out, output.err
+
+    return run
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A stage that remembers what it was run with; `fail` is raised instead where it is set."""
+    fake = SimpleNamespace(Config=Config, ran=[], fail=None)
+
+    def run(config: Config, out: Path) -> None:
+        if fake.fail is not None:
+            raise fake.fail
+        fake.ran.append((config, out))
+        out.mkdir(exist_ok=True)
+        meter = Meter()
+        meter.add(tokens=1500, all=2e9)
+        meter.receipt("rl", out.name, config.model_dump(mode="json"), [], out, Machine(cpu="none", cores=1, memory_bytes=1)).write(out)
+
+    fake.run = run
+    monkeypatch.setattr(recipe, "stage_module", lambda kind: fake)
+    return fake
+
+
+def test_help_and_import_are_light() -> None:
+    script = "import sys, slingshot.cli.main; sys.argv = ['slingshot', '--help']\ntry: slingshot.cli.main.main()\nexcept SystemExit: pass\n"
+    script += "print({'torch', 'matplotlib', 'transformers', 'reasoning_gym'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+    names = "run pretrain sft rl sample evaluate convert inspect plan receipt chat generate doctor report"
+    for name in names.split():
+        assert f" {name} " in done.stdout
+
+
+def test_the_package_offers_what_it_promises() -> None:
+    assert slingshot.SamplingParams(max_tokens=3).max_tokens == 3
+    assert [getattr(slingshot, name).__name__ for name in slingshot.__all__] == slingshot.__all__
+    with pytest.raises(AttributeError, match="has no attribute 'Motor'"):
+        slingshot.Motor  # noqa: B018
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (Path(recipe.__file__).parent / "recipes").glob("*.toml")))
+def test_shipped_recipes_are_valid(name: str) -> None:
+    loaded = recipe.Recipe.load(name)
+    assert loaded.stages and all(stage.kind in recipe.KINDS for stage in loaded.stages)
+
+
+def test_version(command: Command) -> None:
+    assert command("--version") == (0, f"slingshot {slingshot.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rum"], "No such command 'rum'."),
+        (["run"], "Missing argument 'RECIPE'"),
+        (["run", "tiny", "--untill", "rl"], "No such option: --untill"),
+        (["run", "mirco"], "no recipe 'mirco'; did you mean micro?"),
+        (["run", "none/such.toml"], "cannot read none/such.toml"),
+        (["run", "micro", "--nproc", "0"], "nproc"),
+        (["rl", "--out", "x", "--config", "none.json"], "cannot read none.json"),
+        (["report", "none"], "none"),
+        (["chat", "none"], "none"),
+        (["generate", "none", "hello"], "none"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_code_2(command: Command, arguments: list[str], message: str) -> None:
+    code, out, err = command(*arguments)
+    assert code == 2 and out == ""
+    assert err.startswith("slingshot: ") and message in err and err.count("\n") == 1
+
+
+def test_a_stage_takes_a_model_and_keys_and_a_file(command: Command, stage: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "keys.json").write_text(json.dumps({"lr": 0.5, "seed": 3}))
+    (tmp_path / "keys.toml").write_text("lr = 0.25\nsizes.a = 1\n")
+    code, out, _ = command("rl", "runs/base", "lr=1e-4", "--config", tmp_path / "keys.json", "--out", tmp_path / "new")
+    assert code == 0
+    assert out.startswith(f"made {tmp_path / 'new'}: 1.5k tokens, 2.0G FLOPs\nnext: slingshot chat {tmp_path / 'new'}")
+    assert command("sft", "--out", tmp_path / "new", "sizes.b=2", "--config", tmp_path / "keys.toml")[0] == 0
+    assert stage.ran == [
+        (Config(model="runs/base", lr=1e-4, seed=3), tmp_path / "new"),
+        (Config(lr=0.25, sizes={"a": 1, "b": 2}), tmp_path / "new"),
+    ]
+
+
+def test_a_stage_shows_its_keys(command: Command, stage: SimpleNamespace) -> None:
+    code, out, _ = command("rl", "--keys")
+    assert code == 0
+    assert out.splitlines()[0] == "What the stage of these tests can be told."
+    assert ["lr", "0.1", "float"] in [line.split() for line in out.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("lrr = 1", "rl.lrr: unknown key; did you mean lr?"),
+        ('lr = "fast"', "rl.lr: "),
+        ("lr = ", "not valid TOML"),
+    ],
+)
+def test_a_stage_refuses_wrong_keys(command: Command, stage: SimpleNamespace, tmp_path: Path, keys: str, message: str) -> None:
+    (tmp_path / "keys.toml").write_text(keys)
+    code, _, err = command("rl", "--out", tmp_path / "new", "--config", tmp_path / "keys.toml")
+    assert code == 2 and message in err and stage.ran == []
+
+
+def test_a_stage_needs_a_table_and_a_place(command: Command, stage: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text("[1]")
+    assert "must hold a table of keys, got list" in command("rl", "--out", tmp_path / "new", "--config", tmp_path / "list.json")[2]
+    assert "rl: no --out" in command("rl", "runs/base")[2]
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "line"),
+    [
+        (SlingshotError("the loss is nan\nlower lr"), 2, "slingshot: the loss is nan lower lr\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/full"),
+            2,
+            "slingshot: /full: No space left on device; free space there or choose another --out\n",
+        ),
+        (KeyboardInterrupt(), 130, "slingshot: stopped and saved; the same command goes on from here\n"),
+    ],
+)
+def test_how_a_stage_ends_badly(command: Command, stage: SimpleNamespace, tmp_path: Path, failure: BaseException, code: int, line: str) -> None:
+    stage.fail = failure
+    assert command("rl", "--out", tmp_path / "new") == (code, "", line)
+
+
+def test_a_child_leaves_the_last_word_to_its_runner(command: Command, stage: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "keys.json").write_text("{}")
+    assert command("stage", "rl", "--config", tmp_path / "keys.json", "--out", tmp_path / "new")[:2] == (0, "")
+    assert len(stage.ran) == 1
+    stage.fail = KeyboardInterrupt()
+    assert command("stage", "rl", "--config", tmp_path / "keys.json", "--out", tmp_path / "new") == (130, "", "")
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(command: Command, stage: SimpleNamespace, tmp_path: Path) -> None:
+    stage.fail = FileNotFoundError(errno.ENOENT, "No such file", "ours")
+    with pytest.raises(FileNotFoundError):
+        command("rl", "--out", tmp_path / "new")
+
+
+def test_run_hands_its_options_to_the_recipe(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[Any] = []
+
+    def load(source: str, overrides: list[str], seed: int | None) -> SimpleNamespace:
+        calls.append((source, overrides, seed))
+        return SimpleNamespace(name="tiny")
+
+    monkeypatch.setattr(recipe.Recipe, "load", load)
+    monkeypatch.setattr(recipe, "run", lambda loaded, out, until, nproc: calls.append((loaded.name, out, until, nproc)))
+    assert command("run", "tiny", "rl.lr=1e-4", "--until", "rl", "--seed", 3, "--nproc", 2, "base.steps=5", "--out", tmp_path)[0] == 0
+    assert command("run", "tiny")[0] == 0
+    assert calls == [
+        ("tiny", ["rl.lr=1e-4", "base.steps=5"], 3),
+        ("tiny", tmp_path, "rl", 2),
+        ("tiny", [], None),
+        ("tiny", Path("runs/tiny"), None, 1),
+    ]
+
+
+@pytest.fixture
+def checkpoint(make_model: Callable[..., Transformer], deepseek: Callable[..., ModelConfig], tmp_path: Path) -> Path:
+    from slingshot.checkpoint.load_save import save_checkpoint
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_checkpoint(folder, make_model(deepseek(vocab_size=268)), Tokenizer.train(["three plus three"], vocab_size=268))
+    return folder
+
+
+def test_convert_there_and_back(command: Command, checkpoint: Path, tmp_path: Path) -> None:
+    """Each way a user goes: dtype, shards, a GGUF file, and that file back into a folder that holds the same numbers."""
+    code, out, _ = command("convert", checkpoint, tmp_path / "fp8", "--dtype", "fp8", "--max-shard-size", "50KB")
+    assert code == 0 and re.search(r"made .*fp8: 0\.\d MB in \d safetensors files\nnext: slingshot inspect .*fp8", out)
+    code, out, _ = command("convert", checkpoint, tmp_path / "model.gguf", "--dtype", "float32")
+    assert code == 0 and re.search(r"made .*model\.gguf: 0\.\d MB\nnext: llama-cli -m", out)
+    assert command("convert", tmp_path / "model.gguf", tmp_path / "back", "--dtype", "float32")[0] == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint, tmp_path / "back"))
+    assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
+    assert [command("inspect", folder)[0] for folder in (checkpoint, tmp_path / "fp8", tmp_path / "model.gguf", tmp_path / "back")] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x", "--to", "onnx"], "--to onnx: the formats are hf (a Hugging Face folder) and gguf"),
+        (["x", "--to", "gguf"], "x: --to gguf makes a file whose name ends in .gguf"),
+        (["x.gguf", "--to", "hf"], "x.gguf: --to hf makes a folder"),
+        (["x", "--dtype", "q8_0"], "--dtype q8_0: a Hugging Face folder has no such type"),
+        (["x.gguf", "--dtype", "fp8"], "--dtype fp8: a GGUF file here is one of float32, float16, bfloat16, q8_0"),
+        (["x", "--max-shard-size", "big"], "convert.max_shard_size: could not parse value"),
+        (["x", "--max-shard-size", "0"], "convert.max_shard_size: Input should be greater than 0"),
+        (["pyproject.toml"], "pyproject.toml exists already; remove it or choose another --out"),
+    ],
+)
+def test_a_conversion_that_cannot_be_is_one_line(command: Command, checkpoint: Path, arguments: list[str], message: str) -> None:
+    code, _, err = command("convert", checkpoint, *arguments)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_inspect_ends_with_2_where_something_does_not_fit(command: Command, checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:-8])
+    code, out, _ = command("inspect", checkpoint)
+    assert code == 2 and "model.safetensors is no whole safetensors file" in out
+    code, out, _ = command("inspect", checkpoint, "--json")
+    assert code == 2 and json.loads(out)["problems"]

@@ -1,0 +1,84 @@
+"""model/device.py: measuring for real, briefly, and choosing by what was measured."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from slingshot.machine import device
+from slingshot.machine.device import (
+    auto_device,
+    auto_dtype,
+    dtype_name,
+    machine_key,
+    machine_peak,
+    measure_bandwidth,
+    measure_peak,
+)
+from slingshot.machine.machine import Measurement, load_measurement, save_measurement
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def test_peak_agrees_with_a_product_timed_by_hand() -> None:
+    a = torch.rand(256, 256)
+    torch.mm(a, a)
+    runs = []
+    for _ in range(20):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        runs.append(time.perf_counter() - start)
+    by_hand = 2 * 256**3 / min(runs)
+    # Machines are noisy and a width of 256 is not the fastest: within one order and a half of magnitude is all that always holds.
+    assert by_hand / 30 < measure_peak(torch.float32, CPU, seconds=0.1) < by_hand * 30
+
+
+def test_peak_counts_two_flops_per_multiply_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock on which every product takes one second, the first width of 256 is also the last."""
+    monkeypatch.setattr(device, "_timed", lambda work, where: 1.0)
+    assert measure_peak(torch.float32, CPU, seconds=0.001) == 2 * 256**3
+
+
+def test_every_dtype_is_measured_or_refused_by_torch() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        assert measure_peak(dtype, CPU, seconds=0.01) > 0
+    with pytest.raises(RuntimeError):
+        measure_peak(torch.bool, CPU, seconds=0.01)
+
+
+def test_bandwidth_is_bytes_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_timed", lambda work, where: 0.5)
+    assert measure_bandwidth(CPU, seconds=0.0) == 2 * 256 * 2**20
+
+
+def test_machine_peak_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[torch.dtype] = []
+
+    def measure(dtype: torch.dtype, where: torch.device, seconds: float) -> float:
+        measured.append(dtype)
+        return 7e9
+
+    monkeypatch.setattr(device, "measure_peak", measure)
+    assert machine_peak(torch.float32, CPU) == machine_peak(torch.float32, CPU) == 7e9
+    assert measured == [torch.float32]
+    assert load_measurement(machine_key(CPU)).peak == {"float32": 7e9}
+
+
+@pytest.mark.parametrize(("bf16", "expected"), [(14.9e9, torch.float32), (15e9, torch.bfloat16)])
+def test_auto_takes_bfloat16_from_one_and_a_half_times_on(bf16: float, expected: torch.dtype) -> None:
+    save_measurement(machine_key(CPU), Measurement(peak={"float32": 10e9, "bfloat16": bf16}))
+    assert auto_dtype(CPU) == expected
+
+
+def test_names_and_device() -> None:
+    assert dtype_name(torch.bfloat16) == "bfloat16"
+    assert auto_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert torch.__version__ in machine_key(CPU) and f"{torch.get_num_threads()} threads" in machine_key(CPU)

@@ -1,0 +1,104 @@
+"""cost/energy.py on a made-up /sys/class/powercap: packages and memory are added up, counters may turn over, what cannot be read is left out."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slingshot.machine import energy as module
+from slingshot.machine.energy import Energy, _nvml
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_nvml", lambda: [])
+
+
+def zone(root: Path, name: str, label: str, microjoules: int, span: int = 1_000_000_000) -> Path:
+    folder = root / name
+    folder.mkdir(parents=True)
+    (folder / "name").write_text(f"{label}\n")
+    (folder / "max_energy_range_uj").write_text(f"{span}\n")
+    (folder / "energy_uj").write_text(f"{microjoules}\n")
+    return folder / "energy_uj"
+
+
+def test_packages_and_memory_are_added_up_and_their_parts_are_not(tmp_path: Path) -> None:
+    first, second = zone(tmp_path, "intel-rapl:0", "package-0", 5_000_000), zone(tmp_path, "intel-rapl:1", "package-1", 0)
+    core, memory = zone(tmp_path, "intel-rapl:0:0", "core", 0), zone(tmp_path, "intel-rapl:0:1", "dram", 0)
+    whole = zone(tmp_path, "intel-rapl:2", "psys", 0)
+    energy = Energy(tmp_path)
+    assert energy.joules == 0.0
+    for file, microjoules in ((first, 7_000_000), (second, 1_500_000), (core, 900_000), (memory, 250_000), (whole, 99_000_000)):
+        file.write_text(f"{microjoules}\n")
+    assert energy.joules == pytest.approx(2 + 1.5 + 0.25)
+
+
+def test_a_counter_that_turns_over_goes_on(tmp_path: Path) -> None:
+    file = zone(tmp_path, "intel-rapl:0", "package-0", 990_000_000)
+    energy = Energy(tmp_path)
+    for microjoules in (999_000_000, 4_000_000, 2_000_000):  # the second turn is over after 998 joules more
+        file.write_text(str(microjoules))
+        energy.poll()
+    assert energy.joules == pytest.approx(9 + 5 + 998)
+
+
+def test_what_cannot_be_read_is_none_and_what_stops_being_readable_stands_still(tmp_path: Path) -> None:
+    assert Energy(tmp_path / "nothing").joules is None
+    file = zone(tmp_path, "intel-rapl:0", "package-0", 1_000_000)
+    (zone(tmp_path, "intel-rapl:1", "package-1", 0)).write_text("secret")
+    energy = Energy(tmp_path)
+    file.write_text("3000000")
+    assert energy.joules == 2.0
+    file.unlink()
+    assert energy.joules == 2.0
+
+
+class FourGPUs:
+    """NVML on a machine of four, whose handles are their numbers and one; each has used as many joules as its handle."""
+
+    def nvmlInit_v2(self) -> int:
+        return 0
+
+    def nvmlDeviceGetCount_v2(self, count: Any) -> int:
+        count._obj.value = 4
+        return 0
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index: Any, handle: Any) -> int:
+        handle._obj.value = index.value + 1
+        return 0
+
+    def nvmlDeviceGetHandleByUUID(self, name: Any, handle: Any) -> int:
+        handle._obj.value = 3
+        return name.value != b"GPU-third"
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: Any, value: Any) -> int:
+        value._obj.value = 1000 * handle.value
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("visible", "counted"),
+    [
+        (None, [1, 2, 3, 4]),
+        ("", []),
+        ("-1", []),
+        ("0, 1", [1, 2]),
+        ("2", [3]),
+        ("3,-1,0", [4]),
+        ("1,7,0", [2]),
+        ("GPU-third,0", [3, 1]),
+        ("GPU-gone", []),
+    ],
+)
+def test_only_gpus_this_process_may_use_are_counted(visible: str | None, counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA_VISIBLE_DEVICES as CUDA reads it: numbers or UUIDs, up to the first that is no device's."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: FourGPUs())
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [counter.read() for counter in _nvml()] == counted

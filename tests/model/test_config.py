@@ -1,0 +1,435 @@
+"""Configurations: config.json there and back, and everything impossible refused in one line that names it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slingshot.base.config import StageConfig
+from slingshot.base.errors import SlingshotError
+from slingshot.cost.flops import cache_bytes_per_token, parameters
+from slingshot.model.config import MODEL_TYPES, PRESETS, ModelConfig, presets
+from slingshot.tasks.task import TaskConfig
+
+Config = Callable[..., ModelConfig]
+
+# DeepSeek-V3's published config.json (huggingface.co/deepseek-ai/DeepSeek-V3), without its quantization_config.
+DEEPSEEK_V3 = {
+    "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "aux_loss_alpha": 0.001, "bos_token_id": 0,
+    "eos_token_id": 1, "ep_size": 1, "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168, "initializer_range": 0.02,
+    "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163840, "model_type": "deepseek_v3", "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 128,
+    "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128, "num_nextn_predict_layers": 1, "pretraining_tp": 1,
+    "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096, "type": "yarn",
+    },
+    "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "seq_aux": True, "tie_word_embeddings": False, "topk_group": 4,
+    "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "transformers_version": "4.33.1", "use_cache": True, "v_head_dim": 128,
+    "vocab_size": 129280,
+}  # fmt: skip
+
+
+def same(one: ModelConfig, other: ModelConfig) -> bool:
+    """Whether two configurations are one but for what config.json said besides."""
+    return one.model_copy(update={"extra": {}}) == other.model_copy(update={"extra": {}})
+
+
+def test_deepseek_v3s_own_config_is_read() -> None:
+    config = ModelConfig.from_hf(DEEPSEEK_V3)
+    assert (config.family, config.q_lora_rank, config.n_routed_experts, config.topk_group) == ("deepseek_v3", 1536, 256, 4)
+    assert config.rope_scaling is not None
+    assert (config.rope_scaling.rope_type, config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) == ("yarn", 40.0, 1.0)
+    assert (config.qk_head_dim, config.cache_width, config.n_moe_layers) == (192, 576, 59)
+
+
+LLAMA = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def test_llamas_old_and_new_spelling_of_rope() -> None:
+    scaling = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
+    old = ModelConfig.from_hf(LLAMA | {"rope_theta": 5e5, "rope_scaling": scaling | {"type": "llama3"}})
+    new = ModelConfig.from_hf(LLAMA | {"rope_parameters": scaling | {"rope_type": "llama3", "rope_theta": 5e5, "partial_rotary_factor": 1.0}})
+    both = ModelConfig.from_hf(LLAMA | {"rope_theta": 5e5, "rope_parameters": scaling | {"rope_type": "llama3", "type": "llama3", "rope_theta": 5e5}})
+    assert old == new == both and old.rope_theta == 5e5
+    assert old.rope_scaling is not None and old.rope_scaling.original_max_position_embeddings == 8192
+    assert ModelConfig.from_hf(LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}).rope_theta == 7.0
+    assert ModelConfig.from_hf(LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}).rope_scaling is None
+    assert (old.num_key_value_heads, old.head_dim, old.cache_width) == (4, 8, 64)
+
+
+def test_yarn_spelt_in_any_way_is_one_config() -> None:
+    scaling = DEEPSEEK_V3["rope_scaling"]
+    assert isinstance(scaling, dict)
+    new = {key: value for key, value in scaling.items() if key != "type"} | {"rope_type": "yarn", "truncate": True, "rope_theta": 10000}
+    without = {key: value for key, value in DEEPSEEK_V3.items() if key not in ("rope_scaling", "rope_theta")}
+    assert ModelConfig.from_hf(without | {"rope_parameters": new}) == ModelConfig.from_hf(DEEPSEEK_V3)
+    assert ModelConfig.from_hf(DEEPSEEK_V3).to_hf()["rope_scaling"] == scaling | {"rope_type": "yarn"}
+
+
+def test_yarn_of_a_dense_model_heeds_mscale_only_with_mscale_all_dim() -> None:
+    """As transformers does; DeepSeek's own code, for its own models, takes either alone."""
+    yarn = {"type": "yarn", "factor": 4.0, "mscale_all_dim": 0.7}
+    for given_ in (yarn, yarn | {"mscale": 0.0}, {"type": "yarn", "factor": 4.0, "mscale": 0.7}, {"type": "yarn", "factor": 4.0}):
+        rope = ModelConfig.from_hf(LLAMA | {"max_position_embeddings": 512, "rope_scaling": given_}).rope_scaling
+        assert rope is not None and (rope.mscale, rope.mscale_all_dim, rope.original_max_position_embeddings) == (1.0, 0.0, 512)
+    rope = ModelConfig.from_hf(LLAMA | {"rope_scaling": yarn | {"mscale": 0.7}}).rope_scaling
+    assert rope is not None and (rope.mscale, rope.mscale_all_dim) == (0.7, 0.7)
+    rope = ModelConfig.from_hf(DEEPSEEK_V3 | {"rope_scaling": yarn}).rope_scaling
+    assert rope is not None and (rope.mscale, rope.mscale_all_dim) == (1.0, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"), [("llama", {}), ("llama", {"head_dim": 6}), ("qwen2", {"attention_bias": True}), ("qwen3", {"qk_norm": True})]
+)
+def test_dense_models_keep_their_type(dense: Config, model_type: str, changes: dict[str, Any]) -> None:
+    raw = dense(**changes).to_hf()
+    assert raw["model_type"] == model_type and raw["architectures"] == [MODEL_TYPES[model_type][1]]
+    assert not {"kv_lora_rank", "n_routed_experts", "num_nextn_predict_layers"} & set(raw)
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_published_config_survives_the_round_trip(name: str) -> None:
+    """All it says is said again (rope_scaling in both spellings; the names of Python files are dropped, for no such files are written)."""
+    raw = json.loads((PRESETS / f"{name}.json").read_text())
+    config = ModelConfig.from_hf(raw)
+    again = config.to_hf()
+    assert ModelConfig.from_hf(again) == config and ModelConfig.from_hf(again).to_hf() == again
+    scaling = raw.pop("rope_scaling", None)
+    raw.pop("auto_map", None)
+    assert raw.items() <= again.items()
+    assert (scaling or {}).items() <= (again["rope_scaling"] or {}).items()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "says", "means"),
+    [
+        ("llama", {}, {"max_position_embeddings": 2048, "num_key_value_heads": 4, "head_dim": 8}),
+        ("mistral", {"sliding_window": None, "num_attention_heads": 8, "head_dim": None}, {"max_position_embeddings": 131072, "head_dim": 4}),
+        ("mistral", {"sliding_window": None, "num_attention_heads": 16}, {"num_key_value_heads": 8, "attention_bias": False, "qk_norm": False}),
+        ("qwen2", {"num_key_value_heads": None}, {"max_position_embeddings": 32768, "num_key_value_heads": 4, "head_dim": 8, "attention_bias": True}),
+        ("qwen2", {"num_attention_heads": 64, "head_dim": 2}, {"num_key_value_heads": 32}),
+        ("qwen3", {"num_key_value_heads": 2}, {"max_position_embeddings": 32768, "head_dim": 128, "qk_norm": True, "attention_bias": False}),
+    ],
+)
+def test_a_silent_config_json_means_what_transformers_takes(model_type: str, says: dict[str, Any], means: dict[str, Any]) -> None:
+    config = ModelConfig.from_hf(LLAMA | {"model_type": model_type} | says)
+    assert {name: getattr(config, name) for name in means} == means
+    assert config.to_hf()["model_type"] == model_type and same(ModelConfig.from_hf(config.to_hf()), config)
+
+
+@pytest.mark.parametrize("kept", [{}, {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]}])
+def test_a_plain_query_projection_is_written_as_null(kept: dict[str, Any]) -> None:
+    """Readers would take a silent q_lora_rank for 1536, and 0 for a matrix without rows."""
+    config = ModelConfig.from_hf(DEEPSEEK_V3 | {"q_lora_rank": None} | kept)
+    written = json.loads(json.dumps(config.to_hf()))
+    assert "q_lora_rank" in written and written["q_lora_rank"] is None
+    assert written["model_type"] == kept.get("model_type", "deepseek_v3")
+    assert (written["scoring_func"], written["topk_method"]) == ("sigmoid", "noaux_tc")
+
+
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+@pytest.mark.parametrize(
+    "also", [{}, {"scale_fmt": "ue8m0"}, {"modules_to_not_convert": ["lm_head", "model.layers.0.input_layernorm"]}, {"modules_to_not_convert": None}]
+)
+def test_deepseeks_fp8_is_read_and_written(also: dict[str, Any]) -> None:
+    config = ModelConfig.from_hf(DEEPSEEK_V3 | {"quantization_config": FP8 | also})
+    assert config.quantization == "fp8" and config.to_hf()["quantization_config"] == FP8
+    assert ModelConfig.from_hf(DEEPSEEK_V3).quantization is None
+    assert "quantization_config" not in config.model_copy(update={"quantization": None}).to_hf()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"quant_method": "gptq"}, "quant_method 'gptq'"),
+        ({"fmt": "e5m2"}, "fmt 'e5m2'"),
+        ({"activation_scheme": "static"}, "activation_scheme 'static'"),
+        ({"weight_block_size": [64, 64]}, r"weight_block_size \[64, 64\]"),
+        ({"weight_block_size": None}, "weight_block_size null"),
+        ({"modules_to_not_convert": ["lm_head", "model.layers.0.mlp.up_proj"]}, "modules_to_not_convert 'model.layers.0.mlp.up_proj'"),
+        ({"bits": 4}, "bits 4"),
+    ],
+)
+def test_other_quantisation_is_refused_with_the_way_out(changes: dict[str, Any], named: str) -> None:
+    message = rf"^here: quantization_config\.{named} is not supported; DeepSeek-V3's fp8 .* is read, and so is any checkpoint that is not quantised$"
+    with pytest.raises(SlingshotError, match=message):
+        ModelConfig.from_hf(DEEPSEEK_V3 | {"quantization_config": FP8 | changes}, "here")
+
+
+def test_fp8_without_blocks_is_refused() -> None:
+    """One scale for a whole matrix is another format, and the default of other programs."""
+    with pytest.raises(SlingshotError, match=r"quantization_config\.weight_block_size null is not supported"):
+        ModelConfig.from_hf(DEEPSEEK_V3 | {"quantization_config": {"quant_method": "fp8"}})
+
+
+def test_null_leaves_the_mathematics_unsaid() -> None:
+    written = ModelConfig.from_hf(LLAMA | {"hidden_act": None, "sliding_window": None, "quantization_config": None, "softcap": None}).to_hf()
+    assert written["hidden_act"] == "silu" and written["sliding_window"] is None and written["softcap"] is None
+
+
+def test_the_dtype_keeps_its_one_spelling() -> None:
+    new, old = (ModelConfig.from_hf(LLAMA | said).to_hf() for said in ({"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}))
+    assert new["dtype"] == old["torch_dtype"] == "bfloat16" and "torch_dtype" not in new and "dtype" not in old
+
+
+SIZES = st.integers(1, 4)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    groups=SIZES, per_group=st.integers(2, 4), top=SIZES, heads=SIZES, rank=st.none() | SIZES, tied=st.booleans(), mtp=st.integers(0, 1),
+    dense_layers=st.integers(0, 3), kept=st.dictionaries(st.sampled_from(["transformers_version", "pretraining_tp", "use_cache"]), st.integers()),
+)  # fmt: skip
+def test_any_config_survives_config_json(
+    deepseek: Config,
+    groups: int,
+    per_group: int,
+    top: int,
+    heads: int,
+    rank: int | None,
+    tied: bool,
+    mtp: int,
+    dense_layers: int,
+    kept: dict[str, int],
+) -> None:
+    """Written as JSON and read again, keys we only keep included; what is written twice is the same."""
+    config = deepseek(
+        n_routed_experts=groups * per_group, n_group=groups, topk_group=min(top, groups), num_experts_per_tok=min(top, groups),
+        num_attention_heads=heads, q_lora_rank=rank,
+        tie_word_embeddings=tied, num_nextn_predict_layers=mtp, first_k_dense_replace=dense_layers, eos_token_id=1,
+    )  # fmt: skip
+    raw = json.loads(json.dumps(config.to_hf() | kept))
+    again = ModelConfig.from_hf(raw)
+    assert again.model_copy(update={"extra": {}}) == config
+    assert again.to_hf() == raw and kept.items() <= again.extra.items()
+
+
+def test_several_ends_survive_config_json(dense: Config) -> None:
+    config = ModelConfig.from_hf(dense().to_hf() | {"eos_token_id": [7, 9]})
+    assert config.eos_token_id == 7 and config.to_hf()["eos_token_id"] == [7, 9]
+    assert config.model_copy(update={"eos_token_id": 9}).to_hf()["eos_token_id"] == [7, 9]
+    assert config.model_copy(update={"eos_token_id": 3}).to_hf()["eos_token_id"] == 3  # of another tokenizer: the list is out of date
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mixtral"}, "model_type 'mixtral' is not supported; supported: deepseek_v3, kimi_k2, llama, mistral, qwen2, qwen3"),
+        ({"model_type": None}, "model_type null is not supported"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
+        ({"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported; 'sigmoid' is"),
+        ({"topk_method": "greedy"}, "topk_method 'greedy' is not supported; 'noaux_tc' is"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq 2 is not supported; 1 is"),
+        ({"moe_layer_freq": True}, "moe_layer_freq true is not supported; 1 is"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; 'silu' is"),
+        ({"attention_bias": True}, "attention_bias true is not supported for deepseek_v3; false is"),
+        ({"rope_interleave": False}, "rope_interleave false is not supported; true is"),
+        ({"sliding_window": 4096}, "sliding_window 4096 is not supported; null is"),
+        ({"softcap": 30.0}, "unknown key 'softcap' could change the mathematics; remove it if it does not"),
+        ({"attention_multiplier": 0.1}, "unknown key 'attention_multiplier' could change"),
+        ({"quantization": {"bits": 4}}, "unknown key 'quantization' could change"),
+        ({"qk_norm": True}, "unknown key 'qk_norm' could change"),
+        ({"n_group": None}, "n_group: Input should be a valid integer, got None"),
+        ({"n_group": 0}, "n_routed_experts 256 must divide evenly into n_group 0; 1 means no groups"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported; 1 is"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor 0.5 is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type 'linear' is not supported; yarn, llama3, default are"),
+        ({"rope_scaling": {"type": "yarn", "rope_type": "llama3"}}, "rope_scaling.rope_type 'llama3' and 'yarn' is not supported"),
+        ({"rope_scaling": {"type": "default", "mrope_section": [8]}}, r"rope_scaling.mrope_section \[8\] is not supported; rope_type default"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": 0.5}}, "rope_scaling.attention_factor 0.5 is not supported; rope_type"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}}, "rope_scaling.truncate False is not supported|truncate false is not"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor: Field required"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 0.5}}, "rope_scaling: beta_fast 0.5 must be at least beta_slow 1.0"),
+        ({"rope_scaling": {"type": "llama3", "factor": 2.0, "high_freq_factor": 1}}, "high_freq_factor 1.0 must be greater than low_freq_factor 1.0"),
+        ({"rope_scaling": "yarn"}, "rope_scaling must be an object or null, got 'yarn'"),
+        ({"rope_parameters": {"rope_theta": 5.0}}, "rope_theta is 10000 in one place and 5.0 in another; make them agree"),
+        ({"rope_parameters": {"type": "yarn", "factor": 2.0}}, "rope_scaling is {.* in one place and {.* in another; make them agree"),
+        ({"hidden_size": "wide"}, "hidden_size: Input should be a valid integer.*got 'wide'"),
+        ({"hidden_size": "7168"}, "hidden_size: Input should be a valid integer.*got '7168'"),
+        ({"num_hidden_layers": True}, "num_hidden_layers: Input should be a valid integer.*got True"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob: Input should be a valid boolean.*got 1"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps: Input should be a valid number.*got '1e-6'"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps: Input should be greater than 0.*got -1e-06"),
+        ({"rope_theta": float("nan")}, "cannot be written as JSON again: Out of range float values are not JSON compliant"),
+        ({"architectures": [float("inf")]}, "cannot be written as JSON again"),
+        ({"_name_or_path": "\ud800"}, "cannot be written as JSON again"),
+        ({"hidden_size": 10**12}, "hidden_size: Input should be less than or equal to 1048576, got 1000000000000"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: Input should be less than or equal to 1024, got 1000000000"),
+        ({"n_routed_experts": 16384}, "59 layers of n_routed_experts 16384 exceed 262144 experts in all"),
+        ({"bos_token_id": -1}, "bos_token_id: Input should be greater than or equal to 0, got -1"),
+        ({"eos_token_id": []}, r"eos_token_id must be a token's id or several, got \[\]"),
+        ({"eos_token_id": [1, True]}, r"eos_token_id must be a token's id or several, got \[1, True\]"),
+        ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers 2 is not supported; 0 or 1 is"),
+    ],
+)
+def test_a_config_json_of_other_mathematics_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SlingshotError, match=f"^here/config.json.*{message}") as refused:
+        ModelConfig.from_hf(DEEPSEEK_V3 | changes, "here/config.json")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        ("llama", {"attention_bias": True}, "attention_bias true is not supported for llama; false is"),
+        ("qwen3", {"attention_bias": True}, "attention_bias true is not supported for qwen3; false is"),
+        ("qwen2", {"attention_bias": False}, "attention_bias false is not supported for qwen2; true is"),
+        ("llama", {"mlp_bias": True}, "mlp_bias true is not supported; false is"),
+        ("llama", {"kv_lora_rank": 16}, "unknown key 'kv_lora_rank' could change"),
+        ("llama", {"rope_interleaved": True}, "rope_interleaved true is not supported; false is"),
+        ("mistral", {}, "sliding_window 4096 is not supported; null is"),  # where config.json is silent, transformers slides
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 16}, "use_sliding_window true is not supported; false is"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types \['full_.* is not supported; 'full_attention' in every"),
+        ("llama", {"num_key_value_heads": 0}, "num_key_value_heads must be at least 1 or null, got 0"),
+        ("llama", {"head_dim": False}, "head_dim must be at least 1 or null, got false"),
+        ("llama", {"num_attention_heads": 5}, "hidden_size 32 must divide evenly into num_attention_heads 5, or head_dim be given"),
+        ("llama", {"rope_scaling": {"type": "llama3", "factor": 8.0, "beta_fast": 3}}, "rope_scaling.beta_fast 3 is not supported; rope_type llama3"),
+    ],
+)
+def test_a_dense_config_json_of_other_mathematics_is_refused(model_type: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SlingshotError, match=f"^here/config.json: {message}"):
+        ModelConfig.from_hf(LLAMA | {"model_type": model_type} | changes, "here/config.json")
+
+
+@pytest.mark.parametrize(
+    ("raw", "gone"),
+    [
+        (LLAMA, ["hidden_size", "num_hidden_layers"]),
+        (DEEPSEEK_V3, ["kv_lora_rank", "vocab_size"]),
+        # readers take these for other values than 0 or null where config.json is silent
+        (DEEPSEEK_V3, ["n_group", "q_lora_rank"]),
+    ],
+)
+def test_missing_keys_are_all_named(raw: dict[str, Any], gone: list[str]) -> None:
+    with pytest.raises(SlingshotError, match=f"^here: no {', '.join(gone)}; is it a whole config.json[?]$"):
+        ModelConfig.from_hf({key: value for key, value in raw.items() if key not in gone}, "here")
+
+
+@pytest.mark.parametrize("raw", [None, [], "llama", 3])
+def test_what_is_no_object_is_no_config(raw: Any) -> None:
+    with pytest.raises(SlingshotError, match=r"^here does not hold a JSON object$"):
+        ModelConfig.from_hf(raw, "here")
+
+
+def test_a_key_full_of_control_characters_is_printed_without_them() -> None:
+    with pytest.raises(SlingshotError) as refused:
+        ModelConfig.from_hf(DEEPSEEK_V3 | {"rope_scaling": {"type": "yarn", "\x1b[2J\nfactor": 1}})
+    with pytest.raises(SlingshotError) as refused_too:
+        ModelConfig.parse({"family": "dense", "\x1b[2J\nhidden_size": 1}, "model")
+    assert str(refused.value).isprintable() and str(refused_too.value).isprintable()
+
+
+JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 300), st.sampled_from([0, -1, 10**9, 10**12, 10**400, 2**64, 1e308, -0.0, 1e-30, 0.5, 1.5]),
+    st.floats(), st.text(max_size=8), st.sampled_from(["7168", "null", "yarn", "fp8", "llama3", "\ud800", "\x1b[0m\n"]),
+    st.lists(st.integers(-1, 3), max_size=3), st.dictionaries(st.sampled_from(["type", "factor", "quant_method"]), st.integers(), max_size=2),
+)  # fmt: skip
+EXTRA_KEYS = ["head_dim", "rope_parameters", "layer_types", "mlp_bias", "dtype", "qk_head_dim", "sliding_window", "attention_bias", "extra", "family"]
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> dict[str, Any]:
+    """A published config.json, some of whose values are missing, replaced or joined by others, within its tables too."""
+    raw = copy.deepcopy(draw(st.sampled_from(PUBLISHED)))
+    for _ in range(draw(st.integers(1, 3))):
+        table = draw(st.sampled_from([raw, raw, *(value for value in raw.values() if isinstance(value, dict))]))
+        key = draw(st.sampled_from(sorted(table)) if table and draw(st.integers(0, 3)) else st.sampled_from(EXTRA_KEYS) | st.text(max_size=5))
+        if draw(st.integers(0, 5)):
+            table[key] = draw(JUNK)
+        else:
+            table.pop(key, None)
+    return raw
+
+
+PUBLISHED = [json.loads((PRESETS / f"{name}.json").read_text()) for name in presets()]
+
+
+@settings(derandomize=True, deadline=None, max_examples=1500)
+@given(raw=mutated())
+def test_any_config_json_is_read_or_refused_in_one_line(raw: dict[str, Any]) -> None:
+    """And what is read can be counted and written, and reads the same again."""
+    try:
+        config = ModelConfig.from_hf(raw, "here")
+    except SlingshotError as error:
+        assert str(error).startswith("here") and "\n" not in str(error) and "\x1b" not in str(error) and len(str(error)) < 500
+        return
+    written = json.loads(json.dumps(config.to_hf(), allow_nan=False))
+    assert same(ModelConfig.from_hf(written), config) and ModelConfig.from_hf(written).to_hf() == written
+    assert config.n_moe_layers >= 0 and config.qk_head_dim > 0 and cache_bytes_per_token(config) > 0
+    assert 0 < parameters(config).active <= parameters(config).total
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("deepseek", {"hidden_size": 0}, ".hidden_size: Input should be greater than or equal to 1, got 0"),
+        ("deepseek", {"num_attention_heads": -2}, ".num_attention_heads: Input should be greater than or equal to 1, got -2"),
+        ("deepseek", {"kv_lora_rank": 0}, ": kv_lora_rank must be at least 1 for deepseek_v3"),
+        ("deepseek", {"q_lora_rank": 0}, ".q_lora_rank: Input should be greater than or equal to 1, got 0"),
+        ("deepseek", {"qk_rope_head_dim": 5}, ": qk_rope_head_dim 5 must be even: rotary embeddings turn pairs"),
+        ("deepseek", {"n_routed_experts": 0}, ": n_routed_experts and moe_intermediate_size must be at least 1 unless first_k_dense_replace"),
+        ("deepseek", {"n_group": 3}, ": n_routed_experts 8 must divide evenly into n_group 3"),
+        ("deepseek", {"n_group": 8, "topk_group": 4}, ": a group needs at least 2 experts"),
+        ("deepseek", {"topk_group": 5}, ": topk_group 5 must be between 1 and n_group 4"),
+        ("deepseek", {"num_experts_per_tok": 5}, ": num_experts_per_tok 5 must be between 1 and the 4 experts of topk_group groups"),
+        ("deepseek", {"n_shared_experts": -1}, ".n_shared_experts: Input should be greater than or equal to 0, got -1"),
+        ("deepseek", {"first_k_dense_replace": -1}, ".first_k_dense_replace: Input should be greater than or equal to 0, got -1"),
+        ("dense", {"num_key_value_heads": 3}, ": num_attention_heads 4 must divide evenly into num_key_value_heads 3"),
+        ("dense", {"num_key_value_heads": -1}, ".num_key_value_heads: Input should be greater than or equal to 0, got -1"),
+        ("dense", {"head_dim": 5}, ": head_dim 5 must be even"),
+        ("dense", {"vocab_size": 0}, ".vocab_size: Input should be greater than or equal to 1, got 0"),
+        ("dense", {"rope_theta": 1.0}, ": rope_theta 1.0 must be greater than 1"),
+        ("dense", {"attention_bias": True, "qk_norm": True}, ": attention_bias .* and qk_norm .* exclude each other"),
+    ],
+)
+def test_an_impossible_shape_is_named(request: pytest.FixtureRequest, family: str, changes: dict[str, Any], message: str) -> None:
+    values = request.getfixturevalue(family)().model_dump() | changes
+    with pytest.raises(SlingshotError, match=f"^model{message}") as refused:
+        ModelConfig.parse(values, "model")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_misspelt_key_is_named_with_its_neighbour(deepseek: Config) -> None:
+    with pytest.raises(SlingshotError, match=r"^base\.model\.hiden_size: unknown key; did you mean hidden_size\?$"):
+        ModelConfig.parse({**deepseek().model_dump(), "hiden_size": 3}, "base.model")
+    with pytest.raises(SlingshotError, match=r"^task\.zzz: unknown key; known keys: name, weight, params$"):
+        TaskConfig.parse({"name": "arithmetic", "zzz": 1}, "task")
+    with pytest.raises(SlingshotError, match=r"^task\.name: Field required$"):
+        TaskConfig.parse({}, "task")
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "key"),
+    [(StageConfig, {"seed": -1}, "seed"), (StageConfig, {"threads": -1}, "threads"), (StageConfig, {"price": -0.5}, "price")]
+    + [(TaskConfig, {"name": "x", "weight": weight}, "weight") for weight in (0.0, -1.0)],
+)
+def test_numbers_without_a_meaning_are_refused(kind: type[StageConfig], values: dict[str, Any], key: str) -> None:
+    with pytest.raises(SlingshotError, match=f"^it.{key}: Input should be greater than .*, got"):
+        kind.parse(values, "it")
+
+
+def test_a_misspelt_key_is_compared_with_those_of_its_own_table(deepseek: Config) -> None:
+    """Also within an optional table and within a list."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fest": 3.0}
+    with pytest.raises(SlingshotError, match=r"^model\.rope_scaling\.beta_fest: unknown key; did you mean beta_fast\?$"):
+        ModelConfig.parse({**deepseek().model_dump(), "rope_scaling": rope}, "model")
+
+    class Config(StageConfig):
+        tasks: list[TaskConfig] = []
+
+    with pytest.raises(SlingshotError, match=r"^rl\.tasks\.1\.wieght: unknown key; did you mean weight\?$"):
+        Config.parse({"tasks": [{"name": "a"}, {"name": "b", "wieght": 1}]}, "rl")
+
+
+def test_configs_are_frozen(dense: Config) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        dense().hidden_size = 3  # type: ignore[misc]

@@ -1,0 +1,404 @@
+"""Recipes: what is refused before anything runs, what runs again and why, and how a run ends."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import slingshot.recipe.report
+from slingshot.base.errors import SlingshotError
+from slingshot.base.files import read_json
+from slingshot.cost.receipt import Receipt
+from slingshot.recipe import recipe
+from slingshot.recipe.recipe import Recipe, apply_override, parse_override
+
+FAKES = Path(__file__).with_name("fake_stages.py")
+
+TEXT = """
+[defaults]
+lr = 0.5
+
+[base]
+stage = "pretrain"
+shape.width = 4
+
+[picks]
+stage = "sample"
+model = "@base"
+
+[tuned]
+stage = "sft"
+lr = 0.25
+data = ["@picks", "@base"]
+flops = { flops_of = "base", times = 3 }
+
+[evaluation]
+text = "test"
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def built() -> Iterator[list[Path]]:
+    """Stages that do next to nothing; gives the runs whose reports were built."""
+    spec = importlib.util.spec_from_file_location("fake_stages", FAKES)
+    assert spec and spec.loader
+    fakes = importlib.util.module_from_spec(spec)
+    reports: list[Path] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "fake_stages", fakes)
+        spec.loader.exec_module(fakes)
+        patch.setattr(recipe, "stage_module", fakes.stage_module)
+        patch.setattr(recipe, "PROGRAM", [str(FAKES)])
+        patch.setattr(slingshot.recipe.report, "build", reports.append)
+        yield reports
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., Recipe]:
+    def write_and_load(text: str = TEXT, *overrides: str, seed: int | None = None) -> Recipe:
+        (tmp_path / "three.toml").write_text(text)
+        return Recipe.load(str(tmp_path / "three.toml"), overrides, seed)
+
+    return write_and_load
+
+
+@pytest.fixture(scope="module")
+def finished(built: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "three.toml").write_text(TEXT)
+    recipe.run(Recipe.load(str(folder / "three.toml")), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def out(finished: Path, tmp_path: Path) -> Path:
+    """A run of TEXT with every stage finished."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def refusal(work: Callable[[], object]) -> str:
+    with pytest.raises(SlingshotError) as refused:
+        work()
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+# Reading
+
+
+def test_stages_come_in_order_with_defaults_and_evaluations(load: Callable[..., Recipe]) -> None:
+    loaded = load()
+    assert loaded.name == "three"
+    assert [stage.name for stage in loaded.stages] == ["base", "base.evaluation", "picks", "tuned", "tuned.evaluation"]
+    assert [stage.kind for stage in loaded.stages] == ["pretrain", "evaluate", "sample", "sft", "evaluate"]
+    values = {stage.name: stage.values for stage in loaded.stages}
+    assert values["base"] == {"lr": 0.5, "shape": {"width": 4}}
+    assert values["tuned"]["lr"] == 0.25
+    assert values["tuned.evaluation"] == {"lr": 0.5, "text": "test", "model": "@tuned"}
+    assert {stage.name: stage.folder for stage in loaded.stages}["tuned.evaluation"] == "evaluations/tuned"
+    assert loaded.stages[3].parents == ["picks", "base"]
+
+
+def test_a_stage_changes_or_leaves_out_its_evaluation(load: Callable[..., Recipe]) -> None:
+    loaded = load(TEXT.replace("shape.width = 4", 'evaluation = { text = "own" }').replace("lr = 0.25", "evaluation = false"))
+    assert [stage.name for stage in loaded.stages] == ["base", "base.evaluation", "picks", "tuned"]
+    assert loaded.stages[1].values["text"] == "own"
+
+
+def test_overrides_and_seed(load: Callable[..., Recipe]) -> None:
+    loaded = load(TEXT, "base.shape.width=16", "tuned.lr=1e-4", "defaults.lr=2", "evaluation.text=harder", seed=7)
+    values = {stage.name: stage.values for stage in loaded.stages}
+    assert values["base"] == {"lr": 2, "shape": {"width": 16}, "seed": 7}
+    assert values["tuned"]["lr"] == 1e-4
+    assert values["base.evaluation"]["text"] == "harder"
+    assert all(stage.values["seed"] == 7 for stage in loaded.stages)
+
+
+def test_until_includes_the_stage_and_its_evaluation(load: Callable[..., Recipe]) -> None:
+    loaded = load()
+    assert [stage.name for stage in loaded.until("base")] == ["base", "base.evaluation"]
+    assert [stage.name for stage in loaded.until("picks")] == ["base", "base.evaluation", "picks"]
+    assert loaded.until(None) == loaded.stages
+    assert "did you mean tuned?" in refusal(lambda: loaded.until("tune"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("lr = 0.25", "lrr = 0.25"), "tuned.lrr: unknown key; did you mean lr?"),
+        (("shape.width = 4", "shape.widht = 4"), "base.shape.widht: unknown key"),
+        (("shape.width = 4", 'shape.width = "broad"'), "base.shape.width"),
+        (('text = "test"', "txt = 1"), "base.evaluation.txt: unknown key; did you mean text?"),
+        (("lr = 0.5", "leaning_rate = 0.5"), "defaults.leaning_rate: no stage"),
+        (('"@picks"', '"@pick"'), "tuned: no earlier stage 'pick' to refer to; did you mean picks?"),
+        (("shape.width = 4", 'model = "@tuned"'), "base: no earlier stage 'tuned' to refer to; [tuned] comes later; move it up"),
+        (('flops_of = "base"', 'flops_of = "bas"'), "tuned: no earlier stage 'bas' to refer to; did you mean base?"),
+        (('flops_of = "base"', "flops_of = 3"), "tuned.flops: a number from a receipt is written"),
+        (("times = 3", "time = 3"), "tuned.flops: a number from a receipt is written"),
+        (('stage = "sft"', 'stage = "stf"'), "[tuned] stage = 'stf' is no kind of stage; did you mean sft?"),
+        (('stage = "sft"', ""), "[tuned] has no stage"),
+        (("[picks]", "[evaluations]"), "[evaluations] cannot name a stage"),
+        (("[picks]", '["../picks"]'), "[../picks] cannot name a stage"),
+        (("lr = 0.25", "evaluation = 3"), "tuned.evaluation: must be a table"),
+        (("[defaults]", "lr = 3\n[defaults]"), "lr stands outside a table"),
+        (("[base]", "[base"), "not valid TOML"),
+        ((TEXT, "[evaluation]\n"), "has no stages"),
+    ],
+)
+def test_what_is_wrong_is_refused_by_name(load: Callable[..., Recipe], change: tuple[str, str], message: str) -> None:
+    assert change[0] in TEXT
+    assert message in refusal(lambda: load(TEXT.replace(*change)))
+
+
+def test_recipes_that_are_not_there(tmp_path: Path) -> None:
+    assert "did you mean micro?" in refusal(lambda: Recipe.load("mirco"))
+    assert str(tmp_path / "none.toml") in refusal(lambda: Recipe.load(str(tmp_path / "none.toml")))
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8" in refusal(lambda: Recipe.load(str(tmp_path / "binary.toml")))
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "value"),
+    [
+        ("rl.lr=1e-4", ["rl", "lr"], 1e-4),
+        ("steps=3", ["steps"], 3),
+        ("rl.task=arithmetic", ["rl", "task"], "arithmetic"),
+        ("rl.task='a b'", ["rl", "task"], "a b"),
+        ("rl.model=@base", ["rl", "model"], "@base"),
+        ("a.b.c=[1, 2]", ["a", "b", "c"], [1, 2]),
+        ("keep=true", ["keep"], True),
+        ("formula=a=b", ["formula"], "a=b"),
+        ("text=1\nother = 2", ["text"], "1\nother = 2"),
+        ("text=", ["text"], ""),
+    ],
+)
+def test_override_values_are_toml_or_text(text: str, path: list[str], value: object) -> None:
+    assert parse_override(text) == (path, value)
+
+
+@given(st.text(max_size=20))
+@settings(derandomize=True, deadline=None)
+def test_any_value_of_an_override_is_read(value: str) -> None:
+    path, read = parse_override(f"key={value}")
+    assert path == ["key"]
+    assert read == value or not isinstance(read, str) or value.strip()[:1] in "'\""
+
+
+def test_overrides_that_fit_nowhere(load: Callable[..., Recipe]) -> None:
+    assert "key=value" in refusal(lambda: parse_override("lr"))
+    assert "key=value" in refusal(lambda: parse_override("rl..lr=3"))
+    assert "STAGE.KEY=VALUE" in refusal(lambda: load(TEXT, "lr=3"))
+    assert "did you mean tuned?" in refusal(lambda: load(TEXT, "tunde.lr=3"))
+    assert "lr is no table" in refusal(lambda: apply_override({"lr": 3}, "lr.x=1"))
+
+
+# Running
+
+
+def states(output: str) -> dict[str, str]:
+    """The last word of the runner on each stage: done or skipped."""
+    lines = [line.split(" ", 1)[1] for line in output.splitlines() if line.startswith("[")]
+    return {name: said.split(" ")[0] for name, said in (line.split(": ", 1) for line in lines)}
+
+
+def test_run_makes_every_artifact_and_then_skips_all(
+    load: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str], built: list[Path]
+) -> None:
+    out = tmp_path / "run"
+    built.clear()
+    recipe.run(load(), out)
+    said = capsys.readouterr()
+    assert set(states(said.err).values()) == {"done"}
+    assert re.search(r"^\[3/3\] tuned: done in \d+s; loss 0.250, 1.5k tokens, 15 FLOPs$", said.err, re.MULTILINE)
+    assert "sums pass@1 50.0% (40.0% to 60.0%)" in said.err
+    assert "supervised fine-tuning (from picks, base)" in said.err
+    assert "What is 2+2?" in said.out and "two and two" in said.out and "1+1" not in said.out
+    assert f"report: {out / 'report.html'}" in said.out
+    assert "\x1b" not in said.err + said.out
+    assert len(built) == 6 and set(built) == {out}  # after each of five, and at the end
+    assert Receipt.read(out / "tuned").flops == 15  # three times what base cost
+    assert [parent.path for parent in Receipt.read(out / "tuned").parents] == [str(out / "picks"), str(out / "base")]
+    assert Receipt.read(out / "evaluations" / "tuned").config["model"] == str(out / "tuned")
+    listed = read_json(out / "recipe.json")
+    assert listed["name"] == "three"
+    assert [(stage["name"], stage["kind"]) for stage in listed["stages"]] == [("base", "pretrain"), ("picks", "sample"), ("tuned", "sft")]
+
+    recipe.run(load(), out)
+    said = capsys.readouterr()
+    assert set(states(said.err).values()) == {"skipped"}
+    assert "skipped (unchanged)" in said.err and "What is 2+2?" in said.out
+
+
+def test_a_changed_key_runs_its_stage_and_what_came_of_it_again(load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe.run(load(TEXT, "picks.lr=0.75"), out)
+    said = capsys.readouterr().err
+    assert "picks is stale: lr 0.5 -> 0.75" in said
+    assert "tuned is stale: its parent picks runs again" in said
+    assert states(said) == {"base": "skipped", "base.evaluation": "skipped", "picks": "done", "tuned": "done", "tuned.evaluation": "done"}
+
+
+def test_a_parent_that_ends_the_same_leaves_its_children_standing(load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe.run(load(TEXT, "picks.text=other"), out)  # text does not show in what the stage makes
+    assert states(capsys.readouterr().err)["tuned"] == "skipped"
+
+
+def test_a_parent_changed_from_outside_is_noticed(load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    receipt = read_json(out / "picks" / "receipt.json")
+    (out / "picks" / "receipt.json").write_text(json.dumps(receipt | {"digest": "0" * 16}))
+    recipe.run(load(), out)
+    said = capsys.readouterr().err
+    assert "tuned is stale: its parent picks changed" in said
+    assert states(said)["picks"] == "skipped" and states(said)["tuned"] == "done"
+
+
+def test_a_cost_that_changed_makes_stale_what_takes_its_number_from_it(load: Callable[..., Recipe], out: Path) -> None:
+    recipe.run(load(TEXT, "base.flops=7"), out)
+    assert Receipt.read(out / "tuned").flops == 21
+
+
+def test_price_and_place_make_nothing_stale(
+    load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(out.parent)  # and `out` is a copy of the run that was made elsewhere
+    recipe.run(load(TEXT, "defaults.price=2.5"), Path(out.name))
+    assert set(states(capsys.readouterr().err).values()) == {"skipped"}
+
+
+def test_another_kind_of_stage_under_the_same_name_is_stale(load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe.run(load(TEXT.replace('"sft"', '"rl"')), out)
+    assert "tuned is stale: stage sft -> rl" in capsys.readouterr().err
+
+
+def test_a_torchrun_of_two_processes_is_asked_for(load: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def refuse_to_start(command: list[str], lock: int) -> int:
+        commands.append(command)
+        return 2
+
+    monkeypatch.setattr(recipe, "_supervise", refuse_to_start)
+    with pytest.raises(SystemExit):
+        recipe.run(load(), tmp_path / "run", processes=2)
+    assert commands[0][1:7] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(FAKES)]
+    assert commands[0][7:9] == ["stage", "pretrain"]
+
+
+# How a run ends badly
+
+
+def test_a_stage_that_refuses_ends_the_run_with_its_own_line(load: Callable[..., Recipe], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        recipe.run(load(TEXT, "picks.do=refuse"), tmp_path / "run")
+    assert ended.value.code == 2
+    said = capfd.readouterr().err
+    assert "slingshot: no such luck; try again\n" in said and "Traceback" not in said
+    assert (tmp_path / "run" / "base").exists() and not (tmp_path / "run" / "picks").exists()
+
+
+def test_a_stage_that_crashes_or_is_killed_is_named(load: Callable[..., Recipe], tmp_path: Path) -> None:
+    assert "picks: its process ended with code 1" in refusal(lambda: recipe.run(load(TEXT, "picks.do=crash"), tmp_path / "run"))
+    assert "picks: its process was killed by SIGKILL" in refusal(lambda: recipe.run(load(TEXT, "picks.do=vanish"), tmp_path / "run"))
+
+
+def test_folders_of_others_are_left_alone(load: Callable[..., Recipe], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    (out / "base").mkdir(parents=True)
+    (out / "base" / "thesis.txt").write_text("years of work")
+    assert f"{out / 'base'} is in the way" in refusal(lambda: recipe.run(load(), out))
+    assert (out / "base" / "thesis.txt").exists()
+    (out / "recipe.json").write_text(json.dumps({"name": "tiny", "stages": []}))
+    assert "holds a run of the recipe tiny" in refusal(lambda: recipe.run(load(), out))
+
+
+def test_an_unwritable_place_is_named(load: Callable[..., Recipe], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert f"cannot write {tmp_path / 'file' / 'run'}" in refusal(lambda: recipe.run(load(), tmp_path / "file" / "run"))
+
+
+# Signals: a runner of its own process
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    (tmp_path / "three.toml").write_text(TEXT)
+    runners: list[subprocess.Popen[str]] = []
+
+    def start_runner(*overrides: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(FAKES), "run", str(tmp_path / "three.toml"), *overrides, "--out", str(tmp_path / "run")]
+        runners.append(subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True))
+        return runners[-1]
+
+    yield start_runner
+    for runner in runners:
+        runner.kill()
+        runner.communicate()
+
+
+def wait_for(what: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "what the test waits for did not happen"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # A process that ended and was not waited for by its new parent yet is a zombie.
+    return not Path(f"/proc/{pid}/stat").exists() or ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_stage_saves_and_the_same_command_goes_on(start: Callable[..., subprocess.Popen[str]], tmp_path: Path, number: int) -> None:
+    partial = tmp_path / "run" / "tuned.partial"
+    runner = start("tuned.do=wait")
+    wait_for((partial / "pid").exists)
+    runner.send_signal(number)
+    said = runner.communicate(timeout=20)[1]
+    assert runner.returncode == 130
+    assert said.splitlines()[-1] == "slingshot: stopped and saved; the same command goes on from here"
+    assert said.count("slingshot:") == 1 and "Traceback" not in said
+    assert (partial / "saved").exists()
+
+    (tmp_path / "run" / "go").touch()
+    runner = start("tuned.do=wait")
+    said = runner.communicate(timeout=20)[1]
+    assert runner.returncode == 0
+    assert states(said) == {"base": "skipped", "base.evaluation": "skipped", "picks": "skipped", "tuned": "done", "tuned.evaluation": "done"}
+    assert "going on where it stopped" in said
+
+
+def test_a_killed_runner_leaves_no_stage_running(start: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    runner = start("base.do=wait")
+    mark = tmp_path / "run" / "base.partial" / "pid"
+    wait_for(mark.exists)
+    pid = int(mark.read_text())
+    assert alive(pid)
+    runner.kill()
+    wait_for(lambda: not alive(pid))
+    (tmp_path / "run" / "go").touch()
+    assert start("base.do=wait").wait(timeout=20) == 0
+
+
+def test_two_runs_do_not_share_a_folder(start: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    start("base.do=wait")
+    wait_for((tmp_path / "run" / "base.partial" / "pid").exists)
+    second = start("base.do=wait")
+    said = second.communicate(timeout=20)[1]
+    assert second.returncode == 2
+    assert f"another slingshot is running in {tmp_path / 'run'}" in said

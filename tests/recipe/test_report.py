@@ -1,0 +1,333 @@
+"""report.py on a made-up run that looks like a real one: nine stages, two tasks, curves that fall and rise, a hostile completion."""
+
+from __future__ import annotations
+
+import math
+import random
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from slingshot.base.errors import SlingshotError
+from slingshot.base.files import read_json, write_json, write_jsonl
+from slingshot.cost.receipt import Parent, Receipt
+from slingshot.cost.workload import KERNEL_SECONDS, TRAINING_KERNELS, forward_kernels
+from slingshot.machine.machine import Machine
+from slingshot.model.config import ModelConfig
+from slingshot.recipe import report
+
+MODEL = ModelConfig(
+    family="deepseek_v3", vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, kv_lora_rank=32,
+    qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32, moe_intermediate_size=96, n_routed_experts=16, n_shared_experts=1,
+    num_experts_per_tok=4, first_k_dense_replace=1, num_nextn_predict_layers=1,
+)  # fmt: skip
+
+# name, kind, parents, seconds, tokens, TFLOP, arithmetic pass@1, countdown pass@1, tokens a response, share in format
+STAGES: list[tuple[str, str, list[str], float, int, float, float, float, float, float]] = [
+    ("pretrain", "pretrain", [], 291.0, 9_800_000, 112.0, 0.612, 0.088, 5.1, 0.914),
+    ("zero", "rl", ["pretrain"], 154.0, 1_620_000, 41.0, 0.874, 0.142, 21.7, 0.998),
+    ("cold_start", "sft", ["pretrain"], 21.0, 310_000, 4.1, 0.806, 0.171, 38.0, 0.981),
+    ("rl", "rl", ["cold_start"], 148.0, 2_100_000, 47.0, 0.938, 0.236, 41.3, 0.997),
+    ("sample", "sample", ["rl"], 34.0, 640_000, 9.0, 0, 0, 0, 0),
+    ("sft", "sft", ["pretrain", "sample"], 40.0, 720_000, 9.6, 0.921, 0.228, 40.2, 0.996),
+    ("rl_final", "rl", ["sft"], 150.0, 2_080_000, 46.0, 0.966, 0.264, 42.9, 0.999),
+]
+HOSTILE = "<script>alert(1)</script><b>7</b> & {{ 7 * 7 }}"
+
+
+def make_run(run: Path, finished: int = len(STAGES)) -> Path:
+    """A run's folder in which the first `finished` stages are done."""
+    rng = random.Random(0)
+    write_json(run / "recipe.json", {"name": "tiny", "stages": [{"name": s[0], "kind": s[1], "config": {"seed": 0}} for s in STAGES]})
+    machine = Machine(cpu="AMD EPYC", cores=2, memory_bytes=24 * 2**30, threads=2, torch="2.13.0")
+
+    def receipt(name: str, kind: str, parents: list[str], seconds: float, tokens: int, flops: float) -> Receipt:
+        return Receipt(
+            stage=kind, name=name, config={"seed": 0}, parents=[Parent(path=f"runs/tiny/{parent}", digest="0" * 16) for parent in parents],
+            digest="1" * 16, tokens=tokens, flops=flops, flops_by_part={"training": flops}, seconds=seconds, peak_memory_bytes=1_310_000_000,
+            mfu=flops / seconds / 9e11, money=None, machine=machine, version="0.1.0",
+        )  # fmt: skip
+
+    for name, kind, parents, seconds, tokens, tflop, arithmetic, countdown, length, form in STAGES[:finished]:
+        receipt(name, kind, parents, seconds, tokens, tflop * 1e12).write(run / name)
+        write_jsonl(run / name / "metrics.jsonl", _metrics(kind, name, rng))
+        if kind == "sample":
+            continue
+        write_json(run / name / "config.json", MODEL.to_hf())
+        tasks = {}
+        for task, share in (("arithmetic", arithmetic), ("countdown", countdown)):
+            half = 1.96 * math.sqrt(share * (1 - share) / 500)
+            tasks[task] = {
+                "pass@1": share, "ci95": [share - half, share + half], "pass@8": None, "mean_tokens": length * (1 + (task == "countdown")),
+                "format": form, "language": 0.97, "n": 500, "prompt_form": "chat", "samples_per_problem": 1,
+            }  # fmt: skip
+        write_json(run / "evaluations" / name / "evaluation.json", {"tasks": tasks, "examples": _examples(name)})
+        receipt(name, "evaluate", [name], 12.0, 30_000, 0.4e12).write(run / "evaluations" / name)
+    return run
+
+
+def _metrics(kind: str, name: str, rng: random.Random) -> list[dict[str, Any]]:
+    def noise(scale: float) -> float:
+        return rng.gauss(0, scale)
+
+    if kind == "pretrain":
+        return [
+            {
+                "step": step, "loss": 0.78 + 5.4 * math.exp(-step / 45) + 0.5 * math.exp(-step / 400) + noise(0.03),
+                "mtp_loss": 1.32 + 4.9 * math.exp(-step / 60) + 0.6 * math.exp(-step / 400) + noise(0.04),
+                "expert_load": [1.1 + 2.2 * math.exp(-step / 90) + abs(noise(0.06)) for _ in range(4)],
+            }
+            for step in range(1, 1201)
+        ]  # fmt: skip
+    if kind == "sft":
+        return [{"step": step, "loss": 0.3 + (0.9 if name == "cold_start" else 0.5) * math.exp(-step / 20) + noise(0.02)} for step in range(1, 120)]
+    if kind == "rl":
+        start, end, short = {"zero": (0.5, 0.9, 6.0), "rl": (0.78, 0.94, 38.0), "rl_final": (0.9, 0.97, 40.0)}[name]
+        return [
+            {
+                "step": step, "reward": end - (end - start) * math.exp(-step / 18) + noise(0.025),
+                "entropy": 0.08 + 0.3 * math.exp(-step / 25) + noise(0.01),
+                "response_tokens": short + (22 - short if name == "zero" else 4) * (1 - math.exp(-step / 25)) + noise(0.7),
+                "kl": 0.02 * (1 - math.exp(-step / 30)) + abs(noise(0.002)), "pass_rate": 0.5,
+            }
+            for step in range(1, 61)
+        ]  # fmt: skip
+    return []
+
+
+def _examples(stage: str) -> dict[str, list[dict[str, Any]]]:
+    def example(prompt: str, answer: str, reasoning: str | None, response: str, correct: bool) -> dict[str, Any]:
+        return {"prompt": prompt, "answer": answer, "completion": response, "reasoning": reasoning, "response": response, "correct": correct}
+
+    steps = "7 minus 2 is 5, 5 plus 9 is 14, 14 minus 8 is 7, no, 6, 6 plus 4 is 10"
+    tired = "8 plus 7 is 15, 15 minus 9 is 6, 6 plus 6 is 12, 12 minus 5 is 7, 7 plus 3 is 9"
+    base, early = stage == "pretrain", stage in {"pretrain", "zero"}
+    countdown = HOSTILE if base else "9*3-5" if early else "3*5+9"
+    return {
+        "arithmetic": [
+            example("What is 7-2+9-8+4?", "10", None if base else steps, "11" if base else "10", not base),
+            example("5+3-1-6+2はいくつ?", "3", None if base else "5足す3は8、8引く1は7、7引く6は1、1足す2は3", "3", True),
+            example("What is 8+7-9+6-5+3-2+8?", "16", None if base else tired, "15", False),
+        ],
+        "countdown": [
+            example("Make 24 from 3, 5, 9.", "3*5+9", None if base else "3*5=15, 15+9=24", countdown, not early),
+        ],
+    }
+
+
+class Reader(HTMLParser):
+    """Collects text nodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[str] = []
+
+    def handle_data(self, data: str) -> None:
+        self.pieces.append(data)
+
+
+def text_of(html: str) -> str:
+    """The page as read: text nodes only, so that markup that was escaped shows and markup that was not is missing."""
+    reader = Reader()
+    reader.feed(html)
+    return " ".join(" ".join(reader.pieces).split())
+
+
+def test_report_json_has_the_documented_shape(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "tiny")
+    report.build(run)
+    stages = read_json(run / "report.json")["stages"]
+    assert [stage["name"] for stage in stages] == [stage[0] for stage in STAGES]
+    zero = stages[1]
+    assert zero["kind"] == "rl" and (run / zero["artifact"] / "receipt.json").is_file()
+    assert zero["receipt"] == {"tokens": 1_620_000, "flops": 41e12, "seconds": 154.0, "peak_memory_bytes": 1_310_000_000, "mfu": 41e12 / 154 / 9e11,
+                               "energy_joules": None, "money": None}  # fmt: skip
+    score = zero["eval"]["arithmetic"]
+    assert {"pass@1", "ci95", "pass@8", "mean_tokens", "format", "n"} <= set(score)
+    assert score["pass@1"] == 0.874 and score["pass@8"] is None and score["n"] == 500 and score["ci95"][0] < 0.874 < score["ci95"][1]
+    assert stages[4]["eval"] == {}  # a dataset is not evaluated
+
+
+def test_page_tells_the_story_and_stands_alone(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "tiny")
+    report.build(run)
+    html = (run / "report.html").read_text()
+    text = text_of(html)
+    assert "after rl_final , it solves 96.6% of 500 arithmetic problems" in text and "after pretrain it was 61.2%" in text
+    assert "8.4 × as long a response: 5 tokens became 43" in text
+    assert "15 min 10 s" in text  # 838 s of stages and 6 evaluations of 12 s
+    assert html.count("<svg") == 1 + 6
+    assert "<script" not in html and "http://www.w3.org/2000/svg" in html
+    links = {word.split("/")[2] for word in html.split('"') if word.startswith(("http:", "https:", "//"))}
+    assert links <= {"www.w3.org", "purl.org", "creativecommons.org", "matplotlib.org"}  # names in the SVGs' metadata; nothing is loaded
+    assert not any(tag in html for tag in ("<link", "<img", "<iframe", "@import", "url(http"))
+
+
+def test_charts_are_well_formed_and_take_the_page_colours(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "tiny")
+    report.build(run)
+    html = (run / "report.html").read_text()
+    for piece in html.split("<svg")[1:]:
+        svg = "<svg" + piece.split("</svg>")[0] + "</svg>"
+        ElementTree.fromstring(svg)
+        assert "var(--series-1)" in svg and "#0a0a01" not in svg and "DejaVu" not in svg
+    assert "zero 0." in html  # a curve is labelled where it ends
+
+
+def test_model_text_is_escaped(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "tiny")
+    report.build(run)
+    html = (run / "report.html").read_text()
+    assert HOSTILE in text_of(html)
+
+
+def test_three_problems_show_what_was_learned_and_what_was_not(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "tiny")
+    report.build(run)
+    text = text_of((run / "report.html").read_text())
+    section = text[text.index("Three problems") : text.index("How training went")]
+    assert "What is 7-2+9-8+4? arithmetic · learned on the way · expected 10" in section
+    assert "Make 24 from 3, 5, 9. countdown · learned on the way" in section
+    assert "What is 8+7-9+6-5+3-2+8? arithmetic · still beyond it · expected 16" in section
+    assert section.count("✓") == 5 + 4 and section.count("✗") == 1 + 2 + 6
+
+
+def test_a_weaker_last_stage_does_not_decide_what_was_learned(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "tiny")
+    path = run / "evaluations" / "rl_final" / "evaluation.json"
+    evaluation = read_json(path)
+    evaluation["tasks"]["arithmetic"] |= {"pass@1": 0.4, "ci95": [0.35, 0.45]}
+    evaluation["examples"]["arithmetic"][0]["correct"] = False
+    write_json(path, evaluation)
+    report.build(run)
+    text = text_of((run / "report.html").read_text())
+    assert "What is 7-2+9-8+4? arithmetic · learned on the way" in text
+    assert "after rl , it solves 93.8%" in text
+
+
+def test_a_run_half_done(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "tiny", finished=1)
+    summary = report.build(run)
+    assert [stage["name"] for stage in summary["stages"]] == ["pretrain"]
+    text = text_of((run / "report.html").read_text())
+    assert "through 1 of 7 stages" in text and text.count("has not run yet") == 6
+    assert "as long a response" not in text  # nothing to compare with yet
+
+
+def test_a_run_not_begun(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "tiny", finished=0)
+    assert report.build(run) == {"stages": []}
+    assert (run / "report.html").read_text().count("has not run yet") == 7
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "tiny")
+    report.build(run)
+    first = (run / "report.html").read_bytes()
+    report.build(run)
+    assert (run / "report.html").read_bytes() == first
+
+
+def test_hostile_stage_names_and_missing_values_are_drawn(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "tiny")
+    recipe = read_json(run / "recipe.json")
+    recipe["stages"][1]["name"] = "$\\frac<&"
+    write_json(run / "recipe.json", recipe)
+    (run / "zero").rename(run / "$\\frac<&")
+    (run / "evaluations" / "zero").rename(run / "evaluations" / "$\\frac<&")
+    rows = [{"step": 1, "reward": None}, {"step": 2, "reward": 0.5, "kl": None}, {"step": 3, "reward": 0.75}, {"note": "no step"}]
+    write_jsonl(run / "$\\frac<&" / "metrics.jsonl", rows)
+    report.build(run)
+    assert "$\\frac<& 0.75" in text_of((run / "report.html").read_text())
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "message"),
+    [
+        ("recipe.json", None, "a folder that `slingshot run` wrote"),
+        ("recipe.json", "[]", "JSON object"),
+        ("recipe.json", "{", "not valid JSON"),
+        ("zero/receipt.json", "{}", "receipt.json"),
+        ("evaluations/zero/evaluation.json", '{"tasks": {"arithmetic": {}}}', "pass@1"),
+    ],
+)
+def test_broken_inputs_are_named(tmp_path: Path, path: str, content: str | None, message: str) -> None:
+    run = make_run(tmp_path / "tiny")
+    if content is None:
+        (run / path).unlink()
+    else:
+        (run / path).write_text(content)
+    with pytest.raises(SlingshotError, match=message) as caught:
+        report.build(run)
+    assert str(run / path) in str(caught.value) and "\n" not in str(caught.value)
+    assert not (run / "report.html").exists()
+
+
+def test_labels_are_moved_apart() -> None:
+    assert report._apart([0.1, 0.5, 0.9], gap=0.1) == [0.1, 0.5, 0.9]
+    assert report._apart([0.1, 0.1, 0.1], gap=0.25) == pytest.approx([0.1, 0.35, 0.6])
+    assert report._apart([0.2, 0.95, 0.95], gap=0.25) == pytest.approx([0.2, 0.75, 1.0])
+
+
+def test_points_average_lists_and_long_curves() -> None:
+    rows = [{"step": step, "load": [step, step + 2.0]} for step in range(480)]
+    points = report._points(rows, "load")
+    assert len(points) == report.POINTS and points[0] == (1.0, 1.5) and points[-1] == (479.0, 479.5)
+    assert report._smooth([1.0, 2.0, 6.0]) == [1.0, 2.0, 6.0]
+    assert report._smooth([0.0] * 12 + [3.0] + [0.0] * 12)[11:14] == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (report._duration(0.42), "0.4 s"), (report._duration(59.7), "1 min 00 s"), (report._duration(3725), "1 h 02 min"),
+        (report._count(950), "950"), (report._count(1_234_567), "1.23 M"), (report._count(671.03e9), "671 B"),
+        (report._count(3.1e15, "FLOP"), "3.1 PFLOP"), (report._count(2e9, "FLOP"), "2 GFLOP"),
+        (report._size(1.5 * 2**30), "1.50 GiB"), (report._size(300 * 2**20), "300 MiB"), (report._percent(0.9664), "96.6"),
+        (report._clip("x" * 5000), "x" * 4000 + " …"),
+    ],
+)  # fmt: skip
+def test_numbers_as_people_read_them(shown: str, expected: str) -> None:
+    assert shown == expected
+
+
+def test_matplotlib_is_loaded_only_to_build() -> None:
+    code = "import sys, slingshot.recipe.report; print('matplotlib' in sys.modules, 'torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "False"]
+
+
+def test_the_bill_adds_up_stages_and_evaluations(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "tiny")
+    for number, file in enumerate(sorted(run.rglob("receipt.json"))):
+        receipt = read_json(file)
+        write_json(file, receipt | {"money": 0.25, "energy_joules": 3600.0 if number else None})
+    summary = report.build(run)["bill"]
+    assert (summary["seconds"], summary["tokens"]) == (838 + 6 * 12, 17_270_000 + 180_000)
+    assert (summary["money"], summary["energy_joules"]) == (3.25, 12 * 3600)
+    assert summary["flops"] == pytest.approx(268.7e12 + 2.4e12)
+    text = text_of((run / "report.html").read_text())
+    assert "in all 17.4 M 271 TFLOP 1.22 GiB 12 Wh 3.25" in text and "Of energy only a part is known." in text
+    assert "evaluations evaluate every checkpoint 180 k 2.4 TFLOP 1.22 GiB" in text
+
+
+def test_the_same_recipe_on_an_h100_comes_from_the_plan(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "tiny")
+    away = report.build(run)["bill"]["h100"]
+    # 112 TFLOP of pre-training in 1200 steps: each issues its kernels, which takes longer than the arithmetic at 40% of the peak.
+    config = ModelConfig.from_hf(MODEL.to_hf())
+    assert away["seconds"] > 1200 * TRAINING_KERNELS * forward_kernels(config) * KERNEL_SECONDS
+    assert away["money"] == pytest.approx(away["seconds"] / 3600 * 2.69)
+    assert any("40.0%" in line for line in away["assumptions"]) and any("$2.69" in line for line in away["assumptions"])
+    text = text_of((run / "report.html").read_text())
+    assert "The same recipe on an H100" in text and "A plan, not a measurement." in text and "at $2.69 an hour" in text
+    bare = make_run(tmp_path / "bare")
+    for file in bare.rglob("config.json"):
+        file.unlink()
+    assert report.build(bare)["bill"]["h100"]["seconds"] == 0  # what was trained is not known any more
+    assert "on an H100" not in text_of((bare / "report.html").read_text())

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 import transformers
 
-from slingshot.model.config import ModelConfig
 from slingshot.cost.flops import training_flops
 from slingshot.machine.device import describe_machine, machine_peak
+from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.training.language_model import LossWeights, Rows, language_model_step
 from slingshot.training.optimizer import Optimizer, OptimizerConfig
@@ -97,12 +97,17 @@ def main() -> None:
             losses = [step(batch) for batch in tokens]
             if round_index:  # the first warms up
                 speeds[name].append(STEPS * BATCH * LENGTH / (time.perf_counter() - start))
-                print(f"round {round_index}  {name:20}  {speeds[name][-1]:8,.0f} tokens/s  loss {losses[-1]:.3f}", flush=True)
+                print(
+                    f"round {round_index}  {name:20}  {speeds[name][-1]:8,.0f} tokens/s  loss {losses[-1]:.3f}",
+                    flush=True,
+                )
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     best = max(medians[name] for name in medians if name != "slingshot")
     flops_per_token = training_flops(CONFIG, [LENGTH] * BATCH) / (BATCH * LENGTH)
     result = {
-        "tokens_per_second": {name: {"median": medians[name], "low": min(values), "high": max(values)} for name, values in speeds.items()},
+        "tokens_per_second": {
+            name: {"median": medians[name], "low": min(values), "high": max(values)} for name, values in speeds.items()
+        },
         "ratio_to_best_peer": medians["slingshot"] / best,
         "mfu": medians["slingshot"] * flops_per_token / machine_peak(torch.bfloat16),
         "threads": options.threads,

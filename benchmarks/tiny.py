@@ -46,7 +46,9 @@ def main() -> None:
     if not runs:
         sys.exit("usage: python benchmarks/tiny.py RUN [RUN ...]")
     result: dict[str, Any] = {"runs": sys.argv[1:], "stages": {}, "claims": {}}
-    print(f"| stage | {TASK} pass@1 by seed | mean (95%) | pass@8 | tokens | format | language | countdown pass@1 | FLOPs | seconds |")
+    print(
+        f"| stage | {TASK} pass@1 by seed | mean (95%) | pass@8 | tokens | format | language | countdown pass@1 | FLOPs | seconds |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name in runs[0]:
         stages = [run[name] for run in runs if run.get(name, {}).get("receipt")]
@@ -68,13 +70,23 @@ def main() -> None:
         print(f"| {name} | {score} | {shares} | {flops:.2e} | {took} |")
     print("\n| difference in points of pass@1 | by seed | mean (95%) |\n|---|---|---|")
     for claim, (better, worse) in CLAIMS.items():
-        pairs = [(run[better]["eval"], run[worse]["eval"]) for run in runs if run.get(better, {}).get("eval") and run.get(worse, {}).get("eval")]
+        pairs = [
+            (run[better]["eval"], run[worse]["eval"])
+            for run in runs
+            if run.get(better, {}).get("eval") and run.get(worse, {}).get("eval")
+        ]
         if pairs:
             differences = [100 * (a[TASK]["pass@1"] - b[TASK]["pass@1"]) for a, b in pairs]
             mean, low, high = interval(differences)
             result["claims"][claim] = differences
-            print(f"| {claim} | {', '.join(f'{value:+.1f}' for value in differences)} | {mean:+.1f} ({low:+.1f} to {high:+.1f}) |")
-    growth = [run["zero"]["eval"][TASK]["mean_tokens"] / run["base"]["eval"][TASK]["mean_tokens"] for run in runs if run.get("zero", {}).get("eval")]
+            print(
+                f"| {claim} | {', '.join(f'{value:+.1f}' for value in differences)} | {mean:+.1f} ({low:+.1f} to {high:+.1f}) |"
+            )
+    growth = [
+        run["zero"]["eval"][TASK]["mean_tokens"] / run["base"]["eval"][TASK]["mean_tokens"]
+        for run in runs
+        if run.get("zero", {}).get("eval")
+    ]
     result["claims"]["response length, zero / base"] = growth
     print(f"\nResponses of zero are {', '.join(f'{value:.2f}' for value in growth)} times as long as those of base.")
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

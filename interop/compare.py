@@ -60,7 +60,9 @@ def deviations(ours: Sequence[Forced], theirs: Sequence[Forced]) -> list[float]:
     return [abs(a - b) for a, b in pairs]
 
 
-def assert_same_predictions(ours: Sequence[Forced], theirs: Sequence[Forced], bound: float, median: float | None = None, what: str = "") -> None:
+def assert_same_predictions(
+    ours: Sequence[Forced], theirs: Sequence[Forced], bound: float, median: float | None = None, what: str = ""
+) -> None:
     """Every logprob agrees within `bound` nats, and every greedy token unless our two best are within `bound` of each other.
 
     `median` bounds the median deviation: where rounding now and then sends a token to another expert, it says more than the worst.
@@ -77,18 +79,26 @@ def assert_same_predictions(ours: Sequence[Forced], theirs: Sequence[Forced], bo
         for position, (mine, other, gap) in enumerate(zip(a.greedy, b.greedy, a.gaps, strict=True))
         if mine != other and gap > bound
     ]
-    assert not greedy, f"{figure}; another greedy token at (prompt, position, gap) {greedy[0]} and {len(greedy) - 1} more"
+    assert not greedy, (
+        f"{figure}; another greedy token at (prompt, position, gap) {greedy[0]} and {len(greedy) - 1} more"
+    )
 
 
 def assert_same_continuations(
-    model: Transformer, prompts: Sequence[Sequence[int]], ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]], bound: float
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    ours: Sequence[Sequence[int]],
+    theirs: Sequence[Sequence[int]],
+    bound: float,
 ) -> None:
     """Greedy continuations are the same ids; where one parts from the other, our two best there are within `bound` nats of each other."""
     for number, (prompt, mine, other) in enumerate(zip(prompts, ours, theirs, strict=True)):
         if list(mine) == list(other):
             continue
         common = next((at for at, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b), None)
-        assert common is not None, f"prompt {number}: one continuation ends after {min(len(mine), len(other))} tokens, the other goes on"
+        assert common is not None, (
+            f"prompt {number}: one continuation ends after {min(len(mine), len(other))} tokens, the other goes on"
+        )
         gap = teacher_forced(model, [[*prompt, *mine[: common + 1]]])[0].gaps[-1]
         parted = f"prompt {number}: continuations part at token {common}, where our two best are {gap:.2e} nats apart"
         assert gap <= bound, f"{parted}; the bound is {bound:g}"

@@ -38,8 +38,18 @@ def deepseek(slingshot: Callable[..., None], tmp_path_factory: pytest.TempPathFa
     """deepseek-v3-tiny-576 in float32, pre-trained for a minute: whole sums come out, and its router biases have moved by up to 0.2."""
     root = tmp_path_factory.mktemp("deepseek")
     documents = {"tasks": [TASK], "count": 4000, "styles": {"answer": 0.4, "steps": 0.6}, "template_share": 0.5}
-    run = {"vocab_size": 400, "sequence_length": 64, "batch_size": 16, "micro_batch_size": 16, "steps": 200, "dtype": "float32", "threads": 1}
-    (root / "pretrain.json").write_text(json.dumps({"model": {"preset": "deepseek-v3-tiny-576"}, "documents": documents, **run}))
+    run = {
+        "vocab_size": 400,
+        "sequence_length": 64,
+        "batch_size": 16,
+        "micro_batch_size": 16,
+        "steps": 200,
+        "dtype": "float32",
+        "threads": 1,
+    }
+    (root / "pretrain.json").write_text(
+        json.dumps({"model": {"preset": "deepseek-v3-tiny-576"}, "documents": documents, **run})
+    )
     slingshot("pretrain", "--config", root / "pretrain.json", "--out", root / "base")
     return root / "base"
 
@@ -67,7 +77,12 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Peer]:
             with log.open("wb") as stderr:
                 # a session of its own: whatever the peer started ends with it
                 process = subprocess.Popen(
-                    [python, "-I", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, cwd=log.parent, start_new_session=True
+                    [python, "-I", script],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=stderr,
+                    cwd=log.parent,
+                    start_new_session=True,
                 )
                 try:
                     answer, _ = process.communicate(json.dumps(request).encode(), timeout=seconds)

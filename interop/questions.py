@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from slingshot.text.tokenizer import Tokenizer
 from slingshot.tasks.task import load_task
+from slingshot.text.tokenizer import Tokenizer
 
 # What the deepseek of conftest.py is pre-trained on.
 TASK: dict[str, Any] = {"name": "arithmetic", "params": {"min_terms": 2, "max_terms": 4}}
@@ -36,14 +36,25 @@ class Questions:
         chats = [[{"role": "user", "content": problem.prompt}] for problem, _ in problems]
         worked: list[int] = []
         for chat, (_, solution) in zip(chats, problems, strict=True):
-            worked += [*tokenizer.encode_chat(chat), *tokenizer.encode(f"{solution.reasoning}\n\n{solution.answer}"), tokenizer.eos_id]
+            worked += [
+                *tokenizer.encode_chat(chat),
+                *tokenizer.encode(f"{solution.reasoning}\n\n{solution.answer}"),
+                tokenizer.eos_id,
+            ]
         text = (Path(__file__).resolve().parent.parent / "LICENSE").read_text(encoding="utf-8")
-        anything = torch.randint(0, tokenizer.vocab_size, (2 * LENGTH,), generator=torch.Generator().manual_seed(0)).tolist()
+        anything = torch.randint(
+            0, tokenizer.vocab_size, (2 * LENGTH,), generator=torch.Generator().manual_seed(0)
+        ).tolist()
         sources = ((worked, 5), (tokenizer.encode(text), 3), (anything, 2))
         prompts = [ids[at : at + LENGTH] for ids, count in sources for at in range(0, count * LENGTH, LENGTH)]
         assert [len(prompt) for prompt in prompts] == [LENGTH] * 10
         assert len(set().union(*prompts)) >= 16
-        texts = [text, "3足す4は7、7引く2は5", "naïve 𝄞🙂 \t\n\n  1234567.89%", *(solution.reasoning for _, solution in problems)]
+        texts = [
+            text,
+            "3足す4は7、7引く2は5",
+            "naïve 𝄞🙂 \t\n\n  1234567.89%",
+            *(solution.reasoning for _, solution in problems),
+        ]
         return cls(prompts, texts, chats[:8])
 
     def asked(self) -> dict[str, Any]:

@@ -36,13 +36,13 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from interop.compare import Forced, assert_same_predictions, deviations, teacher_forced
-from slingshot.model.config import ModelConfig
-from slingshot.text.pretokenizers import SPLITS
-from slingshot.text.tokenizer import Tokenizer
 from slingshot.checkpoint.gguf import write as gguf_writer
 from slingshot.checkpoint.load_save import load_model, load_tokenizer, open_weights, save_checkpoint
+from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.tasks.task import load_task
+from slingshot.text.pretokenizers import SPLITS
+from slingshot.text.tokenizer import Tokenizer
 
 REPO = Path(__file__).resolve().parent.parent
 TASK = {"name": "arithmetic", "params": {"min_terms": 2, "max_terms": 4}}
@@ -89,7 +89,15 @@ def slingshot(*arguments: object) -> None:
 
 def pretrained(folder: Path, model: dict[str, Any]) -> Path:
     documents = {"tasks": [TASK], "count": 4000, "styles": {"answer": 0.4, "steps": 0.6}, "template_share": 0.5}
-    run = {"vocab_size": 400, "sequence_length": 64, "batch_size": 16, "micro_batch_size": 16, "steps": 150, "dtype": "float32", "threads": 1}
+    run = {
+        "vocab_size": 400,
+        "sequence_length": 64,
+        "batch_size": 16,
+        "micro_batch_size": 16,
+        "steps": 150,
+        "dtype": "float32",
+        "threads": 1,
+    }
     (folder / "pretrain.json").write_text(json.dumps({"model": model, "documents": documents, **run}))
     slingshot("pretrain", "--config", folder / "pretrain.json", "--out", folder / "base")
     return folder / "base"
@@ -105,7 +113,9 @@ def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As the recipes have it: a plain query projection, no YaRN."""
     widths = {"q_lora_rank": None, "kv_lora_rank": 32, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8}
-    return pretrained(tmp_path_factory.mktemp("tiny"), {"preset": "deepseek-v3-tiny-576", "rope_scaling": None, **widths})
+    return pretrained(
+        tmp_path_factory.mktemp("tiny"), {"preset": "deepseek-v3-tiny-576", "rope_scaling": None, **widths}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +126,9 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=BOUNDS, ids="-".join)
-def meeting(request: pytest.FixtureRequest, peer: Callable[[str], Peer], tmp_path_factory: pytest.TempPathFactory) -> Meeting:
+def meeting(
+    request: pytest.FixtureRequest, peer: Callable[[str], Peer], tmp_path_factory: pytest.TempPathFactory
+) -> Meeting:
     name, dtype = request.param
     llama_cpp = peer("llama_cpp")  # before the minute that pre-training takes
     folder = request.getfixturevalue(name)
@@ -124,21 +136,43 @@ def meeting(request: pytest.FixtureRequest, peer: Callable[[str], Peer], tmp_pat
     slingshot("convert", folder, file, "--dtype", dtype)
     tokenizer = load_tokenizer(folder)
     # English alone: in a text of its own, llama.cpp reports no token that ends within a character
-    problems = list(islice(load_task(TASK["name"], **TASK["params"], languages=["en"]).documents("test", 1, "steps", 0.0), 40))
+    problems = list(
+        islice(load_task(TASK["name"], **TASK["params"], languages=["en"]).documents("test", 1, "steps", 0.0), 40)
+    )
     chats = [[{"role": "user", "content": problem.prompt}] for problem, _ in problems]
     worked = [
         id
         for chat, (_, solution) in zip(chats, problems, strict=True)
-        for id in [*tokenizer.encode_chat(chat), *tokenizer.encode(f"{solution.reasoning}\n\n{solution.answer}"), tokenizer.eos_id]
+        for id in [
+            *tokenizer.encode_chat(chat),
+            *tokenizer.encode(f"{solution.reasoning}\n\n{solution.answer}"),
+            tokenizer.eos_id,
+        ]
     ]
     text = (REPO / "LICENSE").read_text(encoding="utf-8")
-    anything = torch.randint(0, tokenizer.vocab_size, (2 * LENGTH,), generator=torch.Generator().manual_seed(0)).tolist()
+    anything = torch.randint(
+        0, tokenizer.vocab_size, (2 * LENGTH,), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     sources = ((worked, 5), (tokenizer.encode(text), 3), (anything, 2))
     prompts = [ids[at : at + LENGTH] for ids, end in sources for at in range(0, end * LENGTH, LENGTH)]
     assert [len(prompt) for prompt in prompts] == [LENGTH] * PROMPTS and len(set().union(*prompts)) >= 16
-    texts = [text, "3足す4は7、7引く2は5", "naïve 𝄞🙂 \t\n\n  1234567.89%", *(solution.reasoning for _, solution in problems)]
+    texts = [
+        text,
+        "3足す4は7、7引く2は5",
+        "naïve 𝄞🙂 \t\n\n  1234567.89%",
+        *(solution.reasoning for _, solution in problems),
+    ]
     asked = {"prompts": prompts, "texts": texts, "chats": chats[:8], "max_tokens": MAX_TOKENS, "draft": False}
-    return Meeting(file, dtype, BOUNDS[request.param], tokenizer, prompts, texts, chats[:8], llama_cpp({"model": str(file), **asked}))
+    return Meeting(
+        file,
+        dtype,
+        BOUNDS[request.param],
+        tokenizer,
+        prompts,
+        texts,
+        chats[:8],
+        llama_cpp({"model": str(file), **asked}),
+    )
 
 
 def ours(request: pytest.FixtureRequest, meeting: Meeting) -> Transformer:
@@ -149,7 +183,13 @@ def ours(request: pytest.FixtureRequest, meeting: Meeting) -> Transformer:
 def test_every_logprob_along_given_tokens(request: pytest.FixtureRequest, meeting: Meeting) -> None:
     forced = [Forced(**forced) for forced in meeting.answer["forced"]]
     what = f"{meeting.file.stem}, llama.cpp {meeting.answer['version']}, {meeting.dtype}"
-    assert_same_predictions(teacher_forced(ours(request, meeting), meeting.prompts), forced, meeting.bounds.worst, meeting.bounds.median, what)
+    assert_same_predictions(
+        teacher_forced(ours(request, meeting), meeting.prompts),
+        forced,
+        meeting.bounds.worst,
+        meeting.bounds.median,
+        what,
+    )
 
 
 def test_the_greedy_text_of_chats(request: pytest.FixtureRequest, meeting: Meeting) -> None:
@@ -157,22 +197,33 @@ def test_the_greedy_text_of_chats(request: pytest.FixtureRequest, meeting: Meeti
     model = ours(request, meeting)
     chats = meeting.answer["chats"]
     assert all(1 <= len(chat["ids"]) <= MAX_TOKENS for chat in chats)
-    mine = [forced.last(len(chat["ids"])) for chat, forced in zip(chats, teacher_forced(model, [c["prompt"] + c["ids"] for c in chats]), strict=True)]
+    mine = [
+        forced.last(len(chat["ids"]))
+        for chat, forced in zip(chats, teacher_forced(model, [c["prompt"] + c["ids"] for c in chats]), strict=True)
+    ]
     theirs = [Forced(**chat["forced"]) for chat in chats]
-    assert_same_predictions(mine, theirs, meeting.bounds.worst, meeting.bounds.median, f"{meeting.file.stem}, decoding, {meeting.dtype}")
+    assert_same_predictions(
+        mine, theirs, meeting.bounds.worst, meeting.bounds.median, f"{meeting.file.stem}, decoding, {meeting.dtype}"
+    )
 
 
 def test_the_ids_of_texts_and_chats(meeting: Meeting) -> None:
     assert meeting.answer["texts"] == [meeting.tokenizer.encode(text) for text in meeting.texts]
-    assert [chat["prompt"] for chat in meeting.answer["chats"]] == [meeting.tokenizer.encode_chat(chat) for chat in meeting.chats]
+    assert [chat["prompt"] for chat in meeting.answer["chats"]] == [
+        meeting.tokenizer.encode_chat(chat) for chat in meeting.chats
+    ]
 
 
-def test_the_mtp_module_drafts(request: pytest.FixtureRequest, peer: Callable[[str], Peer], deepseek: Path, tmp_path: Path) -> None:
+def test_the_mtp_module_drafts(
+    request: pytest.FixtureRequest, peer: Callable[[str], Peer], deepseek: Path, tmp_path: Path
+) -> None:
     """llama.cpp's drafts by the module are right as often as ours would be, and leave the text as it is."""
     file = tmp_path / "deepseek.gguf"
     slingshot("convert", deepseek, file, "--dtype", "float32")
     tokenizer, model = load_tokenizer(deepseek), load_model(deepseek)
-    problems = islice(load_task(TASK["name"], **TASK["params"], languages=["en"]).documents("test", 1, "steps", 0.0), 16)
+    problems = islice(
+        load_task(TASK["name"], **TASK["params"], languages=["en"]).documents("test", 1, "steps", 0.0), 16
+    )
     chats = [[{"role": "user", "content": problem.prompt}] for problem, _ in problems]
     asked = {"model": str(file), "prompts": [], "texts": [], "chats": chats, "max_tokens": MAX_TOKENS}
     plain, drafted = (peer("llama_cpp")(asked | {"draft": draft})["chats"] for draft in (False, True))
@@ -209,8 +260,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"q_lora_rank": None, "tie_word_embeddings": True, "n_group": 1, "topk_group": 1, "norm_topk_prob": False},
     "v3, YaRN as V2's, two shared experts, all groups": DEEPSEEK
     | {"rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}, "n_shared_experts": 2, "topk_group": 4},
-    "v3, widths that fill no block": DEEPSEEK | {"qk_nope_head_dim": 20, "v_head_dim": 14, "kv_lora_rank": 36, "moe_intermediate_size": 28},
-    "v3, at a Lite model's depth": DEEPSEEK | {"num_hidden_layers": 26, "q_lora_rank": None, "num_nextn_predict_layers": 0},
+    "v3, widths that fill no block": DEEPSEEK
+    | {"qk_nope_head_dim": 20, "v_head_dim": 14, "kv_lora_rank": 36, "moe_intermediate_size": 28},
+    "v3, at a Lite model's depth": DEEPSEEK
+    | {"num_hidden_layers": 26, "q_lora_rank": None, "num_nextn_predict_layers": 0},
     "v3, without experts": DEEPSEEK | {"first_k_dense_replace": 3, "num_nextn_predict_layers": 0},
     "llama": DENSE | {"head_dim": 32, "rope_theta": 500000.0, "rope_scaling": LLAMA3},
     "llama, tied, YaRN": DENSE | {"tie_word_embeddings": True, "rope_scaling": YARN},
@@ -225,7 +278,9 @@ def sharp(config: ModelConfig) -> Transformer:
     model, generator = Transformer(config), torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            parameter.normal_(0.0, 1.0 if "embed_tokens" in name else 0.9 * parameter.shape[-1] ** -0.5, generator=generator)
+            parameter.normal_(
+                0.0, 1.0 if "embed_tokens" in name else 0.9 * parameter.shape[-1] ** -0.5, generator=generator
+            )
         else:
             parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
     for layer in model.moe_layers():
@@ -234,7 +289,9 @@ def sharp(config: ModelConfig) -> Transformer:
 
 
 @pytest.fixture
-def compared(peer: Callable[[str], Peer], tmp_path: Path) -> Callable[[dict[str, Any]], tuple[list[Forced], list[Forced]]]:
+def compared(
+    peer: Callable[[str], Peer], tmp_path: Path
+) -> Callable[[dict[str, Any]], tuple[list[Forced], list[Forced]]]:
     """compared(shape): what a model of that shape predicts here, and in llama.cpp from the float32 file written of it."""
 
     def both(shape: dict[str, Any]) -> tuple[list[Forced], list[Forced]]:
@@ -242,8 +299,17 @@ def compared(peer: Callable[[str], Peer], tmp_path: Path) -> Callable[[dict[str,
         model = sharp(ModelConfig(**shape, vocab_size=tokenizer.vocab_size + 3))
         save_checkpoint(tmp_path, model, tokenizer)
         gguf_writer.write_gguf(tmp_path / "model.gguf", open_weights(tmp_path), tokenizer, "float32")
-        prompts = torch.randint(7, tokenizer.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(1)).tolist()
-        asked = {"model": str(tmp_path / "model.gguf"), "prompts": prompts, "texts": [], "chats": [], "max_tokens": 1, "draft": False}
+        prompts = torch.randint(
+            7, tokenizer.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(1)
+        ).tolist()
+        asked = {
+            "model": str(tmp_path / "model.gguf"),
+            "prompts": prompts,
+            "texts": [],
+            "chats": [],
+            "max_tokens": 1,
+            "draft": False,
+        }
         return teacher_forced(model, prompts), [Forced(**forced) for forced in peer("llama_cpp")(asked)["forced"]]
 
     return both
@@ -270,7 +336,9 @@ def test_every_pre_tokenizer(peer: Callable[[str], Peer], tmp_path: Path, name: 
     if normalizer := SPLITS[name].normalizer():
         backend.normalizer = normalizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator(TEXTS, trainer)
     tokenizer = Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>"})
     model = Transformer(ModelConfig(**DENSE, vocab_size=tokenizer.vocab_size))
@@ -278,7 +346,14 @@ def test_every_pre_tokenizer(peer: Callable[[str], Peer], tmp_path: Path, name: 
     save_checkpoint(tmp_path, model, tokenizer)
     gguf_writer.write_gguf(tmp_path / "model.gguf", open_weights(tmp_path), tokenizer, "bfloat16")
     texts = [*TEXTS, *(part for text in TEXTS for part in text.split(" "))]
-    asked = {"model": str(tmp_path / "model.gguf"), "prompts": [], "texts": texts, "chats": [], "max_tokens": 1, "draft": False}
+    asked = {
+        "model": str(tmp_path / "model.gguf"),
+        "prompts": [],
+        "texts": texts,
+        "chats": [],
+        "max_tokens": 1,
+        "draft": False,
+    }
     for text, theirs in zip(texts, peer("llama_cpp")(asked)["texts"], strict=True):
         assert theirs == tokenizer.encode(text), text
 
@@ -312,7 +387,11 @@ def swapped(first: str, second: str) -> Callable[[str], tuple[str, int | None]]:
     ],
 )
 def test_a_broken_export_shows(
-    compared: Callable[..., tuple[list[Forced], list[Forced]]], monkeypatch: pytest.MonkeyPatch, shape: str, function: str, broken: Any
+    compared: Callable[..., tuple[list[Forced], list[Forced]]],
+    monkeypatch: pytest.MonkeyPatch,
+    shape: str,
+    function: str,
+    broken: Any,
 ) -> None:
     monkeypatch.setattr(gguf_writer, function, broken)
     differences = deviations(*compared(SHAPES[shape]))

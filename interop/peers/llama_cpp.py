@@ -41,13 +41,17 @@ def start(model, draft):
 
 def post(server, path, body):
     """What only its HTTP side offers, on the loopback address it listens on."""
-    request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as reply:
         return json.load(reply)
 
 
 def complete(server, prompt, **options):
-    reply = server.handle_completions({"prompt": prompt, "temperature": 0, "n_probs": 2, "cache_prompt": True, **options})
+    reply = server.handle_completions(
+        {"prompt": prompt, "temperature": 0, "n_probs": 2, "cache_prompt": True, **options}
+    )
     if "choices" not in reply:
         raise SystemExit(f"llama.cpp: {reply}")
     logprobs = reply["choices"][0]["logprobs"]
@@ -94,7 +98,10 @@ def main():
     reply = {
         "version": xllamacpp.__version__,
         "forced": [forced([prediction(server, ids, n) for n in range(1, len(ids))]) for ids in request["prompts"]],
-        "texts": [post(server, "/tokenize", {"content": text, "add_special": False, "parse_special": False})["tokens"] for text in request["texts"]],
+        "texts": [
+            post(server, "/tokenize", {"content": text, "add_special": False, "parse_special": False})["tokens"]
+            for text in request["texts"]
+        ],
         "chats": [chat(server, messages, request["max_tokens"], request["draft"]) for messages in request["chats"]],
     }
     json.dump(reply, answer)

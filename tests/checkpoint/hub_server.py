@@ -71,14 +71,18 @@ class FakeHub:
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.resume.set()
         self._server.shutdown()
         self._server.server_close()
 
     def commit(self, repo: str, files: dict[str, bytes], *refs: str) -> str:
         """Add a commit of these files and let `refs` (main, if none are given) point at it."""
-        name = hashlib.sha1(repr(sorted((file, hashlib.sha1(content).digest()) for file, content in files.items())).encode()).hexdigest()
+        name = hashlib.sha1(
+            repr(sorted((file, hashlib.sha1(content).digest()) for file, content in files.items())).encode()
+        ).hexdigest()
         repository = self.repositories.setdefault(repo, Repository())
         repository.commits[name] = files
         repository.refs |= dict.fromkeys(refs or ("main",), name)
@@ -86,7 +90,11 @@ class FakeHub:
 
     def bodies(self) -> list[str]:
         """Names of the files of which a body was asked, in order, by a GET to the repository or to the storage."""
-        return [request.path.rsplit("/", 1)[-1] for request in self.log if request.method == "GET" and re.search("/resolve/|/storage/", request.path)]
+        return [
+            request.path.rsplit("/", 1)[-1]
+            for request in self.log
+            if request.method == "GET" and re.search("/resolve/|/storage/", request.path)
+        ]
 
     def served(self) -> int:
         return sum(request.served for request in self.log)
@@ -99,7 +107,11 @@ def is_large(file: str) -> bool:
 @functools.cache
 def oid(file: str, content: bytes) -> str:
     """A file's name among git's blobs, or its SHA-256 where it is stored beside git."""
-    return hashlib.sha256(content).hexdigest() if is_large(file) else hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return (
+        hashlib.sha256(content).hexdigest()
+        if is_large(file)
+        else hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    )
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -139,7 +151,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _files(self, repo: str, revision: str, place: str) -> dict[str, bytes] | None:
         """The commit's files, or None after an answer that refuses them. A gated repository can be looked at by anyone; the storage asks nobody."""
-        repository, allowed = self.hub.repositories.get(repo), self.headers["Authorization"] == f"Bearer {self.hub.token}"
+        repository, allowed = (
+            self.hub.repositories.get(repo),
+            self.headers["Authorization"] == f"Bearer {self.hub.token}",
+        )
         if repository is None or (repository.private and not allowed and place != "storage"):
             self._send(404 if allowed else 401, {"X-Error-Code": "RepoNotFound"})
         elif repository.gated and not allowed and place == "file":
@@ -161,10 +176,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _tree(self, files: dict[str, bytes]) -> list[dict[str, Any]]:
         large = {
-            file: {"lfs": {"oid": oid(file, content), "size": len(content), "pointerSize": 130}} for file, content in files.items() if is_large(file)
+            file: {"lfs": {"oid": oid(file, content), "size": len(content), "pointerSize": 130}}
+            for file, content in files.items()
+            if is_large(file)
         }
         return [
-            {"type": "file", "path": file, "size": len(content), "oid": oid("", content)} | large.get(file, {}) for file, content in files.items()
+            {"type": "file", "path": file, "size": len(content), "oid": oid("", content)} | large.get(file, {})
+            for file, content in files.items()
         ]
 
     def _file(self, path: str, commit: str, file: str, files: dict[str, bytes]) -> None:
@@ -174,7 +192,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if is_large(file) and not path.startswith("/storage/"):
             linked = {"X-Linked-Size": str(len(content)), "X-Linked-Etag": headers.pop("ETag")}
             return self._send(302, headers | linked | {"Location": f"{self.hub.storage}/storage{path}"})
-        asked, status, first, stop = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or ""), 200, 0, len(content)
+        asked, status, first, stop = (
+            re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or ""),
+            200,
+            0,
+            len(content),
+        )
         if asked and self.hub.ranges:
             status, first, stop = 206, int(asked[1]), min(int(asked[2] or stop) + 1, stop)
             headers["Content-Range"] = f"bytes {first}-{stop - 1}/{len(content)}"

@@ -40,8 +40,18 @@ def written(tmp_path: Path) -> Path:
     writer = GGUFWriter(tmp_path / "all.gguf", "llama")
     writer.add_custom_alignment(64)
     writer.add_uint8("u8", 1), writer.add_int8("i8", -1), writer.add_uint16("u16", 2), writer.add_int16("i16", -2)
-    writer.add_uint32("u32", 3), writer.add_int32("i32", -3), writer.add_uint64("u64", HUGE), writer.add_int64("i64", -HUGE)
-    writer.add_float32("f32", 0.5), writer.add_float64("f64", 0.1), writer.add_bool("bool", True), writer.add_string("text", "é\n")
+    (
+        writer.add_uint32("u32", 3),
+        writer.add_int32("i32", -3),
+        writer.add_uint64("u64", HUGE),
+        writer.add_int64("i64", -HUGE),
+    )
+    (
+        writer.add_float32("f32", 0.5),
+        writer.add_float64("f64", 0.1),
+        writer.add_bool("bool", True),
+        writer.add_string("text", "é\n"),
+    )
     writer.add_array("numbers", [1, 2, 3]), writer.add_array("texts", ["", "b", "ç"])
     numbers = np.arange(6 * 64, dtype=np.float32).reshape(6, 64)
     writer.add_tensor("f32", numbers)
@@ -63,7 +73,11 @@ def test_keys_and_tensors_are_those_the_package_reads(written: Path) -> None:
     assert file.tensors["f16"].shape == (2, 3, 64) and file.tensors["q8_0"].row_bytes == 68
     for expected in theirs.tensors:
         stored = file.tensors[expected.name]
-        assert (stored.kind, stored.offset, stored.nbytes) == (expected.tensor_type, expected.data_offset, expected.n_bytes)
+        assert (stored.kind, stored.offset, stored.nbytes) == (
+            expected.tensor_type,
+            expected.data_offset,
+            expected.n_bytes,
+        )
         n_rows = stored.nbytes // stored.row_bytes
         assert file.read(stored, 0, n_rows).tobytes() == expected.data.tobytes()
         assert np.array_equal(file.read(stored, 2, 3), file.read(stored, 0, n_rows)[2:5])
@@ -87,9 +101,14 @@ def test_a_model_in_parts(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     file = GGUFFile(tmp_path / "m-00001-of-00003.gguf")
-    assert list(file.tensors) == ["t0", "t1", "t2", "t3", "t4"] and file.tensors["t4"].file.name == "m-00003-of-00003.gguf"
+    assert (
+        list(file.tensors) == ["t0", "t1", "t2", "t3", "t4"] and file.tensors["t4"].file.name == "m-00003-of-00003.gguf"
+    )
     assert file.read(file.tensors["t3"], 0, 1).view(np.float32).tolist() == [[3.0] * 4]
-    with pytest.raises(SlingshotError, match=r"m-00002-of-00003\.gguf is one of 3 parts; give the first, whose name ends in -00001-of-00003\.gguf"):
+    with pytest.raises(
+        SlingshotError,
+        match=r"m-00002-of-00003\.gguf is one of 3 parts; give the first, whose name ends in -00001-of-00003\.gguf",
+    ):
         GGUFFile(tmp_path / "m-00002-of-00003.gguf")
     (tmp_path / "m-00003-of-00003.gguf").unlink()
     with pytest.raises(SlingshotError, match=r"cannot read .*m-00003-of-00003\.gguf: No such file"):
@@ -122,7 +141,10 @@ def test_a_model_in_parts(tmp_path: Path) -> None:
         (header(1, 0, tensor("t", 1, 1, 1, 1, 1), bytes(64)), "its tensor 't' has 5 dimensions"),
         (header(1, 0, tensor("t"), bytes(64)), "its tensor 't' has 0 dimensions"),
         (header(1, 0, tensor("t", 4, 0), bytes(64)), "its tensor 't' has the shape [0, 4], impossible for F32"),
-        (header(1, 0, tensor("t", 33, 2, kind=8), bytes(640)), "its tensor 't' has the shape [2, 33], impossible for Q8_0"),
+        (
+            header(1, 0, tensor("t", 33, 2, kind=8), bytes(640)),
+            "its tensor 't' has the shape [2, 33], impossible for Q8_0",
+        ),
         (header(1, 0, tensor("t", 4, kind=999), bytes(64)), "its tensor 't' is of the unknown type 999"),
         (header(1, 0, tensor("t", 99), bytes(64)), "its tensor 't' does not lie where it says"),
         (header(1, 0, tensor("t", HUGE, HUGE), bytes(64)), "its tensor 't' does not lie where it says"),
@@ -140,7 +162,9 @@ def test_wrong_headers_are_refused_at_no_cost(tmp_path: Path, content: bytes, sa
     finally:
         tracemalloc.stop()
     message = str(error.value)
-    assert message.startswith(f"{tmp_path / 'm.gguf'} is no whole GGUF file: ") and said in message and "\n" not in message
+    assert (
+        message.startswith(f"{tmp_path / 'm.gguf'} is no whole GGUF file: ") and said in message and "\n" not in message
+    )
 
 
 def test_a_header_of_any_length_is_read_no_further_than_its_limit(tmp_path: Path) -> None:

@@ -30,7 +30,12 @@ Config = Callable[..., ModelConfig]
 
 CONTROL = ["<|end|>", "<|start|>"]
 TOKENS = [*CONTROL, "<tool>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "Ġt", "12", "[unused]", "<|eot|>"]
-TYPES = [TokenType.CONTROL] * 2 + [TokenType.USER_DEFINED] + [TokenType.NORMAL] * (len(TOKENS) - 5) + [TokenType.UNUSED, TokenType.CONTROL]
+TYPES = (
+    [TokenType.CONTROL] * 2
+    + [TokenType.USER_DEFINED]
+    + [TokenType.NORMAL] * (len(TOKENS) - 5)
+    + [TokenType.UNUSED, TokenType.CONTROL]
+)
 MERGES = ["h e", "Ġ t", "1 2"]
 TEMPLATE = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}{% if add_generation_prompt %}<tool>{% endif %}"
 VOCABULARY: dict[str, Any] = {
@@ -108,7 +113,9 @@ def keys_of(config: ModelConfig, legacy: bool = False) -> dict[str, Any]:
     if config.family == "dense":
         keys |= {"attention.head_count_kv": config.num_key_value_heads, "rope.dimension_count": config.head_dim}
         given = config.head_dim * config.num_attention_heads != config.hidden_size
-        return keys | (dict.fromkeys(("attention.key_length", "attention.value_length"), config.head_dim) if given else {})
+        return keys | (
+            dict.fromkeys(("attention.key_length", "attention.value_length"), config.head_dim) if given else {}
+        )
     if config.rope_scaling is not None:
         keys["rope.scaling.yarn_log_multiplier"] = 0.1 * config.rope_scaling.mscale_all_dim
     widths = {"attention.key_length": config.qk_head_dim, "attention.value_length": config.v_head_dim}
@@ -116,7 +123,10 @@ def keys_of(config: ModelConfig, legacy: bool = False) -> dict[str, Any]:
         keys |= widths | {"attention.head_count_kv": config.num_attention_heads}
     else:
         keys |= {f"{key}_mla": width for key, width in widths.items()} | {"attention.head_count_kv": 1}
-        keys |= {"attention.key_length": config.kv_lora_rank + config.qk_rope_head_dim, "attention.value_length": config.kv_lora_rank}
+        keys |= {
+            "attention.key_length": config.kv_lora_rank + config.qk_rope_head_dim,
+            "attention.value_length": config.kv_lora_rank,
+        }
     keys["block_count"] += config.num_nextn_predict_layers
     optional = {"nextn_predict_layers": config.num_nextn_predict_layers, "attention.q_lora_rank": config.q_lora_rank}
     return (
@@ -144,7 +154,11 @@ def write(
 ) -> None:
     """Write `model` with its matrices as `kind`; `keys` are put in (None takes one out), tensors of `skip` left out, `extra` ones added."""
     architecture = {"deepseek_v3": "deepseek2"}.get(model.config.model_type, model.config.model_type)
-    values = VOCABULARY | {f"{architecture}.{key}": value for key, value in keys_of(model.config, legacy).items()} | (keys or {})
+    values = (
+        VOCABULARY
+        | {f"{architecture}.{key}": value for key, value in keys_of(model.config, legacy).items()}
+        | (keys or {})
+    )
     writer = GGUFWriter(path, values.pop("general.architecture", architecture))
     adders: dict[type, Callable[[str, Any], None]] = {
         int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array, bool: writer.add_bool,
@@ -166,7 +180,9 @@ def exact(model: Transformer, kind: Type) -> Transformer:
     """The model with its matrices rounded to what `kind` can hold."""
     for parameter in model.parameters():
         if parameter.dim() == 2:
-            parameter.data = torch.from_numpy(np.array(gguf.quants.dequantize(gguf.quants.quantize(parameter.detach().numpy(), kind), kind)))
+            parameter.data = torch.from_numpy(
+                np.array(gguf.quants.dequantize(gguf.quants.quantize(parameter.detach().numpy(), kind), kind))
+            )
     return model
 
 
@@ -183,7 +199,9 @@ def assert_same(path: Path, model: Transformer, **changes: Any) -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
 
 
-@pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", [Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1], ids=lambda kind: kind.name
+)
 def test_a_llama_in_every_type(make_model: Make, dense: Config, kind: Type, tmp_path: Path) -> None:
     model = exact(make_model(dense(**LLAMA)), kind)
     write(tmp_path / "m.gguf", model, kind)
@@ -202,7 +220,11 @@ def test_a_llama_in_every_type(make_model: Make, dense: Config, kind: Type, tmp_
 )
 def test_the_dense_family(make_model: Make, dense: Config, changes: dict[str, Any], tmp_path: Path) -> None:
     model = make_model(dense(**LLAMA | changes))
-    write(tmp_path / "m.gguf", model, extra={"rope_freqs.weight": factors(model.config)} if model.config.rope_theta == 500000.0 else None)
+    write(
+        tmp_path / "m.gguf",
+        model,
+        extra={"rope_freqs.weight": factors(model.config)} if model.config.rope_theta == 500000.0 else None,
+    )
     assert_same(tmp_path / "m.gguf", model)
 
 
@@ -214,7 +236,13 @@ def factors(config: ModelConfig) -> np.ndarray:
     for pair in range(config.head_dim // 2):
         wavelength = 2 * np.pi * config.rope_theta ** (2 * pair / config.head_dim)
         between = (8192 / wavelength - 1) / 3
-        values.append(1 if wavelength < 8192 / 4 else scaling.factor if wavelength > 8192 else 1 / ((1 - between) / scaling.factor + between))
+        values.append(
+            1
+            if wavelength < 8192 / 4
+            else scaling.factor
+            if wavelength > 8192
+            else 1 / ((1 - between) / scaling.factor + between)
+        )
     return np.array(values, dtype=np.float32)
 
 
@@ -246,21 +274,41 @@ def test_keys_that_are_silent(make_model: Make, dense: Config, deepseek: Config,
     """llama.cpp's defaults, and keys that say what is so anyway."""
     model = make_model(dense(**LLAMA | {"num_key_value_heads": 4, "rope_theta": 10000.0}))
     silent = {"rope.freq_base": None, "attention.head_count_kv": None, "rope.dimension_count": None}
-    idle = {"rope.scaling.type": "linear", "rope.scaling.factor": 1.0, "expert_count": 0, "vocab_size": 1, "rope.scaling.attn_factor": 1.0}
+    idle = {
+        "rope.scaling.type": "linear",
+        "rope.scaling.factor": 1.0,
+        "expert_count": 0,
+        "vocab_size": 1,
+        "rope.scaling.attn_factor": 1.0,
+    }
     write(tmp_path / "m.gguf", model, keys={f"llama.{key}": value for key, value in (silent | idle).items()})
     assert_same(tmp_path / "m.gguf", model)
     write(tmp_path / "m.gguf", model, keys={"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0})
     assert_same(tmp_path / "m.gguf", model)
-    shape = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "routed_scaling_factor": 1.0, "norm_topk_prob": False}
+    shape = {
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 0,
+        "routed_scaling_factor": 1.0,
+        "norm_topk_prob": False,
+    }
     model = make_model(deepseek(**V3 | shape))
-    names = ("expert_group_count", "expert_group_used_count", "leading_dense_block_count", "expert_weights_scale", "expert_weights_norm")
+    names = (
+        "expert_group_count",
+        "expert_group_used_count",
+        "leading_dense_block_count",
+        "expert_weights_scale",
+        "expert_weights_norm",
+    )
     write(tmp_path / "m.gguf", model, keys={f"deepseek2.{key}": None for key in names})
     assert_same(tmp_path / "m.gguf", model)
 
 
 def test_leading_ones_of_a_shape_may_be_gone(make_model: Make, deepseek: Config, tmp_path: Path) -> None:
     """llama.cpp's quantizer writes a matrix of one row as a vector."""
-    model = make_model(deepseek(**V3, n_routed_experts=1, num_experts_per_tok=1, n_group=1, topk_group=1, num_nextn_predict_layers=0))
+    model = make_model(
+        deepseek(**V3, n_routed_experts=1, num_experts_per_tok=1, n_group=1, topk_group=1, num_nextn_predict_layers=0)
+    )
     flat = {name: array[0] for name, array in tensors_of(model).items() if array.ndim > 1 and len(array) == 1}
     assert {"blk.1.ffn_gate_inp.weight", "blk.1.ffn_up_exps.weight"} <= flat.keys()
     write(tmp_path / "m.gguf", model, extra=flat)
@@ -292,8 +340,17 @@ def test_k_quants_by_hand(make_model: Make, dense: Config, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", [Type.F32, Type.BF16, Type.Q8_0], ids=lambda kind: kind.name)
-def test_rows_are_those_of_the_whole(make_model: Make, dense: Config, deepseek: Config, kind: Type, tmp_path: Path) -> None:
-    widths = {"hidden_size": 64, "intermediate_size": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "v_head_dim": 32, "moe_intermediate_size": 32}
+def test_rows_are_those_of_the_whole(
+    make_model: Make, dense: Config, deepseek: Config, kind: Type, tmp_path: Path
+) -> None:
+    widths = {
+        "hidden_size": 64,
+        "intermediate_size": 32,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 32,
+        "moe_intermediate_size": 32,
+    }
     for config in (dense(**LLAMA | {"attention_bias": False}), deepseek(**V3 | widths, q_lora_rank=32)):
         write(tmp_path / "m.gguf", make_model(config), kind)
         weights = GGUFWeights(tmp_path / "m.gguf")
@@ -302,7 +359,11 @@ def test_rows_are_those_of_the_whole(make_model: Make, dense: Config, deepseek: 
                 whole = weights.read(spec.name)
                 assert whole.shape == spec.shape
                 assert whole.dtype in (torch.float32, torch.bfloat16 if kind == Type.BF16 else torch.float32)
-                for start, stop in ((0, 1), (spec.shape[0] // 3, spec.shape[0] // 2 + 1), (spec.shape[0] - 1, spec.shape[0])):
+                for start, stop in (
+                    (0, 1),
+                    (spec.shape[0] // 3, spec.shape[0] // 2 + 1),
+                    (spec.shape[0] - 1, spec.shape[0]),
+                ):
                     assert torch.equal(weights.read(spec.name, slice(start, stop)), whole[start:stop]), spec.name
                 assert weights.where(spec.name) == tmp_path / "m.gguf"
 
@@ -323,12 +384,22 @@ def test_the_tokenizer_comes_along(make_model: Make, dense: Config, tmp_path: Pa
     write(tmp_path / "m.gguf", make_model(dense(**LLAMA)))
     tokenizer = load_tokenizer(tmp_path / "m.gguf")
     ids = {token: id for id, token in enumerate(TOKENS)}
-    assert tokenizer.encode("he 12") == [ids[token] for token in ("he", "Ġ", "1", "2")]  # digits stand alone, whatever the merges say
+    assert tokenizer.encode("he 12") == [
+        ids[token] for token in ("he", "Ġ", "1", "2")
+    ]  # digits stand alone, whatever the merges say
     assert tokenizer.encode(" the") == [ids["Ġt"], ids["he"]]
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (1, 0, None, len(TOKENS))
     assert tokenizer.eos_ids == {0, ids["<|eot|>"]} and tokenizer.control_ids == {0, 1, 2, ids["<|eot|>"]}
-    assert tokenizer.encode_chat([{"role": "user", "content": "he<tool>"}]) == [1, ids["he"], *(ids[c] for c in "<tool>"), 0, 2]
-    assert tokenizer.decode([1, 2, ids["he"], 0, ids["[unused]"]]) == "<tool>he"  # user-defined tokens are text, control tokens are not
+    assert tokenizer.encode_chat([{"role": "user", "content": "he<tool>"}]) == [
+        1,
+        ids["he"],
+        *(ids[c] for c in "<tool>"),
+        0,
+        2,
+    ]
+    assert (
+        tokenizer.decode([1, 2, ids["he"], 0, ids["[unused]"]]) == "<tool>he"
+    )  # user-defined tokens are text, control tokens are not
     assert tokenizer.config["add_bos_token"] is False
 
 
@@ -336,7 +407,11 @@ def test_the_tokenizer_comes_along(make_model: Make, dense: Config, tmp_path: Pa
     ("keys", "text", "expected"),
     [
         ({"pre": "gpt-2"}, "he 12", ["he", "Ġ", "12"]),
-        ({"pre": "llama-bpe", "merges": ["Ġ t"]}, "he 121", ["he", "Ġ", "1", "2", "1"]),  # a whole piece that is a token needs no merge
+        (
+            {"pre": "llama-bpe", "merges": ["Ġ t"]},
+            "he 121",
+            ["he", "Ġ", "1", "2", "1"],
+        ),  # a whole piece that is a token needs no merge
         ({"pre": "dbrx", "merges": ["Ġ t"]}, "he 121", ["h", "e", "Ġ", "1", "2", "1"]),
         ({"pre": "qwen2"}, "he 12 e\u0301", ["he", "Ġ", "1", "2", "Ġ", "Ã", "©"]),  # é in one character
         ({"pre": "deepseek-v3"}, "he 12", ["he", "Ġ", "12"]),
@@ -346,7 +421,11 @@ def test_the_tokenizer_comes_along(make_model: Make, dense: Config, tmp_path: Pa
 def test_text_is_split_as_the_file_says(
     make_model: Make, dense: Config, tmp_path: Path, keys: dict[str, Any], text: str, expected: list[str]
 ) -> None:
-    write(tmp_path / "m.gguf", make_model(dense(**LLAMA)), keys={f"tokenizer.ggml.{key}": value for key, value in keys.items()})
+    write(
+        tmp_path / "m.gguf",
+        make_model(dense(**LLAMA)),
+        keys={f"tokenizer.ggml.{key}": value for key, value in keys.items()},
+    )
     tokenizer = load_tokenizer(tmp_path / "m.gguf")
     assert [TOKENS[id] for id in tokenizer.encode(text)] == expected
     assert tokenizer.config["add_bos_token"] is (keys["pre"] == "llama-bpe")
@@ -355,7 +434,10 @@ def test_text_is_split_as_the_file_says(
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"general.architecture": "mamba"}, "general.architecture 'mamba' is not supported; llama, qwen2, qwen3 and deepseek2 are"),
+        (
+            {"general.architecture": "mamba"},
+            "general.architecture 'mamba' is not supported; llama, qwen2, qwen3 and deepseek2 are",
+        ),
         ({"llama.block_count": None}, "key llama.block_count is missing"),
         ({"llama.block_count": "two"}, "llama.block_count must be of type int, got 'two'"),
         ({"llama.attention.head_count": 3}, "hidden_size 64 must divide evenly into num_attention_heads 3"),
@@ -367,14 +449,19 @@ def test_text_is_split_as_the_file_says(
         ({"llama.rope.scaling.attn_factor": 2.0}, "llama.rope.scaling.attn_factor 2.0 is not supported, 1.0 is"),
         ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count 8 is not supported, 16 is"),
         ({"llama.attention.causal": False}, "llama.attention.causal False is not supported"),
-        ({"llama.attention.sliding_window": 64}, "the key 'llama.attention.sliding_window' could change what is computed"),
+        (
+            {"llama.attention.sliding_window": 64},
+            "the key 'llama.attention.sliding_window' could change what is computed",
+        ),
         ({"llama.block_count": 3}, "the tensor blk.2.attn_norm.weight is missing"),
         ({"llama.block_count": 2**31}, "num_hidden_layers: "),
         ({"llama.feed_forward_length": 128}, "blk.0.ffn_gate.weight has shape [96, 64], its keys say [128, 64]"),
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "rms_norm_eps"),
     ],
 )
-def test_a_llama_that_would_read_differently_is_refused(make_model: Make, dense: Config, tmp_path: Path, keys: dict[str, Any], said: str) -> None:
+def test_a_llama_that_would_read_differently_is_refused(
+    make_model: Make, dense: Config, tmp_path: Path, keys: dict[str, Any], said: str
+) -> None:
     write(tmp_path / "m.gguf", make_model(dense(**LLAMA)), keys=keys)
     with pytest.raises(SlingshotError) as error:
         load_model(tmp_path / "m.gguf")
@@ -384,19 +471,31 @@ def test_a_llama_that_would_read_differently_is_refused(make_model: Make, dense:
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"expert_gating_func": 1}, "deepseek2.expert_gating_func 1 is not supported, 2 is: DeepSeek-V3's sigmoid router"),
+        (
+            {"expert_gating_func": 1},
+            "deepseek2.expert_gating_func 1 is not supported, 2 is: DeepSeek-V3's sigmoid router",
+        ),
         ({"expert_gating_func": None}, "deepseek2.expert_gating_func 0 is not supported"),
         ({"attention.head_count_kv": 4}, "deepseek2.attention.head_count_kv 4 is not supported, 1 is"),
         ({"attention.key_length": 99}, "deepseek2.attention.key_length 99 is not supported, 18 is"),
-        ({"rope.scaling.yarn_log_multiplier": None}, "YaRN without deepseek2.rope.scaling.yarn_log_multiplier is not supported"),
-        ({"rope.scaling.yarn_ext_factor": 0.5}, "deepseek2.rope.scaling.yarn_ext_factor 0.5 is not supported, 1.0 and -1.0 are"),
+        (
+            {"rope.scaling.yarn_log_multiplier": None},
+            "YaRN without deepseek2.rope.scaling.yarn_log_multiplier is not supported",
+        ),
+        (
+            {"rope.scaling.yarn_ext_factor": 0.5},
+            "deepseek2.rope.scaling.yarn_ext_factor 0.5 is not supported, 1.0 and -1.0 are",
+        ),
         ({"nextn_predict_layers": 2}, "'blk.2.attn_norm.weight' is no tensor of a plain deepseek2 model"),
         ({"expert_group_used_count": None}, "topk_group 0 must be between 1 and n_group 4"),
         ({"expert_group_count": 3}, "n_routed_experts 8 must divide evenly into n_group 3"),
         ({"expert_count": 9}, "n_routed_experts 9 must divide"),
         ({"expert_count": 16}, "ffn_gate_inp.weight has shape [8, 32], its keys say [16, 32]"),
         ({"expert_count": 2**31}, "n_routed_experts"),
-        ({"attention.temperature_scale": 0.5}, "the key 'deepseek2.attention.temperature_scale' could change what is computed"),
+        (
+            {"attention.temperature_scale": 0.5},
+            "the key 'deepseek2.attention.temperature_scale' could change what is computed",
+        ),
     ],
 )
 def test_a_deepseek_that_would_read_differently_is_refused(
@@ -412,7 +511,13 @@ def test_a_deepseek_that_would_read_differently_is_refused(
 def test_rope_freqs_that_are_not_llama_3s_are_refused(make_model: Make, dense: Config, tmp_path: Path) -> None:
     model = make_model(dense(**LLAMA | {"rope_theta": 500000.0, "head_dim": 32, "rope_scaling": LLAMA3}))
     right = factors(model.config)
-    for wrong in (right * 2, right + 0.01, np.where(right > 2, np.float32("nan"), right), right[:4], right.astype(np.float16)):
+    for wrong in (
+        right * 2,
+        right + 0.01,
+        np.where(right > 2, np.float32("nan"), right),
+        right[:4],
+        right.astype(np.float16),
+    ):
         write(tmp_path / "m.gguf", model, extra={"rope_freqs.weight": wrong})
         with pytest.raises(SlingshotError, match=r"m\.gguf: rope_freqs\.weight( is |.factor: )"):
             load_model(tmp_path / "m.gguf")
@@ -420,7 +525,11 @@ def test_rope_freqs_that_are_not_llama_3s_are_refused(make_model: Make, dense: C
     write(tmp_path / "m.gguf", plain, extra={"rope_freqs.weight": np.ones(8, dtype=np.float32)})
     assert_same(tmp_path / "m.gguf", plain)
     with pytest.raises(SlingshotError, match=r"'rope_freqs.weight' is no tensor of a plain qwen2 model"):
-        write(tmp_path / "m.gguf", make_model(dense(**LLAMA, attention_bias=True)), extra={"rope_freqs.weight": np.ones(8, dtype=np.float32)})
+        write(
+            tmp_path / "m.gguf",
+            make_model(dense(**LLAMA, attention_bias=True)),
+            extra={"rope_freqs.weight": np.ones(8, dtype=np.float32)},
+        )
         load_model(tmp_path / "m.gguf")
 
 
@@ -430,7 +539,10 @@ def test_rope_freqs_that_are_not_llama_3s_are_refused(make_model: Make, dense: C
         ({"model": "llama"}, "tokenizer.ggml.model 'llama' is not supported"),
         ({"pre": "gpt-5"}, "tokenizer.ggml.pre 'gpt-5' is not supported, smollm, gpt-2, llama-bpe"),
         ({"tokens": None}, "key tokenizer.ggml.tokens is missing"),
-        ({"tokens": [*TOKENS[:-1], "he"]}, f"tokenizer.ggml.tokens has {len(TOKENS)} entries, {len(TOKENS) - 1} different ones"),
+        (
+            {"tokens": [*TOKENS[:-1], "he"]},
+            f"tokenizer.ggml.tokens has {len(TOKENS)} entries, {len(TOKENS) - 1} different ones",
+        ),
         ({"token_type": [1, 1]}, "token_type 2"),
         ({"eos_token_id": 9999}, f"tokenizer.ggml.eos_token_id 9999 is beyond the {len(TOKENS)} tokens"),
         ({"eos_token_id": 5}, "make no tokenizer"),  # an ordinary token cannot end a text
@@ -439,8 +551,14 @@ def test_rope_freqs_that_are_not_llama_3s_are_refused(make_model: Make, dense: C
         ({"bos_token_id": None, "add_bos_token": True}, "make no tokenizer"),
     ],
 )
-def test_a_tokenizer_that_would_read_differently_is_refused(make_model: Make, dense: Config, tmp_path: Path, keys: dict[str, Any], said: str) -> None:
-    write(tmp_path / "m.gguf", make_model(dense(**LLAMA)), keys={f"tokenizer.ggml.{key}": value for key, value in keys.items()})
+def test_a_tokenizer_that_would_read_differently_is_refused(
+    make_model: Make, dense: Config, tmp_path: Path, keys: dict[str, Any], said: str
+) -> None:
+    write(
+        tmp_path / "m.gguf",
+        make_model(dense(**LLAMA)),
+        keys={f"tokenizer.ggml.{key}": value for key, value in keys.items()},
+    )
     with pytest.raises(SlingshotError) as error:
         load_tokenizer(tmp_path / "m.gguf")
     assert said in str(error.value) and str(tmp_path / "m.gguf") in str(error.value) and "\n" not in str(error.value)
@@ -469,7 +587,10 @@ def test_types_that_cannot_be_dequantised_are_named(make_model: Make, dense: Con
     at = content.index(name) + len(name) + 4 + 16
     assert content[at : at + 4] == bytes(4)
     (tmp_path / "m.gguf").write_bytes(content[:at] + int(Type.I32).to_bytes(4, "little") + content[at + 4 :])
-    with pytest.raises(SlingshotError, match=r"m\.gguf: blk\.0\.attn_k\.weight is of type I32, which cannot be dequantised; give F16 or Q8_0"):
+    with pytest.raises(
+        SlingshotError,
+        match=r"m\.gguf: blk\.0\.attn_k\.weight is of type I32, which cannot be dequantised; give F16 or Q8_0",
+    ):
         load_model(tmp_path / "m.gguf")
 
 
@@ -477,7 +598,14 @@ def test_types_that_cannot_be_dequantised_are_named(make_model: Make, dense: Con
 def whole(make_model: Make, dense: Config, deepseek: Config, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Files to be broken: both families, several types, every kind of key."""
     folder = tmp_path_factory.mktemp("whole")
-    narrow = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 32, "rope_theta": 500000.0, "rope_scaling": LLAMA3}
+    narrow = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "head_dim": 32,
+        "rope_theta": 500000.0,
+        "rope_scaling": LLAMA3,
+    }
     llama = dense(**LLAMA | narrow)
     write(folder / "llama.gguf", make_model(llama), Type.Q8_0, extra={"rope_freqs.weight": factors(llama)})
     few = {"num_hidden_layers": 2, "n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
@@ -516,9 +644,13 @@ def broken(content: bytes, steps: list[tuple[str, float, Any]]) -> bytes:
     return content
 
 
-@settings(derandomize=True, deadline=None, max_examples=600, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    derandomize=True, deadline=None, max_examples=600, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(breakage())
-def test_broken_bytes_are_one_line_of_error(whole: list[Path], tmp_path: Path, case: tuple[int, list[tuple[str, float, Any]]]) -> None:
+def test_broken_bytes_are_one_line_of_error(
+    whole: list[Path], tmp_path: Path, case: tuple[int, list[tuple[str, float, Any]]]
+) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(broken(whole[case[0]].read_bytes(), case[1]))
     for read in (read_all, load_gguf_tokenizer):

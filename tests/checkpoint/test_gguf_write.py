@@ -43,7 +43,9 @@ WIDE = {"head_dim": 32, "rope_theta": 500000.0}
 class Held:
     """The weights of a model in memory. Remembers how many numbers were read at a time; `spoil` changes a tensor on its way."""
 
-    def __init__(self, model: Transformer, spoil: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None = None) -> None:
+    def __init__(
+        self, model: Transformer, spoil: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None = None
+    ) -> None:
         self.config, self.spoil = model.config, spoil or {}
         self.tensors = to_hf_tensors(model.config, model.state_dict())
         self.sizes: list[int] = []
@@ -73,8 +75,24 @@ def rounded(values: torch.Tensor, dtype: Dtype) -> torch.Tensor:
     ("family", "changes"),
     [
         ("deepseek", {"kv_lora_rank": 32, "qk_nope_head_dim": 32, "hidden_size": 64}),
-        ("deepseek", {"q_lora_rank": None, "tie_word_embeddings": True, "rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}}),
-        ("deepseek", {"n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0, "n_shared_experts": 2, "norm_topk_prob": False}),
+        (
+            "deepseek",
+            {
+                "q_lora_rank": None,
+                "tie_word_embeddings": True,
+                "rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+            },
+        ),
+        (
+            "deepseek",
+            {
+                "n_group": 1,
+                "topk_group": 1,
+                "num_nextn_predict_layers": 0,
+                "n_shared_experts": 2,
+                "norm_topk_prob": False,
+            },
+        ),
         ("dense", WIDE | {"rope_scaling": LLAMA3}),
         ("dense", {"tie_word_embeddings": True, "rope_scaling": YARN}),
         ("dense", {"attention_bias": True, "rope_scaling": YARN, "rms_norm_eps": 1e-5}),
@@ -82,7 +100,13 @@ def rounded(values: torch.Tensor, dtype: Dtype) -> torch.Tensor:
     ],
 )
 def test_what_is_written_reads_back(
-    request: pytest.FixtureRequest, make_model: Make, tokenizer: Tokenizer, tmp_path: Path, family: str, changes: dict[str, Any], dtype: Dtype
+    request: pytest.FixtureRequest,
+    make_model: Make,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    family: str,
+    changes: dict[str, Any],
+    dtype: Dtype,
 ) -> None:
     weights = Held(make_model(request.getfixturevalue(family)(**changes, vocab_size=VOCABULARY)))
     write_gguf(tmp_path / "m.gguf", weights, tokenizer, dtype)
@@ -92,7 +116,9 @@ def test_what_is_written_reads_back(
         if spec.copy_of is None:
             values, expected = again.read(spec.name).float(), weights.tensors[spec.name]
             is_matrix = len(spec.shape) > 1 and not spec.name.endswith("mlp.gate.weight")
-            if not (is_matrix and spec.name.endswith("kv_b_proj.weight") and dtype == "q8_0"):  # the key part is quantised transposed
+            if not (
+                is_matrix and spec.name.endswith("kv_b_proj.weight") and dtype == "q8_0"
+            ):  # the key part is quantised transposed
                 assert torch.equal(values, rounded(expected, dtype) if is_matrix else expected), spec.name
             assert torch.allclose(values, expected, atol=0.02), spec.name
     assert load_tokenizer(tmp_path / "m.gguf").encode("the fox 3+4") == tokenizer.encode("the fox 3+4")
@@ -104,14 +130,18 @@ def test_a_mistral_is_a_llama(make_model: Make, dense: Config, tokenizer: Tokeni
     assert GGUFFile(tmp_path / "m.gguf").get("general.architecture", str) == "llama"
 
 
-def test_keys_and_values_of_every_head_stand_apart(make_model: Make, deepseek: Config, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_keys_and_values_of_every_head_stand_apart(
+    make_model: Make, deepseek: Config, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     weights = Held(make_model(deepseek(vocab_size=VOCABULARY)))
     write_gguf(tmp_path / "m.gguf", weights, tokenizer, "float32")
     file = GGUFFile(tmp_path / "m.gguf")
     key, value = file.tensors["blk.3.attn_k_b.weight"], file.tensors["blk.3.attn_v_b.weight"]
     assert (key.shape, value.shape) == ((4, 12, 8), (4, 10, 12))  # heads, latent, no-rope; heads, value, latent
     heads = weights.tensors["model.layers.3.self_attn.kv_b_proj.weight"].view(4, 18, 12)
-    assert torch.equal(torch.from_numpy(file.read(key, 0, 48)).view(torch.float32).view(4, 12, 8), heads[:, :8].transpose(1, 2))
+    assert torch.equal(
+        torch.from_numpy(file.read(key, 0, 48)).view(torch.float32).view(4, 12, 8), heads[:, :8].transpose(1, 2)
+    )
     assert torch.equal(torch.from_numpy(file.read(value, 0, 40)).view(torch.float32).view(4, 10, 12), heads[:, 8:])
 
 
@@ -161,27 +191,44 @@ def test_llama_cpp_has_a_place_for_every_preset(name: str) -> None:
 
 def test_what_llama_cpp_reads_as_none(make_model: Make, deepseek: Config, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """All groups chosen is no choice of groups; without an MoE layer there are no experts; a query without LoRA has rank 0."""
-    write_gguf(tmp_path / "m.gguf", Held(make_model(deepseek(vocab_size=VOCABULARY, topk_group=4))), tokenizer, "float32")
+    write_gguf(
+        tmp_path / "m.gguf", Held(make_model(deepseek(vocab_size=VOCABULARY, topk_group=4))), tokenizer, "float32"
+    )
     config = GGUFWeights(tmp_path / "m.gguf").config
     assert (config.n_group, config.topk_group, config.num_experts_per_tok) == (1, 1, 3)
-    dense_only = deepseek(vocab_size=VOCABULARY, first_k_dense_replace=3, num_nextn_predict_layers=0, n_shared_experts=0, q_lora_rank=None)
+    dense_only = deepseek(
+        vocab_size=VOCABULARY, first_k_dense_replace=3, num_nextn_predict_layers=0, n_shared_experts=0, q_lora_rank=None
+    )
     write_gguf(tmp_path / "m.gguf", Held(make_model(dense_only)), tokenizer, "float32")
     file = GGUFFile(tmp_path / "m.gguf")
     assert "deepseek2.expert_count" not in file.keys and file.keys["deepseek2.attention.q_lora_rank"] == 0
     assert GGUFWeights(tmp_path / "m.gguf").config.n_routed_experts == 0
 
 
-def test_rows_that_fill_no_block_are_float16(make_model: Make, deepseek: Config, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_rows_that_fill_no_block_are_float16(
+    make_model: Make, deepseek: Config, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     notes = write_gguf(tmp_path / "m.gguf", Held(make_model(deepseek(vocab_size=VOCABULARY))), tokenizer, "q8_0")
     kinds = {name: tensor.kind for name, tensor in GGUFFile(tmp_path / "m.gguf").tensors.items()}
-    assert kinds["blk.0.attn_q_a.weight"] == Type.Q8_0 and kinds["blk.0.attn_q_b.weight"] == Type.F16  # rows of 32 and of 20
-    assert kinds["blk.1.ffn_gate_inp.weight"] == kinds["blk.1.exp_probs_b.bias"] == kinds["output_norm.weight"] == Type.F32
+    assert (
+        kinds["blk.0.attn_q_a.weight"] == Type.Q8_0 and kinds["blk.0.attn_q_b.weight"] == Type.F16
+    )  # rows of 32 and of 20
+    assert (
+        kinds["blk.1.ffn_gate_inp.weight"] == kinds["blk.1.exp_probs_b.bias"] == kinds["output_norm.weight"] == Type.F32
+    )
     short = sum(kind == Type.F16 for kind in kinds.values())
-    assert notes == [f"{short} matrices, blk.0.attn_q_b.weight the first, are float16: their rows do not fill q8_0's blocks of 32"]
+    assert notes == [
+        f"{short} matrices, blk.0.attn_q_b.weight the first, are float16: their rows do not fill q8_0's blocks of 32"
+    ]
 
 
 def test_tensors_pass_in_pieces(
-    monkeypatch: pytest.MonkeyPatch, make_model: Make, deepseek: Config, dense: Config, tokenizer: Tokenizer, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    make_model: Make,
+    deepseek: Config,
+    dense: Config,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
 ) -> None:
     for config in (deepseek(vocab_size=VOCABULARY), dense(vocab_size=VOCABULARY)):
         weights = Held(make_model(config))
@@ -205,32 +252,68 @@ def test_tensors_pass_in_pieces(
         ("deepseek", {"n_shared_experts": 0}, "its deepseek2 has at least one shared expert; n_shared_experts is 0"),
         ("deepseek", {"num_hidden_layers": 26}, "it takes a deepseek2 of 26 layers for one without q_lora_rank"),
         ("deepseek", {"num_hidden_layers": 600}, "it has 601 blocks, 512 at most are supported"),
-        ("deepseek", {"n_routed_experts": 1200, "n_group": 1, "topk_group": 1}, "n_routed_experts 1200 exceeds its 1024"),
-        ("deepseek", {"rope_scaling": LLAMA3}, "rope_scaling of type llama3 is known to its llama only, not to deepseek2"),
-        ("deepseek", {"rope_scaling": YARN}, "of YaRN it knows mscale equal to mscale_all_dim, DeepSeek-V3's way, not 1.0 and 0.0"),
+        (
+            "deepseek",
+            {"n_routed_experts": 1200, "n_group": 1, "topk_group": 1},
+            "n_routed_experts 1200 exceeds its 1024",
+        ),
+        (
+            "deepseek",
+            {"rope_scaling": LLAMA3},
+            "rope_scaling of type llama3 is known to its llama only, not to deepseek2",
+        ),
+        (
+            "deepseek",
+            {"rope_scaling": YARN},
+            "of YaRN it knows mscale equal to mscale_all_dim, DeepSeek-V3's way, not 1.0 and 0.0",
+        ),
         ("deepseek", {"rope_scaling": YARN | {"mscale": 0.0}}, "of YaRN it knows mscale equal to mscale_all_dim"),
-        ("dense", WIDE | {"rope_scaling": LLAMA3, "attention_bias": True, "head_dim": 8}, "known to its llama only, not to qwen2"),
+        (
+            "dense",
+            WIDE | {"rope_scaling": LLAMA3, "attention_bias": True, "head_dim": 8},
+            "known to its llama only, not to qwen2",
+        ),
         ("dense", WIDE | {"rope_scaling": LLAMA3, "qk_norm": True}, "known to its llama only, not to qwen3"),
-        ("dense", {"attention_bias": True, "head_dim": 16}, "in qwen2, hidden_size 32 must be num_attention_heads 4 x head_dim 16"),
-        ("dense", {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}, "of YaRN's mscale and mscale_all_dim it knows none"),
+        (
+            "dense",
+            {"attention_bias": True, "head_dim": 16},
+            "in qwen2, hidden_size 32 must be num_attention_heads 4 x head_dim 16",
+        ),
+        (
+            "dense",
+            {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+            "of YaRN's mscale and mscale_all_dim it knows none",
+        ),
     ],
 )
 def test_what_llama_cpp_cannot_compute_is_refused_first(
-    request: pytest.FixtureRequest, tokenizer: Tokenizer, tmp_path: Path, family: str, changes: dict[str, Any], said: str
+    request: pytest.FixtureRequest,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    family: str,
+    changes: dict[str, Any],
+    said: str,
 ) -> None:
     class Unread:
         config = request.getfixturevalue(family)(vocab_size=VOCABULARY, **changes)
 
     with pytest.raises(SlingshotError) as error:
         write_gguf(tmp_path / "m.gguf", Unread(), tokenizer, "float32")  # type: ignore[arg-type]
-    assert str(error.value).startswith(f"{tmp_path / 'm.gguf'}: llama.cpp does not compute this model: ") and said in str(error.value)
+    assert str(error.value).startswith(
+        f"{tmp_path / 'm.gguf'}: llama.cpp does not compute this model: "
+    ) and said in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("dtype", "name", "value", "said"),
     [
-        ("float16", "model.layers.1.mlp.experts.7.up_proj.weight", 7e4, "holds values too large for F16; bfloat16 has room"),
+        (
+            "float16",
+            "model.layers.1.mlp.experts.7.up_proj.weight",
+            7e4,
+            "holds values too large for F16; bfloat16 has room",
+        ),
         ("q8_0", "model.embed_tokens.weight", 1e7, "holds values too large for Q8_0; bfloat16 has room"),
         ("bfloat16", "lm_head.weight", 3.4e38, "holds values too large for BF16"),
         ("bfloat16", "model.norm.weight", math.nan, "holds NaN or infinite values"),
@@ -238,7 +321,14 @@ def test_what_llama_cpp_cannot_compute_is_refused_first(
     ],
 )
 def test_a_value_without_a_place_leaves_the_old_file(
-    make_model: Make, deepseek: Config, tokenizer: Tokenizer, tmp_path: Path, dtype: Dtype, name: str, value: float, said: str
+    make_model: Make,
+    deepseek: Config,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    dtype: Dtype,
+    name: str,
+    value: float,
+    said: str,
 ) -> None:
     def spoil(values: torch.Tensor) -> torch.Tensor:
         values.view(-1)[-1] = value
@@ -246,7 +336,9 @@ def test_a_value_without_a_place_leaves_the_old_file(
 
     (tmp_path / "m.gguf").write_bytes(b"old")
     with pytest.raises(SlingshotError, match=f"^checkpoint/model.safetensors: {name} {said}"):
-        write_gguf(tmp_path / "m.gguf", Held(make_model(deepseek(vocab_size=VOCABULARY)), {name: spoil}), tokenizer, dtype)
+        write_gguf(
+            tmp_path / "m.gguf", Held(make_model(deepseek(vocab_size=VOCABULARY)), {name: spoil}), tokenizer, dtype
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"] and (tmp_path / "m.gguf").read_bytes() == b"old"
 
 
@@ -264,12 +356,19 @@ def test_the_whole_file_is_on_disk_before_it_has_its_name(
     assert seen == [(tmp_path / "m.gguf").stat().st_size]
 
 
-def test_an_interrupted_write_leaves_nothing(make_model: Make, dense: Config, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_an_interrupted_write_leaves_nothing(
+    make_model: Make, dense: Config, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     def stop(values: torch.Tensor) -> torch.Tensor:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_gguf(tmp_path / "m.gguf", Held(make_model(dense(vocab_size=VOCABULARY)), {"model.norm.weight": stop}), tokenizer, "float32")
+        write_gguf(
+            tmp_path / "m.gguf",
+            Held(make_model(dense(vocab_size=VOCABULARY)), {"model.norm.weight": stop}),
+            tokenizer,
+            "float32",
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -277,7 +376,9 @@ def test_a_place_that_cannot_be_written(
     monkeypatch: pytest.MonkeyPatch, make_model: Make, dense: Config, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(SlingshotError, match=r"cannot write .*file/m\.gguf: .*; free space there or choose another place"):
+    with pytest.raises(
+        SlingshotError, match=r"cannot write .*file/m\.gguf: .*; free space there or choose another place"
+    ):
         write_gguf(tmp_path / "file" / "m.gguf", Held(make_model(dense(vocab_size=VOCABULARY))), tokenizer, "float32")
 
     def full(*_: object) -> None:
@@ -304,13 +405,17 @@ def trained(name: str) -> Tokenizer:
     if normalizer := split.normalizer():
         backend.normalizer = normalizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator(TEXTS * 3, trainer)
     return Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>"})
 
 
 @pytest.fixture(scope="module")
-def pairs(make_model: Make, dense: Config, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Tokenizer, Tokenizer]]:
+def pairs(
+    make_model: Make, dense: Config, tmp_path_factory: pytest.TempPathFactory
+) -> list[tuple[Tokenizer, Tokenizer]]:
     """A tokenizer of every split, and what comes back from a GGUF file of it."""
     folder, found = tmp_path_factory.mktemp("tokenizers"), []
     for name in SPLITS:
@@ -320,8 +425,14 @@ def pairs(make_model: Make, dense: Config, tmp_path_factory: pytest.TempPathFact
     return found
 
 
-@settings(derandomize=True, deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=st.lists(st.sampled_from(TEXTS).flatmap(lambda text: st.sampled_from(text.split(" "))) | st.text(max_size=6), max_size=8))
+@settings(
+    derandomize=True, deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    text=st.lists(
+        st.sampled_from(TEXTS).flatmap(lambda text: st.sampled_from(text.split(" "))) | st.text(max_size=6), max_size=8
+    )
+)
 def test_text_has_the_same_ids_after_the_round_trip(pairs: list[tuple[Tokenizer, Tokenizer]], text: list[str]) -> None:
     for separator in ("", " "):
         for ours, again in pairs:
@@ -331,7 +442,9 @@ def test_text_has_the_same_ids_after_the_round_trip(pairs: list[tuple[Tokenizer,
 def test_whole_texts_have_the_same_ids(pairs: list[tuple[Tokenizer, Tokenizer]]) -> None:
     for ours, again in pairs:
         for text in TEXTS:
-            assert again.encode(text) == ours.encode(text) and again.decode(again.encode(text)) == ours.decode(ours.encode(text))
+            assert again.encode(text) == ours.encode(text) and again.decode(again.encode(text)) == ours.decode(
+                ours.encode(text)
+            )
     assert len({tuple(ours.encode(TEXTS[0])) for ours, _ in pairs}) >= len(SPLITS) - 2  # the splits do differ
 
 
@@ -345,15 +458,26 @@ def test_names_and_kinds_of_tokens(make_model: Make, dense: Config, tokenizer: T
     assert kinds[-3:] == [TokenType.NORMAL, TokenType.UNUSED, TokenType.UNUSED]
     assert keys["tokenizer.ggml.tokens"][-2:] == [f"[PAD{tokenizer.vocab_size}]", f"[PAD{tokenizer.vocab_size + 1}]"]
     again = load_tokenizer(tmp_path / "m.gguf")
-    added = [{token["content"]: token["special"] for token in one.description()["added_tokens"]} for one in (again, tokenizer)]
-    assert added[0] == added[1] and again.vocab_size == tokenizer.vocab_size and again.control_ids == tokenizer.control_ids
+    added = [
+        {token["content"]: token["special"] for token in one.description()["added_tokens"]}
+        for one in (again, tokenizer)
+    ]
+    assert (
+        added[0] == added[1] and again.vocab_size == tokenizer.vocab_size and again.control_ids == tokenizer.control_ids
+    )
     for attribute in ("bos_id", "eos_id", "pad_id", "eos_ids", "user_id", "think_id", "chat_template"):
         assert getattr(again, attribute) == getattr(tokenizer, attribute), attribute
-    messages = [{"role": "user", "content": "3+4?"}, {"role": "assistant", "content": "<think>so</think>7"}, {"role": "user", "content": "<|x|>"}]
+    messages = [
+        {"role": "user", "content": "3+4?"},
+        {"role": "assistant", "content": "<think>so</think>7"},
+        {"role": "user", "content": "<|x|>"},
+    ]
     assert again.encode_chat(messages) == tokenizer.encode_chat(messages)
 
 
-def changed(tokenizer: Tokenizer, config: dict[str, Any] | None = None, eos_ids: tuple[int, ...] = (), **changes: Any) -> Tokenizer:
+def changed(
+    tokenizer: Tokenizer, config: dict[str, Any] | None = None, eos_ids: tuple[int, ...] = (), **changes: Any
+) -> Tokenizer:
     """The tokenizer with other parts in its tokenizer.json and tokenizer_config.json (None takes one out)."""
     backend = tokenizers.Tokenizer.from_str(tokenizer._backend.to_str())
     for name, value in changes.items():
@@ -391,15 +515,30 @@ def test_tokens_that_end_a_generation(make_model: Make, dense: Config, tokenizer
     ],
 )
 def test_whether_a_text_begins_with_bos(
-    make_model: Make, dense: Config, tokenizer: Tokenizer, tmp_path: Path, config: dict[str, Any], post_processor: str | None, expected: bool
+    make_model: Make,
+    dense: Config,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    config: dict[str, Any],
+    post_processor: str | None,
+    expected: bool,
 ) -> None:
     changes = {}
     if post_processor is not None:
         bos, eos = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
         single = f"$A {eos}" if post_processor == "eos" else f"{bos} $A"
         step = processors.TemplateProcessing(single=single, special_tokens=[(bos, 0), (eos, 1)])
-        changes = {"post_processor": processors.Sequence([processors.ByteLevel(), step]) if "others" in post_processor else step}
-    write_gguf(tmp_path / "m.gguf", Held(make_model(dense(vocab_size=VOCABULARY))), changed(tokenizer, config, **changes), "float32")
+        changes = {
+            "post_processor": processors.Sequence([processors.ByteLevel(), step])
+            if "others" in post_processor
+            else step
+        }
+    write_gguf(
+        tmp_path / "m.gguf",
+        Held(make_model(dense(vocab_size=VOCABULARY))),
+        changed(tokenizer, config, **changes),
+        "float32",
+    )
     again = load_tokenizer(tmp_path / "m.gguf")
     assert again.config["add_bos_token"] is expected
     assert again._backend.encode("3").ids == ([0] if expected else []) + tokenizer.encode("3")
@@ -410,24 +549,44 @@ def test_whether_a_text_begins_with_bos(
     ("change", "said"),
     [
         (
-            lambda t: changed(t, pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel()])),
+            lambda t: changed(
+                t, pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel()])
+            ),
             "knows no pre-tokenizer that splits text as this tokenizer.json does",
         ),
-        (lambda t: changed(t, {"eos_token": None}), "the tokenizer names no eos_token; llama.cpp would take token 11 for it"),
+        (
+            lambda t: changed(t, {"eos_token": None}),
+            "the tokenizer names no eos_token; llama.cpp would take token 11 for it",
+        ),
         (lambda t: changed(t, {"chat_template": "\ud800"}), "the chat template holds half a surrogate pair"),
-        (lambda t: changed(t, model=models.BPE(vocab=t._backend.get_vocab(), merges=[])), "the tokenizer has no merges"),
+        (
+            lambda t: changed(t, model=models.BPE(vocab=t._backend.get_vocab(), merges=[])),
+            "the tokenizer has no merges",
+        ),
         (
             lambda t: changed(t, model=models.BPE(t._backend.get_vocab(), merges_of(t), end_of_word_suffix="</w>")),
             "no tokenizer with end_of_word_suffix",
         ),
-        (lambda t: Tokenizer.train(["the the"] * 9 + ["and and more of it"] * 9, 400), "the model has 266 embeddings; are they of one model?"),
+        (
+            lambda t: Tokenizer.train(["the the"] * 9 + ["and and more of it"] * 9, 400),
+            "the model has 266 embeddings; are they of one model?",
+        ),
     ],
 )
 def test_a_tokenizer_llama_cpp_cannot_have_is_refused(
-    make_model: Make, dense: Config, tokenizer: Tokenizer, tmp_path: Path, change: Callable[[Tokenizer], Tokenizer], said: str
+    make_model: Make,
+    dense: Config,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    change: Callable[[Tokenizer], Tokenizer],
+    said: str,
 ) -> None:
     size = 266 if "266" in said else VOCABULARY
     with pytest.raises(SlingshotError) as error:
         write_gguf(tmp_path / "m.gguf", Held(make_model(dense(vocab_size=size))), change(tokenizer), "float32")
-    assert said in str(error.value) and str(error.value).startswith(f"{tmp_path / 'm.gguf'}: ") and "\n" not in str(error.value)
+    assert (
+        said in str(error.value)
+        and str(error.value).startswith(f"{tmp_path / 'm.gguf'}: ")
+        and "\n" not in str(error.value)
+    )
     assert not list(tmp_path.iterdir())

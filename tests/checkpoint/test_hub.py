@@ -57,10 +57,16 @@ class Asker:
         self.url, self.home, self.said = url, home, ""
 
     def start(self, function: str, *sources: str, prelude: str = "", **environment: str) -> subprocess.Popen[str]:
-        outer = {name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()}
+        outer = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("HF_") and "proxy" not in name.lower()
+        }
         inner = {"HF_ENDPOINT": self.url, "HF_HOME": str(self.home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         command = [sys.executable, "-c", prelude + CHILD, function, *sources]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=outer | inner | environment)
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=outer | inner | environment
+        )
 
     def __call__(self, function: str, *sources: str, **environment: str) -> list[Any]:
         """The answers, one for each source: what the function returned, or the line in which it refused. `said` keeps standard error."""
@@ -84,11 +90,20 @@ def ask(hub: Any, tmp_path: Path) -> Asker:
 
 
 @pytest.fixture(scope="module")
-def checkpoints(make_model: Callable[..., Transformer], deepseek: Callable[..., ModelConfig], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def checkpoints(
+    make_model: Callable[..., Transformer],
+    deepseek: Callable[..., ModelConfig],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[Path]:
     """Two DeepSeek checkpoints of the same shape, each in three shards of about 150 kB."""
     folders = [tmp_path_factory.mktemp(f"checkpoint{seed}") for seed in range(2)]
     for seed, folder in enumerate(folders):
-        save_checkpoint(folder, make_model(deepseek(vocab_size=264), seed), Tokenizer.train(["3+4=7"], vocab_size=264), max_shard_size=150_000)
+        save_checkpoint(
+            folder,
+            make_model(deepseek(vocab_size=264), seed),
+            Tokenizer.train(["3+4=7"], vocab_size=264),
+            max_shard_size=150_000,
+        )
         assert sorted(file.name for file in folder.iterdir()) == FILES
     return folders
 
@@ -123,7 +138,9 @@ def same(one: Path, other: Path) -> bool:
         ],
     ],
 )  # fmt: skip
-def test_a_name_of_the_hub_has_exactly_its_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, name: HubName | None) -> None:
+def test_a_name_of_the_hub_has_exactly_its_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, name: HubName | None
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert hub_name(source) == name
     if name is None:
@@ -138,7 +155,9 @@ def test_what_is_here_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.Monk
         (tmp_path / "org" / file).touch()
     assert locate("org/name") == Path("org/name") and locate(tmp_path / "org") == tmp_path / "org"
     assert locate("org/model.gguf") == Path("org/model.gguf")
-    with pytest.raises(SlingshotError, match=r"^org/model\.safetensors is neither a folder nor a \.gguf file; name the folder"):
+    with pytest.raises(
+        SlingshotError, match=r"^org/model\.safetensors is neither a folder nor a \.gguf file; name the folder"
+    ):
         locate("org/model.safetensors")
     assert revision(tmp_path / "org") is None
 
@@ -192,21 +211,38 @@ def test_a_package_that_is_not_there(source: str, message: str, monkeypatch: pyt
 
 def test_a_checkpoint_is_downloaded_and_then_needs_no_connection(hub: Any, ask: Asker, checkpoints: list[Path]) -> None:
     """Only what a checkpoint consists of is asked for: no code, no pickle, no sub-folder. The storage behind the hub never sees the token."""
-    others = ["modeling_evil.py", "pytorch_model.bin", "consolidated.safetensors", "original/model.safetensors", "README.md", "tokenizer.model"]
+    others = [
+        "modeling_evil.py",
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "original/model.safetensors",
+        "README.md",
+        "tokenizer.model",
+    ]
     commit = hub.commit("org/name", contents(checkpoints[0]) | dict.fromkeys(others, b"x" * 1000))
     size = sum(file.stat().st_size for file in checkpoints[0].iterdir())
     [found] = ask("locate", "org/name", HF_TOKEN=hub.token)
     # the index has been read by then: it says which of the safetensors files are the checkpoint's
     rest = (size - (checkpoints[0] / INDEX).stat().st_size) / 1000
-    assert f"org/name@main (commit {commit[:7]}): fetching 7 files, {rest:.1f}KB, from {hub.url} into {ask.home / 'hub'}\n" in ask.said
+    assert (
+        f"org/name@main (commit {commit[:7]}): fetching 7 files, {rest:.1f}KB, from {hub.url} into {ask.home / 'hub'}\n"
+        in ask.said
+    )
     assert sorted(file.name for file in Path(found).iterdir()) == FILES and revision(Path(found)) == commit
-    assert {request.path.rpartition("/resolve/")[2].removeprefix(f"{commit}/") for request in hub.log if "/resolve/" in request.path} == set(FILES)
+    assert {
+        request.path.rpartition("/resolve/")[2].removeprefix(f"{commit}/")
+        for request in hub.log
+        if "/resolve/" in request.path
+    } == set(FILES)
     assert all("org/name" in request.path for request in hub.log) and hub.served() < size + 20_000
     assert {request.token for request in hub.log if request.path.startswith("/storage/")} == {False}
     assert {request.token for request in hub.log if not request.path.startswith("/storage/")} == {True}
 
     params = SamplingParams(max_tokens=8, temperature=0.8, seed=1)
-    texts = [Engine.load(folder, dtype="float32").generate(["3+4="], params)[0].outputs[0].token_ids for folder in (found, checkpoints[0])]
+    texts = [
+        Engine.load(folder, dtype="float32").generate(["3+4="], params)[0].outputs[0].token_ids
+        for folder in (found, checkpoints[0])
+    ]
     assert texts[0] == texts[1] and len(texts[0]) == 8 and same(Path(found), checkpoints[0])
 
     before = len(hub.log)
@@ -229,7 +265,9 @@ def test_offline_without_the_files_says_what_is_missing(hub: Any, ask: Asker, ch
     ]
     assert hub.log == []
     [refused] = ask("locate", "org/name", HF_ENDPOINT="http://127.0.0.1:9")
-    assert refused.startswith(f"refused: org/name@main is not in {cache} and http://127.0.0.1:9 does not answer as it should (ConnectError: ")
+    assert refused.startswith(
+        f"refused: org/name@main is not in {cache} and http://127.0.0.1:9 does not answer as it should (ConnectError: "
+    )
     [found] = ask("locate", "org/name")
     (Path(found) / WEIGHTS[1]).unlink()
     assert ask("locate", "org/name", HF_HUB_OFFLINE="1") == [
@@ -241,13 +279,23 @@ def test_offline_without_the_files_says_what_is_missing(hub: Any, ask: Asker, ch
 def test_a_revision_stays_what_it_was(hub: Any, ask: Asker, checkpoints: list[Path]) -> None:
     first = hub.commit("org/name", contents(checkpoints[0]), "main", "v1")
     second = hub.commit("org/name", contents(checkpoints[1]), "main", "refs/pr/1")
-    old, new, request, pinned = map(Path, ask("locate", "org/name@v1", "org/name", "org/name@refs/pr/1", f"org/name@{first}"))
-    assert [revision(path) for path in (old, new, request, pinned, new / "config.json")] == [first, second, second, first, second]
+    old, new, request, pinned = map(
+        Path, ask("locate", "org/name@v1", "org/name", "org/name@refs/pr/1", f"org/name@{first}")
+    )
+    assert [revision(path) for path in (old, new, request, pinned, new / "config.json")] == [
+        first,
+        second,
+        second,
+        first,
+        second,
+    ]
     assert same(old, checkpoints[0]) and same(new, checkpoints[1]) and not same(old, new)
     refs = ask.home / "hub" / "models--org--name" / "refs"
     assert {str(ref.relative_to(refs)) for ref in refs.rglob("*") if ref.is_file()} == {"main", "v1", "refs/pr/1"}
     # what two commits share is announced and fetched once
-    assert f"org/name@main (commit {second[:7]}): fetching 3 files" in ask.said and hub.bodies().count("config.json") == 1
+    assert (
+        f"org/name@main (commit {second[:7]}): fetching 3 files" in ask.said and hub.bodies().count("config.json") == 1
+    )
     assert ask("locate", f"org/name@{first}", "org/name", HF_HUB_OFFLINE="1") == [str(old), str(new)]
 
 
@@ -255,12 +303,18 @@ def test_a_cache_without_links_and_other_ranks(hub: Any, ask: Asker, checkpoints
     hub.commit("org/name", contents(checkpoints[0]))
     [found] = ask("locate", "org/name", HF_HUB_DISABLE_SYMLINKS="1", RANK="1")
     assert same(Path(found), checkpoints[0]) and "fetching" not in ask.said  # rank 0 says it
-    assert ask("locate", "org/name", HF_HUB_DISABLE_SYMLINKS="1") == [found] and "fetching" not in ask.said  # nothing is left to fetch
+    assert (
+        ask("locate", "org/name", HF_HUB_DISABLE_SYMLINKS="1") == [found] and "fetching" not in ask.said
+    )  # nothing is left to fetch
 
 
-def test_every_refusal_is_one_line_with_a_way_out(hub: Any, ask: Asker, checkpoints: list[Path], tmp_path: Path) -> None:
+def test_every_refusal_is_one_line_with_a_way_out(
+    hub: Any, ask: Asker, checkpoints: list[Path], tmp_path: Path
+) -> None:
     files = contents(checkpoints[0])
-    described = {name: content for name, content in files.items() if not name.endswith(".safetensors") and name != INDEX}
+    described = {
+        name: content for name, content in files.items() if not name.endswith(".safetensors") and name != INDEX
+    }
     hub.commit("org/gated", files)
     hub.repositories["org/gated"].gated = True
     hub.commit("org/private", files)
@@ -291,9 +345,13 @@ def test_every_refusal_is_one_line_with_a_way_out(hub: Any, ask: Asker, checkpoi
         "org/bare": "org/bare holds no config.json with a model.safetensors; its files: model.safetensors",
         "org/down": f"org/down@main is not in {ask.home / 'hub'} and {hub.url} answers 503; {WAY_OUT}",
     }
-    assert dict(zip(expected, ask("locate", *expected), strict=True)) == {source: f"refused: {line}" for source, line in expected.items()}
+    assert dict(zip(expected, ask("locate", *expected), strict=True)) == {
+        source: f"refused: {line}" for source, line in expected.items()
+    }
     remote = {source: line for source, line in expected.items() if "/tiny" not in source}
-    assert dict(zip(remote, ask("remote_headers", *remote), strict=True)) == {source: f"refused: {line}" for source, line in remote.items()}
+    assert dict(zip(remote, ask("remote_headers", *remote), strict=True)) == {
+        source: f"refused: {line}" for source, line in remote.items()
+    }
     assert not [file for file in hub.bodies() if file.endswith((".bin", ".pt"))]
     [refused] = ask("locate", "org/absent", HF_TOKEN="hf_wrong")
     assert refused == f"refused: {expected['org/absent']}"
@@ -317,14 +375,21 @@ def test_an_endpoint_that_is_no_hub_is_named(hub: Any, ask: Asker, checkpoints: 
     assert "its answer holds no commit, or files without a size" in refused
 
 
-def test_a_full_disk_is_seen_before_or_at_the_latest_when_it_is_full(hub: Any, ask: Asker, checkpoints: list[Path]) -> None:
+def test_a_full_disk_is_seen_before_or_at_the_latest_when_it_is_full(
+    hub: Any, ask: Asker, checkpoints: list[Path]
+) -> None:
     hub.commit("org/name", contents(checkpoints[0]))
     hub.sizes[WEIGHTS[2]] = 10**18
     [refused] = ask("locate", "org/name")
-    assert refused.startswith(f"refused: org/name@main needs 1.0EB in {ask.home / 'hub'}, which has ") and "HF_HOME" in refused
+    assert (
+        refused.startswith(f"refused: org/name@main needs 1.0EB in {ask.home / 'hub'}, which has ")
+        and "HF_HOME" in refused
+    )
     assert set(hub.bodies()) == {INDEX}
     hub.sizes.clear()
-    [refused] = ask("locate", "org/name", prelude="import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))")
+    [refused] = ask(
+        "locate", "org/name", prelude="import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+    )
     assert refused.startswith("refused: org/name@main: cannot write ") and refused.endswith(
         ": File too large; make room there, or set HF_HOME to another folder; whole files are kept"
     )
@@ -356,7 +421,9 @@ def test_an_interrupt_ends_a_download_at_once(hub: Any, ask: Asker, checkpoints:
     hub.commit("org/name", contents(checkpoints[0]))
     hub.stall.add(WEIGHTS[0])
     # as the command line does: in a shell's background the signal is ignored
-    process = ask.start("locate", "org/name", prelude="import signal; signal.signal(signal.SIGINT, signal.default_int_handler)")
+    process = ask.start(
+        "locate", "org/name", prelude="import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    )
     assert hub.stalled.wait(30)
     process.send_signal(signal.SIGINT)
     try:
@@ -372,20 +439,28 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub: Any, ask: Aske
     hub.cut["a.gguf"] = 15_000_000
     [found] = ask("locate", "org/packed/a.gguf")
     assert Path(found).read_bytes() == content
-    assert [request.range for request in hub.log if request.path.startswith("/storage/")] == [None, f"bytes={10 * 2**20}-"]
+    assert [request.range for request in hub.log if request.path.startswith("/storage/")] == [
+        None,
+        f"bytes={10 * 2**20}-",
+    ]
 
 
-def test_a_hub_that_goes_away_during_the_download_keeps_what_is_whole(hub: Any, ask: Asker, checkpoints: list[Path]) -> None:
+def test_a_hub_that_goes_away_during_the_download_keeps_what_is_whole(
+    hub: Any, ask: Asker, checkpoints: list[Path]
+) -> None:
     hub.commit("org/name", contents(checkpoints[0]))
     hub.status[f"/storage/org/name/resolve/{hub.repositories['org/name'].refs['main']}/{WEIGHTS[0]}"] = 500
     [refused] = ask("locate", "org/name")
-    assert refused == f"refused: org/name@main: {hub.url} answers 500; the same command goes on from here, whole files are kept"
+    assert (
+        refused
+        == f"refused: org/name@main: {hub.url} answers 500; the same command goes on from here, whole files are kept"
+    )
     hub.status.clear()
     hub.cut[WEIGHTS[1]] = 50_000
     [refused] = ask("remote_headers", "org/name")
-    assert refused.startswith(f"refused: org/name@main: {hub.url} does not answer as it should (RemoteProtocolError: ") and refused.endswith(
-        "whole files are kept"
-    )
+    assert refused.startswith(
+        f"refused: org/name@main: {hub.url} does not answer as it should (RemoteProtocolError: "
+    ) and refused.endswith("whole files are kept")
 
 
 def test_a_branch_that_moves_during_the_download_is_not_mixed(hub: Any, ask: Asker, checkpoints: list[Path]) -> None:
@@ -410,15 +485,27 @@ def test_a_branch_that_is_not_whole_here_yet_is_the_one_before(hub: Any, ask: As
 
 
 def test_one_file_of_a_repository_of_gguf_files(hub: Any, ask: Asker) -> None:
-    commit = hub.commit("org/packed", {"config.json": b"{}", "a.Q8_0.gguf": b"GGUF" * 1000, "b.gguf": b"", "sub/c.gguf": b""}, "main", "v1")
+    commit = hub.commit(
+        "org/packed",
+        {"config.json": b"{}", "a.Q8_0.gguf": b"GGUF" * 1000, "b.gguf": b"", "sub/c.gguf": b""},
+        "main",
+        "v1",
+    )
     [found, at_v1] = ask("locate", "org/packed/a.Q8_0.gguf", "org/packed/a.Q8_0.gguf@v1")
-    assert found == at_v1 and Path(found).read_bytes() == b"GGUF" * 1000 and Path(found).name == "a.Q8_0.gguf" and revision(Path(found)) == commit
+    assert (
+        found == at_v1
+        and Path(found).read_bytes() == b"GGUF" * 1000
+        and Path(found).name == "a.Q8_0.gguf"
+        and revision(Path(found)) == commit
+    )
     assert set(hub.bodies()) == {"a.Q8_0.gguf"}
     assert ask("locate", "org/packed/a.Q8_0.gguf", HF_HUB_OFFLINE="1") == [found]
 
 
 @pytest.fixture(scope="module")
-def large(make_model: Callable[..., Transformer], dense: Callable[..., ModelConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def large(
+    make_model: Callable[..., Transformer], dense: Callable[..., ModelConfig], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """17 MB in four shards."""
     folder = tmp_path_factory.mktemp("large")
     config = dense(vocab_size=264, hidden_size=256, intermediate_size=1024, num_hidden_layers=4)
@@ -431,7 +518,9 @@ def test_headers_are_read_without_the_weights(hub: Any, ask: Asker, large: Path)
     sizes = {file.name: file.stat().st_size for file in large.iterdir()}
     local = Shards(large).headers
     [[folder, headers, listed]] = ask("remote_headers", "org/name")
-    assert headers == {name: [header.dtype, list(header.shape), str(Path(folder) / header.file.name)] for name, header in local.items()}
+    assert headers == {
+        name: [header.dtype, list(header.shape), str(Path(folder) / header.file.name)] for name, header in local.items()
+    }
     assert listed == sizes | {"modeling.py": 1}
     weights = [name for name in sizes if name.endswith(".safetensors")]
     assert sorted(file.name for file in Path(folder).iterdir()) == sorted(sizes.keys() - set(weights))
@@ -449,13 +538,19 @@ def test_headers_are_read_without_the_weights(hub: Any, ask: Asker, large: Path)
 
 
 def test_a_header_longer_than_the_first_range_is_read_to_its_end(hub: Any, ask: Asker) -> None:
-    header = {f"model.layers.{number}.weight": {"dtype": "BF16", "shape": [0, 3], "data_offsets": [0, 0]} for number in range(2000)}
+    header = {
+        f"model.layers.{number}.weight": {"dtype": "BF16", "shape": [0, 3], "data_offsets": [0, 0]}
+        for number in range(2000)
+    }
     content = json.dumps(header).encode()
     assert len(content) > 100_000
     hub.commit("org/name", {"config.json": b"{}", "model.safetensors": len(content).to_bytes(8, "little") + content})
     [[folder, headers, _]] = ask("remote_headers", "org/name")
     assert len(headers) == 2000 and headers["model.layers.7.weight"] == ["BF16", [0, 3], f"{folder}/model.safetensors"]
-    assert {request.range for request in hub.log if request.path.startswith("/storage/")} == {"bytes=0-99999", f"bytes=0-{len(content) + 7}"}
+    assert {request.range for request in hub.log if request.path.startswith("/storage/")} == {
+        "bytes=0-99999",
+        f"bytes=0-{len(content) + 7}",
+    }
 
 
 def test_hostile_repositories_are_refused_by_their_headers(hub: Any, ask: Asker, checkpoints: list[Path]) -> None:
@@ -468,13 +563,19 @@ def test_hostile_repositories_are_refused_by_their_headers(hub: Any, ask: Asker,
         return config | {single: (len(header) if size is None else size).to_bytes(8, "little") + header}
 
     cases = {
-        "org/endless": (weights(b"{}", 2**63), f"{single} asks for a header of {2**63 + 8} bytes, at most 25000000 are read"),
+        "org/endless": (
+            weights(b"{}", 2**63),
+            f"{single} asks for a header of {2**63 + 8} bytes, at most 25000000 are read",
+        ),
         "org/long": (weights(b"{}", 25_000_001), "asks for a header of 25000009 bytes"),
         "org/short": (weights(b"{}", 1000), f"org/short/{single} is no whole safetensors file"),
         "org/empty": (config | {single: b""}, f"org/empty/{single} is no whole safetensors file"),
         "org/prose": (weights(b"not JSON"), "is no whole safetensors file"),
         "org/deep": (weights(b"[" * 90_000), "is no whole safetensors file"),
-        "org/beyond": (weights(b'{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}'), "is no whole safetensors file"),
+        "org/beyond": (
+            weights(b'{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}'),
+            "is no whole safetensors file",
+        ),
         "org/climbing": (index({"a": "../a.safetensors"}), "has no weight_map of tensors to safetensors files"),
         "org/absolute": (index({"a": "/etc/passwd"}), "has no weight_map"),
         "org/pickling": (index({"a": "pytorch_model.bin"}), "has no weight_map"),
@@ -496,7 +597,9 @@ def test_hostile_repositories_are_refused_by_their_headers(hub: Any, ask: Asker,
     [[_, headers, _]] = ask("remote_headers", "org/name")
     assert headers and "tokenizer.json" not in hub.bodies() and "tokenizer_config.json" in hub.bodies()
     hub.sizes["config.json"] = 50_000_001
-    assert ask("remote_headers", "org/name") == ["refused: org/name: config.json has 50000001 bytes, more than 50000000; try another revision"]
+    assert ask("remote_headers", "org/name") == [
+        "refused: org/name: config.json has 50000001 bytes, more than 50000000; try another revision"
+    ]
     hub.sizes = {WEIGHTS[0]: 10**30}
     [refused] = ask("remote_headers", "org/name")
     assert refused.startswith("refused: ") and len(refused) < 400

@@ -94,7 +94,11 @@ def test_all_of_it_as_json() -> None:
     usable, text = inspect("deepseek-v3", as_json=True)
     facts = json.loads(text)
     assert usable and facts == examine("deepseek-v3")
-    assert facts["kind"] == "preset" and facts["files"] is facts["tokenizer"] is facts["template"] is None and not facts["problems"]
+    assert (
+        facts["kind"] == "preset"
+        and facts["files"] is facts["tokenizer"] is facts["template"] is None
+        and not facts["problems"]
+    )
     assert facts["checkpoint"] == {"tensors": 91_991, "numbers": 684_531_386_000, "bytes": 688_574_839_360}
     active = ("active", "active_without_embedding", "active_without_embedding_and_head")
     assert [round(facts["parameters"][name] / 1e9, 2) for name in active] == [37.55, 36.63, 35.70]
@@ -109,7 +113,10 @@ def test_a_tied_matrix_counts_as_the_head() -> None:
 
 def test_a_dense_model_has_no_experts_and_no_mtp_to_show() -> None:
     text = inspect("llama-3.1-8b")[1]
-    assert "32 heads of 128 on 8 of keys and values" in text and "131,072 tokens (Llama 3's scaling: 8 times 8,192)" in text
+    assert (
+        "32 heads of 128 on 8 of keys and values" in text
+        and "131,072 tokens (Llama 3's scaling: 8 times 8,192)" in text
+    )
     assert not any(word in text for word in ("MTP", "experts", "router", "FP8 scales", "Model cards"))
 
 
@@ -129,17 +136,28 @@ def test_a_whole_checkpoint_fits(checkpoint: Callable[..., Path], tokenizer: Tok
     folder = checkpoint()
     facts = examine(str(folder))
     assert (facts["kind"], facts["problems"], facts["notes"]) == ("folder", [], [])
-    assert facts["files"]["tensors"] == facts["checkpoint"]["tensors"] == sum(entry["tensors"] for entry in facts["files"]["dtypes"].values())
+    assert (
+        facts["files"]["tensors"]
+        == facts["checkpoint"]["tensors"]
+        == sum(entry["tensors"] for entry in facts["files"]["dtypes"].values())
+    )
     assert (
         facts["files"]["bytes"]
         == facts["checkpoint"]["bytes"]
         == 4 * facts["files"]["dtypes"]["F32"]["numbers"] + facts["files"]["dtypes"]["BF16"]["bytes"]
     )
     assert facts["files"]["dtypes"]["F32"]["tensors"] == 3  # the router biases of two layers and the MTP module
-    assert facts["tokenizer"]["vocab_size"] == tokenizer.vocab_size and facts["tokenizer"]["special"]["eos"] == "<｜end▁of▁sentence｜>"
+    assert (
+        facts["tokenizer"]["vocab_size"] == tokenizer.vocab_size
+        and facts["tokenizer"]["special"]["eos"] == "<｜end▁of▁sentence｜>"
+    )
     assert (facts["template"]["reasoning"], facts["template"]["switchable"]) == ("opened", True)
     usable, text = inspect(folder)
-    assert usable and "opens <think> in the prompt, can be switched off" in text and "Everything fits. Headers only" in text
+    assert (
+        usable
+        and "opens <think> in the prompt, can be switched off" in text
+        and "Everything fits. Headers only" in text
+    )
     assert "1 file 135 tensors" in " ".join(text.split())
 
 
@@ -153,8 +171,13 @@ def test_fp8_with_its_scales_fits(checkpoint: Callable[..., Path], deepseek: Con
     config = deepseek(vocab_size=300, quantization="fp8")
     facts = examine(str(checkpoint(config)))
     assert (facts["problems"], facts["notes"]) == ([], [])
-    assert facts["parameters"]["fp8_scales"] == facts["files"]["dtypes"]["F8_E4M3"]["tensors"]  # every matrix here is one block
-    assert facts["files"]["bytes"] == facts["checkpoint"]["bytes"] and facts["files"]["tensors"] == facts["checkpoint"]["tensors"]
+    assert (
+        facts["parameters"]["fp8_scales"] == facts["files"]["dtypes"]["F8_E4M3"]["tensors"]
+    )  # every matrix here is one block
+    assert (
+        facts["files"]["bytes"] == facts["checkpoint"]["bytes"]
+        and facts["files"]["tensors"] == facts["checkpoint"]["tensors"]
+    )
 
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -164,14 +187,26 @@ EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
     ("name", "header", "problem"),
     [
         (EXPERT, None, f": {EXPERT} is missing; config.json asks for 135 tensors, the files hold 134"),
-        ("model.extra.weight", ("F32", (3,)), "/model.safetensors: model.extra.weight is no tensor of this architecture"),
+        (
+            "model.extra.weight",
+            ("F32", (3,)),
+            "/model.safetensors: model.extra.weight is no tensor of this architecture",
+        ),
         (EXPERT, ("F32", (16, 31)), f"/model.safetensors: {EXPERT} has shape [16, 31], config.json says [16, 32]"),
         (EXPERT, ("I32", (16, 32)), f"/model.safetensors: {EXPERT} is stored as I32; weights are read from F64, F32"),
-        (EXPERT, ("F8_E4M3", (16, 32)), f"/model.safetensors: {EXPERT} is stored in FP8 without the scales of its 128 x 128 blocks"),
+        (
+            EXPERT,
+            ("F8_E4M3", (16, 32)),
+            f"/model.safetensors: {EXPERT} is stored in FP8 without the scales of its 128 x 128 blocks",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(
-    name: str, header: tuple[str, tuple[int, ...]] | None, problem: str, checkpoint: Callable[..., Path], deepseek: Config
+    name: str,
+    header: tuple[str, tuple[int, ...]] | None,
+    problem: str,
+    checkpoint: Callable[..., Path],
+    deepseek: Config,
 ) -> None:
     config = deepseek(vocab_size=300)
     tensors = {key: value for key, value in (tensors_of(config) | {name: header}).items() if value is not None}
@@ -191,15 +226,23 @@ def test_many_problems_of_a_kind_are_counted(checkpoint: Callable[..., Path], de
 def test_a_missing_mtp_module_is_no_problem(checkpoint: Callable[..., Path], deepseek: Config) -> None:
     """transformers does not save it, though its config.json goes on mentioning one."""
     config = deepseek(vocab_size=300)
-    folder = checkpoint(config, {name: tensor for name, tensor in tensors_of(config).items() if not name.startswith("model.layers.3.")})
+    folder = checkpoint(
+        config, {name: tensor for name, tensor in tensors_of(config).items() if not name.startswith("model.layers.3.")}
+    )
     facts = examine(str(folder))
     assert facts["problems"] == [] and facts["parameters"]["mtp"] == 0
-    assert facts["notes"] == [f"{folder}/config.json mentions an MTP module that the files have not; the model is read without"]
+    assert facts["notes"] == [
+        f"{folder}/config.json mentions an MTP module that the files have not; the model is read without"
+    ]
 
 
 @pytest.mark.parametrize("quantized", [True, False])
-def test_fp8_that_config_json_and_files_disagree_on_is_noted(quantized: bool, checkpoint: Callable[..., Path], deepseek: Config) -> None:
-    said, held = (deepseek(vocab_size=300, quantization=kind) for kind in (("fp8", None) if quantized else (None, "fp8")))
+def test_fp8_that_config_json_and_files_disagree_on_is_noted(
+    quantized: bool, checkpoint: Callable[..., Path], deepseek: Config
+) -> None:
+    said, held = (
+        deepseek(vocab_size=300, quantization=kind) for kind in (("fp8", None) if quantized else (None, "fp8"))
+    )
     facts = examine(str(checkpoint(said, tensors_of(held))))
     assert facts["problems"] == []
     has = "a quantization_config, but no FP8 tensors" if quantized else "no quantization_config, but FP8 tensors"
@@ -215,7 +258,9 @@ def test_a_config_json_alone_is_counted(checkpoint: Callable[..., Path]) -> None
     assert facts["problems"] == [] and facts["files"] is None and facts["tokenizer"] is None
     assert all(facts[part] == whole[part] for part in ("model", "parameters", "cache", "memory", "checkpoint"))
     usable, text = inspect(folder)
-    assert usable and f"note: {folder} holds no weights: these are the numbers of what its config.json describes" in text
+    assert (
+        usable and f"note: {folder} holds no weights: these are the numbers of what its config.json describes" in text
+    )
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
@@ -225,7 +270,9 @@ def test_an_empty_folder(tmp_path: Path) -> None:
     assert not inspect(tmp_path)[0]
 
 
-def test_a_folder_goes_before_the_preset_of_its_name(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_goes_before_the_preset_of_its_name(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = checkpoint()
     folder.rename(folder.with_name("deepseek-v3"))
     monkeypatch.chdir(folder.parent)
@@ -235,17 +282,28 @@ def test_a_folder_goes_before_the_preset_of_its_name(checkpoint: Callable[..., P
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [
-        (lambda folder: (folder / "config.json").unlink(), "cannot read {folder}/config.json: No such file or directory"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'), "{folder}/config.json: model_type 'gpt2' is not supported"),
+        (
+            lambda folder: (folder / "config.json").unlink(),
+            "cannot read {folder}/config.json: No such file or directory",
+        ),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'),
+            "{folder}/config.json: model_type 'gpt2' is not supported",
+        ),
         (lambda folder: (folder / "tokenizer.json").unlink(), "{folder} has no tokenizer.json"),
         (
             lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
             "{folder} holds no model.safetensors; pytorch_model.bin is",
         ),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 40), "{folder}/model.safetensors is no whole safetensors file"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 40),
+            "{folder}/model.safetensors is no whole safetensors file",
+        ),
     ],
 )
-def test_what_a_folder_lacks_is_named(spoil: Callable[[Path], object], problem: str, checkpoint: Callable[..., Path]) -> None:
+def test_what_a_folder_lacks_is_named(
+    spoil: Callable[[Path], object], problem: str, checkpoint: Callable[..., Path]
+) -> None:
     folder = checkpoint()
     spoil(folder)
     [found] = examine(str(folder))["problems"]
@@ -256,7 +314,10 @@ def test_what_a_folder_lacks_is_named(spoil: Callable[[Path], object], problem: 
 def test_an_index_that_names_a_missing_file(checkpoint: Callable[..., Path]) -> None:
     folder = checkpoint()
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    index = {"lm_head.weight": "model-00001-of-00002.safetensors", "model.norm.weight": "model-00002-of-00002.safetensors"}
+    index = {
+        "lm_head.weight": "model-00001-of-00002.safetensors",
+        "model.norm.weight": "model-00002-of-00002.safetensors",
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     [problem] = examine(str(folder))["problems"]
     assert "model.safetensors.index.json names model-00002-of-00002.safetensors, which is not there" in problem
@@ -290,10 +351,16 @@ def test_pickles_and_programs_beside_the_model_are_noted(checkpoint: Callable[..
         (None, None, "there is no chat template; chat, sft and rl need one, generate --raw does not"),
         ("{{ messages[0].content }}", {"tools": False, "reasoning": "tags", "switchable": False}, None),
         ("{% if tools %}{% endif %}{{ '<think>' }}", {"tools": True, "reasoning": "opened", "switchable": False}, None),
-        ("{{ raise_exception('no') }}", {"tools": False, "reasoning": None, "switchable": None}, "the chat template fails on a plain question: "),
+        (
+            "{{ raise_exception('no') }}",
+            {"tools": False, "reasoning": None, "switchable": None},
+            "the chat template fails on a plain question: ",
+        ),
     ],
 )
-def test_the_template_is_tried(template: str | None, facts: dict[str, Any] | None, note: str | None, checkpoint: Callable[..., Path]) -> None:
+def test_the_template_is_tried(
+    template: str | None, facts: dict[str, Any] | None, note: str | None, checkpoint: Callable[..., Path]
+) -> None:
     folder = checkpoint()
     settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -302,11 +369,18 @@ def test_the_template_is_tried(template: str | None, facts: dict[str, Any] | Non
     assert len(found["notes"]) == (note is not None) and (note is None or note in found["notes"][0])
 
 
-def test_a_tokenizer_of_another_model_is_named(checkpoint: Callable[..., Path], deepseek: Config, tokenizer: Tokenizer) -> None:
+def test_a_tokenizer_of_another_model_is_named(
+    checkpoint: Callable[..., Path], deepseek: Config, tokenizer: Tokenizer
+) -> None:
     folder = checkpoint(deepseek(vocab_size=100, eos_token_id=7))
     [problem] = examine(str(folder))["problems"]
-    assert problem == f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the embedding 100 rows; one of the two is another model's"
-    assert examine(str(folder))["notes"] == [f"{folder}: config.json's eos_token_id 7 is none of the tokenizer's (1), which count"]
+    assert (
+        problem
+        == f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the embedding 100 rows; one of the two is another model's"
+    )
+    assert examine(str(folder))["notes"] == [
+        f"{folder}: config.json's eos_token_id 7 is none of the tokenizer's (1), which count"
+    ]
 
 
 def test_names_from_a_file_cannot_steer_the_terminal(checkpoint: Callable[..., Path], deepseek: Config) -> None:
@@ -315,19 +389,30 @@ def test_names_from_a_file_cannot_steer_the_terminal(checkpoint: Callable[..., P
     assert not usable and "\x1b" not in text and "[2J[red]weight is no tensor" in text
 
 
-def test_a_checkpoint_on_the_hub_is_judged_by_its_headers(monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[..., Path]) -> None:
+def test_a_checkpoint_on_the_hub_is_judged_by_its_headers(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[..., Path]
+) -> None:
     """All of DeepSeek-V3's, of which nothing but the describing files lies here."""
     config = ModelConfig.preset("deepseek-v3")
     folder = checkpoint(config, {})
     (folder / "model.safetensors").unlink()
-    headers = {name: Header(dtype, shape, folder / f"{name[:15]}.safetensors") for name, (dtype, shape) in tensors_of(config).items()}
-    monkeypatch.setattr(inspection, "remote_headers", lambda source: (folder, headers, {"config.json": 1, "modeling_deepseek.py": 1}))
+    headers = {
+        name: Header(dtype, shape, folder / f"{name[:15]}.safetensors")
+        for name, (dtype, shape) in tensors_of(config).items()
+    }
+    monkeypatch.setattr(
+        inspection, "remote_headers", lambda source: (folder, headers, {"config.json": 1, "modeling_deepseek.py": 1})
+    )
     facts = examine("deepseek-ai/DeepSeek-V3")
     assert (facts["kind"], facts["problems"]) == ("hub", [])
     assert facts["notes"] == ["deepseek-ai/DeepSeek-V3: modeling_deepseek.py is a program, and is never run"]
     assert (facts["files"]["tensors"], facts["files"]["numbers"]) == (91_991, 684_531_386_000)
     numbers = {dtype: entry["numbers"] for dtype, entry in facts["files"]["dtypes"].items()}
-    assert numbers == {"F8_E4M3": 680_571_043_840, "BF16": 3_918_786_560, "F32": 41_555_600}  # as the hub counts the released files
+    assert numbers == {
+        "F8_E4M3": 680_571_043_840,
+        "BF16": 3_918_786_560,
+        "F32": 41_555_600,
+    }  # as the hub counts the released files
     assert facts["files"]["bytes"] == facts["checkpoint"]["bytes"]
     del headers["model.layers.60.self_attn.o_proj.weight"]
     [problem] = examine("deepseek-ai/DeepSeek-V3")["problems"]

@@ -102,12 +102,18 @@ def test_the_module_on_the_meta_device_holds_them_too() -> None:
         {"first_k_dense_replace": 9},
     ],
 )
-def test_every_deepseek_shape_is_what_the_module_holds(deepseek: Callable[..., ModelConfig], changes: dict[str, object]) -> None:
+def test_every_deepseek_shape_is_what_the_module_holds(
+    deepseek: Callable[..., ModelConfig], changes: dict[str, object]
+) -> None:
     check(deepseek(**changes))
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}, {"qk_norm": True, "head_dim": 16}])
-def test_every_dense_shape_is_what_the_module_holds(dense: Callable[..., ModelConfig], changes: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}, {"qk_norm": True, "head_dim": 16}]
+)
+def test_every_dense_shape_is_what_the_module_holds(
+    dense: Callable[..., ModelConfig], changes: dict[str, object]
+) -> None:
     check(dense(**changes))
 
 
@@ -115,7 +121,9 @@ def check(config: ModelConfig) -> None:
     model, specs = Transformer(config), list(layout(config))
     model.init_weights(torch.Generator().manual_seed(0))
     tensors = to_hf_tensors(config, model.state_dict())
-    assert [(spec.name, spec.shape) for spec in specs] == [(name, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    assert [(spec.name, spec.shape) for spec in specs] == [
+        (name, tuple(tensor.shape)) for name, tensor in tensors.items()
+    ]
     assert len(specs) == tensor_count(config)
     unique = sum(tensors[spec.name].numel() for spec in specs if spec.copy_of is None)
     assert unique == sum(tensor.numel() for tensor in model.state_dict().values())

@@ -54,8 +54,12 @@ def edit(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"q_lora_rank": None, "num_nextn_predict_layers": 0}])
-def test_a_round_trip_changes_nothing(make_model: Make, deepseek: Config, tokenizer: Tokenizer, tmp_path: Path, changes: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": True}, {"q_lora_rank": None, "num_nextn_predict_layers": 0}]
+)
+def test_a_round_trip_changes_nothing(
+    make_model: Make, deepseek: Config, tokenizer: Tokenizer, tmp_path: Path, changes: dict[str, object]
+) -> None:
     model = make_model(deepseek(vocab_size=264, **changes))
     save_checkpoint(tmp_path, model, tokenizer)
     again = load_model(tmp_path)
@@ -68,7 +72,9 @@ def test_a_round_trip_changes_nothing(make_model: Make, deepseek: Config, tokeni
     (tmp_path / "again").mkdir()
     save_checkpoint(tmp_path / "again", again, tokenizer)
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
-    assert json.loads((tmp_path / "again" / "config.json").read_text()) == json.loads((tmp_path / "config.json").read_text())
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == json.loads(
+        (tmp_path / "config.json").read_text()
+    )
 
 
 def test_names_are_deepseeks(make_model: Make, deepseek: Config) -> None:
@@ -82,7 +88,9 @@ def test_names_are_deepseeks(make_model: Make, deepseek: Config) -> None:
     assert tensors["model.layers.1.mlp.gate.e_score_correction_bias"].shape == (8,)
     assert torch.equal(tensors["model.layers.3.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
     assert torch.equal(tensors["model.layers.3.shared_head.head.weight"], tensors["lm_head.weight"])
-    assert {f"model.layers.3.{part}.weight" for part in ("eh_proj", "enorm", "hnorm", "shared_head.norm")} <= set(tensors)
+    assert {f"model.layers.3.{part}.weight" for part in ("eh_proj", "enorm", "hnorm", "shared_head.norm")} <= set(
+        tensors
+    )
     assert not [name for name in tensors if "gate_up_proj" in name]
 
 
@@ -131,23 +139,43 @@ def test_a_checkpoint_without_its_mtp_module_loads_without_it(saved: Path) -> No
             lambda t: t.pop("model.layers.3.eh_proj.weight"),
             r"layers\.3\.eh_proj\.weight is missing; config\.json asks for 135 tensors, the files hold 134",
         ),
-        (lambda t: t.pop("model.layers.2.mlp.experts.7.up_proj.weight"), r"model\.layers\.2\.mlp\.experts\.7\.up_proj\.weight is missing"),
-        (lambda t: t.update({"model.layers.9.norm.weight": torch.ones(2)}), r"safetensors: model\.layers\.9\.norm\.weight is no tensor of this arch"),
+        (
+            lambda t: t.pop("model.layers.2.mlp.experts.7.up_proj.weight"),
+            r"model\.layers\.2\.mlp\.experts\.7\.up_proj\.weight is missing",
+        ),
+        (
+            lambda t: t.update({"model.layers.9.norm.weight": torch.ones(2)}),
+            r"safetensors: model\.layers\.9\.norm\.weight is no tensor of this arch",
+        ),
         (
             lambda t: t.update({"model.layers.1.mlp.experts.8.up_proj.weight": torch.ones(16, 32)}),
             r"experts\.8\.up_proj\.weight is no tensor of this",
         ),
-        (lambda t: t.update({"model.norm.weight": torch.ones(31)}), r"model\.norm\.weight has shape \[31\], config\.json says \[32\]"),
-        (lambda t: t["model.norm.weight"].fill_(torch.nan), r"safetensors: model\.norm\.weight holds NaN or infinite values"),
-        (lambda t: t["lm_head.weight"][-1].fill_(torch.inf), r"safetensors: lm_head\.weight holds NaN or infinite values"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(31)}),
+            r"model\.norm\.weight has shape \[31\], config\.json says \[32\]",
+        ),
+        (
+            lambda t: t["model.norm.weight"].fill_(torch.nan),
+            r"safetensors: model\.norm\.weight holds NaN or infinite values",
+        ),
+        (
+            lambda t: t["lm_head.weight"][-1].fill_(torch.inf),
+            r"safetensors: lm_head\.weight holds NaN or infinite values",
+        ),
         (
             lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int32)}),
             r"model\.norm\.weight is stored as I32; weights are read from F64",
         ),
-        (lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn)}), r"lm_head\.weight is stored in FP8 without the scales"),
+        (
+            lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn)}),
+            r"lm_head\.weight is stored in FP8 without the scales",
+        ),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(saved: Path, change: Callable[[dict[str, Tensor]], None], message: str) -> None:
+def test_tensors_that_do_not_fit_are_named(
+    saved: Path, change: Callable[[dict[str, Tensor]], None], message: str
+) -> None:
     edit(saved, change)
     with pytest.raises(SlingshotError, match=message):
         load_model(saved)
@@ -187,7 +215,9 @@ def test_fp8_matrices_are_read_through_their_scales(
     make_model: Make, deepseek: Config, tokenizer: Tokenizer, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     """Wider than a block, with ragged edges; the experts' stack, the MTP module and the router are told apart."""
-    config = deepseek(vocab_size=264, hidden_size=140, intermediate_size=260, moe_intermediate_size=130, q_lora_rank=129)
+    config = deepseek(
+        vocab_size=264, hidden_size=140, intermediate_size=260, moe_intermediate_size=130, q_lora_rank=129
+    )
     model = make_model(config)
     tensors = to_hf_tensors(config, model.state_dict())
     stored, values = {}, {}
@@ -261,5 +291,8 @@ def test_memory_stays_within_115_percent_of_the_models_size(tokenizer: Tokenizer
 def test_a_checkpoint_of_another_family_is_refused(saved: Path) -> None:
     raw = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(raw | {"model_type": "mixtral"}))
-    with pytest.raises(SlingshotError, match="model_type 'mixtral' is not supported; supported: deepseek_v3, kimi_k2, llama, mistral, qwen2, qwen3"):
+    with pytest.raises(
+        SlingshotError,
+        match="model_type 'mixtral' is not supported; supported: deepseek_v3, kimi_k2, llama, mistral, qwen2, qwen3",
+    ):
         load_model(saved)

@@ -25,7 +25,11 @@ TENSORS = {
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    )
 
 
 @pytest.fixture
@@ -58,7 +62,9 @@ def test_rows_alone_are_all_that_is_read(folder: Path) -> None:
 
 @settings(derandomize=True, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=8), st.lists(st.integers(1, 400), min_size=1, max_size=3))
-def test_resharding_never_changes_a_byte(tmp_path_factory: pytest.TempPathFactory, sizes: list[int], limits: list[int]) -> None:
+def test_resharding_never_changes_a_byte(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], limits: list[int]
+) -> None:
     tensors = {f"t{i}": torch.randn(size, generator=torch.Generator().manual_seed(i)) for i, size in enumerate(sizes)}
     source = tensors
     for limit in limits:
@@ -67,7 +73,9 @@ def test_resharding_never_changes_a_byte(tmp_path_factory: pytest.TempPathFactor
         shards = Shards(folder)
         assert list(source) == list(tensors) and shards.headers.keys() == tensors.keys()
         files = sorted(folder.glob("*.safetensors"))
-        held = [[tensors[name].nbytes for name, header in shards.headers.items() if header.file == file] for file in files]
+        held = [
+            [tensors[name].nbytes for name, header in shards.headers.items() if header.file == file] for file in files
+        ]
         assert all(sum(part) <= limit or len(part) == 1 for part in held) and all(held)
         if len(files) > 1:
             index = json.loads((folder / INDEX).read_text())
@@ -132,7 +140,8 @@ def test_pickled_weights_are_refused_with_the_way_out(folder: Path) -> None:
         Shards(folder)
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
     with pytest.raises(
-        SlingshotError, match=r"pytorch_model\.bin is pickled, can run code when opened, and is never read: ask its maker for safetensors"
+        SlingshotError,
+        match=r"pytorch_model\.bin is pickled, can run code when opened, and is never read: ask its maker for safetensors",
     ):
         Shards(folder)
 
@@ -160,12 +169,22 @@ def test_a_disk_that_is_full_is_named(tmp_path: Path) -> None:
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
     """A sound file with bytes changed, cut or added, or with a header of its own making."""
-    header = json.dumps({name: {"dtype": "F32", "shape": [2], "data_offsets": [8 * i, 8 * i + 8]} for i, name in enumerate("abc")})
+    header = json.dumps(
+        {name: {"dtype": "F32", "shape": [2], "data_offsets": [8 * i, 8 * i + 8]} for i, name in enumerate("abc")}
+    )
     if draw(st.booleans()):
         value = st.one_of(
-            st.integers(-(2**70), 2**70), st.text(max_size=4), st.none(), st.lists(st.integers(-(2**66), 2**66), max_size=4), st.floats()
+            st.integers(-(2**70), 2**70),
+            st.text(max_size=4),
+            st.none(),
+            st.lists(st.integers(-(2**66), 2**66), max_size=4),
+            st.floats(),
         )
-        entry = {"dtype": draw(st.sampled_from(["F32", "F8_E4M3", "x", 3])), "shape": draw(value), "data_offsets": draw(value)}
+        entry = {
+            "dtype": draw(st.sampled_from(["F32", "F8_E4M3", "x", 3])),
+            "shape": draw(value),
+            "data_offsets": draw(value),
+        }
         header = json.dumps({"a": entry} if draw(st.booleans()) else draw(value))
     if draw(st.booleans()):
         header = "[" * draw(st.integers(1, 100_000))
@@ -176,7 +195,9 @@ def damaged(draw: st.DrawFn) -> bytes:
     return bytes(content[: draw(st.integers(0, len(content)))] if draw(st.booleans()) else content)
 
 
-@settings(derandomize=True, deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    derandomize=True, deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(damaged())
 def test_damaged_files_give_one_line_or_sound_tensors(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)

@@ -31,7 +31,9 @@ class ScriptedEngine:
                 yield delta
         finally:
             self.closed += 1
-        return SimpleNamespace(token_ids=[1, 2, 3], answer=answer, finish_reason="length" if answer == "cut" else "stop")
+        return SimpleNamespace(
+            token_ids=[1, 2, 3], answer=answer, finish_reason="length" if answer == "cut" else "stop"
+        )
 
 
 def talk(monkeypatch, engine, *lines):
@@ -51,7 +53,9 @@ def talk(monkeypatch, engine, *lines):
 
 
 def test_reasoning_is_dim_above_a_plain_answer(monkeypatch):
-    shown = talk(monkeypatch, ScriptedEngine([("reasoning", "3 plus 4"), ("reasoning", " is 7"), ("answer", "[7]")]), "3+4?")
+    shown = talk(
+        monkeypatch, ScriptedEngine([("reasoning", "3 plus 4"), ("reasoning", " is 7"), ("answer", "[7]")]), "3+4?"
+    )
     assert "\x1b[2m3 plus 4\x1b[0m\x1b[2m is 7\x1b[0m\n\n[7]\n" in shown
     assert "3 tokens" in shown
 
@@ -75,7 +79,9 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(monkeypatch):
 
 
 def test_an_error_is_one_line_and_the_chat_goes_on(monkeypatch):
-    engine = ScriptedEngine([("answer", "first")], [SlingshotError("the prompt has 9 tokens [too many]")], [("answer", "again")])
+    engine = ScriptedEngine(
+        [("answer", "first")], [SlingshotError("the prompt has 9 tokens [too many]")], [("answer", "again")]
+    )
     shown = talk(monkeypatch, engine, "a", "b", "c")
     assert "the prompt has 9 tokens [too many]" in shown
     assert engine.asked[2][0] == [{"role": "user", "content": "c"}]

@@ -64,7 +64,9 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         out.mkdir(exist_ok=True)
         meter = Meter()
         meter.add(tokens=1500, all=2e9)
-        meter.receipt("rl", out.name, config.model_dump(mode="json"), [], out, Machine(cpu="none", cores=1, memory_bytes=1)).write(out)
+        meter.receipt(
+            "rl", out.name, config.model_dump(mode="json"), [], out, Machine(cpu="none", cores=1, memory_bytes=1)
+        ).write(out)
 
     fake.run = run
     monkeypatch.setattr(recipe, "stage_module", lambda kind: fake)
@@ -88,7 +90,9 @@ def test_the_package_offers_what_it_promises() -> None:
         slingshot.Motor  # noqa: B018
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (Path(recipe.__file__).parent / "recipes").glob("*.toml")))
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (Path(recipe.__file__).parent / "recipes").glob("*.toml"))
+)
 def test_shipped_recipes_are_valid(name: str) -> None:
     loaded = recipe.Recipe.load(name)
     assert loaded.stages and all(stage.kind in recipe.KINDS for stage in loaded.stages)
@@ -141,13 +145,11 @@ def test_a_stage_shows_its_keys(command: Command, stage: SimpleNamespace) -> Non
 
 @pytest.mark.parametrize(
     ("keys", "message"),
-    [
-        ("lrr = 1", "rl.lrr: unknown key; did you mean lr?"),
-        ('lr = "fast"', "rl.lr: "),
-        ("lr = ", "not valid TOML"),
-    ],
+    [("lrr = 1", "rl.lrr: unknown key; did you mean lr?"), ('lr = "fast"', "rl.lr: "), ("lr = ", "not valid TOML")],
 )
-def test_a_stage_refuses_wrong_keys(command: Command, stage: SimpleNamespace, tmp_path: Path, keys: str, message: str) -> None:
+def test_a_stage_refuses_wrong_keys(
+    command: Command, stage: SimpleNamespace, tmp_path: Path, keys: str, message: str
+) -> None:
     (tmp_path / "keys.toml").write_text(keys)
     code, _, err = command("rl", "--out", tmp_path / "new", "--config", tmp_path / "keys.toml")
     assert code == 2 and message in err and stage.ran == []
@@ -155,7 +157,10 @@ def test_a_stage_refuses_wrong_keys(command: Command, stage: SimpleNamespace, tm
 
 def test_a_stage_needs_a_table_and_a_place(command: Command, stage: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[1]")
-    assert "must hold a table of keys, got list" in command("rl", "--out", tmp_path / "new", "--config", tmp_path / "list.json")[2]
+    assert (
+        "must hold a table of keys, got list"
+        in command("rl", "--out", tmp_path / "new", "--config", tmp_path / "list.json")[2]
+    )
     assert "rl: no --out" in command("rl", "runs/base")[2]
 
 
@@ -171,7 +176,9 @@ def test_a_stage_needs_a_table_and_a_place(command: Command, stage: SimpleNamesp
         (KeyboardInterrupt(), 130, "slingshot: stopped and saved; the same command goes on from here\n"),
     ],
 )
-def test_how_a_stage_ends_badly(command: Command, stage: SimpleNamespace, tmp_path: Path, failure: BaseException, code: int, line: str) -> None:
+def test_how_a_stage_ends_badly(
+    command: Command, stage: SimpleNamespace, tmp_path: Path, failure: BaseException, code: int, line: str
+) -> None:
     stage.fail = failure
     assert command("rl", "--out", tmp_path / "new") == (code, "", line)
 
@@ -199,7 +206,12 @@ def test_run_hands_its_options_to_the_recipe(command: Command, monkeypatch: pyte
 
     monkeypatch.setattr(recipe.Recipe, "load", load)
     monkeypatch.setattr(recipe, "run", lambda loaded, out, until, nproc: calls.append((loaded.name, out, until, nproc)))
-    assert command("run", "tiny", "rl.lr=1e-4", "--until", "rl", "--seed", 3, "--nproc", 2, "base.steps=5", "--out", tmp_path)[0] == 0
+    assert (
+        command(
+            "run", "tiny", "rl.lr=1e-4", "--until", "rl", "--seed", 3, "--nproc", 2, "base.steps=5", "--out", tmp_path
+        )[0]
+        == 0
+    )
     assert command("run", "tiny")[0] == 0
     assert calls == [
         ("tiny", ["rl.lr=1e-4", "base.steps=5"], 3),
@@ -228,7 +240,10 @@ def test_convert_there_and_back(command: Command, checkpoint: Path, tmp_path: Pa
     assert command("convert", tmp_path / "model.gguf", tmp_path / "back", "--dtype", "float32")[0] == 0
     before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint, tmp_path / "back"))
     assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
-    assert [command("inspect", folder)[0] for folder in (checkpoint, tmp_path / "fp8", tmp_path / "model.gguf", tmp_path / "back")] == [0, 0, 0, 0]
+    assert [
+        command("inspect", folder)[0]
+        for folder in (checkpoint, tmp_path / "fp8", tmp_path / "model.gguf", tmp_path / "back")
+    ] == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -244,7 +259,9 @@ def test_convert_there_and_back(command: Command, checkpoint: Path, tmp_path: Pa
         (["pyproject.toml"], "pyproject.toml exists already; remove it or choose another --out"),
     ],
 )
-def test_a_conversion_that_cannot_be_is_one_line(command: Command, checkpoint: Path, arguments: list[str], message: str) -> None:
+def test_a_conversion_that_cannot_be_is_one_line(
+    command: Command, checkpoint: Path, arguments: list[str], message: str
+) -> None:
     code, _, err = command("convert", checkpoint, *arguments)
     assert code == 2 and message in err and err.count("\n") == 1
 

@@ -20,8 +20,34 @@ from slingshot.cost.devices import device
 from slingshot.model.config import ModelConfig
 from slingshot.planning.plan_training import plan_pretrain
 
-PRETRAIN = ["pretrain", "--model", "deepseek-v3", "--tokens", "14.8T", "--device", "h800", "--count", "2048", "--tflops", "385"]
-RL = ["rl", "--model", "moonlight-16b-a3b", "--device", "h100", "--count", "64", "--steps", "100", "--response", "2K", "--longest", "16K"]
+PRETRAIN = [
+    "pretrain",
+    "--model",
+    "deepseek-v3",
+    "--tokens",
+    "14.8T",
+    "--device",
+    "h800",
+    "--count",
+    "2048",
+    "--tflops",
+    "385",
+]
+RL = [
+    "rl",
+    "--model",
+    "moonlight-16b-a3b",
+    "--device",
+    "h100",
+    "--count",
+    "64",
+    "--steps",
+    "100",
+    "--response",
+    "2K",
+    "--longest",
+    "16K",
+]
 DISTILL = [
     "distill",
     "--model",
@@ -74,7 +100,19 @@ def test_json_is_one_object_with_what_every_plan_has(arguments: list[str]) -> No
 
 
 def test_numbers_are_read_as_people_write_them() -> None:
-    found = as_json([*PRETRAIN, "--price", "$1.5", "--batch", "62.9M", "--stage", "context extension=119K", "--stage", "post-training=5K"])
+    found = as_json(
+        [
+            *PRETRAIN,
+            "--price",
+            "$1.5",
+            "--batch",
+            "62.9M",
+            "--stage",
+            "context extension=119K",
+            "--stage",
+            "post-training=5K",
+        ]
+    )
     assert found["tokens"] == 14.8e12 and found["price"] == 1.5 and found["batch_tokens"] == 62.9e6
     assert [stage["device_hours"] for stage in found["stages"]][-2:] == [119e3, 5e3]
     assert as_json([*SERVE, "--latency", "40ms"])["latency"] == 0.04
@@ -83,11 +121,30 @@ def test_numbers_are_read_as_people_write_them() -> None:
 
 
 def test_the_table_says_what_the_json_says() -> None:
-    text, found = printed([*PRETRAIN, "--stage", "post-training=5K"]), as_json([*PRETRAIN, "--stage", "post-training=5K"])
-    for wanted in (f"{found['device_hours']:,.0f}", f"${found['money']:,.0f}", "54.4 d", "671.03B", "37.55B", "36.63B", "35.7B", "70,272 bytes"):
+    text, found = (
+        printed([*PRETRAIN, "--stage", "post-training=5K"]),
+        as_json([*PRETRAIN, "--stage", "post-training=5K"]),
+    )
+    for wanted in (
+        f"{found['device_hours']:,.0f}",
+        f"${found['money']:,.0f}",
+        "54.4 d",
+        "671.03B",
+        "37.55B",
+        "36.63B",
+        "35.7B",
+        "70,272 bytes",
+    ):
         assert wanted in text
     assert text.count(f"${found['money']:,.0f}") >= 2  # at the top and under the bill
-    for heading in ("The bill", "Where the FLOPs go", "The network", "Memory of the fullest device", "What dominates", "Assumed"):
+    for heading in (
+        "The bill",
+        "Where the FLOPs go",
+        "The network",
+        "Memory of the fullest device",
+        "What dominates",
+        "Assumed",
+    ):
         assert heading in text
     assert "of it the MTP module" in text and "It fits" in text and "arXiv 2502.05172" in text
     for line in found["assumptions"]:
@@ -96,7 +153,10 @@ def test_the_table_says_what_the_json_says() -> None:
 
 def test_serving_shows_curve_costs_margin_and_break_even() -> None:
     text, found = printed(SERVE), as_json(SERVE)
-    assert f"{found['tokens_per_second_per_device']:,.0f} tokens a second" in text and f"{found['day']['margin']:.0%}" in text
+    assert (
+        f"{found['tokens_per_second_per_device']:,.0f} tokens a second" in text
+        and f"{found['day']['margin']:.0%}" in text
+    )
     for heading in (
         "Tokens a second against batch",
         "Cost per million tokens, by cache hits",
@@ -147,7 +207,9 @@ def test_the_page_is_whole_loads_nothing_and_says_the_same(arguments: list[str],
     assert "script" not in page.tags and "link" not in page.tags and "http" not in file.read_text()
     found = as_json(arguments)
     assert f"{found['device_hours']:,.0f}" in page.text and show_money(found["money"]) in page.text
-    assert all(stage["name"] in page.text for stage in found["stages"]) and all(line in page.text for line in found["assumptions"])
+    assert all(stage["name"] in page.text for stage in found["stages"]) and all(
+        line in page.text for line in found["assumptions"]
+    )
 
 
 def test_a_hostile_name_is_text_on_the_page() -> None:
@@ -205,7 +267,10 @@ def test_nonsense_is_one_line_with_the_nearest_valid_choice(arguments: list[str]
 
 
 def test_a_device_may_have_another_memory() -> None:
-    large, small = (as_json(["serve", "--model", "llama-3.1-8b", "--device", "a100", "--memory", size]) for size in ("80GiB", "40GiB"))
+    large, small = (
+        as_json(["serve", "--model", "llama-3.1-8b", "--device", "a100", "--memory", size])
+        for size in ("80GiB", "40GiB")
+    )
     assert small["usable_memory_bytes"] == 0.9 * 40 * 2**30 and small["batch"] < large["batch"]
     assert small["alternatives"][0]["device"] == "a100" and small["alternatives"][0]["money"] == small["money"]
 

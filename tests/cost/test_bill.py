@@ -101,7 +101,23 @@ def test_the_door_prints_every_stage_and_the_sum(run: Path) -> None:
     door.show(run / "sft", Console(file=target, width=200))
     lines = [line.split() for line in target.getvalue().splitlines()]
     assert lines[0] == ["stage", "kind", "tokens", "FLOPs", "time", "device", "time", "energy", "money"]
-    assert lines[1] == ["base", "pretrain", "10", "10K", "1", "min", "40", "s", "1", "min", "40", "s", "2", "Wh", "1.00"]
+    assert lines[1] == [
+        "base",
+        "pretrain",
+        "10",
+        "10K",
+        "1",
+        "min",
+        "40",
+        "s",
+        "1",
+        "min",
+        "40",
+        "s",
+        "2",
+        "Wh",
+        "1.00",
+    ]
     assert lines[2] == ["rl", "rl", "10", "5K", "50.0", "s", "3", "min", "20", "s", "0.25"]
     assert lines[5] == ["in", "all", "40", "17.5K", "2", "min", "55", "s", "5", "min", "25", "s", "2", "Wh", "1.25"]
     text = target.getvalue()
@@ -112,7 +128,8 @@ def test_the_door_prints_every_stage_and_the_sum(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "hint"), [("sfd", "did you mean .*sft"), (".", "such as .*sft"), ("nowhere/at/all", "an artifact that a stage made")]
+    ("asked", "hint"),
+    [("sfd", "did you mean .*sft"), (".", "such as .*sft"), ("nowhere/at/all", "an artifact that a stage made")],
 )
 def test_no_receipt_names_the_nearest(run: Path, asked: str, hint: str) -> None:
     with pytest.raises(SlingshotError, match=hint) as caught:

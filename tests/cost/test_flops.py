@@ -129,7 +129,9 @@ def test_tiny_request_by_hand() -> None:
     """A prompt of 5 tokens, 2 of them cached: 3 tokens that meet 3 + 4 + 5 = 12 keys, 2 latents expanded again in 2 layers by kv_b; then 4 tokens
     decoded that meet 7 keys each on average."""
     weights = 2 * PROJECTIONS + 3 * 6 * 7 + 6 * 4 + 3 * EXPERT
-    assert sum(prefill_parts(TINY, 5, cached=2).values()) == 2 * (3 * weights + 2 * 2 * 70 + 12 * 2 * 2 * (5 + 4) + 6 * 11)
+    assert sum(prefill_parts(TINY, 5, cached=2).values()) == 2 * (
+        3 * weights + 2 * 2 * 70 + 12 * 2 * 2 * (5 + 4) + 6 * 11
+    )
     assert sum(decode_parts(TINY, 7, tokens=4).values()) == 2 * (4 * weights + 4 * 7 * 2 * 2 * (2 * 5 + 2) + 4 * 6 * 11)
     assert decode_parts(TINY, 7)["head"] == 2 * 6 * 11
 

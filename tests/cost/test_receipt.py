@@ -75,7 +75,9 @@ def test_receipt_round_trip(tmp_path: Path, clock: Clock) -> None:
 
 
 def test_digest_names_content_not_clocks(tmp_path: Path) -> None:
-    one = folder(tmp_path / "one", model="weights", metrics__jsonl='{"seconds": 1}', events__out__tfevents="a", __hidden="a")
+    one = folder(
+        tmp_path / "one", model="weights", metrics__jsonl='{"seconds": 1}', events__out__tfevents="a", __hidden="a"
+    )
     two = folder(tmp_path / "two", model="weights", metrics__jsonl='{"seconds": 2}')
     assert artifact_digest(one) == artifact_digest(two) and re.fullmatch("[0-9a-f]{16}", artifact_digest(one))
     assert artifact_digest(one) != artifact_digest(folder(tmp_path / "content", model="other weights"))
@@ -107,7 +109,9 @@ def test_what_is_missing_or_broken_is_named(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("key", "value"), [("seconds", "NaN"), ("flops", "Infinity"), ("seconds", "-1"), ("devices", "0"), ("money", "NaN")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("seconds", "NaN"), ("flops", "Infinity"), ("seconds", "-1"), ("devices", "0"), ("money", "NaN")]
+)
 def test_a_receipt_of_impossible_numbers_is_refused(tmp_path: Path, key: str, value: str) -> None:
     Meter().receipt("rl", "x", {}, [], tmp_path, MACHINE).write(tmp_path)
     content = json.loads((tmp_path / "receipt.json").read_text())
@@ -156,5 +160,7 @@ def test_a_receipt_without_energy_is_still_one(tmp_path: Path, clock: Clock) -> 
     out = folder(tmp_path / "out", model="weights")
     Meter().receipt("sft", "out", {}, [], out, MACHINE).write(out)
     values = json.loads((out / "receipt.json").read_text())
-    (out / "receipt.json").write_text(json.dumps({key: value for key, value in values.items() if key not in ("energy_joules", "devices")}))
+    (out / "receipt.json").write_text(
+        json.dumps({key: value for key, value in values.items() if key not in ("energy_joules", "devices")})
+    )
     assert (Receipt.read(out).energy_joules, Receipt.read(out).devices) == (None, 1)

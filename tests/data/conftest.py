@@ -5,7 +5,10 @@ from tokenizers import pre_tokenizers
 
 from slingshot.text.tokenizer import Tokenizer
 
-TEXTS = ["What is 3+4-2? 3足す4は7、答えは5。", "def add(x, y):\n    return x + y  # the quick brown fox, the think user"] * 4
+TEXTS = [
+    "What is 3+4-2? 3足す4は7、答えは5。",
+    "def add(x, y):\n    return x + y  # the quick brown fox, the think user",
+] * 4
 
 # As SmolLM2-135M-Instruct's behaves: a system message stands first, whether or not there is one.
 CHATML = """\
@@ -22,7 +25,14 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def chatml() -> Tokenizer:
     added = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocab = {token: id for id, token in enumerate(added + sorted(pre_tokenizers.ByteLevel.alphabet()) + ["he", "Ġt", "Ġthe"])}
+    vocab = {
+        token: id for id, token in enumerate(added + sorted(pre_tokenizers.ByteLevel.alphabet()) + ["he", "Ġt", "Ġthe"])
+    }
     merges = [("h", "e"), ("Ġ", "t"), ("Ġt", "he")]
-    config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "chat_template": CHATML}
+    config = {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|im_end|>",
+        "chat_template": CHATML,
+    }
     return Tokenizer.from_bpe(vocab, merges, dict.fromkeys(added, True), config)

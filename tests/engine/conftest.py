@@ -7,7 +7,11 @@ from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.text.tokenizer import Tokenizer
 
-TEXTS = ["What is 3+4-2? 3 plus 4 is 7, 7 minus 2 is 5.", "3+4-2はいくつ? 3足す4は7、7引く2は5。", "The end. Stop here, then go on until the end."]
+TEXTS = [
+    "What is 3+4-2? 3 plus 4 is 7, 7 minus 2 is 5.",
+    "3+4-2はいくつ? 3足す4は7、7引く2は5。",
+    "The end. Stop here, then go on until the end.",
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -36,12 +40,25 @@ def random_model(config, seed=0):
 
 
 def family_config(family, vocab_size):
-    shape = {"vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     shape |= {"initializer_range": 0.3, "max_position_embeddings": 256}
     if family == "dense":
         return ModelConfig(family="dense", num_key_value_heads=2, **shape)
     mla = {"q_lora_rank": 12, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
-    moe = {"moe_intermediate_size": 16, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+    moe = {
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+    }
     return ModelConfig(family="deepseek_v3", first_k_dense_replace=1, num_nextn_predict_layers=1, **shape, **mla, **moe)
 
 

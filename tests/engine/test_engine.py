@@ -65,7 +65,9 @@ def test_greedy_is_the_argmax_of_a_full_forward_pass(model, tokenizer):
     with torch.no_grad():
         expected = model(ids).logits_BTV[0, 5:-1].argmax(-1)
     assert completion.token_ids == expected.tolist()
-    torch.testing.assert_close(torch.tensor(completion.logprobs), full_logprobs(model, output, completion, 1.0), atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor(completion.logprobs), full_logprobs(model, output, completion, 1.0), atol=2e-4, rtol=1e-4
+    )
 
 
 def test_batched_generation_equals_one_by_one(model, tokenizer):
@@ -82,7 +84,10 @@ def test_batched_generation_equals_one_by_one(model, tokenizer):
         for index in range(len(prompts))
     ]
     together = Engine(model, tokenizer, max_batch=4).generate(prompts, params)
-    alone = [Engine(model, tokenizer).generate([prompt], its_params)[0] for prompt, its_params in zip(prompts, params, strict=True)]
+    alone = [
+        Engine(model, tokenizer).generate([prompt], its_params)[0]
+        for prompt, its_params in zip(prompts, params, strict=True)
+    ]
     assert token_ids(together) == token_ids(alone)
     for one, other in zip(together, alone, strict=True):
         for ours, theirs in zip(one.outputs, other.outputs, strict=True):
@@ -102,13 +107,17 @@ def test_slots_are_reused_and_never_idle(dense_model, tokenizer, monkeypatch):
     assert sum(rows) == total
     assert max(rows) == 4
     still_four = list(itertools.takewhile(lambda count: count == 4, rows))
-    assert sum(rows) - 4 * len(still_four) <= 3 * 20  # only the last three sequences ever run in a batch that is not full
+    assert (
+        sum(rows) - 4 * len(still_four) <= 3 * 20
+    )  # only the last three sequences ever run in a batch that is not full
 
 
 def test_n_samples_share_one_prefill_and_differ(model, tokenizer, monkeypatch):
     prefilled = []
     prefill = Engine._prefill
-    monkeypatch.setattr(Engine, "_prefill", lambda self, slot, prompts: (prefilled.extend(prompts), prefill(self, slot, prompts))[1])
+    monkeypatch.setattr(
+        Engine, "_prefill", lambda self, slot, prompts: (prefilled.extend(prompts), prefill(self, slot, prompts))[1]
+    )
     (output,) = Engine(model, tokenizer).generate(prompts_of(12), SamplingParams(max_tokens=12, n=6))
     assert len(prefilled) == 1
     assert len({tuple(completion.token_ids) for completion in output.outputs}) == 6
@@ -117,7 +126,11 @@ def test_n_samples_share_one_prefill_and_differ(model, tokenizer, monkeypatch):
 def test_prompts_of_similar_length_are_prefilled_together(dense_model, tokenizer, monkeypatch):
     groups = []
     prefill = Engine._prefill
-    monkeypatch.setattr(Engine, "_prefill", lambda self, slot, prompts: (groups.append([*map(len, prompts)]), prefill(self, slot, prompts))[1])
+    monkeypatch.setattr(
+        Engine,
+        "_prefill",
+        lambda self, slot, prompts: (groups.append([*map(len, prompts)]), prefill(self, slot, prompts))[1],
+    )
     Engine(dense_model, tokenizer).generate(prompts_of(60, 3, 20, 100, 61, 4, 90), SamplingParams(max_tokens=1))
     assert groups == [[3, 4, 20], [60, 61, 90, 100]]
     groups.clear()
@@ -131,7 +144,9 @@ def test_seed_sample_and_key_decide_the_tokens(dense_model, tokenizer):
     (prompt,) = prompts_of(9)
 
     def run(n=2, key=None, **params):
-        return token_ids(engine.generate([prompt], SamplingParams(max_tokens=16, n=n, **params), keys=None if key is None else [key]))[0]
+        return token_ids(
+            engine.generate([prompt], SamplingParams(max_tokens=16, n=n, **params), keys=None if key is None else [key])
+        )[0]
 
     assert run(seed=3) == run(seed=3)
     assert run(seed=3) != run(seed=4)
@@ -177,7 +192,9 @@ def test_cache_budget_bounds_rows_times_length(dense_model, tokenizer, monkeypat
 
 
 def test_ends_at_eos_with_its_logprob_but_not_in_the_text(dense_model, tokenizer):
-    outputs = Engine(dense_model, tokenizer).generate(prompts_of(5), SamplingParams(max_tokens=200, temperature=1.5, n=32))
+    outputs = Engine(dense_model, tokenizer).generate(
+        prompts_of(5), SamplingParams(max_tokens=200, temperature=1.5, n=32)
+    )
     stopped = [completion for completion in outputs[0].outputs if completion.finish_reason == "stop"]
     assert stopped
     for completion in stopped:
@@ -412,7 +429,9 @@ def test_prompts_as_text_ids_and_chat(dense_model, tokenizer):
     assert outputs[0].prompt_token_ids == outputs[1].prompt_token_ids == tokenizer.encode("3+4")
     assert outputs[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids
     assert outputs[2].prompt_token_ids == tokenizer.encode_chat(chat, add_generation_prompt=True)
-    assert [output.prompt_token_ids for output in engine.generate("3+4", SamplingParams(max_tokens=1))] == [tokenizer.encode("3+4")]
+    assert [output.prompt_token_ids for output in engine.generate("3+4", SamplingParams(max_tokens=1))] == [
+        tokenizer.encode("3+4")
+    ]
 
 
 def test_text_prompts_begin_with_bos_where_the_tokenizer_says_so(dense_model, tokenizer):

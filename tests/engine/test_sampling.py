@@ -99,18 +99,28 @@ def test_rows_keep_their_own_parameters():
 
 def test_extreme_logits_and_temperatures_stay_finite():
     logits_BV = torch.tensor([[1e4, -1e4, 0.0], [-3e38, 3e38, 0.0]])
-    ids, logprobs = sample(logits_BV, torch.tensor([1e-4, 100.0]), torch.ones(2), torch.zeros(2, dtype=torch.long), torch.tensor([0.999, 0.5]))
+    ids, logprobs = sample(
+        logits_BV,
+        torch.tensor([1e-4, 100.0]),
+        torch.ones(2),
+        torch.zeros(2, dtype=torch.long),
+        torch.tensor([0.999, 0.5]),
+    )
     assert ids.tolist() == [0, 1]
     assert logprobs.tolist() == [0.0, 0.0]
 
 
 @settings(derandomize=True, deadline=None, max_examples=50)
-@given(seed=st.integers(0, 10_000), temperature=st.floats(0.1, 3.0), top_p=st.floats(0.05, 1.0), top_k=st.integers(0, 40))
+@given(
+    seed=st.integers(0, 10_000), temperature=st.floats(0.1, 3.0), top_p=st.floats(0.05, 1.0), top_k=st.integers(0, 40)
+)
 def test_against_a_plain_reading_of_the_definitions(seed, temperature, top_p, top_k):
     generator = torch.Generator().manual_seed(seed)
     logits_BV = torch.randn(64, 33, generator=generator) * 3
     uniform_B = torch.rand(64, generator=generator)
-    ids_B, logprobs_B = sample(logits_BV, torch.full((64,), temperature), torch.full((64,), top_p), torch.full((64,), top_k), uniform_B)
+    ids_B, logprobs_B = sample(
+        logits_BV, torch.full((64,), temperature), torch.full((64,), top_p), torch.full((64,), top_k), uniform_B
+    )
     expected_BV = (logits_BV / temperature).log_softmax(-1)
     torch.testing.assert_close(logprobs_B, expected_BV.gather(-1, ids_B[:, None])[:, 0], atol=1e-5, rtol=1e-5)
     for row in range(64):
@@ -132,7 +142,13 @@ def test_frequencies_follow_the_distribution():
 
 def test_noise_is_splitmix64():
     # The first outputs for seed 1234567, as in the generator's widely used reference vectors.
-    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    expected = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
     outputs = _splitmix64(torch.full((5,), 1234567), torch.arange(1, 6))
     assert [value % (1 << 64) for value in outputs.tolist()] == expected
     uniform = uniform_noise(torch.full((5,), 1234567), torch.arange(1, 6))
@@ -140,7 +156,9 @@ def test_noise_is_splitmix64():
 
 
 def test_noise_depends_on_stream_and_position_only():
-    streams = torch.tensor([noise_stream(0, "a", 0), noise_stream(0, "a", 1), noise_stream(1, "a", 0), noise_stream(0, "b", 0)])
+    streams = torch.tensor(
+        [noise_stream(0, "a", 0), noise_stream(0, "a", 1), noise_stream(1, "a", 0), noise_stream(0, "b", 0)]
+    )
     assert len(set(streams.tolist())) == 4
     positions = torch.tensor([5, 6, 7, 8])
     together = uniform_noise(streams, positions)

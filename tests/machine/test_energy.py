@@ -27,12 +27,21 @@ def zone(root: Path, name: str, label: str, microjoules: int, span: int = 1_000_
 
 
 def test_packages_and_memory_are_added_up_and_their_parts_are_not(tmp_path: Path) -> None:
-    first, second = zone(tmp_path, "intel-rapl:0", "package-0", 5_000_000), zone(tmp_path, "intel-rapl:1", "package-1", 0)
+    first, second = (
+        zone(tmp_path, "intel-rapl:0", "package-0", 5_000_000),
+        zone(tmp_path, "intel-rapl:1", "package-1", 0),
+    )
     core, memory = zone(tmp_path, "intel-rapl:0:0", "core", 0), zone(tmp_path, "intel-rapl:0:1", "dram", 0)
     whole = zone(tmp_path, "intel-rapl:2", "psys", 0)
     energy = Energy(tmp_path)
     assert energy.joules == 0.0
-    for file, microjoules in ((first, 7_000_000), (second, 1_500_000), (core, 900_000), (memory, 250_000), (whole, 99_000_000)):
+    for file, microjoules in (
+        (first, 7_000_000),
+        (second, 1_500_000),
+        (core, 900_000),
+        (memory, 250_000),
+        (whole, 99_000_000),
+    ):
         file.write_text(f"{microjoules}\n")
     assert energy.joules == pytest.approx(2 + 1.5 + 0.25)
 
@@ -94,7 +103,9 @@ class FourGPUs:
         ("GPU-gone", []),
     ],
 )
-def test_only_gpus_this_process_may_use_are_counted(visible: str | None, counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_gpus_this_process_may_use_are_counted(
+    visible: str | None, counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """CUDA_VISIBLE_DEVICES as CUDA reads it: numbers or UUIDs, up to the first that is no device's."""
     monkeypatch.setattr(ctypes, "CDLL", lambda name: FourGPUs())
     if visible is None:

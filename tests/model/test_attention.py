@@ -21,13 +21,21 @@ from slingshot.model.transformer import Transformer
 TIME = 12
 TOLERANCE = 2e-5  # of the logits' standard deviation, in float32; some five times what rounding makes
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4, "mscale_all_dim": 1.0}  # a third of the tests' sequences
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 4,
+    "mscale_all_dim": 1.0,
+}  # a third of the tests' sequences
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 4}
 
 
 @pytest.fixture(scope="module", params=["mla", "mla, YaRN", "gqa", "gqa, YaRN", "gqa, Llama 3"])
 def model(
-    request: pytest.FixtureRequest, make_model: Callable[..., Transformer], deepseek: Callable[..., ModelConfig], dense: Callable[..., ModelConfig]
+    request: pytest.FixtureRequest,
+    make_model: Callable[..., Transformer],
+    deepseek: Callable[..., ModelConfig],
+    dense: Callable[..., ModelConfig],
 ) -> Transformer:
     config = {
         "mla": deepseek(),
@@ -49,7 +57,9 @@ def in_pieces(model: Transformer, tokens_BT: Tensor, cuts: Iterable[int]) -> Ten
     cache = Cache(model.config, slots=4, length=time + 3, dtype=torch.float32)
     positions = torch.arange(time).expand(rows, time)
     pieces = [slice(a, b) for a, b in pairwise([0, *sorted(cuts), time])]
-    parts = [model(tokens_BT[:, p], positions[:, p], cache=cache.view(1, rows, extent=p.stop)).logits_BTV for p in pieces]
+    parts = [
+        model(tokens_BT[:, p], positions[:, p], cache=cache.view(1, rows, extent=p.stop)).logits_BTV for p in pieces
+    ]
     return torch.cat(parts, dim=1)
 
 
@@ -113,19 +123,26 @@ def test_cached_logits_equal_the_full_forward_pass_at_every_split_in_many(model:
     ),
     time=st.integers(1, 300),
 )
-def test_expanded_and_absorbed_attention_are_one(deepseek: Callable[..., ModelConfig], shape: dict[str, Any], time: int) -> None:
+def test_expanded_and_absorbed_attention_are_one(
+    deepseek: Callable[..., ModelConfig], shape: dict[str, Any], time: int
+) -> None:
     """The module alone: in one piece without a cache, and with one. Rows over 256 tokens take another kernel when expanded."""
     config = deepseek(**shape)
     generator = torch.Generator().manual_seed(time)
     attention = MLA(config, layer=0)
     for parameter in attention.parameters():
-        parameter.normal_(float(parameter.dim() == 1), 0.3 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5, generator=generator)
+        parameter.normal_(
+            float(parameter.dim() == 1),
+            0.3 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5,
+            generator=generator,
+        )
     x_BTD = torch.randn(2, time, config.hidden_size, generator=generator)
     positions = torch.arange(time).expand(2, time)
     view = Cache(config, slots=2, length=time, dtype=torch.float32).view(0, 2)
     causal = torch.ones(time, time, dtype=torch.bool).tril().expand(2, 1, time, time)
     expanded, absorbed = (
-        attention(x_BTD, Context(*rotary(config, positions), positions, mask, cache)) for mask, cache in ((None, None), (causal, view))
+        attention(x_BTD, Context(*rotary(config, positions), positions, mask, cache))
+        for mask, cache in ((None, None), (causal, view))
     )
     assert (expanded - absorbed).abs().max() < 5e-6 * max(1.0, float(expanded.abs().max()))
 

@@ -43,31 +43,61 @@ def same(one: ModelConfig, other: ModelConfig) -> bool:
 
 def test_deepseek_v3s_own_config_is_read() -> None:
     config = ModelConfig.from_hf(DEEPSEEK_V3)
-    assert (config.family, config.q_lora_rank, config.n_routed_experts, config.topk_group) == ("deepseek_v3", 1536, 256, 4)
+    assert (config.family, config.q_lora_rank, config.n_routed_experts, config.topk_group) == (
+        "deepseek_v3",
+        1536,
+        256,
+        4,
+    )
     assert config.rope_scaling is not None
-    assert (config.rope_scaling.rope_type, config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) == ("yarn", 40.0, 1.0)
+    assert (config.rope_scaling.rope_type, config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) == (
+        "yarn",
+        40.0,
+        1.0,
+    )
     assert (config.qk_head_dim, config.cache_width, config.n_moe_layers) == (192, 576, 59)
 
 
-LLAMA = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 def test_llamas_old_and_new_spelling_of_rope() -> None:
     scaling = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
     old = ModelConfig.from_hf(LLAMA | {"rope_theta": 5e5, "rope_scaling": scaling | {"type": "llama3"}})
-    new = ModelConfig.from_hf(LLAMA | {"rope_parameters": scaling | {"rope_type": "llama3", "rope_theta": 5e5, "partial_rotary_factor": 1.0}})
-    both = ModelConfig.from_hf(LLAMA | {"rope_theta": 5e5, "rope_parameters": scaling | {"rope_type": "llama3", "type": "llama3", "rope_theta": 5e5}})
+    new = ModelConfig.from_hf(
+        LLAMA | {"rope_parameters": scaling | {"rope_type": "llama3", "rope_theta": 5e5, "partial_rotary_factor": 1.0}}
+    )
+    both = ModelConfig.from_hf(
+        LLAMA
+        | {"rope_theta": 5e5, "rope_parameters": scaling | {"rope_type": "llama3", "type": "llama3", "rope_theta": 5e5}}
+    )
     assert old == new == both and old.rope_theta == 5e5
     assert old.rope_scaling is not None and old.rope_scaling.original_max_position_embeddings == 8192
-    assert ModelConfig.from_hf(LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}).rope_theta == 7.0
-    assert ModelConfig.from_hf(LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}).rope_scaling is None
+    assert (
+        ModelConfig.from_hf(LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}).rope_theta == 7.0
+    )
+    assert (
+        ModelConfig.from_hf(LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}).rope_scaling
+        is None
+    )
     assert (old.num_key_value_heads, old.head_dim, old.cache_width) == (4, 8, 64)
 
 
 def test_yarn_spelt_in_any_way_is_one_config() -> None:
     scaling = DEEPSEEK_V3["rope_scaling"]
     assert isinstance(scaling, dict)
-    new = {key: value for key, value in scaling.items() if key != "type"} | {"rope_type": "yarn", "truncate": True, "rope_theta": 10000}
+    new = {key: value for key, value in scaling.items() if key != "type"} | {
+        "rope_type": "yarn",
+        "truncate": True,
+        "rope_theta": 10000,
+    }
     without = {key: value for key, value in DEEPSEEK_V3.items() if key not in ("rope_scaling", "rope_theta")}
     assert ModelConfig.from_hf(without | {"rope_parameters": new}) == ModelConfig.from_hf(DEEPSEEK_V3)
     assert ModelConfig.from_hf(DEEPSEEK_V3).to_hf()["rope_scaling"] == scaling | {"rope_type": "yarn"}
@@ -76,9 +106,18 @@ def test_yarn_spelt_in_any_way_is_one_config() -> None:
 def test_yarn_of_a_dense_model_heeds_mscale_only_with_mscale_all_dim() -> None:
     """As transformers does; DeepSeek's own code, for its own models, takes either alone."""
     yarn = {"type": "yarn", "factor": 4.0, "mscale_all_dim": 0.7}
-    for given_ in (yarn, yarn | {"mscale": 0.0}, {"type": "yarn", "factor": 4.0, "mscale": 0.7}, {"type": "yarn", "factor": 4.0}):
+    for given_ in (
+        yarn,
+        yarn | {"mscale": 0.0},
+        {"type": "yarn", "factor": 4.0, "mscale": 0.7},
+        {"type": "yarn", "factor": 4.0},
+    ):
         rope = ModelConfig.from_hf(LLAMA | {"max_position_embeddings": 512, "rope_scaling": given_}).rope_scaling
-        assert rope is not None and (rope.mscale, rope.mscale_all_dim, rope.original_max_position_embeddings) == (1.0, 0.0, 512)
+        assert rope is not None and (rope.mscale, rope.mscale_all_dim, rope.original_max_position_embeddings) == (
+            1.0,
+            0.0,
+            512,
+        )
     rope = ModelConfig.from_hf(LLAMA | {"rope_scaling": yarn | {"mscale": 0.7}}).rope_scaling
     assert rope is not None and (rope.mscale, rope.mscale_all_dim) == (0.7, 0.7)
     rope = ModelConfig.from_hf(DEEPSEEK_V3 | {"rope_scaling": yarn}).rope_scaling
@@ -86,7 +125,8 @@ def test_yarn_of_a_dense_model_heeds_mscale_only_with_mscale_all_dim() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "changes"), [("llama", {}), ("llama", {"head_dim": 6}), ("qwen2", {"attention_bias": True}), ("qwen3", {"qk_norm": True})]
+    ("model_type", "changes"),
+    [("llama", {}), ("llama", {"head_dim": 6}), ("qwen2", {"attention_bias": True}), ("qwen3", {"qk_norm": True})],
 )
 def test_dense_models_keep_their_type(dense: Config, model_type: str, changes: dict[str, Any]) -> None:
     raw = dense(**changes).to_hf()
@@ -111,14 +151,32 @@ def test_every_published_config_survives_the_round_trip(name: str) -> None:
     ("model_type", "says", "means"),
     [
         ("llama", {}, {"max_position_embeddings": 2048, "num_key_value_heads": 4, "head_dim": 8}),
-        ("mistral", {"sliding_window": None, "num_attention_heads": 8, "head_dim": None}, {"max_position_embeddings": 131072, "head_dim": 4}),
-        ("mistral", {"sliding_window": None, "num_attention_heads": 16}, {"num_key_value_heads": 8, "attention_bias": False, "qk_norm": False}),
-        ("qwen2", {"num_key_value_heads": None}, {"max_position_embeddings": 32768, "num_key_value_heads": 4, "head_dim": 8, "attention_bias": True}),
+        (
+            "mistral",
+            {"sliding_window": None, "num_attention_heads": 8, "head_dim": None},
+            {"max_position_embeddings": 131072, "head_dim": 4},
+        ),
+        (
+            "mistral",
+            {"sliding_window": None, "num_attention_heads": 16},
+            {"num_key_value_heads": 8, "attention_bias": False, "qk_norm": False},
+        ),
+        (
+            "qwen2",
+            {"num_key_value_heads": None},
+            {"max_position_embeddings": 32768, "num_key_value_heads": 4, "head_dim": 8, "attention_bias": True},
+        ),
         ("qwen2", {"num_attention_heads": 64, "head_dim": 2}, {"num_key_value_heads": 32}),
-        ("qwen3", {"num_key_value_heads": 2}, {"max_position_embeddings": 32768, "head_dim": 128, "qk_norm": True, "attention_bias": False}),
+        (
+            "qwen3",
+            {"num_key_value_heads": 2},
+            {"max_position_embeddings": 32768, "head_dim": 128, "qk_norm": True, "attention_bias": False},
+        ),
     ],
 )
-def test_a_silent_config_json_means_what_transformers_takes(model_type: str, says: dict[str, Any], means: dict[str, Any]) -> None:
+def test_a_silent_config_json_means_what_transformers_takes(
+    model_type: str, says: dict[str, Any], means: dict[str, Any]
+) -> None:
     config = ModelConfig.from_hf(LLAMA | {"model_type": model_type} | says)
     assert {name: getattr(config, name) for name in means} == means
     assert config.to_hf()["model_type"] == model_type and same(ModelConfig.from_hf(config.to_hf()), config)
@@ -138,7 +196,13 @@ FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "we
 
 
 @pytest.mark.parametrize(
-    "also", [{}, {"scale_fmt": "ue8m0"}, {"modules_to_not_convert": ["lm_head", "model.layers.0.input_layernorm"]}, {"modules_to_not_convert": None}]
+    "also",
+    [
+        {},
+        {"scale_fmt": "ue8m0"},
+        {"modules_to_not_convert": ["lm_head", "model.layers.0.input_layernorm"]},
+        {"modules_to_not_convert": None},
+    ],
 )
 def test_deepseeks_fp8_is_read_and_written(also: dict[str, Any]) -> None:
     config = ModelConfig.from_hf(DEEPSEEK_V3 | {"quantization_config": FP8 | also})
@@ -155,7 +219,10 @@ def test_deepseeks_fp8_is_read_and_written(also: dict[str, Any]) -> None:
         ({"activation_scheme": "static"}, "activation_scheme 'static'"),
         ({"weight_block_size": [64, 64]}, r"weight_block_size \[64, 64\]"),
         ({"weight_block_size": None}, "weight_block_size null"),
-        ({"modules_to_not_convert": ["lm_head", "model.layers.0.mlp.up_proj"]}, "modules_to_not_convert 'model.layers.0.mlp.up_proj'"),
+        (
+            {"modules_to_not_convert": ["lm_head", "model.layers.0.mlp.up_proj"]},
+            "modules_to_not_convert 'model.layers.0.mlp.up_proj'",
+        ),
         ({"bits": 4}, "bits 4"),
     ],
 )
@@ -172,12 +239,16 @@ def test_fp8_without_blocks_is_refused() -> None:
 
 
 def test_null_leaves_the_mathematics_unsaid() -> None:
-    written = ModelConfig.from_hf(LLAMA | {"hidden_act": None, "sliding_window": None, "quantization_config": None, "softcap": None}).to_hf()
+    written = ModelConfig.from_hf(
+        LLAMA | {"hidden_act": None, "sliding_window": None, "quantization_config": None, "softcap": None}
+    ).to_hf()
     assert written["hidden_act"] == "silu" and written["sliding_window"] is None and written["softcap"] is None
 
 
 def test_the_dtype_keeps_its_one_spelling() -> None:
-    new, old = (ModelConfig.from_hf(LLAMA | said).to_hf() for said in ({"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}))
+    new, old = (
+        ModelConfig.from_hf(LLAMA | said).to_hf() for said in ({"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"})
+    )
     assert new["dtype"] == old["torch_dtype"] == "bfloat16" and "torch_dtype" not in new and "dtype" not in old
 
 
@@ -217,13 +288,18 @@ def test_several_ends_survive_config_json(dense: Config) -> None:
     config = ModelConfig.from_hf(dense().to_hf() | {"eos_token_id": [7, 9]})
     assert config.eos_token_id == 7 and config.to_hf()["eos_token_id"] == [7, 9]
     assert config.model_copy(update={"eos_token_id": 9}).to_hf()["eos_token_id"] == [7, 9]
-    assert config.model_copy(update={"eos_token_id": 3}).to_hf()["eos_token_id"] == 3  # of another tokenizer: the list is out of date
+    assert (
+        config.model_copy(update={"eos_token_id": 3}).to_hf()["eos_token_id"] == 3
+    )  # of another tokenizer: the list is out of date
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mixtral"}, "model_type 'mixtral' is not supported; supported: deepseek_v3, kimi_k2, llama, mistral, qwen2, qwen3"),
+        (
+            {"model_type": "mixtral"},
+            "model_type 'mixtral' is not supported; supported: deepseek_v3, kimi_k2, llama, mistral, qwen2, qwen3",
+        ),
         ({"model_type": None}, "model_type null is not supported"),
         ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
         ({"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported; 'sigmoid' is"),
@@ -241,25 +317,58 @@ def test_several_ends_survive_config_json(dense: Config) -> None:
         ({"n_group": None}, "n_group: Input should be a valid integer, got None"),
         ({"n_group": 0}, "n_routed_experts 256 must divide evenly into n_group 0; 1 means no groups"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported; 1 is"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor 0.5 is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type 'linear' is not supported; yarn, llama3, default are"),
-        ({"rope_scaling": {"type": "yarn", "rope_type": "llama3"}}, "rope_scaling.rope_type 'llama3' and 'yarn' is not supported"),
-        ({"rope_scaling": {"type": "default", "mrope_section": [8]}}, r"rope_scaling.mrope_section \[8\] is not supported; rope_type default"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": 0.5}}, "rope_scaling.attention_factor 0.5 is not supported; rope_type"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}}, "rope_scaling.truncate False is not supported|truncate false is not"),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "rope_parameters.partial_rotary_factor 0.5 is not supported",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling.rope_type 'linear' is not supported; yarn, llama3, default are",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "rope_type": "llama3"}},
+            "rope_scaling.rope_type 'llama3' and 'yarn' is not supported",
+        ),
+        (
+            {"rope_scaling": {"type": "default", "mrope_section": [8]}},
+            r"rope_scaling.mrope_section \[8\] is not supported; rope_type default",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": 0.5}},
+            "rope_scaling.attention_factor 0.5 is not supported; rope_type",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}},
+            "rope_scaling.truncate False is not supported|truncate false is not",
+        ),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor: Field required"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 0.5}}, "rope_scaling: beta_fast 0.5 must be at least beta_slow 1.0"),
-        ({"rope_scaling": {"type": "llama3", "factor": 2.0, "high_freq_factor": 1}}, "high_freq_factor 1.0 must be greater than low_freq_factor 1.0"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 0.5}},
+            "rope_scaling: beta_fast 0.5 must be at least beta_slow 1.0",
+        ),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 2.0, "high_freq_factor": 1}},
+            "high_freq_factor 1.0 must be greater than low_freq_factor 1.0",
+        ),
         ({"rope_scaling": "yarn"}, "rope_scaling must be an object or null, got 'yarn'"),
-        ({"rope_parameters": {"rope_theta": 5.0}}, "rope_theta is 10000 in one place and 5.0 in another; make them agree"),
-        ({"rope_parameters": {"type": "yarn", "factor": 2.0}}, "rope_scaling is {.* in one place and {.* in another; make them agree"),
+        (
+            {"rope_parameters": {"rope_theta": 5.0}},
+            "rope_theta is 10000 in one place and 5.0 in another; make them agree",
+        ),
+        (
+            {"rope_parameters": {"type": "yarn", "factor": 2.0}},
+            "rope_scaling is {.* in one place and {.* in another; make them agree",
+        ),
         ({"hidden_size": "wide"}, "hidden_size: Input should be a valid integer.*got 'wide'"),
         ({"hidden_size": "7168"}, "hidden_size: Input should be a valid integer.*got '7168'"),
         ({"num_hidden_layers": True}, "num_hidden_layers: Input should be a valid integer.*got True"),
         ({"norm_topk_prob": 1}, "norm_topk_prob: Input should be a valid boolean.*got 1"),
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps: Input should be a valid number.*got '1e-6'"),
         ({"rms_norm_eps": -1e-6}, "rms_norm_eps: Input should be greater than 0.*got -1e-06"),
-        ({"rope_theta": float("nan")}, "cannot be written as JSON again: Out of range float values are not JSON compliant"),
+        (
+            {"rope_theta": float("nan")},
+            "cannot be written as JSON again: Out of range float values are not JSON compliant",
+        ),
         ({"architectures": [float("inf")]}, "cannot be written as JSON again"),
         ({"_name_or_path": "\ud800"}, "cannot be written as JSON again"),
         ({"hidden_size": 10**12}, "hidden_size: Input should be less than or equal to 1048576, got 1000000000000"),
@@ -286,16 +395,38 @@ def test_a_config_json_of_other_mathematics_is_refused(changes: dict[str, Any], 
         ("llama", {"mlp_bias": True}, "mlp_bias true is not supported; false is"),
         ("llama", {"kv_lora_rank": 16}, "unknown key 'kv_lora_rank' could change"),
         ("llama", {"rope_interleaved": True}, "rope_interleaved true is not supported; false is"),
-        ("mistral", {}, "sliding_window 4096 is not supported; null is"),  # where config.json is silent, transformers slides
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 16}, "use_sliding_window true is not supported; false is"),
-        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types \['full_.* is not supported; 'full_attention' in every"),
+        (
+            "mistral",
+            {},
+            "sliding_window 4096 is not supported; null is",
+        ),  # where config.json is silent, transformers slides
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 16},
+            "use_sliding_window true is not supported; false is",
+        ),
+        (
+            "qwen3",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            r"layer_types \['full_.* is not supported; 'full_attention' in every",
+        ),
         ("llama", {"num_key_value_heads": 0}, "num_key_value_heads must be at least 1 or null, got 0"),
         ("llama", {"head_dim": False}, "head_dim must be at least 1 or null, got false"),
-        ("llama", {"num_attention_heads": 5}, "hidden_size 32 must divide evenly into num_attention_heads 5, or head_dim be given"),
-        ("llama", {"rope_scaling": {"type": "llama3", "factor": 8.0, "beta_fast": 3}}, "rope_scaling.beta_fast 3 is not supported; rope_type llama3"),
+        (
+            "llama",
+            {"num_attention_heads": 5},
+            "hidden_size 32 must divide evenly into num_attention_heads 5, or head_dim be given",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"type": "llama3", "factor": 8.0, "beta_fast": 3}},
+            "rope_scaling.beta_fast 3 is not supported; rope_type llama3",
+        ),
     ],
 )
-def test_a_dense_config_json_of_other_mathematics_is_refused(model_type: str, changes: dict[str, Any], message: str) -> None:
+def test_a_dense_config_json_of_other_mathematics_is_refused(
+    model_type: str, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(SlingshotError, match=f"^here/config.json: {message}"):
         ModelConfig.from_hf(LLAMA | {"model_type": model_type} | changes, "here/config.json")
 
@@ -333,7 +464,18 @@ JUNK = st.one_of(
     st.floats(), st.text(max_size=8), st.sampled_from(["7168", "null", "yarn", "fp8", "llama3", "\ud800", "\x1b[0m\n"]),
     st.lists(st.integers(-1, 3), max_size=3), st.dictionaries(st.sampled_from(["type", "factor", "quant_method"]), st.integers(), max_size=2),
 )  # fmt: skip
-EXTRA_KEYS = ["head_dim", "rope_parameters", "layer_types", "mlp_bias", "dtype", "qk_head_dim", "sliding_window", "attention_bias", "extra", "family"]
+EXTRA_KEYS = [
+    "head_dim",
+    "rope_parameters",
+    "layer_types",
+    "mlp_bias",
+    "dtype",
+    "qk_head_dim",
+    "sliding_window",
+    "attention_bias",
+    "extra",
+    "family",
+]
 
 
 @st.composite
@@ -342,7 +484,11 @@ def mutated(draw: st.DrawFn) -> dict[str, Any]:
     raw = copy.deepcopy(draw(st.sampled_from(PUBLISHED)))
     for _ in range(draw(st.integers(1, 3))):
         table = draw(st.sampled_from([raw, raw, *(value for value in raw.values() if isinstance(value, dict))]))
-        key = draw(st.sampled_from(sorted(table)) if table and draw(st.integers(0, 3)) else st.sampled_from(EXTRA_KEYS) | st.text(max_size=5))
+        key = draw(
+            st.sampled_from(sorted(table))
+            if table and draw(st.integers(0, 3))
+            else st.sampled_from(EXTRA_KEYS) | st.text(max_size=5)
+        )
         if draw(st.integers(0, 5)):
             table[key] = draw(JUNK)
         else:
@@ -360,7 +506,12 @@ def test_any_config_json_is_read_or_refused_in_one_line(raw: dict[str, Any]) -> 
     try:
         config = ModelConfig.from_hf(raw, "here")
     except SlingshotError as error:
-        assert str(error).startswith("here") and "\n" not in str(error) and "\x1b" not in str(error) and len(str(error)) < 500
+        assert (
+            str(error).startswith("here")
+            and "\n" not in str(error)
+            and "\x1b" not in str(error)
+            and len(str(error)) < 500
+        )
         return
     written = json.loads(json.dumps(config.to_hf(), allow_nan=False))
     assert same(ModelConfig.from_hf(written), config) and ModelConfig.from_hf(written).to_hf() == written
@@ -372,26 +523,48 @@ def test_any_config_json_is_read_or_refused_in_one_line(raw: dict[str, Any]) -> 
     ("family", "changes", "message"),
     [
         ("deepseek", {"hidden_size": 0}, ".hidden_size: Input should be greater than or equal to 1, got 0"),
-        ("deepseek", {"num_attention_heads": -2}, ".num_attention_heads: Input should be greater than or equal to 1, got -2"),
+        (
+            "deepseek",
+            {"num_attention_heads": -2},
+            ".num_attention_heads: Input should be greater than or equal to 1, got -2",
+        ),
         ("deepseek", {"kv_lora_rank": 0}, ": kv_lora_rank must be at least 1 for deepseek_v3"),
         ("deepseek", {"q_lora_rank": 0}, ".q_lora_rank: Input should be greater than or equal to 1, got 0"),
         ("deepseek", {"qk_rope_head_dim": 5}, ": qk_rope_head_dim 5 must be even: rotary embeddings turn pairs"),
-        ("deepseek", {"n_routed_experts": 0}, ": n_routed_experts and moe_intermediate_size must be at least 1 unless first_k_dense_replace"),
+        (
+            "deepseek",
+            {"n_routed_experts": 0},
+            ": n_routed_experts and moe_intermediate_size must be at least 1 unless first_k_dense_replace",
+        ),
         ("deepseek", {"n_group": 3}, ": n_routed_experts 8 must divide evenly into n_group 3"),
         ("deepseek", {"n_group": 8, "topk_group": 4}, ": a group needs at least 2 experts"),
         ("deepseek", {"topk_group": 5}, ": topk_group 5 must be between 1 and n_group 4"),
-        ("deepseek", {"num_experts_per_tok": 5}, ": num_experts_per_tok 5 must be between 1 and the 4 experts of topk_group groups"),
+        (
+            "deepseek",
+            {"num_experts_per_tok": 5},
+            ": num_experts_per_tok 5 must be between 1 and the 4 experts of topk_group groups",
+        ),
         ("deepseek", {"n_shared_experts": -1}, ".n_shared_experts: Input should be greater than or equal to 0, got -1"),
-        ("deepseek", {"first_k_dense_replace": -1}, ".first_k_dense_replace: Input should be greater than or equal to 0, got -1"),
+        (
+            "deepseek",
+            {"first_k_dense_replace": -1},
+            ".first_k_dense_replace: Input should be greater than or equal to 0, got -1",
+        ),
         ("dense", {"num_key_value_heads": 3}, ": num_attention_heads 4 must divide evenly into num_key_value_heads 3"),
-        ("dense", {"num_key_value_heads": -1}, ".num_key_value_heads: Input should be greater than or equal to 0, got -1"),
+        (
+            "dense",
+            {"num_key_value_heads": -1},
+            ".num_key_value_heads: Input should be greater than or equal to 0, got -1",
+        ),
         ("dense", {"head_dim": 5}, ": head_dim 5 must be even"),
         ("dense", {"vocab_size": 0}, ".vocab_size: Input should be greater than or equal to 1, got 0"),
         ("dense", {"rope_theta": 1.0}, ": rope_theta 1.0 must be greater than 1"),
         ("dense", {"attention_bias": True, "qk_norm": True}, ": attention_bias .* and qk_norm .* exclude each other"),
     ],
 )
-def test_an_impossible_shape_is_named(request: pytest.FixtureRequest, family: str, changes: dict[str, Any], message: str) -> None:
+def test_an_impossible_shape_is_named(
+    request: pytest.FixtureRequest, family: str, changes: dict[str, Any], message: str
+) -> None:
     values = request.getfixturevalue(family)().model_dump() | changes
     with pytest.raises(SlingshotError, match=f"^model{message}") as refused:
         ModelConfig.parse(values, "model")
@@ -409,7 +582,11 @@ def test_a_misspelt_key_is_named_with_its_neighbour(deepseek: Config) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "values", "key"),
-    [(StageConfig, {"seed": -1}, "seed"), (StageConfig, {"threads": -1}, "threads"), (StageConfig, {"price": -0.5}, "price")]
+    [
+        (StageConfig, {"seed": -1}, "seed"),
+        (StageConfig, {"threads": -1}, "threads"),
+        (StageConfig, {"price": -0.5}, "price"),
+    ]
     + [(TaskConfig, {"name": "x", "weight": weight}, "weight") for weight in (0.0, -1.0)],
 )
 def test_numbers_without_a_meaning_are_refused(kind: type[StageConfig], values: dict[str, Any], key: str) -> None:
@@ -420,7 +597,9 @@ def test_numbers_without_a_meaning_are_refused(kind: type[StageConfig], values: 
 def test_a_misspelt_key_is_compared_with_those_of_its_own_table(deepseek: Config) -> None:
     """Also within an optional table and within a list."""
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fest": 3.0}
-    with pytest.raises(SlingshotError, match=r"^model\.rope_scaling\.beta_fest: unknown key; did you mean beta_fast\?$"):
+    with pytest.raises(
+        SlingshotError, match=r"^model\.rope_scaling\.beta_fest: unknown key; did you mean beta_fast\?$"
+    ):
         ModelConfig.parse({**deepseek().model_dump(), "rope_scaling": rope}, "model")
 
     class Config(StageConfig):

@@ -23,7 +23,11 @@ def test_each_group_of_rows_meets_its_own_matrix_and_no_other() -> None:
     expected.backward(seed_NF)
     assert torch.allclose(y_NF, expected, atol=1e-6)
     assert x_ND.grad is not None and x.grad is not None and torch.allclose(x_ND.grad, x.grad, atol=1e-6)
-    assert layer.weight.grad is not None and weight.grad is not None and torch.allclose(layer.weight.grad, weight.grad, atol=1e-6)
+    assert (
+        layer.weight.grad is not None
+        and weight.grad is not None
+        and torch.allclose(layer.weight.grad, weight.grad, atol=1e-6)
+    )
     assert layer.weight.grad[[1, 3]].count_nonzero() == 0
 
 
@@ -33,4 +37,8 @@ def test_masters_stay_float32_while_products_run_in_the_activations_dtype() -> N
     y = layer(torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16))
     y.sum().backward()
     assert y.dtype == torch.bfloat16 and y.tolist() == [6.0, 6.0]
-    assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.float32 and layer.weight.grad[1].tolist() == [1.0, 2.0, 3.0]
+    assert (
+        layer.weight.grad is not None
+        and layer.weight.grad.dtype == torch.float32
+        and layer.weight.grad[1].tolist() == [1.0, 2.0, 3.0]
+    )

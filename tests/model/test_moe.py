@@ -37,7 +37,13 @@ def gate_with_scores(config: ModelConfig, bias: list[float], scores: list[float]
 
 @pytest.fixture
 def four(deepseek: Config) -> Callable[..., ModelConfig]:
-    base = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
+    base = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+    }
     return lambda **changes: deepseek(**base | changes)
 
 
@@ -50,7 +56,9 @@ def test_the_bias_moves_the_choice_but_not_the_gate_values(four: Config) -> None
 def test_gate_values_are_normalised_on_request_and_scaled_always(four: Config) -> None:
     scores = [0.9, 0.6, 0.3, 0.2]
     assert gate_with_scores(four(norm_topk_prob=False), [0.0] * 4, scores)[1] == pytest.approx([0.9, 0.6])
-    assert gate_with_scores(four(norm_topk_prob=False, routed_scaling_factor=2.5), [0.0] * 4, scores)[1] == pytest.approx([2.25, 1.5])
+    assert gate_with_scores(four(norm_topk_prob=False, routed_scaling_factor=2.5), [0.0] * 4, scores)[
+        1
+    ] == pytest.approx([2.25, 1.5])
     assert gate_with_scores(four(routed_scaling_factor=2.5), [0.0] * 4, scores)[1] == pytest.approx([1.5, 1.0])
 
 
@@ -95,18 +103,24 @@ def naive(moe: MoE, x_ND: Tensor, config: ModelConfig) -> Tensor:
             )
         if moe.shared_experts is not None:
             shared = moe.shared_experts
-            y_D = y_D + shared.down_proj.weight @ (F.silu(shared.gate_proj.weight @ x_D) * (shared.up_proj.weight @ x_D))
+            y_D = y_D + shared.down_proj.weight @ (
+                F.silu(shared.gate_proj.weight @ x_D) * (shared.up_proj.weight @ x_D)
+            )
         rows.append(y_D)
     return torch.stack(rows)
 
 
 @pytest.mark.parametrize("tokens", [1, 37, 1400], ids=["one token", "padded to 16", "padded to 128"])
-@pytest.mark.parametrize(("shared", "groups"), [(0, {"n_group": 1, "topk_group": 1}), (2, {"n_group": 4, "topk_group": 2})])
+@pytest.mark.parametrize(
+    ("shared", "groups"), [(0, {"n_group": 1, "topk_group": 1}), (2, {"n_group": 4, "topk_group": 2})]
+)
 def test_output_and_all_gradients_equal_a_loop_over_tokens(
     make_model: Callable[..., Transformer], deepseek: Config, tokens: int, shared: int, groups: dict[str, int]
 ) -> None:
     """Row counts that are no multiple of a block, experts without a token, and enough assignments for the larger block."""
-    config = deepseek(**groups, n_shared_experts=shared, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
+    config = deepseek(
+        **groups, n_shared_experts=shared, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0
+    )
     moe = make_model(config).moe_layers()[0]
     moe.gate.e_score_correction_bias[5] = -10.0  # an expert nobody chooses
     generator = torch.Generator().manual_seed(0)
@@ -119,7 +133,9 @@ def test_output_and_all_gradients_equal_a_loop_over_tokens(
         y = run(x)
         y.backward(seed_ND)
         assert x.grad is not None
-        return y.detach(), {"x": x.grad} | {name: parameter.grad.clone() for name, parameter in moe.named_parameters() if parameter.grad is not None}
+        return y.detach(), {"x": x.grad} | {
+            name: parameter.grad.clone() for name, parameter in moe.named_parameters() if parameter.grad is not None
+        }
 
     y, found = gradients(lambda x: moe(x[None])[0][0])
     expected_y, expected = gradients(lambda x: naive(moe, x, config))

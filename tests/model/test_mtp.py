@@ -59,8 +59,12 @@ def norm(x: Tensor, gain: Tensor) -> Tensor:
 def rotate(x_TR: Tensor) -> Tensor:
     """Neighbours as the two parts of complex numbers, turned by their position."""
     time, width = x_TR.shape
-    angles = torch.arange(time, dtype=torch.float64)[:, None] / 10000 ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
-    return torch.view_as_real(torch.view_as_complex(x_TR.reshape(time, -1, 2)) * torch.polar(torch.ones_like(angles), angles)).flatten(1)
+    angles = torch.arange(time, dtype=torch.float64)[:, None] / 10000 ** (
+        torch.arange(0, width, 2, dtype=torch.float64) / width
+    )
+    return torch.view_as_real(
+        torch.view_as_complex(x_TR.reshape(time, -1, 2)) * torch.polar(torch.ones_like(angles), angles)
+    ).flatten(1)
 
 
 def attention(t: Tensors, x_TD: Tensor, config: ModelConfig) -> Tensor:
@@ -78,7 +82,9 @@ def attention(t: Tensors, x_TD: Tensor, config: ModelConfig) -> Tensor:
 
 
 def mlp(t: Tensors, x: Tensor, prefix: str = "") -> Tensor:
-    return (F.silu(x @ t[f"{prefix}gate_proj.weight"].T) * (x @ t[f"{prefix}up_proj.weight"].T)) @ t[f"{prefix}down_proj.weight"].T
+    return (F.silu(x @ t[f"{prefix}gate_proj.weight"].T) * (x @ t[f"{prefix}up_proj.weight"].T)) @ t[
+        f"{prefix}down_proj.weight"
+    ].T
 
 
 def experts(t: Tensors, x_TD: Tensor, config: ModelConfig) -> Tensor:
@@ -88,7 +94,9 @@ def experts(t: Tensors, x_TD: Tensor, config: ModelConfig) -> Tensor:
         scores = (t["gate.weight"] @ x_D).sigmoid()
         groups = (scores + t["gate.e_score_correction_bias"]).split(config.n_routed_experts // config.n_group)
         best = sorted(range(config.n_group), key=lambda group: -groups[group].topk(2).values.sum())[: config.topk_group]
-        choice = torch.cat([group if index in best else torch.full_like(group, -torch.inf) for index, group in enumerate(groups)])
+        choice = torch.cat(
+            [group if index in best else torch.full_like(group, -torch.inf) for index, group in enumerate(groups)]
+        )
         chosen = choice.topk(config.num_experts_per_tok).indices.tolist()
         routed = sum(scores[e] / scores[chosen].sum() * mlp(t, x_D, f"experts.{e}.") for e in chosen)
         rows.append(mlp(t, x_D, "shared_experts.") + config.routed_scaling_factor * routed)
@@ -96,7 +104,10 @@ def experts(t: Tensors, x_TD: Tensor, config: ModelConfig) -> Tensor:
 
 
 def block(t: Tensors, x_TD: Tensor, config: ModelConfig) -> Tensor:
-    part = {key: {name.removeprefix(key): tensor for name, tensor in t.items() if name.startswith(key)} for key in ("self_attn.", "mlp.")}
+    part = {
+        key: {name.removeprefix(key): tensor for name, tensor in t.items() if name.startswith(key)}
+        for key in ("self_attn.", "mlp.")
+    }
     x_TD = x_TD + attention(part["self_attn."], norm(x_TD, t["input_layernorm.weight"]), config)
     forward = experts if "gate.weight" in part["mlp."] else mlp
     y_TD = norm(x_TD, t["post_attention_layernorm.weight"])
@@ -107,7 +118,11 @@ def reference(tensors: Tensors, tokens_T: Tensor, config: ModelConfig) -> tuple[
     """Logits of the main model [T, V], and of the MTP module [T-1, V] with its own copies of embedding and head."""
     tensors = {name: tensor.double() for name, tensor in tensors.items()}
     layers = [
-        {name.removeprefix(f"model.layers.{n}."): tensor for name, tensor in tensors.items() if name.startswith(f"model.layers.{n}.")}
+        {
+            name.removeprefix(f"model.layers.{n}."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(f"model.layers.{n}.")
+        }
         for n in range(config.num_hidden_layers + 1)
     ]
     *main, mtp = layers
@@ -124,7 +139,9 @@ def reference(tensors: Tensors, tokens_T: Tensor, config: ModelConfig) -> tuple[
 
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [False, True])
-def test_both_predictions_follow_the_equations(make_model: Make, deepseek: Config, tokenizer: Tokenizer, tmp_path: Path, tied: bool) -> None:
+def test_both_predictions_follow_the_equations(
+    make_model: Make, deepseek: Config, tokenizer: Tokenizer, tmp_path: Path, tied: bool
+) -> None:
     config = deepseek(vocab_size=VOCABULARY, tie_word_embeddings=tied)
     model = make_model(config)
     tensors = saved(model, tokenizer, tmp_path / "model")
@@ -133,7 +150,9 @@ def test_both_predictions_follow_the_equations(make_model: Make, deepseek: Confi
     def deviations() -> list[float]:
         output = model(row, mtp=True)
         found = output.logits_BTV[0], model.lm_logits(mtp_of(output))[0, :-1]
-        return [float((a - b).abs().max() / b.std()) for a, b in zip(found, reference(tensors, row[0], config), strict=True)]
+        return [
+            float((a - b).abs().max() / b.std()) for a, b in zip(found, reference(tensors, row[0], config), strict=True)
+        ]
 
     assert max(deviations()) < 2e-5
     # the comparison tells the order of the concatenation, and one norm from the other
@@ -155,7 +174,14 @@ def test_the_checkpoint_holds_the_module_as_one_more_layer(
     tensors = saved(model, tokenizer, tmp_path / "model")
     module = {name.removeprefix(MTP) for name in tensors if name.startswith(MTP)}
     layer = {name.removeprefix("model.layers.2.") for name in tensors if name.startswith("model.layers.2.")}
-    extra = {"enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight", "embed_tokens.weight", "shared_head.head.weight"}
+    extra = {
+        "enorm.weight",
+        "hnorm.weight",
+        "eh_proj.weight",
+        "shared_head.norm.weight",
+        "embed_tokens.weight",
+        "shared_head.head.weight",
+    }
     assert module == layer | extra and not any(name.startswith("model.layers.4.") for name in tensors)
     assert tensors[f"{MTP}eh_proj.weight"].shape == (32, 64)
     head = "model.embed_tokens.weight" if tied else "lm_head.weight"
@@ -173,14 +199,18 @@ def train(model: Transformer, optimizer: Optimizer, steps: range) -> list[float 
     losses = []
     for step in steps:
         rows = tokens(4, 24, seed=100 + step)
-        step_losses = language_model_step(model, Rows(rows, torch.ones_like(rows), torch.ones(4, 24)), LossWeights(), 4, ALONE)
+        step_losses = language_model_step(
+            model, Rows(rows, torch.ones_like(rows), torch.ones(4, 24)), LossWeights(), 4, ALONE
+        )
         optimizer.step(1.0)
         update_router_biases(model, step_losses.load_LE, 0.01)
         losses.append(step_losses.mtp_loss)
     return losses
 
 
-def test_a_trained_module_survives_saving_loading_and_converting_and_trains_on(deepseek: Config, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_trained_module_survives_saving_loading_and_converting_and_trains_on(
+    deepseek: Config, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     """Bit for bit: three steps, a checkpoint, the same checkpoint converted, and three more steps are six steps."""
     model = Transformer(deepseek(vocab_size=VOCABULARY, initializer_range=0.1))
     model.init_weights(torch.Generator().manual_seed(0))
@@ -196,7 +226,9 @@ def test_a_trained_module_survives_saving_loading_and_converting_and_trains_on(d
     converted: Tensors = {}
     for file in (tmp_path / "converted").glob("*.safetensors"):
         converted |= load_file(file)
-    assert converted.keys() == tensors.keys() and all(torch.equal(converted[name], tensor) for name, tensor in tensors.items())
+    assert converted.keys() == tensors.keys() and all(
+        torch.equal(converted[name], tensor) for name, tensor in tensors.items()
+    )
 
     loaded = load_model(tmp_path / "converted")
     assert loaded.config.num_nextn_predict_layers == 1
@@ -219,7 +251,11 @@ def test_detached_mtp_trains_itself_only(make_model: Make, deepseek: Config, tie
         model.zero_grad()
         hidden = mtp_of(model(rows, mtp=True, detach_mtp=detach, logits=False))
         model.lm_logits(hidden, detach_head=detach).logsumexp(-1).sum().backward()
-        return {name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.count_nonzero()}
+        return {
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None and parameter.grad.count_nonzero()
+        }
 
     own = {name for name, _ in model.named_parameters() if name.startswith(MTP)}
     assert reached(detach=True) == own

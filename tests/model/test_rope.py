@@ -13,7 +13,13 @@ from slingshot.model.rope import frequencies, rotary, rotate, rotation_scale, so
 
 Config = Callable[..., ModelConfig]
 
-V3 = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0}
+V3 = {
+    "rope_type": "yarn",
+    "factor": 40.0,
+    "original_max_position_embeddings": 4096,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
 
 
 def test_plain_frequencies_and_angles_by_hand(dense: Config) -> None:
@@ -42,7 +48,9 @@ def test_scores_depend_on_the_distance_only(dense: Config, interleaved: bool) ->
     q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
 
     def score(query_at: int, key_at: int) -> float:
-        turned = [rotate(x, *rotary(config, torch.tensor([[at]])), interleaved) for x, at in ((q, query_at), (k, key_at))]
+        turned = [
+            rotate(x, *rotary(config, torch.tensor([[at]])), interleaved) for x, at in ((q, query_at), (k, key_at))
+        ]
         return float((turned[0] * turned[1]).sum())
 
     assert score(7, 4) == pytest.approx(score(103, 100), abs=1e-4)
@@ -51,7 +59,13 @@ def test_scores_depend_on_the_distance_only(dense: Config, interleaved: bool) ->
 
 def test_llama3_keeps_fast_pairs_and_slows_slow_ones(dense: Config) -> None:
     """Wavelengths under original/high_freq stay, over original/low_freq are stretched by the factor, smooth in between (Llama 3.1)."""
-    llama3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 100, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3 = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "original_max_position_embeddings": 100,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
     scaled = frequencies(dense(head_dim=6, rope_theta=1000.0, rope_scaling=llama3))
     # wavelengths 6.28, 62.8 and 628; smooth of the middle one: (100 / 62.83 - 1) / (4 - 1) = 0.19718
     assert scaled.tolist() == pytest.approx([1.0, (0.80282 / 8 + 0.19718) * 0.1, 0.01 / 8], rel=1e-4)
@@ -103,9 +117,12 @@ def test_yarn_temperatures_follow_deepseek_where_transformers_departs(
 
 
 @pytest.mark.parametrize(
-    ("mscales", "rotation"), [({}, 1.1386294), ({"mscale": 0.5}, 1.1386294), ({"mscale": 0.5, "mscale_all_dim": 1.0}, 1.0693147 / 1.1386294)]
+    ("mscales", "rotation"),
+    [({}, 1.1386294), ({"mscale": 0.5}, 1.1386294), ({"mscale": 0.5, "mscale_all_dim": 1.0}, 1.0693147 / 1.1386294)],
 )
-def test_yarn_of_the_dense_family_scales_the_rotation_only(dense: Config, mscales: dict[str, float], rotation: float) -> None:
+def test_yarn_of_the_dense_family_scales_the_rotation_only(
+    dense: Config, mscales: dict[str, float], rotation: float
+) -> None:
     """Qwen2.5's long-context setting: factor 4 over 32,768 tokens; 0.1 ln 4 + 1 on cos and sin, unless both mscales are given (transformers)."""
     qwen = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     config = dense(head_dim=16, rope_scaling=qwen | mscales)

@@ -67,7 +67,9 @@ def test_packed_documents_are_as_if_alone(make_model: Make, deepseek: Config, de
         if mtp and len(document) > 1:  # the last position has no following token, and predicts nothing
             assert (mtp_of(packed)[row, place][:-1] - mtp_of(alone)[0, :-1]).abs().max() < 1e-4
     merged = model(rows, segments_BT=(segments > 0).long())
-    assert (merged.logits_BTV[0, 6] - packed.logits_BTV[0, 6]).abs().max() > 0.1  # without segments a document does see what stands before it
+    assert (
+        merged.logits_BTV[0, 6] - packed.logits_BTV[0, 6]
+    ).abs().max() > 0.1  # without segments a document does see what stands before it
 
 
 @torch.no_grad()

@@ -100,14 +100,20 @@ def pair(
 def read_by_transformers(folder: Path) -> nn.Module:
     """In plain loops and products: its faster kernels do not take every width."""
     plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **plain)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, **plain
+    )
     mtp = f"model.layers.{theirs.config.num_hidden_layers}."
     assert not [name for name in info["missing_keys"] if "shared_experts" not in name or theirs.config.n_shared_experts]
     assert not info["mismatched_keys"]
     assert all(name.startswith(mtp) for name in info["unexpected_keys"])
     theirs.mtp = None
-    if getattr(theirs.config, "num_nextn_predict_layers", 0) and theirs.config.n_shared_experts:  # without, it misses them in the MTP module
-        theirs._keys_to_ignore_on_load_unexpected = [mtp.replace(".", r"\.")]  # by which transformers knows the MTP module; by itself layer 61 only
+    if (
+        getattr(theirs.config, "num_nextn_predict_layers", 0) and theirs.config.n_shared_experts
+    ):  # without, it misses them in the MTP module
+        theirs._keys_to_ignore_on_load_unexpected = [
+            mtp.replace(".", r"\.")
+        ]  # by which transformers knows the MTP module; by itself layer 61 only
         theirs.mtp = [MtpModel.from_pretrained(theirs)]  # in a list: not to be registered as a part
     return theirs
 
@@ -164,7 +170,10 @@ def deviations(ours: Transformer, theirs: nn.Module, seed: int = 0) -> dict[str,
         expected_mtp = _mtp_logits(theirs, tokens_BT, expected.hidden_states[-1])
         found_mtp = ours.lm_logits(found.mtp_hidden_BTD[:, :-1])
         note_logits("MTP logits", found_mtp, expected_mtp)
-        mtp_loss, expected_mtp_loss = (F.cross_entropy(each[:, :-1].flatten(0, 1), tokens_BT[:, 2:].flatten()) for each in (found_mtp, expected_mtp))
+        mtp_loss, expected_mtp_loss = (
+            F.cross_entropy(each[:, :-1].flatten(0, 1), tokens_BT[:, 2:].flatten())
+            for each in (found_mtp, expected_mtp)
+        )
         note("loss", "MTP loss", abs(mtp_loss.item() / expected_mtp_loss.item() - 1))
         loss, expected_loss = loss + MTP_WEIGHT * mtp_loss, expected_loss + MTP_WEIGHT * expected_mtp_loss
     loss.backward()
@@ -212,4 +221,6 @@ def _gradients(theirs: nn.Module, n_layers: int) -> dict[str, Tensor]:
     for name, parameter in theirs.mtp[0].layers[0].named_parameters() if theirs.mtp else ():
         name = name.removeprefix("mtp_block.").replace("post_norm.weight", "shared_head.norm.weight")
         named[f"model.layers.{n_layers}.{name}"] = parameter
-    return {name: parameter.grad for name, parameter in named.items() if parameter.grad is not None and parameter.numel()}
+    return {
+        name: parameter.grad for name, parameter in named.items() if parameter.grad is not None and parameter.numel()
+    }

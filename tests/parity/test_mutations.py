@@ -24,19 +24,49 @@ from slingshot.model.config import ModelConfig
 Compare = Callable[..., None]
 Models = Callable[[str], tuple[Path, nn.Module]]
 
-YARN = {"rope_type": "yarn", "factor": 10.0, "original_max_position_embeddings": 16, "beta_fast": 1.5, "mscale": 0.7, "mscale_all_dim": 1.3}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 10.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 1.5,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.3,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 
 # Models on which every feature shows.
 DEEPSEEK: dict[str, dict[str, Any]] = {
     "deepseek": {"rope_theta": 4.0, "rope_scaling": YARN, "rms_norm_eps": 1e-2},
     "deepseek, tied": {"tie_word_embeddings": True},
-    "deepseek, negative biases": {"n_routed_experts": 12, "n_group": 3, "num_experts_per_tok": 5, "num_nextn_predict_layers": 0},
+    "deepseek, negative biases": {
+        "n_routed_experts": 12,
+        "n_group": 3,
+        "num_experts_per_tok": 5,
+        "num_nextn_predict_layers": 0,
+    },
 }
 DENSE: dict[str, dict[str, Any]] = {
-    "llama": {"rope_theta": 500000.0, "rope_scaling": LLAMA3, "num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 36, "head_dim": 10},
+    "llama": {
+        "rope_theta": 500000.0,
+        "rope_scaling": LLAMA3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "hidden_size": 36,
+        "head_dim": 10,
+    },
     "qwen2": {"attention_bias": True, "rope_scaling": YARN},
-    "qwen3": {"qk_norm": True, "head_dim": 10, "tie_word_embeddings": True, "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.0}},
+    "qwen3": {
+        "qk_norm": True,
+        "head_dim": 10,
+        "tie_word_embeddings": True,
+        "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.0},
+    },
 }
 
 # what is broken: of which model, where, and what its source says instead of what
@@ -46,15 +76,27 @@ MUTATIONS: dict[str, tuple[str, str, dict[str, str]]] = {
     "rotation backwards": (
         "qwen3",
         "attention.rotate",
-        {"first * cos - second * sin, second * cos + first * sin": "first * cos + second * sin, second * cos - first * sin"},
+        {
+            "first * cos - second * sin, second * cos + first * sin": "first * cos + second * sin, second * cos - first * sin"
+        },
     ),
     "MLA's keys not rotated": (
         "deepseek",
         "attention.MLA.forward",
-        {"k_BT1R = rotate(k_BTR.unsqueeze(2), context.cos_BTR, context.sin_BTR, interleaved=True)": "k_BT1R = k_BTR.unsqueeze(2)"},
+        {
+            "k_BT1R = rotate(k_BTR.unsqueeze(2), context.cos_BTR, context.sin_BTR, interleaved=True)": "k_BT1R = k_BTR.unsqueeze(2)"
+        },
     ),
-    "rope_theta ignored": ("qwen3", "rope.frequencies", {"1.0 / config.rope_theta**exponent": "1.0 / 9000.0**exponent"}),
-    "YaRN: frequencies as they were": ("deepseek", "rope.frequencies", {"plain / rope.factor * interpolated + plain * (1 - interpolated)": "plain"}),
+    "rope_theta ignored": (
+        "qwen3",
+        "rope.frequencies",
+        {"1.0 / config.rope_theta**exponent": "1.0 / 9000.0**exponent"},
+    ),
+    "YaRN: frequencies as they were": (
+        "deepseek",
+        "rope.frequencies",
+        {"plain / rope.factor * interpolated + plain * (1 - interpolated)": "plain"},
+    ),
     "YaRN: every frequency interpolated": (
         "deepseek",
         "rope.frequencies",
@@ -62,22 +104,54 @@ MUTATIONS: dict[str, tuple[str, str, dict[str, str]]] = {
     ),
     "YaRN: beta_fast ignored": ("deepseek", "rope.frequencies", {"rope.beta_fast": "32.0"}),
     "YaRN: beta_slow ignored": ("deepseek", "rope.frequencies", {"rope.beta_slow": "0.5"}),
-    "YaRN: softmax scale missing": ("deepseek", "attention.softmax_scale", {"yarn_mscale(rope.factor, rope.mscale_all_dim) ** 2": "1.0"}),
+    "YaRN: softmax scale missing": (
+        "deepseek",
+        "attention.softmax_scale",
+        {"yarn_mscale(rope.factor, rope.mscale_all_dim) ** 2": "1.0"},
+    ),
     "YaRN: softmax scale not squared": ("deepseek", "attention.softmax_scale", {" ** 2": ""}),
     "YaRN: cos and sin without their scale": (
         "deepseek",
         "rope.rotation_scale",
         {"yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)": "1.0"},
     ),
-    "YaRN: cos and sin without mscale_all_dim": ("deepseek", "rope.rotation_scale", {" / yarn_mscale(rope.factor, rope.mscale_all_dim)": ""}),
-    "YaRN, dense: cos and sin without their scale": ("qwen3", "rope.rotation_scale", {"return yarn_mscale(rope.factor, 1.0)": "return 1.0"}),
-    "YaRN, dense: softmax scale of DeepSeek": ("qwen2", "attention.softmax_scale", {'config.family == "deepseek_v3" and': ""}),
+    "YaRN: cos and sin without mscale_all_dim": (
+        "deepseek",
+        "rope.rotation_scale",
+        {" / yarn_mscale(rope.factor, rope.mscale_all_dim)": ""},
+    ),
+    "YaRN, dense: cos and sin without their scale": (
+        "qwen3",
+        "rope.rotation_scale",
+        {"return yarn_mscale(rope.factor, 1.0)": "return 1.0"},
+    ),
+    "YaRN, dense: softmax scale of DeepSeek": (
+        "qwen2",
+        "attention.softmax_scale",
+        {'config.family == "deepseek_v3" and': ""},
+    ),
     "Llama 3 scaling ignored": ("llama", "rope.frequencies", {'rope.rope_type == "llama3"': "False"}),
-    "Llama 3 scaling without its smooth middle": ("llama", "rope.frequencies", {"smooth.clamp(0, 1)": "(smooth > 0.5).float()"}),
-    "softmax scale of the no-rope width": ("deepseek", "attention.softmax_scale", {"config.qk_head_dim**-0.5": "config.qk_nope_head_dim**-0.5"}),
+    "Llama 3 scaling without its smooth middle": (
+        "llama",
+        "rope.frequencies",
+        {"smooth.clamp(0, 1)": "(smooth > 0.5).float()"},
+    ),
+    "softmax scale of the no-rope width": (
+        "deepseek",
+        "attention.softmax_scale",
+        {"config.qk_head_dim**-0.5": "config.qk_nope_head_dim**-0.5"},
+    ),
     "kv_a_layernorm skipped": ("deepseek", "attention.MLA.forward", {"self.kv_a_layernorm(latent_BTK)": "latent_BTK"}),
-    "q_a_layernorm skipped": ("deepseek", "attention.MLA.forward", {"self.q_a_layernorm(self.q_a_proj(x_BTD))": "self.q_a_proj(x_BTD)"}),
-    "latent norms with rms_norm_eps": ("deepseek", "attention.MLA.__init__", {"self.LATENT_EPS": "config.rms_norm_eps"}),
+    "q_a_layernorm skipped": (
+        "deepseek",
+        "attention.MLA.forward",
+        {"self.q_a_layernorm(self.q_a_proj(x_BTD))": "self.q_a_proj(x_BTD)"},
+    ),
+    "latent norms with rms_norm_eps": (
+        "deepseek",
+        "attention.MLA.__init__",
+        {"self.LATENT_EPS": "config.rms_norm_eps"},
+    ),
     "queries: rope part first": (
         "deepseek",
         "attention.MLA.forward",
@@ -121,12 +195,26 @@ MUTATIONS: dict[str, tuple[str, str, dict[str, str]]] = {
     "heads in another order, cached": (
         "qwen2",
         "attention.GQA._cached",
-        {"q_BTHW.unflatten(2, (n_groups, -1)).transpose(1, 2)": "q_BTHW.unflatten(2, (-1, n_groups)).permute(0, 3, 1, 2, 4)"},
+        {
+            "q_BTHW.unflatten(2, (n_groups, -1)).transpose(1, 2)": "q_BTHW.unflatten(2, (-1, n_groups)).permute(0, 3, 1, 2, 4)"
+        },
     ),
-    "KV heads tiled, not repeated": ("llama", "attention.GQA.forward", {"k.repeat_interleave(groups, dim=2)": "k.repeat(1, 1, groups, 1)"}),
-    "attention bias dropped": ("qwen2", "linear.Linear.forward", {"None if self.bias is None else self.bias.to(x.dtype)": "None"}),
+    "KV heads tiled, not repeated": (
+        "llama",
+        "attention.GQA.forward",
+        {"k.repeat_interleave(groups, dim=2)": "k.repeat(1, 1, groups, 1)"},
+    ),
+    "attention bias dropped": (
+        "qwen2",
+        "linear.Linear.forward",
+        {"None if self.bias is None else self.bias.to(x.dtype)": "None"},
+    ),
     "q and k norm dropped": ("qwen3", "attention.GQA.forward", {"if config.qk_norm:": "if False:"}),
-    "q norm and k norm exchanged": ("qwen3", "attention.GQA.forward", {"self.q_norm(q), self.k_norm(k)": "self.k_norm(q), self.q_norm(k)"}),
+    "q norm and k norm exchanged": (
+        "qwen3",
+        "attention.GQA.forward",
+        {"self.q_norm(q), self.k_norm(k)": "self.k_norm(q), self.q_norm(k)"},
+    ),
     "q norm after rotation": (
         "qwen3",
         "attention.GQA.forward",
@@ -136,7 +224,11 @@ MUTATIONS: dict[str, tuple[str, str, dict[str, str]]] = {
         },
     ),
     "attention sees the future, in a segment": ("qwen3", "transformer._mask", {".tril()": ""}),
-    "attention sees the future, in the cache": ("deepseek", "transformer._mask", {"<= positions_BT": "<= 1 + positions_BT"}),
+    "attention sees the future, in the cache": (
+        "deepseek",
+        "transformer._mask",
+        {"<= positions_BT": "<= 1 + positions_BT"},
+    ),
     "every piece of a sequence at position 0": (
         "deepseek",
         "transformer.Transformer.forward",
@@ -151,14 +243,38 @@ MUTATIONS: dict[str, tuple[str, str, dict[str, str]]] = {
     "router bias ignored": ("deepseek", "moe.Gate.forward", {" + self.e_score_correction_bias": ""}),
     "closed groups masked with 0": ("deepseek, negative biases", "moe.Gate.forward", {"-torch.inf": "0.0"}),
     "groups not limited": ("deepseek", "moe.Gate.forward", {"config.n_group > 1": "False"}),
-    "groups scored by their best": ("deepseek", "moe.Gate.forward", {"grouped.topk(2, dim=-1).values.sum(-1)": "grouped.amax(-1)"}),
-    "groups scored by all": ("deepseek, negative biases", "moe.Gate.forward", {"grouped.topk(2, dim=-1).values.sum(-1)": "grouped.sum(-1)"}),
-    "one group fewer": ("deepseek", "moe.Gate.forward", {"topk(config.topk_group, dim=-1)": "topk(config.topk_group - 1, dim=-1)"}),
+    "groups scored by their best": (
+        "deepseek",
+        "moe.Gate.forward",
+        {"grouped.topk(2, dim=-1).values.sum(-1)": "grouped.amax(-1)"},
+    ),
+    "groups scored by all": (
+        "deepseek, negative biases",
+        "moe.Gate.forward",
+        {"grouped.topk(2, dim=-1).values.sum(-1)": "grouped.sum(-1)"},
+    ),
+    "one group fewer": (
+        "deepseek",
+        "moe.Gate.forward",
+        {"topk(config.topk_group, dim=-1)": "topk(config.topk_group - 1, dim=-1)"},
+    ),
     "norm_topk_prob ignored": ("deepseek", "moe.Gate.forward", {"if config.norm_topk_prob:": "if False:"}),
-    "routed_scaling_factor ignored": ("deepseek", "moe.Gate.forward", {"gates_Nk * config.routed_scaling_factor": "gates_Nk"}),
-    "one expert fewer": ("deepseek", "moe.Gate.forward", {"config.num_experts_per_tok": "config.num_experts_per_tok - 1"}),
+    "routed_scaling_factor ignored": (
+        "deepseek",
+        "moe.Gate.forward",
+        {"gates_Nk * config.routed_scaling_factor": "gates_Nk"},
+    ),
+    "one expert fewer": (
+        "deepseek",
+        "moe.Gate.forward",
+        {"config.num_experts_per_tok": "config.num_experts_per_tok - 1"},
+    ),
     "shared experts dropped": ("deepseek", "moe.MoE.forward", {"self.shared_experts is not None": "False"}),
-    "shared experts scaled": ("deepseek", "moe.MoE.forward", {"self.shared_experts(x_ND)": "2.5 * self.shared_experts(x_ND)"}),
+    "shared experts scaled": (
+        "deepseek",
+        "moe.MoE.forward",
+        {"self.shared_experts(x_ND)": "2.5 * self.shared_experts(x_ND)"},
+    ),
     "gate and up exchanged": (
         "deepseek",
         "moe.MLP.forward",
@@ -168,11 +284,19 @@ MUTATIONS: dict[str, tuple[str, str, dict[str, str]]] = {
     "gates take no gradient": ("deepseek", "moe.Gate.forward", {"gates_Nk * config": "gates_Nk.detach() * config"}),
     "another epsilon": ("deepseek", "attention.RMSNorm.forward", {"self.eps": "1e-3"}),
     "rms_norm_eps ignored": ("deepseek", "block.Block.__init__", {"config.rms_norm_eps": "1e-6"}),
-    "norm gains ignored": ("deepseek", "attention.RMSNorm.forward", {"self.weight.to(x.dtype)": "torch.ones_like(self.weight)"}),
+    "norm gains ignored": (
+        "deepseek",
+        "attention.RMSNorm.forward",
+        {"self.weight.to(x.dtype)": "torch.ones_like(self.weight)"},
+    ),
     "input norm skipped": ("deepseek", "block.Block.forward", {"self.input_layernorm(x_BTD)": "x_BTD"}),
     "norm after attention skipped": ("qwen3", "block.Block.forward", {"self.post_attention_layernorm(x_BTD)": "x_BTD"}),
     "final norm skipped": ("qwen3", "transformer.Transformer.forward", {"self.model.norm(x_BTD)": "x_BTD"}),
-    "tied head: not the embedding": ("deepseek, tied", "transformer.Transformer.lm_logits", {"weight = self": "weight = 1.001 * self"}),
+    "tied head: not the embedding": (
+        "deepseek, tied",
+        "transformer.Transformer.lm_logits",
+        {"weight = self": "weight = 1.001 * self"},
+    ),
     "tied head: no gradient to the embedding": (
         "deepseek, tied",
         "transformer.Transformer.lm_logits",
@@ -193,20 +317,32 @@ MUTATIONS: dict[str, tuple[str, str, dict[str, str]]] = {
         "transformer.Transformer.forward",
         {"output.hidden_BTD, embedding_BTD.roll": "x_BTD, embedding_BTD.roll"},
     ),
-    "MTP: embedding of the token itself": ("deepseek", "transformer.Transformer.forward", {"embedding_BTD.roll(-1, dims=1)": "embedding_BTD"}),
+    "MTP: embedding of the token itself": (
+        "deepseek",
+        "transformer.Transformer.forward",
+        {"embedding_BTD.roll(-1, dims=1)": "embedding_BTD"},
+    ),
     "MTP: last norm skipped": ("deepseek", "mtp.MTP.forward", {"self.shared_head.norm(y_BTD)": "y_BTD"}),
-    "MTP: no gradient to the main model": ("deepseek", "transformer.Transformer.forward", {"if detach_mtp:": "if True:"}),
+    "MTP: no gradient to the main model": (
+        "deepseek",
+        "transformer.Transformer.forward",
+        {"if detach_mtp:": "if True:"},
+    ),
 }
 
 
 @pytest.fixture(scope="module")
-def models(pair: Callable[..., tuple[Path, nn.Module]], deepseek: Callable[..., ModelConfig], dense: Callable[..., ModelConfig]) -> Models:
+def models(
+    pair: Callable[..., tuple[Path, nn.Module]], deepseek: Callable[..., ModelConfig], dense: Callable[..., ModelConfig]
+) -> Models:
     """models(name): a checkpoint, and transformers' reading of it."""
     made: dict[str, tuple[Path, nn.Module]] = {}
 
     def of(name: str) -> tuple[Path, nn.Module]:
         if name not in made:
-            config = deepseek(**DEEPSEEK[name], vocab_size=264) if name in DEEPSEEK else dense(**DENSE[name], vocab_size=264)
+            config = (
+                deepseek(**DEEPSEEK[name], vocab_size=264) if name in DEEPSEEK else dense(**DENSE[name], vocab_size=264)
+            )
             made[name] = pair(config, bias=-2.0 if "negative" in name else 0.0)
         return made[name]
 
@@ -236,7 +372,9 @@ def test_unbroken_models_agree(models: Models, compare: Compare, name: str) -> N
 
 
 @pytest.mark.parametrize("broken", MUTATIONS)
-def test_a_broken_model_is_told_apart(models: Models, compare: Compare, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+def test_a_broken_model_is_told_apart(
+    models: Models, compare: Compare, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
     name, where, edits = MUTATIONS[broken]
     folder, theirs = models(name)
     mutate(monkeypatch, where, edits)

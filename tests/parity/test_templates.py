@@ -24,16 +24,29 @@ from slingshot.text.tokenizer import R1_TOKENS, Tokenizer
 
 _spec = importlib.util.find_spec("trl")
 assert _spec is not None and _spec.submodule_search_locations is not None
-TEMPLATES = {file.stem: file.read_text() for file in sorted((Path(_spec.submodule_search_locations[0]) / "chat_templates").glob("*.jinja"))}
+TEMPLATES = {
+    file.stem: file.read_text()
+    for file in sorted((Path(_spec.submodule_search_locations[0]) / "chat_templates").glob("*.jinja"))
+}
 
 # The families that slingshot runs, each with how its tokenizers split text; these see every chat with every option.
-FAMILIES = dict.fromkeys(["deepseek_r1_distill", "deepseekv3"], "deepseek-v3") | dict.fromkeys(["llama3", "llama3_1", "llama3_2"], "llama-bpe")
+FAMILIES = dict.fromkeys(["deepseek_r1_distill", "deepseekv3"], "deepseek-v3") | dict.fromkeys(
+    ["llama3", "llama3_1", "llama3_2"], "llama-bpe"
+)
 FAMILIES |= dict.fromkeys(["qwen2_5", "qwen3", "qwen3_training", "qwen3_instruct_2507"], "qwen2")
 FAMILIES |= dict.fromkeys(["phi3", "glm4moe", "gptoss"], "smollm")
 
 _CITY = {"type": "string", "description": 'A name, "北京" & <so on>'}
-WEATHER = {"name": "weather", "description": "Weather", "parameters": {"type": "object", "properties": {"city": _CITY}, "required": ["city"]}}
-ADD = {"name": "add", "description": "", "parameters": {"type": "object", "properties": {"a": {"type": "number"}, "b": {"enum": [1, None]}}}}
+WEATHER = {
+    "name": "weather",
+    "description": "Weather",
+    "parameters": {"type": "object", "properties": {"city": _CITY}, "required": ["city"]},
+}
+ADD = {
+    "name": "add",
+    "description": "",
+    "parameters": {"type": "object", "properties": {"a": {"type": "number"}, "b": {"enum": [1, None]}}},
+}
 TOOLS = [{"type": "function", "function": WEATHER}, {"type": "function", "function": ADD}]
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -65,7 +78,11 @@ def reply(content: Any, **more: Any) -> dict[str, Any]:
 
 
 def called(name: str, arguments: Any, content: Any = None, **more: Any) -> dict[str, Any]:
-    return reply(content, tool_calls=[{"id": "call_1", "type": "function", "function": {"name": name, "arguments": arguments}}], **more)
+    return reply(
+        content,
+        tool_calls=[{"id": "call_1", "type": "function", "function": {"name": name, "arguments": arguments}}],
+        **more,
+    )
 
 
 def told(content: Any) -> dict[str, Any]:
@@ -102,11 +119,26 @@ CHATS: list[list[dict[str, Any]]] = [
     [user("w?"), called("weather", '{"city": "Paris"}'), told("sunny")],
     [user("w?"), {"role": "assistant", "tool_calls": TWO_CALLS}, told("r"), told("3.5")],
     [user("w?"), called("weather", {}, ""), told("")],
-    [user("w?"), called("weather", {"city": "P"}, "x", reasoning_content="need"), told("sun"), reply("ok", reasoning_content="got it")],
-    [user("w?"), called("add", {"a": [1, {"b": None}], "b": True, "c": 'q"\\\n'}, ""), told("n"), user("more"), reply("k")],
+    [
+        user("w?"),
+        called("weather", {"city": "P"}, "x", reasoning_content="need"),
+        told("sun"),
+        reply("ok", reasoning_content="got it"),
+    ],
+    [
+        user("w?"),
+        called("add", {"a": [1, {"b": None}], "b": True, "c": 'q"\\\n'}, ""),
+        told("n"),
+        user("more"),
+        reply("k"),
+    ],
     [user([{"type": "text", "text": "part one "}, {"type": "text", "text": "part two"}])],
     [user([{"type": "text", "text": "look"}, {"type": "image", "image": "x.png"}])],
-    [system([{"type": "text", "text": "sys"}]), user([{"type": "text", "text": "hi"}]), reply([{"type": "text", "text": "yo"}])],
+    [
+        system([{"type": "text", "text": "sys"}]),
+        user([{"type": "text", "text": "hi"}]),
+        reply([{"type": "text", "text": "yo"}]),
+    ],
     [user(None)],
     [user("a"), reply(None), user("b")],
     [user("a"), user("b")],
@@ -154,9 +186,16 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], P
             added, folder = added_tokens(TEMPLATES[name]), tmp_path_factory.mktemp(name)
             merges = [("h", "e"), ("Ġ", "t"), ("Ġt", "he"), ("Ċ", "Ċ"), ("1", "2"), ("i", "n"), ("Ġ", "Ġ")]
             tokens = [*added, *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
-            config = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<eos>", "chat_template": TEMPLATES[name]}
+            config = {
+                "bos_token": "<bos>",
+                "eos_token": "<eos>",
+                "pad_token": "<eos>",
+                "chat_template": TEMPLATES[name],
+            }
             flags = {token: "think" not in token for token in added}
-            ours = Tokenizer.from_bpe({token: id for id, token in enumerate(tokens)}, merges, flags, config, FAMILIES.get(name, "smollm"))
+            ours = Tokenizer.from_bpe(
+                {token: id for id, token in enumerate(tokens)}, merges, flags, config, FAMILIES.get(name, "smollm")
+            )
             ours.save(folder)
             write_json(folder / "config.json", {"model_type": "llama"})  # transformers chooses a tokenizer class by it
             made[name] = ours, transformers.AutoTokenizer.from_pretrained(folder)
@@ -177,9 +216,15 @@ def compare(pair: Pair, chat: list[dict[str, Any]], options: dict[str, Any], ids
         with pytest.raises(SlingshotError):
             ours.encode_chat(chat, **options)
         return False
-    assert "".join(render(ours.chat_template, chat, ours._control_tokens, special, **options)) == expected, (chat, options)
+    assert "".join(render(ours.chat_template, chat, ours._control_tokens, special, **options)) == expected, (
+        chat,
+        options,
+    )
     if ids:
-        assert ours.encode_chat(chat, **options) == theirs.apply_chat_template(chat, return_dict=False, **options), (chat, options)
+        assert ours.encode_chat(chat, **options) == theirs.apply_chat_template(chat, return_dict=False, **options), (
+            chat,
+            options,
+        )
     return True
 
 
@@ -192,11 +237,15 @@ def test_transformers_renders_the_same(both: Callable[[str], Pair], name: str) -
     tokenizers = both(name)
     all_of_them = list(itertools.product(CHATS, OPTIONS))
     cases = all_of_them if name in FAMILIES else all_of_them[:: len(OPTIONS) + 1]
-    rendered = [compare(tokenizers, chat, options, not looks_alike(tokenizers[0], [chat, options])) for chat, options in cases]
+    rendered = [
+        compare(tokenizers, chat, options, not looks_alike(tokenizers[0], [chat, options])) for chat, options in cases
+    ]
     assert sum(rendered) > len(cases) / 6
 
 
-@pytest.mark.parametrize("name", ["deepseek_r1_distill", "llama3_1", "qwen2_5", "qwen3_instruct_2507", "glm4moe", "phi3"])
+@pytest.mark.parametrize(
+    "name", ["deepseek_r1_distill", "llama3_1", "qwen2_5", "qwen3_instruct_2507", "glm4moe", "phi3"]
+)
 def test_control_tokens_that_are_typed_stay_text(both: Callable[[str], Pair], name: str) -> None:
     """The text is the same still. The control tokens are those of the template alone, as with transformers' sanitize_control_tokens."""
     ours, theirs = tokenizers = both(name)
@@ -209,14 +258,23 @@ def test_control_tokens_that_are_typed_stay_text(both: Callable[[str], Pair], na
 
     differ = 0
     for _ in range(60):
-        chat = [user(typed()), reply(typed()), user(typed()), reply(typed(), reasoning_content=typed()), user(typed())][: generator.randint(1, 5)]
+        chat = [user(typed()), reply(typed()), user(typed()), reply(typed(), reasoning_content=typed()), user(typed())][
+            : generator.randint(1, 5)
+        ]
         tools = [{"type": "function", "function": {"name": typed(), "description": typed(), "parameters": {}}}]
-        options = {"add_generation_prompt": True, "thinking": True, "enable_thinking": True, "tools": generator.choice([None, tools])}
+        options = {
+            "add_generation_prompt": True,
+            "thinking": True,
+            "enable_thinking": True,
+            "tools": generator.choice([None, tools]),
+        }
         if compare(tokenizers, chat, options, ids=False):
             controls = [id for id in ours.encode_chat(chat, **options) if id in ours.control_ids]
             expected = theirs.apply_chat_template(chat, return_dict=False, sanitize_control_tokens=True, **options)
             assert controls == [id for id in expected if id in ours.control_ids], chat
-            differ += controls != [id for id in theirs.apply_chat_template(chat, return_dict=False, **options) if id in ours.control_ids]
+            differ += controls != [
+                id for id in theirs.apply_chat_template(chat, return_dict=False, **options) if id in ours.control_ids
+            ]
     assert differ > 20
 
 
@@ -227,7 +285,9 @@ def test_r1_is_deepseeks_for_plain_chats() -> None:
     def text(template: str, chat: list[dict[str, Any]], **options: Any) -> str:
         return "".join(render(template, chat, R1_TOKENS, special, **options))
 
-    plain = [chat for chat in CHATS if all(set(m) == {"role", "content"} and isinstance(m["content"], str) for m in chat)]
+    plain = [
+        chat for chat in CHATS if all(set(m) == {"role", "content"} and isinstance(m["content"], str) for m in chat)
+    ]
     plain = [chat for chat in plain if {m["role"] for m in chat} <= {"system", "user", "assistant"}]
     assert len(plain) > 20
     for chat, add_generation_prompt in itertools.product(plain, (False, True)):

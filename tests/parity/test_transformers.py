@@ -28,8 +28,20 @@ Pair = Callable[..., tuple[Path, nn.Module]]
 Compare = Callable[..., None]
 
 WINDOW = 16  # the original context of everything scaled; rows are of 40 tokens
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": WINDOW, "mscale": 1.0, "mscale_all_dim": 1.0}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": WINDOW, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": WINDOW,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "original_max_position_embeddings": WINDOW,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 
 # DeepSeek-V3's own, V2's, one whose two temperatures differ, and one that interpolates other pairs. Without mscale_all_dim transformers departs
 # from DeepSeek unless mscale is 1 (test_rope.py pins DeepSeek's formula).
@@ -80,7 +92,9 @@ WIDTHS = ["hidden_size", "intermediate_size", "moe_intermediate_size", "q_lora_r
 WIDTHS += ["qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
 
 
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # transformers, of a model without shared experts
+@pytest.mark.filterwarnings(
+    "ignore:Initializing zero-element tensors"
+)  # transformers, of a model without shared experts
 def test_deepseek_v3_in_any_shape(pair: Pair, compare: Compare, deepseek: Config) -> None:
     seen: list[ModelConfig] = []
 
@@ -97,13 +111,19 @@ def test_deepseek_v3_in_any_shape(pair: Pair, compare: Compare, deepseek: Config
     assert all(len({getattr(config, width) for width in WIDTHS}) == len(WIDTHS) for config in seen)
     # what was drawn covers every option
     with_experts = [config for config in seen if config.first_k_dense_replace < config.num_hidden_layers]
-    assert {config.n_group for config in with_experts} == {1, 2, 3, 4} and any(config.topk_group < config.n_group for config in with_experts)
+    assert {config.n_group for config in with_experts} == {1, 2, 3, 4} and any(
+        config.topk_group < config.n_group for config in with_experts
+    )
     assert {config.n_shared_experts for config in with_experts} == {0, 1, 2}
-    assert any(config.first_k_dense_replace == 0 for config in seen) and any(config.first_k_dense_replace > 0 for config in with_experts)
+    assert any(config.first_k_dense_replace == 0 for config in seen) and any(
+        config.first_k_dense_replace > 0 for config in with_experts
+    )
     assert len(with_experts) < len(seen)  # all layers dense
     for option in ("tie_word_embeddings", "norm_topk_prob", "num_nextn_predict_layers", "routed_scaling_factor"):
         assert len({getattr(config, option) for config in with_experts}) == 2, option
-    assert sum(config.num_nextn_predict_layers and config.n_shared_experts > 0 for config in seen) >= 10  # MTP modules that transformers can read
+    assert (
+        sum(config.num_nextn_predict_layers and config.n_shared_experts > 0 for config in seen) >= 10
+    )  # MTP modules that transformers can read
     assert {config.q_lora_rank is None for config in seen} == {True, False}
     assert len({str(config.rope_scaling) for config in seen}) == len(SCALINGS)
 
@@ -113,7 +133,10 @@ DENSE: dict[str, dict[str, Any]] = {
     "llama (llama3 scaling)": {"rope_theta": 500000.0, "rope_scaling": LLAMA3},
     "llama (YaRN)": {"rope_scaling": YARN},
     "qwen2": {"attention_bias": True},
-    "qwen2 (YaRN)": {"attention_bias": True, "rope_scaling": {key: YARN[key] for key in ("rope_type", "factor", "original_max_position_embeddings")}},
+    "qwen2 (YaRN)": {
+        "attention_bias": True,
+        "rope_scaling": {key: YARN[key] for key in ("rope_type", "factor", "original_max_position_embeddings")},
+    },
     "qwen3": {"qk_norm": True},
     "mistral": {},
 }
@@ -137,7 +160,11 @@ def dense_changes(draw: st.DrawFn) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", DENSE)
 def test_the_dense_family_in_any_shape(pair: Pair, compare: Compare, dense: Config, kind: str) -> None:
     model_type = kind.split()[0]
-    changes = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None} if kind == "mistral" else {}
+    changes = (
+        {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+        if kind == "mistral"
+        else {}
+    )
     seen: list[ModelConfig] = []
 
     @settings(derandomize=True, deadline=None, max_examples=10)
@@ -164,14 +191,31 @@ def test_the_dense_family_in_any_shape(pair: Pair, compare: Compare, dense: Conf
     factor=st.sampled_from([1.0, 4.0, 40.0]),
     betas=st.sampled_from([(32.0, 1.0), (4.0, 2.0), (1.0, 1.0)]),
     mscales=st.sampled_from(
-        [{}, {"mscale": 1.0, "mscale_all_dim": 1.0}, {"mscale": 0.7, "mscale_all_dim": 1.3}, {"mscale": 0.7, "mscale_all_dim": 0.0}]
+        [
+            {},
+            {"mscale": 1.0, "mscale_all_dim": 1.0},
+            {"mscale": 0.7, "mscale_all_dim": 1.3},
+            {"mscale": 0.7, "mscale_all_dim": 0.0},
+        ]
     ),
 )
 def test_rotary_tables_are_theirs_at_any_length(
-    dense: Config, width: int, theta: float, original: int, factor: float, betas: tuple[float, float], mscales: dict[str, float]
+    dense: Config,
+    width: int,
+    theta: float,
+    original: int,
+    factor: float,
+    betas: tuple[float, float],
+    mscales: dict[str, float],
 ) -> None:
     """Also where nothing or everything is interpolated, or the ramp runs backwards: windows far too short or too long for theta."""
-    scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, "beta_fast": betas[0], "beta_slow": betas[1]}
+    scaling = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        "beta_fast": betas[0],
+        "beta_slow": betas[1],
+    }
     for rope in (scaling | mscales, LLAMA3 | {"factor": factor, "original_max_position_embeddings": original}):
         config = dense(head_dim=width, rope_theta=theta, rope_scaling=rope)
         theirs = transformers.LlamaConfig(head_dim=width, rope_parameters={**rope, "rope_theta": theta})
@@ -181,13 +225,36 @@ def test_rotary_tables_are_theirs_at_any_length(
 
 
 def theirs_of(kind: str) -> transformers.PreTrainedConfig:
-    common = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    common = {
+        "vocab_size": 264,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     if kind == "deepseek_v3":
-        mla = {"q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 10, "num_key_value_heads": 4}
-        moe = {"moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2}
-        return transformers.DeepseekV3Config(**common, **mla, **moe, first_k_dense_replace=1, rope_parameters=YARN | {"rope_theta": 10000.0})
+        mla = {
+            "q_lora_rank": 20,
+            "kv_lora_rank": 12,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 6,
+            "v_head_dim": 10,
+            "num_key_value_heads": 4,
+        }
+        moe = {
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+        }
+        return transformers.DeepseekV3Config(
+            **common, **mla, **moe, first_k_dense_replace=1, rope_parameters=YARN | {"rope_theta": 10000.0}
+        )
     if kind == "llama":
-        return transformers.LlamaConfig(**common, num_key_value_heads=2, rope_parameters=LLAMA3 | {"rope_theta": 500000.0})
+        return transformers.LlamaConfig(
+            **common, num_key_value_heads=2, rope_parameters=LLAMA3 | {"rope_theta": 500000.0}
+        )
     if kind == "mistral":
         return transformers.MistralConfig(**common, num_key_value_heads=2, sliding_window=None)
     family = {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}[kind]
@@ -216,6 +283,12 @@ def test_greedy_decoding_is_the_same_text(pair: Pair, deepseek: Config, tokenize
 
     folder, theirs = pair(deepseek(vocab_size=264, rope_scaling=YARN, max_position_embeddings=64))
     prompt = list(range(100, 110))
-    expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False, temperature=None, top_p=None)[0].tolist()
-    output = Engine(load_model(folder), tokenizer).generate([prompt], SamplingParams(max_tokens=30, temperature=0.0))[0].outputs[0]
+    expected = theirs.generate(
+        torch.tensor([prompt]), max_new_tokens=30, do_sample=False, temperature=None, top_p=None
+    )[0].tolist()
+    output = (
+        Engine(load_model(folder), tokenizer)
+        .generate([prompt], SamplingParams(max_tokens=30, temperature=0.0))[0]
+        .outputs[0]
+    )
     assert output.token_ids == expected[len(prompt) :]

@@ -24,7 +24,9 @@ DENSE = ModelConfig(
 )  # fmt: skip
 CONFIGS = [
     MOE,
-    MOE.model_copy(update={"q_lora_rank": None, "num_nextn_predict_layers": 0, "n_shared_experts": 0, "first_k_dense_replace": 0}),
+    MOE.model_copy(
+        update={"q_lora_rank": None, "num_nextn_predict_layers": 0, "n_shared_experts": 0, "first_k_dense_replace": 0}
+    ),
     MOE.model_copy(update={"first_k_dense_replace": 3, "num_hidden_layers": 7}),
     DENSE,
     DENSE.model_copy(update={"attention_bias": True, "tie_word_embeddings": True}),
@@ -44,7 +46,11 @@ def test_pipeline_stages_hold_every_block_once(config: ModelConfig, pp: int) -> 
     weighed = sizes(config, FP32)
     stages = weighed.stages(pp)
     moe = max(0, config.num_hidden_layers - config.first_k_dense_replace) if config.family == "deepseek_v3" else 0
-    assert [sum(column) for column in zip(*stages, strict=True)] == [config.num_hidden_layers - moe, moe, config.num_nextn_predict_layers]
+    assert [sum(column) for column in zip(*stages, strict=True)] == [
+        config.num_hidden_layers - moe,
+        moe,
+        config.num_nextn_predict_layers,
+    ]
     assert max(map(sum, stages)) - min(map(sum, stages)) <= 1
     held = [weighed.on_device(Layout(dp=1, tp=1, pp=pp, ep=1, zero=0, recompute="none"), stage) for stage in range(pp)]
     counts = parameters(config)
@@ -88,14 +94,18 @@ def test_moe_activations_are_autograd_s_but_for_what_fusion_saves() -> None:
     config = MOE.model_copy(update={"num_nextn_predict_layers": 0, "n_group": 1})
     counted = block_activations(config, True, FP32, "none")
     silu, before_gate, padded_v, padded_output = 4 * 3 * 96, 4 * 2 * 96, 4 * 4 * (48 - 32), 4 * 4 * 48
-    assert per_block_and_token(config) == pytest.approx(counted + silu + before_gate + padded_v + padded_output, rel=0.005)
+    assert per_block_and_token(config) == pytest.approx(
+        counted + silu + before_gate + padded_v + padded_output, rel=0.005
+    )
 
 
 def test_selective_recomputation_by_hand() -> None:
     """DENSE in float32: the block's input, q, k, v, attention's output, what follows it, gate and up; norms and the product are made again."""
     assert block_activations(DENSE, False, FP32, "selective") == 4 * (128 + 32 * (4 + 2 * 2) + 128 + 128 + 2 * 384)
     assert block_activations(DENSE, False, FP32, "full") == 4 * 128
-    assert block_activations(MOE, True, FP32, "selective") == 4 * (128 + 48 + 48 + 4 * 32 + 128 + 8 + 2 * 128 + 2 * 3 * 96)
+    assert block_activations(MOE, True, FP32, "selective") == 4 * (
+        128 + 48 + 48 + 4 * 32 + 128 + 8 + 2 * 128 + 2 * 3 * 96
+    )
 
 
 def test_one_device_holds_sixteen_bytes_a_parameter() -> None:
@@ -109,7 +119,12 @@ def test_one_device_holds_sixteen_bytes_a_parameter() -> None:
         return memory.weights + memory.gradients + memory.optimizer
 
     assert states(1, 0) == 16 * total
-    assert [states(8, zero) for zero in (0, 1, 2, 3)] == [16 * total, (4 + 12 / 8) * total, (2 + 14 / 8) * total, 16 / 8 * total]
+    assert [states(8, zero) for zero in (0, 1, 2, 3)] == [
+        16 * total,
+        (4 + 12 / 8) * total,
+        (2 + 14 / 8) * total,
+        16 / 8 * total,
+    ]
 
 
 def test_experts_are_spread_and_the_rest_is_not() -> None:
@@ -124,7 +139,10 @@ def test_experts_are_spread_and_the_rest_is_not() -> None:
 def test_tensor_parallelism_halves_everything_but_norms_and_router() -> None:
     whole = Layout(dp=2, tp=1, pp=1, ep=1, zero=0, recompute="full")
     halves = whole.model_copy(update={"dp": 1, "tp": 2})
-    for config, kept in ((DENSE, 4 * 2 * 128 + 128), (MOE.model_copy(update={"num_nextn_predict_layers": 0, "n_routed_experts": 2}), None)):
+    for config, kept in (
+        (DENSE, 4 * 2 * 128 + 128),
+        (MOE.model_copy(update={"num_nextn_predict_layers": 0, "n_routed_experts": 2}), None),
+    ):
         total = parameters(config).total
         if kept is None:  # norms, router and experts: those are spread by ep alone
             kept = 4 * (2 * 128 + 48 + 32) + 128 + 3 * 128 * 2 + 3 * 2 * 3 * 128 * 96
@@ -150,7 +168,9 @@ def test_activations_of_the_whole_by_hand() -> None:
     assert training_memory(sizes(DENSE, FP32), two, 16, 5).activations == 16 * 2 * 2 * block
     assert training_memory(sizes(DENSE, FP32), two.model_copy(update={"tp": 2}), 16, 5).activations == 8 * 2 * 2 * block
     # Recomputed in full, a block is held whole while its turn lasts.
-    assert training_memory(sizes(DENSE, FP32), one.model_copy(update={"recompute": "full"}), 16, 5).activations == 16 * (4 * 4 * 128 + block + end)
+    assert training_memory(
+        sizes(DENSE, FP32), one.model_copy(update={"recompute": "full"}), 16, 5
+    ).activations == 16 * (4 * 4 * 128 + block + end)
 
 
 def test_deepseek_v3_fits_its_own_layout_on_80_gb() -> None:
@@ -162,20 +182,38 @@ def test_deepseek_v3_fits_its_own_layout_on_80_gb() -> None:
     memory = training_memory(weighed, published, 4096, 15360 / 128)
     assert 40 * 2**30 < memory.total < 72 * 2**30
     # Without recomputation it would not, which is why they recompute.
-    assert training_memory(weighed, published.model_copy(update={"recompute": "none"}), 4096, 15360 / 128).total > 80 * 2**30
+    assert (
+        training_memory(weighed, published.model_copy(update={"recompute": "none"}), 4096, 15360 / 128).total
+        > 80 * 2**30
+    )
 
 
-@given(st.sampled_from(CONFIGS), st.sampled_from([1, 2, 4, 8]), st.sampled_from(sorted(PRECISIONS)), st.integers(2, 512), st.integers(1, 64))
+@given(
+    st.sampled_from(CONFIGS),
+    st.sampled_from([1, 2, 4, 8]),
+    st.sampled_from(sorted(PRECISIONS)),
+    st.integers(2, 512),
+    st.integers(1, 64),
+)
 @settings(derandomize=True, deadline=None)
-def test_splits_sum_and_sharding_never_needs_more(config: ModelConfig, count: int, dtype: str, context: int, microbatches: int) -> None:
+def test_splits_sum_and_sharding_never_needs_more(
+    config: ModelConfig, count: int, dtype: str, context: int, microbatches: int
+) -> None:
     weighed = sizes(config, PRECISIONS[dtype])
     for layout in layouts(config, count):
         memory = training_memory(weighed, layout, context, microbatches)
-        assert memory.total == pytest.approx(memory.weights + memory.gradients + memory.optimizer + memory.activations + memory.cache)
+        assert memory.total == pytest.approx(
+            memory.weights + memory.gradients + memory.optimizer + memory.activations + memory.cache
+        )
         assert min(memory.weights, memory.activations) > 0
         for recompute in RECOMPUTE[RECOMPUTE.index(layout.recompute) + 1 :][:1]:
             less = training_memory(weighed, layout.model_copy(update={"recompute": recompute}), context, microbatches)
             # The one block that full recomputation holds whole may outweigh what a shallow stage keeps.
             assert less.activations <= memory.activations or recompute == "full"
         if layout.zero:
-            assert training_memory(weighed, layout.model_copy(update={"zero": layout.zero - 1}), context, microbatches).total >= memory.total
+            assert (
+                training_memory(
+                    weighed, layout.model_copy(update={"zero": layout.zero - 1}), context, microbatches
+                ).total
+                >= memory.total
+            )

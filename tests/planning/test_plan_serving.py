@@ -57,7 +57,9 @@ def test_a_latency_nothing_keeps_is_seen_in_the_plan() -> None:
 def test_the_chosen_copy_writes_most_in_time() -> None:
     plan = serve(V3, "h800")
     for ways in (16, 32, 64, 128):
-        assert serve(V3, "h800", devices_per_copy=ways).tokens_per_second_per_device <= plan.tokens_per_second_per_device * (1 + 1e-9)
+        assert serve(
+            V3, "h800", devices_per_copy=ways
+        ).tokens_per_second_per_device <= plan.tokens_per_second_per_device * (1 + 1e-9)
     assert plan.fits and plan.devices_per_copy >= 16
 
 
@@ -102,17 +104,25 @@ def test_sampling_a_round_takes_the_copies_that_end_it_first_and_more_devices_ne
         return round_seconds(fleet, 512, copies, 200, lengths, usable)
 
     for count in range(1, 10):
-        copies, best = sampling_fleet(LLAMA, device("h100"), PRECISIONS["bfloat16"], count, None, 4200, 512 / count, 0.46, seconds)
+        copies, best = sampling_fleet(
+            LLAMA, device("h100"), PRECISIONS["bfloat16"], count, None, 4200, 512 / count, 0.46, seconds
+        )
         times.append(seconds(copies, best))
         assert copies * best.devices <= count
         sizes = [size for size in (1, 2, 4, 8) if size <= count]
-        assert times[-1] == min(seconds(count // size, Fleet(LLAMA, device("h100"), PRECISIONS["bfloat16"], size)) for size in sizes)
+        assert times[-1] == min(
+            seconds(count // size, Fleet(LLAMA, device("h100"), PRECISIONS["bfloat16"], size)) for size in sizes
+        )
     assert times == sorted(times, reverse=True)
 
 
 def test_what_does_not_fit_says_what_would() -> None:
     plan = serve(V3, "h800", 8)
-    assert not plan.fits and plan.nearest_fit is not None and (plan.nearest_fit.device, plan.nearest_fit.count) == ("h800", 16)
+    assert (
+        not plan.fits
+        and plan.nearest_fit is not None
+        and (plan.nearest_fit.device, plan.nearest_fit.count) == ("h800", 16)
+    )
     alone = device("cpu").model_copy(update={"network": 0.0, "memory_bytes": 2.0**34})
     plan = plan_serve(V3, "it", alone, 1, precision="bfloat16")
     assert not plan.fits and plan.nearest_fit is not None and plan.nearest_fit.device == "h800"
@@ -120,12 +130,21 @@ def test_what_does_not_fit_says_what_would() -> None:
 
 def test_a_day_of_traffic_sizes_the_fleet() -> None:
     plan = serve(
-        input_tokens=1e12, output_tokens=1e11, prompt=4000, response=400, price=2.0, prices=(0.1, 0.2, 0.4), devices_per_copy=4, hit_share=0.5
+        input_tokens=1e12,
+        output_tokens=1e11,
+        prompt=4000,
+        response=400,
+        price=2.0,
+        prices=(0.1, 0.2, 0.4),
+        devices_per_copy=4,
+        hit_share=0.5,
     )
     day = plan.day
     assert day is not None and plan.count % 4 == 0 and plan.count - 4 < day.devices_needed <= plan.count
     seconds = 1e11 / plan.tokens_per_second_per_device + 1e12 / plan.prompt_tokens_per_second_per_device
-    assert day.devices_needed == pytest.approx(seconds / 86400) and day.utilisation == pytest.approx(day.devices_needed / plan.count)
+    assert day.devices_needed == pytest.approx(seconds / 86400) and day.utilisation == pytest.approx(
+        day.devices_needed / plan.count
+    )
     assert day.cost == plan.money == pytest.approx(plan.count * 48)
     assert day.revenue == pytest.approx((1e12 * 0.15 + 1e11 * 0.4) / 1e6)
     assert day.margin == pytest.approx((day.revenue - day.cost) / day.cost)
@@ -134,14 +153,23 @@ def test_a_day_of_traffic_sizes_the_fleet() -> None:
 def test_a_fleet_that_cannot_carry_the_day_is_refused_with_the_nearest_that_can() -> None:
     day = {"input_tokens": 608e9, "output_tokens": 168e9, "devices_per_copy": 144, "prices": (0.14, 0.55, 2.19)}
     enough = serve(V3, "h800", **day)
-    assert enough.count % 144 == 0 and enough.day is not None and enough.count - 144 < enough.day.devices_needed <= enough.count
-    with pytest.raises(SlingshotError, match=f"160 x h800 do not carry this day's traffic.*the nearest count that does is {enough.count}$"):
+    assert (
+        enough.count % 144 == 0
+        and enough.day is not None
+        and enough.count - 144 < enough.day.devices_needed <= enough.count
+    )
+    with pytest.raises(
+        SlingshotError,
+        match=f"160 x h800 do not carry this day's traffic.*the nearest count that does is {enough.count}$",
+    ):
         serve(V3, "h800", 160, **day)
     assert serve(V3, "h800", enough.count, **day).money == enough.money
     # A machine without a network is one machine.
     alone = device("h100").model_copy(update={"network": 0.0, "per_node": 1, "link": 0.0})
     for count in (None, 1):
-        with pytest.raises(SlingshotError, match=r"1 x h100 do not carry this day's traffic.*no more than 1 can be had"):
+        with pytest.raises(
+            SlingshotError, match=r"1 x h100 do not carry this day's traffic.*no more than 1 can be had"
+        ):
             plan_serve(LLAMA, "it", alone, count, input_tokens=1e12, output_tokens=1e12)
     with pytest.raises(SlingshotError, match="no more than 10000000 can be had"):
         serve(input_tokens=1e308, output_tokens=1e308)
@@ -191,7 +219,9 @@ def test_alternatives_carry_the_day_s_traffic_with_whole_copies() -> None:
 def test_devices_that_nothing_joins_hold_no_copy_together() -> None:
     alone = device("h100").model_copy(update={"network": 0.0, "per_node": 1, "link": 0.0})
     for day in ({}, {"input_tokens": 1e6, "output_tokens": 1e6}):
-        with pytest.raises(SlingshotError, match="what joins several of them is not known; the nearest valid count is 1"):
+        with pytest.raises(
+            SlingshotError, match="what joins several of them is not known; the nearest valid count is 1"
+        ):
             plan_serve(LLAMA, "it", alone, None, devices_per_copy=2, **day)
 
 
@@ -204,8 +234,13 @@ def test_break_even_is_where_the_fleet_costs_what_buying_does() -> None:
     assert even.made_per_million == pytest.approx(plan.cost_by_hit_share[0].blended)
     assert even.fleet_tokens_per_day * even.made_per_million / 1e6 == pytest.approx(even.fleet_per_day)
     if even.tokens_per_day is not None:
-        assert even.tokens_per_day * even.bought_per_million / 1e6 == pytest.approx(even.fleet_per_day) and even.utilisation is not None
-        assert even.utilisation == pytest.approx(even.tokens_per_day / even.fleet_tokens_per_day) and even.utilisation <= 1
+        assert (
+            even.tokens_per_day * even.bought_per_million / 1e6 == pytest.approx(even.fleet_per_day)
+            and even.utilisation is not None
+        )
+        assert (
+            even.utilisation == pytest.approx(even.tokens_per_day / even.fleet_tokens_per_day) and even.utilisation <= 1
+        )
     # Where making costs more than buying even at full load there is no such point.
     never = serve(price=200.0, prices=(0.01, 0.02, 0.04)).break_even
     assert never is not None and never.tokens_per_day is None and never.made_per_million > never.bought_per_million
@@ -213,13 +248,23 @@ def test_break_even_is_where_the_fleet_costs_what_buying_does() -> None:
 
 def test_plans_add_up_and_are_json() -> None:
     plan = serve(V3, "h800", 64, prices=(0.14, 0.55, 2.19), input_tokens=1e9, output_tokens=1e8)
-    assert plan.device_hours == pytest.approx(64 * 24) == pytest.approx(sum(stage.device_hours for stage in plan.stages))
+    assert (
+        plan.device_hours == pytest.approx(64 * 24) == pytest.approx(sum(stage.device_hours for stage in plan.stages))
+    )
     assert sum(plan.flops_by_part.values()) == pytest.approx(plan.flops)
     found = json.loads(json.dumps(plan.model_dump(mode="json"), allow_nan=False))
     assert ServePlan.model_validate(found) == plan
     listed = " ".join(plan.assumptions)
-    assert "46% of the roofline" in listed and "cached prompt tokens are kept and fetched for nothing" in listed and "22.0% of the peak" in listed
-    assert "latents are expanded anew" in listed and "80% of their rate" in listed and "latents" not in " ".join(serve().assumptions)
+    assert (
+        "46% of the roofline" in listed
+        and "cached prompt tokens are kept and fetched for nothing" in listed
+        and "22.0% of the peak" in listed
+    )
+    assert (
+        "latents are expanded anew" in listed
+        and "80% of their rate" in listed
+        and "latents" not in " ".join(serve().assumptions)
+    )
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.sampled_from(["h800", "a100", "m3-ultra"]))
@@ -234,7 +279,12 @@ def test_more_cache_hits_never_cost_more(first: float, second: float, on: str) -
 
 def test_without_a_price_there_is_no_money_and_a_line_that_says_so() -> None:
     plan = serve(on="m3-ultra", prices=(1, 1, 1))
-    assert plan.money is None and plan.margin is None and plan.cost_by_hit_share == [] and "no price" in " ".join(plan.assumptions)
+    assert (
+        plan.money is None
+        and plan.margin is None
+        and plan.cost_by_hit_share == []
+        and "no price" in " ".join(plan.assumptions)
+    )
 
 
 @pytest.mark.parametrize(

@@ -57,11 +57,23 @@ def test_plans_add_up_and_are_json(make: Any) -> None:
     assert plan.device_hours == pytest.approx(sum(stage.device_hours for stage in plan.stages))
     assert plan.money == pytest.approx(sum(stage.money or 0 for stage in plan.stages))
     assert plan.days == pytest.approx(sum(stage.days for stage in plan.stages))
-    assert plan.memory_per_device_bytes == plan.memory.total and plan.fits == (plan.memory.total <= plan.usable_memory_bytes)
+    assert plan.memory_per_device_bytes == plan.memory.total and plan.fits == (
+        plan.memory.total <= plan.usable_memory_bytes
+    )
     if plan.kind != "pretrain":
         assert sum(plan.flops_by_part.values()) == pytest.approx(plan.flops)
     found = json.loads(json.dumps(plan.model_dump(mode="json"), allow_nan=False))
-    assert {"device_hours", "days", "money", "flops", "memory_per_device_bytes", "fits", "stages", "assumptions", "dominates"} <= found.keys()
+    assert {
+        "device_hours",
+        "days",
+        "money",
+        "flops",
+        "memory_per_device_bytes",
+        "fits",
+        "stages",
+        "assumptions",
+        "dominates",
+    } <= found.keys()
     assert type(plan).model_validate(found) == plan
 
 
@@ -69,7 +81,13 @@ def test_plans_add_up_and_are_json(make: Any) -> None:
 def test_every_assumption_is_listed(make: Any) -> None:
     """The rate, the layout, the price and the share of memory, and that they were assumed, given or the table's."""
     text = "\n".join(make().assumptions)
-    assert "MFU 40.0%, assumed" in text and "layout: " in text and "the table's example" in text and "90.0% of 80 GiB" in text and "700 W" in text
+    assert (
+        "MFU 40.0%, assumed" in text
+        and "layout: " in text
+        and "the table's example" in text
+        and "90.0% of 80 GiB" in text
+        and "700 W" in text
+    )
     text = "\n".join(make(mfu=0.3, price=5).assumptions)
     assert "MFU 30.0%, as given" in text and "5 per h100 hour, as given" in text
 
@@ -89,7 +107,11 @@ def test_mtp_stands_on_a_line_of_its_own() -> None:
     assert "MTP" in line.name and line.device_hours == 0 and line.flops == plan.flops_by_part["mtp"]
     with_mtp, without = training_flops(V3, [4096]), training_flops(V3, [4096], mtp=False)
     assert line.flops == pytest.approx((with_mtp - without) / 4096 * 1e12)
-    assert plan.flops == pytest.approx(without / 4096 * 1e12) == pytest.approx(sum(plan.flops_by_part.values()) - line.flops)
+    assert (
+        plan.flops
+        == pytest.approx(without / 4096 * 1e12)
+        == pytest.approx(sum(plan.flops_by_part.values()) - line.flops)
+    )
     none = pretrain(V3.model_copy(update={"num_nextn_predict_layers": 0}), "h800", 2048, tflops=385)
     assert none.device_hours == pytest.approx(plan.device_hours) and len(none.stages) == 1
 
@@ -106,7 +128,9 @@ def test_known_stages_are_further_lines() -> None:
 
 def test_fp8_and_bfloat16_are_compared_at_each_part_s_rate() -> None:
     plan = pretrain(V3, "h800", 2048, mfu=0.2)
-    here, sixteen = (other for other in plan.alternatives if other.device == "h800" and other.precision in ("fp8", "bfloat16"))
+    here, sixteen = (
+        other for other in plan.alternatives if other.device == "h800" and other.precision in ("fp8", "bfloat16")
+    )
     assert here.device_hours == pytest.approx(plan.device_hours) and plan.precision == "fp8"
     assert 1.5 < sixteen.device_hours / here.device_hours < 2
     listed = {other.device for other in plan.alternatives}
@@ -179,7 +203,9 @@ def test_the_assumed_batch_is_at_most_the_run() -> None:
 
 
 def test_sequences_beyond_the_model_s_own_and_hours_given_are_assumptions() -> None:
-    assert any("1e+06 tokens, though the model is made for 131072" in line for line in pretrain(context=1_000_000).assumptions)
+    assert any(
+        "1e+06 tokens, though the model is made for 131072" in line for line in pretrain(context=1_000_000).assumptions
+    )
     assert any("though the model is made for" in line for line in rl(longest=200_000.0).assumptions)
     assert not any("though the model" in line for line in [*pretrain(context=131_072).assumptions, *rl().assumptions])
     assert "hours given are the same on every device" in pretrain(stages={"more": 5.0}).assumptions
@@ -187,7 +213,10 @@ def test_sequences_beyond_the_model_s_own_and_hours_given_are_assumptions() -> N
 
 
 def test_the_nearest_rate_named_is_one_that_is_taken() -> None:
-    for asked, read in (({"tflops": 5000.0}, float), ({"hours": 1.0}, lambda text: float(text.removesuffix(" hours").replace(",", "")))):
+    for asked, read in (
+        ({"tflops": 5000.0}, float),
+        ({"hours": 1.0}, lambda text: float(text.removesuffix(" hours").replace(",", ""))),
+    ):
         with pytest.raises(SlingshotError) as refused:
             plan_pretrain(V3, "v3", device("h800"), 2048, tokens=14.8e12, **asked)
         nearest = read(str(refused.value).rpartition("the nearest valid value is ")[2])
@@ -195,7 +224,11 @@ def test_the_nearest_rate_named_is_one_that_is_taken() -> None:
 
 
 def test_a_precision_may_be_written_short() -> None:
-    assert [pretrain(precision=short).precision for short in ("bf16", "FP32", "half")] == ["bfloat16", "float32", "float16"]
+    assert [pretrain(precision=short).precision for short in ("bf16", "FP32", "half")] == [
+        "bfloat16",
+        "float32",
+        "float16",
+    ]
 
 
 def test_a_pipeline_stands_idle_while_it_fills() -> None:
@@ -227,7 +260,11 @@ def test_a_given_layout_that_does_not_fit_names_one_that_does() -> None:
 def test_what_dominates_is_the_longest() -> None:
     for plan in (pretrain(), pretrain(V3, "h800", 2048), rl(), distill()):
         found = plan.dominates
-        times = {"compute": found.compute_seconds, "memory traffic": found.memory_traffic_seconds, "network": found.network_seconds}
+        times = {
+            "compute": found.compute_seconds,
+            "memory traffic": found.memory_traffic_seconds,
+            "network": found.network_seconds,
+        }
         ranked = sorted(times.values(), reverse=True)
         assert times[found.dominant] == ranked[0] and found.factor == pytest.approx(ranked[0] / ranked[1])
 
@@ -239,7 +276,9 @@ def test_a_rate_the_layout_cannot_let_through_is_said() -> None:
     assert plan.tflops_bound > 385 and "lets through" not in " ".join(plan.assumptions)
     step = 15360 * 4096 * training_flops(V3, [4096], mtp=False) / 4096 / 2048 / plan.tflops_bound / 1e12
     found = plan.dominates
-    assert step == pytest.approx(max(found.compute_seconds / (1 - plan.bubble), found.memory_traffic_seconds, found.network_seconds))
+    assert step == pytest.approx(
+        max(found.compute_seconds / (1 - plan.bubble), found.memory_traffic_seconds, found.network_seconds)
+    )
     slow = DEVICES["h800"].model_copy(update={"network": 5e9})
     plan = plan_pretrain(V3, "it", slow, 2048, tokens=1e12, tflops=385, batch=15360 * 4096, ways=ways)
     assert plan.tflops_bound < 385 and "the rate is more than this layout lets through" in " ".join(plan.assumptions)
@@ -259,7 +298,9 @@ def test_rl_by_hand() -> None:
     assert plan.stages[0].flops == pytest.approx(sum(decode_parts(LLAMA, 2200, 51_200 * 2000).values()), rel=1e-3)
     assert plan.stages[0].device_hours == pytest.approx(100 * plan.round_seconds * 64 / 3600)
     assert plan.stages[1].device_hours == pytest.approx(100 * 0.1 * 64 / 3600)  # 512 responses on 1,024 cores
-    assert rl(tflops=400, longest=1e6, forwards=0).stages[2].device_hours == pytest.approx(plan.stages[2].device_hours * 3 / 4)
+    assert rl(tflops=400, longest=1e6, forwards=0).stages[2].device_hours == pytest.approx(
+        plan.stages[2].device_hours * 3 / 4
+    )
 
 
 def test_spread_lengths_cost_more_attention_than_their_mean() -> None:
@@ -268,7 +309,9 @@ def test_spread_lengths_cost_more_attention_than_their_mean() -> None:
     responses, tokens = 51_200, 51_200 * 8200
     flat = 4 * training_flops(V3, [8200], mtp=False) / 3 / 8200 * tokens
     assert plan.stages[2].flops / flat == pytest.approx(1.18, abs=0.01)
-    assert plan.stages[0].flops / sum(decode_parts(V3, 4200, responses * 8000).values()) == pytest.approx(1.42, abs=0.01)
+    assert plan.stages[0].flops / sum(decode_parts(V3, 4200, responses * 8000).values()) == pytest.approx(
+        1.42, abs=0.01
+    )
 
 
 @pytest.mark.parametrize(("workers", "waits"), [(8192, 1), (512, 1), (511, 2), (100, 6)])
@@ -290,7 +333,10 @@ def test_a_last_round_of_few_takes_its_own_time() -> None:
     [
         (pretrain, {"price": 5.0, "stages": {"more": 1000.0}}),
         (pretrain, {"precision": "float16"}),
-        (pretrain, {"count": 8, "ways": {"tp": 1, "pp": 1, "zero": 0, "recompute": "none"}}),  # does not fit, though another layout does
+        (
+            pretrain,
+            {"count": 8, "ways": {"tp": 1, "pp": 1, "zero": 0, "recompute": "none"}},
+        ),  # does not fit, though another layout does
         (rl, {"price": 5.0, "devices_per_copy": 8}),
         (rl, {"config": V3, "on": "h800", "count": 512, "devices_per_copy": 64}),
         (distill, {"price": 5.0, "teacher": V3, "on": "h800", "devices_per_copy": 64}),
@@ -303,7 +349,9 @@ def test_a_plan_s_own_row_is_its_bill(make: Any, settings: dict[str, Any]) -> No
     assert (own.device_hours, own.days, own.money, own.fits) == (plan.device_hours, plan.days, plan.money, plan.fits)
     for other in plan.alternatives:
         if other.device == plan.device:
-            assert plan.price is not None and other.money == pytest.approx(other.device_hours * plan.price)  # here an hour costs what was given
+            assert plan.price is not None and other.money == pytest.approx(
+                other.device_hours * plan.price
+            )  # here an hour costs what was given
 
 
 @pytest.mark.parametrize(("make", "settings"), [(rl, {}), (distill, {}), (distill, {"teacher": V3, "on": "h800"})])
@@ -314,7 +362,9 @@ def test_sampling_elsewhere_is_what_a_plan_there_says(make: Any, settings: dict[
         if other.fits and other.precision == "bfloat16":
             there = make(**settings | {"on": other.device}, mfu=0.4, precision="bfloat16")
             assert other.device_hours == pytest.approx(there.device_hours) and other.money == pytest.approx(there.money)
-    listed = {(other.device, other.precision): other.fits for other in make(config=V3, on="h800", count=256).alternatives}
+    listed = {
+        (other.device, other.precision): other.fits for other in make(config=V3, on="h800", count=256).alternatives
+    }
     assert listed["h800", "fp8"] and not listed["rtx4090", "bfloat16"]
 
 
@@ -326,7 +376,11 @@ def test_fewer_larger_rollouts_wait_less_for_the_longest() -> None:
 def test_distillation_pays_for_what_is_thrown_away_once_and_for_what_is_kept_twice() -> None:
     plan, picky = distill(epochs=2), distill(epochs=2, accepted=0.25)
     assert picky.stages[0].device_hours == pytest.approx(4 * plan.stages[0].device_hours, rel=0.05)
-    assert picky.stages[1].device_hours == plan.stages[1].device_hours == pytest.approx(2 * distill(epochs=1).stages[1].device_hours)
+    assert (
+        picky.stages[1].device_hours
+        == plan.stages[1].device_hours
+        == pytest.approx(2 * distill(epochs=1).stages[1].device_hours)
+    )
     assert picky.sampled == 4e5 and picky.kept == 1e5
 
 
@@ -337,10 +391,19 @@ def test_distillation_counts_reading_the_prompts() -> None:
     assert "prompts read at 40.0%" in " ".join(plan.assumptions)
 
 
-@given(st.sampled_from([LLAMA, MOONLIGHT]), st.integers(1, 9), st.floats(1e8, 1e13), st.sampled_from(["h800", "a100", "mi300x"]))
+@given(
+    st.sampled_from([LLAMA, MOONLIGHT]),
+    st.integers(1, 9),
+    st.floats(1e8, 1e13),
+    st.sampled_from(["h800", "a100", "mi300x"]),
+)
 @settings(derandomize=True, deadline=None, max_examples=20)
-def test_more_devices_never_take_more_days_and_more_tokens_never_fewer(config: ModelConfig, power: int, tokens: float, on: str) -> None:
-    one, twice = (plan_pretrain(config, "it", device(on), count, tokens=tokens) for count in (2**power, 2 ** (power + 1)))
+def test_more_devices_never_take_more_days_and_more_tokens_never_fewer(
+    config: ModelConfig, power: int, tokens: float, on: str
+) -> None:
+    one, twice = (
+        plan_pretrain(config, "it", device(on), count, tokens=tokens) for count in (2**power, 2 ** (power + 1))
+    )
     assert twice.days <= one.days * (1 + 1e-9) and twice.device_hours == pytest.approx(one.device_hours)
     more = plan_pretrain(config, "it", device(on), 2**power, tokens=1.5 * tokens)
     assert more.days > one.days and more.money is not None and one.money is not None and more.money > one.money
@@ -379,7 +442,11 @@ def test_longer_responses_never_cost_less(group: int, response: float) -> None:
         (pretrain, {"batch": 1e13}, "the nearest valid value is 1e+12"),
         (pretrain, {"tokens": 100.0}, "fewer than one sequence of 4096; the nearest valid value is 4096"),
         (pretrain, {"batch": 4096.0, "ways": {"tp": 1, "pp": 1}}, "the nearest valid batch is 262144"),
-        (pretrain, {"tokens": 1e5, "ways": {"tp": 1, "pp": 1}}, "the nearest valid batch is 262144, in a run of at least as many tokens"),
+        (
+            pretrain,
+            {"tokens": 1e5, "ways": {"tp": 1, "pp": 1}},
+            "the nearest valid batch is 262144, in a run of at least as many tokens",
+        ),
         (pretrain, {"ways": {"tp": 3}}, "the nearest valid value is 2"),
         (pretrain, {"ways": {"ep": 2}}, "no experts"),
         (pretrain, {"precision": "fp4"}, "did you mean fp8?"),

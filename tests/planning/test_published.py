@@ -59,14 +59,20 @@ def test_a_plan_of_published_work_shows_the_published_bill_beside_its_own() -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "where", "tokens"), [("deepseek-v3", "h100", 14.8e12), ("deepseek-v3", "h800", 1e12), ("llama-3.1-8b", "h800", 14.8e12)]
+    ("name", "where", "tokens"),
+    [("deepseek-v3", "h100", 14.8e12), ("deepseek-v3", "h800", 1e12), ("llama-3.1-8b", "h800", 14.8e12)],
 )
 def test_other_work_has_no_published_bill(name: str, where: str, tokens: float) -> None:
     assert plan_pretrain(ModelConfig.preset(name), name, device(where), 2048, tokens=tokens).published is None
 
 
 def test_another_model_of_the_same_name_has_no_published_bill() -> None:
-    assert plan_pretrain(V3.model_copy(update={"num_hidden_layers": 60}), "deepseek-v3", H800, 2048, tokens=14.8e12).published is None
+    assert (
+        plan_pretrain(
+            V3.model_copy(update={"num_hidden_layers": 60}), "deepseek-v3", H800, 2048, tokens=14.8e12
+        ).published
+        is None
+    )
 
 
 def test_only_what_was_published_enters_the_sum_beside_it() -> None:
@@ -104,7 +110,8 @@ def test_deepseek_v3_s_speed() -> None:
 def test_deepseek_v3_s_context_extension_ran_slower_than_pretraining() -> None:
     """1000 steps of 1920 x 32K and 1000 of 480 x 128K (arXiv 2412.19437, 4.3) at 385 TFLOP/s come to 64% of the 119K hours published."""
     hours = sum(
-        v3(tokens=1000 * sequences * context, tflops=385, context=context).device_hours for sequences, context in ((1920, 32_768), (480, 131_072))
+        v3(tokens=1000 * sequences * context, tflops=385, context=context).device_hours
+        for sequences, context in ((1920, 32_768), (480, 131_072))
     )
     assert hours / 119e3 == pytest.approx(0.64, abs=0.01)
 
@@ -149,7 +156,9 @@ def test_deepseek_s_day_of_serving() -> None:
     assert plan.day.cost == plan.money == 87_072
     assert round(100 * plan.day.margin) == 545 and plan.day.revenue == pytest.approx(562_027, rel=0.001)
     # 4,989 cached tokens an output token, which the mean prompt and response above were chosen for.
-    assert plan.prompt + plan.response / 2 == pytest.approx(4989, rel=0.001) and plan.prompt / plan.response == pytest.approx(608 / 168, rel=0.001)
+    assert plan.prompt + plan.response / 2 == pytest.approx(
+        4989, rel=0.001
+    ) and plan.prompt / plan.response == pytest.approx(608 / 168, rel=0.001)
     # Decoding is bounded by the roofline, reading prompts by the peak; at the shares assumed of them the same fleet comes out.
     assert plan.tokens_per_second_per_device * 8 == pytest.approx(14_800, rel=0.02)
     assert plan.prompt_tokens_per_second_per_device * 8 == pytest.approx(73_700, rel=0.03)
@@ -166,7 +175,9 @@ def test_deepseek_s_decode_rate_is_below_the_roofline(speed: float) -> None:
     assert times.ranked[0][0] == "network"
 
 
-@pytest.mark.parametrize(("name", "tokens_a_second", "recompute"), [("llama-3.1-8b", 2973, "none"), ("llama-3.1-70b", 331, "full")])
+@pytest.mark.parametrize(
+    ("name", "tokens_a_second", "recompute"), [("llama-3.1-8b", 2973, "none"), ("llama-3.1-70b", 331, "full")]
+)
 def test_what_torchtitan_reached_gets_through_its_layout(name: str, tokens_a_second: float, recompute: str) -> None:
     """64 A100, a sequence of 8K each, FSDP over all (pytorch/torchtitan, docs/performance.md at 0413364): 56.8 to 58.2% and 51.7% MFU."""
     config = ModelConfig.preset(name)

@@ -31,7 +31,13 @@ def test_table_4_reduced_to_one_number_of_experts(experts: float, m: float, mu: 
 
 @pytest.mark.parametrize(
     ("flops", "experts", "active", "tokens"),
-    [(1e20, 1, 1.7e9, 9.7e9), (1e20, 32, 669e6, 24.9e9), (1e21, 1, 5.7e9, 29.3e9), (1e21, 8, 3.8e9, 44.3e9), (1e22, 1, 18.8e9, 88.6e9)],
+    [
+        (1e20, 1, 1.7e9, 9.7e9),
+        (1e20, 32, 669e6, 24.9e9),
+        (1e21, 1, 5.7e9, 29.3e9),
+        (1e21, 8, 3.8e9, 44.3e9),
+        (1e22, 1, 18.8e9, 88.6e9),
+    ],
 )
 def test_table_1_compute_optimal_sizes(flops: float, experts: float, active: float, tokens: float) -> None:
     """The size that minimises the predicted loss at 6 N D = flops."""
@@ -61,5 +67,11 @@ def test_a_dense_model_has_none() -> None:
 @settings(derandomize=True, deadline=None)
 def test_more_of_anything_helps(active: float, tokens: float, experts: float) -> None:
     loss = predicted_loss(active, tokens, experts)
-    assert loss > C and predicted_loss(1.1 * active, tokens, experts) < loss and predicted_loss(active, 1.1 * tokens, experts) < loss
-    assert transformed_experts(1.1 * experts) > transformed_experts(experts) >= transformed_experts(1) and math.isfinite(loss)
+    assert (
+        loss > C
+        and predicted_loss(1.1 * active, tokens, experts) < loss
+        and predicted_loss(active, 1.1 * tokens, experts) < loss
+    )
+    assert transformed_experts(1.1 * experts) > transformed_experts(experts) >= transformed_experts(
+        1
+    ) and math.isfinite(loss)

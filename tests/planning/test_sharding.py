@@ -42,16 +42,22 @@ def test_layouts_use_exactly_all_devices(config: ModelConfig, count: int) -> Non
         assert Layout.over(count, config, layout.tp, layout.pp, layout.ep, layout.zero, layout.recompute) == layout
 
 
-@pytest.mark.parametrize("ways", [{"tp": 16}, {"zero": 0}, {"tp": 8, "zero": 0}, {"ep": 64, "recompute": "full"}, {"pp": 2048 // 128}])
+@pytest.mark.parametrize(
+    "ways", [{"tp": 16}, {"zero": 0}, {"tp": 8, "zero": 0}, {"ep": 64, "recompute": "full"}, {"pp": 2048 // 128}]
+)
 def test_what_is_given_is_kept_and_all_else_stays_open(ways: dict[str, Any]) -> None:
     found = list(layouts(V3, 2048, **ways))
     assert all(getattr(layout, name) == value for layout in found for name, value in ways.items())
-    free = {name for name in ("tp", "pp", "ep", "zero", "recompute") if len({getattr(layout, name) for layout in found}) > 1}
+    free = {
+        name for name in ("tp", "pp", "ep", "zero", "recompute") if len({getattr(layout, name) for layout in found}) > 1
+    }
     assert free == {"tp", "pp", "ep", "zero", "recompute"} - ways.keys()
 
 
 def test_a_given_stage_of_zero_is_kept_on_one_device() -> None:
-    assert {layout.zero for layout in layouts(LLAMA, 1, zero=1)} == {1} and {layout.zero for layout in layouts(LLAMA, 1)} == {0}
+    assert {layout.zero for layout in layouts(LLAMA, 1, zero=1)} == {1} and {
+        layout.zero for layout in layouts(LLAMA, 1)
+    } == {0}
 
 
 def test_given_ways_that_do_not_divide_are_refused() -> None:
@@ -63,9 +69,15 @@ def test_given_ways_that_do_not_divide_are_refused() -> None:
     ("ways", "says"),
     [
         ({"tp": 3}, "tp 3 does not divide 2048 devices and 128 attention heads; the nearest valid value is 2"),
-        ({"pp": 15}, "pp 15 does not divide 2048 devices, with at most a stage for each of the blocks; the nearest valid value is 16"),
+        (
+            {"pp": 15},
+            "pp 15 does not divide 2048 devices, with at most a stage for each of the blocks; the nearest valid value is 16",
+        ),
         ({"pp": 2048}, "the nearest valid value is 32"),
-        ({"tp": 8, "ep": 100}, "ep 100 does not divide 2048 devices a pipeline stage and 256 experts; the nearest valid value is 128"),
+        (
+            {"tp": 8, "ep": 100},
+            "ep 100 does not divide 2048 devices a pipeline stage and 256 experts; the nearest valid value is 128",
+        ),
         ({"zero": 5}, "the nearest valid value is 3"),
         ({"recompute": "all"}, "there are none, selective, full"),
     ],
@@ -81,7 +93,9 @@ def test_a_dense_model_has_no_expert_parallelism() -> None:
         Layout.over(8, LLAMA, ep=2)
 
 
-def sent(config: ModelConfig, layout: Layout, tokens: float, context: int, dtype: str = "bfloat16", on: str = "h800") -> dict[str, tuple[float, str]]:
+def sent(
+    config: ModelConfig, layout: Layout, tokens: float, context: int, dtype: str = "bfloat16", on: str = "h800"
+) -> dict[str, tuple[float, str]]:
     found = transfers(sizes(config, PRECISIONS[dtype]), layout, device(on), tokens, context)
     return {transfer.purpose: (transfer.n_bytes, transfer.link) for transfer in found}
 
@@ -95,7 +109,9 @@ def test_data_parallel_traffic_by_hand() -> None:
     third = Layout.over(8, LLAMA, zero=3)
     assert sent(LLAMA, third, 32 * 4096, 4096) == {"gradients and weights": (7 / 8 * total * (2 * 4 + 2 * 8), "node")}
     # Stage 2 scatters gradients for each microbatch and gathers weights once.
-    assert sent(LLAMA, third.model_copy(update={"zero": 2}), 32 * 4096, 4096)["gradients and weights"][0] == 7 / 8 * total * (2 * 4 + 2)
+    assert sent(LLAMA, third.model_copy(update={"zero": 2}), 32 * 4096, 4096)["gradients and weights"][
+        0
+    ] == 7 / 8 * total * (2 * 4 + 2)
 
 
 def test_a_ring_over_several_nodes_leaves_each_once_over_all_its_members_cards() -> None:
@@ -117,13 +133,18 @@ def test_a_ring_over_several_nodes_leaves_each_once_over_all_its_members_cards()
 
 def test_all_reduce_over_nodes_is_about_as_fast_as_measured() -> None:
     """Bus bandwidth of 248 nodes of 8 H200, 8 x 400 Gb/s each: about 350 GB/s (github.com/NVIDIA/nccl-tests, issue 283)."""
-    found = transfers(sizes(LLAMA, PRECISIONS["bfloat16"]), Layout.over(1984, LLAMA, zero=0), device("h200"), 1984 * 4096, 4096)
+    found = transfers(
+        sizes(LLAMA, PRECISIONS["bfloat16"]), Layout.over(1984, LLAMA, zero=0), device("h200"), 1984 * 4096, 4096
+    )
     assert sum(transfer.n_bytes for transfer in found) / network_seconds(found) == pytest.approx(350e9, rel=0.1)
 
 
 def test_gradients_are_all_reduced_in_their_own_precision_without_zero() -> None:
     """In FP8 float32 gradients: 4 bytes scattered and 4 gathered; with ZeRO 4 scattered and a byte of weight gathered."""
-    zero, one = (sent(LLAMA, Layout.over(8, LLAMA, zero=stage), 8 * 4096, 4096, "fp8")["gradients and weights"][0] for stage in (0, 1))
+    zero, one = (
+        sent(LLAMA, Layout.over(8, LLAMA, zero=stage), 8 * 4096, 4096, "fp8")["gradients and weights"][0]
+        for stage in (0, 1)
+    )
     total = 8_030_261_248
     assert zero == 7 / 8 * total * 8 and one == 7 / 8 * total * (4 + PRECISIONS["fp8"].weight)
 
@@ -155,9 +176,15 @@ def test_expert_traffic_of_deepseek_v3_by_hand() -> None:
     tokens = 15360 * 4096 / 128
     found = sent(V3, layout, 15360 * 4096, 4096, "fp8")
     there_and_back = 1 + 4 / 128 + 2
-    assert found["experts, between nodes"] == (pytest.approx(2 * 4 * tokens * 7168 * there_and_back * 4 * 7 / 8), "network")
+    assert found["experts, between nodes"] == (
+        pytest.approx(2 * 4 * tokens * 7168 * there_and_back * 4 * 7 / 8),
+        "network",
+    )
     missed = 7 / 8 * (120 * 119 * 118 * 117) / (124 * 123 * 122 * 121)
-    assert found["experts, within a node"] == (pytest.approx(2 * 4 * tokens * 7168 * there_and_back * 32 * (1 - missed) * 7 / 8), "node")
+    assert found["experts, within a node"] == (
+        pytest.approx(2 * 4 * tokens * 7168 * there_and_back * 32 * (1 - missed) * 7 / 8),
+        "node",
+    )
 
 
 @pytest.mark.parametrize(("ep", "copies"), [(2, 0.98), (4, 2.36), (8, 3.5)])
@@ -165,12 +192,17 @@ def test_a_neighbour_gets_a_token_once_however_many_of_its_experts_it_has(ep: in
     """Of V3's 8 experts in 4 of 8 groups: on one other device at most one copy, on three 3/4 of those met, on seven 7/8 of four."""
     layout = Layout.over(2048, V3, pp=16, ep=ep)
     n_bytes, link = sent(V3, layout, 15360 * 4096, 4096, "fp8")["experts, within a node"]
-    assert link == "node" and n_bytes / (2 * 4 * 15360 * 4096 / 128 * 7168 * (1 + 4 / 128 + 2)) == pytest.approx(copies, rel=0.01)
+    assert link == "node" and n_bytes / (2 * 4 * 15360 * 4096 / 128 * 7168 * (1 + 4 / 128 + 2)) == pytest.approx(
+        copies, rel=0.01
+    )
 
 
 def test_full_recomputation_sends_tokens_to_their_experts_once_more() -> None:
     """Only a block's input is kept, so its forward pass runs again: three passes of two."""
-    for name, layout in (("experts, between nodes", Layout.over(2048, V3, pp=16, ep=64)), ("tensor parallel", Layout.over(2048, V3, pp=16, tp=8))):
+    for name, layout in (
+        ("experts, between nodes", Layout.over(2048, V3, pp=16, ep=64)),
+        ("tensor parallel", Layout.over(2048, V3, pp=16, tp=8)),
+    ):
         none, selective, full = (
             sent(V3, layout.model_copy(update={"recompute": recompute}), 15360 * 4096, 4096)[name][0] for recompute in RECOMPUTE
         )  # fmt: skip
@@ -198,5 +230,9 @@ def test_parts_met_agree_with_a_simulation_of_the_gate(groups: int, chosen: int,
 def test_links_work_at_the_same_time_at_their_efficiency() -> None:
     layout = Layout.over(2048, V3, pp=16, ep=64)
     found = transfers(sizes(V3, PRECISIONS["fp8"]), layout, device("h800"), 15360 * 4096, 4096)
-    by_link = {link: sum(transfer.n_bytes for transfer in found if transfer.link == link) for link in ("node", "network")}
-    assert network_seconds(found) == pytest.approx(max(by_link["node"] / 200e9, by_link["network"] / 50e9) / LINK_EFFICIENCY)
+    by_link = {
+        link: sum(transfer.n_bytes for transfer in found if transfer.link == link) for link in ("node", "network")
+    }
+    assert network_seconds(found) == pytest.approx(
+        max(by_link["node"] / 200e9, by_link["network"] / 50e9) / LINK_EFFICIENCY
+    )

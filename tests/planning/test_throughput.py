@@ -21,7 +21,9 @@ H800 = device("h800")
 ROOM = 72 * 2.0**30
 
 
-def fleet(config: ModelConfig = SMALL, devices: int = 1, dtype: str = "bfloat16", on: str = "h800", efficiency: float = 1.0) -> Fleet:
+def fleet(
+    config: ModelConfig = SMALL, devices: int = 1, dtype: str = "bfloat16", on: str = "h800", efficiency: float = 1.0
+) -> Fleet:
     return Fleet(config, device(on), PRECISIONS[dtype], devices, efficiency=efficiency)
 
 
@@ -72,7 +74,13 @@ def test_more_devices_than_key_value_heads_hold_each_head_of_the_cache_more_than
 
 def test_an_all_reduce_over_nodes_takes_the_network_links_of_all_its_members() -> None:
     """16 H100 on two nodes: 8 links of 50 GB/s rather than one; H800's own links of 200 GB/s are slower than that. 12 devices are 6 a node."""
-    for devices, on, rate in ((8, "h100", 450e9), (16, "h100", 400e9), (12, "h100", 300e9), (16, "h800", 200e9), (2, "m4-max", 10e9)):
+    for devices, on, rate in (
+        (8, "h100", 450e9),
+        (16, "h100", 400e9),
+        (12, "h100", 300e9),
+        (16, "h800", 200e9),
+        (2, "m4-max", 10e9),
+    ):
         it = fleet(devices=devices, on=on)
         assert it.decode_step(10, 0).network == pytest.approx(it.bytes_sent(10) / (0.8 * rate))
 
@@ -130,8 +138,13 @@ def test_the_best_batch_has_room_and_is_in_time_and_the_next_is_not() -> None:
 def test_prompts_are_read_at_the_share_of_the_peak_and_cached_tokens_are_not() -> None:
     it = fleet()
     whole = it.prefill_seconds(4000, 0.0, 0.4)
-    assert whole == pytest.approx(4000 * 2 * (parameters(SMALL).total - parameters(SMALL).embedding) / 989.4e12 / 0.4, rel=0.1)
-    assert it.prefill_seconds(4000, 0.5, 0.4) == pytest.approx(whole / 2, rel=0.05) and 0 < it.prefill_seconds(4000, 1.0, 0.4) < whole / 1000
+    assert whole == pytest.approx(
+        4000 * 2 * (parameters(SMALL).total - parameters(SMALL).embedding) / 989.4e12 / 0.4, rel=0.1
+    )
+    assert (
+        it.prefill_seconds(4000, 0.5, 0.4) == pytest.approx(whole / 2, rel=0.05)
+        and 0 < it.prefill_seconds(4000, 1.0, 0.4) < whole / 1000
+    )
 
 
 @given(st.floats(1, 1e5), st.floats(1.01, 1000))
@@ -151,12 +164,16 @@ def test_the_mean_square_of_lengths_is_its_integral(mean: float, factor: float) 
     lengths, points = Lengths(mean, mean * factor), 20_000
     width = lengths.longest / points
     middles = ((point + 0.5) * width for point in range(points))
-    assert lengths.square == pytest.approx(sum(2 * middle * lengths.share_longer(middle) for middle in middles) * width, rel=0.02)
+    assert lengths.square == pytest.approx(
+        sum(2 * middle * lengths.share_longer(middle) for middle in middles) * width, rel=0.02
+    )
 
 
 def test_the_mean_square_of_lengths_without_a_cap_and_all_at_the_cap() -> None:
     assert Lengths(300, 1e9).square == pytest.approx(2 * 300**2)
-    assert Lengths(300, 300).square == pytest.approx(300**2) and Lengths(300, 300.01).square == pytest.approx(300**2, rel=1e-3)
+    assert Lengths(300, 300).square == pytest.approx(300**2) and Lengths(300, 300.01).square == pytest.approx(
+        300**2, rel=1e-3
+    )
 
 
 def simulated(it: Fleet, responses: int, copies: int, lengths: Lengths, seed: int, stride: int = 10) -> float:
@@ -164,7 +181,9 @@ def simulated(it: Fleet, responses: int, copies: int, lengths: Lengths, seed: in
     generator = random.Random(seed)
     times = []
     for copy in range(copies):
-        drawn = sorted(min(lengths.longest, generator.expovariate(lengths.rate)) for _ in range(copy, responses, copies))
+        drawn = sorted(
+            min(lengths.longest, generator.expovariate(lengths.rate)) for _ in range(copy, responses, copies)
+        )
         total, ended = 0.0, 0
         for position in range(0, math.ceil(drawn[-1]), stride):
             while drawn[ended] <= position:
@@ -176,7 +195,13 @@ def simulated(it: Fleet, responses: int, copies: int, lengths: Lengths, seed: in
 
 @pytest.mark.parametrize(
     ("it", "responses", "copies"),
-    [(fleet(efficiency=0.46), 64, 2), (fleet(devices=4), 64, 2), (fleet(), 8, 8), (fleet(V3, 16, "fp8"), 8, 8), (fleet(V3, 16, "fp8"), 256, 8)],
+    [
+        (fleet(efficiency=0.46), 64, 2),
+        (fleet(devices=4), 64, 2),
+        (fleet(), 8, 8),
+        (fleet(V3, 16, "fp8"), 8, 8),
+        (fleet(V3, 16, "fp8"), 256, 8),
+    ],
 )
 def test_a_round_of_rollouts_takes_what_a_simulation_takes(it: Fleet, responses: int, copies: int) -> None:
     lengths = Lengths(300, 2000)
@@ -200,7 +225,9 @@ def test_a_cap_that_no_response_reaches_changes_nothing(longest: float) -> None:
     )
     # One response alone: its steps, counted at every position it may reach.
     rate = Lengths(50, longest).rate
-    by_steps = sum(math.exp(-rate * (position + 0.5)) * it.step_seconds(1, 200.5 + position) for position in range(3000))
+    by_steps = sum(
+        math.exp(-rate * (position + 0.5)) * it.step_seconds(1, 200.5 + position) for position in range(3000)
+    )
     assert round_seconds(it, 1, 1, 200, Lengths(50, longest), ROOM) == pytest.approx(by_steps, rel=1e-3)
 
 
@@ -221,9 +248,16 @@ def test_what_has_no_room_comes_in_waves_or_never() -> None:
     assert round_seconds(fleet(V3), 1, 1, 100, lengths, ROOM) == math.inf
 
 
-@given(st.integers(1, 400), st.floats(1, 20_000), st.sampled_from([1, 8, 64]), st.sampled_from(["h800", "mi300x", "rtx4090"]))
+@given(
+    st.integers(1, 400),
+    st.floats(1, 20_000),
+    st.sampled_from([1, 8, 64]),
+    st.sampled_from(["h800", "mi300x", "rtx4090"]),
+)
 @settings(derandomize=True, deadline=None)
-def test_no_step_is_faster_than_its_bound_and_batches_only_help_throughput(batch: int, context: float, devices: int, on: str) -> None:
+def test_no_step_is_faster_than_its_bound_and_batches_only_help_throughput(
+    batch: int, context: float, devices: int, on: str
+) -> None:
     it = fleet(V3, devices, "fp8", on, efficiency=0.46)
     times, step = it.decode_step(batch, context), it.step_seconds(batch, context)
     assert step == pytest.approx(times.bound / 0.46) and times.bound >= max(times.compute, times.memory, times.network)

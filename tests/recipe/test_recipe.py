@@ -113,7 +113,9 @@ def test_stages_come_in_order_with_defaults_and_evaluations(load: Callable[..., 
 
 
 def test_a_stage_changes_or_leaves_out_its_evaluation(load: Callable[..., Recipe]) -> None:
-    loaded = load(TEXT.replace("shape.width = 4", 'evaluation = { text = "own" }').replace("lr = 0.25", "evaluation = false"))
+    loaded = load(
+        TEXT.replace("shape.width = 4", 'evaluation = { text = "own" }').replace("lr = 0.25", "evaluation = false")
+    )
     assert [stage.name for stage in loaded.stages] == ["base", "base.evaluation", "picks", "tuned"]
     assert loaded.stages[1].values["text"] == "own"
 
@@ -144,7 +146,10 @@ def test_until_includes_the_stage_and_its_evaluation(load: Callable[..., Recipe]
         (('text = "test"', "txt = 1"), "base.evaluation.txt: unknown key; did you mean text?"),
         (("lr = 0.5", "leaning_rate = 0.5"), "defaults.leaning_rate: no stage"),
         (('"@picks"', '"@pick"'), "tuned: no earlier stage 'pick' to refer to; did you mean picks?"),
-        (("shape.width = 4", 'model = "@tuned"'), "base: no earlier stage 'tuned' to refer to; [tuned] comes later; move it up"),
+        (
+            ("shape.width = 4", 'model = "@tuned"'),
+            "base: no earlier stage 'tuned' to refer to; [tuned] comes later; move it up",
+        ),
         (('flops_of = "base"', 'flops_of = "bas"'), "tuned: no earlier stage 'bas' to refer to; did you mean base?"),
         (('flops_of = "base"', "flops_of = 3"), "tuned.flops: a number from a receipt is written"),
         (("times = 3", "time = 3"), "tuned.flops: a number from a receipt is written"),
@@ -234,7 +239,11 @@ def test_run_makes_every_artifact_and_then_skips_all(
     assert Receipt.read(out / "evaluations" / "tuned").config["model"] == str(out / "tuned")
     listed = read_json(out / "recipe.json")
     assert listed["name"] == "three"
-    assert [(stage["name"], stage["kind"]) for stage in listed["stages"]] == [("base", "pretrain"), ("picks", "sample"), ("tuned", "sft")]
+    assert [(stage["name"], stage["kind"]) for stage in listed["stages"]] == [
+        ("base", "pretrain"),
+        ("picks", "sample"),
+        ("tuned", "sft"),
+    ]
 
     recipe.run(load(), out)
     said = capsys.readouterr()
@@ -242,20 +251,32 @@ def test_run_makes_every_artifact_and_then_skips_all(
     assert "skipped (unchanged)" in said.err and "What is 2+2?" in said.out
 
 
-def test_a_changed_key_runs_its_stage_and_what_came_of_it_again(load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_key_runs_its_stage_and_what_came_of_it_again(
+    load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe.run(load(TEXT, "picks.lr=0.75"), out)
     said = capsys.readouterr().err
     assert "picks is stale: lr 0.5 -> 0.75" in said
     assert "tuned is stale: its parent picks runs again" in said
-    assert states(said) == {"base": "skipped", "base.evaluation": "skipped", "picks": "done", "tuned": "done", "tuned.evaluation": "done"}
+    assert states(said) == {
+        "base": "skipped",
+        "base.evaluation": "skipped",
+        "picks": "done",
+        "tuned": "done",
+        "tuned.evaluation": "done",
+    }
 
 
-def test_a_parent_that_ends_the_same_leaves_its_children_standing(load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_parent_that_ends_the_same_leaves_its_children_standing(
+    load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe.run(load(TEXT, "picks.text=other"), out)  # text does not show in what the stage makes
     assert states(capsys.readouterr().err)["tuned"] == "skipped"
 
 
-def test_a_parent_changed_from_outside_is_noticed(load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_parent_changed_from_outside_is_noticed(
+    load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     receipt = read_json(out / "picks" / "receipt.json")
     (out / "picks" / "receipt.json").write_text(json.dumps(receipt | {"digest": "0" * 16}))
     recipe.run(load(), out)
@@ -277,12 +298,16 @@ def test_price_and_place_make_nothing_stale(
     assert set(states(capsys.readouterr().err).values()) == {"skipped"}
 
 
-def test_another_kind_of_stage_under_the_same_name_is_stale(load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_kind_of_stage_under_the_same_name_is_stale(
+    load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe.run(load(TEXT.replace('"sft"', '"rl"')), out)
     assert "tuned is stale: stage sft -> rl" in capsys.readouterr().err
 
 
-def test_a_torchrun_of_two_processes_is_asked_for(load: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torchrun_of_two_processes_is_asked_for(
+    load: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commands: list[list[str]] = []
 
     def refuse_to_start(command: list[str], lock: int) -> int:
@@ -299,7 +324,9 @@ def test_a_torchrun_of_two_processes_is_asked_for(load: Callable[..., Recipe], t
 # How a run ends badly
 
 
-def test_a_stage_that_refuses_ends_the_run_with_its_own_line(load: Callable[..., Recipe], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_that_refuses_ends_the_run_with_its_own_line(
+    load: Callable[..., Recipe], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         recipe.run(load(TEXT, "picks.do=refuse"), tmp_path / "run")
     assert ended.value.code == 2
@@ -309,8 +336,12 @@ def test_a_stage_that_refuses_ends_the_run_with_its_own_line(load: Callable[...,
 
 
 def test_a_stage_that_crashes_or_is_killed_is_named(load: Callable[..., Recipe], tmp_path: Path) -> None:
-    assert "picks: its process ended with code 1" in refusal(lambda: recipe.run(load(TEXT, "picks.do=crash"), tmp_path / "run"))
-    assert "picks: its process was killed by SIGKILL" in refusal(lambda: recipe.run(load(TEXT, "picks.do=vanish"), tmp_path / "run"))
+    assert "picks: its process ended with code 1" in refusal(
+        lambda: recipe.run(load(TEXT, "picks.do=crash"), tmp_path / "run")
+    )
+    assert "picks: its process was killed by SIGKILL" in refusal(
+        lambda: recipe.run(load(TEXT, "picks.do=vanish"), tmp_path / "run")
+    )
 
 
 def test_folders_of_others_are_left_alone(load: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -337,8 +368,18 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     runners: list[subprocess.Popen[str]] = []
 
     def start_runner(*overrides: str) -> subprocess.Popen[str]:
-        command = [sys.executable, str(FAKES), "run", str(tmp_path / "three.toml"), *overrides, "--out", str(tmp_path / "run")]
-        runners.append(subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True))
+        command = [
+            sys.executable,
+            str(FAKES),
+            "run",
+            str(tmp_path / "three.toml"),
+            *overrides,
+            "--out",
+            str(tmp_path / "run"),
+        ]
+        runners.append(
+            subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        )
         return runners[-1]
 
     yield start_runner
@@ -364,7 +405,9 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_stage_saves_and_the_same_command_goes_on(start: Callable[..., subprocess.Popen[str]], tmp_path: Path, number: int) -> None:
+def test_an_interrupted_stage_saves_and_the_same_command_goes_on(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path, number: int
+) -> None:
     partial = tmp_path / "run" / "tuned.partial"
     runner = start("tuned.do=wait")
     wait_for((partial / "pid").exists)
@@ -379,7 +422,13 @@ def test_an_interrupted_stage_saves_and_the_same_command_goes_on(start: Callable
     runner = start("tuned.do=wait")
     said = runner.communicate(timeout=20)[1]
     assert runner.returncode == 0
-    assert states(said) == {"base": "skipped", "base.evaluation": "skipped", "picks": "skipped", "tuned": "done", "tuned.evaluation": "done"}
+    assert states(said) == {
+        "base": "skipped",
+        "base.evaluation": "skipped",
+        "picks": "skipped",
+        "tuned": "done",
+        "tuned.evaluation": "done",
+    }
     assert "going on where it stopped" in said
 
 

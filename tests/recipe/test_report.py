@@ -16,7 +16,6 @@ import pytest
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, write_json, write_jsonl
 from slingshot.cost.receipt import Parent, Receipt
-from slingshot.cost.workload import KERNEL_SECONDS, TRAINING_KERNELS, forward_kernels
 from slingshot.machine.machine import Machine
 from slingshot.model.config import ModelConfig
 from slingshot.recipe import report
@@ -43,7 +42,10 @@ HOSTILE = "<script>alert(1)</script><b>7</b> & {{ 7 * 7 }}"
 def make_run(run: Path, finished: int = len(STAGES)) -> Path:
     """A run's folder in which the first `finished` stages are done."""
     rng = random.Random(0)
-    write_json(run / "recipe.json", {"name": "tiny", "stages": [{"name": s[0], "kind": s[1], "config": {"seed": 0}} for s in STAGES]})
+    write_json(
+        run / "recipe.json",
+        {"name": "tiny", "stages": [{"name": s[0], "kind": s[1], "config": {"seed": 0}} for s in STAGES]},
+    )
     machine = Machine(cpu="AMD EPYC", cores=2, memory_bytes=24 * 2**30, threads=2, torch="2.13.0")
 
     def receipt(name: str, kind: str, parents: list[str], seconds: float, tokens: int, flops: float) -> Receipt:
@@ -85,7 +87,10 @@ def _metrics(kind: str, name: str, rng: random.Random) -> list[dict[str, Any]]:
             for step in range(1, 1201)
         ]  # fmt: skip
     if kind == "sft":
-        return [{"step": step, "loss": 0.3 + (0.9 if name == "cold_start" else 0.5) * math.exp(-step / 20) + noise(0.02)} for step in range(1, 120)]
+        return [
+            {"step": step, "loss": 0.3 + (0.9 if name == "cold_start" else 0.5) * math.exp(-step / 20) + noise(0.02)}
+            for step in range(1, 120)
+        ]
     if kind == "rl":
         start, end, short = {"zero": (0.5, 0.9, 6.0), "rl": (0.78, 0.94, 38.0), "rl_final": (0.9, 0.97, 40.0)}[name]
         return [
@@ -102,7 +107,14 @@ def _metrics(kind: str, name: str, rng: random.Random) -> list[dict[str, Any]]:
 
 def _examples(stage: str) -> dict[str, list[dict[str, Any]]]:
     def example(prompt: str, answer: str, reasoning: str | None, response: str, correct: bool) -> dict[str, Any]:
-        return {"prompt": prompt, "answer": answer, "completion": response, "reasoning": reasoning, "response": response, "correct": correct}
+        return {
+            "prompt": prompt,
+            "answer": answer,
+            "completion": response,
+            "reasoning": reasoning,
+            "response": response,
+            "correct": correct,
+        }
 
     steps = "7 minus 2 is 5, 5 plus 9 is 14, 14 minus 8 is 7, no, 6, 6 plus 4 is 10"
     tired = "8 plus 7 is 15, 15 minus 9 is 6, 6 plus 6 is 12, 12 minus 5 is 7, 7 plus 3 is 9"
@@ -111,11 +123,13 @@ def _examples(stage: str) -> dict[str, list[dict[str, Any]]]:
     return {
         "arithmetic": [
             example("What is 7-2+9-8+4?", "10", None if base else steps, "11" if base else "10", not base),
-            example("5+3-1-6+2はいくつ?", "3", None if base else "5足す3は8、8引く1は7、7引く6は1、1足す2は3", "3", True),
+            example(
+                "5+3-1-6+2はいくつ?", "3", None if base else "5足す3は8、8引く1は7、7引く6は1、1足す2は3", "3", True
+            ),
             example("What is 8+7-9+6-5+3-2+8?", "16", None if base else tired, "15", False),
         ],
         "countdown": [
-            example("Make 24 from 3, 5, 9.", "3*5+9", None if base else "3*5=15, 15+9=24", countdown, not early),
+            example("Make 24 from 3, 5, 9.", "3*5+9", None if base else "3*5=15, 15+9=24", countdown, not early)
         ],
     }
 
@@ -149,7 +163,12 @@ def test_report_json_has_the_documented_shape(tmp_path: Path) -> None:
                                "energy_joules": None, "money": None}  # fmt: skip
     score = zero["eval"]["arithmetic"]
     assert {"pass@1", "ci95", "pass@8", "mean_tokens", "format", "n"} <= set(score)
-    assert score["pass@1"] == 0.874 and score["pass@8"] is None and score["n"] == 500 and score["ci95"][0] < 0.874 < score["ci95"][1]
+    assert (
+        score["pass@1"] == 0.874
+        and score["pass@8"] is None
+        and score["n"] == 500
+        and score["ci95"][0] < 0.874 < score["ci95"][1]
+    )
     assert stages[4]["eval"] == {}  # a dataset is not evaluated
 
 
@@ -158,13 +177,20 @@ def test_page_tells_the_story_and_stands_alone(tmp_path: Path) -> None:
     report.build(run)
     html = (run / "report.html").read_text()
     text = text_of(html)
-    assert "after rl_final , it solves 96.6% of 500 arithmetic problems" in text and "after pretrain it was 61.2%" in text
+    assert (
+        "after rl_final , it solves 96.6% of 500 arithmetic problems" in text and "after pretrain it was 61.2%" in text
+    )
     assert "8.4 × as long a response: 5 tokens became 43" in text
     assert "15 min 10 s" in text  # 838 s of stages and 6 evaluations of 12 s
     assert html.count("<svg") == 1 + 6
     assert "<script" not in html and "http://www.w3.org/2000/svg" in html
     links = {word.split("/")[2] for word in html.split('"') if word.startswith(("http:", "https:", "//"))}
-    assert links <= {"www.w3.org", "purl.org", "creativecommons.org", "matplotlib.org"}  # names in the SVGs' metadata; nothing is loaded
+    assert links <= {
+        "www.w3.org",
+        "purl.org",
+        "creativecommons.org",
+        "matplotlib.org",
+    }  # names in the SVGs' metadata; nothing is loaded
     assert not any(tag in html for tag in ("<link", "<img", "<iframe", "@import", "url(http"))
 
 
@@ -240,7 +266,12 @@ def test_hostile_stage_names_and_missing_values_are_drawn(tmp_path: Path) -> Non
     write_json(run / "recipe.json", recipe)
     (run / "zero").rename(run / "$\\frac<&")
     (run / "evaluations" / "zero").rename(run / "evaluations" / "$\\frac<&")
-    rows = [{"step": 1, "reward": None}, {"step": 2, "reward": 0.5, "kl": None}, {"step": 3, "reward": 0.75}, {"note": "no step"}]
+    rows = [
+        {"step": 1, "reward": None},
+        {"step": 2, "reward": 0.5, "kl": None},
+        {"step": 3, "reward": 0.75},
+        {"note": "no step"},
+    ]
     write_jsonl(run / "$\\frac<&" / "metrics.jsonl", rows)
     report.build(run)
     assert "$\\frac<& 0.75" in text_of((run / "report.html").read_text())
@@ -314,20 +345,3 @@ def test_the_bill_adds_up_stages_and_evaluations(tmp_path: Path) -> None:
     text = text_of((run / "report.html").read_text())
     assert "in all 17.4 M 271 TFLOP 1.22 GiB 12 Wh 3.25" in text and "Of energy only a part is known." in text
     assert "evaluations evaluate every checkpoint 180 k 2.4 TFLOP 1.22 GiB" in text
-
-
-def test_the_same_recipe_on_an_h100_comes_from_the_plan(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "tiny")
-    away = report.build(run)["bill"]["h100"]
-    # 112 TFLOP of pre-training in 1200 steps: each issues its kernels, which takes longer than the arithmetic at 40% of the peak.
-    config = ModelConfig.from_hf(MODEL.to_hf())
-    assert away["seconds"] > 1200 * TRAINING_KERNELS * forward_kernels(config) * KERNEL_SECONDS
-    assert away["money"] == pytest.approx(away["seconds"] / 3600 * 2.69)
-    assert any("40.0%" in line for line in away["assumptions"]) and any("$2.69" in line for line in away["assumptions"])
-    text = text_of((run / "report.html").read_text())
-    assert "The same recipe on an H100" in text and "A plan, not a measurement." in text and "at $2.69 an hour" in text
-    bare = make_run(tmp_path / "bare")
-    for file in bare.rglob("config.json"):
-        file.unlink()
-    assert report.build(bare)["bill"]["h100"]["seconds"] == 0  # what was trained is not known any more
-    assert "on an H100" not in text_of((bare / "report.html").read_text())

@@ -24,11 +24,15 @@ def tokenizer() -> Tokenizer:
 
 def test_forms_of_a_prompt(tokenizer: Tokenizer) -> None:
     problem = Problem(prompt="What is {x}?", key="k")
-    assert PromptForm().encode(tokenizer, problem) == tokenizer.encode_chat([{"role": "user", "content": "What is {x}?"}])
+    assert PromptForm().encode(tokenizer, problem) == tokenizer.encode_chat(
+        [{"role": "user", "content": "What is {x}?"}]
+    )
     form = PromptForm(chat=False, text="Q: {prompt}\nA:")
     assert form.encode(tokenizer, problem) == [tokenizer.bos_id, *tokenizer.encode("Q: What is {x}?\nA:")]
     within = PromptForm(text="{prompt} Think.")
-    assert within.encode(tokenizer, problem) == tokenizer.encode_chat([{"role": "user", "content": "What is {x}? Think."}])
+    assert within.encode(tokenizer, problem) == tokenizer.encode_chat(
+        [{"role": "user", "content": "What is {x}? Think."}]
+    )
 
 
 def test_a_problem_cannot_write_control_tokens(tokenizer: Tokenizer) -> None:
@@ -42,7 +46,9 @@ def test_a_mix_draws_different_problems_in_its_shares() -> None:
     mix = TaskMix([TaskConfig(name="arithmetic", weight=3, params=SHORT), TaskConfig(name="countdown")])
     items = mix.draw("train", "0/7", 10)
     assert [item.task.name for item in items].count("arithmetic") == 8 and len(items) == 10  # 7.5 rounds to even
-    assert len({item.problem.key for item in items}) == 10 and all(split_of(item.problem.key) == "train" for item in items)
+    assert len({item.problem.key for item in items}) == 10 and all(
+        split_of(item.problem.key) == "train" for item in items
+    )
     assert [item.key for item in items] == [f"0/7/{item.problem.key}" for item in items]
 
 
@@ -55,11 +61,15 @@ def test_draws_follow_their_seed() -> None:
 def test_a_task_that_runs_out_gives_what_it_has() -> None:
     task = load_task("arithmetic", min_terms=2, max_terms=2, operators="+", languages=["en"])
     found = distinct(task, "test", "seed", 500)
-    assert 0 < len(found) < 45 and len({problem.key for problem in found}) == len(found)  # 1 to 9 plus 1 to 9, order aside, a tenth of them
+    assert 0 < len(found) < 45 and len({problem.key for problem in found}) == len(
+        found
+    )  # 1 to 9 plus 1 to 9, order aside, a tenth of them
 
 
 def test_a_mix_of_nothing_is_refused() -> None:
-    with pytest.raises(SlingshotError, match=r'tasks: at least one task is needed, for example \{name = "arithmetic"\}'):
+    with pytest.raises(
+        SlingshotError, match=r'tasks: at least one task is needed, for example \{name = "arithmetic"\}'
+    ):
         TaskMix([])
 
 
@@ -81,7 +91,12 @@ class Scripted:
 
 def response(tokenizer: Tokenizer, reasoning: str, answer: str) -> list[int]:
     assert tokenizer.end_think_id is not None and tokenizer.eos_id is not None
-    return [*tokenizer.encode(f"{reasoning}\n"), tokenizer.end_think_id, *tokenizer.encode(f"\n\n{answer}"), tokenizer.eos_id]
+    return [
+        *tokenizer.encode(f"{reasoning}\n"),
+        tokenizer.end_think_id,
+        *tokenizer.encode(f"\n\n{answer}"),
+        tokenizer.eos_id,
+    ]
 
 
 def scores(engine: Scripted, form: PromptForm, language: str = "en") -> list[tuple[float, float, float]]:
@@ -95,9 +110,20 @@ def scores(engine: Scripted, form: PromptForm, language: str = "en") -> list[tup
 
 def test_completions_are_scored_on_their_answer_format_and_language(tokenizer: Tokenizer) -> None:
     good, wrong = response(tokenizer, "3 plus 4 is 7", "7"), response(tokenizer, "3 plus 4 is 7", "8")
-    japanese, unclosed = response(tokenizer, "3足す4は7", "7"), [*tokenizer.encode("3 plus 4 is 7"), tokenizer.eos_id or 0]
+    japanese, unclosed = (
+        response(tokenizer, "3足す4は7", "7"),
+        [*tokenizer.encode("3 plus 4 is 7"), tokenizer.eos_id or 0],
+    )
     chatty = response(tokenizer, "3 plus 4 is 7", "It is 7, or 8")
-    engine = Scripted(tokenizer, (good, "stop"), (wrong, "stop"), (japanese, "stop"), (unclosed, "stop"), (chatty, "stop"), (good[:-1], "length"))
+    engine = Scripted(
+        tokenizer,
+        (good, "stop"),
+        (wrong, "stop"),
+        (japanese, "stop"),
+        (unclosed, "stop"),
+        (chatty, "stop"),
+        (good[:-1], "length"),
+    )
     assert scores(engine, PromptForm()) == [
         (1.0, 1.0, 1.0),
         (0.0, 1.0, 1.0),
@@ -110,14 +136,26 @@ def test_completions_are_scored_on_their_answer_format_and_language(tokenizer: T
 
 
 def test_a_lenient_form_reads_the_last_answer_wherever_it_stands(tokenizer: Tokenizer) -> None:
-    said = [(tokenizer.encode("3+4 is 8, no, 7"), "length"), (tokenizer.encode("7 or 8"), "stop"), (tokenizer.encode("none"), "stop")]
-    assert [accuracy for accuracy, _, _ in scores(Scripted(tokenizer, *said), PromptForm(chat=False, lenient=True))] == [1.0, 0.0, 0.0]
-    assert [accuracy for accuracy, _, _ in scores(Scripted(tokenizer, *said), PromptForm(chat=False))] == [0.0, 0.0, 0.0]
+    said = [
+        (tokenizer.encode("3+4 is 8, no, 7"), "length"),
+        (tokenizer.encode("7 or 8"), "stop"),
+        (tokenizer.encode("none"), "stop"),
+    ]
+    assert [
+        accuracy for accuracy, _, _ in scores(Scripted(tokenizer, *said), PromptForm(chat=False, lenient=True))
+    ] == [1.0, 0.0, 0.0]
+    assert [accuracy for accuracy, _, _ in scores(Scripted(tokenizer, *said), PromptForm(chat=False))] == [
+        0.0,
+        0.0,
+        0.0,
+    ]
 
 
 def test_reasoning_and_answer_are_kept_apart(tokenizer: Tokenizer) -> None:
     task, problem = load_task("arithmetic", **SHORT), Problem(prompt="What is 3+4?", key="3+4", answer="7")
     engine: Any = Scripted(tokenizer, (response(tokenizer, "3 plus 4 is 7", "7"), "stop"))
     ((rollout,),) = roll_out(engine, [Item(task, problem, "k")], SamplingParams(), PromptForm())
-    assert SimpleNamespace(reasoning=rollout.reasoning, answer=rollout.answer) == SimpleNamespace(reasoning="3 plus 4 is 7", answer="7")
+    assert SimpleNamespace(reasoning=rollout.reasoning, answer=rollout.answer) == SimpleNamespace(
+        reasoning="3 plus 4 is 7", answer="7"
+    )
     assert rollout.prompt_ids == PromptForm().encode(tokenizer, problem)

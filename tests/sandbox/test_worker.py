@@ -161,7 +161,11 @@ def test_a_call_that_hangs_is_killed_in_time_and_the_next_starts_anew(make, meth
 
 @pytest.mark.parametrize(
     ("method", "message"),
-    [("die", "ended its process.*SIGKILL"), ("huge", "returned more than 16 MiB"), ("scribble", "wrote over the worker's pipe")],
+    [
+        ("die", "ended its process.*SIGKILL"),
+        ("huge", "returned more than 16 MiB"),
+        ("scribble", "wrote over the worker's pipe"),
+    ],
 )
 def test_a_worker_that_breaks_the_protocol_is_replaced(make, method, message):
     sandbox = make()
@@ -175,7 +179,9 @@ def test_output_goes_nowhere_and_input_is_empty(make, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(("how", "message"), [("hang", "took longer than 0.5 s"), ("die", "ended its process.*exit status 3")])
+@pytest.mark.parametrize(
+    ("how", "message"), [("hang", "took longer than 0.5 s"), ("die", "ended its process.*exit status 3")]
+)
 def test_an_object_that_cannot_be_built(make, how, message):
     with pytest.raises(SandboxError, match=message):
         make(how, start_timeout=0.5 if how == "hang" else 60).start()
@@ -203,7 +209,9 @@ def test_the_worker_ends_with_a_killed_parent(make, tmp_path):
         "print(s.call('pid'), flush=True); os.kill(os.getpid(), 9)"
     )
     paths = os.pathsep.join([str(tmp_path), str(Path(sys.modules["slingshot.sandbox.worker"].__file__).parents[2])])
-    parent = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.PIPE, check=False)
+    parent = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.PIPE, check=False
+    )
     assert parent.returncode == -9
     assert gone(int(parent.stdout))
 

@@ -31,7 +31,15 @@ def sums() -> dict[str, Any]:
 def pretraining() -> Callable[..., pretrain.Config]:
     """pretraining(**changes): a run of 30 steps, about two seconds."""
     documents = {"tasks": [SUMS], "count": 600, "styles": {"answer": 1.0, "steps": 1.0}, "template_share": 0.6}
-    run = {"vocab_size": 300, "sequence_length": 48, "batch_size": 16, "micro_batch_size": 16, "steps": 30, "lr": 0.01, "adam_lr": 0.01}
+    run = {
+        "vocab_size": 300,
+        "sequence_length": 48,
+        "batch_size": 16,
+        "micro_batch_size": 16,
+        "steps": 30,
+        "lr": 0.01,
+        "adam_lr": 0.01,
+    }
     common = {"dtype": "float32", "threads": 1, "model": MODEL, "documents": documents}
     return lambda **changes: pretrain.Config.parse({**common, **run, **changes}, "base")
 
@@ -51,4 +59,6 @@ def base(pretraining: Callable[..., pretrain.Config], tmp_path_factory: pytest.T
 def metrics() -> Callable[[Path], list[dict[str, Any]]]:
     """The metrics of an artifact, clocks left out."""
     clocks = {"seconds", "tokens_per_second", "mfu"}
-    return lambda folder: [{key: value for key, value in row.items() if key not in clocks} for row in read_jsonl(folder / "metrics.jsonl")]
+    return lambda folder: [
+        {key: value for key, value in row.items() if key not in clocks} for row in read_jsonl(folder / "metrics.jsonl")
+    ]

@@ -41,7 +41,10 @@ def test_a_checkpoint_with_its_receipt(source: Path, tmp_path: Path) -> None:
 def test_bfloat16_on_disk_is_what_config_json_says(source: Path, tmp_path: Path) -> None:
     run(Config(source=str(source), dtype="bfloat16", threads=1), tmp_path / "out")
     stored, exact = load_file(tmp_path / "out" / "model.safetensors"), load_file(source / "model.safetensors")
-    assert all(torch.equal(stored[name], exact[name].to(torch.float32 if "correction_bias" in name else torch.bfloat16)) for name in exact)
+    assert all(
+        torch.equal(stored[name], exact[name].to(torch.float32 if "correction_bias" in name else torch.bfloat16))
+        for name in exact
+    )
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
@@ -51,11 +54,18 @@ def test_fp8_and_back(source: Path, tmp_path: Path) -> None:
     stored = load_file(tmp_path / "fp8" / "model.safetensors")
     assert stored["model.layers.1.mlp.experts.5.up_proj.weight"].dtype == torch.float8_e4m3fn
     assert stored["model.layers.1.mlp.experts.5.up_proj.weight_scale_inv"].shape == (1, 1)
-    assert {str(tensor.dtype) for name, tensor in stored.items() if "mlp.gate.weight" in name or "norm" in name or "eh_proj" in name} == {
-        "torch.bfloat16"
-    }
+    assert {
+        str(tensor.dtype)
+        for name, tensor in stored.items()
+        if "mlp.gate.weight" in name or "norm" in name or "eh_proj" in name
+    } == {"torch.bfloat16"}
     raw = json.loads((tmp_path / "fp8" / "config.json").read_text())
-    assert raw["quantization_config"] == {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    assert raw["quantization_config"] == {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    }
     assert raw["torch_dtype"] == "bfloat16"
 
     run(Config(source=str(tmp_path / "fp8"), dtype="float32", threads=1), tmp_path / "back")
@@ -64,7 +74,9 @@ def test_fp8_and_back(source: Path, tmp_path: Path) -> None:
     assert back.keys() == exact.keys()
     for name, tensor in exact.items():
         assert ((back[name] - tensor).abs() <= tensor.abs() / 16 + tensor.abs().max() / 448 * 2**-10).all(), name
-    assert not torch.equal(back["model.layers.1.mlp.experts.5.up_proj.weight"], exact["model.layers.1.mlp.experts.5.up_proj.weight"])
+    assert not torch.equal(
+        back["model.layers.1.mlp.experts.5.up_proj.weight"], exact["model.layers.1.mlp.experts.5.up_proj.weight"]
+    )
 
 
 def test_resharding_keeps_every_byte(source: Path, tmp_path: Path) -> None:
@@ -74,22 +86,36 @@ def test_resharding_keeps_every_byte(source: Path, tmp_path: Path) -> None:
     run(Config(source=str(tmp_path / "shards"), threads=1), tmp_path / "whole")
     shards = sorted((tmp_path / "shards").glob("*.safetensors"))
     assert len(shards) > 2 and all(shard.stat().st_size < 40_000 for shard in shards)
-    expected, again = load_file(tmp_path / "fp8" / "model.safetensors"), load_file(tmp_path / "whole" / "model.safetensors")
+    expected, again = (
+        load_file(tmp_path / "fp8" / "model.safetensors"),
+        load_file(tmp_path / "whole" / "model.safetensors"),
+    )
     assert expected.keys() == again.keys()
-    assert all(torch.equal(tensor.view(torch.uint8), again[name].view(torch.uint8)) for name, tensor in expected.items())
-    assert json.loads((tmp_path / "whole" / "config.json").read_text()) == json.loads((tmp_path / "fp8" / "config.json").read_text())
+    assert all(
+        torch.equal(tensor.view(torch.uint8), again[name].view(torch.uint8)) for name, tensor in expected.items()
+    )
+    assert json.loads((tmp_path / "whole" / "config.json").read_text()) == json.loads(
+        (tmp_path / "fp8" / "config.json").read_text()
+    )
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(torch.nan, "bfloat16"), (torch.inf, "fp8"), (70_000.0, "float16")])
-def test_values_that_the_dtype_cannot_hold_are_named_and_nothing_is_left(source: Path, tmp_path: Path, value: float, dtype: str) -> None:
+def test_values_that_the_dtype_cannot_hold_are_named_and_nothing_is_left(
+    source: Path, tmp_path: Path, value: float, dtype: str
+) -> None:
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.0.self_attn.o_proj.weight"][3, 3] = value
     save_file(tensors, source / "model.safetensors")
-    with pytest.raises(SlingshotError, match=r"model\.safetensors: model\.layers\.0\.self_attn\.o_proj\.weight holds NaN or infinite values"):
+    with pytest.raises(
+        SlingshotError,
+        match=r"model\.safetensors: model\.layers\.0\.self_attn\.o_proj\.weight holds NaN or infinite values",
+    ):
         run(Config(source=str(source), dtype=dtype, threads=1), tmp_path / "out")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 
 def test_what_a_gguf_file_has_not_is_refused(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(SlingshotError, match="--dtype fp8: a GGUF file here is one of float32, float16, bfloat16, q8_0"):
+    with pytest.raises(
+        SlingshotError, match="--dtype fp8: a GGUF file here is one of float32, float16, bfloat16, q8_0"
+    ):
         write_gguf_file(str(source), tmp_path / "model.gguf", "fp8")

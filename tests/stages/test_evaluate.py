@@ -21,7 +21,16 @@ Evaluating = Callable[..., evaluate.Config]
 
 @pytest.fixture
 def evaluating(base: Path, sums: dict[str, Any]) -> Evaluating:
-    common = {"model": str(base), "tasks": [sums], "dtype": "float32", "threads": 1, "max_tokens": 12, "problems": 4, "samples": 2, "chunk": 3}
+    common = {
+        "model": str(base),
+        "tasks": [sums],
+        "dtype": "float32",
+        "threads": 1,
+        "max_tokens": 12,
+        "problems": 4,
+        "samples": 2,
+        "chunk": 3,
+    }
     return lambda **changes: evaluate.Config.parse({**common, **changes}, "evaluation")
 
 
@@ -56,8 +65,18 @@ def test_a_summary_by_hand(evaluating: Evaluating) -> None:
     results += [result("plain", [1.0, 1.0], [1, 1]), result("plain", [0.0, 1.0], [2, 4])]
     summary = summarise(results, evaluating(forms=forms))
     found = summary["tasks"]["sums"]
-    assert (found["pass@1"], found["prompt_form"], found["pass@1_by_form"]) == (0.75, "plain", {"chat": 0.25, "plain": 0.75})
-    assert (found["mean_tokens"], found["format"], found["language"], found["n"], found["samples_per_problem"]) == (2.0, 0.5, 0.5, 2, 2)
+    assert (found["pass@1"], found["prompt_form"], found["pass@1_by_form"]) == (
+        0.75,
+        "plain",
+        {"chat": 0.25, "plain": 0.75},
+    )
+    assert (found["mean_tokens"], found["format"], found["language"], found["n"], found["samples_per_problem"]) == (
+        2.0,
+        0.5,
+        0.5,
+        2,
+        2,
+    )
     assert found["pass@8"] is None and found["ci95"][0] <= 0.75 <= found["ci95"][1] == 1.0
     assert summary["examples"]["sums"] == [{"correct": True}, {"correct": False}]
     chat = summarise(results[:2], evaluating())["tasks"]["sums"]
@@ -70,13 +89,17 @@ def test_pass_at_8_where_there_are_8_samples(evaluating: Evaluating) -> None:
 
 
 def test_tasks_are_reported_apart_and_examples_are_limited(evaluating: Evaluating) -> None:
-    results = [result("chat", [1.0, 1.0], [1, 1]), result("chat", [0.0, 0.0], [1, 1], task="other")] + [result("chat", [1.0, 0.0], [1, 1])] * 5
+    results = [result("chat", [1.0, 1.0], [1, 1]), result("chat", [0.0, 0.0], [1, 1], task="other")] + [
+        result("chat", [1.0, 0.0], [1, 1])
+    ] * 5
     summary = summarise(results, evaluating(examples=3))
     assert (summary["tasks"]["sums"]["n"], summary["tasks"]["other"]["pass@1"]) == (6, 0.0)
     assert [len(examples) for examples in summary["examples"].values()] == [3, 1]
 
 
-def test_a_run_asks_held_out_problems_in_every_form(evaluating: Evaluating, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_asks_held_out_problems_in_every_form(
+    evaluating: Evaluating, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, seen = evaluate.roll_out, []
 
     def remembered(engine: Any, items: Any, params: Any, form: PromptForm) -> list[list[Rollout]]:
@@ -95,7 +118,9 @@ def test_a_run_asks_held_out_problems_in_every_form(evaluating: Evaluating, tmp_
     of_form = [rollout for form, rollout in seen if form == found["prompt_form"]]
     assert found["n"] == 4 and found["pass@1"] == pytest.approx(sum(rollout.accuracy for rollout in of_form) / 8)
     assert found["mean_tokens"] == pytest.approx(sum(len(rollout.completion_ids) for rollout in of_form) / 8)
-    assert receipt.tokens == sum(len(rollout.completion_ids) for _, rollout in seen) and set(receipt.flops_by_part) == {"sampling"}
+    assert receipt.tokens == sum(len(rollout.completion_ids) for _, rollout in seen) and set(receipt.flops_by_part) == {
+        "sampling"
+    }
     example = evaluation["examples"]["arithmetic"][0]
     first = next(rollout for rollout in of_form)
     assert example == {
@@ -113,7 +138,10 @@ def test_the_problems_are_the_same_for_every_model(sums: dict[str, Any]) -> None
 
     task = load_task("arithmetic")
     first = [problem.key for problem in distinct(task, "test", "evaluate/0", 30)]
-    assert first == [problem.key for problem in distinct(load_task("arithmetic"), "test", "evaluate/0", 30)] and len(set(first)) == 30
+    assert (
+        first == [problem.key for problem in distinct(load_task("arithmetic"), "test", "evaluate/0", 30)]
+        and len(set(first)) == 30
+    )
 
 
 @pytest.mark.parametrize(

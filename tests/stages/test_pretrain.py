@@ -26,25 +26,40 @@ Pretraining = Callable[..., pretrain.Config]
 Metrics = Callable[[Path], list[dict[str, Any]]]
 
 
-def test_a_run_leaves_a_checkpoint_its_metrics_and_its_account(base: Path, pretraining: Pretraining, metrics: Metrics) -> None:
+def test_a_run_leaves_a_checkpoint_its_metrics_and_its_account(
+    base: Path, pretraining: Pretraining, metrics: Metrics
+) -> None:
     rows, receipt, config = metrics(base), Receipt.read(base), pretraining()
     _, tokens_NT, segments_NT, _ = pretrain.prepare(config)
     assert [row["step"] for row in rows] == list(range(1, 31))
     model, tokenizer = load_model(base), load_tokenizer(base)
     assert model.config.vocab_size == tokenizer.vocab_size <= 300 and model.config.eos_token_id == tokenizer.eos_id
-    assert rows[0]["loss"] == pytest.approx(math.log(tokenizer.vocab_size), rel=0.02) and rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+    assert (
+        rows[0]["loss"] == pytest.approx(math.log(tokenizer.vocab_size), rel=0.02)
+        and rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+    )
     assert rows[-1]["mtp_loss"] < 0.8 * rows[0]["mtp_loss"]
-    assert {"step", "loss", "mtp_loss", "balance_loss", "expert_load", "lr", "gradient_norm"} == set(rows[0]) and len(rows[0]["expert_load"]) == 2
-    assert receipt.tokens == sum(pretrain._batch(tokens_NT, segments_NT, config, step).n_tokens for step in range(30)) > 29 * 16 * 48
+    assert {"step", "loss", "mtp_loss", "balance_loss", "expert_load", "lr", "gradient_norm"} == set(rows[0]) and len(
+        rows[0]["expert_load"]
+    ) == 2
+    assert (
+        receipt.tokens
+        == sum(pretrain._batch(tokens_NT, segments_NT, config, step).n_tokens for step in range(30))
+        > 29 * 16 * 48
+    )
     assert receipt.stage == "pretrain" and receipt.parents == []
     assert receipt.flops == receipt.flops_by_part["training"] + receipt.flops_by_part["mtp"]
     # every batch is full: the FLOPs lie between those of one-token documents and of rows that are one document
-    low, high = (training_flops(model.config, lengths, mtp=False) for lengths in ([1] * receipt.tokens, [48] * (30 * 16)))
+    low, high = (
+        training_flops(model.config, lengths, mtp=False) for lengths in ([1] * receipt.tokens, [48] * (30 * 16))
+    )
     assert low < receipt.flops_by_part["training"] < high
     assert config.model_dump(mode="json") == receipt.config
 
 
-def test_the_same_seed_makes_the_same_weights(base: Path, pretraining: Pretraining, metrics: Metrics, tmp_path: Path) -> None:
+def test_the_same_seed_makes_the_same_weights(
+    base: Path, pretraining: Pretraining, metrics: Metrics, tmp_path: Path
+) -> None:
     pretrain.run(pretraining(), tmp_path / "again")
     assert metrics(tmp_path / "again") == metrics(base)
     for file in ("model.safetensors", "tokenizer.json", "config.json"):
@@ -83,12 +98,16 @@ def test_every_epoch_takes_every_row_once_in_an_order_of_its_own(pretraining: Pr
     """Ten rows in batches of 5."""
     tokens_NT, segments_NT = np.arange(10)[:, None].repeat(8, axis=1), np.ones((10, 8), dtype=np.int32)
     config = pretraining(batch_size=5)
-    batches = [tuple(pretrain._batch(tokens_NT, segments_NT, config, step).tokens_BT[:, 0].tolist()) for step in range(6)]
+    batches = [
+        tuple(pretrain._batch(tokens_NT, segments_NT, config, step).tokens_BT[:, 0].tolist()) for step in range(6)
+    ]
     epochs = [sorted(batches[i] + batches[i + 1]) for i in (0, 2, 4)]
     assert epochs == [list(range(10))] * 3 and len(set(batches)) > 3
 
 
-def test_router_biases_move_until_the_frozen_share(pretraining: Pretraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_router_biases_move_until_the_frozen_share(
+    pretraining: Pretraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Eight steps of which the last quarter is frozen: six moves, each of the speed or none."""
     real, moved = pretrain.update_router_biases, []
 
@@ -98,7 +117,9 @@ def test_router_biases_move_until_the_frozen_share(pretraining: Pretraining, tmp
 
     monkeypatch.setattr(pretrain, "update_router_biases", counted)
     pretrain.run(pretraining(steps=8, bias_update_speed=0.01, bias_frozen_share=0.25), tmp_path / "out")
-    moves = torch.cat([layer.gate.e_score_correction_bias for layer in load_model(tmp_path / "out").moe_layers()]) / 0.01
+    moves = (
+        torch.cat([layer.gate.e_score_correction_bias for layer in load_model(tmp_path / "out").moe_layers()]) / 0.01
+    )
     assert moved == [0.01] * 6
     assert torch.allclose(moves, moves.round(), atol=1e-4) and 0.999 < moves.abs().max() < 6.001
 
@@ -106,19 +127,31 @@ def test_router_biases_move_until_the_frozen_share(pretraining: Pretraining, tmp
 def test_real_text_is_scored_in_bits_per_byte_of_held_out_documents(pretraining: Pretraining, tmp_path: Path) -> None:
     """The figure in the receipt is the documents' negative log likelihood, each alone and behind its bos, over their bytes."""
     text = tmp_path / "corpus.jsonl"
-    text.write_text("".join(f'{{"text": "Line {i}: the sum of {i} and {i + 1} is {2 * i + 1}. それは{i}です。"}}\n' for i in range(300)))
+    text.write_text(
+        "".join(
+            f'{{"text": "Line {i}: the sum of {i} and {i + 1} is {2 * i + 1}. それは{i}です。"}}\n' for i in range(300)
+        )
+    )
     pretrain.run(pretraining(documents=None, text=[str(text)], steps=5), tmp_path / "out")
     model, tokenizer = load_model(tmp_path / "out"), load_tokenizer(tmp_path / "out")
     train, heldout = Corpus.open([str(text)]).split()
     assert len(heldout) > 3 and len(train) + len(heldout) == 300
-    stream = [(index, token) for index, document in enumerate(heldout) for token in (tokenizer.bos_id, *tokenizer.encode(document), tokenizer.eos_id)]
+    stream = [
+        (index, token)
+        for index, document in enumerate(heldout)
+        for token in (tokenizer.bos_id, *tokenizer.encode(document), tokenizer.eos_id)
+    ]
     nats = 0.0
     for start in range(0, len(stream), 48):
         row = stream[start : start + 48]
         for document in {index for index, _ in row}:
             ids = torch.tensor([token for index, token in row if index == document])
             with torch.no_grad():
-                nats += float(F.cross_entropy(model(ids[None]).logits_BTV[0, :-1], ids[1:], reduction="sum")) if len(ids) > 1 else 0.0
+                nats += (
+                    float(F.cross_entropy(model(ids[None]).logits_BTV[0, :-1], ids[1:], reduction="sum"))
+                    if len(ids) > 1
+                    else 0.0
+                )
     expected = nats / math.log(2) / sum(len(document.encode()) for document in heldout)
     assert Receipt.read(tmp_path / "out").extra["bits_per_byte"] == pytest.approx(expected, rel=1e-4)
 
@@ -130,7 +163,10 @@ def test_a_tokenizer_of_another_checkpoint_is_taken_over(base: Path, pretraining
 
 
 def test_a_diverging_run_stops_with_its_last_good_state(pretraining: Pretraining, tmp_path: Path) -> None:
-    with pytest.raises(SlingshotError, match=r"^out: (loss|gradient_norm) is (nan|inf) at step \d; the state of step \d is kept in .*out\.partial"):
+    with pytest.raises(
+        SlingshotError,
+        match=r"^out: (loss|gradient_norm) is (nan|inf) at step \d; the state of step \d is kept in .*out\.partial",
+    ):
         pretrain.run(pretraining(lr=1e30, adam_lr=1e30, warmup=0.0, save_seconds=0.0), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     (state,) = (tmp_path / "out.partial").glob("state-*")
@@ -149,11 +185,19 @@ def test_a_diverging_run_stops_with_its_last_good_state(pretraining: Pretraining
         ({"documents": {"tasks": [], "count": 5}}, "base.documents.tasks"),
         ({"documents": {"tasks": [{"name": "arithmetic"}], "count": 0}}, "base.documents.count"),
         ({"documents": {"tasks": [{"name": "arithmetic"}], "count": 5, "styles": {}}}, "base.documents.styles"),
-        ({"documents": {"tasks": [{"name": "arithmetic"}], "count": 5, "styles": {"steps": -1.0}}}, "base.documents.styles"),
-        ({"documents": {"tasks": [{"name": "arithmetic"}], "count": 5, "template_share": 1.5}}, "base.documents.template_share"),
+        (
+            {"documents": {"tasks": [{"name": "arithmetic"}], "count": 5, "styles": {"steps": -1.0}}},
+            "base.documents.styles",
+        ),
+        (
+            {"documents": {"tasks": [{"name": "arithmetic"}], "count": 5, "template_share": 1.5}},
+            "base.documents.template_share",
+        ),
     ],
 )
-def test_a_config_that_cannot_run_is_refused_before_it_does(pretraining: Pretraining, changes: dict[str, Any], message: str) -> None:
+def test_a_config_that_cannot_run_is_refused_before_it_does(
+    pretraining: Pretraining, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(SlingshotError, match=message) as refused:
         pretraining(**changes)
     assert "\n" not in str(refused.value)
@@ -163,12 +207,20 @@ def test_a_config_that_cannot_run_is_refused_before_it_does(pretraining: Pretrai
     ("changes", "message"),
     [
         ({"text": ["nowhere.txt"]}, "corpus nowhere.txt does not exist"),
-        ({"batch_size": 2000}, r"the corpus fills \d+ rows of 48 tokens, fewer than one batch of 2000; add text or lower batch_size"),
+        (
+            {"batch_size": 2000},
+            r"the corpus fills \d+ rows of 48 tokens, fewer than one batch of 2000; add text or lower batch_size",
+        ),
         ({"tokenizer": "nowhere"}, "nowhere: no such folder"),
-        ({"documents": {"tasks": [{"name": "arithmetics"}], "count": 5}}, "task 'arithmetics' is unknown; did you mean arithmetic"),
+        (
+            {"documents": {"tasks": [{"name": "arithmetics"}], "count": 5}},
+            "task 'arithmetics' is unknown; did you mean arithmetic",
+        ),
     ],
 )
-def test_a_corpus_that_cannot_be_is_named(pretraining: Pretraining, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_a_corpus_that_cannot_be_is_named(
+    pretraining: Pretraining, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(SlingshotError, match=message):
         pretrain.run(pretraining(**changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()

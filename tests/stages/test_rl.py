@@ -31,15 +31,36 @@ Metrics = Callable[[Path], list[dict[str, Any]]]
 @pytest.fixture
 def training(base: Path, sums: dict[str, Any]) -> Training:
     """training(**changes): two steps of 3 problems, 4 responses each, with a coin for a reward, so that every model gets a signal."""
-    common = {"model": str(base), "tasks": [sums], "dtype": "float32", "threads": 1, "steps": 2, "prompts_per_step": 3, "group_size": 4}
+    common = {
+        "model": str(base),
+        "tasks": [sums],
+        "dtype": "float32",
+        "threads": 1,
+        "steps": 2,
+        "prompts_per_step": 3,
+        "group_size": 4,
+    }
     sizes = {"max_tokens": 12, "sequence_length": 48, "rewards": {"random": True}, "lr": 1e-3}
     return lambda **changes: rl.Config.parse({**common, **sizes, **changes}, "rl")
 
 
-def rollout(accuracy: float = 0.0, form: float = 0.0, language: float = 1.0, key: str = "k", completion: Sequence[int] = (3,)) -> Rollout:
+def rollout(
+    accuracy: float = 0.0, form: float = 0.0, language: float = 1.0, key: str = "k", completion: Sequence[int] = (3,)
+) -> Rollout:
     task = load_task("arithmetic")
     n = len(completion)
-    return Rollout(task, Problem("p", key), [1, 2], list(completion), [-float(i + 1) for i in range(n)], "", "", accuracy, form, language)
+    return Rollout(
+        task,
+        Problem("p", key),
+        [1, 2],
+        list(completion),
+        [-float(i + 1) for i in range(n)],
+        "",
+        "",
+        accuracy,
+        form,
+        language,
+    )
 
 
 def test_rewards_and_advantages_by_hand(training: Training) -> None:
@@ -55,7 +76,9 @@ def test_rewards_and_advantages_by_hand(training: Training) -> None:
 
 
 def test_the_control_rewards_a_coin_and_nothing_else(training: Training) -> None:
-    good, bad = ([[rollout(score, score, score, key=str(i)) for _ in range(4)] for i in range(100)] for score in (1.0, 0.0))
+    good, bad = (
+        [[rollout(score, score, score, key=str(i)) for _ in range(4)] for i in range(100)] for score in (1.0, 0.0)
+    )
     rl.score(good, training(), step=3)
     rl.score(bad, training(), step=3)
     rewards = [r.reward for group in good for r in group]
@@ -70,9 +93,13 @@ def test_rows_hold_advantage_and_logprob_in_the_place_of_each_completion_token()
     a.advantage, b.advantage = 2.0, -1.0
     batch = rl.pack([a, b], 9)
     rows = batch.rows
-    assert rows.tokens_BT.tolist() == [[1, 2, 11, 12, 13, 1, 2, 21, 0]] and rows.segments_BT.tolist() == [[1, 1, 1, 1, 1, 2, 2, 2, 0]]
+    assert rows.tokens_BT.tolist() == [[1, 2, 11, 12, 13, 1, 2, 21, 0]] and rows.segments_BT.tolist() == [
+        [1, 1, 1, 1, 1, 2, 2, 2, 0]
+    ]
     assert rows.weights_BT.tolist() == [[0, 0, 1, 1, 1, 0, 0, 1, 0]]
-    assert batch.advantages_BT.tolist() == [[0, 0, 2, 2, 2, 0, 0, -1, 0]] and batch.sampler_BT.tolist() == [[0, 0, -1, -2, -3, 0, 0, -1, 0]]
+    assert batch.advantages_BT.tolist() == [[0, 0, 2, 2, 2, 0, 0, -1, 0]] and batch.sampler_BT.tolist() == [
+        [0, 0, -1, -2, -3, 0, 0, -1, 0]
+    ]
     assert rl.pack([a], 3).rows.tokens_BT.shape == (1, 5), "rows grow for what is longer"
     assert rl.pack([], 9).rows.tokens_BT.shape == (0, 9)
 
@@ -85,7 +112,13 @@ class Recorder:
         self.gradients: list[dict[str, torch.Tensor]] = []
 
     def step(self, fraction: float) -> float:
-        self.gradients.append({name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None and p.grad.count_nonzero()})
+        self.gradients.append(
+            {
+                name: p.grad.clone()
+                for name, p in self.model.named_parameters()
+                if p.grad is not None and p.grad.count_nonzero()
+            }
+        )
         self.model.zero_grad()
         return 1.0
 
@@ -117,7 +150,12 @@ def test_the_update_is_the_policy_gradient_of_every_completion(training: Trainin
         full = (model(ids).logits_BTV[0, places] / 0.8).log_softmax(-1)
         logp = full.gather(1, ids[0, len(r.prompt_ids) :, None]).squeeze(1)
         with torch.no_grad():
-            ref = (reference(ids).logits_BTV[0, places] / 0.8).log_softmax(-1).gather(1, ids[0, len(r.prompt_ids) :, None]).squeeze(1)
+            ref = (
+                (reference(ids).logits_BTV[0, places] / 0.8)
+                .log_softmax(-1)
+                .gather(1, ids[0, len(r.prompt_ids) :, None])
+                .squeeze(1)
+            )
             k3 = (ref - logp).exp() - (ref - logp) - 1
             kl_sum += float(k3.sum())
             entropy_sum += float(-(full.exp() * full).sum())
@@ -128,7 +166,9 @@ def test_the_update_is_the_policy_gradient_of_every_completion(training: Trainin
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert (found[name] - gradient).abs().max() < 1e-3 * gradient.abs().max() + 1e-7, name
-    assert logged["kl"] == pytest.approx(kl_sum / n_tokens, rel=1e-3) and logged["entropy"] == pytest.approx(entropy_sum / n_tokens, rel=1e-4)
+    assert logged["kl"] == pytest.approx(kl_sum / n_tokens, rel=1e-3) and logged["entropy"] == pytest.approx(
+        entropy_sum / n_tokens, rel=1e-4
+    )
     assert logged["logprob_gap"] < 1e-4 and logged["clip_fraction"] == 0.0
 
 
@@ -188,10 +228,16 @@ def test_a_rank_without_rows_takes_part_and_adds_nothing(training: Training) -> 
         model.zero_grad()
         return found
 
-    alone, beside_more, empty = gradient(slice(None), n_rows), gradient(slice(None), n_rows + 2), gradient(slice(0, 0), n_rows)
+    alone, beside_more, empty = (
+        gradient(slice(None), n_rows),
+        gradient(slice(None), n_rows + 2),
+        gradient(slice(0, 0), n_rows),
+    )
     assert alone.keys() == beside_more.keys() == empty.keys()
     assert all(torch.allclose(alone[name], beside_more[name], atol=1e-7) for name in alone)
-    assert all(grad.count_nonzero() == 0 for grad in empty.values()) and any(grad.count_nonzero() for grad in alone.values())
+    assert all(grad.count_nonzero() == 0 for grad in empty.values()) and any(
+        grad.count_nonzero() for grad in alone.values()
+    )
 
 
 def test_a_run_logs_every_step_and_counts_its_cost(training: Training, metrics: Metrics, tmp_path: Path) -> None:
@@ -200,12 +246,21 @@ def test_a_run_logs_every_step_and_counts_its_cost(training: Training, metrics: 
     sampling = {"step", "reward", "pass_rate", "format", "language", "response_tokens", "no_signal"}
     update = {"loss", "kl", "clip_fraction", "entropy", "logprob_gap", "gradient_norm", "mtp_loss", "expert_load", "lr"}
     assert [row["step"] for row in rows] == [1, 2] and all(set(row) == sampling | update for row in rows)
-    assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6) and rows[0]["logprob_gap"] < 1e-4 and rows[0]["clip_fraction"] == 0.0
+    assert (
+        rows[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+        and rows[0]["logprob_gap"] < 1e-4
+        and rows[0]["clip_fraction"] == 0.0
+    )
     assert receipt.tokens == round(sum(row["response_tokens"] * 12 for row in rows))
-    assert set(receipt.flops_by_part) == {"sampling", "training", "mtp", "reference"} and min(receipt.flops_by_part.values()) > 0
+    assert (
+        set(receipt.flops_by_part) == {"sampling", "training", "mtp", "reference"}
+        and min(receipt.flops_by_part.values()) > 0
+    )
     rl.run(training(), tmp_path / "again")
     assert metrics(tmp_path / "again") == rows
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_the_reference_is_replaced_periodically(training: Training, metrics: Metrics, tmp_path: Path) -> None:
@@ -221,10 +276,16 @@ def test_without_a_kl_weight_there_is_no_reference(training: Training, metrics: 
     assert [row["kl"] for row in free] == [0.0, 0.0]
     assert tied[1]["kl"] > 0
     assert [row["loss"] for row in free] == pytest.approx([row["loss"] for row in tied], abs=1e-6)
-    assert Receipt.read(tmp_path / "free").flops_by_part["reference"] == 0 < Receipt.read(tmp_path / "tied").flops_by_part["reference"]
+    assert (
+        Receipt.read(tmp_path / "free").flops_by_part["reference"]
+        == 0
+        < Receipt.read(tmp_path / "tied").flops_by_part["reference"]
+    )
 
 
-def test_groups_of_equal_reward_give_no_signal(training: Training, base: Path, metrics: Metrics, tmp_path: Path) -> None:
+def test_groups_of_equal_reward_give_no_signal(
+    training: Training, base: Path, metrics: Metrics, tmp_path: Path
+) -> None:
     """Nothing to learn from: the step is logged, and not a weight moves."""
     rl.run(training(rewards={"accuracy": 0.0, "format": 0.0}, steps=1), tmp_path / "out")
     (row,) = metrics(tmp_path / "out")

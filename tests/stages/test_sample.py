@@ -29,7 +29,16 @@ SAID = [
 
 @pytest.fixture
 def sampling(base: Path, sums: dict[str, Any]) -> Sampling:
-    common = {"model": str(base), "tasks": [sums], "dtype": "float32", "threads": 1, "max_tokens": 16, "problems": 6, "samples": 6, "chunk": 4}
+    common = {
+        "model": str(base),
+        "tasks": [sums],
+        "dtype": "float32",
+        "threads": 1,
+        "max_tokens": 16,
+        "problems": 6,
+        "samples": 6,
+        "chunk": 4,
+    }
     return lambda **changes: sample.Config.parse({**common, **changes}, "sample")
 
 
@@ -41,7 +50,18 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float, float, str
     def roll_out(_: Any, items: Sequence[Item], *__: Any) -> list[list[Rollout]]:
         return [
             [
-                Rollout(item.task, item.problem, [1, 2], [3] * 5, [-1.0] * 5, f" {reasoning}\n", "7 ", accuracy, form, language)
+                Rollout(
+                    item.task,
+                    item.problem,
+                    [1, 2],
+                    [3] * 5,
+                    [-1.0] * 5,
+                    f" {reasoning}\n",
+                    "7 ",
+                    accuracy,
+                    form,
+                    language,
+                )
                 for accuracy, form, language, reasoning in answers
             ]
             for item in items
@@ -58,7 +78,9 @@ def test_accepted_samples_are_kept_once(sampling: Sampling, said: list[Any], tmp
     assert len({row["key"] for row in rows}) == 6 and {row["task"] for row in rows} == {"arithmetic"}
     assert receipt.extra == {"examples": 12, "problems": 6} and receipt.tokens == 6 * 6 * 5
     logged = read_jsonl(tmp_path / "out" / "metrics.jsonl")
-    assert [(row["step"], row["kept"]) for row in logged] == [(1, 8), (2, 12)] and logged[0]["pass_rate"] == pytest.approx(5 / 6)
+    assert [(row["step"], row["kept"]) for row in logged] == [(1, 8), (2, 12)] and logged[0][
+        "pass_rate"
+    ] == pytest.approx(5 / 6)
 
 
 def test_at_most_so_many_of_one_problem(sampling: Sampling, said: list[Any], tmp_path: Path) -> None:
@@ -68,17 +90,25 @@ def test_at_most_so_many_of_one_problem(sampling: Sampling, said: list[Any], tmp
 
 def test_another_language_is_kept_on_request(sampling: Sampling, said: list[Any], tmp_path: Path) -> None:
     sample.run(sampling(per_problem=9, language=False), tmp_path / "out")
-    assert [row["reasoning"] for row in read_jsonl(tmp_path / "out" / "data.jsonl")] == ["because", "だから", "also"] * 6
+    assert [row["reasoning"] for row in read_jsonl(tmp_path / "out" / "data.jsonl")] == [
+        "because",
+        "だから",
+        "also",
+    ] * 6
 
 
 def test_a_model_that_solves_nothing_makes_no_dataset(sampling: Sampling, said: list[Any], tmp_path: Path) -> None:
     said[:] = [(0.0, 1.0, 1.0, "wrong"), (1.0, 0.0, 1.0, "unclosed")]
-    with pytest.raises(SlingshotError, match=r"base solved none of 6 problems in format; train it further or take easier problems"):
+    with pytest.raises(
+        SlingshotError, match=r"base solved none of 6 problems in format; train it further or take easier problems"
+    ):
         sample.run(sampling(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_the_models_own_samples_follow_the_seed(sampling: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_models_own_samples_follow_the_seed(
+    sampling: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Real sampling, everything accepted: the same seed writes the same bytes whatever the chunks, another seed others."""
     real = sample.roll_out
 

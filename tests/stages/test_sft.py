@@ -17,14 +17,25 @@ from slingshot.stages import sft
 Metrics = Callable[[Path], list[dict[str, Any]]]
 Finetuning = Callable[..., sft.Config]
 
-EXAMPLES = [{"prompt": f"What is {a}+{b}?", "reasoning": f"{a} plus {b} is {a + b}", "answer": str(a + b)} for a in range(1, 9) for b in range(1, 6)]
+EXAMPLES = [
+    {"prompt": f"What is {a}+{b}?", "reasoning": f"{a} plus {b} is {a + b}", "answer": str(a + b)}
+    for a in range(1, 9)
+    for b in range(1, 6)
+]
 
 
 @pytest.fixture
 def finetuning(base: Path, tmp_path: Path) -> Finetuning:
     """finetuning(**changes): on 40 examples of a file."""
     write_jsonl(tmp_path / "data" / "data.jsonl", EXAMPLES)
-    common = {"model": str(base), "data": [str(tmp_path / "data")], "dtype": "float32", "threads": 1, "sequence_length": 48, "batch_size": 4}
+    common = {
+        "model": str(base),
+        "data": [str(tmp_path / "data")],
+        "dtype": "float32",
+        "threads": 1,
+        "sequence_length": 48,
+        "batch_size": 4,
+    }
     return lambda **changes: sft.Config.parse({**common, **changes}, "sft")
 
 
@@ -47,31 +58,42 @@ def test_only_responses_are_targets_and_every_epoch_has_all_of_them(base: Path, 
         for tokens_T, segments_T, weights_T in zip(rows.tokens_BT, rows.segments_BT, rows.weights_BT, strict=True):
             for segment in range(1, int(segments_T.max()) + 1):
                 inside = segments_T == segment
-                found.append((tokens_T[inside & (weights_T == 0)].tolist(), tokens_T[inside & (weights_T > 0)].tolist()))
+                found.append(
+                    (tokens_T[inside & (weights_T == 0)].tolist(), tokens_T[inside & (weights_T > 0)].tolist())
+                )
             assert weights_T[segments_T == 0].count_nonzero() == 0
         assert sorted(found) == sorted(examples)
         seen.append(found)
     assert seen[0] != seen[1]
 
 
-def test_a_run_learns_the_format_and_says_what_it_took(base: Path, finetuning: Finetuning, metrics: Metrics, tmp_path: Path) -> None:
+def test_a_run_learns_the_format_and_says_what_it_took(
+    base: Path, finetuning: Finetuning, metrics: Metrics, tmp_path: Path
+) -> None:
     sft.run(finetuning(epochs=3, lr=0.01, adam_lr=0.01), tmp_path / "out")
     rows, receipt = metrics(tmp_path / "out"), Receipt.read(tmp_path / "out")
     per_epoch = -(-len(sft._pack(sft._examples(finetuning(), load_tokenizer(base)), finetuning(), 0).tokens_BT) // 4)
     assert abs(len(rows) - 3 * per_epoch) <= 3 and [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"] and rows[-1]["mtp_loss"] < 0.9 * rows[0]["mtp_loss"]
-    assert {parent.path for parent in receipt.parents} == {str(base), str(tmp_path / "data")} and receipt.extra == {"examples": 40}
+    assert {parent.path for parent in receipt.parents} == {str(base), str(tmp_path / "data")} and receipt.extra == {
+        "examples": 40
+    }
     length = sum(len(prompt) + len(response) for prompt, response in sft._examples(finetuning(), load_tokenizer(base)))
     assert receipt.tokens == 3 * length
     assert load_model(tmp_path / "out").config == load_model(base).config
 
 
-def test_tasks_write_worked_solutions_of_the_train_split(base: Path, finetuning: Finetuning, sums: dict[str, Any]) -> None:
+def test_tasks_write_worked_solutions_of_the_train_split(
+    base: Path, finetuning: Finetuning, sums: dict[str, Any]
+) -> None:
     tokenizer = load_tokenizer(base)
     config = finetuning(data=[], tasks=[sums], examples=20)
     responses = [tokenizer.decode(response) for _, response in sft._examples(config, tokenizer)]
     assert len(responses) == 20 and all(" plus " in response and "</think>" in response for response in responses)
-    answers = [tokenizer.decode(response) for _, response in sft._examples(finetuning(data=[], tasks=[sums], examples=20, style="answer"), tokenizer)]
+    answers = [
+        tokenizer.decode(response)
+        for _, response in sft._examples(finetuning(data=[], tasks=[sums], examples=20, style="answer"), tokenizer)
+    ]
     assert not [answer for answer in answers if "plus" in answer]
 
 
@@ -94,8 +116,14 @@ def test_examples_longer_than_a_row_are_left_out(base: Path, finetuning: Finetun
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ('{"prompt": "a", "reasoning": "b"}\n', "data.jsonl line 1: an example holds prompt, reasoning and answer, all text"),
-        ('{"prompt": "a", "reasoning": "b", "answer": "c"}\n{"prompt": "a", "reasoning": "b", "answer": 7}\n', "line 2: an example holds"),
+        (
+            '{"prompt": "a", "reasoning": "b"}\n',
+            "data.jsonl line 1: an example holds prompt, reasoning and answer, all text",
+        ),
+        (
+            '{"prompt": "a", "reasoning": "b", "answer": "c"}\n{"prompt": "a", "reasoning": "b", "answer": 7}\n',
+            "line 2: an example holds",
+        ),
         ("[1, 2]\n", "line 1: an example holds"),
         ("nonsense\n", "data.jsonl line 1 is not valid JSON"),
         ("", "no examples; did any sample pass the verifier"),
@@ -109,7 +137,9 @@ def test_data_that_holds_no_examples_is_named(finetuning: Finetuning, tmp_path: 
 
 
 def test_sources_that_are_not_there_are_named(finetuning: Finetuning, tmp_path: Path) -> None:
-    with pytest.raises(SlingshotError, match=r"sft: no examples: give data = \[\.\.\.\], or tasks = \[\.\.\.\] with examples = N"):
+    with pytest.raises(
+        SlingshotError, match=r"sft: no examples: give data = \[\.\.\.\], or tasks = \[\.\.\.\] with examples = N"
+    ):
         finetuning(data=[])
     with pytest.raises(SlingshotError, match="nowhere does not exist"):
         sft.run(finetuning(data=["nowhere"]), tmp_path / "out")

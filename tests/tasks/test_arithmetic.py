@@ -34,7 +34,9 @@ def test_steps_by_hand():
 @given(chains())
 def test_steps_agree_with_python(given_chain):
     numbers, operators = given_chain
-    expression = str(numbers[0]) + "".join(f"{operator}{number}" for operator, number in zip(operators, numbers[1:], strict=True))
+    expression = str(numbers[0]) + "".join(
+        f"{operator}{number}" for operator, number in zip(operators, numbers[1:], strict=True)
+    )
     assert chain_steps(numbers, operators)[-1][3] == eval(expression.replace("x", "*"))
     assert len(chain_steps(numbers, operators)) == len(operators)
 

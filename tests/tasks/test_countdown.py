@@ -60,7 +60,9 @@ def test_verify_accepts_exactly_the_numbers_and_the_target(tree):
     right = Problem("", "", "", "en", {"numbers": sorted(numbers), "target": target})
     assert task.verify(right, render(tree)).value == float(value is not None)
     assert task.verify(Problem("", "", "", "en", {"numbers": numbers, "target": target + 1}), render(tree)).value == 0.0
-    assert task.verify(Problem("", "", "", "en", {"numbers": [*numbers, 1], "target": target}), render(tree)).value == 0.0
+    assert (
+        task.verify(Problem("", "", "", "en", {"numbers": [*numbers, 1], "target": target}), render(tree)).value == 0.0
+    )
 
 
 @settings(derandomize=True, deadline=None)
@@ -136,7 +138,12 @@ def test_render_uses_the_parentheses_it_needs():
 
 
 @pytest.mark.parametrize(
-    "params", [{}, {"n_numbers": 4, "operators": "+-*/", "max_number": 25, "max_target": 100}, {"n_numbers": 2, "operators": "-"}]
+    "params",
+    [
+        {},
+        {"n_numbers": 4, "operators": "+-*/", "max_number": 25, "max_target": 100},
+        {"n_numbers": 2, "operators": "-"},
+    ],
 )
 def test_problems_are_solvable_within_their_bounds(params):
     task = load_task("countdown", **params)
@@ -153,8 +160,7 @@ def test_problems_are_solvable_within_their_bounds(params):
 
 
 @pytest.mark.parametrize(
-    ("language", "reasoning"),
-    [("en", "3*2+7 is 6+7 is 13, yes."), ("ja", "3*2+7は6+7は13、正解。")],
+    ("language", "reasoning"), [("en", "3*2+7 is 6+7 is 13, yes."), ("ja", "3*2+7は6+7は13、正解。")]
 )
 def test_worked_solution_without_misses(language, reasoning):
     task = load_task("countdown", max_misses=0)

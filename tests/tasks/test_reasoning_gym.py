@@ -76,7 +76,11 @@ def test_commuting_sums_share_a_split_and_splits_do_not_overlap(chain_sum):
 def test_problems_repeat_by_seed_and_seeds_share_nothing_in_order(chain_sum):
     first, again, other = (
         [problem.prompt for problem in itertools.islice(task.problems("train", seed), 1500)]
-        for task, seed in ((chain_sum, 3), (load_task("gym:chain_sum", min_terms=2, max_terms=3, min_digits=1, max_digits=3), 3), (chain_sum, 4))
+        for task, seed in (
+            (chain_sum, 3),
+            (load_task("gym:chain_sum", min_terms=2, max_terms=3, min_digits=1, max_digits=3), 3),
+            (chain_sum, 4),
+        )
     )
     assert first == again
     assert not any(first[at : at + 20] == other[:20] or other[at : at + 20] == first[:20] for at in range(1400))
@@ -141,7 +145,11 @@ def test_a_scorer_that_cannot_answer_means_wrong_and_does_not_end_the_task(sorti
     [
         ("chain_sums", {}, "gym:chain_sums: dataset 'chain_sums' is unknown; did you mean chain_sum?"),
         ("chain_sum", {"max_term": 3}, "gym:chain_sum: parameter 'max_term' is unknown; did you mean max_terms?"),
-        ("chain_sum", {"min_terms": 9, "max_terms": 3}, "gym:chain_sum: reasoning-gym refuses these parameters: max_terms"),
+        (
+            "chain_sum",
+            {"min_terms": 9, "max_terms": 3},
+            "gym:chain_sum: reasoning-gym refuses these parameters: max_terms",
+        ),
         ("chain_sum", {"min_terms": "many"}, "gym:chain_sum: reasoning-gym refuses these parameters: .*str"),
         ("chain_sum", {"min_terms": {1}}, "gym:chain_sum.params.min_terms: .*JSON"),
     ],

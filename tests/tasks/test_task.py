@@ -64,12 +64,16 @@ def test_train_and_test_never_overlap_whatever_the_seed(name):
 
 @pytest.mark.parametrize("name", ["arithmetic", "countdown"])
 def test_problems_and_documents_repeat_by_seed(name):
-    first, again, other = (list(itertools.islice(load_task(name).documents("train", seed, "slips", 0.5), 50)) for seed in (1, 1, 2))
+    first, again, other = (
+        list(itertools.islice(load_task(name).documents("train", seed, "slips", 0.5), 50)) for seed in (1, 1, 2)
+    )
     assert first == again
     assert first != other
 
 
-@pytest.mark.parametrize(("name", "english", "japanese"), [("arithmetic", "plus", "足す"), ("countdown", "yes", "正解")])
+@pytest.mark.parametrize(
+    ("name", "english", "japanese"), [("arithmetic", "plus", "足す"), ("countdown", "yes", "正解")]
+)
 def test_language_mix_is_the_share_of_reasoning_in_the_other_language(name, english, japanese):
     task = load_task(name, **({"operators": "+"} if name == "arithmetic" else {}))
     mixed = 0

@@ -135,7 +135,9 @@ def test_verify_that_fails(load, body, message):
 
 
 def test_verify_that_floods_its_output(load, capfd):
-    task = load("def verify(problem, text):\n    for _ in range(10000): print('x' * 10000)\n    return True\n" + PROBLEMS)
+    task = load(
+        "def verify(problem, text):\n    for _ in range(10000): print('x' * 10000)\n    return True\n" + PROBLEMS
+    )
     assert task.verify(Problem("p", "p"), "text").value == 1.0
     assert capfd.readouterr() == ("", "")
 
@@ -150,7 +152,10 @@ def test_verify_that_floods_its_output(load, capfd):
         ("return ['2+2?']", r"mine\.py: problems\(\) item 0 is '2\+2\?'; yield a dict with at least a prompt"),
         ("return [{'prompt': 'a'}, {'answer': '4'}]", r"mine\.py: problems\(\) item 1\.prompt: Field required"),
         ("return [{'prompt': ''}]", r"mine\.py: problems\(\) item 0\.prompt: .*at least 1 character"),
-        ("return [{'promt': 'a', 'prompt': 'b'}]", r"mine\.py: problems\(\) item 0\.promt: unknown key; did you mean prompt\?"),
+        (
+            "return [{'promt': 'a', 'prompt': 'b'}]",
+            r"mine\.py: problems\(\) item 0\.promt: unknown key; did you mean prompt\?",
+        ),
         ("return [{'prompt': 'a', 'language': 'fr'}]", r"mine\.py: problems\(\) item 0\.language: .*'fr'"),
         ("return [{'prompt': 'a', 'data': {'b': {1}}}]", r"mine\.py: problems\(\) returned something that is not JSON"),
     ],

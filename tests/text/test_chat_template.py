@@ -39,15 +39,28 @@ def test_r1s_layout() -> None:
     chat = "<bos>Be brief.\n\nBe kind.<｜User｜>2+3?<｜Assistant｜>\n\n5<eos><｜User｜>and 4?<｜Assistant｜>9<eos><｜User｜>so"
     assert text_of(R1_TEMPLATE, *messages) == chat
     assert text_of(R1_TEMPLATE, *messages, add_generation_prompt=True) == chat + "<｜Assistant｜><think>\n"
-    assert text_of(R1_TEMPLATE, *messages, add_generation_prompt=True, thinking=False) == chat + "<｜Assistant｜></think>"
-    assert text_of(R1_TEMPLATE, *messages[:2], {"role": "assistant", "content": None}) == "<bos>Be brief.<｜User｜>2+3?<｜Assistant｜><eos>"
+    assert (
+        text_of(R1_TEMPLATE, *messages, add_generation_prompt=True, thinking=False) == chat + "<｜Assistant｜></think>"
+    )
+    assert (
+        text_of(R1_TEMPLATE, *messages[:2], {"role": "assistant", "content": None})
+        == "<bos>Be brief.<｜User｜>2+3?<｜Assistant｜><eos>"
+    )
 
 
 @pytest.mark.parametrize(
     ("message", "variables", "reason"),
     [
-        ({"role": "tool", "content": ""}, {}, "role tool; this template knows system, user and assistant, and no tools"),
-        ({"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}, {}, "role assistant and tool calls"),
+        (
+            {"role": "tool", "content": ""},
+            {},
+            "role tool; this template knows system, user and assistant, and no tools",
+        ),
+        (
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]},
+            {},
+            "role assistant and tool calls",
+        ),
         (user("x"), {"tools": [{"type": "function"}]}, "this model was not made for them"),
         (user([{"type": "image", "url": "x"}]), {}, "a part of type image; this model reads text only"),
         ({"role": "user"}, {}, "a message has no content"),
@@ -102,22 +115,42 @@ def test_neighbours_do_not_complete_a_control_token(source: str) -> None:
 def test_a_template_may_put_a_control_token_together_itself() -> None:
     """As Phi-4-mini's does, from the role."""
     assert render("{{ '<|' + messages[0].role + '|>' }}", [user("")], ["<|user|>"]) == ["", "<|user|>", ""]
-    assert render("{{ messages[0].content.replace('x', '<think>') }}", [user("a<eos>x")], TOKENS) == ["a<eos>", "<think>", ""]
+    assert render("{{ messages[0].content.replace('x', '<think>') }}", [user("a<eos>x")], TOKENS) == [
+        "a<eos>",
+        "<think>",
+        "",
+    ]
 
 
 def test_what_is_given_as_a_special_token_is_said() -> None:
-    assert render("{{ bos_token }}{{ eos_token }}", [], TOKENS, SPECIAL, bos_token="<think>") == ["<think>", "<eos>", ""]
+    assert render("{{ bos_token }}{{ eos_token }}", [], TOKENS, SPECIAL, bos_token="<think>") == [
+        "<think>",
+        "<eos>",
+        "",
+    ]
 
 
 def test_the_longest_control_token_is_taken() -> None:
-    assert render("<a><ab><abc><ab", [], ["<a>", "<ab>", "<ab", "<abc>", ""]) == ["", "<a>", "", "<ab>", "", "<abc>", "", "<ab", ""]
+    assert render("<a><ab><abc><ab", [], ["<a>", "<ab>", "<ab", "<abc>", ""]) == [
+        "",
+        "<a>",
+        "",
+        "<ab>",
+        "",
+        "<abc>",
+        "",
+        "<ab",
+        "",
+    ]
     assert render("plain", [], []) == ["plain"]
 
 
 def test_tools_documents_and_variables_are_said_too() -> None:
     tools = [{"type": "function", "function": {"name": "f", "description": "see <think>", "parameters": {"<eos>": 1}}}]
     source = "<think>{{ tools | tojson }}{{ documents[0].text }}{{ extra }}{{ messages[0].a | string }}<eos>"
-    pieces = render(source, [{"a": {"<bos>": "x"}}], TOKENS, tools=tools, documents=[{"text": "<bos>"}], extra=["<｜User｜>"])
+    pieces = render(
+        source, [{"a": {"<bos>": "x"}}], TOKENS, tools=tools, documents=[{"text": "<bos>"}], extra=["<｜User｜>"]
+    )
     assert pieces == ["", "<think>", json.dumps(tools) + "<bos>['<｜User｜>']{'<bos>': 'x'}", "<eos>", ""]
     escaped = "{{ messages[0].content | tojson(ensure_ascii=true) }}"
     assert render(escaped, [user("<｜User｜>é<eos>")], TOKENS) == [json.dumps("<｜User｜>é<eos>")]
@@ -126,11 +159,18 @@ def test_tools_documents_and_variables_are_said_too() -> None:
 def test_what_transformers_offers_to_templates() -> None:
     assert text_of("{{ {'a': 'é<'} | tojson }}") == '{"a": "é<"}'
     assert text_of("{{ strftime_now('%Y') }}") == str(datetime.now().year)
-    assert text_of("{% for i in range(9) %}\n  {% if i == 2 %}{% break %}{% endif %}\n{{ i }}{{ loop.last }}{% endfor %}") == "0False1False"
+    assert (
+        text_of("{% for i in range(9) %}\n  {% if i == 2 %}{% break %}{% endif %}\n{{ i }}{{ loop.last }}{% endfor %}")
+        == "0False1False"
+    )
     assert text_of("a{% generation %}b{{ messages[0].content }}{% endgeneration %}c", user("!")) == "ab!c"
-    assert text_of("{{ messages[0] }}", {"role": "user", "content": None, "name": "n"}) == "{'role': 'user', 'name': 'n'}"
+    assert (
+        text_of("{{ messages[0] }}", {"role": "user", "content": None, "name": "n"}) == "{'role': 'user', 'name': 'n'}"
+    )
     told = "{{ messages[0].reasoning_content }}{{ messages[0].thinking }}"
-    assert [text_of(told, {"role": "assistant", name: "so"}) for name in ("reasoning_content", "thinking", "reasoning")] == ["soso"] * 3
+    assert [
+        text_of(told, {"role": "assistant", name: "so"}) for name in ("reasoning_content", "thinking", "reasoning")
+    ] == ["soso"] * 3
 
 
 def test_a_last_message_is_left_open() -> None:
@@ -191,15 +231,60 @@ def test_many_tokens_and_long_messages_take_no_time() -> None:
 
 # What templates do with a message: none of it brings a control token in. Last comes, maybe, what puts it beside half a token of the template's.
 STEPS = [
-    *["| trim", "| upper", "| string", "| reverse", "| replace('a', 'b')", "| replace('think', 'bos')", "| replace('', '.')", "| tojson"],
-    *["| list | join", "| join('-')", "| default(messages[1].content, true)", "| safe", "| title", "| capitalize", "| indent(1, true)"],
-    *[".split('</think>')[-1]", ".split('<think>') | join(' ')", ".split() | join('')", ".split('h')[0]", ".strip('<>')", ".lstrip('\\n')"],
-    *[".partition('think')[2]", ".removeprefix('<th')", ".removesuffix('>')", ".replace('/', '')", ".splitlines() | join('\\n')", ".casefold()"],
+    *[
+        "| trim",
+        "| upper",
+        "| string",
+        "| reverse",
+        "| replace('a', 'b')",
+        "| replace('think', 'bos')",
+        "| replace('', '.')",
+        "| tojson",
+    ],
+    *[
+        "| list | join",
+        "| join('-')",
+        "| default(messages[1].content, true)",
+        "| safe",
+        "| title",
+        "| capitalize",
+        "| indent(1, true)",
+    ],
+    *[
+        ".split('</think>')[-1]",
+        ".split('<think>') | join(' ')",
+        ".split() | join('')",
+        ".split('h')[0]",
+        ".strip('<>')",
+        ".lstrip('\\n')",
+    ],
+    *[
+        ".partition('think')[2]",
+        ".removeprefix('<th')",
+        ".removesuffix('>')",
+        ".replace('/', '')",
+        ".splitlines() | join('\\n')",
+        ".casefold()",
+    ],
     *["| select | join", "| map('lower') | join", "| list | reverse | join", "| unique | join"],
-    *["[1:]", "[:-1]", "[::2]", "[::-1]", "[0]", "+ 'a'", "~ messages[1].content", "+ messages[1].content", "* 2", ".rstrip()", "| lower"],
+    *[
+        "[1:]",
+        "[:-1]",
+        "[::2]",
+        "[::-1]",
+        "[0]",
+        "+ 'a'",
+        "~ messages[1].content",
+        "+ messages[1].content",
+        "* 2",
+        ".rstrip()",
+        "| lower",
+    ],
 ]
 LAST = ["", "+ '<th'", "~ 'ink>'", "| replace('<', '<<')", "| join('>')", "| escape", "~ '<eos'"]
-said = st.lists(st.sampled_from([*TOKENS, "<th", "ink>", "<BOS>", "<", ">", "h", "a", "\n", " ", "｜", "<｜User", "é"]), max_size=6).map("".join)
+said = st.lists(
+    st.sampled_from([*TOKENS, "<th", "ink>", "<BOS>", "<", ">", "h", "a", "\n", " ", "｜", "<｜User", "é"]), max_size=6
+).map("".join)
 
 
 @thorough

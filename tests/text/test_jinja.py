@@ -105,7 +105,11 @@ HOSTILE = [
     "{% set ns = namespace() %}{% set ns.a = [ns] %}{{ ns.a }}",
     # source
     *(nested(block, 90_000 // (len(block) * 2 + 12)) for block in BLOCKS),
-    *("{{ " + "(" * 40_000 + "1" + ")" * 40_000 + " }}", "{{ " + "[" * 40_000 + "]" * 40_000 + " }}", "{{ " + "-" * 90_000 + "1 }}"),
+    *(
+        "{{ " + "(" * 40_000 + "1" + ")" * 40_000 + " }}",
+        "{{ " + "[" * 40_000 + "]" * 40_000 + " }}",
+        "{{ " + "-" * 90_000 + "1 }}",
+    ),
     *("{{ 1" + part * (90_000 // len(part)) + " }}" for part in ("+1", "|d", ".b", "()", " and 1", "==1", "~1", "[1]")),
     "{% if 0 %}" + "{% elif 1 %}" * 7000 + "{% endif %}",
     "".join(f"{{% for x{i} in y %}}" for i in range(19)) + "{{ a }}{% set b = a %}" * 3000 + "{% endfor %}" * 19,
@@ -141,7 +145,9 @@ def test_no_template_hangs_or_fills_the_memory() -> None:
     for source, (seconds, text) in zip(HOSTILE, told, strict=True):
         assert seconds < 4, source[:200]
         assert "\n" not in text and len(text) < 500, source[:200]
-        assert "MemoryError" not in text or "elif" in source, source[:200]  # as Python's compiler calls what is nested too deep
+        assert "MemoryError" not in text or "elif" in source, source[
+            :200
+        ]  # as Python's compiler calls what is nested too deep
 
 
 @pytest.mark.parametrize(
@@ -157,8 +163,14 @@ def test_no_template_hangs_or_fills_the_memory() -> None:
         ("{{ ('{}' * 200).format('y' * 100) }}", "more than 10000 characters"),
         ("{{ ('a\n' * 200) | indent(100) }}", "more than 10000 characters"),
         ("{% for a in range(9999) %}{% set b = 'x' * 900 %}{% endfor %}", "more than 0 MB"),
-        ("{% set l = ['x' * 99] %}{% macro f() %}{% for a in range(9999) %}{{ l }}{% endfor %}{% endmacro %}{{ f() }}", "more than 0 MB"),
-        ("{% set ns = namespace(a=1) %}{% for a in range(300) %}{% set ns.a = [ns.a] %}{% endfor %}", "more than 200 deep"),
+        (
+            "{% set l = ['x' * 99] %}{% macro f() %}{% for a in range(9999) %}{{ l }}{% endfor %}{% endmacro %}{{ f() }}",
+            "more than 0 MB",
+        ),
+        (
+            "{% set ns = namespace(a=1) %}{% for a in range(300) %}{% set ns.a = [ns.a] %}{% endfor %}",
+            "more than 200 deep",
+        ),
         ("{{ '%9999d' % 1 }}", "a width of more than 999"),
         ("{{ '{:9999}'.format(1) }}", "a width of more than 999"),
         ("{{ '%*d' % (9, 1) }}", "a width taken from an argument"),
@@ -235,14 +247,25 @@ def test_refused(source: str, reason: str) -> None:
 
 
 def test_attributes_of_python_print_nothing() -> None:
-    assert render("{{ '{0.__class__}'.format(1) }}{{ messages.__class__ }}{{ loop }}{{ namespace.mro }}", [], []) == [""]
+    assert render("{{ '{0.__class__}'.format(1) }}{{ messages.__class__ }}{{ loop }}{{ namespace.mro }}", [], []) == [
+        ""
+    ]
 
 
 def test_json_as_python_writes_it() -> None:
     value = {"b": [1, 2.5, None, True, {}], "a": 'é\x7f😀"\n'}
-    for options in ({}, {"indent": 2}, {"ensure_ascii": True}, {"sort_keys": True, "separators": (",", ":")}, {"indent": 0}, {"indent": "\t"}):
+    for options in (
+        {},
+        {"indent": 2},
+        {"ensure_ascii": True},
+        {"sort_keys": True, "separators": (",", ":")},
+        {"indent": 0},
+        {"indent": "\t"},
+    ):
         arguments = ", ".join(f"{key}={option!r}" for key, option in options.items())
-        assert render(f"{{{{ value | tojson({arguments}) }}}}", [], [], value=value) == [json.dumps(value, **{"ensure_ascii": False, **options})]
+        assert render(f"{{{{ value | tojson({arguments}) }}}}", [], [], value=value) == [
+            json.dumps(value, **{"ensure_ascii": False, **options})
+        ]
 
 
 def test_a_scope_of_its_own_for_what_the_assistant_wrote() -> None:
@@ -264,13 +287,47 @@ def test_a_template_leaves_nothing_behind() -> None:
 
 
 # Expressions and statements, well formed and not, over everything the sandbox offers and much that it does not.
-names = ["messages", "messages[0]", "messages[-1].content", "ns.a", "x", "loop", "bos_token", "namespace", "cycler", "range", "m", "none", "true"]
-constants = ["1", "-1", "0", "99999", "1e9", "2.5", "''", "'ab\\n'", "'%s'", "'{}'", "'%9d'", "'{:>{}}'", "'<think>'", "[]", "{}"]
+names = [
+    "messages",
+    "messages[0]",
+    "messages[-1].content",
+    "ns.a",
+    "x",
+    "loop",
+    "bos_token",
+    "namespace",
+    "cycler",
+    "range",
+    "m",
+    "none",
+    "true",
+]
+constants = [
+    "1",
+    "-1",
+    "0",
+    "99999",
+    "1e9",
+    "2.5",
+    "''",
+    "'ab\\n'",
+    "'%s'",
+    "'{}'",
+    "'%9d'",
+    "'{:>{}}'",
+    "'<think>'",
+    "[]",
+    "{}",
+]
 with_arguments = ["replace('a', 'bb')", "tojson(indent=9)", "map('list')", "batch(3)", "attr('a')", "join(', ')"]
 filters = st.sampled_from([*jinja._FILTERS, "join", "tojson", *with_arguments])
-methods = st.sampled_from([*jinja._TEXT, "items", "keys", "get", "copy", "append", "__class__", "zfill", "encode", "cycle", "x"])
+methods = st.sampled_from(
+    [*jinja._TEXT, "items", "keys", "get", "copy", "append", "__class__", "zfill", "encode", "cycle", "x"]
+)
 operators = st.sampled_from(["+", "-", "*", "/", "//", "%", "**", "~", "==", "<", "in", "and", "or", "is", "not in"])
-tests = st.sampled_from(["defined", "string", "mapping", "none", "iterable", "sequence", "odd", "divisibleby(0)", "in [1]", "sameas none"])
+tests = st.sampled_from(
+    ["defined", "string", "mapping", "none", "iterable", "sequence", "odd", "divisibleby(0)", "in [1]", "sameas none"]
+)
 
 
 def _deeper(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
@@ -310,7 +367,18 @@ statements = st.recursive(
         expressions.map(lambda e: f"{{{{ {e} }}}}"),
         expressions.map(lambda e: f"{{% set ns.a = {e} %}}"),
         expressions.map(lambda e: f"{{% set x = {e} %}}"),
-        st.sampled_from(["{% break %}", "{% continue %}", "{{ raise_exception('no') }}", "{#", "{%- ", "-}}", "{% endfor %}", "\n  "]),
+        st.sampled_from(
+            [
+                "{% break %}",
+                "{% continue %}",
+                "{{ raise_exception('no') }}",
+                "{#",
+                "{%- ",
+                "-}}",
+                "{% endfor %}",
+                "\n  ",
+            ]
+        ),
         st.text(max_size=5),
     ),
     _around,
@@ -347,12 +415,18 @@ def outcome(source: str, messages: object) -> str:
 @example(body="{{ ([99999] * 99999) }}", content=1)
 def test_any_template_renders_or_is_refused(quick: pytest.MonkeyPatch, body: str, content: object) -> None:
     start = time.monotonic()
-    outcome("{% set ns = namespace(a=[1]) %}" + body, [{"role": "user", "content": content}, {"role": "assistant", "content": "<think>b</think>c"}])
+    outcome(
+        "{% set ns = namespace(a=[1]) %}" + body,
+        [{"role": "user", "content": content}, {"role": "assistant", "content": "<think>b</think>c"}],
+    )
     assert time.monotonic() - start < 3
 
 
 @fuzz
-@given(source=st.binary(max_size=60).map(lambda raw: raw.decode("latin-1")) | st.text(st.characters(), max_size=40), messages=json_values)
+@given(
+    source=st.binary(max_size=60).map(lambda raw: raw.decode("latin-1")) | st.text(st.characters(), max_size=40),
+    messages=json_values,
+)
 def test_so_does_any_text(quick: pytest.MonkeyPatch, source: str, messages: object) -> None:
     outcome(source, messages)
 

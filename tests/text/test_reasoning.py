@@ -13,7 +13,9 @@ from slingshot.text.reasoning import Parsed, ReasoningStream, ends_in_reasoning,
 from slingshot.text.tokenizer import END_THINK, THINK, Tokenizer
 
 thorough = settings(derandomize=True, deadline=None, max_examples=300)
-outputs = st.lists(st.sampled_from([THINK, END_THINK, "<think", "</", "think>", "<", "\n", "\n\n", " ", "7", "so é🙂"]), max_size=10).map("".join)
+outputs = st.lists(
+    st.sampled_from([THINK, END_THINK, "<think", "</", "think>", "<", "\n", "\n\n", " ", "7", "so é🙂"]), max_size=10
+).map("".join)
 
 
 def expected(text: str, opened: bool | None, think: str = THINK, end_think: str = END_THINK) -> Parsed:
@@ -30,8 +32,12 @@ def reassembles(text: str, opened: bool | None, parsed: Parsed, think: str = THI
     if parsed.reasoning is None:
         return text == parsed.answer
     reasoning, answer = re.escape(parsed.reasoning), re.escape(parsed.answer)
-    beginning = {True: rf"(\n*{think})*", False: rf"\s*{think}(\n*{think})*", None: rf"(\s*{think}(\n*{think})*)?"}[opened]
-    return bool(re.fullmatch(rf"{beginning}\n*{reasoning}" + (rf"\n*{end_think}\n*{answer}" if parsed.closed else ""), text))
+    beginning = {True: rf"(\n*{think})*", False: rf"\s*{think}(\n*{think})*", None: rf"(\s*{think}(\n*{think})*)?"}[
+        opened
+    ]
+    return bool(
+        re.fullmatch(rf"{beginning}\n*{reasoning}" + (rf"\n*{end_think}\n*{answer}" if parsed.closed else ""), text)
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,7 +81,9 @@ opening = st.sampled_from([True, False, None])
 def test_text_in_any_pieces_is_the_same(text: str, opened: bool | None, cuts: list[int]) -> None:
     bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     stream = ReasoningStream(None, opened)
-    deltas = [delta for begin, end in itertools.pairwise(bounds) for delta in stream.push(text[begin:end])] + stream.finish()
+    deltas = [
+        delta for begin, end in itertools.pairwise(bounds) for delta in stream.push(text[begin:end])
+    ] + stream.finish()
     reasoning, answer = ("".join(part for kind, part in deltas if kind == wanted) for wanted in ("reasoning", "answer"))
     parsed = Parsed(reasoning if stream.reasoned else None, answer, stream.closed)
     assert parsed == parse(text, opened) == expected(text, opened)
@@ -108,11 +116,18 @@ def test_ids_follow_the_tokens(tokenizer: Tokenizer, opened: bool | None, data: 
         return part.replace("\ue000", THINK).replace("\ue001", END_THINK)
 
     assert reassembles(text, opened, whole, "\ue000", "\ue001")
-    assert parse(ids, opened, tokenizer) == Parsed(None if whole.reasoning is None else spelt(whole.reasoning), spelt(whole.answer), whole.closed)
+    assert parse(ids, opened, tokenizer) == Parsed(
+        None if whole.reasoning is None else spelt(whole.reasoning), spelt(whole.answer), whole.closed
+    )
 
 
 def test_tags_spelt_by_other_tokens_are_text(tokenizer: Tokenizer) -> None:
-    ids = [*tokenizer.encode("say </think> or <think>"), tokenizer.end_think_id, *tokenizer.encode("7"), tokenizer.eos_id]
+    ids = [
+        *tokenizer.encode("say </think> or <think>"),
+        tokenizer.end_think_id,
+        *tokenizer.encode("7"),
+        tokenizer.eos_id,
+    ]
     assert parse(ids, True, tokenizer) == Parsed("say </think> or <think>", "7", True)
 
 
@@ -125,7 +140,15 @@ def test_deltas_come_as_soon_as_they_are_sure() -> None:
     stream = ReasoningStream(None, True)
     pieces = ["\n", "so", "\n", "then", " </th", "e", "</think", ">\n", "\n7", "\n"]
     told = [stream.push(piece) for piece in pieces]
-    reasoning = [[], [("reasoning", "so")], [], [("reasoning", "\nthen")], [("reasoning", " ")], [("reasoning", "</the")], []]
+    reasoning = [
+        [],
+        [("reasoning", "so")],
+        [],
+        [("reasoning", "\nthen")],
+        [("reasoning", " ")],
+        [("reasoning", "</the")],
+        [],
+    ]
     assert told == [*reasoning, [], [("answer", "7")], [("answer", "\n")]]
     assert stream.finish() == []
 
@@ -135,14 +158,24 @@ def test_with_an_unknown_prompt_nothing_is_told_before_it_is_sure() -> None:
     assert [stream.push(piece) for piece in ["so", "\n", " far</thi"]] == [[], [], []]
     assert stream.push("nk>\n7") == [("reasoning", "so\n far"), ("answer", "7")]
     stream = ReasoningStream(None, None)
-    assert [stream.push(piece) for piece in ["\n", "<think>", "\nso", " far"]] == [[], [], [("reasoning", "so")], [("reasoning", " far")]]
+    assert [stream.push(piece) for piece in ["\n", "<think>", "\nso", " far"]] == [
+        [],
+        [],
+        [("reasoning", "so")],
+        [("reasoning", " far")],
+    ]
     stream = ReasoningStream(None, None)
     assert stream.push("7") + stream.finish() == [("answer", "7")]
 
 
 def test_long_outputs_take_no_time() -> None:
     start = time.monotonic()
-    for text, opened in ((END_THINK * 100_000, False), (THINK * 100_000, True), ("\n" * 500_000, True), ("a " * 300_000, None)):
+    for text, opened in (
+        (END_THINK * 100_000, False),
+        (THINK * 100_000, True),
+        ("\n" * 500_000, True),
+        ("a " * 300_000, None),
+    ):
         assert reassembles(text, opened, parse(text, opened)) or opened
     stream = ReasoningStream(None, True)
     for _ in range(200_000):
@@ -159,10 +192,14 @@ def test_long_outputs_take_no_time() -> None:
 def test_a_vocabulary_with_one_of_the_tags_is_read_as_text(missing: str) -> None:
     tokens = [tag for tag in (THINK, END_THINK) if tag != missing]
     vocab = {token: id for id, token in enumerate([*tokens, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer.from_bpe(vocab, [], dict.fromkeys(tokens, False), {"chat_template": "{{ messages[0].content }}<think>\n"})
+    tokenizer = Tokenizer.from_bpe(
+        vocab, [], dict.fromkeys(tokens, False), {"chat_template": "{{ messages[0].content }}<think>\n"}
+    )
     assert ends_in_reasoning(tokenizer.encode_chat([{"role": "user", "content": "3"}]), tokenizer)
     closing = tokenizer.encode(END_THINK) if missing == END_THINK else [tokenizer.end_think_id]
-    assert parse([*tokenizer.encode("so"), *closing, *tokenizer.encode("7")], True, tokenizer) == Parsed("so", "7", True)
+    assert parse([*tokenizer.encode("so"), *closing, *tokenizer.encode("7")], True, tokenizer) == Parsed(
+        "so", "7", True
+    )
 
 
 def test_the_prompt_tells_where_the_output_begins(tokenizer: Tokenizer, chatml: Tokenizer) -> None:

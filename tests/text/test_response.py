@@ -22,10 +22,14 @@ def test_r1s_layout(tokenizer: Tokenizer) -> None:
 
 @settings(derandomize=True, deadline=None)
 @given(responses=st.lists(st.tuples(texts, texts), max_size=3), opened=st.booleans())
-def test_parsing_reads_back_what_was_written(tokenizer: Tokenizer, chatml: Tokenizer, responses: list[tuple[str, str]], opened: bool) -> None:
+def test_parsing_reads_back_what_was_written(
+    tokenizer: Tokenizer, chatml: Tokenizer, responses: list[tuple[str, str]], opened: bool
+) -> None:
     for one in (tokenizer, chatml):
         written = encode_responses(one, responses, opened)
-        assert [parse(ids, opened, one) for ids in written] == [Parsed(reasoning, answer, True) for reasoning, answer in responses]
+        assert [parse(ids, opened, one) for ids in written] == [
+            Parsed(reasoning, answer, True) for reasoning, answer in responses
+        ]
 
 
 def test_tags_typed_within_reasoning_stay_text(tokenizer: Tokenizer) -> None:

@@ -18,7 +18,22 @@ from slingshot.text.tiktoken import KIMI
 from slingshot.text.tokenizer import Tokenizer
 
 BYTES = [bytes([byte]) for byte in range(256)]
-TRAINED = [b"th", b" th", b" the", b"\n\n", b"  ", b"    ", b"12", b"123", b"'s", b"he", b"hel", b"lo", b"hello", b"\xe4\xb8"]
+TRAINED = [
+    b"th",
+    b" th",
+    b" the",
+    b"\n\n",
+    b"  ",
+    b"    ",
+    b"12",
+    b"123",
+    b"'s",
+    b"he",
+    b"hel",
+    b"lo",
+    b"hello",
+    b"\xe4\xb8",
+]
 TRAINED += ["中".encode(), "中文".encode()]
 CONFIG: dict[str, Any] = {
     "tokenizer_class": "TikTokenTokenizer",
@@ -31,8 +46,13 @@ NAMED = ["[BOS]", "[EOS]", "<|im_user|>", "<|im_end|>", None, "<think>", "</thin
 
 
 def write(folder: Path, tokens: list[bytes], config: dict[str, Any] | None = None) -> Path:
-    write_text(folder / "tiktoken.model", "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
-    added = {str(len(tokens) + i): {"content": name, "special": "think" not in name} for i, name in enumerate(NAMED) if name}
+    write_text(
+        folder / "tiktoken.model",
+        "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)),
+    )
+    added = {
+        str(len(tokens) + i): {"content": name, "special": "think" not in name} for i, name in enumerate(NAMED) if name
+    }
     write_json(folder / "tokenizer_config.json", {**CONFIG, "added_tokens_decoder": added, **(config or {})})
     return folder
 
@@ -59,14 +79,44 @@ def shuffled(seed: int) -> list[bytes]:
 
 
 @pytest.fixture(scope="module", params=["trained", "shuffled 1", "shuffled 2"])
-def vocabulary(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, dict[bytes, int]]:
+def vocabulary(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Tokenizer, dict[bytes, int]]:
     tokens = [*BYTES, *TRAINED] if request.param == "trained" else shuffled(int(request.param[-1]))
-    return Tokenizer.load(write(tmp_path_factory.mktemp("kimi"), tokens)), {token: rank for rank, token in enumerate(tokens)}
+    return Tokenizer.load(write(tmp_path_factory.mktemp("kimi"), tokens)), {
+        token: rank for rank, token in enumerate(tokens)
+    }
 
 
-PARTS = ["a", "b", "c", "é", "中", "文", "'s", "'S", "hello", " the", "The", "aB", "12345", "٣", "ア", "々", "〇", "ǅ", "ʰ", "\u0301", "!", "_", "🙂"]
+PARTS = [
+    "a",
+    "b",
+    "c",
+    "é",
+    "中",
+    "文",
+    "'s",
+    "'S",
+    "hello",
+    " the",
+    "The",
+    "aB",
+    "12345",
+    "٣",
+    "ア",
+    "々",
+    "〇",
+    "ǅ",
+    "ʰ",
+    "\u0301",
+    "!",
+    "_",
+    "🙂",
+]
 SPACES = [" ", "  ", "\n", "\r\n", "\u3000", "\x85"]
-texts = st.lists(st.sampled_from([*PARTS, *SPACES, "ſ", "<think>", "[BOS]"]) | st.text(max_size=3), max_size=14).map("".join)
+texts = st.lists(st.sampled_from([*PARTS, *SPACES, "ſ", "<think>", "[BOS]"]) | st.text(max_size=3), max_size=14).map(
+    "".join
+)
 
 
 @settings(derandomize=True, deadline=None, max_examples=300)
@@ -89,7 +139,12 @@ def test_kimis_pieces(tmp_path: Path) -> None:
 def test_control_tokens_follow_the_ranks(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(write(tmp_path, [*BYTES, *TRAINED]))
     first = 256 + len(TRAINED)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.think_id, tokenizer.end_think_id) == (first, first + 1, first + 5, first + 6)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.think_id, tokenizer.end_think_id) == (
+        first,
+        first + 1,
+        first + 5,
+        first + 6,
+    )
     assert tokenizer.vocab_size == first + 256  # the unnamed ones are there too
     ids = tokenizer.encode_chat([{"role": "user", "content": "<|im_end|>"}])
     assert [id - first for id in ids if id >= first] == [0, 2, 3, 5]
@@ -103,7 +158,11 @@ def test_it_is_saved_as_an_ordinary_tokenizer(tmp_path: Path) -> None:
     write_json(tmp_path / "saved" / "config.json", {"model_type": "llama"})
     again, theirs = Tokenizer.load(tmp_path / "saved"), AutoTokenizer.from_pretrained(tmp_path / "saved")
     messages = [{"role": "user", "content": "hello 中文 it's 12345\n\n  the"}]
-    assert tokenizer.encode_chat(messages) == again.encode_chat(messages) == theirs.apply_chat_template(messages, return_dict=False)
+    assert (
+        tokenizer.encode_chat(messages)
+        == again.encode_chat(messages)
+        == theirs.apply_chat_template(messages, return_dict=False)
+    )
     assert len(theirs) == tokenizer.vocab_size
 
 
@@ -124,9 +183,17 @@ GOOD = base64.b64encode(b"th").decode()
         ([], {"added_tokens_decoder": {"x": {"content": "a"}}}, "must map ids to objects"),
         ([], {"added_tokens_decoder": {"256": "[BOS]"}}, "must map ids to objects"),
         ([], {"added_tokens_decoder": {"256": {"content": 3}}}, "must map ids to objects"),
-        ([], {"added_tokens_decoder": {"3": {"content": "[BOS]"}}}, "has the id 3; tiktoken.model leaves the ids from 256 on"),
+        (
+            [],
+            {"added_tokens_decoder": {"3": {"content": "[BOS]"}}},
+            "has the id 3; tiktoken.model leaves the ids from 256 on",
+        ),
         ([], {"added_tokens_decoder": {"99999999999": {"content": "[BOS]"}}}, "has the id 99999999999"),
-        ([], {"added_tokens_decoder": {"256": {"content": "a"}}}, "names 'a', which is a token of tiktoken.model already"),
+        (
+            [],
+            {"added_tokens_decoder": {"256": {"content": "a"}}},
+            "names 'a', which is a token of tiktoken.model already",
+        ),
         ([], {"added_tokens_decoder": {}}, "names bos_token"),
     ],
 )

@@ -18,7 +18,25 @@ from slingshot.base.files import read_json, write_json
 from slingshot.text.tokenizer import ASSISTANT, BOS, END_THINK, EOS, PAD, R1_TOKENS, THINK, USER, Tokenizer
 
 # Text as a user may write it: control tokens, pieces of them, and whatever Unicode has.
-PARTS = [*R1_TOKENS, "<|im_start|>", "<|im_end|>", "<th", "ink>", "</", "<", "｜>", "<｜", "User", " ", "\n", "42", "足す", "é", "🙂", "the"]
+PARTS = [
+    *R1_TOKENS,
+    "<|im_start|>",
+    "<|im_end|>",
+    "<th",
+    "ink>",
+    "</",
+    "<",
+    "｜>",
+    "<｜",
+    "User",
+    " ",
+    "\n",
+    "42",
+    "足す",
+    "é",
+    "🙂",
+    "the",
+]
 hostile = st.lists(st.sampled_from(PARTS) | st.text(max_size=4), max_size=8).map("".join)
 harmless = hostile.filter(lambda text: not any(token in text for token in [*R1_TOKENS, "<|im_start|>", "<|im_end|>"]))
 thorough = settings(derandomize=True, deadline=None, max_examples=150)
@@ -78,7 +96,9 @@ def test_text_never_becomes_a_control_token(tokenizer: Tokenizer, chatml: Tokeni
 
 @thorough
 @given(system=hostile, first=hostile, reply=hostile, second=hostile)
-def test_messages_never_become_control_tokens(tokenizer: Tokenizer, system: str, first: str, reply: str, second: str) -> None:
+def test_messages_never_become_control_tokens(
+    tokenizer: Tokenizer, system: str, first: str, reply: str, second: str
+) -> None:
     messages = [("system", system), ("user", first), ("assistant", reply), ("user", second)]
     ids = tokenizer.encode_chat([{"role": role, "content": content} for role, content in messages])
     assert controls(tokenizer, ids) == [0, 3, 4, 1, 3, 4, 5]
@@ -89,7 +109,9 @@ def test_messages_never_become_control_tokens(tokenizer: Tokenizer, system: str,
 @thorough
 @given(role=hostile, content=hostile)
 def test_nor_do_they_in_chatml_roles_included(chatml: Tokenizer, role: str, content: str) -> None:
-    ids = chatml.encode_chat([{"role": "system", "content": "s"}, {"role": role, "content": content}], add_generation_prompt=False)
+    ids = chatml.encode_chat(
+        [{"role": "system", "content": "s"}, {"role": role, "content": content}], add_generation_prompt=False
+    )
     assert controls(chatml, ids) == [1, 2, 1, 2]
     assert chatml.decode(ids) == f"system\ns\n{role}\n{content}\n"
 
@@ -97,7 +119,9 @@ def test_nor_do_they_in_chatml_roles_included(chatml: Tokenizer, role: str, cont
 def test_parts_of_a_message_do_not_join_into_a_control_token(tokenizer: Tokenizer) -> None:
     template = "{{ bos_token }}{% for message in messages %}{% for part in message.content %}{{ part.text | trim }}{% endfor %}{% endfor %}"
     split = Tokenizer(tokenizer._backend, {**tokenizer.config, "chat_template": template})
-    ids = split.encode_chat([{"role": "user", "content": [{"text": " <th"}, {"text": "ink> "}, {"text": "<｜User｜"}, {"text": ">"}]}])
+    ids = split.encode_chat(
+        [{"role": "user", "content": [{"text": " <th"}, {"text": "ink> "}, {"text": "<｜User｜"}, {"text": ">"}]}]
+    )
     assert controls(split, ids) == [0]
     assert split.decode(ids) == f"{THINK}{USER}"
 
@@ -105,10 +129,14 @@ def test_parts_of_a_message_do_not_join_into_a_control_token(tokenizer: Tokenize
 def test_neither_merges_nor_normalizers_lead_to_a_control_token() -> None:
     vocab = {"<tok>": 0, "he": 1, "h": 2, "e": 3, "t": 4, "o": 5, "k": 6, "<": 7, ">": 8, "at": 9, "a": 10}
     template = "{{ '<tok>' }}{{ messages[0].content }}"
-    tokenizer = Tokenizer.from_bpe(vocab, [("h", "e"), ("a", "t")], {"<tok>": True, "he": True}, {"chat_template": template})
+    tokenizer = Tokenizer.from_bpe(
+        vocab, [("h", "e"), ("a", "t")], {"<tok>": True, "he": True}, {"chat_template": template}
+    )
     assert tokenizer.encode("heat") == [2, 3, 9]
     assert tokenizer.encode_chat([{"role": "user", "content": "heat"}]) == [0, 2, 3, 9]
-    backend = tokenizers.Tokenizer.from_str(tokenizer._backend.to_str().replace('"normalized":false', '"normalized":true'))
+    backend = tokenizers.Tokenizer.from_str(
+        tokenizer._backend.to_str().replace('"normalized":false', '"normalized":true')
+    )
     backend.normalizer = normalizers.Lowercase()
     lower = Tokenizer(backend, tokenizer.config)
     assert lower._backend.encode("<TOK>").ids == [0]  # the danger is real
@@ -167,7 +195,9 @@ def test_a_stream_never_gives_part_of_a_character(tokenizer: Tokenizer, text: st
 
 
 @pytest.fixture(scope="module")
-def oracles(tokenizer: Tokenizer, chatml: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Tokenizer, Any]]:
+def oracles(
+    tokenizer: Tokenizer, chatml: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> list[tuple[Tokenizer, Any]]:
     """Each tokenizer with what transformers makes of its folder."""
     pairs = []
     for one, model_type in ((tokenizer, "deepseek_v3"), (chatml, "llama")):
@@ -180,7 +210,11 @@ def oracles(tokenizer: Tokenizer, chatml: Tokenizer, tmp_path_factory: pytest.Te
 
 def test_transformers_reads_the_same_special_tokens(oracles: list[tuple[Tokenizer, Any]]) -> None:
     for ours, theirs in oracles:
-        assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (ours.bos_id, ours.eos_id, ours.pad_id)
+        assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (
+            ours.bos_id,
+            ours.eos_id,
+            ours.pad_id,
+        )
         assert len(theirs) == ours.vocab_size
 
 
@@ -190,16 +224,24 @@ def test_transformers_encodes_identically(
     oracles: list[tuple[Tokenizer, Any]], text: str, reply: str, last: str, generate: bool, thinking: bool
 ) -> None:
     reasoned = f"so\n{END_THINK}\n\n{reply}"
-    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": reasoned}, {"role": "user", "content": last}]
+    messages = [
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": reasoned},
+        {"role": "user", "content": last},
+    ]
     for ours, theirs in oracles:
         assert theirs(text).input_ids == ours.encode(text)
-        expected = theirs.apply_chat_template(messages, add_generation_prompt=generate, thinking=thinking, return_dict=False)
+        expected = theirs.apply_chat_template(
+            messages, add_generation_prompt=generate, thinking=thinking, return_dict=False
+        )
         assert ours.encode_chat(messages, generate, thinking) == expected
 
 
 @thorough
 @given(text=hostile, generate=st.booleans())
-def test_transformers_renders_identically_whatever_is_said(oracles: list[tuple[Tokenizer, Any]], text: str, generate: bool) -> None:
+def test_transformers_renders_identically_whatever_is_said(
+    oracles: list[tuple[Tokenizer, Any]], text: str, generate: bool
+) -> None:
     messages = [{"role": "system", "content": text}, {"role": "user", "content": text}]
     for ours, theirs in oracles:
         ids = ours.encode_chat(messages, generate)
@@ -209,7 +251,9 @@ def test_transformers_renders_identically_whatever_is_said(oracles: list[tuple[T
 
 def test_a_folder_survives_a_round_trip(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path)
-    write_json(tmp_path / "tokenizer_config.json", {**tokenizer.config, "model_max_length": 77, "eos_token": {"content": EOS}})
+    write_json(
+        tmp_path / "tokenizer_config.json", {**tokenizer.config, "model_max_length": 77, "eos_token": {"content": EOS}}
+    )
     write_json(tmp_path / "generation_config.json", {"eos_token_id": [1, 3]})
     (tmp_path / "chat_template.jinja").write_text("{{ eos_token }}")
     loaded = Tokenizer.load(tmp_path)
@@ -221,7 +265,10 @@ def test_a_folder_survives_a_round_trip(tokenizer: Tokenizer, tmp_path: Path) ->
 
 
 def test_the_default_of_several_templates_is_taken(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    templates = [{"name": "tool_use", "template": "{{ eos_token }}"}, {"name": "default", "template": "{{ bos_token }}"}]
+    templates = [
+        {"name": "tool_use", "template": "{{ eos_token }}"},
+        {"name": "default", "template": "{{ bos_token }}"},
+    ]
     several = Tokenizer(tokenizer._backend, {**tokenizer.config, "chat_template": templates})
     assert several.encode_chat([]) == [0]
     assert several.encode_chat([], tools=[]) == [1]
@@ -238,7 +285,9 @@ def test_the_default_of_several_templates_is_taken(tokenizer: Tokenizer, tmp_pat
 def test_what_else_a_template_reads(tokenizer: Tokenizer) -> None:
     template = "{{ bos_token }}{{ tools[0].name }}{{ documents[0].text }}{{ effort }}{{ enable_thinking }}"
     told = Tokenizer(tokenizer._backend, {**tokenizer.config, "chat_template": template})
-    ids = told.encode_chat([], tools=[{"name": "<think>"}], documents=[{"text": EOS}], effort="<｜User｜>", enable_thinking="no")
+    ids = told.encode_chat(
+        [], tools=[{"name": "<think>"}], documents=[{"text": EOS}], effort="<｜User｜>", enable_thinking="no"
+    )
     assert controls(told, ids) == [0]
     assert told.decode(ids) == f"{THINK}{EOS}{USER}no"
 
@@ -274,13 +323,36 @@ def piped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     normalizer, patterns, ignore_merges = PIPELINES[request.param]
     splits = [{"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False} for pattern in patterns]
     bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    merges = [["h", "e"], ["Ġ", "t"], ["Ġt", "he"], ["Ċ", "Ċ"], ["Ġ", "Ġ"], ["1", "2"], ["12", "3"], ["Ã", "©"], ["'", "s"], ["l", "l"], ["o", "k"]]
-    vocab = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges), "hello"]  # `hello` can only be looked up whole
+    merges = [
+        ["h", "e"],
+        ["Ġ", "t"],
+        ["Ġt", "he"],
+        ["Ċ", "Ċ"],
+        ["Ġ", "Ġ"],
+        ["1", "2"],
+        ["12", "3"],
+        ["Ã", "©"],
+        ["'", "s"],
+        ["l", "l"],
+        ["o", "k"],
+    ]
+    vocab = [
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+        *map("".join, merges),
+        "hello",
+    ]  # `hello` can only be looked up whole
     added = ["<bos>", "<eos>", THINK, END_THINK, "<|end|>", "<|left|>", "  \n  ", "<|norm|>"]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    changed = {THINK: {"special": False}, END_THINK: {"special": False}, "<|end|>": {"rstrip": True}, "<|left|>": {"lstrip": True, "special": False}}
+    changed = {
+        THINK: {"special": False},
+        END_THINK: {"special": False},
+        "<|end|>": {"rstrip": True},
+        "<|left|>": {"lstrip": True, "special": False},
+    }
     changed |= {"  \n  ": {"special": False}, "<|norm|>": {"normalized": True}}
-    tokens = [{"id": len(vocab) + i, "content": token, **flags, **changed.get(token, {})} for i, token in enumerate(added)]
+    tokens = [
+        {"id": len(vocab) + i, "content": token, **flags, **changed.get(token, {})} for i, token in enumerate(added)
+    ]
     description = {
         "version": "1.0",
         "truncation": None,
@@ -290,7 +362,12 @@ def piped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, bytewise]},
         "post_processor": bytewise,
         "decoder": bytewise,
-        "model": {"type": "BPE", "ignore_merges": ignore_merges, "vocab": {token: id for id, token in enumerate(vocab)}, "merges": merges},
+        "model": {
+            "type": "BPE",
+            "ignore_merges": ignore_merges,
+            "vocab": {token: id for id, token in enumerate(vocab)},
+            "merges": merges,
+        },
     }
     folder = tmp_path_factory.mktemp(request.param)
     write_json(folder / "tokenizer.json", description)
@@ -306,7 +383,27 @@ def piped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
 
 
-SPOKEN = ["the", "hello", "é", "e\u0301", "がか\u3099", "中文", "ア", "한", "1", "12", "1234", "٣", "'s", "'S", "ok", "!?", "_", "🙂", "\u200b"]
+SPOKEN = [
+    "the",
+    "hello",
+    "é",
+    "e\u0301",
+    "がか\u3099",
+    "中文",
+    "ア",
+    "한",
+    "1",
+    "12",
+    "1234",
+    "٣",
+    "'s",
+    "'S",
+    "ok",
+    "!?",
+    "_",
+    "🙂",
+    "\u200b",
+]
 SPACES = [" ", "  ", "\n", "\r\n", "  \n  ", "\t", "\u3000", "\x1c", "\x85", "\u0301"]
 spoken = st.lists(st.sampled_from(SPOKEN + SPACES) | st.text(max_size=3), max_size=10).map("".join)
 
@@ -333,7 +430,9 @@ def test_added_tokens_that_are_spaces_are_text(piped: tuple[Tokenizer, Any]) -> 
 
 def test_added_tokens_swallow_the_spaces_beside_them(piped: tuple[Tokenizer, Any]) -> None:
     ours, theirs = piped
-    left, end, norm, bos = (theirs.convert_tokens_to_ids(token) for token in ("<|left|>", "<|end|>", "<|norm|>", "<bos>"))
+    left, end, norm, bos = (
+        theirs.convert_tokens_to_ids(token) for token in ("<|left|>", "<|end|>", "<|norm|>", "<bos>")
+    )
     ids = ours.encode_chat([{"role": "user", "content": "the\x1c \u3000"}, {"role": "user", "content": "  the"}])
     before = [*ours.encode("the\x1c"), left]
     assert ids == [bos, *before, *ours.encode("the\x1c \u3000"), end, *before, *ours.encode("  the"), end, norm]
@@ -353,7 +452,9 @@ def test_unusable_folders_are_named(tokenizer: Tokenizer, tmp_path: Path) -> Non
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(SlingshotError, match=r"tokenizer\.json is not a tokenizer"):
         Tokenizer.load(tmp_path)
-    (tmp_path / "tokenizer.json").write_text(tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).to_str())
+    (tmp_path / "tokenizer.json").write_text(
+        tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).to_str()
+    )
     with pytest.raises(SlingshotError, match="only byte-level BPE"):
         Tokenizer.load(tmp_path)
 
@@ -387,8 +488,18 @@ def change(value: Any, path: str, new: Any) -> Any:
         ("tokenizer_config.json", "eos_token", 3, "gives eos_token as 3"),
         ("tokenizer_config.json", "bos_token", {"content": []}, r"gives bos_token as \[\]"),
         ("tokenizer_config.json", "chat_template", 3, "chat_template in tokenizer_config.json must be a text"),
-        ("tokenizer_config.json", "chat_template", [{"name": "default"}], "chat_template in tokenizer_config.json must be a text"),
-        ("tokenizer_config.json", "chat_template", [{"name": ["x"], "template": ""}], "chat_template in tokenizer_config.json must be a text"),
+        (
+            "tokenizer_config.json",
+            "chat_template",
+            [{"name": "default"}],
+            "chat_template in tokenizer_config.json must be a text",
+        ),
+        (
+            "tokenizer_config.json",
+            "chat_template",
+            [{"name": ["x"], "template": ""}],
+            "chat_template in tokenizer_config.json must be a text",
+        ),
         ("tokenizer_config.json", "chat_template", ["x"], "chat_template in tokenizer_config.json must be a text"),
         ("generation_config.json", "eos_token_id", 324, "eos_token_id 324 is beyond the tokenizer's 324 ids"),
         ("generation_config.json", "eos_token_id", [1, -1], "eos_token_id -1 is beyond"),
@@ -396,7 +507,9 @@ def change(value: Any, path: str, new: Any) -> Any:
         ("generation_config.json", "eos_token_id", "1", "eos_token_id '1' is beyond"),
     ],
 )
-def test_broken_files_are_named(tokenizer: Tokenizer, tmp_path: Path, file: str, path: str, new: Any, reason: str) -> None:
+def test_broken_files_are_named(
+    tokenizer: Tokenizer, tmp_path: Path, file: str, path: str, new: Any, reason: str
+) -> None:
     tokenizer.save(tmp_path)
     write_json(tmp_path / "generation_config.json", {"eos_token_id": 1})
     Tokenizer.load(tmp_path)
@@ -425,8 +538,28 @@ def test_a_regular_expression_may_give_up(tokenizer: Tokenizer, capfd: pytest.Ca
     capfd.readouterr()  # the Rust side has printed where it gave up
 
 
-STRANGE: list[Any] = [None, True, -1, 2**31, 2**64, 1e300, "", "<think>", "\ud800", "Ġ", "x" * 9999, [], {}, [[]], ["a", "b"], {"content": "x"}]
-STRANGE += [{"type": "Split", "pattern": {"Regex": "(("}, "behavior": "Isolated", "invert": False}, {"type": "Prepend", "prepend": "<think>"}]
+STRANGE: list[Any] = [
+    None,
+    True,
+    -1,
+    2**31,
+    2**64,
+    1e300,
+    "",
+    "<think>",
+    "\ud800",
+    "Ġ",
+    "x" * 9999,
+    [],
+    {},
+    [[]],
+    ["a", "b"],
+    {"content": "x"},
+]
+STRANGE += [
+    {"type": "Split", "pattern": {"Regex": "(("}, "behavior": "Isolated", "invert": False},
+    {"type": "Prepend", "prepend": "<think>"},
+]
 STRANGE += [{"type": "ByteLevel"}, {"type": "Sequence", "normalizers": []}]
 
 
@@ -435,12 +568,16 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *(place for key, child in list(children)[:12] for place in _places(child, (*path, key)))]
 
 
-@settings(derandomize=True, deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    derandomize=True, deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_any_change_to_its_files_is_read_or_refused(tokenizer: Tokenizer, tmp_path: Path, data: st.DataObject) -> None:
     tokenizer.save(tmp_path)
     write_json(tmp_path / "generation_config.json", {"eos_token_id": [1]})
-    file = tmp_path / data.draw(st.sampled_from(["tokenizer.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]))
+    file = tmp_path / data.draw(
+        st.sampled_from(["tokenizer.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+    )
     value = read_json(file)
     *path, last = data.draw(st.sampled_from(_places(value)[1:]))
     inner = functools.reduce(lambda part, key: part[key], path, value)

@@ -48,7 +48,9 @@ def train(parallel: Parallel) -> dict[str, Any]:
         losses = language_model_step(model, batch(step).shard(parallel), LossWeights(balance=0.01), 2, parallel)
         norm = optimizer.step(1.0)
         update_router_biases(model, losses.load_LE, 0.01)
-        logged.append([losses.loss, losses.mtp_loss, losses.balance_loss, norm, *(float(load.max()) for load in losses.load_LE)])
+        logged.append(
+            [losses.loss, losses.mtp_loss, losses.balance_loss, norm, *(float(load.max()) for load in losses.load_LE)]
+        )
         if step == STEPS // 2:
             weights, state = gathered(model), optimizer.state()
             model, optimizer = start()
@@ -58,7 +60,8 @@ def train(parallel: Parallel) -> dict[str, Any]:
         "losses": logged,
         "biases": [layer.gate.e_score_correction_bias.tolist() for layer in model.moe_layers()],
         "weights": {name: tensor.flatten()[:50].tolist() for name, tensor in gathered(model).items()},
-        "sharded": sum(hasattr(parameter, "full_tensor") for parameter in model.parameters()) / len(list(model.parameters())),
+        "sharded": sum(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+        / len(list(model.parameters())),
         "gathered": parallel.gather([{"row": row, "text": "é"} for row in range(5)][parallel.rank :: parallel.world]),
         "sums": parallel.sums({"ranks": 1.0, "rank": float(parallel.rank)}),
         "max": parallel.max(parallel.rank),
@@ -73,10 +76,17 @@ def read(parallel: Parallel, folder: Path) -> dict[str, Any]:
     parallel.shard(model)
     model.to_empty(device="cpu")
     load_weights(model, weights)
-    own = sum((tensor.to_local() if hasattr(tensor, "to_local") else tensor).nbytes for tensor in model.state_dict().values())
+    own = sum(
+        (tensor.to_local() if hasattr(tensor, "to_local") else tensor).nbytes for tensor in model.state_dict().values()
+    )
     expected = load_model(folder).state_dict()
     same = all(torch.equal(tensor, expected[name]) for name, tensor in gathered(model).items())
-    return {"read": weights.shards.bytes_read, "own": own, "same": same, "file": (folder / "model.safetensors").stat().st_size}
+    return {
+        "read": weights.shards.bytes_read,
+        "own": own,
+        "same": same,
+        "file": (folder / "model.safetensors").stat().st_size,
+    }
 
 
 if __name__ == "__main__":

@@ -41,7 +41,9 @@ Open = Callable[..., Workspace]
 
 @pytest.fixture
 def open_work(out: Path) -> Open:
-    def work(config: StageConfig | None = None, parents: list[Path] | None = None, save_seconds: float = 0.0) -> Workspace:
+    def work(
+        config: StageConfig | None = None, parents: list[Path] | None = None, save_seconds: float = 0.0
+    ) -> Workspace:
         return Workspace(out, "sft", config or Config(), parents or [], ALONE, save_seconds)
 
     return work
@@ -134,12 +136,16 @@ def test_a_broken_state_is_named_with_the_way_out(open_work: Open) -> None:
     work = open_work()
     run_steps(work, 1, 1)
     (work.folder / "state-1" / "tensors.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(SlingshotError, match=r"state-1 cannot be read: .*; remove .*stage\.partial to start the stage anew"):
+    with pytest.raises(
+        SlingshotError, match=r"state-1 cannot be read: .*; remove .*stage\.partial to start the stage anew"
+    ):
         open_work().load()
 
 
 @pytest.mark.parametrize(("value", "shown"), [(math.nan, "nan"), (math.inf, "inf")])
-def test_a_loss_that_is_not_finite_stops_the_stage_and_keeps_the_last_state(open_work: Open, value: float, shown: str) -> None:
+def test_a_loss_that_is_not_finite_stops_the_stage_and_keeps_the_last_state(
+    open_work: Open, value: float, shown: str
+) -> None:
     work = open_work()
     work.load()
     run_steps(work, 1, 4, saved=3)
@@ -167,7 +173,9 @@ def test_what_is_logged_is_what_float32_holds(open_work: Open) -> None:
     work = open_work()
     work.load()
     work.log({"step": 1, "loss": 0.1234567891234, "load": [1 / 3, 2.0], "count": 12345678901})
-    assert (work.folder / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.123456789, "load": [0.333333333, 2.0], "count": 12345678901}\n'
+    assert (
+        work.folder / "metrics.jsonl"
+    ).read_text() == '{"step": 1, "loss": 0.123456789, "load": [0.333333333, 2.0], "count": 12345678901}\n'
 
 
 def test_no_space_for_metrics_is_one_line(open_work: Open) -> None:
@@ -175,7 +183,9 @@ def test_no_space_for_metrics_is_one_line(open_work: Open) -> None:
     work.load()
     (work.folder / "metrics.jsonl").unlink()
     (work.folder / "metrics.jsonl").mkdir()
-    with pytest.raises(SlingshotError, match=r"cannot write .*stage\.partial: .*; free space there and run the same command to go on"):
+    with pytest.raises(
+        SlingshotError, match=r"cannot write .*stage\.partial: .*; free space there and run the same command to go on"
+    ):
         work.log({"step": 1})
 
 
@@ -188,7 +198,10 @@ def test_no_space_for_a_state_leaves_the_one_before(open_work: Open, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(workspace, "save_file", full)
-    with pytest.raises(SlingshotError, match=r"cannot write .*: .*No space left on device.*; free space there and run the same command to go on"):
+    with pytest.raises(
+        SlingshotError,
+        match=r"cannot write .*: .*No space left on device.*; free space there and run the same command to go on",
+    ):
         work.keep(2, state_of(2))
     assert [path.name for path in work.folder.glob("*state*")] == ["state-1"]
     saved = open_work().load()
@@ -202,7 +215,13 @@ def test_finish_makes_the_artifact_and_clears_up(open_work: Open, out: Path) -> 
     work.meter.add(50, training=4.0, mtp=1.0)
     work.finish(lambda folder: write_text(folder / "weights", "w"), {"examples": 9})
     receipt = Receipt.read(out)
-    assert (receipt.stage, receipt.name, receipt.tokens, receipt.flops, receipt.extra) == ("sft", "stage", 50, 5.0, {"examples": 9})
+    assert (receipt.stage, receipt.name, receipt.tokens, receipt.flops, receipt.extra) == (
+        "sft",
+        "stage",
+        50,
+        5.0,
+        {"examples": 9},
+    )
     assert receipt.config["lr"] == 0.1 and receipt.money == pytest.approx(receipt.seconds * 0.001)
     assert [row["step"] for row in read_jsonl(out / "metrics.jsonl")] == [1, 2] and (out / "weights").read_text() == "w"
     assert sorted(path.name for path in out.parent.iterdir()) == ["stage"]
@@ -234,7 +253,9 @@ def test_leftovers_of_a_kill_are_cleared(open_work: Open) -> None:
     assert sorted(path.name for path in work.folder.iterdir()) == ["identity.json", "metrics.jsonl", "state-1"]
 
 
-def test_tensorboard_gets_the_numbers_where_it_is_installed(open_work: Open, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_gets_the_numbers_where_it_is_installed(
+    open_work: Open, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Writer:
         def __init__(self, folder: str, purge_step: int) -> None:
             self.file = Path(folder) / "events.json"

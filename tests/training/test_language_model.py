@@ -56,20 +56,30 @@ def test_losses_against_a_loop_over_documents(model: Transformer) -> None:
             piece, weights = tokens_T[segments_T == segment], weights_T[segments_T == segment]
             output = model(piece[None], mtp=True)
             assert output.mtp_hidden_BTD is not None
-            next_losses.append((F.cross_entropy(output.logits_BTV[0, :-1], piece[1:], reduction="none") * weights[1:], weights[1:]))
+            next_losses.append(
+                (F.cross_entropy(output.logits_BTV[0, :-1], piece[1:], reduction="none") * weights[1:], weights[1:])
+            )
             far_logits = model.lm_logits(output.mtp_hidden_BTD[0, :-2])
             far_losses.append((F.cross_entropy(far_logits, piece[2:], reduction="none") * weights[2:], weights[2:]))
-    next_loss, far_loss = (sum(loss.sum() for loss, _ in parts) / sum(weights.sum() for _, weights in parts) for parts in (next_losses, far_losses))
+    next_loss, far_loss = (
+        sum(loss.sum() for loss, _ in parts) / sum(weights.sum() for _, weights in parts)
+        for parts in (next_losses, far_losses)
+    )
 
     routings: list[Routing] = []
-    handles = [layer.gate.register_forward_hook(lambda _, __, routing: routings.append(routing)) for layer in model.moe_layers()]
+    handles = [
+        layer.gate.register_forward_hook(lambda _, __, routing: routings.append(routing))
+        for layer in model.moe_layers()
+    ]
     model(rows.tokens_BT, segments_BT=rows.segments_BT, mtp=True)
     for handle in handles:
         handle.remove()
     balance = []
     for index, segments_T in enumerate(rows.segments_BT):
         valid = torch.arange(index * 12, index * 12 + 12)[segments_T > 0]
-        balance.append(sum(balance_loss(routing.scores_NE[valid][None], routing.experts_Nk[valid][None]) for routing in routings))
+        balance.append(
+            sum(balance_loss(routing.scores_NE[valid][None], routing.experts_Nk[valid][None]) for routing in routings)
+        )
     mean_balance = sum(balance) / len(balance)
     (next_loss + 0.3 * far_loss + 0.01 * mean_balance).backward()
     expected = gradients(model)
@@ -96,7 +106,9 @@ def test_micro_batches_and_empty_rows_change_nothing(model: Transformer, micro_b
     padded = Rows(*(torch.cat((field, field.new_zeros(empty, 12))) for field in fields))
     split = language_model_step(model, padded, WEIGHTS, micro_batch_size, ALONE)
     found = gradients(model)
-    assert (split.loss, split.mtp_loss, split.balance_loss) == pytest.approx((whole.loss, whole.mtp_loss, whole.balance_loss), rel=1e-5)
+    assert (split.loss, split.mtp_loss, split.balance_loss) == pytest.approx(
+        (whole.loss, whole.mtp_loss, whole.balance_loss), rel=1e-5
+    )
     assert all(torch.equal(a, b) for a, b in zip(split.load_LE, whole.load_LE, strict=True))
     for name, gradient in expected.items():
         assert (found[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-7, name
@@ -111,7 +123,9 @@ def test_weights_of_zero_leave_their_parts_out(model: Transformer) -> None:
 
 def test_rows_without_a_target_give_no_loss_and_no_gradient(make_model: Make, dense: Config) -> None:
     model, rows = make_model(dense()), packed_rows()
-    losses = language_model_step(model, Rows(rows.tokens_BT, rows.segments_BT, torch.zeros_like(rows.weights_BT)), WEIGHTS, 4, ALONE)
+    losses = language_model_step(
+        model, Rows(rows.tokens_BT, rows.segments_BT, torch.zeros_like(rows.weights_BT)), WEIGHTS, 4, ALONE
+    )
     assert losses.loss == 0.0 and losses.mtp_loss is None and losses.balance_loss is None
     assert all(gradient.count_nonzero() == 0 for gradient in gradients(model).values())
 

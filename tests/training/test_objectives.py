@@ -27,7 +27,9 @@ def test_cross_entropy_is_a_weighted_sum_in_nats() -> None:
     logits = row(math.log(3), 0.0).expand(2, 2)
     targets = torch.tensor([0, 1])
     assert float(cross_entropy(logits, targets)) == pytest.approx(math.log(4 / 3) + math.log(4))
-    assert float(cross_entropy(logits, targets, row(2.0, 0.5))) == pytest.approx(2 * math.log(4 / 3) + 0.5 * math.log(4))
+    assert float(cross_entropy(logits, targets, row(2.0, 0.5))) == pytest.approx(
+        2 * math.log(4 / 3) + 0.5 * math.log(4)
+    )
 
 
 def test_cross_entropy_gradient_is_weighted_probability_minus_target() -> None:
@@ -58,7 +60,10 @@ def test_next_token_targets_stay_within_documents() -> None:
 
 
 def test_mtp_targets_are_the_token_after_the_next() -> None:
-    assert kept(*mtp_targets(TOKENS, SEGMENTS, WEIGHTS)) == [[(0, 13, 2.0)], [(0, 33, 1.0), (1, 34, 1.0), (2, 35, 1.0), (3, 36, 3.0)]]
+    assert kept(*mtp_targets(TOKENS, SEGMENTS, WEIGHTS)) == [
+        [(0, 13, 2.0)],
+        [(0, 33, 1.0), (1, 34, 1.0), (2, 35, 1.0), (3, 36, 3.0)],
+    ]
 
 
 def test_token_logprobs_and_entropy_at_a_temperature() -> None:
@@ -73,7 +78,9 @@ def test_token_logprobs_and_entropy_at_a_temperature() -> None:
 def test_group_advantages_by_hand() -> None:
     """Rewards 1, 0, 0, 0: mean 1/4, population std sqrt(3)/4."""
     assert group_advantages(row(1.0, 0.0, 0.0, 0.0)).tolist() == pytest.approx([math.sqrt(3), *[-1 / math.sqrt(3)] * 3])
-    assert group_advantages(row(1.0, 0.0, 0.0, 0.0), normalize_std=False).tolist() == pytest.approx([0.75, -0.25, -0.25, -0.25])
+    assert group_advantages(row(1.0, 0.0, 0.0, 0.0), normalize_std=False).tolist() == pytest.approx(
+        [0.75, -0.25, -0.25, -0.25]
+    )
     assert group_advantages(row(1.2, 1.2, 1.2)).tolist() == [0.0, 0.0, 0.0]
 
 
@@ -102,12 +109,16 @@ def test_k3_penalty_by_hand() -> None:
     """log p = ln 2 above and below the reference: exp(-ln 2) + ln 2 - 1 and exp(ln 2) - ln 2 - 1; d/dlogp = 1 - exp(ref - log p)."""
     logprobs = row(math.log(2), -math.log(2), 0.0).requires_grad_()
     weights = row(1.0, 3.0, 1.0)
-    terms = grpo(logprobs, logprobs.detach(), torch.zeros(3), weights, reference_logprobs_N=torch.zeros(3), kl_weight=0.1)
+    terms = grpo(
+        logprobs, logprobs.detach(), torch.zeros(3), weights, reference_logprobs_N=torch.zeros(3), kl_weight=0.1
+    )
     kl = (0.5 + math.log(2) - 1) + 3 * (2 - math.log(2) - 1)
     assert float(terms.kl) == pytest.approx(kl) and not terms.kl.requires_grad
     assert terms.loss.item() == pytest.approx(0.1 * kl)
     terms.loss.backward()
-    assert logprobs.grad is not None and logprobs.grad.tolist() == pytest.approx([0.1 * (1 - 0.5), 0.1 * 3 * (1 - 2.0), 0.0])
+    assert logprobs.grad is not None and logprobs.grad.tolist() == pytest.approx(
+        [0.1 * (1 - 0.5), 0.1 * 3 * (1 - 2.0), 0.0]
+    )
 
 
 def test_k3_is_an_unbiased_estimate_of_the_divergence() -> None:

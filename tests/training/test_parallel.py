@@ -43,7 +43,16 @@ def two(ranks: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> list[dic
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text(json.dumps(ranks.CONFIG.to_hf()))
     write_shards(folder / "model", to_hf_tensors(ranks.CONFIG, model.state_dict()).items())
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT), str(folder)]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(SCRIPT),
+        str(folder),
+    ]
     done = subprocess.run(launch, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
@@ -61,7 +70,9 @@ def test_router_biases_are_equal_on_all_ranks(alone: dict[str, Any], two: list[d
     assert any(abs(bias) > 0.05 for layer in alone["biases"] for bias in layer)
 
 
-def test_parameters_are_sharded_and_gather_to_the_same_weights(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
+def test_parameters_are_sharded_and_gather_to_the_same_weights(
+    alone: dict[str, Any], two: list[dict[str, Any]]
+) -> None:
     assert two[0]["sharded"] == two[1]["sharded"] == 1.0 and alone["sharded"] == 0.0
     assert two[0]["weights"] == two[1]["weights"]
     for name, values in alone["weights"].items():
@@ -71,7 +82,10 @@ def test_parameters_are_sharded_and_gather_to_the_same_weights(alone: dict[str, 
 def test_rows_and_numbers_meet_on_every_rank(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
     rows = [{"row": row, "text": "é"} for row in range(5)]
     assert [each["gathered"] for each in (alone, *two)] == [rows] * 3
-    assert [each["sums"] for each in two] == [{"ranks": 2.0, "rank": 1.0}] * 2 and [each["max"] for each in two] == [1, 1]
+    assert [each["sums"] for each in two] == [{"ranks": 2.0, "rank": 1.0}] * 2 and [each["max"] for each in two] == [
+        1,
+        1,
+    ]
     assert alone["sums"] == {"ranks": 1.0, "rank": 0.0}
 
 

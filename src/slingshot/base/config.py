@@ -1,6 +1,6 @@
 """`Strict`, the base of every configuration, and `StageConfig`, what all stages' configurations have.
 
-    config = SFTConfig.parse(table, "recipe.toml [sft]")       # SlingshotError of one line, with the nearest right key
+config = SFTConfig.parse(table, "recipe.toml [sft]")       # SlingshotError of one line, with the nearest right key
 """
 
 from __future__ import annotations

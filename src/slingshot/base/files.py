@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and the one error a user sees.
+"""Files written whole or not at all.
 
 Every artifact is prepared beside its final place, fsynced and renamed, so a reader never meets half a file:
 
@@ -44,7 +44,9 @@ def write_bytes(path: Path, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise SlingshotError(f"cannot write {path}: {error.strerror or error}; free space there or choose another place") from error
+        raise SlingshotError(
+            f"cannot write {path}: {error.strerror or error}; free space there or choose another place"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -119,7 +121,9 @@ def inside(folder: Path, name: str) -> Path:
     except (OSError, UnicodeError):  # a name that no file system takes
         kept = False
     if not kept:
-        raise SlingshotError(f"{folder}: {name!r:.100} is a link out of the folder or no plain file; put a copy of the file itself there")
+        raise SlingshotError(
+            f"{folder}: {name!r:.100} is a link out of the folder or no plain file; put a copy of the file itself there"
+        )
     return path
 
 
@@ -147,7 +151,9 @@ def new_folder(path: Path) -> Iterator[Path]:
             temporary.rename(path)
         _fsync(path.parent)
     except OSError as error:
-        raise SlingshotError(f"cannot write {path}: {error.strerror or error}; free space there or choose another place") from error
+        raise SlingshotError(
+            f"cannot write {path}: {error.strerror or error}; free space there or choose another place"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

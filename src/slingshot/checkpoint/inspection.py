@@ -54,7 +54,15 @@ def examine(source: str) -> Facts:
 
     source: a folder, a .gguf file, package:NAME, a name of the hub, or a preset.
     """
-    facts: Facts = {"source": source, "kind": None, "files": None, "tokenizer": None, "template": None, "problems": [], "notes": []}
+    facts: Facts = {
+        "source": source,
+        "kind": None,
+        "files": None,
+        "tokenizer": None,
+        "template": None,
+        "problems": [],
+        "notes": [],
+    }
     config: ModelConfig | None
     if source in presets() and not Path(source).exists():
         facts["kind"], config = "preset", ModelConfig.preset(source)
@@ -70,7 +78,11 @@ def examine(source: str) -> Facts:
             facts["kind"], config = "folder", _examine_folder(path, facts)
         else:
             facts["kind"], config = "gguf", _examine_gguf(path, facts)
-    return facts | (_architecture(config) if config is not None else dict.fromkeys(("model", "parameters", "cache", "memory", "checkpoint")))
+    return facts | (
+        _architecture(config)
+        if config is not None
+        else dict.fromkeys(("model", "parameters", "cache", "memory", "checkpoint"))
+    )
 
 
 def _locate(source: str) -> Path:
@@ -115,7 +127,9 @@ def _examine_gguf(path: Path, facts: Facts) -> ModelConfig | None:
     from slingshot.checkpoint.gguf.read import GGUFWeights, load_gguf_tokenizer  # brings torch
 
     tensors = GGUFFile(path).tensors
-    facts["files"] = _stored((tensor.kind.name, tensor.shape, tensor.file, tensor.nbytes) for tensor in tensors.values())
+    facts["files"] = _stored(
+        (tensor.kind.name, tensor.shape, tensor.file, tensor.nbytes) for tensor in tensors.values()
+    )
     config = None
     try:
         config = GGUFWeights(path).config
@@ -145,7 +159,9 @@ def _note_unread(where: str, names: Iterable[str], facts: Facts) -> None:
             facts["notes"].append(f"{where}: {name} is a program, and is never run")
 
 
-def _check_tensors(config: ModelConfig | None, headers: Mapping[str, Header], folder: Path, facts: Facts) -> ModelConfig | None:
+def _check_tensors(
+    config: ModelConfig | None, headers: Mapping[str, Header], folder: Path, facts: Facts
+) -> ModelConfig | None:
     """Count the tensors and hold them against the architecture, which is without the MTP module where only config.json has one."""
     facts["files"] = _stored((header.dtype, header.shape, header.file, None) for header in headers.values())
     if config is None:
@@ -154,13 +170,17 @@ def _check_tensors(config: ModelConfig | None, headers: Mapping[str, Header], fo
     if found and config.num_nextn_predict_layers:
         without = config.model_copy(update={"num_nextn_predict_layers": 0})
         if next(problems(without, headers, folder), None) is None:
-            facts["notes"].append(f"{folder / 'config.json'} mentions an MTP module that the files have not; the model is read without")
+            facts["notes"].append(
+                f"{folder / 'config.json'} mentions an MTP module that the files have not; the model is read without"
+            )
             config, found = without, []
     facts["problems"] += _capped(found)
     fp8 = any(header.dtype == "F8_E4M3" for header in headers.values())
     if fp8 != (config.quantization == "fp8"):
         has = "no quantization_config, but FP8 tensors" if fp8 else "a quantization_config, but no FP8 tensors"
-        facts["notes"].append(f"{folder / 'config.json'} has {has} beside it: slingshot goes by the tensors, other programs may not")
+        facts["notes"].append(
+            f"{folder / 'config.json'} has {has} beside it: slingshot goes by the tensors, other programs may not"
+        )
     return config
 
 
@@ -183,7 +203,11 @@ def _stored(tensors: Iterable[tuple[str, tuple[int, ...], Path, int | None]]) ->
         entry["bytes"] += size
         files.add(file)
     dtypes = dict(sorted(dtypes.items(), key=lambda item: -item[1]["bytes"]))
-    return {"files": len(files), **{key: sum(entry[key] for entry in dtypes.values()) for key in ("tensors", "numbers", "bytes")}, "dtypes": dtypes}
+    return {
+        "files": len(files),
+        **{key: sum(entry[key] for entry in dtypes.values()) for key in ("tensors", "numbers", "bytes")},
+        "dtypes": dtypes,
+    }
 
 
 def _tokenizer(folder: Path, config: ModelConfig | None, facts: Facts) -> None:
@@ -199,7 +223,11 @@ def _look_at_tokenizer(tokenizer: Tokenizer, place: Path, config: ModelConfig | 
         "kind": "byte-level BPE",
         "vocab_size": tokenizer.vocab_size,
         "control_tokens": len(tokenizer.control_ids),
-        "special": {name: token.get("content") if isinstance(token, Mapping) else token for name, token in named.items() if token is not None},
+        "special": {
+            name: token.get("content") if isinstance(token, Mapping) else token
+            for name, token in named.items()
+            if token is not None
+        },
         "eos_ids": sorted(tokenizer.eos_ids),
         "think_tokens": tokenizer.think_id is not None,
     }
@@ -207,16 +235,25 @@ def _look_at_tokenizer(tokenizer: Tokenizer, place: Path, config: ModelConfig | 
         facts["problems"].append(
             f"{place}: the tokenizer has {tokenizer.vocab_size} ids, the embedding {config.vocab_size} rows; one of the two is another model's"
         )
-    if config is not None and config.eos_token_id is not None and tokenizer.eos_ids and config.eos_token_id not in tokenizer.eos_ids:
+    if (
+        config is not None
+        and config.eos_token_id is not None
+        and tokenizer.eos_ids
+        and config.eos_token_id not in tokenizer.eos_ids
+    ):
         ends = ", ".join(map(str, sorted(tokenizer.eos_ids)))
-        facts["notes"].append(f"{place}: config.json's eos_token_id {config.eos_token_id} is none of the tokenizer's ({ends}), which count")
+        facts["notes"].append(
+            f"{place}: config.json's eos_token_id {config.eos_token_id} is none of the tokenizer's ({ends}), which count"
+        )
     template = tokenizer.chat_template
     if template is None:
         facts["notes"].append(f"{place}: there is no chat template; chat, sft and rl need one, generate --raw does not")
         return
     facts["template"] = {"tools": re.search(r"\btools\b", template) is not None, "reasoning": None, "switchable": None}
     try:
-        thinking, plain = (tokenizer.encode_chat([{"role": "user", "content": "Hi"}], thinking=thinking) for thinking in (True, False))
+        thinking, plain = (
+            tokenizer.encode_chat([{"role": "user", "content": "Hi"}], thinking=thinking) for thinking in (True, False)
+        )
     except SlingshotError as error:
         facts["notes"].append(f"{place}: the chat template fails on a plain question: {error}")
         return
@@ -233,7 +270,13 @@ def _architecture(config: ModelConfig) -> Facts:
     look_up = 0 if config.tie_word_embeddings else counts.embedding
     width = 2 * config.head_dim if config.family == "dense" else config.qk_head_dim + config.v_head_dim
     fp8 = config.quantization == "fp8"
-    stored = "fp8" if fp8 else "float32" if config.extra.get("torch_dtype", config.extra.get("dtype")) in (None, "float32") else "bfloat16"
+    stored = (
+        "fp8"
+        if fp8
+        else "float32"
+        if config.extra.get("torch_dtype", config.extra.get("dtype")) in (None, "float32")
+        else "bfloat16"
+    )
     per_token = cache_bytes_per_token(config)
     return {
         "model": {
@@ -262,7 +305,11 @@ def _architecture(config: ModelConfig) -> Facts:
         "memory": {dtype: {part: sizes["bytes"][dtype, part] for part in ("main", "mtp")} for dtype in _BYTES},
         "checkpoint": {
             "tensors": sizes["tensors"] + (sizes["matrices"] if fp8 else 0),
-            "numbers": counts.total + counts.mtp + sizes["copies"] + sizes["router_biases"] + (sizes["scales"] if fp8 else 0),
+            "numbers": counts.total
+            + counts.mtp
+            + sizes["copies"]
+            + sizes["router_biases"]
+            + (sizes["scales"] if fp8 else 0),
             "bytes": sum(sizes["bytes"][stored, part] for part in ("main", "mtp", "copies")),
         },
     }
@@ -310,7 +357,8 @@ def _sizes(config: ModelConfig) -> Facts:
         numbers[part, kind] = numbers.get((part, kind), 0) + count
     found["bytes"] = {
         (dtype, part): round(
-            sum(each * numbers.get((part, kind), 0) for kind, each in enumerate(widths)) + (4 * numbers.get((part, 4), 0) if dtype == "fp8" else 0)
+            sum(each * numbers.get((part, kind), 0) for kind, each in enumerate(widths))
+            + (4 * numbers.get((part, 4), 0) if dtype == "fp8" else 0)
         )
         for dtype, widths in _BYTES.items()
         for part in ("main", "mtp", "copies")
@@ -319,7 +367,12 @@ def _sizes(config: ModelConfig) -> Facts:
 
 
 def _show(facts: Facts, console: Console) -> None:
-    what = {"preset": "a preset: what its checkpoint holds", "hub": "a checkpoint on the hub", "gguf": "a GGUF file", "folder": "a checkpoint folder"}
+    what = {
+        "preset": "a preset: what its checkpoint holds",
+        "hub": "a checkpoint on the hub",
+        "gguf": "a GGUF file",
+        "folder": "a checkpoint folder",
+    }
     console.print(Text.assemble((_plain(facts["source"]), "bold"), "  ", (what[facts["kind"]], "dim")), soft_wrap=True)
     console.print()
     for heading, rows, remark in _sections(facts):
@@ -327,7 +380,11 @@ def _show(facts: Facts, console: Console) -> None:
         widths = [max(len(cells[column]) for cells in rows) for column in range(len(rows[0]))]
         for name, *values in rows:
             # One value is text; of several, all are numbers, in columns.
-            aligned = values if len(values) == 1 else [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
+            aligned = (
+                values
+                if len(values) == 1
+                else [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
+            )
             console.print(Text.assemble((name.ljust(widths[0]), "dim"), "  ", "  ".join(aligned)), soft_wrap=True)
         if remark:
             console.print(remark, style="dim", soft_wrap=True, highlight=False)
@@ -337,7 +394,11 @@ def _show(facts: Facts, console: Console) -> None:
             console.print(Text.assemble((f"{name}: ", style), _plain(line)), soft_wrap=True)
     if facts["files"]:
         verdict = "" if facts["problems"] else "Everything fits. "
-        console.print(f"{verdict}Headers only: no tensor's numbers were read, so NaN among them would not show.", style="dim", soft_wrap=True)
+        console.print(
+            f"{verdict}Headers only: no tensor's numbers were read, so NaN among them would not show.",
+            style="dim",
+            soft_wrap=True,
+        )
 
 
 _Row = tuple[str, ...]
@@ -349,29 +410,51 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[_Row], str]]:
         yield "Model", list(_model_rows(facts["model"])), ""
         yield "Parameters", list(_parameter_rows(facts)), ""
         several = facts["parameters"]["active"] != facts["parameters"]["total"]
-        remark = "Model cards differ in what they leave out: DeepSeek's 37B for V3 is the second, 36.6 B." if several else ""
+        remark = (
+            "Model cards differ in what they leave out: DeepSeek's 37B for V3 is the second, 36.6 B." if several else ""
+        )
         yield "Active for one token", list(_active_rows(facts["parameters"])), remark
         yield "KV cache in bfloat16", list(_cache_rows(facts["model"], facts["cache"])), ""
         mtp = facts["parameters"]["mtp"] > 0
-        memory: list[_Row] = [(dtype, _size(by["main"]), *([_size(by["main"] + by["mtp"])] if mtp else [])) for dtype, by in facts["memory"].items()]
+        memory: list[_Row] = [
+            (dtype, _size(by["main"]), *([_size(by["main"] + by["mtp"])] if mtp else []))
+            for dtype, by in facts["memory"].items()
+        ]
         yield "Memory of the weights" + (", without and with the MTP module" if mtp else ""), memory, ""
     if files := facts["files"]:
-        stored: list[_Row] = [(dtype, _plural(entry["tensors"], "tensor"), _size(entry["bytes"])) for dtype, entry in files["dtypes"].items()]
-        yield "Stored", [*stored, (_plural(files["files"], "file"), _plural(files["tensors"], "tensor"), _size(files["bytes"]))], ""
+        stored: list[_Row] = [
+            (dtype, _plural(entry["tensors"], "tensor"), _size(entry["bytes"]))
+            for dtype, entry in files["dtypes"].items()
+        ]
+        yield (
+            "Stored",
+            [*stored, (_plural(files["files"], "file"), _plural(files["tensors"], "tensor"), _size(files["bytes"]))],
+            "",
+        )
     if tokenizer := facts["tokenizer"]:
         yield "Tokenizer", list(_tokenizer_rows(tokenizer, facts["template"])), ""
 
 
 def _tokenizer_rows(tokenizer: Facts, template: Facts | None) -> Iterator[_Row]:
-    yield "vocabulary", f"{tokenizer['kind']}, {tokenizer['vocab_size']:,} ids, {tokenizer['control_tokens']} of them control tokens"
+    yield (
+        "vocabulary",
+        f"{tokenizer['kind']}, {tokenizer['vocab_size']:,} ids, {tokenizer['control_tokens']} of them control tokens",
+    )
     for name, token in tokenizer["special"].items():
         yield name, _plain(str(token))
     if tokenizer["eos_ids"]:
         yield "ends", f"id {', '.join(map(str, tokenizer['eos_ids']))}"
     if template:
-        reasoning = {"opened": "opens <think> in the prompt", "tags": "leaves the think tags to the model", None: "no think tags"}
+        reasoning = {
+            "opened": "opens <think> in the prompt",
+            "tags": "leaves the think tags to the model",
+            None: "no think tags",
+        }
         switch = ", can be switched off" if template["switchable"] and template["reasoning"] else ""
-        yield "template", f"{reasoning[template['reasoning']]}{switch}; {'knows tools' if template['tools'] else 'knows no tools'}"
+        yield (
+            "template",
+            f"{reasoning[template['reasoning']]}{switch}; {'knows tools' if template['tools'] else 'knows no tools'}",
+        )
 
 
 def _model_rows(model: Facts) -> Iterator[_Row]:
@@ -383,7 +466,10 @@ def _model_rows(model: Facts) -> Iterator[_Row]:
         yield "MLP", f"{model['intermediate_size']} wide"
     else:
         query = f"queries through {model['q_lora_rank']}" if model["q_lora_rank"] else "queries in one step"
-        yield "attention", f"MLA, {heads} heads; keys of {model['qk_nope_head_dim']} + {model['qk_rope_head_dim']}, values of {model['v_head_dim']}"
+        yield (
+            "attention",
+            f"MLA, {heads} heads; keys of {model['qk_nope_head_dim']} + {model['qk_rope_head_dim']}, values of {model['v_head_dim']}",
+        )
         yield "", f"keys and values from a latent of {model['kv_lora_rank']}, {query}"
         dense = min(layers, model["first_k_dense_replace"])
         if dense:
@@ -399,7 +485,10 @@ def _model_rows(model: Facts) -> Iterator[_Row]:
     kind = {"yarn": "YaRN", "llama3": "Llama 3's scaling"}[rope["rope_type"]] if rope else ""
     extended = f" ({kind}: {rope['factor']:g} times {rope['original_max_position_embeddings']:,})" if rope else ""
     yield "context", f"{model['max_position_embeddings']:,} tokens{extended}"
-    yield "vocabulary", f"{model['vocab_size']:,}{', embedding and head are one matrix' if model['tie_word_embeddings'] else ''}"
+    yield (
+        "vocabulary",
+        f"{model['vocab_size']:,}{', embedding and head are one matrix' if model['tie_word_embeddings'] else ''}",
+    )
 
 
 def _parameter_rows(facts: Facts) -> Iterator[_Row]:

@@ -47,7 +47,11 @@ def tensor_count(config: ModelConfig) -> int:
     """How many tensors `layout` yields, without walking through the experts of every layer."""
     width = {"num_hidden_layers": 0, "num_nextn_predict_layers": 0}
     outside = sum(1 for _ in layout(config.model_copy(update=width)))
-    dense = min(config.first_k_dense_replace, config.num_hidden_layers) if config.n_routed_experts else config.num_hidden_layers
+    dense = (
+        min(config.first_k_dense_replace, config.num_hidden_layers)
+        if config.n_routed_experts
+        else config.num_hidden_layers
+    )
     total = outside + config.num_nextn_predict_layers * sum(1 for _ in _mtp(config, config.num_hidden_layers))
     if dense:
         total += dense * sum(1 for _ in _block(config, 0))
@@ -59,7 +63,9 @@ def tensor_count(config: ModelConfig) -> int:
 def _block(config: ModelConfig, layer: int) -> Iterator[Spec]:
     prefix, width = f"model.layers.{layer}.", config.hidden_size
     yield Spec(f"{prefix}input_layernorm.weight", (width,))
-    yield from _mla(config, f"{prefix}self_attn.") if config.family == "deepseek_v3" else _gqa(config, f"{prefix}self_attn.")
+    yield from (
+        _mla(config, f"{prefix}self_attn.") if config.family == "deepseek_v3" else _gqa(config, f"{prefix}self_attn.")
+    )
     yield Spec(f"{prefix}post_attention_layernorm.weight", (width,))
     if not config.n_routed_experts or layer < config.first_k_dense_replace:
         yield from _mlp(f"{prefix}mlp.", width, config.intermediate_size)
@@ -95,12 +101,20 @@ def _mla(config: ModelConfig, prefix: str) -> Iterator[Spec]:
         yield Spec(f"{prefix}q_b_proj.weight", (heads * config.qk_head_dim, config.q_lora_rank), "linear")
     yield Spec(f"{prefix}kv_a_proj_with_mqa.weight", (config.kv_lora_rank + config.qk_rope_head_dim, width), "linear")
     yield Spec(f"{prefix}kv_a_layernorm.weight", (config.kv_lora_rank,))
-    yield Spec(f"{prefix}kv_b_proj.weight", (heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank), "linear")
+    yield Spec(
+        f"{prefix}kv_b_proj.weight",
+        (heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank),
+        "linear",
+    )
     yield Spec(f"{prefix}o_proj.weight", (width, heads * config.v_head_dim), "linear")
 
 
 def _gqa(config: ModelConfig, prefix: str) -> Iterator[Spec]:
-    width, query, key = config.hidden_size, config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    width, query, key = (
+        config.hidden_size,
+        config.num_attention_heads * config.head_dim,
+        config.num_key_value_heads * config.head_dim,
+    )
     for name, rows in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
         yield Spec(f"{prefix}{name}.weight", (rows, width), "linear")
         if config.attention_bias:

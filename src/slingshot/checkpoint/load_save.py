@@ -63,7 +63,9 @@ class FolderWeights:
 
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
-            raise SlingshotError(f"{path} is not a checkpoint folder; a checkpoint holds config.json and model.safetensors")
+            raise SlingshotError(
+                f"{path} is not a checkpoint folder; a checkpoint holds config.json and model.safetensors"
+            )
         self.config = load_config(path)
         self.shards = Shards(path)
         if problem := next(problems(self.config, self.shards.headers, path), None):
@@ -111,7 +113,9 @@ def read_into(target: Tensor, weights: Weights, spec: Spec, first: int = 0) -> N
         piece.copy_(weights.read(spec.copy_of or spec.name, rows))
         if not torch.isfinite(piece).all():
             dtype = str(target.dtype).removeprefix("torch.")
-            raise SlingshotError(f"{weights.where(spec.copy_of or spec.name)}: {spec.name} holds NaN or infinite values in {dtype}")
+            raise SlingshotError(
+                f"{weights.where(spec.copy_of or spec.name)}: {spec.name} holds NaN or infinite values in {dtype}"
+            )
 
 
 def _local(tensor: Tensor) -> tuple[Tensor, int]:
@@ -200,7 +204,11 @@ def to_hf_tensors(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str,
 
 
 def save_checkpoint(
-    folder: Path, model: Transformer, tokenizer: Tokenizer, state: Mapping[str, Tensor] | None = None, max_shard_size: float = 5e9
+    folder: Path,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    state: Mapping[str, Tensor] | None = None,
+    max_shard_size: float = 5e9,
 ) -> None:
     """Write model (or `state`, its gathered weights) and tokenizer into an existing folder; the caller makes it atomic."""
     tensors = to_hf_tensors(model.config, model.state_dict() if state is None else state)
@@ -209,13 +217,27 @@ def save_checkpoint(
 
 
 def write_checkpoint(
-    folder: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], tokenizer: Tokenizer, dtype: str, max_shard_size: float = 5e9
+    folder: Path,
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    tokenizer: Tokenizer,
+    dtype: str,
+    max_shard_size: float = 5e9,
 ) -> None:
     """Write configuration, tensors (taken one at a time) and tokenizer into an existing folder. `dtype`: what config.json calls theirs."""
-    config = config.model_copy(update={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id})
+    config = config.model_copy(
+        update={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    )
     write_shards(folder, tensors, max_shard_size)
-    write_json(folder / "config.json", {key: value for key, value in config.to_hf().items() if key != "dtype"} | {"torch_dtype": dtype})
+    write_json(
+        folder / "config.json",
+        {key: value for key, value in config.to_hf().items() if key != "dtype"} | {"torch_dtype": dtype},
+    )
     eos = sorted(tokenizer.eos_ids)
-    tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos if len(eos) > 1 else tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    tokens = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": eos if len(eos) > 1 else tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
     write_json(folder / "generation_config.json", tokens | {"do_sample": True, "temperature": 0.6, "top_p": 0.95})
     tokenizer.save(folder)

@@ -33,7 +33,13 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 # safetensors' names of the types that weights come in, torch's names, and bytes per number.
-DTYPES = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2), "F8_E4M3": ("float8_e4m3fn", 1)}
+DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+}
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,15 @@ class Shards:
         for file in sorted(set(index.values())) if index else [SINGLE]:
             for name, header in _headers(_shard(folder, file)).items():
                 if name in self.headers:
-                    raise SlingshotError(f"{header.file}: {name} is in {self.headers[name].file.name} too; one of the two is from another checkpoint")
+                    raise SlingshotError(
+                        f"{header.file}: {name} is in {self.headers[name].file.name} too; one of the two is from another checkpoint"
+                    )
                 self.headers[name] = header
         for name, file in index.items():
             if name not in self.headers or self.headers[name].file.name != file:
-                raise SlingshotError(f"{folder / INDEX} says that {file} holds {name}, which it does not; is it from another checkpoint?")
+                raise SlingshotError(
+                    f"{folder / INDEX} says that {file} holds {name}, which it does not; is it from another checkpoint?"
+                )
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """The tensor as stored, or these rows of it (dimension 0). SlingshotError when its type is none of `DTYPES`."""
@@ -70,7 +80,9 @@ class Shards:
 
         header = self.headers[name]
         if header.dtype not in DTYPES:
-            raise SlingshotError(f"{header.file}: {name} is stored as {header.dtype}; weights are read from {', '.join(DTYPES)}")
+            raise SlingshotError(
+                f"{header.file}: {name} is stored as {header.dtype}; weights are read from {', '.join(DTYPES)}"
+            )
         dtype, size = DTYPES[header.dtype]
         shape, start = header.shape, header.offset
         if rows is not None:
@@ -146,7 +158,10 @@ def _headers(file: Path) -> dict[str, Header]:
     except (SafetensorError, ValueError, RecursionError) as error:
         raise SlingshotError(f"{file} is no whole safetensors file: {error}; is the download complete?") from error
     raw.pop("__metadata__", None)
-    return {name: Header(entry["dtype"], tuple(entry["shape"]), file, 8 + size + entry["data_offsets"][0]) for name, entry in raw.items()}
+    return {
+        name: Header(entry["dtype"], tuple(entry["shape"]), file, 8 + size + entry["data_offsets"][0])
+        for name, entry in raw.items()
+    }
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_size: float = 5e9) -> None:
@@ -170,7 +185,11 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_
         pending[name] = tensor.detach().cpu().contiguous()
         size += tensor.nbytes
     flush()
-    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)] if len(shards) > 1 else [SINGLE]
+    files = (
+        [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+        if len(shards) > 1
+        else [SINGLE]
+    )
     for number, file in enumerate(files):
         (folder / f"{number}.part").replace(folder / file)
     if len(shards) > 1:
@@ -181,7 +200,12 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> None:
     specs = {
-        name: TensorSpec(dtype=str(tensor.dtype).removeprefix("torch."), shape=list(tensor.shape), data_ptr=tensor.data_ptr(), data_len=tensor.nbytes)
+        name: TensorSpec(
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=list(tensor.shape),
+            data_ptr=tensor.data_ptr(),
+            data_len=tensor.nbytes,
+        )
         for name, tensor in tensors.items()
     }
     try:

@@ -25,7 +25,16 @@ def show(path: Path, console: Console, as_json: bool = False) -> None:
         return
     devices = any(line.receipt.devices > 1 for line in bill.lines)
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("stage", "kind", "tokens", "FLOPs", "time", *(["device time"] if devices else []), "energy", "money"):
+    for heading in (
+        "stage",
+        "kind",
+        "tokens",
+        "FLOPs",
+        "time",
+        *(["device time"] if devices else []),
+        "energy",
+        "money",
+    ):
         table.add_column(heading, justify="left" if heading in ("stage", "kind") else "right")
     for line in bill.lines:
         table.add_row(*map(Text, _row(line.receipt.name, line.receipt.stage, line.receipt, devices)))
@@ -42,4 +51,12 @@ def notes(bill: Bill) -> list[str]:
 
 def _row(name: str, kind: str, spent: Receipt | Bill, devices: bool) -> list[str]:
     times = [show_duration(spent.seconds), *([show_duration(spent.device_seconds)] if devices else [])]
-    return [name, kind, show_count(spent.tokens), show_count(spent.flops), *times, show_energy(spent.energy_joules), show_price(spent.money)]
+    return [
+        name,
+        kind,
+        show_count(spent.tokens),
+        show_count(spent.flops),
+        *times,
+        show_energy(spent.energy_joules),
+        show_price(spent.money),
+    ]

@@ -57,7 +57,14 @@ def _answer(engine: Engine, console: Console, messages: list[Message], params: S
                     console.print("\n")
                 answer += text
             last = kind
-            console.print(_printable(text), end="", style="dim" if kind == "reasoning" else None, markup=False, highlight=False, soft_wrap=True)
+            console.print(
+                _printable(text),
+                end="",
+                style="dim" if kind == "reasoning" else None,
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
     except StopIteration as stop:
         completion = stop.value
         speed = len(completion.token_ids) / (time.perf_counter() - start)

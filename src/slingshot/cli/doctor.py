@@ -57,10 +57,15 @@ def examine(console: Console, seconds: float = 0.5, calibrate: bool = False) -> 
 
     has = Table(show_header=False, box=None, pad_edge=False)
     has.add_row("processor", f"{machine.cpu}, {_plural(machine.cores, 'core')}")
-    has.add_row("memory", f"{machine.memory_bytes / 2**30:.1f} GiB, read at {(measurement.bandwidth or 0) / 1e9:.1f} GB/s")
+    has.add_row(
+        "memory", f"{machine.memory_bytes / 2**30:.1f} GiB, read at {(measurement.bandwidth or 0) / 1e9:.1f} GB/s"
+    )
     has.add_row("free disk here", f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB")
     has.add_row("accelerator", machine.accelerator or "none that torch can use")
-    has.add_row("software", f"Python {platform.python_version()}, torch {machine.torch}, {_plural(machine.threads or 0, 'thread')}")
+    has.add_row(
+        "software",
+        f"Python {platform.python_version()}, torch {machine.torch}, {_plural(machine.threads or 0, 'thread')}",
+    )
 
     fast = Table(box=None, pad_edge=False, header_style="dim")
     fast.add_column("dtype")
@@ -73,14 +78,24 @@ def examine(console: Console, seconds: float = 0.5, calibrate: bool = False) -> 
         else:
             fast.add_row(dtype, "not offered", "")
 
-    for heading, body in (("This machine", has), ("Matrix products", fast), ("What auto will use", verdict(device, measurement))):
+    for heading, body in (
+        ("This machine", has),
+        ("Matrix products", fast),
+        ("What auto will use", verdict(device, measurement)),
+    ):
         console.print(heading, style="bold")
         console.print(body, highlight=False)
         console.print()
     if load > machine.cores / 2:
-        console.print(f"The machine is busy (load {load:.1f} on {_plural(machine.cores, 'core')}): its full speed shows when it is idle.")
+        console.print(
+            f"The machine is busy (load {load:.1f} on {_plural(machine.cores, 'core')}): its full speed shows when it is idle."
+        )
     anew = ", in place of what was measured before" if calibrate else ""
-    where = f"Kept in {measurement_path()}{anew}." if kept else f"{measurement_path()} cannot be written, so this is measured again each time."
+    where = (
+        f"Kept in {measurement_path()}{anew}."
+        if kept
+        else f"{measurement_path()} cannot be written, so this is measured again each time."
+    )
     console.print(where, style="dim", soft_wrap=True, highlight=False)
 
 
@@ -88,7 +103,9 @@ def verdict(device: torch.device, measurement: Measurement) -> str:
     """What `auto` uses on this device, and why, in one sentence."""
     gain = measurement.peak.get("bfloat16", 0.0) / measurement.peak["float32"]
     chosen, comparison = ("bfloat16", "at least") if gain >= BF16_WORTH_IT else ("float32", "less than")
-    reason = f"bfloat16 multiplies {gain:.1f} times as fast as float32 here, {comparison} the {BF16_WORTH_IT} times that pay"
+    reason = (
+        f"bfloat16 multiplies {gain:.1f} times as fast as float32 here, {comparison} the {BF16_WORTH_IT} times that pay"
+    )
     return f"{chosen} on {device.type}: {reason}."
 
 

@@ -28,7 +28,6 @@ from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, read_text
 from slingshot.cli.plan import app as plan_app
-from slingshot.forecast import recipe_command
 from slingshot.recipe import recipe
 
 app = typer.Typer(
@@ -81,8 +80,15 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Show the v
 
 @app.command()
 def run(
-    source: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe (tiny, micro, smollm2 ...) or a .toml file.", show_default=False)],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[STAGE.KEY=VALUE]...", help="Change any key of the recipe.")] = None,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE", help="A shipped recipe (tiny, micro, smollm2 ...) or a .toml file.", show_default=False
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[STAGE.KEY=VALUE]...", help="Change any key of the recipe.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/RECIPE")] = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
     seed: Annotated[int | None, typer.Option(help="The seed of every stage.")] = None,
@@ -93,7 +99,9 @@ def run(
     recipe.run(loaded, out or Path("runs") / loaded.name, until, nproc)
 
 
-_ON_CHECKPOINTS = "slingshot chat {out}, or slingshot evaluate {out} 'tasks=[{{name = \"arithmetic\"}}]' --out {out}-evaluation"
+_ON_CHECKPOINTS = (
+    "slingshot chat {out}, or slingshot evaluate {out} 'tasks=[{{name = \"arithmetic\"}}]' --out {out}-evaluation"
+)
 _NEXT = dict.fromkeys(recipe.KINDS, _ON_CHECKPOINTS) | {
     "sample": "slingshot sft MODEL 'data=[\"{out}\"]' --out {out}-sft",
     "evaluate": "read {out}/evaluation.json",
@@ -102,10 +110,15 @@ _NEXT = dict.fromkeys(recipe.KINDS, _ON_CHECKPOINTS) | {
 
 def _stage_command(kind: str) -> Callable[..., None]:
     def command(
-        settings: Annotated[list[str] | None, typer.Argument(metavar="[MODEL] [KEY=VALUE]...", help="A checkpoint, and keys of the stage.")] = None,
+        settings: Annotated[
+            list[str] | None,
+            typer.Argument(metavar="[MODEL] [KEY=VALUE]...", help="A checkpoint, and keys of the stage."),
+        ] = None,
         config: Annotated[Path | None, typer.Option(help="A .json or .toml file with keys of the stage.")] = None,
         out: Annotated[Path | None, typer.Option(help="The folder the artifact becomes.", show_default=False)] = None,
-        keys: Annotated[bool, typer.Option("--keys", help="Show the stage's keys and their defaults, and exit.")] = False,
+        keys: Annotated[
+            bool, typer.Option("--keys", help="Show the stage's keys and their defaults, and exit.")
+        ] = False,
     ) -> None:
         stage = recipe.stage_module(kind)
         if keys:
@@ -129,7 +142,6 @@ for _kind in recipe.KINDS:
         app.command(_kind)(_stage_command(_kind))
 
 
-plan_app.command("recipe")(recipe_command)
 app.add_typer(plan_app, name="plan")
 
 
@@ -145,7 +157,10 @@ def convert(
     source: Annotated[str, typer.Argument(help=_SOURCE, show_default=False)],
     destination: Annotated[Path, typer.Argument(help="The folder, or .gguf file, to make.", show_default=False)],
     to: Annotated[str | None, typer.Option(help="hf or gguf.", show_default="by the destination's name")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, fp8 (hf only), q8_0 (gguf only).", show_default="as stored")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16, float16, fp8 (hf only), q8_0 (gguf only).", show_default="as stored"),
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Bytes in one file of the folder, at most.")] = "5GB",
 ) -> None:
     """Write a checkpoint in another format or dtype: a Hugging Face folder, or a GGUF file for llama.cpp."""
@@ -154,15 +169,24 @@ def convert(
     if to not in ("hf", "gguf"):
         raise SlingshotError(f"--to {to}: the formats are hf (a Hugging Face folder) and gguf (a file for llama.cpp)")
     if (to == "gguf") != (destination.suffix == ".gguf"):
-        raise SlingshotError(f"{destination}: --to {to} makes {'a file whose name ends in .gguf' if to == 'gguf' else 'a folder'}")
+        raise SlingshotError(
+            f"{destination}: --to {to} makes {'a file whose name ends in .gguf' if to == 'gguf' else 'a folder'}"
+        )
     if to == "gguf":
         for note in stage.write_gguf_file(source, destination, dtype):
             print(f"note: {note}")
-        print(f"made {destination}: {destination.stat().st_size / 1e6:,.1f} MB\nnext: llama-cli -m {destination}, or slingshot inspect {destination}")
+        print(
+            f"made {destination}: {destination.stat().st_size / 1e6:,.1f} MB\nnext: llama-cli -m {destination}, or slingshot inspect {destination}"
+        )
     else:
         if dtype == "q8_0":
-            raise SlingshotError("--dtype q8_0: a Hugging Face folder has no such type, a GGUF file has; give --to gguf, or another --dtype")
-        stage.run(stage.Config.parse({"source": source, "dtype": dtype, "max_shard_size": max_shard_size}, "convert"), destination)
+            raise SlingshotError(
+                "--dtype q8_0: a Hugging Face folder has no such type, a GGUF file has; give --to gguf, or another --dtype"
+            )
+        stage.run(
+            stage.Config.parse({"source": source, "dtype": dtype, "max_shard_size": max_shard_size}, "convert"),
+            destination,
+        )
         files = list(destination.glob("*.safetensors"))
         size = sum(file.stat().st_size for file in files)
         print(f"made {destination}: {size / 1e6:,.1f} MB in {len(files)} safetensors file{'s'[: len(files) > 1]}")
@@ -198,19 +222,31 @@ def _show_keys(config: type[StageConfig]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(Text(f"{(config.__doc__ or '').strip()}\n"))
     for name, field in config.model_fields.items():
-        kind = getattr(field.annotation, "__name__", None) if not getattr(field.annotation, "__args__", None) else str(field.annotation)
+        kind = (
+            getattr(field.annotation, "__name__", None)
+            if not getattr(field.annotation, "__args__", None)
+            else str(field.annotation)
+        )
         default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-        console.print(Text.assemble((f"{name:28}", "bold"), f"{default:24} ", (str(kind).replace("typing.", ""), "dim")))
+        console.print(
+            Text.assemble((f"{name:28}", "bold"), f"{default:24} ", (str(kind).replace("typing.", ""), "dim"))
+        )
 
 
 @app.command()
-def chat(path: Checkpoint, temperature: float = 0.6, top_p: float = 0.95, max_tokens: int = 4096, seed: int = 0) -> None:
+def chat(
+    path: Checkpoint, temperature: float = 0.6, top_p: float = 0.95, max_tokens: int = 4096, seed: int = 0
+) -> None:
     """Talk to a checkpoint in the terminal, its reasoning dimmed above the answer. Ctrl-C stops an answer, Ctrl-D leaves."""
     from slingshot.cli.chat import chat as talk
     from slingshot.engine.engine import Engine
     from slingshot.engine.sampling import SamplingParams
 
-    talk(Engine.load(path), Console(), SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed))
+    talk(
+        Engine.load(path),
+        Console(),
+        SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed),
+    )
 
 
 @app.command()
@@ -222,7 +258,9 @@ def generate(
     max_tokens: int = 256,
     n: Annotated[int, typer.Option(help="Samples per prompt.")] = 1,
     seed: int = 0,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it stands, without the chat template.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it stands, without the chat template.")
+    ] = False,
 ) -> None:
     """Print completions of prompts, one JSON object a line: prompt, reasoning, answer, finish_reason."""
     import json
@@ -234,12 +272,21 @@ def generate(
     asked = prompts if raw else [[{"role": "user", "content": prompt}] for prompt in prompts]
     for prompt, output in zip(prompts, Engine.load(path).generate(asked, params), strict=True):
         for completion in output.outputs:
-            row = {"prompt": prompt, "reasoning": completion.reasoning, "answer": completion.answer, "finish_reason": completion.finish_reason}
+            row = {
+                "prompt": prompt,
+                "reasoning": completion.reasoning,
+                "answer": completion.answer,
+                "finish_reason": completion.finish_reason,
+            }
             print(json.dumps(row, ensure_ascii=False))
 
 
 @app.command()
-def doctor(calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure longer, and forget what was measured before.")] = False) -> None:
+def doctor(
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure longer, and forget what was measured before.")
+    ] = False,
+) -> None:
     """Show what this machine has, how fast it multiplies in which dtype, and what will be used."""
     from slingshot.cli.doctor import examine
 
@@ -248,7 +295,9 @@ def doctor(calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure 
 
 @app.command()
 def receipt(
-    path: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A checkpoint, dataset or evaluation.", show_default=False)],
+    path: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", help="A checkpoint, dataset or evaluation.", show_default=False)
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Show what an artifact cost in all: its own receipt and those of everything it was made from."""

@@ -25,9 +25,7 @@ from slingshot import __version__
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, write_text
-from slingshot.base.quantity import (
-    count as read_count,
-)
+from slingshot.base.quantity import count as read_count
 from slingshot.base.quantity import (
     seconds,
     share,
@@ -46,7 +44,10 @@ from slingshot.planning.plan_serving import plan_serve
 from slingshot.planning.plan_training import plan_distill, plan_pretrain, plan_rl
 from slingshot.planning.throughput import DECODE_EFFICIENCY
 
-app = typer.Typer(help="What it will cost, before anything runs. Numbers may be written 14.8T, 7e12, 671B, 50ms.", no_args_is_help=True)
+app = typer.Typer(
+    help="What it will cost, before anything runs. Numbers may be written 14.8T, 7e12, 671B, 50ms.",
+    no_args_is_help=True,
+)
 
 # What a plan says, for the table and the page alike
 
@@ -175,11 +176,16 @@ def _published(plan: PretrainPlan) -> Section:
     missing = [name for name in bill.device_hours if name not in here]
     lines = [(name, hours, here[name].device_hours if name in here else 0.0, name in here and not here[name].flops)
              for name, hours in bill.device_hours.items()]  # fmt: skip
-    lines.append(("in all", sum(bill.device_hours.values()), 0.0 if missing else sum(own for _, _, own, _ in lines), False))
+    lines.append(
+        ("in all", sum(bill.device_hours.values()), 0.0 if missing else sum(own for _, _, own, _ in lines), False)
+    )
     rows = []
     for name, hours, own, given in lines:
         distance = "given" if given else f"{round(own / hours - 1, 3) + 0:+.1%}" if own else ""
-        money = [show_money(each * price) if each and price else "" for each, price in ((hours, bill.price), (own, plan.price))]
+        money = [
+            show_money(each * price) if each and price else ""
+            for each, price in ((hours, bill.price), (own, plan.price))
+        ]
         rows.append((name, _hours(hours), _hours(own), distance, *money))
     options = " ".join(f'--stage "{name}={show_count(bill.device_hours[name])}"' for name in missing)
     note = f"{bill.source}." + (f" What no plan computes is added by {options}." if missing else "")
@@ -189,13 +195,20 @@ def _published(plan: PretrainPlan) -> Section:
 
 def _flops(plan: PretrainPlan) -> Section:
     largest = max(plan.flops_by_part.values())
-    rows = [(part.replace("_", " "), f"{flops:.3g}", show_share(flops / plan.flops)) for part, flops in plan.flops_by_part.items()]
+    rows = [
+        (part.replace("_", " "), f"{flops:.3g}", show_share(flops / plan.flops))
+        for part, flops in plan.flops_by_part.items()
+    ]
     note = (
         f"{plan.flops:.4g} FLOPs of the main model, attention counted exactly over the causal half"
         f"; six times active parameters times tokens comes to {plan.six_nd_flops:.4g}."
     )
     return Section(
-        "Where the FLOPs go", note, ("", "FLOPs", "of the main model"), tuple(rows), tuple(v / largest for v in plan.flops_by_part.values())
+        "Where the FLOPs go",
+        note,
+        ("", "FLOPs", "of the main model"),
+        tuple(rows),
+        tuple(v / largest for v in plan.flops_by_part.values()),
     )
 
 
@@ -205,7 +218,11 @@ def _network(plan: PretrainPlan) -> Section:
     rows = [(sent.purpose, show_size(sent.n_bytes), "within a node" if sent.link == "node" else "between nodes", show_seconds(sent.seconds))
             for sent in plan.transfers]  # fmt: skip
     longest = max(sent.seconds for sent in plan.transfers)
-    hidden = "hidden behind compute" if not plan.exposed_network_seconds else f"{show_seconds(plan.exposed_network_seconds)} of it not hidden"
+    hidden = (
+        "hidden behind compute"
+        if not plan.exposed_network_seconds
+        else f"{show_seconds(plan.exposed_network_seconds)} of it not hidden"
+    )
     note = (
         f"Layout: {plan.layout_text}. What one device sends in an optimizer step of {show_count(plan.batch_tokens)} tokens, {hidden}; "
         f"the pipeline stands idle {show_share(plan.bubble)} of the time. At most {_tflops(plan.tflops_bound)} get through."
@@ -217,7 +234,11 @@ def _network(plan: PretrainPlan) -> Section:
 def _memory(plan: Plan) -> Section:
     memory = plan.memory
     parts = [(name, getattr(memory, name)) for name in ("weights", "gradients", "optimizer", "activations", "cache")]
-    rows = [("KV cache" if name == "cache" else name, show_size(n_bytes), show_share(n_bytes / memory.total)) for name, n_bytes in parts if n_bytes]
+    rows = [
+        ("KV cache" if name == "cache" else name, show_size(n_bytes), show_share(n_bytes / memory.total))
+        for name, n_bytes in parts
+        if n_bytes
+    ]
     rows.append(("in all", show_size(memory.total), f"of {show_size(plan.usable_memory_bytes)} usable"))
     shares = (*(n_bytes / memory.total for _, n_bytes in parts if n_bytes), 0.0)
     if plan.fits:
@@ -232,7 +253,11 @@ def _memory(plan: Plan) -> Section:
 
 def _dominates(plan: Plan) -> Section:
     found = plan.dominates
-    times = (("compute", found.compute_seconds), ("memory traffic", found.memory_traffic_seconds), ("network", found.network_seconds))
+    times = (
+        ("compute", found.compute_seconds),
+        ("memory traffic", found.memory_traffic_seconds),
+        ("network", found.network_seconds),
+    )
     longest = max(time for _, time in times) or 1.0
     note = f"In {found.what}, each resource alone and at its best, {found.dominant} takes longest: {found.factor:.3g} times the next."
     rows = tuple((name, show_seconds(time) if time else "none") for name, time in times)
@@ -258,7 +283,11 @@ def _alternatives(plan: Plan) -> list[Section]:
                     other.device + (" (this plan)" if here else ""),
                     other.precision,
                     f"{other.device_hours:,.0f}" if other.fits else "",
-                    (show_seconds(other.days * 86400) if not isinstance(plan, ServePlan) else f"{other.device_hours / 24:,.1f}")
+                    (
+                        show_seconds(other.days * 86400)
+                        if not isinstance(plan, ServePlan)
+                        else f"{other.device_hours / 24:,.1f}"
+                    )
                     if other.fits
                     else "",
                     show_money(other.money) if other.fits and other.money is not None else "",
@@ -271,13 +300,31 @@ def _alternatives(plan: Plan) -> list[Section]:
             whole_fleets = "The same traffic, in whole copies of the best size on each."
             shares = "As many requests as these devices serve, by copies of the best size at full load; of a larger fleet, the share they take."
             note = whole_fleets if plan.day else shares
-        columns = ("", "precision", "hours", "devices" if serving else "time", "money", "room, in time" if serving else "has room")
-        found.append(Section("Other devices and precisions", note + " Other devices' prices are the table's examples.", columns, tuple(rows)))
+        columns = (
+            "",
+            "precision",
+            "hours",
+            "devices" if serving else "time",
+            "money",
+            "room, in time" if serving else "has room",
+        )
+        found.append(
+            Section(
+                "Other devices and precisions",
+                note + " Other devices' prices are the table's examples.",
+                columns,
+                tuple(rows),
+            )
+        )
     return found
 
 
 def _serving_lede(plan: ServePlan, many: str) -> str:
-    late = " That is slower than asked: no batch is in time." if plan.tokens_per_second_per_user * plan.latency < 1 - 1e-9 else ""
+    late = (
+        " That is slower than asked: no batch is in time."
+        if plan.tokens_per_second_per_user * plan.latency < 1 - 1e-9
+        else ""
+    )
     return (
         f"In {plan.precision} on {many}, a copy on every {plan.devices_per_copy}: {plan.tokens_per_second_per_device:,.0f} tokens a second a device "
         f"at {plan.batch} sequences each, {plan.tokens_per_second_per_user:.3g} a second to a user; the roofline allows "
@@ -301,15 +348,20 @@ def _serving(plan: ServePlan) -> list[Section]:
     fastest = max(point.tokens_per_second_per_device for point in plan.curve)
     chosen = next(index for index, point in enumerate(plan.curve) if point.batch == plan.batch)
     columns = ("batch", "tokens/s a device", "to a user", "roofline", "read a token", "bound by", "possible")
-    note = (
-        f"Decoding, with {plan.prompt + plan.response / 2:,.0f} cached tokens a sequence; a user waits at most {show_seconds(plan.latency)} a token."
-    )
+    note = f"Decoding, with {plan.prompt + plan.response / 2:,.0f} cached tokens a sequence; a user waits at most {show_seconds(plan.latency)} a token."
     shares = tuple(point.tokens_per_second_per_device / fastest for point in plan.curve)
     found = [Section("Tokens a second against batch", note, columns, rows, shares, chosen)]
     if plan.cost_by_hit_share:
-        rows = tuple((show_share(cost.hit_share), show_money(cost.prompt), show_money(cost.blended)) for cost in plan.cost_by_hit_share)
+        rows = tuple(
+            (show_share(cost.hit_share), show_money(cost.prompt), show_money(cost.blended))
+            for cost in plan.cost_by_hit_share
+        )
         note = f"Output tokens cost {show_money(plan.output_cost_per_million or 0)} a million whatever is cached."
-        found.append(Section("Cost per million tokens, by cache hits", note, ("prompt tokens cached", "prompt", "all tokens"), rows))
+        found.append(
+            Section(
+                "Cost per million tokens, by cache hits", note, ("prompt tokens cached", "prompt", "all tokens"), rows
+            )
+        )
     if plan.break_even and plan.margin is not None and plan.prices:
         even = plan.break_even
         listed = "/".join(f"{price:g}" for price in plan.prices)
@@ -380,7 +432,9 @@ def show(story: Story, console: Console) -> None:
             table = Table(box=None, pad_edge=False, show_header=any(section.columns), header_style="dim")
             for index in range(len(section.rows[0])):
                 heading = section.columns[index] if index < len(section.columns) else ""
-                table.add_column(heading, justify="left" if index == 0 else "right", overflow="ellipsis" if index else "fold")
+                table.add_column(
+                    heading, justify="left" if index == 0 else "right", overflow="ellipsis" if index else "fold"
+                )
             for index, row in enumerate(section.rows):
                 table.add_row(*(Text(cell) for cell in row), style="bold" if index == section.strong else None)
             console.print(table)
@@ -391,7 +445,11 @@ def page(story: Story) -> str:
     import jinja2  # only here
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template("plan.html.jinja").render(story=story, version=__version__)
 
@@ -417,7 +475,9 @@ def load_model_config(name: str) -> ModelConfig:
     if file.is_file():
         return ModelConfig.from_hf(read_json(file), str(file))
     if name not in presets() and Path(name).exists():
-        raise SlingshotError(f"{name}: no config.json there; name a folder that has one, or one of {', '.join(presets())}")
+        raise SlingshotError(
+            f"{name}: no config.json there; name a folder that has one, or one of {', '.join(presets())}"
+        )
     return ModelConfig.preset(name)
 
 
@@ -432,7 +492,9 @@ def _known_hours(texts: Sequence[str]) -> dict[str, float]:
         if not separator or not name.strip():
             raise SlingshotError(f"--stage {text!r:.60}: write NAME=HOURS, such as 'context extension=119K'")
         if (name := name.strip()) in (*stages, "pre-training"):
-            raise SlingshotError(f"--stage {text!r:.60}: there is a line {name!r:.40} already; give each stage a name of its own")
+            raise SlingshotError(
+                f"--stage {text!r:.60}: there is a line {name!r:.40} already; give each stage a name of its own"
+            )
         stages[name] = read_count(hours, f"the hours of {name}")
     return stages
 
@@ -444,7 +506,9 @@ def _device(name: str, memory: str | None) -> Device:
         return found
     n_bytes = size(memory, "--memory")
     if n_bytes < 1:
-        raise SlingshotError(f"--memory {memory}: must be more than 0; the table's {name} has {show_size(found.memory_bytes)}")
+        raise SlingshotError(
+            f"--memory {memory}: must be more than 0; the table's {name} has {show_size(found.memory_bytes)}"
+        )
     return found.model_copy(update={"memory_bytes": n_bytes})
 
 
@@ -456,17 +520,29 @@ def _prices(text: str | None) -> list[float] | None:
 
 _DEVICES = f"{', '.join(DEVICES)}, or local for this machine"
 
-Model = Annotated[str, typer.Option(help="A preset such as deepseek-v3, or a folder with a config.json.", show_default=False)]
+Model = Annotated[
+    str, typer.Option(help="A preset such as deepseek-v3, or a folder with a config.json.", show_default=False)
+]
 On = Annotated[str, typer.Option("--device", help=_DEVICES, show_default=False)]
 Count = Annotated[str, typer.Option(help="Devices.")]
-Mfu = Annotated[str | None, typer.Option(help="Share of the peak reached in training.", show_default="22% in fp8, else 40%")]
-Tflops = Annotated[str | None, typer.Option(help="TFLOP/s of a device in training, measured; instead of --mfu.", show_default=False)]
+Mfu = Annotated[
+    str | None, typer.Option(help="Share of the peak reached in training.", show_default="22% in fp8, else 40%")
+]
+Tflops = Annotated[
+    str | None, typer.Option(help="TFLOP/s of a device in training, measured; instead of --mfu.", show_default=False)
+]
 Price = Annotated[str | None, typer.Option(help="Of a device-hour.", show_default="the table's example")]
 Memory = Annotated[str | None, typer.Option(help="Of a device, such as 40GiB.", show_default="the table's")]
 Dtype = Annotated[
-    str | None, typer.Option("--precision", help="float32, bfloat16, float16 or fp8.", show_default="as the model is stored, else 16 bits")
+    str | None,
+    typer.Option(
+        "--precision", help="float32, bfloat16, float16 or fp8.", show_default="as the model is stored, else 16 bits"
+    ),
 ]
-Copy = Annotated[str | None, typer.Option("--devices-per-copy", help="Devices that hold one copy of the model.", show_default="chosen")]
+Copy = Annotated[
+    str | None,
+    typer.Option("--devices-per-copy", help="Devices that hold one copy of the model.", show_default="chosen"),
+]
 Efficiency = Annotated[str, typer.Option(help="Share of the decode roofline that is reached.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Html = Annotated[Path | None, typer.Option(help="Write a page there, too.", show_default=False)]
@@ -478,7 +554,13 @@ Recompute = Annotated[str | None, typer.Option(help="none, selective or full.", 
 
 
 def _ways(tp: str | None, pp: str | None, ep: str | None, zero: int | None, recompute: str | None) -> Mapping[str, Any]:
-    ways = {"tp": _given(whole, tp, "--tp"), "pp": _given(whole, pp, "--pp"), "ep": _given(whole, ep, "--ep"), "zero": zero, "recompute": recompute}
+    ways = {
+        "tp": _given(whole, tp, "--tp"),
+        "pp": _given(whole, pp, "--pp"),
+        "ep": _given(whole, ep, "--ep"),
+        "zero": zero,
+        "recompute": recompute,
+    }
     return {name: value for name, value in ways.items() if value is not None}
 
 
@@ -490,18 +572,25 @@ def pretrain(
     count: Count = "1",
     mfu: Mfu = None,
     tflops: Tflops = None,
-    hours: Annotated[str | None, typer.Option(help="Device-hours it took: shows what rate they come to.", show_default=False)] = None,
+    hours: Annotated[
+        str | None, typer.Option(help="Device-hours it took: shows what rate they come to.", show_default=False)
+    ] = None,
     price: Price = None,
     memory: Memory = None,
     precision: Dtype = None,
     context: Annotated[str | None, typer.Option(help="Tokens in a sequence.", show_default="4096")] = None,
-    batch: Annotated[str | None, typer.Option(help="Tokens in an optimizer step.", show_default="4M, or a sequence a device")] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="Tokens in an optimizer step.", show_default="4M, or a sequence a device")
+    ] = None,
     tp: Tensor = None,
     pp: Pipeline = None,
     ep: Expert = None,
     zero: Zero = None,
     recompute: Recompute = None,
-    stage: Annotated[list[str] | None, typer.Option(help="NAME=HOURS: a further line of the bill; may be repeated.", show_default=False)] = None,
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=HOURS: a further line of the bill; may be repeated.", show_default=False),
+    ] = None,
     as_json: Json = False,
     html: Html = None,
 ) -> None:
@@ -535,11 +624,15 @@ def rl(
     count: Count = "1",
     prompts: Annotated[str, typer.Option(help="Questions in a step.")] = "32",
     group: Annotated[str, typer.Option(help="Responses to each question.")] = "16",
-    rollout: Annotated[str | None, typer.Option(help="Responses sampled at once.", show_default="those of a step")] = None,
+    rollout: Annotated[
+        str | None, typer.Option(help="Responses sampled at once.", show_default="those of a step")
+    ] = None,
     prompt: Annotated[str, typer.Option(help="Mean tokens of a prompt.")] = "200",
     forwards: Annotated[int, typer.Option(help="Forward passes besides the trained one, such as the reference's.")] = 1,
     verify_seconds: Annotated[str, typer.Option(help="Of one processor core for a response.")] = "0.1",
-    verify_workers: Annotated[str | None, typer.Option(help="Processor cores that verify.", show_default="16 a device")] = None,
+    verify_workers: Annotated[
+        str | None, typer.Option(help="Processor cores that verify.", show_default="16 a device")
+    ] = None,
     mfu: Mfu = None,
     tflops: Tflops = None,
     price: Price = None,
@@ -584,8 +677,12 @@ def rl(
 
 @app.command()
 def distill(
-    model: Annotated[str, typer.Option(help="The student: a preset, or a folder with a config.json.", show_default=False)],
-    teacher: Annotated[str, typer.Option(help="The teacher: a preset, or a folder with a config.json.", show_default=False)],
+    model: Annotated[
+        str, typer.Option(help="The student: a preset, or a folder with a config.json.", show_default=False)
+    ],
+    teacher: Annotated[
+        str, typer.Option(help="The teacher: a preset, or a folder with a config.json.", show_default=False)
+    ],
     on: On,
     samples: Annotated[str, typer.Option(help="Responses of the teacher to train on.", show_default=False)],
     response: Annotated[str, typer.Option(help="Mean tokens of a response.", show_default=False)],
@@ -598,7 +695,9 @@ def distill(
     price: Price = None,
     memory: Memory = None,
     precision: Dtype = None,
-    teacher_precision: Annotated[str | None, typer.Option(help="Of the teacher.", show_default="as it is stored, else 16 bits")] = None,
+    teacher_precision: Annotated[
+        str | None, typer.Option(help="Of the teacher.", show_default="as it is stored, else 16 bits")
+    ] = None,
     per_copy: Copy = None,
     efficiency: Efficiency = str(DECODE_EFFICIENCY),
     tp: Tensor = None,
@@ -638,22 +737,38 @@ def distill(
 def serve(
     model: Model,
     on: On,
-    count: Annotated[str | None, typer.Option(help="Devices.", show_default="what the traffic needs, or one copy")] = None,
+    count: Annotated[
+        str | None, typer.Option(help="Devices.", show_default="what the traffic needs, or one copy")
+    ] = None,
     prompt: Annotated[str, typer.Option(help="Mean tokens of a prompt.")] = "4000",
     response: Annotated[str, typer.Option(help="Mean tokens of a response.")] = "1000",
     hit_share: Annotated[str, typer.Option(help="Share of the prompt tokens that are cached.")] = "0",
     latency: Annotated[str, typer.Option(help="What a user waits for a token, at most.")] = "50ms",
-    input_tokens: Annotated[str | None, typer.Option("--input", help="Input tokens of a day's traffic.", show_default=False)] = None,
-    output_tokens: Annotated[str | None, typer.Option("--output", help="Output tokens of a day's traffic.", show_default=False)] = None,
+    input_tokens: Annotated[
+        str | None, typer.Option("--input", help="Input tokens of a day's traffic.", show_default=False)
+    ] = None,
+    output_tokens: Annotated[
+        str | None, typer.Option("--output", help="Output tokens of a day's traffic.", show_default=False)
+    ] = None,
     prices: Annotated[
-        str | None, typer.Option(help="Price list per million tokens: cached input/other input/output, such as 0.14/0.55/2.19.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Price list per million tokens: cached input/other input/output, such as 0.14/0.55/2.19.",
+            show_default=False,
+        ),
     ] = None,
     price: Price = None,
     memory: Memory = None,
     precision: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16, fp8 or int8.", show_default="as the model is stored, else 16 bits")
+        str | None,
+        typer.Option(
+            help="float32, bfloat16, float16, fp8 or int8.", show_default="as the model is stored, else 16 bits"
+        ),
     ] = None,
-    mfu: Annotated[str | None, typer.Option(help="Share of the peak reached in reading prompts.", show_default="22% in 8 bits, else 40%")] = None,
+    mfu: Annotated[
+        str | None,
+        typer.Option(help="Share of the peak reached in reading prompts.", show_default="22% in 8 bits, else 40%"),
+    ] = None,
     per_copy: Copy = None,
     efficiency: Efficiency = str(DECODE_EFFICIENCY),
     as_json: Json = False,

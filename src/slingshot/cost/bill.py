@@ -98,7 +98,10 @@ def _find(parent: Parent, child: Path) -> tuple[Path | None, str]:
             changed = True
         elif place.exists() and place == recorded:
             same = artifact_digest(place) == parent.digest
-            return None, f"its parent {recorded} {'came without a receipt' if same else 'changed since'}; what it cost is not counted"
+            return (
+                None,
+                f"its parent {recorded} {'came without a receipt' if same else 'changed since'}; what it cost is not counted",
+            )
     return None, f"its parent {recorded} {'changed since' if changed else 'is gone'}; what it cost is not counted"
 
 

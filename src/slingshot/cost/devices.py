@@ -157,7 +157,9 @@ def device(name: str) -> Device:
     if found is None:
         near = difflib.get_close_matches(name.lower(), DEVICES, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise SlingshotError(f"no device is called {name!r:.60}; {hint}the table has {', '.join(DEVICES)}; local is this machine")
+        raise SlingshotError(
+            f"no device is called {name!r:.60}; {hint}the table has {', '.join(DEVICES)}; local is this machine"
+        )
     return found
 
 
@@ -172,7 +174,9 @@ def local_device() -> Device:
     # An accelerator's measurements stand under its own name, the processor's under the processor's.
     mine = [known for key, known in measurements().items() if key.startswith(f"{machine.cpu}, ")]
     if not any(known.peak for known in mine):
-        raise SlingshotError("this machine has not been measured yet; run `slingshot doctor` once, or name a device of the table")
+        raise SlingshotError(
+            "this machine has not been measured yet; run `slingshot doctor` once, or name a device of the table"
+        )
     peak: dict[str, float] = {}
     for known in mine:
         for dtype, rate in known.peak.items():
@@ -192,7 +196,9 @@ def dtype_peak(device: Device, dtype: str) -> float:
     if dtype not in device.peak:
         near = difflib.get_close_matches(dtype, device.peak, n=1, cutoff=0.3)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise SlingshotError(f"{device.name} has no products in {dtype!r:.40}; {hint}it multiplies in {', '.join(device.peak)}")
+        raise SlingshotError(
+            f"{device.name} has no products in {dtype!r:.40}; {hint}it multiplies in {', '.join(device.peak)}"
+        )
     return device.peak[dtype]
 
 

@@ -77,7 +77,11 @@ def block_weights(config: ModelConfig, layer: int) -> Weights:
     if not moe:
         return Weights(matrices + 3 * width * config.intermediate_size, 0, rest)
     expert = 3 * width * config.moe_intermediate_size
-    return Weights(matrices + config.n_shared_experts * expert, config.n_routed_experts * expert, rest + width * config.n_routed_experts)
+    return Weights(
+        matrices + config.n_shared_experts * expert,
+        config.n_routed_experts * expert,
+        rest + width * config.n_routed_experts,
+    )
 
 
 def cache_bytes_per_token(config: ModelConfig, bytes_per_number: float = 2) -> float:
@@ -101,7 +105,9 @@ def forward_parts(config: ModelConfig, lengths: Iterable[int], mtp: bool = False
         shorter = [length - 1 for length in lengths]
         tokens, pairs = sum(shorter), sum(length * (length + 1) // 2 for length in shorter)
         block = _block_parts(config, [config.num_hidden_layers], tokens, pairs)
-        outside = 2.0 * tokens * config.hidden_size * (2 * config.hidden_size + config.vocab_size)  # eh_proj and the head
+        outside = (
+            2.0 * tokens * config.hidden_size * (2 * config.hidden_size + config.vocab_size)
+        )  # eh_proj and the head
         parts["mtp"] = sum(block.values()) + outside
     return {part: flops for part, flops in parts.items() if flops}
 
@@ -191,7 +197,9 @@ def _attention_width(config: ModelConfig, absorbed: bool) -> int:
     return config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
 
 
-def _block_parts(config: ModelConfig, layers: Iterable[int], tokens: float, pairs: float, absorbed: bool = False) -> dict[str, float]:
+def _block_parts(
+    config: ModelConfig, layers: Iterable[int], tokens: float, pairs: float, absorbed: bool = False
+) -> dict[str, float]:
     """Forward FLOPs of these layers for `tokens` tokens that form `pairs` query-key pairs."""
     layers = list(layers)
     n_moe = sum(is_moe(config, layer) for layer in layers)

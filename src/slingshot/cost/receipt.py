@@ -201,7 +201,11 @@ def artifact_digest(path: Path) -> str:
     total = hashlib.sha256()
     for file in files:
         relative = file.relative_to(path) if path.is_dir() else Path(file.name)
-        if relative.name in {RECEIPT, "metrics.jsonl"} or "tfevents" in relative.name or any(part.startswith(".") for part in relative.parts):
+        if (
+            relative.name in {RECEIPT, "metrics.jsonl"}
+            or "tfevents" in relative.name
+            or any(part.startswith(".") for part in relative.parts)
+        ):
             continue
         try:
             with file.open("rb") as content:

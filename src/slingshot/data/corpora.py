@@ -72,7 +72,9 @@ class Corpus:
         So the choice survives moving and reordering files, and copies of one text never stand on both sides.
         """
         if not 0 <= heldout < 1:
-            raise SlingshotError(f"heldout {heldout} must be at least 0 and less than 1: it is the share of documents held out")
+            raise SlingshotError(
+                f"heldout {heldout} must be at least 0 and less than 1: it is the share of documents held out"
+            )
         digests = [hashlib.sha256(text.encode(errors="surrogatepass")).digest() for text in self.documents]
         different = sorted(set(digests))
         chosen = set(different[: min(math.ceil(heldout * len(different)), len(different) - 1)])
@@ -86,7 +88,9 @@ class _NotText(SlingshotError):
     """A file that cannot be read or is binary: skipped within a folder, an error by itself."""
 
 
-def _read_folder(root: Path, text_key: str, suffix: str = "", without: frozenset[str] = frozenset()) -> tuple[list[str], int]:
+def _read_folder(
+    root: Path, text_key: str, suffix: str = "", without: frozenset[str] = frozenset()
+) -> tuple[list[str], int]:
     """The documents of all files below a folder, in the order of their paths, and how many files are not text."""
     files: list[Path] = []
     for folder, folders, names in os.walk(root):

@@ -23,7 +23,9 @@ LENGTH_STEP = 64  # the cache grows by multiples of this many tokens
 class Batch:
     """Up to `max_batch` sequences in slots 0, 1, ... of a cache of about `cache_bytes` at most (one sequence always fits)."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_batch: int, cache_bytes: int) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_batch: int, cache_bytes: int
+    ) -> None:
         self._config, self._dtype, self._device = config, dtype, device
         self._max_batch = max_batch
         self._max_entries = cache_bytes // (config.cache_width * config.num_hidden_layers * dtype.itemsize)
@@ -81,7 +83,9 @@ class Batch:
             old.data.clear()  # nothing to keep: its memory goes before its successor's comes
         doubled = min(self._max_batch, 1 << (rows - 1).bit_length())
         length = -(-length // LENGTH_STEP) * LENGTH_STEP
-        self.cache = Cache(self._config, doubled if self.fits(doubled, length) else rows, length, self._dtype, self._device)
+        self.cache = Cache(
+            self._config, doubled if self.fits(doubled, length) else rows, length, self._dtype, self._device
+        )
         if active:
             used = max(sequence.length for sequence in self.sequences)
             for layer, old_layer in zip(self.cache.data, old.data, strict=True):

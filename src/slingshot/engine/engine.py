@@ -40,7 +40,9 @@ Message = Mapping[str, str]
 Prompt = str | Seq[int] | Seq[Message]
 
 PREFILL_TOKENS = 8192  # prompt tokens, padding included, in one forward pass
-PREFILL_SCORES = 1 << 24  # attention scores of one layer in one forward pass: 64 MiB in float32, of which attention makes a few copies
+PREFILL_SCORES = (
+    1 << 24
+)  # attention scores of one layer in one forward pass: 64 MiB in float32, of which attention makes a few copies
 ROW_STEP = 16  # a batch decodes a multiple of this many rows, for the same reason as:
 EXTENT_STEP = 16  # decoding attends over a multiple of this many cached tokens, so that kernels see few shapes
 
@@ -67,7 +69,9 @@ class Engine:
             raise SlingshotError(f"max_batch must be at least 1, got {max_batch}")
         longest = config.max_position_embeddings
         if max_length is not None and not 2 <= max_length <= longest:
-            raise SlingshotError(f"max_length must be between 2 and the model's max_position_embeddings {longest}, got {max_length}")
+            raise SlingshotError(
+                f"max_length must be between 2 and the model's max_position_embeddings {longest}, got {max_length}"
+            )
         self.model = model if dtype is None else _copy_in(model, dtype)
         self.tokenizer = tokenizer
         self.max_length = max_length or longest
@@ -97,7 +101,13 @@ class Engine:
                 raise SlingshotError(f"dtype {dtype!r} is not supported; choose {', '.join(known)}")
             dtype = known[dtype] or auto_dtype(where)
         path = locate(path)
-        return cls(load_model(path, dtype=dtype, device=where), load_tokenizer(path), max_batch, max_length, cache_bytes=cache_bytes)
+        return cls(
+            load_model(path, dtype=dtype, device=where),
+            load_tokenizer(path),
+            max_batch,
+            max_length,
+            cache_bytes=cache_bytes,
+        )
 
     def add(self, prompt: Prompt, params: SamplingParams | None = None, key: str | None = None) -> int:
         """Queue a request, return its id.
@@ -121,7 +131,9 @@ class Engine:
         self._admit()
         if self._batch.sequences:
             sampled = zip(self._batch.sequences, *self._decode(), strict=True)
-            finished = [slot for slot, (sequence, token_id, logprob) in enumerate(sampled) if sequence.push(token_id, logprob)]
+            finished = [
+                slot for slot, (sequence, token_id, logprob) in enumerate(sampled) if sequence.push(token_id, logprob)
+            ]
             requests = [self._batch.remove(slot).request for slot in reversed(finished)]
             for request in requests:
                 request.unfinished -= 1
@@ -140,12 +152,17 @@ class Engine:
         request = self._requests.pop(request_id, None)
         if request is None:
             return None
-        for slot in reversed([slot for slot, sequence in enumerate(self._batch.sequences) if sequence.request is request]):
+        for slot in reversed(
+            [slot for slot, sequence in enumerate(self._batch.sequences) if sequence.request is request]
+        ):
             self._batch.remove(slot)
         return request.output()  # its waiting samples are passed over when their turn comes
 
     def generate(
-        self, prompts: Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None, keys: Seq[str] | None = None
+        self,
+        prompts: Seq[Prompt],
+        params: SamplingParams | Seq[SamplingParams] | None = None,
+        keys: Seq[str] | None = None,
     ) -> list[RequestOutput]:
         """Complete all prompts, in order. `params` is one for all or one each; `keys` as in `add`."""
         if isinstance(prompts, str):
@@ -162,7 +179,9 @@ class Engine:
                 self.abort(request_id)
         return [outputs[request_id] for request_id in ids]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, key: str | None = None) -> Generator[Delta, None, Completion]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, key: str | None = None
+    ) -> Generator[Delta, None, Completion]:
         """Yield (kind, text) as the text of one sample grows, kind "reasoning" or "answer"; the return value is the whole Completion.
 
         Text comes in whole characters and never goes beyond the start of a stop string. Closing the generator aborts the request.
@@ -201,28 +220,40 @@ class Engine:
         Raises SlingshotError while requests are in flight: their cached prefixes belong to the old weights.
         """
         if self._requests:
-            raise SlingshotError(f"update_weights: {len(self._requests)} requests are in flight; finish or abort them first")
+            raise SlingshotError(
+                f"update_weights: {len(self._requests)} requests are in flight; finish or abort them first"
+            )
         if source is not self.model:
             self.model.load_state_dict(source.state_dict() if isinstance(source, Transformer) else source)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
-            begin = [self.tokenizer.bos_id] if self.tokenizer.config.get("add_bos_token") and self.tokenizer.bos_id is not None else []
+            begin = (
+                [self.tokenizer.bos_id]
+                if self.tokenizer.config.get("add_bos_token") and self.tokenizer.bos_id is not None
+                else []
+            )
             ids = begin + self.tokenizer.encode(prompt)
         else:
             ids = [part for part in prompt if isinstance(part, int)]
             messages = [part for part in prompt if isinstance(part, Mapping)]
             if len(prompt) not in (len(ids), len(messages)):
-                raise SlingshotError("a prompt is text, a list of token ids or a list of chat messages; several prompts go in one list around them")
+                raise SlingshotError(
+                    "a prompt is text, a list of token ids or a list of chat messages; several prompts go in one list around them"
+                )
             if messages:
                 ids = self.tokenizer.encode_chat(messages, add_generation_prompt=True)
         if not ids:
             raise SlingshotError("the prompt is empty: nothing says where to begin")
         if len(ids) >= self.max_length:
-            raise SlingshotError(f"the prompt has {len(ids)} tokens, max_length is {self.max_length}: no room for an answer; shorten it")
+            raise SlingshotError(
+                f"the prompt has {len(ids)} tokens, max_length is {self.max_length}: no room for an answer; shorten it"
+            )
         vocabulary = self.model.config.vocab_size
         if min(ids) < 0 or max(ids) >= vocabulary:
-            raise SlingshotError(f"the prompt holds token id {max(ids) if min(ids) >= 0 else min(ids)}, the model's vocabulary has {vocabulary}")
+            raise SlingshotError(
+                f"the prompt holds token id {max(ids) if min(ids) >= 0 else min(ids)}, the model's vocabulary has {vocabulary}"
+            )
         return ids
 
     def _run(self, ids: Iterable[int]) -> Iterator[list[RequestOutput]]:
@@ -256,7 +287,9 @@ class Engine:
             self._waiting.popleft()
         if not admitted:
             return
-        slots = {sequence.request: slot for slot, sequence in enumerate(batch.sequences)}  # where a prompt stands in the cache already
+        slots = {
+            sequence.request: slot for slot, sequence in enumerate(batch.sequences)
+        }  # where a prompt stands in the cache already
         leading = {sequence.request: sequence for sequence in admitted if sequence.request not in slots}
         leaders = sorted(leading.values(), key=lambda sequence: len(sequence.request.prompt))
         followers = [sequence for sequence in admitted if leading.get(sequence.request) is not sequence]
@@ -271,7 +304,9 @@ class Engine:
     def _prefill(self, first_slot: int, prompts: list[list[int]]) -> None:
         """Write all but the last token of these prompts to the cache, in chunks that bound memory. Padding is harmless: decoding overwrites it."""
         rows, width = len(prompts), max(map(len, prompts)) - 1
-        tokens_BT = torch.tensor([prompt[:-1] + [0] * (width + 1 - len(prompt)) for prompt in prompts], device=self._device)
+        tokens_BT = torch.tensor(
+            [prompt[:-1] + [0] * (width + 1 - len(prompt)) for prompt in prompts], device=self._device
+        )
         positions_BT = torch.arange(width, device=self._device).expand(rows, width)
         chunk = max(1, PREFILL_SCORES // max(1, rows * width * self.model.config.num_attention_heads))
         for start in range(0, width, chunk):
@@ -285,15 +320,23 @@ class Engine:
         extent = max(sequence.length for sequence in batch.sequences)
         extent = min(-(-extent // EXTENT_STEP) * EXTENT_STEP, batch.cache.length)
         tokens_B, positions_B = batch.tokens_S[:rows], batch.positions_S[:rows]
-        padded = min(-(-rows // ROW_STEP) * ROW_STEP, batch.cache.slots) if rows > ROW_STEP else rows  # free slots may hold anything
+        padded = (
+            min(-(-rows // ROW_STEP) * ROW_STEP, batch.cache.slots) if rows > ROW_STEP else rows
+        )  # free slots may hold anything
         positions_P = batch.positions_S[:padded, None].clamp(max=extent - 1)
-        output = self.model(batch.tokens_S[:padded, None], positions_P, cache=batch.cache.view(0, padded, extent), logits=False)
+        output = self.model(
+            batch.tokens_S[:padded, None], positions_P, cache=batch.cache.view(0, padded, extent), logits=False
+        )
         logits_BV = self.model.lm_logits(output.hidden_BTD[:rows, -1])
         positions_B += 1
         uniform_B = uniform_noise(batch.streams_S[:rows], positions_B)
-        ids_B, logprobs_B = sample(logits_BV, batch.temperature_S[:rows], batch.top_p_S[:rows], batch.top_k_S[:rows], uniform_B)
+        ids_B, logprobs_B = sample(
+            logits_BV, batch.temperature_S[:rows], batch.top_p_S[:rows], batch.top_k_S[:rows], uniform_B
+        )
         if not torch.isfinite(logprobs_B).all():
-            raise SlingshotError("the model's logits are not finite: its weights have diverged; go back to an earlier checkpoint")
+            raise SlingshotError(
+                "the model's logits are not finite: its weights have diverged; go back to an earlier checkpoint"
+            )
         tokens_B.copy_(ids_B)
         return ids_B.tolist(), logprobs_B.tolist()
 

@@ -107,7 +107,9 @@ def _smallest_kept(weights_RV: Tensor, top_p_R: Tensor, top_k_R: Tensor) -> Tens
     return heaviest_RK.gather(-1, kept_R[:, None] - 1)[:, 0]
 
 
-def sample(logits_BV: Tensor, temperature_B: Tensor, top_p_B: Tensor, top_k_B: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+def sample(
+    logits_BV: Tensor, temperature_B: Tensor, top_p_B: Tensor, top_k_B: Tensor, uniform_B: Tensor
+) -> tuple[Tensor, Tensor]:
     """Choose one token a row by inverting the cumulative distribution at `uniform_B`: -> ids (B,) int64, logprobs (B,) float32.
 
     logits (B, V) float32; temperature, top_p (B,) float; top_k (B,) int64; uniform (B,) in [0, 1).
@@ -122,7 +124,9 @@ def sample(logits_BV: Tensor, temperature_B: Tensor, top_p_B: Tensor, top_k_B: T
     rows_R = (((top_p_B < 1) | (top_k_B > 0)) & ~greedy_B).nonzero()[:, 0]
     if len(rows_R):
         cut_B = torch.zeros_like(log_total_B)
-        cut_B[rows_R] = _smallest_kept(weights_BV if len(rows_R) == len(cut_B) else weights_BV[rows_R], top_p_B[rows_R], top_k_B[rows_R])
+        cut_B[rows_R] = _smallest_kept(
+            weights_BV if len(rows_R) == len(cut_B) else weights_BV[rows_R], top_p_B[rows_R], top_k_B[rows_R]
+        )
         weights_BV.masked_fill_(weights_BV < cut_B[:, None], 0.0)
     cumulative_BV = weights_BV.cumsum(-1)
     # uniform < 1 keeps the target under the last entry, and `right` skips entries that add nothing: a dropped token cannot be hit.

@@ -66,8 +66,7 @@ class StopWatch:
     def safe_tokens(self) -> int:
         """How many tokens no stop string can reach back into any more, whatever comes next."""
         held = max(
-            (size for stop in self._stop for size in range(1, len(stop)) if self.text.endswith(stop[:size])),
-            default=0,
+            (size for stop in self._stop for size in range(1, len(stop)) if self.text.endswith(stop[:size])), default=0
         )
         count = len(self.ends)
         while count and self.ends[count - 1] > len(self.text) - held:
@@ -120,13 +119,23 @@ class Sequence:
         tokenizer, visible = self.request.tokenizer, self.visible_ids()
         parsed = parse(visible, self.request.opened, tokenizer)
         reason = self.finish_reason or "abort"
-        return Completion(tokenizer.decode(visible), self.token_ids, self.logprobs, reason, parsed.reasoning, parsed.answer)
+        return Completion(
+            tokenizer.decode(visible), self.token_ids, self.logprobs, reason, parsed.reasoning, parsed.answer
+        )
 
 
 class Request:
     """A prompt with its parameters and its `params.n` samples, none of which may grow beyond `limit` tokens, prompt included."""
 
-    def __init__(self, request_id: int, prompt: list[int], params: SamplingParams, key: str, max_length: int, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        request_id: int,
+        prompt: list[int],
+        params: SamplingParams,
+        key: str,
+        max_length: int,
+        tokenizer: Tokenizer,
+    ) -> None:
         self.request_id, self.prompt, self.params, self.key, self.tokenizer = request_id, prompt, params, key, tokenizer
         self.limit = min(len(prompt) + params.max_tokens, max_length)
         self.opened = ends_in_reasoning(prompt, tokenizer)

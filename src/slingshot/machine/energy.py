@@ -100,7 +100,9 @@ def _visible(count: int) -> list[str]:
     """Numbers and UUIDs in CUDA_VISIBLE_DEVICES, as CUDA reads it: all where it is not set, else up to the first that is no device's."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(number) for number in range(count)] if given is None else [name.strip() for name in given.split(",")]
-    known = itertools.takewhile(lambda name: int(name) < count if name.isdecimal() else name.startswith(("GPU-", "MIG-")), names)
+    known = itertools.takewhile(
+        lambda name: int(name) < count if name.isdecimal() else name.startswith(("GPU-", "MIG-")), names
+    )
     return list(known)
 
 

@@ -113,8 +113,14 @@ class MLA(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         config = self.config
-        q = self.q_proj(x_BTD) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
-        q_BTHN, q_BTHR = q.unflatten(-1, (config.num_attention_heads, -1)).split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        q = (
+            self.q_proj(x_BTD)
+            if config.q_lora_rank is None
+            else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
+        )
+        q_BTHN, q_BTHR = q.unflatten(-1, (config.num_attention_heads, -1)).split(
+            [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1
+        )
         latent_BTK, k_BTR = self.kv_a_proj_with_mqa(x_BTD).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         latent_BTK = self.kv_a_layernorm(latent_BTK)
         q_BTHR = rotate(q_BTHR, context.cos_BTR, context.sin_BTR, interleaved=True)
@@ -141,8 +147,12 @@ class MLA(nn.Module):
         weight = self.kv_b_proj.weight.to(q_BTHN.dtype).unflatten(0, (config.num_attention_heads, -1))
         key_HNK, value_HVK = weight.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
         batch, time = q_BTHN.shape[:2]
-        q_latent = torch.matmul(q_BTHN.flatten(0, 1).transpose(0, 1), key_HNK).transpose(0, 1).unflatten(0, (batch, time))
-        q_BXC = torch.cat((q_latent, q_BTHR), dim=-1).flatten(1, 2)  # X = T * H: heads share the keys, so they fold into the queries
+        q_latent = (
+            torch.matmul(q_BTHN.flatten(0, 1).transpose(0, 1), key_HNK).transpose(0, 1).unflatten(0, (batch, time))
+        )
+        q_BXC = torch.cat((q_latent, q_BTHR), dim=-1).flatten(
+            1, 2
+        )  # X = T * H: heads share the keys, so they fold into the queries
         scores_BTHS = torch.bmm(q_BXC, entries_BSC.transpose(1, 2)).unflatten(1, (time, -1)).float() * self.scale
         scores_BTHS = scores_BTHS.masked_fill(~context.mask.transpose(1, 2), -torch.inf)
         weights_BXS = scores_BTHS.softmax(dim=-1).to(q_BXC.dtype).flatten(1, 2)
@@ -174,10 +184,14 @@ class GQA(nn.Module):
         q = rotate(q, context.cos_BTR, context.sin_BTR, interleaved=False)
         k = rotate(k, context.cos_BTR, context.sin_BTR, interleaved=False)
         if context.cache is not None:
-            entries_BSC = context.cache.update(self.layer, torch.cat((k.flatten(2), v.flatten(2)), dim=-1), context.positions_BT)
+            entries_BSC = context.cache.update(
+                self.layer, torch.cat((k.flatten(2), v.flatten(2)), dim=-1), context.positions_BT
+            )
             return self.o_proj(self._cached(q, entries_BSC, context))
         groups = config.num_attention_heads // config.num_key_value_heads
-        q, k, v = (t.transpose(1, 2) for t in (q, k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)))
+        q, k, v = (
+            t.transpose(1, 2) for t in (q, k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2))
+        )
         return self.o_proj(attend(q, k, v, context.mask, self.scale).transpose(1, 2).flatten(2))
 
     def _cached(self, q_BTHW: Tensor, entries_BSC: Tensor, context: Context) -> Tensor:
@@ -189,8 +203,13 @@ class GQA(nn.Module):
         (batch, time), n_groups = q_BTHW.shape[:2], self.config.num_key_value_heads
         k, v = entries_BSC.to(q_BTHW.dtype).unflatten(-1, (2, n_groups, -1)).unbind(2)
         k_NSW, v_NSW = (t.transpose(1, 2).flatten(0, 1) for t in (k, v))  # N = B * groups
-        q_NXW = q_BTHW.unflatten(2, (n_groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2)  # X = T * heads of a group
-        scores = torch.bmm(q_NXW, k_NSW.transpose(1, 2)).unflatten(0, (batch, n_groups)).unflatten(2, (time, -1)).float() * self.scale
+        q_NXW = (
+            q_BTHW.unflatten(2, (n_groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+        )  # X = T * heads of a group
+        scores = (
+            torch.bmm(q_NXW, k_NSW.transpose(1, 2)).unflatten(0, (batch, n_groups)).unflatten(2, (time, -1)).float()
+            * self.scale
+        )
         scores = scores.masked_fill(~context.mask.unsqueeze(3), -torch.inf)  # [B, groups, T, heads of a group, S]
         weights_NXS = scores.softmax(dim=-1).to(q_NXW.dtype).flatten(2, 3).flatten(0, 1)
         y = torch.bmm(weights_NXS, v_NSW).unflatten(0, (batch, n_groups)).unflatten(2, (time, -1))

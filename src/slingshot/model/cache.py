@@ -26,14 +26,18 @@ class CacheView:
     def update(self, layer: int, entries_BTC: Tensor, positions_BT: Tensor) -> Tensor:
         """Write entries at their positions, return all entries up to the extent: [B, S, C]."""
         rows_BSC = self._data[layer][self._rows]
-        rows_BSC[torch.arange(len(rows_BSC), device=rows_BSC.device)[:, None], positions_BT] = entries_BTC.to(rows_BSC.dtype)
+        rows_BSC[torch.arange(len(rows_BSC), device=rows_BSC.device)[:, None], positions_BT] = entries_BTC.to(
+            rows_BSC.dtype
+        )
         return rows_BSC[:, : self.extent]
 
 
 class Cache:
     """Contiguous cache of `slots` sequences of at most `length` tokens."""
 
-    def __init__(self, config: ModelConfig, slots: int, length: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, config: ModelConfig, slots: int, length: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
         shape = (slots, length, config.cache_width)
         self.slots, self.length = slots, length
         self.data = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
+from pydantic import Field, StrictBool, model_validator
 
 from slingshot.base.config import Strict, printable
 from slingshot.base.errors import SlingshotError
@@ -66,7 +65,9 @@ class RopeScaling(Strict):
         if self.beta_fast < self.beta_slow:
             raise ValueError(f"beta_fast {self.beta_fast} must be at least beta_slow {self.beta_slow}")
         if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(f"high_freq_factor {self.high_freq_factor} must be greater than low_freq_factor {self.low_freq_factor}")
+            raise ValueError(
+                f"high_freq_factor {self.high_freq_factor} must be greater than low_freq_factor {self.low_freq_factor}"
+            )
         return self
 
 
@@ -141,7 +142,9 @@ class ModelConfig(Strict):
             if values.get("head_dim") in (None, 0):
                 values["head_dim"], left_over = divmod(width, heads)
                 if left_over:
-                    raise ValueError(f"hidden_size {width} must divide evenly into num_attention_heads {heads}, or head_dim be given")
+                    raise ValueError(
+                        f"hidden_size {width} must divide evenly into num_attention_heads {heads}, or head_dim be given"
+                    )
         return values
 
     @model_validator(mode="after")
@@ -155,7 +158,9 @@ class ModelConfig(Strict):
             if self.head_dim < 2 or self.head_dim % 2:
                 raise ValueError(f"head_dim {self.head_dim} must be even: rotary embeddings turn pairs")
             if self.attention_bias and self.qk_norm:
-                raise ValueError("attention_bias (Qwen2's) and qk_norm (Qwen3's) exclude each other: no model type in Hugging Face's format has both")
+                raise ValueError(
+                    "attention_bias (Qwen2's) and qk_norm (Qwen3's) exclude each other: no model type in Hugging Face's format has both"
+                )
             return self
         for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
             if getattr(self, name) < 1:
@@ -166,18 +171,28 @@ class ModelConfig(Strict):
             raise ValueError(f"num_nextn_predict_layers {self.num_nextn_predict_layers} is not supported; 0 or 1 is")
         if self.n_moe_layers:
             if self.n_routed_experts < 1 or self.moe_intermediate_size < 1:
-                raise ValueError("n_routed_experts and moe_intermediate_size must be at least 1 unless first_k_dense_replace covers every layer")
+                raise ValueError(
+                    "n_routed_experts and moe_intermediate_size must be at least 1 unless first_k_dense_replace covers every layer"
+                )
             if self.n_moe_layers * self.n_routed_experts > _MAX_EXPERTS:
-                raise ValueError(f"{self.n_moe_layers} layers of n_routed_experts {self.n_routed_experts} exceed {_MAX_EXPERTS} experts in all")
+                raise ValueError(
+                    f"{self.n_moe_layers} layers of n_routed_experts {self.n_routed_experts} exceed {_MAX_EXPERTS} experts in all"
+                )
             if self.n_group < 1 or self.n_routed_experts % self.n_group:
-                raise ValueError(f"n_routed_experts {self.n_routed_experts} must divide evenly into n_group {self.n_group}; 1 means no groups")
+                raise ValueError(
+                    f"n_routed_experts {self.n_routed_experts} must divide evenly into n_group {self.n_group}; 1 means no groups"
+                )
             if not 1 <= self.topk_group <= self.n_group:
                 raise ValueError(f"topk_group {self.topk_group} must be between 1 and n_group {self.n_group}")
             reachable = self.topk_group * self.n_routed_experts // self.n_group
             if not 1 <= self.num_experts_per_tok <= reachable:
-                raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} must be between 1 and the {reachable} experts of topk_group groups")
+                raise ValueError(
+                    f"num_experts_per_tok {self.num_experts_per_tok} must be between 1 and the {reachable} experts of topk_group groups"
+                )
             if self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
-                raise ValueError("a group needs at least 2 experts: it is scored by the sum of its two best (arXiv 2412.19437, 2.1.2)")
+                raise ValueError(
+                    "a group needs at least 2 experts: it is scored by the sum of its two best (arXiv 2412.19437, 2.1.2)"
+                )
         return self
 
     @property
@@ -224,13 +239,23 @@ class ModelConfig(Strict):
             raise SlingshotError(f"{where} does not hold a JSON object")
         try:
             json.dumps(raw, allow_nan=False, ensure_ascii=False).encode()
-        except (ValueError, TypeError, RecursionError) as error:  # NaN, infinity, half a surrogate pair, nested without end
+        except (
+            ValueError,
+            TypeError,
+            RecursionError,
+        ) as error:  # NaN, infinity, half a surrogate pair, nested without end
             raise SlingshotError(f"{where} cannot be written as JSON again: {error}") from error
         model_type = raw.get("model_type")
         if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
-            raise SlingshotError(f"{where}: model_type {_short(model_type)} is not supported; supported: {', '.join(MODEL_TYPES)}")
+            raise SlingshotError(
+                f"{where}: model_type {_short(model_type)} is not supported; supported: {', '.join(MODEL_TYPES)}"
+            )
         family = MODEL_TYPES[model_type][0]
-        known, required = (_DEEPSEEK_KEYS, _DEEPSEEK_KEYS - {"num_nextn_predict_layers"}) if family == "deepseek_v3" else (_DENSE_KEYS, set())
+        known, required = (
+            (_DEEPSEEK_KEYS, _DEEPSEEK_KEYS - {"num_nextn_predict_layers"})
+            if family == "deepseek_v3"
+            else (_DENSE_KEYS, set())
+        )
         if missing := sorted((_SHAPE_KEYS | required) - raw.keys()):
             raise SlingshotError(f"{where}: no {', '.join(missing)}; is it a whole config.json?")
         raw = _WHERE_SILENT[model_type] | raw
@@ -261,7 +286,12 @@ class ModelConfig(Strict):
         known = _DEEPSEEK_KEYS if self.family == "deepseek_v3" else _DENSE_KEYS
         raw = self.model_dump(include=_SHARED_KEYS | known)
         if self.family == "deepseek_v3":
-            raw |= {"num_key_value_heads": self.num_attention_heads, "moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+            raw |= {
+                "num_key_value_heads": self.num_attention_heads,
+                "moe_layer_freq": 1,
+                "scoring_func": "sigmoid",
+                "topk_method": "noaux_tc",
+            }
         raw["rope_scaling"] = None
         if self.rope_scaling is not None:
             kind = self.rope_scaling.rope_type
@@ -321,7 +351,16 @@ _HARMLESS_KEYS = {
 
 # Keys read by a function of their own, or not at all: what follows from other keys, and the Python files of other programs, which are
 # neither read nor written here.
-_READ_APART = {"model_type", "rope_scaling", "rope_parameters", "quantization_config", "auto_map", "num_key_value_heads", "head_dim", "qk_head_dim"}
+_READ_APART = {
+    "model_type",
+    "rope_scaling",
+    "rope_parameters",
+    "quantization_config",
+    "auto_map",
+    "num_key_value_heads",
+    "head_dim",
+    "qk_head_dim",
+}
 
 # Keys understood only at the values that leave the mathematics as implemented; the first is the usual one.
 _ONLY_VALUES: dict[str, tuple[Any, ...]] = {
@@ -337,10 +376,14 @@ def _at_its_only_value(key: str, value: Any, model_type: str, where: str) -> Any
     place = f"{where}: {printable(key)}"
     if value is None:
         return value
-    if key == "attention_bias":  # Llama's and Qwen3's would be on o_proj too, DeepSeek's on three matrices; Qwen2's class does not ask
+    if (
+        key == "attention_bias"
+    ):  # Llama's and Qwen3's would be on o_proj too, DeepSeek's on three matrices; Qwen2's class does not ask
         if value is (model_type == "qwen2"):
             return value
-        raise SlingshotError(f"{place} {_short(value)} is not supported for {model_type}; {_short(model_type == 'qwen2')} is")
+        raise SlingshotError(
+            f"{place} {_short(value)} is not supported for {model_type}; {_short(model_type == 'qwen2')} is"
+        )
     if key == "sliding_window" and model_type in ("qwen2", "qwen3"):
         return value  # written beside use_sliding_window false: that switch decides
     if key == "layer_types":
@@ -350,7 +393,9 @@ def _at_its_only_value(key: str, value: Any, model_type: str, where: str) -> Any
     if key == "sliding_window":
         raise SlingshotError(f"{place} {_short(value)} is not supported; null is: attention over the whole text")
     if key not in _ONLY_VALUES:
-        raise SlingshotError(f"{where}: unknown key {_short(key)} could change the mathematics; remove it if it does not")
+        raise SlingshotError(
+            f"{where}: unknown key {_short(key)} could change the mathematics; remove it if it does not"
+        )
     if not any(value == only and isinstance(value, bool) == isinstance(only, bool) for only in _ONLY_VALUES[key]):
         raise SlingshotError(f"{place} {_short(value)} is not supported; {_short(_ONLY_VALUES[key][0])} is")
     return value
@@ -377,7 +422,9 @@ def _rope(raw: dict[str, Any], family: str, where: str) -> tuple[Any, dict[str, 
         kinds: list[Any] = [table.pop(key) for key in ("rope_type", "type") if key in table] or ["default"]
         kind = kinds[0]
         if kind != kinds[-1] or not isinstance(kind, str) or kind not in _ROPE_KEYS:
-            raise SlingshotError(f"{where}: {name}.rope_type {' and '.join(map(_short, kinds))} is not supported; {', '.join(_ROPE_KEYS)} are")
+            raise SlingshotError(
+                f"{where}: {name}.rope_type {' and '.join(map(_short, kinds))} is not supported; {', '.join(_ROPE_KEYS)} are"
+            )
         if "rope_theta" in table:
             thetas.append(table.pop("rope_theta"))
         if table.get("partial_rotary_factor") == 1:
@@ -386,20 +433,33 @@ def _rope(raw: dict[str, Any], family: str, where: str) -> tuple[Any, dict[str, 
             del table["truncate"]
         if unknown := next((key for key in table if key not in _ROPE_KEYS[kind]), None):
             reason = f"rope_type {kind} is read with {', '.join(_ROPE_KEYS[kind]) or 'no other keys'}"
-            raise SlingshotError(f"{where}: {name}.{printable(unknown)} {_short(table[unknown])} is not supported; {reason}")
+            raise SlingshotError(
+                f"{where}: {name}.{printable(unknown)} {_short(table[unknown])} is not supported; {reason}"
+            )
         if kind == "default":
             found.append(None)
             continue
         if kind == "yarn" and family == "dense" and not (table.get("mscale") and table.get("mscale_all_dim")):
-            table = {key: value for key, value in table.items() if not key.startswith("mscale")}  # transformers heeds both or neither
-        found.append({"rope_type": kind, "original_max_position_embeddings": raw.get("max_position_embeddings", 4096)} | table)
+            table = {
+                key: value for key, value in table.items() if not key.startswith("mscale")
+            }  # transformers heeds both or neither
+        found.append(
+            {"rope_type": kind, "original_max_position_embeddings": raw.get("max_position_embeddings", 4096)} | table
+        )
     for name, values in (("rope_theta", thetas), ("rope_scaling", found)):
         if values and values[0] != values[-1]:
-            raise SlingshotError(f"{where}: {name} is {_short(values[0])} in one place and {_short(values[-1])} in another; make them agree")
+            raise SlingshotError(
+                f"{where}: {name} is {_short(values[0])} in one place and {_short(values[-1])} in another; make them agree"
+            )
     return (thetas or [10000.0])[0], (found or [None])[0]
 
 
-_FP8: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+_FP8: dict[str, Any] = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}
 
 # Modules that no FP8 checkpoint stores in FP8, so that a list of exceptions may name them.
 _NEVER_FP8 = ("lm_head", "embed_tokens", "gate", "eh_proj", "head", "norm", "layernorm")
@@ -421,7 +481,9 @@ def _quantization(table: Any, where: str) -> Literal["fp8"] | None:
         if key == "modules_to_not_convert" and isinstance(value, list):
             value = next((name for name in value if not str(name).endswith(_NEVER_FP8)), None)
         if key not in allowed or value not in allowed[key]:
-            raise SlingshotError(f"{where}: quantization_config.{printable(key)} {_short(value)} is not supported; {way_out}")
+            raise SlingshotError(
+                f"{where}: quantization_config.{printable(key)} {_short(value)} is not supported; {way_out}"
+            )
     return "fp8"
 
 

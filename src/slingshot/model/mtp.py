@@ -34,7 +34,9 @@ class MTP(Block):
         self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
         self.shared_head = SharedHead(config)
 
-    def forward(self, hidden_BTD: Tensor, context: Context, embedding_BTD: Tensor | None = None) -> tuple[Tensor, Routing | None]:
+    def forward(
+        self, hidden_BTD: Tensor, context: Context, embedding_BTD: Tensor | None = None
+    ) -> tuple[Tensor, Routing | None]:
         """hidden at t and embedding of t+1 -> normalised hidden from which the head predicts t+2, [B, T, D]."""
         assert embedding_BTD is not None
         x_BTD = self.eh_proj(torch.cat((self.enorm(embedding_BTD), self.hnorm(hidden_BTD)), dim=-1))

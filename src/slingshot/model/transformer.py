@@ -114,7 +114,9 @@ class Transformer(nn.Module):
             hidden_BTD, following_BTD = output.hidden_BTD, embedding_BTD.roll(-1, dims=1)
             if detach_mtp:
                 hidden_BTD, following_BTD = hidden_BTD.detach(), following_BTD.detach()
-            output.mtp_hidden_BTD, routing = self.model.layers[config.num_hidden_layers](hidden_BTD, context, following_BTD)
+            output.mtp_hidden_BTD, routing = self.model.layers[config.num_hidden_layers](
+                hidden_BTD, context, following_BTD
+            )
             if routing is not None:
                 routings.append(routing)
         if routings and cache is None:
@@ -123,13 +125,19 @@ class Transformer(nn.Module):
             output.logits_BTV = self.lm_logits(output.hidden_BTD)
         return output
 
-    def _routing_statistics(self, output: ModelOutput, routings: list[Routing], segments_BT: Tensor | None, batch: int) -> None:
+    def _routing_statistics(
+        self, output: ModelOutput, routings: list[Routing], segments_BT: Tensor | None, batch: int
+    ) -> None:
         valid_BT = None if segments_BT is None else segments_BT > 0
         valid_N = None if valid_BT is None else valid_BT.flatten()
         losses = []
         for routing in routings:
             output.load_LE.append(expert_load(routing.experts_Nk, valid_N, self.config.n_routed_experts))
-            losses.append(balance_loss(routing.scores_NE.unflatten(0, (batch, -1)), routing.experts_Nk.unflatten(0, (batch, -1)), valid_BT))
+            losses.append(
+                balance_loss(
+                    routing.scores_NE.unflatten(0, (batch, -1)), routing.experts_Nk.unflatten(0, (batch, -1)), valid_BT
+                )
+            )
         output.balance_loss = torch.stack(losses).sum()
 
 

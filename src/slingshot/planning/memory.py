@@ -44,7 +44,15 @@ PRECISIONS = {
         Precision(dtype="float32", weight=4, other=4, gradient=4, optimizer=8, activation=4, low_activation=4),
         Precision(dtype="bfloat16", weight=2, other=2, gradient=2, optimizer=12, activation=2, low_activation=2),
         Precision(dtype="float16", weight=2, other=2, gradient=2, optimizer=12, activation=2, low_activation=2),
-        Precision(dtype="fp8", weight=1 + 4 / 128**2, other=2, gradient=4, optimizer=8, activation=2, low_activation=1 + 4 / 128),
+        Precision(
+            dtype="fp8",
+            weight=1 + 4 / 128**2,
+            other=2,
+            gradient=4,
+            optimizer=8,
+            activation=2,
+            low_activation=1 + 4 / 128,
+        ),
         Precision(dtype="int8", weight=1 + 4 / 128, other=2, gradient=0, optimizer=0, activation=2, low_activation=2),
     )
 }
@@ -62,9 +70,18 @@ class Memory(Strict):
     total: float = 0.0
 
     @classmethod
-    def of(cls, weights: float, gradients: float = 0.0, optimizer: float = 0.0, activations: float = 0.0, cache: float = 0.0) -> Memory:
+    def of(
+        cls,
+        weights: float,
+        gradients: float = 0.0,
+        optimizer: float = 0.0,
+        activations: float = 0.0,
+        cache: float = 0.0,
+    ) -> Memory:
         total = weights + gradients + optimizer + activations + cache
-        return cls(weights=weights, gradients=gradients, optimizer=optimizer, activations=activations, cache=cache, total=total)
+        return cls(
+            weights=weights, gradients=gradients, optimizer=optimizer, activations=activations, cache=cache, total=total
+        )
 
 
 def block_activations(config: ModelConfig, moe: bool, precision: Precision, recompute: Recompute) -> float:
@@ -79,9 +96,15 @@ def block_activations(config: ModelConfig, moe: bool, precision: Precision, reco
         return width * plain
     heads = config.num_attention_heads
     # (numbers, bytes each, cheap to compute again)
-    kept: list[tuple[int, float, bool]] = [(width, plain, False), (width, low, True)]  # the block's input, and normalised
+    kept: list[tuple[int, float, bool]] = [
+        (width, plain, False),
+        (width, low, True),
+    ]  # the block's input, and normalised
     if config.family == "dense":
-        kept += [(config.head_dim * (heads + 2 * config.num_key_value_heads), plain, False), (config.head_dim * heads, plain, False)]
+        kept += [
+            (config.head_dim * (heads + 2 * config.num_key_value_heads), plain, False),
+            (config.head_dim * heads, plain, False),
+        ]
     else:
         query = config.q_lora_rank or 0
         kept += [
@@ -90,11 +113,17 @@ def block_activations(config: ModelConfig, moe: bool, precision: Precision, reco
             (config.kv_lora_rank + config.qk_rope_head_dim, plain, False),
             (config.kv_lora_rank, low, True),
         ]
-        kept += [(heads * (2 * config.qk_head_dim + config.v_head_dim), plain, True), (heads * config.v_head_dim, plain, False)]
+        kept += [
+            (heads * (2 * config.qk_head_dim + config.v_head_dim), plain, True),
+            (heads * config.v_head_dim, plain, False),
+        ]
     kept += [(width, plain, False), (width, low, True)]  # after attention, and normalised
     if moe:
         routed, shared = config.num_experts_per_tok, config.n_shared_experts
-        kept += [(config.n_routed_experts, 4.0, False), (routed * width, low, False)]  # scores in float32; what was dispatched
+        kept += [
+            (config.n_routed_experts, 4.0, False),
+            (routed * width, low, False),
+        ]  # scores in float32; what was dispatched
         inner = (routed + shared) * config.moe_intermediate_size
     else:
         inner = config.intermediate_size
@@ -176,7 +205,9 @@ def sizes(config: ModelConfig, precision: Precision) -> Sizes:
 
 def training_memory(weighed: Sizes, layout: Layout, context: int, microbatches: float) -> Memory:
     """Of the fullest device. Under 1F1B the stage at place s of pp holds the activations of pp - s microbatches of one sequence each."""
-    stages = (_stage_memory(weighed, layout, stage, context, microbatches) for stage in weighed.telling_stages(layout.pp))
+    stages = (
+        _stage_memory(weighed, layout, stage, context, microbatches) for stage in weighed.telling_stages(layout.pp)
+    )
     return max(stages, key=lambda memory: memory.total)
 
 
@@ -198,7 +229,9 @@ def _stage_memory(weighed: Sizes, layout: Layout, index: int, context: int, micr
         activations += tokens * block_activations(config, bool(moe or (mtp and weighed.mtp.experts)), precision, "none")
     if index == layout.pp - 1:
         # Logits in float32 and their gradient, of one pass through the head at a time; the last norm's input and output.
-        activations += tokens * (8.0 * config.vocab_size + config.hidden_size * (precision.activation + precision.low_activation))
+        activations += tokens * (
+            8.0 * config.vocab_size + config.hidden_size * (precision.activation + precision.low_activation)
+        )
     return Memory.of(
         weights=sharded(precision.weight, precision.other, 3),
         gradients=sharded(precision.gradient, precision.gradient, 2),

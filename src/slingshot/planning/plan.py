@@ -272,9 +272,13 @@ class Pool:
     def stage(self, name: str, device_hours: float, tokens: float = 0.0, flops: float = 0.0, note: str = "") -> Stage:
         days = device_hours / self.count / HOURS
         money = None if self.price is None else device_hours * self.price
-        return Stage(name=name, tokens=tokens, flops=flops, device_hours=device_hours, days=days, money=money, note=note)
+        return Stage(
+            name=name, tokens=tokens, flops=flops, device_hours=device_hours, days=days, money=money, note=note
+        )
 
-    def common(self, kind: str, config: ModelConfig, model: str, precision: Precision, memory: Memory, lines: list[Stage]) -> dict[str, Any]:
+    def common(
+        self, kind: str, config: ModelConfig, model: str, precision: Precision, memory: Memory, lines: list[Stage]
+    ) -> dict[str, Any]:
         """The fields every plan fills in the same way."""
         watts, whole = self.device.power_watts, self.stage("in all", sum(line.device_hours for line in lines))
         counts = parameters(config)
@@ -298,7 +302,11 @@ class Pool:
             price = f"${self.price:g} per {self.device.name} hour, the table's example"
         else:
             price = f"${self.price:g} per {self.device.name} hour, as given"
-        watts = f"{self.device.power_watts:g} W a device, hosts, network and cooling left out" if self.device.power_watts else "energy unknown"
+        watts = (
+            f"{self.device.power_watts:g} W a device, hosts, network and cooling left out"
+            if self.device.power_watts
+            else "energy unknown"
+        )
         return [f"{show_share(USABLE)} of {show_size(self.device.memory_bytes)} may be filled", price, watts]
 
 
@@ -309,7 +317,9 @@ def pool(device: Device, count: int, price: float | None) -> Pool:
     if count > MOST:
         raise SlingshotError(f"{count} devices: the largest count a plan takes is {MOST}")
     if count > 1 and not device.network:
-        raise SlingshotError(f"{count} x {device.name}: what joins several of them is not known; the nearest valid count is 1")
+        raise SlingshotError(
+            f"{count} x {device.name}: what joins several of them is not known; the nearest valid count is 1"
+        )
     if price is not None and not (price >= 0 and math.isfinite(price)):
         raise SlingshotError(f"price {price:g}: must not be negative; the nearest valid value is 0")
     return Pool(device, count, device.price if price is None else price, price is None)
@@ -319,7 +329,9 @@ def positive(**values: float) -> None:
     """Refuse what is not above 0, by its name."""
     for name, value in values.items():
         if not (value > 0 and math.isfinite(value)):
-            raise SlingshotError(f"{name.replace('_', ' ')} {value:g}: must be more than 0; did you mean {abs(value) or 1:g}?")
+            raise SlingshotError(
+                f"{name.replace('_', ' ')} {value:g}: must be more than 0; did you mean {abs(value) or 1:g}?"
+            )
 
 
 def chosen_precision(config: ModelConfig, device: Device, name: str | None) -> Precision:
@@ -342,11 +354,18 @@ class Rate:
 
 
 def training_rate(
-    device: Device, precision: Precision, parts: Mapping[str, float], mfu: float | None, tflops: float | None, hours: float | None = None
+    device: Device,
+    precision: Precision,
+    parts: Mapping[str, float],
+    mfu: float | None,
+    tflops: float | None,
+    hours: float | None = None,
 ) -> Rate:
     """How fast one device trains: by at most one of the three, else by what is assumed of the precision. Never above the peak for `parts`."""
     if precision.dtype not in TRAINABLE:
-        raise SlingshotError(f"precision {precision.dtype}: nothing is trained in it; the nearest that is are {', '.join(TRAINABLE)}")
+        raise SlingshotError(
+            f"precision {precision.dtype}: nothing is trained in it; the nearest that is are {', '.join(TRAINABLE)}"
+        )
     if sum(given is not None for given in (mfu, tflops, hours)) > 1:
         raise SlingshotError("mfu, tflops and hours each set the rate; give one of them")
     peak = mixed_peak(device, precision.dtype, parts)
@@ -360,32 +379,45 @@ def training_rate(
         rate, source = checked_mfu(mfu) * peak, f"MFU {show_share(mfu)}, as given"
     else:
         assumed = ASSUMED_MFU[precision.dtype]
-        rate, source = assumed * peak, f"MFU {show_share(assumed)}, assumed; {_MFU_SOURCE.get(precision.dtype, 'as in bfloat16')}"
+        rate, source = (
+            assumed * peak,
+            f"MFU {show_share(assumed)}, assumed; {_MFU_SOURCE.get(precision.dtype, 'as in bfloat16')}",
+        )
     if rate > peak * (1 + 1e-9):
         below = f"{math.floor(peak / 1e9) / 1000:.10g}"
         most = f"one {device.name} does at most {below} of this model's products in {precision.dtype}"
         nearest = f"{math.ceil(sum(parts.values()) / peak / 3600):,} hours" if hours is not None else below
         raise SlingshotError(f"{rate / 1e12:.4g} TFLOP/s: {most}; the nearest valid value is {nearest}")
     return Rate(
-        rate, rate / peak, f"{source}: {rate / 1e12:.4g} TFLOP/s, {show_share(rate / peak)} of {peak / 1e12:.4g} for this mix in {precision.dtype}"
+        rate,
+        rate / peak,
+        f"{source}: {rate / 1e12:.4g} TFLOP/s, {show_share(rate / peak)} of {peak / 1e12:.4g} for this mix in {precision.dtype}",
     )
 
 
 def beyond(config: ModelConfig, tokens: float) -> list[str]:
     """The assumption behind sequences longer than the model's own."""
     most = config.max_position_embeddings
-    return [f"sequences of {tokens:g} tokens, though the model is made for {most}: its context extended first"] if tokens > most else []
+    return (
+        [f"sequences of {tokens:g} tokens, though the model is made for {most}: its context extended first"]
+        if tokens > most
+        else []
+    )
 
 
 def checked_mfu(mfu: float) -> float:
     if not 0 < mfu <= 1:
-        raise SlingshotError(f"mfu {mfu:g}: a share above 0 and up to 1; the nearest valid value is {1 if mfu > 1 else 0.01:g}")
+        raise SlingshotError(
+            f"mfu {mfu:g}: a share above 0 and up to 1; the nearest valid value is {1 if mfu > 1 else 0.01:g}"
+        )
     return mfu
 
 
 def checked_prices(prices: Sequence[float]) -> tuple[float, float, float]:
     if len(prices) != 3 or any(not (each >= 0 and math.isfinite(each)) for each in prices):
-        raise SlingshotError("prices: three per million tokens, none negative: cached input, other input, output, such as 0.14/0.55/2.19")
+        raise SlingshotError(
+            "prices: three per million tokens, none negative: cached input, other input, output, such as 0.14/0.55/2.19"
+        )
     return prices[0], prices[1], prices[2]
 
 

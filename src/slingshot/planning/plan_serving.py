@@ -76,11 +76,15 @@ def plan_serve(
         raise SlingshotError(f"prompt {prompt:g} and response {response:g}: each from 1 to {LONGEST} tokens; the nearest valid values are "
                              f"{min(max(prompt, 1), LONGEST):g} and {min(max(response, 1), LONGEST):g}")  # fmt: skip
     if not 0 <= hit_share <= 1:
-        raise SlingshotError(f"hit share {hit_share:g}: a share lies between 0 and 1; the nearest valid value is {min(max(hit_share, 0), 1):g}")
+        raise SlingshotError(
+            f"hit share {hit_share:g}: a share lies between 0 and 1; the nearest valid value is {min(max(hit_share, 0), 1):g}"
+        )
     listed = checked_prices(prices) if prices is not None else None
     chosen = chosen_precision(config, device, precision)
     reads = ASSUMED_MFU[chosen.dtype] if mfu is None else checked_mfu(mfu)
-    usable = pool(device, count if count is not None else devices_per_copy if devices_per_copy is not None else 1, price).usable
+    usable = pool(
+        device, count if count is not None else devices_per_copy if devices_per_copy is not None else 1, price
+    ).usable
     if input_tokens is not None and output_tokens is not None:
         positive(input_tokens=input_tokens, output_tokens=output_tokens)
         work = _Work(prompt, response, hit_share, input_tokens, output_tokens, whole=True)
@@ -131,19 +135,33 @@ def plan_serve(
     if work.whole:
         earned = (revenue - cost) / cost if revenue is not None and cost else None
         day = Day(
-            input_tokens=read, output_tokens=written, cost=cost, revenue=revenue, margin=earned, devices_needed=needed, utilisation=needed / count
+            input_tokens=read,
+            output_tokens=written,
+            cost=cost,
+            revenue=revenue,
+            margin=earned,
+            devices_needed=needed,
+            utilisation=needed / count,
         )
 
     decoded = written / response * sum(decode_parts(config, context, response).values())
     prefilled = read / prompt * sum(prefill_parts(config, prompt, prompt * hit_share).values())
     writes = written * writing / (written * writing + read / prompt * reading)
     memory = fleet.memory(batch, context)
-    here = Alternative(device=device.name, precision=chosen.dtype, device_hours=count * HOURS, days=1.0, money=cost, fits=in_time > 0)
+    here = Alternative(
+        device=device.name, precision=chosen.dtype, device_hours=count * HOURS, days=1.0, money=cost, fits=in_time > 0
+    )
     chosen_for = "needs the fewest devices in all" if sought.whole else "writes most in time"
     choice = "" if devices_per_copy else f", the power of two that {chosen_for}"
     lines = [
         hired.stage("decoding", count * HOURS * writes, written, decoded),
-        hired.stage("reading prompts", count * HOURS * (1 - writes), read, prefilled, f"{show_share(hit_share)} of the tokens cached"),
+        hired.stage(
+            "reading prompts",
+            count * HOURS * (1 - writes),
+            read,
+            prefilled,
+            f"{show_share(hit_share)} of the tokens cached",
+        ),
     ]
     return ServePlan(
         **hired.common("serve", config, model, chosen, memory, lines),
@@ -177,7 +195,9 @@ def plan_serve(
         output_cost_per_million=None if per_second is None else 1e6 * writing * per_second,
         prompt_cost_per_million=None if per_second is None else 1e6 * reading / prompt * per_second,
         curve=_curve(fleet, batch, context, usable, latency),
-        cost_by_hit_share=[] if per_second is None else _by_hit_share(fleet, per_second, prompt, response, reads, writing),
+        cost_by_hit_share=[]
+        if per_second is None
+        else _by_hit_share(fleet, per_second, prompt, response, reads, writing),
         prices=listed,
         margin=margin,
         break_even=break_even,
@@ -208,12 +228,16 @@ def _curve(fleet: Fleet, batch: int, context: float, usable: float, latency: flo
     return found
 
 
-def _by_hit_share(fleet: Fleet, per_second: float, prompt: float, response: float, mfu: float, writing: float) -> list[HitCost]:
+def _by_hit_share(
+    fleet: Fleet, per_second: float, prompt: float, response: float, mfu: float, writing: float
+) -> list[HitCost]:
     found = []
     for hit_share in HIT_SHARES:
         reading = fleet.prefill_seconds(prompt, hit_share, mfu)
         blended = (reading + response * writing) / (prompt + response)
-        found.append(HitCost(hit_share=hit_share, prompt=1e6 * reading / prompt * per_second, blended=1e6 * blended * per_second))
+        found.append(
+            HitCost(hit_share=hit_share, prompt=1e6 * reading / prompt * per_second, blended=1e6 * blended * per_second)
+        )
     return found
 
 
@@ -255,7 +279,9 @@ def _carrying(count: int | None, work: _Work, fleet: Fleet, batch: int, mfu: flo
     if busy > count:
         short = f"no more than {most} can be had, which carry {show_share(most / busy)} of it"
         way_out = f"the nearest count that does is {enough:.0f}" if enough <= most else short
-        raise SlingshotError(f"{count} x {fleet.device.name} do not carry this day's traffic, which needs {busy:,.6g}; {way_out}")
+        raise SlingshotError(
+            f"{count} x {fleet.device.name} do not carry this day's traffic, which needs {busy:,.6g}; {way_out}"
+        )
     return count
 
 
@@ -275,7 +301,9 @@ def _splits(config: ModelConfig, size: int) -> bool:
     """Whether a copy may be spread over `size` devices. Without experts, each takes as many attention heads as the next, and whole heads of
     the cache or a share of one."""
     heads = cached_heads(config)
-    return bool(config.n_moe_layers) or (config.num_attention_heads % size == 0 and (heads % size == 0 or size % heads == 0))
+    return bool(config.n_moe_layers) or (
+        config.num_attention_heads % size == 0 and (heads % size == 0 or size % heads == 0)
+    )
 
 
 def _copy_sizes(config: ModelConfig, most: int) -> list[int]:
@@ -295,7 +323,11 @@ def _checked_size(config: ModelConfig, given: int, most: int, divides: bool = Fa
             heads = f"{config.num_attention_heads} attention heads and {cached_heads(config)} of keys and values"
             trouble = f"{given} devices a copy do not share {heads} evenly"
         else:
-            trouble = f"{given} devices a copy do not divide {most} devices" if divides else f"{given} devices a copy, of {most}"
+            trouble = (
+                f"{given} devices a copy do not divide {most} devices"
+                if divides
+                else f"{given} devices a copy, of {most}"
+            )
         nearest = min((size for size in range(1, most + 1) if valid(size)), key=lambda size: abs(size - given))
         raise SlingshotError(f"{trouble}; the nearest valid value is {nearest}")
     return given
@@ -346,19 +378,29 @@ def _nearest_fit(config: ModelConfig, device: Device, precision: Precision, cont
     return None
 
 
-def _alternatives(here: Alternative, fleet: Fleet, work: _Work, latency: float, mfu: float, price: float | None) -> list[Alternative]:
+def _alternatives(
+    here: Alternative, fleet: Fleet, work: _Work, latency: float, mfu: float, price: float | None
+) -> list[Alternative]:
     """The same work on the best copy of every device of the table, in 8 and 16 bits, beside this plan's; `fits` where one has room and is in time."""
     found = []
     for other in and_others(fleet.device):
-        for dtype in dict.fromkeys(("fp8", "bfloat16", here.precision) if other.name == here.device else ("fp8", "bfloat16")):
+        for dtype in dict.fromkeys(
+            ("fp8", "bfloat16", here.precision) if other.name == here.device else ("fp8", "bfloat16")
+        ):
             if (other.name, dtype) == (here.device, here.precision):
                 found.append(here)
             elif dtype in other.peak:
                 usable, reads = USABLE * other.memory_bytes, mfu if dtype == here.precision else ASSUMED_MFU[dtype]
-                best = _serving_fleet(fleet.config, other, PRECISIONS[dtype], None, work, latency, usable, reads, fleet.efficiency)
+                best = _serving_fleet(
+                    fleet.config, other, PRECISIONS[dtype], None, work, latency, usable, reads, fleet.efficiency
+                )
                 batch = best.best_batch(work.context, usable, latency)
                 hours = HOURS * work.devices(best, batch or 1, reads)
                 hourly = price if other.name == here.device else other.price
                 money = hours * hourly if hourly is not None else None
-                found.append(Alternative(device=other.name, precision=dtype, device_hours=hours, days=1.0, money=money, fits=bool(batch)))
+                found.append(
+                    Alternative(
+                        device=other.name, precision=dtype, device_hours=hours, days=1.0, money=money, fits=bool(batch)
+                    )
+                )
     return found

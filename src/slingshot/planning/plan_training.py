@@ -91,9 +91,13 @@ def plan_pretrain(
     positive(tokens=tokens)
     context = min(4096, config.max_position_embeddings) if context is None else context
     if not 2 <= context <= 2**27:
-        raise SlingshotError(f"context {context}: from 2 to {2**27} tokens; the nearest valid value is {min(max(2, context), 2**27)}")
+        raise SlingshotError(
+            f"context {context}: from 2 to {2**27} tokens; the nearest valid value is {min(max(2, context), 2**27)}"
+        )
     if tokens < context:
-        raise SlingshotError(f"tokens {tokens:g}: fewer than one sequence of {context}; the nearest valid value is {context}")
+        raise SlingshotError(
+            f"tokens {tokens:g}: fewer than one sequence of {context}; the nearest valid value is {context}"
+        )
     chosen = chosen_precision(config, device, precision)
     batch_tokens, batch_note = _batch(batch, tokens, context, count)
     parts = _forward_and_backward(config, context, tokens)
@@ -110,7 +114,15 @@ def plan_pretrain(
     computed = flops / rate.per_device / 3600
     lines = [hired.stage("pre-training", computed, tokens, flops)]
     if mtp:
-        lines.append(hired.stage("of it the MTP module", 0.0, tokens, mtp, "its FLOPs are not in the rate, its time is in the hours above"))
+        lines.append(
+            hired.stage(
+                "of it the MTP module",
+                0.0,
+                tokens,
+                mtp,
+                "its FLOPs are not in the rate, its time is in the hours above",
+            )
+        )
     for name, known in (stages or {}).items():
         positive(**{f"the hours of {name}": known})
         lines.append(hired.stage(name, known, note="hours given, not computed"))
@@ -132,8 +144,18 @@ def plan_pretrain(
             f"layout: {layout}{'' if ways else '; chosen as the fastest that fits'}",
             f"bytes a parameter in {chosen.dtype}: {chosen.weight:.3g} weights, {chosen.gradient:.3g} gradients, {chosen.optimizer:.3g} optimizer",
             f"links reach {LINK_EFFICIENCY:.0%} of their rate, a node's own and the network's at the same time; compute hides what it can",
-            *([f"the rate is more than this layout lets through, {bound / 1e12:.3g} TFLOP/s"] if rate.per_device > bound else []),
-            *(["the rate counts the main model's FLOPs, as published rates do; the MTP module's stand on a line of their own"] if mtp else []),
+            *(
+                [f"the rate is more than this layout lets through, {bound / 1e12:.3g} TFLOP/s"]
+                if rate.per_device > bound
+                else []
+            ),
+            *(
+                [
+                    "the rate counts the main model's FLOPs, as published rates do; the MTP module's stand on a line of their own"
+                ]
+                if mtp
+                else []
+            ),
             *hired.notes(),
             _ELSEWHERE,
             *(["hours given are the same on every device"] if stages else []),
@@ -191,9 +213,19 @@ def plan_rl(
     verify_seconds    of one processor core for a response, on `verify_workers` cores (16 a device, when not given)
     """
     hired = pool(device, count, price)
-    positive(steps=steps, prompts=prompts, group=group, response=response, prompt=prompt, longest=longest, efficiency=efficiency)
+    positive(
+        steps=steps,
+        prompts=prompts,
+        group=group,
+        response=response,
+        prompt=prompt,
+        longest=longest,
+        efficiency=efficiency,
+    )
     if response >= longest:
-        raise SlingshotError(f"a mean response of {response:g} tokens needs a longer cap than {longest:g}; one of {2 * response:g} is usual")
+        raise SlingshotError(
+            f"a mean response of {response:g} tokens needs a longer cap than {longest:g}; one of {2 * response:g} is usual"
+        )
     if forwards < 0 or verify_seconds < 0:
         raise SlingshotError("forwards and verify seconds must not be negative; the nearest valid value is 0")
     chosen = chosen_precision(config, device, precision)
@@ -212,7 +244,9 @@ def plan_rl(
         return (seconds + (round_seconds(fleet, last, copies, prompt, lengths, usable) if last else 0.0)) * count / 3600
 
     def policies(other: Device, precision: Precision, given: int | None = None) -> tuple[int, Fleet]:
-        return sampling_fleet(config, other, precision, count, given, prompt + response, at_once / count, efficiency, sampling)
+        return sampling_fleet(
+            config, other, precision, count, given, prompt + response, at_once / count, efficiency, sampling
+        )
 
     def sampled(other: Device, precision: Precision) -> float:
         return sampling(*policies(other, precision))
@@ -231,7 +265,9 @@ def plan_rl(
     layout = run.layout(ways or {})
     batch = min(at_once / count, fleet.largest_batch(prompt + response, hired.usable))
     memory = max(run.memory(layout), fleet.memory(batch, prompt + response), key=lambda held: held.total)
-    waits = full * math.ceil(at_once / workers) + math.ceil(last / workers)  # for a response to be verified, one after the other
+    waits = full * math.ceil(at_once / workers) + math.ceil(
+        last / workers
+    )  # for a response to be verified, one after the other
     lines = [
         hired.stage(
             "rollouts", sampling(copies, fleet), responses * response, decoding,
@@ -246,7 +282,9 @@ def plan_rl(
         nearest_fit=None if run.fits(memory) else run.nearest_fit(),
         flops=sum(line.flops for line in lines),
         flops_by_part={"rollouts": decoding, "training": sum(train.values()), "other forward passes": other},
-        dominates=dominates(f"a decoding step of {batch:.3g} sequences a device", fleet.decode_step(batch, prompt + response / 2)),
+        dominates=dominates(
+            f"a decoding step of {batch:.3g} sequences a device", fleet.decode_step(batch, prompt + response / 2)
+        ),
         alternatives=_alternatives(run, common, train, lines[2].device_hours, lines[1].device_hours, sampled),
         assumptions=[
             rate.note,
@@ -302,9 +340,14 @@ def plan_distill(
     positive(samples=samples, response=response, prompt=prompt, accepted=accepted, epochs=epochs, efficiency=efficiency)
     if accepted > 1:
         raise SlingshotError(f"accepted {accepted:g}: a share lies between 0 and 1; the nearest valid value is 1")
-    chosen, of_teacher = chosen_precision(config, device, precision), chosen_precision(teacher, device, teacher_precision)
+    chosen, of_teacher = (
+        chosen_precision(config, device, precision),
+        chosen_precision(teacher, device, teacher_precision),
+    )
     sampled, context = samples / accepted, prompt + response / 2
-    copies, fleet = sampling_fleet(teacher, device, of_teacher, count, devices_per_copy, context, sampled / count, efficiency)
+    copies, fleet = sampling_fleet(
+        teacher, device, of_teacher, count, devices_per_copy, context, sampled / count, efficiency
+    )
 
     def batch_and_hours(copy: Fleet, usable: float) -> tuple[float, float]:
         batch = min(copy.largest_batch(context, usable), max(1.0, sampled / count))
@@ -318,7 +361,9 @@ def plan_distill(
 
     batch, sampling_hours = batch_and_hours(fleet, hired.usable)
     speed = batch / fleet.step_seconds(batch, context)
-    writing = sampled * sum(sum(parts.values()) for parts in (prefill_parts(teacher, prompt), decode_parts(teacher, context, response)))
+    writing = sampled * sum(
+        sum(parts.values()) for parts in (prefill_parts(teacher, prompt), decode_parts(teacher, context, response))
+    )
 
     length = max(2, round(prompt + response))
     tokens = epochs * samples * (prompt + response)
@@ -340,7 +385,9 @@ def plan_distill(
         nearest_fit=None if run.fits(memory) else run.nearest_fit(),
         flops=sum(line.flops for line in lines),
         flops_by_part={"sampling": writing, "training": sum(train.values())},
-        dominates=dominates(f"a decoding step of the teacher, {batch:.3g} sequences a device", fleet.decode_step(batch, context)),
+        dominates=dominates(
+            f"a decoding step of the teacher, {batch:.3g} sequences a device", fleet.decode_step(batch, context)
+        ),
         alternatives=_alternatives(run, common, train, lines[1].device_hours, sampled=sampling),
         assumptions=[
             rate.note,
@@ -373,7 +420,9 @@ def _batch(batch: float | None, tokens: float, context: int, count: int) -> tupl
     if batch is not None:
         if not context <= batch <= tokens:
             nearest = min(max(batch, context), tokens)
-            raise SlingshotError(f"batch {batch:g} tokens: from one sequence of {context} to the whole run; the nearest valid value is {nearest:g}")
+            raise SlingshotError(
+                f"batch {batch:g} tokens: from one sequence of {context} to the whole run; the nearest valid value is {nearest:g}"
+            )
         return batch, f"{show_count(batch)} tokens in an optimizer step, as given"
     wanted, all_there_are = max(round(min(BATCH, tokens / 1000) / context), count), int(tokens // context)
     sequences = min(wanted, all_there_are)
@@ -451,7 +500,10 @@ class _Run:
         experts, others = self.weighed.stage_weights(layout)
         microbatches = self.microbatches(layout)
         kept = memory.activations / min(layout.pp, microbatches)
-        moved = microbatches * ((experts + others) * (3 * self.precision.weight + 2 * self.precision.gradient) + 2 * kept) + 2 * memory.optimizer
+        moved = (
+            microbatches * ((experts + others) * (3 * self.precision.weight + 2 * self.precision.gradient) + 2 * kept)
+            + 2 * memory.optimizer
+        )
         return Times(
             compute=self.compute_seconds * (4 / 3 if layout.recompute == "full" else 1),
             memory=moved / self.device.bandwidth,
@@ -463,7 +515,9 @@ class _Run:
         for other in and_others(self.device):
             if self.precision.dtype not in other.peak:
                 continue
-            for count in (self.count * 2**power for power in range(13 if other.network else 1) if self.count * 2**power <= MOST):
+            for count in (
+                self.count * 2**power for power in range(13 if other.network else 1) if self.count * 2**power <= MOST
+            ):
                 batch = max(self.batch_tokens, float(self.context * count))
                 layout = _Run(self.config, other, count, self.precision, self.context, batch).leanest()
                 if layout is not None:
@@ -496,7 +550,9 @@ def _alternatives(
     found = []
     for other in and_others(run.device):
         here = other.name == run.device.name
-        for dtype in dict.fromkeys(("fp8", "bfloat16", "float32", run.precision.dtype)) if here else ("fp8", "bfloat16"):
+        for dtype in (
+            dict.fromkeys(("fp8", "bfloat16", "float32", run.precision.dtype)) if here else ("fp8", "bfloat16")
+        ):
             if dtype not in other.peak or (run.count > 1 and not other.network):
                 continue
             if here and dtype == run.precision.dtype:
@@ -504,7 +560,10 @@ def _alternatives(
                 found.append(Alternative(device=other.name, precision=dtype, **own))
                 continue
             hours = trained * peak / mixed_peak(other, dtype, parts) + same
-            fits = _Run(run.config, other, run.count, PRECISIONS[dtype], run.context, run.batch_tokens).leanest() is not None
+            fits = (
+                _Run(run.config, other, run.count, PRECISIONS[dtype], run.context, run.batch_tokens).leanest()
+                is not None
+            )
             if sampled is not None:
                 try:
                     hours += sampled(other, PRECISIONS[dtype])
@@ -512,5 +571,14 @@ def _alternatives(
                     fits = False
             price = plan["price"] if here else other.price
             money = hours * price if price is not None else None
-            found.append(Alternative(device=other.name, precision=dtype, device_hours=hours, days=hours / run.count / HOURS, money=money, fits=fits))
+            found.append(
+                Alternative(
+                    device=other.name,
+                    precision=dtype,
+                    device_hours=hours,
+                    days=hours / run.count / HOURS,
+                    money=money,
+                    fits=fits,
+                )
+            )
     return found

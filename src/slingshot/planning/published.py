@@ -33,5 +33,10 @@ PUBLISHED = {
 def published(config: ModelConfig, model: str, device: str, tokens: float) -> PublishedBill | None:
     """What was published of training this preset on these devices with as many tokens, a percent more or less."""
     bill = PUBLISHED.get(model)
-    same = bill is not None and bill.device == device and abs(tokens / bill.tokens - 1) < 0.01 and config == ModelConfig.preset(model)
+    same = (
+        bill is not None
+        and bill.device == device
+        and abs(tokens / bill.tokens - 1) < 0.01
+        and config == ModelConfig.preset(model)
+    )
     return bill if same else None

@@ -69,7 +69,9 @@ def dense_equivalent(config: ModelConfig, tokens: float) -> DenseEquivalent | No
     dense = (left / scale) ** (1 / exponent)
     values = {"active parameters": float(active), "tokens": tokens, "experts over active experts": experts}
     outside = [
-        f"{name} {values[name]:.3g} (fitted from {low:.3g} to {high:.3g})" for name, (low, high) in RANGES.items() if not low <= values[name] <= high
+        f"{name} {values[name]:.3g} (fitted from {low:.3g} to {high:.3g})"
+        for name, (low, high) in RANGES.items()
+        if not low <= values[name] <= high
     ]
     return DenseEquivalent(rule=RULE, parameters=dense, ratio=dense / active, loss=loss, outside=outside)
 

@@ -52,16 +52,39 @@ class Layout(Strict):
         return ", ".join(parts + ([f"ZeRO-{self.zero}"] if self.zero else []) + [f"recompute {self.recompute}"])
 
     @classmethod
-    def over(cls, count: int, config: ModelConfig, tp: int = 1, pp: int = 1, ep: int = 1, zero: int = 1, recompute: Recompute = "none") -> Layout:
+    def over(
+        cls,
+        count: int,
+        config: ModelConfig,
+        tp: int = 1,
+        pp: int = 1,
+        ep: int = 1,
+        zero: int = 1,
+        recompute: Recompute = "none",
+    ) -> Layout:
         """The layout that uses all `count` devices. SlingshotError with the nearest way that divides where one does not."""
-        _must_be_among(tp, _tensor_ways(config, count), "tp", f"{count} devices and {config.num_attention_heads} attention heads")
-        _must_be_among(pp, _pipeline_ways(config, count // tp), "pp", f"{count // tp} devices, with at most a stage for each of the blocks")
+        _must_be_among(
+            tp, _tensor_ways(config, count), "tp", f"{count} devices and {config.num_attention_heads} attention heads"
+        )
+        _must_be_among(
+            pp,
+            _pipeline_ways(config, count // tp),
+            "pp",
+            f"{count // tp} devices, with at most a stage for each of the blocks",
+        )
         dp = count // tp // pp
         if ep > 1 and not config.n_moe_layers:
             raise SlingshotError(f"ep {ep}: this model has no experts; the nearest valid value is 1")
-        _must_be_among(ep, _expert_ways(config, dp * tp), "ep", f"{dp * tp} devices a pipeline stage and {config.n_routed_experts} experts")
+        _must_be_among(
+            ep,
+            _expert_ways(config, dp * tp),
+            "ep",
+            f"{dp * tp} devices a pipeline stage and {config.n_routed_experts} experts",
+        )
         if zero not in (0, 1, 2, 3):
-            raise SlingshotError(f"zero {zero}: ZeRO has stages 0 to 3; the nearest valid value is {min(max(zero, 0), 3)}")
+            raise SlingshotError(
+                f"zero {zero}: ZeRO has stages 0 to 3; the nearest valid value is {min(max(zero, 0), 3)}"
+            )
         if recompute not in RECOMPUTE:
             raise SlingshotError(f"recompute {recompute!r:.40}: there are {', '.join(RECOMPUTE)}")
         return cls.model_validate({"dp": dp, "tp": tp, "pp": pp, "ep": ep, "zero": zero, "recompute": recompute})
@@ -155,7 +178,11 @@ def transfers(weighed: Sizes, layout: Layout, device: Device, tokens: float, con
     passes = 3 if layout.recompute == "full" else 2
     if layout.tp > 1:
         # Two all-reduces a block and pass (as gather and scatter around each sequence-parallel half).
-        ring("tensor parallel", passes * 2 * blocks * 2 * (layout.tp - 1) / layout.tp * mine * width * precision.activation, layout.tp)
+        ring(
+            "tensor parallel",
+            passes * 2 * blocks * 2 * (layout.tp - 1) / layout.tp * mine * width * precision.activation,
+            layout.tp,
+        )
     if layout.ep > 1:
         there_and_back = precision.low_activation + max(2.0, precision.activation)
         crossings = passes * moe_blocks * mine / layout.tp * width * there_and_back
@@ -196,7 +223,9 @@ def parts_met(config: ModelConfig, parts: int) -> float:
         out_of_reach = math.comb(groups - max(1, groups // parts), chosen) / math.comb(groups, chosen)
         missed = 1 - min(1.0, groups / parts)
         for drawn in range(chosen, config.num_experts_per_tok):
-            missed *= max(0.0, 1 - config.n_routed_experts / parts / (config.n_routed_experts * chosen / groups - drawn))
+            missed *= max(
+                0.0, 1 - config.n_routed_experts / parts / (config.n_routed_experts * chosen / groups - drawn)
+            )
         return parts * (1 - out_of_reach) * (1 - missed)
 
     return min(met(config.n_group, config.topk_group), met(1, 1))

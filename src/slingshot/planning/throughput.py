@@ -45,7 +45,11 @@ class Times:
     @property
     def ranked(self) -> list[tuple[Resource, float]]:
         """Longest first."""
-        named: list[tuple[Resource, float]] = [("compute", self.compute), ("memory traffic", self.memory), ("network", self.network)]
+        named: list[tuple[Resource, float]] = [
+            ("compute", self.compute),
+            ("memory traffic", self.memory),
+            ("network", self.network),
+        ]
         return sorted(named, key=lambda pair: -pair[1])
 
 
@@ -124,7 +128,9 @@ class Fleet:
             blocks = config.n_moe_layers - config.num_nextn_predict_layers
             copies = config.num_experts_per_tok * others / self.devices
             return tokens * blocks * copies * config.hidden_size * (math.floor(self.precision.low_activation) + 2.0)
-        return tokens * self.devices * config.num_hidden_layers * 2 * 2 * others / self.devices * config.hidden_size * 2.0
+        return (
+            tokens * self.devices * config.num_hidden_layers * 2 * 2 * others / self.devices * config.hidden_size * 2.0
+        )
 
     def decode_step(self, batch: float, context: float) -> Times:
         """Seconds of a step in which every device decodes one token of each of `batch` sequences that hold `context` tokens."""
@@ -140,7 +146,9 @@ class Fleet:
     def _token_and_key_seconds(self) -> tuple[float, float]:
         """Of compute at the peak: for a token decoded, and for each key it meets."""
         alone, attention = decode_parts(self.config, 0), {"attention": decode_parts(self.config, 1)["attention"]}
-        token, key = (sum(parts.values()) / mixed_peak(self.device, self.precision.dtype, parts) for parts in (alone, attention))
+        token, key = (
+            sum(parts.values()) / mixed_peak(self.device, self.precision.dtype, parts) for parts in (alone, attention)
+        )
         return token, key
 
     @functools.cached_property
@@ -214,7 +222,9 @@ class Lengths:
 POINTS = 128  # at which a round's shrinking batch is looked at: within 0.1% of 20,000
 
 
-def round_seconds(fleet: Fleet, responses: int, copies: int, prompt: float, lengths: Lengths, usable_bytes: float) -> float:
+def round_seconds(
+    fleet: Fleet, responses: int, copies: int, prompt: float, lengths: Lengths, usable_bytes: float
+) -> float:
     """Seconds until the last of `responses` responses is written by `copies` copies of the fleet, all started at once.
 
     The batch shrinks as responses end, and the longest keep the devices waiting: the sum of the steps' times over positions, each counted by
@@ -233,5 +243,7 @@ def round_seconds(fleet: Fleet, responses: int, copies: int, prompt: float, leng
         share = lengths.share_longer(position)
         any_left = -math.expm1(of_wave * math.log1p(-share)) if share < 1 else 1.0
         # A copy that still runs has at least one response; those of other copies do not share its steps.
-        total += width * any_left * fleet.step_seconds(max(of_wave * share / copies, 1.0) / fleet.devices, prompt + position)
+        total += (
+            width * any_left * fleet.step_seconds(max(of_wave * share / copies, 1.0) / fleet.devices, prompt + position)
+        )
     return waves * total

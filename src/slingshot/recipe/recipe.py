@@ -118,7 +118,9 @@ class Stage:
     @property
     def folder(self) -> str:
         """The artifact's place in the run."""
-        return f"evaluations/{self.name.removesuffix('.evaluation')}" if self.name.endswith(".evaluation") else self.name
+        return (
+            f"evaluations/{self.name.removesuffix('.evaluation')}" if self.name.endswith(".evaluation") else self.name
+        )
 
     @property
     def parents(self) -> list[str]:
@@ -174,7 +176,9 @@ class Recipe:
         for override in overrides:
             path, _ = parse_override(override)
             if len(path) < 2 or path[0] not in {*tables, "defaults", "evaluation"}:
-                raise SlingshotError(f"{override!r}: an override is written STAGE.KEY=VALUE; {nearest(path[0], list(tables))}")
+                raise SlingshotError(
+                    f"{override!r}: an override is written STAGE.KEY=VALUE; {nearest(path[0], list(tables))}"
+                )
             apply_override(tables, override)
         return cls(name, _stages(name, tables, seed))
 
@@ -184,7 +188,9 @@ class Recipe:
             return self.stages
         names = [stage.name for stage in self.stages]
         if name not in names:
-            raise SlingshotError(f"--until {name}: the recipe {self.name} has no such stage; {nearest(name, _plain(names))}")
+            raise SlingshotError(
+                f"--until {name}: the recipe {self.name} has no such stage; {nearest(name, _plain(names))}"
+            )
         last = max(names.index(name), names.index(f"{name}.evaluation") if f"{name}.evaluation" in names else 0)
         return self.stages[: last + 1]
 
@@ -212,12 +218,18 @@ class _Run:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def go(self, stages: Sequence[Stage]) -> None:
-        from slingshot import report  # brings matplotlib, which `slingshot --help` need not wait for
+        from slingshot.recipe import report  # brings matplotlib, which `slingshot --help` need not wait for
 
         record = self.out / "recipe.json"
         if record.exists() and read_json(record).get("name") != self.recipe.name:
-            raise SlingshotError(f"{self.out} holds a run of the recipe {read_json(record).get('name')}; choose another --out")
-        shown = [{"name": stage.name, "kind": stage.kind, "config": stage.values} for stage in self.recipe.stages if "." not in stage.name]
+            raise SlingshotError(
+                f"{self.out} holds a run of the recipe {read_json(record).get('name')}; choose another --out"
+            )
+        shown = [
+            {"name": stage.name, "kind": stage.kind, "config": stage.values}
+            for stage in self.recipe.stages
+            if "." not in stage.name
+        ]
         write_json(record, {"name": self.recipe.name, "stages": shown})
         self._announce_stale(stages)
         names = _plain([stage.name for stage in stages])
@@ -230,7 +242,10 @@ class _Run:
             self._say(f"{place} {stage.name}: {self._intent(stage)}", "bold")
             self._execute(stage)
             report.build(self.out)
-            self._say(f"{place} {stage.name}: done in {_duration(time.monotonic() - begin)}; {headline(self.out / stage.folder)}", "green")
+            self._say(
+                f"{place} {stage.name}: done in {_duration(time.monotonic() - begin)}; {headline(self.out / stage.folder)}",
+                "green",
+            )
         report.build(self.out)
         self._show_solved(stages)
         Console(highlight=False, soft_wrap=True).print(Text(f"report: {self.out / 'report.html'}"))
@@ -247,7 +262,9 @@ class _Run:
 
     def _config(self, stage: Stage) -> dict[str, Any]:
         """The stage's whole config with references resolved: paths into this run, and numbers from receipts that are there."""
-        values = resolve(stage.values, lambda name: str(self.out / self.stages[name].folder), lambda name: self._receipt(name).flops)
+        values = resolve(
+            stage.values, lambda name: str(self.out / self.stages[name].folder), lambda name: self._receipt(name).flops
+        )
         config: StageConfig = stage_module(stage.kind).Config.parse(values, stage.name)
         return config.model_dump(mode="json")
 
@@ -258,7 +275,9 @@ class _Run:
             return [f"stage {receipt.stage} -> {stage.kind}"]
         changes = _differences(stage, receipt.config, self._config(stage))
         known = {parent.digest for parent in receipt.parents}
-        return changes + [f"its parent {name} changed" for name in stage.parents if self._receipt(name).digest not in known]
+        return changes + [
+            f"its parent {name} changed" for name in stage.parents if self._receipt(name).digest not in known
+        ]
 
     def _announce_stale(self, stages: Sequence[Stage]) -> None:
         again: set[str] = set()
@@ -275,7 +294,11 @@ class _Run:
         source = f" (from {', '.join(stage.parents)})" if stage.parents else ""
         # What was begun with another config is begun anew.
         begun = (self.out / f"{stage.folder}.partial").exists() and self._given(stage).exists()
-        resumed = ", going on where it stopped" if begun and not _differences(stage, read_json(self._given(stage)), self._config(stage)) else ""
+        resumed = (
+            ", going on where it stopped"
+            if begun and not _differences(stage, read_json(self._given(stage)), self._config(stage))
+            else ""
+        )
         return f"{KINDS[stage.kind]}{source} -> {self.out / stage.folder}{resumed}"
 
     def _execute(self, stage: Stage) -> None:
@@ -284,8 +307,12 @@ class _Run:
         write_json(self._given(stage), self._config(stage))
         if folder.exists():
             if not self._finished(stage):
-                raise SlingshotError(f"{folder} is in the way: it is no artifact of slingshot's; move it or choose another --out")
-            retired = folder.with_name(f".{folder.name}.old")  # killed while it deletes, a run must not leave half an artifact
+                raise SlingshotError(
+                    f"{folder} is in the way: it is no artifact of slingshot's; move it or choose another --out"
+                )
+            retired = folder.with_name(
+                f".{folder.name}.old"
+            )  # killed while it deletes, a run must not leave half an artifact
             shutil.rmtree(retired, ignore_errors=True)
             folder.rename(retired)
             shutil.rmtree(retired)
@@ -298,9 +325,13 @@ class _Run:
         if code < 0:
             name = signal.Signals(-code).name
             hint = " (out of memory?)" if name == "SIGKILL" else ""
-            raise SlingshotError(f"{stage.name}: its process was killed by {name}{hint}; the same command goes on where it stopped")
+            raise SlingshotError(
+                f"{stage.name}: its process was killed by {name}{hint}; the same command goes on where it stopped"
+            )
         if code or not self._finished(stage):
-            raise SlingshotError(f"{stage.name}: its process ended with code {code} and no artifact; what it printed says why")
+            raise SlingshotError(
+                f"{stage.name}: its process ended with code {code} and no artifact; what it printed says why"
+            )
 
     def _launcher(self) -> list[str]:
         if self.processes == 1:
@@ -311,7 +342,12 @@ class _Run:
         """Print the solved problem of the last evaluated model with the longest reasoning, as a person would like to read it."""
         places = [self.out / stage.folder / "evaluation.json" for stage in reversed(stages) if stage.kind == "evaluate"]
         for place in (place for place in places if place.exists()):
-            solved = [example for examples in read_json(place)["examples"].values() for example in examples if example["correct"]]
+            solved = [
+                example
+                for examples in read_json(place)["examples"].values()
+                for example in examples
+                if example["correct"]
+            ]
             if solved:
                 example = max(solved, key=lambda example: len(example["reasoning"]))
                 console = Console(highlight=False)
@@ -357,7 +393,11 @@ def _stages(recipe: str, tables: dict[str, Any], seed: int | None) -> tuple[Stag
         def artifact(other: str) -> str:
             if other not in stages:
                 why = (
-                    f"[{other}] comes later; move it up" if other in tables else nearest(other, _plain(list(stages))) if stages else "it is the first"
+                    f"[{other}] comes later; move it up"
+                    if other in tables
+                    else nearest(other, _plain(list(stages)))
+                    if stages
+                    else "it is the first"
                 )
                 raise SlingshotError(f"{name}: no earlier stage {other!r} to refer to; {why}")
             return other
@@ -373,20 +413,26 @@ def _stages(recipe: str, tables: dict[str, Any], seed: int | None) -> tuple[Stag
         values = dict(table)
         kind = values.pop("stage", None)
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in {"configs", "evaluations"}:
-            raise SlingshotError(f"recipe {recipe}: [{name}] cannot name a stage; use letters, digits, _ and - (not configs or evaluations)")
+            raise SlingshotError(
+                f"recipe {recipe}: [{name}] cannot name a stage; use letters, digits, _ and - (not configs or evaluations)"
+            )
         if kind not in KINDS:
             missing = "has no stage = ..." if kind is None else f"stage = {kind!r} is no kind of stage"
             raise SlingshotError(f"recipe {recipe}: [{name}] {missing}; {nearest(str(kind), list(KINDS))}")
         own = values.pop("evaluation", {})
         if own is not False and not isinstance(own, dict):
-            raise SlingshotError(f"{name}.evaluation: must be a table of keys that differ from [evaluation], or false, got {own!r}")
+            raise SlingshotError(
+                f"{name}.evaluation: must be a table of keys that differ from [evaluation], or false, got {own!r}"
+            )
         add(name, kind, values)
         if kind in CHECKPOINT_KINDS and own is not False and (evaluation is not None or own):
             add(f"{name}.evaluation", "evaluate", {**(evaluation or {}), **own, "model": f"@{name}"})
     if unused:
         raise SlingshotError(f"defaults.{min(unused)}: no stage of the recipe {recipe} knows this key")
     if not stages:
-        raise SlingshotError(f"recipe {recipe} has no stages; write a table like [base] with stage = {next(iter(KINDS))!r}")
+        raise SlingshotError(
+            f"recipe {recipe} has no stages; write a table like [base] with stage = {next(iter(KINDS))!r}"
+        )
     return tuple(stages.values())
 
 
@@ -398,8 +444,14 @@ def resolve(value: Any, artifact: Callable[[str], Any], flops: Callable[[str], f
         return [resolve(part, artifact, flops, where) for part in value]
     if isinstance(value, dict) and "flops_of" in value:
         times = value.get("times", 1)
-        if value.keys() - {"flops_of", "times"} or not isinstance(value["flops_of"], str) or not isinstance(times, int | float):
-            raise SlingshotError(f'{where}: a number from a receipt is written {{ flops_of = "STAGE", times = 3 }}, got {value!r:.80}')
+        if (
+            value.keys() - {"flops_of", "times"}
+            or not isinstance(value["flops_of"], str)
+            or not isinstance(times, int | float)
+        ):
+            raise SlingshotError(
+                f'{where}: a number from a receipt is written {{ flops_of = "STAGE", times = 3 }}, got {value!r:.80}'
+            )
         return times * flops(value["flops_of"])
     if isinstance(value, dict):
         return {key: resolve(part, artifact, flops, f"{where}.{key}") for key, part in value.items()}
@@ -456,7 +508,9 @@ def _locked(out: Path) -> Iterator[int]:
                 break
             except BlockingIOError as error:
                 if time.monotonic() > deadline:
-                    raise SlingshotError(f"another slingshot is running in {out}; wait for it or choose another --out") from error
+                    raise SlingshotError(
+                        f"another slingshot is running in {out}; wait for it or choose another --out"
+                    ) from error
                 time.sleep(0.1)
         yield lock
     finally:
@@ -470,7 +524,9 @@ def _supervise(command: list[str], lock: int) -> int:
     A second Ctrl-C kills it.
     """
     parent = os.getpid()
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux only; elsewhere an orphan finishes its stage and the lock keeps others out
+    prctl = getattr(
+        ctypes.CDLL(None), "prctl", None
+    )  # Linux only; elsewhere an orphan finishes its stage and the lock keeps others out
     # torchrun ends its workers when it is told to; killed outright it would leave them.
     death = signal.SIGTERM if "torch.distributed.run" in command else signal.SIGKILL
 
@@ -480,7 +536,9 @@ def _supervise(command: list[str], lock: int) -> int:
         if os.getppid() != parent:
             os._exit(1)
 
-    process = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent, pass_fds=[lock], stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, start_new_session=True, preexec_fn=die_with_parent, pass_fds=[lock], stdin=subprocess.DEVNULL
+    )
     interrupted = False
     try:
         while True:

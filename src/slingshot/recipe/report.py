@@ -28,17 +28,14 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, read_jsonl, write_json, write_text
 from slingshot.base.quantity import show_energy, show_price
 from slingshot.cost.bill import Sums
-from slingshot.cost.devices import DEVICES
 from slingshot.cost.flops import Parameters, parameters
 from slingshot.cost.receipt import RECEIPT, Receipt
-from slingshot.cost.workload import Elsewhere, Workload, elsewhere
 from slingshot.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 POINTS = 240  # per curve: more than a small chart has pixels for
-PLANNED = "h100"  # of cost/devices.py: where else the same recipe might have run
 LONGEST_TEXT = 4000  # characters shown of one response; the evaluation keeps the rest
 
 
@@ -97,7 +94,6 @@ class Stage:
     scores: dict[str, Score]
     examples: dict[str, list[Example]]
     model: Parameters | None
-    away: Elsewhere | None  # the same work on the device of the plan; None where nothing was multiplied
 
 
 def build(run: Path) -> dict[str, Any]:
@@ -107,12 +103,14 @@ def build(run: Path) -> dict[str, Any]:
     """
     recipe = _Recipe.parse(_object(run / "recipe.json"), str(run / "recipe.json"))
     stages = [_read_stage(run, entry) for entry in recipe.stages]
-    folders = [run / "evaluations" / stage.name for stage in stages if (run / "evaluations" / stage.name / RECEIPT).is_file()]
-    evaluations = [(Receipt.read(folder), _elsewhere(run, folder, Receipt.read(folder), 0)) for folder in folders]
+    folders = [
+        run / "evaluations" / stage.name for stage in stages if (run / "evaluations" / stage.name / RECEIPT).is_file()
+    ]
+    evaluations = [Receipt.read(folder) for folder in folders]
     bill = _bill(stages, evaluations)
     summary: dict[str, Any] = {"stages": [_summary(stage) for stage in stages if stage.receipt]}
     if bill:
-        summary["bill"] = bill.summary()
+        summary["bill"] = bill.model_dump(include={"seconds", "tokens", "flops", "energy_joules", "money"})
     page = _page(recipe.name or run.resolve().name, stages, bill)
     write_json(run / "report.json", summary)
     write_text(run / "report.html", page)
@@ -142,50 +140,28 @@ def _read_stage(run: Path, entry: _StageEntry) -> Stage:
             evaluation = _Evaluation.parse(_object(place), str(place))
             break
     model = parameters(_architecture(folder)) if receipt and (folder / "config.json").is_file() else None
-    away = _elsewhere(run, folder, receipt, len(metrics)) if receipt else None
-    return Stage(entry.name, entry.kind, receipt, metrics, evaluation.tasks, evaluation.examples, model, away)
+    return Stage(entry.name, entry.kind, receipt, metrics, evaluation.tasks, evaluation.examples, model)
 
 
 def _architecture(folder: Path) -> ModelConfig:
     return ModelConfig.from_hf(_object(folder / "config.json"), str(folder / "config.json"))
 
 
-def _elsewhere(run: Path, folder: Path, receipt: Receipt, steps: int) -> Elsewhere | None:
-    """What a stage's work would take on the plan's device, by the network it made or, of a dataset or an evaluation, the one it was made with."""
-    for place in (folder, *(run / Path(parent.path).name for parent in receipt.parents), *(Path(parent.path) for parent in receipt.parents)):
-        if receipt.flops and (place / "config.json").is_file():
-            return elsewhere(Workload.of(receipt, _architecture(place), steps), DEVICES[PLANNED])
-    return None
-
-
 class RunBill(Sums):
-    """The sums of a run, its evaluations among them and once apart; `away` are the same on the plan's device. None: not known."""
+    """The sums of a run, its evaluations among them and once apart."""
 
     memory: int
-    away_seconds: float
-    away_money: float | None
-    assumptions: tuple[str, ...]
     evaluations: RunBill | None
 
-    def summary(self) -> dict[str, Any]:
-        """As report.json has it."""
-        here = self.model_dump(include={"seconds", "tokens", "flops", "energy_joules", "money"})
-        return here | {PLANNED: {"seconds": self.away_seconds, "money": self.away_money, "assumptions": list(self.assumptions)}}
 
-
-def _bill(stages: list[Stage], evaluations: list[tuple[Receipt, Elsewhere | None]]) -> RunBill | None:
+def _bill(stages: list[Stage], evaluations: list[Receipt]) -> RunBill | None:
     """The bill of what has run so far; None when nothing has."""
-    finished = [(stage.receipt, stage.away) for stage in stages if stage.receipt] + evaluations
-    if not finished:
+    receipts = [stage.receipt for stage in stages if stage.receipt] + evaluations
+    if not receipts:
         return None
-    receipts, away = [receipt for receipt, _ in finished], [found for _, found in finished if found]
-    prices = [found.money for found in away if found.money is not None]
     return RunBill(
         **dict(Sums.of(receipts)),
         memory=max(receipt.peak_memory_bytes for receipt in receipts),
-        away_seconds=sum(found.seconds for found in away),
-        away_money=sum(prices) if prices else None,
-        assumptions=away[0].assumptions if away else (),
         evaluations=_bill([], evaluations) if stages else None,
     )
 
@@ -197,7 +173,9 @@ def _summary(stage: Stage) -> dict[str, Any]:
         "name": stage.name,
         "kind": stage.kind,
         "artifact": stage.name,
-        "receipt": stage.receipt.model_dump(include={"tokens", "flops", "seconds", "peak_memory_bytes", "mfu", "energy_joules", "money"}),
+        "receipt": stage.receipt.model_dump(
+            include={"tokens", "flops", "seconds", "peak_memory_bytes", "mfu", "energy_joules", "money"}
+        ),
         "eval": {task: score.model_dump(mode="json", by_alias=True) for task, score in stage.scores.items()},
     }
 
@@ -216,7 +194,9 @@ def _page(title: str, stages: list[Stage], bill: RunBill | None) -> str:
         lstrip_blocks=True,
     ).get_template("report.html.jinja")
     finished = [stage.receipt for stage in stages if stage.receipt]
-    first, best = (evaluated[0], max(evaluated, key=lambda stage: _score_on(stage, tasks[0]))) if tasks else (None, None)
+    first, best = (
+        (evaluated[0], max(evaluated, key=lambda stage: _score_on(stage, tasks[0]))) if tasks else (None, None)
+    )
     return template.render(
         title=title,
         stages=stages,
@@ -230,8 +210,9 @@ def _page(title: str, stages: list[Stage], bill: RunBill | None) -> str:
         machine=finished[-1].machine if finished else None,
         version=finished[-1].version if finished else "",
         bill=bill,
-        planned=DEVICES[PLANNED],
-        longest=max([receipt.seconds for receipt in finished] + [bill.evaluations.seconds if bill and bill.evaluations else 0.0]),
+        longest=max(
+            [receipt.seconds for receipt in finished] + [bill.evaluations.seconds if bill and bill.evaluations else 0.0]
+        ),
         accuracy_chart=_accuracy_chart(evaluated, tasks) if tasks else "",
         curves=_curves(stages),
         problems=_problems(evaluated, best, tasks),
@@ -284,9 +265,15 @@ def _problems(evaluated: list[Stage], best: Stage | None, tasks: list[str]) -> l
     most = max(map(asked_of, found), default=0)
     chosen: list[Problem] = []
     for lesson in (LEARNED, LEARNED, BEYOND, LEARNED, KNOWN, KNOWN, KNOWN, BEYOND, BEYOND):
-        rest = [problem for problem in found if problem.lesson == lesson and asked_of(problem) == most and problem not in chosen]
+        rest = [
+            problem
+            for problem in found
+            if problem.lesson == lesson and asked_of(problem) == most and problem not in chosen
+        ]
         if rest and len(chosen) < 3:
-            chosen.append(max(rest, key=lambda problem: problem.task not in {other.task for other in chosen}))  # the first of a new task
+            chosen.append(
+                max(rest, key=lambda problem: problem.task not in {other.task for other in chosen})
+            )  # the first of a new task
     return chosen
 
 
@@ -294,7 +281,9 @@ def _problems(evaluated: list[Stage], best: Stage | None, tasks: list[str]) -> l
 
 INK, MUTED, RULE = "#010101", "#020202", "#030303"
 SERIES = [f"#0a0a{index:02x}" for index in range(1, 7)]
-_VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule"} | {colour: f"series-{index}" for index, colour in enumerate(SERIES, start=1)}
+_VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule"} | {
+    colour: f"series-{index}" for index, colour in enumerate(SERIES, start=1)
+}
 
 
 def _draw(name: str, width: float, height: float, left: float, right: float, paint: Callable[[Axes], None]) -> Markup:
@@ -334,7 +323,9 @@ def _draw(name: str, width: float, height: float, left: float, right: float, pai
         figure.savefig(target, format="svg", metadata={"Date": None})
     svg = target.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"#[0-9a-f]{6}", lambda match: f"var(--{_VARIABLES[match[0]]})" if match[0] in _VARIABLES else match[0], svg)
+    svg = re.sub(
+        r"#[0-9a-f]{6}", lambda match: f"var(--{_VARIABLES[match[0]]})" if match[0] in _VARIABLES else match[0], svg
+    )
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", svg)
     # The page sets the size; the shape is in the viewBox.
     head, rest = svg.split(">", 1)
@@ -349,17 +340,27 @@ def _accuracy_chart(evaluated: list[Stage], tasks: list[str]) -> Markup:
         for index, task in enumerate(tasks):
             colour = SERIES[index % len(SERIES)]
             offset = (index - (len(tasks) - 1) / 2) * 0.2
-            dots = {stage.name: (place + offset, 100 * stage.scores[task].pass_at_1) for place, stage in enumerate(evaluated) if task in stage.scores}
+            dots = {
+                stage.name: (place + offset, 100 * stage.scores[task].pass_at_1)
+                for place, stage in enumerate(evaluated)
+                if task in stage.scores
+            }
             for stage in evaluated:
                 for parent in stage.receipt.parents if stage.receipt else []:
                     if stage.name in dots and (start := Path(parent.path).name) in dots:
-                        axes.plot(*zip(dots[start], dots[stage.name], strict=True), color=colour, linewidth=1, alpha=0.3)
+                        axes.plot(
+                            *zip(dots[start], dots[stage.name], strict=True), color=colour, linewidth=1, alpha=0.3
+                        )
             x, y = zip(*dots.values(), strict=True)
-            low, high = ([100 * stage.scores[task].ci95[end] for stage in evaluated if task in stage.scores] for end in (0, 1))
+            low, high = (
+                [100 * stage.scores[task].ci95[end] for stage in evaluated if task in stage.scores] for end in (0, 1)
+            )
             axes.vlines(x, low, high, color=colour, linewidth=2.4, alpha=0.5)
             axes.plot(x, y, "o", color=colour, markersize=5.5)
             for place, value, above in zip(x, y, high, strict=True):
-                axes.annotate(f"{value:.0f}", (place, above), (0, 4), textcoords="offset points", color=colour, ha="center")
+                axes.annotate(
+                    f"{value:.0f}", (place, above), (0, 4), textcoords="offset points", color=colour, ha="center"
+                )
         names = [stage.name.replace("_", "_\n", 1) if len(evaluated) > 9 else stage.name for stage in evaluated]
         axes.set_xticks(range(len(evaluated)), names, color=INK)
         axes.set_xlim(-0.5, len(evaluated) - 0.5)
@@ -382,8 +383,18 @@ def _curves(stages: list[Stage]) -> list[Curve]:
     """How training went, a chart per quantity, stages of a kind together. Quantities nobody logged are left out."""
     learning = "pretrain" if any(stage.kind == "pretrain" for stage in stages) else "sft"
     plans = [
-        ("Loss in pre-training" if learning == "pretrain" else "Loss in fine-tuning", "nats per token", learning, ("loss", "mtp_loss")),
-        ("Busiest expert in pre-training", "its load over the mean of its layer; 1 is even", "pretrain", ("expert_load",)),
+        (
+            "Loss in pre-training" if learning == "pretrain" else "Loss in fine-tuning",
+            "nats per token",
+            learning,
+            ("loss", "mtp_loss"),
+        ),
+        (
+            "Busiest expert in pre-training",
+            "its load over the mean of its layer; 1 is even",
+            "pretrain",
+            ("expert_load",),
+        ),
         ("Reward", "mean of a step", "rl", ("reward",)),
         ("Response length", "tokens", "rl", ("response_tokens",)),
         ("Entropy", "nats per token", "rl", ("entropy",)),
@@ -398,7 +409,9 @@ def _curves(stages: list[Stage]) -> list[Curve]:
                 if len(points) > 1:
                     lines[stage.name + (" MTP" if key == "mtp_loss" else "")] = points
         if lines:
-            curves.append(Curve(title, unit, _draw(title, 3.6, 1.7, 0.09, 0.35, functools.partial(_paint_lines, lines=lines))))
+            curves.append(
+                Curve(title, unit, _draw(title, 3.6, 1.7, 0.09, 0.35, functools.partial(_paint_lines, lines=lines)))
+            )
     return curves
 
 
@@ -464,7 +477,15 @@ def _percent(share: float) -> str:
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s" if rest else f"{seconds:.1f} s"
+    return (
+        f"{hours} h {minutes:02d} min"
+        if hours
+        else f"{minutes} min {rest:02d} s"
+        if minutes
+        else f"{rest} s"
+        if rest
+        else f"{seconds:.1f} s"
+    )
 
 
 def _count(number: float, unit: str = "") -> str:

@@ -9,10 +9,7 @@ from __future__ import annotations
 import re
 
 # Runs of one script count as a word each. A single Latin letter is notation (x, n), not language.
-_WORDS = {
-    "en": re.compile(r"[A-Za-zÀ-ÖØ-öø-ɏ]{2,}"),
-    "ja": re.compile(r"[ぁ-ゖァ-ヺー々一-鿿]+"),
-}
+_WORDS = {"en": re.compile(r"[A-Za-zÀ-ÖØ-öø-ɏ]{2,}"), "ja": re.compile(r"[ぁ-ゖァ-ヺー々一-鿿]+")}
 
 
 def format_reward(closed: bool, answer: str, finished: bool) -> float:

@@ -110,7 +110,9 @@ def roll_out(engine: Engine, items: Sequence[Item], params: SamplingParams, form
             parsed = parse(completion.token_ids, opened, tokenizer)
             finished = completion.finish_reason == "stop"
             read = completion.text if form.lenient else parsed.answer
-            accuracy = item.task.verify(item.problem, read, lenient=form.lenient).value if finished or form.lenient else 0.0
+            accuracy = (
+                item.task.verify(item.problem, read, lenient=form.lenient).value if finished or form.lenient else 0.0
+            )
             group.append(
                 Rollout(
                     task=item.task,

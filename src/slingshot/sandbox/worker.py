@@ -42,7 +42,9 @@ class SandboxError(SlingshotError):
 class Sandbox:
     """One worker process holding one object. Seconds `timeout` for each call, `start_timeout` for building the object; `memory` in bytes."""
 
-    def __init__(self, target: str, *args: Any, timeout: float = 10.0, start_timeout: float = 60.0, memory: int = 2 << 30) -> None:
+    def __init__(
+        self, target: str, *args: Any, timeout: float = 10.0, start_timeout: float = 60.0, memory: int = 2 << 30
+    ) -> None:
         self._target, self._args = target, args
         self._timeout, self._start_timeout, self._memory = timeout, start_timeout, memory
         self._process: subprocess.Popen[bytes] | None = None

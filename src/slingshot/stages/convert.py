@@ -9,7 +9,6 @@ Tensors pass through one at a time: memory holds one shard, never a model.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -33,8 +32,6 @@ from slingshot.checkpoint.load_save import (
     read_into,
     write_checkpoint,
 )
-from slingshot.cost.workload import Phase, Workload
-from slingshot.prospect import Prospect
 from slingshot.quantization.formats import SCALE
 from slingshot.quantization.fp8 import quantize
 from slingshot.training.checkpointer import Workspace
@@ -69,13 +66,6 @@ def run(config: Config, out: Path) -> None:
     parallel.stop()
 
 
-def plan(config: Config, prospect: Prospect) -> Workload:
-    """The bytes `run` will write of a source like `prospect`; no FLOPs that anybody counts."""
-    dtype = config.dtype or prospect.model.quantization or prospect.stored
-    n_bytes = sum(math.prod(spec.shape) for spec in layout(prospect.model)) * {"float32": 4, "fp8": 1}.get(dtype, 2)
-    return Workload(kind=kind, model=prospect.model, phases=(Phase(name="files", sort="files", steps=1, n_bytes=n_bytes),))
-
-
 def write_gguf_file(source: str, file: Path, dtype: str | None) -> list[str]:
     """Write the model and tokenizer of `source` as one .gguf file, bfloat16 unless told; what could not be kept, a line each."""
     if dtype not in (None, *get_args(Dtype)):
@@ -106,7 +96,9 @@ def _converted(weights: Weights, dtype: str, fp8: bool, title: str) -> Iterator[
                     raise SlingshotError(f"{weights.where(spec.name)}: {spec.name} holds NaN or infinite values")
                 yield spec.name + SCALE, scale
             else:
-                tensor = torch.empty(spec.shape, dtype=torch.float32 if spec.stored == "float32" else getattr(torch, dtype))
+                tensor = torch.empty(
+                    spec.shape, dtype=torch.float32 if spec.stored == "float32" else getattr(torch, dtype)
+                )
                 read_into(tensor, weights, spec)
             yield spec.name, tensor
             progress.update(number)

@@ -21,11 +21,9 @@ from slingshot.base.files import write_json
 from slingshot.base.progress import Progress
 from slingshot.checkpoint.hub import locate
 from slingshot.cost.flops import generation_flops
-from slingshot.cost.workload import Phase, Workload
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.machine.precision import Dtype, compute_dtype, peak
-from slingshot.prospect import Prospect, guesses, rollout_phase, some
 from slingshot.rollout.rollout import Item, PromptForm, Rollout, distinct, roll_out
 from slingshot.tasks.task import Task, TaskConfig, load_task
 from slingshot.training.checkpointer import Workspace
@@ -52,7 +50,10 @@ class Config(StageConfig):
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
-        for kind_of, names in (("forms", [form.name for form in self.forms]), ("tasks", [task.name for task in self.tasks])):
+        for kind_of, names in (
+            ("forms", [form.name for form in self.forms]),
+            ("tasks", [task.name for task in self.tasks]),
+        ):
             if repeated := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"two {kind_of} are named {repeated[0]}; results are told apart by name")
         return self
@@ -64,12 +65,22 @@ def run(config: Config, out: Path) -> None:
     source = locate(config.model)
     work = Workspace(out, kind, config, [source], parallel, config.save_seconds, peak(config.dtype))
     engine = Engine.load(source, dtype=compute_dtype(config.dtype), device=parallel.device)
-    params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, top_p=config.top_p, n=config.samples, seed=config.seed)
+    params = SamplingParams(
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        n=config.samples,
+        seed=config.seed,
+    )
     jobs = []
     for spec in config.tasks:
         task = load_task(spec.name, **spec.params)
         items = _items(task, config)
-        jobs += [(task.name, form, items[i : i + config.chunk]) for form in config.forms for i in range(0, len(items), config.chunk)]
+        jobs += [
+            (task.name, form, items[i : i + config.chunk])
+            for form in config.forms
+            for i in range(0, len(items), config.chunk)
+        ]
     saved = work.load()
     results: list[dict[str, Any]] = saved.info["results"] if saved else []
 
@@ -82,33 +93,26 @@ def run(config: Config, out: Path) -> None:
             groups = roll_out(engine, items[parallel.rank :: parallel.world], params, form)
             for group in groups:
                 counts = [len(r.completion_ids) for r in group]
-                work.meter.add(sum(counts), sampling=generation_flops(engine.model.config, len(group[0].prompt_ids), counts))
+                work.meter.add(
+                    sum(counts), sampling=generation_flops(engine.model.config, len(group[0].prompt_ids), counts)
+                )
             found = parallel.gather([_result(name, form, group) for group in groups])
             results += found
-            progress.update(step + 1, **{"pass": sum(sum(r["accuracy"]) for r in found) / max(1, sum(len(r["accuracy"]) for r in found))})
+            progress.update(
+                step + 1,
+                **{"pass": sum(sum(r["accuracy"]) for r in found) / max(1, sum(len(r["accuracy"]) for r in found))},
+            )
             work.keep(step + 1, state)
     evaluation = summarise(results, config)
     work.finish(lambda folder: write_json(folder / "evaluation.json", evaluation))
     parallel.stop()
 
 
-def plan(config: Config, prospect: Prospect) -> Workload:
-    """What `run` will do on a checkpoint like `prospect`: a phase for each task in each prompt form."""
-    phases: list[Phase] = []
-    shown: list[Item] = []
-    for spec in config.tasks:
-        task = load_task(spec.name, **spec.params)
-        items, scale = some(_items(task, config))
-        shown += items
-        for form in config.forms:
-            answered = [prospect.respond(item, form, config.samples, config.max_tokens) for item in items]
-            name = f"{task.name}, {form.name}"
-            phases.append(rollout_phase(name, prospect.model, answered, -(-round(scale * len(items)) // config.chunk), scale))
-    return Workload(kind=kind, model=prospect.model, phases=tuple(phases), assumptions=tuple(guesses(shown, prospect.writer, config.max_tokens)))
-
-
 def _items(task: Task, config: Config) -> list[Item]:
-    return [Item(task, problem, problem.key) for problem in distinct(task, "test", f"evaluate/{config.seed}", config.problems)]
+    return [
+        Item(task, problem, problem.key)
+        for problem in distinct(task, "test", f"evaluate/{config.seed}", config.problems)
+    ]
 
 
 def _result(task: str, form: PromptForm, group: Sequence[Rollout]) -> dict[str, Any]:
@@ -140,7 +144,9 @@ def summarise(results: Sequence[dict[str, Any]], config: Config) -> dict[str, An
     examples: dict[str, Any] = {}
     scores: dict[str, list[float]] = {}
     for task in dict.fromkeys(result["task"] for result in results):
-        by_form = {form.name: [r for r in results if r["task"] == task and r["form"] == form.name] for form in config.forms}
+        by_form = {
+            form.name: [r for r in results if r["task"] == task and r["form"] == form.name] for form in config.forms
+        }
         passes = {form: float(np.mean([np.mean(r["accuracy"]) for r in rows])) for form, rows in by_form.items()}
         best = max(passes, key=lambda form: passes[form])
         rows = by_form[best]
@@ -148,7 +154,9 @@ def summarise(results: Sequence[dict[str, Any]], config: Config) -> dict[str, An
         tasks[task] = {
             "pass@1": passes[best],
             "ci95": bootstrap([float(np.mean(r["accuracy"])) for r in rows], config.seed),
-            "pass@8": float(np.mean([pass_at_k(config.samples, c, 8) for c in correct])) if config.samples >= 8 else None,
+            "pass@8": float(np.mean([pass_at_k(config.samples, c, 8) for c in correct]))
+            if config.samples >= 8
+            else None,
             "mean_tokens": float(np.mean([np.mean(r["tokens"]) for r in rows])),
             "format": float(np.mean([np.mean(r["format"]) for r in rows])),
             "language": float(np.mean([np.mean([value == 1.0 for value in r["language"]]) for r in rows])),

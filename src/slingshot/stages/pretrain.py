@@ -24,14 +24,12 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.progress import Progress
 from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.load_save import load_tokenizer, save_checkpoint
-from slingshot.cost.flops import forward_flops, training_parts
-from slingshot.cost.workload import Phase, Workload
+from slingshot.cost.flops import training_parts
 from slingshot.data.corpora import Corpus
 from slingshot.data.packing import pack
 from slingshot.machine.precision import Dtype, compute_dtype, peak
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
-from slingshot.prospect import Prospect, Writer
 from slingshot.tasks.task import Style, TaskConfig, load_task
 from slingshot.text.response import encode_responses
 from slingshot.text.tokenizer import Tokenizer
@@ -48,7 +46,9 @@ class Documents(Strict):
 
     tasks: list[TaskConfig] = Field(min_length=1)
     count: int = Field(ge=1)
-    styles: dict[Style, Annotated[float, Field(gt=0)]] = Field({"answer": 0.6, "steps": 0.3, "slips": 0.1}, min_length=1)
+    styles: dict[Style, Annotated[float, Field(gt=0)]] = Field(
+        {"answer": 0.6, "steps": 0.3, "slips": 0.1}, min_length=1
+    )
     template_share: float = Field(0.25, ge=0, le=1)
     language_mix: float = Field(0.2, ge=0, le=1)
 
@@ -67,7 +67,9 @@ class Config(OptimizerConfig):
     steps: int = Field(1000, ge=1)
     losses: LossWeights = LossWeights()
     bias_update_speed: float = Field(1e-3, ge=0)
-    bias_frozen_share: float = Field(0.05, ge=0, le=1)  # of the steps at the end: no more router bias updates (arXiv 2412.19437, 4.2)
+    bias_frozen_share: float = Field(
+        0.05, ge=0, le=1
+    )  # of the steps at the end: no more router bias updates (arXiv 2412.19437, 4.2)
     dtype: Dtype = "auto"
     save_seconds: float = 60.0
 
@@ -87,7 +89,15 @@ class Config(OptimizerConfig):
 def run(config: Config, out: Path) -> None:
     """Train from scratch and write a checkpoint to `out`; resumes from `out.partial`."""
     parallel = Parallel.start(config.threads)
-    work = Workspace(out, kind, config, [locate(config.tokenizer)] if config.tokenizer else [], parallel, config.save_seconds, peak(config.dtype))
+    work = Workspace(
+        out,
+        kind,
+        config,
+        [locate(config.tokenizer)] if config.tokenizer else [],
+        parallel,
+        config.save_seconds,
+        peak(config.dtype),
+    )
     tokenizer, tokens_NT, segments_NT, heldout = prepare(config)
 
     model_config = ModelConfig.parse({**config.model, "vocab_size": tokenizer.vocab_size}, "model")
@@ -119,7 +129,10 @@ def run(config: Config, out: Path) -> None:
             progress.update(step + 1, loss=losses.loss, **{"tokens/s": speed["tokens_per_second"]})
             work.keep(step + 1, lambda: training_state(model, optimizer))
 
-    extra: dict[str, Any] = {"corpus_tokens": int((segments_NT > 0).sum()), "epochs": config.steps * config.batch_size / len(tokens_NT)}
+    extra: dict[str, Any] = {
+        "corpus_tokens": int((segments_NT > 0).sum()),
+        "epochs": config.steps * config.batch_size / len(tokens_NT),
+    }
     if heldout is not None:
         heldout_rows, n_bytes = heldout
         nats = evaluate_loss(model, heldout_rows.shard(parallel), config.micro_batch_size, parallel)
@@ -127,29 +140,6 @@ def run(config: Config, out: Path) -> None:
     state = gathered(model)
     work.finish(lambda folder: save_checkpoint(folder, model, tokenizer, state), extra)
     parallel.stop()
-
-
-def foresee(config: Config) -> Prospect:
-    """The model `run` will make, with a tokenizer of a part of its documents."""
-    documents = config.documents and config.documents.model_copy(update={"count": min(config.documents.count, 20_000)})
-    part = config.model_copy(update={"documents": documents, "batch_size": 1})
-    tokenizer, tokens_NT, segments_NT, heldout = prepare(part)
-    model = ModelConfig.parse({**config.model, "vocab_size": tokenizer.vocab_size}, "model")
-    writer = Writer(documents.styles) if documents else Writer()
-    batch = _batch(tokens_NT, segments_NT, part.model_copy(update={"batch_size": min(config.batch_size, len(tokens_NT))}), 0)
-    return Prospect(model, tokenizer, writer, batch.lengths(), heldout[0].lengths() if heldout else ())
-
-
-def plan(config: Config, prospect: Prospect) -> Workload:
-    """What `run` will do to make a model like `prospect`."""
-    tokens = config.steps * config.batch_size * config.sequence_length
-    parts = training_parts(prospect.model, prospect.lengths, mtp=config.losses.mtp > 0)
-    flops = {part: count * tokens / sum(prospect.lengths) for part, count in parts.items()}
-    at_once = config.micro_batch_size * config.sequence_length
-    phases = [Phase(name="training", sort="training", steps=config.steps, at_once=at_once, tokens=tokens, flops=flops)]
-    if prospect.heldout:  # no receipt counts its FLOPs
-        phases.append(Phase(name="held-out text", sort="forward", steps=1, flops={"evaluation": forward_flops(prospect.model, prospect.heldout)}))
-    return Workload(kind=kind, model=prospect.model, phases=tuple(phases), assumptions=("documents as long as those of a part of the corpus",))
 
 
 def prepare(config: Config) -> tuple[Tokenizer, np.ndarray, np.ndarray, tuple[Rows, int] | None]:
@@ -166,7 +156,9 @@ def prepare(config: Config) -> tuple[Tokenizer, np.ndarray, np.ndarray, tuple[Ro
     tokens_NT, segments_NT = pack(documents, config.sequence_length)
     if len(tokens_NT) < config.batch_size:
         rows = f"{len(tokens_NT)} rows of {config.sequence_length} tokens"
-        raise SlingshotError(f"the corpus fills {rows}, fewer than one batch of {config.batch_size}; add text or lower batch_size")
+        raise SlingshotError(
+            f"the corpus fills {rows}, fewer than one batch of {config.batch_size}; add text or lower batch_size"
+        )
     heldout = None
     if heldout_text:
         heldout_rows = Rows.from_numpy(*pack(_framed(tokenizer, heldout_text), config.sequence_length))
@@ -196,7 +188,9 @@ def _written(config: Config) -> Iterator[tuple[str, ...]]:
 
 def _framed(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     if tokenizer.bos_id is None or tokenizer.eos_id is None:
-        raise SlingshotError("the tokenizer has no bos or eos token to frame documents with; leave `tokenizer` out to train one")
+        raise SlingshotError(
+            "the tokenizer has no bos or eos token to frame documents with; leave `tokenizer` out to train one"
+        )
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     return [[bos, *ids, eos] for ids in tokenizer.encode_batch(texts)]
 

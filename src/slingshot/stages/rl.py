@@ -9,7 +9,6 @@ is no reference, neither in memory nor in time (arXiv 2503.14476, 2.3, leaves it
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,13 +24,11 @@ from slingshot.base.progress import Progress
 from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.load_save import load_model, load_tokenizer, save_checkpoint
 from slingshot.cost.flops import forward_flops, generation_flops, training_parts
-from slingshot.cost.workload import Phase, Workload
 from slingshot.data.packing import pack_examples
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.machine.precision import Dtype, compute_dtype, peak
 from slingshot.model.transformer import Transformer
-from slingshot.prospect import Prospect, guesses, luck, rollout_phase
 from slingshot.rollout.rollout import PromptForm, Rollout, TaskMix, roll_out
 from slingshot.tasks.task import TaskConfig
 from slingshot.training.checkpointer import Workspace, restore, training_state
@@ -99,7 +96,9 @@ def run(config: Config, out: Path) -> None:
         restore(saved, model, optimizer)
         if reference is not None:
             load_gathered(reference, saved.group("reference"))
-    params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, n=config.group_size, seed=config.seed)
+    params = SamplingParams(
+        max_tokens=config.max_tokens, temperature=config.temperature, n=config.group_size, seed=config.seed
+    )
 
     def state() -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, info = training_state(model, optimizer)
@@ -116,7 +115,9 @@ def run(config: Config, out: Path) -> None:
             flops_before = work.meter.flops
 
             engine.update_weights(gathered(model))
-            items = tasks.draw("train", f"{config.seed}/{step}", config.prompts_per_step)[parallel.rank :: parallel.world]
+            items = tasks.draw("train", f"{config.seed}/{step}", config.prompts_per_step)[
+                parallel.rank :: parallel.world
+            ]
             groups = roll_out(engine, items, params, config.form)
             score(groups, config, step)
             kept = [rollout for group in groups if len({rollout.reward for rollout in group}) > 1 for rollout in group]
@@ -127,7 +128,12 @@ def run(config: Config, out: Path) -> None:
             row = {"step": step + 1, **_summary(groups, parallel), **update}
             speed = work.speed(row.pop("tokens"), flops_before)
             work.log({**row, "lr": config.lr * schedule(config, step, config.steps), **speed})
-            shown = {"reward": row["reward"], "pass": row["pass_rate"], "length": row["response_tokens"], "tokens/s": speed["tokens_per_second"]}
+            shown = {
+                "reward": row["reward"],
+                "pass": row["pass_rate"],
+                "length": row["response_tokens"],
+                "tokens/s": speed["tokens_per_second"],
+            }
             if config.max_flops is not None:
                 spent = float(parallel.sum(work.meter.flops)) / config.max_flops
                 progress.total = min(config.steps, max(step + 1, round((step + 1) / spent)))
@@ -139,32 +145,6 @@ def run(config: Config, out: Path) -> None:
     parallel.stop()
 
 
-def plan(config: Config, prospect: Prospect) -> Workload:
-    """What `run` will do with a policy that writes as `prospect` does, by the problems of its first 8 steps."""
-    tasks, shown = TaskMix(config.tasks), min(config.steps, 8)
-    items = [item for step in range(shown) for item in tasks.draw("train", f"{config.seed}/{step}", config.prompts_per_step)]
-    answered = [prospect.respond(item, config.form, config.group_size, config.max_tokens) for item in items]
-    lengths = [len(prompt) + len(reply.ids) for prompt, replies in answered for reply in replies]
-    share = 1 - 0.5 ** (config.group_size - 1) if config.rewards.random else prospect.writer.disagreement(config.group_size)
-    whole = training_parts(prospect.model, lengths, mtp=config.mtp > 0) | {"reference": forward_flops(prospect.model, lengths) if config.kl else 0.0}
-    update = {part: share * flops for part, flops in whole.items()}
-    sampling = rollout_phase("rollouts", prospect.model, answered, shown)
-    per_step = (sampling.total_flops + sum(update.values())) / shown
-    steps = config.steps if config.max_flops is None else min(config.steps, max(1, math.ceil(config.max_flops / per_step)))
-    scale = steps / shown
-    spent = {part: scale * flops for part, flops in update.items() if flops}
-    at_once = config.micro_batch_size * config.sequence_length
-    phases = (
-        rollout_phase("rollouts", prospect.model, answered, steps, scale),
-        # The tokens are counted where they are written, as the receipt does.
-        Phase(name="update", sort="training", steps=steps * config.minibatches, at_once=at_once, flops=spent),
-    )
-    tenth = scale * sum(whole.values()) / 10 / (sum(spent.values()) + scale * sampling.total_flops)
-    signal = f"{share:.0%} of the groups carry a signal; ten points more or less are {tenth:.0%} of the FLOPs"
-    lines = (*guesses(items, prospect.writer, config.max_tokens), luck(prospect.writer), signal)
-    return Workload(kind=kind, model=prospect.model, phases=phases, assumptions=lines)
-
-
 def score(groups: Sequence[Sequence[Rollout]], config: Config, step: int) -> None:
     """Give every rollout its reward, and its advantage within its group."""
     weights = config.rewards
@@ -174,7 +154,11 @@ def score(groups: Sequence[Sequence[Rollout]], config: Config, step: int) -> Non
             if weights.random:
                 rollout.reward = float(coin.random() < 0.5)
             else:
-                rollout.reward = weights.accuracy * rollout.accuracy + weights.format * rollout.format + weights.language * rollout.language
+                rollout.reward = (
+                    weights.accuracy * rollout.accuracy
+                    + weights.format * rollout.format
+                    + weights.language * rollout.language
+                )
         advantages = group_advantages(torch.tensor([rollout.reward for rollout in group]), config.normalize_std)
         for rollout, advantage in zip(group, advantages.tolist(), strict=True):
             rollout.advantage = advantage
@@ -182,7 +166,9 @@ def score(groups: Sequence[Sequence[Rollout]], config: Config, step: int) -> Non
 
 def pack(rollouts: Sequence[Rollout], length: int) -> PolicyRows:
     """Rows of the rollouts, with advantage and sampler logprob of every completion token in its place."""
-    examples = [(r.prompt_ids + r.completion_ids, [0] * len(r.prompt_ids) + [1] * len(r.completion_ids)) for r in rollouts]
+    examples = [
+        (r.prompt_ids + r.completion_ids, [0] * len(r.prompt_ids) + [1] * len(r.completion_ids)) for r in rollouts
+    ]
     packed = pack_examples(examples, max([length, *(len(ids) for ids, _ in examples)]))
     advantages_BT, sampler_BT = (np.zeros(packed.tokens_NT.shape, dtype=np.float32) for _ in range(2))
     for rollout, (row, start) in zip(rollouts, packed.placement, strict=True):
@@ -229,12 +215,17 @@ def _update(
     return logged
 
 
-def _count(work: Workspace, model: Transformer, groups: Sequence[Sequence[Rollout]], kept: Sequence[Rollout], config: Config) -> None:
+def _count(
+    work: Workspace, model: Transformer, groups: Sequence[Sequence[Rollout]], kept: Sequence[Rollout], config: Config
+) -> None:
     """Tokens and FLOPs of this step, on this rank: sampling, update, reference, MTP."""
     lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in kept]
     work.meter.add(
         sum(len(r.completion_ids) for group in groups for r in group),
-        sampling=sum(generation_flops(model.config, len(group[0].prompt_ids), [len(r.completion_ids) for r in group]) for group in groups),
+        sampling=sum(
+            generation_flops(model.config, len(group[0].prompt_ids), [len(r.completion_ids) for r in group])
+            for group in groups
+        ),
         **training_parts(model.config, lengths, mtp=config.mtp > 0),
         reference=forward_flops(model.config, lengths) if config.kl else 0.0,
     )
@@ -258,4 +249,8 @@ def _summary(groups: Sequence[Sequence[Rollout]], parallel: Parallel) -> dict[st
     )
     n, n_groups = max(total.pop("n"), 1.0), max(total.pop("groups"), 1.0)
     no_signal = total.pop("no_signal") / n_groups
-    return {"tokens": total["response_tokens"], **{name: value / n for name, value in total.items()}, "no_signal": no_signal}
+    return {
+        "tokens": total["response_tokens"],
+        **{name: value / n for name, value in total.items()},
+        "no_signal": no_signal,
+    }

@@ -20,11 +20,9 @@ from slingshot.base.files import write_jsonl
 from slingshot.base.progress import Progress
 from slingshot.checkpoint.hub import locate
 from slingshot.cost.flops import generation_flops
-from slingshot.cost.workload import Workload
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.machine.precision import Dtype, compute_dtype, peak
-from slingshot.prospect import Prospect, Reply, guesses, luck, rollout_phase, some
 from slingshot.rollout.rollout import Item, PromptForm, TaskMix, roll_out
 from slingshot.tasks.task import Problem, Task, TaskConfig
 from slingshot.training.checkpointer import Workspace
@@ -57,7 +55,9 @@ def run(config: Config, out: Path) -> None:
     work = Workspace(out, kind, config, [source], parallel, config.save_seconds, peak(config.dtype))
     engine = Engine.load(source, dtype=compute_dtype(config.dtype), device=parallel.device)
     items = _items(config)
-    params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, n=config.samples, seed=config.seed)
+    params = SamplingParams(
+        max_tokens=config.max_tokens, temperature=config.temperature, n=config.samples, seed=config.seed
+    )
     saved = work.load()
     rows: list[dict[str, Any]] = saved.info["rows"] if saved else []
     chunks = [items[i : i + config.chunk] for i in range(0, len(items), config.chunk)]
@@ -71,12 +71,18 @@ def run(config: Config, out: Path) -> None:
             groups = roll_out(engine, chunks[step][parallel.rank :: parallel.world], params, config.form)
             found = []
             for group in groups:
-                good = [r for r in group if r.accuracy == 1.0 and r.format == 1.0 and (r.language == 1.0 or not config.language)]
+                good = [
+                    r
+                    for r in group
+                    if r.accuracy == 1.0 and r.format == 1.0 and (r.language == 1.0 or not config.language)
+                ]
                 texts = [(r.reasoning.strip(), r.answer.strip()) for r in good]
                 kept = _rows(group[0].task, group[0].problem, texts, config)
                 found.append((kept, sum(r.accuracy == 1.0 for r in group) / len(group)))
                 counts = [len(r.completion_ids) for r in group]
-                work.meter.add(sum(counts), sampling=generation_flops(engine.model.config, len(group[0].prompt_ids), counts))
+                work.meter.add(
+                    sum(counts), sampling=generation_flops(engine.model.config, len(group[0].prompt_ids), counts)
+                )
             found = parallel.gather(found)
             rows += [row for kept, _ in found for row in kept]
             pass_rate = sum(share for _, share in found) / max(1, len(found))
@@ -85,34 +91,17 @@ def run(config: Config, out: Path) -> None:
             progress.update(step + 1, **{"pass": pass_rate, "kept": len(rows)})
             work.keep(step + 1, state)
     if not rows:
-        raise SlingshotError(f"{config.model} solved none of {len(items)} problems in format; train it further or take easier problems")
-    work.finish(lambda folder: write_jsonl(folder / "data.jsonl", rows), {"examples": len(rows), "problems": len(items)})
+        raise SlingshotError(
+            f"{config.model} solved none of {len(items)} problems in format; train it further or take easier problems"
+        )
+    work.finish(
+        lambda folder: write_jsonl(folder / "data.jsonl", rows), {"examples": len(rows), "problems": len(items)}
+    )
     parallel.stop()
-
-
-def plan(config: Config, prospect: Prospect) -> Workload:
-    """What `run` will do on a checkpoint like `prospect`, and how many examples it will probably keep."""
-    items, scale = some(_items(config))
-    answered = [prospect.respond(item, config.form, config.samples, config.max_tokens) for item in items]
-    kept = sum(len(_foreseen(item, replies, config)) for item, (_, replies) in zip(items, answered, strict=True))
-    phase = rollout_phase("rollouts", prospect.model, answered, -(-round(scale * len(items)) // config.chunk), scale)
-    lines = (*guesses(items, prospect.writer, config.max_tokens), luck(prospect.writer))
-    return Workload(kind=kind, model=prospect.model, phases=(phase,), assumptions=lines, examples=max(1, round(scale * kept)))
-
-
-def foresee(config: Config, prospect: Prospect) -> list[dict[str, Any]]:
-    """The dataset `run` will probably make with a checkpoint like `prospect`."""
-    return [
-        row for item in _items(config) for row in _foreseen(item, prospect.respond(item, config.form, config.samples, config.max_tokens)[1], config)
-    ]
 
 
 def _items(config: Config) -> list[Item]:
     return TaskMix(config.tasks).draw("train", f"sample/{config.seed}", config.problems)
-
-
-def _foreseen(item: Item, replies: Sequence[Reply], config: Config) -> list[dict[str, Any]]:
-    return _rows(item.task, item.problem, [(reply.reasoning, reply.answer) for reply in replies if reply.right], config)
 
 
 def _rows(task: Task, problem: Problem, texts: Sequence[tuple[str, str]], config: Config) -> list[dict[str, Any]]:
@@ -121,4 +110,6 @@ def _rows(task: Task, problem: Problem, texts: Sequence[tuple[str, str]], config
     for reasoning, answer in texts:
         first.setdefault(reasoning, answer)
     kept = list(first.items())[: config.per_problem]
-    return [{"prompt": problem.prompt, "reasoning": r, "answer": a, "task": task.name, "key": problem.key} for r, a in kept]
+    return [
+        {"prompt": problem.prompt, "reasoning": r, "answer": a, "task": task.name, "key": problem.key} for r, a in kept
+    ]

@@ -21,10 +21,8 @@ from slingshot.base.progress import Progress
 from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.load_save import load_model, load_tokenizer, save_checkpoint
 from slingshot.cost.flops import training_parts
-from slingshot.cost.workload import Phase, Workload
 from slingshot.data.packing import pack_examples
 from slingshot.machine.precision import Dtype, compute_dtype, peak
-from slingshot.prospect import Prospect
 from slingshot.rollout.rollout import PromptForm, TaskMix
 from slingshot.tasks.task import Problem, TaskConfig
 from slingshot.text.reasoning import ends_in_reasoning
@@ -72,7 +70,11 @@ def run(config: Config, out: Path) -> None:
     examples = _examples(config, tokenizer)
     per_epoch = [_pack(examples, config, epoch) for epoch in range(config.epochs)]
     steps = sum(-(-len(rows.tokens_BT) // config.batch_size) for rows in per_epoch)
-    batches = (rows[slice(i, i + config.batch_size)] for rows in per_epoch for i in range(0, len(rows.tokens_BT), config.batch_size))
+    batches = (
+        rows[slice(i, i + config.batch_size)]
+        for rows in per_epoch
+        for i in range(0, len(rows.tokens_BT), config.batch_size)
+    )
 
     model.compute_dtype = compute_dtype(config.dtype)
     optimizer = Optimizer(model, config)
@@ -104,24 +106,15 @@ def run(config: Config, out: Path) -> None:
     parallel.stop()
 
 
-def plan(config: Config, prospect: Prospect) -> Workload:
-    """What `run` will do with a model like `prospect`; `config.data` must be there, or stand-ins for it."""
-    rows = _pack(_examples(config, prospect.tokenizer), config, epoch=0)
-    steps = config.epochs * -(-len(rows.tokens_BT) // config.batch_size)
-    parts = training_parts(prospect.model, rows.lengths(), mtp=config.losses.mtp > 0)
-    flops = {part: config.epochs * count for part, count in parts.items()}
-    at_once = config.micro_batch_size * config.sequence_length
-    phase = Phase(name="training", sort="training", steps=steps, at_once=at_once, tokens=config.epochs * rows.n_tokens, flops=flops)
-    return Workload(kind=kind, model=prospect.model, phases=(phase,), assumptions=("every epoch packs into as many rows as the first",))
-
-
 def _examples(config: Config, tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
     """Prompt and response ids of every example, in file order."""
     rows: list[tuple[Problem, str, str]] = []
     for source in map(Path, config.data):
         file = source / "data.jsonl" if source.is_dir() else source
         for number, row in enumerate(read_jsonl(file), start=1):
-            if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("prompt", "reasoning", "answer")):
+            if not isinstance(row, dict) or not all(
+                isinstance(row.get(key), str) for key in ("prompt", "reasoning", "answer")
+            ):
                 raise SlingshotError(f"{file} line {number}: an example holds prompt, reasoning and answer, all text")
             rows.append((Problem(prompt=row["prompt"], key=row["prompt"]), row["reasoning"], row["answer"]))
     if config.tasks:
@@ -136,7 +129,9 @@ def _examples(config: Config, tokenizer: Tokenizer) -> list[tuple[list[int], lis
     prompts = [config.form.encode(tokenizer, problem) for problem, _, _ in rows]
     opened = ends_in_reasoning(prompts[0], tokenizer)
     responses = encode_responses(tokenizer, [(reasoning, answer) for _, reasoning, answer in rows], opened)
-    kept = [pair for pair in zip(prompts, responses, strict=True) if len(pair[0]) + len(pair[1]) <= config.sequence_length]
+    kept = [
+        pair for pair in zip(prompts, responses, strict=True) if len(pair[0]) + len(pair[1]) <= config.sequence_length
+    ]
     if not kept:
         raise SlingshotError(f"every example is longer than sequence_length {config.sequence_length}; raise it")
     return kept
@@ -145,6 +140,9 @@ def _examples(config: Config, tokenizer: Tokenizer) -> list[tuple[list[int], lis
 def _pack(examples: list[tuple[list[int], list[int]]], config: Config, epoch: int) -> Rows:
     """Rows of one epoch, examples in an order of its own."""
     order = np.random.default_rng([config.seed, epoch]).permutation(len(examples))
-    marked = [(prompt + response, [0] * len(prompt) + [1] * len(response)) for prompt, response in (examples[i] for i in order)]
+    marked = [
+        (prompt + response, [0] * len(prompt) + [1] * len(response))
+        for prompt, response in (examples[i] for i in order)
+    ]
     packed = pack_examples(marked, config.sequence_length)
     return Rows.from_numpy(packed.tokens_NT, packed.segments_NT, packed.mask_NT)

@@ -38,7 +38,9 @@ class Arithmetic(Task):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if not 2 <= self.min_terms <= self.max_terms <= 64:
-            raise ValueError(f"min_terms {self.min_terms} and max_terms {self.max_terms} must be 2 <= min_terms <= max_terms <= 64")
+            raise ValueError(
+                f"min_terms {self.min_terms} and max_terms {self.max_terms} must be 2 <= min_terms <= max_terms <= 64"
+            )
         if not 1 <= self.digits <= 9:
             raise ValueError(f"digits {self.digits} must be from 1 to 9")
         if not self.operators or set(self.operators) - set("+-x"):

@@ -32,7 +32,9 @@ _SLIP = {"en": ", wait, ", "ja": "、いや"}
 
 _OPERATORS: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
-_SIGNS = str.maketrans({"\u00d7": "*", "\u00f7": "/", "\u2212": "-"})  # the typographic signs for times, divided by and minus
+_SIGNS = str.maketrans(
+    {"\u00d7": "*", "\u00f7": "/", "\u2212": "-"}
+)  # the typographic signs for times, divided by and minus
 _EXPRESSION = re.compile(r"[0-9(][0-9+\-*/() ]*")
 _MAX_LENGTH = 256  # characters of an expression
 _MAX_DEPTH = 16  # operations inside one another
@@ -57,7 +59,9 @@ class Countdown(Task):
         if not 2 <= self.n_numbers <= _MAX_NUMBERS:
             raise ValueError(f"n_numbers {self.n_numbers} must be from 2 to {_MAX_NUMBERS}")
         if not 2 <= self.max_number <= self.max_target <= 10**6:
-            raise ValueError(f"max_number {self.max_number} and max_target {self.max_target} must be 2 <= max_number <= max_target <= 1000000")
+            raise ValueError(
+                f"max_number {self.max_number} and max_target {self.max_target} must be 2 <= max_number <= max_target <= 1000000"
+            )
         if not self.operators or set(self.operators) - set(_PRECEDENCE):
             raise ValueError(f"operators {self.operators!r} must be some of + - * /")
         if self.max_misses < 0:
@@ -104,7 +108,11 @@ class Countdown(Task):
             right, b = pool.pop(int(rng.random() * len(pool)))
             if a < b or (a == b and isinstance(left, int)):
                 left, a, right, b = right, b, left, a
-            allowed = [(operator, value) for operator in self.operators if (value := apply(operator, a, b)) is not None and value <= self.max_target]
+            allowed = [
+                (operator, value)
+                for operator in self.operators
+                if (value := apply(operator, a, b)) is not None and value <= self.max_target
+            ]
             if not allowed:
                 return None
             operator, value = allowed[int(rng.random() * len(allowed))]
@@ -191,7 +199,15 @@ def value_of(tree: Tree) -> Fraction | None:
     left, right = value_of(tree[1]), value_of(tree[2])
     if left is None or right is None or (tree[0] == "/" and right == 0):
         return None
-    return left + right if tree[0] == "+" else left - right if tree[0] == "-" else left * right if tree[0] == "*" else left / right
+    return (
+        left + right
+        if tree[0] == "+"
+        else left - right
+        if tree[0] == "-"
+        else left * right
+        if tree[0] == "*"
+        else left / right
+    )
 
 
 def render(tree: Tree, precedence: int = 0) -> str:

@@ -100,7 +100,8 @@ class Gym(Task):
             steps = chain_steps([left, *places], [operator] * len(places))
             wrong = int(rng.random() * len(steps)) if index == slipped else -1
             worked = ", ".join(
-                f"{a} {sign} {b} = {f'{near_miss(c, rng)}, wait, {c}' if place == wrong else c}" for place, (a, sign, b, c) in enumerate(steps)
+                f"{a} {sign} {b} = {f'{near_miss(c, rng)}, wait, {c}' if place == wrong else c}"
+                for place, (a, sign, b, c) in enumerate(steps)
             )
             said.append(f"{'Add' if operator == '+' else 'Subtract'} {right}: {worked}.")
         return Solution(" ".join(said), problem.answer)

@@ -39,7 +39,9 @@ class Problem:
     key: str
     answer: str = ""
     language: str = "en"
-    data: Mapping[str, Any] = field(default_factory=dict, hash=False)  # what the task itself needs to verify and solve; JSON
+    data: Mapping[str, Any] = field(
+        default_factory=dict, hash=False
+    )  # what the task itself needs to verify and solve; JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,9 @@ class Task(Strict, ABC):
         """The languages besides `language` that `solution` can reason in."""
         return ()
 
-    def documents(self, split: Split, seed: int, style: Style, language_mix: float = 0.0) -> Iterator[tuple[Problem, Solution]]:
+    def documents(
+        self, split: Split, seed: int, style: Style, language_mix: float = 0.0
+    ) -> Iterator[tuple[Problem, Solution]]:
         """Problems with their solutions. With probability `language_mix` the reasoning is in a language other than the problem's."""
         rng = random.Random(f"{self.name}/{style}/{seed}")
         for problem in self.problems(split, seed):
@@ -123,7 +127,11 @@ class Task(Strict, ABC):
 
 def split_of(key: str) -> Split:
     """The split a canonical key belongs to: a tenth of all keys, by SHA-256, are for testing."""
-    return "test" if int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") % 10 == 0 else "train"
+    return (
+        "test"
+        if int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") % 10 == 0
+        else "train"
+    )
 
 
 def in_split(problems: Iterable[Problem], split: Split, name: str) -> Iterator[Problem]:
@@ -144,14 +152,18 @@ def in_split(problems: Iterable[Problem], split: Split, name: str) -> Iterator[P
     else:
         if found:
             return
-    raise SlingshotError(f"{name}: no {split} problem in {missed} drawn; give it parameters that allow more different problems")
+    raise SlingshotError(
+        f"{name}: no {split} problem in {missed} drawn; give it parameters that allow more different problems"
+    )
 
 
 def unknown(what: str, given: str, known: Iterable[str]) -> SlingshotError:
     """The error for a name that is not among `known`; names the nearest that is."""
     names = list(known)
     near = difflib.get_close_matches(given, names, n=1)
-    return SlingshotError(f"{what} {given!r} is unknown; " + (f"did you mean {near[0]}?" if near else f"there are: {', '.join(names)}"))
+    return SlingshotError(
+        f"{what} {given!r} is unknown; " + (f"did you mean {near[0]}?" if near else f"there are: {', '.join(names)}")
+    )
 
 
 def load_task(name: str, **params: Any) -> Task:

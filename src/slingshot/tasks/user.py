@@ -60,14 +60,18 @@ class UserTask(Task):
     memory_mb: int = 2048
     _sandbox: Sandbox = PrivateAttr()
     _functions: frozenset[str] = PrivateAttr()
-    _pools: dict[str, list[Problem] | None] = PrivateAttr(default_factory=dict)  # all problems of a file that ends; None for one that goes on
+    _pools: dict[str, list[Problem] | None] = PrivateAttr(
+        default_factory=dict
+    )  # all problems of a file that ends; None for one that goes on
 
     @model_validator(mode="after")
     def _open(self) -> Self:
         if self.timeout <= 0 or self.memory_mb < 64:
             raise ValueError(f"timeout {self.timeout:g} must be positive and memory_mb {self.memory_mb} at least 64")
         if not Path(self.path).is_file():
-            raise SlingshotError(f"{self.path}: no such file; a task is one Python file with problems(split, seed) and verify(problem, text)")
+            raise SlingshotError(
+                f"{self.path}: no such file; a task is one Python file with problems(split, seed) and verify(problem, text)"
+            )
         file = str(Path(self.path).resolve())
         self._sandbox = Sandbox("slingshot.tasks.user:File", file, timeout=self.timeout, memory=self.memory_mb << 20)
         try:
@@ -111,7 +115,9 @@ class UserTask(Task):
         """The file's solution; in style "answer" its answer alone."""
         given = self._call("solution", "solution", _as_dict(problem), style)
         if not isinstance(given, dict):
-            raise SlingshotError(f"{self.path}: solution() returned {given!r:.60}; return a dict with reasoning and answer")
+            raise SlingshotError(
+                f"{self.path}: solution() returned {given!r:.60}; return a dict with reasoning and answer"
+            )
         written = _Solution.parse(given, f"{self.path}: solution()")
         return Solution("" if style == "answer" else written.reasoning, written.answer)
 
@@ -122,7 +128,9 @@ class UserTask(Task):
             return Reward(0.0, None)
         value = self._call("verify", "verify", _as_dict(problem), answer)
         if not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise SlingshotError(f"{self.path}: verify() returned {value!r:.60}; return True, False or a number from 0 to 1")
+            raise SlingshotError(
+                f"{self.path}: verify() returned {value!r:.60}; return True, False or a number from 0 to 1"
+            )
         return Reward(float(value), answer)
 
     def _call(self, function: str, method: str, *args: Any) -> Any:

@@ -65,7 +65,11 @@ R1_TEMPLATE = """\
 _BEGIN, _END, _HERE = "\udc00", "\udc01", "\udc02"
 _CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG"
 
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # what a message's reasoning is called; templates read the first, some the second
+_REASONING = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+)  # what a message's reasoning is called; templates read the first, some the second
 
 
 def render(
@@ -89,7 +93,9 @@ def render(
     Raises SlingshotError when the messages are not JSON, or the template refuses them, fails or passes the bounds of data/jinja.py.
     """
     if add_generation_prompt and continue_final_message:
-        raise SlingshotError("a chat either continues its last message or begins a reply; leave out add_generation_prompt or continue_final_message")
+        raise SlingshotError(
+            "a chat either continues its last message or begins a reply; leave out add_generation_prompt or continue_final_message"
+        )
     given = {"tools": tools, "documents": documents, **variables}
     chat = _plain_json({"messages": _messages(messages), **given})
     last = _open_last(chat["messages"]) if continue_final_message else ""
@@ -109,7 +115,9 @@ def render(
             raise SlingshotError("the chat template leaves a part of the last message away, so it cannot be continued")
         text, marked = _cut(text), _cut(marked)
     if _unmarked(marked) != text:
-        raise SlingshotError("the chat template takes apart what looks like a control token in a message; write it another way there")
+        raise SlingshotError(
+            "the chat template takes apart what looks like a control token in a message; write it another way there"
+        )
     return tokens.split(marked)
 
 
@@ -125,7 +133,9 @@ def clean(text: str) -> str:
 def _messages(messages: Any) -> list[dict[str, Any]]:
     """Messages as transformers hands them to a template: no nulls, reasoning under every name."""
     if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
-        raise SlingshotError("a chat is a list of messages, each an object such as {'role': 'user', 'content': 'Hello'}")
+        raise SlingshotError(
+            "a chat is a list of messages, each an object such as {'role': 'user', 'content': 'Hello'}"
+        )
     present = [{key: value for key, value in message.items() if value is not None} for message in messages]
     for place, message in enumerate(present):
         if (reasoning := next((message[name] for name in _REASONING if name in message), None)) is not None:
@@ -137,14 +147,20 @@ def _plain_json(value: Any) -> Any:
     try:
         return json.loads(clean(json.dumps(value, ensure_ascii=False)))
     except (TypeError, ValueError, RecursionError) as error:
-        raise SlingshotError(f"chat messages and tools must be plain JSON, such as [{{'role': 'user', 'content': 'Hello'}}]: {error}") from error
+        raise SlingshotError(
+            f"chat messages and tools must be plain JSON, such as [{{'role': 'user', 'content': 'Hello'}}]: {error}"
+        ) from error
 
 
 def _open_last(messages: list[dict[str, Any]]) -> str:
     """Put a mark at the end of the last message and give its text. The space after the mark tells whether the template trims messages."""
     last = messages[-1] if messages else {}
     content = last.get("content")
-    places = [(part, "text") for part in content if isinstance(part, dict)] if isinstance(content, list) else [(last, "content")]
+    places = (
+        [(part, "text") for part in content if isinstance(part, dict)]
+        if isinstance(content, list)
+        else [(last, "content")]
+    )
     places = [(place, key) for place, key in places if isinstance(place.get(key), str)]
     if not places:
         raise SlingshotError("the last message holds no text that could be continued")
@@ -173,7 +189,9 @@ def _alternatives(words: Iterable[str]) -> str:
     branches = []
     for alike in by_first.values():
         low, high = min(alike), max(alike)
-        start = low[: next((at for at, (one, other) in enumerate(zip(low, high, strict=False)) if one != other), len(low))]
+        start = low[
+            : next((at for at, (one, other) in enumerate(zip(low, high, strict=False)) if one != other), len(low))
+        ]
         branches.append(re.escape(start) + _alternatives(word[len(start) :] for word in alike))
     return f"(?:{'|'.join(branches)}){'?' * optional}" if branches else ""
 
@@ -286,7 +304,20 @@ def _seen_without_marks(name: str) -> Callable[..., Any]:
     return method
 
 
-_OPERATORS = ["__contains__", "__eq__", "__ge__", "__getitem__", "__gt__", "__hash__", "__le__", "__len__", "__lt__", "__mod__", "__mul__", "__ne__"]
+_OPERATORS = [
+    "__contains__",
+    "__eq__",
+    "__ge__",
+    "__getitem__",
+    "__gt__",
+    "__hash__",
+    "__le__",
+    "__len__",
+    "__lt__",
+    "__mod__",
+    "__mul__",
+    "__ne__",
+]
 for _name in {*METHODS[str], *_OPERATORS, "__rmul__"} - {"format", "join", "replace"}:
     setattr(_Said, _name, _seen_without_marks(_name))
 

@@ -36,20 +36,96 @@ from markupsafe import Markup
 from slingshot.base.errors import SlingshotError
 
 MAX_SOURCE = 100_000  # characters of a template; the longest known ones have 20,000
-MAX_CHARS = 5_000_000  # of a rendered chat, and of any text a template builds on the way: far beyond the longest context
+MAX_CHARS = (
+    5_000_000  # of a rendered chat, and of any text a template builds on the way: far beyond the longest context
+)
 MAX_BYTES = 64 * MAX_CHARS  # of everything built on the way
 MAX_SECONDS = 10.0
 _MAX_BITS = 1024  # of a whole number in arithmetic
 _MAX_DEPTH = 200  # of lists in lists
 
 # What a template may call on text, on dictionaries and on lists. All take time and space in proportion to what they are given, or are estimated.
-_TEXT = ["capitalize", "casefold", "count", "endswith", "find", "format", "index", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "islower"]
-_TEXT += ["isidentifier", "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "partition", "removeprefix", "removesuffix"]
-_TEXT += ["replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "swapcase", "title", "upper"]
-METHODS: dict[type, list[str]] = {str: _TEXT, dict: ["copy", "get", "items", "keys", "values"], list: ["copy", "count", "index"]}
+_TEXT = [
+    "capitalize",
+    "casefold",
+    "count",
+    "endswith",
+    "find",
+    "format",
+    "index",
+    "isalnum",
+    "isalpha",
+    "isascii",
+    "isdecimal",
+    "isdigit",
+    "islower",
+]
+_TEXT += [
+    "isidentifier",
+    "isnumeric",
+    "isspace",
+    "istitle",
+    "isupper",
+    "join",
+    "lower",
+    "lstrip",
+    "partition",
+    "removeprefix",
+    "removesuffix",
+]
+_TEXT += [
+    "replace",
+    "rfind",
+    "rindex",
+    "rpartition",
+    "rsplit",
+    "rstrip",
+    "split",
+    "splitlines",
+    "startswith",
+    "strip",
+    "swapcase",
+    "title",
+    "upper",
+]
+METHODS: dict[type, list[str]] = {
+    str: _TEXT,
+    dict: ["copy", "get", "items", "keys", "values"],
+    list: ["copy", "count", "index"],
+}
 METHODS[tuple] = ["count", "index"]
-_FILTERS = ["abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "format", "groupby", "indent", "int", "items"]
-_FILTERS += ["last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "select", "selectattr", "sort"]
+_FILTERS = [
+    "abs",
+    "capitalize",
+    "count",
+    "d",
+    "default",
+    "dictsort",
+    "e",
+    "escape",
+    "first",
+    "float",
+    "format",
+    "groupby",
+    "indent",
+    "int",
+    "items",
+]
+_FILTERS += [
+    "last",
+    "length",
+    "list",
+    "lower",
+    "map",
+    "max",
+    "min",
+    "reject",
+    "rejectattr",
+    "reverse",
+    "select",
+    "selectattr",
+    "sort",
+]
 _FILTERS += ["string", "title", "trim", "unique", "upper"]
 _CONTAINERS: Any = (list, tuple, dict, type({}.items()), type({}.keys()), type({}.values()))
 
@@ -59,12 +135,16 @@ class Template:
 
     def __init__(self, source: str) -> None:
         if len(source) > MAX_SOURCE:
-            raise SlingshotError(f"the chat template has {len(source)} characters, more than {MAX_SOURCE}; mend the template")
+            raise SlingshotError(
+                f"the chat template has {len(source)} characters, more than {MAX_SOURCE}; mend the template"
+            )
         self._environment = _Environment()
         self._environment.meter.start()
         tree = _Watch().visit(self._environment.parse(source))
         code = self._environment.compile(tree)
-        self._template = self._environment.template_class.from_code(self._environment, code, self._environment.make_globals(None))
+        self._template = self._environment.template_class.from_code(
+            self._environment, code, self._environment.make_globals(None)
+        )
 
     def render(self, **variables: Any) -> str:
         self._environment.meter.start()
@@ -80,16 +160,22 @@ class _Meter(threading.local):
     def start(self) -> None:
         self.deadline = time.monotonic() + MAX_SECONDS
         self.spent = 0
-        self.known: dict[int, tuple[Any, int, int]] = {}  # id -> container (held, so that no other takes its id), bytes, depth
+        self.known: dict[
+            int, tuple[Any, int, int]
+        ] = {}  # id -> container (held, so that no other takes its id), bytes, depth
 
     def check(self) -> None:
         if time.monotonic() > self.deadline:
-            raise SlingshotError(f"the chat template takes more than {MAX_SECONDS:g} s; shorten the chat or mend the template")
+            raise SlingshotError(
+                f"the chat template takes more than {MAX_SECONDS:g} s; shorten the chat or mend the template"
+            )
 
     def expect(self, characters: int) -> None:
         """Refuse to build a text that long."""
         if characters > MAX_CHARS:
-            raise SlingshotError(f"the chat template makes more than {MAX_CHARS} characters; shorten the chat or mend the template")
+            raise SlingshotError(
+                f"the chat template makes more than {MAX_CHARS} characters; shorten the chat or mend the template"
+            )
 
     def watch(self, value: Any) -> Any:
         """Count what was just made."""
@@ -102,7 +188,9 @@ class _Meter(threading.local):
             self.weigh(value)
         self.spent += sys.getsizeof(value)
         if self.spent > MAX_BYTES:
-            raise SlingshotError(f"the chat template needs more than {MAX_BYTES // 1_000_000} MB; shorten the chat or mend the template")
+            raise SlingshotError(
+                f"the chat template needs more than {MAX_BYTES // 1_000_000} MB; shorten the chat or mend the template"
+            )
         return value
 
     def weigh(self, value: Any) -> tuple[int, int]:
@@ -118,7 +206,9 @@ class _Meter(threading.local):
                     size, depth = size + child_size, max(depth, child_depth + 1)
                 self.expect(size // 8)
             if depth > _MAX_DEPTH:
-                raise SlingshotError(f"the chat template nests lists more than {_MAX_DEPTH} deep; shorten the chat or mend the template")
+                raise SlingshotError(
+                    f"the chat template nests lists more than {_MAX_DEPTH} deep; shorten the chat or mend the template"
+                )
             self.known[id(value)] = (value, size, depth)
         return self.known[id(value)][1:]
 
@@ -128,10 +218,19 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         extensions = ["jinja2.ext.loopcontrols", _Generation]
-        super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, finalize=_finalize, extensions=extensions)
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, optimized=False, finalize=_finalize, extensions=extensions
+        )
         self.meter = _Meter()
         self.filters = {name: _metered(name, FILTERS[name]) for name in _FILTERS}
-        self.filters |= {"join": _join, "replace": _replace, "safe": _safe, "tojson": _tojson, _TIMED: _timed, _WATCHED: _watched}
+        self.filters |= {
+            "join": _join,
+            "replace": _replace,
+            "safe": _safe,
+            "tojson": _tojson,
+            _TIMED: _timed,
+            _WATCHED: _watched,
+        }
         self.globals = {name: self.globals[name] for name in ("range", "cycler", "joiner")}
         self.globals |= {"dict": lambda *args, **kwargs: dict(*args, **kwargs), "namespace": _Namespace}
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
@@ -142,7 +241,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         for kind, methods in METHODS.items():
             if isinstance(obj, kind):
                 return attr in methods
-        return type(obj).__module__ in ("jinja2.runtime", "jinja2.utils", __name__)  # loop, caller, cycler, namespace ...
+        return type(obj).__module__ in (
+            "jinja2.runtime",
+            "jinja2.utils",
+            __name__,
+        )  # loop, caller, cycler, namespace ...
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         wrapped = super().wrap_str_format(value)
@@ -170,7 +273,9 @@ class _Environment(ImmutableSandboxedEnvironment):
             if name == "replace":
                 __self.expect_replace(owner, *args)
             elif name.startswith("r") and args and isinstance(args[0], str):
-                __self.meter.expect(len(owner) * len(args[0]) // 1000)  # searching from the right is slow for long needles
+                __self.meter.expect(
+                    len(owner) * len(args[0]) // 1000
+                )  # searching from the right is slow for long needles
         result = super().call(__context, __obj, *args, **kwargs)
         return result if name == "get" or isinstance(__obj, Macro) else __self.meter.watch(result)
 
@@ -341,7 +446,9 @@ def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         if name == "indent":
             width = args[0] if args else kwargs.get("width", 4)
             environment.meter.expect((str(value).count("\n") + 2) * (len(width) if isinstance(width, str) else width))
-        first = {"context": (context,), "eval_context": (context.eval_ctx,), "environment": (environment,)}.get(wants.name if wants else "", ())
+        first = {"context": (context,), "eval_context": (context.eval_ctx,), "environment": (environment,)}.get(
+            wants.name if wants else "", ()
+        )
         plain, like = (value.plain, value.like) if isinstance(value, Joinable) else (value, lambda result: result)
         result = function(*first, plain, *args, **kwargs)
         if isinstance(result, Iterator):
@@ -368,7 +475,12 @@ def _replace(context: Context, s: Any, old: Any, new: Any, count: int | None = N
 
 @pass_context
 def _tojson(
-    context: Context, value: Any, ensure_ascii: bool = False, indent: int | str | None = None, separators: Any = None, sort_keys: bool = False
+    context: Context,
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
 ) -> str:
     if isinstance(indent, int):
         indent = " " * min(indent, 1000)
@@ -377,7 +489,9 @@ def _tojson(
     encoder = json.JSONEncoder(ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
     text = context.environment.concat(encoder.iterencode(value))
     text = _ascii(text) if ensure_ascii else text
-    return next((part.like(text) for part in _texts(value) if isinstance(part, Joinable)), text)  # what is said is still said
+    return next(
+        (part.like(text) for part in _texts(value) if isinstance(part, Joinable)), text
+    )  # what is said is still said
 
 
 def _texts(value: Any) -> Iterator[str]:

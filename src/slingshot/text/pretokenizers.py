@@ -66,7 +66,9 @@ SPLITS = {
     "qwen2": Split((_QWEN2,), nfc=True),
     "deepseek-r1-qwen": Split((_QWEN2,), nfc=True),
     "deepseek-v3": Split(_DEEPSEEK_V3),
-    "default": Split((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, _DIGITS, r"[0-9][0-9][0-9]")),  # llama.cpp's for a file that names none
+    "default": Split(
+        (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, _DIGITS, r"[0-9][0-9][0-9]")
+    ),  # llama.cpp's for a file that names none
 }
 
 
@@ -85,9 +87,15 @@ def recognise(description: Mapping[str, Any]) -> str:
                 patterns.append(step["type"])
     forms = [step["type"] for step in _flat(description["normalizer"], "normalizers")]
     for name, split in SPLITS.items():
-        if [*split.patterns, ""] == patterns and split.ignore_merges == description["model"]["ignore_merges"] and split.nfc * ["NFC"] == forms:
+        if (
+            [*split.patterns, ""] == patterns
+            and split.ignore_merges == description["model"]["ignore_merges"]
+            and split.nfc * ["NFC"] == forms
+        ):
             return name
-    raise SlingshotError(f"llama.cpp knows no pre-tokenizer that splits text as this tokenizer.json does; known: {', '.join(SPLITS)}")
+    raise SlingshotError(
+        f"llama.cpp knows no pre-tokenizer that splits text as this tokenizer.json does; known: {', '.join(SPLITS)}"
+    )
 
 
 def _flat(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:

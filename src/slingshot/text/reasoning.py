@@ -53,7 +53,9 @@ def ends_in_reasoning(prompt_ids: Sequence[int], tokenizer: Tokenizer) -> bool:
 def parse(output: str | Iterable[int], opened: bool | None, tokenizer: Tokenizer | None = None) -> Parsed:
     """Part a whole output, ids (with their tokenizer) or text. opened: whether the prompt ended inside <think>, None when it is not known."""
     stream = ReasoningStream(tokenizer, opened)
-    deltas = [delta for piece in ([output] if isinstance(output, str) else output) for delta in stream.push(piece)] + stream.finish()
+    deltas = [
+        delta for piece in ([output] if isinstance(output, str) else output) for delta in stream.push(piece)
+    ] + stream.finish()
     reasoning, answer = ("".join(text for kind, text in deltas if kind == wanted) for wanted in ("reasoning", "answer"))
     return Parsed(reasoning if stream.reasoned else None, answer, stream.closed)
 
@@ -67,7 +69,9 @@ class ReasoningStream:
         self._unknown = opened is None
         self._kind: Kind | None = "reasoning" if opened else None  # None: not told yet
         self._fresh = self.reasoned  # nothing written yet since the tag
-        self._held: list[str] = []  # text whose part what follows decides: line breaks within reasoning; white space, or all, before any tag
+        self._held: list[
+            str
+        ] = []  # text whose part what follows decides: line breaks within reasoning; white space, or all, before any tag
         self._deltas: list[Delta] = []
         self._text = tokenizer.stream() if tokenizer is not None else None
         self._tags: dict[int, str] = {}
@@ -111,7 +115,9 @@ class ReasoningStream:
             self._tag(found[0])
             start = found.end()
         text = text[start:]
-        kept = next((size for size in range(len(END_THINK) - 1, 0, -1) if text.endswith((THINK[:size], END_THINK[:size]))), 0)
+        kept = next(
+            (size for size in range(len(END_THINK) - 1, 0, -1) if text.endswith((THINK[:size], END_THINK[:size]))), 0
+        )
         self._write(text[: len(text) - kept])
         self._tail = text[len(text) - kept :]
 

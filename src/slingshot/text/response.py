@@ -19,7 +19,9 @@ def encode_responses(tokenizer: Tokenizer, responses: Sequence[tuple[str, str]],
     Where the vocabulary has no think tokens (models not made for reasoning) the tags are written as ordinary text.
     """
     if tokenizer.eos_id is None:
-        raise SlingshotError("this tokenizer names no eos_token, so a response could never end; add it to tokenizer_config.json")
+        raise SlingshotError(
+            "this tokenizer names no eos_token, so a response could never end; add it to tokenizer_config.json"
+        )
     if tokenizer.end_think_id is None or tokenizer.think_id is None:
         start = "" if opened else "<think>\n"
         texts = [f"{start}{reasoning}\n</think>\n\n{answer}" for reasoning, answer in responses]
@@ -28,5 +30,6 @@ def encode_responses(tokenizer: Tokenizer, responses: Sequence[tuple[str, str]],
     answers = tokenizer.encode_batch([f"\n\n{answer}" for _, answer in responses])
     start_ids = [] if opened else [tokenizer.think_id]
     return [
-        [*start_ids, *reasoning, tokenizer.end_think_id, *answer, tokenizer.eos_id] for reasoning, answer in zip(reasonings, answers, strict=True)
+        [*start_ids, *reasoning, tokenizer.end_think_id, *answer, tokenizer.eos_id]
+        for reasoning, answer in zip(reasonings, answers, strict=True)
     ]

@@ -48,19 +48,28 @@ def read_tiktoken(file: Path, config: Mapping[str, Any], characters: Mapping[int
     characters: the character that stands for each byte in tokenizer.json.
     """
     if config.get("tokenizer_class") != "TikTokenTokenizer":
-        raise SlingshotError(f"{file} does not say how text is split; of such files only Kimi's and Moonlight's are known, so bring a tokenizer.json")
+        raise SlingshotError(
+            f"{file} does not say how text is split; of such files only Kimi's and Moonlight's are known, so bring a tokenizer.json"
+        )
     ranks = _ranks(file)
     names = {token: "".join(map(characters.__getitem__, token)) for token in ranks}
     vocab = {name: ranks[token] for token, name in names.items()}
     added = _added_tokens(config, len(ranks))
     if clash := vocab.keys() & {token.content for token in added.values()}:
-        raise SlingshotError(f"added_tokens_decoder in tokenizer_config.json names {min(clash)!r}, which is a token of tiktoken.model already")
+        raise SlingshotError(
+            f"added_tokens_decoder in tokenizer_config.json names {min(clash)!r}, which is a token of tiktoken.model already"
+        )
     vocab |= {token.content: id for id, token in added.items()}
     pairs = [pair for token in sorted(ranks, key=ranks.__getitem__) if (pair := _parts(token, ranks))]
     merges = [(names[left], names[right]) for left, right in pairs]
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))  # a piece that is a token is that token
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, ignore_merges=True)
+    )  # a piece that is a token is that token
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(KIMI), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(KIMI), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     backend.decoder = decoders.ByteLevel()
     backend.add_tokens(list(added.values()))
@@ -75,11 +84,17 @@ def _ranks(file: Path) -> dict[bytes, int]:
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
             except (ValueError, binascii.Error):
-                raise SlingshotError(f"{file} line {number} is not a token in base64 and its rank; is it a tiktoken vocabulary?") from None
+                raise SlingshotError(
+                    f"{file} line {number} is not a token in base64 and its rank; is it a tiktoken vocabulary?"
+                ) from None
     if sorted(ranks.values()) != list(range(len(ranks))) or b"" in ranks:
-        raise SlingshotError(f"{file} must give its {len(ranks)} tokens the ranks 0 to {len(ranks) - 1}, each once; fetch the file again")
+        raise SlingshotError(
+            f"{file} must give its {len(ranks)} tokens the ranks 0 to {len(ranks) - 1}, each once; fetch the file again"
+        )
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise SlingshotError(f"{file} has no token for {len(missing)} of the 256 bytes, so it cannot write every text; fetch the file again")
+        raise SlingshotError(
+            f"{file} has no token for {len(missing)} of the 256 bytes, so it cannot write every text; fetch the file again"
+        )
     return ranks
 
 
@@ -92,11 +107,15 @@ def _added_tokens(config: Mapping[str, Any], first: int) -> dict[int, tokenizers
             flags = {flag: bool(token.get(flag)) for flag in ("single_word", "lstrip", "rstrip", "normalized")}
             added[int(id)] = tokenizers.AddedToken(token["content"], special=bool(token.get("special", True)), **flags)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise SlingshotError("added_tokens_decoder in tokenizer_config.json must map ids to objects with `content`") from error
+        raise SlingshotError(
+            "added_tokens_decoder in tokenizer_config.json must map ids to objects with `content`"
+        ) from error
     for id in range(first, first + _RESERVED):
         added.setdefault(id, tokenizers.AddedToken(f"<|reserved_token_{id}|>", special=True, normalized=False))
     if wrong := [id for id in added if not first <= id < first + 10_000]:
-        raise SlingshotError(f"added_tokens_decoder in tokenizer_config.json has the id {wrong[0]}; tiktoken.model leaves the ids from {first} on")
+        raise SlingshotError(
+            f"added_tokens_decoder in tokenizer_config.json has the id {wrong[0]}; tiktoken.model leaves the ids from {first} on"
+        )
     return added
 
 
@@ -104,7 +123,9 @@ def _parts(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | No
     """The two parts whose merge completes a token; None for a single byte, and for what merges never lead to."""
     parts = [token[at : at + 1] for at in range(len(token))]
     while len(parts) > 2:
-        pairs = [(rank, at) for at in range(len(parts) - 1) if (rank := ranks.get(parts[at] + parts[at + 1])) is not None]
+        pairs = [
+            (rank, at) for at in range(len(parts) - 1) if (rank := ranks.get(parts[at] + parts[at + 1])) is not None
+        ]
         if not pairs:
             return None
         _, at = min(pairs)

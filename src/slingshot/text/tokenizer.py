@@ -39,7 +39,15 @@ THINK, END_THINK = "<think>", "</think>"
 R1_TOKENS = {BOS: True, EOS: True, PAD: True, USER: False, ASSISTANT: False, THINK: False, END_THINK: False}
 R1_CONFIG = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "chat_template": R1_TEMPLATE}
 
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")  # what a template knows by name
+_SPECIAL = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)  # what a template knows by name
 
 # White space as the Rust side has it (Python's str.strip takes U+001C to U+001F too): an added token may swallow what stands beside it.
 _SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -64,12 +72,18 @@ class Tokenizer:
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         if self.vocab_size > 2 * len(vocabulary) + 100_000:  # before the Rust side makes a list of them
-            raise SlingshotError(f"tokenizer.json gives {len(vocabulary)} tokens ids up to {self.vocab_size - 1}; ids must stand close together")
+            raise SlingshotError(
+                f"tokenizer.json gives {len(vocabulary)} tokens ids up to {self.vocab_size - 1}; ids must stand close together"
+            )
         description = json.loads(backend.to_str())
         if description["model"]["type"] != "BPE" or '"ByteLevel"' not in json.dumps(description["decoder"]):
-            raise SlingshotError("only byte-level BPE tokenizers are supported (DeepSeek, Llama 3, Qwen, SmolLM); convert tokenizer.json to one")
+            raise SlingshotError(
+                "only byte-level BPE tokenizers are supported (DeepSeek, Llama 3, Qwen, SmolLM); convert tokenizer.json to one"
+            )
         if '"ByteLevel"' not in json.dumps([description["normalizer"], description["pre_tokenizer"]]):
-            raise SlingshotError("tokenizer.json decodes bytes that it never encodes; it lacks its ByteLevel pre_tokenizer")
+            raise SlingshotError(
+                "tokenizer.json decodes bytes that it never encodes; it lacks its ByteLevel pre_tokenizer"
+            )
         self._backend = backend
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -80,12 +94,22 @@ class Tokenizer:
         self.control_ids = frozenset(controls)
         self._control_tokens = {token["content"]: id for id, token in controls.items()}
         if long := [token for token in self._control_tokens if len(token) > 500]:
-            raise SlingshotError(f"tokenizer.json adds the token {reprlib.repr(long[0])} of {len(long[0])} characters; 500 would be many")
-        self._swallows = {token["content"]: (token["lstrip"], token["rstrip"]) for token in controls.values() if token["lstrip"] or token["rstrip"]}
+            raise SlingshotError(
+                f"tokenizer.json adds the token {reprlib.repr(long[0])} of {len(long[0])} characters; 500 would be many"
+            )
+        self._swallows = {
+            token["content"]: (token["lstrip"], token["rstrip"])
+            for token in controls.values()
+            if token["lstrip"] or token["rstrip"]
+        }
         self._plain = _without_control_tokens(description, set(self._control_tokens))
         self.bos_id, self.eos_id, self.pad_id = (self._named(f"{name}_token") for name in ("bos", "eos", "pad"))
-        self.user_id, self.assistant_id, self.think_id, self.end_think_id = map(self._control_tokens.get, (USER, ASSISTANT, THINK, END_THINK))
-        self.eos_ids: set[int] = {self._checked(id) for id in eos_ids} | ({self.eos_id} if self.eos_id is not None else set())
+        self.user_id, self.assistant_id, self.think_id, self.end_think_id = map(
+            self._control_tokens.get, (USER, ASSISTANT, THINK, END_THINK)
+        )
+        self.eos_ids: set[int] = {self._checked(id) for id in eos_ids} | (
+            {self.eos_id} if self.eos_id is not None else set()
+        )
         self._templates = _templates(self.config.get("chat_template"))
         silent = {id for id, token in added.items() if token["special"]} - {self.think_id, self.end_think_id}
         self._bytes = [b""] * self.vocab_size  # what each id adds to the text
@@ -106,9 +130,13 @@ class Tokenizer:
         elif (file := path / "tiktoken.model").is_file():
             with _rust(f"{file} is not a tokenizer"):
                 backend = read_tiktoken(file, config, {byte: character for character, byte in _byte_of().items()})
-            config = _new_config({key: value for key, value in config.items() if key not in ("tokenizer_class", "auto_map")})
+            config = _new_config(
+                {key: value for key, value in config.items() if key not in ("tokenizer_class", "auto_map")}
+            )
         else:
-            raise SlingshotError(f"{path} has no tokenizer.json; name the folder of a checkpoint in the Hugging Face layout")
+            raise SlingshotError(
+                f"{path} has no tokenizer.json; name the folder of a checkpoint in the Hugging Face layout"
+            )
         if (path / "chat_template.jinja").is_file():
             config["chat_template"] = read_text(path / "chat_template.jinja")
         if further := sorted((path / "additional_chat_templates").glob("*.jinja")):
@@ -130,13 +158,17 @@ class Tokenizer:
         """Train a vocabulary with R1's special tokens on texts. It stays smaller than `vocab_size` when the texts have no more pairs to merge."""
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         if vocab_size < len(alphabet) + len(R1_TOKENS):
-            raise SlingshotError(f"vocab_size {vocab_size} is too small: bytes and special tokens need {len(alphabet) + len(R1_TOKENS)}")
+            raise SlingshotError(
+                f"vocab_size {vocab_size} is too small: bytes and special tokens need {len(alphabet) + len(R1_TOKENS)}"
+            )
         texts = iter(texts)
         first = next((text for text in texts if text), None)
         if first is None:
             raise SlingshotError("there is no text to train a tokenizer on; give a corpus that is not empty")
         backend = _byte_level(models.BPE())
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(R1_TOKENS), initial_alphabet=alphabet, show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=list(R1_TOKENS), initial_alphabet=alphabet, show_progress=False
+        )
         backend.train_from_iterator(map(clean, itertools.chain([first], texts)), trainer)
         return cls(_with_flags(backend, R1_TOKENS), _new_config(R1_CONFIG))
 
@@ -156,11 +188,17 @@ class Tokenizer:
         config: bos_token, eos_token, pad_token, chat_template; add_bos_token is for other readers, `encode` writes no bos.
         split: how text is split before merging, a name of data/pretokenizers.py. eos_ids: what ends a generation besides eos_token.
         """
-        backend = _byte_level(models.BPE(vocab=dict(vocab), merges=list(merges), ignore_merges=SPLITS[split].ignore_merges), split)
-        backend.add_tokens([tokenizers.AddedToken(token, special=special, normalized=False) for token, special in added.items()])
+        backend = _byte_level(
+            models.BPE(vocab=dict(vocab), merges=list(merges), ignore_merges=SPLITS[split].ignore_merges), split
+        )
+        backend.add_tokens(
+            [tokenizers.AddedToken(token, special=special, normalized=False) for token, special in added.items()]
+        )
         if config.get("add_bos_token"):
             bos = config["bos_token"]
-            backend.post_processor = processors.TemplateProcessing(single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, vocab[bos])])
+            backend.post_processor = processors.TemplateProcessing(
+                single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, vocab[bos])]
+            )
         return cls(backend, _new_config(config), eos_ids)
 
     def description(self) -> dict[str, Any]:
@@ -214,7 +252,9 @@ class Tokenizer:
         """
         template = self._templates.get("tool_use" if tools is not None and "tool_use" in self._templates else "default")
         if template is None:
-            raise SlingshotError("this tokenizer has no chat template; add chat_template to tokenizer_config.json, or prompt with plain text")
+            raise SlingshotError(
+                "this tokenizer has no chat template; add chat_template to tokenizer_config.json, or prompt with plain text"
+            )
         special = {name: token for name in _SPECIAL if (token := _content(self.config.get(name))) is not None}
         choices = {"thinking": thinking, "enable_thinking": thinking}  # DeepSeek's name for it, and Qwen3's
         pieces = render(
@@ -251,7 +291,9 @@ class Tokenizer:
 
     def _checked(self, id: Any) -> int:
         if type(id) is not int or not 0 <= id < self.vocab_size:
-            raise SlingshotError(f"eos_token_id {reprlib.repr(id)} is beyond the tokenizer's {self.vocab_size} ids; mend generation_config.json")
+            raise SlingshotError(
+                f"eos_token_id {reprlib.repr(id)} is beyond the tokenizer's {self.vocab_size} ids; mend generation_config.json"
+            )
         return id
 
     def _named(self, key: str) -> int | None:
@@ -259,9 +301,13 @@ class Tokenizer:
         if content is None:
             return None
         if not isinstance(content, str):
-            raise SlingshotError(f"tokenizer_config.json gives {key} as {reprlib.repr(content)}; it must be a text, or an object with `content`")
+            raise SlingshotError(
+                f"tokenizer_config.json gives {key} as {reprlib.repr(content)}; it must be a text, or an object with `content`"
+            )
         if content not in self._control_tokens:
-            raise SlingshotError(f"tokenizer_config.json names {key} {reprlib.repr(content)}, tokenizer.json adds no such token; make the two agree")
+            raise SlingshotError(
+                f"tokenizer_config.json names {key} {reprlib.repr(content)}, tokenizer.json adds no such token; make the two agree"
+            )
         return self._control_tokens[content]
 
 
@@ -315,8 +361,12 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
     model = _read_object(file).get("model")
     if not isinstance(model, dict):
         raise SlingshotError(f"{file} is not a tokenizer: it describes no model")
-    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):  # the Rust side may cut them off in the middle of a character
-        raise SlingshotError(f"{file} marks the parts of words, which no byte-level BPE tokenizer does; convert it to one")
+    if model.get("continuing_subword_prefix") or model.get(
+        "end_of_word_suffix"
+    ):  # the Rust side may cut them off in the middle of a character
+        raise SlingshotError(
+            f"{file} marks the parts of words, which no byte-level BPE tokenizer does; convert it to one"
+        )
     with _rust(f"{file} is not a tokenizer"):
         return tokenizers.Tokenizer.from_str(read_text(file))
 
@@ -379,4 +429,6 @@ def _byte_of() -> dict[str, int]:
 
 def _token_bytes(token: str) -> bytes:
     alphabet = _byte_of()
-    return bytes(alphabet[character] for character in token) if all(map(alphabet.__contains__, token)) else token.encode()
+    return (
+        bytes(alphabet[character] for character in token) if all(map(alphabet.__contains__, token)) else token.encode()
+    )

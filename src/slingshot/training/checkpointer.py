@@ -54,7 +54,11 @@ class State:
 
     def group(self, prefix: str) -> dict[str, Tensor]:
         """The tensors named `prefix`/NAME, by NAME."""
-        return {name.removeprefix(prefix + "/"): tensor for name, tensor in self.tensors.items() if name.startswith(prefix + "/")}
+        return {
+            name.removeprefix(prefix + "/"): tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith(prefix + "/")
+        }
 
 
 class Workspace:
@@ -70,7 +74,14 @@ class Workspace:
         save_seconds: float = 60.0,
         peak: float | None = None,
     ) -> None:
-        self.out, self.kind, self.config, self.parents, self.parallel, self.peak = out, kind, config, parents, parallel, peak
+        self.out, self.kind, self.config, self.parents, self.parallel, self.peak = (
+            out,
+            kind,
+            config,
+            parents,
+            parallel,
+            peak,
+        )
         self.folder = out.with_name(out.name + ".partial")
         self.meter = Meter()
         self._save_seconds, self._saved_at, self._interrupted = save_seconds, time.monotonic(), False
@@ -78,7 +89,11 @@ class Workspace:
         self._board: Any = None
         if out.exists():
             raise SlingshotError(f"{out} exists already; remove it or choose another --out")
-        identity = {"kind": kind, "config": config.model_dump(mode="json"), "parents": [artifact_digest(parent) for parent in parents]}
+        identity = {
+            "kind": kind,
+            "config": config.model_dump(mode="json"),
+            "parents": [artifact_digest(parent) for parent in parents],
+        }
         if parallel.is_first:
             mark = self.folder / "identity.json"
             if not mark.exists() or read_json(mark) != digest(identity):
@@ -103,7 +118,9 @@ class Workspace:
             try:
                 tensors = load_file(states[-1] / "tensors.safetensors")
             except (OSError, SafetensorError) as error:
-                raise SlingshotError(f"{states[-1]} cannot be read: {error}; remove {self.folder} to start the stage anew") from error
+                raise SlingshotError(
+                    f"{states[-1]} cannot be read: {error}; remove {self.folder} to start the stage anew"
+                ) from error
             info = read_json(states[-1] / "state.json")
             self.meter = Meter(info["meter"])
             step = int(info["step"])
@@ -134,7 +151,9 @@ class Workspace:
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({key: _short(value) for key, value in row.items()}) + "\n")
         except OSError as error:
-            raise SlingshotError(f"cannot write {self.folder}: {error.strerror}; free space there and run the same command to go on") from error
+            raise SlingshotError(
+                f"cannot write {self.folder}: {error.strerror}; free space there and run the same command to go on"
+            ) from error
         if self._board is not None:
             for key, value in row.items():
                 if isinstance(value, int | float):
@@ -155,7 +174,9 @@ class Workspace:
             if not math.isfinite(value):
                 saved = max((int(path.name.removeprefix("state-")) for path in self.folder.glob("state-*")), default=0)
                 kept = f"the state of step {saved} is kept in {self.folder}"
-                raise SlingshotError(f"{self.out.name}: {name} is {value} at step {step}; {kept}; lower the learning rate and run again")
+                raise SlingshotError(
+                    f"{self.out.name}: {name} is {value} at step {step}; {kept}; lower the learning rate and run again"
+                )
 
     def keep(self, step: int, state: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]) -> None:
         """Save now and then; at Ctrl-C save at once and stop with KeyboardInterrupt. `state` is called on every rank."""
@@ -168,9 +189,14 @@ class Workspace:
         if self.parallel.is_first:
             with new_folder(self.folder / f"state-{step}") as folder:
                 try:
-                    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / "tensors.safetensors")
+                    save_file(
+                        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+                        folder / "tensors.safetensors",
+                    )
                 except (OSError, SafetensorError) as error:
-                    raise SlingshotError(f"cannot write {folder}: {error}; free space there and run the same command to go on") from error
+                    raise SlingshotError(
+                        f"cannot write {folder}: {error}; free space there and run the same command to go on"
+                    ) from error
                 write_json(folder / "state.json", {"step": step, "meter": self.meter.state(), "info": info})
             for path in self.folder.glob("state-*"):
                 if path.name != f"state-{step}":

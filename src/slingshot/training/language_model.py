@@ -38,7 +38,9 @@ class Rows:
     @classmethod
     def from_numpy(cls, tokens_BT: np.ndarray, segments_BT: np.ndarray, weights_BT: np.ndarray | None = None) -> Rows:
         segments = torch.from_numpy(np.ascontiguousarray(segments_BT)).long()
-        weights = (segments > 0).float() if weights_BT is None else torch.from_numpy(np.ascontiguousarray(weights_BT)).float()
+        weights = (
+            (segments > 0).float() if weights_BT is None else torch.from_numpy(np.ascontiguousarray(weights_BT)).float()
+        )
         return cls(torch.from_numpy(np.ascontiguousarray(tokens_BT)).long(), segments, weights)
 
     def __getitem__(self, rows: slice) -> Rows:
@@ -62,7 +64,9 @@ class Rows:
 
     def lengths(self) -> list[int]:
         """Tokens of every document in the rows, for counting FLOPs."""
-        flat = self.segments_BT + torch.arange(len(self.segments_BT), device=self.segments_BT.device)[:, None] * (self.segments_BT.shape[1] + 1)
+        flat = self.segments_BT + torch.arange(len(self.segments_BT), device=self.segments_BT.device)[:, None] * (
+            self.segments_BT.shape[1] + 1
+        )
         counts: list[int] = flat[self.segments_BT > 0].unique(return_counts=True)[1].tolist()
         return counts
 
@@ -85,7 +89,9 @@ class StepLosses:
         return row
 
 
-def target_loss(model: Transformer, hidden_BTD: Tensor, targets_BT: Tensor, weights_BT: Tensor, detach_head: bool = False) -> Tensor:
+def target_loss(
+    model: Transformer, hidden_BTD: Tensor, targets_BT: Tensor, weights_BT: Tensor, detach_head: bool = False
+) -> Tensor:
     """Weighted sum of cross entropy; logits are made only where a target has weight. `detach_head` leaves the head's weight as it is."""
     chosen_N = weights_BT.flatten().nonzero().squeeze(1)
     logits_NV = model.lm_logits(hidden_BTD.flatten(0, 1).index_select(0, chosen_N), detach_head)
@@ -102,12 +108,20 @@ def busiest(load_LE: list[Tensor]) -> list[float]:
     return [float(load.max() / load.mean()) for load in load_LE]
 
 
-def language_model_step(model: Transformer, rows: Rows, weights: LossWeights, micro_batch_size: int, parallel: Parallel) -> StepLosses:
+def language_model_step(
+    model: Transformer, rows: Rows, weights: LossWeights, micro_batch_size: int, parallel: Parallel
+) -> StepLosses:
     """Forward and backward over this rank's rows; gradients are those of the mean over the global batch's tokens."""
     with_mtp = model.config.num_nextn_predict_layers > 0 and weights.mtp > 0
     next_targets, next_weights = next_token_targets(rows.tokens_BT, rows.segments_BT, rows.weights_BT)
     far_targets, far_weights = mtp_targets(rows.tokens_BT, rows.segments_BT, rows.weights_BT)
-    counts = parallel.sums({"next": float(next_weights.sum()), "far": float(far_weights.sum()), "rows": float((rows.segments_BT[:, 0] > 0).sum())})
+    counts = parallel.sums(
+        {
+            "next": float(next_weights.sum()),
+            "far": float(far_weights.sum()),
+            "rows": float((rows.segments_BT[:, 0] > 0).sum()),
+        }
+    )
     sums = {"next": 0.0, "far": 0.0, "balance": 0.0}
     load_LE: list[Tensor] = []
     for start in range(0, len(rows.tokens_BT), micro_batch_size):

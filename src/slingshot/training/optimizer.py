@@ -33,7 +33,10 @@ class OptimizerConfig(StageConfig):
     lr: float = Field(3e-3, gt=0)
     adam_lr: float = Field(3e-3, gt=0)
     momentum: float = Field(0.95, ge=0, lt=1)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)  # arXiv 2412.19437, 4.2
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.95,
+    )  # arXiv 2412.19437, 4.2
     weight_decay: float = Field(0.1, ge=0)
     clip: float = Field(1.0, gt=0)
     warmup: float = Field(0.02, ge=0, le=1)
@@ -74,7 +77,9 @@ class Muon(torch.optim.Optimizer):
     (DTensor) are gathered for it, and every rank keeps its own shard of the result.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
 
@@ -110,7 +115,9 @@ class Optimizer:
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
-            is_matrix = parameter.dim() >= 2 and not any(part in name for part in ("embed_tokens", "lm_head", "mlp.gate.weight"))
+            is_matrix = parameter.dim() >= 2 and not any(
+                part in name for part in ("embed_tokens", "lm_head", "mlp.gate.weight")
+            )
             (matrices if is_matrix and config.optimizer == "muon" else others).append(parameter)
         decayed = [parameter for parameter in others if parameter.dim() >= 2]
         plain = [parameter for parameter in others if parameter.dim() < 2]
@@ -155,7 +162,9 @@ class Optimizer:
             for key in ("step", "exp_avg", "exp_avg_sq", "momentum"):
                 value = state.get(f"{name}.{key}")
                 if value is not None:
-                    part.state[parameter][key] = (value.to(parameter.device) if key == "step" else sharded_like(value, parameter)).clone()
+                    part.state[parameter][key] = (
+                        value.to(parameter.device) if key == "step" else sharded_like(value, parameter)
+                    ).clone()
 
 
 @torch.no_grad()

@@ -68,14 +68,24 @@ class Parallel:
 
     def sum(self, value: float | Tensor) -> Tensor:
         """The sum over ranks, in float64 for plain numbers."""
-        tensor = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device=self.device)
+        tensor = (
+            value.detach().clone()
+            if isinstance(value, Tensor)
+            else torch.tensor(value, dtype=torch.float64, device=self.device)
+        )
         if self.mesh is not None:
             dist.all_reduce(tensor)
         return tensor
 
     def sums(self, values: dict[str, float]) -> dict[str, float]:
         """Sums over ranks of named numbers, in one message."""
-        return dict(zip(values, self.sum(torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)).tolist(), strict=True))
+        return dict(
+            zip(
+                values,
+                self.sum(torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)).tolist(),
+                strict=True,
+            )
+        )
 
     def max(self, value: int) -> int:
         tensor = torch.tensor(value, device=self.device)

@@ -49,8 +49,15 @@ class PolicyRows:
         """At least one row: a rank that has none left still takes part in the collective operations."""
         if len(self.rows.tokens_BT):
             return self
-        rows = Rows(*(field.new_zeros(1, field.shape[1]) for field in (self.rows.tokens_BT, self.rows.segments_BT, self.rows.weights_BT)))
-        return PolicyRows(rows, *(field.new_zeros(1, field.shape[1]) for field in (self.advantages_BT, self.sampler_BT)))
+        rows = Rows(
+            *(
+                field.new_zeros(1, field.shape[1])
+                for field in (self.rows.tokens_BT, self.rows.segments_BT, self.rows.weights_BT)
+            )
+        )
+        return PolicyRows(
+            rows, *(field.new_zeros(1, field.shape[1]) for field in (self.advantages_BT, self.sampler_BT))
+        )
 
 
 @dataclass
@@ -62,7 +69,12 @@ class PolicySums:
 
 
 def policy_step(
-    model: Transformer, reference: Transformer | None, batch: PolicyRows, n_rows: int, config: PolicyConfig, parallel: Parallel
+    model: Transformer,
+    reference: Transformer | None,
+    batch: PolicyRows,
+    n_rows: int,
+    config: PolicyConfig,
+    parallel: Parallel,
 ) -> PolicySums:
     """Forward and backward over this rank's rows; gradients are those of the mean over the global batch's completion tokens.
 
@@ -71,7 +83,13 @@ def policy_step(
     with_mtp = model.config.num_nextn_predict_layers > 0 and config.mtp > 0
     rows = batch.rows
     far_BT = mtp_targets(rows.tokens_BT, rows.segments_BT, rows.weights_BT)[1]
-    values = {"tokens": float(rows.weights_BT.sum()), "far": float(far_BT.sum()), "loss": 0.0, "kl": 0.0, "clipped": 0.0}
+    values = {
+        "tokens": float(rows.weights_BT.sum()),
+        "far": float(far_BT.sum()),
+        "loss": 0.0,
+        "kl": 0.0,
+        "clipped": 0.0,
+    }
     counts = parallel.sums(values)
     values |= {"entropy": 0.0, "gap": 0.0, "mtp_loss": 0.0}
     load_LE: list[Tensor] = []
@@ -81,7 +99,9 @@ def policy_step(
         targets_BT, weights_BT = next_token_targets(tokens_BT, segments_BT, micro.rows.weights_BT)
         chosen_N = weights_BT.flatten().nonzero().squeeze(1)
         targets_N = targets_BT.flatten()[chosen_N]
-        advantages_N, sampler_N = (field.roll(-1, dims=1).flatten()[chosen_N] for field in (micro.advantages_BT, micro.sampler_BT))
+        advantages_N, sampler_N = (
+            field.roll(-1, dims=1).flatten()[chosen_N] for field in (micro.advantages_BT, micro.sampler_BT)
+        )
 
         reference_N = None
         if reference is not None:
@@ -90,7 +110,16 @@ def policy_step(
                 reference_N, _ = _chosen_logprobs(reference, hidden_BTD, chosen_N, targets_N, config.temperature)
         output = model(tokens_BT, segments_BT=segments_BT, logits=False, mtp=with_mtp, detach_mtp=True)
         logprobs_N, entropy_N = _chosen_logprobs(model, output.hidden_BTD, chosen_N, targets_N, config.temperature)
-        terms = grpo(logprobs_N, sampler_N, advantages_N, torch.ones_like(logprobs_N), reference_N, config.clip_low, config.clip_high, config.kl)
+        terms = grpo(
+            logprobs_N,
+            sampler_N,
+            advantages_N,
+            torch.ones_like(logprobs_N),
+            reference_N,
+            config.clip_low,
+            config.clip_high,
+            config.kl,
+        )
         loss = terms.loss / max(counts["tokens"], 1.0)
         if output.mtp_hidden_BTD is not None:
             far_targets, far_weights = mtp_targets(tokens_BT, segments_BT, micro.rows.weights_BT)
@@ -107,6 +136,8 @@ def policy_step(
     return PolicySums(values, load_LE)
 
 
-def _chosen_logprobs(model: Transformer, hidden_BTD: Tensor, chosen_N: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _chosen_logprobs(
+    model: Transformer, hidden_BTD: Tensor, chosen_N: Tensor, targets_N: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     logits_NV = model.lm_logits(hidden_BTD.flatten(0, 1).index_select(0, chosen_N))
     return token_logprobs(logits_NV, targets_N, temperature)

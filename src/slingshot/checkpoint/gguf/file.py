@@ -67,14 +67,18 @@ class GGUFFile:
         if not path.name.endswith(suffix):
             raise SlingshotError(f"{path} is one of {parts} parts; give the first, whose name ends in {suffix}")
         for part in range(2, parts + 1):
-            _, tensors = _read_header(path.with_name(f"{path.name.removesuffix(suffix)}-{part:05d}-of-{parts:05d}.gguf"))
+            _, tensors = _read_header(
+                path.with_name(f"{path.name.removesuffix(suffix)}-{part:05d}-of-{parts:05d}.gguf")
+            )
             self.tensors |= tensors
 
     def get(self, key: str, kind: type[_Value], default: _Value | None = None) -> _Value:
         """The value of a key; SlingshotError when it is missing and has no default, or is of another type."""
         value = self.keys.get(key, default)
         if value is None:
-            raise SlingshotError(f"{self.path}: the key {key} is missing; slingshot reads models as llama.cpp's converter writes them")
+            raise SlingshotError(
+                f"{self.path}: the key {key} is missing; slingshot reads models as llama.cpp's converter writes them"
+            )
         if type(value) is not kind:
             raise SlingshotError(f"{self.path}: {key} must be of type {kind.__name__}, got {value!r:.80}")
         return value
@@ -142,7 +146,9 @@ class _Header:
             except ValueError as error:
                 raise ValueError(f"its tensor {name!r:.80} is of the unknown type {number}") from error
             if not math.prod(shape) or shape[-1] % GGML_QUANT_SIZES[tensors[name].kind][0]:
-                raise ValueError(f"its tensor {name!r:.80} has the shape {list(shape)}, impossible for {tensors[name].kind.name}")
+                raise ValueError(
+                    f"its tensor {name!r:.80} has the shape {list(shape)}, impossible for {tensors[name].kind.name}"
+                )
         start = -(-self._at // self._alignment) * self._alignment
         for name, tensor in tensors.items():
             tensors[name] = tensor = Tensor(tensor.kind, tensor.shape, path, start + tensor.offset)
@@ -153,7 +159,11 @@ class _Header:
     def _number(self, letter: str) -> Any:
         end = self._at + struct.calcsize("<" + letter)
         if end > len(self._data):
-            raise ValueError("it ends within its header" if len(self._data) < _HEADER_LIMIT else f"its header exceeds {_HEADER_LIMIT} bytes")
+            raise ValueError(
+                "it ends within its header"
+                if len(self._data) < _HEADER_LIMIT
+                else f"its header exceeds {_HEADER_LIMIT} bytes"
+            )
         (value,) = struct.unpack_from("<" + letter, self._data, self._at)
         self._at = end
         return value

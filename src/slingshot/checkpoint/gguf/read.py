@@ -71,7 +71,12 @@ _BLOCK_MODULES = {
 _BLOCK_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)[._](weight|bias)")
 
 ROPE_FREQS = "rope_freqs.weight"
-NAMED_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # tokenizer_config.json's names and GGUF's
+NAMED_TOKENS = {
+    "bos": "bos",
+    "eos": "eos",
+    "unk": "unknown",
+    "pad": "padding",
+}  # tokenizer_config.json's names and GGUF's
 _PLAIN = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 _PIECE = 2**20  # numbers dequantised at a time: `gguf` takes several times their float32 size
 SIGMOID = 2  # llama.cpp's number of the gating function; V2's softmax is 1
@@ -121,7 +126,10 @@ class GGUFWeights:
         if not self._is_interleaved(name):
             first = (expert or 0) * shape[0]
             return self._rows(stored, first + start, stop - start)
-        first, last = start // self.config.head_dim * self.config.head_dim, -(-stop // self.config.head_dim) * self.config.head_dim
+        first, last = (
+            start // self.config.head_dim * self.config.head_dim,
+            -(-stop // self.config.head_dim) * self.config.head_dim,
+        )
         return self._half_split(self._rows(stored, first, last - first), name)[start - first : stop - first]
 
     def _specs(self) -> Iterator[Spec]:
@@ -137,17 +145,24 @@ class GGUFWeights:
             expected = {name: spec.shape if expert is None else (self.config.n_routed_experts, *spec.shape)}
             if name not in self.file.tensors and spec.name.endswith("kv_b_proj.weight"):
                 key, value = kv_b_parts(name)
-                expected = {key: (heads, latent, self.config.qk_nope_head_dim), value: (heads, self.config.v_head_dim, latent)}
+                expected = {
+                    key: (heads, latent, self.config.qk_nope_head_dim),
+                    value: (heads, self.config.v_head_dim, latent),
+                }
             known |= expected.keys()
             for part, shape in expected.items():
                 if spec.copy_of is None or part in self.file.tensors:
                     self._check(part, shape)
         if unknown := next((name for name in self.file.tensors if name not in known), None):
-            raise SlingshotError(f"{self.file.path}: {unknown!r:.80} is no tensor of a plain {_architecture(self.file)} model")
+            raise SlingshotError(
+                f"{self.file.path}: {unknown!r:.80} is no tensor of a plain {_architecture(self.file)} model"
+            )
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self.file.tensors:
-            raise SlingshotError(f"{self.file.path}: the tensor {name} is missing; {_architecture(self.file)} models of its keys have it")
+            raise SlingshotError(
+                f"{self.file.path}: the tensor {name} is missing; {_architecture(self.file)} models of its keys have it"
+            )
         stored = self.file.tensors[name]
         if _without_leading_ones(stored.shape) != _without_leading_ones(shape):
             raise SlingshotError(f"{stored.file}: {name} has shape {list(stored.shape)}, its keys say {list(shape)}")
@@ -155,7 +170,9 @@ class GGUFWeights:
             try:
                 dequantize(np.zeros((1, stored.row_bytes), dtype=np.uint8), stored.kind)
             except NotImplementedError as error:
-                raise SlingshotError(f"{stored.file}: {name} is of type {stored.kind.name}, which cannot be dequantised; give F16 or Q8_0") from error
+                raise SlingshotError(
+                    f"{stored.file}: {name} is of type {stored.kind.name}, which cannot be dequantised; give F16 or Q8_0"
+                ) from error
 
     def _rows(self, tensor: gguf_file.Tensor, first: int, count: int) -> Tensor:
         """Rows of a tensor, all dimensions but the last counted through: [count, width]."""
@@ -201,7 +218,9 @@ def _config(file: GGUFFile) -> ModelConfig:
     """The architecture that the keys describe; llama.cpp's defaults where they are silent."""
     kind = _architecture(file)
     if kind not in ("llama", "qwen2", "qwen3", "deepseek2"):
-        raise SlingshotError(f"{file.path}: general.architecture {kind!r:.80} is not supported; llama, qwen2, qwen3 and deepseek2 are")
+        raise SlingshotError(
+            f"{file.path}: general.architecture {kind!r:.80} is not supported; llama, qwen2, qwen3 and deepseek2 are"
+        )
     keys = _Keys(file, kind)
     for name in ("token_embd.weight", "output_norm.weight"):
         if name not in file.tensors:
@@ -222,7 +241,11 @@ def _config(file: GGUFFile) -> ModelConfig:
     config = ModelConfig.parse(values, str(file.path))
     keys.only("attention.causal", True)
     if config.family == "dense":
-        for key, only in (("attention.value_length", config.head_dim), ("rope.dimension_count", config.head_dim), ("expert_count", 0)):
+        for key, only in (
+            ("attention.value_length", config.head_dim),
+            ("rope.dimension_count", config.head_dim),
+            ("expert_count", 0),
+        ):
             keys.only(key, only)
     if unknown := next(keys.unread(), None):
         raise SlingshotError(f"{file.path}: the key {unknown!r:.80} could change what is computed and is not supported")
@@ -268,18 +291,28 @@ def _deepseek2(keys: _Keys, values: dict[str, Any]) -> dict[str, Any]:
     """Files whose keys and values are split (the *_mla lengths) describe the one key-value head of the latent cache besides."""
     n_experts, gating = keys.get("expert_count", int, 0), keys.get("expert_gating_func", int, 0)
     if n_experts and gating != SIGMOID:
-        raise SlingshotError(f"{keys.file.path}: deepseek2.expert_gating_func {gating} is not supported, {SIGMOID} is: DeepSeek-V3's sigmoid router")
-    heads, latent, rope = values["num_attention_heads"], keys.get("attention.kv_lora_rank", int), keys.get("rope.dimension_count", int)
+        raise SlingshotError(
+            f"{keys.file.path}: deepseek2.expert_gating_func {gating} is not supported, {SIGMOID} is: DeepSeek-V3's sigmoid router"
+        )
+    heads, latent, rope = (
+        values["num_attention_heads"],
+        keys.get("attention.kv_lora_rank", int),
+        keys.get("rope.dimension_count", int),
+    )
     split = "deepseek2.attention.key_length_mla" in keys.file.keys
     suffix = "_mla" if split else ""
     width, value = keys.get(f"attention.key_length{suffix}", int), keys.get(f"attention.value_length{suffix}", int)
-    implied = {"key_length": latent + rope, "value_length": latent, "head_count_kv": 1} if split else {"head_count_kv": heads}
+    implied = (
+        {"key_length": latent + rope, "value_length": latent, "head_count_kv": 1} if split else {"head_count_kv": heads}
+    )
     for key, only in implied.items():
         keys.only(f"attention.{key}", only)
     groups, used = keys.get("expert_group_count", int, 0), keys.get("expert_group_used_count", int, 0)
     nextn = keys.get("nextn_predict_layers", int, 0)
     layers = values["num_hidden_layers"] - nextn
-    if f"blk.{layers}.nextn.eh_proj.weight" not in keys.file.tensors:  # llama.cpp reads files without the module they mention
+    if (
+        f"blk.{layers}.nextn.eh_proj.weight" not in keys.file.tensors
+    ):  # llama.cpp reads files without the module they mention
         nextn = 0
     return {
         "family": "deepseek_v3",
@@ -310,7 +343,10 @@ def _yarn(keys: _Keys) -> dict[str, Any] | None:
     factor = keys.number("rope.scaling.factor", 0.0) or keys.number("rope.scale_linear", 0.0) or 1.0
     kind = keys.get("rope.scaling.type", str, "none" if factor == 1 else "linear")
     original = keys.get("rope.scaling.original_context_length", int, keys.get("context_length", int))
-    betas = {f"beta_{name}": keys.number(f"rope.scaling.yarn_beta_{name}", default) for name, default in (("fast", 32.0), ("slow", 1.0))}
+    betas = {
+        f"beta_{name}": keys.number(f"rope.scaling.yarn_beta_{name}", default)
+        for name, default in (("fast", 32.0), ("slow", 1.0))
+    }
     keys.only("rope.scaling.yarn_ext_factor", 1.0, -1.0)
     for key in ("rope.scaling.yarn_attn_factor", "rope.scaling.attn_factor"):
         keys.only(key, 1.0)
@@ -321,9 +357,13 @@ def _yarn(keys: _Keys) -> dict[str, Any] | None:
     if kind == "none" or (kind == "linear" and factor == 1):
         return None
     if kind != "yarn":
-        raise SlingshotError(f"{keys.file.path}: {keys.architecture}.rope.scaling.type {kind!r:.80} is not supported, yarn is")
+        raise SlingshotError(
+            f"{keys.file.path}: {keys.architecture}.rope.scaling.type {kind!r:.80} is not supported, yarn is"
+        )
     if 0 in mscale.values():
-        raise SlingshotError(f"{keys.file.path}: YaRN without deepseek2.rope.scaling.yarn_log_multiplier is not supported; DeepSeek-V3's is 0.1")
+        raise SlingshotError(
+            f"{keys.file.path}: YaRN without deepseek2.rope.scaling.yarn_log_multiplier is not supported; DeepSeek-V3's is 0.1"
+        )
     return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, **betas, **mscale}
 
 
@@ -336,7 +376,9 @@ def _llama3(file: GGUFFile, config: ModelConfig) -> ModelConfig:
     """Llama 3's scaling recovered from its factors: of its four numbers, released models differ in the first alone, the largest factor."""
     stored = file.tensors[ROPE_FREQS]
     if (stored.kind, stored.shape) != (Kind.F32, (config.head_dim // 2,)):
-        raise SlingshotError(f"{stored.file}: {ROPE_FREQS} is {stored.kind.name} {list(stored.shape)}, F32 [{config.head_dim // 2}] is expected")
+        raise SlingshotError(
+            f"{stored.file}: {ROPE_FREQS} is {stored.kind.name} {list(stored.shape)}, F32 [{config.head_dim // 2}] is expected"
+        )
     factors = torch.from_numpy(file.read(stored, 0, 1)).view(torch.float32)[0]
     if config.rope_scaling is None and bool((factors == 1).all()):
         return config
@@ -345,20 +387,29 @@ def _llama3(file: GGUFFile, config: ModelConfig) -> ModelConfig:
         scaled = config.model_copy(update={"rope_scaling": RopeScaling.parse(scaling, f"{stored.file}: {ROPE_FREQS}")})
         if torch.allclose(factors, llama3_factors(scaled), rtol=1e-5, atol=0):
             return scaled
-    raise SlingshotError(f"{stored.file}: {ROPE_FREQS} is not Llama 3's scaling from 8192 positions (low_freq_factor 1, high_freq_factor 4)")
+    raise SlingshotError(
+        f"{stored.file}: {ROPE_FREQS} is not Llama 3's scaling from 8192 positions (low_freq_factor 1, high_freq_factor 4)"
+    )
 
 
 def load_gguf_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer and chat template of a .gguf file. SlingshotError names the file and the key that does not fit."""
     file = GGUFFile(path)
     split = file.get("tokenizer.ggml.pre", str, "default")
-    for key, given, known in (("model", file.get("tokenizer.ggml.model", str), ("gpt2",)), ("pre", split, tuple(SPLITS))):
+    for key, given, known in (
+        ("model", file.get("tokenizer.ggml.model", str), ("gpt2",)),
+        ("pre", split, tuple(SPLITS)),
+    ):
         if given not in known:
             way_out = "give a checkpoint folder with its tokenizer.json instead"
-            raise SlingshotError(f"{path}: tokenizer.ggml.{key} {given!r:.80} is not supported, {', '.join(known)} is; {way_out}")
+            raise SlingshotError(
+                f"{path}: tokenizer.ggml.{key} {given!r:.80} is not supported, {', '.join(known)} is; {way_out}"
+            )
     tokens, types = file.get("tokenizer.ggml.tokens", list), file.get("tokenizer.ggml.token_type", np.ndarray)
     if not len(types) == len(tokens) == len(set(tokens)):
-        raise SlingshotError(f"{path}: tokenizer.ggml.tokens has {len(tokens)} entries, {len(set(tokens))} different ones, token_type {len(types)}")
+        raise SlingshotError(
+            f"{path}: tokenizer.ggml.tokens has {len(tokens)} entries, {len(set(tokens))} different ones, token_type {len(types)}"
+        )
     names: dict[str, str] = {}
     for key in ("bos", "eos", "unknown", "padding", "eot", "eom"):
         id = file.get(f"tokenizer.ggml.{key}_token_id", int, -1)
@@ -371,11 +422,24 @@ def load_gguf_tokenizer(path: Path) -> Tokenizer:
     config["add_bos_token"] = file.get("tokenizer.ggml.add_bos_token", bool, split == "llama-bpe")
     if template := file.get("tokenizer.chat_template", str, ""):
         config["chat_template"] = template
-    vocab = {token: id for id, (token, kind) in enumerate(zip(tokens, types.tolist(), strict=True)) if kind != TokenType.UNUSED}
-    added = {token: types[id] == TokenType.CONTROL for token, id in vocab.items() if types[id] in (TokenType.CONTROL, TokenType.USER_DEFINED)}
-    merges = [(first, second) for first, _, second in (merge.partition(" ") for merge in file.get("tokenizer.ggml.merges", list))]
+    vocab = {
+        token: id
+        for id, (token, kind) in enumerate(zip(tokens, types.tolist(), strict=True))
+        if kind != TokenType.UNUSED
+    }
+    added = {
+        token: types[id] == TokenType.CONTROL
+        for token, id in vocab.items()
+        if types[id] in (TokenType.CONTROL, TokenType.USER_DEFINED)
+    }
+    merges = [
+        (first, second)
+        for first, _, second in (merge.partition(" ") for merge in file.get("tokenizer.ggml.merges", list))
+    ]
     ends = [tokens.index(names[key]) for key in ("eot", "eom") if key in names]
     try:
         return Tokenizer.from_bpe(vocab, merges, added, config, split, ends)
     except Exception as error:  # the Rust side raises plain Exception
-        raise SlingshotError(f"{path}: tokenizer.ggml.tokens and .merges make no tokenizer: {str(error)!a:.200}") from error
+        raise SlingshotError(
+            f"{path}: tokenizer.ggml.tokens and .merges make no tokenizer: {str(error)!a:.200}"
+        ) from error

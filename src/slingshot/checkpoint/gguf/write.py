@@ -41,8 +41,18 @@ _KINDS = {
     "bfloat16": (Kind.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (Kind.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-_LARGEST = {Kind.F32: torch.finfo(torch.float32).max, Kind.F16: 65504.0, Kind.BF16: torch.finfo(torch.bfloat16).max, Kind.Q8_0: 127 * 65504.0}
-_VALUE_TYPES = {int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING, bool: GGUFValueType.BOOL}
+_LARGEST = {
+    Kind.F32: torch.finfo(torch.float32).max,
+    Kind.F16: 65504.0,
+    Kind.BF16: torch.finfo(torch.bfloat16).max,
+    Kind.Q8_0: 127 * 65504.0,
+}
+_VALUE_TYPES = {
+    int: GGUFValueType.UINT32,
+    float: GGUFValueType.FLOAT32,
+    str: GGUFValueType.STRING,
+    bool: GGUFValueType.BOOL,
+}
 _PIECE = 2**22  # numbers read, converted and written at a time
 
 _MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # llama.cpp's
@@ -86,7 +96,9 @@ def write_gguf(file: Path, weights: Weights, tokenizer: Tokenizer, dtype: Dtype)
         raise SlingshotError(f"{file}: {error}") from error
     parts = list(_parts(weights, kind))
     if short := [part.name for part in parts if kind == Kind.Q8_0 and part.kind == Kind.F16]:
-        notes.append(f"{len(short)} matrices, {short[0]} the first, are float16: their rows do not fill q8_0's blocks of 32")
+        notes.append(
+            f"{len(short)} matrices, {short[0]} the first, are float16: their rows do not fill q8_0's blocks of 32"
+        )
     for part in parts:
         writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), part.nbytes, part.kind)
     _write(file, writer, parts, weights)
@@ -117,9 +129,13 @@ def _write(file: Path, writer: GGUFWriter, parts: Sequence[_Part], weights: Weig
         writer.close()
         temporary.replace(file)
     except UnicodeEncodeError as error:
-        raise SlingshotError(f"{file}: the chat template holds half a surrogate pair, which UTF-8 cannot carry: {error}") from error
+        raise SlingshotError(
+            f"{file}: the chat template holds half a surrogate pair, which UTF-8 cannot carry: {error}"
+        ) from error
     except OSError as error:
-        raise SlingshotError(f"cannot write {file}: {error.strerror or error}; free space there or choose another place") from error
+        raise SlingshotError(
+            f"cannot write {file}: {error.strerror or error}; free space there or choose another place"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             writer.close()
@@ -130,7 +146,11 @@ def _write(file: Path, writer: GGUFWriter, parts: Sequence[_Part], weights: Weig
 def _converted(piece: Tensor, kind: Kind) -> np.ndarray:
     """The bytes of some rows in the file's type, uint8; ValueError when there are none for a value."""
     if not (largest := piece.abs().max().item()) <= _LARGEST[kind]:
-        raise ValueError(f"holds values too large for {kind.name}; bfloat16 has room" if math.isfinite(largest) else "holds NaN or infinite values")
+        raise ValueError(
+            f"holds values too large for {kind.name}; bfloat16 has room"
+            if math.isfinite(largest)
+            else "holds NaN or infinite values"
+        )
     if kind == Kind.Q8_0:
         return np.ascontiguousarray(gguf.quants.quantize(piece.float().numpy(), Kind.Q8_0))
     dtype = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}[kind]
@@ -148,8 +168,15 @@ def _parts(weights: Weights, kind: Kind) -> Iterator[_Part]:
             continue  # a later expert stands in the stack of the first
         exact = len(spec.shape) == 1 or spec.name.endswith("mlp.gate.weight")
         if expert == 0:
-            names = [spec.name.replace(".experts.0.", f".experts.{number}.") for number in range(config.n_routed_experts)]
-            yield _Part(name, (len(names), *spec.shape), _fitting(kind, spec.shape[-1]), partial(_rows, weights, names, spec.shape))
+            names = [
+                spec.name.replace(".experts.0.", f".experts.{number}.") for number in range(config.n_routed_experts)
+            ]
+            yield _Part(
+                name,
+                (len(names), *spec.shape),
+                _fitting(kind, spec.shape[-1]),
+                partial(_rows, weights, names, spec.shape),
+            )
         elif spec.name.endswith("kv_b_proj.weight"):
             yield from _kv_b_proj(weights, spec, kind)
         else:
@@ -163,7 +190,9 @@ def _fitting(kind: Kind, width: int) -> Kind:
     return Kind.F16 if width % gguf.GGML_QUANT_SIZES[kind][0] else kind
 
 
-def _rows(weights: Weights, names: Sequence[str], shape: tuple[int, ...], unit: int = 1) -> Iterator[tuple[str, Tensor]]:
+def _rows(
+    weights: Weights, names: Sequence[str], shape: tuple[int, ...], unit: int = 1
+) -> Iterator[tuple[str, Tensor]]:
     """Tensors of one shape after each other, some multiple of `unit` rows at a time."""
     count = max(1, _PIECE // math.prod(shape[1:]) // unit) * unit
     for name in names:
@@ -196,7 +225,9 @@ def _kv_b_proj(weights: Weights, spec: Spec, kind: Kind) -> Iterator[_Part]:
 
 def _architecture(config: ModelConfig) -> str:
     """llama.cpp's name of it."""
-    return {"deepseek_v3": "deepseek2", "kimi_k2": "deepseek2", "mistral": "llama"}.get(config.model_type, config.model_type)
+    return {"deepseek_v3": "deepseek2", "kimi_k2": "deepseek2", "mistral": "llama"}.get(
+        config.model_type, config.model_type
+    )
 
 
 def _problems(config: ModelConfig) -> Iterator[str]:
@@ -210,7 +241,11 @@ def _problems(config: ModelConfig) -> Iterator[str]:
             yield f"in qwen2, hidden_size {config.hidden_size} must be num_attention_heads {config.num_attention_heads} x head_dim {config.head_dim}"
         if kind == "llama3" and _architecture(config) != "llama":
             yield f"rope_scaling of type llama3 is known to its llama only, not to {config.model_type}"
-        if rope is not None and kind == "yarn" and not math.isclose(rotation_scale(config), yarn_mscale(rope.factor, 1.0)):
+        if (
+            rope is not None
+            and kind == "yarn"
+            and not math.isclose(rotation_scale(config), yarn_mscale(rope.factor, 1.0))
+        ):
             yield "of YaRN's mscale and mscale_all_dim it knows none for a dense model; leave them out"
         return
     if kind == "llama3":
@@ -240,7 +275,9 @@ def _keys(config: ModelConfig) -> dict[str, Any]:
     }
     if config.family == "dense":
         keys |= {"attention.head_count_kv": config.num_key_value_heads}
-        keys |= dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), config.head_dim)
+        keys |= dict.fromkeys(
+            ("attention.key_length", "attention.value_length", "rope.dimension_count"), config.head_dim
+        )
     else:
         keys |= _deepseek2_keys(config)
     rope = config.rope_scaling
@@ -272,9 +309,15 @@ def _deepseek2_keys(config: ModelConfig) -> dict[str, Any]:
     if config.num_nextn_predict_layers:
         keys["nextn_predict_layers"] = config.num_nextn_predict_layers
     if config.n_moe_layers:
-        keys |= {"expert_count": config.n_routed_experts, "expert_used_count": config.num_experts_per_tok, "expert_gating_func": SIGMOID}
+        keys |= {
+            "expert_count": config.n_routed_experts,
+            "expert_used_count": config.num_experts_per_tok,
+            "expert_gating_func": SIGMOID,
+        }
         keys |= {"expert_weights_scale": config.routed_scaling_factor, "expert_weights_norm": config.norm_topk_prob}
-    if config.n_moe_layers and config.topk_group < config.n_group:  # all groups chosen is no choice, and llama.cpp refuses it
+    if (
+        config.n_moe_layers and config.topk_group < config.n_group
+    ):  # all groups chosen is no choice, and llama.cpp refuses it
         keys |= {"expert_group_count": config.n_group, "expert_group_used_count": config.topk_group}
     return keys
 
@@ -284,14 +327,18 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) ->
     description = tokenizer.description()
     model, added = description["model"], {token["id"]: token for token in description["added_tokens"]}
     split = recognise(description)
-    if odd := next((key for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout") if model.get(key)), None):
+    if odd := next(
+        (key for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout") if model.get(key)), None
+    ):
         raise SlingshotError(f"llama.cpp knows no tokenizer with {odd} {model[odd]!r:.80}")
     if tokenizer.vocab_size > vocab_size:
         raise SlingshotError(
             f"the tokenizer's highest id is {tokenizer.vocab_size - 1}, the model has {vocab_size} embeddings; are they of one model?"
         )
     if tokenizer.eos_id is None:
-        raise SlingshotError("the tokenizer names no eos_token; llama.cpp would take token 11 for it: name one in tokenizer_config.json")
+        raise SlingshotError(
+            "the tokenizer names no eos_token; llama.cpp would take token 11 for it: name one in tokenizer_config.json"
+        )
     if not model["merges"]:
         raise SlingshotError("the tokenizer has no merges; llama.cpp reads none without")
     texts = {id: token for token, id in model["vocab"].items()} | {id: token["content"] for id, token in added.items()}
@@ -307,14 +354,19 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) ->
     writer.add_token_types(kinds)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
     ids, ends = {text: id for id, text in texts.items()}, sorted(tokenizer.eos_ids - {tokenizer.eos_id}, reverse=True)
-    named = {key: ids.get(_content(tokenizer, f"{name}_token")) for name, key in NAMED_TOKENS.items()} | dict(zip(("eot", "eom"), ends, strict=False))
+    named = {key: ids.get(_content(tokenizer, f"{name}_token")) for name, key in NAMED_TOKENS.items()} | dict(
+        zip(("eot", "eom"), ends, strict=False)
+    )
     for key, id in named.items():
         if id is not None:
             writer.add_uint32(f"tokenizer.ggml.{key}_token_id", id)
     writer.add_add_bos_token(_adds_bos(tokenizer, description))
     if tokenizer.chat_template is not None:
         writer.add_chat_template(tokenizer.chat_template)
-    return [f"token {id} ends a generation too; of such tokens llama.cpp has places for three, not for this one" for id in ends[2:]]
+    return [
+        f"token {id} ends a generation too; of such tokens llama.cpp has places for three, not for this one"
+        for id in ends[2:]
+    ]
 
 
 def _adds_bos(tokenizer: Tokenizer, description: Mapping[str, Any]) -> bool:
@@ -324,7 +376,11 @@ def _adds_bos(tokenizer: Tokenizer, description: Mapping[str, Any]) -> bool:
         return bool(said) and bos is not None
     processor = description["post_processor"] or {}
     steps = processor.get("processors", [processor])
-    return any(step["type"] == "TemplateProcessing" and step["single"][0].get("SpecialToken", {}).get("id") == bos for step in steps if step)
+    return any(
+        step["type"] == "TemplateProcessing" and step["single"][0].get("SpecialToken", {}).get("id") == bos
+        for step in steps
+        if step
+    )
 
 
 def _content(tokenizer: Tokenizer, key: str) -> Any:

@@ -63,7 +63,7 @@ def test_every_stage_leaves_its_artifact_and_account(micro: Path) -> None:
             and receipt.flops > 0
             and receipt.seconds > 0
         )
-        assert receipt.mfu is not None and 0 < receipt.mfu < 1 and receipt.peak_memory_bytes > 2**26
+        assert receipt.mfu is not None and 0 < receipt.mfu < 1 and receipt.peak_host_memory_bytes > 2**26
         for parent in receipt.parents:
             assert parent.digest == Receipt.read(Path(parent.path)).digest
     assert [Path(parent.path).name for parent in Receipt.read(micro / "sft").parents] == ["base", "sample"]
@@ -77,7 +77,7 @@ def test_the_report_tells_of_every_stage(micro: Path) -> None:
     for stage in report["stages"]:
         assert (micro / stage["artifact"]).is_dir()
         receipt = Receipt.read(micro / stage["name"])
-        for key in ("tokens", "flops", "seconds", "peak_memory_bytes", "mfu"):
+        for key in ("tokens", "flops", "seconds", "peak_host_memory_bytes", "mfu"):
             assert stage["receipt"][key] == pytest.approx(getattr(receipt, key)), key
         assert set(stage["eval"]) == ({"arithmetic"} if stage["name"] in EVALUATED else set())
         for score in stage["eval"].values():

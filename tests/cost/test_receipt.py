@@ -10,7 +10,14 @@ import pytest
 
 from slingshot.base.errors import SlingshotError
 from slingshot.cost import receipt as module
-from slingshot.cost.receipt import Meter, Receipt, artifact_digest, peak_memory_bytes
+from slingshot.cost.receipt import (
+    Meter,
+    PeakMemory,
+    Receipt,
+    artifact_digest,
+    peak_device_memory_bytes,
+    peak_host_memory_bytes,
+)
 from slingshot.machine.machine import Machine
 
 MACHINE = Machine(cpu="test", cores=2, memory_bytes=2**30)
@@ -29,7 +36,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(module, "peak_memory_bytes", lambda: 500)
+    monkeypatch.setattr(module, "peak_host_memory_bytes", lambda: 500)
     return clock
 
 
@@ -47,11 +54,13 @@ def test_meter_goes_on_over_interruptions(clock: Clock, monkeypatch: pytest.Monk
     saved = json.loads(json.dumps(first.state()))
     first.add(tokens=99, training=9e9)  # lost: it came after the last saved state
     clock.now += 1000  # nobody was running
-    monkeypatch.setattr(module, "peak_memory_bytes", lambda: 400)
+    monkeypatch.setattr(module, "peak_host_memory_bytes", lambda: 400)
+    monkeypatch.setattr(module, "peak_device_memory_bytes", lambda: 900)
     second = Meter(saved)
     second.add(tokens=20, training=4e9)
     clock.now += 2
-    assert (second.tokens, second.flops, second.seconds, second.peak_memory_bytes) == (30, 8e9, 7.0, 500)
+    assert (second.tokens, second.flops, second.seconds) == (30, 8e9, 7.0)
+    assert second.peak_memory == {"peak_host_memory_bytes": 500, "peak_device_memory_bytes": 900}
     assert second.flops_by_part == {"training": 7e9, "mtp": 1e9}
     assert second.mfu(peak=4e9) == pytest.approx(8e9 / 7 / 4e9)
     assert second.mfu(peak=None) is None
@@ -121,9 +130,9 @@ def test_a_receipt_of_impossible_numbers_is_refused(tmp_path: Path, key: str, va
 
 
 def test_peak_memory_sees_a_large_allocation() -> None:
-    before = peak_memory_bytes()
+    before = peak_host_memory_bytes()
     block = b"x" * (before + 64 * 2**20)  # larger than anything this process has held
-    after = peak_memory_bytes()
+    after = peak_host_memory_bytes()
     assert after >= before + 32 * 2**20 and len(block) > before
 
 
@@ -156,11 +165,28 @@ def test_energy_goes_on_over_interruptions_and_is_none_where_a_part_was_not_coun
     assert Meter().joules is None
 
 
-def test_a_receipt_without_energy_is_still_one(tmp_path: Path, clock: Clock) -> None:
-    out = folder(tmp_path / "out", model="weights")
-    Meter().receipt("sft", "out", {}, [], out, MACHINE).write(out)
-    values = json.loads((out / "receipt.json").read_text())
-    (out / "receipt.json").write_text(
-        json.dumps({key: value for key, value in values.items() if key not in ("energy_joules", "devices")})
+def test_receipts_of_other_versions_are_read(tmp_path: Path, clock: Clock) -> None:
+    Meter().receipt("sft", "out", {"lr": 1.0}, [], tmp_path, MACHINE, price=1).write(tmp_path)
+    values = json.loads((tmp_path / "receipt.json").read_text())
+    needed = {key: values[key] for key in ("stage", "name", "digest", "tokens", "flops", "seconds")}
+    (tmp_path / "receipt.json").write_text(json.dumps(needed | {"peak_memory_bytes": 7}))  # as it was once called
+    old = Receipt.read(tmp_path)
+    assert (old.peak_host_memory_bytes, old.peak_device_memory_bytes, old.energy_joules, old.devices) == (
+        7,
+        None,
+        None,
+        1,
     )
-    assert (Receipt.read(out).energy_joules, Receipt.read(out).devices) == (None, 1)
+    assert (old.mfu, old.money, old.machine.cpu, old.version) == (None, None, "unknown", "unknown")
+    newer = values | {"carbon_grams": 3, "machine": values["machine"] | {"rack": 4}}
+    (tmp_path / "receipt.json").write_text(json.dumps(newer))
+    assert Receipt.read(tmp_path) == Receipt.parse(values)
+
+
+@pytest.mark.parametrize(
+    ("host", "device", "shown"),
+    [(None, None, ""), (2**30, None, "1 GiB"), (2**30, 3 * 2**30, "1 GiB host, 3 GiB device"), (None, 1, "1 B device")],
+)
+def test_peak_memory_says_which_memory(host: int | None, device: int | None, shown: str) -> None:
+    assert PeakMemory(peak_host_memory_bytes=host, peak_device_memory_bytes=device).peak_memory == shown
+    assert peak_device_memory_bytes() is None or peak_device_memory_bytes() > 0

@@ -51,7 +51,7 @@ def make_run(run: Path, finished: int = len(STAGES)) -> Path:
     def receipt(name: str, kind: str, parents: list[str], seconds: float, tokens: int, flops: float) -> Receipt:
         return Receipt(
             stage=kind, name=name, config={"seed": 0}, parents=[Parent(path=f"runs/tiny/{parent}", digest="0" * 16) for parent in parents],
-            digest="1" * 16, tokens=tokens, flops=flops, flops_by_part={"training": flops}, seconds=seconds, peak_memory_bytes=1_310_000_000,
+            digest="1" * 16, tokens=tokens, flops=flops, flops_by_part={"training": flops}, seconds=seconds, peak_host_memory_bytes=1_310_000_000,
             mfu=flops / seconds / 9e11, money=None, machine=machine, version="0.1.0",
         )  # fmt: skip
 
@@ -159,8 +159,8 @@ def test_report_json_has_the_documented_shape(tmp_path: Path) -> None:
     assert [stage["name"] for stage in stages] == [stage[0] for stage in STAGES]
     zero = stages[1]
     assert zero["kind"] == "rl" and (run / zero["artifact"] / "receipt.json").is_file()
-    assert zero["receipt"] == {"tokens": 1_620_000, "flops": 41e12, "seconds": 154.0, "peak_memory_bytes": 1_310_000_000, "mfu": 41e12 / 154 / 9e11,
-                               "energy_joules": None, "money": None}  # fmt: skip
+    assert zero["receipt"] == {"tokens": 1_620_000, "flops": 41e12, "seconds": 154.0, "peak_host_memory_bytes": 1_310_000_000,
+                               "peak_device_memory_bytes": None, "mfu": 41e12 / 154 / 9e11, "energy_joules": None, "money": None}  # fmt: skip
     score = zero["eval"]["arithmetic"]
     assert {"pass@1", "ci95", "pass@8", "mean_tokens", "format", "n"} <= set(score)
     assert (

@@ -32,6 +32,7 @@ def show(path: Path, console: Console, as_json: bool = False) -> None:
         "FLOPs",
         "time",
         *(["device time"] if devices else []),
+        "memory",
         "energy",
         "money",
     ):
@@ -57,6 +58,7 @@ def _row(name: str, kind: str, spent: Receipt | Bill, devices: bool) -> list[str
         show_count(spent.tokens),
         show_count(spent.flops),
         *times,
+        spent.peak_memory,
         show_energy(spent.energy_joules),
         show_price(spent.money),
     ]

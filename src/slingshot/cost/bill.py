@@ -3,10 +3,11 @@
     bill = total(Path("runs/tiny/rl_final"))
     for line in bill.lines: line.receipt.seconds         # ancestors first, the artifact itself last
     bill.seconds, bill.device_seconds, bill.flops, bill.energy_joules, bill.money
-    bill.missing                                         # parents that are gone or changed, or came without a receipt, a line each
+    bill.missing                                         # parents gone, changed, or without a receipt: a line each
 
-A receipt names its parents by path and by the digest of their content. A run's folder may have been moved: where a path leads nowhere, the
-artifact's own neighbours are asked for that name. Whoever answers must have the digest; another artifact in its place is not counted.
+A receipt names its parents by path and by the digest of their content. A run's folder may have been moved: where a path
+leads nowhere, the artifact's own neighbours are asked for that name. Whoever answers must have the digest; another
+artifact in its place is not counted.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
-from slingshot.cost.receipt import RECEIPT, Parent, Receipt, artifact_digest
+from slingshot.cost.receipt import RECEIPT, Parent, PeakMemory, Receipt, artifact_digest
 
 
 class BillLine(Strict):
@@ -27,8 +28,9 @@ class BillLine(Strict):
     receipt: Receipt
 
 
-class Sums(Strict):
-    """Of receipts. Energy and money add up what is known, None where nothing is; `partial` says what is not."""
+class Sums(PeakMemory):
+    """Of receipts; of memory the largest. Energy and money add up what is known, None where nothing is; `partial` says
+    what is not."""
 
     seconds: float
     device_seconds: float
@@ -50,6 +52,10 @@ class Sums(Strict):
             energy_joules=sum(joules) if joules else None,
             money=sum(money) if money else None,
             partial=[name for name, known in (("energy", joules), ("money", money)) if 0 < len(known) < len(receipts)],
+            peak_host_memory_bytes=max((receipt.peak_host_memory_bytes or 0 for receipt in receipts), default=0)
+            or None,
+            peak_device_memory_bytes=max((receipt.peak_device_memory_bytes or 0 for receipt in receipts), default=0)
+            or None,
         )
 
 

@@ -2,9 +2,9 @@
 
 A stage keeps a `Meter` from its first step to its last, across interruptions, and closes it into receipt.json:
 
-    meter = Meter(saved_state)                       # None at the start; what `meter.state()` returned before an interruption
+    meter = Meter(saved_state)                       # None at the start; `meter.state()` of before an interruption
     meter.add(tokens=4096, training=3e12, mtp=2e11)  # every step: tokens, and FLOPs by what they were spent on
-    meter.receipt("pretrain", out.name, config, parents=[], artifact=folder, peak=9e11, price=0.1, machine=describe()).write(folder)
+    meter.receipt("pretrain", out.name, config, parents=[], artifact=folder, machine=describe()).write(folder)
 
     Receipt.read(folder).flops
 """
@@ -19,16 +19,36 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from slingshot import __version__
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, write_json
+from slingshot.base.quantity import show_size
 from slingshot.machine.energy import Energy
 from slingshot.machine.machine import Machine
 
 RECEIPT = "receipt.json"
+
+
+class PeakMemory(Strict):
+    """The most memory held at once: the resident set of the (first) process, and what torch allocated on one accelerator.
+
+    None where it is not known, or where no accelerator was used.
+    """
+
+    peak_host_memory_bytes: int | None = Field(None, ge=0)
+    peak_device_memory_bytes: int | None = Field(None, ge=0)
+
+    @property
+    def peak_memory(self) -> str:
+        """For people: "1.2 GiB", or "1.2 GiB host, 30 GiB device"; nothing where it is not known."""
+        host, device = self.peak_host_memory_bytes, self.peak_device_memory_bytes
+        shown = "" if host is None else show_size(host)
+        if device is None:
+            return shown
+        return f"{shown} host, {show_size(device)} device" if shown else f"{show_size(device)} device"
 
 
 class Parent(Strict):
@@ -38,7 +58,7 @@ class Parent(Strict):
     digest: str
 
 
-class Receipt(Strict):
+class Receipt(PeakMemory):
     """What a stage consumed and what it came from; the content of receipt.json.
 
     stage               its kind: pretrain, sft, rl ...;  name: the artifact's own
@@ -48,33 +68,43 @@ class Receipt(Strict):
     tokens, flops       tokens processed and FLOPs spent on them, from the architecture (slingshot.cost.flops)
     flops_by_part       the same FLOPs by what they were spent on; sums to `flops`
     seconds             wall clock while the stage ran, interruptions excluded
-    peak_memory_bytes   the largest resident set of the process
     mfu                 flops / seconds / the machine's measured matrix peak; None when nothing was measured
     money               seconds at the given price per hour; None when no price was given
-    energy_joules       of the machine's processors and GPUs meanwhile; None where the system does not tell (slingshot.machine.energy)
-    devices             that worked at once: accelerators, or 1 for a machine without; device-seconds are `seconds` times these
+    energy_joules       of the machine's processors and GPUs meanwhile; None where the system does not tell
+    devices             that worked at once: accelerators, or 1 for a machine without; device-seconds are `seconds` times
     extra               what else a stage has to say
+
+    Receipts of other versions are read, too: what they lack is unknown, what they have besides is left out.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
 
     stage: str
     name: str
-    config: dict[str, Any]
-    parents: list[Parent]
+    config: dict[str, Any] = {}
+    parents: list[Parent] = []
     digest: str
     tokens: int = Field(ge=0)
     flops: float = Field(ge=0)
-    flops_by_part: dict[str, float]
+    flops_by_part: dict[str, float] = {}
     seconds: float = Field(ge=0)
-    peak_memory_bytes: int
-    mfu: float | None
-    money: float | None
-    machine: Machine
-    version: str
+    mfu: float | None = None
+    money: float | None = None
+    machine: Machine = Machine(cpu="unknown", cores=0, memory_bytes=0)
+    version: str = "unknown"
     energy_joules: float | None = None
     devices: int = Field(1, ge=1)
     extra: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_other_versions(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        found = {"peak_host_memory_bytes": values.get("peak_memory_bytes")} | values  # its name before there were two
+        if isinstance(found.get("machine"), dict):
+            found["machine"] = {key: value for key, value in found["machine"].items() if key in Machine.model_fields}
+        return {key: value for key, value in found.items() if key in cls.model_fields}
 
     @property
     def device_seconds(self) -> float:
@@ -104,7 +134,8 @@ class Meter:
         self.tokens: int = state.get("tokens", 0)
         self.flops_by_part: dict[str, float] = dict(state.get("flops_by_part", {}))
         self._seconds_before: float = state.get("seconds", 0.0)
-        self._memory_before: int = state.get("peak_memory_bytes", 0)
+        self._host_memory_before: int = state.get("peak_host_memory_bytes", 0)
+        self._device_memory_before: int | None = state.get("peak_device_memory_bytes")
         self._energy = Energy()
         self._start = time.perf_counter()
 
@@ -125,8 +156,11 @@ class Meter:
         return self._seconds_before + time.perf_counter() - self._start
 
     @property
-    def peak_memory_bytes(self) -> int:
-        return max(self._memory_before, peak_memory_bytes())
+    def peak_memory(self) -> dict[str, int | None]:
+        """The two fields of `PeakMemory`."""
+        device = max(self._device_memory_before or 0, peak_device_memory_bytes() or 0) or None
+        host = max(self._host_memory_before, peak_host_memory_bytes())
+        return {"peak_host_memory_bytes": host, "peak_device_memory_bytes": device}
 
     @property
     def joules(self) -> float | None:
@@ -140,12 +174,13 @@ class Meter:
             "tokens": self.tokens,
             "flops_by_part": dict(self.flops_by_part),
             "seconds": self.seconds,
-            "peak_memory_bytes": self.peak_memory_bytes,
             "energy_joules": self.joules,
+            **self.peak_memory,
         }
 
     def mfu(self, peak: float | None) -> float | None:
-        """Model FLOPs utilisation so far (arXiv 2204.02311, appendix B): the share of `peak` FLOP/s spent on the architecture's own FLOPs."""
+        """Model FLOPs utilisation so far (arXiv 2204.02311, appendix B): the share of `peak` FLOP/s that the
+        architecture's own FLOPs come to."""
         return self.flops / self.seconds / peak if peak else None
 
     def receipt(
@@ -163,7 +198,8 @@ class Meter:
     ) -> Receipt:
         """Close the account of the finished folder `artifact`, made from the folders `parents`.
 
-        `peak`: measured FLOP/s of a matrix product in the dtype used; `price`: money per hour of this machine; `devices`: see `Receipt`.
+        `peak`: measured FLOP/s of a matrix product in the dtype used; `price`: money per hour of this machine;
+        `devices`: see `Receipt`.
         """
         seconds = self.seconds
         return Receipt(
@@ -176,7 +212,7 @@ class Meter:
             flops=self.flops,
             flops_by_part=self.flops_by_part,
             seconds=seconds,
-            peak_memory_bytes=self.peak_memory_bytes,
+            **self.peak_memory,
             mfu=self.mfu(peak),
             money=None if price is None else seconds / 3600 * price,
             machine=machine,
@@ -190,8 +226,8 @@ class Meter:
 def artifact_digest(path: Path) -> str:
     """A short name of an artifact's content: 16 hex digits of a SHA-256 over its files' names and bytes.
 
-    A folder with a receipt answers from it. Receipts, metrics, TensorBoard's event files and hidden files do not count: they hold clocks,
-    and the same stage run twice is the same artifact. Raises SlingshotError when there is nothing at `path`.
+    A folder with a receipt answers from it. Receipts, metrics, TensorBoard's event files and hidden files do not count:
+    they hold clocks, and the same stage run twice is the same artifact. SlingshotError when there is nothing at `path`.
     """
     if (path / RECEIPT).is_file():
         return Receipt.read(path).digest
@@ -215,7 +251,16 @@ def artifact_digest(path: Path) -> str:
     return total.hexdigest()[:16]
 
 
-def peak_memory_bytes() -> int:
+def peak_device_memory_bytes() -> int | None:
+    """The most torch has allocated on this process's accelerator; None where it used none or does not count."""
+    torch: Any = sys.modules.get("torch")  # who uses an accelerator has imported it; this room does not
+    try:
+        return torch.accelerator.max_memory_allocated() or None
+    except (AttributeError, RuntimeError):  # no torch, no accelerator, or one whose memory torch does not count
+        return None
+
+
+def peak_host_memory_bytes() -> int:
     """The largest resident set this process has had.
 
     From /proc where there is one: getrusage's figure survives exec, so a child of a large process would start with its parent's.

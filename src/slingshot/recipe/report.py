@@ -29,7 +29,7 @@ from slingshot.base.files import read_json, read_jsonl, write_json, write_text
 from slingshot.base.quantity import show_energy, show_price
 from slingshot.cost.bill import Sums
 from slingshot.cost.flops import Parameters, parameters
-from slingshot.cost.receipt import RECEIPT, Receipt
+from slingshot.cost.receipt import RECEIPT, PeakMemory, Receipt
 from slingshot.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -150,7 +150,6 @@ def _architecture(folder: Path) -> ModelConfig:
 class RunBill(Sums):
     """The sums of a run, its evaluations among them and once apart."""
 
-    memory: int
     evaluations: RunBill | None
 
 
@@ -159,11 +158,7 @@ def _bill(stages: list[Stage], evaluations: list[Receipt]) -> RunBill | None:
     receipts = [stage.receipt for stage in stages if stage.receipt] + evaluations
     if not receipts:
         return None
-    return RunBill(
-        **dict(Sums.of(receipts)),
-        memory=max(receipt.peak_memory_bytes for receipt in receipts),
-        evaluations=_bill([], evaluations) if stages else None,
-    )
+    return RunBill(**dict(Sums.of(receipts)), evaluations=_bill([], evaluations) if stages else None)
 
 
 def _summary(stage: Stage) -> dict[str, Any]:
@@ -174,7 +169,7 @@ def _summary(stage: Stage) -> dict[str, Any]:
         "kind": stage.kind,
         "artifact": stage.name,
         "receipt": stage.receipt.model_dump(
-            include={"tokens", "flops", "seconds", "peak_memory_bytes", "mfu", "energy_joules", "money"}
+            include={"tokens", "flops", "seconds", *PeakMemory.model_fields, "mfu", "energy_joules", "money"}
         ),
         "eval": {task: score.model_dump(mode="json", by_alias=True) for task, score in stage.scores.items()},
     }

@@ -102,8 +102,8 @@ class Receipt(PeakMemory):
         if not isinstance(values, dict):
             return values
         found = {"peak_host_memory_bytes": values.get("peak_memory_bytes")} | values  # its name before there were two
-        if isinstance(found.get("machine"), dict):
-            found["machine"] = {key: value for key, value in found["machine"].items() if key in Machine.model_fields}
+        if isinstance(machine := found.get("machine"), dict):
+            found["machine"] = {key: value for key, value in machine.items() if key in Machine.model_fields}
         return {key: value for key, value in found.items() if key in cls.model_fields}
 
     @property

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
 from slingshot.cost.flops import cache_bytes_per_token, parameters
-from slingshot.model.config import MODEL_TYPES, PRESETS, ModelConfig, presets
+from slingshot.model.config import PRESETS, ModelConfig, presets
+from slingshot.model.hf_config import MODEL_TYPES
+from slingshot.model.rope import frequencies, rotation_scale
 from slingshot.tasks.task import TaskConfig
 
 Config = Callable[..., ModelConfig]
@@ -122,6 +124,43 @@ def test_yarn_of_a_dense_model_heeds_mscale_only_with_mscale_all_dim() -> None:
     assert rope is not None and (rope.mscale, rope.mscale_all_dim) == (0.7, 0.7)
     rope = ModelConfig.from_hf(DEEPSEEK_V3 | {"rope_scaling": yarn}).rope_scaling
     assert rope is not None and (rope.mscale, rope.mscale_all_dim) == (1.0, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("said", "scale"),
+    [
+        ({"attn_factor": 0.8782488562869419}, 1.0),  # DeepSeek-R1-0528-Qwen3-8B: it cancels YaRN's own 1.1386
+        ({"attention_factor": 0.5}, 0.5),
+        ({"attention_factor": 0.5, "attn_factor": 3.0}, 1.5),
+        ({"truncate": False}, 1.1386294),
+        ({"truncate": True, "attention_factor": None}, 1.1386294),
+    ],
+)
+@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
+def test_yarns_factors_are_read_as_the_programs_they_are_written_for_do(
+    place: str, said: dict[str, Any], scale: float
+) -> None:
+    """vLLM multiplies by attn_factor, transformers puts attention_factor in the place of YaRN's own."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = ModelConfig.from_hf(
+        LLAMA | {"rope_theta": 1e6, "num_key_value_heads": 4, "head_dim": 8, place: yarn | said}
+    )
+    assert rotation_scale(config) == pytest.approx(scale, rel=1e-6) and config.rope_scaling is not None
+    assert config.rope_scaling.truncate is said.get("truncate", True)
+    written = config.to_hf()
+    usual = {"truncate": True, "attention_factor": None}
+    assert {key: value for key, value in said.items() if key not in usual or value != usual[key]}.items() <= (
+        written["rope_scaling"].items()
+    )
+    assert same(ModelConfig.from_hf(written), config)
+
+
+def test_an_untruncated_ramp_begins_between_two_pairs() -> None:
+    yarn = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096}
+    values = ModelConfig.from_hf(LLAMA | {"head_dim": 64, "rope_scaling": yarn | {"truncate": False}})
+    ratio = frequencies(values) / frequencies(values.model_copy(update={"rope_scaling": None}))
+    # 64 ln(4096 / (2 pi r)) / (2 ln 10000) is 10.471 for r = 32 and 22.513 for r = 1
+    assert ratio[12] == pytest.approx(1 - (12 - 10.471) / (22.513 - 10.471) * (1 - 1 / 40), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -293,142 +332,74 @@ def test_several_ends_survive_config_json(dense: Config) -> None:
     )  # of another tokenizer: the list is out of date
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"model_type": "mixtral"},
-            "model_type 'mixtral' is not supported; supported: deepseek_v3, kimi_k2, llama, mistral, qwen2, qwen3",
-        ),
-        ({"model_type": None}, "model_type null is not supported"),
-        ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
-        ({"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported; 'sigmoid' is"),
-        ({"topk_method": "greedy"}, "topk_method 'greedy' is not supported; 'noaux_tc' is"),
-        ({"moe_layer_freq": 2}, "moe_layer_freq 2 is not supported; 1 is"),
-        ({"moe_layer_freq": True}, "moe_layer_freq true is not supported; 1 is"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; 'silu' is"),
-        ({"attention_bias": True}, "attention_bias true is not supported for deepseek_v3; false is"),
-        ({"rope_interleave": False}, "rope_interleave false is not supported; true is"),
-        ({"sliding_window": 4096}, "sliding_window 4096 is not supported; null is"),
-        ({"softcap": 30.0}, "unknown key 'softcap' could change the mathematics; remove it if it does not"),
-        ({"attention_multiplier": 0.1}, "unknown key 'attention_multiplier' could change"),
-        ({"quantization": {"bits": 4}}, "unknown key 'quantization' could change"),
-        ({"qk_norm": True}, "unknown key 'qk_norm' could change"),
-        ({"n_group": None}, "n_group: Input should be a valid integer, got None"),
-        ({"n_group": 0}, "n_routed_experts 256 must divide evenly into n_group 0; 1 means no groups"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported; 1 is"),
-        (
-            {"rope_parameters": {"partial_rotary_factor": 0.5}},
-            "rope_parameters.partial_rotary_factor 0.5 is not supported",
-        ),
-        (
-            {"rope_scaling": {"type": "linear", "factor": 2.0}},
-            "rope_scaling.rope_type 'linear' is not supported; yarn, llama3, default are",
-        ),
-        (
-            {"rope_scaling": {"type": "yarn", "rope_type": "llama3"}},
-            "rope_scaling.rope_type 'llama3' and 'yarn' is not supported",
-        ),
-        (
-            {"rope_scaling": {"type": "default", "mrope_section": [8]}},
-            r"rope_scaling.mrope_section \[8\] is not supported; rope_type default",
-        ),
-        (
-            {"rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": 0.5}},
-            "rope_scaling.attention_factor 0.5 is not supported; rope_type",
-        ),
-        (
-            {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}},
-            "rope_scaling.truncate False is not supported|truncate false is not",
-        ),
-        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor: Field required"),
-        (
-            {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 0.5}},
-            "rope_scaling: beta_fast 0.5 must be at least beta_slow 1.0",
-        ),
-        (
-            {"rope_scaling": {"type": "llama3", "factor": 2.0, "high_freq_factor": 1}},
-            "high_freq_factor 1.0 must be greater than low_freq_factor 1.0",
-        ),
-        ({"rope_scaling": "yarn"}, "rope_scaling must be an object or null, got 'yarn'"),
-        (
-            {"rope_parameters": {"rope_theta": 5.0}},
-            "rope_theta is 10000 in one place and 5.0 in another; make them agree",
-        ),
-        (
-            {"rope_parameters": {"type": "yarn", "factor": 2.0}},
-            "rope_scaling is {.* in one place and {.* in another; make them agree",
-        ),
-        ({"hidden_size": "wide"}, "hidden_size: Input should be a valid integer.*got 'wide'"),
-        ({"hidden_size": "7168"}, "hidden_size: Input should be a valid integer.*got '7168'"),
-        ({"num_hidden_layers": True}, "num_hidden_layers: Input should be a valid integer.*got True"),
-        ({"norm_topk_prob": 1}, "norm_topk_prob: Input should be a valid boolean.*got 1"),
-        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps: Input should be a valid number.*got '1e-6'"),
-        ({"rms_norm_eps": -1e-6}, "rms_norm_eps: Input should be greater than 0.*got -1e-06"),
-        (
-            {"rope_theta": float("nan")},
-            "cannot be written as JSON again: Out of range float values are not JSON compliant",
-        ),
-        ({"architectures": [float("inf")]}, "cannot be written as JSON again"),
-        ({"_name_or_path": "\ud800"}, "cannot be written as JSON again"),
-        ({"hidden_size": 10**12}, "hidden_size: Input should be less than or equal to 1048576, got 1000000000000"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers: Input should be less than or equal to 1024, got 1000000000"),
-        ({"n_routed_experts": 16384}, "59 layers of n_routed_experts 16384 exceed 262144 experts in all"),
-        ({"bos_token_id": -1}, "bos_token_id: Input should be greater than or equal to 0, got -1"),
-        ({"eos_token_id": []}, r"eos_token_id must be a token's id or several, got \[\]"),
-        ({"eos_token_id": [1, True]}, r"eos_token_id must be a token's id or several, got \[1, True\]"),
-        ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers 2 is not supported; 0 or 1 is"),
-    ],
-)
-def test_a_config_json_of_other_mathematics_is_refused(changes: dict[str, Any], message: str) -> None:
+# What each config.json says otherwise than DeepSeek-V3's, or LLAMA under another model_type, and what is refused of it.
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("mixtral", {}, "model_type 'mixtral' is not supported; supported: deepseek_v3, kimi_k2, llama, mistral, qwen2, qwen3"),
+    ("v3", {"model_type": None}, "model_type null is not supported"),
+    ("v3", {"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
+    ("v3", {"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported; 'sigmoid' is"),
+    ("v3", {"topk_method": "greedy"}, "topk_method 'greedy' is not supported; 'noaux_tc' is"),
+    ("v3", {"moe_layer_freq": 2}, "moe_layer_freq 2 is not supported; 1 is"),
+    ("v3", {"moe_layer_freq": True}, "moe_layer_freq true is not supported; 1 is"),
+    ("v3", {"attention_bias": True}, "attention_bias true is not supported for deepseek_v3; false is"),
+    ("v3", {"rope_interleave": False}, "rope_interleave false is not supported; true is"),
+    ("v3", {"sliding_window": 4096}, "sliding_window 4096 is not supported; null is"),
+    ("v3", {"softcap": 30.0}, "unknown key 'softcap' could change the mathematics; remove it if it does not"),
+    ("v3", {"quantization": {"bits": 4}}, "unknown key 'quantization' could change"),
+    ("v3", {"n_group": None}, "n_group: Input should be a valid integer, got None"),
+    ("v3", {"n_group": 0}, "n_routed_experts 256 must divide evenly into n_group 0; 1 means no groups"),
+    ("v3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported; 1 is"),
+    ("v3", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor 0.5 is not"),
+    ("v3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear' is not supported; yarn, llama3, default"),
+    ("v3", {"rope_scaling": {"type": "yarn", "rope_type": "llama3"}}, "rope_scaling.rope_type 'llama3' and 'yarn' is not"),
+    ("v3", {"rope_scaling": {"type": "default", "mrope_section": [8]}}, r"mrope_section \[8\] is not .* rope_type default"),
+    ("v3", {"rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": 0}}, "attention_factor: Input should be"),
+    ("v3", {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": 0}}, "truncate: Input should be a valid boolean"),
+    ("v3", {"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor: Field required"),
+    ("v3", {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 0.5}}, "beta_fast 0.5 must be at least beta_slow"),
+    ("v3", {"rope_scaling": {"type": "llama3", "factor": 2.0, "high_freq_factor": 1}}, "high_freq_factor 1.0 must be greater"),
+    ("v3", {"rope_scaling": "yarn"}, "rope_scaling must be an object or null, got 'yarn'"),
+    ("v3", {"rope_parameters": {"rope_theta": 5.0}}, "rope_theta is 10000 in one place and 5.0 in another; make them agree"),
+    ("v3", {"rope_parameters": {"type": "yarn", "factor": 2.0}}, "rope_scaling is {.* in one place and {.* in another"),
+    ("v3", {"hidden_size": "7168"}, "hidden_size: Input should be a valid integer.*got '7168'"),
+    ("v3", {"num_hidden_layers": True}, "num_hidden_layers: Input should be a valid integer.*got True"),
+    ("v3", {"norm_topk_prob": 1}, "norm_topk_prob: Input should be a valid boolean.*got 1"),
+    ("v3", {"rms_norm_eps": "1e-6"}, "rms_norm_eps: Input should be a valid number.*got '1e-6'"),
+    ("v3", {"rms_norm_eps": -1e-6}, "rms_norm_eps: Input should be greater than 0.*got -1e-06"),
+    ("v3", {"rope_theta": float("nan")}, "cannot be written as JSON again: Out of range float values are not JSON"),
+    ("v3", {"architectures": [float("inf")]}, "cannot be written as JSON again"),
+    ("v3", {"_name_or_path": "\ud800"}, "cannot be written as JSON again"),
+    ("v3", {"hidden_size": 10**12}, "hidden_size: Input should be less than or equal to 1048576, got 1000000000000"),
+    ("v3", {"num_hidden_layers": 10**9}, "num_hidden_layers: Input should be less than or equal to 1024, got 1000000000"),
+    ("v3", {"n_routed_experts": 16384}, "59 layers of n_routed_experts 16384 exceed 262144 in all"),
+    ("v3", {"bos_token_id": -1}, "bos_token_id: Input should be greater than or equal to 0, got -1"),
+    ("v3", {"eos_token_id": []}, r"eos_token_id must be a token's id or several, got \[\]"),
+    ("v3", {"eos_token_id": [1, True]}, r"eos_token_id must be a token's id or several, got \[1, True\]"),
+    ("v3", {"num_nextn_predict_layers": 2}, "num_nextn_predict_layers 2 is not supported; 0 or 1 is"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; 'silu' is"),
+    ("llama", {"attention_bias": True}, "attention_bias true is not supported for llama; false is"),
+    ("qwen3", {"attention_bias": True}, "attention_bias true is not supported for qwen3; false is"),
+    ("qwen2", {"attention_bias": False}, "attention_bias false is not supported for qwen2; true is"),
+    ("llama", {"mlp_bias": True}, "mlp_bias true is not supported; false is"),
+    ("llama", {"kv_lora_rank": 16}, "unknown key 'kv_lora_rank' could change"),
+    ("llama", {"rope_interleaved": True}, "rope_interleaved true is not supported; false is"),
+    ("mistral", {}, "sliding_window 4096 is not supported; null is"),  # where it is silent, transformers slides
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 16}, "use_sliding_window true is not supported; false is"),
+    ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types \['full_.* 'full_attention' in every"),
+    ("llama", {"num_key_value_heads": 0}, "num_key_value_heads must be at least 1 or null, got 0"),
+    ("llama", {"head_dim": False}, "head_dim must be at least 1 or null, got false"),
+    ("llama", {"num_attention_heads": 5}, "hidden_size 32 must divide evenly into num_attention_heads 5, or head_dim"),
+    ("llama", {"rope_scaling": {"type": "llama3", "factor": 8.0, "beta_fast": 3}}, "beta_fast 3 is not .* rope_type llama3"),
+    ("llama", {"rope_scaling": {"type": "llama3", "factor": 8.0, "attn_factor": 1}}, "attn_factor 1 is not .* llama3"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("base", "changes", "message"), REFUSED)
+def test_a_config_json_of_other_mathematics_is_refused(base: str, changes: dict[str, Any], message: str) -> None:
+    raw = DEEPSEEK_V3 if base == "v3" else LLAMA | {"model_type": base}
     with pytest.raises(SlingshotError, match=f"^here/config.json.*{message}") as refused:
-        ModelConfig.from_hf(DEEPSEEK_V3 | changes, "here/config.json")
+        ModelConfig.from_hf(raw | changes, "here/config.json")
     assert "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "changes", "message"),
-    [
-        ("llama", {"attention_bias": True}, "attention_bias true is not supported for llama; false is"),
-        ("qwen3", {"attention_bias": True}, "attention_bias true is not supported for qwen3; false is"),
-        ("qwen2", {"attention_bias": False}, "attention_bias false is not supported for qwen2; true is"),
-        ("llama", {"mlp_bias": True}, "mlp_bias true is not supported; false is"),
-        ("llama", {"kv_lora_rank": 16}, "unknown key 'kv_lora_rank' could change"),
-        ("llama", {"rope_interleaved": True}, "rope_interleaved true is not supported; false is"),
-        (
-            "mistral",
-            {},
-            "sliding_window 4096 is not supported; null is",
-        ),  # where config.json is silent, transformers slides
-        (
-            "qwen2",
-            {"use_sliding_window": True, "sliding_window": 16},
-            "use_sliding_window true is not supported; false is",
-        ),
-        (
-            "qwen3",
-            {"layer_types": ["full_attention", "sliding_attention"]},
-            r"layer_types \['full_.* is not supported; 'full_attention' in every",
-        ),
-        ("llama", {"num_key_value_heads": 0}, "num_key_value_heads must be at least 1 or null, got 0"),
-        ("llama", {"head_dim": False}, "head_dim must be at least 1 or null, got false"),
-        (
-            "llama",
-            {"num_attention_heads": 5},
-            "hidden_size 32 must divide evenly into num_attention_heads 5, or head_dim be given",
-        ),
-        (
-            "llama",
-            {"rope_scaling": {"type": "llama3", "factor": 8.0, "beta_fast": 3}},
-            "rope_scaling.beta_fast 3 is not supported; rope_type llama3",
-        ),
-    ],
-)
-def test_a_dense_config_json_of_other_mathematics_is_refused(
-    model_type: str, changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(SlingshotError, match=f"^here/config.json: {message}"):
-        ModelConfig.from_hf(LLAMA | {"model_type": model_type} | changes, "here/config.json")
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,11 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 def softmax_scale(config: ModelConfig) -> float:
     """Attention's scale: width^-0.5, for DeepSeek-V3 under YaRN times yarn_mscale(factor, mscale_all_dim)^2.
 
-    The two programs DeepSeek released agree where mscale = mscale_all_dim, as in V3's config.json: inference/model.py knows one mscale,
-    squares it into this scale and leaves cos and sin alone. Where the two differ, modeling_deepseek.py is followed, as it reads this
-    config.json: mscale_all_dim here, mscale and mscale_all_dim in `rotation_scale`. As there, YaRN holds at every length, where
-    inference/model.py leaves it out when its context is set no longer than the original one.
+    The two programs DeepSeek released agree where mscale = mscale_all_dim, as in V3's config.json: inference/model.py
+    knows one mscale, squares it into this scale and leaves cos and sin alone. Where the two differ, modeling_deepseek.py
+    is followed, as it reads this config.json: mscale_all_dim here, mscale and mscale_all_dim in `rotation_scale`. As
+    there, YaRN holds at every length, where inference/model.py leaves it out when its context is no longer than the
+    original one.
     """
     scale = config.qk_head_dim**-0.5
     rope = config.rope_scaling
@@ -36,23 +37,29 @@ def softmax_scale(config: ModelConfig) -> float:
 def rotation_scale(config: ModelConfig) -> float:
     """Factor of cos and sin under YaRN; 1 without.
 
-    DeepSeek-V3: yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim), as in its modeling_deepseek.py. transformers takes
-    that only where both are given and not 0, and yarn_mscale(factor, 1) otherwise: DeepSeek is followed for deepseek_v3, transformers,
-    whose models these are, for the dense family (Qwen2.5's long-context configs give neither).
+    DeepSeek-V3: yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim), as in its modeling_deepseek.py.
+    transformers takes that only where both are given and not 0, and yarn_mscale(factor, 1) otherwise: DeepSeek is
+    followed for deepseek_v3, transformers, whose models these are, for the dense family (Qwen2.5's long-context configs
+    give neither). A config's attention_factor replaces all of that, as in transformers; attn_factor multiplies it, as in
+    vLLM, for which it was written.
     """
     rope = config.rope_scaling
     if rope is None or rope.rope_type != "yarn":
         return 1.0
-    if config.family == "dense" and not (rope.mscale and rope.mscale_all_dim):
-        return yarn_mscale(rope.factor, 1.0)
-    return yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)
+    if rope.attention_factor is not None:
+        own = rope.attention_factor
+    elif config.family == "dense" and not (rope.mscale and rope.mscale_all_dim):
+        own = yarn_mscale(rope.factor, 1.0)
+    else:
+        own = yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)
+    return own * rope.attn_factor
 
 
 def frequencies(config: ModelConfig) -> Tensor:
     """Angular frequency of each rotated pair, float32 [R].
 
-    YaRN: by parts (arXiv 2309.00071, 3.2), the ramp's ends rounded and clamped as in modeling_deepseek.py and transformers. Llama 3: as in
-    transformers, which took it over from Meta's release of Llama 3.1.
+    YaRN: by parts (arXiv 2309.00071, 3.2), the ramp's ends rounded (unless truncate is false) and clamped as in
+    modeling_deepseek.py and transformers. Llama 3: as in transformers, which took it over from Meta's release of 3.1.
     """
     width = config.head_dim if config.family == "dense" else config.qk_rope_head_dim
     exponent = torch.arange(0, width, 2, dtype=torch.float32) / width
@@ -70,8 +77,10 @@ def frequencies(config: ModelConfig) -> Tensor:
     def pair_with_rotations(rotations: float) -> float:
         return width * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
-    low = max(math.floor(pair_with_rotations(rope.beta_fast)), 0)
-    high = min(math.ceil(pair_with_rotations(rope.beta_slow)), width - 1)
+    low, high = pair_with_rotations(rope.beta_fast), pair_with_rotations(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
     ramp = (torch.arange(width // 2, dtype=torch.float32) - low) / (high - low or 0.001)
     interpolated = ramp.clamp(0, 1)
     return plain / rope.factor * interpolated + plain * (1 - interpolated)
@@ -85,7 +94,7 @@ def rotary(config: ModelConfig, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x_BTHR: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, interleaved: bool) -> Tensor:
-    """Turn the pairs of x by the given angles. Interleaved input comes out half-split: a fixed permutation that q and k share."""
+    """Turn the pairs of x by the given angles. Interleaved input comes out half-split, as q and k alike do."""
     cos, sin = cos_BTR.unsqueeze(2), sin_BTR.unsqueeze(2)
     first, second = (x_BTHR[..., 0::2], x_BTHR[..., 1::2]) if interleaved else x_BTHR.chunk(2, dim=-1)
     first, second = first.float(), second.float()

@@ -159,8 +159,8 @@ def test_an_untruncated_ramp_begins_between_two_pairs() -> None:
     yarn = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096}
     values = ModelConfig.from_hf(LLAMA | {"head_dim": 64, "rope_scaling": yarn | {"truncate": False}})
     ratio = frequencies(values) / frequencies(values.model_copy(update={"rope_scaling": None}))
-    # 64 ln(4096 / (2 pi r)) / (2 ln 10000) is 10.471 for r = 32 and 22.513 for r = 1
-    assert ratio[12] == pytest.approx(1 - (12 - 10.471) / (22.513 - 10.471) * (1 - 1 / 40), rel=1e-4)
+    # 64 ln(4096 / (2 pi r)) / (2 ln 10000) is 10.4722 for r = 32 and 22.5134 for r = 1
+    assert ratio[12] == pytest.approx(1 - (12 - 10.4722) / (22.5134 - 10.4722) * (1 - 1 / 40), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,8 @@ _HARMLESS_KEYS = {
     "_attn_implementation_autoset", "unsloth_fixed", "unsloth_version",
     # transformers' own of all models, some of them settings of its generate()
     "return_dict", "output_hidden_states", "output_attentions", "output_scores", "return_dict_in_generate",
-    "torchscript", "use_bfloat16", "tf_legacy_loss", "chunk_size_feed_forward", "cross_attention_hidden_size", "max_length",
+    "torchscript", "use_bfloat16", "tf_legacy_loss", "chunk_size_feed_forward", "cross_attention_hidden_size",
+    "max_length",
     "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature",
     "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
     "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "forced_bos_token_id",

@@ -22,7 +22,7 @@ def softmax_scale(config: ModelConfig) -> float:
     """Attention's scale: width^-0.5, for DeepSeek-V3 under YaRN times yarn_mscale(factor, mscale_all_dim)^2.
 
     The two programs DeepSeek released agree where mscale = mscale_all_dim, as in V3's config.json: inference/model.py
-    knows one mscale, squares it into this scale and leaves cos and sin alone. Where the two differ, modeling_deepseek.py
+    knows one mscale, squares it into this scale and leaves cos and sin alone. Where they differ, modeling_deepseek.py
     is followed, as it reads this config.json: mscale_all_dim here, mscale and mscale_all_dim in `rotation_scale`. As
     there, YaRN holds at every length, where inference/model.py leaves it out when its context is no longer than the
     original one.
@@ -40,8 +40,8 @@ def rotation_scale(config: ModelConfig) -> float:
     DeepSeek-V3: yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim), as in its modeling_deepseek.py.
     transformers takes that only where both are given and not 0, and yarn_mscale(factor, 1) otherwise: DeepSeek is
     followed for deepseek_v3, transformers, whose models these are, for the dense family (Qwen2.5's long-context configs
-    give neither). A config's attention_factor replaces all of that, as in transformers; attn_factor multiplies it, as in
-    vLLM, for which it was written.
+    give neither). A config's attention_factor replaces all of that, as in transformers; attn_factor multiplies it, as
+    in vLLM, for which it was written.
     """
     rope = config.rope_scaling
     if rope is None or rope.rope_type != "yarn":

@@ -365,7 +365,7 @@ def _find(source: str) -> tuple[str, str]:
     """A recipe's name and text, from the path of a TOML file or the name of a shipped one."""
     if source.endswith(".toml") or os.sep in source:
         return Path(source).stem, read_text(Path(source))
-    shipped = importlib.resources.files("slingshot") / "recipes"
+    shipped = importlib.resources.files("slingshot.recipe") / "recipes"
     names = sorted(file.name.removesuffix(".toml") for file in shipped.iterdir() if file.name.endswith(".toml"))
     if source not in names:
         raise SlingshotError(f"no recipe {source!r}; {nearest(source, names)} (or give the path of a .toml file)")

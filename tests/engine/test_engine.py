@@ -3,6 +3,7 @@
 import copy
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -441,6 +442,14 @@ def test_text_prompts_begin_with_bos_where_the_tokenizer_says_so(dense_model, to
     assert output.prompt_token_ids == [tokenizer.bos_id, *tokenizer.encode("3+4")]
 
 
+def test_a_sample_that_ignores_the_end_has_its_full_length(model, tokenizer):
+    ends = SamplingParams(max_tokens=24, n=32)
+    for params, reasons in ((ends, {"stop", "length"}), (replace(ends, ignore_eos=True), {"length"})):
+        (output,) = Engine(model, tokenizer).generate(prompts_of(1), params)
+        assert {sample.finish_reason for sample in output.outputs} == reasons
+        assert {len(sample.token_ids) for sample in output.outputs if sample.finish_reason == "length"} == {24}
+
+
 def test_update_weights_reaches_copies_and_is_refused_in_flight(model, tokenizer):
     prompts, params = prompts_of(8), SamplingParams(max_tokens=12, temperature=0)
     other = copy.deepcopy(model)
@@ -455,8 +464,13 @@ def test_update_weights_reaches_copies_and_is_refused_in_flight(model, tokenizer
     for engine in (shared, own):
         engine.update_weights(other)
         assert token_ids(engine.generate(prompts, params)) == expected
-    own.update_weights(model.state_dict())
+    own.update_weights((name, tensor) for name, tensor in model.state_dict().items())
     assert token_ids(own.generate(prompts, params)) == before
+    for state in ({}, {"lm_head.bias": torch.zeros(1)}):
+        with pytest.raises(
+            SlingshotError, match=r"update_weights: \S+ (is missing|of shape \(1,\) is not of this model)"
+        ):
+            own.update_weights(state)
     own.add(prompts[0], params)
     with pytest.raises(SlingshotError, match="1 requests are in flight"):
         own.update_weights(other)

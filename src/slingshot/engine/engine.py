@@ -214,17 +214,27 @@ class Engine:
                 yield kind, rest
         return completion
 
-    def update_weights(self, source: Transformer | Mapping[str, Tensor]) -> None:
-        """Take over new weights: a model or its state dict, cast to the engine's dtype. A shared model has them already.
+    @torch.no_grad()
+    def update_weights(self, source: Transformer | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+        """Take over new weights, cast to the engine's dtype: a model, its state dict, or pairs that are taken one by one.
 
+        Tensors that the engine shares with the model are there already.
         Raises SlingshotError while requests are in flight: their cached prefixes belong to the old weights.
         """
         if self._requests:
             raise SlingshotError(
                 f"update_weights: {len(self._requests)} requests are in flight; finish or abort them first"
             )
-        if source is not self.model:
-            self.model.load_state_dict(source.state_dict() if isinstance(source, Transformer) else source)
+        state = source.state_dict() if isinstance(source, Transformer) else source
+        own, taken = self.model.state_dict(), set()
+        for name, tensor in state.items() if isinstance(state, Mapping) else state:
+            taken.add(name)
+            if name not in own or own[name].shape != tensor.shape:
+                raise SlingshotError(f"update_weights: {name} of shape {tuple(tensor.shape)} is not of this model")
+            if own[name].data_ptr() != tensor.data_ptr():
+                own[name].copy_(tensor)
+        if missing := own.keys() - taken:
+            raise SlingshotError(f"update_weights: {min(missing)} is missing")
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

@@ -27,6 +27,7 @@ class SamplingParams:
 
     max_tokens: tokens at most, the end-of-sequence token included. temperature 0 is greedy. top_p 1 and top_k 0 keep the whole vocabulary.
     n: samples of the same prompt. stop: the text ends before the first of these strings; stop_token_ids: ids that end it besides the tokenizer's own.
+    ignore_eos: nothing but max_tokens and stop strings end a sample, for timings.
     """
 
     max_tokens: int = 256
@@ -37,6 +38,7 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         stop: object = self.stop  # a lone string is a tuple of characters to Python: the mistake everyone makes once

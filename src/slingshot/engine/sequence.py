@@ -84,7 +84,8 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.stream = noise_stream(request.params.seed, request.key, index)
         self.watch = StopWatch(request.params.stop, request.tokenizer) if request.params.stop else None
-        self._ends = request.tokenizer.eos_ids | set(request.params.stop_token_ids)
+        params = request.params
+        self._ends = set() if params.ignore_eos else request.tokenizer.eos_ids | set(params.stop_token_ids)
         self._budget = request.limit - len(request.prompt)
 
     @property

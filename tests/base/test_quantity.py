@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from slingshot.base.errors import SlingshotError
 from slingshot.base.quantity import (
     count,
+    plural,
     seconds,
     share,
     show_count,
     show_duration,
     show_energy,
+    show_flops,
     show_money,
-    show_price,
     show_seconds,
     show_share,
     show_size,
@@ -112,6 +113,10 @@ def test_prints() -> None:
     assert [show_seconds(number) for number in (4_701_158, 0.05, 7200)] == ["54.4 d", "50 ms", "2 h"]
     assert [show_money(number) for number in (5_576_000, 2, 0.0318)] == ["$5,576,000", "$2.00", "$0.0318"]
     assert show_share(0.38912) == "38.9%"
-    assert [show_duration(duration) for duration in (0.42, 75, 3725)] == ["0.4 s", "1 min 15 s", "1 h 02 min"]
+    assert [show_duration(duration) for duration in (0.42, 75, 3725)] == ["0.42 s", "1 min 15 s", "1 h 02 min"]
     assert [show_energy(joules) for joules in (None, 1800, 7.2e6)] == ["", "0.5 Wh", "2 kWh"]
-    assert [show_price(money) for money in (None, 0.0, 0.004, 1234.5)] == ["", "0.00", "under 0.01", "1,234.50"]
+    assert [show_money(money, "") for money in (None, 0.0, 0.004, 2.5, 1234.5)] == ["", "0", "0.004", "2.50", "1,234"]
+    assert [show_flops(flops) for flops in (0, 15, 91.9e9, 3.1e15, 3.3e24)] == [
+        "0 FLOP", "15 FLOP", "91.9 GFLOP", "3.1 PFLOP", "3.3 YFLOP",
+    ]  # fmt: skip
+    assert [plural(count, "step") for count in (0, 1, 2500)] == ["0 steps", "1 step", "2,500 steps"]

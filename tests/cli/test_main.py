@@ -128,7 +128,7 @@ def test_a_stage_takes_a_model_and_keys_and_a_file(command: Command, stage: Simp
     (tmp_path / "keys.toml").write_text("lr = 0.25\nsizes.a = 1\n")
     code, out, _ = command("rl", "runs/base", "lr=1e-4", "--config", tmp_path / "keys.json", "--out", tmp_path / "new")
     assert code == 0
-    assert out.startswith(f"made {tmp_path / 'new'}: 1.5k tokens, 2.0G FLOPs\nnext: slingshot chat {tmp_path / 'new'}")
+    assert out.startswith(f"made {tmp_path / 'new'}: 1.5K tokens, 2 GFLOP\nnext: slingshot chat {tmp_path / 'new'}")
     assert command("sft", "--out", tmp_path / "new", "sizes.b=2", "--config", tmp_path / "keys.toml")[0] == 0
     assert stage.ran == [
         (Config(model="runs/base", lr=1e-4, seed=3), tmp_path / "new"),

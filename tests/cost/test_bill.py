@@ -101,9 +101,9 @@ def test_the_door_prints_every_stage_and_the_sum(run: Path) -> None:
     door.show(run / "sft", Console(file=target, width=200))
     lines = [" ".join(line.split()) for line in target.getvalue().splitlines()]
     assert lines[0] == "stage kind tokens FLOPs time device time memory energy money"
-    assert lines[1] == "base pretrain 10 10K 1 min 40 s 1 min 40 s 1 B 2 Wh 1.00"
-    assert lines[2] == "rl rl 10 5K 50.0 s 3 min 20 s 1 B 0.25"
-    assert lines[5] == "in all 40 17.5K 2 min 55 s 5 min 25 s 1 B 2 Wh 1.25"
+    assert lines[1] == "base pretrain 10 10 KFLOP 1 min 40 s 1 min 40 s 1 B 2 Wh 1.00"
+    assert lines[2] == "rl rl 10 5 KFLOP 50 s 3 min 20 s 1 B 0.25"
+    assert lines[5] == "in all 40 17.5 KFLOP 2 min 55 s 5 min 25 s 1 B 2 Wh 1.25"
     text = target.getvalue()
     assert "is gone; what it cost is not counted" in text and "money is known of some stages only" in text
     target = io.StringIO()

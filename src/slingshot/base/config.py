@@ -5,13 +5,13 @@ config = SFTConfig.parse(table, "recipe.toml [sft]")       # SlingshotError of o
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slingshot.base.errors import SlingshotError
+from slingshot.base.names import did_you_mean
 
 
 class Strict(BaseModel):
@@ -31,9 +31,10 @@ class Strict(BaseModel):
             key = printable(".".join(str(part) for part in first["loc"]))
             place = f"{where}.{key}" if where and key else where or key
             if first["type"] == "extra_forbidden":
-                names = list(_nested(cls, first["loc"][:-1]).model_fields)
-                near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(names)}"
+                owner = _nested(cls, first["loc"][:-1])
+                hint = did_you_mean(str(first["loc"][-1]), owner.model_fields)
+                if issubclass(owner, StageConfig) and not hint.endswith("?"):
+                    hint += f"; slingshot {owner.__module__.rpartition('.')[2]} --keys tells of all"
                 raise SlingshotError(f"{place}: unknown key; {hint}") from error
             message = first["msg"].removeprefix("Value error, ")
             given = "" if first["type"] in {"missing", "value_error"} else f", got {first['input']!r:.80}"

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from slingshot.base.quantity import show_duration
+
 _QUIET_SECONDS = 15.0
 
 
@@ -58,4 +60,4 @@ class Progress:
         elif self.shown and (time.monotonic() - self._last > _QUIET_SECONDS or step == self.total):
             self._last = time.monotonic()
             left = (self._last - self._start) / max(1, step - self._first) * (self.total - step)
-            print(f"{self.title} {step}/{self.total}  {text}  {left:.0f} s left", file=sys.stderr, flush=True)
+            print(f"{self.title} {step}/{self.total}  {text}  {show_duration(left)} left", file=sys.stderr, flush=True)

@@ -4,19 +4,20 @@ count("14.8T")            # 14.8e12; K, M, B or G, T, P, E are powers of 1000
 size("80GiB")             # 85899345920.0; KB, MB, GB ... are powers of 1000, KiB, MiB, GiB ... of 1024
 seconds("50ms")           # 0.05; us, ms, s, min, h, d
 
-show_count(14.8e12)       # "14.8T"
+show_count(14.8e12)       # "14.8T";  show_flops(3.1e15) "3.1 PFLOP";  plural(1234, "step") "1,234 steps"
 show_size(85899345920)    # "80 GiB"
-show_money(5576000)       # "$5,576,000"
+show_duration(4000)       # "1 h 06 min", as a clock says; show_seconds(0.05) "50 ms", in one unit
+show_money(5576000)       # "$5,576,000"; show_energy(1800) "0.5 Wh"; show_share(0.389) "38.9%"
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping
 
 from slingshot.base.errors import SlingshotError
+from slingshot.base.names import did_you_mean
 
 COUNTS = {"": 1e0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
 SIZES = {"": 1.0, "B": 1.0}
@@ -80,8 +81,7 @@ def _read(text: str | float, what: str, suffixes: Mapping[str, float], examples:
         by_case = {suffix.lower(): factor for suffix, factor in suffixes.items()}
         suffix = match[2].lower()
         if suffix not in by_case:
-            near = difflib.get_close_matches(match[2], list(suffixes), n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]}?" if near and near[0] else f"write {examples}"
+            hint = did_you_mean(match[2], filter(None, suffixes), f"write {examples}", cutoff=0.4)
             raise SlingshotError(f"{what} {shown!r}: unknown unit {match[2]!r:.40}; {hint}")
         number = float(match[1].replace(",", "").replace("_", "")) * by_case[suffix]
     else:
@@ -101,49 +101,57 @@ def show_count(number: float, digits: int = 3) -> str:
     return f"{number:.{digits}g}" if number >= 1e18 else _plain(number, digits)
 
 
+def show_flops(flops: float) -> str:
+    """3.1e15 -> "3.1 PFLOP"."""
+    return _scaled(flops, {f"{prefix}FLOP": 1000.0**power for power, prefix in enumerate(("", *"KMGTPEZY"))})
+
+
 def show_size(n_bytes: float) -> str:
     """85899345920 -> "80 GiB"."""
-    for power, prefix in ((5, "Pi"), (4, "Ti"), (3, "Gi"), (2, "Mi"), (1, "Ki")):
-        if n_bytes >= 1024**power:
-            return f"{_plain(n_bytes / 1024**power, 3)} {prefix}B"
-    return f"{_plain(n_bytes, 3)} B"
+    return _scaled(n_bytes, {"B": 1.0} | {unit: factor for unit, factor in SIZES.items() if unit.endswith("iB")})
 
 
 def show_seconds(duration: float) -> str:
     """0.05 -> "50 ms"; 4680000 -> "54.2 d"."""
-    for unit in ("d", "h", "min", "s", "ms"):
-        if duration >= SECONDS[unit]:
-            return f"{_plain(duration / SECONDS[unit], 3)} {unit}"
-    return f"{_plain(duration / SECONDS['us'], 3)} us"
+    return _scaled(duration, SECONDS)
 
 
 def show_duration(duration: float) -> str:
     """4000 -> "1 h 06 min"."""
     minutes, rest = divmod(round(duration), 60)
     hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{duration:.1f} s"
-    )
+    if hours:
+        return f"{hours:,} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{_plain(duration, 2)} s"
 
 
 def show_energy(joules: float | None) -> str:
-    """In watt-hours; nothing where it is not known."""
-    return "" if joules is None else f"{joules / 3.6e6:.3g} kWh" if joules >= 3.6e6 else f"{joules / 3600:.3g} Wh"
+    """1800 -> "0.5 Wh"; nothing where it is not known."""
+    return "" if joules is None else _scaled(joules / 3600, {"Wh": 1e0, "kWh": 1e3, "MWh": 1e6, "GWh": 1e9})
 
 
-def show_price(money: float | None) -> str:
-    """To the cent, in whatever currency; nothing where none is known."""
-    return "" if money is None else f"{money:,.2f}" if money >= 0.01 or not money else "under 0.01"
-
-
-def show_money(money: float) -> str:
-    """5576000 -> "$5,576,000"; 0.0318 -> "$0.0318"."""
-    return f"${money:,.0f}" if money >= 1000 else f"${money:,.2f}" if money >= 1 else f"${_plain(money, 3)}"
+def show_money(money: float | None, currency: str = "$") -> str:
+    """5576000 -> "$5,576,000"; 0.0318 -> "$0.0318"; nothing where it is not known."""
+    if money is None:
+        return ""
+    return currency + (f"{money:,.0f}" if money >= 1000 else f"{money:,.2f}" if money >= 1 else _plain(money, 3))
 
 
 def show_share(part: float) -> str:
     """0.3894 -> "38.9%"."""
     return f"{100 * part:.1f}%"
+
+
+def plural(count: int, noun: str) -> str:
+    """1 -> "1 step"; 2500 -> "2,500 steps"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _scaled(number: float, units: Mapping[str, float]) -> str:
+    """Three figures in the largest unit that leaves at least 1, else in the smallest."""
+    largest_first = sorted(units, key=units.__getitem__, reverse=True)
+    unit = next((unit for unit in largest_first if number >= units[unit]), largest_first[-1])
+    return f"{_plain(number / units[unit], 3)} {unit}"
 
 
 def _plain(number: float, digits: int) -> str:

@@ -9,7 +9,6 @@ Without torch, so that it answers at once; only a .gguf file needs the reader of
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -22,6 +21,8 @@ from rich.text import Text
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import inside, read_json
+from slingshot.base.names import closest
+from slingshot.base.quantity import plural, show_count, show_size
 from slingshot.checkpoint.gguf.file import GGUFFile
 from slingshot.checkpoint.hub import hub_name, locate, remote_headers
 from slingshot.checkpoint.layout import layout
@@ -89,8 +90,8 @@ def _locate(source: str) -> Path:
     try:
         return locate(source)
     except SlingshotError as error:
-        near = difflib.get_close_matches(source.lower(), presets(), n=1, cutoff=0.7)
-        raise SlingshotError(f"{error}; or did you mean the preset {near[0]}?" if near else str(error)) from error
+        near = closest(source, presets(), cutoff=0.7)
+        raise SlingshotError(f"{error}; or did you mean the preset {near}?" if near else str(error)) from error
 
 
 def _examine_folder(folder: Path, facts: Facts) -> ModelConfig | None:
@@ -417,18 +418,18 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[_Row], str]]:
         yield "KV cache in bfloat16", list(_cache_rows(facts["model"], facts["cache"])), ""
         mtp = facts["parameters"]["mtp"] > 0
         memory: list[_Row] = [
-            (dtype, _size(by["main"]), *([_size(by["main"] + by["mtp"])] if mtp else []))
+            (dtype, show_size(by["main"]), *([show_size(by["main"] + by["mtp"])] if mtp else []))
             for dtype, by in facts["memory"].items()
         ]
         yield "Memory of the weights" + (", without and with the MTP module" if mtp else ""), memory, ""
     if files := facts["files"]:
         stored: list[_Row] = [
-            (dtype, _plural(entry["tensors"], "tensor"), _size(entry["bytes"]))
+            (dtype, plural(entry["tensors"], "tensor"), show_size(entry["bytes"]))
             for dtype, entry in files["dtypes"].items()
         ]
         yield (
             "Stored",
-            [*stored, (_plural(files["files"], "file"), _plural(files["tensors"], "tensor"), _size(files["bytes"]))],
+            [*stored, (plural(files["files"], "file"), plural(files["tensors"], "tensor"), show_size(files["bytes"]))],
             "",
         )
     if tokenizer := facts["tokenizer"]:
@@ -502,43 +503,29 @@ def _parameter_rows(facts: Facts) -> Iterator[_Row]:
     }
     for name, count in rows.items():
         if count:
-            yield name, f"{count:,}", _short(count)
+            yield name, f"{count:,}", show_count(count, 4)
     if checkpoint["numbers"] != counts["total"]:
-        yield f"all, in {checkpoint['tensors']:,} tensors", f"{checkpoint['numbers']:,}", _short(checkpoint["numbers"])
+        yield (
+            f"all, in {checkpoint['tensors']:,} tensors",
+            f"{checkpoint['numbers']:,}",
+            show_count(checkpoint["numbers"], 4),
+        )
     if facts["files"] is None:
-        yield "a checkpoint's size", "", _size(checkpoint["bytes"])
+        yield "a checkpoint's size", "", show_size(checkpoint["bytes"])
 
 
 def _active_rows(counts: Facts) -> Iterator[_Row]:
-    yield "with embedding and head", _short(counts["active"])
-    yield "without the input embedding", _short(counts["active_without_embedding"])
-    yield "without both", _short(counts["active_without_embedding_and_head"])
+    yield "with embedding and head", show_count(counts["active"], 4)
+    yield "without the input embedding", show_count(counts["active_without_embedding"], 4)
+    yield "without both", show_count(counts["active_without_embedding_and_head"], 4)
 
 
 def _cache_rows(model: Facts, cache: Facts) -> Iterator[_Row]:
     ratio = cache["bytes_per_token_of_mha"] / cache["bytes_per_token"]
     yield "one token", f"{cache['bytes_per_token']:,} bytes"
-    yield "full context", f"{_size(cache['bytes_at_full_context'])} for {model['max_position_embeddings']:,} tokens"
+    yield "full context", f"{show_size(cache['bytes_at_full_context'])} for {model['max_position_embeddings']:,} tokens"
     if ratio > 1:
         yield "as plain MHA", f"{cache['bytes_per_token_of_mha']:,} bytes a token, {ratio:.0f} times as much"
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def _short(count: int) -> str:
-    for scale, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return str(count)
-
-
-def _size(count: float) -> str:
-    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if count >= 2**power:
-            return f"{count / 2**power:,.1f} {unit}"
-    return f"{count:,.0f} bytes"
 
 
 def _plain(text: str) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from slingshot.base.quantity import show_count, show_duration, show_energy, show_price
+from slingshot.base.quantity import show_count, show_duration, show_energy, show_flops, show_money
 from slingshot.cost.bill import Bill, total
 from slingshot.cost.receipt import Receipt
 
@@ -56,9 +56,9 @@ def _row(name: str, kind: str, spent: Receipt | Bill, devices: bool) -> list[str
         name,
         kind,
         show_count(spent.tokens),
-        show_count(spent.flops),
+        show_flops(spent.flops),
         *times,
         spent.peak_memory,
         show_energy(spent.energy_joules),
-        show_price(spent.money),
+        show_money(spent.money, ""),
     ]

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from slingshot.base.quantity import plural, show_size
 from slingshot.machine.device import (
     BF16_WORTH_IT,
     auto_device,
@@ -56,15 +57,13 @@ def examine(console: Console, seconds: float = 0.5, calibrate: bool = False) -> 
     machine = describe_machine(device)
 
     has = Table(show_header=False, box=None, pad_edge=False)
-    has.add_row("processor", f"{machine.cpu}, {_plural(machine.cores, 'core')}")
-    has.add_row(
-        "memory", f"{machine.memory_bytes / 2**30:.1f} GiB, read at {(measurement.bandwidth or 0) / 1e9:.1f} GB/s"
-    )
-    has.add_row("free disk here", f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB")
+    has.add_row("processor", f"{machine.cpu}, {plural(machine.cores, 'core')}")
+    has.add_row("memory", f"{show_size(machine.memory_bytes)}, read at {(measurement.bandwidth or 0) / 1e9:.1f} GB/s")
+    has.add_row("free disk here", show_size(shutil.disk_usage(Path.cwd()).free))
     has.add_row("accelerator", machine.accelerator or "none that torch can use")
     has.add_row(
         "software",
-        f"Python {platform.python_version()}, torch {machine.torch}, {_plural(machine.threads or 0, 'thread')}",
+        f"Python {platform.python_version()}, torch {machine.torch}, {plural(machine.threads or 0, 'thread')}",
     )
 
     fast = Table(box=None, pad_edge=False, header_style="dim")
@@ -88,7 +87,7 @@ def examine(console: Console, seconds: float = 0.5, calibrate: bool = False) -> 
         console.print()
     if load > machine.cores / 2:
         console.print(
-            f"The machine is busy (load {load:.1f} on {_plural(machine.cores, 'core')}): its full speed shows when it is idle."
+            f"The machine is busy (load {load:.1f} on {plural(machine.cores, 'core')}): its full speed shows when it is idle."
         )
     anew = ", in place of what was measured before" if calibrate else ""
     where = (
@@ -107,7 +106,3 @@ def verdict(device: torch.device, measurement: Measurement) -> str:
         f"bfloat16 multiplies {gain:.1f} times as fast as float32 here, {comparison} the {BF16_WORTH_IT} times that pay"
     )
     return f"{chosen} on {device.type}: {reason}."
-
-
-def _plural(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

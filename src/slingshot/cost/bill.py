@@ -12,12 +12,12 @@ artifact in its place is not counted.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
+from slingshot.base.names import closest
 from slingshot.cost.receipt import RECEIPT, Parent, PeakMemory, Receipt, artifact_digest
 
 
@@ -117,8 +117,6 @@ def _way_out(path: Path) -> str:
     if near:
         return f"give one of its artifacts, such as {near[-1]}"
     beside = sorted(file.parent for file in path.parent.glob(f"*/{RECEIPT}")) if path.parent.is_dir() else []
-    if beside:
-        closest = difflib.get_close_matches(path.name, [place.name for place in beside], n=1)
-        if closest:
-            return f"did you mean {path.parent / closest[0]}?"
+    if near := closest(path.name, [place.name for place in beside]):
+        return f"did you mean {path.parent / near}?"
     return "give the folder of an artifact that a stage made"

@@ -11,11 +11,11 @@ fill is the plan's assumption. Prices are examples of what an hour of one device
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
+from slingshot.base.names import closest
 from slingshot.machine.machine import describe, measurements
 
 GIB = 2.0**30
@@ -155,8 +155,8 @@ def device(name: str) -> Device:
         return local_device()
     found = DEVICES.get(name.lower().replace("_", "-").replace(" ", ""))
     if found is None:
-        near = difflib.get_close_matches(name.lower(), DEVICES, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
+        near = closest(name, DEVICES, cutoff=0.4)
+        hint = f"did you mean {near}? " if near else ""
         raise SlingshotError(
             f"no device is called {name!r:.60}; {hint}the table has {', '.join(DEVICES)}; local is this machine"
         )
@@ -194,8 +194,8 @@ def local_device() -> Device:
 def dtype_peak(device: Device, dtype: str) -> float:
     """FLOP/s of `device` in `dtype`. SlingshotError when it has no such products."""
     if dtype not in device.peak:
-        near = difflib.get_close_matches(dtype, device.peak, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]}? " if near else ""
+        near = closest(dtype, device.peak, cutoff=0.3)
+        hint = f"did you mean {near}? " if near else ""
         raise SlingshotError(
             f"{device.name} has no products in {dtype!r:.40}; {hint}it multiplies in {', '.join(device.peak)}"
         )

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,6 +17,7 @@ from pydantic import Field, StrictBool, model_validator
 from slingshot.base.config import Strict, printable
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json
+from slingshot.base.names import did_you_mean
 from slingshot.model import hf_config
 
 PRESETS = Path(__file__).parent / "presets"
@@ -220,8 +220,7 @@ class ModelConfig(Strict):
         """A published model's configuration, by its name in `presets()`."""
         names = presets()
         if name not in names:
-            near = difflib.get_close_matches(str(name).lower(), names, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+            hint = did_you_mean(str(name), names, f"there are {', '.join(names)}")
             raise SlingshotError(f"no preset is called {printable(str(name))}; {hint}")
         file = PRESETS / f"{name}.json"
         return cls.from_hf(read_json(file), str(file))

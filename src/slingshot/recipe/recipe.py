@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import difflib
 import fcntl
 import importlib
 import importlib.resources
@@ -51,6 +50,8 @@ from rich.text import Text
 from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, read_jsonl, read_text, write_json
+from slingshot.base.names import did_you_mean
+from slingshot.base.quantity import show_count, show_duration, show_flops
 from slingshot.cost.receipt import Receipt
 
 # Every kind of stage, slingshot.stages.<kind>, and what it does in a few words.
@@ -76,12 +77,6 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal this process gets when its pa
 def stage_module(kind: str) -> Any:
     """The module of a kind of stage: its `Config` and `run(config, out)`. Imported when asked for, since it brings torch."""
     return importlib.import_module(f"slingshot.stages.{kind}")
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """The way out of a misspelt name: the one that was probably meant, or all there are."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
@@ -152,7 +147,7 @@ def headline(folder: Path) -> str:
     receipt = Receipt.read(folder)
     if "bits_per_byte" in receipt.extra:
         parts.append(f"{receipt.extra['bits_per_byte']:.3f} bits per byte of held-out text")
-    return ", ".join([*parts, f"{_amount(receipt.tokens)} tokens", f"{_amount(receipt.flops)} FLOPs"])
+    return ", ".join([*parts, f"{show_count(receipt.tokens)} tokens", show_flops(receipt.flops)])
 
 
 @dataclass(frozen=True)
@@ -177,7 +172,7 @@ class Recipe:
             path, _ = parse_override(override)
             if len(path) < 2 or path[0] not in {*tables, "defaults", "evaluation"}:
                 raise SlingshotError(
-                    f"{override!r}: an override is written STAGE.KEY=VALUE; {nearest(path[0], list(tables))}"
+                    f"{override!r}: an override is written STAGE.KEY=VALUE; {did_you_mean(path[0], list(tables))}"
                 )
             apply_override(tables, override)
         return cls(name, _stages(name, tables, seed))
@@ -189,7 +184,7 @@ class Recipe:
         names = [stage.name for stage in self.stages]
         if name not in names:
             raise SlingshotError(
-                f"--until {name}: the recipe {self.name} has no such stage; {nearest(name, _plain(names))}"
+                f"--until {name}: the recipe {self.name} has no such stage; {did_you_mean(name, _plain(names))}"
             )
         last = max(names.index(name), names.index(f"{name}.evaluation") if f"{name}.evaluation" in names else 0)
         return self.stages[: last + 1]
@@ -243,7 +238,7 @@ class _Run:
             self._execute(stage)
             report.build(self.out)
             self._say(
-                f"{place} {stage.name}: done in {_duration(time.monotonic() - begin)}; {headline(self.out / stage.folder)}",
+                f"{place} {stage.name}: done in {show_duration(time.monotonic() - begin)}; {headline(self.out / stage.folder)}",
                 "green",
             )
         report.build(self.out)
@@ -368,7 +363,7 @@ def _find(source: str) -> tuple[str, str]:
     shipped = importlib.resources.files("slingshot.recipe") / "recipes"
     names = sorted(file.name.removesuffix(".toml") for file in shipped.iterdir() if file.name.endswith(".toml"))
     if source not in names:
-        raise SlingshotError(f"no recipe {source!r}; {nearest(source, names)} (or give the path of a .toml file)")
+        raise SlingshotError(f"no recipe {source!r}; {did_you_mean(source, names)} (or give the path of a .toml file)")
     return source, (shipped / f"{source}.toml").read_text(encoding="utf-8")
 
 
@@ -395,7 +390,7 @@ def _stages(recipe: str, tables: dict[str, Any], seed: int | None) -> tuple[Stag
                 why = (
                     f"[{other}] comes later; move it up"
                     if other in tables
-                    else nearest(other, _plain(list(stages)))
+                    else did_you_mean(other, _plain(list(stages)))
                     if stages
                     else "it is the first"
                 )
@@ -418,7 +413,7 @@ def _stages(recipe: str, tables: dict[str, Any], seed: int | None) -> tuple[Stag
             )
         if kind not in KINDS:
             missing = "has no stage = ..." if kind is None else f"stage = {kind!r} is no kind of stage"
-            raise SlingshotError(f"recipe {recipe}: [{name}] {missing}; {nearest(str(kind), list(KINDS))}")
+            raise SlingshotError(f"recipe {recipe}: [{name}] {missing}; {did_you_mean(str(kind), list(KINDS))}")
         own = values.pop("evaluation", {})
         if own is not False and not isinstance(own, dict):
             raise SlingshotError(
@@ -557,18 +552,3 @@ def _supervise(command: list[str], lock: int) -> int:
     if interrupted:
         raise KeyboardInterrupt
     return code
-
-
-def _duration(seconds: float) -> str:
-    """75 -> "1m 15s"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h {minutes}m" if hours else f"{minutes}m {rest}s" if minutes else f"{rest}s"
-
-
-def _amount(number: float) -> str:
-    """1234567 -> "1.2M"."""
-    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.1f}{prefix}"
-    return f"{number:.0f}"

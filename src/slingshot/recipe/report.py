@@ -26,7 +26,15 @@ from pydantic import ConfigDict, Field
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, read_jsonl, write_json, write_text
-from slingshot.base.quantity import show_energy, show_price
+from slingshot.base.quantity import (
+    show_count,
+    show_duration,
+    show_energy,
+    show_flops,
+    show_money,
+    show_share,
+    show_size,
+)
 from slingshot.cost.bill import Sums
 from slingshot.cost.flops import Parameters, parameters
 from slingshot.cost.receipt import RECEIPT, PeakMemory, Receipt
@@ -211,12 +219,13 @@ def _page(title: str, stages: list[Stage], bill: RunBill | None) -> str:
         accuracy_chart=_accuracy_chart(evaluated, tasks) if tasks else "",
         curves=_curves(stages),
         problems=_problems(evaluated, best, tasks),
-        percent=_percent,
-        duration=_duration,
-        count=_count,
-        size=_size,
+        percent=show_share,
+        duration=show_duration,
+        count=show_count,
+        flops=show_flops,
+        size=show_size,
         energy=show_energy,
-        price=show_price,
+        money=functools.partial(show_money, currency=""),
         clip=_clip,
         parent_names=lambda receipt: ", ".join(Path(parent.path).name for parent in receipt.parents) or "nothing",
     )
@@ -460,39 +469,6 @@ def _apart(heights: Sequence[float], gap: float) -> list[float]:
         moved[place] = min(moved[place], ceiling)
         ceiling = moved[place] - gap
     return moved
-
-
-# Numbers as people read them
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes:02d} min"
-        if hours
-        else f"{minutes} min {rest:02d} s"
-        if minutes
-        else f"{rest} s"
-        if rest
-        else f"{seconds:.1f} s"
-    )
-
-
-def _count(number: float, unit: str = "") -> str:
-    """1234567 -> "1.23 M"; with a unit the prefixes run on: 3.1e15 FLOP -> "3.1 PFLOP"."""
-    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G" if unit else "B"), (6, "M"), (3, "k")):
-        if number >= 10**power:
-            return f"{number / 10**power:.3g} {prefix}{unit}"
-    return f"{number:.3g} {unit}".rstrip()
-
-
-def _size(n_bytes: float) -> str:
-    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"
 
 
 def _clip(text: str) -> str:

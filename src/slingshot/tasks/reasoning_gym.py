@@ -20,9 +20,10 @@ from typing import Any, Self
 from pydantic import Field, JsonValue, PrivateAttr, model_validator
 
 from slingshot.base.errors import SlingshotError
+from slingshot.base.names import unknown_name
 from slingshot.sandbox.worker import Sandbox, SandboxError, take
 from slingshot.tasks.arithmetic import chain_key, chain_steps, near_miss
-from slingshot.tasks.task import Problem, Reward, Solution, Split, Style, Task, in_split, unknown
+from slingshot.tasks.task import Problem, Reward, Solution, Split, Style, Task, in_split
 from slingshot.tasks.verifiers import last_number, read_number
 
 _SIZE = 1000  # items drawn from one dataset before the next seed
@@ -158,11 +159,11 @@ class Dataset:
         except ImportError as error:
             raise SlingshotError("reasoning-gym is not installed; pip install reasoning-gym") from error
         if name not in DATASETS:
-            raise unknown("dataset", name, DATASETS)
+            raise unknown_name("dataset", name, DATASETS)
         known = [field.name for field in dataclasses.fields(DATASETS[name][1]) if field.name not in ("seed", "size")]
         for given in params:
             if given not in known:
-                raise unknown("parameter", given, known)
+                raise unknown_name("parameter", given, known)
         self._create: Callable[[int], Any] = lambda seed: create_dataset(name, seed=seed, size=_SIZE, **params)
         self._seed = 0
         try:

@@ -10,7 +10,6 @@ A problem belongs to the train or the test split by the SHA-256 of its canonical
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import random
 from abc import ABC, abstractmethod
@@ -22,6 +21,7 @@ from pydantic import Field
 
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
+from slingshot.base.names import unknown_name
 
 Split = Literal["train", "test"]
 Style = Literal["answer", "steps", "slips"]
@@ -157,15 +157,6 @@ def in_split(problems: Iterable[Problem], split: Split, name: str) -> Iterator[P
     )
 
 
-def unknown(what: str, given: str, known: Iterable[str]) -> SlingshotError:
-    """The error for a name that is not among `known`; names the nearest that is."""
-    names = list(known)
-    near = difflib.get_close_matches(given, names, n=1)
-    return SlingshotError(
-        f"{what} {given!r} is unknown; " + (f"did you mean {near[0]}?" if near else f"there are: {', '.join(names)}")
-    )
-
-
 def load_task(name: str, **params: Any) -> Task:
     """The task called `name`: "arithmetic", "countdown", "gym:NAME" (any reasoning-gym dataset) or the path of a user's .py file.
 
@@ -188,4 +179,4 @@ def load_task(name: str, **params: Any) -> Task:
         from slingshot.tasks.user import UserTask
 
         return UserTask.parse({"path": name, **params}, name)
-    raise unknown("task", name, ("arithmetic", "countdown", "gym:NAME", "path/to/file.py"))
+    raise unknown_name("task", name, ("arithmetic", "countdown", "gym:NAME", "path/to/file.py"))

@@ -117,6 +117,6 @@ def _way_out(path: Path) -> str:
     if near:
         return f"give one of its artifacts, such as {near[-1]}"
     beside = sorted(file.parent for file in path.parent.glob(f"*/{RECEIPT}")) if path.parent.is_dir() else []
-    if near := closest(path.name, [place.name for place in beside]):
-        return f"did you mean {path.parent / near}?"
+    if meant := closest(path.name, [place.name for place in beside]):
+        return f"did you mean {path.parent / meant}?"
     return "give the folder of an artifact that a stage made"

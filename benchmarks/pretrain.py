@@ -22,7 +22,7 @@ from slingshot.cost.flops import training_flops
 from slingshot.machine.device import describe_machine, machine_peak
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
-from slingshot.training.language_model import LossWeights, Rows, language_model_step
+from slingshot.training.language_model import LanguageModelLoss, Rows, language_model_step
 from slingshot.training.optimizer import Optimizer, OptimizerConfig
 from slingshot.training.parallel import Parallel
 
@@ -52,12 +52,12 @@ def ours(parallel: Parallel) -> Callable[[torch.Tensor], float]:
     model = Transformer(CONFIG)
     model.init_weights(torch.Generator().manual_seed(0))
     model.compute_dtype = torch.bfloat16
-    optimizer = Optimizer(model, OptimizerConfig(optimizer="adamw", lr=1e-3))
+    optimizer = Optimizer(model, OptimizerConfig(name="adamw", lr=1e-3))
 
     def step(tokens_BT: torch.Tensor) -> float:
         segments_BT = torch.ones_like(tokens_BT)
         rows = Rows(tokens_BT, segments_BT, segments_BT.float())
-        loss = language_model_step(model, rows, LossWeights(), BATCH, parallel).loss
+        loss = language_model_step(model, rows, LanguageModelLoss(), BATCH, parallel).loss
         optimizer.step(1.0)
         return loss
 

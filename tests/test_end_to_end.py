@@ -389,7 +389,14 @@ def test_a_diverging_run_ends_with_one_line_and_keeps_its_last_state(
 ) -> None:
     config = micro / "configs" / "base.json"
     line = refused(
-        "pretrain", "--config", config, "lr=1e30", "adam_lr=1e30", "save_seconds=0.0", "--out", tmp_path / "out"
+        "pretrain",
+        "--config",
+        config,
+        "optimizer.lr=1e30",
+        "optimizer.adam_lr=1e30",
+        "save_seconds=0.0",
+        "--out",
+        tmp_path / "out",
     )
     assert line.startswith("slingshot: out: ") and line.endswith("lower the learning rate and run again")
     (kept,) = states(tmp_path / "out.partial")

@@ -253,7 +253,7 @@ def peak():
 folder, what = Path(sys.argv[1]), sys.argv[2]
 before = peak()
 if what == "convert":
-    convert.run(convert.Config(source=str(folder), dtype="bfloat16", threads=1), folder.with_name("out"))
+    convert.run(convert.ConvertConfig(source=str(folder), dtype="bfloat16", threads=1), folder.with_name("out"))
     size = 2 * int(sys.argv[3])
 else:
     model = load_model(folder, dtype=torch.bfloat16)

@@ -24,6 +24,7 @@ from slingshot.machine.machine import Machine
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.recipe import recipe
+from slingshot.stages.kinds import STAGES
 from slingshot.text.tokenizer import Tokenizer
 
 Command = Callable[..., tuple[int, str, str]]
@@ -55,7 +56,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A stage that remembers what it was run with; `fail` is raised instead where it is set."""
-    fake = SimpleNamespace(Config=Config, ran=[], fail=None)
+    fake = SimpleNamespace(config=Config, what="", ran=[], fail=None)
 
     def run(config: Config, out: Path) -> None:
         if fake.fail is not None:
@@ -69,7 +70,8 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         ).write(out)
 
     fake.run = run
-    monkeypatch.setattr(recipe, "stage_module", lambda kind: fake)
+    for kind in STAGES:
+        monkeypatch.setitem(STAGES, kind, fake)
     return fake
 
 
@@ -95,7 +97,7 @@ def test_the_package_offers_what_it_promises() -> None:
 )
 def test_shipped_recipes_are_valid(name: str) -> None:
     loaded = recipe.Recipe.load(name)
-    assert loaded.stages and all(stage.kind in recipe.KINDS for stage in loaded.stages)
+    assert loaded.stages and all(stage.kind in STAGES for stage in loaded.stages)
 
 
 def test_version(command: Command) -> None:

@@ -17,7 +17,7 @@ from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import ModelOutput, Transformer
 from slingshot.stages import convert
 from slingshot.text.tokenizer import Tokenizer
-from slingshot.training.language_model import LossWeights, Rows, language_model_step
+from slingshot.training.language_model import LanguageModelLoss, Rows, language_model_step
 from slingshot.training.optimizer import Optimizer, OptimizerConfig, update_router_biases
 from slingshot.training.parallel import Parallel
 
@@ -200,7 +200,7 @@ def train(model: Transformer, optimizer: Optimizer, steps: range) -> list[float 
     for step in steps:
         rows = tokens(4, 24, seed=100 + step)
         step_losses = language_model_step(
-            model, Rows(rows, torch.ones_like(rows), torch.ones(4, 24)), LossWeights(), 4, ALONE
+            model, Rows(rows, torch.ones_like(rows), torch.ones(4, 24)), LanguageModelLoss(), 4, ALONE
         )
         optimizer.step(1.0)
         update_router_biases(model, step_losses.load_LE, 0.01)
@@ -222,7 +222,7 @@ def test_a_trained_module_survives_saving_loading_and_converting_and_trains_on(
     assert before and not unmoved
 
     tensors = saved(model, tokenizer, tmp_path / "trained")
-    convert.run(convert.Config(source=str(tmp_path / "trained"), threads=1), tmp_path / "converted")
+    convert.run(convert.ConvertConfig(source=str(tmp_path / "trained"), threads=1), tmp_path / "converted")
     converted: Tensors = {}
     for file in (tmp_path / "converted").glob("*.safetensors"):
         converted |= load_file(file)

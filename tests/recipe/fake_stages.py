@@ -1,6 +1,6 @@
 """The slingshot command with stages that do next to nothing, for the tests of the runner: python fake_stages.py run recipe.toml --out X.
 
-Every kind has the same Config. `do` says what the stage's process does: "write" its artifact, "wait" for Ctrl-C or for a file named
+Every kind has the same config. `do` says what the stage's process does: "write" its artifact, "wait" for Ctrl-C or for a file named
 `go` beside its artifact, "refuse" (SlingshotError), "crash", or "vanish" (kill -9 of itself).
 """
 
@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -21,10 +22,12 @@ from slingshot.base.files import new_folder, write_json, write_text
 from slingshot.cost.receipt import Meter
 from slingshot.machine.machine import Machine
 from slingshot.recipe import recipe
+from slingshot.stages.kinds import STAGES
 
 
 class Shape(Strict):
     width: int = 8
+    height: int = 8
 
 
 class Config(StageConfig):
@@ -81,14 +84,18 @@ def run_kind(kind: str, config: Config, out: Path) -> None:
         meter.receipt(kind, out.name, config.model_dump(mode="json"), parents, folder, machine).write(folder)
 
 
-def stage_module(kind: str) -> Any:
-    return SimpleNamespace(Config=Config, run=lambda config, out: run_kind(kind, config, out))
+FAKES: dict[str, Any] = {
+    kind: SimpleNamespace(
+        config=Config, run=partial(run_kind, kind), what=real.what, makes_checkpoint=real.makes_checkpoint
+    )
+    for kind, real in STAGES.items()
+}
 
 
 if __name__ == "__main__":
     from slingshot.cli.main import main
 
-    recipe.stage_module = stage_module
+    STAGES.update(FAKES)
     recipe.PROGRAM = [__file__]
     recipe.LOCK_SECONDS = 1.0
     slingshot.recipe.report.build = lambda run: {}

@@ -24,6 +24,7 @@ from slingshot.base.files import read_json
 from slingshot.cost.receipt import Receipt
 from slingshot.recipe import recipe
 from slingshot.recipe.recipe import Recipe, apply_override, parse_override
+from slingshot.stages.kinds import STAGES
 
 FAKES = Path(__file__).with_name("fake_stages.py")
 
@@ -60,7 +61,8 @@ def built() -> Iterator[list[Path]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "fake_stages", fakes)
         spec.loader.exec_module(fakes)
-        patch.setattr(recipe, "stage_module", fakes.stage_module)
+        for kind, fake in fakes.FAKES.items():
+            patch.setitem(STAGES, kind, fake)
         patch.setattr(recipe, "PROGRAM", [str(FAKES)])
         patch.setattr(slingshot.recipe.report, "build", reports.append)
         yield reports
@@ -127,6 +129,17 @@ def test_overrides_and_seed(load: Callable[..., Recipe]) -> None:
     assert values["tuned"]["lr"] == 1e-4
     assert values["base.evaluation"]["text"] == "harder"
     assert all(stage.values["seed"] == 7 for stage in loaded.stages)
+
+
+def test_tables_are_merged_key_by_key(load: Callable[..., Recipe]) -> None:
+    """Of [defaults], of [evaluation] and of a stage: what is set nearer stands, the rest of the table stays."""
+    text = TEXT.replace("lr = 0.5", "lr = 0.5\nshape = { width = 1, height = 2 }")
+    text = text.replace('text = "test"', "shape = { height = 5 }").replace("lr = 0.25", "evaluation.shape.width = 6")
+    values = {stage.name: stage.values for stage in load(text, "picks.shape.height=3").stages}
+    assert values["base"]["shape"] == {"width": 4, "height": 2}
+    assert values["picks"]["shape"] == {"width": 1, "height": 3}
+    assert values["base.evaluation"]["shape"] == {"width": 1, "height": 5}
+    assert values["tuned.evaluation"]["shape"] == {"width": 6, "height": 5}
 
 
 def test_until_includes_the_stage_and_its_evaluation(load: Callable[..., Recipe]) -> None:

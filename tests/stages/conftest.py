@@ -28,7 +28,7 @@ def sums() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def pretraining() -> Callable[..., pretrain.Config]:
+def pretraining() -> Callable[..., pretrain.PretrainConfig]:
     """pretraining(**changes): a run of 30 steps, about two seconds."""
     documents = {"tasks": [SUMS], "count": 600, "styles": {"answer": 1.0, "steps": 1.0}, "template_share": 0.6}
     run = {
@@ -37,15 +37,14 @@ def pretraining() -> Callable[..., pretrain.Config]:
         "batch_size": 16,
         "micro_batch_size": 16,
         "steps": 30,
-        "lr": 0.01,
-        "adam_lr": 0.01,
+        "optimizer": {"lr": 0.01, "adam_lr": 0.01},
     }
     common = {"dtype": "float32", "threads": 1, "model": MODEL, "documents": documents}
-    return lambda **changes: pretrain.Config.parse({**common, **run, **changes}, "base")
+    return lambda **changes: pretrain.PretrainConfig.parse({**common, **run, **changes}, "base")
 
 
 @pytest.fixture(scope="session")
-def base(pretraining: Callable[..., pretrain.Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(pretraining: Callable[..., pretrain.PretrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has seen a few hundred sums, plain and in R1's template."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     out = tmp_path_factory.mktemp("base") / "base"

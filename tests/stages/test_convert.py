@@ -15,7 +15,7 @@ from slingshot.checkpoint.load_save import load_model, load_tokenizer, save_chec
 from slingshot.cost.receipt import Receipt, artifact_digest
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
-from slingshot.stages.convert import Config, run, write_gguf_file
+from slingshot.stages.convert import ConvertConfig, run, write_gguf_file
 from slingshot.text.tokenizer import Tokenizer
 
 
@@ -29,7 +29,7 @@ def source(make_model: Callable[..., Transformer], deepseek: Callable[..., Model
 
 def test_a_checkpoint_with_its_receipt(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run(Config(source=str(source), threads=1), out)
+    run(ConvertConfig(source=str(source), threads=1), out)
     before, after = load_model(source).state_dict(), load_model(out).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert load_tokenizer(out).encode("3+4") == load_tokenizer(source).encode("3+4")
@@ -39,7 +39,7 @@ def test_a_checkpoint_with_its_receipt(source: Path, tmp_path: Path) -> None:
 
 
 def test_bfloat16_on_disk_is_what_config_json_says(source: Path, tmp_path: Path) -> None:
-    run(Config(source=str(source), dtype="bfloat16", threads=1), tmp_path / "out")
+    run(ConvertConfig(source=str(source), dtype="bfloat16", threads=1), tmp_path / "out")
     stored, exact = load_file(tmp_path / "out" / "model.safetensors"), load_file(source / "model.safetensors")
     assert all(
         torch.equal(stored[name], exact[name].to(torch.float32 if "correction_bias" in name else torch.bfloat16))
@@ -50,7 +50,7 @@ def test_bfloat16_on_disk_is_what_config_json_says(source: Path, tmp_path: Path)
 
 def test_fp8_and_back(source: Path, tmp_path: Path) -> None:
     """Matrices of attention and experts in blocks of e4m3, the rest in bfloat16; read back, every number is within half a step of e4m3."""
-    run(Config(source=str(source), dtype="fp8", threads=1), tmp_path / "fp8")
+    run(ConvertConfig(source=str(source), dtype="fp8", threads=1), tmp_path / "fp8")
     stored = load_file(tmp_path / "fp8" / "model.safetensors")
     assert stored["model.layers.1.mlp.experts.5.up_proj.weight"].dtype == torch.float8_e4m3fn
     assert stored["model.layers.1.mlp.experts.5.up_proj.weight_scale_inv"].shape == (1, 1)
@@ -68,7 +68,7 @@ def test_fp8_and_back(source: Path, tmp_path: Path) -> None:
     }
     assert raw["torch_dtype"] == "bfloat16"
 
-    run(Config(source=str(tmp_path / "fp8"), dtype="float32", threads=1), tmp_path / "back")
+    run(ConvertConfig(source=str(tmp_path / "fp8"), dtype="float32", threads=1), tmp_path / "back")
     assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
     exact, back = load_file(source / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
     assert back.keys() == exact.keys()
@@ -81,9 +81,9 @@ def test_fp8_and_back(source: Path, tmp_path: Path) -> None:
 
 def test_resharding_keeps_every_byte(source: Path, tmp_path: Path) -> None:
     """FP8 numbers and scales, and a tensor that is no part of the architecture, pass as they are."""
-    run(Config(source=str(source), dtype="fp8", threads=1), tmp_path / "fp8")
-    run(Config(source=str(tmp_path / "fp8"), max_shard_size="20KB", threads=1), tmp_path / "shards")  # type: ignore[arg-type]
-    run(Config(source=str(tmp_path / "shards"), threads=1), tmp_path / "whole")
+    run(ConvertConfig(source=str(source), dtype="fp8", threads=1), tmp_path / "fp8")
+    run(ConvertConfig(source=str(tmp_path / "fp8"), max_shard_size="20KB", threads=1), tmp_path / "shards")  # type: ignore[arg-type]
+    run(ConvertConfig(source=str(tmp_path / "shards"), threads=1), tmp_path / "whole")
     shards = sorted((tmp_path / "shards").glob("*.safetensors"))
     assert len(shards) > 2 and all(shard.stat().st_size < 40_000 for shard in shards)
     expected, again = (
@@ -110,7 +110,7 @@ def test_values_that_the_dtype_cannot_hold_are_named_and_nothing_is_left(
         SlingshotError,
         match=r"model\.safetensors: model\.layers\.0\.self_attn\.o_proj\.weight holds NaN or infinite values",
     ):
-        run(Config(source=str(source), dtype=dtype, threads=1), tmp_path / "out")  # type: ignore[arg-type]
+        run(ConvertConfig(source=str(source), dtype=dtype, threads=1), tmp_path / "out")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 

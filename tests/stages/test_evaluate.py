@@ -16,7 +16,7 @@ from slingshot.stages import evaluate
 from slingshot.stages.evaluate import bootstrap, pass_at_k, summarise
 from slingshot.tasks.task import load_task, split_of
 
-Evaluating = Callable[..., evaluate.Config]
+Evaluating = Callable[..., evaluate.EvaluateConfig]
 
 
 @pytest.fixture
@@ -26,12 +26,12 @@ def evaluating(base: Path, sums: dict[str, Any]) -> Evaluating:
         "tasks": [sums],
         "dtype": "float32",
         "threads": 1,
-        "max_tokens": 12,
+        "sampling": {"max_tokens": 12},
         "problems": 4,
         "samples": 2,
         "chunk": 3,
     }
-    return lambda **changes: evaluate.Config.parse({**common, **changes}, "evaluation")
+    return lambda **changes: evaluate.EvaluateConfig.parse({**common, **changes}, "evaluation")
 
 
 def test_pass_at_k_by_hand() -> None:
@@ -150,8 +150,8 @@ def test_the_problems_are_the_same_for_every_model(sums: dict[str, Any]) -> None
         ({"tasks": []}, "evaluation.tasks: "),
         ({"forms": []}, "evaluation.forms: "),
         ({"samples": 0}, "evaluation.samples: .*got 0"),
-        ({"temperature": -0.1}, "evaluation.temperature: .*got -0.1"),
-        ({"top_p": 0.0}, "evaluation.top_p: .*got 0.0"),
+        ({"sampling": {"temperature": -0.1}}, "evaluation.sampling: temperature must be 0 .*got -0.1"),
+        ({"sampling": {"top_p": 0.0}}, "evaluation.sampling: top_p must be .*got 0.0"),
         ({"forms": [{"name": "a"}, {"name": "a", "chat": False}]}, "evaluation.*two forms are named a"),
     ],
 )

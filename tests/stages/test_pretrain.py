@@ -22,7 +22,7 @@ from slingshot.model.transformer import Transformer
 from slingshot.stages import pretrain
 from slingshot.tasks.task import load_task
 
-Pretraining = Callable[..., pretrain.Config]
+Pretraining = Callable[..., pretrain.PretrainConfig]
 Metrics = Callable[[Path], list[dict[str, Any]]]
 
 
@@ -167,7 +167,9 @@ def test_a_diverging_run_stops_with_its_last_good_state(pretraining: Pretraining
         SlingshotError,
         match=r"^out: (loss|gradient_norm) is (nan|inf) at step \d; the state of step \d is kept in .*out\.partial",
     ):
-        pretrain.run(pretraining(lr=1e30, adam_lr=1e30, warmup=0.0, save_seconds=0.0), tmp_path / "out")
+        pretrain.run(
+            pretraining(optimizer={"lr": 1e30, "adam_lr": 1e30, "warmup": 0.0}, save_seconds=0.0), tmp_path / "out"
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     (state,) = (tmp_path / "out.partial").glob("state-*")
     assert int(state.name.removeprefix("state-")) >= 1

@@ -14,7 +14,6 @@ from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.receipt import Receipt
 from slingshot.engine.engine import Engine
-from slingshot.engine.sampling import SamplingParams
 from slingshot.model.transformer import Transformer
 from slingshot.rollout.rollout import PromptForm, Rollout, TaskMix, roll_out
 from slingshot.stages import rl
@@ -24,7 +23,7 @@ from slingshot.training.parallel import Parallel
 from slingshot.training.policy import policy_step
 
 ALONE = Parallel(0, 1, torch.device("cpu"), None)
-Training = Callable[..., rl.Config]
+Training = Callable[..., rl.RLConfig]
 Metrics = Callable[[Path], list[dict[str, Any]]]
 
 
@@ -40,8 +39,14 @@ def training(base: Path, sums: dict[str, Any]) -> Training:
         "prompts_per_step": 3,
         "group_size": 4,
     }
-    sizes = {"max_tokens": 12, "sequence_length": 48, "rewards": {"random": True}, "lr": 1e-3}
-    return lambda **changes: rl.Config.parse({**common, **sizes, **changes}, "rl")
+    sizes = {"sequence_length": 48, "rewards": {"random": True}}
+    tables = {"sampling": {"max_tokens": 12}, "optimizer": {"lr": 1e-3}}
+
+    def config(**changes: Any) -> rl.RLConfig:
+        given = {name: table | changes.pop(name, {}) for name, table in tables.items()}
+        return rl.RLConfig.parse({**common, **sizes, **given, **changes}, "rl")
+
+    return config
 
 
 def rollout(
@@ -67,7 +72,7 @@ def test_rewards_and_advantages_by_hand(training: Training) -> None:
     """Rewards 1.3, 0.2, 0.2, 0.1 (weights 1, 0.2, 0.1): mean 0.45."""
     group = [rollout(1.0, 1.0, 1.0), rollout(0.0, 1.0, 0.0), rollout(0.0, 0.5, 1.0), rollout(0.0, 0.0, 1.0)]
     weights = {"accuracy": 1.0, "format": 0.2, "language": 0.1}
-    rl.score([group], training(rewards=weights, normalize_std=False), step=0)
+    rl.score([group], training(rewards=weights, loss={"normalize_std": False}), step=0)
     assert [r.reward for r in group] == pytest.approx([1.3, 0.2, 0.2, 0.1])
     assert [r.advantage for r in group] == pytest.approx([0.85, -0.25, -0.25, -0.35])
     rl.score([group], training(rewards=weights), step=0)
@@ -123,11 +128,11 @@ class Recorder:
         return 1.0
 
 
-def sampled(config: rl.Config) -> tuple[Transformer, Transformer, list[Rollout]]:
+def sampled(config: rl.RLConfig) -> tuple[Transformer, Transformer, list[Rollout]]:
     """The policy, a reference beside it, and scored responses of the policy."""
     model, reference = load_model(config.model), load_model(config.model)
     items = TaskMix(config.tasks).draw("train", "0/0", config.prompts_per_step)
-    params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, n=config.group_size)
+    params = config.sampling.params(config.group_size, seed=0)
     groups = roll_out(Engine(model, load_tokenizer(config.model)), items, params, PromptForm())
     rl.score(groups, config, 0)
     return model, reference, [r for group in groups for r in group]
@@ -136,7 +141,7 @@ def sampled(config: rl.Config) -> tuple[Transformer, Transformer, list[Rollout]]
 @pytest.mark.parametrize("micro_batch_size", [1, 32])
 def test_the_update_is_the_policy_gradient_of_every_completion(training: Training, micro_batch_size: int) -> None:
     """On policy, at temperature 0.8, with k3 to a reference that differs: -A d logp + kl (1 - exp(ref - logp)) d logp, a mean over all tokens."""
-    config = training(kl=0.5, mtp=0.0, temperature=0.8, micro_batch_size=micro_batch_size)
+    config = training(loss={"kl": 0.5, "mtp": 0.0}, sampling={"temperature": 0.8}, micro_batch_size=micro_batch_size)
     model, reference, rollouts = sampled(config)
     with torch.no_grad():
         reference.lm_head.weight.mul_(0.9)
@@ -174,7 +179,7 @@ def test_the_update_is_the_policy_gradient_of_every_completion(training: Trainin
 
 def test_mtp_is_trained_on_detached_states(training: Training) -> None:
     """Its loss is logged, and adds gradients of its own module only."""
-    config = training(kl=0.0)
+    config = training(loss={"kl": 0.0})
     model, reference, rollouts = sampled(config)
     for each in rollouts:
         each.advantage = 0.0
@@ -185,7 +190,7 @@ def test_mtp_is_trained_on_detached_states(training: Training) -> None:
 
 
 def test_an_update_raises_what_was_better_than_its_group(training: Training) -> None:
-    config = training(lr=1e-4, kl=0.0)
+    config = training(optimizer={"lr": 1e-4}, loss={"kl": 0.0})
     model, reference, rollouts = sampled(config)
 
     def logprobs() -> list[float]:
@@ -198,20 +203,20 @@ def test_an_update_raises_what_was_better_than_its_group(training: Training) -> 
         return found
 
     before = logprobs()
-    rl._update(model, reference, Optimizer(model, config), rollouts, config, 0, ALONE)
+    rl._update(model, reference, Optimizer(model, config.optimizer), rollouts, config, 0, ALONE)
     gains = [r.advantage * (after - old) for r, old, after in zip(rollouts, before, logprobs(), strict=True)]
     assert sum(gains) > 0 and sum(gain > 0 for gain in gains) > len(gains) / 2
 
 
 def test_minibatches_are_steps_of_their_own_on_the_same_samples(training: Training) -> None:
-    config = training(minibatches=3, lr=0.01)
+    config = training(minibatches=3, optimizer={"lr": 0.01})
     model, reference, rollouts = sampled(config)
     rows = len(rl.pack(rollouts, config.sequence_length).rows.tokens_BT)
     assert rows >= 3
     recorder: Any = Recorder(model)
     rl._update(model, reference, recorder, rollouts, config, 0, ALONE)
     assert len(recorder.gradients) == 3
-    logged = rl._update(model, reference, Optimizer(model, config), rollouts, config, 0, ALONE)
+    logged = rl._update(model, reference, Optimizer(model, config.optimizer), rollouts, config, 0, ALONE)
     assert logged["logprob_gap"] > 1e-3  # the later minibatches are off policy
 
 
@@ -223,7 +228,7 @@ def test_a_rank_without_rows_takes_part_and_adds_nothing(training: Training) -> 
     n_rows = len(batch.rows.tokens_BT)
 
     def gradient(part: slice, n_rows: int) -> dict[str, torch.Tensor]:
-        policy_step(model, reference, batch[part], n_rows, config, ALONE)
+        policy_step(model, reference, batch[part], n_rows, config.loss, 1.0, 1, ALONE)
         found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
         return found
@@ -264,14 +269,14 @@ def test_a_run_logs_every_step_and_counts_its_cost(training: Training, metrics: 
 
 
 def test_the_reference_is_replaced_periodically(training: Training, metrics: Metrics, tmp_path: Path) -> None:
-    rl.run(training(steps=5, reference_steps=2), tmp_path / "out")
+    rl.run(training(steps=5, loss={"reference_steps": 2}), tmp_path / "out")
     kl = [row["kl"] for row in metrics(tmp_path / "out")]
     assert [value > 1e-5 for value in kl] == [False, True, False, True, False]
 
 
 def test_without_a_kl_weight_there_is_no_reference(training: Training, metrics: Metrics, tmp_path: Path) -> None:
-    rl.run(training(kl=0.0), tmp_path / "free")
-    rl.run(training(kl=1e-12), tmp_path / "tied")
+    rl.run(training(loss={"kl": 0.0}), tmp_path / "free")
+    rl.run(training(loss={"kl": 1e-12}), tmp_path / "tied")
     free, tied = metrics(tmp_path / "free"), metrics(tmp_path / "tied")
     assert [row["kl"] for row in free] == [0.0, 0.0]
     assert tied[1]["kl"] > 0
@@ -308,19 +313,19 @@ def test_router_biases_move_on_request(training: Training, base: Path, tmp_path:
 
 def test_divergence_is_reported_in_one_line(training: Training, tmp_path: Path) -> None:
     with pytest.raises(SlingshotError) as stopped:
-        rl.run(training(steps=5, lr=1e30), tmp_path / "out")
+        rl.run(training(steps=5, optimizer={"lr": 1e30}), tmp_path / "out")
     assert "\n" not in str(stopped.value) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer": "muonn"}, "rl.optimizer: Input should be 'muon' or 'adamw', got 'muonn'"),
+        ({"optimizer": {"name": "muonn"}}, "rl.optimizer.name: Input should be 'muon' or 'adamw', got 'muonn'"),
         ({"group_size": 1}, "rl.group_size: .*got 1"),
         ({"tasks": []}, "rl.tasks: "),
-        ({"clip_low": 1.5}, "rl.clip_low: .*got 1.5"),
-        ({"kl": -1.0}, "rl.kl: .*got -1.0"),
-        ({"temperature": 0.0}, "rl.temperature: .*got 0.0"),
+        ({"loss": {"clip_low": 1.5}}, "rl.loss.clip_low: .*got 1.5"),
+        ({"loss": {"kl": -1.0}}, "rl.loss.kl: .*got -1.0"),
+        ({"sampling": {"temperature": 0.0}}, "rl.* temperature above 0"),
         ({"max_flops": 0.0}, "rl.max_flops: .*got 0.0"),
         ({"rewards": {"acuracy": 1.0}}, r"rl.rewards.acuracy: unknown key; did you mean accuracy\?"),
     ],

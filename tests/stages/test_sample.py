@@ -14,7 +14,7 @@ from slingshot.cost.receipt import Receipt
 from slingshot.rollout.rollout import Item, Rollout
 from slingshot.stages import sample
 
-Sampling = Callable[..., sample.Config]
+Sampling = Callable[..., sample.SampleConfig]
 
 # What each of six samples scores: accuracy, format, language, and its reasoning.
 SAID = [
@@ -34,12 +34,12 @@ def sampling(base: Path, sums: dict[str, Any]) -> Sampling:
         "tasks": [sums],
         "dtype": "float32",
         "threads": 1,
-        "max_tokens": 16,
+        "sampling": {"max_tokens": 16},
         "problems": 6,
         "samples": 6,
         "chunk": 4,
     }
-    return lambda **changes: sample.Config.parse({**common, **changes}, "sample")
+    return lambda **changes: sample.SampleConfig.parse({**common, **changes}, "sample")
 
 
 @pytest.fixture

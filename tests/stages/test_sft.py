@@ -15,7 +15,7 @@ from slingshot.cost.receipt import Receipt
 from slingshot.stages import sft
 
 Metrics = Callable[[Path], list[dict[str, Any]]]
-Finetuning = Callable[..., sft.Config]
+Finetuning = Callable[..., sft.SFTConfig]
 
 EXAMPLES = [
     {"prompt": f"What is {a}+{b}?", "reasoning": f"{a} plus {b} is {a + b}", "answer": str(a + b)}
@@ -36,7 +36,7 @@ def finetuning(base: Path, tmp_path: Path) -> Finetuning:
         "sequence_length": 48,
         "batch_size": 4,
     }
-    return lambda **changes: sft.Config.parse({**common, **changes}, "sft")
+    return lambda **changes: sft.SFTConfig.parse({**common, **changes}, "sft")
 
 
 def test_an_example_is_its_prompt_in_the_template_and_the_response(base: Path, finetuning: Finetuning) -> None:
@@ -70,7 +70,7 @@ def test_only_responses_are_targets_and_every_epoch_has_all_of_them(base: Path, 
 def test_a_run_learns_the_format_and_says_what_it_took(
     base: Path, finetuning: Finetuning, metrics: Metrics, tmp_path: Path
 ) -> None:
-    sft.run(finetuning(epochs=3, lr=0.01, adam_lr=0.01), tmp_path / "out")
+    sft.run(finetuning(epochs=3, optimizer={"lr": 0.01, "adam_lr": 0.01}), tmp_path / "out")
     rows, receipt = metrics(tmp_path / "out"), Receipt.read(tmp_path / "out")
     per_epoch = -(-len(sft._pack(sft._examples(finetuning(), load_tokenizer(base)), finetuning(), 0).tokens_BT) // 4)
     assert abs(len(rows) - 3 * per_epoch) <= 3 and [row["step"] for row in rows] == list(range(1, len(rows) + 1))

@@ -12,7 +12,7 @@ import torch
 from slingshot.checkpoint.load_save import FolderWeights, load_model, load_weights
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
-from slingshot.training.language_model import LossWeights, Rows, language_model_step
+from slingshot.training.language_model import LanguageModelLoss, Rows, language_model_step
 from slingshot.training.optimizer import Optimizer, OptimizerConfig, update_router_biases
 from slingshot.training.parallel import Parallel, gathered, load_gathered
 
@@ -45,7 +45,7 @@ def train(parallel: Parallel) -> dict[str, Any]:
     model, optimizer = start()
     logged = []
     for step in range(STEPS):
-        losses = language_model_step(model, batch(step).shard(parallel), LossWeights(balance=0.01), 2, parallel)
+        losses = language_model_step(model, batch(step).shard(parallel), LanguageModelLoss(balance=0.01), 2, parallel)
         norm = optimizer.step(1.0)
         update_router_biases(model, losses.load_LE, 0.01)
         logged.append(

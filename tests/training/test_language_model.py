@@ -15,14 +15,14 @@ from slingshot.data.packing import pack
 from slingshot.model.config import ModelConfig
 from slingshot.model.moe import Routing, balance_loss
 from slingshot.model.transformer import Transformer
-from slingshot.training.language_model import LossWeights, Rows, evaluate_loss, language_model_step
+from slingshot.training.language_model import LanguageModelLoss, Rows, evaluate_loss, language_model_step
 from slingshot.training.parallel import Parallel
 
 Make = Callable[..., Transformer]
 Config = Callable[..., ModelConfig]
 
 ALONE = Parallel(0, 1, torch.device("cpu"), None)
-WEIGHTS = LossWeights(mtp=0.3, balance=0.01)
+WEIGHTS = LanguageModelLoss(mtp=0.3, balance=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_micro_batches_and_empty_rows_change_nothing(model: Transformer, micro_b
 
 
 def test_weights_of_zero_leave_their_parts_out(model: Transformer) -> None:
-    losses = language_model_step(model, packed_rows(), LossWeights(mtp=0.0, balance=0.0), 4, ALONE)
+    losses = language_model_step(model, packed_rows(), LanguageModelLoss(mtp=0.0, balance=0.0), 4, ALONE)
     found = gradients(model)
     assert losses.mtp_loss is None and len(losses.load_LE) == 2
     assert not [name for name in found if name.startswith("model.layers.3.")]

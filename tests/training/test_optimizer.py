@@ -112,7 +112,7 @@ def test_matrices_go_to_muon_and_the_rest_to_adamw_each_once(make_model: Make, d
 
 
 def test_adamw_alone_has_one_learning_rate(make_model: Make, dense: Config) -> None:
-    ((part, lr),) = Optimizer(make_model(dense()), OptimizerConfig(optimizer="adamw", lr=0.5, adam_lr=0.1)).parts
+    ((part, lr),) = Optimizer(make_model(dense()), OptimizerConfig(name="adamw", lr=0.5, adam_lr=0.1)).parts
     assert lr == 0.5 and sum(len(group["params"]) for group in part.param_groups) == len(
         list(make_model(dense()).parameters())
     )
@@ -121,7 +121,7 @@ def test_adamw_alone_has_one_learning_rate(make_model: Make, dense: Config) -> N
 def test_a_step_clips_the_norm_scales_the_rate_and_drops_the_gradients(make_model: Make, dense: Config) -> None:
     """AdamW's first step moves every weight by the learning rate, decay aside: lr g / |g|; the norm returned is the one before clipping."""
     model = make_model(dense())
-    optimizer = Optimizer(model, OptimizerConfig(optimizer="adamw", lr=0.01, weight_decay=0.0, clip=0.5))
+    optimizer = Optimizer(model, OptimizerConfig(name="adamw", lr=0.01, weight_decay=0.0, clip=0.5))
     before = model.model.norm.weight.detach().clone()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -157,7 +157,7 @@ def test_schedule_warms_up_stays_and_decays_by_hand() -> None:
     assert [schedule(flat, step, 3) for step in range(3)] == [1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw"}])
+@pytest.mark.parametrize("changes", [{}, {"name": "adamw"}])
 def test_a_restored_optimizer_goes_on_identically(make_model: Make, deepseek: Config, changes: dict[str, Any]) -> None:
     config = OptimizerConfig(**changes)
     model = make_model(deepseek())

@@ -1,23 +1,69 @@
 """`Strict`, the base of every configuration, and `StageConfig`, what all stages' configurations have.
 
 config = SFTConfig.parse(table, "recipe.toml [sft]")       # SlingshotError of one line, with the nearest right key
+config.optimizer.lr                                         # configs are composed: a table of keys is a Strict of its own
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, Self, get_args
+from typing import Any, ClassVar, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.names import did_you_mean
 
 
 class Strict(BaseModel):
-    """A pydantic model that refuses unknown keys and names the nearest right one; all configs derive from it."""
+    """A pydantic model that refuses unknown keys and names the nearest right one; all configs derive from it.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    A table that is given in part takes its other keys from the field's own default, not from the table's class. `moved` names keys that
+    earlier versions knew: old key -> the path of dots where it stands now.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    moved: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def _is_old(cls, key: str, value: Any) -> bool:
+        return key in cls.moved and not (key in cls.model_fields and isinstance(value, dict | BaseModel))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        _check_finite(values)
+        complete = {}
+        for key, value in values.items():
+            if cls._is_old(key, value):
+                raise SlingshotError(f"{key}: this key is now {cls.moved[key]}")
+            default = cls.model_fields[key].default if key in cls.model_fields else None
+            if isinstance(value, dict) and isinstance(default, Strict):
+                value = default.model_dump(exclude_unset=True) | value
+            complete[key] = value
+        return complete
+
+    @classmethod
+    def knows(cls, path: str) -> bool:
+        """Whether a dotted path names a field of this config or of its tables, not a key of a free table within them."""
+        *tables, key = path.split(".")
+        return key in _nested(cls, tables).model_fields
+
+    @classmethod
+    def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """A config that an earlier version wrote, such as a receipt's, with its keys where they stand now."""
+        new = {key: value for key, value in values.items() if not cls._is_old(key, value)}
+        for key in values.keys() - new.keys():
+            *tables, name = cls.moved[key].split(".")
+            place = new
+            for table in tables:
+                place[table] = dict(place.get(table, {}))
+                place = place[table]
+            place[name] = values[key]
+        return new
 
     @classmethod
     def parse(cls, values: Any, where: str = "") -> Self:
@@ -46,8 +92,16 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text[:200])
 
 
+def _check_finite(value: Any) -> None:
+    """Refuse NaN and infinities at any depth, also in tables of free keys, which have no types to refuse them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no number to compute with")
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        _check_finite(part)
+
+
 def _nested(model: type[Strict], location: Sequence[int | str]) -> type[Strict]:
-    """The config class that stands at a place within `model`'s fields, lists and unions on the way looked through."""
+    """The config class at a place within `model`'s fields, lists and unions on the way looked through."""
     for part in location:
         waiting = [model.model_fields[str(part)].annotation] if part in model.model_fields else []
         while waiting:
@@ -60,8 +114,8 @@ def _nested(model: type[Strict], location: Sequence[int | str]) -> type[Strict]:
 
 
 class StageConfig(Strict):
-    """What every stage's Config has. `threads` 0 leaves torch's own choice; `price` is money per hour of this machine."""
+    """What the config of every stage has. `threads` 0 leaves torch's own choice; `price` is money per hour of this machine."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     threads: int = Field(0, ge=0)
     price: float | None = Field(None, ge=0)

@@ -1,6 +1,6 @@
 """The `slingshot` command: a recipe's run, one command per stage, and ways to talk to what came out.
 
-    slingshot run tiny rl.lr=1e-4 --until rl_final --out runs/tiny
+    slingshot run tiny rl.optimizer.lr=1e-4 --until rl_final --out runs/tiny
     slingshot evaluate runs/tiny/rl task=countdown --out runs/check
     slingshot convert runs/tiny/rl_final tiny.gguf
     slingshot chat runs/tiny/rl_final
@@ -29,6 +29,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, read_text
 from slingshot.cli.plan import app as plan_app
 from slingshot.recipe import recipe
+from slingshot.stages.kinds import STAGES
 
 app = typer.Typer(
     help="Build, own and serve a DeepSeek-style reasoning model on the machine in front of you.",
@@ -60,7 +61,7 @@ def main() -> None:
         code = _refuse(f"{error.filename or 'writing'}: {error.strerror}; free space there or choose another --out")
     except KeyboardInterrupt:
         code = 130
-    if code == 130 and sys.argv[1] in {"run", *recipe.KINDS} and os.environ.get("RANK", "0") == "0":
+    if code == 130 and sys.argv[1] in {"run", *STAGES} and os.environ.get("RANK", "0") == "0":
         print("slingshot: stopped and saved; the same command goes on from here", file=sys.stderr)
     sys.exit(code)
 
@@ -102,7 +103,7 @@ def run(
 _ON_CHECKPOINTS = (
     "slingshot chat {out}, or slingshot evaluate {out} 'tasks=[{{name = \"arithmetic\"}}]' --out {out}-evaluation"
 )
-_NEXT = dict.fromkeys(recipe.KINDS, _ON_CHECKPOINTS) | {
+_NEXT = dict.fromkeys(STAGES, _ON_CHECKPOINTS) | {
     "sample": "slingshot sft MODEL 'data=[\"{out}\"]' --out {out}-sft",
     "evaluate": "read {out}/evaluation.json",
 }
@@ -120,24 +121,24 @@ def _stage_command(kind: str) -> Callable[..., None]:
             bool, typer.Option("--keys", help="Show the stage's keys and their defaults, and exit.")
         ] = False,
     ) -> None:
-        stage = recipe.stage_module(kind)
+        stage = STAGES[kind]
         if keys:
-            _show_keys(stage.Config)
+            _show_keys(stage.config)
             return
         if out is None:
             raise SlingshotError(f"{kind}: no --out; name the folder the artifact shall become")
         values = _read_table(config) if config else {}
         for text in settings or []:
             recipe.apply_override(values, text if "=" in text else f"model={text}")
-        stage.run(stage.Config.parse(values, kind), out)
+        stage.run(stage.config.parse(values, kind), out)
         if os.environ.get("RANK", "0") == "0":
             print(f"made {out}: {recipe.headline(out)}\nnext: {_NEXT[kind].format(out=out)}")
 
-    command.__doc__ = f"One stage: {recipe.KINDS[kind]}."
+    command.__doc__ = f"One stage: {STAGES[kind].what}."
     return command
 
 
-for _kind in recipe.KINDS:
+for _kind in STAGES:
     if _kind != "convert":
         app.command(_kind)(_stage_command(_kind))
 
@@ -148,8 +149,8 @@ app.add_typer(plan_app, name="plan")
 @app.command("stage", hidden=True)
 def _stage(kind: str, config: Annotated[Path, typer.Option()], out: Annotated[Path, typer.Option()]) -> None:
     """One stage of a recipe, as `run` starts it."""
-    stage = recipe.stage_module(kind)
-    stage.run(stage.Config.parse(_read_table(config), kind), out)
+    stage = STAGES[kind]
+    stage.run(stage.config.parse(_read_table(config), kind), out)
 
 
 @app.command()
@@ -164,7 +165,7 @@ def convert(
     max_shard_size: Annotated[str, typer.Option(help="Bytes in one file of the folder, at most.")] = "5GB",
 ) -> None:
     """Write a checkpoint in another format or dtype: a Hugging Face folder, or a GGUF file for llama.cpp."""
-    stage = recipe.stage_module("convert")
+    stage = STAGES["convert"]
     to = to or ("gguf" if destination.suffix == ".gguf" else "hf")
     if to not in ("hf", "gguf"):
         raise SlingshotError(f"--to {to}: the formats are hf (a Hugging Face folder) and gguf (a file for llama.cpp)")
@@ -173,7 +174,9 @@ def convert(
             f"{destination}: --to {to} makes {'a file whose name ends in .gguf' if to == 'gguf' else 'a folder'}"
         )
     if to == "gguf":
-        for note in stage.write_gguf_file(source, destination, dtype):
+        from slingshot.stages.convert import write_gguf_file
+
+        for note in write_gguf_file(source, destination, dtype):
             print(f"note: {note}")
         print(
             f"made {destination}: {destination.stat().st_size / 1e6:,.1f} MB\nnext: llama-cli -m {destination}, or slingshot inspect {destination}"
@@ -184,7 +187,7 @@ def convert(
                 "--dtype q8_0: a Hugging Face folder has no such type, a GGUF file has; give --to gguf, or another --dtype"
             )
         stage.run(
-            stage.Config.parse({"source": source, "dtype": dtype, "max_shard_size": max_shard_size}, "convert"),
+            stage.config.parse({"source": source, "dtype": dtype, "max_shard_size": max_shard_size}, "convert"),
             destination,
         )
         files = list(destination.glob("*.safetensors"))

@@ -3,7 +3,10 @@
     [defaults]                        # goes to every stage that knows the key and does not set it itself
     task = "arithmetic"
 
-    [base]                            # a stage: its name, its kind, and the keys of that kind's Config
+    [defaults.optimizer]              # a table of defaults goes to every stage that has the table, key by key
+    lr = 1e-3
+
+    [base]                            # a stage: its name, its kind, and the keys of that kind's config
     stage = "pretrain"
 
     [rl]
@@ -11,10 +14,10 @@
     model = "@base"                   # the artifact folder of an earlier stage
     flops = { flops_of = "base", times = 3 }      # a number: what that stage's receipt says it cost, times 3
 
-    [evaluation]                      # the evaluate stage's Config, run after every stage that makes a checkpoint;
+    [evaluation]                      # the evaluate stage's config, run after every stage that makes a checkpoint;
     problems = 500                    # a stage's own `evaluation` table changes keys of it, `evaluation = false` leaves it out
 
-`Recipe.load("tiny", ["rl.lr=1e-4"])` checks every config before anything runs; `run(recipe, out)` makes this folder:
+`Recipe.load("tiny", ["rl.optimizer.lr=1e-4"])` checks every config before anything runs; `run(recipe, out)` makes this folder:
 
     out/recipe.json                   the stages as this run understood them
     out/configs/<stage>.json          what the stage's process was given
@@ -28,7 +31,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import importlib
 import importlib.resources
 import json
 import os
@@ -47,23 +49,12 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, read_jsonl, read_text, write_json
 from slingshot.base.names import did_you_mean
 from slingshot.base.quantity import show_count, show_duration, show_flops
 from slingshot.cost.receipt import Receipt
-
-# Every kind of stage, slingshot.stages.<kind>, and what it does in a few words.
-KINDS = {
-    "pretrain": "trains a new model from scratch",
-    "sft": "supervised fine-tuning",
-    "rl": "reinforcement learning with verified rewards (GRPO)",
-    "sample": "rejection sampling: keeps what the verifier accepts",
-    "evaluate": "scores a model on held-out problems",
-    "convert": "writes a checkpoint in another dtype, from a folder, a GGUF file, a package or the hub",
-}
-CHECKPOINT_KINDS = ("pretrain", "sft", "rl", "convert")
+from slingshot.stages.kinds import STAGES
 
 # How a stage's process is started, after the interpreter's name.
 PROGRAM = ["-m", "slingshot"]
@@ -72,11 +63,6 @@ PROGRAM = ["-m", "slingshot"]
 LOCK_SECONDS = 5.0
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal this process gets when its parent dies
-
-
-def stage_module(kind: str) -> Any:
-    """The module of a kind of stage: its `Config` and `run(config, out)`. Imported when asked for, since it brings torch."""
-    return importlib.import_module(f"slingshot.stages.{kind}")
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
@@ -260,8 +246,7 @@ class _Run:
         values = resolve(
             stage.values, lambda name: str(self.out / self.stages[name].folder), lambda name: self._receipt(name).flops
         )
-        config: StageConfig = stage_module(stage.kind).Config.parse(values, stage.name)
-        return config.model_dump(mode="json")
+        return STAGES[stage.kind].config.parse(values, stage.name).model_dump(mode="json")
 
     def _changes(self, stage: Stage) -> list[str]:
         """Why a finished stage's artifact is not what the recipe now asks for: keys old -> new and changed parents. Empty: it is."""
@@ -294,7 +279,7 @@ class _Run:
             if begun and not _differences(stage, read_json(self._given(stage)), self._config(stage))
             else ""
         )
-        return f"{KINDS[stage.kind]}{source} -> {self.out / stage.folder}{resumed}"
+        return f"{STAGES[stage.kind].what}{source} -> {self.out / stage.folder}{resumed}"
 
     def _execute(self, stage: Stage) -> None:
         """Run one stage's process to its end; a stale artifact of it goes first."""
@@ -379,9 +364,9 @@ def _stages(recipe: str, tables: dict[str, Any], seed: int | None) -> tuple[Stag
     stages: dict[str, Stage] = {}
 
     def add(name: str, kind: str, values: dict[str, Any]) -> None:
-        fields = stage_module(kind).Config.model_fields
+        fields = STAGES[kind].config.model_fields
         unused.difference_update(fields)
-        values = {key: value for key, value in defaults.items() if key in fields} | values
+        values = _merged({key: value for key, value in defaults.items() if key in fields}, values)
         if seed is not None:
             values["seed"] = seed
 
@@ -401,7 +386,7 @@ def _stages(recipe: str, tables: dict[str, Any], seed: int | None) -> tuple[Stag
             artifact(other)
             return 1.0  # any cost will do until the receipt is there
 
-        stage_module(kind).Config.parse(resolve(values, artifact, flops, name), name)
+        STAGES[kind].config.parse(resolve(values, artifact, flops, name), name)
         stages[name] = Stage(name, kind, values)
 
     for name, table in tables.items():
@@ -411,22 +396,22 @@ def _stages(recipe: str, tables: dict[str, Any], seed: int | None) -> tuple[Stag
             raise SlingshotError(
                 f"recipe {recipe}: [{name}] cannot name a stage; use letters, digits, _ and - (not configs or evaluations)"
             )
-        if kind not in KINDS:
+        if kind not in STAGES:
             missing = "has no stage = ..." if kind is None else f"stage = {kind!r} is no kind of stage"
-            raise SlingshotError(f"recipe {recipe}: [{name}] {missing}; {did_you_mean(str(kind), list(KINDS))}")
+            raise SlingshotError(f"recipe {recipe}: [{name}] {missing}; {did_you_mean(str(kind), list(STAGES))}")
         own = values.pop("evaluation", {})
         if own is not False and not isinstance(own, dict):
             raise SlingshotError(
                 f"{name}.evaluation: must be a table of keys that differ from [evaluation], or false, got {own!r}"
             )
         add(name, kind, values)
-        if kind in CHECKPOINT_KINDS and own is not False and (evaluation is not None or own):
-            add(f"{name}.evaluation", "evaluate", {**(evaluation or {}), **own, "model": f"@{name}"})
+        if STAGES[kind].makes_checkpoint and own is not False and (evaluation is not None or own):
+            add(f"{name}.evaluation", "evaluate", {**_merged(evaluation or {}, own), "model": f"@{name}"})
     if unused:
         raise SlingshotError(f"defaults.{min(unused)}: no stage of the recipe {recipe} knows this key")
     if not stages:
         raise SlingshotError(
-            f"recipe {recipe} has no stages; write a table like [base] with stage = {next(iter(KINDS))!r}"
+            f"recipe {recipe} has no stages; write a table like [base] with stage = {next(iter(STAGES))!r}"
         )
     return tuple(stages.values())
 
@@ -453,6 +438,16 @@ def resolve(value: Any, artifact: Callable[[str], Any], flops: Callable[[str], f
     return value
 
 
+def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`values` with `changes` laid over them, tables key by key."""
+    tables = {
+        key: {**values[key], **change}
+        for key, change in changes.items()
+        if isinstance(change, dict) and isinstance(values.get(key), dict)
+    }
+    return {**values, **changes, **tables}
+
+
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested tables as one table of dotted keys; a list is one value, as is a {flops_of = ...}."""
     flat: dict[str, Any] = {}
@@ -465,13 +460,21 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _differences(stage: Stage, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`key old -> new` for every key in which two configs of a stage would make different artifacts.
+    """`key old -> new` for every key in which two configs of a stage would make different artifacts. A key of the config itself that only
+    one of them has is of another version, and no difference.
 
     References to artifacts are left out, since a moved run changes their paths (digests tell whether the parents changed), and so is the price.
     """
     skipped = {"price"} | {key for key, value in _flat(stage.values).items() if Stage("", "", {"value": value}).parents}
-    before, after = _flat(old), _flat(new)
-    keys = [key for key in {**before, **after} if before.get(key) != after.get(key) and key not in skipped]
+    config = STAGES[stage.kind].config
+    before, after = _flat(config.renewed(old)), _flat(new)
+    keys = [
+        key
+        for key in {**before, **after}
+        if before.get(key) != after.get(key)
+        and key not in skipped
+        and ((key in before and key in after) or not config.knows(key))
+    ]
     return [f"{key} {_brief(before.get(key))} -> {_brief(after.get(key))}" for key in keys]
 
 

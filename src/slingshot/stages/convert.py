@@ -40,7 +40,7 @@ from slingshot.training.parallel import Parallel
 kind = "convert"
 
 
-class Config(StageConfig):
+class ConvertConfig(StageConfig):
     """`source`: a checkpoint folder, a .gguf file, package:NAME, or a hub name. `dtype`: the weights' on disk, by default as they are stored
     (a GGUF file's become float32). `max_shard_size`: bytes in one file, such as 5GB."""
 
@@ -49,7 +49,7 @@ class Config(StageConfig):
     max_shard_size: ByteSize = Field(ByteSize(5_000_000_000), gt=0)
 
 
-def run(config: Config, out: Path) -> None:
+def run(config: ConvertConfig, out: Path) -> None:
     """Write the model and tokenizer of `config.source` to `out` as a checkpoint."""
     parallel = Parallel.start(config.threads)
     source = locate(config.source)

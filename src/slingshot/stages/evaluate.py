@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import comb
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -22,9 +22,9 @@ from slingshot.base.progress import Progress
 from slingshot.checkpoint.hub import locate
 from slingshot.cost.flops import generation_flops
 from slingshot.engine.engine import Engine
-from slingshot.engine.sampling import SamplingParams
 from slingshot.machine.precision import Dtype, compute_dtype, peak
 from slingshot.rollout.rollout import Item, PromptForm, Rollout, distinct, roll_out
+from slingshot.rollout.sampling import MOVED_TO_SAMPLING, SamplingConfig
 from slingshot.tasks.task import Task, TaskConfig, load_task
 from slingshot.training.checkpointer import Workspace
 from slingshot.training.parallel import Parallel
@@ -32,17 +32,17 @@ from slingshot.training.parallel import Parallel
 kind = "evaluate"
 
 
-class Config(StageConfig):
+class EvaluateConfig(StageConfig):
     """Sampling as DeepSeek evaluates R1: temperature 0.6, top-p 0.95 (arXiv 2501.12948, 3)."""
+
+    moved: ClassVar[dict[str, str]] = MOVED_TO_SAMPLING
 
     model: str
     tasks: list[TaskConfig] = Field(min_length=1)
     forms: list[PromptForm] = Field([PromptForm()], min_length=1)
     problems: int = Field(500, ge=1)  # of each task
     samples: int = Field(1, ge=1)
-    max_tokens: int = Field(128, ge=1)
-    temperature: float = Field(0.6, ge=0)
-    top_p: float = Field(0.95, gt=0, le=1)
+    sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_p=0.95)
     examples: int = Field(12, ge=0)  # kept for reading
     chunk: int = Field(128, ge=1)
     dtype: Dtype = "auto"
@@ -59,19 +59,13 @@ class Config(StageConfig):
         return self
 
 
-def run(config: Config, out: Path) -> None:
+def run(config: EvaluateConfig, out: Path) -> None:
     """Evaluate `config.model` and write evaluation.json to `out`; resumes from `out.partial`."""
     parallel = Parallel.start(config.threads)
     source = locate(config.model)
     work = Workspace(out, kind, config, [source], parallel, config.save_seconds, peak(config.dtype))
     engine = Engine.load(source, dtype=compute_dtype(config.dtype), device=parallel.device)
-    params = SamplingParams(
-        max_tokens=config.max_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        n=config.samples,
-        seed=config.seed,
-    )
+    params = config.sampling.params(config.samples, config.seed)
     jobs = []
     for spec in config.tasks:
         task = load_task(spec.name, **spec.params)
@@ -108,7 +102,7 @@ def run(config: Config, out: Path) -> None:
     parallel.stop()
 
 
-def _items(task: Task, config: Config) -> list[Item]:
+def _items(task: Task, config: EvaluateConfig) -> list[Item]:
     return [
         Item(task, problem, problem.key)
         for problem in distinct(task, "test", f"evaluate/{config.seed}", config.problems)
@@ -135,7 +129,7 @@ def _result(task: str, form: PromptForm, group: Sequence[Rollout]) -> dict[str, 
     }
 
 
-def summarise(results: Sequence[dict[str, Any]], config: Config) -> dict[str, Any]:
+def summarise(results: Sequence[dict[str, Any]], config: EvaluateConfig) -> dict[str, Any]:
     """The Evaluation: every task in the prompt form with the highest pass@1, the other forms' pass@1 beside it.
 
     `scores` holds each problem's share of right samples in a fixed order, so that two evaluations can be compared problem by problem.

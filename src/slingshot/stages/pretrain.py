@@ -13,13 +13,13 @@ import random
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from slingshot.base.config import Strict
+from slingshot.base.config import StageConfig, Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.base.progress import Progress
 from slingshot.checkpoint.hub import locate
@@ -34,8 +34,8 @@ from slingshot.tasks.task import Style, TaskConfig, load_task
 from slingshot.text.response import encode_responses
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.checkpointer import Workspace, restore, training_state
-from slingshot.training.language_model import LossWeights, Rows, evaluate_loss, language_model_step
-from slingshot.training.optimizer import Optimizer, OptimizerConfig, schedule, update_router_biases
+from slingshot.training.language_model import LanguageModelLoss, Rows, evaluate_loss, language_model_step
+from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule, update_router_biases
 from slingshot.training.parallel import Parallel, gathered
 
 kind = "pretrain"
@@ -53,8 +53,10 @@ class Documents(Strict):
     language_mix: float = Field(0.2, ge=0, le=1)
 
 
-class Config(OptimizerConfig):
+class PretrainConfig(StageConfig):
     """`model` holds ModelConfig's fields, or names a preset; the vocabulary follows from the tokenizer."""
+
+    moved: ClassVar[dict[str, str]] = MOVED_TO_OPTIMIZER | {"losses": "loss"}
 
     model: dict[str, Any]
     documents: Documents | None = None
@@ -65,7 +67,8 @@ class Config(OptimizerConfig):
     batch_size: int = Field(32, ge=1)  # rows of `sequence_length`, over all ranks
     micro_batch_size: int = Field(32, ge=1)
     steps: int = Field(1000, ge=1)
-    losses: LossWeights = LossWeights()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LanguageModelLoss = LanguageModelLoss()
     bias_update_speed: float = Field(1e-3, ge=0)
     bias_frozen_share: float = Field(
         0.05, ge=0, le=1
@@ -86,7 +89,7 @@ class Config(OptimizerConfig):
         return self
 
 
-def run(config: Config, out: Path) -> None:
+def run(config: PretrainConfig, out: Path) -> None:
     """Train from scratch and write a checkpoint to `out`; resumes from `out.partial`."""
     parallel = Parallel.start(config.threads)
     work = Workspace(
@@ -105,7 +108,7 @@ def run(config: Config, out: Path) -> None:
     model.init_weights(torch.Generator().manual_seed(config.seed))
     model.to(parallel.device).compute_dtype = compute_dtype(config.dtype)
     parallel.shard(model)
-    optimizer = Optimizer(model, config)
+    optimizer = Optimizer(model, config.optimizer)
     saved = work.load()
     if saved:
         restore(saved, model, optimizer)
@@ -114,18 +117,20 @@ def run(config: Config, out: Path) -> None:
         for step in range(saved.step if saved else 0, config.steps):
             batch = _batch(tokens_NT, segments_NT, config, step)
             rows = batch.shard(parallel)
-            losses = language_model_step(model, rows, config.losses, config.micro_batch_size, parallel)
+            losses = language_model_step(model, rows, config.loss, config.micro_batch_size, parallel)
             work.check(step + 1, loss=losses.loss)
-            lr = schedule(config, step, config.steps)
+            lr = schedule(config.optimizer, step, config.steps)
             norm = optimizer.step(lr)
             work.check(step + 1, gradient_norm=norm)
             if step < config.steps * (1 - config.bias_frozen_share):
                 update_router_biases(model, losses.load_LE, config.bias_update_speed)
 
             flops_before = work.meter.flops
-            work.meter.add(rows.n_tokens, **training_parts(model_config, rows.lengths(), mtp=config.losses.mtp > 0))
+            work.meter.add(rows.n_tokens, **training_parts(model_config, rows.lengths(), mtp=config.loss.mtp > 0))
             speed = work.speed(batch.n_tokens, flops_before)
-            work.log({"step": step + 1, **losses.logged(), "lr": lr * config.lr, "gradient_norm": norm, **speed})
+            work.log(
+                {"step": step + 1, **losses.logged(), "lr": lr * config.optimizer.lr, "gradient_norm": norm, **speed}
+            )
             progress.update(step + 1, loss=losses.loss, **{"tokens/s": speed["tokens_per_second"]})
             work.keep(step + 1, lambda: training_state(model, optimizer))
 
@@ -142,7 +147,7 @@ def run(config: Config, out: Path) -> None:
     parallel.stop()
 
 
-def prepare(config: Config) -> tuple[Tokenizer, np.ndarray, np.ndarray, tuple[Rows, int] | None]:
+def prepare(config: PretrainConfig) -> tuple[Tokenizer, np.ndarray, np.ndarray, tuple[Rows, int] | None]:
     """The tokenizer, packed tokens_NT and segments_NT, and held-out rows with their bytes where the corpus is real text."""
     written = list(_written(config)) if config.documents else []
     train_text, heldout_text = Corpus.open(config.text).split() if config.text else ([], [])
@@ -166,7 +171,7 @@ def prepare(config: Config) -> tuple[Tokenizer, np.ndarray, np.ndarray, tuple[Ro
     return tokenizer, tokens_NT, segments_NT, heldout
 
 
-def _written(config: Config) -> Iterator[tuple[str, ...]]:
+def _written(config: PretrainConfig) -> Iterator[tuple[str, ...]]:
     """Documents of the tasks' train split: (text,) plain, or (prompt, reasoning, answer) to be framed by the chat template."""
     documents = config.documents
     assert documents is not None
@@ -203,7 +208,7 @@ def _encode(tokenizer: Tokenizer, documents: list[tuple[str, ...]]) -> list[list
     return _framed(tokenizer, plain) + [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
 
 
-def _batch(tokens_NT: np.ndarray, segments_NT: np.ndarray, config: Config, step: int) -> Rows:
+def _batch(tokens_NT: np.ndarray, segments_NT: np.ndarray, config: PretrainConfig, step: int) -> Rows:
     """The rows of one global step: every epoch in an order of its own."""
     per_epoch = len(tokens_NT) // config.batch_size
     epoch, index = divmod(step, per_epoch)

@@ -12,31 +12,31 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from slingshot.base.config import Strict
+from slingshot.base.config import StageConfig, Strict
 from slingshot.base.progress import Progress
 from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.load_save import load_model, load_tokenizer, save_checkpoint
 from slingshot.cost.flops import forward_flops, generation_flops, training_parts
 from slingshot.data.packing import pack_examples
 from slingshot.engine.engine import Engine
-from slingshot.engine.sampling import SamplingParams
 from slingshot.machine.precision import Dtype, compute_dtype, peak
 from slingshot.model.transformer import Transformer
 from slingshot.rollout.rollout import PromptForm, Rollout, TaskMix, roll_out
+from slingshot.rollout.sampling import MOVED_TO_SAMPLING, SamplingConfig
 from slingshot.tasks.task import TaskConfig
 from slingshot.training.checkpointer import Workspace, restore, training_state
 from slingshot.training.language_model import Rows, add_loads, busiest
 from slingshot.training.objectives import group_advantages
-from slingshot.training.optimizer import Optimizer, schedule, update_router_biases
+from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule, update_router_biases
 from slingshot.training.parallel import Parallel, gathered, load_gathered
-from slingshot.training.policy import PolicyConfig, PolicyRows, policy_step
+from slingshot.training.policy import GRPOConfig, PolicyRows, policy_step
 
 kind = "rl"
 
@@ -50,8 +50,12 @@ class RewardWeights(Strict):
     random: bool = False
 
 
-class Config(PolicyConfig):
+class RLConfig(StageConfig):
     """`max_flops` ends training once this stage has spent as many (sampling included)."""
+
+    moved: ClassVar[dict[str, str]] = (
+        MOVED_TO_OPTIMIZER | MOVED_TO_SAMPLING | {key: f"loss.{key}" for key in GRPOConfig.model_fields}
+    )
 
     model: str
     tasks: list[TaskConfig] = Field(min_length=1)
@@ -60,45 +64,45 @@ class Config(PolicyConfig):
     steps: int = Field(100, ge=1)
     prompts_per_step: int = Field(16, ge=1)
     group_size: int = Field(16, ge=2)
-    max_tokens: int = Field(128, ge=1)
-    optimizer: Literal["muon", "adamw"] = "adamw"
-    lr: float = Field(1e-4, gt=0)
-    warmup: float = Field(0.0, ge=0, le=1)
-    decay: float = Field(0.0, ge=0, le=1)
-    weight_decay: float = Field(0.0, ge=0)
-    reference_steps: int = Field(400, ge=1)
-    normalize_std: bool = True
+    sampling: SamplingConfig = SamplingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(name="adamw", lr=1e-4, warmup=0.0, decay=0.0, weight_decay=0.0)
+    loss: GRPOConfig = GRPOConfig()
     minibatches: int = Field(1, ge=1)
+    micro_batch_size: int = Field(32, ge=1)
     sequence_length: int = Field(256, ge=8)
     bias_update_speed: float = Field(0.0, ge=0)
     max_flops: float | None = Field(None, gt=0)
     dtype: Dtype = "auto"
     save_seconds: float = 60.0
 
+    @model_validator(mode="after")
+    def _samples_what_it_trains(self) -> Self:
+        if self.sampling.temperature == 0 or self.sampling.top_p < 1 or self.sampling.top_k > 0:
+            raise ValueError("sampling: rl trains the whole distribution; leave top_p 1, top_k 0, temperature above 0")
+        return self
 
-def run(config: Config, out: Path) -> None:
+
+def run(config: RLConfig, out: Path) -> None:
     """Train `config.model` by GRPO and write a checkpoint to `out`; resumes from `out.partial`."""
     parallel = Parallel.start(config.threads)
     source = locate(config.model)
     work = Workspace(out, kind, config, [source], parallel, config.save_seconds, peak(config.dtype))
     tasks = TaskMix(config.tasks)
     model, tokenizer = load_model(source, device=parallel.device), load_tokenizer(source)
-    reference = load_model(source, device=parallel.device, shard=parallel.shard) if config.kl else None
+    reference = load_model(source, device=parallel.device, shard=parallel.shard) if config.loss.kl else None
     dtype = compute_dtype(config.dtype)
     engine = Engine(model, tokenizer, dtype=dtype)
     parallel.shard(model)
     for network in (model, reference):
         if network is not None:
             network.compute_dtype = dtype
-    optimizer = Optimizer(model, config)
+    optimizer = Optimizer(model, config.optimizer)
     saved = work.load()
     if saved:
         restore(saved, model, optimizer)
         if reference is not None:
             load_gathered(reference, saved.group("reference"))
-    params = SamplingParams(
-        max_tokens=config.max_tokens, temperature=config.temperature, n=config.group_size, seed=config.seed
-    )
+    params = config.sampling.params(config.group_size, config.seed)
 
     def state() -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, info = training_state(model, optimizer)
@@ -110,7 +114,7 @@ def run(config: Config, out: Path) -> None:
         for step in range(saved.step if saved else 0, config.steps):
             if config.max_flops is not None and float(parallel.sum(work.meter.flops)) >= config.max_flops:
                 break
-            if reference is not None and step % config.reference_steps == 0 and step > 0:
+            if reference is not None and step % config.loss.reference_steps == 0 and step > 0:
                 load_gathered(reference, gathered(model))
             flops_before = work.meter.flops
 
@@ -127,7 +131,7 @@ def run(config: Config, out: Path) -> None:
             _count(work, model, groups, kept, config)
             row = {"step": step + 1, **_summary(groups, parallel), **update}
             speed = work.speed(row.pop("tokens"), flops_before)
-            work.log({**row, "lr": config.lr * schedule(config, step, config.steps), **speed})
+            work.log({**row, "lr": config.optimizer.lr * schedule(config.optimizer, step, config.steps), **speed})
             shown = {
                 "reward": row["reward"],
                 "pass": row["pass_rate"],
@@ -145,7 +149,7 @@ def run(config: Config, out: Path) -> None:
     parallel.stop()
 
 
-def score(groups: Sequence[Sequence[Rollout]], config: Config, step: int) -> None:
+def score(groups: Sequence[Sequence[Rollout]], config: RLConfig, step: int) -> None:
     """Give every rollout its reward, and its advantage within its group."""
     weights = config.rewards
     for group in groups:
@@ -159,7 +163,7 @@ def score(groups: Sequence[Sequence[Rollout]], config: Config, step: int) -> Non
                     + weights.format * rollout.format
                     + weights.language * rollout.language
                 )
-        advantages = group_advantages(torch.tensor([rollout.reward for rollout in group]), config.normalize_std)
+        advantages = group_advantages(torch.tensor([rollout.reward for rollout in group]), config.loss.normalize_std)
         for rollout, advantage in zip(group, advantages.tolist(), strict=True):
             rollout.advantage = advantage
 
@@ -184,7 +188,7 @@ def _update(
     reference: Transformer | None,
     optimizer: Optimizer,
     rollouts: Sequence[Rollout],
-    config: Config,
+    config: RLConfig,
     step: int,
     parallel: Parallel,
 ) -> dict[str, Any]:
@@ -198,8 +202,17 @@ def _update(
     load_LE: list[Tensor] = []
     norms = []
     for start in range(0, n_rows, size):
-        sums = policy_step(model, reference, batch[start : start + size], min(size, n_rows - start), config, parallel)
-        norms.append(optimizer.step(schedule(config, step, config.steps)))
+        sums = policy_step(
+            model,
+            reference,
+            batch[start : start + size],
+            min(size, n_rows - start),
+            config.loss,
+            config.sampling.temperature,
+            config.micro_batch_size,
+            parallel,
+        )
+        norms.append(optimizer.step(schedule(config.optimizer, step, config.steps)))
         loads = [parallel.sum(load) for load in sums.load_LE]
         if config.bias_update_speed:
             update_router_biases(model, loads, config.bias_update_speed)
@@ -216,7 +229,7 @@ def _update(
 
 
 def _count(
-    work: Workspace, model: Transformer, groups: Sequence[Sequence[Rollout]], kept: Sequence[Rollout], config: Config
+    work: Workspace, model: Transformer, groups: Sequence[Sequence[Rollout]], kept: Sequence[Rollout], config: RLConfig
 ) -> None:
     """Tokens and FLOPs of this step, on this rank: sampling, update, reference, MTP."""
     lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in kept]
@@ -226,8 +239,8 @@ def _count(
             generation_flops(model.config, len(group[0].prompt_ids), [len(r.completion_ids) for r in group])
             for group in groups
         ),
-        **training_parts(model.config, lengths, mtp=config.mtp > 0),
-        reference=forward_flops(model.config, lengths) if config.kl else 0.0,
+        **training_parts(model.config, lengths, mtp=config.loss.mtp > 0),
+        reference=forward_flops(model.config, lengths) if config.loss.kl else 0.0,
     )
 
 

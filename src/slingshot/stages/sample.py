@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor
@@ -21,9 +21,9 @@ from slingshot.base.progress import Progress
 from slingshot.checkpoint.hub import locate
 from slingshot.cost.flops import generation_flops
 from slingshot.engine.engine import Engine
-from slingshot.engine.sampling import SamplingParams
 from slingshot.machine.precision import Dtype, compute_dtype, peak
 from slingshot.rollout.rollout import Item, PromptForm, TaskMix, roll_out
+from slingshot.rollout.sampling import MOVED_TO_SAMPLING, SamplingConfig
 from slingshot.tasks.task import Problem, Task, TaskConfig
 from slingshot.training.checkpointer import Workspace
 from slingshot.training.parallel import Parallel
@@ -31,8 +31,10 @@ from slingshot.training.parallel import Parallel
 kind = "sample"
 
 
-class Config(StageConfig):
+class SampleConfig(StageConfig):
     """`per_problem` caps how many different accepted responses to one problem are kept."""
+
+    moved: ClassVar[dict[str, str]] = MOVED_TO_SAMPLING
 
     model: str
     tasks: list[TaskConfig] = Field(min_length=1)
@@ -41,23 +43,20 @@ class Config(StageConfig):
     samples: int = Field(4, ge=1)
     per_problem: int = Field(1, ge=1)
     language: bool = True  # keep only responses wholly in the problem's language
-    max_tokens: int = Field(128, ge=1)
-    temperature: float = Field(1.0, gt=0)
+    sampling: SamplingConfig = SamplingConfig()
     chunk: int = Field(64, ge=1)  # problems between two chances to stop
     dtype: Dtype = "auto"
     save_seconds: float = 30.0
 
 
-def run(config: Config, out: Path) -> None:
+def run(config: SampleConfig, out: Path) -> None:
     """Sample from `config.model` and write a dataset to `out`; resumes from `out.partial`."""
     parallel = Parallel.start(config.threads)
     source = locate(config.model)
     work = Workspace(out, kind, config, [source], parallel, config.save_seconds, peak(config.dtype))
     engine = Engine.load(source, dtype=compute_dtype(config.dtype), device=parallel.device)
     items = _items(config)
-    params = SamplingParams(
-        max_tokens=config.max_tokens, temperature=config.temperature, n=config.samples, seed=config.seed
-    )
+    params = config.sampling.params(config.samples, config.seed)
     saved = work.load()
     rows: list[dict[str, Any]] = saved.info["rows"] if saved else []
     chunks = [items[i : i + config.chunk] for i in range(0, len(items), config.chunk)]
@@ -100,11 +99,11 @@ def run(config: Config, out: Path) -> None:
     parallel.stop()
 
 
-def _items(config: Config) -> list[Item]:
+def _items(config: SampleConfig) -> list[Item]:
     return TaskMix(config.tasks).draw("train", f"sample/{config.seed}", config.problems)
 
 
-def _rows(task: Task, problem: Problem, texts: Sequence[tuple[str, str]], config: Config) -> list[dict[str, Any]]:
+def _rows(task: Task, problem: Problem, texts: Sequence[tuple[str, str]], config: SampleConfig) -> list[dict[str, Any]]:
     """Lines of the dataset from accepted responses to a problem, reasoning and answer: the first of every reasoning."""
     first: dict[str, str] = {}
     for reasoning, answer in texts:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
+from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_jsonl
 from slingshot.base.progress import Progress
@@ -29,15 +30,17 @@ from slingshot.text.reasoning import ends_in_reasoning
 from slingshot.text.response import encode_responses
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.checkpointer import Workspace, restore, training_state
-from slingshot.training.language_model import LossWeights, Rows, language_model_step
-from slingshot.training.optimizer import Optimizer, OptimizerConfig, schedule
+from slingshot.training.language_model import LanguageModelLoss, Rows, language_model_step
+from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule
 from slingshot.training.parallel import Parallel, gathered
 
 kind = "sft"
 
 
-class Config(OptimizerConfig):
+class SFTConfig(StageConfig):
     """`data` are dataset folders or .jsonl files; `tasks` write `examples` worked solutions in `style` instead or besides."""
+
+    moved: ClassVar[dict[str, str]] = MOVED_TO_OPTIMIZER | {"losses": "loss"}
 
     model: str
     data: list[str] = []
@@ -49,7 +52,8 @@ class Config(OptimizerConfig):
     sequence_length: int = Field(256, ge=8)
     batch_size: int = Field(16, ge=1)  # rows of `sequence_length`, over all ranks
     micro_batch_size: int = Field(16, ge=1)
-    losses: LossWeights = LossWeights()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LanguageModelLoss = LanguageModelLoss()
     dtype: Dtype = "auto"
     save_seconds: float = 60.0
 
@@ -60,7 +64,7 @@ class Config(OptimizerConfig):
         return self
 
 
-def run(config: Config, out: Path) -> None:
+def run(config: SFTConfig, out: Path) -> None:
     """Fine-tune `config.model` and write a checkpoint to `out`; resumes from `out.partial`."""
     parallel = Parallel.start(config.threads)
     source = locate(config.model)
@@ -77,7 +81,7 @@ def run(config: Config, out: Path) -> None:
     )
 
     model.compute_dtype = compute_dtype(config.dtype)
-    optimizer = Optimizer(model, config)
+    optimizer = Optimizer(model, config.optimizer)
     saved = work.load()
     done = saved.step if saved else 0
     if saved:
@@ -88,16 +92,18 @@ def run(config: Config, out: Path) -> None:
             if step < done:
                 continue
             rows = batch.shard(parallel)
-            losses = language_model_step(model, rows, config.losses, config.micro_batch_size, parallel)
+            losses = language_model_step(model, rows, config.loss, config.micro_batch_size, parallel)
             work.check(step + 1, loss=losses.loss)
-            lr = schedule(config, step, steps)
+            lr = schedule(config.optimizer, step, steps)
             norm = optimizer.step(lr)
             work.check(step + 1, gradient_norm=norm)
 
             flops_before = work.meter.flops
-            work.meter.add(rows.n_tokens, **training_parts(model.config, rows.lengths(), mtp=config.losses.mtp > 0))
+            work.meter.add(rows.n_tokens, **training_parts(model.config, rows.lengths(), mtp=config.loss.mtp > 0))
             speed = work.speed(batch.n_tokens, flops_before)
-            work.log({"step": step + 1, **losses.logged(), "lr": lr * config.lr, "gradient_norm": norm, **speed})
+            work.log(
+                {"step": step + 1, **losses.logged(), "lr": lr * config.optimizer.lr, "gradient_norm": norm, **speed}
+            )
             progress.update(step + 1, loss=losses.loss, **{"tokens/s": speed["tokens_per_second"]})
             work.keep(step + 1, lambda: training_state(model, optimizer))
 
@@ -106,7 +112,7 @@ def run(config: Config, out: Path) -> None:
     parallel.stop()
 
 
-def _examples(config: Config, tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
+def _examples(config: SFTConfig, tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
     """Prompt and response ids of every example, in file order."""
     rows: list[tuple[Problem, str, str]] = []
     for source in map(Path, config.data):
@@ -137,7 +143,7 @@ def _examples(config: Config, tokenizer: Tokenizer) -> list[tuple[list[int], lis
     return kept
 
 
-def _pack(examples: list[tuple[list[int], list[int]]], config: Config, epoch: int) -> Rows:
+def _pack(examples: list[tuple[list[int], list[int]]], config: SFTConfig, epoch: int) -> Rows:
     """Rows of one epoch, examples in an order of its own."""
     order = np.random.default_rng([config.seed, epoch]).permutation(len(examples))
     marked = [

@@ -20,8 +20,8 @@ from slingshot.training.objectives import cross_entropy, mtp_targets, next_token
 from slingshot.training.parallel import Parallel
 
 
-class LossWeights(Strict):
-    """Weights of the losses beside cross entropy (DeepSeek-V3: MTP 0.3 then 0.1, balance 1e-4; arXiv 2412.19437, 4.2)."""
+class LanguageModelLoss(Strict):
+    """The table `loss` of pretrain and sft: weights of the losses beside cross entropy (DeepSeek-V3: MTP 0.3 then 0.1, balance 1e-4; arXiv 2412.19437, 4.2)."""
 
     mtp: float = Field(default=0.3, ge=0)
     balance: float = Field(default=1e-4, ge=0)
@@ -109,7 +109,7 @@ def busiest(load_LE: list[Tensor]) -> list[float]:
 
 
 def language_model_step(
-    model: Transformer, rows: Rows, weights: LossWeights, micro_batch_size: int, parallel: Parallel
+    model: Transformer, rows: Rows, weights: LanguageModelLoss, micro_batch_size: int, parallel: Parallel
 ) -> StepLosses:
     """Forward and backward over this rank's rows; gradients are those of the mean over the global batch's tokens."""
     with_mtp = model.config.num_nextn_predict_layers > 0 and weights.mtp > 0

@@ -1,6 +1,6 @@
 """The optimizer step: Muon for matrices, AdamW for embeddings, head, router and norms, and the routers' load balancing.
 
-    optimizer = Optimizer(model, config)          # any config derived from OptimizerConfig
+    optimizer = Optimizer(model, config.optimizer)
     optimizer.step(fraction)             # fraction of the peak learning rate, from `schedule`
     update_router_biases(model, load_LE, speed=1e-3)
 
@@ -18,30 +18,35 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from slingshot.base.config import StageConfig
+from slingshot.base.config import Strict
 from slingshot.model.transformer import Transformer
 from slingshot.training.parallel import sharded_like, whole
 
 
-class OptimizerConfig(StageConfig):
-    """The optimizer's part of a training stage's Config. `lr` is the peak for matrices; `adam_lr` for what Muon leaves to AdamW.
+class OptimizerConfig(Strict):
+    """The table `optimizer` of a stage that trains. `lr` is the peak for matrices; `adam_lr` for what Muon leaves to AdamW.
 
-    With `optimizer` adamw, `lr` is for everything. `warmup` and `decay` are shares of all steps; `decay` falls linearly to `final` of the peak.
+    With the name adamw, `lr` is for everything. `warmup` and `decay` are shares of all steps; `decay` falls linearly to `final` of the peak.
     """
 
-    optimizer: Literal["muon", "adamw"] = "muon"
-    lr: float = Field(3e-3, gt=0)
-    adam_lr: float = Field(3e-3, gt=0)
-    momentum: float = Field(0.95, ge=0, lt=1)
+    name: Literal["muon", "adamw"] = "muon"
+    lr: float = Field(default=3e-3, gt=0)
+    adam_lr: float = Field(default=3e-3, gt=0)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
         0.9,
         0.95,
     )  # arXiv 2412.19437, 4.2
-    weight_decay: float = Field(0.1, ge=0)
-    clip: float = Field(1.0, gt=0)
-    warmup: float = Field(0.02, ge=0, le=1)
-    decay: float = Field(0.4, ge=0, le=1)
-    final: float = Field(0.05, ge=0, le=1)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    warmup: float = Field(default=0.02, ge=0, le=1)
+    decay: float = Field(default=0.4, ge=0, le=1)
+    final: float = Field(default=0.05, ge=0, le=1)
+
+
+MOVED_TO_OPTIMIZER = {"optimizer": "optimizer.name"} | {
+    key: f"optimizer.{key}" for key in OptimizerConfig.model_fields if key != "name"
+}
 
 
 def schedule(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -118,11 +123,11 @@ class Optimizer:
             is_matrix = parameter.dim() >= 2 and not any(
                 part in name for part in ("embed_tokens", "lm_head", "mlp.gate.weight")
             )
-            (matrices if is_matrix and config.optimizer == "muon" else others).append(parameter)
+            (matrices if is_matrix and config.name == "muon" else others).append(parameter)
         decayed = [parameter for parameter in others if parameter.dim() >= 2]
         plain = [parameter for parameter in others if parameter.dim() < 2]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        adam_lr = config.adam_lr if config.optimizer == "muon" else config.lr
+        adam_lr = config.adam_lr if config.name == "muon" else config.lr
         adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=adam_lr, betas=config.betas, fused=True)
         self.parts: list[tuple[torch.optim.Optimizer, float]] = [(adamw, adam_lr)]
         if matrices:

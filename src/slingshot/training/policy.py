@@ -11,22 +11,25 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from slingshot.base.config import Strict
 from slingshot.model.transformer import Transformer
 from slingshot.training.language_model import Rows, add_loads, target_loss
 from slingshot.training.objectives import grpo, mtp_targets, next_token_targets, token_logprobs
-from slingshot.training.optimizer import OptimizerConfig
 from slingshot.training.parallel import Parallel
 
 
-class PolicyConfig(OptimizerConfig):
-    """The objective's part of an RL stage's Config; `mtp` weighs the MTP module's loss, trained on detached hidden states."""
+class GRPOConfig(Strict):
+    """The table `loss` of rl; `mtp` weighs the MTP module's loss, trained on detached hidden states.
 
-    temperature: float = Field(1.0, gt=0)
-    clip_low: float = Field(0.2, ge=0, le=1)
-    clip_high: float = Field(0.28, ge=0)  # arXiv 2503.14476, 3.1
-    kl: float = Field(1e-3, ge=0)  # arXiv 2501.12948
-    mtp: float = Field(0.1, ge=0)
-    micro_batch_size: int = Field(32, ge=1)
+    The reference of the KL term is replaced by the policy every `reference_steps`. `normalize_std` divides advantages by their group's std.
+    """
+
+    clip_low: float = Field(default=0.2, ge=0, le=1)
+    clip_high: float = Field(default=0.28, ge=0)  # arXiv 2503.14476, 3.1
+    kl: float = Field(default=1e-3, ge=0)  # arXiv 2501.12948
+    mtp: float = Field(default=0.1, ge=0)
+    normalize_std: bool = True
+    reference_steps: int = Field(default=400, ge=1)
 
 
 @dataclass
@@ -73,12 +76,14 @@ def policy_step(
     reference: Transformer | None,
     batch: PolicyRows,
     n_rows: int,
-    config: PolicyConfig,
+    config: GRPOConfig,
+    temperature: float,
+    micro_batch_size: int,
     parallel: Parallel,
 ) -> PolicySums:
     """Forward and backward over this rank's rows; gradients are those of the mean over the global batch's completion tokens.
 
-    `n_rows` is the largest rank's number of rows: every rank takes as many micro-batches.
+    `n_rows` is the largest rank's number of rows: every rank takes as many micro-batches. `temperature` is the sampler's.
     """
     with_mtp = model.config.num_nextn_predict_layers > 0 and config.mtp > 0
     rows = batch.rows
@@ -93,8 +98,8 @@ def policy_step(
     counts = parallel.sums(values)
     values |= {"entropy": 0.0, "gap": 0.0, "mtp_loss": 0.0}
     load_LE: list[Tensor] = []
-    for start in range(0, n_rows, config.micro_batch_size):
-        micro = batch[start : start + config.micro_batch_size].or_empty()
+    for start in range(0, n_rows, micro_batch_size):
+        micro = batch[start : start + micro_batch_size].or_empty()
         tokens_BT, segments_BT = micro.rows.tokens_BT, micro.rows.segments_BT
         targets_BT, weights_BT = next_token_targets(tokens_BT, segments_BT, micro.rows.weights_BT)
         chosen_N = weights_BT.flatten().nonzero().squeeze(1)
@@ -107,9 +112,9 @@ def policy_step(
         if reference is not None:
             with torch.no_grad():
                 hidden_BTD = reference(tokens_BT, segments_BT=segments_BT, logits=False).hidden_BTD
-                reference_N, _ = _chosen_logprobs(reference, hidden_BTD, chosen_N, targets_N, config.temperature)
+                reference_N, _ = _chosen_logprobs(reference, hidden_BTD, chosen_N, targets_N, temperature)
         output = model(tokens_BT, segments_BT=segments_BT, logits=False, mtp=with_mtp, detach_mtp=True)
-        logprobs_N, entropy_N = _chosen_logprobs(model, output.hidden_BTD, chosen_N, targets_N, config.temperature)
+        logprobs_N, entropy_N = _chosen_logprobs(model, output.hidden_BTD, chosen_N, targets_N, temperature)
         terms = grpo(
             logprobs_N,
             sampler_N,

@@ -1,0 +1,110 @@
+"""Configs are composed of tables; keys of earlier versions are refused by their new name, and read where they were kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slingshot.base.config import StageConfig
+from slingshot.base.errors import SlingshotError
+from slingshot.recipe.recipe import Recipe
+from slingshot.stages.kinds import STAGES
+
+SMALLEST: dict[str, dict[str, Any]] = {
+    "pretrain": {"model": "deepseek-v3", "text": ["stdlib"]},
+    "sft": {"model": "m", "data": ["d"]},
+    "rl": {"model": "m", "tasks": [{"name": "arithmetic"}]},
+    "sample": {"model": "m", "tasks": [{"name": "arithmetic"}]},
+    "evaluate": {"model": "m", "tasks": [{"name": "arithmetic"}]},
+    "convert": {"source": "s"},
+}
+
+
+def parse(kind: str, **changes: Any) -> Any:
+    return STAGES[kind].config.parse(SMALLEST[kind] | changes, kind)
+
+
+def test_every_stage_has_a_config_of_its_own_name() -> None:
+    names = [stage.config.__name__ for stage in STAGES.values()]
+    assert names == ["PretrainConfig", "SFTConfig", "RLConfig", "SampleConfig", "EvaluateConfig", "ConvertConfig"]
+
+
+def test_a_table_in_part_keeps_the_other_defaults_of_its_stage() -> None:
+    config = parse("rl", optimizer={"lr": 3e-5}, sampling={"max_tokens": 7})
+    assert (config.optimizer.name, config.optimizer.lr, config.optimizer.warmup) == ("adamw", 3e-5, 0.0)
+    assert parse("evaluate", sampling={"top_k": 5}).sampling.model_dump() == {
+        "max_tokens": 128,
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "top_k": 5,
+    }
+    assert (parse("sft").optimizer.name, parse("sft").optimizer.lr) == ("muon", 3e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "new"),
+    [
+        ("pretrain", "lr", 1e-3, "optimizer.lr"),
+        ("pretrain", "optimizer", "adamw", "optimizer.name"),
+        ("pretrain", "losses", {"mtp": 0.1}, "loss"),
+        ("sft", "adam_lr", 1e-3, "optimizer.adam_lr"),
+        ("sft", "betas", [0.9, 0.99], "optimizer.betas"),
+        ("rl", "warmup", 0.1, "optimizer.warmup"),
+        ("rl", "kl", 0.0, "loss.kl"),
+        ("rl", "reference_steps", 3, "loss.reference_steps"),
+        ("rl", "max_tokens", 9, "sampling.max_tokens"),
+        ("sample", "temperature", 1.0, "sampling.temperature"),
+        ("evaluate", "top_p", 1.0, "sampling.top_p"),
+    ],
+)
+def test_an_old_spelling_is_refused_with_the_new_one_and_read_in_a_receipt(
+    kind: str, key: str, value: Any, new: str
+) -> None:
+    with pytest.raises(SlingshotError, match=rf"^{kind}\.{key}: this key is now {new}$"):
+        parse(kind, **{key: value})
+    config = STAGES[kind].config.renewed(SMALLEST[kind] | {key: value})
+    for part in new.split("."):
+        config = config[part]
+    assert config == value
+
+
+def test_a_whole_old_receipt_gets_its_tables() -> None:
+    old = SMALLEST["rl"] | {"optimizer": "muon", "lr": 0.1, "clip_low": 0.3, "temperature": 0.5, "threads": 1}
+    config = STAGES["rl"].config.parse(STAGES["rl"].config.renewed(old))
+    assert config == parse(
+        "rl", optimizer={"name": "muon", "lr": 0.1}, loss={"clip_low": 0.3}, sampling={"temperature": 0.5}, threads=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("rl", {"price": float("nan")}),
+        ("rl", {"price": "inf"}),
+        ("rl", {"optimizer": {"lr": float("inf")}}),
+        ("rl", {"optimizer": {"betas": [0.9, float("nan")]}}),
+        ("rl", {"rewards": {"accuracy": float("-inf")}}),
+        ("rl", {"sampling": {"temperature": float("nan")}}),
+        ("rl", {"max_flops": float("inf")}),
+        ("rl", {"tasks": [{"name": "arithmetic", "weight": float("inf")}]}),
+        ("rl", {"tasks": [{"name": "arithmetic", "params": {"max_terms": float("nan")}}]}),
+        ("pretrain", {"model": {"preset": "deepseek-v3", "initializer_range": float("nan")}}),
+        ("sample", {"seed": 2**63}),
+        ("evaluate", {"seed": -(2**63)}),
+    ],
+)
+def test_numbers_that_are_none_are_refused_in_one_line(kind: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(SlingshotError) as refused:
+        parse(kind, **changes)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_largest_seed_is_taken() -> None:
+    assert StageConfig.parse({"seed": 2**63 - 1}).seed == 2**63 - 1
+
+
+def test_an_override_reaches_a_table_of_a_recipe(tmp_path: Path) -> None:
+    values = {stage.name: stage.values for stage in Recipe.load("tiny", ["zero.optimizer.lr=1e-4"]).stages}
+    assert values["zero"]["optimizer"] == {"lr": 1e-4} and values["sft"]["optimizer"] == {"name": "adamw", "lr": 1e-3}

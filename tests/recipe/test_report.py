@@ -19,6 +19,8 @@ from slingshot.cost.receipt import Parent, Receipt
 from slingshot.machine.machine import Machine
 from slingshot.model.config import ModelConfig
 from slingshot.recipe import report
+from slingshot.recipe.charts import POINTS, kept_apart, points_of, smoothed
+from slingshot.recipe.results import headline
 
 MODEL = ModelConfig(
     family="deepseek_v3", vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, kv_lora_rank=32,
@@ -177,9 +179,8 @@ def test_page_tells_the_story_and_stands_alone(tmp_path: Path) -> None:
     report.build(run)
     html = (run / "report.html").read_text()
     text = text_of(html)
-    assert (
-        "after rl_final , it solves 96.6% of 500 arithmetic problems" in text and "after pretrain it was 61.2%" in text
-    )
+    assert "After rl_final , the model to talk to, it solves 96.6% of 500 arithmetic problems" in text
+    assert "after pretrain it was 61.2%" in text
     assert "8.4 × as long a response: 5 tokens became 43" in text
     assert "15 min 10 s" in text  # 838 s of stages and 6 evaluations of 12 s
     assert html.count("<svg") == 1 + 6
@@ -223,7 +224,8 @@ def test_three_problems_show_what_was_learned_and_what_was_not(tmp_path: Path) -
     assert section.count("✓") == 5 + 4 and section.count("✗") == 1 + 2 + 6
 
 
-def test_a_weaker_last_stage_does_not_decide_what_was_learned(tmp_path: Path) -> None:
+def test_the_model_to_talk_to_leads_and_not_the_one_with_the_highest_score(tmp_path: Path) -> None:
+    """The last checkpoint, or the one the recipe names, whatever another one scores."""
     run = make_run(tmp_path / "tiny")
     path = run / "evaluations" / "rl_final" / "evaluation.json"
     evaluation = read_json(path)
@@ -232,8 +234,39 @@ def test_a_weaker_last_stage_does_not_decide_what_was_learned(tmp_path: Path) ->
     write_json(path, evaluation)
     report.build(run)
     text = text_of((run / "report.html").read_text())
+    assert "After rl_final , the model to talk to, it solves 40.0%" in text
+    assert "What is 7-2+9-8+4? arithmetic · still beyond it" in text
+    write_json(run / "recipe.json", read_json(run / "recipe.json") | {"chat": "rl"})
+    report.build(run)
+    text = text_of((run / "report.html").read_text())
+    assert "After rl , the model to talk to, it solves 93.8%" in text
     assert "What is 7-2+9-8+4? arithmetic · learned on the way" in text
-    assert "after rl , it solves 93.8%" in text
+
+
+def test_what_was_asked_for_is_whole_and_the_rest_is_offered(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "tiny", finished=2)
+    asked = {"asked": ["pretrain", "zero"]}
+    write_json(run / "recipe.json", read_json(run / "recipe.json") | asked)
+    report.build(run)
+    text = text_of((run / "report.html").read_text())
+    assert "through 2 of 2 stages" in text and "has not run yet" not in text
+    assert "The recipe has 5 stages more: cold_start, rl, sample, sft, rl_final." in text
+    make_run(run, finished=4)  # what an earlier run made beyond it is shown all the same
+    write_json(run / "recipe.json", read_json(run / "recipe.json") | asked)
+    report.build(run)
+    assert "through 4 of 4 stages" in text_of((run / "report.html").read_text())
+
+
+def test_few_problems_are_counted_rather_than_shared_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "tiny")
+    for path in run.glob("evaluations/*/evaluation.json"):
+        evaluation = read_json(path)
+        evaluation["tasks"]["arithmetic"] |= {"pass@1": 0.4, "n": 5, "ci95": [0.118, 0.769]}
+        write_json(path, evaluation)
+    report.build(run)
+    text = text_of((run / "report.html").read_text())
+    assert "it solves 2 of 5 arithmetic problems" in text and "few problems, so chance has a large part in it" in text
+    assert headline(run / "evaluations" / "zero").startswith("arithmetic 2 of 5, countdown pass@1 14.2%")
 
 
 def test_a_run_half_done(tmp_path: Path) -> None:
@@ -300,21 +333,28 @@ def test_broken_inputs_are_named(tmp_path: Path, path: str, content: str | None,
 
 
 def test_labels_are_moved_apart() -> None:
-    assert report._apart([0.1, 0.5, 0.9], gap=0.1) == [0.1, 0.5, 0.9]
-    assert report._apart([0.1, 0.1, 0.1], gap=0.25) == pytest.approx([0.1, 0.35, 0.6])
-    assert report._apart([0.2, 0.95, 0.95], gap=0.25) == pytest.approx([0.2, 0.75, 1.0])
+    assert kept_apart([0.1, 0.5, 0.9], gap=0.1) == [0.1, 0.5, 0.9]
+    assert kept_apart([0.1, 0.1, 0.1], gap=0.25) == pytest.approx([0.1, 0.35, 0.6])
+    assert kept_apart([0.2, 0.95, 0.95], gap=0.25) == pytest.approx([0.2, 0.75, 1.0])
 
 
 def test_points_average_lists_and_long_curves() -> None:
     rows = [{"step": step, "load": [step, step + 2.0]} for step in range(480)]
-    points = report._points(rows, "load")
-    assert len(points) == report.POINTS and points[0] == (1.0, 1.5) and points[-1] == (479.0, 479.5)
-    assert report._smooth([1.0, 2.0, 6.0]) == [1.0, 2.0, 6.0]
-    assert report._smooth([0.0] * 12 + [3.0] + [0.0] * 12)[11:14] == [1.0, 1.0, 1.0]
+    points = points_of(rows, "load")
+    assert len(points) == POINTS and points[0] == (1.0, 1.5) and points[-1] == (479.0, 479.5)
+    assert smoothed([1.0, 2.0, 6.0]) == [1.0, 2.0, 6.0]
+    assert smoothed([0.0] * 12 + [3.0] + [0.0] * 12)[11:14] == [1.0, 1.0, 1.0]
 
 
-def test_a_long_response_is_cut_on_the_page() -> None:
-    assert report._clip("x" * 5000) == "x" * 4000 + " …"
+def test_a_long_response_is_cut_on_the_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "tiny")
+    path = run / "evaluations" / "rl" / "evaluation.json"
+    evaluation = read_json(path)
+    evaluation["examples"]["arithmetic"][0]["response"] = "x" * 5000
+    write_json(path, evaluation)
+    report.build(run)
+    page = (run / "report.html").read_text()
+    assert "x" * 4000 + " …" in page and "x" * 4001 not in page
 
 
 def test_matplotlib_is_loaded_only_to_build() -> None:

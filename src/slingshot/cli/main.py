@@ -29,6 +29,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, read_text
 from slingshot.cli.plan import app as plan_app
 from slingshot.recipe import recipe
+from slingshot.recipe.results import headline
 from slingshot.stages.kinds import STAGES
 
 app = typer.Typer(
@@ -132,7 +133,7 @@ def _stage_command(kind: str) -> Callable[..., None]:
             recipe.apply_override(values, text if "=" in text else f"model={text}")
         stage.run(stage.config.parse(values, kind), out)
         if os.environ.get("RANK", "0") == "0":
-            print(f"made {out}: {recipe.headline(out)}\nnext: {_NEXT[kind].format(out=out)}")
+            print(f"made {out}: {headline(out)}\nnext: {_NEXT[kind].format(out=out)}")
 
     command.__doc__ = f"One stage: {STAGES[kind].what}."
     return command

@@ -50,10 +50,11 @@ from rich.console import Console
 from rich.text import Text
 
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import read_json, read_jsonl, read_text, write_json
+from slingshot.base.files import read_json, read_text, write_json
 from slingshot.base.names import did_you_mean
-from slingshot.base.quantity import show_count, show_duration, show_flops
+from slingshot.base.quantity import show_duration
 from slingshot.cost.receipt import Receipt
+from slingshot.recipe.results import headline
 from slingshot.stages.kinds import STAGES
 
 # How a stage's process is started, after the interpreter's name.
@@ -119,21 +120,6 @@ class Stage:
         costs: dict[str, float] = {}
         resolve(self.values, artifacts.setdefault, lambda name: costs.setdefault(name, 1.0))
         return list(artifacts), list(costs)
-
-
-def headline(folder: Path) -> str:
-    """What a reader wants of a finished artifact in half a line: pass@1 of an evaluation, else the last loss or reward, and the cost."""
-    parts = []
-    if (folder / "evaluation.json").exists():
-        for task, score in read_json(folder / "evaluation.json")["tasks"].items():
-            low, high = score["ci95"]
-            parts.append(f"{task} pass@1 {score['pass@1']:.1%} ({low:.1%} to {high:.1%})")
-    if (folder / "metrics.jsonl").exists() and (rows := read_jsonl(folder / "metrics.jsonl")):
-        parts += [f"{key} {rows[-1][key]:.3f}" for key in ("loss", "reward") if isinstance(rows[-1].get(key), float)]
-    receipt = Receipt.read(folder)
-    if "bits_per_byte" in receipt.extra:
-        parts.append(f"{receipt.extra['bits_per_byte']:.3f} bits per byte of held-out text")
-    return ", ".join([*parts, f"{show_count(receipt.tokens)} tokens", show_flops(receipt.flops)])
 
 
 @dataclass(frozen=True)

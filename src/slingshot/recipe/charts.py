@@ -1,0 +1,200 @@
+"""The report's charts: inline SVG, drawn in stand-in colours that become CSS variables, so that one drawing serves light
+and dark.
+
+accuracy_chart(evaluated, ["arithmetic"])       # pass@1 by stage
+training_curves(stages)                         # loss, reward, entropy ... by step
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from slingshot.recipe.results import StageResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+POINTS = 240  # per curve: more than a small chart has pixels for
+INK, MUTED, RULE = "#010101", "#020202", "#030303"
+SERIES = [f"#0a0a{index:02x}" for index in range(1, 7)]
+_VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule"} | {
+    colour: f"series-{index}" for index, colour in enumerate(SERIES, start=1)
+}
+
+
+def draw(name: str, width: float, height: float, left: float, right: float, paint: Callable[[Axes], None]) -> Markup:
+    """Paint one pair of axes and return it as inline SVG; a screen reader says its `name`.
+
+    `width` and `height` in inches give its shape; `left` and `right` are the shares of the width kept for labels.
+    """
+    import matplotlib as mpl  # heavy, and wanted only here
+    from matplotlib.figure import Figure
+
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",  # text stays text, in the page's own font
+        "svg.hashsalt": name,
+        "text.parse_math": False,  # a stage may be called $x$
+        "font.size": 9,
+        "text.color": INK,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "axes.edgecolor": RULE,
+        "axes.facecolor": "none",
+        "figure.facecolor": "none",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "grid.color": RULE,
+        "grid.linewidth": 0.6,
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+        "lines.solid_capstyle": "round",
+    }
+    with mpl.rc_context(settings):
+        figure = Figure(figsize=(width, height))
+        paint(figure.add_axes((left, 0.3 / height, 1 - left - right, 1 - 0.4 / height)))
+        target = io.StringIO()
+        figure.savefig(target, format="svg", metadata={"Date": None})
+    svg = target.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(
+        r"#[0-9a-f]{6}", lambda match: f"var(--{_VARIABLES[match[0]]})" if match[0] in _VARIABLES else match[0], svg
+    )
+    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", svg)
+    # The page sets the size; the shape is in the viewBox.
+    head, rest = svg.split(">", 1)
+    head = re.sub(r' (width|height)="[^"]*"', "", head)
+    return Markup(f'{head} role="img" aria-label="{Markup.escape(name)}">{rest}')
+
+
+def accuracy_chart(evaluated: list[StageResult], tasks: list[str]) -> Markup:
+    """pass@1 of every stage, a dot with its 95% interval per task; faint lines lead from what it was made from."""
+
+    def paint(axes: Axes) -> None:
+        for index, task in enumerate(tasks):
+            colour = SERIES[index % len(SERIES)]
+            offset = (index - (len(tasks) - 1) / 2) * 0.2
+            dots = {
+                stage.name: (place + offset, 100 * stage.scores[task].pass_at_1)
+                for place, stage in enumerate(evaluated)
+                if task in stage.scores
+            }
+            for stage in evaluated:
+                for parent in stage.parents:
+                    if stage.name in dots and parent in dots:
+                        ends = zip(dots[parent], dots[stage.name], strict=True)
+                        axes.plot(*ends, color=colour, linewidth=1, alpha=0.3)
+            x, y = zip(*dots.values(), strict=True)
+            low, high = (
+                [100 * stage.scores[task].ci95[end] for stage in evaluated if task in stage.scores] for end in (0, 1)
+            )
+            axes.vlines(x, low, high, color=colour, linewidth=2.4, alpha=0.5)
+            axes.plot(x, y, "o", color=colour, markersize=5.5)
+            for place, value, above in zip(x, y, high, strict=True):
+                axes.annotate(
+                    f"{value:.0f}", (place, above), (0, 4), textcoords="offset points", color=colour, ha="center"
+                )
+        names = [stage.name.replace("_", "_\n", 1) if len(evaluated) > 9 else stage.name for stage in evaluated]
+        axes.set_xticks(range(len(evaluated)), names, color=INK)
+        axes.set_xlim(-0.5, len(evaluated) - 0.5)
+        axes.set_ylim(0, 109)
+        axes.set_yticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"])
+
+    return draw("pass@1 by stage with 95% intervals", 10, 3.4, 0.05, 0, paint)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A small chart with its heading."""
+
+    title: str
+    unit: str
+    svg: Markup
+
+
+def training_curves(stages: list[StageResult]) -> list[Curve]:
+    """How training went, a chart per quantity, stages of a kind together. Quantities nobody logged are left out."""
+    pretrained = any(stage.kind == "pretrain" for stage in stages)
+    title, learning = ("Loss in pre-training", "pretrain") if pretrained else ("Loss in fine-tuning", "sft")
+    plans = [
+        (title, "nats per token", learning, ("loss", "mtp_loss")),
+        ("Busiest expert in pre-training", "load over its layer's mean; 1 is even", "pretrain", ("expert_load",)),
+        ("Reward", "mean of a step", "rl", ("reward",)),
+        ("Response length", "tokens", "rl", ("response_tokens",)),
+        ("Entropy", "nats per token", "rl", ("entropy",)),
+        ("KL to the reference", "nats per token", "rl", ("kl",)),
+    ]
+    curves = []
+    for title, unit, kind, keys in plans:
+        lines = {}
+        for stage in stages:
+            for key in keys:
+                points = points_of(stage.metrics, key) if stage.kind == kind else []
+                if len(points) > 1:
+                    lines[stage.name + (" MTP" if key == "mtp_loss" else "")] = points
+        if lines:
+            svg = draw(title, 3.6, 1.7, 0.09, 0.35, functools.partial(_paint_lines, lines=lines))
+            curves.append(Curve(title, unit, svg))
+    return curves
+
+
+def points_of(metrics: Iterable[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) of what was logged under `key`, at most POINTS, by averaging; a list, such as the load per layer,
+    counts by its mean."""
+    points = []
+    for row in metrics:
+        value = row.get(key)
+        if isinstance(value, list) and value:
+            value = sum(value) / len(value)
+        if isinstance(value, int | float) and isinstance(row.get("step"), int):
+            points.append((float(row["step"]), float(value)))
+    width = -(-len(points) // POINTS) or 1
+    buckets = [points[start : start + width] for start in range(0, len(points), width)]
+    return [(bucket[-1][0], sum(value for _, value in bucket) / len(bucket)) for bucket in buckets]
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """A centred mean over a twelfth of the curve, so that the trend reads and the ends stay where they are."""
+    reach = len(values) // 24
+    windows = (values[max(0, place - reach) : place + reach + 1] for place in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def _paint_lines(axes: Axes, lines: dict[str, list[tuple[float, float]]]) -> None:
+    ends = []
+    for colour, (label, points) in zip(SERIES, lines.items(), strict=False):  # a seventh line would be unreadable
+        x, y = [step for step, _ in points], [value for _, value in points]
+        smooth = smoothed(y)
+        axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.3)
+        axes.plot(x, smooth, color=colour, linewidth=1.8)
+        ends.append((smooth[-1], f"{label} {smooth[-1]:.3g}", colour))
+    axes.margins(x=0, y=0.08)
+    axes.locator_params(axis="x", nbins=4, integer=True)
+    axes.locator_params(axis="y", nbins=4)
+    # Labels stand at the right edge, each at its line's end, pushed apart where they would touch.
+    low, high = axes.get_ylim()
+    ends.sort()
+    heights = kept_apart([(value - low) / (high - low) for value, _, _ in ends], gap=0.12)
+    for height, (_, text, colour) in zip(heights, ends, strict=True):
+        axes.text(1.03, height, text, color=colour, transform=axes.transAxes, va="center")
+
+
+def kept_apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Ascending heights moved as little as keeps them `gap` apart and below 1: up first, then down from the top."""
+    moved: list[float] = []
+    for height in heights:
+        moved.append(max(height, moved[-1] + gap) if moved else height)
+    ceiling = 1.0
+    for place in reversed(range(len(moved))):
+        moved[place] = min(moved[place], ceiling)
+        ceiling = moved[place] - gap
+    return moved

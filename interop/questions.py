@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from slingshot.tasks.task import load_task
+from slingshot.tasks.loader import load_task
 from slingshot.text.tokenizer import Tokenizer
 
 # What the deepseek of conftest.py is pre-trained on.

@@ -40,7 +40,7 @@ from slingshot.checkpoint.gguf import write as gguf_writer
 from slingshot.checkpoint.load_save import load_model, load_tokenizer, open_weights, save_checkpoint
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
-from slingshot.tasks.task import load_task
+from slingshot.tasks.loader import load_task
 from slingshot.text.pretokenizers import SPLITS
 from slingshot.text.tokenizer import Tokenizer
 

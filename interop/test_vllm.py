@@ -36,7 +36,7 @@ from interop.questions import MAX_TOKENS, TASK, Questions
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
-from slingshot.tasks.task import load_task
+from slingshot.tasks.loader import load_task
 from slingshot.text.tokenizer import Tokenizer
 
 Peer = Callable[..., dict[str, Any]]

@@ -17,7 +17,7 @@ from slingshot.cost.flops import cache_bytes_per_token, parameters
 from slingshot.model.config import PRESETS, ModelConfig, presets
 from slingshot.model.hf_config import MODEL_TYPES
 from slingshot.model.rope import frequencies, rotation_scale
-from slingshot.tasks.task import TaskConfig
+from slingshot.tasks.loader import TaskConfig
 
 Config = Callable[..., ModelConfig]
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from slingshot.base.errors import SlingshotError
 from slingshot.engine.sampling import SamplingParams
 from slingshot.engine.sequence import Completion, RequestOutput
-from slingshot.rollout.rollout import Item, PromptForm, TaskMix, distinct, roll_out
-from slingshot.tasks.task import Problem, TaskConfig, load_task, split_of
+from slingshot.rollout.rollout import PromptForm, roll_out
+from slingshot.tasks.loader import load_task
+from slingshot.tasks.mixture import Item
+from slingshot.tasks.task import Problem
 from slingshot.text.tokenizer import Tokenizer
 
 SHORT = {"min_terms": 2, "max_terms": 3}
@@ -40,37 +41,6 @@ def test_a_problem_cannot_write_control_tokens(tokenizer: Tokenizer) -> None:
     for form in (PromptForm(), PromptForm(chat=False)):
         ids = form.encode(tokenizer, problem)
         assert tokenizer.eos_id not in ids and tokenizer.end_think_id not in ids
-
-
-def test_a_mix_draws_different_problems_in_its_shares() -> None:
-    mix = TaskMix([TaskConfig(name="arithmetic", weight=3, params=SHORT), TaskConfig(name="countdown")])
-    items = mix.draw("train", "0/7", 10)
-    assert [item.task.name for item in items].count("arithmetic") == 8 and len(items) == 10  # 7.5 rounds to even
-    assert len({item.problem.key for item in items}) == 10 and all(
-        split_of(item.problem.key) == "train" for item in items
-    )
-    assert [item.key for item in items] == [f"0/7/{item.problem.key}" for item in items]
-
-
-def test_draws_follow_their_seed() -> None:
-    mix = TaskMix([TaskConfig(name="arithmetic")])
-    keys = [[item.problem.key for item in mix.draw("train", seed, 8)] for seed in ("0/1", "0/1", "0/2", "1/1")]
-    assert keys[0] == keys[1] and len({tuple(each) for each in keys}) == 3
-
-
-def test_a_task_that_runs_out_gives_what_it_has() -> None:
-    task = load_task("arithmetic", min_terms=2, max_terms=2, operators="+", languages=["en"])
-    found = distinct(task, "test", "seed", 500)
-    assert 0 < len(found) < 45 and len({problem.key for problem in found}) == len(
-        found
-    )  # 1 to 9 plus 1 to 9, order aside, a tenth of them
-
-
-def test_a_mix_of_nothing_is_refused() -> None:
-    with pytest.raises(
-        SlingshotError, match=r'tasks: at least one task is needed, for example \{name = "arithmetic"\}'
-    ):
-        TaskMix([])
 
 
 class Scripted:

@@ -14,7 +14,8 @@ from slingshot.cost.receipt import Receipt
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.stages import evaluate
 from slingshot.stages.evaluate import bootstrap, pass_at_k, summarise
-from slingshot.tasks.task import load_task, split_of
+from slingshot.tasks.loader import load_task
+from slingshot.tasks.task import split_of
 
 Evaluating = Callable[..., evaluate.EvaluateConfig]
 
@@ -134,7 +135,7 @@ def test_a_run_asks_held_out_problems_in_every_form(
 
 
 def test_the_problems_are_the_same_for_every_model(sums: dict[str, Any]) -> None:
-    from slingshot.rollout.rollout import distinct
+    from slingshot.tasks.mixture import distinct
 
     task = load_task("arithmetic")
     first = [problem.key for problem in distinct(task, "test", "evaluate/0", 30)]

@@ -20,7 +20,7 @@ from slingshot.cost.receipt import Receipt
 from slingshot.data.corpora import Corpus
 from slingshot.model.transformer import Transformer
 from slingshot.stages import pretrain
-from slingshot.tasks.task import load_task
+from slingshot.tasks.loader import load_task
 
 Pretraining = Callable[..., pretrain.PretrainConfig]
 Metrics = Callable[[Path], list[dict[str, Any]]]

@@ -15,9 +15,11 @@ from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.receipt import Receipt
 from slingshot.engine.engine import Engine
 from slingshot.model.transformer import Transformer
-from slingshot.rollout.rollout import PromptForm, Rollout, TaskMix, roll_out
+from slingshot.rollout.rollout import PromptForm, Rollout, roll_out
 from slingshot.stages import rl
-from slingshot.tasks.task import Problem, load_task
+from slingshot.tasks.loader import load_task
+from slingshot.tasks.mixture import TaskMix
+from slingshot.tasks.task import Problem
 from slingshot.training.optimizer import Optimizer
 from slingshot.training.parallel import Parallel
 from slingshot.training.policy import policy_step
@@ -131,7 +133,7 @@ class Recorder:
 def sampled(config: rl.RLConfig) -> tuple[Transformer, Transformer, list[Rollout]]:
     """The policy, a reference beside it, and scored responses of the policy."""
     model, reference = load_model(config.model), load_model(config.model)
-    items = TaskMix(config.tasks).draw("train", "0/0", config.prompts_per_step)
+    items = TaskMix(config.tasks, "train", "0").draw(0, config.prompts_per_step)
     params = config.sampling.params(config.group_size, seed=0)
     groups = roll_out(Engine(model, load_tokenizer(config.model)), items, params, PromptForm())
     rl.score(groups, config, 0)

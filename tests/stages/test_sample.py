@@ -11,8 +11,9 @@ import pytest
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_jsonl
 from slingshot.cost.receipt import Receipt
-from slingshot.rollout.rollout import Item, Rollout
+from slingshot.rollout.rollout import Rollout
 from slingshot.stages import sample
+from slingshot.tasks.mixture import Item
 
 Sampling = Callable[..., sample.SampleConfig]
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slingshot.tasks.arithmetic import chain_key, chain_steps
-from slingshot.tasks.task import Problem, load_task
+from slingshot.tasks.loader import load_task
+from slingshot.tasks.task import Problem
 
 CHAIN = {"numbers": [3, 4, 2, 9], "operators": ["+", "-", "+"]}
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slingshot.tasks.countdown import apply, leaves, parse, render, value_of
-from slingshot.tasks.task import Problem, load_task
+from slingshot.tasks.loader import load_task
+from slingshot.tasks.task import Problem
 
 PROBLEM = Problem("Make 13 from 2, 3, 7.", "2,3,7=13", "3*2+7", "en", {"numbers": [2, 3, 7], "target": 13})
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slingshot.base.errors import SlingshotError
-from slingshot.tasks.task import Problem, Task, in_split, load_task, split_of
+from slingshot.tasks.loader import load_task
+from slingshot.tasks.task import Problem, Task, in_split, split_of
 
 
 def problems_of(*keys):
@@ -128,7 +129,7 @@ def test_a_task_without_solutions_says_so():
     task = Bare()
     problem = next(task.problems("train", 0))
     assert not task.has_solutions
-    with pytest.raises(NotImplementedError, match="bare"):
+    with pytest.raises(SlingshotError, match="bare writes no worked solutions; give data or text instead of this task"):
         task.solution(problem, "steps", random.Random(0))
     assert task.extract("so it is\n two \n") == "two"
     assert task.extract(" \n") is None and task.read("  ") is None

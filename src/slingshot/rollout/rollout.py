@@ -1,7 +1,6 @@
 """Where engine and tasks meet: problems in, verified and scored completions out. Used by rl, sample and evaluate.
 
-tasks = TaskMix([TaskConfig(name="arithmetic")])
-items = tasks.draw("train", seed="0/17", count=16)
+items = TaskMix([TaskConfig(name="arithmetic")], "train", seed="0").draw(0, 16)
 groups = roll_out(engine, items, SamplingParams(n=16), PromptForm())
 """
 
@@ -9,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from slingshot.base.config import Strict
-from slingshot.base.errors import SlingshotError
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.rollout.reward import format_reward, language_consistency
-from slingshot.tasks.task import Problem, Split, Task, TaskConfig, load_task
+from slingshot.tasks.mixture import Item
+from slingshot.tasks.task import Problem, Task
 from slingshot.text.reasoning import ends_in_reasoning, parse
 from slingshot.text.tokenizer import Tokenizer
 
@@ -56,45 +54,6 @@ class Rollout:
     language: float
     reward: float = 0.0
     advantage: float = 0.0
-
-
-@dataclass(frozen=True)
-class Item:
-    """A problem and the task it is of."""
-
-    task: Task
-    problem: Problem
-    key: str  # names the noise of its samples
-
-
-class TaskMix:
-    """Several tasks in fixed shares."""
-
-    def __init__(self, configs: Sequence[TaskConfig]) -> None:
-        if not configs:
-            raise SlingshotError('tasks: at least one task is needed, for example {name = "arithmetic"}')
-        self.tasks = [(load_task(config.name, **config.params), config.weight) for config in configs]
-
-    def draw(self, split: Split, seed: str, count: int) -> list[Item]:
-        """`count` problems with different keys, as many of each task as its weight says; fewer where a task has no more."""
-        total = sum(weight for _, weight in self.tasks)
-        items: list[Item] = []
-        for index, (task, weight) in enumerate(self.tasks):
-            done = sum(w for _, w in self.tasks[:index])
-            share = round(count * (done + weight) / total) - round(count * done / total)
-            items += [Item(task, problem, f"{seed}/{problem.key}") for problem in distinct(task, split, seed, share)]
-        return items
-
-
-def distinct(task: Task, split: Split, seed: str, count: int) -> list[Problem]:
-    """The first `count` problems of a split with different keys; fewer if the task runs out of them."""
-    found: dict[str, Problem] = {}
-    number = int.from_bytes(seed.encode(), "big") % 2**61
-    for problem in islice(task.problems(split, number), 20 * count):
-        found.setdefault(problem.key, problem)
-        if len(found) == count:
-            break
-    return list(found.values())
 
 
 def roll_out(engine: Engine, items: Sequence[Item], params: SamplingParams, form: PromptForm) -> list[list[Rollout]]:

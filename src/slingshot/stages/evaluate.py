@@ -23,9 +23,11 @@ from slingshot.checkpoint.hub import locate
 from slingshot.cost.flops import generation_flops
 from slingshot.engine.engine import Engine
 from slingshot.machine.precision import Dtype, compute_dtype, peak
-from slingshot.rollout.rollout import Item, PromptForm, Rollout, distinct, roll_out
+from slingshot.rollout.rollout import PromptForm, Rollout, roll_out
 from slingshot.rollout.sampling import MOVED_TO_SAMPLING, SamplingConfig
-from slingshot.tasks.task import Task, TaskConfig, load_task
+from slingshot.tasks.loader import TaskConfig, load_task
+from slingshot.tasks.mixture import Item, distinct
+from slingshot.tasks.task import Task
 from slingshot.training.checkpointer import Workspace
 from slingshot.training.parallel import Parallel
 

@@ -30,7 +30,9 @@ from slingshot.data.packing import pack
 from slingshot.machine.precision import Dtype, compute_dtype, peak
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
-from slingshot.tasks.task import Style, TaskConfig, load_task
+from slingshot.tasks.loader import TaskConfig, load_task
+from slingshot.tasks.mixture import passes
+from slingshot.tasks.task import Style
 from slingshot.text.response import encode_responses
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.checkpointer import Workspace, restore, training_state
@@ -180,9 +182,11 @@ def _written(config: PretrainConfig) -> Iterator[tuple[str, ...]]:
     total = sum(task.weight for task in documents.tasks) * sum(documents.styles.values())
     for spec in documents.tasks:
         task = load_task(spec.name, **spec.params)
+        problems = passes(task, "train", f"documents/{config.seed}")
         for style, share in documents.styles.items():
             count = round(documents.count * spec.weight * share / total)
-            for problem, solution in islice(task.documents("train", config.seed, style, documents.language_mix), count):
+            for problem in islice(problems, count):
+                solution = task.write(problem, style, rng, documents.language_mix)
                 if rng.random() < documents.template_share:
                     pieces.append((problem.prompt, solution.reasoning, solution.answer))
                 else:

@@ -28,9 +28,10 @@ from slingshot.data.packing import pack_examples
 from slingshot.engine.engine import Engine
 from slingshot.machine.precision import Dtype, compute_dtype, peak
 from slingshot.model.transformer import Transformer
-from slingshot.rollout.rollout import PromptForm, Rollout, TaskMix, roll_out
+from slingshot.rollout.rollout import PromptForm, Rollout, roll_out
 from slingshot.rollout.sampling import MOVED_TO_SAMPLING, SamplingConfig
-from slingshot.tasks.task import TaskConfig
+from slingshot.tasks.loader import TaskConfig
+from slingshot.tasks.mixture import TaskMix
 from slingshot.training.checkpointer import Workspace, restore, training_state
 from slingshot.training.language_model import Rows, add_loads, busiest
 from slingshot.training.objectives import group_advantages
@@ -87,7 +88,7 @@ def run(config: RLConfig, out: Path) -> None:
     parallel = Parallel.start(config.threads)
     source = locate(config.model)
     work = Workspace(out, kind, config, [source], parallel, config.save_seconds, peak(config.dtype))
-    tasks = TaskMix(config.tasks)
+    tasks = TaskMix(config.tasks, "train", f"rl/{config.seed}")
     model, tokenizer = load_model(source, device=parallel.device), load_tokenizer(source)
     reference = load_model(source, device=parallel.device, shard=parallel.shard) if config.loss.kl else None
     dtype = compute_dtype(config.dtype)
@@ -119,9 +120,7 @@ def run(config: RLConfig, out: Path) -> None:
             flops_before = work.meter.flops
 
             engine.update_weights(gathered(model))
-            items = tasks.draw("train", f"{config.seed}/{step}", config.prompts_per_step)[
-                parallel.rank :: parallel.world
-            ]
+            items = tasks.draw(step * config.prompts_per_step, config.prompts_per_step)[parallel.rank :: parallel.world]
             groups = roll_out(engine, items, params, config.form)
             score(groups, config, step)
             kept = [rollout for group in groups if len({rollout.reward for rollout in group}) > 1 for rollout in group]

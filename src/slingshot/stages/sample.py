@@ -22,9 +22,11 @@ from slingshot.checkpoint.hub import locate
 from slingshot.cost.flops import generation_flops
 from slingshot.engine.engine import Engine
 from slingshot.machine.precision import Dtype, compute_dtype, peak
-from slingshot.rollout.rollout import Item, PromptForm, TaskMix, roll_out
+from slingshot.rollout.rollout import PromptForm, roll_out
 from slingshot.rollout.sampling import MOVED_TO_SAMPLING, SamplingConfig
-from slingshot.tasks.task import Problem, Task, TaskConfig
+from slingshot.tasks.loader import TaskConfig
+from slingshot.tasks.mixture import Item, TaskMix
+from slingshot.tasks.task import Problem, Task
 from slingshot.training.checkpointer import Workspace
 from slingshot.training.parallel import Parallel
 
@@ -100,7 +102,7 @@ def run(config: SampleConfig, out: Path) -> None:
 
 
 def _items(config: SampleConfig) -> list[Item]:
-    return TaskMix(config.tasks).draw("train", f"sample/{config.seed}", config.problems)
+    return TaskMix(config.tasks, "train", f"sample/{config.seed}", repeat=False).draw(0, config.problems)
 
 
 def _rows(task: Task, problem: Problem, texts: Sequence[tuple[str, str]], config: SampleConfig) -> list[dict[str, Any]]:

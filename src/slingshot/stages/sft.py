@@ -24,8 +24,10 @@ from slingshot.checkpoint.load_save import load_model, load_tokenizer, save_chec
 from slingshot.cost.flops import training_parts
 from slingshot.data.packing import pack_examples
 from slingshot.machine.precision import Dtype, compute_dtype, peak
-from slingshot.rollout.rollout import PromptForm, TaskMix
-from slingshot.tasks.task import Problem, TaskConfig
+from slingshot.rollout.rollout import PromptForm
+from slingshot.tasks.loader import TaskConfig
+from slingshot.tasks.mixture import TaskMix
+from slingshot.tasks.task import Problem
 from slingshot.text.reasoning import ends_in_reasoning
 from slingshot.text.response import encode_responses
 from slingshot.text.tokenizer import Tokenizer
@@ -125,9 +127,7 @@ def _examples(config: SFTConfig, tokenizer: Tokenizer) -> list[tuple[list[int], 
             rows.append((Problem(prompt=row["prompt"], key=row["prompt"]), row["reasoning"], row["answer"]))
     if config.tasks:
         rng = random.Random(f"solutions/{config.seed}")
-        for item in TaskMix(config.tasks).draw("train", f"solutions/{config.seed}", config.examples):
-            if not item.task.has_solutions:
-                raise SlingshotError(f"task {item.task.name} writes no worked solutions; give data = [...] instead")
+        for item in TaskMix(config.tasks, "train", f"solutions/{config.seed}", repeat=False).draw(0, config.examples):
             solution = item.task.solution(item.problem, config.style, rng)
             rows.append((item.problem, solution.reasoning, solution.answer))
     if not rows:

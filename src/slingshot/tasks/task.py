@@ -17,11 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from pydantic import Field
-
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
-from slingshot.base.names import unknown_name
 
 Split = Literal["train", "test"]
 Style = Literal["answer", "steps", "slips"]
@@ -60,14 +57,6 @@ class Reward:
     answer: str | None
 
 
-class TaskConfig(Strict):
-    """A task as recipes name it: what `load_task` takes, and its share where several are mixed."""
-
-    name: str
-    weight: float = Field(1.0, gt=0)
-    params: dict[str, Any] = {}
-
-
 class Task(Strict, ABC):
     """Base of all tasks; a subclass's fields are its parameters.
 
@@ -90,7 +79,7 @@ class Task(Strict, ABC):
 
     def solution(self, problem: Problem, style: Style, rng: random.Random) -> Solution:
         """A worked solution in the problem's language: "answer" has no reasoning, "steps" has it, "slips" has a mistake noticed and corrected."""
-        raise NotImplementedError(f"{self.name} cannot write solutions")
+        raise SlingshotError(f"{self.name} writes no worked solutions; give data or text instead of this task")
 
     def other_languages(self, language: str) -> tuple[Language, ...]:
         """The languages besides `language` that `solution` can reason in."""
@@ -102,10 +91,13 @@ class Task(Strict, ABC):
         """Problems with their solutions. With probability `language_mix` the reasoning is in a language other than the problem's."""
         rng = random.Random(f"{self.name}/{style}/{seed}")
         for problem in self.problems(split, seed):
-            spoken = problem
-            if language_mix and rng.random() < language_mix and (others := self.other_languages(problem.language)):
-                spoken = replace(problem, language=rng.choice(others))
-            yield problem, self.solution(spoken, style, rng)
+            yield problem, self.write(problem, style, rng, language_mix)
+
+    def write(self, problem: Problem, style: Style, rng: random.Random, language_mix: float = 0.0) -> Solution:
+        """A worked solution, with probability `language_mix` in a language other than the problem's."""
+        if language_mix and rng.random() < language_mix and (others := self.other_languages(problem.language)):
+            problem = replace(problem, language=rng.choice(others))
+        return self.solution(problem, style, rng)
 
     def read(self, text: str) -> str | None:
         """The answer when `text` is nothing but the answer; None otherwise. Strict, so that listing many answers earns nothing."""
@@ -125,13 +117,14 @@ class Task(Strict, ABC):
         return Reward(0.0 if answer is None else self.score(problem, answer), answer)
 
 
+def key_number(key: str) -> int:
+    """The first 64 bits of the SHA-256 of a canonical key."""
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
 def split_of(key: str) -> Split:
-    """The split a canonical key belongs to: a tenth of all keys, by SHA-256, are for testing."""
-    return (
-        "test"
-        if int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") % 10 == 0
-        else "train"
-    )
+    """The split a canonical key belongs to: a tenth of all keys are for testing."""
+    return "test" if key_number(key) % 10 == 0 else "train"
 
 
 def in_split(problems: Iterable[Problem], split: Split, name: str) -> Iterator[Problem]:
@@ -155,28 +148,3 @@ def in_split(problems: Iterable[Problem], split: Split, name: str) -> Iterator[P
     raise SlingshotError(
         f"{name}: no {split} problem in {missed} drawn; give it parameters that allow more different problems"
     )
-
-
-def load_task(name: str, **params: Any) -> Task:
-    """The task called `name`: "arithmetic", "countdown", "gym:NAME" (any reasoning-gym dataset) or the path of a user's .py file.
-
-    Raises SlingshotError for an unknown name or parameter, and names the nearest known one.
-    """
-    # Imported here because these modules build on this one, and so that reasoning-gym loads only where it is used.
-    if name == "arithmetic":
-        from slingshot.tasks.arithmetic import Arithmetic
-
-        return Arithmetic.parse(params, name)
-    if name == "countdown":
-        from slingshot.tasks.countdown import Countdown
-
-        return Countdown.parse(params, name)
-    if name.startswith("gym:"):
-        from slingshot.tasks.reasoning_gym import Gym
-
-        return Gym.load(name.removeprefix("gym:"), params)
-    if name.endswith(".py"):
-        from slingshot.tasks.user import UserTask
-
-        return UserTask.parse({"path": name, **params}, name)
-    raise unknown_name("task", name, ("arithmetic", "countdown", "gym:NAME", "path/to/file.py"))

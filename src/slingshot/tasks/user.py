@@ -10,7 +10,7 @@
     def solution(problem, style):                    # optional: {"reasoning": ..., "answer": ...}
         return {"reasoning": "Since 1868 it is Tokyo.", "answer": "Tokyo"}
 
-A list of problems is shuffled by slingshot; a generator that goes on without end should draw by `seed`, so that every step sees new ones.
+Problems that come in the same order for every `seed` are shuffled by slingshot; a generator that goes on without end should draw by `seed`.
 Yield all problems for either split: slingshot keeps those whose key (default: the prompt) hashes into the split it wants.
 """
 
@@ -31,7 +31,9 @@ from slingshot.base.errors import SlingshotError
 from slingshot.sandbox.worker import Sandbox, SandboxError, take
 from slingshot.tasks.task import Language, Problem, Reward, Solution, Split, Style, Task, in_split
 
-_POOL = 4096  # a file that yields no more problems than this is kept whole and shuffled by the seed; a longer one is trusted to go by its seed
+_WINDOW = 1 << 14  # problems held to be shuffled, of a file whose order does not go by the seed
+_COMPARED = 8  # first problems of two seeds that tell whether the order does
+_MAX_SEED = 1 << 32  # what numpy.random.seed takes
 _CHUNK = 64  # problems fetched from the worker at a time
 
 
@@ -60,9 +62,7 @@ class UserTask(Task):
     memory_mb: int = 2048
     _sandbox: Sandbox = PrivateAttr()
     _functions: frozenset[str] = PrivateAttr()
-    _pools: dict[str, list[Problem] | None] = PrivateAttr(
-        default_factory=dict
-    )  # all problems of a file that ends; None for one that goes on
+    _by_seed: dict[str, bool] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _open(self) -> Self:
@@ -92,13 +92,25 @@ class UserTask(Task):
         return "solution" in self._functions
 
     def problems(self, split: Split, seed: int) -> Iterator[Problem]:
-        if split not in self._pools:
-            items = list(itertools.islice(self._all(split, 0), _POOL + 1))
-            self._pools[split] = items if len(items) <= _POOL else None
-        pool = self._pools[split]
-        if pool is None:
-            return in_split(self._all(split, seed), split, self.name)
-        return in_split(random.Random(seed).sample(pool, len(pool)), split, self.name)
+        return in_split(self._in_order(split, seed % _MAX_SEED), split, self.name)
+
+    def _in_order(self, split: Split, seed: int) -> Iterator[Problem]:
+        """In the file's own order where that goes by the seed; else shuffled within a window that holds most files whole."""
+        if split not in self._by_seed:
+            first, second = (list(itertools.islice(self._all(split, number), _COMPARED)) for number in (0, 1))
+            self._by_seed[split] = first != second
+        problems = self._all(split, seed)
+        if self._by_seed[split]:
+            yield from problems
+            return
+        rng = random.Random(seed)
+        window = list(itertools.islice(problems, _WINDOW))
+        for problem in problems:
+            at = rng.randrange(len(window))
+            yield window[at]
+            window[at] = problem
+        rng.shuffle(window)
+        yield from window
 
     def _all(self, split: Split, seed: int) -> Iterator[Problem]:
         start = 0

@@ -143,5 +143,5 @@ def test_sources_that_are_not_there_are_named(finetuning: Finetuning, tmp_path: 
         finetuning(data=[])
     with pytest.raises(SlingshotError, match="nowhere does not exist"):
         sft.run(finetuning(data=["nowhere"]), tmp_path / "out")
-    with pytest.raises(SlingshotError, match="task gym:leg_counting writes no worked solutions; give data"):
+    with pytest.raises(SlingshotError, match="gym:leg_counting writes no worked solutions; give data"):
         sft.run(finetuning(data=[], tasks=[{"name": "gym:leg_counting"}], examples=2), tmp_path / "out2")

@@ -200,6 +200,37 @@ def test_a_tokenizer_larger_than_its_model_is_refused(saved: Path) -> None:
         load_tokenizer(saved)
 
 
+@pytest.mark.parametrize(
+    ("file", "said", "ends"),
+    [
+        ("config.json", {"eos_token_id": [1, 4]}, {1, 4}),
+        ("config.json", {"eos_token_id": 4}, {1, 4}),
+        ("config.json", {"eos_token_id": [1, 50]}, {1}),  # 50 is a byte of text, and a default that nobody chose
+        ("generation_config.json", {"eos_token_id": [4, 3]}, {1, 3, 4}),
+        ("tokenizer_config.json", {"eos_token": None}, set()),
+        ("special_tokens_map.json", {"eos_token": "<｜Assistant｜>"}, {4}),
+        ("special_tokens_map.json", {"eos_token": {"content": "<｜Assistant｜>"}, "unk_token": "?"}, {4}),
+    ],
+)
+def test_ends_are_read_wherever_they_stand_and_kept(
+    saved: Path, tmp_path: Path, file: str, said: dict[str, object], ends: set[int]
+) -> None:
+    def put(name: str, values: dict[str, object]) -> None:
+        old = json.loads((saved / name).read_text()) if (saved / name).exists() else {}
+        (saved / name).write_text(json.dumps(old | values))
+
+    if "token" in file:
+        put("tokenizer_config.json", {"eos_token": None})
+        put("generation_config.json", {"eos_token_id": None})
+        put("config.json", {"eos_token_id": None})
+    put(file, said)
+    tokenizer = load_tokenizer(saved)
+    assert tokenizer.eos_ids == ends
+    (tmp_path / "again").mkdir()
+    save_checkpoint(tmp_path / "again", load_model(saved), tokenizer)
+    assert load_tokenizer(tmp_path / "again").eos_ids == ends
+
+
 def test_a_configuration_beyond_its_tensors_is_refused_at_once(saved: Path) -> None:
     """Before anything of that size is built, or a list of its tensors is written out."""
     raw = json.loads((saved / "config.json").read_text())

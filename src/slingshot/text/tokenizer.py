@@ -62,7 +62,7 @@ class Tokenizer:
 
     vocab_size          one more than the highest id
     bos_id, eos_id, pad_id, user_id, assistant_id, think_id, end_think_id      None where the vocabulary has no such token
-    eos_ids             every id that ends a generation: eos_id and those of generation_config.json
+    eos_ids             every id that ends a generation: eos_id and those of generation_config.json and config.json
     control_ids         every added token; `encode` yields none of them
     chat_template       Jinja, None when the model came without
     """
@@ -142,9 +142,9 @@ class Tokenizer:
         if further := sorted((path / "additional_chat_templates").glob("*.jinja")):
             named = _templates(config.get("chat_template")) | {file.stem: read_text(file) for file in further}
             config["chat_template"] = [{"name": name, "template": template} for name, template in named.items()]
-        eos = _read_object(path / "generation_config.json").get("eos_token_id")
+        config |= {key: text for key, text in _named_beside(path, backend).items() if config.get(key) is None}
         try:
-            return cls(backend, config, eos if isinstance(eos, list) else [] if eos is None else [eos])
+            return cls(backend, config, _ends(path, backend))
         except SlingshotError as error:
             raise SlingshotError(f"{path}: {error}") from error
 
@@ -403,6 +403,28 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise SlingshotError(f"{path} must hold a JSON object")
     return value
+
+
+def _ends(path: Path, backend: tokenizers.Tokenizer) -> list[Any]:
+    """Ids that end a generation by generation_config.json and config.json: of the latter those that the tokenizer adds,
+    for any other is a default that nobody chose."""
+    found: list[list[Any]] = []
+    for file in ("generation_config.json", "config.json"):
+        eos = _read_object(path / file).get("eos_token_id")
+        found.append(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    added = backend.get_added_tokens_decoder()
+    return found[0] + [id for id in found[1] if type(id) is int and id in added]
+
+
+def _named_beside(path: Path, backend: tokenizers.Tokenizer) -> dict[str, Any]:
+    """The bos, eos and pad tokens that special_tokens_map.json names and tokenizer.json adds."""
+    named = _read_object(path / "special_tokens_map.json")
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    return {
+        key: text
+        for key in ("bos_token", "eos_token", "pad_token")
+        if isinstance(text := _content(named.get(key)), str) and text in added
+    }
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -523,7 +523,7 @@ def test_whether_a_text_begins_with_bos(
     post_processor: str | None,
     expected: bool,
 ) -> None:
-    changes = {}
+    changes = {"post_processor": processors.ByteLevel()}
     if post_processor is not None:
         bos, eos = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
         single = f"$A {eos}" if post_processor == "eos" else f"{bos} $A"
@@ -536,7 +536,7 @@ def test_whether_a_text_begins_with_bos(
     write_gguf(
         tmp_path / "m.gguf",
         Held(make_model(dense(vocab_size=VOCABULARY))),
-        changed(tokenizer, config, **changes),
+        changed(tokenizer, {"add_bos_token": None} | config, **changes),
         "float32",
     )
     again = load_tokenizer(tmp_path / "m.gguf")

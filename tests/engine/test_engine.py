@@ -408,7 +408,6 @@ def test_max_length_bounds_prompt_and_answer(scripted, tokenizer):
 @pytest.mark.parametrize(
     ("prompt", "named"),
     [
-        ("", "empty"),
         ([], "empty"),
         ([5, 10_000], "10000"),
         ([-1], "-1"),
@@ -426,20 +425,20 @@ def test_bad_prompts_are_named(dense_model, tokenizer, prompt, named):
 def test_prompts_as_text_ids_and_chat(dense_model, tokenizer):
     engine = Engine(dense_model, tokenizer)
     chat = [{"role": "user", "content": "3+4"}]
-    outputs = engine.generate(["3+4", tokenizer.encode("3+4"), chat], SamplingParams(max_tokens=4))
-    assert outputs[0].prompt_token_ids == outputs[1].prompt_token_ids == tokenizer.encode("3+4")
+    outputs = engine.generate(["3+4", tokenizer.encode_raw("3+4"), chat], SamplingParams(max_tokens=4))
+    assert outputs[0].prompt_token_ids == outputs[1].prompt_token_ids == [0, *tokenizer.encode("3+4")]
     assert outputs[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids
     assert outputs[2].prompt_token_ids == tokenizer.encode_chat(chat, add_generation_prompt=True)
     assert [output.prompt_token_ids for output in engine.generate("3+4", SamplingParams(max_tokens=1))] == [
-        tokenizer.encode("3+4")
+        tokenizer.encode_raw("3+4")
     ]
 
 
 def test_text_prompts_begin_with_bos_where_the_tokenizer_says_so(dense_model, tokenizer):
-    framed = copy.deepcopy(tokenizer.config) | {"add_bos_token": True}
-    engine = Engine(dense_model, type(tokenizer)(tokenizer._backend, framed))
+    config = copy.deepcopy(tokenizer.config) | {"add_bos_token": False}
+    engine = Engine(dense_model, type(tokenizer)(tokenizer._backend, config))
     (output,) = engine.generate(["3+4"], SamplingParams(max_tokens=1))
-    assert output.prompt_token_ids == [tokenizer.bos_id, *tokenizer.encode("3+4")]
+    assert output.prompt_token_ids == tokenizer.encode("3+4")
 
 
 def test_a_sample_that_ignores_the_end_has_its_full_length(model, tokenizer):

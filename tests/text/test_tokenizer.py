@@ -10,11 +10,13 @@ import pytest
 import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import normalizers, pre_tokenizers
+from tokenizers import normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, write_json
+from slingshot.model.config import MODEL_TYPES
+from slingshot.text.pretokenizers import SPLIT_OF_MODEL_TYPE
 from slingshot.text.tokenizer import ASSISTANT, BOS, END_THINK, EOS, PAD, R1_TOKENS, THINK, USER, Tokenizer
 
 # Text as a user may write it: control tokens, pieces of them, and whatever Unicode has.
@@ -230,7 +232,7 @@ def test_transformers_encodes_identically(
         {"role": "user", "content": last},
     ]
     for ours, theirs in oracles:
-        assert theirs(text).input_ids == ours.encode(text)
+        assert theirs(text).input_ids == ours.encode_raw(text)
         expected = theirs.apply_chat_template(
             messages, add_generation_prompt=generate, thinking=thinking, return_dict=False
         )
@@ -247,6 +249,82 @@ def test_transformers_renders_identically_whatever_is_said(
         ids = ours.encode_chat(messages, generate)
         rendered = theirs.apply_chat_template(messages, add_generation_prompt=generate, tokenize=False)
         assert theirs.decode(ids) == rendered
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_transformers_reads_our_folders_alike_beside_every_model_type(tmp_path: Path, model_type: str) -> None:
+    text = "I'LL say1234 'tis  x=y;\n\n 漢字です e\u0301!\tEND"
+    ours = Tokenizer.train([text] * 5, 340, SPLIT_OF_MODEL_TYPE.get(model_type, "smollm"))
+    ours.config |= {"tokenizer_class": "GPT2Tokenizer", "auto_map": {"AutoTokenizer": ["tokenization.Other", None]}}
+    ours.check_split(model_type)
+    ours.save(tmp_path)
+    write_json(tmp_path / "config.json", {"model_type": model_type})
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(text).input_ids == ours.encode_raw(text)
+    assert len(theirs) == ours.vocab_size and theirs.eos_token_id == ours.eos_id
+    messages = [{"role": "user", "content": text}]
+    assert theirs.apply_chat_template(messages, return_dict=False) == ours.encode_chat(messages, False)
+
+
+def test_a_split_that_transformers_would_replace_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(SlingshotError, match="splits the text of every qwen2 model as qwen2 does"):
+        tokenizer.check_split("qwen2")
+
+
+@pytest.mark.parametrize(
+    ("config", "single"),
+    [
+        ({}, None),
+        ({}, "<bos> $A"),
+        ({}, "$A <eos>"),
+        ({"add_bos_token": True}, None),
+        ({"add_bos_token": True}, "$A <eos>"),
+        ({"add_bos_token": False}, "<bos> $A <eos>"),
+        ({"add_bos_token": True, "add_eos_token": True}, None),
+        ({"add_eos_token": True}, "<bos> $A"),
+        ({"add_bos_token": True, "bos_token": None}, None),
+    ],
+)
+def test_a_text_that_stands_alone_is_framed_as_transformers_does(
+    tmp_path: Path, config: dict[str, Any], single: str | None
+) -> None:
+    vocab = {token: id for id, token in enumerate(["<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    made = Tokenizer.from_bpe(vocab, [], dict.fromkeys(["<bos>", "<eos>"], True), {})
+    backend = tokenizers.Tokenizer.from_str(json.dumps(made.description()))
+    if single is not None:
+        template = processors.TemplateProcessing(single=single, special_tokens=[("<bos>", 0), ("<eos>", 1)])
+        backend.post_processor = processors.Sequence([processors.ByteLevel(), template])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>"} | config
+    write_json(tmp_path / "tokenizer_config.json", config)
+    write_json(tmp_path / "config.json", {"model_type": "llama"})
+    ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.encode_raw("a b") == theirs("a b").input_ids
+    ours.save(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)("a b").input_ids == ours.encode_raw("a b")
+
+
+def test_added_tokens_that_are_not_special_are_text(tmp_path: Path) -> None:
+    """As DeepSeek-Coder's letters; tags that frame a chat are none, special or not."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: id for id, token in enumerate([*alphabet, "er"])}
+    backend = tokenizers.Tokenizer.from_str(json.dumps(Tokenizer.from_bpe(vocab, [("e", "r")], {}, {}).description()))
+    words = ["ü", "covid", "<item>", "<tool_call>", "<|fim|>", THINK]
+    backend.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in words])
+    backend.add_special_tokens(["<|eot|>", "plain"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "{{ messages[0].content }}<tool_call>"}
+    write_json(tmp_path / "tokenizer_config.json", config)
+    write_json(tmp_path / "config.json", {"model_type": "llama"})
+    ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    ids = theirs.convert_tokens_to_ids
+    text = "Führer covid19 <item>"
+    assert ours.encode(text) == theirs(text).input_ids and ids("ü") in ours.encode(text)
+    assert ours.decode(ours.encode(text)) == text
+    assert ours.control_ids == set(map(ids, ["<tool_call>", "<|fim|>", THINK, "<|eot|>", "plain"]))
+    said = f"plain<|fim|><tool_call>{THINK}ü"
+    chat = ours.encode_chat([{"role": "user", "content": said}])
+    assert chat == [*ours.encode(said), ids("<tool_call>")] and ours.control_ids.isdisjoint(chat[:-1])
 
 
 def test_a_folder_survives_a_round_trip(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -238,12 +238,7 @@ class Engine:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
-            begin = (
-                [self.tokenizer.bos_id]
-                if self.tokenizer.config.get("add_bos_token") and self.tokenizer.bos_id is not None
-                else []
-            )
-            ids = begin + self.tokenizer.encode(prompt)
+            ids = self.tokenizer.encode_raw(prompt)
         else:
             ids = [part for part in prompt if isinstance(part, int)]
             messages = [part for part in prompt if isinstance(part, Mapping)]

@@ -34,8 +34,7 @@ class PromptForm(Strict):
         text = self.text.replace("{prompt}", problem.prompt)
         if self.chat:
             return tokenizer.encode_chat([{"role": "user", "content": text}])
-        start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        return start + tokenizer.encode(text)
+        return tokenizer.encode_raw(text)
 
 
 @dataclass

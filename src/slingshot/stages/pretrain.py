@@ -33,6 +33,7 @@ from slingshot.model.transformer import Transformer
 from slingshot.tasks.loader import TaskConfig, load_task
 from slingshot.tasks.mixture import passes
 from slingshot.tasks.task import Style
+from slingshot.text.pretokenizers import SPLIT_OF_MODEL_TYPE
 from slingshot.text.response import encode_responses
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.checkpointer import Workspace, restore, training_state
@@ -153,11 +154,13 @@ def prepare(config: PretrainConfig) -> tuple[Tokenizer, np.ndarray, np.ndarray, 
     """The tokenizer, packed tokens_NT and segments_NT, and held-out rows with their bytes where the corpus is real text."""
     written = list(_written(config)) if config.documents else []
     train_text, heldout_text = Corpus.open(config.text).split() if config.text else ([], [])
+    model_type = ModelConfig.parse({**config.model, "vocab_size": config.vocab_size}, "model").model_type
     if config.tokenizer:
         tokenizer = load_tokenizer(locate(config.tokenizer))
+        tokenizer.check_split(model_type)
     else:
         sample = [part for document in written[:20_000] for part in document] + train_text
-        tokenizer = Tokenizer.train(sample, config.vocab_size)
+        tokenizer = Tokenizer.train(sample, config.vocab_size, SPLIT_OF_MODEL_TYPE.get(model_type, "smollm"))
     documents = _encode(tokenizer, written) + _framed(tokenizer, train_text)
     random.Random(f"order/{config.seed}").shuffle(documents)
     tokens_NT, segments_NT = pack(documents, config.sequence_length)
@@ -196,12 +199,10 @@ def _written(config: PretrainConfig) -> Iterator[tuple[str, ...]]:
 
 
 def _framed(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    if tokenizer.bos_id is None or tokenizer.eos_id is None:
-        raise SlingshotError(
-            "the tokenizer has no bos or eos token to frame documents with; leave `tokenizer` out to train one"
-        )
-    bos, eos = tokenizer.bos_id, tokenizer.eos_id
-    return [[bos, *ids, eos] for ids in tokenizer.encode_batch(texts)]
+    """A document is what the tokenizer makes of a text that stands alone, and the end of text."""
+    if tokenizer.eos_id is None:
+        raise SlingshotError("the tokenizer has no eos token to end documents with; leave `tokenizer` out to train one")
+    return [[*tokenizer.begin_ids, *ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
 
 
 def _encode(tokenizer: Tokenizer, documents: list[tuple[str, ...]]) -> list[list[int]]:

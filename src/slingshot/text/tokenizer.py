@@ -17,6 +17,7 @@ import copy
 import functools
 import itertools
 import json
+import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, read_text, write_json, write_text
 from slingshot.text.chat_template import R1_TEMPLATE, clean, render
-from slingshot.text.pretokenizers import SPLITS
+from slingshot.text.pretokenizers import SPLIT_OF_MODEL_TYPE, SPLITS, flat, recognise
 from slingshot.text.tiktoken import read_tiktoken
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -37,7 +38,12 @@ THINK, END_THINK = "<think>", "</think>"
 
 # In R1's tokenizers the role and think tokens are added with special=false, so that decoding without special tokens keeps the tags.
 R1_TOKENS = {BOS: True, EOS: True, PAD: True, USER: False, ASSISTANT: False, THINK: False, END_THINK: False}
-R1_CONFIG = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "chat_template": R1_TEMPLATE}
+R1_CONFIG = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": None, "add_bos_token": True}
+R1_CONFIG |= {"chat_template": R1_TEMPLATE}
+
+# Added tokens that are not special are text, but for those that a chat is framed with: tags between bars, think tags, and what looks like
+# a tag and stands in the chat template.
+_FRAME, _TAG = re.compile(r"<[|｜].*[|｜]>|</?think>"), re.compile(r"<.+>|\[.+\]")
 
 _SPECIAL = (
     "bos_token",
@@ -52,6 +58,9 @@ _SPECIAL = (
 # White space as the Rust side has it (Python's str.strip takes U+001C to U+001F too): an added token may swallow what stands beside it.
 _SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
 
+# The class of transformers that takes tokenizer.json as it is; others put a split of their own in its place.
+_CLASS = "PreTrainedTokenizerFast"
+
 _UNSPLIT = "the tokenizer's regular expression could not split the text"  # it gives up after millions of steps
 
 _BATCH = 10_000  # texts handed to the Rust side at once; its results are many times the size of the ids
@@ -63,7 +72,8 @@ class Tokenizer:
     vocab_size          one more than the highest id
     bos_id, eos_id, pad_id, user_id, assistant_id, think_id, end_think_id      None where the vocabulary has no such token
     eos_ids             every id that ends a generation: eos_id and those of generation_config.json and config.json
-    control_ids         every added token; `encode` yields none of them
+    control_ids         special tokens, and what else frames a chat; `encode` yields none of them
+    begin_ids, end_ids  what the tokenizer itself puts around a text that stands alone: bos or nothing, mostly
     chat_template       Jinja, None when the model came without
     """
 
@@ -88,9 +98,9 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self.config = dict(config)
+        self._templates = _templates(self.config.get("chat_template"))
         added = {token["id"]: token for token in description["added_tokens"]}
-        # Some vocabularies keep runs of spaces among the added tokens; those are text.
-        controls = {id: token for id, token in added.items() if token["special"] or token["content"].strip()}
+        controls = {id: token for id, token in added.items() if token["special"] or self._frames(token["content"])}
         self.control_ids = frozenset(controls)
         self._control_tokens = {token["content"]: id for id, token in controls.items()}
         if long := [token for token in self._control_tokens if len(token) > 500]:
@@ -110,7 +120,7 @@ class Tokenizer:
         self.eos_ids: set[int] = {self._checked(id) for id in eos_ids} | (
             {self.eos_id} if self.eos_id is not None else set()
         )
-        self._templates = _templates(self.config.get("chat_template"))
+        self.begin_ids, self.end_ids = self._around(description)
         silent = {id for id, token in added.items() if token["special"]} - {self.think_id, self.end_think_id}
         self._bytes = [b""] * self.vocab_size  # what each id adds to the text
         for token, id in vocabulary.items():
@@ -151,11 +161,15 @@ class Tokenizer:
     def save(self, path: Path | str) -> None:
         """Write tokenizer.json and tokenizer_config.json into a folder; transformers.AutoTokenizer reads them."""
         write_text(Path(path) / "tokenizer.json", self._backend.to_str(pretty=True))
-        write_json(Path(path) / "tokenizer_config.json", self.config)
+        config = {key: value for key, value in self.config.items() if key != "auto_map"} | {"tokenizer_class": _CLASS}
+        write_json(Path(path) / "tokenizer_config.json", config)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Train a vocabulary with R1's special tokens on texts. It stays smaller than `vocab_size` when the texts have no more pairs to merge."""
+    def train(cls, texts: Iterable[str], vocab_size: int, split: str = "smollm") -> Tokenizer:
+        """Train a vocabulary with R1's special tokens on texts; smaller than `vocab_size` when these have no more pairs to merge.
+
+        split: how text is split before merging, a name of text/pretokenizers.py.
+        """
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         if vocab_size < len(alphabet) + len(R1_TOKENS):
             raise SlingshotError(
@@ -165,11 +179,12 @@ class Tokenizer:
         first = next((text for text in texts if text), None)
         if first is None:
             raise SlingshotError("there is no text to train a tokenizer on; give a corpus that is not empty")
-        backend = _byte_level(models.BPE())
+        backend = _byte_level(models.BPE(ignore_merges=SPLITS[split].ignore_merges), split)
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=list(R1_TOKENS), initial_alphabet=alphabet, show_progress=False
         )
         backend.train_from_iterator(map(clean, itertools.chain([first], texts)), trainer)
+        _write_bos(backend, BOS)
         return cls(_with_flags(backend, R1_TOKENS), _new_config(R1_CONFIG))
 
     @classmethod
@@ -185,8 +200,8 @@ class Tokenizer:
         """Build a tokenizer from its tables, a GGUF file's say.
 
         vocab: byte-level token -> id, the added (control) tokens included; added: those, and whether they are special.
-        config: bos_token, eos_token, pad_token, chat_template; add_bos_token is for other readers, `encode` writes no bos.
-        split: how text is split before merging, a name of data/pretokenizers.py. eos_ids: what ends a generation besides eos_token.
+        config: bos_token, eos_token, pad_token, chat_template; add_bos_token is for texts that stand alone.
+        split: how text is split before merging, a name of text/pretokenizers.py. eos_ids: what ends a generation besides eos_token.
         """
         backend = _byte_level(
             models.BPE(vocab=dict(vocab), merges=list(merges), ignore_merges=SPLITS[split].ignore_merges), split
@@ -195,10 +210,7 @@ class Tokenizer:
             [tokenizers.AddedToken(token, special=special, normalized=False) for token, special in added.items()]
         )
         if config.get("add_bos_token"):
-            bos = config["bos_token"]
-            backend.post_processor = processors.TemplateProcessing(
-                single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, vocab[bos])]
-            )
+            _write_bos(backend, config["bos_token"])
         return cls(backend, _new_config(config), eos_ids)
 
     def description(self) -> dict[str, Any]:
@@ -218,6 +230,17 @@ class Tokenizer:
                 "take tokenizer.json from the model's own checkpoint"
             )
 
+    def check_split(self, model_type: str) -> None:
+        """Raise SlingshotError where other programs would split this tokenizer's text otherwise, beside a model of that type."""
+        wanted = SPLIT_OF_MODEL_TYPE.get(model_type)
+        with contextlib.suppress(SlingshotError):
+            if wanted is None or recognise(self.description()) == wanted:
+                return
+        raise SlingshotError(
+            f"transformers splits the text of every {model_type} model as {wanted} does, this tokenizer otherwise; "
+            "leave `tokenizer` out to train one, or take a model of another type"
+        )
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without bos or eos. Never a control token: `<think>` in a text is its characters."""
         with _rust(_UNSPLIT):
@@ -231,6 +254,10 @@ class Tokenizer:
             with _rust(_UNSPLIT):
                 ids += [encoding.ids for encoding in self._plain.encode_batch_fast(batch, add_special_tokens=False)]
         return ids
+
+    def encode_raw(self, text: str) -> list[int]:
+        """Ids of a text that stands alone, a prompt without a chat template say: with bos where this tokenizer writes one."""
+        return [*self.begin_ids, *self.encode(text), *self.end_ids]
 
     def encode_chat(
         self,
@@ -289,6 +316,28 @@ class Tokenizer:
     def _bytes_of(self, id: int) -> bytes:
         return self._bytes[id] if 0 <= id < self.vocab_size else b""
 
+    def _frames(self, content: str) -> bool:
+        return bool(_FRAME.fullmatch(content)) or (
+            bool(_TAG.fullmatch(content)) and any(content in template for template in self._templates.values())
+        )
+
+    def _around(self, description: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        """What stands before and after a text, as transformers decides it: by tokenizer_config.json, or else by tokenizer.json's template."""
+        if "add_bos_token" in self.config or "add_eos_token" in self.config:
+            wanted = (("add_bos_token", self.bos_id), ("add_eos_token", self.eos_id))
+            begin, end = ([id] if self.config.get(key) and id is not None else [] for key, id in wanted)
+            return begin, end
+        steps = flat(description["post_processor"], "processors")
+        template = next((step for step in steps if step["type"] == "TemplateProcessing"), None)
+        if template is None:
+            return [], []
+        at = next(place for place, part in enumerate(template["single"]) if "Sequence" in part)
+        begin, end = (
+            [id for part in parts for id in template["special_tokens"][part["SpecialToken"]["id"]]["ids"]]
+            for parts in (template["single"][:at], template["single"][at + 1 :])
+        )
+        return begin, end
+
     def _checked(self, id: Any) -> int:
         if type(id) is not int or not 0 <= id < self.vocab_size:
             raise SlingshotError(
@@ -332,6 +381,13 @@ def _byte_level(model: models.BPE, split: str = "smollm") -> tokenizers.Tokenize
     if normalizer := SPLITS[split].normalizer():
         backend.normalizer = normalizer
     return backend
+
+
+def _write_bos(backend: tokenizers.Tokenizer, bos: str) -> None:
+    """Let other readers put bos in front of a text."""
+    backend.post_processor = processors.TemplateProcessing(
+        single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, backend.token_to_id(bos))]
+    )
 
 
 def _with_flags(backend: tokenizers.Tokenizer, special: Mapping[str, bool]) -> tokenizers.Tokenizer:
@@ -395,7 +451,7 @@ def _rust(what: str) -> Iterator[None]:
 
 
 def _new_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **config}
+    return {"tokenizer_class": _CLASS, "clean_up_tokenization_spaces": False, **config}
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -432,21 +431,6 @@ def test_prompts_as_text_ids_and_chat(dense_model, tokenizer):
     assert [output.prompt_token_ids for output in engine.generate("3+4", SamplingParams(max_tokens=1))] == [
         tokenizer.encode_raw("3+4")
     ]
-
-
-def test_text_prompts_begin_with_bos_where_the_tokenizer_says_so(dense_model, tokenizer):
-    config = copy.deepcopy(tokenizer.config) | {"add_bos_token": False}
-    engine = Engine(dense_model, type(tokenizer)(tokenizer._backend, config))
-    (output,) = engine.generate(["3+4"], SamplingParams(max_tokens=1))
-    assert output.prompt_token_ids == tokenizer.encode("3+4")
-
-
-def test_a_sample_that_ignores_the_end_has_its_full_length(model, tokenizer):
-    ends = SamplingParams(max_tokens=24, n=32)
-    for params, reasons in ((ends, {"stop", "length"}), (replace(ends, ignore_eos=True), {"length"})):
-        (output,) = Engine(model, tokenizer).generate(prompts_of(1), params)
-        assert {sample.finish_reason for sample in output.outputs} == reasons
-        assert {len(sample.token_ids) for sample in output.outputs if sample.finish_reason == "length"} == {24}
 
 
 def test_update_weights_reaches_copies_and_is_refused_in_flight(model, tokenizer):

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, write_json
-from slingshot.model.config import MODEL_TYPES
+from slingshot.model.hf_config import MODEL_TYPES
 from slingshot.text.pretokenizers import SPLIT_OF_MODEL_TYPE
 from slingshot.text.tokenizer import ASSISTANT, BOS, END_THINK, EOS, PAD, R1_TOKENS, THINK, USER, Tokenizer
 

@@ -29,7 +29,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, read_text, write_json, write_text
 from slingshot.text.chat_template import R1_TEMPLATE, clean, render
-from slingshot.text.pretokenizers import SPLIT_OF_MODEL_TYPE, SPLITS, flat, recognise
+from slingshot.text.pretokenizers import SPLIT_OF_MODEL_TYPE, SPLITS, recognise
 from slingshot.text.tiktoken import read_tiktoken
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -38,8 +38,7 @@ THINK, END_THINK = "<think>", "</think>"
 
 # In R1's tokenizers the role and think tokens are added with special=false, so that decoding without special tokens keeps the tags.
 R1_TOKENS = {BOS: True, EOS: True, PAD: True, USER: False, ASSISTANT: False, THINK: False, END_THINK: False}
-R1_CONFIG = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": None, "add_bos_token": True}
-R1_CONFIG |= {"chat_template": R1_TEMPLATE}
+R1_CONFIG = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": None, "chat_template": R1_TEMPLATE}
 
 # Added tokens that are not special are text, but for those that a chat is framed with: tags between bars, think tags, and what looks like
 # a tag and stands in the chat template.
@@ -103,7 +102,7 @@ class Tokenizer:
         controls = {id: token for id, token in added.items() if token["special"] or self._frames(token["content"])}
         self.control_ids = frozenset(controls)
         self._control_tokens = {token["content"]: id for id, token in controls.items()}
-        if long := [token for token in self._control_tokens if len(token) > 500]:
+        if long := [token["content"] for token in added.values() if len(token["content"]) > 500]:
             raise SlingshotError(
                 f"tokenizer.json adds the token {reprlib.repr(long[0])} of {len(long[0])} characters; 500 would be many"
             )
@@ -120,7 +119,7 @@ class Tokenizer:
         self.eos_ids: set[int] = {self._checked(id) for id in eos_ids} | (
             {self.eos_id} if self.eos_id is not None else set()
         )
-        self.begin_ids, self.end_ids = self._around(description)
+        self.begin_ids, self.end_ids = _around(backend)
         silent = {id for id, token in added.items() if token["special"]} - {self.think_id, self.end_think_id}
         self._bytes = [b""] * self.vocab_size  # what each id adds to the text
         for token, id in vocabulary.items():
@@ -321,23 +320,6 @@ class Tokenizer:
             bool(_TAG.fullmatch(content)) and any(content in template for template in self._templates.values())
         )
 
-    def _around(self, description: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-        """What stands before and after a text, as transformers decides it: by tokenizer_config.json, or else by tokenizer.json's template."""
-        if "add_bos_token" in self.config or "add_eos_token" in self.config:
-            wanted = (("add_bos_token", self.bos_id), ("add_eos_token", self.eos_id))
-            begin, end = ([id] if self.config.get(key) and id is not None else [] for key, id in wanted)
-            return begin, end
-        steps = flat(description["post_processor"], "processors")
-        template = next((step for step in steps if step["type"] == "TemplateProcessing"), None)
-        if template is None:
-            return [], []
-        at = next(place for place, part in enumerate(template["single"]) if "Sequence" in part)
-        begin, end = (
-            [id for part in parts for id in template["special_tokens"][part["SpecialToken"]["id"]]["ids"]]
-            for parts in (template["single"][:at], template["single"][at + 1 :])
-        )
-        return begin, end
-
     def _checked(self, id: Any) -> int:
         if type(id) is not int or not 0 <= id < self.vocab_size:
             raise SlingshotError(
@@ -381,6 +363,16 @@ def _byte_level(model: models.BPE, split: str = "smollm") -> tokenizers.Tokenize
     if normalizer := SPLITS[split].normalizer():
         backend.normalizer = normalizer
     return backend
+
+
+def _around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids that tokenizer.json alone puts before and after a text, as for transformers; tokenizer_config.json has no say."""
+    with _rust("tokenizer.json puts what it does not know around a text"):
+        probe = backend.encode("0")
+    marks = list(zip(probe.ids, probe.special_tokens_mask, strict=True))
+    begin = list(itertools.takewhile(lambda pair: pair[1], marks))
+    end = list(itertools.takewhile(lambda pair: pair[1], reversed(marks[len(begin) :])))
+    return [id for id, _ in begin], [id for id, _ in reversed(end)]
 
 
 def _write_bos(backend: tokenizers.Tokenizer, bos: str) -> None:

@@ -360,27 +360,13 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) ->
     for key, id in named.items():
         if id is not None:
             writer.add_uint32(f"tokenizer.ggml.{key}_token_id", id)
-    writer.add_add_bos_token(_adds_bos(tokenizer, description))
+    writer.add_add_bos_token(bool(tokenizer.begin_ids))
     if tokenizer.chat_template is not None:
         writer.add_chat_template(tokenizer.chat_template)
     return [
         f"token {id} ends a generation too; of such tokens llama.cpp has places for three, not for this one"
         for id in ends[2:]
     ]
-
-
-def _adds_bos(tokenizer: Tokenizer, description: Mapping[str, Any]) -> bool:
-    """Whether other readers put bos in front of a text: by tokenizer_config.json, or else by the template in tokenizer.json."""
-    said, bos = tokenizer.config.get("add_bos_token"), _content(tokenizer, "bos_token")
-    if said is not None or bos is None:
-        return bool(said) and bos is not None
-    processor = description["post_processor"] or {}
-    steps = processor.get("processors", [processor])
-    return any(
-        step["type"] == "TemplateProcessing" and step["single"][0].get("SpecialToken", {}).get("id") == bos
-        for step in steps
-        if step
-    )
 
 
 def _content(tokenizer: Tokenizer, key: str) -> Any:

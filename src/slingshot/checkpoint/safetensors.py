@@ -1,8 +1,8 @@
 """The safetensors files of a checkpoint folder, one or many with their index: headers first, tensors when asked for.
 
     shards = Shards(folder)
-    list(problems(config, shards.headers, folder))       # what does not fit the architecture
-    shards.headers["model.norm.weight"]                  # Header(dtype="BF16", shape=(7168,), file=..., offset=...)
+    config, problems = fit(config, shards.headers, folder)    # what does not fit the architecture, a line each
+    shards.headers["model.norm.weight"]                  # TensorHeader(dtype="BF16", shape=(7168,), file=..., offset=...)
     shards.read("lm_head.weight", slice(0, 1024))        # only these rows leave the disk
     write_shards(folder, tensors, max_shard_size=5e9)    # tensors: pairs of name and tensor, taken one at a time
 
@@ -32,18 +32,17 @@ if TYPE_CHECKING:
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# safetensors' names of the types that weights come in, torch's names, and bytes per number.
-DTYPES = {
-    "F64": ("float64", 8),
-    "F32": ("float32", 4),
-    "F16": ("float16", 2),
-    "BF16": ("bfloat16", 2),
+# safetensors' names of the types that weights come in, torch's names, and bytes per number; then those of FP8's scales.
+_WEIGHTS = {
+    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
     "F8_E4M3": ("float8_e4m3fn", 1),
-}
+}  # fmt: skip
+_SCALES = {"F32": ("float32", 4), "BF16": ("bfloat16", 2), "F8_E8M0": ("float8_e8m0fnu", 1)}
+DTYPES = _WEIGHTS | _SCALES
 
 
 @dataclass(frozen=True)
-class Header:
+class TensorHeader:
     """What a file says of a tensor before its data: safetensors' dtype name, shape, and where its bytes are."""
 
     dtype: str
@@ -53,26 +52,24 @@ class Header:
 
 
 class Shards:
-    """The tensors of a folder's safetensors files. Opening reads headers only; `bytes_read` counts tensor data read since."""
+    """The tensors of a folder's safetensors files. Opening reads headers; `bytes_read` counts tensor data read since."""
 
     def __init__(self, folder: Path) -> None:
         """SlingshotError names the file that is missing, truncated or corrupt, or the tensor that two files hold."""
         self.folder = folder
         self.bytes_read = 0
-        self.headers: dict[str, Header] = {}
+        self.headers: dict[str, TensorHeader] = {}
         index = read_index(folder)
         for file in sorted(set(index.values())) if index else [SINGLE]:
             for name, header in _headers(_shard(folder, file)).items():
                 if name in self.headers:
-                    raise SlingshotError(
-                        f"{header.file}: {name} is in {self.headers[name].file.name} too; one of the two is from another checkpoint"
-                    )
+                    twice = f"{header.file}: {name} is in {self.headers[name].file.name} too"
+                    raise SlingshotError(f"{twice}; one of the two is from another checkpoint")
                 self.headers[name] = header
         for name, file in index.items():
             if name not in self.headers or self.headers[name].file.name != file:
-                raise SlingshotError(
-                    f"{folder / INDEX} says that {file} holds {name}, which it does not; is it from another checkpoint?"
-                )
+                said = f"{folder / INDEX} says that {file} holds {name}"
+                raise SlingshotError(f"{said}, which it does not; is it from another checkpoint?")
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """The tensor as stored, or these rows of it (dimension 0). SlingshotError when its type is none of `DTYPES`."""
@@ -80,9 +77,8 @@ class Shards:
 
         header = self.headers[name]
         if header.dtype not in DTYPES:
-            raise SlingshotError(
-                f"{header.file}: {name} is stored as {header.dtype}; weights are read from {', '.join(DTYPES)}"
-            )
+            stored = f"{header.file}: {name} is stored as {header.dtype}"
+            raise SlingshotError(f"{stored}; weights are read from {', '.join(DTYPES)}")
         dtype, size = DTYPES[header.dtype]
         shape, start = header.shape, header.offset
         if rows is not None:
@@ -94,26 +90,44 @@ class Shards:
         return tensor
 
 
-def problems(config: ModelConfig, headers: Mapping[str, Header], where: Path) -> Iterator[str]:
-    """What does not fit between an architecture and the headers of the checkpoint at `where`, a line each; the first missing tensor is the last."""
+def fit(config: ModelConfig, headers: Mapping[str, TensorHeader], where: Path) -> tuple[ModelConfig, list[str]]:
+    """The architecture as the files of the checkpoint at `where` hold it, and what does not fit it, a line each.
+
+    A config.json that mentions an MTP module which the files have not (transformers drops it) is read without it.
+    """
+    found = list(_problems(config, headers, where))
+    if found and config.num_nextn_predict_layers:
+        without = config.model_copy(update={"num_nextn_predict_layers": 0})
+        if next(_problems(without, headers, where), None) is None:
+            return without, []
+    return config, found
+
+
+def _problems(config: ModelConfig, headers: Mapping[str, TensorHeader], where: Path) -> Iterator[str]:
+    """What does not fit; the first missing tensor is the last to be named."""
     known = set()
     for spec in layout(config):
         known.add(spec.name)
         if spec.name not in headers:
             if spec.copy_of is None:
-                yield f"{where}: {spec.name} is missing; config.json asks for {tensor_count(config)} tensors, the files hold {len(headers)}"
+                counts = f"config.json asks for {tensor_count(config)} tensors, the files hold {len(headers)}"
+                yield f"{where}: {spec.name} is missing; {counts}"
                 return
             continue
         header = headers[spec.name]
+        place = f"{header.file}: {spec.name}"
         if header.shape != spec.shape:
-            yield f"{header.file}: {spec.name} has shape {list(header.shape)}, config.json says {list(spec.shape)}"
-        if header.dtype not in DTYPES:
-            yield f"{header.file}: {spec.name} is stored as {header.dtype}; weights are read from {', '.join(DTYPES)}"
+            yield f"{place} has shape {list(header.shape)}, config.json says {list(spec.shape)}"
+        if header.dtype not in _WEIGHTS:
+            yield f"{place} is stored as {header.dtype}; weights are read from {', '.join(_WEIGHTS)}"
         if header.dtype == "F8_E4M3":
             known.add(spec.name + SCALE)
             scale = headers.get(spec.name + SCALE)
             if scale is None or len(spec.shape) != 2 or scale.shape != scale_shape(spec.shape):
-                yield f"{header.file}: {spec.name} is stored in FP8 without the scales of its 128 x 128 blocks, {spec.name}{SCALE}"
+                yield f"{place} is stored in FP8 without the scales of its 128 x 128 blocks, {spec.name}{SCALE}"
+            elif scale.dtype not in _SCALES:
+                given = f"{scale.file}: {spec.name}{SCALE} is stored as {scale.dtype}"
+                yield f"{given}; FP8 scales are read from {', '.join(_SCALES)}"
     for name in sorted(headers.keys() - known):
         if not (name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")):
             yield f"{headers[name].file}: {name} is no tensor of this architecture; is config.json another model's?"
@@ -140,13 +154,12 @@ def _shard(folder: Path, name: str) -> Path:
     pickled = next((file for pattern in ("*.bin", "*.pt", "*.pth") for file in sorted(folder.glob(pattern))), None)
     if pickled is None:
         raise SlingshotError(f"{folder} holds no {SINGLE}")
-    raise SlingshotError(
-        f"{folder} holds no {SINGLE}; {pickled.name} is pickled, can run code when opened, and is never read: ask its maker for safetensors"
-    )
+    never = f"{pickled.name} is pickled, can run code when opened, and is never read"
+    raise SlingshotError(f"{folder} holds no {SINGLE}; {never}: ask its maker for safetensors")
 
 
-def _headers(file: Path) -> dict[str, Header]:
-    """The headers of one file. The library checks them (sizes, offsets, the file's length); the offsets it does not tell are read from the JSON."""
+def _headers(file: Path) -> dict[str, TensorHeader]:
+    """The headers of one file. The library checks them (sizes, offsets, the file's length); offsets are in the JSON."""
     try:
         with safe_open(file, framework="numpy"):
             pass
@@ -159,7 +172,7 @@ def _headers(file: Path) -> dict[str, Header]:
         raise SlingshotError(f"{file} is no whole safetensors file: {error}; is the download complete?") from error
     raw.pop("__metadata__", None)
     return {
-        name: Header(entry["dtype"], tuple(entry["shape"]), file, 8 + size + entry["data_offsets"][0])
+        name: TensorHeader(entry["dtype"], tuple(entry["shape"]), file, 8 + size + entry["data_offsets"][0])
         for name, entry in raw.items()
     }
 
@@ -185,11 +198,8 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_
         pending[name] = tensor.detach().cpu().contiguous()
         size += tensor.nbytes
     flush()
-    files = (
-        [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-        if len(shards) > 1
-        else [SINGLE]
-    )
+    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    files = files if len(shards) > 1 else [SINGLE]
     for number, file in enumerate(files):
         (folder / f"{number}.part").replace(folder / file)
     if len(shards) > 1:
@@ -199,17 +209,12 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_
 
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> None:
-    specs = {
-        name: TensorSpec(
-            dtype=str(tensor.dtype).removeprefix("torch."),
-            shape=list(tensor.shape),
-            data_ptr=tensor.data_ptr(),
-            data_len=tensor.nbytes,
-        )
-        for name, tensor in tensors.items()
-    }
+    def spec(tensor: Tensor) -> TensorSpec:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return TensorSpec(dtype, list(tensor.shape), tensor.data_ptr(), tensor.nbytes)
+
     try:
-        serialize_file(specs, file, metadata={"format": "pt"})
+        serialize_file({name: spec(tensor) for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
         file.chmod(file.parent.stat().st_mode & 0o666)  # the library makes it readable by its owner alone
     except (OSError, SafetensorError) as error:
         raise SlingshotError(f"cannot write {file}: {error}; free space there or choose another --out") from error

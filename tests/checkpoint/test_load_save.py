@@ -17,15 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slingshot.base.errors import SlingshotError
+from slingshot.checkpoint.description import load_config, write_description
+from slingshot.checkpoint.inspection import examine
 from slingshot.checkpoint.layout import layout
-from slingshot.checkpoint.load_save import (
-    load_config,
-    load_model,
-    load_tokenizer,
-    save_checkpoint,
-    to_hf_tensors,
-    write_checkpoint,
-)
+from slingshot.checkpoint.load_save import load_model, load_tokenizer, save_checkpoint, to_hf_tensors
+from slingshot.checkpoint.safetensors import write_shards
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.quantization.fp8 import dequantize, quantize
@@ -46,6 +42,9 @@ def saved(make_model: Make, deepseek: Config, tokenizer: Tokenizer, tmp_path: Pa
     folder.mkdir()
     save_checkpoint(folder, make_model(deepseek(vocab_size=264)), tokenizer)
     return folder
+
+
+LINEAR = "model.layers.0.self_attn.o_proj"
 
 
 def edit(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
@@ -171,14 +170,27 @@ def test_a_checkpoint_without_its_mtp_module_loads_without_it(saved: Path) -> No
             lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn)}),
             r"lm_head\.weight is stored in FP8 without the scales",
         ),
+        (
+            lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e8m0fnu)}),
+            r"lm_head\.weight is stored as F8_E8M0; weights are read from F64",
+        ),
+        (
+            lambda t: t.update(
+                {name: t[name].to(torch.float8_e4m3fn) for name in [f"{LINEAR}.weight"]}
+                | {f"{LINEAR}.weight_scale_inv": torch.ones(1, 1, dtype=torch.int32)}
+            ),
+            r"o_proj\.weight_scale_inv is stored as I32; FP8 scales are read from F32, BF16, F8_E8M0",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(
     saved: Path, change: Callable[[dict[str, Tensor]], None], message: str
 ) -> None:
     edit(saved, change)
-    with pytest.raises(SlingshotError, match=message):
+    with pytest.raises(SlingshotError, match=message) as refused:
         load_model(saved)
+    # `inspect` comes to the same verdict in the same words, but for numbers, which it does not read
+    assert [str(refused.value)] == examine(str(saved))["problems"] or "infinite values" in message
 
 
 def test_checkpoints_that_are_none_are_refused(saved: Path, tmp_path: Path) -> None:
@@ -231,6 +243,22 @@ def test_ends_are_read_wherever_they_stand_and_kept(
     assert load_tokenizer(tmp_path / "again").eos_ids == ends
 
 
+@pytest.mark.parametrize("own", [None, {"temperature": 0.3}, {"do_sample": False, "eos_token_id": [1, 4], "x": 1}])
+def test_a_sources_generation_config_is_kept(saved: Path, tmp_path: Path, own: dict[str, object] | None) -> None:
+    """What is missing is added: the ids of the tokenizer's tokens; how to sample is said only where nothing is said."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(saved, source)
+    out.mkdir()
+    (source / "generation_config.json").unlink()
+    if own is not None:
+        (source / "generation_config.json").write_text(json.dumps(own))
+    save_checkpoint(out, load_model(source), load_tokenizer(source), source=source)
+    written = json.loads((out / "generation_config.json").read_text())
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
+    assert written == ids | (sampling if own is None else own)
+
+
 def test_a_configuration_beyond_its_tensors_is_refused_at_once(saved: Path) -> None:
     """Before anything of that size is built, or a list of its tensors is written out."""
     raw = json.loads((saved / "config.json").read_text())
@@ -241,11 +269,14 @@ def test_a_configuration_beyond_its_tensors_is_refused_at_once(saved: Path) -> N
     assert time.monotonic() - start < 2
 
 
+@pytest.mark.parametrize("scales", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fp8_matrices_are_read_through_their_scales(
-    make_model: Make, deepseek: Config, tokenizer: Tokenizer, tmp_path: Path, dtype: torch.dtype
+    make_model: Make, deepseek: Config, tokenizer: Tokenizer, tmp_path: Path, dtype: torch.dtype, scales: torch.dtype
 ) -> None:
-    """Wider than a block, with ragged edges; the experts' stack, the MTP module and the router are told apart."""
+    """DeepSeek-V3's scales are float32, V3.1's powers of two, which files may hold as e8m0.
+
+    Wider than a block, with ragged edges; the experts' stack, the MTP module and the router are told apart."""
     config = deepseek(
         vocab_size=264, hidden_size=140, intermediate_size=260, moe_intermediate_size=130, q_lora_rank=129
     )
@@ -254,20 +285,23 @@ def test_fp8_matrices_are_read_through_their_scales(
     stored, values = {}, {}
     for spec in layout(config):
         if spec.stored == "linear":
-            stored[spec.name], stored[spec.name + "_scale_inv"] = quantize(tensors[spec.name])
-            values[spec.name] = dequantize(stored[spec.name], stored[spec.name + "_scale_inv"])
+            stored[spec.name], scale = quantize(tensors[spec.name])
+            stored[spec.name + "_scale_inv"] = scale = torch.exp2(scale.log2().round()).to(scales)
+            values[spec.name] = dequantize(stored[spec.name], scale.float())
         else:
             stored[spec.name] = values[spec.name] = tensors[spec.name]
-    write_checkpoint(tmp_path, config, stored.items(), tokenizer, "float32")
+    write_shards(tmp_path, stored.items())
+    write_description(tmp_path, config.model_copy(update={"quantization": "fp8"}), tokenizer, "float32", None)
+    assert examine(str(tmp_path))["problems"] == []
     loaded = load_model(tmp_path, dtype=dtype)
     for name, tensor in to_hf_tensors(config, loaded.state_dict()).items():
         assert torch.equal(tensor, values[name].to(tensor.dtype)), name
 
 
-# A Llama of 1.07 billion parameters: 2.1 GiB in bfloat16. Its float32 file is a hole in the disk, so it costs neither space nor time.
+# 640 MiB in bfloat16. Its float32 file is a hole in the disk, so it costs neither space nor time.
 _LARGE = {
-    "family": "dense", "vocab_size": 64_000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 13, "num_attention_heads": 16,
-    "num_key_value_heads": 16,
+    "family": "dense", "vocab_size": 16_000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 18,
+    "num_attention_heads": 16,
 }  # fmt: skip
 
 _MEASURE = """
@@ -296,7 +330,7 @@ print(peak() - before, size)
 
 
 @pytest.mark.parametrize("what", ["load and save", "convert"])
-def test_memory_stays_within_115_percent_of_the_models_size(tokenizer: Tokenizer, tmp_path: Path, what: str) -> None:
+def test_memory_stays_within_the_models_size_and_a_piece(tokenizer: Tokenizer, tmp_path: Path, what: str) -> None:
     config, folder = ModelConfig(**_LARGE), tmp_path / "large"
     folder.mkdir()
     entries, end = {}, 0
@@ -316,7 +350,7 @@ def test_memory_stays_within_115_percent_of_the_models_size(tokenizer: Tokenizer
     peak, size = map(int, done.stdout.split()[-2:])
     shutil.rmtree(tmp_path)
     print(f"{what}: peak {peak / size:.3f} of {size / 2**30:.2f} GiB")
-    assert size >= 2 * 2**30 and peak <= 1.15 * size
+    assert size >= 600 * 2**20 and peak <= 1.05 * size + 160 * 2**20
 
 
 def test_a_checkpoint_of_another_family_is_refused(saved: Path) -> None:

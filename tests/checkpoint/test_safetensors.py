@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from slingshot.base.errors import SlingshotError
-from slingshot.checkpoint.safetensors import INDEX, Header, Shards, write_shards
+from slingshot.checkpoint.safetensors import INDEX, Shards, TensorHeader, write_shards
 
 TENSORS = {
     "a": torch.arange(12.0).view(4, 3),
@@ -48,7 +48,9 @@ def test_the_library_reads_what_is_written(folder: Path) -> None:
 def test_what_the_library_writes_is_read_and_headers_cost_no_data(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "model.safetensors")
     shards = Shards(tmp_path)
-    assert shards.headers["b"] == Header("BF16", (5, 2), tmp_path / "model.safetensors", shards.headers["b"].offset)
+    assert shards.headers["b"] == TensorHeader(
+        "BF16", (5, 2), tmp_path / "model.safetensors", shards.headers["b"].offset
+    )
     assert shards.bytes_read == 0
     assert all(same(shards.read(name), tensor) for name, tensor in TENSORS.items())
     assert shards.bytes_read == sum(tensor.nbytes for tensor in TENSORS.values())

@@ -114,6 +114,35 @@ def test_values_that_the_dtype_cannot_hold_are_named_and_nothing_is_left(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_sources_own_generation_config_is_kept(source: Path, tmp_path: Path) -> None:
+    own = {"eos_token_id": [1, 4], "temperature": 0.3, "max_new_tokens": 2048, "pad_token_id": 2, "bos_token_id": 0}
+    (source / "generation_config.json").write_text(json.dumps(own))
+    run(ConvertConfig(source=str(source), dtype="bfloat16", threads=1), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == own
+    assert load_tokenizer(tmp_path / "out").eos_ids == {1, 4}
+
+
+def test_weights_are_converted_beside_a_tokenizer_that_cannot_be_read(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its files are passed on byte for byte, for the programs that can; a GGUF file cannot do without."""
+    odd = json.dumps({"model": {"type": "Unigram", "vocab": [["a", -1.0]], "unk_id": 0}, "decoder": None})
+    (source / "tokenizer.json").write_text(odd)
+    (source / "tokenizer.model").write_bytes(b"sentencepiece")
+    config = json.loads((source / "config.json").read_text())
+    out = tmp_path / "out"
+    run(ConvertConfig(source=str(source), dtype="bfloat16", threads=1), out)
+    note = capsys.readouterr().err
+    assert note.startswith("note: the tokenizer cannot be read here and is passed on as it is: ")
+    assert (out / "tokenizer.json").read_text() == odd and (out / "tokenizer.model").read_bytes() == b"sentencepiece"
+    assert json.loads((out / "config.json").read_text()) == config | {"torch_dtype": "bfloat16"}
+    state, expected = load_model(out).state_dict(), load_model(source, dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(state[name].bfloat16(), expected[name].bfloat16()) for name in expected)
+    with pytest.raises(SlingshotError, match="tokenizer"):
+        write_gguf_file(str(source), tmp_path / "model.gguf", None)
+    assert not (tmp_path / "model.gguf").exists()
+
+
 def test_what_a_gguf_file_has_not_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(
         SlingshotError, match="--dtype fp8: a GGUF file here is one of float32, float16, bfloat16, q8_0"

@@ -34,6 +34,14 @@ def folder_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
+def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, path: Path) -> None:
+    """Raise SlingshotError, with the path, where the tokenizer has more ids than the model embeddings."""
+    try:
+        tokenizer.check_fits(vocab_size)
+    except SlingshotError as error:
+        raise SlingshotError(f"{path}: {error}") from error
+
+
 def write_description(
     folder: Path, config: ModelConfig, tokenizer: Tokenizer | None, dtype: str, source: Path | None
 ) -> None:

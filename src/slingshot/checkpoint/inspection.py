@@ -26,7 +26,7 @@ from slingshot.base.quantity import plural, show_count, show_size
 from slingshot.checkpoint.gguf.file import GGUFFile
 from slingshot.checkpoint.hub import hub_name, locate, remote_headers
 from slingshot.checkpoint.layout import layout
-from slingshot.checkpoint.safetensors import INDEX, Header, Shards, problems
+from slingshot.checkpoint.safetensors import INDEX, Shards, TensorHeader, fit
 from slingshot.cost.flops import cache_bytes_per_token, parameters
 from slingshot.model.config import ModelConfig, presets
 from slingshot.quantization.formats import scale_shape
@@ -161,20 +161,18 @@ def _note_unread(where: str, names: Iterable[str], facts: Facts) -> None:
 
 
 def _check_tensors(
-    config: ModelConfig | None, headers: Mapping[str, Header], folder: Path, facts: Facts
+    config: ModelConfig | None, headers: Mapping[str, TensorHeader], folder: Path, facts: Facts
 ) -> ModelConfig | None:
     """Count the tensors and hold them against the architecture, which is without the MTP module where only config.json has one."""
     facts["files"] = _stored((header.dtype, header.shape, header.file, None) for header in headers.values())
     if config is None:
         return None
-    found = list(problems(config, headers, folder))
-    if found and config.num_nextn_predict_layers:
-        without = config.model_copy(update={"num_nextn_predict_layers": 0})
-        if next(problems(without, headers, folder), None) is None:
-            facts["notes"].append(
-                f"{folder / 'config.json'} mentions an MTP module that the files have not; the model is read without"
-            )
-            config, found = without, []
+    described = config
+    config, found = fit(config, headers, folder)
+    if config is not described:
+        facts["notes"].append(
+            f"{folder / 'config.json'} mentions an MTP module that the files have not; the model is read without"
+        )
     facts["problems"] += _capped(found)
     fp8 = any(header.dtype == "F8_E4M3" for header in headers.values())
     if fp8 != (config.quantization == "fp8"):

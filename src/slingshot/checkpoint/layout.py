@@ -19,8 +19,8 @@ from slingshot.model.config import ModelConfig
 class Spec:
     """One tensor: shape is [out, in] for matrices.
 
-    stored      "linear": a matrix that an FP8 checkpoint keeps in e4m3 with block scales; "float32": never narrowed (router biases);
-                "plain": the checkpoint's own dtype
+    stored      "linear": a matrix that an FP8 checkpoint keeps in e4m3 with block scales; "float32": never narrowed
+                (router biases); "plain": the checkpoint's own dtype
     copy_of     the tensor this one repeats: the MTP module's embedding and head
     """
 
@@ -31,7 +31,7 @@ class Spec:
 
 
 def layout(config: ModelConfig) -> Iterator[Spec]:
-    """Every tensor a checkpoint of this architecture holds, in order; an FP8 checkpoint has NAME_scale_inv beside each "linear" one."""
+    """Every tensor a checkpoint of this architecture holds, in order; in FP8, NAME_scale_inv is beside each "linear" one."""
     embedding = (config.vocab_size, config.hidden_size)
     yield Spec("model.embed_tokens.weight", embedding)
     for layer in range(config.num_hidden_layers):
@@ -79,7 +79,7 @@ def _block(config: ModelConfig, layer: int) -> Iterator[Spec]:
 
 
 def _mtp(config: ModelConfig, layer: int) -> Iterator[Spec]:
-    """The MTP module as DeepSeek released it: a block, what joins and ends it, and copies of the embedding and the head."""
+    """The MTP module as DeepSeek released it: a block, what joins and ends it, and copies of embedding and head."""
     prefix, width, embedding = f"model.layers.{layer}.", config.hidden_size, (config.vocab_size, config.hidden_size)
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     yield Spec(f"{prefix}embed_tokens.weight", embedding, copy_of="model.embed_tokens.weight")

@@ -1,20 +1,21 @@
-"""Checkpoints in the Hugging Face layout: config.json, safetensors files (with an index where there are several), tokenizer, generation_config.json.
+"""Checkpoints in the Hugging Face layout: config.json, safetensors files with an index where there are several, tokenizer.
 
     model = load_model("runs/tiny/zero", dtype=torch.float32)       # a folder, or a .gguf file
     save_checkpoint(folder, model, tokenizer)
     weights = open_weights(folder)                                   # one tensor at a time, without a model
     weights.read("model.layers.3.mlp.experts.7.up_proj.weight")
 
-Tensor names are Hugging Face's (model/layout.py). Expert matrices, stacked in the module, are one tensor per expert in the file; the MTP
-module is layer `num_hidden_layers` with its copies of embedding and head, as DeepSeek released it. FP8 matrices are read through their
-block scales. Reading and writing go piece by piece: neither needs more memory than the model itself.
+Tensor names are Hugging Face's (layout.py). Expert matrices, stacked in the module, are one tensor per expert in the
+file; the MTP module is layer `num_hidden_layers` with its copies of embedding and head, as DeepSeek released it. FP8
+matrices are read through their block scales. Reading and writing go piece by piece: neither needs more memory than the
+model itself.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -22,10 +23,10 @@ import torch
 from torch import Tensor
 
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import inside, read_json, write_json
+from slingshot.checkpoint.description import check_tokenizer, folder_tokenizer, load_config, write_description
 from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.layout import Spec, layout
-from slingshot.checkpoint.safetensors import DTYPES, Shards, problems, write_shards
+from slingshot.checkpoint.safetensors import DTYPES, Shards, fit, write_shards
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.quantization.formats import FP8_BLOCK, SCALE
@@ -36,8 +37,8 @@ _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\
 _PIECE = 2**23  # numbers read at a time: 32 MiB in float32
 
 
-class Weights(Protocol):
-    """Named tensors of an architecture, wherever they lie: what can be loaded into a model or written in another format."""
+class StoredWeights(Protocol):
+    """Named tensors of an architecture, wherever they lie, to be loaded into a model or written in another format."""
 
     config: ModelConfig
 
@@ -48,8 +49,8 @@ class Weights(Protocol):
         """The file a tensor lies in, for messages."""
 
 
-def open_weights(path: Path | str) -> Weights:
-    """The weights of a checkpoint folder or .gguf file, its tensors checked against its configuration; SlingshotError names what does not fit."""
+def open_weights(path: Path | str) -> StoredWeights:
+    """The weights of a checkpoint folder or .gguf file; SlingshotError names what does not fit its configuration."""
     path = locate(path)
     if path.suffix == ".gguf":
         from slingshot.checkpoint.gguf.read import GGUFWeights
@@ -59,20 +60,17 @@ def open_weights(path: Path | str) -> Weights:
 
 
 class FolderWeights:
-    """The weights of a folder. A config.json that mentions an MTP module which the files have not (transformers drops it) is read without it."""
+    """The weights of a folder; `config` is without an MTP module that the files have not."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
-            raise SlingshotError(
-                f"{path} is not a checkpoint folder; a checkpoint holds config.json and model.safetensors"
-            )
-        self.config = load_config(path)
+            needed = "a checkpoint holds config.json and model.safetensors"
+            raise SlingshotError(f"{path} is not a checkpoint folder; {needed}")
+        config = load_config(path)
         self.shards = Shards(path)
-        if problem := next(problems(self.config, self.shards.headers, path), None):
-            without_mtp = self.config.model_copy(update={"num_nextn_predict_layers": 0})
-            if next(problems(without_mtp, self.shards.headers, path), None):
-                raise SlingshotError(problem)
-            self.config = without_mtp
+        self.config, problems = fit(config, self.shards.headers, path)
+        if problems:
+            raise SlingshotError(problems[0])
 
     @property
     def dtype(self) -> str:
@@ -91,8 +89,8 @@ class FolderWeights:
         return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
-def load_weights(model: Transformer, weights: Weights) -> None:
-    """Fill a model's parameters and router biases, piece by piece. Of a sharded parameter (a DTensor) only this rank's rows are read."""
+def load_weights(model: Transformer, weights: StoredWeights) -> None:
+    """Fill a model's parameters and router biases, piece by piece; of a sharded one (a DTensor) this rank's rows."""
     state = {name: _local(tensor) for name, tensor in model.state_dict().items()}
     for spec in layout(weights.config):
         if spec.copy_of is not None:
@@ -106,16 +104,14 @@ def load_weights(model: Transformer, weights: Weights) -> None:
         read_into(target, weights, spec, first)
 
 
-def read_into(target: Tensor, weights: Weights, spec: Spec, first: int = 0) -> None:
-    """Fill `target`, of any dtype, with a tensor's rows from `first` on, never holding more than a piece of it besides."""
+def read_into(target: Tensor, weights: StoredWeights, spec: Spec, first: int = 0) -> None:
+    """Fill `target`, of any dtype, with a tensor's rows from `first` on, holding no more than a piece of it besides."""
     for rows in pieces(spec, first, first + len(target)):
         piece = target[rows.start - first : rows.stop - first]
         piece.copy_(weights.read(spec.copy_of or spec.name, rows))
         if not torch.isfinite(piece).all():
-            dtype = str(target.dtype).removeprefix("torch.")
-            raise SlingshotError(
-                f"{weights.where(spec.copy_of or spec.name)}: {spec.name} holds NaN or infinite values in {dtype}"
-            )
+            where, dtype = weights.where(spec.copy_of or spec.name), str(target.dtype).removeprefix("torch.")
+            raise SlingshotError(f"{where}: {spec.name} holds NaN or infinite values in {dtype}")
 
 
 def _local(tensor: Tensor) -> tuple[Tensor, int]:
@@ -147,24 +143,16 @@ def pieces(spec: Spec, start: int, stop: int) -> Iterator[slice]:
     return (slice(first, min(first + rows, stop)) for first in range(start, stop, rows))
 
 
-def load_config(path: Path | str) -> ModelConfig:
-    """The architecture that a folder's config.json describes."""
-    file = inside(Path(path), "config.json")
-    raw = read_json(file)
-    if not isinstance(raw, dict):
-        raise SlingshotError(f"{file} does not hold a JSON object")
-    return ModelConfig.from_hf(raw, str(file))
-
-
 def load_model(
     path: Path | str,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     shard: Callable[[Transformer], None] | None = None,
 ) -> Transformer:
-    """Load a checkpoint folder or a .gguf file in `dtype`; router biases stay float32. SlingshotError names the file and tensor that do not fit.
+    """Load a checkpoint folder or a .gguf file in `dtype`; router biases stay float32.
 
-    `shard` splits the still empty model over ranks (Parallel.shard): each then reads only the bytes it keeps.
+    The model is made on the meta device and filled piece by piece. `shard` splits the still empty model over ranks
+    (Parallel.shard): each then reads only the bytes it keeps. SlingshotError names the file and tensor that do not fit.
     """
     weights = open_weights(path)
     with torch.device("meta"):
@@ -179,23 +167,20 @@ def load_model(
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """The tokenizer and chat template of a checkpoint folder or .gguf file. SlingshotError when it has more ids than the model."""
+    """The tokenizer and chat template of a folder or .gguf file. SlingshotError when it has more ids than the model."""
     path = locate(path)
     if path.suffix == ".gguf":
         from slingshot.checkpoint.gguf.read import load_gguf_tokenizer
 
         return load_gguf_tokenizer(path)
-    tokenizer = Tokenizer.load(path)
+    tokenizer = folder_tokenizer(path)
     if (path / "config.json").exists():
-        try:
-            tokenizer.check_fits(load_config(path).vocab_size)
-        except SlingshotError as error:
-            raise SlingshotError(f"{path}: {error}") from error
+        check_tokenizer(tokenizer, load_config(path).vocab_size, path)
     return tokenizer
 
 
 def to_hf_tensors(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A model's state under Hugging Face's names, the MTP module's copies of embedding and head included. Views, not copies."""
+    """A model's state under Hugging Face's names, the MTP module's copies of embedding and head included, as views."""
     tensors = {}
     for spec in layout(config):
         name, index = _place(spec.copy_of or spec.name)
@@ -209,35 +194,13 @@ def save_checkpoint(
     tokenizer: Tokenizer,
     state: Mapping[str, Tensor] | None = None,
     max_shard_size: float = 5e9,
+    source: Path | None = None,
 ) -> None:
-    """Write model (or `state`, its gathered weights) and tokenizer into an existing folder; the caller makes it atomic."""
+    """Write model (or `state`, its gathered weights) and tokenizer into an existing folder; the caller makes it atomic.
+
+    source: the checkpoint that the model was made from, whose generation_config.json is passed on.
+    """
     tensors = to_hf_tensors(model.config, model.state_dict() if state is None else state)
     dtype = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
-    write_checkpoint(folder, model.config, tensors.items(), tokenizer, dtype, max_shard_size)
-
-
-def write_checkpoint(
-    folder: Path,
-    config: ModelConfig,
-    tensors: Iterable[tuple[str, Tensor]],
-    tokenizer: Tokenizer,
-    dtype: str,
-    max_shard_size: float = 5e9,
-) -> None:
-    """Write configuration, tensors (taken one at a time) and tokenizer into an existing folder. `dtype`: what config.json calls theirs."""
-    config = config.model_copy(
-        update={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    )
-    write_shards(folder, tensors, max_shard_size)
-    write_json(
-        folder / "config.json",
-        {key: value for key, value in config.to_hf().items() if key != "dtype"} | {"torch_dtype": dtype},
-    )
-    eos = sorted(tokenizer.eos_ids)
-    tokens = {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": eos if len(eos) > 1 else tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id,
-    }
-    write_json(folder / "generation_config.json", tokens | {"do_sample": True, "temperature": 0.6, "top_p": 0.95})
-    tokenizer.save(folder)
+    write_shards(folder, tensors.items(), max_shard_size)
+    write_description(folder, model.config, tokenizer, dtype, source)

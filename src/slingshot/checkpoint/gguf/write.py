@@ -27,7 +27,7 @@ from torch import Tensor
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.gguf.read import NAMED_TOKENS, ROPE_FREQS, SIGMOID, kv_b_parts, llama3_factors, place
 from slingshot.checkpoint.layout import Spec, layout
-from slingshot.checkpoint.load_save import Weights
+from slingshot.checkpoint.load_save import StoredWeights
 from slingshot.model.config import ModelConfig
 from slingshot.model.rope import rotation_scale, yarn_mscale
 from slingshot.text.pretokenizers import recognise
@@ -74,7 +74,7 @@ class _Part:
         return math.prod(self.shape) // block * size
 
 
-def write_gguf(file: Path, weights: Weights, tokenizer: Tokenizer, dtype: Dtype) -> list[str]:
+def write_gguf(file: Path, weights: StoredWeights, tokenizer: Tokenizer, dtype: Dtype) -> list[str]:
     """Write a checkpoint's weights and tokenizer, whole or not at all. Returns what the file has otherwise than asked for, a line each.
 
     Matrices are of `dtype`; norms, biases and routers stay float32. In q8_0 a matrix whose rows do not fill blocks of 32 is float16 instead,
@@ -105,7 +105,7 @@ def write_gguf(file: Path, weights: Weights, tokenizer: Tokenizer, dtype: Dtype)
     return notes
 
 
-def _write(file: Path, writer: GGUFWriter, parts: Sequence[_Part], weights: Weights) -> None:
+def _write(file: Path, writer: GGUFWriter, parts: Sequence[_Part], weights: StoredWeights) -> None:
     temporary = file.with_name(f".{file.name}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +157,7 @@ def _converted(piece: Tensor, kind: Kind) -> np.ndarray:
     return piece.to(dtype).contiguous().view(torch.uint8).numpy()
 
 
-def _parts(weights: Weights, kind: Kind) -> Iterator[_Part]:
+def _parts(weights: StoredWeights, kind: Kind) -> Iterator[_Part]:
     """Every tensor of the file. The MTP module's copies of embedding and head are left to llama.cpp, which takes the model's own."""
     config = weights.config
     if config.rope_scaling is not None and config.rope_scaling.rope_type == "llama3":
@@ -191,7 +191,7 @@ def _fitting(kind: Kind, width: int) -> Kind:
 
 
 def _rows(
-    weights: Weights, names: Sequence[str], shape: tuple[int, ...], unit: int = 1
+    weights: StoredWeights, names: Sequence[str], shape: tuple[int, ...], unit: int = 1
 ) -> Iterator[tuple[str, Tensor]]:
     """Tensors of one shape after each other, some multiple of `unit` rows at a time."""
     count = max(1, _PIECE // math.prod(shape[1:]) // unit) * unit
@@ -200,14 +200,14 @@ def _rows(
             yield name, weights.read(name, slice(start, min(start + count, shape[0])))
 
 
-def _interleaved(weights: Weights, spec: Spec) -> Iterator[tuple[str, Tensor]]:
+def _interleaved(weights: StoredWeights, spec: Spec) -> Iterator[tuple[str, Tensor]]:
     """llama's q or k as llama.cpp rotates them: row j of a head's first half, then row j of its second."""
     head_dim = weights.config.head_dim
     for name, rows in _rows(weights, [spec.name], spec.shape, head_dim):
         yield name, rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _kv_b_proj(weights: Weights, spec: Spec, kind: Kind) -> Iterator[_Part]:
+def _kv_b_proj(weights: StoredWeights, spec: Spec, kind: Kind) -> Iterator[_Part]:
     """Keys [H, K, N], transposed so that llama.cpp can absorb them into the queries, and values [H, V, K]."""
     config = weights.config
     heads, latent, width = config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim

@@ -18,7 +18,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint import inspection
 from slingshot.checkpoint.inspection import examine
 from slingshot.checkpoint.layout import layout
-from slingshot.checkpoint.safetensors import Header
+from slingshot.checkpoint.safetensors import TensorHeader
 from slingshot.model.config import ModelConfig
 from slingshot.quantization.formats import SCALE, scale_shape
 from slingshot.text.tokenizer import Tokenizer
@@ -397,7 +397,7 @@ def test_a_checkpoint_on_the_hub_is_judged_by_its_headers(
     folder = checkpoint(config, {})
     (folder / "model.safetensors").unlink()
     headers = {
-        name: Header(dtype, shape, folder / f"{name[:15]}.safetensors")
+        name: TensorHeader(dtype, shape, folder / f"{name[:15]}.safetensors")
         for name, (dtype, shape) in tensors_of(config).items()
     }
     monkeypatch.setattr(

@@ -47,10 +47,16 @@ class Strict(BaseModel):
         return complete
 
     @classmethod
-    def knows(cls, path: str) -> bool:
-        """Whether a dotted path names a field of this config or of its tables, not a key of a free table within them."""
-        *tables, key = path.split(".")
-        return key in _nested(cls, tables).model_fields
+    def is_free(cls, path: str) -> bool:
+        """Whether a dotted path leads into a free table (`params`, `styles`), where the user and not the version of
+        slingshot decides which keys there are."""
+        owner: type[Strict] = cls
+        for table in path.split(".")[:-1]:
+            nested = _nested(owner, [table])
+            if table not in owner.model_fields or nested is owner:
+                return True
+            owner = nested
+        return False
 
     @classmethod
     def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:

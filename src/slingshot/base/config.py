@@ -35,9 +35,10 @@ class Strict(BaseModel):
     def _complete(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        _check_finite(values)
         complete = {}
         for key, value in values.items():
+            if isinstance(value, dict | list):
+                _check_finite(value, key)
             if cls._is_old(key, value):
                 raise SlingshotError(f"{key}: this key is now {cls.moved[key]}")
             default = cls.model_fields[key].default if key in cls.model_fields else None
@@ -98,12 +99,12 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text[:200])
 
 
-def _check_finite(value: Any) -> None:
-    """Refuse NaN and infinities at any depth, also in tables of free keys, which have no types to refuse them."""
+def _check_finite(value: Any, key: str) -> None:
+    """Refuse NaN and infinities in tables of free keys, which have no types to refuse them."""
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{value} is no number to compute with")
+        raise SlingshotError(f"{key}: {value} is no number to compute with")
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
-        _check_finite(part)
+        _check_finite(part, key)
 
 
 def _nested(model: type[Strict], location: Sequence[int | str]) -> type[Strict]:

@@ -51,7 +51,7 @@ def parameters(config: ModelConfig) -> Parameters:
 
 
 @dataclass(frozen=True)
-class Weights:
+class BlockWeights:
     """Counts of numbers in a block: matrices, routed experts' matrices, and the rest (norms, biases, router)."""
 
     matrices: int = 0
@@ -63,7 +63,7 @@ class Weights:
         return self.matrices + self.experts + self.rest
 
 
-def block_weights(config: ModelConfig, layer: int) -> Weights:
+def block_weights(config: ModelConfig, layer: int) -> BlockWeights:
     """What block `layer` holds; block `num_hidden_layers` is the MTP module."""
     width, moe, extra = config.hidden_size, is_moe(config, layer), layer >= config.num_hidden_layers
     # The MTP module is one more block with eh_proj, from both inputs to one width, and with enorm, hnorm and shared_head.norm.
@@ -75,9 +75,9 @@ def block_weights(config: ModelConfig, layer: int) -> Weights:
     else:
         rest += (config.q_lora_rank or 0) + config.kv_lora_rank
     if not moe:
-        return Weights(matrices + 3 * width * config.intermediate_size, 0, rest)
+        return BlockWeights(matrices + 3 * width * config.intermediate_size, 0, rest)
     expert = 3 * width * config.moe_intermediate_size
-    return Weights(
+    return BlockWeights(
         matrices + config.n_shared_experts * expert,
         config.n_routed_experts * expert,
         rest + width * config.n_routed_experts,

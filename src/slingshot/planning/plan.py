@@ -1,44 +1,38 @@
 """Plans: what pre-training, reinforcement learning, distillation and serving will cost, before anything runs. No torch.
 
-These are the nouns; the arithmetic is in plan_training.py and plan_serving.py:
+These are the nouns and what all plans share; the arithmetic is in plan_training.py and plan_serving.py:
 
-    plan = plan_pretrain(ModelConfig.preset("deepseek-v3"), "deepseek-v3", device("h800"), 2048, tokens=14.8e12, tflops=385)
+    plan = plan_pretrain(PretrainRequest.parse({"model": "deepseek-v3", "device": "h800", "tokens": "14.8T"}))
     plan.device_hours, plan.days, plan.money
     plan.model_dump(mode="json")           # what `slingshot plan ... --json` prints
 
-Every plan says what it assumed (`assumptions`): nothing that is not in the architecture, in the table of devices or in the request enters a
-figure without a line there. Nonsense is a SlingshotError of one line with the nearest thing that makes sense.
+Every plan says what it assumed (`assumptions`): nothing that is not in the architecture, in the table of devices or in the
+request enters a figure without a line there.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
-from slingshot.base.quantity import show_count, show_share, show_size
-from slingshot.cost.devices import Device, dtype_peak, mixed_peak
+from slingshot.base.quantity import show_share, show_size
+from slingshot.cost.devices import Device, and_others, dtype_peak
 from slingshot.cost.flops import cache_bytes_per_token, parameters
 from slingshot.model.config import ModelConfig
-from slingshot.planning.memory import PRECISIONS, TRAINABLE, Memory, Precision
+from slingshot.planning.layout import Layout
+from slingshot.planning.memory import PRECISIONS, USABLE, Memory, Precision
+from slingshot.planning.model_copy import ResourceTimes
+from slingshot.planning.network import Transfer
 from slingshot.planning.published import PublishedBill
+from slingshot.planning.request import PlanRequest
 from slingshot.planning.scaling import DenseEquivalent
-from slingshot.planning.sharding import Layout
-from slingshot.planning.throughput import Times
 
-# MFU where the request gives no rate: the share of the peak for the mix of products a model has in that precision.
-ASSUMED_MFU = {"fp8": 0.22, "int8": 0.22, "bfloat16": 0.4, "float16": 0.4, "float32": 0.4}
-_MFU_SOURCE = {
-    "fp8": "what DeepSeek-V3's 385 TFLOP/s on an H800 come to (arXiv 2505.09343, Table 4)",
-    "bfloat16": "Llama 3 405B reports 38 to 43% (arXiv 2407.21783, Table 4)",
-}
-_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
-USABLE = 0.9  # share of a device's memory a plan may fill: the rest is for the framework, buffers of collectives and fragmentation
 MOST = 10**7  # devices a plan takes
 HOURS = 24.0
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
 
 class Counts(Strict):
@@ -52,8 +46,8 @@ class Counts(Strict):
     cache_bytes_per_token: float
 
 
-class Stage(Strict):
-    """A line of the bill. `device_hours` are every device's hours together; a line of 0 hours is part of another, as its note says."""
+class PlanLine(Strict):
+    """A line of the bill. `device_hours` are every device's hours together; a line of 0 is part of another, see its note."""
 
     name: str
     tokens: float = 0.0
@@ -65,7 +59,7 @@ class Stage(Strict):
 
 
 class Dominates(Strict):
-    """What one device would wait for in `what`, each resource alone; `dominant` is the longest and `factor` times the next."""
+    """What one device would wait for in `what`, each resource alone; `dominant` is the longest, `factor` times the next."""
 
     what: str
     compute_seconds: float
@@ -74,33 +68,32 @@ class Dominates(Strict):
     dominant: str
     factor: float
 
+    @classmethod
+    def of(cls, what: str, times: ResourceTimes) -> Dominates:
+        (dominant, longest), (_, second), _ = times.ranked
+        return cls(
+            what=what, compute_seconds=times.compute, memory_traffic_seconds=times.memory, network_seconds=times.network,
+            dominant=dominant, factor=longest / second if second else 1.0,
+        )  # fmt: skip
+
 
 class Alternative(Strict):
-    """The same work on another device or in another precision."""
+    """The same work on another device or in another precision; without hours where there is no room for it at all."""
 
     device: str
     precision: str
-    device_hours: float
-    days: float
+    device_hours: float | None
+    days: float | None
     money: float | None
     fits: bool
 
 
-class Fit(Strict):
+class NearestFit(Strict):
     """The nearest thing that fits."""
 
     device: str
     count: int
     layout: str
-
-
-class Transferred(Strict):
-    """What one device sends in one optimizer step."""
-
-    purpose: str
-    n_bytes: float
-    link: str
-    seconds: float
 
 
 class Plan(Strict):
@@ -123,19 +116,26 @@ class Plan(Strict):
     memory_per_device_bytes: float
     usable_memory_bytes: float
     fits: bool
-    nearest_fit: Fit | None
-    stages: list[Stage]
+    nearest_fit: NearestFit | None
+    stages: list[PlanLine]
     dominates: Dominates
     alternatives: list[Alternative]
     assumptions: list[str]
 
 
-class PretrainPlan(Plan):
-    """tflops_per_device and both MFUs are of the main model's FLOPs, as published rates are; six_nd_flops is 6 x active x tokens.
+class TrainingPlan(Plan):
+    """`tflops_per_device` and `mfu` are of the main model's FLOPs, as published rates are."""
 
-    tflops_bound   what this layout lets through at most: no step is shorter than its compute at the peak with the pipeline's bubble, its memory
-                   traffic, or its network. A rate above it was not reached in this layout, or not on these links
-    published      the bill somebody published of the same work
+    tflops_per_device: float
+    mfu: float
+    layout_text: str
+
+
+class PretrainPlan(TrainingPlan):
+    """`six_nd_flops` is 6 x active x tokens; `published` the bill somebody published of the same work.
+
+    tflops_bound   what this layout lets through at most: no step is shorter than its compute at the peak with the pipeline's
+                   bubble, its memory traffic, or its network. A rate above it was not reached in this layout on these links
     """
 
     tokens: float
@@ -144,35 +144,29 @@ class PretrainPlan(Plan):
     optimizer_steps: float
     tokens_per_day: float
     six_nd_flops: float
-    tflops_per_device: float
-    mfu: float
     mfu_of_bfloat16: float | None
     tflops_bound: float
     layout: Layout
-    layout_text: str
     bubble: float
     exposed_network_seconds: float
-    transfers: list[Transferred]
+    transfers: list[Transfer]
     dense_equivalent: DenseEquivalent | None
     dense_device_hours: float | None
     published: PublishedBill | None
 
 
-class RLPlan(Plan):
-    """`rounds` of rollouts, `round_seconds` each; `devices_per_copy` devices hold one copy of the policy while it samples."""
+class RLPlan(TrainingPlan):
+    """`rounds` of rollouts, `round_seconds` each; `devices_per_copy` hold one copy of the policy while it samples."""
 
     steps: int
     responses: int
-    rounds: float
+    rounds: int
     round_seconds: float
     tokens: float
     devices_per_copy: int
-    layout_text: str
-    tflops_per_device: float
-    mfu: float
 
 
-class DistillPlan(Plan):
+class DistillPlan(TrainingPlan):
     """`sampled` responses of the teacher, of which `kept` become the student's data."""
 
     teacher: str
@@ -180,15 +174,12 @@ class DistillPlan(Plan):
     kept: float
     sampled_tokens_per_second_per_device: float
     devices_per_copy: int
-    layout_text: str
-    tflops_per_device: float
-    mfu: float
 
 
-class Batch(Strict):
-    """Decoding at one batch: sequences a device, tokens/s of a device and of a user, what bounds it, and whether it has room and is fast enough."""
+class DecodePoint(Strict):
+    """Decoding at one batch, in sequences a device: rates, what bounds it, and whether it has room and is fast enough."""
 
-    batch: float
+    batch: int
     tokens_per_second_per_device: float
     tokens_per_second_per_user: float
     bound_tokens_per_second_per_device: float
@@ -200,7 +191,7 @@ class Batch(Strict):
 
 
 class HitCost(Strict):
-    """Cost per million tokens when this share of the prompt tokens is cached; `blended` over prompt and response tokens as they come."""
+    """Cost per million tokens when this share of the prompt tokens is cached; `blended` over prompt and response tokens."""
 
     hit_share: float
     prompt: float
@@ -208,18 +199,18 @@ class HitCost(Strict):
 
 
 class BreakEven(Strict):
-    """Against buying the same tokens at the price list. `tokens_per_day` is where this fleet, idle or not, costs as much; None: it never does."""
+    """Against buying at the price list. `tokens_per_day` is where these devices, idle or not, cost as much; None: never."""
 
     bought_per_million: float
     made_per_million: float
-    fleet_per_day: float
-    fleet_tokens_per_day: float
+    devices_per_day: float
+    devices_tokens_per_day: float
     tokens_per_day: float | None
     utilisation: float | None
 
 
-class Day(Strict):
-    """A day of the traffic asked about: what the fleet costs and what the price list brings in."""
+class ServingDay(Strict):
+    """A day of the traffic asked about: what the devices cost and what the price list brings in."""
 
     input_tokens: float
     output_tokens: float
@@ -231,7 +222,7 @@ class Day(Strict):
 
 
 class ServePlan(Plan):
-    """A day's plan: `device_hours` and `money` are a day's, costs are per million tokens. Rates of prompts count cached tokens as read."""
+    """A day's plan: `device_hours` and `money` are a day's, costs per million tokens. Cached prompt tokens count as read."""
 
     prompt: float
     response: float
@@ -245,93 +236,104 @@ class ServePlan(Plan):
     prompt_tokens_per_second_per_device: float
     output_cost_per_million: float | None
     prompt_cost_per_million: float | None
-    curve: list[Batch]
+    curve: list[DecodePoint]
     cost_by_hit_share: list[HitCost]
     prices: tuple[float, float, float] | None
     margin: float | None
     break_even: BreakEven | None
-    day: Day | None
-
-
-# What plans share
+    day: ServingDay | None
 
 
 @dataclass(frozen=True)
-class Pool:
-    """The devices asked for and what an hour of one costs; `example`: the price is the table's."""
+class Hire:
+    """Devices taken for a plan, the precision they work in, and what an hour of one costs; `example`: the table's price."""
 
     device: Device
     count: int
+    precision: Precision
     price: float | None
     example: bool
+
+    @classmethod
+    def of(cls, asked: PlanRequest, count: int | None = None, precision: str | None = None) -> Hire:
+        device, count = asked.device, count or asked.count or 1
+        if count > MOST:
+            raise SlingshotError(f"{count} devices: the largest count a plan takes is {MOST}")
+        if count > 1 and not device.network:
+            why = "what joins several of them is not known"
+            raise SlingshotError(f"{count} x {device.name}: {why}; the nearest valid count is 1")
+        price = device.price if asked.price is None else asked.price
+        chosen = chosen_precision(asked.model.config, device, precision or asked.precision)
+        return cls(device, count, chosen, price, asked.price is None)
 
     @property
     def usable(self) -> float:
         return USABLE * self.device.memory_bytes
 
-    def stage(self, name: str, device_hours: float, tokens: float = 0.0, flops: float = 0.0, note: str = "") -> Stage:
-        days = device_hours / self.count / HOURS
-        money = None if self.price is None else device_hours * self.price
-        return Stage(
-            name=name, tokens=tokens, flops=flops, device_hours=device_hours, days=days, money=money, note=note
-        )
+    def line(self, name: str, hours: float, tokens: float = 0.0, flops: float = 0.0, note: str = "") -> PlanLine:
+        days, money = hours / self.count / HOURS, None if self.price is None else hours * self.price
+        return PlanLine(name=name, tokens=tokens, flops=flops, device_hours=hours, days=days, money=money, note=note)
 
     def common(
-        self, kind: str, config: ModelConfig, model: str, precision: Precision, memory: Memory, lines: list[Stage]
-    ) -> dict[str, Any]:
-        """The fields every plan fills in the same way."""
-        watts, whole = self.device.power_watts, self.stage("in all", sum(line.device_hours for line in lines))
-        counts = parameters(config)
+        self, kind: str, asked: PlanRequest, memory: Memory, lines: list[PlanLine],
+        there: Callable[[Hire], tuple[float | None, bool]], fits: bool | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The fields every plan fills in the same way.
+
+        `there` tells the device-hours of the same work on other devices, and whether it has room; `fits` the same of here.
+        """
+        watts, counts = self.device.power_watts, parameters(asked.model.config)
+        hours = sum(line.device_hours for line in lines)
+        money = None if self.price is None else hours * self.price
+        days, has_room = hours / self.count / HOURS, memory.total <= self.usable
+        own = Alternative(
+            device=self.device.name, precision=self.precision.dtype, device_hours=hours, days=days, money=money,
+            fits=has_room if fits is None else fits,
+        )  # fmt: skip
         return {
-            "kind": kind, "model": model, "device": self.device.name, "count": self.count, "precision": precision.dtype,
+            "kind": kind, "model": asked.model.name, "device": self.device.name, "count": self.count,
+            "precision": self.precision.dtype,
             "parameters": Counts(
                 total=counts.total, active=counts.active, active_without_embedding=counts.active - counts.embedding,
                 active_without_embedding_and_head=counts.active - counts.embedding - counts.head, mtp=counts.mtp,
-                cache_bytes_per_token=cache_bytes_per_token(config),
+                cache_bytes_per_token=cache_bytes_per_token(asked.model.config),
             ),
-            "device_hours": whole.device_hours, "days": whole.days, "price": self.price, "money": whole.money,
-            "energy_kwh": None if watts is None else whole.device_hours * watts / 1000,
-            "memory": memory, "memory_per_device_bytes": memory.total, "usable_memory_bytes": self.usable, "fits": memory.total <= self.usable,
-            "stages": lines,
+            "device_hours": hours, "days": days, "price": self.price, "money": money,
+            "energy_kwh": None if watts is None else hours * watts / 1000, "memory": memory,
+            "memory_per_device_bytes": memory.total, "usable_memory_bytes": self.usable, "fits": has_room,
+            "stages": lines, "alternatives": self._alternatives(own, there, serving=kind == "serve"),
         }  # fmt: skip
 
+    def _alternatives(
+        self, own: Alternative, there: Callable[[Hire], tuple[float | None, bool]], serving: bool
+    ) -> list[Alternative]:
+        """The same work on as many of every other device, in every precision worth comparing, this plan's own among them;
+        a day's serving on as many as it takes."""
+        found = []
+        for other in and_others(self.device):
+            here = other.name == self.device.name
+            for dtype in dict.fromkeys(("fp8", "bfloat16", *(["float32"][serving:] + [own.precision] if here else []))):
+                if here and dtype == own.precision:
+                    found.append(own)
+                elif dtype in other.peak:
+                    price = self.price if here else other.price
+                    hours, fits = there(replace(self, device=other, precision=PRECISIONS[dtype], price=price))
+                    found.append(Alternative(
+                        device=other.name, precision=dtype, device_hours=hours, fits=fits,
+                        days=1.0 if serving else None if hours is None else hours / self.count / HOURS,
+                        money=None if hours is None or price is None else hours * price,
+                    ))  # fmt: skip
+        return found
+
     def notes(self) -> list[str]:
-        if self.price is None:
-            price = f"no price: none is known for {self.device.name}; give one per device-hour"
-        elif self.example:
-            price = f"${self.price:g} per {self.device.name} hour, the table's example"
-        else:
-            price = f"${self.price:g} per {self.device.name} hour, as given"
-        watts = (
-            f"{self.device.power_watts:g} W a device, hosts, network and cooling left out"
-            if self.device.power_watts
-            else "energy unknown"
-        )
-        return [f"{show_share(USABLE)} of {show_size(self.device.memory_bytes)} may be filled", price, watts]
-
-
-def pool(device: Device, count: int, price: float | None) -> Pool:
-    """Take `count` devices at `price` an hour, or at the table's example."""
-    if count < 1:
-        raise SlingshotError(f"{count} devices: the nearest valid count is 1")
-    if count > MOST:
-        raise SlingshotError(f"{count} devices: the largest count a plan takes is {MOST}")
-    if count > 1 and not device.network:
-        raise SlingshotError(
-            f"{count} x {device.name}: what joins several of them is not known; the nearest valid count is 1"
-        )
-    if price is not None and not (price >= 0 and math.isfinite(price)):
-        raise SlingshotError(f"price {price:g}: must not be negative; the nearest valid value is 0")
-    return Pool(device, count, device.price if price is None else price, price is None)
-
-
-def positive(**values: float) -> None:
-    """Refuse what is not above 0, by its name."""
-    for name, value in values.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise SlingshotError(
-                f"{name.replace('_', ' ')} {value:g}: must be more than 0; did you mean {abs(value) or 1:g}?"
-            )
+        """The assumptions about the devices."""
+        device, where = self.device, "the table's example" if self.example else "as given"
+        price = f"${self.price:g} per {device.name} hour, {where}" if self.price is not None else (
+            f"no price: none is known for {device.name}; give one per device-hour"
+        )  # fmt: skip
+        watts = f"{device.power_watts:g} W a device, hosts, network and cooling left out" if device.power_watts else ""
+        filled = f"{show_share(USABLE)} of {show_size(device.memory_bytes)} may be filled"
+        return [filled, price, watts or "energy unknown"]
 
 
 def chosen_precision(config: ModelConfig, device: Device, name: str | None) -> Precision:
@@ -344,86 +346,9 @@ def chosen_precision(config: ModelConfig, device: Device, name: str | None) -> P
     return PRECISIONS[name]
 
 
-@dataclass(frozen=True)
-class Rate:
-    """FLOP/s of one device, which share of the mix's peak that is, and where it is from."""
-
-    per_device: float
-    mfu: float
-    note: str
-
-
-def training_rate(
-    device: Device,
-    precision: Precision,
-    parts: Mapping[str, float],
-    mfu: float | None,
-    tflops: float | None,
-    hours: float | None = None,
-) -> Rate:
-    """How fast one device trains: by at most one of the three, else by what is assumed of the precision. Never above the peak for `parts`."""
-    if precision.dtype not in TRAINABLE:
-        raise SlingshotError(
-            f"precision {precision.dtype}: nothing is trained in it; the nearest that is are {', '.join(TRAINABLE)}"
-        )
-    if sum(given is not None for given in (mfu, tflops, hours)) > 1:
-        raise SlingshotError("mfu, tflops and hours each set the rate; give one of them")
-    peak = mixed_peak(device, precision.dtype, parts)
-    if tflops is not None:
-        positive(tflops=tflops)
-        rate, source = tflops * 1e12, f"{tflops:g} TFLOP/s a device, as given"
-    elif hours is not None:
-        positive(hours=hours)
-        rate, source = sum(parts.values()) / hours / 3600, f"{show_count(hours)} device-hours, as given"
-    elif mfu is not None:
-        rate, source = checked_mfu(mfu) * peak, f"MFU {show_share(mfu)}, as given"
-    else:
-        assumed = ASSUMED_MFU[precision.dtype]
-        rate, source = (
-            assumed * peak,
-            f"MFU {show_share(assumed)}, assumed; {_MFU_SOURCE.get(precision.dtype, 'as in bfloat16')}",
-        )
-    if rate > peak * (1 + 1e-9):
-        below = f"{math.floor(peak / 1e9) / 1000:.10g}"
-        most = f"one {device.name} does at most {below} of this model's products in {precision.dtype}"
-        nearest = f"{math.ceil(sum(parts.values()) / peak / 3600):,} hours" if hours is not None else below
-        raise SlingshotError(f"{rate / 1e12:.4g} TFLOP/s: {most}; the nearest valid value is {nearest}")
-    return Rate(
-        rate,
-        rate / peak,
-        f"{source}: {rate / 1e12:.4g} TFLOP/s, {show_share(rate / peak)} of {peak / 1e12:.4g} for this mix in {precision.dtype}",
-    )
-
-
 def beyond(config: ModelConfig, tokens: float) -> list[str]:
     """The assumption behind sequences longer than the model's own."""
     most = config.max_position_embeddings
-    return (
-        [f"sequences of {tokens:g} tokens, though the model is made for {most}: its context extended first"]
-        if tokens > most
-        else []
-    )
-
-
-def checked_mfu(mfu: float) -> float:
-    if not 0 < mfu <= 1:
-        raise SlingshotError(
-            f"mfu {mfu:g}: a share above 0 and up to 1; the nearest valid value is {1 if mfu > 1 else 0.01:g}"
-        )
-    return mfu
-
-
-def checked_prices(prices: Sequence[float]) -> tuple[float, float, float]:
-    if len(prices) != 3 or any(not (each >= 0 and math.isfinite(each)) for each in prices):
-        raise SlingshotError(
-            "prices: three per million tokens, none negative: cached input, other input, output, such as 0.14/0.55/2.19"
-        )
-    return prices[0], prices[1], prices[2]
-
-
-def dominates(what: str, times: Times) -> Dominates:
-    (first, longest), (_, second), _ = times.ranked
-    return Dominates(
-        what=what, compute_seconds=times.compute, memory_traffic_seconds=times.memory, network_seconds=times.network, dominant=first,
-        factor=longest / second if second else 1.0,
-    )  # fmt: skip
+    if tokens <= most:
+        return []
+    return [f"sequences of {tokens:g} tokens, though the model is made for {most}: its context extended first"]

@@ -1,7 +1,4 @@
-"""Bills that others published, to stand beside plans of the same work. No torch.
-
-published(config, "deepseek-v3", "h800", 14.8e12)        # DeepSeek-V3's Table 1; None where nobody published a bill for that
-"""
+"""Bills that others published, to stand beside plans of the same work. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from slingshot.model.config import ModelConfig
 
 
 class PublishedBill(Strict):
-    """Device-hours by stage, named as plans name them, of training on so many tokens; `price` is the source's own, of a device-hour in dollars."""
+    """Device-hours by stage, named as plans name them, of training on so many tokens; `price` is the source's own."""
 
     source: str
     device: str
@@ -25,7 +22,8 @@ PUBLISHED = {
         device_hours={"pre-training": 2664e3, "context extension": 119e3, "post-training": 5e3},
     ),
     "llama-3.1-405b": PublishedBill(
-        source="Llama 3.1's model card, tokens by arXiv 2407.21783, 3.2", device="h100", tokens=15.6e12, device_hours={"pre-training": 30.84e6},
+        source="Llama 3.1's model card, tokens by arXiv 2407.21783, 3.2", device="h100", tokens=15.6e12,
+        device_hours={"pre-training": 30.84e6},
     ),
 }  # fmt: skip
 
@@ -33,10 +31,6 @@ PUBLISHED = {
 def published(config: ModelConfig, model: str, device: str, tokens: float) -> PublishedBill | None:
     """What was published of training this preset on these devices with as many tokens, a percent more or less."""
     bill = PUBLISHED.get(model)
-    same = (
-        bill is not None
-        and bill.device == device
-        and abs(tokens / bill.tokens - 1) < 0.01
-        and config == ModelConfig.preset(model)
-    )
-    return bill if same else None
+    if bill is None or bill.device != device or abs(tokens / bill.tokens - 1) >= 0.01:
+        return None
+    return bill if config == ModelConfig.preset(model) else None

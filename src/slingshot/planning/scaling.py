@@ -1,12 +1,14 @@
 """The dense model that would reach the same loss as a mixture of experts, by one published rule. No torch.
 
-Joint MoE Scaling Laws (Ludziejewski et al. 2025, arXiv 2502.05172, equation 6 and Table 3): the loss of a model of N active parameters trained
-on D tokens with E experts, one of them active, is
+Joint MoE Scaling Laws (Ludziejewski et al. 2025, arXiv 2502.05172, equation 6 and Table 3): the loss of a model of N active
+parameters trained on D tokens with E experts, one of them active, is
 
-    L(N, D, E) = a x^delta N^(alpha + gamma ln x) + b x^omega D^(beta + zeta ln x) + c,   1/x = 1/(E - 1 + 1/(1/E_start - 1/E_max)) + 1/E_max
+    L(N, D, E) = a x^delta N^(alpha + gamma ln x) + b x^omega D^(beta + zeta ln x) + c,
+    1/x = 1/(E - 1 + 1/(1/E_start - 1/E_max)) + 1/E_max
 
-E = 1 is a dense model. Fitted to more than 280 models of 79M to 2.7B active parameters, 1 to 32 experts, 0.5B to 80B tokens. Experts there are
-as wide as a dense block's and one is chosen, so for finer experts of which several are chosen, E is all experts over the active ones.
+E = 1 is a dense model. Fitted to more than 280 models of 79M to 2.7B active parameters, 1 to 32 experts, 0.5B to 80B tokens.
+Experts there are as wide as a dense block's and one is chosen, so for finer experts of which several are chosen, E is all
+experts over the active ones.
 
     dense = dense_equivalent(ModelConfig.preset("deepseek-v3"), tokens=14.8e12)      # about 89B parameters
 """
@@ -33,7 +35,7 @@ class DenseEquivalent(Strict):
     """A dense model of the same predicted loss after the same tokens.
 
     ratio      its parameters over the mixture's active ones, which is also its training compute over the mixture's
-    outside    what of this model lies outside the range the rule was fitted on, with that range; the prediction is an extrapolation then
+    outside    what of this model lies outside the range the rule was fitted on, with that range: an extrapolation then
     """
 
     rule: str
@@ -43,44 +45,43 @@ class DenseEquivalent(Strict):
     outside: list[str]
 
 
-def transformed_experts(experts: float) -> float:
-    """The law's x of E: few experts count for a little more, many for less (Clark et al. 2022, arXiv 2202.01169)."""
+def model_term(experts: float) -> tuple[float, float]:
+    """Scale and exponent of N. The law's x of E: few experts count for a little more, many for less (arXiv 2202.01169)."""
+    x = _transformed(experts)
+    return A * x**DELTA, ALPHA + GAMMA * math.log(x)
+
+
+def data_term(tokens: float, experts: float) -> float:
+    """What D tokens leave of the loss."""
+    x = _transformed(experts)
+    return B * x**OMEGA * tokens ** (BETA + ZETA * math.log(x))
+
+
+def _transformed(experts: float) -> float:
     return 1 / (1 / (experts - 1 + 1 / (1 / E_START - 1 / E_MAX)) + 1 / E_MAX)
 
 
 def predicted_loss(active: float, tokens: float, experts: float) -> float:
-    """Loss in nats per token of the law's own data and tokenizer; only differences and equalities mean anything elsewhere."""
-    scale, exponent = _model_term(experts)
-    return scale * active**exponent + _data_term(tokens, experts) + C
+    """Loss in nats per token of the law's own data and tokenizer; only differences and equalities mean anything here."""
+    scale, exponent = model_term(experts)
+    return scale * active**exponent + data_term(tokens, experts) + C
 
 
 def dense_equivalent(config: ModelConfig, tokens: float) -> DenseEquivalent | None:
-    """The dense model of equal loss after as many tokens; None for a model that is dense, or when no dense one gets there with these tokens."""
+    """The dense model of equal loss after as many tokens; None for a dense model, or where no dense one gets there."""
     if not config.n_moe_layers:
         return None
-    shared = config.n_shared_experts
+    shared, active = config.n_shared_experts, parameters(config).active
     experts = (config.n_routed_experts + shared) / (config.num_experts_per_tok + shared)
-    active = parameters(config).active
     loss = predicted_loss(active, tokens, experts)
-    left = loss - C - _data_term(tokens, 1)
+    left = loss - C - data_term(tokens, 1)
     if left <= 0:
         return None
-    scale, exponent = _model_term(1)
+    scale, exponent = model_term(1)
     dense = (left / scale) ** (1 / exponent)
-    values = {"active parameters": float(active), "tokens": tokens, "experts over active experts": experts}
     outside = [
-        f"{name} {values[name]:.3g} (fitted from {low:.3g} to {high:.3g})"
-        for name, (low, high) in RANGES.items()
-        if not low <= values[name] <= high
+        f"{name} {value:.3g} (fitted from {low:.3g} to {high:.3g})"
+        for (name, (low, high)), value in zip(RANGES.items(), (active, tokens, experts), strict=True)
+        if not low <= value <= high
     ]
     return DenseEquivalent(rule=RULE, parameters=dense, ratio=dense / active, loss=loss, outside=outside)
-
-
-def _model_term(experts: float) -> tuple[float, float]:
-    x = transformed_experts(experts)
-    return A * x**DELTA, ALPHA + GAMMA * math.log(x)
-
-
-def _data_term(tokens: float, experts: float) -> float:
-    x = transformed_experts(experts)
-    return B * x**OMEGA * tokens ** (BETA + ZETA * math.log(x))

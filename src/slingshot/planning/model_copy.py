@@ -1,0 +1,238 @@
+"""How fast a copy of a model writes and reads: rooflines of decoding and of prompts. No torch.
+
+    copy = ModelCopy(config, device("h800"), PRECISIONS["fp8"], devices=144)   # one copy of the model on 144 devices
+    step = copy.decode_step(batch=88, context=4989)                            # 88 sequences a device
+    88 / step.bound                                                            # tokens/s a device cannot exceed
+    copy.step_seconds(88, 4989)                     # what a step takes, at the share of the bound engines reach
+
+A decoding step reads every weight it touches and every cached key once, computes, and exchanges activations; the longest of
+the three bounds it, the others hidden behind. A mixture of experts is served data parallel in attention and expert parallel
+in its experts (as DeepSeek serves), a dense model tensor parallel. The MTP module is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from slingshot.base.errors import SlingshotError
+from slingshot.base.quantity import show_size
+from slingshot.cost.devices import Device, and_others, mixed_peak
+from slingshot.cost.flops import block_weights, cache_bytes_per_token, decode_parts, parameters, prefill_parts
+from slingshot.model.config import ModelConfig
+from slingshot.planning.memory import USABLE, Memory, Precision
+from slingshot.planning.network import LINK_EFFICIENCY
+
+# The share of the decode roofline an engine reaches. Calibrated on one system: DeepSeek's decoded 14.8K tokens/s on a node of
+# 8 H800 at 20 to 22 tokens/s a user with 4,989 cached tokens each (open-infra-index, day 6); at 21 that is 88 a device.
+DECODE_EFFICIENCY = 0.46
+
+
+@dataclass(frozen=True)
+class ResourceTimes:
+    """Seconds one piece of work would take if only this resource were scarce."""
+
+    compute: float
+    memory: float
+    network: float
+
+    @property
+    def bound(self) -> float:
+        return max(self.compute, self.memory, self.network)
+
+    @property
+    def ranked(self) -> list[tuple[str, float]]:
+        """Longest first."""
+        named = [("compute", self.compute), ("memory traffic", self.memory), ("network", self.network)]
+        return sorted(named, key=lambda pair: -pair[1])
+
+
+def experts_touched(config: ModelConfig, tokens: float) -> float:
+    """How many of a layer's routed experts at least one of `tokens` tokens chose, expected, if all are equally likely.
+
+    E (1 - (1 - k/E)^tokens). Real routing is uneven, so fewer are touched; a group limit leaves each expert's chance.
+    """
+    if not config.n_moe_layers:
+        return 0.0
+    return config.n_routed_experts * (1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** tokens)
+
+
+def cached_heads(config: ModelConfig) -> int:
+    """Heads of the cache, which tensor parallelism can part: keys' and values', or MLA's one latent."""
+    return config.num_key_value_heads if config.family == "dense" else 1
+
+
+@dataclass(frozen=True)
+class ModelCopy:
+    """One copy of a model on `devices` devices."""
+
+    config: ModelConfig
+    device: Device
+    precision: Precision
+    devices: int
+    efficiency: float = DECODE_EFFICIENCY
+
+    @cached_property
+    def held(self) -> tuple[float, float, float]:
+        """Numbers on each device: experts', other matrices', the rest (embedding, head, router, norms)."""
+        config, counts = self.config, parameters(self.config)
+        blocks = [block_weights(config, layer) for layer in range(config.num_hidden_layers)]
+        rest = sum(block.rest for block in blocks) + config.hidden_size + counts.embedding + counts.head
+        split = 1 if config.n_moe_layers else self.devices
+        matrices = sum(block.matrices for block in blocks)
+        return sum(block.experts for block in blocks) / self.devices, matrices / split, rest / split
+
+    @cached_property
+    def cache_per_token(self) -> float:
+        """Bytes of cache on a device for each token of its own sequences. Tensor parallel over more devices than
+        key-value heads holds each head more than once; MLA's latent is one head."""
+        copies = 1.0 if self.config.n_moe_layers else max(1.0, self.devices / cached_heads(self.config))
+        return copies * cache_bytes_per_token(self.config)
+
+    def memory(self, batch: float, context: float) -> Memory:
+        """Of one device with `batch` sequences of `context` tokens of its own."""
+        experts, others, outside = self.held
+        weights = (experts + others) * self.precision.weight + outside * self.precision.other
+        return Memory(weights=weights, cache=batch * context * self.cache_per_token)
+
+    def largest_batch(self, context: float) -> float:
+        """Sequences a device has room for beside the weights; 0 or less when the weights alone are too much."""
+        room = USABLE * self.device.memory_bytes - self.memory(0, 0).total
+        return room / (context * self.cache_per_token)
+
+    def bytes_read(self, batch: float, context: float) -> float:
+        """Bytes one device reads in a decoding step: weights touched by any token, and the cache."""
+        experts, others, outside = self.held
+        if self.config.n_moe_layers:
+            experts *= experts_touched(self.config, batch * self.devices) / self.config.n_routed_experts
+        if not self.config.tie_word_embeddings:  # of the embedding only the rows of the tokens are read
+            embedding = self.config.vocab_size * self.config.hidden_size
+            outside -= embedding / (1 if self.config.n_moe_layers else self.devices)
+        weights = (experts + others) * self.precision.weight + outside * self.precision.other
+        return weights + batch * context * self.cache_per_token
+
+    def bytes_sent(self, tokens: float) -> float:
+        """Bytes one device sends while it passes `tokens` tokens of its own through the model, at most.
+
+        Experts: each token goes to num_experts_per_tok devices in the precision of the weights (1 byte in FP8) and comes
+        back in 16 bits, nothing sent once for several (arXiv 2505.09343, 2.3.2, counts the same and the shared expert
+        besides). Tensor parallel: two all-reduces a block, over the tokens of all.
+        """
+        config, others = self.config, (self.devices - 1) / self.devices
+        if config.n_moe_layers:
+            blocks = config.n_moe_layers - config.num_nextn_predict_layers
+            there_and_back = math.floor(self.precision.low_activation) + 2.0
+            return tokens * blocks * config.num_experts_per_tok * others * config.hidden_size * there_and_back
+        return tokens * self.devices * config.num_hidden_layers * 2 * 2 * others * config.hidden_size * 2.0
+
+    def decode_step(self, batch: float, context: float) -> ResourceTimes:
+        """Seconds of a step in which each device decodes a token of each of `batch` sequences holding `context` tokens."""
+        token, key = self._token_and_key_seconds
+        sent = self.bytes_sent(batch)
+        return ResourceTimes(
+            compute=batch * (token + context * key),
+            memory=self.bytes_read(batch, context) / self.device.bandwidth,
+            network=sent / (self._link * LINK_EFFICIENCY) if self._link else math.inf if sent else 0.0,
+        )
+
+    @cached_property
+    def _token_and_key_seconds(self) -> tuple[float, float]:
+        """Of compute at the peak: for a token decoded, and for each key it meets."""
+        alone, attention = decode_parts(self.config, 0), {"attention": decode_parts(self.config, 1)["attention"]}
+        dtype = self.precision.dtype
+        token, key = (sum(parts.values()) / mixed_peak(self.device, dtype, parts) for parts in (alone, attention))
+        return token, key
+
+    @cached_property
+    def _link(self) -> float:
+        """Bytes/s at which a device sends, one way.
+
+        An all-reduce over several nodes is a ring, whose bytes cross a node's border once, through the links of all its
+        members: nodes of 8 links of 50 GB/s reach 350 GB/s (NCCL; github.com/NVIDIA/nccl-tests, issue 283). Experts'
+        tokens take their own device's link.
+        """
+        device = self.device
+        if self.devices <= device.per_node:
+            return device.link
+        if self.config.n_moe_layers or device.per_node == 1:
+            return device.network
+        members = self.devices / math.ceil(self.devices / device.per_node)
+        return min(device.link, members * device.network)
+
+    def step_seconds(self, batch: float, context: float) -> float:
+        """What such a step takes: the roofline's bound over the share engines reach."""
+        return self.decode_step(batch, context).bound / self.efficiency
+
+    def best_batch(self, context: float, latency: float) -> int:
+        """The largest batch with room whose step stays within `latency` seconds; throughput grows with it. 0: none."""
+        low, high = 0, max(0, math.floor(self.largest_batch(context)))
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.step_seconds(middle, context) <= latency else (low, middle - 1)
+        return low
+
+    def prefill_seconds(self, prompt: float, hit_share: float, mfu: float) -> float:
+        """Seconds in which a device computes a prompt, the first `hit_share` of it cached, at `mfu` of its products' peak.
+
+        Bound by compute: the tokens of a prompt share every weight they read.
+        """
+        parts = prefill_parts(self.config, prompt, prompt * hit_share)
+        return sum(parts.values()) / (mfu * mixed_peak(self.device, self.precision.dtype, parts))
+
+
+def splits(config: ModelConfig, size: int) -> bool:
+    """Whether a copy may be spread over `size` devices. Without experts, each takes as many attention heads as the next, and
+    whole heads of the cache or a share of one."""
+    heads = cached_heads(config)
+    even = config.num_attention_heads % size == 0 and (heads % size == 0 or size % heads == 0)
+    return bool(config.n_moe_layers) or even
+
+
+def copies_of(config: ModelConfig, device: Device, precision: Precision, most: int, efficiency: float) -> list[ModelCopy]:
+    """Copies over powers of two of devices, at least an expert or an attention head each."""
+    limit = min(most, config.n_routed_experts if config.n_moe_layers else config.num_attention_heads)
+    sizes = (2**power for power in range(max(1, limit).bit_length()))
+    return [ModelCopy(config, device, precision, size, efficiency) for size in sizes if splits(config, size)]
+
+
+def checked_size(config: ModelConfig, given: int, most: int, divides: bool = False) -> int:
+    """`given` devices a copy, at most `most`, which it must divide where `divides`. SlingshotError with the nearest size."""
+    valid = [size for size in range(1, most + 1) if splits(config, size) and not (divides and most % size)]
+    if given in valid:
+        return given
+    trouble = f"{given} devices a copy do not divide {most} devices" if divides else f"{given} devices a copy, of {most}"
+    if 0 < given <= most and not splits(config, given):
+        heads = f"{config.num_attention_heads} attention heads and {cached_heads(config)} of keys and values"
+        trouble = f"{given} devices a copy do not share {heads} evenly"
+    nearest = min(valid, key=lambda size: abs(size - given))
+    raise SlingshotError(f"{trouble}; the nearest valid value is {nearest}")
+
+
+def smallest_copy(config: ModelConfig, device: Device, precision: Precision, context: float) -> ModelCopy | None:
+    """On the fewest of these devices, else of the first others in the table, that hold a copy and one sequence."""
+    for other in and_others(device):
+        if precision.dtype in other.peak:
+            for copy in copies_of(config, other, precision, 1024 if other.network else 1, DECODE_EFFICIENCY):
+                if copy.largest_batch(context) >= 1:
+                    return copy
+    return None
+
+
+def roomy_copies(
+    config: ModelConfig, device: Device, precision: Precision, count: int, given: int | None, context: float, efficiency: float
+) -> list[ModelCopy]:  # fmt: skip
+    """Copies on at most `count` devices, or on exactly `given`, that have room for a sequence; SlingshotError if none has."""
+    if given is not None:
+        size = checked_size(config, given, count, divides=True)
+        copies = [ModelCopy(config, device, precision, size, efficiency)]
+    else:
+        copies = copies_of(config, device, precision, count, efficiency)
+    roomy = [copy for copy in copies if copy.largest_batch(context) >= 1]
+    if not roomy:
+        fit = smallest_copy(config, device, precision, context)
+        way_out = f"the nearest that do are {fit.devices} x {fit.device.name}" if fit else "nothing in the table does"
+        need, has = show_size(copies[-1].memory(1, context).total), show_size(USABLE * device.memory_bytes)
+        short = f"a copy of the model and a sequence ({need} each, {has} usable)"
+        raise SlingshotError(f"{copies[-1].devices} x {device.name} do not hold {short}; {way_out}")
+    return roomy

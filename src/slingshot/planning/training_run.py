@@ -1,0 +1,168 @@
+"""A training run on some devices: how fast, in which layout, in how much memory. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from slingshot.base.errors import SlingshotError
+from slingshot.base.quantity import show_count, show_share
+from slingshot.cost.devices import and_others, mixed_peak
+from slingshot.cost.flops import forward_parts, training_flops
+from slingshot.model.config import ModelConfig
+from slingshot.planning.layout import RECOMPUTE, Layout, layouts
+from slingshot.planning.memory import TRAINABLE, Blocks, Memory, training_memory
+from slingshot.planning.model_copy import ResourceTimes
+from slingshot.planning.network import Transfer, network_seconds, transfers
+from slingshot.planning.plan import MOST, Hire, NearestFit
+from slingshot.planning.request import TrainingRequest
+
+# MFU where the request gives no rate: the share of the peak for the mix of products a model has in that precision.
+ASSUMED_MFU = {"fp8": 0.22, "int8": 0.22, "bfloat16": 0.4, "float16": 0.4, "float32": 0.4}
+_MFU_SOURCE = {
+    "fp8": "what DeepSeek-V3's 385 TFLOP/s on an H800 come to (arXiv 2505.09343, Table 4)",
+    "bfloat16": "Llama 3 405B reports 38 to 43% (arXiv 2407.21783, Table 4)",
+}
+
+
+@dataclass(frozen=True)
+class TrainingRate:
+    """FLOP/s of one device, which share of the mix's peak that is, and where it is from."""
+
+    per_device: float
+    mfu: float
+    note: str
+
+
+def training_rate(hire: Hire, parts: Mapping[str, float], asked: TrainingRequest) -> TrainingRate:
+    """How fast one device trains: by --mfu, --tflops or --hours, else by what is assumed. Never above `parts`' peak."""
+    device, dtype, hours = hire.device, hire.precision.dtype, getattr(asked, "hours", None)
+    if dtype not in TRAINABLE:
+        trainable = ", ".join(TRAINABLE)
+        raise SlingshotError(f"precision {dtype}: nothing is trained in it; the nearest that is are {trainable}")
+    if sum(given is not None for given in (asked.mfu, asked.tflops, hours)) > 1:
+        raise SlingshotError("--mfu, --tflops and --hours each set the rate; give one of them")
+    peak, flops = mixed_peak(device, dtype, parts), sum(parts.values())
+    if asked.tflops is not None:
+        rate, source = asked.tflops * 1e12, f"{asked.tflops:g} TFLOP/s a device, as given"
+    elif hours is not None:
+        rate, source = flops / hours / 3600, f"{show_count(hours)} device-hours, as given"
+    elif asked.mfu is not None:
+        rate, source = asked.mfu * peak, f"MFU {show_share(asked.mfu)}, as given"
+    else:
+        assumed = ASSUMED_MFU[dtype]
+        rate, why = assumed * peak, _MFU_SOURCE.get(dtype, "as in bfloat16")
+        source = f"MFU {show_share(assumed)}, assumed; {why}"
+    if rate > peak * (1 + 1e-9):
+        below = f"{math.floor(peak / 1e9) / 1000:.10g}"
+        most = f"one {device.name} does at most {below} of this model's products in {dtype}"
+        nearest = f"{math.ceil(flops / peak / 3600):,} hours" if hours is not None else below
+        raise SlingshotError(f"{rate / 1e12:.4g} TFLOP/s: {most}; the nearest valid value is {nearest}")
+    of_peak = f"{show_share(rate / peak)} of {peak / 1e12:.4g} for this mix in {dtype}"
+    return TrainingRate(rate, rate / peak, f"{source}: {rate / 1e12:.4g} TFLOP/s, {of_peak}")
+
+
+def forward_and_backward(config: ModelConfig, length: int, tokens: float) -> dict[str, float]:
+    """FLOPs of both passes of the main model over `tokens` tokens in documents of this length, by part of the network."""
+    return {part: 3 * flops * tokens / length for part, flops in forward_parts(config, [length]).items()}
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """Sequences of `context` tokens, `batch_tokens` an optimizer step, on hired devices."""
+
+    config: ModelConfig
+    hire: Hire
+    context: int
+    batch_tokens: float
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        return Blocks(self.config, self.hire.precision)
+
+    @cached_property
+    def compute_seconds(self) -> float:
+        """Of training on an optimizer step's tokens, MTP included, on one device at its peak."""
+        flops = training_flops(self.config, [self.context]) / self.context * self.batch_tokens / self.hire.count
+        parts = forward_parts(self.config, [self.context])
+        return flops / mixed_peak(self.hire.device, self.hire.precision.dtype, parts)
+
+    @property
+    def sequences(self) -> float:
+        return self.batch_tokens / self.context
+
+    def microbatches(self, layout: Layout) -> float:
+        return max(1.0, self.sequences / layout.dp)
+
+    def bubble(self, layout: Layout) -> float:
+        """The share of a step in which a pipeline stage stands idle under 1F1B."""
+        return (layout.pp - 1) / (self.microbatches(layout) + layout.pp - 1)
+
+    def memory(self, layout: Layout) -> Memory:
+        return training_memory(self.blocks, layout, self.context, self.microbatches(layout))
+
+    def transfers(self, layout: Layout) -> list[Transfer]:
+        return transfers(self.blocks, layout, self.hire.device, self.batch_tokens, self.context)
+
+    def layout(self, ways: Mapping[str, Any]) -> Layout:
+        """The fastest layout with these ways that fits; where none does, the one that needs least memory."""
+        options = layouts(self.config, self.hire.count, self.hire.device.per_node, **ways)
+        fewest = min(layout.dp for layout in options)
+        if fewest > self.sequences:
+            raise SlingshotError(
+                f"a batch of {self.batch_tokens:g} tokens has {self.sequences:g} sequences of {self.context}, fewer than "
+                f"{fewest} data-parallel ranks; the nearest valid batch is {fewest * self.context}, in a run of at least "
+                "as many tokens"
+            )
+        needs = [(layout, self.memory(layout)) for layout in options if layout.dp <= self.sequences]
+        fitting = [(layout, memory) for layout, memory in needs if memory.total <= self.hire.usable]
+        if not fitting:
+            return min(needs, key=lambda pair: pair[1].total)[0]
+        # Who asks for ZeRO asks for data parallelism, which it shards over.
+        return min(fitting, key=lambda pair: (pair[0].zero > 0 and pair[0].dp == 1, self._seconds(*pair)))[0]
+
+    def _seconds(self, layout: Layout, memory: Memory) -> float:
+        """Of an optimizer step, to compare layouts: what takes longest, with recomputation and bubble; then less network."""
+        again = {"none": 1.0, "selective": 1.05, "full": 4 / 3}[layout.recompute]
+        compute = again * self.compute_seconds * (1 + (layout.pp - 1) / self.microbatches(layout))
+        times = self.times(layout, memory)
+        return max(compute, times.memory, times.network) + 0.01 * times.network
+
+    def times(self, layout: Layout, memory: Memory) -> ResourceTimes:
+        """Seconds of an optimizer step on one device, each resource alone.
+
+        Memory traffic: a microbatch reads the weights forward and for both gradients and reads and writes the gradients and
+        what is kept for the backward pass; the optimizer reads and writes its state once.
+        """
+        precision, microbatches = self.hire.precision, self.microbatches(layout)
+        kept = memory.activations / min(layout.pp, microbatches)
+        each = sum(self.blocks.stage_weights(layout)) * (3 * precision.weight + 2 * precision.gradient) + 2 * kept
+        return ResourceTimes(
+            compute=self.compute_seconds * (4 / 3 if layout.recompute == "full" else 1),
+            memory=(microbatches * each + 2 * memory.optimizer) / self.hire.device.bandwidth,
+            network=network_seconds(self.transfers(layout)),
+        )
+
+    def on(self, hire: Hire) -> TrainingRun:
+        """The same run on other devices, with at least a sequence for each."""
+        return replace(self, hire=hire, batch_tokens=max(self.batch_tokens, float(self.context * hire.count)))
+
+    def leanest(self) -> Layout | None:
+        """A layout that fits, found by trying only the settings that save most memory; None when there is none."""
+        for layout in layouts(self.config, self.hire.count, self.hire.device.per_node, recompute=RECOMPUTE[-1]):
+            if layout.zero in (0, 3) and layout.dp <= self.sequences and self.memory(layout).total <= self.hire.usable:
+                return layout
+        return None
+
+    def nearest_fit(self) -> NearestFit | None:
+        """Another layout on as many devices, else more of them, else another device; None where the table has nothing."""
+        for other in and_others(self.hire.device):
+            if self.hire.precision.dtype in other.peak:
+                for count in (self.hire.count * 2**power for power in range(13 if other.network else 1)):
+                    layout = self.on(replace(self.hire, device=other, count=count)).leanest() if count <= MOST else None
+                    if layout is not None:
+                        return NearestFit(device=other.name, count=count, layout=str(layout))
+        return None

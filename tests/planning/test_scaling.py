@@ -1,8 +1,6 @@
-"""cost/scaling.py against the numbers printed in the paper it implements (arXiv 2502.05172)."""
+"""The dense equivalent against the numbers printed in the paper it implements (arXiv 2502.05172)."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 from hypothesis import given, settings
@@ -10,34 +8,27 @@ from hypothesis import strategies as st
 
 from slingshot.cost.flops import parameters
 from slingshot.model.config import ModelConfig
-from slingshot.planning.scaling import C, _model_term, dense_equivalent, predicted_loss, transformed_experts
+from slingshot.planning.scaling import C, data_term, dense_equivalent, model_term, predicted_loss
 
 
 @pytest.mark.parametrize(
     ("experts", "m", "mu", "n", "nu"),
     [
-        (1, 30.3640, -0.1817, 53.9838, -0.1965), (2, 27.7982, -0.1780, 66.8401, -0.2065), (4, 24.8462, -0.1731, 87.7022, -0.2192),
-        (8, 21.8330, -0.1676, 119.9126, -0.2338), (16, 19.0159, -0.1617, 167.5073, -0.2494), (32, 16.5424, -0.1557, 234.6726, -0.2652),
+        (1, 30.3640, -0.1817, 53.9838, -0.1965), (2, 27.7982, -0.1780, 66.8401, -0.2065),
+        (4, 24.8462, -0.1731, 87.7022, -0.2192), (8, 21.8330, -0.1676, 119.9126, -0.2338),
+        (16, 19.0159, -0.1617, 167.5073, -0.2494), (32, 16.5424, -0.1557, 234.6726, -0.2652),
     ],
 )  # fmt: skip
 def test_table_4_reduced_to_one_number_of_experts(experts: float, m: float, mu: float, n: float, nu: float) -> None:
     """L = m N^mu + n D^nu + c; the table is printed with coefficients of more digits than Table 3."""
-    scale, exponent = _model_term(experts)
-    assert scale == pytest.approx(m, rel=0.003) and exponent == pytest.approx(mu, abs=2e-4)
+    assert model_term(experts) == (pytest.approx(m, rel=0.003), pytest.approx(mu, abs=2e-4))
     for tokens in (1e9, 1e11):
-        of_data = predicted_loss(1e9, tokens, experts) - C - scale * 1e9**exponent
-        assert of_data == pytest.approx(n * tokens**nu, rel=0.008)
+        assert data_term(tokens, experts) == pytest.approx(n * tokens**nu, rel=0.008)
 
 
 @pytest.mark.parametrize(
     ("flops", "experts", "active", "tokens"),
-    [
-        (1e20, 1, 1.7e9, 9.7e9),
-        (1e20, 32, 669e6, 24.9e9),
-        (1e21, 1, 5.7e9, 29.3e9),
-        (1e21, 8, 3.8e9, 44.3e9),
-        (1e22, 1, 18.8e9, 88.6e9),
-    ],
+    [(1e20, 1, 1.7e9, 9.7e9), (1e20, 32, 669e6, 24.9e9), (1e21, 8, 3.8e9, 44.3e9), (1e22, 1, 18.8e9, 88.6e9)],
 )
 def test_table_1_compute_optimal_sizes(flops: float, experts: float, active: float, tokens: float) -> None:
     """The size that minimises the predicted loss at 6 N D = flops."""
@@ -49,17 +40,11 @@ def test_table_1_compute_optimal_sizes(flops: float, experts: float, active: flo
 def test_the_dense_equivalent_has_the_same_predicted_loss() -> None:
     config = ModelConfig.preset("deepseek-v3")
     dense = dense_equivalent(config, 14.8e12)
-    assert dense is not None
-    experts = (256 + 1) / (8 + 1)
+    assert dense is not None and 2 < dense.ratio == dense.parameters / parameters(config).active < 3
     assert predicted_loss(dense.parameters, 14.8e12, 1) == pytest.approx(dense.loss, rel=1e-12)
-    assert dense.loss == predicted_loss(parameters(config).active, 14.8e12, experts)
-    assert dense.ratio == dense.parameters / parameters(config).active
-    assert 2 < dense.ratio < 3
+    assert dense.loss == predicted_loss(parameters(config).active, 14.8e12, (256 + 1) / (8 + 1))
     # Both its size and its tokens are beyond what the law was fitted on, and it says so; its sparsity is not.
     assert len(dense.outside) == 2 and "fitted from 7.9e+07 to 2.7e+09" in dense.outside[0]
-
-
-def test_a_dense_model_has_none() -> None:
     assert dense_equivalent(ModelConfig.preset("llama-3.1-8b"), 1e12) is None
 
 
@@ -67,11 +52,4 @@ def test_a_dense_model_has_none() -> None:
 @settings(derandomize=True, deadline=None)
 def test_more_of_anything_helps(active: float, tokens: float, experts: float) -> None:
     loss = predicted_loss(active, tokens, experts)
-    assert (
-        loss > C
-        and predicted_loss(1.1 * active, tokens, experts) < loss
-        and predicted_loss(active, 1.1 * tokens, experts) < loss
-    )
-    assert transformed_experts(1.1 * experts) > transformed_experts(experts) >= transformed_experts(
-        1
-    ) and math.isfinite(loss)
+    assert C < max(predicted_loss(1.1 * active, tokens, experts), predicted_loss(active, 1.1 * tokens, experts)) < loss

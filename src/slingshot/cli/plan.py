@@ -25,14 +25,7 @@ from slingshot.planning.page import deliver, plan_page
 from slingshot.planning.plan import Plan
 from slingshot.planning.plan_serving import plan_serve
 from slingshot.planning.plan_training import plan_distill, plan_pretrain, plan_rl
-from slingshot.planning.request import (
-    DistillRequest,
-    NamedModel,
-    PlanRequest,
-    PretrainRequest,
-    RLRequest,
-    ServeRequest,
-)
+from slingshot.planning.request import DistillRequest, NamedModel, PlanRequest, PretrainRequest, RLRequest, ServeRequest
 
 app = typer.Typer(
     help="What it will cost, before anything runs. Numbers may be written 14.8T, 7e12, 671B, 50ms.",
@@ -45,21 +38,19 @@ Html = Annotated[Path | None, typer.Option(help="Write a page there, too.", show
 
 def named_model(source: str) -> NamedModel:
     """The architecture of a folder, a preset, a .gguf file, package:NAME, or a name of the hub, whose weights stay there."""
-    folder = Path(source) / "config.json"
-    if folder.is_file():
-        return NamedModel(name=source, config=ModelConfig.from_hf(read_json(folder), str(folder)))
-    if source in presets():
-        return NamedModel(name=source, config=ModelConfig.preset(source))
-    from slingshot.checkpoint import hub  # only here: a preset needs none of it
+    path, config = Path(source), None
+    if not (path / "config.json").is_file() and (source in presets() or not (path.exists() or {*"/:"} & {*source})):
+        config = ModelConfig.preset(source)  # or the error that names the nearest
+    elif not path.is_dir():
+        from slingshot.checkpoint import hub  # only here: presets and folders need none of it
 
-    if (on_hub := hub.hub_name(source)) is None and ":" not in source and not Path(source).exists():
-        return NamedModel(name=source, config=ModelConfig.preset(source))  # which names the nearest one
-    path = hub.remote_headers(source)[0] if on_hub and not on_hub.file else hub.locate(source)
-    if path.is_dir():
-        return NamedModel(name=source, config=load_config(path))
-    from slingshot.checkpoint.gguf.read import GGUFWeights  # brings torch
+        on_hub = hub.hub_name(source)
+        path = hub.remote_headers(source)[0] if on_hub and not on_hub.file else hub.locate(source)
+        if not path.is_dir():
+            from slingshot.checkpoint.gguf.read import GGUFWeights  # brings torch
 
-    return NamedModel(name=source, config=GGUFWeights(path).config)
+            config = GGUFWeights(path).config
+    return NamedModel(name=source, config=config or ModelConfig.from_hf(read_json(path / "config.json"), source))
 
 
 def _command(name: str, request: type[PlanRequest], plan: Callable[[Any], Plan], help: str) -> None:
@@ -88,7 +79,13 @@ def _command(name: str, request: type[PlanRequest], plan: Callable[[Any], Plan],
     app.command(name, help=help)(command)
 
 
-_command("pretrain", PretrainRequest, plan_pretrain, "What training on so many tokens costs: hours, money, energy, memory.")
+_command(
+    "pretrain", PretrainRequest, plan_pretrain, "What training on so many tokens costs: hours, money, energy, memory."
+)
 _command("rl", RLRequest, plan_rl, "What GRPO costs: rollouts, verification and update, each on a line of its own.")
-_command("distill", DistillRequest, plan_distill, "What it costs to sample a teacher and train a student on what it wrote.")
-_command("serve", ServeRequest, plan_serve, "What serving costs: tokens a second against batch, cost per million, margin.")
+_command(
+    "distill", DistillRequest, plan_distill, "What it costs to sample a teacher and train a student on what it wrote."
+)
+_command(
+    "serve", ServeRequest, plan_serve, "What serving costs: tokens a second against batch, cost per million, margin."
+)

@@ -15,7 +15,7 @@ from functools import cached_property
 from pydantic import computed_field
 
 from slingshot.base.config import Strict
-from slingshot.cost.flops import BlockWeights, block_weights, is_moe, parameters
+from slingshot.cost.flops import BlockWeights, block_weights, is_moe
 from slingshot.model.config import ModelConfig
 from slingshot.planning.layout import Layout, Recompute
 
@@ -75,7 +75,12 @@ def block_activations(config: ModelConfig, moe: bool, precision: Precision, reco
     the product of gate and up. "full" keeps the block's input alone. Scores are never kept (fused attention), nor are the
     outputs of experts: their gate values scale the input of the down projection.
     """
-    width, heads, low, plain = config.hidden_size, config.num_attention_heads, precision.low_activation, precision.activation
+    width, heads, low, plain = (
+        config.hidden_size,
+        config.num_attention_heads,
+        precision.low_activation,
+        precision.activation,
+    )
     if recompute == "full":
         return width * plain
     inner = config.intermediate_size

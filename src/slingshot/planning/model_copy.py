@@ -189,7 +189,9 @@ def splits(config: ModelConfig, size: int) -> bool:
     return bool(config.n_moe_layers) or even
 
 
-def copies_of(config: ModelConfig, device: Device, precision: Precision, most: int, efficiency: float) -> list[ModelCopy]:
+def copies_of(
+    config: ModelConfig, device: Device, precision: Precision, most: int, efficiency: float
+) -> list[ModelCopy]:
     """Copies over powers of two of devices, at least an expert or an attention head each."""
     limit = min(most, config.n_routed_experts if config.n_moe_layers else config.num_attention_heads)
     sizes = (2**power for power in range(max(1, limit).bit_length()))
@@ -201,7 +203,9 @@ def checked_size(config: ModelConfig, given: int, most: int, divides: bool = Fal
     valid = [size for size in range(1, most + 1) if splits(config, size) and not (divides and most % size)]
     if given in valid:
         return given
-    trouble = f"{given} devices a copy do not divide {most} devices" if divides else f"{given} devices a copy, of {most}"
+    trouble = (
+        f"{given} devices a copy do not divide {most} devices" if divides else f"{given} devices a copy, of {most}"
+    )
     if 0 < given <= most and not splits(config, given):
         heads = f"{config.num_attention_heads} attention heads and {cached_heads(config)} of keys and values"
         trouble = f"{given} devices a copy do not share {heads} evenly"

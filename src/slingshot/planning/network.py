@@ -1,6 +1,6 @@
 """What devices that train together send each other. No torch.
 
-    for sent in transfers(Blocks(config, PRECISIONS["fp8"]), layout, device, tokens=63e6, context=4096): sent.seconds
+for sent in transfers(Blocks(config, PRECISIONS["fp8"]), layout, device, tokens=63e6, context=4096): sent.seconds
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a plan says, as tables on the terminal and as an HTML page: both are made of the same sections. No torch.
 
-    deliver(plan, plan_page(plan), as_json=False, html=Path("plan.html"))
+deliver(plan, plan_page(plan), as_json=False, html=Path("plan.html"))
 """
 
 from __future__ import annotations
@@ -120,7 +120,9 @@ def _bill(plan: Plan) -> Section:
     notes = "; ".join(f"{stage.name}: {stage.note}" for stage in plan.stages if stage.note)
     columns = ("", "tokens", "FLOPs", _hours_of(plan), "time", "money")
     bars = (*(stage.device_hours / longest for stage in plan.stages), 0.0)
-    return Section("The bill", f"{notes[:1].upper()}{notes[1:]}." if notes else "", columns, tuple(rows), bars, len(rows) - 1)
+    return Section(
+        "The bill", f"{notes[:1].upper()}{notes[1:]}." if notes else "", columns, tuple(rows), bars, len(rows) - 1
+    )
 
 
 def _published(plan: PretrainPlan) -> Section:
@@ -177,7 +179,9 @@ def _network(plan: PretrainPlan) -> Section:
 def _memory(plan: Plan) -> Section:
     memory, usable = plan.memory, plan.usable_memory_bytes
     parts = [(name, n_bytes) for name, n_bytes in memory.model_dump(exclude={"total"}).items() if n_bytes]
-    rows = [(name.replace("cache", "KV cache"), show_size(held), show_share(held / memory.total)) for name, held in parts]
+    rows = [
+        (name.replace("cache", "KV cache"), show_size(held), show_share(held / memory.total)) for name, held in parts
+    ]
     rows.append(("in all", show_size(memory.total), f"of {show_size(usable)} usable"))
     if plan.fits:
         note = f"It fits: the fullest device is {show_share(memory.total / usable)} full."
@@ -272,8 +276,8 @@ def _serving(plan: ServePlan) -> list[Section]:
         costs = plan.cost_by_hit_share
         rows = [(show_share(cost.hit_share), show_money(cost.prompt), show_money(cost.blended)) for cost in costs]
         note = f"Output tokens cost {show_money(plan.output_cost_per_million or 0)} a million whatever is cached."
-        columns = ("prompt tokens cached", "prompt", "all tokens")
-        found.append(Section("Cost per million tokens, by cache hits", note, columns, tuple(rows)))
+        heads = ("prompt tokens cached", "prompt", "all tokens")
+        found.append(Section("Cost per million tokens, by cache hits", note, heads, tuple(rows)))
     if (even := plan.break_even) and plan.margin is not None and plan.prices:
         listed = "/".join(f"{price:g}" for price in plan.prices)
         when = "these devices never cost as little as buying"

@@ -309,10 +309,10 @@ class Hire:
     ) -> list[Alternative]:
         """The same work on as many of every other device, in every precision worth comparing, this plan's own among them;
         a day's serving on as many as it takes."""
-        found = []
+        found, here_too = [], (own.precision,) if serving else ("float32", own.precision)
         for other in and_others(self.device):
             here = other.name == self.device.name
-            for dtype in dict.fromkeys(("fp8", "bfloat16", *(["float32"][serving:] + [own.precision] if here else []))):
+            for dtype in dict.fromkeys(("fp8", "bfloat16", *(here_too if here else ()))):
                 if here and dtype == own.precision:
                     found.append(own)
                 elif dtype in other.peak:

@@ -1,6 +1,6 @@
 """What serving costs: tokens a second against batch under a latency, cost per million tokens, margin, make or buy. No torch.
 
-    plan_serve(ServeRequest.parse({"model": "deepseek-v3", "device": "h800", "prompt": 4383, "response": 1210}))
+plan_serve(ServeRequest.parse({"model": "deepseek-v3", "device": "h800", "prompt": 4383, "response": 1210}))
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class _Requests:
         holding = [copy for copy in copies if copy.largest_batch(self.context) >= 1] or copies[-1:]
         batches = [(copy, copy.best_batch(self.context, self.asked.latency)) for copy in holding]
         in_time = [(copy, batch) for copy, batch in batches if batch]
-        return min(in_time, key=lambda pair: self.devices(*pair, mfu))[0] if in_time else holding[0]
+        return min(in_time, key=lambda pair: self.devices(pair[0], pair[1], mfu))[0] if in_time else holding[0]
 
 
 def _carrying(count: int | None, work: _Requests, copy: ModelCopy, batch: int, mfu: float) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.quantity import show_count, show_share
@@ -67,7 +68,9 @@ def plan_pretrain(asked: PretrainRequest) -> PretrainPlan:
     if mtp:
         note = "its FLOPs are not in the rate, its time is in the hours above"
         lines.append(hire.line("of it the MTP module", 0.0, tokens, mtp, note))
-        assumptions.append("the rate counts the main model's FLOPs, as published rates do; the MTP module's stand on their own line")
+        assumptions.append(
+            "the rate counts the main model's FLOPs, as published rates do; the MTP module's stand on their own line"
+        )
     lines += [hire.line(name, known, note="hours given, not computed") for name, known in asked.stage.items()]
     assumptions += [*hire.notes(), _OTHERS, *(["hours given are the same on every device"] if given else [])]
     equal = dense_equivalent(config, tokens)
@@ -95,7 +98,9 @@ def plan_rl(asked: RLRequest) -> RLPlan:
     hire, config, prompt, response = Hire.of(asked), asked.model.config, asked.prompt, asked.response
     if response >= asked.longest:
         usual = f"one of {2 * response:g} is usual"
-        raise SlingshotError(f"a mean response of {response:g} tokens needs a longer cap than {asked.longest:g}; {usual}")
+        raise SlingshotError(
+            f"a mean response of {response:g} tokens needs a longer cap than {asked.longest:g}; {usual}"
+        )
     responses = asked.steps * asked.prompts * asked.group
     at_once = min(asked.rollout or asked.prompts * asked.group, responses)
     workers = asked.verify_workers or (describe().cores if hire.device.name == "local" else 16 * hire.count)
@@ -213,7 +218,9 @@ def plan_distill(asked: DistillRequest) -> DistillPlan:
     kept = f"{show_count(sampled)} responses, {show_count(asked.samples)} kept"
     lines = [
         hire.line("the teacher samples", sampling_hours, sampled * response, writing, kept),
-        hire.line("the student trains", learning / rate.per_device / 3600, tokens, learning, f"{asked.epochs:g} epochs"),
+        hire.line(
+            "the student trains", learning / rate.per_device / 3600, tokens, learning, f"{asked.epochs:g} epochs"
+        ),
     ]
 
     def there(other: Hire) -> tuple[float | None, bool]:
@@ -249,7 +256,7 @@ def plan_distill(asked: DistillRequest) -> DistillPlan:
     )  # fmt: skip
 
 
-def _training_fields(run: TrainingRun, rate: TrainingRate, layout: str, fits: bool) -> dict[str, object]:
+def _training_fields(run: TrainingRun, rate: TrainingRate, layout: str, fits: bool) -> dict[str, Any]:
     """What plans with training in them fill in the same way."""
     nearest = None if fits else run.nearest_fit()
     tflops = rate.per_device / 1e12
@@ -272,7 +279,9 @@ def _batch(batch: float | None, tokens: float, context: int, count: int) -> tupl
     if batch is not None:
         if not context <= batch <= tokens:
             nearest = f"the nearest valid value is {min(max(batch, context), tokens):g}"
-            raise SlingshotError(f"--batch {batch:g} tokens: from one sequence of {context} to the whole run; {nearest}")
+            raise SlingshotError(
+                f"--batch {batch:g} tokens: from one sequence of {context} to the whole run; {nearest}"
+            )
         return batch, f"{show_count(batch)} tokens in an optimizer step, as given"
     wanted, all_there_are = max(round(min(BATCH, tokens / 1000) / context), count), int(tokens // context)
     sequences = min(wanted, all_there_are)

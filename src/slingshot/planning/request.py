@@ -68,7 +68,9 @@ def _hours_by_name(value: Any) -> Any:
         if not separator or not name:
             raise SlingshotError(f"--stage {text!r:.60}: write NAME=HOURS, such as 'context extension=119K'")
         if name in (*stages, "pre-training"):
-            raise SlingshotError(f"--stage {text!r:.60}: there is a line {name!r:.40} already; give it a name of its own")
+            raise SlingshotError(
+                f"--stage {text!r:.60}: there is a line {name!r:.40} already; give it a name of its own"
+            )
         stages[name] = quantity.count(hours, f"the hours of {name}")
     return stages
 
@@ -106,7 +108,9 @@ class TrainingRequest(PlanRequest):
     @property
     def ways(self) -> dict[str, Any]:
         """Those of the layout's ways that are given."""
-        return {name: way for name in ("tp", "pp", "ep", "zero", "recompute") if (way := getattr(self, name)) is not None}
+        return {
+            name: way for name in ("tp", "pp", "ep", "zero", "recompute") if (way := getattr(self, name)) is not None
+        }
 
 
 class PretrainRequest(TrainingRequest):
@@ -184,5 +188,7 @@ class ServeRequest(PlanRequest):
 def _prices(value: Any) -> tuple[float, ...]:
     prices = tuple(quantity.count(part, "a price") for part in (value.split("/") if isinstance(value, str) else value))
     if len(prices) != 3:
-        raise SlingshotError("--prices: three per million tokens: cached input, other input, output, such as 0.14/0.55/2.19")
+        raise SlingshotError(
+            "--prices: three per million tokens: cached input, other input, output, such as 0.14/0.55/2.19"
+        )
     return prices

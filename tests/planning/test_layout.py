@@ -1,0 +1,139 @@
+"""Layouts use exactly all devices; what does not divide names the nearest that does; traffic is as worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slingshot.base.errors import SlingshotError
+from slingshot.cost.devices import device
+from slingshot.model.config import ModelConfig
+from slingshot.planning.layout import RECOMPUTE, Layout, layouts
+from slingshot.planning.memory import PRECISIONS, Blocks
+from slingshot.planning.network import LINK_EFFICIENCY, network_seconds, parts_met, transfers
+
+V3 = ModelConfig.preset("deepseek-v3")
+LLAMA = ModelConfig.preset("llama-3.1-8b")
+TOTAL = 8_030_261_248  # parameters of LLAMA
+STEP = 15360 * 4096  # tokens of V3's
+
+
+@given(st.sampled_from([V3, LLAMA]), st.integers(1, 4096))
+@settings(derandomize=True, deadline=None, max_examples=40)
+def test_layouts_use_exactly_all_devices(config: ModelConfig, count: int) -> None:
+    found = layouts(config, count)
+    assert len(found) == len(set(map(str, found)))
+    assert max(layout.tp for layout in found) == math.gcd(8, count, config.num_attention_heads)  # up to a whole node
+    for layout in found:
+        assert layout.dp * layout.tp * layout.pp == layout.devices == count
+        assert config.num_attention_heads % layout.tp == 0 and layout.pp <= config.num_hidden_layers
+        assert layout.expert_dp * layout.ep == layout.dp * layout.tp
+        assert layout.ep == 1 or config.n_routed_experts % layout.ep == 0
+
+
+@pytest.mark.parametrize("ways", [{"tp": 16}, {"zero": 0}, {"ep": 64, "recompute": "full"}, {"pp": 16}])
+def test_what_is_given_is_kept_and_all_else_stays_open(ways: dict[str, Any]) -> None:
+    found = layouts(V3, 2048, **ways)
+    varied = {name for name in Layout.model_fields if len({getattr(layout, name) for layout in found}) > 1}
+    assert varied - {"dp"} == {"tp", "pp", "ep", "zero", "recompute"} - ways.keys()
+    assert all(getattr(layout, name) == value for layout in found for name, value in ways.items())
+    assert {layout.zero for layout in layouts(LLAMA, 1, zero=1)} == {1}
+
+
+@pytest.mark.parametrize(
+    ("config", "ways", "says"),
+    [
+        (
+            V3,
+            {"tp": 3},
+            "tp 3 does not divide 2048 devices and the model's attention heads; the nearest valid value is 2",
+        ),
+        (V3, {"pp": 15}, "pp 15 does not divide .*; the nearest valid value is 16"),
+        (V3, {"pp": 2048}, "the nearest valid value is 32"),
+        (V3, {"tp": 8, "ep": 100}, "ep 100 does not divide .*; the nearest valid value is 128"),
+        (LLAMA, {"ep": 2}, "no experts; the nearest valid value is 1"),
+    ],
+)
+def test_what_does_not_divide_is_refused_with_the_nearest(config: ModelConfig, ways: dict[str, Any], says: str) -> None:
+    with pytest.raises(SlingshotError, match=says):
+        layouts(config, 2048, **ways)
+
+
+def sent(config: ModelConfig, layout: Layout, tokens: float, dtype: str = "bfloat16") -> dict[str, tuple[float, str]]:
+    found = transfers(Blocks(config, PRECISIONS[dtype]), layout, device("h800"), tokens, 4096)
+    return {transfer.purpose: (transfer.n_bytes, transfer.link) for transfer in found}
+
+
+@pytest.mark.parametrize(("zero", "tokens", "moved"), [(1, 8, 2 + 2), (3, 32, 2 * 4 + 2 * 8), (2, 32, 2 * 4 + 2)])
+def test_data_parallel_traffic_by_hand(zero: Any, tokens: int, moved: int) -> None:
+    """Gradients scattered and weights gathered, 7/8 of them within the node; for each of 4 microbatches from stages 2, 3."""
+    assert sent(LLAMA, Layout(dp=8, zero=zero), tokens * 4096) == {
+        "gradients and weights": (7 / 8 * TOTAL * moved, "node")
+    }
+
+
+def test_a_ring_over_several_nodes_leaves_each_once_over_all_its_members_cards() -> None:
+    """16 devices are two nodes: of the ring's bytes an eighth goes over each one's own card, the rest within the node."""
+    volume = 15 / 16 * 4 * TOTAL
+    assert sent(LLAMA, Layout(dp=16), 16 * 4096) == {
+        "gradients and weights, between nodes": (volume / 8, "network"),
+        "gradients and weights, within a node": (volume * 7 / 8, "node"),
+    }
+    # Of a tensor parallel group of 8 each copy has one member on a node, whose whole ring goes over its card.
+    assert "gradients and weights, within a node" not in sent(LLAMA, Layout(dp=8, tp=8), 64 * 4096)
+    assert sent(LLAMA, Layout(tp=16), 4096)["tensor parallel, between nodes"][1] == "network"
+
+
+def test_all_reduce_over_nodes_is_about_as_fast_as_measured() -> None:
+    """Bus bandwidth of 248 nodes of 8 H200, 8 x 400 Gb/s each: about 350 GB/s (github.com/NVIDIA/nccl-tests, issue 283)."""
+    blocks = Blocks(LLAMA, PRECISIONS["bfloat16"])
+    found = transfers(blocks, Layout(dp=1984, zero=0), device("h200"), 1984 * 4096, 4096)
+    assert sum(transfer.n_bytes for transfer in found) / network_seconds(found) == pytest.approx(350e9, rel=0.1)
+
+
+def test_expert_traffic_of_deepseek_v3_by_hand() -> None:
+    """EP64 over 8 nodes: a token goes to 4 nodes, 7/8 of them others, in FP8 (with a scale per 128) and back in bfloat16,
+    twice. There it is sent once to each device of its experts: one in each of 4 groups of 32 and 4 more among 124 others."""
+    found, missed = (
+        sent(V3, Layout(dp=128, pp=16, ep=64), STEP, "fp8"),
+        7 / 8 * (120 * 119 * 118 * 117) / (124 * 123 * 122 * 121),
+    )
+    crossing = 2 * 4 * STEP / 128 * 7168 * (1 + 4 / 128 + 2)
+    assert found["experts, between nodes"] == (pytest.approx(crossing * 4 * 7 / 8), "network")
+    assert found["experts, within a node"] == (pytest.approx(crossing * 32 * (1 - missed) * 7 / 8), "node")
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("experts, between nodes", Layout(dp=128, pp=16, ep=64)), ("tensor parallel", Layout(dp=16, tp=8, pp=16))],
+)
+def test_full_recomputation_sends_once_more(name: str, layout: Layout) -> None:
+    """Only a block's input is kept, so its forward pass runs again: three passes of two."""
+    again = (sent(V3, layout.model_copy(update={"recompute": recompute}), STEP)[name][0] for recompute in RECOMPUTE)
+    none, selective, full = again
+    assert none == selective and full == pytest.approx(1.5 * none)
+
+
+@pytest.mark.parametrize(("groups", "chosen", "experts", "per_token"), [(8, 4, 256, 8), (1, 1, 256, 8), (8, 6, 64, 4)])
+def test_parts_met_agree_with_a_simulation_of_the_gate(groups: int, chosen: int, experts: int, per_token: int) -> None:
+    """Groups by the sum of their two best scores, then the best experts of those chosen (DeepSeek-V3's gate)."""
+    scores = np.random.default_rng(0).normal(size=(4000, groups, experts // groups))
+    best_two = np.sort(scores, axis=-1)[..., -2:].sum(axis=-1)
+    scores[np.arange(4000)[:, None], np.argsort(-best_two, axis=-1)[:, chosen:]] = -np.inf
+    picked = np.argsort(-scores.reshape(4000, experts), axis=-1)[:, :per_token]
+    gate = {"n_group": groups, "topk_group": chosen, "n_routed_experts": experts, "num_experts_per_tok": per_token}
+    for parts in (1, 2, 4, 8, 16, 32):
+        met = np.mean([len(set(token)) for token in picked // (experts // parts)])
+        assert parts_met(V3.model_copy(update=gate), parts) == pytest.approx(met, rel=0.015)
+
+
+def test_links_work_at_the_same_time_at_their_efficiency() -> None:
+    blocks = Blocks(V3, PRECISIONS["fp8"])
+    found = transfers(blocks, Layout(dp=128, pp=16, ep=64), device("h800"), STEP, 4096)
+    node, network = (sum(each.n_bytes for each in found if each.link == link) for link in ("node", "network"))
+    assert network_seconds(found) == pytest.approx(max(node / 200e9, network / 50e9) / LINK_EFFICIENCY)

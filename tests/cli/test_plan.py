@@ -1,4 +1,5 @@
-"""`slingshot plan` says what the plan says, as tables, one JSON object, a page; nonsense is one line; torch stays away."""
+"""`slingshot plan` says what the plan says, as tables, one JSON object, a page; nonsense is one line; torch stays
+away."""
 
 from __future__ import annotations
 

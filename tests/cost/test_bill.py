@@ -1,4 +1,5 @@
-"""cost/bill.py: what an artifact cost with everything it was made from, and the doors `slingshot receipt` opens to it."""
+"""cost/bill.py: what an artifact cost with everything it was made from, and the doors `slingshot receipt` opens to
+it."""
 
 from __future__ import annotations
 

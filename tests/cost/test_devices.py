@@ -1,4 +1,5 @@
-"""cost/devices.py: every figure has a source, names are found or the nearest is said, and mixed work runs at each part's own rate."""
+"""cost/devices.py: every figure has a source, names are found or the nearest is said, and mixed work runs at each
+part's own rate."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def test_an_unknown_dtype_is_named_with_the_nearest() -> None:
 
 
 def test_fp8_work_takes_each_part_s_own_time() -> None:
-    """2 of FP8 work at rate 2 and 1 of bfloat16 work at rate 1 take 2 seconds, a rate of 1.5; the router and attention are not in FP8."""
+    """2 of FP8 work at rate 2 and 1 of bfloat16 work at rate 1 take 2 seconds, a rate of 1.5; the router and attention
+    are not in FP8."""
     made = device("h800").model_copy(update={"peak": {"bfloat16": 1.0, "fp8": 2.0, "float32": 0.5}})
     assert (
         mixed_peak(made, "fp8", {"routed_experts": 1.5, "projections": 0.5, "attention": 0.75, "router": 0.25}) == 1.5

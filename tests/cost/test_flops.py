@@ -61,7 +61,8 @@ def test_tiny_mtp_by_hand() -> None:
 
 
 def test_tiny_generation_by_hand() -> None:
-    """Prompt of 3; samples of 1 and 3 tokens share the prefill. The second decodes 2 tokens that see 4 and 5 keys of width 2*5+2."""
+    """Prompt of 3; samples of 1 and 3 tokens share the prefill. The second decodes 2 tokens that see 4 and 5 keys of
+    width 2*5+2."""
     weights = 2 * PROJECTIONS + 3 * 6 * 7 + 6 * 4 + 3 * EXPERT
     prefill = 2 * (3 * weights + 6 * 2 * 2 * (5 + 4) + 6 * 11)
     decode = 2 * (2 * weights + (4 + 5) * 2 * 2 * (2 * 5 + 2) + 2 * 6 * 11)
@@ -81,10 +82,12 @@ def test_dense_by_hand() -> None:
 
 
 def test_deepseek_v3_published_figures() -> None:
-    """What tests/cost/test_published.py does not look at: a trained token with the MTP module, and the size of the released checkpoint."""
+    """What tests/cost/test_published.py does not look at: a trained token with the MTP module, and the size of the
+    released checkpoint."""
     counts = parameters(V3)
     assert round(training_flops(V3, [4096]) / 4096 / 1e9, 1) == 260.6
-    # The released checkpoint: MTP with its copies of embedding and head, router biases, and an FP32 scale per 128 x 128 block of FP8.
+    # The released checkpoint: MTP with its copies of embedding and head, router biases, and an FP32 scale per 128 x 128
+    # block of FP8.
     biases = 59 * 256
     unscaled = 3 * (counts.embedding) + counts.head  # embedding, head and both copies
     scales = (counts.total + counts.mtp - unscaled / 2) / 128**2
@@ -120,14 +123,15 @@ def test_documents_add_up_and_packing_them_together_would_cost_more(lengths: lis
 @given(st.integers(1, 50), st.integers(1, 50))
 @settings(derandomize=True, deadline=None)
 def test_dense_generation_equals_one_forward_pass(prompt: int, new: int) -> None:
-    """Without absorption, decoding with a cache does the same products as a forward pass, but for the logits of the prompt."""
+    """Without absorption, decoding with a cache does the same products as a forward pass, but for the logits of the
+    prompt."""
     skipped = 2 * (prompt - 1) * DENSE.hidden_size * DENSE.vocab_size
     assert generation_flops(DENSE, prompt, new) == forward_flops(DENSE, [prompt + new - 1]) - skipped
 
 
 def test_tiny_request_by_hand() -> None:
-    """A prompt of 5 tokens, 2 of them cached: 3 tokens that meet 3 + 4 + 5 = 12 keys, 2 latents expanded again in 2 layers by kv_b; then 4 tokens
-    decoded that meet 7 keys each on average."""
+    """A prompt of 5 tokens, 2 of them cached: 3 tokens that meet 3 + 4 + 5 = 12 keys, 2 latents expanded again in 2
+    layers by kv_b; then 4 tokens decoded that meet 7 keys each on average."""
     weights = 2 * PROJECTIONS + 3 * 6 * 7 + 6 * 4 + 3 * EXPERT
     assert sum(prefill_parts(TINY, 5, cached=2).values()) == 2 * (
         3 * weights + 2 * 2 * 70 + 12 * 2 * 2 * (5 + 4) + 6 * 11
@@ -149,7 +153,8 @@ def test_a_request_is_its_prefill_and_its_decoding(prompt: int, cached: int, new
 
 
 def test_cached_latents_are_expanded_wherever_a_token_is_left_to_read() -> None:
-    """V3: 61 layers of a 512-wide latent made 128 heads of 128 + 128 numbers; a dense model caches keys and values as they are."""
+    """V3: 61 layers of a 512-wide latent made 128 heads of 128 + 128 numbers; a dense model caches keys and values as
+    they are."""
     again = prefill_parts(V3, 4000, cached=3000)["projections"] - prefill_parts(V3, 1000)["projections"]
     assert again == 2 * 3000 * 61 * 512 * 128 * 256
     assert prefill_parts(V3, 4000, cached=4000)["projections"] == 0

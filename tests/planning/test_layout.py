@@ -1,4 +1,5 @@
-"""Layouts use exactly all devices; what does not divide names the nearest that does; traffic is as worked out by hand."""
+"""Layouts use exactly all devices; what does not divide names the nearest that does; traffic is as worked out by
+hand."""
 
 from __future__ import annotations
 
@@ -71,14 +72,16 @@ def sent(config: ModelConfig, layout: Layout, tokens: float, dtype: str = "bfloa
 
 @pytest.mark.parametrize(("zero", "tokens", "moved"), [(1, 8, 2 + 2), (3, 32, 2 * 4 + 2 * 8), (2, 32, 2 * 4 + 2)])
 def test_data_parallel_traffic_by_hand(zero: Any, tokens: int, moved: int) -> None:
-    """Gradients scattered and weights gathered, 7/8 of them within the node; for each of 4 microbatches from stages 2, 3."""
+    """Gradients scattered and weights gathered, 7/8 of them within the node; for each of 4 microbatches from stages 2,
+    3."""
     assert sent(LLAMA, Layout(dp=8, zero=zero), tokens * 4096) == {
         "gradients and weights": (7 / 8 * TOTAL * moved, "node")
     }
 
 
 def test_a_ring_over_several_nodes_leaves_each_once_over_all_its_members_cards() -> None:
-    """16 devices are two nodes: of the ring's bytes an eighth goes over each one's own card, the rest within the node."""
+    """16 devices are two nodes: of the ring's bytes an eighth goes over each one's own card, the rest within the
+    node."""
     volume = 15 / 16 * 4 * TOTAL
     assert sent(LLAMA, Layout(dp=16), 16 * 4096) == {
         "gradients and weights, between nodes": (volume / 8, "network"),
@@ -90,15 +93,17 @@ def test_a_ring_over_several_nodes_leaves_each_once_over_all_its_members_cards()
 
 
 def test_all_reduce_over_nodes_is_about_as_fast_as_measured() -> None:
-    """Bus bandwidth of 248 nodes of 8 H200, 8 x 400 Gb/s each: about 350 GB/s (github.com/NVIDIA/nccl-tests, issue 283)."""
+    """Bus bandwidth of 248 nodes of 8 H200, 8 x 400 Gb/s each: about 350 GB/s (github.com/NVIDIA/nccl-tests, issue
+    283)."""
     blocks = Blocks(LLAMA, PRECISIONS["bfloat16"])
     found = transfers(blocks, Layout(dp=1984, zero=0), device("h200"), 1984 * 4096, 4096)
     assert sum(transfer.n_bytes for transfer in found) / network_seconds(found) == pytest.approx(350e9, rel=0.1)
 
 
 def test_expert_traffic_of_deepseek_v3_by_hand() -> None:
-    """EP64 over 8 nodes: a token goes to 4 nodes, 7/8 of them others, in FP8 (with a scale per 128) and back in bfloat16,
-    twice. There it is sent once to each device of its experts: one in each of 4 groups of 32 and 4 more among 124 others."""
+    """EP64 over 8 nodes: a token goes to 4 nodes, 7/8 of them others, in FP8 (with a scale per 128) and back in
+    bfloat16, twice. There it is sent once to each device of its experts: one in each of 4 groups of 32 and 4 more among
+    124 others."""
     found, missed = (
         sent(V3, Layout(dp=128, pp=16, ep=64), STEP, "fp8"),
         7 / 8 * (120 * 119 * 118 * 117) / (124 * 123 * 122 * 121),

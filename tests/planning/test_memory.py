@@ -16,8 +16,8 @@ from slingshot.planning.memory import PRECISIONS, Blocks, block_activations, tra
 from slingshot.planning.model_copy import ModelCopy
 
 MOE = ModelConfig(
-    family="deepseek_v3", vocab_size=64, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-    q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, moe_intermediate_size=96,
+    family="deepseek_v3", vocab_size=64, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+    num_attention_heads=4, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, moe_intermediate_size=96,
     n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1, num_nextn_predict_layers=1,
 )  # fmt: skip
 DENSE = ModelConfig(
@@ -28,7 +28,8 @@ ALONE = MOE.model_copy(update={"num_nextn_predict_layers": 0})
 CONFIGS = [
     MOE, ALONE.model_copy(update={"q_lora_rank": None, "n_shared_experts": 0, "first_k_dense_replace": 0}),
     MOE.model_copy(update={"first_k_dense_replace": 3, "num_hidden_layers": 7}),
-    DENSE.model_copy(update={"attention_bias": True, "tie_word_embeddings": True}), DENSE.model_copy(update={"qk_norm": True}),
+    DENSE.model_copy(update={"attention_bias": True, "tie_word_embeddings": True}),
+    DENSE.model_copy(update={"qk_norm": True}),
 ]  # fmt: skip
 FP32 = PRECISIONS["float32"]
 EXPERTS = 3 * 8 * 3 * 128 * 96  # numbers in MOE's three blocks of eight
@@ -72,19 +73,22 @@ def kept_by_autograd(config: ModelConfig, tokens: int) -> int:
     [
         # silu's output, K and V repeated to all heads, one float32 a norm and head.
         (DENSE, False, 4 * 384 + 4 * 2 * 2 * 32 + 4 * (2 + 4)),
-        # silu's output, the product before the gate value, V and the output padded to the width of K; indices are small.
+        # silu's output, the product before the gate value, V and the output padded to the width of K; indices are
+        # small.
         (ALONE.model_copy(update={"n_group": 1}), True, 4 * 3 * 96 + 4 * 2 * 96 + 4 * 4 * (48 - 32) + 4 * 4 * 48),
     ],
 )
 def test_activations_are_autograd_s_but_for_what_fusion_saves(config: ModelConfig, moe: bool, unfused: int) -> None:
-    """On CPU autograd also keeps `unfused`, nothing else. Of the fused kernel, which attention takes beyond 256 tokens."""
+    """On CPU autograd also keeps `unfused`, nothing else. Of the fused kernel, which attention takes beyond 256
+    tokens."""
     deeper = config.model_copy(update={"num_hidden_layers": 5})
     block = (kept_by_autograd(deeper, 512) - kept_by_autograd(config, 512)) / 512
     assert block == pytest.approx(block_activations(config, moe, FP32, "none") + unfused, rel=0.005)
 
 
 def test_recomputation_by_hand() -> None:
-    """In float32: the block's input, q, k, v, attention's output, what follows it, gate and up; the rest is made again."""
+    """In float32: the block's input, q, k, v, attention's output, what follows it, gate and up; the rest is made
+    again."""
     assert block_activations(DENSE, False, FP32, "selective") == 4 * (128 + 32 * (4 + 2 * 2) + 128 + 128 + 2 * 384)
     assert block_activations(DENSE, False, FP32, "full") == 4 * 128
     moe = 4 * (128 + 48 + 48 + 4 * 32 + 128 + 8 + 2 * 128 + 2 * 3 * 96)

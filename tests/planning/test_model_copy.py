@@ -37,7 +37,8 @@ def test_experts_touched_is_the_expected_union() -> None:
 
 
 def test_dense_decoding_reads_its_weights_and_the_cache() -> None:
-    """All but the embedding, of which a token needs one row; the cache 2 x 8 heads x 128 x 32 layers of 2 bytes a token."""
+    """All but the embedding, of which a token needs one row; the cache 2 x 8 heads x 128 x 32 layers of 2 bytes a
+    token."""
     counts = parameters(LLAMA)
     read = (counts.total - counts.embedding) * 2 + 4 * 1000 * 2 * 8 * 128 * 32 * 2
     times = copy_of().decode_step(4, 1000)
@@ -49,8 +50,8 @@ def test_dense_decoding_reads_its_weights_and_the_cache() -> None:
 
 
 def test_tensor_parallel_copies_share_weights_and_exchange_activations() -> None:
-    """Two all-reduces a block of each token's 4096 numbers in 2 bytes, for the tokens of all four; beyond the 8 heads of
-    keys and values a head's cache is held more than once."""
+    """Two all-reduces a block of each token's 4096 numbers in 2 bytes, for the tokens of all four; beyond the 8 heads
+    of keys and values a head's cache is held more than once."""
     four, sixteen = copy_of(devices=4), copy_of(devices=16)
     assert four.bytes_read(4, 0) == pytest.approx(copy_of().bytes_read(4, 0) / 4)
     assert four.bytes_sent(3) == 3 * 4 * 32 * 2 * 2 * 3 / 4 * 4096 * 2
@@ -63,7 +64,8 @@ def test_tensor_parallel_copies_share_weights_and_exchange_activations() -> None
     ("devices", "on", "rate"), [(8, "h100", 450e9), (16, "h100", 400e9), (12, "h100", 300e9), (16, "h800", 200e9)]
 )
 def test_an_all_reduce_over_nodes_takes_the_links_of_all_its_members(devices: int, on: str, rate: float) -> None:
-    """16 H100 on two nodes: 8 links of 50 GB/s rather than one; an H800's own links of 200 GB/s are slower than that."""
+    """16 H100 on two nodes: 8 links of 50 GB/s rather than one; an H800's own links of 200 GB/s are slower than
+    that."""
     copy = copy_of(devices=devices, on=on)
     assert copy.decode_step(10, 0).network == pytest.approx(copy.bytes_sent(10) / (0.8 * rate))
 
@@ -76,10 +78,11 @@ def test_expert_parallel_decoding_sends_tokens_to_their_experts() -> None:
 
 
 def test_deepseek_s_published_speed_limit() -> None:
-    """arXiv 2505.09343, 2.3.2: 32 tokens a device, 9 copies of 7K in 1 byte and back in 2 at 50 GB/s take 120.96 us a layer.
+    """arXiv 2505.09343, 2.3.2: 32 tokens a device, 9 copies of 7K in 1 byte and back in 2 at 50 GB/s take 120.96 us a
+    layer.
 
-    They count the shared expert as sent, all 61 layers as MoE, a width of 7,000 and two micro-batches a step. The formula
-    here sends to the 8 routed experts and counts 58 layers of 7,168; corrected for that it is theirs: 14.76 ms.
+    They count the shared expert as sent, all 61 layers as MoE, a width of 7,000 and two micro-batches a step. The
+    formula here sends to the 8 routed experts and counts 58 layers of 7,168; corrected for that it is theirs: 14.76 ms.
     """
     theirs = 61 * 2 * (1 + 2) * 32 * 9 * 7000 / 50e9
     assert theirs == pytest.approx(14.76e-3, rel=0.001)
@@ -88,7 +91,8 @@ def test_deepseek_s_published_speed_limit() -> None:
 
 
 def test_a_mixture_of_experts_reads_the_experts_its_tokens_chose() -> None:
-    """Alone, one token reads 8 of 256 experts in 58 layers; on 64 devices 64 tokens touch nearly all, a 64th on each."""
+    """Alone, one token reads 8 of 256 experts in 58 layers; on 64 devices 64 tokens touch nearly all, a 64th on
+    each."""
     one, expert = copy_of(V3, 1, "fp8"), 3 * 7168 * 2048 * PRECISIONS["fp8"].weight
     assert one.bytes_read(1000, 0) - one.bytes_read(1, 0) == pytest.approx(58 * (256 - 8) * expert, rel=1e-6)
     apart = one.bytes_read(1, 0) - copy_of(V3, 64, "fp8").bytes_read(1, 0)

@@ -1,4 +1,5 @@
-"""Bills that add up, rates from any of their sources, layouts that fit or say what would, monotony, nonsense refused."""
+"""Bills that add up, rates from any of their sources, layouts that fit or say what would, monotony, nonsense
+refused."""
 
 from __future__ import annotations
 
@@ -196,7 +197,8 @@ def test_a_rate_the_layout_cannot_let_through_is_said() -> None:
 
 
 def test_rl_by_hand() -> None:
-    """100 steps of 32 x 16 responses of 2,000 tokens after prompts of 200: trained on once, and once through the reference.
+    """100 steps of 32 x 16 responses of 2,000 tokens after prompts of 200: trained on once, and once through the
+    reference.
 
     With a cap far off lengths are exponential, so their mean square is 2 x 2,000^2: in the mean over tokens a row is
     (200^2 + 2 x 200 x 2,000 + 8e6) / 2,200 = 4,018 long, and a token decoded meets 200 + 8e6 / 4,000 = 2,200 keys.
@@ -235,7 +237,8 @@ def test_this_machine_verifies_with_its_own_cores() -> None:
 
 
 def test_rounds_wait_for_their_longest_response() -> None:
-    """17 steps of 32 responses, 512 at once: a full round, and one of 32, which alone would wait for its longest as well."""
+    """17 steps of 32 responses, 512 at once: a full round, and one of 32, which alone would wait for its longest as
+    well."""
     plan, full, rest = (rl(steps=steps, prompts=2, rollout=512, devices_per_copy=8) for steps in (17, 16, 1))
     assert (plan.rounds, full.rounds, rest.rounds) == (2, 1, 1) and "the last of 32" in plan.stages[0].note
     assert plan.stages[0].device_hours == pytest.approx(full.stages[0].device_hours + rest.stages[0].device_hours)
@@ -296,7 +299,8 @@ def test_more_devices_or_a_better_mfu_never_cost_more_and_more_tokens_never_less
     one, twice, more, best = (
         pretrain(model=model, count=count, tokens=number, mfu=rate)
         for count, number, rate in (
-            (2**power, tokens, mfu), (2 ** (power + 1), tokens, mfu), (2**power, 1.5 * tokens, mfu), (2**power, tokens, 1),
+            (2**power, tokens, mfu), (2 ** (power + 1), tokens, mfu), (2**power, 1.5 * tokens, mfu),
+            (2**power, tokens, 1),
         )
     )  # fmt: skip
     assert twice.days <= one.days * (1 + 1e-9) and twice.device_hours == pytest.approx(one.device_hours)
@@ -328,7 +332,8 @@ def test_longer_responses_never_cost_less(group: int, response: float) -> None:
         (pretrain, {"tp": 3}, "the nearest valid value is 2"), (pretrain, {"ep": 2}, "no experts"),
         (pretrain, {"zero": 5}, "Input should be 0, 1, 2 or 3"),
         (pretrain, {"recompute": "all"}, "Input should be 'none', 'selective' or 'full'"),
-        (pretrain, {"precision": "fp4"}, "did you mean fp8?"), (pretrain, {"precision": "int8"}, "nothing is trained in it"),
+        (pretrain, {"precision": "fp4"}, "did you mean fp8?"),
+        (pretrain, {"precision": "int8"}, "nothing is trained in it"),
         (pretrain, {"device": "a100", "precision": "fp8"}, "it multiplies in float32, bfloat16"),
         (pretrain, {"modle": "x"}, "did you mean model?"),
         (rl, {"response": 20_000}, "needs a longer cap than 16384"), (rl, {"forwards": -1}, "must not be negative"),

@@ -1,4 +1,5 @@
-"""The plans against published bills (docs/costs.md): DeepSeek-V3's and R1's, DeepSeek's day of serving, Llama's, GPT-3's."""
+"""The plans against published bills (docs/costs.md): DeepSeek-V3's and R1's, DeepSeek's day of serving, Llama's,
+GPT-3's."""
 
 from __future__ import annotations
 
@@ -38,8 +39,8 @@ def beside(plan: PretrainPlan) -> Section:
 
 
 def test_deepseek_v3_s_bill() -> None:
-    """arXiv 2412.19437, Table 1, from the rate of 2505.09343, Table 4: 2664K hours, and with the two stages whose hours are
-    taken as published 2788K and $5.576M; 54 days on 2048 GPUs ("less than two months")."""
+    """arXiv 2412.19437, Table 1, from the rate of 2505.09343, Table 4: 2664K hours, and with the two stages whose hours
+    are taken as published 2788K and $5.576M; 54 days on 2048 GPUs ("less than two months")."""
     plan = v3(tflops=385, stage=STAGES)
     bill = {stage.name: stage for stage in plan.stages}
     assert bill["pre-training"].device_hours == pytest.approx(2664e3, rel=0.02)
@@ -79,7 +80,8 @@ def test_other_work_has_no_published_bill(asked: dict[str, Any]) -> None:
 
 
 def test_deepseek_v3_s_counts() -> None:
-    """671B and 37B in the three ways 37B may be counted; 250 GFLOP a token, 70 KB of cache (arXiv 2505.09343, Tables 1, 2)."""
+    """671B and 37B in the three ways 37B may be counted; 250 GFLOP a token, 70 KB of cache (arXiv 2505.09343, Tables 1,
+    2)."""
     counts = v3().parameters
     active = (counts.active, counts.active_without_embedding, counts.active_without_embedding_and_head)
     assert [round(number / 1e9, 2) for number in (counts.total, *active)] == [671.03, 37.55, 36.63, 35.70]
@@ -89,8 +91,9 @@ def test_deepseek_v3_s_counts() -> None:
 
 
 def test_deepseek_v3_s_speed() -> None:
-    """272.8B tokens a day on 2048 GPUs at 385 TFLOP/s, 38.94% of the bfloat16 peak (arXiv 2505.09343, Table 4); no step is
-    faster than its own layout allows, and compute and network are of one size (2412.19437, 3.2.1: "approximately 1:1")."""
+    """272.8B tokens a day on 2048 GPUs at 385 TFLOP/s, 38.94% of the bfloat16 peak (arXiv 2505.09343, Table 4); no step
+    is faster than its own layout allows, and compute and network are of one size (2412.19437, 3.2.1: "approximately
+    1:1")."""
     plan = v3(tflops=385, batch=15360 * 4096, tp=1, pp=16, ep=64, zero=1)
     assert plan.tokens_per_day == pytest.approx(272.8e9, rel=0.005)
     assert plan.fits and plan.mfu_of_bfloat16 == pytest.approx(0.3894, rel=0.002)
@@ -100,16 +103,18 @@ def test_deepseek_v3_s_speed() -> None:
 
 
 def test_deepseek_v3_s_context_extension_ran_slower_than_pretraining() -> None:
-    """1000 steps of 1920 x 32K and 1000 of 480 x 128K (arXiv 2412.19437, 4.3) at 385 TFLOP/s: 64% of the 119K published."""
+    """1000 steps of 1920 x 32K and 1000 of 480 x 128K (arXiv 2412.19437, 4.3) at 385 TFLOP/s: 64% of the 119K
+    published."""
     sizes = ((1920, 32_768), (480, 131_072))
     plans = [v3(tokens=1000 * count * context, tflops=385, context=context) for count, context in sizes]
     assert sum(plan.device_hours for plan in plans) / 119e3 == pytest.approx(0.64, abs=0.01)
 
 
 def test_r1_s_reinforcement_learning_within_a_factor_of_two() -> None:
-    """R1-Zero: 101K H800 hours for 10,400 steps of 32 x 16, 8,192 outputs a rollout, at most 32,768 tokens before step 8,200
-    and 65,536 after (Nature s41586-025-09422-z). Mean lengths are read off its Figure 1b: about 4,500, then 15,000. Of R1's
-    41K hours only the 1,700 steps of its second stage are published; together the known steps make up half of the 142K."""
+    """R1-Zero: 101K H800 hours for 10,400 steps of 32 x 16, 8,192 outputs a rollout, at most 32,768 tokens before step
+    8,200 and 65,536 after (Nature s41586-025-09422-z). Mean lengths are read off its Figure 1b: about 4,500, then
+    15,000. Of R1's 41K hours only the 1,700 steps of its second stage are published; together the known steps make up
+    half of the 142K."""
 
     def rl(steps: int, response: float, longest: float, **asked: Any) -> float:
         defaults = {"model": "deepseek-v3", "device": "h800", "count": 512, "rollout": 8192, "tflops": 385} | asked
@@ -125,7 +130,8 @@ def test_r1_s_reinforcement_learning_within_a_factor_of_two() -> None:
 
 
 def test_r1_s_samples_need_fewer_hours_than_their_bill_if_all_were_kept() -> None:
-    """804,745 samples of 5,355 tokens in the mean, 5K H800 hours (Nature, Supplementary Tables 2, 4): each had others."""
+    """804,745 samples of 5,355 tokens in the mean, 5K H800 hours (Nature, Supplementary Tables 2, 4): each had
+    others."""
     asked = {"model": "qwen2.5-32b", "teacher": "deepseek-v3", "device": "h800", "count": 512, "response": 5_355}
     assert 3 < 5e3 / plan_distill(DistillRequest.parse(asked | {"samples": 804_745})).stages[0].device_hours < 10
 
@@ -134,7 +140,8 @@ def test_deepseek_s_day_of_serving() -> None:
     """open-infra-index, day 6: 226.75 nodes of 8 H800, 608B input tokens, 56.3% cached, 168B output: $87,072, 545%."""
     plan = plan_serve(ServeRequest.parse({
         "model": "deepseek-v3", "device": "h800", "count": 1814, "prompt": 4383, "response": 1210, "hit_share": 0.563,
-        "latency": 1 / 21, "price": 2.0, "devices_per_copy": 144, "input": 608e9, "output": 168e9, "prices": "0.14/0.55/2.19",
+        "latency": 1 / 21, "price": 2.0, "devices_per_copy": 144, "input": 608e9, "output": 168e9,
+        "prices": "0.14/0.55/2.19",
     }))  # fmt: skip
     assert plan.day is not None and plan.day.margin is not None
     assert plan.day.cost == plan.money == 87_072
@@ -159,7 +166,8 @@ def test_deepseek_s_decode_rate_is_below_the_roofline(speed: float) -> None:
     ("name", "tokens_a_second", "recompute"), [("llama-3.1-8b", 2973, "none"), ("llama-3.1-70b", 331, "full")]
 )
 def test_what_torchtitan_reached_gets_through_its_layout(name: str, tokens_a_second: float, recompute: str) -> None:
-    """64 A100, a sequence of 8K each, FSDP over all (pytorch/torchtitan, docs/performance.md at 0413364): 52 to 58% MFU."""
+    """64 A100, a sequence of 8K each, FSDP over all (pytorch/torchtitan, docs/performance.md at 0413364): 52 to 58%
+    MFU."""
     tflops = training_flops(ModelConfig.preset(name), [8192]) / 8192 * tokens_a_second / 1e12
     asked = {"model": name, "device": "a100", "count": 64, "tokens": 1e12, "context": 8192, "batch": 64 * 8192}
     plan = v3(**asked, tflops=tflops, tp=1, pp=1, zero=3, recompute=recompute)
@@ -167,9 +175,9 @@ def test_what_torchtitan_reached_gets_through_its_layout(name: str, tokens_a_sec
 
 
 def test_llama_3_1_405b_s_flops_and_implied_mfu() -> None:
-    """3.8e25 for 15.6T tokens (arXiv 2407.21783, 3.2): 6ND within 2%; the exact count at 8K is 3.6% above. 30.84M H100 hours
-    (its model card) come to 35.8%; 38 to 43% are reported of running steps (Table 4), on a cluster that trained more than
-    90% of the time (3.3.4): the hours count the rest too."""
+    """3.8e25 for 15.6T tokens (arXiv 2407.21783, 3.2): 6ND within 2%; the exact count at 8K is 3.6% above. 30.84M H100
+    hours (its model card) come to 35.8%; 38 to 43% are reported of running steps (Table 4), on a cluster that trained
+    more than 90% of the time (3.3.4): the hours count the rest too."""
     plan = llama()
     assert plan.six_nd_flops == pytest.approx(3.8e25, rel=0.02)
     assert plan.flops / 3.8e25 == pytest.approx(1.036, abs=0.001)
@@ -177,8 +185,9 @@ def test_llama_3_1_405b_s_flops_and_implied_mfu() -> None:
 
 
 def test_gpt_3_s_flops() -> None:
-    """3.14e23 for 300B tokens (arXiv 2005.14165, Table D.1), 174.6B parameters. The exact count is of a dense config with as
-    many numbers: its MLP of two 4 x 12288 wide matrices is one of three 8/3 x 12288 wide ones; learned positions left out."""
+    """3.14e23 for 300B tokens (arXiv 2005.14165, Table D.1), 174.6B parameters. The exact count is of a dense config
+    with as many numbers: its MLP of two 4 x 12288 wide matrices is one of three 8/3 x 12288 wide ones; learned
+    positions left out."""
     gpt3 = ModelConfig(
         family="dense", vocab_size=50257, hidden_size=12288, intermediate_size=32768, num_hidden_layers=96,
         num_attention_heads=96, max_position_embeddings=2048, tie_word_embeddings=True,

@@ -67,7 +67,8 @@ class Bill(Sums):
 
 
 def total(path: Path) -> Bill:
-    """Walk from an artifact's receipt through its parents'. SlingshotError when `path` has no receipt or a receipt is broken."""
+    """Walk from an artifact's receipt through its parents'. SlingshotError when `path` has no receipt or a receipt is
+    broken."""
     if not (path / RECEIPT).is_file():
         raise SlingshotError(f"{path} has no {RECEIPT}: {_way_out(path)}")
     lines: dict[tuple[str, str], BillLine] = {}
@@ -103,11 +104,8 @@ def _find(parent: Parent, child: Path) -> tuple[Path | None, str]:
                 return place, ""
             changed = True
         elif place.exists() and place == recorded:
-            same = artifact_digest(place) == parent.digest
-            return (
-                None,
-                f"its parent {recorded} {'came without a receipt' if same else 'changed since'}; what it cost is not counted",
-            )
+            why = "came without a receipt" if artifact_digest(place) == parent.digest else "changed since"
+            return None, f"its parent {recorded} {why}; what it cost is not counted"
     return None, f"its parent {recorded} {'changed since' if changed else 'is gone'}; what it cost is not counted"
 
 

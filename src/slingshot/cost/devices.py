@@ -1,12 +1,14 @@
-"""Devices as numbers: what each multiplies, remembers, moves, draws and costs, with the source of every figure. No torch.
+"""Devices as numbers: what each multiplies, remembers, moves, draws and costs, with the source of every figure. No
+torch.
 
     device("h800").peak["bfloat16"]          # 989.4e12 FLOP/s, dense
     device("local")                          # this machine, as `slingshot doctor` measured it
     mixed_peak(device("h800"), "fp8", parts) # FLOP/s of work that is partly in FP8, partly in bfloat16
 
-Peaks are of dense matrix products with float32 accumulation; vendors print twice as much "with sparsity", which no training here has.
-Links are bytes/s one way; vendors add both directions. Memory is what the maker's "80 GB" holds, in powers of two; how much of it a plan may
-fill is the plan's assumption. Prices are examples of what an hour of one device was offered for, in dollars, and change by the month.
+Peaks are of dense matrix products with float32 accumulation; vendors print twice as much "with sparsity", which no
+training here has. Links are bytes/s one way; vendors add both directions. Memory is what the maker's "80 GB" holds, in
+powers of two; how much of it a plan may fill is the plan's assumption. Prices are examples of what an hour of one
+device was offered for, in dollars, and change by the month.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from slingshot.machine.machine import describe, measurements
 
 GIB = 2.0**30
 
-# What runs in FP8 where a model is trained or served in it: the matrix products with weights but for the router, the head and MLA's two
-# halves around the latent attention; attention itself stays in bfloat16 (DeepSeek-V3, arXiv 2412.19437, 3.3.1).
+# What runs in FP8 where a model is trained or served in it: the matrix products with weights but for the router, the
+# head and MLA's two halves around the latent attention; attention itself stays in bfloat16 (DeepSeek-V3, arXiv
+# 2412.19437, 3.3.1).
 LOW_PARTS = {"projections", "mlp", "shared_experts", "routed_experts"}
 
 
@@ -50,7 +53,8 @@ class Device(Strict):
     sources: tuple[str, ...]
 
 
-# Hopper's peaks: NVIDIA H100 datasheet, halved where it says "with sparsity" (1,979 bfloat16, 3,958 FP8); 66.9 float32 without tensor cores.
+# Hopper's peaks: NVIDIA H100 datasheet, halved where it says "with sparsity" (1,979 bfloat16, 3,958 FP8); 66.9 float32
+# without tensor cores.
 _HOPPER = {"float32": 66.9e12, "bfloat16": 989.4e12, "float16": 989.4e12, "fp8": 1978.9e12, "int8": 1978.9e12}
 _RUNPOD = "price: RunPod's rate in March 2026 after deploybase.ai/articles/runpod-gpu-pricing (secondary)"
 
@@ -169,7 +173,8 @@ def and_others(device: Device) -> list[Device]:
 
 
 def local_device() -> Device:
-    """This machine, by what `slingshot doctor` measured on it: the best of every measurement under this processor's name."""
+    """This machine, by what `slingshot doctor` measured on it: the best of every measurement under this processor's
+    name."""
     machine = describe()
     # An accelerator's measurements stand under its own name, the processor's under the processor's.
     mine = [known for key, known in measurements().items() if key.startswith(f"{machine.cpu}, ")]
@@ -203,9 +208,11 @@ def dtype_peak(device: Device, dtype: str) -> float:
 
 
 def mixed_peak(device: Device, dtype: str, parts: Mapping[str, float]) -> float:
-    """FLOP/s of work done in `dtype` that is made of `parts` (FLOPs by part of the network), each at the peak of the dtype it runs in.
+    """FLOP/s of work done in `dtype` that is made of `parts` (FLOPs by part of the network), each at the peak of the
+    dtype it runs in.
 
-    In FP8 and int8 only LOW_PARTS do; the rest runs in the fastest 16-bit type. The rate is total FLOPs over the sum of each part's time.
+    In FP8 and int8 only LOW_PARTS do; the rest runs in the fastest 16-bit type. The rate is total FLOPs over the sum of
+    each part's time.
     """
     low = dtype_peak(device, dtype)
     if dtype not in ("fp8", "int8"):

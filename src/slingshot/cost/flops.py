@@ -1,16 +1,18 @@
 """Parameters and floating-point operations of a ModelConfig, exact from the architecture. Plain arithmetic, no torch.
 
-What is counted: every matrix product, 2 FLOPs per multiply-add, and attention over the causal half only: the query at position t of
-its document meets t keys. Norms, softmax, rotations and the embedding look-up are not; they are no matrix products. A backward pass
-costs twice its forward (one product for the gradient of either operand), so training is 3 times forward; recomputation is not counted.
+What is counted: every matrix product, 2 FLOPs per multiply-add, and attention over the causal half only: the query at
+position t of its document meets t keys. Norms, softmax, rotations and the embedding look-up are not; they are no matrix
+products. A backward pass costs twice its forward (one product for the gradient of either operand), so training is 3
+times forward; recomputation is not counted.
 
     parameters(config).total                               # 671.03e9 for DeepSeek-V3
-    training_flops(config, [4096] * 16)                    # FLOPs of one step over 16 documents of 4096 tokens, MTP included
+    training_flops(config, [4096] * 16)                    # FLOPs of a step over 16 documents, MTP included
     forward_parts(config, [4096], mtp=True)["mtp"]         # the MTP module's share, apart
     generation_flops(config, prompt_length=64, new_tokens=[120, 87])     # two samples that share their prompt's prefill
     prefill_parts(config, 4096, cached=2048); decode_parts(config, context=5000)     # a request's two phases, by part
 
-Checked against the figures published for DeepSeek-V3 (arXiv 2412.19437): 671B parameters, 37B active, 250 GFLOP per trained token at 4K.
+Checked against the figures published for DeepSeek-V3 (arXiv 2412.19437): 671B parameters, 37B active, 250 GFLOP per
+trained token at 4K.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from slingshot.model.config import ModelConfig
 class Parameters:
     """Counts of numbers that are trained (router biases are not).
 
-    total       the main model: embedding, blocks, final norm, head (a tied head is counted once); the MTP module is apart
-    active      of those, what one token passes through: its `num_experts_per_tok` experts, all else, embedding and head included
+    total       the main model: embedding, blocks, final norm, head (a tied head once); the MTP module is apart
+    active      of those, what one token passes through: its `num_experts_per_tok` experts, embedding and head included
     embedding   the input embedding;  head: the output head, 0 when tied
     mtp         the MTP module without its copies of embedding and head
     """
@@ -66,7 +68,8 @@ class BlockWeights:
 def block_weights(config: ModelConfig, layer: int) -> BlockWeights:
     """What block `layer` holds; block `num_hidden_layers` is the MTP module."""
     width, moe, extra = config.hidden_size, is_moe(config, layer), layer >= config.num_hidden_layers
-    # The MTP module is one more block with eh_proj, from both inputs to one width, and with enorm, hnorm and shared_head.norm.
+    # The MTP module is one more block with eh_proj, from both inputs to one width, and with enorm, hnorm and
+    # shared_head.norm.
     matrices = projection_weights(config) + extra * 2 * width * width
     rest = 2 * width + extra * 3 * width
     if config.family == "dense":
@@ -85,16 +88,17 @@ def block_weights(config: ModelConfig, layer: int) -> BlockWeights:
 
 
 def cache_bytes_per_token(config: ModelConfig, bytes_per_number: float = 2) -> float:
-    """Bytes the KV cache holds per token over all layers: 70,272 for DeepSeek-V3 in bf16 (arXiv 2505.09343, Table 1)."""
+    """Bytes the KV cache holds per token over all layers: 70,272 for DeepSeek-V3 in bf16 (arXiv 2505.09343, Table
+    1)."""
     return config.cache_width * config.num_hidden_layers * bytes_per_number
 
 
 def forward_parts(config: ModelConfig, lengths: Iterable[int], mtp: bool = False) -> dict[str, float]:
     """FLOPs of one forward pass over documents of these lengths, with logits at every position, by part of the network.
 
-    Keys: projections (into and out of attention), attention (scores and weighted values), mlp (dense layers), router, shared_experts,
-    routed_experts, head, and mtp when asked for: the whole MTP module, its own pass through the head included. It runs where a next
-    token exists, which is everywhere but at a document's last position.
+    Keys: projections (into and out of attention), attention (scores and weighted values), mlp (dense layers), router,
+    shared_experts, routed_experts, head, and mtp when asked for: the whole MTP module, its own pass through the head
+    included. It runs where a next token exists, which is everywhere but at a document's last position.
     """
     lengths = list(lengths)
     tokens, pairs = sum(lengths), sum(length * (length + 1) // 2 for length in lengths)
@@ -118,12 +122,14 @@ def forward_flops(config: ModelConfig, lengths: Iterable[int], mtp: bool = False
 
 
 def training_flops(config: ModelConfig, lengths: Iterable[int], mtp: bool = True) -> float:
-    """FLOPs of forward and backward over documents of these lengths, the MTP module (where the config has one) trained along."""
+    """FLOPs of forward and backward over documents of these lengths, the MTP module (where the config has one) trained
+    along."""
     return 3 * forward_flops(config, lengths, mtp)
 
 
 def training_parts(config: ModelConfig, lengths: Iterable[int], mtp: bool = True) -> dict[str, float]:
-    """`training_flops` as receipts keep them apart: "training" of the main model and "mtp", 0 where no module is trained along."""
+    """`training_flops` as receipts keep them apart: "training" of the main model and "mtp", 0 where no module is
+    trained along."""
     lengths = list(lengths)
     main = training_flops(config, lengths, mtp=False)
     return {"training": main, "mtp": training_flops(config, lengths, mtp=True) - main if mtp else 0.0}
@@ -132,9 +138,10 @@ def training_parts(config: ModelConfig, lengths: Iterable[int], mtp: bool = True
 def generation_flops(config: ModelConfig, prompt_length: int, new_tokens: int | Iterable[int]) -> float:
     """FLOPs of sampling with a cache: one prefill of the prompt, then one decode step for each further token.
 
-    `new_tokens`: tokens sampled after the prompt, or several such counts for samples that share one prefill. The first token comes from
-    the prefill, which needs logits at its last position only. MLA decodes in absorbed form: queries and outputs pass through
-    kv_b_proj's two halves instead of the cache being expanded, so attention is over the latent (arXiv 2405.04434, 2.1.2).
+    `new_tokens`: tokens sampled after the prompt, or several such counts for samples that share one prefill. The first
+    token comes from the prefill, which needs logits at its last position only. MLA decodes in absorbed form: queries
+    and outputs pass through kv_b_proj's two halves instead of the cache being expanded, so attention is over the latent
+    (arXiv 2405.04434, 2.1.2).
     """
     counts = [new_tokens] if isinstance(new_tokens, int) else list(new_tokens)
     # A sample of n tokens decodes n - 1 of them; decode step i (from 1) sees prompt_length + i keys.
@@ -144,10 +151,11 @@ def generation_flops(config: ModelConfig, prompt_length: int, new_tokens: int | 
 
 
 def prefill_parts(config: ModelConfig, length: float, cached: float = 0) -> dict[str, float]:
-    """FLOPs of reading a prompt of `length` tokens whose first `cached` are in the cache already, by part; logits at the last position only.
+    """FLOPs of reading a prompt of `length` tokens whose first `cached` are in the cache already, by part; logits at
+    the last position only.
 
-    Attention is in expanded form: every token after the cached ones meets itself and all before it. What MLA cached is latents, which
-    kv_b_proj expands anew wherever a token is left to read. Means of many prompts may be fractions.
+    Attention is in expanded form: every token after the cached ones meets itself and all before it. What MLA cached is
+    latents, which kv_b_proj expands anew wherever a token is left to read. Means of many prompts may be fractions.
     """
     pairs = (length * (length + 1) - cached * (cached + 1)) / 2
     parts = _block_parts(config, range(config.num_hidden_layers), length - cached, pairs)
@@ -157,7 +165,8 @@ def prefill_parts(config: ModelConfig, length: float, cached: float = 0) -> dict
 
 
 def decode_parts(config: ModelConfig, context: float, tokens: float = 1) -> dict[str, float]:
-    """FLOPs of decoding `tokens` tokens that meet `context` keys each (themselves included), by part; attention in absorbed form."""
+    """FLOPs of decoding `tokens` tokens that meet `context` keys each (themselves included), by part; attention in
+    absorbed form."""
     return _decode_parts(config, tokens, tokens * context)
 
 
@@ -172,7 +181,8 @@ def is_moe(config: ModelConfig, layer: int) -> bool:
 
 
 def projection_weights(config: ModelConfig) -> int:
-    """Matrix elements every token is multiplied by on its way into and out of attention (the same in MLA's expanded and absorbed form)."""
+    """Matrix elements every token is multiplied by on its way into and out of attention (the same in MLA's expanded and
+    absorbed form)."""
     width, heads = config.hidden_size, config.num_attention_heads
     if config.family == "dense":
         return 2 * width * config.head_dim * (heads + config.num_key_value_heads)  # q and o; k and v

@@ -33,7 +33,8 @@ RECEIPT = "receipt.json"
 
 
 class PeakMemory(Strict):
-    """The most memory held at once: the resident set of the (first) process, and what torch allocated on one accelerator.
+    """The most memory held at once: the resident set of the (first) process, and what torch allocated on one
+    accelerator.
 
     None where it is not known, or where no accelerator was used.
     """
@@ -71,7 +72,7 @@ class Receipt(PeakMemory):
     mfu                 flops / seconds / the machine's measured matrix peak; None when nothing was measured
     money               seconds at the given price per hour; None when no price was given
     energy_joules       of the machine's processors and GPUs meanwhile; None where the system does not tell
-    devices             that worked at once: accelerators, or 1 for a machine without; device-seconds are `seconds` times
+    devices             that worked at once: accelerators, or 1 without; device-seconds are `seconds` times these
     extra               what else a stage has to say
 
     Receipts of other versions are read, too: what they lack is unknown, what they have besides is left out.
@@ -125,7 +126,8 @@ class Receipt(PeakMemory):
 
 
 class Meter:
-    """Counts what a stage consumes; `state()` survives in the stage's own checkpoint, so that a resumed stage goes on counting."""
+    """Counts what a stage consumes; `state()` survives in the stage's own checkpoint, so that a resumed stage goes on
+    counting."""
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
         # None: an earlier attempt could not count.
@@ -266,7 +268,8 @@ def peak_device_memory_bytes() -> int | None:
 def peak_host_memory_bytes() -> int:
     """The largest resident set this process has had.
 
-    From /proc where there is one: getrusage's figure survives exec, so a child of a large process would start with its parent's.
+    From /proc where there is one: getrusage's figure survives exec, so a child of a large process would start with its
+    parent's.
     """
     try:
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():

@@ -2,8 +2,8 @@
 
     layouts(config, 2048, tp=8)        # every layout of that tp over exactly 2048 devices
 
-Ways: tp splits every matrix but the experts' (Megatron-LM, arXiv 1909.08053, with sequence parallelism, 2205.05198), pp the
-blocks (1F1B), ep the routed experts over the devices of a pipeline stage, dp the batch; ZeRO stage 1, 2, 3 shards
+Ways: tp splits every matrix but the experts' (Megatron-LM, arXiv 1909.08053, with sequence parallelism, 2205.05198), pp
+the blocks (1F1B), ep the routed experts over the devices of a pipeline stage, dp the batch; ZeRO stage 1, 2, 3 shards
 optimizer, gradients, weights over dp (1910.02054).
 """
 
@@ -47,7 +47,8 @@ class Layout(Strict):
 
 
 def layouts(config: ModelConfig, count: int, per_node: int = 8, **given: Any) -> list[Layout]:
-    """Every layout worth trying with the `given` ways: but for those, tp stays within a node and ZeRO begins at stage 1.
+    """Every layout worth trying with the `given` ways: but for those, tp stays within a node and ZeRO begins at stage
+    1.
 
     SlingshotError with the nearest valid value where a way does not divide what it splits.
     """

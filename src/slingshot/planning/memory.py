@@ -3,8 +3,8 @@
     training_memory(Blocks(config, PRECISIONS["fp8"]), layout, context=4096, microbatches=120)  # fullest pipeline stage
 
 Weights and optimizer state are exact. Activations are what a backward pass needs of a network with fused attention and
-normalisation that keep nothing else: the inputs of every product and of every activation function. Allocator waste, buffers
-of collectives and the framework's own use are not in here; a plan leaves a share of the memory free for them.
+normalisation that keep nothing else: the inputs of every product and of every activation function. Allocator waste,
+buffers of collectives and the framework's own use are not in here; a plan leaves a share of the memory free for them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from slingshot.planning.layout import Layout, Recompute
 
 
 class Precision(Strict):
-    """Bytes per number. `weight`: matrices of blocks; `other`: embeddings, head, router, norms; `optimizer`: master weights
-    and both moments of AdamW; `low_activation`: inputs of matrix products; `activation`: all else kept for backward."""
+    """Bytes per number. `weight`: matrices of blocks; `other`: embeddings, head, router, norms; `optimizer`: master
+    weights and both moments of AdamW; `low_activation`: inputs of matrix products; `activation`: all else kept for
+    backward."""
 
     dtype: str
     weight: float
@@ -33,9 +34,9 @@ class Precision(Strict):
     low_activation: float
 
 
-# float32: plain AdamW. bfloat16, float16: 2 + 2 + 12 bytes a parameter (ZeRO, arXiv 1910.02054, 3.1). fp8: DeepSeek-V3 (arXiv
-# 2412.19437, 3.3.3), e4m3 with a float32 scale per 128 x 128 weights and per 128 activations, float32 gradients and master
-# weights, bfloat16 moments. int8 serves only.
+# float32: plain AdamW. bfloat16, float16: 2 + 2 + 12 bytes a parameter (ZeRO, arXiv 1910.02054, 3.1). fp8: DeepSeek-V3
+# (arXiv 2412.19437, 3.3.3), e4m3 with a float32 scale per 128 x 128 weights and per 128 activations, float32 gradients
+# and master weights, bfloat16 moments. int8 serves only.
 PRECISIONS = {
     dtype: Precision(
         dtype=dtype, weight=weight, other=other, gradient=gradient, optimizer=optimizer, activation=activation,
@@ -71,9 +72,9 @@ class Memory(Strict):
 def block_activations(config: ModelConfig, moe: bool, precision: Precision, recompute: Recompute) -> float:
     """Bytes kept per token for the backward pass of one block.
 
-    "selective" drops what costs little to compute again, as DeepSeek-V3 does (3.2.3): outputs of norms, MLA's up-projections,
-    the product of gate and up. "full" keeps the block's input alone. Scores are never kept (fused attention), nor are the
-    outputs of experts: their gate values scale the input of the down projection.
+    "selective" drops what costs little to compute again, as DeepSeek-V3 does (3.2.3): outputs of norms, MLA's
+    up-projections, the product of gate and up. "full" keeps the block's input alone. Scores are never kept (fused
+    attention), nor are the outputs of experts: their gate values scale the input of the down projection.
     """
     width, heads, low, plain = (
         config.hidden_size,
@@ -118,7 +119,8 @@ class Blocks:
         )
 
     def stages(self, pp: int) -> list[tuple[int, int, int]]:
-        """Per pipeline stage its dense blocks, MoE blocks and MTP modules: as even as can be, the middle taking the rest."""
+        """Per pipeline stage its dense blocks, MoE blocks and MTP modules: as even as can be, the middle taking the
+        rest."""
         if pp not in self._stages:
             layers = self.config.num_hidden_layers
             base, left = divmod(layers + self.config.num_nextn_predict_layers, pp)
@@ -134,7 +136,8 @@ class Blocks:
         return self._stages[pp]
 
     def telling_stages(self, pp: int) -> list[int]:
-        """Those among which the fullest is: the first of every kind, with most activations, and the last, with the head."""
+        """Those among which the fullest is: the first of every kind, with most activations, and the last, with the
+        head."""
         first_of_kind = {kind: index for index, kind in reversed([*enumerate(self.stages(pp))])}
         return sorted({*first_of_kind.values(), pp - 1})
 
@@ -159,7 +162,8 @@ class Blocks:
 
 
 def training_memory(blocks: Blocks, layout: Layout, context: int, microbatches: float) -> Memory:
-    """Of the fullest device. Under 1F1B stage s of pp holds the activations of pp - s microbatches of one sequence each."""
+    """Of the fullest device. Under 1F1B stage s of pp holds the activations of pp - s microbatches of one sequence
+    each."""
     each = (_stage_memory(blocks, layout, stage, context, microbatches) for stage in blocks.telling_stages(layout.pp))
     return max(each, key=lambda memory: memory.total)
 
@@ -181,7 +185,8 @@ def _stage_memory(blocks: Blocks, layout: Layout, stage: int, context: int, micr
     if layout.recompute == "full":  # one block at a time is computed again and then held whole
         activations += tokens * block_activations(config, bool(moe or (mtp and extra_moe)), precision, "none")
     if stage == layout.pp - 1:
-        # Logits in float32 and their gradient, of one pass through the head at a time; the last norm's input and output.
+        # Logits in float32 and their gradient, of one pass through the head at a time; the last norm's input and
+        # output.
         last_norm = config.hidden_size * (precision.activation + precision.low_activation)
         activations += tokens * (8.0 * config.vocab_size + last_norm)
     return Memory.model_construct(

@@ -5,9 +5,9 @@
     88 / step.bound                                                            # tokens/s a device cannot exceed
     copy.step_seconds(88, 4989)                     # what a step takes, at the share of the bound engines reach
 
-A decoding step reads every weight it touches and every cached key once, computes, and exchanges activations; the longest of
-the three bounds it, the others hidden behind. A mixture of experts is served data parallel in attention and expert parallel
-in its experts (as DeepSeek serves), a dense model tensor parallel. The MTP module is left out.
+A decoding step reads every weight it touches and every cached key once, computes, and exchanges activations; the
+longest of the three bounds it, the others hidden behind. A mixture of experts is served data parallel in attention and
+expert parallel in its experts (as DeepSeek serves), a dense model tensor parallel. The MTP module is left out.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from slingshot.model.config import ModelConfig
 from slingshot.planning.memory import USABLE, Memory, Precision
 from slingshot.planning.network import LINK_EFFICIENCY
 
-# The share of the decode roofline an engine reaches. Calibrated on one system: DeepSeek's decoded 14.8K tokens/s on a node of
-# 8 H800 at 20 to 22 tokens/s a user with 4,989 cached tokens each (open-infra-index, day 6); at 21 that is 88 a device.
+# The share of the decode roofline an engine reaches. Calibrated on one system: DeepSeek's decoded 14.8K tokens/s on a
+# node of 8 H800 at 20 to 22 tokens/s a user with 4,989 cached tokens each (open-infra-index, day 6); at 21 that is 88 a
+# device.
 DECODE_EFFICIENCY = 0.46
 
 
@@ -115,9 +116,9 @@ class ModelCopy:
     def bytes_sent(self, tokens: float) -> float:
         """Bytes one device sends while it passes `tokens` tokens of its own through the model, at most.
 
-        Experts: each token goes to num_experts_per_tok devices in the precision of the weights (1 byte in FP8) and comes
-        back in 16 bits, nothing sent once for several (arXiv 2505.09343, 2.3.2, counts the same and the shared expert
-        besides). Tensor parallel: two all-reduces a block, over the tokens of all.
+        Experts: each token goes to num_experts_per_tok devices in the precision of the weights (1 byte in FP8) and
+        comes back in 16 bits, nothing sent once for several (arXiv 2505.09343, 2.3.2, counts the same and the shared
+        expert besides). Tensor parallel: two all-reduces a block, over the tokens of all.
         """
         config, others = self.config, (self.devices - 1) / self.devices
         if config.n_moe_layers:
@@ -127,7 +128,8 @@ class ModelCopy:
         return tokens * self.devices * config.num_hidden_layers * 2 * 2 * others * config.hidden_size * 2.0
 
     def decode_step(self, batch: float, context: float) -> ResourceTimes:
-        """Seconds of a step in which each device decodes a token of each of `batch` sequences holding `context` tokens."""
+        """Seconds of a step in which each device decodes a token of each of `batch` sequences holding `context`
+        tokens."""
         token, key = self._token_and_key_seconds
         sent = self.bytes_sent(batch)
         return ResourceTimes(
@@ -173,7 +175,8 @@ class ModelCopy:
         return low
 
     def prefill_seconds(self, prompt: float, hit_share: float, mfu: float) -> float:
-        """Seconds in which a device computes a prompt, the first `hit_share` of it cached, at `mfu` of its products' peak.
+        """Seconds in which a device computes a prompt, the first `hit_share` of it cached, at `mfu` of its products'
+        peak.
 
         Bound by compute: the tokens of a prompt share every weight they read.
         """
@@ -182,8 +185,8 @@ class ModelCopy:
 
 
 def splits(config: ModelConfig, size: int) -> bool:
-    """Whether a copy may be spread over `size` devices. Without experts, each takes as many attention heads as the next, and
-    whole heads of the cache or a share of one."""
+    """Whether a copy may be spread over `size` devices. Without experts, each takes as many attention heads as the
+    next, and whole heads of the cache or a share of one."""
     heads = cached_heads(config)
     even = config.num_attention_heads % size == 0 and (heads % size == 0 or size % heads == 0)
     return bool(config.n_moe_layers) or even
@@ -199,7 +202,8 @@ def copies_of(
 
 
 def checked_size(config: ModelConfig, given: int, most: int, divides: bool = False) -> int:
-    """`given` devices a copy, at most `most`, which it must divide where `divides`. SlingshotError with the nearest size."""
+    """`given` devices a copy, at most `most`, which it must divide where `divides`. SlingshotError with the nearest
+    size."""
     valid = [size for size in range(1, most + 1) if splits(config, size) and not (divides and most % size)]
     if given in valid:
         return given
@@ -224,9 +228,11 @@ def smallest_copy(config: ModelConfig, device: Device, precision: Precision, con
 
 
 def roomy_copies(
-    config: ModelConfig, device: Device, precision: Precision, count: int, given: int | None, context: float, efficiency: float
+    config: ModelConfig, device: Device, precision: Precision, count: int, given: int | None, context: float,
+    efficiency: float,
 ) -> list[ModelCopy]:  # fmt: skip
-    """Copies on at most `count` devices, or on exactly `given`, that have room for a sequence; SlingshotError if none has."""
+    """Copies on at most `count` devices, or on exactly `given`, that have room for a sequence; SlingshotError if none
+    has."""
     if given is not None:
         size = checked_size(config, given, count, divides=True)
         copies = [ModelCopy(config, device, precision, size, efficiency)]

@@ -14,15 +14,16 @@ from slingshot.model.config import ModelConfig
 from slingshot.planning.layout import Layout
 from slingshot.planning.memory import Blocks
 
-# Of a link's rate, what collectives were seen to reach: 160 of 200 GB/s NVLink, 40 of 50 GB/s InfiniBand (DeepSeek, arXiv
-# 2505.09343, 4.3).
+# Of a link's rate, what collectives were seen to reach: 160 of 200 GB/s NVLink, 40 of 50 GB/s InfiniBand (DeepSeek,
+# arXiv 2505.09343, 4.3).
 LINK_EFFICIENCY = 0.8
 
 Link = Literal["node", "network"]
 
 
 class Transfer(Strict):
-    """Bytes one device sends in one optimizer step for one purpose, the link they take and the seconds they need on it."""
+    """Bytes one device sends in one optimizer step for one purpose, the link they take and the seconds they need on
+    it."""
 
     purpose: str
     n_bytes: float
@@ -33,12 +34,12 @@ class Transfer(Strict):
 def transfers(blocks: Blocks, layout: Layout, device: Device, tokens: float, context: int) -> list[Transfer]:
     """What the device that sends most sends in one optimizer step over `tokens` tokens in sequences of `context`.
 
-    Rings: all-gather and reduce-scatter move (n - 1)/n of the whole, all-reduce twice that. Groups nest in the order tp, ep,
-    dp, pp, so a group stays on the node's own links while its devices fit on one; where it does not, a ring leaves a node
-    once, and as many rings as the group has members there share the work, each over another's network card (NCCL; nodes of
-    8 x 400 Gb/s reach 350 GB/s, nccl-tests issue 283). Experts: a token goes once to each node and there once to each device
-    that has one of its experts (DeepSeek-V3, 3.2.2), in FP8 where weights are FP8, and comes back in 16 bits; the backward
-    pass does the same again, and what it computes again once more.
+    Rings: all-gather and reduce-scatter move (n - 1)/n of the whole, all-reduce twice that. Groups nest in the order
+    tp, ep, dp, pp, so a group stays on the node's own links while its devices fit on one; where it does not, a ring
+    leaves a node once, and as many rings as the group has members there share the work, each over another's network
+    card (NCCL; nodes of 8 x 400 Gb/s reach 350 GB/s, nccl-tests issue 283). Experts: a token goes once to each node and
+    there once to each device that has one of its experts (DeepSeek-V3, 3.2.2), in FP8 where weights are FP8, and comes
+    back in 16 bits; the backward pass does the same again, and what it computes again once more.
     """
     found = []
 
@@ -93,10 +94,12 @@ def network_seconds(sent: list[Transfer]) -> float:
 
 
 def parts_met(config: ModelConfig, parts: int) -> float:
-    """On how many of `parts` equal parts of the experts (nodes, devices) a token finds at least one of its own, expected.
+    """On how many of `parts` equal parts of the experts (nodes, devices) a token finds at least one of its own,
+    expected.
 
-    Groups are chosen for their best experts (V3's gate: the sum of the best two), so each chosen one has one of the token's;
-    the others lie anywhere in the chosen ones, and never further apart than without groups. Within 1% of a simulation.
+    Groups are chosen for their best experts (V3's gate: the sum of the best two), so each chosen one has one of the
+    token's; the others lie anywhere in the chosen ones, and never further apart than without groups. Within 1% of a
+    simulation.
     """
 
     def met(groups: int, chosen: int) -> float:

@@ -22,7 +22,8 @@ from slingshot.planning.plan import DistillPlan, Plan, PretrainPlan, RLPlan, Ser
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence, and a table; `shares` are lengths of bars beside the rows, `strong` a row that stands out."""
+    """A heading, a sentence, and a table; `shares` are lengths of bars beside the rows, `strong` a row that stands
+    out."""
 
     title: str
     note: str = ""
@@ -68,22 +69,22 @@ def plan_page(plan: Plan) -> PlanPage:
         lede = f"{show_count(plan.tokens)} tokens in {plan.precision} on {many}, {rate} each: {mfu}."
         if plan.tflops_per_device > plan.tflops_bound:
             lede += (
-                f" That is more than this layout lets through, which is {_tflops(plan.tflops_bound)}: expect longer, or "
-                "find a better layout."
+                f" That is more than this layout lets through, which is {_tflops(plan.tflops_bound)}: expect longer, "
+                "or find a better layout."
             )
     elif isinstance(plan, RLPlan):
         title = f"Reinforcement learning of {plan.model}"
         lede = (
             f"{plan.steps:,} steps, {plan.responses:,} responses and {show_count(plan.tokens)} tokens on {many}: "
-            f"{plan.rounds:,} rounds of rollouts, {show_seconds(plan.round_seconds)} each, with a copy of the policy on "
-            f"every {plan.devices_per_copy}."
+            f"{plan.rounds:,} rounds of rollouts, {show_seconds(plan.round_seconds)} each, with a copy of the policy "
+            f"on every {plan.devices_per_copy}."
         )
     elif isinstance(plan, DistillPlan):
         title = f"Distilling {plan.teacher} into {plan.model}"
         lede = (
-            f"{show_count(plan.sampled)} responses sampled, {show_count(plan.kept)} kept, on {many}; a copy of the teacher "
-            f"on every {plan.devices_per_copy} writes {plan.sampled_tokens_per_second_per_device:,.0f} tokens a second on "
-            "each."
+            f"{show_count(plan.sampled)} responses sampled, {show_count(plan.kept)} kept, on {many}; a copy of the "
+            f"teacher on every {plan.devices_per_copy} writes {plan.sampled_tokens_per_second_per_device:,.0f} tokens "
+            "a second on each."
         )
     else:
         assert isinstance(plan, ServePlan)
@@ -168,9 +169,9 @@ def _network(plan: PretrainPlan) -> Section:
     )
     longest, exposed = max(sent.seconds for sent in plan.transfers), plan.exposed_network_seconds
     note = (
-        f"Layout: {plan.layout_text}. What one device sends in an optimizer step of {show_count(plan.batch_tokens)} tokens, "
-        f"{f'{show_seconds(exposed)} of it not hidden' if exposed else 'hidden behind compute'}; the pipeline stands idle "
-        f"{show_share(plan.bubble)} of the time. At most {_tflops(plan.tflops_bound)} get through."
+        f"Layout: {plan.layout_text}. What one device sends in an optimizer step of {show_count(plan.batch_tokens)} "
+        f"tokens, {f'{show_seconds(exposed)} of it not hidden' if exposed else 'hidden behind compute'}; the pipeline "
+        f"stands idle {show_share(plan.bubble)} of the time. At most {_tflops(plan.tflops_bound)} get through."
     )
     bars = tuple(sent.seconds / longest for sent in plan.transfers)
     return Section("The network", note, ("", "bytes", "link", "time"), rows, bars)
@@ -198,8 +199,8 @@ def _dominates(plan: Plan) -> Section:
     times = (found.compute_seconds, found.memory_traffic_seconds, found.network_seconds)
     longest = max(times) or 1.0
     note = (
-        f"In {found.what}, each resource alone and at its best, {found.dominant} takes longest: {found.factor:.3g} times "
-        "the next."
+        f"In {found.what}, each resource alone and at its best, {found.dominant} takes longest: {found.factor:.3g} "
+        "times the next."
     )
     shown = (show_seconds(time) if time else "none" for time in times)
     rows = tuple(zip(("compute", "memory traffic", "network"), shown, strict=True))
@@ -211,8 +212,8 @@ def _alternatives(plan: Plan) -> list[Section]:
     if isinstance(plan, PretrainPlan) and (dense := plan.dense_equivalent):
         outside = f" This lies outside the range of its fit: {'; '.join(dense.outside)}." if dense.outside else ""
         note = (
-            f"A dense model would need {show_count(dense.parameters)} parameters for the same loss after the same tokens: "
-            f"{dense.ratio:.3g} times the FLOPs and, at the same MFU, {_hours(plan.dense_device_hours)} {_hours_of(plan)}. "
+            f"A dense model would need {show_count(dense.parameters)} parameters for the same loss after the same "
+            f"tokens: {dense.ratio:.3g} times the FLOPs and, at the same MFU, {_hours(plan.dense_device_hours)} {_hours_of(plan)}. "
             f"Rule: {dense.rule}.{outside}"
         )
         found.append(Section("Against a dense model of equal loss", note))
@@ -220,8 +221,8 @@ def _alternatives(plan: Plan) -> list[Section]:
     note = "The same work on as many of each."
     if isinstance(plan, ServePlan):
         note = "The same traffic, in whole copies of the best size on each." if plan.day else (
-            "As many requests as these devices serve, by copies of the best size at full load; of more devices, the share "
-            "they take."
+            "As many requests as these devices serve, by copies of the best size at full load; of more devices, the "
+            "share they take."
         )  # fmt: skip
     rows = []
     for other in plan.alternatives:
@@ -261,8 +262,8 @@ def _serving(plan: ServePlan) -> list[Section]:
     for point in plan.curve:
         possible = "yes" if point.fits and point.within_latency else "too late" if point.fits else "no room"
         rows.append((
-            f"{point.batch:,}", f"{point.tokens_per_second_per_device:,.0f}", f"{point.tokens_per_second_per_user:,.3g}",
-            f"{point.bound_tokens_per_second_per_device:,.0f}", show_size(point.bytes_per_token),
+            f"{point.batch:,}", f"{point.tokens_per_second_per_device:,.0f}",
+            f"{point.tokens_per_second_per_user:,.3g}", f"{point.bound_tokens_per_second_per_device:,.0f}", show_size(point.bytes_per_token),
             point.dominant.split()[0], possible,
         ))  # fmt: skip
     rates = [point.tokens_per_second_per_device for point in plan.curve]

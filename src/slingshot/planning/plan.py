@@ -6,8 +6,8 @@ These are the nouns and what all plans share; the arithmetic is in plan_training
     plan.device_hours, plan.days, plan.money
     plan.model_dump(mode="json")           # what `slingshot plan ... --json` prints
 
-Every plan says what it assumed (`assumptions`): nothing that is not in the architecture, in the table of devices or in the
-request enters a figure without a line there.
+Every plan says what it assumed (`assumptions`): nothing that is not in the architecture, in the table of devices or in
+the request enters a figure without a line there.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Counts(Strict):
 
 
 class PlanLine(Strict):
-    """A line of the bill. `device_hours` are every device's hours together; a line of 0 is part of another, see its note."""
+    """A line of the bill. `device_hours` are every device's hours together; a line of 0 is part of another, see its
+    note."""
 
     name: str
     tokens: float = 0.0
@@ -59,7 +60,8 @@ class PlanLine(Strict):
 
 
 class Dominates(Strict):
-    """What one device would wait for in `what`, each resource alone; `dominant` is the longest, `factor` times the next."""
+    """What one device would wait for in `what`, each resource alone; `dominant` is the longest, `factor` times the
+    next."""
 
     what: str
     compute_seconds: float
@@ -72,8 +74,8 @@ class Dominates(Strict):
     def of(cls, what: str, times: ResourceTimes) -> Dominates:
         (dominant, longest), (_, second), _ = times.ranked
         return cls(
-            what=what, compute_seconds=times.compute, memory_traffic_seconds=times.memory, network_seconds=times.network,
-            dominant=dominant, factor=longest / second if second else 1.0,
+            what=what, compute_seconds=times.compute, memory_traffic_seconds=times.memory,
+            network_seconds=times.network, dominant=dominant, factor=longest / second if second else 1.0,
         )  # fmt: skip
 
 
@@ -134,8 +136,8 @@ class TrainingPlan(Plan):
 class PretrainPlan(TrainingPlan):
     """`six_nd_flops` is 6 x active x tokens; `published` the bill somebody published of the same work.
 
-    tflops_bound   what this layout lets through at most: no step is shorter than its compute at the peak with the pipeline's
-                   bubble, its memory traffic, or its network. A rate above it was not reached in this layout on these links
+    tflops_bound   what this layout lets through at most: no step is shorter than its compute at the peak with the
+                   pipeline's bubble, its memory traffic, or its network; a rate above it was not reached in this layout
     """
 
     tokens: float
@@ -177,7 +179,8 @@ class DistillPlan(TrainingPlan):
 
 
 class DecodePoint(Strict):
-    """Decoding at one batch, in sequences a device: rates, what bounds it, and whether it has room and is fast enough."""
+    """Decoding at one batch, in sequences a device: rates, what bounds it, and whether it has room and is fast
+    enough."""
 
     batch: int
     tokens_per_second_per_device: float
@@ -191,7 +194,8 @@ class DecodePoint(Strict):
 
 
 class HitCost(Strict):
-    """Cost per million tokens when this share of the prompt tokens is cached; `blended` over prompt and response tokens."""
+    """Cost per million tokens when this share of the prompt tokens is cached; `blended` over prompt and response
+    tokens."""
 
     hit_share: float
     prompt: float
@@ -199,7 +203,8 @@ class HitCost(Strict):
 
 
 class BreakEven(Strict):
-    """Against buying at the price list. `tokens_per_day` is where these devices, idle or not, cost as much; None: never."""
+    """Against buying at the price list. `tokens_per_day` is where these devices, idle or not, cost as much; None:
+    never."""
 
     bought_per_million: float
     made_per_million: float
@@ -222,7 +227,8 @@ class ServingDay(Strict):
 
 
 class ServePlan(Plan):
-    """A day's plan: `device_hours` and `money` are a day's, costs per million tokens. Cached prompt tokens count as read."""
+    """A day's plan: `device_hours` and `money` are a day's, costs per million tokens. Cached prompt tokens count as
+    read."""
 
     prompt: float
     response: float
@@ -246,7 +252,8 @@ class ServePlan(Plan):
 
 @dataclass(frozen=True)
 class Hire:
-    """Devices taken for a plan, the precision they work in, and what an hour of one costs; `example`: the table's price."""
+    """Devices taken for a plan, the precision they work in, and what an hour of one costs; `example`: the table's
+    price."""
 
     device: Device
     count: int
@@ -280,7 +287,8 @@ class Hire:
     ) -> dict[str, Any]:  # fmt: skip
         """The fields every plan fills in the same way.
 
-        `there` tells the device-hours of the same work on other devices, and whether it has room; `fits` the same of here.
+        `there` tells the device-hours of the same work on other devices, and whether it has room; `fits` the same of
+        here.
         """
         watts, counts = self.device.power_watts, parameters(asked.model.config)
         hours = sum(line.device_hours for line in lines)
@@ -307,8 +315,8 @@ class Hire:
     def _alternatives(
         self, own: Alternative, there: Callable[[Hire], tuple[float | None, bool]], serving: bool
     ) -> list[Alternative]:
-        """The same work on as many of every other device, in every precision worth comparing, this plan's own among them;
-        a day's serving on as many as it takes."""
+        """The same work on as many of every other device, in every precision worth comparing, this plan's own among
+        them; a day's serving on as many as it takes."""
         found, here_too = [], (own.precision,) if serving else ("float32", own.precision)
         for other in and_others(self.device):
             here = other.name == self.device.name

@@ -1,4 +1,5 @@
-"""What serving costs: tokens a second against batch under a latency, cost per million tokens, margin, make or buy. No torch.
+"""What serving costs: tokens a second against batch under a latency, cost per million tokens, margin, make or buy. No
+torch.
 
 plan_serve(ServeRequest.parse({"model": "deepseek-v3", "device": "h800", "prompt": 4383, "response": 1210}))
 """
@@ -133,8 +134,8 @@ def plan_serve(asked: ServeRequest) -> ServePlan:
             f"prompts read at {show_share(mfu)} of the peak of their products, on devices of their own",
             f"cached prompt tokens are kept and fetched for nothing{latents}",
             "experts are chosen evenly, and there is one of each a copy",
-            f"links reach {LINK_EFFICIENCY:.0%} of their rate; an all-reduce over several nodes takes the network links of "
-            "all its members",
+            f"links reach {LINK_EFFICIENCY:.0%} of their rate; an all-reduce over several nodes takes the network "
+            "links of all its members",
             "the day's traffic comes evenly; no peaks" if traffic else "the devices run at full load all day",
             *hire.notes(),
         ],

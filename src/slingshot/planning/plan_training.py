@@ -1,4 +1,5 @@
-"""What training costs: pre-training from tokens, reinforcement learning from steps and rollouts, distillation from samples.
+"""What training costs: pre-training from tokens, reinforcement learning from steps and rollouts, distillation from
+samples.
 
     plan_pretrain(PretrainRequest.parse({"model": "deepseek-v3", "device": "h800", "count": 2048, "tokens": "14.8T"}))
 
@@ -123,8 +124,8 @@ def plan_rl(asked: RLRequest) -> RLPlan:
     copies = hire.count // copy.devices
     # A token of a response meets the prompt and, in the mean over all tokens, E[n^2] / 2 E[n] of its own.
     decoding = responses * sum(decode_parts(config, prompt + lengths.square / response / 2, response).values())
-    # Packed rows of one prompt and response each. In the mean a token's row is E[row^2] / E[row] long, which is what its
-    # attention goes by.
+    # Packed rows of one prompt and response each. In the mean a token's row is E[row^2] / E[row] long, which is what
+    # its attention goes by.
     length = max(2, round(prompt + response))
     longer = max(2, round((prompt**2 + 2 * prompt * response + lengths.square) / (prompt + response)))
     train = forward_and_backward(config, longer, tokens)
@@ -248,8 +249,8 @@ def plan_distill(asked: DistillRequest) -> DistillPlan:
             f"prompts read at {show_share(ASSUMED_MFU[of_teacher.dtype])} of the peak of their products",
             f"student's layout: {layout}; at least 64 examples a step, packed without padding",
             *hire.notes(),
-            f"{_OTHERS}; the teacher in {of_teacher.dtype} where they have it, its copies on as many devices as is fastest "
-            "there",
+            f"{_OTHERS}; the teacher in {of_teacher.dtype} where they have it, its copies on as many devices as is "
+            "fastest there",
         ],
         teacher=asked.teacher.name, sampled=sampled, kept=asked.samples, devices_per_copy=copy.devices,
         sampled_tokens_per_second_per_device=batch / copy.step_seconds(batch, context),

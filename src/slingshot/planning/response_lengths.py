@@ -44,9 +44,9 @@ class ResponseLengths:
 def round_seconds(copy: ModelCopy, responses: float, copies: int, prompt: float, lengths: ResponseLengths) -> float:
     """Seconds until the last of `responses` responses is written by `copies` copies of the model, all started at once.
 
-    The batch shrinks as responses end, and the longest keep the devices waiting: the sum of the steps' times over positions,
-    each counted by the chance that any response is still being written. Where the caches of all do not fit, they are written
-    in equal waves.
+    The batch shrinks as responses end, and the longest keep the devices waiting: the sum of the steps' times over
+    positions, each counted by the chance that any response is still being written. Where the caches of all do not fit,
+    they are written in equal waves.
     """
     room = copy.largest_batch(prompt + lengths.mean)
     if room <= 0 or not responses:

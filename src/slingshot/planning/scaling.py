@@ -1,14 +1,14 @@
 """The dense model that would reach the same loss as a mixture of experts, by one published rule. No torch.
 
-Joint MoE Scaling Laws (Ludziejewski et al. 2025, arXiv 2502.05172, equation 6 and Table 3): the loss of a model of N active
-parameters trained on D tokens with E experts, one of them active, is
+Joint MoE Scaling Laws (Ludziejewski et al. 2025, arXiv 2502.05172, equation 6 and Table 3): the loss of a model of N
+active parameters trained on D tokens with E experts, one of them active, is
 
     L(N, D, E) = a x^delta N^(alpha + gamma ln x) + b x^omega D^(beta + zeta ln x) + c,
     1/x = 1/(E - 1 + 1/(1/E_start - 1/E_max)) + 1/E_max
 
-E = 1 is a dense model. Fitted to more than 280 models of 79M to 2.7B active parameters, 1 to 32 experts, 0.5B to 80B tokens.
-Experts there are as wide as a dense block's and one is chosen, so for finer experts of which several are chosen, E is all
-experts over the active ones.
+E = 1 is a dense model. Fitted to more than 280 models of 79M to 2.7B active parameters, 1 to 32 experts, 0.5B to 80B
+tokens. Experts there are as wide as a dense block's and one is chosen, so for finer experts of which several are
+chosen, E is all experts over the active ones.
 
     dense = dense_equivalent(ModelConfig.preset("deepseek-v3"), tokens=14.8e12)      # about 89B parameters
 """
@@ -46,7 +46,8 @@ class DenseEquivalent(Strict):
 
 
 def model_term(experts: float) -> tuple[float, float]:
-    """Scale and exponent of N. The law's x of E: few experts count for a little more, many for less (arXiv 2202.01169)."""
+    """Scale and exponent of N. The law's x of E: few experts count for a little more, many for less (arXiv
+    2202.01169)."""
     x = _transformed(experts)
     return A * x**DELTA, ALPHA + GAMMA * math.log(x)
 
@@ -62,7 +63,8 @@ def _transformed(experts: float) -> float:
 
 
 def predicted_loss(active: float, tokens: float, experts: float) -> float:
-    """Loss in nats per token of the law's own data and tokenizer; only differences and equalities mean anything here."""
+    """Loss in nats per token of the law's own data and tokenizer; only differences and equalities mean anything
+    here."""
     scale, exponent = model_term(experts)
     return scale * active**exponent + data_term(tokens, experts) + C
 

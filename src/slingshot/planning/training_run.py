@@ -66,7 +66,8 @@ def training_rate(hire: Hire, parts: Mapping[str, float], asked: TrainingRequest
 
 
 def forward_and_backward(config: ModelConfig, length: int, tokens: float) -> dict[str, float]:
-    """FLOPs of both passes of the main model over `tokens` tokens in documents of this length, by part of the network."""
+    """FLOPs of both passes of the main model over `tokens` tokens in documents of this length, by part of the
+    network."""
     return {part: 3 * flops * tokens / length for part, flops in forward_parts(config, [length]).items()}
 
 
@@ -113,9 +114,9 @@ class TrainingRun:
         fewest = min(layout.dp for layout in options)
         if fewest > self.sequences:
             raise SlingshotError(
-                f"a batch of {self.batch_tokens:g} tokens has {self.sequences:g} sequences of {self.context}, fewer than "
-                f"{fewest} data-parallel ranks; the nearest valid batch is {fewest * self.context}, in a run of at least "
-                "as many tokens"
+                f"a batch of {self.batch_tokens:g} tokens has {self.sequences:g} sequences of {self.context}, fewer "
+                f"than {fewest} data-parallel ranks; the nearest valid batch is {fewest * self.context}, in a run of "
+                "at least as many tokens"
             )
         needs = [(layout, self.memory(layout)) for layout in options if layout.dp <= self.sequences]
         fitting = [(layout, memory) for layout, memory in needs if memory.total <= self.hire.usable]
@@ -125,7 +126,8 @@ class TrainingRun:
         return min(fitting, key=lambda pair: (pair[0].zero > 0 and pair[0].dp == 1, self._seconds(*pair)))[0]
 
     def _seconds(self, layout: Layout, memory: Memory) -> float:
-        """Of an optimizer step, to compare layouts: what takes longest, with recomputation and bubble; then less network."""
+        """Of an optimizer step, to compare layouts: what takes longest, with recomputation and bubble; then less
+        network."""
         again = {"none": 1.0, "selective": 1.05, "full": 4 / 3}[layout.recompute]
         compute = again * self.compute_seconds * (1 + (layout.pp - 1) / self.microbatches(layout))
         times = self.times(layout, memory)
@@ -134,8 +136,8 @@ class TrainingRun:
     def times(self, layout: Layout, memory: Memory) -> ResourceTimes:
         """Seconds of an optimizer step on one device, each resource alone.
 
-        Memory traffic: a microbatch reads the weights forward and for both gradients and reads and writes the gradients and
-        what is kept for the backward pass; the optimizer reads and writes its state once.
+        Memory traffic: a microbatch reads the weights forward and for both gradients and reads and writes the gradients
+        and what is kept for the backward pass; the optimizer reads and writes its state once.
         """
         precision, microbatches = self.hire.precision, self.microbatches(layout)
         kept = memory.activations / min(layout.pp, microbatches)
@@ -158,7 +160,8 @@ class TrainingRun:
         return None
 
     def nearest_fit(self) -> NearestFit | None:
-        """Another layout on as many devices, else more of them, else another device; None where the table has nothing."""
+        """Another layout on as many devices, else more of them, else another device; None where the table has
+        nothing."""
         for other in and_others(self.hire.device):
             if self.hire.precision.dtype in other.peak:
                 for count in (self.hire.count * 2**power for power in range(13 if other.network else 1)):

@@ -319,7 +319,7 @@ def test_longer_responses_never_cost_less(group: int, response: float) -> None:
     [
         (pretrain, {"count": 0}, "the nearest is 1"), (pretrain, {"count": 10**8}, "the largest count a plan takes"),
         (pretrain, {"tokens": -1.0}, "did you mean 1.0?"), (pretrain, {"tokens": 0.0}, "must be more than 0"),
-        (pretrain, {"tokens": float("nan")}, "must be a number"), (pretrain, {"price": -1.0}, "did you mean 1.0?"),
+        (pretrain, {"tokens": float("nan")}, "no number"), (pretrain, {"price": -1.0}, "did you mean 1.0?"),
         (pretrain, {"mfu": 1.5}, "a share lies between 0 and 1"),
         (pretrain, {"mfu": 0.4, "tflops": 300.0}, "give one of them"),
         (pretrain, {"tflops": 5000.0}, "the nearest valid value is 989.4"),

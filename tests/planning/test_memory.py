@@ -17,8 +17,8 @@ from slingshot.planning.model_copy import ModelCopy
 
 MOE = ModelConfig(
     family="deepseek_v3", vocab_size=64, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-    num_attention_heads=4, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, moe_intermediate_size=96,
-    n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1, num_nextn_predict_layers=1,
+    num_attention_heads=4, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
+    moe_intermediate_size=96, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1, num_nextn_predict_layers=1,
 )  # fmt: skip
 DENSE = ModelConfig(
     family="dense", vocab_size=64, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,

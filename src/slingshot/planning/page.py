@@ -213,8 +213,8 @@ def _alternatives(plan: Plan) -> list[Section]:
         outside = f" This lies outside the range of its fit: {'; '.join(dense.outside)}." if dense.outside else ""
         note = (
             f"A dense model would need {show_count(dense.parameters)} parameters for the same loss after the same "
-            f"tokens: {dense.ratio:.3g} times the FLOPs and, at the same MFU, {_hours(plan.dense_device_hours)} {_hours_of(plan)}. "
-            f"Rule: {dense.rule}.{outside}"
+            f"tokens: {dense.ratio:.3g} times the FLOPs and, at the same MFU, {_hours(plan.dense_device_hours)} "
+            f"{_hours_of(plan)}. Rule: {dense.rule}.{outside}"
         )
         found.append(Section("Against a dense model of equal loss", note))
     serving = isinstance(plan, ServePlan)
@@ -263,8 +263,8 @@ def _serving(plan: ServePlan) -> list[Section]:
         possible = "yes" if point.fits and point.within_latency else "too late" if point.fits else "no room"
         rows.append((
             f"{point.batch:,}", f"{point.tokens_per_second_per_device:,.0f}",
-            f"{point.tokens_per_second_per_user:,.3g}", f"{point.bound_tokens_per_second_per_device:,.0f}", show_size(point.bytes_per_token),
-            point.dominant.split()[0], possible,
+            f"{point.tokens_per_second_per_user:,.3g}", f"{point.bound_tokens_per_second_per_device:,.0f}",
+            show_size(point.bytes_per_token), point.dominant.split()[0], possible,
         ))  # fmt: skip
     rates = [point.tokens_per_second_per_device for point in plan.curve]
     chosen = next(index for index, point in enumerate(plan.curve) if point.batch == plan.batch)

@@ -242,8 +242,8 @@ def plan_distill(asked: DistillRequest) -> DistillPlan:
         ),
         assumptions=[
             rate.note,
-            f"{asked.accepted:.3g} of the teacher's responses are kept; {response:g} tokens each, prompts of {prompt:g}; "
-            "verification left out",
+            f"{asked.accepted:.3g} of the teacher's responses are kept; {response:g} tokens each, prompts of "
+            f"{prompt:g}; verification left out",
             f"{_copies(hire.count // copy.devices, asked.devices_per_copy, 'teacher', copy)} in {of_teacher.dtype}, "
             f"decoding at {asked.efficiency:.0%} {DECODING}, always at full batch",
             f"prompts read at {show_share(ASSUMED_MFU[of_teacher.dtype])} of the peak of their products",

@@ -342,7 +342,7 @@ def test_places_that_cannot_be_written_are_named(refused: Callable[..., str], mi
     assert f"cannot write {tmp_path / 'file'}" in refused(
         "pretrain", "--config", config, "steps=1", "--out", tmp_path / "file" / "out"
     )
-    assert f"{micro / 'base'} exists already; name another folder with --out" in refused(
+    assert f"{micro / 'base'} exists already; remove it or choose another --out" in refused(
         "pretrain", "--config", config, "--out", micro / "base"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -258,7 +258,7 @@ def test_convert_there_and_back(command: Command, checkpoint: Path, tmp_path: Pa
         (["x.gguf", "--dtype", "fp8"], "--dtype fp8: a GGUF file here is one of float32, float16, bfloat16, q8_0"),
         (["x", "--max-shard-size", "big"], "convert.max_shard_size: could not parse value"),
         (["x", "--max-shard-size", "0"], "convert.max_shard_size: Input should be greater than 0"),
-        (["pyproject.toml"], "pyproject.toml exists already; name another folder with --out"),
+        (["pyproject.toml"], "pyproject.toml exists already; remove it or choose another --out"),
     ],
 )
 def test_a_conversion_that_cannot_be_is_one_line(

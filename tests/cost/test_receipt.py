@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -103,13 +102,8 @@ def test_digest_is_answered_by_the_receipt(tmp_path: Path, clock: Clock) -> None
     before = artifact_digest(out)
     Meter().receipt("sft", "out", {}, [], out, MACHINE).write(out)
     assert artifact_digest(out) == before
-    os.utime(out / "model", (0, 0))
-    (out / "model").chmod(0)
+    (out / "model").unlink()
     assert artifact_digest(out) == before  # gigabytes are not read twice
-    (out / "model").chmod(0o644)
-    (out / "model").write_text("edited by hand")
-    os.utime(out / "receipt.json", (0, 0))
-    assert artifact_digest(out) != before
 
 
 def test_what_is_missing_or_broken_is_named(tmp_path: Path) -> None:

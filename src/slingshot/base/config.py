@@ -35,10 +35,9 @@ class Strict(BaseModel):
     def _complete(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        _check_finite(values)
         complete = {}
         for key, value in values.items():
-            if isinstance(value, dict | list):
-                _check_finite(value, key)
             if cls._is_old(key, value):
                 raise SlingshotError(f"{key}: this key is now {cls.moved[key]}")
             default = cls.model_fields[key].default if key in cls.model_fields else None
@@ -48,16 +47,10 @@ class Strict(BaseModel):
         return complete
 
     @classmethod
-    def is_free(cls, path: str) -> bool:
-        """Whether a dotted path leads into a free table (`params`, `styles`), where the user and not the version of
-        slingshot decides which keys there are."""
-        owner: type[Strict] = cls
-        for table in path.split(".")[:-1]:
-            nested = _nested(owner, [table])
-            if table not in owner.model_fields or nested is owner:
-                return True
-            owner = nested
-        return False
+    def knows(cls, path: str) -> bool:
+        """Whether a dotted path names a field of this config or of its tables, not a key of a free table within them."""
+        *tables, key = path.split(".")
+        return key in _nested(cls, tables).model_fields
 
     @classmethod
     def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -99,12 +92,12 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text[:200])
 
 
-def _check_finite(value: Any, key: str) -> None:
-    """Refuse NaN and infinities in tables of free keys, which have no types to refuse them."""
+def _check_finite(value: Any) -> None:
+    """Refuse NaN and infinities at any depth, also in tables of free keys, which have no types to refuse them."""
     if isinstance(value, float) and not math.isfinite(value):
-        raise SlingshotError(f"{key}: {value} is no number to compute with")
+        raise ValueError(f"{value} is no number to compute with")
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
-        _check_finite(part, key)
+        _check_finite(part)
 
 
 def _nested(model: type[Strict], location: Sequence[int | str]) -> type[Strict]:

@@ -228,26 +228,23 @@ class Meter:
 def artifact_digest(path: Path) -> str:
     """A short name of an artifact's content: 16 hex digits of a SHA-256 over its files' names and bytes.
 
-    A folder with a receipt answers from it, unless a file of it was written since. Receipts, metrics, TensorBoard's
-    event files and hidden files do not count: they hold clocks, and the same stage run twice is the same artifact.
-    SlingshotError when there is nothing at `path`.
+    A folder with a receipt answers from it. Receipts, metrics, TensorBoard's event files and hidden files do not count:
+    they hold clocks, and the same stage run twice is the same artifact. SlingshotError when there is nothing at `path`.
     """
+    if (path / RECEIPT).is_file():
+        return Receipt.read(path).digest
     if not path.exists():
         raise SlingshotError(f"{path} does not exist; a stage was to read it")
-    files = {path: Path(path.name)}
-    if path.is_dir():
-        files = {file: file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()}
-    clocks = {RECEIPT, "metrics.jsonl"}
-    files = {
-        file: name
-        for file, name in files.items()
-        if name.name not in clocks and "tfevents" not in name.name and not any(p.startswith(".") for p in name.parts)
-    }
-    receipt = path / RECEIPT
-    if receipt.is_file() and all(file.stat().st_mtime <= receipt.stat().st_mtime for file in files):
-        return Receipt.read(path).digest
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     total = hashlib.sha256()
-    for file, relative in files.items():
+    for file in files:
+        relative = file.relative_to(path) if path.is_dir() else Path(file.name)
+        if (
+            relative.name in {RECEIPT, "metrics.jsonl"}
+            or "tfevents" in relative.name
+            or any(part.startswith(".") for part in relative.parts)
+        ):
+            continue
         try:
             with file.open("rb") as content:
                 total.update(relative.as_posix().encode() + b"\0" + hashlib.file_digest(content, "sha256").digest())

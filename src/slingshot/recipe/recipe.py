@@ -459,7 +459,7 @@ def _differences(stage: Stage, old: dict[str, Any], new: dict[str, Any]) -> list
         for key in {**before, **after}
         if before.get(key) != after.get(key)
         and key not in skipped
-        and ((key in before and key in after) or config.is_free(key))
+        and ((key in before and key in after) or not config.knows(key))
     ]
     return [f"{key} {_brief(before.get(key))} -> {_brief(after.get(key))}" for key in keys]
 

@@ -31,7 +31,6 @@ from slingshot.checkpoint.safetensors import write_shards
 from slingshot.quantization.formats import SCALE
 from slingshot.quantization.fp8 import quantize
 from slingshot.training.checkpointer import Workspace
-from slingshot.training.identity import inputs
 from slingshot.training.parallel import Parallel
 
 kind = "convert"
@@ -49,9 +48,8 @@ class ConvertConfig(StageConfig):
 def run(config: ConvertConfig, out: Path) -> None:
     """Write the model and tokenizer of `config.source` to `out` as a checkpoint."""
     parallel = Parallel.start(config.threads)
-    parents = inputs(config)
-    source = parents[config.source]
-    work = Workspace(out, kind, config, parents, parallel)
+    source = locate(config.source)
+    work = Workspace(out, kind, config, [source], parallel)
     weights = open_weights(source)
     try:
         tokenizer = load_tokenizer(source)

@@ -19,6 +19,7 @@ from torch import Tensor
 from slingshot.base.config import StageConfig
 from slingshot.base.files import write_json
 from slingshot.base.progress import Progress
+from slingshot.checkpoint.hub import locate
 from slingshot.cost.flops import generation_flops
 from slingshot.engine.engine import Engine
 from slingshot.machine.precision import Dtype, compute_dtype, peak
@@ -28,7 +29,6 @@ from slingshot.tasks.loader import TaskConfig, load_task
 from slingshot.tasks.mixture import Item, distinct
 from slingshot.tasks.task import Task
 from slingshot.training.checkpointer import Workspace
-from slingshot.training.identity import inputs
 from slingshot.training.parallel import Parallel
 
 kind = "evaluate"
@@ -64,9 +64,8 @@ class EvaluateConfig(StageConfig):
 def run(config: EvaluateConfig, out: Path) -> None:
     """Evaluate `config.model` and write evaluation.json to `out`; resumes from `out.partial`."""
     parallel = Parallel.start(config.threads)
-    parents = inputs(config)
-    source = parents[config.model]
-    work = Workspace(out, kind, config, parents, parallel, config.save_seconds, peak(config.dtype))
+    source = locate(config.model)
+    work = Workspace(out, kind, config, [source], parallel, config.save_seconds, peak(config.dtype))
     engine = Engine.load(source, dtype=compute_dtype(config.dtype), device=parallel.device)
     params = config.sampling.params(config.samples, config.seed)
     jobs = []

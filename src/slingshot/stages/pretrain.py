@@ -37,7 +37,6 @@ from slingshot.text.pretokenizers import SPLIT_OF_MODEL_TYPE
 from slingshot.text.response import encode_responses
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.checkpointer import Workspace, restore, training_state
-from slingshot.training.identity import inputs
 from slingshot.training.language_model import LanguageModelLoss, Rows, evaluate_loss, language_model_step
 from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule, update_router_biases
 from slingshot.training.parallel import Parallel, gathered
@@ -96,7 +95,15 @@ class PretrainConfig(StageConfig):
 def run(config: PretrainConfig, out: Path) -> None:
     """Train from scratch and write a checkpoint to `out`; resumes from `out.partial`."""
     parallel = Parallel.start(config.threads)
-    work = Workspace(out, kind, config, inputs(config), parallel, config.save_seconds, peak(config.dtype))
+    work = Workspace(
+        out,
+        kind,
+        config,
+        [locate(config.tokenizer)] if config.tokenizer else [],
+        parallel,
+        config.save_seconds,
+        peak(config.dtype),
+    )
     tokenizer, tokens_NT, segments_NT, heldout = prepare(config)
 
     model_config = ModelConfig.parse({**config.model, "vocab_size": tokenizer.vocab_size}, "model")

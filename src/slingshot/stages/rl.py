@@ -21,6 +21,7 @@ from torch import Tensor
 
 from slingshot.base.config import StageConfig, Strict
 from slingshot.base.progress import Progress
+from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.load_save import load_model, load_tokenizer, save_checkpoint
 from slingshot.cost.flops import forward_flops, generation_flops, training_parts
 from slingshot.data.packing import pack_examples
@@ -32,7 +33,6 @@ from slingshot.rollout.sampling import MOVED_TO_SAMPLING, SamplingConfig
 from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import TaskMix
 from slingshot.training.checkpointer import Workspace, restore, training_state
-from slingshot.training.identity import inputs
 from slingshot.training.language_model import Rows, add_loads, busiest
 from slingshot.training.objectives import group_advantages
 from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule, update_router_biases
@@ -86,9 +86,8 @@ class RLConfig(StageConfig):
 def run(config: RLConfig, out: Path) -> None:
     """Train `config.model` by GRPO and write a checkpoint to `out`; resumes from `out.partial`."""
     parallel = Parallel.start(config.threads)
-    parents = inputs(config)
-    source = parents[config.model]
-    work = Workspace(out, kind, config, parents, parallel, config.save_seconds, peak(config.dtype))
+    source = locate(config.model)
+    work = Workspace(out, kind, config, [source], parallel, config.save_seconds, peak(config.dtype))
     tasks = TaskMix(config.tasks, "train", f"rl/{config.seed}")
     model, tokenizer = load_model(source, device=parallel.device), load_tokenizer(source)
     reference = load_model(source, device=parallel.device, shard=parallel.shard) if config.loss.kl else None

@@ -18,6 +18,7 @@ from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import write_jsonl
 from slingshot.base.progress import Progress
+from slingshot.checkpoint.hub import locate
 from slingshot.cost.flops import generation_flops
 from slingshot.engine.engine import Engine
 from slingshot.machine.precision import Dtype, compute_dtype, peak
@@ -27,7 +28,6 @@ from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import Item, TaskMix
 from slingshot.tasks.task import Problem, Task
 from slingshot.training.checkpointer import Workspace
-from slingshot.training.identity import inputs
 from slingshot.training.parallel import Parallel
 
 kind = "sample"
@@ -54,9 +54,8 @@ class SampleConfig(StageConfig):
 def run(config: SampleConfig, out: Path) -> None:
     """Sample from `config.model` and write a dataset to `out`; resumes from `out.partial`."""
     parallel = Parallel.start(config.threads)
-    parents = inputs(config)
-    source = parents[config.model]
-    work = Workspace(out, kind, config, parents, parallel, config.save_seconds, peak(config.dtype))
+    source = locate(config.model)
+    work = Workspace(out, kind, config, [source], parallel, config.save_seconds, peak(config.dtype))
     engine = Engine.load(source, dtype=compute_dtype(config.dtype), device=parallel.device)
     items = _items(config)
     params = config.sampling.params(config.samples, config.seed)

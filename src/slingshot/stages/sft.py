@@ -19,6 +19,7 @@ from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_jsonl
 from slingshot.base.progress import Progress
+from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.load_save import load_model, load_tokenizer, save_checkpoint
 from slingshot.cost.flops import training_parts
 from slingshot.data.packing import pack_examples
@@ -31,7 +32,6 @@ from slingshot.text.reasoning import ends_in_reasoning
 from slingshot.text.response import encode_responses
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.checkpointer import Workspace, restore, training_state
-from slingshot.training.identity import inputs
 from slingshot.training.language_model import LanguageModelLoss, Rows, language_model_step
 from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule
 from slingshot.training.parallel import Parallel, gathered
@@ -69,8 +69,8 @@ class SFTConfig(StageConfig):
 def run(config: SFTConfig, out: Path) -> None:
     """Fine-tune `config.model` and write a checkpoint to `out`; resumes from `out.partial`."""
     parallel = Parallel.start(config.threads)
-    parents = inputs(config)
-    source = parents[config.model]
+    source = locate(config.model)
+    parents = [source, *map(Path, config.data)]
     work = Workspace(out, kind, config, parents, parallel, config.save_seconds, peak(config.dtype))
     model, tokenizer = load_model(source, device=parallel.device, shard=parallel.shard), load_tokenizer(source)
     examples = _examples(config, tokenizer)

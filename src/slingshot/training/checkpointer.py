@@ -4,7 +4,7 @@ A stage that writes to `out` works in `out.partial/`: `state-STEP/` (safetensors
 step). A stage killed at any moment is run again with the same configuration and goes on from the last state; metrics written after
 that state are dropped and written anew, so what is logged ends the same as without the interruption, clocks excepted.
 
-    work = Workspace(out, "sft", config, parents=inputs(config), parallel=parallel)
+    work = Workspace(out, "sft", config, parents=[model_path], parallel=parallel)
     saved = work.load()                                        # None at the start
     for step in range(saved.step if saved else 0, steps):
         ...
@@ -19,10 +19,9 @@ import json
 import math
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,10 @@ from torch import Tensor
 
 from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import lock, new_folder, put_aside, read_json, read_text, unlock, write_json, write_text
+from slingshot.base.files import digest, new_folder, read_json, read_text, write_json, write_text
 from slingshot.cost.receipt import Meter, artifact_digest
 from slingshot.machine.device import describe_machine
 from slingshot.model.transformer import Transformer
-from slingshot.training.identity import Identity
 from slingshot.training.optimizer import Optimizer
 from slingshot.training.parallel import Parallel, gathered, load_gathered
 
@@ -71,13 +69,11 @@ class Workspace:
         out: Path,
         kind: str,
         config: StageConfig,
-        parents: Mapping[str, Path],
+        parents: list[Path],
         parallel: Parallel,
         save_seconds: float = 60.0,
         peak: float | None = None,
     ) -> None:
-        if out.exists():
-            raise SlingshotError(f"{out} exists already; name another folder with --out, one that is not there yet")
         self.out, self.kind, self.config, self.parents, self.parallel, self.peak = (
             out,
             kind,
@@ -91,22 +87,19 @@ class Workspace:
         self._save_seconds, self._saved_at, self._interrupted = save_seconds, time.monotonic(), False
         self._step_at = time.perf_counter()
         self._board: Any = None
-        digests = {name: artifact_digest(path) for name, path in parents.items()}
-        identity = Identity(kind, config.model_dump(mode="json"), digests)
+        if out.exists():
+            raise SlingshotError(f"{out} exists already; remove it or choose another --out")
+        identity = {
+            "kind": kind,
+            "config": config.model_dump(mode="json"),
+            "parents": [artifact_digest(parent) for parent in parents],
+        }
         if parallel.is_first:
             mark = self.folder / "identity.json"
-            held = lock(self.folder)
-            if not mark.exists():  # half removed: states without the mark of what they are of are not trusted
-                for path in self.folder.glob("[!.]*"):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            elif reasons := _differences(mark, identity, type(config)):
-                kept = put_aside(self.folder)
-                print(f"{out.name}: what was begun is another stage ({reasons}); kept in {kept}", file=sys.stderr)
-                unlock(held)
-                held = lock(self.folder)
-            self._lock = held
-            if not mark.exists():
-                write_json(mark, asdict(identity))
+            if not mark.exists() or read_json(mark) != digest(identity):
+                if self.folder.exists():  # of another configuration, or such a one half removed
+                    shutil.rmtree(self.folder)
+                write_json(mark, digest(identity))
             for unfinished in self.folder.glob(".*.tmp"):
                 shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
         parallel.barrier()
@@ -229,7 +222,7 @@ class Workspace:
                     self.kind,
                     self.out.name,
                     self.config.model_dump(mode="json"),
-                    self.parents.values(),
+                    self.parents,
                     folder,
                     describe_machine(),
                     None if self.peak is None else self.peak * self.parallel.world,
@@ -239,16 +232,7 @@ class Workspace:
                 )
                 receipt.write(folder)
             shutil.rmtree(self.folder, ignore_errors=True)
-            unlock(self._lock)
         self.parallel.barrier()
-
-
-def _differences(mark: Path, identity: Identity, config: type[StageConfig]) -> str:
-    """Why what was begun under `mark` is not what `identity` asks for; empty when it is."""
-    begun = read_json(mark)
-    if not isinstance(begun, dict):
-        return "of an earlier version"
-    return ", ".join(identity.differences(Identity(**begun), config))
 
 
 def training_state(model: Transformer, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

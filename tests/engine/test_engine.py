@@ -12,9 +12,9 @@ from slingshot.checkpoint.load_save import save_checkpoint
 from slingshot.engine import engine as engine_module
 from slingshot.engine.batch import Batch
 from slingshot.engine.engine import Engine
+from slingshot.engine.kv_cache import KVCache
 from slingshot.engine.sampling import SamplingParams
 from slingshot.engine.sequence import StopWatch
-from slingshot.model.cache import Cache
 
 
 def prompts_of(*lengths, seed=0):
@@ -40,10 +40,10 @@ def test_cached_logits_equal_full_forward_logits(model):
     tokens_BT = torch.tensor(prompts_of(12, 12))
     with torch.no_grad():
         full_BTV = model(tokens_BT).logits_BTV
-        cache = Cache(model.config, slots=3, length=16, dtype=torch.float32)
+        cache = KVCache(model.config, slots=3, length=16, dtype=torch.float32)
         positions_BT = torch.arange(12).expand(2, 12)
         cached = [
-            model(tokens_BT[:, start:end], positions_BT[:, start:end], cache=cache.view(1, 2, extent)).logits_BTV
+            model(tokens_BT[:, start:end], context=cache.context(1, positions_BT[:, start:end], extent)).logits_BTV
             for start, end, extent in ((0, 5, 5), (5, 9, 12), (9, 10, 16), (10, 11, 11), (11, 12, 12))
         ]
     torch.testing.assert_close(torch.cat(cached, dim=1), full_BTV, atol=1e-5 * full_BTV.std().item(), rtol=1e-4)
@@ -461,12 +461,38 @@ def test_update_weights_reaches_copies_and_is_refused_in_flight(model, tokenizer
 
 def test_a_copy_in_bfloat16_keeps_float32_router_biases_and_leaves_the_model_alone(model, tokenizer):
     engine = Engine(model, tokenizer, dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in engine.model.parameters()} == {torch.bfloat16}
+    assert {name for name, p in engine.model.named_parameters() if p.dtype != torch.bfloat16} == {
+        name for name, _ in model.named_parameters() if name.endswith("gate.weight")
+    }
     assert {buffer.dtype for buffer in engine.model.buffers()} <= {torch.float32}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert {layer.dtype for layer in engine._batch.cache.data} == {torch.bfloat16}
     (output,) = engine.generate(prompts_of(9), SamplingParams(max_tokens=8, n=2))
     assert all(-20 < logprob <= 0 for completion in output.outputs for logprob in completion.logprobs)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_sampler_and_trainer_route_alike_in_bfloat16(make_model, deepseek, tokenizer, tmp_path, loaded):
+    """The trainer's float32 masters computing in bfloat16, and the engine's bfloat16 weights, copied or loaded: one choice of experts."""
+    trainer = make_model(deepseek(vocab_size=tokenizer.vocab_size))
+    trainer.compute_dtype = torch.bfloat16
+    save_checkpoint(tmp_path, trainer, tokenizer)
+    if loaded:
+        engine = Engine.load(tmp_path, dtype="bfloat16", device="cpu")
+    else:
+        engine = Engine(trainer, tokenizer, dtype=torch.bfloat16)
+    tokens_BT, results = torch.tensor(prompts_of(*[60] * 30)), []
+    for network in (trainer, engine.model):
+        chosen = []
+        for layer in network.moe_layers():
+            layer.gate.register_forward_hook(lambda _, __, routing, chosen=chosen: chosen.append(routing.experts_Nk))
+        with torch.no_grad():
+            logits_BTV = network(tokens_BT).logits_BTV
+        results.append((torch.stack(chosen), logits_BTV))
+    (ours_LNk, ours_BTV), (theirs_LNk, theirs_BTV) = results
+    assert torch.equal(ours_LNk, theirs_LNk) and torch.equal(ours_BTV, theirs_BTV)
+    rounded = engine.model.moe_layers()[0].gate.weight.bfloat16().float()
+    assert not torch.equal(rounded, engine.model.moe_layers()[0].gate.weight)
 
 
 def test_load_reads_a_checkpoint(model, tokenizer, tmp_path):

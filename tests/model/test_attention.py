@@ -1,4 +1,4 @@
-"""Attention: norms, both ways of computing softmax, and the cache: absorbed MLA and cached GQA equal the full forward pass."""
+"""Attention through each context: packed rows, the engine's cache, and one of the tests' own over flat tokens. All give the same."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slingshot.model.attention import MLA, Context, RMSNorm, attend
-from slingshot.model.cache import Cache
+from slingshot.engine.kv_cache import KVCache
+from slingshot.kernels.attention import attention_reference
+from slingshot.model.attention import MLA
 from slingshot.model.config import ModelConfig
-from slingshot.model.rope import rotary
+from slingshot.model.context import Context, PackedContext
 from slingshot.model.transformer import Transformer
 
 TIME = 12
@@ -54,11 +55,11 @@ def tokens(rows: int, time: int = TIME) -> Tensor:
 def in_pieces(model: Transformer, tokens_BT: Tensor, cuts: Iterable[int]) -> Tensor:
     """Logits of a sequence that comes in pieces, in slots 1 and 2 of four."""
     rows, time = tokens_BT.shape
-    cache = Cache(model.config, slots=4, length=time + 3, dtype=torch.float32)
+    cache = KVCache(model.config, slots=4, length=time + 3, dtype=torch.float32)
     positions = torch.arange(time).expand(rows, time)
     pieces = [slice(a, b) for a, b in pairwise([0, *sorted(cuts), time])]
     parts = [
-        model(tokens_BT[:, p], positions[:, p], cache=cache.view(1, rows, extent=p.stop)).logits_BTV for p in pieces
+        model(tokens_BT[:, p], context=cache.context(1, positions[:, p], extent=p.stop)).logits_BTV for p in pieces
     ]
     return torch.cat(parts, dim=1)
 
@@ -69,25 +70,30 @@ def deviation(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.std())
 
 
-def test_rms_norm_by_hand() -> None:
-    norm = RMSNorm(2, eps=0.5)
-    with torch.no_grad():
-        norm.weight.copy_(torch.tensor([1.0, 10.0]))
-    # mean square of (1, 3) is 5; sqrt(5.5) = 2.345208
-    assert torch.allclose(norm(torch.tensor([1.0, 3.0])), torch.tensor([1 / 2.345208, 30 / 2.345208]))
+class FlatContext(Context):
+    """Tokens of several sequences one after the other, in any order, keys kept by layer and sequence: by the definition of attention."""
+
+    def __init__(self, config: ModelConfig, rows_N: Tensor, positions_N: Tensor, absorb: bool) -> None:
+        super().__init__(config, positions_N)
+        self.absorb, self.rows_N, self.positions_N = absorb, rows_N, positions_N
+
+    def attend(self, layer: int, q_XHW: Tensor, k_XGW: Tensor, v_XGV: Tensor | int, scale: float) -> Tensor:
+        v = k_XGW[..., :v_XGV] if isinstance(v_XGV, int) else v_XGV
+        same = self.rows_N[:, None] == self.rows_N
+        mask_1NN = (same & (self.positions_N[:, None] >= self.positions_N))[None]
+        return attention_reference(q_XHW[None], k_XGW[None], v[None], mask_1NN, scale)[0]
 
 
-@pytest.mark.parametrize("value_width", [3, 8, 11])
-@pytest.mark.parametrize("time", [7, 257])
-def test_both_kernels_are_softmax_attention(time: int, value_width: int) -> None:
-    """Against the definition, with a mask (plain products up to 256 tokens, the fused kernel beyond) and without (causal)."""
-    generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(1, 2, time, 8, generator=generator) for _ in range(2))
-    v = torch.randn(1, 2, time, value_width, generator=generator)
-    causal = torch.ones(time, time, dtype=torch.bool).tril()
-    expected = (q @ k.mT * 0.7).masked_fill(~causal, -torch.inf).softmax(-1) @ v
-    assert torch.allclose(attend(q, k, v, causal[None, None], 0.7), expected, atol=1e-5)
-    assert torch.allclose(attend(q, k, v, None, 0.7), expected, atol=1e-5)
+@torch.no_grad()
+@pytest.mark.parametrize("absorb", [False, True])
+def test_a_context_over_flat_tokens_serves_the_same_modules(model: Transformer, absorb: bool) -> None:
+    """Three rows' tokens shuffled into one line: logits are those of the packed rows."""
+    tokens_BT = tokens(3)
+    order = torch.randperm(3 * TIME, generator=torch.Generator().manual_seed(0))
+    rows, positions = (t.flatten()[order] for t in torch.meshgrid(torch.arange(3), torch.arange(TIME), indexing="ij"))
+    context = FlatContext(model.config, rows, positions, absorb)
+    found = model(tokens_BT.flatten()[order], context=context).logits_BTV
+    assert deviation(found, model(tokens_BT).logits_BTV.flatten(0, 1)[order]) < TOLERANCE
 
 
 @torch.no_grad()
@@ -137,13 +143,10 @@ def test_expanded_and_absorbed_attention_are_one(
             generator=generator,
         )
     x_BTD = torch.randn(2, time, config.hidden_size, generator=generator)
-    positions = torch.arange(time).expand(2, time)
-    view = Cache(config, slots=2, length=time, dtype=torch.float32).view(0, 2)
-    causal = torch.ones(time, time, dtype=torch.bool).tril().expand(2, 1, time, time)
-    expanded, absorbed = (
-        attention(x_BTD, Context(*rotary(config, positions), positions, mask, cache))
-        for mask, cache in ((None, None), (causal, view))
-    )
+    cache = KVCache(config, slots=2, length=time, dtype=torch.float32)
+    packed = PackedContext(config, x_BTD[..., 0], None)
+    cached = cache.context(0, torch.arange(time).expand(2, time))
+    expanded, absorbed = (attention(x_BTD, context) for context in (packed, cached))
     assert (expanded - absorbed).abs().max() < 5e-6 * max(1.0, float(expanded.abs().max()))
 
 
@@ -151,15 +154,15 @@ def test_expanded_and_absorbed_attention_are_one(
 def test_rows_of_different_lengths_decode_together(model: Transformer) -> None:
     """Right padding in a prefill is overwritten or masked, and so is whatever an earlier sequence left in the slot."""
     tokens_BT, lengths = tokens(2), torch.tensor([3, 8])
-    cache = Cache(model.config, slots=2, length=TIME, dtype=torch.float32)
+    cache = KVCache(model.config, slots=2, length=TIME, dtype=torch.float32)
     for layer in cache.data:
         layer.fill_(1e3)
     with torch.no_grad():
-        model(tokens_BT[:, :8], torch.arange(8).expand(2, 8), cache=cache.view(0, 2))
+        model(tokens_BT[:, :8], context=cache.context(0, torch.arange(8).expand(2, 8)))
         expected = model(tokens_BT).logits_BTV
         for step in range(4):
             positions_B1 = (lengths + step)[:, None]
-            logits = model(tokens_BT.gather(1, positions_B1), positions_B1, cache=cache.view(0, 2)).logits_BTV
+            logits = model(tokens_BT.gather(1, positions_B1), context=cache.context(0, positions_B1)).logits_BTV
             assert deviation(logits[:, 0], expected[torch.arange(2), lengths + step]) < TOLERANCE
 
 
@@ -182,7 +185,7 @@ def test_deepseek_v3_caches_70272_bytes_a_token() -> None:
         n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, n_group=8, topk_group=4, first_k_dense_replace=3,
         num_nextn_predict_layers=1,
     )  # fmt: skip
-    assert stored(Cache(config, slots=2, length=3, dtype=torch.bfloat16)) == 2 * 3 * 70272
+    assert stored(KVCache(config, slots=2, length=3, dtype=torch.bfloat16).data) == 2 * 3 * 70272
 
 
 @torch.no_grad()
@@ -192,25 +195,19 @@ def test_decoding_keeps_the_latent_and_the_rotated_key_and_nothing_else(
     """What is left of a sequence, in the cache or in the model: kv_lora_rank + qk_rope_head_dim numbers a token and layer, whatever the heads."""
     for heads in (1, 4):
         model = make_model(deepseek(num_attention_heads=heads))
-        cache = Cache(model.config, slots=2, length=5, dtype=torch.float32)
+        cache = KVCache(model.config, slots=2, length=5, dtype=torch.float32)
         before = stored(dict(model.named_modules()))
-        model(tokens(2, 5), torch.arange(5).expand(2, 5), cache=cache.view(0, 2))
+        model(tokens(2, 5), context=cache.context(0, torch.arange(5).expand(2, 5)))
         assert stored(dict(model.named_modules())) == before
-        assert stored(cache) == 2 * 5 * 3 * (12 + 6) * 4
+        assert stored(cache.data) == 2 * 5 * 3 * (12 + 6) * 4
         for layer_BSC in cache.data:
             assert layer_BSC.count_nonzero() == layer_BSC.numel()
 
 
-def test_cache_rows_copy_and_grow(dense: Callable[..., ModelConfig]) -> None:
-    config = dense()
-    cache = Cache(config, slots=3, length=4, dtype=torch.float32)
-    entries = torch.arange(2.0 * config.cache_width).view(1, 2, -1) + 1
-    seen = cache.view(1, 1, extent=3).update(0, entries, torch.tensor([[2, 0]]))
-    assert seen.shape == (1, 3, config.cache_width)
-    assert torch.equal(seen[0, [2, 0]], entries[0]) and seen[0, 1].count_nonzero() == 0
-    cache.copy(source=1, target=2, length=1)
-    assert torch.equal(cache.data[0][2, 0], entries[0, 1]) and cache.data[0][2, 1:].count_nonzero() == 0
-    before = cache.data[0].clone()
-    cache.grow(6)
-    assert cache.length == 6 and torch.equal(cache.data[0][:, :4], before) and cache.data[0][:, 4:].count_nonzero() == 0
-    assert len({layer.shape for layer in cache.data}) == 1
+def test_a_slot_is_copied_up_to_a_length(dense: Callable[..., ModelConfig]) -> None:
+    cache = KVCache(dense(), slots=3, length=4, dtype=torch.float32)
+    for layer in cache.data:
+        layer[1] = torch.randn(layer[1].shape, generator=torch.Generator().manual_seed(0))
+    cache.copy(source=1, target=2, length=3)
+    for layer in cache.data:
+        assert torch.equal(layer[2, :3], layer[1, :3]) and layer[2, 3:].count_nonzero() == 0

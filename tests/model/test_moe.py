@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slingshot.model.config import ModelConfig
+from slingshot.model.dispatch import LocalDispatcher, Routing
 from slingshot.model.moe import Gate, MoE, balance_loss, expert_load
 from slingshot.model.transformer import Transformer
 
@@ -145,6 +146,36 @@ def test_output_and_all_gradients_equal_a_loop_over_tokens(
         assert gradient.abs().max() > 1e-3
         assert (found[name] - gradient).abs().max() < 1e-5 * max(1.0, float(gradient.abs().max())), name
     assert found["experts.down_proj.weight"][5].count_nonzero() == 0
+
+
+class LoopDispatcher:
+    """Every expert over all tokens, weighted by a dense table of gate values."""
+
+    def __call__(self, x_ND: Tensor, routing: Routing, experts: Callable[[Tensor, list[int]], Tensor]) -> Tensor:
+        n_tokens, n_experts = routing.scores_NE.shape
+        gates_NE = torch.zeros_like(routing.scores_NE).scatter(1, routing.experts_Nk, routing.gates_Nk)
+        y_ND = torch.zeros_like(x_ND)
+        for expert in range(n_experts):
+            counts = [n_tokens if other == expert else 0 for other in range(n_experts)]
+            y_ND = y_ND + gates_NE[:, expert, None] * experts(x_ND, counts)
+        return y_ND
+
+
+@pytest.mark.parametrize("n_tokens", [1, 37, 1400])
+def test_experts_serve_any_dispatcher_alike(
+    make_model: Callable[..., Transformer], deepseek: Config, n_tokens: int
+) -> None:
+    """Output and every gradient, that of the gate values included, whoever brings rows to experts."""
+    moe = make_model(deepseek()).moe_layers()[0]
+    moe.gate.e_score_correction_bias[5] = -10.0  # an expert nobody chooses
+    x_ND = torch.randn(n_tokens, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    results = []
+    for dispatcher in (LocalDispatcher(), LoopDispatcher()):
+        moe.dispatcher = dispatcher
+        y_ND, _ = moe(x_ND)
+        results.append((y_ND, *torch.autograd.grad(y_ND.square().sum(), (x_ND, *moe.parameters()))))
+    for local, loop in zip(*results, strict=True):
+        torch.testing.assert_close(local, loop, atol=1e-5 * float(loop.detach().abs().max()), rtol=1e-4)
 
 
 def test_expert_load_by_hand() -> None:

@@ -25,7 +25,7 @@ from transformers.modeling_layers import MtpModel
 
 from slingshot.base.files import read_json, write_json
 from slingshot.checkpoint.load_save import save_checkpoint
-from slingshot.model.cache import Cache
+from slingshot.engine.kv_cache import KVCache
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.text.tokenizer import Tokenizer
@@ -193,11 +193,11 @@ def deviations(ours: Transformer, theirs: nn.Module, seed: int = 0) -> dict[str,
 def _cached(model: Transformer, tokens_BT: Tensor) -> Tensor:
     """Logits of a sequence that comes in three pieces: a long one, a short one, and one token at a time."""
     rows, time = tokens_BT.shape
-    cache, logits, start = Cache(model.config, slots=rows, length=time, dtype=torch.float32), [], 0
+    cache, logits, start = KVCache(model.config, slots=rows, length=time, dtype=torch.float32), [], 0
     for size in (time - 9, 6, 1, 1, 1):
         place = slice(start, start + size)
         positions = torch.arange(time)[place].expand(rows, -1)
-        logits.append(model(tokens_BT[:, place], positions, cache=cache.view(0, rows, extent=start + size)).logits_BTV)
+        logits.append(model(tokens_BT[:, place], context=cache.context(0, positions, extent=start + size)).logits_BTV)
         start += size
     return torch.cat(logits, dim=1)
 

@@ -84,7 +84,7 @@ MUTATIONS: dict[str, tuple[str, str, dict[str, str]]] = {
         "deepseek",
         "attention.MLA.forward",
         {
-            "k_BT1R = rotate(k_BTR.unsqueeze(2), context.cos_BTR, context.sin_BTR, interleaved=True)": "k_BT1R = k_BTR.unsqueeze(2)"
+            "k_X1R = rotate(k_XR.unsqueeze(-2), context.cos_XR, context.sin_XR, interleaved=True)": "k_X1R = k_XR.unsqueeze(-2)"
         },
     ),
     "rope_theta ignored": (
@@ -141,11 +141,11 @@ MUTATIONS: dict[str, tuple[str, str, dict[str, str]]] = {
         "attention.softmax_scale",
         {"config.qk_head_dim**-0.5": "config.qk_nope_head_dim**-0.5"},
     ),
-    "kv_a_layernorm skipped": ("deepseek", "attention.MLA.forward", {"self.kv_a_layernorm(latent_BTK)": "latent_BTK"}),
+    "kv_a_layernorm skipped": ("deepseek", "attention.MLA.forward", {"self.kv_a_layernorm(latent_XK)": "latent_XK"}),
     "q_a_layernorm skipped": (
         "deepseek",
         "attention.MLA.forward",
-        {"self.q_a_layernorm(self.q_a_proj(x_BTD))": "self.q_a_proj(x_BTD)"},
+        {"self.q_a_layernorm(self.q_a_proj(x_XD))": "self.q_a_proj(x_XD)"},
     ),
     "latent norms with rms_norm_eps": (
         "deepseek",
@@ -156,7 +156,7 @@ MUTATIONS: dict[str, tuple[str, str, dict[str, str]]] = {
         "deepseek",
         "attention.MLA.forward",
         {
-            "q_BTHN, q_BTHR = q": "q_BTHR, q_BTHN = q",
+            "q_XHN, q_XHR = q": "q_XHR, q_XHN = q",
             "[config.qk_nope_head_dim, config.qk_rope_head_dim]": "[config.qk_rope_head_dim, config.qk_nope_head_dim]",
         },
     ),
@@ -164,7 +164,7 @@ MUTATIONS: dict[str, tuple[str, str, dict[str, str]]] = {
         "deepseek",
         "attention.MLA.forward",
         {
-            "latent_BTK, k_BTR = self": "k_BTR, latent_BTK = self",
+            "latent_XK, k_XR = self": "k_XR, latent_XK = self",
             "[config.kv_lora_rank, config.qk_rope_head_dim]": "[config.qk_rope_head_dim, config.kv_lora_rank]",
         },
     ),
@@ -172,7 +172,7 @@ MUTATIONS: dict[str, tuple[str, str, dict[str, str]]] = {
         "deepseek",
         "attention.MLA._expanded",
         {
-            "k_BTHN, v_BTHV = kv": "v_BTHV, k_BTHN = kv",
+            "k_XHN, v_XHV = kv": "v_XHV, k_XHN = kv",
             "[config.qk_nope_head_dim, config.v_head_dim]": "[config.v_head_dim, config.qk_nope_head_dim]",
         },
     ),
@@ -180,59 +180,60 @@ MUTATIONS: dict[str, tuple[str, str, dict[str, str]]] = {
         "deepseek",
         "attention.MLA._absorbed",
         {
-            "key_HNK, value_HVK = w": "value_HVK, key_HNK = w",
-            "[config.qk_nope_head_dim, config.v_head_dim]": "[config.v_head_dim, config.qk_nope_head_dim]",
+            "keys, values = slice(0, self.config.qk_nope_head_dim), slice(self.config.qk_nope_head_dim, None)": (
+                "values, keys = slice(0, self.config.v_head_dim), slice(self.config.v_head_dim, None)"
+            )
         },
     ),
     "latent cached before its norm": (
         "deepseek",
         "attention.MLA.forward",
         {
-            "latent_BTK = self.kv_a": "raw_BTK = latent_BTK\n    latent_BTK = self.kv_a",
-            "self._absorbed(q_BTHN, q_BTHR, latent_BTK": "self._absorbed(q_BTHN, q_BTHR, raw_BTK",
+            "latent_XK = self.kv_a": "raw_XK = latent_XK\n    latent_XK = self.kv_a",
+            "self._absorbed(q_XHN, q_XHR, latent_XK": "self._absorbed(q_XHN, q_XHR, raw_XK",
         },
     ),
     "heads in another order, cached": (
         "qwen2",
-        "attention.GQA._cached",
+        "/engine.kv_cache.attend_folded",
         {
-            "q_BTHW.unflatten(2, (n_groups, -1)).transpose(1, 2)": "q_BTHW.unflatten(2, (-1, n_groups)).permute(0, 3, 1, 2, 4)"
+            "q_BTHW.unflatten(2, (groups, -1)).transpose(1, 2)": "q_BTHW.unflatten(2, (-1, groups)).permute(0, 3, 1, 2, 4)"
         },
     ),
     "KV heads tiled, not repeated": (
         "llama",
-        "attention.GQA.forward",
-        {"k.repeat_interleave(groups, dim=2)": "k.repeat(1, 1, groups, 1)"},
+        "context.PackedContext.attend",
+        {"t.repeat_interleave(groups, dim=2)": "t.repeat(1, 1, groups, 1)"},
     ),
     "attention bias dropped": (
         "qwen2",
-        "linear.Linear.forward",
-        {"None if self.bias is None else self.bias.to(x.dtype)": "None"},
+        "linear.Linear.product",
+        {"None if self.bias is None else self.bias.to(x_XD.dtype)": "None"},
     ),
-    "q and k norm dropped": ("qwen3", "attention.GQA.forward", {"if config.qk_norm:": "if False:"}),
+    "q and k norm dropped": ("qwen3", "attention.GQA.forward", {"if self.config.qk_norm:": "if False:"}),
     "q norm and k norm exchanged": (
         "qwen3",
         "attention.GQA.forward",
-        {"self.q_norm(q), self.k_norm(k)": "self.k_norm(q), self.q_norm(k)"},
+        {"self.q_norm(q_XHW), self.k_norm(k_XGW)": "self.k_norm(q_XHW), self.q_norm(k_XGW)"},
     ),
     "q norm after rotation": (
         "qwen3",
         "attention.GQA.forward",
         {
-            "q, k = self.q_norm(q), self": "k = self",
-            "interleaved=False)\n    k =": "interleaved=False)\n    q = self.q_norm(q)\n    k =",
+            "q_XHW, k_XGW = self.q_norm(q_XHW), self": "k_XGW = self",
+            "interleaved=False)\n    k_XGW =": "interleaved=False)\n    q_XHW = self.q_norm(q_XHW)\n    k_XGW =",
         },
     ),
-    "attention sees the future, in a segment": ("qwen3", "transformer._mask", {".tril()": ""}),
+    "attention sees the future, in a segment": ("qwen3", "context.causal_mask", {".tril()": ""}),
     "attention sees the future, in the cache": (
         "deepseek",
-        "transformer._mask",
+        "/engine.kv_cache.CachedContext.__init__",
         {"<= positions_BT": "<= 1 + positions_BT"},
     ),
     "every piece of a sequence at position 0": (
         "deepseek",
-        "transformer.Transformer.forward",
-        {"rotary(config, positions_BT)": "rotary(config, positions_BT - positions_BT[:, :1])"},
+        "context.Context.__init__",
+        {"rotary(config, positions_X)": "rotary(config, positions_X - positions_X[:, :1])"},
     ),
     "softmax scores": ("deepseek", "moe.Gate.forward", {".sigmoid()": ".softmax(-1)"}),
     "router bias leaks into gate values": (
@@ -282,11 +283,11 @@ MUTATIONS: dict[str, tuple[str, str, dict[str, str]]] = {
     ),
     "GELU": ("qwen3", "moe.MLP.forward", {"F.silu(": "F.gelu("}),
     "gates take no gradient": ("deepseek", "moe.Gate.forward", {"gates_Nk * config": "gates_Nk.detach() * config"}),
-    "another epsilon": ("deepseek", "attention.RMSNorm.forward", {"self.eps": "1e-3"}),
+    "another epsilon": ("deepseek", "norm.RMSNorm.forward", {"self.eps": "1e-3"}),
     "rms_norm_eps ignored": ("deepseek", "block.Block.__init__", {"config.rms_norm_eps": "1e-6"}),
     "norm gains ignored": (
         "deepseek",
-        "attention.RMSNorm.forward",
+        "norm.RMSNorm.forward",
         {"self.weight.to(x.dtype)": "torch.ones_like(self.weight)"},
     ),
     "input norm skipped": ("deepseek", "block.Block.forward", {"self.input_layernorm(x_BTD)": "x_BTD"}),
@@ -295,12 +296,12 @@ MUTATIONS: dict[str, tuple[str, str, dict[str, str]]] = {
     "tied head: not the embedding": (
         "deepseek, tied",
         "transformer.Transformer.lm_logits",
-        {"weight = self": "weight = 1.001 * self"},
+        {"head.product(hidden, detach_head)": "head.product(1.001 * hidden, detach_head)"},
     ),
     "tied head: no gradient to the embedding": (
         "deepseek, tied",
         "transformer.Transformer.lm_logits",
-        {"self.model.embed_tokens.weight if": "self.model.embed_tokens.weight.detach() if"},
+        {"head.product(hidden, detach_head)": "head.product(hidden, True)"},
     ),
     "MTP: hidden before embedding": (
         "deepseek",
@@ -350,9 +351,12 @@ def models(
 
 
 def mutate(patch: pytest.MonkeyPatch, where: str, edits: dict[str, str]) -> None:
-    """Replace a function by one whose source differs; `where` is MODULE.FUNCTION or MODULE.CLASS.METHOD, as others look it up."""
-    module, *path = where.split(".")
-    owner: Any = import_module(f"slingshot.model.{module}")
+    """Replace a function by one whose source differs; `where` is MODULE.FUNCTION or MODULE.CLASS.METHOD, as others look it up.
+
+    Modules are the model's; those of another room begin with /ROOM.
+    """
+    room, module, *path = (where[1:] if where.startswith("/") else f"model.{where}").split(".")
+    owner: Any = import_module(f"slingshot.{room}.{module}")
     for name in path[:-1]:
         owner = getattr(owner, name)
     function = getattr(owner, path[-1])

@@ -73,9 +73,9 @@ def kept_by_autograd(config: ModelConfig, tokens: int) -> int:
     [
         # silu's output, K and V repeated to all heads, one float32 a norm and head.
         (DENSE, False, 4 * 384 + 4 * 2 * 2 * 32 + 4 * (2 + 4)),
-        # silu's output, the product before the gate value, V and the output padded to the width of K; indices are
+        # silu's output, the experts' before its gate value, V and the output padded to the width of K; indices are
         # small.
-        (ALONE.model_copy(update={"n_group": 1}), True, 4 * 3 * 96 + 4 * 2 * 96 + 4 * 4 * (48 - 32) + 4 * 4 * 48),
+        (ALONE.model_copy(update={"n_group": 1}), True, 4 * 3 * 96 + 4 * 2 * 128 + 4 * 4 * (48 - 32) + 4 * 4 * 48),
     ],
 )
 def test_activations_are_autograd_s_but_for_what_fusion_saves(config: ModelConfig, moe: bool, unfused: int) -> None:

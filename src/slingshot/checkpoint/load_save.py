@@ -28,7 +28,7 @@ from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.layout import Spec, layout
 from slingshot.checkpoint.safetensors import DTYPES, Shards, fit, write_shards
 from slingshot.model.config import ModelConfig
-from slingshot.model.transformer import Transformer
+from slingshot.model.transformer import Transformer, local_part
 from slingshot.quantization.formats import FP8_BLOCK, SCALE
 from slingshot.quantization.fp8 import dequantize
 from slingshot.text.tokenizer import Tokenizer
@@ -91,7 +91,7 @@ class FolderWeights:
 
 def load_weights(model: Transformer, weights: StoredWeights) -> None:
     """Fill a model's parameters and router biases, piece by piece; of a sharded one (a DTensor) this rank's rows."""
-    state = {name: _local(tensor) for name, tensor in model.state_dict().items()}
+    state = {name: local_part(tensor) for name, tensor in model.state_dict().items()}
     for spec in layout(weights.config):
         if spec.copy_of is not None:
             continue
@@ -112,18 +112,6 @@ def read_into(target: Tensor, weights: StoredWeights, spec: Spec, first: int = 0
         if not torch.isfinite(piece).all():
             where, dtype = weights.where(spec.copy_of or spec.name), str(target.dtype).removeprefix("torch.")
             raise SlingshotError(f"{where}: {spec.name} holds NaN or infinite values in {dtype}")
-
-
-def _local(tensor: Tensor) -> tuple[Tensor, int]:
-    """This rank's part of a tensor, and the row of the whole at which it begins."""
-    if not hasattr(tensor, "to_local"):
-        return tensor, 0
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    assert isinstance(tensor, DTensor)
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tensor.to_local(), offset[0]
 
 
 def _place(name: str) -> tuple[str, tuple[int, ...]]:
@@ -149,19 +137,14 @@ def load_model(
     device: torch.device | str = "cpu",
     shard: Callable[[Transformer], None] | None = None,
 ) -> Transformer:
-    """Load a checkpoint folder or a .gguf file in `dtype`; router biases stay float32.
+    """Load a checkpoint folder or a .gguf file in `dtype`; routers stay float32.
 
     The model is made on the meta device and filled piece by piece. `shard` splits the still empty model over ranks
     (Parallel.shard): each then reads only the bytes it keeps. SlingshotError names the file and tensor that do not fit.
     """
     weights = open_weights(path)
-    with torch.device("meta"):
-        model = Transformer(weights.config.model_copy(update={"quantization": None}))
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    if shard is not None:
-        shard(model)
-    model.to_empty(device=device)
+    config = weights.config.model_copy(update={"quantization": None})
+    model = Transformer.empty(config, device, dtype, shard)
     load_weights(model, weights)
     return model
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slingshot.engine.kv_cache import KVCache
 from slingshot.engine.sequence import Sequence
-from slingshot.model.cache import Cache
 from slingshot.model.config import ModelConfig
 
 LENGTH_STEP = 64  # the cache grows by multiples of this many tokens
@@ -30,7 +30,7 @@ class Batch:
         self._max_batch = max_batch
         self._max_entries = cache_bytes // (config.cache_width * config.num_hidden_layers * dtype.itemsize)
         self.sequences: list[Sequence] = []
-        self.cache = Cache(config, 0, 0, dtype, device)
+        self.cache = KVCache(config, 0, 0, dtype, device)
         self.tokens_S = torch.zeros(max_batch, dtype=torch.long, device=device)
         self.positions_S = torch.zeros(max_batch, dtype=torch.long, device=device)
         self.streams_S = torch.zeros(max_batch, dtype=torch.long, device=device)
@@ -83,7 +83,7 @@ class Batch:
             old.data.clear()  # nothing to keep: its memory goes before its successor's comes
         doubled = min(self._max_batch, 1 << (rows - 1).bit_length())
         length = -(-length // LENGTH_STEP) * LENGTH_STEP
-        self.cache = Cache(
+        self.cache = KVCache(
             self._config, doubled if self.fits(doubled, length) else rows, length, self._dtype, self._device
         )
         if active:

@@ -316,8 +316,8 @@ class Engine:
         chunk = max(1, PREFILL_SCORES // max(1, rows * width * self.model.config.num_attention_heads))
         for start in range(0, width, chunk):
             end = min(start + chunk, width)
-            view = self._batch.cache.view(first_slot, rows, end)
-            self.model(tokens_BT[:, start:end], positions_BT[:, start:end], cache=view, logits=False)
+            context = self._batch.cache.context(first_slot, positions_BT[:, start:end], end)
+            self.model(tokens_BT[:, start:end], context=context, logits=False)
 
     def _decode(self) -> tuple[list[int], list[float]]:
         """Run every row's last token through the model and sample its next: -> ids, logprobs."""
@@ -328,10 +328,9 @@ class Engine:
         padded = (
             min(-(-rows // ROW_STEP) * ROW_STEP, batch.cache.slots) if rows > ROW_STEP else rows
         )  # free slots may hold anything
-        positions_P = batch.positions_S[:padded, None].clamp(max=extent - 1)
-        output = self.model(
-            batch.tokens_S[:padded, None], positions_P, cache=batch.cache.view(0, padded, extent), logits=False
-        )
+        positions_P1 = batch.positions_S[:padded, None].clamp(max=extent - 1)
+        context = batch.cache.context(0, positions_P1, extent)
+        output = self.model(batch.tokens_S[:padded, None], context=context, logits=False)
         logits_BV = self.model.lm_logits(output.hidden_BTD[:rows, -1])
         positions_B += 1
         uniform_B = uniform_noise(batch.streams_S[:rows], positions_B)
@@ -359,10 +358,8 @@ def _similar(prompts: list[list[int]]) -> Iterator[list[list[int]]]:
 
 
 def _copy_in(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """A copy of the model with its parameters in `dtype`. Buffers keep theirs: router biases are compared in float32."""
+    """A copy of the model with its parameters in `dtype`. Routers stay float32, as in the trainer: both choose alike."""
     own = copy.deepcopy(model)
     own.compute_dtype = None
-    for parameter in own.parameters():
-        parameter.requires_grad_(False)
-        parameter.data = parameter.data.to(dtype)
+    own.requires_grad_(False).cast(dtype)
     return own

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from slingshot.model.attention import GQA, MLA, Context, RMSNorm
+from slingshot.model.attention import GQA, MLA
 from slingshot.model.config import ModelConfig
-from slingshot.model.moe import MLP, MoE, Routing
+from slingshot.model.context import Context
+from slingshot.model.dispatch import Routing
+from slingshot.model.moe import MLP, MoE
+from slingshot.model.norm import RMSNorm
 
 
 class Block(nn.Module):

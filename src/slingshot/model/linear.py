@@ -1,63 +1,60 @@
 """The only place where a weight meets an activation.
 
-`Linear` is one matrix, `GroupedLinear` a stack of expert matrices over rows sorted by expert. Weights are kept in the parameter's
-dtype (float32 masters in training) and multiply in the activation's dtype.
+`Linear` is one matrix, `Embedding` a matrix whose rows are looked up, `GroupedLinear` a stack of expert matrices over rows sorted by
+expert. Every product takes its weight from `matrix`: a weight that is stored in another form (int8, int4, fp8) or has a low-rank change
+beside it (LoRA) is a subclass that says so there, or multiplies by a kernel of its own in `product` and `by_head`.
 
-Shape suffixes: N rows, D input width, F output width, E experts.
+Shape suffixes: N rows, X any leading dimensions, D input width, F output width, E experts, H heads, V vocabulary.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slingshot.kernels.grouped import grouped_matmul
+
 
 class Linear(nn.Module):
-    """y_NF = x_ND W_FD^T (+ b_F), computed in x's dtype."""
+    """y_XF = x_XD W_FD^T (+ b_F). Weights keep their dtype (float32 masters in training) and multiply in x's."""
+
+    keeps_float32 = False  # whether the weight stays float32 in a model whose weights are cast to another dtype
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The weight [F, D] as numbers of this dtype."""
+        return self.weight.to(dtype)
+
+    def forward(self, x_XD: Tensor) -> Tensor:
+        return self.product(x_XD)
+
+    def product(self, x_XD: Tensor, detach: bool = False) -> Tensor:
+        """y_XF; `detach` keeps the weight out of the gradient."""
+        weight = self.matrix(x_XD.dtype)
+        bias = None if self.bias is None else self.bias.to(x_XD.dtype)
+        return F.linear(x_XD, weight.detach() if detach else weight, bias)
+
+    def by_head(self, x_XHD: Tensor, part: slice, transposed: bool = False) -> Tensor:
+        """Each head's x times `part` of the rows that the weight has for that head, W^T or, transposed, W: y_XHF."""
+        heads = x_XHD.shape[-2]
+        weight_HFD = self.matrix(x_XHD.dtype).unflatten(0, (heads, -1))[:, part]
+        y = torch.matmul(x_XHD.flatten(0, -3).transpose(0, 1), weight_HFD if transposed else weight_HFD.mT)
+        return y.transpose(0, 1).unflatten(0, x_XHD.shape[:-2])
 
 
-class _GroupedMatmul(torch.autograd.Function):
-    """Rows [start_e, start_e+1) of x times expert e's matrix; one product per expert that has rows."""
+class Embedding(Linear):
+    """Rows of W_VD by id; `product` is the output head that shares them."""
 
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_EFD: Tensor, counts: list[int]) -> Tensor:
-        ctx.save_for_backward(x_ND, weight_EFD)
-        ctx.counts = counts
-        y_NF = x_ND.new_empty(x_ND.shape[0], weight_EFD.shape[1])
-        start = 0
-        for weight_FD, count in zip(weight_EFD, counts, strict=True):
-            if count:
-                torch.mm(x_ND[start : start + count], weight_FD.t(), out=y_NF[start : start + count])
-            start += count
-        return y_NF
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__(width, vocab_size)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        x_ND, weight_EFD = ctx.saved_tensors
-        grad_NF = grads[0].contiguous()
-        dx_ND, dw_EFD = torch.empty_like(x_ND), torch.empty_like(weight_EFD)
-        start = 0
-        for expert, count in enumerate(ctx.counts):
-            rows = slice(start, start + count)
-            if count:
-                torch.mm(grad_NF[rows], weight_EFD[expert], out=dx_ND[rows])
-                torch.mm(grad_NF[rows].t(), x_ND[rows], out=dw_EFD[expert])
-            else:
-                dw_EFD[expert].zero_()
-            start += count
-        return dx_ND, dw_EFD, None
+    def forward(self, ids_X: Tensor) -> Tensor:
+        return F.embedding(ids_X, self.matrix(self.weight.dtype))
 
 
 class GroupedLinear(nn.Module):
@@ -70,7 +67,4 @@ class GroupedLinear(nn.Module):
     def forward(self, x_ND: Tensor, counts: list[int]) -> Tensor:
         """x_ND sorted by expert, counts[e] rows each -> y_NF."""
         weight_EFD = self.weight.to(x_ND.dtype)
-        if weight_EFD.dim() > 3:
-            weight_EFD = weight_EFD.flatten(1, -2)
-        y: Tensor = _GroupedMatmul.apply(x_ND, weight_EFD, counts)
-        return y
+        return grouped_matmul(x_ND, weight_EFD.flatten(1, -2) if weight_EFD.dim() > 3 else weight_EFD, counts)

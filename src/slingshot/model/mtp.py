@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from slingshot.model.attention import Context, RMSNorm
 from slingshot.model.block import Block
 from slingshot.model.config import ModelConfig
+from slingshot.model.context import Context
+from slingshot.model.dispatch import Routing
 from slingshot.model.linear import Linear
-from slingshot.model.moe import Routing
+from slingshot.model.norm import RMSNorm
 
 
 class SharedHead(nn.Module):

@@ -1,6 +1,6 @@
 """Rotary position embeddings: plain, YaRN and Llama 3 frequencies; interleaved pairs (DeepSeek) or half-split (Llama).
 
-cos_BTR, sin_BTR = rotary(config, positions_BT)        # R = rotated width / 2
+cos_XR, sin_XR = rotary(config, positions_X)        # X any leading dimensions, R = rotated width / 2
 """
 
 from __future__ import annotations
@@ -86,16 +86,16 @@ def frequencies(config: ModelConfig) -> Tensor:
     return plain / rope.factor * interpolated + plain * (1 - interpolated)
 
 
-def rotary(config: ModelConfig, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles times `rotation_scale`, float32 [B, T, R]."""
-    angles = positions_BT[..., None].float() * frequencies(config).to(positions_BT.device)
+def rotary(config: ModelConfig, positions_X: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles times `rotation_scale`, float32 [X, R]."""
+    angles = positions_X[..., None].float() * frequencies(config).to(positions_X.device)
     scale = rotation_scale(config)
     return angles.cos() * scale, angles.sin() * scale
 
 
-def rotate(x_BTHR: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, interleaved: bool) -> Tensor:
+def rotate(x_XHR: Tensor, cos_XR: Tensor, sin_XR: Tensor, interleaved: bool) -> Tensor:
     """Turn the pairs of x by the given angles. Interleaved input comes out half-split, as q and k alike do."""
-    cos, sin = cos_BTR.unsqueeze(2), sin_BTR.unsqueeze(2)
-    first, second = (x_BTHR[..., 0::2], x_BTHR[..., 1::2]) if interleaved else x_BTHR.chunk(2, dim=-1)
+    cos, sin = cos_XR.unsqueeze(-2), sin_XR.unsqueeze(-2)
+    first, second = (x_XHR[..., 0::2], x_XHR[..., 1::2]) if interleaved else x_XHR.chunk(2, dim=-1)
     first, second = first.float(), second.float()
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTHR.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_XHR.dtype)

@@ -1,30 +1,31 @@
 """The one model: DeepSeek-V3 (MLA, DeepSeekMoE, MTP) and the dense family (GQA), for training and for the engine.
 
-    model = Transformer(config); model.init_weights(torch.Generator().manual_seed(0))
+    model = Transformer.empty(config, device); model.init_weights(torch.Generator().manual_seed(0))
     output = model(tokens_BT)                                            # output.logits_BTV
     output = model(tokens_BT, segments_BT=segments_BT, logits=False)     # packed documents; 0 is padding
-    output = model(tokens_BT, positions_BT, cache=cache.view(0, B))      # cached decoding
+    output = model(tokens_BT, context=context)                           # over a cache: engine/kv_cache.py
 
-Module names are Hugging Face's tensor names; only the experts are stacked (model/checkpoint.py splits them).
-Shape suffixes: B batch, T time, S attended time, D model width, E experts, V vocabulary.
+Module names are Hugging Face's tensor names; only the experts are stacked (checkpoint/load_save.py splits them).
+Shape suffixes: B batch, T time, D model width, E experts, L MoE layers, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slingshot.model.attention import Context, RMSNorm
 from slingshot.model.block import Block
-from slingshot.model.cache import CacheView
 from slingshot.model.config import ModelConfig
-from slingshot.model.linear import Linear
-from slingshot.model.moe import MoE, Routing, balance_loss, expert_load
+from slingshot.model.context import Context, PackedContext
+from slingshot.model.dispatch import Routing
+from slingshot.model.linear import Embedding, Linear
+from slingshot.model.moe import MoE, balance_loss, expert_load
 from slingshot.model.mtp import MTP
-from slingshot.model.rope import rotary
+from slingshot.model.norm import RMSNorm
 
 
 @dataclass
@@ -41,7 +42,7 @@ class ModelOutput:
 class _Body(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         blocks: list[Block] = [Block(config, layer) for layer in range(config.num_hidden_layers)]
         blocks += [MTP(config, config.num_hidden_layers + depth) for depth in range(config.num_nextn_predict_layers)]
         self.layers = nn.ModuleList(blocks)
@@ -59,21 +60,49 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
+    @classmethod
+    def empty(
+        cls,
+        config: ModelConfig,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        shard: Callable[[Self], None] | None = None,
+    ) -> Self:
+        """A model whose weights may hold anything yet, made without memory, split over ranks by `shard`, and only then given its memory."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.cast(dtype)
+        if shard is not None:
+            shard(model)
+        return model.to_empty(device=device)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Give every weight this dtype, but those that stay float32 wherever they are: the routers'. Router biases are float32 buffers."""
+        for module in self.modules():
+            for parameter in module.parameters(recurse=False):
+                keeps = getattr(module, "keeps_float32", False)
+                parameter.data = parameter.data.to(torch.float32 if keeps else dtype)
+
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Normal of std `initializer_range` for every matrix, ones for norms, zeros for biases."""
+        """Normal of std `initializer_range` for every matrix, ones for norms, zeros for biases.
+
+        Numbers are drawn on the CPU, one whole matrix at a time, of which a rank keeps its part: they depend neither on device nor on ranks.
+        """
         for name, parameter in self.named_parameters():
+            local, first = local_part(parameter)
             if parameter.dim() > 1:
-                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+                numbers = torch.empty(parameter.shape).normal_(0.0, self.config.initializer_range, generator=generator)
+                local.copy_(numbers[first : first + len(local)])
             else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                local.fill_(0.0 if name.endswith("bias") else 1.0)
+        for buffer in self.buffers():
+            buffer.zero_()
 
     def lm_logits(self, hidden: Tensor, detach_head: bool = False) -> Tensor:
         """Float32 logits [..., V] of normalised hidden states; `detach_head` keeps the head's weight out of the gradient."""
-        weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        if detach_head:
-            weight = weight.detach()
-        return F.linear(hidden, weight.to(hidden.dtype)).float()
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return head.product(hidden, detach_head).float()
 
     def moe_layers(self) -> list[MoE]:
         """The MoE blocks in order, the MTP module's last: the order of `ModelOutput.load_LE`."""
@@ -82,24 +111,20 @@ class Transformer(nn.Module):
     def forward(
         self,
         tokens_BT: Tensor,
-        positions_BT: Tensor | None = None,
         segments_BT: Tensor | None = None,
-        cache: CacheView | None = None,
+        context: Context | None = None,
         logits: bool = True,
         mtp: bool = False,
         detach_mtp: bool = False,
     ) -> ModelOutput:
         """tokens_BT -> ModelOutput. Attention stays within a segment (segments_BT numbers packed documents from 1; 0 is padding).
 
-        With a cache, positions_BT says where each token stands in its row. `mtp` runs the MTP module along; `detach_mtp` cuts its
-        gradient off from the main model.
+        With a context of the engine's, attention is what it makes of it, tokens may be flat, and nothing is told of the routing. `mtp` runs
+        the MTP module along; `detach_mtp` cuts its gradient off from the main model.
         """
         config = self.config
-        batch, time = tokens_BT.shape
-        if positions_BT is None:
-            positions_BT = torch.arange(time, device=tokens_BT.device).expand(batch, time)
-        mask = _mask(positions_BT, segments_BT, cache)
-        context = Context(*rotary(config, positions_BT), positions_BT, mask, cache)
+        packed = context is None
+        context = context or PackedContext(config, tokens_BT, segments_BT)
         embedding_BTD = self.model.embed_tokens(tokens_BT)
         if self.compute_dtype is not None:
             embedding_BTD = embedding_BTD.to(self.compute_dtype)
@@ -119,8 +144,8 @@ class Transformer(nn.Module):
             )
             if routing is not None:
                 routings.append(routing)
-        if routings and cache is None:
-            self._routing_statistics(output, routings, segments_BT, batch)
+        if routings and packed:
+            self._routing_statistics(output, routings, segments_BT, len(tokens_BT))
         if logits:
             output.logits_BTV = self.lm_logits(output.hidden_BTD)
         return output
@@ -141,12 +166,13 @@ class Transformer(nn.Module):
         output.balance_loss = torch.stack(losses).sum()
 
 
-def _mask(positions_BT: Tensor, segments_BT: Tensor | None, cache: CacheView | None) -> Tensor | None:
-    """Where attention may look: [B, 1, T, S], or None for plain causal attention over the whole row."""
-    if cache is not None:
-        return (torch.arange(cache.extent, device=positions_BT.device) <= positions_BT[..., None]).unsqueeze(1)
-    if segments_BT is None:
-        return None
-    time = segments_BT.shape[1]
-    causal_TT = torch.ones(time, time, dtype=torch.bool, device=segments_BT.device).tril()
-    return (causal_TT & (segments_BT[:, :, None] == segments_BT[:, None, :])).unsqueeze(1)
+def local_part(tensor: Tensor) -> tuple[Tensor, int]:
+    """This rank's rows of a tensor that may be sharded (a DTensor), and the row of the whole at which they begin."""
+    if not hasattr(tensor, "to_local"):
+        return tensor, 0
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    assert isinstance(tensor, DTensor)
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), offset[0]

@@ -107,10 +107,9 @@ def run(config: PretrainConfig, out: Path) -> None:
     tokenizer, tokens_NT, segments_NT, heldout = prepare(config)
 
     model_config = ModelConfig.parse({**config.model, "vocab_size": tokenizer.vocab_size}, "model")
-    model = Transformer(model_config)
+    model = Transformer.empty(model_config, parallel.device, shard=parallel.shard)
     model.init_weights(torch.Generator().manual_seed(config.seed))
-    model.to(parallel.device).compute_dtype = compute_dtype(config.dtype)
-    parallel.shard(model)
+    model.compute_dtype = compute_dtype(config.dtype)
     optimizer = Optimizer(model, config.optimizer)
     saved = work.load()
     if saved:

@@ -52,10 +52,11 @@ def attend_documents(q_BTHW: Tensor, k_BTHW: Tensor, v_BTHV: Tensor, lengths: li
     """
     q, k, v = (t.flatten(0, 1) for t in (q_BTHW, k_BTHW, v_BTHV))
     if len(set(lengths)) == 1:
-        y = _attend_causal(*(t.unflatten(0, (-1, lengths[0])) for t in (q, k, v)), scale=scale).flatten(0, 1)
+        q, k, v = (t.unflatten(0, (-1, lengths[0])) for t in (q, k, v))
+        y = _attend_causal(q, k, v, scale).flatten(0, 1)
     else:
-        parts = zip(*(t.split(lengths) for t in (q, k, v)), strict=True)
-        y = torch.cat([_attend_causal(*(t[None] for t in part), scale=scale)[0] for part in parts])
+        parts = zip(q[None].split(lengths, 1), k[None].split(lengths, 1), v[None].split(lengths, 1), strict=True)
+        y = torch.cat([_attend_causal(q, k, v, scale)[0] for q, k, v in parts])
     return y.unflatten(0, q_BTHW.shape[:2])
 
 

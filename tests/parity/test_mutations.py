@@ -123,7 +123,7 @@ MUTATIONS: dict[str, tuple[str, str, dict[str, str]]] = {
     "YaRN, dense: cos and sin without their scale": (
         "qwen3",
         "rope.rotation_scale",
-        {"return yarn_mscale(rope.factor, 1.0)": "return 1.0"},
+        {"own = yarn_mscale(rope.factor, 1.0)": "own = 1.0"},
     ),
     "YaRN, dense: softmax scale of DeepSeek": (
         "qwen2",

@@ -1,39 +1,47 @@
-"""Where engine and tasks meet: prompts, draws from a mix of tasks, and scores of completions."""
+"""From problems to verified trajectories: prompts, scores, what is left out, and conversations of several turns."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
+from slingshot.base.errors import SlingshotError
 from slingshot.engine.sampling import SamplingParams
-from slingshot.engine.sequence import Completion, RequestOutput
-from slingshot.rollout.rollout import PromptForm, roll_out
+from slingshot.rollout.rollout import PromptForm, Rollout, turn_suffix
+from slingshot.rollout.sampler import Script, ScriptedSampler
+from slingshot.rollout.trajectory import Sampled, Trajectory
 from slingshot.tasks.loader import load_task
 from slingshot.tasks.mixture import Item
-from slingshot.tasks.task import Problem
+from slingshot.tasks.task import Problem, Solution, Split, Task
 from slingshot.text.tokenizer import Tokenizer
+from slingshot.training.parallel import Parallel
 
-SHORT = {"min_terms": 2, "max_terms": 3}
+ALONE = Parallel(0, 1, torch.device("cpu"), None)
+SUM = Problem(prompt="What is 3+4?", key="3+4", answer="7")
+Saying = Callable[..., ScriptedSampler]
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.train(["What is 3+4? 3 plus 4 is 7. 3足す4は7"], vocab_size=280)
+def item(problem: Problem = SUM, task: Task | None = None) -> Item:
+    return Item(task or load_task("arithmetic", min_terms=2, max_terms=3), problem, f"step/{problem.key}")
+
+
+def rolled(sampler: ScriptedSampler, n: int, form: PromptForm, max_tokens: int = 64, **more: Any) -> list[Trajectory]:
+    (group,) = Rollout(sampler, SamplingParams(n=n, max_tokens=max_tokens), form, ALONE, **more).run([item()])
+    return group
 
 
 def test_forms_of_a_prompt(tokenizer: Tokenizer) -> None:
     problem = Problem(prompt="What is {x}?", key="k")
-    assert PromptForm().encode(tokenizer, problem) == tokenizer.encode_chat(
-        [{"role": "user", "content": "What is {x}?"}]
-    )
+    chat = tokenizer.encode_chat([{"role": "user", "content": "What is {x}?"}])
+    assert PromptForm().encode(tokenizer, problem) == chat
     form = PromptForm(chat=False, text="Q: {prompt}\nA:")
     assert form.encode(tokenizer, problem) == [tokenizer.bos_id, *tokenizer.encode("Q: What is {x}?\nA:")]
-    within = PromptForm(text="{prompt} Think.")
-    assert within.encode(tokenizer, problem) == tokenizer.encode_chat(
-        [{"role": "user", "content": "What is {x}? Think."}]
-    )
+    within = tokenizer.encode_chat([{"role": "user", "content": "What is {x}? Think."}])
+    assert PromptForm(text="{prompt} Think.").encode(tokenizer, problem) == within
 
 
 def test_a_problem_cannot_write_control_tokens(tokenizer: Tokenizer) -> None:
@@ -43,89 +51,139 @@ def test_a_problem_cannot_write_control_tokens(tokenizer: Tokenizer) -> None:
         assert tokenizer.eos_id not in ids and tokenizer.end_think_id not in ids
 
 
-class Scripted:
-    """An engine that says what it is told to, and remembers what it was asked."""
-
-    def __init__(self, tokenizer: Tokenizer, *said: tuple[list[int], str]) -> None:
-        self.tokenizer, self.said = tokenizer, said
-        self.asked: dict[str, Any] = {}
-
-    def generate(self, prompts: list[list[int]], params: SamplingParams, keys: list[str]) -> list[RequestOutput]:
-        self.asked = {"prompts": prompts, "params": params, "keys": keys}
-        completions = [
-            Completion(self.tokenizer.decode(ids), ids, [-0.5] * len(ids), reason, None, "")  # type: ignore[arg-type]
-            for ids, reason in self.said
-        ]
-        return [RequestOutput(index, prompt, completions) for index, prompt in enumerate(prompts)]
+RESPONSES: list[tuple[Solution | str, tuple[float, float, float]]] = [
+    (Solution("3 plus 4 is 7", "7"), (1.0, 1.0, 1.0)),
+    (Solution("3 plus 4 is 7", "8"), (0.0, 1.0, 1.0)),
+    (Solution("3足す4は7", "7"), (1.0, 1.0, 0.0)),
+    ("3 plus 4 is 7", (0.0, 0.0, 1.0)),  # its reasoning is never closed
+    (Solution("3 plus 4 is 7", "It is 7, or 8"), (0.0, 1.0, 1.0)),
+    (Solution("3 plus 4 is 7 " * 20, "7"), (0.0, 0.0, 1.0)),  # cut off
+]
 
 
-def response(tokenizer: Tokenizer, reasoning: str, answer: str) -> list[int]:
-    assert tokenizer.end_think_id is not None and tokenizer.eos_id is not None
-    return [
-        *tokenizer.encode(f"{reasoning}\n"),
-        tokenizer.end_think_id,
-        *tokenizer.encode(f"\n\n{answer}"),
-        tokenizer.eos_id,
-    ]
+def test_responses_are_scored_on_their_answer_format_and_language(saying: Saying, tokenizer: Tokenizer) -> None:
+    group = rolled(saying(lambda _, index: RESPONSES[index][0]), len(RESPONSES), PromptForm())
+    scores = [tuple(t.scores[name] for name in ("accuracy", "format", "language")) for t in group]
+    assert scores == [expected for _, expected in RESPONSES]
+    assert [t.finished for t in group] == [True] * 5 + [False] and group[-1].n_sampled == 64
+    prompt = PromptForm().encode(tokenizer, SUM)
+    for t in group:
+        assert t.ids[: len(prompt)] == prompt and t.mask == [0] * len(prompt) + [1] * t.n_sampled
+        assert t.logprobs == [0.0] * len(prompt) + [ScriptedSampler.logprob] * t.n_sampled
+    assert (group[0].reasoning, group[0].answer) == ("3 plus 4 is 7", "7")
 
 
-def scores(engine: Scripted, form: PromptForm, language: str = "en") -> list[tuple[float, float, float]]:
-    task = load_task("arithmetic", **SHORT)
-    problem = Problem(prompt="What is 3+4?", key="3+4", answer="7", language=language)
-    (group,) = roll_out(engine, [Item(task, problem, "step/3+4")], SamplingParams(n=len(engine.said)), form)  # type: ignore[arg-type]
-    assert [rollout.completion_ids for rollout in group] == [ids for ids, _ in engine.said]
-    assert all(len(rollout.logprobs) == len(rollout.completion_ids) for rollout in group)
-    return [(rollout.accuracy, rollout.format, rollout.language) for rollout in group]
+def test_a_lenient_form_reads_the_last_answer_wherever_it_stands(saying: Saying) -> None:
+    said = ["3+4 is 8, no, 7", "7 or 8", "none", "3+4 is 7" + " " * 70 + "8"]
+    plain = PromptForm(chat=False, lenient=True)
+    group = rolled(saying(lambda _, index: said[index]), 4, plain, max_tokens=60)
+    assert [t.scores["accuracy"] for t in group] == [1.0, 0.0, 0.0, 1.0] and not group[3].finished
+    strict = rolled(saying(lambda _, index: said[index]), 4, PromptForm(chat=False), lenient=True)
+    assert [t.scores["accuracy"] for t in strict] == [0.0] * 4
+    assert [t.scores["lenient"] for t in strict] == [1.0, 0.0, 0.0, 1.0]
 
 
-def test_completions_are_scored_on_their_answer_format_and_language(tokenizer: Tokenizer) -> None:
-    good, wrong = response(tokenizer, "3 plus 4 is 7", "7"), response(tokenizer, "3 plus 4 is 7", "8")
-    japanese, unclosed = (
-        response(tokenizer, "3足す4は7", "7"),
-        [*tokenizer.encode("3 plus 4 is 7"), tokenizer.eos_id or 0],
-    )
-    chatty = response(tokenizer, "3 plus 4 is 7", "It is 7, or 8")
-    engine = Scripted(
-        tokenizer,
-        (good, "stop"),
-        (wrong, "stop"),
-        (japanese, "stop"),
-        (unclosed, "stop"),
-        (chatty, "stop"),
-        (good[:-1], "length"),
-    )
-    assert scores(engine, PromptForm()) == [
-        (1.0, 1.0, 1.0),
-        (0.0, 1.0, 1.0),
-        (1.0, 1.0, 0.0),
-        (0.0, 0.0, 1.0),
-        (0.0, 1.0, 1.0),
-        (0.0, 0.0, 1.0),  # right, but it would have gone on
-    ]
-    assert engine.asked["keys"] == ["step/3+4"] and engine.asked["params"].n == 6
+def test_problems_without_room_for_an_answer_are_counted_and_left_out(
+    saying: Saying, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = [Problem(prompt="What is 3+4? " * 50, key=f"long{index}", answer="7") for index in range(2)]
+    rollout = Rollout(saying(lambda key, _: Solution("", key[-1])), SamplingParams(n=2), PromptForm(), ALONE)
+    groups = rollout.run([item(long[0]), item(), item(long[1])])
+    assert [group[0].item.problem for group in groups] == [SUM] and rollout.counts == {"skipped": 2}
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "task arithmetic: the prompt of 'long0' has" in said and "holds 256" in said
+    rollout.run([item()])
+    assert rollout.counts == {}
+    rollout.run([item(each) for each in long] * 40)  # something was asked before
+    rollout.refuse_nothing()
 
 
-def test_a_lenient_form_reads_the_last_answer_wherever_it_stands(tokenizer: Tokenizer) -> None:
-    said = [
-        (tokenizer.encode("3+4 is 8, no, 7"), "length"),
-        (tokenizer.encode("7 or 8"), "stop"),
-        (tokenizer.encode("none"), "stop"),
-    ]
-    assert [
-        accuracy for accuracy, _, _ in scores(Scripted(tokenizer, *said), PromptForm(chat=False, lenient=True))
-    ] == [1.0, 0.0, 0.0]
-    assert [accuracy for accuracy, _, _ in scores(Scripted(tokenizer, *said), PromptForm(chat=False))] == [
-        0.0,
-        0.0,
-        0.0,
-    ]
+@pytest.mark.parametrize("count", [1, 40])
+def test_problems_that_are_all_too_long_are_refused_by_name(saying: Saying, count: int) -> None:
+    rollout = Rollout(saying(lambda *_: ""), SamplingParams(), PromptForm(), ALONE)
+    with pytest.raises(SlingshotError, match=f"none of {count} problems .* task arithmetic: the prompt of '3\\+4' has"):
+        rollout.run([item(replace(SUM, prompt="3+4" * 300))] * count)
+        rollout.refuse_nothing()
 
 
-def test_reasoning_and_answer_are_kept_apart(tokenizer: Tokenizer) -> None:
-    task, problem = load_task("arithmetic", **SHORT), Problem(prompt="What is 3+4?", key="3+4", answer="7")
-    engine: Any = Scripted(tokenizer, (response(tokenizer, "3 plus 4 is 7", "7"), "stop"))
-    ((rollout,),) = roll_out(engine, [Item(task, problem, "k")], SamplingParams(), PromptForm())
-    assert SimpleNamespace(reasoning=rollout.reasoning, answer=rollout.answer) == SimpleNamespace(
-        reasoning="3 plus 4 is 7", answer="7"
-    )
-    assert rollout.prompt_ids == PromptForm().encode(tokenizer, problem)
+def test_what_was_aborted_is_left_out(saying: Saying) -> None:
+    class Aborting(ScriptedSampler):
+        def sample(self, *arguments: Any) -> Iterator[tuple[int, list[Sampled]]]:
+            for index, samples in super().sample(*arguments):
+                yield index, [replace(samples[0], finish_reason="abort"), *samples[1:]]
+
+    scripted = saying(lambda *_: Solution("", "7"))
+    sampler = Aborting(scripted.script, scripted.tokenizer, scripted.model_config)
+    rollout = Rollout(sampler, SamplingParams(n=3), PromptForm(), ALONE)
+    (group,) = rollout.run([item()])
+    assert [t.scores["accuracy"] for t in group] == [1.0, 1.0] and rollout.counts == {"aborted": 1}
+
+
+class Guess(Task):
+    """Two turns: the first guess is judged, the second counts. One problem's environment breaks, one goes on for ever."""
+
+    @property
+    def name(self) -> str:
+        return "guess"
+
+    @property
+    def has_turns(self) -> bool:
+        return True
+
+    def problems(self, split: Split, seed: int) -> Iterator[Problem]:
+        yield from (Problem("Guess a digit.", "7", "7"), Problem("Guess a digit.", "broken", "7"))
+
+    def step(self, problem: Problem, messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]] | None:
+        if problem.key == "broken":
+            raise SlingshotError("guess: no such digit")
+        guess = messages[-1]["content"]
+        if guess == problem.answer or (len(messages) > 3 and problem.key != "endless"):
+            return None
+        return [{"role": "user", "content": f"Not {guess}. Higher."}]
+
+
+def conversing(
+    saying: Saying, script: Script, *keys: str, n: int = 1, length: int = 256
+) -> tuple[Rollout, list[list[Trajectory]]]:
+    rollout = Rollout(saying(script, length), SamplingParams(n=n), PromptForm(), ALONE)
+    return rollout, rollout.run([item(Problem("Guess a digit.", key, "7"), Guess()) for key in keys])
+
+
+def test_a_conversation_of_two_turns(saying: Saying, tokenizer: Tokenizer) -> None:
+    """Sample 0 is right at once, 1 at the second guess, 2 never; the environment's words carry no mask."""
+    keys: list[str] = []
+
+    def script(key: str, index: int) -> Solution:
+        keys.append(key)
+        second = {"step/7/1": Solution("higher", "7"), "step/7/2": Solution("hm", "6")}
+        return second.get(key) or Solution(f"first {index}", "743"[index])
+
+    _, (group,) = conversing(saying, script, "7", n=3)
+    assert [t.scores["accuracy"] for t in group] == [1.0, 1.0, 0.0] and [len(t.turns) for t in group] == [1, 2, 2]
+    assert keys == ["step/7"] * 3 + ["step/7/1", "step/7/2"]
+    one, two = group[0], group[1]
+    first, second = two.turns
+    assert two.ids[: one.turns[0].start] == one.ids[: one.turns[0].start]
+    assert tokenizer.decode(two.ids[first.start : first.end]) == "first 1\n</think>\n\n4"
+    assert [turn.reasoning for turn in two.turns] == ["first 1", "higher"] and two.answer == "7"
+    environment = two.ids[first.end : second.start]
+    assert environment == turn_suffix(tokenizer, [{"role": "user", "content": "Not 4. Higher."}])
+    # As R1's template frames a second question and begins the next response, after the end token that the model said itself.
+    question = tokenizer.encode_chat([{"role": "user", "content": "Not 4. Higher."}])
+    assert two.ids[first.end - 1] == tokenizer.eos_id and environment == question[1:]
+    n_first, n_second = first.end - first.start, second.end - second.start
+    assert two.mask == [0] * first.start + [1] * n_first + [0] * len(environment) + [1] * n_second
+    assert len(two.logprobs) == len(two.ids) and sum(map(bool, two.logprobs)) == two.n_sampled == n_first + n_second
+    assert [m["content"] for m in two.messages] == ["Guess a digit.", "4", "Not 4. Higher.", "7"]
+
+
+def test_an_environment_that_breaks_earns_nothing_and_ends_nothing(saying: Saying) -> None:
+    rollout, groups = conversing(saying, lambda *_: Solution("so", "7"), "broken", "7")
+    assert [group[0].scores["accuracy"] for group in groups] == [0.0, 1.0] and rollout.counts == {"unverified": 1}
+
+
+@pytest.mark.parametrize("length", [256, 160])  # the model is cut off, the environment has no room
+def test_a_conversation_that_outgrows_the_model_is_cut_off(saying: Saying, length: int) -> None:
+    _, ((endless,),) = conversing(saying, lambda *_: Solution("so", "1"), "endless", length=length)
+    assert not endless.finished and len(endless.turns) > 4 and length - 26 < len(endless.ids) <= length
+    assert (endless.scores["accuracy"], endless.scores["format"], endless.mask[-1]) == (0.0, 0.0, 1)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from slingshot.base.files import read_jsonl
+from slingshot.checkpoint.load_save import load_model, load_tokenizer
+from slingshot.rollout.sampler import Script, ScriptedSampler
 from slingshot.stages import pretrain
 
 SUMS = {"name": "arithmetic", "params": {"min_terms": 2, "max_terms": 2, "operators": "+", "languages": ["en"]}}
@@ -61,3 +63,26 @@ def metrics() -> Callable[[Path], list[dict[str, Any]]]:
     return lambda folder: [
         {key: value for key, value in row.items() if key not in clocks} for row in read_jsonl(folder / "metrics.jsonl")
     ]
+
+
+@pytest.fixture(scope="session")
+def saying(base: Path) -> Callable[[Script], ScriptedSampler]:
+    """saying(script): in the place of the base model, a sampler that says the script."""
+    tokenizer, config = load_tokenizer(base), load_model(base).config
+    return lambda script: ScriptedSampler(script, tokenizer, config)
+
+
+@pytest.fixture
+def troubled(tmp_path: Path) -> dict[str, Any]:
+    """A task of 40 sums in a file: one prompt is far too long, one answer makes its verifier raise."""
+    lines = [
+        "def problems(split, seed):",
+        "    for number in range(40):",
+        "        prompt = f'What is {number}+1?' * (500 if number == 7 else 1)",
+        "        yield {'prompt': prompt, 'key': f'{split}{number}', 'answer': str(number + 1)}",
+        "def verify(problem, text):",
+        "    if problem['answer'] in ('4', '5', '6'): raise ValueError('what a sum')",
+        "    return text == problem['answer']",
+    ]
+    (tmp_path / "troubled.py").write_text("\n".join(lines))
+    return {"name": str(tmp_path / "troubled.py")}

@@ -11,28 +11,20 @@ import pytest
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json
 from slingshot.cost.receipt import Receipt
-from slingshot.rollout.rollout import PromptForm, Rollout
+from slingshot.rollout.sampler import Script, ScriptedSampler
 from slingshot.stages import evaluate
-from slingshot.stages.evaluate import bootstrap, pass_at_k, summarise
-from slingshot.tasks.loader import load_task
-from slingshot.tasks.task import split_of
+from slingshot.stages.evaluate import bootstrap, interval, pass_at_k, summarise, wilson
+from slingshot.tasks.task import Solution, split_of
 
 Evaluating = Callable[..., evaluate.EvaluateConfig]
+Saying = Callable[[Script], ScriptedSampler]
 
 
 @pytest.fixture
 def evaluating(base: Path, sums: dict[str, Any]) -> Evaluating:
-    common = {
-        "model": str(base),
-        "tasks": [sums],
-        "dtype": "float32",
-        "threads": 1,
-        "sampling": {"max_tokens": 12},
-        "problems": 4,
-        "samples": 2,
-        "chunk": 3,
-    }
-    return lambda **changes: evaluate.EvaluateConfig.parse({**common, **changes}, "evaluation")
+    common = {"model": str(base), "tasks": [sums], "dtype": "float32", "threads": 1, "sampling": {"max_tokens": 32}}
+    sizes = {"problems": 4, "samples": 2, "chunk": 3}
+    return lambda **changes: evaluate.EvaluateConfig.parse({**common, **sizes, **changes}, "evaluation")
 
 
 def test_pass_at_k_by_hand() -> None:
@@ -43,20 +35,36 @@ def test_pass_at_k_by_hand() -> None:
     assert pass_at_k(16, 2, 8) == pytest.approx(1 - 3003 / 12870)
 
 
-def test_the_interval_is_of_the_mean_over_problems() -> None:
+def test_the_bootstrap_is_of_the_mean_over_problems() -> None:
     """100 problems, half solved: 0.5 +- 1.96 sqrt(0.25 / 100)."""
-    low, high = bootstrap([1.0, 0.0] * 50, seed=0)
+    low, high = interval([1.0, 0.0] * 50, samples=4, seed=0)
     assert low == pytest.approx(0.5 - 0.098, abs=0.012) and high == pytest.approx(0.5 + 0.098, abs=0.012)
-    assert bootstrap([1.0] * 5, seed=0) == [1.0, 1.0]
     assert bootstrap([1.0, 0.0] * 50, seed=0) == [low, high]
 
 
-def result(form: str, accuracy: list[float], tokens: list[int], task: str = "sums") -> dict[str, Any]:
-    n = len(accuracy)
-    return {
-        "task": task, "form": form, "accuracy": accuracy, "tokens": tokens, "format": [1.0] + [0.0] * (n - 1), "language": [1.0] + [0.5] * (n - 1),
-        "example": {"correct": accuracy[0] == 1.0},
-    }  # fmt: skip
+def test_one_sample_of_each_problem_has_wilsons_interval() -> None:
+    """Newcombe's table (Statistics in Medicine 17, 1998): 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
+    for right, n, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
+        scores = [1.0] * right + [0.0] * (n - right)
+        assert interval(scores, samples=1, seed=0) == pytest.approx([low, high], abs=1e-4)
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("score", [0.0, 1.0, 0.5])
+def test_no_interval_has_a_width_of_zero(samples: int, score: float) -> None:
+    low, high = interval([score] * 5, samples, seed=0)
+    assert [low, high] == wilson(score, 5) and low <= score <= high and high - low > 0.4
+
+
+def result(form: str, accuracy: list[float], tokens: list[int], task: str = "sums", **more: Any) -> dict[str, Any]:
+    rest = [0.0] * (len(accuracy) - 1)
+    scores = {"accuracy": accuracy, "tokens": tokens, "format": [1.0, *rest], "language": [1.0] + [0.5] * len(rest)}
+    return {"task": task, "form": form, **scores, "example": {"correct": accuracy[0] == 1.0}, **more}
 
 
 def test_a_summary_by_hand(evaluating: Evaluating) -> None:
@@ -66,20 +74,14 @@ def test_a_summary_by_hand(evaluating: Evaluating) -> None:
     results += [result("plain", [1.0, 1.0], [1, 1]), result("plain", [0.0, 1.0], [2, 4])]
     summary = summarise(results, evaluating(forms=forms))
     found = summary["tasks"]["sums"]
-    assert (found["pass@1"], found["prompt_form"], found["pass@1_by_form"]) == (
-        0.75,
-        "plain",
-        {"chat": 0.25, "plain": 0.75},
-    )
-    assert (found["mean_tokens"], found["format"], found["language"], found["n"], found["samples_per_problem"]) == (
-        2.0,
-        0.5,
-        0.5,
-        2,
-        2,
-    )
-    assert found["pass@8"] is None and found["ci95"][0] <= 0.75 <= found["ci95"][1] == 1.0
+    assert found.pop("ci95") == bootstrap([1.0, 0.5], seed=0)
+    assert found == {
+        "pass@1": 0.75, "pass@8": None, "mean_tokens": 2.0, "format": 0.5, "language": 0.5, "n": 2,
+        "samples_per_problem": 2, "right": 3, "split": "test", "given": None, "left_out": {}, "notes": [],
+        "prompt_form": "plain", "pass@1_by_form": {"chat": 0.25, "plain": 0.75},
+    }  # fmt: skip
     assert summary["examples"]["sums"] == [{"correct": True}, {"correct": False}]
+    assert summary["scores"] == {"sums": [1.0, 0.5]}
     chat = summarise(results[:2], evaluating())["tasks"]["sums"]
     assert (chat["pass@1"], chat["mean_tokens"]) == (0.25, 5.0)
 
@@ -90,59 +92,66 @@ def test_pass_at_8_where_there_are_8_samples(evaluating: Evaluating) -> None:
 
 
 def test_tasks_are_reported_apart_and_examples_are_limited(evaluating: Evaluating) -> None:
-    results = [result("chat", [1.0, 1.0], [1, 1]), result("chat", [0.0, 0.0], [1, 1], task="other")] + [
-        result("chat", [1.0, 0.0], [1, 1])
-    ] * 5
-    summary = summarise(results, evaluating(examples=3))
+    results = [result("chat", [1.0, 1.0], [1, 1]), result("chat", [0.0, 0.0], [1, 1], task="other")]
+    summary = summarise(results + [result("chat", [1.0, 0.0], [1, 1])] * 5, evaluating(examples=3))
     assert (summary["tasks"]["sums"]["n"], summary["tasks"]["other"]["pass@1"]) == (6, 0.0)
     assert [len(examples) for examples in summary["examples"].values()] == [3, 1]
 
 
 def test_a_run_asks_held_out_problems_in_every_form(
-    evaluating: Evaluating, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluating: Evaluating, saying: Saying, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real, seen = evaluate.roll_out, []
-
-    def remembered(engine: Any, items: Any, params: Any, form: PromptForm) -> list[list[Rollout]]:
-        groups = real(engine, items, params, form)
-        seen.extend((form.name, rollout) for group in groups for rollout in group)
-        return groups
-
-    monkeypatch.setattr(evaluate, "roll_out", remembered)
+    """Sample 0 is right and in format, sample 1 right for a lenient reader only."""
     config = evaluating(forms=[{"name": "chat"}, {"name": "plain", "chat": False, "lenient": True}])
-    evaluate.run(config, tmp_path / "out")
-    assert len(seen) == 2 * 4 * 2
-    keys = [rollout.problem.key for _, rollout in seen]
-    assert len(set(keys)) == 4 and {split_of(key) for key in keys} == {"test"}
-    evaluation, receipt = read_json(tmp_path / "out" / "evaluation.json"), Receipt.read(tmp_path / "out")
+    (items,) = config.draw()[0].values()
+    answers = {item.key: item.problem.answer for item in items}
+    assert len(answers) == 4 and {split_of(key) for key in answers} == {"test"}
+    sampler = saying(lambda key, index: f"It is {answers[key]}" if index else Solution("so", answers[key]))
+    evaluate.run(config, tmp_path / "out", sampler)
+    assert "evaluation of base 4/4" in capsys.readouterr().err
+    evaluation = read_json(tmp_path / "out" / "evaluation.json")
     found = evaluation["tasks"]["arithmetic"]
-    of_form = [rollout for form, rollout in seen if form == found["prompt_form"]]
-    assert found["n"] == 4 and found["pass@1"] == pytest.approx(sum(rollout.accuracy for rollout in of_form) / 8)
-    assert found["mean_tokens"] == pytest.approx(sum(len(rollout.completion_ids) for rollout in of_form) / 8)
-    assert receipt.tokens == sum(len(rollout.completion_ids) for _, rollout in seen) and set(receipt.flops_by_part) == {
-        "sampling"
-    }
-    example = evaluation["examples"]["arithmetic"][0]
-    first = next(rollout for rollout in of_form)
-    assert example == {
-        "prompt": first.problem.prompt, "answer": first.problem.answer, "reasoning": first.reasoning, "response": first.answer,
-        "correct": first.accuracy == 1.0,
+    assert (found["n"], found["pass@1"], found["prompt_form"], found["right"]) == (4, 1.0, "plain", 8)
+    assert found["pass@1_by_form"] == {"chat": 0.5, "plain": 1.0} and "right_leniently" not in found
+    problem = items[0].problem
+    assert evaluation["examples"]["arithmetic"][0] == {
+        "prompt": problem.prompt, "answer": problem.answer, "reasoning": "so", "response": problem.answer, "correct": True,
     }  # fmt: skip
 
-    monkeypatch.undo()
-    evaluate.run(evaluating(forms=config.forms, chunk=64), tmp_path / "again")
-    assert read_json(tmp_path / "again" / "evaluation.json") == evaluation, "chunks only say where it may stop"
+    strict = evaluating(chunk=64)
+    evaluate.run(strict, tmp_path / "strict", sampler)
+    found = read_json(tmp_path / "strict" / "evaluation.json")["tasks"]["arithmetic"]
+    assert (found["right"], found["right_leniently"], found["format"]) == (4, 8, 0.5)
+    assert found["notes"] == ["4 of 8 in format, 8 right if read leniently"]
+    receipt = Receipt.read(tmp_path / "strict")
+    assert receipt.tokens == 8 * found["mean_tokens"] and set(receipt.flops_by_part) == {"sampling"}
 
 
-def test_the_problems_are_the_same_for_every_model(sums: dict[str, Any]) -> None:
-    from slingshot.tasks.mixture import distinct
+def test_chunks_only_say_where_an_evaluation_may_stop(evaluating: Evaluating, tmp_path: Path) -> None:
+    for chunk in (3, 64):
+        evaluate.run(evaluating(chunk=chunk), tmp_path / f"{chunk}")
+    assert read_json(tmp_path / "3" / "evaluation.json") == read_json(tmp_path / "64" / "evaluation.json")
 
-    task = load_task("arithmetic")
-    first = [problem.key for problem in distinct(task, "test", "evaluate/0", 30)]
+
+def test_given_problems_are_counted_and_bad_ones_end_nothing(
+    evaluating: Evaluating, saying: Saying, troubled: dict[str, Any], tmp_path: Path
+) -> None:
+    """The train split of the 40 given sums: which of them are asked, could not be, and could not be verified."""
+    config = evaluating(tasks=[troubled], split="train", problems=30, samples=1, chunk=64)
+    (items,), (given,) = (tuple(each.values()) for each in config.draw())
+    assert len(items) == 30 < given <= 40 and {split_of(item.key) for item in items} == {"train"}
+    answers = {item.key: item.problem.answer for item in items}
+    evaluate.run(config, tmp_path / "out", saying(lambda key, _: Solution("so", answers[key])))
+    (found,) = read_json(tmp_path / "out" / "evaluation.json")["tasks"].values()
+    skipped = sum(len(item.problem.prompt) > 1000 for item in items)
+    broken = sum(item.problem.answer in ("4", "5", "6") for item in items)
     assert (
-        first == [problem.key for problem in distinct(load_task("arithmetic"), "test", "evaluate/0", 30)]
-        and len(set(first)) == 30
+        broken and found["left_out"] == {"skipped": skipped, "unverified": broken}
+        if skipped
+        else {"unverified": broken}
     )
+    assert (found["n"], found["right"], found["given"]) == (30 - skipped, 30 - skipped - broken, given)
+    assert f"{30 - skipped} of {given} given train problems asked" in found["notes"]
 
 
 @pytest.mark.parametrize(
@@ -151,6 +160,7 @@ def test_the_problems_are_the_same_for_every_model(sums: dict[str, Any]) -> None
         ({"tasks": []}, "evaluation.tasks: "),
         ({"forms": []}, "evaluation.forms: "),
         ({"samples": 0}, "evaluation.samples: .*got 0"),
+        ({"split": "dev"}, "evaluation.split: Input should be 'train' or 'test', got 'dev'"),
         ({"sampling": {"temperature": -0.1}}, "evaluation.sampling: temperature must be 0 .*got -0.1"),
         ({"sampling": {"top_p": 0.0}}, "evaluation.sampling: top_p must be .*got 0.0"),
         ({"forms": [{"name": "a"}, {"name": "a", "chat": False}]}, "evaluation.*two forms are named a"),

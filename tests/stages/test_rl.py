@@ -1,9 +1,12 @@
-"""GRPO: rewards and advantages by hand, the update against a loop over completions, and what a run does step by step."""
+"""GRPO: rewards and advantages by hand, the update against a loop over trajectories, and what a run does step by step."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,15 @@ import torch
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.receipt import Receipt
-from slingshot.engine.engine import Engine
 from slingshot.model.transformer import Transformer
-from slingshot.rollout.rollout import PromptForm, Rollout, roll_out
+from slingshot.rollout.reward import RewardWeights, assign_rewards
+from slingshot.rollout.rollout import PromptForm, Rollout
+from slingshot.rollout.sampler import EngineSampler, ScriptedSampler
+from slingshot.rollout.trajectory import Sampled, Trajectory, pack
 from slingshot.stages import rl
 from slingshot.tasks.loader import load_task
-from slingshot.tasks.mixture import TaskMix
-from slingshot.tasks.task import Problem
+from slingshot.tasks.mixture import Item, TaskMix
+from slingshot.tasks.task import Problem, Solution
 from slingshot.training.optimizer import Optimizer
 from slingshot.training.parallel import Parallel
 from slingshot.training.policy import policy_step
@@ -27,21 +32,14 @@ from slingshot.training.policy import policy_step
 ALONE = Parallel(0, 1, torch.device("cpu"), None)
 Training = Callable[..., rl.RLConfig]
 Metrics = Callable[[Path], list[dict[str, Any]]]
+Saying = Callable[..., ScriptedSampler]
 
 
 @pytest.fixture
 def training(base: Path, sums: dict[str, Any]) -> Training:
-    """training(**changes): two steps of 3 problems, 4 responses each, with a coin for a reward, so that every model gets a signal."""
-    common = {
-        "model": str(base),
-        "tasks": [sums],
-        "dtype": "float32",
-        "threads": 1,
-        "steps": 2,
-        "prompts_per_step": 3,
-        "group_size": 4,
-    }
-    sizes = {"sequence_length": 48, "rewards": {"random": True}}
+    """training(**changes): two steps of 3 problems, 4 responses each, with a coin for a reward: every model gets a signal."""
+    common = {"model": str(base), "tasks": [sums], "dtype": "float32", "threads": 1, "rewards": {"random": True}}
+    sizes = {"steps": 2, "prompts_per_step": 3, "group_size": 4, "sequence_length": 48}
     tables = {"sampling": {"max_tokens": 12}, "optimizer": {"lr": 1e-3}}
 
     def config(**changes: Any) -> rl.RLConfig:
@@ -51,64 +49,34 @@ def training(base: Path, sums: dict[str, Any]) -> Training:
     return config
 
 
-def rollout(
-    accuracy: float = 0.0, form: float = 0.0, language: float = 1.0, key: str = "k", completion: Sequence[int] = (3,)
-) -> Rollout:
-    task = load_task("arithmetic")
-    n = len(completion)
-    return Rollout(
-        task,
-        Problem("p", key),
-        [1, 2],
-        list(completion),
-        [-float(i + 1) for i in range(n)],
-        "",
-        "",
-        accuracy,
-        form,
-        language,
-    )
+def scored(base: Path, accuracy: float, form: float, language: float, key: str = "k", ended: bool = True) -> Trajectory:
+    trajectory = Trajectory(Item(load_task("arithmetic"), Problem("p", key), key), [3, 4], [])
+    trajectory.respond(Sampled([5], [-1.0], "stop" if ended else "length"), load_tokenizer(base))
+    trajectory.scores = {"accuracy": accuracy, "format": form, "language": language}
+    return trajectory
 
 
-def test_rewards_and_advantages_by_hand(training: Training) -> None:
-    """Rewards 1.3, 0.2, 0.2, 0.1 (weights 1, 0.2, 0.1): mean 0.45."""
-    group = [rollout(1.0, 1.0, 1.0), rollout(0.0, 1.0, 0.0), rollout(0.0, 0.5, 1.0), rollout(0.0, 0.0, 1.0)]
-    weights = {"accuracy": 1.0, "format": 0.2, "language": 0.1}
-    rl.score([group], training(rewards=weights, loss={"normalize_std": False}), step=0)
+def test_rewards_and_advantages_by_hand(base: Path) -> None:
+    """Rewards 1.3, 0.2, 0.2, 0.1 (weights 1, 0.2, 0.1): mean 0.45. The last was read leniently, but cut off."""
+    scores = [(1.0, 1.0, 1.0), (0.0, 1.0, 0.0), (0.0, 0.5, 1.0)]
+    group = [*(scored(base, *each) for each in scores), scored(base, 1.0, 0.0, 1.0, ended=False)]
+    weights = RewardWeights(accuracy=1.0, format=0.2, language=0.1)
+    assign_rewards([group], weights, normalize_std=False, coin="")
     assert [r.reward for r in group] == pytest.approx([1.3, 0.2, 0.2, 0.1])
     assert [r.advantage for r in group] == pytest.approx([0.85, -0.25, -0.25, -0.35])
-    rl.score([group], training(rewards=weights), step=0)
+    assign_rewards([group], weights, normalize_std=True, coin="")
     std = math.sqrt((0.85**2 + 2 * 0.25**2 + 0.35**2) / 4)
     assert [r.advantage for r in group] == pytest.approx([0.85 / std, -0.25 / std, -0.25 / std, -0.35 / std], rel=1e-5)
 
 
-def test_the_control_rewards_a_coin_and_nothing_else(training: Training) -> None:
-    good, bad = (
-        [[rollout(score, score, score, key=str(i)) for _ in range(4)] for i in range(100)] for score in (1.0, 0.0)
-    )
-    rl.score(good, training(), step=3)
-    rl.score(bad, training(), step=3)
-    rewards = [r.reward for group in good for r in group]
-    assert rewards == [r.reward for group in bad for r in group]
+def test_the_control_rewards_a_coin_and_nothing_else(base: Path) -> None:
+    def tossed(score: float, coin: str) -> list[float]:
+        groups = [[scored(base, score, score, score, key=str(i)) for _ in range(4)] for i in range(100)]
+        assign_rewards(groups, RewardWeights(random=True), normalize_std=True, coin=coin)
+        return [r.reward for group in groups for r in group]
+
+    assert (rewards := tossed(1.0, "0/3")) == tossed(0.0, "0/3") != tossed(0.0, "0/4")
     assert set(rewards) == {0.0, 1.0} and 0.42 < sum(rewards) / 400 < 0.58
-    rl.score(bad, training(), step=4)
-    assert rewards != [r.reward for group in bad for r in group]
-
-
-def test_rows_hold_advantage_and_logprob_in_the_place_of_each_completion_token() -> None:
-    a, b = rollout(completion=[11, 12, 13]), rollout(completion=[21])
-    a.advantage, b.advantage = 2.0, -1.0
-    batch = rl.pack([a, b], 9)
-    rows = batch.rows
-    assert rows.tokens_BT.tolist() == [[1, 2, 11, 12, 13, 1, 2, 21, 0]] and rows.segments_BT.tolist() == [
-        [1, 1, 1, 1, 1, 2, 2, 2, 0]
-    ]
-    assert rows.weights_BT.tolist() == [[0, 0, 1, 1, 1, 0, 0, 1, 0]]
-    assert batch.advantages_BT.tolist() == [[0, 0, 2, 2, 2, 0, 0, -1, 0]] and batch.sampler_BT.tolist() == [
-        [0, 0, -1, -2, -3, 0, 0, -1, 0]
-    ]
-    assert rl.pack([a], 3).rows.tokens_BT.shape == (1, 5), "rows grow for what is longer"
-    assert rl.pack([], 9).rows.tokens_BT.shape == (0, 9)
 
 
 class Recorder:
@@ -119,115 +87,108 @@ class Recorder:
         self.gradients: list[dict[str, torch.Tensor]] = []
 
     def step(self, fraction: float) -> float:
-        self.gradients.append(
-            {
-                name: p.grad.clone()
-                for name, p in self.model.named_parameters()
-                if p.grad is not None and p.grad.count_nonzero()
-            }
-        )
+        self.gradients.append(gradients(self.model))
         self.model.zero_grad()
         return 1.0
 
 
-def sampled(config: rl.RLConfig) -> tuple[Transformer, Transformer, list[Rollout]]:
+def gradients(model: Transformer) -> dict[str, torch.Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: gradient for name, gradient in found.items() if gradient.count_nonzero()}
+
+
+def sampled(config: rl.RLConfig) -> tuple[Transformer, Transformer, list[Trajectory]]:
     """The policy, a reference beside it, and scored responses of the policy."""
     model, reference = load_model(config.model), load_model(config.model)
-    items = TaskMix(config.tasks, "train", "0").draw(0, config.prompts_per_step)
+    sampler = EngineSampler.beside(model, load_tokenizer(config.model), torch.float32, alone=True)
     params = config.sampling.params(config.group_size, seed=0)
-    groups = roll_out(Engine(model, load_tokenizer(config.model)), items, params, PromptForm())
-    rl.score(groups, config, 0)
-    return model, reference, [r for group in groups for r in group]
+    items = TaskMix(config.tasks, "train", "0").draw(0, config.prompts_per_step)
+    groups = Rollout(sampler, params, PromptForm(), ALONE).run(items)
+    assign_rewards(groups, config.rewards, config.loss.normalize_std, coin="0/0")
+    return model, reference, [trajectory for group in groups for trajectory in group]
+
+
+def of_response(
+    network: Transformer, trajectory: Trajectory, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log probabilities of the sampled ids, and of the whole vocabulary in their places."""
+    ids, start = torch.tensor([trajectory.ids]), trajectory.turns[0].start
+    full = (network(ids).logits_BTV[0, start - 1 : -1] / temperature).log_softmax(-1)
+    return full.gather(1, ids[0, start:, None]).squeeze(1), full
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 32])
-def test_the_update_is_the_policy_gradient_of_every_completion(training: Training, micro_batch_size: int) -> None:
+def test_the_update_is_the_policy_gradient_of_every_sampled_token(training: Training, micro_batch_size: int) -> None:
     """On policy, at temperature 0.8, with k3 to a reference that differs: -A d logp + kl (1 - exp(ref - logp)) d logp, a mean over all tokens."""
-    config = training(loss={"kl": 0.5, "mtp": 0.0}, sampling={"temperature": 0.8}, micro_batch_size=micro_batch_size)
-    model, reference, rollouts = sampled(config)
+    temperature = {"temperature": 0.8}
+    config = training(loss={"kl": 0.5, "mtp": 0.0}, sampling=temperature, micro_batch_size=micro_batch_size)
+    model, reference, trajectories = sampled(config)
     with torch.no_grad():
         reference.lm_head.weight.mul_(0.9)
     optimizer: Any = Recorder(model)
-    logged = rl._update(model, reference, optimizer, rollouts, config, 0, ALONE)
+    logged = rl.update_policy(model, reference, optimizer, trajectories, config, 0, ALONE)
 
-    total, kl_sum, entropy_sum, n_tokens = torch.zeros(()), 0.0, 0.0, sum(len(r.completion_ids) for r in rollouts)
-    for r in rollouts:
-        ids = torch.tensor([r.prompt_ids + r.completion_ids])
-        places = slice(len(r.prompt_ids) - 1, -1)
-        full = (model(ids).logits_BTV[0, places] / 0.8).log_softmax(-1)
-        logp = full.gather(1, ids[0, len(r.prompt_ids) :, None]).squeeze(1)
+    total, kl, entropy, n_tokens = torch.zeros(()), 0.0, 0.0, sum(t.n_sampled for t in trajectories)
+    for t in trajectories:
+        logp, full = of_response(model, t, 0.8)
         with torch.no_grad():
-            ref = (
-                (reference(ids).logits_BTV[0, places] / 0.8)
-                .log_softmax(-1)
-                .gather(1, ids[0, len(r.prompt_ids) :, None])
-                .squeeze(1)
-            )
-            k3 = (ref - logp).exp() - (ref - logp) - 1
-            kl_sum += float(k3.sum())
-            entropy_sum += float(-(full.exp() * full).sum())
-        total = total + ((-r.advantage + 0.5 * (1 - (ref - logp.detach()).exp())) * logp).sum() / n_tokens
+            difference = of_response(reference, t, 0.8)[0] - logp
+            kl += float((difference.exp() - difference - 1).sum())
+            entropy -= float((full.exp() * full).sum())
+        total = total + ((-t.advantage + 0.5 * (1 - difference.exp())) * logp).sum() / n_tokens
     total.backward()
-    (found,) = optimizer.gradients
-    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.count_nonzero()}
+    (found,), expected = optimizer.gradients, gradients(model)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert (found[name] - gradient).abs().max() < 1e-3 * gradient.abs().max() + 1e-7, name
-    assert logged["kl"] == pytest.approx(kl_sum / n_tokens, rel=1e-3) and logged["entropy"] == pytest.approx(
-        entropy_sum / n_tokens, rel=1e-4
-    )
+    assert logged["kl"] == pytest.approx(kl / n_tokens, rel=1e-3)
+    assert logged["entropy"] == pytest.approx(entropy / n_tokens, rel=1e-4)
     assert logged["logprob_gap"] < 1e-4 and logged["clip_fraction"] == 0.0
 
 
 def test_mtp_is_trained_on_detached_states(training: Training) -> None:
     """Its loss is logged, and adds gradients of its own module only."""
     config = training(loss={"kl": 0.0})
-    model, reference, rollouts = sampled(config)
-    for each in rollouts:
+    model, reference, trajectories = sampled(config)
+    for each in trajectories:
         each.advantage = 0.0
     optimizer: Any = Recorder(model)
-    logged = rl._update(model, reference, optimizer, rollouts, config, 0, ALONE)
+    logged = rl.update_policy(model, reference, optimizer, trajectories, config, 0, ALONE)
     assert logged["mtp_loss"] > 1.0
     assert optimizer.gradients[0] and all(name.startswith("model.layers.2.") for name in optimizer.gradients[0])
 
 
 def test_an_update_raises_what_was_better_than_its_group(training: Training) -> None:
     config = training(optimizer={"lr": 1e-4}, loss={"kl": 0.0})
-    model, reference, rollouts = sampled(config)
+    model, reference, trajectories = sampled(config)
 
     def logprobs() -> list[float]:
-        found = []
         with torch.no_grad():
-            for r in rollouts:
-                ids = torch.tensor([r.prompt_ids + r.completion_ids])
-                full = model(ids).logits_BTV[0, len(r.prompt_ids) - 1 : -1].log_softmax(-1)
-                found.append(float(full.gather(1, ids[0, len(r.prompt_ids) :, None]).sum()))
-        return found
+            return [float(of_response(model, t)[0].sum()) for t in trajectories]
 
     before = logprobs()
-    rl._update(model, reference, Optimizer(model, config.optimizer), rollouts, config, 0, ALONE)
-    gains = [r.advantage * (after - old) for r, old, after in zip(rollouts, before, logprobs(), strict=True)]
+    rl.update_policy(model, reference, Optimizer(model, config.optimizer), trajectories, config, 0, ALONE)
+    gains = [t.advantage * (after - old) for t, old, after in zip(trajectories, before, logprobs(), strict=True)]
     assert sum(gains) > 0 and sum(gain > 0 for gain in gains) > len(gains) / 2
 
 
 def test_minibatches_are_steps_of_their_own_on_the_same_samples(training: Training) -> None:
     config = training(minibatches=3, optimizer={"lr": 0.01})
-    model, reference, rollouts = sampled(config)
-    rows = len(rl.pack(rollouts, config.sequence_length).rows.tokens_BT)
-    assert rows >= 3
+    model, reference, trajectories = sampled(config)
+    assert len(pack(trajectories, config.sequence_length)) >= 3
     recorder: Any = Recorder(model)
-    rl._update(model, reference, recorder, rollouts, config, 0, ALONE)
+    rl.update_policy(model, reference, recorder, trajectories, config, 0, ALONE)
     assert len(recorder.gradients) == 3
-    logged = rl._update(model, reference, Optimizer(model, config.optimizer), rollouts, config, 0, ALONE)
+    optimizer = Optimizer(model, config.optimizer)
+    logged = rl.update_policy(model, reference, optimizer, trajectories, config, 0, ALONE)
     assert logged["logprob_gap"] > 1e-3  # the later minibatches are off policy
 
 
 def test_a_rank_without_rows_takes_part_and_adds_nothing(training: Training) -> None:
     """Another rank holds two rows more, then all of them: the gradient is that of our rows, then zero."""
-    config = training(micro_batch_size=1)
-    model, reference, rollouts = sampled(config)
-    batch = rl.pack(rollouts, config.sequence_length)
-    n_rows = len(batch.rows.tokens_BT)
+    config = training()
+    model, reference, trajectories = sampled(config)
+    batch = pack(trajectories, config.sequence_length)
 
     def gradient(part: slice, n_rows: int) -> dict[str, torch.Tensor]:
         policy_step(model, reference, batch[part], n_rows, config.loss, 1.0, 1, ALONE)
@@ -235,16 +196,13 @@ def test_a_rank_without_rows_takes_part_and_adds_nothing(training: Training) -> 
         model.zero_grad()
         return found
 
-    alone, beside_more, empty = (
-        gradient(slice(None), n_rows),
-        gradient(slice(None), n_rows + 2),
-        gradient(slice(0, 0), n_rows),
-    )
+    n_rows = len(batch)
+    alone, beside_more = gradient(slice(None), n_rows), gradient(slice(None), n_rows + 2)
+    empty = gradient(slice(0, 0), n_rows)
     assert alone.keys() == beside_more.keys() == empty.keys()
     assert all(torch.allclose(alone[name], beside_more[name], atol=1e-7) for name in alone)
-    assert all(grad.count_nonzero() == 0 for grad in empty.values()) and any(
-        grad.count_nonzero() for grad in alone.values()
-    )
+    assert not any(each.count_nonzero() for each in empty.values())
+    assert any(each.count_nonzero() for each in alone.values())
 
 
 def test_a_run_logs_every_step_and_counts_its_cost(training: Training, metrics: Metrics, tmp_path: Path) -> None:
@@ -253,21 +211,59 @@ def test_a_run_logs_every_step_and_counts_its_cost(training: Training, metrics: 
     sampling = {"step", "reward", "pass_rate", "format", "language", "response_tokens", "no_signal"}
     update = {"loss", "kl", "clip_fraction", "entropy", "logprob_gap", "gradient_norm", "mtp_loss", "expert_load", "lr"}
     assert [row["step"] for row in rows] == [1, 2] and all(set(row) == sampling | update for row in rows)
-    assert (
-        rows[0]["kl"] == pytest.approx(0.0, abs=1e-6)
-        and rows[0]["logprob_gap"] < 1e-4
-        and rows[0]["clip_fraction"] == 0.0
-    )
+    first = rows[0]
+    assert first["kl"] == pytest.approx(0.0, abs=1e-6) and first["logprob_gap"] < 1e-4 and not first["clip_fraction"]
     assert receipt.tokens == round(sum(row["response_tokens"] * 12 for row in rows))
-    assert (
-        set(receipt.flops_by_part) == {"sampling", "training", "mtp", "reference"}
-        and min(receipt.flops_by_part.values()) > 0
-    )
+    parts = receipt.flops_by_part
+    assert set(parts) == {"sampling", "training", "mtp", "reference"} and min(parts.values()) > 0
     rl.run(training(), tmp_path / "again")
     assert metrics(tmp_path / "again") == rows
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
-        tmp_path / "out" / "model.safetensors"
-    ).read_bytes()
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
+    assert weights[0] == weights[1]
+
+
+def test_responses_may_come_from_elsewhere(
+    training: Training, saying: Saying, metrics: Metrics, tmp_path: Path
+) -> None:
+    """A scripted sampler: half of each group is right, the rewards say so, and the weights are handed over every step."""
+    items = {item.key: item for item in TaskMix(training().tasks, "train", "rl/0").draw(0, 6)}
+    sampler = saying(lambda key, index: Solution("so", items[key].problem.answer if index % 2 else "none"))
+    rl.run(training(rewards={}), tmp_path / "out", sampler)
+    rows = metrics(tmp_path / "out")
+    assert [(row["pass_rate"], row["format"], row["no_signal"]) for row in rows] == [(0.5, 1.0, 0.0)] * 2
+    assert sampler.version == 1 and all(row["reward"] == pytest.approx(0.7) for row in rows)
+
+
+def test_two_ranks_roll_out_their_shares(training: Training, metrics: Metrics, tmp_path: Path) -> None:
+    """Under torchrun the same problems get the same responses: all that is logged of the first step agrees."""
+    config = training(prompts_per_step=4, steps=1)
+    rl.run(config, tmp_path / "one")
+    (tmp_path / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
+    script = (
+        "import json, sys; from pathlib import Path; from slingshot.stages import rl\n"
+        "rl.run(rl.RLConfig.parse(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]))\n"
+    )
+    (tmp_path / "two.py").write_text(script)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "two.py")]
+    done = subprocess.run(
+        [sys.executable, *launch, str(tmp_path / "config.json"), str(tmp_path / "two")],
+        capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (one,), (two,) = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    for name in ("reward", "pass_rate", "format", "response_tokens", "no_signal", "loss", "kl", "gradient_norm"):
+        assert two[name] == pytest.approx(one[name], abs=1e-4), name
+
+
+def test_bad_problems_are_counted_and_end_nothing(
+    training: Training, troubled: dict[str, Any], metrics: Metrics, tmp_path: Path
+) -> None:
+    """Of 40 problems one is too long for the model and three make their verifier raise."""
+    config = training(tasks=[troubled], prompts_per_step=8, steps=5, group_size=2, form={"lenient": True}, rewards={})
+    rl.run(config, tmp_path / "out")
+    rows = metrics(tmp_path / "out")
+    assert len(rows) == 5 and sum(row.get("skipped", 0) for row in rows) == 1
+    assert sum(row.get("unverified", 0) for row in rows) >= 2
 
 
 def test_the_reference_is_replaced_periodically(training: Training, metrics: Metrics, tmp_path: Path) -> None:
@@ -280,14 +276,10 @@ def test_without_a_kl_weight_there_is_no_reference(training: Training, metrics: 
     rl.run(training(loss={"kl": 0.0}), tmp_path / "free")
     rl.run(training(loss={"kl": 1e-12}), tmp_path / "tied")
     free, tied = metrics(tmp_path / "free"), metrics(tmp_path / "tied")
-    assert [row["kl"] for row in free] == [0.0, 0.0]
-    assert tied[1]["kl"] > 0
+    assert [row["kl"] for row in free] == [0.0, 0.0] and tied[1]["kl"] > 0
     assert [row["loss"] for row in free] == pytest.approx([row["loss"] for row in tied], abs=1e-6)
-    assert (
-        Receipt.read(tmp_path / "free").flops_by_part["reference"]
-        == 0
-        < Receipt.read(tmp_path / "tied").flops_by_part["reference"]
-    )
+    cost = [Receipt.read(tmp_path / name).flops_by_part["reference"] for name in ("free", "tied")]
+    assert cost[0] == 0 < cost[1]
 
 
 def test_groups_of_equal_reward_give_no_signal(
@@ -327,6 +319,7 @@ def test_divergence_is_reported_in_one_line(training: Training, tmp_path: Path) 
         ({"tasks": []}, "rl.tasks: "),
         ({"loss": {"clip_low": 1.5}}, "rl.loss.clip_low: .*got 1.5"),
         ({"loss": {"kl": -1.0}}, "rl.loss.kl: .*got -1.0"),
+        ({"rewards": {"format": float("nan")}}, "rl.rewards.format: .*nan|rl: nan"),
         ({"sampling": {"temperature": 0.0}}, "rl.* temperature above 0"),
         ({"max_flops": 0.0}, "rl.max_flops: .*got 0.0"),
         ({"rewards": {"acuracy": 1.0}}, r"rl.rewards.acuracy: unknown key; did you mean accuracy\?"),

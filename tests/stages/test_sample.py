@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,117 +11,106 @@ import pytest
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_jsonl
+from slingshot.checkpoint.load_save import load_model, load_tokenizer, save_checkpoint
 from slingshot.cost.receipt import Receipt
-from slingshot.rollout.rollout import Rollout
+from slingshot.rollout.sampler import Script, ScriptedSampler
 from slingshot.stages import sample
-from slingshot.tasks.mixture import Item
+from slingshot.tasks.task import Solution
 
 Sampling = Callable[..., sample.SampleConfig]
-
-# What each of six samples scores: accuracy, format, language, and its reasoning.
-SAID = [
-    (1.0, 1.0, 1.0, "because"),
-    (0.0, 1.0, 1.0, "wrong"),
-    (1.0, 0.0, 1.0, "unclosed"),
-    (1.0, 1.0, 0.5, "だから"),
-    (1.0, 1.0, 1.0, "because"),
-    (1.0, 1.0, 1.0, "also"),
-]
+Saying = Callable[[Script], ScriptedSampler]
 
 
 @pytest.fixture
 def sampling(base: Path, sums: dict[str, Any]) -> Sampling:
-    common = {
-        "model": str(base),
-        "tasks": [sums],
-        "dtype": "float32",
-        "threads": 1,
-        "sampling": {"max_tokens": 16},
-        "problems": 6,
-        "samples": 6,
-        "chunk": 4,
-    }
-    return lambda **changes: sample.SampleConfig.parse({**common, **changes}, "sample")
+    common = {"model": str(base), "tasks": [sums], "dtype": "float32", "threads": 1, "sampling": {"max_tokens": 32}}
+    return lambda **changes: sample.SampleConfig.parse(
+        {**common, "problems": 6, "samples": 6, "chunk": 4, **changes}, "sample"
+    )
 
 
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float, float, str]]:
-    """Every problem gets these samples instead of the model's own."""
-    answers = list(SAID)
+def answering(config: sample.SampleConfig, *said: tuple[str, bool] | str) -> Script:
+    """Sample i of every problem: a reasoning and whether it ends in the right answer, or a text without any format."""
+    answers = {item.key: item.problem.answer for item in config.draw()}
 
-    def roll_out(_: Any, items: Sequence[Item], *__: Any) -> list[list[Rollout]]:
-        return [
-            [
-                Rollout(
-                    item.task,
-                    item.problem,
-                    [1, 2],
-                    [3] * 5,
-                    [-1.0] * 5,
-                    f" {reasoning}\n",
-                    "7 ",
-                    accuracy,
-                    form,
-                    language,
-                )
-                for accuracy, form, language, reasoning in answers
-            ]
-            for item in items
-        ]
+    def script(key: str, index: int) -> Solution | str:
+        words = said[index % len(said)]
+        return words if isinstance(words, str) else Solution(words[0], answers[key] if words[1] else "none")
 
-    monkeypatch.setattr(sample, "roll_out", roll_out)
-    return answers
+    return script
 
 
-def test_accepted_samples_are_kept_once(sampling: Sampling, said: list[Any], tmp_path: Path) -> None:
-    sample.run(sampling(per_problem=3), tmp_path / "out")
+SAID = [("because", True), ("wrong", False), "unclosed", ("だから", True), ("because", True), ("also so", True)]
+
+
+def test_accepted_samples_are_kept_once(sampling: Sampling, saying: Saying, tmp_path: Path) -> None:
+    config = sampling(per_problem=3)
+    sampler = saying(answering(config, *SAID))
+    sample.run(config, tmp_path / "out", sampler)
     rows, receipt = read_jsonl(tmp_path / "out" / "data.jsonl"), Receipt.read(tmp_path / "out")
-    assert [row["reasoning"] for row in rows] == ["because", "also"] * 6 and {row["answer"] for row in rows} == {"7"}
-    assert len({row["key"] for row in rows}) == 6 and {row["task"] for row in rows} == {"arithmetic"}
-    assert receipt.extra == {"examples": 12, "problems": 6} and receipt.tokens == 6 * 6 * 5
+    assert [row["reasoning"] for row in rows] == ["because", "also so"] * 6
+    answers = {item.problem.key: item.problem.answer for item in config.draw()}
+    assert {row["key"]: row["answer"] for row in rows} == answers and len(answers) == 6
+    assert {row["task"] for row in rows} == {"arithmetic"} and receipt.extra == {"examples": 12, "problems": 6}
+    assert receipt.tokens > 6 * 6 * 5 and set(receipt.flops_by_part) == {"sampling"}
     logged = read_jsonl(tmp_path / "out" / "metrics.jsonl")
-    assert [(row["step"], row["kept"]) for row in logged] == [(1, 8), (2, 12)] and logged[0][
-        "pass_rate"
-    ] == pytest.approx(5 / 6)
+    assert [(row["step"], row["kept"]) for row in logged] == [(1, 8), (2, 12)]
+    assert logged[0]["pass_rate"] == pytest.approx(4 / 6)
 
 
-def test_at_most_so_many_of_one_problem(sampling: Sampling, said: list[Any], tmp_path: Path) -> None:
-    sample.run(sampling(per_problem=1), tmp_path / "out")
-    assert [row["reasoning"] for row in read_jsonl(tmp_path / "out" / "data.jsonl")] == ["because"] * 6
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [({"per_problem": 1}, ["because"]), ({"per_problem": 9, "language": False}, ["because", "だから", "also so"])],
+)
+def test_how_many_and_which_languages_are_kept(
+    sampling: Sampling, saying: Saying, tmp_path: Path, changes: dict[str, Any], kept: list[str]
+) -> None:
+    config = sampling(**changes)
+    sample.run(config, tmp_path / "out", saying(answering(config, *SAID)))
+    assert [row["reasoning"] for row in read_jsonl(tmp_path / "out" / "data.jsonl")] == kept * 6
 
 
-def test_another_language_is_kept_on_request(sampling: Sampling, said: list[Any], tmp_path: Path) -> None:
-    sample.run(sampling(per_problem=9, language=False), tmp_path / "out")
-    assert [row["reasoning"] for row in read_jsonl(tmp_path / "out" / "data.jsonl")] == [
-        "because",
-        "だから",
-        "also",
-    ] * 6
-
-
-def test_a_model_that_solves_nothing_makes_no_dataset(sampling: Sampling, said: list[Any], tmp_path: Path) -> None:
-    said[:] = [(0.0, 1.0, 1.0, "wrong"), (1.0, 0.0, 1.0, "unclosed")]
+def test_a_model_that_solves_nothing_makes_no_dataset(sampling: Sampling, saying: Saying, tmp_path: Path) -> None:
+    config = sampling()
     with pytest.raises(
-        SlingshotError, match=r"base solved none of 6 problems in format; train it further or take easier problems"
+        SlingshotError, match="base solved none of 6 problems in format; train it further or take easier"
     ):
-        sample.run(sampling(), tmp_path / "out")
+        sample.run(config, tmp_path / "out", saying(answering(config, ("wrong", False), "unclosed")))
     assert not (tmp_path / "out").exists()
 
 
-def test_the_models_own_samples_follow_the_seed(
-    sampling: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Real sampling, everything accepted: the same seed writes the same bytes whatever the chunks, another seed others."""
-    real = sample.roll_out
-
-    def accepted(*arguments: Any) -> list[list[Rollout]]:
-        groups = real(*arguments)
-        for rollout in (rollout for group in groups for rollout in group):
-            rollout.accuracy = rollout.format = rollout.language = 1.0
-        return groups
-
-    monkeypatch.setattr(sample, "roll_out", accepted)
+def test_chunks_only_say_where_sampling_may_stop(sampling: Sampling, saying: Saying, tmp_path: Path) -> None:
     for name, changes in {"a": {}, "b": {"chunk": 64}, "c": {"seed": 1}}.items():
-        sample.run(sampling(per_problem=6, **changes), tmp_path / name)
+        config = sampling(problems=20, **changes)
+        sample.run(config, tmp_path / name, saying(answering(config, ("because", True))))
     a, b, c = ((tmp_path / name / "data.jsonl").read_bytes() for name in "abc")
-    assert a == b != c and len(read_jsonl(tmp_path / "a" / "data.jsonl")) > 12
+    assert a == b != c
+
+
+def test_bad_problems_are_counted_and_end_nothing(
+    sampling: Sampling, saying: Saying, troubled: dict[str, Any], tmp_path: Path
+) -> None:
+    config = sampling(tasks=[troubled], problems=40, samples=1)
+    sample.run(config, tmp_path / "out", saying(answering(config, ("so", True))))
+    logged = read_jsonl(tmp_path / "out" / "metrics.jsonl")
+    counts = [sum(row.get(name, 0) for row in logged) for name in ("skipped", "unverified")]
+    assert counts[0] <= 1 and 1 <= counts[1] <= 3, "a tenth of the problems is held out for tests"
+    assert len(read_jsonl(tmp_path / "out" / "data.jsonl")) == len(config.draw()) - sum(counts)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (math.nan, "o_proj.weight holds NaN or infinite values"),
+        (3e38, "not finite: its weights have diverged; go back to"),
+    ],
+)
+def test_a_diverged_model_ends_in_one_line(
+    sampling: Sampling, base: Path, tmp_path: Path, weight: float, message: str
+) -> None:
+    model = load_model(base)
+    model.model.layers[0].self_attn.o_proj.weight.data.fill_(weight)
+    (tmp_path / "model").mkdir()
+    save_checkpoint(tmp_path / "model", model, load_tokenizer(base))
+    with pytest.raises(SlingshotError, match=message):
+        sample.run(sampling(model=str(tmp_path / "model")), tmp_path / "out")

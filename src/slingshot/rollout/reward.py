@@ -1,15 +1,24 @@
-"""Rewards besides accuracy, as R1 has them (arXiv 2501.12948, 2.2.2 and 2.3.2): format, and consistency of the language reasoned in.
+"""What trajectories earn: rewards besides accuracy as R1 has them (arXiv 2501.12948, 2.2.2 and 2.3.2), their weighted sum, and advantages.
 
 format_reward(closed=True, answer="14", finished=True) == 1.0
 language_consistency("3 plus 4は7", "en") == 0.5
+assign_rewards(groups, RewardWeights(language=0.2), normalize_std=True, coin="0/17")
 """
 
 from __future__ import annotations
 
+import random
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import groupby
+
+import torch
+
+from slingshot.base.config import Strict
+from slingshot.rollout.trajectory import Trajectory
+from slingshot.training.objectives import group_advantages
 
 # The scripts a language is written in, as Unicode names its letters.
 _SCRIPTS = {"en": {"LATIN"}, "ja": {"HIRAGANA", "KATAKANA", "CJK", "IDEOGRAPHIC"}}
@@ -55,3 +64,36 @@ def _language_of(character: str) -> str:
 
 def _is_kana(character: str) -> bool:
     return "\u3041" <= character <= "\u30ff" or "\uff66" <= character <= "\uff9f"
+
+
+class RewardWeights(Strict):
+    """What a response earns: each score in [0, 1] times its weight. `random` is the control: a coin instead of all scores."""
+
+    accuracy: float = 1.0
+    format: float = 0.2
+    language: float = 0.0
+    random: bool = False
+
+    def reward(self, trajectory: Trajectory) -> float:
+        """What was cut off earns nothing for its accuracy: who reads leniently may have found an answer that the model would have gone on from."""
+        scores = trajectory.scores
+        accuracy = self.accuracy * scores["accuracy"] if trajectory.finished else 0.0
+        return accuracy + self.format * scores["format"] + self.language * scores["language"]
+
+
+def assign_rewards(
+    groups: Sequence[Sequence[Trajectory]], weights: RewardWeights, normalize_std: bool, coin: str
+) -> None:
+    """Give every trajectory its reward, and its advantage within its group. `coin` seeds the control's."""
+    for group in groups:
+        rng = random.Random(f"{coin}/{group[0].item.problem.key}")
+        for trajectory in group:
+            trajectory.reward = float(rng.random() < 0.5) if weights.random else weights.reward(trajectory)
+        advantages = group_advantages(torch.tensor([trajectory.reward for trajectory in group]), normalize_std)
+        for trajectory, advantage in zip(group, advantages.tolist(), strict=True):
+            trajectory.advantage = advantage
+
+
+def has_signal(group: Sequence[Trajectory]) -> bool:
+    """Whether a group's rewards differ; where they do not, every advantage is zero."""
+    return len({trajectory.reward for trajectory in group}) > 1

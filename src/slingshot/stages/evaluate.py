@@ -1,4 +1,4 @@
-"""Evaluation on the held-out test split: pass@1 with a bootstrap interval, pass@k, response length, format, language.
+"""Evaluation on held-out problems: pass@1 with a 95% interval, pass@k, response length, format, language.
 
 Several prompt forms can be tried; the best is reported, so that a base model is not marked down for its format.
 
@@ -7,31 +7,33 @@ Several prompt forms can be tried; the best is reported, so that a base model is
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from math import comb
+from math import comb, sqrt
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from slingshot.base.config import StageConfig
 from slingshot.base.files import write_json
 from slingshot.base.progress import Progress
 from slingshot.checkpoint.hub import locate
-from slingshot.cost.flops import generation_flops
 from slingshot.engine.engine import Engine
 from slingshot.machine.precision import Dtype, compute_dtype, peak
-from slingshot.rollout.rollout import PromptForm, Rollout, roll_out
-from slingshot.rollout.sampling import MOVED_TO_SAMPLING, SamplingConfig
+from slingshot.rollout.rollout import PromptForm, Rollout
+from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
+from slingshot.rollout.trajectory import Trajectory, sampling_flops
 from slingshot.tasks.loader import TaskConfig, load_task
 from slingshot.tasks.mixture import Item, distinct
-from slingshot.tasks.task import Task
+from slingshot.tasks.task import Split
 from slingshot.training.checkpointer import Workspace
 from slingshot.training.parallel import Parallel
 
 kind = "evaluate"
+
+_COUNTED = 10_000  # given problems are counted up to here
 
 
 class EvaluateConfig(StageConfig):
@@ -42,6 +44,7 @@ class EvaluateConfig(StageConfig):
     model: str
     tasks: list[TaskConfig] = Field(min_length=1)
     forms: list[PromptForm] = Field([PromptForm()], min_length=1)
+    split: Split = "test"
     problems: int = Field(500, ge=1)  # of each task
     samples: int = Field(1, ge=1)
     sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_p=0.95)
@@ -52,118 +55,161 @@ class EvaluateConfig(StageConfig):
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
-        for kind_of, names in (
-            ("forms", [form.name for form in self.forms]),
-            ("tasks", [task.name for task in self.tasks]),
-        ):
+        for kind_of, names in (("forms", [form.name for form in self.forms]), ("tasks", [t.name for t in self.tasks])):
             if repeated := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"two {kind_of} are named {repeated[0]}; results are told apart by name")
         return self
 
+    def draw(self) -> tuple[dict[str, list[Item]], dict[str, int]]:
+        """The problems of each task, the same for every model, and how many there are where they are given rather than generated."""
+        items, given = {}, {}
+        for named in self.tasks:
+            task, seed = load_task(named.name, **named.params), f"evaluate/{self.seed}"
+            found = distinct(task, self.split, seed, max(self.problems, _COUNTED if task.is_given else 0))
+            if task.is_given and len(found) < _COUNTED:
+                given[named.name] = len(found)
+            items[named.name] = [Item(task, problem, problem.key) for problem in found[: self.problems]]
+        return items, given
 
-def run(config: EvaluateConfig, out: Path) -> None:
-    """Evaluate `config.model` and write evaluation.json to `out`; resumes from `out.partial`."""
+
+def run(config: EvaluateConfig, out: Path, sampler: Sampler | None = None) -> None:
+    """Evaluate `config.model`, in process or by `sampler`, and write evaluation.json to `out`; resumes from `out.partial`."""
     parallel = Parallel.start(config.threads)
     source = locate(config.model)
     work = Workspace(out, kind, config, [source], parallel, config.save_seconds, peak(config.dtype))
-    engine = Engine.load(source, dtype=compute_dtype(config.dtype), device=parallel.device)
+    dtype = compute_dtype(config.dtype)
+    sampler = sampler or EngineSampler(Engine.load(source, dtype=dtype, device=parallel.device))
     params = config.sampling.params(config.samples, config.seed)
-    jobs = []
-    for spec in config.tasks:
-        task = load_task(spec.name, **spec.params)
-        items = _items(task, config)
-        jobs += [
-            (task.name, form, items[i : i + config.chunk])
-            for form in config.forms
-            for i in range(0, len(items), config.chunk)
-        ]
+    rollouts = [Rollout(sampler, params, form, parallel, lenient=not form.lenient) for form in config.forms]
+    items, given = config.draw()
+    jobs = [
+        (name, rollout, some[start : start + config.chunk])
+        for name, some in items.items()
+        for rollout in rollouts
+        for start in range(0, len(some), config.chunk)
+    ]
     saved = work.load()
     results: list[dict[str, Any]] = saved.info["results"] if saved else []
+    left_out = defaultdict(
+        Counter, {name: Counter(counts) for name, counts in saved.info["left_out"].items()} if saved else {}
+    )
 
-    def state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return {}, {"results": results}
-
-    with Progress(out.name, len(jobs), saved.step if saved else 0, parallel.is_first) as progress:
+    with Progress(f"evaluation of {source.name}", len(jobs), saved.step if saved else 0, parallel.is_first) as progress:
         for step in range(saved.step if saved else 0, len(jobs)):
-            name, form, items = jobs[step]
-            groups = roll_out(engine, items[parallel.rank :: parallel.world], params, form)
-            for group in groups:
-                counts = [len(r.completion_ids) for r in group]
-                work.meter.add(
-                    sum(counts), sampling=generation_flops(engine.model.config, len(group[0].prompt_ids), counts)
-                )
-            found = parallel.gather([_result(name, form, group) for group in groups])
-            results += found
-            progress.update(
-                step + 1,
-                **{"pass": sum(sum(r["accuracy"]) for r in found) / max(1, sum(len(r["accuracy"]) for r in found))},
-            )
-            work.keep(step + 1, state)
-    evaluation = summarise(results, config)
+            name, rollout, chunk = jobs[step]
+            groups = rollout.run(chunk)
+            tokens = sum(trajectory.n_sampled for group in groups for trajectory in group)
+            work.meter.add(tokens, sampling=sampling_flops(sampler.model_config, groups))
+            found = parallel.gather([result(name, rollout.form.name, group) for group in groups])
+            results.extend(found)
+            left_out[name].update(rollout.counts)
+            accuracy = [score for row in found for score in row["accuracy"]]
+            progress.update(step + 1, **{"pass": sum(accuracy) / max(1, len(accuracy))})
+            work.keep(step + 1, lambda: ({}, {"results": results, "left_out": left_out}))
+    for rollout in rollouts:
+        rollout.refuse_nothing()
+    evaluation = summarise(results, config, given, left_out)
     work.finish(lambda folder: write_json(folder / "evaluation.json", evaluation))
     parallel.stop()
 
 
-def _items(task: Task, config: EvaluateConfig) -> list[Item]:
-    return [
-        Item(task, problem, problem.key)
-        for problem in distinct(task, "test", f"evaluate/{config.seed}", config.problems)
-    ]
-
-
-def _result(task: str, form: PromptForm, group: Sequence[Rollout]) -> dict[str, Any]:
+def result(task: str, form: str, group: Sequence[Trajectory]) -> dict[str, Any]:
     """What is kept of one problem's samples."""
-    first = group[0]
+    first, problem = group[0], group[0].item.problem
+    names = [name for name in ("accuracy", "format", "language", "lenient") if name in first.scores]
     return {
         "task": task,
-        "form": form.name,
-        "accuracy": [r.accuracy for r in group],
-        "tokens": [len(r.completion_ids) for r in group],
-        "format": [r.format for r in group],
-        "language": [r.language for r in group],
+        "form": form,
+        "tokens": [trajectory.n_sampled for trajectory in group],
+        **{name: [trajectory.scores[name] for trajectory in group] for name in names},
         "example": {
-            "prompt": first.problem.prompt,
-            "answer": first.problem.answer,
+            "prompt": problem.prompt,
+            "answer": problem.answer,
             "reasoning": first.reasoning,
             "response": first.answer,
-            "correct": first.accuracy == 1.0,
+            "correct": first.scores["accuracy"] == 1.0,
         },
     }
 
 
-def summarise(results: Sequence[dict[str, Any]], config: EvaluateConfig) -> dict[str, Any]:
+def summarise(
+    results: Sequence[dict[str, Any]],
+    config: EvaluateConfig,
+    given: dict[str, int] | None = None,
+    left_out: dict[str, Counter[str]] | None = None,
+) -> dict[str, Any]:
     """The Evaluation: every task in the prompt form with the highest pass@1, the other forms' pass@1 beside it.
 
     `scores` holds each problem's share of right samples in a fixed order, so that two evaluations can be compared problem by problem.
+    `given`: how many problems a task has, where that is known. `left_out`: what could not be asked or verified.
     """
     tasks: dict[str, Any] = {}
     examples: dict[str, Any] = {}
     scores: dict[str, list[float]] = {}
-    for task in dict.fromkeys(result["task"] for result in results):
+    for task in dict.fromkeys(row["task"] for row in results):
         by_form = {
             form.name: [r for r in results if r["task"] == task and r["form"] == form.name] for form in config.forms
         }
-        passes = {form: float(np.mean([np.mean(r["accuracy"]) for r in rows])) for form, rows in by_form.items()}
+        passes = {form: mean(rows, "accuracy") for form, rows in by_form.items()}
         best = max(passes, key=lambda form: passes[form])
         rows = by_form[best]
-        correct = [sum(score == 1.0 for score in r["accuracy"]) for r in rows]
-        tasks[task] = {
+        right = [sum(score == 1.0 for score in row["accuracy"]) for row in rows]
+        scores[task] = [float(np.mean(row["accuracy"])) for row in rows]
+        found = tasks[task] = {
             "pass@1": passes[best],
-            "ci95": bootstrap([float(np.mean(r["accuracy"])) for r in rows], config.seed),
-            "pass@8": float(np.mean([pass_at_k(config.samples, c, 8) for c in correct]))
-            if config.samples >= 8
-            else None,
-            "mean_tokens": float(np.mean([np.mean(r["tokens"]) for r in rows])),
-            "format": float(np.mean([np.mean(r["format"]) for r in rows])),
-            "language": float(np.mean([np.mean([value == 1.0 for value in r["language"]]) for r in rows])),
+            "ci95": interval(scores[task], config.samples, config.seed),
+            "pass@8": float(np.mean([pass_at_k(config.samples, c, 8) for c in right])) if config.samples >= 8 else None,
+            "mean_tokens": mean(rows, "tokens"),
+            "format": mean(rows, "format"),
+            "language": float(np.mean([np.mean([value == 1.0 for value in row["language"]]) for row in rows])),
             "n": len(rows),
             "samples_per_problem": config.samples,
+            "right": sum(right),
+            "split": config.split,
+            "given": (given or {}).get(task),
+            "left_out": dict((left_out or {}).get(task, {})),
             "prompt_form": best,
             "pass@1_by_form": passes,
         }
-        scores[task] = [float(np.mean(r["accuracy"])) for r in rows]
-        examples[task] = [r["example"] for r in rows[: config.examples]]
+        if "lenient" in rows[0]:
+            found["right_leniently"] = sum(score == 1.0 for row in rows for score in row["lenient"])
+        found["notes"] = notes(found)
+        examples[task] = [row["example"] for row in rows[: config.examples]]
     return {"tasks": tasks, "examples": examples, "scores": scores}
+
+
+def notes(score: dict[str, Any]) -> list[str]:
+    """What qualifies one task's scores, in words."""
+    total, right, given = score["n"] * score["samples_per_problem"], score["right"], score["given"]
+    said = [f"{count} {what}" for what, count in score["left_out"].items()]
+    if given and given > score["n"]:
+        said.append(f"{score['n']} of {given} given {score['split']} problems asked")
+    if (leniently := score.get("right_leniently", 0)) > right:
+        in_format = f"{round(score['format'] * total)} of {total} in format"
+        said.append(f"{in_format}, {leniently} right if read leniently")
+    return said
+
+
+def mean(rows: Sequence[dict[str, Any]], name: str) -> float:
+    """The mean over problems of their samples' mean."""
+    return float(np.mean([np.mean(row[name]) for row in rows]))
+
+
+def interval(scores: Sequence[float], samples: int, seed: int) -> list[float]:
+    """95% interval of the mean of problems' scores: Wilson's for one sample of each, else a bootstrap over problems.
+
+    Where all problems score alike a bootstrap has nothing to resample, and would claim a width of 0: Wilson's there too.
+    """
+    if samples == 1 or len(set(scores)) == 1:
+        return wilson(float(np.mean(scores)), len(scores))
+    return bootstrap(scores, seed)
+
+
+def wilson(share: float, n: int, z: float = 1.959964) -> list[float]:
+    """Wilson's score interval of a share seen in n trials (Journal of the American Statistical Association 22, 1927)."""
+    centre, spread = share + z * z / (2 * n), z * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = ((centre + side * spread) / (1 + z * z / n) for side in (-1, 1))
+    return [max(0.0, low), min(1.0, high)]
 
 
 def bootstrap(scores: Sequence[float], seed: int, resamples: int = 2000) -> list[float]:

@@ -12,21 +12,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
 from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import write_jsonl
 from slingshot.base.progress import Progress
 from slingshot.checkpoint.hub import locate
-from slingshot.cost.flops import generation_flops
 from slingshot.engine.engine import Engine
 from slingshot.machine.precision import Dtype, compute_dtype, peak
-from slingshot.rollout.rollout import PromptForm, roll_out
-from slingshot.rollout.sampling import MOVED_TO_SAMPLING, SamplingConfig
+from slingshot.rollout.rollout import PromptForm, Rollout
+from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
+from slingshot.rollout.trajectory import Trajectory, sampling_flops
 from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import Item, TaskMix
-from slingshot.tasks.task import Problem, Task
 from slingshot.training.checkpointer import Workspace
 from slingshot.training.parallel import Parallel
 
@@ -50,67 +48,63 @@ class SampleConfig(StageConfig):
     dtype: Dtype = "auto"
     save_seconds: float = 30.0
 
+    def draw(self) -> list[Item]:
+        """The problems that are put to the model; fewer than `problems` where the tasks have no more."""
+        return TaskMix(self.tasks, "train", f"sample/{self.seed}", repeat=False).draw(0, self.problems)
 
-def run(config: SampleConfig, out: Path) -> None:
-    """Sample from `config.model` and write a dataset to `out`; resumes from `out.partial`."""
+
+def run(config: SampleConfig, out: Path, sampler: Sampler | None = None) -> None:
+    """Sample from `config.model`, in process or by `sampler`, and write a dataset to `out`; resumes from `out.partial`."""
     parallel = Parallel.start(config.threads)
     source = locate(config.model)
     work = Workspace(out, kind, config, [source], parallel, config.save_seconds, peak(config.dtype))
-    engine = Engine.load(source, dtype=compute_dtype(config.dtype), device=parallel.device)
-    items = _items(config)
-    params = config.sampling.params(config.samples, config.seed)
+    items = config.draw()
+    if several := next((item.task.name for item in items if item.task.has_turns), None):
+        raise SlingshotError(
+            f"task {several} takes several turns, a line of a dataset holds one; leave it out of tasks"
+        )
+    dtype = compute_dtype(config.dtype)
+    sampler = sampler or EngineSampler(Engine.load(source, dtype=dtype, device=parallel.device))
+    rollout = Rollout(sampler, config.sampling.params(config.samples, config.seed), config.form, parallel)
     saved = work.load()
     rows: list[dict[str, Any]] = saved.info["rows"] if saved else []
     chunks = [items[i : i + config.chunk] for i in range(0, len(items), config.chunk)]
 
-    def state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return {}, {"rows": rows}
-
     with Progress(out.name, len(chunks), saved.step if saved else 0, parallel.is_first) as progress:
         for step in range(saved.step if saved else 0, len(chunks)):
             flops_before = work.meter.flops
-            groups = roll_out(engine, chunks[step][parallel.rank :: parallel.world], params, config.form)
-            found = []
-            for group in groups:
-                good = [
-                    r
-                    for r in group
-                    if r.accuracy == 1.0 and r.format == 1.0 and (r.language == 1.0 or not config.language)
-                ]
-                texts = [(r.reasoning.strip(), r.answer.strip()) for r in good]
-                kept = _rows(group[0].task, group[0].problem, texts, config)
-                found.append((kept, sum(r.accuracy == 1.0 for r in group) / len(group)))
-                counts = [len(r.completion_ids) for r in group]
-                work.meter.add(
-                    sum(counts), sampling=generation_flops(engine.model.config, len(group[0].prompt_ids), counts)
-                )
-            found = parallel.gather(found)
-            rows += [row for kept, _ in found for row in kept]
+            groups = rollout.run(chunks[step])
+            tokens = sum(trajectory.n_sampled for group in groups for trajectory in group)
+            work.meter.add(tokens, sampling=sampling_flops(sampler.model_config, groups))
+
+            right = [sum(t.scores["accuracy"] == 1.0 for t in group) / len(group) for group in groups]
+            found = parallel.gather(
+                [(accepted(group, config), share) for group, share in zip(groups, right, strict=True)]
+            )
+            rows.extend(row for kept, _ in found for row in kept)
             pass_rate = sum(share for _, share in found) / max(1, len(found))
-            tokens = sum(len(r.completion_ids) for group in groups for r in group)
-            work.log({"step": step + 1, "pass_rate": pass_rate, "kept": len(rows), **work.speed(tokens, flops_before)})
+            logged = {"step": step + 1, "pass_rate": pass_rate, "kept": len(rows), **rollout.counts}
+            work.log({**logged, **work.speed(tokens, flops_before)})
             progress.update(step + 1, **{"pass": pass_rate, "kept": len(rows)})
-            work.keep(step + 1, state)
+            work.keep(step + 1, lambda: ({}, {"rows": rows}))
+    rollout.refuse_nothing()
     if not rows:
         raise SlingshotError(
             f"{config.model} solved none of {len(items)} problems in format; train it further or take easier problems"
         )
-    work.finish(
-        lambda folder: write_jsonl(folder / "data.jsonl", rows), {"examples": len(rows), "problems": len(items)}
-    )
+    extra = {"examples": len(rows), "problems": len(items)}
+    work.finish(lambda folder: write_jsonl(folder / "data.jsonl", rows), extra)
     parallel.stop()
 
 
-def _items(config: SampleConfig) -> list[Item]:
-    return TaskMix(config.tasks, "train", f"sample/{config.seed}", repeat=False).draw(0, config.problems)
-
-
-def _rows(task: Task, problem: Problem, texts: Sequence[tuple[str, str]], config: SampleConfig) -> list[dict[str, Any]]:
-    """Lines of the dataset from accepted responses to a problem, reasoning and answer: the first of every reasoning."""
+def accepted(group: Sequence[Trajectory], config: SampleConfig) -> list[dict[str, Any]]:
+    """Lines of the dataset from the responses to a problem: the first of every reasoning among those right and in format."""
     first: dict[str, str] = {}
-    for reasoning, answer in texts:
-        first.setdefault(reasoning, answer)
-    kept = list(first.items())[: config.per_problem]
-    return [
-        {"prompt": problem.prompt, "reasoning": r, "answer": a, "task": task.name, "key": problem.key} for r, a in kept
-    ]
+    for trajectory in group:
+        scores = trajectory.scores
+        if scores["accuracy"] == scores["format"] == 1.0 and (scores["language"] == 1.0 or not config.language):
+            first.setdefault(trajectory.reasoning.strip(), trajectory.answer.strip())
+    item = group[0].item
+    named = {"task": item.task.name, "key": item.problem.key}
+    texts = list(first.items())[: config.per_problem]
+    return [{"prompt": item.problem.prompt, "reasoning": reasoning, "answer": a, **named} for reasoning, a in texts]

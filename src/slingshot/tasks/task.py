@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -55,6 +55,7 @@ class Reward:
 
     value: float
     answer: str | None
+    error: str | None = None  # why nothing could be verified: the verifier raised, or hung
 
 
 class Task(Strict, ABC):
@@ -75,6 +76,11 @@ class Task(Strict, ABC):
 
     @property
     def has_solutions(self) -> bool:
+        return False
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the problems are a person's rather than generated, so that there are so many of them and no more."""
         return False
 
     def solution(self, problem: Problem, style: Style, rng: random.Random) -> Solution:
@@ -115,6 +121,15 @@ class Task(Strict, ABC):
         """Score the answer part of a response; `lenient` looks for the last answer anywhere in `text` instead."""
         answer = self.extract(text) if lenient else self.read(text)
         return Reward(0.0 if answer is None else self.score(problem, answer), answer)
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether `step` may reply to a response, which makes the task an environment of several turns."""
+        return False
+
+    def step(self, problem: Problem, messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]] | None:
+        """What the environment says to the conversation so far, as messages of a chat; None when it is over."""
+        return None
 
 
 def key_number(key: str) -> int:

@@ -88,6 +88,10 @@ class UserTask(Task):
         return self.path
 
     @property
+    def is_given(self) -> bool:
+        return True
+
+    @property
     def has_solutions(self) -> bool:
         return "solution" in self._functions
 

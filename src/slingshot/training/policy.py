@@ -1,11 +1,12 @@
-"""One step of policy training over packed rollouts: reference and policy forward, GRPO and MTP losses, backward.
+"""One step of policy training over packed trajectories: reference and policy forward, GRPO and MTP losses, backward.
 
-Shape suffixes: B rows, T time, N chosen tokens, D model width.
+Shape suffixes: B rows, T time, N chosen tokens, D model width, L MoE layers, E experts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 from pydantic import Field
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from slingshot.base.config import Strict
 from slingshot.model.transformer import Transformer
-from slingshot.training.language_model import Rows, add_loads, target_loss
+from slingshot.training.language_model import add_loads, target_loss
 from slingshot.training.objectives import grpo, mtp_targets, next_token_targets, token_logprobs
 from slingshot.training.parallel import Parallel
 
@@ -34,33 +35,29 @@ class GRPOConfig(Strict):
 
 @dataclass
 class PolicyRows:
-    """Packed rollouts with advantage and sampler logprob in each completion token's place; `rows` weighs completion tokens 1."""
+    """Packed trajectories: segments numbered from 1 in each row, 0 padding; mask 1 on sampled tokens, which carry the other two."""
 
-    rows: Rows
+    tokens_BT: Tensor
+    segments_BT: Tensor
+    mask_BT: Tensor
     advantages_BT: Tensor
-    sampler_BT: Tensor
+    sampler_BT: Tensor  # the sampler's logprobs
+
+    def __len__(self) -> int:
+        return len(self.tokens_BT)
 
     def __getitem__(self, part: slice) -> PolicyRows:
-        return PolicyRows(self.rows[part], self.advantages_BT[part], self.sampler_BT[part])
+        return self._each(lambda field_BT: field_BT[part])
 
     def to(self, device: torch.device) -> PolicyRows:
-        fields = (self.rows.tokens_BT, self.rows.segments_BT, self.rows.weights_BT, self.advantages_BT, self.sampler_BT)
-        tokens_BT, segments_BT, weights_BT, advantages_BT, sampler_BT = (field.to(device) for field in fields)
-        return PolicyRows(Rows(tokens_BT, segments_BT, weights_BT), advantages_BT, sampler_BT)
+        return self._each(lambda field_BT: field_BT.to(device))
 
     def or_empty(self) -> PolicyRows:
         """At least one row: a rank that has none left still takes part in the collective operations."""
-        if len(self.rows.tokens_BT):
-            return self
-        rows = Rows(
-            *(
-                field.new_zeros(1, field.shape[1])
-                for field in (self.rows.tokens_BT, self.rows.segments_BT, self.rows.weights_BT)
-            )
-        )
-        return PolicyRows(
-            rows, *(field.new_zeros(1, field.shape[1]) for field in (self.advantages_BT, self.sampler_BT))
-        )
+        return self if len(self) else self._each(lambda field_BT: field_BT.new_zeros(1, field_BT.shape[1]))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> PolicyRows:
+        return PolicyRows(*(change(getattr(self, field.name)) for field in fields(self)))
 
 
 @dataclass
@@ -81,63 +78,46 @@ def policy_step(
     micro_batch_size: int,
     parallel: Parallel,
 ) -> PolicySums:
-    """Forward and backward over this rank's rows; gradients are those of the mean over the global batch's completion tokens.
+    """Forward and backward over this rank's rows; gradients are those of the mean over the global batch's sampled tokens.
 
     `n_rows` is the largest rank's number of rows: every rank takes as many micro-batches. `temperature` is the sampler's.
     """
     with_mtp = model.config.num_nextn_predict_layers > 0 and config.mtp > 0
-    rows = batch.rows
-    far_BT = mtp_targets(rows.tokens_BT, rows.segments_BT, rows.weights_BT)[1]
-    values = {
-        "tokens": float(rows.weights_BT.sum()),
-        "far": float(far_BT.sum()),
-        "loss": 0.0,
-        "kl": 0.0,
-        "clipped": 0.0,
-    }
+    far_BT = mtp_targets(batch.tokens_BT, batch.segments_BT, batch.mask_BT)[1]
+    values = {"tokens": float(batch.mask_BT.sum()), "far": float(far_BT.sum())}
     counts = parallel.sums(values)
-    values |= {"entropy": 0.0, "gap": 0.0, "mtp_loss": 0.0}
+    values |= dict.fromkeys(("loss", "kl", "clipped", "entropy", "gap", "mtp_loss"), 0.0)
     load_LE: list[Tensor] = []
     for start in range(0, n_rows, micro_batch_size):
         micro = batch[start : start + micro_batch_size].or_empty()
-        tokens_BT, segments_BT = micro.rows.tokens_BT, micro.rows.segments_BT
-        targets_BT, weights_BT = next_token_targets(tokens_BT, segments_BT, micro.rows.weights_BT)
+        targets_BT, weights_BT = next_token_targets(micro.tokens_BT, micro.segments_BT, micro.mask_BT)
         chosen_N = weights_BT.flatten().nonzero().squeeze(1)
         targets_N = targets_BT.flatten()[chosen_N]
         advantages_N, sampler_N = (
-            field.roll(-1, dims=1).flatten()[chosen_N] for field in (micro.advantages_BT, micro.sampler_BT)
+            field_BT.roll(-1, dims=1).flatten()[chosen_N] for field_BT in (micro.advantages_BT, micro.sampler_BT)
         )
 
         reference_N = None
         if reference is not None:
             with torch.no_grad():
-                hidden_BTD = reference(tokens_BT, segments_BT=segments_BT, logits=False).hidden_BTD
+                hidden_BTD = reference(micro.tokens_BT, segments_BT=micro.segments_BT, logits=False).hidden_BTD
                 reference_N, _ = _chosen_logprobs(reference, hidden_BTD, chosen_N, targets_N, temperature)
-        output = model(tokens_BT, segments_BT=segments_BT, logits=False, mtp=with_mtp, detach_mtp=True)
+        output = model(micro.tokens_BT, segments_BT=micro.segments_BT, logits=False, mtp=with_mtp, detach_mtp=True)
         logprobs_N, entropy_N = _chosen_logprobs(model, output.hidden_BTD, chosen_N, targets_N, temperature)
-        terms = grpo(
-            logprobs_N,
-            sampler_N,
-            advantages_N,
-            torch.ones_like(logprobs_N),
-            reference_N,
-            config.clip_low,
-            config.clip_high,
-            config.kl,
-        )
+        ones_N = torch.ones_like(logprobs_N)
+        clips = (config.clip_low, config.clip_high, config.kl)
+        terms = grpo(logprobs_N, sampler_N, advantages_N, ones_N, reference_N, *clips)
         loss = terms.loss / max(counts["tokens"], 1.0)
         if output.mtp_hidden_BTD is not None:
-            far_targets, far_weights = mtp_targets(tokens_BT, segments_BT, micro.rows.weights_BT)
+            far_targets, far_weights = mtp_targets(micro.tokens_BT, micro.segments_BT, micro.mask_BT)
             mtp_loss = target_loss(model, output.mtp_hidden_BTD, far_targets, far_weights, detach_head=True)
             loss = loss + config.mtp * mtp_loss / max(counts["far"], 1.0)
             values["mtp_loss"] += float(mtp_loss.detach())
         (loss * parallel.world).backward()  # FSDP averages over the ranks; the loss is a share of the global mean
         load_LE = add_loads(load_LE, output.load_LE)
-        values["loss"] += float(terms.loss.detach())
-        values["kl"] += float(terms.kl)
-        values["clipped"] += float(terms.clipped)
-        values["entropy"] += float(entropy_N.sum())
-        values["gap"] += float((logprobs_N.detach() - sampler_N).abs().sum())
+        sums = {"loss": terms.loss.detach(), "kl": terms.kl, "clipped": terms.clipped, "entropy": entropy_N.sum()}
+        for name, value in (sums | {"gap": (logprobs_N.detach() - sampler_N).abs().sum()}).items():
+            values[name] += float(value)
     return PolicySums(values, load_LE)
 
 

@@ -1,0 +1,166 @@
+"""Where samples come from: the `Sampler` protocol, the engine in this process, and a sampler that says a script.
+
+    sampler = EngineSampler(Engine.load("runs/tiny/zero"))
+    for index, samples in sampler.sample(prompts, [params] * len(prompts), keys): ...     # prompts as they finish
+    sampler.update_weights(version, model.state_dict())
+
+rl, sample and evaluate know samplers only, so that where the tokens come from is chosen outside of them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol, Self
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from slingshot.base.config import Strict
+from slingshot.engine.engine import Engine
+from slingshot.engine.sampling import SamplingParams
+from slingshot.model.config import ModelConfig
+from slingshot.model.transformer import Transformer
+from slingshot.rollout.trajectory import Sampled
+from slingshot.tasks.mixture import Item
+from slingshot.tasks.task import Solution
+from slingshot.text.reasoning import ends_in_reasoning
+from slingshot.text.response import encode_responses
+from slingshot.text.tokenizer import Tokenizer
+from slingshot.training.parallel import whole
+
+
+class SamplingConfig(Strict):
+    """What a recipe says of how responses are drawn. `top_p` 1 and `top_k` 0 keep the whole vocabulary, `temperature` 0 is greedy."""
+
+    max_tokens: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        self.params(n=1, seed=0)
+        return self
+
+    def params(self, n: int, seed: int) -> SamplingParams:
+        """What the engine is asked for: `n` samples of each prompt, their noise keyed by `seed`."""
+        return SamplingParams(self.max_tokens, self.temperature, self.top_p, self.top_k, n, seed)
+
+
+MOVED_TO_SAMPLING = {key: f"sampling.{key}" for key in SamplingConfig.model_fields}
+
+
+class Sampler(Protocol):
+    """What samples token ids. `max_length`: tokens of prompt and sample together at most."""
+
+    tokenizer: Tokenizer
+    model_config: ModelConfig
+    max_length: int
+
+    def sample(
+        self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], keys: Sequence[str]
+    ) -> Iterator[tuple[int, list[Sampled]]]:
+        """Yield (index, its params' n samples) for every prompt, each as soon as it is finished.
+
+        A key names the noise of its prompt's samples: the same seed, key and weights give the same tokens whatever runs beside them.
+        """
+
+    def update_weights(self, version: int, state: Mapping[str, Tensor]) -> None:
+        """Sample with these weights from now on: a model's state dict, sharded or not. No samples are under way."""
+
+
+class EngineSampler:
+    """The engine in this process."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.tokenizer, self.model_config, self.max_length = engine.tokenizer, engine.model.config, engine.max_length
+
+    @classmethod
+    def beside(cls, model: Transformer, tokenizer: Tokenizer, dtype: torch.dtype, alone: bool) -> Self:
+        """For a model in training: its own parameters where it is `alone` (never sharded) and they are in `dtype`, else a copy."""
+        shared = alone and all(parameter.dtype == dtype for parameter in model.parameters())
+        return cls(Engine(model, tokenizer, dtype=None if shared else dtype))
+
+    def sample(
+        self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], keys: Sequence[str]
+    ) -> Iterator[tuple[int, list[Sampled]]]:
+        engine = self._engine
+        running: dict[int, int] = {}
+        try:
+            for index, request in enumerate(zip(prompts, params, keys, strict=True)):
+                running[engine.add(*request)] = index
+            while running:
+                for output in engine.step():
+                    samples = [Sampled(each.token_ids, each.logprobs, each.finish_reason) for each in output.outputs]
+                    yield running.pop(output.request_id), samples
+        finally:
+            for request_id in running:
+                engine.abort(request_id)
+
+    def update_weights(self, version: int, state: Mapping[str, Tensor]) -> None:
+        """Parameters are gathered and copied one by one; those that model and engine share are there already."""
+        self._engine.update_weights((name, whole(tensor)) for name, tensor in state.items())
+
+
+Script = Callable[[str, int], Solution | str]
+
+
+class ScriptedSampler:
+    """Says `script(key, index)` as sample `index` of the prompt called `key`: a solution in R1's layout, or a text as it stands; then it ends.
+
+    With a sampler in `timed` it takes the time that one takes for as many tokens, whose ids are then replaced by the script's.
+    """
+
+    logprob = -0.5  # of every token: a text that the model might well have said
+
+    def __init__(
+        self, script: Script, tokenizer: Tokenizer, model_config: ModelConfig, timed: Sampler | None = None
+    ) -> None:
+        self.script, self.tokenizer, self.model_config, self._timed = script, tokenizer, model_config, timed
+        self.max_length = model_config.max_position_embeddings
+        self.version = -1
+
+    def sample(
+        self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], keys: Sequence[str]
+    ) -> Iterator[tuple[int, list[Sampled]]]:
+        said = [
+            [self._say(prompt, self.script(key, index), its.max_tokens) for index in range(its.n)]
+            for prompt, its, key in zip(prompts, params, keys, strict=True)
+        ]
+        if self._timed is None:
+            yield from enumerate(said)
+            return
+        longest = (max(len(sampled.ids) for sampled in samples) for samples in said)
+        forced = [replace(its, max_tokens=size, ignore_eos=True) for its, size in zip(params, longest, strict=True)]
+        yield from ((index, said[index]) for index, _ in self._timed.sample(prompts, forced, keys))
+
+    def update_weights(self, version: int, state: Mapping[str, Tensor]) -> None:
+        self.version = version
+        if self._timed is not None:
+            self._timed.update_weights(version, state)
+
+    def _say(self, prompt: list[int], words: Solution | str, max_tokens: int) -> Sampled:
+        if isinstance(words, Solution):
+            opened = ends_in_reasoning(prompt, self.tokenizer)
+            (ids,) = encode_responses(self.tokenizer, [(words.reasoning, words.answer)], opened)
+        else:
+            ids = [*self.tokenizer.encode(words), *sorted(self.tokenizer.eos_ids)[:1]]
+        room = min(max_tokens, self.max_length - len(prompt))
+        return Sampled(ids[:room], [self.logprob] * len(ids[:room]), "stop" if len(ids) <= room else "length")
+
+
+def worked_solutions(items: Iterable[Item]) -> Script:
+    """A script of the items' worked solutions; where a task writes none, of the bare answers."""
+    known = {item.key: item for item in items}
+
+    def script(key: str, index: int) -> Solution:
+        item = known[key]
+        if not item.task.has_solutions:
+            return Solution("", item.problem.answer)
+        return item.task.solution(item.problem, "steps", random.Random(f"{key}/{index}"))
+
+    return script

@@ -1,0 +1,151 @@
+"""What became of one attempt at a problem: every id the model read or wrote, which of them it sampled, and what that earned.
+
+Whatever comes after the rollout (training, FLOPs, summaries, datasets, evaluations) reads trajectories; `mask` and `turns` say who wrote what.
+
+    trajectory = Trajectory(item, prompt_ids, messages)
+    trajectory.respond(sampled, tokenizer)         # a turn of the model
+    trajectory.read(suffix_ids, messages)          # what the environment says to it
+    rows = pack(trajectories, length=256)          # rows for training
+
+Shape suffixes: B rows, T time, L layers, K experts of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slingshot.cost.flops import generation_flops
+from slingshot.data.packing import pack_examples
+from slingshot.model.config import ModelConfig
+from slingshot.tasks.mixture import Item
+from slingshot.text.reasoning import ends_in_reasoning, parse
+from slingshot.text.tokenizer import Tokenizer
+from slingshot.training.policy import PolicyRows
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One sample as a sampler gives it: its ids (an end-of-sequence id included) and their logprobs at the sampling temperature.
+
+    routed_experts [T, L, K] are the experts that each token of prompt and sample went to, where the sampler tells.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length", "abort"]
+    routed_experts: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One response of the model, ids[start:end] of its trajectory, parted at the think tags; `closed`: its reasoning was."""
+
+    start: int
+    end: int
+    reasoning: str
+    answer: str
+    closed: bool
+    finish_reason: Literal["stop", "length", "abort"]
+
+
+@dataclass
+class Trajectory:
+    """One attempt at a problem. The ids of each turn begin with all ids of the turn before."""
+
+    item: Item
+    ids: list[int]  # at first the prompt
+    messages: list[Message]  # the same as a chat, reasoning left out
+    mask: list[int] = field(default_factory=list)  # 1 on sampled tokens
+    logprobs: list[float] = field(default_factory=list)  # of sampled tokens, 0 elsewhere
+    turns: list[Turn] = field(default_factory=list)
+    routed_experts: Tensor | None = None  # of all ids up to the last turn's end
+    scores: dict[str, float] = field(default_factory=dict)  # accuracy, format, language: each in [0, 1]
+    reward: float = 0.0
+    advantage: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.mask, self.logprobs = [0] * len(self.ids), [0.0] * len(self.ids)
+
+    def respond(self, sampled: Sampled, tokenizer: Tokenizer) -> None:
+        """Add what the model said next."""
+        parsed = parse(sampled.ids, ends_in_reasoning(self.ids, tokenizer), tokenizer)
+        start, end = len(self.ids), len(self.ids) + len(sampled.ids)
+        reason = sampled.finish_reason
+        self.turns.append(Turn(start, end, parsed.reasoning or "", parsed.answer, parsed.closed, reason))
+        self.ids = self.ids + sampled.ids
+        self.mask += [1] * len(sampled.ids)
+        self.logprobs += sampled.logprobs
+        self.messages = [*self.messages, {"role": "assistant", "content": parsed.answer}]
+        self.routed_experts = sampled.routed_experts
+
+    def read(self, ids: list[int], messages: Sequence[Message]) -> None:
+        """Add what the environment says to the model: never trained on."""
+        self.ids = self.ids + ids
+        self.mask += [0] * len(ids)
+        self.logprobs += [0.0] * len(ids)
+        self.messages = [*self.messages, *messages]
+
+    def cut(self) -> None:
+        """End a conversation that would go on, had the model room for it."""
+        self.turns[-1] = replace(self.turns[-1], finish_reason="length")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the model ended its last turn by itself, rather than being cut off or aborted."""
+        return self.turns[-1].finish_reason == "stop"
+
+    @property
+    def n_sampled(self) -> int:
+        return sum(self.mask)
+
+    @property
+    def aborted(self) -> bool:
+        return self.turns[-1].finish_reason == "abort"
+
+    @property
+    def reasoning(self) -> str:
+        """The last turn's."""
+        return self.turns[-1].reasoning
+
+    @property
+    def answer(self) -> str:
+        """The last turn's."""
+        return self.turns[-1].answer
+
+
+def pack(trajectories: Sequence[Trajectory], length: int) -> PolicyRows:
+    """Rows of `length` tokens (or as many as the longest has), advantage and sampler logprob in the place of each sampled token."""
+    packed = pack_examples([(t.ids, t.mask) for t in trajectories], max([length, *(len(t.ids) for t in trajectories)]))
+    advantages_BT, sampler_BT = (np.zeros(packed.tokens_NT.shape, dtype=np.float32) for _ in range(2))
+    for trajectory, (row, start) in zip(trajectories, packed.placement, strict=True):
+        span = slice(start, start + len(trajectory.ids))
+        advantages_BT[row, span] = np.multiply(trajectory.mask, trajectory.advantage)
+        sampler_BT[row, span] = trajectory.logprobs
+    fields = (packed.tokens_NT, packed.segments_NT, packed.mask_NT)
+    tokens_BT, segments_BT, mask_BT = (torch.from_numpy(part) for part in fields)
+    return PolicyRows(
+        tokens_BT.long(),
+        segments_BT.long(),
+        mask_BT.float(),
+        torch.from_numpy(advantages_BT),
+        torch.from_numpy(sampler_BT),
+    )
+
+
+def sampling_flops(config: ModelConfig, groups: Sequence[Sequence[Trajectory]]) -> float:
+    """FLOPs of sampling groups of trajectories: the first turns of a group share the prefill of their prompt."""
+    total = 0.0
+    for group in groups:
+        first = [trajectory.turns[0] for trajectory in group]
+        total += generation_flops(config, first[0].start, [turn.end - turn.start for turn in first])
+        later = [turn for trajectory in group for turn in trajectory.turns[1:]]
+        total += sum(generation_flops(config, turn.start, turn.end - turn.start) for turn in later)
+    return total

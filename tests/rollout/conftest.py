@@ -1,0 +1,26 @@
+"""What the rollout's tests share: a tokenizer with R1's template, and the shape of a model that is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from slingshot.model.config import ModelConfig
+from slingshot.rollout.sampler import Script, ScriptedSampler
+from slingshot.text.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["What is 3+4? 3 plus 4 is 7. 3足す4は7"], vocab_size=280)
+
+
+@pytest.fixture(scope="session")
+def saying(tokenizer: Tokenizer, dense: Callable[..., ModelConfig]) -> Callable[..., ScriptedSampler]:
+    """saying(script, length=256): a sampler of a model that holds `length` tokens and says the script."""
+
+    def make(script: Script, length: int = 256) -> ScriptedSampler:
+        return ScriptedSampler(script, tokenizer, dense(vocab_size=300, max_position_embeddings=length))
+
+    return make

@@ -1,0 +1,134 @@
+"""Samplers: the engine beside a model in training, and the script that stands in for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from slingshot.base.errors import SlingshotError
+from slingshot.engine.engine import Engine
+from slingshot.engine.sampling import SamplingParams
+from slingshot.model.config import ModelConfig
+from slingshot.model.transformer import Transformer
+from slingshot.rollout.rollout import PromptForm
+from slingshot.rollout.sampler import EngineSampler, Sampled, Sampler, SamplingConfig, ScriptedSampler, worked_solutions
+from slingshot.tasks.loader import TaskConfig, load_task
+from slingshot.tasks.mixture import Item, TaskMix
+from slingshot.tasks.task import Problem, Solution
+from slingshot.text.tokenizer import Tokenizer
+
+PROMPTS, KEYS = [[3, 45, 91], [3, 75]], ["a", "b"]
+
+
+@pytest.fixture(scope="module")
+def model(make_model: Callable[..., Transformer], dense: Callable[..., ModelConfig]) -> Transformer:
+    return make_model(dense(vocab_size=300, max_position_embeddings=64))
+
+
+THREE = SamplingParams(n=3, max_tokens=8)
+
+
+def drawn(sampler: Sampler, params: SamplingParams = THREE) -> list[list[Sampled]]:
+    found = dict(sampler.sample(PROMPTS, [params] * 2, KEYS))
+    return [found[index] for index in range(2)]
+
+
+def test_the_engine_gives_prompts_as_they_finish_and_goes_by_their_keys(
+    model: Transformer, tokenizer: Tokenizer
+) -> None:
+    sampler = EngineSampler(Engine(model, tokenizer))
+    whole = Engine(model, tokenizer).generate(PROMPTS, THREE, KEYS)
+    for samples, output in zip(drawn(sampler), whole, strict=True):
+        assert [(s.ids, s.logprobs, s.finish_reason) for s in samples] == [
+            (c.token_ids, c.logprobs, c.finish_reason) for c in output.outputs
+        ]
+    sizes = [SamplingParams(max_tokens=size, ignore_eos=True) for size in (9, 2)]
+    assert [index for index, _ in sampler.sample(PROMPTS, sizes, KEYS)] == [1, 0]
+    broken_off = sampler.sample(PROMPTS, sizes, KEYS)
+    next(broken_off)
+    broken_off.close()
+    sampler.update_weights(1, model.state_dict())  # refused while anything is under way
+
+
+@pytest.mark.parametrize(("dtype", "alone"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)])
+def test_an_engine_beside_a_model_in_training(
+    model: Transformer, make_model: Callable[..., Transformer], tokenizer: Tokenizer, dtype: torch.dtype, alone: bool
+) -> None:
+    """A lone float32 model shares its parameters and needs no copies; in all cases an update reaches the samples."""
+    sampler = EngineSampler.beside(model, tokenizer, dtype, alone)
+    greedy = SamplingParams(max_tokens=8, temperature=0)
+    before = drawn(sampler, greedy)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        model.load_state_dict(make_model(model.config, seed=1).state_dict())
+        shared = drawn(sampler, greedy) != before
+        assert shared == (dtype == torch.float32 and alone)
+        sampler.update_weights(1, model.state_dict())
+        after = drawn(sampler, greedy)
+        assert after != before
+        if dtype == torch.float32:
+            assert after == drawn(EngineSampler(Engine(model, tokenizer)), greedy)
+    finally:
+        model.load_state_dict(state)
+
+
+def test_a_script_is_said_in_r1s_layout_or_as_it_stands(
+    tokenizer: Tokenizer, dense: Callable[..., ModelConfig]
+) -> None:
+    script = {"a": [Solution("3 plus 4", "7"), "What", "What is 3+4? 3 plus 4 is 7." * 2]}
+    sampler = ScriptedSampler(lambda key, index: script["a"][index], tokenizer, dense(max_position_embeddings=32))
+    ((_, samples),) = sampler.sample(PROMPTS[:1], [SamplingParams(n=3, max_tokens=20)], KEYS[:1])
+    assert [s.finish_reason for s in samples] == ["stop", "stop", "length"] and len(samples[2].ids) == 20
+    assert [tokenizer.decode(s.ids) for s in samples[:2]] == ["<think>\n3 plus 4\n</think>\n\n7", "What"]
+    assert all(s.ids[-1] == tokenizer.eos_id and len(s.logprobs) == len(s.ids) for s in samples[:2])
+
+
+def test_a_timed_script_takes_as_many_steps_as_it_has_tokens(model: Transformer, tokenizer: Tokenizer) -> None:
+    asked: list[Any] = []
+
+    class Recording(EngineSampler):
+        def sample(self, *arguments: Any) -> Any:
+            asked.append(arguments)
+            return super().sample(*arguments)
+
+    def script(key: str, index: int) -> Solution | str:
+        return "What is 3+4?" if key == "a" else Solution("3 plus 4 is 7", "7" * index)
+
+    scripts = [script, tokenizer, model.config]
+    timed, untimed = ScriptedSampler(*scripts, timed=Recording(Engine(model, tokenizer))), ScriptedSampler(*scripts)  # type: ignore[arg-type]
+    params = SamplingParams(n=2, max_tokens=32)
+    assert drawn(timed, params) == drawn(untimed, params)
+    longest = [max(len(s.ids) for s in samples) for samples in drawn(untimed, params)]
+    assert asked[0][1] == [replace(params, max_tokens=size, ignore_eos=True) for size in longest]
+    timed.update_weights(3, model.state_dict())
+    with pytest.raises(SlingshotError, match="is missing"):
+        timed.update_weights(4, {})
+
+
+def test_worked_solutions_are_right(tokenizer: Tokenizer, dense: Callable[..., ModelConfig]) -> None:
+    items = TaskMix([TaskConfig(name="arithmetic")], "train", "0").draw(0, 5)
+    script = worked_solutions([*items, Item(load_task("gym:gcd"), Problem("?", "x", "12"), "bare")])
+    for item in items:
+        said = script(item.key, 0)
+        assert (
+            isinstance(said, Solution) and said.reasoning and item.task.verify(item.problem, said.answer).value == 1.0
+        )
+        assert script(item.key, 0) == said and PromptForm().encode(tokenizer, item.problem)
+    assert script("bare", 0) == Solution("", "12")
+
+
+def test_impossible_sampling_is_refused() -> None:
+    for key, value in (
+        ("max_tokens", 0),
+        ("temperature", -0.1),
+        ("top_p", 0.0),
+        ("top_k", -1),
+        ("temperature", float("nan")),
+    ):
+        with pytest.raises(SlingshotError, match=f"sampling.*{key}|{value}"):
+            SamplingConfig.parse({key: value}, "sampling")
+    assert SamplingConfig(max_tokens=3, top_k=2).params(4, 5) == SamplingParams(max_tokens=3, top_k=2, n=4, seed=5)

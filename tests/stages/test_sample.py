@@ -101,7 +101,7 @@ def test_bad_problems_are_counted_and_end_nothing(
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
-        (math.nan, "o_proj.weight holds NaN or infinite values"),
+        (math.nan, "lm_head.weight holds NaN or infinite values"),
         (3e38, "not finite: its weights have diverged; go back to"),
     ],
 )
@@ -109,7 +109,7 @@ def test_a_diverged_model_ends_in_one_line(
     sampling: Sampling, base: Path, tmp_path: Path, weight: float, message: str
 ) -> None:
     model = load_model(base)
-    model.model.layers[0].self_attn.o_proj.weight.data.fill_(weight)
+    model.lm_head.weight.data.fill_(weight)
     (tmp_path / "model").mkdir()
     save_checkpoint(tmp_path / "model", model, load_tokenizer(base))
     with pytest.raises(SlingshotError, match=message):

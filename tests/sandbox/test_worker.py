@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from slingshot.sandbox.worker import Sandbox, SandboxError, take
+from slingshot.sandbox.isolate import take
+from slingshot.sandbox.worker import SandboxError, Target, Worker
 
 TARGET = """
 import os, signal, sys, time
@@ -92,19 +93,29 @@ def gone(pid):
     return not running(pid)
 
 
+class Made:
+    """A worker with one target."""
+
+    def __init__(self, *args, **limits):
+        self.worker, self.target = Worker(), Target("sandbox_target:Target", args, **limits)
+
+    def call(self, method, *args):
+        return self.worker.call(self.target, method, *args)
+
+
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     (tmp_path / "sandbox_target.py").write_text(TARGET)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
     made = []
 
     def build(*args, **limits):
-        made.append(Sandbox("sandbox_target:Target", *args, **limits))
+        made.append(Made(*args, **limits))
         return made[-1]
 
     yield build
-    for sandbox in made:
-        sandbox.close()
+    for each in made:
+        each.worker.close()
 
 
 def test_an_object_keeps_its_state_between_calls(make):
@@ -184,29 +195,29 @@ def test_output_goes_nowhere_and_input_is_empty(make, capfd):
 )
 def test_an_object_that_cannot_be_built(make, how, message):
     with pytest.raises(SandboxError, match=message):
-        make(how, start_timeout=0.5 if how == "hang" else 60).start()
+        make(how, start_timeout=0.5 if how == "hang" else 60).call("pid")
 
 
 def test_what_the_worker_started_dies_with_it(make):
     sandbox = make()
     child = sandbox.call("child")
     assert running(child)
-    sandbox.close()
+    sandbox.worker.close()
     assert gone(child)
 
 
 def test_a_forgotten_sandbox_ends_its_worker(make, tmp_path):
-    sandbox = Sandbox("sandbox_target:Target")
-    pid = sandbox.call("pid")
-    del sandbox
+    worker = Worker()
+    pid = worker.call(Target("sandbox_target:Target"), "pid")
+    del worker
     gc.collect()
     assert gone(pid)
 
 
 def test_the_worker_ends_with_a_killed_parent(make, tmp_path):
     script = (
-        "import os, sys; from slingshot.sandbox.worker import Sandbox; s = Sandbox('sandbox_target:Target');"
-        "print(s.call('pid'), flush=True); os.kill(os.getpid(), 9)"
+        "import os; from slingshot.sandbox.worker import Target, Worker;"
+        "print(Worker().call(Target('sandbox_target:Target'), 'pid'), flush=True); os.kill(os.getpid(), 9)"
     )
     paths = os.pathsep.join([str(tmp_path), str(Path(sys.modules["slingshot.sandbox.worker"].__file__).parents[2])])
     parent = subprocess.run(

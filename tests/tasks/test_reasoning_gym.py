@@ -137,7 +137,6 @@ def test_a_scorer_that_cannot_answer_means_wrong_and_does_not_end_the_task(sorti
     problem = next(sorting.problems("train", 0))
     nowhere = Problem(problem.prompt, problem.key, problem.answer, "en", {"seed": 0, "index": "nowhere"})
     assert sorting.verify(nowhere, problem.answer).value == 0.0
-    sorting._sandbox.close()
     assert sorting.verify(problem, problem.answer).value == 1.0
 
 

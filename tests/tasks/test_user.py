@@ -1,21 +1,23 @@
-"""A user's own file: what it may do, and one clear line for each thing that can be wrong with it."""
+"""A user's own file: what it may do and return, and one clear line for each thing that can be wrong with it."""
 
 import itertools
 import random
+import re
 import textwrap
 
 import pytest
 
 from slingshot.base.errors import SlingshotError
 from slingshot.tasks.loader import load_task
-from slingshot.tasks.task import Problem, split_of
+from slingshot.tasks.task import Problem, Reward, split_of
 
 GOOD = """
 import helper
 
 def problems(split, seed):
-    for number in range(seed, seed + 300):
-        yield {"prompt": f"Double {number}?", "answer": str(2 * number), "key": f"double {number}", "language": "ja", "data": {"number": number}}
+    for number in range(300):
+        more = {"key": f"double {number}", "language": "ja", "data": {"number": number}}
+        yield {"prompt": f"Double {number}?", "answer": str(2 * number)} | more
 
 def verify(problem, text):
     print("looking at", text)
@@ -32,16 +34,16 @@ PROBLEMS = "def problems(split, seed):\n    for n in range(100): yield {'prompt'
 
 @pytest.fixture
 def load(tmp_path):
-    def write(source, **params):
-        (tmp_path / "mine.py").write_text(textwrap.dedent(source))
+    def write(source, name="mine.py", **params):
+        (tmp_path / name).write_text(textwrap.dedent(source))
         (tmp_path / "helper.py").write_text("def double(number): return 2 * number")
-        return load_task(str(tmp_path / "mine.py"), **params)
+        return load_task(str(tmp_path / name), **params)
 
     return write
 
 
 def test_a_file_is_a_task(load):
-    task = load(GOOD.replace("seed, seed + 300", "300"))
+    task = load(GOOD)
     train, test = list(task.problems("train", 0)), list(task.problems("test", 0))
     assert len(train) + len(test) == 300 and len(test) > 10
     assert all(split_of(problem.key) == "test" for problem in test)
@@ -50,20 +52,20 @@ def test_a_file_is_a_task(load):
     assert task.verify(train[3], f" {train[3].answer}\n").value == 1.0
     assert task.verify(train[3], "no").value == 0.0
     assert task.verify(train[3], "half").value == 0.5
-    assert task.verify(train[3], " ") == task.verify(train[3], "\n", lenient=True)
+    assert task.verify(train[3], " ") == task.verify(train[3], "\n", lenient=True) == Reward(0.0, None)
     assert task.verify(train[3], f"It is\n{train[3].answer}\n").value == 0.0
     assert task.verify(train[3], f"It is\n{train[3].answer}\n", lenient=True).value == 1.0
-    assert task.has_solutions
+    assert task.has_solutions and not task.has_turns
     assert task.solution(first, "steps", random.Random(0)).reasoning == "steps: two times 0"
     assert task.solution(first, "answer", random.Random(0)).reasoning == ""
 
 
 def test_iterators_survive_each_other_and_a_restart_of_the_worker(load):
-    task = load(GOOD)
+    task = load(GOOD.replace('print("looking', 'text == "die" and __import__("os")._exit(1); print("looking'))
     whole = list(task.problems("train", 0))
     one, two = task.problems("train", 0), task.problems("train", 0)
     mixed = [next(iterator) for _ in range(70) for iterator in (one, two)]
-    task._sandbox.close()
+    assert task.verify(whole[0], "die").error
     mixed += [next(iterator) for _ in range(70) for iterator in (one, two)]
     assert mixed == [problem for problem in whole[:140] for _ in range(2)]
 
@@ -76,105 +78,202 @@ def test_problems_is_called_once_for_all_its_problems(load):
     assert len({problem.data["calls"] for problem in task.problems("train", 0)}) == 1
 
 
-def test_two_functions_are_enough(load):
-    task = load(PROBLEMS + VERIFY)
-    problem = next(task.problems("train", 0))
-    assert problem == Problem(problem.prompt, problem.prompt)
-    assert not task.has_solutions
-    assert task.verify(problem, "anything").value == 1.0
-
-
 def test_endless_and_slow_problems_are_fetched_in_time(load):
-    source = "import itertools, time\ndef problems(split, seed):\n    for n in itertools.count(seed): yield time.sleep(0.03) or {'prompt': str(n)}\n"
-    task = load(source + VERIFY, timeout=1.5)  # a full chunk of 64 would take longer than a call may
+    wait = "for n in itertools.count(seed): yield time.sleep(0.03) or {'prompt': str(n)}"
+    task = load(f"import itertools, time\ndef problems(split, seed):\n    {wait}\n{VERIFY}", timeout=1.5)
+    # A full chunk of 64 would take longer than a call may.
     assert len(list(itertools.islice(task.problems("train", 0), 40))) == 40
+
+
+@pytest.mark.parametrize("name", ["mine.py", "random.py", "my-task.py"])
+def test_a_file_is_an_ordinary_module(load, name):
+    """Dataclasses under postponed annotations, pickling, processes of its own, and what lies beside it, by either import."""
+    task = load(
+        """
+        from __future__ import annotations
+        import dataclasses, multiprocessing, pickle
+        from concurrent.futures import ProcessPoolExecutor
+        import helper
+        from .helper import double
+        from . import helper as beside
+
+        @dataclasses.dataclass
+        class Sum:
+            left: int
+            right: int | None = None
+
+        def add(sum): return sum.left + sum.right
+
+        def problems(split, seed):
+            yield from ({"prompt": str(n), "data": dataclasses.asdict(Sum(n, 2))} for n in range(30))
+
+        def verify(problem, text):
+            sums = [pickle.loads(pickle.dumps(Sum(**problem["data"])))] * 2
+            with multiprocessing.Pool(1) as pool, ProcessPoolExecutor(1) as executor:
+                added = pool.map(add, sums) + list(executor.map(add, sums))
+            return added == [int(problem["prompt"]) + 2] * 4 and beside.double(3) == double(3) == helper.double(3) == 6
+        """,
+        name,
+    )
+    assert task.verify(next(task.problems("train", 0)), "x") == Reward(1.0, "x")
+
+
+@pytest.mark.parametrize(
+    ("value", "taken"),
+    [
+        ("np.float32(0.5)", 0.5), ("np.bool_(True)", 1.0), ("np.int64(1)", 1.0), ("np.array(0.25)", 0.25), ("True", 1.0),
+        ("fractions.Fraction(1, 4)", 0.25), ("decimal.Decimal('0.5')", 0.5), ("np.float64(1)", 1.0),
+    ],
+)  # fmt: skip
+def test_what_verify_returns_is_taken_as_the_number_it_is(load, value, taken):
+    source = f"import decimal, fractions\nimport numpy as np\ndef verify(problem, text): return {value}\n"
+    assert load(source + PROBLEMS).verify(Problem("p", "p"), "x") == Reward(taken, "x")
+
+
+def test_what_problems_and_solution_return_is_taken_as_the_text_and_numbers_it_is(load):
+    task = load(
+        """
+        import types
+        from decimal import Decimal
+        from fractions import Fraction
+        import numpy as np
+
+        def problems(split, seed):
+            data = {"a": np.arange(3), "b": np.float32(0.5), "c": Fraction(1, 4), "d": (1, np.bool_(True)), "e": Decimal("0.5")}
+            answers = [3, 0.5, np.int64(7), Fraction(1, 3), Decimal("0.10"), np.str_("x"), True, None]
+            for number, answer in enumerate(answers):
+                yield types.MappingProxyType({"prompt": np.int32(number), "answer": answer, "key": number, "data": data})
+
+        def verify(problem, text): return True
+        def solution(problem, style): return {"reasoning": Fraction(1, 2), "answer": np.float32(0.1)}
+        """
+    )
+    problems = sorted(
+        [problem for split in ("train", "test") for problem in in_either(task, split)],
+        key=lambda problem: problem.prompt,
+    )
+    assert [problem.prompt for problem in problems] == list("01234567")
+    assert [problem.answer for problem in problems] == ["3", "0.5", "7", "1/3", "0.10", "x", "True", ""]
+    assert problems[0].data == {"a": [0, 1, 2], "b": 0.5, "c": 0.25, "d": [1, True], "e": 0.5}
+    written = task.solution(problems[0], "steps", random.Random(0))
+    assert (written.reasoning, written.answer) == ("1/2", "0.1")
+
+
+def in_either(task, split):
+    try:
+        return list(task.problems(split, 0))
+    except SlingshotError:  # eight problems may all be of one split
+        return []
+
+
+@pytest.mark.parametrize(
+    ("returned", "heard"),
+    [
+        ("None", None),
+        ("'again'", [{"role": "user", "content": "again"}]),
+        (
+            "[{'role': 'tool', 'content': 3}, 'go']",
+            [{"role": "tool", "content": "3"}, {"role": "user", "content": "go"}],
+        ),
+        ("{'content': messages[-1]['content'] + problem['answer']}", [{"role": "user", "content": "41"}]),
+    ],
+)
+def test_step_replies_to_the_conversation(load, returned, heard):
+    task = load(f"def step(problem, messages): return {returned}\n" + PROBLEMS + VERIFY)
+    assert task.has_turns
+    assert task.step(Problem("p", "p", "1"), [{"role": "assistant", "content": "4"}]) == heard
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("def problems(:", r"mine\.py: importing it raised SyntaxError: .* \(mine\.py line 1\)"),
-        ("1 / 0", r"mine\.py: importing it raised ZeroDivisionError: division by zero \(mine\.py line 1\)"),
-        ("import os; os._exit(4)", r"mine\.py: importing it ended its process \(exit status 4\)"),
-        (PROBLEMS, r"mine\.py: function verify\(problem, text\) is missing; add it"),
-        (VERIFY + "problems = 3", r"mine\.py: function problems\(split, seed\) is missing"),
+        ("def problems(:", r"/mine\.py: importing it raised SyntaxError: .* \(mine\.py line 1\)$"),
+        ("1 / 0", r"/mine\.py: importing it raised ZeroDivisionError: division by zero \(mine\.py line 1\)$"),
+        ("import os; os._exit(4)", r"/mine\.py: importing it ended its process \(exit status 4\)$"),
+        (PROBLEMS, r"/mine\.py: function verify\(problem, text\) is missing; add it$"),
+        (VERIFY + "problems = 3", r"/mine\.py: function problems\(split, seed\) is missing; add it$"),
     ],
 )
 def test_a_file_that_cannot_be_a_task(load, source, message):
-    with pytest.raises(SlingshotError, match=message):
+    with pytest.raises(SlingshotError, match=message) as caught:
         load(source)
+    assert str(caught.value).count("mine.py:") == 1
 
 
 def test_parameters_are_checked(load):
     with pytest.raises(SlingshotError, match=r"mine\.py\.timeot: unknown key; did you mean timeout\?"):
         load(GOOD, timeot=3)
-    with pytest.raises(SlingshotError, match="timeout 0 must be positive"):
+    with pytest.raises(SlingshotError, match=r"mine\.py\.timeout: .*greater than 0, got 0"):
         load(GOOD, timeout=0)
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("raise KeyError('capital')", r"mine\.py: verify\(\) raised KeyError: 'capital' \(mine\.py line 1\)"),
-        ("import time; time.sleep(60)", r"mine\.py: verify\(\) took longer than 0\.5 s"),
-        ("import os; os._exit(0)", r"mine\.py: verify\(\) ended its process \(exit status 0\)"),
-        ("return 'yes'", r"mine\.py: verify\(\) returned 'yes'; return True, False or a number from 0 to 1"),
-        ("return None", r"mine\.py: verify\(\) returned None; return True"),
-        ("return 2", r"mine\.py: verify\(\) returned 2;"),
-        ("return -0.1", r"mine\.py: verify\(\) returned -0\.1;"),
-        ("return float('nan')", r"mine\.py: verify\(\) returned something that is not JSON"),
-        ("return {1}", r"mine\.py: verify\(\) returned something that is not JSON"),
-        ("return ['x' * 9] * 9_999_999", r"mine\.py: verify\(\) "),
+        ("raise KeyError('capital')", r"raised KeyError: 'capital' \(mine\.py line 1\)"),
+        ("import time; time.sleep(60)", r"took longer than 0\.5 s"),
+        ("import os; os._exit(0)", r"ended its process \(exit status 0\)"),
+        ("return 'yes'", r"returned 'yes'; return True, False or a number from 0 to 1"),
+        ("return None", r"returned None; return True"),
+        ("return 2", r"returned 2;"),
+        ("return -0.1", r"returned -0\.1;"),
+        ("return float('nan')", r"returned nan; return True"),
+        ("import numpy; return numpy.float32('inf')", r"returned .*inf.*; return True"),
+        ("return {1}", r"returned \{1\}; return True"),
+        ("return ['x' * 9] * 9_999_999", r"returned .*xxx"),
     ],
 )
-def test_verify_that_fails(load, body, message):
-    task = load(f"def verify(problem, text): {body}\n" + PROBLEMS, timeout=0.5)
-    with pytest.raises(SlingshotError, match=message) as caught:
-        task.verify(Problem("p", "p"), "text")
-    assert "\n" not in str(caught.value)
+def test_a_verify_that_fails_costs_its_own_item(load, body, message):
+    """A reward of 0 and one line of why; the next answer is verified again."""
+    task = load(f"def verify(problem, text):\n    if text == 'right': return True\n    {body}\n" + PROBLEMS, timeout=2)
+    message = message.replace("0\\.5", "2").replace("line 1", "line 3")
+    failed = task.verify(Problem("p", "p"), "text")
+    assert (failed.value, failed.answer) == (0.0, None)
+    assert re.search(rf"/mine\.py: verify\(\) {message}", failed.error) and "\n" not in failed.error
+    assert task.verify(Problem("p", "p"), "right") == Reward(1.0, "right")
 
 
 def test_verify_that_floods_its_output(load, capfd):
-    task = load(
-        "def verify(problem, text):\n    for _ in range(10000): print('x' * 10000)\n    return True\n" + PROBLEMS
-    )
-    assert task.verify(Problem("p", "p"), "text").value == 1.0
+    flood = "def verify(problem, text):\n    for _ in range(10000): print('x' * 10000)\n    return True\n"
+    assert load(flood + PROBLEMS).verify(Problem("p", "p"), "text").value == 1.0
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("raise OSError('no data')", r"mine\.py: problems\(\) raised OSError: no data"),
-        ("import time; time.sleep(60)", r"mine\.py: problems\(\) took longer than 0\.5 s"),
-        ("return None", r"mine\.py: problems\(\) returned None; it should yield problems"),
-        ("return []", r"mine\.py: no train problem in 0 drawn"),
-        ("return ['2+2?']", r"mine\.py: problems\(\) item 0 is '2\+2\?'; yield a dict with at least a prompt"),
-        ("return [{'prompt': 'a'}, {'answer': '4'}]", r"mine\.py: problems\(\) item 1\.prompt: Field required"),
-        ("return [{'prompt': ''}]", r"mine\.py: problems\(\) item 0\.prompt: .*at least 1 character"),
-        (
-            "return [{'promt': 'a', 'prompt': 'b'}]",
-            r"mine\.py: problems\(\) item 0\.promt: unknown key; did you mean prompt\?",
-        ),
-        ("return [{'prompt': 'a', 'language': 'fr'}]", r"mine\.py: problems\(\) item 0\.language: .*'fr'"),
-        ("return [{'prompt': 'a', 'data': {'b': {1}}}]", r"mine\.py: problems\(\) returned something that is not JSON"),
+        ("raise OSError('no data')", r"problems\(\) raised OSError: no data"),
+        ("import time; time.sleep(60)", r"problems\(\) took longer than 0\.5 s"),
+        ("return None", r"problems\(\) returned None; it should yield problems"),
+        ("return []", r"no train problem in 0 drawn"),
+        ("return ['2+2?']", r"problems\(\) item 0 is '2\+2\?'; yield a dict with at least a prompt"),
+        ("return [{'prompt': 'a'}, {'answer': '4'}]", r"problems\(\) item 1\.prompt: Field required"),
+        ("return [{'prompt': ''}]", r"problems\(\) item 0\.prompt: .*at least 1 character"),
+        ("return [{'promt': 'a', 'prompt': 'b'}]", r"problems\(\) item 0\.promt: unknown key; did you mean prompt\?"),
+        ("return [{'prompt': 'a', 'language': 'fr'}]", r"problems\(\) item 0\.language: .*'fr'"),
+        ("return [{'prompt': 'a', 'data': {'b': {1}}}]", r"problems\(\) returned something that is not JSON: .*set"),
+        ("return [{'prompt': 'a', 'data': {'b': float('nan')}}]", r"problems\(\) returned something that is not JSON"),
     ],
 )
 def test_problems_that_fail(load, body, message):
     task = load(f"def problems(split, seed): {body}\n" + VERIFY, timeout=0.5)
-    with pytest.raises(SlingshotError, match=message):
+    with pytest.raises(SlingshotError, match=r"/mine\.py: " + message):
         list(task.problems("train", 0))
 
 
 @pytest.mark.parametrize(
-    ("body", "message"),
+    ("function", "body", "message"),
     [
-        ("return 'four'", r"mine\.py: solution\(\) returned 'four'; return a dict with reasoning and answer"),
-        ("return {'answer': '4'}", r"mine\.py: solution\(\)\.reasoning: Field required"),
-        ("raise ValueError('too hard')", r"mine\.py: solution\(\) raised ValueError: too hard"),
+        ("solution", "return 'four'", r"solution\(\) returned 'four'; return a dict with reasoning and answer"),
+        ("solution", "return {'answer': '4'}", r"solution\(\)\.reasoning: Field required"),
+        ("solution", "raise ValueError('too hard')", r"solution\(\) raised ValueError: too hard"),
+        ("step", "return {'role': 'robot', 'content': 'x'}", r"step\(\)\.role: .*'robot'"),
+        ("step", "return [{1}]", r"step\(\) returned something that is not JSON"),
     ],
 )
-def test_solutions_that_fail(load, body, message):
-    task = load(f"def solution(problem, style): {body}\n" + PROBLEMS + VERIFY)
-    with pytest.raises(SlingshotError, match=message):
-        task.solution(Problem("p", "p"), "steps", random.Random(0))
+def test_solutions_and_steps_that_fail(load, function, body, message):
+    task = load(f"def {function}(problem, more): {body}\n" + PROBLEMS + VERIFY)
+    with pytest.raises(SlingshotError, match=r"/mine\.py: " + message):
+        task.solution(Problem("p", "p"), "steps", random.Random(0)) if function == "solution" else task.step(
+            Problem("p", "p"), []
+        )

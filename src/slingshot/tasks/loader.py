@@ -38,5 +38,5 @@ def load_task(name: str, **params: Any) -> Task:
     if name.startswith("gym:"):
         return Gym.load(name.removeprefix("gym:"), params)
     if name.endswith(".py"):
-        return UserTask.parse({"path": name, **params}, name)
+        return UserTask.load(name, params)
     raise unknown_name("task", name, ("arithmetic", "countdown", "gym:NAME", "path/to/file.py"))

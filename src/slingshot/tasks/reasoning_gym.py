@@ -15,45 +15,42 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import Any
 
-from pydantic import Field, JsonValue, PrivateAttr, model_validator
+from pydantic import JsonValue
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.names import unknown_name
-from slingshot.sandbox.worker import Sandbox, SandboxError, take
+from slingshot.sandbox.isolate import take
+from slingshot.sandbox.worker import SandboxError, Target, Worker
 from slingshot.tasks.arithmetic import chain_key, chain_steps, near_miss
-from slingshot.tasks.task import Problem, Reward, Solution, Split, Style, Task, in_split
+from slingshot.tasks.task import Problem, Reward, Solution, Split, Style, in_split
+from slingshot.tasks.verification import IsolatedTask
 from slingshot.tasks.verifiers import last_number, read_number
 
 _SIZE = 1000  # items drawn from one dataset before the next seed
 _CHUNK = 64  # items fetched from the worker at a time
+_MAKING = 60.0  # seconds for one item: some families search long for a puzzle
 _WORD = re.compile(r"\w+")
 _MAX_ANSWER = 10_000  # characters; longer ones are wrong without asking
 
 
-class Gym(Task):
+class Gym(IsolatedTask):
     """The reasoning-gym dataset called `dataset`, with `params` of its configuration."""
 
     dataset: str
-    params: dict[str, JsonValue] = Field(default_factory=dict)
-    _sandbox: Sandbox = PrivateAttr()
-
-    @model_validator(mode="after")
-    def _open(self) -> Self:
-        self._sandbox = Sandbox("slingshot.tasks.reasoning_gym:Dataset", self.dataset, self.params)
-        self._start()
-        return self
-
-    def _start(self) -> None:
-        try:
-            self._sandbox.start()
-        except SandboxError as error:
-            raise SlingshotError(f"{self.name}: {error}") from error
+    params: dict[str, JsonValue] = {}
 
     @classmethod
     def load(cls, dataset: str, params: dict[str, Any]) -> Gym:
-        return cls.parse({"dataset": dataset, "params": params}, f"gym:{dataset}")
+        """The task, its dataset made in the worker. Raises SlingshotError for an unknown dataset or parameter."""
+        task = cls.parse({"dataset": dataset, "params": params}, f"gym:{dataset}")
+        task._target = Target("slingshot.tasks.reasoning_gym:Dataset", (dataset, task.params))
+        try:
+            task._worker.build(task._target)
+        except SandboxError as error:
+            raise SlingshotError(f"{task.name}: {error}") from error
+        return task
 
     @property
     def name(self) -> str:
@@ -73,19 +70,20 @@ class Gym(Task):
             index = 0
             while index < _SIZE:
                 try:
-                    items = self._sandbox.call("take", drawn, index, min(_CHUNK, _SIZE - index))
+                    count = min(_CHUNK, _SIZE - index)
+                    items = self._worker.call(self._target, "take", drawn, index, count, timeout=_MAKING)
                 except SandboxError as error:
                     raise SlingshotError(f"{self.name}: making item {index} of seed {drawn} {error}") from error
                 for item in items:
                     yield self._problem(item, {"seed": drawn, "index": index})
                     index += 1
 
-    def _problem(self, item: dict[str, Any], data: dict[str, Any]) -> Problem:
+    def _problem(self, item: dict[str, str], data: dict[str, Any]) -> Problem:
         key = item["question"]
         if self.dataset == "chain_sum":
-            data["expression"] = item["metadata"]["expression"]
+            data["expression"] = item["expression"]
             key = chain_key(*_chain(data["expression"]))
-        return Problem(item["question"], key, "" if item["answer"] is None else str(item["answer"]), "en", data)
+        return Problem(item["question"], key, item["answer"], "en", data)
 
     def solution(self, problem: Problem, style: Style, rng: random.Random) -> Solution:
         """For chain_sum: left to right, and within one operation from the highest place to the lowest, so that no step needs two carries."""
@@ -107,33 +105,32 @@ class Gym(Task):
             said.append(f"{'Add' if operator == '+' else 'Subtract'} {right}: {worked}.")
         return Solution(" ".join(said), problem.answer)
 
-    def verify(self, problem: Problem, text: str, lenient: bool = False) -> Reward:
-        """Where the known answer is a number or a single word, so must be the one read; else it is the whole text (lenient: the last line)."""
+    def verify_in(self, worker: Worker, problem: Problem, text: str, lenient: bool = False) -> Reward:
+        """Where the known answer is a number or a single word, so must be the one read; else it is the whole text (lenient: the last line).
+
+        1.0 where reasoning-gym says 1.0. An answer on which its scorer fails or hangs is wrong.
+        """
         known = read_number(problem.answer)
         if known is not None:
             answer = last_number(text) if lenient else read_number(text)
             # Some scorers pay in full for a prefix of the digits, so a number that is not near is wrong without asking.
-            if answer is None or not math.isclose(float(answer), float(known), rel_tol=0.01, abs_tol=0.001):
+            if answer is None or not math.isclose(float(answer), float(known), rel_tol=0.01):
                 return Reward(0.0, answer)
         elif _WORD.fullmatch(problem.answer):
             known = problem.answer
             words = _WORD.findall(text)
             answer = words[-1] if words and (lenient or text.strip().removesuffix(".") == words[0]) else None
-            if answer is None:
-                return Reward(0.0, None)
         else:
-            return super().verify(problem, text, lenient)
-        return Reward(1.0 if answer == known else self.score(problem, answer), answer)
-
-    def score(self, problem: Problem, answer: str) -> float:
-        """1.0 where reasoning-gym says 1.0. An answer on which its scorer fails or hangs is wrong."""
-        if len(answer) > _MAX_ANSWER:
-            return 0.0
-        self._start()
+            answer = self.extract(text) if lenient else self.read(text)
+        if answer is None or len(answer) > _MAX_ANSWER:
+            return Reward(0.0, answer)
+        if answer == known:
+            return Reward(1.0, answer)
         try:
-            return float(self._sandbox.call("score", problem.data["seed"], problem.data["index"], answer) == 1.0)
+            value = worker.call(self._target, "score", problem.data["seed"], problem.data["index"], answer)
         except SandboxError:
-            return 0.0
+            value = 0.0
+        return Reward(float(value == 1.0), answer)
 
 
 def _chain(expression: str) -> tuple[list[int], list[str]]:
@@ -155,6 +152,7 @@ class Dataset:
 
     def __init__(self, name: str, params: dict[str, Any]) -> None:
         try:
+            from reasoning_gym.composite import DatasetSpec
             from reasoning_gym.factory import DATASETS, create_dataset
         except ImportError as error:
             raise SlingshotError("reasoning-gym is not installed; pip install reasoning-gym") from error
@@ -164,10 +162,15 @@ class Dataset:
         for given in params:
             if given not in known:
                 raise unknown_name("parameter", given, known)
+        if name == "composite":
+            params = {
+                "datasets": [DatasetSpec(**{"weight": 1.0, "config": {}} | given) for given in params["datasets"]]
+            }
         self._create: Callable[[int], Any] = lambda seed: create_dataset(name, seed=seed, size=_SIZE, **params)
         self._seed = 0
+        self._tried: list[dict[str, Any]] | None = None
         try:
-            self._dataset = self._create(self._seed)
+            self._dataset = self._first = self._create(self._seed)
         except (AssertionError, TypeError, ValueError) as error:
             raise SlingshotError(f"reasoning-gym refuses these parameters: {error or 'no reason given'}") from error
 
@@ -177,18 +180,44 @@ class Dataset:
         item: dict[str, Any] = self._dataset[index]
         return item
 
-    def take(self, seed: int, start: int, count: int) -> list[dict[str, Any]]:
-        return take((self._item(seed, index) for index in range(start, start + count)), count)
+    def take(self, seed: int, start: int, count: int) -> list[dict[str, str]]:
+        """Questions and answers as text ("" where none is known), the expression of a sum: of the rest, not all survives JSON."""
+        return take((_texts(self._item(seed, index)) for index in range(start, start + count)), count)
 
     def score(self, seed: int, index: int, answer: str) -> float:
+        """What the dataset's scorer says; 0 for an answer besides the known one that the scorer takes for right whatever the problem."""
         item = self._item(seed, index)
         score = float(self._dataset.score_answer(answer, item))
-        if score == 1.0 and answer != item["answer"] and self._accepts("?", item):
-            return 0.0  # this scorer takes anything for right; only the known answer is
-        return score
+        if score < 1.0 or answer == item["answer"]:
+            return score
+        others = [other for other in self._others() if _folded(other["answer"]) != _folded(answer)]
+        fooled = sum(self._accepts(answer, other) for other in others) > len(others) / 2
+        return 0.0 if fooled or self._accepts("?", item) or not _own(answer, item) else score
+
+    def _others(self) -> list[dict[str, Any]]:
+        """A few items that answers to other problems are tried on."""
+        if self._tried is None:
+            self._tried = take((self._first[index] for index in range(8)), 8, seconds=2.0)
+        return self._tried
 
     def _accepts(self, answer: str, item: dict[str, Any]) -> bool:
         try:
-            return float(self._dataset.score_answer(answer, item)) == 1.0
+            return float(self._dataset.score_answer(answer, item)) == 1.0 and _own(answer, item)
         except Exception:  # whatever a scorer raises on nonsense, it does not accept it
             return False
+
+
+def _texts(item: dict[str, Any]) -> dict[str, str]:
+    fields = {"question": item["question"], "answer": item["answer"], "expression": item["metadata"].get("expression")}
+    return {name: "" if value is None else str(value) for name, value in fields.items()}
+
+
+def _folded(answer: Any) -> str:
+    return "".join(str(answer).casefold().split())
+
+
+def _own(answer: str, item: dict[str, Any]) -> bool:
+    """Whether an expression uses the numbers it was given: puzzle24's scorer takes any four that make 24."""
+    if item["metadata"].get("source_dataset") != "puzzle24":
+        return True
+    return sorted(map(int, re.findall(r"[0-9]+", answer))) == sorted(item["metadata"]["numbers"])

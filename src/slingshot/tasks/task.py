@@ -1,6 +1,6 @@
 """The Task: where problems come from, how an answer is verified, and how a worked solution reads.
 
-    task = load_task("arithmetic", max_terms=6)          # or "countdown", "gym:chain_sum", "path/to/file.py"
+    task = load_task("arithmetic", max_terms=6)          # tasks/loader.py knows the kinds
     problem = next(task.problems("train", seed=0))
     task.verify(problem, "14").value                     # 1.0 if 14 is the answer
     for problem, solution in task.documents("train", seed=0, style="steps"): ...
@@ -36,9 +36,8 @@ class Problem:
     key: str
     answer: str = ""
     language: str = "en"
-    data: Mapping[str, Any] = field(
-        default_factory=dict, hash=False
-    )  # what the task itself needs to verify and solve; JSON
+    # What the task itself needs to verify and solve, as JSON has it.
+    data: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ class Task(Strict, ABC):
     """Base of all tasks; a subclass's fields are its parameters.
 
     A subclass brings `name` and `problems`. `score`, `read` and `extract` say which answers are right and how one is read in a text;
-    `has_solutions` and `solution` are for tasks that can write worked text.
+    `has_solutions` and `solution` are for tasks that can write worked text, `has_turns` and `step` for environments of several turns.
     """
 
     @property

@@ -10,6 +10,9 @@
     def solution(problem, style):                    # optional: {"reasoning": ..., "answer": ...}
         return {"reasoning": "Since 1868 it is Tokyo.", "answer": "Tokyo"}
 
+    def step(problem, messages):                     # optional: what is said to the model's last message; None when all is said
+        return None
+
 Problems that come in the same order for every `seed` are shuffled by slingshot; a generator that goes on without end should draw by `seed`.
 Yield all problems for either split: slingshot keeps those whose key (default: the prompt) hashes into the split it wants.
 """
@@ -20,16 +23,19 @@ import importlib.util
 import itertools
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr
 
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
-from slingshot.sandbox.worker import Sandbox, SandboxError, take
-from slingshot.tasks.task import Language, Problem, Reward, Solution, Split, Style, Task, in_split
+from slingshot.sandbox.isolate import number, take
+from slingshot.sandbox.worker import SandboxError, Target, Worker
+from slingshot.tasks.task import Language, Problem, Reward, Solution, Split, Style, in_split
+from slingshot.tasks.verification import IsolatedTask
 
 _WINDOW = 1 << 14  # problems held to be shuffled, of a file whose order does not go by the seed
 _COMPARED = 8  # first problems of two seeds that tell whether the order does
@@ -44,7 +50,7 @@ class _Problem(Strict):
     answer: str = ""
     key: str = ""
     language: Language = "en"
-    data: dict[str, Any] = Field(default_factory=dict)
+    data: dict[str, Any] = {}
 
 
 class _Solution(Strict):
@@ -54,34 +60,39 @@ class _Solution(Strict):
     answer: str
 
 
-class UserTask(Task):
+class _Message(Strict):
+    """What `step` may return, one or several."""
+
+    role: Literal["user", "system", "tool"] = "user"
+    content: str
+
+
+class UserTask(IsolatedTask):
     """The task in the Python file `path`. Each call may take `timeout` seconds, the worker `memory_mb` MiB of address space."""
 
     path: str
-    timeout: float = 10.0
-    memory_mb: int = 2048
-    _sandbox: Sandbox = PrivateAttr()
-    _functions: frozenset[str] = PrivateAttr()
+    timeout: float = Field(10.0, gt=0)
+    memory_mb: int = Field(2048, ge=64)
+    _functions: list[str] = PrivateAttr()
     _by_seed: dict[str, bool] = PrivateAttr(default_factory=dict)
 
-    @model_validator(mode="after")
-    def _open(self) -> Self:
-        if self.timeout <= 0 or self.memory_mb < 64:
-            raise ValueError(f"timeout {self.timeout:g} must be positive and memory_mb {self.memory_mb} at least 64")
-        if not Path(self.path).is_file():
+    @classmethod
+    def load(cls, path: str, params: dict[str, Any]) -> UserTask:
+        """The task, its file imported in the worker. Raises SlingshotError where that fails or a function is missing."""
+        task = cls.parse({"path": path, **params}, path)
+        needed = {"problems": "problems(split, seed)", "verify": "verify(problem, text)"}
+        if not Path(path).is_file():
             raise SlingshotError(
-                f"{self.path}: no such file; a task is one Python file with problems(split, seed) and verify(problem, text)"
+                f"{path}: no such file; a task is one Python file with {' and '.join(needed.values())}"
             )
-        file = str(Path(self.path).resolve())
-        self._sandbox = Sandbox("slingshot.tasks.user:File", file, timeout=self.timeout, memory=self.memory_mb << 20)
-        try:
-            self._functions = frozenset(self._sandbox.call("functions"))
-        except SandboxError as error:
-            raise SlingshotError(f"{self.path}: importing it {error}") from error
-        for needed in ("problems(split, seed)", "verify(problem, text)"):
-            if needed.partition("(")[0] not in self._functions:
-                raise SlingshotError(f"{self.path}: function {needed} is missing; add it")
-        return self
+        file = str(Path(path).resolve())
+        target = Target("slingshot.tasks.user:File", (file,), timeout=task.timeout, memory=task.memory_mb << 20)
+        task._target = target
+        task._functions = task._call(task._worker, "importing it", "functions")
+        for name, form in needed.items():
+            if name not in task._functions:
+                raise SlingshotError(f"{path}: function {form} is missing; add it")
+        return task
 
     @property
     def name(self) -> str:
@@ -94,6 +105,10 @@ class UserTask(Task):
     @property
     def has_solutions(self) -> bool:
         return "solution" in self._functions
+
+    @property
+    def has_turns(self) -> bool:
+        return "step" in self._functions
 
     def problems(self, split: Split, seed: int) -> Iterator[Problem]:
         return in_split(self._in_order(split, seed % _MAX_SEED), split, self.name)
@@ -118,42 +133,44 @@ class UserTask(Task):
 
     def _all(self, split: Split, seed: int) -> Iterator[Problem]:
         start = 0
-        while items := self._call("problems", "take", split, seed, start, _CHUNK):
-            for number, item in enumerate(items, start=start):
-                where = f"{self.path}: problems() item {number}"
-                if not isinstance(item, dict):
-                    raise SlingshotError(f"{where} is {item!r:.60}; yield a dict with at least a prompt")
-                given = _Problem.parse(item, where)
+        while items := self._call(self._worker, "problems()", "take", split, seed, start, _CHUNK):
+            for place, item in enumerate(items, start=start):
+                given = _Problem.parse(item, f"{self.path}: problems() item {place}")
                 yield Problem(given.prompt, given.key or given.prompt, given.answer, given.language, given.data)
             start += len(items)
 
     def solution(self, problem: Problem, style: Style, rng: random.Random) -> Solution:
         """The file's solution; in style "answer" its answer alone."""
-        given = self._call("solution", "solution", _as_dict(problem), style)
-        if not isinstance(given, dict):
-            raise SlingshotError(
-                f"{self.path}: solution() returned {given!r:.60}; return a dict with reasoning and answer"
-            )
+        if not self.has_solutions:
+            return super().solution(problem, style, rng)
+        given = self._call(self._worker, "solution()", "solution", _as_dict(problem), style)
         written = _Solution.parse(given, f"{self.path}: solution()")
         return Solution("" if style == "answer" else written.reasoning, written.answer)
 
-    def verify(self, problem: Problem, text: str, lenient: bool = False) -> Reward:
+    def verify_in(self, worker: Worker, problem: Problem, text: str, lenient: bool = False) -> Reward:
         """What the file's verify says of `text`; with `lenient`, of its last line."""
         answer = self.extract(text) if lenient else self.read(text)
         if answer is None:
             return Reward(0.0, None)
-        value = self._call("verify", "verify", _as_dict(problem), answer)
-        if not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise SlingshotError(
-                f"{self.path}: verify() returned {value!r:.60}; return True, False or a number from 0 to 1"
-            )
+        try:
+            value = self._call(worker, "verify()", "verify", _as_dict(problem), answer)
+        except SlingshotError as error:
+            return Reward(0.0, None, str(error))
         return Reward(float(value), answer)
 
-    def _call(self, function: str, method: str, *args: Any) -> Any:
+    def step_in(
+        self, worker: Worker, problem: Problem, messages: Sequence[Mapping[str, str]]
+    ) -> list[dict[str, str]] | None:
+        if not self.has_turns:
+            return None
+        given = self._call(worker, "step()", "step", _as_dict(problem), [dict(message) for message in messages])
+        return given and [_Message.parse(each, f"{self.path}: step()").model_dump() for each in given]
+
+    def _call(self, worker: Worker, what: str, method: str, *args: Any) -> Any:
         try:
-            return self._sandbox.call(method, *args)
+            return worker.call(self._target, method, *args)
         except SandboxError as error:
-            raise SlingshotError(f"{self.path}: {function}() {error}") from error
+            raise SlingshotError(f"{self.path}: {what} {error}") from error
 
 
 def _as_dict(problem: Problem) -> dict[str, Any]:
@@ -165,15 +182,23 @@ class File:
     """The worker's side: the imported file, and its iterators of problems where the parent left them."""
 
     def __init__(self, path: str) -> None:
-        sys.path.append(str(Path(path).parent))  # modules beside the file can be imported by it
-        spec = importlib.util.spec_from_file_location("task", path)
+        folder, name = str(Path(path).parent), Path(path).stem
+        if name in sys.modules or importlib.util.find_spec(name) is not None:  # a file may be called random.py
+            name = f"{name}_{sha256(path.encode()).hexdigest()[:8]}"
+        sys.path.append(
+            folder
+        )  # for `import helper`, and for processes that the file starts and that import it by name
+        # A package too, so that `from . import helper` finds what lies beside it.
+        spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=[folder])
         assert spec is not None and spec.loader is not None, "the path ends in .py"
-        self._module = importlib.util.module_from_spec(spec)
+        self._module = sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self._module)
         self._open: dict[tuple[str, int, int], Iterator[Any]] = {}
 
     def functions(self) -> list[str]:
-        return [name for name in ("problems", "verify", "solution") if callable(getattr(self._module, name, None))]
+        return [
+            name for name in ("problems", "verify", "solution", "step") if callable(getattr(self._module, name, None))
+        ]
 
     def take(self, split: str, seed: int, start: int, count: int) -> list[Any]:
         """Next items from `start` of problems(split, seed); none when it ended. Starts over, and skips, after a restart of the worker."""
@@ -186,10 +211,41 @@ class File:
                 raise SandboxError(f"returned {made!r:.60}; it should yield problems") from error
         items = take(iterator, count)
         self._open[split, seed, start + len(items)] = iterator
-        return items
+        if len(self._open) > 16:  # left where their readers stopped; who comes back to one starts it over
+            del self._open[next(iter(self._open))]
+        for place, item in enumerate(items, start=start):
+            if not isinstance(item, Mapping):
+                raise SandboxError(f"item {place} is {item!r:.60}; yield a dict with at least a prompt")
+        return [_texts(item, "prompt", "answer", "key", "language") for item in items]
 
-    def verify(self, problem: dict[str, Any], text: str) -> Any:
-        return self._module.verify(problem, text)
+    def verify(self, problem: dict[str, Any], text: str) -> bool | int | float:
+        given = self._module.verify(problem, text)
+        value = number(given)
+        if value is None or not 0 <= value <= 1:
+            raise SandboxError(f"returned {given!r:.60}; return True, False or a number from 0 to 1")
+        return value
 
-    def solution(self, problem: dict[str, Any], style: str) -> Any:
-        return self._module.solution(problem, style)
+    def solution(self, problem: dict[str, Any], style: str) -> dict[str, Any]:
+        given = self._module.solution(problem, style)
+        if not isinstance(given, Mapping):
+            raise SandboxError(f"returned {given!r:.60}; return a dict with reasoning and answer")
+        return _texts(given, "reasoning", "answer")
+
+    def step(self, problem: dict[str, Any], messages: list[dict[str, str]]) -> list[dict[str, Any]] | None:
+        """The messages that were returned: none, one or a list, each a dict or what a user says."""
+        given = self._module.step(problem, messages)
+        if given is None:
+            return None
+        said = given if isinstance(given, list | tuple) else [given]
+        return [
+            _texts(each, "role", "content") if isinstance(each, Mapping) else _texts({"content": each}, "content")
+            for each in said
+        ]
+
+
+def _texts(given: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """A dict whose fields of these names are text, where a number was meant as text; those that are None are left out."""
+    fields = {name: value for name, value in given.items() if name not in names or value is not None}
+    return {
+        name: str(value) if name in names and number(value) is not None else value for name, value in fields.items()
+    }

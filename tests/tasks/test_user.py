@@ -220,7 +220,7 @@ def test_parameters_are_checked(load):
         ("return float('nan')", r"returned nan; return True"),
         ("import numpy; return numpy.float32('inf')", r"returned .*inf.*; return True"),
         ("return {1}", r"returned \{1\}; return True"),
-        ("return ['x' * 9] * 9_999_999", r"returned .*xxx"),
+        ("return ['x' * 9] * 9_999_999", r"returned \["),
     ],
 )
 def test_a_verify_that_fails_costs_its_own_item(load, body, message):

@@ -22,6 +22,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import random
+import reprlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
@@ -208,27 +209,27 @@ class File:
             try:
                 iterator = itertools.islice(made, start, None)
             except TypeError as error:
-                raise SandboxError(f"returned {made!r:.60}; it should yield problems") from error
+                raise SandboxError(f"returned {reprlib.repr(made)}; it should yield problems") from error
         items = take(iterator, count)
         self._open[split, seed, start + len(items)] = iterator
         if len(self._open) > 16:  # left where their readers stopped; who comes back to one starts it over
             del self._open[next(iter(self._open))]
         for place, item in enumerate(items, start=start):
             if not isinstance(item, Mapping):
-                raise SandboxError(f"item {place} is {item!r:.60}; yield a dict with at least a prompt")
+                raise SandboxError(f"item {place} is {reprlib.repr(item)}; yield a dict with at least a prompt")
         return [_texts(item, "prompt", "answer", "key", "language") for item in items]
 
     def verify(self, problem: dict[str, Any], text: str) -> bool | int | float:
         given = self._module.verify(problem, text)
         value = number(given)
         if value is None or not 0 <= value <= 1:
-            raise SandboxError(f"returned {given!r:.60}; return True, False or a number from 0 to 1")
+            raise SandboxError(f"returned {reprlib.repr(given)}; return True, False or a number from 0 to 1")
         return value
 
     def solution(self, problem: dict[str, Any], style: str) -> dict[str, Any]:
         given = self._module.solution(problem, style)
         if not isinstance(given, Mapping):
-            raise SandboxError(f"returned {given!r:.60}; return a dict with reasoning and answer")
+            raise SandboxError(f"returned {reprlib.repr(given)}; return a dict with reasoning and answer")
         return _texts(given, "reasoning", "answer")
 
     def step(self, problem: dict[str, Any], messages: list[dict[str, str]]) -> list[dict[str, Any]] | None:

@@ -2,7 +2,8 @@
 # make full      the rest of the recipe: the control, the student, distillation; 8 samples a problem
 # make smollm2   the same treatment for a real open model, SmolLM2-135M-Instruct
 # make interop   llama.cpp and vLLM, each in an environment of its own, predict what we predict from our checkpoints (4 GB of packages)
-# make test      ruff, mypy, the import contract and all tests
+# make test      ruff, mypy, the import contract and the quick tests: parity, an end-to-end run and a kill among them
+# make test-all  the other tests: mutations, drawn configurations, interruptions, several processes
 #
 # PYTHON picks the interpreter (3.11 or newer). PIP_FLAGS goes to every pip install, for example to take torch from another package index.
 
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
-.PHONY: demo full smollm2 interop test clean
+.PHONY: demo full smollm2 interop test test-all clean
 
 demo: $(VENV)/runtime.stamp
 	$(BIN)/slingshot run tiny --until rl_final --out runs/tiny
@@ -33,7 +34,10 @@ test: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+
+test-all: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu"
 
 clean:
 	rm -rf $(VENV) .venv-llama-cpp .venv-vllm-cpu .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

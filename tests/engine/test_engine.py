@@ -3,6 +3,7 @@
 import copy
 import itertools
 import random
+import threading
 
 import pytest
 import torch
@@ -350,6 +351,102 @@ def test_stream_leaves_other_requests_to_their_owner(dense_model, tokenizer):
     (output,) = engine.step()
     assert output.request_id == mine
     assert engine.step() == []
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_threads_share_one_engine_and_each_gets_its_own(dense_model, tokenizer, interrupted):
+    """Eight threads generate and stream at once, over fewer slots than samples; one may be broken off while it waits."""
+    prompts = prompts_of(*range(3, 11))
+    params = [SamplingParams(max_tokens=10 + index, n=1 + index % 2) for index in range(8)]
+    expected = token_ids(Engine(dense_model, tokenizer).generate(prompts, params))
+    engine, found, start = Engine(dense_model, tokenizer, max_batch=5), {}, threading.Barrier(9)
+
+    def ask(index):
+        start.wait()
+        if params[index].n > 1:
+            (output,) = engine.generate([prompts[index]], params[index])
+            found[index] = [completion.token_ids for completion in output.outputs]
+            return
+        stream = engine.stream(prompts[index], params[index])
+        while index not in found:
+            try:
+                next(stream)
+            except StopIteration as stop:
+                found[index] = [stop.value.token_ids]
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    start.wait()
+    if interrupted:
+        stream = engine.stream(prompts[0], SamplingParams(max_tokens=50))
+        next(stream)
+        stream.close()
+    for thread in threads:
+        thread.join(60)
+    assert [found[index] for index in range(8)] == expected
+    assert engine.unfinished == 0 and engine.step() == []
+
+
+def test_threads_advance_each_others_requests(dense_model, tokenizer):
+    """What one thread asks joins the batch that another steps: not as many steps as both would take alone."""
+    engine = Engine(dense_model, tokenizer)
+    params, steps = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True), []
+    handle = dense_model.model.norm.register_forward_hook(lambda *_: steps.append(1))
+    threads = [threading.Thread(target=engine.generate, args=(prompts_of(1, seed=seed), params)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    handle.remove()
+    assert 60 <= len(steps) < 4 * 60
+
+
+def test_an_aborted_request_comes_back_to_whoever_waits_for_it(dense_model, tokenizer):
+    engine = Engine(dense_model, tokenizer)
+    stream = engine.stream(PROMPT, SamplingParams(max_tokens=200, ignore_eos=True))
+    next(stream)
+    (output,) = [engine.abort(request_id) for request_id in range(1)]
+    *_, completion = drain(stream)
+    assert completion.finish_reason == "abort" and completion.token_ids == output.outputs[0].token_ids
+
+
+def drain(stream):
+    """The deltas of a stream, then its return value."""
+    while True:
+        try:
+            yield next(stream)
+        except StopIteration as stop:
+            yield stop.value
+            return
+
+
+def test_chat_asks_in_the_chat_template(dense_model, tokenizer):
+    engine, params = Engine(dense_model, tokenizer), SamplingParams(max_tokens=4)
+    messages = [{"role": "user", "content": "3+4"}]
+    (expected,) = engine.generate([messages], params)
+    for output in (engine.chat("3+4", params), engine.chat(messages, params)):
+        assert output.prompt_token_ids == tokenizer.encode_chat(messages) == expected.prompt_token_ids
+        assert output.outputs == expected.outputs
+
+
+def test_a_special_tokens_text_stops(scripted, tokenizer):
+    """Alone, with text before it, and within a longer special token's text; a special token that is passed adds nothing."""
+    pad = tokenizer.pad_id
+    name = next(token["content"] for token in tokenizer.description()["added_tokens"] if token["id"] == pad)
+    assert tokenizer.decode([pad]) == "" and pad not in tokenizer.eos_ids
+    ids = [*tokenizer.encode("one"), pad, *tokenizer.encode(" two"), pad, *tokenizer.encode(" three")]
+    for stop, text, length in (
+        (name, "one", 1 + len(tokenizer.encode("one"))),
+        (f"two{name}", "one ", len(ids) - len(tokenizer.encode(" three"))),
+        (name[:-1], "one", 1 + len(tokenizer.encode("one"))),
+        ("three", "one two ", len(ids)),
+    ):
+        (output,) = scripted(ids).generate([PROMPT], SamplingParams(stop=(stop,)))
+        completion = output.outputs[0]
+        assert (completion.text, completion.finish_reason) == (text, "stop")
+        assert completion.token_ids == ids[:length]
+        assert "".join(delta for _, delta in scripted(ids).stream(PROMPT, SamplingParams(stop=(stop,)))) == text
 
 
 def test_abort_frees_the_slots_and_leaves_the_others_alone(model, tokenizer):

@@ -1,12 +1,14 @@
 """Sampling against values worked out by hand, reference generators and the distribution it claims to draw from."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slingshot.base.errors import SlingshotError
-from slingshot.engine.sampling import SamplingParams, _splitmix64, noise_stream, sample, uniform_noise
+from slingshot.engine.sampling import SamplingParams, noise_stream, sample, uniform_noise
+from slingshot.engine.sampling import draw as draw_ids
 
 
 def draw(probabilities, uniform, temperature=1.0, top_p=1.0, top_k=0):
@@ -149,8 +151,6 @@ def test_noise_is_splitmix64():
         4593380528125082431,
         16408922859458223821,
     ]
-    outputs = _splitmix64(torch.full((5,), 1234567), torch.arange(1, 6))
-    assert [value % (1 << 64) for value in outputs.tolist()] == expected
     uniform = uniform_noise(torch.full((5,), 1234567), torch.arange(1, 6))
     assert uniform.tolist() == [(value >> 40) / (1 << 24) for value in expected]
 
@@ -175,10 +175,35 @@ def test_largest_uniform_never_hits_a_dropped_token():
         assert probabilities[ids.item()] > 1e-9
 
 
+def test_a_cumulative_sum_that_is_not_monotone_never_draws_a_dropped_token():
+    """As parallel sums may be: the search ends beside every token that was kept, whatever the uniform number."""
+    weights_BV = torch.tensor([0.5, 0.0, 0.3, 0.0, 0.2, 0.0]).repeat(1000, 1)
+    uniform_B = torch.arange(1000) / 1000
+    for sums in ([0.5, 0.6, 0.55, 0.9, 0.85, 1.0], [0.4, 0.5, 0.3, 0.8, 0.7, 1.1], [0.5, 0.5, 0.8, 0.8, 1.0, 1.0]):
+        ids = draw_ids(weights_BV, torch.tensor(sums).repeat(1000, 1), uniform_B)
+        assert set(ids.flatten().tolist()) <= {0, 2, 4}
+    assert torch.bincount(ids.flatten()).tolist() == [500, 0, 300, 0, 200]
+
+
 @pytest.mark.parametrize(
     ("values", "named"),
     [
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 2.5}, "max_tokens must be a whole number, got 2.5"),
+        ({"max_tokens": None}, "max_tokens must be a whole number, got None"),
+        ({"n": True}, "n must be a whole number, got True"),
+        ({"n": "3"}, "n must be a whole number, got '3'"),
+        ({"seed": 1.0}, "seed must be a whole number"),
+        ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+        ({"temperature": None}, "temperature must be a number, got None"),
+        ({"top_p": [0.9]}, "top_p must be a number"),
+        ({"top_k": 0.5}, "top_k must be a whole number"),
+        ({"top_k": 2**70}, "top_k must be"),
+        ({"stop": 5}, "stop must be a tuple of strings, got 5"),
+        ({"stop": ("a", 1)}, "stop must be a tuple of strings"),
+        ({"stop_token_ids": ("x",)}, "stop_token_ids must be a tuple of token ids, got .*'x'"),
+        ({"stop_token_ids": 7}, "stop_token_ids must be a tuple of token ids"),
+        ({"ignore_eos": 1}, "ignore_eos must be true or false, got 1"),
         ({"n": 0}, "n must"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": 1e-9}, "temperature"),
@@ -194,3 +219,11 @@ def test_largest_uniform_never_hits_a_dropped_token():
 def test_impossible_parameters_are_refused_by_name(values, named):
     with pytest.raises(SlingshotError, match=named):
         SamplingParams(**values)
+
+
+def test_none_is_off_and_numbers_of_numpy_are_numbers():
+    off = SamplingParams(top_k=None, top_p=None, stop=None, stop_token_ids=None)
+    assert off == SamplingParams() and off.top_k == 0
+    given = SamplingParams(max_tokens=np.int64(5), temperature=np.float32(0.5), top_p=1, stop=["a"], stop_token_ids=[3])
+    assert given == SamplingParams(max_tokens=5, temperature=0.5, stop=("a",), stop_token_ids=(3,))
+    assert {type(given.max_tokens), type(given.temperature), type(given.top_p)} == {int, float}

@@ -1,4 +1,4 @@
-"""The rows that decode together: the cache and, beside it, each row's last token, position and sampling parameters as tensors.
+"""The rows that decode together: the cache and, beside it, each row's last token, position and sampling parameters.
 
 Active rows are always the first ones: a sequence that leaves gives its slot to the last row, so a step reads plain slices.
 
@@ -47,7 +47,7 @@ class Batch:
         return rows <= self._max_batch and (rows == 1 or rows * length <= self._max_entries)
 
     def place(self, sequences: list[Sequence]) -> int:
-        """Give each sequence the next slot, its row poised to decode the prompt's last token; -> the first one's. The cache grows where needed."""
+        """Give each sequence the next slot, its row poised to decode the prompt's last token; -> the first one's."""
         first, requests = len(self.sequences), [sequence.request for sequence in sequences]
         self._reserve(first + len(sequences), max(sequence.request.limit for sequence in [*self.sequences, *sequences]))
         values = (
@@ -64,7 +64,7 @@ class Batch:
         return first
 
     def remove(self, slot: int) -> Sequence:
-        """Take out the sequence in this slot; the last row moves there. Remove several from the highest slot down, so that none moves in vain."""
+        """Take out the sequence in this slot; the last row moves there. Several leave from the highest slot down."""
         leaving, last, source = self.sequences[slot], self.sequences[-1], len(self.sequences) - 1
         if slot != source:
             self.cache.copy(source, slot, last.length - 1)

@@ -1,15 +1,18 @@
 """Continuous batching over the one Transformer: token sequences in, tokens out.
 
     engine = Engine.load("runs/tiny/rl")
-    outputs = engine.generate(["3+4=", [{"role": "user", "content": "What is 3+4?"}]], SamplingParams(temperature=0.6, n=4, seed=0))
+    outputs = engine.generate(["3+4=", [{"role": "user", "content": "What is 3+4?"}]], SamplingParams(n=4, seed=0))
     outputs[0].outputs[0].text / .token_ids / .logprobs / .finish_reason / .reasoning / .answer
+    engine.chat("What is 3+4?").outputs[0].answer
     for kind, text in engine.stream(prompt, params): ...        # kind is "reasoning" or "answer"
 
-Underneath, `add` queues a request, `step` advances every active sequence by one token and returns the requests that finished, `abort` takes one out.
-A step reads: admit what waits into free slots and prefill it, decode one token for every row, let finished sequences leave.
+Underneath, `add` queues a request, `step` advances every active sequence by one token and returns the requests that
+finished, `abort` takes one out. A step reads: admit what waits into free slots and prefill it, decode one token for
+every row, let finished sequences leave. Any number of threads may use one engine: they take turns to step, each step
+advances the requests of all, and generate, chat and stream return their own.
 
-A prompt is prefilled up to its last token, which then takes the way of every sampled one: there is one place that samples, and n samples share one
-prefill by copying it. Suffixes: B rows, T time, S slots.
+A prompt is prefilled up to its last token, which then takes the way of every sampled one: there is one place that
+samples, and n samples share one prefill by copying it. Suffixes: B rows, T time, S slots.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import itertools
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -31,6 +35,7 @@ from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.engine.batch import Batch
 from slingshot.engine.sampling import SamplingParams, sample, uniform_noise
 from slingshot.engine.sequence import Completion, Request, RequestOutput, Sequence
+from slingshot.engine.turns import Turns
 from slingshot.machine.device import auto_device, auto_dtype
 from slingshot.model.transformer import Transformer
 from slingshot.text.reasoning import Delta, Kind, ReasoningStream
@@ -40,9 +45,7 @@ Message = Mapping[str, str]
 Prompt = str | Seq[int] | Seq[Message]
 
 PREFILL_TOKENS = 8192  # prompt tokens, padding included, in one forward pass
-PREFILL_SCORES = (
-    1 << 24
-)  # attention scores of one layer in one forward pass: 64 MiB in float32, of which attention makes a few copies
+PREFILL_SCORES = 1 << 24  # attention scores of a layer in one forward pass: 64 MiB in float32, copied a few times
 ROW_STEP = 16  # a batch decodes a multiple of this many rows, for the same reason as:
 EXTENT_STEP = 16  # decoding attends over a multiple of this many cached tokens, so that kernels see few shapes
 
@@ -50,9 +53,9 @@ EXTENT_STEP = 16  # decoding attends over a multiple of this many cached tokens,
 class Engine:
     """Generates with a model and its tokenizer.
 
-    max_batch: sequences decoded together at most. max_length: tokens of a sequence at most, prompt included (default: the model's
-    max_position_embeddings). dtype None shares the model's parameters; otherwise the engine keeps a copy in that dtype.
-    cache_bytes: about how much memory the cache may take; fewer sequences run at once where they are long.
+    max_batch: sequences decoded together at most. max_length: tokens of a sequence at most, prompt included (default:
+    the model's max_position_embeddings). dtype None shares the model's parameters; otherwise the engine keeps a copy in
+    that dtype. cache_bytes: about how much memory the cache may take; fewer sequences run at once where they are long.
     """
 
     def __init__(
@@ -69,19 +72,24 @@ class Engine:
             raise SlingshotError(f"max_batch must be at least 1, got {max_batch}")
         longest = config.max_position_embeddings
         if max_length is not None and not 2 <= max_length <= longest:
-            raise SlingshotError(
-                f"max_length must be between 2 and the model's max_position_embeddings {longest}, got {max_length}"
-            )
-        self.model = model if dtype is None else _copy_in(model, dtype)
+            limit = f"the model's max_position_embeddings {longest}"
+            raise SlingshotError(f"max_length must be between 2 and {limit}, got {max_length}")
+        self.model = model
+        if dtype is not None:  # routers stay float32, as in the trainer: both choose alike
+            self.model = copy.deepcopy(model).requires_grad_(False)
+            self.model.cast(dtype)
+            self.model.compute_dtype = None
         self.tokenizer = tokenizer
         self.max_length = max_length or longest
         weight = self.model.model.embed_tokens.weight
         self._device = weight.device
         self._batch = Batch(config, self.model.compute_dtype or weight.dtype, weight.device, max_batch, cache_bytes)
+        self._turns = Turns()
         self._waiting: deque[Sequence] = deque()
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count()
-        self._unclaimed: list[RequestOutput] = []  # finished while a generate or stream of others was running
+        self._claimed: dict[int, RequestOutput | None] = {}  # what a generate or stream waits for
+        self._finished: list[RequestOutput] = []  # what the next `step` returns
 
     @classmethod
     def load(
@@ -93,7 +101,7 @@ class Engine:
         max_length: int | None = None,
         cache_bytes: int = 1 << 30,
     ) -> Self:
-        """Load a checkpoint (folder, .gguf file, hub name); "auto" picks the device and the dtype this machine multiplies fastest in."""
+        """Load a checkpoint (folder, .gguf file, hub name); "auto" takes the device and dtype that multiply fastest."""
         where = auto_device() if device == "auto" else torch.device(device)
         if isinstance(dtype, str):
             known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -101,45 +109,25 @@ class Engine:
                 raise SlingshotError(f"dtype {dtype!r} is not supported; choose {', '.join(known)}")
             dtype = known[dtype] or auto_dtype(where)
         path = locate(path)
-        return cls(
-            load_model(path, dtype=dtype, device=where),
-            load_tokenizer(path),
-            max_batch,
-            max_length,
-            cache_bytes=cache_bytes,
-        )
+        model, tokenizer = load_model(path, dtype=dtype, device=where), load_tokenizer(path)
+        return cls(model, tokenizer, max_batch, max_length, cache_bytes=cache_bytes)
 
     def add(self, prompt: Prompt, params: SamplingParams | None = None, key: str | None = None) -> int:
-        """Queue a request, return its id.
+        """Queue a request, return its id; `step` will return it.
 
-        prompt: text, token ids, or a chat (a list of messages with "role" and "content"). key: names the request's noise together with
-        params.seed; default: the prompt itself, so that the same request always gets the same tokens.
+        prompt: text, which the model continues as it stands, token ids, or a chat (a list of messages with "role" and
+        "content"), which goes through the chat template. key: names the request's noise together with params.seed;
+        default: the prompt itself, so that the same request always gets the same tokens.
         Raises SlingshotError for a prompt that is empty, too long or holds ids outside the vocabulary.
         """
-        ids = self._encode(prompt)
-        request_id = next(self._ids)
-        name = ",".join(map(str, ids)) if key is None else key
-        request = Request(request_id, ids, params or SamplingParams(), name, self.max_length, self.tokenizer)
-        self._requests[request_id] = request
-        self._waiting.extend(request.sequences)
-        return request_id
+        return self._enter(prompt, params, key, claimed=False).request_id
 
-    @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
-        """Advance every active sequence by one token; return the requests that are finished."""
-        outputs, self._unclaimed = self._unclaimed, []
-        self._admit()
-        if self._batch.sequences:
-            sampled = zip(self._batch.sequences, *self._decode(), strict=True)
-            finished = [
-                slot for slot, (sequence, token_id, logprob) in enumerate(sampled) if sequence.push(token_id, logprob)
-            ]
-            requests = [self._batch.remove(slot).request for slot in reversed(finished)]
-            for request in requests:
-                request.unfinished -= 1
-                if not request.unfinished:
-                    outputs.append(self._requests.pop(request.request_id).output())
-        return outputs
+        """Advance every active sequence by one token; return the requests of `add` that are finished."""
+        with self._turns:
+            self._advance()
+            outputs, self._finished = self._finished, []
+            return outputs
 
     @property
     def unfinished(self) -> int:
@@ -148,66 +136,90 @@ class Engine:
 
     @torch.inference_mode()
     def abort(self, request_id: int) -> RequestOutput | None:
-        """Take a request out and return what it has so far (finish_reason "abort" where unfinished); None if it is not here any more."""
-        request = self._requests.pop(request_id, None)
-        if request is None:
-            return None
-        for slot in reversed(
-            [slot for slot, sequence in enumerate(self._batch.sequences) if sequence.request is request]
-        ):
-            self._batch.remove(slot)
-        return request.output()  # its waiting samples are passed over when their turn comes
+        """Take a request out and return what it has so far; None if it is not here any more.
+
+        What is unfinished of it ends with finish_reason "abort", for whoever waits for it too.
+        """
+        with self._turns:
+            request = self._requests.pop(request_id, None)
+            if request is None:
+                return None
+            rows = enumerate(self._batch.sequences)
+            for slot in reversed([slot for slot, sequence in rows if sequence.request is request]):
+                self._batch.remove(slot)  # its waiting samples are passed over when their turn comes
+            output = request.output()
+            if request_id in self._claimed:
+                self._claimed[request_id] = output
+            return output
 
     def generate(
         self,
-        prompts: Seq[Prompt],
+        prompts: Prompt | Seq[Prompt],
         params: SamplingParams | Seq[SamplingParams] | None = None,
         keys: Seq[str] | None = None,
     ) -> list[RequestOutput]:
-        """Complete all prompts, in order. `params` is one for all or one each; `keys` as in `add`."""
+        """Complete all prompts, in order. `params` is one for all or one each; prompts and keys as in `add`.
+
+        A plain text is continued raw, without the chat template: to ask a question, give messages, or use `chat`.
+        """
         if isinstance(prompts, str):
             prompts = [prompts]
         each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
         names: Seq[str | None] = [None] * len(prompts) if keys is None else keys
+        if not len(prompts) == len(each) == len(names):
+            raise SlingshotError(f"{len(prompts)} prompts, {len(each)} params and {len(names)} keys: give one each")
         ids: list[int] = []
         try:
             for prompt, its_params, key in zip(prompts, each, names, strict=True):
-                ids.append(self.add(prompt, its_params, key))
-            outputs = {output.request_id: output for finished in self._run(ids) for output in finished}
+                ids.append(self._enter(prompt, its_params, key, claimed=True).request_id)  # type: ignore[arg-type]
+            while any(self._claimed[request_id] is None for request_id in ids):
+                with self._turns:
+                    if any(self._claimed[request_id] is None for request_id in ids):  # not finished meanwhile
+                        self._advance()
+            return [output for request_id in ids if (output := self._claimed[request_id])]
         finally:  # nothing of an interrupted call stays behind
-            for request_id in ids:
-                self.abort(request_id)
-        return [outputs[request_id] for request_id in ids]
+            self._leave(ids)
+
+    def chat(
+        self, messages: str | Seq[Message], params: SamplingParams | None = None, key: str | None = None
+    ) -> RequestOutput:
+        """The model's reply to a question, or to a conversation of messages, in its chat template."""
+        conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        return self.generate([conversation], params, None if key is None else [key])[0]
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, key: str | None = None
     ) -> Generator[Delta, None, Completion]:
-        """Yield (kind, text) as the text of one sample grows, kind "reasoning" or "answer"; the return value is the whole Completion.
+        """Yield (kind, text) as one sample grows, kind "reasoning" or "answer"; the return value is the Completion.
 
-        Text comes in whole characters and never goes beyond the start of a stop string. Closing the generator aborts the request.
+        Text comes in whole characters and never goes beyond the start of a stop string. Closing the generator aborts
+        the request. The prompt is read as in `add`.
         """
         if params is not None and params.n != 1:
             raise SlingshotError(f"a stream carries one sample, got n={params.n}; use generate")
-        request_id = self.add(prompt, params, key)
-        request = self._requests[request_id]
+        request = self._enter(prompt, params, key, claimed=True)
         sequence = request.sequences[0]
         parser = ReasoningStream(self.tokenizer, request.opened)
         sent: dict[Kind, str] = {"reasoning": "", "answer": ""}
         pushed = 0
         try:
-            for finished in self._run([request_id]):
-                if finished:
-                    break
-                safe = len(sequence.token_ids) if sequence.watch is None else sequence.watch.safe_tokens()
-                for token_id in sequence.token_ids[pushed:safe]:
+            while True:
+                with self._turns:
+                    if self._claimed[request.request_id] is None:
+                        self._advance()
+                    if output := self._claimed[request.request_id]:
+                        break
+                    safe = len(sequence.token_ids) if sequence.watch is None else sequence.watch.safe_tokens()
+                    fresh = sequence.token_ids[pushed:safe]
+                for token_id in fresh:
                     for kind, text in parser.push(token_id):
                         sent[kind] += text
                         yield kind, text
                 pushed = safe
         finally:
-            self.abort(request_id)
+            self._leave([request.request_id])
         # The end was held back: where the text ends, and what its last white space belongs to, is known only now.
-        completion = finished[0].outputs[0]
+        completion = output.outputs[0]
         ends: tuple[Delta, ...] = (("reasoning", completion.reasoning or ""), ("answer", completion.answer))
         for kind, text in ends:
             if rest := text[len(sent[kind]) :]:
@@ -221,20 +233,20 @@ class Engine:
         Tensors that the engine shares with the model are there already.
         Raises SlingshotError while requests are in flight: their cached prefixes belong to the old weights.
         """
-        if self._requests:
-            raise SlingshotError(
-                f"update_weights: {len(self._requests)} requests are in flight; finish or abort them first"
-            )
-        state = source.state_dict() if isinstance(source, Transformer) else source
-        own, taken = self.model.state_dict(), set()
-        for name, tensor in state.items() if isinstance(state, Mapping) else state:
-            taken.add(name)
-            if name not in own or own[name].shape != tensor.shape:
-                raise SlingshotError(f"update_weights: {name} of shape {tuple(tensor.shape)} is not of this model")
-            if own[name].data_ptr() != tensor.data_ptr():
-                own[name].copy_(tensor)
-        if missing := own.keys() - taken:
-            raise SlingshotError(f"update_weights: {min(missing)} is missing")
+        with self._turns:
+            if self._requests:
+                waiting = f"{len(self._requests)} requests are in flight"
+                raise SlingshotError(f"update_weights: {waiting}; finish or abort them first")
+            state = source.state_dict() if isinstance(source, Transformer) else source
+            own, taken = self.model.state_dict(), set()
+            for name, tensor in state.items() if isinstance(state, Mapping) else state:
+                taken.add(name)
+                if name not in own or own[name].shape != tensor.shape:
+                    raise SlingshotError(f"update_weights: {name} of shape {tuple(tensor.shape)} is not of this model")
+                if own[name].data_ptr() != tensor.data_ptr():
+                    own[name].copy_(tensor)
+            if missing := own.keys() - taken:
+                raise SlingshotError(f"update_weights: {min(missing)} is missing")
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -243,37 +255,60 @@ class Engine:
             ids = [part for part in prompt if isinstance(part, int)]
             messages = [part for part in prompt if isinstance(part, Mapping)]
             if len(prompt) not in (len(ids), len(messages)):
-                raise SlingshotError(
-                    "a prompt is text, a list of token ids or a list of chat messages; several prompts go in one list around them"
-                )
+                several = "several prompts go in one list around them"
+                raise SlingshotError(f"a prompt is text, a list of token ids or a list of chat messages; {several}")
             if messages:
                 ids = self.tokenizer.encode_chat(messages, add_generation_prompt=True)
         if not ids:
             raise SlingshotError("the prompt is empty: nothing says where to begin")
         if len(ids) >= self.max_length:
-            raise SlingshotError(
-                f"the prompt has {len(ids)} tokens, max_length is {self.max_length}: no room for an answer; shorten it"
-            )
+            sizes = f"the prompt has {len(ids)} tokens, max_length is {self.max_length}"
+            raise SlingshotError(f"{sizes}: no room for an answer; shorten it")
         vocabulary = self.model.config.vocab_size
-        if min(ids) < 0 or max(ids) >= vocabulary:
-            raise SlingshotError(
-                f"the prompt holds token id {max(ids) if min(ids) >= 0 else min(ids)}, the model's vocabulary has {vocabulary}"
-            )
+        if not 0 <= min(ids) <= max(ids) < vocabulary:
+            beyond = max(ids) if min(ids) >= 0 else min(ids)
+            raise SlingshotError(f"the prompt holds token id {beyond}, the model's vocabulary has {vocabulary}")
         return ids
 
-    def _run(self, ids: Iterable[int]) -> Iterator[list[RequestOutput]]:
-        """Step until these requests are finished, yielding after each step those that are; what else finishes is kept for the next `step`."""
-        mine = set(ids)
-        others: list[RequestOutput] = []
-        try:
-            while mine:
-                outputs = self.step()
-                others += [output for output in outputs if output.request_id not in mine]
-                finished = [output for output in outputs if output.request_id in mine]
-                mine -= {output.request_id for output in finished}
-                yield finished
-        finally:
-            self._unclaimed += others
+    @cached_property
+    def _silent_tokens(self) -> dict[int, str]:
+        """Names of the tokens that add nothing to the text: a stop string may be one of them."""
+        added = self.tokenizer.description()["added_tokens"]
+        return {token["id"]: token["content"] for token in added if not self.tokenizer.decode([token["id"]])}
+
+    def _enter(self, prompt: Prompt, params: SamplingParams | None, key: str | None, claimed: bool) -> Request:
+        ids, params = self._encode(prompt), params or SamplingParams()
+        name = ",".join(map(str, ids)) if key is None else key
+        silent = self._silent_tokens if params.stop else {}
+        request = Request(next(self._ids), ids, params, name, self.max_length, self.tokenizer, silent)
+        with self._turns:
+            if claimed:
+                self._claimed[request.request_id] = None
+            self._requests[request.request_id] = request
+            self._waiting.extend(request.sequences)
+        return request
+
+    def _leave(self, ids: Iterable[int]) -> None:
+        for request_id in ids:
+            self.abort(request_id)
+            self._claimed.pop(request_id, None)
+
+    @torch.inference_mode()
+    def _advance(self) -> None:
+        """One step; whoever calls has the turn."""
+        self._admit()
+        if not self._batch.sequences:
+            return
+        sampled = enumerate(zip(self._batch.sequences, *self._decode(), strict=True))
+        finished = [slot for slot, (sequence, token_id, logprob) in sampled if sequence.push(token_id, logprob)]
+        for request in [self._batch.remove(slot).request for slot in reversed(finished)]:
+            request.unfinished -= 1
+            if not request.unfinished:
+                output = self._requests.pop(request.request_id).output()
+                if request.request_id in self._claimed:
+                    self._claimed[request.request_id] = output
+                else:
+                    self._finished.append(output)
 
     def _admit(self) -> None:
         """Move what waits into free slots, first come first served, and write its prompts to the cache."""
@@ -292,9 +327,8 @@ class Engine:
             self._waiting.popleft()
         if not admitted:
             return
-        slots = {
-            sequence.request: slot for slot, sequence in enumerate(batch.sequences)
-        }  # where a prompt stands in the cache already
+        # Where a prompt stands in the cache already.
+        slots = {sequence.request: slot for slot, sequence in enumerate(batch.sequences)}
         leading = {sequence.request: sequence for sequence in admitted if sequence.request not in slots}
         leaders = sorted(leading.values(), key=lambda sequence: len(sequence.request.prompt))
         followers = [sequence for sequence in admitted if leading.get(sequence.request) is not sequence]
@@ -307,7 +341,10 @@ class Engine:
             batch.cache.copy(slots[sequence.request], slot, len(sequence.request.prompt) - 1)
 
     def _prefill(self, first_slot: int, prompts: list[list[int]]) -> None:
-        """Write all but the last token of these prompts to the cache, in chunks that bound memory. Padding is harmless: decoding overwrites it."""
+        """Write all but the last token of these prompts to the cache, in chunks that bound memory.
+
+        Padding is harmless: decoding overwrites it.
+        """
         rows, width = len(prompts), max(map(len, prompts)) - 1
         tokens_BT = torch.tensor(
             [prompt[:-1] + [0] * (width + 1 - len(prompt)) for prompt in prompts], device=self._device
@@ -325,10 +362,8 @@ class Engine:
         extent = max(sequence.length for sequence in batch.sequences)
         extent = min(-(-extent // EXTENT_STEP) * EXTENT_STEP, batch.cache.length)
         tokens_B, positions_B = batch.tokens_S[:rows], batch.positions_S[:rows]
-        padded = (
-            min(-(-rows // ROW_STEP) * ROW_STEP, batch.cache.slots) if rows > ROW_STEP else rows
-        )  # free slots may hold anything
-        positions_P1 = batch.positions_S[:padded, None].clamp(max=extent - 1)
+        padded = min(-(-rows // ROW_STEP) * ROW_STEP, batch.cache.slots) if rows > ROW_STEP else rows
+        positions_P1 = batch.positions_S[:padded, None].clamp(max=extent - 1)  # free slots may hold anything
         context = batch.cache.context(0, positions_P1, extent)
         output = self.model(batch.tokens_S[:padded, None], context=context, logits=False)
         logits_BV = self.model.lm_logits(output.hidden_BTD[:rows, -1])
@@ -338,9 +373,8 @@ class Engine:
             logits_BV, batch.temperature_S[:rows], batch.top_p_S[:rows], batch.top_k_S[:rows], uniform_B
         )
         if not torch.isfinite(logprobs_B).all():
-            raise SlingshotError(
-                "the model's logits are not finite: its weights have diverged; go back to an earlier checkpoint"
-            )
+            diverged = "the model's logits are not finite: its weights have diverged"
+            raise SlingshotError(f"{diverged}; go back to an earlier checkpoint")
         tokens_B.copy_(ids_B)
         return ids_B.tolist(), logprobs_B.tolist()
 
@@ -355,11 +389,3 @@ def _similar(prompts: list[list[int]]) -> Iterator[list[list[int]]]:
         group.append(prompt)
     if group:
         yield group
-
-
-def _copy_in(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """A copy of the model with its parameters in `dtype`. Routers stay float32, as in the trainer: both choose alike."""
-    own = copy.deepcopy(model)
-    own.compute_dtype = None
-    own.requires_grad_(False).cast(dtype)
-    return own

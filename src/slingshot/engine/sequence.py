@@ -9,7 +9,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from slingshot.engine.sampling import SamplingParams, noise_stream
@@ -23,8 +25,9 @@ FinishReason = Literal["stop", "length", "abort"]
 class Completion:
     """One finished sample.
 
-    token_ids are all sampled ids, an end-of-sequence id included, with logprobs of the same length; text leaves that id out and ends before a stop
-    string. reasoning and answer are the text parted at the think tags (reasoning is None where there was none).
+    token_ids are all sampled ids, an end-of-sequence id included, with logprobs of the same length; text leaves that id
+    out and ends before a stop string. reasoning and answer are the text parted at the think tags (reasoning is None
+    where there was none).
     """
 
     text: str
@@ -45,11 +48,17 @@ class RequestOutput:
 
 
 class StopWatch:
-    """Follows a sample's text for stop strings, which may begin and end inside tokens."""
+    """Follows a sample's text for stop strings, which may begin and end inside tokens.
 
-    def __init__(self, stop: tuple[str, ...], tokenizer: Tokenizer) -> None:
-        self._stop, self._stream = stop, tokenizer.stream()
+    `silent` names the tokens that add nothing to the text a reader sees: here they are written out.
+    """
+
+    def __init__(
+        self, stop: tuple[str, ...], tokenizer: Tokenizer, silent: Mapping[int, str] = MappingProxyType({})
+    ) -> None:
+        self._stop, self._stream, self._silent = stop, tokenizer.stream(), silent
         self._longest = max(map(len, stop))
+        self._written: list[tuple[int, int]] = []  # where silent tokens stand in the text
         self.text = ""
         self.ends: list[int] = []  # how long the text was after each token
         self.cut: int | None = None  # where the first stop string begins
@@ -58,10 +67,20 @@ class StopWatch:
         """Take the next token; True when a stop string is complete."""
         begin = max(0, len(self.text) - self._longest + 1)
         self.text += self._stream.push(token_id)
+        if name := self._silent.get(token_id):
+            self._written.append((len(self.text), len(self.text) + len(name)))
+            self.text += name
         self.ends.append(len(self.text))
         found = [at for at in (self.text.find(stop, begin) for stop in self._stop) if at >= 0]
         self.cut = min(found, default=None)
         return self.cut is not None
+
+    def visible(self) -> str:
+        """The text before the stop string as a reader sees it."""
+        text = self.text[: self.cut]
+        for start, end in reversed(self._written):
+            text = text[:start] + text[end:]
+        return text
 
     def safe_tokens(self) -> int:
         """How many tokens no stop string can reach back into any more, whatever comes next."""
@@ -83,7 +102,8 @@ class Sequence:
         self.logprobs: list[float] = []
         self.finish_reason: FinishReason | None = None
         self.stream = noise_stream(request.params.seed, request.key, index)
-        self.watch = StopWatch(request.params.stop, request.tokenizer) if request.params.stop else None
+        stop = request.params.stop
+        self.watch = StopWatch(stop, request.tokenizer, request.silent) if stop else None
         params = request.params
         self._ends = set() if params.ignore_eos else request.tokenizer.eos_ids | set(params.stop_token_ids)
         self._budget = request.limit - len(request.prompt)
@@ -106,12 +126,13 @@ class Sequence:
     def visible_ids(self) -> list[int]:
         """The ids a reader sees: without the id that ended the sample, cut before a stop string.
 
-        Where the cut falls inside a token, the part before it is encoded anew; text never encodes to control tokens, so tags stay what they were.
+        Where the cut falls inside a token, the part before it is encoded anew; text never encodes to control tokens, so
+        tags stay what they were.
         """
         ids, tokenizer = self.token_ids, self.request.tokenizer
         if self.watch is None or self.watch.cut is None:
             return ids[:-1] if self.finish_reason == "stop" else ids
-        text = self.watch.text[: self.watch.cut]
+        text = self.watch.visible()
         whole = next(count for count in range(len(ids), -1, -1) if text.startswith(tokenizer.decode(ids[:count])))
         return ids[:whole] + tokenizer.encode(text[len(tokenizer.decode(ids[:whole])) :])
 
@@ -136,8 +157,10 @@ class Request:
         key: str,
         max_length: int,
         tokenizer: Tokenizer,
+        silent: Mapping[int, str],
     ) -> None:
-        self.request_id, self.prompt, self.params, self.key, self.tokenizer = request_id, prompt, params, key, tokenizer
+        self.request_id, self.prompt, self.params, self.key = request_id, prompt, params, key
+        self.tokenizer, self.silent = tokenizer, silent
         self.limit = min(len(prompt) + params.max_tokens, max_length)
         self.opened = ends_in_reasoning(prompt, tokenizer)
         self.sequences = [Sequence(self, index) for index in range(params.n)]

@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -16,6 +16,33 @@ if TYPE_CHECKING:
 
 # Before anything imports torch. Products this small gain nothing from a second thread, and lose much on a busy machine: OpenMP threads spin.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.parity = []  # (family, {kind: deviation}) of every comparison with transformers
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["parity"] = session.config.parity
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.parity += getattr(node, "workeroutput", {}).get("parity", [])
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """What was compared with transformers, and the worst deviations of each family."""
+    if not config.parity:
+        return
+    terminalreporter.section("parity with transformers, worst relative deviations")
+    kinds = list(config.parity[0][1])
+    terminalreporter.write_line(f"{'':28}configs" + "".join(f"{kind:>10}" for kind in kinds))
+    for family in sorted({family for family, _ in config.parity}):
+        found = [measured for name, measured in config.parity if name == family]
+        worst = "".join(f"{max(measured[kind] for measured in found):10.1e}" for kind in kinds)
+        terminalreporter.write_line(f"{family:28}{len(found):7d}{worst}")
 
 
 @pytest.fixture(autouse=True, scope="session")

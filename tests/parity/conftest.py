@@ -10,9 +10,7 @@ router's where a single expert's gate value is normalised to 1).
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,33 +32,6 @@ TOLERANCES = {"logits": 2e-5, "loss": 2e-6, "gradient": 2e-5}  # some five times
 TIME = 40  # tokens a row; the original windows of the tests' YaRN and Llama 3 scaling are 16
 VOCABULARY = 264
 MTP_WEIGHT = 0.3
-
-
-@dataclass
-class Parity:
-    """The worst deviations of one family."""
-
-    configs: int = 0
-    worst: dict[str, float] = field(default_factory=dict)
-
-
-_FAMILIES = pytest.StashKey[dict[str, Parity]]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_FAMILIES] = defaultdict(Parity)
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    families = config.stash.get(_FAMILIES, {})
-    if families:
-        terminalreporter.section(f"parity with transformers {transformers.__version__}")
-        terminalreporter.write_line(f"{'':28}configs" + "".join(f"{kind:>10}" for kind in TOLERANCES))
-    for family, parity in sorted(families.items()):
-        figures = "".join(f"{parity.worst[kind]:10.1e}" for kind in TOLERANCES)
-        terminalreporter.write_line(f"{family:28}{parity.configs:7d}{figures}")
-    if families:
-        terminalreporter.write_line(f"{'allowed':35}" + "".join(f"{allowed:10.0e}" for allowed in TOLERANCES.values()))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -125,10 +96,7 @@ def compare(pytestconfig: pytest.Config) -> Callable[..., None]:
     def check(ours: Transformer, theirs: nn.Module, family: str | None = None) -> None:
         measured = deviations(ours, theirs)
         if family is not None:
-            parity = pytestconfig.stash[_FAMILIES][family]
-            parity.configs += 1
-            for kind, value in measured.items():
-                parity.worst[kind] = max(value, parity.worst.get(kind, 0.0))
+            pytestconfig.parity.append((family, measured))  # type: ignore[attr-defined]
 
     return check
 

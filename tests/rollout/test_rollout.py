@@ -12,11 +12,12 @@ import torch
 from slingshot.base.errors import SlingshotError
 from slingshot.engine.sampling import SamplingParams
 from slingshot.rollout.rollout import PromptForm, Rollout, turn_suffix
-from slingshot.rollout.sampler import Script, ScriptedSampler
+from slingshot.rollout.sampler import Sampler, Script, ScriptedSampler
 from slingshot.rollout.trajectory import Sampled, Trajectory
 from slingshot.tasks.loader import load_task
 from slingshot.tasks.mixture import Item
 from slingshot.tasks.task import Problem, Solution, Split, Task
+from slingshot.tasks.verification import VerificationPool
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.parallel import Parallel
 
@@ -29,8 +30,12 @@ def item(problem: Problem = SUM, task: Task | None = None) -> Item:
     return Item(task or load_task("arithmetic", min_terms=2, max_terms=3), problem, f"step/{problem.key}")
 
 
+def rolling(sampler: Sampler, params: SamplingParams, form: PromptForm | None = None, **more: Any) -> Rollout:
+    return Rollout(sampler, params, form or PromptForm(), VerificationPool([]), ALONE, **more)
+
+
 def rolled(sampler: ScriptedSampler, n: int, form: PromptForm, max_tokens: int = 64, **more: Any) -> list[Trajectory]:
-    (group,) = Rollout(sampler, SamplingParams(n=n, max_tokens=max_tokens), form, ALONE, **more).run([item()])
+    (group,) = rolling(sampler, SamplingParams(n=n, max_tokens=max_tokens), form, **more).run([item()])
     return group
 
 
@@ -78,7 +83,7 @@ def test_a_lenient_form_reads_the_last_answer_wherever_it_stands(saying: Saying)
     plain = PromptForm(chat=False, lenient=True)
     group = rolled(saying(lambda _, index: said[index]), 4, plain, max_tokens=60)
     assert [t.scores["accuracy"] for t in group] == [1.0, 0.0, 0.0, 1.0] and not group[3].finished
-    strict = rolled(saying(lambda _, index: said[index]), 4, PromptForm(chat=False), lenient=True)
+    strict = rolled(saying(lambda _, index: said[index]), 4, PromptForm(chat=False), both=True)
     assert [t.scores["accuracy"] for t in strict] == [0.0] * 4
     assert [t.scores["lenient"] for t in strict] == [1.0, 0.0, 0.0, 1.0]
 
@@ -87,7 +92,7 @@ def test_problems_without_room_for_an_answer_are_counted_and_left_out(
     saying: Saying, capsys: pytest.CaptureFixture[str]
 ) -> None:
     long = [Problem(prompt="What is 3+4? " * 50, key=f"long{index}", answer="7") for index in range(2)]
-    rollout = Rollout(saying(lambda key, _: Solution("", key[-1])), SamplingParams(n=2), PromptForm(), ALONE)
+    rollout = rolling(saying(lambda key, _: Solution("", key[-1])), SamplingParams(n=2))
     groups = rollout.run([item(long[0]), item(), item(long[1])])
     assert [group[0].item.problem for group in groups] == [SUM] and rollout.counts == {"skipped": 2}
     said = capsys.readouterr().err
@@ -100,7 +105,7 @@ def test_problems_without_room_for_an_answer_are_counted_and_left_out(
 
 @pytest.mark.parametrize("count", [1, 40])
 def test_problems_that_are_all_too_long_are_refused_by_name(saying: Saying, count: int) -> None:
-    rollout = Rollout(saying(lambda *_: ""), SamplingParams(), PromptForm(), ALONE)
+    rollout = rolling(saying(lambda *_: ""), SamplingParams())
     with pytest.raises(SlingshotError, match=f"none of {count} problems .* task arithmetic: the prompt of '3\\+4' has"):
         rollout.run([item(replace(SUM, prompt="3+4" * 300))] * count)
         rollout.refuse_nothing()
@@ -114,7 +119,7 @@ def test_what_was_aborted_is_left_out(saying: Saying) -> None:
 
     scripted = saying(lambda *_: Solution("", "7"))
     sampler = Aborting(scripted.script, scripted.tokenizer, scripted.model_config)
-    rollout = Rollout(sampler, SamplingParams(n=3), PromptForm(), ALONE)
+    rollout = rolling(sampler, SamplingParams(n=3))
     (group,) = rollout.run([item()])
     assert [t.scores["accuracy"] for t in group] == [1.0, 1.0] and rollout.counts == {"aborted": 1}
 
@@ -145,7 +150,7 @@ class Guess(Task):
 def conversing(
     saying: Saying, script: Script, *keys: str, n: int = 1, length: int = 256
 ) -> tuple[Rollout, list[list[Trajectory]]]:
-    rollout = Rollout(saying(script, length), SamplingParams(n=n), PromptForm(), ALONE)
+    rollout = rolling(saying(script, length), SamplingParams(n=n))
     return rollout, rollout.run([item(Problem("Guess a digit.", key, "7"), Guess()) for key in keys])
 
 

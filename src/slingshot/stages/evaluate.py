@@ -7,7 +7,7 @@ Several prompt forms can be tried; the best is reported, so that a base model is
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from math import comb, sqrt
 from pathlib import Path
@@ -28,6 +28,7 @@ from slingshot.rollout.trajectory import Trajectory, sampling_flops
 from slingshot.tasks.loader import TaskConfig, load_task
 from slingshot.tasks.mixture import Item, distinct
 from slingshot.tasks.task import Split
+from slingshot.tasks.verification import VerificationPool
 from slingshot.training.checkpointer import Workspace
 from slingshot.training.parallel import Parallel
 
@@ -80,35 +81,33 @@ def run(config: EvaluateConfig, out: Path, sampler: Sampler | None = None) -> No
     dtype = compute_dtype(config.dtype)
     sampler = sampler or EngineSampler(Engine.load(source, dtype=dtype, device=parallel.device))
     params = config.sampling.params(config.samples, config.seed)
-    rollouts = [Rollout(sampler, params, form, parallel, lenient=not form.lenient) for form in config.forms]
     items, given = config.draw()
-    jobs = [
-        (name, rollout, some[start : start + config.chunk])
-        for name, some in items.items()
-        for rollout in rollouts
-        for start in range(0, len(some), config.chunk)
-    ]
+    verification = VerificationPool([some[0].task for some in items.values() if some])
+    rollouts = {
+        (task, form.name): Rollout(sampler, params, form, verification, parallel, both=not form.lenient)
+        for task in items
+        for form in config.forms
+    }
+    starts = {task: range(0, len(some), config.chunk) for task, some in items.items()}
+    jobs = [(task, form, start) for task, form in rollouts for start in starts[task]]
     saved = work.load()
     results: list[dict[str, Any]] = saved.info["results"] if saved else []
-    left_out = defaultdict(
-        Counter, {name: Counter(counts) for name, counts in saved.info["left_out"].items()} if saved else {}
-    )
 
     with Progress(f"evaluation of {source.name}", len(jobs), saved.step if saved else 0, parallel.is_first) as progress:
         for step in range(saved.step if saved else 0, len(jobs)):
-            name, rollout, chunk = jobs[step]
-            groups = rollout.run(chunk)
+            task, form, start = jobs[step]
+            rollout = rollouts[task, form]
+            groups = rollout.run(items[task][start : start + config.chunk])
             tokens = sum(trajectory.n_sampled for group in groups for trajectory in group)
             work.meter.add(tokens, sampling=sampling_flops(sampler.model_config, groups))
-            found = parallel.gather([result(name, rollout.form.name, group) for group in groups])
-            results.extend(found)
-            left_out[name].update(rollout.counts)
+            found = parallel.gather([result(task, form, group) for group in groups])
+            results.extend([*found, {"task": task, "form": form, "left_out": rollout.counts}])
             accuracy = [score for row in found for score in row["accuracy"]]
             progress.update(step + 1, **{"pass": sum(accuracy) / max(1, len(accuracy))})
-            work.keep(step + 1, lambda: ({}, {"results": results, "left_out": left_out}))
-    for rollout in rollouts:
+            work.keep(step + 1, lambda: ({}, {"results": results}))
+    for rollout in rollouts.values():
         rollout.refuse_nothing()
-    evaluation = summarise(results, config, given, left_out)
+    evaluation = summarise(results, config, given)
     work.finish(lambda folder: write_json(folder / "evaluation.json", evaluation))
     parallel.stop()
 
@@ -116,45 +115,40 @@ def run(config: EvaluateConfig, out: Path, sampler: Sampler | None = None) -> No
 def result(task: str, form: str, group: Sequence[Trajectory]) -> dict[str, Any]:
     """What is kept of one problem's samples."""
     first, problem = group[0], group[0].item.problem
-    names = [name for name in ("accuracy", "format", "language", "lenient") if name in first.scores]
-    return {
-        "task": task,
-        "form": form,
-        "tokens": [trajectory.n_sampled for trajectory in group],
-        **{name: [trajectory.scores[name] for trajectory in group] for name in names},
-        "example": {
-            "prompt": problem.prompt,
-            "answer": problem.answer,
-            "reasoning": first.reasoning,
-            "response": first.answer,
-            "correct": first.scores["accuracy"] == 1.0,
-        },
+    example = {
+        "prompt": problem.prompt,
+        "answer": problem.answer,
+        "reasoning": first.reasoning,
+        "response": first.answer,
+        "correct": first.scores["accuracy"] == 1.0,
     }
+    scores = {name: [trajectory.scores[name] for trajectory in group] for name in first.scores}
+    return {"task": task, "form": form, "tokens": [t.n_sampled for t in group], **scores, "example": example}
 
 
 def summarise(
-    results: Sequence[dict[str, Any]],
-    config: EvaluateConfig,
-    given: dict[str, int] | None = None,
-    left_out: dict[str, Counter[str]] | None = None,
+    results: Sequence[dict[str, Any]], config: EvaluateConfig, given: dict[str, int] | None = None
 ) -> dict[str, Any]:
     """The Evaluation: every task in the prompt form with the highest pass@1, the other forms' pass@1 beside it.
 
     `scores` holds each problem's share of right samples in a fixed order, so that two evaluations can be compared problem by problem.
-    `given`: how many problems a task has, where that is known. `left_out`: what could not be asked or verified.
+    `given`: how many problems a task has, where that is known.
     """
     tasks: dict[str, Any] = {}
     examples: dict[str, Any] = {}
     scores: dict[str, list[float]] = {}
-    for task in dict.fromkeys(row["task"] for row in results):
-        by_form = {
-            form.name: [r for r in results if r["task"] == task and r["form"] == form.name] for form in config.forms
-        }
+    asked = [row for row in results if "example" in row]
+    for task in dict.fromkeys(row["task"] for row in asked):
+        by_form = {form.name: [r for r in asked if (r["task"], r["form"]) == (task, form.name)] for form in config.forms}
         passes = {form: mean(rows, "accuracy") for form, rows in by_form.items()}
         best = max(passes, key=lambda form: passes[form])
         rows = by_form[best]
-        right = [sum(score == 1.0 for score in row["accuracy"]) for row in rows]
+        right = [row["accuracy"].count(1.0) for row in rows]
         scores[task] = [float(np.mean(row["accuracy"])) for row in rows]
+        left_out: Counter[str] = Counter()
+        for row in results:
+            if (row["task"], row["form"]) == (task, best):
+                left_out.update(row.get("left_out", {}))
         found = tasks[task] = {
             "pass@1": passes[best],
             "ci95": interval(scores[task], config.samples, config.seed),
@@ -165,14 +159,13 @@ def summarise(
             "n": len(rows),
             "samples_per_problem": config.samples,
             "right": sum(right),
+            "right_leniently": sum(row.get("lenient", row["accuracy"]).count(1.0) for row in rows),
             "split": config.split,
             "given": (given or {}).get(task),
-            "left_out": dict((left_out or {}).get(task, {})),
+            "left_out": dict(left_out),
             "prompt_form": best,
             "pass@1_by_form": passes,
         }
-        if "lenient" in rows[0]:
-            found["right_leniently"] = sum(score == 1.0 for row in rows for score in row["lenient"])
         found["notes"] = notes(found)
         examples[task] = [row["example"] for row in rows[: config.examples]]
     return {"tasks": tasks, "examples": examples, "scores": scores}
@@ -184,7 +177,7 @@ def notes(score: dict[str, Any]) -> list[str]:
     said = [f"{count} {what}" for what, count in score["left_out"].items()]
     if given and given > score["n"]:
         said.append(f"{score['n']} of {given} given {score['split']} problems asked")
-    if (leniently := score.get("right_leniently", 0)) > right:
+    if (leniently := score["right_leniently"]) > right:
         in_format = f"{round(score['format'] * total)} of {total} in format"
         said.append(f"{in_format}, {leniently} right if read leniently")
     return said

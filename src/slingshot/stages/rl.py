@@ -30,6 +30,7 @@ from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler,
 from slingshot.rollout.trajectory import Trajectory, pack, sampling_flops
 from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import TaskMix
+from slingshot.tasks.verification import VerificationPool
 from slingshot.training.checkpointer import Workspace, restore, training_state
 from slingshot.training.language_model import add_loads, busiest
 from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule, update_router_biases
@@ -84,7 +85,8 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
     )
     reference = load_model(source, device=parallel.device, shard=parallel.shard) if config.loss.kl else None
     sampler = sampler or EngineSampler.beside(model, tokenizer, dtype, alone=parallel.mesh is None)
-    rollout = Rollout(sampler, config.sampling.params(config.group_size, config.seed), config.form, parallel)
+    params = config.sampling.params(config.group_size, config.seed)
+    rollout = Rollout(sampler, params, config.form, VerificationPool(tasks.tasks), parallel)
     parallel.shard(model)
     for network in (model, reference):
         if network is not None:

@@ -24,7 +24,8 @@ from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
 from slingshot.rollout.trajectory import Trajectory, sampling_flops
 from slingshot.tasks.loader import TaskConfig
-from slingshot.tasks.mixture import Item, TaskMix
+from slingshot.tasks.mixture import TaskMix
+from slingshot.tasks.verification import VerificationPool
 from slingshot.training.checkpointer import Workspace
 from slingshot.training.parallel import Parallel
 
@@ -48,9 +49,9 @@ class SampleConfig(StageConfig):
     dtype: Dtype = "auto"
     save_seconds: float = 30.0
 
-    def draw(self) -> list[Item]:
-        """The problems that are put to the model; fewer than `problems` where the tasks have no more."""
-        return TaskMix(self.tasks, "train", f"sample/{self.seed}", repeat=False).draw(0, self.problems)
+    def mix(self) -> TaskMix:
+        """Where the problems come from; the first `problems` of it are put to the model."""
+        return TaskMix(self.tasks, "train", f"sample/{self.seed}", repeat=False)
 
 
 def run(config: SampleConfig, out: Path, sampler: Sampler | None = None) -> None:
@@ -58,14 +59,16 @@ def run(config: SampleConfig, out: Path, sampler: Sampler | None = None) -> None
     parallel = Parallel.start(config.threads)
     source = locate(config.model)
     work = Workspace(out, kind, config, [source], parallel, config.save_seconds, peak(config.dtype))
-    items = config.draw()
-    if several := next((item.task.name for item in items if item.task.has_turns), None):
+    mix = config.mix()
+    items = mix.draw(0, config.problems)
+    if several := next((task.name for task in mix.tasks if task.has_turns), None):
         raise SlingshotError(
             f"task {several} takes several turns, a line of a dataset holds one; leave it out of tasks"
         )
     dtype = compute_dtype(config.dtype)
     sampler = sampler or EngineSampler(Engine.load(source, dtype=dtype, device=parallel.device))
-    rollout = Rollout(sampler, config.sampling.params(config.samples, config.seed), config.form, parallel)
+    params = config.sampling.params(config.samples, config.seed)
+    rollout = Rollout(sampler, params, config.form, VerificationPool(mix.tasks), parallel)
     saved = work.load()
     rows: list[dict[str, Any]] = saved.info["rows"] if saved else []
     chunks = [items[i : i + config.chunk] for i in range(0, len(items), config.chunk)]

@@ -296,7 +296,7 @@ def test_divergence_is_reported_in_one_line(training: Training, tmp_path: Path) 
         ({"tasks": []}, "rl.tasks: "),
         ({"loss": {"clip_low": 1.5}}, "rl.loss.clip_low: .*got 1.5"),
         ({"loss": {"kl": -1.0}}, "rl.loss.kl: .*got -1.0"),
-        ({"rewards": {"format": float("nan")}}, "rl.rewards: nan is no number"),
+        ({"rewards": {"format": float("nan")}}, "rl.*: nan is no number"),
         ({"sampling": {"temperature": 0.0}}, "rl.* temperature above 0"),
         ({"max_flops": 0.0}, "rl.max_flops: .*got 0.0"),
         ({"rewards": {"acuracy": 1.0}}, r"rl.rewards.acuracy: unknown key; did you mean accuracy\?"),

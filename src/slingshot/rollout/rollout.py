@@ -114,7 +114,9 @@ class Rollout:
         """The problem's trajectories; none where it is too long."""
         ids, longest = self.form.encode(self.sampler.tokenizer, item.problem), self.sampler.max_length
         if item.task.has_turns and not self.form.chat:
-            raise SlingshotError(f"task {item.task.name} takes several turns, which form {self.form.name} has no words for")
+            raise SlingshotError(
+                f"task {item.task.name} takes several turns, which form {self.form.name} has no words for"
+            )
         if len(ids) >= longest:
             size = f"the prompt of {item.problem.key!r:.60} has {len(ids):,} tokens, the model holds {longest:,}"
             self._count("skipped", f"task {item.task.name}: {size}")
@@ -137,7 +139,11 @@ class Rollout:
 
     def _verify(self, trajectory: Trajectory, lenient: bool) -> Future[Reward] | None:
         """Strictly, the answer of a response that ended by itself; leniently, whatever the response says."""
-        text = self.sampler.tokenizer.decode(trajectory.ids[trajectory.turns[-1].start :]) if lenient else trajectory.answer
+        text = (
+            self.sampler.tokenizer.decode(trajectory.ids[trajectory.turns[-1].start :])
+            if lenient
+            else trajectory.answer
+        )
         if not (trajectory.finished or lenient):
             return None
         return self.verification.submit(trajectory.item.task, trajectory.item.problem, text, lenient)

@@ -139,7 +139,9 @@ def summarise(
     scores: dict[str, list[float]] = {}
     asked = [row for row in results if "example" in row]
     for task in dict.fromkeys(row["task"] for row in asked):
-        by_form = {form.name: [r for r in asked if (r["task"], r["form"]) == (task, form.name)] for form in config.forms}
+        by_form = {
+            form.name: [r for r in asked if (r["task"], r["form"]) == (task, form.name)] for form in config.forms
+        }
         passes = {form: mean(rows, "accuracy") for form, rows in by_form.items()}
         best = max(passes, key=lambda form: passes[form])
         rows = by_form[best]

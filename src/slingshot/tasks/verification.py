@@ -82,7 +82,10 @@ class VerificationPool:
         if self._pool is not None and isinstance(task, IsolatedTask):
             return self._pool.submit(task.step_in, problem, messages)
         future: Future[list[dict[str, str]] | None] = Future()
-        future.set_result(task.step(problem, messages))
+        try:
+            future.set_result(task.step(problem, messages))
+        except SlingshotError as error:
+            future.set_exception(error)
         return future
 
     def check(self) -> None:

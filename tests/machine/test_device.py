@@ -1,4 +1,4 @@
-"""model/device.py: measuring for real, briefly, and choosing by what was measured."""
+"""machine/device.py: measuring for real, briefly, and choosing by what was measured."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from slingshot.machine import device
 from slingshot.machine.device import (
     auto_device,
     auto_dtype,
+    auto_threads,
     dtype_name,
     machine_key,
     machine_peak,
     measure_bandwidth,
     measure_peak,
+    measure_threads,
+    why_cpu,
 )
-from slingshot.machine.machine import Measurement, load_measurement, save_measurement
+from slingshot.machine.machine import Machine, Measurement, load_measurement, save_measurement
 
 CPU = torch.device("cpu")
 
@@ -78,7 +81,61 @@ def test_auto_takes_bfloat16_from_one_and_a_half_times_on(bf16: float, expected:
     assert auto_dtype(CPU) == expected
 
 
+def test_auto_threads_are_measured_once_per_width_and_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(device, "describe", lambda: Machine(cpu="x", cores=8, memory_bytes=1))
+    asked = []
+    monkeypatch.setattr(device, "measure_threads", lambda width, most: asked.append((width, most)) or 4)
+    assert auto_threads(100) == auto_threads(127) == auto_threads(64) == 4
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert auto_threads(4096) == auto_threads(576) == auto_threads(576, anew=True) == 4
+    assert asked == [(64, 8), (512, 2), (512, 2)]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        ({1: 1.0, 2: 1.0}, 1),
+        ({1: 1.0, 2: 0.92}, 1),
+        ({1: 1.0, 2: 0.6, 4: 0.5, 6: 0.4}, 6),
+        ({1: 9.0, 2: 5.0, 4: 5.5}, 2),
+    ],
+)
+def test_threads_are_doubled_while_that_gains_a_tenth(
+    monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], expected: int
+) -> None:
+    """On a clock that says how long each number of threads takes; the caller's own number is put back."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(device, "_timed", lambda work, where: seconds[torch.get_num_threads()])
+    assert measure_threads(64, max(seconds), seconds=0.0) == expected
+    assert torch.get_num_threads() == before
+
+
+def test_threads_are_measured_for_real() -> None:
+    assert measure_threads(64, 2, seconds=0.01) in (1, 2)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps", "privateuseone"])
+def test_auto_takes_the_accelerator_torch_has(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """ROCm's devices are called cuda too; Ascend's are torch's private use device, which torch_npu renames."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device(kind))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
+    assert auto_device() == torch.device(kind, 1) and why_cpu() == ""
+
+
+def test_why_the_cpu_is_taken_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    assert auto_device() == CPU and why_cpu() == "none that torch can use"
+    monkeypatch.setitem(device.DRIVERS, str(tmp_path), "an NVIDIA GPU")
+    assert why_cpu().startswith("an NVIDIA GPU is here, but this torch is built for CPUs alone")
+    built = lambda check_available=False: None if check_available else torch.device("cuda")  # noqa: E731
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", built)
+    assert auto_device() == CPU and "built for cuda but finds no such device" in why_cpu()
+
+
 def test_names_and_device() -> None:
     assert dtype_name(torch.bfloat16) == "bfloat16"
-    assert auto_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert auto_device().type == "cpu" or torch.accelerator.is_available()
     assert torch.__version__ in machine_key(CPU) and f"{torch.get_num_threads()} threads" in machine_key(CPU)

@@ -21,11 +21,13 @@ from slingshot.base.quantity import plural, show_size
 from slingshot.machine.device import (
     BF16_WORTH_IT,
     auto_device,
+    auto_threads,
     describe_machine,
     dtype_name,
     machine_key,
     measure_bandwidth,
     measure_peak,
+    why_cpu,
 )
 from slingshot.machine.machine import Measurement, load_measurement, measurement_path, save_measurement
 
@@ -60,11 +62,15 @@ def examine(console: Console, seconds: float = 0.5, calibrate: bool = False) -> 
     has.add_row("processor", f"{machine.cpu}, {plural(machine.cores, 'core')}")
     has.add_row("memory", f"{show_size(machine.memory_bytes)}, read at {(measurement.bandwidth or 0) / 1e9:.1f} GB/s")
     has.add_row("free disk here", show_size(shutil.disk_usage(Path.cwd()).free))
-    has.add_row("accelerator", machine.accelerator or "none that torch can use")
+    has.add_row("accelerator", machine.accelerator or why_cpu())
     has.add_row(
         "software",
         f"Python {platform.python_version()}, torch {machine.torch}, {plural(machine.threads or 0, 'thread')}",
     )
+
+    threads = {width: auto_threads(width, anew=True) for width in (128, 512)}
+    fastest = ", ".join(f"{plural(count, 'thread')} for models of width {width}" for width, count in threads.items())
+    has.add_row("fastest with", fastest)
 
     fast = Table(box=None, pad_edge=False, header_style="dim")
     fast.add_column("dtype")

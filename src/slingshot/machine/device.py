@@ -1,39 +1,106 @@
-"""What "auto" means: the device and the dtype this machine multiplies fastest in, by measurement.
+"""What "auto" means: the device, the dtype and the threads this machine computes fastest with, by measurement.
 
-bf16 halves memory everywhere but multiplies fast only where the processor has instructions for it (AMX, AVX512-BF16, tensor cores);
-elsewhere it is slower than float32, so `auto` asks the machine. Measurements are kept by `slingshot.machine.machine`:
+bf16 halves memory everywhere but multiplies fast only where the processor has instructions for it (AMX, AVX512-BF16,
+tensor cores); elsewhere it is slower than float32, so `auto` asks the machine. More threads help large products and
+slow small ones down. Measurements are kept by `slingshot.machine.machine`:
 
     device = auto_device()
     dtype = auto_dtype(device)                          # torch.bfloat16 or torch.float32
+    threads = auto_threads(config.hidden_size)
     mfu = flops / seconds / machine_peak(dtype, device)
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from slingshot.machine.machine import Machine, Measurement, describe, load_measurement, save_measurement
 
 BF16_WORTH_IT = 1.5  # below this gain over float32, casts and lost digits cost more than the faster product saves
+THREADS_WORTH_IT = 1.1  # the gain for which twice the threads are taken
+DRIVERS = {"/proc/driver/nvidia": "an NVIDIA GPU", "/dev/kfd": "an AMD GPU", "/dev/davinci_manager": "an Ascend NPU"}
 
 
 def auto_device() -> torch.device:
-    """The CUDA device torch finds, else the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    """The accelerator torch finds (CUDA, ROCm, XPU, MPS, Ascend with torch_npu), the one in use where several are; else the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else torch.device(found.type, torch.accelerator.current_device_index())
+
+
+def why_cpu() -> str:
+    """Why `auto_device` takes the CPU, in words for people; empty where it does not."""
+    if torch.accelerator.is_available():
+        return ""
+    if (built_for := torch.accelerator.current_accelerator()) is not None:
+        return f"this torch is built for {built_for.type} but finds no such device; is its driver installed?"
+    for driver, device in DRIVERS.items():
+        if Path(driver).exists():
+            return f"{device} is here, but this torch is built for CPUs alone; install the torch for it"
+    return "none that torch can use"
 
 
 def auto_dtype(device: torch.device | str | None = None) -> torch.dtype:
-    """bfloat16 where it multiplies at least 1.5 times as fast as float32 on `device`, else float32. Measured once per machine, then remembered."""
+    """bfloat16 where it multiplies at least 1.5 times as fast as float32 on `device`, else float32.
+
+    Measured once per machine, then remembered.
+    """
     device = auto_device() if device is None else torch.device(device)
     gain = machine_peak(torch.bfloat16, device) / machine_peak(torch.float32, device)
     return torch.bfloat16 if gain >= BF16_WORTH_IT else torch.float32
 
 
+def auto_threads(width: int = 256, anew: bool = False) -> int:
+    """The threads with which a model of about this hidden size trains fastest on this machine's CPU.
+
+    Measured once per machine and power of two (0.3 s), or `anew`, then remembered. OMP_NUM_THREADS is the most.
+    """
+    machine = describe()
+    most = min(machine.cores, int(os.environ.get("OMP_NUM_THREADS", "") or machine.cores))
+    rounded = 1 << max(6, min(9, width.bit_length() - 1))
+    key = f"{machine.cpu}, up to {most} threads, torch {torch.__version__}"
+    best = load_measurement(key).threads.get(str(rounded))
+    if best is None or anew:
+        best = measure_threads(rounded, most)
+        save_measurement(key, Measurement(threads={str(rounded): best}))
+    return best
+
+
+def measure_threads(width: int, most: int, seconds: float = 0.3) -> int:
+    """Threads for small batches of a feed-forward block of this width: doubled while that gains a tenth.
+
+    Training of small models is many products and passes like these, each too short to share.
+    """
+    x = torch.ones(256, width)
+    up, down = (torch.full(shape, 0.01, requires_grad=True) for shape in ((3 * width, width), (width, 3 * width)))
+
+    def work() -> None:
+        hidden = torch.nn.functional.silu(x @ up.T)
+        (x + hidden @ down.T).square().mean().backward()
+
+    before, chosen, best = torch.get_num_threads(), 1, float("inf")
+    counts = [1 << power for power in range(most.bit_length())]
+    try:
+        for threads in sorted({*counts, most}):
+            torch.set_num_threads(threads)
+            end = time.perf_counter() + seconds / (len(counts) + 1)
+            took = min(_timed(work, x.device) for _ in range(3))  # the first run prepares code
+            while time.perf_counter() < end:
+                took = min(took, _timed(work, x.device))
+            if took * THREADS_WORTH_IT > best:
+                break
+            chosen, best = threads, took
+    finally:
+        torch.set_num_threads(before)
+    return chosen
+
+
 def machine_peak(dtype: torch.dtype, device: torch.device | str | None = None) -> float:
-    """FLOP/s of the fastest matrix product in `dtype` seen on `device`: the saved measurement, or one made (0.6 s) and saved now."""
+    """FLOP/s of the fastest matrix product in `dtype` seen on `device`: the saved measurement, or one made now (0.6 s)."""
     device = auto_device() if device is None else torch.device(device)
     key = machine_key(device)
     peak = load_measurement(key).peak.get(dtype_name(dtype))
@@ -53,8 +120,9 @@ def measure_peak(dtype: torch.dtype, device: torch.device | str | None = None, s
     device = auto_device() if device is None else torch.device(device)
     end = time.perf_counter() + seconds
     best, took, width, patience = 0.0, 0.0, 128, seconds
-    # Twice the width is eight times the work. Up to 1024 nearly all of the time is spent waiting for threads, on a busy machine more than
-    # for arithmetic, so growth stops only where it would not fit; beyond, many short runs find the peak better than a few long ones.
+    # Twice the width is eight times the work. Up to 1024 nearly all of the time is spent waiting for threads, on a busy
+    # machine more than for arithmetic, so growth stops only where it would not fit; beyond, many short runs find the
+    # peak better than a few long ones.
     while width < 8192 and 8 * took < patience:
         width *= 2
         product = _product(width, dtype, device)
@@ -69,7 +137,7 @@ def measure_peak(dtype: torch.dtype, device: torch.device | str | None = None, s
 def measure_bandwidth(device: torch.device | str | None = None, seconds: float = 0.3) -> float:
     """Bytes/s of reading memory: the best sum over 256 MiB (1 GiB on a GPU), far beyond any cache, within about `seconds`."""
     device = auto_device() if device is None else torch.device(device)
-    numbers = torch.ones((1024 if device.type == "cuda" else 256) * 2**18, device=device)
+    numbers = torch.ones((256 if device.type == "cpu" else 1024) * 2**18, device=device)
     end = time.perf_counter() + seconds
     best = _timed(numbers.sum, device)
     while time.perf_counter() < end:
@@ -78,7 +146,7 @@ def measure_bandwidth(device: torch.device | str | None = None, seconds: float =
 
 
 def machine_key(device: torch.device | str) -> str:
-    """The name measurements of `device` are kept under: processor, threads and torch, since a change of any of them changes the speed."""
+    """The name measurements of `device` are kept under: processor, threads and torch, each of which changes the speed."""
     machine = describe_machine(device)
     where = machine.accelerator or f"{machine.cpu}, {machine.threads} threads"
     return f"{where}, torch {machine.torch}"
@@ -87,7 +155,10 @@ def machine_key(device: torch.device | str) -> str:
 def describe_machine(device: torch.device | str | None = None) -> Machine:
     """`slingshot.machine.machine.describe` with what torch knows: the accelerator in use, the threads, its version."""
     device = auto_device() if device is None else torch.device(device)
-    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    accelerator = None
+    if device.type != "cpu":
+        name = getattr(torch.get_device_module(device), "get_device_name", None)  # MPS has none
+        accelerator = str(name(device)) if name else device.type
     return describe(accelerator=accelerator, threads=torch.get_num_threads(), torch=torch.__version__)
 
 
@@ -105,12 +176,12 @@ def _product(width: int, dtype: torch.dtype, device: torch.device) -> Callable[[
     return lambda: torch.mm(square, square)
 
 
-def _timed(work: Callable[[], torch.Tensor], device: torch.device) -> float:
+def _timed(work: Callable[[], object], device: torch.device) -> float:
     """Seconds one call takes, the device's queue included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter() - start

@@ -1,7 +1,8 @@
 """The machine: what it has (`describe`), and what was measured on it (`Measurement`), kept across runs. No torch.
 
-Measurements are made by `slingshot.machine.device` and `slingshot doctor`; they live in ~/.cache/slingshot/machine.json ($XDG_CACHE_HOME is
-respected) under a key that names the processor, its threads and the torch that multiplied, so a measurement never speaks for another machine:
+Measurements are made by `slingshot.machine.device` and `slingshot doctor`; they live in ~/.cache/slingshot/machine.json
+($XDG_CACHE_HOME is respected) under a key that names the processor, its threads and the torch that multiplied, so a
+measurement never speaks for another machine:
 
     machine = describe()
     load_measurement(key).peak.get("bfloat16")      # FLOP/s of the fastest matrix product seen, or None
@@ -21,7 +22,7 @@ from slingshot.base.files import read_json, write_json
 
 
 class Machine(Strict):
-    """What a receipt says about where a stage ran. `cores` and `memory_bytes` are what this process may use, not what the host has."""
+    """What a receipt says about where a stage ran; `cores` and `memory_bytes` are what this process may use of it."""
 
     cpu: str
     cores: int
@@ -32,10 +33,12 @@ class Machine(Strict):
 
 
 class Measurement(Strict):
-    """Measured ceilings of one device: FLOP/s (for int8: operations/s) of a matrix product by dtype name, and bytes/s of reading memory."""
+    """Of one device: FLOP/s (for int8: operations/s) of a matrix product by dtype, bytes/s of reading memory, and how
+    many threads are fastest by the model's width."""
 
     peak: dict[str, float] = {}
     bandwidth: float | None = None
+    threads: dict[str, int] = {}
 
 
 def describe(accelerator: str | None = None, threads: int | None = None, torch: str | None = None) -> Machine:
@@ -71,15 +74,17 @@ def measurements() -> dict[str, Measurement]:
 
 
 def save_measurement(key: str, measurement: Measurement, anew: bool = False) -> bool:
-    """Keep the best of `measurement` and what is known under `key`: a busy machine measures low, never high. `anew` forgets what was known.
+    """Keep the best of `measurement` and what is known under `key`: a busy machine measures low, never high.
 
+    `anew` forgets what was known.
     False when the cache cannot be written, which hurts nobody: it is measured again next time.
     """
     known = Measurement() if anew else load_measurement(key)
     peak = known.peak | {dtype: max(value, known.peak.get(dtype, 0.0)) for dtype, value in measurement.peak.items()}
     bandwidth = max(known.bandwidth or 0.0, measurement.bandwidth or 0.0) or None
     try:
-        write_json(measurement_path(), _load_all() | {key: Measurement(peak=peak, bandwidth=bandwidth).model_dump()})
+        best = Measurement(peak=peak, bandwidth=bandwidth, threads=known.threads | measurement.threads)
+        write_json(measurement_path(), _load_all() | {key: best.model_dump()})
     except SlingshotError:
         return False
     return True

@@ -359,7 +359,7 @@ def test_every_pre_tokenizer(peer: Callable[[str], Peer], tmp_path: Path, name: 
 
 
 def halved(key: str) -> Callable[[ModelConfig], dict[str, Any]]:
-    keys = gguf_writer._keys
+    keys = gguf_writer.write_keys
     return lambda config: {name: value / 2 if name == key else value for name, value in keys(config).items()}
 
 
@@ -380,10 +380,10 @@ def swapped(first: str, second: str) -> Callable[[str], tuple[str, int | None]]:
         ("llama", "llama3_factors", lambda config: torch.ones(config.head_dim // 2)),
         ("v3", "kv_b_parts", lambda name: (name.replace("kv_b", "v_b"), name.replace("kv_b", "k_b"))),
         ("v3", "place", swapped("ffn_gate_exps", "ffn_up_exps")),
-        ("v3", "_keys", halved("expert_weights_scale")),
-        ("v3, YaRN as V2's, two shared experts, all groups", "_keys", halved("rope.scaling.factor")),
-        ("v3, YaRN as V2's, two shared experts, all groups", "_keys", halved("rope.scaling.yarn_log_multiplier")),
-        ("qwen2", "_keys", halved("rope.scaling.factor")),
+        ("v3", "write_keys", halved("expert_weights_scale")),
+        ("v3, YaRN as V2's, two shared experts, all groups", "write_keys", halved("rope.scaling.factor")),
+        ("v3, YaRN as V2's, two shared experts, all groups", "write_keys", halved("rope.scaling.yarn_log_multiplier")),
+        ("qwen2", "write_keys", halved("rope.scaling.factor")),
     ],
 )
 def test_a_broken_export_shows(

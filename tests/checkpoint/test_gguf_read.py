@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from slingshot.base.errors import SlingshotError
-from slingshot.checkpoint.gguf.read import GGUFWeights, load_gguf_tokenizer
+from slingshot.checkpoint.gguf.read import GGUFWeights
 from slingshot.checkpoint.layout import layout
 from slingshot.checkpoint.load_save import load_model, load_tokenizer, to_hf_tensors
 from slingshot.model.config import ModelConfig
@@ -456,7 +456,7 @@ def test_text_is_split_as_the_file_says(
         ({"llama.block_count": 3}, "the tensor blk.2.attn_norm.weight is missing"),
         ({"llama.block_count": 2**31}, "num_hidden_layers: "),
         ({"llama.feed_forward_length": 128}, "blk.0.ffn_gate.weight has shape [96, 64], its keys say [128, 64]"),
-        ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "rms_norm_eps"),
+        ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "nan is no number to compute with"),
     ],
 )
 def test_a_llama_that_would_read_differently_is_refused(
@@ -478,10 +478,7 @@ def test_a_llama_that_would_read_differently_is_refused(
         ({"expert_gating_func": None}, "deepseek2.expert_gating_func 0 is not supported"),
         ({"attention.head_count_kv": 4}, "deepseek2.attention.head_count_kv 4 is not supported, 1 is"),
         ({"attention.key_length": 99}, "deepseek2.attention.key_length 99 is not supported, 18 is"),
-        (
-            {"rope.scaling.yarn_log_multiplier": None},
-            "YaRN without deepseek2.rope.scaling.yarn_log_multiplier is not supported",
-        ),
+        ({"rope.scaling.yarn_log_multiplier": None}, "rope.scaling.yarn_log_multiplier 0 is not supported with YaRN"),
         (
             {"rope.scaling.yarn_ext_factor": 0.5},
             "deepseek2.rope.scaling.yarn_ext_factor 0.5 is not supported, 1.0 and -1.0 are",
@@ -519,7 +516,7 @@ def test_rope_freqs_that_are_not_llama_3s_are_refused(make_model: Make, dense: C
         right.astype(np.float16),
     ):
         write(tmp_path / "m.gguf", model, extra={"rope_freqs.weight": wrong})
-        with pytest.raises(SlingshotError, match=r"m\.gguf: rope_freqs\.weight( is |.factor: )"):
+        with pytest.raises(SlingshotError, match=r"m\.gguf: rope_freqs\.weight( is |.factor: |: )"):
             load_model(tmp_path / "m.gguf")
     plain = make_model(dense(**LLAMA))
     write(tmp_path / "m.gguf", plain, extra={"rope_freqs.weight": np.ones(8, dtype=np.float32)})
@@ -653,7 +650,7 @@ def test_broken_bytes_are_one_line_of_error(
 ) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(broken(whole[case[0]].read_bytes(), case[1]))
-    for read in (read_all, load_gguf_tokenizer):
+    for read in (read_all, load_tokenizer):
         try:
             read(path)
         except SlingshotError as error:

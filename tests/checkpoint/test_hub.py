@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFReader, GGUFWriter
 
 from slingshot.base.errors import SlingshotError
+from slingshot.checkpoint.gguf.write import write_gguf
 from slingshot.checkpoint.hub import HubName, hub_name, locate, revision
-from slingshot.checkpoint.load_save import load_model, save_checkpoint
+from slingshot.checkpoint.inspection import examine
+from slingshot.checkpoint.load_save import load_model, load_tokenizer, open_weights, save_checkpoint
 from slingshot.checkpoint.safetensors import Shards
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
@@ -37,15 +40,21 @@ FILES = sorted(["config.json", "generation_config.json", "tokenizer.json", "toke
 CHILD = """
 import json, sys
 from slingshot.base.errors import SlingshotError
-from slingshot.checkpoint import hub
+from slingshot.checkpoint.hub import locate, outline
+from slingshot.checkpoint.inspection import examine
+from slingshot.checkpoint.safetensors import Shards
+
+def headers(source):
+    with outline(source) as path:
+        found = Shards(path).headers
+        sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+        return {name: [header.dtype, header.shape, header.file.name] for name, header in found.items()}, sizes
+
 for source in sys.argv[2:]:
     try:
-        answer = getattr(hub, sys.argv[1])(source)
+        answer = globals()[sys.argv[1]](source)
     except SlingshotError as error:
         answer = "refused: " + str(error)
-    if isinstance(answer, tuple):
-        folder, headers, sizes = answer
-        answer = [str(folder), {name: [header.dtype, header.shape, str(header.file)] for name, header in headers.items()}, sizes]
     print(json.dumps(answer, default=str))
 """
 
@@ -178,8 +187,8 @@ def test_a_mistyped_path_asks_nobody(hub: Any, ask: Asker, tmp_path: Path, monke
     ]
     for answer in ask("locate", *sources):
         assert "no such folder or .gguf file" in answer
-    for answer in ask("remote_headers", *sources):
-        assert "is no name of a checkpoint on the hub" in answer
+    for answer in ask("headers", *sources):
+        assert "is no name of the hub" in answer
     assert hub.log == []
 
 
@@ -348,9 +357,8 @@ def test_every_refusal_is_one_line_with_a_way_out(
     assert dict(zip(expected, ask("locate", *expected), strict=True)) == {
         source: f"refused: {line}" for source, line in expected.items()
     }
-    remote = {source: line for source, line in expected.items() if "/tiny" not in source}
-    assert dict(zip(remote, ask("remote_headers", *remote), strict=True)) == {
-        source: f"refused: {line}" for source, line in remote.items()
+    assert dict(zip(expected, ask("headers", *expected), strict=True)) == {
+        source: f"refused: {line}" for source, line in expected.items()
     }
     assert not [file for file in hub.bodies() if file.endswith((".bin", ".pt"))]
     [refused] = ask("locate", "org/absent", HF_TOKEN="hf_wrong")
@@ -457,7 +465,7 @@ def test_a_hub_that_goes_away_during_the_download_keeps_what_is_whole(
     )
     hub.status.clear()
     hub.cut[WEIGHTS[1]] = 50_000
-    [refused] = ask("remote_headers", "org/name")
+    [refused] = ask("headers", "org/name")
     assert refused.startswith(
         f"refused: org/name@main: {hub.url} does not answer as it should (RemoteProtocolError: "
     ) and refused.endswith("whole files are kept")
@@ -516,41 +524,107 @@ def large(
 def test_headers_are_read_without_the_weights(hub: Any, ask: Asker, large: Path) -> None:
     hub.commit("org/name", contents(large) | {"modeling.py": b"x"})
     sizes = {file.name: file.stat().st_size for file in large.iterdir()}
-    local = Shards(large).headers
-    [[folder, headers, listed]] = ask("remote_headers", "org/name")
-    assert headers == {
-        name: [header.dtype, list(header.shape), str(Path(folder) / header.file.name)] for name, header in local.items()
-    }
-    assert listed == sizes | {"modeling.py": 1}
+    local = {name: [each.dtype, list(each.shape), each.file.name] for name, each in Shards(large).headers.items()}
+    assert ask("headers", "org/name") == [[local, sizes | {"modeling.py": 0}]]
     weights = [name for name in sizes if name.endswith(".safetensors")]
-    assert sorted(file.name for file in Path(folder).iterdir()) == sorted(sizes.keys() - set(weights))
     assert sum(sizes[name] for name in weights) > 16e6 and hub.served() < 0.04 * 16e6
     assert {request.range for request in hub.log if request.path.endswith(".safetensors")} == {"bytes=0-99999"}
+    [facts] = ask("examine", "org/name")
+    assert (facts["kind"], facts["problems"], facts["files"]["files"]) == ("hub", [], 4)
+    assert facts["notes"] == ["org/name: modeling.py is a program, and is never run"]
 
-    hub.log.clear()
     hub.ranges, hub.stall = False, set(weights)  # whole files are begun and never ended: the header is enough
-    assert ask("remote_headers", "org/name") == [[folder, headers, listed]]
+    assert ask("headers", "org/name") == [[local, sizes | {"modeling.py": 0}]]
     hub.ranges, hub.stall = True, set()
     hub.log.clear()
-    assert ask("locate", "org/name") == [folder] and set(hub.bodies()) == set(weights)
-    [[again, headers_here, listed_here]] = ask("remote_headers", "org/name", HF_HUB_OFFLINE="1")
-    assert (again, headers_here, listed_here) == (folder, headers, sizes)
+    [folder] = ask("locate", "org/name")
+    assert set(hub.bodies()) == set(weights) and set(sizes) == {file.name for file in Path(folder).iterdir()}
+    assert ask("headers", "org/name", HF_HUB_OFFLINE="1") == [[local, sizes]]
 
 
 def test_a_header_longer_than_the_first_range_is_read_to_its_end(hub: Any, ask: Asker) -> None:
-    header = {
-        f"model.layers.{number}.weight": {"dtype": "BF16", "shape": [0, 3], "data_offsets": [0, 0]}
-        for number in range(2000)
-    }
-    content = json.dumps(header).encode()
+    entry = {"dtype": "BF16", "shape": [0, 3], "data_offsets": [0, 0]}
+    content = json.dumps({f"model.layers.{number}.weight": entry for number in range(2000)}).encode()
     assert len(content) > 100_000
     hub.commit("org/name", {"config.json": b"{}", "model.safetensors": len(content).to_bytes(8, "little") + content})
-    [[folder, headers, _]] = ask("remote_headers", "org/name")
-    assert len(headers) == 2000 and headers["model.layers.7.weight"] == ["BF16", [0, 3], f"{folder}/model.safetensors"]
-    assert {request.range for request in hub.log if request.path.startswith("/storage/")} == {
-        "bytes=0-99999",
-        f"bytes=0-{len(content) + 7}",
-    }
+    [[headers, _]] = ask("headers", "org/name")
+    assert len(headers) == 2000 and headers["model.layers.7.weight"] == ["BF16", [0, 3], "model.safetensors"]
+    asked = {request.range for request in hub.log if request.path.startswith("/storage/")}
+    assert asked == {"bytes=0-99999", f"bytes=0-{len(content) + 7}"}
+
+
+def parts_of(file: Path, count: int) -> dict[str, bytes]:
+    """A .gguf file's tensors as a model of several parts: all keys in the first, tensors in turns."""
+    reader, contents = GGUFReader(file), {}
+    for part in range(count):
+        path = file.with_name(f"m-{part + 1:05d}-of-{count:05d}.gguf")
+        writer = GGUFWriter(path, "llama")
+        for key, field in reader.fields.items() if part == 0 else ():
+            if not key.startswith("GGUF.") and key != "general.architecture":
+                inner = field.types[1] if len(field.types) > 1 else None
+                writer.add_key_value(key, field.contents(), field.types[0], inner)
+        writer.add_uint16("split.count", count)
+        for tensor in reader.tensors[part::count]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            write()
+        writer.close()
+        contents[path.name] = path.read_bytes()
+    return contents
+
+
+@pytest.fixture(scope="module")
+def packed(
+    make_model: Callable[..., Transformer], dense: Callable[..., ModelConfig], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """17 MB with Llama 3's scaling, which is a tensor of its own, behind a header of 1.2 MB."""
+    folder = tmp_path_factory.mktemp("packed")
+    rope = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+    config = dense(vocab_size=272, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, rope_scaling=rope)
+    save_checkpoint(folder, make_model(config), Tokenizer.train(["the other thing, then the other"] * 5, 272))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"chat_template": "{# " + "x" * 1_200_000 + " #}"})
+    )
+    write_gguf(folder / "m.gguf", open_weights(folder), load_tokenizer(folder), "float32")
+    return folder / "m.gguf"
+
+
+def test_all_parts_of_a_gguf_model_are_fetched(hub: Any, ask: Asker, packed: Path) -> None:
+    """Whichever of them is named; without a connection too, and never without one of them."""
+    parts = parts_of(packed, 3)
+    first, second, third = parts
+    hub.commit("org/packed", parts | {"other.gguf": b"x"})
+    hub.commit("org/torn", {first: parts[first], third: parts[third]})
+    found, again = ask("locate", f"org/packed/{first}", f"org/packed/{third}")
+    assert found == again and Path(found).name == first and set(hub.bodies()) == set(parts)
+    assert "fetching 3 files" in ask.said and ask("locate", f"org/packed/{second}", HF_HUB_OFFLINE="1") == [found]
+    assert same(Path(found), packed)
+    (Path(found).parent / second).unlink()
+    [refused] = ask("locate", f"org/packed/{first}", HF_HUB_OFFLINE="1")
+    assert refused.startswith(f"refused: {second} of org/packed/{first}@main is not in ")
+    assert ask("locate", f"org/torn/{first}") == [
+        f"refused: org/torn holds no {second}; its .gguf files: {first}, {third}"
+    ]
+
+
+def test_a_gguf_file_is_examined_by_its_header(hub: Any, ask: Asker, packed: Path) -> None:
+    whole, parts = examine(str(packed)), parts_of(packed, 3)
+    hub.commit("org/packed", {"m.gguf": packed.read_bytes(), **parts, "broken.gguf": b"GGUF" + b"x" * 5_000_000})
+    [facts] = ask("examine", "org/packed/m.gguf")
+    assert facts == json.loads(
+        json.dumps(whole | {"source": "org/packed/m.gguf", "kind": "hub", "notes": facts["notes"]})
+    )
+    assert facts["model"]["rope_scaling"]["factor"] == 8.0 and facts["problems"] == []
+    assert hub.served() < 0.15 * packed.stat().st_size
+    [facts] = ask("examine", f"org/packed/{next(iter(parts))}")
+    assert facts["parameters"] == whole["parameters"] and facts["files"]["files"] == 3 and facts["problems"] == []
+    hub.ranges = False
+    [facts] = ask("examine", "org/packed/m.gguf")
+    assert facts["parameters"] == whole["parameters"] and facts["problems"] == []
+    hub.ranges = True
+    [refused] = ask("examine", "org/packed/broken.gguf")
+    assert "broken.gguf is no whole GGUF file: its version is" in refused
 
 
 def test_hostile_repositories_are_refused_by_their_headers(hub: Any, ask: Asker, checkpoints: list[Path]) -> None:
@@ -568,8 +642,8 @@ def test_hostile_repositories_are_refused_by_their_headers(hub: Any, ask: Asker,
             f"{single} asks for a header of {2**63 + 8} bytes, at most 25000000 are read",
         ),
         "org/long": (weights(b"{}", 25_000_001), "asks for a header of 25000009 bytes"),
-        "org/short": (weights(b"{}", 1000), f"org/short/{single} is no whole safetensors file"),
-        "org/empty": (config | {single: b""}, f"org/empty/{single} is no whole safetensors file"),
+        "org/short": (weights(b"{}", 1000), f"{single} is no whole safetensors file"),
+        "org/empty": (config | {single: b""}, f"{single} is no whole safetensors file"),
         "org/prose": (weights(b"not JSON"), "is no whole safetensors file"),
         "org/deep": (weights(b"[" * 90_000), "is no whole safetensors file"),
         "org/beyond": (
@@ -586,7 +660,7 @@ def test_hostile_repositories_are_refused_by_their_headers(hub: Any, ask: Asker,
     }
     for repo, (files, _) in cases.items():
         hub.commit(repo, files)
-    for answer, (_, message) in zip(ask("remote_headers", *cases), cases.values(), strict=True):
+    for answer, (_, message) in zip(ask("headers", *cases), cases.values(), strict=True):
         assert answer.startswith("refused: ") and message in answer
     downloaded = [repo for repo, (_, message) in cases.items() if "weight_map" in message or "hold" in message]
     for repo, answer in zip(downloaded, ask("locate", *downloaded), strict=True):
@@ -594,12 +668,12 @@ def test_hostile_repositories_are_refused_by_their_headers(hub: Any, ask: Asker,
     hub.commit("org/name", contents(checkpoints[0]))
     hub.sizes["tokenizer.json"] = 50_000_001
     hub.log.clear()
-    [[_, headers, _]] = ask("remote_headers", "org/name")
+    [[headers, _]] = ask("headers", "org/name")
     assert headers and "tokenizer.json" not in hub.bodies() and "tokenizer_config.json" in hub.bodies()
     hub.sizes["config.json"] = 50_000_001
-    assert ask("remote_headers", "org/name") == [
+    assert ask("headers", "org/name") == [
         "refused: org/name: config.json has 50000001 bytes, more than 50000000; try another revision"
     ]
     hub.sizes = {WEIGHTS[0]: 10**30}
-    [refused] = ask("remote_headers", "org/name")
+    [refused] = ask("headers", "org/name")
     assert refused.startswith("refused: ") and len(refused) < 400

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,12 +14,13 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from slingshot.base.errors import SlingshotError
-from slingshot.checkpoint import inspection
 from slingshot.checkpoint.inspection import examine
 from slingshot.checkpoint.layout import layout
-from slingshot.checkpoint.safetensors import TensorHeader
+from slingshot.cli.inspect import show
+from slingshot.cli.main import app
 from slingshot.model.config import ModelConfig
 from slingshot.quantization.formats import SCALE, scale_shape
 from slingshot.text.tokenizer import Tokenizer
@@ -28,10 +30,11 @@ Tensors = dict[str, tuple[str, tuple[int, ...]]]
 BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1, "I32": 4}
 
 
-def inspect(source: str | Path, as_json: bool = False) -> tuple[bool, str]:
+def inspect(source: str | Path) -> tuple[bool, str]:
     target = io.StringIO()
-    usable = inspection.inspect(str(source), Console(file=target, width=60), as_json)
-    return usable, target.getvalue()
+    facts = examine(str(source))
+    show(facts, Console(file=target, width=60))
+    return not facts["problems"], target.getvalue()
 
 
 def tensors_of(config: ModelConfig, dtype: str = "BF16") -> Tensors:
@@ -46,13 +49,14 @@ def tensors_of(config: ModelConfig, dtype: str = "BF16") -> Tensors:
 
 
 def write_headers(file: Path, tensors: Tensors) -> None:
-    """A safetensors file of zeros."""
+    """A safetensors file of zeros, which take no space on the disk."""
     header, end = {}, 0
     for name, (dtype, shape) in tensors.items():
         start, end = end, end + BYTES[dtype] * math.prod(shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(file, 8 + len(text) + end)
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +95,9 @@ def test_deepseek_v3_as_its_makers_count_it() -> None:
 
 
 def test_all_of_it_as_json() -> None:
-    usable, text = inspect("deepseek-v3", as_json=True)
-    facts = json.loads(text)
-    assert usable and facts == examine("deepseek-v3")
+    told = CliRunner().invoke(app, ["inspect", "deepseek-v3", "--json"])
+    facts = json.loads(told.output)
+    assert told.exit_code == 0 and facts == examine("deepseek-v3")
     assert (
         facts["kind"] == "preset"
         and facts["files"] is facts["tokenizer"] is facts["template"] is None
@@ -376,7 +380,8 @@ def test_a_tokenizer_of_another_model_is_named(
     [problem] = examine(str(folder))["problems"]
     assert (
         problem
-        == f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the embedding 100 rows; one of the two is another model's"
+        == f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary 100: they do not belong together; "
+        "take tokenizer.json from the model's own checkpoint"
     )
     assert examine(str(folder))["notes"] == [
         f"{folder}: config.json's eos_token_id 7 is none of the tokenizer's (1), which count"
@@ -389,33 +394,21 @@ def test_names_from_a_file_cannot_steer_the_terminal(checkpoint: Callable[..., P
     assert not usable and "\x1b" not in text and "[2J[red]weight is no tensor" in text
 
 
-def test_a_checkpoint_on_the_hub_is_judged_by_its_headers(
-    monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[..., Path]
-) -> None:
-    """All of DeepSeek-V3's, of which nothing but the describing files lies here."""
+def test_all_of_deepseek_v3_is_judged_by_its_headers(checkpoint: Callable[..., Path]) -> None:
+    """641 GiB, of which nothing but the headers lies here; the rest is a hole in the disk."""
     config = ModelConfig.preset("deepseek-v3")
-    folder = checkpoint(config, {})
-    (folder / "model.safetensors").unlink()
-    headers = {
-        name: TensorHeader(dtype, shape, folder / f"{name[:15]}.safetensors")
-        for name, (dtype, shape) in tensors_of(config).items()
-    }
-    monkeypatch.setattr(
-        inspection, "remote_headers", lambda source: (folder, headers, {"config.json": 1, "modeling_deepseek.py": 1})
-    )
-    facts = examine("deepseek-ai/DeepSeek-V3")
-    assert (facts["kind"], facts["problems"]) == ("hub", [])
-    assert facts["notes"] == ["deepseek-ai/DeepSeek-V3: modeling_deepseek.py is a program, and is never run"]
+    tensors = tensors_of(config)
+    folder = checkpoint(config, tensors)
+    facts = examine(str(folder))
+    assert (facts["problems"], facts["notes"]) == ([], [])
     assert (facts["files"]["tensors"], facts["files"]["numbers"]) == (91_991, 684_531_386_000)
     numbers = {dtype: entry["numbers"] for dtype, entry in facts["files"]["dtypes"].items()}
-    assert numbers == {
-        "F8_E4M3": 680_571_043_840,
-        "BF16": 3_918_786_560,
-        "F32": 41_555_600,
-    }  # as the hub counts the released files
+    # as the hub counts the released files
+    assert numbers == {"F8_E4M3": 680_571_043_840, "BF16": 3_918_786_560, "F32": 41_555_600}
     assert facts["files"]["bytes"] == facts["checkpoint"]["bytes"]
-    del headers["model.layers.60.self_attn.o_proj.weight"]
-    [problem] = examine("deepseek-ai/DeepSeek-V3")["problems"]
+    del tensors["model.layers.60.self_attn.o_proj.weight"]
+    write_headers(folder / "model.safetensors", tensors)
+    [problem] = examine(str(folder))["problems"]
     assert "model.layers.60.self_attn.o_proj.weight is missing" in problem
 
 

@@ -31,7 +31,7 @@ class Spec:
 
 
 def layout(config: ModelConfig) -> Iterator[Spec]:
-    """Every tensor a checkpoint of this architecture holds, in order; in FP8, NAME_scale_inv is beside each "linear" one."""
+    """Every tensor a checkpoint of this architecture holds, in order; FP8 has NAME_scale_inv beside each "linear"."""
     embedding = (config.vocab_size, config.hidden_size)
     yield Spec("model.embed_tokens.weight", embedding)
     for layer in range(config.num_hidden_layers):

@@ -1,4 +1,4 @@
-"""Checkpoints in the Hugging Face layout: config.json, safetensors files with an index where there are several, tokenizer.
+"""Checkpoints in the Hugging Face layout: config.json, safetensors files (with an index for several), tokenizer.
 
     model = load_model("runs/tiny/zero", dtype=torch.float32)       # a folder, or a .gguf file
     save_checkpoint(folder, model, tokenizer)
@@ -153,9 +153,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     """The tokenizer and chat template of a folder or .gguf file. SlingshotError when it has more ids than the model."""
     path = locate(path)
     if path.suffix == ".gguf":
-        from slingshot.checkpoint.gguf.read import load_gguf_tokenizer
+        from slingshot.checkpoint.gguf.file import GGUFFile
+        from slingshot.checkpoint.gguf.tokenizer import load_gguf_tokenizer
 
-        return load_gguf_tokenizer(path)
+        return load_gguf_tokenizer(GGUFFile(path))
     tokenizer = folder_tokenizer(path)
     if (path / "config.json").exists():
         check_tokenizer(tokenizer, load_config(path).vocab_size, path)

@@ -178,7 +178,7 @@ def _headers(file: Path) -> dict[str, TensorHeader]:
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_size: float = 5e9) -> None:
-    """Write named tensors into an existing folder: model.safetensors, or shards of `max_shard_size` bytes with an index.
+    """Write named tensors into an existing folder: model.safetensors, or shards of `max_shard_size` bytes and an index.
 
     Tensors are taken one at a time and let go once their shard is written; a single larger one has a shard to itself.
     """

@@ -202,10 +202,21 @@ def inspect(
     source: Annotated[str, typer.Argument(help=_SOURCE + ", or a preset such as deepseek-v3", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
-    """Show what a checkpoint holds, from its headers alone: architecture, sizes, tensors, tokenizer, template. Exit code 2 with problems."""
-    from slingshot.checkpoint.inspection import inspect as look
+    """Show what a checkpoint holds, from its headers alone: architecture, sizes, tensors, tokenizer, template.
 
-    if not look(source, Console(), as_json):
+    Exit code 2 with problems.
+    """
+    import json
+
+    from slingshot.checkpoint.inspection import examine
+    from slingshot.cli.inspect import show
+
+    facts = examine(source)
+    if as_json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+    else:
+        show(facts, Console())
+    if facts["problems"]:
         raise typer.Exit(2)
 
 

@@ -221,6 +221,10 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         return self._templates.get("default")
 
+    def token(self, key: str) -> str | None:
+        """The text of a token that tokenizer_config.json names: bos_token, unk_token ..."""
+        return _content(self.config.get(key))
+
     def check_fits(self, vocab_size: int) -> None:
         """Raise SlingshotError where this tokenizer has ids that a model with so large a vocabulary does not know."""
         if self.vocab_size > vocab_size:

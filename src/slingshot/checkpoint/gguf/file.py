@@ -5,8 +5,9 @@
     tensor = file.tensors["token_embd.weight"]                          # its kind (Q8_0, ...), shape, file and offset
     file.read(tensor, 0, 10)                                            # bytes of ten rows
 
-Opening reads the header. Every count in it is held against the bytes that are there before anything is made of it, so a broken or hostile
-file costs no more than a header of 64 MiB (the `gguf` package's reader believes every count, and takes seconds for a vocabulary).
+Opening reads the header. Every count in it is held against the bytes that are there before anything is made of it, so a
+broken or hostile file costs no more than a header of 64 MiB (the gguf package's reader believes every count, and takes
+seconds for a vocabulary).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,8 +36,8 @@ _Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """What a header says of a tensor. shape: [out, in] for matrices, experts in front; a row is what the last dimension holds."""
+class GGUFTensor:
+    """What a header says of a tensor. shape: [out, in] for matrices, experts in front; a row is the last dimension."""
 
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
@@ -59,7 +60,8 @@ class GGUFFile:
     def __init__(self, path: Path) -> None:
         """SlingshotError names the file, and the tensor or part that is not as it should be."""
         self.path = path
-        self.keys, self.tensors = _read_header(path)
+        header = _open_header(path)
+        self.keys, self.tensors = header.keys, header.tensors
         parts = self.get("split.count", int, 1)
         if parts < 2:
             return
@@ -67,117 +69,116 @@ class GGUFFile:
         if not path.name.endswith(suffix):
             raise SlingshotError(f"{path} is one of {parts} parts; give the first, whose name ends in {suffix}")
         for part in range(2, parts + 1):
-            _, tensors = _read_header(
-                path.with_name(f"{path.name.removesuffix(suffix)}-{part:05d}-of-{parts:05d}.gguf")
-            )
-            self.tensors |= tensors
+            name = f"{path.name.removesuffix(suffix)}-{part:05d}-of-{parts:05d}.gguf"
+            self.tensors |= _open_header(path.with_name(name)).tensors
 
     def get(self, key: str, kind: type[_Value], default: _Value | None = None) -> _Value:
         """The value of a key; SlingshotError when it is missing and has no default, or is of another type."""
         value = self.keys.get(key, default)
         if value is None:
-            raise SlingshotError(
-                f"{self.path}: the key {key} is missing; slingshot reads models as llama.cpp's converter writes them"
-            )
+            way_out = "slingshot reads models as llama.cpp's converter writes them"
+            raise SlingshotError(f"{self.path}: the key {key} is missing; {way_out}")
         if type(value) is not kind:
             raise SlingshotError(f"{self.path}: {key} must be of type {kind.__name__}, got {value!r:.80}")
         return value
 
-    def read(self, tensor: Tensor, first: int, count: int) -> np.ndarray:
+    def read(self, tensor: GGUFTensor, first: int, count: int) -> np.ndarray:
         """The bytes of `count` rows of a tensor from row `first` on, uint8 [count, row_bytes]."""
         data = np.empty((count, tensor.row_bytes), dtype=np.uint8)
         read_span(tensor.file, tensor.offset + first * tensor.row_bytes, data.reshape(-1).data, "its tensors")
         return data
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Keys and tensors of one file."""
+def read_header(data: bytes | mmap.mmap, length: int, path: Path) -> GGUFHeader | None:
+    """The header of a file of `length` bytes that begins with `data`; None when more of them are needed."""
     try:
-        with path.open("rb") as file:
-            length = path.stat().st_size
-            if not length:
-                raise ValueError("it is empty")
-            with mmap.mmap(file.fileno(), min(length, _HEADER_LIMIT), access=mmap.ACCESS_READ) as data:
-                header = _Header(data)
-                return header.keys(), header.tensors(path, length)
-    except OSError as error:
-        raise SlingshotError(f"cannot read {path}: {error.strerror or error}") from error
+        return GGUFHeader(data, length, path)
+    except _CutOffError:
+        return None
     except ValueError as error:
         raise SlingshotError(f"{path} is no whole GGUF file: {error}; is the download complete?") from error
 
 
-class _Header:
+def _open_header(path: Path) -> GGUFHeader:
+    try:
+        with path.open("rb") as file:
+            length = path.stat().st_size
+            if not length:
+                raise SlingshotError(f"{path} is no whole GGUF file: it is empty; is the download complete?")
+            with mmap.mmap(file.fileno(), min(length, _HEADER_LIMIT), access=mmap.ACCESS_READ) as data:
+                header = read_header(data, length, path)
+    except OSError as error:
+        raise SlingshotError(f"cannot read {path}: {error.strerror or error}") from error
+    assert header is not None  # all bytes that it may take were there
+    return header
+
+
+class _CutOffError(ValueError):
+    """The bytes at hand end within the header, the file does not."""
+
+
+class GGUFHeader:
     """The first bytes of a file, read from front to back; ValueError says what is wrong with them."""
 
-    def __init__(self, data: mmap.mmap) -> None:
-        self._data, self._at = data, 4
+    def __init__(self, data: bytes | mmap.mmap, length: int, path: Path) -> None:
+        self._data, self._at, self._length = data, 4, min(length, _HEADER_LIMIT)
         if data[:4] != b"GGUF":
             raise ValueError(f"it begins with {data[:4]!r}, not with b'GGUF'")
         if (version := self._number("I")) not in (2, 3):
             raise ValueError(f"its version is {version}, and 2 and 3 are read, little-endian")
-        self._n_tensors, self._n_keys = self._number("Q"), self._number("Q")
-        self._alignment = 32
-
-    def keys(self) -> dict[str, Any]:
-        keys: dict[str, Any] = {}
-        for _ in range(self._n_keys):  # however many are claimed: it ends with the bytes
+        n_tensors, n_keys = self._number("Q"), self._number("Q")
+        self.keys: dict[str, Any] = {}
+        for _ in range(n_keys):  # however many are claimed: it ends with the bytes
             key = self._text()
-            if key in keys:
+            if key in self.keys:
                 raise ValueError(f"it has the key {key!r:.80} twice")
-            keys[key] = self._value(self._number("I"))
-        self._alignment = keys.get("general.alignment", 32)
-        if type(self._alignment) is not int or self._alignment < 1 or self._alignment & (self._alignment - 1):
-            raise ValueError(f"general.alignment {self._alignment!r:.80} is no power of two")
-        return keys
-
-    def tensors(self, path: Path, length: int) -> dict[str, Tensor]:
-        """To be called after `keys`. Every tensor lies within the `length` bytes of the file."""
-        tensors: dict[str, Tensor] = {}
-        for _ in range(self._n_tensors):
+            self.keys[key] = self._value(self._number("I"))
+        alignment = self.keys.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+            raise ValueError(f"general.alignment {alignment!r:.80} is no power of two")
+        self.tensors: dict[str, GGUFTensor] = {}
+        for _ in range(n_tensors):
             name = self._text()
-            if name in tensors:
+            if name in self.tensors:
                 raise ValueError(f"it has the tensor {name!r:.80} twice")
-            if not 1 <= (n_dimensions := self._number("I")) <= _MAX_DIMENSIONS:
-                raise ValueError(f"its tensor {name!r:.80} has {n_dimensions} dimensions")
-            shape = tuple(self._number("Q") for _ in range(n_dimensions))[::-1]
-            number, offset = self._number("I"), self._number("Q")
-            try:
-                tensors[name] = Tensor(GGMLQuantizationType(number), shape, path, offset)
-            except ValueError as error:
-                raise ValueError(f"its tensor {name!r:.80} is of the unknown type {number}") from error
-            if not math.prod(shape) or shape[-1] % GGML_QUANT_SIZES[tensors[name].kind][0]:
-                raise ValueError(
-                    f"its tensor {name!r:.80} has the shape {list(shape)}, impossible for {tensors[name].kind.name}"
-                )
-        start = -(-self._at // self._alignment) * self._alignment
-        for name, tensor in tensors.items():
-            tensors[name] = tensor = Tensor(tensor.kind, tensor.shape, path, start + tensor.offset)
-            if tensor.offset % self._alignment or tensor.offset + tensor.nbytes > length:
+            self.tensors[name] = self._tensor(f"its tensor {name!r:.80}", path)
+        start = -(-self._at // alignment) * alignment
+        for name, tensor in self.tensors.items():
+            self.tensors[name] = tensor = replace(tensor, offset=start + tensor.offset)
+            if tensor.offset % alignment or tensor.offset + tensor.nbytes > length:
                 raise ValueError(f"its tensor {name!r:.80} does not lie where it says")
-        return tensors
+
+    def _tensor(self, what: str, path: Path) -> GGUFTensor:
+        if not 1 <= (n_dimensions := self._number("I")) <= _MAX_DIMENSIONS:
+            raise ValueError(f"{what} has {n_dimensions} dimensions")
+        shape = tuple(self._number("Q") for _ in range(n_dimensions))[::-1]
+        number, offset = self._number("I"), self._number("Q")
+        try:
+            kind = GGMLQuantizationType(number)
+        except ValueError as error:
+            raise ValueError(f"{what} is of the unknown type {number}") from error
+        if not math.prod(shape) or shape[-1] % GGML_QUANT_SIZES[kind][0]:
+            raise ValueError(f"{what} has the shape {list(shape)}, impossible for {kind.name}")
+        return GGUFTensor(kind, shape, path, offset)
+
+    def _bytes(self, count: int) -> bytes:
+        start, self._at = self._at, self._at + count
+        if self._at > self._length:
+            cut = self._length < _HEADER_LIMIT
+            raise ValueError("it ends within its header" if cut else f"its header exceeds {_HEADER_LIMIT} bytes")
+        if self._at > len(self._data):
+            raise _CutOffError
+        return self._data[start : self._at]
 
     def _number(self, letter: str) -> Any:
-        end = self._at + struct.calcsize("<" + letter)
-        if end > len(self._data):
-            raise ValueError(
-                "it ends within its header"
-                if len(self._data) < _HEADER_LIMIT
-                else f"its header exceeds {_HEADER_LIMIT} bytes"
-            )
-        (value,) = struct.unpack_from("<" + letter, self._data, self._at)
-        self._at = end
-        return value
+        return struct.unpack("<" + letter, self._bytes(struct.calcsize("<" + letter)))[0]
 
     def _count(self, smallest: int) -> int:
         """A number of entries to come, of at least `smallest` bytes each."""
         count: int = self._number("Q")
-        if count * smallest > len(self._data) - self._at:
-            raise ValueError(f"it claims {count} entries where {len(self._data) - self._at} bytes follow")
+        if count * smallest > self._length - self._at:
+            raise ValueError(f"it claims {count} entries where {self._length - self._at} bytes follow")
         return count
-
-    def _bytes(self, count: int) -> bytes:
-        self._at += count
-        return self._data[self._at - count : self._at]
 
     def _text(self) -> str:
         return self._bytes(self._count(1)).decode()

@@ -35,6 +35,16 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 Facts = dict[str, Any]
 
 
+def described(source: str) -> ModelConfig:
+    """The architecture of a folder, a .gguf file, package:NAME or a name of the hub, whose weights stay there."""
+    with outline(source) if hub_name(source) else contextlib.nullcontext(locate(source)) as path:
+        if path.is_dir():
+            return load_config(path)
+        from slingshot.checkpoint.gguf.read import GGUFWeights  # brings torch
+
+        return GGUFWeights(path).config
+
+
 def examine(source: str) -> Facts:
     """The facts. `problems` make the model unusable, `notes` are good to know; what cannot be told is null.
 

@@ -39,19 +39,16 @@ Html = Annotated[Path | None, typer.Option(help="Write a page there, too.", show
 def named_model(source: str) -> NamedModel:
     """The architecture of a folder, a preset, a .gguf file, package:NAME, or a name of the hub, whose weights stay
     there."""
-    path, config = Path(source), None
+    path = Path(source)
     if not (path / "config.json").is_file() and (source in presets() or not (path.exists() or {*"/:"} & {*source})):
         config = ModelConfig.preset(source)  # or the error that names the nearest
-    elif not path.is_dir():
-        from slingshot.checkpoint import hub  # only here: presets and folders need none of it
+    elif path.is_dir():
+        config = ModelConfig.from_hf(read_json(path / "config.json"), source)
+    else:
+        from slingshot.checkpoint.inspection import described  # only here: presets and folders need none of it
 
-        on_hub = hub.hub_name(source)
-        path = hub.remote_headers(source)[0] if on_hub and not on_hub.file else hub.locate(source)
-        if not path.is_dir():
-            from slingshot.checkpoint.gguf.read import GGUFWeights  # brings torch
-
-            config = GGUFWeights(path).config
-    return NamedModel(name=source, config=config or ModelConfig.from_hf(read_json(path / "config.json"), source))
+        config = described(source)
+    return NamedModel(name=source, config=config)
 
 
 def _command(name: str, request: type[PlanRequest], plan: Callable[[Any], Plan], help: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from slingshot.sandbox.isolate import take
+from slingshot.sandbox.pool import WorkerPool
 from slingshot.sandbox.worker import SandboxError, Target, Worker
 
 TARGET = """
@@ -74,6 +75,8 @@ class Target:
     def child(self):
         import subprocess
         return subprocess.Popen(["sleep", "60"]).pid
+    def seen(self):
+        return [dict(os.environ), os.path.isdir(os.environ["HOME"])]
     def order(self):
         return list({"one", "two", "three", "four", "five"})
 """
@@ -229,6 +232,38 @@ def test_the_worker_ends_with_a_killed_parent(make, tmp_path):
 
 def test_iteration_over_sets_repeats_from_worker_to_worker(make):
     assert len({tuple(make().call("order")) for _ in range(4)}) == 1
+
+
+def test_a_worker_sees_nothing_of_its_parents_environment(make, monkeypatch):
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "SSH_AUTH_SOCK"):
+        monkeypatch.setenv(name, "secret")
+    sandbox = make()
+    seen, has_home = sandbox.call("seen")
+    ours = {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONHASHSEED"}
+    assert set(seen) - ours <= {"PATH", "HOME", "TMPDIR", "LANG", "LC_CTYPE"}
+    assert has_home and seen["HOME"] != os.environ.get("HOME") and os.listdir(seen["HOME"]) == []
+    sandbox.worker.close()
+    assert not os.path.exists(seen["HOME"])
+
+
+def test_a_worker_holds_several_objects_each_built_once(make):
+    sandbox, other = make(5), Target("sandbox_target:Target", (7,))
+    assert sandbox.call("add", 1) == 6 and sandbox.worker.call(other, "add", 1) == 8 and sandbox.call("add", 1) == 7
+    assert sandbox.worker.call(other, "pid") == sandbox.call("pid")
+
+
+def test_a_pool_replaces_the_worker_that_hangs_and_ends_all_when_forgotten(make, tmp_path):
+    target = make(0, timeout=0.5).target
+    pool = WorkerPool(2, [target])
+    futures = [pool.submit(Worker.call, target, *call) for call in [("sleep", 60), ("pid",), ("pid",), ("fail",)]]
+    for failed, message in [(futures[0], "took longer than"), (futures[3], "raised ValueError")]:
+        with pytest.raises(SandboxError, match=message):
+            failed.result()
+    pids = {future.result() for future in [*futures[1:3], *(pool.submit(Worker.call, target, "pid") for _ in range(9))]}
+    assert 1 <= len(pids) <= 3
+    del pool
+    gc.collect()
+    assert all(map(gone, pids))
 
 
 def test_take_stops_at_the_count_the_end_or_the_time():

@@ -5,10 +5,12 @@ import random
 import re
 
 import pytest
+from reasoning_gym.factory import DATASETS
 
 from slingshot.base.errors import SlingshotError
+from slingshot.sandbox.worker import SandboxError, Worker
 from slingshot.tasks.loader import load_task
-from slingshot.tasks.reasoning_gym import Gym
+from slingshot.tasks.reasoning_gym import Dataset, Gym
 from slingshot.tasks.task import Problem
 
 
@@ -170,3 +172,56 @@ def test_reasoning_gym_stays_out_of_this_process(chain_sum):
         "next(task.problems('train', 0)); assert not {'reasoning_gym', 'torch'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+class Here(Worker):
+    """Builds and calls targets in this process: a hundred families load the library once."""
+
+    def call(self, target, method, *args, timeout=None):
+        self.dataset = getattr(self, "dataset", None) or Dataset(*target.args)
+        try:
+            return getattr(self.dataset, method)(*args)
+        except Exception as error:
+            raise SandboxError(str(error)) from error
+
+
+CONSTANTS = [
+    "?",
+    "0",
+    "1",
+    "-1",
+    "nan",
+    "inf",
+    "True",
+    "no",
+    "[]",
+    "{}",
+    "[[]]",
+    "None",
+    ".",
+    "x",
+    "(P ∨ ¬P)",
+    "6 + 6 + 10 + 2",
+    "R",
+    '""',
+]
+FAMILIES = sorted(DATASETS.keys() - {"composite"})
+SOME = ["gsm_symbolic", "puzzle24", "complex_arithmetic", "game_of_life_halting", "coin_flip", "chain_sum"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [n if n in SOME else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
+def test_no_family_pays_for_a_constant_answer(name):
+    """Every family loads and pays for its known answers; what is right for one problem, or for none, is not right for all."""
+    task, worker = Gym(dataset=name), Here()
+    items = [worker.call(task.target, "take", 11, index, 1)[0] for index in range(4)]
+    problems = [
+        Problem(item["question"], str(n), item["answer"], "en", {"seed": 11, "index": n})
+        for n, item in enumerate(items)
+    ]
+    known = [problem for problem in problems if problem.answer]
+    assert all(task.verify_in(worker, problem, problem.answer).value == 1.0 for problem in known)
+    for answer in {*CONSTANTS, *(problem.answer for problem in known)}:
+        others = [problem for problem in problems if problem.answer.casefold() != answer.casefold()]
+        right = [task.verify_in(worker, problem, answer).value for problem in others]
+        assert len(right) < 2 or sum(right) < len(right), answer

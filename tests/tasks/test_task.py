@@ -92,31 +92,6 @@ def test_one_language_is_never_mixed():
         assert not solution.reasoning.isascii()
 
 
-@pytest.mark.parametrize(
-    ("name", "params", "message"),
-    [
-        ("arithmetics", {}, "task 'arithmetics' is unknown; did you mean arithmetic?"),
-        ("zzz", {}, "task 'zzz' is unknown; there are: arithmetic, countdown, gym:NAME, path/to/file.py"),
-        ("arithmetic", {"max_term": 3}, "arithmetic.max_term: unknown key; did you mean max_terms?"),
-        ("arithmetic", {"digits": "many"}, "arithmetic.digits: .*integer.*'many'"),
-        ("arithmetic", {"min_terms": 9}, "min_terms 9 and max_terms 8 must be"),
-        ("arithmetic", {"digits": 0}, "digits 0 must be"),
-        ("arithmetic", {"operators": "+/"}, "operators '\\+/' must be some of \\+ - x"),
-        ("arithmetic", {"languages": []}, "at least one of en, ja"),
-        ("arithmetic", {"languages": ["fr"]}, "arithmetic.languages.0: .*'fr'"),
-        ("countdown", {"n_numbers": 1}, "n_numbers 1 must be"),
-        ("countdown", {"max_target": 5}, "max_number 10 and max_target 5 must be"),
-        ("countdown", {"operators": "^"}, "operators '\\^' must be some of"),
-        ("countdown", {"max_misses": -1}, "max_misses -1"),
-        ("countdown", {"languages": []}, "at least one of en, ja"),
-        ("nowhere/task.py", {}, "nowhere/task.py: no such file"),
-    ],
-)
-def test_what_cannot_be_loaded_is_named_with_the_way_out(name, params, message):
-    with pytest.raises(SlingshotError, match=message):
-        load_task(name, **params)
-
-
 def test_a_task_without_solutions_says_so():
     class Bare(Task):
         @property

@@ -37,7 +37,7 @@ class SandboxError(SlingshotError):
     """The call failed, in words that continue "verify() ...": raised, took too long, died, or returned what is not JSON."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Target:
     """An object to be built inside a worker: "module:Class" and its arguments.
 
@@ -56,21 +56,22 @@ class Worker:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._objects: dict[Target, int] = {}
+        self._objects: dict[str, int] = {}
 
     def call(self, target: Target, method: str, *args: Any, timeout: float | None = None) -> Any:
         """The method's result, as JSON brings it back; `timeout` instead of the target's. Raises SandboxError."""
-        self.build(target)
-        message = {"object": self._objects[target], "method": method, "args": args}
+        message = {"object": self.build(target), "method": method, "args": args}
         return self._exchange(message, timeout or target.timeout)
 
-    def build(self, target: Target) -> None:
-        """Start the worker and build the target's object, unless they are there. Raises SandboxError."""
+    def build(self, target: Target) -> int:
+        """Start the worker and build the target's object, unless they are there; its number. Raises SandboxError."""
         if self._process is None:
             self._start()
-        if target not in self._objects:
-            message = {"target": target.name, "args": target.args, "memory": target.memory}
-            self._objects[target] = self._exchange(message, target.start_timeout)
+        message = {"target": target.name, "args": target.args, "memory": target.memory}
+        key = json.dumps(message)
+        if key not in self._objects:
+            self._objects[key] = self._exchange(message, target.start_timeout)
+        return self._objects[key]
 
     def close(self) -> None:
         """End the worker and all it started; the next call would start another."""

@@ -30,7 +30,7 @@ from slingshot.data.packing import pack
 from slingshot.machine.precision import Dtype, compute_dtype, peak
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
-from slingshot.tasks.loader import TaskConfig, load_task
+from slingshot.tasks.loader import TaskConfigs, load_task
 from slingshot.tasks.mixture import passes
 from slingshot.tasks.task import Style
 from slingshot.text.pretokenizers import SPLIT_OF_MODEL_TYPE
@@ -47,7 +47,7 @@ kind = "pretrain"
 class Documents(Strict):
     """Documents written by tasks: how many, in which styles, and how many of them as a chat in R1's template."""
 
-    tasks: list[TaskConfig] = Field(min_length=1)
+    tasks: TaskConfigs = Field(min_length=1)
     count: int = Field(ge=1)
     styles: dict[Style, Annotated[float, Field(gt=0)]] = Field(
         {"answer": 0.6, "steps": 0.3, "slips": 0.1}, min_length=1

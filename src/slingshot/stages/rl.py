@@ -28,7 +28,7 @@ from slingshot.rollout.reward import RewardWeights, assign_rewards, has_signal
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
 from slingshot.rollout.trajectory import Trajectory, pack, sampling_flops
-from slingshot.tasks.loader import TaskConfig
+from slingshot.tasks.loader import TaskConfigs
 from slingshot.tasks.mixture import TaskMix
 from slingshot.tasks.verification import VerificationPool
 from slingshot.training.checkpointer import Workspace, restore, training_state
@@ -48,7 +48,7 @@ class RLConfig(StageConfig):
     )
 
     model: str
-    tasks: list[TaskConfig] = Field(min_length=1)
+    tasks: TaskConfigs = Field(min_length=1)
     form: PromptForm = PromptForm()
     rewards: RewardWeights = RewardWeights()
     steps: int = Field(100, ge=1)

@@ -23,7 +23,7 @@ from slingshot.machine.precision import Dtype, compute_dtype, peak
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
 from slingshot.rollout.trajectory import Trajectory, sampling_flops
-from slingshot.tasks.loader import TaskConfig
+from slingshot.tasks.loader import TaskConfigs
 from slingshot.tasks.mixture import TaskMix
 from slingshot.tasks.verification import VerificationPool
 from slingshot.training.checkpointer import Workspace
@@ -38,7 +38,7 @@ class SampleConfig(StageConfig):
     moved: ClassVar[dict[str, str]] = MOVED_TO_SAMPLING
 
     model: str
-    tasks: list[TaskConfig] = Field(min_length=1)
+    tasks: TaskConfigs = Field(min_length=1)
     form: PromptForm = PromptForm()
     problems: int = Field(1000, ge=1)
     samples: int = Field(4, ge=1)

@@ -25,7 +25,7 @@ from slingshot.cost.flops import training_parts
 from slingshot.data.packing import pack_examples
 from slingshot.machine.precision import Dtype, compute_dtype, peak
 from slingshot.rollout.rollout import PromptForm
-from slingshot.tasks.loader import TaskConfig
+from slingshot.tasks.loader import TaskConfigs
 from slingshot.tasks.mixture import TaskMix
 from slingshot.tasks.task import Problem
 from slingshot.text.reasoning import ends_in_reasoning
@@ -46,7 +46,7 @@ class SFTConfig(StageConfig):
 
     model: str
     data: list[str] = []
-    tasks: list[TaskConfig] = []
+    tasks: TaskConfigs = []
     examples: int = Field(0, ge=0)
     style: Literal["answer", "steps", "slips"] = "steps"
     form: PromptForm = PromptForm()

@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from slingshot.tasks.task import Language, Problem, Solution, Split, Style, Task, in_split
 from slingshot.tasks.verifiers import last_number, read_number
@@ -29,11 +29,11 @@ _SLIP = {"en": "%d, wait, %d", "ja": "%d、いや%d"}
 class Arithmetic(Task):
     """Chains of `min_terms` to `max_terms` numbers of 1 to `digits` digits (each length as likely; no zeros), joined by `operators`."""
 
-    min_terms: int = 4
-    max_terms: int = 8
-    digits: int = 1
-    operators: str = "+-"
-    languages: tuple[Language, ...] = ("en", "ja")
+    min_terms: int = Field(4, description="numbers in a chain, at least")
+    max_terms: int = Field(8, description="numbers in a chain, at most 64")
+    digits: int = Field(1, description="digits of a number, at most 9")
+    operators: str = Field("+-", description="those that may occur, of + - x")
+    languages: tuple[Language, ...] = Field(("en", "ja"), description="asked and reasoned in, each as often")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

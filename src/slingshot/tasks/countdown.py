@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Self, TypeAlias
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from slingshot.tasks.arithmetic import near_miss
 from slingshot.tasks.task import Language, Problem, Solution, Split, Style, Task, in_split
@@ -47,12 +47,12 @@ class Countdown(Task):
     Solvable by construction, with `operators`. A worked solution tries up to `max_misses` expressions that fail before the one that succeeds.
     """
 
-    n_numbers: int = 3
-    max_number: int = 10
-    max_target: int = 50
-    operators: str = "+-*"
-    max_misses: int = 3
-    languages: tuple[Language, ...] = ("en", "ja")
+    n_numbers: int = Field(3, description="numbers to be used, 2 to 8")
+    max_number: int = Field(10, description="the largest of them")
+    max_target: int = Field(50, description="the largest target, and the largest value on the way")
+    operators: str = Field("+-*", description="those a problem can be solved with, of + - * /")
+    max_misses: int = Field(3, description="attempts that fail in a worked solution, at most")
+    languages: tuple[Language, ...] = Field(("en", "ja"), description="asked and reasoned in, each as often")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -8,6 +8,7 @@ made to hang. It gives partial credit for near misses; here an answer is right, 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import itertools
@@ -20,6 +21,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from slingshot.base.errors import SlingshotError
+from slingshot.base.keys import Key, typed, words
 from slingshot.base.names import unknown_name
 from slingshot.sandbox.isolate import take
 from slingshot.sandbox.worker import SandboxError, Target, Worker
@@ -30,6 +32,7 @@ from slingshot.tasks.verifiers import last_number, read_number
 
 _SIZE = 1000  # items drawn from one dataset before the next seed
 _CHUNK = 64  # items fetched from the worker at a time
+_KEPT = 1024  # items a worker keeps for scoring
 _MAKING = 60.0  # seconds for one item: some families search long for a puzzle
 _WORD = re.compile(r"\w+")
 _MAX_ANSWER = 10_000  # characters; longer ones are wrong without asking
@@ -45,12 +48,15 @@ class Gym(IsolatedTask):
     def load(cls, dataset: str, params: dict[str, Any]) -> Gym:
         """The task, its dataset made in the worker. Raises SlingshotError for an unknown dataset or parameter."""
         task = cls.parse({"dataset": dataset, "params": params}, f"gym:{dataset}")
-        task._target = Target("slingshot.tasks.reasoning_gym:Dataset", (dataset, task.params))
         try:
-            task._worker.build(task._target)
+            task._worker.build(task.target)
         except SandboxError as error:
             raise SlingshotError(f"{task.name}: {error}") from error
         return task
+
+    @property
+    def target(self) -> Target:
+        return Target("slingshot.tasks.reasoning_gym:Dataset", (self.dataset, self.params))
 
     @property
     def name(self) -> str:
@@ -71,7 +77,7 @@ class Gym(IsolatedTask):
             while index < _SIZE:
                 try:
                     count = min(_CHUNK, _SIZE - index)
-                    items = self._worker.call(self._target, "take", drawn, index, count, timeout=_MAKING)
+                    items = self._worker.call(self.target, "take", drawn, index, count, timeout=_MAKING)
                 except SandboxError as error:
                     raise SlingshotError(f"{self.name}: making item {index} of seed {drawn} {error}") from error
                 for item in items:
@@ -127,7 +133,7 @@ class Gym(IsolatedTask):
         if answer == known:
             return Reward(1.0, answer)
         try:
-            value = worker.call(self._target, "score", problem.data["seed"], problem.data["index"], answer)
+            value = worker.call(self.target, "score", problem.data["seed"], problem.data["index"], answer)
         except SandboxError:
             value = 0.0
         return Reward(float(value == 1.0), answer)
@@ -147,38 +153,84 @@ def _places(number: int) -> list[int]:
     return [int(digit) * 10 ** (len(digits) - 1 - place) for place, digit in enumerate(digits) if digit != "0"]
 
 
+def names() -> list[str]:
+    """All of reasoning-gym's datasets."""
+    return [str(name) for name in _ask("names")]
+
+
+def parameters(dataset: str) -> list[Key]:
+    """A dataset's parameters as reasoning-gym declares them. Raises SlingshotError for an unknown dataset."""
+    return [Key(name, kind, default, "") for name, kind, default in _ask("parameters", dataset)]
+
+
+def _ask(method: str, *args: Any) -> Any:
+    try:
+        return Worker().call(Target("slingshot.tasks.reasoning_gym:Families"), method, *args)
+    except SandboxError as error:
+        raise SlingshotError(f"gym: {error}") from error
+
+
+class Families:
+    """The worker's side of `names` and `parameters`."""
+
+    def names(self) -> list[str]:
+        return sorted(_datasets())
+
+    def parameters(self, dataset: str) -> list[tuple[str, str, str]]:
+        plain = (bool, int, float, str, list, tuple)
+        return [
+            (field.name, words(field.type), typed(field.default) if isinstance(field.default, plain) else "its own")
+            for field in _fields(dataset)
+        ]
+
+
+def _datasets() -> dict[str, Any]:
+    try:
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise SlingshotError("reasoning-gym is not installed; pip install reasoning-gym") from error
+    return dict(DATASETS)
+
+
+def _fields(dataset: str) -> list[dataclasses.Field[Any]]:
+    known = _datasets()
+    if dataset not in known:
+        raise unknown_name("dataset", dataset, known)
+    return [field for field in dataclasses.fields(known[dataset][1]) if field.name not in ("seed", "size")]
+
+
 class Dataset:
     """The worker's side: the dataset by seed. An item is named by (seed, index) and made again for scoring, as not all survive JSON unchanged."""
 
     def __init__(self, name: str, params: dict[str, Any]) -> None:
-        try:
-            from reasoning_gym.composite import DatasetSpec
-            from reasoning_gym.factory import DATASETS, create_dataset
-        except ImportError as error:
-            raise SlingshotError("reasoning-gym is not installed; pip install reasoning-gym") from error
-        if name not in DATASETS:
-            raise unknown_name("dataset", name, DATASETS)
-        known = [field.name for field in dataclasses.fields(DATASETS[name][1]) if field.name not in ("seed", "size")]
+        known = [field.name for field in _fields(name)]
         for given in params:
             if given not in known:
                 raise unknown_name("parameter", given, known)
-        if name == "composite":
-            params = {
-                "datasets": [DatasetSpec(**{"weight": 1.0, "config": {}} | given) for given in params["datasets"]]
-            }
+        from reasoning_gym.composite import DatasetSpec
+        from reasoning_gym.factory import create_dataset
+
         self._create: Callable[[int], Any] = lambda seed: create_dataset(name, seed=seed, size=_SIZE, **params)
         self._seed = 0
+        self._items: dict[tuple[int, int], dict[str, Any]] = {}  # the last ones: some take seconds to make
         self._tried: list[dict[str, Any]] | None = None
         try:
+            if name == "composite":
+                params["datasets"] = [
+                    DatasetSpec(**{"weight": 1.0, "config": {}} | each) for each in params["datasets"]
+                ]
             self._dataset = self._first = self._create(self._seed)
-        except (AssertionError, TypeError, ValueError) as error:
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
             raise SlingshotError(f"reasoning-gym refuses these parameters: {error or 'no reason given'}") from error
 
     def _item(self, seed: int, index: int) -> dict[str, Any]:
-        if seed != self._seed:
-            self._dataset, self._seed = self._create(seed), seed
-        item: dict[str, Any] = self._dataset[index]
-        return item
+        if (seed, index) not in self._items:
+            if seed != self._seed:
+                self._dataset, self._seed = self._create(seed), seed
+            if len(self._items) == _KEPT:
+                del self._items[next(iter(self._items))]
+            self._items[seed, index] = self._dataset[index]
+        return self._items[seed, index]
 
     def take(self, seed: int, start: int, count: int) -> list[dict[str, str]]:
         """Questions and answers as text ("" where none is known), the expression of a sum: of the rest, not all survives JSON."""
@@ -187,7 +239,7 @@ class Dataset:
     def score(self, seed: int, index: int, answer: str) -> float:
         """What the dataset's scorer says; 0 for an answer besides the known one that the scorer takes for right whatever the problem."""
         item = self._item(seed, index)
-        score = float(self._dataset.score_answer(answer, item))
+        score = float(self._dataset.score_answer(answer, copy.deepcopy(item)))
         if score < 1.0 or answer == item["answer"]:
             return score
         others = [other for other in self._others() if _folded(other["answer"]) != _folded(answer)]
@@ -202,7 +254,7 @@ class Dataset:
 
     def _accepts(self, answer: str, item: dict[str, Any]) -> bool:
         try:
-            return float(self._dataset.score_answer(answer, item)) == 1.0 and _own(answer, item)
+            return float(self._dataset.score_answer(answer, copy.deepcopy(item))) == 1.0 and _own(answer, item)
         except Exception:  # whatever a scorer raises on nonsense, it does not accept it
             return False
 

@@ -72,8 +72,8 @@ class UserTask(IsolatedTask):
     """The task in the Python file `path`. Each call may take `timeout` seconds, the worker `memory_mb` MiB of address space."""
 
     path: str
-    timeout: float = Field(10.0, gt=0)
-    memory_mb: int = Field(2048, ge=64)
+    timeout: float = Field(10.0, gt=0, description="seconds that one call of the file may take")
+    memory_mb: int = Field(2048, ge=64, description="MiB of address space that its process may have")
     _functions: list[str] = PrivateAttr()
     _by_seed: dict[str, bool] = PrivateAttr(default_factory=dict)
 
@@ -86,14 +86,16 @@ class UserTask(IsolatedTask):
             raise SlingshotError(
                 f"{path}: no such file; a task is one Python file with {' and '.join(needed.values())}"
             )
-        file = str(Path(path).resolve())
-        target = Target("slingshot.tasks.user:File", (file,), timeout=task.timeout, memory=task.memory_mb << 20)
-        task._target = target
         task._functions = task._call(task._worker, "importing it", "functions")
         for name, form in needed.items():
             if name not in task._functions:
                 raise SlingshotError(f"{path}: function {form} is missing; add it")
         return task
+
+    @property
+    def target(self) -> Target:
+        file = str(Path(self.path).resolve())
+        return Target("slingshot.tasks.user:File", (file,), timeout=self.timeout, memory=self.memory_mb << 20)
 
     @property
     def name(self) -> str:
@@ -169,7 +171,7 @@ class UserTask(IsolatedTask):
 
     def _call(self, worker: Worker, what: str, method: str, *args: Any) -> Any:
         try:
-            return worker.call(self._target, method, *args)
+            return worker.call(self.target, method, *args)
         except SandboxError as error:
             raise SlingshotError(f"{self.path}: {what} {error}") from error
 

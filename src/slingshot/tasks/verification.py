@@ -25,15 +25,15 @@ from slingshot.tasks.task import Problem, Reward, Task
 class IsolatedTask(Task):
     """A task whose code is someone else's: it runs in a worker, the task's own or one of a VerificationPool.
 
-    A subclass sets `_target`, the object inside the worker, and brings `verify_in` and, where it has turns, `step_in`.
+    A subclass brings `target`, `verify_in` and, where it has turns, `step_in`.
     """
 
-    _target: Target = PrivateAttr()
     _worker: Worker = PrivateAttr(default_factory=Worker)
 
     @property
+    @abstractmethod
     def target(self) -> Target:
-        return self._target
+        """The object inside the worker."""
 
     @abstractmethod
     def verify_in(self, worker: Worker, problem: Problem, text: str, lenient: bool = False) -> Reward:

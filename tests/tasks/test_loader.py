@@ -1,0 +1,73 @@
+"""Tasks by name: how a recipe names them, what there is, and what is said to wrong names."""
+
+import pytest
+
+from slingshot.base.config import Strict
+from slingshot.base.errors import SlingshotError
+from slingshot.tasks.loader import KINDS, TaskConfig, TaskConfigs, load_task, task_keys
+
+
+class Asked(Strict):
+    tasks: TaskConfigs
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("arithmetic", ["arithmetic"]),
+        (["hhmm.py", {"name": "countdown"}], ["hhmm.py", "countdown"]),
+        ({"name": "a.py"}, ["a.py"]),
+        ([{"name": "a.py", "weight": 2}], ["a.py"]),
+    ],
+)
+def test_tasks_are_named_by_text_by_table_or_by_a_list_of_either(given, named):
+    assert [task.name for task in Asked.parse({"tasks": given}).tasks] == named
+    assert TaskConfig.parse("hhmm.py") == TaskConfig(name="hhmm.py")
+
+
+def test_what_names_no_task_is_refused():
+    with pytest.raises(SlingshotError, match=r"rl\.tasks: .*list, got 3"):
+        Asked.parse({"tasks": 3}, "rl")
+    with pytest.raises(SlingshotError, match=r"rl\.tasks\.0\.wieght: unknown key; did you mean weight\?"):
+        Asked.parse({"tasks": [{"name": "a", "wieght": 1}]}, "rl")
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "message"),
+    [
+        ("arithmetics", {}, r"^task 'arithmetics' is unknown; did you mean arithmetic\?$"),
+        ("zzz", {}, "^task 'zzz' is unknown; there are: arithmetic, countdown, gym:NAME, path/to/file.py$"),
+        ("arithmetic", {"max_term": 3}, r"^arithmetic\.max_term: unknown key; did you mean max_terms\?$"),
+        ("arithmetic", {"digits": "many"}, "arithmetic.digits: .*integer.*'many'"),
+        ("arithmetic", {"min_terms": 9}, "min_terms 9 and max_terms 8 must be"),
+        ("arithmetic", {"digits": 0}, "digits 0 must be"),
+        ("arithmetic", {"operators": "+/"}, "operators '\\+/' must be some of \\+ - x"),
+        ("arithmetic", {"languages": []}, "at least one of en, ja"),
+        ("arithmetic", {"languages": ["fr"]}, "arithmetic.languages.0: .*'fr'"),
+        ("countdown", {"n_numbers": 1}, "n_numbers 1 must be"),
+        ("countdown", {"max_target": 5}, "max_number 10 and max_target 5 must be"),
+        ("countdown", {"operators": "^"}, "operators '\\^' must be some of"),
+        ("countdown", {"max_misses": -1}, "max_misses -1"),
+        ("countdown", {"languages": []}, "at least one of en, ja"),
+        (
+            "nowhere/task.py",
+            {},
+            r"^nowhere/task\.py: no such file; a task is one Python file with problems\(split, seed\)",
+        ),
+    ],
+)
+def test_what_cannot_be_loaded_is_named_with_the_way_out(name, params, message):
+    with pytest.raises(SlingshotError, match=message):
+        load_task(name, **params)
+
+
+def test_every_kind_tells_its_parameters_in_words():
+    told = {name: task_keys(name) for name in (*KINDS, "gym:chain_sum")}
+    assert all(key.meaning for name in ("arithmetic", "countdown", "path/to/file.py") for key in told[name])
+    digits = next(key for key in told["arithmetic"] if key.name == "digits")
+    assert (digits.kind, digits.default, digits.meaning) == ("whole number", "1", "digits of a number, at most 9")
+    sums = {key.name: (key.kind, key.default) for key in told["gym:chain_sum"]}
+    assert sums["min_terms"] == ("whole number", "2") and sums["allow_negation"] == ("true or false", "false")
+    assert {"gym:composite", "gym:chain_sum"} < {key.name for key in told["gym:NAME"]}
+    with pytest.raises(SlingshotError, match=r"task 'countdwn' is unknown; did you mean countdown\?"):
+        task_keys("countdwn")

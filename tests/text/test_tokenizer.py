@@ -533,7 +533,7 @@ def test_unusable_folders_are_named(tokenizer: Tokenizer, tmp_path: Path) -> Non
     (tmp_path / "tokenizer.json").write_text(
         tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).to_str()
     )
-    with pytest.raises(SlingshotError, match="only byte-level BPE"):
+    with pytest.raises(SlingshotError, match="only byte-level and SentencePiece"):
         Tokenizer.load(tmp_path)
 
 
@@ -557,8 +557,8 @@ def change(value: Any, path: str, new: Any) -> Any:
         ("tokenizer.json", "model/continuing_subword_prefix", "x", "marks the parts of words"),
         ("tokenizer.json", "model/type", "Unigram", "is not a tokenizer"),
         ("tokenizer.json", "model", [], "it describes no model"),
-        ("tokenizer.json", "pre_tokenizer", None, "decodes bytes that it never encodes"),
-        ("tokenizer.json", "decoder", None, "only byte-level BPE"),
+        ("tokenizer.json", "pre_tokenizer", None, "decodes what it never encodes"),
+        ("tokenizer.json", "decoder", None, "only byte-level and SentencePiece"),
         ("tokenizer.json", "added_tokens/0/id", "zero", "is not a tokenizer"),
         ("tokenizer.json", "added_tokens/3/content", "x" * 100_000, "of 100000 characters; 500 would be many"),
         ("tokenizer.json", "added_tokens", {}, "is not a tokenizer"),

@@ -172,7 +172,7 @@ def _stored(tensors: Iterable[tuple[str, tuple[int, ...], Path, int | None]]) ->
 def _examine_tokenizer(tokenizer: Tokenizer, place: Path, config: ModelConfig | None, facts: Facts) -> None:
     special = {name: tokenizer.token(f"{name}_token") for name in ("bos", "eos", "pad")}
     facts["tokenizer"] = {
-        "kind": "byte-level BPE",
+        "kind": tokenizer.kind,
         "vocab_size": tokenizer.vocab_size,
         "control_tokens": len(tokenizer.control_ids),
         "special": {name: token for name, token in special.items() if token is not None},

@@ -134,7 +134,7 @@ class Sequence:
             return ids[:-1] if self.finish_reason == "stop" else ids
         text = self.watch.visible()
         whole = next(count for count in range(len(ids), -1, -1) if text.startswith(tokenizer.decode(ids[:count])))
-        return ids[:whole] + tokenizer.encode(text[len(tokenizer.decode(ids[:whole])) :])
+        return ids[:whole] + tokenizer.encode(text[len(tokenizer.decode(ids[:whole])) :], continues=True)
 
     def completion(self) -> Completion:
         """What became of the sample. An unfinished one counts as aborted."""

@@ -79,7 +79,7 @@ SPLIT_OF_MODEL_TYPE = {"qwen2": "qwen2"}
 def recognise(description: Mapping[str, Any]) -> str:
     """The name of the split that a tokenizer.json describes. SlingshotError when there is none: llama.cpp would split text otherwise."""
     patterns: list[str] = []
-    for step in _flat(description["pre_tokenizer"], "pretokenizers"):
+    for step in flat(description["pre_tokenizer"], "pretokenizers"):
         match step:
             case {"type": "Digits", "individual_digits": individual}:
                 patterns.append(_DIGIT if individual else _DIGITS)
@@ -89,7 +89,7 @@ def recognise(description: Mapping[str, Any]) -> str:
                 patterns += [_GPT2, ""] if regex else [""]
             case _:
                 patterns.append(step["type"])
-    forms = [step["type"] for step in _flat(description["normalizer"], "normalizers")]
+    forms = [step["type"] for step in flat(description["normalizer"], "normalizers")]
     for name, split in SPLITS.items():
         if (
             [*split.patterns, ""] == patterns
@@ -102,8 +102,8 @@ def recognise(description: Mapping[str, Any]) -> str:
     )
 
 
-def _flat(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, sequences unfolded."""
+def flat(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
+    """The steps of a normalizer, pre-tokenizer or decoder, sequences unfolded."""
     if part is None:
         return []
-    return [step for one in part[inner] for step in _flat(one, inner)] if part["type"] == "Sequence" else [part]
+    return [step for one in part[inner] for step in flat(one, inner)] if part["type"] == "Sequence" else [part]

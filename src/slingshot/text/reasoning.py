@@ -25,7 +25,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from slingshot.text.tokenizer import END_THINK, THINK, Tokenizer
+from slingshot.text.chat_template import END_THINK, THINK
+from slingshot.text.tokenizer import Tokenizer
 
 _TAG = re.compile(f"{THINK}|{END_THINK}")
 

@@ -2,7 +2,7 @@
 
     encode_responses(tokenizer, [("3 plus 4 is 7", "7")], opened=True)
 
-The inverse of data/reasoning.py.
+The inverse of text/reasoning.py.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def encode_responses(tokenizer: Tokenizer, responses: Sequence[tuple[str, str]],
     if tokenizer.end_think_id is None or tokenizer.think_id is None:
         start = "" if opened else "<think>\n"
         texts = [f"{start}{reasoning}\n</think>\n\n{answer}" for reasoning, answer in responses]
-        return [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
-    reasonings = tokenizer.encode_batch([f"{'' if opened else chr(10)}{reasoning}\n" for reasoning, _ in responses])
-    answers = tokenizer.encode_batch([f"\n\n{answer}" for _, answer in responses])
+        return [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts, continues=True)]
+    reasonings = tokenizer.encode_batch([f"{'' if opened else chr(10)}{reasoning}\n" for reasoning, _ in responses], True)
+    answers = tokenizer.encode_batch([f"\n\n{answer}" for _, answer in responses], True)
     start_ids = [] if opened else [tokenizer.think_id]
     return [
         [*start_ids, *reasoning, tokenizer.end_think_id, *answer, tokenizer.eos_id]

@@ -4,7 +4,6 @@ import json
 import time
 from typing import Any
 
-import jinja2
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -49,7 +48,11 @@ def test_r1s_layout() -> None:
 @pytest.mark.parametrize(
     ("message", "variables", "reason"),
     [
-        ({"role": "tool", "content": ""}, {}, "role tool; this template knows system, user and assistant, and no tools"),
+        (
+            {"role": "tool", "content": ""},
+            {},
+            "role tool; this template knows system, user and assistant, and no tools",
+        ),
         ({**reply(""), "tool_calls": [{"function": {"name": "f"}}]}, {}, "role assistant and tool calls"),
         (user("x"), {"tools": [{"type": "function"}]}, "this model was not made for them"),
         (user([{"type": "image", "url": "x"}]), {}, "a part of type image; this model reads text only"),
@@ -99,7 +102,11 @@ def test_neighbours_do_not_complete_a_control_token(source: str) -> None:
 
 def test_a_template_may_put_a_control_token_together_itself() -> None:
     """As Phi-4-mini's does, from the role."""
-    assert render("{{ '<|' + messages[0].role + '|>' }}", [user("")], ControlTokens(["<|user|>"])) == ["", "<|user|>", ""]
+    assert render("{{ '<|' + messages[0].role + '|>' }}", [user("")], ControlTokens(["<|user|>"])) == [
+        "",
+        "<|user|>",
+        "",
+    ]
     replaced = render("{{ messages[0].content.replace('x', '<think>') }}", [user("a<eos>x")], TOKENS)
     assert replaced == ["a<eos>", "<think>", ""]
 
@@ -142,7 +149,9 @@ def test_messages_as_transformers_hands_them_over() -> None:
 
 @pytest.mark.parametrize("key", [".content", "['content']"])
 def test_nulls_are_kept_for_templates_that_ask_for_them(key: str) -> None:
-    source = f"{{% if messages[0]{key} is none %}}{{{{ messages[0].tool_calls }}}}{{% endif %}}{{{{ messages[0].name }}}}"
+    source = (
+        f"{{% if messages[0]{key} is none %}}{{{{ messages[0].tool_calls }}}}{{% endif %}}{{{{ messages[0].name }}}}"
+    )
     assert text_of(source, {**reply(None), "tool_calls": [1], "name": None}) == "[1]"
 
 
@@ -201,12 +210,30 @@ STEPS += ";| capitalize;| indent(1, true);.split('</think>')[-1];.split('<think>
 STEPS += ";.strip('<>');.partition('think')[2];.removeprefix('<th');.replace('/', '');.casefold();| select | join"
 STEPS += ";[1:];[:-1];[::-1];[0];+ 'a';~ messages[1].content;+ messages[1].content;* 2;.rstrip();| lower"
 LAST = ["", "+ '<th'", "~ 'ink>'", "| replace('<', '<<')", "| join('>')", "| escape", "~ '<eos'"]
-PARTS = ["<bos>", "<eos>", "<｜User｜>", "<think>", "</think>", "<th", "ink>", "<BOS>", "<", ">", "h", "a", "\n", " ", "<｜User"]
+PARTS = [
+    "<bos>",
+    "<eos>",
+    "<｜User｜>",
+    "<think>",
+    "</think>",
+    "<th",
+    "ink>",
+    "<BOS>",
+    "<",
+    ">",
+    "h",
+    "a",
+    "\n",
+    " ",
+    "<｜User",
+]
 said = st.lists(st.sampled_from(PARTS), max_size=6).map("".join)
 
 
 @settings(derandomize=True, deadline=None, max_examples=300)
-@given(first=said, second=said, steps=st.lists(st.sampled_from(STEPS.split(";")), max_size=4), last=st.sampled_from(LAST))
+@given(
+    first=said, second=said, steps=st.lists(st.sampled_from(STEPS.split(";")), max_size=4), last=st.sampled_from(LAST)
+)
 @example(first="<think>", second="", steps=[], last="")
 @example(first="<BOS>", second="", steps=["| safe", "| lower"], last="")
 @example(first="<BOS>", second="", steps=["| tojson", "| lower"], last="")

@@ -96,7 +96,9 @@ def test_an_endless_template_is_ended(source: str) -> None:
 
 def test_long_honest_chats_fit() -> None:
     """A million tokens are four million characters."""
-    source = "{% for m in messages %}{{ '<|im_start|>' + m.role + (m.content | trim).split('</think>')[-1] }}{% endfor %}"
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + (m.content | trim).split('</think>')[-1] }}{% endfor %}"
+    )
     messages = [{"role": "user", "content": "text <think> and more of it, " * 140}] * 1000
     assert len(text_of(source, trusted=False, messages=messages)) > 4_000_000
 
@@ -112,7 +114,9 @@ def test_threads_share_a_worker() -> None:
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(
     source=st.lists(
-        st.sampled_from(["{{ ", " }}", "{% ", " %}", "messages", "[0]", ".content", " | tojson", "for x in ", "endfor", "if "])
+        st.sampled_from(
+            ["{{ ", " }}", "{% ", " %}", "messages", "[0]", ".content", " | tojson", "for x in ", "endfor", "if "]
+        )
         | st.text(max_size=4),
         max_size=12,
     ).map("".join),

@@ -63,7 +63,11 @@ R1_TEMPLATE = """\
 THINK, END_THINK = "<think>", "</think>"
 
 _CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG"  # transformers' word at the end of a message to be continued: some templates look for it
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # what a message's reasoning is called; templates read one of them
+_REASONING = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+)  # what a message's reasoning is called; templates read one of them
 _PRIVATE = range(0xF0000, 0xFFFFE)
 
 
@@ -173,7 +177,9 @@ class ControlTokens:
     def __init__(self, tokens: Iterable[str]) -> None:
         words = set(tokens) - {""}
         self._find = re.compile(_alternatives(words) or "(?!)")
-        self._find_said = re.compile(self._find.pattern, re.IGNORECASE)  # a template may change the case of what is said
+        self._find_said = re.compile(
+            self._find.pattern, re.IGNORECASE
+        )  # a template may change the case of what is said
         self._beginnings = frozenset(word[:size].lower() for word in words for size in range(1, len(word)))
         self._endings = frozenset(word[size:].lower() for word in words for size in range(1, len(word)))
         self._longest = max(map(len, words), default=0)
@@ -183,7 +189,9 @@ class ControlTokens:
         pieces, start = [], 0
         for match in self._find.finditer(text):
             begin, end = match.span()
-            if end - begin > 1 or text[begin - 1 : begin] != mark:  # nothing stands between the characters of a single one
+            if (
+                end - begin > 1 or text[begin - 1 : begin] != mark
+            ):  # nothing stands between the characters of a single one
                 pieces += [_unmarked(text[start:begin], mark), match[0]]
                 start = end
         return [*pieces, _unmarked(text[start:], mark)]

@@ -1,9 +1,9 @@
 """Ids back to text, all at once or one by one, by a table of the bytes that each id adds.
 
-    detokenizer = Detokenizer(json.loads(tokenizer_json), vocabulary, silent=special_ids)
-    detokenizer.decode(ids)
-    stream = TextStream(detokenizer)
-    parts = [*map(stream.push, ids), stream.finish()]
+detokenizer = Detokenizer(json.loads(tokenizer_json), vocabulary, silent=special_ids)
+detokenizer.decode(ids)
+stream = TextStream(detokenizer)
+parts = [*map(stream.push, ids), stream.finish()]
 """
 
 from __future__ import annotations

@@ -26,7 +26,9 @@ def encode_responses(tokenizer: Tokenizer, responses: Sequence[tuple[str, str]],
         start = "" if opened else "<think>\n"
         texts = [f"{start}{reasoning}\n</think>\n\n{answer}" for reasoning, answer in responses]
         return [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts, continues=True)]
-    reasonings = tokenizer.encode_batch([f"{'' if opened else chr(10)}{reasoning}\n" for reasoning, _ in responses], True)
+    reasonings = tokenizer.encode_batch(
+        [f"{'' if opened else chr(10)}{reasoning}\n" for reasoning, _ in responses], True
+    )
     answers = tokenizer.encode_batch([f"\n\n{answer}" for _, answer in responses], True)
     start_ids = [] if opened else [tokenizer.think_id]
     return [

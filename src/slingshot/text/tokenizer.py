@@ -49,7 +49,9 @@ R1_CONFIG = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": 
 # a tag and stands in the chat template.
 _FRAME, _TAG = re.compile(r"<[|｜].*[|｜]>|</?think>"), re.compile(r"<.+>|\[.+\]")
 
-_NAMED = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]  # what a template knows by name
+_NAMED = [
+    f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+]  # what a template knows by name
 
 # White space as the Rust side has it (Python's str.strip takes U+001C to U+001F too): an added token may swallow what stands beside it.
 _SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -97,7 +99,9 @@ class Tokenizer:
         self.control_ids = frozenset(token["id"] for token in controls)
         self._ids = {token["content"]: token["id"] for token in controls}
         self._swallows = {
-            token["content"]: (token["lstrip"], token["rstrip"]) for token in controls if token["lstrip"] or token["rstrip"]
+            token["content"]: (token["lstrip"], token["rstrip"])
+            for token in controls
+            if token["lstrip"] or token["rstrip"]
         }
         self._controls = ControlTokens(self._ids)
         self._begins, self._follows, self._continues = _encoders(description, set(self._ids), self.kind)

@@ -13,7 +13,6 @@ this chat does not hold, and so the template does not write that token. An assis
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -237,12 +236,9 @@ class ControlTokens:
 
 def _alternatives(words: Iterable[str]) -> str:
     """A regular expression for the longest of many words that reads each character once, however many words begin alike."""
-    by_first: dict[str, list[str]] = {}
+    rests: dict[str, set[str]] = {}
     for word in words:
-        by_first.setdefault(word[:1], []).append(word)
-    optional = by_first.pop("", None) is not None
-    branches = []
-    for alike in by_first.values():
-        start = os.path.commonprefix(alike)
-        branches.append(re.escape(start) + _alternatives(word[len(start) :] for word in alike))
-    return f"(?:{'|'.join(branches)}){'?' * optional}" if branches else ""
+        rests.setdefault(word[:1], set()).add(word[1:])
+    optional = rests.pop("", None) is not None
+    branches = "|".join(re.escape(first) + _alternatives(rest) for first, rest in rests.items())
+    return f"(?:{branches}){'?' * optional}" if len(rests) > 1 or (optional and rests) else branches

@@ -16,16 +16,17 @@ from datetime import datetime
 from typing import Any
 
 from jinja2 import Template, TemplateError, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from slingshot.base.errors import SlingshotError
-from slingshot.sandbox.worker import Sandbox, SandboxError
+from slingshot.sandbox.worker import SandboxError, Target, Worker
 
 MAX_SECONDS = 10.0  # for one chat
-_MAX_MEMORY = 1 << 30  # bytes of addresses, of which Python itself takes less than a tenth
+_RENDERER = Target("slingshot.text.template:TemplateRenderer", memory=1 << 30)
 
 _one_at_a_time = threading.Lock()
 
@@ -43,7 +44,7 @@ def render_template(
     else:
         try:
             with _one_at_a_time:
-                reply = _worker(os.getpid(), seconds).call("render", source, variables)
+                reply = _worker(os.getpid()).call(_RENDERER, "render", source, variables, timeout=seconds)
         except SandboxError as error:
             raise SlingshotError(f"the chat template {error}; shorten the chat or mend the template") from error
     if "text" not in reply:
@@ -52,9 +53,9 @@ def render_template(
 
 
 @functools.cache
-def _worker(process: int, seconds: float) -> Sandbox:
+def _worker(process: int) -> Worker:
     """This process's worker; a fork has one of its own."""
-    return Sandbox("slingshot.text.template:TemplateRenderer", timeout=seconds, memory=_MAX_MEMORY)
+    return Worker()
 
 
 @functools.cache

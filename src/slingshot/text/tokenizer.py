@@ -177,7 +177,7 @@ class Tokenizer:
         )
         if config.get("add_bos_token"):
             _write_bos(backend, config["bos_token"])
-        return cls(backend, PLAIN_CLASS | config, eos_ids)
+        return cls(backend, {**PLAIN_CLASS, **config}, eos_ids)
 
     def description(self) -> dict[str, Any]:
         """What tokenizer.json holds: model (vocab, merges), added_tokens, normalizer, pre_tokenizer and the rest."""

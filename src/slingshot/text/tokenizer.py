@@ -190,7 +190,8 @@ class Tokenizer:
 
     def token(self, key: str) -> str | None:
         """The text of a token that tokenizer_config.json names: bos_token, unk_token ..."""
-        return _content(self.config.get(key))
+        text: str | None = token_text(self.config.get(key))
+        return text
 
     def check_fits(self, vocab_size: int) -> None:
         """Raise SlingshotError where this tokenizer has ids that a model with so large a vocabulary does not know."""

@@ -18,6 +18,7 @@ from slingshot.tasks.loader import load_task
 from slingshot.tasks.mixture import Item
 from slingshot.tasks.task import Problem, Solution, Split, Task
 from slingshot.tasks.verification import VerificationPool
+from slingshot.text.reasoning import Parsed
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.parallel import Parallel
 
@@ -70,12 +71,13 @@ def test_responses_are_scored_on_their_answer_format_and_language(saying: Saying
     group = rolled(saying(lambda _, index: RESPONSES[index][0]), len(RESPONSES), PromptForm())
     scores = [tuple(t.scores[name] for name in ("accuracy", "format", "language")) for t in group]
     assert scores == [expected for _, expected in RESPONSES]
-    assert [t.finished for t in group] == [True] * 5 + [False] and group[-1].n_sampled == 64
+    assert [t.finished for t in group] == [True] * 5 + [False] and sum(group[-1].mask) == 64
     prompt = PromptForm().encode(tokenizer, SUM)
     for t in group:
-        assert t.ids[: len(prompt)] == prompt and t.mask == [0] * len(prompt) + [1] * t.n_sampled
-        assert t.logprobs == [0.0] * len(prompt) + [ScriptedSampler.logprob] * t.n_sampled
-    assert (group[0].reasoning, group[0].answer) == ("3 plus 4 is 7", "7")
+        n = len(t.ids) - len(prompt)
+        assert t.ids[: len(prompt)] == prompt and t.mask == [0] * len(prompt) + [1] * n
+        assert t.logprobs == [0.0] * len(prompt) + [ScriptedSampler.logprob] * n
+    assert group[0].response == Parsed("3 plus 4 is 7", "7", True)
 
 
 def test_a_lenient_form_reads_the_last_answer_wherever_it_stands(saying: Saying) -> None:
@@ -170,7 +172,7 @@ def test_a_conversation_of_two_turns(saying: Saying, tokenizer: Tokenizer) -> No
     first, second = two.turns
     assert two.ids[: one.turns[0].start] == one.ids[: one.turns[0].start]
     assert tokenizer.decode(two.ids[first.start : first.end]) == "first 1\n</think>\n\n4"
-    assert [turn.reasoning for turn in two.turns] == ["first 1", "higher"] and two.answer == "7"
+    assert [turn.parsed for turn in two.turns] == [Parsed("first 1", "4", True), Parsed("higher", "7", True)]
     environment = two.ids[first.end : second.start]
     assert environment == turn_suffix(tokenizer, [{"role": "user", "content": "Not 4. Higher."}])
     # As R1's template frames a second question and begins the next response, after the end token that the model said itself.
@@ -178,7 +180,7 @@ def test_a_conversation_of_two_turns(saying: Saying, tokenizer: Tokenizer) -> No
     assert two.ids[first.end - 1] == tokenizer.eos_id and environment == question[1:]
     n_first, n_second = first.end - first.start, second.end - second.start
     assert two.mask == [0] * first.start + [1] * n_first + [0] * len(environment) + [1] * n_second
-    assert len(two.logprobs) == len(two.ids) and sum(map(bool, two.logprobs)) == two.n_sampled == n_first + n_second
+    assert [bool(logprob) for logprob in two.logprobs] == [bool(sampled) for sampled in two.mask]
     assert [m["content"] for m in two.messages] == ["Guess a digit.", "4", "Not 4. Higher.", "7"]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from slingshot.cost.flops import generation_flops
 from slingshot.model.config import ModelConfig
-from slingshot.rollout.trajectory import Sampled, Trajectory, pack, sampling_flops
+from slingshot.rollout.trajectory import Sampled, Trajectory, pack, sampling_cost
 from slingshot.tasks.loader import load_task
 from slingshot.tasks.mixture import Item
 from slingshot.tasks.task import Problem
@@ -51,4 +51,4 @@ def test_a_groups_first_turns_share_a_prefill(
 ) -> None:
     group = [trajectory([11, 12, 13]), trajectory([21], [22, 23])]
     expected = generation_flops(dense(), 2, [3, 1]) + generation_flops(dense(), 4, 2)
-    assert sampling_flops(dense(), [group, group]) == 2 * expected
+    assert sampling_cost(dense(), [group, group]) == (12, 2 * expected)

@@ -126,7 +126,7 @@ def test_the_update_is_the_policy_gradient_of_every_sampled_token(training: Trai
     optimizer: Any = Recorder(model)
     logged = rl.update_policy(model, reference, optimizer, trajectories, config, 0, ALONE)
 
-    total, kl, entropy, n_tokens = torch.zeros(()), 0.0, 0.0, sum(t.n_sampled for t in trajectories)
+    total, kl, entropy, n_tokens = torch.zeros(()), 0.0, 0.0, sum(sum(t.mask) for t in trajectories)
     for t in trajectories:
         logp, full = of_response(model, t, 0.8)
         with torch.no_grad():

@@ -7,7 +7,6 @@ rollout.counts                             # {"skipped": 1}: what was left out o
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -139,26 +138,28 @@ class Rollout:
 
     def _verify(self, trajectory: Trajectory, lenient: bool) -> Future[Reward] | None:
         """Strictly, the answer of a response that ended by itself; leniently, whatever the response says."""
-        text = (
-            self.sampler.tokenizer.decode(trajectory.ids[trajectory.turns[-1].start :])
-            if lenient
-            else trajectory.answer
-        )
-        if not (trajectory.finished or lenient):
+        text = trajectory.response.answer
+        if lenient:
+            text = self.sampler.tokenizer.decode(trajectory.ids[trajectory.turns[-1].start :])
+        elif not trajectory.finished:
             return None
         return self.verification.submit(trajectory.item.task, trajectory.item.problem, text, lenient)
 
     def _score(self, verdicts: list[tuple[Trajectory, Future[Reward] | None]]) -> None:
         for trajectory, verdict in verdicts:
-            reward, turns = verdict.result() if verdict else Reward(0.0, None), trajectory.turns
-            spoken = "\n".join(turn.reasoning for turn in turns if turn.reasoning) or trajectory.answer
-            trajectory.scores = {
-                "accuracy": reward.value,
-                "format": min(format_reward(turn.closed, turn.answer, turn.finish_reason == "stop") for turn in turns),
-                "language": language_consistency(spoken, trajectory.item.problem.language),
-            }
+            reward = verdict.result() if verdict else Reward(0.0, None)
             if reward.error:
                 self._count("unverified", reward.error)
+            said = [turn.parsed for turn in trajectory.turns]
+            ended = [turn.finish_reason == "stop" for turn in trajectory.turns]
+            spoken = "\n".join(each.reasoning for each in said if each.reasoning) or said[-1].answer
+            trajectory.scores = {
+                "accuracy": reward.value,
+                "format": min(
+                    format_reward(each.closed, each.answer, end) for each, end in zip(said, ended, strict=True)
+                ),
+                "language": language_consistency(spoken, trajectory.item.problem.language),
+            }
         if self.both:
             again = [(t, self._verify(t, lenient=True) if t.scores["accuracy"] < 1 else None) for t, _ in verdicts]
             for trajectory, verdict in again:
@@ -167,22 +168,22 @@ class Rollout:
 
     def _whole(self, groups: list[list[Trajectory]], asked: int) -> list[list[Trajectory]]:
         """The groups without what was aborted; sums the counts over all ranks."""
-        for trajectory in itertools.chain(*groups):
-            if trajectory.aborted:
-                self._count("aborted", f"a response to {trajectory.item.problem.key!r:.60}")
-        groups = [kept for group in groups if (kept := [each for each in group if not each.aborted])]
-        totals = self.parallel.sums({"made": len(groups), **self.counts})
+        kept = [[each for each in group if each.turns[-1].finish_reason != "abort"] for group in groups]
+        if aborted := sum(map(len, groups)) - sum(map(len, kept)):
+            self._count("aborted", "the sampler broke off a response", aborted)
+        kept = [group for group in kept if group]
+        totals = self.parallel.sums({"made": len(kept), **self.counts})
         self._asked, self._made = self._asked + asked, self._made + round(totals.pop("made"))
         self.counts = {kind: round(total) for kind, total in totals.items() if total}
         if self._asked >= _PATIENCE:
             self.refuse_nothing()
-        return groups
+        return kept
 
-    def _count(self, kind: str, reason: str) -> None:
+    def _count(self, kind: str, reason: str, count: int = 1) -> None:
         if kind not in self._reasons:
             print(f"{kind}: {reason}; others alike are only counted", file=sys.stderr)
             self._reasons[kind] = reason
-        self.counts[kind] += 1
+        self.counts[kind] += count
 
 
 def turn_suffix(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:

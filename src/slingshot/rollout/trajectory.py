@@ -1,6 +1,6 @@
 """What became of one attempt at a problem: every id the model read or wrote, which of them it sampled, and what that earned.
 
-Whatever comes after the rollout (training, FLOPs, summaries, datasets, evaluations) reads trajectories; `mask` and `turns` say who wrote what.
+Whatever comes after the rollout (training, FLOPs, summaries, datasets, evaluations) reads trajectories: `mask` and `turns` say who wrote what.
 
     trajectory = Trajectory(item, prompt_ids, messages)
     trajectory.respond(sampled, tokenizer)         # a turn of the model
@@ -24,36 +24,35 @@ from slingshot.cost.flops import generation_flops
 from slingshot.data.packing import pack_examples
 from slingshot.model.config import ModelConfig
 from slingshot.tasks.mixture import Item
-from slingshot.text.reasoning import ends_in_reasoning, parse
+from slingshot.text.reasoning import Parsed, ends_in_reasoning, parse
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.policy import PolicyRows
 
 Message = Mapping[str, str]
+Finish = Literal["stop", "length", "abort"]
 
 
 @dataclass(frozen=True)
 class Sampled:
     """One sample as a sampler gives it: its ids (an end-of-sequence id included) and their logprobs at the sampling temperature.
 
-    routed_experts [T, L, K] are the experts that each token of prompt and sample went to, where the sampler tells.
+    routed_experts [T, L, K]: the experts that each token of prompt and sample went to, where the sampler tells.
     """
 
     ids: list[int]
     logprobs: list[float]
-    finish_reason: Literal["stop", "length", "abort"]
+    finish_reason: Finish
     routed_experts: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One response of the model, ids[start:end] of its trajectory, parted at the think tags; `closed`: its reasoning was."""
+    """One response of the model: ids[start:end] of its trajectory, parted at the think tags."""
 
     start: int
     end: int
-    reasoning: str
-    answer: str
-    closed: bool
-    finish_reason: Literal["stop", "length", "abort"]
+    parsed: Parsed
+    finish_reason: Finish
 
 
 @dataclass
@@ -78,19 +77,18 @@ class Trajectory:
         """Add what the model said next."""
         parsed = parse(sampled.ids, ends_in_reasoning(self.ids, tokenizer), tokenizer)
         start, end = len(self.ids), len(self.ids) + len(sampled.ids)
-        reason = sampled.finish_reason
-        self.turns.append(Turn(start, end, parsed.reasoning or "", parsed.answer, parsed.closed, reason))
-        self.ids = self.ids + sampled.ids
-        self.mask += [1] * len(sampled.ids)
-        self.logprobs += sampled.logprobs
-        self.messages = [*self.messages, {"role": "assistant", "content": parsed.answer}]
+        self.turns.append(Turn(start, end, parsed, sampled.finish_reason))
+        self._extend(sampled.ids, 1, sampled.logprobs, {"role": "assistant", "content": parsed.answer})
         self.routed_experts = sampled.routed_experts
 
     def read(self, ids: list[int], messages: Sequence[Message]) -> None:
         """Add what the environment says to the model: never trained on."""
-        self.ids = self.ids + ids
-        self.mask += [0] * len(ids)
-        self.logprobs += [0.0] * len(ids)
+        self._extend(ids, 0, [0.0] * len(ids), *messages)
+
+    def _extend(self, ids: list[int], mask: int, logprobs: list[float], *messages: Message) -> None:
+        self.ids = self.ids + ids  # a new list: the prompt's is shared by its group
+        self.mask += [mask] * len(ids)
+        self.logprobs += logprobs
         self.messages = [*self.messages, *messages]
 
     def cut(self) -> None:
@@ -103,49 +101,31 @@ class Trajectory:
         return self.turns[-1].finish_reason == "stop"
 
     @property
-    def n_sampled(self) -> int:
-        return sum(self.mask)
-
-    @property
-    def aborted(self) -> bool:
-        return self.turns[-1].finish_reason == "abort"
-
-    @property
-    def reasoning(self) -> str:
-        """The last turn's."""
-        return self.turns[-1].reasoning
-
-    @property
-    def answer(self) -> str:
-        """The last turn's."""
-        return self.turns[-1].answer
+    def response(self) -> Parsed:
+        """The last turn's reasoning and answer."""
+        return self.turns[-1].parsed
 
 
 def pack(trajectories: Sequence[Trajectory], length: int) -> PolicyRows:
-    """Rows of `length` tokens (or as many as the longest has), advantage and sampler logprob in the place of each sampled token."""
+    """Rows of `length` tokens (or as many as the longest has): advantage and sampler logprob in the place of each sampled token."""
     packed = pack_examples([(t.ids, t.mask) for t in trajectories], max([length, *(len(t.ids) for t in trajectories)]))
     advantages_BT, sampler_BT = (np.zeros(packed.tokens_NT.shape, dtype=np.float32) for _ in range(2))
     for trajectory, (row, start) in zip(trajectories, packed.placement, strict=True):
         span = slice(start, start + len(trajectory.ids))
         advantages_BT[row, span] = np.multiply(trajectory.mask, trajectory.advantage)
         sampler_BT[row, span] = trajectory.logprobs
-    fields = (packed.tokens_NT, packed.segments_NT, packed.mask_NT)
-    tokens_BT, segments_BT, mask_BT = (torch.from_numpy(part) for part in fields)
-    return PolicyRows(
-        tokens_BT.long(),
-        segments_BT.long(),
-        mask_BT.float(),
-        torch.from_numpy(advantages_BT),
-        torch.from_numpy(sampler_BT),
-    )
+    ids = (torch.from_numpy(part).long() for part in (packed.tokens_NT, packed.segments_NT))
+    rest = (torch.from_numpy(part).float() for part in (packed.mask_NT, advantages_BT, sampler_BT))
+    return PolicyRows(*ids, *rest)
 
 
-def sampling_flops(config: ModelConfig, groups: Sequence[Sequence[Trajectory]]) -> float:
-    """FLOPs of sampling groups of trajectories: the first turns of a group share the prefill of their prompt."""
-    total = 0.0
+def sampling_cost(config: ModelConfig, groups: Sequence[Sequence[Trajectory]]) -> tuple[int, float]:
+    """Tokens sampled and their FLOPs; the first turns of a group share the prefill of their prompt."""
+    tokens, flops = 0, 0.0
     for group in groups:
-        first = [trajectory.turns[0] for trajectory in group]
-        total += generation_flops(config, first[0].start, [turn.end - turn.start for turn in first])
-        later = [turn for trajectory in group for turn in trajectory.turns[1:]]
-        total += sum(generation_flops(config, turn.start, turn.end - turn.start) for turn in later)
-    return total
+        firsts = [(group[0].turns[0].start, [each.turns[0] for each in group])]
+        for start, turns in firsts + [(turn.start, [turn]) for each in group for turn in each.turns[1:]]:
+            sizes = [turn.end - turn.start for turn in turns]
+            tokens += sum(sizes)
+            flops += generation_flops(config, start, sizes)
+    return tokens, flops

@@ -24,7 +24,7 @@ from slingshot.engine.engine import Engine
 from slingshot.machine.precision import Dtype, compute_dtype, peak
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
-from slingshot.rollout.trajectory import Trajectory, sampling_flops
+from slingshot.rollout.trajectory import Trajectory, sampling_cost
 from slingshot.tasks.loader import TaskConfigs, load_task
 from slingshot.tasks.mixture import Item, distinct
 from slingshot.tasks.task import Split
@@ -98,8 +98,8 @@ def run(config: EvaluateConfig, out: Path, sampler: Sampler | None = None) -> No
             task, form, start = jobs[step]
             rollout = rollouts[task, form]
             groups = rollout.run(items[task][start : start + config.chunk])
-            tokens = sum(trajectory.n_sampled for group in groups for trajectory in group)
-            work.meter.add(tokens, sampling=sampling_flops(sampler.model_config, groups))
+            tokens, flops = sampling_cost(sampler.model_config, groups)
+            work.meter.add(tokens, sampling=flops)
             found = parallel.gather([result(task, form, group) for group in groups])
             results.extend([*found, {"task": task, "form": form, "left_out": rollout.counts}])
             accuracy = [score for row in found for score in row["accuracy"]]
@@ -118,12 +118,12 @@ def result(task: str, form: str, group: Sequence[Trajectory]) -> dict[str, Any]:
     example = {
         "prompt": problem.prompt,
         "answer": problem.answer,
-        "reasoning": first.reasoning,
-        "response": first.answer,
+        "reasoning": first.response.reasoning or "",
+        "response": first.response.answer,
         "correct": first.scores["accuracy"] == 1.0,
     }
     scores = {name: [trajectory.scores[name] for trajectory in group] for name in first.scores}
-    return {"task": task, "form": form, "tokens": [t.n_sampled for t in group], **scores, "example": example}
+    return {"task": task, "form": form, "tokens": [sum(t.mask) for t in group], **scores, "example": example}
 
 
 def summarise(

@@ -1,8 +1,8 @@
 """Reinforcement learning with rewards a program can check: GRPO (arXiv 2402.03300) as R1-Zero and R1 use it (2501.12948).
 
-Every step draws problems, samples a group of responses to each, scores them, and moves the policy towards those above their group's mean:
-clipped ratio, k3 KL to a reference that is replaced now and then, no reward model, no critic. With `loss.kl` 0 there is no reference,
-neither in memory nor in time (arXiv 2503.14476, 2.3, leaves it out).
+Every step draws problems, samples a group of responses to each, scores them, and moves the policy towards those above their
+group's mean: clipped ratio, k3 KL to a reference that is replaced now and then, no reward model, no critic. With `loss.kl` 0
+there is no reference, neither in memory nor in time (arXiv 2503.14476, 2.3, leaves it out).
 
     slingshot rl --config rl.toml --out runs/zero
 """
@@ -27,7 +27,7 @@ from slingshot.model.transformer import Transformer
 from slingshot.rollout.reward import RewardWeights, assign_rewards, has_signal
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
-from slingshot.rollout.trajectory import Trajectory, pack, sampling_flops
+from slingshot.rollout.trajectory import Trajectory, pack, sampling_cost
 from slingshot.tasks.loader import TaskConfigs
 from slingshot.tasks.mixture import TaskMix
 from slingshot.tasks.verification import VerificationPool
@@ -78,11 +78,8 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
     source = locate(config.model)
     work = Workspace(out, kind, config, [source], parallel, config.save_seconds, peak(config.dtype))
     tasks = TaskMix(config.tasks, "train", f"rl/{config.seed}")
-    model, tokenizer, dtype = (
-        load_model(source, device=parallel.device),
-        load_tokenizer(source),
-        compute_dtype(config.dtype),
-    )
+    model, tokenizer = load_model(source, device=parallel.device), load_tokenizer(source)
+    dtype = compute_dtype(config.dtype)
     reference = load_model(source, device=parallel.device, shard=parallel.shard) if config.loss.kl else None
     sampler = sampler or EngineSampler.beside(model, tokenizer, dtype, alone=parallel.mesh is None)
     params = config.sampling.params(config.group_size, config.seed)
@@ -122,15 +119,13 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
             update = update_policy(model, reference, optimizer, kept, config, step, parallel)
             work.check(step + 1, **{name: update[name] for name in ("loss", "gradient_norm") if name in update})
 
+            tokens, flops = sampling_cost(model.config, groups)
             lengths = [len(trajectory.ids) for trajectory in kept]
-            work.meter.add(
-                sum(trajectory.n_sampled for group in groups for trajectory in group),
-                sampling=sampling_flops(model.config, groups),
-                reference=forward_flops(model.config, lengths) if config.loss.kl else 0.0,
-                **training_parts(model.config, lengths, mtp=config.loss.mtp > 0),
-            )
-            row, n_tokens = summary(groups, parallel)
-            speed = work.speed(n_tokens, flops_before)
+            again = forward_flops(model.config, lengths) if config.loss.kl else 0.0
+            parts = training_parts(model.config, lengths, mtp=config.loss.mtp > 0)
+            work.meter.add(tokens, sampling=flops, reference=again, **parts)
+            row = summary(groups, parallel)
+            speed = work.speed(int(parallel.sum(tokens)), flops_before)
             lr = config.optimizer.lr * schedule(config.optimizer, step, config.steps)
             work.log({"step": step + 1, **row, **update, **rollout.counts, "lr": lr, **speed})
             shown = {"reward": row["reward"], "pass": row["pass_rate"], "length": row["response_tokens"]}
@@ -162,13 +157,13 @@ def update_policy(
     norms = []
     for start in range(0, n_rows, size):
         part, sizes = batch[start : start + size], (config.sampling.temperature, config.micro_batch_size)
-        sums = policy_step(model, reference, part, min(size, n_rows - start), config.loss, *sizes, parallel)
+        sums, loads = policy_step(model, reference, part, min(size, n_rows - start), config.loss, *sizes, parallel)
         norms.append(optimizer.step(schedule(config.optimizer, step, config.steps)))
-        loads = [parallel.sum(load) for load in sums.load_LE]
+        loads = [parallel.sum(load) for load in loads]
         if config.bias_update_speed:
             update_router_biases(model, loads, config.bias_update_speed)
         load_LE = add_loads(load_LE, loads)
-        totals = {name: totals.get(name, 0.0) + value for name, value in parallel.sums(sums.values).items()}
+        totals = {name: totals.get(name, 0.0) + value for name, value in parallel.sums(sums).items()}
     per_token = {"loss": "loss", "kl": "kl", "clip_fraction": "clipped", "entropy": "entropy", "logprob_gap": "gap"}
     logged: dict[str, Any] = {name: totals[key] / totals["tokens"] for name, key in per_token.items()}
     logged["gradient_norm"] = max(norms)
@@ -179,25 +174,19 @@ def update_policy(
     return logged
 
 
-def summary(groups: Sequence[Sequence[Trajectory]], parallel: Parallel) -> tuple[dict[str, float], int]:
-    """Means over the global step's trajectories, as they are logged, and how many tokens were sampled."""
+def summary(groups: Sequence[Sequence[Trajectory]], parallel: Parallel) -> dict[str, float]:
+    """Means over the global step's trajectories, and over its groups, as they are logged."""
     each = [trajectory for group in groups for trajectory in group]
-    scores = {"pass_rate": "accuracy", "format": "format", "language": "language"}
-    total = parallel.sums(
-        {
-            "reward": sum(t.reward for t in each),
-            **{name: sum(t.scores[score] for t in each) for name, score in scores.items()},
-            "response_tokens": float(sum(t.n_sampled for t in each)),
-            "no_signal": float(sum(not has_signal(group) for group in groups)),
-            "n": float(len(each)),
-            "groups": float(len(groups)),
-        }
-    )
-    n, n_groups = max(total.pop("n"), 1.0), max(total.pop("groups"), 1.0)
-    no_signal = total.pop("no_signal") / n_groups
-    return {**{name: value / n for name, value in total.items()}, "no_signal": no_signal}, round(
-        total["response_tokens"]
-    )
+    sums = {
+        "reward": sum(t.reward for t in each),
+        "pass_rate": sum(t.scores["accuracy"] for t in each),
+        "format": sum(t.scores["format"] for t in each),
+        "language": sum(t.scores["language"] for t in each),
+        "response_tokens": sum(sum(t.mask) for t in each),
+        "no_signal": sum(not has_signal(group) for group in groups),
+    }
+    total = parallel.sums({**sums, "each": len(each), "groups": len(groups)})
+    return {name: total[name] / max(1.0, total["groups" if name == "no_signal" else "each"]) for name in sums}
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from slingshot.engine.engine import Engine
 from slingshot.machine.precision import Dtype, compute_dtype, peak
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
-from slingshot.rollout.trajectory import Trajectory, sampling_flops
+from slingshot.rollout.trajectory import Trajectory, sampling_cost
 from slingshot.tasks.loader import TaskConfigs
 from slingshot.tasks.mixture import TaskMix
 from slingshot.tasks.verification import VerificationPool
@@ -77,8 +77,8 @@ def run(config: SampleConfig, out: Path, sampler: Sampler | None = None) -> None
         for step in range(saved.step if saved else 0, len(chunks)):
             flops_before = work.meter.flops
             groups = rollout.run(chunks[step])
-            tokens = sum(trajectory.n_sampled for group in groups for trajectory in group)
-            work.meter.add(tokens, sampling=sampling_flops(sampler.model_config, groups))
+            tokens, flops = sampling_cost(sampler.model_config, groups)
+            work.meter.add(tokens, sampling=flops)
 
             right = [sum(t.scores["accuracy"] == 1.0 for t in group) / len(group) for group in groups]
             found = parallel.gather(
@@ -106,7 +106,8 @@ def accepted(group: Sequence[Trajectory], config: SampleConfig) -> list[dict[str
     for trajectory in group:
         scores = trajectory.scores
         if scores["accuracy"] == scores["format"] == 1.0 and (scores["language"] == 1.0 or not config.language):
-            first.setdefault(trajectory.reasoning.strip(), trajectory.answer.strip())
+            said = trajectory.response
+            first.setdefault((said.reasoning or "").strip(), said.answer.strip())
     item = group[0].item
     named = {"task": item.task.name, "key": item.problem.key}
     texts = list(first.items())[: config.per_problem]

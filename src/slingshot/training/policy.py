@@ -60,14 +60,6 @@ class PolicyRows:
         return PolicyRows(*(change(getattr(self, field.name)) for field in fields(self)))
 
 
-@dataclass
-class PolicySums:
-    """Sums over one rank's tokens, and the load of each MoE layer."""
-
-    values: dict[str, float]
-    load_LE: list[Tensor]
-
-
 def policy_step(
     model: Transformer,
     reference: Transformer | None,
@@ -77,10 +69,11 @@ def policy_step(
     temperature: float,
     micro_batch_size: int,
     parallel: Parallel,
-) -> PolicySums:
+) -> tuple[dict[str, float], list[Tensor]]:
     """Forward and backward over this rank's rows; gradients are those of the mean over the global batch's sampled tokens.
 
     `n_rows` is the largest rank's number of rows: every rank takes as many micro-batches. `temperature` is the sampler's.
+    Returns sums over this rank's tokens, and the load of each MoE layer.
     """
     with_mtp = model.config.num_nextn_predict_layers > 0 and config.mtp > 0
     far_BT = mtp_targets(batch.tokens_BT, batch.segments_BT, batch.mask_BT)[1]
@@ -118,7 +111,7 @@ def policy_step(
         sums = {"loss": terms.loss.detach(), "kl": terms.kl, "clipped": terms.clipped, "entropy": entropy_N.sum()}
         for name, value in (sums | {"gap": (logprobs_N.detach() - sampler_N).abs().sum()}).items():
             values[name] += float(value)
-    return PolicySums(values, load_LE)
+    return values, load_LE
 
 
 def _chosen_logprobs(

@@ -22,7 +22,8 @@ from slingshot.cost.flops import training_flops
 from slingshot.machine.device import describe_machine, machine_peak
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
-from slingshot.training.language_model import LanguageModelLoss, Rows, language_model_step
+from slingshot.training.batch import Rows
+from slingshot.training.language_model import LanguageModelLoss, language_model_step
 from slingshot.training.optimizer import Optimizer, OptimizerConfig
 from slingshot.training.parallel import Parallel
 
@@ -87,7 +88,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.manual_seed(0)
-    parallel = Parallel.start(options.threads)
+    torch.set_num_threads(options.threads)
+    parallel = Parallel.start()
     tokens = [torch.randint(0, CONFIG.vocab_size, (BATCH, LENGTH)) for _ in range(STEPS)]
     runners = {"slingshot": ours(parallel), "transformers eager": theirs("eager"), "transformers sdpa": theirs("sdpa")}
     speeds: dict[str, list[float]] = {name: [] for name in runners}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -102,8 +104,28 @@ def test_digest_is_answered_by_the_receipt(tmp_path: Path, clock: Clock) -> None
     before = artifact_digest(out)
     Meter().receipt("sft", "out", {}, [], out, MACHINE).write(out)
     assert artifact_digest(out) == before
-    (out / "model").unlink()
-    assert artifact_digest(out) == before  # gigabytes are not read twice
+    receipt = Receipt.read(out)
+    receipt.model_copy(update={"digest": "of the receipt"}).write(out)
+    assert artifact_digest(out) == "of the receipt"  # gigabytes are not read twice
+
+
+@pytest.mark.parametrize("change", ["edited", "replaced by an older file", "added", "removed"])
+def test_a_folder_that_changed_after_its_receipt_is_read(tmp_path: Path, change: str) -> None:
+    out = folder(tmp_path / "out", model="weights", config="{}")
+    old = folder(tmp_path / "old", model="others") / "model"
+    Meter().receipt("sft", "out", {}, [], out, MACHINE).write(out)
+    before = artifact_digest(out)
+    time.sleep(0.02)
+    if change == "edited":
+        (out / "model").write_text("edited!")
+    elif change == "replaced by an older file":
+        os.utime(old, (0, 0))
+        old.rename(out / "model")
+    elif change == "added":
+        (out / "more").write_text("weights")
+    else:
+        (out / "model").unlink()
+    assert artifact_digest(out) != before
 
 
 def test_what_is_missing_or_broken_is_named(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import ModelOutput, Transformer
 from slingshot.stages import convert
 from slingshot.text.tokenizer import Tokenizer
-from slingshot.training.language_model import LanguageModelLoss, Rows, language_model_step
+from slingshot.training.batch import Rows
+from slingshot.training.language_model import LanguageModelLoss, language_model_step
 from slingshot.training.optimizer import Optimizer, OptimizerConfig, update_router_biases
 from slingshot.training.parallel import Parallel
 
@@ -191,7 +192,7 @@ def test_the_checkpoint_holds_the_module_as_one_more_layer(
 
 
 OPTIMIZER = OptimizerConfig(lr=0.01, adam_lr=0.01)
-ALONE = Parallel(0, 1, torch.device("cpu"), None)
+ALONE = Parallel()
 
 
 def train(model: Transformer, optimizer: Optimizer, steps: range) -> list[float | None]:

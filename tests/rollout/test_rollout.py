@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 from slingshot.base.errors import SlingshotError
 from slingshot.engine.sampling import SamplingParams
@@ -22,7 +21,7 @@ from slingshot.text.reasoning import Parsed
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.parallel import Parallel
 
-ALONE = Parallel(0, 1, torch.device("cpu"), None)
+ALONE = Parallel()
 SUM = Problem(prompt="What is 3+4?", key="3+4", answer="7")
 Saying = Callable[..., ScriptedSampler]
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -11,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
@@ -30,7 +34,7 @@ def test_a_run_leaves_a_checkpoint_its_metrics_and_its_account(
     base: Path, pretraining: Pretraining, metrics: Metrics
 ) -> None:
     rows, receipt, config = metrics(base), Receipt.read(base), pretraining()
-    _, tokens_NT, segments_NT, _ = pretrain.prepare(config)
+    corpus = pretrain.prepare(config)
     assert [row["step"] for row in rows] == list(range(1, 31))
     model, tokenizer = load_model(base), load_tokenizer(base)
     assert model.config.vocab_size == tokenizer.vocab_size <= 300 and model.config.eos_token_id == tokenizer.eos_id
@@ -42,11 +46,7 @@ def test_a_run_leaves_a_checkpoint_its_metrics_and_its_account(
     assert {"step", "loss", "mtp_loss", "balance_loss", "expert_load", "lr", "gradient_norm"} == set(rows[0]) and len(
         rows[0]["expert_load"]
     ) == 2
-    assert (
-        receipt.tokens
-        == sum(pretrain._batch(tokens_NT, segments_NT, config, step).n_tokens for step in range(30))
-        > 29 * 16 * 48
-    )
+    assert receipt.tokens == sum(corpus.batch(config, step).n_tokens for step in range(30)) > 29 * 16 * 48
     assert receipt.stage == "pretrain" and receipt.parents == []
     assert receipt.flops == receipt.flops_by_part["training"] + receipt.flops_by_part["mtp"]
     # every batch is full: the FLOPs lie between those of one-token documents and of rows that are one document
@@ -68,8 +68,8 @@ def test_the_same_seed_makes_the_same_weights(
 
 def test_the_corpus_follows_its_seed(pretraining: Pretraining) -> None:
     first, again, other = (pretrain.prepare(pretraining(seed=seed)) for seed in (0, 0, 1))
-    assert np.array_equal(first[1], again[1]) and np.array_equal(first[2], again[2])
-    assert first[1].shape != other[1].shape or not np.array_equal(first[1], other[1])
+    assert np.array_equal(first.tokens_NT, again.tokens_NT) and np.array_equal(first.segments_NT, again.segments_NT)
+    assert not np.array_equal(first.tokens_NT, other.tokens_NT)
 
 
 def test_documents_are_of_the_train_split_in_their_shares(pretraining: Pretraining, sums: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ def test_documents_are_of_the_train_split_in_their_shares(pretraining: Pretraini
 
 
 def test_plain_documents_are_framed_and_chats_follow_the_template(pretraining: Pretraining) -> None:
-    tokenizer = pretrain.prepare(pretraining())[0]
+    tokenizer = pretrain.prepare(pretraining()).tokenizer
     plain, chat = pretrain._encode(tokenizer, [("3+4=7",), ("What is 3+4?", "3 plus 4 is 7", "7")])
     assert plain == [tokenizer.bos_id, *tokenizer.encode("3+4=7"), tokenizer.eos_id]
     prompt = tokenizer.encode_chat([{"role": "user", "content": "What is 3+4?"}])
@@ -96,11 +96,10 @@ def test_plain_documents_are_framed_and_chats_follow_the_template(pretraining: P
 
 def test_every_epoch_takes_every_row_once_in_an_order_of_its_own(pretraining: Pretraining) -> None:
     """Ten rows in batches of 5."""
-    tokens_NT, segments_NT = np.arange(10)[:, None].repeat(8, axis=1), np.ones((10, 8), dtype=np.int32)
     config = pretraining(batch_size=5)
-    batches = [
-        tuple(pretrain._batch(tokens_NT, segments_NT, config, step).tokens_BT[:, 0].tolist()) for step in range(6)
-    ]
+    tokenizer = pretrain.prepare(config).tokenizer
+    rows = pretrain.PackedCorpus(tokenizer, np.arange(10)[:, None].repeat(8, axis=1), np.ones((10, 8), dtype=np.int32))
+    batches = [tuple(rows.batch(config, step).tokens_BT[:, 0].tolist()) for step in range(6)]
     epochs = [sorted(batches[i] + batches[i + 1]) for i in (0, 2, 4)]
     assert epochs == [list(range(10))] * 3 and len(set(batches)) > 3
 
@@ -125,35 +124,55 @@ def test_router_biases_move_until_the_frozen_share(
 
 
 def test_real_text_is_scored_in_bits_per_byte_of_held_out_documents(pretraining: Pretraining, tmp_path: Path) -> None:
-    """The figure in the receipt is the documents' negative log likelihood, each alone and behind its bos, over their bytes."""
+    """The figure in the receipt is the documents' negative log likelihood, each token once, over their bytes.
+
+    Documents are longer than the model sees at once: from the second window on it has the last half window before a token at least.
+    """
     text = tmp_path / "corpus.jsonl"
-    text.write_text(
-        "".join(
-            f'{{"text": "Line {i}: the sum of {i} and {i + 1} is {2 * i + 1}. それは{i}です。"}}\n' for i in range(300)
-        )
-    )
-    pretrain.run(pretraining(documents=None, text=[str(text)], steps=5), tmp_path / "out")
+    line = "Line {}: the sum of {} and {} is {}. それは{}です。"
+    texts = [" ".join(line.format(i, i, k, i + k, i) for k in range(i % 7)) + "end" for i in range(100)]
+    text.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    pretrain.run(pretraining(documents=None, text=[str(text)], text_key="body", steps=5), tmp_path / "out")
     model, tokenizer = load_model(tmp_path / "out"), load_tokenizer(tmp_path / "out")
-    train, heldout = Corpus.open([str(text)]).split()
-    assert len(heldout) > 3 and len(train) + len(heldout) == 300
-    stream = [
-        (index, token)
-        for index, document in enumerate(heldout)
-        for token in (tokenizer.bos_id, *tokenizer.encode(document), tokenizer.eos_id)
-    ]
-    nats = 0.0
-    for start in range(0, len(stream), 48):
-        row = stream[start : start + 48]
-        for document in {index for index, _ in row}:
-            ids = torch.tensor([token for index, token in row if index == document])
+    train, heldout = Corpus.open([str(text)], "body").split()
+    assert len(heldout) > 3 and len(train) + len(heldout) == 100
+    nats, longest = 0.0, 0
+    for document in heldout:
+        ids = [tokenizer.bos_id, *tokenizer.encode(document), tokenizer.eos_id]
+        longest = max(longest, len(ids))
+        for place in range(1, len(ids)):  # each token by itself
+            window = 0 if place < 48 else 24 * ((place - 24) // 24)
             with torch.no_grad():
-                nats += (
-                    float(F.cross_entropy(model(ids[None]).logits_BTV[0, :-1], ids[1:], reduction="sum"))
-                    if len(ids) > 1
-                    else 0.0
-                )
+                logits = model(torch.tensor([ids[window : place + 1]])).logits_BTV[0, -2]
+            nats -= float(logits.log_softmax(-1)[ids[place]])
     expected = nats / math.log(2) / sum(len(document.encode()) for document in heldout)
-    assert Receipt.read(tmp_path / "out").extra["bits_per_byte"] == pytest.approx(expected, rel=1e-4)
+    assert longest > 3 * 48
+    assert Receipt.read(tmp_path / "out").extra["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_task_without_solutions_is_named(pretraining: Pretraining, tmp_path: Path) -> None:
+    task = tmp_path / "capitals.py"
+    task.write_text(
+        "def problems(split, seed):\n    yield {'prompt': 'Japan?', 'answer': 'Tokyo'}\n\n"
+        "def verify(problem, text):\n    return float(text == problem['answer'])\n"
+    )
+    with pytest.raises(SlingshotError, match=rf"^documents: the task {task} writes no worked solutions; give text"):
+        pretrain.run(pretraining(documents={"tasks": [{"name": str(task)}], "count": 5}), tmp_path / "out")
+
+
+def test_ctrl_c_while_the_corpus_is_prepared_stops_at_once(pretraining: Pretraining, tmp_path: Path) -> None:
+    """Another process, so that the signal comes at any moment; nothing is left but what the next attempt takes up."""
+    config = pretraining(documents={"tasks": [{"name": "arithmetic"}], "count": 10_000_000})
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    command = [sys.executable, "-m", "slingshot", "stage", "pretrain", "--config", str(tmp_path / "config.json")]
+    stage = subprocess.Popen([*command, "--out", str(tmp_path / "out")], start_new_session=True)
+    while not (tmp_path / "out.partial" / "identity.json").exists():
+        time.sleep(0.05)
+    time.sleep(0.3)
+    begin = time.monotonic()
+    stage.send_signal(signal.SIGINT)
+    assert stage.wait(timeout=30) == 130 and time.monotonic() - begin < 5
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out.partial"]
 
 
 def test_a_tokenizer_of_another_checkpoint_is_taken_over(base: Path, pretraining: Pretraining, tmp_path: Path) -> None:
@@ -183,7 +202,8 @@ def test_a_diverging_run_stops_with_its_last_good_state(pretraining: Pretraining
         ({"steps": 0}, "base.steps: Input should be greater than or equal to 1, got 0"),
         ({"vocab_size": 100}, "base.vocab_size: .* got 100"),
         ({"leraning_rate": 1.0}, "base.leraning_rate: unknown key"),
-        ({"betas": (0.9, 1.5)}, "base.betas"),
+        ({"optimizer": {"betas": (0.9, 1.5)}}, "base.optimizer.betas"),
+        ({"sequence_length": 256}, "base: sequence_length 256 is beyond the model's max_position_embeddings 128"),
         ({"documents": {"tasks": [], "count": 5}}, "base.documents.tasks"),
         ({"documents": {"tasks": [{"name": "arithmetic"}], "count": 0}}, "base.documents.count"),
         ({"documents": {"tasks": [{"name": "arithmetic"}], "count": 5, "styles": {}}}, "base.documents.styles"),
@@ -208,7 +228,7 @@ def test_a_config_that_cannot_run_is_refused_before_it_does(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"text": ["nowhere.txt"]}, "corpus nowhere.txt does not exist"),
+        ({"text": ["nowhere.txt"]}, "nowhere.txt does not exist"),
         (
             {"batch_size": 2000},
             r"the corpus fills \d+ rows of 48 tokens, fewer than one batch of 2000; add text or lower batch_size",

@@ -27,7 +27,7 @@ from slingshot.training.optimizer import Optimizer
 from slingshot.training.parallel import Parallel
 from slingshot.training.policy import policy_step
 
-ALONE = Parallel(0, 1, torch.device("cpu"), None)
+ALONE = Parallel()
 Training = Callable[..., rl.RLConfig]
 Metrics = Callable[[Path], list[dict[str, Any]]]
 Saying = Callable[..., ScriptedSampler]

@@ -13,6 +13,7 @@ from slingshot.base.files import write_jsonl
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.receipt import Receipt
 from slingshot.stages import sft
+from slingshot.text.tokenizer import Tokenizer
 
 Metrics = Callable[[Path], list[dict[str, Any]]]
 Finetuning = Callable[..., sft.SFTConfig]
@@ -39,9 +40,13 @@ def finetuning(base: Path, tmp_path: Path) -> Finetuning:
     return lambda **changes: sft.SFTConfig.parse({**common, **changes}, "sft")
 
 
+def pairs(config: sft.SFTConfig, tokenizer: Tokenizer) -> list[sft.Pair]:
+    return sft.encode(sft.read(config), tokenizer, config)
+
+
 def test_an_example_is_its_prompt_in_the_template_and_the_response(base: Path, finetuning: Finetuning) -> None:
     tokenizer = load_tokenizer(base)
-    examples = sft._examples(finetuning(), tokenizer)
+    examples = pairs(finetuning(), tokenizer)
     assert len(examples) == 40
     prompt, response = examples[0]
     assert prompt == tokenizer.encode_chat([{"role": "user", "content": "What is 1+1?"}])
@@ -50,8 +55,8 @@ def test_an_example_is_its_prompt_in_the_template_and_the_response(base: Path, f
 
 def test_only_responses_are_targets_and_every_epoch_has_all_of_them(base: Path, finetuning: Finetuning) -> None:
     config, tokenizer = finetuning(), load_tokenizer(base)
-    examples = sft._examples(config, tokenizer)
-    packed = [sft._pack(examples, config, epoch) for epoch in range(2)]
+    examples = pairs(config, tokenizer)
+    packed = [sft.rows_of_epoch(examples, config, epoch) for epoch in range(2)]
     seen = []
     for rows in packed:
         found = []
@@ -72,13 +77,13 @@ def test_a_run_learns_the_format_and_says_what_it_took(
 ) -> None:
     sft.run(finetuning(epochs=3, optimizer={"lr": 0.01, "adam_lr": 0.01}), tmp_path / "out")
     rows, receipt = metrics(tmp_path / "out"), Receipt.read(tmp_path / "out")
-    per_epoch = -(-len(sft._pack(sft._examples(finetuning(), load_tokenizer(base)), finetuning(), 0).tokens_BT) // 4)
+    per_epoch = -(-len(sft.rows_of_epoch(pairs(finetuning(), load_tokenizer(base)), finetuning(), 0).tokens_BT) // 4)
     assert abs(len(rows) - 3 * per_epoch) <= 3 and [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"] and rows[-1]["mtp_loss"] < 0.9 * rows[0]["mtp_loss"]
-    assert {parent.path for parent in receipt.parents} == {str(base), str(tmp_path / "data")} and receipt.extra == {
-        "examples": 40
-    }
-    length = sum(len(prompt) + len(response) for prompt, response in sft._examples(finetuning(), load_tokenizer(base)))
+    assert {parent.path for parent in receipt.parents} == {str(base), str(tmp_path / "data")} and receipt.extra[
+        "examples"
+    ] == 40
+    length = sum(len(prompt) + len(response) for prompt, response in pairs(finetuning(), load_tokenizer(base)))
     assert receipt.tokens == 3 * length
     assert load_model(tmp_path / "out").config == load_model(base).config
 
@@ -88,29 +93,61 @@ def test_tasks_write_worked_solutions_of_the_train_split(
 ) -> None:
     tokenizer = load_tokenizer(base)
     config = finetuning(data=[], tasks=[sums], examples=20)
-    responses = [tokenizer.decode(response) for _, response in sft._examples(config, tokenizer)]
+    responses = [tokenizer.decode(response) for _, response in pairs(config, tokenizer)]
     assert len(responses) == 20 and all(" plus " in response and "</think>" in response for response in responses)
     answers = [
         tokenizer.decode(response)
-        for _, response in sft._examples(finetuning(data=[], tasks=[sums], examples=20, style="answer"), tokenizer)
+        for _, response in pairs(finetuning(data=[], tasks=[sums], examples=20, style="answer"), tokenizer)
     ]
     assert not [answer for answer in answers if "plus" in answer]
 
 
 def test_a_model_without_a_template_is_put_the_question_as_text(base: Path, finetuning: Finetuning) -> None:
     tokenizer = load_tokenizer(base)
-    prompt, response = sft._examples(finetuning(form={"chat": False, "text": "Q: {prompt} A:"}), tokenizer)[0]
+    prompt, response = pairs(finetuning(form={"chat": False, "text": "Q: {prompt} A:"}), tokenizer)[0]
     assert prompt == [tokenizer.bos_id, *tokenizer.encode("Q: What is 1+1? A:")]
     assert response[0] == tokenizer.think_id  # the prompt does not open the reasoning, so the response does
 
 
-def test_examples_longer_than_a_row_are_left_out(base: Path, finetuning: Finetuning, tmp_path: Path) -> None:
-    long = EXAMPLES[0] | {"reasoning": "1 plus 1 is 2, " * 20}
-    write_jsonl(tmp_path / "long.jsonl", [long, EXAMPLES[1]])
-    assert len(sft._examples(finetuning(data=[str(tmp_path / "long.jsonl")]), load_tokenizer(base))) == 1
-    write_jsonl(tmp_path / "long.jsonl", [long])
-    with pytest.raises(SlingshotError, match="every example is longer than sequence_length 48; raise it"):
-        sft._examples(finetuning(data=[str(tmp_path / "long.jsonl")]), load_tokenizer(base))
+@pytest.mark.parametrize("lengths", [{"sequence_length": 48}, {"sequence_length": 500}])
+def test_examples_that_are_too_long_are_counted_and_refused_when_they_are_most(
+    finetuning: Finetuning, tmp_path: Path, capsys: pytest.CaptureFixture[str], lengths: dict[str, int]
+) -> None:
+    """Longer than a row, or than the model's max_position_embeddings of 128."""
+    long = EXAMPLES[0] | {"reasoning": "1 plus 1 is 2, " * 60}
+    write_jsonl(tmp_path / "long.jsonl", [long, EXAMPLES[1], EXAMPLES[2]])
+    config = finetuning(data=[str(tmp_path / "long.jsonl")], epochs=1, **lengths)
+    sft.run(config, tmp_path / "out")
+    longest = min(128, config.sequence_length)
+    assert f"out: 1 of 3 examples are longer than {longest} tokens and left out\n" in capsys.readouterr().err
+    extra = Receipt.read(tmp_path / "out").extra
+    assert (extra["examples"], extra["dropped"]) == (2, 1)
+    write_jsonl(tmp_path / "long.jsonl", [long, long, EXAMPLES[1]])
+    with pytest.raises(
+        SlingshotError, match=rf"2 of 3 examples are longer than {longest} tokens, .* has \d+; raise seq"
+    ):
+        sft.run(config, tmp_path / "other")
+
+
+def test_rows_without_reasoning_and_chats_are_taken(base: Path, finetuning: Finetuning, tmp_path: Path) -> None:
+    """An empty think block or none; every assistant message of a chat is an example, with all before it as its prompt."""
+    tokenizer = load_tokenizer(base)
+    ask, say = {"role": "user", "content": "What is 1+1?"}, {"role": "assistant", "content": "2"}
+    write_jsonl(tmp_path / "silent.jsonl", [
+        {"prompt": "What is 1+1?", "answer": "2"},
+        {"messages": [ask, say]},
+        {"messages": [ask, say, ask, say | {"reasoning_content": "so"}]},
+    ])  # fmt: skip
+    opened = tokenizer.encode_chat([ask])
+    found = pairs(finetuning(data=[str(tmp_path / "silent.jsonl")]), tokenizer)
+    assert [prompt for prompt, _ in found] == [opened] * 3 + [tokenizer.encode_chat([ask, say, ask])]
+    empty = "\n</think>\n\n2"
+    assert [tokenizer.decode(response) for _, response in found] == [empty] * 3 + ["so" + empty]
+    without = pairs(finetuning(data=[str(tmp_path / "silent.jsonl")], no_reasoning="none"), tokenizer)
+    assert [tokenizer.decode(response) for _, response in without] == ["2"] * 3 + ["so" + empty]
+    assert all(response[-1] == tokenizer.eos_id for _, response in without)
+    before = opened[: opened.index(tokenizer.think_id)]
+    assert [prompt for prompt, _ in without] == [before] * 3 + [tokenizer.encode_chat([ask, say, ask])]
 
 
 @pytest.mark.parametrize(
@@ -118,13 +155,15 @@ def test_examples_longer_than_a_row_are_left_out(base: Path, finetuning: Finetun
     [
         (
             '{"prompt": "a", "reasoning": "b"}\n',
-            "data.jsonl line 1: an example holds prompt, reasoning and answer, all text",
+            'data.jsonl line 1: an example holds "prompt" and "answer", with or without "reasoning", all text',
         ),
         (
             '{"prompt": "a", "reasoning": "b", "answer": "c"}\n{"prompt": "a", "reasoning": "b", "answer": 7}\n',
             "line 2: an example holds",
         ),
         ("[1, 2]\n", "line 1: an example holds"),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n', "line 1: an example holds"),
+        ('{"messages": "a"}\n', "line 1: an example holds"),
         ("nonsense\n", "data.jsonl line 1 is not valid JSON"),
         ("", "no examples; did any sample pass the verifier"),
     ],

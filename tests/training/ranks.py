@@ -12,9 +12,10 @@ import torch
 from slingshot.checkpoint.load_save import FolderWeights, load_model, load_weights
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
-from slingshot.training.language_model import LanguageModelLoss, Rows, language_model_step
+from slingshot.training.batch import Rows
+from slingshot.training.language_model import LanguageModelLoss, language_model_step
 from slingshot.training.optimizer import Optimizer, OptimizerConfig, update_router_biases
-from slingshot.training.parallel import Parallel, gathered, load_gathered
+from slingshot.training.parallel import Parallel, load_whole, whole_tensors
 
 STEPS = 20
 CONFIG = ModelConfig(
@@ -52,19 +53,19 @@ def train(parallel: Parallel) -> dict[str, Any]:
             [losses.loss, losses.mtp_loss, losses.balance_loss, norm, *(float(load.max()) for load in losses.load_LE)]
         )
         if step == STEPS // 2:
-            weights, state = gathered(model), optimizer.state()
+            weights, state = dict(whole_tensors(model.state_dict())), dict(whole_tensors(optimizer.state()))
             model, optimizer = start()
-            load_gathered(model, weights)
+            load_whole(model, weights)
             optimizer.load(state)
     return {
         "losses": logged,
         "biases": [layer.gate.e_score_correction_bias.tolist() for layer in model.moe_layers()],
-        "weights": {name: tensor.flatten()[:50].tolist() for name, tensor in gathered(model).items()},
+        "weights": {name: tensor.flatten()[:50].tolist() for name, tensor in whole_tensors(model.state_dict())},
         "sharded": sum(hasattr(parameter, "full_tensor") for parameter in model.parameters())
         / len(list(model.parameters())),
-        "gathered": parallel.gather([{"row": row, "text": "é"} for row in range(5)][parallel.rank :: parallel.world]),
-        "sums": parallel.sums({"ranks": 1.0, "rank": float(parallel.rank)}),
-        "max": parallel.max(parallel.rank),
+        "gathered": parallel.gather(parallel.mine([{"row": row, "text": "é"} for row in range(5)])),
+        "sums": parallel.sums({"ranks": 1.0, "rank": float(parallel.dp_rank)}),
+        "max": parallel.max(parallel.dp_rank),
     }
 
 
@@ -80,7 +81,7 @@ def read(parallel: Parallel, folder: Path) -> dict[str, Any]:
         (tensor.to_local() if hasattr(tensor, "to_local") else tensor).nbytes for tensor in model.state_dict().values()
     )
     expected = load_model(folder).state_dict()
-    same = all(torch.equal(tensor, expected[name]) for name, tensor in gathered(model).items())
+    same = all(torch.equal(tensor, expected[name]) for name, tensor in whole_tensors(model.state_dict()))
     return {
         "read": weights.shards.bytes_read,
         "own": own,
@@ -90,6 +91,7 @@ def read(parallel: Parallel, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    me, place = Parallel.start(threads=1), Path(sys.argv[1])
-    (place / f"rank-{me.rank}.json").write_text(json.dumps(train(me) | {"reading": read(me, place / "model")}))
-    me.stop()
+    torch.set_num_threads(1)
+    with Parallel.start() as me:
+        place = Path(sys.argv[1])
+        (place / f"rank-{me.dp_rank}.json").write_text(json.dumps(train(me) | {"reading": read(me, place / "model")}))

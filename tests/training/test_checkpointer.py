@@ -8,7 +8,11 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +20,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from slingshot.base.config import StageConfig
+from slingshot.base.config import StageConfig, Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_jsonl, write_text
-from slingshot.cost.receipt import Receipt
-from slingshot.training import checkpointer as workspace
-from slingshot.training.checkpointer import Workspace
+from slingshot.cost.receipt import Receipt, artifact_digest
+from slingshot.model.transformer import Transformer
+from slingshot.text.tokenizer import Tokenizer
+from slingshot.training import checkpointer
+from slingshot.training.checkpointer import Checkpointer
+from slingshot.training.interrupts import Interrupts
 from slingshot.training.parallel import Parallel
-
-ALONE = Parallel(0, 1, torch.device("cpu"), None)
 
 
 class Config(StageConfig):
     lr: float = 0.1
+    dtype: str | None = None
+    save_seconds: float = 0.0
 
 
 @pytest.fixture
@@ -36,24 +43,25 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "stage"
 
 
-Open = Callable[..., Workspace]
+Open = Callable[..., Checkpointer]
 
 
 @pytest.fixture
-def open_work(out: Path) -> Open:
-    def work(
-        config: StageConfig | None = None, parents: list[Path] | None = None, save_seconds: float = 0.0
-    ) -> Workspace:
-        return Workspace(out, "sft", config or Config(), parents or [], ALONE, save_seconds)
+def open_work(out: Path) -> Iterator[Open]:
+    """open_work(config, at, kind): a checkpointer that is left at the end of the test."""
+    with ExitStack() as stack:
 
-    return work
+        def work(config: StageConfig | None = None, at: Path = out, kind: str = "sft") -> Checkpointer:
+            return stack.enter_context(Checkpointer(at, kind, config or Config(), Parallel()))
+
+        yield work
 
 
 def state_of(step: int) -> Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]:
     return lambda: ({"model/w": torch.full((2, 3), float(step)), "count": torch.tensor(step)}, {"rows": [step, "é"]})
 
 
-def run_steps(work: Workspace, first: int, last: int, saved: int | None = None) -> None:
+def run_steps(work: Checkpointer, first: int, last: int, saved: int | None = None) -> None:
     """Log steps first to last; save after each, or after step `saved` only."""
     for step in range(first, last + 1):
         work.log({"step": step, "loss": 1 / step})
@@ -80,7 +88,7 @@ def test_a_killed_stage_goes_on_from_its_last_state(open_work: Open, out: Path) 
 
 
 def test_metrics_before_the_first_state_are_written_anew(open_work: Open) -> None:
-    work = open_work(save_seconds=60.0)
+    work = open_work(Config(save_seconds=60.0))
     work.load()
     run_steps(work, 1, 3)
     assert not list(work.folder.glob("state-*")), "not due yet"
@@ -98,25 +106,127 @@ def test_the_meter_goes_on_with_the_state(open_work: Open) -> None:
     assert again.meter.tokens == 100 and again.meter.flops_by_part == {"training": 2.0, "mtp": 0.5}
 
 
-@pytest.mark.parametrize("change", ["config", "parent", "half removed"])
-def test_a_changed_stage_starts_anew(open_work: Open, tmp_path: Path, change: str) -> None:
-    """Also one whose removal was cut short: states without the mark of what they are of are not trusted."""
-    parent = tmp_path / "data.jsonl"
-    write_text(parent, "{}\n")
-    work = open_work(Config(lr=0.1), [parent])
-    work.load()
-    run_steps(work, 1, 2)
-    unchanged = open_work(Config(lr=0.1), [parent]).load()
-    assert unchanged is not None and unchanged.step == 2
+class Table(Strict):
+    warmup: float = 0.1
 
-    config = Config(lr=0.2) if change == "config" else Config(lr=0.1)
-    if change == "parent":
-        write_text(parent, '{"more": 1}\n')
-    if change == "half removed":
-        (work.folder / "identity.json").unlink()
-    again = open_work(config, [parent])
-    assert again.load() is None
-    assert not list(again.folder.glob("state-*")) and (again.folder / "metrics.jsonl").read_text() == ""
+
+class ReadingConfig(StageConfig):
+    """A stage's config with everything that names an input."""
+
+    model: str = ""
+    data: list[str] = []
+    tasks: list[dict[str, Any]] = []
+    lr: float = 0.1
+    optimizer: Table = Table()
+    save_seconds: float = 0.0
+
+
+def interrupted(out: Path, config: StageConfig, kind: str = "sft") -> Path:
+    """Two steps into a stage; its working folder."""
+    with Checkpointer(out, kind, config, Parallel()) as work:
+        work.load()
+        run_steps(work, 1, 2)
+        return work.folder
+
+
+def resumed_at(out: Path, config: StageConfig, kind: str = "sft") -> int:
+    with Checkpointer(out, kind, config, Parallel()) as work:
+        saved = work.load()
+        return saved.step if saved else 0
+
+
+@pytest.fixture
+def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ReadingConfig:
+    """A config whose inputs lie in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "in" / "model" / "config.json", "{}")
+    write_text(tmp_path / "in" / "data.jsonl", "{}\n")
+    write_text(tmp_path / "in" / "task.py", "x = 1\n")
+    return ReadingConfig(
+        model="in/model", data=["in/data.jsonl"], tasks=[{"name": "in/task.py"}, {"name": "countdown"}]
+    )
+
+
+@pytest.mark.parametrize("file", ["in/model/config.json", "in/data.jsonl", "in/task.py"])
+def test_a_stage_starts_anew_when_what_it_reads_changed(
+    read: ReadingConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    out = tmp_path / "stage"
+    interrupted(out, read)
+    assert resumed_at(out, read) == 2
+    write_text(tmp_path / file, "changed")
+    assert resumed_at(out, read) == 0
+    assert "changed); kept in" in capsys.readouterr().err
+    assert list((tmp_path / ".stale" / "stage.partial-1").glob("state-2"))  # what was begun is never thrown away
+
+
+def test_a_stage_starts_anew_when_its_config_or_kind_changed(
+    read: ReadingConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "stage"
+    interrupted(out, read)
+    assert resumed_at(out, read.model_copy(update={"lr": 0.2})) == 0
+    assert "(lr 0.1 -> 0.2)" in capsys.readouterr().err
+    interrupted(out, read)
+    assert resumed_at(out, read, "rl") == 0
+    assert "(stage sft -> rl)" in capsys.readouterr().err
+
+
+def test_what_changes_nothing_in_the_artifact_lets_a_stage_go_on(
+    read: ReadingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another spelling of a path, another working directory, a folder that was moved, a price, how often it is saved."""
+    interrupted(tmp_path / "stage", read)
+    assert resumed_at(tmp_path / "stage", read.model_copy(update={"price": 3.0, "save_seconds": 9.0})) == 2
+    absolute = {"model": str(tmp_path / "in/model"), "data": [str(tmp_path / "in/data.jsonl")],
+                "tasks": [{"name": "./in/task.py"}, {"name": "countdown"}]}  # fmt: skip
+    assert resumed_at(Path("stage"), read.model_copy(update=absolute)) == 2
+    (tmp_path / "moved").mkdir()
+    for name in ("in", "stage.partial"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    monkeypatch.chdir(tmp_path / "moved")
+    assert resumed_at(Path("stage"), read) == 2
+
+
+def test_a_key_that_only_one_version_knows_lets_a_stage_go_on(read: ReadingConfig, tmp_path: Path) -> None:
+    out = tmp_path / "stage"
+    mark = interrupted(out, read) / "identity.json"
+    identity = json.loads(mark.read_text())
+    del identity["config"]["optimizer"]
+    mark.write_text(json.dumps(identity | {"config": identity["config"] | {"gone": 1}}))
+    assert resumed_at(out, read) == 2
+
+
+def test_states_without_the_mark_of_what_they_are_of_are_put_aside(read: ReadingConfig, tmp_path: Path) -> None:
+    """Also those of a version that marked them otherwise."""
+    out = tmp_path / "stage"
+    (interrupted(out, read) / "identity.json").unlink()
+    assert resumed_at(out, read) == 0
+    (interrupted(out, read) / "identity.json").write_text('"0123456789abcdef"')
+    assert resumed_at(out, read) == 0
+    assert [len(list((tmp_path / ".stale").glob(f"stage.partial-{n}/state-2"))) for n in (1, 2)] == [1, 1]
+
+
+def test_a_second_process_is_refused_and_a_dead_one_is_none(open_work: Open, out: Path) -> None:
+    work = open_work()
+    run_steps(work, 1, 1)
+    other = (
+        "import sys, time; from pathlib import Path; from slingshot.base.config import StageConfig\n"
+        "from slingshot.training.checkpointer import Checkpointer; from slingshot.training.parallel import Parallel\n"
+        f"with Checkpointer(Path({str(out)!r}), 'sft', StageConfig(), Parallel()) as work:\n"
+        "    print('working', flush=True); time.sleep(float(sys.argv[1]))"
+    )
+    refused = subprocess.run([sys.executable, "-c", other, "0"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 1 and "another slingshot is at work in" in refused.stderr
+    assert list(work.folder.glob("state-1"))
+    work.__exit__(None, None, None)
+    killed = subprocess.Popen([sys.executable, "-c", other, "60"], stdout=subprocess.PIPE, text=True)
+    assert killed.stdout is not None and killed.stdout.readline() == "working\n"
+    with pytest.raises(SlingshotError, match="another slingshot is at work in"):
+        open_work()
+    killed.kill()
+    killed.wait()
+    open_work()
 
 
 def test_an_artifact_that_exists_is_refused_untouched(open_work: Open, out: Path) -> None:
@@ -127,9 +237,31 @@ def test_an_artifact_that_exists_is_refused_untouched(open_work: Open, out: Path
     assert (out / "mine.txt").read_text() == "precious" and not out.with_name("stage.partial").exists()
 
 
-def test_a_parent_that_is_not_there_is_named(open_work: Open, tmp_path: Path) -> None:
+def test_a_parent_that_is_not_there_is_named(open_work: Open, read: ReadingConfig) -> None:
     with pytest.raises(SlingshotError, match="nowhere does not exist"):
-        open_work(parents=[tmp_path / "nowhere"])
+        open_work(read.model_copy(update={"data": ["nowhere"]}))
+
+
+def test_what_was_read_stands_in_the_receipt_by_content(read: ReadingConfig, open_work: Open, out: Path) -> None:
+    open_work(read).finish(lambda folder: None)
+    found = {parent.path: parent.digest for parent in Receipt.read(out).parents}
+    assert found == {name: artifact_digest(Path(name)) for name in ("in/model", "in/data.jsonl", "in/task.py")}
+
+
+def test_what_auto_means_is_decided_once_and_written_down(
+    open_work: Open, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another measurement, another number of threads in force: a resumed stage goes on as it began; a changed key says otherwise."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(checkpointer, "auto_dtype", lambda device: torch.bfloat16)
+    work = open_work(Config(dtype="auto"))
+    assert work.dtype == torch.bfloat16
+    monkeypatch.setattr(checkpointer, "auto_dtype", lambda device: torch.float32)
+    torch.set_num_threads(before + 2)
+    again = open_work(Config(dtype="auto"))
+    assert again.dtype == torch.bfloat16 and torch.get_num_threads() == before
+    again.finish(lambda folder: None)
+    assert Receipt.read(out).extra["chosen"] == {"device": "cpu", "dtype": "bfloat16", "threads": before}
 
 
 def test_a_broken_state_is_named_with_the_way_out(open_work: Open) -> None:
@@ -142,31 +274,92 @@ def test_a_broken_state_is_named_with_the_way_out(open_work: Open) -> None:
         open_work().load()
 
 
-@pytest.mark.parametrize(("value", "shown"), [(math.nan, "nan"), (math.inf, "inf")])
-def test_a_loss_that_is_not_finite_stops_the_stage_and_keeps_the_last_state(
-    open_work: Open, value: float, shown: str
+@pytest.mark.parametrize(("value", "shown"), [(math.nan, "nan"), (math.inf, "inf"), ([1.0, -math.inf], "-inf")])
+def test_a_value_that_is_not_finite_stops_the_stage_and_keeps_the_last_state(
+    open_work: Open, value: Any, shown: str
 ) -> None:
     work = open_work()
     work.load()
     run_steps(work, 1, 4, saved=3)
-    work.check(4, loss=1.0, gradient_norm=0.0)
     line = rf"^stage: loss is {shown} at step 5; the state of step 3 is kept in .*stage\.partial; lower the learning rate and run again$"
     with pytest.raises(SlingshotError, match=line):
-        work.check(5, gradient_norm=1.0, loss=value)
+        work.log({"step": 5, "gradient_norm": 1.0, "loss": value})
+    assert [row["step"] for row in read_jsonl(work.folder / "metrics.jsonl")] == [1, 2, 3, 4]
     saved = open_work().load()
     assert saved is not None and saved.step == 3
 
 
+@pytest.mark.parametrize("damage", ["nan", "huge"])
+def test_a_model_that_cannot_compute_is_no_artifact(
+    open_work: Open, out: Path, make_model: Callable[..., Transformer], deepseek: Callable[..., Any], damage: str
+) -> None:
+    """After the last update, which no loss tells of any more: a NaN somewhere, or weights whose products are infinite."""
+    model, tokenizer = make_model(deepseek(vocab_size=268)), Tokenizer.train(["three plus three"], 268)
+    with torch.no_grad():
+        weight = next(p for name, p in model.named_parameters() if name.endswith("down_proj.weight"))
+        weight.view(-1)[0] = math.nan if damage == "nan" else 1e38
+        if damage == "huge":
+            weight.fill_(1e38)
+    work = open_work()
+    run_steps(work, 1, 2)
+    with pytest.raises(
+        SlingshotError, match=r"stage: after the last update .* NaN or infinite .*; the state of step 2"
+    ):
+        work.finish_checkpoint(model, tokenizer)
+    assert not out.exists() and list(work.folder.glob("state-2"))
+    with torch.no_grad():
+        weight.fill_(0.01)
+    work.finish_checkpoint(model, tokenizer)
+    assert (out / "model.safetensors").exists()
+
+
+def test_metrics_are_on_the_disk_before_the_state_that_counts_on_them(
+    open_work: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, real = [], os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        real(descriptor)
+
+    work = open_work()
+    work.load()
+    work.log({"step": 1})
+    monkeypatch.setattr(os, "fsync", fsync)
+    work.keep(1, state_of(1))
+    assert synced.index("metrics.jsonl") < synced.index(".state-1.tmp")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_saves_after_the_step_and_stops(open_work: Open, number: signal.Signals) -> None:
-    work = open_work(save_seconds=60.0)
+    work = open_work(Config(save_seconds=60.0))
     work.load()
-    run_steps(work, 1, 1)
-    os.kill(os.getpid(), number)
-    with pytest.raises(KeyboardInterrupt):
-        run_steps(work, 2, 5)
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts:
+        for step in range(1, 5):
+            if step == 2:
+                os.kill(os.getpid(), number)
+            work.keep(step, state_of(step), stop=interrupts.asked)
+    assert signal.getsignal(number) is before, "a notebook keeps its Ctrl-C"
     saved = open_work().load()
     assert saved is not None and saved.step == 2
+
+
+def test_a_second_ctrl_c_stops_at_once_and_another_thread_is_left_alone() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), Interrupts():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+    asked = []
+
+    def elsewhere() -> None:
+        with Interrupts() as interrupts:
+            asked.append(interrupts.asked)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert asked == [False] and signal.getsignal(signal.SIGINT) is before
 
 
 def test_what_is_logged_is_what_float32_holds(open_work: Open) -> None:
@@ -197,7 +390,7 @@ def test_no_space_for_a_state_leaves_the_one_before(open_work: Open, monkeypatch
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(workspace, "save_file", full)
+    monkeypatch.setattr(checkpointer, "save_file", full)
     with pytest.raises(
         SlingshotError,
         match=r"cannot write .*: .*No space left on device.*; free space there and run the same command to go on",
@@ -220,7 +413,7 @@ def test_finish_makes_the_artifact_and_clears_up(open_work: Open, out: Path) -> 
         "stage",
         50,
         5.0,
-        {"examples": 9},
+        {"examples": 9, "chosen": {"device": "cpu", "dtype": None, "threads": torch.get_num_threads()}},
     )
     assert receipt.config["lr"] == 0.1 and receipt.money == pytest.approx(receipt.seconds * 0.001)
     assert [row["step"] for row in read_jsonl(out / "metrics.jsonl")] == [1, 2] and (out / "weights").read_text() == "w"
@@ -250,7 +443,7 @@ def test_leftovers_of_a_kill_are_cleared(open_work: Open) -> None:
     (work.folder / ".metrics.jsonl.tmp").write_text("half")
     saved = open_work().load()
     assert saved is not None and saved.step == 1
-    assert sorted(path.name for path in work.folder.iterdir()) == ["identity.json", "metrics.jsonl", "state-1"]
+    assert sorted(path.name for path in work.folder.iterdir()) == [".lock", "identity.json", "metrics.jsonl", "state-1"]
 
 
 def test_tensorboard_gets_the_numbers_where_it_is_installed(
@@ -268,7 +461,7 @@ def test_tensorboard_gets_the_numbers_where_it_is_installed(
         def close(self) -> None:
             self.file.write_text(json.dumps(self.seen))
 
-    monkeypatch.setattr(workspace, "SummaryWriter", Writer)
+    monkeypatch.setattr(checkpointer, "SummaryWriter", Writer)
     work = open_work()
     work.load()
     work.log({"step": 1, "loss": 0.5, "expert_load": [1.0]})

@@ -15,13 +15,14 @@ from slingshot.data.packing import pack
 from slingshot.model.config import ModelConfig
 from slingshot.model.moe import Routing, balance_loss
 from slingshot.model.transformer import Transformer
-from slingshot.training.language_model import LanguageModelLoss, Rows, evaluate_loss, language_model_step
+from slingshot.training.batch import Rows
+from slingshot.training.language_model import LanguageModelLoss, evaluate_loss, language_model_step
 from slingshot.training.parallel import Parallel
 
 Make = Callable[..., Transformer]
 Config = Callable[..., ModelConfig]
 
-ALONE = Parallel(0, 1, torch.device("cpu"), None)
+ALONE = Parallel()
 WEIGHTS = LanguageModelLoss(mtp=0.3, balance=0.01)
 
 
@@ -38,7 +39,7 @@ def packed_rows() -> Rows:
     """Four rows of 12 tokens, the last with padding; targets from every third token on weigh 0."""
     tokens_NT, segments_NT = pack(DOCUMENTS, 12)
     weights = (segments_NT > 0) * (np.arange(12) % 3 != 0)
-    return Rows.from_numpy(tokens_NT, segments_NT, weights)
+    return Rows.of(tokens_NT, segments_NT, weights)
 
 
 def gradients(model: Transformer) -> dict[str, Tensor]:
@@ -151,7 +152,6 @@ def test_rows_count_their_tokens_and_documents(model: Transformer) -> None:
 def test_ranks_share_the_rows_and_all_take_part() -> None:
     """Five rows over two ranks: three each, the last of the second empty; together the whole batch."""
     rows = Rows(*(torch.arange(5)[:, None].expand(5, 2) + 1 for _ in range(3)))
-    shares = [rows.shard(Parallel(rank, 2, torch.device("cpu"), None)) for rank in range(2)]
+    shares = [rows.shard(Parallel(rank, 2)) for rank in range(2)]
     assert [share.tokens_BT[:, 0].tolist() for share in shares] == [[1, 3, 5], [2, 4, 0]]
     assert shares[1].segments_BT[-1].tolist() == [0, 0] and shares[1].weights_BT[-1].tolist() == [0, 0]
-    assert [len(micro.tokens_BT) for micro in shares[0].micro_batches(2)] == [2, 1]

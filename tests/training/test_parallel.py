@@ -32,7 +32,7 @@ def ranks() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def alone(ranks: ModuleType) -> dict[str, Any]:
-    return ranks.train(Parallel(0, 1, torch.device("cpu"), None))
+    return ranks.train(Parallel())
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ config.optimizer.lr                                         # configs are compos
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self, get_args
@@ -20,11 +21,12 @@ class Strict(BaseModel):
     """A pydantic model that refuses unknown keys and names the nearest right one; all configs derive from it.
 
     A table that is given in part takes its other keys from the field's own default, not from the table's class. `moved` names keys that
-    earlier versions knew: old key -> the path of dots where it stands now.
+    earlier versions knew: old key -> the path of dots where it stands now. Keys `without_effect` change nothing in the artifact.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     moved: ClassVar[dict[str, str]] = {}
+    without_effect: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def _is_old(cls, key: str, value: Any) -> bool:
@@ -35,9 +37,10 @@ class Strict(BaseModel):
     def _complete(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        _check_finite(values)
         complete = {}
         for key, value in values.items():
+            if isinstance(value, dict | list):
+                _check_finite(value, key)
             if cls._is_old(key, value):
                 raise SlingshotError(f"{key}: this key is now {cls.moved[key]}")
             default = cls.model_fields[key].default if key in cls.model_fields else None
@@ -45,12 +48,6 @@ class Strict(BaseModel):
                 value = default.model_dump(exclude_unset=True) | value
             complete[key] = value
         return complete
-
-    @classmethod
-    def knows(cls, path: str) -> bool:
-        """Whether a dotted path names a field of this config or of its tables, not a key of a free table within them."""
-        *tables, key = path.split(".")
-        return key in _nested(cls, tables).model_fields
 
     @classmethod
     def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -71,7 +68,8 @@ class Strict(BaseModel):
         try:
             return cls.model_validate(values)
         except SlingshotError as error:  # of a config that a validator of this one parsed
-            raise SlingshotError(f"{where}.{error}" if where else str(error)) from error
+            said = str(error)
+            raise SlingshotError(f"{where}.{said}" if where and not said.startswith(where) else said) from error
         except ValidationError as error:
             first = error.errors()[0]
             key = printable(".".join(str(part) for part in first["loc"]))
@@ -86,18 +84,38 @@ class Strict(BaseModel):
             given = "" if first["type"] in {"missing", "value_error"} else f", got {first['input']!r:.80}"
             raise SlingshotError(f"{place}: {message}{given}") from error
 
+    @classmethod
+    def differences(cls, old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Dotted keys in which two dumped configs make different artifacts, each with its old and new value.
+
+        `old` may be of an earlier version: keys it lacks count as their defaults, keys that are gone do not count.
+        """
+        with contextlib.suppress(ValidationError, SlingshotError):
+            old = cls.model_validate(cls.renewed(old), extra="ignore").model_dump(mode="json")
+        before, after = _flat(old), _flat(new)
+        keys = [key for key in before | after if key not in cls.without_effect]
+        return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one table of dotted keys; a list is one value."""
+    flat: dict[str, Any] = {}
+    for key, part in value.items():
+        flat |= _flat(part, f"{prefix}{key}.") if isinstance(part, dict) and part else {f"{prefix}{key}": part}
+    return flat
+
 
 def printable(text: str) -> str:
     """A key of a file from anywhere, fit to be printed: no line breaks, no control sequences, no end without an end."""
     return "".join(character if character.isprintable() else " " for character in text[:200])
 
 
-def _check_finite(value: Any) -> None:
-    """Refuse NaN and infinities at any depth, also in tables of free keys, which have no types to refuse them."""
+def _check_finite(value: Any, key: str) -> None:
+    """Refuse NaN and infinities in tables of free keys, which have no types to refuse them."""
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{value} is no number to compute with")
+        raise SlingshotError(f"{key}: {value} is no number to compute with")
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
-        _check_finite(part)
+        _check_finite(part, key)
 
 
 def _nested(model: type[Strict], location: Sequence[int | str]) -> type[Strict]:
@@ -114,8 +132,14 @@ def _nested(model: type[Strict], location: Sequence[int | str]) -> type[Strict]:
 
 
 class StageConfig(Strict):
-    """What the config of every stage has. `threads` 0 leaves torch's own choice; `price` is money per hour of this machine."""
+    """What the config of every stage has. `threads` 0 is what is fastest here; `price` is money per hour of this machine.
+
+    A stage saves its state every `save_seconds`.
+    """
+
+    without_effect: ClassVar[frozenset[str]] = frozenset({"threads", "price", "save_seconds"})
 
     seed: int = Field(0, ge=0, lt=2**63)
     threads: int = Field(0, ge=0)
     price: float | None = Field(None, ge=0)
+    save_seconds: float = Field(60.0, ge=0)

@@ -10,10 +10,12 @@ Every artifact is prepared beside its final place, fsynced and renamed, so a rea
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -156,6 +158,58 @@ def new_folder(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+# Locks of this process, by the file that is locked: a stage that is begun again in a notebook keeps its own.
+_held: dict[tuple[int, int], int] = {}
+
+
+def lock(folder: Path, patience: float = 0.0) -> int:
+    """Make a folder and lock it against every other process; returns the descriptor that holds the lock until `unlock`.
+
+    Children that inherit the descriptor keep the folder locked when this process was killed; `patience` seconds are
+    waited for such a one to be gone. SlingshotError when another process is at work there.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise SlingshotError(f"cannot write {folder}: {error.strerror}; choose another --out") from error
+        opened = os.fstat(descriptor)
+        if (opened.st_dev, opened.st_ino) in _held:
+            os.close(descriptor)
+            return _held[opened.st_dev, opened.st_ino]
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if opened.st_ino == os.stat(folder / ".lock").st_ino:  # not removed and made anew meanwhile
+                _held[opened.st_dev, opened.st_ino] = descriptor
+                return descriptor
+        os.close(descriptor)
+        if time.monotonic() >= deadline:
+            raise SlingshotError(f"another slingshot is at work in {folder}; wait for it or choose another --out")
+        time.sleep(0.1)
+
+
+def unlock(descriptor: int) -> None:
+    """Give up what `lock` returned."""
+    for file in [file for file, held in _held.items() if held == descriptor]:
+        del _held[file]
+        os.close(descriptor)
+
+
+def put_aside(path: Path) -> Path:
+    """Move what lies at `path` to `.stale/NAME-N` beside it, so that something else can be made there; returns where."""
+    number = 1
+    while (place := path.parent / ".stale" / f"{path.name}-{number}").exists():
+        number += 1
+    try:
+        place.parent.mkdir(exist_ok=True)
+        path.rename(place)
+    except OSError as error:
+        raise SlingshotError(f"cannot move {path} aside: {error.strerror or error}; move or remove it") from error
+    return place
 
 
 def digest(value: Any) -> str:

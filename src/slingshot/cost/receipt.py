@@ -190,7 +190,7 @@ class Meter:
         stage: str,
         name: str,
         config: Mapping[str, Any],
-        parents: Iterable[Path],
+        parents: Iterable[Path | Parent],
         artifact: Path,
         machine: Machine,
         peak: float | None = None,
@@ -198,7 +198,7 @@ class Meter:
         devices: int = 1,
         extra: Mapping[str, Any] | None = None,
     ) -> Receipt:
-        """Close the account of the finished folder `artifact`, made from the folders `parents`.
+        """Close the account of the finished folder `artifact`, made from `parents`.
 
         `peak`: measured FLOP/s of a matrix product in the dtype used; `price`: money per hour of this machine;
         `devices`: see `Receipt`.
@@ -208,7 +208,10 @@ class Meter:
             stage=stage,
             name=name,
             config=dict(config),
-            parents=[Parent(path=str(path), digest=artifact_digest(path)) for path in parents],
+            parents=[
+                parent if isinstance(parent, Parent) else Parent(path=str(parent), digest=artifact_digest(parent))
+                for parent in parents
+            ],
             digest=artifact_digest(artifact),
             tokens=self.tokens,
             flops=self.flops,
@@ -228,29 +231,39 @@ class Meter:
 def artifact_digest(path: Path) -> str:
     """A short name of an artifact's content: 16 hex digits of a SHA-256 over its files' names and bytes.
 
-    A folder with a receipt answers from it. Receipts, metrics, TensorBoard's event files and hidden files do not count:
-    they hold clocks, and the same stage run twice is the same artifact. SlingshotError when there is nothing at `path`.
+    A folder with a receipt answers from it, unless something in it is younger. Receipts, metrics, TensorBoard's event
+    files and hidden files do not count: they hold clocks, and the same stage run twice is the same artifact.
+    SlingshotError when there is nothing at `path`.
     """
-    if (path / RECEIPT).is_file():
-        return Receipt.read(path).digest
     if not path.exists():
         raise SlingshotError(f"{path} does not exist; a stage was to read it")
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    files = {Path(path.name): path}
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.is_file())
+        files = {file.relative_to(path): file for file in found if _counts(file.relative_to(path))}
+        if (receipt := path / RECEIPT).is_file() and _is_older(path, files.values(), receipt.stat().st_ctime_ns):
+            return Receipt.read(path).digest
     total = hashlib.sha256()
-    for file in files:
-        relative = file.relative_to(path) if path.is_dir() else Path(file.name)
-        if (
-            relative.name in {RECEIPT, "metrics.jsonl"}
-            or "tfevents" in relative.name
-            or any(part.startswith(".") for part in relative.parts)
-        ):
-            continue
+    for relative, file in files.items():
         try:
             with file.open("rb") as content:
                 total.update(relative.as_posix().encode() + b"\0" + hashlib.file_digest(content, "sha256").digest())
         except OSError as error:
             raise SlingshotError(f"cannot read {file}: {error.strerror or error}") from error
     return total.hexdigest()[:16]
+
+
+def _counts(file: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.parts)
+    return not (hidden or file.name in {RECEIPT, "metrics.jsonl"} or "tfevents" in file.name)
+
+
+def _is_older(folder: Path, files: Iterable[Path], moment: int) -> bool:
+    """Whether a folder has got and lost no file, and none of its files changed, from a moment on (in nanoseconds)."""
+    # The receipt's own arrival changes the folder, a little after the receipt's own time.
+    if folder.stat().st_mtime_ns > moment + 10_000_000:
+        return False
+    return all(max(file.stat().st_mtime_ns, file.stat().st_ctime_ns) < moment for file in files)
 
 
 def peak_device_memory_bytes() -> int | None:

@@ -10,7 +10,7 @@ Shape suffixes: N rows, T time. Segment ids number the documents of a row from 1
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +35,22 @@ def pack(documents: Iterable[Sequence[int]], length: int, pad_id: int = 0) -> tu
     owner_NT = owner.reshape(rows, length)
     segments_NT = np.where(owner_NT >= 0, owner_NT - owner_NT[:, :1] + 1, 0).astype(np.int32)
     return tokens.reshape(rows, length), segments_NT
+
+
+def strided(documents: Iterable[Sequence[int]], length: int) -> Iterator[tuple[Sequence[int], list[int]]]:
+    """Examples (ids, mask) of at most `length` tokens in which every token but a document's first is a target exactly once.
+
+    A document that is longer is cut into windows that begin half a length apart; from the second on, the targets are those that the window
+    before did not hold, each with at least half a length of context.
+    """
+    for document in documents:
+        stride = max(1, length // 2)
+        done = 1  # the first token, which nothing predicts
+        for start in range(0, max(1, len(document) - length + stride), stride):
+            window = document[start : start + length]
+            mask = [int(start + place >= done) for place in range(len(window))]
+            yield window, mask
+            done = start + len(window)
 
 
 class Packed(NamedTuple):

@@ -451,17 +451,9 @@ def _differences(stage: Stage, old: dict[str, Any], new: dict[str, Any]) -> list
 
     References to artifacts are left out, since a moved run changes their paths (digests tell whether the parents changed), and so is the price.
     """
-    skipped = {"price"} | {key for key, value in _flat(stage.values).items() if Stage("", "", {"value": value}).parents}
-    config = STAGES[stage.kind].config
-    before, after = _flat(config.renewed(old)), _flat(new)
-    keys = [
-        key
-        for key in {**before, **after}
-        if before.get(key) != after.get(key)
-        and key not in skipped
-        and ((key in before and key in after) or not config.knows(key))
-    ]
-    return [f"{key} {_brief(before.get(key))} -> {_brief(after.get(key))}" for key in keys]
+    skipped = {key for key, value in _flat(stage.values).items() if Stage("", "", {"value": value}).parents}
+    different = STAGES[stage.kind].config.differences(old, new)
+    return [f"{key} {_brief(a)} -> {_brief(b)}" for key, (a, b) in different.items() if key not in skipped]
 
 
 def _brief(value: Any) -> str:

@@ -74,7 +74,7 @@ class Rollout:
     def run(self, items: Sequence[Item]) -> list[list[Trajectory]]:
         """Groups of trajectories, one of each problem, in the order of the items."""
         self.counts = {"skipped": 0, "aborted": 0, "unverified": 0}
-        mine = items[self.parallel.rank :: self.parallel.world]
+        mine = self.parallel.mine(items)
         live = [(item.key, self._begin(item)) for item in mine]
         live = [(key, group) for key, group in live if group]
         groups = [group for _, group in live]

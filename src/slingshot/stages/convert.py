@@ -30,10 +30,8 @@ from slingshot.checkpoint.load_save import FolderWeights, StoredWeights, load_to
 from slingshot.checkpoint.safetensors import write_shards
 from slingshot.quantization.formats import SCALE
 from slingshot.quantization.fp8 import quantize
-from slingshot.training.checkpointer import Workspace
+from slingshot.training.checkpointer import Checkpointer
 from slingshot.training.parallel import Parallel
-
-kind = "convert"
 
 
 class ConvertConfig(StageConfig):
@@ -47,9 +45,11 @@ class ConvertConfig(StageConfig):
 
 def run(config: ConvertConfig, out: Path) -> None:
     """Write the model and tokenizer of `config.source` to `out` as a checkpoint."""
-    parallel = Parallel.start(config.threads)
-    source = locate(config.source)
-    work = Workspace(out, kind, config, [source], parallel)
+    with Parallel.start() as parallel, Checkpointer(out, "convert", config, parallel) as work:
+        work.finish(lambda folder: _write(folder, config, work.reads[config.source], out.name))
+
+
+def _write(folder: Path, config: ConvertConfig, source: Path, title: str) -> None:
     weights = open_weights(source)
     try:
         tokenizer = load_tokenizer(source)
@@ -58,19 +58,14 @@ def run(config: ConvertConfig, out: Path) -> None:
         print(f"note: the tokenizer cannot be read here and is passed on as it is: {error}", file=sys.stderr)
     architecture = weights.config
     if config.dtype is None and isinstance(weights, FolderWeights):
-        dtype, tensors = weights.dtype, _as_stored(weights, out.name)
+        dtype, tensors = weights.dtype, _as_stored(weights, title)
     else:
         fp8 = config.dtype == "fp8"
         architecture = architecture.model_copy(update={"quantization": "fp8" if fp8 else None})
         dtype = "bfloat16" if config.dtype == "fp8" else config.dtype or "float32"
-        tensors = _converted(weights, dtype, fp8, out.name)
-
-    def write(folder: Path) -> None:
-        write_shards(folder, tensors, config.max_shard_size)
-        write_description(folder, architecture, tokenizer, dtype, source)
-
-    work.finish(write)
-    parallel.stop()
+        tensors = _converted(weights, dtype, fp8, title)
+    write_shards(folder, tensors, config.max_shard_size)
+    write_description(folder, architecture, tokenizer, dtype, source)
 
 
 def write_gguf_file(source: str, file: Path, dtype: str | None) -> list[str]:

@@ -19,9 +19,8 @@ from pydantic import Field, model_validator
 from slingshot.base.config import StageConfig
 from slingshot.base.files import write_json
 from slingshot.base.progress import Progress
-from slingshot.checkpoint.hub import locate
 from slingshot.engine.engine import Engine
-from slingshot.machine.precision import Dtype, compute_dtype, peak
+from slingshot.machine.precision import Dtype
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
 from slingshot.rollout.trajectory import Trajectory, sampling_cost
@@ -29,10 +28,9 @@ from slingshot.tasks.loader import TaskConfigs, load_task
 from slingshot.tasks.mixture import Item, distinct
 from slingshot.tasks.task import Split
 from slingshot.tasks.verification import VerificationPool
-from slingshot.training.checkpointer import Workspace
+from slingshot.training.checkpointer import Checkpointer
+from slingshot.training.interrupts import Interrupts
 from slingshot.training.parallel import Parallel
-
-kind = "evaluate"
 
 _COUNTED = 10_000  # given problems are counted up to here
 
@@ -52,7 +50,6 @@ class EvaluateConfig(StageConfig):
     examples: int = Field(12, ge=0)  # kept for reading
     chunk: int = Field(128, ge=1)
     dtype: Dtype = "auto"
-    save_seconds: float = 30.0
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
@@ -75,41 +72,43 @@ class EvaluateConfig(StageConfig):
 
 def run(config: EvaluateConfig, out: Path, sampler: Sampler | None = None) -> None:
     """Evaluate `config.model`, in process or by `sampler`, and write evaluation.json to `out`; resumes from `out.partial`."""
-    parallel = Parallel.start(config.threads)
-    source = locate(config.model)
-    work = Workspace(out, kind, config, [source], parallel, config.save_seconds, peak(config.dtype))
-    dtype = compute_dtype(config.dtype)
-    sampler = sampler or EngineSampler(Engine.load(source, dtype=dtype, device=parallel.device))
-    params = config.sampling.params(config.samples, config.seed)
-    items, given = config.draw()
-    verification = VerificationPool([some[0].task for some in items.values() if some])
-    rollouts = {
-        (task, form.name): Rollout(sampler, params, form, verification, parallel, both=not form.lenient)
-        for task in items
-        for form in config.forms
-    }
-    starts = {task: range(0, len(some), config.chunk) for task, some in items.items()}
-    jobs = [(task, form, start) for task, form in rollouts for start in starts[task]]
-    saved = work.load()
-    results: list[dict[str, Any]] = saved.info["results"] if saved else []
+    with Parallel.start() as parallel, Checkpointer(out, "evaluate", config, parallel) as work:
+        sampler = sampler or EngineSampler(
+            Engine.load(work.reads[config.model], dtype=work.dtype, device=parallel.device)
+        )
+        params = config.sampling.params(config.samples, config.seed)
+        items, given = config.draw()
+        verification = VerificationPool([some[0].task for some in items.values() if some])
+        rollouts = {
+            (task, form.name): Rollout(sampler, params, form, verification, parallel, both=not form.lenient)
+            for task in items
+            for form in config.forms
+        }
+        starts = {task: range(0, len(some), config.chunk) for task, some in items.items()}
+        jobs = [(task, form, start) for task, form in rollouts for start in starts[task]]
+        saved = work.load()
+        results: list[dict[str, Any]] = saved.info["results"] if saved else []
 
-    with Progress(f"evaluation of {source.name}", len(jobs), saved.step if saved else 0, parallel.is_first) as progress:
-        for step in range(saved.step if saved else 0, len(jobs)):
-            task, form, start = jobs[step]
-            rollout = rollouts[task, form]
-            groups = rollout.run(items[task][start : start + config.chunk])
-            tokens, flops = sampling_cost(sampler.model_config, groups)
-            work.meter.add(tokens, sampling=flops)
-            found = parallel.gather([result(task, form, group) for group in groups])
-            results.extend([*found, {"task": task, "form": form, "left_out": rollout.counts}])
-            accuracy = [score for row in found for score in row["accuracy"]]
-            progress.update(step + 1, **{"pass": sum(accuracy) / max(1, len(accuracy))})
-            work.keep(step + 1, lambda: ({}, {"results": results}))
-    for rollout in rollouts.values():
-        rollout.refuse_nothing()
-    evaluation = summarise(results, config, given)
-    work.finish(lambda folder: write_json(folder / "evaluation.json", evaluation))
-    parallel.stop()
+        done = saved.step if saved else 0
+        with (
+            Interrupts() as interrupts,
+            Progress(f"evaluation of {work.reads[config.model].name}", len(jobs), done, parallel.is_first) as progress,
+        ):
+            for step in range(done, len(jobs)):
+                task, form, start = jobs[step]
+                rollout = rollouts[task, form]
+                groups = rollout.run(items[task][start : start + config.chunk])
+                tokens, flops = sampling_cost(sampler.model_config, groups)
+                work.meter.add(tokens, sampling=flops)
+                found = parallel.gather([result(task, form, group) for group in groups])
+                results.extend([*found, {"task": task, "form": form, "left_out": rollout.counts}])
+                accuracy = [score for row in found for score in row["accuracy"]]
+                progress.update(step + 1, **{"pass": sum(accuracy) / max(1, len(accuracy))})
+                work.keep(step + 1, lambda: ({}, {"results": results}), stop=interrupts.asked)
+        for rollout in rollouts.values():
+            rollout.refuse_nothing()
+        evaluation = summarise(results, config, given)
+        work.finish(lambda folder: write_json(folder / "evaluation.json", evaluation))
 
 
 def result(task: str, form: str, group: Sequence[Trajectory]) -> dict[str, Any]:

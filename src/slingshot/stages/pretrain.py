@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -23,11 +24,11 @@ from slingshot.base.config import StageConfig, Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.base.progress import Progress
 from slingshot.checkpoint.hub import locate
-from slingshot.checkpoint.load_save import load_tokenizer, save_checkpoint
+from slingshot.checkpoint.load_save import load_tokenizer
 from slingshot.cost.flops import training_parts
 from slingshot.data.corpora import Corpus
-from slingshot.data.packing import pack
-from slingshot.machine.precision import Dtype, compute_dtype, peak
+from slingshot.data.packing import pack, strided
+from slingshot.machine.precision import Dtype
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.tasks.loader import TaskConfigs, load_task
@@ -36,12 +37,12 @@ from slingshot.tasks.task import Style
 from slingshot.text.pretokenizers import SPLIT_OF_MODEL_TYPE
 from slingshot.text.response import encode_responses
 from slingshot.text.tokenizer import Tokenizer
-from slingshot.training.checkpointer import Workspace, restore, training_state
-from slingshot.training.language_model import LanguageModelLoss, Rows, evaluate_loss, language_model_step
+from slingshot.training.batch import Rows
+from slingshot.training.checkpointer import Checkpointer, restore
+from slingshot.training.interrupts import Interrupts
+from slingshot.training.language_model import LanguageModelLoss, evaluate_loss, language_model_step
 from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule, update_router_biases
-from slingshot.training.parallel import Parallel, gathered
-
-kind = "pretrain"
+from slingshot.training.parallel import Parallel
 
 
 class Documents(Strict):
@@ -64,6 +65,7 @@ class PretrainConfig(StageConfig):
     model: dict[str, Any]
     documents: Documents | None = None
     text: list[str] = []  # files, folders, .jsonl, .parquet or "stdlib"
+    text_key: str = "text"  # of a .jsonl or .parquet row
     tokenizer: str | None = None  # of this checkpoint, instead of a new one
     vocab_size: int = Field(512, ge=264)
     sequence_length: int = Field(256, ge=8)
@@ -77,7 +79,6 @@ class PretrainConfig(StageConfig):
         0.05, ge=0, le=1
     )  # of the steps at the end: no more router bias updates (arXiv 2412.19437, 4.2)
     dtype: Dtype = "auto"
-    save_seconds: float = 60.0
 
     @field_validator("model", mode="before")
     @classmethod
@@ -88,71 +89,81 @@ class PretrainConfig(StageConfig):
     def _possible(self) -> Self:
         if self.documents is None and not self.text:
             raise ValueError("a corpus is needed: give [documents], text = [...], or both")
-        ModelConfig.parse({**self.model, "vocab_size": self.vocab_size}, "model")
+        longest = ModelConfig.parse({**self.model, "vocab_size": self.vocab_size}, "model").max_position_embeddings
+        if self.sequence_length > longest:
+            raise ValueError(
+                f"sequence_length {self.sequence_length} is beyond the model's max_position_embeddings {longest}"
+            )
         return self
 
 
 def run(config: PretrainConfig, out: Path) -> None:
     """Train from scratch and write a checkpoint to `out`; resumes from `out.partial`."""
-    parallel = Parallel.start(config.threads)
-    work = Workspace(
-        out,
-        kind,
-        config,
-        [locate(config.tokenizer)] if config.tokenizer else [],
-        parallel,
-        config.save_seconds,
-        peak(config.dtype),
-    )
-    tokenizer, tokens_NT, segments_NT, heldout = prepare(config)
+    with Parallel.start() as parallel, Checkpointer(out, "pretrain", config, parallel) as work:
+        corpus = prepare(config)
+        model_config = ModelConfig.parse({**config.model, "vocab_size": corpus.tokenizer.vocab_size}, "model")
+        model = Transformer.empty(model_config, parallel.device, shard=parallel.shard)
+        model.init_weights(torch.Generator().manual_seed(config.seed))
+        model.compute_dtype = work.dtype
+        optimizer = Optimizer(model, config.optimizer)
+        saved = work.load()
+        done = saved.step if saved else 0
+        if saved:
+            restore(saved, model, optimizer)
 
-    model_config = ModelConfig.parse({**config.model, "vocab_size": tokenizer.vocab_size}, "model")
-    model = Transformer.empty(model_config, parallel.device, shard=parallel.shard)
-    model.init_weights(torch.Generator().manual_seed(config.seed))
-    model.compute_dtype = compute_dtype(config.dtype)
-    optimizer = Optimizer(model, config.optimizer)
-    saved = work.load()
-    if saved:
-        restore(saved, model, optimizer)
+        with Interrupts() as interrupts, Progress(out.name, config.steps, done, parallel.is_first) as progress:
+            for step in range(done, config.steps):
+                batch = corpus.batch(config, step)
+                rows = batch.shard(parallel)
+                losses = language_model_step(model, rows, config.loss, config.micro_batch_size, parallel)
+                lr = schedule(config.optimizer, step, config.steps)
+                norm = optimizer.step(lr)
+                if step < config.steps * (1 - config.bias_frozen_share):
+                    update_router_biases(model, losses.load_LE, config.bias_update_speed)
 
-    with Progress(out.name, config.steps, saved.step if saved else 0, parallel.is_first) as progress:
-        for step in range(saved.step if saved else 0, config.steps):
-            batch = _batch(tokens_NT, segments_NT, config, step)
-            rows = batch.shard(parallel)
-            losses = language_model_step(model, rows, config.loss, config.micro_batch_size, parallel)
-            work.check(step + 1, loss=losses.loss)
-            lr = schedule(config.optimizer, step, config.steps)
-            norm = optimizer.step(lr)
-            work.check(step + 1, gradient_norm=norm)
-            if step < config.steps * (1 - config.bias_frozen_share):
-                update_router_biases(model, losses.load_LE, config.bias_update_speed)
+                flops_before = work.meter.flops
+                work.meter.add(rows.n_tokens, **training_parts(model_config, rows.lengths(), mtp=config.loss.mtp > 0))
+                speed = work.speed(batch.n_tokens, flops_before)
+                clocks = {"lr": lr * config.optimizer.lr, "gradient_norm": norm, **speed}
+                work.log({"step": step + 1, **losses.logged(), **clocks})
+                progress.update(step + 1, loss=losses.loss, **{"tokens/s": speed["tokens_per_second"]})
+                work.keep(step + 1, lambda: work.training_state(model, optimizer), stop=interrupts.asked)
 
-            flops_before = work.meter.flops
-            work.meter.add(rows.n_tokens, **training_parts(model_config, rows.lengths(), mtp=config.loss.mtp > 0))
-            speed = work.speed(batch.n_tokens, flops_before)
-            work.log(
-                {"step": step + 1, **losses.logged(), "lr": lr * config.optimizer.lr, "gradient_norm": norm, **speed}
-            )
-            progress.update(step + 1, loss=losses.loss, **{"tokens/s": speed["tokens_per_second"]})
-            work.keep(step + 1, lambda: training_state(model, optimizer))
-
-    extra: dict[str, Any] = {
-        "corpus_tokens": int((segments_NT > 0).sum()),
-        "epochs": config.steps * config.batch_size / len(tokens_NT),
-    }
-    if heldout is not None:
-        heldout_rows, n_bytes = heldout
-        nats = evaluate_loss(model, heldout_rows.shard(parallel), config.micro_batch_size, parallel)
-        extra["bits_per_byte"] = nats / math.log(2) / n_bytes
-    state = gathered(model)
-    work.finish(lambda folder: save_checkpoint(folder, model, tokenizer, state), extra)
-    parallel.stop()
+        extra = corpus.account(config)
+        if corpus.heldout is not None:
+            rows = corpus.heldout.shard(parallel)
+            nats = evaluate_loss(model, rows, config.micro_batch_size, parallel)
+            extra["bits_per_byte"] = nats / math.log(2) / corpus.heldout_bytes
+        work.finish_checkpoint(model, corpus.tokenizer, extra=extra)
 
 
-def prepare(config: PretrainConfig) -> tuple[Tokenizer, np.ndarray, np.ndarray, tuple[Rows, int] | None]:
-    """The tokenizer, packed tokens_NT and segments_NT, and held-out rows with their bytes where the corpus is real text."""
+@dataclass
+class PackedCorpus:
+    """The tokenizer, the rows to train on, and held-out rows with their bytes where the corpus is real text."""
+
+    tokenizer: Tokenizer
+    tokens_NT: np.ndarray
+    segments_NT: np.ndarray
+    heldout: Rows | None = None
+    heldout_bytes: int = 0
+
+    def batch(self, config: PretrainConfig, step: int) -> Rows:
+        """The rows of one global step: every epoch in an order of its own."""
+        epoch, index = divmod(step, len(self.tokens_NT) // config.batch_size)
+        order = np.random.default_rng([config.seed, epoch]).permutation(len(self.tokens_NT))
+        chosen = np.sort(order[index * config.batch_size : (index + 1) * config.batch_size])
+        return Rows.of(self.tokens_NT[chosen], self.segments_NT[chosen])
+
+    def account(self, config: PretrainConfig) -> dict[str, Any]:
+        """What the receipt says of it."""
+        epochs = config.steps * config.batch_size / len(self.tokens_NT)
+        return {"corpus_tokens": int((self.segments_NT > 0).sum()), "epochs": epochs}
+
+
+def prepare(config: PretrainConfig) -> PackedCorpus:
+    """Write, read, tokenize and pack what the config asks for."""
     written = list(_written(config)) if config.documents else []
-    train_text, heldout_text = Corpus.open(config.text).split() if config.text else ([], [])
+    train_text, heldout_text = Corpus.open(config.text, config.text_key).split() if config.text else ([], [])
     model_type = ModelConfig.parse({**config.model, "vocab_size": config.vocab_size}, "model").model_type
     if config.tokenizer:
         tokenizer = load_tokenizer(locate(config.tokenizer))
@@ -168,11 +179,12 @@ def prepare(config: PretrainConfig) -> tuple[Tokenizer, np.ndarray, np.ndarray, 
         raise SlingshotError(
             f"the corpus fills {rows}, fewer than one batch of {config.batch_size}; add text or lower batch_size"
         )
-    heldout = None
+    corpus = PackedCorpus(tokenizer, tokens_NT, segments_NT)
     if heldout_text:
-        heldout_rows = Rows.from_numpy(*pack(_framed(tokenizer, heldout_text), config.sequence_length))
-        heldout = heldout_rows, sum(len(text.encode()) for text in heldout_text)
-    return tokenizer, tokens_NT, segments_NT, heldout
+        windows = list(strided(_framed(tokenizer, heldout_text), config.sequence_length))
+        corpus.heldout = Rows.of_examples(windows, config.sequence_length)
+        corpus.heldout_bytes = sum(len(text.encode()) for text in heldout_text)
+    return corpus
 
 
 def _written(config: PretrainConfig) -> Iterator[tuple[str, ...]]:
@@ -184,6 +196,8 @@ def _written(config: PretrainConfig) -> Iterator[tuple[str, ...]]:
     total = sum(task.weight for task in documents.tasks) * sum(documents.styles.values())
     for spec in documents.tasks:
         task = load_task(spec.name, **spec.params)
+        if not task.has_solutions:
+            raise SlingshotError(f"documents: the task {spec.name} writes no worked solutions; give text instead of it")
         problems = passes(task, "train", f"documents/{config.seed}")
         for style, share in documents.styles.items():
             count = round(documents.count * spec.weight * share / total)
@@ -210,12 +224,3 @@ def _encode(tokenizer: Tokenizer, documents: list[tuple[str, ...]]) -> list[list
     prompts = [tokenizer.encode_chat([{"role": "user", "content": prompt}]) for prompt, _, _ in chats]
     responses = encode_responses(tokenizer, [(reasoning, answer) for _, reasoning, answer in chats], opened=True)
     return _framed(tokenizer, plain) + [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-
-
-def _batch(tokens_NT: np.ndarray, segments_NT: np.ndarray, config: PretrainConfig, step: int) -> Rows:
-    """The rows of one global step: every epoch in an order of its own."""
-    per_epoch = len(tokens_NT) // config.batch_size
-    epoch, index = divmod(step, per_epoch)
-    order = np.random.default_rng([config.seed, epoch]).permutation(len(tokens_NT))
-    chosen = np.sort(order[index * config.batch_size : (index + 1) * config.batch_size])
-    return Rows.from_numpy(tokens_NT[chosen], segments_NT[chosen])

@@ -13,16 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from slingshot.base.config import StageConfig
 from slingshot.base.progress import Progress
-from slingshot.checkpoint.hub import locate
-from slingshot.checkpoint.load_save import load_model, load_tokenizer, save_checkpoint
+from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.flops import forward_flops, training_parts
-from slingshot.machine.precision import Dtype, compute_dtype, peak
+from slingshot.machine.precision import Dtype
 from slingshot.model.transformer import Transformer
 from slingshot.rollout.reward import RewardWeights, assign_rewards, has_signal
 from slingshot.rollout.rollout import PromptForm, Rollout
@@ -31,13 +29,12 @@ from slingshot.rollout.trajectory import Trajectory, pack, sampling_cost
 from slingshot.tasks.loader import TaskConfigs
 from slingshot.tasks.mixture import TaskMix
 from slingshot.tasks.verification import VerificationPool
-from slingshot.training.checkpointer import Workspace, restore, training_state
+from slingshot.training.checkpointer import Checkpointer, restore
+from slingshot.training.interrupts import Interrupts
 from slingshot.training.language_model import add_loads, busiest
 from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule, update_router_biases
-from slingshot.training.parallel import Parallel, gathered, load_gathered
+from slingshot.training.parallel import Parallel, load_whole
 from slingshot.training.policy import GRPOConfig, policy_step
-
-kind = "rl"
 
 
 class RLConfig(StageConfig):
@@ -63,7 +60,6 @@ class RLConfig(StageConfig):
     bias_update_speed: float = Field(0.0, ge=0)
     max_flops: float | None = Field(None, gt=0)
     dtype: Dtype = "auto"
-    save_seconds: float = 60.0
 
     @model_validator(mode="after")
     def _samples_what_it_trains(self) -> Self:
@@ -74,67 +70,54 @@ class RLConfig(StageConfig):
 
 def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
     """Train `config.model` by GRPO and write a checkpoint to `out`; resumes from `out.partial`. Samples in process, or by `sampler`."""
-    parallel = Parallel.start(config.threads)
-    source = locate(config.model)
-    work = Workspace(out, kind, config, [source], parallel, config.save_seconds, peak(config.dtype))
-    tasks = TaskMix(config.tasks, "train", f"rl/{config.seed}")
-    model, tokenizer = load_model(source, device=parallel.device), load_tokenizer(source)
-    dtype = compute_dtype(config.dtype)
-    reference = load_model(source, device=parallel.device, shard=parallel.shard) if config.loss.kl else None
-    sampler = sampler or EngineSampler.beside(model, tokenizer, dtype, alone=parallel.mesh is None)
-    params = config.sampling.params(config.group_size, config.seed)
-    rollout = Rollout(sampler, params, config.form, VerificationPool(tasks.tasks), parallel)
-    parallel.shard(model)
-    for network in (model, reference):
-        if network is not None:
-            network.compute_dtype = dtype
-    optimizer = Optimizer(model, config.optimizer)
-    saved = work.load()
-    if saved:
-        restore(saved, model, optimizer)
-        if reference is not None:
-            load_gathered(reference, saved.group("reference"))
+    with Parallel.start() as parallel, Checkpointer(out, "rl", config, parallel) as work:
+        tasks, source = TaskMix(config.tasks, "train", f"rl/{config.seed}"), work.reads[config.model]
+        model, tokenizer = load_model(source, device=parallel.device), load_tokenizer(source)
+        reference = load_model(source, device=parallel.device, shard=parallel.shard) if config.loss.kl else None
+        sampler = sampler or EngineSampler.beside(model, tokenizer, work.dtype, alone=parallel.mesh is None)
+        params = config.sampling.params(config.group_size, config.seed)
+        rollout = Rollout(sampler, params, config.form, VerificationPool(tasks.tasks), parallel)
+        parallel.shard(model)
+        for network in (model, reference):
+            if network is not None:
+                network.compute_dtype = work.dtype
+        optimizer = Optimizer(model, config.optimizer)
+        saved = work.load()
+        if saved:
+            restore(saved, model, optimizer, reference)
 
-    def state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors, info = training_state(model, optimizer)
-        if reference is not None:
-            tensors |= {f"reference/{name}": tensor for name, tensor in gathered(reference).items()}
-        return tensors, info
+        done = saved.step if saved else 0
+        with Interrupts() as interrupts, Progress(out.name, config.steps, done, parallel.is_first) as progress:
+            for step in range(done, config.steps):
+                flops_before, spent = work.meter.flops, 0.0
+                if config.max_flops is not None:
+                    spent = parallel.sums({"flops": flops_before})["flops"] / config.max_flops
+                    progress.total = min(config.steps, max(step + 1, round(step / spent))) if spent else config.steps
+                if spent >= 1:
+                    break
+                if reference is not None and step and step % config.loss.reference_steps == 0:
+                    load_whole(reference, model.state_dict())
 
-    with Progress(out.name, config.steps, saved.step if saved else 0, parallel.is_first) as progress:
-        for step in range(saved.step if saved else 0, config.steps):
-            flops_before, spent = work.meter.flops, 0.0
-            if config.max_flops is not None:
-                spent = float(parallel.sum(flops_before)) / config.max_flops
-                progress.total = min(config.steps, max(step + 1, round(step / spent))) if spent else config.steps
-            if spent >= 1:
-                break
-            if reference is not None and step and step % config.loss.reference_steps == 0:
-                replace_weights(reference, model)
+                sampler.update_weights(step, model.state_dict())
+                groups = rollout.run(tasks.draw(step * config.prompts_per_step, config.prompts_per_step))
+                assign_rewards(groups, config.rewards, config.loss.normalize_std, coin=f"{config.seed}/{step}")
+                kept = [trajectory for group in groups if has_signal(group) for trajectory in group]
+                update = update_policy(model, reference, optimizer, kept, config, step, parallel)
 
-            sampler.update_weights(step, model.state_dict())
-            groups = rollout.run(tasks.draw(step * config.prompts_per_step, config.prompts_per_step))
-            assign_rewards(groups, config.rewards, config.loss.normalize_std, coin=f"{config.seed}/{step}")
-            kept = [trajectory for group in groups if has_signal(group) for trajectory in group]
-            update = update_policy(model, reference, optimizer, kept, config, step, parallel)
-            work.check(step + 1, **{name: update[name] for name in ("loss", "gradient_norm") if name in update})
+                tokens, flops = sampling_cost(model.config, groups)
+                lengths = [len(trajectory.ids) for trajectory in kept]
+                again = forward_flops(model.config, lengths) if config.loss.kl else 0.0
+                parts = training_parts(model.config, lengths, mtp=config.loss.mtp > 0)
+                work.meter.add(tokens, sampling=flops, reference=again, **parts)
+                row = summary(groups, parallel)
+                speed = work.speed(int(parallel.sums({"tokens": tokens})["tokens"]), flops_before)
+                lr = config.optimizer.lr * schedule(config.optimizer, step, config.steps)
+                work.log({"step": step + 1, **row, **update, **rollout.counts, "lr": lr, **speed})
+                shown = {"reward": row["reward"], "pass": row["pass_rate"], "length": row["response_tokens"]}
+                progress.update(step + 1, **shown, **{"tokens/s": speed["tokens_per_second"]})
+                work.keep(step + 1, lambda: work.training_state(model, optimizer, reference), stop=interrupts.asked)
 
-            tokens, flops = sampling_cost(model.config, groups)
-            lengths = [len(trajectory.ids) for trajectory in kept]
-            again = forward_flops(model.config, lengths) if config.loss.kl else 0.0
-            parts = training_parts(model.config, lengths, mtp=config.loss.mtp > 0)
-            work.meter.add(tokens, sampling=flops, reference=again, **parts)
-            row = summary(groups, parallel)
-            speed = work.speed(int(parallel.sum(tokens)), flops_before)
-            lr = config.optimizer.lr * schedule(config.optimizer, step, config.steps)
-            work.log({"step": step + 1, **row, **update, **rollout.counts, "lr": lr, **speed})
-            shown = {"reward": row["reward"], "pass": row["pass_rate"], "length": row["response_tokens"]}
-            progress.update(step + 1, **shown, **{"tokens/s": speed["tokens_per_second"]})
-            work.keep(step + 1, state)
-
-    weights = gathered(model)
-    work.finish(lambda folder: save_checkpoint(folder, model, tokenizer, weights))
-    parallel.stop()
+        work.finish_checkpoint(model, tokenizer, source)
 
 
 def update_policy(
@@ -187,10 +170,3 @@ def summary(groups: Sequence[Sequence[Trajectory]], parallel: Parallel) -> dict[
     }
     total = parallel.sums({**sums, "each": len(each), "groups": len(groups)})
     return {name: total[name] / max(1.0, total["groups" if name == "no_signal" else "each"]) for name in sums}
-
-
-@torch.no_grad()
-def replace_weights(network: Transformer, by: Transformer) -> None:
-    """Copy one model's weights into another that is sharded alike: shard to shard, nothing is gathered."""
-    for target, tensor in zip(network.state_dict().values(), by.state_dict().values(), strict=True):
-        target.copy_(tensor)

@@ -17,19 +17,17 @@ from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import write_jsonl
 from slingshot.base.progress import Progress
-from slingshot.checkpoint.hub import locate
 from slingshot.engine.engine import Engine
-from slingshot.machine.precision import Dtype, compute_dtype, peak
+from slingshot.machine.precision import Dtype
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
 from slingshot.rollout.trajectory import Trajectory, sampling_cost
 from slingshot.tasks.loader import TaskConfigs
 from slingshot.tasks.mixture import TaskMix
 from slingshot.tasks.verification import VerificationPool
-from slingshot.training.checkpointer import Workspace
+from slingshot.training.checkpointer import Checkpointer
+from slingshot.training.interrupts import Interrupts
 from slingshot.training.parallel import Parallel
-
-kind = "sample"
 
 
 class SampleConfig(StageConfig):
@@ -47,7 +45,6 @@ class SampleConfig(StageConfig):
     sampling: SamplingConfig = SamplingConfig()
     chunk: int = Field(64, ge=1)  # problems between two chances to stop
     dtype: Dtype = "auto"
-    save_seconds: float = 30.0
 
     def mix(self) -> TaskMix:
         """Where the problems come from; the first `problems` of it are put to the model."""
@@ -56,48 +53,47 @@ class SampleConfig(StageConfig):
 
 def run(config: SampleConfig, out: Path, sampler: Sampler | None = None) -> None:
     """Sample from `config.model`, in process or by `sampler`, and write a dataset to `out`; resumes from `out.partial`."""
-    parallel = Parallel.start(config.threads)
-    source = locate(config.model)
-    work = Workspace(out, kind, config, [source], parallel, config.save_seconds, peak(config.dtype))
-    mix = config.mix()
-    items = mix.draw(0, config.problems)
-    if several := next((task.name for task in mix.tasks if task.has_turns), None):
-        raise SlingshotError(
-            f"task {several} takes several turns, a line of a dataset holds one; leave it out of tasks"
-        )
-    dtype = compute_dtype(config.dtype)
-    sampler = sampler or EngineSampler(Engine.load(source, dtype=dtype, device=parallel.device))
-    params = config.sampling.params(config.samples, config.seed)
-    rollout = Rollout(sampler, params, config.form, VerificationPool(mix.tasks), parallel)
-    saved = work.load()
-    rows: list[dict[str, Any]] = saved.info["rows"] if saved else []
-    chunks = [items[i : i + config.chunk] for i in range(0, len(items), config.chunk)]
-
-    with Progress(out.name, len(chunks), saved.step if saved else 0, parallel.is_first) as progress:
-        for step in range(saved.step if saved else 0, len(chunks)):
-            flops_before = work.meter.flops
-            groups = rollout.run(chunks[step])
-            tokens, flops = sampling_cost(sampler.model_config, groups)
-            work.meter.add(tokens, sampling=flops)
-
-            right = [sum(t.scores["accuracy"] == 1.0 for t in group) / len(group) for group in groups]
-            found = parallel.gather(
-                [(accepted(group, config), share) for group, share in zip(groups, right, strict=True)]
+    with Parallel.start() as parallel, Checkpointer(out, "sample", config, parallel) as work:
+        mix = config.mix()
+        items = mix.draw(0, config.problems)
+        if several := next((task.name for task in mix.tasks if task.has_turns), None):
+            raise SlingshotError(
+                f"task {several} takes several turns, a line of a dataset holds one; leave it out of tasks"
             )
-            rows.extend(row for kept, _ in found for row in kept)
-            pass_rate = sum(share for _, share in found) / max(1, len(found))
-            logged = {"step": step + 1, "pass_rate": pass_rate, "kept": len(rows), **rollout.counts}
-            work.log({**logged, **work.speed(tokens, flops_before)})
-            progress.update(step + 1, **{"pass": pass_rate, "kept": len(rows)})
-            work.keep(step + 1, lambda: ({}, {"rows": rows}))
-    rollout.refuse_nothing()
-    if not rows:
-        raise SlingshotError(
-            f"{config.model} solved none of {len(items)} problems in format; train it further or take easier problems"
+        sampler = sampler or EngineSampler(
+            Engine.load(work.reads[config.model], dtype=work.dtype, device=parallel.device)
         )
-    extra = {"examples": len(rows), "problems": len(items)}
-    work.finish(lambda folder: write_jsonl(folder / "data.jsonl", rows), extra)
-    parallel.stop()
+        params = config.sampling.params(config.samples, config.seed)
+        rollout = Rollout(sampler, params, config.form, VerificationPool(mix.tasks), parallel)
+        saved = work.load()
+        rows: list[dict[str, Any]] = saved.info["rows"] if saved else []
+        chunks = [items[i : i + config.chunk] for i in range(0, len(items), config.chunk)]
+
+        done = saved.step if saved else 0
+        with Interrupts() as interrupts, Progress(out.name, len(chunks), done, parallel.is_first) as progress:
+            for step in range(done, len(chunks)):
+                flops_before = work.meter.flops
+                groups = rollout.run(chunks[step])
+                tokens, flops = sampling_cost(sampler.model_config, groups)
+                work.meter.add(tokens, sampling=flops)
+
+                right = [sum(t.scores["accuracy"] == 1.0 for t in group) / len(group) for group in groups]
+                found = parallel.gather(
+                    [(accepted(group, config), share) for group, share in zip(groups, right, strict=True)]
+                )
+                rows.extend(row for kept, _ in found for row in kept)
+                pass_rate = sum(share for _, share in found) / max(1, len(found))
+                logged = {"step": step + 1, "pass_rate": pass_rate, "kept": len(rows), **rollout.counts}
+                work.log({**logged, **work.speed(tokens, flops_before)})
+                progress.update(step + 1, **{"pass": pass_rate, "kept": len(rows)})
+                work.keep(step + 1, lambda: ({}, {"rows": rows}), stop=interrupts.asked)
+        rollout.refuse_nothing()
+        if not rows:
+            raise SlingshotError(
+                f"{config.model} solved none of {len(items)} problems in format; train it further or take easier problems"
+            )
+        extra = {"examples": len(rows), "problems": len(items)}
+        work.finish(lambda folder: write_jsonl(folder / "data.jsonl", rows), extra)
 
 
 def accepted(group: Sequence[Trajectory], config: SampleConfig) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """Supervised fine-tuning on prompts with reasoning and answer: R1's cold start, its SFT from the base, and its distillation.
 
-Examples come from JSONL datasets ({"prompt", "reasoning", "answer"} a line) or are written by tasks that can. Loss on the response
-only; MTP is trained along (arXiv 2501.12948, 2.3 and 2.4).
+Examples come from JSONL datasets (data/examples.py says in which forms) or are written by tasks that can. Loss on the response only; MTP is trained along (arXiv 2501.12948, 2.3 and 2.4).
 
     slingshot sft --config sft.toml --out runs/sft
 """
@@ -9,6 +8,8 @@ only; MTP is trained along (arXiv 2501.12948, 2.3 and 2.4).
 from __future__ import annotations
 
 import random
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
@@ -17,30 +18,33 @@ from pydantic import Field, model_validator
 
 from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import read_jsonl
 from slingshot.base.progress import Progress
-from slingshot.checkpoint.hub import locate
-from slingshot.checkpoint.load_save import load_model, load_tokenizer, save_checkpoint
+from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.flops import training_parts
-from slingshot.data.packing import pack_examples
-from slingshot.machine.precision import Dtype, compute_dtype, peak
+from slingshot.data.examples import Example, read_examples
+from slingshot.machine.precision import Dtype
 from slingshot.rollout.rollout import PromptForm
 from slingshot.tasks.loader import TaskConfigs
 from slingshot.tasks.mixture import TaskMix
 from slingshot.tasks.task import Problem
-from slingshot.text.reasoning import ends_in_reasoning
-from slingshot.text.response import encode_responses
+from slingshot.text.reasoning import before_reasoning, ends_in_reasoning
+from slingshot.text.response import encode_answers, encode_responses
 from slingshot.text.tokenizer import Tokenizer
-from slingshot.training.checkpointer import Workspace, restore, training_state
-from slingshot.training.language_model import LanguageModelLoss, Rows, language_model_step
+from slingshot.training.batch import Rows
+from slingshot.training.checkpointer import Checkpointer, restore
+from slingshot.training.interrupts import Interrupts
+from slingshot.training.language_model import LanguageModelLoss, language_model_step
 from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule
-from slingshot.training.parallel import Parallel, gathered
+from slingshot.training.parallel import Parallel
 
-kind = "sft"
+Pair = tuple[list[int], list[int]]  # ids of a prompt and of the response to it
 
 
 class SFTConfig(StageConfig):
-    """`data` are dataset folders or .jsonl files; `tasks` write `examples` worked solutions in `style` instead or besides."""
+    """`data` are dataset folders or .jsonl files; `tasks` write `examples` worked solutions in `style` instead or besides.
+
+    Examples without reasoning learn to answer behind an empty think block, or with `no_reasoning` "none" without any.
+    """
 
     moved: ClassVar[dict[str, str]] = MOVED_TO_OPTIMIZER | {"losses": "loss"}
 
@@ -49,6 +53,7 @@ class SFTConfig(StageConfig):
     tasks: TaskConfigs = []
     examples: int = Field(0, ge=0)
     style: Literal["answer", "steps", "slips"] = "steps"
+    no_reasoning: Literal["empty", "none"] = "empty"
     form: PromptForm = PromptForm()
     epochs: int = Field(2, ge=1)
     sequence_length: int = Field(256, ge=8)
@@ -57,7 +62,6 @@ class SFTConfig(StageConfig):
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LanguageModelLoss = LanguageModelLoss()
     dtype: Dtype = "auto"
-    save_seconds: float = 60.0
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -68,89 +72,101 @@ class SFTConfig(StageConfig):
 
 def run(config: SFTConfig, out: Path) -> None:
     """Fine-tune `config.model` and write a checkpoint to `out`; resumes from `out.partial`."""
-    parallel = Parallel.start(config.threads)
-    source = locate(config.model)
-    parents = [source, *map(Path, config.data)]
-    work = Workspace(out, kind, config, parents, parallel, config.save_seconds, peak(config.dtype))
-    model, tokenizer = load_model(source, device=parallel.device, shard=parallel.shard), load_tokenizer(source)
-    examples = _examples(config, tokenizer)
-    per_epoch = [_pack(examples, config, epoch) for epoch in range(config.epochs)]
-    steps = sum(-(-len(rows.tokens_BT) // config.batch_size) for rows in per_epoch)
-    batches = (
-        rows[slice(i, i + config.batch_size)]
-        for rows in per_epoch
-        for i in range(0, len(rows.tokens_BT), config.batch_size)
-    )
+    with Parallel.start() as parallel, Checkpointer(out, "sft", config, parallel) as work:
+        source = work.reads[config.model]
+        model, tokenizer = load_model(source, device=parallel.device, shard=parallel.shard), load_tokenizer(source)
+        longest = min(config.sequence_length, model.config.max_position_embeddings)
+        examples, dropped = fitting(encode(read(config), tokenizer, config), longest)
+        if dropped and parallel.is_first:
+            given = f"{dropped} of {dropped + len(examples)} examples"
+            print(f"{out.name}: {given} are longer than {longest} tokens and left out", file=sys.stderr)
+        epochs = [rows_of_epoch(examples, config, epoch) for epoch in range(config.epochs)]
+        batches = [
+            rows[slice(start, start + config.batch_size)]
+            for rows in epochs
+            for start in range(0, len(rows), config.batch_size)
+        ]
 
-    model.compute_dtype = compute_dtype(config.dtype)
-    optimizer = Optimizer(model, config.optimizer)
-    saved = work.load()
-    done = saved.step if saved else 0
-    if saved:
-        restore(saved, model, optimizer)
+        model.compute_dtype = work.dtype
+        optimizer = Optimizer(model, config.optimizer)
+        saved = work.load()
+        done = saved.step if saved else 0
+        if saved:
+            restore(saved, model, optimizer)
 
-    with Progress(out.name, steps, done, parallel.is_first) as progress:
-        for step, batch in enumerate(batches):
-            if step < done:
-                continue
-            rows = batch.shard(parallel)
-            losses = language_model_step(model, rows, config.loss, config.micro_batch_size, parallel)
-            work.check(step + 1, loss=losses.loss)
-            lr = schedule(config.optimizer, step, steps)
-            norm = optimizer.step(lr)
-            work.check(step + 1, gradient_norm=norm)
+        with Interrupts() as interrupts, Progress(out.name, len(batches), done, parallel.is_first) as progress:
+            for step in range(done, len(batches)):
+                rows = batches[step].shard(parallel)
+                losses = language_model_step(model, rows, config.loss, config.micro_batch_size, parallel)
+                lr = schedule(config.optimizer, step, len(batches))
+                norm = optimizer.step(lr)
 
-            flops_before = work.meter.flops
-            work.meter.add(rows.n_tokens, **training_parts(model.config, rows.lengths(), mtp=config.loss.mtp > 0))
-            speed = work.speed(batch.n_tokens, flops_before)
-            work.log(
-                {"step": step + 1, **losses.logged(), "lr": lr * config.optimizer.lr, "gradient_norm": norm, **speed}
-            )
-            progress.update(step + 1, loss=losses.loss, **{"tokens/s": speed["tokens_per_second"]})
-            work.keep(step + 1, lambda: training_state(model, optimizer))
+                flops_before = work.meter.flops
+                work.meter.add(rows.n_tokens, **training_parts(model.config, rows.lengths(), mtp=config.loss.mtp > 0))
+                speed = work.speed(batches[step].n_tokens, flops_before)
+                clocks = {"lr": lr * config.optimizer.lr, "gradient_norm": norm, **speed}
+                work.log({"step": step + 1, **losses.logged(), **clocks})
+                progress.update(step + 1, loss=losses.loss, **{"tokens/s": speed["tokens_per_second"]})
+                work.keep(step + 1, lambda: work.training_state(model, optimizer), stop=interrupts.asked)
 
-    state = gathered(model)
-    work.finish(
-        lambda folder: save_checkpoint(folder, model, tokenizer, state, source=source), {"examples": len(examples)}
-    )
-    parallel.stop()
+        extra = {"examples": len(examples)} | ({"dropped": dropped} if dropped else {})
+        work.finish_checkpoint(model, tokenizer, source, extra)
 
 
-def _examples(config: SFTConfig, tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
-    """Prompt and response ids of every example, in file order."""
-    rows: list[tuple[Problem, str, str]] = []
-    for source in map(Path, config.data):
-        file = source / "data.jsonl" if source.is_dir() else source
-        for number, row in enumerate(read_jsonl(file), start=1):
-            if not isinstance(row, dict) or not all(
-                isinstance(row.get(key), str) for key in ("prompt", "reasoning", "answer")
-            ):
-                raise SlingshotError(f"{file} line {number}: an example holds prompt, reasoning and answer, all text")
-            rows.append((Problem(prompt=row["prompt"], key=row["prompt"]), row["reasoning"], row["answer"]))
+def read(config: SFTConfig) -> list[Example]:
+    """Every example, of files and then of tasks."""
+    examples = [example for source in config.data for example in read_examples(Path(source))]
     if config.tasks:
         rng = random.Random(f"solutions/{config.seed}")
         for item in TaskMix(config.tasks, "train", f"solutions/{config.seed}", repeat=False).draw(0, config.examples):
+            if not item.task.has_solutions:
+                raise SlingshotError(f"the task {item.task.name} writes no worked solutions; give data = [...] instead")
             solution = item.task.solution(item.problem, config.style, rng)
-            rows.append((item.problem, solution.reasoning, solution.answer))
-    if not rows:
+            examples.append(Example(item.problem.prompt, solution.reasoning, solution.answer))
+    if not examples:
         raise SlingshotError(f"{', '.join(config.data)}: no examples; did any sample pass the verifier?")
-    prompts = [config.form.encode(tokenizer, problem) for problem, _, _ in rows]
-    opened = ends_in_reasoning(prompts[0], tokenizer)
-    responses = encode_responses(tokenizer, [(reasoning, answer) for _, reasoning, answer in rows], opened)
-    kept = [
-        pair for pair in zip(prompts, responses, strict=True) if len(pair[0]) + len(pair[1]) <= config.sequence_length
-    ]
-    if not kept:
-        raise SlingshotError(f"every example is longer than sequence_length {config.sequence_length}; raise it")
-    return kept
+    return examples
 
 
-def _pack(examples: list[tuple[list[int], list[int]]], config: SFTConfig, epoch: int) -> Rows:
-    """Rows of one epoch, examples in an order of its own."""
-    order = np.random.default_rng([config.seed, epoch]).permutation(len(examples))
+def encode(examples: Sequence[Example], tokenizer: Tokenizer, config: SFTConfig) -> list[Pair]:
+    """Ids of prompt and response of every example, in order."""
+    prompts = []
+    for example in examples:
+        if isinstance(example.prompt, str):
+            prompts.append(config.form.encode(tokenizer, Problem(prompt=example.prompt, key=example.prompt)))
+        else:
+            prompts.append(tokenizer.encode_chat(example.prompt))
+    silent = {i for i, example in enumerate(examples) if example.reasoning is None and config.no_reasoning == "none"}
+    opened = {i for i, prompt in enumerate(prompts) if ends_in_reasoning(prompt, tokenizer)}
+    responses: dict[int, list[int]] = {}
+    for is_opened in (False, True):
+        places = [i for i in range(len(examples)) if i not in silent and (i in opened) == is_opened]
+        texts = [(examples[i].reasoning or "", examples[i].answer) for i in places]
+        responses |= zip(places, encode_responses(tokenizer, texts, is_opened), strict=True)
+    places = sorted(silent)
+    responses |= zip(places, encode_answers(tokenizer, [examples[i].answer for i in places]), strict=True)
+    for i in silent & opened:
+        prompts[i] = before_reasoning(prompts[i], tokenizer)
+    return [(prompt, responses[i]) for i, prompt in enumerate(prompts)]
+
+
+def fitting(pairs: Sequence[Pair], longest: int) -> tuple[list[Pair], int]:
+    """The examples of at most `longest` tokens, and how many are left out; SlingshotError when those are most of them."""
+    kept = [pair for pair in pairs if len(pair[0]) + len(pair[1]) <= longest]
+    dropped = len(pairs) - len(kept)
+    if dropped > len(kept):
+        most = max(len(prompt) + len(response) for prompt, response in pairs)
+        raise SlingshotError(
+            f"{dropped} of {len(pairs)} examples are longer than {longest} tokens, the longest has {most}; "
+            "raise sequence_length (as far as the model's max_position_embeddings allow) or give shorter examples"
+        )
+    return kept, dropped
+
+
+def rows_of_epoch(pairs: Sequence[Pair], config: SFTConfig, epoch: int) -> Rows:
+    """Rows of one epoch, examples in an order of its own; targets are the responses."""
+    order = np.random.default_rng([config.seed, epoch]).permutation(len(pairs))
     marked = [
-        (prompt + response, [0] * len(prompt) + [1] * len(response))
-        for prompt, response in (examples[i] for i in order)
+        (prompt + response, [0] * len(prompt) + [1] * len(response)) for prompt, response in (pairs[i] for i in order)
     ]
-    packed = pack_examples(marked, config.sequence_length)
-    return Rows.from_numpy(packed.tokens_NT, packed.segments_NT, packed.mask_NT)
+    return Rows.of_examples(marked, config.sequence_length)

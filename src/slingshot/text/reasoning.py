@@ -25,6 +25,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from slingshot.base.errors import SlingshotError
 from slingshot.text.chat_template import END_THINK, THINK
 from slingshot.text.tokenizer import Tokenizer
 
@@ -49,6 +50,15 @@ def ends_in_reasoning(prompt_ids: Sequence[int], tokenizer: Tokenizer) -> bool:
         return tokenizer.decode(prompt_ids[-16:]).rstrip().endswith(THINK)
     tags = (id for id in reversed(prompt_ids) if id in (tokenizer.think_id, tokenizer.end_think_id))
     return next(tags, None) == tokenizer.think_id
+
+
+def before_reasoning(prompt_ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    """A prompt that `ends_in_reasoning` without its opened think tag, to be answered at once."""
+    if tokenizer.think_id is None:
+        raise SlingshotError(
+            "this model's template opens its reasoning in plain text; an answer without any cannot follow"
+        )
+    return list(prompt_ids[: len(prompt_ids) - 1 - list(reversed(prompt_ids)).index(tokenizer.think_id)])
 
 
 def parse(output: str | Iterable[int], opened: bool | None, tokenizer: Tokenizer | None = None) -> Parsed:

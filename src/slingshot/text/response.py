@@ -18,20 +18,25 @@ def encode_responses(tokenizer: Tokenizer, responses: Sequence[tuple[str, str]],
 
     Where the vocabulary has no think tokens (models not made for reasoning) the tags are written as ordinary text.
     """
+    if tokenizer.end_think_id is None or tokenizer.think_id is None:
+        start = "" if opened else "<think>\n"
+        return encode_answers(
+            tokenizer, [f"{start}{reasoning}\n</think>\n\n{answer}" for reasoning, answer in responses]
+        )
+    start = "" if opened else "\n"
+    reasonings = tokenizer.encode_batch([f"{start}{reasoning}\n" for reasoning, _ in responses], continues=True)
+    answers = encode_answers(tokenizer, [f"\n\n{answer}" for _, answer in responses])
+    start_ids = [] if opened else [tokenizer.think_id]
+    return [
+        [*start_ids, *reasoning, tokenizer.end_think_id, *answer]
+        for reasoning, answer in zip(reasonings, answers, strict=True)
+    ]
+
+
+def encode_answers(tokenizer: Tokenizer, answers: Sequence[str]) -> list[list[int]]:
+    """Ids of responses without reasoning, each with the end token."""
     if tokenizer.eos_id is None:
         raise SlingshotError(
             "this tokenizer names no eos_token, so a response could never end; add it to tokenizer_config.json"
         )
-    if tokenizer.end_think_id is None or tokenizer.think_id is None:
-        start = "" if opened else "<think>\n"
-        texts = [f"{start}{reasoning}\n</think>\n\n{answer}" for reasoning, answer in responses]
-        return [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts, continues=True)]
-    reasonings = tokenizer.encode_batch(
-        [f"{'' if opened else chr(10)}{reasoning}\n" for reasoning, _ in responses], True
-    )
-    answers = tokenizer.encode_batch([f"\n\n{answer}" for _, answer in responses], True)
-    start_ids = [] if opened else [tokenizer.think_id]
-    return [
-        [*start_ids, *reasoning, tokenizer.end_think_id, *answer, tokenizer.eos_id]
-        for reasoning, answer in zip(reasonings, answers, strict=True)
-    ]
+    return [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(list(answers), continues=True)]

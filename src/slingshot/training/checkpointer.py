@@ -4,44 +4,57 @@ A stage that writes to `out` works in `out.partial/`: `state-STEP/` (safetensors
 step). A stage killed at any moment is run again with the same configuration and goes on from the last state; metrics written after
 that state are dropped and written anew, so what is logged ends the same as without the interruption, clocks excepted.
 
-    work = Workspace(out, "sft", config, parents=[model_path], parallel=parallel)
-    saved = work.load()                                        # None at the start
-    for step in range(saved.step if saved else 0, steps):
-        ...
-        work.log({"step": step + 1, "loss": loss})
-        work.keep(step + 1, state)                             # saves now and then, and before stopping at Ctrl-C
-    work.finish(write_artifact)
+    with Parallel.start() as parallel, Checkpointer(out, "sft", config, parallel) as work:
+        saved = work.load()                                        # None at the start
+        with Interrupts() as interrupts:
+            for step in range(saved.step if saved else 0, steps):
+                ...
+                work.log({"step": step + 1, "loss": loss})
+                work.keep(step + 1, state, stop=interrupts.asked)  # saves now and then, and before stopping at Ctrl-C
+        work.finish(write_artifact)
+
+The same work is what has the same configuration and read the same content, wherever that lies and however its path is spelt. Anything else
+found in `out.partial` is put aside. One process at a time works on an `out`; a second is refused.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
-import signal
+import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import digest, new_folder, read_json, read_text, write_json, write_text
-from slingshot.cost.receipt import Meter, artifact_digest
-from slingshot.machine.device import describe_machine
+from slingshot.base.files import lock, new_folder, put_aside, read_json, read_text, unlock, write_json, write_text
+from slingshot.checkpoint.load_save import save_checkpoint
+from slingshot.cost.receipt import Meter, Parent, artifact_digest
+from slingshot.machine.device import auto_dtype, describe_machine, dtype_name, machine_peak
 from slingshot.model.transformer import Transformer
+from slingshot.text.tokenizer import Tokenizer
+from slingshot.training.identity import Identity, inputs
+from slingshot.training.interrupts import Interrupts
 from slingshot.training.optimizer import Optimizer
-from slingshot.training.parallel import Parallel, gathered, load_gathered
+from slingshot.training.parallel import Parallel, load_whole, whole_tensors
 
 try:
     from torch.utils.tensorboard import SummaryWriter
 except ImportError:  # TensorBoard is not a dependency; installed, it is used
     SummaryWriter = None  # type: ignore[assignment, misc]
+
+Named = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, and JSON
 
 
 @dataclass
@@ -54,106 +67,145 @@ class State:
 
     def group(self, prefix: str) -> dict[str, Tensor]:
         """The tensors named `prefix`/NAME, by NAME."""
-        return {
-            name.removeprefix(prefix + "/"): tensor
-            for name, tensor in self.tensors.items()
-            if name.startswith(prefix + "/")
-        }
+        start = f"{prefix}/"
+        return {name.removeprefix(start): tensor for name, tensor in self.tensors.items() if name.startswith(start)}
 
 
-class Workspace:
-    """The working folder of one run of one stage. Only the first rank writes."""
+class Checkpointer:
+    """The working folder of one run of one stage. Only the first rank writes.
 
-    def __init__(
-        self,
-        out: Path,
-        kind: str,
-        config: StageConfig,
-        parents: list[Path],
-        parallel: Parallel,
-        save_seconds: float = 60.0,
-        peak: float | None = None,
-    ) -> None:
-        self.out, self.kind, self.config, self.parents, self.parallel, self.peak = (
-            out,
-            kind,
-            config,
-            parents,
-            parallel,
-            peak,
-        )
-        self.folder = out.with_name(out.name + ".partial")
+    `reads`: where what the config names lies, by name. What `auto` means is decided once, by the first rank, and kept for a resume: `dtype`
+    (of activations) and the number of threads. `peak` is the measured matrix peak of one process in that dtype, FLOP/s.
+    """
+
+    dtype: torch.dtype  # of stages that compute
+    peak: float | None = None
+
+    def __init__(self, out: Path, kind: str, config: StageConfig, parallel: Parallel) -> None:
+        self.out, self.kind, self.config, self.parallel = out, kind, config, parallel
+        self._refuse_what_exists()
+        self.folder = out.with_name(f"{out.name}.partial")
+        self.reads = inputs(config)
         self.meter = Meter()
-        self._save_seconds, self._saved_at, self._interrupted = save_seconds, time.monotonic(), False
-        self._step_at = time.perf_counter()
+        self._saved_at, self._step_at = time.monotonic(), time.perf_counter()
         self._board: Any = None
-        if out.exists():
-            raise SlingshotError(f"{out} exists already; remove it or choose another --out")
-        identity = {
-            "kind": kind,
-            "config": config.model_dump(mode="json"),
-            "parents": [artifact_digest(parent) for parent in parents],
-        }
-        if parallel.is_first:
-            mark = self.folder / "identity.json"
-            if not mark.exists() or read_json(mark) != digest(identity):
-                if self.folder.exists():  # of another configuration, or such a one half removed
-                    shutil.rmtree(self.folder)
-                write_json(mark, digest(identity))
-            for unfinished in self.folder.glob(".*.tmp"):
-                shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
-        parallel.barrier()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._interrupt)
+        self._lock: int | None = None
+        self._chosen: dict[str, Any] = {}
 
-    def _interrupt(self, *_: Any) -> None:
-        self._interrupted = True
+    def __enter__(self) -> Self:
+        if self.parallel.is_first:
+            self._lock = lock(self.folder)
+            try:
+                self._open()
+            except BaseException:
+                self._unlock()
+                raise
+        self._chosen = self.parallel.agree(self._chosen)
+        torch.set_num_threads(self._chosen["threads"])
+        if self._chosen["dtype"] in ("float32", "bfloat16"):
+            self.dtype = getattr(torch, self._chosen["dtype"])
+            self.peak = machine_peak(self.dtype, self.parallel.device)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            unlock(self._lock)
+            self._lock = None
+
+    def _refuse_what_exists(self) -> None:
+        if self.out.exists() or not self.out.name:
+            raise SlingshotError(f"{self.out} exists already; remove it or choose another --out")
+
+    def _open(self) -> None:
+        """Find the folder of this very work, or begin one; decide what `auto` means."""
+        self._refuse_what_exists()  # now that nobody else can make it
+        digests = {name: artifact_digest(path) for name, path in self.reads.items()}
+        self.parents = [Parent(path=str(self.reads[name]), digest=digest) for name, digest in digests.items()]
+        identity = Identity(self.kind, self.config.model_dump(mode="json"), digests)
+        mark = self.folder / "identity.json"
+        begun = read_json(mark) if mark.exists() else {}
+        if changes := self._changes(begun, identity):
+            begun, kept = {}, put_aside(self.folder)
+            print(f"{self.out.name}: what was begun is another stage ({changes}); kept in {kept}", file=sys.stderr)
+            self._unlock()
+            self._lock = lock(self.folder)
+        self._chosen = self._choose(begun.get("chosen", {}))
+        write_json(mark, asdict(identity) | {"chosen": self._chosen})
+        for unfinished in self.folder.glob(".*.tmp"):
+            shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
+
+    def _changes(self, begun: Any, identity: Identity) -> str:
+        """Why what lies in the folder is not the work that `identity` asks for; empty when it is, or nothing is there."""
+        if begun == {} and not list(self.folder.glob("[!.]*")):
+            return ""
+        if not isinstance(begun, dict) or not begun.keys() >= {"kind", "config", "digests"}:
+            return "of an earlier version"
+        before = Identity(begun["kind"], begun["config"], begun["digests"])
+        return ", ".join(identity.differences(before, type(self.config)))
+
+    def _choose(self, before: dict[str, Any]) -> dict[str, Any]:
+        """What `auto` means, as it was chosen `before`."""
+        device, dtype = self.parallel.device, getattr(self.config, "dtype", None)
+        if dtype == "auto":
+            dtype = before.get("dtype") or dtype_name(auto_dtype(device))
+        if device.type != before.get("device", device.type):
+            print(f"{self.out.name}: begun on {before['device']}, goes on on {device.type}", file=sys.stderr)
+        threads = self.config.threads or before.get("threads") or torch.get_num_threads()
+        return {"device": device.type, "dtype": dtype, "threads": threads}
 
     def load(self) -> State | None:
         """The last state saved by an earlier run, or None; drops metrics of later steps."""
-        states = sorted(self.folder.glob("state-*"), key=lambda path: int(path.name.removeprefix("state-")))
-        step = 0
+        states = self._states()
         state = None
         if states:
+            step, folder = max(states.items())
             try:
-                tensors = load_file(states[-1] / "tensors.safetensors")
+                tensors = load_file(folder / "tensors.safetensors")
             except (OSError, SafetensorError) as error:
                 raise SlingshotError(
-                    f"{states[-1]} cannot be read: {error}; remove {self.folder} to start the stage anew"
+                    f"{folder} cannot be read: {error}; remove {self.folder} to start the stage anew"
                 ) from error
-            info = read_json(states[-1] / "state.json")
+            info = read_json(folder / "state.json")
             self.meter = Meter(info["meter"])
-            step = int(info["step"])
             state = State(step, tensors, info["info"])
         if self.parallel.is_first:
-            self._cut_metrics(step)
+            self._cut_metrics(state.step if state else 0)
             if SummaryWriter is not None:
-                self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+                self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.step + 1 if state else 1)
         self.parallel.barrier()
         self._step_at = time.perf_counter()
         return state
 
+    def _states(self) -> dict[int, Path]:
+        return {int(path.name.removeprefix("state-")): path for path in self.folder.glob("state-*")}
+
     def _cut_metrics(self, step: int) -> None:
         metrics = self.folder / "metrics.jsonl"
         kept = []
-        if metrics.exists():
-            for line in read_text(metrics).splitlines(keepends=True):
-                if not line.endswith("\n") or json.loads(line)["step"] > step:
-                    break
-                kept.append(line)
+        for line in read_text(metrics).splitlines(keepends=True) if metrics.exists() else []:
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+            kept.append(line)
         write_text(metrics, "".join(kept))
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one line of metrics; the row holds its `step`."""
+        """Append one line of metrics; the row holds its `step`. A value that is not finite stops the stage: the last state is from before it."""
+        for name, value in row.items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise self._diverged(f"{name} is {number} at step {row['step']}")
         if not self.parallel.is_first:
             return
         try:
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({key: _short(value) for key, value in row.items()}) + "\n")
         except OSError as error:
-            raise SlingshotError(
-                f"cannot write {self.folder}: {error.strerror}; free space there and run the same command to go on"
-            ) from error
+            raise self._no_space(self.folder, error) from error
         if self._board is not None:
             for key, value in row.items():
                 if isinstance(value, int | float):
@@ -168,42 +220,42 @@ class Workspace:
             row["mfu"] = (self.meter.flops - flops_before) / seconds / self.peak
         return row
 
-    def check(self, step: int, **values: float) -> None:
-        """Stop the stage at a value that is not finite; the last state saved is from before it."""
-        for name, value in values.items():
-            if not math.isfinite(value):
-                saved = max((int(path.name.removeprefix("state-")) for path in self.folder.glob("state-*")), default=0)
-                kept = f"the state of step {saved} is kept in {self.folder}"
-                raise SlingshotError(
-                    f"{self.out.name}: {name} is {value} at step {step}; {kept}; lower the learning rate and run again"
-                )
+    def _diverged(self, what: str) -> SlingshotError:
+        kept = f"the state of step {max(self._states(), default=0)} is kept in {self.folder}"
+        return SlingshotError(f"{self.out.name}: {what}; {kept}; lower the learning rate and run again")
 
-    def keep(self, step: int, state: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]) -> None:
-        """Save now and then; at Ctrl-C save at once and stop with KeyboardInterrupt. `state` is called on every rank."""
-        due = time.monotonic() - self._saved_at >= self._save_seconds
-        urgency = self.parallel.max(2 if self._interrupted else int(due))
+    def _no_space(self, folder: Path, error: Exception) -> SlingshotError:
+        why = (isinstance(error, OSError) and error.strerror) or error
+        return SlingshotError(f"cannot write {folder}: {why}; free space there and run the same command to go on")
+
+    def keep(self, step: int, state: Callable[[], Named], stop: bool = False) -> None:
+        """Save now and then; to `stop`, save at once and raise KeyboardInterrupt. `state` is called on every rank."""
+        due = time.monotonic() - self._saved_at >= self.config.save_seconds
+        urgency = self.parallel.max(2 if stop else int(due))
         if urgency == 0:
             return
         self._saved_at = time.monotonic()
         tensors, info = state()
         if self.parallel.is_first:
-            with new_folder(self.folder / f"state-{step}") as folder:
-                try:
-                    save_file(
-                        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-                        folder / "tensors.safetensors",
-                    )
-                except (OSError, SafetensorError) as error:
-                    raise SlingshotError(
-                        f"cannot write {folder}: {error}; free space there and run the same command to go on"
-                    ) from error
-                write_json(folder / "state.json", {"step": step, "meter": self.meter.state(), "info": info})
-            for path in self.folder.glob("state-*"):
-                if path.name != f"state-{step}":
-                    shutil.rmtree(path)
+            self._save(step, tensors, info)
         self.parallel.barrier()
         if urgency == 2:
             raise KeyboardInterrupt
+
+    def _save(self, step: int, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+        if (metrics := self.folder / "metrics.jsonl").exists():
+            with metrics.open("rb") as file:
+                os.fsync(file.fileno())  # before the state that counts on them
+        with new_folder(self.folder / f"state-{step}") as folder:
+            try:
+                stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+                save_file(stored, folder / "tensors.safetensors")
+            except (OSError, SafetensorError) as error:
+                raise self._no_space(folder, error) from error
+            write_json(folder / "state.json", {"step": step, "meter": self.meter.state(), "info": info})
+        for older, path in self._states().items():
+            if older != step:
+                shutil.rmtree(path)
 
     def finish(self, write: Callable[[Path], None], extra: Mapping[str, Any] | None = None) -> None:
         """Write the artifact with its metrics and receipt, whole or not at all, and remove the working folder."""
@@ -211,40 +263,69 @@ class Workspace:
         self.meter.tokens = int(totals.pop("tokens"))
         self.meter.flops_by_part = totals
         if self.parallel.is_first:
-            with new_folder(self.out) as folder:
+            with Interrupts(), new_folder(self.out) as folder:  # a Ctrl-C waits for the little that is left
                 write(folder)
                 if (self.folder / "metrics.jsonl").exists():
                     shutil.copyfile(self.folder / "metrics.jsonl", folder / "metrics.jsonl")
                 if self._board is not None:
                     self._board.close()
                     shutil.copytree(self.folder / "tensorboard", folder / "tensorboard", dirs_exist_ok=True)
-                receipt = self.meter.receipt(
+                self.meter.receipt(
                     self.kind,
                     self.out.name,
                     self.config.model_dump(mode="json"),
                     self.parents,
                     folder,
-                    describe_machine(),
-                    None if self.peak is None else self.peak * self.parallel.world,
+                    describe_machine(self.parallel.device),
+                    None if self.peak is None else self.peak * self.parallel.dp_size,
                     self.config.price,
-                    self.parallel.world if self.parallel.device.type == "cuda" else 1,
-                    extra,
-                )
-                receipt.write(folder)
+                    self.parallel.dp_size if self.parallel.device.type != "cpu" else 1,
+                    {**(extra or {}), "chosen": self._chosen},
+                ).write(folder)
             shutil.rmtree(self.folder, ignore_errors=True)
         self.parallel.barrier()
 
+    def finish_checkpoint(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        source: Path | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`finish` with the model, made from the checkpoint `source`, unless its last update left it unable to compute."""
+        if self.parallel.max(int(not _computes(model))):
+            raise self._diverged("after the last update the weights or the logits hold NaN or infinite values")
+        state = self._whole(model.state_dict())
+        self.finish(lambda folder: save_checkpoint(folder, model, tokenizer, state, source=source), extra)
 
-def training_state(model: Transformer, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and optimizer state as named tensors, gathered from all ranks."""
-    tensors = {f"model/{name}": tensor for name, tensor in gathered(model).items()}
-    return tensors | {f"optimizer/{name}": tensor for name, tensor in optimizer.state().items()}, {}
+    def training_state(self, model: Transformer, optimizer: Optimizer, reference: Transformer | None = None) -> Named:
+        """Weights and optimizer state as named tensors; gathered, where they are sharded, and kept on the first rank."""
+        states = {"model": model.state_dict(), "optimizer": optimizer.state()}
+        if reference is not None:
+            states["reference"] = reference.state_dict()
+        named = {f"{group}/{name}": tensor for group, state in states.items() for name, tensor in state.items()}
+        return self._whole(named), {}
+
+    def _whole(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in whole_tensors(state) if self.parallel.is_first}
 
 
-def restore(saved: State, model: Transformer, optimizer: Optimizer) -> None:
-    """Take back what `training_state` gave."""
-    load_gathered(model, saved.group("model"))
+def restore(saved: State, model: Transformer, optimizer: Optimizer, reference: Transformer | None = None) -> None:
+    """Take back what `Checkpointer.training_state` gave."""
+    load_whole(model, saved.group("model"))
     optimizer.load(saved.group("optimizer"))
+    if reference is not None:
+        load_whole(reference, saved.group("reference"))
+
+
+@torch.no_grad()
+def _computes(model: Transformer) -> bool:
+    """Whether this rank's weights, and the logits of a few tokens, are finite: huge weights are, what they compute is not."""
+    tokens_BT = torch.arange(min(8, model.config.vocab_size, model.config.max_position_embeddings))[None]
+    device = next(model.parameters()).device
+    logits = model(tokens_BT.to(device), segments_BT=torch.ones_like(tokens_BT).to(device)).logits_BTV
+    local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in model.state_dict().values()]
+    return all(bool(tensor.isfinite().all()) for tensor in (logits, *local))
 
 
 def _short(value: Any) -> Any:

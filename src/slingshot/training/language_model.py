@@ -5,17 +5,16 @@ Shape suffixes: B rows, T time, N tokens, L MoE layers, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from slingshot.base.config import Strict
 from slingshot.model.transformer import Transformer
+from slingshot.training.batch import Rows
 from slingshot.training.objectives import cross_entropy, mtp_targets, next_token_targets
 from slingshot.training.parallel import Parallel
 
@@ -25,50 +24,6 @@ class LanguageModelLoss(Strict):
 
     mtp: float = Field(default=0.3, ge=0)
     balance: float = Field(default=1e-4, ge=0)
-
-
-@dataclass
-class Rows:
-    """Packed rows: tokens_BT, segments_BT (documents numbered from 1 in each row, 0 padding), weights_BT of each token as a target."""
-
-    tokens_BT: Tensor
-    segments_BT: Tensor
-    weights_BT: Tensor
-
-    @classmethod
-    def from_numpy(cls, tokens_BT: np.ndarray, segments_BT: np.ndarray, weights_BT: np.ndarray | None = None) -> Rows:
-        segments = torch.from_numpy(np.ascontiguousarray(segments_BT)).long()
-        weights = (
-            (segments > 0).float() if weights_BT is None else torch.from_numpy(np.ascontiguousarray(weights_BT)).float()
-        )
-        return cls(torch.from_numpy(np.ascontiguousarray(tokens_BT)).long(), segments, weights)
-
-    def __getitem__(self, rows: slice) -> Rows:
-        return Rows(self.tokens_BT[rows], self.segments_BT[rows], self.weights_BT[rows])
-
-    def shard(self, parallel: Parallel) -> Rows:
-        """This rank's rows; empty rows are added where the ranks do not divide them, so that all take part in every step."""
-        missing = -len(self.tokens_BT) % parallel.world
-        fields = [self.tokens_BT, self.segments_BT, self.weights_BT]
-        if missing:
-            fields = [torch.cat((field, field.new_zeros(missing, field.shape[1]))) for field in fields]
-        return Rows(*(field[parallel.rank :: parallel.world].to(parallel.device) for field in fields))
-
-    def micro_batches(self, size: int) -> Iterator[Rows]:
-        for start in range(0, len(self.tokens_BT), size):
-            yield self[start : start + size]
-
-    @property
-    def n_tokens(self) -> int:
-        return int((self.segments_BT > 0).sum())
-
-    def lengths(self) -> list[int]:
-        """Tokens of every document in the rows, for counting FLOPs."""
-        flat = self.segments_BT + torch.arange(len(self.segments_BT), device=self.segments_BT.device)[:, None] * (
-            self.segments_BT.shape[1] + 1
-        )
-        counts: list[int] = flat[self.segments_BT > 0].unique(return_counts=True)[1].tolist()
-        return counts
 
 
 @dataclass
@@ -124,7 +79,7 @@ def language_model_step(
     )
     sums = {"next": 0.0, "far": 0.0, "balance": 0.0}
     load_LE: list[Tensor] = []
-    for start in range(0, len(rows.tokens_BT), micro_batch_size):
+    for start in range(0, len(rows), micro_batch_size):
         part = slice(start, start + micro_batch_size)
         micro = rows[part]
         output = model(micro.tokens_BT, segments_BT=micro.segments_BT, logits=False, mtp=with_mtp)
@@ -139,7 +94,7 @@ def language_model_step(
             balance = output.balance_loss * (float((micro.segments_BT[:, 0] > 0).sum()) / counts["rows"])
             loss = loss + weights.balance * balance
             sums["balance"] += float(balance.detach())
-        (loss * parallel.world).backward()  # FSDP averages over the ranks; the loss is a share of the global mean
+        (loss * parallel.dp_size).backward()  # FSDP averages over the ranks; the loss is a share of the global mean
         load_LE = add_loads(load_LE, output.load_LE)
     total = parallel.sums(sums)
     return StepLosses(
@@ -154,8 +109,9 @@ def language_model_step(
 def evaluate_loss(model: Transformer, rows: Rows, micro_batch_size: int, parallel: Parallel) -> float:
     """Sum of next-token cross entropy over the global rows, in nats."""
     total = 0.0
-    for micro in rows.micro_batches(micro_batch_size):
+    for start in range(0, len(rows), micro_batch_size):
+        micro = rows[start : start + micro_batch_size]
         targets_BT, weights_BT = next_token_targets(micro.tokens_BT, micro.segments_BT, micro.weights_BT)
         hidden_BTD = model(micro.tokens_BT, segments_BT=micro.segments_BT, logits=False).hidden_BTD
         total += float(target_loss(model, hidden_BTD, targets_BT, weights_BT))
-    return float(parallel.sum(total))
+    return parallel.sums({"nats": total})["nats"]

@@ -154,15 +154,15 @@ class Optimizer:
         return [(names[p], part, p) for part, _ in self.parts for group in part.param_groups for p in group["params"]]
 
     def state(self) -> dict[str, Tensor]:
-        """Named tensors of the state, gathered from all ranks: NAME.exp_avg, NAME.momentum ..."""
-        state = {}
-        for name, part, parameter in self._slots():
-            for key, value in part.state[parameter].items():
-                state[f"{name}.{key}"] = whole(value)
-        return state
+        """Named tensors of the state, sharded as the parameters are: NAME.exp_avg, NAME.momentum ..."""
+        return {
+            f"{name}.{key}": value
+            for name, part, parameter in self._slots()
+            for key, value in part.state[parameter].items()
+        }
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` gave; sharded parameters take their shard."""
+        """Take back what `state` gave, whole; sharded parameters take their shard."""
         for name, part, parameter in self._slots():
             for key in ("step", "exp_avg", "exp_avg_sq", "momentum"):
                 value = state.get(f"{name}.{key}")

@@ -1,18 +1,21 @@
 """One program, any number of processes: who am I, sharding from outside the model, sums over ranks.
 
-    parallel = Parallel.start(threads=0)         # one process, or what torchrun's RANK and WORLD_SIZE say
-    parallel.shard(model)                        # FSDP2; expert parallelism will be applied here first, before fully_shard
-    total = parallel.sum(count)
+    with Parallel.start() as parallel:           # one process, or what torchrun's RANK and WORLD_SIZE say
+        parallel.shard(model)                    # FSDP2 over the mesh's dp
+        total = parallel.sum(count)
 
-Order inside `shard`, each from outside the model: (expert parallelism, when it comes), then `fully_shard` on each block and the root.
+The mesh is dp x ep. Order inside `shard`, each from outside the model: (the experts over ep, when that comes), then `fully_shard` on each block
+and the root.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,36 +28,54 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+Row = TypeVar("Row")
+
+
 @dataclass
 class Parallel:
-    """This process among `world`; `mesh` is None when it is alone."""
+    """This process among `dp_size` that share the data, each of which has all experts (`ep_size` 1); `mesh` is None when it is alone."""
 
-    rank: int
-    world: int
-    device: torch.device
-    mesh: DeviceMesh | None
+    dp_rank: int = 0
+    dp_size: int = 1
+    ep_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    mesh: DeviceMesh | None = None
 
     @classmethod
-    def start(cls, threads: int = 0) -> Parallel:
-        if threads:
-            torch.set_num_threads(threads)
-        device, world = auto_device(), int(os.environ.get("WORLD_SIZE", "1"))
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            torch.cuda.set_device(device)
-        if world == 1:
-            return cls(0, 1, device, None)
-        from torch.distributed.device_mesh import (
-            init_device_mesh,  # here, because it takes half a second that a single process saves
-        )
+    def start(cls) -> Parallel:
+        """Join the other processes. Which kind of device all of them use is the first one's decision."""
+        device, size = auto_device(), int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return cls(device=device)
+        # here, because it takes half a second that a single process saves
+        from torch.distributed.device_mesh import init_device_mesh
 
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return cls(dist.get_rank(), world, device, init_device_mesh(device.type, (world,)))
+            own = "" if device.type == "cpu" else f",{device.type}:{dist.get_default_backend_for_device(device)}"
+            dist.init_process_group(f"cpu:gloo{own}")
+        device = torch.device(_texts(device.type)[0])
+        if device.type != "cpu":
+            device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
+            torch.accelerator.set_device_index(device.index)
+        mesh = init_device_mesh(device.type, (size, 1), mesh_dim_names=("dp", "ep"))
+        return cls(mesh.get_local_rank("dp"), size, 1, device, mesh)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.mesh is not None and kind is None:
+            dist.destroy_process_group()
 
     @property
     def is_first(self) -> bool:
-        return self.rank == 0
+        return self.dp_rank == 0
+
+    def mine(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """This rank's share of rows that all ranks have; `gather` puts what became of them in order again."""
+        return rows[self.dp_rank :: self.dp_size]
 
     def shard(self, model: Transformer) -> None:
         """Shard parameters, gradients and optimizer state over the ranks, block by block (FSDP2)."""
@@ -63,60 +84,55 @@ class Parallel:
         from torch.distributed.fsdp import fully_shard
 
         for layer in model.model.layers:
-            fully_shard(layer, mesh=self.mesh)
-        fully_shard(model, mesh=self.mesh)
+            fully_shard(layer, mesh=self.mesh["dp"])
+        fully_shard(model, mesh=self.mesh["dp"])
 
-    def sum(self, value: float | Tensor) -> Tensor:
-        """The sum over ranks, in float64 for plain numbers."""
-        tensor = (
-            value.detach().clone()
-            if isinstance(value, Tensor)
-            else torch.tensor(value, dtype=torch.float64, device=self.device)
-        )
+    def _all(self, tensor: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
         if self.mesh is not None:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, operation, group=self.mesh["dp"].get_group())
         return tensor
 
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over ranks, on the device where the tensor is."""
+        return self._all(value.detach().clone())
+
     def sums(self, values: dict[str, float]) -> dict[str, float]:
-        """Sums over ranks of named numbers, in one message."""
-        return dict(
-            zip(
-                values,
-                self.sum(torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)).tolist(),
-                strict=True,
-            )
-        )
+        """Sums over ranks of named numbers, in one message; in float64 on the CPU, since not every accelerator has it."""
+        total = self._all(torch.tensor(list(values.values()), dtype=torch.float64))
+        return dict(zip(values, total.tolist(), strict=True))
 
     def max(self, value: int) -> int:
-        tensor = torch.tensor(value, device=self.device)
-        if self.mesh is not None:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return int(tensor)
+        return int(self._all(torch.tensor(value), dist.ReduceOp.MAX))
 
     def gather(self, rows: list[Any]) -> list[Any]:
-        """Every rank's JSON rows, interleaved as the ranks took them (row i of rank r was row i * world + r)."""
+        """Every rank's JSON rows, interleaved as the ranks took them: row i of rank r was row i * dp_size + r."""
         if self.mesh is None:
             return rows
-        content = torch.tensor(list(json.dumps(rows).encode()), dtype=torch.uint8, device=self.device)
-        sizes = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.world)]
-        dist.all_gather(sizes, torch.tensor([content.numel()], device=self.device))
-        longest = int(max(sizes))
-        padded = [torch.zeros(longest, dtype=torch.uint8, device=self.device) for _ in range(self.world)]
-        dist.all_gather(padded, torch.nn.functional.pad(content, (0, longest - content.numel())))
-        parts = [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(padded, sizes, strict=True)]
-        return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
+        lists = [json.loads(text) for text in _texts(json.dumps(rows))]
+        return [part[i] for i in range(max(map(len, lists))) for part in lists if i < len(part)]
+
+    def agree(self, value: Any) -> Any:
+        """The first rank's value, JSON, on every rank."""
+        return self.gather([value])[0]
 
     def barrier(self) -> None:
         if self.mesh is not None:
             dist.barrier()
 
-    def stop(self) -> None:
-        if self.mesh is not None and dist.is_initialized():
-            dist.destroy_process_group()
+
+def _texts(text: str) -> list[str]:
+    """Every process's text, on all of them. As bytes in tensors: torch's own exchange of objects unpickles."""
+    content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([content.numel()]))
+    longest = int(max(sizes))
+    padded = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(padded, torch.nn.functional.pad(content, (0, longest - content.numel())))
+    return [bytes(part[: int(size)].tolist()).decode() for part, size in zip(padded, sizes, strict=True)]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded (a DTensor), on every rank."""
+    """The whole of a tensor that may be sharded (a DTensor), on every rank; one that is not is given back as it is."""
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full
 
@@ -132,13 +148,15 @@ def sharded_like(full: Tensor, target: Tensor) -> Tensor:
     return distribute_tensor(full, target.device_mesh, target.placements)
 
 
-def gathered(model: Transformer) -> dict[str, Tensor]:
-    """The whole state dict on every rank, sharded or not."""
-    return {name: whole(value) for name, value in model.state_dict().items()}
+def whole_tensors(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """A state dict's tensors one by one, whole; where nothing is sharded they are the state dict's own. All ranks take part."""
+    for name, tensor in state.items():
+        yield name, whole(tensor)
 
 
 @torch.no_grad()
-def load_gathered(model: Transformer, state: dict[str, Tensor]) -> None:
-    """Copy a whole state dict into a model, sharded or not."""
+def load_whole(model: Transformer, state: Mapping[str, Tensor]) -> None:
+    """Copy a whole state dict, or that of a model sharded alike, into a model, sharded or not."""
     for name, target in model.state_dict().items():
-        target.copy_(sharded_like(state[name], target))
+        given = state[name]
+        target.copy_(given if hasattr(given, "full_tensor") else sharded_like(given, target))

@@ -106,7 +106,7 @@ def policy_step(
             mtp_loss = target_loss(model, output.mtp_hidden_BTD, far_targets, far_weights, detach_head=True)
             loss = loss + config.mtp * mtp_loss / max(counts["far"], 1.0)
             values["mtp_loss"] += float(mtp_loss.detach())
-        (loss * parallel.world).backward()  # FSDP averages over the ranks; the loss is a share of the global mean
+        (loss * parallel.dp_size).backward()  # FSDP averages over the ranks; the loss is a share of the global mean
         load_LE = add_loads(load_LE, output.load_LE)
         sums = {"loss": terms.loss.detach(), "kl": terms.kl, "clipped": terms.clipped, "entropy": entropy_N.sum()}
         for name, value in (sums | {"gap": (logprobs_N.detach() - sampler_N).abs().sum()}).items():

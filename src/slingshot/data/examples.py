@@ -1,0 +1,66 @@
+"""Examples to learn from: rows of JSONL datasets in the forms that people keep them in.
+
+    {"prompt": "What is 3+4?", "reasoning": "3 plus 4 is 7", "answer": "7"}          # what `slingshot sample` writes
+    {"prompt": "What is 3+4?", "answer": "7"}
+    {"messages": [{"role": "user", "content": "What is 3+4?"}, {"role": "assistant", "content": "7"}]}
+
+examples = read_examples(Path("runs/samples"))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slingshot.base.errors import SlingshotError
+from slingshot.base.files import read_jsonl
+
+
+@dataclass(frozen=True)
+class Example:
+    """What is asked, a text or the messages of a chat so far, and what is to be said; `reasoning` None where the row has none."""
+
+    prompt: str | list[dict[str, Any]]
+    reasoning: str | None
+    answer: str
+
+
+def read_examples(source: Path) -> list[Example]:
+    """The examples of a dataset folder or a .jsonl file, in order; every assistant message of a chat is one, with all before it as its prompt.
+
+    Raises SlingshotError that names file and line of what is no example.
+    """
+    file = source / "data.jsonl" if source.is_dir() else source
+    examples = []
+    for number, row in enumerate(read_jsonl(file), start=1):
+        found = _of_row(row) if isinstance(row, dict) else []
+        if not found:
+            raise SlingshotError(
+                f'{file} line {number}: an example holds "prompt" and "answer", with or without "reasoning", all text; '
+                'or "messages" with a role and content each, one of them the assistant\'s'
+            )
+        examples += found
+    return examples
+
+
+def _of_row(row: dict[str, Any]) -> list[Example]:
+    if "messages" not in row:
+        given = [row.get("prompt"), row.get("reasoning", ""), row.get("answer")]
+        return (
+            [Example(given[0], row.get("reasoning"), given[2])] if all(isinstance(text, str) for text in given) else []
+        )
+    messages = row["messages"]
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
+    ):
+        return []
+    examples = []
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant" or not place or message.get("tool_calls"):
+            continue  # a call is no text here: it is what later messages answer to
+        reasoning, answer = message.get("reasoning_content", message.get("reasoning")), message.get("content")
+        if not isinstance(answer, str) or not isinstance(reasoning, str | None):
+            return []
+        examples.append(Example(messages[:place], reasoning, answer))
+    return examples

@@ -1,0 +1,121 @@
+"""What makes an artifact the one it is: its stage's config, and the content of all that the config reads. No torch.
+
+    inputs(config)                              # {"runs/tiny/base": Path, "my.jsonl": Path, "capitals.py": Path}
+    Identity.of("sft", config).differences(Identity.of_receipt(receipt), SFTConfig)     # ["my.jsonl changed"]
+
+How a path is spelt, where a folder lies and what an hour costs are no part of it; digests of content stand in for paths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slingshot.base.config import StageConfig
+from slingshot.base.errors import SlingshotError
+from slingshot.checkpoint.hub import hub_name, locate
+from slingshot.cost.receipt import Receipt, artifact_digest
+
+_CHECKPOINTS, _FILES = ("model", "source", "tokenizer"), ("data", "text")
+_STDLIB = "stdlib"  # a corpus of that name is Python's own library, which is no file of the user's
+
+
+def inputs(config: StageConfig) -> dict[str, Path]:
+    """Everything a stage reads, as its config spells it, and where that lies: checkpoints, datasets, corpora, task files.
+
+    A checkpoint on the hub is fetched. SlingshotError for one that is not there.
+    """
+    named = _named(config.model_dump(mode="json"))
+    return {name: locate(name) if checkpoint else Path(name) for name, checkpoint in named.items()}
+
+
+def local_inputs(values: Mapping[str, Any]) -> dict[str, bool]:
+    """Those that lie on this machine or in an installed package, in a config's JSON; True for checkpoints."""
+    return {name: checkpoint for name, checkpoint in _named(values).items() if not (checkpoint and hub_name(name))}
+
+
+def _named(values: Mapping[str, Any]) -> dict[str, bool]:
+    found: dict[str, bool] = {}
+
+    def note(name: str, checkpoint: bool) -> str:
+        if name != _STDLIB:
+            found[name] = checkpoint
+        return name
+
+    _with_inputs(values, note)
+    return found
+
+
+def _with_inputs(values: Mapping[str, Any], change: Callable[[str, bool], str]) -> dict[str, Any]:
+    """A config's JSON with every input's name put through `change(name, whether it is a checkpoint)`."""
+    changed = dict(values)
+    for key in _CHECKPOINTS:
+        if isinstance(changed.get(key), str):
+            changed[key] = change(changed[key], True)
+    for key in _FILES:
+        if isinstance(changed.get(key), list):
+            changed[key] = [change(name, False) if isinstance(name, str) else name for name in changed[key]]
+    if isinstance(changed.get("tasks"), list):
+        changed["tasks"] = [
+            {**task, "name": change(task["name"], False)} if str(task.get("name")).endswith(".py") else task
+            for task in changed["tasks"]
+        ]
+    if isinstance(changed.get("documents"), dict):
+        changed["documents"] = _with_inputs(changed["documents"], change)
+    return changed
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A stage's kind, its config as JSON, and digests of what it reads, by name as the config spells it."""
+
+    kind: str
+    config: dict[str, Any]
+    digests: dict[str, str]
+
+    @classmethod
+    def of(cls, kind: str, config: StageConfig) -> Identity:
+        """Of a stage that is to run. What is not there yet, or on the hub only, has no digest."""
+        values = config.model_dump(mode="json")
+        digests = {}
+        for name, checkpoint in local_inputs(values).items():
+            with contextlib.suppress(SlingshotError):
+                digests[name] = artifact_digest(locate(name) if checkpoint else Path(name))
+        return cls(kind, values, digests)
+
+    @classmethod
+    def of_receipt(cls, receipt: Receipt) -> Identity:
+        return cls(receipt.stage, receipt.config, {parent.path: parent.digest for parent in receipt.parents})
+
+    def differences(self, old: Identity, config: type[StageConfig]) -> list[str]:
+        """Why `old` would make another artifact than this, a clause each: changed inputs, then `key old -> new`."""
+        if self.kind != old.kind:
+            return [f"stage {old.kind} -> {self.kind}"]
+        recorded = old.digests | {Path(path).name: digest for path, digest in old.digests.items()}
+        before = config.renewed(old.config)
+        changed: dict[str, None] = {}
+
+        def old_content(name: str, checkpoint: bool) -> str:
+            return recorded.get(name) or recorded.get(Path(name).name) or name
+
+        def new_content(name: str, checkpoint: bool) -> str:
+            digest = self.digests.get(name)
+            known = recorded.get(name) or recorded.get(Path(name).name)
+            if digest and known and digest != known and digest not in old.digests.values():
+                changed[f"{name} changed" if not checkpoint else f"its parent {Path(name).name} changed"] = None
+                return known  # said already
+            # What the old one did not record, such as a task file in an older receipt, goes by its name.
+            return digest if digest and (known or digest in old.digests.values()) else name
+
+        different = config.differences(_with_inputs(before, old_content), _with_inputs(self.config, new_content))
+        shown = different | config.differences(before, self.config)
+        return [*changed, *(f"{key} {_brief(shown[key][0])} -> {_brief(shown[key][1])}" for key in different)]
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

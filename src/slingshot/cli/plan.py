@@ -87,3 +87,21 @@ _command(
 _command(
     "serve", ServeRequest, plan_serve, "What serving costs: tokens a second against batch, cost per million, margin."
 )
+
+
+@app.command("recipe")
+def recipe(
+    source: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A shipped recipe or a .toml file.", show_default=False)
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[STAGE.KEY=VALUE]...")] = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
+    as_json: Json = False,
+    html: Html = None,
+) -> None:
+    """What a whole recipe takes on this machine: a dry run of every stage with a few steps, scaled up."""
+    from slingshot.planning.dry_run import dry_run, dry_run_page  # only here: it reads recipes and runs stages
+    from slingshot.recipe.recipe import Recipe
+
+    found = dry_run(Recipe.load(source, overrides or []), until)
+    deliver(found, dry_run_page(found), as_json, html)

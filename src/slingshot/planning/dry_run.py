@@ -1,0 +1,204 @@
+"""A dry run: every stage of a recipe for real with a few steps, then the seconds, memory and money of the whole by scaling.
+
+    found = dry_run(Recipe.load("tiny"), until="rl_final")
+    found.seconds, found.stages[0].seconds, found.assumptions
+
+Stages run in their order, each in a process of its own (dry_stage.py), in a temporary folder. A later stage gets the model
+that the earlier dry stage made: the same architecture, after a few steps. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from slingshot.base.config import Strict
+from slingshot.base.errors import SlingshotError
+from slingshot.base.files import read_json, read_jsonl, write_json, write_jsonl
+from slingshot.base.quantity import show_count, show_duration, show_money, show_size
+from slingshot.cost.receipt import PeakMemory, Receipt
+from slingshot.planning.page import PlanPage, Section
+from slingshot.recipe.recipe import Recipe, Stage, resolve
+from slingshot.stages.kinds import STAGES
+
+STEPS = {"pretrain": 10, "rl": 4}  # of these kinds
+CHUNKS = {"sample": 3, "evaluate": 1}  # of problems
+BATCHES = 12  # of examples, at most, that are fine-tuned on
+
+
+class DryStage(PeakMemory):
+    """A stage as it is expected: `fixed_seconds` of its `seconds` do not grow with its steps, `share` of it was run.
+
+    money   at the stage's price, None without one; memory as the few steps needed it
+    """
+
+    name: str
+    kind: str
+    seconds: float
+    fixed_seconds: float
+    tokens: float
+    flops: float
+    share: float
+    money: float | None
+
+
+class DryRun(Strict):
+    """A recipe's stages and their sums; `start_seconds` is what starting the processes takes, which no receipt counts."""
+
+    recipe: str
+    machine: str
+    stages: list[DryStage]
+    seconds: float
+    start_seconds: float
+    flops: float
+    money: float | None
+    assumptions: list[str]
+
+
+def dry_run(recipe: Recipe, until: str | None = None) -> DryRun:
+    """Run every stage up to `until` with a few steps. SlingshotError when a stage fails, with what it printed last."""
+    with tempfile.TemporaryDirectory(prefix="slingshot-dry-run-") as folder:
+        run = _DryRun(Path(folder))
+        stages = [run.stage(stage) for stage in recipe.until(until)]
+        receipt = Receipt.read(run.folder / recipe.until(until)[-1].folder)
+    machine = receipt.machine.accelerator or receipt.machine.cpu
+    known = [stage.money for stage in stages if stage.money is not None]
+    return DryRun(
+        recipe=recipe.name, machine=f"{machine}, {receipt.machine.threads} threads", stages=stages,
+        seconds=sum(stage.seconds for stage in stages) + run.start_seconds, start_seconds=run.start_seconds,
+        flops=sum(stage.flops for stage in stages), money=sum(known) if known else None, assumptions=run.assumptions(),
+    )  # fmt: skip
+
+
+class _DryRun:
+    """The stages run so far: what they measured, and how many times as many examples the whole stage would have made."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.start_seconds = 0.0
+        self._forecasts: dict[str, DryStage] = {}
+        self._measured: dict[str, DryStage] = {}
+        self._growth: dict[str, float] = {}  # by path of a dataset
+        self._notes: dict[str, None] = {}
+
+    def stage(self, stage: Stage) -> DryStage:
+        """Run one stage with a few steps and scale it up."""
+        out = self.folder / stage.folder
+        values = resolve(stage.values, lambda name: str(self.folder / name), lambda name: self._forecasts[name].flops)
+        whole = STAGES[stage.kind].config.parse(values, stage.name).model_dump(mode="json")
+        config, factor = self._cut(stage, whole)
+        key = json.dumps([stage.kind, whole | {"model": _architecture(whole.get("model"))}], sort_keys=True)
+        if stage.kind == "evaluate" and key in self._measured:  # of a model of the same shape: nothing would differ
+            found = self._measured[key].model_copy(update={"name": stage.name})
+        else:
+            print(f"dry run of {stage.name} ({STAGES[stage.kind].what})", file=sys.stderr)
+            found = self._run(stage, config, whole, factor, out)
+        self._forecasts[stage.name] = self._measured[key] = found
+        return found
+
+    def _run(self, stage: Stage, config: Any, whole: dict[str, Any], factor: float, out: Path) -> DryStage:
+        job = out.with_name(f"{out.name}.job.json")
+        result = out.with_name(f"{out.name}.result.json")
+        write_json(job, {"kind": stage.kind, "name": stage.name, "config": config, "whole": whole, "factor": factor,
+                         "out": str(out), "result": str(result)})  # fmt: skip
+        begin = time.perf_counter()
+        command = [sys.executable, "-m", "slingshot.planning.dry_stage", str(job)]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        took = time.perf_counter() - begin
+        if done.returncode or not result.exists():
+            said = done.stderr.strip().splitlines()
+            why = said[-1].removeprefix("slingshot: ") if said else f"its process ended with code {done.returncode}"
+            raise SlingshotError(f"dry run of {stage.name}: {why}")
+        measured, receipt = read_json(result), Receipt.read(out)
+        factor, fixed, varying = measured["factor"], measured["fixed_seconds"], measured["varying_seconds"]
+        if (most := whole.get("max_flops")) is not None and receipt.flops:
+            factor = min(factor, max(1 / config["steps"], most / receipt.flops))
+        self.start_seconds += max(0.0, took - fixed - varying)
+        self._growth[str(out)] = factor
+        seconds = fixed + factor * varying
+        price = whole.get("price")
+        return DryStage(
+            name=stage.name, kind=stage.kind, seconds=seconds, fixed_seconds=fixed, tokens=factor * receipt.tokens,
+            flops=factor * receipt.flops, share=1 / factor, money=None if price is None else seconds / 3600 * price,
+            **receipt.model_dump(include=set(PeakMemory.model_fields)),
+        )  # fmt: skip
+
+    def _cut(self, stage: Stage, whole: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        """The stage's config with a few steps, and how many times as much the whole is (the child knows of problems)."""
+        if stage.kind in STEPS:
+            steps = min(STEPS[stage.kind], whole["steps"])
+            return whole | {"steps": steps}, whole["steps"] / steps
+        if stage.kind in CHUNKS:
+            return whole | {"problems": min(whole["problems"], CHUNKS[stage.kind] * whole["chunk"])}, 1.0
+        if stage.kind != "sft":
+            return whole, 1.0
+        rows = [self._head(path, BATCHES * whole["batch_size"]) for path in whole["data"]]
+        written = min(whole["examples"], BATCHES * whole["batch_size"])
+        total = sum(of_all for _, _, of_all in rows) + whole["examples"]
+        taken = sum(kept for _, kept, _ in rows) + written
+        cut = whole | {"data": [path for path, _, _ in rows], "examples": written, "epochs": 1}
+        return cut, whole["epochs"] * total / max(1, taken)
+
+    def _head(self, path: str, most: int) -> tuple[str, int, float]:
+        """A dataset's first examples, how many they are, and how many the whole has, or would have had."""
+        file = Path(path) / "data.jsonl" if Path(path).is_dir() else Path(path)
+        rows = read_jsonl(file)
+        head = self.folder / f"head-{len(list(self.folder.glob('head-*')))}.jsonl"
+        write_jsonl(head, rows[:most])
+        return str(head), len(rows[:most]), len(rows) * self._growth.get(path, 1.0)
+
+    def assumptions(self) -> list[str]:
+        return [
+            "responses are as long as the tasks' worked solutions, or as `max_tokens` where a task writes none; what a "
+            "model makes of them in training is not known",
+            "a problem is solved always or never more often than not: 44% of groups of 8 are all right or all wrong "
+            "(arXiv 2607.00152); half of all responses are right",
+            "a step takes as long as the middle one of those that were run; what comes before the first, once",
+            "saving states now and then is left out",
+            "memory is that of the few steps; it still grows for some hundred (kernels for shapes not met before)",
+            "this machine was as busy as it will be",
+        ]
+
+
+def _architecture(model: Any) -> Any:
+    """What a model's speed depends on: its config.json where it is a folder, else its name."""
+    file = Path(str(model)) / "config.json"
+    return read_json(file) if file.is_file() else model
+
+
+def dry_run_page(found: DryRun) -> PlanPage:
+    """Put a dry run into words and a table."""
+    longest = max((stage.seconds for stage in found.stages), default=1.0) or 1.0
+    priced = found.money is not None
+    rows = [
+        (
+            stage.name, stage.kind, show_count(stage.tokens), show_count(stage.flops), stage.peak_memory,
+            *([show_money(stage.money, "")] if priced else []), f"{100 * stage.share:.3g}%",
+            show_duration(stage.fixed_seconds), show_duration(stage.seconds),
+        )
+        for stage in found.stages
+    ]  # fmt: skip
+    blank = ("",) * (3 if priced else 2)
+    rows.append(("starting the processes", "", *blank, "", "", "", show_duration(found.start_seconds)))
+    total = [show_money(found.money, "")] if priced else []
+    rows.append(("in all", "", "", show_count(found.flops), "", *total, "", "", show_duration(found.seconds)))
+    columns = ("", "kind", "tokens", "FLOPs", "memory", *(["money"] if priced else []), "of it run", "once", "time")
+    bars = (*(stage.seconds / longest for stage in found.stages), 0.0, 0.0)
+    memory = max((stage.peak_host_memory_bytes or 0 for stage in found.stages), default=0)
+    figures = [(show_duration(found.seconds), f"on {found.machine}"), (show_size(memory), "of memory, at the most")]
+    if priced:
+        figures.append((show_money(found.money, ""), "at the given price"))
+    note = "Every stage was run with a few steps; `once` is the part of its time that does not grow with them."
+    return PlanPage(
+        title=f"The recipe {found.recipe}", lede=f"{len(found.stages)} stages, {show_duration(found.seconds)} in all.",
+        figures=tuple(figures), warning=None, command="recipe",
+        sections=(
+            Section("The stages", note, columns, tuple(rows), bars, len(rows) - 1),
+            Section("Assumed", rows=tuple((line,) for line in found.assumptions)),
+        ),
+    )  # fmt: skip

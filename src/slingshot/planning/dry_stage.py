@@ -1,0 +1,118 @@
+"""One stage of a dry run, in a process of its own: the stage's own code on a few steps, sampling scripted. Uses torch.
+
+    python -m slingshot.planning.dry_stage job.json      # what `dry_run` starts; the artifact and result.json are written
+
+Where a stage samples, the engine decodes as many tokens as the tasks' worked solutions have, and those are what is then
+verified and trained on: a model of a few steps would neither stop in time nor be right.
+"""
+
+from __future__ import annotations
+
+import importlib
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from slingshot.base.errors import SlingshotError
+from slingshot.base.files import read_json, read_jsonl, write_json
+from slingshot.checkpoint.hub import locate
+from slingshot.checkpoint.load_save import load_tokenizer
+from slingshot.cost.receipt import Receipt
+from slingshot.engine.engine import Engine
+from slingshot.machine.device import auto_device
+from slingshot.machine.precision import compute_dtype
+from slingshot.rollout.sampler import EngineSampler, ScriptedSampler
+from slingshot.stages.kinds import STAGES
+from slingshot.tasks.mixture import Item, TaskMix
+from slingshot.tasks.task import Solution
+from slingshot.text.tokenizer import Tokenizer
+
+# Problems are mostly solved always or never: each one's chance is drawn from a Beta distribution that is symmetric and so
+# sharp that 44% of groups of 8 are all right or all wrong, as Llama-3.1-8B's are on Big-Math (arXiv 2607.00152).
+SHARPNESS = 0.4214
+
+
+class SolutionScript:
+    """Says an item's worked solution, with its own answer as often as the item's chance has it, else with another's."""
+
+    def __init__(self, items: Sequence[Item], tokenizer: Tokenizer, max_tokens: int) -> None:
+        self._items = {item.key: item for item in items}
+        self._answers = [item.problem.answer for item in items]
+        self._tokenizer, self._max_tokens = tokenizer, max_tokens
+        self.first_said: float | None = None  # when the first sample was asked for
+
+    def __call__(self, key: str, index: int) -> Solution:
+        self.first_said = self.first_said or time.perf_counter()
+        item = self._items[key if key in self._items else key.rpartition("/")[0]]  # a later turn's key names the sample
+        rng = random.Random(f"{key}/{index}")
+        said = item.task.solution(item.problem, "steps", rng) if item.task.has_solutions else self._long(item)
+        if rng.random() < random.Random(item.key).betavariate(SHARPNESS, SHARPNESS):
+            return said
+        others = [answer for answer in rng.choices(self._answers, k=8) if answer != item.problem.answer]
+        return replace(said, answer=others[0] if others else "?")
+
+    def _long(self, item: Item) -> Solution:
+        """Where a task writes no solutions: as many tokens as a response may have."""
+        room = self._max_tokens - len(self._tokenizer.encode(item.problem.answer)) - 16
+        each = len(self._tokenizer.encode(" so" * 64)) / 64
+        return Solution(" so" * max(1, int(room / each)), item.problem.answer)
+
+
+def items_of(kind: str, config: Any) -> list[Item]:
+    """The problems a sampling stage will put to its model."""
+    if kind == "rl":
+        count = config.steps * config.prompts_per_step
+        return TaskMix(config.tasks, "train", f"rl/{config.seed}").draw(0, count)
+    drawn = config.draw()
+    return drawn if kind == "sample" else [item for items in drawn[0].values() for item in items]
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Run the stage `job` describes; what was measured, and how much of the whole it was."""
+    kind, out = job["kind"], Path(job["out"])
+    config, whole = (STAGES[kind].config.parse(job[name], job["name"]) for name in ("config", "whole"))
+    module, loading, script = importlib.import_module(STAGES[kind].module), 0.0, None
+    factor = job["factor"]
+    start = time.perf_counter()
+    if kind in ("rl", "sample", "evaluate"):
+        source, items = locate(config.model), items_of(kind, config)  # type: ignore[attr-defined]
+        tokenizer, drawing = load_tokenizer(source), time.perf_counter()
+        engine = Engine.load(source, dtype=compute_dtype(config.dtype), device=auto_device())  # type: ignore[attr-defined]
+        script = SolutionScript(items, tokenizer, config.sampling.max_tokens)  # type: ignore[attr-defined]
+        sampler = ScriptedSampler(script, tokenizer, engine.model.config, timed=EngineSampler(engine))
+        if kind != "rl":  # which loads its own model beside the sampler's
+            loading = time.perf_counter() - drawing
+            factor = len(items_of(kind, whole)) / max(1, len(items))
+        start = time.perf_counter()
+        module.run(config, out, sampler=sampler)
+    else:
+        module.run(config, out)
+    receipt = Receipt.read(out)
+    fixed = loading + _fixed_seconds(out, receipt, script and script.first_said and script.first_said - start)
+    return {"factor": factor, "fixed_seconds": fixed, "varying_seconds": receipt.seconds + loading - fixed}
+
+
+def _fixed_seconds(out: Path, receipt: Receipt, until_first_sample: float | None) -> float:
+    """Seconds of a stage that do not grow with its steps: all but the steps, each taken to last as long as the middle one.
+
+    Before the first step documents are written, files read and packed, and code prepared for shapes not met before.
+    """
+    rows = read_jsonl(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else []
+    ends = [row["seconds"] for row in rows if "seconds" in row]
+    if len(ends) < 2:
+        return receipt.seconds if until_first_sample is None else min(until_first_sample, receipt.seconds)
+    steps = sorted(later - earlier for earlier, later in zip(ends, ends[1:], strict=False))
+    return max(0.0, receipt.seconds - len(ends) * steps[len(steps) // 2])
+
+
+if __name__ == "__main__":
+    job = read_json(Path(sys.argv[1]))
+    try:
+        found = run(job)
+    except SlingshotError as error:
+        sys.exit(f"slingshot: {error}")
+    write_json(Path(job["result"]), found)

@@ -82,7 +82,7 @@ class _DryRun:
         self.folder = folder
         self.start_seconds = 0.0
         self._forecasts: dict[str, DryStage] = {}
-        self._measured: dict[str, DryStage] = {}
+        self._evaluated: dict[str, DryStage] = {}
         self._growth: dict[str, float] = {}  # by path of a dataset
         self._notes: dict[str, None] = {}
 
@@ -92,13 +92,13 @@ class _DryRun:
         values = resolve(stage.values, lambda name: str(self.folder / name), lambda name: self._forecasts[name].flops)
         whole = STAGES[stage.kind].config.parse(values, stage.name).model_dump(mode="json")
         config, factor = self._cut(stage, whole)
-        key = json.dumps([stage.kind, whole | {"model": _architecture(whole.get("model"))}], sort_keys=True)
-        if stage.kind == "evaluate" and key in self._measured:  # of a model of the same shape: nothing would differ
-            found = self._measured[key].model_copy(update={"name": stage.name})
+        key = json.dumps(whole | {"model": _architecture(whole)}, sort_keys=True)
+        if stage.kind == "evaluate" and key in self._evaluated:  # of a model of the same shape: nothing would differ
+            found = self._evaluated[key].model_copy(update={"name": stage.name})
         else:
             print(f"dry run of {stage.name} ({STAGES[stage.kind].what})", file=sys.stderr)
             found = self._run(stage, config, whole, factor, out)
-        self._forecasts[stage.name] = self._measured[key] = found
+        self._forecasts[stage.name] = self._evaluated[key] = found
         return found
 
     def _run(self, stage: Stage, config: Any, whole: dict[str, Any], factor: float, out: Path) -> DryStage:
@@ -165,10 +165,11 @@ class _DryRun:
         ]
 
 
-def _architecture(model: Any) -> Any:
-    """What a model's speed depends on: its config.json where it is a folder, else its name."""
-    file = Path(str(model)) / "config.json"
-    return read_json(file) if file.is_file() else model
+def _architecture(whole: dict[str, Any]) -> Any:
+    """What a model's speed depends on: its config.json where it is a folder, else what names it."""
+    model = whole.get("model")
+    file = Path(model) / "config.json" if isinstance(model, str) else None
+    return read_json(file) if file is not None and file.is_file() else model
 
 
 def dry_run_page(found: DryRun) -> PlanPage:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     else:
         module.run(config, out)
     receipt = Receipt.read(out)
-    fixed = loading + _fixed_seconds(out, receipt, script and script.first_said and script.first_said - start)
+    said = None if script is None or script.first_said is None else script.first_said - start
+    fixed = loading + _fixed_seconds(out, receipt, said)
     return {"factor": factor, "fixed_seconds": fixed, "varying_seconds": receipt.seconds + loading - fixed}
 
 
@@ -105,7 +107,7 @@ def _fixed_seconds(out: Path, receipt: Receipt, until_first_sample: float | None
     ends = [row["seconds"] for row in rows if "seconds" in row]
     if len(ends) < 2:
         return receipt.seconds if until_first_sample is None else min(until_first_sample, receipt.seconds)
-    steps = sorted(later - earlier for earlier, later in zip(ends, ends[1:], strict=False))
+    steps = sorted(later - earlier for earlier, later in pairwise(ends))
     return max(0.0, receipt.seconds - len(ends) * steps[len(steps) // 2])
 
 

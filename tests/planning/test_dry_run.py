@@ -1,0 +1,132 @@
+"""A dry run: a few steps stand for the whole, the engine decodes what the script says, what cannot be known is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slingshot.base.errors import SlingshotError
+from slingshot.base.files import read_json, read_jsonl, write_json, write_jsonl
+from slingshot.cost.receipt import Receipt
+from slingshot.planning import dry_stage
+from slingshot.planning.dry_run import DryRun, DryStage, dry_run, dry_run_page
+from slingshot.planning.page import render
+from slingshot.recipe.recipe import Recipe
+
+ARITHMETIC = [{"name": "arithmetic", "params": {"min_terms": 2, "max_terms": 2, "languages": ["en"]}}]
+MICRO = {stage.name: stage.values for stage in Recipe.load("micro").stages}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the dry run of micro's first stage leaves."""
+    out = tmp_path_factory.mktemp("dry") / "base"
+    run("pretrain", MICRO["base"] | {"steps": 3}, MICRO["base"], 40.0, out)
+    return out
+
+
+def run(kind: str, config: dict[str, Any], whole: dict[str, Any], factor: float, out: Path) -> dict[str, Any]:
+    job = {"kind": kind, "name": out.name, "config": config, "whole": whole, "factor": factor, "out": str(out)}
+    return dry_stage.run(job)
+
+
+def test_the_steps_and_what_comes_once_make_up_the_receipt(base: Path, tmp_path: Path) -> None:
+    config = MICRO["rl"] | {"model": str(base), "steps": 3}
+    found, receipt = run("rl", config, config | {"steps": 30}, 10.0, tmp_path / "rl"), Receipt.read(tmp_path / "rl")
+    assert found["factor"] == 10 and found["fixed_seconds"] > 0
+    assert found["fixed_seconds"] + found["varying_seconds"] == pytest.approx(receipt.seconds)
+    ends = [row["seconds"] for row in read_jsonl(tmp_path / "rl" / "metrics.jsonl")]
+    step = sorted((ends[1] - ends[0], ends[2] - ends[1]))[1]
+    assert found["varying_seconds"] == pytest.approx(min(3 * step, receipt.seconds))
+
+
+def test_responses_are_worked_solutions_some_of_them_wrong(base: Path, tmp_path: Path) -> None:
+    config = MICRO["rl"] | {"model": str(base), "steps": 3, "prompts_per_step": 16}
+    run("rl", config, config, 1.0, tmp_path / "rl")
+    rows = read_jsonl(tmp_path / "rl" / "metrics.jsonl")
+    assert all(0.1 < row["pass_rate"] < 0.9 and row["format"] == 1 for row in rows)
+    assert all(0 < row["no_signal"] < 1 and 3 < row["response_tokens"] < 32 for row in rows)
+
+
+def test_an_evaluation_stands_for_one_of_more_problems(base: Path, tmp_path: Path) -> None:
+    config = {
+        "model": str(base),
+        "tasks": ARITHMETIC,
+        "problems": 4,
+        "sampling": {"max_tokens": 32},
+        "dtype": "float32",
+    }
+    found = run("evaluate", config, config | {"problems": 12}, 1.0, tmp_path / "evaluation")
+    assert found["factor"] == 3 and found["fixed_seconds"] > 0 and found["varying_seconds"] > 0
+    assert 0 < read_json(tmp_path / "evaluation" / "evaluation.json")["tasks"]["arithmetic"]["pass@1"] < 1
+
+
+def test_a_task_without_solutions_is_answered_at_full_length(base: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "given.jsonl", [{"prompt": f"{n} + 1 =", "answer": str(n + 1)} for n in range(40)])
+    config = MICRO["sample"] | {"model": str(base), "problems": 20, "tasks": [{"name": str(tmp_path / "given.jsonl")}],
+                                "sampling": {"max_tokens": 64}, "language": False}  # fmt: skip
+    run("sample", config, config, 1.0, tmp_path / "sample")
+    receipt = Receipt.read(tmp_path / "sample")
+    assert 40 < receipt.tokens / (20 * 4) <= 64 and receipt.extra["examples"] > 0
+
+
+RECIPE = f"""
+[defaults]
+threads = 1
+dtype = "float32"
+price = 3600
+[base]
+stage = "pretrain"
+vocab_size = 300
+sequence_length = 32
+batch_size = 4
+steps = 40
+model = {{ family = "dense", hidden_size = 16, intermediate_size = 32, num_hidden_layers = 1, num_attention_heads = 2 }}
+documents = {{ tasks = [{{ name = "arithmetic" }}], count = 200 }}
+[tuned]
+stage = "sft"
+model = "@base"
+data = ["examples.jsonl"]
+sequence_length = 64
+batch_size = 2
+epochs = 3
+[evaluation]
+problems = 4
+tasks = {json.dumps(ARITHMETIC).replace(":", " =").replace('"name"', "name").replace('"params"', "params")
+         .replace('"min_terms"', "min_terms").replace('"max_terms"', "max_terms").replace('"languages"', "languages")}
+sampling = {{ max_tokens = 24 }}
+"""  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_recipe_is_run_scaled_and_left_without_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    write_jsonl(
+        tmp_path / "examples.jsonl", [{"prompt": f"{n}?", "reasoning": "so", "answer": str(n)} for n in range(96)]
+    )
+    found = dry_run(Recipe.load("recipe.toml"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["examples.jsonl", "recipe.toml"]
+    base, scored, tuned, again = found.stages
+    assert [base.share, scored.share] == [pytest.approx(10 / 40), 1]
+    assert tuned.share == pytest.approx(24 / 96 / 3) and tuned.fixed_seconds < tuned.seconds
+    assert again == scored.model_copy(update={"name": "tuned.evaluation"})  # a model of the same shape
+    assert found.seconds == pytest.approx(sum(stage.seconds for stage in found.stages) + found.start_seconds)
+    assert base.money == pytest.approx(base.seconds) and base.peak_host_memory_bytes > 2**26
+    write_json(tmp_path / "broken.jsonl", {})
+    with pytest.raises(SlingshotError, match=r"^dry run of tuned: .*nowhere\.jsonl"):
+        dry_run(Recipe.load("recipe.toml", ["tuned.data=nowhere.jsonl", "base.evaluation=false"]))
+
+
+def test_the_page_says_every_stage_the_sum_and_what_was_assumed() -> None:
+    stage = DryStage(name="<b>", kind="rl", seconds=90, fixed_seconds=6, tokens=1e6, flops=1e12, share=0.08, money=0.5,
+                     peak_host_memory_bytes=2**30)  # fmt: skip
+    found = DryRun(recipe="tiny", machine="a cpu", stages=[stage], seconds=100, start_seconds=10, flops=1e12, money=0.5,
+                   assumptions=["half of all responses are right"])  # fmt: skip
+    page = render(dry_run_page(found))
+    for wanted in ("&lt;b&gt;", "1 min 30 s", "1 min 40 s", "8%", "1 GiB", "half of all responses are right", "a cpu"):
+        assert wanted in page
+    assert "fits" not in page

@@ -33,7 +33,7 @@ def test_costs_by_hand() -> None:
     assert plan.output_cost_per_million == pytest.approx(1e6 * writing * 0.001)
     assert plan.prompt_tokens_per_second_per_device == pytest.approx(4000 / reading)
     assert plan.prompt_cost_per_million == pytest.approx(1e6 * reading / 4000 * 0.001)
-    assert plan.cost_by_hit_share[0].blended == pytest.approx(1e6 * (reading + 1000 * writing) / 5000 * 0.001)
+    assert plan.cost_by_hit_share[0]["blended"] == pytest.approx(1e6 * (reading + 1000 * writing) / 5000 * 0.001)
     assert plan.count == 1 and plan.device_hours == 24 and plan.money == pytest.approx(24 * 3.6)
 
 
@@ -41,12 +41,12 @@ def test_the_latency_is_kept_by_the_largest_batch_that_keeps_it() -> None:
     plans = [serve(devices_per_copy=1, latency=latency) for latency in (0.02, 0.05)]
     for plan in plans:
         assert 1 / plan.tokens_per_second_per_user <= plan.latency
-        chosen = next(point for point in plan.curve if point.batch == plan.batch)
-        assert chosen.within_latency and chosen.fits
-        assert not (plan.curve[-1].within_latency and plan.curve[-1].fits)
+        chosen = next(point for point in plan.curve if point["batch"] == plan.batch)
+        assert chosen["within_latency"] and chosen["fits"]
+        assert not (plan.curve[-1]["within_latency"] and plan.curve[-1]["fits"])
     assert plans[1].batch > plans[0].batch
     late = serve(latency=1e-5)
-    assert late.batch == 1 and not late.curve[0].within_latency
+    assert late.batch == 1 and not late.curve[0]["within_latency"]
 
 
 def test_the_chosen_copy_writes_most_in_time_and_has_room() -> None:
@@ -54,7 +54,7 @@ def test_the_chosen_copy_writes_most_in_time_and_has_room() -> None:
     others = [serve(**ON_V3, devices_per_copy=size).tokens_per_second_per_device for size in (16, 32, 64, 128)]
     assert plan.fits and max(others) <= plan.tokens_per_second_per_device * (1 + 1e-9)
     small = serve(**ON_V3, count=8)
-    assert not small.fits and (small.nearest_fit.device, small.nearest_fit.count) == ("h800", 16)
+    assert not small.fits and (small.nearest_fit["device"], small.nearest_fit["count"]) == ("h800", 16)
 
 
 def test_a_day_of_traffic_is_carried_by_whole_copies() -> None:
@@ -69,12 +69,12 @@ def test_a_day_of_traffic_is_carried_by_whole_copies() -> None:
         hit_share=0.5,
     )
     day = plan.day
-    assert plan.count % 4 == 0 and plan.count - 4 < day.devices_needed <= plan.count
+    assert plan.count % 4 == 0 and plan.count - 4 < day["devices_needed"] <= plan.count
     seconds = 1e11 / plan.tokens_per_second_per_device + 1e12 / plan.prompt_tokens_per_second_per_device
-    assert day.devices_needed == pytest.approx(seconds / 86400) == pytest.approx(day.utilisation * plan.count)
-    assert day.cost == plan.money == pytest.approx(plan.count * 48)
-    assert day.revenue == pytest.approx((1e12 * 0.15 + 1e11 * 0.4) / 1e6)
-    assert day.margin == pytest.approx((day.revenue - day.cost) / day.cost)
+    assert day["devices_needed"] == pytest.approx(seconds / 86400) == pytest.approx(day["utilisation"] * plan.count)
+    assert day["cost"] == plan.money == pytest.approx(plan.count * 48)
+    assert day["revenue"] == pytest.approx((1e12 * 0.15 + 1e11 * 0.4) / 1e6)
+    assert day["margin"] == pytest.approx((day["revenue"] - day["cost"]) / day["cost"])
     little = serve(**ON_V3, input=1e6, output=1e5)
     assert little.count == little.devices_per_copy == 16 and "fewest devices" in little.assumptions[0]
 
@@ -82,7 +82,7 @@ def test_a_day_of_traffic_is_carried_by_whole_copies() -> None:
 def test_devices_that_cannot_carry_the_day_are_refused_with_the_nearest_that_can() -> None:
     day = ON_V3 | {"input": "608B", "output": "168B", "devices_per_copy": 144}
     enough = serve(**day)
-    assert enough.count % 144 == 0 and enough.count - 144 < enough.day.devices_needed <= enough.count
+    assert enough.count % 144 == 0 and enough.count - 144 < enough.day["devices_needed"] <= enough.count
     with pytest.raises(SlingshotError, match=f"160 x h800 do not carry .* nearest count that does is {enough.count}$"):
         serve(**day, count=160)
     for count in ({}, {"count": 1}):  # a machine without a network is one machine
@@ -124,17 +124,20 @@ def test_alternatives_carry_the_day_s_traffic_with_whole_copies() -> None:
 def test_break_even_is_where_the_devices_cost_what_buying_does() -> None:
     plan = serve(price=2.0, prices=(0.01, 0.02, 0.04), count=8)
     even = plan.break_even
-    assert plan.margin == pytest.approx(even.bought_per_million / even.made_per_million - 1)
-    assert even.devices_per_day == 8 * 48 and even.made_per_million == pytest.approx(plan.cost_by_hit_share[0].blended)
-    assert even.devices_tokens_per_day * even.made_per_million / 1e6 == pytest.approx(even.devices_per_day)
+    assert plan.margin == pytest.approx(even["bought_per_million"] / even["made_per_million"] - 1)
+    assert even["devices_per_day"] == 8 * 48 and even["made_per_million"] == pytest.approx(
+        plan.cost_by_hit_share[0]["blended"]
+    )
+    assert even["devices_tokens_per_day"] * even["made_per_million"] / 1e6 == pytest.approx(even["devices_per_day"])
     even = serve(price=2.0, prices=(1, 2, 4), count=8).break_even
-    assert even.tokens_per_day * even.bought_per_million / 1e6 == pytest.approx(even.devices_per_day)
+    assert even["tokens_per_day"] * even["bought_per_million"] / 1e6 == pytest.approx(even["devices_per_day"])
     assert (
-        even.utilisation == pytest.approx(even.tokens_per_day / even.devices_tokens_per_day) and even.utilisation <= 1
+        even["utilisation"] == pytest.approx(even["tokens_per_day"] / even["devices_tokens_per_day"])
+        and even["utilisation"] <= 1
     )
     # Where making costs more than buying even at full load there is no such point.
     never = serve(price=200.0, prices=(0.01, 0.02, 0.04)).break_even
-    assert never.tokens_per_day is None and never.made_per_million > never.bought_per_million
+    assert never["tokens_per_day"] is None and never["made_per_million"] > never["bought_per_million"]
 
 
 def test_plans_add_up_are_json_and_list_what_they_assumed() -> None:

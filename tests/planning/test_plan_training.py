@@ -136,7 +136,7 @@ def test_a_given_way_is_kept_and_the_rest_chosen(asked: dict[str, Any], ways: di
 def test_a_layout_that_waits_for_its_memory_is_not_the_fastest() -> None:
     """V3 in 32 stages with EP8, on few links, reads its many experts for every one of 128 microbatches."""
     reading = pretrain(**ON_V3, count=2048, tp=4, pp=32, ep=8, zero=1, recompute="none")
-    assert reading.fits and reading.dominates.dominant == "memory traffic"
+    assert reading.fits and reading.dominates["dominant"] == "memory traffic"
     assert pretrain(**ON_V3, count=2048).tflops_bound > 1.2 * reading.tflops_bound
 
 
@@ -157,30 +157,30 @@ def test_sequences_beyond_the_model_s_own_are_an_assumption() -> None:
 def test_a_pipeline_stands_idle_while_it_fills() -> None:
     """Four stages and 16 microbatches of a sequence: 3 of 19 turns."""
     plan = pretrain(count=4, batch=16 * 4096, pp=4, tp=1)
-    assert plan.bubble == pytest.approx(3 / 19) and plan.dominates.dominant == "compute"
+    assert plan.bubble == pytest.approx(3 / 19) and plan.dominates["dominant"] == "compute"
     step = 16 * training_flops(LLAMA, [4096]) / 4 / plan.tflops_bound / 1e12
-    assert step == pytest.approx(plan.dominates.compute_seconds * 19 / 16)
+    assert step == pytest.approx(plan.dominates["compute_seconds"] * 19 / 16)
 
 
 def test_what_does_not_fit_says_what_would() -> None:
     plan = pretrain(**ON_V3, count=8)
-    assert not plan.fits and plan.nearest_fit.device == "h800" and plan.nearest_fit.count > 8
-    assert pretrain(**ON_V3, count=plan.nearest_fit.count).fits
-    assert not pretrain(**ON_V3, count=plan.nearest_fit.count // 2).fits
+    assert not plan.fits and plan.nearest_fit["device"] == "h800" and plan.nearest_fit["count"] > 8
+    assert pretrain(**ON_V3, count=plan.nearest_fit["count"]).fits
+    assert not pretrain(**ON_V3, count=plan.nearest_fit["count"] // 2).fits
     # More of the same cannot help one device that has no neighbours, so another device is named.
     alone = DEVICES["rtx4090"].model_copy(update={"network": 0.0})
-    assert pretrain(device=alone, count=1, tokens=1e9).nearest_fit.device == "h800"
+    assert pretrain(device=alone, count=1, tokens=1e9).nearest_fit["device"] == "h800"
     given = pretrain(count=8, tp=1, pp=1, zero=0, recompute="none")
-    assert not given.fits and given.nearest_fit.count == 8
+    assert not given.fits and given.nearest_fit["count"] == 8
 
 
 @pytest.mark.parametrize("make", [pretrain, rl, distill])
 def test_what_dominates_is_the_longest(make: Any) -> None:
     found = make().dominates
-    times = {"compute": found.compute_seconds, "memory traffic": found.memory_traffic_seconds}
-    first, second, _ = sorted((*times.values(), found.network_seconds), reverse=True)
-    assert (times | {"network": found.network_seconds})[found.dominant] == first
-    assert found.factor == pytest.approx(first / second)
+    times = {"compute": found["compute_seconds"], "memory traffic": found["memory_traffic_seconds"]}
+    first, second, _ = sorted((*times.values(), found["network_seconds"]), reverse=True)
+    assert (times | {"network": found["network_seconds"]})[found["dominant"]] == first
+    assert found["factor"] == pytest.approx(first / second)
 
 
 def test_a_rate_the_layout_cannot_let_through_is_said() -> None:
@@ -189,7 +189,9 @@ def test_a_rate_the_layout_cannot_let_through_is_said() -> None:
     assert plan.tflops_bound > 385 and "lets through" not in " ".join(plan.assumptions)
     step = 15360 * 4096 * training_flops(V3, [4096], mtp=False) / 4096 / 2048 / plan.tflops_bound / 1e12
     found = plan.dominates
-    longest = max(found.compute_seconds / (1 - plan.bubble), found.memory_traffic_seconds, found.network_seconds)
+    longest = max(
+        found["compute_seconds"] / (1 - plan.bubble), found["memory_traffic_seconds"], found["network_seconds"]
+    )
     assert step == pytest.approx(longest)
     slow = DEVICES["h800"].model_copy(update={"network": 5e9})
     plan = pretrain(model="deepseek-v3", device=slow, count=2048, tflops=385, **OWN_LAYOUT)

@@ -20,9 +20,9 @@ from typing import Any
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, read_jsonl, write_json, write_jsonl
-from slingshot.base.quantity import show_count, show_duration, show_money, show_size
+from slingshot.base.quantity import show_duration, show_money, show_size
 from slingshot.cost.receipt import PeakMemory, Receipt
-from slingshot.planning.page import PlanPage, Section
+from slingshot.planning.page import PlanPage, Section, table
 from slingshot.recipe.recipe import Recipe, Stage, resolve
 from slingshot.stages.kinds import STAGES
 
@@ -173,33 +173,25 @@ def _architecture(whole: dict[str, Any]) -> Any:
 
 
 def dry_run_page(found: DryRun) -> PlanPage:
-    """Put a dry run into words and a table."""
-    longest = max((stage.seconds for stage in found.stages), default=1.0) or 1.0
-    priced = found.money is not None
-    rows = [
-        (
-            stage.name, stage.kind, show_count(stage.tokens), show_count(stage.flops), stage.peak_memory,
-            *([show_money(stage.money, "")] if priced else []), f"{100 * stage.share:.3g}%",
-            show_duration(stage.fixed_seconds), show_duration(stage.seconds),
-        )
+    """Put a dry run into a table."""
+    rows: list[dict[str, Any]] = [
+        {
+            "name": stage.name, "kind": stage.kind, "tokens": stage.tokens, "flops": stage.flops,
+            "memory": stage.peak_memory, "money": stage.money, "run_share": stage.share,
+            "once": show_duration(stage.fixed_seconds), "time": show_duration(stage.seconds),
+        }
         for stage in found.stages
     ]  # fmt: skip
-    blank = ("",) * (3 if priced else 2)
-    rows.append(("starting the processes", "", *blank, "", "", "", show_duration(found.start_seconds)))
-    total = [show_money(found.money, "")] if priced else []
-    rows.append(("in all", "", "", show_count(found.flops), "", *total, "", "", show_duration(found.seconds)))
-    columns = ("", "kind", "tokens", "FLOPs", "memory", *(["money"] if priced else []), "of it run", "once", "time")
-    bars = (*(stage.seconds / longest for stage in found.stages), 0.0, 0.0)
+    rows.append(dict.fromkeys(rows[0]) | {"name": "starting processes", "time": show_duration(found.start_seconds)})
+    total = {"name": "in all", "flops": found.flops, "money": found.money, "time": show_duration(found.seconds)}
+    rows.append(dict.fromkeys(rows[0]) | total)
     memory = max((stage.peak_host_memory_bytes or 0 for stage in found.stages), default=0)
     figures = [(show_duration(found.seconds), f"on {found.machine}"), (show_size(memory), "of memory, at the most")]
-    if priced:
+    if found.money is not None:
         figures.append((show_money(found.money, ""), "at the given price"))
     note = "Every stage was run with a few steps; `once` is the part of its time that does not grow with them."
-    return PlanPage(
-        title=f"The recipe {found.recipe}", lede=f"{len(found.stages)} stages, {show_duration(found.seconds)} in all.",
-        figures=tuple(figures), warning=None, command="recipe",
-        sections=(
-            Section("The stages", note, columns, tuple(rows), bars, len(rows) - 1),
-            Section("Assumed", rows=tuple((line,) for line in found.assumptions)),
-        ),
-    )  # fmt: skip
+    sections = (
+        table("The stages", rows, note, strong=len(rows) - 1),
+        Section("Assumed", rows=tuple((line,) for line in found.assumptions)),
+    )
+    return PlanPage(f"The recipe {found.recipe}", tuple(figures), sections, None, "recipe")

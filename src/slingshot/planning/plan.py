@@ -16,39 +16,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pydantic import ConfigDict
+
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.base.quantity import show_share, show_size
 from slingshot.cost.devices import Device, and_others, dtype_peak
 from slingshot.cost.flops import cache_bytes_per_token, parameters
 from slingshot.model.config import ModelConfig
-from slingshot.planning.layout import Layout
 from slingshot.planning.memory import PRECISIONS, USABLE, Memory, Precision
 from slingshot.planning.model_copy import ResourceTimes
-from slingshot.planning.network import Transfer
-from slingshot.planning.published import PublishedBill
 from slingshot.planning.request import PlanRequest
-from slingshot.planning.scaling import DenseEquivalent
 
 MOST = 10**7  # devices a plan takes
 HOURS = 24.0
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
 
-class Counts(Strict):
-    """A model's parameters, the three ways active ones are counted included."""
-
-    total: int
-    active: int
-    active_without_embedding: int
-    active_without_embedding_and_head: int
-    mtp: int
-    cache_bytes_per_token: float
-
-
 class PlanLine(Strict):
-    """A line of the bill. `device_hours` are every device's hours together; a line of 0 is part of another, see its
-    note."""
+    """A line of the bill. `device_hours` are every device's together; a line of 0 is part of another, see its note."""
 
     name: str
     tokens: float = 0.0
@@ -57,26 +43,6 @@ class PlanLine(Strict):
     days: float
     money: float | None
     note: str = ""
-
-
-class Dominates(Strict):
-    """What one device would wait for in `what`, each resource alone; `dominant` is the longest, `factor` times the
-    next."""
-
-    what: str
-    compute_seconds: float
-    memory_traffic_seconds: float
-    network_seconds: float
-    dominant: str
-    factor: float
-
-    @classmethod
-    def of(cls, what: str, times: ResourceTimes) -> Dominates:
-        (dominant, longest), (_, second), _ = times.ranked
-        return cls(
-            what=what, compute_seconds=times.compute, memory_traffic_seconds=times.memory,
-            network_seconds=times.network, dominant=dominant, factor=longest / second if second else 1.0,
-        )  # fmt: skip
 
 
 class Alternative(Strict):
@@ -90,23 +56,20 @@ class Alternative(Strict):
     fits: bool
 
 
-class NearestFit(Strict):
-    """The nearest thing that fits."""
-
-    device: str
-    count: int
-    layout: str
-
-
 class Plan(Strict):
-    """What every plan has. Money is in the currency of the price, energy that of the devices alone."""
+    """What every plan has, and beside it what its kind has: the functions that make plans name those fields.
+
+    Money is in the currency of the price, energy that of the devices alone. `parameters` has active ones as they are
+    counted three ways; `dominates` what one device would wait for, each resource alone; `nearest_fit` what has room.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     kind: str
     model: str
     device: str
     count: int
     precision: str
-    parameters: Counts
     device_hours: float
     days: float
     price: float | None
@@ -118,136 +81,21 @@ class Plan(Strict):
     memory_per_device_bytes: float
     usable_memory_bytes: float
     fits: bool
-    nearest_fit: NearestFit | None
+    nearest_fit: dict[str, str | int] | None
     stages: list[PlanLine]
-    dominates: Dominates
+    dominates: dict[str, str | float]
     alternatives: list[Alternative]
+    parameters: dict[str, float]
     assumptions: list[str]
 
 
-class TrainingPlan(Plan):
-    """`tflops_per_device` and `mfu` are of the main model's FLOPs, as published rates are."""
-
-    tflops_per_device: float
-    mfu: float
-    layout_text: str
-
-
-class PretrainPlan(TrainingPlan):
-    """`six_nd_flops` is 6 x active x tokens; `published` the bill somebody published of the same work.
-
-    tflops_bound   what this layout lets through at most: no step is shorter than its compute at the peak with the
-                   pipeline's bubble, its memory traffic, or its network; a rate above it was not reached in this layout
-    """
-
-    tokens: float
-    context: int
-    batch_tokens: float
-    optimizer_steps: float
-    tokens_per_day: float
-    six_nd_flops: float
-    mfu_of_bfloat16: float | None
-    tflops_bound: float
-    layout: Layout
-    bubble: float
-    exposed_network_seconds: float
-    transfers: list[Transfer]
-    dense_equivalent: DenseEquivalent | None
-    dense_device_hours: float | None
-    published: PublishedBill | None
-
-
-class RLPlan(TrainingPlan):
-    """`rounds` of rollouts, `round_seconds` each; `devices_per_copy` hold one copy of the policy while it samples."""
-
-    steps: int
-    responses: int
-    rounds: int
-    round_seconds: float
-    tokens: float
-    devices_per_copy: int
-
-
-class DistillPlan(TrainingPlan):
-    """`sampled` responses of the teacher, of which `kept` become the student's data."""
-
-    teacher: str
-    sampled: float
-    kept: float
-    sampled_tokens_per_second_per_device: float
-    devices_per_copy: int
-
-
-class DecodePoint(Strict):
-    """Decoding at one batch, in sequences a device: rates, what bounds it, and whether it has room and is fast
-    enough."""
-
-    batch: int
-    tokens_per_second_per_device: float
-    tokens_per_second_per_user: float
-    bound_tokens_per_second_per_device: float
-    step_seconds: float
-    bytes_per_token: float
-    dominant: str
-    fits: bool
-    within_latency: bool
-
-
-class HitCost(Strict):
-    """Cost per million tokens when this share of the prompt tokens is cached; `blended` over prompt and response
-    tokens."""
-
-    hit_share: float
-    prompt: float
-    blended: float
-
-
-class BreakEven(Strict):
-    """Against buying at the price list. `tokens_per_day` is where these devices, idle or not, cost as much; None:
-    never."""
-
-    bought_per_million: float
-    made_per_million: float
-    devices_per_day: float
-    devices_tokens_per_day: float
-    tokens_per_day: float | None
-    utilisation: float | None
-
-
-class ServingDay(Strict):
-    """A day of the traffic asked about: what the devices cost and what the price list brings in."""
-
-    input_tokens: float
-    output_tokens: float
-    cost: float | None
-    revenue: float | None
-    margin: float | None
-    devices_needed: float
-    utilisation: float
-
-
-class ServePlan(Plan):
-    """A day's plan: `device_hours` and `money` are a day's, costs per million tokens. Cached prompt tokens count as
-    read."""
-
-    prompt: float
-    response: float
-    hit_share: float
-    latency: float
-    devices_per_copy: int
-    batch: int
-    tokens_per_second_per_device: float
-    bound_tokens_per_second_per_device: float
-    tokens_per_second_per_user: float
-    prompt_tokens_per_second_per_device: float
-    output_cost_per_million: float | None
-    prompt_cost_per_million: float | None
-    curve: list[DecodePoint]
-    cost_by_hit_share: list[HitCost]
-    prices: tuple[float, float, float] | None
-    margin: float | None
-    break_even: BreakEven | None
-    day: ServingDay | None
+def dominates(what: str, times: ResourceTimes) -> dict[str, str | float]:
+    """What takes longest in `what`, and how many times the next it takes."""
+    (dominant, longest), (_, second), _ = times.ranked
+    return {
+        "what": what, "compute_seconds": times.compute, "memory_traffic_seconds": times.memory,
+        "network_seconds": times.network, "dominant": dominant, "factor": longest / second if second else 1.0,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -301,11 +149,11 @@ class Hire:
         return {
             "kind": kind, "model": asked.model.name, "device": self.device.name, "count": self.count,
             "precision": self.precision.dtype,
-            "parameters": Counts(
-                total=counts.total, active=counts.active, active_without_embedding=counts.active - counts.embedding,
-                active_without_embedding_and_head=counts.active - counts.embedding - counts.head, mtp=counts.mtp,
-                cache_bytes_per_token=cache_bytes_per_token(asked.model.config),
-            ),
+            "parameters": {
+                "total": counts.total, "active": counts.active, "active_without_embedding": counts.active - counts.embedding,
+                "active_without_embedding_and_head": counts.active - counts.embedding - counts.head, "mtp": counts.mtp,
+                "cache_bytes_per_token": cache_bytes_per_token(asked.model.config),
+            },
             "device_hours": hours, "days": days, "price": self.price, "money": money,
             "energy_kwh": None if watts is None else hours * watts / 1000, "memory": memory,
             "memory_per_device_bytes": memory.total, "usable_memory_bytes": self.usable, "fits": has_room,

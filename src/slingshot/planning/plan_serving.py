@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.quantity import show_share
@@ -16,19 +17,7 @@ from slingshot.cost.flops import decode_parts, prefill_parts
 from slingshot.planning.memory import Precision
 from slingshot.planning.model_copy import ModelCopy, checked_size, copies_of, smallest_copy
 from slingshot.planning.network import LINK_EFFICIENCY
-from slingshot.planning.plan import (
-    HOURS,
-    MOST,
-    BreakEven,
-    DecodePoint,
-    Dominates,
-    Hire,
-    HitCost,
-    NearestFit,
-    ServePlan,
-    ServingDay,
-    beyond,
-)
+from slingshot.planning.plan import HOURS, MOST, Hire, Plan, beyond, dominates
 from slingshot.planning.plan_training import DECODING
 from slingshot.planning.request import ServeRequest
 from slingshot.planning.training_run import ASSUMED_MFU
@@ -37,7 +26,7 @@ HIT_SHARES = (0.0, 0.25, 0.5, 0.75, 0.9)
 DAY = 86400.0
 
 
-def plan_serve(asked: ServeRequest) -> ServePlan:
+def plan_serve(asked: ServeRequest) -> Plan:
     """What a day of serving costs: some devices decode, others read prompts, as many of each as keeps both busy.
 
     A day's traffic (`input`, `output`) is carried by whole copies; without it the devices run at full speed.
@@ -84,16 +73,15 @@ def plan_serve(asked: ServeRequest) -> ServePlan:
             most = count * DAY / per_request * tokens
             even = cost / bought * 1e6 if bought else math.inf
             margin = (bought - made) / made
-            break_even = BreakEven(
-                bought_per_million=bought, made_per_million=made, devices_per_day=cost, devices_tokens_per_day=most,
-                tokens_per_day=even if even <= most else None, utilisation=even / most if even <= most else None,
-            )  # fmt: skip
+            break_even = {
+                "bought_per_million": bought, "made_per_million": made, "devices_per_day": cost,
+                "devices_tokens_per_day": most, "tokens_per_day": even if even <= most else None,
+                "utilisation": even / most if even <= most else None,
+            }  # fmt: skip
     if traffic:
         earned = (revenue - cost) / cost if revenue is not None and cost else None
-        day = ServingDay(
-            input_tokens=read, output_tokens=written, cost=cost, revenue=revenue, margin=earned, devices_needed=needed,
-            utilisation=needed / count,
-        )  # fmt: skip
+        day = {"input_tokens": read, "output_tokens": written, "cost": cost, "revenue": revenue, "margin": earned,
+               "devices_needed": needed, "utilisation": needed / count}  # fmt: skip
 
     decoded = written / response * sum(decode_parts(config, context, response).values())
     prefilled = read / prompt * sum(prefill_parts(config, prompt, prompt * hit_share).values())
@@ -117,14 +105,14 @@ def plan_serve(asked: ServeRequest) -> ServePlan:
     for share in HIT_SHARES if per_second is not None else ():
         seconds = copy.prefill_seconds(prompt, share, mfu)
         blended = 1e6 * (seconds + response * writing) / (prompt + response) * (per_second or 0)
-        hit_costs.append(HitCost(hit_share=share, prompt=1e6 * seconds / prompt * (per_second or 0), blended=blended))
+        hit_costs.append({"hit_share": share, "prompt": 1e6 * seconds / prompt * (per_second or 0), "blended": blended})
     choice = f", the power of two that {'needs the fewest devices in all' if sought.whole else 'writes most in time'}"
     latents = "" if config.family == "dense" else "; their latents are expanded anew"
-    return ServePlan(
+    return Plan(
         **hire.common("serve", asked, memory, lines, there, fits=in_time > 0),
-        nearest_fit=NearestFit(device=fit.device.name, count=fit.devices, layout=spread) if fit else None,
+        nearest_fit={"device": fit.device.name, "count": fit.devices, "layout": spread} if fit else None,
         flops=decoded + prefilled, flops_by_part={"decoding": decoded, "reading prompts": prefilled},
-        dominates=Dominates.of(f"a decoding step of {batch} sequences a device", step),
+        dominates=dominates(f"a decoding step of {batch} sequences a device", step),
         assumptions=[
             f"a copy of the model on {copy.devices} devices{'' if asked.devices_per_copy else choice}",
             f"decoding at {asked.efficiency:.0%} {DECODING}",
@@ -133,6 +121,7 @@ def plan_serve(asked: ServeRequest) -> ServePlan:
             *beyond(config, prompt + response),
             f"prompts read at {show_share(mfu)} of the peak of their products, on devices of their own",
             f"cached prompt tokens are kept and fetched for nothing{latents}",
+            *(["no batch is in time: a token takes longer than asked even for one sequence"] if not in_time else []),
             "experts are chosen evenly, and there is one of each a copy",
             f"links reach {LINK_EFFICIENCY:.0%} of their rate; an all-reduce over several nodes takes the network "
             "links of all its members",
@@ -149,18 +138,18 @@ def plan_serve(asked: ServeRequest) -> ServePlan:
     )  # fmt: skip
 
 
-def _curve(copy: ModelCopy, batch: int, context: float, latency: float) -> list[DecodePoint]:
+def _curve(copy: ModelCopy, batch: int, context: float, latency: float) -> list[dict[str, Any]]:
     """Batches in powers of two, and the chosen one, up to the first that has no room or comes too late."""
-    found: list[DecodePoint] = []
+    found: list[dict[str, Any]] = []
     for point in sorted({2**power for power in range(15)} | {batch}):
         times, step = copy.decode_step(point, context), copy.step_seconds(point, context)
-        found.append(DecodePoint(
-            batch=point, tokens_per_second_per_device=point / step, tokens_per_second_per_user=1 / step,
-            bound_tokens_per_second_per_device=point / times.bound, step_seconds=step,
-            bytes_per_token=copy.bytes_read(point, context) / point, dominant=times.ranked[0][0],
-            fits=point <= copy.largest_batch(context), within_latency=step <= latency,
-        ))  # fmt: skip
-        if not (found[-1].fits and found[-1].within_latency):
+        found.append({
+            "batch": point, "tokens_per_second_per_device": point / step, "tokens_per_second_per_user": 1 / step,
+            "bound_tokens_per_second_per_device": point / times.bound, "step_seconds": step,
+            "bytes_per_token": copy.bytes_read(point, context) / point, "dominant": times.ranked[0][0],
+            "fits": point <= copy.largest_batch(context), "within_latency": step <= latency,
+        })  # fmt: skip
+        if not (found[-1]["fits"] and found[-1]["within_latency"]):
             break
     return found
 

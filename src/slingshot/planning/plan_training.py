@@ -20,7 +20,7 @@ from slingshot.machine.machine import describe
 from slingshot.planning.memory import Precision
 from slingshot.planning.model_copy import ModelCopy, roomy_copies
 from slingshot.planning.network import LINK_EFFICIENCY
-from slingshot.planning.plan import HOURS, DistillPlan, Dominates, Hire, PretrainPlan, RLPlan, beyond, chosen_precision
+from slingshot.planning.plan import HOURS, Hire, Plan, beyond, chosen_precision, dominates
 from slingshot.planning.published import published
 from slingshot.planning.request import LONGEST, DistillRequest, PretrainRequest, RLRequest
 from slingshot.planning.response_lengths import ResponseLengths, round_seconds
@@ -32,7 +32,7 @@ DECODING = "of the roofline (DeepSeek's day-6 disclosure comes to 46%), no specu
 _OTHERS = "other devices and precisions: at the same share of their own peak, which flatters the faster ones"
 
 
-def plan_pretrain(asked: PretrainRequest) -> PretrainPlan:
+def plan_pretrain(asked: PretrainRequest) -> Plan:
     """The bill of training on so many tokens: `asked.stage` are further lines whose device-hours are known."""
     hire, config, tokens = Hire.of(asked), asked.model.config, asked.tokens
     context = asked.context or min(4096, config.max_position_embeddings)
@@ -79,11 +79,11 @@ def plan_pretrain(asked: PretrainRequest) -> PretrainPlan:
     def there(other: Hire) -> tuple[float, bool]:
         return _trained(computed, parts, hire, other) + given, replace(run, hire=other).leanest() is not None
 
-    return PretrainPlan(
+    return Plan(
         **hire.common("pretrain", asked, memory, lines, there),
         **_training_fields(run, rate, layout=str(layout), fits=memory.total <= hire.usable),
         flops=flops, flops_by_part=parts | ({"mtp": mtp} if mtp else {}), assumptions=assumptions,
-        dominates=Dominates.of(f"an optimizer step of {show_count(batch)} tokens", times),
+        dominates=dominates(f"an optimizer step of {show_count(batch)} tokens", times),
         tokens=tokens, context=context, batch_tokens=batch, optimizer_steps=tokens / batch,
         tokens_per_day=tokens * hire.count * HOURS / computed, six_nd_flops=6.0 * parameters(config).active * tokens,
         mfu_of_bfloat16=rate.per_device / hire.device.peak["bfloat16"] if "bfloat16" in hire.device.peak else None,
@@ -94,7 +94,7 @@ def plan_pretrain(asked: PretrainRequest) -> PretrainPlan:
     )  # fmt: skip
 
 
-def plan_rl(asked: RLRequest) -> RLPlan:
+def plan_rl(asked: RLRequest) -> Plan:
     """The bill of GRPO: rollouts, then their verification, then the update, one after the other on the same devices."""
     hire, config, prompt, response = Hire.of(asked), asked.model.config, asked.prompt, asked.response
     if response >= asked.longest:
@@ -155,12 +155,12 @@ def plan_rl(asked: RLRequest) -> RLPlan:
             return None, False
         return hours, replace(run, hire=other).leanest() is not None
 
-    return RLPlan(
+    return Plan(
         **hire.common("rl", asked, memory, lines, there),
         **_training_fields(run, rate, layout=str(layout), fits=training.total <= hire.usable),
         flops=sum(line.flops for line in lines),
         flops_by_part={"rollouts": decoding, "training": sum(train.values()), "other forward passes": other_passes},
-        dominates=Dominates.of(
+        dominates=dominates(
             f"a decoding step of {batch:.3g} sequences a device", copy.decode_step(batch, prompt + response / 2)
         ),
         assumptions=[
@@ -184,7 +184,7 @@ def plan_rl(asked: RLRequest) -> RLPlan:
     )  # fmt: skip
 
 
-def plan_distill(asked: DistillRequest) -> DistillPlan:
+def plan_distill(asked: DistillRequest) -> Plan:
     """The bill of sampling until `samples` responses of the teacher are kept, and of training the model on them."""
     hire, config, teacher = Hire.of(asked), asked.model.config, asked.teacher.config
     prompt, response = asked.prompt, asked.response
@@ -233,11 +233,11 @@ def plan_distill(asked: DistillRequest) -> DistillPlan:
             return None, False
         return hours, replace(run, hire=other).leanest() is not None
 
-    return DistillPlan(
+    return Plan(
         **hire.common("distill", asked, memory, lines, there),
         **_training_fields(run, rate, layout=str(layout), fits=training.total <= hire.usable),
         flops=writing + learning, flops_by_part={"sampling": writing, "training": learning},
-        dominates=Dominates.of(
+        dominates=dominates(
             f"a decoding step of the teacher, {batch:.3g} sequences a device", copy.decode_step(batch, context)
         ),
         assumptions=[

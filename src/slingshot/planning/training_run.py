@@ -17,7 +17,7 @@ from slingshot.planning.layout import RECOMPUTE, Layout, layouts
 from slingshot.planning.memory import TRAINABLE, Blocks, Memory, training_memory
 from slingshot.planning.model_copy import ResourceTimes
 from slingshot.planning.network import Transfer, network_seconds, transfers
-from slingshot.planning.plan import MOST, Hire, NearestFit
+from slingshot.planning.plan import MOST, Hire
 from slingshot.planning.request import TrainingRequest
 
 # MFU where the request gives no rate: the share of the peak for the mix of products a model has in that precision.
@@ -159,7 +159,7 @@ class TrainingRun:
                 return layout
         return None
 
-    def nearest_fit(self) -> NearestFit | None:
+    def nearest_fit(self) -> dict[str, str | int] | None:
         """Another layout on as many devices, else more of them, else another device; None where the table has
         nothing."""
         for other in and_others(self.hire.device):
@@ -167,5 +167,5 @@ class TrainingRun:
                 for count in (self.hire.count * 2**power for power in range(13 if other.network else 1)):
                     layout = self.on(replace(self.hire, device=other, count=count)).leanest() if count <= MOST else None
                     if layout is not None:
-                        return NearestFit(device=other.name, count=count, layout=str(layout))
+                        return {"device": other.name, "count": count, "layout": str(layout)}
         return None

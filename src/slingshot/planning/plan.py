@@ -129,24 +129,23 @@ class Hire:
         days, money = hours / self.count / HOURS, None if self.price is None else hours * self.price
         return PlanLine(name=name, tokens=tokens, flops=flops, device_hours=hours, days=days, money=money, note=note)
 
-    def common(
+    def plan(
         self, kind: str, asked: PlanRequest, memory: Memory, lines: list[PlanLine],
-        there: Callable[[Hire], tuple[float | None, bool]], fits: bool | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
-        """The fields every plan fills in the same way.
+        there: Callable[[Hire], tuple[float | None, bool]], own_fits: bool | None = None, **own: Any,
+    ) -> Plan:  # fmt: skip
+        """Fill in the fields that every plan has, beside its `own`.
 
-        `there` tells the device-hours of the same work on other devices, and whether it has room; `fits` the same of
-        here.
+        `there` tells the device-hours of the same work on other devices, and whether it has room; `own_fits` of here.
         """
         watts, counts = self.device.power_watts, parameters(asked.model.config)
         hours = sum(line.device_hours for line in lines)
         money = None if self.price is None else hours * self.price
         days, has_room = hours / self.count / HOURS, memory.total <= self.usable
-        own = Alternative(
+        here = Alternative(
             device=self.device.name, precision=self.precision.dtype, device_hours=hours, days=days, money=money,
-            fits=has_room if fits is None else fits,
+            fits=has_room if own_fits is None else own_fits,
         )  # fmt: skip
-        return {
+        return Plan.model_validate({
             "kind": kind, "model": asked.model.name, "device": self.device.name, "count": self.count,
             "precision": self.precision.dtype,
             "parameters": {
@@ -157,8 +156,8 @@ class Hire:
             "device_hours": hours, "days": days, "price": self.price, "money": money,
             "energy_kwh": None if watts is None else hours * watts / 1000, "memory": memory,
             "memory_per_device_bytes": memory.total, "usable_memory_bytes": self.usable, "fits": has_room,
-            "stages": lines, "alternatives": self._alternatives(own, there, serving=kind == "serve"),
-        }  # fmt: skip
+            "stages": lines, "alternatives": self._alternatives(here, there, serving=kind == "serve"),
+        } | own)  # fmt: skip
 
     def _alternatives(
         self, own: Alternative, there: Callable[[Hire], tuple[float | None, bool]], serving: bool

@@ -108,8 +108,8 @@ def plan_serve(asked: ServeRequest) -> Plan:
         hit_costs.append({"hit_share": share, "prompt": 1e6 * seconds / prompt * (per_second or 0), "blended": blended})
     choice = f", the power of two that {'needs the fewest devices in all' if sought.whole else 'writes most in time'}"
     latents = "" if config.family == "dense" else "; their latents are expanded anew"
-    return Plan(
-        **hire.common("serve", asked, memory, lines, there, fits=in_time > 0),
+    return hire.plan(
+        "serve", asked, memory, lines, there, own_fits=in_time > 0,
         nearest_fit={"device": fit.device.name, "count": fit.devices, "layout": spread} if fit else None,
         flops=decoded + prefilled, flops_by_part={"decoding": decoded, "reading prompts": prefilled},
         dominates=dominates(f"a decoding step of {batch} sequences a device", step),

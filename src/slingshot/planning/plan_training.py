@@ -79,8 +79,8 @@ def plan_pretrain(asked: PretrainRequest) -> Plan:
     def there(other: Hire) -> tuple[float, bool]:
         return _trained(computed, parts, hire, other) + given, replace(run, hire=other).leanest() is not None
 
-    return Plan(
-        **hire.common("pretrain", asked, memory, lines, there),
+    return hire.plan(
+        "pretrain", asked, memory, lines, there,
         **_training_fields(run, rate, layout=str(layout), fits=memory.total <= hire.usable),
         flops=flops, flops_by_part=parts | ({"mtp": mtp} if mtp else {}), assumptions=assumptions,
         dominates=dominates(f"an optimizer step of {show_count(batch)} tokens", times),
@@ -155,8 +155,8 @@ def plan_rl(asked: RLRequest) -> Plan:
             return None, False
         return hours, replace(run, hire=other).leanest() is not None
 
-    return Plan(
-        **hire.common("rl", asked, memory, lines, there),
+    return hire.plan(
+        "rl", asked, memory, lines, there,
         **_training_fields(run, rate, layout=str(layout), fits=training.total <= hire.usable),
         flops=sum(line.flops for line in lines),
         flops_by_part={"rollouts": decoding, "training": sum(train.values()), "other forward passes": other_passes},
@@ -233,8 +233,8 @@ def plan_distill(asked: DistillRequest) -> Plan:
             return None, False
         return hours, replace(run, hire=other).leanest() is not None
 
-    return Plan(
-        **hire.common("distill", asked, memory, lines, there),
+    return hire.plan(
+        "distill", asked, memory, lines, there,
         **_training_fields(run, rate, layout=str(layout), fits=training.total <= hire.usable),
         flops=writing + learning, flops_by_part={"sampling": writing, "training": learning},
         dominates=dominates(

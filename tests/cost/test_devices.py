@@ -36,7 +36,7 @@ def test_the_h800_is_an_h100_with_slower_links_at_two_dollars() -> None:
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("h80", "did you mean h800?"), ("4090", "did you mean rtx4090?"), ("tpu-v5p", "the table has h800")],
+    [("h80", "did you mean h800?"), ("4090", "did you mean rtx4090?"), ("quantum", "the table has h800")],
 )
 def test_an_unknown_device_is_named_with_the_nearest(name: str, says: str) -> None:
     with pytest.raises(SlingshotError, match="no device is called") as caught:

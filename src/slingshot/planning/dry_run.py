@@ -20,7 +20,7 @@ from typing import Any
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, read_jsonl, write_json, write_jsonl
-from slingshot.base.quantity import show_duration, show_money, show_size
+from slingshot.base.quantity import plural, show_duration, show_money, show_size
 from slingshot.cost.receipt import PeakMemory, Receipt
 from slingshot.planning.page import PlanPage, Section, table
 from slingshot.recipe.recipe import Recipe, Stage, resolve
@@ -65,11 +65,9 @@ def dry_run(recipe: Recipe, until: str | None = None) -> DryRun:
     with tempfile.TemporaryDirectory(prefix="slingshot-dry-run-") as folder:
         run = _DryRun(Path(folder))
         stages = [run.stage(stage) for stage in recipe.until(until)]
-        receipt = Receipt.read(run.folder / recipe.until(until)[-1].folder)
-    machine = receipt.machine.accelerator or receipt.machine.cpu
     known = [stage.money for stage in stages if stage.money is not None]
     return DryRun(
-        recipe=recipe.name, machine=f"{machine}, {receipt.machine.threads} threads", stages=stages,
+        recipe=recipe.name, machine=run.machine, stages=stages,
         seconds=sum(stage.seconds for stage in stages) + run.start_seconds, start_seconds=run.start_seconds,
         flops=sum(stage.flops for stage in stages), money=sum(known) if known else None, assumptions=run.assumptions(),
     )  # fmt: skip
@@ -80,7 +78,7 @@ class _DryRun:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.start_seconds = 0.0
+        self.start_seconds, self.machine = 0.0, ""
         self._forecasts: dict[str, DryStage] = {}
         self._evaluated: dict[str, DryStage] = {}
         self._growth: dict[str, float] = {}  # by path of a dataset
@@ -120,6 +118,9 @@ class _DryRun:
             factor = min(factor, max(1 / config["steps"], most / receipt.flops))
         self.start_seconds += max(0.0, took - fixed - varying)
         self._growth[str(out)] = factor
+        self.machine = (
+            f"{receipt.machine.accelerator or receipt.machine.cpu}, {plural(receipt.machine.threads or 1, 'thread')}"
+        )
         seconds = fixed + factor * varying
         price = whole.get("price")
         return DryStage(

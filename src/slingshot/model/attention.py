@@ -1,11 +1,11 @@
 """Multi-head latent attention (DeepSeek-V2/V3) and grouped-query attention (Llama, Qwen).
 
-Both make queries, keys and values of the tokens they are given and let the context attend. MLA has two forms of the same mathematics:
-expanded (keys and values of every head) and absorbed (queries moved into the latent space, where one entry a token serves all heads:
-what an engine caches). The context says which it wants.
+Both make queries, keys and values of the tokens they are given and let the context attend. MLA has two forms of the
+same mathematics: expanded (keys and values of every head) and absorbed (queries moved into the latent space, where one
+entry a token serves all heads: what an engine caches). The context says which it wants.
 
-Shape suffixes: X leading dimensions of the tokens, H query heads, G key heads, D model width, K latent width, R rope width, N no-rope
-width, V value width, W width of queries and keys.
+Shape suffixes: X leading dimensions of the tokens, H query heads, G key heads, D model width, K latent width, R rope
+width, N no-rope width, V value width, W width of queries and keys.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from torch import Tensor, nn
 
 from slingshot.model.config import ModelConfig
 from slingshot.model.context import Context
-from slingshot.model.linear import Linear
-from slingshot.model.norm import RMSNorm
+from slingshot.model.linear import Linear, RMSNorm
 from slingshot.model.rope import rotate, softmax_scale
 
 
 class MLA(nn.Module):
     """Multi-head latent attention (arXiv 2405.04434, 2.1; 2412.19437, 2.1.1).
 
-    The norms of the two latents have an epsilon of their own, whatever rms_norm_eps is: so it stands in both programs DeepSeek released
-    (inference/model.py, modeling_deepseek.py) and in transformers.
+    The norms of the two latents have an epsilon of their own, whatever rms_norm_eps is: so it stands in both programs
+    DeepSeek released (inference/model.py, modeling_deepseek.py) and in transformers.
     """
 
     LATENT_EPS = 1e-6

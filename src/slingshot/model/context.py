@@ -1,10 +1,12 @@
 """What every layer of one forward pass shares: the rotary tables, and how queries meet keys and values.
 
-An attention module makes q, k and v of its tokens and calls `context.attend`; where keys of earlier tokens come from, and which tokens a
-query may look at, is the context's. `PackedContext` (training: whole rows of packed documents) is here, the engine has its own over a cache.
-The tokens of a batch may have any leading dimensions: [B, T] in rows, [N] one after the other.
+An attention module makes q, k and v of its tokens and calls `context.attend`; where keys of earlier tokens come from,
+and which tokens a query may look at, is the context's. `PackedContext` (training: whole rows of packed documents) is
+here, the engine has its own over a cache. The tokens of a batch may have any leading dimensions: [B, T] in rows, [N]
+one after the other.
 
-Suffixes: X the leading dimensions, B rows, T time, R rotated width / 2, H query heads, G key heads, W width of queries and keys, V of values.
+Suffixes: X the leading dimensions, B rows, T time, R rotated width / 2, H query heads, G key heads, W width of queries
+and keys, V of values.
 """
 
 from __future__ import annotations
@@ -21,20 +23,23 @@ from slingshot.model.rope import rotary
 
 
 class Context(ABC):
-    """`absorb`: whether MLA is to move its queries into the latent space, so that `attend` sees latent entries and not every head's keys."""
+    """Where attention happens."""
 
-    absorb: bool
+    absorb: bool  # whether MLA moves its queries into the latent space: `attend` then sees one latent entry a token
 
     def __init__(self, config: ModelConfig, positions_X: Tensor) -> None:
         self.cos_XR, self.sin_XR = rotary(config, positions_X)
 
     @abstractmethod
     def attend(self, layer: int, q_XHW: Tensor, k_XGW: Tensor, v_XGV: Tensor | int, scale: float) -> Tensor:
-        """softmax(scale q k^T) v over every token that each query may see: y_XHV. A number for v: values are the first so many of the keys."""
+        """softmax(scale q k^T) v over every token that each query may see: y_XHV.
+
+        A number for v: values are the first so many numbers of the keys.
+        """
 
 
 class PackedContext(Context):
-    """Causal attention within rows [B, T], and within a segment where rows hold several documents (numbered from 1; 0 is padding)."""
+    """Causal attention within rows [B, T], and within a segment where rows hold several documents (0 is padding)."""
 
     absorb = False
 
@@ -58,7 +63,7 @@ class PackedContext(Context):
             self._lengths = document_lengths(self.segments_BT)
             self._starts = torch.tensor([0, *accumulate(self._lengths)], dtype=torch.int32, device=q.device)
         if q.device.type == "cuda" and q.dtype != torch.float32:
-            from torch.nn.attention.varlen import varlen_attn  # here, because importing it takes time that a CPU saves
+            from torch.nn.attention.varlen import varlen_attn  # here, because a CPU saves its time
 
             return attend_varlen(q, k, v, self._starts, max(self._lengths), scale, varlen_attn)
         return attend_documents(q, k, v, self._lengths, scale)

@@ -1,8 +1,9 @@
 """Between router and experts: tokens go to the experts they chose, and what these make of them comes back as one sum a token.
 
-    y_ND = dispatcher(x_ND, routing, experts)      # experts(rows_PD, counts) -> y_PD: rows sorted by expert, counts[e] of them each
+    y_ND = dispatcher(x_ND, routing, experts)      # experts(rows_PD, counts) -> y_PD: counts[e] rows for each expert
 
-`LocalDispatcher` serves experts that are all here. Experts on several ranks take another one, which sends the rows there and back.
+`LocalDispatcher` serves experts that are all here. Experts on several ranks take another one, which sends the rows
+there and back.
 
 Shape suffixes: N tokens, D model width, E routed experts, k experts per token, A = N k assignments, P padded slots.
 """
@@ -37,8 +38,9 @@ class Dispatcher(Protocol):
 class LocalDispatcher:
     """Sorts rows by expert, so that each expert multiplies once.
 
-    Every expert's rows are padded to a multiple of a block: matrix libraries compile code for each shape they meet, and row counts that
-    change with every batch would spend more time there than in the products. Padding repeats some row, and what comes of it is not read.
+    Every expert's rows are padded to a multiple of a block: matrix libraries compile code for each shape they meet, and
+    row counts that change with every batch would spend more time there than in the products. Padding repeats some row,
+    and what comes of it is not read.
     """
 
     def __call__(self, x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor:
@@ -60,7 +62,7 @@ class LocalDispatcher:
 
 
 def _sum_of_k(rows_A: Tensor, k: int) -> Tensor:
-    """Sum each k consecutive rows: slice by slice, several times faster on CPU than a reduction over the middle dimension."""
+    """Sum each k consecutive rows: slice by slice, several times faster on CPU than reducing the middle dimension."""
     parts = rows_A.unflatten(0, (-1, k)).unbind(1)
     total = parts[0]
     for part in parts[1:]:
@@ -69,9 +71,9 @@ def _sum_of_k(rows_A: Tensor, k: int) -> Tensor:
 
 
 class _Scatter(torch.autograd.Function):
-    """y_P = x[source_P], where assignment a of x's row a // k went to slot_A[a]; the gradient is gathered back through the slots.
+    """y_P = x[source_P], where assignment a of x's row a // k went to slot_A[a].
 
-    A gather both ways: on CPU far faster than index_add.
+    The gradient is gathered back through the slots: on CPU far faster than index_add.
     """
 
     @staticmethod
@@ -87,7 +89,7 @@ class _Scatter(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """y_N = sum over a token's k assignments of gate times y_P[slot]; slots without an owner (-1) get a gradient of zero."""
+    """y_N = sum over a token's k assignments of gate times y_P[slot]; slots without an owner (-1) get no gradient."""
 
     @staticmethod
     def forward(ctx: Any, y_PD: Tensor, gates_Nk: Tensor, slot_A: Tensor, owner_P: Tensor) -> Tensor:

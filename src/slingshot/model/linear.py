@@ -1,8 +1,9 @@
 """The only place where a weight meets an activation.
 
-`Linear` is one matrix, `Embedding` a matrix whose rows are looked up, `GroupedLinear` a stack of expert matrices over rows sorted by
-expert. Every product takes its weight from `matrix`: a weight that is stored in another form (int8, int4, fp8) or has a low-rank change
-beside it (LoRA) is a subclass that says so there, or multiplies by a kernel of its own in `product` and `by_head`.
+`Linear` is one matrix, `Embedding` a matrix whose rows are looked up, `GroupedLinear` a stack of expert matrices over
+rows sorted by expert, `RMSNorm` a vector of gains. Every product takes its weight from `matrix`: a weight that is
+stored in another form (int8, int4, fp8) or has a low-rank change beside it (LoRA) is a subclass that says so there, or
+multiplies by a kernel of its own in `product` and `by_head`.
 
 Shape suffixes: N rows, X any leading dimensions, D input width, F output width, E experts, H heads, V vocabulary.
 """
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slingshot.kernels.grouped import grouped_matmul
+from slingshot.kernels.norm import rms_norm
 
 
 class Linear(nn.Module):
@@ -58,7 +60,7 @@ class Embedding(Linear):
 
 
 class GroupedLinear(nn.Module):
-    """A stack of expert matrices [E, *out, D]; extra output dimensions (gate and up projection) are flattened in the product."""
+    """A stack of expert matrices [E, *out, D]; extra output dimensions (gate and up) are flattened in the product."""
 
     def __init__(self, n_experts: int, in_features: int, *out_features: int) -> None:
         super().__init__()
@@ -68,3 +70,14 @@ class GroupedLinear(nn.Module):
         """x_ND sorted by expert, counts[e] rows each -> y_NF."""
         weight_EFD = self.weight.to(x_ND.dtype)
         return grouped_matmul(x_ND, weight_EFD.flatten(1, -2) if weight_EFD.dim() > 3 else weight_EFD, counts)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean of squares in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight.to(x.dtype), self.eps)

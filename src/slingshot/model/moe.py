@@ -1,9 +1,10 @@
-"""DeepSeekMoE: a router that balances without an auxiliary loss, routed experts, one shared expert (arXiv 2412.19437, 2.1.2).
+"""DeepSeekMoE: a router that balances without an auxiliary loss, routed and shared experts (arXiv 2412.19437, 2.1.2).
 
-`MoE.forward` returns its output and what the training loop needs to know of the routing; it changes no state. Router biases move
-once per optimizer step in `training/optimizer.py`, from the load of the whole global batch.
+`MoE.forward` returns its output and what the training loop needs to know of the routing; it changes no state. Router
+biases move once per optimizer step in `training/optimizer.py`, from the load of the whole global batch.
 
-Shape suffixes: N tokens, X leading dimensions, D model width, F expert width, E routed experts, k experts per token, P rows by expert.
+Shape suffixes: N tokens, X leading dimensions, D model width, F expert width, E routed experts, k experts per token,
+P rows sorted by expert.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ class MLP(nn.Module):
 
 
 class Gate(Linear):
-    """The router: sigmoid scores, group-limited top-k by score plus bias, gate values from the scores alone. float32 wherever it runs.
+    """The router: sigmoid scores, group-limited top-k by score plus bias, gate values from the scores alone.
 
-    Groups are scored by the sum of their two best; experts outside the best `topk_group` groups are masked with -inf, as in
-    DeepSeek's inference code (older transformers used 0). With norm_topk_prob a single expert's gate value is
-    normalised too, as there and in transformers (modeling_deepseek.py normalises from two experts on).
+    float32 wherever it runs, so that sampler and trainer choose alike. Groups are scored by the sum of their two best;
+    experts outside the best `topk_group` groups are masked with -inf, as in DeepSeek's inference code (older
+    transformers used 0). With norm_topk_prob a single expert's gate value is normalised too, as there and in
+    transformers (modeling_deepseek.py normalises from two experts on).
     """
 
     keeps_float32 = True
@@ -83,11 +85,8 @@ class MoE(nn.Module):
         self.gate = Gate(config)
         self.experts = Experts(config)
         self.dispatcher: Dispatcher = LocalDispatcher()
-        self.shared_experts = (
-            MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
-            if config.n_shared_experts
-            else None
-        )
+        shared = config.moe_intermediate_size * config.n_shared_experts
+        self.shared_experts = MLP(config.hidden_size, shared) if shared else None
 
     def forward(self, x_XD: Tensor) -> tuple[Tensor, Routing]:
         x_ND = x_XD.flatten(0, -2)
@@ -107,14 +106,13 @@ def expert_load(experts_Nk: Tensor, valid_N: Tensor | None, n_experts: int) -> T
 def balance_loss(scores_BTE: Tensor, experts_BTk: Tensor, valid_BT: Tensor | None = None) -> Tensor:
     """Sequence-wise balance loss, to be multiplied by its weight (arXiv 2412.19437, equations 17 to 20).
 
-    Per sequence sum_e f_e P_e, with f_e = E/(k T) times the tokens that chose e and P_e the mean of the normalised scores; mean over
-    sequences. 1 when perfectly even. Padding (valid_BT False) does not count.
+    Per sequence sum_e f_e P_e, with f_e = E/(k T) times the tokens that chose e and P_e the mean of the normalised
+    scores; mean over sequences. 1 when perfectly even. Padding (valid_BT False) does not count.
     """
     n_experts, k = scores_BTE.shape[-1], experts_BTk.shape[-1]
     shares_BTE = scores_BTE / (scores_BTE.sum(-1, keepdim=True) + 1e-20)
     chosen_BTE = torch.zeros_like(scores_BTE).scatter_(-1, experts_BTk, 1.0)
-    if valid_BT is None:
-        return (chosen_BTE.mean(1) * (n_experts / k) * shares_BTE.mean(1)).sum(-1).mean()
+    valid_BT = torch.ones_like(experts_BTk[..., 0]) if valid_BT is None else valid_BT
     weight_BT1 = valid_BT[..., None].to(scores_BTE.dtype)
     length_B1 = weight_BT1.sum(1).clamp(min=1)
     frequency_BE = (chosen_BTE * weight_BT1).sum(1) / length_B1 * (n_experts / k)

@@ -18,14 +18,12 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from slingshot.model.block import Block
+from slingshot.model.block import MTP, Block
 from slingshot.model.config import ModelConfig
 from slingshot.model.context import Context, PackedContext
 from slingshot.model.dispatch import Routing
-from slingshot.model.linear import Embedding, Linear
+from slingshot.model.linear import Embedding, Linear, RMSNorm
 from slingshot.model.moe import MoE, balance_loss, expert_load
-from slingshot.model.mtp import MTP
-from slingshot.model.norm import RMSNorm
 
 
 @dataclass
@@ -50,7 +48,7 @@ class _Body(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Decoder-only language model of either family. Activations run in `compute_dtype` (default: the parameters' own)."""
+    """Decoder-only language model of either family. Activations run in `compute_dtype` (default: the parameters')."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -68,7 +66,7 @@ class Transformer(nn.Module):
         dtype: torch.dtype = torch.float32,
         shard: Callable[[Self], None] | None = None,
     ) -> Self:
-        """A model whose weights may hold anything yet, made without memory, split over ranks by `shard`, and only then given its memory."""
+        """A model whose weights may hold anything yet: made without memory, split over ranks, only then given memory."""
         with torch.device("meta"):
             model = cls(config)
         model.cast(dtype)
@@ -77,7 +75,7 @@ class Transformer(nn.Module):
         return model.to_empty(device=device)
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Give every weight this dtype, but those that stay float32 wherever they are: the routers'. Router biases are float32 buffers."""
+        """Give every weight this dtype but those that stay float32 wherever they are: the routers'."""
         for module in self.modules():
             for parameter in module.parameters(recurse=False):
                 keeps = getattr(module, "keeps_float32", False)
@@ -87,7 +85,7 @@ class Transformer(nn.Module):
     def init_weights(self, generator: torch.Generator) -> None:
         """Normal of std `initializer_range` for every matrix, ones for norms, zeros for biases.
 
-        Numbers are drawn on the CPU, one whole matrix at a time, of which a rank keeps its part: they depend neither on device nor on ranks.
+        Drawn on the CPU, one whole matrix at a time, of which a rank keeps its part: the same on any device and ranks.
         """
         for name, parameter in self.named_parameters():
             local, first = local_part(parameter)
@@ -100,7 +98,7 @@ class Transformer(nn.Module):
             buffer.zero_()
 
     def lm_logits(self, hidden: Tensor, detach_head: bool = False) -> Tensor:
-        """Float32 logits [..., V] of normalised hidden states; `detach_head` keeps the head's weight out of the gradient."""
+        """Float32 logits [..., V] of normalised hidden states; `detach_head` keeps the head out of the gradient."""
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         return head.product(hidden, detach_head).float()
 
@@ -117,10 +115,10 @@ class Transformer(nn.Module):
         mtp: bool = False,
         detach_mtp: bool = False,
     ) -> ModelOutput:
-        """tokens_BT -> ModelOutput. Attention stays within a segment (segments_BT numbers packed documents from 1; 0 is padding).
+        """tokens_BT -> ModelOutput. Attention stays within a segment (packed documents numbered from 1; 0 is padding).
 
-        With a context of the engine's, attention is what it makes of it, tokens may be flat, and nothing is told of the routing. `mtp` runs
-        the MTP module along; `detach_mtp` cuts its gradient off from the main model.
+        With a context of the engine's, attention is what it makes of it, tokens may be flat, and nothing is told of the
+        routing. `mtp` runs the MTP module along; `detach_mtp` cuts its gradient off from the main model.
         """
         config = self.config
         packed = context is None
@@ -139,31 +137,23 @@ class Transformer(nn.Module):
             hidden_BTD, following_BTD = output.hidden_BTD, embedding_BTD.roll(-1, dims=1)
             if detach_mtp:
                 hidden_BTD, following_BTD = hidden_BTD.detach(), following_BTD.detach()
-            output.mtp_hidden_BTD, routing = self.model.layers[config.num_hidden_layers](
-                hidden_BTD, context, following_BTD
-            )
+            module = self.model.layers[config.num_hidden_layers]
+            output.mtp_hidden_BTD, routing = module(hidden_BTD, context, following_BTD)
             if routing is not None:
                 routings.append(routing)
         if routings and packed:
-            self._routing_statistics(output, routings, segments_BT, len(tokens_BT))
+            valid_BT = None if segments_BT is None else segments_BT > 0
+            valid_N, losses = None if valid_BT is None else valid_BT.flatten(), []
+            for routing in routings:
+                scores_BTE, experts_BTk = (
+                    t.unflatten(0, tokens_BT.shape) for t in (routing.scores_NE, routing.experts_Nk)
+                )
+                output.load_LE.append(expert_load(routing.experts_Nk, valid_N, config.n_routed_experts))
+                losses.append(balance_loss(scores_BTE, experts_BTk, valid_BT))
+            output.balance_loss = torch.stack(losses).sum()
         if logits:
             output.logits_BTV = self.lm_logits(output.hidden_BTD)
         return output
-
-    def _routing_statistics(
-        self, output: ModelOutput, routings: list[Routing], segments_BT: Tensor | None, batch: int
-    ) -> None:
-        valid_BT = None if segments_BT is None else segments_BT > 0
-        valid_N = None if valid_BT is None else valid_BT.flatten()
-        losses = []
-        for routing in routings:
-            output.load_LE.append(expert_load(routing.experts_Nk, valid_N, self.config.n_routed_experts))
-            losses.append(
-                balance_loss(
-                    routing.scores_NE.unflatten(0, (batch, -1)), routing.experts_Nk.unflatten(0, (batch, -1)), valid_BT
-                )
-            )
-        output.balance_loss = torch.stack(losses).sum()
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, int]:

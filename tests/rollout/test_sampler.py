@@ -14,11 +14,8 @@ from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
-from slingshot.rollout.rollout import PromptForm
-from slingshot.rollout.sampler import EngineSampler, Sampled, Sampler, SamplingConfig, ScriptedSampler, worked_solutions
-from slingshot.tasks.loader import TaskConfig, load_task
-from slingshot.tasks.mixture import Item, TaskMix
-from slingshot.tasks.task import Problem, Solution
+from slingshot.rollout.sampler import EngineSampler, Sampled, Sampler, SamplingConfig, ScriptedSampler
+from slingshot.tasks.task import Solution
 from slingshot.text.tokenizer import Tokenizer
 
 PROMPTS, KEYS = [[3, 45, 91], [3, 75]], ["a", "b"]
@@ -107,18 +104,6 @@ def test_a_timed_script_takes_as_many_steps_as_it_has_tokens(model: Transformer,
     timed.update_weights(3, model.state_dict())
     with pytest.raises(SlingshotError, match="is missing"):
         timed.update_weights(4, {})
-
-
-def test_worked_solutions_are_right(tokenizer: Tokenizer, dense: Callable[..., ModelConfig]) -> None:
-    items = TaskMix([TaskConfig(name="arithmetic")], "train", "0").draw(0, 5)
-    script = worked_solutions([*items, Item(load_task("gym:gcd"), Problem("?", "x", "12"), "bare")])
-    for item in items:
-        said = script(item.key, 0)
-        assert (
-            isinstance(said, Solution) and said.reasoning and item.task.verify(item.problem, said.answer).value == 1.0
-        )
-        assert script(item.key, 0) == said and PromptForm().encode(tokenizer, item.problem)
-    assert script("bare", 0) == Solution("", "12")
 
 
 def test_impossible_sampling_is_refused() -> None:

@@ -11,6 +11,7 @@ import pytest
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json
 from slingshot.cost.receipt import Receipt
+from slingshot.recipe.results import headline
 from slingshot.rollout.sampler import Script, ScriptedSampler
 from slingshot.stages import evaluate
 from slingshot.stages.evaluate import bootstrap, interval, pass_at_k, summarise, wilson
@@ -123,6 +124,7 @@ def test_a_run_asks_held_out_problems_in_every_form(
     found = read_json(tmp_path / "strict" / "evaluation.json")["tasks"]["arithmetic"]
     assert (found["right"], found["right_leniently"], found["format"]) == (4, 8, 0.5)
     assert found["notes"] == ["4 of 8 in format, 8 right if read leniently"]
+    assert "(4 of 8 in format, 8 right if read leniently)" in headline(tmp_path / "strict")
     receipt = Receipt.read(tmp_path / "strict")
     assert receipt.tokens == 8 * found["mean_tokens"] and set(receipt.flops_by_part) == {"sampling"}
 

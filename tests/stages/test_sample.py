@@ -31,7 +31,7 @@ def sampling(base: Path, sums: dict[str, Any]) -> Sampling:
 
 def answering(config: sample.SampleConfig, *said: tuple[str, bool] | str) -> Script:
     """Sample i of every problem: a reasoning and whether it ends in the right answer, or a text without any format."""
-    answers = {item.key: item.problem.answer for item in config.mix().draw(0, config.problems)}
+    answers = {item.key: item.problem.answer for item in config.draw()}
 
     def script(key: str, index: int) -> Solution | str:
         words = said[index % len(said)]
@@ -49,7 +49,7 @@ def test_accepted_samples_are_kept_once(sampling: Sampling, saying: Saying, tmp_
     sample.run(config, tmp_path / "out", sampler)
     rows, receipt = read_jsonl(tmp_path / "out" / "data.jsonl"), Receipt.read(tmp_path / "out")
     assert [row["reasoning"] for row in rows] == ["because", "also so"] * 6
-    answers = {item.problem.key: item.problem.answer for item in config.mix().draw(0, config.problems)}
+    answers = {item.problem.key: item.problem.answer for item in config.draw()}
     assert {row["key"]: row["answer"] for row in rows} == answers and len(answers) == 6
     assert {row["task"] for row in rows} == {"arithmetic"} and receipt.extra["examples"] == 12
     assert receipt.tokens > 6 * 6 * 5 and set(receipt.flops_by_part) == {"sampling"}
@@ -95,7 +95,7 @@ def test_bad_problems_are_counted_and_end_nothing(
     logged = read_jsonl(tmp_path / "out" / "metrics.jsonl")
     counts = [sum(row.get(name, 0) for row in logged) for name in ("skipped", "unverified")]
     assert counts[0] <= 1 and 1 <= counts[1] <= 3, "a tenth of the problems is held out for tests"
-    assert len(read_jsonl(tmp_path / "out" / "data.jsonl")) == len(config.mix().draw(0, config.problems)) - sum(counts)
+    assert len(read_jsonl(tmp_path / "out" / "data.jsonl")) == len(config.draw()) - sum(counts)
 
 
 @pytest.mark.parametrize(

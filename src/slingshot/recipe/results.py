@@ -40,6 +40,7 @@ class Score(Lenient):
     language: float | None = None
     n: int
     samples_per_problem: int = 1
+    notes: list[str] = []  # what qualifies the scores, in words
 
     @property
     def few(self) -> bool:
@@ -124,7 +125,8 @@ def headline(folder: Path) -> str:
     and the cost."""
     parts = []
     for task, score in Evaluation.read(folder).tasks.items():
-        parts.append(f"{task} {'' if score.few else 'pass@1 '}{score.shown}")
+        qualified = f" ({'; '.join(score.notes)})" if score.notes else ""
+        parts.append(f"{task} {'' if score.few else 'pass@1 '}{score.shown}{qualified}")
     if (folder / "metrics.jsonl").exists() and (rows := read_jsonl(folder / "metrics.jsonl")):
         parts += [f"{key} {rows[-1][key]:.3f}" for key in ("loss", "reward") if isinstance(rows[-1].get(key), float)]
     receipt = Receipt.read(folder)

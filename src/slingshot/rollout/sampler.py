@@ -9,8 +9,7 @@ rl, sample and evaluate know samplers only, so that where the tokens come from i
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol, Self
 
@@ -24,7 +23,6 @@ from slingshot.engine.sampling import SamplingParams
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.rollout.trajectory import Sampled
-from slingshot.tasks.mixture import Item
 from slingshot.tasks.task import Solution
 from slingshot.text.reasoning import ends_in_reasoning
 from slingshot.text.response import encode_responses
@@ -151,16 +149,3 @@ class ScriptedSampler:
             ids = [*self.tokenizer.encode(words), *sorted(self.tokenizer.eos_ids)[:1]]
         room = min(max_tokens, self.max_length - len(prompt))
         return Sampled(ids[:room], [self.logprob] * len(ids[:room]), "stop" if len(ids) <= room else "length")
-
-
-def worked_solutions(items: Iterable[Item]) -> Script:
-    """A script of the items' worked solutions; where a task writes none, of the bare answers."""
-    known = {item.key: item for item in items}
-
-    def script(key: str, index: int) -> Solution:
-        item = known[key]
-        if not item.task.has_solutions:
-            return Solution("", item.problem.answer)
-        return item.task.solution(item.problem, "steps", random.Random(f"{key}/{index}"))
-
-    return script

@@ -23,7 +23,7 @@ from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
 from slingshot.rollout.trajectory import Trajectory, sampling_cost
 from slingshot.tasks.loader import TaskConfigs
-from slingshot.tasks.mixture import TaskMix
+from slingshot.tasks.mixture import Item, TaskMix
 from slingshot.tasks.verification import VerificationPool
 from slingshot.training.checkpointer import Checkpointer
 from slingshot.training.interrupts import Interrupts
@@ -46,17 +46,17 @@ class SampleConfig(StageConfig):
     chunk: int = Field(64, ge=1)  # problems between two chances to stop
     dtype: Dtype = "auto"
 
-    def mix(self) -> TaskMix:
-        """Where the problems come from; the first `problems` of it are put to the model."""
-        return TaskMix(self.tasks, "train", f"sample/{self.seed}", repeat=False)
+    def draw(self) -> list[Item]:
+        """The problems that are put to the model; fewer than `problems` where the tasks have no more."""
+        return TaskMix(self.tasks, "train", f"sample/{self.seed}", repeat=False).draw(0, self.problems)
 
 
 def run(config: SampleConfig, out: Path, sampler: Sampler | None = None) -> None:
     """Sample from `config.model`, in process or by `sampler`, and write a dataset to `out`; resumes from `out.partial`."""
     with Parallel.start() as parallel, Checkpointer(out, "sample", config, parallel) as work:
-        mix = config.mix()
-        items = mix.draw(0, config.problems)
-        if several := next((task.name for task in mix.tasks if task.has_turns), None):
+        items = config.draw()
+        tasks = {item.task.name: item.task for item in items}
+        if several := next((name for name, task in tasks.items() if task.has_turns), None):
             raise SlingshotError(
                 f"task {several} takes several turns, a line of a dataset holds one; leave it out of tasks"
             )
@@ -64,7 +64,7 @@ def run(config: SampleConfig, out: Path, sampler: Sampler | None = None) -> None
             Engine.load(work.reads[config.model], dtype=work.dtype, device=parallel.device)
         )
         params = config.sampling.params(config.samples, config.seed)
-        rollout = Rollout(sampler, params, config.form, VerificationPool(mix.tasks), parallel)
+        rollout = Rollout(sampler, params, config.form, VerificationPool(list(tasks.values())), parallel)
         saved = work.load()
         rows: list[dict[str, Any]] = saved.info["rows"] if saved else []
         chunks = [items[i : i + config.chunk] for i in range(0, len(items), config.chunk)]

@@ -16,10 +16,13 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from slingshot.machine.machine import Machine, Measurement, describe, load_measurement, save_measurement
+
+Dtype = Literal["auto", "float32", "bfloat16"]  # of activations; parameters and optimizer state stay float32
 
 BF16_WORTH_IT = 1.5  # below this gain over float32, casts and lost digits cost more than the faster product saves
 THREADS_WORTH_IT = 1.1  # the gain for which twice the threads are taken
@@ -61,6 +64,8 @@ def auto_threads(width: int = 256, anew: bool = False) -> int:
     """
     machine = describe()
     most = min(machine.cores, int(os.environ.get("OMP_NUM_THREADS", "") or machine.cores))
+    if most == 1:
+        return 1
     rounded = 1 << max(6, min(9, width.bit_length() - 1))
     key = f"{machine.cpu}, up to {most} threads, torch {torch.__version__}"
     best = load_measurement(key).threads.get(str(rounded))

@@ -24,8 +24,6 @@ from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.load_save import load_tokenizer
 from slingshot.cost.receipt import Receipt
 from slingshot.engine.engine import Engine
-from slingshot.machine.device import auto_device
-from slingshot.machine.precision import compute_dtype
 from slingshot.rollout.sampler import EngineSampler, ScriptedSampler
 from slingshot.stages.kinds import STAGES
 from slingshot.tasks.mixture import Item, TaskMix
@@ -82,7 +80,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if kind in ("rl", "sample", "evaluate"):
         source, items = locate(config.model), items_of(kind, config)  # type: ignore[attr-defined]
         tokenizer, drawing = load_tokenizer(source), time.perf_counter()
-        engine = Engine.load(source, dtype=compute_dtype(config.dtype), device=auto_device())  # type: ignore[attr-defined]
+        engine = Engine.load(source, dtype=config.dtype)  # type: ignore[attr-defined]
         script = SolutionScript(items, tokenizer, config.sampling.max_tokens)  # type: ignore[attr-defined]
         sampler = ScriptedSampler(script, tokenizer, engine.model.config, timed=EngineSampler(engine))
         if kind != "rl":  # which loads its own model beside the sampler's

@@ -28,7 +28,7 @@ from slingshot.checkpoint.load_save import load_tokenizer
 from slingshot.cost.flops import training_parts
 from slingshot.data.corpora import Corpus
 from slingshot.data.packing import pack, strided
-from slingshot.machine.precision import Dtype
+from slingshot.machine.device import Dtype
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.tasks.loader import TaskConfigs, load_task

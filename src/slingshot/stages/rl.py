@@ -20,7 +20,7 @@ from slingshot.base.config import StageConfig
 from slingshot.base.progress import Progress
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.flops import forward_flops, training_parts
-from slingshot.machine.precision import Dtype
+from slingshot.machine.device import Dtype
 from slingshot.model.transformer import Transformer
 from slingshot.rollout.reward import RewardWeights, assign_rewards, has_signal
 from slingshot.rollout.rollout import PromptForm, Rollout

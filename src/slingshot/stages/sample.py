@@ -18,7 +18,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.files import write_jsonl
 from slingshot.base.progress import Progress
 from slingshot.engine.engine import Engine
-from slingshot.machine.precision import Dtype
+from slingshot.machine.device import Dtype
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
 from slingshot.rollout.trajectory import Trajectory, sampling_cost

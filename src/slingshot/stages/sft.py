@@ -22,7 +22,7 @@ from slingshot.base.progress import Progress
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.flops import training_parts
 from slingshot.data.examples import Example, read_examples
-from slingshot.machine.precision import Dtype
+from slingshot.machine.device import Dtype
 from slingshot.rollout.rollout import PromptForm
 from slingshot.tasks.loader import TaskConfigs
 from slingshot.tasks.mixture import TaskMix

@@ -26,6 +26,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -39,9 +40,10 @@ from torch import Tensor
 from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import lock, new_folder, put_aside, read_json, read_text, unlock, write_json, write_text
-from slingshot.checkpoint.load_save import save_checkpoint
+from slingshot.checkpoint.load_save import open_weights, save_checkpoint
 from slingshot.cost.receipt import Meter, Parent, artifact_digest
-from slingshot.machine.device import auto_dtype, describe_machine, dtype_name, machine_peak
+from slingshot.machine.device import auto_dtype, auto_threads, describe_machine, dtype_name, machine_peak
+from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.identity import Identity, inputs
@@ -155,8 +157,17 @@ class Checkpointer:
             dtype = before.get("dtype") or dtype_name(auto_dtype(device))
         if device.type != before.get("device", device.type):
             print(f"{self.out.name}: begun on {before['device']}, goes on on {device.type}", file=sys.stderr)
-        threads = self.config.threads or before.get("threads") or torch.get_num_threads()
+        threads = self.config.threads or before.get("threads") or auto_threads(self._width())
         return {"device": device.type, "dtype": dtype, "threads": threads}
+
+    def _width(self) -> int:
+        """The hidden size of the model at work, on which the best number of threads depends."""
+        model = getattr(self.config, "model", None)
+        if isinstance(model, dict):
+            return ModelConfig.parse({"vocab_size": 1, **model}, "model").hidden_size
+        with suppress(SlingshotError):  # what cannot be read is for the stage to say
+            return open_weights(self.reads[model]).config.hidden_size if model in self.reads else 256
+        return 256
 
     def load(self) -> State | None:
         """The last state saved by an earlier run, or None; drops metrics of later steps."""

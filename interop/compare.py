@@ -1,4 +1,5 @@
-"""Do two engines predict the same from the same checkpoint? Both are forced along the same tokens, and each prediction is compared.
+"""Do two engines predict the same from the same checkpoint? Both are forced along the same tokens, and each prediction
+is compared.
 
 ours = teacher_forced(load_model(path), prompts)
 assert_same_predictions(ours, theirs, bound=1e-4, what="vLLM, float32")
@@ -63,13 +64,14 @@ def deviations(ours: Sequence[Forced], theirs: Sequence[Forced]) -> list[float]:
 def assert_same_predictions(
     ours: Sequence[Forced], theirs: Sequence[Forced], bound: float, median: float | None = None, what: str = ""
 ) -> None:
-    """Every logprob agrees within `bound` nats, and every greedy token unless our two best are within `bound` of each other.
+    """Every logprob agrees within `bound` nats, and every greedy token unless our two best are within `bound` of each
+    other.
 
-    `median` bounds the median deviation: where rounding now and then sends a token to another expert, it says more than the worst.
-    Prints median and worst, for pytest -s and for the log of a failure.
-    """
+    `median` bounds the median deviation: where rounding now and then sends a token to another expert, it says more than
+    the worst. Prints median and worst, for pytest -s and for the log of a failure."""
     differences = torch.tensor(deviations(ours, theirs), dtype=torch.float64)
-    figure = f"{what or 'logprobs'}: median {differences.median():.2e}, worst {differences.max():.2e} nats of {len(differences)} predictions"
+    figure = f"{what or 'logprobs'}: median {differences.median():.2e}, worst {differences.max():.2e} nats"
+    figure += f" of {len(differences)} predictions"
     print(figure)
     assert (differences <= bound).all(), f"{figure}; the bound is {bound:g}"  # NaN fails as well
     assert median is None or differences.median() <= median, f"{figure}; the median's bound is {median:g}"
@@ -91,7 +93,8 @@ def assert_same_continuations(
     theirs: Sequence[Sequence[int]],
     bound: float,
 ) -> None:
-    """Greedy continuations are the same ids; where one parts from the other, our two best there are within `bound` nats of each other."""
+    """Greedy continuations are the same ids; where one parts from the other, our two best there are within `bound` nats
+    of each other."""
     for number, (prompt, mine, other) in enumerate(zip(prompts, ours, theirs, strict=True)):
         if list(mine) == list(other):
             continue

@@ -1,10 +1,11 @@
-"""What the comparisons with other engines share: two checkpoints, `deepseek` and `smollm2`, and `peer(name)`, which runs an engine.
+"""What the comparisons with other engines share: two checkpoints, `deepseek` and `smollm2`, and `peer(name)`, which
+runs an engine.
 
     make interop                                # installs the peers, then: python -m pytest interop
 
-`interop/peers/NAME.py` is a peer: a script that reads one JSON object on standard input and prints one on standard output, run by the
-Python of `.venv-NAME` (with dashes), where that peer's packages are. Nothing of slingshot is installed there.
-"""
+`interop/peers/NAME.py` is a peer: a script that reads one JSON object on standard input and prints one on standard
+output, run by the Python of `.venv-NAME` (with dashes), where that peer's packages are. Nothing of slingshot is
+installed there."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def slingshot() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def deepseek(slingshot: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """deepseek-v3-tiny-576 in float32, pre-trained for a minute: whole sums come out, and its router biases have moved by up to 0.2."""
+    """deepseek-v3-tiny-576 in float32, pre-trained for a minute: whole sums come out, and its router biases have moved
+    by up to 0.2."""
     root = tmp_path_factory.mktemp("deepseek")
     documents = {"tasks": [TASK], "count": 4000, "styles": {"answer": 0.4, "steps": 0.6}, "template_share": 0.5}
     run = {

@@ -23,7 +23,8 @@ LENGTH, MAX_TOKENS = 64, 48
 
 @dataclass(frozen=True)
 class Questions:
-    """prompts: ten of 64 ids, five of worked problems, three of prose, two of any ids. texts: in several scripts. chats: problems not trained on."""
+    """prompts: ten of 64 ids, five of worked problems, three of prose, two of any ids. texts: in several scripts.
+    chats: problems not trained on."""
 
     prompts: list[list[int]]
     texts: list[str]

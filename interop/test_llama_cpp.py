@@ -1,10 +1,12 @@
-"""llama.cpp runs the GGUF files we write: the same logprob at every position, the same greedy text, the same ids for texts and chats.
+"""llama.cpp runs the GGUF files we write: the same logprob at every position, the same greedy text, the same ids for
+texts and chats.
 
     make interop
 
-Three models as float32 and as bfloat16 files: deepseek-v3-tiny-576 (query LoRA, YaRN, grouped experts, an MTP module) and one as the recipes
-have it (a plain query projection, no YaRN), both pre-trained here for a minute so that their predictions are sharp and their router biases
-have moved, and a real dense one, SmolLM2-135M-Instruct. Small models of random weights go through every other shape that can be written.
+Three models as float32 and as bfloat16 files: deepseek-v3-tiny-576 (query LoRA, YaRN, grouped experts, an MTP module)
+and one as the recipes have it (a plain query projection, no YaRN), both pre-trained here for a minute so that their
+predictions are sharp and their router biases have moved, and a real dense one, SmolLM2-135M-Instruct. Small models of
+random weights go through every other shape that can be written.
 
 Deviations measured over 630 predictions (nats; median, worst; xllamacpp 2026.10.11549, two runs on an AMD EPYC):
 
@@ -13,11 +15,11 @@ Deviations measured over 630 predictions (nats; median, worst; xllamacpp 2026.10
     tiny        9.5e-7, 8.1e-6    2.7e-3, 0.68
     smollm2     8.5e-5, 3.0e-4    1.1e-2, 0.31
 
-The float32 bounds are about ten times the worst; a mistake in a file does far more (test_a_broken_export_shows). SmolLM2's part is llama.cpp's
-own: against float64 we are off by 8e-6 there, it by 1.2e-4. With bfloat16 files llama.cpp rounds every activation to bfloat16 before a
-product, where we compute in float32: a token whose router stands between two experts then goes either way. So the worst says little there
-and its bound is loose, while the median's is five times what rounding does.
-"""
+The float32 bounds are about ten times the worst; a mistake in a file does far more (test_a_broken_export_shows).
+SmolLM2's part is llama.cpp's own: against float64 we are off by 8e-6 there, it by 1.2e-4. With bfloat16 files llama.cpp
+rounds every activation to bfloat16 before a product, where we compute in float32: a token whose router stands between
+two experts then goes either way. So the worst says little there and its bound is loose, while the median's is five
+times what rounding does."""
 
 from __future__ import annotations
 
@@ -242,13 +244,16 @@ def test_the_mtp_module_drafts(
 
 
 DEEPSEEK: dict[str, Any] = {
-    "family": "deepseek_v3", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "max_position_embeddings": 256, "routed_scaling_factor": 2.5, "q_lora_rank": 40, "kv_lora_rank": 32, "qk_nope_head_dim": 32,
+    "family": "deepseek_v3", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256, "routed_scaling_factor": 2.5, "q_lora_rank": 40, "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 8, "v_head_dim": 32, "moe_intermediate_size": 32, "n_routed_experts": 16, "n_shared_experts": 1,
     "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1,
 }  # fmt: skip
 DENSE: dict[str, Any] = {
-    "family": "dense", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "family": "dense", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }  # fmt: skip
 YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -292,7 +297,8 @@ def sharp(config: ModelConfig) -> Transformer:
 def compared(
     peer: Callable[[str], Peer], tmp_path: Path
 ) -> Callable[[dict[str, Any]], tuple[list[Forced], list[Forced]]]:
-    """compared(shape): what a model of that shape predicts here, and in llama.cpp from the float32 file written of it."""
+    """compared(shape): what a model of that shape predicts here, and in llama.cpp from the float32 file written of
+    it."""
 
     def both(shape: dict[str, Any]) -> tuple[list[Forced], list[Forced]]:
         tokenizer = Tokenizer.train(["What is 3+4-2? 3足す4は7", "the quick brown fox"], 280)
@@ -321,7 +327,8 @@ def test_every_shape(compared: Callable[..., tuple[list[Forced], list[Forced]]],
 
 
 TEXTS = [
-    "The quick brown fox's 12345 jumps, don't they? I'LL say: x=y; def f(n):\n    return n+1  # ok\n\n\n\tdone 3.14159e-10 $%^&*()",
+    "The quick brown fox's 12345 jumps, don't they? I'LL say: x=y; def f(n):\n    return n+1  # ok\n\n"
+    "\n\tdone 3.14159e-10 $%^&*()",
     "3足す4は7、答えは5。 漢字かな交じり文と、カタカナ！",
     "Grüße aus Köln — naïve café; Привет, мир! שלום עולם مرحبا ١٢٣ नमस्ते",
     "🙂🙃👨‍👩‍👧 ½ ² Ⅷ \u00a0\u2003\u200b\r\n end",

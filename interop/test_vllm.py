@@ -1,14 +1,16 @@
-"""vLLM serves our checkpoints: the same logprob at every position, the same greedy text, the same ids for texts and chats, MTP drafts that hold.
+"""vLLM serves our checkpoints: the same logprob at every position, the same greedy text, the same ids for texts and
+chats, MTP drafts that hold.
 
-Two models, stored in bfloat16: deepseek-v3-tiny-576, in shards, and a real dense one, SmolLM2-135M-Instruct. vLLM and we compute each in
-float32, which shows whether it is the same function, and in bfloat16, as it is served. Deviations measured on an AMD EPYC, in nats:
+Two models, stored in bfloat16: deepseek-v3-tiny-576, in shards, and a real dense one, SmolLM2-135M-Instruct. vLLM and
+we compute each in float32, which shows whether it is the same function, and in bfloat16, as it is served. Deviations
+measured on an AMD EPYC, in nats:
 
     median, worst of 630       float32            bfloat16           our bfloat16 against our float32
     deepseek                   1e-6, 1.3e-5       5e-3, 1.1          9e-3, 1.4
     smollm2                    5e-6, 6.4e-5       5e-2, 1.1          3e-2, 1.1
 
-The bounds in float32 are eight to ten times the worst: other processors add in another order. What a mistake in deepseek's checkpoint does,
-with the same model on our side:
+The bounds in float32 are eight to ten times the worst: other processors add in another order. What a mistake in
+deepseek's checkpoint does, with the same model on our side:
 
     gate and up swapped in every expert; in one                0.20, 3.2;  4e-6, 0.11
     router biases left out                                     0.12, 2.5
@@ -16,9 +18,9 @@ with the same model on our side:
     key and value parts of kv_b_proj exchanged                 2.4, 10
     two experts exchanged                                      0.025, 1.5
 
-In bfloat16 a token whose router stands between two experts may go to either, so the worst deviation says little and its bound only catches what
-is absurd. The median's bound, two to four times what was measured, is exceeded by all of these but the one expert.
-"""
+In bfloat16 a token whose router stands between two experts may go to either, so the worst deviation says little and its
+bound only catches what is absurd. The median's bound, two to four times what was measured, is exceeded by all of these
+but the one expert."""
 
 from __future__ import annotations
 
@@ -135,7 +137,8 @@ def test_ids_of_texts_and_chats(meeting: Meeting) -> None:
 
 
 def test_drafts_of_the_mtp_module(stored_deepseek: Path, peer: Callable[[str], Peer]) -> None:
-    """vLLM speculates with layer 3 of the checkpoint: as many drafts accepted as our MTP module predicts, and the text no other than without."""
+    """vLLM speculates with layer 3 of the checkpoint: as many drafts accepted as our MTP module predicts, and the text
+    no other than without."""
     chats = [
         [{"role": "user", "content": problem.prompt}]
         for problem in islice(load_task(TASK["name"], **TASK["params"]).problems("test", 2), 24)

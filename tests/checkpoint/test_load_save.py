@@ -77,7 +77,8 @@ def test_a_round_trip_changes_nothing(
 
 
 def test_names_are_deepseeks(make_model: Make, deepseek: Config) -> None:
-    """One tensor per expert, gate before up; the MTP module is the layer after the last, with its own copies of embedding and head."""
+    """One tensor per expert, gate before up; the MTP module is the layer after the last, with its own copies of
+    embedding and head."""
     model = make_model(deepseek())
     tensors = to_hf_tensors(model.config, model.state_dict())
     stacked = model.model.layers[1].mlp.experts
@@ -133,58 +134,35 @@ def test_a_checkpoint_without_its_mtp_module_loads_without_it(saved: Path) -> No
     assert not any(tensor.is_meta for tensor in model.state_dict().values())
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            lambda t: t.pop("model.layers.3.eh_proj.weight"),
-            r"layers\.3\.eh_proj\.weight is missing; config\.json asks for 135 tensors, the files hold 134",
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda t: t.pop("model.layers.3.eh_proj.weight"),
+     r"layers\.3\.eh_proj\.weight is missing; config\.json asks for 135 tensors, the files hold 134"),
+    (lambda t: t.pop("model.layers.2.mlp.experts.7.up_proj.weight"),
+     r"model\.layers\.2\.mlp\.experts\.7\.up_proj\.weight is missing"),
+    (lambda t: t.update({"model.layers.9.norm.weight": torch.ones(2)}),
+     r"safetensors: model\.layers\.9\.norm\.weight is no tensor of this arch"),
+    (lambda t: t.update({"model.layers.1.mlp.experts.8.up_proj.weight": torch.ones(16, 32)}),
+     r"experts\.8\.up_proj\.weight is no tensor of this"),
+    (lambda t: t.update({"model.norm.weight": torch.ones(31)}),
+     r"model\.norm\.weight has shape \[31\], config\.json says \[32\]"),
+    (lambda t: t["model.norm.weight"].fill_(torch.nan),
+     r"safetensors: model\.norm\.weight holds NaN or infinite values"),
+    (lambda t: t["lm_head.weight"][-1].fill_(torch.inf),
+     r"safetensors: lm_head\.weight holds NaN or infinite values"),
+    (lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int32)}),
+     r"model\.norm\.weight is stored as I32; weights are read from F64"),
+    (lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn)}),
+     r"lm_head\.weight is stored in FP8 without the scales"),
+    (lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e8m0fnu)}),
+     r"lm_head\.weight is stored as F8_E8M0; weights are read from F64"),
+    (
+        lambda t: t.update(
+            {name: t[name].to(torch.float8_e4m3fn) for name in [f"{LINEAR}.weight"]}
+            | {f"{LINEAR}.weight_scale_inv": torch.ones(1, 1, dtype=torch.int32)}
         ),
-        (
-            lambda t: t.pop("model.layers.2.mlp.experts.7.up_proj.weight"),
-            r"model\.layers\.2\.mlp\.experts\.7\.up_proj\.weight is missing",
-        ),
-        (
-            lambda t: t.update({"model.layers.9.norm.weight": torch.ones(2)}),
-            r"safetensors: model\.layers\.9\.norm\.weight is no tensor of this arch",
-        ),
-        (
-            lambda t: t.update({"model.layers.1.mlp.experts.8.up_proj.weight": torch.ones(16, 32)}),
-            r"experts\.8\.up_proj\.weight is no tensor of this",
-        ),
-        (
-            lambda t: t.update({"model.norm.weight": torch.ones(31)}),
-            r"model\.norm\.weight has shape \[31\], config\.json says \[32\]",
-        ),
-        (
-            lambda t: t["model.norm.weight"].fill_(torch.nan),
-            r"safetensors: model\.norm\.weight holds NaN or infinite values",
-        ),
-        (
-            lambda t: t["lm_head.weight"][-1].fill_(torch.inf),
-            r"safetensors: lm_head\.weight holds NaN or infinite values",
-        ),
-        (
-            lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int32)}),
-            r"model\.norm\.weight is stored as I32; weights are read from F64",
-        ),
-        (
-            lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn)}),
-            r"lm_head\.weight is stored in FP8 without the scales",
-        ),
-        (
-            lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e8m0fnu)}),
-            r"lm_head\.weight is stored as F8_E8M0; weights are read from F64",
-        ),
-        (
-            lambda t: t.update(
-                {name: t[name].to(torch.float8_e4m3fn) for name in [f"{LINEAR}.weight"]}
-                | {f"{LINEAR}.weight_scale_inv": torch.ones(1, 1, dtype=torch.int32)}
-            ),
-            r"o_proj\.weight_scale_inv is stored as I32; FP8 scales are read from F32, BF16, F8_E8M0",
-        ),
-    ],
-)
+        r"o_proj\.weight_scale_inv is stored as I32; FP8 scales are read from F32, BF16, F8_E8M0",
+    ),
+])  # fmt: skip
 def test_tensors_that_do_not_fit_are_named(
     saved: Path, change: Callable[[dict[str, Tensor]], None], message: str
 ) -> None:
@@ -214,18 +192,15 @@ def test_a_tokenizer_larger_than_its_model_is_refused(saved: Path) -> None:
         load_tokenizer(saved)
 
 
-@pytest.mark.parametrize(
-    ("file", "said", "ends"),
-    [
-        ("config.json", {"eos_token_id": [1, 4]}, {1, 4}),
-        ("config.json", {"eos_token_id": 4}, {1, 4}),
-        ("config.json", {"eos_token_id": [1, 50]}, {1}),  # 50 is a byte of text, and a default that nobody chose
-        ("generation_config.json", {"eos_token_id": [4, 3]}, {1, 3, 4}),
-        ("tokenizer_config.json", {"eos_token": None}, set()),
-        ("special_tokens_map.json", {"eos_token": "<｜Assistant｜>"}, {4}),
-        ("special_tokens_map.json", {"eos_token": {"content": "<｜Assistant｜>"}, "unk_token": "?"}, {4}),
-    ],
-)
+@pytest.mark.parametrize(("file", "said", "ends"), [
+    ("config.json", {"eos_token_id": [1, 4]}, {1, 4}),
+    ("config.json", {"eos_token_id": 4}, {1, 4}),
+    ("config.json", {"eos_token_id": [1, 50]}, {1}),  # 50 is a byte of text, and a default that nobody chose
+    ("generation_config.json", {"eos_token_id": [4, 3]}, {1, 3, 4}),
+    ("tokenizer_config.json", {"eos_token": None}, set()),
+    ("special_tokens_map.json", {"eos_token": "<｜Assistant｜>"}, {4}),
+    ("special_tokens_map.json", {"eos_token": {"content": "<｜Assistant｜>"}, "unk_token": "?"}, {4}),
+])  # fmt: skip
 def test_ends_are_read_wherever_they_stand_and_kept(
     saved: Path, tmp_path: Path, file: str, said: dict[str, object], ends: set[int]
 ) -> None:

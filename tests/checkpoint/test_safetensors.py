@@ -1,4 +1,5 @@
-"""safetensors files: the library reads what we write and the reverse; rows alone; resharding changes no byte; broken files are named."""
+"""safetensors files: the library reads what we write and the reverse; rows alone; resharding changes no byte; broken
+files are named."""
 
 from __future__ import annotations
 
@@ -15,13 +16,10 @@ from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.safetensors import INDEX, Shards, TensorHeader, write_shards
 
 TENSORS = {
-    "a": torch.arange(12.0).view(4, 3),
-    "b": torch.linspace(-1, 1, 10).to(torch.bfloat16).view(5, 2),
-    "c": torch.linspace(-400, 400, 6).to(torch.float8_e4m3fn).view(2, 3),
-    "d": torch.tensor(2.5, dtype=torch.float16),
-    "e": torch.zeros(0, 3),
-    "f": torch.tensor([1 / 3], dtype=torch.float64),
-}
+    "a": torch.arange(12.0).view(4, 3), "b": torch.linspace(-1, 1, 10).to(torch.bfloat16).view(5, 2),
+    "c": torch.linspace(-400, 400, 6).to(torch.float8_e4m3fn).view(2, 3), "d": torch.tensor(2.5, dtype=torch.float16),
+    "e": torch.zeros(0, 3), "f": torch.tensor([1 / 3], dtype=torch.float64),
+}  # fmt: skip
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -142,8 +140,7 @@ def test_pickled_weights_are_refused_with_the_way_out(folder: Path) -> None:
         Shards(folder)
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
     with pytest.raises(
-        SlingshotError,
-        match=r"pytorch_model\.bin is pickled, can run code when opened, and is never read: ask its maker for safetensors",
+        SlingshotError, match=r"pytorch_model\.bin is pickled, .* and is never read: ask its maker for safetensors"
     ):
         Shards(folder)
 

@@ -15,11 +15,15 @@ from slingshot.model.config import PRESETS, ModelConfig, presets
 
 # Numbers in the weights that were published, tied heads counted once.
 PUBLISHED = {
-    "deepseek-r1-distill-qwen-1.5b": 1_777_088_000, "deepseek-r1-distill-qwen-7b": 7_615_616_512, "deepseek-v3": 671_026_404_352,
-    "llama-3.1-405b": 405_853_388_800, "llama-3.1-70b": 70_553_706_496, "llama-3.1-8b": 8_030_261_248, "mistral-7b-v0.3": 7_248_023_552,
-    "qwen2.5-1.5b": 1_543_714_304, "qwen2.5-14b": 14_770_033_664, "qwen2.5-32b": 32_763_876_352, "qwen2.5-7b": 7_615_616_512,
+    "deepseek-r1-distill-qwen-1.5b": 1_777_088_000, "deepseek-r1-distill-qwen-7b": 7_615_616_512,
+    "deepseek-v3": 671_026_404_352,
+    "llama-3.1-405b": 405_853_388_800, "llama-3.1-70b": 70_553_706_496, "llama-3.1-8b": 8_030_261_248,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "qwen2.5-1.5b": 1_543_714_304, "qwen2.5-14b": 14_770_033_664, "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-7b": 7_615_616_512,
     "qwen3-0.6b": 596_049_920, "qwen3-8b": 8_190_735_360, "smollm2-135m": 134_515_008,
-    # 139,644 tensors of 1,026,470,731,056 numbers, less 61 tables of 56 rotary frequencies, 60 x 384 router biases and 62,495,192 FP8 scales
+    # 139,644 tensors of 1,026,470,731,056 numbers, less 61 tables of 56 rotary frequencies, 60 x 384 router biases and
+    # 62,495,192 FP8 scales
     "kimi-k2": 1_026_470_731_056 - 61 * 56 - 60 * 384 - 62_495_192,
 }  # fmt: skip
 
@@ -57,23 +61,21 @@ def test_the_tiny_one_has_the_latent_that_kernels_know() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "hint"),
-    [
-        ("DeepSeek-V3", "did you mean deepseek-v3[?]"),
-        ("qwen3-7b", "did you mean qwen3-8b[?]"),
-        ("../presets/kimi-k2", "there are "),
-        ("../config", "there are deepseek-r1-distill-qwen-1.5b, .*smollm2-135m"),
-        ("", "there are "),
-    ],
-)
+@pytest.mark.parametrize(("name", "hint"), [
+    ("DeepSeek-V3", "did you mean deepseek-v3[?]"),
+    ("qwen3-7b", "did you mean qwen3-8b[?]"),
+    ("../presets/kimi-k2", "there are "),
+    ("../config", "there are deepseek-r1-distill-qwen-1.5b, .*smollm2-135m"),
+    ("", "there are "),
+])  # fmt: skip
 def test_an_unknown_preset_is_refused_with_the_nearest(name: str, hint: str) -> None:
     with pytest.raises(SlingshotError, match=f"^no preset is called {name}; {hint}"):
         ModelConfig.preset(name)
 
 
 def test_a_recipe_builds_on_a_preset() -> None:
-    """By its name alone, or with changes beside it; a new model has neither the published one's FP8 nor its other keys."""
+    """By its name alone, or with changes beside it; a new model has neither the published one's FP8 nor its other
+    keys."""
 
     class Config(StageConfig):
         model: ModelConfig
@@ -95,22 +97,15 @@ def test_a_recipe_builds_on_a_preset() -> None:
     assert (dense.head_dim, dense.num_key_value_heads, dense.to_hf()["model_type"]) == (64, 3, "llama")
 
 
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        ("deepseek-v4", "^base.model: no preset is called deepseek-v4; did you mean deepseek-v3[?]$"),
-        ({"preset": 3}, "^base.model: no preset is called 3; there are "),
-        (
-            {"preset": "deepseek-v3", "num_attention_heds": 3},
-            "^base.model.num_attention_heds: unknown key; did you mean num_attention_heads[?]$",
-        ),
-        (
-            {"preset": "deepseek-v3", "n_group": 7},
-            "^base.model: n_routed_experts 256 must divide evenly into n_group 7",
-        ),
-        (3, "^base.model: Input should be .*got 3$"),
-    ],
-)
+@pytest.mark.parametrize(("model", "message"), [
+    ("deepseek-v4", "^base.model: no preset is called deepseek-v4; did you mean deepseek-v3[?]$"),
+    ({"preset": 3}, "^base.model: no preset is called 3; there are "),
+    ({"preset": "deepseek-v3", "num_attention_heds": 3},
+     "^base.model.num_attention_heds: unknown key; did you mean num_attention_heads[?]$"),
+    ({"preset": "deepseek-v3", "n_group": 7},
+     "^base.model: n_routed_experts 256 must divide evenly into n_group 7"),
+    (3, "^base.model: Input should be .*got 3$"),
+])  # fmt: skip
 def test_a_wrong_model_in_a_recipe_is_named(model: Any, message: str) -> None:
     class Config(StageConfig):
         model: ModelConfig

@@ -49,7 +49,8 @@ def test_bfloat16_on_disk_is_what_config_json_says(source: Path, tmp_path: Path)
 
 
 def test_fp8_and_back(source: Path, tmp_path: Path) -> None:
-    """Matrices of attention and experts in blocks of e4m3, the rest in bfloat16; read back, every number is within half a step of e4m3."""
+    """Matrices of attention and experts in blocks of e4m3, the rest in bfloat16; read back, every number is within half
+    a step of e4m3."""
     run(ConvertConfig(source=str(source), dtype="fp8", threads=1), tmp_path / "fp8")
     stored = load_file(tmp_path / "fp8" / "model.safetensors")
     assert stored["model.layers.1.mlp.experts.5.up_proj.weight"].dtype == torch.float8_e4m3fn

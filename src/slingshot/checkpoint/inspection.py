@@ -20,8 +20,9 @@ from typing import Any
 from slingshot.base.errors import SlingshotError
 from slingshot.base.names import closest
 from slingshot.checkpoint.description import check_tokenizer, folder_tokenizer, load_config
-from slingshot.checkpoint.hub import hub_name, locate, outline
+from slingshot.checkpoint.hub import locate, outline
 from slingshot.checkpoint.layout import layout
+from slingshot.checkpoint.repository import hub_name
 from slingshot.checkpoint.safetensors import INDEX, Shards, fit
 from slingshot.cost.flops import cache_bytes_per_token, parameters
 from slingshot.model.config import ModelConfig, presets

@@ -1,7 +1,7 @@
-"""FP8 weights as DeepSeek-V3 stores them: e4m3 numbers and one float32 scale for each 128 x 128 block (arXiv 2412.19437, 3.3).
+"""FP8 weights as DeepSeek-V3 stores them: e4m3, and a float32 scale for each 128 x 128 block (arXiv 2412.19437, 3.3).
 
     weight_FD, scale_inv = quantize(weight_FD)
-    weight_FD = dequantize(weight_FD, scale_inv)         # float32; scale_inv multiplies, despite its name in the checkpoint
+    weight_FD = dequantize(weight_FD, scale_inv)         # float32; scale_inv multiplies, despite its name
 
 Shape suffixes: F output width, D input width. Blocks at the right and lower edge may be partly filled.
 """
@@ -20,7 +20,7 @@ E4M3_MAX = 448.0
 def quantize(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
     """e4m3 weights [F, D] and float32 scales [ceil(F/128), ceil(D/128)]: each block's largest magnitude becomes 448.
 
-    Off by at most 1/16 of a number, or half of e4m3's smallest step (2^-10) times the block's scale, whichever is larger.
+    Off by at most 1/16 of a number or half of e4m3's smallest step (2^-10) times the block's scale, the larger.
     """
     rows, columns = scale_shape(tuple(weight_FD.shape))
     padding = (0, columns * FP8_BLOCK - weight_FD.shape[1], 0, rows * FP8_BLOCK - weight_FD.shape[0])
@@ -32,7 +32,7 @@ def quantize(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(weight_FD: Tensor, scale_inv: Tensor, first_row: int = 0) -> Tensor:
-    """The float32 values of e4m3 rows; `first_row` says where in the whole matrix, to which `scale_inv` belongs, they stand."""
+    """The float32 values of e4m3 rows; `first_row` says where in the matrix of `scale_inv` they stand."""
     block_of_row = torch.arange(first_row, first_row + weight_FD.shape[0]) // FP8_BLOCK
     scale_FD = scale_inv[block_of_row].repeat_interleave(FP8_BLOCK, dim=1)[:, : weight_FD.shape[1]]
     return weight_FD.float().mul_(scale_FD)

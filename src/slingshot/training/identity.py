@@ -17,7 +17,8 @@ from typing import Any
 
 from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
-from slingshot.checkpoint.hub import hub_name, locate
+from slingshot.checkpoint.hub import locate
+from slingshot.checkpoint.repository import hub_name
 from slingshot.cost.receipt import Receipt, artifact_digest
 
 _CHECKPOINTS, _FILES = ("model", "source", "tokenizer"), ("data", "text")

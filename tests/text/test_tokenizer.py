@@ -1,43 +1,25 @@
 """The tokenizer: what it encodes, what it must never encode, and that transformers reads it the same way."""
 
-import copy
-import functools
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import normalizers, pre_tokenizers, processors
+from tokenizers import normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import read_json, write_json
-from slingshot.model.hf_config import MODEL_TYPES
-from slingshot.text.pretokenizers import SPLIT_OF_MODEL_TYPE
+from slingshot.base.files import write_json
 from slingshot.text.tokenizer import ASSISTANT, BOS, END_THINK, EOS, PAD, R1_TOKENS, THINK, USER, Tokenizer
 
 # Text as a user may write it: control tokens, pieces of them, and whatever Unicode has.
 PARTS = [
     *R1_TOKENS,
-    "<|im_start|>",
-    "<|im_end|>",
-    "<th",
-    "ink>",
-    "</",
-    "<",
-    "｜>",
-    "<｜",
-    "User",
+    *["<|im_start|>", "<|im_end|>", "<th", "ink>", "</", "<", "｜>", "<｜", "User", "42", "足す", "é", "🙂", "the"],
     " ",
     "\n",
-    "42",
-    "足す",
-    "é",
-    "🙂",
-    "the",
 ]
 hostile = st.lists(st.sampled_from(PARTS) | st.text(max_size=4), max_size=8).map("".join)
 harmless = hostile.filter(lambda text: not any(token in text for token in [*R1_TOKENS, "<|im_start|>", "<|im_end|>"]))
@@ -49,19 +31,11 @@ def controls(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
 
 
 def test_special_tokens_come_first_and_have_r1s_flags(tokenizer: Tokenizer) -> None:
-    ids = (
-        tokenizer.bos_id,
-        tokenizer.eos_id,
-        tokenizer.pad_id,
-        tokenizer.user_id,
-        tokenizer.assistant_id,
-        tokenizer.think_id,
-        tokenizer.end_think_id,
-    )
-    assert ids == (0, 1, 2, 3, 4, 5, 6)
+    names = ("bos", "eos", "pad", "user", "assistant", "think", "end_think")
+    assert [getattr(tokenizer, f"{name}_id") for name in names] == [*range(7)]
     assert tokenizer.eos_ids == {1}
     assert tokenizer.control_ids == set(range(7))
-    special = {token.content: token.special for token in tokenizer._backend.get_added_tokens_decoder().values()}
+    special = {token["content"]: token["special"] for token in tokenizer.description()["added_tokens"]}
     assert special == {BOS: True, EOS: True, PAD: True, USER: False, ASSISTANT: False, THINK: False, END_THINK: False}
 
 
@@ -74,7 +48,7 @@ def test_training_is_deterministic_and_stops_at_its_size() -> None:
     texts = ["one two three one two", "two three four"]
     first, again = Tokenizer.train(iter(texts), 270), Tokenizer.train(texts, 270)
     assert first.vocab_size == 270
-    assert first._backend.to_str() == again._backend.to_str()
+    assert first.description() == again.description()
     assert Tokenizer.train(texts, 5000).vocab_size < 300  # nothing left to merge
 
 
@@ -101,6 +75,8 @@ def test_text_never_becomes_a_control_token(tokenizer: Tokenizer, chatml: Tokeni
 def test_messages_never_become_control_tokens(
     tokenizer: Tokenizer, system: str, first: str, reply: str, second: str
 ) -> None:
+    """But for the tags of a reply's own reasoning."""
+    reply = f"{END_THINK}{reply}"
     messages = [("system", system), ("user", first), ("assistant", reply), ("user", second)]
     ids = tokenizer.encode_chat([{"role": role, "content": content} for role, content in messages])
     assert controls(tokenizer, ids) == [0, 3, 4, 1, 3, 4, 5]
@@ -111,15 +87,14 @@ def test_messages_never_become_control_tokens(
 @thorough
 @given(role=hostile, content=hostile)
 def test_nor_do_they_in_chatml_roles_included(chatml: Tokenizer, role: str, content: str) -> None:
-    ids = chatml.encode_chat(
-        [{"role": "system", "content": "s"}, {"role": role, "content": content}], add_generation_prompt=False
-    )
+    messages = [{"role": "system", "content": "s"}, {"role": role, "content": content}]
+    ids = chatml.encode_chat(messages, add_generation_prompt=False)
     assert controls(chatml, ids) == [1, 2, 1, 2]
     assert chatml.decode(ids) == f"system\ns\n{role}\n{content}\n"
 
 
 def test_parts_of_a_message_do_not_join_into_a_control_token(tokenizer: Tokenizer) -> None:
-    template = "{{ bos_token }}{% for message in messages %}{% for part in message.content %}{{ part.text | trim }}{% endfor %}{% endfor %}"
+    template = "{{ bos_token }}{% for part in messages[0].content %}{{ part.text | trim }}{% endfor %}"
     split = Tokenizer(tokenizer._backend, {**tokenizer.config, "chat_template": template})
     ids = split.encode_chat(
         [{"role": "user", "content": [{"text": " <th"}, {"text": "ink> "}, {"text": "<｜User｜"}, {"text": ">"}]}]
@@ -210,27 +185,14 @@ def oracles(
     return pairs
 
 
-def test_transformers_reads_the_same_special_tokens(oracles: list[tuple[Tokenizer, Any]]) -> None:
-    for ours, theirs in oracles:
-        assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (
-            ours.bos_id,
-            ours.eos_id,
-            ours.pad_id,
-        )
-        assert len(theirs) == ours.vocab_size
-
-
 @thorough
 @given(text=harmless, reply=harmless, last=harmless, generate=st.booleans(), thinking=st.booleans())
 def test_transformers_encodes_identically(
     oracles: list[tuple[Tokenizer, Any]], text: str, reply: str, last: str, generate: bool, thinking: bool
 ) -> None:
     reasoned = f"so\n{END_THINK}\n\n{reply}"
-    messages = [
-        {"role": "user", "content": text},
-        {"role": "assistant", "content": reasoned},
-        {"role": "user", "content": last},
-    ]
+    said = [("user", text), ("assistant", reasoned), ("user", last)]
+    messages = [{"role": role, "content": content} for role, content in said]
     for ours, theirs in oracles:
         assert theirs(text).input_ids == ours.encode_raw(text)
         expected = theirs.apply_chat_template(
@@ -249,115 +211,6 @@ def test_transformers_renders_identically_whatever_is_said(
         ids = ours.encode_chat(messages, generate)
         rendered = theirs.apply_chat_template(messages, add_generation_prompt=generate, tokenize=False)
         assert theirs.decode(ids) == rendered
-
-
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_transformers_reads_our_folders_alike_beside_every_model_type(tmp_path: Path, model_type: str) -> None:
-    text = "I'LL say1234 'tis  x=y;\n\n 漢字です e\u0301!\tEND"
-    ours = Tokenizer.train([text] * 5, 340, SPLIT_OF_MODEL_TYPE.get(model_type, "smollm"))
-    ours.config |= {"tokenizer_class": "GPT2Tokenizer", "auto_map": {"AutoTokenizer": ["tokenization.Other", None]}}
-    ours.check_split(model_type)
-    ours.save(tmp_path)
-    write_json(tmp_path / "config.json", {"model_type": model_type})
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    assert theirs(text).input_ids == ours.encode_raw(text)
-    assert len(theirs) == ours.vocab_size and theirs.eos_token_id == ours.eos_id
-    messages = [{"role": "user", "content": text}]
-    assert theirs.apply_chat_template(messages, return_dict=False) == ours.encode_chat(messages, False)
-
-
-def test_a_split_that_transformers_would_replace_is_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(SlingshotError, match="splits the text of every qwen2 model as qwen2 does"):
-        tokenizer.check_split("qwen2")
-
-
-@pytest.mark.parametrize(
-    ("config", "single"),
-    [
-        ({}, None),
-        ({}, "<bos> $A"),
-        ({}, "$A <eos>"),
-        ({"add_bos_token": True}, None),
-        ({"add_bos_token": True}, "$A <eos>"),
-        ({"add_bos_token": False}, "<bos> $A <eos>"),
-        ({"add_bos_token": True, "add_eos_token": True}, None),
-        ({"add_eos_token": True}, "<bos> $A"),
-        ({"add_bos_token": True, "bos_token": None}, None),
-    ],
-)
-def test_a_text_that_stands_alone_is_framed_as_transformers_does(
-    tmp_path: Path, config: dict[str, Any], single: str | None
-) -> None:
-    vocab = {token: id for id, token in enumerate(["<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    made = Tokenizer.from_bpe(vocab, [], dict.fromkeys(["<bos>", "<eos>"], True), {})
-    backend = tokenizers.Tokenizer.from_str(json.dumps(made.description()))
-    if single is not None:
-        template = processors.TemplateProcessing(single=single, special_tokens=[("<bos>", 0), ("<eos>", 1)])
-        backend.post_processor = processors.Sequence([processors.ByteLevel(), template])
-    backend.save(str(tmp_path / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>"} | config
-    write_json(tmp_path / "tokenizer_config.json", config)
-    write_json(tmp_path / "config.json", {"model_type": "llama"})
-    ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    assert ours.encode_raw("a b") == theirs("a b").input_ids
-    ours.save(tmp_path)
-    assert AutoTokenizer.from_pretrained(tmp_path)("a b").input_ids == ours.encode_raw("a b")
-
-
-def test_added_tokens_that_are_not_special_are_text(tmp_path: Path) -> None:
-    """As DeepSeek-Coder's letters; tags that frame a chat are none, special or not."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: id for id, token in enumerate([*alphabet, "er"])}
-    backend = tokenizers.Tokenizer.from_str(json.dumps(Tokenizer.from_bpe(vocab, [("e", "r")], {}, {}).description()))
-    words = ["ü", "covid", "<item>", "<tool_call>", "<|fim|>", THINK]
-    backend.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in words])
-    backend.add_special_tokens(["<|eot|>", "plain"])
-    backend.save(str(tmp_path / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "{{ messages[0].content }}<tool_call>"}
-    write_json(tmp_path / "tokenizer_config.json", config)
-    write_json(tmp_path / "config.json", {"model_type": "llama"})
-    ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    ids = theirs.convert_tokens_to_ids
-    text = "Führer covid19 <item>"
-    assert ours.encode(text) == theirs(text).input_ids and ids("ü") in ours.encode(text)
-    assert ours.decode(ours.encode(text)) == text
-    assert ours.control_ids == set(map(ids, ["<tool_call>", "<|fim|>", THINK, "<|eot|>", "plain"]))
-    said = f"plain<|fim|><tool_call>{THINK}ü"
-    chat = ours.encode_chat([{"role": "user", "content": said}])
-    assert chat == [*ours.encode(said), ids("<tool_call>")] and ours.control_ids.isdisjoint(chat[:-1])
-
-
-def test_a_folder_survives_a_round_trip(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    tokenizer.save(tmp_path)
-    write_json(
-        tmp_path / "tokenizer_config.json", {**tokenizer.config, "model_max_length": 77, "eos_token": {"content": EOS}}
-    )
-    write_json(tmp_path / "generation_config.json", {"eos_token_id": [1, 3]})
-    (tmp_path / "chat_template.jinja").write_text("{{ eos_token }}")
-    loaded = Tokenizer.load(tmp_path)
-    assert loaded.eos_ids == {1, 3}
-    assert loaded.encode_chat([]) == [1]
-    loaded.save(tmp_path / "copy")
-    assert Tokenizer.load(tmp_path / "copy").config == loaded.config
-    assert loaded.config["model_max_length"] == 77
-
-
-def test_the_default_of_several_templates_is_taken(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    templates = [
-        {"name": "tool_use", "template": "{{ eos_token }}"},
-        {"name": "default", "template": "{{ bos_token }}"},
-    ]
-    several = Tokenizer(tokenizer._backend, {**tokenizer.config, "chat_template": templates})
-    assert several.encode_chat([]) == [0]
-    assert several.encode_chat([], tools=[]) == [1]
-    (tmp_path / "additional_chat_templates").mkdir()
-    tokenizer.save(tmp_path)
-    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ pad_token }}")
-    loaded = Tokenizer.load(tmp_path)
-    assert loaded.encode_chat([], tools=[]) == [2]
-    assert loaded.chat_template == tokenizer.chat_template
-    loaded.save(tmp_path / "copy")
-    assert Tokenizer.load(tmp_path / "copy").encode_chat([], tools=[]) == [2]
 
 
 def test_what_else_a_template_reads(tokenizer: Tokenizer) -> None:
@@ -387,7 +240,8 @@ def test_a_tokenizer_must_fit_its_model(tokenizer: Tokenizer) -> None:
 DIGITS, CJK = {"Regex": r"\p{N}{1,3}"}, {"Regex": "[一-龥぀-ゟ゠-ヿ]+"}
 PUNCTUATED = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
 DEEPSEEK = {"Regex": PUNCTUATED + r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"}
-LLAMA = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+LLAMA += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PIPELINES = {
     "deepseek": ({"type": "Sequence", "normalizers": []}, [DIGITS, CJK, DEEPSEEK], False),
     "llama3": (None, [{"Regex": LLAMA}], True),
@@ -397,65 +251,32 @@ PIPELINES = {
 
 @pytest.fixture(scope="module", params=PIPELINES)
 def piped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
-    """A tokenizer that splits text as a well-known one does, with added tokens of every kind, and transformers' reading of it."""
+    """A tokenizer that splits text as a well-known one does, with every kind of added tokens, and transformers' reading."""
     normalizer, patterns, ignore_merges = PIPELINES[request.param]
     splits = [{"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False} for pattern in patterns]
     bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    merges = [
-        ["h", "e"],
-        ["Ġ", "t"],
-        ["Ġt", "he"],
-        ["Ċ", "Ċ"],
-        ["Ġ", "Ġ"],
-        ["1", "2"],
-        ["12", "3"],
-        ["Ã", "©"],
-        ["'", "s"],
-        ["l", "l"],
-        ["o", "k"],
-    ]
-    vocab = [
-        *sorted(pre_tokenizers.ByteLevel.alphabet()),
-        *map("".join, merges),
-        "hello",
-    ]  # `hello` can only be looked up whole
-    added = ["<bos>", "<eos>", THINK, END_THINK, "<|end|>", "<|left|>", "  \n  ", "<|norm|>"]
+    merges = [pair.split() for pair in ["h e", "Ġ t", "Ġt he", "Ċ Ċ", "Ġ Ġ", "1 2", "12 3", "Ã ©", "' s", "l l", "o k"]]
+    # `hello` can only be looked up whole
+    vocab = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges), "hello"]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    changed = {
-        THINK: {"special": False},
-        END_THINK: {"special": False},
-        "<|end|>": {"rstrip": True},
-        "<|left|>": {"lstrip": True, "special": False},
-    }
-    changed |= {"  \n  ": {"special": False}, "<|norm|>": {"normalized": True}}
-    tokens = [
-        {"id": len(vocab) + i, "content": token, **flags, **changed.get(token, {})} for i, token in enumerate(added)
-    ]
+    plain: dict[str, Any] = {"special": False}
+    added = {"<bos>": {}, "<eos>": {}, THINK: plain, END_THINK: plain, "<|end|>": {"rstrip": True}}
+    added |= {"<|left|>": {"lstrip": True, "special": False}, "  \n  ": plain, "<|norm|>": {"normalized": True}}
+    tokens = [{"content": token, **flags, **changed} for token, changed in added.items()]
     description = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": tokens,
+        "added_tokens": [{"id": id, **token} for id, token in enumerate(tokens, start=len(vocab))],
         "normalizer": normalizer,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, bytewise]},
         "post_processor": bytewise,
         "decoder": bytewise,
-        "model": {
-            "type": "BPE",
-            "ignore_merges": ignore_merges,
-            "vocab": {token: id for id, token in enumerate(vocab)},
-            "merges": merges,
-        },
+        "model": {"type": "BPE", "ignore_merges": ignore_merges, "merges": merges},
     }
+    description["model"]["vocab"] = {token: id for id, token in enumerate(vocab)}
     folder = tmp_path_factory.mktemp(request.param)
     write_json(folder / "tokenizer.json", description)
-    template = "{{ bos_token }}{% for m in messages %}{{ 'the\x1c \u3000<|left|>' }}{{ m.content }}{{ '<|end|>\n' }}{% endfor %}{{ '<|norm|>' }}"
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<bos>",
-        "eos_token": {"__type": "AddedToken", "content": "<eos>"},
-        "chat_template": template,
-    }
+    template = "{{ bos_token }}{% for m in messages %}{{ 'the\x1c \u3000<|left|>' }}{{ m.content }}{{ '<|end|>\n' }}"
+    config = {"bos_token": "<bos>", "eos_token": {"__type": "AddedToken", "content": "<eos>"}}
+    config |= {"chat_template": template + "{% endfor %}{{ '<|norm|>' }}", "tokenizer_class": "PreTrainedTokenizerFast"}
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "config.json", {"model_type": "llama"})
     return Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
@@ -479,10 +300,8 @@ SPOKEN = [
     "ok",
     "!?",
     "_",
-    "🙂",
-    "\u200b",
 ]
-SPACES = [" ", "  ", "\n", "\r\n", "  \n  ", "\t", "\u3000", "\x1c", "\x85", "\u0301"]
+SPACES = ["🙂", "\u200b", " ", "  ", "\n", "\r\n", "  \n  ", "\t", "\u3000", "\x1c", "\x85", "\u0301"]
 spoken = st.lists(st.sampled_from(SPOKEN + SPACES) | st.text(max_size=3), max_size=10).map("".join)
 
 
@@ -524,152 +343,12 @@ def test_nothing_is_unknown_or_random() -> None:
     assert {tuple(tokenizer.encode("abcxd")) for _ in range(20)} == {(6, 4)}
 
 
-def test_unusable_folders_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(SlingshotError, match=r"has no tokenizer\.json"):
-        Tokenizer.load(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(SlingshotError, match=r"tokenizer\.json is not a tokenizer"):
-        Tokenizer.load(tmp_path)
-    (tmp_path / "tokenizer.json").write_text(
-        tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).to_str()
-    )
-    with pytest.raises(SlingshotError, match="only byte-level and SentencePiece"):
-        Tokenizer.load(tmp_path)
-
-
-def change(value: Any, path: str, new: Any) -> Any:
-    """A deep copy of a JSON value with one thing in it replaced: `change(description, "model/vocab/a", 3)`."""
-    first, _, rest = path.partition("/")
-    value = copy.deepcopy(value)
-    key = int(first) if isinstance(value, list) else first
-    value[key] = change(value[key], rest, new) if rest else new
-    return value
-
-
-@pytest.mark.parametrize(
-    ("file", "path", "new", "reason"),
-    [
-        ("tokenizer.json", "model/vocab/a", -1, "is not a tokenizer"),
-        ("tokenizer.json", "model/vocab/a", 2**31, r"gives \d+ tokens ids up to 2147483648"),
-        ("tokenizer.json", "model/vocab/a", 2**40, "is not a tokenizer"),
-        ("tokenizer.json", "model/vocab", {}, "is not a tokenizer"),
-        ("tokenizer.json", "model/merges/0", ["zz", "a"], "is not a tokenizer"),
-        ("tokenizer.json", "model/continuing_subword_prefix", "x", "marks the parts of words"),
-        ("tokenizer.json", "model/type", "Unigram", "is not a tokenizer"),
-        ("tokenizer.json", "model", [], "it describes no model"),
-        ("tokenizer.json", "pre_tokenizer", None, "decodes what it never encodes"),
-        ("tokenizer.json", "decoder", None, "only byte-level and SentencePiece"),
-        ("tokenizer.json", "added_tokens/0/id", "zero", "is not a tokenizer"),
-        ("tokenizer.json", "added_tokens/3/content", "x" * 100_000, "of 100000 characters; 500 would be many"),
-        ("tokenizer.json", "added_tokens", {}, "is not a tokenizer"),
-        ("tokenizer_config.json", "eos_token", "<eos>", "names eos_token '<eos>'"),
-        ("tokenizer_config.json", "eos_token", 3, "gives eos_token as 3"),
-        ("tokenizer_config.json", "bos_token", {"content": []}, r"gives bos_token as \[\]"),
-        ("tokenizer_config.json", "chat_template", 3, "chat_template in tokenizer_config.json must be a text"),
-        (
-            "tokenizer_config.json",
-            "chat_template",
-            [{"name": "default"}],
-            "chat_template in tokenizer_config.json must be a text",
-        ),
-        (
-            "tokenizer_config.json",
-            "chat_template",
-            [{"name": ["x"], "template": ""}],
-            "chat_template in tokenizer_config.json must be a text",
-        ),
-        ("tokenizer_config.json", "chat_template", ["x"], "chat_template in tokenizer_config.json must be a text"),
-        ("generation_config.json", "eos_token_id", 324, "eos_token_id 324 is beyond the tokenizer's 324 ids"),
-        ("generation_config.json", "eos_token_id", [1, -1], "eos_token_id -1 is beyond"),
-        ("generation_config.json", "eos_token_id", [True], "eos_token_id True is beyond"),
-        ("generation_config.json", "eos_token_id", "1", "eos_token_id '1' is beyond"),
-    ],
-)
-def test_broken_files_are_named(
-    tokenizer: Tokenizer, tmp_path: Path, file: str, path: str, new: Any, reason: str
-) -> None:
-    tokenizer.save(tmp_path)
-    write_json(tmp_path / "generation_config.json", {"eos_token_id": 1})
-    Tokenizer.load(tmp_path)
-    write_json(tmp_path / file, change(read_json(tmp_path / file), path, new))
-    with pytest.raises(SlingshotError, match=reason) as caught:
-        Tokenizer.load(tmp_path)
-    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
-
-
-def test_files_that_hold_no_object(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        tokenizer.save(tmp_path)
-        (tmp_path / file).write_text("[]")
-        with pytest.raises(SlingshotError, match="must hold a JSON object"):
-            Tokenizer.load(tmp_path)
-        (tmp_path / file).unlink()
-
-
 def test_a_regular_expression_may_give_up(tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]) -> None:
     split = {"type": "Split", "pattern": {"Regex": "(a+)+c"}, "behavior": "Isolated", "invert": False}
-    description = change(json.loads(tokenizer._backend.to_str()), "pre_tokenizer/pretokenizers/0", split)
+    description = tokenizer.description()
+    description["pre_tokenizer"]["pretokenizers"][0] = split
     slow = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(description)), tokenizer.config)
     for encode in (slow.encode, lambda text: slow.encode_batch([text])):
         with pytest.raises(SlingshotError, match="could not split the text"):
             encode("a" * 40 + "b")
     capfd.readouterr()  # the Rust side has printed where it gave up
-
-
-STRANGE: list[Any] = [
-    None,
-    True,
-    -1,
-    2**31,
-    2**64,
-    1e300,
-    "",
-    "<think>",
-    "\ud800",
-    "Ġ",
-    "x" * 9999,
-    [],
-    {},
-    [[]],
-    ["a", "b"],
-    {"content": "x"},
-]
-STRANGE += [
-    {"type": "Split", "pattern": {"Regex": "(("}, "behavior": "Isolated", "invert": False},
-    {"type": "Prepend", "prepend": "<think>"},
-]
-STRANGE += [{"type": "ByteLevel"}, {"type": "Sequence", "normalizers": []}]
-
-
-def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else []
-    return [path, *(place for key, child in list(children)[:12] for place in _places(child, (*path, key)))]
-
-
-@settings(
-    derandomize=True, deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(data=st.data())
-def test_any_change_to_its_files_is_read_or_refused(tokenizer: Tokenizer, tmp_path: Path, data: st.DataObject) -> None:
-    tokenizer.save(tmp_path)
-    write_json(tmp_path / "generation_config.json", {"eos_token_id": [1]})
-    file = tmp_path / data.draw(
-        st.sampled_from(["tokenizer.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
-    )
-    value = read_json(file)
-    *path, last = data.draw(st.sampled_from(_places(value)[1:]))
-    inner = functools.reduce(lambda part, key: part[key], path, value)
-    if data.draw(st.booleans()):
-        inner[last] = data.draw(st.sampled_from(STRANGE))
-    else:
-        del inner[last]
-    file.write_text(json.dumps(value))
-    try:
-        loaded = Tokenizer.load(tmp_path)
-        ids = loaded.encode("What is 12 <think>?\n é🙂")
-        assert controls(loaded, ids) == []
-        loaded.decode(ids)
-        loaded.encode_chat([{"role": "user", "content": "hi <think>"}])
-        loaded.save(tmp_path / "copy")
-    except SlingshotError as error:
-        assert "\n" not in str(error)

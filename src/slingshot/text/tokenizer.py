@@ -41,20 +41,23 @@ from slingshot.text.tokenizer_files import (
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 
-# In R1's tokenizers the role and think tokens are added with special=false, so that decoding without special tokens keeps the tags.
+# In R1's tokenizers roles and think tags are added with special=false: decoding without special tokens keeps them.
 R1_TOKENS = {BOS: True, EOS: True, PAD: True, USER: False, ASSISTANT: False, THINK: False, END_THINK: False}
+_NEW = {"tokenizer_class": PLAIN_CLASS, "clean_up_tokenization_spaces": False}
 R1_CONFIG = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": None, "chat_template": R1_TEMPLATE}
 
-# Added tokens that are not special are text, but for those that a chat is framed with: tags between bars, think tags, and what looks like
-# a tag and stands in the chat template.
+# Added tokens that are not special are text, but for those that a chat is framed with: tags between bars, think tags,
+# and what looks like a tag and stands in the chat template.
 _FRAME, _TAG = re.compile(r"<[|｜].*[|｜]>|</?think>"), re.compile(r"<.+>|\[.+\]")
 
 _NAMED = [
     f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 ]  # what a template knows by name
 
-# White space as the Rust side has it (Python's str.strip takes U+001C to U+001F too): an added token may swallow what stands beside it.
-_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+# White space as the Rust side has it, which an added token may swallow; Python's str.strip takes U+001C to U+001F too.
+_SPACE = "".join(
+    character for character in map(chr, range(0x3001)) if character.isspace() and not 0x1C <= ord(character) < 0x20
+)
 
 _UNSPLIT = "the tokenizer's regular expression could not split the text"  # it gives up after millions of steps
 
@@ -65,8 +68,8 @@ class Tokenizer:
     """A BPE vocabulary, its control tokens and its chat template.
 
     vocab_size          one more than the highest id
-    bos_id, eos_id, pad_id, user_id, assistant_id, think_id, end_think_id      None where the vocabulary has no such token
-    eos_ids             every id that ends a generation: eos_id and those of generation_config.json and config.json
+    bos_id, eos_id, pad_id, user_id, assistant_id, think_id, end_think_id   None where there is no such token
+    eos_ids             every id that ends a generation: eos_id, those of generation_config.json and config.json
     control_ids         special tokens, and what else frames a chat; `encode` yields none of them
     begin_ids, end_ids  what the tokenizer itself puts around a text that stands alone: bos or nothing, mostly
     kind                "byte-level BPE" or "SentencePiece BPE"
@@ -74,13 +77,12 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, Any], eos_ids: Iterable[int] = ()) -> None:
-        """`config` is tokenizer_config.json: bos_token, eos_token, pad_token, chat_template and what else it holds, kept for `save`."""
+        """config: tokenizer_config.json: bos_token, eos_token, pad_token, chat_template and what else is kept for `save`."""
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         if self.vocab_size > 2 * len(vocabulary) + 100_000:  # before the Rust side makes a list of them
-            raise SlingshotError(
-                f"tokenizer.json gives {len(vocabulary)} tokens ids up to {self.vocab_size - 1}; ids must stand close together"
-            )
+            ids = f"{len(vocabulary)} tokens ids up to {self.vocab_size - 1}"
+            raise SlingshotError(f"tokenizer.json gives {ids}; ids must stand close together")
         self._backend = backend
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -89,20 +91,15 @@ class Tokenizer:
         description = self.description()
         added = description["added_tokens"]
         if long := [token["content"] for token in added if len(token["content"]) > 500]:
-            raise SlingshotError(
-                f"tokenizer.json adds the token {reprlib.repr(long[0])} of {len(long[0])} characters; 500 would be many"
-            )
+            text = f"{reprlib.repr(long[0])} of {len(long[0])} characters"
+            raise SlingshotError(f"tokenizer.json adds the token {text}; 500 would be many")
         silent = {token["id"] for token in added if token["special"] and token["content"] not in (THINK, END_THINK)}
         self.detokenizer = Detokenizer(description, vocabulary, silent)
         self.kind = self.detokenizer.kind
         controls = [token for token in added if self._is_control(token)]
         self.control_ids = frozenset(token["id"] for token in controls)
         self._ids = {token["content"]: token["id"] for token in controls}
-        self._swallows = {
-            token["content"]: (token["lstrip"], token["rstrip"])
-            for token in controls
-            if token["lstrip"] or token["rstrip"]
-        }
+        self._swallows = {token["content"]: (token["lstrip"], token["rstrip"]) for token in controls}
         self._controls = ControlTokens(self._ids)
         self._begins, self._follows, self._continues = _encoders(description, set(self._ids), self.kind)
         self.begin_ids, self.end_ids = _around(backend)
@@ -115,7 +112,7 @@ class Tokenizer:
     def load(cls, path: Path | str) -> Tokenizer:
         """Read a folder with tokenizer.json (or tiktoken.model) and tokenizer_config.json.
 
-        Chat templates stand in the latter, or beside it: chat_template.jinja, and further ones by name in additional_chat_templates.
+        Chat templates stand in the latter, in chat_template.jinja, and by name in additional_chat_templates/.
         """
         backend, config, eos_ids = read_tokenizer_files(Path(path))
         try:
@@ -124,21 +121,19 @@ class Tokenizer:
             raise SlingshotError(f"{path}: {error}") from error
 
     def save(self, path: Path | str) -> None:
-        """Write tokenizer.json and tokenizer_config.json into a folder; transformers.AutoTokenizer reads them, with the same ids."""
+        """Write tokenizer.json and tokenizer_config.json into a folder: transformers.AutoTokenizer gives the same ids."""
         write_text(Path(path) / "tokenizer.json", self._backend.to_str(pretty=True))
-        write_json(Path(path) / CONFIG_FILE, self.config | PLAIN_CLASS)
+        write_json(Path(path) / CONFIG_FILE, self.config | {"tokenizer_class": PLAIN_CLASS})
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, split: str = "smollm") -> Tokenizer:
-        """Train a vocabulary with R1's special tokens on texts; smaller than `vocab_size` when these have no more pairs to merge.
+        """Train a vocabulary with R1's special tokens; smaller than `vocab_size` when texts have no more pairs to merge.
 
         split: how text is split before merging, a name of text/pretokenizers.py.
         """
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        if vocab_size < len(alphabet) + len(R1_TOKENS):
-            raise SlingshotError(
-                f"vocab_size {vocab_size} is too small: bytes and special tokens need {len(alphabet) + len(R1_TOKENS)}"
-            )
+        if vocab_size < (least := len(alphabet) + len(R1_TOKENS)):
+            raise SlingshotError(f"vocab_size {vocab_size} is too small: bytes and special tokens need {least}")
         texts = iter(texts)
         first = next((text for text in texts if text), None)
         if first is None:
@@ -152,7 +147,7 @@ class Tokenizer:
         description = json.loads(backend.to_str())
         for token in description["added_tokens"]:
             token["special"] = R1_TOKENS[token["content"]]  # the trainer makes all of them special
-        return cls(tokenizers.Tokenizer.from_str(json.dumps(description)), PLAIN_CLASS | R1_CONFIG)
+        return cls(tokenizers.Tokenizer.from_str(json.dumps(description)), _NEW | R1_CONFIG)
 
     @classmethod
     def from_bpe(
@@ -164,11 +159,11 @@ class Tokenizer:
         split: str = "smollm",
         eos_ids: Iterable[int] = (),
     ) -> Tokenizer:
-        """Build a tokenizer from its tables, a GGUF file's say.
+        """Build a byte-level tokenizer from its tables, a GGUF file's say.
 
-        vocab: byte-level token -> id, the added (control) tokens included; added: those, and whether they are special.
+        vocab: token -> id, added tokens included; added: those, and whether they are special.
         config: bos_token, eos_token, pad_token, chat_template; add_bos_token puts bos before texts that stand alone.
-        split: how text is split before merging, a name of text/pretokenizers.py. eos_ids: what ends a generation besides eos_token.
+        split: as for `train`. eos_ids: what ends a generation besides eos_token.
         """
         model = models.BPE(vocab=dict(vocab), merges=list(merges), ignore_merges=SPLITS[split].ignore_merges)
         backend = _byte_level(model, split)
@@ -177,7 +172,7 @@ class Tokenizer:
         )
         if config.get("add_bos_token"):
             _write_bos(backend, config["bos_token"])
-        return cls(backend, {**PLAIN_CLASS, **config}, eos_ids)
+        return cls(backend, {**_NEW, **config}, eos_ids)
 
     def description(self) -> dict[str, Any]:
         """What tokenizer.json holds: model (vocab, merges), added_tokens, normalizer, pre_tokenizer and the rest."""
@@ -197,12 +192,12 @@ class Tokenizer:
         """Raise SlingshotError where this tokenizer has ids that a model with so large a vocabulary does not know."""
         if self.vocab_size > vocab_size:
             raise SlingshotError(
-                f"the tokenizer has {self.vocab_size} ids, the model's vocabulary {vocab_size}: they do not belong together; "
-                "take tokenizer.json from the model's own checkpoint"
+                f"the tokenizer has {self.vocab_size} ids, the model's vocabulary {vocab_size}: they do not belong "
+                "together; take tokenizer.json from the model's own checkpoint"
             )
 
     def check_split(self, model_type: str) -> None:
-        """Raise SlingshotError where other programs would split this tokenizer's text otherwise, beside a model of that type."""
+        """Raise SlingshotError where transformers would split text otherwise, beside a model of that type."""
         wanted = SPLIT_OF_MODEL_TYPE.get(model_type)
         with contextlib.suppress(SlingshotError):
             if wanted is None or recognise(self.description()) == wanted:
@@ -238,38 +233,27 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         thinking: bool = True,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        continue_final_message: bool = False,
-        **variables: Any,
+        **more: Any,
     ) -> list[int]:
-        """Ids of a chat in the model's template, which writes bos and all control tokens; what messages hold stays text.
+        """Ids of a chat in the model's template, which writes all control tokens; what messages hold stays text.
 
-        messages: [{"role": "user", "content": "..."}, ...]. thinking: whether the reply is to begin with reasoning, where the template can choose.
-        tools: JSON schemas of functions, for templates that know tools. continue_final_message: the model goes on with the last message.
-        documents, variables: what else this model's template reads, plain JSON.
-        Raises SlingshotError when there is no template or it refuses the messages.
+        messages: [{"role": "user", "content": "..."}, ...]. thinking: whether the reply begins with reasoning, where
+        the template can choose. more: `tools` (JSON schemas of functions), `continue_final_message` (the model goes on
+        with the last message), `documents` and what else this model's template reads, plain JSON.
+        Raises SlingshotError when there is no template, or it refuses the messages.
         """
-        template = self._templates.get("tool_use" if tools is not None and "tool_use" in self._templates else "default")
+        tools = more.get("tools") is not None and "tool_use" in self._templates
+        template = self._templates.get("tool_use" if tools else "default")
         if template is None:
-            raise SlingshotError(
-                "this tokenizer has no chat template; add chat_template to tokenizer_config.json, or prompt with plain text"
-            )
-        special = {name: token for name in _NAMED if (token := token_text(self.config.get(name))) is not None}
-        choices = {"thinking": thinking, "enable_thinking": thinking}  # DeepSeek's name for it, and Qwen3's
-        pieces = render(
-            template,
-            messages,
-            self._controls,
-            special,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            **{"tools": tools, "documents": documents, **choices, **variables},
-        )
+            way_out = f"add chat_template to {CONFIG_FILE}, or prompt with plain text"
+            raise SlingshotError(f"this tokenizer has no chat template; {way_out}")
+        special = {name: token for name in _NAMED if (token := self.token(name)) is not None}
+        more = {"thinking": thinking, "enable_thinking": thinking, **more}  # DeepSeek's name for it, and Qwen3's
+        more["add_generation_prompt"] = add_generation_prompt
+        pieces = render(template, messages, self._controls, special, **more)
         texts, controls = pieces[::2], pieces[1::2]
         for place, token in enumerate(controls):
-            left, right = self._swallows.get(token, (False, False))
+            left, right = self._swallows[token]
             texts[place] = texts[place].rstrip(_SPACE) if left else texts[place]
             texts[place + 1] = texts[place + 1].lstrip(_SPACE) if right else texts[place + 1]
         ids = _ids(self._begins, texts[0])
@@ -287,30 +271,25 @@ class Tokenizer:
 
     def _is_control(self, token: Mapping[str, Any]) -> bool:
         content: str = token["content"]
-        if token["special"] or _FRAME.fullmatch(content) or content in [token_text(self.config.get(n)) for n in _NAMED]:
+        if token["special"] or _FRAME.fullmatch(content) or content in map(self.token, _NAMED):
             return True
         return bool(_TAG.fullmatch(content)) and any(content in template for template in self._templates.values())
 
     def _checked(self, id: Any) -> int:
         if type(id) is not int or not 0 <= id < self.vocab_size:
-            raise SlingshotError(
-                f"eos_token_id {reprlib.repr(id)} is beyond the tokenizer's {self.vocab_size} ids; mend generation_config.json"
-            )
+            wrong = f"eos_token_id {reprlib.repr(id)} is beyond the tokenizer's {self.vocab_size} ids"
+            raise SlingshotError(f"{wrong}; mend generation_config.json")
         return id
 
     def _named(self, key: str) -> int | None:
-        content = token_text(self.config.get(key))
-        if content is None:
-            return None
-        if not isinstance(content, str):
-            raise SlingshotError(
-                f"{CONFIG_FILE} gives {key} as {reprlib.repr(content)}; it must be a text, or an object with `content`"
-            )
-        if content not in self._ids:
-            raise SlingshotError(
-                f"{CONFIG_FILE} names {key} {reprlib.repr(content)}, tokenizer.json adds no such token; make the two agree"
-            )
-        return self._ids[content]
+        content: Any = self.token(key)
+        if content is not None and not isinstance(content, str):
+            named = f"{CONFIG_FILE} gives {key} as {reprlib.repr(content)}"
+            raise SlingshotError(f"{named}; it must be a text, or an object with `content`")
+        if content is not None and content not in self._ids:
+            named = f"{CONFIG_FILE} names {key} {reprlib.repr(content)}"
+            raise SlingshotError(f"{named}, tokenizer.json adds no such token; make the two agree")
+        return None if content is None else self._ids[content]
 
 
 def _ids(backend: tokenizers.Tokenizer, text: str) -> list[int]:
@@ -334,7 +313,7 @@ def _write_bos(backend: tokenizers.Tokenizer, bos: str) -> None:
 
 
 def _around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids that tokenizer.json alone puts before and after a text, as for transformers; tokenizer_config.json has no say."""
+    """Ids that tokenizer.json puts before and after a text. As for transformers, tokenizer_config.json has no say."""
     with rust_errors("tokenizer.json puts what it does not know around a text"):
         probe = backend.encode("0")
     marks = list(zip(probe.ids, probe.special_tokens_mask, strict=True))
@@ -344,9 +323,9 @@ def _around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def _encoders(description: dict[str, Any], controls: set[str], kind: str) -> list[tokenizers.Tokenizer]:
-    """Backends with the same splits and merges and no way to a control token: not by matching, nor by a merge or a look-up of a whole word.
+    """Backends with the same splits and merges and no way to a control token, be it a match, a merge or a whole word.
 
-    Three, which differ where a tokenizer begins text with a space: for what begins a text, follows a control token, follows text.
+    Three, which differ where text begins with a space: for what begins a text, follows a control token, follows text.
     """
     model = dict(description["model"])
     unknown = model["unk_token"] if kind == "SentencePiece BPE" else None  # the others have every byte

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from slingshot.text.tiktoken import read_tiktoken
 CONFIG_FILE = "tokenizer_config.json"
 
 # The class of transformers that takes tokenizer.json as it is; others put a split of their own in its place.
-PLAIN_CLASS = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+PLAIN_CLASS = "PreTrainedTokenizerFast"
 
 
 def read_tokenizer_files(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any], list[Any]]:
@@ -34,30 +34,27 @@ def read_tokenizer_files(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, An
     elif (file := path / "tiktoken.model").is_file():
         with rust_errors(f"{file} is not a tokenizer"):
             backend = read_tiktoken(file, config, CHARACTER_OF_BYTE)
-        config = PLAIN_CLASS | {key: value for key, value in config.items() if key != "tokenizer_class"}
+        config["tokenizer_class"] = PLAIN_CLASS
     else:
-        raise SlingshotError(
-            f"{path} has no tokenizer.json; name the folder of a checkpoint in the Hugging Face layout"
-        )
+        raise SlingshotError(f"{path} has no tokenizer.json; name a folder of a checkpoint in Hugging Face's layout")
     if (path / "chat_template.jinja").is_file():
         config["chat_template"] = read_text(path / "chat_template.jinja")
     if further := sorted((path / "additional_chat_templates").glob("*.jinja")):
         named = named_templates(config.get("chat_template")) | {file.stem: read_text(file) for file in further}
         config["chat_template"] = [{"name": name, "template": template} for name, template in named.items()]
-    config |= {key: text for key, text in _named_beside(path, backend).items() if config.get(key) is None}
-    return backend, config, _ends(path, backend)
+    added = backend.get_added_tokens_decoder()
+    config |= {key: text for key, text in _named_beside(path, added.values()).items() if config.get(key) is None}
+    return backend, config, _ends(path, added)
 
 
 def named_templates(value: Any) -> dict[str, str]:
-    """Chat templates by name, the usual one being "default": tokenizer_config.json holds that one, or a list of several."""
+    """Chat templates by name, "default" the usual one; tokenizer_config.json holds that one, or a list of several."""
     named = value if isinstance(value, list) else [] if value is None else [{"name": "default", "template": value}]
-    try:
+    with contextlib.suppress(TypeError, KeyError):
         templates = {entry["name"]: entry["template"] for entry in named}
-    except (TypeError, KeyError):
-        templates = {"": None}
-    if not all(isinstance(text, str) for pair in templates.items() for text in pair):
-        raise SlingshotError("chat_template in tokenizer_config.json must be a text, or a list of {name, template}")
-    return templates
+        if all(isinstance(text, str) for pair in templates.items() for text in pair):
+            return templates
+    raise SlingshotError("chat_template in tokenizer_config.json must be a text, or a list of {name, template}")
 
 
 def token_text(token: Any) -> Any:
@@ -95,7 +92,7 @@ def _read_backend(file: Path, config: Mapping[str, Any], model_type: Any) -> tok
 
 
 def _space_as_llama(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-    """Where a space is put before text: transformers reads it from tokenizer_config.json for this class (tokenization_llama.py)."""
+    """Put spaces before text as tokenizer_config.json says; transformers reads it there for this class."""
     spaced = config.get("add_prefix_space") in (None, True)
     scheme = "never" if not spaced else "always" if config.get("legacy") else "first"
     backend.normalizer = None
@@ -105,7 +102,7 @@ def _space_as_llama(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) ->
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """tokenizer_config.json, its text such that it can be written again. Code of others is not named on: it would be asked for."""
+    """tokenizer_config.json, its text such that it can be written again, without the names of other people's code."""
     try:
         config: dict[str, Any] = json.loads(clean(json.dumps(_read_object(path), ensure_ascii=False)))
     except RecursionError as error:
@@ -120,23 +117,16 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _ends(path: Path, backend: tokenizers.Tokenizer) -> list[Any]:
+def _ends(path: Path, added: Mapping[int, Any]) -> list[Any]:
     """Ids that end a generation by generation_config.json and config.json: of the latter those that the tokenizer adds,
     for any other is a default that nobody chose."""
-    found: list[list[Any]] = []
-    for file in ("generation_config.json", "config.json"):
-        eos = _read_object(path / file).get("eos_token_id")
-        found.append(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    added = backend.get_added_tokens_decoder()
-    return found[0] + [id for id in found[1] if type(id) is int and id in added]
+    found = [_read_object(path / file).get("eos_token_id") for file in ("generation_config.json", "config.json")]
+    chosen, default = (eos if isinstance(eos, list) else [] if eos is None else [eos] for eos in found)
+    return chosen + [id for id in default if type(id) is int and id in added]
 
 
-def _named_beside(path: Path, backend: tokenizers.Tokenizer) -> dict[str, Any]:
+def _named_beside(path: Path, added: Iterable[Any]) -> dict[str, Any]:
     """The bos, eos and pad tokens that special_tokens_map.json names and tokenizer.json adds."""
-    named = _read_object(path / "special_tokens_map.json")
-    added = {token.content for token in backend.get_added_tokens_decoder().values()}
-    return {
-        key: text
-        for key in ("bos_token", "eos_token", "pad_token")
-        if isinstance(text := token_text(named.get(key)), str) and text in added
-    }
+    named = {key: token_text(token) for key, token in _read_object(path / "special_tokens_map.json").items()}
+    known = [token.content for token in added]
+    return {key: named[key] for key in ("bos_token", "eos_token", "pad_token") if named.get(key) in known}

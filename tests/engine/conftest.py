@@ -16,7 +16,9 @@ TEXTS = [
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Products this small gain nothing from a second thread, and lose much on a busy machine: OpenMP threads wait for each other by spinning."""
+    """Products this small gain nothing from a second thread, and lose much on a busy machine: OpenMP threads wait for
+    each other by spinning.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

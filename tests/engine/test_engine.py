@@ -431,7 +431,9 @@ def test_chat_asks_in_the_chat_template(dense_model, tokenizer):
 
 
 def test_a_special_tokens_text_stops(scripted, tokenizer):
-    """Alone, with text before it, and within a longer special token's text; a special token that is passed adds nothing."""
+    """Alone, with text before it, and within a longer special token's text; a special token that is passed adds
+    nothing.
+    """
     pad = tokenizer.pad_id
     name = next(token["content"] for token in tokenizer.description()["added_tokens"] if token["id"] == pad)
     assert tokenizer.decode([pad]) == "" and pad not in tokenizer.eos_ids
@@ -570,7 +572,9 @@ def test_a_copy_in_bfloat16_keeps_float32_router_biases_and_leaves_the_model_alo
 
 @pytest.mark.parametrize("loaded", [False, True])
 def test_sampler_and_trainer_route_alike_in_bfloat16(make_model, deepseek, tokenizer, tmp_path, loaded):
-    """The trainer's float32 masters computing in bfloat16, and the engine's bfloat16 weights, copied or loaded: one choice of experts."""
+    """The trainer's float32 masters computing in bfloat16, and the engine's bfloat16 weights, copied or loaded: one
+    choice of experts.
+    """
     trainer = make_model(deepseek(vocab_size=tokenizer.vocab_size))
     trainer.compute_dtype = torch.bfloat16
     save_checkpoint(tmp_path, trainer, tokenizer)

@@ -40,7 +40,8 @@ def test_peak_agrees_with_a_product_timed_by_hand() -> None:
         torch.mm(a, a)
         runs.append(time.perf_counter() - start)
     by_hand = 2 * 256**3 / min(runs)
-    # Machines are noisy and a width of 256 is not the fastest: within one order and a half of magnitude is all that always holds.
+    # Machines are noisy and a width of 256 is not the fastest: within one order and a half of magnitude is all that
+    # always holds.
     assert by_hand / 30 < measure_peak(torch.float32, CPU, seconds=0.1) < by_hand * 30
 
 

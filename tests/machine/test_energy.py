@@ -1,4 +1,6 @@
-"""cost/energy.py on a made-up /sys/class/powercap: packages and memory are added up, counters may turn over, what cannot be read is left out."""
+"""cost/energy.py on a made-up /sys/class/powercap: packages and memory are added up, counters may turn over, what
+cannot be read is left out.
+"""
 
 from __future__ import annotations
 

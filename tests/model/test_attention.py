@@ -1,4 +1,6 @@
-"""Attention through each context: packed rows, the engine's cache, and one of the tests' own over flat tokens. All give the same."""
+"""Attention through each context: packed rows, the engine's cache, and one of the tests' own over flat tokens. All give
+the same.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def deviation(found: Tensor, expected: Tensor) -> float:
 
 
 class FlatContext(Context):
-    """Tokens of several sequences one after the other, in any order, keys kept by layer and sequence: by the definition of attention."""
+    """Tokens of several sequences one after the other, in any order, keys kept by layer and sequence: by the definition
+    of attention.
+    """
 
     def __init__(self, config: ModelConfig, rows_N: Tensor, positions_N: Tensor, absorb: bool) -> None:
         super().__init__(config, positions_N)
@@ -132,7 +136,9 @@ def test_cached_logits_equal_the_full_forward_pass_at_every_split_in_many(model:
 def test_expanded_and_absorbed_attention_are_one(
     deepseek: Callable[..., ModelConfig], shape: dict[str, Any], time: int
 ) -> None:
-    """The module alone: in one piece without a cache, and with one. Rows over 256 tokens take another kernel when expanded."""
+    """The module alone: in one piece without a cache, and with one. Rows over 256 tokens take another kernel when
+    expanded.
+    """
     config = deepseek(**shape)
     generator = torch.Generator().manual_seed(time)
     attention = MLA(config, layer=0)
@@ -178,21 +184,19 @@ def stored(thing: object) -> int:
 
 
 def test_deepseek_v3_caches_70272_bytes_a_token() -> None:
-    """The latent of 512 numbers and the rotated key of 64, of 61 layers in bfloat16: as in "Insights into DeepSeek-V3" (ISCA'25), Table 1."""
-    config = ModelConfig(
-        family="deepseek_v3", vocab_size=129280, hidden_size=7168, intermediate_size=18432, num_hidden_layers=61, num_attention_heads=128,
-        q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, moe_intermediate_size=2048,
-        n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, n_group=8, topk_group=4, first_k_dense_replace=3,
-        num_nextn_predict_layers=1,
-    )  # fmt: skip
-    assert stored(KVCache(config, slots=2, length=3, dtype=torch.bfloat16).data) == 2 * 3 * 70272
+    """The latent of 512 numbers and the rotated key of 64, of 61 layers in bfloat16: as in "Insights into DeepSeek-V3"
+    (ISCA'25), Table 1.
+    """
+    assert stored(KVCache(ModelConfig.preset("deepseek-v3"), slots=2, length=3, dtype=torch.bfloat16).data) == 2 * 3 * 70272
 
 
 @torch.no_grad()
 def test_decoding_keeps_the_latent_and_the_rotated_key_and_nothing_else(
     make_model: Callable[..., Transformer], deepseek: Callable[..., ModelConfig]
 ) -> None:
-    """What is left of a sequence, in the cache or in the model: kv_lora_rank + qk_rope_head_dim numbers a token and layer, whatever the heads."""
+    """What is left of a sequence, in the cache or in the model: kv_lora_rank + qk_rope_head_dim numbers a token and
+    layer, whatever the heads.
+    """
     for heads in (1, 4):
         model = make_model(deepseek(num_attention_heads=heads))
         cache = KVCache(model.config, slots=2, length=5, dtype=torch.float32)

@@ -1,4 +1,6 @@
-"""Weights meeting activations: float32 masters with activations in another dtype, parts of a weight, and a weight stored otherwise."""
+"""Weights meeting activations: float32 masters with activations in another dtype, parts of a weight, and a weight
+stored otherwise.
+"""
 
 from __future__ import annotations
 

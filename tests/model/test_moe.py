@@ -22,7 +22,9 @@ def logit(*scores: float) -> Tensor:
 
 
 def gate_with_scores(config: ModelConfig, bias: list[float], scores: list[float]) -> tuple[list[int], list[float]]:
-    """Chosen experts and gate values of the token (1, 0, 0 ...), which the router, its first column their logits, gives these scores."""
+    """Chosen experts and gate values of the token (1, 0, 0 ...), which the router, its first column their logits, gives
+    these scores.
+    """
     gate = Gate(config)
     with torch.no_grad():
         gate.weight.zero_()
@@ -64,14 +66,18 @@ def test_gate_values_are_normalised_on_request_and_scaled_always(four: Config) -
 
 
 def test_only_the_groups_with_the_best_pairs_are_open(four: Config) -> None:
-    """Groups score 0.8 + 0.1 and 0.5 + 0.45: the best expert stands in the closed group. Biases may make open experts negative."""
+    """Groups score 0.8 + 0.1 and 0.5 + 0.45: the best expert stands in the closed group. Biases may make open experts
+    negative.
+    """
     config = four(n_group=2, topk_group=1)
     assert gate_with_scores(config, [0.0] * 4, [0.8, 0.1, 0.5, 0.45])[0] == [2, 3]
     assert gate_with_scores(config, [-0.9, -0.9, -0.6, -0.6], [0.8, 0.1, 0.5, 0.45])[0] == [2, 3]
 
 
 def test_a_group_counts_by_its_two_best_and_their_biases(four: Config) -> None:
-    """0.6 + 0.5 beats 0.5 + 0.5, whose third would make it the larger sum; a bias of 0.2 on one of them turns that round."""
+    """0.6 + 0.5 beats 0.5 + 0.5, whose third would make it the larger sum; a bias of 0.2 on one of them turns that
+    round.
+    """
     config, scores = four(n_routed_experts=6, n_group=2, topk_group=1), [0.6, 0.5, 0.1, 0.5, 0.5, 0.4]
     assert gate_with_scores(config, [0.0] * 6, scores)[0] == [0, 1]
     assert gate_with_scores(config, [0.0, 0.0, 0.0, 0.2, 0.0, 0.0], scores) == ([3, 4], pytest.approx([0.5, 0.5]))

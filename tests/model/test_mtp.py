@@ -1,4 +1,6 @@
-"""The multi-token prediction module: DeepSeek-V3's as released, against its equations in float64; it trains, is stored, and trains on."""
+"""The multi-token prediction module: DeepSeek-V3's as released, against its equations in float64; it trains, is stored,
+and trains on.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,8 @@ def saved(model: Transformer, tokenizer: Tokenizer, folder: Path) -> Tensors:
     return load_file(folder / "model.safetensors")
 
 
-# DeepSeek-V3 by its equations (arXiv 2412.19437, 2.1 and 2.2), in float64, from the tensors of a checkpoint; sequences x_TD, without YaRN.
+# DeepSeek-V3 by its equations (arXiv 2412.19437, 2.1 and 2.2), in float64, from the tensors of a checkpoint; sequences
+# x_TD, without YaRN.
 
 
 def norm(x: Tensor, gain: Tensor) -> Tensor:
@@ -244,7 +247,9 @@ def test_a_trained_module_survives_saving_loading_and_converting_and_trains_on(
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_detached_mtp_trains_itself_only(make_model: Make, deepseek: Config, tied: bool) -> None:
-    """With detach_mtp and a detached head no gradient reaches embedding, head or any layer of the main model; without, it does."""
+    """With detach_mtp and a detached head no gradient reaches embedding, head or any layer of the main model; without,
+    it does.
+    """
     model = make_model(deepseek(tie_word_embeddings=tied))
     rows = tokens(2, 8)
 

@@ -58,7 +58,9 @@ def test_scores_depend_on_the_distance_only(dense: Config, interleaved: bool) ->
 
 
 def test_llama3_keeps_fast_pairs_and_slows_slow_ones(dense: Config) -> None:
-    """Wavelengths under original/high_freq stay, over original/low_freq are stretched by the factor, smooth in between (Llama 3.1)."""
+    """Wavelengths under original/high_freq stay, over original/low_freq are stretched by the factor, smooth in between
+    (Llama 3.1).
+    """
     llama3 = {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -72,17 +74,22 @@ def test_llama3_keeps_fast_pairs_and_slows_slow_ones(dense: Config) -> None:
 
 
 def test_yarn_keeps_fast_pairs_and_interpolates_slow_ones(deepseek: Config) -> None:
-    """Pairs that turn over 32 times within the original length stay, those under once are divided by the factor (arXiv 2309.00071, 3.2)."""
+    """Pairs that turn over 32 times within the original length stay, those under once are divided by the factor (arXiv
+    2309.00071, 3.2).
+    """
     config = deepseek(qk_rope_head_dim=64, rope_scaling=V3)
     ratio = frequencies(config) / frequencies(deepseek(qk_rope_head_dim=64))
-    # 64 ln(4096 / (2 pi r)) / (2 ln 10000) is 10.47 for r = 32, 22.51 for r = 1: kept up to 10, fully interpolated from 23
+    # 64 ln(4096 / (2 pi r)) / (2 ln 10000) is 10.47 for r = 32, 22.51 for r = 1: kept up to 10, fully interpolated from
+    # 23
     assert ratio[:11].tolist() == pytest.approx([1.0] * 11)
     assert ratio[23:].tolist() == pytest.approx([1 / 40] * 9)
     assert ratio[12] == pytest.approx(1 - 2 / 13 * (1 - 1 / 40))
 
 
 def test_yarn_temperature_as_deepseek_v3_sets_it(deepseek: Config) -> None:
-    """0.1 ln 40 + 1 = 1.368888, squared in the softmax scale and cancelled in the rotation: both of DeepSeek's programs."""
+    """0.1 ln 40 + 1 = 1.368888, squared in the softmax scale and cancelled in the rotation: both of DeepSeek's
+    programs.
+    """
     assert yarn_mscale(40.0, 1.0) == pytest.approx(1.368888, abs=1e-6) and yarn_mscale(1.0, 1.0) == 1.0
     config = deepseek(rope_scaling=V3)
     assert softmax_scale(config) == pytest.approx(14**-0.5 * 1.368888**2, rel=1e-6)
@@ -95,7 +102,8 @@ def test_yarn_temperature_as_deepseek_v3_sets_it(deepseek: Config) -> None:
 @pytest.mark.parametrize(
     ("mscales", "softmax", "rotation"),
     [
-        # modeling_deepseek.py: softmax scale (0.1 mscale_all_dim ln 40 + 1)^2, rotation (0.1 mscale ln 40 + 1) / (0.1 mscale_all_dim ln 40 + 1);
+        # modeling_deepseek.py: softmax scale (0.1 mscale_all_dim ln 40 + 1)^2, rotation (0.1 mscale ln 40 + 1) / (0.1
+        # mscale_all_dim ln 40 + 1);
         # 0.1 ln 40 is 0.3688879
         ({"mscale": 0.707, "mscale_all_dim": 0.707}, 1.2608038**2, 1.0),  # V2
         ({"mscale": 0.5, "mscale_all_dim": 1.0}, 1.3688879**2, 1.1844440 / 1.3688879),
@@ -123,7 +131,9 @@ def test_yarn_temperatures_follow_deepseek_where_transformers_departs(
 def test_yarn_of_the_dense_family_scales_the_rotation_only(
     dense: Config, mscales: dict[str, float], rotation: float
 ) -> None:
-    """Qwen2.5's long-context setting: factor 4 over 32,768 tokens; 0.1 ln 4 + 1 on cos and sin, unless both mscales are given (transformers)."""
+    """Qwen2.5's long-context setting: factor 4 over 32,768 tokens; 0.1 ln 4 + 1 on cos and sin, unless both mscales are
+    given (transformers).
+    """
     qwen = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     config = dense(head_dim=16, rope_scaling=qwen | mscales)
     assert softmax_scale(config) == 16**-0.5

@@ -1,6 +1,6 @@
 """The rows that decode together: the cache and, beside it, each row's last token, position and sampling parameters.
 
-Active rows are always the first ones: a sequence that leaves gives its slot to the last row, so a step reads plain slices.
+Active rows are always the first ones: a sequence that leaves gives its slot to the last row, so a step reads slices.
 
     first_slot = batch.place(sequences)     # into the next free slots; their prompts must then be written to the cache
     batch.remove(slot)
@@ -21,7 +21,7 @@ LENGTH_STEP = 64  # the cache grows by multiples of this many tokens
 
 
 class Batch:
-    """Up to `max_batch` sequences in slots 0, 1, ... of a cache of about `cache_bytes` at most (one sequence always fits)."""
+    """Up to `max_batch` sequences in slots 0, 1, ... of a cache of about `cache_bytes` (one sequence always fits)."""
 
     def __init__(
         self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_batch: int, cache_bytes: int
@@ -75,7 +75,7 @@ class Batch:
         return leaving
 
     def _reserve(self, rows: int, length: int) -> None:
-        """Make the cache hold `rows` sequences of `length` tokens. Rows grow by doubling, so that a growing load is copied seldom."""
+        """Make the cache hold `rows` sequences of `length` tokens. Rows grow by doubling, so that copies are few."""
         old, active = self.cache, len(self.sequences)
         if rows <= old.slots and length <= old.length:
             return

@@ -228,7 +228,7 @@ class Engine:
 
     @torch.no_grad()
     def update_weights(self, source: Transformer | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
-        """Take over new weights, cast to the engine's dtype: a model, its state dict, or pairs that are taken one by one.
+        """Take over new weights, cast to the engine's dtype: a model, its state dict, or pairs taken one by one.
 
         Tensors that the engine shares with the model are there already.
         Raises SlingshotError while requests are in flight: their cached prefixes belong to the old weights.

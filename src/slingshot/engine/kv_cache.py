@@ -1,12 +1,13 @@
-"""The engine's cache: one row of `length` entries per slot and layer, and the context through which attention meets it.
+"""The engine's cache, one row of `length` entries per slot and layer, and the context through which attention meets it.
 
-An entry is what `ModelConfig.cache_width` counts: MLA's latent and rotated key, or K and V of every KV head. An entry's place in
-its row is its token's position, so what lies beyond a sequence's end is masked by causality and may hold anything.
+An entry is what `ModelConfig.cache_width` counts: MLA's latent and rotated key, or K and V of every KV head. Its place
+in the row is its token's position, so what lies beyond a sequence's end is masked by causality and may hold anything.
 
     cache = KVCache(config, slots=256, length=512, dtype=torch.float32)
     model(tokens_BT, context=cache.context(first_slot, positions_BT))
 
-Shape suffixes: B rows, T new tokens, S cached tokens, C cache width, H query heads, G key heads, W width of queries and keys, V of values.
+Shape suffixes: B rows, T new tokens, S cached tokens, C cache width, H query heads, G key heads, W width of queries and
+keys, V of values.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class KVCache:
         self.data = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
 
     def context(self, first_slot: int, positions_BT: Tensor, extent: int | None = None) -> CachedContext:
-        """Consecutive slots as one batch whose new tokens stand at these positions; attention looks at `extent` entries (default: all)."""
+        """Consecutive slots as one batch, its new tokens at these positions; attention looks at `extent` entries."""
         return CachedContext(self, first_slot, positions_BT, self.length if extent is None else extent)
 
     def copy(self, source: int, target: int, length: int) -> None:

@@ -109,7 +109,7 @@ def _splitmix64(streams_B: Tensor, positions_B: Tensor) -> Tensor:
 
 
 def uniform_noise(streams_B: Tensor, positions_B: Tensor) -> Tensor:
-    """One float32 in [0, 1) a row, a multiple of 2**-24, from (stream, position) alone: (B,) int64, (B,) int64 -> (B,)."""
+    """One float32 in [0, 1) a row, a multiple of 2**-24, from stream and position alone: int64 (B,), (B,) -> (B,)."""
     return ((_splitmix64(streams_B, positions_B) >> 40) & 0xFFFFFF).float() * 2.0**-24
 
 

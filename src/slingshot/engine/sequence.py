@@ -147,7 +147,7 @@ class Sequence:
 
 
 class Request:
-    """A prompt with its parameters and its `params.n` samples, none of which may grow beyond `limit` tokens, prompt included."""
+    """A prompt and its `params.n` samples, none of which may grow beyond `limit` tokens, prompt included."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Softmax attention in the forms that are fastest where they run; each gives what `attention_reference` gives.
 
-Suffixes: B rows, T queries, S keys, H query heads, G key heads (consecutive query heads share one), W width of queries and keys,
-V width of values, Z = B H, N = B G, M the queries that share a key head of a row, P = B T tokens.
+Suffixes: B rows, T queries, S keys, H query heads, G key heads (consecutive query heads share one), W width of queries
+and keys, V width of values, Z = B H, N = B G, M the queries that share a key head of a row, P = B T tokens.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def attend_short(q_BTHW: Tensor, k_BSHW: Tensor, v_BSHV: Tensor, bias_ZTS: Tenso
 
 
 def attend_documents(q_BTHW: Tensor, k_BTHW: Tensor, v_BTHV: Tensor, lengths: list[int], scale: float) -> Tensor:
-    """Causal attention within documents of the given lengths, which fill the rows one after the other. No mask, no work between documents.
+    """Causal attention within documents of the given lengths, which fill the rows one after the other.
 
-    On a CPU short documents take plain products and long ones torch's fused kernel.
+    No mask, no work between documents. On a CPU short ones take plain products and long ones torch's fused kernel.
     """
     q, k, v = (t.flatten(0, 1) for t in (q_BTHW, k_BTHW, v_BTHV))
     if len(set(lengths)) == 1:
@@ -80,7 +80,7 @@ def attend_varlen(
     scale: float,
     kernel: Callable[..., Any],
 ) -> Tensor:
-    """`attend_documents` by one call of a kernel with the arguments of torch.nn.attention.varlen.varlen_attn (CUDA, 16 bits).
+    """`attend_documents` by one call of torch.nn.attention.varlen.varlen_attn (CUDA, 16 bits) or a kernel like it.
 
     starts: where each document begins among all P tokens, and P, int32.
     """
@@ -90,7 +90,7 @@ def attend_varlen(
 
 
 def attend_folded(q_BTHW: Tensor, k_BSGW: Tensor, v_BSGV: Tensor, mask_BTS: Tensor, scale: float) -> Tensor:
-    """For few queries and many keys: queries that share a key head fold into rows of one product, and keys are never repeated.
+    """For few queries and many keys: queries that share a key head are rows of one product; keys are not repeated.
 
     Plain products: at one query a row, torch's fused CPU kernel takes several times as long.
     """

@@ -17,7 +17,7 @@ def grouped_matmul_reference(x_ND: Tensor, weight_EFD: Tensor, counts: list[int]
 
 
 def grouped_matmul(x_ND: Tensor, weight_EFD: Tensor, counts: list[int]) -> Tensor:
-    """`grouped_matmul_reference` without a copy of its parts: every product writes where its rows belong, forward and backward."""
+    """`grouped_matmul_reference` without a copy of its parts: every product writes where its rows belong."""
     y: Tensor = _GroupedMatmul.apply(x_ND, weight_EFD, counts)
     return y
 

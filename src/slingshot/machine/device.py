@@ -30,7 +30,7 @@ DRIVERS = {"/proc/driver/nvidia": "an NVIDIA GPU", "/dev/kfd": "an AMD GPU", "/d
 
 
 def auto_device() -> torch.device:
-    """The accelerator torch finds (CUDA, ROCm, XPU, MPS, Ascend with torch_npu), the one in use where several are; else the CPU."""
+    """The accelerator torch finds and uses (CUDA, ROCm, XPU, MPS, Ascend with torch_npu), else the CPU."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return torch.device("cpu") if found is None else torch.device(found.type, torch.accelerator.current_device_index())
 
@@ -105,7 +105,7 @@ def measure_threads(width: int, most: int, seconds: float = 0.3) -> int:
 
 
 def machine_peak(dtype: torch.dtype, device: torch.device | str | None = None) -> float:
-    """FLOP/s of the fastest matrix product in `dtype` seen on `device`: the saved measurement, or one made now (0.6 s)."""
+    """FLOP/s of the fastest matrix product in `dtype` seen on `device`: as saved, or as measured now (0.6 s)."""
     device = auto_device() if device is None else torch.device(device)
     key = machine_key(device)
     peak = load_measurement(key).peak.get(dtype_name(dtype))
@@ -118,7 +118,7 @@ def machine_peak(dtype: torch.dtype, device: torch.device | str | None = None) -
 def measure_peak(dtype: torch.dtype, device: torch.device | str | None = None, seconds: float = 0.3) -> float:
     """FLOP/s (int8: operations/s) of the best square matrix product found within about `seconds`.
 
-    The width doubles from 256 while that stays cheap, so a dtype without fast instructions takes no longer than one with them.
+    The width doubles from 256 while that stays cheap, so a dtype without fast instructions takes no longer than others.
     The best run counts, not the mean: neighbours on a shared machine only ever slow a product down.
     Raises RuntimeError where torch has no such product on this device.
     """
@@ -140,7 +140,7 @@ def measure_peak(dtype: torch.dtype, device: torch.device | str | None = None, s
 
 
 def measure_bandwidth(device: torch.device | str | None = None, seconds: float = 0.3) -> float:
-    """Bytes/s of reading memory: the best sum over 256 MiB (1 GiB on a GPU), far beyond any cache, within about `seconds`."""
+    """Bytes/s of reading memory: the best sum over 256 MiB (accelerators: 1 GiB), far beyond any cache."""
     device = auto_device() if device is None else torch.device(device)
     numbers = torch.ones((256 if device.type == "cpu" else 1024) * 2**18, device=device)
     end = time.perf_counter() + seconds
@@ -151,7 +151,7 @@ def measure_bandwidth(device: torch.device | str | None = None, seconds: float =
 
 
 def machine_key(device: torch.device | str) -> str:
-    """The name measurements of `device` are kept under: processor, threads and torch, each of which changes the speed."""
+    """The name measurements of `device` are kept under: processor, threads and torch, each of which changes speed."""
     machine = describe_machine(device)
     where = machine.accelerator or f"{machine.cpu}, {machine.threads} threads"
     return f"{where}, torch {machine.torch}"

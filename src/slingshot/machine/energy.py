@@ -4,9 +4,9 @@
     energy.poll()              # now and then: RAPL's counters turn over after some minutes
     energy.joules              # since the start, of the whole machine, whoever used it
 
-RAPL counts a processor package, and on servers its memory apart; it reads /sys/class/powercap/intel-rapl:*/energy_uj (AMD's processors have the
-same files), which many systems show to root alone. NVML counts a GPU in millijoules since its driver was loaded. What neither sees, disks, fans,
-network and the power supply's loss, is not in it.
+RAPL counts a processor package, and on servers its memory apart; it reads /sys/class/powercap/intel-rapl:*/energy_uj
+(AMD's processors have the same files), which many systems show to root alone. NVML counts a GPU in millijoules since
+its driver was loaded. What neither sees, disks, fans, network and the power supply's loss, is not in it.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _nvml() -> list[Counter]:
 
 
 def _visible(count: int) -> list[str]:
-    """Numbers and UUIDs in CUDA_VISIBLE_DEVICES, as CUDA reads it: all where it is not set, else up to the first that is no device's."""
+    """Numbers and UUIDs in CUDA_VISIBLE_DEVICES, as CUDA reads it: all if not set, else up to the first wrong one."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(number) for number in range(count)] if given is None else [name.strip() for name in given.split(",")]
     known = itertools.takewhile(

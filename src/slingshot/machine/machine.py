@@ -60,7 +60,7 @@ def measurement_path() -> Path:
 
 
 def load_measurement(key: str) -> Measurement:
-    """What was measured under `key`; empty when nothing was, or when the file is from another hand: a cache may always be lost."""
+    """What was measured under `key`; empty when nothing was, or the file is another's: a cache may always be lost."""
     return measurements().get(key, Measurement())
 
 

@@ -1,4 +1,4 @@
-"""Between router and experts: tokens go to the experts they chose, and what these make of them comes back as one sum a token.
+"""Between router and experts: tokens go to the experts they chose, what comes of them comes back as one sum a token.
 
     y_ND = dispatcher(x_ND, routing, experts)      # experts(rows_PD, counts) -> y_PD: counts[e] rows for each expert
 

@@ -66,7 +66,7 @@ class Transformer(nn.Module):
         dtype: torch.dtype = torch.float32,
         shard: Callable[[Self], None] | None = None,
     ) -> Self:
-        """A model whose weights may hold anything yet: made without memory, split over ranks, only then given memory."""
+        """A model whose weights may hold anything: made without memory, split over ranks, only then given memory."""
         with torch.device("meta"):
             model = cls(config)
         model.cast(dtype)

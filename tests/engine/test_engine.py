@@ -355,7 +355,7 @@ def test_stream_leaves_other_requests_to_their_owner(dense_model, tokenizer):
 
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_threads_share_one_engine_and_each_gets_its_own(dense_model, tokenizer, interrupted):
-    """Eight threads generate and stream at once, over fewer slots than samples; one may be broken off while it waits."""
+    """Eight threads generate and stream at once, with fewer slots than samples; one may be broken off."""
     prompts = prompts_of(*range(3, 11))
     params = [SamplingParams(max_tokens=10 + index, n=1 + index % 2) for index in range(8)]
     expected = token_ids(Engine(dense_model, tokenizer).generate(prompts, params))

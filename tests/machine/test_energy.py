@@ -69,7 +69,7 @@ def test_what_cannot_be_read_is_none_and_what_stops_being_readable_stands_still(
 
 
 class FourGPUs:
-    """NVML on a machine of four, whose handles are their numbers and one; each has used as many joules as its handle."""
+    """NVML on a machine of four, whose handles are their numbers and one; each has used its handle in joules."""
 
     def nvmlInit_v2(self) -> int:
         return 0

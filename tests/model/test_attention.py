@@ -187,7 +187,10 @@ def test_deepseek_v3_caches_70272_bytes_a_token() -> None:
     """The latent of 512 numbers and the rotated key of 64, of 61 layers in bfloat16: as in "Insights into DeepSeek-V3"
     (ISCA'25), Table 1.
     """
-    assert stored(KVCache(ModelConfig.preset("deepseek-v3"), slots=2, length=3, dtype=torch.bfloat16).data) == 2 * 3 * 70272
+    assert (
+        stored(KVCache(ModelConfig.preset("deepseek-v3"), slots=2, length=3, dtype=torch.bfloat16).data)
+        == 2 * 3 * 70272
+    )
 
 
 @torch.no_grad()

@@ -124,7 +124,7 @@ def naive(moe: MoE, x_ND: Tensor, config: ModelConfig) -> Tensor:
 def test_output_and_all_gradients_equal_a_loop_over_tokens(
     make_model: Callable[..., Transformer], deepseek: Config, tokens: int, shared: int, groups: dict[str, int]
 ) -> None:
-    """Row counts that are no multiple of a block, experts without a token, and enough assignments for the larger block."""
+    """Row counts that are no multiple of a block, experts without a token, enough assignments for the larger block."""
     config = deepseek(
         **groups, n_shared_experts=shared, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0
     )

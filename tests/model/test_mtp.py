@@ -173,7 +173,7 @@ def test_both_predictions_follow_the_equations(
 def test_the_checkpoint_holds_the_module_as_one_more_layer(
     make_model: Make, deepseek: Config, tokenizer: Tokenizer, tmp_path: Path, tied: bool
 ) -> None:
-    """Layer num_hidden_layers: everything a layer has, three norms, the projection, and copies of embedding and head."""
+    """Layer num_hidden_layers: everything a layer has, three norms, the projection, copies of embedding and head."""
     model = make_model(deepseek(vocab_size=VOCABULARY, tie_word_embeddings=tied))
     tensors = saved(model, tokenizer, tmp_path / "model")
     module = {name.removeprefix(MTP) for name in tensors if name.startswith(MTP)}

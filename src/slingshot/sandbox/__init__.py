@@ -1,1 +1,1 @@
-"""Other people's code in processes of its own: an emptied environment, bounded time and memory, killed with its children."""
+"""Other people's code in processes of its own: an emptied environment, bounded time and memory."""

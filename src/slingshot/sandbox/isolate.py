@@ -1,6 +1,6 @@
-"""The worker's side of the sandbox: an emptied environment, limits, and objects that answer calls until the pipe closes.
+"""The worker's side of the sandbox: an emptied environment, limits, and objects that answer calls.
 
-Started by `worker.Worker` as a process of its own; it imports nothing but the standard library and what its objects need.
+A process of its own, started by `worker.Worker`; it imports the standard library and what its objects need.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _MAX_MESSAGE = 300  # characters of an error's own words
 
 
 def environment(home: str) -> dict[str, str]:
-    """All that a worker sees of its parent's environment: where programs are, and the language. No tokens, no home folder.
+    """All that a worker sees of its parent's environment: where programs are, and the language; no tokens, no home.
 
-    One thread each, as every thread reserves address space; a fixed hash seed, so that code which iterates over sets repeats itself.
+    One thread each, as every thread reserves address space; a fixed hash seed, so that sets keep their order.
     """
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     path, language = os.environ.get("PATH", os.defpath), os.environ.get("LANG", "C.UTF-8")
@@ -49,7 +49,7 @@ def serve() -> None:
     memory = 0
     for line in lines:
         message = json.loads(line)
-        # Should the parent itself be killed meanwhile, nobody is left to stop a call that hangs but the alarm, which ends the process.
+        # Should the parent itself be killed, nobody but the alarm is left to end a call that hangs.
         signal.alarm(int(message["timeout"]) + 10)
         try:
             if "target" in message:
@@ -70,7 +70,10 @@ def serve() -> None:
 
 
 def take(items: Iterator[T], count: int, seconds: float = 1.0) -> list[T]:
-    """Up to `count` next items, but no more once `seconds` have passed: slow generators stay within a call's timeout. Empty at the end only."""
+    """Up to `count` next items, but no more once `seconds` have passed, so that slow generators stay within a timeout.
+
+    Empty at the end only.
+    """
     deadline = time.monotonic() + seconds
     taken = list(itertools.islice(items, 1))
     while len(taken) < count and time.monotonic() < deadline and (more := list(itertools.islice(items, 1))):
@@ -79,7 +82,7 @@ def take(items: Iterator[T], count: int, seconds: float = 1.0) -> list[T]:
 
 
 def number(value: Any) -> bool | int | float | None:
-    """The plain number that `value` is, of whatever library: numpy's, torch's, a Fraction, a Decimal; None if it is none."""
+    """The plain number that `value` is, of numpy, torch, fractions, decimal ...; None if it is none."""
     if callable(item := getattr(value, "item", None)) and getattr(value, "shape", None) == ():
         value = item()
     if isinstance(value, bool | int | float):

@@ -1,9 +1,7 @@
 """Several workers that run beside the caller: `submit` gives a Future, and threads wait for the workers' answers.
 
-    with WorkerPool(2, [target]) as pool:             # the workers start and build their objects in the background
-        future = pool.submit(Worker.call, target, "verify", problem, text)
-
-A worker that hangs is killed when its call's time is over; its next call starts another.
+pool = WorkerPool(2, [target])             # the workers start and build their objects in the background
+future = pool.submit(Worker.call, target, "verify", problem, text)
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from slingshot.sandbox.worker import SandboxError, Target, Worker
 
@@ -24,13 +22,13 @@ _Queue = SimpleQueue[tuple[Future[Any], Callable[[Worker], Any]] | None]
 
 
 class WorkerPool:
-    """`size` workers, each with a thread of its own that waits for it; `targets` are built at once, others at their first call."""
+    """`size` workers, each with a thread that waits for it; `targets` are built at once, others at their first call."""
 
     def __init__(self, size: int, targets: Sequence[Target] = ()) -> None:
         self._waiting: _Queue = SimpleQueue()
         workers = [Worker() for _ in range(size)]
         # The threads know nothing of the pool, so that one that is forgotten ends its workers.
-        self._finalizer = weakref.finalize(self, _stop, self._waiting, workers)
+        self.close = weakref.finalize(self, _stop, self._waiting, workers)
         for worker in workers:
             Thread(target=_run, args=(worker, list(targets), self._waiting), daemon=True).start()
 
@@ -39,16 +37,6 @@ class WorkerPool:
         future: Future[T] = Future()
         self._waiting.put((future, lambda worker: function(worker, *args, **kwargs)))
         return future
-
-    def close(self) -> None:
-        """End the workers: what waits is cancelled, what runs fails."""
-        self._finalizer()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _run(worker: Worker, targets: list[Target], waiting: _Queue) -> None:
@@ -66,6 +54,7 @@ def _run(worker: Worker, targets: list[Target], waiting: _Queue) -> None:
 
 
 def _stop(waiting: _Queue, workers: list[Worker]) -> None:
+    """What waits is cancelled, what runs fails."""
     with contextlib.suppress(Empty):
         while (request := waiting.get_nowait()) is not None:
             request[0].cancel()

@@ -14,7 +14,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from slingshot.tasks.task import Language, Problem, Solution, Split, Style, Task, in_split
+from slingshot.tasks.task import GeneratedTask, Problem, Solution, Style
 from slingshot.tasks.verifiers import last_number, read_number
 
 _PROMPT = {"en": "What is %s?", "ja": "%sはいくつ?"}
@@ -26,45 +26,26 @@ _COMMA = {"en": ", ", "ja": "、"}
 _SLIP = {"en": "%d, wait, %d", "ja": "%d、いや%d"}
 
 
-class Arithmetic(Task):
-    """Chains of `min_terms` to `max_terms` numbers of 1 to `digits` digits (each length as likely; no zeros), joined by `operators`."""
+class Arithmetic(GeneratedTask):
+    """Chains of numbers without zeros, each length as likely, joined by `operators`."""
 
-    min_terms: int = Field(4, description="numbers in a chain, at least")
-    max_terms: int = Field(8, description="numbers in a chain, at most 64")
-    digits: int = Field(1, description="digits of a number, at most 9")
-    operators: str = Field("+-", description="those that may occur, of + - x")
-    languages: tuple[Language, ...] = Field(("en", "ja"), description="asked and reasoned in, each as often")
+    min_terms: int = Field(4, ge=2, le=64, description="numbers in a chain, at least")
+    max_terms: int = Field(8, ge=2, le=64, description="numbers in a chain, at most")
+    digits: int = Field(1, ge=1, le=9, description="digits of a number, at most")
+    operators: str = Field("+-", pattern=r"^[+\-x]+$", description="those that may occur, of + - x")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if not 2 <= self.min_terms <= self.max_terms <= 64:
-            raise ValueError(
-                f"min_terms {self.min_terms} and max_terms {self.max_terms} must be 2 <= min_terms <= max_terms <= 64"
-            )
-        if not 1 <= self.digits <= 9:
-            raise ValueError(f"digits {self.digits} must be from 1 to 9")
-        if not self.operators or set(self.operators) - set("+-x"):
-            raise ValueError(f"operators {self.operators!r} must be some of + - x")
-        if not self.languages:
-            raise ValueError("languages must name at least one of en, ja")
+        if self.min_terms > self.max_terms:
+            raise ValueError(f"min_terms {self.min_terms} is above max_terms {self.max_terms}")
         return self
 
     @property
     def name(self) -> str:
         return "arithmetic"
 
-    @property
-    def has_solutions(self) -> bool:
-        return True
-
-    def other_languages(self, language: str) -> tuple[Language, ...]:
-        return tuple(other for other in self.languages if other != language)
-
-    def problems(self, split: Split, seed: int) -> Iterator[Problem]:
-        return in_split(self._all(random.Random(f"arithmetic/{seed}")), split, self.name)
-
-    def _all(self, rng: random.Random) -> Iterator[Problem]:
-        # rng.random() scaled by hand: pre-training draws millions of these, and randrange takes several times as long.
+    def generate(self, rng: random.Random) -> Iterator[Problem]:
+        # rng.random() scaled by hand: randrange takes several times as long, and pre-training draws millions.
         uniform = rng.random
         more_terms = self.max_terms - self.min_terms + 1
         while True:
@@ -102,7 +83,10 @@ class Arithmetic(Task):
 
 
 def chain_steps(numbers: Sequence[int], operators: Sequence[str]) -> list[tuple[int, str, int, int]]:
-    """The calculations (left, operator, right, result) that solve a chain: products first, then left to right. The last result is the answer."""
+    """The calculations (left, operator, right, result) that solve a chain: products first, then left to right.
+
+    The last result is the answer.
+    """
     values, left_over = list(numbers), list(operators)
     steps = []
     for wanted in ("x", "+-"):
@@ -121,7 +105,7 @@ def chain_steps(numbers: Sequence[int], operators: Sequence[str]) -> list[tuple[
 
 
 def chain_key(numbers: Sequence[int], operators: Sequence[str]) -> str:
-    """One spelling for all orders of the same chain: factors ordered within terms, terms ordered. 3+4-2+9 gives +3+4+9-2."""
+    """One spelling for all orders of the same chain, factors and terms ordered: 3+4-2+9 gives +3+4+9-2."""
     terms = [("+", [numbers[0]])]
     for operator, number in zip(operators, numbers[1:], strict=True):
         if operator == "x":

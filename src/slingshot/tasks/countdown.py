@@ -3,13 +3,15 @@
     Make 13 from 2, 3, 7.   ->   2+3+7 is 5+7 is 12, no. 3*2+7 is 6+7 is 13, yes.   ->   3*2+7
     2、3、7で13を作れ。       ->   2+3+7は5+7は12、違う。3*2+7は6+7は13、正解。            ->   3*2+7
 
-Reasoning proposes an expression, works it out one operation at a time, compares, and tries another: what a model learns to do longer when that pays.
-A model's answer is parsed by `ast` and accepted only if it holds the given integers, + - * / and parentheses alone; nothing is evaluated as code.
+Reasoning proposes an expression, works it out one operation at a time, compares, and tries another: what a model learns
+to do longer when that pays. An answer is parsed by `ast` and accepted only if it holds the given integers, + - * / and
+parentheses alone; nothing is evaluated as code.
 """
 
 from __future__ import annotations
 
 import ast
+import operator
 import random
 import re
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from typing import Self, TypeAlias
 from pydantic import Field, model_validator
 
 from slingshot.tasks.arithmetic import near_miss
-from slingshot.tasks.task import Language, Problem, Solution, Split, Style, Task, in_split
+from slingshot.tasks.task import GeneratedTask, Problem, Solution, Style
 
 Tree: TypeAlias = "int | tuple[str, Tree, Tree]"  # a number, or an operator with its two sides
 
@@ -31,60 +33,37 @@ _RIGHT = {"en": ", yes.", "ja": "、正解。"}
 _SLIP = {"en": ", wait, ", "ja": "、いや"}
 
 _OPERATORS: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+_COMPUTE = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
-_SIGNS = str.maketrans(
-    {"\u00d7": "*", "\u00f7": "/", "\u2212": "-"}
-)  # the typographic signs for times, divided by and minus
+_SIGNS = str.maketrans("\u00d7\u00f7\u2212", "*/-")  # the typographic signs for times, divided by and minus
 _EXPRESSION = re.compile(r"[0-9(][0-9+\-*/() ]*")
 _MAX_LENGTH = 256  # characters of an expression
 _MAX_DEPTH = 16  # operations inside one another
-_MAX_NUMBERS = 8
 
 
-class Countdown(Task):
-    """`n_numbers` numbers from 1 to `max_number`; targets, and all that occurs on the way, are whole and from 1 to `max_target`.
+class Countdown(GeneratedTask):
+    """Numbers from 1 to `max_number`; targets, and all that occurs on the way, are whole and from 1 to `max_target`.
 
-    Solvable by construction, with `operators`. A worked solution tries up to `max_misses` expressions that fail before the one that succeeds.
+    Solvable by construction. A worked solution tries up to `max_misses` others before the right expression.
     """
 
-    n_numbers: int = Field(3, description="numbers to be used, 2 to 8")
-    max_number: int = Field(10, description="the largest of them")
-    max_target: int = Field(50, description="the largest target, and the largest value on the way")
-    operators: str = Field("+-*", description="those a problem can be solved with, of + - * /")
-    max_misses: int = Field(3, description="attempts that fail in a worked solution, at most")
-    languages: tuple[Language, ...] = Field(("en", "ja"), description="asked and reasoned in, each as often")
+    n_numbers: int = Field(3, ge=2, le=8, description="numbers to be used")
+    max_number: int = Field(10, ge=2, description="the largest of them")
+    max_target: int = Field(50, le=10**6, description="the largest target, and the largest value on the way")
+    operators: str = Field("+-*", pattern=r"^[+\-*/]+$", description="those a problem can be solved with, of + - * /")
+    max_misses: int = Field(3, ge=0, description="attempts that fail in a worked solution, at most")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if not 2 <= self.n_numbers <= _MAX_NUMBERS:
-            raise ValueError(f"n_numbers {self.n_numbers} must be from 2 to {_MAX_NUMBERS}")
-        if not 2 <= self.max_number <= self.max_target <= 10**6:
-            raise ValueError(
-                f"max_number {self.max_number} and max_target {self.max_target} must be 2 <= max_number <= max_target <= 1000000"
-            )
-        if not self.operators or set(self.operators) - set(_PRECEDENCE):
-            raise ValueError(f"operators {self.operators!r} must be some of + - * /")
-        if self.max_misses < 0:
-            raise ValueError(f"max_misses {self.max_misses} must be at least 0")
-        if not self.languages:
-            raise ValueError("languages must name at least one of en, ja")
+        if self.max_number > self.max_target:
+            raise ValueError(f"max_number {self.max_number} is above max_target {self.max_target}")
         return self
 
     @property
     def name(self) -> str:
         return "countdown"
 
-    @property
-    def has_solutions(self) -> bool:
-        return True
-
-    def other_languages(self, language: str) -> tuple[Language, ...]:
-        return tuple(other for other in self.languages if other != language)
-
-    def problems(self, split: Split, seed: int) -> Iterator[Problem]:
-        return in_split(self._all(random.Random(f"countdown/{seed}")), split, self.name)
-
-    def _all(self, rng: random.Random) -> Iterator[Problem]:
+    def generate(self, rng: random.Random) -> Iterator[Problem]:
         while True:
             numbers = [1 + int(rng.random() * self.max_number) for _ in range(self.n_numbers)]
             combined = self._combine(numbers, rng)
@@ -101,22 +80,19 @@ class Countdown(Task):
             )
 
     def _combine(self, numbers: list[int], rng: random.Random) -> tuple[Tree, int] | None:
-        """Join the numbers at random into one expression: the tree and its value. None where the bounds leave no operation for a pair."""
+        """Numbers joined at random into a tree, and its value. None where the bounds leave no operation for a pair."""
         pool: list[tuple[Tree, int]] = [(number, number) for number in numbers]
         while len(pool) > 1:
             left, a = pool.pop(int(rng.random() * len(pool)))
             right, b = pool.pop(int(rng.random() * len(pool)))
             if a < b or (a == b and isinstance(left, int)):
                 left, a, right, b = right, b, left, a
-            allowed = [
-                (operator, value)
-                for operator in self.operators
-                if (value := apply(operator, a, b)) is not None and value <= self.max_target
-            ]
+            results = [(sign, apply(sign, a, b)) for sign in self.operators]
+            allowed = [(sign, value) for sign, value in results if value is not None and value <= self.max_target]
             if not allowed:
                 return None
-            operator, value = allowed[int(rng.random() * len(allowed))]
-            pool.append(((operator, left, right), value))
+            sign, value = allowed[int(rng.random() * len(allowed))]
+            pool.append(((sign, left, right), value))
         return pool[0]
 
     def solution(self, problem: Problem, style: Style, rng: random.Random) -> Solution:
@@ -155,19 +131,15 @@ class Countdown(Task):
         return float(value_of(tree) == problem.data["target"])
 
 
-def apply(operator: str, a: int, b: int) -> int | None:
-    """a operator b for positive whole numbers; None unless the result is positive and whole too."""
-    if operator == "+":
-        return a + b
-    if operator == "*":
-        return a * b
-    if operator == "-":
-        return a - b if a > b else None
-    return a // b if a % b == 0 else None
+def apply(sign: str, a: int, b: int) -> int | None:
+    """The result for positive whole numbers; None unless it is positive and whole too."""
+    if (sign == "-" and a <= b) or (sign == "/" and a % b):
+        return None
+    return int(_COMPUTE[sign](a, b))
 
 
 def parse(text: str) -> Tree | None:
-    """The expression in `text` as a tree; None unless it is made of whole numbers, + - * / and parentheses, within bounds of length and depth."""
+    """The expression in `text` as a tree; None unless it is of whole numbers, + - * / and parentheses, in bounds."""
     if len(text) > _MAX_LENGTH or not _EXPRESSION.fullmatch(text):
         return None
     try:
@@ -199,52 +171,39 @@ def value_of(tree: Tree) -> Fraction | None:
     left, right = value_of(tree[1]), value_of(tree[2])
     if left is None or right is None or (tree[0] == "/" and right == 0):
         return None
-    return (
-        left + right
-        if tree[0] == "+"
-        else left - right
-        if tree[0] == "-"
-        else left * right
-        if tree[0] == "*"
-        else left / right
-    )
+    return _COMPUTE[tree[0]](left, right)
 
 
 def render(tree: Tree, precedence: int = 0) -> str:
-    """A tree as text, with the parentheses it needs; `precedence` is the least an operator must have to stand here without them."""
+    """A tree as text, with the parentheses it needs where an operator below `precedence` cannot stand alone."""
     if isinstance(tree, int):
         return str(tree)
-    operator, left, right = tree
-    own = _PRECEDENCE[operator]
-    text = f"{render(left, own)}{operator}{render(right, own + 1)}"
+    sign, left, right = tree
+    own = _PRECEDENCE[sign]
+    text = f"{render(left, own)}{sign}{render(right, own + 1)}"
     return text if own >= precedence else f"({text})"
 
 
 def _work_out(tree: Tree, language: str, slip: random.Random | None) -> str:
-    """ "3*2+7 is 6+7 is 13": the tree with one operation done at a time. With `slip`, one result is first wrong, then corrected."""
+    """ "3*2+7 is 6+7 is 13": one operation done at a time. With `slip`, one result is first wrong, then corrected."""
     stages = [tree]
-    while not isinstance(tree, int):
-        tree, _ = _reduce(tree, 0)
-        stages.append(tree)
+    while not isinstance(stages[-1], int):
+        stages.append(_reduce(stages[-1], 0))
     said = [render(stage) for stage in stages]
     if slip is not None:
         at = int(slip.random() * (len(stages) - 1))
-        wrong, _ = _reduce(stages[at], near_miss(0, slip))
-        said[at + 1] = render(wrong) + _SLIP[language] + said[at + 1]
+        said[at + 1] = render(_reduce(stages[at], near_miss(0, slip))) + _SLIP[language] + said[at + 1]
     return _IS[language].join(said)
 
 
-def _reduce(tree: Tree, error: int) -> tuple[Tree, bool]:
-    """The tree with its first operation on two plain numbers replaced by its result plus `error`, and whether there was one."""
-    if isinstance(tree, int):
-        return tree, False
-    operator, left, right = tree
-    if isinstance(left, int) and isinstance(right, int):
-        result = apply(operator, left, right)
-        assert result is not None, "generated expressions stay positive and whole"
-        return (result + error if result + error > 0 else result - error), True
-    reduced, done = _reduce(left, error)
-    if done:
-        return (operator, reduced, right), True
-    reduced, done = _reduce(right, error)
-    return (operator, left, reduced), done
+def _reduce(tree: Tree, error: int) -> Tree:
+    """The tree with its first operation on two plain numbers replaced by its result plus `error`."""
+    assert not isinstance(tree, int), "a number has no operation left"
+    sign, left, right = tree
+    if not isinstance(left, int):
+        return (sign, _reduce(left, error), right)
+    if not isinstance(right, int):
+        return (sign, left, _reduce(right, error))
+    result = apply(sign, left, right)
+    assert result is not None, "generated expressions stay positive and whole"
+    return result + error if result + error > 0 else result - error

@@ -12,9 +12,9 @@ from pydantic import BeforeValidator, Field, model_validator
 from slingshot.base.config import Strict
 from slingshot.base.keys import Key, keys_of
 from slingshot.base.names import unknown_name
-from slingshot.tasks import reasoning_gym
 from slingshot.tasks.arithmetic import Arithmetic
 from slingshot.tasks.countdown import Countdown
+from slingshot.tasks.reasoning_gym import Gym, gym_keys
 from slingshot.tasks.task import Task
 from slingshot.tasks.user import UserTask
 
@@ -39,34 +39,31 @@ class TaskConfig(Strict):
         return {"name": given} if isinstance(given, str) else given
 
 
-# Several tasks, or one without the brackets: tasks=arithmetic, tasks=["a.py", "b.py"], tasks=[{name = "a.py", weight = 2}].
+# Several tasks, or one without brackets: tasks=arithmetic, tasks=["a.py", "b.py"], tasks=[{name = "a.py", weight = 2}].
 TaskConfigs = Annotated[
     list[TaskConfig], BeforeValidator(lambda given: [given] if isinstance(given, str | dict) else given)
 ]
 
 
 def load_task(name: str, **params: Any) -> Task:
-    """The task called `name`: "arithmetic", "countdown", "gym:NAME" (any reasoning-gym dataset) or the path of a user's .py file.
-
-    Raises SlingshotError for an unknown name or parameter, and names the nearest known one.
-    """
+    """The task called `name`, one of KINDS. Raises SlingshotError for an unknown name or parameter."""
     if name == "arithmetic":
         return Arithmetic.parse(params, name)
     if name == "countdown":
         return Countdown.parse(params, name)
     if name.startswith("gym:"):
-        return reasoning_gym.Gym.load(name.removeprefix("gym:"), params)
+        return Gym.load(name.removeprefix("gym:"), params)
     if name.endswith(".py"):
         return UserTask.load(name, params)
     raise unknown_name("task", name, KINDS)
 
 
 def task_keys(name: str) -> list[Key]:
-    """The parameters of the task called `name`; of "gym", what datasets there are. Raises SlingshotError for an unknown name."""
+    """The parameters of a task; of "gym", what datasets there are. Raises SlingshotError for an unknown name."""
     if name in ("gym", "gym:NAME"):
-        return [Key(f"gym:{dataset}", "", None, "") for dataset in reasoning_gym.names()]
+        return gym_keys()
     if name.startswith("gym:"):
-        return reasoning_gym.parameters(name.removeprefix("gym:"))
+        return gym_keys(name.removeprefix("gym:"))
     if name.endswith(".py"):
         return [key for key in keys_of(UserTask) if key.name != "path"]
     if name not in ("arithmetic", "countdown"):

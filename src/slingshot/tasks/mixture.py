@@ -19,7 +19,7 @@ from slingshot.tasks.task import Problem, Split, Task, key_number
 
 # Problems remembered as seen: enough for every file a person writes, and bounded for generators without end.
 _REMEMBERED = 1 << 17
-# Problems seen before that come in a row until a generator is taken to have no others; the more it has brought, the longer it gets.
+# Problems in a row that were seen before, until a generator is taken to have no others; more for one that brought many.
 _MIN_PATIENCE, _MAX_PATIENCE = 1000, 20_000
 
 
@@ -78,13 +78,13 @@ def distinct(task: Task, split: Split, seed: str, count: int) -> list[Problem]:
 
 
 def passes(task: Task, split: Split, seed: str) -> Iterator[Problem]:
-    """A task's problems pass after pass, each pass in an order of its own; a generator without end is in its first for ever."""
+    """A task's problems pass after pass, each in an order of its own; one without end is in its first pass for ever."""
     for number in count_from():
         yield from task.problems(split, _seed_number(f"{seed}/{number}"))
 
 
 def _stream(task: Task, split: Split, seed: str, repeat: bool) -> Iterator[Problem]:
-    """Problems of a task, none twice before the task has brought nothing new for a whole pass; that ends the stream unless `repeat`."""
+    """Problems of a task, none twice until a whole pass has brought nothing new; that is the end unless `repeat`."""
     seen: set[int] = set()
     for number in count_from():
         new = 0

@@ -1,7 +1,8 @@
-"""The tasks `gym:NAME`: every dataset of reasoning-gym, as `gym:chain_sum` with its own parameters (`max_terms`, `max_digits` ...).
+"""The tasks `gym:NAME`: every dataset of reasoning-gym, as `gym:chain_sum` with its own parameters (`max_terms` ...).
 
-reasoning-gym is imported in a worker process only, which also scores: its scorers parse model text with whatever suits the dataset, and some can be
-made to hang. It gives partial credit for near misses; here an answer is right, 1.0, or it is not. `gym:chain_sum` has worked solutions:
+reasoning-gym is imported in workers only, which also score: its scorers parse text with whatever suits the dataset, and
+some can be made to hang. It gives partial credit for near misses; here an answer is right, 1.0, or it is not.
+`gym:chain_sum` has worked solutions:
 
     What is 45 + 38 - 7?   ->   Start with 45. Add 38: 45 + 30 = 75, 75 + 8 = 83. Subtract 7: 83 - 7 = 76.   ->   76
 """
@@ -71,7 +72,7 @@ class Gym(IsolatedTask):
 
     def _all(self, seed: int) -> Iterator[Problem]:
         for number in itertools.count():
-            # Datasets seed item i with seed + i, so seeds must lie far apart or the next seed brings the same items again.
+            # Datasets seed item i with seed + i: seeds that lie near each other bring the same items again.
             drawn = int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:4], "big")
             index = 0
             while index < _SIZE:
@@ -92,7 +93,7 @@ class Gym(IsolatedTask):
         return Problem(item["question"], key, item["answer"], "en", data)
 
     def solution(self, problem: Problem, style: Style, rng: random.Random) -> Solution:
-        """For chain_sum: left to right, and within one operation from the highest place to the lowest, so that no step needs two carries."""
+        """For chain_sum: left to right, and from the highest place to the lowest, so that no step needs two carries."""
         if not self.has_solutions:
             return super().solution(problem, style, rng)
         if style == "answer":
@@ -112,26 +113,24 @@ class Gym(IsolatedTask):
         return Solution(" ".join(said), problem.answer)
 
     def verify_in(self, worker: Worker, problem: Problem, text: str, lenient: bool = False) -> Reward:
-        """Where the known answer is a number or a single word, so must be the one read; else it is the whole text (lenient: the last line).
+        """1.0 where reasoning-gym says 1.0; an answer on which its scorer fails or hangs is wrong.
 
-        1.0 where reasoning-gym says 1.0. An answer on which its scorer fails or hangs is wrong.
+        Where the known answer is a number or a word, so must be the one read; else the whole text, or its last line.
         """
         known = read_number(problem.answer)
         if known is not None:
             answer = last_number(text) if lenient else read_number(text)
-            # Some scorers pay in full for a prefix of the digits, so a number that is not near is wrong without asking.
-            if answer is None or not math.isclose(float(answer), float(known), rel_tol=0.01):
-                return Reward(0.0, answer)
+            # Some scorers pay in full for a prefix of the digits: a number that is not near is wrong without asking.
+            near = answer is not None and math.isclose(float(answer), float(known), rel_tol=0.01)
         elif _WORD.fullmatch(problem.answer):
-            known = problem.answer
-            words = _WORD.findall(text)
-            answer = words[-1] if words and (lenient or text.strip().removesuffix(".") == words[0]) else None
+            known, found = problem.answer, _WORD.findall(text)
+            answer = found[-1] if found and (lenient or text.strip().removesuffix(".") == found[0]) else None
+            near = True
         else:
             answer = self.extract(text) if lenient else self.read(text)
-        if answer is None or len(answer) > _MAX_ANSWER:
-            return Reward(0.0, answer)
-        if answer == known:
-            return Reward(1.0, answer)
+            near = answer is not None and len(answer) <= _MAX_ANSWER
+        if answer is None or not near or answer == known:
+            return Reward(float(answer is not None and answer == known), answer)
         try:
             value = worker.call(self.target, "score", problem.data["seed"], problem.data["index"], answer)
         except SandboxError:
@@ -153,35 +152,25 @@ def _places(number: int) -> list[int]:
     return [int(digit) * 10 ** (len(digits) - 1 - place) for place, digit in enumerate(digits) if digit != "0"]
 
 
-def names() -> list[str]:
-    """All of reasoning-gym's datasets."""
-    return [str(name) for name in _ask("names")]
-
-
-def parameters(dataset: str) -> list[Key]:
-    """A dataset's parameters as reasoning-gym declares them. Raises SlingshotError for an unknown dataset."""
-    return [Key(name, kind, default, "") for name, kind, default in _ask("parameters", dataset)]
-
-
-def _ask(method: str, *args: Any) -> Any:
+def gym_keys(dataset: str = "") -> list[Key]:
+    """A dataset's parameters as reasoning-gym declares them; of none, the datasets. SlingshotError if unknown."""
     try:
-        return Worker().call(Target("slingshot.tasks.reasoning_gym:Families"), method, *args)
+        told = Worker().call(Target("slingshot.tasks.reasoning_gym:Families"), "keys", dataset)
     except SandboxError as error:
-        raise SlingshotError(f"gym: {error}") from error
+        raise SlingshotError(f"gym:{dataset}: {error}") from error
+    return [Key(*row) for row in told]
 
 
 class Families:
-    """The worker's side of `names` and `parameters`."""
+    """The worker's side of `gym_keys`."""
 
-    def names(self) -> list[str]:
-        return sorted(_datasets())
-
-    def parameters(self, dataset: str) -> list[tuple[str, str, str]]:
+    def keys(self, dataset: str) -> list[tuple[str, str, str | None, str]]:
+        if not dataset:
+            return [(f"gym:{name}", "", None, "") for name in sorted(_datasets())]
+        shown = {field.name: field.default for field in _fields(dataset)}
         plain = (bool, int, float, str, list, tuple)
-        return [
-            (field.name, words(field.type), typed(field.default) if isinstance(field.default, plain) else "its own")
-            for field in _fields(dataset)
-        ]
+        texts = {name: typed(value) if isinstance(value, plain) else None for name, value in shown.items()}
+        return [(field.name, words(field.type), texts[field.name], "") for field in _fields(dataset)]
 
 
 def _datasets() -> dict[str, Any]:
@@ -200,7 +189,7 @@ def _fields(dataset: str) -> list[dataclasses.Field[Any]]:
 
 
 class Dataset:
-    """The worker's side: the dataset by seed. An item is named by (seed, index) and made again for scoring, as not all survive JSON unchanged."""
+    """The worker's side. An item is named by (seed, index) and made again for scoring, as not all survive JSON."""
 
     def __init__(self, name: str, params: dict[str, Any]) -> None:
         known = [field.name for field in _fields(name)]
@@ -213,7 +202,7 @@ class Dataset:
         self._create: Callable[[int], Any] = lambda seed: create_dataset(name, seed=seed, size=_SIZE, **params)
         self._seed = 0
         self._items: dict[tuple[int, int], dict[str, Any]] = {}  # the last ones: some take seconds to make
-        self._tried: list[dict[str, Any]] | None = None
+        self._tried: list[dict[str, Any]] = []
         try:
             if name == "composite":
                 params["datasets"] = [
@@ -233,11 +222,11 @@ class Dataset:
         return self._items[seed, index]
 
     def take(self, seed: int, start: int, count: int) -> list[dict[str, str]]:
-        """Questions and answers as text ("" where none is known), the expression of a sum: of the rest, not all survives JSON."""
+        """Questions and answers as text ("" where none is known), and the expression of a sum."""
         return take((_texts(self._item(seed, index)) for index in range(start, start + count)), count)
 
     def score(self, seed: int, index: int, answer: str) -> float:
-        """What the dataset's scorer says; 0 for an answer besides the known one that the scorer takes for right whatever the problem."""
+        """The scorer's score; 0 for an answer, not the known one, that it takes for right whatever the problem."""
         item = self._item(seed, index)
         score = float(self._dataset.score_answer(answer, copy.deepcopy(item)))
         if score < 1.0 or answer == item["answer"]:
@@ -247,9 +236,8 @@ class Dataset:
         return 0.0 if fooled or self._accepts("?", item) or not _own(answer, item) else score
 
     def _others(self) -> list[dict[str, Any]]:
-        """A few items that answers to other problems are tried on."""
-        if self._tried is None:
-            self._tried = take((self._first[index] for index in range(8)), 8, seconds=2.0)
+        """A few items on which the answers to others are tried."""
+        self._tried = self._tried or take((self._first[index] for index in range(8)), 8, seconds=2.0)
         return self._tried
 
     def _accepts(self, answer: str, item: dict[str, Any]) -> bool:

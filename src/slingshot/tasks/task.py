@@ -5,7 +5,7 @@
     task.verify(problem, "14").value                     # 1.0 if 14 is the answer
     for problem, solution in task.documents("train", seed=0, style="steps"): ...
 
-A problem belongs to the train or the test split by the SHA-256 of its canonical key, so the two never overlap whatever the seed.
+A problem's split follows from the SHA-256 of its canonical key, so train and test never overlap, whatever the seed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from pydantic import Field
 
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
@@ -60,8 +62,8 @@ class Reward:
 class Task(Strict, ABC):
     """Base of all tasks; a subclass's fields are its parameters.
 
-    A subclass brings `name` and `problems`. `score`, `read` and `extract` say which answers are right and how one is read in a text;
-    `has_solutions` and `solution` are for tasks that can write worked text, `has_turns` and `step` for environments of several turns.
+    A subclass brings `name` and `problems`. `score`, `read` and `extract` say which answers are right and how one is
+    read in a text; `solution` is for tasks that write worked text, `step` for environments of several turns.
     """
 
     @property
@@ -71,7 +73,7 @@ class Task(Strict, ABC):
 
     @abstractmethod
     def problems(self, split: Split, seed: int) -> Iterator[Problem]:
-        """Problems of one split, the same for the same seed; endless for generated tasks, finite where a user's file ends."""
+        """Problems of one split, the same for the same seed; endless, or finite where a user's file ends."""
 
     @property
     def has_solutions(self) -> bool:
@@ -83,7 +85,7 @@ class Task(Strict, ABC):
         return False
 
     def solution(self, problem: Problem, style: Style, rng: random.Random) -> Solution:
-        """A worked solution in the problem's language: "answer" has no reasoning, "steps" has it, "slips" has a mistake noticed and corrected."""
+        """A worked solution in the problem's language: bare, in steps, or with a slip that is corrected."""
         raise SlingshotError(f"{self.name} writes no worked solutions; give data or text instead of this task")
 
     def other_languages(self, language: str) -> tuple[Language, ...]:
@@ -93,23 +95,23 @@ class Task(Strict, ABC):
     def documents(
         self, split: Split, seed: int, style: Style, language_mix: float = 0.0
     ) -> Iterator[tuple[Problem, Solution]]:
-        """Problems with their solutions. With probability `language_mix` the reasoning is in a language other than the problem's."""
+        """Problems with their solutions, as `write` writes them."""
         rng = random.Random(f"{self.name}/{style}/{seed}")
         for problem in self.problems(split, seed):
             yield problem, self.write(problem, style, rng, language_mix)
 
     def write(self, problem: Problem, style: Style, rng: random.Random, language_mix: float = 0.0) -> Solution:
-        """A worked solution, with probability `language_mix` in a language other than the problem's."""
+        """A worked solution, with probability `language_mix` in another language than the problem's."""
         if language_mix and rng.random() < language_mix and (others := self.other_languages(problem.language)):
             problem = replace(problem, language=rng.choice(others))
         return self.solution(problem, style, rng)
 
     def read(self, text: str) -> str | None:
-        """The answer when `text` is nothing but the answer; None otherwise. Strict, so that listing many answers earns nothing."""
+        """The answer when `text` is nothing else; else None. Strict, so that listing many answers earns nothing."""
         return text.strip() or None
 
     def extract(self, text: str) -> str | None:
-        """The last thing in `text` that looks like an answer; None if nothing does. Lenient, for models that know no format."""
+        """The last thing in `text` that looks like an answer, or None. Lenient, for models that know no format."""
         return text.strip().rpartition("\n")[2].strip() or None
 
     def score(self, problem: Problem, answer: str) -> float:
@@ -131,6 +133,28 @@ class Task(Strict, ABC):
         return None
 
 
+class GeneratedTask(Task):
+    """A task that makes problems without end, in `languages`, and solves them. A subclass brings `generate`."""
+
+    languages: tuple[Language, ...] = Field(
+        ("en", "ja"), min_length=1, description="asked and reasoned in, each as often"
+    )
+
+    @abstractmethod
+    def generate(self, rng: random.Random) -> Iterator[Problem]:
+        """Problems of both splits without end."""
+
+    @property
+    def has_solutions(self) -> bool:
+        return True
+
+    def other_languages(self, language: str) -> tuple[Language, ...]:
+        return tuple(other for other in self.languages if other != language)
+
+    def problems(self, split: Split, seed: int) -> Iterator[Problem]:
+        return in_split(self.generate(random.Random(f"{self.name}/{seed}")), split, self.name)
+
+
 def key_number(key: str) -> int:
     """The first 64 bits of the SHA-256 of a canonical key."""
     return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big")
@@ -142,23 +166,17 @@ def split_of(key: str) -> Split:
 
 
 def in_split(problems: Iterable[Problem], split: Split, name: str) -> Iterator[Problem]:
-    """Those of `problems` that belong to `split`. Raises SlingshotError when there is none, rather than searching for ever."""
+    """Those of `problems` that belong to `split`. Raises SlingshotError where there is none, or none for too long."""
     if split not in ("train", "test"):
         raise SlingshotError(f"{name}: there is no split {split!r}; there are train and test")
-    missed = 0
-    found = False
+    missed, found = 0, False
     for problem in problems:
         if split_of(problem.key) == split:
-            missed = 0
-            found = True
+            missed, found = 0, True
             yield problem
-        else:
-            missed += 1
-            if missed == _PATIENCE:
-                break
-    else:
-        if found:
-            return
-    raise SlingshotError(
-        f"{name}: no {split} problem in {missed} drawn; give it parameters that allow more different problems"
-    )
+        elif (missed := missed + 1) == _PATIENCE:
+            found = False
+            break
+    if not found:
+        way = "give it parameters that allow more different problems"
+        raise SlingshotError(f"{name}: no {split} problem in {missed} drawn; {way}")

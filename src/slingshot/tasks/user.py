@@ -1,20 +1,15 @@
 """A user's own task: one Python file, run in a worker process that may fail without taking slingshot along.
 
-    # capitals.py
-    def problems(split, seed):                       # yields dicts: "prompt", and if you like "answer", "key", "language", "data"
+    def problems(split, seed):      # yields dicts: "prompt", and if you like "answer", "key", "language", "data"
         yield {"prompt": "The capital of Japan?", "answer": "Tokyo"}
 
-    def verify(problem, text):                       # True, False, or a number from 0 to 1
+    def verify(problem, text):      # True, False, or a number from 0 to 1
         return text.strip() == problem["answer"]
 
-    def solution(problem, style):                    # optional: {"reasoning": ..., "answer": ...}
-        return {"reasoning": "Since 1868 it is Tokyo.", "answer": "Tokyo"}
+    def solution(problem, style):   # optional: {"reasoning": ..., "answer": ...}
+    def step(problem, messages):    # optional: what is said to the model's last message; None when all is said
 
-    def step(problem, messages):                     # optional: what is said to the model's last message; None when all is said
-        return None
-
-Problems that come in the same order for every `seed` are shuffled by slingshot; a generator that goes on without end should draw by `seed`.
-Yield all problems for either split: slingshot keeps those whose key (default: the prompt) hashes into the split it wants.
+docs/task.md tells what such a file may do and return.
 """
 
 from __future__ import annotations
@@ -69,7 +64,7 @@ class _Message(Strict):
 
 
 class UserTask(IsolatedTask):
-    """The task in the Python file `path`. Each call may take `timeout` seconds, the worker `memory_mb` MiB of address space."""
+    """The task in the Python file `path`."""
 
     path: str
     timeout: float = Field(10.0, gt=0, description="seconds that one call of the file may take")
@@ -79,7 +74,7 @@ class UserTask(IsolatedTask):
 
     @classmethod
     def load(cls, path: str, params: dict[str, Any]) -> UserTask:
-        """The task, its file imported in the worker. Raises SlingshotError where that fails or a function is missing."""
+        """The task, its file imported. Raises SlingshotError where that fails or a function is missing."""
         task = cls.parse({"path": path, **params}, path)
         needed = {"problems": "problems(split, seed)", "verify": "verify(problem, text)"}
         if not Path(path).is_file():
@@ -117,7 +112,7 @@ class UserTask(IsolatedTask):
         return in_split(self._in_order(split, seed % _MAX_SEED), split, self.name)
 
     def _in_order(self, split: Split, seed: int) -> Iterator[Problem]:
-        """In the file's own order where that goes by the seed; else shuffled within a window that holds most files whole."""
+        """In the file's own order where that goes by the seed; else shuffled in a window that holds most files."""
         if split not in self._by_seed:
             first, second = (list(itertools.islice(self._all(split, number), _COMPARED)) for number in (0, 1))
             self._by_seed[split] = first != second
@@ -204,7 +199,7 @@ class File:
         ]
 
     def take(self, split: str, seed: int, start: int, count: int) -> list[Any]:
-        """Next items from `start` of problems(split, seed); none when it ended. Starts over, and skips, after a restart of the worker."""
+        """Next items from `start` of problems(split, seed), none at its end. A new worker starts it over, and skips."""
         iterator = self._open.pop((split, seed, start), None)
         if iterator is None:
             made = self._module.problems(split, seed)
@@ -247,8 +242,7 @@ class File:
 
 
 def _texts(given: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """A dict whose fields of these names are text, where a number was meant as text; those that are None are left out."""
-    fields = {name: value for name, value in given.items() if name not in names or value is not None}
-    return {
-        name: str(value) if name in names and number(value) is not None else value for name, value in fields.items()
-    }
+    """A dict whose fields of these names are text also where they were numbers; those that are None are left out."""
+    texts = {name: value for name in names if (value := given.get(name)) is not None}
+    others = {name: value for name, value in given.items() if name not in names}
+    return others | {name: value if number(value) is None else str(value) for name, value in texts.items()}

@@ -23,7 +23,7 @@ from slingshot.tasks.task import Problem, Reward, Task
 
 
 class IsolatedTask(Task):
-    """A task whose code is someone else's: it runs in a worker, the task's own or one of a VerificationPool.
+    """A task whose code is someone else's: it runs in a worker, the task's own or a VerificationPool's.
 
     A subclass brings `target`, `verify_in` and, where it has turns, `step_in`.
     """

@@ -1,0 +1,44 @@
+"""docs/task.md: its task files and its recipes' lines are what they are said to be."""
+
+import itertools
+import random
+import re
+import tomllib
+from pathlib import Path
+
+from slingshot.base.config import Strict
+from slingshot.tasks.loader import TaskConfigs, load_task
+
+PAGE = (Path(__file__).parents[2] / "docs" / "task.md").read_text(encoding="utf-8")
+
+
+class Asked(Strict):
+    tasks: TaskConfigs
+
+
+def test_every_task_file_of_the_page_runs(tmp_path):
+    files = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL)
+    for name, source in files:
+        (tmp_path / name).write_text(source)
+    assert [name for name, _ in files] == ["capitals.py", "hidden.py"]
+    capitals, hidden = (load_task(str(tmp_path / name)) for name, _ in files)
+    problem = next(capitals.problems("train", 0))
+    written = capitals.solution(problem, "steps", random.Random(0))
+    assert capitals.verify(problem, written.answer).value == 1.0 and problem.answer in written.reasoning
+    assert capitals.verify(problem, "Tokyo, Paris, Nairobi, Lima").value == 0.0
+
+    assert hidden.has_turns
+    for problem in itertools.islice(hidden.problems("train", 0), 3):
+        low, high, messages = 1, 100, [{"role": "user", "content": problem.prompt}]
+        while messages[-1]["role"] == "user":
+            guess = (low + high) // 2
+            messages.append({"role": "assistant", "content": str(guess)})
+            messages += hidden.step(problem, messages) or []
+            low, high = (guess + 1, high) if messages[-1]["content"] == "higher" else (low, guess - 1)
+        assert hidden.verify(problem, messages[-1]["content"]).value == 1.0
+
+
+def test_every_line_of_a_recipe_on_the_page_names_tasks():
+    lines = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    named = [[task.name for task in Asked.parse(tomllib.loads(line)).tasks] for line in lines]
+    assert named == [["capitals.py"], ["arithmetic", "capitals.py"]]

@@ -37,8 +37,7 @@ Html = Annotated[Path | None, typer.Option(help="Write a page there, too.", show
 
 
 def named_model(source: str) -> NamedModel:
-    """The architecture of a folder, a preset, a .gguf file, package:NAME, or a name of the hub, whose weights stay
-    there."""
+    """The architecture of a folder, preset, .gguf file, package:NAME or hub name, whose weights stay there."""
     path = Path(source)
     if not (path / "config.json").is_file() and (source in presets() or not (path.exists() or {*"/:"} & {*source})):
         config = ModelConfig.preset(source)  # or the error that names the nearest

@@ -29,8 +29,7 @@ class BillLine(Strict):
 
 
 class Sums(PeakMemory):
-    """Of receipts; of memory the largest. Energy and money add up what is known, None where nothing is; `partial` says
-    what is not."""
+    """Of receipts; of memory the largest. `partial` names sums that not all receipts have a figure for."""
 
     seconds: float
     device_seconds: float
@@ -67,8 +66,7 @@ class Bill(Sums):
 
 
 def total(path: Path) -> Bill:
-    """Walk from an artifact's receipt through its parents'. SlingshotError when `path` has no receipt or a receipt is
-    broken."""
+    """Walk from an artifact's receipt through its parents'. SlingshotError when one is missing at `path`, or broken."""
     if not (path / RECEIPT).is_file():
         raise SlingshotError(f"{path} has no {RECEIPT}: {_way_out(path)}")
     lines: dict[tuple[str, str], BillLine] = {}

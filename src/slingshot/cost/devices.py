@@ -4,9 +4,9 @@
     device("local")                          # this machine, as `slingshot doctor` measured it
     mixed_peak(device("h800"), "fp8", parts) # FLOP/s of work that is partly in FP8, partly in bfloat16
 
-Peaks are of dense matrix products with float32 accumulation; vendors print twice as much "with sparsity". Links are bytes/s
-one way; vendors add both directions. Memory is what the maker's "80 GB" holds, in powers of two. Prices are examples of
-what an hour of one device was offered for, in dollars, and change by the month.
+Peaks are of dense matrix products with float32 accumulation; vendors print twice as much "with sparsity". Links are
+bytes/s one way; vendors add both directions. Memory is what the maker's "80 GB" holds, in powers of two. Prices are
+examples of what an hour of one device was offered for, in dollars, and change by the month.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from slingshot.base.names import did_you_mean
 from slingshot.base.quantity import plural
 from slingshot.machine.machine import describe, measurements
 
-# What runs in FP8 where a model is trained or served in it: the matrix products with weights but for the router, the head
-# and MLA's two halves around the latent attention; attention itself stays in bfloat16 (DeepSeek-V3, arXiv 2412.19437, 3.3.1).
+# What runs in FP8 where a model is trained or served in it: the products with weights but for the router, the head and
+# MLA's two halves around the latent attention; attention itself stays in bfloat16 (DeepSeek-V3, 2412.19437, 3.3.1).
 LOW_PARTS = {"projections", "mlp", "shared_experts", "routed_experts"}
 
 
@@ -105,7 +105,7 @@ def dtype_peak(device: Device, dtype: str) -> float:
 
 
 def mixed_peak(device: Device, dtype: str, parts: Mapping[str, float]) -> float:
-    """FLOP/s of work in `dtype` made of `parts` (FLOPs by part of the network), each at the peak of the dtype it runs in.
+    """FLOP/s of work in `dtype` made of `parts` (FLOPs by part of the network), each at its own dtype's peak.
 
     In FP8 and int8 only LOW_PARTS do; the rest runs in the fastest 16-bit type.
     """

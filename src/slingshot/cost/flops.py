@@ -88,8 +88,7 @@ def block_weights(config: ModelConfig, layer: int) -> BlockWeights:
 
 
 def cache_bytes_per_token(config: ModelConfig, bytes_per_number: float = 2) -> float:
-    """Bytes the KV cache holds per token over all layers: 70,272 for DeepSeek-V3 in bf16 (arXiv 2505.09343, Table
-    1)."""
+    """Bytes a token has in the KV cache: 70,272 for DeepSeek-V3 in bf16 (arXiv 2505.09343, Table 1)."""
     return config.cache_width * config.num_hidden_layers * bytes_per_number
 
 
@@ -122,14 +121,12 @@ def forward_flops(config: ModelConfig, lengths: Iterable[int], mtp: bool = False
 
 
 def training_flops(config: ModelConfig, lengths: Iterable[int], mtp: bool = True) -> float:
-    """FLOPs of forward and backward over documents of these lengths, the MTP module (where the config has one) trained
-    along."""
+    """FLOPs of forward and backward over documents of these lengths, the MTP module trained along."""
     return 3 * forward_flops(config, lengths, mtp)
 
 
 def training_parts(config: ModelConfig, lengths: Iterable[int], mtp: bool = True) -> dict[str, float]:
-    """`training_flops` as receipts keep them apart: "training" of the main model and "mtp", 0 where no module is
-    trained along."""
+    """`training_flops` as receipts keep them apart: "training" of the main model and "mtp"."""
     lengths = list(lengths)
     main = training_flops(config, lengths, mtp=False)
     return {"training": main, "mtp": training_flops(config, lengths, mtp=True) - main if mtp else 0.0}
@@ -165,8 +162,7 @@ def prefill_parts(config: ModelConfig, length: float, cached: float = 0) -> dict
 
 
 def decode_parts(config: ModelConfig, context: float, tokens: float = 1) -> dict[str, float]:
-    """FLOPs of decoding `tokens` tokens that meet `context` keys each (themselves included), by part; attention in
-    absorbed form."""
+    """FLOPs of decoding tokens that meet `context` keys each, themselves included, by part; in absorbed form."""
     return _decode_parts(config, tokens, tokens * context)
 
 
@@ -181,8 +177,7 @@ def is_moe(config: ModelConfig, layer: int) -> bool:
 
 
 def projection_weights(config: ModelConfig) -> int:
-    """Matrix elements every token is multiplied by on its way into and out of attention (the same in MLA's expanded and
-    absorbed form)."""
+    """Matrix elements a token is multiplied by around attention; the same in MLA's expanded and absorbed form."""
     width, heads = config.hidden_size, config.num_attention_heads
     if config.family == "dense":
         return 2 * width * config.head_dim * (heads + config.num_key_value_heads)  # q and o; k and v

@@ -33,8 +33,7 @@ RECEIPT = "receipt.json"
 
 
 class PeakMemory(Strict):
-    """The most memory held at once: the resident set of the (first) process, and what torch allocated on one
-    accelerator.
+    """The most memory held at once: the first process's resident set, and what torch allocated on an accelerator.
 
     None where it is not known, or where no accelerator was used.
     """
@@ -126,8 +125,7 @@ class Receipt(PeakMemory):
 
 
 class Meter:
-    """Counts what a stage consumes; `state()` survives in the stage's own checkpoint, so that a resumed stage goes on
-    counting."""
+    """Counts what a stage consumes; a resumed stage goes on counting from `state()`."""
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
         # None: an earlier attempt could not count.
@@ -181,8 +179,7 @@ class Meter:
         }
 
     def mfu(self, peak: float | None) -> float | None:
-        """Model FLOPs utilisation so far (arXiv 2204.02311, appendix B): the share of `peak` FLOP/s that the
-        architecture's own FLOPs come to."""
+        """Model FLOPs utilisation so far (arXiv 2204.02311, appendix B): the share of `peak` FLOP/s reached."""
         return self.flops / self.seconds / peak if peak else None
 
     def receipt(

@@ -1,10 +1,11 @@
-"""A dry run: every stage of a recipe for real with a few steps, then the seconds, memory and money of the whole by scaling.
+"""A dry run: every stage of a recipe for real with a few steps, then the seconds, memory and money of the whole by
+scaling.
 
     found = dry_run(Recipe.load("tiny"), until="rl_final")
     found.seconds, found.stages[0].seconds, found.assumptions
 
-Stages run in their order, each in a process of its own (dry_stage.py), in a temporary folder. A later stage gets the model
-that the earlier dry stage made: the same architecture, after a few steps. No torch here.
+Stages run in their order, each in a process of its own (dry_stage.py), in a temporary folder. A later stage gets the
+model that the earlier dry stage made: the same architecture, after a few steps. No torch here.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class DryStage(PeakMemory):
 
 
 class DryRun(Strict):
-    """A recipe's stages and their sums; `start_seconds` is what starting the processes takes, which no receipt counts."""
+    """A recipe's stages and their sums; `start_seconds` is what starting the processes takes, which no receipt
+    counts."""
 
     recipe: str
     machine: str
@@ -74,7 +76,8 @@ def dry_run(recipe: Recipe, until: str | None = None) -> DryRun:
 
 
 class _DryRun:
-    """The stages run so far: what they measured, and how many times as many examples the whole stage would have made."""
+    """The stages run so far: what they measured, and how many times as many examples the whole stage would have
+    made."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -130,7 +133,8 @@ class _DryRun:
         )  # fmt: skip
 
     def _cut(self, stage: Stage, whole: dict[str, Any]) -> tuple[dict[str, Any], float]:
-        """The stage's config with a few steps, and how many times as much the whole is (the child knows of problems)."""
+        """The stage's config with a few steps, and how many times as much the whole is (the child knows of
+        problems)."""
         if stage.kind in STEPS:
             steps = min(STEPS[stage.kind], whole["steps"])
             return whole | {"steps": steps}, whole["steps"] / steps

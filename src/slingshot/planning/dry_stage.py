@@ -1,6 +1,6 @@
 """One stage of a dry run, in a process of its own: the stage's own code on a few steps, sampling scripted. Uses torch.
 
-    python -m slingshot.planning.dry_stage job.json      # what `dry_run` starts; the artifact and result.json are written
+    python -m slingshot.planning.dry_stage job.json      # what `dry_run` starts
 
 Where a stage samples, the engine decodes as many tokens as the tasks' worked solutions have, and those are what is then
 verified and trained on: a model of a few steps would neither stop in time nor be right.
@@ -30,8 +30,8 @@ from slingshot.tasks.mixture import Item, TaskMix
 from slingshot.tasks.task import Solution
 from slingshot.text.tokenizer import Tokenizer
 
-# Problems are mostly solved always or never: each one's chance is drawn from a Beta distribution that is symmetric and so
-# sharp that 44% of groups of 8 are all right or all wrong, as Llama-3.1-8B's are on Big-Math (arXiv 2607.00152).
+# Problems are mostly solved always or never: each one's chance is drawn from a Beta distribution that is symmetric and
+# so sharp that 44% of groups of 8 are all right or all wrong, as Llama-3.1-8B's are on Big-Math (arXiv 2607.00152).
 SHARPNESS = 0.4214
 
 
@@ -73,15 +73,17 @@ def items_of(kind: str, config: Any) -> list[Item]:
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Run the stage `job` describes; what was measured, and how much of the whole it was."""
     kind, out = job["kind"], Path(job["out"])
+    config: Any
+    whole: Any
     config, whole = (STAGES[kind].config.parse(job[name], job["name"]) for name in ("config", "whole"))
     module, loading, script = importlib.import_module(STAGES[kind].module), 0.0, None
     factor = job["factor"]
     start = time.perf_counter()
     if kind in ("rl", "sample", "evaluate"):
-        source, items = locate(config.model), items_of(kind, config)  # type: ignore[attr-defined]
+        source, items = locate(config.model), items_of(kind, config)
         tokenizer, drawing = load_tokenizer(source), time.perf_counter()
-        engine = Engine.load(source, dtype=config.dtype)  # type: ignore[attr-defined]
-        script = SolutionScript(items, tokenizer, config.sampling.max_tokens)  # type: ignore[attr-defined]
+        engine = Engine.load(source, dtype=config.dtype)
+        script = SolutionScript(items, tokenizer, config.sampling.max_tokens)
         sampler = ScriptedSampler(script, tokenizer, engine.model.config, timed=EngineSampler(engine))
         if kind != "rl":  # which loads its own model beside the sampler's
             loading = time.perf_counter() - drawing
@@ -97,7 +99,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fixed_seconds(out: Path, receipt: Receipt, until_first_sample: float | None) -> float:
-    """Seconds of a stage that do not grow with its steps: all but the steps, each taken to last as long as the middle one.
+    """Seconds of a stage that do not grow with its steps: all but the steps, each taken to last as long as the middle
+    one.
 
     Before the first step documents are written, files read and packed, and code prepared for shapes not met before.
     """

@@ -47,8 +47,7 @@ class Layout(Strict):
 
 
 def layouts(config: ModelConfig, count: int, per_node: int = 8, **given: Any) -> list[Layout]:
-    """Every layout worth trying with the `given` ways: but for those, tp stays within a node and ZeRO begins at stage
-    1.
+    """Every layout with the `given` ways; but for those, tp stays within a node and ZeRO begins at stage 1.
 
     SlingshotError with the nearest valid value where a way does not divide what it splits.
     """

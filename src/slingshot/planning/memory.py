@@ -119,8 +119,7 @@ class Blocks:
         )
 
     def stages(self, pp: int) -> list[tuple[int, int, int]]:
-        """Per pipeline stage its dense blocks, MoE blocks and MTP modules: as even as can be, the middle taking the
-        rest."""
+        """Per pipeline stage its dense and MoE blocks and MTP modules, as even as can be, the middle taking more."""
         if pp not in self._stages:
             layers = self.config.num_hidden_layers
             base, left = divmod(layers + self.config.num_nextn_predict_layers, pp)
@@ -136,8 +135,7 @@ class Blocks:
         return self._stages[pp]
 
     def telling_stages(self, pp: int) -> list[int]:
-        """Those among which the fullest is: the first of every kind, with most activations, and the last, with the
-        head."""
+        """Those among which the fullest is: the first of every kind, and the last, which has the head."""
         first_of_kind = {kind: index for index, kind in reversed([*enumerate(self.stages(pp))])}
         return sorted({*first_of_kind.values(), pp - 1})
 
@@ -162,8 +160,7 @@ class Blocks:
 
 
 def training_memory(blocks: Blocks, layout: Layout, context: int, microbatches: float) -> Memory:
-    """Of the fullest device. Under 1F1B stage s of pp holds the activations of pp - s microbatches of one sequence
-    each."""
+    """Of the fullest device. Under 1F1B stage s of pp holds the activations of pp - s microbatches."""
     each = (_stage_memory(blocks, layout, stage, context, microbatches) for stage in blocks.telling_stages(layout.pp))
     return max(each, key=lambda memory: memory.total)
 

@@ -50,10 +50,7 @@ class ResourceTimes:
 
 
 def experts_touched(config: ModelConfig, tokens: float) -> float:
-    """How many of a layer's routed experts at least one of `tokens` tokens chose, expected, if all are equally likely.
-
-    E (1 - (1 - k/E)^tokens). Real routing is uneven, so fewer are touched; a group limit leaves each expert's chance.
-    """
+    """How many of a layer's E routed experts n tokens choose, expected, all being as likely: E (1 - (1 - k/E)^n)."""
     if not config.n_moe_layers:
         return 0.0
     return config.n_routed_experts * (1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** tokens)
@@ -86,8 +83,7 @@ class ModelCopy:
 
     @cached_property
     def cache_per_token(self) -> float:
-        """Bytes of cache on a device for each token of its own sequences. Tensor parallel over more devices than
-        key-value heads holds each head more than once; MLA's latent is one head."""
+        """Bytes on a device for a token of its own; with fewer cached heads than devices, heads are held repeatedly."""
         copies = 1.0 if self.config.n_moe_layers else max(1.0, self.devices / cached_heads(self.config))
         return copies * cache_bytes_per_token(self.config)
 
@@ -128,8 +124,7 @@ class ModelCopy:
         return tokens * self.devices * config.num_hidden_layers * 2 * 2 * others * config.hidden_size * 2.0
 
     def decode_step(self, batch: float, context: float) -> ResourceTimes:
-        """Seconds of a step in which each device decodes a token of each of `batch` sequences holding `context`
-        tokens."""
+        """Seconds of a step that decodes a token of each of `batch` sequences of `context` tokens a device."""
         token, key = self._token_and_key_seconds
         sent = self.bytes_sent(batch)
         return ResourceTimes(
@@ -167,7 +162,7 @@ class ModelCopy:
         return self.decode_step(batch, context).bound / self.efficiency
 
     def best_batch(self, context: float, latency: float) -> int:
-        """The largest batch with room whose step stays within `latency` seconds; throughput grows with it. 0: none."""
+        """The largest batch with room whose step stays within `latency` seconds; 0 when there is none."""
         low, high = 0, max(0, math.floor(self.largest_batch(context)))
         while low < high:
             middle = (low + high + 1) // 2
@@ -175,18 +170,13 @@ class ModelCopy:
         return low
 
     def prefill_seconds(self, prompt: float, hit_share: float, mfu: float) -> float:
-        """Seconds in which a device computes a prompt, the first `hit_share` of it cached, at `mfu` of its products'
-        peak.
-
-        Bound by compute: the tokens of a prompt share every weight they read.
-        """
+        """Seconds to compute a prompt, `hit_share` of it cached, at `mfu` of its products' peak: bound by compute."""
         parts = prefill_parts(self.config, prompt, prompt * hit_share)
         return sum(parts.values()) / (mfu * mixed_peak(self.device, self.precision.dtype, parts))
 
 
 def splits(config: ModelConfig, size: int) -> bool:
-    """Whether a copy may be spread over `size` devices. Without experts, each takes as many attention heads as the
-    next, and whole heads of the cache or a share of one."""
+    """Whether a copy may be spread so: experts, or equal heads and whole heads of the cache or a share of one."""
     heads = cached_heads(config)
     even = config.num_attention_heads % size == 0 and (heads % size == 0 or size % heads == 0)
     return bool(config.n_moe_layers) or even
@@ -202,8 +192,7 @@ def copies_of(
 
 
 def checked_size(config: ModelConfig, given: int, most: int, divides: bool = False) -> int:
-    """`given` devices a copy, at most `most`, which it must divide where `divides`. SlingshotError with the nearest
-    size."""
+    """`given`, at most `most`, which it must divide where `divides`; SlingshotError with the nearest valid size."""
     valid = [size for size in range(1, most + 1) if splits(config, size) and not (divides and most % size)]
     if given in valid:
         return given
@@ -231,8 +220,7 @@ def roomy_copies(
     config: ModelConfig, device: Device, precision: Precision, count: int, given: int | None, context: float,
     efficiency: float,
 ) -> list[ModelCopy]:  # fmt: skip
-    """Copies on at most `count` devices, or on exactly `given`, that have room for a sequence; SlingshotError if none
-    has."""
+    """Copies on at most `count` devices, or exactly `given`, that hold a sequence; SlingshotError if none does."""
     if given is not None:
         size = checked_size(config, given, count, divides=True)
         copies = [ModelCopy(config, device, precision, size, efficiency)]

@@ -22,8 +22,7 @@ Link = Literal["node", "network"]
 
 
 class Transfer(Strict):
-    """Bytes one device sends in one optimizer step for one purpose, the link they take and the seconds they need on
-    it."""
+    """Bytes one device sends in one optimizer step, the link they take and the seconds they need on it."""
 
     purpose: str
     n_bytes: float
@@ -94,12 +93,10 @@ def network_seconds(sent: list[Transfer]) -> float:
 
 
 def parts_met(config: ModelConfig, parts: int) -> float:
-    """On how many of `parts` equal parts of the experts (nodes, devices) a token finds at least one of its own,
-    expected.
+    """On how many of `parts` equal parts of the experts a token finds one of its own, expected.
 
-    Groups are chosen for their best experts (V3's gate: the sum of the best two), so each chosen one has one of the
-    token's; the others lie anywhere in the chosen ones, and never further apart than without groups. Within 1% of a
-    simulation.
+    Groups are chosen for their best experts (V3's gate), so each chosen one has one of the token's; the others lie
+    anywhere in those. Within 1% of a simulation.
     """
 
     def met(groups: int, chosen: int) -> float:

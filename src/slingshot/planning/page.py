@@ -2,7 +2,7 @@
 
     deliver(plan, plan_page(plan), as_json=False, html=Path("plan.html"))
 
-A section is made of a plan's field: a table of a list, a list of names and values of anything else. How a value is written
+A section is made of a field of the plan: a table of a list, names and values of anything else. How a value is written
 follows from its name.
 """
 
@@ -28,7 +28,8 @@ from slingshot.planning.published import PublishedBill
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence, and a table; `bars` are lengths of bars beside the rows, `strong` a row that stands out."""
+    """A heading, a sentence, and a table; `bars` are lengths of bars beside the rows, `strong` a row that stands
+    out."""
 
     title: str
     note: str = ""
@@ -57,7 +58,8 @@ _TITLES = {"pretrain": "Pre-training {model}", "rl": "Reinforcement learning of 
 _SECTIONS = {
     "flops_by_part": "Where the FLOPs go", "transfers": "The network, in an optimizer step",
     "curve": "Tokens a second against batch", "cost_by_hit_share": "Cost per million tokens, by cache hits",
-    "break_even": "Make or buy", "day": "A day", "memory": "Memory of the fullest device", "dominates": "What dominates",
+    "break_even": "Make or buy", "day": "A day", "memory": "Memory of the fullest device",
+    "dominates": "What dominates",
     "dense_equivalent": "Against a dense model of equal loss", "alternatives": "Other devices and precisions",
     "parameters": "The model",
 }  # fmt: skip
@@ -66,9 +68,10 @@ _ENDINGS = {
     "seconds": show_seconds, "latency": show_seconds, "days": lambda days: show_seconds(86400 * days),
     "hours": lambda hours: f"{hours:,.0f}" if hours >= 10 else f"{hours:.3g}", "bytes": show_size,
     "cache_bytes_per_token": lambda n_bytes: f"{n_bytes:,.0f} bytes", "bytes_per_token": show_size,
-    "share": show_share, "mfu": show_share, "bubble": show_share, "utilisation": show_share, "mfu_of_bfloat16": show_share,
-    "flops": "{:.4g}".format, "prices": lambda prices: "/".join(f"{price:g}" for price in prices), "margin": "{:.0%}".format,
-    **dict.fromkeys(("money", "per_million", "cost", "revenue", "devices_per_day", "prompt_cost", "blended"), show_money),
+    "flops": "{:.4g}".format, "margin": "{:.0%}".format,
+    "prices": lambda prices: "/".join(f"{price:g}" for price in prices),
+    **dict.fromkeys(("share", "mfu", "bubble", "utilisation", "mfu_of_bfloat16"), show_share),
+    **dict.fromkeys(("money", "per_million", "cost", "revenue", "devices_per_day", "blended"), show_money),
     **dict.fromkeys(("total", "active", "embedding", "head", "mtp", "parameters"), lambda count: show_count(count, 5)),
 }  # fmt: skip
 
@@ -124,9 +127,8 @@ def plan_page(plan: Plan) -> PlanPage:
         figures.append((show_money(plan.money), f"at ${plan.price:g} an hour"))
     if plan.energy_kwh is not None:
         figures.append((show_energy(plan.energy_kwh * 3.6e6), "by the devices alone"))
-    total = {"name": "in all", "tokens": None, "flops": plan.flops, "device_hours": plan.device_hours, "days": plan.days,
-             "money": plan.money}  # fmt: skip
     lines = [{key: value for key, value in line.items() if key != "note"} for line in fields["stages"]]
+    total = {key: fields.get(key) for key in lines[0]} | {"name": "in all", "tokens": None}
     notes = ". ".join(f"{line.name}: {line.note}" for line in plan.stages if line.note)
     own = fields.keys() - Plan.model_fields.keys()
     facts = [(name.replace("_", " "), shown(name, fields[name])) for name in fields if name in own

@@ -100,8 +100,7 @@ def dominates(what: str, times: ResourceTimes) -> dict[str, str | float]:
 
 @dataclass(frozen=True)
 class Hire:
-    """Devices taken for a plan, the precision they work in, and what an hour of one costs; `example`: the table's
-    price."""
+    """Devices taken for a plan, their precision, and what an hour of one costs; `example`: by the table."""
 
     device: Device
     count: int
@@ -149,7 +148,8 @@ class Hire:
             "kind": kind, "model": asked.model.name, "device": self.device.name, "count": self.count,
             "precision": self.precision.dtype,
             "parameters": {
-                "total": counts.total, "active": counts.active, "active_without_embedding": counts.active - counts.embedding,
+                "total": counts.total, "active": counts.active,
+                "active_without_embedding": counts.active - counts.embedding,
                 "active_without_embedding_and_head": counts.active - counts.embedding - counts.head, "mtp": counts.mtp,
                 "cache_bytes_per_token": cache_bytes_per_token(asked.model.config),
             },
@@ -162,8 +162,7 @@ class Hire:
     def _alternatives(
         self, own: Alternative, there: Callable[[Hire], tuple[float | None, bool]], serving: bool
     ) -> list[Alternative]:
-        """The same work on as many of every other device, in every precision worth comparing, this plan's own among
-        them; a day's serving on as many as it takes."""
+        """The same work on as many of every other device, in other precisions; a day's serving on what it takes."""
         found, here_too = [], (own.precision,) if serving else ("float32", own.precision)
         for other in and_others(self.device):
             here = other.name == self.device.name

@@ -1,5 +1,4 @@
-"""What serving costs: tokens a second against batch under a latency, cost per million tokens, margin, make or buy. No
-torch.
+"""What serving costs: tokens a second under a latency, cost per million, margin, make or buy. No torch.
 
 plan_serve(ServeRequest.parse({"model": "deepseek-v3", "device": "h800", "prompt": 4383, "response": 1210}))
 """

@@ -1,9 +1,6 @@
-"""What training costs: pre-training from tokens, reinforcement learning from steps and rollouts, distillation from
-samples.
+"""What pre-training, reinforcement learning and distillation cost. No torch.
 
-    plan_pretrain(PretrainRequest.parse({"model": "deepseek-v3", "device": "h800", "count": 2048, "tokens": "14.8T"}))
-
-No torch.
+plan_pretrain(PretrainRequest.parse({"model": "deepseek-v3", "device": "h800", "count": 2048, "tokens": "14.8T"}))
 """
 
 from __future__ import annotations

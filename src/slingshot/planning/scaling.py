@@ -27,7 +27,7 @@ A, ALPHA, DELTA, GAMMA = 35.91, -0.1889, -0.2285, 0.0098
 B, BETA, OMEGA, ZETA = 35.98, -0.1775, 0.5529, -0.0259
 E_START, E_MAX, C = 2.0732, 290.4521, 1.3637
 
-# What the fit saw: the smallest and largest of its models (Appendix E).
+# What the fit saw (Appendix E).
 RANGES = {"active parameters": (79e6, 2.7e9), "tokens": (0.5e9, 80e9), "experts over active experts": (1.0, 32.0)}
 
 
@@ -46,8 +46,7 @@ class DenseEquivalent(Strict):
 
 
 def model_term(experts: float) -> tuple[float, float]:
-    """Scale and exponent of N. The law's x of E: few experts count for a little more, many for less (arXiv
-    2202.01169)."""
+    """Scale and exponent of N."""
     x = _transformed(experts)
     return A * x**DELTA, ALPHA + GAMMA * math.log(x)
 
@@ -63,8 +62,7 @@ def _transformed(experts: float) -> float:
 
 
 def predicted_loss(active: float, tokens: float, experts: float) -> float:
-    """Loss in nats per token of the law's own data and tokenizer; only differences and equalities mean anything
-    here."""
+    """Loss in nats per token of the law's own data; only differences and equalities mean anything here."""
     scale, exponent = model_term(experts)
     return scale * active**exponent + data_term(tokens, experts) + C
 

@@ -66,8 +66,7 @@ def training_rate(hire: Hire, parts: Mapping[str, float], asked: TrainingRequest
 
 
 def forward_and_backward(config: ModelConfig, length: int, tokens: float) -> dict[str, float]:
-    """FLOPs of both passes of the main model over `tokens` tokens in documents of this length, by part of the
-    network."""
+    """FLOPs of both passes of the main model over `tokens` tokens in documents of `length`, by part."""
     return {part: 3 * flops * tokens / length for part, flops in forward_parts(config, [length]).items()}
 
 
@@ -126,8 +125,7 @@ class TrainingRun:
         return min(fitting, key=lambda pair: (pair[0].zero > 0 and pair[0].dp == 1, self._seconds(*pair)))[0]
 
     def _seconds(self, layout: Layout, memory: Memory) -> float:
-        """Of an optimizer step, to compare layouts: what takes longest, with recomputation and bubble; then less
-        network."""
+        """Of an optimizer step, to compare layouts: what takes longest; then less network."""
         again = {"none": 1.0, "selective": 1.05, "full": 4 / 3}[layout.recompute]
         compute = again * self.compute_seconds * (1 + (layout.pp - 1) / self.microbatches(layout))
         times = self.times(layout, memory)
@@ -160,8 +158,7 @@ class TrainingRun:
         return None
 
     def nearest_fit(self) -> dict[str, str | int] | None:
-        """Another layout on as many devices, else more of them, else another device; None where the table has
-        nothing."""
+        """Another layout on as many devices, else more of them, else another device; None: nothing in the table."""
         for other in and_others(self.hire.device):
             if self.hire.precision.dtype in other.peak:
                 for count in (self.hire.count * 2**power for power in range(13 if other.network else 1)):

@@ -27,8 +27,10 @@ def made(run: Path, name: str, parents: list[Path], seconds: float, kind: str = 
     named = [Parent(path=str(parent), digest=Receipt.read(parent).digest) for parent in parents]
     Receipt.parse(
         {
-            "stage": kind, "name": name, "config": {}, "parents": named, "digest": f"{name:0<16.16}", "tokens": 10, "flops": 100 * seconds,
-            "flops_by_part": {}, "seconds": seconds, "peak_host_memory_bytes": 1, "mfu": None, "money": None, "machine": MACHINE, "version": "1", **known,
+            "stage": kind, "name": name, "config": {}, "parents": named, "digest": f"{name:0<16.16}", "tokens": 10,
+            "flops": 100 * seconds,
+            "flops_by_part": {}, "seconds": seconds, "peak_host_memory_bytes": 1, "mfu": None, "money": None,
+            "machine": MACHINE, "version": "1", **known,
         }
     ).write(folder)  # fmt: skip
     return folder

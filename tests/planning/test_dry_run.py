@@ -65,13 +65,22 @@ def test_an_evaluation_stands_for_one_of_more_problems(base: Path, tmp_path: Pat
 
 
 def test_a_task_without_solutions_is_answered_at_full_length(base: Path, tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "given.jsonl", [{"prompt": f"{n} + 1 =", "answer": str(n + 1)} for n in range(40)])
-    config = MICRO["sample"] | {"model": str(base), "problems": 20, "tasks": [{"name": str(tmp_path / "given.jsonl")}],
-                                "sampling": {"max_tokens": 64}, "language": False}  # fmt: skip
-    run("sample", config, config, 1.0, tmp_path / "sample")
+    (tmp_path / "plus.py").write_text(PLUS)
+    tasks = [{"name": str(tmp_path / "plus.py")}]
+    config = MICRO["sample"] | {"model": str(base), "problems": 20, "tasks": tasks, "language": False}
+    run("sample", config | {"sampling": {"max_tokens": 64}}, config, 1.0, tmp_path / "sample")
     receipt = Receipt.read(tmp_path / "sample")
     assert 40 < receipt.tokens / (20 * 4) <= 64 and receipt.extra["examples"] > 0
 
+
+PLUS = """
+def problems(split, seed):
+    for number in range(200):
+        yield {"prompt": f"{number} + 1 =", "answer": str(number + 1)}
+
+def verify(problem, text):
+    return text.strip() == problem["answer"]
+"""
 
 RECIPE = f"""
 [defaults]

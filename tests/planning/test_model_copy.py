@@ -13,7 +13,7 @@ from slingshot.cost.devices import device
 from slingshot.cost.flops import decode_parts, parameters
 from slingshot.model.config import ModelConfig
 from slingshot.planning.memory import PRECISIONS
-from slingshot.planning.model_copy import ModelCopy, experts_touched, roomy_copies
+from slingshot.planning.model_copy import ModelCopy
 from slingshot.planning.response_lengths import ResponseLengths, round_seconds
 
 V3 = ModelConfig.preset("deepseek-v3")
@@ -25,15 +25,6 @@ def copy_of(
     config: ModelConfig = LLAMA, devices: int = 1, dtype: str = "bfloat16", on: str = "h800", efficiency: float = 1.0
 ) -> ModelCopy:
     return ModelCopy(config, device(on), PRECISIONS[dtype], devices, efficiency)
-
-
-def test_experts_touched_is_the_expected_union() -> None:
-    """Against a simulation of tokens that choose 8 of 256 experts evenly."""
-    generator = random.Random(0)
-    for tokens in (1, 10, 60):
-        draws = [len({expert for _ in range(tokens) for expert in generator.sample(range(256), 8)}) for _ in range(300)]
-        assert experts_touched(V3, tokens) == pytest.approx(sum(draws) / 300, rel=0.02)
-    assert experts_touched(V3, 0) == 0 and experts_touched(LLAMA, 5) == 0
 
 
 def test_dense_decoding_reads_its_weights_and_the_cache() -> None:
@@ -60,16 +51,6 @@ def test_tensor_parallel_copies_share_weights_and_exchange_activations() -> None
     assert sixteen.largest_batch(1000) == pytest.approx((ROOM - sixteen.memory(0, 0).total) / (2 * 1000 * 131_072))
 
 
-@pytest.mark.parametrize(
-    ("devices", "on", "rate"), [(8, "h100", 450e9), (16, "h100", 400e9), (12, "h100", 300e9), (16, "h800", 200e9)]
-)
-def test_an_all_reduce_over_nodes_takes_the_links_of_all_its_members(devices: int, on: str, rate: float) -> None:
-    """16 H100 on two nodes: 8 links of 50 GB/s rather than one; an H800's own links of 200 GB/s are slower than
-    that."""
-    copy = copy_of(devices=devices, on=on)
-    assert copy.decode_step(10, 0).network == pytest.approx(copy.bytes_sent(10) / (0.8 * rate))
-
-
 def test_expert_parallel_decoding_sends_tokens_to_their_experts() -> None:
     """58 layers, 8 experts of which three in four are on other devices, 7,168 numbers in 1 byte there and in 2 back."""
     assert copy_of(V3, 4, "fp8").bytes_sent(10) == 10 * 58 * 8 * 3 / 4 * 7168 * (1 + 2)
@@ -90,29 +71,12 @@ def test_deepseek_s_published_speed_limit() -> None:
     assert ours * (61 / 58) * (9 / 8) * (7000 / 7168) == pytest.approx(theirs, rel=1e-5)
 
 
-def test_a_mixture_of_experts_reads_the_experts_its_tokens_chose() -> None:
-    """Alone, one token reads 8 of 256 experts in 58 layers; on 64 devices 64 tokens touch nearly all, a 64th on
-    each."""
-    one, expert = copy_of(V3, 1, "fp8"), 3 * 7168 * 2048 * PRECISIONS["fp8"].weight
-    assert one.bytes_read(1000, 0) - one.bytes_read(1, 0) == pytest.approx(58 * (256 - 8) * expert, rel=1e-6)
-    apart = one.bytes_read(1, 0) - copy_of(V3, 64, "fp8").bytes_read(1, 0)
-    assert apart == pytest.approx(58 * expert * (8 - experts_touched(V3, 64) / 64))
-
-
 def test_the_best_batch_has_room_and_is_in_time_and_the_next_is_not() -> None:
     copy = copy_of(efficiency=0.5)
     by_room = copy.best_batch(4000, math.inf)
     assert copy.memory(by_room, 4000).total <= ROOM < copy.memory(by_room + 1, 4000).total
     assert copy.best_batch(4000, copy.step_seconds(20, 4000) * 1.001) == 20
     assert copy.best_batch(4000, 1e-6) == 0 and copy_of(V3, 1).best_batch(4000, math.inf) == 0
-
-
-def test_prompts_are_read_at_the_share_of_the_peak_and_cached_tokens_are_not() -> None:
-    copy, weights = copy_of(), parameters(LLAMA).total - parameters(LLAMA).embedding
-    whole = copy.prefill_seconds(4000, 0.0, 0.4)
-    assert whole == pytest.approx(4000 * 2 * weights / 989.4e12 / 0.4, rel=0.1)
-    assert copy.prefill_seconds(4000, 0.5, 0.4) == pytest.approx(whole / 2, rel=0.05)
-    assert 0 < copy.prefill_seconds(4000, 1.0, 0.4) < whole / 1000
 
 
 @given(st.integers(1, 400), st.floats(1, 20_000), st.sampled_from([1, 8, 64]), st.sampled_from(["h800", "rtx4090"]))
@@ -167,16 +131,6 @@ def test_a_round_of_rollouts_takes_what_a_simulation_takes(copy: ModelCopy, resp
     assert round_seconds(copy, responses, copies, 100, lengths) == pytest.approx(expected, rel=0.05)
 
 
-@pytest.mark.parametrize("longest", [32_768, 1e9, 1e15])
-def test_a_cap_that_no_response_reaches_changes_nothing(longest: float) -> None:
-    capped, far = ResponseLengths(50, 8192), ResponseLengths(50, longest)
-    many, one = (round_seconds(copy_of(), responses, 8, 200, far) for responses in (512, 1))
-    assert many == pytest.approx(round_seconds(copy_of(), 512, 8, 200, capped), rel=1e-4)
-    # One response alone: its steps, counted at every position it may reach.
-    steps = (math.exp(-far.rate * (at + 0.5)) * copy_of().step_seconds(1, 200.5 + at) for at in range(3000))
-    assert one == pytest.approx(sum(steps), rel=1e-3)
-
-
 def test_what_has_no_room_comes_in_waves_or_never() -> None:
     lengths, whole = ResponseLengths(300, 400), copy_of()
     memory = whole.memory(10.5, 400).total / 0.9
@@ -184,9 +138,3 @@ def test_what_has_no_room_comes_in_waves_or_never() -> None:
     ten, twenty = (round_seconds(tight, responses, 1, 100, lengths) for responses in (10, 20))
     assert twenty == pytest.approx(2 * ten, rel=0.01)
     assert round_seconds(copy_of(V3), 1, 1, 100, lengths) == math.inf
-
-
-def test_copies_share_their_heads_evenly_and_have_room() -> None:
-    for name, sizes in (("qwen2.5-1.5b", [1, 2, 4]), ("smollm2-135m", [1]), ("llama-3.1-405b", [16, 32, 64, 128])):
-        found = roomy_copies(ModelConfig.preset(name), device("h100"), PRECISIONS["bfloat16"], 512, None, 4500, 0.46)
-        assert [copy.devices for copy in found] == sizes

@@ -105,22 +105,6 @@ def test_this_plan_s_row_among_the_alternatives_is_its_own_bill(asked: dict[str,
     assert (own.device_hours, own.money) == (plan.device_hours, plan.money) and own.fits == ("latency" not in asked)
 
 
-def test_alternatives_carry_the_day_s_traffic_with_whole_copies() -> None:
-    """What a plan there says; at full speed they serve what this one does."""
-    day = {"input": 3e9, "output": 1e9, "price": 1.0}
-    for plan in (serve(**day), serve(count=1000, **day)):
-        for other in plan.alternatives:
-            if other.fits and other.precision == "bfloat16" and other.device != plan.device:
-                there = serve(device=other.device, precision="bfloat16", **day)
-                assert other.device_hours == pytest.approx(there.device_hours) and other.device_hours % 24 == 0
-    plan = serve()
-    for other in plan.alternatives:
-        if other.fits and other.precision == "bfloat16":
-            there = serve(device=other.device, precision="bfloat16")
-            hours = plan.stages[0].tokens / there.stages[0].tokens * there.device_hours
-            assert other.device_hours == pytest.approx(hours)
-
-
 def test_break_even_is_where_the_devices_cost_what_buying_does() -> None:
     plan = serve(price=2.0, prices=(0.01, 0.02, 0.04), count=8)
     even = plan.break_even

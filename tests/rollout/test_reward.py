@@ -1,10 +1,17 @@
-"""Format and language consistency, by hand."""
+"""Format, language consistency, rewards and advantages, by hand."""
+
+import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slingshot.rollout.reward import format_reward, language_consistency
+from slingshot.rollout.reward import RewardWeights, assign_rewards, format_reward, has_signal, language_consistency
+from slingshot.rollout.trajectory import Trajectory, Turn
+from slingshot.tasks.loader import load_task
+from slingshot.tasks.mixture import Item
+from slingshot.tasks.task import Problem
+from slingshot.text.reasoning import Parsed
 
 
 @pytest.mark.parametrize(
@@ -39,20 +46,11 @@ def test_language_is_the_share_of_words(text, english):
     assert language_consistency(text, "ja") == pytest.approx(1 - english)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "три плюс четыре будет семь",
-        "삼 더하기 사는 칠",
-        "ثلاثة زائد أربعة",
-        "तीन जमा चार",
-        "สามบวกสี่",
-        "שלוש ועוד ארבע",
-        "τρία συν τέσσερα",
-        "სამს პლუს ოთხი",
-        "三加四等于七，七减二等于五",  # Chinese: not a kana among its characters
-    ],
-)
+CHINESE = "三加四等于七，七减二等于五"  # not a kana among its characters
+OTHERS = "три плюс четыре|삼 더하기 사는 칠|ثلاثة زائد أربعة|तीन जमा चार|สามบวกสี่|שלוש ועוד|τρία συν τέσσερα|სამს პლუს"
+
+
+@pytest.mark.parametrize("text", [*OTHERS.split("|"), CHINESE])
 def test_another_script_is_neither_english_nor_japanese(text):
     assert language_consistency(text, "en") == language_consistency(text, "ja") == 0.0
 
@@ -77,3 +75,34 @@ def test_unknown_language():
 def test_no_word_counts_for_two_languages(text):
     english, japanese = language_consistency(text, "en"), language_consistency(text, "ja")
     assert 0 <= english + japanese <= 1 + 1e-9 or english == japanese == 1.0
+
+
+def scored(accuracy, form, language, key="k", reason="stop"):
+    trajectory = Trajectory(Item(load_task("arithmetic"), Problem("p", key), key), [3, 4], [])
+    trajectory.turns = [Turn(1, 2, Parsed(None, "", False), reason)]
+    trajectory.scores = {"accuracy": accuracy, "format": form, "language": language}
+    return trajectory
+
+
+def test_rewards_and_advantages():
+    """Rewards 1.3, 0.2, 0.2, 0.1 (weights 1, 0.2, 0.1): mean 0.45. The last was read leniently, but cut off."""
+    scores = [(1.0, 1.0, 1.0), (0.0, 1.0, 0.0), (0.0, 0.5, 1.0)]
+    group = [*(scored(*each) for each in scores), scored(1.0, 0.0, 1.0, reason="length")]
+    weights = RewardWeights(accuracy=1.0, format=0.2, language=0.1)
+    assign_rewards([group], weights, normalize_std=False, coin="")
+    assert [r.reward for r in group] == pytest.approx([1.3, 0.2, 0.2, 0.1])
+    assert [r.advantage for r in group] == pytest.approx([0.85, -0.25, -0.25, -0.35])
+    assign_rewards([group], weights, normalize_std=True, coin="")
+    std = math.sqrt((0.85**2 + 2 * 0.25**2 + 0.35**2) / 4)
+    assert [r.advantage for r in group] == pytest.approx([0.85 / std, -0.25 / std, -0.25 / std, -0.35 / std], rel=1e-5)
+    assert has_signal(group) and has_signal(group[2:]) and not has_signal(group[:1])
+
+
+def test_the_control_rewards_a_coin_and_nothing_else():
+    def tossed(score, coin):
+        groups = [[scored(score, score, score, key=str(i)) for _ in range(4)] for i in range(100)]
+        assign_rewards(groups, RewardWeights(random=True), normalize_std=True, coin=coin)
+        return [r.reward for group in groups for r in group]
+
+    assert (rewards := tossed(1.0, "0/3")) == tossed(0.0, "0/3") != tossed(0.0, "0/4")
+    assert set(rewards) == {0.0, 1.0} and 0.42 < sum(rewards) / 400 < 0.58

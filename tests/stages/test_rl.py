@@ -1,8 +1,7 @@
-"""GRPO: rewards and advantages by hand, the update against a loop over trajectories, and what a run does step by step."""
+"""GRPO: the update against a loop over trajectories, and what a run does step by step."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,13 @@ from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.receipt import Receipt
 from slingshot.model.transformer import Transformer
-from slingshot.rollout.reward import RewardWeights, assign_rewards
+from slingshot.rollout.reward import assign_rewards
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import EngineSampler, ScriptedSampler
-from slingshot.rollout.trajectory import Sampled, Trajectory, pack
+from slingshot.rollout.trajectory import Trajectory, pack
 from slingshot.stages import rl
-from slingshot.tasks.loader import load_task
-from slingshot.tasks.mixture import Item, TaskMix
-from slingshot.tasks.task import Problem, Solution
+from slingshot.tasks.mixture import TaskMix
+from slingshot.tasks.task import Solution
 from slingshot.tasks.verification import VerificationPool
 from slingshot.training.optimizer import Optimizer
 from slingshot.training.parallel import Parallel
@@ -45,36 +43,6 @@ def training(base: Path, sums: dict[str, Any]) -> Training:
         return rl.RLConfig.parse({**common, **sizes, **given, **changes}, "rl")
 
     return config
-
-
-def scored(base: Path, accuracy: float, form: float, language: float, key: str = "k", ended: bool = True) -> Trajectory:
-    trajectory = Trajectory(Item(load_task("arithmetic"), Problem("p", key), key), [3, 4], [])
-    trajectory.respond(Sampled([5], [-1.0], "stop" if ended else "length"), load_tokenizer(base))
-    trajectory.scores = {"accuracy": accuracy, "format": form, "language": language}
-    return trajectory
-
-
-def test_rewards_and_advantages_by_hand(base: Path) -> None:
-    """Rewards 1.3, 0.2, 0.2, 0.1 (weights 1, 0.2, 0.1): mean 0.45. The last was read leniently, but cut off."""
-    scores = [(1.0, 1.0, 1.0), (0.0, 1.0, 0.0), (0.0, 0.5, 1.0)]
-    group = [*(scored(base, *each) for each in scores), scored(base, 1.0, 0.0, 1.0, ended=False)]
-    weights = RewardWeights(accuracy=1.0, format=0.2, language=0.1)
-    assign_rewards([group], weights, normalize_std=False, coin="")
-    assert [r.reward for r in group] == pytest.approx([1.3, 0.2, 0.2, 0.1])
-    assert [r.advantage for r in group] == pytest.approx([0.85, -0.25, -0.25, -0.35])
-    assign_rewards([group], weights, normalize_std=True, coin="")
-    std = math.sqrt((0.85**2 + 2 * 0.25**2 + 0.35**2) / 4)
-    assert [r.advantage for r in group] == pytest.approx([0.85 / std, -0.25 / std, -0.25 / std, -0.35 / std], rel=1e-5)
-
-
-def test_the_control_rewards_a_coin_and_nothing_else(base: Path) -> None:
-    def tossed(score: float, coin: str) -> list[float]:
-        groups = [[scored(base, score, score, score, key=str(i)) for _ in range(4)] for i in range(100)]
-        assign_rewards(groups, RewardWeights(random=True), normalize_std=True, coin=coin)
-        return [r.reward for group in groups for r in group]
-
-    assert (rewards := tossed(1.0, "0/3")) == tossed(0.0, "0/3") != tossed(0.0, "0/4")
-    assert set(rewards) == {0.0, 1.0} and 0.42 < sum(rewards) / 400 < 0.58
 
 
 class Recorder:
@@ -156,20 +124,6 @@ def test_mtp_is_trained_on_detached_states(training: Training) -> None:
     assert optimizer.gradients[0] and all(name.startswith("model.layers.2.") for name in optimizer.gradients[0])
 
 
-def test_an_update_raises_what_was_better_than_its_group(training: Training) -> None:
-    config = training(optimizer={"lr": 1e-4}, loss={"kl": 0.0})
-    model, reference, trajectories = sampled(config)
-
-    def logprobs() -> list[float]:
-        with torch.no_grad():
-            return [float(of_response(model, t)[0].sum()) for t in trajectories]
-
-    before = logprobs()
-    rl.update_policy(model, reference, Optimizer(model, config.optimizer), trajectories, config, 0, ALONE)
-    gains = [t.advantage * (after - old) for t, old, after in zip(trajectories, before, logprobs(), strict=True)]
-    assert sum(gains) > 0 and sum(gain > 0 for gain in gains) > len(gains) / 2
-
-
 def test_minibatches_are_steps_of_their_own_on_the_same_samples(training: Training) -> None:
     config = training(minibatches=3, optimizer={"lr": 0.01})
     model, reference, trajectories = sampled(config)
@@ -189,18 +143,14 @@ def test_a_rank_without_rows_takes_part_and_adds_nothing(training: Training) -> 
     batch = pack(trajectories, config.sequence_length)
 
     def gradient(part: slice, n_rows: int) -> dict[str, torch.Tensor]:
-        policy_step(model, reference, batch[part], n_rows, config.loss, 1.0, 1, ALONE)
-        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
-        return found
+        policy_step(model, reference, batch[part], n_rows, config.loss, 1.0, 1, ALONE)
+        return gradients(model)
 
-    n_rows = len(batch)
-    alone, beside_more = gradient(slice(None), n_rows), gradient(slice(None), n_rows + 2)
-    empty = gradient(slice(0, 0), n_rows)
-    assert alone.keys() == beside_more.keys() == empty.keys()
+    alone, beside_more = gradient(slice(None), len(batch)), gradient(slice(None), len(batch) + 2)
+    assert alone and alone.keys() == beside_more.keys() and gradient(slice(0, 0), len(batch)) == {}
+    assert all(p.grad is not None for name, p in model.named_parameters() if name in alone)
     assert all(torch.allclose(alone[name], beside_more[name], atol=1e-7) for name in alone)
-    assert not any(each.count_nonzero() for each in empty.values())
-    assert any(each.count_nonzero() for each in alone.values())
 
 
 def test_a_run_logs_every_step_and_counts_its_cost(training: Training, metrics: Metrics, tmp_path: Path) -> None:
@@ -282,10 +232,11 @@ def test_router_biases_move_on_request(training: Training, base: Path, tmp_path:
     assert set((after - before).abs().mul(100).round().tolist()) <= {0.0, 25.0} and not torch.equal(before, after)
 
 
-def test_divergence_is_reported_in_one_line(training: Training, tmp_path: Path) -> None:
-    with pytest.raises(SlingshotError) as stopped:
-        rl.run(training(steps=5, optimizer={"lr": 1e30}), tmp_path / "out")
-    assert "\n" not in str(stopped.value) and not (tmp_path / "out").exists()
+@pytest.mark.parametrize(("steps", "lr"), [(5, 1e30), (1, 1e38)])  # on the way, and by the last update
+def test_divergence_is_reported_in_one_line(training: Training, tmp_path: Path, steps: int, lr: float) -> None:
+    with pytest.raises(SlingshotError, match=r"^out: [^\n]*(nan|inf|NaN)[^\n]*$"):
+        rl.run(training(steps=steps, optimizer={"lr": lr}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -254,9 +254,11 @@ def test_what_auto_means_is_decided_once_and_written_down(
     """Another measurement, another number of threads in force: a resumed stage goes on as it began; a changed key says otherwise."""
     before = torch.get_num_threads()
     monkeypatch.setattr(checkpointer, "auto_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(checkpointer, "auto_threads", lambda width: before)
     work = open_work(Config(dtype="auto"))
     assert work.dtype == torch.bfloat16
     monkeypatch.setattr(checkpointer, "auto_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(checkpointer, "auto_threads", lambda width: before + 2)
     torch.set_num_threads(before + 2)
     again = open_work(Config(dtype="auto"))
     assert again.dtype == torch.bfloat16 and torch.get_num_threads() == before

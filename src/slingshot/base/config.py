@@ -1,7 +1,7 @@
 """`Strict`, the base of every configuration, and `StageConfig`, what all stages' configurations have.
 
 config = SFTConfig.parse(table, "recipe.toml [sft]")       # SlingshotError of one line, with the nearest right key
-config.optimizer.lr                                         # configs are composed: a table of keys is a Strict of its own
+config.optimizer.lr                                         # a table of keys is a Strict of its own
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from slingshot.base.names import did_you_mean
 class Strict(BaseModel):
     """A pydantic model that refuses unknown keys and names the nearest right one; all configs derive from it.
 
-    A table that is given in part takes its other keys from the field's own default, not from the table's class. `moved` names keys that
-    earlier versions knew: old key -> the path of dots where it stands now. Keys `without_effect` change nothing in the artifact.
+    A table that is given in part takes its other keys from the field's own default, not the table's class. `moved`:
+    keys of earlier versions, each with its present dotted place. Keys `without_effect` change nothing in an artifact.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -132,10 +132,7 @@ def _nested(model: type[Strict], location: Sequence[int | str]) -> type[Strict]:
 
 
 class StageConfig(Strict):
-    """What the config of every stage has. `threads` 0 is what is fastest here; `price` is money per hour of this machine.
-
-    A stage saves its state every `save_seconds`.
-    """
+    """What the config of every stage has. `threads` 0: the fastest here; `price`: money per hour of this machine."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset({"threads", "price", "save_seconds"})
 

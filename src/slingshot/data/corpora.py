@@ -30,7 +30,7 @@ _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idl
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in memory, in a fixed order, none of them blank. skipped counts files of folders that could not be read as UTF-8 text."""
+    """Documents in memory, in a fixed order, none blank. skipped: files of folders that are not UTF-8 text."""
 
     documents: list[str]
     skipped: int
@@ -39,12 +39,12 @@ class Corpus:
     def open(cls, sources: str | Path | Iterable[str | Path], text_key: str = "text") -> Corpus:
         """Read sources, each of them one of
 
-        a folder        every file below it, hidden ones apart; a plain text is one document; files that are not UTF-8 text are skipped and logged
+        a folder        every file below it, hidden ones apart, each a document; what is no text is skipped and logged
         a text file     documents of about 8192 characters, cut at line ends
         .jsonl .parquet one document a row, under `text_key`; also within folders
         "stdlib"        the modules of Python's standard library, its tests apart
 
-        Raises SlingshotError that names the source when it is missing, unreadable, binary or empty, or a row has no text.
+        SlingshotError names a source that is missing, unreadable, binary or empty, or a row without text.
         """
         documents: list[str] = []
         skipped = 0
@@ -67,14 +67,10 @@ class Corpus:
         return cls(documents, skipped)
 
     def split(self, heldout: float = 0.05) -> tuple[list[str], list[str]]:
-        """(train, held-out) documents. Held out is the share whose texts have the smallest SHA-256, at least one document of two.
+        """(train, held-out) documents. Held out is the share whose texts have the smallest SHA-256.
 
         So the choice survives moving and reordering files, and copies of one text never stand on both sides.
         """
-        if not 0 <= heldout < 1:
-            raise SlingshotError(
-                f"heldout {heldout} must be at least 0 and less than 1: it is the share of documents held out"
-            )
         digests = [hashlib.sha256(text.encode(errors="surrogatepass")).digest() for text in self.documents]
         different = sorted(set(digests))
         chosen = set(different[: min(math.ceil(heldout * len(different)), len(different) - 1)])

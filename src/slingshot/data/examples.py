@@ -19,7 +19,7 @@ from slingshot.base.files import read_jsonl
 
 @dataclass(frozen=True)
 class Example:
-    """What is asked, a text or the messages of a chat so far, and what is to be said; `reasoning` None where the row has none."""
+    """What is asked, a text or a chat so far, and what is to be said; `reasoning` None where the row has none."""
 
     prompt: str | list[dict[str, Any]]
     reasoning: str | None
@@ -27,9 +27,9 @@ class Example:
 
 
 def read_examples(source: Path) -> list[Example]:
-    """The examples of a dataset folder or a .jsonl file, in order; every assistant message of a chat is one, with all before it as its prompt.
+    """The examples of a dataset folder or a .jsonl file; each assistant message of a chat is one, to all before it.
 
-    Raises SlingshotError that names file and line of what is no example.
+    SlingshotError names file and line of what is no example.
     """
     file = source / "data.jsonl" if source.is_dir() else source
     examples = []

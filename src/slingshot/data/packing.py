@@ -1,8 +1,8 @@
 """Packing: documents and examples laid into rows of one length, with segment ids that keep attention inside each.
 
-    tokens_NT, segments_NT = pack(documents, length=256)            # pre-training: one stream, cut where a row ends
-    packed = pack_examples([(ids, mask), ...], length=256)          # SFT and RL: whole examples only
-    row, start = packed.placement[i]                                # example i is packed.tokens_NT[row, start : start + len(ids)]
+    tokens_NT, segments_NT = pack(documents, length=256)        # pre-training: one stream, cut where a row ends
+    packed = pack_examples([(ids, mask), ...], length=256)      # SFT and RL: whole examples only
+    row, start = packed.placement[i]                            # where example i begins
 
 Shape suffixes: N rows, T time. Segment ids number the documents of a row from 1; 0 is padding.
 """
@@ -20,10 +20,7 @@ Int32 = NDArray[np.int32]
 
 
 def pack(documents: Iterable[Sequence[int]], length: int, pad_id: int = 0) -> tuple[Int32, Int32]:
-    """Lay documents end to end and cut the stream into rows. Returns (tokens_NT, segments_NT); only the last row is padded.
-
-    Each document comes as it should stand, framed by bos and eos where that is wanted. Empty documents leave no trace.
-    """
+    """Lay documents end to end and cut the stream into rows: (tokens_NT, segments_NT), the last row padded."""
     documents = [document for document in documents if len(document)]
     sizes = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
     total = int(sizes.sum())
@@ -38,10 +35,10 @@ def pack(documents: Iterable[Sequence[int]], length: int, pad_id: int = 0) -> tu
 
 
 def strided(documents: Iterable[Sequence[int]], length: int) -> Iterator[tuple[Sequence[int], list[int]]]:
-    """Examples (ids, mask) of at most `length` tokens in which every token but a document's first is a target exactly once.
+    """Examples (ids, mask) of at most `length` tokens; each token but a document's first is a target exactly once.
 
-    A document that is longer is cut into windows that begin half a length apart; from the second on, the targets are those that the window
-    before did not hold, each with at least half a length of context.
+    A longer document is cut into windows half a length apart; the targets of a window are the tokens that the one
+    before does not hold, so that each has at least half a length of context.
     """
     for document in documents:
         stride = max(1, length // 2)
@@ -63,9 +60,9 @@ class Packed(NamedTuple):
 
 
 def pack_examples(examples: Sequence[tuple[Sequence[int], Sequence[int]]], length: int, pad_id: int = 0) -> Packed:
-    """Lay whole examples (ids, mask) into rows: each into the fullest row that still has room, in the order given, so that equal input packs equally.
+    """Lay whole examples (ids, mask) into rows: each in turn into the fullest row that still has room for it.
 
-    Raises ValueError for an example longer than `length` or with a mask of another size; callers refuse those by name beforehand.
+    Raises ValueError for an example longer than `length` or with a mask of another size; callers refuse those by name.
     """
     used: list[int] = []  # tokens in each row
     by_room: list[list[int]] = [[] for _ in range(length + 1)]  # rows by the room left in them

@@ -1,7 +1,7 @@
 """Pre-training from scratch: corpus, tokenizer, and the DeepSeek-V3 recipe (arXiv 2412.19437) at any size.
 
-The corpus is tasks' own worked documents of the train split, real text, or both. Documents are packed to a fixed length and attention
-stays within a document. One multi-token prediction module is trained along; routers are balanced by their biases after each step.
+The corpus is tasks' own worked documents of the train split, real text, or both. Documents are packed to a fixed length
+and attention stays within each. A multi-token prediction module is trained along; routers are balanced by their biases.
 
     slingshot pretrain --config pretrain.toml --out runs/base
 """
@@ -75,9 +75,7 @@ class PretrainConfig(StageConfig):
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LanguageModelLoss = LanguageModelLoss()
     bias_update_speed: float = Field(1e-3, ge=0)
-    bias_frozen_share: float = Field(
-        0.05, ge=0, le=1
-    )  # of the steps at the end: no more router bias updates (arXiv 2412.19437, 4.2)
+    bias_frozen_share: float = Field(0.05, ge=0, le=1)  # of the steps, at the end (arXiv 2412.19437, 4.2)
     dtype: Dtype = "auto"
 
     @field_validator("model", mode="before")
@@ -188,7 +186,7 @@ def prepare(config: PretrainConfig) -> PackedCorpus:
 
 
 def _written(config: PretrainConfig) -> Iterator[tuple[str, ...]]:
-    """Documents of the tasks' train split: (text,) plain, or (prompt, reasoning, answer) to be framed by the chat template."""
+    """Documents of the tasks' train split: (text,) plain, or (prompt, reasoning, answer) for the chat template."""
     documents = config.documents
     assert documents is not None
     rng = random.Random(f"documents/{config.seed}")

@@ -1,6 +1,7 @@
-"""Supervised fine-tuning on prompts with reasoning and answer: R1's cold start, its SFT from the base, and its distillation.
+"""Supervised fine-tuning on prompts with reasoning and answer: R1's cold start, SFT from the base, and distillation.
 
-Examples come from JSONL datasets (data/examples.py says in which forms) or are written by tasks that can. Loss on the response only; MTP is trained along (arXiv 2501.12948, 2.3 and 2.4).
+Examples come from JSONL datasets (their forms: data/examples.py) or are written by tasks that can. Loss on the response
+only; MTP is trained along (arXiv 2501.12948, 2.3 and 2.4).
 
     slingshot sft --config sft.toml --out runs/sft
 """
@@ -41,7 +42,7 @@ Pair = tuple[list[int], list[int]]  # ids of a prompt and of the response to it
 
 
 class SFTConfig(StageConfig):
-    """`data` are dataset folders or .jsonl files; `tasks` write `examples` worked solutions in `style` instead or besides.
+    """`data` are dataset folders or .jsonl files; `tasks` write `examples` worked solutions in `style` besides.
 
     Examples without reasoning learn to answer behind an empty think block, or with `no_reasoning` "none" without any.
     """
@@ -151,7 +152,7 @@ def encode(examples: Sequence[Example], tokenizer: Tokenizer, config: SFTConfig)
 
 
 def fitting(pairs: Sequence[Pair], longest: int) -> tuple[list[Pair], int]:
-    """The examples of at most `longest` tokens, and how many are left out; SlingshotError when those are most of them."""
+    """The examples of at most `longest` tokens, and how many are left out; SlingshotError when those are most."""
     kept = [pair for pair in pairs if len(pair[0]) + len(pair[1]) <= longest]
     dropped = len(pairs) - len(kept)
     if dropped > len(kept):

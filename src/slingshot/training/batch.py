@@ -22,7 +22,7 @@ from slingshot.training.parallel import Parallel
 
 @dataclass
 class Rows:
-    """tokens_BT, segments_BT (documents numbered from 1 in each row, 0 padding), weights_BT of each token as a target."""
+    """tokens_BT, segments_BT (documents of a row numbered from 1, 0 padding), weights_BT of each token as a target."""
 
     tokens_BT: Tensor
     segments_BT: Tensor
@@ -50,7 +50,7 @@ class Rows:
         return Rows(self.tokens_BT[rows], self.segments_BT[rows], self.weights_BT[rows])
 
     def shard(self, parallel: Parallel) -> Rows:
-        """This rank's rows; empty rows are added where the ranks do not divide them, so that all take part in every step."""
+        """This rank's rows; empty ones are added where the ranks do not divide them: all take part in every step."""
         missing = -len(self) % parallel.dp_size
         fields = [self.tokens_BT, self.segments_BT, self.weights_BT]
         if missing:

@@ -1,8 +1,8 @@
 """Where a stage works until its artifact is whole: resumable state, metrics, and the finish.
 
-A stage that writes to `out` works in `out.partial/`: `state-STEP/` (safetensors and JSON, written whole), `metrics.jsonl` (one line a
-step). A stage killed at any moment is run again with the same configuration and goes on from the last state; metrics written after
-that state are dropped and written anew, so what is logged ends the same as without the interruption, clocks excepted.
+A stage that writes to `out` works in `out.partial/`: `state-STEP/` (safetensors and JSON, written whole) and
+`metrics.jsonl` (one line a step). Killed at any moment and run again with the same configuration, it goes on from the
+last state; metrics written after that are dropped and written anew, so what is logged ends the same, clocks excepted.
 
     with Parallel.start() as parallel, Checkpointer(out, "sft", config, parallel) as work:
         saved = work.load()                                        # None at the start
@@ -13,8 +13,8 @@ that state are dropped and written anew, so what is logged ends the same as with
                 work.keep(step + 1, state, stop=interrupts.asked)  # saves now and then, and before stopping at Ctrl-C
         work.finish(write_artifact)
 
-The same work is what has the same configuration and read the same content, wherever that lies and however its path is spelt. Anything else
-found in `out.partial` is put aside. One process at a time works on an `out`; a second is refused.
+The same work has the same configuration and reads the same content (training/identity.py); anything else found in
+`out.partial` is put aside. One process at a time works on an `out`; a second is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -76,8 +75,8 @@ class State:
 class Checkpointer:
     """The working folder of one run of one stage. Only the first rank writes.
 
-    `reads`: where what the config names lies, by name. What `auto` means is decided once, by the first rank, and kept for a resume: `dtype`
-    (of activations) and the number of threads. `peak` is the measured matrix peak of one process in that dtype, FLOP/s.
+    `reads`: where what the config names lies, by name. What `auto` means is decided once, by the first rank, and kept
+    for a resume: `dtype` (of activations) and threads. `peak`: a process's measured matrix peak in that dtype, FLOP/s.
     """
 
     dtype: torch.dtype  # of stages that compute
@@ -100,7 +99,7 @@ class Checkpointer:
             try:
                 self._open()
             except BaseException:
-                self._unlock()
+                self.__exit__()
                 raise
         self._chosen = self.parallel.agree(self._chosen)
         torch.set_num_threads(self._chosen["threads"])
@@ -109,15 +108,9 @@ class Checkpointer:
             self.peak = machine_peak(self.dtype, self.parallel.device)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._unlock()
-
-    def _unlock(self) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._lock is not None:
             unlock(self._lock)
-            self._lock = None
 
     def _refuse_what_exists(self) -> None:
         if self.out.exists() or not self.out.name:
@@ -134,7 +127,7 @@ class Checkpointer:
         if changes := self._changes(begun, identity):
             begun, kept = {}, put_aside(self.folder)
             print(f"{self.out.name}: what was begun is another stage ({changes}); kept in {kept}", file=sys.stderr)
-            self._unlock()
+            self.__exit__()
             self._lock = lock(self.folder)
         self._chosen = self._choose(begun.get("chosen", {}))
         write_json(mark, asdict(identity) | {"chosen": self._chosen})
@@ -142,7 +135,7 @@ class Checkpointer:
             shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
 
     def _changes(self, begun: Any, identity: Identity) -> str:
-        """Why what lies in the folder is not the work that `identity` asks for; empty when it is, or nothing is there."""
+        """Why what lies in the folder is not the work that `identity` asks for; empty if it is, or nothing is there."""
         if begun == {} and not list(self.folder.glob("[!.]*")):
             return ""
         if not isinstance(begun, dict) or not begun.keys() >= {"kind", "config", "digests"}:
@@ -205,7 +198,7 @@ class Checkpointer:
         write_text(metrics, "".join(kept))
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one line of metrics; the row holds its `step`. A value that is not finite stops the stage: the last state is from before it."""
+        """Append a line of metrics; the row holds its `step`. A value that is not finite stops the stage instead."""
         for name, value in row.items():
             for number in value if isinstance(value, list) else [value]:
                 if isinstance(number, float) and not math.isfinite(number):
@@ -223,7 +216,7 @@ class Checkpointer:
                     self._board.add_scalar(key, value, row["step"])
 
     def speed(self, tokens: int, flops_before: float) -> dict[str, float]:
-        """Clocks of the step that just ended: `tokens` over all ranks, and the FLOPs this rank's meter counted since `flops_before`."""
+        """Clocks of the step that just ended: `tokens` over all ranks, and this rank's FLOPs since `flops_before`."""
         now = time.perf_counter()
         seconds, self._step_at = now - self._step_at, now
         row = {"seconds": self.meter.seconds, "tokens_per_second": tokens / seconds}
@@ -270,9 +263,8 @@ class Checkpointer:
 
     def finish(self, write: Callable[[Path], None], extra: Mapping[str, Any] | None = None) -> None:
         """Write the artifact with its metrics and receipt, whole or not at all, and remove the working folder."""
-        totals = self.parallel.sums({"tokens": self.meter.tokens, **self.meter.flops_by_part})
-        self.meter.tokens = int(totals.pop("tokens"))
-        self.meter.flops_by_part = totals
+        self.meter.flops_by_part = self.parallel.sums({"tokens": self.meter.tokens, **self.meter.flops_by_part})
+        self.meter.tokens = int(self.meter.flops_by_part.pop("tokens"))
         if self.parallel.is_first:
             with Interrupts(), new_folder(self.out) as folder:  # a Ctrl-C waits for the little that is left
                 write(folder)
@@ -303,14 +295,14 @@ class Checkpointer:
         source: Path | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
-        """`finish` with the model, made from the checkpoint `source`, unless its last update left it unable to compute."""
+        """`finish` with the model (made from the checkpoint `source`), unless its last update has broken it."""
         if self.parallel.max(int(not _computes(model))):
             raise self._diverged("after the last update the weights or the logits hold NaN or infinite values")
         state = self._whole(model.state_dict())
         self.finish(lambda folder: save_checkpoint(folder, model, tokenizer, state, source=source), extra)
 
     def training_state(self, model: Transformer, optimizer: Optimizer, reference: Transformer | None = None) -> Named:
-        """Weights and optimizer state as named tensors; gathered, where they are sharded, and kept on the first rank."""
+        """Weights and optimizer state as named tensors; where they are sharded, gathered on the first rank."""
         states = {"model": model.state_dict(), "optimizer": optimizer.state()}
         if reference is not None:
             states["reference"] = reference.state_dict()
@@ -331,7 +323,7 @@ def restore(saved: State, model: Transformer, optimizer: Optimizer, reference: T
 
 @torch.no_grad()
 def _computes(model: Transformer) -> bool:
-    """Whether this rank's weights, and the logits of a few tokens, are finite: huge weights are, what they compute is not."""
+    """Whether this rank's weights and the logits of a few tokens are finite; of huge weights only the former are."""
     tokens_BT = torch.arange(min(8, model.config.vocab_size, model.config.max_position_embeddings))[None]
     device = next(model.parameters()).device
     logits = model(tokens_BT.to(device), segments_BT=torch.ones_like(tokens_BT).to(device)).logits_BTV

@@ -3,7 +3,7 @@
     inputs(config)                              # {"runs/tiny/base": Path, "my.jsonl": Path, "capitals.py": Path}
     Identity.of("sft", config).differences(Identity.of_receipt(receipt), SFTConfig)     # ["my.jsonl changed"]
 
-How a path is spelt, where a folder lies and what an hour costs are no part of it; digests of content stand in for paths.
+How a path is spelt, where a folder lies and what an hour costs are no part of it: digests stand in for paths.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _STDLIB = "stdlib"  # a corpus of that name is Python's own library, which is no
 
 
 def inputs(config: StageConfig) -> dict[str, Path]:
-    """Everything a stage reads, as its config spells it, and where that lies: checkpoints, datasets, corpora, task files.
+    """Everything a stage reads, by name, and where it lies: checkpoints, datasets, corpora, task files.
 
     A checkpoint on the hub is fetched. SlingshotError for one that is not there.
     """

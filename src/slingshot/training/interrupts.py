@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import signal
 import threading
-from types import TracebackType
 from typing import Any, Self
 
 
 class Interrupts:
-    """`asked` is set by the first signal; a second Ctrl-C interrupts at once. The handlers from before are given back at the end.
+    """`asked` is set by the first signal; a second Ctrl-C interrupts at once. At the end handlers are what they were.
 
     Outside of the main thread, where Python sets no handlers, nothing is noted.
     """
@@ -29,16 +28,12 @@ class Interrupts:
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, _: Any) -> None:
         self.asked = True
-        self._pressed += (
-            number == signal.SIGINT
-        )  # torchrun passes a Ctrl-C on as SIGTERM, which must not count as a second
+        self._pressed += number == signal.SIGINT  # torchrun passes a Ctrl-C on as SIGTERM too, which is no second one
         if self._pressed > 1:
             raise KeyboardInterrupt

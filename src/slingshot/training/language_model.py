@@ -20,7 +20,10 @@ from slingshot.training.parallel import Parallel
 
 
 class LanguageModelLoss(Strict):
-    """The table `loss` of pretrain and sft: weights of the losses beside cross entropy (DeepSeek-V3: MTP 0.3 then 0.1, balance 1e-4; arXiv 2412.19437, 4.2)."""
+    """The table `loss` of pretrain and sft: weights of the losses beside cross entropy.
+
+    DeepSeek-V3: MTP 0.3, then 0.1; balance 1e-4 (arXiv 2412.19437, 4.2).
+    """
 
     mtp: float = Field(default=0.3, ge=0)
     balance: float = Field(default=1e-4, ge=0)
@@ -47,7 +50,7 @@ class StepLosses:
 def target_loss(
     model: Transformer, hidden_BTD: Tensor, targets_BT: Tensor, weights_BT: Tensor, detach_head: bool = False
 ) -> Tensor:
-    """Weighted sum of cross entropy; logits are made only where a target has weight. `detach_head` leaves the head's weight as it is."""
+    """Weighted sum of cross entropy, logits only where a target has weight. `detach_head`: the head does not learn."""
     chosen_N = weights_BT.flatten().nonzero().squeeze(1)
     logits_NV = model.lm_logits(hidden_BTD.flatten(0, 1).index_select(0, chosen_N), detach_head)
     return cross_entropy(logits_NV, targets_BT.flatten()[chosen_N], weights_BT.flatten()[chosen_N])

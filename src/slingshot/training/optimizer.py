@@ -22,21 +22,21 @@ from slingshot.base.config import Strict
 from slingshot.model.transformer import Transformer
 from slingshot.training.parallel import sharded_like, whole
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimizerConfig(Strict):
-    """The table `optimizer` of a stage that trains. `lr` is the peak for matrices; `adam_lr` for what Muon leaves to AdamW.
+    """The table `optimizer`. `lr` is the peak for matrices, `adam_lr` for what Muon leaves to AdamW.
 
-    With the name adamw, `lr` is for everything. `warmup` and `decay` are shares of all steps; `decay` falls linearly to `final` of the peak.
+    With the name adamw, `lr` is for everything. `warmup` and `decay` are shares of all steps; the rate falls linearly to
+    `final` of the peak.
     """
 
     name: Literal["muon", "adamw"] = "muon"
     lr: float = Field(default=3e-3, gt=0)
     adam_lr: float = Field(default=3e-3, gt=0)
     momentum: float = Field(default=0.95, ge=0, lt=1)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
-        0.9,
-        0.95,
-    )  # arXiv 2412.19437, 4.2
+    betas: tuple[Beta, Beta] = (0.9, 0.95)  # arXiv 2412.19437, 4.2
     weight_decay: float = Field(default=0.1, ge=0)
     clip: float = Field(default=1.0, gt=0)
     warmup: float = Field(default=0.02, ge=0, le=1)
@@ -60,7 +60,7 @@ def schedule(config: OptimizerConfig, step: int, steps: int) -> float:
 def newton_schulz(matrices_XMN: Tensor, steps: int = 5) -> Tensor:
     """Push every matrix's singular values towards 1, batched over leading dimensions.
 
-    The quintic iteration of Muon with Keller Jordan's coefficients (kellerjordan.github.io/posts/muon); computed in the input's dtype.
+    The quintic iteration of Muon with Keller Jordan's coefficients (kellerjordan.github.io/posts/muon).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices_XMN
@@ -77,9 +77,9 @@ def newton_schulz(matrices_XMN: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised: W -= lr (0.2 sqrt(max(M, N)) NS(nesterov momentum) + weight_decay W).
 
-    The scale makes an update's root mean square that of AdamW (Moonlight, arXiv 2502.16982). Leading dimensions ([E, 2, F, D] of
-    stacked experts) are a batch of matrices; parameters of equal shape go through one batched Newton-Schulz. Sharded parameters
-    (DTensor) are gathered for it, and every rank keeps its own shard of the result.
+    The scale makes an update's root mean square that of AdamW (Moonlight, arXiv 2502.16982). Leading dimensions (as of
+    experts) are a batch of matrices; parameters of equal shape go through one batched Newton-Schulz. Sharded parameters
+    are gathered for it, and every rank keeps its own shard of the result.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizer:
-    """Muon and AdamW over one model, stepped together; its state is named tensors, so that it can be saved as safetensors."""
+    """Muon and AdamW over one model, stepped together; its state is named tensors, as safetensors holds them."""
 
     def __init__(self, model: Transformer, config: OptimizerConfig) -> None:
         self.config, self.model = config, model
@@ -135,7 +135,7 @@ class Optimizer:
             self.parts.append((Muon(matrices, config.lr, config.momentum, config.weight_decay, dtype), config.lr))
 
     def step(self, fraction: float) -> float:
-        """Clip the gradient's norm, step at `fraction` of the peak learning rate, drop the gradients. Returns the norm before clipping.
+        """Clip the gradients' norm, step at `fraction` of the peak rate, drop them; returns the norm before clipping.
 
         A norm that is not finite leaves the weights untouched.
         """
@@ -174,7 +174,7 @@ class Optimizer:
 
 @torch.no_grad()
 def update_router_biases(model: Transformer, load_LE: list[Tensor], speed: float) -> None:
-    """Auxiliary-loss-free balancing: bias += speed * sign(mean load - load), once per optimizer step (arXiv 2412.19437, 2.1.2).
+    """Auxiliary-loss-free balancing: bias += speed * sign(mean load - load) after a step (arXiv 2412.19437, 2.1.2).
 
     load_LE is the load of the whole global batch, one [E] per MoE layer in `Transformer.moe_layers` order.
     """

@@ -2,10 +2,9 @@
 
     with Parallel.start() as parallel:           # one process, or what torchrun's RANK and WORLD_SIZE say
         parallel.shard(model)                    # FSDP2 over the mesh's dp
-        total = parallel.sum(count)
+        total = parallel.sums({"tokens": count})
 
-The mesh is dp x ep. Order inside `shard`, each from outside the model: (the experts over ep, when that comes), then `fully_shard` on each block
-and the root.
+The mesh is dp x ep. Order inside `shard`: (the experts over ep, when that comes), then each block and the root over dp.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
@@ -33,7 +31,7 @@ Row = TypeVar("Row")
 
 @dataclass
 class Parallel:
-    """This process among `dp_size` that share the data, each of which has all experts (`ep_size` 1); `mesh` is None when it is alone."""
+    """This process among `dp_size` that share the data, each with all experts (`ep_size` 1); alone without a mesh."""
 
     dp_rank: int = 0
     dp_size: int = 1
@@ -63,9 +61,7 @@ class Parallel:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.mesh is not None and kind is None:
             dist.destroy_process_group()
 
@@ -97,7 +93,7 @@ class Parallel:
         return self._all(value.detach().clone())
 
     def sums(self, values: dict[str, float]) -> dict[str, float]:
-        """Sums over ranks of named numbers, in one message; in float64 on the CPU, since not every accelerator has it."""
+        """Sums over ranks of named numbers; in float64 on the CPU, since not every accelerator has it."""
         total = self._all(torch.tensor(list(values.values()), dtype=torch.float64))
         return dict(zip(values, total.tolist(), strict=True))
 
@@ -138,7 +134,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def sharded_like(full: Tensor, target: Tensor) -> Tensor:
-    """`full` on the device of `target`, sharded as it is: this rank's part where `target` is a DTensor, else all of it."""
+    """`full` on the device of `target`, sharded as it is: of a DTensor this rank's part, else all of it."""
     full = full.to(target.device)
     if not hasattr(target, "full_tensor"):
         return full
@@ -149,7 +145,7 @@ def sharded_like(full: Tensor, target: Tensor) -> Tensor:
 
 
 def whole_tensors(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """A state dict's tensors one by one, whole; where nothing is sharded they are the state dict's own. All ranks take part."""
+    """A state dict's tensors one by one, whole, its own where nothing is sharded. All ranks take part."""
     for name, tensor in state.items():
         yield name, whole(tensor)
 

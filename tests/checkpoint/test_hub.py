@@ -287,12 +287,8 @@ def test_a_revision_stays_what_it_was(hub: Any, ask: Asker, checkpoints: list[Pa
         Path, ask("locate", "org/name@v1", "org/name", "org/name@refs/pr/1", f"org/name@{first}")
     )
     assert [revision(path) for path in (old, new, request, pinned, new / "config.json")] == [
-        first,
-        second,
-        second,
-        first,
-        second,
-    ]
+        first, second, second, first, second,
+    ]  # fmt: skip
     assert same(old, checkpoints[0]) and same(new, checkpoints[1]) and not same(old, new)
     refs = ask.home / "hub" / "models--org--name" / "refs"
     assert {str(ref.relative_to(refs)) for ref in refs.rglob("*") if ref.is_file()} == {"main", "v1", "refs/pr/1"}

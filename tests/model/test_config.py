@@ -21,29 +21,9 @@ from slingshot.tasks.loader import TaskConfig
 
 Config = Callable[..., ModelConfig]
 
-# DeepSeek-V3's published config.json (huggingface.co/deepseek-ai/DeepSeek-V3), without its quantization_config.
-DEEPSEEK_V3 = {
-    "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
-    "aux_loss_alpha": 0.001, "bos_token_id": 0,
-    "eos_token_id": 1, "ep_size": 1, "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168,
-    "initializer_range": 0.02,
-    "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163840, "model_type": "deepseek_v3",
-    "moe_intermediate_size": 2048,
-    "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": True,
-    "num_attention_heads": 128,
-    "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128, "num_nextn_predict_layers": 1,
-    "pretraining_tp": 1,
-    "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06,
-    "rope_scaling": {
-        "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 4096, "type": "yarn",
-    },
-    "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "seq_aux": True,
-    "tie_word_embeddings": False, "topk_group": 4,
-    "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "transformers_version": "4.33.1", "use_cache": True,
-    "v_head_dim": 128,
-    "vocab_size": 129280,
-}  # fmt: skip
+# DeepSeek-V3's published config.json, without its quantization_config.
+DEEPSEEK_V3: dict[str, Any] = json.loads((PRESETS / "deepseek-v3.json").read_text())
+del DEEPSEEK_V3["quantization_config"], DEEPSEEK_V3["auto_map"]
 
 
 def same(one: ModelConfig, other: ModelConfig) -> bool:
@@ -59,12 +39,8 @@ def test_deepseek_v3s_own_config_is_read() -> None:
         256,
         4,
     )
-    assert config.rope_scaling is not None
-    assert (config.rope_scaling.rope_type, config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) == (
-        "yarn",
-        40.0,
-        1.0,
-    )
+    rope = config.rope_scaling
+    assert rope is not None and (rope.rope_type, rope.factor, rope.mscale_all_dim) == ("yarn", 40.0, 1.0)
     assert (config.qk_head_dim, config.cache_width, config.n_moe_layers) == (192, 576, 59)
 
 
@@ -76,58 +52,50 @@ LLAMA = {
 
 def test_llamas_old_and_new_spelling_of_rope() -> None:
     scaling = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
-    old = ModelConfig.from_hf(LLAMA | {"rope_theta": 5e5, "rope_scaling": scaling | {"type": "llama3"}})
-    new = ModelConfig.from_hf(
-        LLAMA | {"rope_parameters": scaling | {"rope_type": "llama3", "rope_theta": 5e5, "partial_rotary_factor": 1.0}}
+    new = scaling | {"rope_type": "llama3", "rope_theta": 5e5}
+    old, *others = (
+        ModelConfig.from_hf(LLAMA | spelt)
+        for spelt in (
+            {"rope_theta": 5e5, "rope_scaling": scaling | {"type": "llama3"}},
+            {"rope_parameters": new | {"partial_rotary_factor": 1.0}},
+            {"rope_theta": 5e5, "rope_parameters": new | {"type": "llama3"}},
+        )
     )
-    both = ModelConfig.from_hf(
-        LLAMA
-        | {"rope_theta": 5e5, "rope_parameters": scaling | {"rope_type": "llama3", "type": "llama3", "rope_theta": 5e5}}
-    )
-    assert old == new == both and old.rope_theta == 5e5
+    assert others == [old, old] and old.rope_theta == 5e5
     assert old.rope_scaling is not None and old.rope_scaling.original_max_position_embeddings == 8192
-    assert (
-        ModelConfig.from_hf(LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}).rope_theta == 7.0
-    )
-    assert (
-        ModelConfig.from_hf(LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}).rope_scaling
-        is None
-    )
     assert (old.num_key_value_heads, old.head_dim, old.cache_width) == (4, 8, 64)
+    plain = ModelConfig.from_hf(LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}})
+    assert (plain.rope_theta, plain.rope_scaling) == (7.0, None)
 
 
 def test_yarn_spelt_in_any_way_is_one_config() -> None:
     scaling = DEEPSEEK_V3["rope_scaling"]
-    assert isinstance(scaling, dict)
-    new = {key: value for key, value in scaling.items() if key != "type"} | {
-        "rope_type": "yarn",
-        "truncate": True,
-        "rope_theta": 10000,
-    }
+    new = {key: value for key, value in scaling.items() if key != "type"} | {"rope_type": "yarn", "rope_theta": 10000}
     without = {key: value for key, value in DEEPSEEK_V3.items() if key not in ("rope_scaling", "rope_theta")}
-    assert ModelConfig.from_hf(without | {"rope_parameters": new}) == ModelConfig.from_hf(DEEPSEEK_V3)
-    assert ModelConfig.from_hf(DEEPSEEK_V3).to_hf()["rope_scaling"] == scaling | {"rope_type": "yarn"}
+    again = ModelConfig.from_hf(without | {"rope_parameters": new | {"truncate": True}})
+    assert again == ModelConfig.from_hf(DEEPSEEK_V3)
+    assert again.to_hf()["rope_scaling"] == scaling | {"rope_type": "yarn"}
 
 
-def test_yarn_of_a_dense_model_heeds_mscale_only_with_mscale_all_dim() -> None:
+YARN = {"type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize(("base", "said", "means"), [
+    ("llama", {}, (1.0, 0.0)),
+    ("llama", {"mscale": 0.7}, (1.0, 0.0)),
+    ("llama", {"mscale_all_dim": 0.7}, (1.0, 0.0)),
+    ("llama", {"mscale": 0.0, "mscale_all_dim": 0.7}, (1.0, 0.0)),
+    ("llama", {"mscale": 0.7, "mscale_all_dim": 0.7}, (0.7, 0.7)),
+    ("v3", {"mscale_all_dim": 0.7}, (1.0, 0.7)),
+])  # fmt: skip
+def test_yarn_of_a_dense_model_heeds_mscale_only_with_mscale_all_dim(
+    base: str, said: dict[str, Any], means: tuple[float, float]
+) -> None:
     """As transformers does; DeepSeek's own code, for its own models, takes either alone."""
-    yarn = {"type": "yarn", "factor": 4.0, "mscale_all_dim": 0.7}
-    for given_ in (
-        yarn,
-        yarn | {"mscale": 0.0},
-        {"type": "yarn", "factor": 4.0, "mscale": 0.7},
-        {"type": "yarn", "factor": 4.0},
-    ):
-        rope = ModelConfig.from_hf(LLAMA | {"max_position_embeddings": 512, "rope_scaling": given_}).rope_scaling
-        assert rope is not None and (rope.mscale, rope.mscale_all_dim, rope.original_max_position_embeddings) == (
-            1.0,
-            0.0,
-            512,
-        )
-    rope = ModelConfig.from_hf(LLAMA | {"rope_scaling": yarn | {"mscale": 0.7}}).rope_scaling
-    assert rope is not None and (rope.mscale, rope.mscale_all_dim) == (0.7, 0.7)
-    rope = ModelConfig.from_hf(DEEPSEEK_V3 | {"rope_scaling": yarn}).rope_scaling
-    assert rope is not None and (rope.mscale, rope.mscale_all_dim) == (1.0, 0.7)
+    raw = DEEPSEEK_V3 if base == "v3" else LLAMA
+    rope = ModelConfig.from_hf(raw | {"max_position_embeddings": 512, "rope_scaling": YARN | said}).rope_scaling
+    assert rope is not None and (rope.mscale, rope.mscale_all_dim) == means
+    assert rope.original_max_position_embeddings == 512
 
 
 @pytest.mark.parametrize(("said", "scale"), [
@@ -248,12 +216,6 @@ def test_other_quantisation_is_refused_with_the_way_out(changes: dict[str, Any],
     message = rf"^here: quantization_config\.{named} is not supported; DeepSeek-V3's fp8 .* is read, and so is any .*$"
     with pytest.raises(SlingshotError, match=message):
         ModelConfig.from_hf(DEEPSEEK_V3 | {"quantization_config": FP8 | changes}, "here")
-
-
-def test_fp8_without_blocks_is_refused() -> None:
-    """One scale for a whole matrix is another format, and the default of other programs."""
-    with pytest.raises(SlingshotError, match=r"quantization_config\.weight_block_size null is not supported"):
-        ModelConfig.from_hf(DEEPSEEK_V3 | {"quantization_config": {"quant_method": "fp8"}})
 
 
 def test_null_leaves_the_mathematics_unsaid() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,15 @@ def test_only_responses_are_targets_and_every_epoch_has_all_of_them(base: Path, 
         assert sorted(found) == sorted(examples)
         seen.append(found)
     assert seen[0] != seen[1]
+
+
+def test_the_models_own_generation_config_is_passed_on(base: Path, finetuning: Finetuning, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "own")
+    own = {"eos_token_id": [1, 4], "temperature": 0.3, "bos_token_id": 0, "pad_token_id": 2}
+    (tmp_path / "own" / "generation_config.json").write_text(json.dumps(own))
+    sft.run(finetuning(model=str(tmp_path / "own")), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == own
+    assert load_tokenizer(tmp_path / "out").eos_ids == {1, 4}
 
 
 def test_a_run_learns_the_format_and_says_what_it_took(

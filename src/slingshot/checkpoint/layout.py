@@ -44,20 +44,8 @@ def layout(config: ModelConfig) -> Iterator[Spec]:
 
 
 def tensor_count(config: ModelConfig) -> int:
-    """How many tensors `layout` yields, without walking through the experts of every layer."""
-    width = {"num_hidden_layers": 0, "num_nextn_predict_layers": 0}
-    outside = sum(1 for _ in layout(config.model_copy(update=width)))
-    dense = (
-        min(config.first_k_dense_replace, config.num_hidden_layers)
-        if config.n_routed_experts
-        else config.num_hidden_layers
-    )
-    total = outside + config.num_nextn_predict_layers * sum(1 for _ in _mtp(config, config.num_hidden_layers))
-    if dense:
-        total += dense * sum(1 for _ in _block(config, 0))
-    if dense < config.num_hidden_layers:
-        total += (config.num_hidden_layers - dense) * sum(1 for _ in _block(config, dense))
-    return total
+    """How many tensors `layout` yields."""
+    return sum(1 for _ in layout(config))
 
 
 def _block(config: ModelConfig, layer: int) -> Iterator[Spec]:

@@ -1,5 +1,6 @@
 """The engine against full forward passes, and its scheduling against one request at a time."""
 
+import contextlib
 import copy
 import itertools
 import random
@@ -11,9 +12,7 @@ import torch
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.load_save import save_checkpoint
 from slingshot.engine import engine as engine_module
-from slingshot.engine.batch import Batch
 from slingshot.engine.engine import Engine
-from slingshot.engine.kv_cache import KVCache
 from slingshot.engine.sampling import SamplingParams
 from slingshot.engine.sequence import StopWatch
 
@@ -33,21 +32,27 @@ def full_logprobs(model, output, completion, temperature):
     return logprobs_TV.gather(-1, ids[0, start:, None])[:, 0]
 
 
+@contextlib.contextmanager
+def removed(handle):
+    """A hook that goes when its block ends, however it ends."""
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def token_ids(outputs):
     return [[completion.token_ids for completion in output.outputs] for output in outputs]
 
 
-def test_cached_logits_equal_full_forward_logits(model):
-    tokens_BT = torch.tensor(prompts_of(12, 12))
-    with torch.no_grad():
-        full_BTV = model(tokens_BT).logits_BTV
-        cache = KVCache(model.config, slots=3, length=16, dtype=torch.float32)
-        positions_BT = torch.arange(12).expand(2, 12)
-        cached = [
-            model(tokens_BT[:, start:end], context=cache.context(1, positions_BT[:, start:end], extent)).logits_BTV
-            for start, end, extent in ((0, 5, 5), (5, 9, 12), (9, 10, 16), (10, 11, 11), (11, 12, 12))
-        ]
-    torch.testing.assert_close(torch.cat(cached, dim=1), full_BTV, atol=1e-5 * full_BTV.std().item(), rtol=1e-4)
+def drain(stream):
+    """The deltas of a stream, then its return value."""
+    while True:
+        try:
+            yield next(stream)
+        except StopIteration as stop:
+            yield stop.value
+            return
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -97,47 +102,29 @@ def test_batched_generation_equals_one_by_one(model, tokenizer):
     assert len(set(sums)) > 5
 
 
-def test_slots_are_reused_and_never_idle(dense_model, tokenizer, monkeypatch):
+def test_slots_are_reused_and_never_idle(dense_model, tokenizer, passes):
     """20 requests of 1 to 20 tokens in 4 slots: as many rows as could be filled decode at every step."""
-    rows = []
-    decode = Engine._decode
-    monkeypatch.setattr(Engine, "_decode", lambda self: (rows.append(len(self._batch.sequences)), decode(self))[1])
-    params = [SamplingParams(max_tokens=1 + index, seed=index) for index in range(20)]
-    outputs = Engine(dense_model, tokenizer, max_batch=4).generate(prompts_of(*[5] * 20), params)
-    total = sum(len(output.outputs[0].token_ids) for output in outputs)
-    assert sum(rows) == total
-    assert max(rows) == 4
+    params = [SamplingParams(max_tokens=1 + index, seed=index, ignore_eos=True) for index in range(20)]
+    Engine(dense_model, tokenizer, max_batch=4).generate(prompts_of(*[5] * 20), params)
+    rows = [rows for rows, width in passes if width == 1]
+    assert sum(rows) == 210 and max(rows) == 4
     still_four = list(itertools.takewhile(lambda count: count == 4, rows))
-    assert (
-        sum(rows) - 4 * len(still_four) <= 3 * 20
-    )  # only the last three sequences ever run in a batch that is not full
+    assert sum(rows) - 4 * len(still_four) <= 3 * 20  # only the last three ever run in a batch that is not full
 
 
-def test_n_samples_share_one_prefill_and_differ(model, tokenizer, monkeypatch):
-    prefilled = []
-    prefill = Engine._prefill
-    monkeypatch.setattr(
-        Engine, "_prefill", lambda self, slot, prompts: (prefilled.extend(prompts), prefill(self, slot, prompts))[1]
-    )
-    (output,) = Engine(model, tokenizer).generate(prompts_of(12), SamplingParams(max_tokens=12, n=6))
-    assert len(prefilled) == 1
+def test_n_samples_share_one_prefill_and_differ(dense_model, tokenizer, passes):
+    (output,) = Engine(dense_model, tokenizer).generate(prompts_of(12), SamplingParams(max_tokens=12, n=6))
+    assert [shape for shape in passes if shape[1] > 1] == [(1, 11)]
     assert len({tuple(completion.token_ids) for completion in output.outputs}) == 6
 
 
-def test_prompts_of_similar_length_are_prefilled_together(dense_model, tokenizer, monkeypatch):
-    groups = []
-    prefill = Engine._prefill
-    monkeypatch.setattr(
-        Engine,
-        "_prefill",
-        lambda self, slot, prompts: (groups.append([*map(len, prompts)]), prefill(self, slot, prompts))[1],
-    )
+def test_prompts_of_similar_length_are_prefilled_together(dense_model, tokenizer, monkeypatch, passes):
     Engine(dense_model, tokenizer).generate(prompts_of(60, 3, 20, 100, 61, 4, 90), SamplingParams(max_tokens=1))
-    assert groups == [[3, 4, 20], [60, 61, 90, 100]]
-    groups.clear()
+    assert passes[:-1] == [(3, 19), (4, 99)]
+    passes.clear()
     monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 130)
     Engine(dense_model, tokenizer).generate(prompts_of(60, 61, 62, 63, 200), SamplingParams(max_tokens=1))
-    assert groups == [[60, 61], [62, 63], [200]]
+    assert passes[:-1] == [(2, 60), (2, 62), (1, 199)]
 
 
 def test_seed_sample_and_key_decide_the_tokens(dense_model, tokenizer):
@@ -173,23 +160,18 @@ def test_chunked_prefill_and_growing_cache_change_nothing(model, tokenizer, monk
     assert token_ids(sorted(outputs, key=lambda output: output.request_id)) == expected
 
 
-def test_cache_budget_bounds_rows_times_length(dense_model, tokenizer, monkeypatch):
-    sizes = []
-    reserve = Batch._reserve
-
-    def watched(self, rows, length):
-        reserve(self, rows, length)
-        sizes.append(sum(layer.nbytes for layer in self.cache.data))
-
-    monkeypatch.setattr(Batch, "_reserve", watched)
-    budget = 200 * dense_model.config.cache_width * 2 * 4  # 200 tokens
-    params = [SamplingParams(max_tokens=length) for length in (60, 60, 60, 60, 60, 190, 250, 60)]
+def test_cache_budget_bounds_rows_times_length(dense_model, tokenizer, passes):
+    """Of 200 tokens: three of 64 run at once, and one always runs, however long."""
+    budget = 200 * dense_model.config.cache_width * 2 * 4
+    lengths = (60, 60, 60, 60, 60, 190, 250, 60)
+    params = [SamplingParams(max_tokens=length, ignore_eos=True) for length in lengths]
     expected = Engine(dense_model, tokenizer).generate(prompts_of(*[4] * 8), params)
-    sizes.clear()
+    assert max(rows for rows, _ in passes) == 8
+    passes.clear()
     outputs = Engine(dense_model, tokenizer, cache_bytes=budget).generate(prompts_of(*[4] * 8), params)
     assert token_ids(outputs) == token_ids(expected)
-    assert max(sizes[:-1]) <= budget * 256 / 200  # one sequence always runs, however long
-    assert max(sizes) > 0
+    rows = [rows for rows, width in passes if width == 1]
+    assert max(rows) == 3 and rows.count(1) >= 190 + 250
 
 
 def test_ends_at_eos_with_its_logprob_but_not_in_the_text(dense_model, tokenizer):
@@ -218,27 +200,6 @@ def test_stop_token_ids_end_a_sample(dense_model, tokenizer):
     assert stopped.outputs[0].token_ids == ids[: first + 1]
     assert stopped.outputs[0].finish_reason == "stop"
     assert stopped.outputs[0].text == tokenizer.decode(ids[:first])
-
-
-class Scripted(Engine):
-    """An engine whose rows all "sample" given ids, one after the other; prefill and cache work as ever."""
-
-    def __init__(self, model, tokenizer, script, **kwargs):
-        super().__init__(model, tokenizer, **kwargs)
-        self.script = script
-
-    def _decode(self):
-        super()._decode()
-        ids = [self.script[len(sequence.token_ids)] for sequence in self._batch.sequences]
-        return ids, [-1.0] * len(ids)
-
-
-@pytest.fixture
-def scripted(dense_model, tokenizer):
-    def make(ids, **kwargs):
-        return Scripted(dense_model, tokenizer, [*ids, *[tokenizer.eos_id] * 300], **kwargs)
-
-    return make
 
 
 PROMPT = [10, 11, 12]
@@ -303,24 +264,17 @@ def test_reasoning_and_answer_stream_as_they_are_parsed(scripted, tokenizer):
     assert len(deltas) > 3
 
 
-def test_stream_of_random_bytes_gives_whole_characters_and_the_completions_text(dense_model, tokenizer):
+def test_stream_of_random_bytes_gives_whole_characters_and_the_completions_text(dense_model, tokenizer, scripted):
     """A random model emits broken UTF-8 all the time; "😀" comes in four tokens and must arrive as one piece."""
     engine = Engine(dense_model, tokenizer)
     for seed in range(5):
         params = SamplingParams(max_tokens=60, temperature=1.5, seed=seed, stop=("e", " p"))
-        deltas = engine.stream(PROMPT, params)
-        pieces = []
-        try:
-            while True:
-                pieces.append(next(deltas))
-        except StopIteration as stop:
-            completion = stop.value
+        *pieces, completion = drain(engine.stream(PROMPT, params))
         assert "".join(text for kind, text in pieces if kind == "answer") == completion.answer
         assert "".join(text for kind, text in pieces if kind == "reasoning") == (completion.reasoning or "")
     ids = tokenizer.encode("a😀b")
     assert len(ids) == 6
-    scripted_engine = Scripted(dense_model, tokenizer, [*ids, tokenizer.eos_id])
-    assert [text for _, text in scripted_engine.stream(PROMPT)] == ["a", "😀", "b"]
+    assert [text for _, text in scripted(ids).stream(PROMPT)] == ["a", "😀", "b"]
 
 
 def test_stream_withholds_what_may_become_a_stop_string(scripted, tokenizer):
@@ -388,37 +342,24 @@ def test_threads_share_one_engine_and_each_gets_its_own(dense_model, tokenizer, 
     assert engine.unfinished == 0 and engine.step() == []
 
 
-def test_threads_advance_each_others_requests(dense_model, tokenizer):
+def test_threads_advance_each_others_requests(dense_model, tokenizer, passes):
     """What one thread asks joins the batch that another steps: not as many steps as both would take alone."""
-    engine = Engine(dense_model, tokenizer)
-    params, steps = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True), []
-    handle = dense_model.model.norm.register_forward_hook(lambda *_: steps.append(1))
+    engine, params = Engine(dense_model, tokenizer), SamplingParams(max_tokens=60, ignore_eos=True)
     threads = [threading.Thread(target=engine.generate, args=(prompts_of(1, seed=seed), params)) for seed in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    handle.remove()
-    assert 60 <= len(steps) < 4 * 60
+    assert 60 <= len(passes) < 4 * 60
 
 
 def test_an_aborted_request_comes_back_to_whoever_waits_for_it(dense_model, tokenizer):
     engine = Engine(dense_model, tokenizer)
     stream = engine.stream(PROMPT, SamplingParams(max_tokens=200, ignore_eos=True))
     next(stream)
-    (output,) = [engine.abort(request_id) for request_id in range(1)]
+    output = engine.abort(0)
     *_, completion = drain(stream)
     assert completion.finish_reason == "abort" and completion.token_ids == output.outputs[0].token_ids
-
-
-def drain(stream):
-    """The deltas of a stream, then its return value."""
-    while True:
-        try:
-            yield next(stream)
-        except StopIteration as stop:
-            yield stop.value
-            return
 
 
 def test_chat_asks_in_the_chat_template(dense_model, tokenizer):
@@ -468,24 +409,20 @@ def test_abort_frees_the_slots_and_leaves_the_others_alone(model, tokenizer):
     assert {output.request_id for output in outputs} == {ids[0], ids[2]}
     assert token_ids(sorted(outputs, key=lambda output: output.request_id)) == [expected[0], expected[2]]
     assert engine.step() == []
-    assert not engine._batch.sequences
 
 
-def test_interrupted_generate_leaves_nothing_behind(dense_model, tokenizer, monkeypatch):
-    engine = Engine(dense_model, tokenizer)
-    decode = Engine._decode
+def test_interrupted_generate_leaves_nothing_behind(dense_model, tokenizer):
+    engine, steps = Engine(dense_model, tokenizer), itertools.count()
 
-    def interrupt(self):
-        if len(self._batch.sequences[0].token_ids) == 3:
+    def interrupt(*_):
+        if next(steps) == 4:
             raise KeyboardInterrupt
-        return decode(self)
 
-    monkeypatch.setattr(Engine, "_decode", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), removed(dense_model.register_forward_pre_hook(interrupt)):
         engine.generate(prompts_of(4, 5), SamplingParams(max_tokens=10, temperature=0))
     assert engine.unfinished == 0
-    monkeypatch.setattr(Engine, "_decode", decode)
-    assert token_ids(engine.generate(prompts_of(6), SamplingParams(max_tokens=5))) == token_ids(
+    found = engine.generate(prompts_of(6), SamplingParams(max_tokens=5))
+    assert token_ids(found) == token_ids(
         Engine(dense_model, tokenizer).generate(prompts_of(6), SamplingParams(max_tokens=5))
     )
 
@@ -565,7 +502,6 @@ def test_a_copy_in_bfloat16_keeps_float32_router_biases_and_leaves_the_model_alo
     }
     assert {buffer.dtype for buffer in engine.model.buffers()} <= {torch.float32}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert {layer.dtype for layer in engine._batch.cache.data} == {torch.bfloat16}
     (output,) = engine.generate(prompts_of(9), SamplingParams(max_tokens=8, n=2))
     assert all(-20 < logprob <= 0 for completion in output.outputs for logprob in completion.logprobs)
 

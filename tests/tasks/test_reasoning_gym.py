@@ -1,8 +1,11 @@
 """gym:NAME: worked sums, the split by key, scoring that is right or wrong, and refusals."""
 
+import dataclasses
 import itertools
 import random
 import re
+import subprocess
+import sys
 
 import pytest
 from reasoning_gym.factory import DATASETS
@@ -19,13 +22,8 @@ def chain_sum():
     return load_task("gym:chain_sum", min_terms=2, max_terms=3, min_digits=1, max_digits=3)
 
 
-@pytest.fixture(scope="module")
-def sorting():
-    return load_task("gym:word_sorting", min_words=3, max_words=4)
-
-
 def sums(expression, answer):
-    return Problem(f"{expression} =", "", answer, "en", {"expression": expression, "seed": 0, "index": 0})
+    return Problem(f"{expression} =", "", answer, data={"expression": expression, "seed": 0, "index": 0})
 
 
 @pytest.mark.parametrize(
@@ -77,105 +75,82 @@ def test_commuting_sums_share_a_split_and_splits_do_not_overlap(chain_sum):
 
 
 def test_problems_repeat_by_seed_and_seeds_share_nothing_in_order(chain_sum):
-    first, again, other = (
+    again = load_task("gym:chain_sum", **chain_sum.params)
+    first, same, other = (
         [problem.prompt for problem in itertools.islice(task.problems("train", seed), 1500)]
-        for task, seed in (
-            (chain_sum, 3),
-            (load_task("gym:chain_sum", min_terms=2, max_terms=3, min_digits=1, max_digits=3), 3),
-            (chain_sum, 4),
-        )
+        for task, seed in ((chain_sum, 3), (again, 3), (chain_sum, 4))
     )
-    assert first == again
+    assert first == same
     assert not any(first[at : at + 20] == other[:20] or other[at : at + 20] == first[:20] for at in range(1400))
 
 
 def test_a_sum_must_be_answered_with_its_number(chain_sum):
     problem = next(chain_sum.problems("train", 5))
-    wrong = str(int(problem.answer) + 1)
-    assert chain_sum.verify(problem, f" {problem.answer}. ").value == 1.0
-    assert chain_sum.verify(problem, wrong).value == 0.0
-    for text in (f"{wrong} {problem.answer}", f"It is {problem.answer}", f"{problem.answer} {wrong}", "", "x" * 20_000):
+    right, wrong = problem.answer, str(int(problem.answer) + 1)
+    assert chain_sum.verify(problem, f" {right}. ").value == 1.0
+    for text in (wrong, f"{wrong} {right}", f"It is {right}", f"{right} {wrong}", "", "x" * 20_000):
         assert chain_sum.verify(problem, text).value == 0.0
-    assert chain_sum.verify(problem, f"{wrong}, or rather {problem.answer}!", lenient=True).value == 1.0
-    assert chain_sum.verify(problem, f"{problem.answer}, or rather {wrong}", lenient=True).value == 0.0
+    assert chain_sum.verify(problem, f"{wrong}, or rather {right}!", lenient=True).value == 1.0
+    assert chain_sum.verify(problem, f"{right}, or rather {wrong}", lenient=True).value == 0.0
     assert chain_sum.verify(problem, "none", lenient=True).answer is None
 
 
-def test_other_datasets_are_scored_in_the_worker_without_partial_credit(sorting):
-    assert not sorting.has_solutions
+def test_other_datasets_are_scored_in_the_worker_without_partial_credit():
+    task = load_task("gym:word_sorting", min_words=3, max_words=4)
     with pytest.raises(SlingshotError, match="writes no worked solutions"):
-        sorting.solution(next(sorting.problems("train", 0)), "steps", random.Random(0))
-    for problem in itertools.islice(sorting.problems("test", 0), 5):
-        assert problem.key == problem.prompt
-        assert sorting.verify(problem, problem.answer).value == 1.0
-        assert sorting.verify(problem, f"Sorted:\n{problem.answer}\n", lenient=True).value == 1.0
-        assert sorting.verify(problem, problem.answer.partition(", ")[0]).value == 0.0
-        assert sorting.verify(problem, ", ".join(reversed(problem.answer.split(", ")))).value == 0.0
-        assert sorting.verify(problem, problem.answer * 2000).value == 0.0
+        task.solution(next(task.problems("train", 0)), "steps", random.Random(0))
+    for problem in itertools.islice(task.problems("test", 0), 5):
+        right = problem.answer
+        assert problem.key == problem.prompt and not task.has_solutions
+        for text in (right.partition(", ")[0], ", ".join(reversed(right.split(", "))), right * 2000):
+            assert task.verify(problem, text).value == 0.0
+        nowhere = dataclasses.replace(problem, data={"seed": 0, "index": "nowhere"})  # the scorer itself fails
+        assert task.verify(nowhere, right).value == 0.0
+        assert task.verify(problem, right).value == 1.0
+        assert task.verify(problem, f"Sorted:\n{right}\n", lenient=True).value == 1.0
 
 
-def test_a_word_must_be_answered_with_a_word():
-    task = load_task("gym:game_of_life_halting")  # its scorer takes anything for right
-    problem = next(task.problems("train", 0))
-    wrong = "False" if problem.answer == "True" else "True"
-    assert task.verify(problem, f" {problem.answer}.\n").value == 1.0
-    for text in (wrong, f"{wrong} {problem.answer}", f"{problem.answer} {wrong}", f"{problem.answer},{wrong}", ""):
-        assert task.verify(problem, text).value == 0.0
-    assert task.verify(problem, f"not {wrong} but {problem.answer}.", lenient=True).value == 1.0
-    assert task.verify(problem, f"{problem.answer}, no, {wrong}", lenient=True).value == 0.0
-    assert task.verify(problem, "?", lenient=True).answer is None
-
-
-def test_a_tolerant_scorer_decides_on_numbers_that_are_near():
-    task = load_task("gym:coin_flip")  # its scorer tolerates 0.0001, and pays in full for "0" as a prefix of 0.75
-    problem = next(problem for problem in task.problems("train", 0) if 0.1 < float(problem.answer) < 0.9)
-    assert task.verify(problem, f"{problem.answer}000").value == 1.0
-    assert task.verify(problem, f"{float(problem.answer) + 0.00005:.7f}").value == 1.0
-    assert task.verify(problem, f"{float(problem.answer) + 0.0005:.7f}").value == 0.0
-    assert task.verify(problem, "0").value == 0.0
-
-
-def test_a_scorer_that_cannot_answer_means_wrong_and_does_not_end_the_task(sorting):
-    problem = next(sorting.problems("train", 0))
-    nowhere = Problem(problem.prompt, problem.key, problem.answer, "en", {"seed": 0, "index": "nowhere"})
-    assert sorting.verify(nowhere, problem.answer).value == 0.0
-    assert sorting.verify(problem, problem.answer).value == 1.0
+def test_a_composite_is_scored_by_the_family_of_each_item():
+    datasets = [{"name": "gsm_symbolic"}, {"name": "chain_sum", "weight": 2, "config": {"max_terms": 3}}]
+    task = load_task("gym:composite", datasets=datasets)
+    problems = list(itertools.islice(task.problems("train", 0), 20))
+    assert {problem.prompt.startswith("State the final answer") for problem in problems} == {True, False}
+    assert all(task.verify(problem, problem.answer).value == 1.0 for problem in problems)
 
 
 @pytest.mark.parametrize(
     ("name", "params", "message"),
     [
-        ("chain_sums", {}, "gym:chain_sums: dataset 'chain_sums' is unknown; did you mean chain_sum?"),
-        ("chain_sum", {"max_term": 3}, "gym:chain_sum: parameter 'max_term' is unknown; did you mean max_terms?"),
-        (
-            "chain_sum",
-            {"min_terms": 9, "max_terms": 3},
-            "gym:chain_sum: reasoning-gym refuses these parameters: max_terms",
-        ),
-        ("chain_sum", {"min_terms": "many"}, "gym:chain_sum: reasoning-gym refuses these parameters: .*str"),
-        ("chain_sum", {"min_terms": {1}}, "gym:chain_sum.params.min_terms: .*JSON"),
+        ("chain_sums", {}, r"dataset 'chain_sums' is unknown; did you mean chain_sum\?"),
+        ("chain_sum", {"max_term": 3}, r"parameter 'max_term' is unknown; did you mean max_terms\?"),
+        ("chain_sum", {"min_terms": 9, "max_terms": 3}, "reasoning-gym refuses these parameters: max_terms"),
+        ("chain_sum", {"min_terms": "many"}, "reasoning-gym refuses these parameters: .*str"),
+        ("composite", {}, "reasoning-gym refuses these parameters: Must specify at least one dataset"),
     ],
 )
 def test_refusals_name_the_way_out(name, params, message):
     with pytest.raises(SlingshotError, match=message):
-        Gym.load(name, params)
+        Dataset(name, params)
 
 
-def test_reasoning_gym_stays_out_of_this_process(chain_sum):
-    import subprocess
-    import sys
-    from pathlib import Path
+def test_refusals_name_the_task_once():
+    with pytest.raises(SlingshotError, match=r"^gym:chain_sums: dataset 'chain_sums' is unknown"):
+        load_task("gym:chain_sums")
+    with pytest.raises(SlingshotError, match=r"^gym:chain_sum\.params\.min_terms: .*JSON"):
+        load_task("gym:chain_sum", min_terms={1})
 
-    root = str(Path(sys.modules["slingshot.tasks.reasoning_gym"].__file__).parents[2])
+
+def test_reasoning_gym_stays_out_of_this_process():
     script = (
-        f"import sys; sys.path.insert(0, {root!r}); from slingshot.tasks.loader import load_task; task = load_task('gym:chain_sum');"
-        "next(task.problems('train', 0)); assert not {'reasoning_gym', 'torch'} & set(sys.modules)"
+        f"import sys; sys.path[:] = {sys.path!r}; from slingshot.tasks.loader import load_task;"
+        "next(load_task('gym:chain_sum').problems('train', 0));"
+        "assert not {'reasoning_gym', 'torch'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 class Here(Worker):
-    """Builds and calls targets in this process: a hundred families load the library once."""
+    """Builds and calls a target in this process: a hundred families load the library once."""
 
     def call(self, target, method, *args, timeout=None):
         self.dataset = getattr(self, "dataset", None) or Dataset(*target.args)
@@ -183,6 +158,35 @@ class Here(Worker):
             return getattr(self.dataset, method)(*args)
         except Exception as error:
             raise SandboxError(str(error)) from error
+
+
+def of_family(name, count):
+    """Problems of a family, and what verifies answers to them."""
+    task, worker = Gym(dataset=name), Here()
+    problems = []
+    for index in range(count):
+        (item,) = worker.call(task.target, "take", 11, index, 1)
+        problems.append(Problem(item["question"], str(index), item["answer"], data={"seed": 11, "index": index}))
+    return problems, lambda *args, **options: task.verify_in(worker, *args, **options)
+
+
+def test_a_word_must_be_answered_with_a_word():
+    (problem,), verify = of_family("game_of_life_halting", 1)  # its scorer takes anything for right
+    right, wrong = ("False", "True") if problem.answer == "False" else ("True", "False")
+    assert verify(problem, f" {right}.\n").value == 1.0
+    for text in (wrong, f"{wrong} {right}", f"{right} {wrong}", f"{right},{wrong}", ""):
+        assert verify(problem, text).value == 0.0
+    assert verify(problem, f"not {wrong} but {right}.", lenient=True).value == 1.0
+    assert verify(problem, f"{right}, no, {wrong}", lenient=True).value == 0.0
+    assert verify(problem, "?", lenient=True).answer is None
+
+
+def test_a_tolerant_scorer_decides_on_numbers_that_are_near():
+    problems, verify = of_family("coin_flip", 20)  # its scorer tolerates 0.0001, and takes "0" for a prefix of 0.75
+    problem = next(problem for problem in problems if 0.1 < float(problem.answer) < 0.9)
+    value = float(problem.answer)
+    texts = [f"{problem.answer}000", f"{value + 0.00005:.7f}", f"{value + 0.0005:.7f}", "0"]
+    assert [verify(problem, text).value for text in texts] == [1.0, 1.0, 0.0, 0.0]
 
 
 CONSTANTS = [
@@ -203,7 +207,6 @@ CONSTANTS = [
     "(P ∨ ¬P)",
     "6 + 6 + 10 + 2",
     "R",
-    '""',
 ]
 FAMILIES = sorted(DATASETS.keys() - {"composite"})
 SOME = ["gsm_symbolic", "puzzle24", "complex_arithmetic", "game_of_life_halting", "coin_flip", "chain_sum"]
@@ -212,16 +215,11 @@ SOME = ["gsm_symbolic", "puzzle24", "complex_arithmetic", "game_of_life_halting"
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [n if n in SOME else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
 def test_no_family_pays_for_a_constant_answer(name):
-    """Every family loads and pays for its known answers; what is right for one problem, or for none, is not right for all."""
-    task, worker = Gym(dataset=name), Here()
-    items = [worker.call(task.target, "take", 11, index, 1)[0] for index in range(4)]
-    problems = [
-        Problem(item["question"], str(n), item["answer"], "en", {"seed": 11, "index": n})
-        for n, item in enumerate(items)
-    ]
+    """Every family pays for its known answers; what is right for one problem, or for none, is not right for all."""
+    problems, verify = of_family(name, 4)
     known = [problem for problem in problems if problem.answer]
-    assert all(task.verify_in(worker, problem, problem.answer).value == 1.0 for problem in known)
+    assert all(verify(problem, problem.answer).value == 1.0 for problem in known)
     for answer in {*CONSTANTS, *(problem.answer for problem in known)}:
         others = [problem for problem in problems if problem.answer.casefold() != answer.casefold()]
-        right = [task.verify_in(worker, problem, answer).value for problem in others]
+        right = [verify(problem, answer).value for problem in others]
         assert len(right) < 2 or sum(right) < len(right), answer

@@ -1,4 +1,4 @@
-"""The pool that verifies beside sampling: rewards as the tasks give them, and what an answer that breaks a verifier costs."""
+"""The pool that verifies beside sampling, and what an answer that breaks a verifier costs."""
 
 import time
 

@@ -10,8 +10,8 @@ from slingshot.tasks.verifiers import last_number, read_number
 @pytest.mark.parametrize(
     ("text", "number"),
     [
-        ("14", "14"), (" -2\n", "-2"), ("14.", "14"), ("14。", "14"), ("1,234", "1234"), ("-1,234,567.", "-1234567"), ("\u22125", "-5"),
-        ("007", "7"), ("-0", "0"), ("14.0", "14"), ("0.50", "0.5"), ("-0.0", "0"),
+        ("14", "14"), (" -2\n", "-2"), ("14.", "14"), ("14。", "14"), ("1,234", "1234"), ("-1,234,567.", "-1234567"),
+        ("\u22125", "-5"), ("007", "7"), ("-0", "0"), ("14.0", "14"), ("0.50", "0.5"), ("-0.0", "0"),
     ],
 )  # fmt: skip
 def test_a_text_that_is_a_number(text, number):
@@ -21,27 +21,10 @@ def test_a_text_that_is_a_number(text, number):
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "14 15",
-        "14, 15",
-        "12,34",
-        "1,2345",
-        "It is 14",
-        "14 is it",
-        "14..",
-        "3+4",
-        "--4",
-        "+4",
-        "1e3",
-        "0x1f",
-        "１４",
-        "½",
-        ".5",
-        "5-",
-        "9" * 65,
-        "14\n15",
+        "", "14 15", "14, 15", "12,34", "1,2345", "It is 14", "14 is it", "14..", "3+4", "--4", "+4", "1e3", "0x1f",
+        "１４", "½", ".5", "5-", "9" * 65, "14\n15",
     ],
-)
+)  # fmt: skip
 def test_a_text_that_is_more_or_less_than_a_number(text):
     assert read_number(text) is None
 
@@ -49,17 +32,13 @@ def test_a_text_that_is_more_or_less_than_a_number(text):
 @pytest.mark.parametrize(
     ("text", "number"),
     [
-        ("7-2 is 5", "5"), ("is -4", "-4"), ("10-3", "3"), ("(2)-3", "3"), ("= \u22124", "-4"), ("the sum is 1,234.", "1234"), ("1,2", "2"),
-        ("12,3456", "3456"), ("x=14.0!", "14"), ("a14b", "14"), ("14の", "14"), ("first 3 then 007", "7"),
+        ("7-2 is 5", "5"), ("is -4", "-4"), ("10-3", "3"), ("(2)-3", "3"), ("= \u22124", "-4"), ("a14b", "14"),
+        ("the sum is 1,234.", "1234"), ("1,2", "2"), ("12,3456", "3456"), ("x=14.0!", "14"), ("14の", "14"),
+        ("first 3 then 007", "7"), ("", None), ("none", None), ("-", None), ("１４", None), ("9" * 65, None),
     ],
 )  # fmt: skip
 def test_the_last_number_in_a_text(text, number):
     assert last_number(text) == number
-
-
-@pytest.mark.parametrize("text", ["", "none", "-", "１４", "9" * 65])
-def test_no_number_in_a_text(text):
-    assert last_number(text) is None
 
 
 @settings(derandomize=True, deadline=None)

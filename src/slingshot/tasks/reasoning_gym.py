@@ -205,9 +205,8 @@ class Dataset:
         self._tried: list[dict[str, Any]] = []
         try:
             if name == "composite":
-                params["datasets"] = [
-                    DatasetSpec(**{"weight": 1.0, "config": {}} | each) for each in params["datasets"]
-                ]
+                given = params.get("datasets") or []
+                params["datasets"] = [DatasetSpec(**{"weight": 1.0, "config": {}} | each) for each in given]
             self._dataset = self._first = self._create(self._seed)
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             raise SlingshotError(f"reasoning-gym refuses these parameters: {error or 'no reason given'}") from error

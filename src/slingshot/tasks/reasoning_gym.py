@@ -205,7 +205,7 @@ class Dataset:
         self._tried: list[dict[str, Any]] = []
         try:
             if name == "composite":
-                given = params.get("datasets") or []
+                named = params.get("datasets") or []
                 params["datasets"] = [DatasetSpec(**{"weight": 1.0, "config": {}} | each) for each in given]
             self._dataset = self._first = self._create(self._seed)
         except (AssertionError, KeyError, TypeError, ValueError) as error:

@@ -206,7 +206,7 @@ class Dataset:
         try:
             if name == "composite":
                 named = params.get("datasets") or []
-                params["datasets"] = [DatasetSpec(**{"weight": 1.0, "config": {}} | each) for each in given]
+                params["datasets"] = [DatasetSpec(**{"weight": 1.0, "config": {}} | each) for each in named]
             self._dataset = self._first = self._create(self._seed)
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             raise SlingshotError(f"reasoning-gym refuses these parameters: {error or 'no reason given'}") from error

@@ -1,14 +1,21 @@
 """The terminal chat against a scripted engine: what is shown, what is remembered, how it is left."""
 
 import io
+import os
+import pty
+import sys
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from slingshot.base.errors import SlingshotError
+from slingshot.base.files import write_json
 from slingshot.cli.chat import chat
+from slingshot.cli.origin import Origin
+from slingshot.cost.receipt import Meter
 from slingshot.engine.sampling import SamplingParams
+from slingshot.machine.machine import Machine
 
 
 class ScriptedEngine:
@@ -36,7 +43,7 @@ class ScriptedEngine:
         )
 
 
-def talk(monkeypatch, engine, *lines):
+def talk(monkeypatch, engine, *lines, origin=None):
     """Run a chat whose user types these lines (or raises them), then leaves by Ctrl-D; return what the terminal shows."""
     script = iter([*lines, EOFError()])
 
@@ -48,7 +55,7 @@ def talk(monkeypatch, engine, *lines):
 
     monkeypatch.setattr(Console, "input", typed)
     console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system="standard")
-    chat(engine, console, SamplingParams(seed=7))
+    chat(engine, console, SamplingParams(seed=7), origin)
     return console.file.getvalue()
 
 
@@ -73,19 +80,102 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(monkeypatch):
     engine = ScriptedEngine([("answer", "1, 2"), KeyboardInterrupt(), ("answer", ", 3")], [("answer", "yes")])
     shown = talk(monkeypatch, engine, "count", KeyboardInterrupt(), "go on")
     assert "stopped" in shown
-    assert ", 3" not in shown
+    assert "1, 2, 3" not in shown
     assert engine.asked[1][0][1] == {"role": "assistant", "content": "1, 2"}
     assert engine.closed == 2
 
 
-def test_an_error_is_one_line_and_the_chat_goes_on(monkeypatch):
-    engine = ScriptedEngine(
-        [("answer", "first")], [SlingshotError("the prompt has 9 tokens [too many]")], [("answer", "again")]
-    )
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def reply(text):
+    return {"role": "assistant", "content": text}
+
+
+def test_an_error_is_one_line_and_costs_the_question_alone(monkeypatch):
+    """A prompt that is too long leaves the conversation before it as it was."""
+    too_long = SlingshotError("the prompt has 9 tokens [too many]")
+    engine = ScriptedEngine([("answer", "first")], [too_long], [("answer", "again")])
     shown = talk(monkeypatch, engine, "a", "b", "c")
-    assert "the prompt has 9 tokens [too many]" in shown
-    assert engine.asked[2][0] == [{"role": "user", "content": "c"}]
+    assert "the prompt has 9 tokens [too many]; /new forgets the conversation so far" in shown
+    assert engine.asked[2][0] == [user("a"), reply("first"), user("c")]
     assert "again" in shown
+
+
+def test_a_model_of_single_turns_is_asked_one_question_at_a_time(monkeypatch):
+    engine = ScriptedEngine([("answer", "10")], [("answer", "8")])
+    origin = Origin(("arithmetic",), single_turns=True, example="What is 3+4-2+5?")
+    shown = talk(monkeypatch, engine, "What is 3+4-2+5?", "What is 2+2+2+2?", origin=origin)
+    assert "Trained on arithmetic; every question stands alone. Try: What is 3+4-2+5?" in shown
+    assert engine.asked[1][0] == [user("What is 2+2+2+2?")]
+
+
+def test_commands_of_the_chat(monkeypatch):
+    engine = ScriptedEngine(*([("answer", str(number))] for number in range(5)))
+    shown = talk(monkeypatch, engine, "/help", "/retry", "a", "/retry", "/system be brief", "b", "/new", "c", "/neww",
+                 "/system", "d")  # fmt: skip
+    asked = [messages for messages, _ in engine.asked]
+    assert asked[:2] == [[user("a")], [user("a")]]
+    assert engine.asked[0][1].seed != engine.asked[1][1].seed  # another answer to the same question
+    told = {"role": "system", "content": "be brief"}
+    assert asked[2] == [told, user("a"), reply("1"), user("b")]
+    assert asked[3] == [told, user("c")]
+    assert asked[4] == [user("c"), reply("3"), user("d")]
+    assert "asks the last question again" in shown and "did you mean /new?" in shown
+
+
+def test_what_is_typed_during_an_answer_waits_for_the_next_prompt(tmp_path):
+    """In a terminal: it does not show within the answer, and is the next question."""
+    code = (
+        "import sys, time\n"
+        "from types import SimpleNamespace\n"
+        "from rich.console import Console\n"
+        "from slingshot.cli.chat import chat\n"
+        "class Slow:\n"
+        "    def stream(self, messages, params):\n"
+        "        yield 'answer', 'begin'\n"
+        "        time.sleep(1.0)\n"
+        "        yield 'answer', 'end:' + messages[-1]['content']\n"
+        "        return SimpleNamespace(token_ids=[1], answer='x', finish_reason='stop')\n"
+        "chat(Slow(), Console())\n"
+    )
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-c", code])
+    shown = ""
+
+    def until(text):
+        nonlocal shown
+        while text not in shown:
+            shown += os.read(terminal, 4096).decode(errors="replace")
+
+    until("> ")
+    os.write(terminal, b"one\n")
+    until("begin")
+    os.write(terminal, b"two\n")
+    until("end:two")
+    os.write(terminal, b"\x04")
+    os.waitpid(pid, 0)
+    assert "two" not in shown[shown.index("begin") : shown.index("end:one")]
+
+
+def test_what_a_model_was_trained_on_is_read_from_its_receipts(tmp_path):
+    machine = Machine(cpu="none", cores=1, memory_bytes=1)
+    task = {"name": "arithmetic", "weight": 1.0, "params": {}}
+    for name, kind, parents, config in (
+        ("base", "pretrain", [], {"documents": {"tasks": [task]}}),
+        ("rl", "rl", [tmp_path / "base"], {"tasks": [task, task | {"name": "hhmm.py"}]}),
+        ("foreign", "rl", [], {"tasks": [task]}),
+    ):
+        write_json(tmp_path / name / "content.json", name)
+        Meter().receipt(kind, name, config, parents, tmp_path / name, machine).write(tmp_path / name)
+    solved = {"prompt": "What is 1+1?", "answer": "2", "correct": True}
+    examples = {"arithmetic": [solved, solved | {"prompt": "1?", "correct": False}]}
+    write_json(tmp_path / "evaluations" / "rl" / "evaluation.json", {"tasks": {}, "examples": examples})
+    assert Origin.of(tmp_path / "rl") == Origin(("arithmetic", "hhmm.py"), True, "What is 1+1?")
+    assert Origin.of(tmp_path / "foreign") == Origin(("arithmetic",), False, "")  # whatever it was before, it talked
+    assert Origin.of(tmp_path / "none") == Origin() and not Origin().introduction
 
 
 def test_cut_answers_say_so(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import re
 import subprocess
@@ -13,29 +14,39 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import Field
 from safetensors.torch import load_file
 
 import slingshot
-from slingshot.base.config import StageConfig
+from slingshot.base.config import StageConfig, Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.cli import main as cli
 from slingshot.cost.receipt import Meter
 from slingshot.machine.machine import Machine
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
-from slingshot.recipe import recipe
+from slingshot.recipe.recipe import Recipe, shipped
 from slingshot.stages.kinds import STAGES
+from slingshot.tasks.loader import TaskConfig
 from slingshot.text.tokenizer import Tokenizer
 
 Command = Callable[..., tuple[int, str, str]]
+
+
+class Table(Strict):
+    """how responses are drawn"""
+
+    top_p: float = Field(1.0, le=1, description="share of the probability kept")
 
 
 class Config(StageConfig):
     """What the stage of these tests can be told."""
 
     model: str | None = None
-    lr: float = 0.1
+    lr: float = Field(0.1, gt=0, description="step size of the update")
     sizes: dict[str, int] = {}
+    sampling: Table = Table(top_p=0.9)
+    tasks: list[TaskConfig] = []
 
 
 @pytest.fixture
@@ -56,7 +67,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A stage that remembers what it was run with; `fail` is raised instead where it is set."""
-    fake = SimpleNamespace(config=Config, what="", ran=[], fail=None)
+    fake = SimpleNamespace(config=Config, what="reinforces", ran=[], fail=None)
 
     def run(config: Config, out: Path) -> None:
         if fake.fail is not None:
@@ -80,7 +91,7 @@ def test_help_and_import_are_light() -> None:
     script += "print({'torch', 'matplotlib', 'transformers', 'reasoning_gym'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
-    names = "run pretrain sft rl sample evaluate convert inspect plan receipt chat generate doctor report"
+    names = "run pretrain sft rl sample evaluate convert inspect plan receipt chat generate doctor report tasks recipes"
     for name in names.split():
         assert f" {name} " in done.stdout
 
@@ -92,11 +103,9 @@ def test_the_package_offers_what_it_promises() -> None:
         slingshot.Motor  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    "name", sorted(path.stem for path in (Path(recipe.__file__).parent / "recipes").glob("*.toml"))
-)
+@pytest.mark.parametrize("name", [name for name, _ in shipped()])
 def test_shipped_recipes_are_valid(name: str) -> None:
-    loaded = recipe.Recipe.load(name)
+    loaded = Recipe.load(name)
     assert loaded.stages and all(stage.kind in STAGES for stage in loaded.stages)
 
 
@@ -107,7 +116,12 @@ def test_version(command: Command) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["rum"], "No such command 'rum'."),
+        (["rum"], "there is no command 'rum'; did you mean run?; docs/not-yet.md says what is not there yet"),
+        (["serve"], "there is no command 'serve'; docs/not-yet.md says what is not there yet, and what to do instead"),
+        (["list"], "there is no command 'list'; you may want slingshot recipes, or slingshot tasks; "),
+        (["generate", "none"], "no prompts; give them as arguments, by --file, or - with text on standard input"),
+        (["tasks", "arithmetik"], "task 'arithmetik' is unknown; did you mean arithmetic?"),
+        (["rl", "one", "two", "--out", "x"], "rl: two models, one and two"),
         (["run"], "Missing argument 'RECIPE'"),
         (["run", "tiny", "--untill", "rl"], "No such option: --untill"),
         (["run", "mirco"], "no recipe 'mirco'; did you mean micro?"),
@@ -142,7 +156,37 @@ def test_a_stage_shows_its_keys(command: Command, stage: SimpleNamespace) -> Non
     code, out, _ = command("rl", "--keys")
     assert code == 0
     assert out.splitlines()[0] == "What the stage of these tests can be told."
-    assert ["lr", "0.1", "float"] in [line.split() for line in out.splitlines()]
+    shown = [" ".join(line.split()) for line in out.splitlines()]
+    assert "lr 0.1 number above 0 step size of the update" in shown
+    assert "model nothing text" in shown
+    assert (
+        "sampling: how responses are drawn" in shown
+    )  # a table has a heading, its keys below it as a recipe spells them
+    assert "sampling.top_p 0.9 number at most 1 share of the probability kept" in shown
+
+
+def test_what_comes_next_names_the_task_that_was_used(command: Command, stage: SimpleNamespace, tmp_path: Path) -> None:
+    _, out, err = command("rl", "runs/base", "tasks=hhmm.py", "--out", tmp_path / "new")
+    assert f"slingshot evaluate {tmp_path / 'new'} tasks=hhmm.py --out {tmp_path / 'new'}-evaluation" in out
+    assert err == f"rl: reinforces (from runs/base) -> {tmp_path / 'new'}\n"
+    assert f"slingshot sft MODEL data={tmp_path / 'set'} --out" in command("sample", "--out", tmp_path / "set")[1]
+
+
+def test_a_model_path_may_hold_an_equals_sign(
+    command: Command, stage: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=3").mkdir()
+    for number, model in enumerate(("runs/lr=3", "lr=3")):
+        assert command("rl", model, "--out", tmp_path / f"new{number}")[0] == 0
+    assert [config.model for config, _ in stage.ran] == ["runs/lr=3", "lr=3"]
+
+
+@pytest.mark.parametrize("place", [".", "/", ".."])
+def test_a_place_that_is_no_new_folder_is_one_line(command: Command, checkpoint: Path, place: str) -> None:
+    for arguments in (["evaluate", checkpoint, "tasks=arithmetic", "--out", place], ["convert", checkpoint, place]):
+        code, _, err = command(*arguments)
+        assert code == 2 and err.splitlines()[-1].startswith(f"slingshot: {place} exists already")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +226,8 @@ def test_how_a_stage_ends_badly(
     command: Command, stage: SimpleNamespace, tmp_path: Path, failure: BaseException, code: int, line: str
 ) -> None:
     stage.fail = failure
-    assert command("rl", "--out", tmp_path / "new") == (code, "", line)
+    ended = command("rl", "--out", tmp_path / "new")
+    assert ended == (code, "", f"rl: reinforces -> {tmp_path / 'new'}\n{line}")
 
 
 def test_a_child_leaves_the_last_word_to_its_runner(command: Command, stage: SimpleNamespace, tmp_path: Path) -> None:
@@ -206,8 +251,10 @@ def test_run_hands_its_options_to_the_recipe(command: Command, monkeypatch: pyte
         calls.append((source, overrides, seed))
         return SimpleNamespace(name="tiny")
 
-    monkeypatch.setattr(recipe.Recipe, "load", load)
-    monkeypatch.setattr(recipe, "run", lambda loaded, out, until, nproc: calls.append((loaded.name, out, until, nproc)))
+    monkeypatch.setattr(Recipe, "load", load)
+    monkeypatch.setattr(
+        cli, "run_recipe", lambda loaded, out, until, nproc: calls.append((loaded.name, out, until, nproc))
+    )
     assert (
         command(
             "run", "tiny", "rl.lr=1e-4", "--until", "rl", "--seed", 3, "--nproc", 2, "base.steps=5", "--out", tmp_path
@@ -266,6 +313,41 @@ def test_a_conversion_that_cannot_be_is_one_line(
 ) -> None:
     code, _, err = command("convert", checkpoint, *arguments)
     assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_prompts_come_from_arguments_standard_input_and_files(
+    command: Command, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("two\n\nthree\n"))
+    (tmp_path / "more.txt").write_text("four\nfive\n")
+    (tmp_path / "more.jsonl").write_text('{"prompt": "six\\nlines"}\n')
+    asked = ["generate", checkpoint, "--max-tokens", 1]
+    code, out, _ = command(*asked, "one", "-", "--file", tmp_path / "more.txt")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [row["prompt"] for row in rows] == ["one", "two", "three", "four", "five"]
+    assert rows[0].keys() == {"prompt", "reasoning", "answer", "finish_reason"}
+    assert json.loads(command(*asked, "--file", tmp_path / "more.jsonl")[1])["prompt"] == "six\nlines"
+    (tmp_path / "more.jsonl").write_text('{"question": "six"}\n')
+    assert (
+        "every line must be an object with a text under prompt" in command(*asked, "--file", tmp_path / "more.jsonl")[2]
+    )
+
+
+def test_tasks_and_recipes_are_listed(command: Command) -> None:
+    out = command("tasks")[1]
+    assert all(name in out for name in ("arithmetic", "countdown", "gym:NAME", "path/to/file.py"))
+    out = command("tasks", "arithmetic")[1]
+    assert re.search(r"max_terms +\d+ +whole number", out) and "a problem: " in out
+    out = command("recipes")[1]
+    assert all(name in out for name, _ in shipped()) and "the whole of R1 from nothing" in " ".join(out.split())
+
+
+@pytest.mark.slow
+def test_a_family_of_reasoning_gym_is_listed_with_its_parameters(command: Command) -> None:
+    assert "chain_sum" in command("tasks", "gym")[1]
+    out = command("tasks", "gym:chain_sum")[1]
+    assert "max_terms" in out and "seed" not in out and "a problem: " in out
+    assert "dataset 'chain_sums' is unknown; did you mean chain_sum?" in command("tasks", "gym:chain_sums")[2]
 
 
 def test_inspect_ends_with_2_where_something_does_not_fit(command: Command, checkpoint: Path) -> None:

@@ -21,8 +21,10 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.files import new_folder, write_json, write_text
 from slingshot.cost.receipt import Meter
 from slingshot.machine.machine import Machine
-from slingshot.recipe import recipe
+from slingshot.recipe import runner
 from slingshot.stages.kinds import STAGES
+from slingshot.tasks.loader import TaskConfig
+from slingshot.training.identity import inputs
 
 
 class Shape(Strict):
@@ -35,11 +37,16 @@ class Config(StageConfig):
 
     model: str | None = None
     data: list[str] = []
+    tasks: list[TaskConfig] = []
     text: str = ""
     lr: float = 0.1
     flops: float = 5.0
     shape: Shape = Shape()
     do: Literal["write", "wait", "refuse", "crash", "vanish"] = "write"
+
+
+def _content(path: Path) -> str:
+    return (path / "content.json" if path.is_dir() else path).read_text()
 
 
 def run_kind(kind: str, config: Config, out: Path) -> None:
@@ -58,14 +65,12 @@ def run_kind(kind: str, config: Config, out: Path) -> None:
         raise ZeroDivisionError
     if config.do == "vanish":
         os.kill(os.getpid(), signal.SIGKILL)
-    parents = [Path(path) for path in ([config.model] if config.model else []) + config.data]
+    parents = list(inputs(config).values())
     meter = Meter()
     meter.add(tokens=1500, all=config.flops)
     with new_folder(out) as folder:
         # What a stage makes depends on its config and on what its parents hold.
-        write_json(
-            folder / "content.json", [config.lr, config.seed, [(path / "content.json").read_text() for path in parents]]
-        )
+        write_json(folder / "content.json", [config.lr, config.seed, [_content(path) for path in parents]])
         if kind == "evaluate":
             score = {"pass@1": 0.5, "ci95": [0.4, 0.6], "pass@8": None, "mean_tokens": 3.0, "format": 1.0, "n": 4}
             wrong = {
@@ -96,7 +101,7 @@ if __name__ == "__main__":
     from slingshot.cli.main import main
 
     STAGES.update(FAKES)
-    recipe.PROGRAM = [__file__]
-    recipe.LOCK_SECONDS = 1.0
+    runner.PROGRAM = [__file__]
+    runner.LOCK_SECONDS = 1.0
     slingshot.recipe.report.build = lambda run: {}
     main()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self, get_args
+from typing import Any, ClassVar, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,6 +22,7 @@ class Strict(BaseModel):
 
     A table that is given in part takes its other keys from the field's own default, not the table's class. `moved`:
     keys of earlier versions, each with its present dotted place. Keys `without_effect` change nothing in an artifact.
+    One thing stands for a list of it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -44,7 +45,10 @@ class Strict(BaseModel):
             if cls._is_old(key, value):
                 raise SlingshotError(f"{key}: this key is now {cls.moved[key]}")
             default = cls.model_fields[key].default if key in cls.model_fields else None
-            if isinstance(value, dict) and isinstance(default, Strict):
+            is_list = key in cls.model_fields and get_origin(cls.model_fields[key].annotation) is list
+            if is_list and isinstance(value, str | dict):
+                value = [value]
+            elif isinstance(value, dict) and isinstance(default, Strict):
                 value = default.model_dump(exclude_unset=True) | value
             complete[key] = value
         return complete
@@ -88,13 +92,32 @@ class Strict(BaseModel):
     def differences(cls, old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Dotted keys in which two dumped configs make different artifacts, each with its old and new value.
 
-        `old` may be of an earlier version: keys it lacks count as their defaults, keys that are gone do not count.
+        `old` may be of an earlier version: a key that only one of them has does not count, but in free tables, whose
+        keys the user decides on.
         """
-        with contextlib.suppress(ValidationError, SlingshotError):
-            old = cls.model_validate(cls.renewed(old), extra="ignore").model_dump(mode="json")
+        old = cls.renewed(old)
+        had = _flat(old)
+        with contextlib.suppress(ValidationError, SlingshotError):  # keys that are new within lists take their defaults
+            old = cls.model_validate(old, extra="ignore").model_dump(mode="json")
         before, after = _flat(old), _flat(new)
-        keys = [key for key in before | after if key not in cls.without_effect]
-        return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+        return {
+            key: (before.get(key), after.get(key))
+            for key in before | after
+            if before.get(key) != after.get(key)
+            and key not in cls.without_effect
+            and ((key in had and key in after) or cls._is_free(key))
+        }
+
+    @classmethod
+    def _is_free(cls, path: str) -> bool:
+        """Whether a dotted path leads into a table of free keys, such as `styles.answer`."""
+        owner: type[Strict] = cls
+        for table in path.split(".")[:-1]:
+            nested = _nested(owner, [table])
+            if nested is owner:
+                return True
+            owner = nested
+        return False
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

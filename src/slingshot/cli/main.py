@@ -1,7 +1,7 @@
 """The `slingshot` command: a recipe's run, one command per stage, and ways to talk to what came out.
 
     slingshot run tiny rl.optimizer.lr=1e-4 --until rl_final --out runs/tiny
-    slingshot evaluate runs/tiny/rl task=countdown --out runs/check
+    slingshot evaluate runs/tiny/rl tasks=countdown --out runs/check
     slingshot convert runs/tiny/rl_final tiny.gguf
     slingshot chat runs/tiny/rl_final
 
@@ -11,28 +11,66 @@ An error its user can mend is one line on standard error and exit code 2; Ctrl-C
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
+import shlex
 import signal
 import sys
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.text import Text
+from typer.core import TyperGroup
 
 from slingshot import __version__
 from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import read_json, read_text
+from slingshot.base.files import read_json, read_jsonl, read_text
+from slingshot.base.names import did_you_mean
+from slingshot.cli.keys import show_keys, show_recipes, show_tasks
+from slingshot.cli.origin import Origin
 from slingshot.cli.plan import app as plan_app
-from slingshot.recipe import recipe
+from slingshot.recipe.recipe import Recipe
 from slingshot.recipe.results import headline
+from slingshot.recipe.runner import run as run_recipe
+from slingshot.recipe.tables import apply_override
 from slingshot.stages.kinds import STAGES
 
+# What a newcomer looks for under a name that no command has.
+_ELSEWHERE = {
+    "list": "slingshot recipes, or slingshot tasks",
+    "export": "slingshot convert",
+    "train": "slingshot run RECIPE, or slingshot pretrain, sft or rl",
+    "eval": "slingshot evaluate",
+    "serve": "",
+    "quantize": "",
+    "distill": "",
+    "lora": "",
+}
+
+
+class _Commands(TyperGroup):
+    """The commands, and the way out of a name that is none."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        found = super().get_command(ctx, cmd_name)
+        if found is None:
+            known = [name for name, command in self.commands.items() if not command.hidden]
+            hint = did_you_mean(cmd_name, known)
+            if cmd_name in _ELSEWHERE:
+                hint = _ELSEWHERE[cmd_name] and f"you may want {_ELSEWHERE[cmd_name]}"
+            not_yet = "docs/not-yet.md says what is not there yet, and what to do instead"
+            raise SlingshotError(f"there is no command {cmd_name!r}; {hint + '; ' if hint else ''}{not_yet}")
+        return found
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Build, own and serve a DeepSeek-style reasoning model on the machine in front of you.",
     no_args_is_help=True,
     add_completion=False,
@@ -43,6 +81,9 @@ app = typer.Typer(
 _PLACE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 _SOURCE = "A checkpoint folder, a .gguf file, package:NAME, or a hub name (org/name[@revision])"
+
+# A path may hold "=" as well, but not before its first slash.
+_OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 
 Checkpoint = Annotated[str, typer.Argument(help=f"{_SOURCE}.", show_default=False)]
 
@@ -97,17 +138,20 @@ def run(
     nproc: Annotated[int, typer.Option(min=1, help="Processes per stage; more than one run under torchrun.")] = 1,
 ) -> None:
     """Run a recipe: every stage, its evaluation, and the report. Goes on where an earlier run stopped."""
-    loaded = recipe.Recipe.load(source, overrides or [], seed)
-    recipe.run(loaded, out or Path("runs") / loaded.name, until, nproc)
+    loaded = Recipe.load(source, overrides or [], seed)
+    run_recipe(loaded, out or Path("runs") / loaded.name, until, nproc)
 
 
-_ON_CHECKPOINTS = (
-    "slingshot chat {out}, or slingshot evaluate {out} 'tasks=[{{name = \"arithmetic\"}}]' --out {out}-evaluation"
-)
-_NEXT = dict.fromkeys(STAGES, _ON_CHECKPOINTS) | {
-    "sample": "slingshot sft MODEL 'data=[\"{out}\"]' --out {out}-sft",
-    "evaluate": "read {out}/evaluation.json",
-}
+def _next(kind: str, out: Path, config: StageConfig) -> str:
+    """What to do with an artifact that was just made."""
+    place = shlex.quote(str(out))
+    if kind == "evaluate":
+        return f"read {out / 'evaluation.json'}"
+    if kind == "sample":
+        return f"slingshot sft MODEL data={place} --out {place}-sft"
+    tasks = getattr(config, "tasks", []) or getattr(getattr(config, "documents", None), "tasks", [])
+    task = shlex.quote(f"tasks={tasks[0].name}") if tasks else "tasks=arithmetic"
+    return f"slingshot chat {place}, or slingshot evaluate {place} {task} --out {place}-evaluation"
 
 
 def _stage_command(kind: str) -> Callable[..., None]:
@@ -118,22 +162,30 @@ def _stage_command(kind: str) -> Callable[..., None]:
         ] = None,
         config: Annotated[Path | None, typer.Option(help="A .json or .toml file with keys of the stage.")] = None,
         out: Annotated[Path | None, typer.Option(help="The folder the artifact becomes.", show_default=False)] = None,
-        keys: Annotated[
-            bool, typer.Option("--keys", help="Show the stage's keys and their defaults, and exit.")
-        ] = False,
+        keys: Annotated[bool, typer.Option("--keys", help="Show every key of the stage, and exit.")] = False,
     ) -> None:
         stage = STAGES[kind]
         if keys:
-            _show_keys(stage.config)
+            show_keys(stage.config, Console(highlight=False))
             return
         if out is None:
             raise SlingshotError(f"{kind}: no --out; name the folder the artifact shall become")
         values = _read_table(config) if config else {}
+        models = [text for text in settings or [] if not _OVERRIDE.match(text) or Path(text).exists()]
+        if len(models) > 1:
+            raise SlingshotError(f"{kind}: two models, {models[0]} and {models[1]}; a key is set by KEY=VALUE")
+        values |= {"model": models[0]} if models else {}
         for text in settings or []:
-            recipe.apply_override(values, text if "=" in text else f"model={text}")
-        stage.run(stage.config.parse(values, kind), out)
-        if os.environ.get("RANK", "0") == "0":
-            print(f"made {out}: {headline(out)}\nnext: {_NEXT[kind].format(out=out)}")
+            if text not in models:
+                apply_override(values, text)
+        parsed = stage.config.parse(values, kind)
+        first = os.environ.get("RANK", "0") == "0"
+        if first:
+            source = f" (from {values['model']})" if isinstance(values.get("model"), str) else ""
+            print(f"{kind}: {stage.what}{source} -> {out}", file=sys.stderr)
+        stage.run(parsed, out)
+        if first:
+            print(f"made {out}: {headline(out)}\nnext: {_next(kind, out, parsed)}")
 
     command.__doc__ = f"One stage: {STAGES[kind].what}."
     return command
@@ -233,41 +285,52 @@ def _read_table(path: Path) -> dict[str, Any]:
     return values
 
 
-def _show_keys(config: type[StageConfig]) -> None:
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(Text(f"{(config.__doc__ or '').strip()}\n"))
-    for name, field in config.model_fields.items():
-        kind = (
-            getattr(field.annotation, "__name__", None)
-            if not getattr(field.annotation, "__args__", None)
-            else str(field.annotation)
-        )
-        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-        console.print(
-            Text.assemble((f"{name:28}", "bold"), f"{default:24} ", (str(kind).replace("typing.", ""), "dim"))
-        )
+@app.command()
+def tasks(
+    name: Annotated[str | None, typer.Argument(help="arithmetic, countdown, gym, gym:NAME or a .py file.")] = None,
+) -> None:
+    """List the tasks there are, or the parameters of one, with a problem of it."""
+    show_tasks(name, Console(highlight=False))
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come along."""
+    show_recipes(Console(highlight=False))
 
 
 @app.command()
 def chat(
-    path: Checkpoint, temperature: float = 0.6, top_p: float = 0.95, max_tokens: int = 4096, seed: int = 0
+    path: Checkpoint,
+    temperature: float = 0.6,
+    top_p: float = 0.95,
+    max_tokens: int = 4096,
+    seed: int = 0,
+    conversation: Annotated[
+        bool | None, typer.Option(help="Tell the model what was said before.", show_default="by its training")
+    ] = None,
 ) -> None:
     """Talk to a checkpoint in the terminal, its reasoning dimmed above the answer. Ctrl-C stops an answer, Ctrl-D leaves."""
     from slingshot.cli.chat import chat as talk
     from slingshot.engine.engine import Engine
     from slingshot.engine.sampling import SamplingParams
 
-    talk(
-        Engine.load(path),
-        Console(),
-        SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed),
-    )
+    origin = Origin.of(Path(path))
+    if conversation is not None:
+        origin = replace(origin, single_turns=not conversation)
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    talk(Engine.load(path), Console(), params, origin)
 
 
 @app.command()
 def generate(
     path: Checkpoint,
-    prompts: Annotated[list[str], typer.Argument(help="Texts to continue.", show_default=False)],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Texts to answer; - reads them from standard input.", show_default=False)
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A file of prompts, one a line; .jsonl: under the key prompt.")
+    ] = None,
     temperature: float = 0.6,
     top_p: float = 0.95,
     max_tokens: int = 256,
@@ -278,22 +341,29 @@ def generate(
     ] = False,
 ) -> None:
     """Print completions of prompts, one JSON object a line: prompt, reasoning, answer, finish_reason."""
-    import json
-
     from slingshot.engine.engine import Engine
     from slingshot.engine.sampling import SamplingParams
 
+    asked = [prompt for given in prompts or [] for prompt in (_lines(sys.stdin.read()) if given == "-" else [given])]
+    if file and file.suffix == ".jsonl":
+        rows = read_jsonl(file)
+        if not all(isinstance(row, dict) and isinstance(row.get("prompt"), str) for row in rows):
+            raise SlingshotError(f"{file}: every line must be an object with a text under prompt")
+        asked += [row["prompt"] for row in rows]
+    elif file:
+        asked += _lines(read_text(file))
+    if not asked:
+        raise SlingshotError("no prompts; give them as arguments, by --file, or - with text on standard input")
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, n=n, seed=seed)
-    asked = prompts if raw else [[{"role": "user", "content": prompt}] for prompt in prompts]
-    for prompt, output in zip(prompts, Engine.load(path).generate(asked, params), strict=True):
+    given = asked if raw else [[{"role": "user", "content": prompt}] for prompt in asked]
+    for prompt, output in zip(asked, Engine.load(path).generate(given, params), strict=True):
         for completion in output.outputs:
-            row = {
-                "prompt": prompt,
-                "reasoning": completion.reasoning,
-                "answer": completion.answer,
-                "finish_reason": completion.finish_reason,
-            }
-            print(json.dumps(row, ensure_ascii=False))
+            row = {"prompt": prompt, "reasoning": completion.reasoning, "answer": completion.answer}
+            print(json.dumps(row | {"finish_reason": completion.finish_reason}, ensure_ascii=False))
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.strip()]
 
 
 @app.command()

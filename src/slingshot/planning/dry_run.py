@@ -24,7 +24,8 @@ from slingshot.base.files import read_json, read_jsonl, write_json, write_jsonl
 from slingshot.base.quantity import plural, show_duration, show_money, show_size
 from slingshot.cost.receipt import PeakMemory, Receipt
 from slingshot.planning.page import PlanPage, Section, table
-from slingshot.recipe.recipe import Recipe, Stage, resolve
+from slingshot.recipe.recipe import Recipe, RecipeStage
+from slingshot.recipe.tables import resolve
 from slingshot.stages.kinds import STAGES
 
 STEPS = {"pretrain": 10, "rl": 4}  # of these kinds
@@ -87,7 +88,7 @@ class _DryRun:
         self._growth: dict[str, float] = {}  # by path of a dataset
         self._notes: dict[str, None] = {}
 
-    def stage(self, stage: Stage) -> DryStage:
+    def stage(self, stage: RecipeStage) -> DryStage:
         """Run one stage with a few steps and scale it up."""
         out = self.folder / stage.folder
         values = resolve(stage.values, lambda name: str(self.folder / name), lambda name: self._forecasts[name].flops)
@@ -102,7 +103,7 @@ class _DryRun:
         self._forecasts[stage.name] = self._evaluated[key] = found
         return found
 
-    def _run(self, stage: Stage, config: Any, whole: dict[str, Any], factor: float, out: Path) -> DryStage:
+    def _run(self, stage: RecipeStage, config: Any, whole: dict[str, Any], factor: float, out: Path) -> DryStage:
         job = out.with_name(f"{out.name}.job.json")
         result = out.with_name(f"{out.name}.result.json")
         write_json(job, {"kind": stage.kind, "name": stage.name, "config": config, "whole": whole, "factor": factor,
@@ -132,7 +133,7 @@ class _DryRun:
             **receipt.model_dump(include=set(PeakMemory.model_fields)),
         )  # fmt: skip
 
-    def _cut(self, stage: Stage, whole: dict[str, Any]) -> tuple[dict[str, Any], float]:
+    def _cut(self, stage: RecipeStage, whole: dict[str, Any]) -> tuple[dict[str, Any], float]:
         """The stage's config with a few steps, and how many times as much the whole is (the child knows of
         problems)."""
         if stage.kind in STEPS:

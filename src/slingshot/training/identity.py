@@ -101,16 +101,16 @@ class Identity:
         changed: dict[str, None] = {}
 
         def old_content(name: str, checkpoint: bool) -> str:
-            return recorded.get(name) or recorded.get(Path(name).name) or name
+            # What the old one did not record, such as a task file in an older receipt, goes by its name.
+            return recorded.get(name) or recorded.get(Path(name).name) or (name if hub_name(name) else Path(name).name)
 
         def new_content(name: str, checkpoint: bool) -> str:
-            digest = self.digests.get(name)
-            known = recorded.get(name) or recorded.get(Path(name).name)
-            if digest and known and digest != known and digest not in old.digests.values():
-                changed[f"{name} changed" if not checkpoint else f"its parent {Path(name).name} changed"] = None
-                return known  # said already
-            # What the old one did not record, such as a task file in an older receipt, goes by its name.
-            return digest if digest and (known or digest in old.digests.values()) else name
+            known, digest = old_content(name, checkpoint), self.digests.get(name)
+            if digest in old.digests.values():
+                return str(digest)
+            if digest and known in old.digests.values():
+                changed[f"{Path(name).name} changed"] = None
+            return known  # a change is said already; what is gone by now cannot be compared
 
         different = config.differences(_with_inputs(before, old_content), _with_inputs(self.config, new_content))
         shown = different | config.differences(before, self.config)

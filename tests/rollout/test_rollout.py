@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,6 +111,20 @@ def test_problems_that_are_all_too_long_are_refused_by_name(saying: Saying, coun
     with pytest.raises(SlingshotError, match=f"none of {count} problems .* task arithmetic: the prompt of '3\\+4' has"):
         rollout.run([item(replace(SUM, prompt="3+4" * 300))] * count)
         rollout.refuse_nothing()
+
+
+def test_an_answer_that_fails_to_be_verified_ends_nothing_and_all_of_them_do(saying: Saying, tmp_path: Path) -> None:
+    file = tmp_path / "failing.py"
+    file.write_text(
+        "def problems(split, seed): yield {'prompt': 'x'}\ndef verify(problem, text): raise ValueError('oh')\n"
+    )
+    task = load_task(str(file))
+    with VerificationPool([task]) as verification:
+        failing = Rollout(saying(lambda *_: Solution("", "7")), SamplingParams(), PromptForm(), verification, ALONE)
+        ((trajectory,),) = failing.run([item(task=task)])
+        assert trajectory.scores["accuracy"] == 0.0 and failing.counts == {"unverified": 1}
+        with pytest.raises(SlingshotError, match="verify.* raised ValueError: oh"):
+            failing.run([item(task=task)] * 32)
 
 
 def test_what_was_aborted_is_left_out(saying: Saying) -> None:

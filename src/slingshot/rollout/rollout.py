@@ -24,7 +24,9 @@ from slingshot.tasks.verification import VerificationPool
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.parallel import Parallel
 
-_PATIENCE = 32  # problems in a row that may be left out before it is taken to be all of them
+_PATIENCE = (
+    32  # problems that may be left out, or answers that fail to be verified, until it is taken to be all of them
+)
 
 
 class PromptForm(Strict):
@@ -69,14 +71,12 @@ class Rollout:
         self.verification, self.parallel = verification, parallel
         self.counts: dict[str, int] = {}
         self._reasons: dict[str, str] = {}  # the first of each kind
-        self._asked = self._made = 0
+        self._asked = self._made = self._unverified = 0
 
     def run(self, items: Sequence[Item]) -> list[list[Trajectory]]:
         """Groups of trajectories, one of each problem, in the order of the items."""
         self.counts = {"skipped": 0, "aborted": 0, "unverified": 0}
-        mine = self.parallel.mine(items)
-        live = [(item.key, self._begin(item)) for item in mine]
-        live = [(key, group) for key, group in live if group]
+        live = [(item.key, group) for item in self.parallel.mine(items) if (group := self._begin(item))]
         groups = [group for _, group in live]
         verdicts: list[tuple[Trajectory, Future[Reward] | None]] = []
         while live:  # a turn of all that go on: at first the samples of a group together, then each by itself
@@ -100,14 +100,15 @@ class Rollout:
                 else:
                     verdicts.append((trajectory, self._verify(trajectory, self.form.lenient)))
         self._score(verdicts)
-        self.verification.check()
         return self._whole(groups, len(items))
 
     def refuse_nothing(self) -> None:
-        """Raise SlingshotError when not one of the problems so far could be put to the model."""
+        """Raise SlingshotError when not one problem could be put to the model, or not one answer verified."""
         if self._asked and not self._made:
             why = next(iter(self._reasons.values()), "another rank says why")
             raise SlingshotError(f"none of {self._asked} problems could be put to the model: {why}")
+        if self._asked and self._unverified >= min(_PATIENCE, self._asked):
+            self.verification.check()
 
     def _begin(self, item: Item) -> list[Trajectory]:
         """The problem's trajectories; none where it is too long."""
@@ -175,6 +176,7 @@ class Rollout:
         totals = self.parallel.sums({"made": len(kept), **self.counts})
         self._asked, self._made = self._asked + asked, self._made + round(totals.pop("made"))
         self.counts = {kind: round(total) for kind, total in totals.items() if total}
+        self._unverified += self.counts.get("unverified", 0)
         if self._asked >= _PATIENCE:
             self.refuse_nothing()
         return kept

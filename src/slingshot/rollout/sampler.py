@@ -48,19 +48,17 @@ class SamplingConfig(Strict):
         return SamplingParams(self.max_tokens, self.temperature, self.top_p, self.top_k, n, seed)
 
 
+Prompts = Sequence[list[int]]
+Samples = Iterator[tuple[int, list[Sampled]]]
 MOVED_TO_SAMPLING = {key: f"sampling.{key}" for key in SamplingConfig.model_fields}
 
 
 class Sampler(Protocol):
-    """What samples token ids. `max_length`: tokens of prompt and sample together at most."""
-
     tokenizer: Tokenizer
     model_config: ModelConfig
-    max_length: int
+    max_length: int  # tokens of prompt and sample together at most
 
-    def sample(
-        self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], keys: Sequence[str]
-    ) -> Iterator[tuple[int, list[Sampled]]]:
+    def sample(self, prompts: Prompts, params: Sequence[SamplingParams], keys: Sequence[str]) -> Samples:
         """Yield (index, its params' n samples) for every prompt, each as soon as it is finished.
 
         A key names the noise of its prompt's samples: the same seed, key and weights give the same tokens whatever runs beside them.
@@ -83,9 +81,7 @@ class EngineSampler:
         shared = alone and all(parameter.dtype == dtype for parameter in model.parameters())
         return cls(Engine(model, tokenizer, dtype=None if shared else dtype))
 
-    def sample(
-        self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], keys: Sequence[str]
-    ) -> Iterator[tuple[int, list[Sampled]]]:
+    def sample(self, prompts: Prompts, params: Sequence[SamplingParams], keys: Sequence[str]) -> Samples:
         engine = self._engine
         running: dict[int, int] = {}
         try:
@@ -122,9 +118,7 @@ class ScriptedSampler:
         self.max_length = model_config.max_position_embeddings
         self.version = -1
 
-    def sample(
-        self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], keys: Sequence[str]
-    ) -> Iterator[tuple[int, list[Sampled]]]:
+    def sample(self, prompts: Prompts, params: Sequence[SamplingParams], keys: Sequence[str]) -> Samples:
         said = [
             [self._say(prompt, self.script(key, index), its.max_tokens) for index in range(its.n)]
             for prompt, its, key in zip(prompts, params, keys, strict=True)

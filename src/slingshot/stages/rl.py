@@ -117,6 +117,7 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
                 progress.update(step + 1, **shown, **{"tokens/s": speed["tokens_per_second"]})
                 work.keep(step + 1, lambda: work.training_state(model, optimizer, reference), stop=interrupts.asked)
 
+        rollout.refuse_nothing()
         work.finish_checkpoint(model, tokenizer, source)
 
 

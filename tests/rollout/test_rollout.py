@@ -123,7 +123,7 @@ def test_an_answer_that_fails_to_be_verified_ends_nothing_and_all_of_them_do(say
         failing = Rollout(saying(lambda *_: Solution("", "7")), SamplingParams(), PromptForm(), verification, ALONE)
         ((trajectory,),) = failing.run([item(task=task)])
         assert trajectory.scores["accuracy"] == 0.0 and failing.counts == {"unverified": 1}
-        with pytest.raises(SlingshotError, match="verify.* raised ValueError: oh"):
+        with pytest.raises(SlingshotError, match="raised ValueError: oh"):
             failing.run([item(task=task)] * 32)
 
 

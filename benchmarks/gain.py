@@ -30,9 +30,8 @@ def main() -> None:
         draws = np.random.default_rng(0).integers(0, len(differences), (RESAMPLES, len(differences)))
         low, high = np.percentile(differences[draws].mean(1), [2.5, 97.5])
         means = f"{np.mean(earlier):.1%} -> {np.mean(scores):.1%}"
-        print(
-            f"{task}: {means}, {100 * differences.mean():+.1f} points (95% {100 * low:+.1f} to {100 * high:+.1f}, {len(scores)} problems, paired)"
-        )
+        points = f"{100 * differences.mean():+.1f} points (95% {100 * low:+.1f} to {100 * high:+.1f}"
+        print(f"{task}: {means}, {points}, {len(scores)} problems, paired)")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""How fast does pre-training go beside transformers' DeepseekV3ForCausalLM? Same shape, batch, dtype and optimizer, no MTP on either side.
+"""How fast is pre-training beside transformers' DeepseekV3ForCausalLM? Same shape, batch, dtype and optimizer, no MTP.
 
     .venv/bin/python benchmarks/pretrain.py [--rounds 5] [--threads 2]
 
-Both models train on the same random tokens in turns, a few steps each a round, so that a noisy machine slows both alike. Printed and
+Both models train on the same random tokens in turns, a few steps a round, so that noise slows both alike. Printed and
 kept in benchmarks/pretrain.json: tokens per second of each (median, lowest, highest round) and the ratio of medians.
 """
 

@@ -1,13 +1,14 @@
-"""Configs are composed of tables; keys of earlier versions are refused by their new name, and read where they were kept."""
+"""Configs are composed of tables; keys of earlier versions are refused by their new name, and read in receipts."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
+from pydantic import model_validator
 
-from slingshot.base.config import StageConfig
+from slingshot.base.config import StageConfig, Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.recipe.recipe import Recipe
 from slingshot.stages.kinds import STAGES
@@ -99,6 +100,22 @@ def test_numbers_that_are_none_are_refused_in_one_line(kind: str, changes: dict[
     with pytest.raises(SlingshotError) as refused:
         parse(kind, **changes)
     assert "\n" not in str(refused.value)
+
+
+def test_a_place_is_named_once() -> None:
+    """What a config opens says itself where the error is."""
+
+    class Opening(Strict):
+        path: str
+
+        @model_validator(mode="after")
+        def _open(self) -> Self:
+            raise SlingshotError(f"{self.path}: no such file")
+
+    with pytest.raises(SlingshotError, match=r"^capitals\.py: no such file$"):
+        Opening.parse({"path": "capitals.py"}, "capitals.py")
+    with pytest.raises(SlingshotError, match=r"^rl\.capitals\.py: no such file$"):
+        Opening.parse({"path": "capitals.py"}, "rl")
 
 
 def test_the_largest_seed_is_taken() -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slingshot.data.packing import pack, pack_examples
+from slingshot.data.packing import pack, pack_examples, strided
 
 thorough = settings(derandomize=True, deadline=None, max_examples=200)
 
@@ -70,3 +70,23 @@ def test_examples_stay_whole(sizes: list[int], seed: int) -> None:
 def test_impossible_examples_are_refused(example: tuple[list[int], list[int]]) -> None:
     with pytest.raises(ValueError, match="example 1 has"):
         pack_examples([([1], [1]), example], length=2)
+
+
+def test_windows_that_overlap_score_every_token_once() -> None:
+    """Ten tokens seen six at a time, a new window every three: targets are what the window before does not hold."""
+    windows = list(strided([list(range(10)), [50, 51], [60]], 6))
+    assert [ids for ids, _ in windows] == [[0, 1, 2, 3, 4, 5], [3, 4, 5, 6, 7, 8], [6, 7, 8, 9], [50, 51], [60]]
+    assert [[token for token, is_target in zip(*window, strict=True) if is_target] for window in windows] == [
+        [1, 2, 3, 4, 5], [6, 7, 8], [9], [51], [],
+    ]  # fmt: skip
+
+
+@given(st.integers(1, 60), st.integers(2, 20))
+def test_every_token_but_the_first_is_a_target_once(size: int, length: int) -> None:
+    found = [
+        token
+        for ids, mask in strided([list(range(size))], length)
+        for token, is_target in zip(ids, mask, strict=True)
+        if is_target
+    ]
+    assert found == list(range(1, size)) and all(len(ids) <= length for ids, _ in strided([range(size)], length))

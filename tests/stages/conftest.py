@@ -1,8 +1,7 @@
-"""What the stages' tests share: a task of sums short enough to learn in seconds, and a base model pre-trained on it by the stage itself."""
+"""What the stages' tests share: a task of short sums, and a base model pre-trained on it by the stage itself."""
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,12 @@ from slingshot.stages import pretrain
 SUMS = {"name": "arithmetic", "params": {"min_terms": 2, "max_terms": 2, "operators": "+", "languages": ["en"]}}
 
 MODEL = {
-    "family": "deepseek_v3", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "family": "deepseek_v3", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 2,
     "max_position_embeddings": 128, "kv_lora_rank": 16,
     "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "moe_intermediate_size": 16, "n_routed_experts": 8,
-    "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1,
+    "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 1,
 }  # fmt: skip
 
 
@@ -48,11 +49,8 @@ def pretraining() -> Callable[..., pretrain.PretrainConfig]:
 @pytest.fixture(scope="session")
 def base(pretraining: Callable[..., pretrain.PretrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has seen a few hundred sums, plain and in R1's template."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     out = tmp_path_factory.mktemp("base") / "base"
     pretrain.run(pretraining(), out)
-    for number, handler in before.items():
-        signal.signal(number, handler)
     return out
 
 

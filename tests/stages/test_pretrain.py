@@ -126,7 +126,7 @@ def test_router_biases_move_until_the_frozen_share(
 def test_real_text_is_scored_in_bits_per_byte_of_held_out_documents(pretraining: Pretraining, tmp_path: Path) -> None:
     """The figure in the receipt is the documents' negative log likelihood, each token once, over their bytes.
 
-    Documents are longer than the model sees at once: from the second window on it has the last half window before a token at least.
+    Documents are longer than the model sees at once: from the second window on, half a window at least.
     """
     text = tmp_path / "corpus.jsonl"
     line = "Line {}: the sum of {} and {} is {}. それは{}です。"

@@ -141,7 +141,7 @@ def test_examples_that_are_too_long_are_counted_and_refused_when_they_are_most(
 
 
 def test_rows_without_reasoning_and_chats_are_taken(base: Path, finetuning: Finetuning, tmp_path: Path) -> None:
-    """An empty think block or none; every assistant message of a chat is an example, with all before it as its prompt."""
+    """An empty think block or none; each assistant message of a chat is an example, to all before it."""
     tokenizer = load_tokenizer(base)
     ask, say = {"role": "user", "content": "What is 1+1?"}, {"role": "assistant", "content": "2"}
     write_jsonl(tmp_path / "silent.jsonl", [

@@ -1,4 +1,4 @@
-"""The same training on any number of ranks, for test_parallel.py: torchrun ... ranks.py FOLDER writes FOLDER/rank-R.json on each."""
+"""The same training on any number of ranks: torchrun ... ranks.py FOLDER writes FOLDER/rank-R.json on each."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from slingshot.training.parallel import Parallel, load_whole, whole_tensors
 
 STEPS = 20
 CONFIG = ModelConfig(
-    family="deepseek_v3", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=3, initializer_range=0.1,
-    q_lora_rank=20, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=6, v_head_dim=10, moe_intermediate_size=16, n_routed_experts=8,
-    n_shared_experts=1, num_experts_per_tok=3, n_group=4, topk_group=2, first_k_dense_replace=1, num_nextn_predict_layers=1,
+    family="deepseek_v3", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=3, initializer_range=0.1, q_lora_rank=20, kv_lora_rank=12, qk_nope_head_dim=8,
+    qk_rope_head_dim=6, v_head_dim=10, moe_intermediate_size=16, n_routed_experts=8, n_shared_experts=1,
+    num_experts_per_tok=3, n_group=4, topk_group=2, first_k_dense_replace=1, num_nextn_predict_layers=1,
 )  # fmt: skip
 
 
 def batch(step: int) -> Rows:
-    """Five rows of 24 tokens, so that two ranks cannot share them evenly; documents of 7 tokens, the last row half empty."""
+    """Five rows of 24 tokens, which two ranks cannot share evenly; documents of 7 tokens, a row half empty."""
     tokens_BT = torch.randint(0, 64, (5, 24), generator=torch.Generator().manual_seed(step))
     tokens_BT[:, 1:] = (tokens_BT[:, :-1] // 2 + tokens_BT[:, 1:] // 8) % 64  # something to learn
     segments_BT = (torch.arange(24) // 7 + 1).expand(5, 24).clone()

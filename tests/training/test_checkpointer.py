@@ -1,4 +1,4 @@
-"""The working folder of a stage: what survives a kill, what starts anew, how a stage stops, and that nothing half-written is left."""
+"""The working folder of a stage: what survives a kill, what starts anew, how it stops; nothing is half-written."""
 
 from __future__ import annotations
 
@@ -175,9 +175,11 @@ def test_a_stage_starts_anew_when_its_config_or_kind_changed(
 def test_what_changes_nothing_in_the_artifact_lets_a_stage_go_on(
     read: ReadingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another spelling of a path, another working directory, a folder that was moved, a price, how often it is saved."""
+    """Another spelling of a path, working directory, place of the folder, price, number of threads."""
     interrupted(tmp_path / "stage", read)
-    assert resumed_at(tmp_path / "stage", read.model_copy(update={"price": 3.0, "save_seconds": 9.0})) == 2
+    assert (
+        resumed_at(tmp_path / "stage", read.model_copy(update={"price": 3.0, "save_seconds": 9.0, "threads": 1})) == 2
+    )
     absolute = {"model": str(tmp_path / "in/model"), "data": [str(tmp_path / "in/data.jsonl")],
                 "tasks": [{"name": "./in/task.py"}, {"name": "countdown"}]}  # fmt: skip
     assert resumed_at(Path("stage"), read.model_copy(update=absolute)) == 2
@@ -251,7 +253,7 @@ def test_what_was_read_stands_in_the_receipt_by_content(read: ReadingConfig, ope
 def test_what_auto_means_is_decided_once_and_written_down(
     open_work: Open, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another measurement, another number of threads in force: a resumed stage goes on as it began; a changed key says otherwise."""
+    """Another measurement, another number of threads in force: a resumed stage goes on as it began."""
     before = torch.get_num_threads()
     monkeypatch.setattr(checkpointer, "auto_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr(checkpointer, "auto_threads", lambda width: before)
@@ -283,7 +285,9 @@ def test_a_value_that_is_not_finite_stops_the_stage_and_keeps_the_last_state(
     work = open_work()
     work.load()
     run_steps(work, 1, 4, saved=3)
-    line = rf"^stage: loss is {shown} at step 5; the state of step 3 is kept in .*stage\.partial; lower the learning rate and run again$"
+    line = (
+        rf"^stage: loss is {shown} at step 5; the state of step 3 is kept in .*stage\.partial; lower the learning rate"
+    )
     with pytest.raises(SlingshotError, match=line):
         work.log({"step": 5, "gradient_norm": 1.0, "loss": value})
     assert [row["step"] for row in read_jsonl(work.folder / "metrics.jsonl")] == [1, 2, 3, 4]
@@ -295,7 +299,7 @@ def test_a_value_that_is_not_finite_stops_the_stage_and_keeps_the_last_state(
 def test_a_model_that_cannot_compute_is_no_artifact(
     open_work: Open, out: Path, make_model: Callable[..., Transformer], deepseek: Callable[..., Any], damage: str
 ) -> None:
-    """After the last update, which no loss tells of any more: a NaN somewhere, or weights whose products are infinite."""
+    """After the last update, of which no loss tells: a NaN somewhere, or weights whose products are infinite."""
     model, tokenizer = make_model(deepseek(vocab_size=268)), Tokenizer.train(["three plus three"], 268)
     with torch.no_grad():
         weight = next(p for name, p in model.named_parameters() if name.endswith("down_proj.weight"))

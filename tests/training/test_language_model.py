@@ -49,7 +49,7 @@ def gradients(model: Transformer) -> dict[str, Tensor]:
 
 
 def test_losses_against_a_loop_over_documents(model: Transformer) -> None:
-    """Cross entropy and MTP over each piece of a document alone; balance loss per packed row; gradients of their weighted sum."""
+    """Cross entropy and MTP over each piece of a document alone; balance loss per row; gradients of their sum."""
     rows = packed_rows()
     next_losses, far_losses = [], []
     for tokens_T, segments_T, weights_T in zip(rows.tokens_BT, rows.segments_BT, rows.weights_BT, strict=True):

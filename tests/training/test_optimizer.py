@@ -1,4 +1,4 @@
-"""The optimizer step: orthogonalisation, Muon by an independent computation, which parameter goes where, schedule, and resuming."""
+"""The optimizer step: orthogonalisation, Muon computed by hand, which parameter goes where, schedule, resuming."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_newton_schulz_leaves_a_zero_gradient_zero() -> None:
 
 
 def test_muon_by_an_independent_computation() -> None:
-    """Two steps of W -= lr (0.2 sqrt(max(M, N)) NS(g + 0.9 (m - g)) + 0.1 W), m = 0.9 m + 0.1 g; a stack of experts beside a plain matrix."""
+    """Two steps of W -= lr (0.2 sqrt(max(M, N)) NS(g + 0.9 (m - g)) + 0.1 W), m = 0.9 m + 0.1 g; also of a stack."""
     plain, stack = nn.Parameter(normal(3, 5)), nn.Parameter(normal(2, 2, 3, 5, seed=1))
     optimizer = Muon([plain, stack], lr=0.02, momentum=0.9, weight_decay=0.1, dtype=torch.float32)
     matrices = [plain.detach().clone(), *stack.detach().clone().view(4, 3, 5)]
@@ -119,7 +119,7 @@ def test_adamw_alone_has_one_learning_rate(make_model: Make, dense: Config) -> N
 
 
 def test_a_step_clips_the_norm_scales_the_rate_and_drops_the_gradients(make_model: Make, dense: Config) -> None:
-    """AdamW's first step moves every weight by the learning rate, decay aside: lr g / |g|; the norm returned is the one before clipping."""
+    """AdamW's first step moves every weight by lr g / |g|; the norm returned is the one before clipping."""
     model = make_model(dense())
     optimizer = Optimizer(model, OptimizerConfig(name="adamw", lr=0.01, weight_decay=0.0, clip=0.5))
     before = model.model.norm.weight.detach().clone()

@@ -59,7 +59,7 @@ def two(ranks: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> list[dic
 
 
 def test_losses_and_norms_are_those_of_one_process(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
-    """20 float32 steps: cross entropy, MTP and balance loss, gradient norm and loads, on either rank, over a resumption."""
+    """20 float32 steps: cross entropy, MTP and balance loss, norm and loads, on either rank, over a resumption."""
     assert len(alone["losses"]) == 20 and alone["losses"][-1][0] < alone["losses"][0][0] - 0.1
     for rank in two:
         assert torch.allclose(torch.tensor(rank["losses"]), torch.tensor(alone["losses"]), atol=1e-5, rtol=1e-6)

@@ -10,6 +10,7 @@ generation_config.json, a tokenizer that cannot be read here) is passed on.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
+from slingshot.base.files import lock, unlock
 from slingshot.base.progress import Progress
 from slingshot.checkpoint.description import write_description
 from slingshot.checkpoint.gguf.write import Dtype, write_gguf
@@ -74,8 +76,13 @@ def write_gguf_file(source: str, file: Path, dtype: str | None) -> list[str]:
         raise SlingshotError(f"--dtype {dtype}: a GGUF file here is one of {', '.join(get_args(Dtype))}")
     if file.exists():
         raise SlingshotError(f"{file} exists already; remove it or choose another name")
-    path = locate(source)
-    return write_gguf(file, open_weights(path), load_tokenizer(path), cast(Dtype, dtype or "bfloat16"))
+    path, folder = locate(source), file.with_name(f"{file.name}.partial")
+    held = lock(folder)  # one process at a time makes it
+    try:
+        return write_gguf(file, open_weights(path), load_tokenizer(path), cast(Dtype, dtype or "bfloat16"))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        unlock(held)
 
 
 def _as_stored(weights: FolderWeights, title: str) -> Iterator[tuple[str, Tensor]]:

@@ -15,7 +15,7 @@ from slingshot.base.config import StageConfig
 
 @dataclass(frozen=True)
 class StageKind:
-    """A module of this room, the name of its config's class, what it does in a few words, and whether it makes a checkpoint."""
+    """A module of this room, its config's class by name, what it does in a few words, whether it makes a checkpoint."""
 
     module: str
     config_name: str

@@ -136,6 +136,14 @@ def test_the_page_says_every_stage_the_sum_and_what_was_assumed() -> None:
     found = DryRun(recipe="tiny", machine="a cpu", stages=[stage], seconds=100, start_seconds=10, flops=1e12, money=0.5,
                    assumptions=["half of all responses are right"])  # fmt: skip
     page = render(dry_run_page(found))
-    for wanted in ("&lt;b&gt;", "1 min 30 s", "1 min 40 s", "8%", "1 GiB", "half of all responses are right", "a cpu"):
+    for wanted in (
+        "&lt;b&gt;",
+        "1 min 30 s",
+        "1 min 40 s",
+        "8.0%",
+        "1 GiB",
+        "half of all responses are right",
+        "a cpu",
+    ):
         assert wanted in page
     assert "fits" not in page

@@ -48,7 +48,7 @@ def test_layouts_use_exactly_all_devices(config: ModelConfig, count: int) -> Non
         (V3, {"pp": 15}, "pp 15 does not divide .*; the nearest valid value is 16"),
         (V3, {"pp": 2048}, "the nearest valid value is 32"),
         (V3, {"tp": 8, "ep": 100}, "ep 100 does not divide .*; the nearest valid value is 128"),
-        (LLAMA, {"ep": 2}, "no experts; the nearest valid value is 1"),
+        (LLAMA, {"ep": 2}, "the model.s experts; the nearest valid value is 1"),
     ],
 )
 def test_what_does_not_divide_is_refused_with_the_nearest(config: ModelConfig, ways: dict[str, Any], says: str) -> None:

@@ -77,8 +77,7 @@ def dry_run(recipe: Recipe, until: str | None = None) -> DryRun:
 
 
 class _DryRun:
-    """The stages run so far: what they measured, and how many times as many examples the whole stage would have
-    made."""
+    """The stages run so far, and how many times as many examples the whole ones would have made."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -86,7 +85,6 @@ class _DryRun:
         self._forecasts: dict[str, DryStage] = {}
         self._evaluated: dict[str, DryStage] = {}
         self._growth: dict[str, float] = {}  # by path of a dataset
-        self._notes: dict[str, None] = {}
 
     def stage(self, stage: RecipeStage) -> DryStage:
         """Run one stage with a few steps and scale it up."""
@@ -122,9 +120,8 @@ class _DryRun:
             factor = min(factor, max(1 / config["steps"], most / receipt.flops))
         self.start_seconds += max(0.0, took - fixed - varying)
         self._growth[str(out)] = factor
-        self.machine = (
-            f"{receipt.machine.accelerator or receipt.machine.cpu}, {plural(receipt.machine.threads or 1, 'thread')}"
-        )
+        processor = receipt.machine.accelerator or receipt.machine.cpu
+        self.machine = f"{processor}, {plural(receipt.machine.threads or 1, 'thread')}"
         seconds = fixed + factor * varying
         price = whole.get("price")
         return DryStage(

@@ -51,33 +51,29 @@ def layouts(config: ModelConfig, count: int, per_node: int = 8, **given: Any) ->
 
     SlingshotError with the nearest valid value where a way does not divide what it splits.
     """
-    if given.get("ep", 1) > 1 and not config.n_moe_layers:
-        raise SlingshotError(f"ep {given['ep']}: this model has no experts; the nearest valid value is 1")
-
-    def ways(name: str, devices: int) -> list[int]:
-        if name == "pp":
-            return [way for way in _divisors(devices) if way <= config.num_hidden_layers]
-        split = config.num_attention_heads if name == "tp" else config.n_routed_experts if config.n_moe_layers else 1
-        return _divisors(math.gcd(devices, split))
-
-    shared = {"tp": count, "pp": count // given.get("tp", 1), "ep": count // given.get("pp", 1)}
-    names = {"tp": "attention heads", "pp": "blocks", "ep": "experts"}
-    for name, devices in shared.items():
-        if name in given and given[name] not in (valid := ways(name, devices)):
-            nearest = min(valid, key=lambda way: (abs(way - given[name]), way))
-            what = f"{devices} devices and the model's {names[name]}"
-            raise SlingshotError(f"{name} {given[name]} does not divide {what}; the nearest valid value is {nearest}")
-    found = []
-    for tp in (way for way in ways("tp", count) if given.get("tp", min(way, per_node)) == way):
-        for pp in (way for way in ways("pp", count // tp) if given.get("pp", way) == way):
+    found, valid = [], {name: set[int]() for name in ("tp", "pp", "ep")}
+    experts = config.n_routed_experts if config.n_moe_layers else 1
+    for tp in _divisors(math.gcd(count, config.num_attention_heads)):
+        valid["tp"].add(tp)
+        if given.get("tp", min(tp, per_node)) != tp:
+            continue
+        for pp in (ways for ways in _divisors(count // tp) if ways <= config.num_hidden_layers):
             dp = count // tp // pp
+            valid["pp"].add(pp)
             zeros = (given["zero"],) if "zero" in given else (1, 2, 3) if dp > 1 else (0,)
-            for ep in (way for way in ways("ep", dp * tp) if given.get("ep", way) == way):
-                for recompute in (given["recompute"],) if "recompute" in given else RECOMPUTE:
+            for ep in _divisors(math.gcd(dp * tp, experts)):
+                valid["ep"].add(ep)
+                if given.get("pp", pp) == pp and given.get("ep", ep) == ep:
                     found += [
                         Layout.model_construct(dp=dp, tp=tp, pp=pp, ep=ep, zero=zero, recompute=recompute)
+                        for recompute in (RECOMPUTE if "recompute" not in given else (given["recompute"],))
                         for zero in zeros
                     ]
+    for name, what in {"tp": "attention heads", "pp": "blocks", "ep": "experts"}.items():
+        if not found and name in given and given[name] not in valid[name]:
+            nearest = min(valid[name], key=lambda way: (abs(way - given[name]), way))
+            trouble = f"does not divide {count} devices and the model's {what}"
+            raise SlingshotError(f"{name} {given[name]} {trouble}; the nearest valid value is {nearest}")
     if not found:
         raise SlingshotError(f"no layout over {count} devices has {given}; leave one of them open")
     return found

@@ -36,36 +36,18 @@ def _reads(read: Callable[[Any, str], Any], positive: bool = True) -> BeforeVali
     return BeforeValidator(checked)
 
 
-Number = Annotated[float, _reads(quantity.count)]
-Price = Annotated[float, _reads(quantity.count, positive=False)]
-Whole = Annotated[int, _reads(quantity.whole)]
-Size = Annotated[float, _reads(quantity.size)]
-Seconds = Annotated[float, _reads(quantity.seconds)]
-Share = Annotated[float, _reads(quantity.share)]
+def _prices(value: Any, what: str) -> tuple[float, ...]:
+    prices = tuple(quantity.count(part, "a price") for part in (value.split("/") if isinstance(value, str) else value))
+    if len(prices) != 3:
+        raise SlingshotError(f"{what}: three a million: cached input, other input, output, such as 0.14/0.55/2.19")
+    return prices
 
 
-class NamedModel(Strict):
-    """A model's architecture under the name it was asked for by."""
-
-    name: str
-    config: ModelConfig
-
-
-def _named(value: Any) -> Any:
-    return NamedModel(name=value, config=ModelConfig.preset(value)) if isinstance(value, str) else value
-
-
-Model = Annotated[NamedModel, BeforeValidator(_named)]
-
-
-def _hours_by_name(value: Any) -> Any:
-    if isinstance(value, dict):
-        return value
-    stages: dict[str, float] = {}
-    for text in value:
+def _hours_by_name(value: Any, _: str) -> dict[str, Any]:
+    stages: dict[str, Any] = dict(value) if isinstance(value, dict) else {}
+    for text in () if isinstance(value, dict) else value:
         name, separator, hours = text.rpartition("=")
-        name = name.strip()
-        if not separator or not name:
+        if not separator or not (name := name.strip()):
             raise SlingshotError(f"--stage {text!r:.60}: write NAME=HOURS, such as 'context extension=119K'")
         if name in (*stages, "pre-training"):
             raise SlingshotError(
@@ -75,18 +57,51 @@ def _hours_by_name(value: Any) -> Any:
     return stages
 
 
+def _named(value: Any, _: str) -> Any:
+    return NamedModel(name=value, config=ModelConfig.preset(value)) if isinstance(value, str) else value
+
+
+def _device(value: Any, _: str) -> Any:
+    return device(value) if isinstance(value, str) else value
+
+
+def _stage_of_zero(value: Any, _: str) -> Any:
+    return int(value) if str(value).isdecimal() else value
+
+
+class NamedModel(Strict):
+    """A model's architecture under the name it was asked for by."""
+
+    name: str
+    config: ModelConfig
+
+
+Number = Annotated[float, _reads(quantity.count)]
+Whole = Annotated[int, _reads(quantity.whole)]
+Share = Annotated[float, _reads(quantity.share)]
+Model = Annotated[NamedModel, _reads(_named, positive=False)]
+Seconds = Annotated[float, _reads(quantity.seconds, positive=False)]
+
+
+def _asked(help: str, default: Any = None, **bounds: Any) -> Any:
+    """An option that may be left out."""
+    return Field(default, description=help, **bounds)
+
+
 class PlanRequest(Strict):
     """What every plan is asked."""
 
     model: Model = Field(description="A preset, a folder, a .gguf file, package:NAME, or a hub name.")
-    on: Annotated[Device, BeforeValidator(lambda value: device(value) if isinstance(value, str) else value)] = Field(
+    on: Annotated[Device, _reads(_device, positive=False)] = Field(
         alias="device", description=f"{', '.join(DEVICES)}, or local for this machine"
     )
-    count: Whole | None = Field(1, description="Devices.")
-    price: Price | None = Field(None, description="Of a device-hour; else the table's example.")
-    memory: Size | None = Field(None, description="Of a device, such as 40GiB; else the table's.")
-    precision: str | None = Field(None, description="float32, bfloat16, float16 or fp8; else as stored, else 16 bits.")
-    mfu: Share | None = Field(None, description="Share of the peak reached; else 22% in 8 bits, 40% in others.")
+    count: Whole | None = _asked("Devices.", 1)
+    price: Annotated[float, _reads(quantity.count, positive=False)] | None = _asked(
+        "Of a device-hour; else an example."
+    )
+    memory: Annotated[float, _reads(quantity.size)] | None = _asked("Of a device, such as 40GiB; else the table's.")
+    precision: str | None = _asked("float32, bfloat16, float16, fp8 (serving: int8); else as stored, else 16 bits.")
+    mfu: Share | None = _asked("Share of the peak reached; else 22% in 8 bits, 40% in others.")
 
     @property
     def device(self) -> Device:
@@ -96,99 +111,78 @@ class PlanRequest(Strict):
 class TrainingRequest(PlanRequest):
     """What every plan with training in it is asked. Of the layout's ways, what is left open is chosen."""
 
-    tflops: Number | None = Field(None, description="TFLOP/s of a device in training, measured; instead of --mfu.")
-    tp: Whole | None = Field(None, description="Tensor parallel ways; chosen when not given.")
-    pp: Whole | None = Field(None, description="Pipeline stages; chosen when not given.")
-    ep: Whole | None = Field(None, description="Expert parallel ways; chosen when not given.")
-    zero: Annotated[Zero, BeforeValidator(lambda v: int(v) if str(v).isdecimal() else v)] | None = Field(
-        None, description="ZeRO stage, 0 to 3; chosen when not given."
-    )
-    recompute: Recompute | None = Field(None, description="none, selective or full; chosen when not given.")
+    tflops: Number | None = _asked("TFLOP/s of a device in training, measured; instead of --mfu.")
+    tp: Whole | None = _asked("Tensor parallel ways; chosen when not given.")
+    pp: Whole | None = _asked("Pipeline stages; chosen when not given.")
+    ep: Whole | None = _asked("Expert parallel ways; chosen when not given.")
+    zero: Annotated[Zero, _reads(_stage_of_zero, positive=False)] | None = _asked("ZeRO stage, 0 to 3; or chosen.")
+    recompute: Recompute | None = _asked("none, selective or full; chosen when not given.")
 
     @property
     def ways(self) -> dict[str, Any]:
         """Those of the layout's ways that are given."""
-        return {
-            name: way for name in ("tp", "pp", "ep", "zero", "recompute") if (way := getattr(self, name)) is not None
-        }
+        given = {name: getattr(self, name) for name in ("tp", "pp", "ep", "zero", "recompute")}
+        return {name: way for name, way in given.items() if way is not None}
 
 
 class PretrainRequest(TrainingRequest):
     """Training on so many tokens."""
 
     tokens: Number = Field(description="Tokens trained on.")
-    hours: Number | None = Field(None, description="Device-hours it took: shows what rate they come to.")
-    context: Whole | None = Field(None, description="Tokens in a sequence; else 4096.")
-    batch: Number | None = Field(None, description="Tokens in an optimizer step; else 4M, or a sequence a device.")
-    stage: Annotated[dict[str, Number], BeforeValidator(_hours_by_name)] = Field(
-        {}, description="NAME=HOURS: a further line of the bill; may be repeated."
+    hours: Number | None = _asked("Device-hours it took: shows what rate they come to.")
+    context: Whole | None = _asked("Tokens in a sequence; else 4096.")
+    batch: Number | None = _asked("Tokens in an optimizer step; else 4M, or a sequence a device.")
+    stage: Annotated[dict[str, Number], _reads(_hours_by_name, positive=False)] = _asked(
+        "NAME=HOURS: a further line of the bill; may be repeated.", {}
     )
 
 
-_PER_COPY = Field(None, description="Devices that hold one copy of the model; chosen when not given.")
-_EFFICIENCY = Field(DECODE_EFFICIENCY, description="Share of the decode roofline that is reached.")
+class SamplingRequest(PlanRequest):
+    """What every plan with sampling in it is asked."""
+
+    devices_per_copy: Whole | None = _asked("Devices that hold one copy of the model; chosen when not given.")
+    efficiency: Share = _asked("Share of the decode roofline that is reached.", DECODE_EFFICIENCY)
 
 
-class RLRequest(TrainingRequest):
+class RLRequest(TrainingRequest, SamplingRequest):
     """GRPO: rollouts, then their verification, then the update, in turns on the same devices."""
 
     steps: Whole = Field(description="Optimizer steps.")
     response: Number = Field(description="Mean tokens of a response.")
     longest: Number = Field(description="Tokens a response may have at most.")
-    prompts: Whole = Field(32, description="Questions in a step.")
-    group: Whole = Field(16, description="Responses to each question.")
-    rollout: Whole | None = Field(None, description="Responses sampled at once; else those of a step.")
-    prompt: Number = Field(200, description="Mean tokens of a prompt.")
-    forwards: Annotated[int, _reads(quantity.count, positive=False)] = Field(
-        1, description="Forward passes besides the trained one, such as the reference's."
+    prompts: Whole = _asked("Questions in a step.", 32)
+    group: Whole = _asked("Responses to each question.", 16)
+    rollout: Whole | None = _asked("Responses sampled at once; else those of a step.")
+    prompt: Number = _asked("Mean tokens of a prompt.", 200)
+    forwards: Annotated[int, _reads(quantity.count, positive=False)] = _asked(
+        "Forward passes besides the trained one.", 1
     )
-    verify_seconds: Annotated[float, _reads(quantity.seconds, positive=False)] = Field(
-        0.1, description="Of one processor core for a response."
-    )
-    verify_workers: Whole | None = Field(
-        None, description="Processor cores that verify; else 16 a device, or this machine's with --device local."
-    )
-    devices_per_copy: Whole | None = _PER_COPY
-    efficiency: Share = _EFFICIENCY
+    verify_seconds: Seconds = _asked("Of one processor core for a response.", 0.1)
+    verify_workers: Whole | None = _asked("Cores that verify; else 16 a device, or this machine's with --device local.")
 
 
-class DistillRequest(TrainingRequest):
+class DistillRequest(TrainingRequest, SamplingRequest):
     """Sampling a teacher and training a student, the model, on what it wrote."""
 
     teacher: Model = Field(description="The teacher, named as the model is.")
     samples: Number = Field(description="Responses of the teacher to train on.")
     response: Number = Field(description="Mean tokens of a response.")
-    prompt: Number = Field(200, description="Mean tokens of a prompt.")
-    accepted: Share = Field(1, description="Share of the teacher's responses that are kept.")
-    epochs: Number = Field(2, description="Passes over the samples.")
-    teacher_precision: str | None = Field(None, description="Of the teacher; else as it is stored, else 16 bits.")
-    devices_per_copy: Whole | None = _PER_COPY
-    efficiency: Share = _EFFICIENCY
+    prompt: Number = _asked("Mean tokens of a prompt.", 200)
+    accepted: Share = _asked("Share of the teacher's responses that are kept.", 1)
+    epochs: Number = _asked("Passes over the samples.", 2)
+    teacher_precision: str | None = _asked("Of the teacher; else as it is stored, else 16 bits.")
 
 
-class ServeRequest(PlanRequest):
+class ServeRequest(SamplingRequest):
     """A day of serving."""
 
-    count: Whole | None = Field(None, description="Devices; else what the traffic needs, or one copy.")
-    prompt: Number = Field(4000, description="Mean tokens of a prompt.", ge=1, le=LONGEST)
-    response: Number = Field(1000, description="Mean tokens of a response.", ge=1, le=LONGEST)
-    hit_share: Annotated[float, _reads(quantity.share, positive=False)] = Field(
-        0, description="Share of the prompt tokens that are cached."
+    count: Whole | None = _asked("Devices; else what the traffic needs, or one copy.")
+    prompt: Number = _asked("Mean tokens of a prompt.", 4000, ge=1, le=LONGEST)
+    response: Number = _asked("Mean tokens of a response.", 1000, ge=1, le=LONGEST)
+    hit_share: Annotated[float, _reads(quantity.share, positive=False)] = _asked("Share of prompt tokens cached.", 0)
+    latency: Annotated[float, _reads(quantity.seconds)] = _asked("What a user waits for a token, at most.", 0.05)
+    input: Number | None = _asked("Input tokens of a day's traffic.")
+    output: Number | None = _asked("Output tokens of a day's traffic.")
+    prices: Annotated[tuple[float, float, float], _reads(_prices, positive=False)] | None = _asked(
+        "Per million tokens: cached input/other input/output, such as 0.14/0.55/2.19."
     )
-    latency: Seconds = Field(0.05, description="What a user waits for a token, at most.")
-    input: Number | None = Field(None, description="Input tokens of a day's traffic.")
-    output: Number | None = Field(None, description="Output tokens of a day's traffic.")
-    prices: Annotated[tuple[float, float, float], BeforeValidator(lambda value: _prices(value))] | None = Field(
-        None, description="Per million tokens: cached input/other input/output, such as 0.14/0.55/2.19."
-    )
-    devices_per_copy: Whole | None = _PER_COPY
-    efficiency: Share = _EFFICIENCY
-
-
-def _prices(value: Any) -> tuple[float, ...]:
-    prices = tuple(quantity.count(part, "a price") for part in (value.split("/") if isinstance(value, str) else value))
-    if len(prices) != 3:
-        raise SlingshotError(
-            "--prices: three per million tokens: cached input, other input, output, such as 0.14/0.55/2.19"
-        )
-    return prices

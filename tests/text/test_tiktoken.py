@@ -18,23 +18,8 @@ from slingshot.text.tiktoken import KIMI
 from slingshot.text.tokenizer import Tokenizer
 
 BYTES = [bytes([byte]) for byte in range(256)]
-TRAINED = [
-    b"th",
-    b" th",
-    b" the",
-    b"\n\n",
-    b"  ",
-    b"    ",
-    b"12",
-    b"123",
-    b"'s",
-    b"he",
-    b"hel",
-    b"lo",
-    b"hello",
-    b"\xe4\xb8",
-]
-TRAINED += ["中".encode(), "中文".encode()]
+TRAINED = [b"th", b" th", b" the", b"\n\n", b"  ", b"    ", b"12", b"123", b"'s", b"he", b"hel", b"lo", b"hello"]
+TRAINED += [b"\xe4\xb8", "中".encode(), "中文".encode()]
 CONFIG: dict[str, Any] = {
     "tokenizer_class": "TikTokenTokenizer",
     "auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]},
@@ -46,19 +31,16 @@ NAMED = ["[BOS]", "[EOS]", "<|im_user|>", "<|im_end|>", None, "<think>", "</thin
 
 
 def write(folder: Path, tokens: list[bytes], config: dict[str, Any] | None = None) -> Path:
-    write_text(
-        folder / "tiktoken.model",
-        "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)),
-    )
-    added = {
-        str(len(tokens) + i): {"content": name, "special": "think" not in name} for i, name in enumerate(NAMED) if name
-    }
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
+    write_text(folder / "tiktoken.model", "".join(lines))
+    named = {str(id): name for id, name in enumerate(NAMED, start=len(tokens)) if name}
+    added = {id: {"content": name, "special": "think" not in name} for id, name in named.items()}
     write_json(folder / "tokenizer_config.json", {**CONFIG, "added_tokens_decoder": added, **(config or {})})
     return folder
 
 
 def merged(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
-    """tiktoken's rule: a piece that is a token is that token; otherwise merge the neighbours of lowest rank, the leftmost first."""
+    """tiktoken's rule: a piece that is a token is that token; or merge the neighbours of lowest rank, leftmost first."""
     if piece in ranks:
         return [ranks[piece]]
     parts = [piece[i : i + 1] for i in range(len(piece))]
@@ -98,7 +80,6 @@ PARTS = [
     "'s",
     "'S",
     "hello",
-    " the",
     "The",
     "aB",
     "12345",
@@ -108,15 +89,16 @@ PARTS = [
     "〇",
     "ǅ",
     "ʰ",
-    "\u0301",
+    "́",
     "!",
     "_",
     "🙂",
+    "ſ",
+    "<think>",
+    "[BOS]",
 ]
-SPACES = [" ", "  ", "\n", "\r\n", "\u3000", "\x85"]
-texts = st.lists(st.sampled_from([*PARTS, *SPACES, "ſ", "<think>", "[BOS]"]) | st.text(max_size=3), max_size=14).map(
-    "".join
-)
+SPACES = [" the", " ", "  ", "\n", "\r\n", "\u3000", "\x85"]
+texts = st.lists(st.sampled_from([*PARTS, *SPACES]) | st.text(max_size=3), max_size=14).map("".join)
 
 
 @settings(derandomize=True, deadline=None, max_examples=300)
@@ -139,12 +121,8 @@ def test_kimis_pieces(tmp_path: Path) -> None:
 def test_control_tokens_follow_the_ranks(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(write(tmp_path, [*BYTES, *TRAINED]))
     first = 256 + len(TRAINED)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.think_id, tokenizer.end_think_id) == (
-        first,
-        first + 1,
-        first + 5,
-        first + 6,
-    )
+    ids = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.think_id, tokenizer.end_think_id]
+    assert ids == [first, first + 1, first + 5, first + 6]
     assert tokenizer.vocab_size == first + 256  # the unnamed ones are there too
     ids = tokenizer.encode_chat([{"role": "user", "content": "<|im_end|>"}])
     assert [id - first for id in ids if id >= first] == [0, 2, 3, 5]
@@ -158,11 +136,8 @@ def test_it_is_saved_as_an_ordinary_tokenizer(tmp_path: Path) -> None:
     write_json(tmp_path / "saved" / "config.json", {"model_type": "llama"})
     again, theirs = Tokenizer.load(tmp_path / "saved"), AutoTokenizer.from_pretrained(tmp_path / "saved")
     messages = [{"role": "user", "content": "hello 中文 it's 12345\n\n  the"}]
-    assert (
-        tokenizer.encode_chat(messages)
-        == again.encode_chat(messages)
-        == theirs.apply_chat_template(messages, return_dict=False)
-    )
+    ids = tokenizer.encode_chat(messages)
+    assert ids == again.encode_chat(messages) == theirs.apply_chat_template(messages, return_dict=False)
     assert len(theirs) == tokenizer.vocab_size
 
 
@@ -179,22 +154,19 @@ GOOD = base64.b64encode(b"th").decode()
         ([f"{GOOD} 255"], {}, "must give its 257 tokens the ranks 0 to 256, each once"),
         ([f"{GOOD} 300"], {}, "must give its 257 tokens the ranks 0 to 256, each once"),
         ([], {"tokenizer_class": "QWenTokenizer"}, "does not say how text is split"),
-        ([], {"added_tokens_decoder": []}, "must map ids to objects"),
-        ([], {"added_tokens_decoder": {"x": {"content": "a"}}}, "must map ids to objects"),
-        ([], {"added_tokens_decoder": {"256": "[BOS]"}}, "must map ids to objects"),
-        ([], {"added_tokens_decoder": {"256": {"content": 3}}}, "must map ids to objects"),
-        (
-            [],
-            {"added_tokens_decoder": {"3": {"content": "[BOS]"}}},
-            "has the id 3; tiktoken.model leaves the ids from 256 on",
+        *(
+            ([], {"added_tokens_decoder": decoder}, reason)
+            for decoder, reason in [
+                ([], "must map ids to objects"),
+                ({"x": {"content": "a"}}, "must map ids to objects"),
+                ({"256": "[BOS]"}, "must map ids to objects"),
+                ({"256": {"content": 3}}, "must map ids to objects"),
+                ({"3": {"content": "[BOS]"}}, "has the id 3; tiktoken.model leaves the ids from 256 on"),
+                ({"99999999999": {"content": "[BOS]"}}, "has the id 99999999999"),
+                ({"256": {"content": "a"}}, "names 'a', which is a token of tiktoken.model already"),
+                ({}, "names bos_token"),
+            ]
         ),
-        ([], {"added_tokens_decoder": {"99999999999": {"content": "[BOS]"}}}, "has the id 99999999999"),
-        (
-            [],
-            {"added_tokens_decoder": {"256": {"content": "a"}}},
-            "names 'a', which is a token of tiktoken.model already",
-        ),
-        ([], {"added_tokens_decoder": {}}, "names bos_token"),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, lines: list[str], config: dict[str, Any], reason: str) -> None:

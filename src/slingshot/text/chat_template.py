@@ -1,13 +1,14 @@
-"""Chat templates: DeepSeek-R1's, and rendering a chat in any model's, which keeps what is said apart from control tokens.
+"""Chat templates: DeepSeek-R1's, and rendering a chat in any model's, with what is said kept apart from control tokens.
 
     controls = ControlTokens(["<think>", ...])
-    pieces = render(R1_TEMPLATE, messages, controls, {"bos_token": "...", "eos_token": "..."}, add_generation_prompt=True)
+    pieces = render(R1_TEMPLATE, messages, controls, {"bos_token": "...", "eos_token": "..."})
 
-`pieces` alternates text and control tokens: [text, token, text, token, ..., text]. What a message (a tool, a document) holds is text, so a user
-who types `<think>` or `<｜User｜>` writes characters, never a control token; `"".join(pieces)` is what `transformers` renders.
+`pieces` alternates text and control tokens: [text, token, text, ..., text]. What a message (a tool, a document) holds is
+text, so a user who types `<think>` or `<｜User｜>` writes characters; `"".join(pieces)` is what `transformers` renders.
 
-How the two are told apart: what looks like a control token in a message gets a mark between its characters, one private-use character that
-this chat does not hold, and so the template does not write that token. An assistant's own think tags are left as they are: templates cut there.
+How the two are told apart: what looks like a control token in a message gets a mark between its characters, one private
+character that this chat does not hold. What is a control token in the rendered text is then the template's own. In a
+reply the tags of its reasoning are left as they are, for templates cut there.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import Any
 from slingshot.base.errors import SlingshotError
 from slingshot.text.template import render_template
 
-# R1's layout (arXiv 2501.12948 and the model's own tokenizer): the opening <think> belongs to the prompt, and an earlier answer stands in the
-# history without the reasoning that led to it. `thinking=False` primes an empty reasoning, as V3.1 does. R1 was not made for tools.
+# R1's layout (arXiv 2501.12948 and the model's own tokenizer): the opening <think> belongs to the prompt, and an earlier
+# answer stands without its reasoning. `thinking=False` primes an empty reasoning, as V3.1 does. R1 knows no tools.
 R1_TEMPLATE = """\
 {%- macro text(content) %}
     {%- if content is string %}
@@ -61,12 +62,8 @@ R1_TEMPLATE = """\
 
 THINK, END_THINK = "<think>", "</think>"
 
-_CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG"  # transformers' word at the end of a message to be continued: some templates look for it
-_REASONING = (
-    "reasoning_content",
-    "thinking",
-    "reasoning",
-)  # what a message's reasoning is called; templates read one of them
+_CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG"  # transformers' word; some templates look for it
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # what a message's reasoning is called
 _PRIVATE = range(0xF0000, 0xFFFFE)
 
 
@@ -82,18 +79,18 @@ def render(
 ) -> list[str]:
     """Render a chat into alternating text and control tokens, text first and last.
 
-    messages: JSON values, at least {"role": str, "content": str} each. special_tokens: {"bos_token": "..."} and the like, the template's own.
-    variables: what else the template may read (tools, documents, thinking ...).
+    messages: JSON values, at least {"role": str, "content": str} each. special_tokens: {"bos_token": "..."} and the
+    like, the template's own. variables: what else the template may read (tools, documents, thinking ...).
     continue_final_message leaves the last message open, for the model to go on with it.
 
-    Raises SlingshotError when the messages are not JSON, or the template refuses them, fails or takes too much (text/template.py).
+    Raises SlingshotError when the messages are not JSON, or the template refuses them, fails or takes too much.
     """
     if add_generation_prompt and continue_final_message:
-        raise SlingshotError(
-            "a chat either continues its last message or begins a reply; leave out add_generation_prompt or continue_final_message"
-        )
+        chosen = "leave out add_generation_prompt or continue_final_message"
+        raise SlingshotError(f"a chat either continues its last message or begins a reply; {chosen}")
     chat, held = _plain_json({"tools": None, "documents": None, **variables, "messages": _messages(messages)})
-    mark = next(mark for mark in map(chr, _PRIVATE) if not any(form in held + template for form in _forms(mark)))
+    held += template
+    mark = next(mark for mark in map(chr, _PRIVATE) if not any(form in held for form in _forms(mark)))
     said = {key: value if key == "messages" else controls.mark(value, mark) for key, value in chat.items()}
     said["messages"] = [controls.mark_message(message, mark) for message in chat["messages"]]
     last = _open_last(said["messages"]) if continue_final_message else ""
@@ -106,7 +103,7 @@ def render(
         before, tag, after = text.rpartition(_CONTINUE)
         if not tag or last.strip() not in text:
             raise SlingshotError("the chat template leaves a part of the last message away, so it cannot be continued")
-        text = before if after.startswith(" ") else before.rstrip()  # a template that trims has trimmed the space away
+        text = before if after.startswith(" ") else before.rstrip()  # a template that trims took the space away
     return controls.split(text, mark)
 
 
@@ -126,11 +123,10 @@ def _messages(messages: Any) -> list[dict[str, Any]]:
             "a chat is a list of messages, each an object such as {'role': 'user', 'content': 'Hello'}"
         )
     named = [dict(message) for message in messages]
-    for place, message in enumerate(named):
-        reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
-        if reasoning is not None:
-            present = {key: value for key, value in message.items() if key not in _REASONING or value is not None}
-            named[place] = {"thinking": reasoning, **present, "reasoning_content": reasoning}
+    for message in named:
+        if told := [message[name] for name in _REASONING if message.get(name) is not None]:
+            message["reasoning_content"] = told[0]
+            message["thinking"] = told[0] if message.get("thinking") is None else message["thinking"]
     return named
 
 
@@ -140,28 +136,27 @@ def _plain_json(value: Any) -> tuple[Any, str]:
         text = clean(json.dumps(value, ensure_ascii=False))
         return json.loads(text), text
     except (TypeError, ValueError, RecursionError) as error:
-        raise SlingshotError(
-            f"chat messages and tools must be plain JSON, such as [{{'role': 'user', 'content': 'Hello'}}]: {error}"
-        ) from error
+        example = "[{'role': 'user', 'content': 'Hello'}]"
+        raise SlingshotError(f"chat messages and tools must be plain JSON, such as {example}: {error}") from error
 
 
 def _open_last(messages: list[dict[str, Any]]) -> str:
-    """Put a tag at the end of the last message and give its text. The space after it tells whether the template trims messages."""
+    """Put a tag at the end of the last message and give its text. The space after it tells whether a template trims."""
     last = messages[-1] if messages else {}
-    content = last.get("content")
-    parts = [(part, "text") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
-    places = [(part, key) for part, key in parts or [(last, "content")] if isinstance(part.get(key), str)]
-    if not places:
+    content, key = last.get("content"), "content"
+    if isinstance(content, list):
+        texts = [part for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+        last, key = texts[-1] if texts else {}, "text"
+    text = last.get(key)
+    if not isinstance(text, str):
         raise SlingshotError("the last message holds no text that could be continued")
-    part, key = places[-1]
-    text: str = part[key]
-    part[key] += _CONTINUE + " "
+    last[key] = f"{text}{_CONTINUE} "
     return text
 
 
-def _forms(mark: str) -> tuple[str, str, str]:
+def _forms(mark: str) -> list[str]:
     """A mark, and how Python and JSON spell it: a template may print a list, or escape what is not ASCII."""
-    return mark, ascii(mark)[1:-1], json.dumps(mark)[1:-1]
+    return [mark, ascii(mark)[1:-1], json.dumps(mark)[1:-1]]
 
 
 def _unmarked(text: str, mark: str) -> str:
@@ -171,7 +166,7 @@ def _unmarked(text: str, mark: str) -> str:
 
 
 class ControlTokens:
-    """Finds control tokens in text, the longest where several begin: marks them in what is said, splits what was rendered."""
+    """Finds control tokens in text, the longest where several begin: marks what is said, splits what was rendered."""
 
     def __init__(self, tokens: Iterable[str]) -> None:
         words = set(tokens) - {""}
@@ -188,9 +183,7 @@ class ControlTokens:
         pieces, start = [], 0
         for match in self._find.finditer(text):
             begin, end = match.span()
-            if (
-                end - begin > 1 or text[begin - 1 : begin] != mark
-            ):  # nothing stands between the characters of a single one
+            if end - begin > 1 or text[begin - 1 : begin] != mark:  # a single character has its mark before it
                 pieces += [_unmarked(text[start:begin], mark), match[0]]
                 start = end
         return [*pieces, _unmarked(text[start:], mark)]
@@ -205,10 +198,8 @@ class ControlTokens:
         if isinstance(value, list):
             return [self.mark(item, mark, reply) for item in value]
         if isinstance(value, dict):  # names are left alone: templates ask for them most of the time
-            return {
-                key if key.isidentifier() else self._mark_text(key, mark): self.mark(item, mark, reply)
-                for key, item in value.items()
-            }
+            names = {key: key if key.isidentifier() else self._mark_text(key, mark) for key in value}
+            return {names[key]: self.mark(item, mark, reply) for key, item in value.items()}
         return value
 
     def mark_message(self, message: dict[str, Any], mark: str) -> dict[str, Any]:
@@ -222,20 +213,17 @@ class ControlTokens:
         return text[:start] + END_THINK.join(self._mark_text(part, mark) for part in parts)
 
     def _mark_text(self, text: str, mark: str) -> str:
-        core = text.strip().lower()  # templates trim: the mark must stay beside what it guards
+        lower = text.strip().lower()
+        sizes = range(1, min(len(lower) + 1, self._longest))
+        after = mark if any(lower[-size:] in self._beginnings for size in sizes) else ""
+        before = mark if any(lower[:size] in self._endings for size in sizes) else ""
         text = self._find_said.sub(lambda match: f"{mark}{mark.join(match[0])}{mark}", text)
-        sizes = range(1, min(len(core) + 1, self._longest))
-        if any(core[-size:] in self._beginnings for size in sizes):
-            at = len(text.rstrip())
-            text = f"{text[:at]}{mark}{text[at:]}"
-        if any(core[:size] in self._endings for size in sizes):
-            at = len(text) - len(text.lstrip())
-            text = f"{text[:at]}{mark}{text[at:]}"
-        return text
+        core = text.strip()  # templates trim: a mark must stay beside what it guards
+        return text.replace(core, f"{before}{core}{after}", 1)
 
 
 def _alternatives(words: Iterable[str]) -> str:
-    """A regular expression for the longest of many words that reads each character once, however many words begin alike."""
+    """A regular expression for the longest of many words; it reads each character once, however many begin alike."""
     rests: dict[str, set[str]] = {}
     for word in words:
         rests.setdefault(word[:1], set()).add(word[1:])

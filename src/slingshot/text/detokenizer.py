@@ -40,23 +40,19 @@ class Detokenizer:
     """
 
     def __init__(self, description: Mapping[str, Any], vocabulary: Mapping[str, int], silent: Set[int]) -> None:
-        """description: tokenizer.json. silent: ids that add nothing. SlingshotError where it decodes in a way of its own."""
+        """description: tokenizer.json. silent: ids that add nothing. SlingshotError where it decodes in its own way."""
         steps = flat(description["decoder"], "decoders")
         spaces = [step for step in steps if step["type"] == "Metaspace" and step["replacement"] == "▁"]
         self.spaced = _SENTENCEPIECE[3] in steps or any(step["prepend_scheme"] != "never" for step in spaces)
-        if any(step["type"] == "ByteLevel" for step in steps):
-            self.kind = "byte-level BPE"
-        elif (spaces or _SENTENCEPIECE[0] in steps) and all(step in _SENTENCEPIECE + spaces for step in steps):
-            self.kind = "SentencePiece BPE"
-        else:
-            self.kind = ""
-        if description["model"]["type"] != "BPE" or not self.kind:
-            raise SlingshotError(
-                "only byte-level and SentencePiece's BPE tokenizers are supported (DeepSeek, Llama, Mistral, Qwen, "
-                "SmolLM, Yi); convert tokenizer.json to one"
-            )
+        bytewise = any(step["type"] == "ByteLevel" for step in steps)
+        pieces = (spaces or _SENTENCEPIECE[0] in steps) and all(step in _SENTENCEPIECE + spaces for step in steps)
+        if description["model"]["type"] != "BPE" or not (bytewise or pieces):
+            known = "DeepSeek, Llama, Mistral, Qwen, SmolLM, Yi"
+            supported = f"only byte-level and SentencePiece's BPE tokenizers are supported ({known})"
+            raise SlingshotError(f"{supported}; convert tokenizer.json to one")
+        self.kind = "byte-level BPE" if bytewise else "SentencePiece BPE"
         encoding = json.dumps([description["normalizer"], description["pre_tokenizer"]], ensure_ascii=False)
-        if ('"ByteLevel"' if self.kind == "byte-level BPE" else "▁") not in encoding:
+        if ('"ByteLevel"' if bytewise else "▁") not in encoding:
             raise SlingshotError("tokenizer.json decodes what it never encodes; it lacks its pre_tokenizer")
         added = {token["id"] for token in description["added_tokens"]}
         self._bytes = [b""] * (max(vocabulary.values()) + 1)
@@ -82,7 +78,7 @@ class Detokenizer:
 
 
 class TextStream:
-    """Decodes id by id and never gives part of a character: `push(id)` for each, `finish()` once. Joined, the parts are `decode` of all ids."""
+    """Decodes id by id, never part of a character: `push(id)` for each, `finish()` once. Joined it is `decode`."""
 
     def __init__(self, detokenizer: Detokenizer) -> None:
         self._bytes_of = detokenizer.bytes_of

@@ -1,8 +1,8 @@
-"""Chat templates rendered: Jinja as `transformers` sets it up, in a worker process that is killed when it does not answer.
+"""Chat templates rendered: Jinja as `transformers` sets it up, in a worker that is killed when it does not answer.
 
-    text = render_template(source, {"messages": [...], "bos_token": "..."}, trusted=False)
+    text = render_template(source, {"messages": [...], "bos_token": "..."})
 
-A template is foreign code. It sees JSON values, in jinja2's sandbox; the worker bounds its time, its memory and what it writes.
+A template is foreign code. It sees JSON values, in jinja2's sandbox; the worker bounds time, memory and what it writes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def render_template(
     Raises SlingshotError when the template is none, fails, refuses the messages, or takes too much.
     """
     if trusted:
-        reply = _here().render(source, variables)
+        reply = _renderer(os.getpid()).render(source, variables)
     else:
         try:
             with _one_at_a_time:
@@ -50,17 +50,6 @@ def render_template(
     if "text" not in reply:
         raise SlingshotError(f"the chat template could not render these messages: {reply['refused']}")
     return str(reply["text"])
-
-
-@functools.cache
-def _worker(process: int) -> Worker:
-    """This process's worker; a fork has one of its own."""
-    return Worker()
-
-
-@functools.cache
-def _here() -> TemplateRenderer:
-    return TemplateRenderer()
 
 
 class TemplateRenderer:
@@ -92,10 +81,8 @@ class TemplateRenderer:
         tree = self._environment.parse(source)
         tested = [test.node for test in tree.find_all(nodes.Test) if test.name == "none"]
         asked = {node.attr for node in tested if isinstance(node, nodes.Getattr)}
-        asked |= {
-            node.arg.value for node in tested if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const)
-        }
-        return self._environment.from_string(tree), asked
+        keys = [node.arg for node in tested if isinstance(node, nodes.Getitem)]
+        return self._environment.from_string(tree), asked | {key.value for key in keys if isinstance(key, nodes.Const)}
 
 
 class _Generation(Extension):
@@ -131,11 +118,7 @@ def _public(name: Any) -> None:
 
 
 def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     """JSON without HTML's escapes."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
@@ -147,3 +130,8 @@ def _raise_exception(message: str) -> None:
 
 def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
+
+
+# One for each process: a fork has its own.
+_worker = functools.cache(lambda process: Worker())
+_renderer = functools.cache(lambda process: TemplateRenderer())

@@ -1,4 +1,4 @@
-"""A tokenizer's files in the Hugging Face layout, read and checked: tokenizer.json (or tiktoken.model) and what stands beside it.
+"""A tokenizer's files in Hugging Face's layout, read and checked: tokenizer.json or tiktoken.model, and what is beside.
 
 backend, config, eos_ids = read_tokenizer_files(folder)
 """
@@ -17,7 +17,6 @@ from tokenizers import decoders, pre_tokenizers
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, read_text
 from slingshot.text.chat_template import clean
-from slingshot.text.detokenizer import CHARACTER_OF_BYTE
 from slingshot.text.tiktoken import read_tiktoken
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -33,7 +32,7 @@ def read_tokenizer_files(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, An
         backend = _read_backend(file, config, _read_object(path / "config.json").get("model_type"))
     elif (file := path / "tiktoken.model").is_file():
         with rust_errors(f"{file} is not a tokenizer"):
-            backend = read_tiktoken(file, config, CHARACTER_OF_BYTE)
+            backend = read_tiktoken(file, config)
         config["tokenizer_class"] = PLAIN_CLASS
     else:
         raise SlingshotError(f"{path} has no tokenizer.json; name a folder of a checkpoint in Hugging Face's layout")

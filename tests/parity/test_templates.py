@@ -1,4 +1,4 @@
-"""transformers is the oracle for chat templates: every chat in every template that trl carries is the same text and the same ids.
+"""transformers is the oracle for chat templates: every chat in every template that trl carries is the same text and ids.
 
 trl is read as a folder of files; importing it takes long.
 """
@@ -171,7 +171,8 @@ assert len(CHATS) > 50
 
 def added_tokens(template: str) -> list[str]:
     """What a template writes that its tokenizer has as one token."""
-    bars = r"<\|[^|<> ]{1,40}\|>|<｜[^｜]{1,40}｜>|<\|?[a-z_]{2,20}\|?>|</?(?:think|tools|tool_call|tool_response|arg_key|arg_value)>|\[gMASK\]"
+    bars = r"<\|[^|<> ]{1,40}\|>|<｜[^｜]{1,40}｜>|<\|?[a-z_]{2,20}\|?>|\[gMASK\]"
+    bars += "|</?(?:think|tools|tool_call|tool_response|arg_key|arg_value)>"
     return sorted({*re.findall(bars, template), "<bos>", "<eos>"})
 
 
@@ -229,7 +230,7 @@ def compare(pair: Pair, chat: list[dict[str, Any]], options: dict[str, Any]) -> 
 
 
 def theirs_of(theirs: Any, chat: list[dict[str, Any]], options: dict[str, Any]) -> str:
-    """transformers' text. Left to itself it takes nulls away from templates that ask for them, and control tokens that are typed for its own."""
+    """transformers' text, but with nulls for templates that ask for them, and with typed control tokens as text."""
     typed = [message for message in chat if message.get("role") != "assistant"]
     if any(token in repr([typed, options]) for token in theirs.chat_control_tokens):
         return theirs.decode(

@@ -1,4 +1,4 @@
-"""Two small tokenizers: R1's kind, trained here, and ChatML's (SmolLM2's kind), whose vocabulary has no think tokens."""
+"""Two small tokenizers: R1's kind, trained here, and ChatML's (SmolLM2's kind), which has no think tokens."""
 
 import pytest
 from tokenizers import pre_tokenizers
@@ -12,7 +12,8 @@ TEXTS = [
 
 # As SmolLM2-135M-Instruct's behaves: a system message stands first, whether or not there is one.
 CHATML = """\
-{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe helpful<|im_end|>\n' }}{% endif %}\
+{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\
+{{ '<|im_start|>system\nBe helpful<|im_end|>\n' }}{% endif %}\
 {{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
@@ -25,9 +26,8 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def chatml() -> Tokenizer:
     added = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocab = {
-        token: id for id, token in enumerate(added + sorted(pre_tokenizers.ByteLevel.alphabet()) + ["he", "Ġt", "Ġthe"])
-    }
+    tokens = [*added, *sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "Ġt", "Ġthe"]
+    vocab = {token: id for id, token in enumerate(tokens)}
     merges = [("h", "e"), ("Ġ", "t"), ("Ġt", "he")]
     config = {
         "bos_token": "<|im_start|>",

@@ -37,7 +37,8 @@ def test_r1s_layout() -> None:
         {"role": "assistant", "content": "9", "reasoning_content": "5 plus 4"},
         user("so"),
     ]
-    chat = "<bos>Be brief.\n\nBe kind.<｜User｜>2+3?<｜Assistant｜>\n\n5<eos><｜User｜>and 4?<｜Assistant｜>9<eos><｜User｜>so"
+    chat = "<bos>Be brief.\n\nBe kind.<｜User｜>2+3?<｜Assistant｜>\n\n5<eos>"
+    chat += "<｜User｜>and 4?<｜Assistant｜>9<eos><｜User｜>so"
     assert text_of(R1_TEMPLATE, *messages) == chat
     assert text_of(R1_TEMPLATE, *messages, add_generation_prompt=True) == chat + "<｜Assistant｜><think>\n"
     primed = text_of(R1_TEMPLATE, *messages, add_generation_prompt=True, thinking=False)
@@ -86,12 +87,13 @@ def test_in_a_reply_only_the_tags_of_its_reasoning_are_the_models_own() -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "{{ messages[0].content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') }}",  # Qwen3's way
-        "{{ messages[0].content.split('</think>')[0].split('<think>')[1] | trim }}",
-        "{% macro m(x) %}{{ x }}{% endmacro %}{{ m(messages[0].content).split('</think>')[0].split('<think>')[1] | trim }}",
+        "{{ content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') }}",  # Qwen3's way
+        "{{ content.split('</think>')[0].split('<think>')[1] | trim }}",
+        "{% macro m(x) %}{{ x }}{% endmacro %}{{ m(content).split('</think>')[0].split('<think>')[1] | trim }}",
     ],
 )
 def test_templates_that_cut_at_tags_of_replies(source: str) -> None:
+    source = "{% set content = messages[0].content %}" + source
     assert render(source, [reply("<think>\n\n6 <eos>\n</think>\n5")], TOKENS) == ["6 <eos>"]
 
 
@@ -204,11 +206,15 @@ def test_many_tokens_and_long_messages_take_no_time() -> None:
     assert time.monotonic() - start < 10
 
 
-# What templates do with a message: none of it brings a control token in. Last comes, maybe, what puts it beside half a token of the template's.
-STEPS = "| trim;| upper;| string;| reverse;| replace('a', 'b');| replace('', '.');| tojson;| list | join;| join('-');| safe;| title"
-STEPS += ";| capitalize;| indent(1, true);.split('</think>')[-1];.split('<think>') | join(' ');.split() | join('');.split('h')[0]"
+# What templates do with a message: none of it brings a control token in. Last comes what puts it beside half a token.
+STEPS = (
+    "| trim;| upper;| string;| reverse;| replace('a', 'b');| replace('', '.');| tojson;| list | join;| join('-');| safe"
+)
+STEPS += (
+    ";| title;| capitalize;| indent(1, true);.split('</think>')[-1];.split('<think>') | join(' ');.split() | join('')"
+)
 STEPS += ";.strip('<>');.partition('think')[2];.removeprefix('<th');.replace('/', '');.casefold();| select | join"
-STEPS += ";[1:];[:-1];[::-1];[0];+ 'a';~ messages[1].content;+ messages[1].content;* 2;.rstrip();| lower"
+STEPS += ";.split('h')[0];[1:];[:-1];[::-1];[0];+ 'a';~ messages[1].content;+ messages[1].content;* 2;.rstrip();| lower"
 LAST = ["", "+ '<th'", "~ 'ink>'", "| replace('<', '<<')", "| join('>')", "| escape", "~ '<eos'"]
 PARTS = [
     "<bos>",

@@ -1,4 +1,4 @@
-"""SentencePiece's tokenizers (Llama 2, TinyLlama, Mistral, Yi) as tokenizer.json has them: transformers' ids and text."""
+"""SentencePiece's tokenizers (Llama 2, TinyLlama, Mistral, Yi) in tokenizer.json: transformers' ids and text."""
 
 import json
 from pathlib import Path

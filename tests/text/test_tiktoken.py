@@ -40,7 +40,7 @@ def write(folder: Path, tokens: list[bytes], config: dict[str, Any] | None = Non
 
 
 def merged(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
-    """tiktoken's rule: a piece that is a token is that token; or merge the neighbours of lowest rank, leftmost first."""
+    """tiktoken's rule: a piece that is a token is that; or merge the neighbours of lowest rank, leftmost first."""
     if piece in ranks:
         return [ranks[piece]]
     parts = [piece[i : i + 1] for i in range(len(piece))]

@@ -201,18 +201,6 @@ def test_transformers_encodes_identically(
         assert ours.encode_chat(messages, generate, thinking) == expected
 
 
-@thorough
-@given(text=hostile, generate=st.booleans())
-def test_transformers_renders_identically_whatever_is_said(
-    oracles: list[tuple[Tokenizer, Any]], text: str, generate: bool
-) -> None:
-    messages = [{"role": "system", "content": text}, {"role": "user", "content": text}]
-    for ours, theirs in oracles:
-        ids = ours.encode_chat(messages, generate)
-        rendered = theirs.apply_chat_template(messages, add_generation_prompt=generate, tokenize=False)
-        assert theirs.decode(ids) == rendered
-
-
 def test_what_else_a_template_reads(tokenizer: Tokenizer) -> None:
     template = "{{ bos_token }}{{ tools[0].name }}{{ documents[0].text }}{{ effort }}{{ enable_thinking }}"
     told = Tokenizer(tokenizer._backend, {**tokenizer.config, "chat_template": template})
@@ -251,7 +239,7 @@ PIPELINES = {
 
 @pytest.fixture(scope="module", params=PIPELINES)
 def piped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
-    """A tokenizer that splits text as a well-known one does, with every kind of added tokens, and transformers' reading."""
+    """A tokenizer that splits text as a well-known one does, with every kind of added tokens, and transformers'."""
     normalizer, patterns, ignore_merges = PIPELINES[request.param]
     splits = [{"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False} for pattern in patterns]
     bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}

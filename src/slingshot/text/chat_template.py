@@ -3,8 +3,8 @@
     controls = ControlTokens(["<think>", ...])
     pieces = render(R1_TEMPLATE, messages, controls, {"bos_token": "...", "eos_token": "..."})
 
-`pieces` alternates text and control tokens: [text, token, text, ..., text]. What a message (a tool, a document) holds is
-text, so a user who types `<think>` or `<｜User｜>` writes characters; `"".join(pieces)` is what `transformers` renders.
+`pieces` alternates text and control tokens: [text, token, ..., text]. What messages, tools and documents hold is text,
+so a user who types `<think>` or `<｜User｜>` writes characters; `"".join(pieces)` is what `transformers` renders.
 
 How the two are told apart: what looks like a control token in a message gets a mark between its characters, one private
 character that this chat does not hold. What is a control token in the rendered text is then the template's own. In a
@@ -21,7 +21,7 @@ from typing import Any
 from slingshot.base.errors import SlingshotError
 from slingshot.text.template import render_template
 
-# R1's layout (arXiv 2501.12948 and the model's own tokenizer): the opening <think> belongs to the prompt, and an earlier
+# R1's layout (arXiv 2501.12948 and the model's own tokenizer): the opening <think> belongs to the prompt, an earlier
 # answer stands without its reasoning. `thinking=False` primes an empty reasoning, as V3.1 does. R1 knows no tools.
 R1_TEMPLATE = """\
 {%- macro text(content) %}
@@ -51,8 +51,8 @@ R1_TEMPLATE = """\
     {%- elif message.role == 'assistant' and not message.tool_calls %}
         {{- '<｜Assistant｜>' + text(message.content or '').split('</think>')[-1] + eos_token }}
     {%- elif message.role != 'system' %}
-        {{- raise_exception('a message has the role ' ~ message.role ~ (' and tool calls' if message.tool_calls else '') ~
-            '; this template knows system, user and assistant, and no tools') }}
+        {{- raise_exception('a message has the role ' ~ message.role ~ (message.tool_calls and ' and tool calls' or '')
+            ~ '; this template knows system, user and assistant, and no tools') }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
@@ -189,7 +189,7 @@ class ControlTokens:
         return [*pieces, _unmarked(text[start:], mark)]
 
     def mark(self, value: Any, mark: str, reply: bool = False) -> Any:
-        """A JSON value with marks in every control token, and where a text could become one together with its neighbours.
+        """A JSON value with marks in control tokens, and where a text could become one together with its neighbours.
 
         reply: it is what an assistant wrote, where the tags of its reasoning stay.
         """

@@ -1,10 +1,10 @@
-"""How byte-level tokenizers split a text before they merge, by the names that GGUF files have for it (tokenizer.ggml.pre). No torch.
+"""How byte-level tokenizers split a text before they merge, by the names of GGUF files (tokenizer.ggml.pre).
 
     split = SPLITS["qwen2"]
     backend.pre_tokenizer, backend.normalizer = split.pre_tokenizer(), split.normalizer()
     recognise(json.loads(backend.to_str()))              # "qwen2"
 
-The patterns are those of the models' tokenizer.json files; llama.cpp's src/llama-vocab.cpp says which name stands for which.
+The patterns are those of the models' tokenizer.json files; llama.cpp's src/llama-vocab.cpp says which name is which.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _QWEN2 = rf"{_CONTRACTION}|\p{{N}}|{_REST}"
 _DEEPSEEK_V3 = (
     r"\p{N}{1,3}",
     "[一-龥぀-ゟ゠-ヿ]+",
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
 )
 
 
@@ -66,9 +67,8 @@ SPLITS = {
     "qwen2": Split((_QWEN2,), nfc=True),
     "deepseek-r1-qwen": Split((_QWEN2,), nfc=True),
     "deepseek-v3": Split(_DEEPSEEK_V3),
-    "default": Split(
-        (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, _DIGITS, r"[0-9][0-9][0-9]")
-    ),  # llama.cpp's for a file that names none
+    # llama.cpp's for a file that names none
+    "default": Split((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, _DIGITS, r"[0-9][0-9][0-9]")),
 }
 
 
@@ -77,7 +77,7 @@ SPLIT_OF_MODEL_TYPE = {"qwen2": "qwen2"}
 
 
 def recognise(description: Mapping[str, Any]) -> str:
-    """The name of the split that a tokenizer.json describes. SlingshotError when there is none: llama.cpp would split text otherwise."""
+    """The name of the split that a tokenizer.json describes. SlingshotError when llama.cpp would split otherwise."""
     patterns: list[str] = []
     for step in flat(description["pre_tokenizer"], "pretokenizers"):
         match step:
@@ -90,16 +90,12 @@ def recognise(description: Mapping[str, Any]) -> str:
             case _:
                 patterns.append(step["type"])
     forms = [step["type"] for step in flat(description["normalizer"], "normalizers")]
+    ignore_merges = description["model"].get("ignore_merges", False)
     for name, split in SPLITS.items():
-        if (
-            [*split.patterns, ""] == patterns
-            and split.ignore_merges == description["model"]["ignore_merges"]
-            and split.nfc * ["NFC"] == forms
-        ):
+        if ([*split.patterns, ""], split.ignore_merges, split.nfc * ["NFC"]) == (patterns, ignore_merges, forms):
             return name
-    raise SlingshotError(
-        f"llama.cpp knows no pre-tokenizer that splits text as this tokenizer.json does; known: {', '.join(SPLITS)}"
-    )
+    known = f"known: {', '.join(SPLITS)}"
+    raise SlingshotError(f"llama.cpp knows no pre-tokenizer that splits text as this tokenizer.json does; {known}")
 
 
 def flat(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:

@@ -6,16 +6,16 @@
     for id in ids: deltas = stream.push(id)                    # [("reasoning", text), ("answer", text)]
     deltas = stream.finish()
 
-Where the vocabulary has think tokens the tags are those ids, and the same characters spelt by other tokens are text; elsewhere, and for plain
-strings, the tags are the characters.
+Where the vocabulary has think tokens the tags are those ids, and the same characters spelt by other tokens are text;
+elsewhere, and for plain strings, the tags are the characters.
 
-`opened` says where the output begins, which only the prompt can tell: True within the reasoning, False before it. A tag counts where it can:
-`<think>` before anything else was written, `</think>` while reasoning. Elsewhere a tag is text, as in an answer that speaks of tags; so is a
-`</think>` that nothing opened, since what came before it may have been shown as the answer long ago. With opened=None, for an output whose prompt
-is not known, such a `</think>` makes everything before it reasoning; nothing is told apart, then, before a tag or the end comes.
+`opened` says where the output begins: True within the reasoning, False before it. A tag counts where it can: `<think>`
+before anything else was written, `</think>` while reasoning. Elsewhere it is text, as in an answer that speaks of tags;
+so is a `</think>` that nothing opened, for what came before it may have been shown as the answer. With opened=None,
+where the prompt is not known, it makes all before it reasoning, and nothing is told before a tag or the end comes.
 
-Reasoning, answer and tags make up the output but for its layout, which is dropped: white space before `<think>`, line breaks after it (or at the
-beginning, when the prompt opened it), line breaks on either side of the `</think>` that counts, and a `<think>` repeated right after the first.
+Dropped is layout: white space before `<think>`, line breaks after it (or at the beginning, where the prompt opened it)
+and on either side of the `</think>` that counts, and a `<think>` repeated right after the first.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Delta = tuple[Kind, str]
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a model wrote, in two parts. reasoning is None where none was begun; closed says that `</think>` ended it."""
+    """What a model wrote. reasoning is None where none was begun; closed says that `</think>` ended it."""
 
     reasoning: str | None
     answer: str
@@ -55,24 +55,21 @@ def ends_in_reasoning(prompt_ids: Sequence[int], tokenizer: Tokenizer) -> bool:
 def before_reasoning(prompt_ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
     """A prompt that `ends_in_reasoning` without its opened think tag, to be answered at once."""
     if tokenizer.think_id is None:
-        raise SlingshotError(
-            "this model's template opens its reasoning in plain text; an answer without any cannot follow"
-        )
+        raise SlingshotError("this model's template opens its reasoning in plain text; no answer can follow at once")
     return list(prompt_ids[: len(prompt_ids) - 1 - list(reversed(prompt_ids)).index(tokenizer.think_id)])
 
 
 def parse(output: str | Iterable[int], opened: bool | None, tokenizer: Tokenizer | None = None) -> Parsed:
-    """Part a whole output, ids (with their tokenizer) or text. opened: whether the prompt ended inside <think>, None when it is not known."""
+    """Part a whole output, ids (with their tokenizer) or text. opened: whether the prompt ended in <think>, if known."""
     stream = ReasoningStream(tokenizer, opened)
-    deltas = [
-        delta for piece in ([output] if isinstance(output, str) else output) for delta in stream.push(piece)
-    ] + stream.finish()
+    pieces = [output] if isinstance(output, str) else output
+    deltas = [delta for piece in pieces for delta in stream.push(piece)] + stream.finish()
     reasoning, answer = ("".join(text for kind, text in deltas if kind == wanted) for wanted in ("reasoning", "answer"))
     return Parsed(reasoning if stream.reasoned else None, answer, stream.closed)
 
 
 class ReasoningStream:
-    """Parts an output while it is written: `push` each id (or piece of text), `finish` once. The deltas joined by kind are what `parse` gives."""
+    """Parts an output while it is written: `push` each id (or piece of text), `finish` once. Joined it is `parse`."""
 
     def __init__(self, tokenizer: Tokenizer | None, opened: bool | None) -> None:
         self.reasoned = bool(opened)
@@ -80,9 +77,8 @@ class ReasoningStream:
         self._unknown = opened is None
         self._kind: Kind | None = "reasoning" if opened else None  # None: not told yet
         self._fresh = self.reasoned  # nothing written yet since the tag
-        self._held: list[
-            str
-        ] = []  # text whose part what follows decides: line breaks within reasoning; white space, or all, before any tag
+        # Text whose part what follows decides: line breaks within reasoning; white space, or all, before any tag.
+        self._held: list[str] = []
         self._deltas: list[Delta] = []
         self._text = tokenizer.stream() if tokenizer is not None else None
         self._tags: dict[int, str] = {}
@@ -99,18 +95,13 @@ class ReasoningStream:
             self._tag(self._tags[piece])
         elif self._text is None:
             raise ValueError("parsing ids needs their tokenizer")
-        elif self._tags:
-            self._write(self._text.push(piece))
         else:
-            self._scan(self._text.push(piece))
+            (self._write if self._tags else self._scan)(self._text.push(piece))
         return self._take()
 
     def finish(self) -> list[Delta]:
         """What was held back until the end was known."""
-        if self._tags:
-            self._write(self._flush())
-        else:
-            self._scan(self._flush())
+        (self._write if self._tags else self._scan)(self._flush())
         self._write(self._tail)
         self._tell(self._kind or "answer", "")
         return self._take()

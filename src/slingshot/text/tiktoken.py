@@ -1,4 +1,4 @@
-"""Tokenizers that come as tiktoken.model: Kimi K2's and Moonlight's, without tokenizer.json. Their Python code is never run.
+"""Tokenizers that come as tiktoken.model: Kimi K2's and Moonlight's. Their Python code is never run.
 
     backend = read_tiktoken(folder / "tiktoken.model", tokenizer_config)
 

@@ -1,6 +1,6 @@
 """The tokenizer: BPE over bytes or SentencePiece's, with its chat template, in the Hugging Face layout.
 
-    tokenizer = Tokenizer.train(texts, vocab_size=512)         # R1's special tokens; individual digits, then GPT-2's split
+    tokenizer = Tokenizer.train(texts, vocab_size=512)         # R1's special tokens; digits, then GPT-2's split
     tokenizer.save(folder); tokenizer = Tokenizer.load(folder)
     ids = tokenizer.encode("3+4")                              # text never becomes a control token, whatever it holds
     ids = tokenizer.encode_raw("3+4")                          # with bos where this tokenizer writes one
@@ -77,7 +77,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, Any], eos_ids: Iterable[int] = ()) -> None:
-        """config: tokenizer_config.json: bos_token, eos_token, pad_token, chat_template and what else is kept for `save`."""
+        """config: tokenizer_config.json's bos_token, eos_token, pad_token, chat_template, and what else it holds."""
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         if self.vocab_size > 2 * len(vocabulary) + 100_000:  # before the Rust side makes a list of them
@@ -121,13 +121,13 @@ class Tokenizer:
             raise SlingshotError(f"{path}: {error}") from error
 
     def save(self, path: Path | str) -> None:
-        """Write tokenizer.json and tokenizer_config.json into a folder: transformers.AutoTokenizer gives the same ids."""
+        """Write tokenizer.json and tokenizer_config.json into a folder; transformers gives the same ids."""
         write_text(Path(path) / "tokenizer.json", self._backend.to_str(pretty=True))
         write_json(Path(path) / CONFIG_FILE, self.config | {"tokenizer_class": PLAIN_CLASS})
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, split: str = "smollm") -> Tokenizer:
-        """Train a vocabulary with R1's special tokens; smaller than `vocab_size` when texts have no more pairs to merge.
+        """Train a vocabulary with R1's special tokens; smaller than `vocab_size` when there are no more pairs to merge.
 
         split: how text is split before merging, a name of text/pretokenizers.py.
         """
@@ -210,7 +210,7 @@ class Tokenizer:
     def encode(self, text: str, continues: bool = False) -> list[int]:
         """Ids of a text, without bos or eos. Never a control token: `<think>` in a text is its characters.
 
-        continues: other text stands before it, so that no space is put there (SentencePiece's tokenizers begin a text with one).
+        continues: other text stands before it, so that no space is put there (SentencePiece's begin a text with one).
         """
         return _ids(self._continues if continues else self._begins, text)
 
@@ -225,7 +225,7 @@ class Tokenizer:
         return ids
 
     def encode_raw(self, text: str) -> list[int]:
-        """Ids of a text that stands alone, a prompt without a chat template say: with bos where this tokenizer writes one."""
+        """Ids of a text that stands alone, a prompt without a template say: with bos where the tokenizer writes one."""
         return [*self.begin_ids, *self.encode(text), *self.end_ids]
 
     def encode_chat(
@@ -262,7 +262,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids. Role and think tags stay; special tokens (bos, eos, pad) and ids beyond the vocabulary add nothing."""
+        """Text of ids. Role and think tags stay; special tokens (bos, eos, pad) and unknown ids add nothing."""
         return self.detokenizer.decode(ids)
 
     def stream(self) -> TextStream:

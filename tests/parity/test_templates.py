@@ -1,4 +1,4 @@
-"""transformers is the oracle for chat templates: every chat in every template that trl carries is the same text and ids.
+"""transformers is the oracle for chat templates: in every template of trl's every chat is the same text and ids.
 
 trl is read as a folder of files; importing it takes long.
 """

@@ -207,14 +207,14 @@ def test_many_tokens_and_long_messages_take_no_time() -> None:
 
 
 # What templates do with a message: none of it brings a control token in. Last comes what puts it beside half a token.
-STEPS = (
-    "| trim;| upper;| string;| reverse;| replace('a', 'b');| replace('', '.');| tojson;| list | join;| join('-');| safe"
+STEPS = "| trim;| upper;| string;| reverse;| replace('a', 'b');| replace('', '.');| tojson;| list | join;| join('-')"
+STEPS += ";| safe;| title;| capitalize;| indent(1, true);.split('</think>')[-1];.split('<think>') | join(' ');.rstrip()"
+STEPS += (
+    ";.strip('<>');.partition('think')[2];.removeprefix('<th');.replace('/', '');.casefold();| select | join;[1:];[0]"
 )
 STEPS += (
-    ";| title;| capitalize;| indent(1, true);.split('</think>')[-1];.split('<think>') | join(' ');.split() | join('')"
+    ";.split() | join('');.split('h')[0];[:-1];[::-1];+ 'a';~ messages[1].content;+ messages[1].content;* 2;| lower"
 )
-STEPS += ";.strip('<>');.partition('think')[2];.removeprefix('<th');.replace('/', '');.casefold();| select | join"
-STEPS += ";.split('h')[0];[1:];[:-1];[::-1];[0];+ 'a';~ messages[1].content;+ messages[1].content;* 2;.rstrip();| lower"
 LAST = ["", "+ '<th'", "~ 'ink>'", "| replace('<', '<<')", "| join('>')", "| escape", "~ '<eos'"]
 PARTS = [
     "<bos>",

@@ -60,7 +60,7 @@ def before_reasoning(prompt_ids: Sequence[int], tokenizer: Tokenizer) -> list[in
 
 
 def parse(output: str | Iterable[int], opened: bool | None, tokenizer: Tokenizer | None = None) -> Parsed:
-    """Part a whole output, ids (with their tokenizer) or text. opened: whether the prompt ended in <think>, if known."""
+    """Part a whole output: ids (with their tokenizer), or text. opened: did the prompt end in <think>, if known."""
     stream = ReasoningStream(tokenizer, opened)
     pieces = [output] if isinstance(output, str) else output
     deltas = [delta for piece in pieces for delta in stream.push(piece)] + stream.finish()

@@ -114,9 +114,7 @@ class Rollout:
         """The problem's trajectories; none where it is too long."""
         ids, longest = self.form.encode(self.sampler.tokenizer, item.problem), self.sampler.max_length
         if item.task.has_turns and not self.form.chat:
-            raise SlingshotError(
-                f"task {item.task.name} takes several turns, which form {self.form.name} has no words for"
-            )
+            raise SlingshotError(f"task {item.task.name} takes several turns; form {self.form.name} has one, use chat")
         if len(ids) >= longest:
             size = f"the prompt of {item.problem.key!r:.60} has {len(ids):,} tokens, the model holds {longest:,}"
             self._count("skipped", f"task {item.task.name}: {size}")

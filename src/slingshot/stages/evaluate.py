@@ -73,31 +73,25 @@ class EvaluateConfig(StageConfig):
 def run(config: EvaluateConfig, out: Path, sampler: Sampler | None = None) -> None:
     """Evaluate `config.model`, in process or by `sampler`, and write evaluation.json to `out`; resumes from `out.partial`."""
     with Parallel.start() as parallel, Checkpointer(out, "evaluate", config, parallel) as work:
-        sampler = sampler or EngineSampler(
-            Engine.load(work.reads[config.model], dtype=work.dtype, device=parallel.device)
-        )
+        source = work.reads[config.model]
+        sampler = sampler or EngineSampler(Engine.load(source, dtype=work.dtype, device=parallel.device))
         params = config.sampling.params(config.samples, config.seed)
         items, given = config.draw()
         verification = VerificationPool([some[0].task for some in items.values() if some])
-        rollouts = {
-            (task, form.name): Rollout(sampler, params, form, verification, parallel, both=not form.lenient)
-            for task in items
+        jobs = [
+            (task, rollout, some[start : start + config.chunk])
+            for task, some in items.items()
             for form in config.forms
-        }
-        starts = {task: range(0, len(some), config.chunk) for task, some in items.items()}
-        jobs = [(task, form, start) for task, form in rollouts for start in starts[task]]
+            for rollout in [Rollout(sampler, params, form, verification, parallel, both=not form.lenient)]
+            for start in range(0, len(some), config.chunk)
+        ]
         saved = work.load()
         results: list[dict[str, Any]] = saved.info["results"] if saved else []
-
-        done = saved.step if saved else 0
-        with (
-            Interrupts() as interrupts,
-            Progress(f"evaluation of {work.reads[config.model].name}", len(jobs), done, parallel.is_first) as progress,
-        ):
+        done, title = saved.step if saved else 0, f"evaluation of {source.name}"
+        with Interrupts() as interrupts, Progress(title, len(jobs), done, parallel.is_first) as progress:
             for step in range(done, len(jobs)):
-                task, form, start = jobs[step]
-                rollout = rollouts[task, form]
-                groups = rollout.run(items[task][start : start + config.chunk])
+                task, rollout, chunk = jobs[step]
+                form, groups = rollout.form.name, rollout.run(chunk)
                 tokens, flops = sampling_cost(sampler.model_config, groups)
                 work.meter.add(tokens, sampling=flops)
                 found = parallel.gather([result(task, form, group) for group in groups])
@@ -105,7 +99,7 @@ def run(config: EvaluateConfig, out: Path, sampler: Sampler | None = None) -> No
                 accuracy = [score for row in found for score in row["accuracy"]]
                 progress.update(step + 1, **{"pass": sum(accuracy) / max(1, len(accuracy))})
                 work.keep(step + 1, lambda: ({}, {"results": results}), stop=interrupts.asked)
-        for rollout in rollouts.values():
+        for _, rollout, _ in jobs:
             rollout.refuse_nothing()
         evaluation = summarise(results, config, given)
         work.finish(lambda folder: write_json(folder / "evaluation.json", evaluation))

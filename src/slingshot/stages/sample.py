@@ -58,11 +58,10 @@ def run(config: SampleConfig, out: Path, sampler: Sampler | None = None) -> None
         tasks = {item.task.name: item.task for item in items}
         if several := next((name for name, task in tasks.items() if task.has_turns), None):
             raise SlingshotError(
-                f"task {several} takes several turns, a line of a dataset holds one; leave it out of tasks"
+                f"task {several} takes several turns, a dataset's lines hold one; leave it out of tasks"
             )
-        sampler = sampler or EngineSampler(
-            Engine.load(work.reads[config.model], dtype=work.dtype, device=parallel.device)
-        )
+        source = work.reads[config.model]
+        sampler = sampler or EngineSampler(Engine.load(source, dtype=work.dtype, device=parallel.device))
         params = config.sampling.params(config.samples, config.seed)
         rollout = Rollout(sampler, params, config.form, VerificationPool(list(tasks.values())), parallel)
         saved = work.load()
@@ -77,12 +76,10 @@ def run(config: SampleConfig, out: Path, sampler: Sampler | None = None) -> None
                 tokens, flops = sampling_cost(sampler.model_config, groups)
                 work.meter.add(tokens, sampling=flops)
 
-                right = [sum(t.scores["accuracy"] == 1.0 for t in group) / len(group) for group in groups]
-                found = parallel.gather(
-                    [(accepted(group, config), share) for group, share in zip(groups, right, strict=True)]
-                )
+                right = [[trajectory.scores["accuracy"] == 1.0 for trajectory in group] for group in groups]
+                found = parallel.gather([[accepted(group, config), r] for group, r in zip(groups, right, strict=True)])
                 rows.extend(row for kept, _ in found for row in kept)
-                pass_rate = sum(share for _, share in found) / max(1, len(found))
+                pass_rate = sum(sum(each) / len(each) for _, each in found) / max(1, len(found))
                 logged = {"step": step + 1, "pass_rate": pass_rate, "kept": len(rows), **rollout.counts}
                 work.log({**logged, **work.speed(tokens, flops_before)})
                 progress.update(step + 1, **{"pass": pass_rate, "kept": len(rows)})

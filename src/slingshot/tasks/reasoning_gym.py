@@ -36,6 +36,7 @@ _CHUNK = 64  # items fetched from the worker at a time
 _KEPT = 1024  # items a worker keeps for scoring
 _MAKING = 60.0  # seconds for one item: some families search long for a puzzle
 _WORD = re.compile(r"\w+")
+_SCIENTIFIC = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?e[+-]?[0-9]{1,3}")
 _MAX_ANSWER = 10_000  # characters; longer ones are wrong without asking
 
 
@@ -120,6 +121,8 @@ class Gym(IsolatedTask):
         known = read_number(problem.answer)
         if known is not None:
             answer = last_number(text) if lenient else read_number(text)
+            if _SCIENTIFIC.fullmatch(text.strip()):  # as power_function asks for it
+                answer = text.strip()
             # Some scorers pay in full for a prefix of the digits: a number that is not near is wrong without asking.
             near = answer is not None and math.isclose(float(answer), float(known), rel_tol=0.01)
         elif _WORD.fullmatch(problem.answer):

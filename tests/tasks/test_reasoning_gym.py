@@ -189,6 +189,15 @@ def test_a_tolerant_scorer_decides_on_numbers_that_are_near():
     assert [verify(problem, text).value for text in texts] == [1.0, 1.0, 0.0, 0.0]
 
 
+def test_a_number_may_be_written_as_the_question_asks_for_it():
+    problems, verify = of_family("power_function", 6)
+    decimal = [problem for problem in problems if "e" not in problem.answer and float(problem.answer) > 1000]
+    assert decimal and all("e.g., 1.23e+4" in problem.prompt for problem in decimal)
+    for problem in decimal:
+        right, wrong = f"{float(problem.answer):.2e}", f"{2 * float(problem.answer):.2e}"
+        assert [verify(problem, f" {text}\n").value for text in (right, wrong, f"{right} {wrong}")] == [1.0, 0.0, 0.0]
+
+
 CONSTANTS = [
     "?",
     "0",

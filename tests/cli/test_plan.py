@@ -170,12 +170,6 @@ def test_nonsense_is_one_line_with_the_nearest_valid_choice(arguments: str, says
     assert says in str(result.exception) and "\n" not in str(result.exception)
 
 
-def test_a_page_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    result = run(f"{PRETRAIN} --html {tmp_path / 'file' / 'plan.html'}")
-    assert isinstance(result.exception, SlingshotError) and "cannot write" in str(result.exception)
-
-
 def test_planning_needs_no_torch() -> None:
     code = (
         "import sys; from slingshot.cli.plan import app\n"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import read_json, read_jsonl, write_json, write_jsonl
+from slingshot.base.files import read_json, read_jsonl, write_jsonl
 from slingshot.cost.receipt import Receipt
 from slingshot.planning import dry_stage
 from slingshot.planning.dry_run import DryRun, DryStage, dry_run, dry_run_page
@@ -125,9 +125,8 @@ def test_a_recipe_is_run_scaled_and_left_without_a_trace(tmp_path: Path, monkeyp
     assert again == scored.model_copy(update={"name": "tuned.evaluation"})  # a model of the same shape
     assert found.seconds == pytest.approx(sum(stage.seconds for stage in found.stages) + found.start_seconds)
     assert base.money == pytest.approx(base.seconds) and base.peak_host_memory_bytes > 2**26
-    write_json(tmp_path / "broken.jsonl", {})
-    with pytest.raises(SlingshotError, match=r"^dry run of tuned: .*nowhere\.jsonl"):
-        dry_run(Recipe.load("recipe.toml", ["tuned.data=nowhere.jsonl", "base.evaluation=false"]))
+    with pytest.raises(SlingshotError, match=r"^dry run of base: the corpus fills .* rows"):
+        dry_run(Recipe.load("recipe.toml", ["base.batch_size=4000"]))
 
 
 def test_the_page_says_every_stage_the_sum_and_what_was_assumed() -> None:

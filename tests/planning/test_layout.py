@@ -70,19 +70,6 @@ def test_data_parallel_traffic_by_hand(zero: Any, tokens: int, moved: int) -> No
     }
 
 
-def test_a_ring_over_several_nodes_leaves_each_once_over_all_its_members_cards() -> None:
-    """16 devices are two nodes: of the ring's bytes an eighth goes over each one's own card, the rest within the
-    node."""
-    volume = 15 / 16 * 4 * TOTAL
-    assert sent(LLAMA, Layout(dp=16), 16 * 4096) == {
-        "gradients and weights, between nodes": (volume / 8, "network"),
-        "gradients and weights, within a node": (volume * 7 / 8, "node"),
-    }
-    # Of a tensor parallel group of 8 each copy has one member on a node, whose whole ring goes over its card.
-    assert "gradients and weights, within a node" not in sent(LLAMA, Layout(dp=8, tp=8), 64 * 4096)
-    assert sent(LLAMA, Layout(tp=16), 4096)["tensor parallel, between nodes"][1] == "network"
-
-
 def test_all_reduce_over_nodes_is_about_as_fast_as_measured() -> None:
     """Bus bandwidth of 248 nodes of 8 H200, 8 x 400 Gb/s each: about 350 GB/s (github.com/NVIDIA/nccl-tests, issue
     283)."""

@@ -129,12 +129,3 @@ def test_a_round_of_rollouts_takes_what_a_simulation_takes(copy: ModelCopy, resp
     lengths = ResponseLengths(300, 2000)
     expected = sum(simulated(copy, responses, copies, lengths, seed) for seed in range(100)) / 100
     assert round_seconds(copy, responses, copies, 100, lengths) == pytest.approx(expected, rel=0.05)
-
-
-def test_what_has_no_room_comes_in_waves_or_never() -> None:
-    lengths, whole = ResponseLengths(300, 400), copy_of()
-    memory = whole.memory(10.5, 400).total / 0.9
-    tight = ModelCopy(LLAMA, device("h800").model_copy(update={"memory_bytes": memory}), PRECISIONS["bfloat16"], 1)
-    ten, twenty = (round_seconds(tight, responses, 1, 100, lengths) for responses in (10, 20))
-    assert twenty == pytest.approx(2 * ten, rel=0.01)
-    assert round_seconds(copy_of(V3), 1, 1, 100, lengths) == math.inf

@@ -92,19 +92,6 @@ def test_devices_that_cannot_carry_the_day_are_refused_with_the_nearest_that_can
         serve(device=ALONE, devices_per_copy=2)
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [
-        {}, {"price": 5.0}, {"count": 64, "price": 5.0, "input": 1e9, "output": 1e8}, {"precision": "int8"},
-        {"latency": 1e-6},
-    ],
-)  # fmt: skip
-def test_this_plan_s_row_among_the_alternatives_is_its_own_bill(asked: dict[str, Any]) -> None:
-    plan = serve(**asked)
-    (own,) = (other for other in plan.alternatives if (other.device, other.precision) == (plan.device, plan.precision))
-    assert (own.device_hours, own.money) == (plan.device_hours, plan.money) and own.fits == ("latency" not in asked)
-
-
 def test_break_even_is_where_the_devices_cost_what_buying_does() -> None:
     plan = serve(price=2.0, prices=(0.01, 0.02, 0.04), count=8)
     even = plan.break_even

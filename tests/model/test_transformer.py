@@ -95,7 +95,8 @@ def test_routing_is_reported_per_layer_and_without_padding(model: Transformer) -
 
 
 def test_initial_weights_follow_the_seed_and_the_range(deepseek: Config) -> None:
-    models = [Transformer(deepseek(initializer_range=0.05, vocab_size=512)) for _ in range(3)]
+    config = deepseek(initializer_range=0.05, vocab_size=512)
+    models = [Transformer(config), Transformer.empty(config), Transformer.empty(config)]
     for model, seed in zip(models, (0, 0, 1), strict=True):
         model.init_weights(torch.Generator().manual_seed(seed))
     states = [model.state_dict() for model in models]

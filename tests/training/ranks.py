@@ -39,9 +39,8 @@ def train(parallel: Parallel) -> dict[str, Any]:
     """20 steps; half-way everything is gathered into a new model and optimizer, as resuming does."""
 
     def start() -> tuple[Transformer, Optimizer]:
-        model = Transformer(CONFIG)
+        model = Transformer.empty(CONFIG, parallel.device, shard=parallel.shard)
         model.init_weights(torch.Generator().manual_seed(0))
-        parallel.shard(model)
         return model, Optimizer(model, OptimizerConfig(lr=0.01, adam_lr=0.01))
 
     model, optimizer = start()
@@ -73,10 +72,7 @@ def train(parallel: Parallel) -> dict[str, Any]:
 def read(parallel: Parallel, folder: Path) -> dict[str, Any]:
     """Fill a sharded model from a checkpoint and count the bytes that took."""
     weights = FolderWeights(folder)
-    with torch.device("meta"):
-        model = Transformer(CONFIG)
-    parallel.shard(model)
-    model.to_empty(device="cpu")
+    model = Transformer.empty(CONFIG, shard=parallel.shard)
     load_weights(model, weights)
     own = sum(
         (tensor.to_local() if hasattr(tensor, "to_local") else tensor).nbytes for tensor in model.state_dict().values()

@@ -43,8 +43,14 @@ class Measurement(Strict):
 
 def describe(accelerator: str | None = None, threads: int | None = None, torch: str | None = None) -> Machine:
     """The machine as the operating system shows it; what only torch knows is handed in."""
-    own = {"cpu": _cpu_name(), "cores": _cores(), "memory_bytes": _memory_bytes()}
-    return Machine(**own, accelerator=accelerator, threads=threads, torch=torch)
+    return Machine(
+        cpu=_cpu_name(),
+        cores=_cores(),
+        memory_bytes=_memory_bytes(),
+        accelerator=accelerator,
+        threads=threads,
+        torch=torch,
+    )
 
 
 def measurement_path() -> Path:

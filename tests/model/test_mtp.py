@@ -1,4 +1,4 @@
-"""The multi-token prediction module: it trains, alone or with the model, is stored, and trains on. tests/parity compares its numbers."""
+"""The multi-token prediction module: how it trains, is stored, and trains on. tests/parity compares its numbers."""
 
 from __future__ import annotations
 

@@ -40,17 +40,11 @@ FAMILIES |= dict.fromkeys(["qwen2_5", "qwen3", "qwen3_training", "qwen3_instruct
 FAMILIES |= dict.fromkeys(["phi3", "glm4moe", "gptoss"], "smollm")
 
 _CITY = {"type": "string", "description": 'A name, "北京" & <so on>'}
-WEATHER = {
-    "name": "weather",
-    "description": "Weather",
-    "parameters": {"type": "object", "properties": {"city": _CITY}, "required": ["city"]},
-}
-ADD = {
-    "name": "add",
-    "description": "",
-    "parameters": {"type": "object", "properties": {"a": {"type": "number"}, "b": {"enum": [1, None]}}},
-}
-TOOLS = [{"type": "function", "function": WEATHER}, {"type": "function", "function": ADD}]
+_PARAMETERS = {"type": "object", "properties": {"city": _CITY}, "required": ["city"]}
+WEATHER = {"name": "weather", "description": "Weather", "parameters": _PARAMETERS}
+_NUMBERS = {"type": "object", "properties": {"a": {"type": "number"}, "b": {"enum": [1, None]}}}
+TOOLS = [{"type": "function", "function": WEATHER}]
+TOOLS += [{"type": "function", "function": {"name": "add", "description": "", "parameters": _NUMBERS}}]
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"add_generation_prompt": True},
@@ -58,13 +52,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"tools": TOOLS[1:]},
     {"add_generation_prompt": True, "thinking": False, "enable_thinking": False},
     {"continue_final_message": True},
-    {
-        "add_generation_prompt": True,
-        "documents": [{"title": "T", "text": "é"}],
-        "reasoning_effort": "high",
-        "date_string": "1 Jan 2025",
-        "extra": [1],
-    },
+    {"add_generation_prompt": True, "documents": [{"title": "T", "text": "é"}], "reasoning_effort": "high"},
+    {"date_string": "1 Jan 2025", "extra": [1]},
 ]
 
 
@@ -81,11 +70,8 @@ def reply(content: Any, **more: Any) -> dict[str, Any]:
 
 
 def called(name: str, arguments: Any, content: Any = None, **more: Any) -> dict[str, Any]:
-    return reply(
-        content,
-        tool_calls=[{"id": "call_1", "type": "function", "function": {"name": name, "arguments": arguments}}],
-        **more,
-    )
+    call = {"id": "call_1", "type": "function", "function": {"name": name, "arguments": arguments}}
+    return reply(content, tool_calls=[call], **more)
 
 
 def told(content: Any) -> dict[str, Any]:
@@ -191,16 +177,11 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], P
             added, folder = added_tokens(TEMPLATES[name]), tmp_path_factory.mktemp(name)
             merges = [("h", "e"), ("Ġ", "t"), ("Ġt", "he"), ("Ċ", "Ċ"), ("1", "2"), ("i", "n"), ("Ġ", "Ġ")]
             tokens = [*added, *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
-            config = {
-                "bos_token": "<bos>",
-                "eos_token": "<eos>",
-                "pad_token": "<eos>",
-                "chat_template": TEMPLATES[name],
-            }
+            config = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<eos>"}
             flags = {token: "think" not in token for token in added}
-            ours = Tokenizer.from_bpe(
-                {token: id for id, token in enumerate(tokens)}, merges, flags, config, FAMILIES.get(name, "smollm")
-            )
+            vocab = {token: id for id, token in enumerate(tokens)}
+            config |= {"chat_template": TEMPLATES[name]}
+            ours = Tokenizer.from_bpe(vocab, merges, flags, config, FAMILIES.get(name, "smollm"))
             ours.save(folder)
             write_json(folder / "config.json", {"model_type": "llama"})  # transformers chooses a tokenizer class by it
             theirs = transformers.AutoTokenizer.from_pretrained(folder)

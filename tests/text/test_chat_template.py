@@ -78,10 +78,8 @@ def test_in_a_reply_only_the_tags_of_its_reasoning_are_the_models_own() -> None:
     source = "{{ messages[0].content }}|{{ messages[0].content.split('</think>')[-1] }}"
     pieces = render(source, [reply("<think>so <eos> <think></think>b<think>")], TOKENS)
     assert pieces == ["", "<think>", "so <eos> <think>", "</think>", "b<think>|b<think>"]
-    assert render("{{ messages[0].content[0].text }}", [reply([{"text": "</think>b<eos>"}])], TOKENS)[1:] == [
-        "</think>",
-        "b<eos>",
-    ]
+    in_parts = render("{{ messages[0].content[0].text }}", [reply([{"text": "</think>b<eos>"}])], TOKENS)
+    assert in_parts == ["", "</think>", "b<eos>"]
 
 
 @pytest.mark.parametrize(
@@ -217,21 +215,9 @@ STEPS += (
 )
 LAST = ["", "+ '<th'", "~ 'ink>'", "| replace('<', '<<')", "| join('>')", "| escape", "~ '<eos'"]
 PARTS = [
-    "<bos>",
-    "<eos>",
-    "<｜User｜>",
-    "<think>",
-    "</think>",
-    "<th",
-    "ink>",
-    "<BOS>",
-    "<",
-    ">",
-    "h",
-    "a",
     "\n",
     " ",
-    "<｜User",
+    *["<bos>", "<eos>", "<｜User｜>", "<think>", "</think>", "<th", "ink>", "<BOS>", "<", ">", "h", "a", "<｜User"],
 ]
 said = st.lists(st.sampled_from(PARTS), max_size=6).map("".join)
 

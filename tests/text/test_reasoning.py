@@ -96,12 +96,8 @@ def test_text_in_any_pieces_is_the_same(text: str, opened: bool | None, cuts: li
 @thorough
 @given(opened=opening, data=st.data())
 def test_ids_follow_the_tokens(tokenizer: Tokenizer, opened: bool | None, data: st.DataObject) -> None:
-    words = [
-        [tokenizer.think_id],
-        [tokenizer.end_think_id],
-        *map(tokenizer.encode, ["\n", " ", "7", "é🙂", THINK, END_THINK]),
-        tokenizer.encode("é")[:1],
-    ]
+    tags = [[tokenizer.think_id], [tokenizer.end_think_id]]
+    words = [*tags, *map(tokenizer.encode, ["\n", " ", "7", "é🙂", THINK, END_THINK]), tokenizer.encode("é")[:1]]
     ids = [id for word in data.draw(st.lists(st.sampled_from(words), max_size=10)) for id in word]
     marks = {tokenizer.think_id: "\ue000", tokenizer.end_think_id: "\ue001"}
     text, run = "", []
@@ -122,12 +118,8 @@ def test_ids_follow_the_tokens(tokenizer: Tokenizer, opened: bool | None, data: 
 
 
 def test_tags_spelt_by_other_tokens_are_text(tokenizer: Tokenizer) -> None:
-    ids = [
-        *tokenizer.encode("say </think> or <think>"),
-        tokenizer.end_think_id,
-        *tokenizer.encode("7"),
-        tokenizer.eos_id,
-    ]
+    typed = tokenizer.encode("say </think> or <think>")
+    ids = [*typed, tokenizer.end_think_id, *tokenizer.encode("7"), tokenizer.eos_id]
     assert parse(ids, True, tokenizer) == Parsed("say </think> or <think>", "7", True)
 
 
@@ -140,15 +132,8 @@ def test_deltas_come_as_soon_as_they_are_sure() -> None:
     stream = ReasoningStream(None, True)
     pieces = ["\n", "so", "\n", "then", " </th", "e", "</think", ">\n", "\n7", "\n"]
     told = [stream.push(piece) for piece in pieces]
-    reasoning = [
-        [],
-        [("reasoning", "so")],
-        [],
-        [("reasoning", "\nthen")],
-        [("reasoning", " ")],
-        [("reasoning", "</the")],
-        [],
-    ]
+    texts = [None, "so", None, "\nthen", " ", "</the", None]
+    reasoning = [[] if text is None else [("reasoning", text)] for text in texts]
     assert told == [*reasoning, [], [("answer", "7")], [("answer", "\n")]]
     assert stream.finish() == []
 
@@ -158,24 +143,16 @@ def test_with_an_unknown_prompt_nothing_is_told_before_it_is_sure() -> None:
     assert [stream.push(piece) for piece in ["so", "\n", " far</thi"]] == [[], [], []]
     assert stream.push("nk>\n7") == [("reasoning", "so\n far"), ("answer", "7")]
     stream = ReasoningStream(None, None)
-    assert [stream.push(piece) for piece in ["\n", "<think>", "\nso", " far"]] == [
-        [],
-        [],
-        [("reasoning", "so")],
-        [("reasoning", " far")],
-    ]
+    deltas = [delta for piece in ["\n", "<think>", "\nso", " far"] for delta in stream.push(piece)]
+    assert deltas == [("reasoning", "so"), ("reasoning", " far")]
     stream = ReasoningStream(None, None)
     assert stream.push("7") + stream.finish() == [("answer", "7")]
 
 
 def test_long_outputs_take_no_time() -> None:
     start = time.monotonic()
-    for text, opened in (
-        (END_THINK * 100_000, False),
-        (THINK * 100_000, True),
-        ("\n" * 500_000, True),
-        ("a " * 300_000, None),
-    ):
+    long = {END_THINK * 100_000: False, THINK * 100_000: True, "\n" * 500_000: True, "a " * 300_000: None}
+    for text, opened in long.items():
         assert reassembles(text, opened, parse(text, opened)) or opened
     stream = ReasoningStream(None, True)
     for _ in range(200_000):
@@ -192,14 +169,12 @@ def test_long_outputs_take_no_time() -> None:
 def test_a_vocabulary_with_one_of_the_tags_is_read_as_text(missing: str) -> None:
     tokens = [tag for tag in (THINK, END_THINK) if tag != missing]
     vocab = {token: id for id, token in enumerate([*tokens, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer.from_bpe(
-        vocab, [], dict.fromkeys(tokens, False), {"chat_template": "{{ messages[0].content }}<think>\n"}
-    )
+    template = {"chat_template": "{{ messages[0].content }}<think>\n"}
+    tokenizer = Tokenizer.from_bpe(vocab, [], dict.fromkeys(tokens, False), template)
     assert ends_in_reasoning(tokenizer.encode_chat([{"role": "user", "content": "3"}]), tokenizer)
     closing = tokenizer.encode(END_THINK) if missing == END_THINK else [tokenizer.end_think_id]
-    assert parse([*tokenizer.encode("so"), *closing, *tokenizer.encode("7")], True, tokenizer) == Parsed(
-        "so", "7", True
-    )
+    ids = [*tokenizer.encode("so"), *closing, *tokenizer.encode("7")]
+    assert parse(ids, True, tokenizer) == Parsed("so", "7", True)
 
 
 def test_the_prompt_tells_where_the_output_begins(tokenizer: Tokenizer, chatml: Tokenizer) -> None:

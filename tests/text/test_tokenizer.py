@@ -96,9 +96,8 @@ def test_nor_do_they_in_chatml_roles_included(chatml: Tokenizer, role: str, cont
 def test_parts_of_a_message_do_not_join_into_a_control_token(tokenizer: Tokenizer) -> None:
     template = "{{ bos_token }}{% for part in messages[0].content %}{{ part.text | trim }}{% endfor %}"
     split = Tokenizer(tokenizer._backend, {**tokenizer.config, "chat_template": template})
-    ids = split.encode_chat(
-        [{"role": "user", "content": [{"text": " <th"}, {"text": "ink> "}, {"text": "<｜User｜"}, {"text": ">"}]}]
-    )
+    parts = [{"text": text} for text in (" <th", "ink> ", "<｜User｜", ">")]
+    ids = split.encode_chat([{"role": "user", "content": parts}])
     assert controls(split, ids) == [0]
     assert split.decode(ids) == f"{THINK}{USER}"
 
@@ -106,14 +105,12 @@ def test_parts_of_a_message_do_not_join_into_a_control_token(tokenizer: Tokenize
 def test_neither_merges_nor_normalizers_lead_to_a_control_token() -> None:
     vocab = {"<tok>": 0, "he": 1, "h": 2, "e": 3, "t": 4, "o": 5, "k": 6, "<": 7, ">": 8, "at": 9, "a": 10}
     template = "{{ '<tok>' }}{{ messages[0].content }}"
-    tokenizer = Tokenizer.from_bpe(
-        vocab, [("h", "e"), ("a", "t")], {"<tok>": True, "he": True}, {"chat_template": template}
-    )
+    merges, added = [("h", "e"), ("a", "t")], {"<tok>": True, "he": True}
+    tokenizer = Tokenizer.from_bpe(vocab, merges, added, {"chat_template": template})
     assert tokenizer.encode("heat") == [2, 3, 9]
     assert tokenizer.encode_chat([{"role": "user", "content": "heat"}]) == [0, 2, 3, 9]
-    backend = tokenizers.Tokenizer.from_str(
-        tokenizer._backend.to_str().replace('"normalized":false', '"normalized":true')
-    )
+    described = tokenizer._backend.to_str().replace('"normalized":false', '"normalized":true')
+    backend = tokenizers.Tokenizer.from_str(described)
     backend.normalizer = normalizers.Lowercase()
     lower = Tokenizer(backend, tokenizer.config)
     assert lower._backend.encode("<TOK>").ids == [0]  # the danger is real
@@ -195,18 +192,15 @@ def test_transformers_encodes_identically(
     messages = [{"role": role, "content": content} for role, content in said]
     for ours, theirs in oracles:
         assert theirs(text).input_ids == ours.encode_raw(text)
-        expected = theirs.apply_chat_template(
-            messages, add_generation_prompt=generate, thinking=thinking, return_dict=False
-        )
-        assert ours.encode_chat(messages, generate, thinking) == expected
+        asked = {"add_generation_prompt": generate, "thinking": thinking, "return_dict": False}
+        assert ours.encode_chat(messages, generate, thinking) == theirs.apply_chat_template(messages, **asked)
 
 
 def test_what_else_a_template_reads(tokenizer: Tokenizer) -> None:
     template = "{{ bos_token }}{{ tools[0].name }}{{ documents[0].text }}{{ effort }}{{ enable_thinking }}"
     told = Tokenizer(tokenizer._backend, {**tokenizer.config, "chat_template": template})
-    ids = told.encode_chat(
-        [], tools=[{"name": "<think>"}], documents=[{"text": EOS}], effort="<｜User｜>", enable_thinking="no"
-    )
+    more = {"documents": [{"text": EOS}], "effort": "<｜User｜>", "enable_thinking": "no"}
+    ids = told.encode_chat([], tools=[{"name": "<think>"}], **more)
     assert controls(told, ids) == [0]
     assert told.decode(ids) == f"{THINK}{EOS}{USER}no"
 
@@ -315,9 +309,7 @@ def test_added_tokens_that_are_spaces_are_text(piped: tuple[Tokenizer, Any]) -> 
 
 def test_added_tokens_swallow_the_spaces_beside_them(piped: tuple[Tokenizer, Any]) -> None:
     ours, theirs = piped
-    left, end, norm, bos = (
-        theirs.convert_tokens_to_ids(token) for token in ("<|left|>", "<|end|>", "<|norm|>", "<bos>")
-    )
+    left, end, norm, bos = map(theirs.convert_tokens_to_ids, ("<|left|>", "<|end|>", "<|norm|>", "<bos>"))
     ids = ours.encode_chat([{"role": "user", "content": "the\x1c \u3000"}, {"role": "user", "content": "  the"}])
     before = [*ours.encode("the\x1c"), left]
     assert ids == [bos, *before, *ours.encode("the\x1c \u3000"), end, *before, *ours.encode("  the"), end, norm]

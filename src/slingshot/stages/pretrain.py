@@ -127,7 +127,8 @@ def run(config: PretrainConfig, out: Path) -> None:
                 progress.update(step + 1, loss=losses.loss, **{"tokens/s": speed["tokens_per_second"]})
                 work.keep(step + 1, lambda: work.training_state(model, optimizer), stop=interrupts.asked)
 
-        extra = corpus.account(config)
+        epochs = config.steps * config.batch_size / len(corpus.tokens_NT)
+        extra = {"corpus_tokens": int((corpus.segments_NT > 0).sum()), "epochs": epochs}
         if corpus.heldout is not None:
             rows = corpus.heldout.shard(parallel)
             nats = evaluate_loss(model, rows, config.micro_batch_size, parallel)
@@ -151,11 +152,6 @@ class PackedCorpus:
         order = np.random.default_rng([config.seed, epoch]).permutation(len(self.tokens_NT))
         chosen = np.sort(order[index * config.batch_size : (index + 1) * config.batch_size])
         return Rows.of(self.tokens_NT[chosen], self.segments_NT[chosen])
-
-    def account(self, config: PretrainConfig) -> dict[str, Any]:
-        """What the receipt says of it."""
-        epochs = config.steps * config.batch_size / len(self.tokens_NT)
-        return {"corpus_tokens": int((self.segments_NT > 0).sum()), "epochs": epochs}
 
 
 def prepare(config: PretrainConfig) -> PackedCorpus:

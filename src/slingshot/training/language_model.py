@@ -73,13 +73,8 @@ def language_model_step(
     with_mtp = model.config.num_nextn_predict_layers > 0 and weights.mtp > 0
     next_targets, next_weights = next_token_targets(rows.tokens_BT, rows.segments_BT, rows.weights_BT)
     far_targets, far_weights = mtp_targets(rows.tokens_BT, rows.segments_BT, rows.weights_BT)
-    counts = parallel.sums(
-        {
-            "next": float(next_weights.sum()),
-            "far": float(far_weights.sum()),
-            "rows": float((rows.segments_BT[:, 0] > 0).sum()),
-        }
-    )
+    sizes = {"next": next_weights, "far": far_weights, "rows": rows.segments_BT[:, 0] > 0}
+    counts = parallel.sums({name: float(weights.sum()) for name, weights in sizes.items()})
     sums = {"next": 0.0, "far": 0.0, "balance": 0.0}
     load_LE: list[Tensor] = []
     for start in range(0, len(rows), micro_batch_size):

@@ -1,4 +1,5 @@
-"""The recipe micro from one command: whole, interrupted at several moments, and on two ranks; and what is refused on the way."""
+"""The recipe micro from one command: whole, interrupted at several moments, and on two ranks; and what is refused on
+the way."""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ def test_the_report_tells_of_every_stage(micro: Path) -> None:
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_transformers_loads_what_was_trained(micro: Path, name: str) -> None:
-    """Logits of a problem with a response agree within 1e-4 of their standard deviation, and so do tokenizer and template."""
+    """Logits of a problem with a response agree within 1e-4 of their standard deviation, and so do tokenizer and
+    template."""
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
         micro / name, dtype=torch.float32, output_loading_info=True
     )
@@ -274,7 +276,8 @@ def test_two_ranks_fine_tune_as_one_process(micro: Path, tmp_path: Path) -> None
 
 
 def test_two_ranks_do_rl_as_one_process(micro: Path, tmp_path: Path) -> None:
-    """The first step samples the same responses and takes the same step; later ones may part at a token of equal chances."""
+    """The first step samples the same responses and takes the same step; later ones may part at a token of equal
+    chances."""
     rows, expected = metrics(on_two_ranks(micro, tmp_path, "rl", "steps=2")), metrics(micro / "rl")
     assert len(rows) == 2 and rows[0].keys() == expected[0].keys()
     for key in expected[0].keys() - {"lr"}:

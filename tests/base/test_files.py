@@ -180,7 +180,8 @@ def test_no_name_leaves_the_folder(tmp_path_factory: pytest.TempPathFactory, nam
 
 
 def test_links_and_special_files_of_a_folder(tmp_path: Path) -> None:
-    """Within the folder a link may point where it likes; out of it, to nothing, in a circle, at a folder or a pipe it is refused."""
+    """Within the folder a link may point where it likes; out of it, to nothing, in a circle, at a folder or a pipe it
+    is refused."""
     folder = tmp_path / "folder"
     (folder / "deep").mkdir(parents=True)
     (tmp_path / "secret").write_text("x")
@@ -208,7 +209,8 @@ def test_links_and_special_files_of_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_snapshot_of_the_hubs_cache_may_link_to_its_blobs(tmp_path: Path) -> None:
-    """To its own repository's, and through those to what repositories share; not to another repository, and not from any other folder."""
+    """To its own repository's, and through those to what repositories share; not to another repository, and not from
+    any other folder."""
     cache = tmp_path / "hub"
     snapshot = cache / "models--a--b" / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)

@@ -1,4 +1,5 @@
-"""cost/quantity.py: what people write is read, what is printed reads back, and nonsense is refused in one line with the nearest sense."""
+"""cost/quantity.py: what people write is read, what is printed reads back, and nonsense is refused in one line with
+the nearest sense."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ from slingshot.base.quantity import (
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("14.8T", 14.8e12), ("7e12", 7e12), ("671B", 671e9), ("671 b", 671e9), ("2G", 2e9), ("1.5M", 1.5e6), ("32k", 32e3), ("87,072", 87072),
+    [("14.8T", 14.8e12), ("7e12", 7e12), ("671B", 671e9), ("671 b", 671e9), ("2G", 2e9),
+     ("1.5M", 1.5e6), ("32k", 32e3), ("87,072", 87072),
      ("1,234,567.5", 1234567.5), ("1_000", 1000), (".5K", 500), ("$2.0", 2), (3, 3)],
 )  # fmt: skip
 def test_counts(text: str | float, number: float) -> None:

@@ -44,7 +44,7 @@ class ScriptedEngine:
 
 
 def talk(monkeypatch, engine, *lines, origin=None):
-    """Run a chat whose user types these lines (or raises them), then leaves by Ctrl-D; return what the terminal shows."""
+    """Run a chat whose user types these lines (or raises them), then leaves by Ctrl-D; what the terminal shows."""
     script = iter([*lines, EOFError()])
 
     def typed(self, prompt=""):

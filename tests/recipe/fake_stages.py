@@ -1,7 +1,8 @@
-"""The slingshot command with stages that do next to nothing, for the tests of the runner: python fake_stages.py run recipe.toml --out X.
+"""The slingshot command with stages that do next to nothing, for the tests of the runner: python fake_stages.py run
+recipe.toml --out X.
 
-Every kind has the same config. `do` says what the stage's process does: "write" its artifact, "wait" for Ctrl-C or for a file named
-`go` beside its artifact, "refuse" (SlingshotError), "crash", or "vanish" (kill -9 of itself).
+Every kind has the same config. `do` says what the stage's process does: "write" its artifact, "wait" for Ctrl-C or a
+file named `go` beside its artifact, "refuse" (SlingshotError), "crash", or "vanish" (kill -9 of itself).
 """
 
 from __future__ import annotations

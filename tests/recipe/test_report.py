@@ -1,4 +1,5 @@
-"""report.py on a made-up run that looks like a real one: nine stages, two tasks, curves that fall and rise, a hostile completion."""
+"""report.py on a made-up run that looks like a real one: nine stages, two tasks, curves that fall and rise, a hostile
+completion."""
 
 from __future__ import annotations
 
@@ -23,8 +24,9 @@ from slingshot.recipe.charts import POINTS, kept_apart, points_of, smoothed
 from slingshot.recipe.results import headline
 
 MODEL = ModelConfig(
-    family="deepseek_v3", vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, kv_lora_rank=32,
-    qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32, moe_intermediate_size=96, n_routed_experts=16, n_shared_experts=1,
+    family="deepseek_v3", vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+    num_attention_heads=4, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32,
+    moe_intermediate_size=96, n_routed_experts=16, n_shared_experts=1,
     num_experts_per_tok=4, first_k_dense_replace=1, num_nextn_predict_layers=1,
 )  # fmt: skip
 
@@ -52,8 +54,10 @@ def make_run(run: Path, finished: int = len(STAGES)) -> Path:
 
     def receipt(name: str, kind: str, parents: list[str], seconds: float, tokens: int, flops: float) -> Receipt:
         return Receipt(
-            stage=kind, name=name, config={"seed": 0}, parents=[Parent(path=f"runs/tiny/{parent}", digest="0" * 16) for parent in parents],
-            digest="1" * 16, tokens=tokens, flops=flops, flops_by_part={"training": flops}, seconds=seconds, peak_host_memory_bytes=1_310_000_000,
+            stage=kind, name=name, config={"seed": 0},
+            parents=[Parent(path=f"runs/tiny/{parent}", digest="0" * 16) for parent in parents],
+            digest="1" * 16, tokens=tokens, flops=flops, flops_by_part={"training": flops}, seconds=seconds,
+            peak_host_memory_bytes=1_310_000_000,
             mfu=flops / seconds / 9e11, money=None, machine=machine, version="0.1.0",
         )  # fmt: skip
 
@@ -67,7 +71,8 @@ def make_run(run: Path, finished: int = len(STAGES)) -> Path:
         for task, share in (("arithmetic", arithmetic), ("countdown", countdown)):
             half = 1.96 * math.sqrt(share * (1 - share) / 500)
             tasks[task] = {
-                "pass@1": share, "ci95": [share - half, share + half], "pass@8": None, "mean_tokens": length * (1 + (task == "countdown")),
+                "pass@1": share, "ci95": [share - half, share + half], "pass@8": None,
+                "mean_tokens": length * (1 + (task == "countdown")),
                 "format": form, "language": 0.97, "n": 500, "prompt_form": "chat", "samples_per_problem": 1,
             }  # fmt: skip
         write_json(run / "evaluations" / name / "evaluation.json", {"tasks": tasks, "examples": _examples(name)})
@@ -99,7 +104,8 @@ def _metrics(kind: str, name: str, rng: random.Random) -> list[dict[str, Any]]:
             {
                 "step": step, "reward": end - (end - start) * math.exp(-step / 18) + noise(0.025),
                 "entropy": 0.08 + 0.3 * math.exp(-step / 25) + noise(0.01),
-                "response_tokens": short + (22 - short if name == "zero" else 4) * (1 - math.exp(-step / 25)) + noise(0.7),
+                "response_tokens": short + noise(0.7)
+                + (22 - short if name == "zero" else 4) * (1 - math.exp(-step / 25)),
                 "kl": 0.02 * (1 - math.exp(-step / 30)) + abs(noise(0.002)), "pass_rate": 0.5,
             }
             for step in range(1, 61)
@@ -161,8 +167,9 @@ def test_report_json_has_the_documented_shape(tmp_path: Path) -> None:
     assert [stage["name"] for stage in stages] == [stage[0] for stage in STAGES]
     zero = stages[1]
     assert zero["kind"] == "rl" and (run / zero["artifact"] / "receipt.json").is_file()
-    assert zero["receipt"] == {"tokens": 1_620_000, "flops": 41e12, "seconds": 154.0, "peak_host_memory_bytes": 1_310_000_000,
-                               "peak_device_memory_bytes": None, "mfu": 41e12 / 154 / 9e11, "energy_joules": None, "money": None}  # fmt: skip
+    assert zero["receipt"] == {"tokens": 1_620_000, "flops": 41e12, "seconds": 154.0,
+                               "peak_host_memory_bytes": 1_310_000_000, "peak_device_memory_bytes": None,
+                               "mfu": 41e12 / 154 / 9e11, "energy_joules": None, "money": None}  # fmt: skip
     score = zero["eval"]["arithmetic"]
     assert {"pass@1", "ci95", "pass@8", "mean_tokens", "format", "n"} <= set(score)
     assert (

@@ -32,7 +32,8 @@ def _fsync(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole: temporary name, fsync, rename. Raises SlingshotError when the place cannot be written or is no plain file."""
+    """Write a file whole: temporary name, fsync, rename. Raises SlingshotError when the place cannot be written or is
+    no plain file."""
     if not path.name or (path.exists() and not path.is_file()):
         raise SlingshotError(f"cannot write {path}: that is no file; choose another place")
     temporary = path.with_name(f".{path.name}.tmp")
@@ -92,7 +93,7 @@ def read_jsonl(path: Path) -> list[Any]:
 
 
 def read_span(path: Path, start: int, buffer: memoryview, what: str) -> None:
-    """Fill `buffer` with a file's bytes from `start` on. SlingshotError when it cannot be read, or ends within `what`."""
+    """Fill `buffer` with a file's bytes from `start` on. SlingshotError when it cannot, or ends within `what`."""
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(start)
@@ -108,8 +109,9 @@ def read_span(path: Path, start: int, buffer: memoryview, what: str) -> None:
 def inside(folder: Path, name: str) -> Path:
     """The path of a file in an untrusted folder, which need not be there.
 
-    SlingshotError when `name` is no plain file name, or when what lies there is a symlink out of the folder or to nothing, or no plain file.
-    Hugging Face's cache links a snapshot's files to the blobs of its repository, and those to blobs that repositories share: links there pass.
+    SlingshotError when `name` is no plain file name, or when what lies there is a symlink out of the folder or to
+    nothing, or no plain file. Hugging Face's cache links a snapshot's files to the blobs of its repository, and those
+    to blobs that repositories share: links there pass.
     """
     if Path(name).name != name or not name or "\\" in name or "\0" in name:
         raise SlingshotError(f"{folder}: {name!r:.100} is no file name; a checkpoint's files lie in its folder itself")
@@ -131,7 +133,7 @@ def inside(folder: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path` (replacing what was there) if the block ends without an exception."""
+    """Yield a temporary folder that becomes `path` (replacing what was there) if the block ends well."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -200,7 +202,7 @@ def unlock(descriptor: int) -> None:
 
 
 def put_aside(path: Path) -> Path:
-    """Move what lies at `path` to `.stale/NAME-N` beside it, so that something else can be made there; returns where."""
+    """Move what lies at `path` to `.stale/NAME-N` beside it, so that another can be made there; returns where."""
     number = 1
     while (place := path.parent / ".stale" / f"{path.name}-{number}").exists():
         number += 1

@@ -74,6 +74,6 @@ def _kind(field: FieldInfo) -> str:
         f"{said} {getattr(bound, name):g}"
         for bound in field.metadata
         for name, said in _BOUNDS.items()
-        if getattr(bound, name, None) is not None
+        if getattr(bound, name, None) is not None and getattr(bound, name) < 2**62
     ]
     return " ".join([words(field.annotation), " and ".join(bounds)]).strip()

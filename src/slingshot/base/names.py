@@ -22,7 +22,8 @@ def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", cutoff: float = 0.6) -> str:
-    """The name that was meant; where none is near, `otherwise`, or the names there are: all of a few, the nearest of many."""
+    """The name that was meant; where none is near, `otherwise`, or the names there are: all of a few, the nearest of
+    many."""
     names = list(known)
     if meant := closest(name, names, cutoff):
         return f"did you mean {meant}?"

@@ -21,7 +21,8 @@ _QUIET_SECONDS = 15.0
 
 
 class Progress:
-    """Progress of `total` steps, shown on standard error; `shown` False (other ranks) shows nothing. `total` may be corrected on the way."""
+    """Progress of `total` steps, shown on standard error; `shown` False (other ranks) shows nothing. `total` may be
+    corrected on the way."""
 
     def __init__(self, title: str, total: int, done: int = 0, shown: bool = True) -> None:
         self.title, self.total, self.shown = title, total, shown

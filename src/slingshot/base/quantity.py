@@ -68,7 +68,7 @@ def whole(text: str | float, what: str = "a count") -> int:
     return int(number)
 
 
-# A comma stands between thousands or nowhere: "14,8B" is no number here, for it would be read as ten times what was meant.
+# A comma stands between thousands or nowhere: "14,8B" is refused, for it would be read as ten times what was meant.
 _NUMBER = re.compile(r"([+-]?(?:(?:\d{1,3}(?:,\d{3})+|\d[\d_]*)\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-z]*)", re.ASCII)
 
 

@@ -1,9 +1,10 @@
 """`slingshot doctor`: what this machine has, how fast it multiplies in which dtype, and what `auto` will use.
 
-It measures for a few seconds, prints a table and keeps the measurement, which `auto`, every receipt's MFU and plans for this machine go by:
+It measures for a few seconds, prints a table and keeps the measurement, by which `auto`, every receipt's MFU
+and plans for this machine go:
 
     examine(Console())                        # keeps the best ever measured: a busy machine measures low, never high
-    examine(Console(), calibrate=True)        # measures longer, and forgets what was kept: for a machine that has changed
+    examine(Console(), calibrate=True)        # longer, forgetting what was kept: for a machine that has changed
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 def measure(device: torch.device, seconds: float = 0.5, anew: bool = False) -> tuple[Measurement, bool]:
     """Measure every dtype and the memory, `seconds` each; a dtype torch cannot multiply here is left out.
 
-    Returns the best ever measured on this machine (`anew`: only this time counts), and whether it could be kept for the next one.
+    Returns the best ever measured on this machine (`anew`: only this time counts), and whether it could be kept.
     """
     peak = {}
     for dtype in DTYPES:
@@ -51,7 +52,8 @@ def measure(device: torch.device, seconds: float = 0.5, anew: bool = False) -> t
 
 
 def examine(console: Console, seconds: float = 0.5, calibrate: bool = False) -> None:
-    """Measure the machine and print what was found; with `calibrate` four times as long, in place of what was measured before."""
+    """Measure the machine and print what was found; with `calibrate` four times as long, in place of what was measured
+    before."""
     device = auto_device()
     load = os.getloadavg()[0]
     with console.status("measuring ..."):
@@ -93,7 +95,8 @@ def examine(console: Console, seconds: float = 0.5, calibrate: bool = False) -> 
         console.print()
     if load > machine.cores / 2:
         console.print(
-            f"The machine is busy (load {load:.1f} on {plural(machine.cores, 'core')}): its full speed shows when it is idle."
+            f"The machine is busy (load {load:.1f} on {plural(machine.cores, 'core')}): "
+            "its full speed shows when it is idle."
         )
     anew = ", in place of what was measured before" if calibrate else ""
     where = (

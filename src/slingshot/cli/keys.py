@@ -1,6 +1,6 @@
 """What can be set: the keys of a stage, the tasks and their parameters, the recipes that come along.
 
-show_keys(SFTConfig, Console())          # slingshot sft --keys
+show_keys("sft", SFTConfig, Console())   # slingshot sft --keys
 show_tasks("countdown", Console())       # slingshot tasks countdown
 show_recipes(Console())                  # slingshot recipes
 """
@@ -8,6 +8,7 @@ show_recipes(Console())                  # slingshot recipes
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from rich.console import Console
 from rich.table import Table
@@ -15,14 +16,16 @@ from rich.text import Text
 
 from slingshot.base.config import Strict
 from slingshot.base.keys import Key, keys_of
+from slingshot.cli.meanings import meaning
 from slingshot.recipe.recipe import shipped
 
 
-def show_keys(config: type[Strict], console: Console) -> None:
+def show_keys(kind: str, config: type[Strict], console: Console) -> None:
     """Every key of a config: default, type in words, meaning; those of a table below its heading."""
     console.print(Text(_summary(config)))
     groups: dict[str, list[Key]] = {"": []}
     for key in keys_of(config):
+        key = replace(key, meaning=key.meaning or meaning(kind, key.name))
         groups.setdefault(key.name.rpartition(".")[0], []).append(key)
     for table, keys in groups.items():
         if table:

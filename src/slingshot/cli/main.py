@@ -5,7 +5,8 @@
     slingshot convert runs/tiny/rl_final tiny.gguf
     slingshot chat runs/tiny/rl_final
 
-An error its user can mend is one line on standard error and exit code 2; Ctrl-C ends with 130. Imports that bring torch happen inside the commands.
+An error its user can mend is one line on standard error and exit code 2; Ctrl-C ends with 130. Imports that bring
+torch happen inside the commands.
 """
 
 from __future__ import annotations
@@ -25,13 +26,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
 
 from slingshot import __version__
 from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, read_jsonl, read_text
-from slingshot.base.names import did_you_mean
+from slingshot.cli.commands import Commands
 from slingshot.cli.keys import show_keys, show_recipes, show_tasks
 from slingshot.cli.origin import Origin
 from slingshot.cli.plan import app as plan_app
@@ -41,36 +41,8 @@ from slingshot.recipe.runner import run as run_recipe
 from slingshot.recipe.tables import apply_override
 from slingshot.stages.kinds import STAGES
 
-# What a newcomer looks for under a name that no command has.
-_ELSEWHERE = {
-    "list": "slingshot recipes, or slingshot tasks",
-    "export": "slingshot convert",
-    "train": "slingshot run RECIPE, or slingshot pretrain, sft or rl",
-    "eval": "slingshot evaluate",
-    "serve": "",
-    "quantize": "",
-    "distill": "",
-    "lora": "",
-}
-
-
-class _Commands(TyperGroup):
-    """The commands, and the way out of a name that is none."""
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        found = super().get_command(ctx, cmd_name)
-        if found is None:
-            known = [name for name, command in self.commands.items() if not command.hidden]
-            hint = did_you_mean(cmd_name, known)
-            if cmd_name in _ELSEWHERE:
-                hint = _ELSEWHERE[cmd_name] and f"you may want {_ELSEWHERE[cmd_name]}"
-            not_yet = "docs/not-yet.md says what is not there yet, and what to do instead"
-            raise SlingshotError(f"there is no command {cmd_name!r}; {hint + '; ' if hint else ''}{not_yet}")
-        return found
-
-
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     help="Build, own and serve a DeepSeek-style reasoning model on the machine in front of you.",
     no_args_is_help=True,
     add_completion=False,
@@ -166,7 +138,7 @@ def _stage_command(kind: str) -> Callable[..., None]:
     ) -> None:
         stage = STAGES[kind]
         if keys:
-            show_keys(stage.config, Console(highlight=False))
+            show_keys(kind, stage.config, Console(highlight=False))
             return
         if out is None:
             raise SlingshotError(f"{kind}: no --out; name the folder the artifact shall become")
@@ -232,12 +204,14 @@ def convert(
         for note in write_gguf_file(source, destination, dtype):
             print(f"note: {note}")
         print(
-            f"made {destination}: {destination.stat().st_size / 1e6:,.1f} MB\nnext: llama-cli -m {destination}, or slingshot inspect {destination}"
+            f"made {destination}: {destination.stat().st_size / 1e6:,.1f} MB\n"
+            f"next: llama-cli -m {destination}, or slingshot inspect {destination}"
         )
     else:
         if dtype == "q8_0":
             raise SlingshotError(
-                "--dtype q8_0: a Hugging Face folder has no such type, a GGUF file has; give --to gguf, or another --dtype"
+                "--dtype q8_0: a Hugging Face folder has no such type, a GGUF file has; "
+                "give --to gguf, or another --dtype"
             )
         stage.run(
             stage.config.parse({"source": source, "dtype": dtype, "max_shard_size": max_shard_size}, "convert"),
@@ -310,7 +284,8 @@ def chat(
         bool | None, typer.Option(help="Tell the model what was said before.", show_default="by its training")
     ] = None,
 ) -> None:
-    """Talk to a checkpoint in the terminal, its reasoning dimmed above the answer. Ctrl-C stops an answer, Ctrl-D leaves."""
+    """Talk to a checkpoint in the terminal, its reasoning dimmed above the answer. Ctrl-C stops an answer, Ctrl-D
+    leaves."""
     from slingshot.cli.chat import chat as talk
     from slingshot.engine.engine import Engine
     from slingshot.engine.sampling import SamplingParams

@@ -1,4 +1,5 @@
-"""The report's charts: inline SVG, drawn in stand-in colours that become CSS variables, so that one drawing serves light
+"""The report's charts: inline SVG, drawn in stand-in colours that become CSS variables, so that one drawing serves
+light
 and dark.
 
 accuracy_chart(evaluated, ["arithmetic"])       # pass@1 by stage

@@ -1,4 +1,5 @@
-"""What would stop a stage hours later, found before anything runs: inputs that are not there, tasks that cannot be loaded.
+"""What would stop a stage hours later, found before anything runs: inputs that are not there, tasks that cannot be
+loaded.
 
 check(config, "tuned", coming=["runs/mine/base"])       # SlingshotError: "tuned.data: my.jsonl does not exist"
 """

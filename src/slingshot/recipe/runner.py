@@ -4,7 +4,7 @@
 
     out/recipe.json                   the stages as this run understood them, and which of them were asked for
     out/configs/<stage>.json          what the stage's process was given
-    out/<stage>/                      its artifact; it stands while its receipt agrees with the recipe (training/identity.py)
+    out/<stage>/                      its artifact; it stands while its receipt agrees with the recipe
     out/evaluations/<stage>/          its evaluation
     out/report.html, report.json      built anew after every stage
 
@@ -81,7 +81,10 @@ class _Run:
             for stage in self.recipe.stages
             if stage.own
         ]
-        write_json(record, {"name": self.recipe.name, "stages": shown, "asked": names, "chat": self.recipe.chat})
+        chat = next(
+            (name for name in (self.recipe.chat, *reversed(names)) if name in names and self._talks(name)), None
+        )
+        write_json(record, {"name": self.recipe.name, "stages": shown, "asked": names, "chat": chat})
         for stage in stages:
             place = f"[{names.index(stage.name.split('.')[0]) + 1}/{len(names)}] {stage.name}"
             if self._finished(stage) and not self._changes(stage):
@@ -97,12 +100,15 @@ class _Run:
         self._show_solved(stages)
         console = Console(highlight=False, soft_wrap=True)
         console.print(Text(f"report: {self.out / 'report.html'}"))
-        if self.recipe.chat in names:
-            console.print(Text(f"next: slingshot chat {shlex.quote(str(self.out / self.recipe.chat))}"))
+        if chat:
+            console.print(Text(f"next: slingshot chat {shlex.quote(str(self.out / chat))}"))
         if more := len(self.recipe.names) - len(names):
             console.print(
                 Text(f"the recipe has {plural(more, 'stage')} more; the same command without --until goes on")
             )
+
+    def _talks(self, name: str) -> bool:
+        return STAGES[self.stages[name].kind].makes_checkpoint
 
     def _finished(self, stage: RecipeStage) -> bool:
         return (self.out / stage.folder / "receipt.json").exists()

@@ -95,7 +95,7 @@ def test_the_chosen_layout_lets_no_less_through_than_others_that_fit() -> None:
     """Of a 70B model on 64 devices: within the few percent that recomputation is guessed to cost."""
     chosen = pretrain(model="llama-3.1-70b")
     others = [pretrain(model="llama-3.1-70b", tp=tp, pp=pp) for tp in (1, 8) for pp in (1, 2, 8)]
-    bounds = [other.tflops_bound for other in others if other.fits]
+    bounds = [other.tflops_bound for other in others if other["fits"]]
     assert chosen.fits and len(bounds) > 2 and max(bounds) < 1.1 * chosen.tflops_bound
     assert pretrain().layout.recompute == "none"  # an 8B model has room, so nothing is computed twice
     assert pretrain(model="qwen3-0.6b", count=8, zero=0).layout.dp == 8
@@ -195,11 +195,18 @@ def test_rounds_wait_for_their_longest_response() -> None:
 )  # fmt: skip
 def test_a_plan_s_own_row_among_the_alternatives_is_its_bill(make: Any, asked: dict[str, Any]) -> None:
     plan: Plan = make(**asked)
-    (own,) = (other for other in plan.alternatives if (other.device, other.precision) == (plan.device, plan.precision))
-    assert (own.device_hours, own.days, own.money, own.fits) == (plan.device_hours, plan.days, plan.money, plan.fits)
+    (own,) = (
+        other for other in plan.alternatives if (other["device"], other["precision"]) == (plan.device, plan.precision)
+    )
+    assert (own["device_hours"], own["days"], own["money"], own["fits"]) == (
+        plan.device_hours,
+        plan.days,
+        plan.money,
+        plan.fits,
+    )
     for other in plan.alternatives:
-        if other.device == plan.device and other.device_hours:  # here an hour costs what was given
-            assert other.money == pytest.approx(other.device_hours * (plan.price or 0))
+        if other["device"] == plan.device and other["device_hours"]:  # here an hour costs what was given
+            assert other["money"] == pytest.approx(other["device_hours"] * (plan.price or 0))
 
 
 @pytest.mark.parametrize(
@@ -208,9 +215,11 @@ def test_a_plan_s_own_row_among_the_alternatives_is_its_bill(make: Any, asked: d
 def test_an_alternative_is_what_a_plan_there_says(make: Any, asked: dict[str, Any]) -> None:
     """The teacher in its own precision, V3's FP8, where a device has it."""
     for other in make(**asked, mfu=0.4).alternatives:
-        if other.fits and other.precision == "bfloat16":
-            there = make(**asked | {"device": other.device}, mfu=0.4, precision="bfloat16")
-            assert other.device_hours == pytest.approx(there.device_hours) and other.money == pytest.approx(there.money)
+        if other["fits"] and other["precision"] == "bfloat16":
+            there = make(**asked | {"device": other["device"]}, mfu=0.4, precision="bfloat16")
+            assert other["device_hours"] == pytest.approx(there.device_hours) and other["money"] == pytest.approx(
+                there.money
+            )
 
 
 def test_distillation_pays_for_what_is_thrown_away_and_twice_for_what_is_kept_for_two_epochs() -> None:

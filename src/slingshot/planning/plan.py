@@ -45,22 +45,12 @@ class PlanLine(Strict):
     note: str = ""
 
 
-class Alternative(Strict):
-    """The same work on another device or in another precision; without hours where there is no room for it at all."""
-
-    device: str
-    precision: str
-    device_hours: float | None
-    days: float | None
-    money: float | None
-    fits: bool
-
-
 class Plan(Strict):
     """What every plan has, and beside it what its kind has: the functions that make plans name those fields.
 
     Money is in the currency of the price, energy that of the devices alone. `parameters` has active ones as they are
-    counted three ways; `dominates` what one device would wait for, each resource alone; `nearest_fit` what has room.
+    counted three ways; `dominates` what one device would wait for, each resource alone; `nearest_fit` what has room; `alternatives` the
+    same work on other devices and in other precisions, without hours where there is no room for it at all.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -84,7 +74,7 @@ class Plan(Strict):
     nearest_fit: dict[str, str | int] | None
     stages: list[PlanLine]
     dominates: dict[str, str | float]
-    alternatives: list[Alternative]
+    alternatives: list[dict[str, Any]]
     parameters: dict[str, float]
     assumptions: list[str]
 
@@ -140,10 +130,8 @@ class Hire:
         hours = sum(line.device_hours for line in lines)
         money = None if self.price is None else hours * self.price
         days, has_room = hours / self.count / HOURS, memory.total <= self.usable
-        here = Alternative(
-            device=self.device.name, precision=self.precision.dtype, device_hours=hours, days=days, money=money,
-            fits=has_room if own_fits is None else own_fits,
-        )  # fmt: skip
+        here = {"device": self.device.name, "precision": self.precision.dtype, "device_hours": hours, "days": days,
+                "money": money, "fits": has_room if own_fits is None else own_fits}  # fmt: skip
         return Plan.model_validate({
             "kind": kind, "model": asked.model.name, "device": self.device.name, "count": self.count,
             "precision": self.precision.dtype,
@@ -160,23 +148,23 @@ class Hire:
         } | own)  # fmt: skip
 
     def _alternatives(
-        self, own: Alternative, there: Callable[[Hire], tuple[float | None, bool]], serving: bool
-    ) -> list[Alternative]:
+        self, own: dict[str, Any], there: Callable[[Hire], tuple[float | None, bool]], serving: bool
+    ) -> list[dict[str, Any]]:
         """The same work on as many of every other device, in other precisions; a day's serving on what it takes."""
-        found, here_too = [], (own.precision,) if serving else ("float32", own.precision)
+        found, here_too = [], (own["precision"],) if serving else ("float32", own["precision"])
         for other in and_others(self.device):
             here = other.name == self.device.name
             for dtype in dict.fromkeys(("fp8", "bfloat16", *(here_too if here else ()))):
-                if here and dtype == own.precision:
+                if here and dtype == own["precision"]:
                     found.append(own)
                 elif dtype in other.peak:
                     price = self.price if here else other.price
                     hours, fits = there(replace(self, device=other, precision=PRECISIONS[dtype], price=price))
-                    found.append(Alternative(
-                        device=other.name, precision=dtype, device_hours=hours, fits=fits,
-                        days=1.0 if serving else None if hours is None else hours / self.count / HOURS,
-                        money=None if hours is None or price is None else hours * price,
-                    ))  # fmt: skip
+                    found.append({
+                        "device": other.name, "precision": dtype, "device_hours": hours,
+                        "days": 1.0 if serving else None if hours is None else hours / self.count / HOURS,
+                        "money": None if hours is None or price is None else hours * price, "fits": fits,
+                    })  # fmt: skip
         return found
 
     def notes(self) -> list[str]:

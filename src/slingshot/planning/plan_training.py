@@ -6,6 +6,7 @@ plan_pretrain(PretrainRequest.parse({"model": "deepseek-v3", "device": "h800", "
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -73,11 +74,8 @@ def plan_pretrain(asked: PretrainRequest) -> Plan:
     assumptions += [*hire.notes(), _OTHERS, *(["hours given are the same on every device"] if given else [])]
     equal = dense_equivalent(config, tokens)
 
-    def there(other: Hire) -> tuple[float, bool]:
-        return _trained(computed, parts, hire, other) + given, replace(run, hire=other).leanest() is not None
-
     return hire.plan(
-        "pretrain", asked, memory, lines, there,
+        "pretrain", asked, memory, lines, _there(run, parts, computed, lambda other: given),
         **_training_fields(run, rate, layout=str(layout), fits=memory.total <= hire.usable),
         flops=flops, flops_by_part=parts | ({"mtp": mtp} if mtp else {}), assumptions=assumptions,
         dominates=dominates(f"an optimizer step of {show_count(batch)} tokens", times),
@@ -145,15 +143,9 @@ def plan_rl(asked: RLRequest) -> Plan:
         hire.line("update", updating / rate.per_device / 3600, tokens, updating),
     ]
 
-    def there(other: Hire) -> tuple[float | None, bool]:
-        try:
-            hours = sampling(other)[0] + verifying + _trained(lines[2].device_hours, train, hire, other)
-        except SlingshotError:  # no copy of the model has room
-            return None, False
-        return hours, replace(run, hire=other).leanest() is not None
-
     return hire.plan(
-        "rl", asked, memory, lines, there,
+        "rl", asked, memory, lines,
+        _there(run, train, lines[2].device_hours, lambda other: sampling(other)[0] + verifying),
         **_training_fields(run, rate, layout=str(layout), fits=training.total <= hire.usable),
         flops=sum(line.flops for line in lines),
         flops_by_part={"rollouts": decoding, "training": sum(train.values()), "other forward passes": other_passes},
@@ -221,17 +213,12 @@ def plan_distill(asked: DistillRequest) -> Plan:
         ),
     ]
 
-    def there(other: Hire) -> tuple[float | None, bool]:
-        as_here = of_teacher.dtype in other.device.peak
-        precision = of_teacher if as_here else chosen_precision(teacher, other.device, None)
-        try:
-            hours = sampling(other, precision)[0] + _trained(lines[1].device_hours, train, hire, other)
-        except SlingshotError:
-            return None, False
-        return hours, replace(run, hire=other).leanest() is not None
+    def more(other: Hire) -> float:
+        here = of_teacher.dtype in other.device.peak
+        return sampling(other, of_teacher if here else chosen_precision(teacher, other.device, None))[0]
 
     return hire.plan(
-        "distill", asked, memory, lines, there,
+        "distill", asked, memory, lines, _there(run, train, lines[1].device_hours, more),
         **_training_fields(run, rate, layout=str(layout), fits=training.total <= hire.usable),
         flops=writing + learning, flops_by_part={"sampling": writing, "training": learning},
         dominates=dominates(
@@ -261,10 +248,21 @@ def _training_fields(run: TrainingRun, rate: TrainingRate, layout: str, fits: bo
     return {"nearest_fit": nearest, "layout_text": layout, "tflops_per_device": tflops, "mfu": rate.mfu}
 
 
-def _trained(hours: float, parts: dict[str, float], here: Hire, there: Hire) -> float:
-    """Device-hours of the same training on another device at the same share of its peak."""
-    peak = mixed_peak(here.device, here.precision.dtype, parts)
-    return hours * peak / mixed_peak(there.device, there.precision.dtype, parts)
+def _there(
+    run: TrainingRun, parts: dict[str, float], trained: float, more: Callable[[Hire], float]
+) -> Callable[[Hire], tuple[float | None, bool]]:
+    """Device-hours of the same on another device, and whether it has room: training at the same share of its peak for
+    `parts`, and `more`, which raises SlingshotError where no copy of the model has room."""
+    peak = mixed_peak(run.hire.device, run.hire.precision.dtype, parts)
+
+    def there(other: Hire) -> tuple[float | None, bool]:
+        try:
+            hours = trained * peak / mixed_peak(other.device, other.precision.dtype, parts) + more(other)
+        except SlingshotError:
+            return None, False
+        return hours, replace(run, hire=other).leanest() is not None
+
+    return there
 
 
 def _copies(copies: int, given: int | None, of: str, copy: ModelCopy) -> str:

@@ -95,7 +95,7 @@ def test_the_chosen_layout_lets_no_less_through_than_others_that_fit() -> None:
     """Of a 70B model on 64 devices: within the few percent that recomputation is guessed to cost."""
     chosen = pretrain(model="llama-3.1-70b")
     others = [pretrain(model="llama-3.1-70b", tp=tp, pp=pp) for tp in (1, 8) for pp in (1, 2, 8)]
-    bounds = [other.tflops_bound for other in others if other["fits"]]
+    bounds = [other.tflops_bound for other in others if other.fits]
     assert chosen.fits and len(bounds) > 2 and max(bounds) < 1.1 * chosen.tflops_bound
     assert pretrain().layout.recompute == "none"  # an 8B model has room, so nothing is computed twice
     assert pretrain(model="qwen3-0.6b", count=8, zero=0).layout.dp == 8

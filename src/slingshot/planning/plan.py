@@ -49,8 +49,9 @@ class Plan(Strict):
     """What every plan has, and beside it what its kind has: the functions that make plans name those fields.
 
     Money is in the currency of the price, energy that of the devices alone. `parameters` has active ones as they are
-    counted three ways; `dominates` what one device would wait for, each resource alone; `nearest_fit` what has room; `alternatives` the
-    same work on other devices and in other precisions, without hours where there is no room for it at all.
+    counted three ways; `dominates` what one device would wait for, each resource alone; `nearest_fit` what has room;
+    `alternatives` the same work on other devices and in other precisions, without hours where there is no room for it
+    at all.
     """
 
     model_config = ConfigDict(extra="allow")

@@ -51,8 +51,9 @@ R1_TEMPLATE = """\
     {%- elif message.role == 'assistant' and not message.tool_calls %}
         {{- '<｜Assistant｜>' + text(message.content or '').split('</think>')[-1] + eos_token }}
     {%- elif message.role != 'system' %}
-        {{- raise_exception('a message has the role ' ~ message.role ~ (message.tool_calls and ' and tool calls' or '')
-            ~ '; this template knows system, user and assistant, and no tools') }}
+        {{- raise_exception('a message has the role ' ~ message.role ~ \
+(' and tool calls' if message.tool_calls else '') ~
+            '; this template knows system, user and assistant, and no tools') }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}

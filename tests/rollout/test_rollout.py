@@ -141,7 +141,7 @@ def test_what_was_aborted_is_left_out(saying: Saying) -> None:
 
 
 class Guess(Task):
-    """Two turns: the first guess is judged, the second counts. One problem's environment breaks, one goes on for ever."""
+    """Two turns: the first guess is judged, the second counts. One environment breaks, one goes on for ever."""
 
     @property
     def name(self) -> str:
@@ -189,7 +189,7 @@ def test_a_conversation_of_two_turns(saying: Saying, tokenizer: Tokenizer) -> No
     assert [turn.parsed for turn in two.turns] == [Parsed("first 1", "4", True), Parsed("higher", "7", True)]
     environment = two.ids[first.end : second.start]
     assert environment == turn_suffix(tokenizer, [{"role": "user", "content": "Not 4. Higher."}])
-    # As R1's template frames a second question and begins the next response, after the end token that the model said itself.
+    # As R1's template frames a second question and begins a response, after the end token that the model said itself.
     question = tokenizer.encode_chat([{"role": "user", "content": "Not 4. Higher."}])
     assert two.ids[first.end - 1] == tokenizer.eos_id and environment == question[1:]
     n_first, n_second = first.end - first.start, second.end - second.start

@@ -69,7 +69,7 @@ def result(form: str, accuracy: list[float], tokens: list[int], task: str = "sum
 
 
 def test_a_summary_by_hand(evaluating: Evaluating) -> None:
-    """Two problems, two samples: pass@1 is the mean over all, shares are of all samples, the better form is reported."""
+    """Two problems, two samples: pass@1 is the mean over all, shares are of all samples, the better form counts."""
     forms = [{"name": "chat"}, {"name": "plain", "chat": False}]
     results = [result("chat", [1.0, 0.0], [3, 5]), result("chat", [0.0, 0.0], [10, 2])]
     results += [result("plain", [1.0, 1.0], [1, 1]), result("plain", [0.0, 1.0], [2, 4])]
@@ -78,8 +78,8 @@ def test_a_summary_by_hand(evaluating: Evaluating) -> None:
     assert found.pop("ci95") == bootstrap([1.0, 0.5], seed=0)
     assert found == {
         "pass@1": 0.75, "pass@8": None, "mean_tokens": 2.0, "format": 0.5, "language": 0.5, "n": 2,
-        "samples_per_problem": 2, "right": 3, "right_leniently": 3, "split": "test", "given": None, "left_out": {}, "notes": [],
-        "prompt_form": "plain", "pass@1_by_form": {"chat": 0.25, "plain": 0.75},
+        "samples_per_problem": 2, "right": 3, "right_leniently": 3, "split": "test", "given": None, "left_out": {},
+        "notes": [], "prompt_form": "plain", "pass@1_by_form": {"chat": 0.25, "plain": 0.75},
     }  # fmt: skip
     assert summary["examples"]["sums"] == [{"correct": True}, {"correct": False}]
     assert summary["scores"] == {"sums": [1.0, 0.5]}
@@ -116,7 +116,8 @@ def test_a_run_asks_held_out_problems_in_every_form(
     assert found["pass@1_by_form"] == {"chat": 0.5, "plain": 1.0} and not found["notes"]
     problem = items[0].problem
     assert evaluation["examples"]["arithmetic"][0] == {
-        "prompt": problem.prompt, "answer": problem.answer, "reasoning": "so", "response": problem.answer, "correct": True,
+        "prompt": problem.prompt, "answer": problem.answer, "reasoning": "so", "response": problem.answer,
+        "correct": True,
     }  # fmt: skip
 
     strict = evaluating(chunk=64)

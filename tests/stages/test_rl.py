@@ -33,7 +33,7 @@ Saying = Callable[..., ScriptedSampler]
 
 @pytest.fixture
 def training(base: Path, sums: dict[str, Any]) -> Training:
-    """training(**changes): two steps of 3 problems, 4 responses each, with a coin for a reward: every model gets a signal."""
+    """training(**changes): two steps of 3 problems, 4 responses each, a coin for a reward: there is always a signal."""
     common = {"model": str(base), "tasks": [sums], "dtype": "float32", "threads": 1, "rewards": {"random": True}}
     sizes = {"steps": 2, "prompts_per_step": 3, "group_size": 4, "sequence_length": 48}
     tables = {"sampling": {"max_tokens": 12}, "optimizer": {"lr": 1e-3}}
@@ -85,7 +85,7 @@ def of_response(
 
 @pytest.mark.parametrize("micro_batch_size", [1, 32])
 def test_the_update_is_the_policy_gradient_of_every_sampled_token(training: Training, micro_batch_size: int) -> None:
-    """On policy, at temperature 0.8, with k3 to a reference that differs: -A d logp + kl (1 - exp(ref - logp)) d logp, a mean over all tokens."""
+    """At temperature 0.8, with k3 to another reference: the mean of -A d logp + kl (1 - exp(ref - logp)) d logp."""
     temperature = {"temperature": 0.8}
     config = training(loss={"kl": 0.5, "mtp": 0.0}, sampling=temperature, micro_batch_size=micro_batch_size)
     model, reference, trajectories = sampled(config)
@@ -173,7 +173,7 @@ def test_a_run_logs_every_step_and_counts_its_cost(training: Training, metrics: 
 def test_responses_may_come_from_elsewhere(
     training: Training, saying: Saying, metrics: Metrics, tmp_path: Path
 ) -> None:
-    """A scripted sampler: half of each group is right, the rewards say so, and the weights are handed over every step."""
+    """A scripted sampler: half of each group is right, the rewards say so, weights are handed over every step."""
     items = {item.key: item for item in TaskMix(training().tasks, "train", "rl/0").draw(0, 6)}
     sampler = saying(lambda key, index: Solution("so", items[key].problem.answer if index % 2 else "none"))
     rl.run(training(rewards={}), tmp_path / "out", sampler)

@@ -81,7 +81,7 @@ def test_group_advantages_by_hand() -> None:
 
 
 def test_grpo_clips_each_sign_of_advantage_on_its_own_side() -> None:
-    """Ratios 1.5, 0.5 with A = 1, -1, clips 0.2, 0.3: -min(1.5, 1.3), -min(0.5, 0.8), -min(-1.5, -1.3), -min(-0.5, -0.8)."""
+    """A = 1, -1, clips 0.2, 0.3: -min(1.5, 1.3), -min(0.5, 0.8), -min(-1.5, -1.3), -min(-0.5, -0.8)."""
     logprobs = row(1.5, 0.5, 1.5, 0.5).log().requires_grad_()
     advantages = row(1.0, 1.0, -1.0, -1.0)
     terms = grpo(logprobs, torch.zeros(4), advantages, torch.ones(4), clip_low=0.2, clip_high=0.3)
@@ -102,7 +102,7 @@ def test_grpo_of_the_sampling_policy_is_the_plain_policy_gradient() -> None:
 
 
 def test_k3_penalty_by_hand() -> None:
-    """log p ln 2 above and below the reference: exp(-ln 2) + ln 2 - 1, exp(ln 2) - ln 2 - 1; d/dlogp = 1 - exp(ref - log p)."""
+    """ln 2 above, below the reference: exp(-ln 2) + ln 2 - 1, exp(ln 2) - ln 2 - 1; d/dlogp = 1 - exp(ref - log p)."""
     logprobs = row(math.log(2), -math.log(2), 0.0).requires_grad_()
     weights = row(1.0, 3.0, 1.0)
     terms = grpo(logprobs, logprobs.detach(), torch.zeros(3), weights, torch.zeros(3), kl_weight=0.1)

@@ -1,4 +1,4 @@
-"""What trajectories earn: rewards besides accuracy as R1 has them (arXiv 2501.12948, 2.2.2 and 2.3.2), their weighted sum, and advantages.
+"""What trajectories earn: R1's rewards besides accuracy (arXiv 2501.12948, 2.2.2 and 2.3.2), their sum, advantages.
 
 format_reward(closed=True, answer="14", finished=True) == 1.0
 language_consistency("3 plus 4は7", "en") == 0.5
@@ -31,7 +31,7 @@ _KANJI_ALONE = 8
 
 
 def format_reward(closed: bool, answer: str, finished: bool) -> float:
-    """1.0 if the response ended by itself, closed its reasoning, and answered without opening reasoning again; else 0.0."""
+    """1.0 if the response ended by itself, closed its reasoning, and answered without reasoning again; else 0.0."""
     return float(closed and finished and bool(answer.strip()) and "<think>" not in answer and "</think>" not in answer)
 
 
@@ -67,7 +67,7 @@ def _is_kana(character: str) -> bool:
 
 
 class RewardWeights(Strict):
-    """What a response earns: each score in [0, 1] times its weight. `random` is the control: a coin instead of all scores."""
+    """What a response earns: each score in [0, 1] times its weight. `random` is the control: a coin instead."""
 
     accuracy: float = 1.0
     format: float = 0.2
@@ -75,7 +75,7 @@ class RewardWeights(Strict):
     random: bool = False
 
     def reward(self, trajectory: Trajectory) -> float:
-        """What was cut off earns nothing for its accuracy: who reads leniently may have found an answer that the model would have gone on from."""
+        """What was cut off earns nothing for its accuracy: a lenient reader takes what may not have been the answer."""
         scores = trajectory.scores
         accuracy = self.accuracy * scores["accuracy"] if trajectory.finished else 0.0
         return accuracy + self.format * scores["format"] + self.language * scores["language"]

@@ -1,4 +1,4 @@
-"""The rollout: problems in, verified and scored trajectories out, by turns of a sampler and a task. Used by rl, sample and evaluate.
+"""The rollout: problems in, verified and scored trajectories out, by turns of a sampler and a task.
 
 rollout = Rollout(sampler, params, PromptForm(), VerificationPool(mix.tasks), parallel)
 groups = rollout.run(items)                # this rank's share of the items: params.n trajectories of each
@@ -54,8 +54,8 @@ class PromptForm(Strict):
 class Rollout:
     """Samples, lets the tasks' environments reply, and verifies finished trajectories while others are still sampled.
 
-    With `both` each is also scored as a lenient reader would, under "lenient". Aborted trajectories are left out, as are problems
-    whose prompts leave the model no room; the first of each kind is said on standard error.
+    With `both` each is also scored as a lenient reader would, under "lenient". Aborted trajectories are left out, and
+    problems whose prompts leave the model no room; the first of each kind is said on standard error.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Rollout:
         return [Trajectory(item, ids, self.form.messages(item.problem)) for _ in range(self.params.n)]
 
     def _hear(self, trajectory: Trajectory, reply: Future[list[dict[str, str]] | None]) -> bool:
-        """Whether the conversation goes on. It is cut off where the environment fails, or its messages leave no room."""
+        """Whether the conversation goes on. It is cut off where the environment fails or leaves no room."""
         if failure := reply.exception():
             self._count("unverified", str(failure))
         elif (messages := reply.result()) is None:
@@ -187,10 +187,10 @@ class Rollout:
 
 
 def turn_suffix(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Ids from behind a response's end token to where the next response begins: the messages, as the chat template frames them.
+    """Ids from behind a response's end token to where the next one begins: messages in the chat template's frame.
 
-    What is sampled stays as it is, so the ids of a turn begin with those of the turn before; a template that would render old responses
-    otherwise (R1's drops their reasoning) has no say in it. Raises SlingshotError where the template ends responses with no end token.
+    What is sampled stays as it is, so the ids of a turn begin with those of the turn before, though the template would
+    render old responses otherwise (R1's drops their reasoning). SlingshotError where responses end with no end token.
     """
     question, response = {"role": "user", "content": "."}, {"role": "assistant", "content": "."}
     asked = tokenizer.encode_chat([question], add_generation_prompt=False)

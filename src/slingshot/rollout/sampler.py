@@ -31,7 +31,7 @@ from slingshot.training.parallel import whole
 
 
 class SamplingConfig(Strict):
-    """What a recipe says of how responses are drawn. `top_p` 1 and `top_k` 0 keep the whole vocabulary, `temperature` 0 is greedy."""
+    """How responses are drawn. `top_p` 1 and `top_k` 0 keep the whole vocabulary, `temperature` 0 is greedy."""
 
     max_tokens: int = 128
     temperature: float = 1.0
@@ -61,7 +61,7 @@ class Sampler(Protocol):
     def sample(self, prompts: Prompts, params: Sequence[SamplingParams], keys: Sequence[str]) -> Samples:
         """Yield (index, its params' n samples) for every prompt, each as soon as it is finished.
 
-        A key names the noise of its prompt's samples: the same seed, key and weights give the same tokens whatever runs beside them.
+        A key names the noise of its prompt's samples: seed, key and weights make the tokens, whatever runs beside them.
         """
 
     def update_weights(self, version: int, state: Mapping[str, Tensor]) -> None:
@@ -77,7 +77,7 @@ class EngineSampler:
 
     @classmethod
     def beside(cls, model: Transformer, tokenizer: Tokenizer, dtype: torch.dtype, alone: bool) -> Self:
-        """For a model in training: its own parameters where it is `alone` (never sharded) and they are in `dtype`, else a copy."""
+        """For a model in training: its own parameters where it is `alone` (not sharded) and in `dtype`, else a copy."""
         shared = alone and all(parameter.dtype == dtype for parameter in model.parameters())
         return cls(Engine(model, tokenizer, dtype=None if shared else dtype))
 
@@ -104,9 +104,9 @@ Script = Callable[[str, int], Solution | str]
 
 
 class ScriptedSampler:
-    """Says `script(key, index)` as sample `index` of the prompt called `key`: a solution in R1's layout, or a text as it stands; then it ends.
+    """Says `script(key, index)` as sample `index` of the prompt `key`: a solution in R1's layout, or a plain text.
 
-    With a sampler in `timed` it takes the time that one takes for as many tokens, whose ids are then replaced by the script's.
+    With a sampler in `timed` it takes the time that one takes for as many tokens, which the script's then replace.
     """
 
     logprob = -0.5  # of every token: a text that the model might well have said

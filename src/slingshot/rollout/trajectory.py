@@ -1,6 +1,6 @@
-"""What became of one attempt at a problem: every id the model read or wrote, which of them it sampled, and what that earned.
+"""One attempt at a problem: every id the model read or wrote, which of them it sampled, and what that earned.
 
-Whatever comes after the rollout (training, FLOPs, summaries, datasets, evaluations) reads trajectories: `mask` and `turns` say who wrote what.
+What comes after the rollout (training, FLOPs, datasets, evaluations) reads `mask` and `turns`: who wrote what.
 
     trajectory = Trajectory(item, prompt_ids, messages)
     trajectory.respond(sampled, tokenizer)         # a turn of the model
@@ -34,7 +34,7 @@ Finish = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True)
 class Sampled:
-    """One sample as a sampler gives it: its ids (an end-of-sequence id included) and their logprobs at the sampling temperature.
+    """One sample: its ids (an end-of-sequence id included) and their logprobs at the sampling temperature.
 
     routed_experts [T, L, K]: the experts that each token of prompt and sample went to, where the sampler tells.
     """
@@ -107,7 +107,7 @@ class Trajectory:
 
 
 def pack(trajectories: Sequence[Trajectory], length: int) -> PolicyRows:
-    """Rows of `length` tokens (or as many as the longest has): advantage and sampler logprob in the place of each sampled token."""
+    """Rows of `length` tokens (or as the longest has): advantage and sampler logprob in each sampled token's place."""
     packed = pack_examples([(t.ids, t.mask) for t in trajectories], max([length, *(len(t.ids) for t in trajectories)]))
     advantages_BT, sampler_BT = (np.zeros(packed.tokens_NT.shape, dtype=np.float32) for _ in range(2))
     for trajectory, (row, start) in zip(trajectories, packed.placement, strict=True):

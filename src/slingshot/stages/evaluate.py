@@ -59,7 +59,7 @@ class EvaluateConfig(StageConfig):
         return self
 
     def draw(self) -> tuple[dict[str, list[Item]], dict[str, int]]:
-        """The problems of each task, the same for every model, and how many there are where they are given rather than generated."""
+        """The problems of each task, the same for every model, and how many there are of those that are given."""
         items, given = {}, {}
         for named in self.tasks:
             task, seed = load_task(named.name, **named.params), f"evaluate/{self.seed}"
@@ -71,7 +71,7 @@ class EvaluateConfig(StageConfig):
 
 
 def run(config: EvaluateConfig, out: Path, sampler: Sampler | None = None) -> None:
-    """Evaluate `config.model`, in process or by `sampler`, and write evaluation.json to `out`; resumes from `out.partial`."""
+    """Evaluate `config.model`, in process or by `sampler`, into `out`/evaluation.json; resumes from `out.partial`."""
     with Parallel.start() as parallel, Checkpointer(out, "evaluate", config, parallel) as work:
         source = work.reads[config.model]
         sampler = sampler or EngineSampler(Engine.load(source, dtype=work.dtype, device=parallel.device))
@@ -124,7 +124,7 @@ def summarise(
 ) -> dict[str, Any]:
     """The Evaluation: every task in the prompt form with the highest pass@1, the other forms' pass@1 beside it.
 
-    `scores` holds each problem's share of right samples in a fixed order, so that two evaluations can be compared problem by problem.
+    `scores` holds each problem's share of right samples in a fixed order: two evaluations compare problem by problem.
     `given`: how many problems a task has, where that is known.
     """
     tasks: dict[str, Any] = {}
@@ -186,7 +186,7 @@ def mean(rows: Sequence[dict[str, Any]], name: str) -> float:
 def interval(scores: Sequence[float], samples: int, seed: int) -> list[float]:
     """95% interval of the mean of problems' scores: Wilson's for one sample of each, else a bootstrap over problems.
 
-    Where all problems score alike a bootstrap has nothing to resample, and would claim a width of 0: Wilson's there too.
+    Where all problems score alike a bootstrap would claim a width of 0: Wilson's there too.
     """
     if samples == 1 or len(set(scores)) == 1:
         return wilson(float(np.mean(scores)), len(scores))
@@ -194,7 +194,7 @@ def interval(scores: Sequence[float], samples: int, seed: int) -> list[float]:
 
 
 def wilson(share: float, n: int, z: float = 1.959964) -> list[float]:
-    """Wilson's score interval of a share seen in n trials (Journal of the American Statistical Association 22, 1927)."""
+    """Wilson's score interval of a share seen in n trials (J. of the American Statistical Association 22, 1927)."""
     centre, spread = share + z * z / (2 * n), z * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     low, high = ((centre + side * spread) / (1 + z * z / n) for side in (-1, 1))
     return [max(0.0, low), min(1.0, high)]

@@ -1,8 +1,8 @@
-"""Reinforcement learning with rewards a program can check: GRPO (arXiv 2402.03300) as R1-Zero and R1 use it (2501.12948).
+"""Reinforcement learning with rewards a program can check: GRPO (arXiv 2402.03300) as R1 uses it (2501.12948).
 
-Every step draws problems, samples a group of responses to each, scores them, and moves the policy towards those above their
-group's mean: clipped ratio, k3 KL to a reference that is replaced now and then, no reward model, no critic. With `loss.kl` 0
-there is no reference, neither in memory nor in time (arXiv 2503.14476, 2.3, leaves it out).
+Every step draws problems, samples a group of responses to each, scores them, and moves the policy towards those above
+their group's mean: clipped ratio, k3 KL to a reference that is replaced now and then, no reward model, no critic. With
+`loss.kl` 0 there is no reference, neither in memory nor in time (arXiv 2503.14476, 2.3, leaves it out).
 
     slingshot rl --config rl.toml --out runs/zero
 """
@@ -69,7 +69,7 @@ class RLConfig(StageConfig):
 
 
 def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
-    """Train `config.model` by GRPO and write a checkpoint to `out`; resumes from `out.partial`. Samples in process, or by `sampler`."""
+    """Train `config.model`, sampling in process or by `sampler`, and write a checkpoint to `out`; resumes."""
     with Parallel.start() as parallel, Checkpointer(out, "rl", config, parallel) as work:
         tasks, source = TaskMix(config.tasks, "train", f"rl/{config.seed}"), work.reads[config.model]
         model, tokenizer = load_model(source, device=parallel.device), load_tokenizer(source)
@@ -130,7 +130,7 @@ def update_policy(
     step: int,
     parallel: Parallel,
 ) -> dict[str, Any]:
-    """One pass over the trajectories in `minibatches` optimizer steps; what is logged of it, nothing where none carries a signal."""
+    """One pass over the trajectories in `minibatches` optimizer steps; what is logged, if any has a signal."""
     batch = pack(trajectories, config.sequence_length).to(parallel.device)
     n_rows = parallel.max(len(batch))
     if n_rows == 0:

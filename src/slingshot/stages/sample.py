@@ -1,4 +1,4 @@
-"""Rejection sampling: many responses to train problems, keep what the verifier accepts, drop duplicates (arXiv 2501.12948, 2.3.3).
+"""Rejection sampling: many responses to problems, those the verifier accepts are kept (arXiv 2501.12948, 2.3.3).
 
 The artifact is a dataset, data.jsonl: {"prompt", "reasoning", "answer", "task", "key"} a line.
 
@@ -52,7 +52,7 @@ class SampleConfig(StageConfig):
 
 
 def run(config: SampleConfig, out: Path, sampler: Sampler | None = None) -> None:
-    """Sample from `config.model`, in process or by `sampler`, and write a dataset to `out`; resumes from `out.partial`."""
+    """Sample from `config.model`, in process or by `sampler`, and write a dataset to `out`; resumes."""
     with Parallel.start() as parallel, Checkpointer(out, "sample", config, parallel) as work:
         items = config.draw()
         tasks = {item.task.name: item.task for item in items}
@@ -87,14 +87,14 @@ def run(config: SampleConfig, out: Path, sampler: Sampler | None = None) -> None
         rollout.refuse_nothing()
         if not rows:
             raise SlingshotError(
-                f"{config.model} solved none of {len(items)} problems in format; train it further or take easier problems"
+                f"{config.model} solved none of {len(items)} problems in format; train it further or take easier ones"
             )
         extra = {"examples": len(rows), "problems": len(items)}
         work.finish(lambda folder: write_jsonl(folder / "data.jsonl", rows), extra)
 
 
 def accepted(group: Sequence[Trajectory], config: SampleConfig) -> list[dict[str, Any]]:
-    """Lines of the dataset from the responses to a problem: the first of every reasoning among those right and in format."""
+    """Lines of the dataset from the responses to a problem: the first of every reasoning, right and in format."""
     first: dict[str, str] = {}
     for trajectory in group:
         scores = trajectory.scores

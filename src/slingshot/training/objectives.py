@@ -1,7 +1,7 @@
 """Objectives: pure functions of tensors, each with its source. No module, no config.
 
-Every loss is a weighted SUM over tokens; the loop divides by counts taken over the whole global batch, so that losses do not depend
-on how a batch is split into micro-batches or over ranks.
+Every loss is a weighted SUM over tokens; the loop divides by counts taken over the whole global batch, so that losses
+do not depend on how a batch is split into micro-batches or over ranks.
 
 Shape suffixes: N tokens, V vocabulary, G samples of one group.
 """
@@ -50,7 +50,7 @@ def token_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature: float = 1.
 
 
 def group_advantages(rewards_G: Tensor, normalize_std: bool = True) -> Tensor:
-    """GRPO's advantage (r - mean) / std within a group (arXiv 2402.03300, 4.1.2); Dr. GRPO (2503.20783) leaves the std out.
+    """GRPO's advantage (r - mean) / std within a group (arXiv 2402.03300, 4.1.2); Dr. GRPO (2503.20783) has no std.
 
     The std is the population's; a group of equal rewards carries no signal and gets zeros.
     """
@@ -82,7 +82,7 @@ def grpo(
 ) -> GrpoTerms:
     """The clipped policy objective with k3 KL penalty (arXiv 2402.03300, equations 3 and 4), as a sum to be minimised.
 
-    Per token -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) + kl_weight (exp(ref - log p) - (ref - log p) - 1).
+    Per token -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) + kl_weight (exp(d) - d - 1), d = ref - log p.
     Unequal clips are DAPO's clip-higher (2503.14476). weights_N carries the mask and the length normalisation.
     """
     ratio_N = (logprobs_N - sampler_logprobs_N).exp()

@@ -22,7 +22,7 @@ from slingshot.training.parallel import Parallel
 class GRPOConfig(Strict):
     """The table `loss` of rl; `mtp` weighs the MTP module's loss, trained on detached hidden states.
 
-    The reference of the KL term is replaced by the policy every `reference_steps`. `normalize_std` divides advantages by their group's std.
+    The policy becomes the KL term's reference every `reference_steps`. `normalize_std` divides advantages by the std.
     """
 
     clip_low: float = Field(default=0.2, ge=0, le=1)
@@ -35,7 +35,7 @@ class GRPOConfig(Strict):
 
 @dataclass
 class PolicyRows:
-    """Packed trajectories: segments numbered from 1 in each row, 0 padding; mask 1 on sampled tokens, which carry the other two."""
+    """Packed trajectories: segments numbered from 1, 0 padding; mask 1 on sampled tokens, which carry the other two."""
 
     tokens_BT: Tensor
     segments_BT: Tensor
@@ -70,9 +70,9 @@ def policy_step(
     micro_batch_size: int,
     parallel: Parallel,
 ) -> tuple[dict[str, float], list[Tensor]]:
-    """Forward and backward over this rank's rows; gradients are those of the mean over the global batch's sampled tokens.
+    """Forward and backward over this rank's rows; gradients are of the mean over the global batch's sampled tokens.
 
-    `n_rows` is the largest rank's number of rows: every rank takes as many micro-batches. `temperature` is the sampler's.
+    `n_rows`: the largest rank's number of rows; every rank takes as many micro-batches. `temperature`: the sampler's.
     Returns sums over this rank's tokens, and the load of each MoE layer.
     """
     with_mtp = model.config.num_nextn_predict_layers > 0 and config.mtp > 0

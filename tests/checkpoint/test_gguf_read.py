@@ -420,7 +420,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"llama.block_count": 3}, "the tensor blk.2.attn_norm.weight is missing"),
     ("llama", {"llama.block_count": 2**31}, "num_hidden_layers: "),
     ("llama", {"llama.feed_forward_length": 128}, "blk.0.ffn_gate.weight has shape [96, 64], its keys say [128, 64]"),
-    ("llama", {"llama.attention.layer_norm_rms_epsilon": float("nan")}, "nan is no number to compute with"),
+    ("llama", {"llama.attention.layer_norm_rms_epsilon": float("nan")}, "got nan"),
     ("deepseek", {"expert_gating_func": 1},
      "deepseek2.expert_gating_func 1 is not supported, 2 is: DeepSeek-V3's sigmoid router"),
     ("deepseek", {"expert_gating_func": None}, "deepseek2.expert_gating_func 0 is not supported"),

@@ -196,6 +196,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path
     yield out, seen
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_at_once_and_says_how_to_go_on(interrupted: tuple[Path, dict[str, Any]]) -> None:
     _, seen = interrupted
     logged, saved = seen["steps at Ctrl-C"]
@@ -204,6 +205,7 @@ def test_ctrl_c_saves_at_once_and_says_how_to_go_on(interrupted: tuple[Path, dic
     assert "Traceback" not in seen["said at Ctrl-C"]
 
 
+@pytest.mark.slow
 def test_a_killed_stage_is_reported_in_one_line(interrupted: tuple[Path, dict[str, Any]]) -> None:
     said = interrupted[1]["said at the stage's death"]
     assert "Traceback" not in said
@@ -213,6 +215,7 @@ def test_a_killed_stage_is_reported_in_one_line(interrupted: tuple[Path, dict[st
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(STAGES))
 def test_interruptions_leave_no_trace(micro: Path, interrupted: tuple[Path, dict[str, Any]], name: str) -> None:
     """Weights, datasets and logged losses are those of the uninterrupted run, byte by byte."""
@@ -234,6 +237,7 @@ def test_interruptions_leave_no_trace(micro: Path, interrupted: tuple[Path, dict
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVALUATED)
 def test_interruptions_leave_no_trace_in_evaluations(
     micro: Path, interrupted: tuple[Path, dict[str, Any]], name: str
@@ -248,6 +252,7 @@ def on_two_ranks(micro: Path, out: Path, name: str, *changes: str) -> Path:
     return out / name
 
 
+@pytest.mark.slow
 def test_two_ranks_pretrain_as_one_process(micro: Path, tmp_path: Path) -> None:
     """20 float32 steps: losses within 1e-5, router biases the same."""
     two = on_two_ranks(micro, tmp_path, "base", "steps=20", "batch_size=15")
@@ -268,6 +273,7 @@ def test_two_ranks_pretrain_as_one_process(micro: Path, tmp_path: Path) -> None:
     assert (one.tokens, one.flops_by_part) == (both.tokens, pytest.approx(both.flops_by_part))
 
 
+@pytest.mark.slow
 def test_two_ranks_fine_tune_as_one_process(micro: Path, tmp_path: Path) -> None:
     rows = metrics(on_two_ranks(micro, tmp_path, "cold_start"))
     assert [row["loss"] for row in rows] == pytest.approx(
@@ -275,6 +281,7 @@ def test_two_ranks_fine_tune_as_one_process(micro: Path, tmp_path: Path) -> None
     )
 
 
+@pytest.mark.slow
 def test_two_ranks_do_rl_as_one_process(micro: Path, tmp_path: Path) -> None:
     """The first step samples the same responses and takes the same step; later ones may part at a token of equal
     chances."""
@@ -284,12 +291,14 @@ def test_two_ranks_do_rl_as_one_process(micro: Path, tmp_path: Path) -> None:
         assert rows[0][key] == pytest.approx(expected[0][key], abs=1e-4), key
 
 
+@pytest.mark.slow
 def test_two_ranks_sample_the_same_dataset(micro: Path, tmp_path: Path) -> None:
     two = on_two_ranks(micro, tmp_path, "sample", "chunk=5")
     assert (two / "data.jsonl").read_bytes() == (micro / "sample" / "data.jsonl").read_bytes()
     assert Receipt.read(two).tokens == Receipt.read(micro / "sample").tokens
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_two_ranks_with_their_state(micro: Path, tmp_path: Path) -> None:
     process = launch("run", "micro", "--nproc", 2, "--until", "base", "--out", tmp_path / "run")
     base = tmp_path / "run" / "base.partial"
@@ -387,6 +396,7 @@ def test_inputs_that_are_not_what_they_should_be_are_named(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_diverging_run_ends_with_one_line_and_keeps_its_last_state(
     refused: Callable[..., str], micro: Path, tmp_path: Path
 ) -> None:

@@ -310,6 +310,7 @@ def test_a_parent_changed_from_outside_is_noticed(
     assert states(said)["picks"] == "skipped" and states(said)["tuned"] == "done"
 
 
+@pytest.mark.slow
 def test_a_cost_that_changed_makes_stale_what_takes_its_number_from_it(load: Callable[..., Recipe], out: Path) -> None:
     run(load(TEXT, "base.flops=7"), out)
     assert Receipt.read(out / "tuned").flops == 21
@@ -323,6 +324,7 @@ def test_price_and_place_make_nothing_stale(
     assert set(states(capsys.readouterr().err).values()) == {"skipped"}
 
 
+@pytest.mark.slow
 def test_stale_work_is_put_aside_and_said_where(
     load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -428,6 +430,7 @@ def test_the_end_of_a_run_says_what_comes_next(
     assert "chat = 'picks' names no stage that makes a checkpoint" in refusal(lambda: load(f'chat = "picks"\n{TEXT}'))
 
 
+@pytest.mark.slow
 def test_another_kind_of_stage_under_the_same_name_is_stale(
     load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -444,6 +447,7 @@ def test_several_processes_are_started_by_torchrun() -> None:
 # How a run ends badly
 
 
+@pytest.mark.slow
 def test_a_stage_that_refuses_ends_the_run_with_its_own_line(
     load: Callable[..., Recipe], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -455,6 +459,7 @@ def test_a_stage_that_refuses_ends_the_run_with_its_own_line(
     assert (tmp_path / "run" / "base").exists() and not (tmp_path / "run" / "picks").exists()
 
 
+@pytest.mark.slow
 def test_a_stage_that_crashes_or_is_killed_is_named(load: Callable[..., Recipe], tmp_path: Path) -> None:
     assert "picks: its process ended with code 1" in refusal(
         lambda: run(load(TEXT, "picks.do=crash"), tmp_path / "run")
@@ -524,6 +529,7 @@ def alive(pid: int) -> bool:
     return not Path(f"/proc/{pid}/stat").exists() or ") Z " not in Path(f"/proc/{pid}/stat").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_stage_saves_and_the_same_command_goes_on(
     start: Callable[..., subprocess.Popen[str]], tmp_path: Path, number: int
@@ -564,6 +570,7 @@ def test_a_killed_runner_leaves_no_stage_running(start: Callable[..., subprocess
     assert start("base.do=wait").wait(timeout=20) == 0
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(start: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     start("base.do=wait")
     wait_for((tmp_path / "run" / "base.partial" / "pid").exists)

@@ -28,8 +28,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig(Strict):
     """The table `optimizer`. `lr` is the peak for matrices, `adam_lr` for what Muon leaves to AdamW.
 
-    With the name adamw, `lr` is for everything. `warmup` and `decay` are shares of all steps; the rate falls linearly to
-    `final` of the peak.
+    With the name adamw, `lr` is for everything. `warmup` and `decay` are shares of all steps; the rate falls linearly
+    to `final` of the peak.
     """
 
     name: Literal["muon", "adamw"] = "muon"

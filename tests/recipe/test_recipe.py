@@ -253,7 +253,7 @@ def test_run_makes_every_artifact_and_then_skips_all(
     said = capsys.readouterr()
     assert set(states(said.err).values()) == {"done"}
     assert re.search(r"^\[3/3\] tuned: done in \S+ s; loss 0.250, 1.5K tokens, 15 FLOP$", said.err, re.MULTILINE)
-    assert "sums 2 of 4, 1.5K tokens" in said.err
+    assert "sums 2 of 4 (few problems, so chance has a large part in it), 1.5K tokens" in said.err
     assert "supervised fine-tuning (from picks, base)" in said.err
     assert "What is 2+2?" in said.out and "two and two" in said.out and "1+1" not in said.out
     assert f"report: {out / 'report.html'}" in said.out

@@ -269,11 +269,15 @@ def test_few_problems_are_counted_rather_than_shared_out(tmp_path: Path) -> None
     for path in run.glob("evaluations/*/evaluation.json"):
         evaluation = read_json(path)
         evaluation["tasks"]["arithmetic"] |= {"pass@1": 0.4, "n": 5, "ci95": [0.118, 0.769]}
+        evaluation["tasks"]["countdown"]["notes"] = ["0 of 20 in format, 1 right if read leniently"]
         write_json(path, evaluation)
     report.build(run)
     text = text_of((run / "report.html").read_text())
     assert "it solves 2 of 5 arithmetic problems" in text and "few problems, so chance has a large part in it" in text
-    assert headline(run / "evaluations" / "zero").startswith("arithmetic 2 of 5, countdown pass@1 14.2%")
+    assert "zero, countdown: 0 of 20 in format, 1 right if read leniently." in text
+    said = headline(run / "evaluations" / "zero")
+    assert said.startswith("arithmetic 2 of 5 (few problems, so chance has a large part in it), countdown pass@1 14.2%")
+    assert "(0 of 20 in format, 1 right if read leniently)" in said
 
 
 def test_a_run_half_done(tmp_path: Path) -> None:

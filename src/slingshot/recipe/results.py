@@ -125,7 +125,8 @@ def headline(folder: Path) -> str:
     and the cost."""
     parts = []
     for task, score in Evaluation.read(folder).tasks.items():
-        qualified = f" ({'; '.join(score.notes)})" if score.notes else ""
+        notes = ["few problems, so chance has a large part in it"] * score.few + score.notes
+        qualified = f" ({'; '.join(notes)})" if notes else ""
         parts.append(f"{task} {'' if score.few else 'pass@1 '}{score.shown}{qualified}")
     if (folder / "metrics.jsonl").exists() and (rows := read_jsonl(folder / "metrics.jsonl")):
         parts += [f"{key} {rows[-1][key]:.3f}" for key in ("loss", "reward") if isinstance(rows[-1].get(key), float)]

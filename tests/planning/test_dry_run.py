@@ -29,7 +29,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(kind: str, config: dict[str, Any], whole: dict[str, Any], factor: float, out: Path) -> dict[str, Any]:
-    job = {"kind": kind, "name": out.name, "config": config, "whole": whole, "factor": factor, "out": str(out)}
+    job = {"kind": kind, "name": out.name, "config": config, "whole": whole, "factor": factor, "out": str(out),
+           "styles": {"steps": 1.0}}  # fmt: skip
     return dry_stage.run(job)
 
 
@@ -122,7 +123,7 @@ def test_a_recipe_is_run_scaled_and_left_without_a_trace(tmp_path: Path, monkeyp
     base, scored, tuned, again = found.stages
     assert [base.share, scored.share] == [pytest.approx(10 / 40), 1]
     assert tuned.share == pytest.approx(24 / 96 / 3) and tuned.fixed_seconds < tuned.seconds
-    assert again == scored.model_copy(update={"name": "tuned.evaluation"})  # a model of the same shape
+    assert again.tokens > scored.tokens  # a base writes bare answers, too, as its documents do
     assert found.seconds == pytest.approx(sum(stage.seconds for stage in found.stages) + found.start_seconds)
     assert base.money == pytest.approx(base.seconds) and base.peak_host_memory_bytes > 2**26
     with pytest.raises(SlingshotError, match=r"^dry run of base: the corpus fills .* rows"):

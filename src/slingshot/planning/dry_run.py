@@ -31,6 +31,7 @@ from slingshot.stages.kinds import STAGES
 STEPS = {"pretrain": 10, "rl": 4}  # of these kinds
 CHUNKS = {"sample": 3, "evaluate": 1}  # of problems
 BATCHES = 12  # of examples, at most, that are fine-tuned on
+STEPS_ONLY = {"steps": 1.0}  # how responses are written, but for a base that is evaluated
 
 
 class DryStage(PeakMemory):
@@ -85,6 +86,7 @@ class _DryRun:
         self._forecasts: dict[str, DryStage] = {}
         self._evaluated: dict[str, DryStage] = {}
         self._growth: dict[str, float] = {}  # by path of a dataset
+        self._styles: dict[str, dict[str, float]] = {}  # by path of a model that was pre-trained on tasks' documents
 
     def stage(self, stage: RecipeStage) -> DryStage:
         """Run one stage with a few steps and scale it up."""
@@ -92,20 +94,25 @@ class _DryRun:
         values = resolve(stage.values, lambda name: str(self.folder / name), lambda name: self._forecasts[name].flops)
         whole = STAGES[stage.kind].config.parse(values, stage.name).model_dump(mode="json")
         config, factor = self._cut(stage, whole)
-        key = json.dumps(whole | {"model": _architecture(whole)}, sort_keys=True)
+        styles = self._styles.get(str(whole.get("model")), STEPS_ONLY) if stage.kind == "evaluate" else STEPS_ONLY
+        if documents := whole.get("documents"):
+            self._styles[str(out)] = documents["styles"]
+        key = json.dumps([styles, whole | {"model": _architecture(whole)}], sort_keys=True)
         if stage.kind == "evaluate" and key in self._evaluated:  # of a model of the same shape: nothing would differ
             found = self._evaluated[key].model_copy(update={"name": stage.name})
         else:
             print(f"dry run of {stage.name} ({STAGES[stage.kind].what})", file=sys.stderr)
-            found = self._run(stage, config, whole, factor, out)
+            found = self._run(stage, config, whole, factor, styles, out)
         self._forecasts[stage.name] = self._evaluated[key] = found
         return found
 
-    def _run(self, stage: RecipeStage, config: Any, whole: dict[str, Any], factor: float, out: Path) -> DryStage:
+    def _run(
+        self, stage: RecipeStage, config: Any, whole: dict[str, Any], factor: float, styles: dict[str, float], out: Path
+    ) -> DryStage:
         job = out.with_name(f"{out.name}.job.json")
         result = out.with_name(f"{out.name}.result.json")
         write_json(job, {"kind": stage.kind, "name": stage.name, "config": config, "whole": whole, "factor": factor,
-                         "out": str(out), "result": str(result)})  # fmt: skip
+                         "styles": styles, "out": str(out), "result": str(result)})  # fmt: skip
         begin = time.perf_counter()
         command = [sys.executable, "-m", "slingshot.planning.dry_stage", str(job)]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
@@ -157,8 +164,8 @@ class _DryRun:
 
     def assumptions(self) -> list[str]:
         return [
-            "responses are as long as the tasks' worked solutions, or as `max_tokens` where a task writes none; what a "
-            "model makes of them in training is not known",
+            "responses are as long as the tasks' worked solutions, a base's as its documents, or as `max_tokens` where "
+            "a task writes none; what a model makes of them in training is not known",
             "a problem is solved always or never more often than not: 44% of groups of 8 are all right or all wrong "
             "(arXiv 2607.00152); half of all responses are right",
             "a step takes as long as the middle one of those that were run; what comes before the first, once",

@@ -12,7 +12,7 @@ import importlib
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +27,7 @@ from slingshot.engine.engine import Engine
 from slingshot.rollout.sampler import EngineSampler, ScriptedSampler
 from slingshot.stages.kinds import STAGES
 from slingshot.tasks.mixture import Item, TaskMix
-from slingshot.tasks.task import Solution
+from slingshot.tasks.task import Solution, Style
 from slingshot.text.tokenizer import Tokenizer
 
 # Problems are mostly solved always or never: each one's chance is drawn from a Beta distribution that is symmetric and
@@ -38,17 +38,20 @@ SHARPNESS = 0.4214
 class SolutionScript:
     """Says an item's worked solution, with its own answer as often as the item's chance has it, else with another's."""
 
-    def __init__(self, items: Sequence[Item], tokenizer: Tokenizer, max_tokens: int) -> None:
+    def __init__(
+        self, items: Sequence[Item], tokenizer: Tokenizer, max_tokens: int, styles: Mapping[Style, float]
+    ) -> None:
         self._items = {item.key: item for item in items}
         self._answers = [item.problem.answer for item in items]
-        self._tokenizer, self._max_tokens = tokenizer, max_tokens
+        self._tokenizer, self._max_tokens, self._styles = tokenizer, max_tokens, styles
         self.first_said: float | None = None  # when the first sample was asked for
 
     def __call__(self, key: str, index: int) -> Solution:
         self.first_said = self.first_said or time.perf_counter()
         item = self._items[key if key in self._items else key.rpartition("/")[0]]  # a later turn's key names the sample
         rng = random.Random(f"{key}/{index}")
-        said = item.task.solution(item.problem, "steps", rng) if item.task.has_solutions else self._long(item)
+        (style,) = rng.choices(list(self._styles), list(self._styles.values()))
+        said = item.task.solution(item.problem, style, rng) if item.task.has_solutions else self._long(item)
         if rng.random() < random.Random(item.key).betavariate(SHARPNESS, SHARPNESS):
             return said
         others = [answer for answer in rng.choices(self._answers, k=8) if answer != item.problem.answer]
@@ -83,7 +86,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         source, items = locate(config.model), items_of(kind, config)
         tokenizer, drawing = load_tokenizer(source), time.perf_counter()
         engine = Engine.load(source, dtype=config.dtype)
-        script = SolutionScript(items, tokenizer, config.sampling.max_tokens)
+        script = SolutionScript(items, tokenizer, config.sampling.max_tokens, job["styles"])
         sampler = ScriptedSampler(script, tokenizer, engine.model.config, timed=EngineSampler(engine))
         if kind != "rl":  # which loads its own model beside the sampler's
             loading = time.perf_counter() - drawing

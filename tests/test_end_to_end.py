@@ -58,12 +58,8 @@ def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_stage_leaves_its_artifact_and_account(micro: Path) -> None:
     for name, kind in STAGES.items():
         receipt = Receipt.read(micro / name)
-        assert (
-            (receipt.stage, receipt.name) == (kind, name)
-            and receipt.tokens > 0
-            and receipt.flops > 0
-            and receipt.seconds > 0
-        )
+        assert (receipt.stage, receipt.name) == (kind, name)
+        assert min(receipt.tokens, receipt.flops, receipt.seconds) > 0
         assert receipt.mfu is not None and 0 < receipt.mfu < 1 and receipt.peak_host_memory_bytes > 2**26
         for parent in receipt.parents:
             assert parent.digest == Receipt.read(Path(parent.path)).digest
@@ -209,10 +205,8 @@ def test_ctrl_c_saves_at_once_and_says_how_to_go_on(interrupted: tuple[Path, dic
 def test_a_killed_stage_is_reported_in_one_line(interrupted: tuple[Path, dict[str, Any]]) -> None:
     said = interrupted[1]["said at the stage's death"]
     assert "Traceback" not in said
-    assert (
-        said.splitlines()[-1].startswith("slingshot: rl: its process was killed by SIGKILL")
-        and said.count("slingshot: ") == 1
-    )
+    assert said.splitlines()[-1].startswith("slingshot: rl: its process was killed by SIGKILL")
+    assert said.count("slingshot: ") == 1
 
 
 @pytest.mark.slow
@@ -230,11 +224,8 @@ def test_interruptions_leave_no_trace(micro: Path, interrupted: tuple[Path, dict
     else:
         assert metrics(out / name) == metrics(micro / name)
     mine, theirs = Receipt.read(out / name), Receipt.read(micro / name)
-    assert (mine.digest, mine.tokens, mine.flops_by_part) == (
-        theirs.digest,
-        theirs.tokens,
-        pytest.approx(theirs.flops_by_part, rel=1e-12),
-    )
+    assert (mine.digest, mine.tokens) == (theirs.digest, theirs.tokens)
+    assert mine.flops_by_part == pytest.approx(theirs.flops_by_part, rel=1e-12)
 
 
 @pytest.mark.slow
@@ -400,17 +391,8 @@ def test_inputs_that_are_not_what_they_should_be_are_named(
 def test_a_diverging_run_ends_with_one_line_and_keeps_its_last_state(
     refused: Callable[..., str], micro: Path, tmp_path: Path
 ) -> None:
-    config = micro / "configs" / "base.json"
-    line = refused(
-        "pretrain",
-        "--config",
-        config,
-        "optimizer.lr=1e30",
-        "optimizer.adam_lr=1e30",
-        "save_seconds=0.0",
-        "--out",
-        tmp_path / "out",
-    )
+    keys = ["optimizer.lr=1e30", "optimizer.adam_lr=1e30", "save_seconds=0.0"]
+    line = refused("pretrain", "--config", micro / "configs" / "base.json", *keys, "--out", tmp_path / "out")
     assert line.startswith("slingshot: out: ") and line.endswith("lower the learning rate and run again")
     (kept,) = states(tmp_path / "out.partial")
     assert f"the state of step {kept} is kept in {tmp_path / 'out.partial'}" in line and not (tmp_path / "out").exists()

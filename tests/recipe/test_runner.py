@@ -1,0 +1,382 @@
+"""A recipe's run: what is skipped, what runs again and why, what is checked first, and how a run ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from slingshot.base.files import read_json
+from slingshot.cost.receipt import Receipt
+from slingshot.recipe.process import launcher
+from slingshot.recipe.recipe import Recipe
+from slingshot.recipe.runner import run
+
+Refusal = Callable[[Callable[[], object]], str]
+
+FAKES = Path(__file__).with_name("fake_stages.py")
+TEXT = Path(__file__).with_name("three.toml").read_text()
+
+TASK_FILE = """
+def problems(split, seed):
+    yield {"prompt": "1+1?", "answer": "2"}
+
+def verify(problem, text):
+    return text == problem["answer"]
+"""
+
+
+pytestmark = pytest.mark.usefixtures("built")
+
+
+def states(output: str) -> dict[str, str]:
+    """The last word of the runner on each stage: done or skipped."""
+    lines = [line.split(" ", 1)[1] for line in output.splitlines() if line.startswith("[")]
+    return {name: said.split(" ")[0] for name, said in (line.split(": ", 1) for line in lines)}
+
+
+def test_run_makes_every_artifact_and_then_skips_all(
+    load: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str], built: list[Path]
+) -> None:
+    out = tmp_path / "run"
+    built.clear()
+    run(load(), out)
+    said = capsys.readouterr()
+    assert set(states(said.err).values()) == {"done"}
+    assert re.search(r"^\[3/3\] tuned: done in \S+ s; loss 0.250, 1.5K tokens, 15 FLOP$", said.err, re.MULTILINE)
+    assert "sums 2 of 4 (few problems, so chance has a large part in it), 1.5K tokens" in said.err
+    assert "supervised fine-tuning (from picks, base)" in said.err
+    assert "What is 2+2?" in said.out and "two and two" in said.out and "1+1" not in said.out
+    assert f"report: {out / 'report.html'}" in said.out
+    assert "\x1b" not in said.err + said.out
+    assert len(built) == 6 and set(built) == {out}  # after each of five, and at the end
+    assert Receipt.read(out / "tuned").flops == 15  # three times what base cost
+    assert [parent.path for parent in Receipt.read(out / "tuned").parents] == [str(out / "picks"), str(out / "base")]
+    assert Receipt.read(out / "evaluations" / "tuned").config["model"] == str(out / "tuned")
+    listed = read_json(out / "recipe.json")
+    assert listed["name"] == "three"
+    assert [(stage["name"], stage["kind"]) for stage in listed["stages"]] == [
+        ("base", "pretrain"),
+        ("picks", "sample"),
+        ("tuned", "sft"),
+    ]
+
+    run(load(), out)
+    said = capsys.readouterr()
+    assert set(states(said.err).values()) == {"skipped"}
+    assert "skipped (unchanged)" in said.err and "What is 2+2?" in said.out
+
+
+def test_a_changed_key_runs_its_stage_and_what_came_of_it_again(
+    load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(load(TEXT, "picks.lr=0.75"), out)
+    said = capsys.readouterr().err
+    assert "picks is stale: lr 0.5 -> 0.75" in said
+    assert "tuned is stale: its parent picks runs again" in said
+    assert states(said) == {
+        "base": "skipped",
+        "base.evaluation": "skipped",
+        "picks": "done",
+        "tuned": "done",
+        "tuned.evaluation": "done",
+    }
+
+
+def test_a_parent_that_ends_the_same_leaves_its_children_standing(
+    load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(load(TEXT, "picks.text=other"), out)  # text does not show in what the stage makes
+    assert states(capsys.readouterr().err)["tuned"] == "skipped"
+
+
+def test_a_parent_changed_from_outside_is_noticed(
+    load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    receipt = read_json(out / "picks" / "receipt.json")
+    (out / "picks" / "receipt.json").write_text(json.dumps(receipt | {"digest": "0" * 16}))
+    run(load(), out)
+    said = capsys.readouterr().err
+    assert "tuned is stale: picks changed" in said
+    assert states(said)["picks"] == "skipped" and states(said)["tuned"] == "done"
+
+
+@pytest.mark.slow
+def test_a_cost_that_changed_makes_stale_what_takes_its_number_from_it(load: Callable[..., Recipe], out: Path) -> None:
+    run(load(TEXT, "base.flops=7"), out)
+    assert Receipt.read(out / "tuned").flops == 21
+
+
+def test_price_and_place_make_nothing_stale(
+    load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(out.parent)  # and `out` is a copy of the run that was made elsewhere
+    run(load(TEXT, "defaults.price=2.5"), Path(out.name))
+    assert set(states(capsys.readouterr().err).values()) == {"skipped"}
+
+
+@pytest.mark.slow
+def test_stale_work_is_put_aside_and_said_where(
+    load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (out / "picks" / "content.json").read_text()
+    for lr in (0.75, 0.8):
+        run(load(TEXT, f"picks.lr={lr}"), out)
+    said = capsys.readouterr().err
+    for number in (1, 2):
+        assert f"{out / 'picks'}: kept as {out / '.stale' / f'picks-{number}'}" in said
+        assert (out / ".stale" / f"picks-{number}" / "receipt.json").is_file()
+    assert (out / ".stale" / "picks-1" / "content.json").read_text() == before
+
+
+@pytest.fixture
+def reading(tmp_path: Path, load: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> tuple[Recipe, Path]:
+    """A recipe that reads a checkpoint folder, a JSONL file and a task file beside it, and its finished run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in" / "model").mkdir(parents=True)
+    (tmp_path / "in" / "model" / "content.json").write_text("weights")
+    (tmp_path / "in" / "my.jsonl").write_text("{}\n")
+    (tmp_path / "in" / "task.py").write_text(TASK_FILE)
+    loaded = load('[tuned]\nstage = "sft"\nmodel = "in/model"\ndata = ["in/my.jsonl"]\ntasks = ["in/task.py"]\n')
+    run(loaded, tmp_path / "run")
+    return loaded, tmp_path / "run"
+
+
+@pytest.mark.parametrize("file", ["model/content.json", "my.jsonl", "task.py"])
+def test_a_stage_is_stale_when_what_it_reads_changed(
+    reading: tuple[Recipe, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    loaded, out = reading
+    path = tmp_path / "in" / file
+    path.write_text(path.read_text() + "\n\n")
+    run(loaded, out)
+    said = capsys.readouterr().err
+    assert f"tuned is stale: {file.split('/')[0]} changed\n" in said and states(said) == {"tuned": "done"}
+
+
+def test_a_moved_run_and_another_spelling_of_paths_make_nothing_stale(
+    reading: tuple[Recipe, Path], load: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out = reading
+    other = load(
+        f'[tuned]\nstage = "sft"\nmodel = "{tmp_path}/in/model"\ndata = ["./in/my.jsonl"]\ntasks = ["./in/task.py"]\n'
+    )
+    out.rename(tmp_path / "elsewhere")
+    run(other, Path("elsewhere"))
+    assert states(capsys.readouterr().err) == {"tuned": "skipped"}
+    shutil.rmtree(tmp_path / "in" / "model")  # what a finished stage has read need not be there any more
+    run(other, Path("elsewhere"))
+    assert states(capsys.readouterr().err) == {"tuned": "skipped"}
+
+
+def test_keys_of_another_version_make_nothing_stale(
+    load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that is new since, whatever the recipe sets it to, and one that is gone; a value that differs still does."""
+    for path in out.glob("**/receipt.json"):
+        receipt = read_json(path)
+        del receipt["config"]["shape"], receipt["config"]["text"]
+        path.write_text(json.dumps(receipt | {"config": receipt["config"] | {"gone": 1}}))
+    run(load(), out)
+    assert set(states(capsys.readouterr().err).values()) == {"skipped"}
+    run(load(TEXT, "tuned.lr=7"), out)
+    assert "tuned is stale: lr 0.25 -> 7.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ('data = ["none.jsonl"]', "last: none.jsonl does not exist"),
+        ('model = "none"', "last: none: no such folder or .gguf file"),
+        ('tasks = ["arithmetik"]', "last: task 'arithmetik' is unknown; did you mean arithmetic?"),
+        ('tasks = ["none.py"]', "last: none.py does not exist"),
+        ('tasks = [{ name = "arithmetic", params = { max_term = 3 } }]', "did you mean max_terms?"),
+    ],
+)
+def test_what_can_be_known_is_checked_before_anything_runs(
+    load: Callable[..., Recipe], tmp_path: Path, change: str, message: str, refusal: Refusal
+) -> None:
+    out = tmp_path / "run"
+    assert message in refusal(lambda: run(load(f'{TEXT}[last]\nstage = "evaluate"\n{change}\n'), out))
+    assert not (out / "base").exists()
+
+
+def test_a_folder_in_the_way_of_a_later_stage_is_found_before_anything_runs(
+    load: Callable[..., Recipe], tmp_path: Path, refusal: Refusal
+) -> None:
+    (tmp_path / "run" / "tuned").mkdir(parents=True)
+    assert f"{tmp_path / 'run' / 'tuned'} is in the way" in refusal(lambda: run(load(), tmp_path / "run"))
+    assert not (tmp_path / "run" / "base").exists()
+
+
+def test_the_end_of_a_run_says_what_comes_next(
+    load: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str], refusal: Refusal
+) -> None:
+    run(load(), tmp_path / "run", until="picks")
+    said = capsys.readouterr().out
+    assert "the recipe has 1 stage more; the same command without --until goes on" in said
+    assert read_json(tmp_path / "run" / "recipe.json")["asked"] == ["base", "picks"]
+    run(load(f'chat = "base"\n{TEXT}'), tmp_path / "run")
+    assert f"next: slingshot chat {tmp_path / 'run' / 'base'}" in capsys.readouterr().out
+    assert "chat = 'picks' names no stage that makes a checkpoint" in refusal(lambda: load(f'chat = "picks"\n{TEXT}'))
+
+
+@pytest.mark.slow
+def test_another_kind_of_stage_under_the_same_name_is_stale(
+    load: Callable[..., Recipe], out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(load(TEXT.replace('"sft"', '"rl"')), out)
+    assert "tuned is stale: stage sft -> rl" in capsys.readouterr().err
+
+
+def test_several_processes_are_started_by_torchrun() -> None:
+    assert launcher(["-m", "slingshot"], 1) == ["-m", "slingshot"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    assert launcher(["-m", "slingshot"], 2) == [*torchrun, "-m", "slingshot"]
+
+
+# How a run ends badly
+
+
+@pytest.mark.slow
+def test_a_stage_that_refuses_ends_the_run_with_its_own_line(
+    load: Callable[..., Recipe], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(load(TEXT, "picks.do=refuse"), tmp_path / "run")
+    assert ended.value.code == 2
+    said = capfd.readouterr().err
+    assert "slingshot: no such luck; try again\n" in said and "Traceback" not in said
+    assert (tmp_path / "run" / "base").exists() and not (tmp_path / "run" / "picks").exists()
+
+
+@pytest.mark.slow
+def test_a_stage_that_crashes_or_is_killed_is_named(
+    load: Callable[..., Recipe], tmp_path: Path, refusal: Refusal
+) -> None:
+    assert "picks: its process ended with code 1" in refusal(
+        lambda: run(load(TEXT, "picks.do=crash"), tmp_path / "run")
+    )
+    assert "picks: its process was killed by SIGKILL" in refusal(
+        lambda: run(load(TEXT, "picks.do=vanish"), tmp_path / "run")
+    )
+
+
+def test_folders_of_others_are_left_alone(load: Callable[..., Recipe], tmp_path: Path, refusal: Refusal) -> None:
+    out = tmp_path / "run"
+    (out / "base").mkdir(parents=True)
+    (out / "base" / "thesis.txt").write_text("years of work")
+    assert f"{out / 'base'} is in the way" in refusal(lambda: run(load(), out))
+    assert (out / "base" / "thesis.txt").exists()
+    (out / "recipe.json").write_text(json.dumps({"name": "tiny", "stages": []}))
+    assert "holds a run of the recipe tiny" in refusal(lambda: run(load(), out))
+
+
+def test_an_unwritable_place_is_named(load: Callable[..., Recipe], tmp_path: Path, refusal: Refusal) -> None:
+    (tmp_path / "file").write_text("")
+    assert f"cannot write {tmp_path / 'file' / 'run'}" in refusal(lambda: run(load(), tmp_path / "file" / "run"))
+
+
+# Signals: a runner of its own process
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    (tmp_path / "three.toml").write_text(TEXT)
+    runners: list[subprocess.Popen[str]] = []
+
+    def start_runner(*overrides: str) -> subprocess.Popen[str]:
+        command = [
+            sys.executable,
+            str(FAKES),
+            "run",
+            str(tmp_path / "three.toml"),
+            *overrides,
+            "--out",
+            str(tmp_path / "run"),
+        ]
+        runners.append(
+            subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        )
+        return runners[-1]
+
+    yield start_runner
+    for started in runners:
+        started.kill()
+        started.communicate()
+
+
+def wait_for(what: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "what the test waits for did not happen"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # A process that ended and was not waited for by its new parent yet is a zombie.
+    return not Path(f"/proc/{pid}/stat").exists() or ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_stage_saves_and_the_same_command_goes_on(
+    start: Callable[..., subprocess.Popen[str]], tmp_path: Path, number: int
+) -> None:
+    partial = tmp_path / "run" / "tuned.partial"
+    runner = start("tuned.do=wait")
+    wait_for((partial / "pid").exists)
+    runner.send_signal(number)
+    said = runner.communicate(timeout=20)[1]
+    assert runner.returncode == 130
+    assert said.splitlines()[-1] == "slingshot: stopped and saved; the same command goes on from here"
+    assert said.count("slingshot:") == 1 and "Traceback" not in said
+    assert (partial / "saved").exists()
+
+    (tmp_path / "run" / "go").touch()
+    runner = start("tuned.do=wait")
+    said = runner.communicate(timeout=20)[1]
+    assert runner.returncode == 0
+    assert states(said) == {
+        "base": "skipped",
+        "base.evaluation": "skipped",
+        "picks": "skipped",
+        "tuned": "done",
+        "tuned.evaluation": "done",
+    }
+    assert "going on where it stopped" in said
+
+
+def test_a_killed_runner_leaves_no_stage_running(start: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    runner = start("base.do=wait")
+    mark = tmp_path / "run" / "base.partial" / "pid"
+    wait_for(mark.exists)
+    pid = int(mark.read_text())
+    assert alive(pid)
+    runner.kill()
+    wait_for(lambda: not alive(pid))
+    (tmp_path / "run" / "go").touch()
+    assert start("base.do=wait").wait(timeout=20) == 0
+
+
+@pytest.mark.slow
+def test_two_runs_do_not_share_a_folder(start: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    start("base.do=wait")
+    wait_for((tmp_path / "run" / "base.partial" / "pid").exists)
+    second = start("base.do=wait")
+    said = second.communicate(timeout=20)[1]
+    assert second.returncode == 2
+    assert f"another slingshot is at work in {tmp_path / 'run'}" in said

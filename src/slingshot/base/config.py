@@ -75,7 +75,8 @@ class Strict(BaseModel):
             said = str(error)
             raise SlingshotError(f"{where}.{said}" if where and not said.startswith(where) else said) from error
         except ValidationError as error:
-            first = error.errors()[0]
+            errors = error.errors()  # a key that does not exist may be why another is missing
+            first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
             key = printable(".".join(str(part) for part in first["loc"]))
             place = f"{where}.{key}" if where and key else where or key
             if first["type"] == "extra_forbidden":

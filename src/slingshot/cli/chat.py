@@ -40,7 +40,7 @@ def chat(
     """
     origin = origin or Origin()
     if origin.introduction:
-        console.print(origin.introduction, markup=False, highlight=False)
+        console.print(origin.introduction, markup=False, highlight=False, soft_wrap=True)
     console.print("Ctrl-C stops an answer, Ctrl-D leaves, /help lists commands.", style="dim", highlight=False)
     system: list[Message] = []
     history: list[Message] = []

@@ -54,4 +54,5 @@ def _solved(path: Path) -> str:
     """The shortest problem of the checkpoint's evaluation that it solved."""
     examples = Evaluation.read(path.resolve().parent / "evaluations" / path.resolve().name).examples.values()
     solved = [example.prompt.strip() for of_task in examples for example in of_task if example.correct]
-    return min((prompt for prompt in solved if "\n" not in prompt), key=len, default="")
+    lines = [prompt for prompt in solved if "\n" not in prompt]
+    return min(lines, key=lambda prompt: (not prompt.isascii(), len(prompt)), default="")

@@ -123,8 +123,28 @@ def test_an_answer_that_fails_to_be_verified_ends_nothing_and_all_of_them_do(say
         failing = Rollout(saying(lambda *_: Solution("", "7")), SamplingParams(), PromptForm(), verification, ALONE)
         ((trajectory,),) = failing.run([item(task=task)])
         assert trajectory.scores["accuracy"] == 0.0 and failing.counts == {"unverified": 1}
-        with pytest.raises(SlingshotError, match="raised ValueError: oh"):
+        with pytest.raises(SlingshotError, match=r"raised ValueError: oh.*; so it is with all 33 answers so far"):
             failing.run([item(task=task)] * 32)
+
+
+@pytest.mark.parametrize("rank", [0, 1])  # it fails on the first; the second has nothing to verify
+def test_ranks_end_together_when_nothing_can_be_verified(saying: Saying, rank: int) -> None:
+    class OfTwo(Parallel):
+        def sums(self, values: dict[str, float]) -> dict[str, float]:
+            return {name: value + others.get(name, 0) for name, value in values.items()}
+
+    for others in {"made": 1, "unverified": 40, "verified": 1}, {"made": 1, "unverified": 40}:
+        parallel = OfTwo(dp_rank=rank, dp_size=2)
+        sampler, broken = (
+            saying(lambda *_: Solution("so", "7")),
+            item(Problem("Guess a digit.", "broken", "7"), Guess()),
+        )
+        rollout = Rollout(sampler, SamplingParams(), PromptForm(), VerificationPool([]), parallel)
+        rollout.run([broken])
+        if "verified" in others:
+            rollout.refuse_nothing()
+    with pytest.raises(SlingshotError, match=("no such digit", "another rank says why")[rank]):
+        rollout.refuse_nothing()
 
 
 def test_what_was_aborted_is_left_out(saying: Saying) -> None:

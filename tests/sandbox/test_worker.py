@@ -11,8 +11,7 @@ import pytest
 
 import slingshot
 from slingshot.sandbox.isolate import take
-from slingshot.sandbox.pool import WorkerPool
-from slingshot.sandbox.worker import SandboxError, Target, Worker
+from slingshot.sandbox.worker import SandboxError, Target, Worker, WorkerPool
 
 TARGET = """
 import os, signal, subprocess, sys, time
@@ -62,6 +61,10 @@ def gone(pid):
     while running(pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     return not running(pid)
+
+
+def asks(target, code):
+    return lambda worker: worker.call(target, "run", code)
 
 
 class Made:
@@ -213,11 +216,11 @@ def test_iteration_over_sets_repeats_from_worker_to_worker(make):
 def test_a_pool_replaces_the_worker_that_hangs_and_ends_all_when_forgotten(make):
     target = make(0, timeout=0.5).target
     pool = WorkerPool(2, [target])
-    futures = [pool.submit(Worker.call, target, "run", code) for code in ("time.sleep(60)", PID, PID, "1 / 0")]
+    futures = [pool.submit(asks(target, code)) for code in ("time.sleep(60)", PID, PID, "1 / 0")]
     for failed, message in [(futures[0], "took longer than"), (futures[3], "raised ZeroDivisionError")]:
         with pytest.raises(SandboxError, match=message):
             failed.result()
-    more = [pool.submit(Worker.call, target, "run", PID) for _ in range(9)]
+    more = [pool.submit(asks(target, PID)) for _ in range(9)]
     pids = {future.result() for future in [*futures[1:3], *more]}
     assert 1 <= len(pids) <= 3
     del pool

@@ -167,7 +167,7 @@ def of_family(name, count):
     for index in range(count):
         (item,) = worker.call(task.target, "take", 11, index, 1)
         problems.append(Problem(item["question"], str(index), item["answer"], data={"seed": 11, "index": index}))
-    return problems, lambda *args, **options: task.verify_in(worker, *args, **options)
+    return problems, task.on(worker).verify
 
 
 def test_a_word_must_be_answered_with_a_word():

@@ -40,7 +40,6 @@ def test_rewards_come_as_the_tasks_give_them_and_a_bad_answer_costs_its_own(task
         right = pool.submit(sums, Problem("", "", "14", "en", {}), "14")
         assert right.done() and right.result() == Reward(1.0, "14")
         rewards = dict(zip(answers, (future.result() for future in futures), strict=True))
-        pool.check()
     assert rewards["0.5"] == Reward(0.5, "0.5") and rewards["1"] == Reward(1.0, "1")
     assert rewards["token"] == Reward(0.0, "token")  # the worker has no environment
     for text, reason in {
@@ -61,19 +60,6 @@ def test_verification_goes_on_beside_its_caller(task):
         assert futures[1].result().value == 1.0
 
 
-def test_when_nothing_can_be_verified_the_first_error_says_so(task):
-    with VerificationPool([task]) as pool:
-        pool.check()
-        for future in [pool.submit(task, PROBLEM, text) for text in ("raise", "word")]:
-            future.result()
-        with pytest.raises(
-            SlingshotError, match=r"mine\.py: verify\(\) raised ValueError.*; so it is with all 2 answers so far"
-        ):
-            pool.check()
-        assert pool.submit(task, PROBLEM, "1").result().value == 1.0
-        pool.check()
-
-
 def test_environments_reply_in_the_pool(task):
     with VerificationPool([task]) as pool:
         said = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "first"}]
@@ -85,10 +71,9 @@ def test_environments_reply_in_the_pool(task):
 
 
 def test_a_closed_pool_leaves_nobody_waiting(task):
-    pool = VerificationPool([task], workers=1)
-    futures = [pool.submit(task, PROBLEM, "hang") for _ in range(3)]
-    began = time.monotonic()
-    pool.close()
+    with VerificationPool([task], workers=1) as pool:
+        futures = [pool.submit(task, PROBLEM, "hang") for _ in range(3)]
+        began = time.monotonic()
     assert all(future.cancelled() or future.result().error for future in futures) and time.monotonic() - began < 5
 
 

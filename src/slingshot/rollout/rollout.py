@@ -71,11 +71,11 @@ class Rollout:
         self.verification, self.parallel = verification, parallel
         self.counts: dict[str, int] = {}
         self._reasons: dict[str, str] = {}  # the first of each kind
-        self._asked = self._made = self._unverified = 0
+        self._asked = self._made = self._unverified = self._verified = 0
 
     def run(self, items: Sequence[Item]) -> list[list[Trajectory]]:
         """Groups of trajectories, one of each problem, in the order of the items."""
-        self.counts = {"skipped": 0, "aborted": 0, "unverified": 0}
+        self.counts, self._verified = {"skipped": 0, "aborted": 0, "unverified": 0}, 0
         live = [(item.key, group) for item in self.parallel.mine(items) if (group := self._begin(item))]
         groups = [group for _, group in live]
         verdicts: list[tuple[Trajectory, Future[Reward] | None]] = []
@@ -107,8 +107,9 @@ class Rollout:
         if self._asked and not self._made:
             why = next(iter(self._reasons.values()), "another rank says why")
             raise SlingshotError(f"none of {self._asked} problems could be put to the model: {why}")
-        if self._asked and self._unverified >= min(_PATIENCE, self._asked):
-            self.verification.check()
+        if self._asked and not self.verification.verified and self._unverified >= min(_PATIENCE, self._asked):
+            why = self._reasons.get("unverified", "another rank says why")
+            raise SlingshotError(f"{why}; so it is with all {self._unverified} answers so far")
 
     def _begin(self, item: Item) -> list[Trajectory]:
         """The problem's trajectories; none where it is too long."""
@@ -149,6 +150,7 @@ class Rollout:
             reward = verdict.result() if verdict else Reward(0.0, None)
             if reward.error:
                 self._count("unverified", reward.error)
+            self._verified += verdict is not None and not reward.error
             said = [turn.parsed for turn in trajectory.turns]
             ended = [turn.finish_reason == "stop" for turn in trajectory.turns]
             spoken = "\n".join(each.reasoning for each in said if each.reasoning) or said[-1].answer
@@ -171,7 +173,8 @@ class Rollout:
         if aborted := sum(map(len, groups)) - sum(map(len, kept)):
             self._count("aborted", "the sampler broke off a response", aborted)
         kept = [group for group in kept if group]
-        totals = self.parallel.sums({"made": len(kept), **self.counts})
+        totals = self.parallel.sums({"made": len(kept), "verified": self._verified, **self.counts})
+        self.verification.verified += round(totals.pop("verified"))
         self._asked, self._made = self._asked + asked, self._made + round(totals.pop("made"))
         self.counts = {kind: round(total) for kind, total in totals.items() if total}
         self._unverified += self.counts.get("unverified", 0)

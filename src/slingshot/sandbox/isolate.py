@@ -32,7 +32,7 @@ def environment(home: str) -> dict[str, str]:
 
     One thread each, as every thread reserves address space; a fixed hash seed, so that sets keep their order.
     """
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    threads = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
     path, language = os.environ.get("PATH", os.defpath), os.environ.get("LANG", "C.UTF-8")
     return {"PATH": path, "LANG": language, "HOME": home, "TMPDIR": home, "PYTHONHASHSEED": "0", **threads}
 
@@ -45,8 +45,7 @@ def serve() -> None:
     os.dup2(nowhere, 0)
     os.dup2(nowhere, 1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    objects: list[Any] = []
-    memory = 0
+    objects, memory = list[Any](), 0
     for line in lines:
         message = json.loads(line)
         # Should the parent itself be killed, nobody but the alarm is left to end a call that hangs.
@@ -70,10 +69,7 @@ def serve() -> None:
 
 
 def take(items: Iterator[T], count: int, seconds: float = 1.0) -> list[T]:
-    """Up to `count` next items, but no more once `seconds` have passed, so that slow generators stay within a timeout.
-
-    Empty at the end only.
-    """
+    """Up to `count` next items, fewer once `seconds` have passed, so that slow ones stay in time; none at the end only."""
     deadline = time.monotonic() + seconds
     taken = list(itertools.islice(items, 1))
     while len(taken) < count and time.monotonic() < deadline and (more := list(itertools.islice(items, 1))):
@@ -93,8 +89,7 @@ def number(value: Any) -> bool | int | float | None:
 
 
 def _plain(value: Any) -> Any:
-    plain = number(value)
-    if plain is not None:
+    if (plain := number(value)) is not None:
         return plain
     if callable(tolist := getattr(value, "tolist", None)):  # an array
         return tolist()
@@ -112,11 +107,9 @@ def _describe(error: BaseException) -> str:
     """One line: what was raised and where. A SlingshotError has said so itself."""
     if isinstance(error, SlingshotError):
         return str(error)
-    where = ""
-    if isinstance(error, SyntaxError) and error.filename:
-        where = f" ({Path(error.filename).name} line {error.lineno})"
-    elif frames := traceback.extract_tb(error.__traceback__):
-        where = f" ({Path(frames[-1].filename).name} line {frames[-1].lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    place = error if isinstance(error, SyntaxError) and error.filename else frames[-1] if frames else None
+    where = f" ({Path(place.filename or '').name} line {place.lineno})" if place else ""
     return f"raised {type(error).__name__}: {_shorten(error)}{where}"
 
 

@@ -1,7 +1,8 @@
-"""A worker process for code that may raise, hang, flood or die: it is killed when it does not answer in time.
+"""Worker processes for code that may raise, hang, flood or die: one is killed when it does not answer in time.
 
     target = Target("slingshot.tasks.reasoning_gym:Dataset", ("chain_sum", {}))   # a class and its arguments
     Worker().call(target, "take", 7, 0, 10)      # a method of that object, which is built inside the worker
+    WorkerPool(2, [target]).submit(lambda worker: worker.call(target, "take", 7, 0, 10))      # a Future
 
 Parent and worker exchange JSON lines over pipes, nothing is unpickled. The next call after a failure starts another
 worker. This contains accidents, not malice: the worker has its user's rights.
@@ -17,18 +18,23 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Event, Timer
-from typing import IO, Any
+from functools import partial
+from queue import SimpleQueue
+from threading import Timer
+from typing import Any, TypeVar
 
 from slingshot.base.errors import SlingshotError
 from slingshot.sandbox.isolate import environment
 
+T = TypeVar("T")
+
 _MAX_REPLY = 16 << 20  # bytes of one reply
-_LAUNCH = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); from slingshot.sandbox.isolate import serve; serve()"
-)
+_LAUNCH = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); import slingshot.sandbox.isolate as i; i.serve()"
 
 
 class SandboxError(SlingshotError):
@@ -82,27 +88,18 @@ class Worker:
 
     def _start(self) -> subprocess.Popen[bytes]:
         home = tempfile.mkdtemp(prefix="slingshot-worker-")
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _LAUNCH, json.dumps(sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment(home),
-            start_new_session=True,  # Ctrl-C is the parent's to handle, and a kill reaches the worker's own children
-        )
+        command = [sys.executable, "-P", "-c", _LAUNCH, json.dumps(sys.path)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        # In a session of its own: Ctrl-C is the parent's to handle, and a kill reaches the worker's own children.
+        process = subprocess.Popen(command, **pipes, env=environment(home), start_new_session=True)  # type: ignore[call-overload]
         self._finalizer = weakref.finalize(self, _end, process, home)
         return process
 
     def _exchange(self, message: dict[str, Any], timeout: float) -> Any:
         """Send a line, wait for a line. A worker that did not answer properly is ended, for its state is unknown."""
         process = self._process = self._process or self._start()
-        late = Event()
-
-        def end() -> None:
-            late.set()
-            _kill(process)
-
-        timer = Timer(timeout, end)
+        deadline = time.monotonic() + timeout
+        timer = Timer(timeout, _kill, [process])
         timer.daemon = True
         timer.start()
         try:
@@ -110,18 +107,53 @@ class Worker:
             (kind, outcome), *_ = json.loads(reply).items()
         except BaseException as error:  # Ctrl-C too: the answer to this call must not be taken for the next one's
             self.close()
-            if late.is_set():
+            if time.monotonic() >= deadline:
                 raise SandboxError(f"took longer than {timeout:g} s") from error
             if isinstance(error, ValueError | AttributeError | RecursionError):
                 raise SandboxError("wrote over the worker's pipe to slingshot") from error
             raise
         finally:
             timer.cancel()
-        if late.is_set():  # killed in the moment it answered
+        if time.monotonic() >= deadline:  # it may have been killed in the moment it answered
             self.close()
         if kind == "error":
             raise SandboxError(outcome)
         return outcome
+
+
+class WorkerPool:
+    """`size` workers that run beside the caller; `targets` are built at once, others at their first call.
+
+    `close()`, or the end of a pool that is forgotten, ends them: what waits is cancelled, what runs fails.
+    """
+
+    def __init__(self, size: int, targets: Sequence[Target] = ()) -> None:
+        self._threads, self._free = ThreadPoolExecutor(size), SimpleQueue[Worker]()
+        workers = [Worker() for _ in range(size)]
+        self.close = weakref.finalize(self, _stop, self._threads, workers)
+        for worker in workers:
+            self._free.put(worker)
+        for target in targets:
+            for _ in workers:  # the queue hands them out in turn; should a build fail, the first call tells
+                self.submit(partial(Worker.build, target=target))
+
+    def submit(self, function: Callable[[Worker], T]) -> Future[T]:
+        """The Future of function(worker), with the first worker that is free."""
+        return self._threads.submit(_run, self._free, function)
+
+
+def _run(free: SimpleQueue[Worker], function: Callable[[Worker], T]) -> T:
+    worker = free.get()
+    try:
+        return function(worker)
+    finally:
+        free.put(worker)
+
+
+def _stop(threads: ThreadPoolExecutor, workers: Sequence[Worker]) -> None:
+    threads.shutdown(wait=False, cancel_futures=True)
+    for worker in workers:
+        worker.kill()
 
 
 def _round_trip(process: subprocess.Popen[bytes], line: bytes) -> bytes:
@@ -149,10 +181,8 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 def _end(process: subprocess.Popen[bytes], home: str) -> None:
     _kill(process)
-    pipes: list[IO[bytes] | None] = [process.stdin, process.stdout]
-    for pipe in pipes:
+    for pipe in filter(None, (process.stdin, process.stdout)):
         with contextlib.suppress(BrokenPipeError):  # a line that the worker did not read
-            if pipe is not None:
-                pipe.close()
+            pipe.close()
     process.wait()
     shutil.rmtree(home, ignore_errors=True)

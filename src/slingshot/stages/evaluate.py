@@ -77,18 +77,18 @@ def run(config: EvaluateConfig, out: Path, sampler: Sampler | None = None) -> No
         sampler = sampler or EngineSampler(Engine.load(source, dtype=work.dtype, device=parallel.device))
         params = config.sampling.params(config.samples, config.seed)
         items, given = config.draw()
-        verification = VerificationPool([some[0].task for some in items.values() if some])
+        pool = VerificationPool([some[0].task for some in items.values() if some])
         jobs = [
             (task, rollout, some[start : start + config.chunk])
             for task, some in items.items()
             for form in config.forms
-            for rollout in [Rollout(sampler, params, form, verification, parallel, both=not form.lenient)]
+            for rollout in [Rollout(sampler, params, form, pool, parallel, both=not form.lenient)]
             for start in range(0, len(some), config.chunk)
         ]
         saved = work.load()
         results: list[dict[str, Any]] = saved.info["results"] if saved else []
         done, title = saved.step if saved else 0, f"evaluation of {source.name}"
-        with Interrupts() as interrupts, Progress(title, len(jobs), done, parallel.is_first) as progress:
+        with pool, Interrupts() as interrupts, Progress(title, len(jobs), done, parallel.is_first) as progress:
             for step in range(done, len(jobs)):
                 task, rollout, chunk = jobs[step]
                 form, groups = rollout.form.name, rollout.run(chunk)

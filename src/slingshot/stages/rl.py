@@ -76,7 +76,8 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
         reference = load_model(source, device=parallel.device, shard=parallel.shard) if config.loss.kl else None
         sampler = sampler or EngineSampler.beside(model, tokenizer, work.dtype, alone=parallel.mesh is None)
         params = config.sampling.params(config.group_size, config.seed)
-        rollout = Rollout(sampler, params, config.form, VerificationPool(tasks.tasks), parallel)
+        pool = VerificationPool(tasks.tasks)
+        rollout = Rollout(sampler, params, config.form, pool, parallel)
         parallel.shard(model)
         for network in (model, reference):
             if network is not None:
@@ -87,7 +88,7 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
             restore(saved, model, optimizer, reference)
 
         done = saved.step if saved else 0
-        with Interrupts() as interrupts, Progress(out.name, config.steps, done, parallel.is_first) as progress:
+        with pool, Interrupts() as interrupts, Progress(out.name, config.steps, done, parallel.is_first) as progress:
             for step in range(done, config.steps):
                 flops_before, spent = work.meter.flops, 0.0
                 if config.max_flops is not None:

@@ -63,13 +63,14 @@ def run(config: SampleConfig, out: Path, sampler: Sampler | None = None) -> None
         source = work.reads[config.model]
         sampler = sampler or EngineSampler(Engine.load(source, dtype=work.dtype, device=parallel.device))
         params = config.sampling.params(config.samples, config.seed)
-        rollout = Rollout(sampler, params, config.form, VerificationPool(list(tasks.values())), parallel)
+        pool = VerificationPool(list(tasks.values()))
+        rollout = Rollout(sampler, params, config.form, pool, parallel)
         saved = work.load()
         rows: list[dict[str, Any]] = saved.info["rows"] if saved else []
         chunks = [items[i : i + config.chunk] for i in range(0, len(items), config.chunk)]
 
         done = saved.step if saved else 0
-        with Interrupts() as interrupts, Progress(out.name, len(chunks), done, parallel.is_first) as progress:
+        with pool, Interrupts() as interrupts, Progress(out.name, len(chunks), done, parallel.is_first) as progress:
             for step in range(done, len(chunks)):
                 flops_before = work.meter.flops
                 groups = rollout.run(chunks[step])

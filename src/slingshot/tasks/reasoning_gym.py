@@ -77,12 +77,8 @@ class Gym(IsolatedTask):
             drawn = int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:4], "big")
             index = 0
             while index < _SIZE:
-                try:
-                    count = min(_CHUNK, _SIZE - index)
-                    items = self._worker.call(self.target, "take", drawn, index, count, timeout=_MAKING)
-                except SandboxError as error:
-                    raise SlingshotError(f"{self.name}: making item {index} of seed {drawn} {error}") from error
-                for item in items:
+                place = (drawn, index, min(_CHUNK, _SIZE - index))
+                for item in self.call(f"making item {index} of seed {drawn}", "take", *place, timeout=_MAKING):
                     yield self._problem(item, {"seed": drawn, "index": index})
                     index += 1
 
@@ -113,7 +109,7 @@ class Gym(IsolatedTask):
             said.append(f"{'Add' if operator == '+' else 'Subtract'} {right}: {worked}.")
         return Solution(" ".join(said), problem.answer)
 
-    def verify_in(self, worker: Worker, problem: Problem, text: str, lenient: bool = False) -> Reward:
+    def verify(self, problem: Problem, text: str, lenient: bool = False) -> Reward:
         """1.0 where reasoning-gym says 1.0; an answer on which its scorer fails or hangs is wrong.
 
         Where the known answer is a number or a word, so must be the one read; else the whole text, or its last line.
@@ -135,8 +131,8 @@ class Gym(IsolatedTask):
         if answer is None or not near or answer == known:
             return Reward(float(answer is not None and answer == known), answer)
         try:
-            value = worker.call(self.target, "score", problem.data["seed"], problem.data["index"], answer)
-        except SandboxError:
+            value = self.call("score", "score", problem.data["seed"], problem.data["index"], answer)
+        except SlingshotError:
             value = 0.0
         return Reward(float(value == 1.0), answer)
 

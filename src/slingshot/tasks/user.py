@@ -20,6 +20,7 @@ import random
 import reprlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,7 +30,7 @@ from pydantic import Field, PrivateAttr
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.sandbox.isolate import number, take
-from slingshot.sandbox.worker import SandboxError, Target, Worker
+from slingshot.sandbox.worker import SandboxError, Target
 from slingshot.tasks.task import Language, Problem, Reward, Solution, Split, Style, in_split
 from slingshot.tasks.verification import IsolatedTask
 
@@ -81,7 +82,7 @@ class UserTask(IsolatedTask):
             raise SlingshotError(
                 f"{path}: no such file; a task is one Python file with {' and '.join(needed.values())}"
             )
-        task._functions = task._call(task._worker, "importing it", "functions")
+        task._functions = task.call("importing it", "functions")
         for name, form in needed.items():
             if name not in task._functions:
                 raise SlingshotError(f"{path}: function {form} is missing; add it")
@@ -131,7 +132,7 @@ class UserTask(IsolatedTask):
 
     def _all(self, split: Split, seed: int) -> Iterator[Problem]:
         start = 0
-        while items := self._call(self._worker, "problems()", "take", split, seed, start, _CHUNK):
+        while items := self.call("problems()", "take", split, seed, start, _CHUNK):
             for place, item in enumerate(items, start=start):
                 given = _Problem.parse(item, f"{self.path}: problems() item {place}")
                 yield Problem(given.prompt, given.key or given.prompt, given.answer, given.language, given.data)
@@ -141,39 +142,26 @@ class UserTask(IsolatedTask):
         """The file's solution; in style "answer" its answer alone."""
         if not self.has_solutions:
             return super().solution(problem, style, rng)
-        given = self._call(self._worker, "solution()", "solution", _as_dict(problem), style)
+        given = self.call("solution()", "solution", asdict(problem), style)
         written = _Solution.parse(given, f"{self.path}: solution()")
         return Solution("" if style == "answer" else written.reasoning, written.answer)
 
-    def verify_in(self, worker: Worker, problem: Problem, text: str, lenient: bool = False) -> Reward:
+    def verify(self, problem: Problem, text: str, lenient: bool = False) -> Reward:
         """What the file's verify says of `text`; with `lenient`, of its last line."""
         answer = self.extract(text) if lenient else self.read(text)
         if answer is None:
             return Reward(0.0, None)
         try:
-            value = self._call(worker, "verify()", "verify", _as_dict(problem), answer)
+            value = self.call("verify()", "verify", asdict(problem), answer)
         except SlingshotError as error:
             return Reward(0.0, None, str(error))
         return Reward(float(value), answer)
 
-    def step_in(
-        self, worker: Worker, problem: Problem, messages: Sequence[Mapping[str, str]]
-    ) -> list[dict[str, str]] | None:
+    def step(self, problem: Problem, messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]] | None:
         if not self.has_turns:
             return None
-        given = self._call(worker, "step()", "step", _as_dict(problem), [dict(message) for message in messages])
+        given = self.call("step()", "step", asdict(problem), [dict(message) for message in messages])
         return given and [_Message.parse(each, f"{self.path}: step()").model_dump() for each in given]
-
-    def _call(self, worker: Worker, what: str, method: str, *args: Any) -> Any:
-        try:
-            return worker.call(self.target, method, *args)
-        except SandboxError as error:
-            raise SlingshotError(f"{self.path}: {what} {error}") from error
-
-
-def _as_dict(problem: Problem) -> dict[str, Any]:
-    fields = {"prompt": problem.prompt, "key": problem.key, "answer": problem.answer, "language": problem.language}
-    return fields | {"data": dict(problem.data)}
 
 
 class File:

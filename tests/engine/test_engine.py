@@ -234,7 +234,7 @@ def test_stop_strings_cut_the_text_before_them(scripted, tokenizer, text, stop, 
 
 def test_of_stop_strings_completed_by_one_token_the_first_to_begin_cuts(tokenizer):
     (end,) = tokenizer.encode(" end")
-    watch = StopWatch(("nd", "e", "d"), tokenizer)
+    watch = StopWatch(("nd", "e", "d"), tokenizer, {})
     assert not any(watch.push(token) for token in tokenizer.encode("Th"))
     assert watch.push(end)
     assert watch.text[: watch.cut] == "Th "
@@ -481,7 +481,8 @@ def test_update_weights_reaches_copies_and_is_refused_in_flight(model, tokenizer
     before = token_ids(own.generate(prompts, params))
     assert before != expected
     for engine in (shared, own):
-        engine.update_weights(other)
+        engine.update_weights(other, version=7)
+        assert engine.weights_version == 7
         assert token_ids(engine.generate(prompts, params)) == expected
     own.update_weights((name, tensor) for name, tensor in model.state_dict().items())
     assert token_ids(own.generate(prompts, params)) == before

@@ -11,7 +11,6 @@ Suffix: S slots.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from slingshot.engine.kv_cache import KVCache
 from slingshot.engine.sequence import Sequence
@@ -26,21 +25,16 @@ class Batch:
     def __init__(
         self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_batch: int, cache_bytes: int
     ) -> None:
-        self._config, self._dtype, self._device = config, dtype, device
+        self._cache_of = lambda slots, length: KVCache(config, slots, length, dtype, device)
         self._max_batch = max_batch
         self._max_entries = cache_bytes // (config.cache_width * config.num_hidden_layers * dtype.itemsize)
         self.sequences: list[Sequence] = []
-        self.cache = KVCache(config, 0, 0, dtype, device)
-        self.tokens_S = torch.zeros(max_batch, dtype=torch.long, device=device)
-        self.positions_S = torch.zeros(max_batch, dtype=torch.long, device=device)
-        self.streams_S = torch.zeros(max_batch, dtype=torch.long, device=device)
-        self.top_k_S = torch.zeros(max_batch, dtype=torch.long, device=device)
-        self.top_p_S = torch.zeros(max_batch, device=device)
-        self.temperature_S = torch.zeros(max_batch, device=device)
-
-    @property
-    def _rows_S(self) -> tuple[Tensor, ...]:
-        return self.tokens_S, self.positions_S, self.streams_S, self.top_k_S, self.top_p_S, self.temperature_S
+        self.cache = self._cache_of(0, 0)
+        self.tokens_S, self.positions_S, self.streams_S, self.top_k_S = (
+            torch.zeros(max_batch, dtype=torch.long, device=device) for _ in range(4)
+        )
+        self.top_p_S, self.temperature_S = (torch.zeros(max_batch, device=device) for _ in range(2))
+        self._rows_S = self.tokens_S, self.positions_S, self.streams_S, self.top_k_S, self.top_p_S, self.temperature_S
 
     def fits(self, rows: int, length: int) -> bool:
         """Whether `rows` sequences of at most `length` tokens may be active at once."""
@@ -48,18 +42,18 @@ class Batch:
 
     def place(self, sequences: list[Sequence]) -> int:
         """Give each sequence the next slot, its row poised to decode the prompt's last token; -> the first one's."""
-        first, requests = len(self.sequences), [sequence.request for sequence in sequences]
-        self._reserve(first + len(sequences), max(sequence.request.limit for sequence in [*self.sequences, *sequences]))
-        values = (
-            [request.prompt[-1] for request in requests],
-            [len(request.prompt) - 1 for request in requests],
-            [sequence.stream for sequence in sequences],
-            [request.params.top_k for request in requests],
-            [request.params.top_p for request in requests],
-            [request.params.temperature for request in requests],
+        first, last = len(self.sequences), len(self.sequences) + len(sequences)
+        self._reserve(last, max(sequence.request.limit for sequence in [*self.sequences, *sequences]))
+        prompts, params = zip(
+            *((sequence.request.prompt, sequence.request.params) for sequence in sequences), strict=True
         )
+        values = (
+            [prompt[-1] for prompt in prompts], [len(prompt) - 1 for prompt in prompts],
+            [sequence.stream for sequence in sequences],
+            [its.top_k for its in params], [its.top_p for its in params], [its.temperature for its in params],
+        )  # fmt: skip
         for rows_S, row_values in zip(self._rows_S, values, strict=True):
-            rows_S[first : first + len(sequences)] = torch.tensor(row_values, dtype=rows_S.dtype, device=self._device)
+            rows_S[first:last] = torch.tensor(row_values, dtype=rows_S.dtype)
         self.sequences += sequences
         return first
 
@@ -83,9 +77,7 @@ class Batch:
             old.data.clear()  # nothing to keep: its memory goes before its successor's comes
         doubled = min(self._max_batch, 1 << (rows - 1).bit_length())
         length = -(-length // LENGTH_STEP) * LENGTH_STEP
-        self.cache = KVCache(
-            self._config, doubled if self.fits(doubled, length) else rows, length, self._dtype, self._device
-        )
+        self.cache = self._cache_of(doubled if self.fits(doubled, length) else rows, length)
         if active:
             used = max(sequence.length for sequence in self.sequences)
             for layer, old_layer in zip(self.cache.data, old.data, strict=True):

@@ -7,8 +7,8 @@
     for kind, text in engine.stream(prompt, params): ...        # kind is "reasoning" or "answer"
 
 Underneath, `add` queues a request, `step` advances every active sequence by one token and returns the requests that
-finished, `abort` takes one out. A step reads: admit what waits into free slots and prefill it, decode one token for
-every row, let finished sequences leave. Any number of threads may use one engine: they take turns to step, each step
+finished, `abort` takes one out. A step admits what waits into free slots and prefills it, decodes one token for every
+row, and lets finished sequences leave. Any number of threads may use one engine: they take turns to step, each step
 advances the requests of all, and generate, chat and stream return their own.
 
 A prompt is prefilled up to its last token, which then takes the way of every sampled one: there is one place that
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -35,7 +36,6 @@ from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.engine.batch import Batch
 from slingshot.engine.sampling import SamplingParams, sample, uniform_noise
 from slingshot.engine.sequence import Completion, Request, RequestOutput, Sequence
-from slingshot.engine.turns import Turns
 from slingshot.machine.device import auto_device, auto_dtype
 from slingshot.model.transformer import Transformer
 from slingshot.text.reasoning import Delta, Kind, ReasoningStream
@@ -50,12 +50,27 @@ ROW_STEP = 16  # a batch decodes a multiple of this many rows, for the same reas
 EXTENT_STEP = 16  # decoding attends over a multiple of this many cached tokens, so that kernels see few shapes
 
 
+class Turns:
+    """A lock, served about in the order in which threads come: whoever steps in a loop queues behind those that wait."""
+
+    def __init__(self) -> None:
+        self._first, self._lock = threading.Lock(), threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._first:  # only the first in the queue waits for the turn itself, so nobody can overtake it
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 class Engine:
     """Generates with a model and its tokenizer.
 
     max_batch: sequences decoded together at most. max_length: tokens of a sequence at most, prompt included (default:
     the model's max_position_embeddings). dtype None shares the model's parameters; otherwise the engine keeps a copy in
     that dtype. cache_bytes: about how much memory the cache may take; fewer sequences run at once where they are long.
+    weights_version is what the last `update_weights` called its weights; 0 before.
     """
 
     def __init__(
@@ -70,17 +85,15 @@ class Engine:
         config = model.config
         if max_batch < 1:
             raise SlingshotError(f"max_batch must be at least 1, got {max_batch}")
-        longest = config.max_position_embeddings
+        longest, named = config.max_position_embeddings, "the model's max_position_embeddings"
+        self.max_length = longest if max_length is None else max_length
         if max_length is not None and not 2 <= max_length <= longest:
-            limit = f"the model's max_position_embeddings {longest}"
-            raise SlingshotError(f"max_length must be between 2 and {limit}, got {max_length}")
-        self.model = model
+            raise SlingshotError(f"max_length must be between 2 and {named} {longest}, got {max_length}")
+        self.model, self.tokenizer, self.weights_version = model, tokenizer, 0
         if dtype is not None:  # routers stay float32, as in the trainer: both choose alike
             self.model = copy.deepcopy(model).requires_grad_(False)
             self.model.cast(dtype)
             self.model.compute_dtype = None
-        self.tokenizer = tokenizer
-        self.max_length = max_length or longest
         weight = self.model.model.embed_tokens.weight
         self._device = weight.device
         self._batch = Batch(config, self.model.compute_dtype or weight.dtype, weight.device, max_batch, cache_bytes)
@@ -88,7 +101,6 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count()
-        self._claimed: dict[int, RequestOutput | None] = {}  # what a generate or stream waits for
         self._finished: list[RequestOutput] = []  # what the next `step` returns
 
     @classmethod
@@ -147,10 +159,8 @@ class Engine:
             rows = enumerate(self._batch.sequences)
             for slot in reversed([slot for slot, sequence in rows if sequence.request is request]):
                 self._batch.remove(slot)  # its waiting samples are passed over when their turn comes
-            output = request.output()
-            if request_id in self._claimed:
-                self._claimed[request_id] = output
-            return output
+            request.result = request.output()
+            return request.result
 
     def generate(
         self,
@@ -168,17 +178,19 @@ class Engine:
         names: Seq[str | None] = [None] * len(prompts) if keys is None else keys
         if not len(prompts) == len(each) == len(names):
             raise SlingshotError(f"{len(prompts)} prompts, {len(each)} params and {len(names)} keys: give one each")
-        ids: list[int] = []
+        requests: list[Request] = []
         try:
             for prompt, its_params, key in zip(prompts, each, names, strict=True):
-                ids.append(self._enter(prompt, its_params, key, claimed=True).request_id)  # type: ignore[arg-type]
-            while any(self._claimed[request_id] is None for request_id in ids):
-                with self._turns:
-                    if any(self._claimed[request_id] is None for request_id in ids):  # not finished meanwhile
-                        self._advance()
-            return [output for request_id in ids if (output := self._claimed[request_id])]
+                requests.append(self._enter(prompt, its_params, key, claimed=True))  # type: ignore[arg-type]
+            for request in requests:
+                while request.result is None:
+                    with self._turns:
+                        if request.result is None:  # not finished meanwhile
+                            self._advance()
+            return [request.result for request in requests if request.result]
         finally:  # nothing of an interrupted call stays behind
-            self._leave(ids)
+            for request in requests:
+                self.abort(request.request_id)
 
     def chat(
         self, messages: str | Seq[Message], params: SamplingParams | None = None, key: str | None = None
@@ -205,9 +217,9 @@ class Engine:
         try:
             while True:
                 with self._turns:
-                    if self._claimed[request.request_id] is None:
+                    if request.result is None:
                         self._advance()
-                    if output := self._claimed[request.request_id]:
+                    if output := request.result:
                         break
                     safe = len(sequence.token_ids) if sequence.watch is None else sequence.watch.safe_tokens()
                     fresh = sequence.token_ids[pushed:safe]
@@ -217,17 +229,19 @@ class Engine:
                         yield kind, text
                 pushed = safe
         finally:
-            self._leave([request.request_id])
+            self.abort(request.request_id)
         # The end was held back: where the text ends, and what its last white space belongs to, is known only now.
         completion = output.outputs[0]
-        ends: tuple[Delta, ...] = (("reasoning", completion.reasoning or ""), ("answer", completion.answer))
-        for kind, text in ends:
+        for kind in sent:
+            text = completion.answer if kind == "answer" else completion.reasoning or ""
             if rest := text[len(sent[kind]) :]:
                 yield kind, rest
         return completion
 
     @torch.no_grad()
-    def update_weights(self, source: Transformer | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+    def update_weights(
+        self, source: Transformer | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], version: int = 0
+    ) -> None:
         """Take over new weights, cast to the engine's dtype: a model, its state dict, or pairs taken one by one.
 
         Tensors that the engine shares with the model are there already.
@@ -235,8 +249,7 @@ class Engine:
         """
         with self._turns:
             if self._requests:
-                waiting = f"{len(self._requests)} requests are in flight"
-                raise SlingshotError(f"update_weights: {waiting}; finish or abort them first")
+                raise SlingshotError(f"update_weights: {len(self._requests)} requests are in flight; abort them first")
             state = source.state_dict() if isinstance(source, Transformer) else source
             own, taken = self.model.state_dict(), set()
             for name, tensor in state.items() if isinstance(state, Mapping) else state:
@@ -247,6 +260,7 @@ class Engine:
                     own[name].copy_(tensor)
             if missing := own.keys() - taken:
                 raise SlingshotError(f"update_weights: {min(missing)} is missing")
+            self.weights_version = version
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -255,19 +269,16 @@ class Engine:
             ids = [part for part in prompt if isinstance(part, int)]
             messages = [part for part in prompt if isinstance(part, Mapping)]
             if len(prompt) not in (len(ids), len(messages)):
-                several = "several prompts go in one list around them"
-                raise SlingshotError(f"a prompt is text, a list of token ids or a list of chat messages; {several}")
+                raise SlingshotError("a prompt is text, token ids or chat messages; several go in one list around them")
             if messages:
                 ids = self.tokenizer.encode_chat(messages, add_generation_prompt=True)
         if not ids:
             raise SlingshotError("the prompt is empty: nothing says where to begin")
         if len(ids) >= self.max_length:
-            sizes = f"the prompt has {len(ids)} tokens, max_length is {self.max_length}"
-            raise SlingshotError(f"{sizes}: no room for an answer; shorten it")
+            raise SlingshotError(f"the prompt has {len(ids)} tokens, max_length is {self.max_length}: shorten it")
         vocabulary = self.model.config.vocab_size
-        if not 0 <= min(ids) <= max(ids) < vocabulary:
-            beyond = max(ids) if min(ids) >= 0 else min(ids)
-            raise SlingshotError(f"the prompt holds token id {beyond}, the model's vocabulary has {vocabulary}")
+        if beyond := [token_id for token_id in ids if not 0 <= token_id < vocabulary]:
+            raise SlingshotError(f"the prompt holds token id {beyond[0]}, the model's vocabulary has {vocabulary}")
         return ids
 
     @cached_property
@@ -280,18 +291,11 @@ class Engine:
         ids, params = self._encode(prompt), params or SamplingParams()
         name = ",".join(map(str, ids)) if key is None else key
         silent = self._silent_tokens if params.stop else {}
-        request = Request(next(self._ids), ids, params, name, self.max_length, self.tokenizer, silent)
+        request = Request(next(self._ids), ids, params, name, self.max_length, self.tokenizer, silent, claimed)
         with self._turns:
-            if claimed:
-                self._claimed[request.request_id] = None
             self._requests[request.request_id] = request
             self._waiting.extend(request.sequences)
         return request
-
-    def _leave(self, ids: Iterable[int]) -> None:
-        for request_id in ids:
-            self.abort(request_id)
-            self._claimed.pop(request_id, None)
 
     @torch.inference_mode()
     def _advance(self) -> None:
@@ -304,11 +308,9 @@ class Engine:
         for request in [self._batch.remove(slot).request for slot in reversed(finished)]:
             request.unfinished -= 1
             if not request.unfinished:
-                output = self._requests.pop(request.request_id).output()
-                if request.request_id in self._claimed:
-                    self._claimed[request.request_id] = output
-                else:
-                    self._finished.append(output)
+                request.result = self._requests.pop(request.request_id).output()
+                if not request.claimed:
+                    self._finished.append(request.result)
 
     def _admit(self) -> None:
         """Move what waits into free slots, first come first served, and write its prompts to the cache."""
@@ -341,14 +343,10 @@ class Engine:
             batch.cache.copy(slots[sequence.request], slot, len(sequence.request.prompt) - 1)
 
     def _prefill(self, first_slot: int, prompts: list[list[int]]) -> None:
-        """Write all but the last token of these prompts to the cache, in chunks that bound memory.
-
-        Padding is harmless: decoding overwrites it.
-        """
+        """Write all but the last token of these prompts to the cache, in chunks that bound memory."""
         rows, width = len(prompts), max(map(len, prompts)) - 1
-        tokens_BT = torch.tensor(
-            [prompt[:-1] + [0] * (width + 1 - len(prompt)) for prompt in prompts], device=self._device
-        )
+        padded = [prompt[:-1] + [0] * (width + 1 - len(prompt)) for prompt in prompts]  # decoding overwrites padding
+        tokens_BT = torch.tensor(padded, device=self._device)
         positions_BT = torch.arange(width, device=self._device).expand(rows, width)
         chunk = max(1, PREFILL_SCORES // max(1, rows * width * self.model.config.num_attention_heads))
         for start in range(0, width, chunk):
@@ -369,12 +367,12 @@ class Engine:
         logits_BV = self.model.lm_logits(output.hidden_BTD[:rows, -1])
         positions_B += 1
         uniform_B = uniform_noise(batch.streams_S[:rows], positions_B)
-        ids_B, logprobs_B = sample(
-            logits_BV, batch.temperature_S[:rows], batch.top_p_S[:rows], batch.top_k_S[:rows], uniform_B
-        )
+        params = batch.temperature_S[:rows], batch.top_p_S[:rows], batch.top_k_S[:rows]
+        ids_B, logprobs_B = sample(logits_BV, *params, uniform_B)
         if not torch.isfinite(logprobs_B).all():
-            diverged = "the model's logits are not finite: its weights have diverged"
-            raise SlingshotError(f"{diverged}; go back to an earlier checkpoint")
+            raise SlingshotError(
+                "the model's logits are not finite: its weights have diverged; go back to a checkpoint"
+            )
         tokens_B.copy_(ids_B)
         return ids_B.tolist(), logprobs_B.tolist()
 

@@ -54,16 +54,10 @@ class CachedContext(Context):
         self._mask_BTS = torch.arange(extent, device=device) <= positions_BT[..., None]
 
     def attend(self, layer: int, q_XHW: Tensor, k_XGW: Tensor, v_XGV: Tensor | int, scale: float) -> Tensor:
-        groups, width = k_XGW.shape[2:]
-        entries_BTC = (
-            k_XGW.flatten(2) if isinstance(v_XGV, int) else torch.cat((k_XGW.flatten(2), v_XGV.flatten(2)), -1)
-        )
+        parts = [part for part in (k_XGW, v_XGV) if isinstance(part, Tensor)]
         rows_BSC = self._layers[layer]
-        rows_BSC[self._place] = entries_BTC.to(rows_BSC.dtype)
+        rows_BSC[self._place] = torch.stack(parts, dim=2).flatten(2).to(rows_BSC.dtype)
         rows_BSC = rows_BSC[:, : self._extent].to(q_XHW.dtype)
-        k_BSGW = rows_BSC[..., : groups * width].unflatten(-1, (groups, width))
-        if isinstance(v_XGV, int):
-            v_BSGV = k_BSGW[..., :v_XGV]
-        else:
-            v_BSGV = rows_BSC[..., groups * width :].unflatten(-1, (groups, -1))
+        k_BSGW, *values = rows_BSC.view(*rows_BSC.shape[:2], len(parts), *k_XGW.shape[2:]).unbind(2)
+        v_BSGV = k_BSGW[..., :v_XGV] if isinstance(v_XGV, int) else values[0]
         return attend_folded(q_XHW, k_BSGW, v_BSGV, self._mask_BTS, scale)

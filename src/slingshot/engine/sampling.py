@@ -143,7 +143,8 @@ def draw(weights_BV: Tensor, cumulative_BV: Tensor, uniform_B: Tensor) -> Tensor
     # uniform < 1 keeps the target under the last entry, and `right` skips entries that add nothing.
     target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
     ids_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True).clamp_(max=weights_BV.shape[-1] - 1)
-    return torch.where(weights_BV.gather(-1, ids_B1) > 0, ids_B1, weights_BV.argmax(-1, keepdim=True))
+    kept_B1 = weights_BV.gather(-1, ids_B1) > 0
+    return ids_B1 if kept_B1.all() else torch.where(kept_B1, ids_B1, weights_BV.argmax(-1, keepdim=True))
 
 
 def sample(

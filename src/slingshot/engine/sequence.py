@@ -1,17 +1,14 @@
 """A request on its way through the engine.
 
-    request = Request(0, prompt_ids, params, key="", max_length=4096, tokenizer=tokenizer)
-    request.sequences[0].push(token_id, logprob)        # True when that sample is finished
-    request.output()                                    # once all are
-
-`Request` holds the prompt, one `Sequence` grows per sample, `RequestOutput` with its `Completion`s is what comes back.
+`Request` holds the prompt, one `Sequence` grows per sample and says when it is finished, `RequestOutput` with its
+`Completion`s is what comes back.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Literal
 
 from slingshot.engine.sampling import SamplingParams, noise_stream
@@ -53,9 +50,7 @@ class StopWatch:
     `silent` names the tokens that add nothing to the text a reader sees: here they are written out.
     """
 
-    def __init__(
-        self, stop: tuple[str, ...], tokenizer: Tokenizer, silent: Mapping[int, str] = MappingProxyType({})
-    ) -> None:
+    def __init__(self, stop: tuple[str, ...], tokenizer: Tokenizer, silent: Mapping[int, str]) -> None:
         self._stop, self._stream, self._silent = stop, tokenizer.stream(), silent
         self._longest = max(map(len, stop))
         self._written: list[tuple[int, int]] = []  # where silent tokens stand in the text
@@ -84,13 +79,9 @@ class StopWatch:
 
     def safe_tokens(self) -> int:
         """How many tokens no stop string can reach back into any more, whatever comes next."""
-        held = max(
-            (size for stop in self._stop for size in range(1, len(stop)) if self.text.endswith(stop[:size])), default=0
-        )
-        count = len(self.ends)
-        while count and self.ends[count - 1] > len(self.text) - held:
-            count -= 1
-        return count
+        starts = (stop[:size] for stop in self._stop for size in range(1, len(stop)))
+        held = max((len(start) for start in starts if self.text.endswith(start)), default=0)
+        return bisect_right(self.ends, len(self.text) - held)
 
 
 class Sequence:
@@ -102,9 +93,8 @@ class Sequence:
         self.logprobs: list[float] = []
         self.finish_reason: FinishReason | None = None
         self.stream = noise_stream(request.params.seed, request.key, index)
-        stop = request.params.stop
-        self.watch = StopWatch(stop, request.tokenizer, request.silent) if stop else None
         params = request.params
+        self.watch = StopWatch(params.stop, request.tokenizer, request.silent) if params.stop else None
         self._ends = set() if params.ignore_eos else request.tokenizer.eos_ids | set(params.stop_token_ids)
         self._budget = request.limit - len(request.prompt)
 
@@ -139,28 +129,24 @@ class Sequence:
     def completion(self) -> Completion:
         """What became of the sample. An unfinished one counts as aborted."""
         tokenizer, visible = self.request.tokenizer, self.visible_ids()
-        parsed = parse(visible, self.request.opened, tokenizer)
-        reason = self.finish_reason or "abort"
-        return Completion(
-            tokenizer.decode(visible), self.token_ids, self.logprobs, reason, parsed.reasoning, parsed.answer
-        )
+        text, parsed = tokenizer.decode(visible), parse(visible, self.request.opened, tokenizer)
+        sampled = self.token_ids, self.logprobs, self.finish_reason or "abort"
+        return Completion(text, *sampled, parsed.reasoning, parsed.answer)
 
 
 class Request:
-    """A prompt and its `params.n` samples, none of which may grow beyond `limit` tokens, prompt included."""
+    """A prompt and its `params.n` samples, none of which may grow beyond `limit` tokens, prompt included.
+
+    claimed: whether a caller waits for `result` itself, so that `step` does not return it.
+    """
 
     def __init__(
-        self,
-        request_id: int,
-        prompt: list[int],
-        params: SamplingParams,
-        key: str,
-        max_length: int,
-        tokenizer: Tokenizer,
-        silent: Mapping[int, str],
-    ) -> None:
+        self, request_id: int, prompt: list[int], params: SamplingParams, key: str, max_length: int,
+        tokenizer: Tokenizer, silent: Mapping[int, str], claimed: bool,
+    ) -> None:  # fmt: skip
         self.request_id, self.prompt, self.params, self.key = request_id, prompt, params, key
-        self.tokenizer, self.silent = tokenizer, silent
+        self.tokenizer, self.silent, self.claimed = tokenizer, silent, claimed
+        self.result: RequestOutput | None = None
         self.limit = min(len(prompt) + params.max_tokens, max_length)
         self.opened = ends_in_reasoning(prompt, tokenizer)
         self.sequences = [Sequence(self, index) for index in range(params.n)]

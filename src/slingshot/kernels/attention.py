@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Kernel = Callable[..., Any]
 SHORT = 256  # up to here plain products beat torch's fused kernel on a CPU: its backward takes 3.9 times as long at 128
 
 
@@ -72,13 +73,7 @@ def _attend_causal(q_BTHW: Tensor, k_BTHW: Tensor, v_BTHV: Tensor, scale: float)
 
 
 def attend_varlen(
-    q_BTHW: Tensor,
-    k_BTHW: Tensor,
-    v_BTHV: Tensor,
-    starts: Tensor,
-    longest: int,
-    scale: float,
-    kernel: Callable[..., Any],
+    q_BTHW: Tensor, k_BTHW: Tensor, v_BTHV: Tensor, starts: Tensor, longest: int, scale: float, kernel: Kernel
 ) -> Tensor:
     """`attend_documents` by one call of torch.nn.attention.varlen.varlen_attn (CUDA, 16 bits) or a kernel like it.
 
@@ -94,14 +89,14 @@ def attend_folded(q_BTHW: Tensor, k_BSGW: Tensor, v_BSGV: Tensor, mask_BTS: Tens
 
     Plain products: at one query a row, torch's fused CPU kernel takes several times as long.
     """
-    (batch, time), groups = q_BTHW.shape[:2], k_BSGW.shape[2]
+    (batch, time, heads, width), groups = q_BTHW.shape, k_BSGW.shape[2]
     k_NSW, v_NSV = (t.transpose(1, 2).flatten(0, 1) for t in (k_BSGW, v_BSGV))
-    q_NMW = q_BTHW.unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
-    scores = torch.bmm(q_NMW, k_NSW.transpose(1, 2)).unflatten(0, (batch, groups)).unflatten(2, (time, -1))
-    scores = (scores.float() * scale).masked_fill(~mask_BTS[:, None, :, None], -torch.inf)
-    weights_NMS = scores.softmax(-1).to(q_NMW.dtype).flatten(2, 3).flatten(0, 1)
-    y = torch.bmm(weights_NMS, v_NSV).unflatten(0, (batch, groups)).unflatten(2, (time, -1))
-    return y.transpose(1, 2).flatten(2, 3)
+    q_BGTMW = q_BTHW.reshape(batch, time, groups, -1, width).transpose(1, 2)
+    scores_NMS = torch.bmm(q_BGTMW.reshape(batch * groups, -1, width), k_NSW.mT).float().mul_(scale)
+    scores_BGTMS = scores_NMS.view(batch, groups, time, heads // groups, -1)
+    scores_BGTMS.masked_fill_(~mask_BTS.unsqueeze(1).unsqueeze(3), -torch.inf)
+    y_NMV = torch.bmm(scores_NMS.softmax(-1).to(q_BTHW.dtype), v_NSV)
+    return y_NMV.view(batch, groups, time, heads // groups, -1).transpose(1, 2).flatten(2, 3)
 
 
 def _one_width(*tensors: Tensor) -> list[Tensor]:

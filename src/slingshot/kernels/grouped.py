@@ -28,11 +28,9 @@ class _GroupedMatmul(torch.autograd.Function):
         ctx.save_for_backward(x_ND, weight_EFD)
         ctx.counts = counts
         y_NF = x_ND.new_empty(x_ND.shape[0], weight_EFD.shape[1])
-        start = 0
-        for weight_FD, count in zip(weight_EFD, counts, strict=True):
-            if count:
-                torch.mm(x_ND[start : start + count], weight_FD.t(), out=y_NF[start : start + count])
-            start += count
+        for x, weight_DF, y in zip(x_ND.split(counts), weight_EFD.mT.unbind(), y_NF.split(counts), strict=True):
+            if len(x):
+                torch.mm(x, weight_DF, out=y)
         return y_NF
 
     @staticmethod
@@ -40,13 +38,11 @@ class _GroupedMatmul(torch.autograd.Function):
         x_ND, weight_EFD = ctx.saved_tensors
         grad_NF = grads[0].contiguous()
         dx_ND, dw_EFD = torch.empty_like(x_ND), torch.empty_like(weight_EFD)
-        start = 0
-        for expert, count in enumerate(ctx.counts):
-            rows = slice(start, start + count)
-            if count:
-                torch.mm(grad_NF[rows], weight_EFD[expert], out=dx_ND[rows])
-                torch.mm(grad_NF[rows].t(), x_ND[rows], out=dw_EFD[expert])
+        grads_dx_x = (t.split(ctx.counts) for t in (grad_NF, dx_ND, x_ND))
+        for grad, dx, x, weight_FD, dw_FD in zip(*grads_dx_x, weight_EFD.unbind(), dw_EFD.unbind(), strict=True):
+            if len(x):
+                torch.mm(grad, weight_FD, out=dx)
+                torch.mm(grad.t(), x, out=dw_FD)
             else:
-                dw_EFD[expert].zero_()
-            start += count
+                dw_FD.zero_()
         return dx_ND, dw_EFD, None

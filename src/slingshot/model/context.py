@@ -34,7 +34,7 @@ class Context(ABC):
     def attend(self, layer: int, q_XHW: Tensor, k_XGW: Tensor, v_XGV: Tensor | int, scale: float) -> Tensor:
         """softmax(scale q k^T) v over every token that each query may see: y_XHV.
 
-        A number for v: values are the first so many numbers of the keys.
+        Values are as wide as keys, or, where v is a number, the first so many numbers of the keys.
         """
 
 

@@ -95,7 +95,10 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, y_PD: Tensor, gates_Nk: Tensor, slot_A: Tensor, owner_P: Tensor) -> Tensor:
         ctx.save_for_backward(y_PD, gates_Nk, slot_A, owner_P)
         k = gates_Nk.shape[1]
-        parts, gates = y_PD.index_select(0, slot_A).unflatten(0, (-1, k)).unbind(1), gates_Nk.split(1, dim=1)
+        parts, gates = (
+            y_PD.index_select(0, slot_A).view(-1, k, y_PD.shape[1]).unbind(1),
+            gates_Nk.unsqueeze(2).unbind(1),
+        )
         total = parts[0] * gates[0]
         for part, gate in zip(parts[1:], gates[1:], strict=True):
             total.addcmul_(part, gate)

@@ -43,10 +43,10 @@ class Linear(nn.Module):
 
     def by_head(self, x_XHD: Tensor, part: slice, transposed: bool = False) -> Tensor:
         """Each head's x times `part` of the rows that the weight has for that head, W^T or, transposed, W: y_XHF."""
-        heads = x_XHD.shape[-2]
-        weight_HFD = self.matrix(x_XHD.dtype).unflatten(0, (heads, -1))[:, part]
-        y = torch.matmul(x_XHD.flatten(0, -3).transpose(0, 1), weight_HFD if transposed else weight_HFD.mT)
-        return y.transpose(0, 1).unflatten(0, x_XHD.shape[:-2])
+        weight_FD = self.matrix(x_XHD.dtype)
+        weight_HFD = weight_FD.view(x_XHD.shape[-2], -1, weight_FD.shape[1])[:, part]
+        y_HNF = torch.bmm(x_XHD.flatten(0, -3).transpose(0, 1), weight_HFD if transposed else weight_HFD.mT)
+        return y_HNF.transpose(0, 1).view(*x_XHD.shape[:-1], -1)
 
 
 class Embedding(Linear):

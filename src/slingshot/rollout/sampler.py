@@ -97,7 +97,7 @@ class EngineSampler:
 
     def update_weights(self, version: int, state: Mapping[str, Tensor]) -> None:
         """Parameters are gathered and copied one by one; those that model and engine share are there already."""
-        self._engine.update_weights((name, whole(tensor)) for name, tensor in state.items())
+        self._engine.update_weights(((name, whole(tensor)) for name, tensor in state.items()), version)
 
 
 Script = Callable[[str, int], Solution | str]

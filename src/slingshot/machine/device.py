@@ -88,11 +88,11 @@ def measure_threads(width: int, most: int, seconds: float = 0.3) -> int:
         (x + hidden @ down.T).square().mean().backward()
 
     before, chosen, best = torch.get_num_threads(), 1, float("inf")
-    counts = [1 << power for power in range(most.bit_length())]
+    counts = sorted({1 << power for power in range(most.bit_length())} | {most})
     try:
-        for threads in sorted({*counts, most}):
+        for threads in counts:
             torch.set_num_threads(threads)
-            end = time.perf_counter() + seconds / (len(counts) + 1)
+            end = time.perf_counter() + seconds / len(counts)
             took = min(_timed(work, x.device) for _ in range(3))  # the first run prepares code
             while time.perf_counter() < end:
                 took = min(took, _timed(work, x.device))
@@ -118,16 +118,14 @@ def machine_peak(dtype: torch.dtype, device: torch.device | str | None = None) -
 def measure_peak(dtype: torch.dtype, device: torch.device | str | None = None, seconds: float = 0.3) -> float:
     """FLOP/s (int8: operations/s) of the best square matrix product found within about `seconds`.
 
-    The width doubles from 256 while that stays cheap, so a dtype without fast instructions takes no longer than others.
-    The best run counts, not the mean: neighbours on a shared machine only ever slow a product down.
+    The width doubles from 256 while that stays cheap. The best run counts: neighbours only ever slow a product down.
     Raises RuntimeError where torch has no such product on this device.
     """
     device = auto_device() if device is None else torch.device(device)
     end = time.perf_counter() + seconds
     best, took, width, patience = 0.0, 0.0, 128, seconds
-    # Twice the width is eight times the work. Up to 1024 nearly all of the time is spent waiting for threads, on a busy
-    # machine more than for arithmetic, so growth stops only where it would not fit; beyond, many short runs find the
-    # peak better than a few long ones.
+    # Twice the width is eight times the work. Up to 1024 most time is spent waiting for threads, so growth stops only
+    # where it would not fit; beyond, many short runs find the peak better than a few long ones.
     while width < 8192 and 8 * took < patience:
         width *= 2
         product = _product(width, dtype, device)
@@ -160,10 +158,8 @@ def machine_key(device: torch.device | str) -> str:
 def describe_machine(device: torch.device | str | None = None) -> Machine:
     """`slingshot.machine.machine.describe` with what torch knows: the accelerator in use, the threads, its version."""
     device = auto_device() if device is None else torch.device(device)
-    accelerator = None
-    if device.type != "cpu":
-        name = getattr(torch.get_device_module(device), "get_device_name", None)  # MPS has none
-        accelerator = str(name(device)) if name else device.type
+    name = getattr(torch.get_device_module(device), "get_device_name", None)  # MPS has none
+    accelerator = None if device.type == "cpu" else str(name(device)) if name else device.type
     return describe(accelerator=accelerator, threads=torch.get_num_threads(), torch=torch.__version__)
 
 
@@ -183,10 +179,12 @@ def _product(width: int, dtype: torch.dtype, device: torch.device) -> Callable[[
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:
     """Seconds one call takes, the device's queue included."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    start = time.perf_counter()
+
+    def now() -> float:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    start = now()
     work()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter() - start
+    return now() - start

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 POWERCAP = Path("/sys/class/powercap")
@@ -28,8 +28,10 @@ class Counter:
 
     read: Callable[[], float]
     span: float
-    last: float
     total: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.last = self.read()
 
     def poll(self) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -61,14 +63,13 @@ def _rapl(powercap: Path) -> list[Counter]:
     for zone in sorted(powercap.glob("intel-rapl:*")):
         with contextlib.suppress(OSError, ValueError):
             if (zone / "name").read_text(encoding="ascii").strip().startswith(("package", "dram")):
-                read = _microjoules(zone / "energy_uj")
-                span = int((zone / "max_energy_range_uj").read_text(encoding="ascii")) / 1e6
-                found.append(Counter(read, span, read()))
+                span = _joules(zone / "max_energy_range_uj")
+                found.append(Counter(partial(_joules, zone / "energy_uj"), span))
     return found
 
 
-def _microjoules(file: Path) -> Callable[[], float]:
-    return lambda: int(file.read_text(encoding="ascii")) / 1e6
+def _joules(file: Path) -> float:
+    return int(file.read_text(encoding="ascii")) / 1e6
 
 
 def _nvml() -> list[Counter]:
@@ -91,8 +92,7 @@ def _nvml() -> list[Counter]:
             failed = library.nvmlDeviceGetHandleByUUID(ctypes.c_char_p(name.encode()), ctypes.byref(handle))
         if not failed:
             with contextlib.suppress(OSError):
-                read = _millijoules(library, handle)
-                found.append(Counter(read, 0.0, read()))
+                found.append(Counter(partial(_gpu_joules, library, handle), span=0.0))
     return found
 
 
@@ -100,17 +100,12 @@ def _visible(count: int) -> list[str]:
     """Numbers and UUIDs in CUDA_VISIBLE_DEVICES, as CUDA reads it: all if not set, else up to the first wrong one."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(number) for number in range(count)] if given is None else [name.strip() for name in given.split(",")]
-    known = itertools.takewhile(
-        lambda name: int(name) < count if name.isdecimal() else name.startswith(("GPU-", "MIG-")), names
-    )
-    return list(known)
+    known = [int(name) < count if name.isdecimal() else name.startswith(("GPU-", "MIG-")) for name in names]
+    return names[: [*known, False].index(False)]
 
 
-def _millijoules(library: ctypes.CDLL, handle: ctypes.c_void_p) -> Callable[[], float]:
-    def read() -> float:
-        value = ctypes.c_ulonglong()
-        if code := library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(value)):
-            raise OSError(code, "this GPU does not count its energy")
-        return value.value / 1000
-
-    return read
+def _gpu_joules(library: ctypes.CDLL, handle: ctypes.c_void_p) -> float:
+    value = ctypes.c_ulonglong()
+    if code := library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(value)):
+        raise OSError(code, "this GPU does not count its energy")
+    return value.value / 1000

@@ -14,7 +14,6 @@ import contextlib
 import os
 import platform
 from pathlib import Path
-from typing import Any
 
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
@@ -44,13 +43,9 @@ class Measurement(Strict):
 def describe(accelerator: str | None = None, threads: int | None = None, torch: str | None = None) -> Machine:
     """The machine as the operating system shows it; what only torch knows is handed in."""
     return Machine(
-        cpu=_cpu_name(),
-        cores=_cores(),
-        memory_bytes=_memory_bytes(),
-        accelerator=accelerator,
-        threads=threads,
-        torch=torch,
-    )
+        cpu=_cpu_name(), cores=_cores(), memory_bytes=_memory_bytes(),
+        accelerator=accelerator, threads=threads, torch=torch,
+    )  # fmt: skip
 
 
 def measurement_path() -> Path:
@@ -66,8 +61,10 @@ def load_measurement(key: str) -> Measurement:
 
 def measurements() -> dict[str, Measurement]:
     """Everything measured on this machine so far, by key; what is not a measurement counts as lost."""
-    found = {}
-    for key, value in _load_all().items():
+    content, found = None, {}
+    with contextlib.suppress(SlingshotError):
+        content = read_json(measurement_path())
+    for key, value in content.items() if isinstance(content, dict) else ():
         with contextlib.suppress(SlingshotError):
             found[key] = Measurement.parse(value)
     return found
@@ -76,28 +73,17 @@ def measurements() -> dict[str, Measurement]:
 def save_measurement(key: str, measurement: Measurement, anew: bool = False) -> bool:
     """Keep the best of `measurement` and what is known under `key`: a busy machine measures low, never high.
 
-    `anew` forgets what was known.
-    False when the cache cannot be written, which hurts nobody: it is measured again next time.
+    `anew` forgets what was known. False when the cache cannot be written: it is measured again next time.
     """
     known = Measurement() if anew else load_measurement(key)
     peak = known.peak | {dtype: max(value, known.peak.get(dtype, 0.0)) for dtype, value in measurement.peak.items()}
     bandwidth = max(known.bandwidth or 0.0, measurement.bandwidth or 0.0) or None
+    best = Measurement(peak=peak, bandwidth=bandwidth, threads=known.threads | measurement.threads)
     try:
-        best = Measurement(peak=peak, bandwidth=bandwidth, threads=known.threads | measurement.threads)
-        write_json(measurement_path(), _load_all() | {key: best.model_dump()})
+        write_json(measurement_path(), {name: of.model_dump() for name, of in (measurements() | {key: best}).items()})
     except SlingshotError:
         return False
     return True
-
-
-def _load_all() -> dict[str, Any]:
-    if not measurement_path().is_file():
-        return {}
-    try:
-        found = read_json(measurement_path())
-    except SlingshotError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _cpu_name() -> str:

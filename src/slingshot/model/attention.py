@@ -45,33 +45,24 @@ class MLA(nn.Module):
 
     def forward(self, x_XD: Tensor, context: Context) -> Tensor:
         config, heads = self.config, self.config.num_attention_heads
-        compressed = config.q_lora_rank is not None
+        compressed, nope = config.q_lora_rank is not None, config.qk_nope_head_dim
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_XD))) if compressed else self.q_proj(x_XD)
-        q_XHN, q_XHR = q.unflatten(-1, (heads, -1)).split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        q_XHN, q_XHR = q.unflatten(-1, (heads, -1)).split([nope, config.qk_rope_head_dim], dim=-1)
         latent_XK, k_XR = self.kv_a_proj_with_mqa(x_XD).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         latent_XK = self.kv_a_layernorm(latent_XK)
         q_XHR = rotate(q_XHR, context.cos_XR, context.sin_XR, interleaved=True)
         k_X1R = rotate(k_XR.unsqueeze(-2), context.cos_XR, context.sin_XR, interleaved=True)
         if context.absorb:
-            y_XHV = self._absorbed(q_XHN, q_XHR, latent_XK, k_X1R, context)
+            q_XHK = self.kv_b_proj.by_head(q_XHN, slice(0, nope), transposed=True)
+            q_XHW, entries_X1W = torch.cat((q_XHK, q_XHR), -1), torch.cat((latent_XK.unsqueeze(-2), k_X1R), -1)
+            mixed_XHK = context.attend(self.layer, q_XHW, entries_X1W, config.kv_lora_rank, self.scale)
+            y_XHV = self.kv_b_proj.by_head(mixed_XHK, slice(nope, None))
         else:
-            y_XHV = self._expanded(q_XHN, q_XHR, latent_XK, k_X1R, context)
+            kv = self.kv_b_proj(latent_XK).unflatten(-1, (heads, -1))
+            k_XHN, v_XHV = kv.split([nope, config.v_head_dim], dim=-1)
+            q_XHW, k_XHW = torch.cat((q_XHN, q_XHR), -1), torch.cat((k_XHN, k_X1R.expand(*q_XHR.shape)), -1)
+            y_XHV = context.attend(self.layer, q_XHW, k_XHW, v_XHV, self.scale)
         return self.o_proj(y_XHV.flatten(-2))
-
-    def _expanded(self, q_XHN: Tensor, q_XHR: Tensor, latent_XK: Tensor, k_X1R: Tensor, context: Context) -> Tensor:
-        config, heads = self.config, self.config.num_attention_heads
-        kv = self.kv_b_proj(latent_XK).unflatten(-1, (heads, -1))
-        k_XHN, v_XHV = kv.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
-        q_XHW = torch.cat((q_XHN, q_XHR), dim=-1)
-        k_XHW = torch.cat((k_XHN, k_X1R.expand(*k_XHN.shape[:-1], -1)), dim=-1)
-        return context.attend(self.layer, q_XHW, k_XHW, v_XHV, self.scale)
-
-    def _absorbed(self, q_XHN: Tensor, q_XHR: Tensor, latent_XK: Tensor, k_X1R: Tensor, context: Context) -> Tensor:
-        keys, values = slice(0, self.config.qk_nope_head_dim), slice(self.config.qk_nope_head_dim, None)
-        q_XHW = torch.cat((self.kv_b_proj.by_head(q_XHN, keys, transposed=True), q_XHR), dim=-1)
-        entries_X1W = torch.cat((latent_XK.unsqueeze(-2), k_X1R), dim=-1)
-        mixed_XHK = context.attend(self.layer, q_XHW, entries_X1W, self.config.kv_lora_rank, self.scale)
-        return self.kv_b_proj.by_head(mixed_XHK, values)
 
 
 class GQA(nn.Module):

@@ -61,19 +61,11 @@ class LocalDispatcher:
         return y_ND
 
 
-def _sum_of_k(rows_A: Tensor, k: int) -> Tensor:
-    """Sum each k consecutive rows: slice by slice, several times faster on CPU than reducing the middle dimension."""
-    parts = rows_A.unflatten(0, (-1, k)).unbind(1)
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
 class _Scatter(torch.autograd.Function):
     """y_P = x[source_P], where assignment a of x's row a // k went to slot_A[a].
 
-    The gradient is gathered back through the slots: on CPU far faster than index_add.
+    The gradient is gathered back through the slots and summed slice by slice: on a CPU far faster than index_add, and
+    several times faster than reducing the middle dimension.
     """
 
     @staticmethod
@@ -85,7 +77,8 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (slot_A,) = ctx.saved_tensors
-        return _sum_of_k(grads[0].index_select(0, slot_A), ctx.k), None, None, None
+        first, *others = grads[0].index_select(0, slot_A).unflatten(0, (-1, ctx.k)).unbind(1)
+        return sum(others, first), None, None, None
 
 
 class _Combine(torch.autograd.Function):

@@ -97,9 +97,9 @@ class MoE(nn.Module):
         return y_ND.view_as(x_XD), routing
 
 
-def expert_load(experts_Nk: Tensor, valid_N: Tensor | None, n_experts: int) -> Tensor:
+def expert_load(experts_Nk: Tensor, valid_X: Tensor | None, n_experts: int) -> Tensor:
     """How many tokens chose each expert, float32 [E]; padding does not count."""
-    flat = experts_Nk if valid_N is None else experts_Nk[valid_N]
+    flat = experts_Nk if valid_X is None else experts_Nk[valid_X.flatten()]
     return flat.flatten().bincount(minlength=n_experts).float()
 
 

@@ -18,12 +18,55 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from slingshot.model.block import MTP, Block
+from slingshot.model.attention import GQA, MLA
 from slingshot.model.config import ModelConfig
 from slingshot.model.context import Context, PackedContext
 from slingshot.model.dispatch import Routing
 from slingshot.model.linear import Embedding, Linear, RMSNorm
-from slingshot.model.moe import MoE, balance_loss, expert_load
+from slingshot.model.moe import MLP, MoE, balance_loss, expert_load
+
+Routed = tuple[Tensor, Routing | None]  # what a block gives: x_BTD, and the routing of its MoE
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); the mlp is an MoE from layer `first_k_dense_replace` on."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MLA(config, layer) if config.family == "deepseek_v3" else GQA(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        is_moe = config.n_routed_experts > 0 and layer >= config.first_k_dense_replace
+        self.mlp = MoE(config) if is_moe else MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Routed:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), context)
+        y_BTD = self.post_attention_layernorm(x_BTD)
+        y_BTD, routing = self.mlp(y_BTD) if isinstance(self.mlp, MoE) else (self.mlp(y_BTD), None)
+        return x_BTD + y_BTD, routing
+
+
+class MTP(Block):
+    """The multi-token prediction module (arXiv 2412.19437, 2.2), stored as layer `num_hidden_layers` of the checkpoint.
+
+    From the main model's hidden state at t (after the final norm) and the embedding of token t+1 it predicts token t+2
+    through one more block and the shared head. The concatenation is [embedding; hidden], as in the released weights
+    (the paper prints the reverse).
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
+        self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+
+    def forward(self, hidden_BTD: Tensor, context: Context, embedding_BTD: Tensor | None = None) -> Routed:
+        """hidden at t and embedding of t+1 -> normalised hidden from which the head predicts t+2, [B, T, D]."""
+        assert embedding_BTD is not None
+        x_BTD = self.eh_proj(torch.cat((self.enorm(embedding_BTD), self.hnorm(hidden_BTD)), dim=-1))
+        y_BTD, routing = super().forward(x_BTD, context)
+        return self.shared_head["norm"](y_BTD), routing
 
 
 @dataclass
@@ -127,11 +170,10 @@ class Transformer(nn.Module):
         if self.compute_dtype is not None:
             embedding_BTD = embedding_BTD.to(self.compute_dtype)
         x_BTD = embedding_BTD
-        routings: list[Routing] = []
+        routings = []
         for layer in self.model.layers[: config.num_hidden_layers]:
             x_BTD, routing = layer(x_BTD, context)
-            if routing is not None:
-                routings.append(routing)
+            routings.append(routing)
         output = ModelOutput(hidden_BTD=self.model.norm(x_BTD))
         if mtp:
             hidden_BTD, following_BTD = output.hidden_BTD, embedding_BTD.roll(-1, dims=1)
@@ -139,18 +181,12 @@ class Transformer(nn.Module):
                 hidden_BTD, following_BTD = hidden_BTD.detach(), following_BTD.detach()
             module = self.model.layers[config.num_hidden_layers]
             output.mtp_hidden_BTD, routing = module(hidden_BTD, context, following_BTD)
-            if routing is not None:
-                routings.append(routing)
-        if routings and packed:
-            valid_BT = None if segments_BT is None else segments_BT > 0
-            valid_N, losses = None if valid_BT is None else valid_BT.flatten(), []
-            for routing in routings:
-                scores_BTE, experts_BTk = (
-                    t.unflatten(0, tokens_BT.shape) for t in (routing.scores_NE, routing.experts_Nk)
-                )
-                output.load_LE.append(expert_load(routing.experts_Nk, valid_N, config.n_routed_experts))
-                losses.append(balance_loss(scores_BTE, experts_BTk, valid_BT))
-            output.balance_loss = torch.stack(losses).sum()
+            routings.append(routing)
+        if packed and (chosen := [routing for routing in routings if routing is not None]):
+            shape, valid_BT = tokens_BT.shape, None if segments_BT is None else segments_BT > 0
+            output.load_LE = [expert_load(r.experts_Nk, valid_BT, config.n_routed_experts) for r in chosen]
+            grids = ((r.scores_NE.unflatten(0, shape), r.experts_Nk.unflatten(0, shape)) for r in chosen)
+            output.balance_loss = torch.stack([balance_loss(*grid, valid_BT) for grid in grids]).sum()
         if logits:
             output.logits_BTV = self.lm_logits(output.hidden_BTD)
         return output

@@ -35,7 +35,6 @@ WIDE_ROOMS = {
     "src": {"training", "checkpoint", "stages", "rollout"},
     "tests": {".", "training", "model", "parity", "stages", "rollout"},
 }
-TWICE = {"Example"}  # of recipe/results.py and data/examples.py
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}
 
@@ -87,5 +86,5 @@ def test_a_class_is_found_by_its_name() -> None:
         for line in text
         if (match := re.match(r"class ([A-Z]\w*)", line))
     )
-    assert {name for name, count in names.items() if count > 1} - TWICE == set()
+    assert {name for name, count in names.items() if count > 1} == set()
     assert names.keys() & {"Config", "Base", "Manager", "Handler", "Helper"} == set()

@@ -102,6 +102,7 @@ def test_help_and_import_are_light() -> None:
 def test_the_package_offers_what_it_promises() -> None:
     assert slingshot.SamplingParams(max_tokens=3).max_tokens == 3
     assert [getattr(slingshot, name).__name__ for name in slingshot.__all__] == slingshot.__all__
+    assert dir(slingshot) == sorted([*slingshot.__all__, "__version__"])
     with pytest.raises(AttributeError, match="has no attribute 'Motor'"):
         slingshot.Motor  # noqa: B018
 

@@ -20,7 +20,7 @@ from slingshot.machine.machine import Machine
 MACHINE = Machine(cpu="test", cores=2, memory_bytes=2**30)
 
 
-def made(run: Path, name: str, parents: list[Path], seconds: float, kind: str = "rl", **known: float) -> Path:
+def made(run: Path, name: str, parents: list[Path], seconds: float, kind: str = "rl", **known: float | str) -> Path:
     """An artifact in the run's folder, whose receipt names its parents as they are now."""
     folder = run / name
     folder.mkdir(parents=True)
@@ -62,6 +62,26 @@ def test_a_run_that_was_moved_finds_its_own(run: Path, monkeypatch: pytest.Monke
     assert total(moved / "sft").seconds == 185
     monkeypatch.chdir(moved)
     assert total(Path("sft")).seconds == 185
+
+
+def test_a_run_copied_next_to_another_of_the_same_names_is_billed_for_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two clones make runs/tiny with paths relative to themselves; the same content may have cost another time there."""
+    for clone, seconds in (("theirs", 100), ("mine", 7)):
+        (tmp_path / clone).mkdir()
+        monkeypatch.chdir(tmp_path / clone)
+        base = made(Path("runs/tiny"), "base", [], seconds)
+        made(Path("runs/tiny"), "rl", [base], 1)
+        made(Path("runs/tiny/evaluations"), "base", [base], 0.5, "evaluate", digest="evaluation")
+        made(Path("elsewhere"), "sft", [base], 2)
+    copy = Path(shutil.copytree(tmp_path / "theirs" / "runs" / "tiny", "runs/copy"))
+    assert (total(copy / "rl").seconds, total(Path("runs/tiny/rl")).seconds) == (101, 8)
+    assert total(tmp_path / "theirs" / "elsewhere" / "sft").seconds == 102
+    assert total(copy / "evaluations" / "base").seconds == 100.5
+    shutil.rmtree(copy / "base")
+    shutil.copytree(copy, tmp_path / "alone")
+    assert "is gone" in total(tmp_path / "alone" / "rl").missing[0]
 
 
 def test_what_is_gone_or_changed_is_said_and_not_counted(run: Path) -> None:

@@ -5,9 +5,9 @@
     bill.seconds, bill.device_seconds, bill.flops, bill.energy_joules, bill.money
     bill.missing                                         # parents gone, changed, or without a receipt: a line each
 
-A receipt names its parents by path and by the digest of their content. A run's folder may have been moved: where a path
-leads nowhere, the artifact's own neighbours are asked for that name. Whoever answers must have the digest; another
-artifact in its place is not counted.
+A receipt names its parents by path and by the digest of their content. A parent is looked for beside the artifact, then
+where its path leads from the folders above the artifact, never from the working directory: a run may have been moved or
+copied. Whoever answers must have the digest; another artifact in its place is not counted.
 """
 
 from __future__ import annotations
@@ -94,17 +94,19 @@ def total(path: Path) -> Bill:
 
 def _find(parent: Parent, child: Path) -> tuple[Path | None, str]:
     """Where a parent with a receipt lies, or why its cost is not known."""
-    recorded = Path(parent.path)
-    changed = False
-    for place in dict.fromkeys((recorded, child.parent / recorded.name, child.resolve().parent / recorded.name)):
+    recorded, why = Path(parent.path), "is gone"
+    above = (child.parent, *child.resolve().parents)
+    # Beside the child, or beside the folder of its evaluation; then where the recorded path leads from above the child.
+    places = [folder / recorded.name for folder in above[:3]] + [folder / recorded for folder in above]
+    for place in dict.fromkeys(place for place in places if place not in above):
         if (place / RECEIPT).is_file():
             if Receipt.read(place).digest == parent.digest:
                 return place, ""
-            changed = True
-        elif place.exists() and place == recorded:
+            why = "changed since"
+        elif place.exists():
             why = "came without a receipt" if artifact_digest(place) == parent.digest else "changed since"
-            return None, f"its parent {recorded} {why}; what it cost is not counted"
-    return None, f"its parent {recorded} {'changed since' if changed else 'is gone'}; what it cost is not counted"
+            break
+    return None, f"its parent {recorded} {why}; what it cost is not counted"
 
 
 def _way_out(path: Path) -> str:

@@ -35,7 +35,7 @@ from slingshot.base.quantity import (
 from slingshot.cost.bill import Sums
 from slingshot.cost.receipt import RECEIPT, PeakMemory, Receipt
 from slingshot.recipe.charts import accuracy_chart, training_curves
-from slingshot.recipe.results import Example, Lenient, StageResult, read_object
+from slingshot.recipe.results import AnsweredProblem, Lenient, StageResult, read_object
 
 LONGEST_TEXT = 4000  # characters shown of one response; the evaluation keeps the rest
 
@@ -158,7 +158,7 @@ class ReportedProblem:
     prompt: str
     answer: str
     lesson: str
-    tries: list[tuple[StageResult, Example | None]]
+    tries: list[tuple[StageResult, AnsweredProblem | None]]
 
     @property
     def asked(self) -> int:
@@ -173,7 +173,7 @@ def _problems(evaluated: list[StageResult], subject: StageResult | None, tasks: 
     `subject`, one that it still fails."""
     found: list[ReportedProblem] = []
     for task in tasks:
-        by_prompt: dict[str, list[tuple[StageResult, Example | None]]] = {}
+        by_prompt: dict[str, list[tuple[StageResult, AnsweredProblem | None]]] = {}
         for index, stage in enumerate(evaluated):
             for example in stage.examples.get(task, []):
                 by_prompt.setdefault(example.prompt, [(other, None) for other in evaluated])[index] = (stage, example)

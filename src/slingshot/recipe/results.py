@@ -55,7 +55,7 @@ class Score(Lenient):
         return f"{show_share(self.pass_at_1)}{of} ({show_share(self.ci95[0])} to {show_share(self.ci95[1])})"
 
 
-class Example(Lenient):
+class AnsweredProblem(Lenient):
     """One problem as one stage answered it."""
 
     prompt: str
@@ -70,7 +70,7 @@ class Evaluation(Lenient):
     """The content of evaluation.json."""
 
     tasks: dict[str, Score] = {}
-    examples: dict[str, list[Example]] = {}
+    examples: dict[str, list[AnsweredProblem]] = {}
 
     @classmethod
     def read(cls, folder: Path) -> Evaluation:
@@ -88,7 +88,7 @@ class StageResult:
     receipt: Receipt | None
     metrics: list[dict[str, Any]]
     scores: dict[str, Score]
-    examples: dict[str, list[Example]]
+    examples: dict[str, list[AnsweredProblem]]
     model: Parameters | None
 
     @classmethod

@@ -67,7 +67,7 @@ def test_a_run_that_was_moved_finds_its_own(run: Path, monkeypatch: pytest.Monke
 def test_a_run_copied_next_to_another_of_the_same_names_is_billed_for_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two clones make runs/tiny with paths relative to themselves; the same content may have cost another time there."""
+    """Each of two clones made runs/tiny; the same content cost them different times."""
     for clone, seconds in (("theirs", 100), ("mine", 7)):
         (tmp_path / clone).mkdir()
         monkeypatch.chdir(tmp_path / clone)

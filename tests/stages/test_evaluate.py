@@ -125,7 +125,7 @@ def test_a_run_asks_held_out_problems_in_every_form(
     found = read_json(tmp_path / "strict" / "evaluation.json")["tasks"]["arithmetic"]
     assert (found["right"], found["right_leniently"], found["format"]) == (4, 8, 0.5)
     assert found["notes"] == ["4 of 8 in format, 8 right if read leniently"]
-    assert "(4 of 8 in format, 8 right if read leniently)" in headline(tmp_path / "strict")
+    assert "4 of 8 in format, 8 right if read leniently)" in headline(tmp_path / "strict")
     receipt = Receipt.read(tmp_path / "strict")
     assert receipt.tokens == 8 * found["mean_tokens"] and set(receipt.flops_by_part) == {"sampling"}
 

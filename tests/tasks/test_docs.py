@@ -7,13 +7,13 @@ import tomllib
 from pathlib import Path
 
 from slingshot.base.config import Strict
-from slingshot.tasks.loader import TaskConfigs, load_task
+from slingshot.tasks.loader import TaskConfig, load_task
 
 PAGE = (Path(__file__).parents[2] / "docs" / "task.md").read_text(encoding="utf-8")
 
 
 class Asked(Strict):
-    tasks: TaskConfigs
+    tasks: list[TaskConfig]
 
 
 def test_every_task_file_of_the_page_runs(tmp_path):

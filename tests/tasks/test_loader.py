@@ -4,11 +4,11 @@ import pytest
 
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
-from slingshot.tasks.loader import KINDS, TaskConfig, TaskConfigs, load_task, task_keys
+from slingshot.tasks.loader import KINDS, TaskConfig, load_task, task_keys
 
 
 class Asked(Strict):
-    tasks: TaskConfigs
+    tasks: list[TaskConfig]
 
 
 @pytest.mark.parametrize(

@@ -247,13 +247,13 @@ def test_verify_that_floods_its_output(load, capfd):
         ("import time; time.sleep(60)", r"problems\(\) took longer than 0\.5 s"),
         ("return None", r"problems\(\) returned None; it should yield problems"),
         ("return []", r"no train problem in 0 drawn"),
-        ("return ['2+2?']", r"problems\(\) item 0 is '2\+2\?'; yield a dict with at least a prompt"),
+        ("return ['2+2?']", r"problems\(\) item 0: '2\+2\?' is no dict with prompt, answer, key, language, data"),
         ("return [{'prompt': 'a'}, {'answer': '4'}]", r"problems\(\) item 1\.prompt: Field required"),
         ("return [{'prompt': ''}]", r"problems\(\) item 0\.prompt: .*at least 1 character"),
         ("return [{'promt': 'a', 'prompt': 'b'}]", r"problems\(\) item 0\.promt: unknown key; did you mean prompt\?"),
         ("return [{'prompt': 'a', 'language': 'fr'}]", r"problems\(\) item 0\.language: .*'fr'"),
         ("return [{'prompt': 'a', 'data': {'b': {1}}}]", r"problems\(\) returned something that is not JSON: .*set"),
-        ("return [{'prompt': 'a', 'data': {'b': float('nan')}}]", r"problems\(\) returned something that is not JSON"),
+        ("return [{'prompt': 'a', 'data': {'b': float('nan')}}]", r"problems\(\) item 0\.data: nan is no number"),
     ],
 )
 def test_problems_that_fail(load, body, message):
@@ -265,11 +265,11 @@ def test_problems_that_fail(load, body, message):
 @pytest.mark.parametrize(
     ("function", "body", "message"),
     [
-        ("solution", "return 'four'", r"solution\(\) returned 'four'; return a dict with reasoning and answer"),
-        ("solution", "return {'answer': '4'}", r"solution\(\)\.reasoning: Field required"),
+        ("solution", "return 'four'", r"solution\(\) returned: 'four' is no dict with reasoning, answer"),
+        ("solution", "return {'answer': '4'}", r"solution\(\) returned\.reasoning: Field required"),
         ("solution", "raise ValueError('too hard')", r"solution\(\) raised ValueError: too hard"),
-        ("step", "return {'role': 'robot', 'content': 'x'}", r"step\(\)\.role: .*'robot'"),
-        ("step", "return [{1}]", r"step\(\) returned something that is not JSON"),
+        ("step", "return {'role': 'robot', 'content': 'x'}", r"step\(\) message\.role: .*'robot'"),
+        ("step", "return [{1}]", r"step\(\) message\.content: .*string, got \{1\}"),
     ],
 )
 def test_solutions_and_steps_that_fail(load, function, body, message):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slingshot.tasks.verifiers import last_number, read_number
+from slingshot.tasks.arithmetic import last_number, read_number
 
 
 @pytest.mark.parametrize(

@@ -70,10 +70,11 @@ def serve() -> None:
 
 def take(items: Iterator[T], count: int, seconds: float = 1.0) -> list[T]:
     """Up to `count` next items, fewer once `seconds` have passed, so that slow ones stay in time; none at the end only."""
-    deadline = time.monotonic() + seconds
-    taken = list(itertools.islice(items, 1))
-    while len(taken) < count and time.monotonic() < deadline and (more := list(itertools.islice(items, 1))):
-        taken += more
+    deadline, taken = time.monotonic() + seconds, list[T]()
+    for item in itertools.islice(items, count):
+        taken.append(item)
+        if time.monotonic() >= deadline:
+            break
     return taken
 
 

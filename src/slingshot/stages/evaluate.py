@@ -24,7 +24,7 @@ from slingshot.machine.device import Dtype
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
 from slingshot.rollout.trajectory import Trajectory, sampling_cost
-from slingshot.tasks.loader import TaskConfigs, load_task
+from slingshot.tasks.loader import TaskConfig, load_task
 from slingshot.tasks.mixture import Item, distinct
 from slingshot.tasks.task import Split
 from slingshot.tasks.verification import VerificationPool
@@ -41,7 +41,7 @@ class EvaluateConfig(StageConfig):
     moved: ClassVar[dict[str, str]] = MOVED_TO_SAMPLING
 
     model: str
-    tasks: TaskConfigs = Field(min_length=1)
+    tasks: list[TaskConfig] = Field(min_length=1)
     forms: list[PromptForm] = Field([PromptForm()], min_length=1)
     split: Split = "test"
     problems: int = Field(500, ge=1)  # of each task

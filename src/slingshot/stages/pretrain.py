@@ -31,7 +31,7 @@ from slingshot.data.packing import pack, strided
 from slingshot.machine.device import Dtype
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
-from slingshot.tasks.loader import TaskConfigs, load_task
+from slingshot.tasks.loader import TaskConfig, load_task
 from slingshot.tasks.mixture import passes
 from slingshot.tasks.task import Style
 from slingshot.text.pretokenizers import SPLIT_OF_MODEL_TYPE
@@ -48,7 +48,7 @@ from slingshot.training.parallel import Parallel
 class Documents(Strict):
     """Documents written by tasks: how many, in which styles, and how many of them as a chat in R1's template."""
 
-    tasks: TaskConfigs = Field(min_length=1)
+    tasks: list[TaskConfig] = Field(min_length=1)
     count: int = Field(ge=1)
     styles: dict[Style, Annotated[float, Field(gt=0)]] = Field(
         {"answer": 0.6, "steps": 0.3, "slips": 0.1}, min_length=1

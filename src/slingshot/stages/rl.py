@@ -26,7 +26,7 @@ from slingshot.rollout.reward import RewardWeights, assign_rewards, has_signal
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
 from slingshot.rollout.trajectory import Trajectory, pack, sampling_cost
-from slingshot.tasks.loader import TaskConfigs
+from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import TaskMix
 from slingshot.tasks.verification import VerificationPool
 from slingshot.training.checkpointer import Checkpointer, restore
@@ -45,7 +45,7 @@ class RLConfig(StageConfig):
     )
 
     model: str
-    tasks: TaskConfigs = Field(min_length=1)
+    tasks: list[TaskConfig] = Field(min_length=1)
     form: PromptForm = PromptForm()
     rewards: RewardWeights = RewardWeights()
     steps: int = Field(100, ge=1)

@@ -22,7 +22,7 @@ from slingshot.machine.device import Dtype
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
 from slingshot.rollout.trajectory import Trajectory, sampling_cost
-from slingshot.tasks.loader import TaskConfigs
+from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import Item, TaskMix
 from slingshot.tasks.verification import VerificationPool
 from slingshot.training.checkpointer import Checkpointer
@@ -36,7 +36,7 @@ class SampleConfig(StageConfig):
     moved: ClassVar[dict[str, str]] = MOVED_TO_SAMPLING
 
     model: str
-    tasks: TaskConfigs = Field(min_length=1)
+    tasks: list[TaskConfig] = Field(min_length=1)
     form: PromptForm = PromptForm()
     problems: int = Field(1000, ge=1)
     samples: int = Field(4, ge=1)

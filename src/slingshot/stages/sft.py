@@ -25,7 +25,7 @@ from slingshot.cost.flops import training_parts
 from slingshot.data.examples import Example, read_examples
 from slingshot.machine.device import Dtype
 from slingshot.rollout.rollout import PromptForm
-from slingshot.tasks.loader import TaskConfigs
+from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import TaskMix
 from slingshot.tasks.task import Problem
 from slingshot.text.reasoning import before_reasoning, ends_in_reasoning
@@ -51,7 +51,7 @@ class SFTConfig(StageConfig):
 
     model: str
     data: list[str] = []
-    tasks: TaskConfigs = []
+    tasks: list[TaskConfig] = []
     examples: int = Field(0, ge=0)
     style: Literal["answer", "steps", "slips"] = "steps"
     no_reasoning: Literal["empty", "none"] = "empty"

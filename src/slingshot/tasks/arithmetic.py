@@ -9,13 +9,13 @@ One calculation a step, so that a small model can be sure of every step while th
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from typing import Self
 
 from pydantic import Field, model_validator
 
-from slingshot.tasks.task import GeneratedTask, Problem, Solution, Style
-from slingshot.tasks.verifiers import last_number, read_number
+from slingshot.tasks.task import GeneratedTask, Problem, Style
 
 _PROMPT = {"en": "What is %s?", "ja": "%sはいくつ?"}
 _STEP = {
@@ -24,6 +24,10 @@ _STEP = {
 }
 _COMMA = {"en": ", ", "ja": "、"}
 _SLIP = {"en": "%d, wait, %d", "ja": "%d、いや%d"}
+# A minus right after a digit or a closing bracket is an operator, not a sign.
+_NUMBER = re.compile(r"(?:(?<![0-9)])-)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
+_MINUS = str.maketrans({"\u2212": "-", "\uff0d": "-"})  # the typographic and the full-width minus
+_MAX_LENGTH = 64  # characters; no task here has longer answers, and int() of thousands of digits is slow
 
 
 class Arithmetic(GeneratedTask):
@@ -39,10 +43,6 @@ class Arithmetic(GeneratedTask):
         if self.min_terms > self.max_terms:
             raise ValueError(f"min_terms {self.min_terms} is above max_terms {self.max_terms}")
         return self
-
-    @property
-    def name(self) -> str:
-        return "arithmetic"
 
     def generate(self, rng: random.Random) -> Iterator[Problem]:
         # rng.random() scaled by hand: randrange takes several times as long, and pre-training draws millions.
@@ -63,9 +63,7 @@ class Arithmetic(GeneratedTask):
                 data={"numbers": numbers, "operators": operators},
             )
 
-    def solution(self, problem: Problem, style: Style, rng: random.Random) -> Solution:
-        if style == "answer":
-            return Solution("", problem.answer)
+    def reasoning(self, problem: Problem, style: Style, rng: random.Random) -> str:
         steps = chain_steps(problem.data["numbers"], problem.data["operators"])
         words, slip = _STEP[problem.language], _SLIP[problem.language]
         slipped = int(rng.random() * len(steps)) if style == "slips" else -1
@@ -73,7 +71,7 @@ class Arithmetic(GeneratedTask):
             words[operator] % (left, right, slip % (near_miss(result, rng), result) if index == slipped else result)
             for index, (left, operator, right, result) in enumerate(steps)
         ]
-        return Solution(_COMMA[problem.language].join(said), problem.answer)
+        return _COMMA[problem.language].join(said)
 
     def read(self, text: str) -> str | None:
         return read_number(text)
@@ -87,20 +85,13 @@ def chain_steps(numbers: Sequence[int], operators: Sequence[str]) -> list[tuple[
 
     The last result is the answer.
     """
-    values, left_over = list(numbers), list(operators)
-    steps = []
-    for wanted in ("x", "+-"):
-        at = 0
-        while at < len(left_over):
-            operator = left_over[at]
-            if operator not in wanted:
-                at += 1
-                continue
-            left, right = values[at], values[at + 1]
-            result = left + right if operator == "+" else left - right if operator == "-" else left * right
-            steps.append((left, operator, right, result))
-            values[at : at + 2] = [result]
-            del left_over[at]
+    values, waiting, steps = list(numbers), list(operators), []
+    while waiting:
+        at = waiting.index("x") if "x" in waiting else 0
+        left, operator, right = values[at], waiting.pop(at), values[at + 1]
+        result = left + right if operator == "+" else left - right if operator == "-" else left * right
+        steps.append((left, operator, right, result))
+        values[at : at + 2] = [result]
     return steps
 
 
@@ -118,3 +109,24 @@ def chain_key(numbers: Sequence[int], operators: Sequence[str]) -> str:
 def near_miss(result: int, rng: random.Random) -> int:
     """A wrong result of the kind people slip into: off by one or two."""
     return result + (-2, -1, 1, 2)[int(rng.random() * 4)]
+
+
+def canonical(number: str) -> str:
+    """One spelling per number: no separators, leading zeros, trailing decimal zeros or negative zero."""
+    sign = "-" if number.startswith("-") else ""
+    whole, _, decimals = number.lstrip("-").replace(",", "").partition(".")
+    whole, decimals = whole.lstrip("0") or "0", decimals.rstrip("0")
+    value = f"{whole}.{decimals}" if decimals else whole
+    return value if value == "0" else sign + value
+
+
+def read_number(text: str) -> str | None:
+    """The number that `text` is, but for surrounding space and one full stop; None if it is anything else."""
+    text = re.sub(r"[.。]$", "", text.strip().translate(_MINUS))
+    return canonical(text) if len(text) <= _MAX_LENGTH and _NUMBER.fullmatch(text) else None
+
+
+def last_number(text: str) -> str | None:
+    """The last number in `text`; None if it has none."""
+    *_, found = "", *_NUMBER.findall(text.translate(_MINUS))
+    return canonical(found) if 0 < len(found) <= _MAX_LENGTH else None

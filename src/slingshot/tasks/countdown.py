@@ -21,7 +21,7 @@ from typing import Self, TypeAlias
 from pydantic import Field, model_validator
 
 from slingshot.tasks.arithmetic import near_miss
-from slingshot.tasks.task import GeneratedTask, Problem, Solution, Style
+from slingshot.tasks.task import GeneratedTask, Problem, Style
 
 Tree: TypeAlias = "int | tuple[str, Tree, Tree]"  # a number, or an operator with its two sides
 
@@ -59,15 +59,10 @@ class Countdown(GeneratedTask):
             raise ValueError(f"max_number {self.max_number} is above max_target {self.max_target}")
         return self
 
-    @property
-    def name(self) -> str:
-        return "countdown"
-
     def generate(self, rng: random.Random) -> Iterator[Problem]:
         while True:
             numbers = [1 + int(rng.random() * self.max_number) for _ in range(self.n_numbers)]
-            combined = self._combine(numbers, rng)
-            if combined is None:
+            if (combined := self._combine(numbers, rng)) is None:
                 continue
             tree, target = combined
             language = self.languages[int(rng.random() * len(self.languages))]
@@ -95,9 +90,7 @@ class Countdown(GeneratedTask):
             pool.append(((sign, left, right), value))
         return pool[0]
 
-    def solution(self, problem: Problem, style: Style, rng: random.Random) -> Solution:
-        if style == "answer":
-            return Solution("", problem.answer)
+    def reasoning(self, problem: Problem, style: Style, rng: random.Random) -> str:
         language, target = problem.language, problem.data["target"]
         misses: dict[str, Tree] = {}
         for _ in range(int(rng.random() * (self.max_misses + 1))):
@@ -109,12 +102,10 @@ class Countdown(GeneratedTask):
         attempts = [*misses.values(), solving]
         slipped = int(rng.random() * len(attempts)) if style == "slips" else -1
         worked = [_work_out(tree, language, rng if index == slipped else None) for index, tree in enumerate(attempts)]
-        return Solution(_WRONG[language].join(worked) + _RIGHT[language], problem.answer)
+        return _WRONG[language].join(worked) + _RIGHT[language]
 
     def read(self, text: str) -> str | None:
-        text = text.strip().translate(_SIGNS)
-        if text.endswith((".", "。")):
-            text = text[:-1].rstrip()
+        text = re.sub(r"[.。]$", "", text.strip().translate(_SIGNS)).rstrip()
         return text if len(text) <= _MAX_LENGTH and _EXPRESSION.fullmatch(text) else None
 
     def extract(self, text: str) -> str | None:

@@ -5,9 +5,9 @@ load_task("arithmetic", max_terms=6)          # or "countdown", "gym:chain_sum",
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from slingshot.base.config import Strict
 from slingshot.base.keys import Key, keys_of
@@ -15,7 +15,7 @@ from slingshot.base.names import unknown_name
 from slingshot.tasks.arithmetic import Arithmetic
 from slingshot.tasks.countdown import Countdown
 from slingshot.tasks.reasoning_gym import Gym, gym_keys
-from slingshot.tasks.task import Task
+from slingshot.tasks.task import GeneratedTask, Task
 from slingshot.tasks.user import UserTask
 
 KINDS = {
@@ -39,23 +39,11 @@ class TaskConfig(Strict):
         return {"name": given} if isinstance(given, str) else given
 
 
-# Several tasks, or one without brackets: tasks=arithmetic, tasks=["a.py", "b.py"], tasks=[{name = "a.py", weight = 2}].
-TaskConfigs = Annotated[
-    list[TaskConfig], BeforeValidator(lambda given: [given] if isinstance(given, str | dict) else given)
-]
-
-
 def load_task(name: str, **params: Any) -> Task:
     """The task called `name`, one of KINDS. Raises SlingshotError for an unknown name or parameter."""
-    if name == "arithmetic":
-        return Arithmetic.parse(params, name)
-    if name == "countdown":
-        return Countdown.parse(params, name)
     if name.startswith("gym:"):
         return Gym.load(name.removeprefix("gym:"), params)
-    if name.endswith(".py"):
-        return UserTask.load(name, params)
-    raise unknown_name("task", name, KINDS)
+    return UserTask.load(name, params) if name.endswith(".py") else _generated(name).parse(params, name)
 
 
 def task_keys(name: str) -> list[Key]:
@@ -64,8 +52,11 @@ def task_keys(name: str) -> list[Key]:
         return gym_keys()
     if name.startswith("gym:"):
         return gym_keys(name.removeprefix("gym:"))
-    if name.endswith(".py"):
-        return [key for key in keys_of(UserTask) if key.name != "path"]
-    if name not in ("arithmetic", "countdown"):
+    return [key for key in keys_of(UserTask if name.endswith(".py") else _generated(name)) if key.name != "path"]
+
+
+def _generated(name: str) -> type[GeneratedTask]:
+    kinds: dict[str, type[GeneratedTask]] = {"arithmetic": Arithmetic, "countdown": Countdown}
+    if name not in kinds:
         raise unknown_name("task", name, KINDS)
-    return list(keys_of(Arithmetic if name == "arithmetic" else Countdown))
+    return kinds[name]

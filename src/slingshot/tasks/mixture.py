@@ -44,32 +44,27 @@ class TaskMix:
         self.tasks = [load_task(config.name, **config.params) for config in configs]
         self._weights = [config.weight for config in configs]
         self._split, self._seed, self._repeat = split, seed, repeat
-        self._rewind()
+        self._place, self._stream = 0, self._items()
 
     def draw(self, start: int, count: int) -> list[Item]:
         """Items `start` to `start + count` of the stream; fewer where a task that is not repeated has no more."""
         if start < self._place:
-            self._rewind()
-        while self._place < start:
-            self._next()
-        return [item for _ in range(count) if (item := self._next()) is not None]
+            self._place, self._stream = 0, self._items()
+        skipped, self._place = start - self._place, start + count
+        return [item for item in islice(self._stream, skipped, skipped + count) if item is not None]
 
-    def _rewind(self) -> None:
-        self._place = 0
-        self._taken = [0] * len(self.tasks)
-        self._streams = [
+    def _items(self) -> Iterator[Item | None]:
+        """The stream from its beginning on; None at the turn of a task that has no more."""
+        streams = [
             _stream(task, self._split, f"{self._seed}/{index}", self._repeat) for index, task in enumerate(self.tasks)
         ]
-
-    def _next(self) -> Item | None:
-        # Webster's method: the next item goes to the task that is furthest behind its share.
-        index = min(range(len(self.tasks)), key=lambda i: (self._taken[i] + 0.5) / self._weights[i])
-        self._taken[index] += 1
-        self._place += 1
-        problem = next(self._streams[index], None)
-        if problem is None:
-            return None
-        return Item(self.tasks[index], problem, f"{self._seed}/{self._place - 1}/{problem.key}")
+        taken = [0] * len(self.tasks)
+        for place in count_from():
+            # Webster's method: the next item goes to the task that is furthest behind its share.
+            index = min(range(len(taken)), key=lambda i: (taken[i] + 0.5) / self._weights[i])
+            taken[index] += 1
+            item = next(streams[index], None)
+            yield Item(self.tasks[index], item, f"{self._seed}/{place}/{item.key}") if item else None
 
 
 def distinct(task: Task, split: Split, seed: str, count: int) -> list[Problem]:
@@ -80,20 +75,23 @@ def distinct(task: Task, split: Split, seed: str, count: int) -> list[Problem]:
 def passes(task: Task, split: Split, seed: str) -> Iterator[Problem]:
     """A task's problems pass after pass, each in an order of its own; one without end is in its first pass for ever."""
     for number in count_from():
-        yield from task.problems(split, _seed_number(f"{seed}/{number}"))
+        yield from _pass(task, split, seed, number)
+
+
+def _pass(task: Task, split: Split, seed: str, number: int) -> Iterator[Problem]:
+    digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
+    return task.problems(split, int.from_bytes(digest[:8], "big") >> 2)
 
 
 def _stream(task: Task, split: Split, seed: str, repeat: bool) -> Iterator[Problem]:
     """Problems of a task, none twice until a whole pass has brought nothing new; that is the end unless `repeat`."""
     seen: set[int] = set()
     for number in count_from():
-        new = 0
-        row = 0
-        for problem in task.problems(split, _seed_number(f"{seed}/{number}")):
+        new = row = 0
+        for problem in _pass(task, split, seed, number):
             key = key_number(problem.key)
             if key not in seen:
-                new += 1
-                row = 0
+                new, row = new + 1, 0
                 if len(seen) < _REMEMBERED:
                     seen.add(key)
                 yield problem
@@ -103,7 +101,3 @@ def _stream(task: Task, split: Split, seed: str, repeat: bool) -> Iterator[Probl
             if not (repeat and seen):
                 return
             seen.clear()
-
-
-def _seed_number(seed: str) -> int:
-    return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") >> 2

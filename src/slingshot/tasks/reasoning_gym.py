@@ -16,7 +16,8 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from pydantic import JsonValue
@@ -26,14 +27,13 @@ from slingshot.base.keys import Key, typed, words
 from slingshot.base.names import unknown_name
 from slingshot.sandbox.isolate import take
 from slingshot.sandbox.worker import SandboxError, Target, Worker
-from slingshot.tasks.arithmetic import chain_key, chain_steps, near_miss
-from slingshot.tasks.task import Problem, Reward, Solution, Split, Style, in_split
+from slingshot.tasks.arithmetic import chain_key, chain_steps, last_number, near_miss, read_number
+from slingshot.tasks.task import Problem, Reward, Split, Style, in_split
 from slingshot.tasks.verification import IsolatedTask
-from slingshot.tasks.verifiers import last_number, read_number
 
 _SIZE = 1000  # items drawn from one dataset before the next seed
 _CHUNK = 64  # items fetched from the worker at a time
-_KEPT = 1024  # items a worker keeps for scoring
+_KEPT = 1024  # items a worker keeps for scoring: some take seconds to make
 _MAKING = 60.0  # seconds for one item: some families search long for a puzzle
 _WORD = re.compile(r"\w+")
 _SCIENTIFIC = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?e[+-]?[0-9]{1,3}")
@@ -50,10 +50,7 @@ class Gym(IsolatedTask):
     def load(cls, dataset: str, params: dict[str, Any]) -> Gym:
         """The task, its dataset made in the worker. Raises SlingshotError for an unknown dataset or parameter."""
         task = cls.parse({"dataset": dataset, "params": params}, f"gym:{dataset}")
-        try:
-            task._worker.build(task.target)
-        except SandboxError as error:
-            raise SlingshotError(f"{task.name}: {error}") from error
+        task.call("take", 0, 0, 0, doing="")
         return task
 
     @property
@@ -77,24 +74,17 @@ class Gym(IsolatedTask):
             drawn = int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:4], "big")
             index = 0
             while index < _SIZE:
-                place = (drawn, index, min(_CHUNK, _SIZE - index))
-                for item in self.call(f"making item {index} of seed {drawn}", "take", *place, timeout=_MAKING):
-                    yield self._problem(item, {"seed": drawn, "index": index})
+                span, doing = (drawn, index, min(_CHUNK, _SIZE - index)), f"making item {index} of seed {drawn}"
+                for item in self.call("take", *span, doing=doing, timeout=_MAKING):
+                    key, data = item["question"], {"seed": drawn, "index": index}
+                    if self.has_solutions:
+                        data["expression"] = item["expression"]
+                        key = chain_key(*_chain(item["expression"]))
+                    yield Problem(item["question"], key, item["answer"], data=data)
                     index += 1
 
-    def _problem(self, item: dict[str, str], data: dict[str, Any]) -> Problem:
-        key = item["question"]
-        if self.dataset == "chain_sum":
-            data["expression"] = item["expression"]
-            key = chain_key(*_chain(data["expression"]))
-        return Problem(item["question"], key, item["answer"], "en", data)
-
-    def solution(self, problem: Problem, style: Style, rng: random.Random) -> Solution:
+    def reasoning(self, problem: Problem, style: Style, rng: random.Random) -> str:
         """For chain_sum: left to right, and from the highest place to the lowest, so that no step needs two carries."""
-        if not self.has_solutions:
-            return super().solution(problem, style, rng)
-        if style == "answer":
-            return Solution("", problem.answer)
         numbers, operators = _chain(problem.data["expression"])
         said = [f"Start with {numbers[0]}."]
         slipped = int(rng.random() * len(operators)) if style == "slips" else -1
@@ -107,7 +97,7 @@ class Gym(IsolatedTask):
                 for place, (a, sign, b, c) in enumerate(steps)
             )
             said.append(f"{'Add' if operator == '+' else 'Subtract'} {right}: {worked}.")
-        return Solution(" ".join(said), problem.answer)
+        return " ".join(said)
 
     def verify(self, problem: Problem, text: str, lenient: bool = False) -> Reward:
         """1.0 where reasoning-gym says 1.0; an answer on which its scorer fails or hangs is wrong.
@@ -131,7 +121,7 @@ class Gym(IsolatedTask):
         if answer is None or not near or answer == known:
             return Reward(float(answer is not None and answer == known), answer)
         try:
-            value = self.call("score", "score", problem.data["seed"], problem.data["index"], answer)
+            value = self.call("score", problem.data["seed"], problem.data["index"], answer)
         except SlingshotError:
             value = 0.0
         return Reward(float(value == 1.0), answer)
@@ -139,8 +129,8 @@ class Gym(IsolatedTask):
 
 def _chain(expression: str) -> tuple[list[int], list[str]]:
     """Numbers and operators of "45 + 38 - -7"."""
-    words = expression.split()
-    return [int(word) for word in words[::2]], words[1::2]
+    parts = expression.split()
+    return [int(part) for part in parts[::2]], parts[1::2]
 
 
 def _places(number: int) -> list[int]:
@@ -148,16 +138,15 @@ def _places(number: int) -> list[int]:
     if number < 10:
         return [number]
     digits = str(number)
-    return [int(digit) * 10 ** (len(digits) - 1 - place) for place, digit in enumerate(digits) if digit != "0"]
+    return [int(digit) * 10 ** (len(digits) - place) for place, digit in enumerate(digits, start=1) if digit != "0"]
 
 
 def gym_keys(dataset: str = "") -> list[Key]:
     """A dataset's parameters as reasoning-gym declares them; of none, the datasets. SlingshotError if unknown."""
     try:
-        told = Worker().call(Target("slingshot.tasks.reasoning_gym:Families"), "keys", dataset)
+        return [Key(*row) for row in Worker().call(Target("slingshot.tasks.reasoning_gym:Families"), "keys", dataset)]
     except SandboxError as error:
         raise SlingshotError(f"gym:{dataset}: {error}") from error
-    return [Key(*row) for row in told]
 
 
 class Families:
@@ -166,17 +155,14 @@ class Families:
     def keys(self, dataset: str) -> list[tuple[str, str, str | None, str]]:
         if not dataset:
             return [(f"gym:{name}", "", None, "") for name in sorted(_datasets())]
-        shown = {field.name: field.default for field in _fields(dataset)}
         plain = (bool, int, float, str, list, tuple)
-        texts = {name: typed(value) if isinstance(value, plain) else None for name, value in shown.items()}
-        return [(field.name, words(field.type), texts[field.name], "") for field in _fields(dataset)]
+        shown = [(field, field.default) for field in _fields(dataset)]
+        return [(f.name, words(f.type), typed(value) if isinstance(value, plain) else None, "") for f, value in shown]
 
 
 def _datasets() -> dict[str, Any]:
-    try:
-        from reasoning_gym.factory import DATASETS
-    except ImportError as error:
-        raise SlingshotError("reasoning-gym is not installed; pip install reasoning-gym") from error
+    from reasoning_gym.factory import DATASETS  # a second's work, in a worker
+
     return dict(DATASETS)
 
 
@@ -192,32 +178,21 @@ class Dataset:
 
     def __init__(self, name: str, params: dict[str, Any]) -> None:
         known = [field.name for field in _fields(name)]
-        for given in params:
-            if given not in known:
-                raise unknown_name("parameter", given, known)
+        for given in set(params).difference(known):
+            raise unknown_name("parameter", given, known)
         from reasoning_gym.composite import DatasetSpec
         from reasoning_gym.factory import create_dataset
 
-        self._create: Callable[[int], Any] = lambda seed: create_dataset(name, seed=seed, size=_SIZE, **params)
-        self._seed = 0
-        self._items: dict[tuple[int, int], dict[str, Any]] = {}  # the last ones: some take seconds to make
-        self._tried: list[dict[str, Any]] = []
+        made = lru_cache(2)(lambda seed: create_dataset(name, seed=seed, size=_SIZE, **params))
+        self._item = lru_cache(_KEPT)(lambda seed, index: made(seed)[index])
         try:
             if name == "composite":
                 named = params.get("datasets") or []
                 params["datasets"] = [DatasetSpec(**{"weight": 1.0, "config": {}} | each) for each in named]
-            self._dataset = self._first = self._create(self._seed)
+            self._first = made(0)
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             raise SlingshotError(f"reasoning-gym refuses these parameters: {error or 'no reason given'}") from error
-
-    def _item(self, seed: int, index: int) -> dict[str, Any]:
-        if (seed, index) not in self._items:
-            if seed != self._seed:
-                self._dataset, self._seed = self._create(seed), seed
-            if len(self._items) == _KEPT:
-                del self._items[next(iter(self._items))]
-            self._items[seed, index] = self._dataset[index]
-        return self._items[seed, index]
+        self._tried: list[dict[str, Any]] = []
 
     def take(self, seed: int, start: int, count: int) -> list[dict[str, str]]:
         """Questions and answers as text ("" where none is known), and the expression of a sum."""
@@ -226,21 +201,18 @@ class Dataset:
     def score(self, seed: int, index: int, answer: str) -> float:
         """The scorer's score; 0 for an answer, not the known one, that it takes for right whatever the problem."""
         item = self._item(seed, index)
-        score = float(self._dataset.score_answer(answer, copy.deepcopy(item)))
+        score = float(self._first.score_answer(answer, copy.deepcopy(item)))
         if score < 1.0 or answer == item["answer"]:
             return score
-        others = [other for other in self._others() if _folded(other["answer"]) != _folded(answer)]
+        # A few items on which the answers to others are tried.
+        self._tried = self._tried or take((self._first[place] for place in range(8)), 8, seconds=2.0)
+        others = [other for other in self._tried if _folded(other["answer"]) != _folded(answer)]
         fooled = sum(self._accepts(answer, other) for other in others) > len(others) / 2
         return 0.0 if fooled or self._accepts("?", item) or not _own(answer, item) else score
 
-    def _others(self) -> list[dict[str, Any]]:
-        """A few items on which the answers to others are tried."""
-        self._tried = self._tried or take((self._first[index] for index in range(8)), 8, seconds=2.0)
-        return self._tried
-
     def _accepts(self, answer: str, item: dict[str, Any]) -> bool:
         try:
-            return float(self._dataset.score_answer(answer, copy.deepcopy(item))) == 1.0 and _own(answer, item)
+            return float(self._first.score_answer(answer, copy.deepcopy(item))) == 1.0 and _own(answer, item)
         except Exception:  # whatever a scorer raises on nonsense, it does not accept it
             return False
 
@@ -256,6 +228,5 @@ def _folded(answer: Any) -> str:
 
 def _own(answer: str, item: dict[str, Any]) -> bool:
     """Whether an expression uses the numbers it was given: puzzle24's scorer takes any four that make 24."""
-    if item["metadata"].get("source_dataset") != "puzzle24":
-        return True
-    return sorted(map(int, re.findall(r"[0-9]+", answer))) == sorted(item["metadata"]["numbers"])
+    metadata, used = item["metadata"], sorted(map(int, re.findall(r"[0-9]+", answer)))
+    return metadata.get("source_dataset") != "puzzle24" or used == sorted(metadata["numbers"])

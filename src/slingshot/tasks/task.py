@@ -15,7 +15,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -63,8 +63,11 @@ class Task(Strict, ABC):
     """Base of all tasks; a subclass's fields are its parameters.
 
     A subclass brings `name` and `problems`. `score`, `read` and `extract` say which answers are right and how one is
-    read in a text; `solution` is for tasks that write worked text, `step` for environments of several turns.
+    read in a text; `has_solutions` and `reasoning` are for tasks that write worked text, `has_turns` and `step` for
+    environments of several turns. `is_given`: the problems are a person's, so many and no more, not generated.
     """
+
+    is_given: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -79,18 +82,15 @@ class Task(Strict, ABC):
     def has_solutions(self) -> bool:
         return False
 
-    @property
-    def is_given(self) -> bool:
-        """Whether the problems are a person's rather than generated, so that there are so many of them and no more."""
-        return False
-
     def solution(self, problem: Problem, style: Style, rng: random.Random) -> Solution:
         """A worked solution in the problem's language: bare, in steps, or with a slip that is corrected."""
-        raise SlingshotError(f"{self.name} writes no worked solutions; give data or text instead of this task")
+        if not self.has_solutions:
+            raise SlingshotError(f"{self.name} writes no worked solutions; give data or text instead of this task")
+        return Solution("" if style == "answer" else self.reasoning(problem, style, rng), problem.answer)
 
-    def other_languages(self, language: str) -> tuple[Language, ...]:
-        """The languages besides `language` that `solution` can reason in."""
-        return ()
+    def reasoning(self, problem: Problem, style: Style, rng: random.Random) -> str:
+        """What `solution` says on the way to the answer."""
+        raise NotImplementedError
 
     def documents(
         self, split: Split, seed: int, style: Style, language_mix: float = 0.0
@@ -101,9 +101,7 @@ class Task(Strict, ABC):
             yield problem, self.write(problem, style, rng, language_mix)
 
     def write(self, problem: Problem, style: Style, rng: random.Random, language_mix: float = 0.0) -> Solution:
-        """A worked solution, with probability `language_mix` in another language than the problem's."""
-        if language_mix and rng.random() < language_mix and (others := self.other_languages(problem.language)):
-            problem = replace(problem, language=rng.choice(others))
+        """A solution, with probability `language_mix` in another language than the problem's, if the task has some."""
         return self.solution(problem, style, rng)
 
     def read(self, text: str) -> str | None:
@@ -125,7 +123,6 @@ class Task(Strict, ABC):
 
     @property
     def has_turns(self) -> bool:
-        """Whether `step` may reply to a response, which makes the task an environment of several turns."""
         return False
 
     def step(self, problem: Problem, messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]] | None:
@@ -145,11 +142,18 @@ class GeneratedTask(Task):
         """Problems of both splits without end."""
 
     @property
+    def name(self) -> str:
+        return type(self).__name__.lower()
+
+    @property
     def has_solutions(self) -> bool:
         return True
 
-    def other_languages(self, language: str) -> tuple[Language, ...]:
-        return tuple(other for other in self.languages if other != language)
+    def write(self, problem: Problem, style: Style, rng: random.Random, language_mix: float = 0.0) -> Solution:
+        others = [other for other in self.languages if other != problem.language]
+        if language_mix and rng.random() < language_mix and others:
+            problem = replace(problem, language=rng.choice(others))
+        return self.solution(problem, style, rng)
 
     def problems(self, split: Split, seed: int) -> Iterator[Problem]:
         return in_split(self.generate(random.Random(f"{self.name}/{seed}")), split, self.name)
@@ -167,16 +171,13 @@ def split_of(key: str) -> Split:
 
 def in_split(problems: Iterable[Problem], split: Split, name: str) -> Iterator[Problem]:
     """Those of `problems` that belong to `split`. Raises SlingshotError where there is none, or none for too long."""
-    if split not in ("train", "test"):
-        raise SlingshotError(f"{name}: there is no split {split!r}; there are train and test")
     missed, found = 0, False
     for problem in problems:
         if split_of(problem.key) == split:
             missed, found = 0, True
             yield problem
         elif (missed := missed + 1) == _PATIENCE:
-            found = False
             break
-    if not found:
+    if not found or missed == _PATIENCE:
         way = "give it parameters that allow more different problems"
         raise SlingshotError(f"{name}: no {split} problem in {missed} drawn; {way}")

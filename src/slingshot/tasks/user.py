@@ -23,9 +23,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, model_validator
 
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
@@ -38,34 +38,43 @@ _WINDOW = 1 << 14  # problems held to be shuffled, of a file whose order does no
 _COMPARED = 8  # first problems of two seeds that tell whether the order does
 _MAX_SEED = 1 << 32  # what numpy.random.seed takes
 _CHUNK = 64  # problems fetched from the worker at a time
+_FUNCTIONS = {"problems": "problems(split, seed)", "verify": "verify(problem, text)"}  # those a file must have
 
 
-class _Problem(Strict):
-    """What `problems` may yield."""
+class _Returned(Strict):
+    """What a file's function may return: a dict, with numbers for the text they are and None for what is left out."""
 
-    prompt: Annotated[str, Field(min_length=1)]
+    @model_validator(mode="before")
+    @classmethod
+    def _as_text(cls, given: Any) -> dict[str, Any]:
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{reprlib.repr(given)} is no dict with {', '.join(cls.model_fields)}")
+        said = {name: value for name, value in given.items() if value is not None}
+        return {name: value if number(value) is None else str(value) for name, value in said.items()}
+
+
+class _Problem(_Returned):
+    prompt: str = Field(min_length=1)
     answer: str = ""
     key: str = ""
     language: Language = "en"
-    data: dict[str, Any] = {}
+    data: dict[Any, Any] = {}
 
 
-class _Solution(Strict):
-    """What `solution` may return."""
-
+class _Solution(_Returned):
     reasoning: str
     answer: str
 
 
-class _Message(Strict):
-    """What `step` may return, one or several."""
-
+class _Message(_Returned):
     role: Literal["user", "system", "tool"] = "user"
     content: str
 
 
 class UserTask(IsolatedTask):
     """The task in the Python file `path`."""
+
+    is_given: ClassVar[bool] = True
 
     path: str
     timeout: float = Field(10.0, gt=0, description="seconds that one call of the file may take")
@@ -77,13 +86,11 @@ class UserTask(IsolatedTask):
     def load(cls, path: str, params: dict[str, Any]) -> UserTask:
         """The task, its file imported. Raises SlingshotError where that fails or a function is missing."""
         task = cls.parse({"path": path, **params}, path)
-        needed = {"problems": "problems(split, seed)", "verify": "verify(problem, text)"}
         if not Path(path).is_file():
-            raise SlingshotError(
-                f"{path}: no such file; a task is one Python file with {' and '.join(needed.values())}"
-            )
-        task._functions = task.call("importing it", "functions")
-        for name, form in needed.items():
+            forms = " and ".join(_FUNCTIONS.values())
+            raise SlingshotError(f"{path}: no such file; a task is one Python file with {forms}")
+        task._functions = task.call("functions", doing="importing it")
+        for name, form in _FUNCTIONS.items():
             if name not in task._functions:
                 raise SlingshotError(f"{path}: function {form} is missing; add it")
         return task
@@ -96,10 +103,6 @@ class UserTask(IsolatedTask):
     @property
     def name(self) -> str:
         return self.path
-
-    @property
-    def is_given(self) -> bool:
-        return True
 
     @property
     def has_solutions(self) -> bool:
@@ -121,8 +124,7 @@ class UserTask(IsolatedTask):
         if self._by_seed[split]:
             yield from problems
             return
-        rng = random.Random(seed)
-        window = list(itertools.islice(problems, _WINDOW))
+        rng, window = random.Random(seed), list(itertools.islice(problems, _WINDOW))
         for problem in problems:
             at = rng.randrange(len(window))
             yield window[at]
@@ -132,19 +134,16 @@ class UserTask(IsolatedTask):
 
     def _all(self, split: Split, seed: int) -> Iterator[Problem]:
         start = 0
-        while items := self.call("problems()", "take", split, seed, start, _CHUNK):
-            for place, item in enumerate(items, start=start):
-                given = _Problem.parse(item, f"{self.path}: problems() item {place}")
-                yield Problem(given.prompt, given.key or given.prompt, given.answer, given.language, given.data)
+        while items := self.call("problems", split, seed, start, _CHUNK):
+            yield from (Problem(**item) for item in items)
             start += len(items)
 
     def solution(self, problem: Problem, style: Style, rng: random.Random) -> Solution:
         """The file's solution; in style "answer" its answer alone."""
         if not self.has_solutions:
             return super().solution(problem, style, rng)
-        given = self.call("solution()", "solution", asdict(problem), style)
-        written = _Solution.parse(given, f"{self.path}: solution()")
-        return Solution("" if style == "answer" else written.reasoning, written.answer)
+        given = Solution(**self.call("solution", asdict(problem), style))
+        return Solution("", given.answer) if style == "answer" else given
 
     def verify(self, problem: Problem, text: str, lenient: bool = False) -> Reward:
         """What the file's verify says of `text`; with `lenient`, of its last line."""
@@ -152,16 +151,15 @@ class UserTask(IsolatedTask):
         if answer is None:
             return Reward(0.0, None)
         try:
-            value = self.call("verify()", "verify", asdict(problem), answer)
+            return Reward(float(self.call("verify", asdict(problem), answer)), answer)
         except SlingshotError as error:
             return Reward(0.0, None, str(error))
-        return Reward(float(value), answer)
 
     def step(self, problem: Problem, messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]] | None:
-        if not self.has_turns:
-            return None
-        given = self.call("step()", "step", asdict(problem), [dict(message) for message in messages])
-        return given and [_Message.parse(each, f"{self.path}: step()").model_dump() for each in given]
+        said: list[dict[str, str]] | None = None
+        if self.has_turns:
+            said = self.call("step", asdict(problem), [dict(message) for message in messages])
+        return said
 
 
 class File:
@@ -171,9 +169,7 @@ class File:
         folder, name = str(Path(path).parent), Path(path).stem
         if name in sys.modules or importlib.util.find_spec(name) is not None:  # a file may be called random.py
             name = f"{name}_{sha256(path.encode()).hexdigest()[:8]}"
-        sys.path.append(
-            folder
-        )  # for `import helper`, and for processes that the file starts and that import it by name
+        sys.path.append(folder)  # for `import helper`, and for processes of the file's own that import it by name
         # A package too, so that `from . import helper` finds what lies beside it.
         spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=[folder])
         assert spec is not None and spec.loader is not None, "the path ends in .py"
@@ -182,11 +178,10 @@ class File:
         self._open: dict[tuple[str, int, int], Iterator[Any]] = {}
 
     def functions(self) -> list[str]:
-        return [
-            name for name in ("problems", "verify", "solution", "step") if callable(getattr(self._module, name, None))
-        ]
+        names = (*_FUNCTIONS, "solution", "step")
+        return [name for name in names if callable(getattr(self._module, name, None))]
 
-    def take(self, split: str, seed: int, start: int, count: int) -> list[Any]:
+    def problems(self, split: str, seed: int, start: int, count: int) -> list[dict[str, Any]]:
         """Next items from `start` of problems(split, seed), none at its end. A new worker starts it over, and skips."""
         iterator = self._open.pop((split, seed, start), None)
         if iterator is None:
@@ -199,10 +194,8 @@ class File:
         self._open[split, seed, start + len(items)] = iterator
         if len(self._open) > 16:  # left where their readers stopped; who comes back to one starts it over
             del self._open[next(iter(self._open))]
-        for place, item in enumerate(items, start=start):
-            if not isinstance(item, Mapping):
-                raise SandboxError(f"item {place} is {reprlib.repr(item)}; yield a dict with at least a prompt")
-        return [_texts(item, "prompt", "answer", "key", "language") for item in items]
+        parsed = [_Problem.parse(item, f"item {place}") for place, item in enumerate(items, start)]
+        return [dict(item) | {"key": item.key or item.prompt} for item in parsed]
 
     def verify(self, problem: dict[str, Any], text: str) -> bool | int | float:
         given = self._module.verify(problem, text)
@@ -211,26 +204,12 @@ class File:
             raise SandboxError(f"returned {reprlib.repr(given)}; return True, False or a number from 0 to 1")
         return value
 
-    def solution(self, problem: dict[str, Any], style: str) -> dict[str, Any]:
-        given = self._module.solution(problem, style)
-        if not isinstance(given, Mapping):
-            raise SandboxError(f"returned {reprlib.repr(given)}; return a dict with reasoning and answer")
-        return _texts(given, "reasoning", "answer")
+    def solution(self, problem: dict[str, Any], style: str) -> dict[str, str]:
+        return _Solution.parse(self._module.solution(problem, style), "returned").model_dump()
 
-    def step(self, problem: dict[str, Any], messages: list[dict[str, str]]) -> list[dict[str, Any]] | None:
+    def step(self, problem: dict[str, Any], messages: list[dict[str, str]]) -> list[dict[str, str]] | None:
         """The messages that were returned: none, one or a list, each a dict or what a user says."""
         given = self._module.step(problem, messages)
-        if given is None:
-            return None
         said = given if isinstance(given, list | tuple) else [given]
-        return [
-            _texts(each, "role", "content") if isinstance(each, Mapping) else _texts({"content": each}, "content")
-            for each in said
-        ]
-
-
-def _texts(given: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """A dict whose fields of these names are text also where they were numbers; those that are None are left out."""
-    texts = {name: value for name in names if (value := given.get(name)) is not None}
-    others = {name: value for name, value in given.items() if name not in names}
-    return others | {name: value if number(value) is None else str(value) for name, value in texts.items()}
+        dicts = [each if isinstance(each, Mapping) else {"content": each} for each in said]
+        return None if given is None else [_Message.parse(each, "message").model_dump() for each in dicts]

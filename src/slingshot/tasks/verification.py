@@ -38,12 +38,13 @@ class IsolatedTask(Task):
         task._worker = worker
         return task
 
-    def call(self, what: str, method: str, *args: Any, timeout: float | None = None) -> Any:
-        """What a method of the target returns. SlingshotError that names the task, and `what` failed."""
+    def call(self, method: str, *args: Any, doing: str | None = None, timeout: float | None = None) -> Any:
+        """What a method of the target returns. SlingshotError that names the task and what failed, as `doing` says."""
         try:
             return self._worker.call(self.target, method, *args, timeout=timeout)
         except SandboxError as error:
-            raise SlingshotError(f"{self.name}: {what} {error}") from error
+            what = f"{method}()" if doing is None else doing
+            raise SlingshotError(f"{self.name}: {what} {error}" if what else f"{self.name}: {error}") from error
 
 
 class VerificationPool:

@@ -1,6 +1,5 @@
 """The engine against full forward passes, and its scheduling against one request at a time."""
 
-import contextlib
 import copy
 import itertools
 import random
@@ -32,27 +31,26 @@ def full_logprobs(model, output, completion, temperature):
     return logprobs_TV.gather(-1, ids[0, start:, None])[:, 0]
 
 
-@contextlib.contextmanager
-def removed(handle):
-    """A hook that goes when its block ends, however it ends."""
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def token_ids(outputs):
     return [[completion.token_ids for completion in output.outputs] for output in outputs]
 
 
-def drain(stream):
-    """The deltas of a stream, then its return value."""
+def ask(engine, prompt, **params):
+    """The completions of one prompt."""
+    return engine.generate([prompt], SamplingParams(**params))[0].outputs
+
+
+def read(stream):
+    """All deltas of a stream, and its return value."""
+    deltas = []
     while True:
         try:
-            yield next(stream)
+            deltas.append(next(stream))
         except StopIteration as stop:
-            yield stop.value
-            return
+            return deltas, stop.value
+
+
+PROMPT, CHAT = [10, 11, 12], {"role": "user", "content": "3+4"}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -64,42 +62,27 @@ def test_sampler_logprobs_equal_a_full_forward_pass(model, tokenizer, temperatur
             torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-4, rtol=1e-4)
 
 
+@torch.no_grad()
 def test_greedy_is_the_argmax_of_a_full_forward_pass(model, tokenizer):
     (output,) = Engine(model, tokenizer).generate(prompts_of(6), SamplingParams(max_tokens=20, temperature=0))
     completion = output.outputs[0]
-    ids = torch.tensor([output.prompt_token_ids + completion.token_ids])
-    with torch.no_grad():
-        expected = model(ids).logits_BTV[0, 5:-1].argmax(-1)
-    assert completion.token_ids == expected.tolist()
-    torch.testing.assert_close(
-        torch.tensor(completion.logprobs), full_logprobs(model, output, completion, 1.0), atol=2e-4, rtol=1e-4
-    )
+    logits_BTV = model(torch.tensor([output.prompt_token_ids + completion.token_ids])).logits_BTV
+    assert completion.token_ids == logits_BTV[0, 5:-1].argmax(-1).tolist()
+    expected = full_logprobs(model, output, completion, 1.0)
+    torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-4, rtol=1e-4)
 
 
 def test_batched_generation_equals_one_by_one(model, tokenizer):
     """Slots fewer than samples, lengths and budgets all different, so sequences leave and enter at every step."""
     prompts = prompts_of(3, 17, 1, 40, 8, 8, 25, 2, 11, 33)
-    params = [
-        SamplingParams(
-            max_tokens=3 + 5 * index % 23,
-            temperature=(0.0, 0.7, 1.3)[index % 3],
-            top_p=(1.0, 0.9)[index % 2],
-            top_k=20 * (index % 4),
-            n=1 + index % 3,
-        )
-        for index in range(len(prompts))
-    ]
+    of = lambda i: {"temperature": (0.0, 0.7, 1.3)[i % 3], "top_p": (1.0, 0.9)[i % 2], "top_k": 20 * (i % 4)}  # noqa: E731
+    params = [SamplingParams(max_tokens=3 + 5 * i % 23, n=1 + i % 3, **of(i)) for i in range(len(prompts))]
     together = Engine(model, tokenizer, max_batch=4).generate(prompts, params)
-    alone = [
-        Engine(model, tokenizer).generate([prompt], its_params)[0]
-        for prompt, its_params in zip(prompts, params, strict=True)
-    ]
+    alone = [Engine(model, tokenizer).generate([one], its)[0] for one, its in zip(prompts, params, strict=True)]
     assert token_ids(together) == token_ids(alone)
-    for one, other in zip(together, alone, strict=True):
-        for ours, theirs in zip(one.outputs, other.outputs, strict=True):
-            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
-    sums = [len(completion.token_ids) for output in together for completion in output.outputs]
-    assert len(set(sums)) > 5
+    ours, theirs = ([one for output in outputs for one in output.outputs] for outputs in (together, alone))
+    assert all(a.logprobs == pytest.approx(b.logprobs, abs=1e-4) for a, b in zip(ours, theirs, strict=True))
+    assert len({len(completion.token_ids) for completion in ours}) > 5
 
 
 def test_slots_are_reused_and_never_idle(dense_model, tokenizer, passes):
@@ -128,28 +111,23 @@ def test_prompts_of_similar_length_are_prefilled_together(dense_model, tokenizer
 
 
 def test_seed_sample_and_key_decide_the_tokens(dense_model, tokenizer):
-    engine = Engine(dense_model, tokenizer)
-    (prompt,) = prompts_of(9)
+    engine, prompts = Engine(dense_model, tokenizer), prompts_of(9)
 
     def run(n=2, key=None, **params):
-        return token_ids(
-            engine.generate([prompt], SamplingParams(max_tokens=16, n=n, **params), keys=None if key is None else [key])
-        )[0]
+        return token_ids(engine.generate(prompts, SamplingParams(max_tokens=16, n=n, **params), key and [key]))[0]
 
     assert run(seed=3) == run(seed=3)
     assert run(seed=3) != run(seed=4)
     assert run(n=5, seed=3)[:2] == run(n=2, seed=3)
-    assert run(key="a") == run(key="a")
-    assert run(key="a") != run(key="b")
+    assert run(key="a") == run(key="a") != run(key="b")
 
 
 def test_chunked_prefill_and_growing_cache_change_nothing(model, tokenizer, monkeypatch):
     prompts, params = prompts_of(50, 3, 47, 20), SamplingParams(max_tokens=40, n=2)
     expected = token_ids(Engine(model, tokenizer).generate(prompts, params))
-    monkeypatch.setattr(engine_module, "PREFILL_SCORES", 1000)
-    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 60)
+    for name, value in (("PREFILL_SCORES", 1000), ("PREFILL_TOKENS", 60), ("EXTENT_STEP", 1)):
+        monkeypatch.setattr(engine_module, name, value)
     monkeypatch.setattr("slingshot.engine.batch.LENGTH_STEP", 1)
-    monkeypatch.setattr(engine_module, "EXTENT_STEP", 1)
     engine = Engine(model, tokenizer)
     outputs = []
     for prompt in prompts:  # arriving while others run: the cache grows in rows and length under them
@@ -175,34 +153,23 @@ def test_cache_budget_bounds_rows_times_length(dense_model, tokenizer, passes):
 
 
 def test_ends_at_eos_with_its_logprob_but_not_in_the_text(dense_model, tokenizer):
-    outputs = Engine(dense_model, tokenizer).generate(
-        prompts_of(5), SamplingParams(max_tokens=200, temperature=1.5, n=32)
-    )
-    stopped = [completion for completion in outputs[0].outputs if completion.finish_reason == "stop"]
-    assert stopped
-    for completion in stopped:
-        assert completion.token_ids[-1] == tokenizer.eos_id
-        assert len(completion.logprobs) == len(completion.token_ids)
-        assert completion.text == tokenizer.decode(completion.token_ids[:-1])
-    for completion in outputs[0].outputs:
-        assert tokenizer.eos_id not in completion.token_ids[:-1]
-        if completion.finish_reason == "length":
-            assert len(completion.token_ids) == 200
+    completions = ask(Engine(dense_model, tokenizer), PROMPT, max_tokens=200, temperature=1.5, n=32)
+    assert "stop" in {completion.finish_reason for completion in completions}
+    for completion in completions:
+        *before, last = ids = completion.token_ids
+        assert tokenizer.eos_id not in before and len(completion.logprobs) == len(ids)
+        stopped = completion.finish_reason == "stop"
+        assert last == tokenizer.eos_id if stopped else len(ids) == 200
+        assert completion.text == tokenizer.decode(before if stopped else ids)
 
 
 def test_stop_token_ids_end_a_sample(dense_model, tokenizer):
-    engine = Engine(dense_model, tokenizer)
-    params = SamplingParams(max_tokens=12, temperature=0)
-    (free,) = engine.generate(prompts_of(5), params)
-    ids = free.outputs[0].token_ids
-    (stopped,) = engine.generate(prompts_of(5), SamplingParams(max_tokens=12, temperature=0, stop_token_ids=(ids[6],)))
+    engine, params = Engine(dense_model, tokenizer), {"max_tokens": 12, "temperature": 0}
+    ids = ask(engine, PROMPT, **params)[0].token_ids
+    (stopped,) = ask(engine, PROMPT, **params, stop_token_ids=(ids[6],))
     first = ids.index(ids[6])
-    assert stopped.outputs[0].token_ids == ids[: first + 1]
-    assert stopped.outputs[0].finish_reason == "stop"
-    assert stopped.outputs[0].text == tokenizer.decode(ids[:first])
-
-
-PROMPT = [10, 11, 12]
+    assert stopped.token_ids == ids[: first + 1] and stopped.finish_reason == "stop"
+    assert stopped.text == tokenizer.decode(ids[:first])
 
 
 @pytest.mark.parametrize(
@@ -220,12 +187,9 @@ PROMPT = [10, 11, 12]
 )
 def test_stop_strings_cut_the_text_before_them(scripted, tokenizer, text, stop, expected):
     engine = scripted(tokenizer.encode(text))
-    params = SamplingParams(stop=stop)
-    (output,) = engine.generate([PROMPT], params)
-    completion = output.outputs[0]
-    assert completion.text == completion.answer == expected
-    assert completion.finish_reason == "stop"
-    assert "".join(delta for _, delta in engine.stream(PROMPT, params)) == expected
+    (completion,) = ask(engine, PROMPT, stop=stop)
+    assert completion.text == completion.answer == expected and completion.finish_reason == "stop"
+    assert "".join(delta for _, delta in engine.stream(PROMPT, SamplingParams(stop=stop))) == expected
     if expected != text:
         assert tokenizer.eos_id not in completion.token_ids
         assert any(one in tokenizer.decode(completion.token_ids) for one in stop)
@@ -244,24 +208,20 @@ def test_stop_string_inside_reasoning_keeps_tags_apart_by_id(scripted, tokenizer
     """`</think>` spelt by ordinary tokens is text, the token is the tag, also where the text is cut."""
     typed = tokenizer.encode("no </think> tag")
     ids = [tokenizer.think_id, *typed, tokenizer.end_think_id, *tokenizer.encode("the end stop here")]
-    (output,) = scripted(ids).generate([PROMPT], SamplingParams(stop=("p he",)))
-    completion = output.outputs[0]
-    assert completion.reasoning == "no </think> tag"
-    assert completion.answer == "the end sto"
+    (completion,) = ask(scripted(ids), PROMPT, stop=("p he",))
+    assert (completion.reasoning, completion.answer) == ("no </think> tag", "the end sto")
     assert completion.text == "<think>no </think> tag</think>the end sto"
 
 
 def test_reasoning_and_answer_stream_as_they_are_parsed(scripted, tokenizer):
     ids = [*tokenizer.encode("3 plus 4 is 7\n"), tokenizer.end_think_id, *tokenizer.encode("\n\n7")]
-    engine = scripted(ids)
-    prompt = [*PROMPT, tokenizer.think_id]
-    deltas = list(engine.stream(prompt, SamplingParams()))
-    (output,) = engine.generate([prompt], SamplingParams())
-    for kind, whole in (("reasoning", output.outputs[0].reasoning), ("answer", output.outputs[0].answer)):
+    engine, prompt = scripted(ids), [*PROMPT, tokenizer.think_id]
+    deltas, _ = read(engine.stream(prompt))
+    (completion,) = ask(engine, prompt)
+    for kind, whole in (("reasoning", completion.reasoning), ("answer", completion.answer)):
         assert "".join(text for its_kind, text in deltas if its_kind == kind) == whole
-    assert output.outputs[0].answer == "7"
+    assert completion.answer == "7" and len(deltas) > 3
     assert [kind for kind, _ in itertools.groupby(deltas, key=lambda delta: delta[0])] == ["reasoning", "answer"]
-    assert len(deltas) > 3
 
 
 def test_stream_of_random_bytes_gives_whole_characters_and_the_completions_text(dense_model, tokenizer, scripted):
@@ -269,22 +229,17 @@ def test_stream_of_random_bytes_gives_whole_characters_and_the_completions_text(
     engine = Engine(dense_model, tokenizer)
     for seed in range(5):
         params = SamplingParams(max_tokens=60, temperature=1.5, seed=seed, stop=("e", " p"))
-        *pieces, completion = drain(engine.stream(PROMPT, params))
+        pieces, completion = read(engine.stream(PROMPT, params))
         assert "".join(text for kind, text in pieces if kind == "answer") == completion.answer
         assert "".join(text for kind, text in pieces if kind == "reasoning") == (completion.reasoning or "")
-    ids = tokenizer.encode("a😀b")
-    assert len(ids) == 6
+    assert len(ids := tokenizer.encode("a😀b")) == 6
     assert [text for _, text in scripted(ids).stream(PROMPT)] == ["a", "😀", "b"]
 
 
 def test_stream_withholds_what_may_become_a_stop_string(scripted, tokenizer):
     ids = [token for character in "a sto a stop b" for token in tokenizer.encode(character)]
     pieces = [text for _, text in scripted(ids).stream(PROMPT, SamplingParams(stop=("stop",)))]
-    assert "".join(pieces) == "a sto a "
-    seen = ""
-    for piece in pieces:
-        seen += piece
-        assert "a sto a ".startswith(seen)
+    assert [*itertools.accumulate(pieces)][-1] == "a sto a "
 
 
 def test_closing_a_stream_aborts_its_request(dense_model, tokenizer):
@@ -293,8 +248,7 @@ def test_closing_a_stream_aborts_its_request(dense_model, tokenizer):
     next(deltas)
     assert engine.unfinished == 1
     deltas.close()
-    assert engine.unfinished == 0
-    assert engine.step() == []
+    assert engine.unfinished == 0 and engine.step() == []
 
 
 def test_stream_leaves_other_requests_to_their_owner(dense_model, tokenizer):
@@ -303,8 +257,7 @@ def test_stream_leaves_other_requests_to_their_owner(dense_model, tokenizer):
     list(engine.stream(PROMPT, SamplingParams(max_tokens=20, temperature=0)))
     engine.generate([PROMPT], SamplingParams(max_tokens=2))
     (output,) = engine.step()
-    assert output.request_id == mine
-    assert engine.step() == []
+    assert output.request_id == mine and engine.step() == []
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
@@ -315,20 +268,14 @@ def test_threads_share_one_engine_and_each_gets_its_own(dense_model, tokenizer, 
     expected = token_ids(Engine(dense_model, tokenizer).generate(prompts, params))
     engine, found, start = Engine(dense_model, tokenizer, max_batch=5), {}, threading.Barrier(9)
 
-    def ask(index):
+    def work(index):
         start.wait()
         if params[index].n > 1:
-            (output,) = engine.generate([prompts[index]], params[index])
-            found[index] = [completion.token_ids for completion in output.outputs]
-            return
-        stream = engine.stream(prompts[index], params[index])
-        while index not in found:
-            try:
-                next(stream)
-            except StopIteration as stop:
-                found[index] = [stop.value.token_ids]
+            (found[index],) = token_ids(engine.generate([prompts[index]], params[index]))
+        else:
+            found[index] = [read(engine.stream(prompts[index], params[index]))[1].token_ids]
 
-    threads = [threading.Thread(target=ask, args=(index,)) for index in range(8)]
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
     for thread in threads:
         thread.start()
     start.wait()
@@ -358,23 +305,12 @@ def test_an_aborted_request_comes_back_to_whoever_waits_for_it(dense_model, toke
     stream = engine.stream(PROMPT, SamplingParams(max_tokens=200, ignore_eos=True))
     next(stream)
     output = engine.abort(0)
-    *_, completion = drain(stream)
+    _, completion = read(stream)
     assert completion.finish_reason == "abort" and completion.token_ids == output.outputs[0].token_ids
 
 
-def test_chat_asks_in_the_chat_template(dense_model, tokenizer):
-    engine, params = Engine(dense_model, tokenizer), SamplingParams(max_tokens=4)
-    messages = [{"role": "user", "content": "3+4"}]
-    (expected,) = engine.generate([messages], params)
-    for output in (engine.chat("3+4", params), engine.chat(messages, params)):
-        assert output.prompt_token_ids == tokenizer.encode_chat(messages) == expected.prompt_token_ids
-        assert output.outputs == expected.outputs
-
-
 def test_a_special_tokens_text_stops(scripted, tokenizer):
-    """Alone, with text before it, and within a longer special token's text; a special token that is passed adds
-    nothing.
-    """
+    """Alone, with text before it, and within a longer token's text; a special token that is passed adds nothing."""
     pad = tokenizer.pad_id
     name = next(token["content"] for token in tokenizer.description()["added_tokens"] if token["id"] == pad)
     assert tokenizer.decode([pad]) == "" and pad not in tokenizer.eos_ids
@@ -385,10 +321,9 @@ def test_a_special_tokens_text_stops(scripted, tokenizer):
         (name[:-1], "one", 1 + len(tokenizer.encode("one"))),
         ("three", "one two ", len(ids)),
     ):
-        (output,) = scripted(ids).generate([PROMPT], SamplingParams(stop=(stop,)))
-        completion = output.outputs[0]
-        assert (completion.text, completion.finish_reason) == (text, "stop")
-        assert completion.token_ids == ids[:length]
+        (completion,) = ask(scripted(ids), PROMPT, stop=(stop,))
+        assert (completion.text, completion.token_ids) == (text, ids[:length])
+        assert completion.finish_reason == "stop"
         assert "".join(delta for _, delta in scripted(ids).stream(PROMPT, SamplingParams(stop=(stop,)))) == text
 
 
@@ -418,22 +353,21 @@ def test_interrupted_generate_leaves_nothing_behind(dense_model, tokenizer):
         if next(steps) == 4:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), removed(dense_model.register_forward_pre_hook(interrupt)):
+    handle = dense_model.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
         engine.generate(prompts_of(4, 5), SamplingParams(max_tokens=10, temperature=0))
+    handle.remove()
     assert engine.unfinished == 0
-    found = engine.generate(prompts_of(6), SamplingParams(max_tokens=5))
-    assert token_ids(found) == token_ids(
-        Engine(dense_model, tokenizer).generate(prompts_of(6), SamplingParams(max_tokens=5))
-    )
+    found, expected = (ask(one, PROMPT, max_tokens=5) for one in (engine, Engine(dense_model, tokenizer)))
+    assert found == expected
 
 
-def test_max_length_bounds_prompt_and_answer(scripted, tokenizer):
+def test_max_length_bounds_prompt_and_answer(scripted):
     engine = scripted([20] * 50, max_length=10)
-    (output,) = engine.generate([PROMPT], SamplingParams(max_tokens=40))
-    assert len(output.outputs[0].token_ids) == 7
-    assert output.outputs[0].finish_reason == "length"
-    (output,) = engine.generate([[10] * 9], SamplingParams(max_tokens=40))
-    assert len(output.outputs[0].token_ids) == 1
+    (completion,) = ask(engine, PROMPT, max_tokens=40)
+    assert len(completion.token_ids) == 7 and completion.finish_reason == "length"
+    (completion,) = ask(engine, [10] * 9, max_tokens=40)
+    assert len(completion.token_ids) == 1
     with pytest.raises(SlingshotError, match="10 tokens, max_length is 10"):
         engine.generate([[10] * 10])
     with pytest.raises(SlingshotError, match="max_position_embeddings 256"):
@@ -443,13 +377,10 @@ def test_max_length_bounds_prompt_and_answer(scripted, tokenizer):
 @pytest.mark.parametrize(
     ("prompt", "named"),
     [
-        ([], "empty"),
-        ([5, 10_000], "10000"),
-        ([-1], "-1"),
-        (["text"], "a prompt is"),
-        ([5, {"role": "user", "content": "x"}], "a prompt is"),
+        ([], "empty"), ([5, 10_000], "10000"), ([-1], "-1"), (["text"], "a prompt is"),
+        ([5, CHAT], "a prompt is"),
     ],
-)
+)  # fmt: skip
 def test_bad_prompts_are_named(dense_model, tokenizer, prompt, named):
     engine = Engine(dense_model, tokenizer)
     with pytest.raises(SlingshotError, match=named):
@@ -458,15 +389,15 @@ def test_bad_prompts_are_named(dense_model, tokenizer, prompt, named):
 
 
 def test_prompts_as_text_ids_and_chat(dense_model, tokenizer):
-    engine = Engine(dense_model, tokenizer)
-    chat = [{"role": "user", "content": "3+4"}]
-    outputs = engine.generate(["3+4", tokenizer.encode_raw("3+4"), chat], SamplingParams(max_tokens=4))
-    assert outputs[0].prompt_token_ids == outputs[1].prompt_token_ids == [0, *tokenizer.encode("3+4")]
-    assert outputs[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids
-    assert outputs[2].prompt_token_ids == tokenizer.encode_chat(chat, add_generation_prompt=True)
-    assert [output.prompt_token_ids for output in engine.generate("3+4", SamplingParams(max_tokens=1))] == [
-        tokenizer.encode_raw("3+4")
-    ]
+    """Text is continued raw, messages go through the chat template, which `chat` also gives a single question."""
+    engine, params, messages = Engine(dense_model, tokenizer), SamplingParams(max_tokens=4), [CHAT]
+    raw, ids, chat = engine.generate(["3+4", tokenizer.encode_raw("3+4"), messages], params)
+    assert raw.prompt_token_ids == ids.prompt_token_ids == [0, *tokenizer.encode("3+4")]
+    assert token_ids([raw]) == token_ids([ids])
+    assert engine.generate("3+4", params)[0].prompt_token_ids == raw.prompt_token_ids
+    assert chat.prompt_token_ids == tokenizer.encode_chat(messages, add_generation_prompt=True)
+    for output in (engine.chat("3+4", params), engine.chat(messages, params)):
+        assert output.prompt_token_ids == chat.prompt_token_ids and token_ids([output]) == token_ids([chat])
 
 
 def test_update_weights_reaches_copies_and_is_refused_in_flight(model, tokenizer):
@@ -486,10 +417,11 @@ def test_update_weights_reaches_copies_and_is_refused_in_flight(model, tokenizer
         assert token_ids(engine.generate(prompts, params)) == expected
     own.update_weights((name, tensor) for name, tensor in model.state_dict().items())
     assert token_ids(own.generate(prompts, params)) == before
-    for state in ({}, {"lm_head.bias": torch.zeros(1)}):
-        with pytest.raises(
-            SlingshotError, match=r"update_weights: \S+ (is missing|of shape \(1,\) is not of this model)"
-        ):
+    for state, wrong in (
+        ({}, "is missing"),
+        ({"lm_head.bias": torch.zeros(1)}, r"of shape \(1,\) is not of this model"),
+    ):
+        with pytest.raises(SlingshotError, match=rf"update_weights: \S+ {wrong}"):
             own.update_weights(state)
     own.add(prompts[0], params)
     with pytest.raises(SlingshotError, match="1 requests are in flight"):
@@ -509,16 +441,12 @@ def test_a_copy_in_bfloat16_keeps_float32_router_biases_and_leaves_the_model_alo
 
 @pytest.mark.parametrize("loaded", [False, True])
 def test_sampler_and_trainer_route_alike_in_bfloat16(make_model, deepseek, tokenizer, tmp_path, loaded):
-    """The trainer's float32 masters computing in bfloat16, and the engine's bfloat16 weights, copied or loaded: one
-    choice of experts.
-    """
+    """The trainer's float32 masters computing in bfloat16, the engine's bfloat16 weights: one choice of experts."""
     trainer = make_model(deepseek(vocab_size=tokenizer.vocab_size))
     trainer.compute_dtype = torch.bfloat16
     save_checkpoint(tmp_path, trainer, tokenizer)
-    if loaded:
-        engine = Engine.load(tmp_path, dtype="bfloat16", device="cpu")
-    else:
-        engine = Engine(trainer, tokenizer, dtype=torch.bfloat16)
+    copied = Engine(trainer, tokenizer, dtype=torch.bfloat16)
+    engine = Engine.load(tmp_path, dtype="bfloat16", device="cpu") if loaded else copied
     tokens_BT, results = torch.tensor(prompts_of(*[60] * 30)), []
     for network in (trainer, engine.model):
         chosen = []

@@ -1,4 +1,4 @@
-"""cost/energy.py on a made-up /sys/class/powercap: packages and memory are added up, counters may turn over, what
+"""machine/energy.py on a made-up /sys/class/powercap: packages and memory are added up, counters may turn over, what
 cannot be read is left out.
 """
 
@@ -29,22 +29,12 @@ def zone(root: Path, name: str, label: str, microjoules: int, span: int = 1_000_
 
 
 def test_packages_and_memory_are_added_up_and_their_parts_are_not(tmp_path: Path) -> None:
-    first, second = (
-        zone(tmp_path, "intel-rapl:0", "package-0", 5_000_000),
-        zone(tmp_path, "intel-rapl:1", "package-1", 0),
-    )
-    core, memory = zone(tmp_path, "intel-rapl:0:0", "core", 0), zone(tmp_path, "intel-rapl:0:1", "dram", 0)
-    whole = zone(tmp_path, "intel-rapl:2", "psys", 0)
+    labels = {":0": "package-0", ":1": "package-1", ":0:0": "core", ":0:1": "dram", ":2": "psys"}
+    files = [zone(tmp_path, f"intel-rapl{number}", label, 5_000_000) for number, label in labels.items()]
     energy = Energy(tmp_path)
     assert energy.joules == 0.0
-    for file, microjoules in (
-        (first, 7_000_000),
-        (second, 1_500_000),
-        (core, 900_000),
-        (memory, 250_000),
-        (whole, 99_000_000),
-    ):
-        file.write_text(f"{microjoules}\n")
+    for file, more in zip(files, (2_000_000, 1_500_000, 900_000, 250_000, 99_000_000), strict=True):
+        file.write_text(f"{5_000_000 + more}\n")
     assert energy.joules == pytest.approx(2 + 1.5 + 0.25)
 
 
@@ -94,17 +84,10 @@ class FourGPUs:
 @pytest.mark.parametrize(
     ("visible", "counted"),
     [
-        (None, [1, 2, 3, 4]),
-        ("", []),
-        ("-1", []),
-        ("0, 1", [1, 2]),
-        ("2", [3]),
-        ("3,-1,0", [4]),
-        ("1,7,0", [2]),
-        ("GPU-third,0", [3, 1]),
-        ("GPU-gone", []),
+        (None, [1, 2, 3, 4]), ("", []), ("-1", []), ("0, 1", [1, 2]), ("2", [3]), ("3,-1,0", [4]), ("1,7,0", [2]),
+        ("GPU-third,0", [3, 1]), ("GPU-gone", []),
     ],
-)
+)  # fmt: skip
 def test_only_gpus_this_process_may_use_are_counted(
     visible: str | None, counted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

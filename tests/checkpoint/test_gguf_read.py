@@ -555,6 +555,7 @@ def broken(content: bytes, steps: list[tuple[str, float, Any]]) -> bytes:
     return content
 
 
+@pytest.mark.slow
 @settings(
     derandomize=True, deadline=None, max_examples=600, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

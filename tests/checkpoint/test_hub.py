@@ -260,6 +260,7 @@ def test_a_checkpoint_is_downloaded_and_then_needs_no_connection(hub: Any, ask: 
     assert not [file for file in hub.bodies() if hub.bodies().count(file) > 2] and "fetching" not in ask.said
 
 
+@pytest.mark.slow
 def test_offline_without_the_files_says_what_is_missing(hub: Any, ask: Asker, checkpoints: list[Path]) -> None:
     hub.commit("org/name", contents(checkpoints[0]))
     cache = ask.home / "hub"
@@ -308,6 +309,7 @@ def test_a_cache_without_links_and_other_ranks(hub: Any, ask: Asker, checkpoints
     )  # nothing is left to fetch
 
 
+@pytest.mark.slow
 def test_every_refusal_is_one_line_with_a_way_out(
     hub: Any, ask: Asker, checkpoints: list[Path], tmp_path: Path
 ) -> None:
@@ -376,6 +378,7 @@ def test_an_endpoint_that_is_no_hub_is_named(hub: Any, ask: Asker, checkpoints: 
     assert "its answer holds no commit, or files without a size" in refused
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_seen_before_or_at_the_latest_when_it_is_full(
     hub: Any, ask: Asker, checkpoints: list[Path]
 ) -> None:
@@ -399,6 +402,7 @@ def test_a_full_disk_is_seen_before_or_at_the_latest_when_it_is_full(
     assert "cannot write " in refused and "HF_HOME" in refused
 
 
+@pytest.mark.slow
 def test_a_killed_download_goes_on_with_the_files_it_lacks(hub: Any, ask: Asker, checkpoints: list[Path]) -> None:
     commit = hub.commit("org/name", contents(checkpoints[0]))
     hub.stall.add(WEIGHTS[1])
@@ -446,6 +450,7 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub: Any, ask: Aske
     ]
 
 
+@pytest.mark.slow
 def test_a_hub_that_goes_away_during_the_download_keeps_what_is_whole(
     hub: Any, ask: Asker, checkpoints: list[Path]
 ) -> None:
@@ -583,6 +588,7 @@ def packed(
     return folder / "m.gguf"
 
 
+@pytest.mark.slow
 def test_all_parts_of_a_gguf_model_are_fetched(hub: Any, ask: Asker, packed: Path) -> None:
     """Whichever of them is named; without a connection too, and never without one of them."""
     parts = parts_of(packed, 3)
@@ -601,6 +607,7 @@ def test_all_parts_of_a_gguf_model_are_fetched(hub: Any, ask: Asker, packed: Pat
     ]
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_examined_by_its_header(hub: Any, ask: Asker, packed: Path) -> None:
     whole, parts = examine(str(packed)), parts_of(packed, 3)
     hub.commit("org/packed", {"m.gguf": packed.read_bytes(), **parts, "broken.gguf": b"GGUF" + b"x" * 5_000_000})
@@ -620,6 +627,7 @@ def test_a_gguf_file_is_examined_by_its_header(hub: Any, ask: Asker, packed: Pat
     assert "broken.gguf is no whole GGUF file: its version is" in refused
 
 
+@pytest.mark.slow
 def test_hostile_repositories_are_refused_by_their_headers(hub: Any, ask: Asker, checkpoints: list[Path]) -> None:
     config, single = {"config.json": b"{}"}, "model.safetensors"
 

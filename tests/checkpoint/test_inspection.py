@@ -313,6 +313,7 @@ def test_names_from_a_file_cannot_steer_the_terminal(checkpoint: Callable[..., P
     assert not usable and "\x1b" not in text and "[2J[red]weight is no tensor" in text
 
 
+@pytest.mark.slow
 def test_all_of_deepseek_v3_is_judged_by_its_headers(checkpoint: Callable[..., Path]) -> None:
     """641 GiB, of which nothing but the headers lies here; the rest is a hole in the disk."""
     config = ModelConfig.preset("deepseek-v3")

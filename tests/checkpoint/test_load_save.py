@@ -306,6 +306,7 @@ print(peak() - before, size)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["load and save", "convert"])
 def test_memory_stays_within_the_models_size_and_a_piece(tokenizer: Tokenizer, tmp_path: Path, what: str) -> None:
     config, folder = ModelConfig(**_LARGE), tmp_path / "large"

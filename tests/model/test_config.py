@@ -417,6 +417,7 @@ def mutated(draw: st.DrawFn) -> dict[str, Any]:
 PUBLISHED = [json.loads((PRESETS / f"{name}.json").read_text()) for name in presets()]
 
 
+@pytest.mark.slow
 @settings(derandomize=True, deadline=None, max_examples=1500)
 @given(raw=mutated())
 def test_any_config_json_is_read_or_refused_in_one_line(raw: dict[str, Any]) -> None:

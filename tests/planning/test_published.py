@@ -98,6 +98,7 @@ def test_deepseek_v3_s_context_extension_ran_slower_than_pretraining() -> None:
     assert sum(plan.device_hours for plan in plans) / 119e3 == pytest.approx(0.64, abs=0.01)
 
 
+@pytest.mark.slow
 def test_r1_s_reinforcement_learning_within_a_factor_of_two() -> None:
     """R1-Zero: 101K H800 hours for 10,400 steps of 32 x 16, 8,192 outputs a rollout, at most 32,768 tokens before step
     8,200 and 65,536 after (Nature s41586-025-09422-z). Mean lengths are read off its Figure 1b: about 4,500, then

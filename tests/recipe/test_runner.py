@@ -218,6 +218,7 @@ def test_a_folder_in_the_way_of_a_later_stage_is_found_before_anything_runs(
     assert not (tmp_path / "run" / "base").exists()
 
 
+@pytest.mark.slow
 def test_the_end_of_a_run_says_what_comes_next(
     load: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str], refusal: Refusal
 ) -> None:

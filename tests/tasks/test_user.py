@@ -78,6 +78,7 @@ def test_problems_is_called_once_for_all_its_problems(load):
     assert len({problem.data["calls"] for problem in task.problems("train", 0)}) == 1
 
 
+@pytest.mark.slow
 def test_endless_and_slow_problems_are_fetched_in_time(load):
     wait = "for n in itertools.count(seed): yield time.sleep(0.03) or {'prompt': str(n)}"
     task = load(f"import itertools, time\ndef problems(split, seed):\n    {wait}\n{VERIFY}", timeout=1.5)

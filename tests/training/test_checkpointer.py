@@ -209,6 +209,7 @@ def test_states_without_the_mark_of_what_they_are_of_are_put_aside(read: Reading
     assert [len(list((tmp_path / ".stale").glob(f"stage.partial-{n}/state-2"))) for n in (1, 2)] == [1, 1]
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_and_a_dead_one_is_none(open_work: Open, out: Path) -> None:
     work = open_work()
     run_steps(work, 1, 1)

@@ -51,7 +51,7 @@ EXTENT_STEP = 16  # decoding attends over a multiple of this many cached tokens,
 
 
 class Turns:
-    """A lock, served about in the order in which threads come: whoever steps in a loop queues behind those that wait."""
+    """A lock served about in the order in which threads come: who steps in a loop queues behind those that wait."""
 
     def __init__(self) -> None:
         self._first, self._lock = threading.Lock(), threading.Lock()

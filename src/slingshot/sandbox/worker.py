@@ -91,7 +91,9 @@ class Worker:
         command = [sys.executable, "-P", "-c", _LAUNCH, json.dumps(sys.path)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         # In a session of its own: Ctrl-C is the parent's to handle, and a kill reaches the worker's own children.
-        process = subprocess.Popen(command, **pipes, env=environment(home), start_new_session=True)  # type: ignore[call-overload]
+        process = subprocess.Popen(  # type: ignore[call-overload]
+            command, **pipes, env=environment(home), start_new_session=True
+        )
         self._finalizer = weakref.finalize(self, _end, process, home)
         return process
 

@@ -69,7 +69,7 @@ def serve() -> None:
 
 
 def take(items: Iterator[T], count: int, seconds: float = 1.0) -> list[T]:
-    """Up to `count` next items, fewer once `seconds` have passed, so that slow ones stay in time; none at the end only."""
+    """Up to `count` next items, fewer once `seconds` have passed, so that slow ones stay in time; none at the end."""
     deadline, taken = time.monotonic() + seconds, list[T]()
     for item in itertools.islice(items, count):
         taken.append(item)

@@ -1,6 +1,4 @@
-"""machine/energy.py on a made-up /sys/class/powercap: packages and memory are added up, counters may turn over, what
-cannot be read is left out.
-"""
+"""machine/energy.py on a made-up /sys/class/powercap and a made-up NVML."""
 
 from __future__ import annotations
 

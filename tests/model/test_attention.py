@@ -1,6 +1,4 @@
-"""Attention through each context: packed rows, the engine's cache, and one of the tests' own over flat tokens. All give
-the same.
-"""
+"""Attention through each context alike: packed rows, the engine's cache, and one of the tests' own over flat tokens."""
 
 from __future__ import annotations
 
@@ -21,25 +19,17 @@ from slingshot.model.config import ModelConfig
 from slingshot.model.context import Context, PackedContext
 from slingshot.model.transformer import Transformer
 
+Make, Config = Callable[..., Transformer], Callable[..., ModelConfig]
 TIME = 12
 TOLERANCE = 2e-5  # of the logits' standard deviation, in float32; some five times what rounding makes
 
-YARN = {
-    "rope_type": "yarn",
-    "factor": 4.0,
-    "original_max_position_embeddings": 4,
-    "mscale_all_dim": 1.0,
-}  # a third of the tests' sequences
+# Lengths beyond the original one, which is a third of the tests' sequences.
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4, "mscale_all_dim": 1.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 4}
 
 
 @pytest.fixture(scope="module", params=["mla", "mla, YaRN", "gqa", "gqa, YaRN", "gqa, Llama 3"])
-def model(
-    request: pytest.FixtureRequest,
-    make_model: Callable[..., Transformer],
-    deepseek: Callable[..., ModelConfig],
-    dense: Callable[..., ModelConfig],
-) -> Transformer:
+def model(request: pytest.FixtureRequest, make_model: Make, deepseek: Config, dense: Config) -> Transformer:
     config = {
         "mla": deepseek(),
         "mla, YaRN": deepseek(q_lora_rank=None, rope_scaling=YARN),
@@ -60,10 +50,9 @@ def in_pieces(model: Transformer, tokens_BT: Tensor, cuts: Iterable[int]) -> Ten
     cache = KVCache(model.config, slots=4, length=time + 3, dtype=torch.float32)
     positions = torch.arange(time).expand(rows, time)
     pieces = [slice(a, b) for a, b in pairwise([0, *sorted(cuts), time])]
-    parts = [
-        model(tokens_BT[:, p], context=cache.context(1, positions[:, p], extent=p.stop)).logits_BTV for p in pieces
-    ]
-    return torch.cat(parts, dim=1)
+    contexts = (cache.context(1, positions[:, piece], extent=piece.stop) for piece in pieces)
+    parts = zip(pieces, contexts, strict=True)
+    return torch.cat([model(tokens_BT[:, piece], context=context).logits_BTV for piece, context in parts], dim=1)
 
 
 def deviation(found: Tensor, expected: Tensor) -> float:
@@ -73,9 +62,7 @@ def deviation(found: Tensor, expected: Tensor) -> float:
 
 
 class FlatContext(Context):
-    """Tokens of several sequences one after the other, in any order, keys kept by layer and sequence: by the definition
-    of attention.
-    """
+    """Tokens of several sequences one after the other, in any order: by the definition of attention."""
 
     def __init__(self, config: ModelConfig, rows_N: Tensor, positions_N: Tensor, absorb: bool) -> None:
         super().__init__(config, positions_N)
@@ -113,34 +100,22 @@ def test_cached_logits_equal_the_full_forward_pass_however_it_is_split(model: Tr
 @torch.no_grad()
 @settings(derandomize=True, deadline=None, max_examples=30)
 @given(
-    shape=st.fixed_dictionaries(
-        {
-            "num_attention_heads": st.integers(1, 6),
-            "q_lora_rank": st.sampled_from([None, 20]),
-            "kv_lora_rank": st.sampled_from([1, 12, 40]),
-            "qk_nope_head_dim": st.sampled_from([1, 8, 15]),
-            "qk_rope_head_dim": st.sampled_from([2, 6, 16]),
-            "v_head_dim": st.sampled_from([1, 10, 30]),
-            "rope_scaling": st.sampled_from([None, YARN, YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}]),
-        }
-    ),
+    shape=st.fixed_dictionaries({
+        "num_attention_heads": st.integers(1, 6), "q_lora_rank": st.sampled_from([None, 20]),
+        "kv_lora_rank": st.sampled_from([1, 12, 40]), "qk_nope_head_dim": st.sampled_from([1, 8, 15]),
+        "qk_rope_head_dim": st.sampled_from([2, 6, 16]), "v_head_dim": st.sampled_from([1, 10, 30]),
+        "rope_scaling": st.sampled_from([None, YARN, YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}]),
+    }),
     time=st.integers(1, 300),
-)
-def test_expanded_and_absorbed_attention_are_one(
-    deepseek: Callable[..., ModelConfig], shape: dict[str, Any], time: int
-) -> None:
-    """The module alone: in one piece without a cache, and with one. Rows over 256 tokens take another kernel when
-    expanded.
-    """
+)  # fmt: skip
+def test_expanded_and_absorbed_attention_are_one(deepseek: Config, shape: dict[str, Any], time: int) -> None:
+    """The module alone, without a cache and with one. Rows over 256 tokens take another kernel when expanded."""
     config = deepseek(**shape)
     generator = torch.Generator().manual_seed(time)
     attention = MLA(config, layer=0)
     for parameter in attention.parameters():
-        parameter.normal_(
-            float(parameter.dim() == 1),
-            0.3 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5,
-            generator=generator,
-        )
+        mean, deviation = (1.0, 0.3) if parameter.dim() == 1 else (0.0, parameter.shape[-1] ** -0.5)
+        parameter.normal_(mean, deviation, generator=generator)
     x_BTD = torch.randn(2, time, config.hidden_size, generator=generator)
     cache = KVCache(config, slots=2, length=time, dtype=torch.float32)
     packed = PackedContext(config, x_BTD[..., 0], None)
@@ -156,13 +131,12 @@ def test_rows_of_different_lengths_decode_together(model: Transformer) -> None:
     cache = KVCache(model.config, slots=2, length=TIME, dtype=torch.float32)
     for layer in cache.data:
         layer.fill_(1e3)
-    with torch.no_grad():
-        model(tokens_BT[:, :8], context=cache.context(0, torch.arange(8).expand(2, 8)))
-        expected = model(tokens_BT).logits_BTV
-        for step in range(4):
-            positions_B1 = (lengths + step)[:, None]
-            logits = model(tokens_BT.gather(1, positions_B1), context=cache.context(0, positions_B1)).logits_BTV
-            assert deviation(logits[:, 0], expected[torch.arange(2), lengths + step]) < TOLERANCE
+    model(tokens_BT[:, :8], context=cache.context(0, torch.arange(8).expand(2, 8)))
+    expected = model(tokens_BT).logits_BTV
+    for step in range(4):
+        positions_B1 = (lengths + step)[:, None]
+        logits = model(tokens_BT.gather(1, positions_B1), context=cache.context(0, positions_B1)).logits_BTV
+        assert deviation(logits[:, 0], expected[torch.arange(2), lengths + step]) < TOLERANCE
 
 
 def stored(thing: object) -> int:
@@ -177,22 +151,14 @@ def stored(thing: object) -> int:
 
 
 def test_deepseek_v3_caches_70272_bytes_a_token() -> None:
-    """The latent of 512 numbers and the rotated key of 64, of 61 layers in bfloat16: as in "Insights into DeepSeek-V3"
-    (ISCA'25), Table 1.
-    """
-    assert (
-        stored(KVCache(ModelConfig.preset("deepseek-v3"), slots=2, length=3, dtype=torch.bfloat16).data)
-        == 2 * 3 * 70272
-    )
+    """Of 61 layers in bfloat16 (512 + 64 numbers each), as in "Insights into DeepSeek-V3" (ISCA'25), Table 1."""
+    cache = KVCache(ModelConfig.preset("deepseek-v3"), slots=2, length=3, dtype=torch.bfloat16)
+    assert stored(cache.data) == 2 * 3 * 70272
 
 
 @torch.no_grad()
-def test_decoding_keeps_the_latent_and_the_rotated_key_and_nothing_else(
-    make_model: Callable[..., Transformer], deepseek: Callable[..., ModelConfig]
-) -> None:
-    """What is left of a sequence, in the cache or in the model: kv_lora_rank + qk_rope_head_dim numbers a token and
-    layer, whatever the heads.
-    """
+def test_decoding_keeps_the_latent_and_the_rotated_key_and_nothing_else(make_model: Make, deepseek: Config) -> None:
+    """In cache or model: kv_lora_rank + qk_rope_head_dim numbers a token and layer, whatever the heads."""
     for heads in (1, 4):
         model = make_model(deepseek(num_attention_heads=heads))
         cache = KVCache(model.config, slots=2, length=5, dtype=torch.float32)
@@ -204,7 +170,7 @@ def test_decoding_keeps_the_latent_and_the_rotated_key_and_nothing_else(
             assert layer_BSC.count_nonzero() == layer_BSC.numel()
 
 
-def test_a_slot_is_copied_up_to_a_length(dense: Callable[..., ModelConfig]) -> None:
+def test_a_slot_is_copied_up_to_a_length(dense: Config) -> None:
     cache = KVCache(dense(), slots=3, length=4, dtype=torch.float32)
     for layer in cache.data:
         layer[1] = torch.randn(layer[1].shape, generator=torch.Generator().manual_seed(0))

@@ -1,6 +1,4 @@
-"""Weights meeting activations: float32 masters with activations in another dtype, parts of a weight, and a weight
-stored otherwise.
-"""
+"""Weights meeting activations: in another dtype, in parts, and stored otherwise."""
 
 from __future__ import annotations
 
@@ -15,11 +13,8 @@ def test_masters_stay_float32_while_products_run_in_the_activations_dtype() -> N
     y = layer(torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16))
     y.sum().backward()
     assert y.dtype == torch.bfloat16 and y.tolist() == [6.0, 6.0]
-    assert (
-        layer.weight.grad is not None
-        and layer.weight.grad.dtype == torch.float32
-        and layer.weight.grad[1].tolist() == [1.0, 2.0, 3.0]
-    )
+    grad = layer.weight.grad
+    assert grad is not None and grad.dtype == torch.float32 and grad[1].tolist() == [1.0, 2.0, 3.0]
 
 
 def test_each_head_meets_its_part_of_the_weight() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,21 +15,15 @@ from slingshot.model.dispatch import LocalDispatcher, Routing
 from slingshot.model.moe import Gate, MoE, balance_loss, expert_load
 from slingshot.model.transformer import Transformer
 
-Config = Callable[..., ModelConfig]
-
-
-def logit(*scores: float) -> Tensor:
-    return torch.tensor(scores).logit()
+Config, Make = Callable[..., ModelConfig], Callable[..., Transformer]
 
 
 def gate_with_scores(config: ModelConfig, bias: list[float], scores: list[float]) -> tuple[list[int], list[float]]:
-    """Chosen experts and gate values of the token (1, 0, 0 ...), which the router, its first column their logits, gives
-    these scores.
-    """
+    """Chosen experts and gate values of a token to which the router gives these scores."""
     gate = Gate(config)
     with torch.no_grad():
         gate.weight.zero_()
-        gate.weight[:, 0] = logit(*scores)
+        gate.weight[:, 0] = torch.tensor(scores).logit()
         gate.e_score_correction_bias.copy_(torch.tensor(bias))
         x_ND = torch.zeros(1, config.hidden_size)
         x_ND[0, 0] = 1
@@ -38,56 +33,47 @@ def gate_with_scores(config: ModelConfig, bias: list[float], scores: list[float]
     return [expert for expert, _ in chosen], [value for _, value in chosen]
 
 
-@pytest.fixture
-def four(deepseek: Config) -> Callable[..., ModelConfig]:
-    base = {
+SCORES = [0.9, 0.6, 0.3, 0.2]
+ONE_OF_TWO, SIX = {"n_group": 2, "topk_group": 1}, {"n_routed_experts": 6}
+THREE_OF_SIX = {**SIX, "n_group": 3, "topk_group": 2, "num_experts_per_tok": 3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "bias", "scores", "experts", "gates"),
+    [
+        # The bias moves the choice but not the gate values.
+        ({}, [0.0] * 4, SCORES, [0, 1], [0.6, 0.4]),
+        ({}, [0.0, 0.0, 0.4, 0.0], SCORES, [0, 2], [0.75, 0.25]),
+        # Gate values are normalised on request and scaled always.
+        ({"norm_topk_prob": False}, [0.0] * 4, SCORES, [0, 1], [0.9, 0.6]),
+        ({"norm_topk_prob": False, "routed_scaling_factor": 2.5}, [0.0] * 4, SCORES, [0, 1], [2.25, 1.5]),
+        ({"routed_scaling_factor": 2.5}, [0.0] * 4, SCORES, [0, 1], [1.5, 1.0]),
+        # Groups score 0.8 + 0.1 and 0.5 + 0.45: the best expert's is closed. Biases may make open experts negative.
+        (ONE_OF_TWO, [0.0] * 4, [0.8, 0.1, 0.5, 0.45], [2, 3], [0.5 / 0.95, 0.45 / 0.95]),
+        (ONE_OF_TWO, [-0.9, -0.9, -0.6, -0.6], [0.8, 0.1, 0.5, 0.45], [2, 3], [0.5 / 0.95, 0.45 / 0.95]),
+        # 0.6 + 0.5 beats 0.5 + 0.5, whose third would make it the larger sum; a bias of 0.2 turns that round.
+        ({**SIX, **ONE_OF_TWO}, [0.0] * 6, [0.6, 0.5, 0.1, 0.5, 0.5, 0.4], [0, 1], [0.6 / 1.1, 0.5 / 1.1]),
+        ({**SIX, **ONE_OF_TWO}, [0.0] * 3 + [0.2, 0.0, 0.0], [0.6, 0.5, 0.1, 0.5, 0.5, 0.4], [3, 4], [0.5, 0.5]),
+        # Groups score 1.0, 0.9 and 1.1: the last three experts come from the first and the last.
+        (THREE_OF_SIX, [0.0] * 6, [0.9, 0.1, 0.5, 0.4, 0.6, 0.5], [0, 4, 5], [0.45, 0.3, 0.25]),
+    ],
+)
+def test_choice_and_gate_values_by_hand(
+    deepseek: Config,
+    changes: dict[str, Any],
+    bias: list[float],
+    scores: list[float],
+    experts: list[int],
+    gates: list[float],
+) -> None:
+    four = {
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
         "n_group": 1,
         "topk_group": 1,
         "routed_scaling_factor": 1.0,
     }
-    return lambda **changes: deepseek(**base | changes)
-
-
-def test_the_bias_moves_the_choice_but_not_the_gate_values(four: Config) -> None:
-    scores = [0.9, 0.6, 0.3, 0.2]
-    assert gate_with_scores(four(), [0.0, 0.0, 0.0, 0.0], scores) == ([0, 1], pytest.approx([0.6, 0.4]))
-    assert gate_with_scores(four(), [0.0, 0.0, 0.4, 0.0], scores) == ([0, 2], pytest.approx([0.75, 0.25]))
-
-
-def test_gate_values_are_normalised_on_request_and_scaled_always(four: Config) -> None:
-    scores = [0.9, 0.6, 0.3, 0.2]
-    assert gate_with_scores(four(norm_topk_prob=False), [0.0] * 4, scores)[1] == pytest.approx([0.9, 0.6])
-    assert gate_with_scores(four(norm_topk_prob=False, routed_scaling_factor=2.5), [0.0] * 4, scores)[
-        1
-    ] == pytest.approx([2.25, 1.5])
-    assert gate_with_scores(four(routed_scaling_factor=2.5), [0.0] * 4, scores)[1] == pytest.approx([1.5, 1.0])
-
-
-def test_only_the_groups_with_the_best_pairs_are_open(four: Config) -> None:
-    """Groups score 0.8 + 0.1 and 0.5 + 0.45: the best expert stands in the closed group. Biases may make open experts
-    negative.
-    """
-    config = four(n_group=2, topk_group=1)
-    assert gate_with_scores(config, [0.0] * 4, [0.8, 0.1, 0.5, 0.45])[0] == [2, 3]
-    assert gate_with_scores(config, [-0.9, -0.9, -0.6, -0.6], [0.8, 0.1, 0.5, 0.45])[0] == [2, 3]
-
-
-def test_a_group_counts_by_its_two_best_and_their_biases(four: Config) -> None:
-    """0.6 + 0.5 beats 0.5 + 0.5, whose third would make it the larger sum; a bias of 0.2 on one of them turns that
-    round.
-    """
-    config, scores = four(n_routed_experts=6, n_group=2, topk_group=1), [0.6, 0.5, 0.1, 0.5, 0.5, 0.4]
-    assert gate_with_scores(config, [0.0] * 6, scores)[0] == [0, 1]
-    assert gate_with_scores(config, [0.0, 0.0, 0.0, 0.2, 0.0, 0.0], scores) == ([3, 4], pytest.approx([0.5, 0.5]))
-
-
-def test_three_groups_of_which_two_are_open(four: Config) -> None:
-    """Groups score 1.0, 0.9 and 1.1: the last three experts come from the first and the last."""
-    config = four(n_routed_experts=6, n_group=3, topk_group=2, num_experts_per_tok=3)
-    scores = [0.9, 0.1, 0.5, 0.4, 0.6, 0.5]
-    assert gate_with_scores(config, [0.0] * 6, scores) == ([0, 4, 5], pytest.approx([0.45, 0.3, 0.25]))
+    assert gate_with_scores(deepseek(**four | changes), bias, scores) == (experts, pytest.approx(gates))
 
 
 def naive(moe: MoE, x_ND: Tensor, config: ModelConfig) -> Tensor:
@@ -105,53 +91,13 @@ def naive(moe: MoE, x_ND: Tensor, config: ModelConfig) -> Tensor:
         y_D = torch.zeros_like(x_D)
         for expert in chosen:
             gate_FD, up_FD = moe.experts.gate_up_proj.weight[expert]
-            y_D = y_D + config.routed_scaling_factor * scores_E[expert] / total * (
-                moe.experts.down_proj.weight[expert] @ (F.silu(gate_FD @ x_D) * (up_FD @ x_D))
-            )
-        if moe.shared_experts is not None:
-            shared = moe.shared_experts
-            y_D = y_D + shared.down_proj.weight @ (
-                F.silu(shared.gate_proj.weight @ x_D) * (shared.up_proj.weight @ x_D)
-            )
+            inner_F = F.silu(gate_FD @ x_D) * (up_FD @ x_D) * config.routed_scaling_factor * scores_E[expert] / total
+            y_D = y_D + moe.experts.down_proj.weight[expert] @ inner_F
+        if (shared := moe.shared_experts) is not None:
+            inner_F = F.silu(shared.gate_proj.weight @ x_D) * (shared.up_proj.weight @ x_D)
+            y_D = y_D + shared.down_proj.weight @ inner_F
         rows.append(y_D)
     return torch.stack(rows)
-
-
-@pytest.mark.parametrize("tokens", [1, 37, 1400], ids=["one token", "padded to 16", "padded to 128"])
-@pytest.mark.parametrize(
-    ("shared", "groups"), [(0, {"n_group": 1, "topk_group": 1}), (2, {"n_group": 4, "topk_group": 2})]
-)
-def test_output_and_all_gradients_equal_a_loop_over_tokens(
-    make_model: Callable[..., Transformer], deepseek: Config, tokens: int, shared: int, groups: dict[str, int]
-) -> None:
-    """Row counts that are no multiple of a block, experts without a token, enough assignments for the larger block."""
-    config = deepseek(
-        **groups, n_shared_experts=shared, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0
-    )
-    moe = make_model(config).moe_layers()[0]
-    moe.gate.e_score_correction_bias[5] = -10.0  # an expert nobody chooses
-    generator = torch.Generator().manual_seed(0)
-    x_ND = torch.randn(tokens, config.hidden_size, generator=generator)
-    seed_ND = torch.randn(tokens, config.hidden_size, generator=generator)
-
-    def gradients(run: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        moe.zero_grad()
-        x = x_ND.clone().requires_grad_()
-        y = run(x)
-        y.backward(seed_ND)
-        assert x.grad is not None
-        return y.detach(), {"x": x.grad} | {
-            name: parameter.grad.clone() for name, parameter in moe.named_parameters() if parameter.grad is not None
-        }
-
-    y, found = gradients(lambda x: moe(x[None])[0][0])
-    expected_y, expected = gradients(lambda x: naive(moe, x, config))
-    assert torch.allclose(y, expected_y, atol=1e-5)
-    assert found.keys() == expected.keys() == {"x"} | {name for name, _ in moe.named_parameters()}
-    for name, gradient in expected.items():
-        assert gradient.abs().max() > 1e-3
-        assert (found[name] - gradient).abs().max() < 1e-5 * max(1.0, float(gradient.abs().max())), name
-    assert found["experts.down_proj.weight"][5].count_nonzero() == 0
 
 
 class LoopDispatcher:
@@ -167,21 +113,46 @@ class LoopDispatcher:
         return y_ND
 
 
-@pytest.mark.parametrize("n_tokens", [1, 37, 1400])
-def test_experts_serve_any_dispatcher_alike(
-    make_model: Callable[..., Transformer], deepseek: Config, n_tokens: int
+@pytest.mark.parametrize("tokens", [1, 37, 1400], ids=["one token", "padded to 16", "padded to 128"])
+@pytest.mark.parametrize(
+    "shape",
+    [{"n_group": 1, "topk_group": 1, "n_shared_experts": 0}, {"n_group": 4, "topk_group": 2, "n_shared_experts": 2}],
+)
+def test_output_and_all_gradients_equal_a_loop_over_tokens_and_another_dispatcher(
+    make_model: Make, deepseek: Config, tokens: int, shape: dict[str, int]
 ) -> None:
-    """Output and every gradient, that of the gate values included, whoever brings rows to experts."""
-    moe = make_model(deepseek()).moe_layers()[0]
+    """Row counts that are no multiple of a block, experts without a token, enough assignments for the larger block."""
+    config = deepseek(**shape)
+    moe = make_model(config).moe_layers()[0]
     moe.gate.e_score_correction_bias[5] = -10.0  # an expert nobody chooses
-    x_ND = torch.randn(n_tokens, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    results = []
-    for dispatcher in (LocalDispatcher(), LoopDispatcher()):
-        moe.dispatcher = dispatcher
-        y_ND, _ = moe(x_ND)
-        results.append((y_ND, *torch.autograd.grad(y_ND.square().sum(), (x_ND, *moe.parameters()))))
-    for local, loop in zip(*results, strict=True):
-        torch.testing.assert_close(local, loop, atol=1e-5 * float(loop.detach().abs().max()), rtol=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    x_ND, seed_ND = torch.randn(2, tokens, config.hidden_size, generator=generator)
+
+    def gradients(run: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        moe.zero_grad()
+        x = x_ND.clone().requires_grad_()
+        y = run(x)
+        y.backward(seed_ND)
+        assert x.grad is not None
+        grads = {
+            name: parameter.grad.clone() for name, parameter in moe.named_parameters() if parameter.grad is not None
+        }
+        return y.detach(), {"x": x.grad} | grads
+
+    def serve(x: Tensor) -> Tensor:
+        return moe(x[None])[0][0]
+
+    y, found = gradients(serve)
+    assert isinstance(moe.dispatcher, LocalDispatcher)
+    moe.dispatcher = LoopDispatcher()
+    for reference in (lambda x: naive(moe, x, config), serve):
+        expected_y, expected = gradients(reference)
+        assert torch.allclose(y, expected_y, atol=1e-5)
+        assert found.keys() == expected.keys() == {"x"} | {name for name, _ in moe.named_parameters()}
+        for name, gradient in expected.items():
+            assert gradient.abs().max() > 1e-3
+            assert (found[name] - gradient).abs().max() < 1e-5 * max(1.0, float(gradient.abs().max())), name
+    assert found["experts.down_proj.weight"][5].count_nonzero() == 0
 
 
 def test_expert_load_by_hand() -> None:
@@ -190,20 +161,17 @@ def test_expert_load_by_hand() -> None:
     assert expert_load(experts_Nk, torch.tensor([True, False, True]), 4).tolist() == [2.0, 0.0, 2.0, 0.0]
 
 
-def test_balance_loss_by_hand() -> None:
-    """E = 4, k = 2, T = 2: f counts choices times E / (k T) = 1; P is the mean share."""
-    scores_BTE = torch.tensor([[[0.5, 0.25, 0.25, 0.0], [0.8, 0.0, 0.8, 0.4]]])
-    experts_BTk = torch.tensor([[[0, 1], [0, 2]]])
-    # f = (2, 1, 1, 0); shares (.5, .25, .25, 0) and (.4, 0, .4, .2): P = (.45, .125, .325, .1)
-    assert float(balance_loss(scores_BTE, experts_BTk)) == pytest.approx(2 * 0.45 + 0.125 + 0.325)
+def test_balance_loss_by_hand_is_of_sequences_and_padding_is_none() -> None:
+    """Sequences are averaged, not pooled; padded positions and rows of padding only change nothing.
+
+    E = 4, k = 2, T = 2: f counts choices times E / (k T) = 1; P is the mean share. In the first sequence f is
+    (2, 1, 1, 0), the shares are (.5, .25, .25, 0) and (.4, 0, .4, .2), so P = (.45, .125, .325, .1).
+    """
     even = torch.full((3, 2, 4), 0.5), torch.tensor([[[0, 1], [2, 3]]]).expand(3, 2, 2)
     assert float(balance_loss(*even)) == pytest.approx(1.0)
-
-
-def test_balance_loss_is_of_sequences_and_padding_is_none() -> None:
-    """Sequences are averaged, not pooled; padded positions and rows of padding only change nothing."""
     scores_BTE = torch.tensor([[[0.5, 0.25, 0.25, 0.0], [0.8, 0.0, 0.8, 0.4]], [[0.5, 0.5, 0.5, 0.5]] * 2])
     experts_BTk = torch.tensor([[[0, 1], [0, 2]], [[0, 1], [0, 1]]])
+    assert float(balance_loss(scores_BTE[:1], experts_BTk[:1])) == pytest.approx(2 * 0.45 + 0.125 + 0.325)
     expected = (1.35 + 1.0) / 2
     assert float(balance_loss(scores_BTE, experts_BTk)) == pytest.approx(expected)
     padding = torch.rand(3, 3, 4, generator=torch.Generator().manual_seed(0))

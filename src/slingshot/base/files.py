@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -22,6 +23,8 @@ from typing import Any
 
 from slingshot.base.errors import SlingshotError
 
+_NO_SPACE = "; free space there or choose another place"
+
 
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
@@ -31,25 +34,29 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def _told(what: str, way_out: str = "") -> Iterator[None]:
+    """An OSError within is told in one line: `what`, why, and the way out."""
+    try:
+        yield
+    except OSError as error:
+        raise SlingshotError(f"{what}: {error.strerror or error}{way_out}") from error
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole: temporary name, fsync, rename. Raises SlingshotError when the place cannot be written or is
     no plain file."""
     if not path.name or (path.exists() and not path.is_file()):
         raise SlingshotError(f"cannot write {path}: that is no file; choose another place")
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with _told(f"cannot write {path}", _NO_SPACE):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
+        try:
+            temporary.write_bytes(content)
+            _fsync(temporary)
+            temporary.replace(path)
+        finally:
             temporary.unlink(missing_ok=True)
-        raise SlingshotError(
-            f"cannot write {path}: {error.strerror or error}; free space there or choose another place"
-        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -67,43 +74,37 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 def read_text(path: Path) -> str:
     """Read UTF-8 text; a missing, unreadable or binary file is a SlingshotError that names it."""
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise SlingshotError(f"cannot read {path}: {error.strerror or error}") from error
+        with _told(f"cannot read {path}"):
+            return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SlingshotError(f"{path} is not UTF-8 text (byte {error.start}); is it a binary file?") from error
 
 
 def read_json(path: Path) -> Any:
-    try:
-        return json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise SlingshotError(f"{path} is not valid JSON: {error}") from error
+    return _parsed(read_text(path), str(path))
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    rows = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                raise SlingshotError(f"{path} line {number} is not valid JSON: {error}") from error
-    return rows
+    lines = enumerate(read_text(path).split("\n"), start=1)
+    return [_parsed(line, f"{path} line {number}") for number, line in lines if line.strip()]
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SlingshotError(f"{where} is not valid JSON: {error}") from error
 
 
 def read_span(path: Path, start: int, buffer: memoryview, what: str) -> None:
     """Fill `buffer` with a file's bytes from `start` on. SlingshotError when it cannot, or ends within `what`."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(start)
-            while buffer:
-                count = file.readinto(buffer)
-                if not count:
-                    raise SlingshotError(f"{path} ends within {what}; is the download complete?")
-                buffer = buffer[count:]
-    except OSError as error:
-        raise SlingshotError(f"cannot read {path}: {error.strerror or error}") from error
+    with _told(f"cannot read {path}"), path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while buffer:
+            count = file.readinto(buffer)
+            if not count:
+                raise SlingshotError(f"{path} ends within {what}; is the download complete?")
+            buffer = buffer[count:]
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -125,9 +126,8 @@ def inside(folder: Path, name: str) -> Path:
     except (OSError, UnicodeError):  # a name that no file system takes
         kept = False
     if not kept:
-        raise SlingshotError(
-            f"{folder}: {name!r:.100} is a link out of the folder or no plain file; put a copy of the file itself there"
-        )
+        what = f"{folder}: {name!r:.100} is a link out of the folder or no plain file"
+        raise SlingshotError(f"{what}; put a copy of the file itself there")
     return path
 
 
@@ -135,29 +135,21 @@ def inside(folder: Path, name: str) -> Path:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` (replacing what was there) if the block ends well."""
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    retired = path.with_name(f".{path.name}.old")
+    with _told(f"cannot write {path}", "; choose another --out"):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    except OSError as error:
-        raise SlingshotError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
     try:
-        yield temporary
-        for file in sorted(temporary.rglob("*")):
-            _fsync(file)
-        _fsync(temporary)
-        if path.exists():
-            retired = path.with_name(f".{path.name}.old")
-            shutil.rmtree(retired, ignore_errors=True)
-            path.rename(retired)
+        with _told(f"cannot write {path}", _NO_SPACE):
+            yield temporary
+            for file in (*sorted(temporary.rglob("*")), temporary):
+                _fsync(file)
+            if path.exists():
+                shutil.rmtree(retired, ignore_errors=True)
+                path.rename(retired)
             temporary.rename(path)
+            _fsync(path.parent)
             shutil.rmtree(retired, ignore_errors=True)
-        else:
-            temporary.rename(path)
-        _fsync(path.parent)
-    except OSError as error:
-        raise SlingshotError(
-            f"cannot write {path}: {error.strerror or error}; free space there or choose another place"
-        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -174,11 +166,9 @@ def lock(folder: Path, patience: float = 0.0) -> int:
     """
     deadline = time.monotonic() + patience
     while True:
-        try:
+        with _told(f"cannot write {folder}", "; choose another --out"):
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise SlingshotError(f"cannot write {folder}: {error.strerror}; choose another --out") from error
         opened = os.fstat(descriptor)
         if (opened.st_dev, opened.st_ino) in _held:
             os.close(descriptor)
@@ -203,14 +193,11 @@ def unlock(descriptor: int) -> None:
 
 def put_aside(path: Path) -> Path:
     """Move what lies at `path` to `.stale/NAME-N` beside it, so that another can be made there; returns where."""
-    number = 1
-    while (place := path.parent / ".stale" / f"{path.name}-{number}").exists():
-        number += 1
-    try:
+    places = (path.parent / ".stale" / f"{path.name}-{number}" for number in itertools.count(1))
+    place = next(place for place in places if not place.exists())
+    with _told(f"cannot move {path} aside", "; move or remove it"):
         place.parent.mkdir(exist_ok=True)
         path.rename(place)
-    except OSError as error:
-        raise SlingshotError(f"cannot move {path} aside: {error.strerror or error}; move or remove it") from error
     return place
 
 

@@ -70,10 +70,6 @@ def words(annotation: Any) -> str:
 
 
 def _kind(field: FieldInfo) -> str:
-    bounds = [
-        f"{said} {getattr(bound, name):g}"
-        for bound in field.metadata
-        for name, said in _BOUNDS.items()
-        if getattr(bound, name, None) is not None and getattr(bound, name) < 2**62
-    ]
+    limits = ((said, getattr(bound, name, None)) for bound in field.metadata for name, said in _BOUNDS.items())
+    bounds = [f"{said} {limit:g}" for said, limit in limits if limit is not None and limit < 2**62]
     return " ".join([words(field.annotation), " and ".join(bounds)]).strip()

@@ -17,8 +17,7 @@ _MOST_NAMES = 8  # a longer list is no way out: the nearest three of it are name
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name that was probably meant, in whatever case it was typed; None when none is near."""
-    near = _near(name, known, 1, cutoff)
-    return near[0] if near else None
+    return next(iter(_near(name, known, 1, cutoff)), None)
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", cutoff: float = 0.6) -> str:
@@ -40,7 +39,5 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> SlingshotError:
 
 
 def _near(name: str, known: Iterable[str], count: int, cutoff: float) -> list[str]:
-    by_case: dict[str, str] = {}
-    for spelling in known:
-        by_case.setdefault(spelling.lower(), spelling)
+    by_case = {spelling.lower(): spelling for spelling in known}
     return [by_case[key] for key in difflib.get_close_matches(name.lower(), by_case, n=count, cutoff=cutoff)]

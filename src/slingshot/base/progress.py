@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -28,15 +27,9 @@ class Progress:
         self.title, self.total, self.shown = title, total, shown
         self._bar: Bar | None = None
         if shown and sys.stderr.isatty():
-            title_column, values_column = TextColumn("{task.description}"), TextColumn("{task.fields[values]}")
-            self._bar = Bar(
-                title_column,
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                values_column,
-                console=Console(stderr=True),
-            )
+            texts = TextColumn("{task.description}"), TextColumn("{task.fields[values]}")
+            columns = texts[0], BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), texts[1]
+            self._bar = Bar(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task(title, total=total, completed=done, values="")
         self._first, self._start, self._last = done, time.monotonic(), time.monotonic()
 
@@ -45,17 +38,14 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar:
             self._bar.stop()
 
     def update(self, step: int, **values: float) -> None:
         """`step` steps are done; the values are shown beside the bar."""
-        text = "  ".join(
-            f"{name} {value:,.0f}" if abs(value) >= 1000 else f"{name} {value:.3g}" for name, value in values.items()
-        )
+        shown = (f"{name} {value:{',.0f' if abs(value) >= 1000 else '.3g'}}" for name, value in values.items())
+        text = "  ".join(shown)
         if self._bar:
             self._bar.update(self._task, completed=step, total=self.total, values=text)
         elif self.shown and (time.monotonic() - self._last > _QUIET_SECONDS or step == self.total):

@@ -20,9 +20,9 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.names import did_you_mean
 
 COUNTS = {"": 1e0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
-SIZES = {"": 1.0, "B": 1.0}
-for _power, _prefix in enumerate("KMGTPE", start=1):
-    SIZES |= {f"{_prefix}B": 1000.0**_power, f"{_prefix}iB": 1024.0**_power}
+BINARY_SIZES = {"B": 1.0} | {f"{prefix}iB": 1024.0**power for power, prefix in enumerate("KMGTPE", start=1)}
+SIZES = {"": 1.0} | {f"{prefix}B": 1000.0**power for power, prefix in enumerate("KMGTPE", start=1)} | BINARY_SIZES
+FLOPS = {f"{prefix}FLOP": 1000.0**power for power, prefix in enumerate(("", *"KMGTPEZY"))}
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 LARGEST = 1e30  # more tokens, bytes or FLOP/s than there will be; keeps products of a few quantities finite
@@ -62,9 +62,8 @@ def whole(text: str | float, what: str = "a count") -> int:
     """Read a whole number of things, at least 1."""
     number = count(text, what)
     if number != int(number) or number < 1:
-        raise SlingshotError(
-            f"{what} {text!s:.40}: must be a whole number, at least 1; the nearest is {max(1, round(number))}"
-        )
+        nearest = max(1, round(number))
+        raise SlingshotError(f"{what} {text!s:.40}: must be a whole number, at least 1; the nearest is {nearest}")
     return int(number)
 
 
@@ -103,12 +102,12 @@ def show_count(number: float, digits: int = 3) -> str:
 
 def show_flops(flops: float) -> str:
     """3.1e15 -> "3.1 PFLOP"."""
-    return _scaled(flops, {f"{prefix}FLOP": 1000.0**power for power, prefix in enumerate(("", *"KMGTPEZY"))})
+    return _scaled(flops, FLOPS)
 
 
 def show_size(n_bytes: float) -> str:
     """85899345920 -> "80 GiB"."""
-    return _scaled(n_bytes, {"B": 1.0} | {unit: factor for unit, factor in SIZES.items() if unit.endswith("iB")})
+    return _scaled(n_bytes, BINARY_SIZES)
 
 
 def show_seconds(duration: float) -> str:
@@ -148,9 +147,8 @@ def plural(count: int, noun: str) -> str:
 
 
 def _scaled(number: float, units: Mapping[str, float]) -> str:
-    """Three figures in the largest unit that leaves at least 1, else in the smallest."""
-    largest_first = sorted(units, key=units.__getitem__, reverse=True)
-    unit = next((unit for unit in largest_first if number >= units[unit]), largest_first[-1])
+    """Three figures in the largest unit that leaves at least 1, else in the smallest; `units` ascend."""
+    unit = max((unit for unit in units if number >= units[unit]), key=units.__getitem__, default=next(iter(units)))
     return f"{_plain(number / units[unit], 3)} {unit}"
 
 

@@ -1,6 +1,5 @@
-"""The report's charts: inline SVG, drawn in stand-in colours that become CSS variables, so that one drawing serves
-light
-and dark.
+"""The report's charts: inline SVG in stand-in colours that become CSS variables, so that one drawing serves light and
+dark.
 
 accuracy_chart(evaluated, ["arithmetic"])       # pass@1 by stage
 training_curves(stages)                         # loss, reward, entropy ... by step
@@ -39,40 +38,24 @@ def draw(name: str, width: float, height: float, left: float, right: float, pain
     from matplotlib.figure import Figure
 
     settings: dict[Any, Any] = {
-        "svg.fonttype": "none",  # text stays text, in the page's own font
-        "svg.hashsalt": name,
+        "svg.fonttype": "none", "svg.hashsalt": name,  # text stays text, in the page's own font
         "text.parse_math": False,  # a stage may be called $x$
-        "font.size": 9,
-        "text.color": INK,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "axes.edgecolor": RULE,
-        "axes.facecolor": "none",
-        "figure.facecolor": "none",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.spines.left": False,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "grid.color": RULE,
-        "grid.linewidth": 0.6,
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
-        "lines.solid_capstyle": "round",
-    }
+        "text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED, "axes.edgecolor": RULE, "grid.color": RULE,
+        "axes.facecolor": "none", "figure.facecolor": "none", "font.size": 9, "grid.linewidth": 0.6,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.grid": True,
+        "axes.grid.axis": "y", "xtick.major.size": 0, "ytick.major.size": 0, "lines.solid_capstyle": "round",
+    }  # fmt: skip
     with mpl.rc_context(settings):
         figure = Figure(figsize=(width, height))
         paint(figure.add_axes((left, 0.3 / height, 1 - left - right, 1 - 0.4 / height)))
         target = io.StringIO()
         figure.savefig(target, format="svg", metadata={"Date": None})
     svg = target.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(
-        r"#[0-9a-f]{6}", lambda match: f"var(--{_VARIABLES[match[0]]})" if match[0] in _VARIABLES else match[0], svg
-    )
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var(--{variable})")
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", svg)
     # The page sets the size; the shape is in the viewBox.
-    head, rest = svg.split(">", 1)
+    head, rest = svg[svg.index("<svg") :].split(">", 1)
     head = re.sub(r' (width|height)="[^"]*"', "", head)
     return Markup(f'{head} role="img" aria-label="{Markup.escape(name)}">{rest}')
 
@@ -84,26 +67,19 @@ def accuracy_chart(evaluated: list[StageResult], tasks: list[str]) -> Markup:
         for index, task in enumerate(tasks):
             colour = SERIES[index % len(SERIES)]
             offset = (index - (len(tasks) - 1) / 2) * 0.2
-            dots = {
-                stage.name: (place + offset, 100 * stage.scores[task].pass_at_1)
-                for place, stage in enumerate(evaluated)
-                if task in stage.scores
-            }
-            for stage in evaluated:
+            dots: dict[str, tuple[float, float]] = {}
+            for place, stage in enumerate(evaluated):
+                if (score := stage.scores.get(task)) is None:
+                    continue
+                x, y = dots[stage.name] = place + offset, 100 * score.pass_at_1
                 for parent in stage.parents:
-                    if stage.name in dots and parent in dots:
-                        ends = zip(dots[parent], dots[stage.name], strict=True)
-                        axes.plot(*ends, color=colour, linewidth=1, alpha=0.3)
-            x, y = zip(*dots.values(), strict=True)
-            low, high = (
-                [100 * stage.scores[task].ci95[end] for stage in evaluated if task in stage.scores] for end in (0, 1)
-            )
-            axes.vlines(x, low, high, color=colour, linewidth=2.4, alpha=0.5)
-            axes.plot(x, y, "o", color=colour, markersize=5.5)
-            for place, value, above in zip(x, y, high, strict=True):
-                axes.annotate(
-                    f"{value:.0f}", (place, above), (0, 4), textcoords="offset points", color=colour, ha="center"
-                )
+                    if parent in dots:
+                        axes.plot(*zip(dots[parent], (x, y), strict=True), color=colour, linewidth=1, alpha=0.3)
+                low, high = (100 * end for end in score.ci95)
+                axes.vlines(x, low, high, color=colour, linewidth=2.4, alpha=0.5)
+                axes.plot(x, y, "o", color=colour, markersize=5.5)
+                label: dict[str, Any] = {"textcoords": "offset points", "color": colour, "ha": "center"}
+                axes.annotate(f"{y:.0f}", (x, high), (0, 4), **label)
         names = [stage.name.replace("_", "_\n", 1) if len(evaluated) > 9 else stage.name for stage in evaluated]
         axes.set_xticks(range(len(evaluated)), names, color=INK)
         axes.set_xlim(-0.5, len(evaluated) - 0.5)
@@ -137,11 +113,9 @@ def training_curves(stages: list[StageResult]) -> list[Curve]:
     curves = []
     for title, unit, kind, keys in plans:
         lines = {}
-        for stage in stages:
-            for key in keys:
-                points = points_of(stage.metrics, key) if stage.kind == kind else []
-                if len(points) > 1:
-                    lines[stage.name + (" MTP" if key == "mtp_loss" else "")] = points
+        for stage, key in ((stage, key) for stage in stages if stage.kind == kind for key in keys):
+            if len(points := points_of(stage.metrics, key)) > 1:
+                lines[stage.name + (" MTP" if key == "mtp_loss" else "")] = points
         if lines:
             svg = draw(title, 3.6, 1.7, 0.09, 0.35, functools.partial(_paint_lines, lines=lines))
             curves.append(Curve(title, unit, svg))

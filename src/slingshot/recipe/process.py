@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal this process gets when its parent dies
 _TORCHRUN = "torch.distributed.run"
@@ -41,19 +42,13 @@ def supervise(arguments: Sequence[str], lock: int) -> int:
         if os.getppid() != parent:
             os._exit(1)
 
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        start_new_session=True,
-        preexec_fn=die_with_parent,
-        pass_fds=[lock],
-        stdin=subprocess.DEVNULL,
-    )
+    child: dict[str, Any] = {"start_new_session": True, "preexec_fn": die_with_parent, "pass_fds": [lock]}
+    process = subprocess.Popen([sys.executable, *arguments], stdin=subprocess.DEVNULL, **child)
     interrupted = False
     try:
-        while True:
+        while process.returncode is None:
             try:
-                code = process.wait()
-                break
+                process.wait()
             except KeyboardInterrupt:
                 if interrupted:
                     os.killpg(process.pid, signal.SIGKILL)
@@ -65,4 +60,4 @@ def supervise(arguments: Sequence[str], lock: int) -> int:
             process.kill()
     if interrupted:
         raise KeyboardInterrupt
-    return code
+    return process.returncode

@@ -64,19 +64,16 @@ class RecipeStage:
     @property
     def parents(self) -> list[str]:
         """Names of the stages whose artifacts this one reads."""
-        return self._references()[0]
+        names: dict[str, None] = {}
+        resolve(self.values, names.setdefault, lambda name: 1.0)
+        return list(names)
 
     @property
     def sources(self) -> list[str]:
         """Names of all stages this one depends on: its parents, and those whose cost it takes a number from."""
-        artifacts, costs = self._references()
-        return artifacts + costs
-
-    def _references(self) -> tuple[list[str], list[str]]:
-        artifacts: dict[str, None] = {}
-        costs: dict[str, float] = {}
-        resolve(self.values, artifacts.setdefault, lambda name: costs.setdefault(name, 1.0))
-        return list(artifacts), list(costs)
+        names: dict[str, float] = {}
+        resolve(self.values, lambda name: names.setdefault(name, 1.0), lambda name: names.setdefault(name, 1.0))
+        return list(names)
 
 
 @dataclass(frozen=True)
@@ -101,12 +98,11 @@ class Recipe:
         for override in overrides:
             path, _ = parse_override(override)
             if len(path) < 2 or path[0] not in {*tables, "defaults", "evaluation"}:
-                named = [table for table, keys in tables.items() if isinstance(keys, dict)]
-                hint = did_you_mean(path[0], named)
+                hint = did_you_mean(path[0], [table for table, keys in tables.items() if isinstance(keys, dict)])
                 raise SlingshotError(f"{override!r}: an override is written STAGE.KEY=VALUE; {hint}")
             apply_override(tables, override)
         chat = tables.pop("chat", None)
-        stages = _Builder(name, tables, seed).stages()
+        stages = tuple(_read(name, tables, seed))
         made = [stage.name for stage in stages if stage.own and STAGES[stage.kind].makes_checkpoint]
         if chat is not None and chat not in made:
             hint = did_you_mean(str(chat), made)
@@ -148,58 +144,25 @@ def _find(source: str) -> tuple[str, str]:
     return source, texts[source]
 
 
-class _Builder:
+def _read(recipe: str, tables: dict[str, Any], seed: int | None) -> Iterator[RecipeStage]:
     """The stages of a recipe's tables: defaults filled in, references checked, configs validated."""
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise SlingshotError(f"recipe {recipe}: {name} stands outside a table; put it under [defaults] or a stage")
+    defaults, evaluation = tables.pop("defaults", {}), tables.pop("evaluation", None)
+    before: list[str] = []
+    known: set[str] = set()
 
-    def __init__(self, recipe: str, tables: dict[str, Any], seed: int | None) -> None:
-        for name, table in tables.items():
-            if not isinstance(table, dict):
-                raise SlingshotError(
-                    f"recipe {recipe}: {name} stands outside a table; put it under [defaults] or a stage"
-                )
-        self.recipe, self.seed, self.made = recipe, seed, dict[str, RecipeStage]()
-        self.tables = {name: table for name, table in tables.items() if name not in ("defaults", "evaluation")}
-        self.defaults, self.evaluation = tables.get("defaults", {}), tables.get("evaluation")
-
-    def stages(self) -> tuple[RecipeStage, ...]:
-        for name, table in self.tables.items():
-            values = dict(table)
-            kind = values.pop("stage", None)
-            if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in {"configs", "evaluations"}:
-                raise SlingshotError(
-                    f"recipe {self.recipe}: [{name}] cannot name a stage; use letters, digits, _ and - "
-                    "(not configs or evaluations)"
-                )
-            if kind not in STAGES:
-                missing = "has no stage = ..." if kind is None else f"stage = {kind!r} is no kind of stage"
-                raise SlingshotError(f"recipe {self.recipe}: [{name}] {missing}; {did_you_mean(str(kind), STAGES)}")
-            own = values.pop("evaluation", {})
-            if own is not False and not isinstance(own, dict):
-                raise SlingshotError(
-                    f"{name}.evaluation: must be a table of keys that differ from [evaluation], or false, got {own!r}"
-                )
-            self._add(name, kind, values)
-            if STAGES[kind].makes_checkpoint and own is not False and (self.evaluation is not None or own):
-                self._add(name + EVALUATION, "evaluate", {**merged(self.evaluation or {}, own), "model": f"@{name}"})
-        known = {key for stage in self.made.values() for key in STAGES[stage.kind].config.model_fields}
-        if unused := self.defaults.keys() - known:
-            raise SlingshotError(f"defaults.{min(unused)}: no stage of the recipe {self.recipe} knows this key")
-        if not self.made:
-            kind = next(iter(STAGES))
-            raise SlingshotError(f"recipe {self.recipe} has no stages; write a table like [base] with stage = {kind!r}")
-        return tuple(self.made.values())
-
-    def _add(self, name: str, kind: str, values: dict[str, Any]) -> None:
+    def read(name: str, kind: str, values: dict[str, Any]) -> RecipeStage:
         config = STAGES[kind].config
-        values = merged({key: value for key, value in self.defaults.items() if key in config.model_fields}, values)
-        if self.seed is not None:
-            values["seed"] = self.seed
+        known.update(config.model_fields)
+        values = merged({key: value for key, value in defaults.items() if key in config.model_fields}, values)
+        if seed is not None:
+            values["seed"] = seed
 
         def artifact(other: str) -> str:
-            if other not in self.made:
-                hint = f"[{other}] comes later; move it up"
-                if other not in self.tables:
-                    hint = did_you_mean(other, [stage for stage in self.made if stage in self.tables])
+            if other not in before:
+                hint = f"[{other}] comes later; move it up" if other in tables else did_you_mean(other, before)
                 raise SlingshotError(f"{name}: no earlier stage {other!r} to refer to; {hint}")
             return other
 
@@ -208,4 +171,27 @@ class _Builder:
             return 1.0  # any cost will do until the receipt is there
 
         config.parse(resolve(values, artifact, flops, name), name)
-        self.made[name] = RecipeStage(name, kind, values)
+        return RecipeStage(name, kind, values)
+
+    for name, table in tables.items():
+        values = dict(table)
+        kind = values.pop("stage", None)
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in {"configs", "evaluations"}:
+            way_out = "use letters, digits, _ and - (not configs or evaluations)"
+            raise SlingshotError(f"recipe {recipe}: [{name}] cannot name a stage; {way_out}")
+        if kind not in STAGES:
+            missing = "has no stage = ..." if kind is None else f"stage = {kind!r} is no kind of stage"
+            raise SlingshotError(f"recipe {recipe}: [{name}] {missing}; {did_you_mean(str(kind), STAGES)}")
+        own = values.pop("evaluation", {})
+        if own is not False and not isinstance(own, dict):
+            what = "must be a table of keys that differ from [evaluation], or false"
+            raise SlingshotError(f"{name}.evaluation: {what}, got {own!r}")
+        yield read(name, kind, values)
+        before.append(name)
+        if STAGES[kind].makes_checkpoint and own is not False and (evaluation is not None or own):
+            yield read(name + EVALUATION, "evaluate", {**merged(evaluation or {}, own), "model": f"@{name}"})
+    if not tables:
+        kind = next(iter(STAGES))
+        raise SlingshotError(f"recipe {recipe} has no stages; write a table like [base] with stage = {kind!r}")
+    if unused := defaults.keys() - known:
+        raise SlingshotError(f"defaults.{min(unused)}: no stage of the recipe {recipe} knows this key")

@@ -17,7 +17,7 @@ from __future__ import annotations
 import shlex
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -27,20 +27,18 @@ from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import lock, put_aside, read_json, unlock, write_json
 from slingshot.base.quantity import plural, show_duration
+from slingshot.checkpoint.hub import locate
 from slingshot.cost.receipt import Receipt
-from slingshot.recipe.check import check
 from slingshot.recipe.process import launcher, supervise
 from slingshot.recipe.recipe import Recipe, RecipeStage
 from slingshot.recipe.results import Evaluation, headline
 from slingshot.recipe.tables import resolve
 from slingshot.stages.kinds import STAGES
-from slingshot.training.identity import Identity
+from slingshot.tasks.loader import TaskConfig, load_task
+from slingshot.training.identity import Identity, local_inputs
 
-# How a stage's process is started, after the interpreter's name.
-PROGRAM = ["-m", "slingshot"]
-
-# How long to wait for a folder's lock: a killed runner's child needs a moment to be gone.
-LOCK_SECONDS = 5.0
+PROGRAM = ["-m", "slingshot"]  # how a stage's process is started, after the interpreter's name
+LOCK_SECONDS = 5.0  # patience with a folder's lock: a killed runner's child needs a moment to be gone
 
 
 def run(recipe: Recipe, out: Path, until: str | None = None, processes: int = 1) -> None:
@@ -70,20 +68,14 @@ class _Run:
 
         record = self.out / "recipe.json"
         if record.exists() and read_json(record).get("name") != self.recipe.name:
-            raise SlingshotError(
-                f"{self.out} holds a run of the recipe {read_json(record).get('name')}; choose another --out"
-            )
-        again = self._again(stages)
-        self._check(stages, again)
+            other = read_json(record).get("name")
+            raise SlingshotError(f"{self.out} holds a run of the recipe {other}; choose another --out")
+        self._check(stages, self._again(stages))
         names = [stage.name for stage in stages if stage.own]
-        shown = [
-            {"name": stage.name, "kind": stage.kind, "config": stage.values}
-            for stage in self.recipe.stages
-            if stage.own
-        ]
-        chat = next(
-            (name for name in (self.recipe.chat, *reversed(names)) if name in names and self._talks(name)), None
-        )
+        own = [stage for stage in self.recipe.stages if stage.own]
+        shown = [{"name": stage.name, "kind": stage.kind, "config": stage.values} for stage in own]
+        talking = [name for name in names if STAGES[self.stages[name].kind].makes_checkpoint]
+        chat = self.recipe.chat if self.recipe.chat in talking else talking[-1] if talking else None
         write_json(record, {"name": self.recipe.name, "stages": shown, "asked": names, "chat": chat})
         for stage in stages:
             place = f"[{names.index(stage.name.split('.')[0]) + 1}/{len(names)}] {stage.name}"
@@ -98,17 +90,11 @@ class _Run:
             self._say(f"{place}: done in {took}; {headline(self.out / stage.folder)}", "green")
         report.build(self.out)
         self._show_solved(stages)
-        console = Console(highlight=False, soft_wrap=True)
-        console.print(Text(f"report: {self.out / 'report.html'}"))
+        print(f"report: {self.out / 'report.html'}")
         if chat:
-            console.print(Text(f"next: slingshot chat {shlex.quote(str(self.out / chat))}"))
-        if more := len(self.recipe.names) - len(names):
-            console.print(
-                Text(f"the recipe has {plural(more, 'stage')} more; the same command without --until goes on")
-            )
-
-    def _talks(self, name: str) -> bool:
-        return STAGES[self.stages[name].kind].makes_checkpoint
+            print(f"next: slingshot chat {shlex.quote(str(self.out / chat))}")
+        if more := len(own) - len(names):
+            print(f"the recipe has {plural(more, 'stage')} more; the same command without --until goes on")
 
     def _finished(self, stage: RecipeStage) -> bool:
         return (self.out / stage.folder / "receipt.json").exists()
@@ -123,11 +109,11 @@ class _Run:
     def _config(self, stage: RecipeStage, coming: bool = False) -> StageConfig:
         """The stage's whole config with references resolved: paths into this run, and numbers from receipts; where
         receipts are still `coming`, any number."""
-        values = resolve(
-            stage.values,
-            lambda name: str(self.out / self.stages[name].folder),
-            lambda name: 1.0 if coming else self._receipt(name).flops,
-        )
+
+        def flops(name: str) -> float:
+            return 1.0 if coming else self._receipt(name).flops
+
+        values = resolve(stage.values, lambda name: str(self.out / self.stages[name].folder), flops)
         return STAGES[stage.kind].config.parse(values, stage.name)
 
     def _changes(self, stage: RecipeStage, begun: bool = False) -> list[str]:
@@ -152,15 +138,15 @@ class _Run:
     def _check(self, stages: Sequence[RecipeStage], again: set[str]) -> None:
         """Refuse now what a stage that will run would refuse hours later."""
         coming = {str(self.out / self.stages[name].folder) for name in again}
-        for stage in stages:
-            if stage.name not in again:
-                continue
-            check(self._config(stage, coming=True), stage.name, coming)
+        for stage in (stage for stage in stages if stage.name in again):
+            try:
+                check(self._config(stage, coming=True), coming)
+            except SlingshotError as error:
+                raise SlingshotError(f"{stage.name}: {error}") from error
             folder = self.out / stage.folder
             if folder.exists() and not self._finished(stage):
-                raise SlingshotError(
-                    f"{folder} is in the way: it is no artifact of slingshot's; move it or choose another --out"
-                )
+                what = f"{folder} is in the way: it is no artifact of slingshot's"
+                raise SlingshotError(f"{what}; move it or choose another --out")
 
     def _intent(self, stage: RecipeStage) -> str:
         source = f" (from {', '.join(stage.parents)})" if stage.parents else ""
@@ -181,15 +167,11 @@ class _Run:
         if code == 2:
             raise SystemExit(2)
         if code < 0:
-            name = signal.Signals(-code).name
-            hint = " (out of memory?)" if name == "SIGKILL" else ""
-            raise SlingshotError(
-                f"{stage.name}: its process was killed by {name}{hint}; the same command goes on where it stopped"
-            )
+            by = signal.Signals(-code).name + (" (out of memory?)" if code == -signal.SIGKILL else "")
+            raise SlingshotError(f"{stage.name}: its process was killed by {by}; the same command goes on from there")
         if code or not self._finished(stage):
-            raise SlingshotError(
-                f"{stage.name}: its process ended with code {code} and no artifact; what it printed says why"
-            )
+            ended = f"{stage.name}: its process ended with code {code} and no artifact"
+            raise SlingshotError(f"{ended}; what it printed says why")
 
     def _show_solved(self, stages: Sequence[RecipeStage]) -> None:
         """Print the solved problem of the last evaluated model that has the longest reasoning."""
@@ -206,3 +188,18 @@ class _Run:
 
     def _say(self, line: str, style: str) -> None:
         self.console.print(Text(line, style))
+
+
+def check(config: StageConfig, coming: Collection[str]) -> None:
+    """Refuse what the recipe and the disk tell of a stage's inputs: one that is neither there nor made by an earlier
+    stage (`coming`), a task that cannot be loaded. What is on the hub is not looked for."""
+    for name, checkpoint in local_inputs(config.model_dump(mode="json")).items():
+        if name not in coming and not (locate(name) if checkpoint else Path(name)).exists():
+            raise SlingshotError(f"{name} does not exist")
+    documents = getattr(config, "documents", None)
+    tasks: list[TaskConfig] = getattr(config, "tasks", [])
+    for task in [*tasks, *(documents.tasks if documents else [])]:
+        loaded = load_task(task.name, **task.params)
+        # The stages that train on what tasks write: pretrain, by its table documents, and sft, by its key style.
+        if not loaded.has_solutions and (documents or getattr(config, "style", None)):
+            raise SlingshotError(f"{task.name} writes no solutions to train on; take another task, or give data")

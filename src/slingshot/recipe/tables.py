@@ -39,12 +39,8 @@ def apply_override(values: dict[str, Any], text: str) -> None:
 
 def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`values` with `changes` laid over them, tables key by key."""
-    tables = {
-        key: {**values[key], **change}
-        for key, change in changes.items()
-        if isinstance(change, dict) and isinstance(values.get(key), dict)
-    }
-    return {**values, **changes, **tables}
+    both = (key for key, change in changes.items() if isinstance(change, dict) and isinstance(values.get(key), dict))
+    return {**values, **changes, **{key: {**values[key], **changes[key]} for key in both}}
 
 
 def resolve(value: Any, artifact: Callable[[str], Any], flops: Callable[[str], float], where: str = "") -> Any:
@@ -57,9 +53,8 @@ def resolve(value: Any, artifact: Callable[[str], Any], flops: Callable[[str], f
     if isinstance(value, dict) and "flops_of" in value:
         stage, times = value["flops_of"], value.get("times", 1)
         if value.keys() - {"flops_of", "times"} or not isinstance(stage, str) or not isinstance(times, int | float):
-            raise SlingshotError(
-                f'{where}: a number from a receipt is written {{ flops_of = "STAGE", times = 3 }}, got {value!r:.80}'
-            )
+            form = 'a number from a receipt is written { flops_of = "STAGE", times = 3 }'
+            raise SlingshotError(f"{where}: {form}, got {value!r:.80}")
         return times * flops(stage)
     if isinstance(value, dict):
         return {key: resolve(part, artifact, flops, f"{where}.{key}") for key, part in value.items()}

@@ -370,9 +370,7 @@ class Engine:
         params = batch.temperature_S[:rows], batch.top_p_S[:rows], batch.top_k_S[:rows]
         ids_B, logprobs_B = sample(logits_BV, *params, uniform_B)
         if not torch.isfinite(logprobs_B).all():
-            raise SlingshotError(
-                "the model's logits are not finite: its weights have diverged; go back to a checkpoint"
-            )
+            raise SlingshotError("logits are not finite: its weights have diverged; go back to an earlier checkpoint")
         tokens_B.copy_(ids_B)
         return ids_B.tolist(), logprobs_B.tolist()
 

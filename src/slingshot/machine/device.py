@@ -92,10 +92,7 @@ def measure_threads(width: int, most: int, seconds: float = 0.3) -> int:
     try:
         for threads in counts:
             torch.set_num_threads(threads)
-            end = time.perf_counter() + seconds / len(counts)
-            took = min(_timed(work, x.device) for _ in range(3))  # the first run prepares code
-            while time.perf_counter() < end:
-                took = min(took, _timed(work, x.device))
+            took = _fastest(work, x.device, seconds / len(counts), runs=3)  # the first run prepares code
             if took * THREADS_WORTH_IT > best:
                 break
             chosen, best = threads, took
@@ -129,23 +126,17 @@ def measure_peak(dtype: torch.dtype, device: torch.device | str | None = None, s
     while width < 8192 and 8 * took < patience:
         width *= 2
         product = _product(width, dtype, device)
-        took = min(_timed(product, device) for _ in range(2))  # the first run selects and prepares code
+        took = _fastest(product, device, seconds=0.0, runs=2)  # the first run selects and prepares code
         best = max(best, 2 * width**3 / took)
         patience = seconds if width < 1024 else seconds / 20
-    while time.perf_counter() < end:
-        best = max(best, 2 * width**3 / _timed(product, device))
-    return best
+    return max(best, 2 * width**3 / _fastest(product, device, end - time.perf_counter()))
 
 
 def measure_bandwidth(device: torch.device | str | None = None, seconds: float = 0.3) -> float:
     """Bytes/s of reading memory: the best sum over 256 MiB (accelerators: 1 GiB), far beyond any cache."""
     device = auto_device() if device is None else torch.device(device)
     numbers = torch.ones((256 if device.type == "cpu" else 1024) * 2**18, device=device)
-    end = time.perf_counter() + seconds
-    best = _timed(numbers.sum, device)
-    while time.perf_counter() < end:
-        best = min(best, _timed(numbers.sum, device))
-    return numbers.nbytes / best
+    return numbers.nbytes / _fastest(numbers.sum, device, seconds)
 
 
 def machine_key(device: torch.device | str) -> str:
@@ -175,6 +166,14 @@ def _product(width: int, dtype: torch.dtype, device: torch.device) -> Callable[[
     # Values near 1: denormals, which some processors multiply in microcode, would distort the measurement.
     square = torch.linspace(0.5, 1.5, width * width, device=device).reshape(width, width).to(dtype)
     return lambda: torch.mm(square, square)
+
+
+def _fastest(work: Callable[[], object], device: torch.device, seconds: float, runs: int = 1) -> float:
+    """Seconds of the fastest of at least so many runs, and of all that begin within `seconds`."""
+    end, best = time.perf_counter() + seconds, float("inf")
+    while runs > 0 or time.perf_counter() < end:
+        best, runs = min(best, _timed(work, device)), runs - 1
+    return best
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:

@@ -14,7 +14,7 @@ from slingshot.cost.receipt import Receipt
 from slingshot.recipe.results import headline
 from slingshot.rollout.sampler import Script, ScriptedSampler
 from slingshot.stages import evaluate
-from slingshot.stages.evaluate import bootstrap, interval, pass_at_k, summarise, wilson
+from slingshot.stages.evaluate import interval, pass_at_k, summarise, wilson
 from slingshot.tasks.task import Solution, split_of
 
 Evaluating = Callable[..., evaluate.EvaluateConfig]
@@ -40,7 +40,7 @@ def test_the_bootstrap_is_of_the_mean_over_problems() -> None:
     """100 problems, half solved: 0.5 +- 1.96 sqrt(0.25 / 100)."""
     low, high = interval([1.0, 0.0] * 50, samples=4, seed=0)
     assert low == pytest.approx(0.5 - 0.098, abs=0.012) and high == pytest.approx(0.5 + 0.098, abs=0.012)
-    assert bootstrap([1.0, 0.0] * 50, seed=0) == [low, high]
+    assert interval([1.0, 0.0] * 50, samples=4, seed=0) == [low, high]
 
 
 def test_one_sample_of_each_problem_has_wilsons_interval() -> None:
@@ -75,7 +75,7 @@ def test_a_summary_by_hand(evaluating: Evaluating) -> None:
     results += [result("plain", [1.0, 1.0], [1, 1]), result("plain", [0.0, 1.0], [2, 4])]
     summary = summarise(results, evaluating(forms=forms))
     found = summary["tasks"]["sums"]
-    assert found.pop("ci95") == bootstrap([1.0, 0.5], seed=0)
+    assert found.pop("ci95") == interval([1.0, 0.5], samples=2, seed=0)
     assert found == {
         "pass@1": 0.75, "pass@8": None, "mean_tokens": 2.0, "format": 0.5, "language": 0.5, "n": 2,
         "samples_per_problem": 2, "right": 3, "right_leniently": 3, "split": "test", "given": None, "left_out": {},

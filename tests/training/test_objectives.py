@@ -8,14 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slingshot.training.objectives import (
-    cross_entropy,
-    group_advantages,
-    grpo,
-    mtp_targets,
-    next_token_targets,
-    token_logprobs,
-)
+from slingshot.training.objectives import cross_entropy, group_advantages, grpo, targets_ahead, token_logprobs
 
 
 def row(*values: float) -> Tensor:
@@ -48,16 +41,13 @@ def kept(targets: Tensor, weights: Tensor) -> list[list[tuple[int, int, float]]]
     ]
 
 
-def test_next_token_targets_stay_within_documents() -> None:
+def test_targets_ahead_stay_within_documents() -> None:
     """13 predicts not 21, 22 no padding, the last position nothing; a weight is that of the token predicted."""
-    assert kept(*next_token_targets(TOKENS, SEGMENTS, WEIGHTS)) == [
+    assert kept(*targets_ahead(TOKENS, SEGMENTS, WEIGHTS)) == [
         [(0, 12, 1.0), (1, 13, 2.0), (3, 22, 0.5)],
         [(1, 33, 1.0), (2, 34, 1.0), (3, 35, 1.0), (4, 36, 3.0)],
     ]
-
-
-def test_mtp_targets_are_the_token_after_the_next() -> None:
-    assert kept(*mtp_targets(TOKENS, SEGMENTS, WEIGHTS)) == [
+    assert kept(*targets_ahead(TOKENS, SEGMENTS, WEIGHTS, ahead=2)) == [
         [(0, 13, 2.0)],
         [(0, 33, 1.0), (1, 34, 1.0), (2, 35, 1.0), (3, 36, 3.0)],
     ]

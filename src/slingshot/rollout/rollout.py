@@ -8,9 +8,10 @@ rollout.counts                             # {"skipped": 1}: what was left out o
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
@@ -24,9 +25,8 @@ from slingshot.tasks.verification import VerificationPool
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.parallel import Parallel
 
-_PATIENCE = (
-    32  # problems that may be left out, or answers that fail to be verified, until it is taken to be all of them
-)
+# Problems that may be left out, or answers that fail to be verified, until it is taken to be all of them.
+_PATIENCE = 32
 
 
 class PromptForm(Strict):
@@ -51,6 +51,7 @@ class PromptForm(Strict):
         return start + tokenizer.encode(messages[0]["content"])
 
 
+@dataclass
 class Rollout:
     """Samples, lets the tasks' environments reply, and verifies finished trajectories while others are still sampled.
 
@@ -58,24 +59,19 @@ class Rollout:
     problems whose prompts leave the model no room; the first of each kind is said on standard error.
     """
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        params: SamplingParams,
-        form: PromptForm,
-        verification: VerificationPool,
-        parallel: Parallel,
-        both: bool = False,
-    ) -> None:
-        self.sampler, self.params, self.form, self.both = sampler, params, form, both
-        self.verification, self.parallel = verification, parallel
-        self.counts: dict[str, int] = {}
-        self._reasons: dict[str, str] = {}  # the first of each kind
-        self._asked = self._made = self._unverified = self._verified = 0
+    sampler: Sampler
+    params: SamplingParams
+    form: PromptForm
+    verification: VerificationPool
+    parallel: Parallel
+    both: bool = False
+    counts: Counter[str] = field(default_factory=Counter)  # what was left out of the last run, over all ranks
+    _all: Counter[str] = field(default_factory=Counter)  # problems asked, groups made, answers unverified in all runs
+    _reasons: dict[str, str] = field(default_factory=dict)  # the first of each kind
 
     def run(self, items: Sequence[Item]) -> list[list[Trajectory]]:
         """Groups of trajectories, one of each problem, in the order of the items."""
-        self.counts, self._verified = {"skipped": 0, "aborted": 0, "unverified": 0}, 0
+        self.counts = Counter(skipped=0, aborted=0, unverified=0, verified=0)
         live = [(item.key, group) for item in self.parallel.mine(items) if (group := self._begin(item))]
         groups = [group for _, group in live]
         verdicts: list[tuple[Trajectory, Future[Reward] | None]] = []
@@ -104,12 +100,13 @@ class Rollout:
 
     def refuse_nothing(self) -> None:
         """Raise SlingshotError when not one problem could be put to the model, or not one answer verified."""
-        if self._asked and not self._made:
-            why = next(iter(self._reasons.values()), "another rank says why")
-            raise SlingshotError(f"none of {self._asked} problems could be put to the model: {why}")
-        if self._asked and not self.verification.verified and self._unverified >= min(_PATIENCE, self._asked):
-            why = self._reasons.get("unverified", "another rank says why")
-            raise SlingshotError(f"{why}; so it is with all {self._unverified} answers so far")
+        asked, unverified, elsewhere = self._all["asked"], self._all["unverified"], "another rank says why"
+        if asked and not self._all["made"]:
+            why = next(iter(self._reasons.values()), elsewhere)
+            raise SlingshotError(f"none of {asked} problems could be put to the model: {why}")
+        if asked and not self.verification.verified and unverified >= min(_PATIENCE, asked):
+            why = self._reasons.get("unverified", elsewhere)
+            raise SlingshotError(f"{why}; so it is with all {unverified} answers so far")
 
     def _begin(self, item: Item) -> list[Trajectory]:
         """The problem's trajectories; none where it is too long."""
@@ -150,15 +147,12 @@ class Rollout:
             reward = verdict.result() if verdict else Reward(0.0, None)
             if reward.error:
                 self._count("unverified", reward.error)
-            self._verified += verdict is not None and not reward.error
-            said = [turn.parsed for turn in trajectory.turns]
-            ended = [turn.finish_reason == "stop" for turn in trajectory.turns]
-            spoken = "\n".join(each.reasoning for each in said if each.reasoning) or said[-1].answer
+            self.counts["verified"] += verdict is not None and not reward.error
+            said = [(turn.parsed, turn.finish_reason == "stop") for turn in trajectory.turns]
+            spoken = "\n".join(each.reasoning for each, _ in said if each.reasoning) or trajectory.response.answer
             trajectory.scores = {
                 "accuracy": reward.value,
-                "format": min(
-                    format_reward(each.closed, each.answer, end) for each, end in zip(said, ended, strict=True)
-                ),
+                "format": min(format_reward(each.closed, each.answer, ended) for each, ended in said),
                 "language": language_consistency(spoken, trajectory.item.problem.language),
             }
         if self.both:
@@ -173,12 +167,12 @@ class Rollout:
         if aborted := sum(map(len, groups)) - sum(map(len, kept)):
             self._count("aborted", "the sampler broke off a response", aborted)
         kept = [group for group in kept if group]
-        totals = self.parallel.sums({"made": len(kept), "verified": self._verified, **self.counts})
-        self.verification.verified += round(totals.pop("verified"))
-        self._asked, self._made = self._asked + asked, self._made + round(totals.pop("made"))
-        self.counts = {kind: round(total) for kind, total in totals.items() if total}
-        self._unverified += self.counts.get("unverified", 0)
-        if self._asked >= _PATIENCE:
+        sums = self.parallel.sums({"made": len(kept), **self.counts})
+        totals = Counter({kind: round(total) for kind, total in sums.items() if total})
+        self.verification.verified += totals.pop("verified", 0)
+        self._all += totals + Counter(asked=asked)
+        self.counts = totals - Counter(made=totals["made"])
+        if self._all["asked"] >= _PATIENCE:
             self.refuse_nothing()
         return kept
 

@@ -130,20 +130,15 @@ def summarise(
     tasks: dict[str, Any] = {}
     examples: dict[str, Any] = {}
     scores: dict[str, list[float]] = {}
-    asked = [row for row in results if "example" in row]
+    asked, forms = [row for row in results if "example" in row], [form.name for form in config.forms]
     for task in dict.fromkeys(row["task"] for row in asked):
-        by_form = {
-            form.name: [r for r in asked if (r["task"], r["form"]) == (task, form.name)] for form in config.forms
-        }
+        by_form = {name: [r for r in asked if (r["task"], r["form"]) == (task, name)] for name in forms}
         passes = {form: mean(rows, "accuracy") for form, rows in by_form.items()}
         best = max(passes, key=lambda form: passes[form])
         rows = by_form[best]
         right = [row["accuracy"].count(1.0) for row in rows]
         scores[task] = [float(np.mean(row["accuracy"])) for row in rows]
-        left_out: Counter[str] = Counter()
-        for row in results:
-            if (row["task"], row["form"]) == (task, best):
-                left_out.update(row.get("left_out", {}))
+        left_out = [row.get("left_out") for row in results if (row["task"], row["form"]) == (task, best)]
         found = tasks[task] = {
             "pass@1": passes[best],
             "ci95": interval(scores[task], config.samples, config.seed),
@@ -157,7 +152,7 @@ def summarise(
             "right_leniently": sum(row.get("lenient", row["accuracy"]).count(1.0) for row in rows),
             "split": config.split,
             "given": (given or {}).get(task),
-            "left_out": dict(left_out),
+            "left_out": dict(sum(map(Counter, left_out), Counter())),
             "prompt_form": best,
             "pass@1_by_form": passes,
         }
@@ -183,14 +178,16 @@ def mean(rows: Sequence[dict[str, Any]], name: str) -> float:
     return float(np.mean([np.mean(row[name]) for row in rows]))
 
 
-def interval(scores: Sequence[float], samples: int, seed: int) -> list[float]:
+def interval(scores: Sequence[float], samples: int, seed: int, resamples: int = 2000) -> list[float]:
     """95% interval of the mean of problems' scores: Wilson's for one sample of each, else a bootstrap over problems.
 
     Where all problems score alike a bootstrap would claim a width of 0: Wilson's there too.
     """
     if samples == 1 or len(set(scores)) == 1:
         return wilson(float(np.mean(scores)), len(scores))
-    return bootstrap(scores, seed)
+    draws = np.random.default_rng(seed).integers(0, len(scores), (resamples, len(scores)))
+    low, high = np.percentile(np.asarray(scores)[draws].mean(1), [2.5, 97.5])
+    return [float(low), float(high)]
 
 
 def wilson(share: float, n: int, z: float = 1.959964) -> list[float]:
@@ -198,14 +195,6 @@ def wilson(share: float, n: int, z: float = 1.959964) -> list[float]:
     centre, spread = share + z * z / (2 * n), z * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     low, high = ((centre + side * spread) / (1 + z * z / n) for side in (-1, 1))
     return [max(0.0, low), min(1.0, high)]
-
-
-def bootstrap(scores: Sequence[float], seed: int, resamples: int = 2000) -> list[float]:
-    """95% percentile interval of the mean, resampling problems."""
-    values = np.asarray(scores)
-    draws = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
-    low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
-    return [float(low), float(high)]
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

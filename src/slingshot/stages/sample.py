@@ -57,9 +57,7 @@ def run(config: SampleConfig, out: Path, sampler: Sampler | None = None) -> None
         items = config.draw()
         tasks = {item.task.name: item.task for item in items}
         if several := next((name for name, task in tasks.items() if task.has_turns), None):
-            raise SlingshotError(
-                f"task {several} takes several turns, a dataset's lines hold one; leave it out of tasks"
-            )
+            raise SlingshotError(f"task {several} takes several turns, a dataset's lines one; leave it out of tasks")
         source = work.reads[config.model]
         sampler = sampler or EngineSampler(Engine.load(source, dtype=work.dtype, device=parallel.device))
         params = config.sampling.params(config.samples, config.seed)
@@ -87,9 +85,8 @@ def run(config: SampleConfig, out: Path, sampler: Sampler | None = None) -> None
                 work.keep(step + 1, lambda: ({}, {"rows": rows}), stop=interrupts.asked)
         rollout.refuse_nothing()
         if not rows:
-            raise SlingshotError(
-                f"{config.model} solved none of {len(items)} problems in format; train it further or take easier ones"
-            )
+            way_out = "train it further or take easier ones"
+            raise SlingshotError(f"{config.model} solved none of {len(items)} problems in format; {way_out}")
         extra = {"examples": len(rows), "problems": len(items)}
         work.finish(lambda folder: write_jsonl(folder / "data.jsonl", rows), extra)
 

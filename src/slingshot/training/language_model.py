@@ -15,7 +15,7 @@ from torch import Tensor
 from slingshot.base.config import Strict
 from slingshot.model.transformer import Transformer
 from slingshot.training.batch import Rows
-from slingshot.training.objectives import cross_entropy, mtp_targets, next_token_targets
+from slingshot.training.objectives import cross_entropy, targets_ahead
 from slingshot.training.parallel import Parallel
 
 
@@ -71,8 +71,8 @@ def language_model_step(
 ) -> StepLosses:
     """Forward and backward over this rank's rows; gradients are those of the mean over the global batch's tokens."""
     with_mtp = model.config.num_nextn_predict_layers > 0 and weights.mtp > 0
-    next_targets, next_weights = next_token_targets(rows.tokens_BT, rows.segments_BT, rows.weights_BT)
-    far_targets, far_weights = mtp_targets(rows.tokens_BT, rows.segments_BT, rows.weights_BT)
+    next_targets, next_weights = targets_ahead(rows.tokens_BT, rows.segments_BT, rows.weights_BT)
+    far_targets, far_weights = targets_ahead(rows.tokens_BT, rows.segments_BT, rows.weights_BT, ahead=2)
     sizes = {"next": next_weights, "far": far_weights, "rows": rows.segments_BT[:, 0] > 0}
     counts = parallel.sums({name: float(weights.sum()) for name, weights in sizes.items()})
     sums = {"next": 0.0, "far": 0.0, "balance": 0.0}
@@ -109,7 +109,7 @@ def evaluate_loss(model: Transformer, rows: Rows, micro_batch_size: int, paralle
     total = 0.0
     for start in range(0, len(rows), micro_batch_size):
         micro = rows[start : start + micro_batch_size]
-        targets_BT, weights_BT = next_token_targets(micro.tokens_BT, micro.segments_BT, micro.weights_BT)
+        targets_BT, weights_BT = targets_ahead(micro.tokens_BT, micro.segments_BT, micro.weights_BT)
         hidden_BTD = model(micro.tokens_BT, segments_BT=micro.segments_BT, logits=False).hidden_BTD
         total += float(target_loss(model, hidden_BTD, targets_BT, weights_BT))
     return parallel.sums({"nats": total})["nats"]

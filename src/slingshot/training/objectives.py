@@ -8,7 +8,7 @@ Shape suffixes: N tokens, V vocabulary, G samples of one group.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,23 +21,15 @@ def cross_entropy(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor | None
     return losses_N.sum() if weights_N is None else (losses_N * weights_N).sum()
 
 
-def mtp_targets(tokens_BT: Tensor, segments_BT: Tensor, weights_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Targets and weights of the multi-token prediction module: position t predicts token t+2 of the same segment.
+def targets_ahead(tokens_BT: Tensor, segments_BT: Tensor, weights_BT: Tensor, ahead: int = 1) -> tuple[Tensor, Tensor]:
+    """Targets and weights where position t predicts token t + `ahead` of the same segment: 1 the next, 2 for MTP.
 
-    weights_BT[:, t] is the weight of token t as a prediction target; the result's weight at t is that of token t+2
-    (arXiv 2412.19437, 2.2; the module at t sees the embedding of t+1, which must be of the segment too).
+    weights_BT[:, t] is the weight of token t as a target. MTP's module at t sees the embedding of t+1, which is of the
+    segment too (arXiv 2412.19437, 2.2).
     """
-    targets_BT, weights = tokens_BT.roll(-2, dims=1), weights_BT.roll(-2, dims=1)
-    same = (segments_BT == segments_BT.roll(-2, dims=1)) & (segments_BT > 0)
-    same[:, -2:] = False
-    return targets_BT, weights * same
-
-
-def next_token_targets(tokens_BT: Tensor, segments_BT: Tensor, weights_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Targets and weights of next-token prediction: position t predicts token t+1 of the same segment."""
-    targets_BT, weights = tokens_BT.roll(-1, dims=1), weights_BT.roll(-1, dims=1)
-    same = (segments_BT == segments_BT.roll(-1, dims=1)) & (segments_BT > 0)
-    same[:, -1:] = False
+    targets_BT, later_BT, weights = (each.roll(-ahead, dims=1) for each in (tokens_BT, segments_BT, weights_BT))
+    same = (segments_BT == later_BT) & (segments_BT > 0)
+    same[:, -ahead:] = False
     return targets_BT, weights * same
 
 
@@ -61,8 +53,7 @@ def group_advantages(rewards_G: Tensor, normalize_std: bool = True) -> Tensor:
     return torch.zeros_like(centred) if std < 1e-6 else centred / std
 
 
-@dataclass
-class GrpoTerms:
+class GRPOTerms(NamedTuple):
     """Sums over tokens: the loss, and what is logged of it (no gradient)."""
 
     loss: Tensor
@@ -79,7 +70,7 @@ def grpo(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     kl_weight: float = 0.0,
-) -> GrpoTerms:
+) -> GRPOTerms:
     """The clipped policy objective with k3 KL penalty (arXiv 2402.03300, equations 3 and 4), as a sum to be minimised.
 
     Per token -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) + kl_weight (exp(d) - d - 1), d = ref - log p.
@@ -87,11 +78,10 @@ def grpo(
     """
     ratio_N = (logprobs_N - sampler_logprobs_N).exp()
     clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high)
-    policy_N = -torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N)
-    was_clipped_N = ((clipped_N * advantages_N) < (ratio_N * advantages_N)).float()
+    free_N, held_N = ratio_N * advantages_N, clipped_N * advantages_N
     kl_N = torch.zeros_like(logprobs_N)
     if reference_logprobs_N is not None:
         difference_N = reference_logprobs_N - logprobs_N
         kl_N = difference_N.exp() - difference_N - 1
-    loss = ((policy_N + kl_weight * kl_N) * weights_N).sum()
-    return GrpoTerms(loss, (kl_N.detach() * weights_N).sum(), (was_clipped_N * weights_N).sum())
+    loss = ((kl_weight * kl_N - torch.minimum(free_N, held_N)) * weights_N).sum()
+    return GRPOTerms(loss, (kl_N.detach() * weights_N).sum(), ((held_N < free_N) * weights_N).sum())

@@ -15,7 +15,7 @@ from torch import Tensor
 from slingshot.base.config import Strict
 from slingshot.model.transformer import Transformer
 from slingshot.training.language_model import add_loads, target_loss
-from slingshot.training.objectives import grpo, mtp_targets, next_token_targets, token_logprobs
+from slingshot.training.objectives import grpo, targets_ahead, token_logprobs
 from slingshot.training.parallel import Parallel
 
 
@@ -76,20 +76,20 @@ def policy_step(
     Returns sums over this rank's tokens, and the load of each MoE layer.
     """
     with_mtp = model.config.num_nextn_predict_layers > 0 and config.mtp > 0
-    far_BT = mtp_targets(batch.tokens_BT, batch.segments_BT, batch.mask_BT)[1]
+    far_BT = targets_ahead(batch.tokens_BT, batch.segments_BT, batch.mask_BT, ahead=2)[1]
     values = {"tokens": float(batch.mask_BT.sum()), "far": float(far_BT.sum())}
     counts = parallel.sums(values)
     values |= dict.fromkeys(("loss", "kl", "clipped", "entropy", "gap", "mtp_loss"), 0.0)
     load_LE: list[Tensor] = []
     for start in range(0, n_rows, micro_batch_size):
         micro = batch[start : start + micro_batch_size].or_empty()
-        targets_BT, weights_BT = next_token_targets(micro.tokens_BT, micro.segments_BT, micro.mask_BT)
+        rows = micro.tokens_BT, micro.segments_BT, micro.mask_BT
+        targets_BT, weights_BT = targets_ahead(*rows)
         chosen_N = weights_BT.flatten().nonzero().squeeze(1)
         targets_N = targets_BT.flatten()[chosen_N]
         advantages_N, sampler_N = (
-            field_BT.roll(-1, dims=1).flatten()[chosen_N] for field_BT in (micro.advantages_BT, micro.sampler_BT)
+            each_BT.roll(-1, dims=1).flatten()[chosen_N] for each_BT in (micro.advantages_BT, micro.sampler_BT)
         )
-
         reference_N = None
         if reference is not None:
             with torch.no_grad():
@@ -97,13 +97,11 @@ def policy_step(
                 reference_N, _ = _chosen_logprobs(reference, hidden_BTD, chosen_N, targets_N, temperature)
         output = model(micro.tokens_BT, segments_BT=micro.segments_BT, logits=False, mtp=with_mtp, detach_mtp=True)
         logprobs_N, entropy_N = _chosen_logprobs(model, output.hidden_BTD, chosen_N, targets_N, temperature)
-        ones_N = torch.ones_like(logprobs_N)
-        clips = (config.clip_low, config.clip_high, config.kl)
-        terms = grpo(logprobs_N, sampler_N, advantages_N, ones_N, reference_N, *clips)
+        weights_N, clips = torch.ones_like(logprobs_N), (config.clip_low, config.clip_high, config.kl)
+        terms = grpo(logprobs_N, sampler_N, advantages_N, weights_N, reference_N, *clips)
         loss = terms.loss / max(counts["tokens"], 1.0)
         if output.mtp_hidden_BTD is not None:
-            far_targets, far_weights = mtp_targets(micro.tokens_BT, micro.segments_BT, micro.mask_BT)
-            mtp_loss = target_loss(model, output.mtp_hidden_BTD, far_targets, far_weights, detach_head=True)
+            mtp_loss = target_loss(model, output.mtp_hidden_BTD, *targets_ahead(*rows, ahead=2), detach_head=True)
             loss = loss + config.mtp * mtp_loss / max(counts["far"], 1.0)
             values["mtp_loss"] += float(mtp_loss.detach())
         (loss * parallel.dp_size).backward()  # FSDP averages over the ranks; the loss is a share of the global mean

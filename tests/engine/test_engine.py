@@ -21,14 +21,12 @@ def prompts_of(*lengths, seed=0):
     return [[rng.randrange(7, 290) for _ in range(length)] for length in lengths]
 
 
+@torch.no_grad()
 def full_logprobs(model, output, completion, temperature):
-    """Log probabilities of the completion's ids by one forward pass without a cache."""
-    ids = torch.tensor([output.prompt_token_ids + completion.token_ids])
-    with torch.no_grad():
-        logits_TV = model(ids).logits_BTV[0]
-    start = len(output.prompt_token_ids)
-    logprobs_TV = (logits_TV / temperature).log_softmax(-1)[start - 1 : -1]
-    return logprobs_TV.gather(-1, ids[0, start:, None])[:, 0]
+    """Log probabilities of all ids at the completion's positions by one forward pass without a cache."""
+    prompt, sampled = output.prompt_token_ids, completion.token_ids
+    logits_TV = model(torch.tensor([prompt + sampled])).logits_BTV[0, len(prompt) - 1 : -1]
+    return (logits_TV / temperature).log_softmax(-1)
 
 
 def token_ids(outputs):
@@ -53,23 +51,17 @@ def read(stream):
 PROMPT, CHAT = [10, 11, 12], {"role": "user", "content": "3+4"}
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
 def test_sampler_logprobs_equal_a_full_forward_pass(model, tokenizer, temperature):
+    """Greedy tokens are its argmax, with their log probabilities at temperature 1."""
     params = SamplingParams(max_tokens=24, temperature=temperature, top_p=0.9, n=3, seed=5)
     for output in Engine(model, tokenizer).generate(prompts_of(1, 4, 30, 31, 9), params):
         for completion in output.outputs:
-            expected = full_logprobs(model, output, completion, temperature)
+            logprobs_TV = full_logprobs(model, output, completion, temperature or 1.0)
+            ids = torch.tensor(completion.token_ids)
+            expected = logprobs_TV.gather(-1, ids[:, None])[:, 0]
             torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-4, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_greedy_is_the_argmax_of_a_full_forward_pass(model, tokenizer):
-    (output,) = Engine(model, tokenizer).generate(prompts_of(6), SamplingParams(max_tokens=20, temperature=0))
-    completion = output.outputs[0]
-    logits_BTV = model(torch.tensor([output.prompt_token_ids + completion.token_ids])).logits_BTV
-    assert completion.token_ids == logits_BTV[0, 5:-1].argmax(-1).tolist()
-    expected = full_logprobs(model, output, completion, 1.0)
-    torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-4, rtol=1e-4)
+            assert temperature or torch.equal(ids, logprobs_TV.argmax(-1))
 
 
 def test_batched_generation_equals_one_by_one(model, tokenizer):

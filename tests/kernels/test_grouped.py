@@ -1,7 +1,5 @@
 """Each group of rows meets its own matrix and no other."""
 
-from __future__ import annotations
-
 import torch
 
 from slingshot.kernels.grouped import grouped_matmul, grouped_matmul_reference

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slingshot.checkpoint.load_save import load_model, save_checkpoint
 from slingshot.model.config import ModelConfig
-from slingshot.model.transformer import ModelOutput, Transformer
+from slingshot.model.transformer import Transformer
 from slingshot.stages import convert
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.batch import Rows
@@ -35,11 +35,6 @@ def tokenizer() -> Tokenizer:
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 64, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def mtp_of(output: ModelOutput) -> Tensor:
-    assert output.mtp_hidden_BTD is not None
-    return output.mtp_hidden_BTD
 
 
 def saved(model: Transformer, tokenizer: Tokenizer, folder: Path) -> Tensors:
@@ -123,7 +118,7 @@ def test_detached_mtp_trains_itself_only(make_model: Make, deepseek: Config, tie
 
     def reached(detach: bool) -> set[str]:
         model.zero_grad()
-        hidden = mtp_of(model(rows, mtp=True, detach_mtp=detach, logits=False))
+        hidden = model(rows, mtp=True, detach_mtp=detach, logits=False).mtp_hidden_BTD
         model.lm_logits(hidden, detach_head=detach).logsumexp(-1).sum().backward()
         return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.count_nonzero()}
 

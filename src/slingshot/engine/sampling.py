@@ -22,8 +22,6 @@ from slingshot.base.errors import SlingshotError
 # Below this a float32 logit difference of one unit in the last place already decides: ask for 0, which says so.
 MIN_TEMPERATURE = 1e-4
 _MOST = 2**31  # beyond any model and any patience
-
-
 _KINDS: dict[str, tuple[type, str]] = {
     "bool": (bool, "true or false"), "int": (Integral, "a whole number"), "float": (Real, "a number"),
     "stop": (str, "strings"), "stop_token_ids": (Integral, "token ids"),
@@ -53,7 +51,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value: Any = getattr(self, field.name)
+            value = getattr(self, field.name)
             value = _OFF.get(field.name) if value is None else value
             object.__setattr__(self, field.name, _of_kind(field.name, field.default, value))
         temperature = self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < float("inf")
@@ -91,26 +89,20 @@ def noise_stream(seed: int, key: str, sample_index: int) -> int:
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
 
 
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
 # splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014) in wrapping int64.
-_GOLDEN, _MIX1, _MIX2 = (_signed(value) for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-
-
-def _splitmix64(streams_B: Tensor, positions_B: Tensor) -> Tensor:
-    """Output number `position` of the splitmix64 generator seeded with `stream`, as int64 bits."""
-    # Shifts are masked because int64's copy the sign.
-    x_B = streams_B + positions_B * _GOLDEN
-    x_B = (x_B ^ ((x_B >> 30) & ((1 << 34) - 1))) * _MIX1
-    x_B = (x_B ^ ((x_B >> 27) & ((1 << 37) - 1))) * _MIX2
-    return x_B ^ ((x_B >> 31) & ((1 << 33) - 1))
+_GOLDEN, _MIX1, _MIX2 = (bits - (1 << 64) for bits in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def uniform_noise(streams_B: Tensor, positions_B: Tensor) -> Tensor:
-    """One float32 in [0, 1) a row, a multiple of 2**-24, from stream and position alone: int64 (B,), (B,) -> (B,)."""
-    return ((_splitmix64(streams_B, positions_B) >> 40) & 0xFFFFFF).float() * 2.0**-24
+    """One float32 in [0, 1) a row, a multiple of 2**-24, from stream and position alone: int64 (B,), (B,) -> (B,).
+
+    The upper 24 bits of output number `position` of the splitmix64 generator seeded with `stream`.
+    """
+    x_B = streams_B + positions_B * _GOLDEN
+    x_B = (x_B ^ ((x_B >> 30) & ((1 << 34) - 1))) * _MIX1  # masked, because int64's shifts copy the sign
+    x_B = (x_B ^ ((x_B >> 27) & ((1 << 37) - 1))) * _MIX2
+    x_B = x_B ^ ((x_B >> 31) & ((1 << 33) - 1))
+    return ((x_B >> 40) & 0xFFFFFF).float() * 2.0**-24
 
 
 def _smallest_kept(weights_RV: Tensor, top_p_R: Tensor, top_k_R: Tensor) -> Tensor:

@@ -4,9 +4,9 @@
     energy.poll()              # now and then: RAPL's counters turn over after some minutes
     energy.joules              # since the start, of the whole machine, whoever used it
 
-RAPL counts a processor package, and on servers its memory apart; it reads /sys/class/powercap/intel-rapl:*/energy_uj
-(AMD's processors have the same files), which many systems show to root alone. NVML counts a GPU in millijoules since
-its driver was loaded. What neither sees, disks, fans, network and the power supply's loss, is not in it.
+RAPL counts a processor package, and on servers its memory apart, in /sys/class/powercap/intel-rapl:*/energy_uj (AMD
+has the same files), which many systems show to root alone. NVML counts a GPU in millijoules. What neither sees, disks,
+fans, network and the power supply's loss, is not in it.
 """
 
 from __future__ import annotations
@@ -75,11 +75,8 @@ def _joules(file: Path) -> float:
 def _nvml() -> list[Counter]:
     """Counters of the GPUs this process may use, where NVIDIA's library is and its driver runs."""
     try:
-        library = ctypes.CDLL("libnvidia-ml.so.1")
-        if library.nvmlInit_v2():
-            return []
-        count = ctypes.c_uint()
-        if library.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+        library, count = ctypes.CDLL("libnvidia-ml.so.1"), ctypes.c_uint()
+        if library.nvmlInit_v2() or library.nvmlDeviceGetCount_v2(ctypes.byref(count)):
             return []
     except (OSError, AttributeError):  # no library, or another one of that name
         return []

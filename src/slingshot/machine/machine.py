@@ -1,11 +1,7 @@
 """The machine: what it has (`describe`), and what was measured on it (`Measurement`), kept across runs. No torch.
 
-Measurements are made by `slingshot.machine.device` and `slingshot doctor`; they live in ~/.cache/slingshot/machine.json
-($XDG_CACHE_HOME is respected) under a key that names the processor, its threads and the torch that multiplied, so a
-measurement never speaks for another machine:
-
-    machine = describe()
-    load_measurement(key).peak.get("bfloat16")      # FLOP/s of the fastest matrix product seen, or None
+`slingshot.machine.device` and `slingshot doctor` measure. Measurements live in ~/.cache/slingshot/machine.json
+($XDG_CACHE_HOME is respected) under a key of processor, threads and torch, so that none speaks for another machine.
 """
 
 from __future__ import annotations
@@ -14,6 +10,7 @@ import contextlib
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
@@ -40,12 +37,9 @@ class Measurement(Strict):
     threads: dict[str, int] = {}
 
 
-def describe(accelerator: str | None = None, threads: int | None = None, torch: str | None = None) -> Machine:
-    """The machine as the operating system shows it; what only torch knows is handed in."""
-    return Machine(
-        cpu=_cpu_name(), cores=_cores(), memory_bytes=_memory_bytes(),
-        accelerator=accelerator, threads=threads, torch=torch,
-    )  # fmt: skip
+def describe(**known: Any) -> Machine:
+    """The machine as the system shows it; what only torch knows (`accelerator`, `threads`, `torch`) is handed in."""
+    return Machine(cpu=_cpu_name(), cores=_cores(), memory_bytes=_memory_bytes(), **known)
 
 
 def measurement_path() -> Path:

@@ -67,8 +67,10 @@ def test_sampler_logprobs_equal_a_full_forward_pass(model, tokenizer, temperatur
 def test_batched_generation_equals_one_by_one(model, tokenizer):
     """Slots fewer than samples, lengths and budgets all different, so sequences leave and enter at every step."""
     prompts = prompts_of(3, 17, 1, 40, 8, 8, 25, 2, 11, 33)
-    of = lambda i: {"temperature": (0.0, 0.7, 1.3)[i % 3], "top_p": (1.0, 0.9)[i % 2], "top_k": 20 * (i % 4)}  # noqa: E731
-    params = [SamplingParams(max_tokens=3 + 5 * i % 23, n=1 + i % 3, **of(i)) for i in range(len(prompts))]
+    temperatures, top_ps = (0.0, 0.7, 1.3), (1.0, 0.9)
+    params = [
+        SamplingParams(3 + 5 * i % 23, temperatures[i % 3], top_ps[i % 2], 20 * (i % 4), n=1 + i % 3) for i in range(10)
+    ]
     together = Engine(model, tokenizer, max_batch=4).generate(prompts, params)
     alone = [Engine(model, tokenizer).generate([one], its)[0] for one, its in zip(prompts, params, strict=True)]
     assert token_ids(together) == token_ids(alone)

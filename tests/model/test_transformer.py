@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slingshot.model.config import ModelConfig
 from slingshot.model.moe import balance_loss, expert_load
-from slingshot.model.transformer import ModelOutput, Transformer
+from slingshot.model.transformer import Transformer
 
 Config = Callable[..., ModelConfig]
 Make = Callable[..., Transformer]
@@ -25,11 +25,6 @@ def tokens(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 64, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def mtp_of(output: ModelOutput) -> Tensor:
-    assert output.mtp_hidden_BTD is not None
-    return output.mtp_hidden_BTD
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("packed", [False, True])
 def test_no_position_sees_the_future(model: Transformer, packed: bool) -> None:
@@ -40,8 +35,8 @@ def test_no_position_sees_the_future(model: Transformer, packed: bool) -> None:
     assert torch.equal(a.logits_BTV[:, :5], b.logits_BTV[:, :5])
     assert (a.logits_BTV[:, 5:] - b.logits_BTV[:, 5:]).abs().amax(-1).min() > 1e-3
     # the MTP module at t also sees the embedding of t+1, and no further
-    assert torch.equal(mtp_of(a)[:, :4], mtp_of(b)[:, :4])
-    assert (mtp_of(a)[:, 4:] - mtp_of(b)[:, 4:]).abs().amax(-1).min() > 1e-3
+    assert torch.equal(a.mtp_hidden_BTD[:, :4], b.mtp_hidden_BTD[:, :4])
+    assert (a.mtp_hidden_BTD[:, 4:] - b.mtp_hidden_BTD[:, 4:]).abs().amax(-1).min() > 1e-3
 
 
 @torch.no_grad()
@@ -65,7 +60,7 @@ def test_packed_documents_are_as_if_alone(make_model: Make, deepseek: Config, de
         place = slice(start, start + len(document))
         assert (packed.logits_BTV[row, place] - alone.logits_BTV[0]).abs().max() < 1e-4
         if mtp and len(document) > 1:  # the last position has no following token, and predicts nothing
-            assert (mtp_of(packed)[row, place][:-1] - mtp_of(alone)[0, :-1]).abs().max() < 1e-4
+            assert (packed.mtp_hidden_BTD[row, place][:-1] - alone.mtp_hidden_BTD[0, :-1]).abs().max() < 1e-4
     merged = model(rows, segments_BT=(segments > 0).long())  # there a document does see what stands before it
     assert (merged.logits_BTV[0, 6] - packed.logits_BTV[0, 6]).abs().max() > 0.1
 

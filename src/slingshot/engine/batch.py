@@ -44,9 +44,8 @@ class Batch:
         """Give each sequence the next slot, its row poised to decode the prompt's last token; -> the first one's."""
         first, last = len(self.sequences), len(self.sequences) + len(sequences)
         self._reserve(last, max(sequence.request.limit for sequence in [*self.sequences, *sequences]))
-        prompts, params = zip(
-            *((sequence.request.prompt, sequence.request.params) for sequence in sequences), strict=True
-        )
+        prompts = [sequence.request.prompt for sequence in sequences]
+        params = [sequence.request.params for sequence in sequences]
         values = (
             [prompt[-1] for prompt in prompts], [len(prompt) - 1 for prompt in prompts],
             [sequence.stream for sequence in sequences],

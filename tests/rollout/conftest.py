@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
-from slingshot.model.config import ModelConfig
-from slingshot.rollout.sampler import Script, ScriptedSampler
+from slingshot.rollout.sampler import ScriptedSampler
 from slingshot.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> Tokenizer:
+def tokenizer():
     return Tokenizer.train(["What is 3+4? 3 plus 4 is 7. 3足す4は7"], vocab_size=280)
 
 
 @pytest.fixture(scope="session")
-def saying(tokenizer: Tokenizer, dense: Callable[..., ModelConfig]) -> Callable[..., ScriptedSampler]:
+def saying(tokenizer, dense):
     """saying(script, length=256): a sampler of a model that holds `length` tokens and says the script."""
 
-    def make(script: Script, length: int = 256) -> ScriptedSampler:
+    def make(script, length=256):
         return ScriptedSampler(script, tokenizer, dense(vocab_size=300, max_position_embeddings=length))
 
     return make

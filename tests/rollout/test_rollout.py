@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from slingshot.base.errors import SlingshotError
 from slingshot.engine.sampling import SamplingParams
 from slingshot.rollout.rollout import PromptForm, Rollout, turn_suffix
-from slingshot.rollout.sampler import Sampler, Script, ScriptedSampler
-from slingshot.rollout.trajectory import Sampled, Trajectory
+from slingshot.rollout.sampler import ScriptedSampler
 from slingshot.tasks.loader import load_task
 from slingshot.tasks.mixture import Item
-from slingshot.tasks.task import Problem, Solution, Split, Task
+from slingshot.tasks.task import Problem, Solution, Task
 from slingshot.tasks.verification import VerificationPool
 from slingshot.text.reasoning import Parsed
-from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.parallel import Parallel
 
 ALONE = Parallel()
@@ -27,20 +23,20 @@ SUM = Problem(prompt="What is 3+4?", key="3+4", answer="7")
 Saying = Callable[..., ScriptedSampler]
 
 
-def item(problem: Problem = SUM, task: Task | None = None) -> Item:
+def item(problem=SUM, task=None):
     return Item(task or load_task("arithmetic", min_terms=2, max_terms=3), problem, f"step/{problem.key}")
 
 
-def rolling(sampler: Sampler, params: SamplingParams, form: PromptForm | None = None, **more: Any) -> Rollout:
+def rolling(sampler, params, form=None, **more):
     return Rollout(sampler, params, form or PromptForm(), VerificationPool([]), ALONE, **more)
 
 
-def rolled(sampler: ScriptedSampler, n: int, form: PromptForm, max_tokens: int = 64, **more: Any) -> list[Trajectory]:
+def rolled(sampler, n, form, max_tokens=64, **more):
     (group,) = rolling(sampler, SamplingParams(n=n, max_tokens=max_tokens), form, **more).run([item()])
     return group
 
 
-def test_forms_of_a_prompt(tokenizer: Tokenizer) -> None:
+def test_forms_of_a_prompt(tokenizer):
     problem = Problem(prompt="What is {x}?", key="k")
     chat = tokenizer.encode_chat([{"role": "user", "content": "What is {x}?"}])
     assert PromptForm().encode(tokenizer, problem) == chat
@@ -50,14 +46,14 @@ def test_forms_of_a_prompt(tokenizer: Tokenizer) -> None:
     assert PromptForm(text="{prompt} Think.").encode(tokenizer, problem) == within
 
 
-def test_a_problem_cannot_write_control_tokens(tokenizer: Tokenizer) -> None:
+def test_a_problem_cannot_write_control_tokens(tokenizer):
     problem = Problem(prompt="<｜end▁of▁sentence｜></think>", key="k")
     for form in (PromptForm(), PromptForm(chat=False)):
         ids = form.encode(tokenizer, problem)
         assert tokenizer.eos_id not in ids and tokenizer.end_think_id not in ids
 
 
-RESPONSES: list[tuple[Solution | str, tuple[float, float, float]]] = [
+RESPONSES = [
     (Solution("3 plus 4 is 7", "7"), (1.0, 1.0, 1.0)),
     (Solution("3 plus 4 is 7", "8"), (0.0, 1.0, 1.0)),
     (Solution("3足す4は7", "7"), (1.0, 1.0, 0.0)),
@@ -67,7 +63,7 @@ RESPONSES: list[tuple[Solution | str, tuple[float, float, float]]] = [
 ]
 
 
-def test_responses_are_scored_on_their_answer_format_and_language(saying: Saying, tokenizer: Tokenizer) -> None:
+def test_responses_are_scored_on_their_answer_format_and_language(saying, tokenizer):
     group = rolled(saying(lambda _, index: RESPONSES[index][0]), len(RESPONSES), PromptForm())
     scores = [tuple(t.scores[name] for name in ("accuracy", "format", "language")) for t in group]
     assert scores == [expected for _, expected in RESPONSES]
@@ -80,7 +76,7 @@ def test_responses_are_scored_on_their_answer_format_and_language(saying: Saying
     assert group[0].response == Parsed("3 plus 4 is 7", "7", True)
 
 
-def test_a_lenient_form_reads_the_last_answer_wherever_it_stands(saying: Saying) -> None:
+def test_a_lenient_form_reads_the_last_answer_wherever_it_stands(saying):
     said = ["3+4 is 8, no, 7", "7 or 8", "none", "3+4 is 7" + " " * 70 + "8"]
     plain = PromptForm(chat=False, lenient=True)
     group = rolled(saying(lambda _, index: said[index]), 4, plain, max_tokens=60)
@@ -90,9 +86,7 @@ def test_a_lenient_form_reads_the_last_answer_wherever_it_stands(saying: Saying)
     assert [t.scores["lenient"] for t in strict] == [1.0, 0.0, 0.0, 1.0]
 
 
-def test_problems_without_room_for_an_answer_are_counted_and_left_out(
-    saying: Saying, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_problems_without_room_for_an_answer_are_counted_and_left_out(saying, capsys):
     long = [Problem(prompt="What is 3+4? " * 50, key=f"long{index}", answer="7") for index in range(2)]
     rollout = rolling(saying(lambda key, _: Solution("", key[-1])), SamplingParams(n=2))
     groups = rollout.run([item(long[0]), item(), item(long[1])])
@@ -106,14 +100,14 @@ def test_problems_without_room_for_an_answer_are_counted_and_left_out(
 
 
 @pytest.mark.parametrize("count", [1, 40])
-def test_problems_that_are_all_too_long_are_refused_by_name(saying: Saying, count: int) -> None:
+def test_problems_that_are_all_too_long_are_refused_by_name(saying, count):
     rollout = rolling(saying(lambda *_: ""), SamplingParams())
     with pytest.raises(SlingshotError, match=f"none of {count} problems .* task arithmetic: the prompt of '3\\+4' has"):
         rollout.run([item(replace(SUM, prompt="3+4" * 300))] * count)
         rollout.refuse_nothing()
 
 
-def test_an_answer_that_fails_to_be_verified_ends_nothing_and_all_of_them_do(saying: Saying, tmp_path: Path) -> None:
+def test_an_answer_that_fails_to_be_verified_ends_nothing_and_all_of_them_do(saying, tmp_path):
     file = tmp_path / "failing.py"
     file.write_text(
         "def problems(split, seed): yield {'prompt': 'x'}\ndef verify(problem, text): raise ValueError('oh')\n"
@@ -128,9 +122,9 @@ def test_an_answer_that_fails_to_be_verified_ends_nothing_and_all_of_them_do(say
 
 
 @pytest.mark.parametrize("rank", [0, 1])  # it fails on the first; the second has nothing to verify
-def test_ranks_end_together_when_nothing_can_be_verified(saying: Saying, rank: int) -> None:
+def test_ranks_end_together_when_nothing_can_be_verified(saying, rank):
     class OfTwo(Parallel):
-        def sums(self, values: dict[str, float]) -> dict[str, float]:
+        def sums(self, values):
             return {name: value + others.get(name, 0) for name, value in values.items()}
 
     for others in {"made": 1, "unverified": 40, "verified": 1}, {"made": 1, "unverified": 40}:
@@ -147,9 +141,9 @@ def test_ranks_end_together_when_nothing_can_be_verified(saying: Saying, rank: i
         rollout.refuse_nothing()
 
 
-def test_what_was_aborted_is_left_out(saying: Saying) -> None:
+def test_what_was_aborted_is_left_out(saying):
     class Aborting(ScriptedSampler):
-        def sample(self, *arguments: Any) -> Iterator[tuple[int, list[Sampled]]]:
+        def sample(self, *arguments):
             for index, samples in super().sample(*arguments):
                 yield index, [replace(samples[0], finish_reason="abort"), *samples[1:]]
 
@@ -164,17 +158,17 @@ class Guess(Task):
     """Two turns: the first guess is judged, the second counts. One environment breaks, one goes on for ever."""
 
     @property
-    def name(self) -> str:
+    def name(self):
         return "guess"
 
     @property
-    def has_turns(self) -> bool:
+    def has_turns(self):
         return True
 
-    def problems(self, split: Split, seed: int) -> Iterator[Problem]:
+    def problems(self, split, seed):
         yield from (Problem("Guess a digit.", "7", "7"), Problem("Guess a digit.", "broken", "7"))
 
-    def step(self, problem: Problem, messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]] | None:
+    def step(self, problem, messages):
         if problem.key == "broken":
             raise SlingshotError("guess: no such digit")
         guess = messages[-1]["content"]
@@ -183,18 +177,16 @@ class Guess(Task):
         return [{"role": "user", "content": f"Not {guess}. Higher."}]
 
 
-def conversing(
-    saying: Saying, script: Script, *keys: str, n: int = 1, length: int = 256
-) -> tuple[Rollout, list[list[Trajectory]]]:
+def conversing(saying, script, *keys, n=1, length=256):
     rollout = rolling(saying(script, length), SamplingParams(n=n))
     return rollout, rollout.run([item(Problem("Guess a digit.", key, "7"), Guess()) for key in keys])
 
 
-def test_a_conversation_of_two_turns(saying: Saying, tokenizer: Tokenizer) -> None:
+def test_a_conversation_of_two_turns(saying, tokenizer):
     """Sample 0 is right at once, 1 at the second guess, 2 never; the environment's words carry no mask."""
-    keys: list[str] = []
+    keys = []
 
-    def script(key: str, index: int) -> Solution:
+    def script(key, index):
         keys.append(key)
         second = {"step/7/1": Solution("higher", "7"), "step/7/2": Solution("hm", "6")}
         return second.get(key) or Solution(f"first {index}", "743"[index])
@@ -218,13 +210,13 @@ def test_a_conversation_of_two_turns(saying: Saying, tokenizer: Tokenizer) -> No
     assert [m["content"] for m in two.messages] == ["Guess a digit.", "4", "Not 4. Higher.", "7"]
 
 
-def test_an_environment_that_breaks_earns_nothing_and_ends_nothing(saying: Saying) -> None:
+def test_an_environment_that_breaks_earns_nothing_and_ends_nothing(saying):
     rollout, groups = conversing(saying, lambda *_: Solution("so", "7"), "broken", "7")
     assert [group[0].scores["accuracy"] for group in groups] == [0.0, 1.0] and rollout.counts == {"unverified": 1}
 
 
 @pytest.mark.parametrize("length", [256, 160])  # the model is cut off, the environment has no room
-def test_a_conversation_that_outgrows_the_model_is_cut_off(saying: Saying, length: int) -> None:
+def test_a_conversation_that_outgrows_the_model_is_cut_off(saying, length):
     _, ((endless,),) = conversing(saying, lambda *_: Solution("so", "1"), "endless", length=length)
     assert not endless.finished and len(endless.turns) > 4 and length - 26 < len(endless.ids) <= length
     assert (endless.scores["accuracy"], endless.scores["format"], endless.mask[-1]) == (0.0, 0.0, 1)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -12,31 +10,26 @@ import torch
 from slingshot.base.errors import SlingshotError
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
-from slingshot.model.config import ModelConfig
-from slingshot.model.transformer import Transformer
-from slingshot.rollout.sampler import EngineSampler, Sampled, Sampler, SamplingConfig, ScriptedSampler
+from slingshot.rollout.sampler import EngineSampler, SamplingConfig, ScriptedSampler
 from slingshot.tasks.task import Solution
-from slingshot.text.tokenizer import Tokenizer
 
 PROMPTS, KEYS = [[3, 45, 91], [3, 75]], ["a", "b"]
 
 
 @pytest.fixture(scope="module")
-def model(make_model: Callable[..., Transformer], dense: Callable[..., ModelConfig]) -> Transformer:
+def model(make_model, dense):
     return make_model(dense(vocab_size=300, max_position_embeddings=64))
 
 
 THREE = SamplingParams(n=3, max_tokens=8)
 
 
-def drawn(sampler: Sampler, params: SamplingParams = THREE) -> list[list[Sampled]]:
+def drawn(sampler, params=THREE):
     found = dict(sampler.sample(PROMPTS, [params] * 2, KEYS))
     return [found[index] for index in range(2)]
 
 
-def test_the_engine_gives_prompts_as_they_finish_and_goes_by_their_keys(
-    model: Transformer, tokenizer: Tokenizer
-) -> None:
+def test_the_engine_gives_prompts_as_they_finish_and_goes_by_their_keys(model, tokenizer):
     sampler = EngineSampler(Engine(model, tokenizer))
     whole = Engine(model, tokenizer).generate(PROMPTS, THREE, KEYS)
     for samples, output in zip(drawn(sampler), whole, strict=True):
@@ -52,9 +45,7 @@ def test_the_engine_gives_prompts_as_they_finish_and_goes_by_their_keys(
 
 
 @pytest.mark.parametrize(("dtype", "alone"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)])
-def test_an_engine_beside_a_model_in_training(
-    model: Transformer, make_model: Callable[..., Transformer], tokenizer: Tokenizer, dtype: torch.dtype, alone: bool
-) -> None:
+def test_an_engine_beside_a_model_in_training(model, make_model, tokenizer, dtype, alone):
     """A lone float32 model shares its parameters and needs no copies; in all cases an update reaches the samples."""
     sampler = EngineSampler.beside(model, tokenizer, dtype, alone)
     greedy = SamplingParams(max_tokens=8, temperature=0)
@@ -73,9 +64,7 @@ def test_an_engine_beside_a_model_in_training(
         model.load_state_dict(state)
 
 
-def test_a_script_is_said_in_r1s_layout_or_as_it_stands(
-    tokenizer: Tokenizer, dense: Callable[..., ModelConfig]
-) -> None:
+def test_a_script_is_said_in_r1s_layout_or_as_it_stands(tokenizer, dense):
     script = {"a": [Solution("3 plus 4", "7"), "What", "What is 3+4? 3 plus 4 is 7." * 2]}
     sampler = ScriptedSampler(lambda key, index: script["a"][index], tokenizer, dense(max_position_embeddings=32))
     ((_, samples),) = sampler.sample(PROMPTS[:1], [SamplingParams(n=3, max_tokens=20)], KEYS[:1])
@@ -84,15 +73,15 @@ def test_a_script_is_said_in_r1s_layout_or_as_it_stands(
     assert all(s.ids[-1] == tokenizer.eos_id and len(s.logprobs) == len(s.ids) for s in samples[:2])
 
 
-def test_a_timed_script_takes_as_many_steps_as_it_has_tokens(model: Transformer, tokenizer: Tokenizer) -> None:
-    asked: list[Any] = []
+def test_a_timed_script_takes_as_many_steps_as_it_has_tokens(model, tokenizer):
+    asked = []
 
     class Recording(EngineSampler):
-        def sample(self, *arguments: Any) -> Any:
+        def sample(self, *arguments):
             asked.append(arguments)
             return super().sample(*arguments)
 
-    def script(key: str, index: int) -> Solution | str:
+    def script(key, index):
         return "What is 3+4?" if key == "a" else Solution("3 plus 4 is 7", "7" * index)
 
     scripts = [script, tokenizer, model.config]
@@ -106,7 +95,7 @@ def test_a_timed_script_takes_as_many_steps_as_it_has_tokens(model: Transformer,
         timed.update_weights(4, {})
 
 
-def test_impossible_sampling_is_refused() -> None:
+def test_impossible_sampling_is_refused():
     for key, value in (
         ("max_tokens", 0),
         ("temperature", -0.1),

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from slingshot.cost.flops import generation_flops
-from slingshot.model.config import ModelConfig
 from slingshot.rollout.trajectory import Sampled, Trajectory, pack, sampling_cost
 from slingshot.tasks.loader import load_task
 from slingshot.tasks.mixture import Item
 from slingshot.tasks.task import Problem
-from slingshot.text.tokenizer import Tokenizer
 
 ITEM = Item(load_task("arithmetic"), Problem("p", "k"), "k")
 
 
 @pytest.fixture
-def trajectory(tokenizer: Tokenizer) -> Callable[..., Trajectory]:
-    def make(*turns: list[int], advantage: float = 0.0) -> Trajectory:
+def trajectory(tokenizer):
+    def make(*turns, advantage=0.0):
         """Prompt 7, 8; then turns of a model, between which the environment says 9."""
         made = Trajectory(ITEM, [7, 8], [])
         for index, ids in enumerate(turns):
@@ -32,9 +28,7 @@ def trajectory(tokenizer: Tokenizer) -> Callable[..., Trajectory]:
     return make
 
 
-def test_rows_hold_advantage_and_logprob_in_the_place_of_each_sampled_token(
-    trajectory: Callable[..., Trajectory],
-) -> None:
+def test_rows_hold_advantage_and_logprob_in_the_place_of_each_sampled_token(trajectory):
     batch = pack([trajectory([11, 12, 13], advantage=2.0), trajectory([21], [22, 23], advantage=-1.0)], 11)
     assert batch.tokens_BT.tolist() == [[7, 8, 11, 12, 13, 7, 8, 21, 9, 22, 23]]
     assert batch.segments_BT.tolist() == [[1] * 5 + [2] * 6] and batch.mask_BT.tolist() == [
@@ -46,9 +40,7 @@ def test_rows_hold_advantage_and_logprob_in_the_place_of_each_sampled_token(
     assert pack([], 9).tokens_BT.shape == (0, 9)
 
 
-def test_a_groups_first_turns_share_a_prefill(
-    trajectory: Callable[..., Trajectory], dense: Callable[..., ModelConfig]
-) -> None:
+def test_a_groups_first_turns_share_a_prefill(trajectory, dense):
     group = [trajectory([11, 12, 13]), trajectory([21], [22, 23])]
     expected = generation_flops(dense(), 2, [3, 1]) + generation_flops(dense(), 4, 2)
     assert sampling_cost(dense(), [group, group]) == (12, 2 * expected)

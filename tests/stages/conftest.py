@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from slingshot.base.files import read_jsonl
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
-from slingshot.rollout.sampler import Script, ScriptedSampler
+from slingshot.rollout.sampler import ScriptedSampler
 from slingshot.stages import pretrain
 
 SUMS = {"name": "arithmetic", "params": {"min_terms": 2, "max_terms": 2, "operators": "+", "languages": ["en"]}}
@@ -26,12 +22,12 @@ MODEL = {
 
 
 @pytest.fixture(scope="session")
-def sums() -> dict[str, Any]:
+def sums():
     return SUMS
 
 
 @pytest.fixture(scope="session")
-def pretraining() -> Callable[..., pretrain.PretrainConfig]:
+def pretraining():
     """pretraining(**changes): a run of 30 steps, about two seconds."""
     documents = {"tasks": [SUMS], "count": 600, "styles": {"answer": 1.0, "steps": 1.0}, "template_share": 0.6}
     run = {
@@ -47,7 +43,7 @@ def pretraining() -> Callable[..., pretrain.PretrainConfig]:
 
 
 @pytest.fixture(scope="session")
-def base(pretraining: Callable[..., pretrain.PretrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(pretraining, tmp_path_factory):
     """A model that has seen a few hundred sums, plain and in R1's template."""
     out = tmp_path_factory.mktemp("base") / "base"
     pretrain.run(pretraining(), out)
@@ -55,7 +51,7 @@ def base(pretraining: Callable[..., pretrain.PretrainConfig], tmp_path_factory: 
 
 
 @pytest.fixture(scope="session")
-def metrics() -> Callable[[Path], list[dict[str, Any]]]:
+def metrics():
     """The metrics of an artifact, clocks left out."""
     clocks = {"seconds", "tokens_per_second", "mfu"}
     return lambda folder: [
@@ -64,14 +60,14 @@ def metrics() -> Callable[[Path], list[dict[str, Any]]]:
 
 
 @pytest.fixture(scope="session")
-def saying(base: Path) -> Callable[[Script], ScriptedSampler]:
+def saying(base):
     """saying(script): in the place of the base model, a sampler that says the script."""
     tokenizer, config = load_tokenizer(base), load_model(base).config
     return lambda script: ScriptedSampler(script, tokenizer, config)
 
 
 @pytest.fixture
-def troubled(tmp_path: Path) -> dict[str, Any]:
+def troubled(tmp_path):
     """A task of 40 sums in a file: one prompt is far too long, one answer makes its verifier raise."""
     lines = [
         "def problems(split, seed):",

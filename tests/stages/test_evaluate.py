@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,13 +20,13 @@ Saying = Callable[[Script], ScriptedSampler]
 
 
 @pytest.fixture
-def evaluating(base: Path, sums: dict[str, Any]) -> Evaluating:
+def evaluating(base, sums):
     common = {"model": str(base), "tasks": [sums], "dtype": "float32", "threads": 1, "sampling": {"max_tokens": 32}}
     sizes = {"problems": 4, "samples": 2, "chunk": 3}
     return lambda **changes: evaluate.EvaluateConfig.parse({**common, **sizes, **changes}, "evaluation")
 
 
-def test_pass_at_k_by_hand() -> None:
+def test_pass_at_k_by_hand():
     """1 - C(n - c, k) / C(n, k)."""
     assert pass_at_k(4, 1, 2) == pytest.approx(1 - 3 / 6)
     assert pass_at_k(8, 0, 8) == 0.0 and pass_at_k(8, 1, 8) == 1.0
@@ -36,14 +34,14 @@ def test_pass_at_k_by_hand() -> None:
     assert pass_at_k(16, 2, 8) == pytest.approx(1 - 3003 / 12870)
 
 
-def test_the_bootstrap_is_of_the_mean_over_problems() -> None:
+def test_the_bootstrap_is_of_the_mean_over_problems():
     """100 problems, half solved: 0.5 +- 1.96 sqrt(0.25 / 100)."""
     low, high = interval([1.0, 0.0] * 50, samples=4, seed=0)
     assert low == pytest.approx(0.5 - 0.098, abs=0.012) and high == pytest.approx(0.5 + 0.098, abs=0.012)
     assert interval([1.0, 0.0] * 50, samples=4, seed=0) == [low, high]
 
 
-def test_one_sample_of_each_problem_has_wilsons_interval() -> None:
+def test_one_sample_of_each_problem_has_wilsons_interval():
     """Newcombe's table (Statistics in Medicine 17, 1998): 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
     for right, n, low, high in (
         (81, 263, 0.2553, 0.3662),
@@ -57,18 +55,18 @@ def test_one_sample_of_each_problem_has_wilsons_interval() -> None:
 
 @pytest.mark.parametrize("samples", [1, 4])
 @pytest.mark.parametrize("score", [0.0, 1.0, 0.5])
-def test_no_interval_has_a_width_of_zero(samples: int, score: float) -> None:
+def test_no_interval_has_a_width_of_zero(samples, score):
     low, high = interval([score] * 5, samples, seed=0)
     assert [low, high] == wilson(score, 5) and low <= score <= high and high - low > 0.4
 
 
-def result(form: str, accuracy: list[float], tokens: list[int], task: str = "sums", **more: Any) -> dict[str, Any]:
+def result(form, accuracy, tokens, task="sums", **more):
     rest = [0.0] * (len(accuracy) - 1)
     scores = {"accuracy": accuracy, "tokens": tokens, "format": [1.0, *rest], "language": [1.0] + [0.5] * len(rest)}
     return {"task": task, "form": form, **scores, "example": {"correct": accuracy[0] == 1.0}, **more}
 
 
-def test_a_summary_by_hand(evaluating: Evaluating) -> None:
+def test_a_summary_by_hand(evaluating):
     """Two problems, two samples: pass@1 is the mean over all, shares are of all samples, the better form counts."""
     forms = [{"name": "chat"}, {"name": "plain", "chat": False}]
     results = [result("chat", [1.0, 0.0], [3, 5]), result("chat", [0.0, 0.0], [10, 2])]
@@ -87,21 +85,19 @@ def test_a_summary_by_hand(evaluating: Evaluating) -> None:
     assert (chat["pass@1"], chat["mean_tokens"]) == (0.25, 5.0)
 
 
-def test_pass_at_8_where_there_are_8_samples(evaluating: Evaluating) -> None:
+def test_pass_at_8_where_there_are_8_samples(evaluating):
     results = [result("chat", [1.0] + [0.0] * 7, [1] * 8), result("chat", [0.0] * 8, [1] * 8)]
     assert summarise(results, evaluating(samples=8))["tasks"]["sums"]["pass@8"] == 0.5
 
 
-def test_tasks_are_reported_apart_and_examples_are_limited(evaluating: Evaluating) -> None:
+def test_tasks_are_reported_apart_and_examples_are_limited(evaluating):
     results = [result("chat", [1.0, 1.0], [1, 1]), result("chat", [0.0, 0.0], [1, 1], task="other")]
     summary = summarise(results + [result("chat", [1.0, 0.0], [1, 1])] * 5, evaluating(examples=3))
     assert (summary["tasks"]["sums"]["n"], summary["tasks"]["other"]["pass@1"]) == (6, 0.0)
     assert [len(examples) for examples in summary["examples"].values()] == [3, 1]
 
 
-def test_a_run_asks_held_out_problems_in_every_form(
-    evaluating: Evaluating, saying: Saying, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_asks_held_out_problems_in_every_form(evaluating, saying, tmp_path, capsys):
     """Sample 0 is right and in format, sample 1 right for a lenient reader only."""
     config = evaluating(forms=[{"name": "chat"}, {"name": "plain", "chat": False, "lenient": True}])
     (items,) = config.draw()[0].values()
@@ -130,15 +126,13 @@ def test_a_run_asks_held_out_problems_in_every_form(
     assert receipt.tokens == 8 * found["mean_tokens"] and set(receipt.flops_by_part) == {"sampling"}
 
 
-def test_chunks_only_say_where_an_evaluation_may_stop(evaluating: Evaluating, tmp_path: Path) -> None:
+def test_chunks_only_say_where_an_evaluation_may_stop(evaluating, tmp_path):
     for chunk in (3, 64):
         evaluate.run(evaluating(chunk=chunk), tmp_path / f"{chunk}")
     assert read_json(tmp_path / "3" / "evaluation.json") == read_json(tmp_path / "64" / "evaluation.json")
 
 
-def test_given_problems_are_counted_and_bad_ones_end_nothing(
-    evaluating: Evaluating, saying: Saying, troubled: dict[str, Any], tmp_path: Path
-) -> None:
+def test_given_problems_are_counted_and_bad_ones_end_nothing(evaluating, saying, troubled, tmp_path):
     """The train split of the 40 given sums: which of them are asked, could not be, and could not be verified."""
     config = evaluating(tasks=[troubled], split="train", problems=30, samples=1, chunk=64)
     (items,), (given,) = (tuple(each.values()) for each in config.draw())
@@ -169,6 +163,6 @@ def test_given_problems_are_counted_and_bad_ones_end_nothing(
         ({"forms": [{"name": "a"}, {"name": "a", "chat": False}]}, "evaluation.*two forms are named a"),
     ],
 )
-def test_a_config_that_means_nothing_is_refused(evaluating: Evaluating, changes: dict[str, Any], message: str) -> None:
+def test_a_config_that_means_nothing_is_refused(evaluating, changes, message):
     with pytest.raises(SlingshotError, match=message):
         evaluating(**changes)

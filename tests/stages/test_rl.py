@@ -12,11 +12,10 @@ import torch
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.receipt import Receipt
-from slingshot.model.transformer import Transformer
 from slingshot.rollout.reward import assign_rewards
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import EngineSampler, ScriptedSampler
-from slingshot.rollout.trajectory import Trajectory, pack
+from slingshot.rollout.trajectory import pack
 from slingshot.stages import rl
 from slingshot.tasks.mixture import TaskMix
 from slingshot.tasks.task import Solution
@@ -32,13 +31,13 @@ Saying = Callable[..., ScriptedSampler]
 
 
 @pytest.fixture
-def training(base: Path, sums: dict[str, Any]) -> Training:
+def training(base, sums):
     """training(**changes): two steps of 3 problems, 4 responses each, a coin for a reward: there is always a signal."""
     common = {"model": str(base), "tasks": [sums], "dtype": "float32", "threads": 1, "rewards": {"random": True}}
     sizes = {"steps": 2, "prompts_per_step": 3, "group_size": 4, "sequence_length": 48}
     tables = {"sampling": {"max_tokens": 12}, "optimizer": {"lr": 1e-3}}
 
-    def config(**changes: Any) -> rl.RLConfig:
+    def config(**changes):
         given = {name: table | changes.pop(name, {}) for name, table in tables.items()}
         return rl.RLConfig.parse({**common, **sizes, **given, **changes}, "rl")
 
@@ -48,22 +47,22 @@ def training(base: Path, sums: dict[str, Any]) -> Training:
 class Recorder:
     """In the optimizer's place: keeps the gradients of each step, changes nothing."""
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model):
         self.model = model
         self.gradients: list[dict[str, torch.Tensor]] = []
 
-    def step(self, fraction: float) -> float:
+    def step(self, fraction):
         self.gradients.append(gradients(self.model))
         self.model.zero_grad()
         return 1.0
 
 
-def gradients(model: Transformer) -> dict[str, torch.Tensor]:
+def gradients(model):
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {name: gradient for name, gradient in found.items() if gradient.count_nonzero()}
 
 
-def sampled(config: rl.RLConfig) -> tuple[Transformer, Transformer, list[Trajectory]]:
+def sampled(config):
     """The policy, a reference beside it, and scored responses of the policy."""
     model, reference = load_model(config.model), load_model(config.model)
     sampler = EngineSampler.beside(model, load_tokenizer(config.model), torch.float32, alone=True)
@@ -74,9 +73,7 @@ def sampled(config: rl.RLConfig) -> tuple[Transformer, Transformer, list[Traject
     return model, reference, [trajectory for group in groups for trajectory in group]
 
 
-def of_response(
-    network: Transformer, trajectory: Trajectory, temperature: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def of_response(network, trajectory, temperature=1.0):
     """Log probabilities of the sampled ids, and of the whole vocabulary in their places."""
     ids, start = torch.tensor([trajectory.ids]), trajectory.turns[0].start
     full = (network(ids).logits_BTV[0, start - 1 : -1] / temperature).log_softmax(-1)
@@ -84,14 +81,14 @@ def of_response(
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 32])
-def test_the_update_is_the_policy_gradient_of_every_sampled_token(training: Training, micro_batch_size: int) -> None:
+def test_the_update_is_the_policy_gradient_of_every_sampled_token(training, micro_batch_size):
     """At temperature 0.8, with k3 to another reference: the mean of -A d logp + kl (1 - exp(ref - logp)) d logp."""
     temperature = {"temperature": 0.8}
     config = training(loss={"kl": 0.5, "mtp": 0.0}, sampling=temperature, micro_batch_size=micro_batch_size)
     model, reference, trajectories = sampled(config)
     with torch.no_grad():
         reference.lm_head.weight.mul_(0.9)
-    optimizer: Any = Recorder(model)
+    optimizer = Recorder(model)
     logged = rl.update_policy(model, reference, optimizer, trajectories, config, 0, ALONE)
 
     total, kl, entropy, n_tokens = torch.zeros(()), 0.0, 0.0, sum(sum(t.mask) for t in trajectories)
@@ -112,23 +109,23 @@ def test_the_update_is_the_policy_gradient_of_every_sampled_token(training: Trai
     assert logged["logprob_gap"] < 1e-4 and logged["clip_fraction"] == 0.0
 
 
-def test_mtp_is_trained_on_detached_states(training: Training) -> None:
+def test_mtp_is_trained_on_detached_states(training):
     """Its loss is logged, and adds gradients of its own module only."""
     config = training(loss={"kl": 0.0})
     model, reference, trajectories = sampled(config)
     for each in trajectories:
         each.advantage = 0.0
-    optimizer: Any = Recorder(model)
+    optimizer = Recorder(model)
     logged = rl.update_policy(model, reference, optimizer, trajectories, config, 0, ALONE)
     assert logged["mtp_loss"] > 1.0
     assert optimizer.gradients[0] and all(name.startswith("model.layers.2.") for name in optimizer.gradients[0])
 
 
-def test_minibatches_are_steps_of_their_own_on_the_same_samples(training: Training) -> None:
+def test_minibatches_are_steps_of_their_own_on_the_same_samples(training):
     config = training(minibatches=3, optimizer={"lr": 0.01})
     model, reference, trajectories = sampled(config)
     assert len(pack(trajectories, config.sequence_length)) >= 3
-    recorder: Any = Recorder(model)
+    recorder = Recorder(model)
     rl.update_policy(model, reference, recorder, trajectories, config, 0, ALONE)
     assert len(recorder.gradients) == 3
     optimizer = Optimizer(model, config.optimizer)
@@ -136,13 +133,13 @@ def test_minibatches_are_steps_of_their_own_on_the_same_samples(training: Traini
     assert logged["logprob_gap"] > 1e-3  # the later minibatches are off policy
 
 
-def test_a_rank_without_rows_takes_part_and_adds_nothing(training: Training) -> None:
+def test_a_rank_without_rows_takes_part_and_adds_nothing(training):
     """Another rank holds two rows more, then all of them: the gradient is that of our rows, then zero."""
     config = training()
     model, reference, trajectories = sampled(config)
     batch = pack(trajectories, config.sequence_length)
 
-    def gradient(part: slice, n_rows: int) -> dict[str, torch.Tensor]:
+    def gradient(part, n_rows):
         model.zero_grad()
         policy_step(model, reference, batch[part], n_rows, config.loss, 1.0, 1, ALONE)
         return gradients(model)
@@ -153,7 +150,7 @@ def test_a_rank_without_rows_takes_part_and_adds_nothing(training: Training) -> 
     assert all(torch.allclose(alone[name], beside_more[name], atol=1e-7) for name in alone)
 
 
-def test_a_run_logs_every_step_and_counts_its_cost(training: Training, metrics: Metrics, tmp_path: Path) -> None:
+def test_a_run_logs_every_step_and_counts_its_cost(training, metrics, tmp_path):
     rl.run(training(), tmp_path / "out")
     rows, receipt = metrics(tmp_path / "out"), Receipt.read(tmp_path / "out")
     sampling = {"step", "reward", "pass_rate", "format", "language", "response_tokens", "no_signal"}
@@ -170,9 +167,7 @@ def test_a_run_logs_every_step_and_counts_its_cost(training: Training, metrics: 
     assert weights[0] == weights[1]
 
 
-def test_responses_may_come_from_elsewhere(
-    training: Training, saying: Saying, metrics: Metrics, tmp_path: Path
-) -> None:
+def test_responses_may_come_from_elsewhere(training, saying, metrics, tmp_path):
     """A scripted sampler: half of each group is right, the rewards say so, weights are handed over every step."""
     items = {item.key: item for item in TaskMix(training().tasks, "train", "rl/0").draw(0, 6)}
     sampler = saying(lambda key, index: Solution("so", items[key].problem.answer if index % 2 else "none"))
@@ -182,9 +177,7 @@ def test_responses_may_come_from_elsewhere(
     assert sampler.version == 1 and all(row["reward"] == pytest.approx(0.7) for row in rows)
 
 
-def test_bad_problems_are_counted_and_end_nothing(
-    training: Training, troubled: dict[str, Any], metrics: Metrics, tmp_path: Path
-) -> None:
+def test_bad_problems_are_counted_and_end_nothing(training, troubled, metrics, tmp_path):
     """Of 40 problems one is too long for the model and three make their verifier raise."""
     config = training(tasks=[troubled], prompts_per_step=8, steps=5, group_size=2, form={"lenient": True}, rewards={})
     rl.run(config, tmp_path / "out")
@@ -193,13 +186,13 @@ def test_bad_problems_are_counted_and_end_nothing(
     assert sum(row.get("unverified", 0) for row in rows) >= 2
 
 
-def test_the_reference_is_replaced_periodically(training: Training, metrics: Metrics, tmp_path: Path) -> None:
+def test_the_reference_is_replaced_periodically(training, metrics, tmp_path):
     rl.run(training(steps=5, loss={"reference_steps": 2}), tmp_path / "out")
     kl = [row["kl"] for row in metrics(tmp_path / "out")]
     assert [value > 1e-5 for value in kl] == [False, True, False, True, False]
 
 
-def test_without_a_kl_weight_there_is_no_reference(training: Training, metrics: Metrics, tmp_path: Path) -> None:
+def test_without_a_kl_weight_there_is_no_reference(training, metrics, tmp_path):
     rl.run(training(loss={"kl": 0.0}), tmp_path / "free")
     rl.run(training(loss={"kl": 1e-12}), tmp_path / "tied")
     free, tied = metrics(tmp_path / "free"), metrics(tmp_path / "tied")
@@ -209,9 +202,7 @@ def test_without_a_kl_weight_there_is_no_reference(training: Training, metrics: 
     assert cost[0] == 0 < cost[1]
 
 
-def test_groups_of_equal_reward_give_no_signal(
-    training: Training, base: Path, metrics: Metrics, tmp_path: Path
-) -> None:
+def test_groups_of_equal_reward_give_no_signal(training, base, metrics, tmp_path):
     """Nothing to learn from: the step is logged, and not a weight moves."""
     rl.run(training(rewards={"accuracy": 0.0, "format": 0.0}, steps=1), tmp_path / "out")
     (row,) = metrics(tmp_path / "out")
@@ -219,21 +210,21 @@ def test_groups_of_equal_reward_give_no_signal(
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 
 
-def test_a_budget_of_flops_ends_the_stage(training: Training, metrics: Metrics, tmp_path: Path) -> None:
+def test_a_budget_of_flops_ends_the_stage(training, metrics, tmp_path):
     rl.run(training(steps=2), tmp_path / "two")
     budget = 0.9 * Receipt.read(tmp_path / "two").flops
     rl.run(training(steps=50, max_flops=budget), tmp_path / "out")
     assert len(metrics(tmp_path / "out")) == 2 and Receipt.read(tmp_path / "out").flops > budget
 
 
-def test_router_biases_move_on_request(training: Training, base: Path, tmp_path: Path) -> None:
+def test_router_biases_move_on_request(training, base, tmp_path):
     rl.run(training(steps=1, bias_update_speed=0.25), tmp_path / "out")
     before, after = (load_model(path).moe_layers()[0].gate.e_score_correction_bias for path in (base, tmp_path / "out"))
     assert set((after - before).abs().mul(100).round().tolist()) <= {0.0, 25.0} and not torch.equal(before, after)
 
 
 @pytest.mark.parametrize(("steps", "lr"), [(5, 1e30), (1, 1e38)])  # on the way, and by the last update
-def test_divergence_is_reported_in_one_line(training: Training, tmp_path: Path, steps: int, lr: float) -> None:
+def test_divergence_is_reported_in_one_line(training, tmp_path, steps, lr):
     with pytest.raises(SlingshotError, match=r"^[^\n]*(nan|inf|NaN|not finite)[^\n]*$"):
         rl.run(training(steps=steps, optimizer={"lr": lr}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -253,6 +244,6 @@ def test_divergence_is_reported_in_one_line(training: Training, tmp_path: Path, 
         ({"rewards": {"acuracy": 1.0}}, r"rl.rewards.acuracy: unknown key; did you mean accuracy\?"),
     ],
 )
-def test_a_config_that_means_nothing_is_refused(training: Training, changes: dict[str, Any], message: str) -> None:
+def test_a_config_that_means_nothing_is_refused(training, changes, message):
     with pytest.raises(SlingshotError, match=message):
         training(**changes)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,18 +20,18 @@ Saying = Callable[[Script], ScriptedSampler]
 
 
 @pytest.fixture
-def sampling(base: Path, sums: dict[str, Any]) -> Sampling:
+def sampling(base, sums):
     common = {"model": str(base), "tasks": [sums], "dtype": "float32", "threads": 1, "sampling": {"max_tokens": 32}}
     return lambda **changes: sample.SampleConfig.parse(
         {**common, "problems": 6, "samples": 6, "chunk": 4, **changes}, "sample"
     )
 
 
-def answering(config: sample.SampleConfig, *said: tuple[str, bool] | str) -> Script:
+def answering(config, *said):
     """Sample i of every problem: a reasoning and whether it ends in the right answer, or a text without any format."""
     answers = {item.key: item.problem.answer for item in config.draw()}
 
-    def script(key: str, index: int) -> Solution | str:
+    def script(key, index):
         words = said[index % len(said)]
         return words if isinstance(words, str) else Solution(words[0], answers[key] if words[1] else "none")
 
@@ -43,7 +41,7 @@ def answering(config: sample.SampleConfig, *said: tuple[str, bool] | str) -> Scr
 SAID = [("because", True), ("wrong", False), "unclosed", ("だから", True), ("because", True), ("also so", True)]
 
 
-def test_accepted_samples_are_kept_once(sampling: Sampling, saying: Saying, tmp_path: Path) -> None:
+def test_accepted_samples_are_kept_once(sampling, saying, tmp_path):
     config = sampling(per_problem=3)
     sampler = saying(answering(config, *SAID))
     sample.run(config, tmp_path / "out", sampler)
@@ -62,15 +60,13 @@ def test_accepted_samples_are_kept_once(sampling: Sampling, saying: Saying, tmp_
     ("changes", "kept"),
     [({"per_problem": 1}, ["because"]), ({"per_problem": 9, "language": False}, ["because", "だから", "also so"])],
 )
-def test_how_many_and_which_languages_are_kept(
-    sampling: Sampling, saying: Saying, tmp_path: Path, changes: dict[str, Any], kept: list[str]
-) -> None:
+def test_how_many_and_which_languages_are_kept(sampling, saying, tmp_path, changes, kept):
     config = sampling(**changes)
     sample.run(config, tmp_path / "out", saying(answering(config, *SAID)))
     assert [row["reasoning"] for row in read_jsonl(tmp_path / "out" / "data.jsonl")] == kept * 6
 
 
-def test_a_model_that_solves_nothing_makes_no_dataset(sampling: Sampling, saying: Saying, tmp_path: Path) -> None:
+def test_a_model_that_solves_nothing_makes_no_dataset(sampling, saying, tmp_path):
     config = sampling()
     with pytest.raises(
         SlingshotError, match="base solved none of 6 problems in format; train it further or take easier"
@@ -79,7 +75,7 @@ def test_a_model_that_solves_nothing_makes_no_dataset(sampling: Sampling, saying
     assert not (tmp_path / "out").exists()
 
 
-def test_chunks_only_say_where_sampling_may_stop(sampling: Sampling, saying: Saying, tmp_path: Path) -> None:
+def test_chunks_only_say_where_sampling_may_stop(sampling, saying, tmp_path):
     for name, changes in {"a": {}, "b": {"chunk": 64}, "c": {"seed": 1}}.items():
         config = sampling(problems=20, **changes)
         sample.run(config, tmp_path / name, saying(answering(config, ("because", True))))
@@ -87,9 +83,7 @@ def test_chunks_only_say_where_sampling_may_stop(sampling: Sampling, saying: Say
     assert a == b != c
 
 
-def test_bad_problems_are_counted_and_end_nothing(
-    sampling: Sampling, saying: Saying, troubled: dict[str, Any], tmp_path: Path
-) -> None:
+def test_bad_problems_are_counted_and_end_nothing(sampling, saying, troubled, tmp_path):
     config = sampling(tasks=[troubled], problems=40, samples=1)
     sample.run(config, tmp_path / "out", saying(answering(config, ("so", True))))
     logged = read_jsonl(tmp_path / "out" / "metrics.jsonl")
@@ -105,9 +99,7 @@ def test_bad_problems_are_counted_and_end_nothing(
         (3e38, "not finite: its weights have diverged; go back to"),
     ],
 )
-def test_a_diverged_model_ends_in_one_line(
-    sampling: Sampling, base: Path, tmp_path: Path, weight: float, message: str
-) -> None:
+def test_a_diverged_model_ends_in_one_line(sampling, base, tmp_path, weight, message):
     model = load_model(base)
     model.lm_head.weight.data.fill_(weight)
     (tmp_path / "model").mkdir()

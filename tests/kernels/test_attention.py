@@ -8,15 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from slingshot.kernels.attention import (
-    attend_documents,
-    attend_folded,
-    attend_short,
-    attend_varlen,
-    attention_reference,
-    bias_of,
-    causal_mask,
-)
+from slingshot.kernels import attention
+from slingshot.kernels.attention import attention_reference, causal_mask
 
 SCALE = 0.7
 
@@ -53,9 +46,9 @@ def test_packed_forms_are_softmax_attention_within_documents(lengths: list[list[
     starts = torch.tensor([0, *flat]).cumsum(0).int()
     expected = attention_reference(*inputs, mask, SCALE)
     for y in (
-        attend_short(*inputs, bias_of(mask, 4, torch.float32), SCALE),
-        attend_documents(*inputs, flat, SCALE),
-        attend_varlen(*inputs, starts, max(flat), SCALE, by_definition_of_varlen),
+        attention.attend_short(*inputs, attention.bias_of(mask, 4, torch.float32), SCALE),
+        attention.attend_documents(*inputs, flat, SCALE),
+        attention.attend_varlen(*inputs, starts, max(flat), SCALE, by_definition_of_varlen),
     ):
         torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
         for found, reference in zip(gradients(y, inputs), gradients(expected, inputs), strict=True):
@@ -68,4 +61,4 @@ def test_folded_queries_are_grouped_attention(groups: int, time: int) -> None:
     q, k, v = operands(3, time, 9, groups)
     mask = torch.rand(3, time, 9, generator=torch.Generator().manual_seed(2)) < 0.6
     mask[..., 0] = True
-    torch.testing.assert_close(attend_folded(q, k, v, mask, SCALE), attention_reference(q, k, v, mask, SCALE))
+    torch.testing.assert_close(attention.attend_folded(q, k, v, mask, SCALE), attention_reference(q, k, v, mask, SCALE))

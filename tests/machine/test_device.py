@@ -9,18 +9,7 @@ import pytest
 import torch
 
 from slingshot.machine import device
-from slingshot.machine.device import (
-    auto_device,
-    auto_dtype,
-    auto_threads,
-    dtype_name,
-    machine_key,
-    machine_peak,
-    measure_bandwidth,
-    measure_peak,
-    measure_threads,
-    why_cpu,
-)
+from slingshot.machine.device import auto_device, auto_dtype, auto_threads, dtype_name, machine_key, machine_peak
 from slingshot.machine.machine import Machine, Measurement, load_measurement, save_measurement
 
 CPU = torch.device("cpu")
@@ -39,35 +28,26 @@ def test_peak_agrees_with_a_product_timed_by_hand() -> None:
         runs.append(time.perf_counter() - start)
     by_hand = 2 * 256**3 / min(runs)
     # Machines are noisy and a width of 256 is not the fastest: no more than an order and a half always holds.
-    assert by_hand / 30 < measure_peak(torch.float32, CPU, seconds=0.1) < by_hand * 30
+    assert by_hand / 30 < device.measure_peak(torch.float32, CPU, seconds=0.1) < by_hand * 30
 
 
-def test_peak_counts_two_flops_per_multiply_add(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock on which every product takes one second, the first width of 256 is also the last."""
+def test_peak_counts_two_flops_per_multiply_add_and_bandwidth_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock on which everything takes one second, the first width of 256 is also the last."""
     monkeypatch.setattr(device, "_timed", lambda work, where: 1.0)
-    assert measure_peak(torch.float32, CPU, seconds=0.001) == 2 * 256**3
+    assert device.measure_peak(torch.float32, CPU, seconds=0.001) == 2 * 256**3
+    assert device.measure_bandwidth(CPU, seconds=0.0) == 256 * 2**20
 
 
 def test_every_dtype_is_measured_or_refused_by_torch() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.int8):
-        assert measure_peak(dtype, CPU, seconds=0.01) > 0
+        assert device.measure_peak(dtype, CPU, seconds=0.01) > 0
     with pytest.raises(RuntimeError):
-        measure_peak(torch.bool, CPU, seconds=0.01)
-
-
-def test_bandwidth_is_bytes_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_timed", lambda work, where: 0.5)
-    assert measure_bandwidth(CPU, seconds=0.0) == 2 * 256 * 2**20
+        device.measure_peak(torch.bool, CPU, seconds=0.01)
 
 
 def test_machine_peak_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[torch.dtype] = []
-
-    def measure(dtype: torch.dtype, where: torch.device, seconds: float) -> float:
-        measured.append(dtype)
-        return 7e9
-
-    monkeypatch.setattr(device, "measure_peak", measure)
+    monkeypatch.setattr(device, "measure_peak", lambda dtype, where, seconds: measured.append(dtype) or 7e9)
     assert machine_peak(torch.float32, CPU) == machine_peak(torch.float32, CPU) == 7e9
     assert measured == [torch.float32]
     assert load_measurement(machine_key(CPU)).peak == {"float32": 7e9}
@@ -103,10 +83,10 @@ def test_threads_are_doubled_while_that_gains_a_tenth(
     """On a clock that says how long each number of threads takes; the caller's own number is put back."""
     before = torch.get_num_threads()
     monkeypatch.setattr(device, "_timed", lambda work, where: seconds[torch.get_num_threads()])
-    assert measure_threads(64, max(seconds), seconds=0.0) == expected
+    assert device.measure_threads(64, max(seconds), seconds=0.0) == expected
     assert torch.get_num_threads() == before
     monkeypatch.undo()
-    assert measure_threads(64, 2, seconds=0.01) in (1, 2)  # for real
+    assert device.measure_threads(64, 2, seconds=0.01) in (1, 2)  # for real
 
 
 @pytest.mark.parametrize("kind", ["cuda", "xpu", "mps", "privateuseone"])
@@ -115,18 +95,18 @@ def test_auto_takes_the_accelerator_torch_has(monkeypatch: pytest.MonkeyPatch, k
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device(kind))
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
-    assert auto_device() == torch.device(kind, 1) and why_cpu() == ""
+    assert auto_device() == torch.device(kind, 1) and device.why_cpu() == ""
 
 
 def test_why_the_cpu_is_taken_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
-    assert auto_device() == CPU and why_cpu() == "none that torch can use"
+    assert auto_device() == CPU and device.why_cpu() == "none that torch can use"
     monkeypatch.setitem(device.DRIVERS, str(tmp_path), "an NVIDIA GPU")
-    assert why_cpu().startswith("an NVIDIA GPU is here, but this torch is built for CPUs alone")
+    assert device.why_cpu().startswith("an NVIDIA GPU is here, but this torch is built for CPUs alone")
     built = lambda check_available=False: None if check_available else torch.device("cuda")  # noqa: E731
     monkeypatch.setattr(torch.accelerator, "current_accelerator", built)
-    assert auto_device() == CPU and "built for cuda but finds no such device" in why_cpu()
+    assert auto_device() == CPU and "built for cuda but finds no such device" in device.why_cpu()
 
 
 def test_names_and_device() -> None:

@@ -23,42 +23,20 @@ def show(path: Path, console: Console, as_json: bool = False) -> None:
     if as_json:
         console.out(json.dumps(bill.model_dump(mode="json"), indent=2, ensure_ascii=False), highlight=False)
         return
-    devices = any(line.receipt.devices > 1 for line in bill.lines)
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in (
-        "stage",
-        "kind",
-        "tokens",
-        "FLOPs",
-        "time",
-        *(["device time"] if devices else []),
-        "memory",
-        "energy",
-        "money",
-    ):
-        table.add_column(heading, justify="left" if heading in ("stage", "kind") else "right")
+    several = any(line.receipt.devices > 1 for line in bill.lines)
+    table = Table("stage", "kind", box=None, pad_edge=False, header_style="dim")
+    for heading in ("tokens", "FLOPs", "time", *["device time"] * several, "memory", "energy", "money"):
+        table.add_column(heading, justify="right")
     for line in bill.lines:
-        table.add_row(*map(Text, _row(line.receipt.name, line.receipt.stage, line.receipt, devices)))
-    table.add_row(*map(Text, _row("in all", "", bill, devices)), style="bold")
+        table.add_row(*map(Text, _row(line.receipt.name, line.receipt.stage, line.receipt, several)))
+    table.add_row(*map(Text, _row("in all", "", bill, several)), style="bold")
     console.print(table)
-    for note in notes(bill):
+    partial = [f"{name} is known of some stages only, so the sum is a part" for name in bill.partial]
+    for note in [*bill.missing, *partial]:
         console.print(Text(note, style="yellow"), soft_wrap=True)
 
 
-def notes(bill: Bill) -> list[str]:
-    """What the sums leave out."""
-    return [*bill.missing, *(f"{name} is known of some stages only, so the sum is a part" for name in bill.partial)]
-
-
-def _row(name: str, kind: str, spent: Receipt | Bill, devices: bool) -> list[str]:
-    times = [show_duration(spent.seconds), *([show_duration(spent.device_seconds)] if devices else [])]
-    return [
-        name,
-        kind,
-        show_count(spent.tokens),
-        show_flops(spent.flops),
-        *times,
-        spent.peak_memory,
-        show_energy(spent.energy_joules),
-        show_money(spent.money, ""),
-    ]
+def _row(name: str, kind: str, spent: Receipt | Bill, several: bool) -> list[str]:
+    times = [show_duration(spent.seconds)] + [show_duration(spent.device_seconds)] * several
+    used = [show_count(spent.tokens), show_flops(spent.flops), *times, spent.peak_memory]
+    return [name, kind, *used, show_energy(spent.energy_joules), show_money(spent.money, "")]

@@ -65,45 +65,32 @@ def examine(console: Console, seconds: float = 0.5, calibrate: bool = False) -> 
     has.add_row("memory", f"{show_size(machine.memory_bytes)}, read at {(measurement.bandwidth or 0) / 1e9:.1f} GB/s")
     has.add_row("free disk here", show_size(shutil.disk_usage(Path.cwd()).free))
     has.add_row("accelerator", machine.accelerator or why_cpu())
-    has.add_row(
-        "software",
-        f"Python {platform.python_version()}, torch {machine.torch}, {plural(machine.threads or 0, 'thread')}",
+    software = f"Python {platform.python_version()}, torch {machine.torch}, {plural(machine.threads or 0, 'thread')}"
+    has.add_row("software", software)
+    fastest = (
+        f"{plural(auto_threads(width, anew=True), 'thread')} for models of width {width}" for width in (128, 512)
     )
+    has.add_row("fastest with", ", ".join(fastest))
 
-    threads = {width: auto_threads(width, anew=True) for width in (128, 512)}
-    fastest = ", ".join(f"{plural(count, 'thread')} for models of width {width}" for width, count in threads.items())
-    has.add_row("fastest with", fastest)
-
-    fast = Table(box=None, pad_edge=False, header_style="dim")
-    fast.add_column("dtype")
+    fast = Table("dtype", box=None, pad_edge=False, header_style="dim")
     fast.add_column("GFLOP/s", justify="right")
     fast.add_column("to float32", justify="right")
     for dtype in map(dtype_name, DTYPES):
-        if dtype in measurement.peak:
-            speed = measurement.peak[dtype]
-            fast.add_row(dtype, f"{speed / 1e9:,.0f}", f"{speed / measurement.peak['float32']:.2f}")
-        else:
-            fast.add_row(dtype, "not offered", "")
+        speed = measurement.peak.get(dtype)
+        shown = (f"{speed / 1e9:,.0f}", f"{speed / measurement.peak['float32']:.2f}") if speed else ("not offered", "")
+        fast.add_row(dtype, *shown)
 
-    for heading, body in (
-        ("This machine", has),
-        ("Matrix products", fast),
-        ("What auto will use", verdict(device, measurement)),
-    ):
+    uses = verdict(device, measurement)
+    for heading, body in (("This machine", has), ("Matrix products", fast), ("What auto will use", uses)):
         console.print(heading, style="bold")
-        console.print(body, highlight=False)
-        console.print()
+        console.print(body, "", highlight=False, sep="\n")
     if load > machine.cores / 2:
-        console.print(
-            f"The machine is busy (load {load:.1f} on {plural(machine.cores, 'core')}): "
-            "its full speed shows when it is idle."
-        )
+        busy = f"The machine is busy (load {load:.1f} on {plural(machine.cores, 'core')})"
+        console.print(f"{busy}: its full speed shows when it is idle.")
     anew = ", in place of what was measured before" if calibrate else ""
-    where = (
-        f"Kept in {measurement_path()}{anew}."
-        if kept
-        else f"{measurement_path()} cannot be written, so this is measured again each time."
-    )
+    where = f"Kept in {measurement_path()}{anew}."
+    if not kept:
+        where = f"{measurement_path()} cannot be written, so this is measured again each time."
     console.print(where, style="dim", soft_wrap=True, highlight=False)
 
 
@@ -111,7 +98,5 @@ def verdict(device: torch.device, measurement: Measurement) -> str:
     """What `auto` uses on this device, and why, in one sentence."""
     gain = measurement.peak.get("bfloat16", 0.0) / measurement.peak["float32"]
     chosen, comparison = ("bfloat16", "at least") if gain >= BF16_WORTH_IT else ("float32", "less than")
-    reason = (
-        f"bfloat16 multiplies {gain:.1f} times as fast as float32 here, {comparison} the {BF16_WORTH_IT} times that pay"
-    )
-    return f"{chosen} on {device.type}: {reason}."
+    reason = f"bfloat16 multiplies {gain:.1f} times as fast as float32 here"
+    return f"{chosen} on {device.type}: {reason}, {comparison} the {BF16_WORTH_IT} times that pay."

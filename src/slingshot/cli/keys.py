@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from slingshot.base.config import Strict
@@ -44,7 +44,7 @@ def show_tasks(name: str | None, console: Console) -> None:
             table.add_row(Text(kind, "bold"), what)
         console.print(table)
         console.print(
-            Text("slingshot tasks NAME shows parameters and a problem; slingshot tasks gym, its datasets", "dim")
+            "slingshot tasks NAME shows parameters and a problem; slingshot tasks gym, its datasets", style="dim"
         )
         return
     keys = task_keys(name)
@@ -66,9 +66,8 @@ def show_recipes(console: Console) -> None:
 
 
 def _listed(keys: Iterable[Key]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("key", "default", "type", "what it is for"):
-        table.add_column(heading, overflow="fold")
+    columns = [Column(heading, overflow="fold") for heading in ("key", "default", "type", "what it is for")]
+    table = Table(*columns, box=None, pad_edge=False, header_style="dim")
     for key in keys:
         table.add_row(Text(key.name, "bold"), "required" if key.default is None else key.default, key.kind, key.meaning)
     return table

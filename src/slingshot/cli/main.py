@@ -33,7 +33,6 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, read_jsonl, read_text
 from slingshot.cli.commands import Commands
 from slingshot.cli.keys import show_keys, show_recipes, show_tasks
-from slingshot.cli.origin import Origin
 from slingshot.cli.plan import app as plan_app
 from slingshot.recipe.recipe import Recipe
 from slingshot.recipe.results import headline
@@ -58,6 +57,11 @@ _SOURCE = "A checkpoint folder, a .gguf file, package:NAME, or a hub name (org/n
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 
 Checkpoint = Annotated[str, typer.Argument(help=f"{_SOURCE}.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+Keys = Annotated[list[str] | None, typer.Argument(metavar="[STAGE.KEY=VALUE]...", help="Change any key of the recipe.")]
+Settings = Annotated[
+    list[str] | None, typer.Argument(metavar="[MODEL] [KEY=VALUE]...", help="A checkpoint, and keys of the stage.")
+]
 
 
 def main() -> None:
@@ -95,15 +99,8 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Show the v
 
 @app.command()
 def run(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="RECIPE", help="A shipped recipe (tiny, micro, smollm2 ...) or a .toml file.", show_default=False
-        ),
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[STAGE.KEY=VALUE]...", help="Change any key of the recipe.")
-    ] = None,
+    source: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped one (tiny, micro ...) or a .toml file.")],
+    overrides: Keys = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/RECIPE")] = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
     seed: Annotated[int | None, typer.Option(help="The seed of every stage.")] = None,
@@ -128,10 +125,7 @@ def _next(kind: str, out: Path, config: StageConfig) -> str:
 
 def _stage_command(kind: str) -> Callable[..., None]:
     def command(
-        settings: Annotated[
-            list[str] | None,
-            typer.Argument(metavar="[MODEL] [KEY=VALUE]...", help="A checkpoint, and keys of the stage."),
-        ] = None,
+        settings: Settings = None,
         config: Annotated[Path | None, typer.Option(help="A .json or .toml file with keys of the stage.")] = None,
         out: Annotated[Path | None, typer.Option(help="The folder the artifact becomes.", show_default=False)] = None,
         keys: Annotated[bool, typer.Option("--keys", help="Show every key of the stage, and exit.")] = False,
@@ -178,15 +172,15 @@ def _stage(kind: str, config: Annotated[Path, typer.Option()], out: Annotated[Pa
     stage.run(stage.config.parse(_read_table(config), kind), out)
 
 
+_DTYPES = "float32, bfloat16, float16, fp8 (hf only), q8_0 (gguf only)."
+
+
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help=_SOURCE, show_default=False)],
     destination: Annotated[Path, typer.Argument(help="The folder, or .gguf file, to make.", show_default=False)],
     to: Annotated[str | None, typer.Option(help="hf or gguf.", show_default="by the destination's name")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, bfloat16, float16, fp8 (hf only), q8_0 (gguf only).", show_default="as stored"),
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help=_DTYPES, show_default="as stored")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Bytes in one file of the folder, at most.")] = "5GB",
 ) -> None:
     """Write a checkpoint in another format or dtype: a Hugging Face folder, or a GGUF file for llama.cpp."""
@@ -195,28 +189,20 @@ def convert(
     if to not in ("hf", "gguf"):
         raise SlingshotError(f"--to {to}: the formats are hf (a Hugging Face folder) and gguf (a file for llama.cpp)")
     if (to == "gguf") != (destination.suffix == ".gguf"):
-        raise SlingshotError(
-            f"{destination}: --to {to} makes {'a file whose name ends in .gguf' if to == 'gguf' else 'a folder'}"
-        )
+        made = "a file whose name ends in .gguf" if to == "gguf" else "a folder"
+        raise SlingshotError(f"{destination}: --to {to} makes {made}")
     if to == "gguf":
         from slingshot.stages.convert import write_gguf_file
 
         for note in write_gguf_file(source, destination, dtype):
             print(f"note: {note}")
-        print(
-            f"made {destination}: {destination.stat().st_size / 1e6:,.1f} MB\n"
-            f"next: llama-cli -m {destination}, or slingshot inspect {destination}"
-        )
+        print(f"made {destination}: {destination.stat().st_size / 1e6:,.1f} MB")
+        print(f"next: llama-cli -m {destination}, or slingshot inspect {destination}")
+    elif dtype == "q8_0":
+        raise SlingshotError("--dtype q8_0: a Hugging Face folder has no such type; give --to gguf, or another --dtype")
     else:
-        if dtype == "q8_0":
-            raise SlingshotError(
-                "--dtype q8_0: a Hugging Face folder has no such type, a GGUF file has; "
-                "give --to gguf, or another --dtype"
-            )
-        stage.run(
-            stage.config.parse({"source": source, "dtype": dtype, "max_shard_size": max_shard_size}, "convert"),
-            destination,
-        )
+        values = {"source": source, "dtype": dtype, "max_shard_size": max_shard_size}
+        stage.run(stage.config.parse(values, "convert"), destination)
         files = list(destination.glob("*.safetensors"))
         size = sum(file.stat().st_size for file in files)
         print(f"made {destination}: {size / 1e6:,.1f} MB in {len(files)} safetensors file{'s'[: len(files) > 1]}")
@@ -226,14 +212,12 @@ def convert(
 @app.command()
 def inspect(
     source: Annotated[str, typer.Argument(help=_SOURCE + ", or a preset such as deepseek-v3", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what a checkpoint holds, from its headers alone: architecture, sizes, tensors, tokenizer, template.
 
     Exit code 2 with problems.
     """
-    import json
-
     from slingshot.checkpoint.inspection import examine
     from slingshot.cli.inspect import show
 
@@ -247,13 +231,10 @@ def inspect(
 
 
 def _read_table(path: Path) -> dict[str, Any]:
-    if path.suffix != ".toml":
-        values = read_json(path)
-    else:
-        try:
-            values = tomllib.loads(read_text(path))
-        except tomllib.TOMLDecodeError as error:
-            raise SlingshotError(f"{path}: not valid TOML: {error}") from error
+    try:
+        values = tomllib.loads(read_text(path)) if path.suffix == ".toml" else read_json(path)
+    except tomllib.TOMLDecodeError as error:
+        raise SlingshotError(f"{path}: not valid TOML: {error}") from error
     if not isinstance(values, dict):
         raise SlingshotError(f"{path}: must hold a table of keys, got {type(values).__name__}")
     return values
@@ -273,6 +254,9 @@ def recipes() -> None:
     show_recipes(Console(highlight=False))
 
 
+_CONVERSATION = "Tell the model what was said before."
+
+
 @app.command()
 def chat(
     path: Checkpoint,
@@ -280,12 +264,11 @@ def chat(
     top_p: float = 0.95,
     max_tokens: int = 4096,
     seed: int = 0,
-    conversation: Annotated[
-        bool | None, typer.Option(help="Tell the model what was said before.", show_default="by its training")
-    ] = None,
+    conversation: Annotated[bool | None, typer.Option(help=_CONVERSATION, show_default="by its training")] = None,
 ) -> None:
     """Talk to a checkpoint in the terminal, its reasoning dimmed above the answer. Ctrl-C stops an answer, Ctrl-D
     leaves."""
+    from slingshot.cli.chat import Origin
     from slingshot.cli.chat import chat as talk
     from slingshot.engine.engine import Engine
     from slingshot.engine.sampling import SamplingParams
@@ -303,17 +286,13 @@ def generate(
     prompts: Annotated[
         list[str] | None, typer.Argument(help="Texts to answer; - reads them from standard input.", show_default=False)
     ] = None,
-    file: Annotated[
-        Path | None, typer.Option(help="A file of prompts, one a line; .jsonl: under the key prompt.")
-    ] = None,
+    file: Annotated[Path | None, typer.Option(help="Prompts, one a line; .jsonl: under the key prompt.")] = None,
     temperature: float = 0.6,
     top_p: float = 0.95,
     max_tokens: int = 256,
     n: Annotated[int, typer.Option(help="Samples per prompt.")] = 1,
     seed: int = 0,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the text as it stands, without the chat template.")
-    ] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text, without the chat template.")] = False,
 ) -> None:
     """Print completions of prompts, one JSON object a line: prompt, reasoning, answer, finish_reason."""
     from slingshot.engine.engine import Engine
@@ -342,11 +321,7 @@ def _lines(text: str) -> list[str]:
 
 
 @app.command()
-def doctor(
-    calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Measure longer, and forget what was measured before.")
-    ] = False,
-) -> None:
+def doctor(calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure longer, and anew.")] = False) -> None:
     """Show what this machine has, how fast it multiplies in which dtype, and what will be used."""
     from slingshot.cli.doctor import examine
 
@@ -355,10 +330,8 @@ def doctor(
 
 @app.command()
 def receipt(
-    path: Annotated[
-        Path, typer.Argument(metavar="ARTIFACT", help="A checkpoint, dataset or evaluation.", show_default=False)
-    ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    path: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A checkpoint, dataset or evaluation.")],
+    as_json: AsJson = False,
 ) -> None:
     """Show what an artifact cost in all: its own receipt and those of everything it was made from."""
     from slingshot.cli.bill import show

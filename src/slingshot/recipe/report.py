@@ -13,25 +13,15 @@ What was asked for (`--until STAGE`) is the whole that is counted; the rest of t
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from slingshot.base import quantity
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import write_json, write_text
-from slingshot.base.quantity import (
-    plural,
-    show_count,
-    show_duration,
-    show_energy,
-    show_flops,
-    show_money,
-    show_share,
-    show_size,
-)
 from slingshot.cost.bill import Sums
 from slingshot.cost.receipt import RECEIPT, PeakMemory, Receipt
 from slingshot.recipe.charts import accuracy_chart, training_curves
@@ -69,7 +59,7 @@ def build(run: Path) -> dict[str, Any]:
     folders = [run / "evaluations" / stage.name for stage in stages]
     evaluations = [Receipt.read(folder) for folder in folders if (folder / RECEIPT).is_file()]
     bill = _bill(asked, evaluations)
-    summary: dict[str, Any] = {"stages": [_summary(stage) for stage in asked if stage.receipt]}
+    summary: dict[str, Any] = {"stages": [_summary(stage, stage.receipt) for stage in asked if stage.receipt]}
     if bill:
         summary["bill"] = bill.model_dump(include={"seconds", "tokens", "flops", "energy_joules", "money"})
     offered = [stage.name for stage in stages if stage not in asked]
@@ -93,34 +83,29 @@ def _bill(stages: list[StageResult], evaluations: list[Receipt]) -> RunBill | No
     return RunBill(**dict(Sums.of(receipts)), evaluations=_bill([], evaluations) if stages else None)
 
 
-def _summary(stage: StageResult) -> dict[str, Any]:
+def _summary(stage: StageResult, receipt: Receipt) -> dict[str, Any]:
     """A finished stage as report.json has it; the artifact's path is relative to the run."""
-    assert stage.receipt is not None
     shown = {"tokens", "flops", "seconds", *PeakMemory.model_fields, "mfu", "energy_joules", "money"}
     return {
         "name": stage.name,
         "kind": stage.kind,
         "artifact": stage.name,
-        "receipt": stage.receipt.model_dump(include=shown),
+        "receipt": receipt.model_dump(include=shown),
         "eval": {task: score.model_dump(mode="json", by_alias=True) for task, score in stage.scores.items()},
     }
 
 
 def _page(record: RunRecord, folder: str, stages: list[StageResult], offered: list[str], bill: RunBill | None) -> str:
-    template = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # everything a model wrote is text, never markup
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("report.html.jinja")
+    strict: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined}  # what a model wrote is text
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
     evaluated = [stage for stage in stages if stage.scores]
     tasks = list(dict.fromkeys(task for stage in evaluated for task in stage.scores))
     finished = [stage.receipt for stage in stages if stage.receipt]
-    last = evaluated[-1] if evaluated else None
-    subject = next((stage for stage in evaluated if stage.name == record.chat), last)
-    times = [receipt.seconds for receipt in finished]
-    return template.render(
+    subject = next((stage for stage in evaluated if stage.name == record.chat), evaluated[-1] if evaluated else None)
+    apart = [bill.evaluations.seconds] if bill and bill.evaluations else []
+    times = [*(receipt.seconds for receipt in finished), *apart]
+    return environment.get_template("report.html.jinja").render(
         title=record.name or folder,
         stages=stages,
         offered=offered,
@@ -134,19 +119,12 @@ def _page(record: RunRecord, folder: str, stages: list[StageResult], offered: li
         machine=finished[-1].machine if finished else None,
         version=finished[-1].version if finished else "",
         bill=bill,
-        longest=max([*times, bill.evaluations.seconds if bill and bill.evaluations else 0.0]),
+        longest=max(times, default=0.0),
         accuracy_chart=accuracy_chart(evaluated, tasks) if tasks else "",
         curves=training_curves(stages),
         problems=_problems(evaluated, subject, tasks),
-        percent=show_share,
-        duration=show_duration,
-        count=show_count,
-        flops=show_flops,
-        size=show_size,
-        energy=show_energy,
-        plural=plural,
-        money=functools.partial(show_money, currency=""),
-        clip=_clip,
+        show=quantity,
+        clip=lambda text: text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …",
     )
 
 
@@ -158,11 +136,8 @@ class ReportedProblem:
     prompt: str
     answer: str
     lesson: str
+    asked: int
     tries: list[tuple[StageResult, AnsweredProblem | None]]
-
-    @property
-    def asked(self) -> int:
-        return sum(example is not None for _, example in self.tries)
 
 
 LEARNED, BEYOND, KNOWN = "learned on the way", "still beyond it", "right from the start"
@@ -181,18 +156,13 @@ def _problems(evaluated: list[StageResult], subject: StageResult | None, tasks: 
             asked = [example for _, example in tries if example]
             final = next((example for stage, example in tries if stage is subject and example), asked[-1])
             lesson = BEYOND if not final.correct else KNOWN if asked[0].correct else LEARNED
-            found.append(ReportedProblem(task, prompt, final.answer, lesson, tries))
+            found.append(ReportedProblem(task, prompt, final.answer, lesson, len(asked), tries))
     most = max((problem.asked for problem in found), default=0)
+    widest = [problem for problem in found if problem.asked == most]
     chosen: list[ReportedProblem] = []
     for lesson in (LEARNED, LEARNED, BEYOND, LEARNED, KNOWN, KNOWN, KNOWN, BEYOND, BEYOND):
-        rest = [
-            problem for problem in found if problem.lesson == lesson and problem.asked == most and problem not in chosen
-        ]
+        rest = [problem for problem in widest if problem.lesson == lesson and problem not in chosen]
         if rest and len(chosen) < 3:
             # The first of a new task, where there is one.
             chosen.append(max(rest, key=lambda problem: problem.task not in {other.task for other in chosen}))
     return chosen
-
-
-def _clip(text: str) -> str:
-    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"

@@ -1,7 +1,5 @@
 """What the rollout's tests share: a tokenizer with R1's template, and the shape of a model that is not there."""
 
-from __future__ import annotations
-
 import pytest
 
 from slingshot.rollout.sampler import ScriptedSampler

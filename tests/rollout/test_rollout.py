@@ -1,8 +1,5 @@
 """From problems to verified trajectories: prompts, scores, what is left out, and conversations of several turns."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -20,7 +17,6 @@ from slingshot.training.parallel import Parallel
 
 ALONE = Parallel()
 SUM = Problem(prompt="What is 3+4?", key="3+4", answer="7")
-Saying = Callable[..., ScriptedSampler]
 
 
 def item(problem=SUM, task=None):
@@ -129,12 +125,9 @@ def test_ranks_end_together_when_nothing_can_be_verified(saying, rank):
 
     for others in {"made": 1, "unverified": 40, "verified": 1}, {"made": 1, "unverified": 40}:
         parallel = OfTwo(dp_rank=rank, dp_size=2)
-        sampler, broken = (
-            saying(lambda *_: Solution("so", "7")),
-            item(Problem("Guess a digit.", "broken", "7"), Guess()),
-        )
+        sampler = saying(lambda *_: Solution("so", "7"))
         rollout = Rollout(sampler, SamplingParams(), PromptForm(), VerificationPool([]), parallel)
-        rollout.run([broken])
+        rollout.run([item(Problem("Guess a digit.", "broken", "7"), Guess())])
         if "verified" in others:
             rollout.refuse_nothing()
     with pytest.raises(SlingshotError, match=("no such digit", "another rank says why")[rank]):

@@ -1,7 +1,5 @@
 """Samplers: the engine beside a model in training, and the script that stands in for it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -84,8 +82,8 @@ def test_a_timed_script_takes_as_many_steps_as_it_has_tokens(model, tokenizer):
     def script(key, index):
         return "What is 3+4?" if key == "a" else Solution("3 plus 4 is 7", "7" * index)
 
-    scripts = [script, tokenizer, model.config]
-    timed, untimed = ScriptedSampler(*scripts, timed=Recording(Engine(model, tokenizer))), ScriptedSampler(*scripts)  # type: ignore[arg-type]
+    untimed = ScriptedSampler(script, tokenizer, model.config)
+    timed = ScriptedSampler(script, tokenizer, model.config, timed=Recording(Engine(model, tokenizer)))
     params = SamplingParams(n=2, max_tokens=32)
     assert drawn(timed, params) == drawn(untimed, params)
     longest = [max(len(s.ids) for s in samples) for samples in drawn(untimed, params)]
@@ -96,13 +94,8 @@ def test_a_timed_script_takes_as_many_steps_as_it_has_tokens(model, tokenizer):
 
 
 def test_impossible_sampling_is_refused():
-    for key, value in (
-        ("max_tokens", 0),
-        ("temperature", -0.1),
-        ("top_p", 0.0),
-        ("top_k", -1),
-        ("temperature", float("nan")),
-    ):
+    impossible = {"max_tokens": [0], "temperature": [-0.1, float("nan")], "top_p": [0.0], "top_k": [-1]}
+    for key, value in ((key, value) for key, values in impossible.items() for value in values):
         with pytest.raises(SlingshotError, match=f"sampling.*{key}|{value}"):
             SamplingConfig.parse({key: value}, "sampling")
     assert SamplingConfig(max_tokens=3, top_k=2).params(4, 5) == SamplingParams(max_tokens=3, top_k=2, n=4, seed=5)

@@ -1,7 +1,5 @@
 """Trajectories packed into training rows, and what sampling them cost."""
 
-from __future__ import annotations
-
 import pytest
 
 from slingshot.cost.flops import generation_flops
@@ -31,9 +29,8 @@ def trajectory(tokenizer):
 def test_rows_hold_advantage_and_logprob_in_the_place_of_each_sampled_token(trajectory):
     batch = pack([trajectory([11, 12, 13], advantage=2.0), trajectory([21], [22, 23], advantage=-1.0)], 11)
     assert batch.tokens_BT.tolist() == [[7, 8, 11, 12, 13, 7, 8, 21, 9, 22, 23]]
-    assert batch.segments_BT.tolist() == [[1] * 5 + [2] * 6] and batch.mask_BT.tolist() == [
-        [0, 0, 1, 1, 1, 0, 0, 1, 0, 1, 1]
-    ]
+    assert batch.segments_BT.tolist() == [[1] * 5 + [2] * 6]
+    assert batch.mask_BT.tolist() == [[0, 0, 1, 1, 1, 0, 0, 1, 0, 1, 1]]
     assert batch.advantages_BT.tolist() == [[0, 0, 2, 2, 2, 0, 0, -1, 0, -1, -1]]
     assert batch.sampler_BT.tolist() == [[0, 0, -1, -2, -3, 0, 0, -1, 0, -1, -2]]
     assert pack([trajectory([11, 12, 13])], 3).tokens_BT.shape == (1, 5), "rows grow for what is longer"

@@ -1,7 +1,5 @@
 """What the stages' tests share: a task of short sums, and a base model pre-trained on it by the stage itself."""
 
-from __future__ import annotations
-
 import pytest
 
 from slingshot.base.files import read_jsonl

@@ -1,22 +1,14 @@
 """Evaluation: the statistics by hand, the choice of a prompt form, and a run on held-out problems."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json
 from slingshot.cost.receipt import Receipt
 from slingshot.recipe.results import headline
-from slingshot.rollout.sampler import Script, ScriptedSampler
 from slingshot.stages import evaluate
 from slingshot.stages.evaluate import interval, pass_at_k, summarise, wilson
 from slingshot.tasks.task import Solution, split_of
-
-Evaluating = Callable[..., evaluate.EvaluateConfig]
-Saying = Callable[[Script], ScriptedSampler]
 
 
 @pytest.fixture
@@ -43,12 +35,8 @@ def test_the_bootstrap_is_of_the_mean_over_problems():
 
 def test_one_sample_of_each_problem_has_wilsons_interval():
     """Newcombe's table (Statistics in Medicine 17, 1998): 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
-    for right, n, low, high in (
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ):
+    table = (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)
+    for right, n, low, high in table:
         scores = [1.0] * right + [0.0] * (n - right)
         assert interval(scores, samples=1, seed=0) == pytest.approx([low, high], abs=1e-4)
 
@@ -83,9 +71,6 @@ def test_a_summary_by_hand(evaluating):
     assert summary["scores"] == {"sums": [1.0, 0.5]}
     chat = summarise(results[:2], evaluating())["tasks"]["sums"]
     assert (chat["pass@1"], chat["mean_tokens"]) == (0.25, 5.0)
-
-
-def test_pass_at_8_where_there_are_8_samples(evaluating):
     results = [result("chat", [1.0] + [0.0] * 7, [1] * 8), result("chat", [0.0] * 8, [1] * 8)]
     assert summarise(results, evaluating(samples=8))["tasks"]["sums"]["pass@8"] == 0.5
 
@@ -142,11 +127,8 @@ def test_given_problems_are_counted_and_bad_ones_end_nothing(evaluating, saying,
     (found,) = read_json(tmp_path / "out" / "evaluation.json")["tasks"].values()
     skipped = sum(len(item.problem.prompt) > 1000 for item in items)
     broken = sum(item.problem.answer in ("4", "5", "6") for item in items)
-    assert (
-        broken and found["left_out"] == {"skipped": skipped, "unverified": broken}
-        if skipped
-        else {"unverified": broken}
-    )
+    left_out = {"skipped": skipped, "unverified": broken}
+    assert broken and found["left_out"] == {kind: count for kind, count in left_out.items() if count}
     assert (found["n"], found["right"], found["given"]) == (30 - skipped, 30 - skipped - broken, given)
     assert f"{30 - skipped} of {given} given train problems asked" in found["notes"]
 
@@ -158,7 +140,6 @@ def test_given_problems_are_counted_and_bad_ones_end_nothing(evaluating, saying,
         ({"forms": []}, "evaluation.forms: "),
         ({"samples": 0}, "evaluation.samples: .*got 0"),
         ({"split": "dev"}, "evaluation.split: Input should be 'train' or 'test', got 'dev'"),
-        ({"sampling": {"temperature": -0.1}}, "evaluation.sampling: temperature must be 0 .*got -0.1"),
         ({"sampling": {"top_p": 0.0}}, "evaluation.sampling: top_p must be .*got 0.0"),
         ({"forms": [{"name": "a"}, {"name": "a", "chat": False}]}, "evaluation.*two forms are named a"),
     ],

@@ -1,10 +1,6 @@
 """GRPO: the update against a loop over trajectories, and what a run does step by step."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +10,7 @@ from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.receipt import Receipt
 from slingshot.rollout.reward import assign_rewards
 from slingshot.rollout.rollout import PromptForm, Rollout
-from slingshot.rollout.sampler import EngineSampler, ScriptedSampler
+from slingshot.rollout.sampler import EngineSampler
 from slingshot.rollout.trajectory import pack
 from slingshot.stages import rl
 from slingshot.tasks.mixture import TaskMix
@@ -25,9 +21,6 @@ from slingshot.training.parallel import Parallel
 from slingshot.training.policy import policy_step
 
 ALONE = Parallel()
-Training = Callable[..., rl.RLConfig]
-Metrics = Callable[[Path], list[dict[str, Any]]]
-Saying = Callable[..., ScriptedSampler]
 
 
 @pytest.fixture
@@ -44,22 +37,21 @@ def training(base, sums):
     return config
 
 
-class Recorder:
-    """In the optimizer's place: keeps the gradients of each step, changes nothing."""
-
-    def __init__(self, model):
-        self.model = model
-        self.gradients: list[dict[str, torch.Tensor]] = []
-
-    def step(self, fraction):
-        self.gradients.append(gradients(self.model))
-        self.model.zero_grad()
-        return 1.0
-
-
 def gradients(model):
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {name: gradient for name, gradient in found.items() if gradient.count_nonzero()}
+
+
+def recorded(model, reference, trajectories, config):
+    """What an update logs, and the gradients of each of its steps, of which it takes none."""
+    found = []
+
+    def step(fraction):
+        found.append(gradients(model))
+        model.zero_grad()
+        return 1.0
+
+    return rl.update_policy(model, reference, SimpleNamespace(step=step), trajectories, config, 0, ALONE), found
 
 
 def sampled(config):
@@ -83,13 +75,12 @@ def of_response(network, trajectory, temperature=1.0):
 @pytest.mark.parametrize("micro_batch_size", [1, 32])
 def test_the_update_is_the_policy_gradient_of_every_sampled_token(training, micro_batch_size):
     """At temperature 0.8, with k3 to another reference: the mean of -A d logp + kl (1 - exp(ref - logp)) d logp."""
-    temperature = {"temperature": 0.8}
-    config = training(loss={"kl": 0.5, "mtp": 0.0}, sampling=temperature, micro_batch_size=micro_batch_size)
+    loss, temperature = {"kl": 0.5, "mtp": 0.0}, {"temperature": 0.8}
+    config = training(loss=loss, sampling=temperature, micro_batch_size=micro_batch_size)
     model, reference, trajectories = sampled(config)
     with torch.no_grad():
         reference.lm_head.weight.mul_(0.9)
-    optimizer = Recorder(model)
-    logged = rl.update_policy(model, reference, optimizer, trajectories, config, 0, ALONE)
+    logged, (found,) = recorded(model, reference, trajectories, config)
 
     total, kl, entropy, n_tokens = torch.zeros(()), 0.0, 0.0, sum(sum(t.mask) for t in trajectories)
     for t in trajectories:
@@ -100,7 +91,7 @@ def test_the_update_is_the_policy_gradient_of_every_sampled_token(training, micr
             entropy -= float((full.exp() * full).sum())
         total = total + ((-t.advantage + 0.5 * (1 - difference.exp())) * logp).sum() / n_tokens
     total.backward()
-    (found,), expected = optimizer.gradients, gradients(model)
+    expected = gradients(model)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert (found[name] - gradient).abs().max() < 1e-3 * gradient.abs().max() + 1e-7, name
@@ -115,19 +106,15 @@ def test_mtp_is_trained_on_detached_states(training):
     model, reference, trajectories = sampled(config)
     for each in trajectories:
         each.advantage = 0.0
-    optimizer = Recorder(model)
-    logged = rl.update_policy(model, reference, optimizer, trajectories, config, 0, ALONE)
-    assert logged["mtp_loss"] > 1.0
-    assert optimizer.gradients[0] and all(name.startswith("model.layers.2.") for name in optimizer.gradients[0])
+    logged, (found,) = recorded(model, reference, trajectories, config)
+    assert logged["mtp_loss"] > 1.0 and found and all(name.startswith("model.layers.2.") for name in found)
 
 
 def test_minibatches_are_steps_of_their_own_on_the_same_samples(training):
     config = training(minibatches=3, optimizer={"lr": 0.01})
     model, reference, trajectories = sampled(config)
     assert len(pack(trajectories, config.sequence_length)) >= 3
-    recorder = Recorder(model)
-    rl.update_policy(model, reference, recorder, trajectories, config, 0, ALONE)
-    assert len(recorder.gradients) == 3
+    assert len(recorded(model, reference, trajectories, config)[1]) == 3
     optimizer = Optimizer(model, config.optimizer)
     logged = rl.update_policy(model, reference, optimizer, trajectories, config, 0, ALONE)
     assert logged["logprob_gap"] > 1e-3  # the later minibatches are off policy

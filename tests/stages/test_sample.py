@@ -1,9 +1,6 @@
 """Rejection sampling: only what the verifier accepts, each reasoning once."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
 
 import pytest
 
@@ -11,12 +8,8 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_jsonl
 from slingshot.checkpoint.load_save import load_model, load_tokenizer, save_checkpoint
 from slingshot.cost.receipt import Receipt
-from slingshot.rollout.sampler import Script, ScriptedSampler
 from slingshot.stages import sample
 from slingshot.tasks.task import Solution
-
-Sampling = Callable[..., sample.SampleConfig]
-Saying = Callable[[Script], ScriptedSampler]
 
 
 @pytest.fixture

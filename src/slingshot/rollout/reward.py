@@ -43,10 +43,10 @@ def language_consistency(text: str, language: str) -> float:
     if language not in _SCRIPTS:
         raise ValueError(f"language {language!r} is not supported; {' and '.join(_SCRIPTS)} are")
     letters = [_language_of(character) for character in unicodedata.normalize("NFKC", text)]
-    words = Counter(
-        written for written, run in groupby(letters) if written and (len(list(run)) > 1 or written not in _NOTATION)
-    )
-    if language == "ja" and letters.count("ja") > _KANJI_ALONE and not any(map(_is_kana, text)):
+    runs = ((written, len(list(run))) for written, run in groupby(letters) if written)
+    words = Counter(written for written, length in runs if length > 1 or written not in _NOTATION)
+    kana = any("\u3041" <= each <= "\u30ff" or "\uff66" <= each <= "\uff9f" for each in text)
+    if language == "ja" and letters.count("ja") > _KANJI_ALONE and not kana:
         return 0.0
     total = sum(words.values())
     return words[language] / total if total else 1.0
@@ -60,10 +60,6 @@ def _language_of(character: str) -> str:
     script = unicodedata.name(character, "").replace("-", " ").partition(" ")[0]
     known = (language for language, scripts in _SCRIPTS.items() if script in scripts)
     return "" if script in _UNWRITTEN else next(known, script)
-
-
-def _is_kana(character: str) -> bool:
-    return "\u3041" <= character <= "\u30ff" or "\uff66" <= character <= "\uff9f"
 
 
 class RewardWeights(Strict):

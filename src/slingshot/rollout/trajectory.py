@@ -78,14 +78,14 @@ class Trajectory:
         parsed = parse(sampled.ids, ends_in_reasoning(self.ids, tokenizer), tokenizer)
         start, end = len(self.ids), len(self.ids) + len(sampled.ids)
         self.turns.append(Turn(start, end, parsed, sampled.finish_reason))
-        self._extend(sampled.ids, 1, sampled.logprobs, {"role": "assistant", "content": parsed.answer})
+        self._extend(sampled.ids, 1, sampled.logprobs, [{"role": "assistant", "content": parsed.answer}])
         self.routed_experts = sampled.routed_experts
 
     def read(self, ids: list[int], messages: Sequence[Message]) -> None:
         """Add what the environment says to the model: never trained on."""
-        self._extend(ids, 0, [0.0] * len(ids), *messages)
+        self._extend(ids, 0, [0.0] * len(ids), messages)
 
-    def _extend(self, ids: list[int], mask: int, logprobs: list[float], *messages: Message) -> None:
+    def _extend(self, ids: list[int], mask: int, logprobs: list[float], messages: Sequence[Message]) -> None:
         self.ids = self.ids + ids  # a new list: the prompt's is shared by its group
         self.mask += [mask] * len(ids)
         self.logprobs += logprobs

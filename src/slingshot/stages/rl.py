@@ -34,7 +34,7 @@ from slingshot.training.interrupts import Interrupts
 from slingshot.training.language_model import add_loads, busiest
 from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule, update_router_biases
 from slingshot.training.parallel import Parallel, load_whole
-from slingshot.training.policy import GRPOConfig, policy_step
+from slingshot.training.policy import LOGGED_PER_TOKEN, GRPOConfig, policy_step
 
 
 class RLConfig(StageConfig):
@@ -149,8 +149,7 @@ def update_policy(
             update_router_biases(model, loads, config.bias_update_speed)
         load_LE = add_loads(load_LE, loads)
         totals = {name: totals.get(name, 0.0) + value for name, value in parallel.sums(sums).items()}
-    per_token = {"loss": "loss", "kl": "kl", "clip_fraction": "clipped", "entropy": "entropy", "logprob_gap": "gap"}
-    logged: dict[str, Any] = {name: totals[key] / totals["tokens"] for name, key in per_token.items()}
+    logged: dict[str, Any] = {name: totals[name] / totals["tokens"] for name in LOGGED_PER_TOKEN}
     logged["gradient_norm"] = max(norms)
     if totals["mtp_loss"]:
         logged["mtp_loss"] = totals["mtp_loss"] / totals["far"]
@@ -162,11 +161,10 @@ def update_policy(
 def summary(groups: Sequence[Sequence[Trajectory]], parallel: Parallel) -> dict[str, float]:
     """Means over the global step's trajectories, and over its groups, as they are logged."""
     each = [trajectory for group in groups for trajectory in group]
+    scores = {"pass_rate": "accuracy", "format": "format", "language": "language"}
     sums = {
         "reward": sum(t.reward for t in each),
-        "pass_rate": sum(t.scores["accuracy"] for t in each),
-        "format": sum(t.scores["format"] for t in each),
-        "language": sum(t.scores["language"] for t in each),
+        **{name: sum(t.scores[score] for t in each) for name, score in scores.items()},
         "response_tokens": sum(sum(t.mask) for t in each),
         "no_signal": sum(not has_signal(group) for group in groups),
     }

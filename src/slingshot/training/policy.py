@@ -18,6 +18,8 @@ from slingshot.training.language_model import add_loads, target_loss
 from slingshot.training.objectives import grpo, targets_ahead, token_logprobs
 from slingshot.training.parallel import Parallel
 
+LOGGED_PER_TOKEN = ("loss", "kl", "clip_fraction", "entropy", "logprob_gap")
+
 
 class GRPOConfig(Strict):
     """The table `loss` of rl; `mtp` weighs the MTP module's loss, trained on detached hidden states.
@@ -79,7 +81,7 @@ def policy_step(
     far_BT = targets_ahead(batch.tokens_BT, batch.segments_BT, batch.mask_BT, ahead=2)[1]
     values = {"tokens": float(batch.mask_BT.sum()), "far": float(far_BT.sum())}
     counts = parallel.sums(values)
-    values |= dict.fromkeys(("loss", "kl", "clipped", "entropy", "gap", "mtp_loss"), 0.0)
+    values |= dict.fromkeys((*LOGGED_PER_TOKEN, "mtp_loss"), 0.0)
     load_LE: list[Tensor] = []
     for start in range(0, n_rows, micro_batch_size):
         micro = batch[start : start + micro_batch_size].or_empty()
@@ -106,8 +108,9 @@ def policy_step(
             values["mtp_loss"] += float(mtp_loss.detach())
         (loss * parallel.dp_size).backward()  # FSDP averages over the ranks; the loss is a share of the global mean
         load_LE = add_loads(load_LE, output.load_LE)
-        sums = {"loss": terms.loss.detach(), "kl": terms.kl, "clipped": terms.clipped, "entropy": entropy_N.sum()}
-        for name, value in (sums | {"gap": (logprobs_N.detach() - sampler_N).abs().sum()}).items():
+        gap = (logprobs_N.detach() - sampler_N).abs().sum()
+        sums = terms.loss.detach(), terms.kl, terms.clipped, entropy_N.sum(), gap
+        for name, value in zip(LOGGED_PER_TOKEN, sums, strict=True):
             values[name] += float(value)
     return values, load_LE
 

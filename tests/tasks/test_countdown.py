@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from slingshot.tasks.countdown import leaves, parse, render, value_of
 from slingshot.tasks.loader import load_task
-from slingshot.tasks.task import Problem
+from slingshot.tasks.task import Problem, Solution
 
 PROBLEM = Problem("Make 13 from 2, 3, 7.", "2,3,7=13", "3*2+7", "en", {"numbers": [2, 3, 7], "target": 13})
 
@@ -25,13 +25,11 @@ def trees(draw, max_depth=4):
 
 
 def exact(tree):
-    """The oracle: value by Fractions, or None for a division by zero."""
-    if isinstance(tree, int):
-        return Fraction(tree)
-    left, right = exact(tree[1]), exact(tree[2])
-    if left is None or right is None or (tree[0] == "/" and right == 0):
+    """The oracle: its value as Python has it with Fractions, or None for a division by zero."""
+    try:
+        return Fraction(eval(re.sub(r"(\d+)", r"Fraction(\1)", bracketed(tree))))
+    except ZeroDivisionError:
         return None
-    return {"+": left + right, "-": left - right, "*": left * right}[tree[0]] if tree[0] != "/" else left / right
 
 
 def bracketed(tree):
@@ -68,38 +66,35 @@ def test_any_text_is_scored_without_an_exception(text):
             assert task.verify(PROBLEM, text, lenient=lenient).value in (0.0, 1.0)
 
 
-@pytest.mark.parametrize("text", ["3*2+7", " 7 + 2*3. ", "(2*3)+7", "7+(3)*2", "2\u00d73+7", "7 + 3 * 2\n"])
-def test_right_answers(text):
-    assert load_task("countdown").verify(PROBLEM, text).value == 1.0
+RIGHT = "3*2+7", " 7 + 2*3. ", "(2*3)+7", "7+(3)*2", "2\u00d73+7", "7 + 3 * 2\n"
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "13", "2+3+7", "3*2+7=13", "3*2+7, 2+3+7", "3*2+7 7*2-1", "3*2+7 or so", "6+7", "3*2+7+7-7",
+        *RIGHT, "13", "2+3+7", "3*2+7=13", "3*2+7, 2+3+7", "3*2+7 7*2-1", "3*2+7 or so", "6+7", "3*2+7+7-7",
         "7--(3*2)", "-3*-2+7", "+7+3*2", "3*2+07", "3*2+7.0",
         "3**2+7-2", "13//1", "7+0x3*2", "(3*2+7", "3*2+7)", "2(3)+7", "3 2 7", "", "()", "(" * 300, "2" * 300,
         "1" + "+1" * 120, "__import__('os')",
         "3*2+7 if 1 else 0", "3*2+7#", "[3*2+7][0]", "3*2+7\x00", "3*2\n+7",
     ],
 )  # fmt: skip
-def test_wrong_and_hostile_answers(text):
-    assert load_task("countdown").verify(PROBLEM, text).value == 0.0
+def test_right_wrong_and_hostile_answers(text):
+    assert load_task("countdown").verify(PROBLEM, text).value == float(text in RIGHT)
 
 
-def test_fractions_on_the_way_are_exact_and_division_by_zero_is_wrong():
-    task = load_task("countdown")
-    # 8 / (3 - 8/3) = 24
-    assert task.verify(Problem("", "", "", "en", {"numbers": [3, 3, 8, 8], "target": 24}), "8/(3-8/3)").value == 1.0
-    assert task.verify(Problem("", "", "", "en", {"numbers": [1, 2, 2], "target": 0}), "1/(2-2)").value == 0.0
+@pytest.mark.parametrize(
+    ("numbers", "target", "text", "value"), [([3, 3, 8, 8], 24, "8/(3-8/3)", 1.0), ([1, 2, 2], 0, "1/(2-2)", 0.0)]
+)
+def test_fractions_on_the_way_are_exact_and_division_by_zero_is_wrong(numbers, target, text, value):
+    assert (
+        load_task("countdown").verify(Problem("", "", data={"numbers": numbers, "target": target}), text).value == value
+    )
 
 
 def test_depth_is_bounded():
-    nested = "1"
-    for _ in range(16):
-        nested = f"(1+{nested})"
-    assert parse(nested) is not None
-    assert parse(f"1+{nested}") is None
+    nested = "(1+" * 16 + "1" + ")" * 16
+    assert parse(nested) is not None and parse(f"1+{nested}") is None
 
 
 @pytest.mark.parametrize(
@@ -113,12 +108,15 @@ def test_lenient_reading_takes_the_last_expression(text, answer):
     assert load_task("countdown").extract(text) == answer
 
 
-def test_render_uses_the_parentheses_it_needs():
-    assert render(("+", ("*", 3, 2), 7)) == "3*2+7"
-    assert render(("*", ("+", 3, 2), 7)) == "(3+2)*7"
-    assert render(("-", 9, ("-", 5, 2))) == "9-(5-2)"
-    assert render(("-", ("-", 9, 5), 2)) == "9-5-2"
-    assert render(("/", 8, ("*", 2, 2))) == "8/(2*2)"
+@pytest.mark.parametrize(
+    ("tree", "text"),
+    [
+        (("+", ("*", 3, 2), 7), "3*2+7"), (("*", ("+", 3, 2), 7), "(3+2)*7"), (("-", 9, ("-", 5, 2)), "9-(5-2)"),
+        (("-", ("-", 9, 5), 2), "9-5-2"), (("/", 8, ("*", 2, 2)), "8/(2*2)"),
+    ],
+)  # fmt: skip
+def test_render_uses_the_parentheses_it_needs(tree, text):
+    assert render(tree) == text
 
 
 @pytest.mark.parametrize(
@@ -131,9 +129,8 @@ def test_problems_are_solvable_within_their_bounds(params):
         assert len(numbers) == task.n_numbers and all(1 <= number <= task.max_number for number in numbers)
         assert 1 <= target <= task.max_target
         assert problem.key == f"{','.join(map(str, sorted(numbers)))}={target}"
-        assert re.findall(r"\d+", problem.prompt) == (
-            [str(target), *map(str, numbers)] if problem.language == "en" else [*map(str, numbers), str(target)]
-        )
+        said = [target, *numbers] if problem.language == "en" else [*numbers, target]
+        assert re.findall(r"\d+", problem.prompt) == list(map(str, said))
         assert set(re.findall(r"[+*/-]", problem.answer)) <= set(task.operators)
         assert task.verify(problem, problem.answer).value == 1.0
 
@@ -144,8 +141,7 @@ def test_problems_are_solvable_within_their_bounds(params):
 def test_worked_solution_without_misses(language, reasoning):
     task = load_task("countdown", max_misses=0)
     problem = Problem("", "", "3*2+7", language, PROBLEM.data)
-    assert task.solution(problem, "steps", random.Random(0)).reasoning == reasoning
-    assert task.solution(problem, "steps", random.Random(0)).answer == "3*2+7"
+    assert task.solution(problem, "steps", random.Random(0)) == Solution(reasoning, "3*2+7")
     assert task.solution(problem, "answer", random.Random(0)).reasoning == ""
 
 

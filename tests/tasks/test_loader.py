@@ -14,12 +14,10 @@ class Asked(Strict):
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ("arithmetic", ["arithmetic"]),
-        (["hhmm.py", {"name": "countdown"}], ["hhmm.py", "countdown"]),
-        ({"name": "a.py"}, ["a.py"]),
-        ([{"name": "a.py", "weight": 2}], ["a.py"]),
+        ("arithmetic", ["arithmetic"]), (["hhmm.py", {"name": "countdown"}], ["hhmm.py", "countdown"]),
+        ({"name": "a.py"}, ["a.py"]), ([{"name": "a.py", "weight": 2}], ["a.py"]),
     ],
-)
+)  # fmt: skip
 def test_tasks_are_named_by_text_by_table_or_by_a_list_of_either(given, named):
     assert [task.name for task in Asked.parse({"tasks": given}).tasks] == named
     assert TaskConfig.parse("hhmm.py") == TaskConfig(name="hhmm.py")
@@ -49,11 +47,9 @@ def test_what_names_no_task_is_refused():
         ("countdown", {"operators": "^"}, r"countdown\.operators: .*, got '\^'"),
         ("countdown", {"max_misses": -1}, "countdown.max_misses: .*, got -1"),
         ("countdown", {"languages": []}, "countdown.languages: .*at least 1 item"),
-        (
-            "nowhere/task.py",
-            {},
-            r"^nowhere/task\.py: no such file; a task is one Python file with problems\(split, seed\)",
-        ),
+        ("nowhere/task.py", {}, r"^nowhere/task\.py: no such file; a task is one Python file with problems\(split, se"),
+        ("gym:chain_sums", {}, r"^gym:chain_sums: dataset 'chain_sums' is unknown; did you mean chain_sum\?$"),
+        ("gym:chain_sum", {"min_terms": {1}}, r"^gym:chain_sum\.params\.min_terms: .*JSON"),
     ],
 )
 def test_what_cannot_be_loaded_is_named_with_the_way_out(name, params, message):
@@ -65,11 +61,8 @@ def test_every_kind_tells_its_parameters_in_words():
     told = {name: task_keys(name) for name in (*KINDS, "gym:chain_sum")}
     assert all(key.meaning for name in ("arithmetic", "countdown", "path/to/file.py") for key in told[name])
     digits = next(key for key in told["arithmetic"] if key.name == "digits")
-    assert (digits.kind, digits.default, digits.meaning) == (
-        "whole number at least 1 and at most 9",
-        "1",
-        "digits of a number, at most",
-    )
+    said = "whole number at least 1 and at most 9", "1", "digits of a number, at most"
+    assert (digits.kind, digits.default, digits.meaning) == said
     sums = {key.name: (key.kind, key.default) for key in told["gym:chain_sum"]}
     assert sums["min_terms"] == ("whole number", "2") and sums["allow_negation"] == ("true or false", "false")
     assert {"gym:composite", "gym:chain_sum"} < {key.name for key in told["gym:NAME"]}

@@ -132,10 +132,9 @@ def test_errors_are_one_line_and_the_worker_lives_on(make, code, message):
 
 @pytest.mark.parametrize("code", ["time.sleep(60)", "while True: pass"])
 def test_a_call_that_hangs_is_killed_in_time_and_the_next_starts_anew(make, code):
-    sandbox = make(0, timeout=0.5)
+    sandbox, began = make(0, timeout=0.5), time.monotonic()
     pid = sandbox.run(PID)
     sandbox.call("add", 1)
-    began = time.monotonic()
     with pytest.raises(SandboxError, match=r"took longer than 0\.5 s"):
         sandbox.run(code)
     assert time.monotonic() - began < 5 and gone(pid)
@@ -146,10 +145,9 @@ def test_a_call_that_hangs_is_killed_in_time_and_the_next_starts_anew(make, code
     ("code", "message"),
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", "ended its process.*SIGKILL"),
-        ("value = 'x' * (17 << 20)", "returned more than 16 MiB"),
-        (SCRIBBLE, "wrote over the worker's pipe"),
+        ("value = 'x' * (17 << 20)", "returned more than 16 MiB"), (SCRIBBLE, "wrote over the worker's pipe"),
     ],
-)
+)  # fmt: skip
 def test_a_worker_that_breaks_the_protocol_is_replaced(make, code, message):
     sandbox = make()
     with pytest.raises(SandboxError, match=message):
@@ -179,9 +177,7 @@ def test_what_the_worker_started_dies_with_it(make):
 
 
 def test_a_forgotten_worker_ends(make):
-    worker = Worker()
-    pid = worker.call(make().target, "run", PID)
-    del worker
+    pid = Worker().call(make().target, "run", PID)
     gc.collect()
     assert gone(pid)
 

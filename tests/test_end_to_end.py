@@ -3,7 +3,6 @@ the way."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -17,7 +16,7 @@ import pytest
 import torch
 import transformers
 
-from slingshot.base.files import read_json, read_jsonl
+from slingshot.base.files import read_json, read_jsonl, write_json
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cli import main as cli
 from slingshot.cost.receipt import Receipt
@@ -26,6 +25,7 @@ STAGES = {"base": "pretrain", "cold_start": "sft", "rl": "rl", "sample": "sample
 CHECKPOINTS = [name for name, kind in STAGES.items() if kind != "sample"]
 EVALUATED = ["base", "rl"]
 CLOCKS = {"seconds", "tokens_per_second", "mfu"}
+WAIT = 300  # seconds at most for a moment or an end, on a machine that has other work
 
 
 def launch(*arguments: object, ranks: int = 1) -> subprocess.Popen[str]:
@@ -36,7 +36,7 @@ def launch(*arguments: object, ranks: int = 1) -> subprocess.Popen[str]:
 
 def end(process: subprocess.Popen[str], code: int = 0) -> str:
     """What a process printed on standard error, once it has ended with `code`."""
-    _, error = process.communicate(timeout=300)
+    _, error = process.communicate(timeout=WAIT)
     assert process.returncode == code, error
     return error
 
@@ -68,6 +68,7 @@ def test_every_stage_leaves_its_artifact_and_account(micro: Path) -> None:
     assert metrics(micro / "base")[-1]["loss"] < 0.3 * metrics(micro / "base")[0]["loss"]
 
 
+@pytest.mark.slow
 def test_the_report_tells_of_every_stage(micro: Path) -> None:
     report = read_json(micro / "report.json")
     assert [(stage["name"], stage["kind"]) for stage in report["stages"]] == list(STAGES.items())
@@ -85,13 +86,13 @@ def test_the_report_tells_of_every_stage(micro: Path) -> None:
     assert "<svg" in page and 'src="http' not in page and all(name in page for name in STAGES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_transformers_loads_what_was_trained(micro: Path, name: str) -> None:
     """Logits of a problem with a response agree within 1e-4 of their standard deviation, and so do tokenizer and
     template."""
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
-        micro / name, dtype=torch.float32, output_loading_info=True
-    )
+    loaded = {"dtype": torch.float32, "output_loading_info": True}
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(micro / name, **loaded)
     assert not info["missing_keys"] and not info["mismatched_keys"]
     tokenizer, their_tokenizer = load_tokenizer(micro / name), transformers.AutoTokenizer.from_pretrained(micro / name)
     chat = [{"role": "user", "content": "What is 3+4?"}]
@@ -105,6 +106,7 @@ def test_transformers_loads_what_was_trained(micro: Path, name: str) -> None:
     assert (found - expected).abs().max() <= 1e-4 * expected.std()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_skipped_whole(micro: Path) -> None:
     before = {path: path.stat().st_mtime_ns for name in STAGES for path in (micro / name).iterdir()}
     said = end(launch("run", "micro", "--out", micro)).splitlines()
@@ -113,15 +115,11 @@ def test_a_finished_run_is_skipped_whole(micro: Path) -> None:
 
 
 # Save after every step, and stop after every few problems: neither may change what comes out.
-EAGER = [f"{name}.save_seconds=0.0" for name in STAGES] + [
-    "evaluation.save_seconds=0.0",
-    "sample.chunk=4",
-    "evaluation.chunk=2",
-]
+EAGER = [f"{name}.save_seconds=0.0" for name in [*STAGES, "evaluation"]] + ["sample.chunk=4", "evaluation.chunk=2"]
 
 
 def wait_for(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + WAIT
     while not reached():
         assert process.poll() is None and time.monotonic() < deadline, "ended before the moment of its interruption"
         time.sleep(0.002)
@@ -139,6 +137,22 @@ def states(folder: Path) -> list[int]:
 
 def child_of(process: subprocess.Popen[str]) -> int:
     return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+
+
+def test_a_killed_stage_goes_on_to_the_same_weights(micro: Path, tmp_path: Path) -> None:
+    """The runner is killed within pre-training, and run again."""
+    command = ("run", "micro", "base.save_seconds=0.0", "--until", "base", "--out", tmp_path)
+    process = launch(*command)
+    try:
+        wait_for(process, lambda: lines(tmp_path / "base.partial") >= 10)
+    finally:
+        process.kill()
+    end(process, -signal.SIGKILL)
+    assert states(tmp_path / "base.partial")
+    end(launch(*command))
+    weights = Path("base") / "model.safetensors"
+    assert (tmp_path / weights).read_bytes() == (micro / weights).read_bytes()
+    assert metrics(tmp_path / "base") == metrics(micro / "base")
 
 
 @pytest.fixture(scope="module")
@@ -176,11 +190,8 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path
         os.kill(child_of(process), signal.SIGKILL)
         seen["said at the stage's death"] = end(process, 2)
 
-        for place in (
-            out / "evaluations" / "rl.partial",
-            out / "sample.partial",
-        ):  # kill -9 within these, or just behind if they are too quick
-            process = start()
+        for place in (out / "evaluations" / "rl.partial", out / "sample.partial"):
+            process = start()  # kill -9 within these, or just behind if they are too quick
             wait_for(process, lambda: bool(states(place)) or place.with_suffix("").exists())  # noqa: B023
             process.kill()
             end(process, -signal.SIGKILL)
@@ -247,29 +258,24 @@ def on_two_ranks(micro: Path, out: Path, name: str, *changes: str) -> Path:
 def test_two_ranks_pretrain_as_one_process(micro: Path, tmp_path: Path) -> None:
     """20 float32 steps: losses within 1e-5, router biases the same."""
     two = on_two_ranks(micro, tmp_path, "base", "steps=20", "batch_size=15")
-    config = read_json(micro / "configs" / "base.json") | {"steps": 20, "batch_size": 15}
-    (tmp_path / "one.json").write_text(json.dumps(config))
-    end(launch("pretrain", "--config", tmp_path / "one.json", "--out", tmp_path / "one"))
+    config = micro / "configs" / "base.json"
+    end(launch("pretrain", "--config", config, "steps=20", "batch_size=15", "--out", tmp_path / "one"))
     one_rows, two_rows = metrics(tmp_path / "one"), metrics(two)
     assert len(one_rows) == len(two_rows) == 20
     for mine, theirs in zip(two_rows, one_rows, strict=True):
         for key in ("loss", "mtp_loss", "balance_loss"):
             assert mine[key] == pytest.approx(theirs[key], abs=1e-5), (mine["step"], key)
-    biases = [
-        [layer.gate.e_score_correction_bias for layer in load_model(path).moe_layers()]
-        for path in (tmp_path / "one", two)
-    ]
-    assert all(torch.equal(a, b) and a.count_nonzero() for a, b in zip(*biases, strict=True))
+    layers = zip(*(load_model(path).moe_layers() for path in (tmp_path / "one", two)), strict=True)
+    biases = [[layer.gate.e_score_correction_bias for layer in pair] for pair in layers]
+    assert all(torch.equal(a, b) and a.count_nonzero() for a, b in biases)
     one, both = Receipt.read(tmp_path / "one"), Receipt.read(two)
     assert (one.tokens, one.flops_by_part) == (both.tokens, pytest.approx(both.flops_by_part))
 
 
 @pytest.mark.slow
 def test_two_ranks_fine_tune_as_one_process(micro: Path, tmp_path: Path) -> None:
-    rows = metrics(on_two_ranks(micro, tmp_path, "cold_start"))
-    assert [row["loss"] for row in rows] == pytest.approx(
-        [row["loss"] for row in metrics(micro / "cold_start")], abs=1e-4
-    )
+    rows, expected = metrics(on_two_ranks(micro, tmp_path, "cold_start")), metrics(micro / "cold_start")
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], abs=1e-4)
 
 
 @pytest.mark.slow
@@ -317,6 +323,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -338,53 +345,41 @@ def test_a_recipe_that_cannot_run_is_refused_before_it_does(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_places_that_cannot_be_written_are_named(refused: Callable[..., str], micro: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert f"cannot write {tmp_path / 'file' / 'out'}" in refused("run", "micro", "--out", tmp_path / "file" / "out")
-    config = micro / "configs" / "base.json"
-    assert f"cannot write {tmp_path / 'file'}" in refused(
-        "pretrain", "--config", config, "steps=1", "--out", tmp_path / "file" / "out"
-    )
-    assert f"{micro / 'base'} exists already; remove it or choose another --out" in refused(
-        "pretrain", "--config", config, "--out", micro / "base"
-    )
+    out, stage = tmp_path / "file" / "out", ("pretrain", "--config", micro / "configs" / "base.json")
+    assert f"cannot write {out}" in refused("run", "micro", "--out", out)
+    assert f"cannot write {tmp_path / 'file'}" in refused(*stage, "steps=1", "--out", out)
+    exists = f"{micro / 'base'} exists already; remove it or choose another --out"
+    assert exists in refused(*stage, "--out", micro / "base")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.slow
 def test_inputs_that_are_not_what_they_should_be_are_named(
     refused: Callable[..., str], micro: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
-    raw = read_json(micro / "base" / "config.json")
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "config.json").write_text(json.dumps(raw | {"model_type": "mixtral"}))
-    task = "tasks=[{name='arithmetic'}]"
+    raw, other, nowhere = read_json(micro / "base" / "config.json"), tmp_path / "other", tmp_path / "nowhere"
+    write_json(other / "config.json", raw | {"model_type": "mixtral"})
+    task, unknown = "tasks=[{name='arithmetic'}]", "task 'arithmetics' is unknown; did you mean arithmetic?"
     cases: list[tuple[list[object], str]] = [
-        (["sft", tmp_path / "nowhere", task, "examples=1"], f"{tmp_path / 'nowhere'}: no such folder or .gguf file"),
+        (["sft", nowhere, task, "examples=1"], f"{nowhere}: no such folder or .gguf file"),
         (["evaluate", other, task], "model_type 'mixtral' is not supported"),
-        (
-            ["rl", micro / "base", "tasks=[{name='arithmetics'}]"],
-            "task 'arithmetics' is unknown; did you mean arithmetic?",
-        ),
-        (
-            ["sft", micro / "base", f"data=['{tmp_path / 'nowhere.jsonl'}']"],
-            f"{tmp_path / 'nowhere.jsonl'} does not exist",
-        ),
+        (["rl", micro / "base", "tasks=[{name='arithmetics'}]"], unknown),
+        (["sft", micro / "base", f"data=['{nowhere}.jsonl']"], f"{nowhere}.jsonl does not exist"),
         (["evaluate", micro / "sample", task], "sample/config.json: No such file or directory"),
     ]
     for arguments, line in cases:
         assert line in refused(*arguments, "dtype=float32", "threads=1", "--out", tmp_path / "out"), arguments
     for source in ("empty.txt", "binary.txt"):
-        corpus = json.dumps(
-            {**read_json(micro / "configs" / "base.json"), "documents": None, "text": [str(tmp_path / source)]}
-        )
-        (tmp_path / "corpus.json").write_text(corpus)
-        assert str(tmp_path / source) in refused(
-            "pretrain", "--config", tmp_path / "corpus.json", "--out", tmp_path / "out"
-        )
-    assert not (tmp_path / "out").exists()
+        corpus = {"documents": None, "text": [str(tmp_path / source)]}
+        write_json(tmp_path / "corpus.json", read_json(micro / "configs" / "base.json") | corpus)
+        said = refused("pretrain", "--config", tmp_path / "corpus.json", "--out", tmp_path / "out")
+        assert str(tmp_path / source) in said
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.slow

@@ -35,12 +35,8 @@ def test_every_stage_has_a_config_of_its_own_name() -> None:
 def test_a_table_in_part_keeps_the_other_defaults_of_its_stage() -> None:
     config = parse("rl", optimizer={"lr": 3e-5}, sampling={"max_tokens": 7})
     assert (config.optimizer.name, config.optimizer.lr, config.optimizer.warmup) == ("adamw", 3e-5, 0.0)
-    assert parse("evaluate", sampling={"top_k": 5}).sampling.model_dump() == {
-        "max_tokens": 128,
-        "temperature": 0.6,
-        "top_p": 0.95,
-        "top_k": 5,
-    }
+    sampling = {"max_tokens": 128, "temperature": 0.6, "top_p": 0.95, "top_k": 5}
+    assert parse("evaluate", sampling={"top_k": 5}).sampling.model_dump() == sampling
     assert (parse("sft").optimizer.name, parse("sft").optimizer.lr) == ("muon", 3e-3)
 
 
@@ -74,9 +70,8 @@ def test_an_old_spelling_is_refused_with_the_new_one_and_read_in_a_receipt(
 def test_a_whole_old_receipt_gets_its_tables() -> None:
     old = SMALLEST["rl"] | {"optimizer": "muon", "lr": 0.1, "clip_low": 0.3, "temperature": 0.5, "threads": 1}
     config = STAGES["rl"].config.parse(STAGES["rl"].config.renewed(old))
-    assert config == parse(
-        "rl", optimizer={"name": "muon", "lr": 0.1}, loss={"clip_low": 0.3}, sampling={"temperature": 0.5}, threads=1
-    )
+    tables = {"optimizer": {"name": "muon", "lr": 0.1}, "loss": {"clip_low": 0.3}, "sampling": {"temperature": 0.5}}
+    assert config == parse("rl", **tables, threads=1)
 
 
 @pytest.mark.parametrize(

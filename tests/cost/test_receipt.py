@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -29,6 +31,7 @@ class Clock:
     """time.perf_counter under the test's control."""
 
     now = 100.0
+    time_ns = staticmethod(time.time_ns)
 
     def perf_counter(self) -> float:
         return self.now
@@ -107,6 +110,27 @@ def test_digest_is_answered_by_the_receipt(tmp_path: Path, clock: Clock) -> None
     receipt = Receipt.read(out)
     receipt.model_copy(update={"digest": "of the receipt"}).write(out)
     assert artifact_digest(out) == "of the receipt"  # gigabytes are not read twice
+
+
+def test_a_large_copy_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its receipt is not trusted, since the files are younger; what rested is remembered by size, inode and times."""
+    out, read = folder(tmp_path / "out", model="weights"), []
+    real, now = hashlib.file_digest, time.time_ns
+    os.truncate(out / "model", 1 << 24)
+    Meter().receipt("sft", "out", {}, [], out, MACHINE).write(out)
+    time.sleep(0.02)
+    shutil.copy2(out / "model", out / "copy")
+    (out / "copy").rename(out / "model")
+    monkeypatch.setattr(hashlib, "file_digest", lambda *content: read.append(1) or real(*content))
+    assert artifact_digest(out) == artifact_digest(out) and len(read) == 2, "younger than two seconds: not remembered"
+    monkeypatch.setattr(time, "time_ns", lambda: now() + 3_000_000_000)
+    before = artifact_digest(out)
+    assert artifact_digest(out) == before == Receipt.read(out).digest and len(read) == 3
+    times = (out / "model").stat()
+    with (out / "model").open("r+b") as file:
+        file.write(b"W")
+    os.utime(out / "model", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert artifact_digest(out) != before and len(read) == 4, "same size, and its mtime set back"
 
 
 @pytest.mark.parametrize("change", ["edited", "replaced by an older file", "added", "removed"])

@@ -11,11 +11,9 @@ SUMS = {"name": "arithmetic", "params": {"min_terms": 2, "max_terms": 2, "operat
 
 MODEL = {
     "family": "deepseek_v3", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 128, "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "moe_intermediate_size": 16, "n_routed_experts": 8,
-    "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
-    "num_nextn_predict_layers": 1,
+    "num_attention_heads": 2, "max_position_embeddings": 128, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8, "v_head_dim": 8, "moe_intermediate_size": 16, "n_routed_experts": 8, "n_shared_experts": 1,
+    "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1,
 }  # fmt: skip
 
 
@@ -29,15 +27,10 @@ def pretraining():
     """pretraining(**changes): a run of 30 steps, about two seconds."""
     documents = {"tasks": [SUMS], "count": 600, "styles": {"answer": 1.0, "steps": 1.0}, "template_share": 0.6}
     run = {
-        "vocab_size": 300,
-        "sequence_length": 48,
-        "batch_size": 16,
-        "micro_batch_size": 16,
-        "steps": 30,
-        "optimizer": {"lr": 0.01, "adam_lr": 0.01},
-    }
-    common = {"dtype": "float32", "threads": 1, "model": MODEL, "documents": documents}
-    return lambda **changes: pretrain.PretrainConfig.parse({**common, **run, **changes}, "base")
+        "dtype": "float32", "threads": 1, "model": MODEL, "documents": documents, "vocab_size": 300, "steps": 30,
+        "sequence_length": 48, "batch_size": 16, "micro_batch_size": 16, "optimizer": {"lr": 0.01, "adam_lr": 0.01},
+    }  # fmt: skip
+    return lambda **changes: pretrain.PretrainConfig.parse({**run, **changes}, "base")
 
 
 @pytest.fixture(scope="session")

@@ -31,14 +31,8 @@ EXAMPLES = [
 def finetuning(base: Path, tmp_path: Path) -> Finetuning:
     """finetuning(**changes): on 40 examples of a file."""
     write_jsonl(tmp_path / "data" / "data.jsonl", EXAMPLES)
-    common = {
-        "model": str(base),
-        "data": [str(tmp_path / "data")],
-        "dtype": "float32",
-        "threads": 1,
-        "sequence_length": 48,
-        "batch_size": 4,
-    }
+    paths = {"model": str(base), "data": [str(tmp_path / "data")]}
+    common = {**paths, "dtype": "float32", "threads": 1, "sequence_length": 48, "batch_size": 4}
     return lambda **changes: sft.SFTConfig.parse({**common, **changes}, "sft")
 
 
@@ -64,10 +58,8 @@ def test_only_responses_are_targets_and_every_epoch_has_all_of_them(base: Path, 
         found = []
         for tokens_T, segments_T, weights_T in zip(rows.tokens_BT, rows.segments_BT, rows.weights_BT, strict=True):
             for segment in range(1, int(segments_T.max()) + 1):
-                inside = segments_T == segment
-                found.append(
-                    (tokens_T[inside & (weights_T == 0)].tolist(), tokens_T[inside & (weights_T > 0)].tolist())
-                )
+                inside, learnt = segments_T == segment, weights_T > 0
+                found.append((tokens_T[inside & ~learnt].tolist(), tokens_T[inside & learnt].tolist()))
             assert weights_T[segments_T == 0].count_nonzero() == 0
         assert sorted(found) == sorted(examples)
         seen.append(found)
@@ -91,9 +83,8 @@ def test_a_run_learns_the_format_and_says_what_it_took(
     per_epoch = -(-len(sft.rows_of_epoch(pairs(finetuning(), load_tokenizer(base)), finetuning(), 0).tokens_BT) // 4)
     assert abs(len(rows) - 3 * per_epoch) <= 3 and [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"] and rows[-1]["mtp_loss"] < 0.9 * rows[0]["mtp_loss"]
-    assert {parent.path for parent in receipt.parents} == {str(base), str(tmp_path / "data")} and receipt.extra[
-        "examples"
-    ] == 40
+    assert {parent.path for parent in receipt.parents} == {str(base), str(tmp_path / "data")}
+    assert receipt.extra["examples"] == 40
     length = sum(len(prompt) + len(response) for prompt, response in pairs(finetuning(), load_tokenizer(base)))
     assert receipt.tokens == 3 * length
     assert load_model(tmp_path / "out").config == load_model(base).config
@@ -106,11 +97,8 @@ def test_tasks_write_worked_solutions_of_the_train_split(
     config = finetuning(data=[], tasks=[sums], examples=20)
     responses = [tokenizer.decode(response) for _, response in pairs(config, tokenizer)]
     assert len(responses) == 20 and all(" plus " in response and "</think>" in response for response in responses)
-    answers = [
-        tokenizer.decode(response)
-        for _, response in pairs(finetuning(data=[], tasks=[sums], examples=20, style="answer"), tokenizer)
-    ]
-    assert not [answer for answer in answers if "plus" in answer]
+    config = finetuning(data=[], tasks=[sums], examples=20, style="answer")
+    assert not [response for _, response in pairs(config, tokenizer) if "plus" in tokenizer.decode(response)]
 
 
 def test_a_model_without_a_template_is_put_the_question_as_text(base: Path, finetuning: Finetuning) -> None:
@@ -134,9 +122,8 @@ def test_examples_that_are_too_long_are_counted_and_refused_when_they_are_most(
     extra = Receipt.read(tmp_path / "out").extra
     assert (extra["examples"], extra["dropped"]) == (2, 1)
     write_jsonl(tmp_path / "long.jsonl", [long, long, EXAMPLES[1]])
-    with pytest.raises(
-        SlingshotError, match=rf"2 of 3 examples are longer than {longest} tokens, .* has \d+; raise seq"
-    ):
+    line = rf"2 of 3 examples are longer than {longest} tokens, .* has \d+; raise seq"
+    with pytest.raises(SlingshotError, match=line):
         sft.run(config, tmp_path / "other")
 
 
@@ -164,14 +151,8 @@ def test_rows_without_reasoning_and_chats_are_taken(base: Path, finetuning: Fine
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (
-            '{"prompt": "a", "reasoning": "b"}\n',
-            'data.jsonl line 1: an example holds "prompt" and "answer", with or without "reasoning", all text',
-        ),
-        (
-            '{"prompt": "a", "reasoning": "b", "answer": "c"}\n{"prompt": "a", "reasoning": "b", "answer": 7}\n',
-            "line 2: an example holds",
-        ),
+        ('{"prompt": "a", "reasoning": "b"}\n', 'data.jsonl line 1: an example holds "prompt" and "answer", with or'),
+        ('{"prompt": "a", "answer": "c"}\n{"prompt": "a", "answer": 7}\n', "line 2: an example holds"),
         ("[1, 2]\n", "line 1: an example holds"),
         ('{"messages": [{"role": "user", "content": "a"}]}\n', "line 1: an example holds"),
         ('{"messages": "a"}\n', "line 1: an example holds"),
@@ -187,9 +168,8 @@ def test_data_that_holds_no_examples_is_named(finetuning: Finetuning, tmp_path: 
 
 
 def test_sources_that_are_not_there_are_named(finetuning: Finetuning, tmp_path: Path) -> None:
-    with pytest.raises(
-        SlingshotError, match=r"sft: no examples: give data = \[\.\.\.\], or tasks = \[\.\.\.\] with examples = N"
-    ):
+    line = r"sft: no examples: give data = \[\.\.\.\], or tasks = \[\.\.\.\] with examples = N"
+    with pytest.raises(SlingshotError, match=line):
         finetuning(data=[])
     with pytest.raises(SlingshotError, match="nowhere does not exist"):
         sft.run(finetuning(data=["nowhere"]), tmp_path / "out")

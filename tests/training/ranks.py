@@ -49,9 +49,8 @@ def train(parallel: Parallel) -> dict[str, Any]:
         losses = language_model_step(model, batch(step).shard(parallel), LanguageModelLoss(balance=0.01), 2, parallel)
         norm = optimizer.step(1.0)
         update_router_biases(model, losses.load_LE, 0.01)
-        logged.append(
-            [losses.loss, losses.mtp_loss, losses.balance_loss, norm, *(float(load.max()) for load in losses.load_LE)]
-        )
+        loads = [float(load.max()) for load in losses.load_LE]
+        logged.append([losses.loss, losses.mtp_loss, losses.balance_loss, norm, *loads])
         if step == STEPS // 2:
             weights, state = dict(whole_tensors(model.state_dict())), dict(whole_tensors(optimizer.state()))
             model, optimizer = start()
@@ -61,8 +60,7 @@ def train(parallel: Parallel) -> dict[str, Any]:
         "losses": logged,
         "biases": [layer.gate.e_score_correction_bias.tolist() for layer in model.moe_layers()],
         "weights": {name: tensor.flatten()[:50].tolist() for name, tensor in whole_tensors(model.state_dict())},
-        "sharded": sum(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-        / len(list(model.parameters())),
+        "sharded": sorted({hasattr(parameter, "full_tensor") for parameter in model.parameters()}),
         "gathered": parallel.gather(parallel.mine([{"row": row, "text": "é"} for row in range(5)])),
         "sums": parallel.sums({"ranks": 1.0, "rank": float(parallel.dp_rank)}),
         "max": parallel.max(parallel.dp_rank),
@@ -74,17 +72,12 @@ def read(parallel: Parallel, folder: Path) -> dict[str, Any]:
     weights = FolderWeights(folder)
     model = Transformer.empty(CONFIG, shard=parallel.shard)
     load_weights(model, weights)
-    own = sum(
-        (tensor.to_local() if hasattr(tensor, "to_local") else tensor).nbytes for tensor in model.state_dict().values()
-    )
+    local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in model.state_dict().values()]
+    own = sum(tensor.nbytes for tensor in local)
     expected = load_model(folder).state_dict()
     same = all(torch.equal(tensor, expected[name]) for name, tensor in whole_tensors(model.state_dict()))
-    return {
-        "read": weights.shards.bytes_read,
-        "own": own,
-        "same": same,
-        "file": (folder / "model.safetensors").stat().st_size,
-    }
+    size = (folder / "model.safetensors").stat().st_size
+    return {"read": weights.shards.bytes_read, "own": own, "same": same, "file": size}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from slingshot.checkpoint.safetensors import write_shards
 from slingshot.model.transformer import Transformer
 from slingshot.training.parallel import Parallel
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("ranks.py")
 
 
@@ -43,22 +44,12 @@ def two(ranks: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> list[dic
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text(json.dumps(ranks.CONFIG.to_hf()))
     write_shards(folder / "model", to_hf_tensors(ranks.CONFIG, model.state_dict()).items())
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(SCRIPT),
-        str(folder),
-    ]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=120)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, SCRIPT, folder], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.slow
 def test_losses_and_norms_are_those_of_one_process(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
     """20 float32 steps: cross entropy, MTP and balance loss, norm and loads, on either rank, over a resumption."""
     assert len(alone["losses"]) == 20 and alone["losses"][-1][0] < alone["losses"][0][0] - 0.1
@@ -66,34 +57,27 @@ def test_losses_and_norms_are_those_of_one_process(alone: dict[str, Any], two: l
         assert torch.allclose(torch.tensor(rank["losses"]), torch.tensor(alone["losses"]), atol=1e-5, rtol=1e-6)
 
 
-@pytest.mark.slow
 def test_router_biases_are_equal_on_all_ranks(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
     assert two[0]["biases"] == two[1]["biases"] == alone["biases"]
     assert any(abs(bias) > 0.05 for layer in alone["biases"] for bias in layer)
 
 
-@pytest.mark.slow
 def test_parameters_are_sharded_and_gather_to_the_same_weights(
     alone: dict[str, Any], two: list[dict[str, Any]]
 ) -> None:
-    assert two[0]["sharded"] == two[1]["sharded"] == 1.0 and alone["sharded"] == 0.0
+    assert two[0]["sharded"] == two[1]["sharded"] == [True] and alone["sharded"] == [False]
     assert two[0]["weights"] == two[1]["weights"]
     for name, values in alone["weights"].items():
         assert two[0]["weights"][name] == pytest.approx(values, abs=1e-4), name
 
 
-@pytest.mark.slow
 def test_rows_and_numbers_meet_on_every_rank(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
     rows = [{"row": row, "text": "é"} for row in range(5)]
     assert [each["gathered"] for each in (alone, *two)] == [rows] * 3
-    assert [each["sums"] for each in two] == [{"ranks": 2.0, "rank": 1.0}] * 2 and [each["max"] for each in two] == [
-        1,
-        1,
-    ]
+    assert [(each["sums"], each["max"]) for each in two] == [({"ranks": 2.0, "rank": 1.0}, 1)] * 2
     assert alone["sums"] == {"ranks": 1.0, "rank": 0.0}
 
 
-@pytest.mark.slow
 def test_each_rank_reads_only_the_bytes_it_keeps(two: list[dict[str, Any]]) -> None:
     for rank in two:
         reading = rank["reading"]

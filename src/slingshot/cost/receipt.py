@@ -11,6 +11,7 @@ A stage keeps a `Meter` from its first step to its last, across interruptions, a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import resource
 import sys
@@ -24,12 +25,13 @@ from pydantic import ConfigDict, Field, model_validator
 from slingshot import __version__
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import read_json, write_json
+from slingshot.base.files import digest, read_json, read_text, write_json, write_text
 from slingshot.base.quantity import show_size
 from slingshot.machine.energy import Energy
-from slingshot.machine.machine import Machine
+from slingshot.machine.machine import Machine, measurement_path
 
 RECEIPT = "receipt.json"
+_LARGE = 1 << 24  # bytes; less than this is read faster than it is worth remembering
 
 
 class PeakMemory(Strict):
@@ -228,9 +230,10 @@ class Meter:
 def artifact_digest(path: Path) -> str:
     """A short name of an artifact's content: 16 hex digits of a SHA-256 over its files' names and bytes.
 
-    A folder with a receipt answers from it, unless something in it is younger. Receipts, metrics, TensorBoard's event
-    files and hidden files do not count: they hold clocks, and the same stage run twice is the same artifact.
-    SlingshotError when there is nothing at `path`.
+    A folder with a receipt answers from it, unless something in it is younger, as in a copy. What is large is read
+    once, and remembered in the user's cache folder as long as size, inode and times of all its files stay. Receipts,
+    metrics, TensorBoard's event files and hidden files do not count: they hold clocks, and the same stage run twice is
+    the same artifact. SlingshotError when there is nothing at `path`.
     """
     if not path.exists():
         raise SlingshotError(f"{path} does not exist; a stage was to read it")
@@ -240,6 +243,10 @@ def artifact_digest(path: Path) -> str:
         files = {file.relative_to(path): file for file in found if _counts(file.relative_to(path))}
         if (receipt := path / RECEIPT).is_file() and _is_older(path, files.values(), receipt.stat().st_ctime_ns):
             return Receipt.read(path).digest
+    began, stats = time.time_ns(), _stats(files)
+    remembered = measurement_path().with_name("digests") / digest(stats)
+    with contextlib.suppress(SlingshotError):
+        return read_text(remembered)
     total = hashlib.sha256()
     for relative, file in files.items():
         try:
@@ -247,7 +254,20 @@ def artifact_digest(path: Path) -> str:
                 total.update(relative.as_posix().encode() + b"\0" + hashlib.file_digest(content, "sha256").digest())
         except OSError as error:
             raise SlingshotError(f"cannot read {file}: {error.strerror or error}") from error
-    return total.hexdigest()[:16]
+    content = total.hexdigest()[:16]
+    # A change within a tick of the clock after another leaves no trace: only files that have rested are remembered.
+    # Their time of change (ctime) is the one that nobody sets back.
+    rested = all(ctime < began - 2_000_000_000 for *_, ctime in stats)
+    if rested and sum(size for _, size, *_ in stats) >= _LARGE and _stats(files) == stats:
+        with contextlib.suppress(SlingshotError):  # a cache that cannot be written makes the next time slow, not wrong
+            write_text(remembered, content)
+    return content
+
+
+def _stats(files: Mapping[Path, Path]) -> list[tuple[str, int, int, int, int, int]]:
+    """Name, size, device, inode and times of every file: what changes when one is written, replaced or copied."""
+    stats = [(name.as_posix(), file.stat()) for name, file in files.items()]
+    return [(name, s.st_size, s.st_dev, s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats]
 
 
 def _counts(file: Path) -> bool:

@@ -16,6 +16,11 @@ from typing import Any
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_jsonl
 
+_FORMS = (
+    'an example holds "prompt" and "answer", with or without "reasoning", all text; '
+    'or "messages" with a role and content each, one of them the assistant\'s'
+)
+
 
 @dataclass(frozen=True)
 class Example:
@@ -36,10 +41,7 @@ def read_examples(source: Path) -> list[Example]:
     for number, row in enumerate(read_jsonl(file), start=1):
         found = _of_row(row) if isinstance(row, dict) else []
         if not found:
-            raise SlingshotError(
-                f'{file} line {number}: an example holds "prompt" and "answer", with or without "reasoning", all text; '
-                'or "messages" with a role and content each, one of them the assistant\'s'
-            )
+            raise SlingshotError(f"{file} line {number}: {_FORMS}")
         examples += found
     return examples
 
@@ -47,13 +49,10 @@ def read_examples(source: Path) -> list[Example]:
 def _of_row(row: dict[str, Any]) -> list[Example]:
     if "messages" not in row:
         given = [row.get("prompt"), row.get("reasoning", ""), row.get("answer")]
-        return (
-            [Example(given[0], row.get("reasoning"), given[2])] if all(isinstance(text, str) for text in given) else []
-        )
+        is_text = all(isinstance(text, str) for text in given)
+        return [Example(row["prompt"], row.get("reasoning"), row["answer"])] if is_text else []
     messages = row["messages"]
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
-    ):
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and type(m.get("role")) is str for m in messages):
         return []
     examples = []
     for place, message in enumerate(messages):

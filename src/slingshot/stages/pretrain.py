@@ -44,15 +44,15 @@ from slingshot.training.language_model import LanguageModelLoss, evaluate_loss, 
 from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule, update_router_biases
 from slingshot.training.parallel import Parallel
 
+Share = Annotated[float, Field(gt=0)]
+
 
 class Documents(Strict):
     """Documents written by tasks: how many, in which styles, and how many of them as a chat in R1's template."""
 
     tasks: list[TaskConfig] = Field(min_length=1)
     count: int = Field(ge=1)
-    styles: dict[Style, Annotated[float, Field(gt=0)]] = Field(
-        {"answer": 0.6, "steps": 0.3, "slips": 0.1}, min_length=1
-    )
+    styles: dict[Style, Share] = Field({"answer": 0.6, "steps": 0.3, "slips": 0.1}, min_length=1)
     template_share: float = Field(0.25, ge=0, le=1)
     language_mix: float = Field(0.2, ge=0, le=1)
 
@@ -87,19 +87,21 @@ class PretrainConfig(StageConfig):
     def _possible(self) -> Self:
         if self.documents is None and not self.text:
             raise ValueError("a corpus is needed: give [documents], text = [...], or both")
-        longest = ModelConfig.parse({**self.model, "vocab_size": self.vocab_size}, "model").max_position_embeddings
-        if self.sequence_length > longest:
-            raise ValueError(
-                f"sequence_length {self.sequence_length} is beyond the model's max_position_embeddings {longest}"
-            )
+        given, longest = self.sequence_length, self.shape(self.vocab_size).max_position_embeddings
+        if given > longest:
+            raise ValueError(f"sequence_length {given} is beyond the model's max_position_embeddings {longest}")
         return self
+
+    def shape(self, vocab_size: int) -> ModelConfig:
+        """The model's config for a tokenizer of this size."""
+        return ModelConfig.parse({**self.model, "vocab_size": vocab_size}, "model")
 
 
 def run(config: PretrainConfig, out: Path) -> None:
     """Train from scratch and write a checkpoint to `out`; resumes from `out.partial`."""
     with Parallel.start() as parallel, Checkpointer(out, "pretrain", config, parallel) as work:
         corpus = prepare(config)
-        model_config = ModelConfig.parse({**config.model, "vocab_size": corpus.tokenizer.vocab_size}, "model")
+        model_config = config.shape(corpus.tokenizer.vocab_size)
         model = Transformer.empty(model_config, parallel.device, shard=parallel.shard)
         model.init_weights(torch.Generator().manual_seed(config.seed))
         model.compute_dtype = work.dtype
@@ -158,7 +160,7 @@ def prepare(config: PretrainConfig) -> PackedCorpus:
     """Write, read, tokenize and pack what the config asks for."""
     written = list(_written(config)) if config.documents else []
     train_text, heldout_text = Corpus.open(config.text, config.text_key).split() if config.text else ([], [])
-    model_type = ModelConfig.parse({**config.model, "vocab_size": config.vocab_size}, "model").model_type
+    model_type = config.shape(config.vocab_size).model_type
     if config.tokenizer:
         tokenizer = load_tokenizer(locate(config.tokenizer))
         tokenizer.check_split(model_type)
@@ -169,10 +171,8 @@ def prepare(config: PretrainConfig) -> PackedCorpus:
     random.Random(f"order/{config.seed}").shuffle(documents)
     tokens_NT, segments_NT = pack(documents, config.sequence_length)
     if len(tokens_NT) < config.batch_size:
-        rows = f"{len(tokens_NT)} rows of {config.sequence_length} tokens"
-        raise SlingshotError(
-            f"the corpus fills {rows}, fewer than one batch of {config.batch_size}; add text or lower batch_size"
-        )
+        rows = f"{len(tokens_NT)} rows of {config.sequence_length} tokens, fewer than one batch of {config.batch_size}"
+        raise SlingshotError(f"the corpus fills {rows}; add text or lower batch_size")
     corpus = PackedCorpus(tokenizer, tokens_NT, segments_NT)
     if heldout_text:
         windows = list(strided(_framed(tokenizer, heldout_text), config.sequence_length))

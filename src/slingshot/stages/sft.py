@@ -81,12 +81,9 @@ def run(config: SFTConfig, out: Path) -> None:
         if dropped and parallel.is_first:
             given = f"{dropped} of {dropped + len(examples)} examples"
             print(f"{out.name}: {given} are longer than {longest} tokens and left out", file=sys.stderr)
-        epochs = [rows_of_epoch(examples, config, epoch) for epoch in range(config.epochs)]
-        batches = [
-            rows[slice(start, start + config.batch_size)]
-            for rows in epochs
-            for start in range(0, len(rows), config.batch_size)
-        ]
+        size, batches = config.batch_size, []
+        for rows in (rows_of_epoch(examples, config, epoch) for epoch in range(config.epochs)):
+            batches += [rows[start : start + size] for start in range(0, len(rows), size)]
 
         model.compute_dtype = work.dtype
         optimizer = Optimizer(model, config.optimizer)
@@ -157,17 +154,15 @@ def fitting(pairs: Sequence[Pair], longest: int) -> tuple[list[Pair], int]:
     dropped = len(pairs) - len(kept)
     if dropped > len(kept):
         most = max(len(prompt) + len(response) for prompt, response in pairs)
-        raise SlingshotError(
-            f"{dropped} of {len(pairs)} examples are longer than {longest} tokens, the longest has {most}; "
-            "raise sequence_length (as far as the model's max_position_embeddings allow) or give shorter examples"
-        )
+        way_out = "raise sequence_length (as far as max_position_embeddings allow) or give shorter examples"
+        lengths = f"longer than {longest} tokens, the longest has {most}"
+        raise SlingshotError(f"{dropped} of {len(pairs)} examples are {lengths}; {way_out}")
     return kept, dropped
 
 
 def rows_of_epoch(pairs: Sequence[Pair], config: SFTConfig, epoch: int) -> Rows:
     """Rows of one epoch, examples in an order of its own; targets are the responses."""
     order = np.random.default_rng([config.seed, epoch]).permutation(len(pairs))
-    marked = [
-        (prompt + response, [0] * len(prompt) + [1] * len(response)) for prompt, response in (pairs[i] for i in order)
-    ]
+    chosen = (pairs[i] for i in order)
+    marked = [(prompt + response, [0] * len(prompt) + [1] * len(response)) for prompt, response in chosen]
     return Rows.of_examples(marked, config.sequence_length)

@@ -29,6 +29,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
@@ -55,6 +56,7 @@ try:
 except ImportError:  # TensorBoard is not a dependency; installed, it is used
     SummaryWriter = None  # type: ignore[assignment, misc]
 
+_NOTHING_YET = {".lock", "identity.json"}  # of a working folder in which no work was done
 Named = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, and JSON
 
 
@@ -98,8 +100,8 @@ class Checkpointer:
             self._lock = lock(self.folder)
             try:
                 self._open()
-            except BaseException:
-                self.__exit__()
+            except BaseException as error:
+                self.__exit__(type(error))
                 raise
         self._chosen = self.parallel.agree(self._chosen)
         torch.set_num_threads(self._chosen["threads"])
@@ -108,8 +110,10 @@ class Checkpointer:
             self.peak = machine_peak(self.dtype, self.parallel.device)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
         if self._lock is not None:
+            if kind and issubclass(kind, Exception) and {p.name for p in self.folder.glob("*")} <= _NOTHING_YET:
+                shutil.rmtree(self.folder, ignore_errors=True)  # refused before it began
             unlock(self._lock)
 
     def _refuse_what_exists(self) -> None:
@@ -164,16 +168,14 @@ class Checkpointer:
 
     def load(self) -> State | None:
         """The last state saved by an earlier run, or None; drops metrics of later steps."""
-        states = self._states()
         state = None
-        if states:
+        if states := self._states():
             step, folder = max(states.items())
             try:
                 tensors = load_file(folder / "tensors.safetensors")
             except (OSError, SafetensorError) as error:
-                raise SlingshotError(
-                    f"{folder} cannot be read: {error}; remove {self.folder} to start the stage anew"
-                ) from error
+                way_out = f"remove {self.folder} to start the stage anew"
+                raise SlingshotError(f"{folder} cannot be read: {error}; {way_out}") from error
             info = read_json(folder / "state.json")
             self.meter = Meter(info["meter"])
             state = State(step, tensors, info["info"])
@@ -261,7 +263,7 @@ class Checkpointer:
             if older != step:
                 shutil.rmtree(path)
 
-    def finish(self, write: Callable[[Path], None], extra: Mapping[str, Any] | None = None) -> None:
+    def finish(self, write: Callable[[Path], None], extra: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Write the artifact with its metrics and receipt, whole or not at all, and remove the working folder."""
         self.meter.flops_by_part = self.parallel.sums({"tokens": self.meter.tokens, **self.meter.flops_by_part})
         self.meter.tokens = int(self.meter.flops_by_part.pop("tokens"))
@@ -283,7 +285,7 @@ class Checkpointer:
                     None if self.peak is None else self.peak * self.parallel.dp_size,
                     self.config.price,
                     self.parallel.dp_size if self.parallel.device.type != "cpu" else 1,
-                    {**(extra or {}), "chosen": self._chosen},
+                    {**extra, "chosen": self._chosen},
                 ).write(folder)
             shutil.rmtree(self.folder, ignore_errors=True)
         self.parallel.barrier()
@@ -293,7 +295,7 @@ class Checkpointer:
         model: Transformer,
         tokenizer: Tokenizer,
         source: Path | None = None,
-        extra: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """`finish` with the model (made from the checkpoint `source`), unless its last update has broken it."""
         if self.parallel.max(int(not _computes(model))):

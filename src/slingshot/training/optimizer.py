@@ -22,6 +22,7 @@ from slingshot.base.config import Strict
 from slingshot.model.transformer import Transformer
 from slingshot.training.parallel import sharded_like, whole
 
+_NOT_OF_MUON = ("embed_tokens", "lm_head", "mlp.gate.weight")
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -120,9 +121,7 @@ class Optimizer:
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
-            is_matrix = parameter.dim() >= 2 and not any(
-                part in name for part in ("embed_tokens", "lm_head", "mlp.gate.weight")
-            )
+            is_matrix = parameter.dim() >= 2 and not any(part in name for part in _NOT_OF_MUON)
             (matrices if is_matrix and config.name == "muon" else others).append(parameter)
         decayed = [parameter for parameter in others if parameter.dim() >= 2]
         plain = [parameter for parameter in others if parameter.dim() < 2]
@@ -155,21 +154,16 @@ class Optimizer:
 
     def state(self) -> dict[str, Tensor]:
         """Named tensors of the state, sharded as the parameters are: NAME.exp_avg, NAME.momentum ..."""
-        return {
-            f"{name}.{key}": value
-            for name, part, parameter in self._slots()
-            for key, value in part.state[parameter].items()
-        }
+        slots = ((name, part.state[parameter]) for name, part, parameter in self._slots())
+        return {f"{name}.{key}": value for name, state in slots for key, value in state.items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take back what `state` gave, whole; sharded parameters take their shard."""
         for name, part, parameter in self._slots():
             for key in ("step", "exp_avg", "exp_avg_sq", "momentum"):
-                value = state.get(f"{name}.{key}")
-                if value is not None:
-                    part.state[parameter][key] = (
-                        value.to(parameter.device) if key == "step" else sharded_like(value, parameter)
-                    ).clone()
+                if (value := state.get(f"{name}.{key}")) is not None:
+                    placed = value.to(parameter.device) if key == "step" else sharded_like(value, parameter)
+                    part.state[parameter][key] = placed.clone()
 
 
 @torch.no_grad()

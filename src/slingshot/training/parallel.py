@@ -146,8 +146,7 @@ def sharded_like(full: Tensor, target: Tensor) -> Tensor:
 
 def whole_tensors(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """A state dict's tensors one by one, whole, its own where nothing is sharded. All ranks take part."""
-    for name, tensor in state.items():
-        yield name, whole(tensor)
+    return ((name, whole(tensor)) for name, tensor in state.items())
 
 
 @torch.no_grad()

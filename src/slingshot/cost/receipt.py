@@ -254,14 +254,14 @@ def artifact_digest(path: Path) -> str:
                 total.update(relative.as_posix().encode() + b"\0" + hashlib.file_digest(content, "sha256").digest())
         except OSError as error:
             raise SlingshotError(f"cannot read {file}: {error.strerror or error}") from error
-    content = total.hexdigest()[:16]
+    name = total.hexdigest()[:16]
     # A change within a tick of the clock after another leaves no trace: only files that have rested are remembered.
     # Their time of change (ctime) is the one that nobody sets back.
     rested = all(ctime < began - 2_000_000_000 for *_, ctime in stats)
     if rested and sum(size for _, size, *_ in stats) >= _LARGE and _stats(files) == stats:
         with contextlib.suppress(SlingshotError):  # a cache that cannot be written makes the next time slow, not wrong
-            write_text(remembered, content)
-    return content
+            write_text(remembered, name)
+    return name
 
 
 def _stats(files: Mapping[Path, Path]) -> list[tuple[str, int, int, int, int, int]]:

@@ -172,13 +172,8 @@ class Meter:
 
     def state(self) -> dict[str, Any]:
         """JSON from which `Meter(state)` goes on."""
-        return {
-            "tokens": self.tokens,
-            "flops_by_part": dict(self.flops_by_part),
-            "seconds": self.seconds,
-            "energy_joules": self.joules,
-            **self.peak_memory,
-        }
+        counts = {"tokens": self.tokens, "flops_by_part": dict(self.flops_by_part)}
+        return counts | {"seconds": self.seconds, "energy_joules": self.joules} | self.peak_memory
 
     def mfu(self, peak: float | None) -> float | None:
         """Model FLOPs utilisation so far (arXiv 2204.02311, appendix B): the share of `peak` FLOP/s reached."""
@@ -203,14 +198,12 @@ class Meter:
         `devices`: see `Receipt`.
         """
         seconds = self.seconds
+        made_from = [p if isinstance(p, Parent) else Parent(path=str(p), digest=artifact_digest(p)) for p in parents]
         return Receipt(
             stage=stage,
             name=name,
             config=dict(config),
-            parents=[
-                parent if isinstance(parent, Parent) else Parent(path=str(parent), digest=artifact_digest(parent))
-                for parent in parents
-            ],
+            parents=made_from,
             digest=artifact_digest(artifact),
             tokens=self.tokens,
             flops=self.flops,
@@ -256,7 +249,6 @@ def artifact_digest(path: Path) -> str:
             raise SlingshotError(f"cannot read {file}: {error.strerror or error}") from error
     name = total.hexdigest()[:16]
     # A change within a tick of the clock after another leaves no trace: only files that have rested are remembered.
-    # Their time of change (ctime) is the one that nobody sets back.
     rested = all(ctime < began - 2_000_000_000 for *_, ctime in stats)
     if rested and sum(size for _, size, *_ in stats) >= _LARGE and _stats(files) == stats:
         with contextlib.suppress(SlingshotError):  # a cache that cannot be written makes the next time slow, not wrong

@@ -133,9 +133,7 @@ class Task(Strict, ABC):
 class GeneratedTask(Task):
     """A task that makes problems without end, in `languages`, and solves them. A subclass brings `generate`."""
 
-    languages: tuple[Language, ...] = Field(
-        ("en", "ja"), min_length=1, description="asked and reasoned in, each as often"
-    )
+    languages: tuple[Language, ...] = Field(("en", "ja"), min_length=1, description="of the problems, each as often")
 
     @abstractmethod
     def generate(self, rng: random.Random) -> Iterator[Problem]:

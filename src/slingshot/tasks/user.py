@@ -156,10 +156,7 @@ class UserTask(IsolatedTask):
             return Reward(0.0, None, str(error))
 
     def step(self, problem: Problem, messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]] | None:
-        said: list[dict[str, str]] | None = None
-        if self.has_turns:
-            said = self.call("step", asdict(problem), [dict(message) for message in messages])
-        return said
+        return self.call("step", asdict(problem), list(map(dict, messages))) if self.has_turns else None
 
 
 class File:

@@ -21,7 +21,7 @@ ROOMS = {
     "base": (750, 540), "checkpoint": (2300, 3300), "cli": (1250, 900), "cost": (760, 600), "data": (350, 200),
     "engine": (860, 710), "kernels": (200, 110), "machine": (410, 270), "model": (1290, 1410), "parity": (0, 900),
     "planning": (2450, 1260), "quantization": (60, 80), "recipe": (1160, 1110), "rollout": (620, 560),
-    "sandbox": (315, 235), "stages": (1100, 1300), "tasks": (1212, 1180), "text": (1460, 1780),
+    "sandbox": (313, 235), "stages": (1100, 1300), "tasks": (1212, 1180), "text": (1460, 1780),
     "training": (1300, 1200), ".": (60, 680),
 }  # fmt: skip
 

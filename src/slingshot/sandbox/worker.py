@@ -25,6 +25,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
+from subprocess import DEVNULL, PIPE
 from threading import Timer
 from typing import Any, TypeVar
 
@@ -89,10 +90,9 @@ class Worker:
     def _start(self) -> subprocess.Popen[bytes]:
         home = tempfile.mkdtemp(prefix="slingshot-worker-")
         command = [sys.executable, "-P", "-c", _LAUNCH, json.dumps(sys.path)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         # In a session of its own: Ctrl-C is the parent's to handle, and a kill reaches the worker's own children.
-        process = subprocess.Popen(  # type: ignore[call-overload]
-            command, **pipes, env=environment(home), start_new_session=True
+        process = subprocess.Popen(
+            command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=environment(home), start_new_session=True
         )
         self._finalizer = weakref.finalize(self, _end, process, home)
         return process

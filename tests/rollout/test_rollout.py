@@ -105,9 +105,8 @@ def test_problems_that_are_all_too_long_are_refused_by_name(saying, count):
 
 def test_an_answer_that_fails_to_be_verified_ends_nothing_and_all_of_them_do(saying, tmp_path):
     file = tmp_path / "failing.py"
-    file.write_text(
-        "def problems(split, seed): yield {'prompt': 'x'}\ndef verify(problem, text): raise ValueError('oh')\n"
-    )
+    verifier = "def verify(problem, text): raise ValueError('oh')"
+    file.write_text(f"def problems(split, seed): yield {{'prompt': 'x'}}\n{verifier}\n")
     task = load_task(str(file))
     with VerificationPool([task]) as verification:
         failing = Rollout(saying(lambda *_: Solution("", "7")), SamplingParams(), PromptForm(), verification, ALONE)

@@ -49,10 +49,10 @@ def test_accepted_samples_are_kept_once(sampling, saying, tmp_path):
     assert logged[0]["pass_rate"] == pytest.approx(4 / 6)
 
 
-@pytest.mark.parametrize(
-    ("changes", "kept"),
-    [({"per_problem": 1}, ["because"]), ({"per_problem": 9, "language": False}, ["because", "だから", "also so"])],
-)
+NINE = {"per_problem": 9, "language": False}
+
+
+@pytest.mark.parametrize(("changes", "kept"), [({}, ["because"]), (NINE, ["because", "だから", "also so"])])
 def test_how_many_and_which_languages_are_kept(sampling, saying, tmp_path, changes, kept):
     config = sampling(**changes)
     sample.run(config, tmp_path / "out", saying(answering(config, *SAID)))
@@ -61,9 +61,7 @@ def test_how_many_and_which_languages_are_kept(sampling, saying, tmp_path, chang
 
 def test_a_model_that_solves_nothing_makes_no_dataset(sampling, saying, tmp_path):
     config = sampling()
-    with pytest.raises(
-        SlingshotError, match="base solved none of 6 problems in format; train it further or take easier"
-    ):
+    with pytest.raises(SlingshotError, match="base solved none of 6 problems in format; train it further"):
         sample.run(config, tmp_path / "out", saying(answering(config, ("wrong", False), "unclosed")))
     assert not (tmp_path / "out").exists()
 
@@ -85,13 +83,10 @@ def test_bad_problems_are_counted_and_end_nothing(sampling, saying, troubled, tm
     assert len(read_jsonl(tmp_path / "out" / "data.jsonl")) == len(config.draw()) - sum(counts)
 
 
-@pytest.mark.parametrize(
-    ("weight", "message"),
-    [
-        (math.nan, "lm_head.weight holds NaN or infinite values"),
-        (3e38, "not finite: its weights have diverged; go back to"),
-    ],
-)
+DIVERGED = {math.nan: "lm_head.weight holds NaN or infinite", 3e38: "not finite: its weights have diverged; go back to"}
+
+
+@pytest.mark.parametrize(("weight", "message"), DIVERGED.items())
 def test_a_diverged_model_ends_in_one_line(sampling, base, tmp_path, weight, message):
     model = load_model(base)
     model.lm_head.weight.data.fill_(weight)

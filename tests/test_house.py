@@ -18,11 +18,11 @@ LINE = 120  # columns
 
 # Lines of Python at most: the package's, the tests'.
 ROOMS = {
-    "base": (750, 540), "checkpoint": (2300, 3300), "cli": (1250, 900), "cost": (760, 600), "data": (350, 200),
+    "base": (750, 540), "checkpoint": (2300, 3300), "cli": (1250, 900), "cost": (760, 600), "data": (320, 195),
     "engine": (860, 710), "kernels": (200, 110), "machine": (410, 270), "model": (1290, 1410), "parity": (0, 900),
     "planning": (2450, 1260), "quantization": (60, 80), "recipe": (1160, 1110), "rollout": (620, 560),
-    "sandbox": (313, 235), "stages": (1100, 1300), "tasks": (1212, 1180), "text": (1460, 1780),
-    "training": (1300, 1200), ".": (60, 680),
+    "sandbox": (313, 235), "stages": (1040, 1140), "tasks": (1212, 1180), "text": (1460, 1780),
+    "training": (1230, 1085), ".": (60, 680),
 }  # fmt: skip
 
 # Files and rooms that are not as the house wants them yet; each list only ever gets shorter.
@@ -32,8 +32,8 @@ LONG_FILES = {
     "tests/checkpoint/test_gguf_read.py", "tests/checkpoint/test_gguf_write.py",
 }  # fmt: skip
 WIDE_ROOMS = {
-    "src": {"training", "checkpoint", "stages", "rollout"},
-    "tests": {".", "training", "model", "parity", "stages", "rollout"},
+    "src": {"checkpoint", "rollout"},
+    "tests": {".", "model", "parity", "stages", "rollout"},
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

@@ -31,10 +31,7 @@ LONG_FILES = {
     "tests/training/test_checkpointer.py",
     "tests/checkpoint/test_gguf_read.py", "tests/checkpoint/test_gguf_write.py",
 }  # fmt: skip
-WIDE_ROOMS = {
-    "src": {"checkpoint", "rollout"},
-    "tests": {".", "model", "parity", "stages", "rollout"},
-}
+WIDE_ROOMS = {"src": {"checkpoint", "rollout"}, "tests": {".", "model", "parity", "stages", "rollout"}}
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}
 

@@ -20,7 +20,7 @@ LINE = 120  # columns
 ROOMS = {
     "base": (750, 540), "checkpoint": (2300, 3300), "cli": (1250, 900), "cost": (760, 600), "data": (320, 195),
     "engine": (860, 710), "kernels": (200, 110), "machine": (410, 270), "model": (1290, 1410), "parity": (0, 900),
-    "planning": (2450, 1260), "quantization": (60, 80), "recipe": (1160, 1110), "rollout": (620, 560),
+    "planning": (2450, 1260), "quantization": (60, 80), "recipe": (1160, 1110), "rollout": (570, 490),
     "sandbox": (313, 235), "stages": (1040, 1140), "tasks": (1212, 1180), "text": (1460, 1780),
     "training": (1230, 1085), ".": (60, 680),
 }  # fmt: skip
@@ -31,7 +31,7 @@ LONG_FILES = {
     "tests/training/test_checkpointer.py",
     "tests/checkpoint/test_gguf_read.py", "tests/checkpoint/test_gguf_write.py",
 }  # fmt: skip
-WIDE_ROOMS = {"src": {"checkpoint", "rollout"}, "tests": {".", "model", "parity", "stages", "rollout"}}
+WIDE_ROOMS = {"src": {"checkpoint"}, "tests": {".", "model", "parity", "stages", "rollout"}}
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}
 

@@ -17,6 +17,14 @@ from slingshot.engine.sampling import SamplingParams
 from slingshot.machine.machine import Machine
 
 
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def reply(text):
+    return {"role": "assistant", "content": text}
+
+
 class ScriptedEngine:
     """Streams given deltas, one list per question; an exception among them is raised there."""
 
@@ -37,9 +45,8 @@ class ScriptedEngine:
                 yield delta
         finally:
             self.closed += 1
-        return SimpleNamespace(
-            token_ids=[1, 2, 3], answer=answer, finish_reason="length" if answer == "cut" else "stop"
-        )
+        reason = "length" if answer == "cut" else "stop"
+        return SimpleNamespace(token_ids=[1, 2, 3], answer=answer, finish_reason=reason)
 
 
 def talk(monkeypatch, engine, *lines, origin=None):
@@ -59,9 +66,8 @@ def talk(monkeypatch, engine, *lines, origin=None):
 
 
 def test_reasoning_is_dim_above_a_plain_answer(monkeypatch):
-    shown = talk(
-        monkeypatch, ScriptedEngine([("reasoning", "3 plus 4"), ("reasoning", " is 7"), ("answer", "[7]")]), "3+4?"
-    )
+    engine = ScriptedEngine([("reasoning", "3 plus 4"), ("reasoning", " is 7"), ("answer", "[7]")])
+    shown = talk(monkeypatch, engine, "3+4?")
     assert "\x1b[2m3 plus 4\x1b[0m\x1b[2m is 7\x1b[0m\n\n[7]\n" in shown
     assert "3 tokens" in shown
 
@@ -69,9 +75,8 @@ def test_reasoning_is_dim_above_a_plain_answer(monkeypatch):
 def test_conversation_is_remembered_without_its_reasoning(monkeypatch):
     engine = ScriptedEngine([("reasoning", "hm"), ("answer", "7")], [("answer", "8")])
     talk(monkeypatch, engine, "3+4?", "  ", "and 1 more?")
-    user, reply = {"role": "user", "content": "3+4?"}, {"role": "assistant", "content": "7"}
-    assert engine.asked[0][0] == [user]
-    assert engine.asked[1][0] == [user, reply, {"role": "user", "content": "and 1 more?"}]
+    assert engine.asked[0][0] == [user("3+4?")]
+    assert engine.asked[1][0] == [user("3+4?"), reply("7"), user("and 1 more?")]
     assert engine.asked[0][1].seed != engine.asked[1][1].seed
 
 
@@ -82,14 +87,6 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(monkeypatch):
     assert "1, 2, 3" not in shown
     assert engine.asked[1][0][1] == {"role": "assistant", "content": "1, 2"}
     assert engine.closed == 2
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def reply(text):
-    return {"role": "assistant", "content": text}
 
 
 def test_an_error_is_one_line_and_costs_the_question_alone(monkeypatch):

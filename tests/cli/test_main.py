@@ -78,9 +78,8 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         out.mkdir(exist_ok=True)
         meter = Meter()
         meter.add(tokens=1500, all=2e9)
-        meter.receipt(
-            "rl", out.name, config.model_dump(mode="json"), [], out, Machine(cpu="none", cores=1, memory_bytes=1)
-        ).write(out)
+        machine = Machine(cpu="none", cores=1, memory_bytes=1)
+        meter.receipt("rl", out.name, config.model_dump(mode="json"), [], out, machine).write(out)
 
     fake.run = run
     for kind in STAGES:
@@ -163,9 +162,8 @@ def test_a_stage_shows_its_keys(command: Command, stage: SimpleNamespace) -> Non
     shown = [" ".join(line.split()) for line in out.splitlines()]
     assert "lr 0.1 number above 0 step size of the update" in shown
     assert any(line.startswith("model nothing text") for line in shown)
-    assert (
-        "sampling: how responses are drawn" in shown
-    )  # a table has a heading, its keys below it as a recipe spells them
+    # A table has a heading, its keys below it as a recipe spells them.
+    assert "sampling: how responses are drawn" in shown
     assert "sampling.top_p 0.9 number at most 1 share of the probability kept" in shown
 
 
@@ -213,10 +211,8 @@ def test_a_stage_refuses_wrong_keys(
 
 def test_a_stage_needs_a_table_and_a_place(command: Command, stage: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[1]")
-    assert (
-        "must hold a table of keys, got list"
-        in command("rl", "--out", tmp_path / "new", "--config", tmp_path / "list.json")[2]
-    )
+    said = command("rl", "--out", tmp_path / "new", "--config", tmp_path / "list.json")[2]
+    assert "must hold a table of keys, got list" in said
     assert "rl: no --out" in command("rl", "runs/base")[2]
 
 
@@ -224,14 +220,11 @@ def test_a_stage_needs_a_table_and_a_place(command: Command, stage: SimpleNamesp
     ("failure", "code", "line"),
     [
         (SlingshotError("the loss is nan\nlower lr"), 2, "slingshot: the loss is nan lower lr\n"),
-        (
-            OSError(errno.ENOSPC, "No space left on device", "/full"),
-            2,
-            "slingshot: /full: No space left on device; free space there or choose another --out\n",
-        ),
+        (OSError(errno.ENOSPC, "No space left", "/full"), 2,
+         "slingshot: /full: No space left; free space there or choose another --out\n"),
         (KeyboardInterrupt(), 130, "slingshot: stopped and saved; the same command goes on from here\n"),
     ],
-)
+)  # fmt: skip
 def test_how_a_stage_ends_badly(
     command: Command, stage: SimpleNamespace, tmp_path: Path, failure: BaseException, code: int, line: str
 ) -> None:
@@ -262,22 +255,11 @@ def test_run_hands_its_options_to_the_recipe(command: Command, monkeypatch: pyte
         return SimpleNamespace(name="tiny")
 
     monkeypatch.setattr(Recipe, "load", load)
-    monkeypatch.setattr(
-        cli, "run_recipe", lambda loaded, out, until, nproc: calls.append((loaded.name, out, until, nproc))
-    )
-    assert (
-        command(
-            "run", "tiny", "rl.lr=1e-4", "--until", "rl", "--seed", 3, "--nproc", 2, "base.steps=5", "--out", tmp_path
-        )[0]
-        == 0
-    )
-    assert command("run", "tiny")[0] == 0
-    assert calls == [
-        ("tiny", ["rl.lr=1e-4", "base.steps=5"], 3),
-        ("tiny", tmp_path, "rl", 2),
-        ("tiny", [], None),
-        ("tiny", Path("runs/tiny"), None, 1),
-    ]
+    monkeypatch.setattr(cli, "run_recipe", lambda loaded, *options: calls.append((loaded.name, *options)))
+    options = ["--until", "rl", "--seed", 3, "--nproc", 2, "base.steps=5", "--out", tmp_path]
+    assert command("run", "tiny", "rl.lr=1e-4", *options)[0] == command("run", "tiny")[0] == 0
+    assert calls[:2] == [("tiny", ["rl.lr=1e-4", "base.steps=5"], 3), ("tiny", tmp_path, "rl", 2)]
+    assert calls[2:] == [("tiny", [], None), ("tiny", Path("runs/tiny"), None, 1)]
 
 
 @pytest.fixture
@@ -299,10 +281,8 @@ def test_convert_there_and_back(command: Command, checkpoint: Path, tmp_path: Pa
     assert command("convert", tmp_path / "model.gguf", tmp_path / "back", "--dtype", "float32")[0] == 0
     before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint, tmp_path / "back"))
     assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
-    assert [
-        command("inspect", folder)[0]
-        for folder in (checkpoint, tmp_path / "fp8", tmp_path / "model.gguf", tmp_path / "back")
-    ] == [0, 0, 0, 0]
+    for folder in (checkpoint, tmp_path / "fp8", tmp_path / "model.gguf", tmp_path / "back"):
+        assert command("inspect", folder)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -338,9 +318,8 @@ def test_prompts_come_from_arguments_standard_input_and_files(
     assert rows[0].keys() == {"prompt", "reasoning", "answer", "finish_reason"}
     assert json.loads(command(*asked, "--file", tmp_path / "more.jsonl")[1])["prompt"] == "six\nlines"
     (tmp_path / "more.jsonl").write_text('{"question": "six"}\n')
-    assert (
-        "every line must be an object with a text under prompt" in command(*asked, "--file", tmp_path / "more.jsonl")[2]
-    )
+    said = command(*asked, "--file", tmp_path / "more.jsonl")[2]
+    assert "every line must be an object with a text under prompt" in said
 
 
 def test_tasks_and_recipes_are_listed(command: Command) -> None:

@@ -74,14 +74,7 @@ def run_kind(kind: str, config: Config, out: Path) -> None:
         write_json(folder / "content.json", [config.lr, config.seed, [_content(path) for path in parents]])
         if kind == "evaluate":
             score = {"pass@1": 0.5, "ci95": [0.4, 0.6], "pass@8": None, "mean_tokens": 3.0, "format": 1.0, "n": 4}
-            wrong = {
-                "prompt": "1+1=",
-                "answer": "2",
-                "completion": "3",
-                "reasoning": "hm",
-                "response": "3",
-                "correct": False,
-            }
+            wrong = {"prompt": "1+1=", "answer": "2", "reasoning": "hm", "response": "3", "correct": False}
             right = wrong | {"prompt": "What is 2+2?", "reasoning": "two and two", "response": "4", "correct": True}
             write_json(folder / "evaluation.json", {"tasks": {"sums": score}, "examples": {"sums": [wrong, right]}})
         else:

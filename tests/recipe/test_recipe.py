@@ -13,13 +13,14 @@ from slingshot.recipe.recipe import Recipe
 from slingshot.recipe.tables import apply_override, parse_override
 
 Refusal = Callable[[Callable[[], object]], str]
+Load = Callable[..., Recipe]
 
 TEXT = Path(__file__).with_name("three.toml").read_text()
 
 pytestmark = pytest.mark.usefixtures("built")
 
 
-def test_stages_come_in_order_with_defaults_and_evaluations(load: Callable[..., Recipe]) -> None:
+def test_stages_come_in_order_with_defaults_and_evaluations(load: Load) -> None:
     loaded = load()
     assert loaded.name == "three"
     assert [stage.name for stage in loaded.stages] == ["base", "base.evaluation", "picks", "tuned", "tuned.evaluation"]
@@ -32,15 +33,14 @@ def test_stages_come_in_order_with_defaults_and_evaluations(load: Callable[..., 
     assert loaded.stages[3].parents == ["picks", "base"]
 
 
-def test_a_stage_changes_or_leaves_out_its_evaluation(load: Callable[..., Recipe]) -> None:
-    loaded = load(
-        TEXT.replace("shape.width = 4", 'evaluation = { text = "own" }').replace("lr = 0.25", "evaluation = false")
-    )
+def test_a_stage_changes_or_leaves_out_its_evaluation(load: Load) -> None:
+    text = TEXT.replace("shape.width = 4", 'evaluation = { text = "own" }').replace("lr = 0.25", "evaluation = false")
+    loaded = load(text)
     assert [stage.name for stage in loaded.stages] == ["base", "base.evaluation", "picks", "tuned"]
     assert loaded.stages[1].values["text"] == "own"
 
 
-def test_overrides_and_seed(load: Callable[..., Recipe]) -> None:
+def test_overrides_and_seed(load: Load) -> None:
     loaded = load(TEXT, "base.shape.width=16", "tuned.lr=1e-4", "defaults.lr=2", "evaluation.text=harder", seed=7)
     values = {stage.name: stage.values for stage in loaded.stages}
     assert values["base"] == {"lr": 2, "shape": {"width": 16}, "seed": 7}
@@ -49,7 +49,7 @@ def test_overrides_and_seed(load: Callable[..., Recipe]) -> None:
     assert all(stage.values["seed"] == 7 for stage in loaded.stages)
 
 
-def test_tables_are_merged_key_by_key(load: Callable[..., Recipe]) -> None:
+def test_tables_are_merged_key_by_key(load: Load) -> None:
     """Of [defaults], of [evaluation] and of a stage: what is set nearer stands, the rest of the table stays."""
     text = TEXT.replace("lr = 0.5", "lr = 0.5\nshape = { width = 1, height = 2 }")
     text = text.replace('text = "test"', "shape = { height = 5 }").replace("lr = 0.25", "evaluation.shape.width = 6")
@@ -60,7 +60,7 @@ def test_tables_are_merged_key_by_key(load: Callable[..., Recipe]) -> None:
     assert values["tuned.evaluation"]["shape"] == {"width": 6, "height": 5}
 
 
-def test_until_includes_the_stage_and_its_evaluation(load: Callable[..., Recipe], refusal: Refusal) -> None:
+def test_until_includes_the_stage_and_its_evaluation(load: Load, refusal: Refusal) -> None:
     loaded = load()
     assert [stage.name for stage in loaded.until("base")] == ["base", "base.evaluation"]
     assert [stage.name for stage in loaded.until("picks")] == ["base", "base.evaluation", "picks"]
@@ -77,10 +77,7 @@ def test_until_includes_the_stage_and_its_evaluation(load: Callable[..., Recipe]
         (('text = "test"', "txt = 1"), "base.evaluation.txt: unknown key; did you mean text?"),
         (("lr = 0.5", "leaning_rate = 0.5"), "defaults.leaning_rate: no stage"),
         (('"@picks"', '"@pick"'), "tuned: no earlier stage 'pick' to refer to; did you mean picks?"),
-        (
-            ("shape.width = 4", 'model = "@tuned"'),
-            "base: no earlier stage 'tuned' to refer to; [tuned] comes later; move it up",
-        ),
+        (("shape.width = 4", 'model = "@tuned"'), "base: no earlier stage 'tuned' to refer to; [tuned] comes later"),
         (('flops_of = "base"', 'flops_of = "bas"'), "tuned: no earlier stage 'bas' to refer to; did you mean base?"),
         (('flops_of = "base"', "flops_of = 3"), "tuned.flops: a number from a receipt is written"),
         (("times = 3", "time = 3"), "tuned.flops: a number from a receipt is written"),
@@ -94,9 +91,7 @@ def test_until_includes_the_stage_and_its_evaluation(load: Callable[..., Recipe]
         ((TEXT, "[evaluation]\n"), "has no stages"),
     ],
 )
-def test_what_is_wrong_is_refused_by_name(
-    load: Callable[..., Recipe], change: tuple[str, str], message: str, refusal: Refusal
-) -> None:
+def test_what_is_wrong_is_refused_by_name(load: Load, change: tuple[str, str], message: str, refusal: Refusal) -> None:
     assert change[0] in TEXT
     assert message in refusal(lambda: load(TEXT.replace(*change)))
 
@@ -135,7 +130,7 @@ def test_any_value_of_an_override_is_read(value: str) -> None:
     assert read == value or not isinstance(read, str) or value.strip()[:1] in "'\""
 
 
-def test_overrides_that_fit_nowhere(load: Callable[..., Recipe], refusal: Refusal) -> None:
+def test_overrides_that_fit_nowhere(load: Load, refusal: Refusal) -> None:
     assert "key=value" in refusal(lambda: parse_override("lr"))
     assert "key=value" in refusal(lambda: parse_override("rl..lr=3"))
     assert "STAGE.KEY=VALUE" in refusal(lambda: load(TEXT, "lr=3"))

@@ -46,10 +46,8 @@ HOSTILE = "<script>alert(1)</script><b>7</b> & {{ 7 * 7 }}"
 def make_run(run: Path, finished: int = len(STAGES)) -> Path:
     """A run's folder in which the first `finished` stages are done."""
     rng = random.Random(0)
-    write_json(
-        run / "recipe.json",
-        {"name": "tiny", "stages": [{"name": s[0], "kind": s[1], "config": {"seed": 0}} for s in STAGES]},
-    )
+    listed = [{"name": stage[0], "kind": stage[1], "config": {"seed": 0}} for stage in STAGES]
+    write_json(run / "recipe.json", {"name": "tiny", "stages": listed})
     machine = Machine(cpu="AMD EPYC", cores=2, memory_bytes=24 * 2**30, threads=2, torch="2.13.0")
 
     def receipt(name: str, kind: str, parents: list[str], seconds: float, tokens: int, flops: float) -> Receipt:
@@ -115,14 +113,8 @@ def _metrics(kind: str, name: str, rng: random.Random) -> list[dict[str, Any]]:
 
 def _examples(stage: str) -> dict[str, list[dict[str, Any]]]:
     def example(prompt: str, answer: str, reasoning: str | None, response: str, correct: bool) -> dict[str, Any]:
-        return {
-            "prompt": prompt,
-            "answer": answer,
-            "completion": response,
-            "reasoning": reasoning,
-            "response": response,
-            "correct": correct,
-        }
+        told = {"prompt": prompt, "answer": answer, "completion": response, "reasoning": reasoning}
+        return told | {"response": response, "correct": correct}
 
     steps = "7 minus 2 is 5, 5 plus 9 is 14, 14 minus 8 is 7, no, 6, 6 plus 4 is 10"
     tired = "8 plus 7 is 15, 15 minus 9 is 6, 6 plus 6 is 12, 12 minus 5 is 7, 7 plus 3 is 9"
@@ -142,26 +134,27 @@ def _examples(stage: str) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-class Reader(HTMLParser):
-    """Collects text nodes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pieces: list[str] = []
-
-    def handle_data(self, data: str) -> None:
-        self.pieces.append(data)
-
-
 def text_of(html: str) -> str:
     """The page as read: text nodes only, so that markup that was escaped shows and markup that was not is missing."""
-    reader = Reader()
+    pieces: list[str] = []
+    reader = HTMLParser()
+    reader.handle_data = pieces.append  # type: ignore[method-assign]
     reader.feed(html)
-    return " ".join(" ".join(reader.pieces).split())
+    return " ".join(" ".join(pieces).split())
 
 
-def test_report_json_has_the_documented_shape(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "tiny")
+def page(run: Path) -> str:
+    """The text of a run's page, built anew."""
+    report.build(run)
+    return text_of((run / "report.html").read_text())
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "tiny")
+
+
+def test_report_json_has_the_documented_shape(run: Path) -> None:
     report.build(run)
     stages = read_json(run / "report.json")["stages"]
     assert [stage["name"] for stage in stages] == [stage[0] for stage in STAGES]
@@ -172,17 +165,12 @@ def test_report_json_has_the_documented_shape(tmp_path: Path) -> None:
                                "mfu": 41e12 / 154 / 9e11, "energy_joules": None, "money": None}  # fmt: skip
     score = zero["eval"]["arithmetic"]
     assert {"pass@1", "ci95", "pass@8", "mean_tokens", "format", "n"} <= set(score)
-    assert (
-        score["pass@1"] == 0.874
-        and score["pass@8"] is None
-        and score["n"] == 500
-        and score["ci95"][0] < 0.874 < score["ci95"][1]
-    )
+    assert (score["pass@1"], score["pass@8"], score["n"]) == (0.874, None, 500)
+    assert score["ci95"][0] < 0.874 < score["ci95"][1]
     assert stages[4]["eval"] == {}  # a dataset is not evaluated
 
 
-def test_page_tells_the_story_and_stands_alone(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "tiny")
+def test_page_tells_the_story_and_stands_alone(run: Path) -> None:
     report.build(run)
     html = (run / "report.html").read_text()
     text = text_of(html)
@@ -193,17 +181,12 @@ def test_page_tells_the_story_and_stands_alone(tmp_path: Path) -> None:
     assert html.count("<svg") == 1 + 6
     assert "<script" not in html and "http://www.w3.org/2000/svg" in html
     links = {word.split("/")[2] for word in html.split('"') if word.startswith(("http:", "https:", "//"))}
-    assert links <= {
-        "www.w3.org",
-        "purl.org",
-        "creativecommons.org",
-        "matplotlib.org",
-    }  # names in the SVGs' metadata; nothing is loaded
+    # Names in the SVGs' metadata; nothing is loaded.
+    assert links <= {"www.w3.org", "purl.org", "creativecommons.org", "matplotlib.org"}
     assert not any(tag in html for tag in ("<link", "<img", "<iframe", "@import", "url(http"))
 
 
-def test_charts_are_well_formed_and_take_the_page_colours(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "tiny")
+def test_charts_are_well_formed_and_take_the_page_colours(run: Path) -> None:
     report.build(run)
     html = (run / "report.html").read_text()
     for piece in html.split("<svg")[1:]:
@@ -213,17 +196,12 @@ def test_charts_are_well_formed_and_take_the_page_colours(tmp_path: Path) -> Non
     assert "zero 0." in html  # a curve is labelled where it ends
 
 
-def test_model_text_is_escaped(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "tiny")
-    report.build(run)
-    html = (run / "report.html").read_text()
-    assert HOSTILE in text_of(html)
+def test_model_text_is_escaped(run: Path) -> None:
+    assert HOSTILE in page(run)
 
 
-def test_three_problems_show_what_was_learned_and_what_was_not(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "tiny")
-    report.build(run)
-    text = text_of((run / "report.html").read_text())
+def test_three_problems_show_what_was_learned_and_what_was_not(run: Path) -> None:
+    text = page(run)
     section = text[text.index("Three problems") : text.index("How training went")]
     assert "What is 7-2+9-8+4? arithmetic · learned on the way · expected 10" in section
     assert "Make 24 from 3, 5, 9. countdown · learned on the way" in section
@@ -239,13 +217,11 @@ def test_the_model_to_talk_to_leads_and_not_the_one_with_the_highest_score(tmp_p
     evaluation["tasks"]["arithmetic"] |= {"pass@1": 0.4, "ci95": [0.35, 0.45]}
     evaluation["examples"]["arithmetic"][0]["correct"] = False
     write_json(path, evaluation)
-    report.build(run)
-    text = text_of((run / "report.html").read_text())
+    text = page(run)
     assert "After rl_final , the model to talk to, it solves 40.0%" in text
     assert "What is 7-2+9-8+4? arithmetic · still beyond it" in text
     write_json(run / "recipe.json", read_json(run / "recipe.json") | {"chat": "rl"})
-    report.build(run)
-    text = text_of((run / "report.html").read_text())
+    text = page(run)
     assert "After rl , the model to talk to, it solves 93.8%" in text
     assert "What is 7-2+9-8+4? arithmetic · learned on the way" in text
 
@@ -254,25 +230,21 @@ def test_what_was_asked_for_is_whole_and_the_rest_is_offered(tmp_path: Path) -> 
     run = make_run(tmp_path / "tiny", finished=2)
     asked = {"asked": ["pretrain", "zero"]}
     write_json(run / "recipe.json", read_json(run / "recipe.json") | asked)
-    report.build(run)
-    text = text_of((run / "report.html").read_text())
+    text = page(run)
     assert "through 2 of 2 stages" in text and "has not run yet" not in text
     assert "The recipe has 5 stages more: cold_start, rl, sample, sft, rl_final." in text
     make_run(run, finished=4)  # what an earlier run made beyond it is shown all the same
     write_json(run / "recipe.json", read_json(run / "recipe.json") | asked)
-    report.build(run)
-    assert "through 4 of 4 stages" in text_of((run / "report.html").read_text())
+    assert "through 4 of 4 stages" in page(run)
 
 
-def test_few_problems_are_counted_rather_than_shared_out(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "tiny")
+def test_few_problems_are_counted_rather_than_shared_out(run: Path) -> None:
     for path in run.glob("evaluations/*/evaluation.json"):
         evaluation = read_json(path)
         evaluation["tasks"]["arithmetic"] |= {"pass@1": 0.4, "n": 5, "ci95": [0.118, 0.769]}
         evaluation["tasks"]["countdown"]["notes"] = ["0 of 20 in format, 1 right if read leniently"]
         write_json(path, evaluation)
-    report.build(run)
-    text = text_of((run / "report.html").read_text())
+    text = page(run)
     assert "it solves 2 of 5 arithmetic problems" in text and "few problems, so chance has a large part in it" in text
     assert "zero, countdown: 0 of 20 in format, 1 right if read leniently." in text
     said = headline(run / "evaluations" / "zero")
@@ -295,30 +267,22 @@ def test_a_run_not_begun(tmp_path: Path) -> None:
     assert (run / "report.html").read_text().count("has not run yet") == 7
 
 
-def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "tiny")
+def test_the_same_run_gives_the_same_bytes(run: Path) -> None:
     report.build(run)
     first = (run / "report.html").read_bytes()
     report.build(run)
     assert (run / "report.html").read_bytes() == first
 
 
-def test_hostile_stage_names_and_missing_values_are_drawn(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "tiny")
+def test_hostile_stage_names_and_missing_values_are_drawn(run: Path) -> None:
     recipe = read_json(run / "recipe.json")
     recipe["stages"][1]["name"] = "$\\frac<&"
     write_json(run / "recipe.json", recipe)
     (run / "zero").rename(run / "$\\frac<&")
     (run / "evaluations" / "zero").rename(run / "evaluations" / "$\\frac<&")
-    rows = [
-        {"step": 1, "reward": None},
-        {"step": 2, "reward": 0.5, "kl": None},
-        {"step": 3, "reward": 0.75},
-        {"note": "no step"},
-    ]
-    write_jsonl(run / "$\\frac<&" / "metrics.jsonl", rows)
-    report.build(run)
-    assert "$\\frac<& 0.75" in text_of((run / "report.html").read_text())
+    rows = [{"step": 1, "reward": None}, {"step": 2, "reward": 0.5, "kl": None}, {"step": 3, "reward": 0.75}]
+    write_jsonl(run / "$\\frac<&" / "metrics.jsonl", [*rows, {"note": "no step"}])
+    assert "$\\frac<& 0.75" in page(run)
 
 
 @pytest.mark.parametrize(
@@ -331,8 +295,7 @@ def test_hostile_stage_names_and_missing_values_are_drawn(tmp_path: Path) -> Non
         ("evaluations/zero/evaluation.json", '{"tasks": {"arithmetic": {}}}', "pass@1"),
     ],
 )
-def test_broken_inputs_are_named(tmp_path: Path, path: str, content: str | None, message: str) -> None:
-    run = make_run(tmp_path / "tiny")
+def test_broken_inputs_are_named(run: Path, path: str, content: str | None, message: str) -> None:
     if content is None:
         (run / path).unlink()
     else:
@@ -357,8 +320,7 @@ def test_points_average_lists_and_long_curves() -> None:
     assert smoothed([0.0] * 12 + [3.0] + [0.0] * 12)[11:14] == [1.0, 1.0, 1.0]
 
 
-def test_a_long_response_is_cut_on_the_page(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "tiny")
+def test_a_long_response_is_cut_on_the_page(run: Path) -> None:
     path = run / "evaluations" / "rl" / "evaluation.json"
     evaluation = read_json(path)
     evaluation["examples"]["arithmetic"][0]["response"] = "x" * 5000
@@ -374,8 +336,7 @@ def test_matplotlib_is_loaded_only_to_build() -> None:
     assert result.stdout.split() == ["False", "False"]
 
 
-def test_the_bill_adds_up_stages_and_evaluations(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "tiny")
+def test_the_bill_adds_up_stages_and_evaluations(run: Path) -> None:
     for number, file in enumerate(sorted(run.rglob("receipt.json"))):
         receipt = read_json(file)
         write_json(file, receipt | {"money": 0.25, "energy_joules": 3600.0 if number else None})

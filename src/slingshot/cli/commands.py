@@ -10,16 +10,12 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.names import did_you_mean
 
 # What a newcomer looks for under a name that no command has.
-_ELSEWHERE = {
-    "list": "slingshot recipes, or slingshot tasks",
-    "export": "slingshot convert",
-    "train": "slingshot run RECIPE, or slingshot pretrain, sft or rl",
-    "eval": "slingshot evaluate",
-    "serve": "",
-    "quantize": "",
-    "distill": "",
-    "lora": "",
-}
+_HINTS = {
+    "list": "you may want slingshot recipes, or slingshot tasks; ",
+    "export": "you may want slingshot convert; ",
+    "train": "you may want slingshot run RECIPE, or slingshot pretrain, sft or rl; ",
+    "eval": "you may want slingshot evaluate; ",
+} | dict.fromkeys(("serve", "quantize", "distill", "lora"), "")
 
 
 class Commands(TyperGroup):
@@ -29,9 +25,7 @@ class Commands(TyperGroup):
         found = super().get_command(ctx, cmd_name)
         if found is None:
             known = [name for name, command in self.commands.items() if not command.hidden]
-            hint = did_you_mean(cmd_name, known)
-            if cmd_name in _ELSEWHERE:
-                hint = _ELSEWHERE[cmd_name] and f"you may want {_ELSEWHERE[cmd_name]}"
+            hint = _HINTS.get(cmd_name, did_you_mean(cmd_name, known) + "; ")
             not_yet = "docs/not-yet.md says what is not there yet, and what to do instead"
-            raise SlingshotError(f"there is no command {cmd_name!r}; {hint + '; ' if hint else ''}{not_yet}")
+            raise SlingshotError(f"there is no command {cmd_name!r}; {hint}{not_yet}")
         return found

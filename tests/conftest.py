@@ -1,4 +1,4 @@
-"""What every test shares: one thread, so that timings and sums do not depend on the machine, and a cache folder of its own."""
+"""What every test shares: one thread, so that timings and sums do not depend on the machine, and a cache of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from slingshot.model.config import ModelConfig
     from slingshot.model.transformer import Transformer
 
-# Before anything imports torch. Products this small gain nothing from a second thread, and lose much on a busy machine: OpenMP threads spin.
+# Before anything imports torch. Products this small gain nothing from a second thread, and lose much on a busy machine:
+# OpenMP threads spin.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
@@ -67,7 +68,8 @@ def _own_signals() -> Iterator[None]:
 def make_model() -> Callable[..., Transformer]:
     """make_model(config, seed=0): a model far from its initial state, in which every tensor matters.
 
-    Matrices are large enough for logits with a standard deviation of 1 and more; norm gains, projection biases and router biases are spread.
+    Matrices are large enough for logits with a standard deviation of 1 and more; norm gains, projection biases and
+    router biases are spread.
     """
     import torch  # here, for the rooms that are tested without it
 
@@ -93,7 +95,7 @@ def make_model() -> Callable[..., Transformer]:
 
 @pytest.fixture(scope="session")
 def deepseek() -> Callable[..., ModelConfig]:
-    """deepseek(**changes): a DeepSeek-V3 config of a few thousand parameters that uses every part of the architecture."""
+    """deepseek(**changes): a DeepSeek-V3 config of a few thousand parameters with every part of the architecture."""
     from slingshot.model.config import ModelConfig
 
     shape = {

@@ -14,7 +14,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TOTAL = {"src": 12_500, "tests": 12_500}  # what the rooms' limits are to add up to
 FILE = 400  # lines
-LINE = 120  # columns
 
 # Lines of Python at most: the package's, the tests'.
 ROOMS = {
@@ -57,16 +56,6 @@ def test_no_room_outgrows_its_limit(top: str) -> None:
 def test_no_file_is_longer_than_one_sitting() -> None:
     long = {str(path.relative_to(ROOT)) for path, text in FILES.items() if len(text) > FILE}
     assert long - LONG_FILES == set()
-
-
-def test_no_line_is_wider_than_a_page() -> None:
-    wide = {
-        f"{path.relative_to(ROOT)}:{number}"
-        for path, text in FILES.items()
-        for number, line in enumerate(text, start=1)
-        if len(line) > LINE and room(path)[1] not in WIDE_ROOMS[room(path)[0]]
-    }
-    assert wide == set()
 
 
 def test_nothing_lies_at_the_root_of_the_package() -> None:

@@ -1,11 +1,11 @@
 """The comparison with transformers, and the summary of what was compared that ends a run.
 
-    folder, theirs = pair(config)                     # the checkpoint of a model in which every tensor matters, and transformers' reading of it
+    folder, theirs = pair(config)                     # a checkpoint where every tensor matters; as transformers reads it
     compare(load_model(folder), theirs, family)       # raises AssertionError with the measured figure
 
-Every deviation is relative: logits to the standard deviation of transformers' logits, a loss to the loss, a gradient to the largest entry
-of that parameter's gradient (to a hundredth of the largest of all where that is more: some gradients are nothing but rounding, such as the
-router's where a single expert's gate value is normalised to 1).
+Every deviation is relative: logits to the standard deviation of transformers' logits, a loss to the loss, a gradient to
+the largest entry of that parameter's gradient (to a hundredth of the largest of all where that is more: some gradients
+are nothing but rounding, such as the router's where a single expert's gate value is normalised to 1).
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def tokenizer() -> Tokenizer:
 def pair(
     make_model: Callable[..., Transformer], tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Path, nn.Module]]:
-    """pair(config, bias=0.0, **changes): a checkpoint with `changes` made to its config.json, and the model transformers reads from it.
+    """pair(config, bias=0.0, **changes): a checkpoint with a changed config.json, and transformers' model of it.
 
-    `bias` is added to every router bias. Every tensor transformers wants must be there, and nothing be unknown to it but the MTP module,
-    which it reads as a model of its own: theirs.mtp.
+    `bias` is added to every router bias. Every tensor transformers wants must be there, and nothing be unknown to it
+    but the MTP module, which it reads as a model of its own: theirs.mtp.
     """
 
     def make(config: ModelConfig, bias: float = 0.0, **changes: Any) -> tuple[Path, nn.Module]:
@@ -104,8 +104,8 @@ def compare(pytestconfig: pytest.Config) -> Callable[..., None]:
 def deviations(ours: Transformer, theirs: nn.Module, seed: int = 0) -> dict[str, float]:
     """The largest deviation of each kind; AssertionError at the first that is more than its tolerance.
 
-    Logits in the three ways ours has to compute them (causal, within a segment, from the cache in pieces) and of the MTP module; the loss
-    of both; the gradient of every parameter.
+    Logits in the three ways ours has to compute them (causal, within a segment, from the cache in pieces) and of the
+    MTP module; the loss of both; the gradient of every parameter.
     """
     worst = dict.fromkeys(TOLERANCES, 0.0)
 

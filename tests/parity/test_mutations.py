@@ -1,4 +1,5 @@
-"""The comparison with transformers can fail: for every feature, the model with that one feature broken does, where it passes unbroken.
+"""The comparison with transformers can fail: for every feature, the model with that one feature broken does, where it
+passes unbroken.
 
 A mutation is a piece of the model's own source replaced by another, so that everything around it stays as it is.
 """
@@ -70,7 +71,7 @@ def models(
 
 
 def mutate(patch: pytest.MonkeyPatch, where: str, edits: list[str]) -> None:
-    """Replace a function by one whose source differs; `where` is MODULE.FUNCTION or MODULE.CLASS.METHOD, as others look it up."""
+    """Replace a function by one of another source; `where` is MODULE.FUNCTION or MODULE.CLASS.METHOD, as looked up."""
     room, module, *path = (where[1:] if where.startswith("/") else f"model.{where}").split(".")
     owner: Any = import_module(f"slingshot.{room}.{module}")
     for name in path[:-1]:

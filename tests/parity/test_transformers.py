@@ -1,5 +1,6 @@
-"""transformers is the oracle, in float32 on a CPU: it reads what save_checkpoint writes and agrees in logits, loss and gradients, the MTP
-module included, over configurations drawn from all that the two families allow; what it writes, we read; and it decodes the same text.
+"""transformers is the oracle, in float32 on a CPU: it reads what save_checkpoint writes and agrees in logits, loss and
+gradients, the MTP module included, over configurations drawn from all that the two families allow; what it writes, we
+read; and it decodes the same text.
 
 How many configurations were compared, and the worst deviations, stand at the end of the run.
 """
@@ -33,8 +34,8 @@ LLAMA3 = dict(
     rope_type="llama3", factor=8.0, original_max_position_embeddings=WINDOW, low_freq_factor=1.0, high_freq_factor=4.0
 )
 
-# DeepSeek-V3's own, V2's, one whose two temperatures differ, and one that interpolates other pairs. Without mscale_all_dim transformers departs
-# from DeepSeek unless mscale is 1 (test_rope.py pins DeepSeek's formula).
+# DeepSeek-V3's own, V2's, one whose two temperatures differ, and one that interpolates other pairs. Without
+# mscale_all_dim transformers departs from DeepSeek unless mscale is 1 (test_rope.py pins DeepSeek's formula).
 SCALINGS = [
     None,
     YARN,
@@ -203,7 +204,7 @@ def test_rotary_tables_are_theirs_at_any_length(
     betas: tuple[float, float],
     mscales: dict[str, float],
 ) -> None:
-    """Also where nothing or everything is interpolated, or the ramp runs backwards: windows far too short or too long for theta."""
+    """Also where nothing or all is interpolated, or the ramp runs backwards: windows too short, too long for theta."""
     scaling = YARN | dict(
         factor=factor, original_max_position_embeddings=original, beta_fast=betas[0], beta_slow=betas[1]
     )

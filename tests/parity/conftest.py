@@ -1,6 +1,6 @@
 """The comparison with transformers, and the summary of what was compared that ends a run.
 
-    folder, theirs = pair(config)                     # a checkpoint where every tensor matters; as transformers reads it
+    folder, theirs = pair(config)                     # a checkpoint where every tensor matters, and their reading of it
     compare(load_model(folder), theirs, family)       # raises AssertionError with the measured figure
 
 Every deviation is relative: logits to the standard deviation of transformers' logits, a loss to the loss, a gradient to

@@ -216,6 +216,7 @@ def test_a_package_that_is_not_there(source: str, message: str, monkeypatch: pyt
         locate(source)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_downloaded_and_then_needs_no_connection(hub: Any, ask: Asker, checkpoints: list[Path]) -> None:
     """Only what a checkpoint consists of is asked for: no code, no pickle, no sub-folder. The storage behind the hub
     never sees the token."""
@@ -519,6 +520,7 @@ def large(
     return folder
 
 
+@pytest.mark.slow
 def test_headers_are_read_without_the_weights(hub: Any, ask: Asker, large: Path) -> None:
     hub.commit("org/name", contents(large) | {"modeling.py": b"x"})
     sizes = {file.name: file.stat().st_size for file in large.iterdir()}

@@ -121,6 +121,7 @@ def test_commands_of_the_chat(monkeypatch):
     assert "asks the last question again" in shown and "did you mean /new?" in shown
 
 
+@pytest.mark.slow
 def test_what_is_typed_during_an_answer_waits_for_the_next_prompt(tmp_path):
     """In a terminal: it does not show within the answer, and is the next question."""
     code = (

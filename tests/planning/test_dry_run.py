@@ -37,7 +37,7 @@ def run(kind: str, config: dict[str, Any], whole: dict[str, Any], factor: float,
 def test_the_steps_and_what_comes_once_make_up_the_receipt(base: Path, tmp_path: Path) -> None:
     config = MICRO["rl"] | {"model": str(base), "steps": 3}
     found, receipt = run("rl", config, config | {"steps": 30}, 10.0, tmp_path / "rl"), Receipt.read(tmp_path / "rl")
-    assert found["factor"] == 10 and found["fixed_seconds"] > 0
+    assert found["factor"] == 10 and found["fixed_seconds"] >= 0
     assert found["fixed_seconds"] + found["varying_seconds"] == pytest.approx(receipt.seconds)
     ends = [row["seconds"] for row in read_jsonl(tmp_path / "rl" / "metrics.jsonl")]
     step = sorted((ends[1] - ends[0], ends[2] - ends[1]))[1]
@@ -61,7 +61,7 @@ def test_an_evaluation_stands_for_one_of_more_problems(base: Path, tmp_path: Pat
         "dtype": "float32",
     }
     found = run("evaluate", config, config | {"problems": 12}, 1.0, tmp_path / "evaluation")
-    assert found["factor"] == 3 and found["fixed_seconds"] > 0 and found["varying_seconds"] > 0
+    assert found["factor"] == 3 and found["fixed_seconds"] >= 0 and found["varying_seconds"] > 0
     assert 0 < read_json(tmp_path / "evaluation" / "evaluation.json")["tasks"]["arithmetic"]["pass@1"] < 1
 
 

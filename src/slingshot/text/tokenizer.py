@@ -115,6 +115,11 @@ class Tokenizer:
         Chat templates stand in the latter, in chat_template.jinja, and by name in additional_chat_templates/.
         """
         backend, config, eos_ids = read_tokenizer_files(Path(path))
+        first = [backend.id_to_token(number) for number in range(len(R1_TOKENS))]
+        if backend.post_processor is None and first == list(R1_TOKENS) and (Path(path) / "receipt.json").is_file():
+            _write_bos(
+                backend, BOS
+            )  # of an earlier version, whose documents began with bos and whose files did not say so
         try:
             return cls(backend, config, eos_ids)
         except SlingshotError as error:

@@ -192,8 +192,8 @@ def _written(config: PretrainConfig) -> Iterator[tuple[str, ...]]:
         task = load_task(spec.name, **spec.params)
         if not task.has_solutions:
             raise SlingshotError(f"documents: the task {spec.name} writes no worked solutions; give text instead of it")
-        problems = passes(task, "train", f"documents/{config.seed}")
         for style, share in documents.styles.items():
+            problems = passes(task, "train", f"documents/{config.seed}")  # the same ones at a glance and worked out
             count = round(documents.count * spec.weight * share / total)
             for problem in islice(problems, count):
                 solution = task.write(problem, style, rng, documents.language_mix)

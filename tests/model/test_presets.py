@@ -36,7 +36,7 @@ def test_a_preset_has_the_size_of_its_model(name: str, numbers: int) -> None:
 def test_every_preset_is_explained() -> None:
     rows = (PRESETS / "README.md").read_text().splitlines()
     assert {row.split("|")[1].strip() for row in rows if row.startswith("|")} - {"preset", "---"} == set(presets())
-    assert set(PUBLISHED) | {"moonlight-16b-a3b", "deepseek-v3-tiny-576"} == set(presets())
+    assert set(PUBLISHED) | {"moonlight-16b-a3b", "deepseek-v3-239m", "deepseek-v3-tiny-576"} == set(presets())
 
 
 def test_deepseek_v3_is_stored_in_fp8_and_caches_70272_bytes_a_token() -> None:

@@ -130,9 +130,7 @@ def contenders(shape: str, work: Path, before: Path | None) -> tuple[list[Conten
             file = convert(model, work / f"smollm2-{dtype}.gguf", dtype)
             asked = [batches[0], *first] if dtype == "bfloat16" else batches[:1]
             found.append(Contender(f"llama.cpp, {dtype}", "llama_cpp", llama, file, asked))
-        file = (
-            work / "smollm2-bfloat16.gguf"
-        )  # a slot's context is its share of the whole: batches go to another process
+        file = work / "smollm2-bfloat16.gguf"  # a slot has its share of the whole context
         found.append(Contender("llama.cpp, bfloat16", "llama_cpp", llama, file, batches[1:2]))
     else:
         model = work / "deepseek"
@@ -186,9 +184,8 @@ def main() -> None:
             for contender in field:
                 contender.stop()
             read = statistics.median(bandwidth)
-            print(
-                f"\n{shape}, {threads} thread{'s'[: threads > 1]}, weights {size / 1e6:.0f} MB, read {read / 1e9:.1f} GB/s"
-            )
+            weights = f"weights {size / 1e6:.0f} MB, read {read / 1e9:.1f} GB/s"
+            print(f"\n{shape}, {threads} thread{'s'[: threads > 1]}, {weights}")
             for question, by_name in rates.items():
                 print(f"  {question}")
                 base = statistics.median(by_name["slingshot"])

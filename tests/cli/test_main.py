@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import re
 import subprocess
@@ -25,12 +24,9 @@ from slingshot.cli import main as cli
 from slingshot.cli.meanings import meaning
 from slingshot.cost.receipt import Meter
 from slingshot.machine.machine import Machine
-from slingshot.model.config import ModelConfig
-from slingshot.model.transformer import Transformer
 from slingshot.recipe.recipe import Recipe, shipped
 from slingshot.stages.kinds import STAGES
 from slingshot.tasks.loader import TaskConfig
-from slingshot.text.tokenizer import Tokenizer
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -49,21 +45,6 @@ class Config(StageConfig):
     sizes: dict[str, int] = {}
     sampling: Table = Table(top_p=0.9)
     tasks: list[TaskConfig] = []
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run the command line in this process: exit code, standard output, standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["slingshot", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        output = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, output.out, output.err
-
-    return run
 
 
 @pytest.fixture
@@ -122,7 +103,7 @@ def test_version(command: Command) -> None:
         (["rum"], "there is no command 'rum'; did you mean run?; docs/not-yet.md says what is not there yet"),
         (["serve"], "there is no command 'serve'; docs/not-yet.md says what is not there yet, and what to do instead"),
         (["list"], "there is no command 'list'; you may want slingshot recipes, or slingshot tasks; "),
-        (["generate", "none"], "no prompts; give them as arguments, by --file, or - with text on standard input"),
+        (["generate", "none"], "no prompts; give them as arguments, by --prompts, or - with text on standard input"),
         (["tasks", "arithmetik"], "task 'arithmetik' is unknown; did you mean arithmetic?"),
         (["rl", "one", "two", "--out", "x"], "rl: two models, one and two"),
         (["run"], "Missing argument 'RECIPE'"),
@@ -262,16 +243,6 @@ def test_run_hands_its_options_to_the_recipe(command: Command, monkeypatch: pyte
     assert calls[2:] == [("tiny", [], None), ("tiny", Path("runs/tiny"), None, 1)]
 
 
-@pytest.fixture
-def checkpoint(make_model: Callable[..., Transformer], deepseek: Callable[..., ModelConfig], tmp_path: Path) -> Path:
-    from slingshot.checkpoint.load_save import save_checkpoint
-
-    folder = tmp_path / "model"
-    folder.mkdir()
-    save_checkpoint(folder, make_model(deepseek(vocab_size=268)), Tokenizer.train(["three plus three"], vocab_size=268))
-    return folder
-
-
 def test_convert_there_and_back(command: Command, checkpoint: Path, tmp_path: Path) -> None:
     """Each way a user goes: dtype, shards, a GGUF file, and that file back into a folder of the same numbers."""
     code, out, _ = command("convert", checkpoint, tmp_path / "fp8", "--dtype", "fp8", "--max-shard-size", "50KB")
@@ -303,23 +274,6 @@ def test_a_conversion_that_cannot_be_is_one_line(
 ) -> None:
     code, _, err = command("convert", checkpoint, *arguments)
     assert code == 2 and message in err and err.count("\n") == 1
-
-
-def test_prompts_come_from_arguments_standard_input_and_files(
-    command: Command, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("two\n\nthree\n"))
-    (tmp_path / "more.txt").write_text("four\nfive\n")
-    (tmp_path / "more.jsonl").write_text('{"prompt": "six\\nlines"}\n')
-    asked = ["generate", checkpoint, "--max-tokens", 1]
-    code, out, _ = command(*asked, "one", "-", "--file", tmp_path / "more.txt")
-    rows = [json.loads(line) for line in out.splitlines()]
-    assert code == 0 and [row["prompt"] for row in rows] == ["one", "two", "three", "four", "five"]
-    assert rows[0].keys() == {"prompt", "reasoning", "answer", "finish_reason"}
-    assert json.loads(command(*asked, "--file", tmp_path / "more.jsonl")[1])["prompt"] == "six\nlines"
-    (tmp_path / "more.jsonl").write_text('{"question": "six"}\n')
-    said = command(*asked, "--file", tmp_path / "more.jsonl")[2]
-    assert "every line must be an object with a text under prompt" in said
 
 
 def test_tasks_and_recipes_are_listed(command: Command) -> None:

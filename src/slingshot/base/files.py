@@ -81,15 +81,16 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    return _parsed(read_text(path), str(path))
+    return parse_json(read_text(path), str(path))
 
 
 def read_jsonl(path: Path) -> list[Any]:
     lines = enumerate(read_text(path).split("\n"), start=1)
-    return [_parsed(line, f"{path} line {number}") for number, line in lines if line.strip()]
+    return [parse_json(line, f"{path} line {number}") for number, line in lines if line.strip()]
 
 
-def _parsed(text: str, where: str) -> Any:
+def parse_json(text: str, where: str) -> Any:
+    """A JSON value; `where` names the text in the error."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

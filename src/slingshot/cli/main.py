@@ -30,8 +30,9 @@ from rich.console import Console
 from slingshot import __version__
 from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import read_json, read_jsonl, read_text
+from slingshot.base.files import read_json, read_text
 from slingshot.cli.commands import Commands
+from slingshot.cli.generate import generate
 from slingshot.cli.keys import show_keys, show_recipes, show_tasks
 from slingshot.cli.plan import app as plan_app
 from slingshot.recipe.recipe import Recipe
@@ -280,44 +281,7 @@ def chat(
     talk(Engine.load(path), Console(), params, origin)
 
 
-@app.command()
-def generate(
-    path: Checkpoint,
-    prompts: Annotated[
-        list[str] | None, typer.Argument(help="Texts to answer; - reads them from standard input.", show_default=False)
-    ] = None,
-    file: Annotated[Path | None, typer.Option(help="Prompts, one a line; .jsonl: under the key prompt.")] = None,
-    temperature: float = 0.6,
-    top_p: float = 0.95,
-    max_tokens: int = 256,
-    n: Annotated[int, typer.Option(help="Samples per prompt.")] = 1,
-    seed: int = 0,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text, without the chat template.")] = False,
-) -> None:
-    """Print completions of prompts, one JSON object a line: prompt, reasoning, answer, finish_reason."""
-    from slingshot.engine.engine import Engine
-    from slingshot.engine.sampling import SamplingParams
-
-    asked = [prompt for given in prompts or [] for prompt in (_lines(sys.stdin.read()) if given == "-" else [given])]
-    if file and file.suffix == ".jsonl":
-        rows = read_jsonl(file)
-        if not all(isinstance(row, dict) and isinstance(row.get("prompt"), str) for row in rows):
-            raise SlingshotError(f"{file}: every line must be an object with a text under prompt")
-        asked += [row["prompt"] for row in rows]
-    elif file:
-        asked += _lines(read_text(file))
-    if not asked:
-        raise SlingshotError("no prompts; give them as arguments, by --file, or - with text on standard input")
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, n=n, seed=seed)
-    given = asked if raw else [[{"role": "user", "content": prompt}] for prompt in asked]
-    for prompt, output in zip(asked, Engine.load(path).generate(given, params), strict=True):
-        for completion in output.outputs:
-            row = {"prompt": prompt, "reasoning": completion.reasoning, "answer": completion.answer}
-            print(json.dumps(row | {"finish_reason": completion.finish_reason}, ensure_ascii=False))
-
-
-def _lines(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.strip()]
+app.command()(generate)
 
 
 @app.command()

@@ -1,0 +1,190 @@
+"""generate.py: prompts in, completions out in order, whatever was killed on the way."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slingshot.data.examples import read_examples
+from slingshot.engine.engine import Engine
+from slingshot.engine.sampling import SamplingParams
+
+Command = Callable[..., tuple[int, str, str]]
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "three plus three"}]
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "three", "id": "a", "max_tokens": 3},
+    {"messages": CHAT, "id": 7, "n": 2, "temperature": 0, "level": "columns of a data set do not matter"},
+    {"prompt": CHAT, "seed": 5},
+    {"prompt": "plus\u2028three"},
+]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n")
+    return tmp_path / "prompts.jsonl"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+def test_prompts_come_from_arguments_standard_input_and_files(
+    command: Command, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("two\n\nthree\n"))
+    (tmp_path / "more.txt").write_text("four\nfive\n")
+    code, out, _ = command("generate", checkpoint, "--max-tokens", 1, "one", "-", "--prompts", tmp_path / "more.txt")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [row["prompt"] for row in rows] == ["one", "two", "three", "four", "five"]
+    assert rows[0].keys() == {"prompt", "reasoning", "answer", "sample", "finish_reason", "tokens"}
+
+
+def test_a_file_of_rows_gives_what_the_engine_gives(command: Command, checkpoint: Path, prompts: Path) -> None:
+    """In the rows' order and with their own parameters; a chat goes on with the reply, as training reads it."""
+    out = prompts.with_name("new") / "completions.jsonl"
+    arguments = ("generate", checkpoint, "--dtype", "float32", "--prompts", prompts, "--out", out, "-n", 3)
+    code, said, _ = command(*arguments, "--max-tokens", 6)
+    assert code == 0
+    rows, engine = read(out), Engine.load(checkpoint, "float32")
+    assert [(row.get("id"), row["sample"]) for row in rows] == [
+        ("a", 0), ("a", 1), ("a", 2), (7, 0), (7, 1), (None, 0), (None, 1), (None, 2), (None, 0), (None, 1), (None, 2)
+    ]  # fmt: skip
+    params = {"max_tokens": 6, "temperature": 0.6, "top_p": 0.95, "n": 3}
+    expected = []
+    for row in ROWS:
+        own = {key: row[key] for key in ("max_tokens", "temperature", "n", "seed") if key in row}
+        asked = row.get("messages", row.get("prompt"))
+        messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        (output,) = engine.generate([messages], SamplingParams(**{**params, **own}))
+        expected += [
+            (completion.reasoning, completion.answer, len(completion.token_ids)) for completion in output.outputs
+        ]
+    examples = read_examples(out)
+    assert [(example.reasoning, example.answer) for example in examples] == [each[:2] for each in expected]
+    assert [row["tokens"] for row in rows] == [each[2] for each in expected]
+    assert examples[3].prompt == CHAT and rows[0]["prompt"] == "three"
+    tokens = sum(row["tokens"] for row in rows)
+    assert said.startswith(f"made {out}: 11 completions of 4 prompts, {tokens} tokens now at ")
+    assert f"next: slingshot sft MODEL data={out}" in said
+
+
+def test_a_killed_run_goes_on_behind_the_last_whole_line(command: Command, checkpoint: Path, prompts: Path) -> None:
+    out = prompts.with_name("completions.jsonl")
+    arguments = (
+        "generate",
+        checkpoint,
+        "--dtype",
+        "float32",
+        "--prompts",
+        prompts,
+        "--out",
+        out,
+        "-n",
+        3,
+        "--max-tokens",
+        6,
+    )
+    assert command(*arguments)[0] == 0
+    whole = out.read_bytes()
+    ends = [at + 1 for at, byte in enumerate(whole) if byte == ord("\n")]
+    for size in (0, 1, ends[0], ends[1] - 1, ends[3] + 9, ends[9], len(whole) - 1):
+        out.write_bytes(whole[:size])
+        assert command(*arguments)[0] == 0 and out.read_bytes() == whole
+    (checkpoint / "model.safetensors").unlink()  # of what is complete nothing is made again
+    assert command(*arguments)[1].startswith(f"made {out}: 11 completions of 4 prompts\n")
+
+
+def test_an_output_of_something_else_is_not_continued(command: Command, checkpoint: Path, prompts: Path) -> None:
+    out = prompts.with_name("completions.jsonl")
+    arguments = ("generate", checkpoint, "--dtype", "float32", "--prompts", prompts, "--out", out, "--max-tokens", 2)
+    assert command(*arguments)[0] == 0
+    before = out.read_bytes()
+    for more, line in (
+        (["--top-k", 3], f"{out} line 1 was made with another checkpoint or other sampling; remove the file"),
+        (["--raw"], f"{out} line 1 was made with another checkpoint or other sampling; remove the file"),
+        (["four"], f"{out} line 1 answers another prompt; remove the file or choose another --out"),
+        (["-n", 3], f"{out} line 1 was made with another checkpoint"),
+    ):
+        code, said, err = command(*arguments, *more)
+        assert (code, said, err.count("\n")) == (2, "", 1) and line in err and out.read_bytes() == before
+    prompts.write_text(json.dumps(ROWS[0]) + "\n")
+    assert f"{out} line 2 answers no prompt" in command(*arguments)[2] and out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"question": "six"}', 'a row is an object with "prompt" (text, or a chat) or "messages"'),
+        ('{"prompt": "six", "messages": []}', "a row is an object with"), ('{"prompt": ""}', "a row is an object with"),
+        ('{"messages": "six"}', "a row is an object with"), ('["six"]', "a row is an object with"),
+        ('{"prompt": "six", "temprature": 1}', "'temprature' is no sampling parameter; did you mean temperature?"),
+        ('{"prompt": "six", "top_p": 2}', "sampling: top_p must be above 0 and at most 1, got 2"),
+        ('{"prompt": "six"', "is not valid JSON"),
+    ],
+)  # fmt: skip
+def test_a_wrong_row_is_named_before_anything_runs(
+    command: Command, checkpoint: Path, prompts: Path, row: str, message: str
+) -> None:
+    prompts.write_text('{"prompt": "five"}\n\n' + row + "\n")
+    code, out, err = command("generate", checkpoint, "--prompts", prompts, "--out", prompts.with_name("x.jsonl"))
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith(f"slingshot: {prompts} line 3") and message in err
+    assert not prompts.with_name("x.jsonl").exists()
+
+
+def test_a_row_that_cannot_be_asked_leaves_those_before_it(command: Command, checkpoint: Path, prompts: Path) -> None:
+    lines = [json.dumps({"prompt": text}) for text in ("one", "two", "three " * 5000, "four")]
+    prompts.write_text("\n".join(lines))
+    out = prompts.with_name("completions.jsonl")
+    arguments = ("generate", checkpoint, "--dtype", "float32", "--prompts", prompts, "--out", out, "--max-tokens", 2)
+    code, _, err = command(*arguments)
+    assert code == 2 and err.splitlines()[-1].startswith(f"slingshot: {prompts} line 3: the prompt has ")
+    assert [row["prompt"] for row in read(out)] == ["one", "two"]
+    prompts.write_text("\n".join([*lines[:2], json.dumps({"prompt": "three"}), lines[3]]))
+    assert command(*arguments)[0] == 0
+    assert [row["prompt"] for row in read(out)] == ["one", "two", "three", "four"]
+
+
+@pytest.mark.slow
+def test_kill_9_in_the_middle_changes_nothing(command: Command, checkpoint: Path, tmp_path: Path) -> None:
+    prompts, out, other = (tmp_path / name for name in ("prompts.txt", "killed.jsonl", "whole.jsonl"))
+    prompts.write_text("\n".join(f"three plus {number}" for number in range(250)))
+    arguments = [
+        "generate",
+        checkpoint,
+        "--dtype",
+        "float32",
+        "--prompts",
+        prompts,
+        "-n",
+        8,
+        "--max-tokens",
+        40,
+        "--out",
+    ]
+    script = [sys.executable, "-m", "slingshot", *map(str, [*arguments, out])]
+    with subprocess.Popen(script, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and (not out.exists() or out.stat().st_size < 20_000):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL and 0 < len(read_whole(out)) < 2000
+    assert command(*arguments, out)[0] == command(*arguments, other)[0] == 0
+    assert out.read_bytes() == other.read_bytes()
+
+
+def read_whole(path: Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n")[:-1]

@@ -1,0 +1,50 @@
+// How a step's attention is cut into pieces of work.
+#include "attention.h"
+
+namespace slingshot {
+
+AttentionPlan AttentionPlanner::plan(const AttentionShape& shape, const Sequences& sequences, int threads) {
+    units_.clear();
+    merges_.clear();
+    long partial_rows = 0;
+    const int per_token = shape.heads / shape.groups;
+    for (int s = 0; s < sequences.count; s++) {
+        const int length = sequences.lengths[s], tokens = sequences.starts[s + 1] - sequences.starts[s];
+        const int rows = tokens * per_token, seen = length - tokens;
+        const int chunks = rows <= ROWS ? (length + CHUNK - 1) / CHUNK : 1;
+        for (int group = 0; group < shape.groups && rows > 0; group++) {
+            if (chunks > 1) {
+                const int chunk = ((length + chunks - 1) / chunks + 31) / 32 * 32;  // 32 tokens fill a tile's depth
+                int count = 0;
+                const long partial = partial_rows;
+                for (int begin = 0; begin < length; begin += chunk, count++, partial_rows += rows) {
+                    const int end = begin + chunk < length ? begin + chunk : length;
+                    units_.push_back({s, group, 0, rows, begin, end, partial_rows});
+                }
+                merges_.push_back({s, group, rows, count, partial});
+            } else {
+                for (int row = 0; row < rows; row += ROWS) {
+                    const int here = rows - row < ROWS ? rows - row : ROWS;
+                    units_.push_back({s, group, row, here, 0, seen + (row + here - 1) / per_token + 1, -1});
+                }
+            }
+        }
+    }
+    partials_.resize(partial_rows * (shape.value_width + 2));
+    // What a unit costs: bringing its tokens into order, and every row's work with each of them.
+    double total = 0, before = 0;
+    for (const AttentionUnit& unit : units_) total += (unit.end - unit.begin) * (24.0 + unit.rows);
+    bounds_.assign(1, 0);
+    for (int i = 0; i < static_cast<int>(units_.size()); i++) {
+        const double cost = (units_[i].end - units_[i].begin) * (24.0 + units_[i].rows);
+        while (before + cost / 2 > total * bounds_.size() / threads) bounds_.push_back(i);
+        before += cost;
+    }
+    while (static_cast<int>(bounds_.size()) <= threads) bounds_.push_back(static_cast<int>(units_.size()));
+    return {shape,          sequences,
+            units_.data(),  bounds_.data(),
+            merges_.data(), static_cast<int>(merges_.size()),
+            partials_.data()};
+}
+
+}  // namespace slingshot

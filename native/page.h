@@ -1,0 +1,134 @@
+// Cache pages brought into the order of product.h: keys as columns, values as rows, both in words.
+#pragma once
+
+#include "attention.h"
+#include "product.h"
+
+namespace slingshot {
+namespace LEVEL {
+
+#if defined(__AVX512F__)
+
+// 16 rows of up to 16 32-bit words, `stride` words apart, to columns: `to` is [16][16], missing words are zeros.
+inline void transpose_words(const void* from, size_t stride, int words, void* to) {
+    const uint32_t* rows = static_cast<const uint32_t*>(from);
+    const __mmask16 present = static_cast<__mmask16>((1u << words) - 1);
+    __m512i x[16], y[16];
+    for (int i = 0; i < 16; i++) x[i] = _mm512_maskz_loadu_epi32(present, rows + i * stride);
+    for (int i = 0; i < 16; i += 2) {
+        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + j + 2]);
+            x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + j + 2]);
+        }
+    // x[4 q + c] holds column 4 l + c of rows 4 q to 4 q + 3 in its 128-bit lane l
+    for (int c = 0; c < 4; c++) {
+        y[c] = _mm512_shuffle_i32x4(x[c], x[4 + c], 0x88), y[4 + c] = _mm512_shuffle_i32x4(x[c], x[4 + c], 0xdd);
+        y[8 + c] = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0x88);
+        y[12 + c] = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0xdd);
+    }
+    __m512i* out = static_cast<__m512i*>(to);
+    for (int c = 0; c < 4; c++) {
+        _mm512_storeu_si512(out + c, _mm512_shuffle_i32x4(y[c], y[8 + c], 0x88));
+        _mm512_storeu_si512(out + 8 + c, _mm512_shuffle_i32x4(y[c], y[8 + c], 0xdd));
+        _mm512_storeu_si512(out + 4 + c, _mm512_shuffle_i32x4(y[4 + c], y[12 + c], 0x88));
+        _mm512_storeu_si512(out + 12 + c, _mm512_shuffle_i32x4(y[4 + c], y[12 + c], 0xdd));
+    }
+}
+
+#endif
+
+// The keys of a page, rows `stride` numbers apart, to [words][16 tokens].
+#if defined(__AVX512F__)
+inline void pack_keys(const float* keys, size_t stride, int width, float* to) {
+    for (int w = 0; w < width; w += 16) transpose_words(keys + w, stride, width - w < 16 ? width - w : 16, to + w * 16);
+}
+#else
+inline void pack_keys(const float* keys, size_t stride, int width, float* to) {
+    for (int half = 0; half < 16; half += 8)
+        for (int w = 0; w < width; w += 8) {
+            __m256 x[8], y[8];
+            for (int i = 0; i < 8; i++) x[i] = _mm256_loadu_ps(keys + (half + i) * stride + w);
+            for (int i = 0; i < 8; i += 2) {
+                y[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+                y[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+            }
+            for (int i = 0; i < 8; i += 4)
+                for (int j = 0; j < 2; j++) {
+                    x[i + 2 * j] = _mm256_shuffle_ps(y[i + j], y[i + j + 2], 0x44);
+                    x[i + 2 * j + 1] = _mm256_shuffle_ps(y[i + j], y[i + j + 2], 0xee);
+                }
+            for (int i = 0; i < 4; i++) {
+                _mm256_storeu_ps(to + (w + i) * 16 + half, _mm256_permute2f128_ps(x[i], x[4 + i], 0x20));
+                _mm256_storeu_ps(to + (w + 4 + i) * 16 + half, _mm256_permute2f128_ps(x[i], x[4 + i], 0x31));
+            }
+        }
+}
+#endif
+
+// Without pairs bf16 becomes float on the way.
+inline void pack_keys(const bf16* keys, size_t stride, int width, float* to) {
+    alignas(64) float part[16 * 16];
+    for (int w = 0; w < width; w += 16) {
+        const int here = width - w < 16 ? 8 : 16;
+        for (int i = 0; i < 16; i++)
+            for (int j = 0; j < here; j += 8) {
+                const __m128i numbers = _mm_loadu_si128(reinterpret_cast<const __m128i*>(keys + i * stride + w + j));
+                const __m256i words = _mm256_slli_epi32(_mm256_cvtepu16_epi32(numbers), 16);
+                _mm256_store_si256(reinterpret_cast<__m256i*>(part + i * 16 + j), words);
+            }
+        pack_keys(part, 16, here, to + w * 16);
+    }
+}
+
+#if defined(__AVX512BF16__)
+inline void pack_keys(const bf16* keys, size_t stride, int width, Pair* to) {
+    for (int w = 0; w < width; w += 32) {
+        const int words = width - w < 32 ? (width - w) / 2 : 16;
+        transpose_words(keys + w, stride / 2, words, to + w * 8);
+    }
+}
+#endif
+
+// The first `count` values of a page to [16 tokens][columns], columns a multiple of 16; the rest are zeros, because a
+// cache may hold anything where no token was, and zero times that need not be zero.
+template <class T> inline void pack_values(const T* values, size_t stride, int count, int width, int columns, float* to) {
+    for (int t = 0; t < 16; t++, to += columns) {
+        for (int c = 0; c < columns; c += 8) {
+            __m256 numbers = _mm256_setzero_ps();
+            if (t < count && c < width) {
+                if constexpr (sizeof(T) == 4) {
+                    numbers = _mm256_loadu_ps(reinterpret_cast<const float*>(values + t * stride + c));
+                } else {
+                    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + t * stride + c));
+                    numbers = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+                }
+            }
+            _mm256_storeu_ps(to + c, numbers);
+        }
+    }
+}
+
+#if defined(__AVX512BF16__)
+// Two tokens' numbers side by side: [8 pairs of tokens][columns].
+inline void pack_values(const bf16* values, size_t stride, int count, int width, int columns, Pair* to) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (int t = 0; t < 16; t += 2, to += columns)
+        for (int c = 0; c < columns; c += 32) {
+            const int here = width - c < 32 ? width - c : 32;
+            const __mmask32 present = here <= 0 ? 0 : static_cast<__mmask32>((1ull << here) - 1);
+            const __m512i even = _mm512_maskz_loadu_epi16(t < count ? present : 0, values + t * stride + c);
+            const __m512i odd = _mm512_maskz_loadu_epi16(t + 1 < count ? present : 0, values + (t + 1) * stride + c);
+            _mm512_storeu_si512(to + c, _mm512_permutex2var_epi16(even, low, odd));
+            if (c + 16 < columns) _mm512_storeu_si512(to + c + 16, _mm512_permutex2var_epi16(even, high, odd));
+        }
+}
+#endif
+
+}  // namespace LEVEL
+}  // namespace slingshot

@@ -121,7 +121,7 @@ def test_chunked_prefill_and_growing_cache_change_nothing(model, tokenizer, monk
     expected = token_ids(Engine(model, tokenizer).generate(prompts, params))
     for name, value in (("PREFILL_SCORES", 1000), ("PREFILL_TOKENS", 60), ("EXTENT_STEP", 1)):
         monkeypatch.setattr(engine_module, name, value)
-    monkeypatch.setattr("slingshot.engine.batch.LENGTH_STEP", 1)
+    monkeypatch.setattr("slingshot.engine.slots.LENGTH_STEP", 1)
     engine = Engine(model, tokenizer)
     outputs = []
     for prompt in prompts:  # arriving while others run: the cache grows in rows and length under them

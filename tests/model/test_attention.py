@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slingshot.engine.kv_cache import KVCache
+from slingshot.engine.slot_cache import SlotCache
 from slingshot.kernels.attention import attention_reference
 from slingshot.model.attention import MLA
 from slingshot.model.config import ModelConfig
@@ -47,7 +47,7 @@ def tokens(rows: int, time: int = TIME) -> Tensor:
 def in_pieces(model: Transformer, tokens_BT: Tensor, cuts: Iterable[int]) -> Tensor:
     """Logits of a sequence that comes in pieces, in slots 1 and 2 of four."""
     rows, time = tokens_BT.shape
-    cache = KVCache(model.config, slots=4, length=time + 3, dtype=torch.float32)
+    cache = SlotCache(model.config, slots=4, length=time + 3, dtype=torch.float32)
     positions = torch.arange(time).expand(rows, time)
     pieces = [slice(a, b) for a, b in pairwise([0, *sorted(cuts), time])]
     contexts = (cache.context(1, positions[:, piece], extent=piece.stop) for piece in pieces)
@@ -117,7 +117,7 @@ def test_expanded_and_absorbed_attention_are_one(deepseek: Config, shape: dict[s
         mean, deviation = (1.0, 0.3) if parameter.dim() == 1 else (0.0, parameter.shape[-1] ** -0.5)
         parameter.normal_(mean, deviation, generator=generator)
     x_BTD = torch.randn(2, time, config.hidden_size, generator=generator)
-    cache = KVCache(config, slots=2, length=time, dtype=torch.float32)
+    cache = SlotCache(config, slots=2, length=time, dtype=torch.float32)
     packed = PackedContext(config, x_BTD[..., 0], None)
     cached = cache.context(0, torch.arange(time).expand(2, time))
     expanded, absorbed = (attention(x_BTD, context) for context in (packed, cached))
@@ -128,7 +128,7 @@ def test_expanded_and_absorbed_attention_are_one(deepseek: Config, shape: dict[s
 def test_rows_of_different_lengths_decode_together(model: Transformer) -> None:
     """Right padding in a prefill is overwritten or masked, and so is whatever an earlier sequence left in the slot."""
     tokens_BT, lengths = tokens(2), torch.tensor([3, 8])
-    cache = KVCache(model.config, slots=2, length=TIME, dtype=torch.float32)
+    cache = SlotCache(model.config, slots=2, length=TIME, dtype=torch.float32)
     for layer in cache.data:
         layer.fill_(1e3)
     model(tokens_BT[:, :8], context=cache.context(0, torch.arange(8).expand(2, 8)))
@@ -152,7 +152,7 @@ def stored(thing: object) -> int:
 
 def test_deepseek_v3_caches_70272_bytes_a_token() -> None:
     """Of 61 layers in bfloat16 (512 + 64 numbers each), as in "Insights into DeepSeek-V3" (ISCA'25), Table 1."""
-    cache = KVCache(ModelConfig.preset("deepseek-v3"), slots=2, length=3, dtype=torch.bfloat16)
+    cache = SlotCache(ModelConfig.preset("deepseek-v3"), slots=2, length=3, dtype=torch.bfloat16)
     assert stored(cache.data) == 2 * 3 * 70272
 
 
@@ -161,7 +161,7 @@ def test_decoding_keeps_the_latent_and_the_rotated_key_and_nothing_else(make_mod
     """In cache or model: kv_lora_rank + qk_rope_head_dim numbers a token and layer, whatever the heads."""
     for heads in (1, 4):
         model = make_model(deepseek(num_attention_heads=heads))
-        cache = KVCache(model.config, slots=2, length=5, dtype=torch.float32)
+        cache = SlotCache(model.config, slots=2, length=5, dtype=torch.float32)
         before = stored(dict(model.named_modules()))
         model(tokens(2, 5), context=cache.context(0, torch.arange(5).expand(2, 5)))
         assert stored(dict(model.named_modules())) == before
@@ -171,7 +171,7 @@ def test_decoding_keeps_the_latent_and_the_rotated_key_and_nothing_else(make_mod
 
 
 def test_a_slot_is_copied_up_to_a_length(dense: Config) -> None:
-    cache = KVCache(dense(), slots=3, length=4, dtype=torch.float32)
+    cache = SlotCache(dense(), slots=3, length=4, dtype=torch.float32)
     for layer in cache.data:
         layer[1] = torch.randn(layer[1].shape, generator=torch.Generator().manual_seed(0))
     cache.copy(source=1, target=2, length=3)

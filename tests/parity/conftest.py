@@ -23,7 +23,7 @@ from transformers.modeling_layers import MtpModel
 
 from slingshot.base.files import read_json, write_json
 from slingshot.checkpoint.load_save import save_checkpoint
-from slingshot.engine.kv_cache import KVCache
+from slingshot.engine.slot_cache import SlotCache
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.text.tokenizer import Tokenizer
@@ -161,7 +161,7 @@ def deviations(ours: Transformer, theirs: nn.Module, seed: int = 0) -> dict[str,
 def _cached(model: Transformer, tokens_BT: Tensor) -> Tensor:
     """Logits of a sequence that comes in three pieces: a long one, a short one, and one token at a time."""
     rows, time = tokens_BT.shape
-    cache, logits, start = KVCache(model.config, slots=rows, length=time, dtype=torch.float32), [], 0
+    cache, logits, start = SlotCache(model.config, slots=rows, length=time, dtype=torch.float32), [], 0
     for size in (time - 9, 6, 1, 1, 1):
         place = slice(start, start + size)
         positions = torch.arange(time)[place].expand(rows, -1)

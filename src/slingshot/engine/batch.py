@@ -1,83 +1,108 @@
-"""The rows that decode together: the cache and, beside it, each row's last token, position and sampling parameters.
+"""One step's work as flat tokens, and what runs it.
 
-Active rows are always the first ones: a sequence that leaves gives its slot to the last row, so a step reads slices.
+A step takes N tokens of S sequences: chunks of prompts and rows that decode alike. Where a token's cache entry goes and
+where its sequence's earlier entries are is told in pages of `PAGE` tokens. Page 0 is nobody's: padding writes there.
 
-    first_slot = batch.place(sequences)     # into the next free slots; their prompts must then be written to the cache
-    batch.remove(slot)
+    batch = FlatBatch.of([([5, 9, 4], 0, [3]), ([7], 20, [1, 2])])     # ids, position of the first, pages
+    output = runner.forward(batch)                                     # logits after each sequence's last token
 
-Suffix: S slots.
+Suffixes: N tokens, S sequences, P pages of the longest sequence, R wanted logits, V vocabulary, D model width, L MoE
+layers, k experts a token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import numpy as np
 import torch
+from torch import Tensor
 
-from slingshot.engine.kv_cache import KVCache
-from slingshot.engine.sequence import Sequence
-from slingshot.model.config import ModelConfig
-
-LENGTH_STEP = 64  # the cache grows by multiples of this many tokens
+PAGE = 16  # tokens of a page
 
 
-class Batch:
-    """Up to `max_batch` sequences in slots 0, 1, ... of a cache of about `cache_bytes` (one sequence always fits)."""
+@dataclass
+class FlatBatch:
+    """N tokens of S sequences, on the CPU. All of one sequence stand together, in the order of their positions.
 
-    def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_batch: int, cache_bytes: int
-    ) -> None:
-        self._cache_of = lambda slots, length: KVCache(config, slots, length, dtype, device)
-        self._max_batch = max_batch
-        self._max_entries = cache_bytes // (config.cache_width * config.num_hidden_layers * dtype.itemsize)
-        self.sequences: list[Sequence] = []
-        self.cache = self._cache_of(0, 0)
-        self.tokens_S, self.positions_S, self.streams_S, self.top_k_S = (
-            torch.zeros(max_batch, dtype=torch.long, device=device) for _ in range(4)
+    token_ids_N, positions_N    int64
+    slots_N                     int64: page * PAGE + offset, where the token's cache entry is written
+    starts                      int32 [S + 1]: tokens of sequence s are starts[s] to starts[s + 1]
+    lengths                     int32 [S]: tokens of the sequence in the cache after this step
+    block_tables                int32 [S, P]: its pages in order, filled up with 0
+    wanted                      int64 [R]: tokens after which logits are needed; the same may be wanted several times
+    hidden, routing             what the output shall hold besides the logits
+    """
+
+    token_ids_N: Tensor
+    positions_N: Tensor
+    slots_N: Tensor
+    starts: Tensor
+    lengths: Tensor
+    block_tables: Tensor
+    wanted: Tensor
+    hidden: bool = False
+    routing: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        sequences: Iterable[tuple[Sequence[int], int, Sequence[int]]],
+        wanted: Sequence[int] | None = None,
+        hidden: bool = False,
+        routing: bool = False,
+    ) -> Self:
+        """From (token ids, position of the first, pages) of each sequence; default: wanted after each one's last."""
+        parts = list(sequences)
+        counts, firsts = [len(ids) for ids, _, _ in parts], [first for _, first, _ in parts]
+        starts = np.cumsum([0, *counts])
+        tables = np.zeros((len(parts), max(len(pages) for _, _, pages in parts)), dtype=np.int32)
+        for row, (_, _, pages) in enumerate(parts):
+            tables[row, : len(pages)] = pages
+        positions = np.arange(starts[-1]) + np.repeat(np.array(firsts) - starts[:-1], counts)
+        owners = np.repeat(np.arange(len(parts)), counts)
+        return cls(
+            torch.tensor([token_id for ids, _, _ in parts for token_id in ids]),
+            torch.from_numpy(positions),
+            torch.from_numpy(tables[owners, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE),
+            torch.from_numpy(starts.astype(np.int32)),
+            torch.tensor([first + count for first, count in zip(firsts, counts, strict=True)], dtype=torch.int32),
+            torch.from_numpy(tables),
+            torch.from_numpy(starts[1:] - 1) if wanted is None else torch.tensor(wanted),
+            hidden,
+            routing,
         )
-        self.top_p_S, self.temperature_S = (torch.zeros(max_batch, device=device) for _ in range(2))
-        self._rows_S = self.tokens_S, self.positions_S, self.streams_S, self.top_k_S, self.top_p_S, self.temperature_S
 
-    def fits(self, rows: int, length: int) -> bool:
-        """Whether `rows` sequences of at most `length` tokens may be active at once."""
-        return rows <= self._max_batch and (rows == 1 or rows * length <= self._max_entries)
 
-    def place(self, sequences: list[Sequence]) -> int:
-        """Give each sequence the next slot, its row poised to decode the prompt's last token; -> the first one's."""
-        first, last = len(self.sequences), len(self.sequences) + len(sequences)
-        self._reserve(last, max(sequence.request.limit for sequence in [*self.sequences, *sequences]))
-        prompts = [sequence.request.prompt for sequence in sequences]
-        params = [sequence.request.params for sequence in sequences]
-        values = (
-            [prompt[-1] for prompt in prompts], [len(prompt) - 1 for prompt in prompts],
-            [sequence.stream for sequence in sequences],
-            [its.top_k for its in params], [its.top_p for its in params], [its.temperature for its in params],
-        )  # fmt: skip
-        for rows_S, row_values in zip(self._rows_S, values, strict=True):
-            rows_S[first:last] = torch.tensor(row_values, dtype=rows_S.dtype)
-        self.sequences += sequences
-        return first
+@dataclass
+class RunnerOutput:
+    """What a step's tokens gave.
 
-    def remove(self, slot: int) -> Sequence:
-        """Take out the sequence in this slot; the last row moves there. Several leave from the highest slot down."""
-        leaving, last, source = self.sequences[slot], self.sequences[-1], len(self.sequences) - 1
-        if slot != source:
-            self.cache.copy(source, slot, last.length - 1)
-            for rows_S in self._rows_S:
-                rows_S[slot] = rows_S[source]
-            self.sequences[slot] = last
-        self.sequences.pop()
-        return leaving
+    logits_RV       float32
+    hidden_ND       after the final norm, of every token, where asked: what the MTP module continues from
+    routing_NLk     int16, the experts that each MoE layer of the main model chose for every token, where asked
+    """
 
-    def _reserve(self, rows: int, length: int) -> None:
-        """Make the cache hold `rows` sequences of `length` tokens. Rows grow by doubling, so that copies are few."""
-        old, active = self.cache, len(self.sequences)
-        if rows <= old.slots and length <= old.length:
-            return
-        if not active:
-            old.data.clear()  # nothing to keep: its memory goes before its successor's comes
-        doubled = min(self._max_batch, 1 << (rows - 1).bit_length())
-        length = -(-length // LENGTH_STEP) * LENGTH_STEP
-        self.cache = self._cache_of(doubled if self.fits(doubled, length) else rows, length)
-        if active:
-            used = max(sequence.length for sequence in self.sequences)
-            for layer, old_layer in zip(self.cache.data, old.data, strict=True):
-                layer[:active, :used] = old_layer[:active, :used]
+    logits_RV: Tensor
+    hidden_ND: Tensor | None = None
+    routing_NLk: Tensor | None = None
+
+
+class Runner(Protocol):
+    """Runs the network over flat batches and a KVCache. Single-threaded; tensors of the output may be reused by the
+    next call."""
+
+    def forward(self, batch: FlatBatch) -> RunnerOutput: ...
+
+    def draft(self, batch: FlatBatch, hidden_ND: Tensor) -> RunnerOutput:
+        """The MTP module over the same kind of batch, whose token_ids_N are those that follow each position:
+        from the hidden state at t and token t + 1, logits for t + 2. Its layer of the cache is `num_hidden_layers`.
+
+        With batch.hidden the output's hidden_ND is the module's own (after its norm), from which a next draft may go
+        on.
+        """
+
+    def refresh(self) -> None:
+        """The model's weights have changed."""

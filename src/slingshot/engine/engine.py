@@ -33,9 +33,9 @@ from torch import Tensor
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
-from slingshot.engine.batch import Batch
 from slingshot.engine.sampling import SamplingParams, sample, uniform_noise
 from slingshot.engine.sequence import Completion, Request, RequestOutput, Sequence
+from slingshot.engine.slots import Batch
 from slingshot.machine.device import auto_device, auto_dtype
 from slingshot.model.transformer import Transformer
 from slingshot.text.reasoning import Delta, Kind, ReasoningStream

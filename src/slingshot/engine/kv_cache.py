@@ -1,63 +1,71 @@
-"""The engine's cache, one row of `length` entries per slot and layer, and the context through which attention meets it.
+"""The engine's cache: what attention keeps of every token, in pages of 16 tokens.
 
-An entry is what `ModelConfig.cache_width` counts: MLA's latent and rotated key, or K and V of every KV head. Its place
-in the row is its token's position, so what lies beyond a sequence's end is masked by causality and may hold anything.
+    cache = KVCache(config, pages=1000, dtype=torch.bfloat16)
+    cache.entries[layer]                        # MLA: [pages, PAGE, latent + rope width]
+    cache.keys[layer], cache.values[layer]      # GQA: [pages, PAGE, key heads, head width]
 
-    cache = KVCache(config, slots=256, length=512, dtype=torch.float32)
-    model(tokens_BT, context=cache.context(first_slot, positions_BT))
-
-Shape suffixes: B rows, T new tokens, S cached tokens, C cache width, H query heads, G key heads, W width of queries and
-keys, V of values.
+Which sequence a page belongs to is not known here: that is pages.py's. The MTP module's layer is the last one, index
+`num_hidden_layers`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from slingshot.kernels.attention import attend_folded
+from slingshot.engine.batch import PAGE
 from slingshot.model.config import ModelConfig
-from slingshot.model.context import Context
+
+ALIGNMENT = 64  # bytes of a cache line
 
 
 class KVCache:
-    """Contiguous cache of `slots` sequences of at most `length` tokens."""
+    """Tensors of `pages` pages for every layer, in `dtype`. Memory is taken from the machine as it is first written."""
 
     def __init__(
-        self, config: ModelConfig, slots: int, length: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self, config: ModelConfig, pages: int, dtype: torch.dtype, device: torch.device | str = "cpu", mtp: bool = False
     ) -> None:
-        self.config, self.slots, self.length = config, slots, length
-        shape = (slots, length, config.cache_width)
-        self.data = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.config, self.pages, self.dtype = config, pages, dtype
+        layers = config.num_hidden_layers + mtp
+        self.entries: list[Tensor] = []
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        if config.family == "dense":
+            shape = (pages, PAGE, config.num_key_value_heads, config.head_dim)
+            self.keys, self.values = ([_zeros(shape, dtype, device) for _ in range(layers)] for _ in range(2))
+        else:
+            shape = (pages, PAGE, config.kv_lora_rank + config.qk_rope_head_dim)
+            self.entries = [_zeros(shape, dtype, device) for _ in range(layers)]
 
-    def context(self, first_slot: int, positions_BT: Tensor, extent: int | None = None) -> CachedContext:
-        """Consecutive slots as one batch, its new tokens at these positions; attention looks at `extent` entries."""
-        return CachedContext(self, first_slot, positions_BT, self.length if extent is None else extent)
+    @staticmethod
+    def page_bytes(config: ModelConfig, dtype: torch.dtype, mtp: bool = False) -> int:
+        """Bytes of one page of all layers."""
+        return PAGE * config.cache_width * (config.num_hidden_layers + mtp) * dtype.itemsize
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` entries of one slot to another."""
-        for layer in self.data:
-            layer[target, :length] = layer[source, :length]
+    @property
+    def layers(self) -> list[Tensor]:
+        """Every tensor of the cache: pages first."""
+        return [*self.entries, *self.keys, *self.values]
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy whole pages."""
+        for layer in self.layers:
+            layer[list(targets)] = layer[list(sources)]
+
+    def clear(self) -> None:
+        """Write zeros over everything: after weights that gave NaN, which masks do not hide."""
+        for layer in self.layers:
+            layer.zero_()
 
 
-class CachedContext(Context):
-    """Writes every token's entry to its place, then attends over the row's entries up to the token's own."""
-
-    absorb = True
-
-    def __init__(self, cache: KVCache, first_slot: int, positions_BT: Tensor, extent: int) -> None:
-        super().__init__(cache.config, positions_BT)
-        rows, device = len(positions_BT), positions_BT.device
-        self._layers = [layer[first_slot : first_slot + rows] for layer in cache.data]
-        self._place = torch.arange(rows, device=device)[:, None], positions_BT
-        self._extent = extent
-        self._mask_BTS = torch.arange(extent, device=device) <= positions_BT[..., None]
-
-    def attend(self, layer: int, q_XHW: Tensor, k_XGW: Tensor, v_XGV: Tensor | int, scale: float) -> Tensor:
-        parts = [part for part in (k_XGW, v_XGV) if isinstance(part, Tensor)]
-        rows_BSC = self._layers[layer]
-        rows_BSC[self._place] = torch.stack(parts, dim=2).flatten(2).to(rows_BSC.dtype)
-        rows_BSC = rows_BSC[:, : self._extent].to(q_XHW.dtype)
-        k_BSGW, *values = rows_BSC.view(*rows_BSC.shape[:2], len(parts), *k_XGW.shape[2:]).unbind(2)
-        v_BSGV = k_BSGW[..., :v_XGV] if isinstance(v_XGV, int) else values[0]
-        return attend_folded(q_XHW, k_BSGW, v_BSGV, self._mask_BTS, scale)
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Zeros; on a CPU memory that the operating system gives when it is touched, where torch.zeros touches all."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = int(np.prod(shape)) * dtype.itemsize
+    memory = np.zeros(size + ALIGNMENT, dtype=np.uint8)
+    first = -memory.ctypes.data % ALIGNMENT
+    return torch.from_numpy(memory[first : first + size]).view(dtype).view(shape)

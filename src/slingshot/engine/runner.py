@@ -1,0 +1,177 @@
+"""The Transformer over pages: the runner for every device, and the reference of the native one.
+
+    runner = TorchRunner(model, KVCache(model.config, pages=100, dtype=torch.float32))
+    output = runner.forward(FlatBatch.of([([5, 9, 4], 0, [1])]))
+
+A context writes each token's entry to its slot. Then sequences of about the same size attend together, their pages
+gathered into rows; padding repeats a sequence's last query and reads page 0, which masks hide.
+
+Suffixes: N tokens, S sequences, T queries of a sequence, U cached tokens, P pages, H query heads, G key heads, W width
+of queries and keys, V of values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slingshot.engine.batch import PAGE, FlatBatch, RunnerOutput
+from slingshot.engine.kv_cache import KVCache
+from slingshot.kernels.attention import attend_folded
+from slingshot.model.context import Context
+from slingshot.model.dispatch import Routing
+from slingshot.model.transformer import MTP, Transformer
+
+TOKEN_STEP = 16  # the network sees a multiple of so many tokens, since matrix libraries compile code for every shape
+SCORES = 1 << 24  # attention scores of a layer at once: 64 MiB in float32, copied a few times
+WASTE = 1.5  # how much padding may add to the scores of sequences that attend together
+
+
+@dataclass
+class AttentionGroup:
+    """Sequences that attend together. `tokens_ST`: where their queries stand in the batch; None: one after the other,
+    one each."""
+
+    tokens_ST: Tensor | None
+    tables_F: Tensor  # their block tables, one after the other
+    mask_STU: Tensor
+
+
+class PagedContext(Context):
+    """Attention of a flat batch over a KVCache."""
+
+    absorb = True
+
+    def __init__(self, cache: KVCache, positions_N: Tensor, slots_N: Tensor, groups: list[AttentionGroup]) -> None:
+        super().__init__(cache.config, positions_N)
+        self._cache, self._slots_N, self._groups = cache, slots_N, groups
+
+    def attend(self, layer: int, q_XHW: Tensor, k_XGW: Tensor, v_XGV: Tensor | int, scale: float) -> Tensor:
+        cache = self._cache
+        if isinstance(v_XGV, int):
+            width, (pages,) = v_XGV, ([cache.entries[layer]],)
+            new = [k_XGW]
+        else:
+            width, pages = v_XGV.shape[-1], [cache.keys[layer], cache.values[layer]]
+            new = [k_XGW, v_XGV]
+        for held, fresh in zip(pages, new, strict=True):
+            held.flatten(0, 1).flatten(1).index_copy_(0, self._slots_N, fresh.flatten(1).to(held.dtype))
+        if len(self._groups) == 1 and self._groups[0].tokens_ST is None:
+            return self._of_group(self._groups[0], q_XHW.unsqueeze(1), pages, width, scale).squeeze(1)
+        y_NHV = q_XHW.new_zeros(*q_XHW.shape[:2], width)
+        for group in self._groups:
+            assert group.tokens_ST is not None
+            y_STHV = self._of_group(group, q_XHW[group.tokens_ST], pages, width, scale)
+            y_NHV[group.tokens_ST] = y_STHV  # a token that stands there several times has the same result each time
+        return y_NHV
+
+    def _of_group(self, group: AttentionGroup, q_STHW: Tensor, pages: list[Tensor], width: int, scale: float) -> Tensor:
+        rows, groups = len(q_STHW), 1 if len(pages) == 1 else pages[0].shape[2]
+        k_SUGW, *values = (
+            held.index_select(0, group.tables_F).view(rows, -1, groups, held.shape[-1]).to(q_STHW.dtype)
+            for held in pages
+        )
+        v_SUGV = values[0] if values else k_SUGW[..., :width]
+        if q_STHW.is_cuda:
+            q, k, v = (t.transpose(1, 2) for t in (q_STHW, k_SUGW, v_SUGV))
+            y = F.scaled_dot_product_attention(q, k, v, group.mask_STU.unsqueeze(1), scale=scale, enable_gqa=True)
+            return y.transpose(1, 2)
+        piece = max(1, SCORES // (rows * q_STHW.shape[2] * k_SUGW.shape[1]))
+        parts = zip(q_STHW.split(piece, 1), group.mask_STU.split(piece, 1), strict=True)
+        return torch.cat([attend_folded(q, k_SUGW, v_SUGV, mask, scale) for q, mask in parts], dim=1)
+
+
+class TorchRunner:
+    """Runs the model over the cache's pages; see the Runner protocol."""
+
+    def __init__(self, model: Transformer, cache: KVCache) -> None:
+        self._model, self._cache = model, cache
+        self._device = model.model.embed_tokens.weight.device
+
+    def refresh(self) -> None:
+        """Nothing: the modules read their weights at every call."""
+
+    def forward(self, batch: FlatBatch) -> RunnerOutput:
+        tokens, context = self._context(batch)
+        chosen: list[Routing] = []
+        hooks = [
+            layer.gate.register_forward_hook(lambda _, __, routing: chosen.append(routing))
+            for layer in self._model.moe_layers()[: self._main_moe_layers]
+            if batch.routing
+        ]
+        try:
+            hidden = self._model(tokens, context=context, logits=False).hidden_BTD
+        finally:
+            for hook in hooks:
+                hook.remove()
+        routing = [its.experts_Nk[: len(batch.token_ids_N)].to(torch.int16) for its in chosen]
+        return self._output(batch, hidden, torch.stack(routing, dim=1) if routing else None)
+
+    def draft(self, batch: FlatBatch, hidden_ND: Tensor) -> RunnerOutput:
+        tokens, context = self._context(batch)
+        module = self._model.model.layers[self._model.config.num_hidden_layers]
+        assert isinstance(module, MTP)
+        padded_ND = F.pad(hidden_ND, (0, 0, 0, len(tokens) - len(hidden_ND)))
+        embedding = self._model.model.embed_tokens(tokens).to(hidden_ND.dtype)
+        return self._output(batch, module(padded_ND, context, embedding)[0])
+
+    @property
+    def _main_moe_layers(self) -> int:
+        config = self._model.config
+        return max(0, config.n_moe_layers - config.num_nextn_predict_layers)
+
+    def _output(self, batch: FlatBatch, hidden_ND: Tensor, routing_NLk: Tensor | None = None) -> RunnerOutput:
+        wanted_RD = hidden_ND[batch.wanted.to(self._device)]
+        hidden = hidden_ND[: len(batch.token_ids_N)] if batch.hidden else None
+        return RunnerOutput(self._model.lm_logits(wanted_RD), hidden, routing_NLk)
+
+    def _context(self, batch: FlatBatch) -> tuple[Tensor, PagedContext]:
+        """The batch's tokens, padded, and their attention."""
+        count = len(batch.token_ids_N)
+        padding = -count % TOKEN_STEP if count > TOKEN_STEP else 0
+        tokens_N, positions_N, slots_N = (
+            F.pad(t, (0, padding)).to(self._device, non_blocking=True)
+            for t in (batch.token_ids_N, batch.positions_N, batch.slots_N)
+        )
+        groups = list(self._groups(batch, padding))
+        return tokens_N, PagedContext(self._cache, positions_N, slots_N, groups)
+
+    def _groups(self, batch: FlatBatch, padding: int) -> list[AttentionGroup]:
+        """Sequences grouped so that padding stays small; all of this is known on the CPU."""
+        starts_S, lengths_S = batch.starts.numpy()[:-1], batch.lengths.numpy()
+        counts_S, tables_SP = np.diff(batch.starts.numpy()), batch.block_tables.numpy()
+        positions_N = batch.positions_N.numpy()
+        work_S = counts_S.astype(np.int64) * lengths_S
+        if counts_S.max() == 1 and lengths_S.max() * len(lengths_S) <= WASTE * work_S.sum() + 64 * len(lengths_S):
+            tables, last_S1 = np.pad(tables_SP, ((0, padding), (0, 0))), np.pad(positions_N, (0, padding))[:, None]
+            return [self._group(None, tables, last_S1, int(lengths_S.max()))]
+        order, groups = np.lexsort((lengths_S, counts_S)), []
+        cuts, area = [0], 0
+        for at, row in enumerate(order):  # sorted, so that the last one is the largest of its group
+            area += int(work_S[row])
+            size = at + 1 - cuts[-1]
+            if size > 1 and size * int(counts_S[row]) * int(lengths_S[order[cuts[-1] : at + 1]].max()) > WASTE * area:
+                cuts.append(at)
+                area = int(work_S[row])
+        for first, end in pairwise([*cuts, len(order)]):
+            rows = order[first:end]
+            steps_ST = np.minimum(np.arange(counts_S[rows].max())[None], counts_S[rows][:, None] - 1)
+            tokens_ST = starts_S[rows][:, None] + steps_ST
+            groups.append(self._group(tokens_ST, tables_SP[rows], positions_N[tokens_ST], int(lengths_S[rows].max())))
+        return groups
+
+    def _group(
+        self, tokens_ST: np.ndarray | None, tables_SP: np.ndarray, positions_ST: np.ndarray, longest: int
+    ) -> AttentionGroup:
+        pages = -(-longest // PAGE)
+        mask_STU = np.arange(pages * PAGE) <= positions_ST[..., None]
+        tokens = None if tokens_ST is None else self._place(tokens_ST.astype(np.int64))
+        return AttentionGroup(tokens, self._place(tables_SP[:, :pages].flatten()), self._place(mask_STU))
+
+    def _place(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)

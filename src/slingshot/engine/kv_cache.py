@@ -34,7 +34,7 @@ class KVCache:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         if config.family == "dense":
-            shape = (pages, PAGE, config.num_key_value_heads, config.head_dim)
+            shape: tuple[int, ...] = (pages, PAGE, config.num_key_value_heads, config.head_dim)
             self.keys, self.values = ([_zeros(shape, dtype, device) for _ in range(layers)] for _ in range(2))
         else:
             shape = (pages, PAGE, config.kv_lora_rank + config.qk_rope_head_dim)

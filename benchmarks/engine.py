@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 
 from slingshot.checkpoint.load_save import save_checkpoint
@@ -95,8 +96,9 @@ def random_checkpoint(preset: str, folder: Path) -> Path:
     model = Transformer(ModelConfig.preset(preset))
     model.init_weights(torch.Generator().manual_seed(0))
     model.cast(torch.bfloat16)
-    words = [" ".join(str(number) for number in range(start, start + 40)) for start in range(400)]
-    save_checkpoint(folder, model, Tokenizer.train(words, model.config.vocab_size))
+    texts = [Path(__file__).read_text(encoding="utf-8")]
+    folder.mkdir()
+    save_checkpoint(folder, model, Tokenizer.train(texts, model.config.vocab_size))
     return folder
 
 
@@ -104,6 +106,30 @@ def convert(source: str | Path, destination: Path, dtype: str) -> Path:
     if not destination.exists():
         command = [sys.executable, "-m", "slingshot", "convert", str(source), str(destination), "--dtype", dtype]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return destination
+
+
+def four_bit(source: Path, destination: Path) -> Path:
+    """A GGUF file's matrices as Q4_0, its embedding (and tied head) as Q8_0, as llama.cpp's own q4_0 files have them."""
+    if destination.exists():
+        return destination
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(destination, reader.fields["general.architecture"].contents())
+    for name, entry in reader.fields.items():
+        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
+            subtype = entry.types[-1] if entry.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, entry.contents(), entry.types[0], subtype)
+    for tensor in reader.tensors:
+        numbers = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        kind = gguf.GGMLQuantizationType.F32
+        if numbers.ndim == 2:
+            embedding = tensor.name == "token_embd.weight"
+            kind = gguf.GGMLQuantizationType.Q8_0 if embedding else gguf.GGMLQuantizationType.Q4_0
+        writer.add_tensor(tensor.name, gguf.quants.quantize(numbers, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return destination
 
 
@@ -130,6 +156,8 @@ def contenders(shape: str, work: Path, before: Path | None) -> tuple[list[Conten
             file = convert(model, work / f"smollm2-{dtype}.gguf", dtype)
             asked = [batches[0], *first] if dtype == "bfloat16" else batches[:1]
             found.append(Contender(f"llama.cpp, {dtype}", "llama_cpp", llama, file, asked))
+        file = four_bit(work / "smollm2-bfloat16.gguf", work / "smollm2-q4_0.gguf")
+        found.append(Contender("llama.cpp, q4_0", "llama_cpp", llama, file, batches[:1]))
         file = work / "smollm2-bfloat16.gguf"  # a slot has its share of the whole context
         found.append(Contender("llama.cpp, bfloat16", "llama_cpp", llama, file, batches[1:2]))
     else:

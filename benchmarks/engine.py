@@ -110,7 +110,7 @@ def convert(source: str | Path, destination: Path, dtype: str) -> Path:
 
 
 def four_bit(source: Path, destination: Path) -> Path:
-    """A GGUF file's matrices as Q4_0, its embedding (and tied head) as Q8_0, as llama.cpp's own q4_0 files have them."""
+    """A GGUF file's matrices as Q4_0, its embedding (and tied head) as Q8_0, as in llama.cpp's own files."""
     if destination.exists():
         return destination
     reader = gguf.GGUFReader(source)

@@ -16,14 +16,12 @@ constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
 // A unit's working memory.
 template <class T> struct Unit {
     using Word = typename WordOf<T>::type;
-    static constexpr int PER_WORD = sizeof(Word) == 4 && PAIRS && sizeof(T) == 2 ? 2 : 1;
-
     int depth, columns;  // words of a query, columns of its result
     Word *queries, *keys, *values;
     float *scores, *sums, *largest, *totals;
 
     Unit(const AttentionShape& shape) {
-        depth = round_up(shape.width / PER_WORD, 16);
+        depth = round_up(shape.width / PER_WORD<T>, 16);
         columns = round_up(shape.value_width, 16);
     }
 
@@ -31,7 +29,7 @@ template <class T> struct Unit {
         Carver carver{static_cast<char*>(memory)};
         queries = carver.take<Word>(ROWS * depth);
         keys = carver.take<Word>(BLOCK * depth);
-        values = carver.take<Word>(BLOCK / PER_WORD * columns);
+        values = carver.take<Word>(BLOCK / PER_WORD<T> * columns);
         scores = carver.take<float>(ROWS * BLOCK);
         sums = carver.take<float>((ROWS + 16) * columns);  // whole tiles, wherever the first row is
         largest = carver.take<float>(ROWS);
@@ -57,7 +55,7 @@ inline void copy_row(const bf16* from, int width, int words, Pair* to) {
 // A row's scores of a block become weights, e^(scale (score - largest)) with its largest score so far, in place, as the
 // numbers that words hold; those past `count` become 0. `total` is the sum of the weights so far. Gives the factor by
 // which what was summed before is now to be multiplied.
-template <class T, int PER_WORD>
+template <class T>
 inline float weigh(float* scores, int count, int padded, float scale, float* largest, float* total) {
     for (int i = count; i < padded; i++) scores[i] = -INFINITY;
     Floats most = all(*largest);
@@ -68,7 +66,7 @@ inline float weigh(float* scores, int count, int padded, float scale, float* lar
     for (int i = 0; i < padded; i += LANES) {
         const Floats weights = exp(fma(load(scores + i), all(scale), all(-now * scale)));
         sums = add(sums, weights);
-        if constexpr (PER_WORD == 2)
+        if constexpr (PER_WORD<T> == 2)
             store(reinterpret_cast<bf16*>(scores) + i, weights);  // never ahead of what is still to be read
         else
             store(scores + i, weights);
@@ -118,7 +116,7 @@ template <class T> class Attention {
   private:
     void block(const AttentionUnit& unit, int begin) {
         const int tokens = unit.end - begin < BLOCK ? unit.end - begin : BLOCK;
-        const int padded = round_up(tokens, 16 * Unit<T>::PER_WORD);
+        const int padded = round_up(tokens, 16 * PER_WORD<T>);
         const Sequences& sequences = plan.sequences;
         const int* pages = sequences.block_tables + static_cast<size_t>(unit.sequence) * sequences.pages + begin / PAGE;
         for (int t = 0; t < padded; t += PAGE) {
@@ -128,7 +126,7 @@ template <class T> class Attention {
                 pack_keys(keys + token * key_stride + unit.group * shape.width, key_stride, shape.width,
                           own.keys + t * own.depth);
             pack_values(values + token * value_stride + unit.group * value_offset, value_stride, count,
-                        shape.value_width, own.columns, own.values + t / Unit<T>::PER_WORD * own.columns);
+                        shape.value_width, own.columns, own.values + t / PER_WORD<T> * own.columns);
         }
         // Rows of earlier tokens may see none of this block: they are the first ones.
         const int seen = sequences.lengths[unit.sequence] -
@@ -142,14 +140,14 @@ template <class T> class Attention {
         for (int r = 0; r < rows; r++) {
             const int limit = seen + (unit.first_row + first + r) / per_token + 1 - begin;
             float* sums = own.sums + (first + r) * own.columns;
-            const float factor = weigh<T, Unit<T>::PER_WORD>(own.scores + r * BLOCK, limit < tokens ? limit : tokens,
+            const float factor = weigh<T>(own.scores + r * BLOCK, limit < tokens ? limit : tokens,
                                                              padded, shape.scale, &own.largest[first + r],
                                                              &own.totals[first + r]);
             if (factor != 1)
                 for (int c = 0; c < own.columns; c += LANES) store(sums + c, mul(load(sums + c), all(factor)));
         }
         product(reinterpret_cast<const Word*>(own.scores), BLOCK, own.values, own.columns, 16,
-                padded / Unit<T>::PER_WORD, rows, own.columns, own.sums + first * own.columns, own.columns, true);
+                padded / PER_WORD<T>, rows, own.columns, own.sums + first * own.columns, own.columns, true);
     }
 
     void finish(const AttentionUnit& unit, int r, T* y) {

@@ -3,4 +3,5 @@
 
 #define SLINGSHOT_DOOR_OF(name, level) slingshot_##name##_##level
 #define SLINGSHOT_DOOR_AT(name, level) SLINGSHOT_DOOR_OF(name, level)
-#define DOOR(name) SLINGSHOT_DOOR_AT(name, LEVEL)
+// The rest of the library is not to be seen from outside.
+#define DOOR(name) __attribute__((visibility("default"))) SLINGSHOT_DOOR_AT(name, LEVEL)

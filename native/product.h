@@ -1,8 +1,9 @@
 // Products of a few rows with a matrix in columns of 16: c = a b, or c + a b, sums in float32.
 //
-// A word is what one lane multiplies at a time: a float, or (from AVX512-BF16 on) a pair of bf16 neighbours in depth,
-// whose two products come in one instruction. b is [depth words][16 columns] with `ldb` words from row to row, and
-// `block` words from 16 columns to the next 16. That is how packed keys, values and weights lie alike.
+// A word of b is what one lane holds: a float, or a pair of bf16 neighbours in depth. From AVX512-BF16 on pairs of a and
+// b are multiplied in one instruction; below, a is float and pairs of b become floats on the way. b is [depth words][16
+// columns] with `ldb` words from row to row, and `block` words from 16 columns to the next 16: so lie packed keys, values
+// and weights alike.
 #pragma once
 
 #include "simd.h"
@@ -26,42 +27,63 @@ constexpr bool PAIRS = true;
 constexpr bool PAIRS = false;
 #endif
 
-// The words that numbers of type T are multiplied as.
+// The words that activations of type T are multiplied as, and how many numbers of T one holds.
 template <class T> struct WordOf { using type = float; };
 #if defined(__AVX512BF16__)
 template <> struct WordOf<bf16> { using type = Pair; };
-inline __m512bh load_pairs(const void* x) { return (__m512bh)_mm512_loadu_si512(x); }
 #endif
+template <class T> constexpr int PER_WORD = sizeof(T) == 2 && PAIRS ? 2 : 1;
 
-inline Floats multiply_add(Floats sum, const float* a, Floats b) { return fma(all(*a), b, sum); }
 inline Floats load_words(const float* b) { return load(b); }
+inline Floats multiply_add(Floats sum, const float* a, Floats b) { return fma(all(*a), b, sum); }
 #if defined(__AVX512BF16__)
+inline __m512bh load_words(const Pair* b) { return (__m512bh)_mm512_loadu_si512(b); }
 inline Floats multiply_add(Floats sum, const Pair* a, __m512bh b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a->bits)), b);
 }
-inline __m512bh load_words(const Pair* b) { return load_pairs(b); }
+#else
+struct Halves {
+    Floats even, odd;
+};
+inline Halves load_words(const Pair* b) {
+#if defined(__AVX512F__)
+    const __m512i words = _mm512_loadu_si512(b);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(-65536)))};
+#else
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(words, 16)),
+            _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(-65536)))};
+#endif
+}
+inline Floats multiply_add(Floats sum, const float* a, Halves b) { return fma(all(a[1]), b.odd, fma(all(*a), b.even, sum)); }
 #endif
 
-template <int R, int C, class Word>
-inline void product_block(const Word* a, int lda, const Word* b, int ldb, size_t block, int depth, float* c, int ldc,
+// Numbers of a that meet one word of b.
+template <class A, class B> constexpr int STEP = 1;
+template <> constexpr int STEP<float, Pair> = 2;
+
+template <int R, int C, class A, class B>
+inline void product_block(const A* a, int lda, const B* b, int ldb, size_t block, int depth, float* c, int ldc,
                           bool add_to) {
     Floats sums[R][C];
     for (int r = 0; r < R; r++)
         for (int j = 0; j < C; j++) sums[r][j] = add_to ? load(c + static_cast<size_t>(r) * ldc + j * LANES) : zeros();
-    const Word* columns[C];
+    const B* columns[C];
     for (int j = 0; j < C; j++) columns[j] = b + j * LANES / 16 * block + j * LANES % 16;
     for (int k = 0; k < depth; k++) {
         decltype(load_words(b)) words[C];
         for (int j = 0; j < C; j++) words[j] = load_words(columns[j] + static_cast<size_t>(k) * ldb);
         for (int r = 0; r < R; r++)
-            for (int j = 0; j < C; j++) sums[r][j] = multiply_add(sums[r][j], a + static_cast<size_t>(r) * lda + k, words[j]);
+            for (int j = 0; j < C; j++)
+                sums[r][j] = multiply_add(sums[r][j], a + static_cast<size_t>(r) * lda + k * STEP<A, B>, words[j]);
     }
     for (int r = 0; r < R; r++)
         for (int j = 0; j < C; j++) store(c + static_cast<size_t>(r) * ldc + j * LANES, sums[r][j]);
 }
 
-template <int R, class Word>
-inline void product_rows(const Word* a, int lda, const Word* b, int ldb, size_t block, int depth, int cols, float* c,
+template <int R, class A, class B>
+inline void product_rows(const A* a, int lda, const B* b, int ldb, size_t block, int depth, int cols, float* c,
                          int ldc, bool add_to) {
     constexpr int WIDE = LANES == 16 ? 4 : 2;  // vectors of columns at a time: as many sums as registers hold
     int n = 0;
@@ -70,8 +92,8 @@ inline void product_rows(const Word* a, int lda, const Word* b, int ldb, size_t 
     for (; n < cols; n += 16) product_block<R, 16 / LANES>(a, lda, b + n / 16 * block, ldb, block, depth, c + n, ldc, add_to);
 }
 
-template <class Word>
-inline void product_by_rows(const Word* a, int lda, const Word* b, int ldb, size_t block, int depth, int rows, int cols,
+template <class A, class B>
+inline void product_by_rows(const A* a, int lda, const B* b, int ldb, size_t block, int depth, int rows, int cols,
                             float* c, int ldc, bool add_to) {
     int r = 0;
     for (; r + 4 <= rows; r += 4)
@@ -83,9 +105,10 @@ inline void product_by_rows(const Word* a, int lda, const Word* b, int ldb, size
     if (rows - r == 1) product_rows<1>(a, lda, b, ldb, block, depth, cols, c, ldc, add_to);
 }
 
-// depth in words, cols a multiple of 16.
-inline void product(const float* a, int lda, const float* b, int ldb, size_t block, int depth, int rows, int cols,
-                    float* c, int ldc, bool add_to) {
+// depth in words of b, lda in words of a, cols a multiple of 16.
+template <class B>
+inline void product(const float* a, int lda, const B* b, int ldb, size_t block, int depth, int rows, int cols, float* c,
+                    int ldc, bool add_to) {
     product_by_rows(a, lda, b, ldb, block, depth, rows, cols, c, ldc, add_to);
 }
 

@@ -1,0 +1,77 @@
+"""Builds native/*.cpp into src/slingshot/kernels/slingshot_native.so where a C++ compiler is; goes on without it else.
+
+    python setup.py build_ext --inplace      # in a source tree; `pip install` does it by itself
+
+The library is plain C++ behind C functions. Sources that compute are compiled once for every level of instructions;
+what the processor has is seen when it is loaded (slingshot/kernels/native.py). A level that the compiler does not know
+is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+NATIVE = Path("native")
+ONCE = ["attention_plan.cpp", "cpu.cpp", "pool.cpp", "scratch.cpp"]  # the same at every level
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall"]
+# GCC 12's own headers of intrinsics warn of themselves, and of what a level leaves unused.
+FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unused-function", "-Wno-attributes"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+AVX512BF16 = [*AVX512, "-mavx512bf16", "-mavx512vnni"]
+LEVELS = {
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512bf16": AVX512BF16,
+    "amx": [*AVX512BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
+}
+
+
+class BuildNative(build_ext):
+    """Compiles the sources once per level and links them into one library with a plain name."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []
+
+    def build_extension(self, ext: Extension) -> None:
+        if os.name != "posix" or platform.machine() not in ("x86_64", "AMD64"):
+            raise CompileError(f"native kernels are written for x86-64, this is {platform.machine()}")
+        self.compiler.src_extensions.append(".cpp")
+        every = [source for source in ext.sources if Path(source).name not in ONCE]
+        once = [source for source in ext.sources if Path(source).name in ONCE]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            common = pool.submit(self._compile, once, "base", [])
+            levels = {level: pool.submit(self._compile, every, level, flags) for level, flags in LEVELS.items()}
+        objects = common.result()
+        for level, job in levels.items():
+            try:
+                objects += job.result()
+            except CompileError as error:
+                self.warn(f"level {level} is left out: {error}")
+        target = self.get_ext_fullpath(ext.name)
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_shared_object(objects, target, extra_postargs=["-pthread"], target_lang="c++")
+
+    def _compile(self, sources: list[str], level: str, flags: list[str]) -> list[str]:
+        folder = os.path.join(self.build_temp, level)
+        return self.compiler.compile(
+            sources, folder, macros=[("LEVEL", level)], extra_postargs=[*FLAGS, *flags], depends=self._headers()
+        )
+
+    def _headers(self) -> list[str]:
+        return [str(path) for path in NATIVE.glob("*.h")]
+
+
+sources = sorted(str(path) for path in NATIVE.glob("*.cpp"))
+native = Extension("slingshot.kernels.slingshot_native", sources, language="c++", optional=True)
+setup(ext_modules=[native], cmdclass={"build_ext": BuildNative})

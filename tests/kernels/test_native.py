@@ -1,0 +1,69 @@
+"""Native products against torch's, at every level this processor has, and what becomes of a library that is not ours."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slingshot.base.errors import SlingshotError
+from slingshot.kernels.native import LEVELS, LIBRARY, NativeKernels, native_kernels, native_levels, native_library
+
+pytestmark = pytest.mark.skipif(native_library() is None, reason="no native library is built here")
+KERNELS = {level: kernels for level in native_levels() if (kernels := native_kernels(level))}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def drawn(rows: int, width: int, seed: int) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_products_with_packed_weights_are_torchs(kernels: NativeKernels, dtype: str, data: st.DataObject) -> None:
+    """Any rows and widths, one thread or several: float32 sums of products of the numbers as they are."""
+    rows = data.draw(st.one_of(st.integers(1, 9), st.integers(10, 70)))
+    width, out = data.draw(st.integers(1, 200)), data.draw(st.integers(1, 150))
+    threads, masters = data.draw(st.integers(1, 3)), data.draw(st.booleans())
+    x_ND = drawn(rows, width, 0).to(DTYPES[dtype])
+    weight_FD = drawn(out, width, 1).to(torch.float32 if masters else DTYPES[dtype])
+    y_NF = kernels.matmul(x_ND, kernels.pack(weight_FD, DTYPES[dtype]), out, threads)
+    expected_NF = x_ND.double() @ weight_FD.to(DTYPES[dtype]).double().T
+    scale_NF = x_ND.double().abs() @ weight_FD.to(DTYPES[dtype]).double().abs().T
+    assert ((y_NF - expected_NF).abs() / scale_NF).max() < 2e-6  # float32's rounding, in any order of summation
+
+
+@pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
+def test_products_of_long_prompts_go_in_parts(kernels: NativeKernels) -> None:
+    x_ND, weight_FD = (drawn(rows, 1536, rows).bfloat16() for rows in (700, 48))
+    y_NF = kernels.matmul(x_ND, kernels.pack(weight_FD, torch.bfloat16), 48, threads=2)
+    torch.testing.assert_close(y_NF, x_ND.float() @ weight_FD.float().T, atol=1e-3, rtol=1e-4)
+
+
+def test_a_level_is_chosen_by_its_name() -> None:
+    assert native_levels() == [level for level in LEVELS if level in KERNELS]
+    assert native_kernels("off") is None
+    with pytest.raises(SlingshotError, match="choose off, avx2"):
+        native_kernels("sse")
+
+
+@pytest.mark.parametrize("content", [b"no library", None], ids=["broken", "foreign"])
+def test_a_library_that_is_not_ours_is_named_and_left_aside(tmp_path: Path, content: bytes | None) -> None:
+    import _ctypes
+
+    strange = tmp_path / "slingshot_native.so"
+    strange.write_bytes(Path(_ctypes.__file__).read_bytes() if content is None else content)
+    program = (
+        "from slingshot.kernels import native; from pathlib import Path; import sys;"
+        "native.LIBRARY = Path(sys.argv[1]); print(native.native_kernels())"
+    )
+    run = subprocess.run([sys.executable, "-c", program, str(strange)], capture_output=True, text=True, check=True)
+    assert run.stdout == "None\n" and f"{strange} is no library of slingshot's and is left aside" in run.stderr
+    assert LIBRARY.name == strange.name

@@ -1,4 +1,4 @@
-"""Native products against torch's, at every level this processor has, and what becomes of a library that is not ours."""
+"""Native products are torch's at every level this processor has; a library that is not ours is left aside."""
 
 from __future__ import annotations
 

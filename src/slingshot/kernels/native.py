@@ -36,9 +36,9 @@ class NativeKernels:
 
     def door(self, name: str, result: Any = None) -> Callable[..., Any]:
         """The C function of this name; what it returns is a `result` (a ctypes type), by default nothing."""
-        function = getattr(self.library, f"slingshot_{name}_{self.level}")
-        function.restype = result
-        return function  # type: ignore[no-any-return]
+        function: Callable[..., Any] = getattr(self.library, f"slingshot_{name}_{self.level}")
+        function.restype = result  # type: ignore[attr-defined]
+        return function
 
     def pack(self, weight_FD: Tensor, dtype: torch.dtype) -> Tensor:
         """A weight matrix in the kernels' order, as bytes. float32 and bfloat16, from either."""

@@ -1,0 +1,192 @@
+"""One token a row, chosen by inverting the distribution at a number that seed, prompt, sample and position make.
+
+    rows = DrawParams.of(params)                                   # kept as long as the same rows are drawn for
+    uniform_B = uniform_noise(streams_B, positions_B)
+    ids_B, logprobs_B = sample(logits_BV, rows, uniform_B)
+
+Every row is worked on by itself, so what else is in the batch does not enter. Suffixes: B rows, V vocabulary, R the
+rows that truncate, K the candidates looked at in them, C chunks of the vocabulary, W ids in one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from slingshot.engine.sampling import SamplingParams
+
+_LAST = 1 - 2.0**-24  # the largest number below 1 that noise can be
+
+
+@dataclass(frozen=True)
+class DrawParams:
+    """Sampling parameters of B rows as tensors; None where no row asks for such a thing.
+
+    divisor_B1: the temperature, 1 where greedy. truncated_R: rows with top-k or top-p.
+    """
+
+    divisor_B1: Tensor
+    greedy_B: Tensor | None
+    truncated_R: Tensor | None
+    top_p_R: Tensor
+    top_k_R: Tensor
+    min_p_B1: Tensor | None
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], device: torch.device | str = "cpu") -> Self:
+        truncated = [row for row, its in enumerate(params) if its.temperature and (its.top_p < 1 or its.top_k)]
+        greedy = [its.temperature == 0 for its in params]
+        min_p = [0.0 if its.temperature == 0 else its.min_p for its in params]
+        return cls(
+            torch.tensor([[its.temperature or 1.0] for its in params], device=device),
+            torch.tensor(greedy, device=device) if any(greedy) else None,
+            torch.tensor(truncated, device=device) if truncated else None,
+            torch.tensor([params[row].top_p for row in truncated], device=device),
+            torch.tensor([params[row].top_k for row in truncated], dtype=torch.long, device=device),
+            torch.tensor(min_p, device=device)[:, None] if any(min_p) else None,
+        )
+
+
+def noise_stream(seed: int, key: str, sample_index: int) -> int:
+    """A signed 64-bit number that names one sample's stream of noise: nothing of the batch it runs in enters."""
+    name = f"{seed}/{sample_index}/{key}".encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
+
+
+# splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014) in wrapping int64.
+_GOLDEN, _MIX1, _MIX2 = (bits - (1 << 64) for bits in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def uniform_noise(streams_B: Tensor, positions_B: Tensor) -> Tensor:
+    """One float32 in [0, 1) a row, a multiple of 2**-24, from stream and position alone: int64 (B,), (B,) -> (B,).
+
+    The upper 24 bits of output number `position` of the splitmix64 generator seeded with `stream`.
+    """
+    x_B = streams_B + positions_B * _GOLDEN
+    x_B = (x_B ^ ((x_B >> 30) & ((1 << 34) - 1))) * _MIX1  # masked, because int64's shifts copy the sign
+    x_B = (x_B ^ ((x_B >> 27) & ((1 << 37) - 1))) * _MIX2
+    x_B = x_B ^ ((x_B >> 31) & ((1 << 33) - 1))
+    return ((x_B >> 40) & 0xFFFFFF).float() * 2.0**-24
+
+
+def _smallest_kept(weights_RV: Tensor, top_p_R: Tensor, top_k_R: Tensor) -> Tensor:
+    """The weight below which a row's tokens are dropped: (R, V), (R,), (R,) -> (R,). Equals stand or fall together.
+
+    top-k keeps the k heaviest; top-p then keeps the heaviest of those until their share of what top-k left reaches
+    top_p, the token that reaches it included (Holtzman et al., arXiv 1904.09751). Nearly all mass lies in few tokens,
+    and sorting a vocabulary is slow: only what weighs more than a floor is sorted, which sinks for the rows that need
+    more. The heaviest token weighs 1.
+    """
+    vocabulary, counted_R = weights_RV.shape[-1], top_k_R > 0
+    count_R = torch.where(counted_R, top_k_R.clamp(max=vocabulary), vocabulary)
+    total_R = weights_RV.sum(-1)
+    # Under this floor tokens weigh less together than the tail that is to be cut.
+    lowest_R = torch.where(counted_R, 0.0, (1 - top_p_R) * total_R / vocabulary)
+    cut_R, open_R = torch.zeros_like(total_R), torch.arange(len(total_R), device=total_R.device)
+    for floor in (1e-3, 1e-5, 0.0) if vocabulary > 2048 else (0.0,):
+        of_open_RV = weights_RV if len(open_R) == len(cut_R) else weights_RV[open_R]
+        floor_R = lowest_R[open_R].clamp(min=floor)
+        heavier_RK = _heavier(of_open_RV, floor_R) if floor else of_open_RV * (of_open_RV > floor_R[:, None])
+        most = int((heavier_RK > 0).sum(-1).clamp(max=count_R[open_R]).max())
+        heaviest_RK = heavier_RK.topk(most, dim=-1).values
+        heaviest_RK.masked_fill_(torch.arange(most, device=cut_R.device) >= count_R[open_R, None], 0.0)
+        found_R = heaviest_RK.sum(-1)
+        goal_R = top_p_R[open_R] * torch.where(counted_R[open_R], found_R, total_R[open_R])
+        before_RK = heaviest_RK.cumsum(-1) - heaviest_RK
+        kept_R = ((before_RK < goal_R[:, None]) & (heaviest_RK > 0)).sum(-1)
+        cut_R[open_R] = heaviest_RK.gather(-1, kept_R[:, None] - 1)[:, 0]
+        enough_R = torch.where(counted_R[open_R], (heaviest_RK > 0).sum(-1) == count_R[open_R], found_R > goal_R)
+        open_R = open_R[~enough_R]
+        if not len(open_R):
+            break
+    return cut_R
+
+
+def _heavier(weights_RV: Tensor, floor_R: Tensor) -> Tensor:
+    """Those of a row's weights that are larger than its floor, and zeros between them; 16 are looked at together."""
+    padding = -weights_RV.shape[-1] % 16
+    weights_RV = torch.nn.functional.pad(weights_RV, (0, padding)) if padding else weights_RV
+    weights_RGW = weights_RV.unflatten(-1, (-1, 16))
+    holds_RG = weights_RGW.amax(-1) > floor_R[:, None]
+    counts_R = holds_RG.sum(-1)
+    places_RM = torch.arange(int(counts_R.max()), device=counts_R.device) < counts_R[:, None]
+    groups_RM = torch.zeros(places_RM.shape, dtype=torch.long, device=counts_R.device)
+    groups_RM[places_RM] = holds_RG.nonzero()[:, 1]
+    found_RMW = weights_RGW.take_along_dim(groups_RM[..., None], 1)
+    return found_RMW.masked_fill(~(places_RM[..., None] & (found_RMW > floor_R[:, None, None])), 0.0).flatten(1)
+
+
+def first_largest(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit of each row and the first id that has it: (B, V) -> (B, 1), (B, 1)."""
+    width = next((width for width in (64, 32, 16) if logits_BV.shape[-1] % width == 0), 1)
+    if width == 1:
+        ids_B1 = logits_BV.argmax(-1, keepdim=True)
+        return logits_BV.gather(-1, ids_B1), ids_B1
+    logits_BCW = logits_BV.unflatten(-1, (-1, width))
+    chunk_B1 = logits_BCW.amax(-1).argmax(-1, keepdim=True)
+    logits_BW = logits_BCW.take_along_dim(chunk_B1[..., None], 1)[:, 0]
+    of_chunk_B1 = logits_BW.argmax(-1, keepdim=True)
+    return logits_BW.gather(-1, of_chunk_B1), chunk_B1 * width + of_chunk_B1
+
+
+def draw(weights_BV: Tensor, cumulative_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The id at which the cumulative weights pass `uniform` of their total: (B, V), (B, V), (B,) -> (B, 1).
+
+    Never an id of weight zero: a parallel cumulative sum need not be monotone, so that a search may end beside a token
+    that was kept. The heaviest is taken there.
+    """
+    # uniform < 1 keeps the target under the last entry, and `right` skips entries that add nothing.
+    target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
+    ids_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True).clamp_(max=weights_BV.shape[-1] - 1)
+    kept_B1 = weights_BV.gather(-1, ids_B1) > 0
+    return ids_B1 if kept_B1.all() else torch.where(kept_B1, ids_B1, weights_BV.argmax(-1, keepdim=True))
+
+
+def draw_by_chunks(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """`draw` in two steps, the chunk and the id in it: sums over a chunk are much faster than cumulative sums."""
+    width = next((width for width in (256, 128, 64, 32) if weights_BV.shape[-1] % width == 0), 0)
+    if not width or weights_BV.shape[-1] < 16 * width:
+        return draw(weights_BV, weights_BV.cumsum(-1), uniform_B)
+    weights_BCW = weights_BV.unflatten(-1, (-1, width))
+    sums_BC = weights_BCW.sum(-1)
+    cumulative_BC = sums_BC.cumsum(-1)
+    chunk_B1 = draw(sums_BC, cumulative_BC, uniform_B)
+    weights_BW = weights_BCW.take_along_dim(chunk_B1[..., None], 1)[:, 0]
+    of_chunk_B1 = sums_BC.gather(-1, chunk_B1)
+    before_B1 = cumulative_BC.gather(-1, chunk_B1) - of_chunk_B1
+    rest_B1 = (uniform_B[:, None] * cumulative_BC[:, -1:] - before_B1) / of_chunk_B1
+    return chunk_B1 * width + draw(weights_BW, weights_BW.cumsum(-1), rest_B1[:, 0].clamp(0, _LAST))
+
+
+def sample(logits_BV: Tensor, params: DrawParams, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose one token a row by inverting the cumulative distribution at `uniform_B`: -> ids (B,), logprobs (B,).
+
+    logits (B, V) float32; uniform (B,) in [0, 1). ids int64, logprobs float32: log_softmax(logits / temperature) of the
+    chosen ids over the whole vocabulary, before any truncation, which is what a trainer recomputes by a forward pass.
+    Rows of temperature 0 take the first of the largest logits, with its log probability at temperature 1.
+    """
+    if params.greedy_B is None:
+        largest_B1 = logits_BV.amax(-1, keepdim=True)
+    else:
+        largest_B1, likeliest_B1 = first_largest(logits_BV)
+    weights_BV = (logits_BV - largest_B1).div_(params.divisor_B1).exp_()
+    log_total_B = weights_BV.sum(-1).log()
+    cut_B1 = params.min_p_B1
+    if params.truncated_R is not None:
+        rows_R = params.truncated_R
+        cut_B = torch.zeros_like(log_total_B)
+        of_rows_RV = weights_BV if len(rows_R) == len(cut_B) else weights_BV[rows_R]
+        cut_B[rows_R] = _smallest_kept(of_rows_RV, params.top_p_R, params.top_k_R)
+        cut_B1 = cut_B[:, None] if cut_B1 is None else torch.maximum(cut_B1, cut_B[:, None])
+    if cut_B1 is not None:  # the likeliest weighs 1
+        weights_BV.masked_fill_(weights_BV < cut_B1, 0.0)
+    ids_B1 = draw_by_chunks(weights_BV, uniform_B)
+    if params.greedy_B is not None:
+        ids_B1 = torch.where(params.greedy_B[:, None], likeliest_B1, ids_B1)
+    logprobs_B1 = (logits_BV.gather(-1, ids_B1) - largest_B1) / params.divisor_B1
+    return ids_B1[:, 0], logprobs_B1[:, 0] - log_total_B

@@ -1,5 +1,8 @@
 """Sampling against values worked out by hand, reference generators and the distribution it claims to draw from."""
 
+import dataclasses
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -7,16 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slingshot.base.errors import SlingshotError
-from slingshot.engine.sampling import SamplingParams, noise_stream, sample, uniform_noise
-from slingshot.engine.sampling import draw as draw_ids
+from slingshot.engine.draw import DrawParams, noise_stream, sample, uniform_noise
+from slingshot.engine.draw import draw as draw_ids
+from slingshot.engine.sampling import SamplingParams
 
 
-def draw(probabilities, uniform, temperature=1.0, top_p=1.0, top_k=0):
+def rows_of(count, **params):
+    return DrawParams.of([SamplingParams(**params)] * count)
+
+
+def draw(probabilities, uniform, **params):
     """Sample one row per uniform number from the same distribution."""
-    rows = len(uniform)
-    truncation = torch.full((rows,), top_p), torch.full((rows,), top_k)
-    logits_BV, uniform_B = torch.tensor(probabilities).log().expand(rows, -1), torch.tensor(uniform).float()
-    return sample(logits_BV, torch.full((rows,), temperature), *truncation, uniform_B)
+    logits_BV, uniform_B = torch.tensor(probabilities).log().expand(len(uniform), -1), torch.tensor(uniform).float()
+    return sample(logits_BV, rows_of(len(uniform), **params), uniform_B)
 
 
 def test_inverse_cumulative_distribution_and_temperature_by_hand():
@@ -67,37 +73,65 @@ def test_greedy_takes_the_first_largest_logit_and_its_logprob_at_temperature_one
 
 def test_rows_keep_their_own_parameters():
     logits_BV = torch.tensor([0.1, 0.3, 0.2, 0.4]).log().repeat(4, 1)
-    temperature_B, top_p_B = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 0.5, 1.0])
-    ids, _ = sample(logits_BV, temperature_B, top_p_B, torch.tensor([0, 0, 0, 1]), torch.full((4,), 0.05))
+    params = [SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_p=0.5), SamplingParams(top_k=1)]
+    ids, _ = sample(logits_BV, DrawParams.of(params), torch.full((4,), 0.05))
     assert ids.tolist() == [0, 3, 1, 3]  # whole vocabulary; greedy; {1, 3} in id order; the heaviest alone
 
 
 def test_extreme_logits_and_temperatures_stay_finite():
     logits_BV = torch.tensor([[1e4, -1e4, 0.0], [-3e38, 3e38, 0.0]])
-    rest = torch.ones(2), torch.zeros(2, dtype=torch.long), torch.tensor([0.999, 0.5])
-    ids, logprobs = sample(logits_BV, torch.tensor([1e-4, 100.0]), *rest)
+    rows = DrawParams.of([SamplingParams(temperature=1e-4), SamplingParams(temperature=100.0)])
+    ids, logprobs = sample(logits_BV, rows, torch.tensor([0.999, 0.5]))
     assert ids.tolist() == [0, 1] and logprobs.tolist() == [0.0, 0.0]
 
 
-@settings(derandomize=True, deadline=None, max_examples=50)
+@settings(derandomize=True, deadline=None, max_examples=60)
 @given(
-    seed=st.integers(0, 10_000), temperature=st.floats(0.1, 3.0), top_p=st.floats(0.05, 1.0), top_k=st.integers(0, 40)
-)
-def test_against_a_plain_reading_of_the_definitions(seed, temperature, top_p, top_k):
+    seed=st.integers(0, 10_000), temperature=st.floats(0.1, 3.0), top_p=st.floats(0.05, 1.0), top_k=st.integers(0, 40),
+    min_p=st.sampled_from([0.0, 0.0, 0.02, 0.5]), size=st.sampled_from([33, 512, 4096, 4100]),
+)  # fmt: skip
+def test_against_a_plain_reading_of_the_definitions(seed, temperature, top_p, top_k, min_p, size):
+    """Vocabularies too small and large enough for working on parts of them."""
     generator = torch.Generator().manual_seed(seed)
-    logits_BV = torch.randn(64, 33, generator=generator) * 3
-    uniform_B = torch.rand(64, generator=generator)
-    ids_B, logprobs_B = sample(
-        logits_BV, torch.full((64,), temperature), torch.full((64,), top_p), torch.full((64,), top_k), uniform_B
-    )
+    logits_BV = torch.randn(24, size, generator=generator) * 3
+    uniform_B = torch.rand(24, generator=generator)
+    rows = rows_of(24, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+    ids_B, logprobs_B = sample(logits_BV, rows, uniform_B)
     expected_BV = (logits_BV / temperature).log_softmax(-1)
     torch.testing.assert_close(logprobs_B, expected_BV.gather(-1, ids_B[:, None])[:, 0], atol=1e-5, rtol=1e-5)
-    for row in range(64):
+    for row in range(24):
         probabilities = expected_BV[row].double().exp()
-        order = probabilities.argsort(descending=True)[: top_k or 33]
+        order = probabilities.argsort(descending=True)[: top_k or size]
         share = probabilities[order] / probabilities[order].sum()
-        allowed = order[(share.cumsum(0) - share) < top_p + 1e-6]
+        allowed = order[((share.cumsum(0) - share) < top_p + 1e-6) & (share >= share[0] * (min_p - 1e-6))]
         assert ids_B[row] in allowed
+        # The kept ids in order of id, each as wide as its share: where the number falls.
+        kept, _ = allowed.sort()
+        ends = probabilities[kept].cumsum(0) / probabilities[kept].sum()
+        at = int((kept == ids_B[row]).nonzero())
+        before = ends[at - 1] if at else 0.0
+        assert before - 1e-4 <= uniform_B[row] <= ends[at] + 1e-4
+
+
+@pytest.mark.parametrize("size", [50, 4096, 4100])
+def test_a_row_is_drawn_alike_alone_and_in_any_batch(size):
+    """To the last bit: what else is in the batch, and what it asks for, enters nowhere."""
+    logits_BV = torch.randn(32, size, generator=torch.Generator().manual_seed(1)) * 3
+    uniform_B = torch.rand(32, generator=torch.Generator().manual_seed(2))
+    drawn = itertools.product((0.0, 0.6, 1.0, 2.5), (1.0, 0.9), (0, 7), (0.0, 0.05))
+    params = [SamplingParams(temperature=t, top_p=p, top_k=k, min_p=least) for t, p, k, least in drawn]
+    ids_B, logprobs_B = sample(logits_BV, DrawParams.of(params), uniform_B)
+    for rows in ([3], [17, 2], list(range(31, -1, -1)), list(range(0, 32, 3))):
+        ids, logprobs = sample(logits_BV[rows], DrawParams.of([params[row] for row in rows]), uniform_B[rows])
+        assert torch.equal(ids, ids_B[rows]) and torch.equal(logprobs, logprobs_B[rows])
+
+
+def test_the_first_of_the_largest_logits_is_found_in_a_large_vocabulary():
+    logits_BV = torch.randn(8, 4096, generator=torch.Generator().manual_seed(0))
+    logits_BV[torch.arange(8), torch.arange(8) * 500] = 9.0
+    logits_BV[:, 4000:] = 9.0
+    ids, _ = sample(logits_BV, rows_of(8, temperature=0), torch.zeros(8))
+    assert ids.tolist() == [500 * row for row in range(8)]
 
 
 def test_frequencies_follow_the_distribution():
@@ -162,7 +196,18 @@ def test_a_cumulative_sum_that_is_not_monotone_never_draws_a_dropped_token():
         ({"stop": ("",)}, "empty stop"), ({"stop": "end"}, "stop must be a tuple"),
         ({"stop_token_ids": ("x",)}, "stop_token_ids must be a tuple of token ids, got .*'x'"),
         ({"stop_token_ids": 7}, "stop_token_ids must be a tuple of token ids"),
-        ({"ignore_eos": 1}, "ignore_eos must be true or false, got 1"),
+        ({"ignore_eos": 1}, "ignore_eos must be true or false, got 1"), ({"min_p": 1.5}, "min_p must be from 0 to 1"),
+        ({"logit_bias": {"a": 1}}, "logit_bias must be a table"), ({"logit_bias": {1: float("inf")}}, "logit_bias"),
+        ({"logit_bias": {1: float("nan")}}, "logit_bias must"), ({"repetition_penalty": 0}, "repetition_penalty must"),
+        ({"presence_penalty": float("nan")}, "presence_penalty"), ({"frequency_penalty": "x"}, "must be a number"),
+        ({"bad_words": "word"}, "bad_words must be a tuple"), ({"bad_words": ("",)}, "empty bad word"),
+        ({"bad_words": ((1, "a"),)}, "bad_words must be a tuple of strings and lists of token ids"),
+        ({"top_logprobs": -1}, "top_logprobs must be from 0 to"), ({"prompt_logprobs": 10**6}, "prompt_logprobs must"),
+        ({"thinking_budget": -1}, "thinking_budget must be 0 or more"), ({"thinking_budget": 1.5}, "a whole number"),
+        ({"regex": 5}, "regex must be a text"), ({"choice": ("a", "")}, "an empty choice"),
+        ({"regex": "a", "choice": ("a",)}, "regex and choice contradict each other; give one of them"),
+        ({"regex": "a", "ignore_eos": True}, "ignore_eos contradicts structured output"),
+        ({"stop": ("the end",), "bad_words": ("end",)}, "the stop string 'the end' holds the bad word 'end'"),
     ],
 )  # fmt: skip
 def test_impossible_parameters_are_refused_by_name(values, named):
@@ -171,8 +216,14 @@ def test_impossible_parameters_are_refused_by_name(values, named):
 
 
 def test_none_is_off_and_numbers_of_numpy_are_numbers():
-    off = SamplingParams(top_k=None, top_p=None, stop=None, stop_token_ids=None)
+    names = [field.name for field in dataclasses.fields(SamplingParams)]
+    off = SamplingParams(
+        **dict.fromkeys(set(names) - {"max_tokens", "temperature", "n", "seed", "ignore_eos", "routed_experts"})
+    )
     assert off == SamplingParams() and off.top_k == 0
+    assert SamplingParams(logit_bias={"7": 1, 3: -2.5}).logit_bias == ((3, -2.5), (7, 1.0))
+    assert SamplingParams(json_schema={"type": "object"}).json_schema == '{"type": "object"}'
+    assert SamplingParams(bad_words=["a", [1, 2]]).bad_words == ("a", (1, 2))
     given = SamplingParams(max_tokens=np.int64(5), temperature=np.float32(0.5), top_p=1, stop=["a"], stop_token_ids=[3])
     assert given == SamplingParams(max_tokens=5, temperature=0.5, stop=("a",), stop_token_ids=(3,))
     assert {type(given.max_tokens), type(given.temperature), type(given.top_p)} == {int, float}

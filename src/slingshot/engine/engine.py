@@ -23,7 +23,6 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -33,9 +32,11 @@ from torch import Tensor
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
-from slingshot.engine.sampling import SamplingParams, sample, uniform_noise
+from slingshot.engine.row_sampler import RowSampler
+from slingshot.engine.sampling import SamplingParams
 from slingshot.engine.sequence import Completion, Request, RequestOutput, Sequence
 from slingshot.engine.slots import Batch
+from slingshot.engine.vocabulary import Vocabulary
 from slingshot.machine.device import auto_device, auto_dtype
 from slingshot.model.transformer import Transformer
 from slingshot.text.reasoning import Delta, Kind, ReasoningStream
@@ -96,6 +97,7 @@ class Engine:
             self.model.compute_dtype = None
         weight = self.model.model.embed_tokens.weight
         self._device = weight.device
+        self._vocabulary, self._sampler = Vocabulary(tokenizer, config.vocab_size), RowSampler(weight.device)
         self._batch = Batch(config, self.model.compute_dtype or weight.dtype, weight.device, max_batch, cache_bytes)
         self._turns = Turns()
         self._waiting: deque[Sequence] = deque()
@@ -187,7 +189,8 @@ class Engine:
                     with self._turns:
                         if request.result is None:  # not finished meanwhile
                             self._advance()
-            return [request.result for request in requests if request.result]
+            outputs = [request.result for request in requests if request.result]
+            return [output for output in outputs if output.whole]
         finally:  # nothing of an interrupted call stays behind
             for request in requests:
                 self.abort(request.request_id)
@@ -230,8 +233,8 @@ class Engine:
                 pushed = safe
         finally:
             self.abort(request.request_id)
+        completion = output.whole[0]
         # The end was held back: where the text ends, and what its last white space belongs to, is known only now.
-        completion = output.outputs[0]
         for kind in sent:
             text = completion.answer if kind == "answer" else completion.reasoning or ""
             if rest := text[len(sent[kind]) :]:
@@ -281,17 +284,10 @@ class Engine:
             raise SlingshotError(f"the prompt holds token id {beyond[0]}, the model's vocabulary has {vocabulary}")
         return ids
 
-    @cached_property
-    def _silent_tokens(self) -> dict[int, str]:
-        """Names of the tokens that add nothing to the text: a stop string may be one of them."""
-        added = self.tokenizer.description()["added_tokens"]
-        return {token["id"]: token["content"] for token in added if not self.tokenizer.decode([token["id"]])}
-
     def _enter(self, prompt: Prompt, params: SamplingParams | None, key: str | None, claimed: bool) -> Request:
         ids, params = self._encode(prompt), params or SamplingParams()
         name = ",".join(map(str, ids)) if key is None else key
-        silent = self._silent_tokens if params.stop else {}
-        request = Request(next(self._ids), ids, params, name, self.max_length, self.tokenizer, silent, claimed)
+        request = Request(next(self._ids), ids, params, name, self.max_length, self._vocabulary, claimed)
         with self._turns:
             self._requests[request.request_id] = request
             self._waiting.extend(request.sequences)
@@ -366,13 +362,9 @@ class Engine:
         output = self.model(batch.tokens_S[:padded, None], context=context, logits=False)
         logits_BV = self.model.lm_logits(output.hidden_BTD[:rows, -1])
         positions_B += 1
-        uniform_B = uniform_noise(batch.streams_S[:rows], positions_B)
-        params = batch.temperature_S[:rows], batch.top_p_S[:rows], batch.top_k_S[:rows]
-        ids_B, logprobs_B = sample(logits_BV, *params, uniform_B)
-        if not torch.isfinite(logprobs_B).all():
-            raise SlingshotError("logits are not finite: its weights have diverged; go back to an earlier checkpoint")
-        tokens_B.copy_(ids_B)
-        return ids_B.tolist(), logprobs_B.tolist()
+        ids, logprobs = self._sampler.draw(logits_BV, batch.sequences)
+        tokens_B.copy_(torch.tensor(ids))
+        return ids, logprobs
 
 
 def _similar(prompts: list[list[int]]) -> Iterator[list[list[int]]]:

@@ -116,7 +116,7 @@ class SamplingParams:
             (0 <= self.top_logprobs <= MOST_LOGPROBS, f"top_logprobs must be {told}, got {self.top_logprobs}"),
             (0 <= (self.prompt_logprobs or 0) <= MOST_LOGPROBS,
              f"prompt_logprobs must be {told}, got {self.prompt_logprobs}"),
-            (0 <= (self.thinking_budget or 0), f"thinking_budget must be 0 or more, got {self.thinking_budget}"),
+            ((self.thinking_budget or 0) >= 0, f"thinking_budget must be 0 or more, got {self.thinking_budget}"),
             (all(self.choice), "an empty choice is none; remove it"),
             (not swallowed, "the stop string {!r} holds the bad word {!r}, so nothing could reach it; remove one"
              .format(*(swallowed or [("", "")])[0])),
@@ -127,13 +127,20 @@ class SamplingParams:
             if not good:
                 raise SamplingError(f"sampling: {message}")
 
+    @property
+    def changes_logits(self) -> bool:
+        """Whether anything but masks of what comes next changes a logit."""
+        penalised = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return penalised or bool(self.logit_bias or self.bad_words)
+
 
 _FIELDS = {field.name: field.default for field in fields(SamplingParams)}
 
 
 def _of_kind(name: str, value: Any) -> Any:
     """The value as Python's own int, float, bool, str or tuple; SamplingError where the field takes no such kind."""
-    default, hint = _OPTIONAL.get(name, _FIELDS[name]), ""
+    default: Any = _OPTIONAL.get(name, _FIELDS[name])
+    hint = ""
     if name == "logit_bias":
         return _biases(value)
     if name == "json_schema" and isinstance(value, dict | bool):
@@ -160,4 +167,6 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...]:
         pairs = value.items() if isinstance(value, Mapping) else value
         return tuple(sorted((int(id), float(bias)) for id, bias in pairs))
     except (TypeError, ValueError) as error:
-        raise SamplingError(f"sampling: logit_bias must be a table of token id and number, got {value!r:.200}") from error
+        raise SamplingError(
+            f"sampling: logit_bias must be a table of token id and number, got {value!r:.200}"
+        ) from error

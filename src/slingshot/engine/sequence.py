@@ -11,11 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from slingshot.engine.sampling import SamplingParams, noise_stream
-from slingshot.text.reasoning import ends_in_reasoning, parse
+from slingshot.base.errors import SlingshotError
+from slingshot.engine.draw import noise_stream
+from slingshot.engine.guide import Guide
+from slingshot.engine.logits import LogitRules
+from slingshot.engine.sampling import STRUCTURES, SamplingParams
+from slingshot.engine.vocabulary import Vocabulary
+from slingshot.text.chat_template import END_THINK
+from slingshot.text.reasoning import ReasoningStream, ends_in_reasoning, parse
 from slingshot.text.tokenizer import Tokenizer
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,8 @@ class Completion:
 
     token_ids are all sampled ids, an end-of-sequence id included, with logprobs of the same length; text leaves that id
     out and ends before a stop string. reasoning and answer are the text parted at the think tags (reasoning is None
-    where there was none).
+    where there was none). top_logprobs holds, where asked for, the likeliest ids of each place and their logprobs.
+    finish_reason "error": RequestOutput.error says why it could not go on.
     """
 
     text: str
@@ -33,6 +40,7 @@ class Completion:
     finish_reason: FinishReason
     reasoning: str | None
     answer: str
+    top_logprobs: list[dict[int, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,17 +50,27 @@ class RequestOutput:
     request_id: int
     prompt_token_ids: list[int]
     outputs: list[Completion]
+    error: SlingshotError | None = None
+
+    @property
+    def whole(self) -> list[Completion]:
+        """The outputs; raises the error where one of them could not go on."""
+        if self.error is not None:
+            raise self.error
+        return self.outputs
 
 
 class StopWatch:
     """Follows a sample's text for stop strings, which may begin and end inside tokens.
 
-    `silent` names the tokens that add nothing to the text a reader sees: here they are written out.
+    What is said in a reasoning stops nothing; its closing tag may, and what comes after it. `silent` names the tokens
+    that add nothing to the text a reader sees: here they are written out.
     """
 
-    def __init__(self, stop: tuple[str, ...], tokenizer: Tokenizer, silent: Mapping[int, str]) -> None:
+    def __init__(self, stop: tuple[str, ...], tokenizer: Tokenizer, silent: Mapping[int, str], opened: bool) -> None:
         self._stop, self._stream, self._silent = stop, tokenizer.stream(), silent
         self._longest = max(map(len, stop))
+        self._parts, self._start = ReasoningStream(tokenizer, opened), 0
         self._written: list[tuple[int, int]] = []  # where silent tokens stand in the text
         self.text = ""
         self.ends: list[int] = []  # how long the text was after each token
@@ -60,15 +78,25 @@ class StopWatch:
 
     def push(self, token_id: int) -> bool:
         """Take the next token; True when a stop string is complete."""
-        begin = max(0, len(self.text) - self._longest + 1)
+        begin, reasoned = max(0, len(self.text) - self._longest + 1), self._reasoning
+        self._parts.push(token_id)
         self.text += self._stream.push(token_id)
         if name := self._silent.get(token_id):
             self._written.append((len(self.text), len(self.text) + len(name)))
             self.text += name
         self.ends.append(len(self.text))
+        if self._reasoning:
+            return False
+        if reasoned:
+            self._start = max(0, self.text.rfind(END_THINK))
+        begin = max(begin, self._start)
         found = [at for at in (self.text.find(stop, begin) for stop in self._stop) if at >= 0]
         self.cut = min(found, default=None)
         return self.cut is not None
+
+    @property
+    def _reasoning(self) -> bool:
+        return self._parts.reasoned and not self._parts.closed
 
     def visible(self) -> str:
         """The text before the stop string as a reader sees it."""
@@ -80,22 +108,34 @@ class StopWatch:
     def safe_tokens(self) -> int:
         """How many tokens no stop string can reach back into any more, whatever comes next."""
         starts = (stop[:size] for stop in self._stop for size in range(1, len(stop)))
-        held = max((len(start) for start in starts if self.text.endswith(start)), default=0)
+        watched = self.text[self._start :] if not self._reasoning else ""
+        held = max((len(start) for start in starts if watched.endswith(start)), default=0)
         return bisect_right(self.ends, len(self.text) - held)
 
 
 class Sequence:
-    """One sample while it is generated."""
+    """One sample while it is generated.
+
+    rules, guide: what changes its logits and leads it, where its parameters ask for such; `plain`: neither, and of
+    its tokens only ids and logprobs are told. error: why it cannot go on.
+    """
 
     def __init__(self, request: Request, index: int) -> None:
         self.request = request
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
+        self.top_logprobs: list[dict[int, float]] = []
         self.finish_reason: FinishReason | None = None
-        self.stream = noise_stream(request.params.seed, request.key, index)
-        params = request.params
-        self.watch = StopWatch(params.stop, request.tokenizer, request.silent) if params.stop else None
-        self._ends = set() if params.ignore_eos else request.tokenizer.eos_ids | set(params.stop_token_ids)
+        self.error: SlingshotError | None = None
+        params, vocabulary = request.params, request.vocabulary
+        self.stream = noise_stream(params.seed, request.key, index)
+        silent, tokenizer = vocabulary.silent if params.stop else {}, vocabulary.tokenizer
+        self.watch = StopWatch(params.stop, tokenizer, silent, request.opened) if params.stop else None
+        self.rules = LogitRules(params, request.prompt, vocabulary) if params.changes_logits else None
+        guided = params.thinking_budget is not None or request.grammar is not None
+        self.guide = Guide(params, request.opened, vocabulary, request.grammar) if guided else None
+        self.plain = self.rules is None and self.guide is None and not params.top_logprobs
+        self._ends = set() if params.ignore_eos else tokenizer.eos_ids | set(params.stop_token_ids)
         self._budget = request.limit - len(request.prompt)
 
     @property
@@ -104,13 +144,21 @@ class Sequence:
         return len(self.request.prompt) + len(self.token_ids)
 
     def push(self, token_id: int, logprob: float) -> bool:
-        """Take the sampled token; True when the sample ends with it."""
+        """Take the sampled token; True when the sample ends with it, or with the `error` instead of it."""
+        if self.error is not None:
+            self.finish_reason = "error"
+            return True
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
         if token_id in self._ends or (self.watch is not None and self.watch.push(token_id)):
             self.finish_reason = "stop"
         elif len(self.token_ids) == self._budget:
             self.finish_reason = "length"
+        else:
+            if self.rules is not None:
+                self.rules.push(token_id)
+            if self.guide is not None:
+                self.guide.push(token_id)
         return self.finish_reason is not None
 
     def visible_ids(self) -> list[int]:
@@ -119,7 +167,7 @@ class Sequence:
         Where the cut falls inside a token, the part before it is encoded anew; text never encodes to control tokens, so
         tags stay what they were.
         """
-        ids, tokenizer = self.token_ids, self.request.tokenizer
+        ids, tokenizer = self.token_ids, self.request.vocabulary.tokenizer
         if self.watch is None or self.watch.cut is None:
             return ids[:-1] if self.finish_reason == "stop" else ids
         text = self.watch.visible()
@@ -128,29 +176,36 @@ class Sequence:
 
     def completion(self) -> Completion:
         """What became of the sample. An unfinished one counts as aborted."""
-        tokenizer, visible = self.request.tokenizer, self.visible_ids()
+        tokenizer, visible = self.request.vocabulary.tokenizer, self.visible_ids()
         text, parsed = tokenizer.decode(visible), parse(visible, self.request.opened, tokenizer)
         sampled = self.token_ids, self.logprobs, self.finish_reason or "abort"
-        return Completion(text, *sampled, parsed.reasoning, parsed.answer)
+        told = self.top_logprobs if self.request.params.top_logprobs else None
+        return Completion(text, *sampled, parsed.reasoning, parsed.answer, told)
 
 
 class Request:
     """A prompt and its `params.n` samples, none of which may grow beyond `limit` tokens, prompt included.
 
     claimed: whether a caller waits for `result` itself, so that `step` does not return it.
+    Raises SamplingError for ids that the model does not know, GrammarError for a structure that no answer can have.
     """
 
     def __init__(
         self, request_id: int, prompt: list[int], params: SamplingParams, key: str, max_length: int,
-        tokenizer: Tokenizer, silent: Mapping[int, str], claimed: bool,
+        vocabulary: Vocabulary, claimed: bool,
     ) -> None:  # fmt: skip
+        vocabulary.check(params)
         self.request_id, self.prompt, self.params, self.key = request_id, prompt, params, key
-        self.tokenizer, self.silent, self.claimed = tokenizer, silent, claimed
+        self.vocabulary, self.claimed = vocabulary, claimed
         self.result: RequestOutput | None = None
         self.limit = min(len(prompt) + params.max_tokens, max_length)
-        self.opened = ends_in_reasoning(prompt, tokenizer)
+        self.opened = ends_in_reasoning(prompt, vocabulary.tokenizer)
+        structured = any(getattr(params, name) for name in STRUCTURES)
+        self.grammar = vocabulary.grammars.compile(params) if structured else None
         self.sequences = [Sequence(self, index) for index in range(params.n)]
         self.unfinished = params.n
 
     def output(self) -> RequestOutput:
-        return RequestOutput(self.request_id, self.prompt, [sequence.completion() for sequence in self.sequences])
+        error = next((sequence.error for sequence in self.sequences if sequence.error), None)
+        completions = [sequence.completion() for sequence in self.sequences]
+        return RequestOutput(self.request_id, self.prompt, completions, error)

@@ -1,4 +1,4 @@
-"""The rows that decode together: the cache and, beside it, each row's last token, position and sampling parameters.
+"""The rows that decode together: the cache and, beside it, each row's last token and position.
 
 Active rows are always the first ones: a sequence that leaves gives its slot to the last row, so a step reads slices.
 
@@ -30,11 +30,8 @@ class Batch:
         self._max_entries = cache_bytes // (config.cache_width * config.num_hidden_layers * dtype.itemsize)
         self.sequences: list[Sequence] = []
         self.cache = self._cache_of(0, 0)
-        self.tokens_S, self.positions_S, self.streams_S, self.top_k_S = (
-            torch.zeros(max_batch, dtype=torch.long, device=device) for _ in range(4)
-        )
-        self.top_p_S, self.temperature_S = (torch.zeros(max_batch, device=device) for _ in range(2))
-        self._rows_S = self.tokens_S, self.positions_S, self.streams_S, self.top_k_S, self.top_p_S, self.temperature_S
+        self.tokens_S, self.positions_S = (torch.zeros(max_batch, dtype=torch.long, device=device) for _ in range(2))
+        self._rows_S = self.tokens_S, self.positions_S
 
     def fits(self, rows: int, length: int) -> bool:
         """Whether `rows` sequences of at most `length` tokens may be active at once."""
@@ -45,12 +42,7 @@ class Batch:
         first, last = len(self.sequences), len(self.sequences) + len(sequences)
         self._reserve(last, max(sequence.request.limit for sequence in [*self.sequences, *sequences]))
         prompts = [sequence.request.prompt for sequence in sequences]
-        params = [sequence.request.params for sequence in sequences]
-        values = (
-            [prompt[-1] for prompt in prompts], [len(prompt) - 1 for prompt in prompts],
-            [sequence.stream for sequence in sequences],
-            [its.top_k for its in params], [its.top_p for its in params], [its.temperature for its in params],
-        )  # fmt: skip
+        values = [prompt[-1] for prompt in prompts], [len(prompt) - 1 for prompt in prompts]
         for rows_S, row_values in zip(self._rows_S, values, strict=True):
             rows_S[first:last] = torch.tensor(row_values, dtype=rows_S.dtype)
         self.sequences += sequences

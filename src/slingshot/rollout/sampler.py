@@ -89,7 +89,7 @@ class EngineSampler:
                 running[engine.add(*request)] = index
             while running:
                 for output in engine.step():
-                    samples = [Sampled(each.token_ids, each.logprobs, each.finish_reason) for each in output.outputs]
+                    samples = [Sampled(each.token_ids, each.logprobs, each.finish_reason) for each in output.whole]
                     yield running.pop(output.request_id), samples
         finally:
             for request_id in running:

@@ -29,7 +29,7 @@ from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.policy import PolicyRows
 
 Message = Mapping[str, str]
-Finish = Literal["stop", "length", "abort"]
+Finish = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True)

@@ -36,13 +36,13 @@ class ScriptedModel(Transformer):
     script = ()
     step = 0
 
-    def forward(self, tokens_BT, **options):
-        self.step = 0 if tokens_BT.shape[1] > 1 else self.step + 1
-        return super().forward(tokens_BT, **options)
+    def forward(self, tokens_N, **options):
+        self.step = 0 if len(tokens_N) > 1 else self.step + 1
+        return super().forward(tokens_N, **options)
 
     def lm_logits(self, hidden, detach_head=False):
         logits = torch.full((*hidden.shape[:-1], self.config.vocab_size), -1e4)
-        logits[..., self.script[self.step - 1]] = 0.0
+        logits[..., self.script[self.step]] = 0.0
         return logits
 
 
@@ -61,8 +61,8 @@ def scripted(dense_model, tokenizer):
 
 @pytest.fixture
 def passes(dense_model):
-    """Rows and tokens a row of every forward pass of `dense_model`: one token a row is decoding, more is prefill."""
+    """Tokens of every forward pass of `dense_model`."""
     seen = []
-    handle = dense_model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    handle = dense_model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     yield seen
     handle.remove()

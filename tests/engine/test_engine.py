@@ -11,7 +11,6 @@ import torch
 
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.load_save import save_checkpoint
-from slingshot.engine import engine as engine_module
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 
@@ -79,31 +78,6 @@ def test_batched_generation_equals_one_by_one(model, tokenizer):
     assert len({len(completion.token_ids) for completion in ours}) > 5
 
 
-def test_slots_are_reused_and_never_idle(dense_model, tokenizer, passes):
-    """20 requests of 1 to 20 tokens in 4 slots: as many rows as could be filled decode at every step."""
-    params = [SamplingParams(max_tokens=1 + index, seed=index, ignore_eos=True) for index in range(20)]
-    Engine(dense_model, tokenizer, max_batch=4).generate(prompts_of(*[5] * 20), params)
-    rows = [rows for rows, width in passes if width == 1]
-    assert sum(rows) == 210 and max(rows) == 4
-    still_four = list(itertools.takewhile(lambda count: count == 4, rows))
-    assert sum(rows) - 4 * len(still_four) <= 3 * 20  # only the last three ever run in a batch that is not full
-
-
-def test_n_samples_share_one_prefill_and_differ(dense_model, tokenizer, passes):
-    (output,) = Engine(dense_model, tokenizer).generate(prompts_of(12), SamplingParams(max_tokens=12, n=6))
-    assert [shape for shape in passes if shape[1] > 1] == [(1, 11)]
-    assert len({tuple(completion.token_ids) for completion in output.outputs}) == 6
-
-
-def test_prompts_of_similar_length_are_prefilled_together(dense_model, tokenizer, monkeypatch, passes):
-    Engine(dense_model, tokenizer).generate(prompts_of(60, 3, 20, 100, 61, 4, 90), SamplingParams(max_tokens=1))
-    assert passes[:-1] == [(3, 19), (4, 99)]
-    passes.clear()
-    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 130)
-    Engine(dense_model, tokenizer).generate(prompts_of(60, 61, 62, 63, 200), SamplingParams(max_tokens=1))
-    assert passes[:-1] == [(2, 60), (2, 62), (1, 199)]
-
-
 def test_seed_sample_and_key_decide_the_tokens(dense_model, tokenizer):
     engine, prompts = Engine(dense_model, tokenizer), prompts_of(9)
 
@@ -114,36 +88,6 @@ def test_seed_sample_and_key_decide_the_tokens(dense_model, tokenizer):
     assert run(seed=3) != run(seed=4)
     assert run(n=5, seed=3)[:2] == run(n=2, seed=3)
     assert run(key="a") == run(key="a") != run(key="b")
-
-
-def test_chunked_prefill_and_growing_cache_change_nothing(model, tokenizer, monkeypatch):
-    prompts, params = prompts_of(50, 3, 47, 20), SamplingParams(max_tokens=40, n=2)
-    expected = token_ids(Engine(model, tokenizer).generate(prompts, params))
-    for name, value in (("PREFILL_SCORES", 1000), ("PREFILL_TOKENS", 60), ("EXTENT_STEP", 1)):
-        monkeypatch.setattr(engine_module, name, value)
-    monkeypatch.setattr("slingshot.engine.slots.LENGTH_STEP", 1)
-    engine = Engine(model, tokenizer)
-    outputs = []
-    for prompt in prompts:  # arriving while others run: the cache grows in rows and length under them
-        engine.add(prompt, params)
-        outputs += engine.step()
-    while engine.unfinished:
-        outputs += engine.step()
-    assert token_ids(sorted(outputs, key=lambda output: output.request_id)) == expected
-
-
-def test_cache_budget_bounds_rows_times_length(dense_model, tokenizer, passes):
-    """Of 200 tokens: three of 64 run at once, and one always runs, however long."""
-    budget = 200 * dense_model.config.cache_width * 2 * 4
-    lengths = (60, 60, 60, 60, 60, 190, 250, 60)
-    params = [SamplingParams(max_tokens=length, ignore_eos=True) for length in lengths]
-    expected = Engine(dense_model, tokenizer).generate(prompts_of(*[4] * 8), params)
-    assert max(rows for rows, _ in passes) == 8
-    passes.clear()
-    outputs = Engine(dense_model, tokenizer, cache_bytes=budget).generate(prompts_of(*[4] * 8), params)
-    assert token_ids(outputs) == token_ids(expected)
-    rows = [rows for rows, width in passes if width == 1]
-    assert max(rows) == 3 and rows.count(1) >= 190 + 250
 
 
 def test_ends_at_eos_with_its_logprob_but_not_in_the_text(dense_model, tokenizer):

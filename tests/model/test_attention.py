@@ -12,7 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slingshot.engine.slot_cache import SlotCache
+from slingshot.engine.batch import FlatBatch
+from slingshot.engine.kv_cache import KVCache
+from slingshot.engine.runner import PagedContext, TorchRunner
 from slingshot.kernels.attention import attention_reference
 from slingshot.model.attention import MLA
 from slingshot.model.config import ModelConfig
@@ -45,14 +47,16 @@ def tokens(rows: int, time: int = TIME) -> Tensor:
 
 
 def in_pieces(model: Transformer, tokens_BT: Tensor, cuts: Iterable[int]) -> Tensor:
-    """Logits of a sequence that comes in pieces, in slots 1 and 2 of four."""
-    rows, time = tokens_BT.shape
-    cache = SlotCache(model.config, slots=4, length=time + 3, dtype=torch.float32)
-    positions = torch.arange(time).expand(rows, time)
-    pieces = [slice(a, b) for a, b in pairwise([0, *sorted(cuts), time])]
-    contexts = (cache.context(1, positions[:, piece], extent=piece.stop) for piece in pieces)
-    parts = zip(pieces, contexts, strict=True)
-    return torch.cat([model(tokens_BT[:, piece], context=context).logits_BTV for piece, context in parts], dim=1)
+    """Logits of sequences that come in pieces, of pages that held something else."""
+    (rows, time), cache = tokens_BT.shape, KVCache(model.config, 10, torch.float32)
+    for layer in cache.layers:
+        layer.fill_(1e3)
+    runner, logits = TorchRunner(model, cache), []
+    for start, stop in pairwise([0, *sorted(cuts), time]):
+        parts = [(tokens_BT[row, start:stop].tolist(), start, [2 + 3 * row, 1 + 3 * row]) for row in range(rows)]
+        output = runner.forward(FlatBatch.of(parts, wanted=range(rows * (stop - start))))
+        logits.append(output.logits_RV.unflatten(0, (rows, -1)))
+    return torch.cat(logits, dim=1)
 
 
 def deviation(found: Tensor, expected: Tensor) -> float:
@@ -117,26 +121,12 @@ def test_expanded_and_absorbed_attention_are_one(deepseek: Config, shape: dict[s
         mean, deviation = (1.0, 0.3) if parameter.dim() == 1 else (0.0, parameter.shape[-1] ** -0.5)
         parameter.normal_(mean, deviation, generator=generator)
     x_BTD = torch.randn(2, time, config.hidden_size, generator=generator)
-    cache = SlotCache(config, slots=2, length=time, dtype=torch.float32)
-    packed = PackedContext(config, x_BTD[..., 0], None)
-    cached = cache.context(0, torch.arange(time).expand(2, time))
-    expanded, absorbed = (attention(x_BTD, context) for context in (packed, cached))
+    pages = -(-time // 16)
+    cache = KVCache(config, 1 + 2 * pages, torch.float32)
+    batch = FlatBatch.of(([0] * time, 0, range(first, first + pages)) for first in (1, 1 + pages))
+    expanded = attention(x_BTD, PackedContext(config, x_BTD[..., 0], None))
+    absorbed = attention(x_BTD.flatten(0, 1), PagedContext(cache, batch)).view_as(expanded)
     assert (expanded - absorbed).abs().max() < 5e-6 * max(1.0, float(expanded.abs().max()))
-
-
-@torch.no_grad()
-def test_rows_of_different_lengths_decode_together(model: Transformer) -> None:
-    """Right padding in a prefill is overwritten or masked, and so is whatever an earlier sequence left in the slot."""
-    tokens_BT, lengths = tokens(2), torch.tensor([3, 8])
-    cache = SlotCache(model.config, slots=2, length=TIME, dtype=torch.float32)
-    for layer in cache.data:
-        layer.fill_(1e3)
-    model(tokens_BT[:, :8], context=cache.context(0, torch.arange(8).expand(2, 8)))
-    expected = model(tokens_BT).logits_BTV
-    for step in range(4):
-        positions_B1 = (lengths + step)[:, None]
-        logits = model(tokens_BT.gather(1, positions_B1), context=cache.context(0, positions_B1)).logits_BTV
-        assert deviation(logits[:, 0], expected[torch.arange(2), lengths + step]) < TOLERANCE
 
 
 def stored(thing: object) -> int:
@@ -152,8 +142,10 @@ def stored(thing: object) -> int:
 
 def test_deepseek_v3_caches_70272_bytes_a_token() -> None:
     """Of 61 layers in bfloat16 (512 + 64 numbers each), as in "Insights into DeepSeek-V3" (ISCA'25), Table 1."""
-    cache = SlotCache(ModelConfig.preset("deepseek-v3"), slots=2, length=3, dtype=torch.bfloat16)
-    assert stored(cache.data) == 2 * 3 * 70272
+    config, pages = ModelConfig.preset("deepseek-v3"), 2
+    cache = KVCache(config, pages, torch.bfloat16)
+    assert sum(layer.nbytes for layer in cache.layers) == pages * 16 * 70272
+    assert KVCache.page_bytes(config, torch.bfloat16) == 16 * 70272
 
 
 @torch.no_grad()
@@ -161,19 +153,19 @@ def test_decoding_keeps_the_latent_and_the_rotated_key_and_nothing_else(make_mod
     """In cache or model: kv_lora_rank + qk_rope_head_dim numbers a token and layer, whatever the heads."""
     for heads in (1, 4):
         model = make_model(deepseek(num_attention_heads=heads))
-        cache = SlotCache(model.config, slots=2, length=5, dtype=torch.float32)
+        cache = KVCache(model.config, 2, torch.float32)
         before = stored(dict(model.named_modules()))
-        model(tokens(2, 5), context=cache.context(0, torch.arange(5).expand(2, 5)))
+        TorchRunner(model, cache).forward(FlatBatch.of([(tokens(1, 5)[0].tolist(), 0, [1])]))
         assert stored(dict(model.named_modules())) == before
-        assert stored(cache.data) == 2 * 5 * 3 * (12 + 6) * 4
-        for layer_BSC in cache.data:
-            assert layer_BSC.count_nonzero() == layer_BSC.numel()
+        for entries in cache.layers:
+            assert entries.count_nonzero() == entries[1, :5].numel() == 5 * (12 + 6)
 
 
-def test_a_slot_is_copied_up_to_a_length(dense: Config) -> None:
-    cache = SlotCache(dense(), slots=3, length=4, dtype=torch.float32)
-    for layer in cache.data:
-        layer[1] = torch.randn(layer[1].shape, generator=torch.Generator().manual_seed(0))
-    cache.copy(source=1, target=2, length=3)
-    for layer in cache.data:
-        assert torch.equal(layer[2, :3], layer[1, :3]) and layer[2, 3:].count_nonzero() == 0
+def test_pages_are_copied_whole(dense: Config) -> None:
+    cache = KVCache(dense(), pages=4, dtype=torch.float32)
+    for layer in cache.layers:
+        layer[1:3] = torch.randn(layer[1:3].shape, generator=torch.Generator().manual_seed(0))
+    before = [layer.clone() for layer in cache.layers]
+    cache.copy([1, 2], [2, 3])
+    for layer, old in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer, old[[0, 1, 1, 2]])

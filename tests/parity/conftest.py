@@ -23,7 +23,9 @@ from transformers.modeling_layers import MtpModel
 
 from slingshot.base.files import read_json, write_json
 from slingshot.checkpoint.load_save import save_checkpoint
-from slingshot.engine.slot_cache import SlotCache
+from slingshot.engine.batch import PAGE, FlatBatch
+from slingshot.engine.kv_cache import KVCache
+from slingshot.engine.runner import TorchRunner
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.text.tokenizer import Tokenizer
@@ -160,12 +162,16 @@ def deviations(ours: Transformer, theirs: nn.Module, seed: int = 0) -> dict[str,
 
 def _cached(model: Transformer, tokens_BT: Tensor) -> Tensor:
     """Logits of a sequence that comes in three pieces: a long one, a short one, and one token at a time."""
-    rows, time = tokens_BT.shape
-    cache, logits, start = SlotCache(model.config, slots=rows, length=time, dtype=torch.float32), [], 0
+    (rows, time), logits, start = tokens_BT.shape, [], 0
+    pages = -(-time // PAGE)
+    tables = [range(1 + row * pages, 1 + (row + 1) * pages) for row in range(rows)]
+    runner = TorchRunner(model, KVCache(model.config, 1 + rows * pages, torch.float32))
     for size in (time - 9, 6, 1, 1, 1):
-        place = slice(start, start + size)
-        positions = torch.arange(time)[place].expand(rows, -1)
-        logits.append(model(tokens_BT[:, place], context=cache.context(0, positions, extent=start + size)).logits_BTV)
+        parts = (
+            (ids[start : start + size].tolist(), start, table) for ids, table in zip(tokens_BT, tables, strict=True)
+        )
+        output = runner.forward(FlatBatch.of(parts, wanted=range(rows * size)))
+        logits.append(output.logits_RV.unflatten(0, (rows, -1)))
         start += size
     return torch.cat(logits, dim=1)
 

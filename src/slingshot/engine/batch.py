@@ -18,6 +18,7 @@ from typing import Protocol, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PAGE = 16  # tokens of a page
@@ -70,9 +71,25 @@ class FlatBatch:
             torch.from_numpy(starts.astype(np.int32)),
             torch.tensor([first + count for first, count in zip(firsts, counts, strict=True)], dtype=torch.int32),
             torch.from_numpy(tables),
-            torch.from_numpy(starts[1:] - 1) if wanted is None else torch.tensor(wanted),
+            torch.from_numpy(starts[1:] - 1) if wanted is None else torch.tensor(list(wanted), dtype=torch.long),
             hidden,
             routing,
+        )
+
+    def joined(self, other: Self) -> Self:
+        """This batch's sequences, then the other's."""
+        pages = max(self.block_tables.shape[1], other.block_tables.shape[1])
+        tables = (F.pad(its.block_tables, (0, pages - its.block_tables.shape[1])) for its in (self, other))
+        return type(self)(
+            torch.cat((self.token_ids_N, other.token_ids_N)),
+            torch.cat((self.positions_N, other.positions_N)),
+            torch.cat((self.slots_N, other.slots_N)),
+            torch.cat((self.starts, other.starts[1:] + len(self.token_ids_N))),
+            torch.cat((self.lengths, other.lengths)),
+            torch.cat(tuple(tables)),
+            torch.cat((self.wanted, other.wanted + len(self.token_ids_N))),
+            self.hidden or other.hidden,
+            self.routing or other.routing,
         )
 
 

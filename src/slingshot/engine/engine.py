@@ -6,13 +6,12 @@
     engine.chat("What is 3+4?").outputs[0].answer
     for kind, text in engine.stream(prompt, params): ...        # kind is "reasoning" or "answer"
 
-Underneath, `add` queues a request, `step` advances every active sequence by one token and returns the requests that
-finished, `abort` takes one out. A step admits what waits into free slots and prefills it, decodes one token for every
-row, and lets finished sequences leave. Any number of threads may use one engine: they take turns to step, each step
-advances the requests of all, and generate, chat and stream return their own.
+Underneath, `add` queues a request, `step` advances what runs and returns the requests that finished, `abort` takes one
+out. A step is: schedule (scheduler.py: whose tokens run, in which pages), run (runner.py: the network over one flat
+batch), draw a token for every row, and let finished sequences leave. Any number of threads may use one engine: they
+take turns to step, each step advances the requests of all, and generate, chat and stream return their own.
 
-A prompt is prefilled up to its last token, which then takes the way of every sampled one: there is one place that
-samples, and n samples share one prefill by copying it. Suffixes: B rows, T time, S slots.
+Suffixes: B rows, V vocabulary, R wanted logits.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Self
@@ -32,10 +30,15 @@ from torch import Tensor
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
+from slingshot.engine.batch import PAGE
+from slingshot.engine.kv_cache import CacheTooSmall, KVCache
+from slingshot.engine.pages import PagePool
 from slingshot.engine.row_sampler import RowSampler
+from slingshot.engine.rows import Resident
+from slingshot.engine.runner import TorchRunner
 from slingshot.engine.sampling import SamplingParams
-from slingshot.engine.sequence import Completion, Request, RequestOutput, Sequence
-from slingshot.engine.slots import Batch
+from slingshot.engine.scheduler import EngineCounters, Scheduler
+from slingshot.engine.sequence import Completion, Request, RequestOutput
 from slingshot.engine.vocabulary import Vocabulary
 from slingshot.machine.device import auto_device, auto_dtype
 from slingshot.model.transformer import Transformer
@@ -45,10 +48,9 @@ from slingshot.text.tokenizer import Tokenizer
 Message = Mapping[str, str]
 Prompt = str | Seq[int] | Seq[Message]
 
-PREFILL_TOKENS = 8192  # prompt tokens, padding included, in one forward pass
-PREFILL_SCORES = 1 << 24  # attention scores of a layer in one forward pass: 64 MiB in float32, copied a few times
-ROW_STEP = 16  # a batch decodes a multiple of this many rows, for the same reason as:
-EXTENT_STEP = 16  # decoding attends over a multiple of this many cached tokens, so that kernels see few shapes
+
+class PromptError(SlingshotError):
+    """A prompt that the model cannot continue."""
 
 
 class Turns:
@@ -68,10 +70,15 @@ class Turns:
 class Engine:
     """Generates with a model and its tokenizer.
 
-    max_batch: sequences decoded together at most. max_length: tokens of a sequence at most, prompt included (default:
-    the model's max_position_embeddings). dtype None shares the model's parameters; otherwise the engine keeps a copy in
-    that dtype. cache_bytes: about how much memory the cache may take; fewer sequences run at once where they are long.
-    weights_version is what the last `update_weights` called its weights; 0 before.
+    max_batch       sequences that run together at most
+    max_length      tokens of a sequence at most, prompt included; default: the model's max_position_embeddings, or as
+                    many as the cache holds
+    dtype           None shares the model's parameters; otherwise the engine keeps a copy in that dtype
+    cache_bytes     memory of the cache at most; where sequences are long, fewer run at once
+    step_tokens     tokens of a step at most, rows included: what a long prompt holds the others up by
+
+    weights_version is what the last `update_weights` called its weights; 0 before. Raises CacheTooSmall where the cache
+    cannot hold one sequence of max_length.
     """
 
     def __init__(
@@ -82,12 +89,13 @@ class Engine:
         max_length: int | None = None,
         dtype: torch.dtype | None = None,
         cache_bytes: int = 1 << 30,
+        step_tokens: int = 1024,
     ) -> None:
         config = model.config
-        if max_batch < 1:
-            raise SlingshotError(f"max_batch must be at least 1, got {max_batch}")
+        for name, value in (("max_batch", max_batch), ("step_tokens", step_tokens)):
+            if value < 1:
+                raise SlingshotError(f"{name} must be at least 1, got {value}")
         longest, named = config.max_position_embeddings, "the model's max_position_embeddings"
-        self.max_length = longest if max_length is None else max_length
         if max_length is not None and not 2 <= max_length <= longest:
             raise SlingshotError(f"max_length must be between 2 and {named} {longest}, got {max_length}")
         self.model, self.tokenizer, self.weights_version = model, tokenizer, 0
@@ -96,11 +104,22 @@ class Engine:
             self.model.cast(dtype)
             self.model.compute_dtype = None
         weight = self.model.model.embed_tokens.weight
-        self._device = weight.device
         self._vocabulary, self._sampler = Vocabulary(tokenizer, config.vocab_size), RowSampler(weight.device)
-        self._batch = Batch(config, self.model.compute_dtype or weight.dtype, weight.device, max_batch, cache_bytes)
+        cache_dtype = self.model.compute_dtype or weight.dtype
+        room = KVCache.pages_in(cache_bytes, config, cache_dtype)
+        self.max_length = min(longest, max(2, room * PAGE)) if max_length is None else max_length
+        needed = -(-self.max_length // PAGE)  # pages of one sequence
+        if room < needed:
+            least = (needed + 1) * KVCache.page_bytes(config, cache_dtype)
+            way_out = "raise it, or lower max_length" if needed > 1 else "raise it"
+            raise CacheTooSmall(
+                f"cache_bytes {cache_bytes}: one sequence of {self.max_length} tokens takes {least}; {way_out}"
+            )
+        pages = min(room, 2 * max_batch * needed)  # all sequences at their longest, and as many prefixes besides
+        self._cache = KVCache(config, 1 + pages, cache_dtype, weight.device)
+        self._runner = TorchRunner(self.model, self._cache)
+        self._scheduler = Scheduler(PagePool(pages), max_batch, self.max_length, step_tokens)
         self._turns = Turns()
-        self._waiting: deque[Sequence] = deque()
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count()
         self._finished: list[RequestOutput] = []  # what the next `step` returns
@@ -132,16 +151,21 @@ class Engine:
         prompt: text, which the model continues as it stands, token ids, or a chat (a list of messages with "role" and
         "content"), which goes through the chat template. key: names the request's noise together with params.seed;
         default: the prompt itself, so that the same request always gets the same tokens.
-        Raises SlingshotError for a prompt that is empty, too long or holds ids outside the vocabulary.
+        Raises PromptError for a prompt that is empty, too long or holds ids outside the vocabulary.
         """
         return self._enter(prompt, params, key, claimed=False).request_id
 
     def step(self) -> list[RequestOutput]:
-        """Advance every active sequence by one token; return the requests of `add` that are finished."""
+        """Advance what runs by one forward pass; return the requests of `add` that are finished."""
         with self._turns:
             self._advance()
             outputs, self._finished = self._finished, []
             return outputs
+
+    @property
+    def counters(self) -> EngineCounters:
+        """What was done so far, and what is there now."""
+        return self._scheduler.counted()
 
     @property
     def unfinished(self) -> int:
@@ -158,9 +182,7 @@ class Engine:
             request = self._requests.pop(request_id, None)
             if request is None:
                 return None
-            rows = enumerate(self._batch.sequences)
-            for slot in reversed([slot for slot, sequence in rows if sequence.request is request]):
-                self._batch.remove(slot)  # its waiting samples are passed over when their turn comes
+            self._scheduler.abort(request.sequences)
             request.result = request.output()
             return request.result
 
@@ -263,6 +285,8 @@ class Engine:
                     own[name].copy_(tensor)
             if missing := own.keys() - taken:
                 raise SlingshotError(f"update_weights: {min(missing)} is missing")
+            self._scheduler.pool.forget()  # what is cached belongs to the old ones
+            self._runner.refresh()
             self.weights_version = version
 
     def _encode(self, prompt: Prompt) -> list[int]:
@@ -272,16 +296,16 @@ class Engine:
             ids = [part for part in prompt if isinstance(part, int)]
             messages = [part for part in prompt if isinstance(part, Mapping)]
             if len(prompt) not in (len(ids), len(messages)):
-                raise SlingshotError("a prompt is text, token ids or chat messages; several go in one list around them")
+                raise PromptError("a prompt is text, token ids or chat messages; several go in one list around them")
             if messages:
                 ids = self.tokenizer.encode_chat(messages, add_generation_prompt=True)
         if not ids:
-            raise SlingshotError("the prompt is empty: nothing says where to begin")
+            raise PromptError("the prompt is empty: nothing says where to begin")
         if len(ids) >= self.max_length:
-            raise SlingshotError(f"the prompt has {len(ids)} tokens, max_length is {self.max_length}: shorten it")
+            raise PromptError(f"the prompt has {len(ids)} tokens, max_length is {self.max_length}: shorten it")
         vocabulary = self.model.config.vocab_size
         if beyond := [token_id for token_id in ids if not 0 <= token_id < vocabulary]:
-            raise SlingshotError(f"the prompt holds token id {beyond[0]}, the model's vocabulary has {vocabulary}")
+            raise PromptError(f"the prompt holds token id {beyond[0]}, the model's vocabulary has {vocabulary}")
         return ids
 
     def _enter(self, prompt: Prompt, params: SamplingParams | None, key: str | None, claimed: bool) -> Request:
@@ -290,90 +314,41 @@ class Engine:
         request = Request(next(self._ids), ids, params, name, self.max_length, self._vocabulary, claimed)
         with self._turns:
             self._requests[request.request_id] = request
-            self._waiting.extend(request.sequences)
+            for sequence in request.sequences:
+                self._scheduler.add(sequence)
         return request
 
     @torch.inference_mode()
     def _advance(self) -> None:
         """One step; whoever calls has the turn."""
-        self._admit()
-        if not self._batch.sequences:
+        scheduler = self._scheduler
+        step = scheduler.schedule()
+        if step is None:
             return
-        sampled = enumerate(zip(self._batch.sequences, *self._decode(), strict=True))
-        finished = [slot for slot, (sequence, token_id, logprob) in sampled if sequence.push(token_id, logprob)]
-        for request in [self._batch.remove(slot).request for slot in reversed(finished)]:
+        if step.copies:
+            self._cache.copy(*zip(*step.copies, strict=True))
+        output = self._runner.forward(step.batch(scheduler.rows))
+        self._take(scheduler.commit(step), output.logits_RV)
+
+    def _take(self, drawn: list[Resident], logits_RV: Tensor) -> None:
+        """Draw the next token of these, who are all rows, and let those leave that it finishes."""
+        if not drawn:
+            return
+        try:
+            ids, logprobs = self._sampler.draw(logits_RV, [resident.sequence for resident in drawn])
+        except SlingshotError:
+            self._cache.clear()
+            raise
+        self._scheduler.rows.advance(ids)
+        tokens = zip(drawn, ids, logprobs, strict=True)
+        finished = [its for its, token_id, logprob in tokens if its.sequence.push(token_id, logprob)]
+        for resident in finished:
+            self._scheduler.finish(resident)
+            request = resident.sequence.request
             request.unfinished -= 1
             if not request.unfinished:
                 request.result = self._requests.pop(request.request_id).output()
                 if not request.claimed:
                     self._finished.append(request.result)
-
-    def _admit(self) -> None:
-        """Move what waits into free slots, first come first served, and write its prompts to the cache."""
-        if not self._waiting:
-            return
-        batch = self._batch
-        admitted: list[Sequence] = []
-        longest = max((sequence.request.limit for sequence in batch.sequences), default=0)
-        while self._waiting:
-            request = self._waiting[0].request
-            if request.request_id in self._requests:  # else it was aborted
-                longest = max(longest, request.limit)
-                if not batch.fits(len(batch.sequences) + len(admitted) + 1, longest):
-                    break
-                admitted.append(self._waiting[0])
-            self._waiting.popleft()
-        if not admitted:
-            return
-        # Where a prompt stands in the cache already.
-        slots = {sequence.request: slot for slot, sequence in enumerate(batch.sequences)}
-        leading = {sequence.request: sequence for sequence in admitted if sequence.request not in slots}
-        leaders = sorted(leading.values(), key=lambda sequence: len(sequence.request.prompt))
-        followers = [sequence for sequence in admitted if leading.get(sequence.request) is not sequence]
-        slots |= {sequence.request: slot for slot, sequence in enumerate(leaders, start=len(batch.sequences))}
-        place = batch.place(leaders + followers)
-        for group in _similar([sequence.request.prompt for sequence in leaders]):
-            self._prefill(place, group)
-            place += len(group)
-        for slot, sequence in enumerate(followers, start=place):
-            batch.cache.copy(slots[sequence.request], slot, len(sequence.request.prompt) - 1)
-
-    def _prefill(self, first_slot: int, prompts: list[list[int]]) -> None:
-        """Write all but the last token of these prompts to the cache, in chunks that bound memory."""
-        rows, width = len(prompts), max(map(len, prompts)) - 1
-        padded = [prompt[:-1] + [0] * (width + 1 - len(prompt)) for prompt in prompts]  # decoding overwrites padding
-        tokens_BT = torch.tensor(padded, device=self._device)
-        positions_BT = torch.arange(width, device=self._device).expand(rows, width)
-        chunk = max(1, PREFILL_SCORES // max(1, rows * width * self.model.config.num_attention_heads))
-        for start in range(0, width, chunk):
-            end = min(start + chunk, width)
-            context = self._batch.cache.context(first_slot, positions_BT[:, start:end], end)
-            self.model(tokens_BT[:, start:end], context=context, logits=False)
-
-    def _decode(self) -> tuple[list[int], list[float]]:
-        """Run every row's last token through the model and sample its next: -> ids, logprobs."""
-        batch, rows = self._batch, len(self._batch.sequences)
-        extent = max(sequence.length for sequence in batch.sequences)
-        extent = min(-(-extent // EXTENT_STEP) * EXTENT_STEP, batch.cache.length)
-        tokens_B, positions_B = batch.tokens_S[:rows], batch.positions_S[:rows]
-        padded = min(-(-rows // ROW_STEP) * ROW_STEP, batch.cache.slots) if rows > ROW_STEP else rows
-        positions_P1 = batch.positions_S[:padded, None].clamp(max=extent - 1)  # free slots may hold anything
-        context = batch.cache.context(0, positions_P1, extent)
-        output = self.model(batch.tokens_S[:padded, None], context=context, logits=False)
-        logits_BV = self.model.lm_logits(output.hidden_BTD[:rows, -1])
-        positions_B += 1
-        ids, logprobs = self._sampler.draw(logits_BV, batch.sequences)
-        tokens_B.copy_(torch.tensor(ids))
-        return ids, logprobs
-
-
-def _similar(prompts: list[list[int]]) -> Iterator[list[list[int]]]:
-    """Part prompts, sorted by length, into groups worth padding to one length and small enough for one forward pass."""
-    group: list[list[int]] = []
-    for prompt in prompts:
-        if group and (len(prompt) * (len(group) + 1) > PREFILL_TOKENS or len(prompt) > 16 + 1.5 * len(group[0])):
-            yield group
-            group = []
-        group.append(prompt)
-    if group:
-        yield group
+        if not self._requests:
+            self._scheduler.check_idle()

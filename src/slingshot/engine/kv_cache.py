@@ -16,10 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slingshot.base.errors import SlingshotError
 from slingshot.engine.batch import PAGE
 from slingshot.model.config import ModelConfig
 
 ALIGNMENT = 64  # bytes of a cache line
+
+
+class CacheTooSmall(SlingshotError):
+    """The memory given to the cache does not hold one sequence."""
 
 
 class KVCache:
@@ -44,6 +49,11 @@ class KVCache:
     def page_bytes(config: ModelConfig, dtype: torch.dtype, mtp: bool = False) -> int:
         """Bytes of one page of all layers."""
         return PAGE * config.cache_width * (config.num_hidden_layers + mtp) * dtype.itemsize
+
+    @classmethod
+    def pages_in(cls, budget: int, config: ModelConfig, dtype: torch.dtype, mtp: bool = False) -> int:
+        """How many pages `budget` bytes hold besides page 0."""
+        return max(0, budget // cls.page_bytes(config, dtype, mtp) - 1)
 
     @property
     def layers(self) -> list[Tensor]:

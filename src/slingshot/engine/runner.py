@@ -43,13 +43,21 @@ class AttentionGroup:
 
 
 class PagedContext(Context):
-    """Attention of a flat batch over a KVCache."""
+    """Attention of a flat batch, to which `padding` tokens of no sequence are added, over a KVCache.
+
+    All that depends on the batch is worked out on the CPU beforehand: layers then run without waiting for a device.
+    """
 
     absorb = True
 
-    def __init__(self, cache: KVCache, positions_N: Tensor, slots_N: Tensor, groups: list[AttentionGroup]) -> None:
-        super().__init__(cache.config, positions_N)
-        self._cache, self._slots_N, self._groups = cache, slots_N, groups
+    def __init__(self, cache: KVCache, batch: FlatBatch, padding: int = 0) -> None:
+        self._device = cache.layers[0].device
+        super().__init__(cache.config, self.placed(F.pad(batch.positions_N, (0, padding))))
+        self._cache, self._slots_N = cache, self.placed(F.pad(batch.slots_N, (0, padding)))
+        self._groups = self._grouped(batch, padding)
+
+    def placed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, non_blocking=True)
 
     def attend(self, layer: int, q_XHW: Tensor, k_XGW: Tensor, v_XGV: Tensor | int, scale: float) -> Tensor:
         cache = self._cache
@@ -84,6 +92,39 @@ class PagedContext(Context):
         piece = max(1, SCORES // (rows * q_STHW.shape[2] * k_SUGW.shape[1]))
         parts = zip(q_STHW.split(piece, 1), group.mask_STU.split(piece, 1), strict=True)
         return torch.cat([attend_folded(q, k_SUGW, v_SUGV, mask, scale) for q, mask in parts], dim=1)
+
+    def _grouped(self, batch: FlatBatch, padding: int) -> list[AttentionGroup]:
+        """Sequences grouped so that padding stays small; all of this is known on the CPU."""
+        starts_S, lengths_S = batch.starts.numpy()[:-1], batch.lengths.numpy()
+        counts_S, tables_SP = np.diff(batch.starts.numpy()), batch.block_tables.numpy()
+        positions_N = batch.positions_N.numpy()
+        work_S = counts_S.astype(np.int64) * lengths_S
+        if counts_S.max() == 1 and lengths_S.max() * len(lengths_S) <= WASTE * work_S.sum() + 64 * len(lengths_S):
+            tables, last_S1 = np.pad(tables_SP, ((0, padding), (0, 0))), np.pad(positions_N, (0, padding))[:, None]
+            return [self._group(None, tables, last_S1, int(lengths_S.max()))]
+        order, groups = np.lexsort((lengths_S, counts_S)), []
+        cuts, area = [0], 0
+        for at, row in enumerate(order):  # sorted, so that the last one is the largest of its group
+            area += int(work_S[row])
+            size = at + 1 - cuts[-1]
+            if size > 1 and size * int(counts_S[row]) * int(lengths_S[order[cuts[-1] : at + 1]].max()) > WASTE * area:
+                cuts.append(at)
+                area = int(work_S[row])
+        for first, end in pairwise([*cuts, len(order)]):
+            rows = order[first:end]
+            steps_ST = np.minimum(np.arange(counts_S[rows].max())[None], counts_S[rows][:, None] - 1)
+            tokens_ST = starts_S[rows][:, None] + steps_ST
+            groups.append(self._group(tokens_ST, tables_SP[rows], positions_N[tokens_ST], int(lengths_S[rows].max())))
+        return groups
+
+    def _group(
+        self, tokens_ST: np.ndarray | None, tables_SP: np.ndarray, positions_ST: np.ndarray, longest: int
+    ) -> AttentionGroup:
+        pages = -(-longest // PAGE)
+        mask_STU = np.arange(pages * PAGE) <= positions_ST[..., None]
+        tokens = None if tokens_ST is None else self.placed(torch.from_numpy(tokens_ST.astype(np.int64)))
+        tables_F = tables_SP[:, :pages].flatten()
+        return AttentionGroup(tokens, self.placed(torch.from_numpy(tables_F)), self.placed(torch.from_numpy(mask_STU)))
 
 
 class TorchRunner:
@@ -134,44 +175,5 @@ class TorchRunner:
         """The batch's tokens, padded, and their attention."""
         count = len(batch.token_ids_N)
         padding = -count % TOKEN_STEP if count > TOKEN_STEP else 0
-        tokens_N, positions_N, slots_N = (
-            F.pad(t, (0, padding)).to(self._device, non_blocking=True)
-            for t in (batch.token_ids_N, batch.positions_N, batch.slots_N)
-        )
-        groups = list(self._groups(batch, padding))
-        return tokens_N, PagedContext(self._cache, positions_N, slots_N, groups)
-
-    def _groups(self, batch: FlatBatch, padding: int) -> list[AttentionGroup]:
-        """Sequences grouped so that padding stays small; all of this is known on the CPU."""
-        starts_S, lengths_S = batch.starts.numpy()[:-1], batch.lengths.numpy()
-        counts_S, tables_SP = np.diff(batch.starts.numpy()), batch.block_tables.numpy()
-        positions_N = batch.positions_N.numpy()
-        work_S = counts_S.astype(np.int64) * lengths_S
-        if counts_S.max() == 1 and lengths_S.max() * len(lengths_S) <= WASTE * work_S.sum() + 64 * len(lengths_S):
-            tables, last_S1 = np.pad(tables_SP, ((0, padding), (0, 0))), np.pad(positions_N, (0, padding))[:, None]
-            return [self._group(None, tables, last_S1, int(lengths_S.max()))]
-        order, groups = np.lexsort((lengths_S, counts_S)), []
-        cuts, area = [0], 0
-        for at, row in enumerate(order):  # sorted, so that the last one is the largest of its group
-            area += int(work_S[row])
-            size = at + 1 - cuts[-1]
-            if size > 1 and size * int(counts_S[row]) * int(lengths_S[order[cuts[-1] : at + 1]].max()) > WASTE * area:
-                cuts.append(at)
-                area = int(work_S[row])
-        for first, end in pairwise([*cuts, len(order)]):
-            rows = order[first:end]
-            steps_ST = np.minimum(np.arange(counts_S[rows].max())[None], counts_S[rows][:, None] - 1)
-            tokens_ST = starts_S[rows][:, None] + steps_ST
-            groups.append(self._group(tokens_ST, tables_SP[rows], positions_N[tokens_ST], int(lengths_S[rows].max())))
-        return groups
-
-    def _group(
-        self, tokens_ST: np.ndarray | None, tables_SP: np.ndarray, positions_ST: np.ndarray, longest: int
-    ) -> AttentionGroup:
-        pages = -(-longest // PAGE)
-        mask_STU = np.arange(pages * PAGE) <= positions_ST[..., None]
-        tokens = None if tokens_ST is None else self._place(tokens_ST.astype(np.int64))
-        return AttentionGroup(tokens, self._place(tables_SP[:, :pages].flatten()), self._place(mask_STU))
-
-    def _place(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        context = PagedContext(self._cache, batch, padding)
+        return context.placed(F.pad(batch.token_ids_N, (0, padding))), context

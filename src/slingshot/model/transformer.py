@@ -3,7 +3,7 @@
     model = Transformer.empty(config, device); model.init_weights(torch.Generator().manual_seed(0))
     output = model(tokens_BT)                                            # output.logits_BTV
     output = model(tokens_BT, segments_BT=segments_BT, logits=False)     # packed documents; 0 is padding
-    output = model(tokens_BT, context=context)                           # over a cache: engine/kv_cache.py
+    output = model(tokens_BT, context=context)                           # over a cache: engine/runner.py
 
 Module names are Hugging Face's tensor names; only the experts are stacked (checkpoint/load_save.py splits them).
 Shape suffixes: B batch, T time, D model width, E experts, L MoE layers, V vocabulary.

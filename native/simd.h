@@ -52,10 +52,10 @@ using Floats = __m512;
 inline Floats zeros() { return _mm512_setzero_ps(); }
 inline Floats all(float x) { return _mm512_set1_ps(x); }
 inline Floats load(const float* x) { return _mm512_loadu_ps(x); }
-inline Floats load(const bf16* x) {
-    return _mm512_castsi512_ps(
-        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))), 16));
+inline Floats floats(__m256i halves) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
+inline Floats load(const bf16* x) { return floats(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
 inline void store(float* to, Floats x) { _mm512_storeu_ps(to, x); }
 inline __m256i halves(Floats x) {
 #if defined(__AVX512BF16__)
@@ -91,10 +91,10 @@ using Floats = __m256;
 inline Floats zeros() { return _mm256_setzero_ps(); }
 inline Floats all(float x) { return _mm256_set1_ps(x); }
 inline Floats load(const float* x) { return _mm256_loadu_ps(x); }
-inline Floats load(const bf16* x) {
-    return _mm256_castsi256_ps(
-        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))), 16));
+inline Floats floats(__m128i halves) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
+inline Floats load(const bf16* x) { return floats(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))); }
 inline void store(float* to, Floats x) { _mm256_storeu_ps(to, x); }
 inline __m128i halves(Floats x) {
     __m256i word = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(word, 16), _mm256_set1_epi32(1));
@@ -128,6 +128,14 @@ inline Floats scaled(Floats x, Floats n, Floats of) {
 inline Floats nearest(Floats x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 #endif
+
+// A register of numbers as a T holds them.
+template <class T> inline Floats rounded(Floats x) {
+    if constexpr (sizeof(T) == 2)
+        return floats(halves(x));
+    else
+        return x;
+}
 
 // e^x to within two units in the last place of a float; 0 below -87.3, the largest power below infinity above 88.
 inline Floats exp(Floats x) {

@@ -16,12 +16,13 @@ constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
 // A unit's working memory.
 template <class T> struct Unit {
     using Word = typename WordOf<T>::type;
-    int depth, columns;  // words of a query, columns of its result
+    int depth, words, columns;  // words that a query takes, words that are multiplied, columns of its result
     Word *queries, *keys, *values;
     float *scores, *sums, *largest, *totals;
 
     Unit(const AttentionShape& shape) {
         depth = round_up(shape.width / PER_WORD<T>, 16);
+        words = PER_WORD<T> == 2 ? depth : shape.width;  // pairs go on with zeros, to whole tiles
         columns = round_up(shape.value_width, 16);
     }
 
@@ -135,7 +136,7 @@ template <class T> class Attention {
         const int blind = first_token * per_token - unit.first_row;
         const int first = blind > 0 ? blind : 0, rows = unit.rows - first;
         Word* q = own.queries + first * own.depth;
-        product(q, own.depth, own.keys, 16, static_cast<size_t>(16) * own.depth, own.depth, rows, round_up(tokens, 16),
+        product(q, own.depth, own.keys, 16, static_cast<size_t>(16) * own.depth, own.words, rows, round_up(tokens, 16),
                 own.scores, BLOCK, false);
         for (int r = 0; r < rows; r++) {
             const int limit = seen + (unit.first_row + first + r) / per_token + 1 - begin;

@@ -1,9 +1,10 @@
-// The doors through which router and experts are tested at this level.
+// Router and experts as Python's tests call them.
 #include <cstdlib>
 
 #include "doors.h"
 #include "matmul.h"
 #include "moe.h"
+#include "tiles.h"
 
 namespace slingshot {
 namespace LEVEL {
@@ -44,7 +45,7 @@ void run(const MoeWeights& shape, const float* router, const T* gate_up, const T
     void* memory = std::calloc(1, moe_bytes<T>(w, tokens, threads) + 64);
     void* aligned = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
     auto job = [&](const Team& team) {
-        configure_tiles();
+        const TileRegisters tiles;
         moe<T>(w, x, tokens, residual, routed, w.router.per_token, aligned, team);
     };
     run_together(threads, job);
@@ -57,13 +58,14 @@ void run(const MoeWeights& shape, const float* router, const T* gate_up, const T
 }  // namespace LEVEL
 }  // namespace slingshot
 
+using namespace slingshot;
+
 // Weights as torch has them: router [experts, width], gate_up [experts, 2, inner, width], down [experts, width, inner],
 // the shared ones alike. inner or shared_inner may be 0.
 extern "C" void DOOR(moe)(int is_bf16, int width, int inner, int shared_inner, int experts, int per_token, int groups,
                           int kept_groups, float scaling, int normalized, const float* router, const float* bias,
                           const void* gate_up, const void* down, const void* shared_gate_up, const void* shared_down,
                           const void* x, int tokens, void* residual, int16_t* routed, int threads) {
-    using namespace slingshot;
     MoeWeights shape{};
     shape.width = width, shape.inner = inner, shape.shared_inner = shared_inner;
     shape.router = {inner ? experts : 0, inner ? per_token : 0, groups, kept_groups, scaling, normalized != 0, {}, bias};

@@ -4,6 +4,10 @@ import pytest
 import torch
 
 from slingshot.engine.engine import Engine
+from slingshot.engine.row_sampler import RowSampler
+from slingshot.engine.sampling import SamplingParams
+from slingshot.engine.sequence import Request
+from slingshot.engine.vocabulary import Vocabulary
 from slingshot.model.transformer import Transformer
 from slingshot.text.tokenizer import Tokenizer
 
@@ -66,3 +70,36 @@ def passes(dense_model):
     handle = dense_model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     yield seen
     handle.remove()
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tokenizer):
+    return Vocabulary(tokenizer, tokenizer.vocab_size)
+
+
+@pytest.fixture
+def say(vocabulary):
+    """say([(prompt, script, params), ...]): completions where the model wants the script's n-th token in place n.
+
+    All run in one batch without a model. Other tokens are far less likely, and differ.
+    """
+
+    def run(requests):
+        others_V = torch.rand(vocabulary.size, generator=torch.Generator().manual_seed(0)) - 50
+        made = [
+            Request(number, prompt, SamplingParams(**params), "key", 100_000, vocabulary, False)
+            for number, (prompt, _, params) in enumerate(requests)
+        ]
+        scripts = {request.request_id: script for request, (_, script, _) in zip(made, requests, strict=True)}
+        running, sampler = [sequence for request in made for sequence in request.sequences], RowSampler()
+        while running:
+            logits_RV = others_V.repeat(len(running), 1)
+            for row, sequence in enumerate(running):
+                script = scripts[sequence.request.request_id]
+                place = len(sequence.token_ids)
+                logits_RV[row, script[place] if place < len(script) else vocabulary.tokenizer.eos_id] = 0.0
+            drawn = zip(running, *sampler.draw(logits_RV, running), strict=True)
+            running = [sequence for sequence, token_id, logprob in drawn if not sequence.push(token_id, logprob)]
+        return [request.output() for request in made]
+
+    return run

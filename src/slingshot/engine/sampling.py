@@ -117,6 +117,7 @@ class SamplingParams:
             (0 <= (self.prompt_logprobs or 0) <= MOST_LOGPROBS,
              f"prompt_logprobs must be {told}, got {self.prompt_logprobs}"),
             ((self.thinking_budget or 0) >= 0, f"thinking_budget must be 0 or more, got {self.thinking_budget}"),
+            ("" not in (self.json_schema, self.regex, self.grammar), "an empty structure is none; leave it out"),
             (all(self.choice), "an empty choice is none; remove it"),
             (not swallowed, "the stop string {!r} holds the bad word {!r}, so nothing could reach it; remove one"
              .format(*(swallowed or [("", "")])[0])),

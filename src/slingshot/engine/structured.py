@@ -1,18 +1,21 @@
 """Answers held to a JSON schema, a regular expression, a choice or an EBNF grammar, by xgrammar.
 
-    grammar = vocabulary.grammars.compile(params)         # None where the request asks for no structure
-    matcher = grammar.matcher()
-    mask_V32 = matcher.mask(); matcher.push(token_id)
+    matcher = GrammarMatcher(vocabulary.grammars.compile(params), vocabulary.size)
+    mask_W = matcher.mask(); matcher.push(token_id)
 
-Grammars are compiled once and kept. Only text is allowed, and at a whole end the tokens that end a sample.
+Grammars are compiled once and kept. Only text is allowed, and at a whole end the tokens that end a sample. An object
+holds the properties that its schema names, in their order, and others only where it says additionalProperties.
+Suffixes: R rows, V vocabulary, W words of 32 ids.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +29,16 @@ if TYPE_CHECKING:
     from slingshot.engine.vocabulary import Vocabulary
 
 _KEPT = 64  # compiled grammars
+_SPACES = 24  # of white space at most between two parts of JSON: a model may like it too well to end
+
+# What a JSON schema can ask and xgrammar passes over in silence.
+_UNKNOWN = {
+    "not", "if", "contains", "dependentRequired", "dependentSchemas", "unevaluatedProperties", "unevaluatedItems",
+    "$dynamicRef", "$recursiveRef",
+}  # fmt: skip
+_PLACE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")  # of a message: time and file
+_OF_SCHEMAS = {"properties", "patternProperties", "$defs", "definitions"}  # names, and a schema each
+_PLAIN = {"enum", "const", "default", "examples", "required", "description", "title"}  # hold no schemas
 
 
 class GrammarError(SamplingError):
@@ -71,16 +84,17 @@ class Grammars:
     def _compile(self, kind: str, source: str | tuple[str, ...]) -> xgrammar.CompiledGrammar:
         try:
             if kind == "json_schema":
-                json.loads(str(source))
-                return self._compiler.compile_json_schema(str(source))
+                if wrong := next(_passed_over(json.loads(str(source))), None):
+                    raise GrammarError(f"sampling: json_schema: {wrong} is not supported; leave it out")
+                return self._compiler.compile_json_schema(str(source), max_whitespace_cnt=_SPACES)
             if kind == "regex":
                 return self._compiler.compile_regex(str(source))
             if kind == "choice":
-                source = "root ::= " + " | ".join(json.dumps(choice) for choice in source)
+                source = "root ::= " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in source)
             return self._compiler.compile_grammar(str(source))
         except (RuntimeError, ValueError) as error:
-            why = " ".join(str(error).split())[-300:]
-            raise GrammarError(f"sampling: {kind} {_short(source)} is none: {why}") from error
+            why = _PLACE.sub("", " ".join(str(error).split()))[:300]
+            raise GrammarError(f"sampling: {kind} {_short(source)} cannot be used: {why}") from error
 
 
 class GrammarMatcher:
@@ -111,8 +125,38 @@ def allow_only(logits_RV: Tensor, masks: list[tuple[int, Tensor]]) -> None:
     """Take all ids but those of the masks out of their rows."""
     import xgrammar
 
-    mask_RW = torch.stack([mask for _, mask in masks]).to(logits_RV.device)
-    xgrammar.apply_token_bitmask_inplace(logits_RV, mask_RW, indices=[row for row, _ in masks])
+    rows, mask_RW = [row for row, _ in masks], torch.empty(len(logits_RV), len(masks[0][1]), dtype=torch.int32)
+    mask_RW[rows] = torch.stack([mask for _, mask in masks])
+    xgrammar.apply_token_bitmask_inplace(logits_RV, mask_RW.to(logits_RV.device), indices=rows)
+
+
+def _passed_over(schema: Any) -> Iterator[str]:
+    """What of a schema would not be kept to."""
+    if isinstance(schema, list):
+        for part in schema:
+            yield from _passed_over(part)
+    if not isinstance(schema, dict):
+        return
+    yield from (repr(key) for key in sorted(_UNKNOWN & schema.keys()))
+    if schema.get("uniqueItems"):
+        yield "'uniqueItems'"
+    if "pattern" in schema and {"minLength", "maxLength"} & schema.keys():
+        yield "'pattern' together with a length"
+    for key in ("anyOf", "oneOf", "allOf"):
+        if key in schema and {"type", "properties", "required", "items", "$ref"} & schema.keys():
+            yield f"{key!r} beside other demands"
+    if len(schema.get("allOf") or ()) > 1:
+        yield "'allOf' of several"
+    if not str(schema.get("$ref", "#")).startswith("#"):
+        yield f"a '$ref' to elsewhere ({schema['$ref']!r:.80})"
+    required, properties = schema.get("required", []), schema.get("properties", {})
+    if isinstance(required, list) and isinstance(properties, dict):
+        yield from (
+            f"{name!r:.80}, required but not among 'properties'," for name in required if name not in properties
+        )
+    for key, value in schema.items():
+        if key not in _PLAIN:
+            yield from _passed_over(list(value.values()) if key in _OF_SCHEMAS and isinstance(value, dict) else value)
 
 
 def _short(source: str | tuple[str, ...]) -> str:

@@ -84,7 +84,7 @@ def test_the_best_batch_has_room_and_is_in_time_and_the_next_is_not() -> None:
 def test_batches_only_help_throughput_and_context_never_time(batch: int, context: float, devices: int, on: str) -> None:
     copy = copy_of(V3, devices, "fp8", on, efficiency=0.46)
     step = copy.step_seconds(batch, context)
-    assert step == pytest.approx(copy.decode_step(batch, context).bound / 0.46)
+    assert step == pytest.approx(max(copy.decode_step(batch, context)) / 0.46)
     assert (batch + 1) / copy.step_seconds(batch + 1, context) >= batch / step * (1 - 1e-9)
     assert copy.step_seconds(batch, context + 1) >= step
 

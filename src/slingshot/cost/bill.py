@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
@@ -37,25 +38,19 @@ class Sums(PeakMemory):
     tokens: int
     energy_joules: float | None
     money: float | None
-    partial: list[str]  # sums that some receipts have no figure for
+    partial: list[str]
 
-    @staticmethod
-    def of(receipts: Sequence[Receipt]) -> Sums:
-        joules = [receipt.energy_joules for receipt in receipts if receipt.energy_joules is not None]
-        money = [receipt.money for receipt in receipts if receipt.money is not None]
-        return Sums(
-            seconds=sum(receipt.seconds for receipt in receipts),
-            device_seconds=sum(receipt.device_seconds for receipt in receipts),
-            flops=sum(receipt.flops for receipt in receipts),
-            tokens=sum(receipt.tokens for receipt in receipts),
-            energy_joules=sum(joules) if joules else None,
-            money=sum(money) if money else None,
-            partial=[name for name, known in (("energy", joules), ("money", money)) if 0 < len(known) < len(receipts)],
-            peak_host_memory_bytes=max((receipt.peak_host_memory_bytes or 0 for receipt in receipts), default=0)
-            or None,
-            peak_device_memory_bytes=max((receipt.peak_device_memory_bytes or 0 for receipt in receipts), default=0)
-            or None,
-        )
+    @classmethod
+    def of(cls, receipts: Sequence[Receipt]) -> Sums:
+        def known(field: str) -> list[Any]:
+            return [value for receipt in receipts if (value := getattr(receipt, field)) is not None]
+
+        found: dict[str, Any] = {field: max(known(field), default=None) for field in PeakMemory.model_fields}
+        found |= {field: sum(known(field)) for field in ("seconds", "device_seconds", "flops", "tokens")}
+        maybe = {field: known(field) for field in ("energy_joules", "money")}
+        found |= {field: sum(values) if values else None for field, values in maybe.items()}
+        partial = [field.removesuffix("_joules") for field, some in maybe.items() if 0 < len(some) < len(receipts)]
+        return cls(**found, partial=partial)
 
 
 class Bill(Sums):
@@ -69,27 +64,26 @@ def total(path: Path) -> Bill:
     """Walk from an artifact's receipt through its parents'. SlingshotError when one is missing at `path`, or broken."""
     if not (path / RECEIPT).is_file():
         raise SlingshotError(f"{path} has no {RECEIPT}: {_way_out(path)}")
-    lines: dict[tuple[str, str], BillLine] = {}
+    lines: dict[tuple[str, str], BillLine | None] = {}  # None: its parents' lines come first
     missing: dict[str, None] = {}
-    waiting: list[tuple[Path, bool]] = [(path, False)]
-    on_the_way: set[tuple[str, str]] = set()
-    while waiting:  # depth first, an artifact's line after those of its parents
-        folder, parents_done = waiting.pop()
+
+    def add(folder: Path) -> None:
         receipt = Receipt.read(folder)
         key = (receipt.stage, receipt.digest)
-        if parents_done:
-            lines.setdefault(key, BillLine(path=str(folder), receipt=receipt))
-        elif key not in lines and key not in on_the_way:
-            on_the_way.add(key)
-            waiting.append((folder, True))
-            for parent in reversed(receipt.parents):
+        if key not in lines:
+            lines[key] = None
+            for parent in receipt.parents:
                 found, trouble = _find(parent, folder)
                 if found is not None:
-                    waiting.append((found, False))
+                    add(found)
                 if trouble:
                     missing[f"{receipt.name}: {trouble}"] = None
-    sums = Sums.of([line.receipt for line in lines.values()])
-    return Bill(**dict(sums), lines=list(lines.values()), missing=list(missing))
+            del lines[key]
+            lines[key] = BillLine(path=str(folder), receipt=receipt)
+
+    add(path)
+    made = [line for line in lines.values() if line is not None]
+    return Bill(**dict(Sums.of([line.receipt for line in made])), lines=made, missing=list(missing))
 
 
 def _find(parent: Parent, child: Path) -> tuple[Path | None, str]:
@@ -111,10 +105,8 @@ def _find(parent: Parent, child: Path) -> tuple[Path | None, str]:
 
 def _way_out(path: Path) -> str:
     """The nearest thing that has one."""
-    near = sorted(file.parent for file in path.glob(f"*/{RECEIPT}")) if path.is_dir() else []
-    if near:
-        return f"give one of its artifacts, such as {near[-1]}"
-    beside = sorted(file.parent for file in path.parent.glob(f"*/{RECEIPT}")) if path.parent.is_dir() else []
-    if meant := closest(path.name, [place.name for place in beside]):
+    if near := sorted(path.glob(f"*/{RECEIPT}")):
+        return f"give one of its artifacts, such as {near[-1].parent}"
+    if meant := closest(path.name, sorted(file.parent.name for file in path.parent.glob(f"*/{RECEIPT}"))):
         return f"did you mean {path.parent / meant}?"
     return "give the folder of an artifact that a stage made"

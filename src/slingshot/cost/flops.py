@@ -17,14 +17,13 @@ trained token at 4K.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from slingshot.model.config import ModelConfig
 
 
-@dataclass(frozen=True)
-class Parameters:
+class Parameters(NamedTuple):
     """Counts of numbers that are trained (router biases are not).
 
     total       the main model: embedding, blocks, final norm, head (a tied head once); the MTP module is apart
@@ -49,11 +48,10 @@ def parameters(config: ModelConfig) -> Parameters:
     experts = sum(block.experts for block in blocks)
     chosen = experts // config.n_routed_experts * config.num_experts_per_tok if experts else 0
     mtp = config.num_nextn_predict_layers * block_weights(config, config.num_hidden_layers).total
-    return Parameters(total=total, active=total - experts + chosen, embedding=embedding, head=head, mtp=mtp)
+    return Parameters(total, total - experts + chosen, embedding, head, mtp)
 
 
-@dataclass(frozen=True)
-class BlockWeights:
+class BlockWeights(NamedTuple):
     """Counts of numbers in a block: matrices, routed experts' matrices, and the rest (norms, biases, router)."""
 
     matrices: int = 0
@@ -62,29 +60,23 @@ class BlockWeights:
 
     @property
     def total(self) -> int:
-        return self.matrices + self.experts + self.rest
+        return sum(self)
 
 
 def block_weights(config: ModelConfig, layer: int) -> BlockWeights:
-    """What block `layer` holds; block `num_hidden_layers` is the MTP module."""
-    width, moe, extra = config.hidden_size, is_moe(config, layer), layer >= config.num_hidden_layers
-    # The MTP module is one more block with eh_proj, from both inputs to one width, and with enorm, hnorm and
-    # shared_head.norm.
-    matrices = projection_weights(config) + extra * 2 * width * width
-    rest = 2 * width + extra * 3 * width
+    """What block `layer` holds; block `num_hidden_layers` is the MTP module: one more block with eh_proj, from both
+    inputs to one width, and with enorm, hnorm and shared_head.norm."""
+    width, extra = config.hidden_size, layer >= config.num_hidden_layers
+    matrices, rest = projection_weights(config) + extra * 2 * width * width, (2 + extra * 3) * width
     if config.family == "dense":
         rest += config.attention_bias * config.head_dim * (config.num_attention_heads + 2 * config.num_key_value_heads)
         rest += config.qk_norm * 2 * config.head_dim
     else:
         rest += (config.q_lora_rank or 0) + config.kv_lora_rank
-    if not moe:
+    if not is_moe(config, layer):
         return BlockWeights(matrices + 3 * width * config.intermediate_size, 0, rest)
-    expert = 3 * width * config.moe_intermediate_size
-    return BlockWeights(
-        matrices + config.n_shared_experts * expert,
-        config.n_routed_experts * expert,
-        rest + width * config.n_routed_experts,
-    )
+    expert, routed = 3 * width * config.moe_intermediate_size, config.n_routed_experts
+    return BlockWeights(matrices + config.n_shared_experts * expert, routed * expert, rest + width * routed)
 
 
 def cache_bytes_per_token(config: ModelConfig, bytes_per_number: float = 2) -> float:
@@ -99,20 +91,18 @@ def forward_parts(config: ModelConfig, lengths: Iterable[int], mtp: bool = False
     shared_experts, routed_experts, head, and mtp when asked for: the whole MTP module, its own pass through the head
     included. It runs where a next token exists, which is everywhere but at a document's last position.
     """
-    lengths = list(lengths)
-    tokens, pairs = sum(lengths), sum(length * (length + 1) // 2 for length in lengths)
-    layers = range(config.num_hidden_layers)
-    parts = _block_parts(config, layers, tokens, pairs)
-    parts["head"] = 2.0 * config.vocab_size * config.hidden_size * tokens
+    lengths, layers = list(lengths), config.num_hidden_layers
+    tokens, head = sum(lengths), 2.0 * config.vocab_size * config.hidden_size
+    parts = _block_parts(config, range(layers), tokens, _pairs(lengths)) | {"head": head * tokens}
     if mtp and config.num_nextn_predict_layers:
         shorter = [length - 1 for length in lengths]
-        tokens, pairs = sum(shorter), sum(length * (length + 1) // 2 for length in shorter)
-        block = _block_parts(config, [config.num_hidden_layers], tokens, pairs)
-        outside = (
-            2.0 * tokens * config.hidden_size * (2 * config.hidden_size + config.vocab_size)
-        )  # eh_proj and the head
-        parts["mtp"] = sum(block.values()) + outside
+        block = _block_parts(config, [layers], sum(shorter), _pairs(shorter))
+        parts["mtp"] = sum(block.values()) + sum(shorter) * (4.0 * config.hidden_size**2 + head)  # with eh_proj
     return {part: flops for part, flops in parts.items() if flops}
+
+
+def _pairs(lengths: list[int]) -> int:
+    return sum(length * (length + 1) // 2 for length in lengths)
 
 
 def forward_flops(config: ModelConfig, lengths: Iterable[int], mtp: bool = False) -> float:
@@ -127,9 +117,9 @@ def training_flops(config: ModelConfig, lengths: Iterable[int], mtp: bool = True
 
 def training_parts(config: ModelConfig, lengths: Iterable[int], mtp: bool = True) -> dict[str, float]:
     """`training_flops` as receipts keep them apart: "training" of the main model and "mtp"."""
-    lengths = list(lengths)
-    main = training_flops(config, lengths, mtp=False)
-    return {"training": main, "mtp": training_flops(config, lengths, mtp=True) - main if mtp else 0.0}
+    parts = forward_parts(config, lengths, mtp)
+    module = 3 * parts.pop("mtp", 0.0)
+    return {"training": 3 * sum(parts.values()), "mtp": module}
 
 
 def generation_flops(config: ModelConfig, prompt_length: int, new_tokens: int | Iterable[int]) -> float:
@@ -143,8 +133,8 @@ def generation_flops(config: ModelConfig, prompt_length: int, new_tokens: int | 
     counts = [new_tokens] if isinstance(new_tokens, int) else list(new_tokens)
     # A sample of n tokens decodes n - 1 of them; decode step i (from 1) sees prompt_length + i keys.
     steps = [max(0, count - 1) for count in counts]
-    pairs = sum(step * prompt_length + step * (step + 1) // 2 for step in steps)
-    return sum(prefill_parts(config, prompt_length).values()) + sum(_decode_parts(config, sum(steps), pairs).values())
+    decoded = _decode_parts(config, sum(steps), sum(steps) * prompt_length + _pairs(steps))
+    return sum(prefill_parts(config, prompt_length).values()) + sum(decoded.values())
 
 
 def prefill_parts(config: ModelConfig, length: float, cached: float = 0) -> dict[str, float]:
@@ -193,20 +183,10 @@ def _expansion_weights(config: ModelConfig) -> int:
     return config.kv_lora_rank * config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
 
 
-def _attention_width(config: ModelConfig, absorbed: bool) -> int:
-    """Multiply-adds per query-key pair and layer: the score's width and the value's, times the heads."""
-    if config.family == "dense":
-        return config.num_attention_heads * 2 * config.head_dim
-    if absorbed:
-        return config.num_attention_heads * (2 * config.kv_lora_rank + config.qk_rope_head_dim)
-    return config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
-
-
 def _block_parts(
-    config: ModelConfig, layers: Iterable[int], tokens: float, pairs: float, absorbed: bool = False
+    config: ModelConfig, layers: Sequence[int], tokens: float, pairs: float, absorbed: bool = False
 ) -> dict[str, float]:
     """Forward FLOPs of these layers for `tokens` tokens that form `pairs` query-key pairs."""
-    layers = list(layers)
     n_moe = sum(is_moe(config, layer) for layer in layers)
     expert = 3 * config.hidden_size * config.moe_intermediate_size  # gate, up, down
     weights = {
@@ -216,6 +196,11 @@ def _block_parts(
         "shared_experts": n_moe * config.n_shared_experts * expert,
         "routed_experts": n_moe * config.num_experts_per_tok * expert,
     }
-    parts = {part: 2.0 * tokens * count for part, count in weights.items()}
-    parts["attention"] = 2.0 * pairs * len(layers) * _attention_width(config, absorbed)
-    return parts
+    # Multiply-adds of a head for a query and a key: the widths of score and value.
+    score_and_value = config.qk_head_dim + config.v_head_dim
+    if config.family == "dense":
+        score_and_value = 2 * config.head_dim
+    elif absorbed:
+        score_and_value = 2 * config.kv_lora_rank + config.qk_rope_head_dim
+    attention = 2.0 * pairs * len(layers) * config.num_attention_heads * score_and_value
+    return {part: 2.0 * tokens * count for part, count in weights.items()} | {"attention": attention}

@@ -47,10 +47,9 @@ class PeakMemory(Strict):
     def peak_memory(self) -> str:
         """For people: "1.2 GiB", or "1.2 GiB host, 30 GiB device"; nothing where it is not known."""
         host, device = self.peak_host_memory_bytes, self.peak_device_memory_bytes
-        shown = "" if host is None else show_size(host)
         if device is None:
-            return shown
-        return f"{shown} host, {show_size(device)} device" if shown else f"{show_size(device)} device"
+            return "" if host is None else show_size(host)
+        return ("" if host is None else f"{show_size(host)} host, ") + f"{show_size(device)} device"
 
 
 class Parent(Strict):
@@ -113,31 +112,25 @@ class Receipt(PeakMemory):
         return self.seconds * self.devices
 
     def write(self, folder: Path) -> None:
-        """Write receipt.json into the artifact's folder. Raises SlingshotError when that cannot be done."""
+        """Write receipt.json into the artifact's folder."""
         write_json(folder / RECEIPT, self.model_dump(mode="json"))
 
     @classmethod
     def read(cls, folder: Path) -> Receipt:
         """Read a folder's receipt.json. Raises SlingshotError when it is missing, broken or not a receipt."""
-        path = folder / RECEIPT
-        values = read_json(path)
+        values = read_json(folder / RECEIPT)
         if not isinstance(values, dict):
-            raise SlingshotError(f"{path} is not a receipt; remove the folder {folder} to have it made again")
-        return cls.parse(values, str(path))
+            raise SlingshotError(f"{folder / RECEIPT} is no receipt; remove {folder} to have it made again")
+        return cls.parse(values, str(folder / RECEIPT))
 
 
 class Meter:
     """Counts what a stage consumes; a resumed stage goes on counting from `state()`."""
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
-        # None: an earlier attempt could not count.
-        self._joules_before: float | None = state.get("energy_joules") if state else 0.0
-        state = state or {}
-        self.tokens: int = state.get("tokens", 0)
-        self.flops_by_part: dict[str, float] = dict(state.get("flops_by_part", {}))
-        self._seconds_before: float = state.get("seconds", 0.0)
-        self._host_memory_before: int = state.get("peak_host_memory_bytes", 0)
-        self._device_memory_before: int | None = state.get("peak_device_memory_bytes")
+        self._before = state or {"energy_joules": 0.0}  # a state without joules is of an attempt that could not count
+        self.tokens: int = self._before.get("tokens", 0)
+        self.flops_by_part: dict[str, float] = dict(self._before.get("flops_by_part", {}))
         self._energy = Energy()
         self._start = time.perf_counter()
 
@@ -155,69 +148,38 @@ class Meter:
     @property
     def seconds(self) -> float:
         """Wall clock this stage has run, earlier attempts up to their last saved state included."""
-        return self._seconds_before + time.perf_counter() - self._start
-
-    @property
-    def peak_memory(self) -> dict[str, int | None]:
-        """The two fields of `PeakMemory`."""
-        device = max(self._device_memory_before or 0, peak_device_memory_bytes() or 0) or None
-        host = max(self._host_memory_before, peak_host_memory_bytes())
-        return {"peak_host_memory_bytes": host, "peak_device_memory_bytes": device}
-
-    @property
-    def joules(self) -> float | None:
-        """Energy this stage has taken, as far as `seconds` go; None unless all of it was counted."""
-        now = self._energy.joules
-        return None if now is None or self._joules_before is None else self._joules_before + now
+        return self._before.get("seconds", 0.0) + time.perf_counter() - self._start
 
     def state(self) -> dict[str, Any]:
-        """JSON from which `Meter(state)` goes on."""
-        counts = {"tokens": self.tokens, "flops_by_part": dict(self.flops_by_part)}
-        return counts | {"seconds": self.seconds, "energy_joules": self.joules} | self.peak_memory
-
-    def mfu(self, peak: float | None) -> float | None:
-        """Model FLOPs utilisation so far (arXiv 2204.02311, appendix B): the share of `peak` FLOP/s reached."""
-        return self.flops / self.seconds / peak if peak else None
+        """JSON from which `Meter(state)` goes on; its keys are those of a Receipt. Energy: None unless all of it was
+        counted."""
+        joules, earlier = self._energy.joules, self._before.get("energy_joules")
+        device = max(self._before.get("peak_device_memory_bytes") or 0, peak_device_memory_bytes() or 0)
+        return {
+            "tokens": self.tokens, "flops_by_part": dict(self.flops_by_part), "seconds": self.seconds,
+            "energy_joules": None if joules is None or earlier is None else earlier + joules,
+            "peak_host_memory_bytes": max(self._before.get("peak_host_memory_bytes", 0), peak_host_memory_bytes()),
+            "peak_device_memory_bytes": device or None,
+        }  # fmt: skip
 
     def receipt(
-        self,
-        stage: str,
-        name: str,
-        config: Mapping[str, Any],
-        parents: Iterable[Path | Parent],
-        artifact: Path,
-        machine: Machine,
-        peak: float | None = None,
-        price: float | None = None,
-        devices: int = 1,
+        self, stage: str, name: str, config: Mapping[str, Any], parents: Iterable[Path | Parent], artifact: Path,
+        machine: Machine, peak: float | None = None, price: float | None = None, devices: int = 1,
         extra: Mapping[str, Any] | None = None,
-    ) -> Receipt:
+    ) -> Receipt:  # fmt: skip
         """Close the account of the finished folder `artifact`, made from `parents`.
 
-        `peak`: measured FLOP/s of a matrix product in the dtype used; `price`: money per hour of this machine;
-        `devices`: see `Receipt`.
+        `peak`: measured FLOP/s of a matrix product in the dtype used, for the MFU (arXiv 2204.02311, appendix B);
+        `price`: money per hour of this machine; `devices`: see `Receipt`.
         """
-        seconds = self.seconds
+        state = self.state()
         made_from = [p if isinstance(p, Parent) else Parent(path=str(p), digest=artifact_digest(p)) for p in parents]
         return Receipt(
-            stage=stage,
-            name=name,
-            config=dict(config),
-            parents=made_from,
-            digest=artifact_digest(artifact),
-            tokens=self.tokens,
-            flops=self.flops,
-            flops_by_part=self.flops_by_part,
-            seconds=seconds,
-            **self.peak_memory,
-            mfu=self.mfu(peak),
-            money=None if price is None else seconds / 3600 * price,
-            machine=machine,
-            version=__version__,
-            energy_joules=self.joules,
-            devices=devices,
-            extra=dict(extra or {}),
-        )
+            stage=stage, name=name, config=dict(config), parents=made_from, digest=artifact_digest(artifact),
+            flops=self.flops, mfu=self.flops / state["seconds"] / peak if peak else None, machine=machine,
+            money=None if price is None else state["seconds"] / 3600 * price, devices=devices, extra=dict(extra or {}),
+            version=__version__, **state,
+        )  # fmt: skip
 
 
 def artifact_digest(path: Path) -> str:
@@ -234,9 +196,13 @@ def artifact_digest(path: Path) -> str:
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.is_file())
         files = {file.relative_to(path): file for file in found if _counts(file.relative_to(path))}
-        if (receipt := path / RECEIPT).is_file() and _is_older(path, files.values(), receipt.stat().st_ctime_ns):
-            return Receipt.read(path).digest
     began, stats = time.time_ns(), _stats(files)
+    if (receipt := path / RECEIPT).is_file():
+        written = receipt.stat().st_ctime_ns
+        # The receipt's own arrival changes the folder, a little after the receipt's own time.
+        settled = path.stat().st_mtime_ns <= written + 10_000_000
+        if settled and all(max(mtime, ctime) < written for *_, mtime, ctime in stats):
+            return Receipt.read(path).digest
     remembered = measurement_path().with_name("digests") / digest(stats)
     with contextlib.suppress(SlingshotError):
         return read_text(remembered)
@@ -267,14 +233,6 @@ def _counts(file: Path) -> bool:
     return not (hidden or file.name in {RECEIPT, "metrics.jsonl"} or "tfevents" in file.name)
 
 
-def _is_older(folder: Path, files: Iterable[Path], moment: int) -> bool:
-    """Whether a folder has got and lost no file, and none of its files changed, from a moment on (in nanoseconds)."""
-    # The receipt's own arrival changes the folder, a little after the receipt's own time.
-    if folder.stat().st_mtime_ns > moment + 10_000_000:
-        return False
-    return all(max(file.stat().st_mtime_ns, file.stat().st_ctime_ns) < moment for file in files)
-
-
 def peak_device_memory_bytes() -> int | None:
     """The most torch has allocated on this process's accelerator; None where it used none or does not count."""
     torch: Any = sys.modules.get("torch")  # who uses an accelerator has imported it; this room does not
@@ -290,11 +248,9 @@ def peak_host_memory_bytes() -> int:
     From /proc where there is one: getrusage's figure survives exec, so a child of a large process would start with its
     parent's.
     """
-    try:
+    with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

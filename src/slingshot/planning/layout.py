@@ -10,9 +10,9 @@ optimizer, gradients, weights over dp (1910.02054).
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.model.config import ModelConfig
 
@@ -21,7 +21,8 @@ Zero = Literal[0, 1, 2, 3]
 RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
 
 
-class Layout(Strict):
+@dataclass(frozen=True)
+class Layout:
     """dp x tp x pp devices; ep divides dp x tp. `recompute`: which activations the backward pass computes again."""
 
     dp: int = 1
@@ -60,15 +61,12 @@ def layouts(config: ModelConfig, count: int, per_node: int = 8, **given: Any) ->
         for pp in (ways for ways in _divisors(count // tp) if ways <= config.num_hidden_layers):
             dp = count // tp // pp
             valid["pp"].add(pp)
-            zeros = (given["zero"],) if "zero" in given else (1, 2, 3) if dp > 1 else (0,)
+            zeros: tuple[Zero, ...] = (given["zero"],) if "zero" in given else (1, 2, 3) if dp > 1 else (0,)
             for ep in _divisors(math.gcd(dp * tp, experts)):
                 valid["ep"].add(ep)
                 if given.get("pp", pp) == pp and given.get("ep", ep) == ep:
-                    found += [
-                        Layout.model_construct(dp=dp, tp=tp, pp=pp, ep=ep, zero=zero, recompute=recompute)
-                        for recompute in (RECOMPUTE if "recompute" not in given else (given["recompute"],))
-                        for zero in zeros
-                    ]
+                    recomputes = (given["recompute"],) if "recompute" in given else RECOMPUTE
+                    found += [Layout(dp, tp, pp, ep, zero, recompute) for recompute in recomputes for zero in zeros]
     for name, what in {"tp": "attention heads", "pp": "blocks", "ep": "experts"}.items():
         if not found and name in given and given[name] not in valid[name]:
             nearest = min(valid[name], key=lambda way: (abs(way - given[name]), way))

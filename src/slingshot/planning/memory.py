@@ -9,8 +9,9 @@ buffers of collectives and the framework's own use are not in here; a plan leave
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import NamedTuple
 
 from pydantic import computed_field
 
@@ -20,7 +21,7 @@ from slingshot.model.config import ModelConfig
 from slingshot.planning.layout import Layout, Recompute
 
 
-class Precision(Strict):
+class Precision(NamedTuple):
     """Bytes per number. `weight`: matrices of blocks; `other`: embeddings, head, router, norms; `optimizer`: master
     weights and both moments of AdamW; `low_activation`: inputs of matrix products; `activation`: all else kept for
     backward."""
@@ -38,18 +39,15 @@ class Precision(Strict):
 # (arXiv 2412.19437, 3.3.3), e4m3 with a float32 scale per 128 x 128 weights and per 128 activations, float32 gradients
 # and master weights, bfloat16 moments. int8 serves only.
 PRECISIONS = {
-    dtype: Precision(
-        dtype=dtype, weight=weight, other=other, gradient=gradient, optimizer=optimizer, activation=activation,
-        low_activation=low,
-    )
-    for dtype, weight, other, gradient, optimizer, activation, low in (
+    row[0]: Precision(*row)
+    for row in (
         ("float32", 4, 4, 4, 8, 4, 4),
         ("bfloat16", 2, 2, 2, 12, 2, 2),
         ("float16", 2, 2, 2, 12, 2, 2),
         ("fp8", 1 + 4 / 128**2, 2, 4, 8, 2, 1 + 4 / 128),
         ("int8", 1 + 4 / 128, 2, 0, 0, 2, 2),
     )
-}  # fmt: skip
+}
 USABLE = 0.9  # share of a device's memory a plan may fill: the rest is for the framework, buffers and fragmentation
 TRAINABLE = ("float32", "bfloat16", "float16", "fp8")
 
@@ -73,8 +71,9 @@ def block_activations(config: ModelConfig, moe: bool, precision: Precision, reco
     """Bytes kept per token for the backward pass of one block.
 
     "selective" drops what costs little to compute again, as DeepSeek-V3 does (3.2.3): outputs of norms, MLA's
-    up-projections, the product of gate and up. "full" keeps the block's input alone. Scores are never kept (fused
-    attention), nor are the outputs of experts: their gate values scale the input of the down projection.
+    up-projections, the product of gate and up; and experts' outputs, which gate values' gradients need only where these
+    scale them and not what the down projection reads. "full" keeps the block's input alone. Scores are never kept
+    (fused attention).
     """
     width, heads, low, plain = (
         config.hidden_size,
@@ -96,6 +95,7 @@ def block_activations(config: ModelConfig, moe: bool, precision: Precision, reco
     if moe:
         routed = config.num_experts_per_tok
         kept += config.n_routed_experts * 4.0 + routed * width * low  # scores in float32; what was dispatched
+        cheap += routed * width * plain  # what comes back
         inner = (routed + config.n_shared_experts) * config.moe_intermediate_size
     return kept + 2 * inner * low + (0 if recompute == "selective" else cheap + inner * low)
 
@@ -106,7 +106,6 @@ class Blocks:
 
     config: ModelConfig
     precision: Precision
-    _stages: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
 
     @cached_property
     def kinds(self) -> tuple[BlockWeights, BlockWeights, BlockWeights]:
@@ -120,19 +119,9 @@ class Blocks:
 
     def stages(self, pp: int) -> list[tuple[int, int, int]]:
         """Per pipeline stage its dense and MoE blocks and MTP modules, as even as can be, the middle taking more."""
-        if pp not in self._stages:
-            layers = self.config.num_hidden_layers
-            base, left = divmod(layers + self.config.num_nextn_predict_layers, pp)
-            longer = {*[*range(1, pp - 1), 0, pp - 1][:left]}
-            first_moe = self.config.first_k_dense_replace if self.config.n_moe_layers else layers
-            found, start = [], 0
-            for stage in range(pp):
-                end = start + base + (stage in longer)
-                mtp, plain = max(0, end - max(start, layers)), max(0, min(end, first_moe, layers) - start)
-                found.append((plain, end - start - plain - mtp, mtp))
-                start = end
-            self._stages[pp] = found
-        return self._stages[pp]
+        config = self.config
+        first_moe = config.first_k_dense_replace if config.n_moe_layers else config.num_hidden_layers
+        return _stages(config.num_hidden_layers, first_moe, config.num_nextn_predict_layers, pp)
 
     def telling_stages(self, pp: int) -> list[int]:
         """Those among which the fullest is: the first of every kind, and the last, which has the head."""
@@ -146,17 +135,30 @@ class Blocks:
 
     def on_device(self, layout: Layout, stage: int) -> tuple[float, float, float]:
         """Numbers that one device of a pipeline stage holds: routed experts', other matrices', the rest."""
-        blocks, width = self.stages(layout.pp)[stage], self.config.hidden_size
+        config, blocks = self.config, self.stages(layout.pp)[stage]
         held = [*zip(blocks, self.kinds, strict=True)]
-        outside = self.config.vocab_size * width * (stage == 0)
-        rest = sum(count * kind.rest for count, kind in held)
+        matrices, experts, rest = (sum(count * kind[part] for count, kind in held) for part in range(3))
+        tables = float(stage == 0)  # embedding, head
         if stage == layout.pp - 1:
-            rest += width  # the final norm
-            outside += 0 if self.config.tie_word_embeddings else self.config.vocab_size * width
-            if layout.pp > 1 and (self.config.tie_word_embeddings or blocks[2]):
-                outside += self.config.vocab_size * width  # a tied head, and an MTP module's look-up, need it here too
-        experts = sum(count * kind.experts for count, kind in held) / layout.ep
-        return experts, sum(count * kind.matrices for count, kind in held) / layout.tp, rest + outside / layout.tp
+            rest += config.hidden_size  # the final norm
+            tied = config.tie_word_embeddings
+            # A tied head, and an MTP module's look-up, need the embedding here too.
+            tables += (not tied) + (layout.pp > 1 and (tied or blocks[2] > 0))
+        outside = tables * config.vocab_size * config.hidden_size
+        return experts / layout.ep, matrices / layout.tp, rest + outside / layout.tp
+
+
+@cache
+def _stages(layers: int, first_moe: int, mtp: int, pp: int) -> list[tuple[int, int, int]]:
+    base, left = divmod(layers + mtp, pp)
+    longer = {*[*range(1, pp - 1), 0, pp - 1][:left]}
+    found, start = [], 0
+    for stage in range(pp):
+        end = start + base + (stage in longer)
+        extra, plain = max(0, end - max(start, layers)), max(0, min(end, first_moe, layers) - start)
+        found.append((plain, end - start - plain - extra, extra))
+        start = end
+    return found
 
 
 def training_memory(blocks: Blocks, layout: Layout, context: int, microbatches: float) -> Memory:
@@ -166,14 +168,13 @@ def training_memory(blocks: Blocks, layout: Layout, context: int, microbatches: 
 
 
 def _stage_memory(blocks: Blocks, layout: Layout, stage: int, context: int, microbatches: float) -> Memory:
-    config, precision = blocks.config, blocks.precision
+    config, precision, tokens = blocks.config, blocks.precision, context / layout.tp
     experts, matrices, other = blocks.on_device(layout, stage)
 
     def sharded(low_bytes: float, other_bytes: float, from_zero: int) -> float:
         dense, copies = matrices * low_bytes + other * other_bytes, experts * low_bytes
         return dense / layout.dp + copies / layout.expert_dp if layout.zero >= from_zero else dense + copies
 
-    tokens = context / layout.tp
     dense, moe, mtp = blocks.stages(layout.pp)[stage]
     extra_moe = bool(blocks.kinds[2].experts)
     plain, routed = (block_activations(config, kind, precision, layout.recompute) for kind in (False, True))
@@ -181,14 +182,11 @@ def _stage_memory(blocks: Blocks, layout: Layout, stage: int, context: int, micr
     activations = min(layout.pp - stage, microbatches) * tokens * kept
     if layout.recompute == "full":  # one block at a time is computed again and then held whole
         activations += tokens * block_activations(config, bool(moe or (mtp and extra_moe)), precision, "none")
-    if stage == layout.pp - 1:
-        # Logits in float32 and their gradient, of one pass through the head at a time; the last norm's input and
-        # output.
-        last_norm = config.hidden_size * (precision.activation + precision.low_activation)
+    if stage == layout.pp - 1:  # logits in float32 and their gradient, of one pass through the head at a time
+        last_norm = config.hidden_size * (precision.activation + precision.low_activation)  # its input and output
         activations += tokens * (8.0 * config.vocab_size + last_norm)
     return Memory.model_construct(
-        weights=sharded(precision.weight, precision.other, 3),
+        weights=sharded(precision.weight, precision.other, 3), activations=activations,
         gradients=sharded(precision.gradient, precision.gradient, 2),
         optimizer=sharded(precision.optimizer, precision.optimizer, 1),
-        activations=activations,
-    )
+    )  # fmt: skip

@@ -1,9 +1,8 @@
 """How fast a copy of a model writes and reads: rooflines of decoding and of prompts. No torch.
 
     copy = ModelCopy(config, device("h800"), PRECISIONS["fp8"], devices=144)   # one copy of the model on 144 devices
-    step = copy.decode_step(batch=88, context=4989)                            # 88 sequences a device
-    88 / step.bound                                                            # tokens/s a device cannot exceed
-    copy.step_seconds(88, 4989)                     # what a step takes, at the share of the bound engines reach
+    88 / max(copy.decode_step(batch=88, context=4989))    # tokens/s that 88 sequences on a device cannot exceed
+    copy.step_seconds(88, 4989)                           # what a step takes, at the share of the bound engines reach
 
 A decoding step reads every weight it touches and every cached key once, computes, and exchanges activations; the
 longest of the three bounds it, the others hidden behind. A mixture of experts is served data parallel in attention and
@@ -13,8 +12,9 @@ expert parallel in its experts (as DeepSeek serves), a dense model tensor parall
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.quantity import show_size
@@ -30,35 +30,18 @@ from slingshot.planning.network import LINK_EFFICIENCY
 DECODE_EFFICIENCY = 0.46
 
 
-@dataclass(frozen=True)
-class ResourceTimes:
-    """Seconds one piece of work would take if only this resource were scarce."""
+class ResourceTimes(NamedTuple):
+    """Seconds one piece of work would take if only this resource were scarce; the largest bounds it."""
 
     compute: float
     memory: float
     network: float
 
     @property
-    def bound(self) -> float:
-        return max(self.compute, self.memory, self.network)
-
-    @property
     def ranked(self) -> list[tuple[str, float]]:
         """Longest first."""
-        named = [("compute", self.compute), ("memory traffic", self.memory), ("network", self.network)]
+        named = zip(("compute", "memory traffic", "network"), self, strict=True)
         return sorted(named, key=lambda pair: -pair[1])
-
-
-def experts_touched(config: ModelConfig, tokens: float) -> float:
-    """How many of a layer's E routed experts n tokens choose, expected, all being as likely: E (1 - (1 - k/E)^n)."""
-    if not config.n_moe_layers:
-        return 0.0
-    return config.n_routed_experts * (1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** tokens)
-
-
-def cached_heads(config: ModelConfig) -> int:
-    """Heads of the cache, which tensor parallelism can part: keys' and values', or MLA's one latent."""
-    return config.num_key_value_heads if config.family == "dense" else 1
 
 
 @dataclass(frozen=True)
@@ -68,8 +51,13 @@ class ModelCopy:
     config: ModelConfig
     device: Device
     precision: Precision
-    devices: int
+    devices: int = 1
     efficiency: float = DECODE_EFFICIENCY
+
+    @property
+    def cached_heads(self) -> int:
+        """Heads of the cache, which tensor parallelism can part: keys' and values', or MLA's one latent."""
+        return self.config.num_key_value_heads if self.config.family == "dense" else 1
 
     @cached_property
     def held(self) -> tuple[float, float, float]:
@@ -84,7 +72,7 @@ class ModelCopy:
     @cached_property
     def cache_per_token(self) -> float:
         """Bytes on a device for a token of its own; with fewer cached heads than devices, heads are held repeatedly."""
-        copies = 1.0 if self.config.n_moe_layers else max(1.0, self.devices / cached_heads(self.config))
+        copies = 1.0 if self.config.n_moe_layers else max(1.0, self.devices / self.cached_heads)
         return copies * cache_bytes_per_token(self.config)
 
     def memory(self, batch: float, context: float) -> Memory:
@@ -99,13 +87,15 @@ class ModelCopy:
         return room / (context * self.cache_per_token)
 
     def bytes_read(self, batch: float, context: float) -> float:
-        """Bytes one device reads in a decoding step: weights touched by any token, and the cache."""
-        experts, others, outside = self.held
-        if self.config.n_moe_layers:
-            experts *= experts_touched(self.config, batch * self.devices) / self.config.n_routed_experts
-        if not self.config.tie_word_embeddings:  # of the embedding only the rows of the tokens are read
-            embedding = self.config.vocab_size * self.config.hidden_size
-            outside -= embedding / (1 if self.config.n_moe_layers else self.devices)
+        """Bytes one device reads in a decoding step: the cache, and weights touched by any token.
+
+        Of a layer's E experts n tokens touch E (1 - (1 - k/E)^n), expected, all being as likely.
+        """
+        config, (experts, others, outside) = self.config, self.held
+        if config.n_moe_layers:
+            experts *= 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** (batch * self.devices)
+        if not config.tie_word_embeddings:  # of the embedding only the rows of the tokens are read
+            outside -= config.vocab_size * config.hidden_size / (1 if config.n_moe_layers else self.devices)
         weights = (experts + others) * self.precision.weight + outside * self.precision.other
         return weights + batch * context * self.cache_per_token
 
@@ -159,7 +149,7 @@ class ModelCopy:
 
     def step_seconds(self, batch: float, context: float) -> float:
         """What such a step takes: the roofline's bound over the share engines reach."""
-        return self.decode_step(batch, context).bound / self.efficiency
+        return max(self.decode_step(batch, context)) / self.efficiency
 
     def best_batch(self, context: float, latency: float) -> int:
         """The largest batch with room whose step stays within `latency` seconds; 0 when there is none."""
@@ -174,63 +164,49 @@ class ModelCopy:
         parts = prefill_parts(self.config, prompt, prompt * hit_share)
         return sum(parts.values()) / (mfu * mixed_peak(self.device, self.precision.dtype, parts))
 
+    def _splits(self, size: int) -> bool:
+        """Whether it may be spread so: experts, or equal heads and whole heads of the cache or a share of one."""
+        even = self.config.num_attention_heads % size == 0 and 0 in (self.cached_heads % size, size % self.cached_heads)
+        return even or self.config.n_moe_layers > 0
 
-def splits(config: ModelConfig, size: int) -> bool:
-    """Whether a copy may be spread so: experts, or equal heads and whole heads of the cache or a share of one."""
-    heads = cached_heads(config)
-    even = config.num_attention_heads % size == 0 and (heads % size == 0 or size % heads == 0)
-    return bool(config.n_moe_layers) or even
+    def spread(self, most: int) -> list[ModelCopy]:
+        """Such copies over powers of two of at most so many devices, at least an expert or attention head each."""
+        limit = min(most, self.config.n_routed_experts if self.config.n_moe_layers else self.config.num_attention_heads)
+        sizes = (2**power for power in range(max(1, limit).bit_length()))
+        return [replace(self, devices=size) for size in sizes if self._splits(size)]
 
+    def over(self, given: int, most: int, divides: bool = False) -> ModelCopy:
+        """Such a copy over `given` of `most` devices, which that must divide where `divides`.
 
-def copies_of(
-    config: ModelConfig, device: Device, precision: Precision, most: int, efficiency: float
-) -> list[ModelCopy]:
-    """Copies over powers of two of devices, at least an expert or an attention head each."""
-    limit = min(most, config.n_routed_experts if config.n_moe_layers else config.num_attention_heads)
-    sizes = (2**power for power in range(max(1, limit).bit_length()))
-    return [ModelCopy(config, device, precision, size, efficiency) for size in sizes if splits(config, size)]
+        SlingshotError with the nearest valid number.
+        """
+        valid = [size for size in range(1, most + 1) if self._splits(size) and not (divides and most % size)]
+        if given in valid:
+            return replace(self, devices=given)
+        trouble = f" do not divide {most} devices" if divides else f", of {most}"
+        if 0 < given <= most and not self._splits(given):
+            heads = f"{self.config.num_attention_heads} attention heads and {self.cached_heads} of keys and values"
+            trouble = f" do not share {heads} evenly"
+        nearest = min(valid, key=lambda size: abs(size - given))
+        raise SlingshotError(f"{given} devices a copy{trouble}; the nearest valid value is {nearest}")
 
+    def smallest(self, context: float) -> ModelCopy | None:
+        """On the fewest of these devices, else of the first others in the table, that hold a copy and one sequence."""
+        for other in and_others(self.device):
+            if self.precision.dtype in other.peak:
+                for copy in replace(self, device=other).spread(1024 if other.network else 1):
+                    if copy.largest_batch(context) >= 1:
+                        return copy
+        return None
 
-def checked_size(config: ModelConfig, given: int, most: int, divides: bool = False) -> int:
-    """`given`, at most `most`, which it must divide where `divides`; SlingshotError with the nearest valid size."""
-    valid = [size for size in range(1, most + 1) if splits(config, size) and not (divides and most % size)]
-    if given in valid:
-        return given
-    trouble = (
-        f"{given} devices a copy do not divide {most} devices" if divides else f"{given} devices a copy, of {most}"
-    )
-    if 0 < given <= most and not splits(config, given):
-        heads = f"{config.num_attention_heads} attention heads and {cached_heads(config)} of keys and values"
-        trouble = f"{given} devices a copy do not share {heads} evenly"
-    nearest = min(valid, key=lambda size: abs(size - given))
-    raise SlingshotError(f"{trouble}; the nearest valid value is {nearest}")
-
-
-def smallest_copy(config: ModelConfig, device: Device, precision: Precision, context: float) -> ModelCopy | None:
-    """On the fewest of these devices, else of the first others in the table, that hold a copy and one sequence."""
-    for other in and_others(device):
-        if precision.dtype in other.peak:
-            for copy in copies_of(config, other, precision, 1024 if other.network else 1, DECODE_EFFICIENCY):
-                if copy.largest_batch(context) >= 1:
-                    return copy
-    return None
-
-
-def roomy_copies(
-    config: ModelConfig, device: Device, precision: Precision, count: int, given: int | None, context: float,
-    efficiency: float,
-) -> list[ModelCopy]:  # fmt: skip
-    """Copies on at most `count` devices, or exactly `given`, that hold a sequence; SlingshotError if none does."""
-    if given is not None:
-        size = checked_size(config, given, count, divides=True)
-        copies = [ModelCopy(config, device, precision, size, efficiency)]
-    else:
-        copies = copies_of(config, device, precision, count, efficiency)
-    roomy = [copy for copy in copies if copy.largest_batch(context) >= 1]
-    if not roomy:
-        fit = smallest_copy(config, device, precision, context)
-        way_out = f"the nearest that do are {fit.devices} x {fit.device.name}" if fit else "nothing in the table does"
-        need, has = show_size(copies[-1].memory(1, context).total), show_size(USABLE * device.memory_bytes)
-        short = f"a copy of the model and a sequence ({need} each, {has} usable)"
-        raise SlingshotError(f"{copies[-1].devices} x {device.name} do not hold {short}; {way_out}")
-    return roomy
+    def roomy(self, count: int, given: int | None, context: float) -> list[ModelCopy]:
+        """Such copies on at most `count` devices, or on `given`, that hold a sequence; SlingshotError if none does."""
+        copies = self.spread(count) if given is None else [self.over(given, count, divides=True)]
+        roomy = [copy for copy in copies if copy.largest_batch(context) >= 1]
+        if not roomy:
+            fit, last = self.smallest(context), copies[-1]
+            place = f"the nearest that do are {fit.devices} x {fit.device.name}" if fit else "nothing in the table does"
+            need, has = show_size(last.memory(1, context).total), show_size(USABLE * self.device.memory_bytes)
+            short = f"a copy of the model and a sequence ({need} each, {has} usable)"
+            raise SlingshotError(f"{last.devices} x {self.device.name} do not hold {short}; {place}")
+        return roomy

@@ -1,13 +1,13 @@
 """Plans: what pre-training, reinforcement learning, distillation and serving will cost, before anything runs. No torch.
 
-These are the nouns and what all plans share; the arithmetic is in plan_training.py and plan_serving.py:
+What all plans share; the arithmetic is in plan_training.py and plan_serving.py:
 
     plan = plan_pretrain(PretrainRequest.parse({"model": "deepseek-v3", "device": "h800", "tokens": "14.8T"}))
     plan.device_hours, plan.days, plan.money
     plan.model_dump(mode="json")           # what `slingshot plan ... --json` prints
 
-Every plan says what it assumed (`assumptions`): nothing that is not in the architecture, in the table of devices or in
-the request enters a figure without a line there.
+Nothing that is not in the architecture, the table of devices or the request enters a figure without a line in
+`assumptions`.
 """
 
 from __future__ import annotations
@@ -80,15 +80,6 @@ class Plan(Strict):
     assumptions: list[str]
 
 
-def dominates(what: str, times: ResourceTimes) -> dict[str, str | float]:
-    """What takes longest in `what`, and how many times the next it takes."""
-    (dominant, longest), (_, second), _ = times.ranked
-    return {
-        "what": what, "compute_seconds": times.compute, "memory_traffic_seconds": times.memory,
-        "network_seconds": times.network, "dominant": dominant, "factor": longest / second if second else 1.0,
-    }  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Hire:
     """Devices taken for a plan, their precision, and what an hour of one costs; `example`: by the table."""
@@ -100,7 +91,7 @@ class Hire:
     example: bool
 
     @classmethod
-    def of(cls, asked: PlanRequest, count: int | None = None, precision: str | None = None) -> Hire:
+    def of(cls, asked: PlanRequest, count: int | None = None) -> Hire:
         device, count = asked.device, count or asked.count or 1
         if count > MOST:
             raise SlingshotError(f"{count} devices: the largest count a plan takes is {MOST}")
@@ -108,16 +99,20 @@ class Hire:
             why = "what joins several of them is not known"
             raise SlingshotError(f"{count} x {device.name}: {why}; the nearest valid count is 1")
         price = device.price if asked.price is None else asked.price
-        chosen = chosen_precision(asked.model.config, device, precision or asked.precision)
-        return cls(device, count, chosen, price, asked.price is None)
+        precision = chosen_precision(asked.model.config, device, asked.precision)
+        return cls(device, count, precision, price, asked.price is None)
 
     @property
     def usable(self) -> float:
         return USABLE * self.device.memory_bytes
 
+    def costs(self, hours: float | None) -> dict[str, Any]:
+        """What so many device-hours come to."""
+        money = None if hours is None or self.price is None else hours * self.price
+        return {"device_hours": hours, "days": None if hours is None else hours / self.count / HOURS, "money": money}
+
     def line(self, name: str, hours: float, tokens: float = 0.0, flops: float = 0.0, note: str = "") -> PlanLine:
-        days, money = hours / self.count / HOURS, None if self.price is None else hours * self.price
-        return PlanLine(name=name, tokens=tokens, flops=flops, device_hours=hours, days=days, money=money, note=note)
+        return PlanLine(name=name, tokens=tokens, flops=flops, note=note, **self.costs(hours))
 
     def plan(
         self, kind: str, asked: PlanRequest, memory: Memory, lines: list[PlanLine],
@@ -128,44 +123,38 @@ class Hire:
         `there` tells the device-hours of the same work on other devices, and whether it has room; `own_fits` of here.
         """
         watts, counts = self.device.power_watts, parameters(asked.model.config)
-        hours = sum(line.device_hours for line in lines)
-        money = None if self.price is None else hours * self.price
-        days, has_room = hours / self.count / HOURS, memory.total <= self.usable
-        here = {"device": self.device.name, "precision": self.precision.dtype, "device_hours": hours, "days": days,
-                "money": money, "fits": has_room if own_fits is None else own_fits}  # fmt: skip
-        return Plan.model_validate({
-            "kind": kind, "model": asked.model.name, "device": self.device.name, "count": self.count,
-            "precision": self.precision.dtype,
+        hours, fits = sum(line.device_hours for line in lines), memory.total <= self.usable
+        body = counts.active - counts.embedding
+        here = {"device": self.device.name, "precision": self.precision.dtype} | self.costs(hours)
+        others = self._alternatives(here | {"fits": fits if own_fits is None else own_fits}, there, kind)
+        return Plan.model_validate(here | {
+            "kind": kind, "model": asked.model.name, "count": self.count, "price": self.price, "stages": lines,
             "parameters": {
-                "total": counts.total, "active": counts.active,
-                "active_without_embedding": counts.active - counts.embedding,
-                "active_without_embedding_and_head": counts.active - counts.embedding - counts.head, "mtp": counts.mtp,
+                "total": counts.total, "active": counts.active, "active_without_embedding": body,
+                "active_without_embedding_and_head": body - counts.head, "mtp": counts.mtp,
                 "cache_bytes_per_token": cache_bytes_per_token(asked.model.config),
             },
-            "device_hours": hours, "days": days, "price": self.price, "money": money,
-            "energy_kwh": None if watts is None else hours * watts / 1000, "memory": memory,
-            "memory_per_device_bytes": memory.total, "usable_memory_bytes": self.usable, "fits": has_room,
-            "stages": lines, "alternatives": self._alternatives(here, there, serving=kind == "serve"),
+            "energy_kwh": None if watts is None else hours * watts / 1000, "memory": memory, "alternatives": others,
+            "memory_per_device_bytes": memory.total, "usable_memory_bytes": self.usable, "fits": fits,
         } | own)  # fmt: skip
 
     def _alternatives(
-        self, own: dict[str, Any], there: Callable[[Hire], tuple[float | None, bool]], serving: bool
+        self, own: dict[str, Any], there: Callable[[Hire], tuple[float | None, bool]], kind: str
     ) -> list[dict[str, Any]]:
-        """The same work on as many of every other device, in other precisions; a day's serving on what it takes."""
-        found, here_too = [], (own["precision"],) if serving else ("float32", own["precision"])
-        for other in and_others(self.device):
-            here = other.name == self.device.name
-            for dtype in dict.fromkeys(("fp8", "bfloat16", *(here_too if here else ()))):
-                if here and dtype == own["precision"]:
+        """The same work on as many of every other device, in other precisions; a day of serving on what it takes."""
+        found = []
+        for device in and_others(self.device):
+            same = device.name == self.device.name
+            here_too = same * ((own["precision"],) if kind == "serve" else ("float32", own["precision"]))
+            for dtype in dict.fromkeys(("fp8", "bfloat16", *here_too)):
+                if same and dtype == own["precision"]:
                     found.append(own)
-                elif dtype in other.peak:
-                    price = self.price if here else other.price
-                    hours, fits = there(replace(self, device=other, precision=PRECISIONS[dtype], price=price))
-                    found.append({
-                        "device": other.name, "precision": dtype, "device_hours": hours,
-                        "days": 1.0 if serving else None if hours is None else hours / self.count / HOURS,
-                        "money": None if hours is None or price is None else hours * price, "fits": fits,
-                    })  # fmt: skip
+                elif dtype in device.peak:
+                    price = self.price if same else device.price
+                    other = replace(self, device=device, precision=PRECISIONS[dtype], price=price)
+                    hours, fits = there(other)
+                    costs = other.costs(hours) | ({"days": 1.0} if kind == "serve" else {})
+                    found.append({"device": device.name, "precision": dtype} | costs | {"fits": fits})
         return found
 
     def notes(self) -> list[str]:
@@ -187,6 +176,15 @@ def chosen_precision(config: ModelConfig, device: Device, name: str | None) -> P
     name = _SHORT.get(name.lower(), name.lower())
     dtype_peak(device, name)
     return PRECISIONS[name]
+
+
+def dominates(what: str, times: ResourceTimes) -> dict[str, str | float]:
+    """What takes longest in `what`, and how many times the next it takes."""
+    (dominant, longest), (_, second), _ = times.ranked
+    return {
+        "what": what, "compute_seconds": times.compute, "memory_traffic_seconds": times.memory,
+        "network_seconds": times.network, "dominant": dominant, "factor": longest / second if second else 1.0,
+    }  # fmt: skip
 
 
 def beyond(config: ModelConfig, tokens: float) -> list[str]:

@@ -6,24 +6,20 @@ plan_pretrain(PretrainRequest.parse({"model": "deepseek-v3", "device": "h800", "
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.quantity import show_count, show_share
-from slingshot.cost.devices import mixed_peak
 from slingshot.cost.flops import decode_parts, forward_flops, parameters, prefill_parts, training_parts
 from slingshot.machine.machine import describe
 from slingshot.planning.memory import Precision
-from slingshot.planning.model_copy import ModelCopy, roomy_copies
-from slingshot.planning.network import LINK_EFFICIENCY
+from slingshot.planning.model_copy import ModelCopy
+from slingshot.planning.network import LINK_EFFICIENCY, transfers
 from slingshot.planning.plan import HOURS, Hire, Plan, beyond, chosen_precision, dominates
 from slingshot.planning.published import published
 from slingshot.planning.request import LONGEST, DistillRequest, PretrainRequest, RLRequest
 from slingshot.planning.response_lengths import ResponseLengths, round_seconds
 from slingshot.planning.scaling import dense_equivalent
-from slingshot.planning.training_run import ASSUMED_MFU, TrainingRate, TrainingRun, forward_and_backward, training_rate
+from slingshot.planning.training_run import ASSUMED_MFU, TrainingRun, forward_and_backward
 
 BATCH = 4e6  # tokens in an optimizer step where the request does not say
 DECODING = "of the roofline (DeepSeek's day-6 disclosure comes to 46%), no speculation"
@@ -43,14 +39,12 @@ def plan_pretrain(asked: PretrainRequest) -> Plan:
     batch, batch_note = _batch(asked.batch, tokens, context, hire.count)
     parts = forward_and_backward(config, context, tokens)
     mtp, flops = training_parts(config, [context])["mtp"] * tokens / context, sum(parts.values())
-    rate = training_rate(hire, parts, asked)
-    run = TrainingRun(config, hire, context, batch)
-    layout = run.layout(asked.ways)
-    memory = run.memory(layout)
-    times, bubble, sent = run.times(layout, memory), run.bubble(layout), run.transfers(layout)
+    run = TrainingRun(asked, hire, context, batch, parts)
+    rate, layout, memory, computed, given = run.rate, run.layout, run.memory, run.hours, sum(asked.stage.values())
+    times = run.times(layout, memory)
+    bubble = (layout.pp - 1) / (run.microbatches(layout) + layout.pp - 1)  # a stage stands idle under 1F1B
     shortest = max(times.compute / (1 - bubble), times.memory, times.network)
     bound = flops / tokens * batch / hire.count / shortest if shortest < math.inf else 0.0
-    computed, given = flops / rate.per_device / 3600, sum(asked.stage.values())
     lines = [hire.line("pre-training", computed, tokens, flops)]
     assumptions = [
         rate.note, batch_note,
@@ -75,14 +69,14 @@ def plan_pretrain(asked: PretrainRequest) -> Plan:
     equal = dense_equivalent(config, tokens)
 
     return hire.plan(
-        "pretrain", asked, memory, lines, _there(run, parts, computed, lambda other: given),
-        **_training_fields(run, rate, layout=str(layout), fits=memory.total <= hire.usable),
+        "pretrain", asked, memory, lines, run.there(computed, lambda other: given), **run.fields(),
         flops=flops, flops_by_part=parts | ({"mtp": mtp} if mtp else {}), assumptions=assumptions,
         dominates=dominates(f"an optimizer step of {show_count(batch)} tokens", times),
         tokens=tokens, context=context, batch_tokens=batch, optimizer_steps=tokens / batch,
         tokens_per_day=tokens * hire.count * HOURS / computed, six_nd_flops=6.0 * parameters(config).active * tokens,
         mfu_of_bfloat16=rate.per_device / hire.device.peak["bfloat16"] if "bfloat16" in hire.device.peak else None,
-        tflops_bound=bound / 1e12, layout=layout, bubble=bubble, transfers=sent,
+        tflops_bound=bound / 1e12, layout=layout, bubble=bubble,
+        transfers=transfers(run.blocks, layout, hire.device, batch, context),
         exposed_network_seconds=max(0.0, times.network - times.compute),
         dense_equivalent=equal, dense_device_hours=equal.ratio * computed if equal else None,
         published=published(config, asked.model.name, hire.device.name, tokens),
@@ -93,10 +87,8 @@ def plan_rl(asked: RLRequest) -> Plan:
     """The bill of GRPO: rollouts, then their verification, then the update, one after the other on the same devices."""
     hire, config, prompt, response = Hire.of(asked), asked.model.config, asked.prompt, asked.response
     if response >= asked.longest:
-        usual = f"one of {2 * response:g} is usual"
-        raise SlingshotError(
-            f"a mean response of {response:g} tokens needs a longer cap than {asked.longest:g}; {usual}"
-        )
+        short = f"needs a longer cap than {asked.longest:g}; one of {2 * response:g} is usual"
+        raise SlingshotError(f"a mean response of {response:g} tokens {short}")
     responses = asked.steps * asked.prompts * asked.group
     at_once = min(asked.rollout or asked.prompts * asked.group, responses)
     workers = asked.verify_workers or (describe().cores if hire.device.name == "local" else 16 * hire.count)
@@ -111,8 +103,8 @@ def plan_rl(asked: RLRequest) -> Plan:
             each = [round_seconds(copy, some, hire.count // copy.devices, prompt, lengths) for some in (at_once, last)]
             return (full * each[0] + each[1]) * hire.count / 3600
 
-        context = prompt + response
-        copies = roomy_copies(config, hire.device, hire.precision, hire.count, given, context, asked.efficiency)
+        one = ModelCopy(config, hire.device, hire.precision, efficiency=asked.efficiency)
+        copies = one.roomy(hire.count, given, prompt + response)
         return min(((hours(copy), copy) for copy in copies), key=lambda pair: pair[0])
 
     sampled, copy = sampling(hire, asked.devices_per_copy)
@@ -125,12 +117,9 @@ def plan_rl(asked: RLRequest) -> Plan:
     longer = max(2, round((prompt**2 + 2 * prompt * response + lengths.square) / (prompt + response)))
     train = forward_and_backward(config, longer, tokens)
     other_passes = asked.forwards * forward_flops(config, [longer]) * tokens / longer
-    rate = training_rate(hire, train, asked)
-    run = TrainingRun(config, hire, length, max(asked.prompts * asked.group, hire.count) * float(length))
-    layout = run.layout(asked.ways)
+    run = TrainingRun(asked, hire, length, max(asked.prompts * asked.group, hire.count) * float(length), train)
     batch = min(at_once / hire.count, copy.largest_batch(prompt + response))
-    training = run.memory(layout)
-    memory = max(training, copy.memory(batch, prompt + response), key=lambda held: held.total)
+    memory = max(run.memory, copy.memory(batch, prompt + response), key=lambda held: held.total)
     # A response waits for those before it on its core.
     waits = full * math.ceil(at_once / workers) + math.ceil(last / workers)
     verifying = waits * asked.verify_seconds * hire.count / 3600
@@ -140,20 +129,19 @@ def plan_rl(asked: RLRequest) -> Plan:
     lines = [
         hire.line("rollouts", sampled, responses * response, decoding, which),
         hire.line("verification", verifying, note=on_cores),
-        hire.line("update", updating / rate.per_device / 3600, tokens, updating),
+        hire.line("update", updating / run.rate.per_device / 3600, tokens, updating),
     ]
 
     return hire.plan(
         "rl", asked, memory, lines,
-        _there(run, train, lines[2].device_hours, lambda other: sampling(other)[0] + verifying),
-        **_training_fields(run, rate, layout=str(layout), fits=training.total <= hire.usable),
+        run.there(lines[2].device_hours, lambda other: sampling(other)[0] + verifying), **run.fields(),
         flops=sum(line.flops for line in lines),
         flops_by_part={"rollouts": decoding, "training": sum(train.values()), "other forward passes": other_passes},
         dominates=dominates(
             f"a decoding step of {batch:.3g} sequences a device", copy.decode_step(batch, prompt + response / 2)
         ),
         assumptions=[
-            rate.note,
+            run.rate.note,
             f"responses of {response:g} tokens in the mean and at most {asked.longest:g}, their lengths exponential; "
             f"prompts of {prompt:g} tokens",
             *beyond(config, prompt + asked.longest),
@@ -164,7 +152,7 @@ def plan_rl(asked: RLRequest) -> Plan:
             f"update: one pass over every response without padding and {asked.forwards} forward passes besides",
             "the reference's weights are not counted as memory",
             f"verification of a round on {on_cores}, each on one core",
-            f"training layout: {layout}; weights pass between training and sampling in no time",
+            f"training layout: {run.layout}; weights pass between training and sampling in no time",
             *hire.notes(),
             f"{_OTHERS}; copies of the policy on as many devices as is fastest there",
         ],
@@ -189,28 +177,24 @@ def plan_distill(asked: DistillRequest) -> Plan:
             seconds = sampled * (response * copy.step_seconds(batch, context) / batch + reading)
             return seconds / 3600 * hire.count / used, batch, copy
 
-        copies = roomy_copies(teacher, hire.device, precision, hire.count, given, context, asked.efficiency)
+        copies = ModelCopy(teacher, hire.device, precision, efficiency=asked.efficiency).roomy(
+            hire.count, given, context
+        )
         return min((hours(copy) for copy in copies), key=lambda found: found[0])
 
     of_teacher = chosen_precision(teacher, hire.device, asked.teacher_precision)
     sampling_hours, batch, copy = sampling(hire, of_teacher, asked.devices_per_copy)
-    writing = sampled * (
-        sum(prefill_parts(teacher, prompt).values()) + sum(decode_parts(teacher, context, response).values())
-    )
+    each = *prefill_parts(teacher, prompt).values(), *decode_parts(teacher, context, response).values()
+    writing = sampled * sum(each)
     length = max(2, round(prompt + response))
     tokens = asked.epochs * asked.samples * (prompt + response)
     train = forward_and_backward(config, length, tokens)
-    rate, learning = training_rate(hire, train, asked), sum(train.values())
-    run = TrainingRun(config, hire, length, max(64, hire.count) * float(length))
-    layout = run.layout(asked.ways)
-    training = run.memory(layout)
-    memory = max(training, copy.memory(batch, context), key=lambda held: held.total)
+    run, learning = TrainingRun(asked, hire, length, max(64, hire.count) * float(length), train), sum(train.values())
+    memory = max(run.memory, copy.memory(batch, context), key=lambda held: held.total)
     kept = f"{show_count(sampled)} responses, {show_count(asked.samples)} kept"
     lines = [
         hire.line("the teacher samples", sampling_hours, sampled * response, writing, kept),
-        hire.line(
-            "the student trains", learning / rate.per_device / 3600, tokens, learning, f"{asked.epochs:g} epochs"
-        ),
+        hire.line("the student trains", run.hours, tokens, learning, f"{asked.epochs:g} epochs"),
     ]
 
     def more(other: Hire) -> float:
@@ -218,20 +202,19 @@ def plan_distill(asked: DistillRequest) -> Plan:
         return sampling(other, of_teacher if here else chosen_precision(teacher, other.device, None))[0]
 
     return hire.plan(
-        "distill", asked, memory, lines, _there(run, train, lines[1].device_hours, more),
-        **_training_fields(run, rate, layout=str(layout), fits=training.total <= hire.usable),
+        "distill", asked, memory, lines, run.there(run.hours, more), **run.fields(),
         flops=writing + learning, flops_by_part={"sampling": writing, "training": learning},
         dominates=dominates(
             f"a decoding step of the teacher, {batch:.3g} sequences a device", copy.decode_step(batch, context)
         ),
         assumptions=[
-            rate.note,
+            run.rate.note,
             f"{asked.accepted:.3g} of the teacher's responses are kept; {response:g} tokens each, prompts of "
             f"{prompt:g}; verification left out",
             f"{_copies(hire.count // copy.devices, asked.devices_per_copy, 'teacher', copy)} in {of_teacher.dtype}, "
             f"decoding at {asked.efficiency:.0%} {DECODING}, always at full batch",
             f"prompts read at {show_share(ASSUMED_MFU[of_teacher.dtype])} of the peak of their products",
-            f"student's layout: {layout}; at least 64 examples a step, packed without padding",
+            f"student's layout: {run.layout}; at least 64 examples a step, packed without padding",
             *hire.notes(),
             f"{_OTHERS}; the teacher in {of_teacher.dtype} where they have it, its copies on as many devices as is "
             "fastest there",
@@ -239,30 +222,6 @@ def plan_distill(asked: DistillRequest) -> Plan:
         teacher=asked.teacher.name, sampled=sampled, kept=asked.samples, devices_per_copy=copy.devices,
         sampled_tokens_per_second_per_device=batch / copy.step_seconds(batch, context),
     )  # fmt: skip
-
-
-def _training_fields(run: TrainingRun, rate: TrainingRate, layout: str, fits: bool) -> dict[str, Any]:
-    """What plans with training in them fill in the same way."""
-    nearest = None if fits else run.nearest_fit()
-    tflops = rate.per_device / 1e12
-    return {"nearest_fit": nearest, "layout_text": layout, "tflops_per_device": tflops, "mfu": rate.mfu}
-
-
-def _there(
-    run: TrainingRun, parts: dict[str, float], trained: float, more: Callable[[Hire], float]
-) -> Callable[[Hire], tuple[float | None, bool]]:
-    """Device-hours of the same on another device, and whether it has room: training at the same share of its peak for
-    `parts`, and `more`, which raises SlingshotError where no copy of the model has room."""
-    peak = mixed_peak(run.hire.device, run.hire.precision.dtype, parts)
-
-    def there(other: Hire) -> tuple[float | None, bool]:
-        try:
-            hours = trained * peak / mixed_peak(other.device, other.precision.dtype, parts) + more(other)
-        except SlingshotError:
-            return None, False
-        return hours, replace(run, hire=other).leanest() is not None
-
-    return there
 
 
 def _copies(copies: int, given: int | None, of: str, copy: ModelCopy) -> str:
@@ -273,12 +232,10 @@ def _copies(copies: int, given: int | None, of: str, copy: ModelCopy) -> str:
 def _batch(batch: float | None, tokens: float, context: int, count: int) -> tuple[float, str]:
     """Tokens in an optimizer step, and the line that says so."""
     if batch is not None:
-        if not context <= batch <= tokens:
-            nearest = f"the nearest valid value is {min(max(batch, context), tokens):g}"
-            raise SlingshotError(
-                f"--batch {batch:g} tokens: from one sequence of {context} to the whole run; {nearest}"
-            )
-        return batch, f"{show_count(batch)} tokens in an optimizer step, as given"
+        if context <= batch <= tokens:
+            return batch, f"{show_count(batch)} tokens in an optimizer step, as given"
+        nearest = f"the nearest valid value is {min(max(batch, context), tokens):g}"
+        raise SlingshotError(f"--batch {batch:g} tokens: from one sequence of {context} to the whole run; {nearest}")
     wanted, all_there_are = max(round(min(BATCH, tokens / 1000) / context), count), int(tokens // context)
     sequences = min(wanted, all_there_are)
     why = "at least a sequence a device" if wanted <= all_there_are else "the whole run has no more whole sequences"

@@ -56,8 +56,7 @@ def round_seconds(copy: ModelCopy, responses: float, copies: int, prompt: float,
     # Where the cap is far off, the last response ends long before it: one round in exp(12), 160,000, goes on.
     end = min(lengths.longest, (math.log(max(of_wave, 1.0)) + 12) / lengths.rate)
     total, width = 0.0, end / POINTS
-    for point in range(POINTS):
-        position = (point + 0.5) * width
+    for position in ((point + 0.5) * width for point in range(POINTS)):
         share = lengths.share_longer(position)
         any_left = -math.expm1(of_wave * math.log1p(-share)) if share < 1 else 1.0
         # A copy that still runs has at least one response; those of other copies do not share its steps.

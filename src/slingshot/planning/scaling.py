@@ -45,26 +45,16 @@ class DenseEquivalent(Strict):
     outside: list[str]
 
 
-def model_term(experts: float) -> tuple[float, float]:
-    """Scale and exponent of N."""
-    x = _transformed(experts)
-    return A * x**DELTA, ALPHA + GAMMA * math.log(x)
-
-
-def data_term(tokens: float, experts: float) -> float:
-    """What D tokens leave of the loss."""
-    x = _transformed(experts)
-    return B * x**OMEGA * tokens ** (BETA + ZETA * math.log(x))
-
-
-def _transformed(experts: float) -> float:
-    return 1 / (1 / (experts - 1 + 1 / (1 / E_START - 1 / E_MAX)) + 1 / E_MAX)
+def terms(experts: float) -> tuple[float, float, float, float]:
+    """Scale and exponent of N, scale and exponent of D."""
+    x = 1 / (1 / (experts - 1 + 1 / (1 / E_START - 1 / E_MAX)) + 1 / E_MAX)
+    return A * x**DELTA, ALPHA + GAMMA * math.log(x), B * x**OMEGA, BETA + ZETA * math.log(x)
 
 
 def predicted_loss(active: float, tokens: float, experts: float) -> float:
     """Loss in nats per token of the law's own data; only differences and equalities mean anything here."""
-    scale, exponent = model_term(experts)
-    return scale * active**exponent + data_term(tokens, experts) + C
+    m, mu, n, nu = terms(experts)
+    return m * active**mu + n * tokens**nu + C
 
 
 def dense_equivalent(config: ModelConfig, tokens: float) -> DenseEquivalent | None:
@@ -73,15 +63,14 @@ def dense_equivalent(config: ModelConfig, tokens: float) -> DenseEquivalent | No
         return None
     shared, active = config.n_shared_experts, parameters(config).active
     experts = (config.n_routed_experts + shared) / (config.num_experts_per_tok + shared)
-    loss = predicted_loss(active, tokens, experts)
-    left = loss - C - data_term(tokens, 1)
+    loss, (m, mu, n, nu) = predicted_loss(active, tokens, experts), terms(1)
+    left = loss - C - n * tokens**nu
     if left <= 0:
         return None
-    scale, exponent = model_term(1)
-    dense = (left / scale) ** (1 / exponent)
     outside = [
         f"{name} {value:.3g} (fitted from {low:.3g} to {high:.3g})"
         for (name, (low, high)), value in zip(RANGES.items(), (active, tokens, experts), strict=True)
         if not low <= value <= high
     ]
+    dense = (left / m) ** (1 / mu)
     return DenseEquivalent(rule=RULE, parameters=dense, ratio=dense / active, loss=loss, outside=outside)

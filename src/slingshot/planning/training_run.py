@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.quantity import show_count, show_share
@@ -16,7 +16,7 @@ from slingshot.model.config import ModelConfig
 from slingshot.planning.layout import RECOMPUTE, Layout, layouts
 from slingshot.planning.memory import TRAINABLE, Blocks, Memory, training_memory
 from slingshot.planning.model_copy import ResourceTimes
-from slingshot.planning.network import Transfer, network_seconds, transfers
+from slingshot.planning.network import network_seconds, transfers
 from slingshot.planning.plan import MOST, Hire
 from slingshot.planning.request import TrainingRequest
 
@@ -28,8 +28,7 @@ _MFU_SOURCE = {
 }
 
 
-@dataclass(frozen=True)
-class TrainingRate:
+class TrainingRate(NamedTuple):
     """FLOP/s of one device, which share of the mix's peak that is, and where it is from."""
 
     per_device: float
@@ -53,9 +52,8 @@ def training_rate(hire: Hire, parts: Mapping[str, float], asked: TrainingRequest
     elif asked.mfu is not None:
         rate, source = asked.mfu * peak, f"MFU {show_share(asked.mfu)}, as given"
     else:
-        assumed = ASSUMED_MFU[dtype]
-        rate, why = assumed * peak, _MFU_SOURCE.get(dtype, "as in bfloat16")
-        source = f"MFU {show_share(assumed)}, assumed; {why}"
+        assumed, why = ASSUMED_MFU[dtype], _MFU_SOURCE.get(dtype, "as in bfloat16")
+        rate, source = assumed * peak, f"MFU {show_share(assumed)}, assumed; {why}"
     if rate > peak * (1 + 1e-9):
         below = f"{math.floor(peak / 1e9) / 1000:.10g}"
         most = f"one {device.name} does at most {below} of this model's products in {dtype}"
@@ -72,52 +70,57 @@ def forward_and_backward(config: ModelConfig, length: int, tokens: float) -> dic
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """Sequences of `context` tokens, `batch_tokens` an optimizer step, on hired devices."""
+    """Sequences of `context` tokens, `batch_tokens` a step, on hired devices; `parts`: FLOPs of all steps by part."""
 
-    config: ModelConfig
+    asked: TrainingRequest
     hire: Hire
     context: int
     batch_tokens: float
+    parts: dict[str, float]
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.asked.model.config
+
+    @property
+    def sequences(self) -> float:
+        return self.batch_tokens / self.context
 
     @cached_property
     def blocks(self) -> Blocks:
         return Blocks(self.config, self.hire.precision)
 
     @cached_property
+    def rate(self) -> TrainingRate:
+        return training_rate(self.hire, self.parts, self.asked)
+
+    @cached_property
     def compute_seconds(self) -> float:
         """Of training on an optimizer step's tokens, MTP included, on one device at its peak."""
-        flops = training_flops(self.config, [self.context]) / self.context * self.batch_tokens / self.hire.count
+        flops = training_flops(self.config, [self.context]) * self.sequences / self.hire.count
         parts = forward_parts(self.config, [self.context])
         return flops / mixed_peak(self.hire.device, self.hire.precision.dtype, parts)
-
-    @property
-    def sequences(self) -> float:
-        return self.batch_tokens / self.context
 
     def microbatches(self, layout: Layout) -> float:
         return max(1.0, self.sequences / layout.dp)
 
-    def bubble(self, layout: Layout) -> float:
-        """The share of a step in which a pipeline stage stands idle under 1F1B."""
-        return (layout.pp - 1) / (self.microbatches(layout) + layout.pp - 1)
-
-    def memory(self, layout: Layout) -> Memory:
+    def memory_in(self, layout: Layout) -> Memory:
         return training_memory(self.blocks, layout, self.context, self.microbatches(layout))
 
-    def transfers(self, layout: Layout) -> list[Transfer]:
-        return transfers(self.blocks, layout, self.hire.device, self.batch_tokens, self.context)
+    @cached_property
+    def memory(self) -> Memory:
+        return self.memory_in(self.layout)
 
-    def layout(self, ways: Mapping[str, Any]) -> Layout:
-        """The fastest layout with these ways that fits; where none does, the one that needs least memory."""
-        options = layouts(self.config, self.hire.count, self.hire.device.per_node, **ways)
+    @cached_property
+    def layout(self) -> Layout:
+        """The fastest layout with the ways asked for that fits; where none does, the one that needs least memory."""
+        options = layouts(self.config, self.hire.count, self.hire.device.per_node, **self.asked.ways)
         fewest = min(layout.dp for layout in options)
         if fewest > self.sequences:
-            raise SlingshotError(
-                f"a batch of {self.batch_tokens:g} tokens has {self.sequences:g} sequences of {self.context}, fewer "
-                f"than {fewest} data-parallel ranks; the nearest valid batch is {fewest * self.context}, in a run of "
-                "at least as many tokens"
-            )
-        needs = [(layout, self.memory(layout)) for layout in options if layout.dp <= self.sequences]
+            has = f"{self.sequences:g} sequences of {self.context}, fewer than {fewest} data-parallel ranks"
+            way_out = f"the nearest valid batch is {fewest * self.context}, in a run of at least as many tokens"
+            raise SlingshotError(f"a batch of {self.batch_tokens:g} tokens has {has}; {way_out}")
+        needs = [(layout, self.memory_in(layout)) for layout in options if layout.dp <= self.sequences]
         fitting = [(layout, memory) for layout, memory in needs if memory.total <= self.hire.usable]
         if not fitting:
             return min(needs, key=lambda pair: pair[1].total)[0]
@@ -137,23 +140,20 @@ class TrainingRun:
         Memory traffic: a microbatch reads the weights forward and for both gradients and reads and writes the gradients
         and what is kept for the backward pass; the optimizer reads and writes its state once.
         """
-        precision, microbatches = self.hire.precision, self.microbatches(layout)
+        hire, precision, microbatches = self.hire, self.hire.precision, self.microbatches(layout)
         kept = memory.activations / min(layout.pp, microbatches)
         each = sum(self.blocks.stage_weights(layout)) * (3 * precision.weight + 2 * precision.gradient) + 2 * kept
         return ResourceTimes(
             compute=self.compute_seconds * (4 / 3 if layout.recompute == "full" else 1),
-            memory=(microbatches * each + 2 * memory.optimizer) / self.hire.device.bandwidth,
-            network=network_seconds(self.transfers(layout)),
+            memory=(microbatches * each + 2 * memory.optimizer) / hire.device.bandwidth,
+            network=network_seconds(transfers(self.blocks, layout, hire.device, self.batch_tokens, self.context)),
         )
-
-    def on(self, hire: Hire) -> TrainingRun:
-        """The same run on other devices, with at least a sequence for each."""
-        return replace(self, hire=hire, batch_tokens=max(self.batch_tokens, float(self.context * hire.count)))
 
     def leanest(self) -> Layout | None:
         """A layout that fits, found by trying only the settings that save most memory; None when there is none."""
         for layout in layouts(self.config, self.hire.count, self.hire.device.per_node, recompute=RECOMPUTE[-1]):
-            if layout.zero in (0, 3) and layout.dp <= self.sequences and self.memory(layout).total <= self.hire.usable:
+            lean = layout.zero in (0, 3) and layout.dp <= self.sequences
+            if lean and self.memory_in(layout).total <= self.hire.usable:
                 return layout
         return None
 
@@ -162,7 +162,33 @@ class TrainingRun:
         for other in and_others(self.hire.device):
             if self.hire.precision.dtype in other.peak:
                 for count in (self.hire.count * 2**power for power in range(13 if other.network else 1)):
-                    layout = self.on(replace(self.hire, device=other, count=count)).leanest() if count <= MOST else None
-                    if layout is not None:
+                    batch = max(self.batch_tokens, float(self.context * count))  # at least a sequence for each
+                    run = replace(self, hire=replace(self.hire, device=other, count=count), batch_tokens=batch)
+                    if count <= MOST and (layout := run.leanest()) is not None:
                         return {"device": other.name, "count": count, "layout": str(layout)}
         return None
+
+    def fields(self) -> dict[str, Any]:
+        """What plans with training in them fill in the same way."""
+        nearest = None if self.memory.total <= self.hire.usable else self.nearest_fit()
+        return {"nearest_fit": nearest, "layout_text": str(self.layout),
+                "tflops_per_device": self.rate.per_device / 1e12, "mfu": self.rate.mfu}  # fmt: skip
+
+    @property
+    def hours(self) -> float:
+        """Device-hours of all of it."""
+        return sum(self.parts.values()) / self.rate.per_device / 3600
+
+    def there(self, trained: float, more: Callable[[Hire], float]) -> Callable[[Hire], tuple[float | None, bool]]:
+        """Tells device-hours of the same on another device, and whether it has room: what took `trained` hours at the
+        same share of its peak, and `more`, which raises SlingshotError where no copy of the model has room."""
+        peak = mixed_peak(self.hire.device, self.hire.precision.dtype, self.parts)
+
+        def there(other: Hire) -> tuple[float | None, bool]:
+            try:
+                hours = trained * peak / mixed_peak(other.device, other.precision.dtype, self.parts) + more(other)
+            except SlingshotError:
+                return None, False
+            return hours, replace(self, hire=other).leanest() is not None
+
+        return there

@@ -275,18 +275,13 @@ class Checkpointer:
                 if self._board is not None:
                     self._board.close()
                     shutil.copytree(self.folder / "tensorboard", folder / "tensorboard", dirs_exist_ok=True)
+                dp_size, config = self.parallel.dp_size, self.config.model_dump(mode="json")
                 self.meter.receipt(
-                    self.kind,
-                    self.out.name,
-                    self.config.model_dump(mode="json"),
-                    self.parents,
-                    folder,
-                    describe_machine(self.parallel.device),
-                    None if self.peak is None else self.peak * self.parallel.dp_size,
-                    self.config.price,
-                    self.parallel.dp_size if self.parallel.device.type != "cpu" else 1,
-                    {**extra, "chosen": self._chosen},
-                ).write(folder)
+                    self.kind, self.out.name, config, self.parents, folder, describe_machine(self.parallel.device),
+                    peak=None if self.peak is None else self.peak * dp_size, price=self.config.price,
+                    devices=dp_size if self.parallel.device.type != "cpu" else 1,
+                    extra={**extra, "chosen": self._chosen},
+                ).write(folder)  # fmt: skip
             shutil.rmtree(self.folder, ignore_errors=True)
         self.parallel.barrier()
 

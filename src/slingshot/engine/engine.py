@@ -36,9 +36,10 @@ from slingshot.engine.pages import PagePool
 from slingshot.engine.row_sampler import RowSampler
 from slingshot.engine.rows import Resident
 from slingshot.engine.runner import TorchRunner
-from slingshot.engine.sampling import SamplingParams
+from slingshot.engine.sampling import SamplingError, SamplingParams
 from slingshot.engine.scheduler import EngineCounters, Scheduler
 from slingshot.engine.sequence import Completion, Request, RequestOutput
+from slingshot.engine.telling import ask, tell
 from slingshot.engine.vocabulary import Vocabulary
 from slingshot.machine.device import auto_device, auto_dtype
 from slingshot.model.transformer import Transformer
@@ -310,6 +311,8 @@ class Engine:
 
     def _enter(self, prompt: Prompt, params: SamplingParams | None, key: str | None, claimed: bool) -> Request:
         ids, params = self._encode(prompt), params or SamplingParams()
+        if params.routed_experts and not self.model.config.n_moe_layers:
+            raise SamplingError("sampling: routed_experts: this model has none; leave it out")
         name = ",".join(map(str, ids)) if key is None else key
         request = Request(next(self._ids), ids, params, name, self.max_length, self._vocabulary, claimed)
         with self._turns:
@@ -327,8 +330,14 @@ class Engine:
             return
         if step.copies:
             self._cache.copy(*zip(*step.copies, strict=True))
-        output = self._runner.forward(step.batch(scheduler.rows))
-        self._take(scheduler.commit(step), output.logits_RV)
+        batch = step.batch(scheduler.rows)
+        if step.told:
+            ask(batch, step, scheduler.rows)
+        output = self._runner.forward(batch)
+        if step.told:
+            tell(output, step, scheduler.rows)
+        drawn = scheduler.commit(step)
+        self._take(drawn, output.logits_RV[: len(drawn)])
 
     def _take(self, drawn: list[Resident], logits_RV: Tensor) -> None:
         """Draw the next token of these, who are all rows, and let those leave that it finishes."""

@@ -25,6 +25,7 @@ from slingshot.engine.rows import DecodingRows, Resident
 from slingshot.engine.sequence import Sequence
 
 ALONE = 8  # times as many tokens go to prompts while no row decodes: nobody is held up
+TOLD = 128  # tokens of a prompt at once whose logits are wanted, each a vocabulary of floats
 
 
 @dataclass
@@ -56,10 +57,14 @@ class EngineCounters:
 
 @dataclass
 class Step:
-    """What the next forward pass runs: every decoding row, and chunks (resident, end): its tokens up to `end`."""
+    """What the next forward pass runs: every decoding row, and chunks (resident, end): its tokens up to `end`.
+
+    told: requests are there that want to know more of it than a next token.
+    """
 
     chunks: list[tuple[Resident, int]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # pages (from, to) to copy before
+    told: bool = False
 
     def batch(self, rows: DecodingRows) -> FlatBatch:
         """The rows, then the chunks; a chunk that completes its tokens wants the logits after it, for every sample."""
@@ -86,7 +91,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._residents: dict[Sequence, Resident] = {}
         self._prefilling: list[Resident] = []
-        self._serials = count()
+        self._serials, self._telling = count(), 0  # the latter: residents that want to know more
         self._forked: list[Resident] = []  # rows that may share the page they write to next
 
     def add(self, sequence: Sequence) -> None:
@@ -104,6 +109,7 @@ class Scheduler:
         while admitted := self._admit(budget):
             if admitted.pages:  # not a follower
                 budget = self._chunk(step, admitted, budget)
+        step.told = self._telling > 0
         return step if len(self.rows) or step.chunks else None
 
     def commit(self, step: Step) -> list[Resident]:
@@ -144,6 +150,7 @@ class Scheduler:
         elif resident in self._prefilling:
             self._prefilling.remove(resident)
         self.pool.release(resident.pages)
+        self._telling -= sequence.request.tells
         del self._residents[sequence]
 
     def abort(self, sequences: list[Sequence]) -> None:
@@ -172,7 +179,8 @@ class Scheduler:
         """As much of the resident's tokens as the budget has; -> what is left of it."""
         if budget <= 0:
             return 0
-        end = min(len(resident.known), resident.computed + budget)
+        most = TOLD if resident.sequence.request.prompt_record is not None else budget
+        end = min(len(resident.known), resident.computed + min(budget, most))
         step.chunks.append((resident, end))
         return budget - (end - resident.computed)
 
@@ -195,7 +203,8 @@ class Scheduler:
         else:
             known = sequence.request.prompt + sequence.token_ids
             resident = Resident(sequence, known, list(prefix_keys(known)), next(self._serials))
-            resident.pages = self.pool.match(resident.keys[: (len(known) - 1) // PAGE])  # the last token is computed
+            if not sequence.request.tells:
+                resident.pages = self.pool.match(resident.keys[: (len(known) - 1) // PAGE])  # the last is computed
             resident.computed = len(resident.pages) * PAGE
             missing = -(-len(known) // PAGE) - len(resident.pages)
             if self.pool.available < missing + spare:
@@ -207,6 +216,7 @@ class Scheduler:
         self._waiting.popleft()
         self.counters.waiting -= 1
         self._residents[sequence] = resident
+        self._telling += sequence.request.tells
         return resident
 
     def _give_rows_pages(self, step: Step) -> None:

@@ -11,11 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from slingshot.base.errors import SlingshotError
 from slingshot.engine.draw import noise_stream
 from slingshot.engine.guide import Guide
 from slingshot.engine.logits import LogitRules
 from slingshot.engine.sampling import STRUCTURES, SamplingParams
+from slingshot.engine.telling import ExpertRecord, PromptRecord
 from slingshot.engine.vocabulary import Vocabulary
 from slingshot.text.chat_template import END_THINK
 from slingshot.text.reasoning import ReasoningStream, ends_in_reasoning, parse
@@ -31,7 +35,8 @@ class Completion:
     token_ids are all sampled ids, an end-of-sequence id included, with logprobs of the same length; text leaves that id
     out and ends before a stop string. reasoning and answer are the text parted at the think tags (reasoning is None
     where there was none). top_logprobs holds, where asked for, the likeliest ids of each place and their logprobs.
-    finish_reason "error": RequestOutput.error says why it could not go on.
+    routed_experts, where asked for: int16 [tokens, MoE layers, experts a token] of prompt and sample but its last
+    token, which was never computed. finish_reason "error": RequestOutput.error says why it could not go on.
     """
 
     text: str
@@ -41,16 +46,23 @@ class Completion:
     reasoning: str | None
     answer: str
     top_logprobs: list[dict[int, float]] | None = None
+    routed_experts: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What a request gave: one completion per sample, in sample order."""
+    """What a request gave: one completion per sample, in sample order.
+
+    prompt_logprobs, prompt_top_logprobs: where asked for, of every token of the prompt at temperature 1, and the
+    likeliest in its place; None for the first.
+    """
 
     request_id: int
     prompt_token_ids: list[int]
     outputs: list[Completion]
     error: SlingshotError | None = None
+    prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[dict[int, float] | None] | None = None
 
     @property
     def whole(self) -> list[Completion]:
@@ -137,6 +149,7 @@ class Sequence:
         self.plain = self.rules is None and self.guide is None and not params.top_logprobs
         self._ends = set() if params.ignore_eos else tokenizer.eos_ids | set(params.stop_token_ids)
         self._budget = request.limit - len(request.prompt)
+        self._experts = ExpertRecord()
 
     @property
     def length(self) -> int:
@@ -161,6 +174,20 @@ class Sequence:
                 self.guide.push(token_id)
         return self.finish_reason is not None
 
+    def take_routing(self, start: int, experts_NLk: Tensor) -> None:
+        """The experts of the tokens from position `start` on; those of the prompt are all samples'."""
+        prompt = len(self.request.prompt)
+        if start < prompt:
+            self.request.prompt_experts.put(start, experts_NLk[: prompt - start])
+        if start + len(experts_NLk) > prompt:
+            self._experts.put(max(0, start - prompt), experts_NLk[max(0, prompt - start) :])
+
+    def _routed_experts(self) -> Tensor | None:
+        if not self.request.params.routed_experts:
+            return None
+        prompt, sampled = self.request.prompt_experts.first(len(self.request.prompt)), len(self.token_ids)
+        return torch.cat((prompt, self._experts.first(sampled - 1))) if sampled > 1 else prompt.clone()
+
     def visible_ids(self) -> list[int]:
         """The ids a reader sees: without the id that ended the sample, cut before a stop string.
 
@@ -180,13 +207,14 @@ class Sequence:
         text, parsed = tokenizer.decode(visible), parse(visible, self.request.opened, tokenizer)
         sampled = self.token_ids, self.logprobs, self.finish_reason or "abort"
         told = self.top_logprobs if self.request.params.top_logprobs else None
-        return Completion(text, *sampled, parsed.reasoning, parsed.answer, told)
+        return Completion(text, *sampled, parsed.reasoning, parsed.answer, told, self._routed_experts())
 
 
 class Request:
     """A prompt and its `params.n` samples, none of which may grow beyond `limit` tokens, prompt included.
 
-    claimed: whether a caller waits for `result` itself, so that `step` does not return it.
+    claimed: whether a caller waits for `result` itself, so that `step` does not return it. tells: its tokens must be
+    computed, not found in the cache, for more is wanted of them.
     Raises SamplingError for ids that the model does not know, GrammarError for a structure that no answer can have.
     """
 
@@ -202,10 +230,15 @@ class Request:
         self.opened = ends_in_reasoning(prompt, vocabulary.tokenizer)
         structured = any(getattr(params, name) for name in STRUCTURES)
         self.grammar = vocabulary.grammars.compile(params) if structured else None
+        self.tells = params.routed_experts or params.prompt_logprobs is not None
+        self.prompt_record = None if params.prompt_logprobs is None else PromptRecord(prompt, params.prompt_logprobs)
+        self.prompt_experts = ExpertRecord()
         self.sequences = [Sequence(self, index) for index in range(params.n)]
         self.unfinished = params.n
 
     def output(self) -> RequestOutput:
         error = next((sequence.error for sequence in self.sequences if sequence.error), None)
         completions = [sequence.completion() for sequence in self.sequences]
-        return RequestOutput(self.request_id, self.prompt, completions, error)
+        record, likeliest = self.prompt_record, bool(self.params.prompt_logprobs)
+        told = (record.logprobs, record.top if likeliest else None) if record else (None, None)
+        return RequestOutput(self.request_id, self.prompt, completions, error, *told)

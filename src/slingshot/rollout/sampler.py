@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Protocol, Self
 
 import torch
@@ -50,6 +51,7 @@ class SamplingConfig(Strict):
 
 Prompts = Sequence[list[int]]
 Samples = Iterator[tuple[int, list[Sampled]]]
+_parts = attrgetter("token_ids", "logprobs", "finish_reason", "routed_experts")  # of a completion
 MOVED_TO_SAMPLING = {key: f"sampling.{key}" for key in SamplingConfig.model_fields}
 
 
@@ -82,15 +84,13 @@ class EngineSampler:
         return cls(Engine(model, tokenizer, dtype=None if shared else dtype))
 
     def sample(self, prompts: Prompts, params: Sequence[SamplingParams], keys: Sequence[str]) -> Samples:
-        engine = self._engine
-        running: dict[int, int] = {}
+        engine, running = self._engine, dict[int, int]()  # the latter: request -> prompt
         try:
             for index, request in enumerate(zip(prompts, params, keys, strict=True)):
                 running[engine.add(*request)] = index
             while running:
                 for output in engine.step():
-                    samples = [Sampled(each.token_ids, each.logprobs, each.finish_reason) for each in output.whole]
-                    yield running.pop(output.request_id), samples
+                    yield running.pop(output.request_id), [Sampled(*_parts(each)) for each in output.whole]
         finally:
             for request_id in running:
                 engine.abort(request_id)

@@ -36,7 +36,7 @@ Finish = Literal["stop", "length", "abort", "error"]
 class Sampled:
     """One sample: its ids (an end-of-sequence id included) and their logprobs at the sampling temperature.
 
-    routed_experts [T, L, K]: the experts that each token of prompt and sample went to, where the sampler tells.
+    routed_experts [T - 1, L, K]: the experts of each token of prompt and sample but the last, where they are told.
     """
 
     ids: list[int]
@@ -65,7 +65,7 @@ class Trajectory:
     mask: list[int] = field(default_factory=list)  # 1 on sampled tokens
     logprobs: list[float] = field(default_factory=list)  # of sampled tokens, 0 elsewhere
     turns: list[Turn] = field(default_factory=list)
-    routed_experts: Tensor | None = None  # of all ids up to the last turn's end
+    routed_experts: Tensor | None = None  # of all ids before the last turn's last
     scores: dict[str, float] = field(default_factory=dict)  # accuracy, format, language: each in [0, 1]
     reward: float = 0.0
     advantage: float = 0.0

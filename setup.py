@@ -20,7 +20,7 @@ from setuptools.errors import CompileError
 
 NATIVE = Path("native")
 ONCE = ["attention_plan.cpp", "cpu.cpp", "pool.cpp", "scratch.cpp"]  # the same at every level
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall"]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-g0"]
 # GCC 12's own headers of intrinsics warn of themselves, and of what a level leaves unused.
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unused-function", "-Wno-attributes"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -60,6 +60,7 @@ class BuildNative(build_ext):
                 self.warn(f"level {level} is left out: {error}")
         target = self.get_ext_fullpath(ext.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
+        # Templates of the standard library are in the objects of every level; the linker keeps the first: the lowest.
         self.compiler.link_shared_object(objects, target, extra_postargs=["-pthread"], target_lang="c++")
 
     def _compile(self, sources: list[str], level: str, flags: list[str]) -> list[str]:

@@ -1,0 +1,249 @@
+// Where the weights lie, and how they get there.
+#include "model.h"
+
+#include "scratch.h"
+
+namespace slingshot {
+namespace LEVEL {
+namespace {
+
+// A matrix, or every other block of one, that is to be packed.
+struct Job {
+    const void* from;
+    size_t row_stride, column_stride;
+    int n, k, step;
+    void* to;
+    bool from_bf16, to_bf16;
+
+    int blocks() const { return (n + 15) / 16; }
+
+    void run(int begin, int end) const {
+        const float* floats = static_cast<const float*>(from);
+        const bf16* halves = static_cast<const bf16*>(from);
+        if (from_bf16 && to_bf16) pack<bf16, bf16>(halves, row_stride, column_stride, n, k, begin, end, step, to);
+        if (from_bf16 && !to_bf16) pack<bf16, float>(halves, row_stride, column_stride, n, k, begin, end, step, to);
+        if (!from_bf16 && to_bf16) pack<float, bf16>(floats, row_stride, column_stride, n, k, begin, end, step, to);
+        if (!from_bf16 && !to_bf16) pack<float, float>(floats, row_stride, column_stride, n, k, begin, end, step, to);
+    }
+};
+
+// What is to be packed, shared out over threads.
+template <class T> class Packing {
+  public:
+    explicit Packing(bool from_bf16) : from_bf16_(from_bf16) {}
+
+    void matrix(const void* from, const Packed& to) { add(from, to.k, 1, to.n, to.k, 1, at(to, 0)); }
+
+    // Gate's and up's blocks alternate.
+    void pair(const void* gate, const void* up, int inner, const Packed& to) {
+        add(gate, to.k, 1, inner, to.k, 2, at(to, 0));
+        add(up, to.k, 1, inner, to.k, 2, at(to, 1));
+    }
+
+    void strided(const void* from, size_t offset, size_t row_stride, size_t column_stride, const Packed& to) {
+        add(offset_of(from, offset), row_stride, column_stride, to.n, to.k, 1, at(to, 0));
+    }
+
+    void floats(const void* from, const Packed& to) {
+        jobs_.push_back({from, static_cast<size_t>(to.k), 1, to.n, to.k, 1, at(to, 0), false, false});
+    }
+
+    // Matrices whose outputs follow each other. Where one does not end with a block they are brought together first.
+    void stacked(std::vector<std::pair<const void*, int>> parts, const Packed& to) {
+        bool whole = true;
+        for (auto [from, rows] : parts) whole = whole && rows % 16 == 0;
+        if (!whole) {
+            const size_t row = to.k * (from_bf16_ ? 2 : 4);
+            std::vector<char>& joined = joined_.emplace_back();
+            for (auto [from, rows] : parts)
+                joined.insert(joined.end(), static_cast<const char*>(from), static_cast<const char*>(from) + rows * row);
+            parts = {{joined.data(), to.n}};
+        }
+        int done = 0;
+        for (auto [from, rows] : parts) {
+            add(from, to.k, 1, rows, to.k, 1, at(to, done / 16));
+            done += rows;
+        }
+    }
+
+    void vector(const void* from, int count, T* to) const {
+        for (int i = 0; i < count && from; i++) put(to + i, number(from, i));
+    }
+
+    float number(const void* from, size_t i) const {
+        return from_bf16_ ? to_float(static_cast<const bf16*>(from)[i]) : static_cast<const float*>(from)[i];
+    }
+
+    const void* offset_of(const void* from, size_t numbers) const {
+        return static_cast<const char*>(from) + numbers * (from_bf16_ ? 2 : 4);
+    }
+
+    void run(int threads) {
+        double total = 0;
+        for (const Job& job : jobs_) total += cost(job);
+        auto work = [&](const Team& team) {
+            const double from = total * team.thread / team.threads, to = total * (team.thread + 1) / team.threads;
+            double before = 0;
+            for (const Job& job : jobs_) {
+                const double block = cost(job) / job.blocks();
+                const int begin = place((from - before) / block, job.blocks());
+                const int end = team.thread + 1 == team.threads ? job.blocks() : place((to - before) / block, job.blocks());
+                if (begin < end) job.run(begin, end);
+                before += cost(job);
+            }
+        };
+        run_together(threads, work);
+    }
+
+  private:
+    static double cost(const Job& job) { return static_cast<double>(job.blocks()) * job.k; }
+    static int place(double at, int blocks) { return at <= 0 ? 0 : at >= blocks ? blocks : static_cast<int>(at + 0.5); }
+    static void* at(const Packed& to, int block) { return const_cast<uint32_t*>(to.block<uint32_t>(block)); }
+
+    void add(const void* from, size_t row_stride, size_t column_stride, int n, int k, int step, void* to) {
+        jobs_.push_back({from, row_stride, column_stride, n, k, step, to, from_bf16_, sizeof(T) == 2});
+    }
+
+    bool from_bf16_;
+    std::vector<Job> jobs_;
+    std::vector<std::vector<char>> joined_;
+};
+
+// Cuts weights out of memory, or only counts them.
+template <class T> struct Place {
+    Carver carver;
+
+    Packed matrix(int n, int k) { return {n, k, packed_depth<T>(k), carver.take<char>(packed_bytes<T>(n, k))}; }
+    Packed pair(int inner, int k) { return matrix(2 * padded_inner(inner), k); }
+    Stack stack(int count, int n, int k) {
+        const Stack stack{matrix(n, k), packed_bytes<T>(n, k)};
+        carver.take<char>((count - 1) * stack.bytes);
+        return stack;
+    }
+};
+
+}  // namespace
+
+template <class T> Model<T>::Model(const ModelShape& shape) : shape(shape), layers(shape.layers + shape.mtp_layers) {
+    lay_out(nullptr);
+    lay_out(weights_.reserve(bytes_));
+}
+
+template <class T> void Model<T>::lay_out(char* base) {
+    const ModelShape& s = shape;
+    Place<T> place{{base}};
+    for (int i = 0; i < static_cast<int>(layers.size()); i++) {
+        LayerWeights<T>& layer = layers[i];
+        layer = {};
+        layer.input_norm = place.carver.template take<T>(s.width);
+        layer.post_norm = place.carver.template take<T>(s.width);
+        layer.q_norm = place.carver.template take<T>(s.latent_family ? s.q_rank : s.head_width);
+        layer.k_norm = place.carver.template take<T>(s.latent_family ? s.latent : s.head_width);
+        layer.bias = s.latent_family ? nullptr : place.carver.template take<float>(s.input_width());
+        layer.input = place.matrix(s.input_width(), s.width);
+        if (s.latent_family) {
+            if (s.q_rank) layer.q_b = place.matrix(s.query_width(), s.q_rank);
+            layer.absorb = place.stack(s.heads, s.latent, s.nope);
+            layer.expand = place.stack(s.heads, s.value, s.latent);
+        }
+        layer.output = place.matrix(s.width, s.attended_width());
+        if (s.has_experts(i)) {
+            layer.moe.width = s.width, layer.moe.inner = s.expert_inner, layer.moe.shared_inner = s.shared_inner;
+            Place<float> floats{place.carver};
+            layer.moe.router = {s.experts,       s.per_token,  s.expert_groups, s.kept_groups,
+                                s.routed_scaling, s.normalized != 0, floats.matrix(s.experts, s.width),
+                                floats.carver.take<float>(s.experts)};
+            place.carver = floats.carver;
+            layer.moe.gate_up = place.stack(s.experts, 2 * padded_inner(s.expert_inner), s.width);
+            layer.moe.down = place.stack(s.experts, s.width, s.expert_inner);
+            if (s.shared_inner) {
+                layer.moe.shared_gate_up = place.pair(s.shared_inner, s.width);
+                layer.moe.shared_down = place.matrix(s.width, s.shared_inner);
+            }
+        } else {
+            layer.gate_up = place.pair(s.inner, s.width);
+            layer.down = place.matrix(s.width, s.inner);
+        }
+        if (i >= s.layers) {
+            for (T** norm : {&layer.embedding_norm, &layer.hidden_norm, &layer.output_norm})
+                *norm = place.carver.template take<T>(s.width);
+            layer.joint = place.matrix(s.width, 2 * s.width);
+        }
+    }
+    norm = place.carver.template take<T>(s.width);
+    head = place.matrix(s.vocabulary, s.width);
+    bytes_ = place.carver.used;
+}
+
+template <class T> void Model<T>::refresh(const ModelTensors& tensors, int threads) {
+    const ModelShape& s = shape;
+    Packing<T> packing(tensors.are_bf16);
+    for (size_t i = 0; i < layers.size(); i++) {
+        LayerWeights<T>& layer = layers[i];
+        const LayerTensors& from = tensors.layers[i];
+        packing.vector(from.input_norm, s.width, layer.input_norm);
+        packing.vector(from.post_norm, s.width, layer.post_norm);
+        if (s.latent_family) {
+            const int entry = s.latent + s.rope, part = s.nope + s.value;
+            packing.stacked({{s.q_rank ? from.q_a : from.q, s.first_part()}, {from.kv_a, entry}}, layer.input);
+            packing.vector(from.q_a_norm, s.q_rank, layer.q_norm);
+            packing.vector(from.kv_a_norm, s.latent, layer.k_norm);
+            if (s.q_rank) packing.matrix(from.q_b, layer.q_b);
+            for (int head = 0; head < s.heads; head++) {
+                const size_t first = static_cast<size_t>(head) * part * s.latent;
+                packing.strided(from.kv_b, first, 1, s.latent, layer.absorb[head]);
+                packing.strided(from.kv_b, first + static_cast<size_t>(s.nope) * s.latent, s.latent, 1, layer.expand[head]);
+            }
+        } else {
+            const int queries = s.query_width(), keys = s.groups * s.head_width;
+            packing.stacked({{from.q, queries}, {from.k, keys}, {from.v, keys}}, layer.input);
+            if (from.q_bias) {
+                for (int n = 0; n < queries; n++) layer.bias[n] = rounded<T>(packing.number(from.q_bias, n));
+                for (int n = 0; n < keys; n++) {
+                    layer.bias[queries + n] = rounded<T>(packing.number(from.k_bias, n));
+                    layer.bias[queries + keys + n] = rounded<T>(packing.number(from.v_bias, n));
+                }
+            } else {
+                layer.bias = nullptr;
+            }
+            packing.vector(from.q_norm, s.head_width, layer.q_norm);
+            packing.vector(from.k_norm, s.head_width, layer.k_norm);
+            if (!from.q_norm) layer.q_norm = layer.k_norm = nullptr;
+        }
+        packing.matrix(from.o, layer.output);
+        if (s.has_experts(static_cast<int>(i))) {
+            MoeWeights& moe = layer.moe;
+            packing.floats(from.router, moe.router.weights);
+            std::memcpy(const_cast<float*>(moe.router.bias), from.router_bias, s.experts * sizeof(float));
+            const size_t matrix = static_cast<size_t>(s.expert_inner) * s.width;
+            for (int e = 0; e < s.experts; e++) {
+                packing.pair(packing.offset_of(from.expert_gate_up, 2 * e * matrix),
+                             packing.offset_of(from.expert_gate_up, (2 * e + 1) * matrix), s.expert_inner, moe.gate_up[e]);
+                packing.matrix(packing.offset_of(from.expert_down, e * matrix), moe.down[e]);
+            }
+            if (s.shared_inner) {
+                packing.pair(from.gate, from.up, s.shared_inner, moe.shared_gate_up);
+                packing.matrix(from.down, moe.shared_down);
+            }
+        } else {
+            packing.pair(from.gate, from.up, s.inner, layer.gate_up);
+            packing.matrix(from.down, layer.down);
+        }
+        if (static_cast<int>(i) >= s.layers) {
+            packing.vector(from.embedding_norm, s.width, layer.embedding_norm);
+            packing.vector(from.hidden_norm, s.width, layer.hidden_norm);
+            packing.vector(from.output_norm, s.width, layer.output_norm);
+            packing.matrix(from.joint, layer.joint);
+        }
+    }
+    packing.vector(tensors.norm, s.width, norm);
+    packing.matrix(tensors.head ? tensors.head : tensors.embedding, head);
+    embedding = tensors.embedding, embedding_is_bf16 = tensors.are_bf16;
+    packing.run(threads);
+}
+
+template class Model<float>;
+template class Model<bf16>;
+
+}  // namespace LEVEL
+}  // namespace slingshot

@@ -1,0 +1,39 @@
+// A model and its steps as Python calls them.
+#include "doors.h"
+#include "forward.h"
+
+using namespace slingshot;
+
+namespace {
+
+struct AnyModel {
+    LEVEL::Model<float>* floats = nullptr;
+    LEVEL::Model<bf16>* halves = nullptr;
+};
+
+}  // namespace
+
+// A model whose activations are bf16 or float, without weights yet.
+using Handle = void*;
+extern "C" Handle DOOR(new_model)(const ModelShape* shape, int is_bf16) {
+    AnyModel* model = new AnyModel;
+    is_bf16 ? (void)(model->halves = new LEVEL::Model<bf16>(*shape)) : (void)(model->floats = new LEVEL::Model<float>(*shape));
+    return model;
+}
+
+extern "C" void DOOR(refresh_model)(void* handle, const ModelTensors* tensors, int threads) {
+    AnyModel* model = static_cast<AnyModel*>(handle);
+    model->halves ? model->halves->refresh(*tensors, threads) : model->floats->refresh(*tensors, threads);
+}
+
+extern "C" void DOOR(run_step)(void* handle, const Step* step) {
+    AnyModel* model = static_cast<AnyModel*>(handle);
+    model->halves ? LEVEL::forward(*model->halves, *step) : LEVEL::forward(*model->floats, *step);
+}
+
+extern "C" void DOOR(free_model)(void* handle) {
+    AnyModel* model = static_cast<AnyModel*>(handle);
+    delete model->floats;
+    delete model->halves;
+    delete model;
+}

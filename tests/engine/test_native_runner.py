@@ -1,0 +1,165 @@
+"""The native runner gives what the plain model gives, at every level this processor has."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slingshot.engine.batch import FlatBatch
+from slingshot.engine.kv_cache import KVCache
+from slingshot.engine.native_runner import NativeRunner
+from slingshot.engine.runner import TorchRunner
+from slingshot.kernels.native import NativeKernels, native_kernels, native_levels
+from slingshot.model.config import ModelConfig
+from slingshot.model.transformer import Transformer
+
+KERNELS = {level: kernels for level in native_levels() if (kernels := native_kernels(level))}
+EACH_LEVEL = pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
+VOCABULARY, PAGES = 83, 60
+
+
+def dense_configs() -> st.SearchStrategy[ModelConfig]:
+    """Llama's, Qwen2's and Qwen3's differences, widths that fill no register."""
+    kind = st.sampled_from([{}, {"attention_bias": True}, {"qk_norm": True}])
+    shape = st.fixed_dictionaries({
+        "hidden_size": st.sampled_from([24, 40, 64, 100]), "intermediate_size": st.sampled_from([32, 72, 100]),
+        "num_hidden_layers": st.integers(1, 3), "head_dim": st.sampled_from([8, 16, 40, 64]),
+        "num_key_value_heads": st.integers(1, 3), "tie_word_embeddings": st.booleans(),
+    })  # fmt: skip
+
+    def config(kind: dict[str, Any], shape: dict[str, Any], per_group: int) -> ModelConfig:
+        heads = shape["num_key_value_heads"] * per_group
+        return ModelConfig(family="dense", vocab_size=VOCABULARY, num_attention_heads=heads, **kind, **shape)
+
+    return st.builds(config, kind, shape, st.integers(1, 3))
+
+
+def deepseek_configs() -> st.SearchStrategy[ModelConfig]:
+    return st.builds(
+        ModelConfig, family=st.just("deepseek_v3"), vocab_size=st.just(VOCABULARY),
+        hidden_size=st.sampled_from([24, 40, 64]), intermediate_size=st.sampled_from([32, 72]),
+        num_hidden_layers=st.integers(1, 3), num_attention_heads=st.integers(1, 4),
+        q_lora_rank=st.sampled_from([None, 20, 32]), kv_lora_rank=st.sampled_from([8, 32, 40]),
+        qk_nope_head_dim=st.sampled_from([6, 16, 32]), qk_rope_head_dim=st.sampled_from([8, 16]),
+        v_head_dim=st.sampled_from([8, 24]), moe_intermediate_size=st.sampled_from([16, 20]),
+        n_routed_experts=st.sampled_from([8, 16]), n_shared_experts=st.integers(0, 2), n_group=st.just(4),
+        topk_group=st.integers(2, 4), num_experts_per_tok=st.integers(1, 4), first_k_dense_replace=st.integers(0, 3),
+        norm_topk_prob=st.booleans(), routed_scaling_factor=st.sampled_from([1.0, 2.5]),
+        num_nextn_predict_layers=st.integers(0, 1),
+    )  # fmt: skip
+
+
+def random_model(config: ModelConfig, dtype: torch.dtype) -> Transformer:
+    """Weights that make every part matter. The routers' choices are far from ties: their biases stand well apart."""
+    model, generator = Transformer(config), torch.Generator().manual_seed(0)
+    model.init_weights(generator)
+    for name, parameter in model.named_parameters():
+        scale = 0.3 if parameter.dim() == 1 else 0.02 if name.endswith("mlp.gate.weight") else 0.15
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=scale)
+    for moe in model.moe_layers():
+        moe.gate.e_score_correction_bias.copy_(torch.randperm(config.n_routed_experts, generator=generator) * 0.7)
+    model.cast(dtype)
+    return model.requires_grad_(False)
+
+
+def runner_of(model: Transformer, dtype: torch.dtype, kernels: NativeKernels | None) -> NativeRunner | TorchRunner:
+    cache = KVCache(model.config, PAGES, dtype, mtp=model.config.num_nextn_predict_layers > 0)
+    for layer in cache.layers:
+        layer.fill_(1e3)  # whatever an earlier sequence left
+    return TorchRunner(model, cache) if kernels is None else NativeRunner(model, cache, kernels)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@EACH_LEVEL
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(config=st.one_of(dense_configs(), deepseek_configs()), data=st.data())
+def test_steps_over_pages_give_the_plain_models_logits(
+    kernels: NativeKernels, config: ModelConfig, data: st.DataObject
+) -> None:
+    """Chunks and single tokens of several sequences, pages in any order, one thread or two."""
+    model = random_model(config, torch.float32)
+    lengths = data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=4))
+    generator = torch.Generator().manual_seed(sum(lengths))
+    sequences = [torch.randint(0, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    order = torch.randperm(PAGES - 1, generator=generator).add(1).tolist()
+    ends = list(accumulate(-(-length // 16) for length in lengths))
+    tables = [order[first:end] for first, end in zip([0, *ends], ends, strict=False)]
+    expected = [model(torch.tensor([ids])).logits_BTV[0] for ids in sequences]
+    runner, done = runner_of(model, torch.float32, kernels), [0] * len(lengths)
+    torch.set_num_threads(data.draw(st.integers(1, 2)))
+    try:
+        while any(at < length for at, length in zip(done, lengths, strict=True)):
+            rows = [row for row, length in enumerate(lengths) if done[row] < length]
+            sizes = {row: data.draw(st.sampled_from([1, 1, 7, 40])) for row in rows}
+            parts = [(sequences[row][done[row] : done[row] + sizes[row]], done[row], tables[row]) for row in rows]
+            output = runner.forward(FlatBatch.of(parts))
+            for row, logits_V, (ids, _, _) in zip(rows, output.logits_RV, parts, strict=True):
+                done[row] += len(ids)
+                assert relative(logits_V, expected[row][done[row] - 1]) < 2e-5
+    finally:
+        torch.set_num_threads(1)
+
+
+@EACH_LEVEL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(config=st.one_of(dense_configs(), deepseek_configs()), tokens=st.integers(1, 40))
+def test_what_a_step_gives_besides_logits_is_the_torch_runners(
+    kernels: NativeKernels, dtype: torch.dtype, config: ModelConfig, tokens: int
+) -> None:
+    """Hidden states, the experts chosen, logits of any tokens, and the MTP module's; in bfloat16 as well."""
+    model = random_model(config, dtype)
+    ids = [(7 * i + 3) % VOCABULARY for i in range(tokens)]
+    batch = FlatBatch.of([(ids, 0, [3, 9, 4]), (ids[:5], 0, [7])], [tokens - 1, 0, tokens - 1], True, True)
+    native, torchs = runner_of(model, dtype, kernels), runner_of(model, dtype, None)
+    found, expected = native.forward(batch), torchs.forward(batch)
+    tolerance = 2e-5 if dtype == torch.float32 else 6e-2
+    assert found.hidden_ND is not None and expected.hidden_ND is not None
+    assert relative(found.logits_RV, expected.logits_RV) < tolerance
+    assert relative(found.hidden_ND.float(), expected.hidden_ND.float()) < tolerance
+    if expected.routing_NLk is None:
+        assert found.routing_NLk is None
+    else:
+        assert torch.equal(found.routing_NLk, expected.routing_NLk)
+    if config.num_nextn_predict_layers:
+        drafts = native.draft(batch, expected.hidden_ND), torchs.draft(batch, expected.hidden_ND)
+        assert relative(drafts[0].logits_RV, drafts[1].logits_RV) < tolerance
+        assert relative(drafts[0].hidden_ND.float(), drafts[1].hidden_ND.float()) < tolerance
+
+
+@EACH_LEVEL
+def test_new_weights_are_taken_over_when_told(kernels: NativeKernels) -> None:
+    """Of masters in float32 too, from which the kernels make their own bfloat16."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = random_model(ModelConfig(family="dense", vocab_size=VOCABULARY, **shape), torch.float32)
+    model.compute_dtype = torch.bfloat16
+    batch = FlatBatch.of([(list(range(30)), 0, [1, 2])])
+    native, torchs = runner_of(model, torch.bfloat16, kernels), runner_of(model, torch.bfloat16, None)
+    before = native.forward(batch).logits_RV.clone()
+    assert relative(before, torchs.forward(batch).logits_RV) < 6e-2
+    for parameter in model.parameters():
+        parameter.mul_(-0.7)
+    native.refresh()
+    after = native.forward(batch).logits_RV
+    assert relative(after, torchs.forward(batch).logits_RV) < 6e-2
+    assert relative(after, before) > 0.5
+
+
+def test_what_the_kernels_do_not_cover_is_said(dense: Any) -> None:
+    model = random_model(dense(vocab_size=VOCABULARY), torch.float32)
+    cache = KVCache(model.config, 4, torch.float32)
+    assert NativeRunner.obstacle(model, cache) is None
+    assert NativeRunner.obstacle(model, KVCache(model.config, 4, torch.bfloat16)) == (
+        "it computes in torch.float32 over a cache of torch.bfloat16"
+    )
+    narrow = random_model(dense(vocab_size=VOCABULARY, head_dim=4), torch.float32)
+    found = NativeRunner.obstacle(narrow, KVCache(narrow.config, 4, torch.float32))
+    assert found == "head_dim 4 is no multiple of 8"

@@ -29,7 +29,6 @@ ROOMS = {
 LONG_FILES = {
     "tests/checkpoint/test_hub.py", "tests/engine/test_engine.py", "tests/model/test_config.py",
     "tests/training/test_checkpointer.py",
-    "tests/checkpoint/test_gguf_read.py", "tests/checkpoint/test_gguf_write.py",
 }  # fmt: skip
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

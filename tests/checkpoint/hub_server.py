@@ -9,18 +9,13 @@ fail.
 Weights are answered with a redirect to another host (localhost instead of 127.0.0.1), as the hub's storage is.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import http.server
 import json
 import re
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
 
@@ -45,22 +40,22 @@ class FakeHub:
     """`commit` fills it; `sha`, `sizes`, `cut`, `stall`, `status` and `ranges` make it lie, break off, hang, fail or
     ignore Range."""
 
-    def __init__(self) -> None:
-        self.repositories: dict[str, Repository] = {}
-        self.log: list[Request] = []
+    def __init__(self):
+        self.repositories = {}
+        self.log = []
         self.token = "hf_secret"
-        self.sha: str | None = None  # what the listing says instead of the commit
-        self.sizes: dict[str, int] = {}  # what the listing says instead of a file's size
-        self.cut: dict[str, int] = {}  # a file's next answer ends after so many bytes
-        self.stall: set[str] = set()  # half of these files is sent, and then nothing until `resume` is set
-        self.status: dict[str, int] = {}  # paths that contain the key are answered with this
+        self.sha = None  # what the listing says instead of the commit
+        self.sizes = {}  # what the listing says instead of a file's size
+        self.cut = {}  # a file's next answer ends after so many bytes
+        self.stall = set()  # half of these files is sent, and then nothing until `resume` is set
+        self.status = {}  # paths that contain the key are answered with this
         self.ranges = True
-        self.on_request: Callable[[Request], None] = lambda request: None
+        self.on_request = lambda request: None
         self.stalled, self.resume = threading.Event(), threading.Event()
         hub = self
 
         class Handler(_Handler):
-            def __init__(self, *arguments: Any) -> None:
+            def __init__(self, *arguments):
                 self.hub = hub
                 super().__init__(*arguments)
 
@@ -69,18 +64,16 @@ class FakeHub:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self.storage = f"http://localhost:{self._server.server_port}"
 
-    def __enter__(self) -> Self:
+    def __enter__(self):
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind, error, traceback):
         self.resume.set()
         self._server.shutdown()
         self._server.server_close()
 
-    def commit(self, repo: str, files: dict[str, bytes], *refs: str) -> str:
+    def commit(self, repo, files, *refs):
         """Add a commit of these files and let `refs` (main, if none are given) point at it."""
         name = hashlib.sha1(
             repr(sorted((file, hashlib.sha1(content).digest()) for file, content in files.items())).encode()
@@ -90,7 +83,7 @@ class FakeHub:
         repository.refs |= dict.fromkeys(refs or ("main",), name)
         return name
 
-    def bodies(self) -> list[str]:
+    def bodies(self):
         """Names of the files of which a body was asked, in order, by a GET to the repository or to the storage."""
         return [
             request.path.rsplit("/", 1)[-1]
@@ -98,16 +91,16 @@ class FakeHub:
             if request.method == "GET" and re.search("/resolve/|/storage/", request.path)
         ]
 
-    def served(self) -> int:
+    def served(self):
         return sum(request.served for request in self.log)
 
 
-def is_large(file: str) -> bool:
+def is_large(file):
     return file.endswith((".safetensors", ".gguf", ".bin"))
 
 
 @functools.cache
-def oid(file: str, content: bytes) -> str:
+def oid(file, content):
     """A file's name among git's blobs, or its SHA-256 where it is stored beside git."""
     return (
         hashlib.sha256(content).hexdigest()
@@ -120,16 +113,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: FakeHub
 
-    def log_message(self, format: str, *arguments: Any) -> None:
+    def log_message(self, format, *arguments):
         pass
 
-    def do_HEAD(self) -> None:
+    def do_HEAD(self):
         self._answer()
 
-    def do_GET(self) -> None:
+    def do_GET(self):
         self._answer()
 
-    def _answer(self) -> None:
+    def _answer(self):
         hub, path = self.hub, unquote(urlsplit(self.path).path)
         self.request_log = Request(self.command, path, "Authorization" in self.headers, self.headers["Range"])
         hub.log.append(self.request_log)
@@ -151,7 +144,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._send(404, {"X-Error-Code": "RepoNotFound"})
         return None
 
-    def _files(self, repo: str, revision: str, place: str) -> dict[str, bytes] | None:
+    def _files(self, repo, revision, place):
         """The commit's files, or None after an answer that refuses them. A gated repository can be looked at by anyone;
         the storage asks nobody."""
         repository, allowed = (
@@ -168,7 +161,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._send(404, {"X-Error-Code": "RevisionNotFound"})
         return None
 
-    def _info(self, repo: str, revision: str, files: dict[str, bytes]) -> dict[str, Any]:
+    def _info(self, repo, revision, files):
         refs = self.hub.repositories[repo].refs
         siblings = []
         for file, content in files.items():
@@ -177,7 +170,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             siblings.append({"rfilename": file, "size": size, "blobId": oid("", content)} | large)
         return {"id": repo, "sha": self.hub.sha or refs.get(revision, revision), "siblings": siblings}
 
-    def _tree(self, files: dict[str, bytes]) -> list[dict[str, Any]]:
+    def _tree(self, files):
         large = {
             file: {"lfs": {"oid": oid(file, content), "size": len(content), "pointerSize": 130}}
             for file, content in files.items()
@@ -188,7 +181,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             for file, content in files.items()
         ]
 
-    def _file(self, path: str, commit: str, file: str, files: dict[str, bytes]) -> None:
+    def _file(self, path, commit, file, files):
         if file not in files:
             return self._send(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         content, headers = files[file], {"X-Repo-Commit": commit, "ETag": f'"{oid(file, files[file])}"'}
@@ -203,10 +196,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {first}-{stop - 1}/{len(content)}"
         return self._send(status, headers, content[first:stop], file)
 
-    def _json(self, value: Any) -> None:
+    def _json(self, value):
         self._send(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
 
-    def _send(self, status: int, headers: dict[str, str] | None = None, body: bytes = b"", file: str = "") -> None:
+    def _send(self, status, headers=None, body=b"", file=""):
         self.send_response(status)
         for key, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
             self.send_header(key, value)

@@ -1,11 +1,8 @@
 """The GGUF container: what the `gguf` package writes is read alike, and no header, however wrong, costs more than one
 line of error."""
 
-from __future__ import annotations
-
 import struct
 import tracemalloc
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -19,24 +16,24 @@ from slingshot.checkpoint.gguf.file import GGUFFile
 HUGE = 2**63
 
 
-def text(value: str) -> bytes:
+def text(value):
     return struct.pack("<Q", len(value.encode())) + value.encode()
 
 
-def header(n_tensors: int, n_keys: int, *rest: bytes, version: int = 3) -> bytes:
+def header(n_tensors, n_keys, *rest, version=3):
     return b"GGUF" + struct.pack("<IQQ", version, n_tensors, n_keys) + b"".join(rest)
 
 
-def key(name: str, kind: int, value: bytes) -> bytes:
+def key(name, kind, value):
     return text(name) + struct.pack("<I", kind) + value
 
 
-def tensor(name: str, *dimensions: int, kind: int = 0, offset: int = 0) -> bytes:
+def tensor(name, *dimensions, kind=0, offset=0):
     return text(name) + struct.pack(f"<I{len(dimensions)}QIQ", len(dimensions), *dimensions, kind, offset)
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> Path:
+def written(tmp_path):
     """A file with a value of every type, an alignment of its own, and tensors of three kinds."""
     writer = GGUFWriter(tmp_path / "all.gguf", "llama")
     writer.add_custom_alignment(64)
@@ -65,7 +62,7 @@ def written(tmp_path: Path) -> Path:
     return tmp_path / "all.gguf"
 
 
-def test_keys_and_tensors_are_those_the_package_reads(written: Path) -> None:
+def test_keys_and_tensors_are_those_the_package_reads(written):
     file, theirs = GGUFFile(written), GGUFReader(written)
     for name, field in theirs.fields.items():
         if not name.startswith("GGUF."):
@@ -84,7 +81,7 @@ def test_keys_and_tensors_are_those_the_package_reads(written: Path) -> None:
         assert np.array_equal(file.read(stored, 2, 3), file.read(stored, 0, n_rows)[2:5])
 
 
-def test_values_are_asked_for_by_type(written: Path) -> None:
+def test_values_are_asked_for_by_type(written):
     file = GGUFFile(written)
     assert file.get("u32", int) == 3 and file.get("absent", str, "x") == "x"
     with pytest.raises(SlingshotError, match=r"all\.gguf: the key absent is missing"):
@@ -93,7 +90,7 @@ def test_values_are_asked_for_by_type(written: Path) -> None:
         file.get("bool", int)
 
 
-def test_a_model_in_parts(tmp_path: Path) -> None:
+def test_a_model_in_parts(tmp_path):
     writer = GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=2)
     for number in range(5):
         writer.add_tensor(f"t{number}", np.full(4, number, dtype=np.float32))
@@ -148,7 +145,7 @@ def test_a_model_in_parts(tmp_path: Path) -> None:
     (header(1, 0, tensor("t", 4, offset=HUGE), bytes(64)), "its tensor 't' does not lie where it says"),
     (header(1, 0, tensor("t", 4, offset=8), bytes(64)), "its tensor 't' does not lie where it says"),
 ])  # fmt: skip
-def test_wrong_headers_are_refused_at_no_cost(tmp_path: Path, content: bytes, said: str) -> None:
+def test_wrong_headers_are_refused_at_no_cost(tmp_path, content, said):
     (tmp_path / "m.gguf").write_bytes(content)
     tracemalloc.start()
     try:
@@ -163,7 +160,7 @@ def test_wrong_headers_are_refused_at_no_cost(tmp_path: Path, content: bytes, sa
     )
 
 
-def test_a_header_of_any_length_is_read_no_further_than_its_limit(tmp_path: Path) -> None:
+def test_a_header_of_any_length_is_read_no_further_than_its_limit(tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(header(0, HUGE))
     with path.open("r+b") as file:
@@ -177,7 +174,7 @@ def test_a_header_of_any_length_is_read_no_further_than_its_limit(tmp_path: Path
         GGUFFile(path)
 
 
-def test_a_file_that_shrinks_is_no_crash(written: Path) -> None:
+def test_a_file_that_shrinks_is_no_crash(written):
     file = GGUFFile(written)
     with written.open("r+b") as content:
         content.truncate(written.stat().st_size - 500)

@@ -1,17 +1,12 @@
 """inspect: what it says of a model follows from the headers alone, and every fault that would stop a load is named
 before one is tried."""
 
-from __future__ import annotations
-
 import io
 import json
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -26,21 +21,19 @@ from slingshot.model.config import ModelConfig
 from slingshot.quantization.formats import SCALE, scale_shape
 from slingshot.text.tokenizer import Tokenizer
 
-Config = Callable[..., ModelConfig]
-Tensors = dict[str, tuple[str, tuple[int, ...]]]
 BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1, "I32": 4}
 
 
-def inspect(source: str | Path) -> tuple[bool, str]:
+def inspect(source):
     target = io.StringIO()
     facts = examine(str(source))
     show(facts, Console(file=target, width=60))
     return not facts["problems"], target.getvalue()
 
 
-def tensors_of(config: ModelConfig, dtype: str = "BF16") -> Tensors:
+def tensors_of(config, dtype="BF16"):
     """Name, dtype and shape of all that a checkpoint of this configuration holds."""
-    tensors: Tensors = {}
+    tensors = {}
     for spec in layout(config):
         tensors[spec.name] = ("F32" if spec.stored == "float32" else dtype, spec.shape)
         if config.quantization and spec.stored == "linear":
@@ -49,7 +42,7 @@ def tensors_of(config: ModelConfig, dtype: str = "BF16") -> Tensors:
     return tensors
 
 
-def write_headers(file: Path, tensors: Tensors) -> None:
+def write_headers(file, tensors):
     """A safetensors file of zeros, which take no space on the disk."""
     header, end = {}, 0
     for name, (dtype, shape) in tensors.items():
@@ -61,15 +54,15 @@ def write_headers(file: Path, tensors: Tensors) -> None:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
+def tokenizer():
     return Tokenizer.train(["the other thing, then the other"] * 5, 272)
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path, deepseek: Config, tokenizer: Tokenizer) -> Callable[..., Path]:
+def checkpoint(tmp_path, deepseek, tokenizer):
     """checkpoint(config, tensors): a folder with these headers and a tokenizer."""
 
-    def make(config: ModelConfig | None = None, tensors: Tensors | None = None, **raw: Any) -> Path:
+    def make(config=None, tensors=None, **raw):
         config = config or deepseek(vocab_size=tokenizer.vocab_size)
         folder = tmp_path / "model"
         folder.mkdir()
@@ -81,7 +74,7 @@ def checkpoint(tmp_path: Path, deepseek: Config, tokenizer: Tokenizer) -> Callab
     return make
 
 
-def test_deepseek_v3_as_its_makers_count_it() -> None:
+def test_deepseek_v3_as_its_makers_count_it():
     usable, text = inspect("deepseek-v3")
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert usable
@@ -97,7 +90,7 @@ def test_deepseek_v3_as_its_makers_count_it() -> None:
     assert "37B" in text
 
 
-def test_all_of_it_as_json() -> None:
+def test_all_of_it_as_json():
     told = CliRunner().invoke(app, ["inspect", "deepseek-v3", "--json"])
     facts = json.loads(told.output)
     assert told.exit_code == 0 and facts == examine("deepseek-v3")
@@ -112,13 +105,13 @@ def test_all_of_it_as_json() -> None:
     assert facts["model"]["rope_scaling"]["factor"] == 40 and facts["model"]["qk_rope_head_dim"] == 64
 
 
-def test_a_tied_matrix_counts_as_the_head() -> None:
+def test_a_tied_matrix_counts_as_the_head():
     counts = examine("smollm2-135m")["parameters"]
     assert counts["active"] == counts["active_without_embedding"] == counts["total"] == 134_515_008
     assert counts["active_without_embedding_and_head"] == 134_515_008 - 49152 * 576
 
 
-def test_a_dense_model_has_no_experts_and_no_mtp_to_show() -> None:
+def test_a_dense_model_has_no_experts_and_no_mtp_to_show():
     text = inspect("llama-3.1-8b")[1]
     assert (
         "32 heads of 128 on 8 of keys and values" in text
@@ -127,7 +120,7 @@ def test_a_dense_model_has_no_experts_and_no_mtp_to_show() -> None:
     assert not any(word in text for word in ("MTP", "experts", "router", "FP8 scales", "Model cards"))
 
 
-def test_memory_by_dtype(dense: Config, checkpoint: Callable[..., Path]) -> None:
+def test_memory_by_dtype(dense, checkpoint):
     """By hand: matrices, embedding and head, norms; fp8 with a scale for each of the 14 matrices, q8_0 with 2 bytes for
     every 32 numbers."""
     config = dense(vocab_size=272, tie_word_embeddings=False)
@@ -140,7 +133,7 @@ def test_memory_by_dtype(dense: Config, checkpoint: Callable[..., Path]) -> None
     }
 
 
-def test_a_whole_checkpoint_fits(checkpoint: Callable[..., Path], tokenizer: Tokenizer) -> None:
+def test_a_whole_checkpoint_fits(checkpoint, tokenizer):
     folder = checkpoint()
     facts = examine(str(folder))
     assert (facts["kind"], facts["problems"], facts["notes"]) == ("folder", [], [])
@@ -157,13 +150,13 @@ def test_a_whole_checkpoint_fits(checkpoint: Callable[..., Path], tokenizer: Tok
     assert "Everything fits. Headers only" in text and "1 file 135 tensors" in " ".join(text.split())
 
 
-def test_piped_output_is_never_wrapped(checkpoint: Callable[..., Path]) -> None:
+def test_piped_output_is_never_wrapped(checkpoint):
     folder = checkpoint(tensors={})
     line = next(line for line in inspect(folder)[1].splitlines() if line.startswith("problem: "))
     assert line == f"problem: {examine(str(folder))['problems'][0]}" and len(line) > 60
 
 
-def test_fp8_with_its_scales_fits(checkpoint: Callable[..., Path], deepseek: Config) -> None:
+def test_fp8_with_its_scales_fits(checkpoint, deepseek):
     config = deepseek(vocab_size=300, quantization="fp8")
     facts = examine(str(checkpoint(config)))
     assert (facts["problems"], facts["notes"]) == ([], [])
@@ -172,7 +165,7 @@ def test_fp8_with_its_scales_fits(checkpoint: Callable[..., Path], deepseek: Con
     assert all(facts["files"][key] == facts["checkpoint"][key] for key in ("tensors", "bytes"))
 
 
-def test_many_problems_of_a_kind_are_counted(checkpoint: Callable[..., Path], deepseek: Config, tmp_path: Path) -> None:
+def test_many_problems_of_a_kind_are_counted(checkpoint, deepseek, tmp_path):
     config = deepseek(vocab_size=300)
     problems = examine(str(checkpoint(config, moe_intermediate_size=8)))["problems"]
     assert len(problems) == 6 and problems[5] == f"... and {3 * (8 + 1) * 3 - 5} more like these"
@@ -180,7 +173,7 @@ def test_many_problems_of_a_kind_are_counted(checkpoint: Callable[..., Path], de
     assert not usable and f"problem: {problems[0]}" in text and "Everything fits" not in text
 
 
-def test_a_missing_mtp_module_is_no_problem(checkpoint: Callable[..., Path], deepseek: Config) -> None:
+def test_a_missing_mtp_module_is_no_problem(checkpoint, deepseek):
     """transformers does not save it, though its config.json goes on mentioning one."""
     config = deepseek(vocab_size=300)
     kept = {name: each for name, each in tensors_of(config).items() if not name.startswith("model.layers.3.")}
@@ -191,9 +184,7 @@ def test_a_missing_mtp_module_is_no_problem(checkpoint: Callable[..., Path], dee
 
 
 @pytest.mark.parametrize("quantized", [True, False])
-def test_fp8_that_config_json_and_files_disagree_on_is_noted(
-    quantized: bool, checkpoint: Callable[..., Path], deepseek: Config
-) -> None:
+def test_fp8_that_config_json_and_files_disagree_on_is_noted(quantized, checkpoint, deepseek):
     said, held = (
         deepseek(vocab_size=300, quantization=kind) for kind in (("fp8", None) if quantized else (None, "fp8"))
     )
@@ -203,7 +194,7 @@ def test_fp8_that_config_json_and_files_disagree_on_is_noted(
     assert [note.partition(" has ")[2].partition(" beside")[0] for note in facts["notes"]] == [has]
 
 
-def test_a_config_json_alone_is_counted(checkpoint: Callable[..., Path]) -> None:
+def test_a_config_json_alone_is_counted(checkpoint):
     folder = checkpoint()
     whole = examine(str(folder))
     for file in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
@@ -215,16 +206,14 @@ def test_a_config_json_alone_is_counted(checkpoint: Callable[..., Path]) -> None
     assert usable and f"note: {folder} holds no weights: these are the numbers of what its config.json" in text
 
 
-def test_an_empty_folder(tmp_path: Path) -> None:
+def test_an_empty_folder(tmp_path):
     facts = examine(str(tmp_path))
     assert facts["problems"] == [f"cannot read {tmp_path}/config.json: No such file or directory"]
     assert facts["notes"] == [] and facts["model"] is None and facts["memory"] is None
     assert not inspect(tmp_path)[0]
 
 
-def test_a_folder_goes_before_the_preset_of_its_name(
-    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_goes_before_the_preset_of_its_name(checkpoint, monkeypatch):
     folder = checkpoint()
     folder.rename(folder.with_name("deepseek-v3"))
     monkeypatch.chdir(folder.parent)
@@ -242,9 +231,7 @@ def test_a_folder_goes_before_the_preset_of_its_name(
     (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 40),
      "{folder}/model.safetensors is no whole safetensors file"),
 ])  # fmt: skip
-def test_what_a_folder_lacks_is_named(
-    spoil: Callable[[Path], object], problem: str, checkpoint: Callable[..., Path]
-) -> None:
+def test_what_a_folder_lacks_is_named(spoil, problem, checkpoint):
     folder = checkpoint()
     spoil(folder)
     [found] = examine(str(folder))["problems"]
@@ -253,7 +240,7 @@ def test_what_a_folder_lacks_is_named(
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
-def test_a_link_out_of_the_folder_is_not_followed(file: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_link_out_of_the_folder_is_not_followed(file, checkpoint, tmp_path):
     folder = checkpoint()
     (folder / file).rename(tmp_path / "elsewhere")
     (folder / file).symlink_to(tmp_path / "elsewhere")
@@ -266,7 +253,7 @@ def test_a_link_out_of_the_folder_is_not_followed(file: str, checkpoint: Callabl
     assert str(refused.value) == problem
 
 
-def test_pickles_and_programs_beside_the_model_are_noted(checkpoint: Callable[..., Path]) -> None:
+def test_pickles_and_programs_beside_the_model_are_noted(checkpoint):
     folder = checkpoint()
     for file in ("optimizer.pt", "modeling_deepseek.py", "model.Q8_0.gguf"):
         (folder / file).write_text("")
@@ -286,9 +273,7 @@ def test_pickles_and_programs_beside_the_model_are_noted(checkpoint: Callable[..
     ("{{ raise_exception('no') }}", {"tools": False, "reasoning": None, "switchable": None},
      "the chat template fails on a plain question: "),
 ])  # fmt: skip
-def test_the_template_is_tried(
-    template: str | None, facts: dict[str, Any] | None, note: str | None, checkpoint: Callable[..., Path]
-) -> None:
+def test_the_template_is_tried(template, facts, note, checkpoint):
     folder = checkpoint()
     settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -297,9 +282,7 @@ def test_the_template_is_tried(
     assert len(found["notes"]) == (note is not None) and (note is None or note in found["notes"][0])
 
 
-def test_a_tokenizer_of_another_model_is_named(
-    checkpoint: Callable[..., Path], deepseek: Config, tokenizer: Tokenizer
-) -> None:
+def test_a_tokenizer_of_another_model_is_named(checkpoint, deepseek, tokenizer):
     folder = checkpoint(deepseek(vocab_size=100, eos_token_id=7))
     [problem] = examine(str(folder))["problems"]
     assert problem.startswith(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary 100: ")
@@ -307,14 +290,14 @@ def test_a_tokenizer_of_another_model_is_named(
     assert note == f"{folder}: config.json's eos_token_id 7 is none of the tokenizer's (1), which count"
 
 
-def test_names_from_a_file_cannot_steer_the_terminal(checkpoint: Callable[..., Path], deepseek: Config) -> None:
+def test_names_from_a_file_cannot_steer_the_terminal(checkpoint, deepseek):
     config = deepseek(vocab_size=300)
     usable, text = inspect(checkpoint(config, tensors_of(config) | {"\x1b[2J[red]weight": ("F32", (1,))}))
     assert not usable and "\x1b" not in text and "[2J[red]weight is no tensor" in text
 
 
 @pytest.mark.slow
-def test_all_of_deepseek_v3_is_judged_by_its_headers(checkpoint: Callable[..., Path]) -> None:
+def test_all_of_deepseek_v3_is_judged_by_its_headers(checkpoint):
     """641 GiB, of which nothing but the headers lies here; the rest is a hole in the disk."""
     config = ModelConfig.preset("deepseek-v3")
     tensors = tensors_of(config)
@@ -332,7 +315,7 @@ def test_all_of_deepseek_v3_is_judged_by_its_headers(checkpoint: Callable[..., P
     assert "model.layers.60.self_attn.o_proj.weight is missing" in problem
 
 
-def test_a_gguf_file(tmp_path: Path, dense: Config, make_model: Callable[..., Any], tokenizer: Tokenizer) -> None:
+def test_a_gguf_file(tmp_path, dense, make_model, tokenizer):
     from slingshot.checkpoint.gguf.write import write_gguf
     from slingshot.checkpoint.load_save import open_weights, save_checkpoint
 
@@ -353,12 +336,12 @@ def test_a_gguf_file(tmp_path: Path, dense: Config, make_model: Callable[..., An
     ("runs/nowhere/at/all", "^runs/nowhere/at/all: no such folder or .gguf file"),
     ("package:no_such_package_here", "^package:no_such_package_here is not installed"),
 ])  # fmt: skip
-def test_a_source_that_is_none_is_refused(source: str, message: str) -> None:
+def test_a_source_that_is_none_is_refused(source, message):
     with pytest.raises(SlingshotError, match=message):
         examine(source)
 
 
-def test_looking_at_a_folder_needs_no_torch(checkpoint: Callable[..., Path]) -> None:
+def test_looking_at_a_folder_needs_no_torch(checkpoint):
     code = (
         "import sys; from slingshot.checkpoint.inspection import examine; "
         "assert not examine(sys.argv[1])['problems']; assert 'torch' not in sys.modules"

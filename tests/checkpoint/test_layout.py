@@ -1,9 +1,6 @@
 """The layout is DeepSeek-V3's released one, name by name, and what the module holds."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -16,22 +13,20 @@ from slingshot.quantization.formats import SCALE, scale_shape
 
 V3 = ModelConfig.preset("deepseek-v3")
 
-Released = dict[str, tuple[tuple[int, ...], str]]
 
-
-def released() -> Released:
+def released():
     """Every tensor of DeepSeek-V3's released checkpoint: shape [out, in] and safetensors' dtype, from the figures its
     config.json gives."""
-    tensors: Released = {}
+    tensors = {}
 
-    def plain(name: str, *shape: int) -> None:
+    def plain(name, *shape):
         tensors[name] = (shape, "BF16")
 
-    def linear(name: str, out: int, into: int) -> None:
+    def linear(name, out, into):
         tensors[f"{name}.weight"] = ((out, into), "F8_E4M3")
         tensors[f"{name}.weight_scale_inv"] = ((math.ceil(out / 128), math.ceil(into / 128)), "F32")
 
-    def mlp(name: str, intermediate: int) -> None:
+    def mlp(name, intermediate):
         linear(f"{name}.gate_proj", intermediate, 7168)
         linear(f"{name}.up_proj", intermediate, 7168)
         linear(f"{name}.down_proj", 7168, intermediate)
@@ -66,7 +61,7 @@ def released() -> Released:
     return tensors
 
 
-def stored_in_fp8(config: ModelConfig) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
+def stored_in_fp8(config):
     for spec in layout(config):
         if spec.stored == "linear":
             yield spec.name, (spec.shape, "F8_E4M3")
@@ -75,14 +70,14 @@ def stored_in_fp8(config: ModelConfig) -> Iterator[tuple[str, tuple[tuple[int, .
             yield spec.name, (spec.shape, "F32" if spec.stored == "float32" else "BF16")
 
 
-def test_deepseek_v3s_own_config_gives_its_91991_tensors() -> None:
+def test_deepseek_v3s_own_config_gives_its_91991_tensors():
     expected, ours = released(), list(stored_in_fp8(V3))
     assert len(ours) == len(expected) == 91_991
     assert dict(ours) == expected
     assert round(sum(math.prod(shape) for shape, _ in expected.values()) / 1e9, 2) == 684.53
 
 
-def test_the_module_on_the_meta_device_holds_them_too() -> None:
+def test_the_module_on_the_meta_device_holds_them_too():
     with torch.device("meta"):
         model = Transformer(V3)
     tensors = to_hf_tensors(V3, model.state_dict())
@@ -100,22 +95,18 @@ def test_the_module_on_the_meta_device_holds_them_too() -> None:
     {"first_k_dense_replace": 3},
     {"first_k_dense_replace": 9},
 ])  # fmt: skip
-def test_every_deepseek_shape_is_what_the_module_holds(
-    deepseek: Callable[..., ModelConfig], changes: dict[str, object]
-) -> None:
+def test_every_deepseek_shape_is_what_the_module_holds(deepseek, changes):
     check(deepseek(**changes))
 
 
 @pytest.mark.parametrize(
     "changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}, {"qk_norm": True, "head_dim": 16}]
 )
-def test_every_dense_shape_is_what_the_module_holds(
-    dense: Callable[..., ModelConfig], changes: dict[str, object]
-) -> None:
+def test_every_dense_shape_is_what_the_module_holds(dense, changes):
     check(dense(**changes))
 
 
-def check(config: ModelConfig) -> None:
+def check(config):
     model, specs = Transformer(config), list(layout(config))
     model.init_weights(torch.Generator().manual_seed(0))
     tensors = to_hf_tensors(config, model.state_dict())

@@ -1,20 +1,15 @@
 """Checkpoints: Hugging Face's names there and back, and every broken one refused by name."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.description import load_config, write_description
@@ -23,21 +18,17 @@ from slingshot.checkpoint.layout import layout
 from slingshot.checkpoint.load_save import load_model, load_tokenizer, save_checkpoint, to_hf_tensors
 from slingshot.checkpoint.safetensors import write_shards
 from slingshot.model.config import ModelConfig
-from slingshot.model.transformer import Transformer
 from slingshot.quantization.fp8 import dequantize, quantize
 from slingshot.text.tokenizer import Tokenizer
 
-Make = Callable[..., Transformer]
-Config = Callable[..., ModelConfig]
-
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
+def tokenizer():
     return Tokenizer.train(["3+4=7"], vocab_size=264)
 
 
 @pytest.fixture
-def saved(make_model: Make, deepseek: Config, tokenizer: Tokenizer, tmp_path: Path) -> Path:
+def saved(make_model, deepseek, tokenizer, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     save_checkpoint(folder, make_model(deepseek(vocab_size=264)), tokenizer)
@@ -47,7 +38,7 @@ def saved(make_model: Make, deepseek: Config, tokenizer: Tokenizer, tmp_path: Pa
 LINEAR = "model.layers.0.self_attn.o_proj"
 
 
-def edit(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+def edit(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
@@ -56,9 +47,7 @@ def edit(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
 @pytest.mark.parametrize(
     "changes", [{}, {"tie_word_embeddings": True}, {"q_lora_rank": None, "num_nextn_predict_layers": 0}]
 )
-def test_a_round_trip_changes_nothing(
-    make_model: Make, deepseek: Config, tokenizer: Tokenizer, tmp_path: Path, changes: dict[str, object]
-) -> None:
+def test_a_round_trip_changes_nothing(make_model, deepseek, tokenizer, tmp_path, changes):
     model = make_model(deepseek(vocab_size=264, **changes))
     save_checkpoint(tmp_path, model, tokenizer)
     again = load_model(tmp_path)
@@ -76,7 +65,7 @@ def test_a_round_trip_changes_nothing(
     )
 
 
-def test_names_are_deepseeks(make_model: Make, deepseek: Config) -> None:
+def test_names_are_deepseeks(make_model, deepseek):
     """One tensor per expert, gate before up; the MTP module is the layer after the last, with its own copies of
     embedding and head."""
     model = make_model(deepseek())
@@ -94,13 +83,13 @@ def test_names_are_deepseeks(make_model: Make, deepseek: Config) -> None:
     assert not [name for name in tensors if "gate_up_proj" in name]
 
 
-def test_a_tied_head_is_not_stored(make_model: Make, deepseek: Config) -> None:
+def test_a_tied_head_is_not_stored(make_model, deepseek):
     model = make_model(deepseek(tie_word_embeddings=True))
     tensors = to_hf_tensors(model.config, model.state_dict())
     assert "lm_head.weight" not in tensors and "model.layers.3.shared_head.head.weight" in tensors
 
 
-def test_a_model_loads_in_the_dtype_asked_for_but_keeps_exact_routers(saved: Path) -> None:
+def test_a_model_loads_in_the_dtype_asked_for_but_keeps_exact_routers(saved):
     model = load_model(saved, dtype=torch.bfloat16)
     biases = [layer.gate.e_score_correction_bias for layer in model.moe_layers()]
     routers = {id(layer.gate.weight) for layer in model.moe_layers()}
@@ -110,7 +99,7 @@ def test_a_model_loads_in_the_dtype_asked_for_but_keeps_exact_routers(saved: Pat
     assert biases[0].dtype == torch.float32 and torch.equal(biases[0], exact)
 
 
-def test_shards_are_read_through_their_index(saved: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_shards_are_read_through_their_index(saved, tokenizer, tmp_path):
     expected = load_model(saved).state_dict()
     (tmp_path / "sharded").mkdir()
     save_checkpoint(tmp_path / "sharded", load_model(saved), tokenizer, max_shard_size=40_000)
@@ -119,11 +108,11 @@ def test_shards_are_read_through_their_index(saved: Path, tokenizer: Tokenizer, 
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
-def test_a_checkpoint_without_its_mtp_module_loads_without_it(saved: Path) -> None:
+def test_a_checkpoint_without_its_mtp_module_loads_without_it(saved):
     """transformers drops the module when it saves and leaves its mention in config.json; half a module is an error."""
     expected = load_model(saved).state_dict()
 
-    def drop(tensors: dict[str, Tensor]) -> None:
+    def drop(tensors):
         for name in [name for name in tensors if name.startswith("model.layers.3.")]:
             del tensors[name]
 
@@ -163,9 +152,7 @@ def test_a_checkpoint_without_its_mtp_module_loads_without_it(saved: Path) -> No
         r"o_proj\.weight_scale_inv is stored as I32; FP8 scales are read from F32, BF16, F8_E8M0",
     ),
 ])  # fmt: skip
-def test_tensors_that_do_not_fit_are_named(
-    saved: Path, change: Callable[[dict[str, Tensor]], None], message: str
-) -> None:
+def test_tensors_that_do_not_fit_are_named(saved, change, message):
     edit(saved, change)
     with pytest.raises(SlingshotError, match=message) as refused:
         load_model(saved)
@@ -173,7 +160,7 @@ def test_tensors_that_do_not_fit_are_named(
     assert [str(refused.value)] == examine(str(saved))["problems"] or "infinite values" in message
 
 
-def test_checkpoints_that_are_none_are_refused(saved: Path, tmp_path: Path) -> None:
+def test_checkpoints_that_are_none_are_refused(saved, tmp_path):
     (saved / "config.json").write_text("[]")
     with pytest.raises(SlingshotError, match="does not hold a JSON object"):
         load_config(saved)
@@ -186,7 +173,7 @@ def test_checkpoints_that_are_none_are_refused(saved: Path, tmp_path: Path) -> N
         load_config(saved)
 
 
-def test_a_tokenizer_larger_than_its_model_is_refused(saved: Path) -> None:
+def test_a_tokenizer_larger_than_its_model_is_refused(saved):
     Tokenizer.train(["three plus three"], vocab_size=268).save(saved)
     with pytest.raises(SlingshotError, match=r"model: .*268.*264"):
         load_tokenizer(saved)
@@ -201,10 +188,8 @@ def test_a_tokenizer_larger_than_its_model_is_refused(saved: Path) -> None:
     ("special_tokens_map.json", {"eos_token": "<｜Assistant｜>"}, {4}),
     ("special_tokens_map.json", {"eos_token": {"content": "<｜Assistant｜>"}, "unk_token": "?"}, {4}),
 ])  # fmt: skip
-def test_ends_are_read_wherever_they_stand_and_kept(
-    saved: Path, tmp_path: Path, file: str, said: dict[str, object], ends: set[int]
-) -> None:
-    def put(name: str, values: dict[str, object]) -> None:
+def test_ends_are_read_wherever_they_stand_and_kept(saved, tmp_path, file, said, ends):
+    def put(name, values):
         old = json.loads((saved / name).read_text()) if (saved / name).exists() else {}
         (saved / name).write_text(json.dumps(old | values))
 
@@ -221,7 +206,7 @@ def test_ends_are_read_wherever_they_stand_and_kept(
 
 
 @pytest.mark.parametrize("own", [None, {"temperature": 0.3}, {"do_sample": False, "eos_token_id": [1, 4], "x": 1}])
-def test_a_sources_generation_config_is_kept(saved: Path, tmp_path: Path, own: dict[str, object] | None) -> None:
+def test_a_sources_generation_config_is_kept(saved, tmp_path, own):
     """What is missing is added: the ids of the tokenizer's tokens; how to sample is said only where nothing is said."""
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(saved, source)
@@ -236,7 +221,7 @@ def test_a_sources_generation_config_is_kept(saved: Path, tmp_path: Path, own: d
     assert written == ids | (sampling if own is None else own)
 
 
-def test_a_configuration_beyond_its_tensors_is_refused_at_once(saved: Path) -> None:
+def test_a_configuration_beyond_its_tensors_is_refused_at_once(saved):
     """Before anything of that size is built, or a list of its tensors is written out."""
     raw = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(raw | {"num_hidden_layers": 1000}))
@@ -248,9 +233,7 @@ def test_a_configuration_beyond_its_tensors_is_refused_at_once(saved: Path) -> N
 
 @pytest.mark.parametrize("scales", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fp8_matrices_are_read_through_their_scales(
-    make_model: Make, deepseek: Config, tokenizer: Tokenizer, tmp_path: Path, dtype: torch.dtype, scales: torch.dtype
-) -> None:
+def test_fp8_matrices_are_read_through_their_scales(make_model, deepseek, tokenizer, tmp_path, dtype, scales):
     """DeepSeek-V3's scales are float32, V3.1's powers of two, which files may hold as e8m0.
 
     Wider than a block, with ragged edges; the experts' stack, the MTP module and the router are told apart."""
@@ -308,7 +291,7 @@ print(peak() - before, size)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["load and save", "convert"])
-def test_memory_stays_within_the_models_size_and_a_piece(tokenizer: Tokenizer, tmp_path: Path, what: str) -> None:
+def test_memory_stays_within_the_models_size_and_a_piece(tokenizer, tmp_path, what):
     config, folder = ModelConfig(**_LARGE), tmp_path / "large"
     folder.mkdir()
     entries, end = {}, 0

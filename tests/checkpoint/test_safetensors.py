@@ -1,10 +1,7 @@
 """safetensors files: the library reads what we write and the reverse; rows alone; resharding changes no byte; broken
 files are named."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +19,7 @@ TENSORS = {
 }  # fmt: skip
 
 
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same(a, b):
     return (
         a.dtype == b.dtype
         and a.shape == b.shape
@@ -31,19 +28,19 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     write_shards(tmp_path, TENSORS.items())
     return tmp_path
 
 
-def test_the_library_reads_what_is_written(folder: Path) -> None:
+def test_the_library_reads_what_is_written(folder):
     loaded = load_file(folder / "model.safetensors")
     assert loaded.keys() == TENSORS.keys() and all(same(loaded[name], tensor) for name, tensor in TENSORS.items())
     assert (folder / "model.safetensors").stat().st_mode & 0o777 == folder.stat().st_mode & 0o666
     assert [file.name for file in folder.iterdir()] == ["model.safetensors"]
 
 
-def test_what_the_library_writes_is_read_and_headers_cost_no_data(tmp_path: Path) -> None:
+def test_what_the_library_writes_is_read_and_headers_cost_no_data(tmp_path):
     save_file(TENSORS, tmp_path / "model.safetensors")
     shards = Shards(tmp_path)
     assert shards.headers["b"] == TensorHeader(
@@ -54,7 +51,7 @@ def test_what_the_library_writes_is_read_and_headers_cost_no_data(tmp_path: Path
     assert shards.bytes_read == sum(tensor.nbytes for tensor in TENSORS.values())
 
 
-def test_rows_alone_are_all_that_is_read(folder: Path) -> None:
+def test_rows_alone_are_all_that_is_read(folder):
     shards = Shards(folder)
     assert same(shards.read("b", slice(1, 4)), TENSORS["b"][1:4]) and shards.bytes_read == 3 * 2 * 2
     assert same(shards.read("c", slice(1, 2)), TENSORS["c"][1:2]) and shards.bytes_read == 12 + 3
@@ -62,9 +59,7 @@ def test_rows_alone_are_all_that_is_read(folder: Path) -> None:
 
 @settings(derandomize=True, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=8), st.lists(st.integers(1, 400), min_size=1, max_size=3))
-def test_resharding_never_changes_a_byte(
-    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], limits: list[int]
-) -> None:
+def test_resharding_never_changes_a_byte(tmp_path_factory, sizes, limits):
     tensors = {f"t{i}": torch.randn(size, generator=torch.Generator().manual_seed(i)) for i, size in enumerate(sizes)}
     source = tensors
     for limit in limits:
@@ -86,16 +81,16 @@ def test_resharding_never_changes_a_byte(
         assert all(same(source[name], tensor) for name, tensor in tensors.items())
 
 
-def sharded(folder: Path) -> dict[str, str]:
+def sharded(folder):
     write_shards(folder, TENSORS.items(), 30)
     return json.loads((folder / INDEX).read_text())["weight_map"]
 
 
-def write_index(folder: Path, weight_map: object) -> None:
+def write_index(folder, weight_map):
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
-def test_an_index_that_does_not_fit_its_files_is_named(tmp_path: Path) -> None:
+def test_an_index_that_does_not_fit_its_files_is_named(tmp_path):
     weight_map = sharded(tmp_path)
     first, last = weight_map["a"], weight_map["f"]
     write_index(tmp_path, weight_map | {"a": last})
@@ -118,7 +113,7 @@ def test_an_index_that_does_not_fit_its_files_is_named(tmp_path: Path) -> None:
         Shards(tmp_path)
 
 
-def test_a_tensor_in_two_files_is_named(tmp_path: Path) -> None:
+def test_a_tensor_in_two_files_is_named(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
     save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "y.safetensors")
     write_index(tmp_path, {"a": "x.safetensors", "b": "y.safetensors"})
@@ -126,7 +121,7 @@ def test_a_tensor_in_two_files_is_named(tmp_path: Path) -> None:
         Shards(tmp_path)
 
 
-def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_link_out_of_the_folder_is_refused(folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "model.safetensors"
     (folder / "model.safetensors").rename(elsewhere)
     (folder / "model.safetensors").symlink_to(elsewhere)
@@ -134,7 +129,7 @@ def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path_factory: pyt
         Shards(folder)
 
 
-def test_pickled_weights_are_refused_with_the_way_out(folder: Path) -> None:
+def test_pickled_weights_are_refused_with_the_way_out(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(SlingshotError, match=r"holds no model\.safetensors$"):
         Shards(folder)
@@ -145,14 +140,14 @@ def test_pickled_weights_are_refused_with_the_way_out(folder: Path) -> None:
         Shards(folder)
 
 
-def test_a_type_that_is_no_weight_is_named(tmp_path: Path) -> None:
+def test_a_type_that_is_no_weight_is_named(tmp_path):
     save_file({"a": torch.ones(2, dtype=torch.int8)}, tmp_path / "model.safetensors")
     shards = Shards(tmp_path)
     with pytest.raises(SlingshotError, match=r"model\.safetensors: a is stored as I8"):
         shards.read("a")
 
 
-def test_a_file_cut_after_it_was_opened_is_named(folder: Path) -> None:
+def test_a_file_cut_after_it_was_opened_is_named(folder):
     shards = Shards(folder)
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: shards.headers["a"].offset + 5])
@@ -160,13 +155,13 @@ def test_a_file_cut_after_it_was_opened_is_named(folder: Path) -> None:
         shards.read("a")
 
 
-def test_a_disk_that_is_full_is_named(tmp_path: Path) -> None:
+def test_a_disk_that_is_full_is_named(tmp_path):
     with pytest.raises(SlingshotError, match=r"cannot write .*; free space there or choose another --out"):
         write_shards(tmp_path / "missing", TENSORS.items())
 
 
 @st.composite
-def damaged(draw: st.DrawFn) -> bytes:
+def damaged(draw):
     """A sound file with bytes changed, cut or added, or with a header of its own making."""
     header = json.dumps(
         {name: {"dtype": "F32", "shape": [2], "data_offsets": [8 * i, 8 * i + 8]} for i, name in enumerate("abc")}
@@ -198,7 +193,7 @@ def damaged(draw: st.DrawFn) -> bytes:
     derandomize=True, deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(damaged())
-def test_damaged_files_give_one_line_or_sound_tensors(tmp_path: Path, content: bytes) -> None:
+def test_damaged_files_give_one_line_or_sound_tensors(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)
     try:
         shards = Shards(tmp_path)

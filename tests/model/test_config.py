@@ -1,11 +1,7 @@
 """Configurations: config.json there and back, and everything impossible refused in one line that names it."""
 
-from __future__ import annotations
-
 import copy
 import json
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -19,19 +15,17 @@ from slingshot.model.hf_config import MODEL_TYPES
 from slingshot.model.rope import frequencies, rotation_scale
 from slingshot.tasks.loader import TaskConfig
 
-Config = Callable[..., ModelConfig]
-
 # DeepSeek-V3's published config.json, without its quantization_config.
-DEEPSEEK_V3: dict[str, Any] = json.loads((PRESETS / "deepseek-v3.json").read_text())
+DEEPSEEK_V3 = json.loads((PRESETS / "deepseek-v3.json").read_text())
 del DEEPSEEK_V3["quantization_config"], DEEPSEEK_V3["auto_map"]
 
 
-def same(one: ModelConfig, other: ModelConfig) -> bool:
+def same(one, other):
     """Whether two configurations are one but for what config.json said besides."""
     return one.model_copy(update={"extra": {}}) == other.model_copy(update={"extra": {}})
 
 
-def test_deepseek_v3s_own_config_is_read() -> None:
+def test_deepseek_v3s_own_config_is_read():
     config = ModelConfig.from_hf(DEEPSEEK_V3)
     assert (config.family, config.q_lora_rank, config.n_routed_experts, config.topk_group) == (
         "deepseek_v3",
@@ -50,7 +44,7 @@ LLAMA = {
 }  # fmt: skip
 
 
-def test_llamas_old_and_new_spelling_of_rope() -> None:
+def test_llamas_old_and_new_spelling_of_rope():
     scaling = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
     new = scaling | {"rope_type": "llama3", "rope_theta": 5e5}
     old, *others = (
@@ -68,7 +62,7 @@ def test_llamas_old_and_new_spelling_of_rope() -> None:
     assert (plain.rope_theta, plain.rope_scaling) == (7.0, None)
 
 
-def test_yarn_spelt_in_any_way_is_one_config() -> None:
+def test_yarn_spelt_in_any_way_is_one_config():
     scaling = DEEPSEEK_V3["rope_scaling"]
     new = {key: value for key, value in scaling.items() if key != "type"} | {"rope_type": "yarn", "rope_theta": 10000}
     without = {key: value for key, value in DEEPSEEK_V3.items() if key not in ("rope_scaling", "rope_theta")}
@@ -88,9 +82,7 @@ YARN = {"type": "yarn", "factor": 4.0}
     ("llama", {"mscale": 0.7, "mscale_all_dim": 0.7}, (0.7, 0.7)),
     ("v3", {"mscale_all_dim": 0.7}, (1.0, 0.7)),
 ])  # fmt: skip
-def test_yarn_of_a_dense_model_heeds_mscale_only_with_mscale_all_dim(
-    base: str, said: dict[str, Any], means: tuple[float, float]
-) -> None:
+def test_yarn_of_a_dense_model_heeds_mscale_only_with_mscale_all_dim(base, said, means):
     """As transformers does; DeepSeek's own code, for its own models, takes either alone."""
     raw = DEEPSEEK_V3 if base == "v3" else LLAMA
     rope = ModelConfig.from_hf(raw | {"max_position_embeddings": 512, "rope_scaling": YARN | said}).rope_scaling
@@ -106,9 +98,7 @@ def test_yarn_of_a_dense_model_heeds_mscale_only_with_mscale_all_dim(
     ({"truncate": True, "attention_factor": None}, 1.1386294),
 ])  # fmt: skip
 @pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
-def test_yarns_factors_are_read_as_the_programs_they_are_written_for_do(
-    place: str, said: dict[str, Any], scale: float
-) -> None:
+def test_yarns_factors_are_read_as_the_programs_they_are_written_for_do(place, said, scale):
     """vLLM multiplies by attn_factor, transformers puts attention_factor in the place of YaRN's own."""
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     config = ModelConfig.from_hf(
@@ -124,7 +114,7 @@ def test_yarns_factors_are_read_as_the_programs_they_are_written_for_do(
     assert same(ModelConfig.from_hf(written), config)
 
 
-def test_an_untruncated_ramp_begins_between_two_pairs() -> None:
+def test_an_untruncated_ramp_begins_between_two_pairs():
     yarn = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096}
     values = ModelConfig.from_hf(LLAMA | {"head_dim": 64, "rope_scaling": yarn | {"truncate": False}})
     ratio = frequencies(values) / frequencies(values.model_copy(update={"rope_scaling": None}))
@@ -136,14 +126,14 @@ def test_an_untruncated_ramp_begins_between_two_pairs() -> None:
     ("model_type", "changes"),
     [("llama", {}), ("llama", {"head_dim": 6}), ("qwen2", {"attention_bias": True}), ("qwen3", {"qk_norm": True})],
 )
-def test_dense_models_keep_their_type(dense: Config, model_type: str, changes: dict[str, Any]) -> None:
+def test_dense_models_keep_their_type(dense, model_type, changes):
     raw = dense(**changes).to_hf()
     assert raw["model_type"] == model_type and raw["architectures"] == [MODEL_TYPES[model_type][1]]
     assert not {"kv_lora_rank", "n_routed_experts", "num_nextn_predict_layers"} & set(raw)
 
 
 @pytest.mark.parametrize("name", presets())
-def test_every_published_config_survives_the_round_trip(name: str) -> None:
+def test_every_published_config_survives_the_round_trip(name):
     """All it says is said again (rope_scaling in both spellings; the names of Python files are dropped, for no such
     files are written)."""
     raw = json.loads((PRESETS / f"{name}.json").read_text())
@@ -168,16 +158,14 @@ def test_every_published_config_survives_the_round_trip(name: str) -> None:
     ("qwen3", {"num_key_value_heads": 2},
      {"max_position_embeddings": 32768, "head_dim": 128, "qk_norm": True, "attention_bias": False}),
 ])  # fmt: skip
-def test_a_silent_config_json_means_what_transformers_takes(
-    model_type: str, says: dict[str, Any], means: dict[str, Any]
-) -> None:
+def test_a_silent_config_json_means_what_transformers_takes(model_type, says, means):
     config = ModelConfig.from_hf(LLAMA | {"model_type": model_type} | says)
     assert {name: getattr(config, name) for name in means} == means
     assert config.to_hf()["model_type"] == model_type and same(ModelConfig.from_hf(config.to_hf()), config)
 
 
 @pytest.mark.parametrize("kept", [{}, {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]}])
-def test_a_plain_query_projection_is_written_as_null(kept: dict[str, Any]) -> None:
+def test_a_plain_query_projection_is_written_as_null(kept):
     """Readers would take a silent q_lora_rank for 1536, and 0 for a matrix without rows."""
     config = ModelConfig.from_hf(DEEPSEEK_V3 | {"q_lora_rank": None} | kept)
     written = json.loads(json.dumps(config.to_hf()))
@@ -195,7 +183,7 @@ FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "we
     {"modules_to_not_convert": ["lm_head", "model.layers.0.input_layernorm"]},
     {"modules_to_not_convert": None},
 ])  # fmt: skip
-def test_deepseeks_fp8_is_read_and_written(also: dict[str, Any]) -> None:
+def test_deepseeks_fp8_is_read_and_written(also):
     config = ModelConfig.from_hf(DEEPSEEK_V3 | {"quantization_config": FP8 | also})
     assert config.quantization == "fp8" and config.to_hf()["quantization_config"] == FP8
     assert ModelConfig.from_hf(DEEPSEEK_V3).quantization is None
@@ -212,20 +200,20 @@ def test_deepseeks_fp8_is_read_and_written(also: dict[str, Any]) -> None:
      "modules_to_not_convert 'model.layers.0.mlp.up_proj'"),
     ({"bits": 4}, "bits 4"),
 ])  # fmt: skip
-def test_other_quantisation_is_refused_with_the_way_out(changes: dict[str, Any], named: str) -> None:
+def test_other_quantisation_is_refused_with_the_way_out(changes, named):
     message = rf"^here: quantization_config\.{named} is not supported; DeepSeek-V3's fp8 .* is read, and so is any .*$"
     with pytest.raises(SlingshotError, match=message):
         ModelConfig.from_hf(DEEPSEEK_V3 | {"quantization_config": FP8 | changes}, "here")
 
 
-def test_null_leaves_the_mathematics_unsaid() -> None:
+def test_null_leaves_the_mathematics_unsaid():
     written = ModelConfig.from_hf(
         LLAMA | {"hidden_act": None, "sliding_window": None, "quantization_config": None, "softcap": None}
     ).to_hf()
     assert written["hidden_act"] == "silu" and written["sliding_window"] is None and written["softcap"] is None
 
 
-def test_the_dtype_keeps_its_one_spelling() -> None:
+def test_the_dtype_keeps_its_one_spelling():
     new, old = (
         ModelConfig.from_hf(LLAMA | said).to_hf() for said in ({"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"})
     )
@@ -242,18 +230,7 @@ SIZES = st.integers(1, 4)
     dense_layers=st.integers(0, 3), kept=st.dictionaries(st.sampled_from(["transformers_version", "pretraining_tp",
     "use_cache"]), st.integers()),
 )  # fmt: skip
-def test_any_config_survives_config_json(
-    deepseek: Config,
-    groups: int,
-    per_group: int,
-    top: int,
-    heads: int,
-    rank: int | None,
-    tied: bool,
-    mtp: int,
-    dense_layers: int,
-    kept: dict[str, int],
-) -> None:
+def test_any_config_survives_config_json(deepseek, groups, per_group, top, heads, rank, tied, mtp, dense_layers, kept):
     """Written as JSON and read again, keys we only keep included; what is written twice is the same."""
     config = deepseek(
         n_routed_experts=groups * per_group, n_group=groups, topk_group=min(top, groups), num_experts_per_tok=min(top,
@@ -267,7 +244,7 @@ def test_any_config_survives_config_json(
     assert again.to_hf() == raw and kept.items() <= again.extra.items()
 
 
-def test_several_ends_survive_config_json(dense: Config) -> None:
+def test_several_ends_survive_config_json(dense):
     config = ModelConfig.from_hf(dense().to_hf() | {"eos_token_id": [7, 9]})
     assert config.eos_token_id == 7 and config.to_hf()["eos_token_id"] == [7, 9]
     assert config.model_copy(update={"eos_token_id": 9}).to_hf()["eos_token_id"] == [7, 9]
@@ -277,7 +254,7 @@ def test_several_ends_survive_config_json(dense: Config) -> None:
 
 
 # What each config.json says otherwise than DeepSeek-V3's, or LLAMA under another model_type, and what is refused of it.
-REFUSED: list[tuple[str, dict[str, Any], str]] = [
+REFUSED = [
     ("mixtral", {}, "model_type 'mixtral' is not supported; supported: deepseek_v3, kimi_k2, llama, mistral, qwen2"),
     ("v3", {"model_type": None}, "model_type null is not supported"),
     ("v3", {"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
@@ -350,7 +327,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("base", "changes", "message"), REFUSED)
-def test_a_config_json_of_other_mathematics_is_refused(base: str, changes: dict[str, Any], message: str) -> None:
+def test_a_config_json_of_other_mathematics_is_refused(base, changes, message):
     raw = DEEPSEEK_V3 if base == "v3" else LLAMA | {"model_type": base}
     with pytest.raises(SlingshotError, match=f"^here/config.json.*{message}") as refused:
         ModelConfig.from_hf(raw | changes, "here/config.json")
@@ -363,18 +340,18 @@ def test_a_config_json_of_other_mathematics_is_refused(base: str, changes: dict[
     # readers take these for other values than 0 or null where config.json is silent
     (DEEPSEEK_V3, ["n_group", "q_lora_rank"]),
 ])  # fmt: skip
-def test_missing_keys_are_all_named(raw: dict[str, Any], gone: list[str]) -> None:
+def test_missing_keys_are_all_named(raw, gone):
     with pytest.raises(SlingshotError, match=f"^here: no {', '.join(gone)}; is it a whole config.json[?]$"):
         ModelConfig.from_hf({key: value for key, value in raw.items() if key not in gone}, "here")
 
 
 @pytest.mark.parametrize("raw", [None, [], "llama", 3])
-def test_what_is_no_object_is_no_config(raw: Any) -> None:
+def test_what_is_no_object_is_no_config(raw):
     with pytest.raises(SlingshotError, match=r"^here does not hold a JSON object$"):
         ModelConfig.from_hf(raw, "here")
 
 
-def test_a_key_full_of_control_characters_is_printed_without_them() -> None:
+def test_a_key_full_of_control_characters_is_printed_without_them():
     with pytest.raises(SlingshotError) as refused:
         ModelConfig.from_hf(DEEPSEEK_V3 | {"rope_scaling": {"type": "yarn", "\x1b[2J\nfactor": 1}})
     with pytest.raises(SlingshotError) as refused_too:
@@ -396,7 +373,7 @@ EXTRA_KEYS = [
 
 
 @st.composite
-def mutated(draw: st.DrawFn) -> dict[str, Any]:
+def mutated(draw):
     """A published config.json, some of whose values are missing, replaced or joined by others, within its tables
     too."""
     raw = copy.deepcopy(draw(st.sampled_from(PUBLISHED)))
@@ -420,7 +397,7 @@ PUBLISHED = [json.loads((PRESETS / f"{name}.json").read_text()) for name in pres
 @pytest.mark.slow
 @settings(derandomize=True, deadline=None, max_examples=1500)
 @given(raw=mutated())
-def test_any_config_json_is_read_or_refused_in_one_line(raw: dict[str, Any]) -> None:
+def test_any_config_json_is_read_or_refused_in_one_line(raw):
     """And what is read can be counted and written, and reads the same again."""
     try:
         config = ModelConfig.from_hf(raw, "here")
@@ -463,16 +440,14 @@ def test_any_config_json_is_read_or_refused_in_one_line(raw: dict[str, Any]) -> 
     ("dense", {"rope_theta": 1.0}, ": rope_theta 1.0 must be greater than 1"),
     ("dense", {"attention_bias": True, "qk_norm": True}, ": attention_bias .* and qk_norm .* exclude each other"),
 ])  # fmt: skip
-def test_an_impossible_shape_is_named(
-    request: pytest.FixtureRequest, family: str, changes: dict[str, Any], message: str
-) -> None:
+def test_an_impossible_shape_is_named(request, family, changes, message):
     values = request.getfixturevalue(family)().model_dump() | changes
     with pytest.raises(SlingshotError, match=f"^model{message}") as refused:
         ModelConfig.parse(values, "model")
     assert "\n" not in str(refused.value)
 
 
-def test_a_misspelt_key_is_named_with_its_neighbour(deepseek: Config) -> None:
+def test_a_misspelt_key_is_named_with_its_neighbour(deepseek):
     with pytest.raises(SlingshotError, match=r"^base\.model\.hiden_size: unknown key; did you mean hidden_size\?$"):
         ModelConfig.parse({**deepseek().model_dump(), "hiden_size": 3}, "base.model")
     with pytest.raises(SlingshotError, match=r"^task\.zzz: unknown key; there are: name, weight, params$"):
@@ -490,12 +465,12 @@ def test_a_misspelt_key_is_named_with_its_neighbour(deepseek: Config) -> None:
     ]
     + [(TaskConfig, {"name": "x", "weight": weight}, "weight") for weight in (0.0, -1.0)],
 )
-def test_numbers_without_a_meaning_are_refused(kind: type[StageConfig], values: dict[str, Any], key: str) -> None:
+def test_numbers_without_a_meaning_are_refused(kind, values, key):
     with pytest.raises(SlingshotError, match=f"^it.{key}: Input should be greater than .*, got"):
         kind.parse(values, "it")
 
 
-def test_a_misspelt_key_is_compared_with_those_of_its_own_table(deepseek: Config) -> None:
+def test_a_misspelt_key_is_compared_with_those_of_its_own_table(deepseek):
     """Also within an optional table and within a list."""
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fest": 3.0}
     with pytest.raises(
@@ -510,6 +485,6 @@ def test_a_misspelt_key_is_compared_with_those_of_its_own_table(deepseek: Config
         Config.parse({"tasks": [{"name": "a"}, {"name": "b", "wieght": 1}]}, "rl")
 
 
-def test_configs_are_frozen(dense: Config) -> None:
+def test_configs_are_frozen(dense):
     with pytest.raises(ValueError, match="frozen"):
-        dense().hidden_size = 3  # type: ignore[misc]
+        dense().hidden_size = 3

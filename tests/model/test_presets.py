@@ -1,9 +1,6 @@
 """Presets: the published configurations are the published models, to the last number, and recipes can build on them."""
 
-from __future__ import annotations
-
 import json
-from typing import Any
 
 import pytest
 
@@ -29,23 +26,23 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize(("name", "numbers"), PUBLISHED.items())
-def test_a_preset_has_the_size_of_its_model(name: str, numbers: int) -> None:
+def test_a_preset_has_the_size_of_its_model(name, numbers):
     assert parameters(ModelConfig.preset(name)).total == numbers
 
 
-def test_every_preset_is_explained() -> None:
+def test_every_preset_is_explained():
     rows = (PRESETS / "README.md").read_text().splitlines()
     assert {row.split("|")[1].strip() for row in rows if row.startswith("|")} - {"preset", "---"} == set(presets())
     assert set(PUBLISHED) | {"moonlight-16b-a3b", "deepseek-v3-239m", "deepseek-v3-tiny-576"} == set(presets())
 
 
-def test_deepseek_v3_is_stored_in_fp8_and_caches_70272_bytes_a_token() -> None:
+def test_deepseek_v3_is_stored_in_fp8_and_caches_70272_bytes_a_token():
     config = ModelConfig.preset("deepseek-v3")
     assert config.quantization == "fp8" and cache_bytes_per_token(config) == 70_272
     assert tensor_count(config) == 46_183  # and a scale beside each of 45,808 matrices: 91,991
 
 
-def test_kimi_keeps_its_name_and_moonlight_its_plain_query() -> None:
+def test_kimi_keeps_its_name_and_moonlight_its_plain_query():
     kimi, moonlight = ModelConfig.preset("kimi-k2"), ModelConfig.preset("moonlight-16b-a3b")
     assert (kimi.model_type, kimi.to_hf()["model_type"], kimi.to_hf()["architectures"]) == (
         "kimi_k2",
@@ -55,7 +52,7 @@ def test_kimi_keeps_its_name_and_moonlight_its_plain_query() -> None:
     assert (moonlight.q_lora_rank, moonlight.n_group, moonlight.n_shared_experts) == (None, 1, 2)
 
 
-def test_the_tiny_one_has_the_latent_that_kernels_know() -> None:
+def test_the_tiny_one_has_the_latent_that_kernels_know():
     assert (
         ModelConfig.preset("deepseek-v3-tiny-576").cache_width == ModelConfig.preset("deepseek-v3").cache_width == 576
     )
@@ -68,12 +65,12 @@ def test_the_tiny_one_has_the_latent_that_kernels_know() -> None:
     ("../config", "there are deepseek-r1-distill-qwen-1.5b, .*smollm2-135m"),
     ("", "there are "),
 ])  # fmt: skip
-def test_an_unknown_preset_is_refused_with_the_nearest(name: str, hint: str) -> None:
+def test_an_unknown_preset_is_refused_with_the_nearest(name, hint):
     with pytest.raises(SlingshotError, match=f"^no preset is called {name}; {hint}"):
         ModelConfig.preset(name)
 
 
-def test_a_recipe_builds_on_a_preset() -> None:
+def test_a_recipe_builds_on_a_preset():
     """By its name alone, or with changes beside it; a new model has neither the published one's FP8 nor its other
     keys."""
 
@@ -106,7 +103,7 @@ def test_a_recipe_builds_on_a_preset() -> None:
      "^base.model: n_routed_experts 256 must divide evenly into n_group 7"),
     (3, "^base.model: Input should be .*got 3$"),
 ])  # fmt: skip
-def test_a_wrong_model_in_a_recipe_is_named(model: Any, message: str) -> None:
+def test_a_wrong_model_in_a_recipe_is_named(model, message):
     class Config(StageConfig):
         model: ModelConfig
 

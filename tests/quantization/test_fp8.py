@@ -1,7 +1,5 @@
 """FP8 blocks: within the format's error, exact where it is, right at ragged edges."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +11,7 @@ from slingshot.quantization.fp8 import dequantize, quantize
 SHAPES = st.tuples(st.integers(1, 300), st.integers(1, 300))
 
 
-def matrix(shape: tuple[int, int], seed: int) -> torch.Tensor:
+def matrix(shape, seed):
     """Rows and columns of very different size, so that a block with another block's scale is far off."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns = (10 ** (6 * torch.rand(size, generator=generator) - 3) for size in shape)
@@ -22,7 +20,7 @@ def matrix(shape: tuple[int, int], seed: int) -> torch.Tensor:
 
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(SHAPES, st.integers(0, 9))
-def test_a_round_trip_stays_within_the_formats_error(shape: tuple[int, int], seed: int) -> None:
+def test_a_round_trip_stays_within_the_formats_error(shape, seed):
     """e4m3 has 3 bits behind the leading one: half a step is 1/16; below 2^-6 its steps are 2^-9, and half of one
     2^-10."""
     weight = matrix(shape, seed)
@@ -37,7 +35,7 @@ def test_a_round_trip_stays_within_the_formats_error(shape: tuple[int, int], see
             assert (error <= torch.maximum(block / 16, scale[row, column] * 2**-10) * (1 + 1e-5)).all()
 
 
-def test_values_by_hand() -> None:
+def test_values_by_hand():
     """Magnitude 896 makes the scale 2; e4m3 holds 1 to 16 in steps of 1/8 of their power of two, and 17 / 2 rounds to
     even."""
     weight = torch.zeros(130, 129)
@@ -53,14 +51,14 @@ def test_values_by_hand() -> None:
 
 @settings(derandomize=True, deadline=None, max_examples=30)
 @given(SHAPES, st.data())
-def test_rows_alone_are_the_rows_of_the_whole(shape: tuple[int, int], data: st.DataObject) -> None:
+def test_rows_alone_are_the_rows_of_the_whole(shape, data):
     stored, scale = quantize(matrix(shape, 0))
     first = data.draw(st.integers(0, shape[0] - 1))
     last = data.draw(st.integers(first + 1, shape[0]))
     assert torch.equal(dequantize(stored[first:last], scale, first), dequantize(stored, scale)[first:last])
 
 
-def test_what_is_stored_already_is_stored_the_same_again() -> None:
+def test_what_is_stored_already_is_stored_the_same_again():
     stored, scale = quantize(matrix((200, 260), 3))
     again, scale_again = quantize(dequantize(stored, scale))
     assert torch.equal(stored.view(torch.uint8), again.view(torch.uint8)) and torch.equal(scale, scale_again)

@@ -1,10 +1,6 @@
 """Conversion: dtypes, FP8 blocks, shards; a receipt; and what cannot be held is refused by name."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,21 +9,19 @@ from safetensors.torch import load_file, save_file
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.load_save import load_model, load_tokenizer, save_checkpoint
 from slingshot.cost.receipt import Receipt, artifact_digest
-from slingshot.model.config import ModelConfig
-from slingshot.model.transformer import Transformer
 from slingshot.stages.convert import ConvertConfig, run, write_gguf_file
 from slingshot.text.tokenizer import Tokenizer
 
 
 @pytest.fixture
-def source(make_model: Callable[..., Transformer], deepseek: Callable[..., ModelConfig], tmp_path: Path) -> Path:
+def source(make_model, deepseek, tmp_path):
     folder = tmp_path / "source"
     folder.mkdir()
     save_checkpoint(folder, make_model(deepseek(vocab_size=264)), Tokenizer.train(["3+4=7"], vocab_size=264))
     return folder
 
 
-def test_a_checkpoint_with_its_receipt(source: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_with_its_receipt(source, tmp_path):
     out = tmp_path / "out"
     run(ConvertConfig(source=str(source), threads=1), out)
     before, after = load_model(source).state_dict(), load_model(out).state_dict()
@@ -38,7 +32,7 @@ def test_a_checkpoint_with_its_receipt(source: Path, tmp_path: Path) -> None:
     assert not out.with_name("out.partial").exists()
 
 
-def test_bfloat16_on_disk_is_what_config_json_says(source: Path, tmp_path: Path) -> None:
+def test_bfloat16_on_disk_is_what_config_json_says(source, tmp_path):
     run(ConvertConfig(source=str(source), dtype="bfloat16", threads=1), tmp_path / "out")
     stored, exact = load_file(tmp_path / "out" / "model.safetensors"), load_file(source / "model.safetensors")
     assert all(
@@ -48,7 +42,7 @@ def test_bfloat16_on_disk_is_what_config_json_says(source: Path, tmp_path: Path)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-def test_fp8_and_back(source: Path, tmp_path: Path) -> None:
+def test_fp8_and_back(source, tmp_path):
     """Matrices of attention and experts in blocks of e4m3, the rest in bfloat16; read back, every number is within half
     a step of e4m3."""
     run(ConvertConfig(source=str(source), dtype="fp8", threads=1), tmp_path / "fp8")
@@ -80,10 +74,10 @@ def test_fp8_and_back(source: Path, tmp_path: Path) -> None:
     )
 
 
-def test_resharding_keeps_every_byte(source: Path, tmp_path: Path) -> None:
+def test_resharding_keeps_every_byte(source, tmp_path):
     """FP8 numbers and scales, and a tensor that is no part of the architecture, pass as they are."""
     run(ConvertConfig(source=str(source), dtype="fp8", threads=1), tmp_path / "fp8")
-    run(ConvertConfig(source=str(tmp_path / "fp8"), max_shard_size="20KB", threads=1), tmp_path / "shards")  # type: ignore[arg-type]
+    run(ConvertConfig(source=str(tmp_path / "fp8"), max_shard_size="20KB", threads=1), tmp_path / "shards")
     run(ConvertConfig(source=str(tmp_path / "shards"), threads=1), tmp_path / "whole")
     shards = sorted((tmp_path / "shards").glob("*.safetensors"))
     assert len(shards) > 2 and all(shard.stat().st_size < 40_000 for shard in shards)
@@ -101,9 +95,7 @@ def test_resharding_keeps_every_byte(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(torch.nan, "bfloat16"), (torch.inf, "fp8"), (70_000.0, "float16")])
-def test_values_that_the_dtype_cannot_hold_are_named_and_nothing_is_left(
-    source: Path, tmp_path: Path, value: float, dtype: str
-) -> None:
+def test_values_that_the_dtype_cannot_hold_are_named_and_nothing_is_left(source, tmp_path, value, dtype):
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.0.self_attn.o_proj.weight"][3, 3] = value
     save_file(tensors, source / "model.safetensors")
@@ -111,11 +103,11 @@ def test_values_that_the_dtype_cannot_hold_are_named_and_nothing_is_left(
         SlingshotError,
         match=r"model\.safetensors: model\.layers\.0\.self_attn\.o_proj\.weight holds NaN or infinite values",
     ):
-        run(ConvertConfig(source=str(source), dtype=dtype, threads=1), tmp_path / "out")  # type: ignore[arg-type]
+        run(ConvertConfig(source=str(source), dtype=dtype, threads=1), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_sources_own_generation_config_is_kept(source: Path, tmp_path: Path) -> None:
+def test_a_sources_own_generation_config_is_kept(source, tmp_path):
     own = {"eos_token_id": [1, 4], "temperature": 0.3, "max_new_tokens": 2048, "pad_token_id": 2, "bos_token_id": 0}
     (source / "generation_config.json").write_text(json.dumps(own))
     run(ConvertConfig(source=str(source), dtype="bfloat16", threads=1), tmp_path / "out")
@@ -123,9 +115,7 @@ def test_a_sources_own_generation_config_is_kept(source: Path, tmp_path: Path) -
     assert load_tokenizer(tmp_path / "out").eos_ids == {1, 4}
 
 
-def test_weights_are_converted_beside_a_tokenizer_that_cannot_be_read(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_weights_are_converted_beside_a_tokenizer_that_cannot_be_read(source, tmp_path, capsys):
     """Its files are passed on byte for byte, for the programs that can; a GGUF file cannot do without."""
     odd = json.dumps({"model": {"type": "Unigram", "vocab": [["a", -1.0]], "unk_id": 0}, "decoder": None})
     (source / "tokenizer.json").write_text(odd)
@@ -144,7 +134,7 @@ def test_weights_are_converted_beside_a_tokenizer_that_cannot_be_read(
     assert not (tmp_path / "model.gguf").exists()
 
 
-def test_what_a_gguf_file_has_not_is_refused(source: Path, tmp_path: Path) -> None:
+def test_what_a_gguf_file_has_not_is_refused(source, tmp_path):
     with pytest.raises(
         SlingshotError, match="--dtype fp8: a GGUF file here is one of float32, float16, bfloat16, q8_0"
     ):

@@ -13,8 +13,7 @@ from slingshot.cost.devices import device
 from slingshot.cost.flops import decode_parts, parameters
 from slingshot.model.config import ModelConfig
 from slingshot.planning.memory import PRECISIONS
-from slingshot.planning.model_copy import ModelCopy
-from slingshot.planning.response_lengths import ResponseLengths, round_seconds
+from slingshot.planning.model_copy import ModelCopy, ResponseLengths, round_seconds
 
 V3 = ModelConfig.preset("deepseek-v3")
 LLAMA = ModelConfig.preset("llama-3.1-8b")

@@ -11,9 +11,9 @@ examples of what an hour of one device was offered for, in dollars, and change b
 
 from __future__ import annotations
 
-import importlib.resources
 import tomllib
 from collections.abc import Mapping
+from importlib.resources import files
 
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
@@ -50,15 +50,8 @@ class Device(Strict):
     sources: tuple[str, ...]
 
 
-def _table() -> dict[str, Device]:
-    text = (importlib.resources.files("slingshot.cost") / "devices.toml").read_text(encoding="utf-8")
-    return {
-        name: Device(name=name, memory_bytes=values.pop("memory_gib") * 2.0**30, **values)
-        for name, values in tomllib.loads(text).items()
-    }
-
-
-DEVICES = _table()
+_TABLE = tomllib.loads((files("slingshot.cost") / "devices.toml").read_text(encoding="utf-8"))
+DEVICES = {name: Device(name=name, memory_bytes=row.pop("memory_gib") * 2.0**30, **row) for name, row in _TABLE.items()}
 
 
 def device(name: str) -> Device:
@@ -82,25 +75,22 @@ def local_device() -> Device:
     machine = describe()
     # An accelerator's measurements stand under its own name, the processor's under the processor's.
     mine = [known for key, known in measurements().items() if key.startswith(f"{machine.cpu}, ")]
-    peak: dict[str, float] = {}
-    for dtype, rate in (pair for known in mine for pair in known.peak.items()):
-        peak[dtype] = max(rate, peak.get(dtype, 0.0))
+    peak = dict(sorted(pair for known in mine for pair in known.peak.items()))  # of each dtype the largest stays
     bandwidth = max((known.bandwidth or 0.0 for known in mine), default=0.0)
     if not peak or not bandwidth:
         missing = "this machine's memory" if peak else "this machine"
         raise SlingshotError(f"{missing} has not been measured yet; run `slingshot doctor` once, or name a device")
-    sources = ("peaks, bandwidth: slingshot doctor", "memory: what the system lets this process use")
-    title = f"{machine.cpu}, {plural(machine.cores, 'core')}"
-    memory = float(machine.memory_bytes)
-    return Device(name="local", title=title, peak=peak, memory_bytes=memory, bandwidth=bandwidth, sources=sources)
+    return Device(
+        name="local", title=f"{machine.cpu}, {plural(machine.cores, 'core')}", peak=peak, bandwidth=bandwidth,
+        memory_bytes=float(machine.memory_bytes), sources=("slingshot doctor; what the system lets this process use",),
+    )  # fmt: skip
 
 
 def dtype_peak(device: Device, dtype: str) -> float:
     """FLOP/s of `device` in `dtype`. SlingshotError when it has no such products."""
     if dtype not in device.peak:
-        hint = did_you_mean(dtype, device.peak, "", cutoff=0.3)
-        has = f"it multiplies in {', '.join(device.peak)}"
-        raise SlingshotError(f"{device.name} has no products in {dtype!r:.40}; {hint} {has}")
+        hint = f"{did_you_mean(dtype, device.peak, ' ', cutoff=0.3)} it multiplies in {', '.join(device.peak)}"
+        raise SlingshotError(f"{device.name} has no products in {dtype!r:.40}; {hint.strip()}")
     return device.peak[dtype]
 
 

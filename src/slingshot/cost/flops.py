@@ -133,8 +133,9 @@ def generation_flops(config: ModelConfig, prompt_length: int, new_tokens: int | 
     counts = [new_tokens] if isinstance(new_tokens, int) else list(new_tokens)
     # A sample of n tokens decodes n - 1 of them; decode step i (from 1) sees prompt_length + i keys.
     steps = [max(0, count - 1) for count in counts]
-    decoded = _decode_parts(config, sum(steps), sum(steps) * prompt_length + _pairs(steps))
-    return sum(prefill_parts(config, prompt_length).values()) + sum(decoded.values())
+    keys = prompt_length + _pairs(steps) / max(1, sum(steps))  # in the mean
+    decoded = sum(decode_parts(config, keys, sum(steps)).values())
+    return sum(prefill_parts(config, prompt_length).values()) + decoded
 
 
 def prefill_parts(config: ModelConfig, length: float, cached: float = 0) -> dict[str, float]:
@@ -153,11 +154,7 @@ def prefill_parts(config: ModelConfig, length: float, cached: float = 0) -> dict
 
 def decode_parts(config: ModelConfig, context: float, tokens: float = 1) -> dict[str, float]:
     """FLOPs of decoding tokens that meet `context` keys each, themselves included, by part; in absorbed form."""
-    return _decode_parts(config, tokens, tokens * context)
-
-
-def _decode_parts(config: ModelConfig, tokens: float, pairs: float) -> dict[str, float]:
-    parts = _block_parts(config, range(config.num_hidden_layers), tokens, pairs, absorbed=True)
+    parts = _block_parts(config, range(config.num_hidden_layers), tokens, tokens * context, absorbed=True)
     return parts | {"head": 2.0 * config.vocab_size * config.hidden_size * tokens}
 
 

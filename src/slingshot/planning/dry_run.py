@@ -23,7 +23,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, read_jsonl, write_json, write_jsonl
 from slingshot.base.quantity import plural, show_duration, show_money, show_size
 from slingshot.cost.receipt import PeakMemory, Receipt
-from slingshot.planning.page import PlanPage, Section, table
+from slingshot.planning.page import PlanPage, assumed, table
 from slingshot.recipe.recipe import Recipe, RecipeStage
 from slingshot.recipe.tables import resolve
 from slingshot.stages.kinds import STAGES
@@ -31,7 +31,16 @@ from slingshot.stages.kinds import STAGES
 STEPS = {"pretrain": 10, "rl": 4}  # of these kinds
 CHUNKS = {"sample": 3, "evaluate": 1}  # of problems
 BATCHES = 12  # of examples, at most, that are fine-tuned on
-STEPS_ONLY = {"steps": 1.0}  # how responses are written, but for a base that is evaluated
+ASSUMPTIONS = [
+    "responses are as long as the tasks' worked solutions, a base's as its documents, or as `max_tokens` where a task "
+    "writes none; what a model makes of them in training is not known",
+    "a problem is solved always or never more often than not: 44% of groups of 8 are all right or all wrong (arXiv "
+    "2607.00152); half of all responses are right",
+    "a step takes as long as the middle one of those that were run; what comes before the first, once",
+    "saving states now and then is left out",
+    "memory is that of the few steps; it still grows for some hundred (kernels for shapes not met before)",
+    "this machine was as busy as it will be",
+]
 
 
 class DryStage(PeakMemory):
@@ -51,8 +60,7 @@ class DryStage(PeakMemory):
 
 
 class DryRun(Strict):
-    """A recipe's stages and their sums; `start_seconds` is what starting the processes takes, which no receipt
-    counts."""
+    """A recipe's stages and their sums; `start_seconds`: of starting the processes, which no receipt counts."""
 
     recipe: str
     machine: str
@@ -73,7 +81,7 @@ def dry_run(recipe: Recipe, until: str | None = None) -> DryRun:
     return DryRun(
         recipe=recipe.name, machine=run.machine, stages=stages,
         seconds=sum(stage.seconds for stage in stages) + run.start_seconds, start_seconds=run.start_seconds,
-        flops=sum(stage.flops for stage in stages), money=sum(known) if known else None, assumptions=run.assumptions(),
+        flops=sum(stage.flops for stage in stages), money=sum(known) if known else None, assumptions=ASSUMPTIONS,
     )  # fmt: skip
 
 
@@ -83,44 +91,43 @@ class _DryRun:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.start_seconds, self.machine = 0.0, ""
-        self._forecasts: dict[str, DryStage] = {}
-        self._evaluated: dict[str, DryStage] = {}
+        self._found: dict[str, DryStage] = {}  # by name, and by all that an evaluation's cost depends on
         self._growth: dict[str, float] = {}  # by path of a dataset
         self._styles: dict[str, dict[str, float]] = {}  # by path of a model that was pre-trained on tasks' documents
 
     def stage(self, stage: RecipeStage) -> DryStage:
         """Run one stage with a few steps and scale it up."""
         out = self.folder / stage.folder
-        values = resolve(stage.values, lambda name: str(self.folder / name), lambda name: self._forecasts[name].flops)
+        values = resolve(stage.values, lambda name: str(self.folder / name), lambda name: self._found[name].flops)
         whole = STAGES[stage.kind].config.parse(values, stage.name).model_dump(mode="json")
-        config, factor = self._cut(stage, whole)
-        styles = self._styles.get(str(whole.get("model")), STEPS_ONLY) if stage.kind == "evaluate" else STEPS_ONLY
+        model, styles = whole.get("model"), {"steps": 1.0}  # how responses are written, but for an evaluated base
         if documents := whole.get("documents"):
             self._styles[str(out)] = documents["styles"]
-        key = json.dumps([styles, whole | {"model": _architecture(whole)}], sort_keys=True)
-        if stage.kind == "evaluate" and key in self._evaluated:  # of a model of the same shape: nothing would differ
-            found = self._evaluated[key].model_copy(update={"name": stage.name})
-        else:
+        key = stage.name
+        if stage.kind == "evaluate":
+            styles = self._styles.get(str(model), styles)
+            # What a model's speed depends on: its config.json where it is a folder, else what names it.
+            file = Path(str(model)) / "config.json"
+            key = json.dumps([styles, whole | {"model": read_json(file) if file.is_file() else model}], sort_keys=True)
+        if key not in self._found:
             print(f"dry run of {stage.name} ({STAGES[stage.kind].what})", file=sys.stderr)
-            found = self._run(stage, config, whole, factor, styles, out)
-        self._forecasts[stage.name] = self._evaluated[key] = found
-        return found
+            self._found[key] = self._run(stage, whole, styles, out)
+        self._found[stage.name] = self._found[key].model_copy(update={"name": stage.name})
+        return self._found[stage.name]
 
-    def _run(
-        self, stage: RecipeStage, config: Any, whole: dict[str, Any], factor: float, styles: dict[str, float], out: Path
-    ) -> DryStage:
-        job = out.with_name(f"{out.name}.job.json")
-        result = out.with_name(f"{out.name}.result.json")
-        write_json(job, {"kind": stage.kind, "name": stage.name, "config": config, "whole": whole, "factor": factor,
-                         "styles": styles, "out": str(out), "result": str(result)})  # fmt: skip
+    def _run(self, stage: RecipeStage, whole: dict[str, Any], styles: dict[str, float], out: Path) -> DryStage:
+        (config, factor), result = self._cut(stage, whole), self.folder / "result.json"
+        job = {"kind": stage.kind, "name": stage.name, "config": config, "whole": whole, "factor": factor,
+               "styles": styles, "out": str(out), "result": str(result)}  # fmt: skip
+        write_json(self.folder / "job.json", job)
+        result.unlink(missing_ok=True)
         begin = time.perf_counter()
-        command = [sys.executable, "-m", "slingshot.planning.dry_stage", str(job)]
+        command = [sys.executable, "-m", "slingshot.planning.dry_stage", str(self.folder / "job.json")]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
         took = time.perf_counter() - begin
         if done.returncode or not result.exists():
-            said = done.stderr.strip().splitlines()
-            why = said[-1].removeprefix("slingshot: ") if said else f"its process ended with code {done.returncode}"
-            raise SlingshotError(f"dry run of {stage.name}: {why}")
+            said = done.stderr.strip().splitlines() or [f"its process ended with code {done.returncode}"]
+            raise SlingshotError(f"dry run of {stage.name}: {said[-1].removeprefix('slingshot: ')}")
         measured, receipt = read_json(result), Receipt.read(out)
         factor, fixed, varying = measured["factor"], measured["fixed_seconds"], measured["varying_seconds"]
         if (most := whole.get("max_flops")) is not None and receipt.flops:
@@ -129,8 +136,7 @@ class _DryRun:
         self._growth[str(out)] = factor
         processor = receipt.machine.accelerator or receipt.machine.cpu
         self.machine = f"{processor}, {plural(receipt.machine.threads or 1, 'thread')}"
-        seconds = fixed + factor * varying
-        price = whole.get("price")
+        seconds, price = fixed + factor * varying, whole.get("price")
         return DryStage(
             name=stage.name, kind=stage.kind, seconds=seconds, fixed_seconds=fixed, tokens=factor * receipt.tokens,
             flops=factor * receipt.flops, share=1 / factor, money=None if price is None else seconds / 3600 * price,
@@ -138,8 +144,7 @@ class _DryRun:
         )  # fmt: skip
 
     def _cut(self, stage: RecipeStage, whole: dict[str, Any]) -> tuple[dict[str, Any], float]:
-        """The stage's config with a few steps, and how many times as much the whole is (the child knows of
-        problems)."""
+        """The config with a few steps, and how many times as much the whole is (of problems the process knows it)."""
         if stage.kind in STEPS:
             steps = min(STEPS[stage.kind], whole["steps"])
             return whole | {"steps": steps}, whole["steps"] / steps
@@ -147,39 +152,15 @@ class _DryRun:
             return whole | {"problems": min(whole["problems"], CHUNKS[stage.kind] * whole["chunk"])}, 1.0
         if stage.kind != "sft":
             return whole, 1.0
-        rows = [self._head(path, BATCHES * whole["batch_size"]) for path in whole["data"]]
-        written = min(whole["examples"], BATCHES * whole["batch_size"])
-        total = sum(of_all for _, _, of_all in rows) + whole["examples"]
-        taken = sum(kept for _, kept, _ in rows) + written
-        cut = whole | {"data": [path for path, _, _ in rows], "examples": written, "epochs": 1}
+        most, heads = BATCHES * whole["batch_size"], list[str]()
+        total, taken = float(whole["examples"]), min(whole["examples"], most)
+        for path in whole["data"]:
+            rows = read_jsonl(Path(path) / "data.jsonl" if Path(path).is_dir() else Path(path))
+            heads.append(str(self.folder / f"head-{len(heads)}.jsonl"))
+            write_jsonl(Path(heads[-1]), rows[:most])
+            total, taken = total + len(rows) * self._growth.get(path, 1.0), taken + len(rows[:most])
+        cut = whole | {"data": heads, "examples": min(whole["examples"], most), "epochs": 1}
         return cut, whole["epochs"] * total / max(1, taken)
-
-    def _head(self, path: str, most: int) -> tuple[str, int, float]:
-        """A dataset's first examples, how many they are, and how many the whole has, or would have had."""
-        file = Path(path) / "data.jsonl" if Path(path).is_dir() else Path(path)
-        rows = read_jsonl(file)
-        head = self.folder / f"head-{len(list(self.folder.glob('head-*')))}.jsonl"
-        write_jsonl(head, rows[:most])
-        return str(head), len(rows[:most]), len(rows) * self._growth.get(path, 1.0)
-
-    def assumptions(self) -> list[str]:
-        return [
-            "responses are as long as the tasks' worked solutions, a base's as its documents, or as `max_tokens` where "
-            "a task writes none; what a model makes of them in training is not known",
-            "a problem is solved always or never more often than not: 44% of groups of 8 are all right or all wrong "
-            "(arXiv 2607.00152); half of all responses are right",
-            "a step takes as long as the middle one of those that were run; what comes before the first, once",
-            "saving states now and then is left out",
-            "memory is that of the few steps; it still grows for some hundred (kernels for shapes not met before)",
-            "this machine was as busy as it will be",
-        ]
-
-
-def _architecture(whole: dict[str, Any]) -> Any:
-    """What a model's speed depends on: its config.json where it is a folder, else what names it."""
-    model = whole.get("model")
-    file = Path(model) / "config.json" if isinstance(model, str) else None
-    return read_json(file) if file is not None and file.is_file() else model
 
 
 def dry_run_page(found: DryRun) -> PlanPage:
@@ -192,16 +173,13 @@ def dry_run_page(found: DryRun) -> PlanPage:
         }
         for stage in found.stages
     ]  # fmt: skip
-    rows.append(dict.fromkeys(rows[0]) | {"name": "starting processes", "time": show_duration(found.start_seconds)})
-    total = {"name": "in all", "flops": found.flops, "money": found.money, "time": show_duration(found.seconds)}
-    rows.append(dict.fromkeys(rows[0]) | total)
+    empty, time_of_all = dict.fromkeys(rows[0]), show_duration(found.seconds)
+    rows.append(empty | {"name": "starting processes", "time": show_duration(found.start_seconds)})
+    rows.append(empty | {"name": "in all", "flops": found.flops, "money": found.money, "time": time_of_all})
     memory = max((stage.peak_host_memory_bytes or 0 for stage in found.stages), default=0)
-    figures = [(show_duration(found.seconds), f"on {found.machine}"), (show_size(memory), "of memory, at the most")]
+    figures = [(time_of_all, f"on {found.machine}"), (show_size(memory), "of memory, at the most")]
     if found.money is not None:
         figures.append((show_money(found.money, ""), "at the given price"))
     note = "Every stage was run with a few steps; `once` is the part of its time that does not grow with them."
-    sections = (
-        table("The stages", rows, note, strong=len(rows) - 1),
-        Section("Assumed", rows=tuple((line,) for line in found.assumptions)),
-    )
+    sections = (table("The stages", rows, note, strong=len(rows) - 1), assumed(found.assumptions))
     return PlanPage(f"The recipe {found.recipe}", tuple(figures), sections, None, "recipe")

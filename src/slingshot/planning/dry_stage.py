@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 from slingshot.base.errors import SlingshotError
@@ -67,52 +68,39 @@ class SolutionScript:
 def items_of(kind: str, config: Any) -> list[Item]:
     """The problems a sampling stage will put to its model."""
     if kind == "rl":
-        count = config.steps * config.prompts_per_step
-        return TaskMix(config.tasks, "train", f"rl/{config.seed}").draw(0, count)
+        return TaskMix(config.tasks, "train", f"rl/{config.seed}").draw(0, config.steps * config.prompts_per_step)
     drawn = config.draw()
     return drawn if kind == "sample" else [item for items in drawn[0].values() for item in items]
 
 
-def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Run the stage `job` describes; what was measured, and how much of the whole it was."""
-    kind, out = job["kind"], Path(job["out"])
-    config: Any
-    whole: Any
-    config, whole = (STAGES[kind].config.parse(job[name], job["name"]) for name in ("config", "whole"))
-    module, loading, script = importlib.import_module(STAGES[kind].module), 0.0, None
-    factor = job["factor"]
-    start = time.perf_counter()
-    if kind in ("rl", "sample", "evaluate"):
-        source, items = locate(config.model), items_of(kind, config)
-        tokenizer, drawing = load_tokenizer(source), time.perf_counter()
-        engine = Engine.load(source, dtype=config.dtype)
-        script = SolutionScript(items, tokenizer, config.sampling.max_tokens, job["styles"])
-        sampler = ScriptedSampler(script, tokenizer, engine.model.config, timed=EngineSampler(engine))
-        if kind != "rl":  # which loads its own model beside the sampler's
-            loading = time.perf_counter() - drawing
-            factor = len(items_of(kind, whole)) / max(1, len(items))
-        start = time.perf_counter()
-        module.run(config, out, sampler=sampler)
-    else:
-        module.run(config, out)
-    receipt = Receipt.read(out)
-    said = None if script is None or script.first_said is None else script.first_said - start
-    fixed = loading + _fixed_seconds(out, receipt, said)
-    return {"factor": factor, "fixed_seconds": fixed, "varying_seconds": receipt.seconds + loading - fixed}
+def run(job: dict[str, Any]) -> dict[str, float]:
+    """Run the stage `job` describes; what was measured, and how much of the whole it was.
 
-
-def _fixed_seconds(out: Path, receipt: Receipt, until_first_sample: float | None) -> float:
-    """Seconds of a stage that do not grow with its steps: all but the steps, each taken to last as long as the middle
-    one.
-
-    Before the first step documents are written, files read and packed, and code prepared for shapes not met before.
+    `fixed_seconds` do not grow with its steps: all but the steps, each taken to last as long as the middle one. Before
+    the first documents are written, files read and packed, and code prepared for shapes not met before.
     """
-    rows = read_jsonl(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else []
-    ends = [row["seconds"] for row in rows if "seconds" in row]
-    if len(ends) < 2:
-        return receipt.seconds if until_first_sample is None else min(until_first_sample, receipt.seconds)
-    steps = sorted(later - earlier for earlier, later in pairwise(ends))
-    return max(0.0, receipt.seconds - len(ends) * steps[len(steps) // 2])
+    kind, out = job["kind"], Path(job["out"])
+    config, whole = (STAGES[kind].config.parse(job[name], job["name"]) for name in ("config", "whole"))
+    factor, loading, more, script = job["factor"], 0.0, {}, None
+    if kind in ("rl", "sample", "evaluate"):
+        settings: Any = config
+        source, items = locate(settings.model), items_of(kind, settings)
+        tokenizer, drawn = load_tokenizer(source), time.perf_counter()
+        engine = Engine.load(source, dtype=settings.dtype)
+        script = SolutionScript(items, tokenizer, settings.sampling.max_tokens, job["styles"])
+        more["sampler"] = ScriptedSampler(script, tokenizer, engine.model.config, timed=EngineSampler(engine))
+        if kind != "rl":  # which loads its own model beside the sampler's
+            loading = time.perf_counter() - drawn
+            factor = len(items_of(kind, whole)) / max(1, len(items))
+    start = time.perf_counter()
+    importlib.import_module(STAGES[kind].module).run(config, out, **more)
+    seconds, metrics = Receipt.read(out).seconds, out / "metrics.jsonl"
+    ends = [row["seconds"] for row in (read_jsonl(metrics) if metrics.is_file() else []) if "seconds" in row]
+    if len(ends) > 1:
+        fixed = max(0.0, seconds - len(ends) * median_high(later - earlier for earlier, later in pairwise(ends)))
+    else:
+        fixed = min(seconds, script.first_said - start) if script and script.first_said else seconds
+    return {"factor": factor, "fixed_seconds": loading + fixed, "varying_seconds": seconds - fixed}
 
 
 if __name__ == "__main__":

@@ -22,14 +22,12 @@ from slingshot import __version__
 from slingshot.base.config import Strict
 from slingshot.base.files import write_text
 from slingshot.base.quantity import show_count, show_energy, show_money, show_seconds, show_share, show_size
-from slingshot.planning.plan import Plan
-from slingshot.planning.published import PublishedBill
+from slingshot.planning.plan import Plan, PublishedBill
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence, and a table; `bars` are lengths of bars beside the rows, `strong` a row that stands
-    out."""
+    """A heading, a sentence, and a table; `bars`: lengths of bars beside the rows, `strong`: a row that stands out."""
 
     title: str
     note: str = ""
@@ -59,11 +57,10 @@ _SECTIONS = {
     "flops_by_part": "Where the FLOPs go", "transfers": "The network, in an optimizer step",
     "curve": "Tokens a second against batch", "cost_by_hit_share": "Cost per million tokens, by cache hits",
     "break_even": "Make or buy", "day": "A day", "memory": "Memory of the fullest device",
-    "dominates": "What dominates",
-    "dense_equivalent": "Against a dense model of equal loss", "alternatives": "Other devices and precisions",
-    "parameters": "The model",
+    "dominates": "What dominates", "dense_equivalent": "Against a dense model of equal loss",
+    "alternatives": "Other devices and precisions", "parameters": "The model",
 }  # fmt: skip
-_CHOSEN = {"curve": ("batch",), "alternatives": ("device", "precision")}
+_CHOSEN = {"curve": ("batch",), "alternatives": ("device", "precision")}  # what tells the row that stands out
 _ENDINGS = {
     "seconds": show_seconds, "latency": show_seconds, "days": lambda days: show_seconds(86400 * days),
     "hours": lambda hours: f"{hours:,.0f}" if hours >= 10 else f"{hours:.3g}", "bytes": show_size,
@@ -97,57 +94,59 @@ def table(title: str, rows: Sequence[Mapping[str, Any]], note: str = "", bar: st
     return Section(title, note, columns, cells, bars, strong if strong >= 0 else None)
 
 
-def _section(field: str, value: Any, chosen: Mapping[str, Any]) -> Section:
-    """A section of one of a plan's fields; what is `chosen` stands out in a table."""
+def facts(title: str, values: Mapping[str, Any]) -> Section:
+    """A section of names and values, what is not known left out."""
+    rows = ((name.replace("_", " "), shown(name, value)) for name, value in values.items())
+    return Section(title, rows=tuple(row for row in rows if row[1]))
+
+
+def assumed(texts: Sequence[str]) -> Section:
+    return Section("Assumed", rows=tuple((text,) for text in texts))
+
+
+def _section(field: str, value: Any, plan: Mapping[str, Any]) -> Section:
+    """A section of one of a plan's fields; in a table what the plan has chosen stands out."""
     title = _SECTIONS[field]
     if isinstance(value, list):
         bar = next((key for key in ("seconds", "tokens_per_second_per_device") if key in value[0]), "")
-        strong = [at for at, row in enumerate(value) if all(row.get(key) == part for key, part in chosen.items())]
-        return replace(table(title, value, bar=bar), strong=strong[0] if strong else None)
+        chosen = _CHOSEN.get(field, ("kind",))
+        strong = (at for at, row in enumerate(value) if all(row.get(key) == plan[key] for key in chosen))
+        return replace(table(title, value, bar=bar), strong=next(strong, None))
     if field in ("memory", "flops_by_part"):  # parts of a whole
         unit, whole = ("bytes", value["total"]) if field == "memory" else ("flops", sum(value.values()))
         parts = [
             {"part": name.replace("_", " "), unit: part, "share": part / whole} for name, part in value.items() if part
         ]
         return table(title, parts, bar=unit, strong=len(parts) - 1 if field == "memory" else -1)
-    names = ((name.replace("_", " "), shown(name, part)) for name, part in value.items())
-    return Section(title, rows=tuple(row for row in names if row[1]))
+    return facts(title, value)
 
 
 def plan_page(plan: Plan) -> PlanPage:
     """Put a plan into tables."""
-    fields = plan.model_dump()
-    hours = f"{plan.device} hours" if plan.device != "local" else "hours"
-    many = f"{plan.count:,} {plan.device}" if plan.device != "local" else "this machine"
+    fields, fit = plan.model_dump(), plan.nearest_fit
+    unit, many = f"{plan.device} hours", f"{plan.count:,} {plan.device}"
+    if plan.device == "local":
+        unit, many = "hours", "this machine"
     figures = [
-        (shown("hours", plan.device_hours), hours),
-        (shown("days", plan.days), f"on {many}, in {plan.precision}"),
-    ]
-    if plan.money is not None:
-        figures.append((show_money(plan.money), f"at ${plan.price:g} an hour"))
-    if plan.energy_kwh is not None:
-        figures.append((show_energy(plan.energy_kwh * 3.6e6), "by the devices alone"))
+        (shown("hours", plan.device_hours), unit), (shown("days", plan.days), f"on {many}, in {plan.precision}"),
+        (show_money(plan.money), f"at ${plan.price or 0:g} an hour"),
+        (show_energy(plan.energy_kwh and plan.energy_kwh * 3.6e6), "by the devices alone"),
+    ]  # fmt: skip
     lines = [{key: value for key, value in line.items() if key != "note"} for line in fields["stages"]]
     total = {key: fields.get(key) for key in lines[0]} | {"name": "in all", "tokens": None}
     notes = ". ".join(f"{line.name}: {line.note}" for line in plan.stages if line.note)
-    own = fields.keys() - Plan.model_fields.keys()
-    facts = [(name.replace("_", " "), shown(name, fields[name])) for name in fields if name in own
-             and not isinstance(fields[name], dict) and name not in _SECTIONS]  # fmt: skip
-    fit = plan.nearest_fit
+    own = {name: value for name, value in fields.items() if name not in {*Plan.model_fields, *_SECTIONS}}
     nearest = f"The nearest that does: {fit['count']:,} x {fit['device']}, {fit['layout']}" if fit else "Nothing does"
-    warning = "" if plan.fits else f"It does NOT fit in the memory of one {plan.device}. {nearest}."
     sections = [
         table("The bill", [*lines, total], notes, "device_hours", len(lines)),
         *([_published(plan, bill)] if (bill := getattr(plan, "published", None)) else []),
-        Section("The figures", rows=tuple(fact for fact in facts if fact[1])),
-        *(
-            _section(field, fields[field], {key: fields[key] for key in _CHOSEN.get(field, ("kind",))})
-            for field in _SECTIONS
-            if fields.get(field)
-        ),
-        Section("Assumed", rows=tuple((text,) for text in plan.assumptions)),
+        facts("The figures", {name: value for name, value in own.items() if not isinstance(value, dict)}),
+        *(_section(field, fields[field], fields) for field in _SECTIONS if fields.get(field)),
+        assumed(plan.assumptions),
     ]
-    return PlanPage(_TITLES[plan.kind].format(**fields), tuple(figures), tuple(sections), warning, plan.kind)
+    warning = "" if plan.fits else f"It does NOT fit in the memory of one {plan.device}. {nearest}."
+    title = _TITLES[plan.kind].format(**fields)
+    return PlanPage(title, tuple(figure for figure in figures if figure[0]), tuple(sections), warning, plan.kind)
 
 
 def _published(plan: Plan, bill: PublishedBill) -> Section:
@@ -194,25 +193,22 @@ def show(page: PlanPage, console: Console) -> None:
         if section.note:
             console.print(Text(section.note, style="dim"))
         if section.rows and len(section.rows[0]) == 1:
-            for (text,) in section.rows:
-                console.print(Text(f"- {text}", style="dim"))
+            console.print(Text("\n".join(f"- {text}" for (text,) in section.rows), style="dim"))
         elif section.rows:
-            table = Table(box=None, pad_edge=False, show_header=any(section.columns), header_style="dim")
-            for index, _ in enumerate(section.rows[0]):
-                heading = section.columns[index] if section.columns else ""
-                justify, overflow = ("right", "ellipsis") if index else ("left", "fold")
-                table.add_column(heading, justify=justify, overflow=overflow)  # type: ignore[arg-type]
+            grid = Table(box=None, pad_edge=False, show_header=any(section.columns), header_style="dim")
+            for heading in section.columns or [""] * len(section.rows[0]):
+                first = not grid.columns
+                grid.add_column(heading, justify="left" if first else "right", overflow="fold" if first else "ellipsis")
             for index, row in enumerate(section.rows):
-                table.add_row(*(Text(cell) for cell in row), style="bold" if index == section.strong else None)
-            console.print(table)
+                grid.add_row(*map(Text, row), style="bold" if index == section.strong else None)
+            console.print(grid)
 
 
 def render(page: PlanPage) -> str:
     """A page as one HTML file: no scripts, nothing loaded from anywhere, light and dark."""
     import jinja2  # only here
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("plan.html.jinja").render(page=page, version=__version__)
+    source = Path(__file__).with_name("plan.html.jinja").read_text(encoding="utf-8")
+    options: Any = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    template = jinja2.Environment(undefined=jinja2.StrictUndefined, **options).from_string(source)
+    return template.render(page=page, version=__version__)

@@ -45,6 +45,16 @@ class PlanLine(Strict):
     note: str = ""
 
 
+class PublishedBill(Strict):
+    """What somebody published of the same work: device-hours by stage; `price` is the source's own."""
+
+    source: str
+    device: str
+    tokens: float
+    device_hours: dict[str, float]
+    price: float | None = None
+
+
 class Plan(Strict):
     """What every plan has, and beside it what its kind has: the functions that make plans name those fields.
 

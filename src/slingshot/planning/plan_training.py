@@ -6,18 +6,19 @@ plan_pretrain(PretrainRequest.parse({"model": "deepseek-v3", "device": "h800", "
 from __future__ import annotations
 
 import math
+import tomllib
+from importlib.resources import files
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.quantity import show_count, show_share
 from slingshot.cost.flops import decode_parts, forward_flops, parameters, prefill_parts, training_parts
 from slingshot.machine.machine import describe
+from slingshot.model.config import ModelConfig
 from slingshot.planning.memory import Precision
-from slingshot.planning.model_copy import ModelCopy
+from slingshot.planning.model_copy import ModelCopy, ResponseLengths, round_seconds
 from slingshot.planning.network import LINK_EFFICIENCY, transfers
-from slingshot.planning.plan import HOURS, Hire, Plan, beyond, chosen_precision, dominates
-from slingshot.planning.published import published
+from slingshot.planning.plan import HOURS, Hire, Plan, PublishedBill, beyond, chosen_precision, dominates
 from slingshot.planning.request import LONGEST, DistillRequest, PretrainRequest, RLRequest
-from slingshot.planning.response_lengths import ResponseLengths, round_seconds
 from slingshot.planning.scaling import dense_equivalent
 from slingshot.planning.training_run import ASSUMED_MFU, TrainingRun, forward_and_backward
 
@@ -79,8 +80,17 @@ def plan_pretrain(asked: PretrainRequest) -> Plan:
         transfers=transfers(run.blocks, layout, hire.device, batch, context),
         exposed_network_seconds=max(0.0, times.network - times.compute),
         dense_equivalent=equal, dense_device_hours=equal.ratio * computed if equal else None,
-        published=published(config, asked.model.name, hire.device.name, tokens),
+        published=_published(config, asked.model.name, hire.device.name, tokens),
     )  # fmt: skip
+
+
+def _published(config: ModelConfig, model: str, device: str, tokens: float) -> PublishedBill | None:
+    """What was published of training this preset on these devices with as many tokens, a percent more or less."""
+    table = tomllib.loads((files("slingshot.planning") / "published.toml").read_text(encoding="utf-8"))
+    if model not in table or config != ModelConfig.preset(model):
+        return None
+    bill = PublishedBill.parse(table[model])
+    return bill if bill.device == device and abs(tokens / bill.tokens - 1) < 0.01 else None
 
 
 def plan_rl(asked: RLRequest) -> Plan:

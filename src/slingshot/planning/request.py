@@ -25,34 +25,44 @@ from slingshot.planning.model_copy import DECODE_EFFICIENCY
 LONGEST = 2**27  # tokens of a prompt, a response or a sequence
 
 
-def _reads(read: Callable[[Any, str], Any], positive: bool = True) -> BeforeValidator:
+class NamedModel(Strict):
+    """A model's architecture under the name it was asked for by."""
+
+    name: str
+    config: ModelConfig
+
+
+def _reads(read: Callable[[Any, str], Any], positive: bool = False) -> BeforeValidator:
+    """Reads what is typed behind an option, whose name it is told; `positive`: more than 0."""
+
     def checked(value: Any, info: ValidationInfo) -> Any:
-        what = f"--{(info.field_name or '').replace('_', '-')}"
-        found = read(value, what)
+        option = f"--{(info.field_name or '').replace('_', '-')}"
+        found = read(value, option)
         if positive and not found > 0:
-            raise SlingshotError(f"{what} {value}: must be more than 0")
+            raise SlingshotError(f"{option} {value}: must be more than 0")
         return found
 
     return BeforeValidator(checked)
 
 
-def _prices(value: Any, what: str) -> tuple[float, ...]:
+def _prices(value: Any, option: str) -> tuple[float, ...]:
     prices = tuple(quantity.count(part, "a price") for part in (value.split("/") if isinstance(value, str) else value))
     if len(prices) != 3:
-        raise SlingshotError(f"{what}: three a million: cached input, other input, output, such as 0.14/0.55/2.19")
+        raise SlingshotError(f"{option}: three a million: cached input, other input, output, such as 0.14/0.55/2.19")
     return prices
 
 
-def _hours_by_name(value: Any, _: str) -> dict[str, Any]:
-    stages: dict[str, Any] = dict(value) if isinstance(value, dict) else {}
-    for text in () if isinstance(value, dict) else value:
-        name, separator, hours = text.rpartition("=")
-        if not separator or not (name := name.strip()):
-            raise SlingshotError(f"--stage {text!r:.60}: write NAME=HOURS, such as 'context extension=119K'")
+def _hours_by_name(value: Any, option: str) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    stages: dict[str, Any] = {}
+    for text in value:
+        name, separator, hours = (part.strip() for part in text.rpartition("="))
+        if not separator or not name:
+            raise SlingshotError(f"{option} {text!r:.60}: write NAME=HOURS, such as 'context extension=119K'")
         if name in (*stages, "pre-training"):
-            raise SlingshotError(
-                f"--stage {text!r:.60}: there is a line {name!r:.40} already; give it a name of its own"
-            )
+            taken = f"there is a line {name!r:.40} already; give it a name of its own"
+            raise SlingshotError(f"{option} {text!r:.60}: {taken}")
         stages[name] = quantity.count(hours, f"the hours of {name}")
     return stages
 
@@ -61,26 +71,10 @@ def _named(value: Any, _: str) -> Any:
     return NamedModel(name=value, config=ModelConfig.preset(value)) if isinstance(value, str) else value
 
 
-def _device(value: Any, _: str) -> Any:
-    return device(value) if isinstance(value, str) else value
-
-
-def _stage_of_zero(value: Any, _: str) -> Any:
-    return int(value) if str(value).isdecimal() else value
-
-
-class NamedModel(Strict):
-    """A model's architecture under the name it was asked for by."""
-
-    name: str
-    config: ModelConfig
-
-
-Number = Annotated[float, _reads(quantity.count)]
+Number = Annotated[float, _reads(quantity.count, positive=True)]
 Whole = Annotated[int, _reads(quantity.whole)]
-Share = Annotated[float, _reads(quantity.share)]
-Model = Annotated[NamedModel, _reads(_named, positive=False)]
-Seconds = Annotated[float, _reads(quantity.seconds, positive=False)]
+Share = Annotated[float, _reads(quantity.share, positive=True)]
+Model = Annotated[NamedModel, _reads(_named)]
 
 
 def _asked(help: str, default: Any = None, **bounds: Any) -> Any:
@@ -92,14 +86,12 @@ class PlanRequest(Strict):
     """What every plan is asked."""
 
     model: Model = Field(description="A preset, a folder, a .gguf file, package:NAME, or a hub name.")
-    on: Annotated[Device, _reads(_device, positive=False)] = Field(
+    on: Annotated[Device, _reads(lambda value, _: device(value) if isinstance(value, str) else value)] = Field(
         alias="device", description=f"{', '.join(DEVICES)}, or local for this machine"
     )
     count: Whole | None = _asked("Devices.", 1)
-    price: Annotated[float, _reads(quantity.count, positive=False)] | None = _asked(
-        "Of a device-hour; else an example."
-    )
-    memory: Annotated[float, _reads(quantity.size)] | None = _asked("Of a device, such as 40GiB; else the table's.")
+    price: Annotated[float, _reads(quantity.count)] | None = _asked("Of a device-hour; else an example.")
+    memory: Annotated[float, _reads(quantity.size, True)] | None = _asked("Of a device: 40GiB; else the table's.")
     precision: str | None = _asked("float32, bfloat16, float16, fp8 (serving: int8); else as stored, else 16 bits.")
     mfu: Share | None = _asked("Share of the peak reached; else 22% in 8 bits, 40% in others.")
 
@@ -115,14 +107,15 @@ class TrainingRequest(PlanRequest):
     tp: Whole | None = _asked("Tensor parallel ways; chosen when not given.")
     pp: Whole | None = _asked("Pipeline stages; chosen when not given.")
     ep: Whole | None = _asked("Expert parallel ways; chosen when not given.")
-    zero: Annotated[Zero, _reads(_stage_of_zero, positive=False)] | None = _asked("ZeRO stage, 0 to 3; or chosen.")
+    zero: Annotated[Zero, BeforeValidator(lambda value: int(value) if str(value).isdecimal() else value)] | None = (
+        _asked("ZeRO stage, 0 to 3; or chosen.")
+    )
     recompute: Recompute | None = _asked("none, selective or full; chosen when not given.")
 
     @property
     def ways(self) -> dict[str, Any]:
         """Those of the layout's ways that are given."""
-        given = {name: getattr(self, name) for name in ("tp", "pp", "ep", "zero", "recompute")}
-        return {name: way for name, way in given.items() if way is not None}
+        return self.model_dump(include={"tp", "pp", "ep", "zero", "recompute"}, exclude_none=True)
 
 
 class PretrainRequest(TrainingRequest):
@@ -132,7 +125,7 @@ class PretrainRequest(TrainingRequest):
     hours: Number | None = _asked("Device-hours it took: shows what rate they come to.")
     context: Whole | None = _asked("Tokens in a sequence; else 4096.")
     batch: Number | None = _asked("Tokens in an optimizer step; else 4M, or a sequence a device.")
-    stage: Annotated[dict[str, Number], _reads(_hours_by_name, positive=False)] = _asked(
+    stage: Annotated[dict[str, Number], _reads(_hours_by_name)] = _asked(
         "NAME=HOURS: a further line of the bill; may be repeated.", {}
     )
 
@@ -154,10 +147,8 @@ class RLRequest(TrainingRequest, SamplingRequest):
     group: Whole = _asked("Responses to each question.", 16)
     rollout: Whole | None = _asked("Responses sampled at once; else those of a step.")
     prompt: Number = _asked("Mean tokens of a prompt.", 200)
-    forwards: Annotated[int, _reads(quantity.count, positive=False)] = _asked(
-        "Forward passes besides the trained one.", 1
-    )
-    verify_seconds: Seconds = _asked("Of one processor core for a response.", 0.1)
+    forwards: Annotated[int, _reads(quantity.count)] = _asked("Forward passes besides the trained one.", 1)
+    verify_seconds: Annotated[float, _reads(quantity.seconds)] = _asked("Of one processor core for a response.", 0.1)
     verify_workers: Whole | None = _asked("Cores that verify; else 16 a device, or this machine's with --device local.")
 
 
@@ -179,10 +170,10 @@ class ServeRequest(SamplingRequest):
     count: Whole | None = _asked("Devices; else what the traffic needs, or one copy.")
     prompt: Number = _asked("Mean tokens of a prompt.", 4000, ge=1, le=LONGEST)
     response: Number = _asked("Mean tokens of a response.", 1000, ge=1, le=LONGEST)
-    hit_share: Annotated[float, _reads(quantity.share, positive=False)] = _asked("Share of prompt tokens cached.", 0)
-    latency: Annotated[float, _reads(quantity.seconds)] = _asked("What a user waits for a token, at most.", 0.05)
+    hit_share: Annotated[float, _reads(quantity.share)] = _asked("Share of prompt tokens cached.", 0)
+    latency: Annotated[float, _reads(quantity.seconds, True)] = _asked("What a user waits for a token at most.", 0.05)
     input: Number | None = _asked("Input tokens of a day's traffic.")
     output: Number | None = _asked("Output tokens of a day's traffic.")
-    prices: Annotated[tuple[float, float, float], _reads(_prices, positive=False)] | None = _asked(
+    prices: Annotated[tuple[float, float, float], _reads(_prices)] | None = _asked(
         "Per million tokens: cached input/other input/output, such as 0.14/0.55/2.19."
     )

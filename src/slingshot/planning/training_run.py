@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -68,38 +68,33 @@ def forward_and_backward(config: ModelConfig, length: int, tokens: float) -> dic
     return {part: 3 * flops * tokens / length for part, flops in forward_parts(config, [length]).items()}
 
 
-@dataclass(frozen=True)
 class TrainingRun:
     """Sequences of `context` tokens, `batch_tokens` a step, on hired devices; `parts`: FLOPs of all steps by part."""
 
-    asked: TrainingRequest
-    hire: Hire
-    context: int
-    batch_tokens: float
-    parts: dict[str, float]
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.asked.model.config
-
-    @property
-    def sequences(self) -> float:
-        return self.batch_tokens / self.context
-
-    @cached_property
-    def blocks(self) -> Blocks:
-        return Blocks(self.config, self.hire.precision)
+    def __init__(
+        self, asked: TrainingRequest, hire: Hire, context: int, batch_tokens: float, parts: dict[str, float]
+    ) -> None:
+        self.asked, self.hire, self.context, self.batch_tokens, self.parts = asked, hire, context, batch_tokens, parts
+        self.config = asked.model.config
+        self.sequences = batch_tokens / context
+        self.blocks = Blocks(self.config, hire.precision)
+        # Of training on an optimizer step's tokens, MTP included, on one device at its peak.
+        peak = mixed_peak(hire.device, hire.precision.dtype, forward_parts(self.config, [context]))
+        self.compute_seconds = training_flops(self.config, [context]) * self.sequences / hire.count / peak
 
     @cached_property
     def rate(self) -> TrainingRate:
         return training_rate(self.hire, self.parts, self.asked)
 
-    @cached_property
-    def compute_seconds(self) -> float:
-        """Of training on an optimizer step's tokens, MTP included, on one device at its peak."""
-        flops = training_flops(self.config, [self.context]) * self.sequences / self.hire.count
-        parts = forward_parts(self.config, [self.context])
-        return flops / mixed_peak(self.hire.device, self.hire.precision.dtype, parts)
+    @property
+    def hours(self) -> float:
+        """Device-hours of all of it."""
+        return sum(self.parts.values()) / self.rate.per_device / 3600
+
+    def on(self, hire: Hire) -> TrainingRun:
+        """The same on other devices, with at least a sequence for each."""
+        batch = max(self.batch_tokens, float(self.context * hire.count))
+        return TrainingRun(self.asked, hire, self.context, batch, self.parts)
 
     def microbatches(self, layout: Layout) -> float:
         return max(1.0, self.sequences / layout.dp)
@@ -162,9 +157,8 @@ class TrainingRun:
         for other in and_others(self.hire.device):
             if self.hire.precision.dtype in other.peak:
                 for count in (self.hire.count * 2**power for power in range(13 if other.network else 1)):
-                    batch = max(self.batch_tokens, float(self.context * count))  # at least a sequence for each
-                    run = replace(self, hire=replace(self.hire, device=other, count=count), batch_tokens=batch)
-                    if count <= MOST and (layout := run.leanest()) is not None:
+                    layout = self.on(replace(self.hire, device=other, count=count)).leanest() if count <= MOST else None
+                    if layout is not None:
                         return {"device": other.name, "count": count, "layout": str(layout)}
         return None
 
@@ -173,11 +167,6 @@ class TrainingRun:
         nearest = None if self.memory.total <= self.hire.usable else self.nearest_fit()
         return {"nearest_fit": nearest, "layout_text": str(self.layout),
                 "tflops_per_device": self.rate.per_device / 1e12, "mfu": self.rate.mfu}  # fmt: skip
-
-    @property
-    def hours(self) -> float:
-        """Device-hours of all of it."""
-        return sum(self.parts.values()) / self.rate.per_device / 3600
 
     def there(self, trained: float, more: Callable[[Hire], float]) -> Callable[[Hire], tuple[float | None, bool]]:
         """Tells device-hours of the same on another device, and whether it has room: what took `trained` hours at the
@@ -189,6 +178,6 @@ class TrainingRun:
                 hours = trained * peak / mixed_peak(other.device, other.precision.dtype, self.parts) + more(other)
             except SlingshotError:
                 return None, False
-            return hours, replace(self, hire=other).leanest() is not None
+            return hours, self.on(other).leanest() is not None
 
         return there

@@ -157,6 +157,41 @@ def test_a_row_that_cannot_be_asked_leaves_those_before_it(command: Command, che
     assert [row["prompt"] for row in read(out)] == ["one", "two", "three", "four"]
 
 
+def test_every_sampling_option_reaches_the_engine(command: Command, checkpoint: Path, prompts: Path) -> None:
+    """By its own flag, and by a row's key."""
+    (prompts.parent / "schema.json").write_text('{"enum": ["x"]}')
+    asked = ("generate", checkpoint, "--dtype", "float32", "--max-tokens", 12, "--thinking-budget", 0)
+    for flags, keys, row in (
+        (["--regex", "a+b", "--temperature", 0], {"regex": "a+b", "temperature": 0}, {}),
+        (["--choice", "yes", "--choice", "no"], {"choice": ["yes", "no"]}, {}),
+        (["--grammar", 'root ::= "abc"'], {"grammar": 'root ::= "abc"'}, {"answer": "abc", "finish_reason": "stop"}),
+        (["--json-schema", prompts.parent / "schema.json"], {"json_schema": {"enum": ["x"]}}, {"answer": '"x"'}),
+        (["--logit-bias", "70=100", "--logit-bias", "71=-inf"], {"logit_bias": {"70": 100, "71": float("-inf")}}, {}),
+        (["--bad-word", "e", "--min-p", 0.1, "--top-k", 9], {"bad_words": ["e"], "min_p": 0.1, "top_k": 9}, {}),
+        (["--repetition-penalty", 1.5], {"repetition_penalty": 1.5}, {}),
+        (["--presence-penalty", 1], {"presence_penalty": 1}, {}),
+        (["--frequency-penalty", 2, "--thinking-budget", 2], {"frequency_penalty": 2, "thinking_budget": 2}, {}),
+        (["--stop", "e", "--stop-token-id", 70], {"stop": ["e"], "stop_token_ids": [70]}, {}),
+        (["--ignore-eos", "--seed", 5, "--top-p", 1], {"ignore_eos": True, "seed": 5, "top_p": 1}, {"tokens": 12}),
+        (["--top-logprobs", 2, "--prompt-logprobs", 1], {"top_logprobs": 2, "prompt_logprobs": 1}, {}),
+    ):
+        (prompts.parent / "one.jsonl").write_text(json.dumps({"prompt": "three", **keys}))
+        one, other = command(*asked, "three", *flags), command(*asked, "--prompts", prompts.parent / "one.jsonl")
+        assert one[0] == 0 and one == other
+        said = json.loads(one[1])
+        assert said | row == said
+    assert len(said["token_ids"]) == len(said["logprobs"]) == len(said["top_logprobs"]) == said["tokens"]
+    assert len(said["prompt_logprobs"]) == len(said["prompt_token_ids"]) and said["prompt_top_logprobs"][0] is None
+
+
+def test_an_answer_that_cannot_go_on_is_a_row_of_its_own(command: Command, checkpoint: Path, prompts: Path) -> None:
+    prompts.write_text('{"prompt": "a", "regex": "ab", "bad_words": ["ab"]}\n{"prompt": "b", "regex": "ab"}\n')
+    code, out, _ = command("generate", checkpoint, "--prompts", prompts, "--thinking-budget", 0)
+    failed, other = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and failed["finish_reason"] == "error" and "no token can follow" in failed["error"]
+    assert other["answer"] == "ab" and "error" not in other
+
+
 @pytest.mark.slow
 def test_kill_9_in_the_middle_changes_nothing(command: Command, checkpoint: Path, tmp_path: Path) -> None:
     prompts, out, other = (tmp_path / name for name in ("prompts.txt", "killed.jsonl", "whole.jsonl"))

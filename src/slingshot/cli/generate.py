@@ -13,7 +13,7 @@ import fcntl
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from slingshot.engine.sampling import SamplingParams
     from slingshot.engine.sequence import Completion, RequestOutput
 
-DEFAULTS: dict[str, Any] = {"max_tokens": 256, "temperature": 0.6, "top_p": 0.95}  # R1's temperature and top-p
 _IN_FLIGHT = 512  # samples running or queued: all that a kill can lose, but for what waits for a longer one before it
 
 _FORM = 'a row is an object with "prompt" (text, or a chat) or "messages"; "id" and sampling parameters may stand there'
@@ -66,9 +65,9 @@ class PromptRow:
             raise SlingshotError(f"{where}: {error}") from error
         return cls(where, prompt, params, row.get("id"))
 
-    def lines(self, completions: Iterable[Completion], settings: str | None) -> Iterator[str]:
+    def lines(self, output: RequestOutput, settings: str | None) -> Iterator[str]:
         """One line of JSON a completion, in the forms that `slingshot sft` reads: a chat goes on with the reply."""
-        for sample, completion in enumerate(completions):
+        for sample, completion in enumerate(output.outputs):
             row: dict[str, Any] = {} if self.id is None else {"id": self.id}
             if isinstance(self.prompt, str):
                 row |= {"prompt": self.prompt, "reasoning": completion.reasoning, "answer": completion.answer}
@@ -76,7 +75,21 @@ class PromptRow:
                 thought = {} if completion.reasoning is None else {"reasoning_content": completion.reasoning}
                 row["messages"] = [*self.prompt, {"role": "assistant", **thought, "content": completion.answer}]
             row |= {"sample": sample, "finish_reason": completion.finish_reason, "tokens": len(completion.token_ids)}
+            row |= self._told(output, completion)
             yield json.dumps(row | ({"settings": settings} if settings else {}), ensure_ascii=False) + "\n"
+
+    def _told(self, output: RequestOutput, completion: Completion) -> dict[str, Any]:
+        """What else it asked for, and why it could not go on."""
+        told: dict[str, Any] = {}
+        if completion.top_logprobs is not None:
+            names = ("token_ids", "logprobs", "top_logprobs")
+            told |= {name: getattr(completion, name) for name in names}
+        if output.prompt_logprobs is not None:
+            told |= {"prompt_token_ids": output.prompt_token_ids, "prompt_logprobs": output.prompt_logprobs}
+            told |= {"prompt_top_logprobs": output.prompt_top_logprobs} if output.prompt_top_logprobs else {}
+        if completion.routed_experts is not None:
+            told["routed_experts"] = completion.routed_experts.tolist()
+        return told | ({"error": str(output.error)} if completion.finish_reason == "error" else {})
 
     def answered_by(self, row: Any, settings: str) -> str:
         """Empty where `row` is a completion of this prompt made with these settings, else what differs."""
@@ -169,13 +182,28 @@ def generate(
     n: Annotated[int, typer.Option("-n", "--n", help="Samples per prompt.")] = 1,
     raw: Annotated[bool, typer.Option("--raw", help="Continue a text, without the chat template.")] = False,
     max_tokens: Annotated[int, typer.Option(help="Of a completion, at most.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.6,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.6,  # and top-p: R1's
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 0.95,
     top_k: Annotated[int, typer.Option(help="Keep as many of the likeliest tokens; 0: all.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the noise; the same seed gives the same tokens.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     stop_token_id: Annotated[list[int] | None, typer.Option(help="End with this token; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on to --max-tokens.")] = False,
+    min_p: Annotated[float, typer.Option(help="Keep tokens so probable as this share of the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Divides logits of tokens seen; 1: none.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Off the logits of tokens sampled.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="Off them for each time.")] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=BIAS", help="Added to a token's logit; -inf forbids it.")
+    ] = None,
+    bad_word: Annotated[list[str] | None, typer.Option(help="Never say this; may be repeated.")] = None,
+    thinking_budget: Annotated[int | None, typer.Option(help="Tokens of reasoning, at most.")] = None,
+    json_schema: Annotated[str | None, typer.Option(help="The answer is such JSON: a schema, or its file.")] = None,
+    regex: Annotated[str | None, typer.Option(help="The answer matches this.")] = None,
+    choice: Annotated[list[str] | None, typer.Option(help="The answer is one of these; repeat it.")] = None,
+    grammar: Annotated[str | None, typer.Option(help="The answer is of this EBNF, or its file's.")] = None,
+    top_logprobs: Annotated[int, typer.Option(help="Tell logprobs, and of so many likeliest tokens.")] = 0,
+    prompt_logprobs: Annotated[int | None, typer.Option(help="The same of the prompt; 0: its own alone.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16: of weights and activations.")] = "auto",
 ) -> None:
     """Complete prompts, in order: a line of JSON each, on standard output or in a file a killed run goes on with."""
@@ -184,6 +212,11 @@ def generate(
     given = {
         "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "n": n, "seed": seed,
         "stop": tuple(stop or ()), "stop_token_ids": tuple(stop_token_id or ()), "ignore_eos": ignore_eos,
+        "min_p": min_p, "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty, "logit_bias": [text.split("=", 1) for text in logit_bias or ()],
+        "bad_words": bad_word, "thinking_budget": thinking_budget, "json_schema": _text_or_file(json_schema),
+        "regex": regex, "choice": choice, "grammar": _text_or_file(grammar), "top_logprobs": top_logprobs,
+        "prompt_logprobs": prompt_logprobs,
     }  # fmt: skip
     texts = [line for text in texts or [] for line in (sys.stdin.read().splitlines() if text == "-" else [text])]
     rows = [PromptRow.read({"prompt": text}, "the prompt", given) for text in texts if text.strip()]
@@ -192,7 +225,7 @@ def generate(
         raise SlingshotError("no prompts; give them as arguments, by --prompts, or - with text on standard input")
     if out is None:
         for row, output in zip(rows, complete(Engine.load(path, dtype), rows, raw), strict=True):
-            sys.stdout.writelines(row.lines(output.outputs, None))
+            sys.stdout.writelines(row.lines(output, None))
             sys.stdout.flush()
         return
     place = str(Path(path).resolve()) if Path(path).exists() else path
@@ -203,6 +236,13 @@ def generate(
     total = sum(row.params.n for row in rows)
     print(f"made {out}: {plural(total, 'completion')} of {plural(len(rows), 'prompt')}{speed}")
     print(f"next: slingshot sft MODEL data={out} --out {out.with_suffix('')}-sft")
+
+
+def _text_or_file(value: str | None) -> str | None:
+    """What a file holds, where the value names one."""
+    if value and "\n" not in value and len(value) < 256 and Path(value).is_file():
+        return read_text(Path(value))
+    return value
 
 
 def _write(
@@ -219,7 +259,7 @@ def _write(
     try:
         with Progress("generate", len(rows), done=first) as progress:
             for at, output in enumerate(complete(engine, rows[first:], raw), start=first):
-                file.writelines(list(rows[at].lines(output.outputs, settings[at]))[kept:])
+                file.writelines(list(rows[at].lines(output, settings[at]))[kept:])
                 file.flush()
                 kept = 0
                 tokens += sum(len(completion.token_ids) for completion in output.outputs)

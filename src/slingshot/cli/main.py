@@ -31,6 +31,7 @@ from slingshot import __version__
 from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, read_text
+from slingshot.cli.bench import show as bench
 from slingshot.cli.commands import Commands
 from slingshot.cli.generate import generate
 from slingshot.cli.keys import show_keys, show_recipes, show_tasks
@@ -282,6 +283,7 @@ def chat(
 
 
 app.command()(generate)
+app.command("bench")(bench)
 
 
 @app.command()

@@ -132,10 +132,11 @@ def measure_peak(dtype: torch.dtype, device: torch.device | str | None = None, s
     return max(best, 2 * width**3 / _fastest(product, device, end - time.perf_counter()))
 
 
-def measure_bandwidth(device: torch.device | str | None = None, seconds: float = 0.3) -> float:
-    """Bytes/s of reading memory: the best sum over 256 MiB (accelerators: 1 GiB), far beyond any cache."""
+def measure_bandwidth(device: torch.device | str | None = None, seconds: float = 0.3, size: int | None = None) -> float:
+    """Bytes/s of reading `size` bytes: the best sum, by default over 256 MiB (accelerators: 1 GiB), which is memory's
+    own where caches are smaller."""
     device = auto_device() if device is None else torch.device(device)
-    numbers = torch.ones((256 if device.type == "cpu" else 1024) * 2**18, device=device)
+    numbers = torch.ones((size or (256 if device.type == "cpu" else 1024) << 20) // 4, device=device)
     return numbers.nbytes / _fastest(numbers.sum, device, seconds)
 
 

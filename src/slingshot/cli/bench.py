@@ -1,0 +1,180 @@
+"""`slingshot bench CHECKPOINT`: how fast the engine generates here, and how near that is to what the machine can do.
+
+rows = bench(engine, [1, 16, 64], prompt=32, new=64, rounds=3)
+rows[0].tokens_per_second, rows[0].bytes_read / rows[0].step_seconds
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from slingshot.base.errors import SlingshotError
+from slingshot.base.quantity import plural, show_flops, show_seconds, show_share, show_size
+
+if TYPE_CHECKING:
+    from slingshot.engine.engine import Engine
+    from slingshot.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """Of `batch` requests at once, each a median.
+
+    tokens_per_second   new tokens over the time from the question to the last of them, prompts included
+    step_seconds        of a step in which every row decodes a token
+    bytes_read          by such a step: weights (of experts those expected to be chosen) and cached entries
+    flops               of such a step
+    """
+
+    batch: int
+    tokens_per_second: float
+    step_seconds: float
+    bytes_read: float
+    flops: float
+
+
+def bench(engine: Engine, batches: Sequence[int], prompt: int, new: int, rounds: int) -> list[BenchRow]:
+    """Every batch size once a round, after one that does not count: a machine's moods strike all alike."""
+    from slingshot.cost.flops import decode_parts
+
+    times: dict[int, list[tuple[float, float]]] = {batch: [] for batch in batches}
+    for number in range(rounds + 1):
+        for batch in batches:
+            measured = _generate(engine, batch, prompt, new, seed=number)
+            times[batch] += [measured] if number else []
+    config, context = engine.model.config, prompt + new / 2
+    width = engine.model.model.embed_tokens.weight.dtype.itemsize
+    rows = []
+    for batch, measured_times in times.items():
+        seconds, step = (statistics.median(each) for each in zip(*measured_times, strict=True))
+        read, flops = bytes_read(config, batch, context, width), sum(decode_parts(config, context).values())
+        rows.append(BenchRow(batch, batch * new / seconds, step, read, batch * flops))
+    return rows
+
+
+def first_token(engine: Engine, prompt: int, rounds: int) -> float:
+    """Seconds from a prompt of this length to its first token: a median, after one that does not count."""
+    times = [_generate(engine, 1, prompt, 1, seed=100 + number)[0] for number in range(rounds + 1)]
+    return statistics.median(times[1:])
+
+
+def bytes_read(config: ModelConfig, batch: int, context: float, width: int) -> float:
+    """Bytes of weights and of cached entries that a decode step reads; `width` bytes a number.
+
+    An embedding is looked up, not read, unless it is the head too. Of E experts, k for each token, a batch touches
+    E (1 - (1 - k / E)^batch) if it chooses without preference.
+    """
+    from slingshot.cost.flops import block_weights, cache_bytes_per_token, parameters
+
+    counts, share = parameters(config), 0.0
+    experts = sum(block_weights(config, layer).experts for layer in range(config.num_hidden_layers))
+    if experts:
+        share = (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch
+    looked_up = 0 if config.tie_word_embeddings else counts.embedding
+    weights = (counts.total - looked_up - experts * share) * width
+    return weights + batch * context * cache_bytes_per_token(config, width)
+
+
+def _generate(engine: Engine, batch: int, prompt: int, new: int, seed: int) -> tuple[float, float]:
+    """Seconds for `new` tokens to each of `batch` prompts that were never seen, and of a step once all decode."""
+    import torch
+
+    from slingshot.engine.sampling import SamplingParams
+
+    generator = torch.Generator().manual_seed(seed * 1000 + batch)
+    prompts = torch.randint(engine.tokenizer.vocab_size, (batch, prompt), generator=generator).tolist()
+    params, before = SamplingParams(max_tokens=new, ignore_eos=True, seed=seed), engine.counters.decoded
+    start = time.perf_counter()
+    for ids in prompts:
+        engine.add(ids, params)
+    while engine.counters.decoded - before < batch:
+        engine.step()
+    begun, drawn = time.perf_counter(), engine.counters.decoded - before
+    while engine.unfinished:
+        engine.step()
+    end = time.perf_counter()
+    return end - start, (end - begun) / max(1.0, (batch * new - drawn) / batch)
+
+
+def _load(source: str, dtype: str, most: int, length: int) -> tuple[Engine, str]:
+    """The engine of a checkpoint, or of a preset's architecture with random weights; and what it is."""
+    import torch
+
+    from slingshot.cost.flops import parameters
+    from slingshot.engine.engine import Engine
+    from slingshot.machine.device import auto_device, auto_dtype, describe_machine
+    from slingshot.model.config import ModelConfig, presets
+    from slingshot.model.transformer import Transformer
+    from slingshot.text.tokenizer import Tokenizer
+
+    if source not in presets() or Path(source).exists():
+        return Engine.load(source, dtype, max_batch=most, max_length=length), source
+    device, config = auto_device(), ModelConfig.preset(source)
+    chosen = auto_dtype(device) if dtype == "auto" else torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    size, memory = parameters(config).total * chosen.itemsize, describe_machine(device).memory_bytes
+    if memory and size > 0.8 * memory:
+        raise SlingshotError(f"{source} has weights of {show_size(size)}, this machine {show_size(memory)} of memory")
+    model = Transformer.empty(config, device, chosen).requires_grad_(False)
+    model.init_weights(torch.Generator().manual_seed(0))
+    tokenizer = Tokenizer.train(["What is 3+4-2?"], config.vocab_size)
+    return Engine(model, tokenizer, most, length), f"{source} with random weights"
+
+
+def show(
+    source: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Or a preset's name, for random weights.")],
+    batch: Annotated[str, typer.Option(help="Requests at once, one number or several.")] = "1,4,16,64",
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of every prompt.")] = 32,
+    new: Annotated[int, typer.Option(min=2, help="Tokens of every completion.")] = 64,
+    first: Annotated[int, typer.Option(min=1, help="Tokens of the prompt whose first token is waited for.")] = 512,
+    rounds: Annotated[int, typer.Option(min=1, help="Of which the median is shown.")] = 3,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Measure tokens per second, the time to the first token, and the share reached of what this machine can do."""
+    from slingshot.machine.device import describe_machine, dtype_name, machine_peak, measure_bandwidth
+
+    sizes = [int(size) for size in batch.split(",") if size.strip().isdecimal()]
+    if len(sizes) != len(batch.split(",")) or not all(sizes):
+        raise SlingshotError(f"--batch {batch}: give whole numbers from 1 on, with commas between them")
+    console = Console()
+    with console.status("loading and measuring ..."):
+        engine, what = _load(source, dtype, max(sizes), max(prompt + new, first + 1) + 1)
+        weight = engine.model.model.embed_tokens.weight
+        rows = bench(engine, sizes, prompt, new, rounds)
+        waited = first_token(engine, first, rounds)
+        read = rows[0].bytes_read
+        bandwidth = measure_bandwidth(weight.device, 0.5, int(read))
+        peak = machine_peak(weight.dtype, weight.device)
+    machine = describe_machine(weight.device)
+    if as_json:
+        measured: dict[str, Any] = {"model": what, "dtype": dtype_name(weight.dtype), "prompt": prompt, "new": new}
+        measured |= {"rows": [asdict(row) for row in rows], "first_token": {"prompt": first, "seconds": waited}}
+        measured |= {"bandwidth": bandwidth, "peak": peak, "machine": machine.model_dump()}
+        print(json.dumps(measured, indent=2))
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("batch", "tokens/s", "a step", "decoding tokens/s", "of the bandwidth", "of the peak"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        shares = (row.bytes_read / row.step_seconds / bandwidth, row.flops / row.step_seconds / peak)
+        speeds = f"{row.tokens_per_second:,.1f}", show_seconds(row.step_seconds), f"{row.batch / row.step_seconds:,.1f}"
+        table.add_row(str(row.batch), *speeds, *map(show_share, shares))
+    console.print(table)
+    console.print(f"first token after {plural(first, 'token')}: {show_seconds(waited)}", highlight=False)
+    where = machine.accelerator or f"{machine.cpu}, {plural(machine.threads or 1, 'thread')}"
+    text = (
+        f"{what} in {dtype_name(weight.dtype)} on {where}: prompts of {prompt} and completions of {new} tokens, "
+        f"medians of {plural(rounds, 'round')}. A step at batch {rows[0].batch} reads {show_size(read)}; a sum over as "
+        f"many bytes reads {bandwidth / 1e9:,.1f} GB/s here, and the matrix peak is {show_flops(peak)}/s."
+    )
+    console.print(text, highlight=False, soft_wrap=True)

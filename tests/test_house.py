@@ -17,7 +17,7 @@ FILE = 400  # lines
 
 # Lines of Python at most: the package's, the tests'.
 ROOMS = {
-    "base": (715, 505), "checkpoint": (2300, 3300), "cli": (1545, 1105), "cost": (680, 605), "data": (320, 195),
+    "base": (715, 495), "checkpoint": (2300, 3300), "cli": (1545, 1105), "cost": (680, 605), "data": (320, 195),
     "engine": (2900, 2200),
     "kernels": (420, 600), "machine": (410, 270), "model": (1290, 1410), "parity": (0, 900),
     "planning": (2245, 1170), "quantization": (60, 80), "recipe": (1005, 995), "rollout": (570, 490),

@@ -28,8 +28,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return SPEEDS[dtype]
 
     monkeypatch.setattr(doctor, "auto_device", lambda: CPU)
-    monkeypatch.setattr(doctor, "measure_peak", measure_peak)
-    monkeypatch.setattr(doctor, "measure_bandwidth", lambda device, seconds: 28e9)
+    monkeypatch.setattr("slingshot.machine.device.measure_peak", measure_peak)
+    monkeypatch.setattr("slingshot.machine.device.measure_bandwidth", lambda device, seconds: 28e9)
     return tmp_path
 
 
@@ -92,7 +92,9 @@ def test_calibration_measures_longer_and_forgets_what_was(cache: Path, monkeypat
     examined()
     assert load_measurement(machine_key(CPU)).peak["float32"] == 1e15  # the best ever
     taken = []
-    monkeypatch.setattr(doctor, "measure_bandwidth", lambda device, seconds: taken.append(seconds) or 28e9)
+    monkeypatch.setattr(
+        "slingshot.machine.device.measure_bandwidth", lambda device, seconds: taken.append(seconds) or 28e9
+    )
     assert f"Kept in {measurement_path()}, in place of what was measured before." in examined(calibrate=True)
     peak = {"float32": 200e9, "bfloat16": 900e9, "int8": 2000e9}
     assert load_measurement(machine_key(CPU)) == Measurement(peak=peak, bandwidth=28e9) and taken == [0.04]

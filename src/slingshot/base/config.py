@@ -40,16 +40,17 @@ class Strict(BaseModel):
             return values
         complete = {}
         for key, value in values.items():
-            if isinstance(value, dict | list):
-                _check_finite(value, key)
+            # Tables of free keys have no types to refuse NaN and infinities.
+            for place, number in _flat({key: value}).items() if isinstance(value, dict | list) else ():
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise SlingshotError(f"{place}: {number} is no number to compute with")
             if cls._is_old(key, value):
                 raise SlingshotError(f"{key}: this key is now {cls.moved[key]}")
-            default = cls.model_fields[key].default if key in cls.model_fields else None
-            is_list = key in cls.model_fields and get_origin(cls.model_fields[key].annotation) is list
-            if is_list and isinstance(value, str | dict):
-                value = [value]
-            elif isinstance(value, dict) and isinstance(default, Strict):
-                value = default.model_dump(exclude_unset=True) | value
+            if field := cls.model_fields.get(key):
+                if get_origin(field.annotation) is list and isinstance(value, str | dict):
+                    value = [value]
+                elif isinstance(value, dict) and isinstance(field.default, Strict):
+                    value = field.default.model_dump(exclude_unset=True) | value
             complete[key] = value
         return complete
 
@@ -97,10 +98,10 @@ class Strict(BaseModel):
         keys the user decides on.
         """
         old = cls.renewed(old)
-        had = _flat(old)
+        had = _flat(old, lists=False)
         with contextlib.suppress(ValidationError, SlingshotError):  # keys that are new within lists take their defaults
             old = cls.model_validate(old, extra="ignore").model_dump(mode="json")
-        before, after = _flat(old), _flat(new)
+        before, after = _flat(old, lists=False), _flat(new, lists=False)
         return {
             key: (before.get(key), after.get(key))
             for key in before | after
@@ -121,25 +122,22 @@ class Strict(BaseModel):
         return False
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one table of dotted keys; a list is one value."""
-    flat: dict[str, Any] = {}
-    for key, part in value.items():
-        flat |= _flat(part, f"{prefix}{key}.") if isinstance(part, dict) and part else {f"{prefix}{key}": part}
-    return flat
+def _flat(value: Any, prefix: str = "", lists: bool = True) -> dict[str, Any]:
+    """Nested tables as one table of dotted keys, items of lists by number; without `lists` a list is a value."""
+    if isinstance(value, list | tuple) and lists:
+        value = dict(enumerate(value))
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    return {
+        place: found
+        for key, part in value.items()
+        for place, found in _flat(part, f"{prefix}.{key}" if prefix else f"{key}", lists).items()
+    }
 
 
 def printable(text: str) -> str:
     """A key of a file from anywhere, fit to be printed: no line breaks, no control sequences, no end without an end."""
     return "".join(character if character.isprintable() else " " for character in text[:200])
-
-
-def _check_finite(value: Any, key: str) -> None:
-    """Refuse NaN and infinities in tables of free keys, which have no types to refuse them."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise SlingshotError(f"{key}: {value} is no number to compute with")
-    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
-        _check_finite(part, key)
 
 
 def _nested(model: type[Strict], location: Sequence[int | str]) -> type[Strict]:

@@ -19,17 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from slingshot.base.quantity import plural, show_size
-from slingshot.machine.device import (
-    BF16_WORTH_IT,
-    auto_device,
-    auto_threads,
-    describe_machine,
-    dtype_name,
-    machine_key,
-    measure_bandwidth,
-    measure_peak,
-    why_cpu,
-)
+from slingshot.machine import device as hardware
+from slingshot.machine.device import BF16_WORTH_IT, auto_device, auto_threads, describe_machine, dtype_name
 from slingshot.machine.machine import Measurement, load_measurement, measurement_path, save_measurement
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
@@ -43,12 +34,12 @@ def measure(device: torch.device, seconds: float = 0.5, anew: bool = False) -> t
     peak = {}
     for dtype in DTYPES:
         try:
-            peak[dtype_name(dtype)] = measure_peak(dtype, device, seconds)
+            peak[dtype_name(dtype)] = hardware.measure_peak(dtype, device, seconds)
         except RuntimeError:
             continue
-    measurement = Measurement(peak=peak, bandwidth=measure_bandwidth(device, seconds))
-    kept = save_measurement(machine_key(device), measurement, anew)
-    return load_measurement(machine_key(device)) if kept else measurement, kept
+    measurement = Measurement(peak=peak, bandwidth=hardware.measure_bandwidth(device, seconds))
+    kept = save_measurement(hardware.machine_key(device), measurement, anew)
+    return load_measurement(hardware.machine_key(device)) if kept else measurement, kept
 
 
 def examine(console: Console, seconds: float = 0.5, calibrate: bool = False) -> None:
@@ -64,13 +55,12 @@ def examine(console: Console, seconds: float = 0.5, calibrate: bool = False) -> 
     has.add_row("processor", f"{machine.cpu}, {plural(machine.cores, 'core')}")
     has.add_row("memory", f"{show_size(machine.memory_bytes)}, read at {(measurement.bandwidth or 0) / 1e9:.1f} GB/s")
     has.add_row("free disk here", show_size(shutil.disk_usage(Path.cwd()).free))
-    has.add_row("accelerator", machine.accelerator or why_cpu())
+    has.add_row("accelerator", machine.accelerator or hardware.why_cpu())
     software = f"Python {platform.python_version()}, torch {machine.torch}, {plural(machine.threads or 0, 'thread')}"
     has.add_row("software", software)
-    fastest = (
-        f"{plural(auto_threads(width, anew=True), 'thread')} for models of width {width}" for width in (128, 512)
-    )
-    has.add_row("fastest with", ", ".join(fastest))
+    threads = {width: plural(auto_threads(width, anew=True), "thread") for width in (128, 512)}
+    fastest = ", ".join(f"{many} for models of width {width}" for width, many in threads.items())
+    has.add_row("fastest with", fastest)
 
     fast = Table("dtype", box=None, pad_edge=False, header_style="dim")
     fast.add_column("GFLOP/s", justify="right")
@@ -88,9 +78,8 @@ def examine(console: Console, seconds: float = 0.5, calibrate: bool = False) -> 
         busy = f"The machine is busy (load {load:.1f} on {plural(machine.cores, 'core')})"
         console.print(f"{busy}: its full speed shows when it is idle.")
     anew = ", in place of what was measured before" if calibrate else ""
-    where = f"Kept in {measurement_path()}{anew}."
-    if not kept:
-        where = f"{measurement_path()} cannot be written, so this is measured again each time."
+    unkept = f"{measurement_path()} cannot be written, so this is measured again each time."
+    where = f"Kept in {measurement_path()}{anew}." if kept else unkept
     console.print(where, style="dim", soft_wrap=True, highlight=False)
 
 

@@ -6,6 +6,7 @@ show(examine("runs/tiny/rl_final"), Console())
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 from rich.console import Console
@@ -16,24 +17,17 @@ from slingshot.base.quantity import plural, show_count, show_size
 Facts = dict[str, Any]
 _Row = tuple[str, ...]
 
-_KINDS = {
-    "preset": "a preset: what its checkpoint holds",
-    "hub": "a checkpoint on the hub",
-    "gguf": "a GGUF file",
-    "folder": "a checkpoint folder",
-}
-_REASONING = {
-    "opened": "opens <think> in the prompt",
-    "tags": "leaves the think tags to the model",
-    None: "no think tags",
-}
+_KINDS = {"preset": "a preset: what its checkpoint holds", "hub": "a checkpoint on the hub", "gguf": "a GGUF file",
+          "folder": "a checkpoint folder"}  # fmt: skip
+_REASONING = {"opened": "opens <think> in the prompt", "tags": "leaves the think tags to the model",
+              None: "no think tags"}  # fmt: skip
+_ACTIVE = {"with embedding and head": "active", "without the input embedding": "active_without_embedding",
+           "without both": "active_without_embedding_and_head"}  # fmt: skip
 
 
 def show(facts: Facts, console: Console) -> None:
-    console.print(
-        Text.assemble((_plain(facts["source"]), "bold"), "  ", (_KINDS[facts["kind"]], "dim")), soft_wrap=True
-    )
-    console.print()
+    title = Text.assemble((_plain(facts["source"]), "bold"), "  ", (_KINDS[facts["kind"]], "dim"), "\n")
+    console.print(title, soft_wrap=True)
     for heading, rows, remark in _sections(facts):
         console.print(heading, style="bold")
         widths = [max(len(cells[column]) for cells in rows) for column in range(len(rows[0]))]
@@ -59,14 +53,9 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[_Row], str]]:
         counts, cache = facts["parameters"], facts["cache"]
         yield "Model", list(_model_rows(model)), ""
         yield "Parameters", list(_parameter_rows(facts)), ""
-        active = {
-            "with embedding and head": "active",
-            "without the input embedding": "active_without_embedding",
-            "without both": "active_without_embedding_and_head",
-        }
         several = counts["active"] != counts["total"]
         remark = "Model cards differ in what they leave out: DeepSeek's 37B for V3 is the second, 36.6 B."
-        rows: list[_Row] = [(name, show_count(counts[key], 4)) for name, key in active.items()]
+        rows: list[_Row] = [(name, show_count(counts[key], 4)) for name, key in _ACTIVE.items()]
         yield "Active for one token", rows, remark if several else ""
         full = f"{show_size(cache['bytes_at_full_context'])} for {model['max_position_embeddings']:,} tokens"
         rows = [("one token", f"{cache['bytes_per_token']:,} bytes"), ("full context", full)]
@@ -75,10 +64,8 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[_Row], str]]:
             rows.append(("as plain MHA", much))
         yield "KV cache in bfloat16", rows, ""
         parts = ["main", "mtp"] if counts["mtp"] else ["main"]
-        rows = [
-            (dtype, *(show_size(sum(by[part] for part in parts[: n + 1])) for n in range(len(parts))))
-            for dtype, by in facts["memory"].items()
-        ]
+        sums = {dtype: accumulate([by[part] for part in parts]) for dtype, by in facts["memory"].items()}
+        rows = [(dtype, *map(show_size, sizes)) for dtype, sizes in sums.items()]
         yield "Memory of the weights" + (", without and with the MTP module" if counts["mtp"] else ""), rows, ""
     if files := facts["files"]:
         entries = files["dtypes"] | {plural(files["files"], "file"): files}
@@ -119,13 +106,9 @@ def _model_rows(model: Facts) -> Iterator[_Row]:
 
 def _parameter_rows(facts: Facts) -> Iterator[_Row]:
     counts, checkpoint = facts["parameters"], facts["checkpoint"]
-    rows = {
-        "model": counts["total"],
-        "MTP module": counts["mtp"],
-        "its copies of embedding and head": counts["mtp_copies"],
-        "router biases": counts["router_biases"],
-        "FP8 scales": counts["fp8_scales"],
-    }
+    rows = {"model": counts["total"], "MTP module": counts["mtp"],
+            "its copies of embedding and head": counts["mtp_copies"], "router biases": counts["router_biases"],
+            "FP8 scales": counts["fp8_scales"]}  # fmt: skip
     if checkpoint["numbers"] != counts["total"]:
         rows[f"all, in {checkpoint['tensors']:,} tensors"] = checkpoint["numbers"]
     for name, count in rows.items():

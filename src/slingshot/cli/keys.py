@@ -7,8 +7,10 @@ show_recipes(Console())                  # slingshot recipes
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterable
 from dataclasses import replace
+from importlib.resources import files
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -16,17 +18,17 @@ from rich.text import Text
 
 from slingshot.base.config import Strict
 from slingshot.base.keys import Key, keys_of
-from slingshot.cli.meanings import meaning
 from slingshot.recipe.recipe import shipped
 
 
 def show_keys(kind: str, config: type[Strict], console: Console) -> None:
     """Every key of a config: default, type in words, meaning; those of a table below its heading."""
     console.print(Text(_summary(config)))
+    meanings = tomllib.loads((files("slingshot.cli") / "meanings.toml").read_text(encoding="utf-8"))
     groups: dict[str, list[Key]] = {"": []}
     for key in keys_of(config):
-        key = replace(key, meaning=key.meaning or meaning(kind, key.name))
-        groups.setdefault(key.name.rpartition(".")[0], []).append(key)
+        meaning = key.meaning or meanings.get(f"{kind}.{key.name}") or meanings.get(key.name, "")
+        groups.setdefault(key.name.rpartition(".")[0], []).append(replace(key, meaning=meaning))
     for table, keys in groups.items():
         if table:
             owner = config.model_fields[table.split(".")[0]].annotation
@@ -39,13 +41,9 @@ def show_tasks(name: str | None, console: Console) -> None:
     from slingshot.tasks.loader import KINDS, load_task, task_keys
 
     if name is None:
-        table = Table(box=None, pad_edge=False, show_header=False)
-        for kind, what in KINDS.items():
-            table.add_row(Text(kind, "bold"), what)
-        console.print(table)
-        console.print(
-            "slingshot tasks NAME shows parameters and a problem; slingshot tasks gym, its datasets", style="dim"
-        )
+        console.print(_pairs(KINDS.items()))
+        more = "slingshot tasks NAME shows parameters and a problem; slingshot tasks gym, its datasets"
+        console.print(more, style="dim")
         return
     keys = task_keys(name)
     if name in ("gym", "gym:NAME"):
@@ -59,10 +57,15 @@ def show_tasks(name: str | None, console: Console) -> None:
 
 def show_recipes(console: Console) -> None:
     """Every recipe that comes along, by the comment it begins with."""
+    first_lines = ((name, text.partition("\n")[0].lstrip("# ")) for name, text in shipped())
+    console.print(_pairs((name, line.removeprefix(f"{name}: ")) for name, line in first_lines))
+
+
+def _pairs(rows: Iterable[tuple[str, str]]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
-    for name, text in shipped():
-        table.add_row(Text(name, "bold"), text.partition("\n")[0].lstrip("# ").removeprefix(f"{name}: "))
-    console.print(table)
+    for name, what in rows:
+        table.add_row(Text(name, "bold"), what)
+    return table
 
 
 def _listed(keys: Iterable[Key]) -> Table:

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from slingshot.cli import doctor
+from slingshot.machine import device as hardware
 from slingshot.machine.device import auto_dtype, machine_key
 from slingshot.machine.machine import Measurement, load_measurement, measurement_path, save_measurement
 
@@ -28,8 +29,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return SPEEDS[dtype]
 
     monkeypatch.setattr(doctor, "auto_device", lambda: CPU)
-    monkeypatch.setattr("slingshot.machine.device.measure_peak", measure_peak)
-    monkeypatch.setattr("slingshot.machine.device.measure_bandwidth", lambda device, seconds: 28e9)
+    monkeypatch.setattr(hardware, "measure_peak", measure_peak)
+    monkeypatch.setattr(hardware, "measure_bandwidth", lambda device, seconds: 28e9)
     return tmp_path
 
 
@@ -40,12 +41,9 @@ def examined(calibrate: bool = False) -> str:
 
 
 def test_doctor_prints_what_it_measured(cache: Path) -> None:
-    lines = [line.split() for line in examined().splitlines()]
-    assert ["float32", "200", "1.00"] in lines
-    assert ["bfloat16", "900", "4.50"] in lines
-    assert ["int8", "2,000", "10.00"] in lines
-    assert ["float16", "not", "offered"] in lines
     text = examined()
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert {"float32 200 1.00", "bfloat16 900 4.50", "int8 2,000 10.00", "float16 not offered"} <= {*lines}
     assert "read at 28.0 GB/s" in text and f"torch {torch.__version__}" in text and "GiB" in text
     assert "bfloat16 on cpu: bfloat16 multiplies 4.5 times as fast as float32 here, at least the 1.5 times" in text
 
@@ -82,19 +80,12 @@ def test_a_busy_machine_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch, l
     assert ("The machine is busy" in examined()) == said
 
 
-def test_verdict_without_bfloat16() -> None:
-    said = doctor.verdict(CPU, Measurement(peak={"float32": 1e9}))
-    assert said.startswith("float32 on cpu: bfloat16 multiplies 0.0 times")
-
-
 def test_calibration_measures_longer_and_forgets_what_was(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_measurement(machine_key(CPU), Measurement(peak={"float32": 1e15, "float16": 2e15}, bandwidth=1e12))
     examined()
     assert load_measurement(machine_key(CPU)).peak["float32"] == 1e15  # the best ever
-    taken = []
-    monkeypatch.setattr(
-        "slingshot.machine.device.measure_bandwidth", lambda device, seconds: taken.append(seconds) or 28e9
-    )
+    taken: list[float] = []
+    monkeypatch.setattr(hardware, "measure_bandwidth", lambda device, seconds: taken.append(seconds) or 28e9)
     assert f"Kept in {measurement_path()}, in place of what was measured before." in examined(calibrate=True)
     peak = {"float32": 200e9, "bfloat16": 900e9, "int8": 2000e9}
     assert load_measurement(machine_key(CPU)) == Measurement(peak=peak, bandwidth=28e9) and taken == [0.04]

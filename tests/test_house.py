@@ -27,7 +27,7 @@ ROOMS = {
 
 # Files and rooms that are not as the house wants them yet; each list only ever gets shorter.
 LONG_FILES = {
-    "tests/checkpoint/test_hub.py", "tests/engine/test_engine.py", "tests/model/test_config.py",
+    "tests/checkpoint/test_hub.py", "tests/engine/test_engine.py",
     "tests/training/test_checkpointer.py",
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ import pytest
 from slingshot.checkpoint.load_save import save_checkpoint
 from slingshot.text.tokenizer import Tokenizer
 
-sys.path.append(str(Path(__file__).parent))  # where gguf_maker and hub_server lie
+sys.path.append(str(Path(__file__).parent))  # where file_maker and hub_server lie
 
 
 @pytest.fixture(scope="session")

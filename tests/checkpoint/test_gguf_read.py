@@ -7,8 +7,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from file_maker import LLAMA, LLAMA3, MSCALE, SCALED, TOKENS, V3, YARN, factors, tensors_of, write
 from gguf import GGMLQuantizationType as Type
-from gguf_maker import LLAMA, LLAMA3, MSCALE, SCALED, TOKENS, V3, YARN, factors, tensors_of, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

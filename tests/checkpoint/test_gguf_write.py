@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+from file_maker import LLAMA3, MSCALE, SCALED, YARN
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFWriter, TokenType
 from gguf.quants import dequantize, quantize
-from gguf_maker import LLAMA3, MSCALE, SCALED, YARN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers

@@ -1,5 +1,4 @@
-"""safetensors files: the library reads what we write and the reverse; rows alone; resharding changes no byte; broken
-files are named."""
+"""safetensors files: the library reads what we write and the reverse; rows alone; broken files are named."""
 
 import json
 
@@ -20,11 +19,8 @@ TENSORS = {
 
 
 def same(a, b):
-    return (
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-    )
+    bits_a, bits_b = (one.reshape(-1).view(torch.uint8) for one in (a, b))
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits_a, bits_b)
 
 
 @pytest.fixture
@@ -43,9 +39,8 @@ def test_the_library_reads_what_is_written(folder):
 def test_what_the_library_writes_is_read_and_headers_cost_no_data(tmp_path):
     save_file(TENSORS, tmp_path / "model.safetensors")
     shards = Shards(tmp_path)
-    assert shards.headers["b"] == TensorHeader(
-        "BF16", (5, 2), tmp_path / "model.safetensors", shards.headers["b"].offset
-    )
+    header = shards.headers["b"]
+    assert header == TensorHeader("BF16", (5, 2), tmp_path / "model.safetensors", header.offset)
     assert shards.bytes_read == 0
     assert all(same(shards.read(name), tensor) for name, tensor in TENSORS.items())
     assert shards.bytes_read == sum(tensor.nbytes for tensor in TENSORS.values())
@@ -68,9 +63,7 @@ def test_resharding_never_changes_a_byte(tmp_path_factory, sizes, limits):
         shards = Shards(folder)
         assert list(source) == list(tensors) and shards.headers.keys() == tensors.keys()
         files = sorted(folder.glob("*.safetensors"))
-        held = [
-            [tensors[name].nbytes for name, header in shards.headers.items() if header.file == file] for file in files
-        ]
+        held = [[tensors[name].nbytes for name, each in shards.headers.items() if each.file == file] for file in files]
         assert all(sum(part) <= limit or len(part) == 1 for part in held) and all(held)
         if len(files) > 1:
             index = json.loads((folder / INDEX).read_text())
@@ -81,36 +74,26 @@ def test_resharding_never_changes_a_byte(tmp_path_factory, sizes, limits):
         assert all(same(source[name], tensor) for name, tensor in tensors.items())
 
 
-def sharded(folder):
-    write_shards(folder, TENSORS.items(), 30)
-    return json.loads((folder / INDEX).read_text())["weight_map"]
-
-
 def write_index(folder, weight_map):
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
 def test_an_index_that_does_not_fit_its_files_is_named(tmp_path):
-    weight_map = sharded(tmp_path)
-    first, last = weight_map["a"], weight_map["f"]
-    write_index(tmp_path, weight_map | {"a": last})
-    with pytest.raises(SlingshotError, match=f"{INDEX} says that {last} holds a, which it does not"):
-        Shards(tmp_path)
-    write_index(tmp_path, weight_map | {"z": last})
-    with pytest.raises(SlingshotError, match="holds z, which it does not"):
-        Shards(tmp_path)
-    for name in ("../a.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "a\\b"):
-        write_index(tmp_path, weight_map | {"a": name})
-        with pytest.raises(SlingshotError, match=r"is no file name|link out of the folder"):
+    write_shards(tmp_path, TENSORS.items(), 30)
+    right = json.loads((tmp_path / INDEX).read_text())["weight_map"]
+    last, absent = right["f"], "model-00009-of-00009.safetensors"
+    outside = ("../a.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "a\\b")
+    cases = [
+        (right | {"a": last}, f"{INDEX} says that {last} holds a, which it does not"),
+        (right | {"z": last}, "holds z, which it does not"),
+        (right | {"a": absent}, f"{INDEX} names {absent}, which is not there; is the download complete"),
+        *((right | {"a": name}, "is no file name|link out of the folder") for name in outside),
+        *((broken, "has no weight_map of tensors to files") for broken in ({}, [], {"a": 3}, None)),
+    ]
+    for weight_map, said in cases:
+        write_index(tmp_path, weight_map)
+        with pytest.raises(SlingshotError, match=said):
             Shards(tmp_path)
-    for broken in ({}, [], {"a": 3}, None):
-        write_index(tmp_path, broken)
-        with pytest.raises(SlingshotError, match="has no weight_map of tensors to files"):
-            Shards(tmp_path)
-    write_index(tmp_path, weight_map)
-    (tmp_path / first).unlink()
-    with pytest.raises(SlingshotError, match=f"{INDEX} names {first}, which is not there; is the download complete"):
-        Shards(tmp_path)
 
 
 def test_a_tensor_in_two_files_is_named(tmp_path):
@@ -134,17 +117,14 @@ def test_pickled_weights_are_refused_with_the_way_out(folder):
     with pytest.raises(SlingshotError, match=r"holds no model\.safetensors$"):
         Shards(folder)
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    with pytest.raises(
-        SlingshotError, match=r"pytorch_model\.bin is pickled, .* and is never read: ask its maker for safetensors"
-    ):
+    with pytest.raises(SlingshotError, match=r"pytorch_model\.bin is pickled, .* and is never read: ask its maker"):
         Shards(folder)
 
 
 def test_a_type_that_is_no_weight_is_named(tmp_path):
     save_file({"a": torch.ones(2, dtype=torch.int8)}, tmp_path / "model.safetensors")
-    shards = Shards(tmp_path)
     with pytest.raises(SlingshotError, match=r"model\.safetensors: a is stored as I8"):
-        shards.read("a")
+        Shards(tmp_path).read("a")
 
 
 def test_a_file_cut_after_it_was_opened_is_named(folder):
@@ -163,22 +143,13 @@ def test_a_disk_that_is_full_is_named(tmp_path):
 @st.composite
 def damaged(draw):
     """A sound file with bytes changed, cut or added, or with a header of its own making."""
-    header = json.dumps(
-        {name: {"dtype": "F32", "shape": [2], "data_offsets": [8 * i, 8 * i + 8]} for i, name in enumerate("abc")}
-    )
+    sound = {name: {"dtype": "F32", "shape": [2], "data_offsets": [8 * i, 8 * i + 8]} for i, name in enumerate("abc")}
+    header = json.dumps(sound)
     if draw(st.booleans()):
-        value = st.one_of(
-            st.integers(-(2**70), 2**70),
-            st.text(max_size=4),
-            st.none(),
-            st.lists(st.integers(-(2**66), 2**66), max_size=4),
-            st.floats(),
-        )
-        entry = {
-            "dtype": draw(st.sampled_from(["F32", "F8_E4M3", "x", 3])),
-            "shape": draw(value),
-            "data_offsets": draw(value),
-        }
+        numbers = st.lists(st.integers(-(2**66), 2**66), max_size=4)
+        value = st.one_of(st.integers(-(2**70), 2**70), st.text(max_size=4), st.none(), st.floats(), numbers)
+        dtype = draw(st.sampled_from(["F32", "F8_E4M3", "x", 3]))
+        entry = {"dtype": dtype, "shape": draw(value), "data_offsets": draw(value)}
         header = json.dumps({"a": entry} if draw(st.booleans()) else draw(value))
     if draw(st.booleans()):
         header = "[" * draw(st.integers(1, 100_000))

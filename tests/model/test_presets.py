@@ -44,18 +44,13 @@ def test_deepseek_v3_is_stored_in_fp8_and_caches_70272_bytes_a_token():
 
 def test_kimi_keeps_its_name_and_moonlight_its_plain_query():
     kimi, moonlight = ModelConfig.preset("kimi-k2"), ModelConfig.preset("moonlight-16b-a3b")
-    assert (kimi.model_type, kimi.to_hf()["model_type"], kimi.to_hf()["architectures"]) == (
-        "kimi_k2",
-        "kimi_k2",
-        ["DeepseekV3ForCausalLM"],
-    )
+    assert kimi.model_type == kimi.to_hf()["model_type"] == "kimi_k2"
+    assert kimi.to_hf()["architectures"] == ["DeepseekV3ForCausalLM"]
     assert (moonlight.q_lora_rank, moonlight.n_group, moonlight.n_shared_experts) == (None, 1, 2)
 
 
 def test_the_tiny_one_has_the_latent_that_kernels_know():
-    assert (
-        ModelConfig.preset("deepseek-v3-tiny-576").cache_width == ModelConfig.preset("deepseek-v3").cache_width == 576
-    )
+    assert {ModelConfig.preset(name).cache_width for name in ("deepseek-v3-tiny-576", "deepseek-v3")} == {576}
 
 
 @pytest.mark.parametrize(("name", "hint"), [
@@ -70,25 +65,18 @@ def test_an_unknown_preset_is_refused_with_the_nearest(name, hint):
         ModelConfig.preset(name)
 
 
+class Config(StageConfig):
+    model: ModelConfig
+
+
 def test_a_recipe_builds_on_a_preset():
-    """By its name alone, or with changes beside it; a new model has neither the published one's FP8 nor its other
-    keys."""
-
-    class Config(StageConfig):
-        model: ModelConfig
-
+    """By its name alone, or with changes beside it; without the published one's FP8 and its other keys."""
     named = Config.parse({"model": "deepseek-v3"}, "base").model
     published = ModelConfig.preset("deepseek-v3")
     assert named == published.model_copy(update={"quantization": None, "extra": {}}) and named.extra == {}
-    changed = ModelConfig.parse(
-        {"preset": "deepseek-v3", "num_hidden_layers": 4, "vocab_size": 512, "rope_scaling": None}, "model"
-    )
-    assert (changed.num_hidden_layers, changed.vocab_size, changed.rope_scaling, changed.n_routed_experts) == (
-        4,
-        512,
-        None,
-        256,
-    )
+    changes = {"num_hidden_layers": 4, "vocab_size": 512, "rope_scaling": None}
+    changed = ModelConfig.parse({"preset": "deepseek-v3"} | changes, "model")
+    assert changed == named.model_copy(update=changes) and changed.n_routed_experts == 256
     assert "torch_dtype" not in changed.extra and json.dumps(changed.to_hf())
     dense = ModelConfig.parse({"preset": "smollm2-135m", "num_hidden_layers": 2}, "model")
     assert (dense.head_dim, dense.num_key_value_heads, dense.to_hf()["model_type"]) == (64, 3, "llama")
@@ -97,15 +85,9 @@ def test_a_recipe_builds_on_a_preset():
 @pytest.mark.parametrize(("model", "message"), [
     ("deepseek-v4", "^base.model: no preset is called deepseek-v4; did you mean deepseek-v3[?]$"),
     ({"preset": 3}, "^base.model: no preset is called 3; there are "),
-    ({"preset": "deepseek-v3", "num_attention_heds": 3},
-     "^base.model.num_attention_heds: unknown key; did you mean num_attention_heads[?]$"),
-    ({"preset": "deepseek-v3", "n_group": 7},
-     "^base.model: n_routed_experts 256 must divide evenly into n_group 7"),
+    ({"preset": "deepseek-v3", "n_group": 7}, "^base.model: n_routed_experts 256 must divide evenly into n_group 7"),
     (3, "^base.model: Input should be .*got 3$"),
 ])  # fmt: skip
 def test_a_wrong_model_in_a_recipe_is_named(model, message):
-    class Config(StageConfig):
-        model: ModelConfig
-
     with pytest.raises(SlingshotError, match=message):
         Config.parse({"model": model}, "base")

@@ -1,8 +1,12 @@
-"""GGUF files as llama.cpp's converter writes them, made here from nothing but the format's description.
+"""Files made from nothing but their formats' descriptions: headers of safetensors, GGUF as llama.cpp's converter.
 
+write_headers(path, {"a": ("BF16", (7168, 512))})
 write(path, model, Type.Q8_0, keys={"llama.block_count": None}, extra={"rope_freqs.weight": factors(config)})
 """
 
+import json
+import math
+import os
 import re
 
 import gguf
@@ -12,6 +16,20 @@ from gguf import GGUFWriter, TokenType
 from tokenizers import pre_tokenizers
 
 from slingshot.checkpoint.load_save import to_hf_tensors
+
+BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1}
+
+
+def write_headers(file, tensors):
+    """A safetensors file of zeros, which take no space on the disk, by dtype and shape."""
+    header, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + BYTES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(file, 8 + len(text) + end)
+
 
 TOKENS = ["<|end|>", "<|start|>", "<tool>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "Ġt", "12"]
 PLAIN = len(TOKENS) - 3

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slingshot.kernels.grouped import grouped_matmul
-from slingshot.kernels.norm import rms_norm
+from slingshot.kernels.norm import residual_norm, rms_norm
 
 
 class Linear(nn.Module):
@@ -49,6 +49,13 @@ class Linear(nn.Module):
         return y_HNF.transpose(0, 1).view(*x_XHD.shape[:-1], -1)
 
 
+def joined(x_XD: Tensor, *linears: Linear) -> Tensor:
+    """What several matrices make of the same x, side by side, in one product where all of them are plain."""
+    if all(type(linear) is Linear and linear.bias is None for linear in linears):
+        return F.linear(x_XD, torch.cat([linear.matrix(x_XD.dtype) for linear in linears]))
+    return torch.cat([linear(x_XD) for linear in linears], dim=-1)
+
+
 class Embedding(Linear):
     """Rows of W_VD by id; `product` is the output head that shares them."""
 
@@ -80,4 +87,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+    def after(self, x: Tensor, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The residual stream x + more, and its norm."""
+        return residual_norm(x, more, self.weight, self.eps)

@@ -10,12 +10,12 @@ P rows sorted by expert.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slingshot.kernels.swiglu import swiglu
 from slingshot.model.config import ModelConfig
 from slingshot.model.dispatch import Dispatcher, LocalDispatcher, Routing
-from slingshot.model.linear import GroupedLinear, Linear
+from slingshot.model.linear import GroupedLinear, Linear, joined
 
 
 class MLP(nn.Module):
@@ -28,7 +28,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(intermediate, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(joined(x, self.gate_proj, self.up_proj)))
 
 
 class Gate(Linear):
@@ -73,8 +73,7 @@ class Experts(nn.Module):
         self.down_proj = GroupedLinear(config.n_routed_experts, config.moe_intermediate_size, config.hidden_size)
 
     def forward(self, x_PD: Tensor, counts: list[int]) -> Tensor:
-        gate_PF, up_PF = self.gate_up_proj(x_PD, counts).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate_PF) * up_PF, counts)
+        return self.down_proj(swiglu(self.gate_up_proj(x_PD, counts)), counts)
 
 
 class MoE(nn.Module):

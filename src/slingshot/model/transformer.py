@@ -40,8 +40,8 @@ class Block(nn.Module):
         self.mlp = MoE(config) if is_moe else MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Routed:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), context)
-        y_BTD = self.post_attention_layernorm(x_BTD)
+        x_BTD, y_BTD = self.input_layernorm.after(x_BTD)
+        x_BTD, y_BTD = self.post_attention_layernorm.after(x_BTD, self.self_attn(y_BTD, context))
         y_BTD, routing = self.mlp(y_BTD) if isinstance(self.mlp, MoE) else (self.mlp(y_BTD), None)
         return x_BTD + y_BTD, routing
 
@@ -140,10 +140,14 @@ class Transformer(nn.Module):
         for buffer in self.buffers():
             buffer.zero_()
 
-    def lm_logits(self, hidden: Tensor, detach_head: bool = False) -> Tensor:
-        """Float32 logits [..., V] of normalised hidden states; `detach_head` keeps the head out of the gradient."""
+    def head(self, hidden: Tensor, detach_head: bool = False) -> Tensor:
+        """Logits [..., V] of normalised hidden states, in their dtype; `detach_head`: the head gets no gradient."""
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return head.product(hidden, detach_head).float()
+        return head.product(hidden, detach_head)
+
+    def lm_logits(self, hidden: Tensor, detach_head: bool = False) -> Tensor:
+        """The head's logits in float32."""
+        return self.head(hidden, detach_head).float()
 
     def moe_layers(self) -> list[MoE]:
         """The MoE blocks in order, the MTP module's last: the order of `ModelOutput.load_LE`."""

@@ -52,7 +52,7 @@ def target_loss(
 ) -> Tensor:
     """Weighted sum of cross entropy, logits only where a target has weight. `detach_head`: the head does not learn."""
     chosen_N = weights_BT.flatten().nonzero().squeeze(1)
-    logits_NV = model.lm_logits(hidden_BTD.flatten(0, 1).index_select(0, chosen_N), detach_head)
+    logits_NV = model.head(hidden_BTD.flatten(0, 1).index_select(0, chosen_N), detach_head)
     return cross_entropy(logits_NV, targets_BT.flatten()[chosen_N], weights_BT.flatten()[chosen_N])
 
 

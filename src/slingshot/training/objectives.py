@@ -11,13 +11,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from slingshot.kernels.logprobs import token_logprobs
 
 
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor | None = None) -> Tensor:
     """Sum of -log p(target), in nats, each token times its weight."""
-    losses_N = F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+    losses_N = -token_logprobs(logits_NV, targets_N)[0]
     return losses_N.sum() if weights_N is None else (losses_N * weights_N).sum()
 
 
@@ -31,14 +32,6 @@ def targets_ahead(tokens_BT: Tensor, segments_BT: Tensor, weights_BT: Tensor, ah
     same = (segments_BT == later_BT) & (segments_BT > 0)
     same[:, -ahead:] = False
     return targets_BT, weights * same
-
-
-def token_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """log p(target) and the distribution's entropy (no gradient), both [N] in nats, at the sampling temperature."""
-    logprobs_NV = (logits_NV.float() / temperature).log_softmax(-1)
-    with torch.no_grad():
-        entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
-    return logprobs_NV.gather(-1, targets_N[:, None]).squeeze(-1), entropy_N
 
 
 def group_advantages(rewards_G: Tensor, normalize_std: bool = True) -> Tensor:

@@ -13,9 +13,10 @@ from pydantic import Field
 from torch import Tensor
 
 from slingshot.base.config import Strict
+from slingshot.kernels.logprobs import token_logprobs
 from slingshot.model.transformer import Transformer
 from slingshot.training.language_model import add_loads, target_loss
-from slingshot.training.objectives import grpo, targets_ahead, token_logprobs
+from slingshot.training.objectives import grpo, targets_ahead
 from slingshot.training.parallel import Parallel
 
 LOGGED_PER_TOKEN = ("loss", "kl", "clip_fraction", "entropy", "logprob_gap")
@@ -118,5 +119,5 @@ def policy_step(
 def _chosen_logprobs(
     model: Transformer, hidden_BTD: Tensor, chosen_N: Tensor, targets_N: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    logits_NV = model.lm_logits(hidden_BTD.flatten(0, 1).index_select(0, chosen_N))
+    logits_NV = model.head(hidden_BTD.flatten(0, 1).index_select(0, chosen_N))
     return token_logprobs(logits_NV, targets_N, temperature)

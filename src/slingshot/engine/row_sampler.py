@@ -6,7 +6,7 @@
 
 A row that asks for no more than temperature, top-k, top-p and min-p costs nothing beyond `sample`. Logprobs, top
 logprobs too, are the model's own at the sampling temperature: before penalties, biases, masks and truncation.
-Suffixes: R rows, V vocabulary, T rows of which more is told.
+Suffixes: R rows, V vocabulary, T rows that ask for more, C those of them with rules, A those that ask for K likeliest.
 """
 
 from __future__ import annotations
@@ -44,23 +44,17 @@ class RowSampler:
             self._take(sequences)
         positions_R = torch.tensor([sequence.length for sequence in sequences], device=self._device)
         uniform_R = uniform_noise(self._streams_R, positions_R)
-        if not self._special:
-            ids_R, logprobs_R = sample(logits_RV, self._params, uniform_R)
-        else:
-            rows_T, told_TV = self._own_logprobs(logits_RV)
+        if self._special:
+            own = OwnLogprobs(logits_RV, self._special, self._params.divisor_B1)
             self._change(logits_RV)
             ids_R, logprobs_R = sample(logits_RV, self._params, uniform_R)
             self._force(ids_R)
-            logprobs_R[rows_T] = told_TV.gather(-1, ids_R[rows_T][:, None])[:, 0]
-            self._tell(told_TV)
+            own.tell(logits_RV, ids_R, logprobs_R)
+        else:
+            ids_R, logprobs_R = sample(logits_RV, self._params, uniform_R)
         if not torch.isfinite(logprobs_R).all():
             raise SlingshotError("logits are not finite: its weights have diverged; go back to an earlier checkpoint")
         return ids_R.tolist(), logprobs_R.tolist()
-
-    def _own_logprobs(self, logits_RV: Tensor) -> tuple[Tensor, Tensor]:
-        """Logprobs of the special rows before anything is changed: their places, (T, V)."""
-        rows_T = torch.tensor([row for row, _ in self._special], device=logits_RV.device)
-        return rows_T, (logits_RV[rows_T] / self._params.divisor_B1[rows_T]).log_softmax(-1)
 
     def _change(self, logits_RV: Tensor) -> None:
         ruled = [(row, sequence.rules) for row, sequence in self._special if sequence.rules is not None]
@@ -90,13 +84,38 @@ class RowSampler:
             if sequence.guide is not None and sequence.guide.forced:
                 ids_R[row] = sequence.guide.forced[0]
 
-    def _tell(self, told_TV: Tensor) -> None:
-        """Hand out the likeliest tokens where they are asked for."""
-        asking = [(place, its) for place, (_, its) in enumerate(self._special) if its.request.params.top_logprobs]
-        if not asking:
-            return
-        most = max(sequence.request.params.top_logprobs for _, sequence in asking)
-        best = told_TV[[place for place, _ in asking]].topk(min(most, told_TV.shape[-1]), dim=-1)
-        for (_, sequence), ids, logprobs in zip(asking, best.indices.tolist(), best.values.tolist(), strict=True):
-            count = sequence.request.params.top_logprobs
-            sequence.top_logprobs.append(dict(zip(ids[:count], logprobs[:count], strict=True)))
+
+class OwnLogprobs:
+    """The model's own logprobs of some rows, kept while their logits are changed.
+
+    Penalties and biases move the logit that is drawn; masks and what is forbidden only take others out. So the rows
+    with rules are kept whole, and of the others the logarithm of their sum.
+    """
+
+    def __init__(self, logits_RV: Tensor, special: Seq[tuple[int, Sequence]], divisor_R1: Tensor) -> None:
+        rows = [row for row, _ in special]
+        self._rows_T = torch.tensor(rows, device=logits_RV.device)
+        self._divisor_T = divisor_R1[self._rows_T, 0]
+        of_rows_TV = logits_RV if len(rows) == len(logits_RV) else logits_RV[self._rows_T]
+        self._log_total_T = (of_rows_TV / self._divisor_T[:, None]).logsumexp(-1)
+        self._ruled_C = torch.tensor([sequence.rules is not None for _, sequence in special]).nonzero()[:, 0]
+        self._ruled_CV = logits_RV[[rows[place] for place in self._ruled_C.tolist()]]
+        self._asking = [(place, its) for place, (_, its) in enumerate(special) if its.request.params.top_logprobs]
+        if self._asking:
+            places = [place for place, _ in self._asking]
+            most = max(sequence.request.params.top_logprobs for _, sequence in self._asking)
+            asked_AV = logits_RV[[rows[place] for place in places]]
+            best, self._ids_AK = asked_AV.topk(min(most, logits_RV.shape[-1]), dim=-1)
+            self._best_AK = best / self._divisor_T[places, None] - self._log_total_T[places, None]
+
+    def tell(self, logits_RV: Tensor, ids_R: Tensor, logprobs_R: Tensor) -> None:
+        """Put the drawn ids' own logprobs in their places, and hand out the likeliest where they are asked for."""
+        ids_T = ids_R[self._rows_T]
+        logits_T = logits_RV[self._rows_T, ids_T]
+        if len(self._ruled_C):
+            logits_T[self._ruled_C] = self._ruled_CV.gather(-1, ids_T[self._ruled_C, None])[:, 0]
+        logprobs_R[self._rows_T] = logits_T / self._divisor_T - self._log_total_T
+        if self._asking:
+            for (_, sequence), *told in zip(self._asking, self._ids_AK.tolist(), self._best_AK.tolist(), strict=True):
+                ids, logprobs = (each[: sequence.request.params.top_logprobs] for each in told)
+                sequence.top_logprobs.append(dict(zip(ids, logprobs, strict=True)))

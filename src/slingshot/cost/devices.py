@@ -34,7 +34,7 @@ class Device(Strict):
     link           bytes/s one way to a neighbour in the same node, of which there are `per_node` in all
     network        bytes/s one way, per device, between nodes; 0 where there is no such thing
     power_watts    its maximum, of the device alone; None where nobody says
-    price          an example, per hour; None where none was found
+    price          an example, per hour; None where none was found; sources: of every figure
     """
 
     name: str

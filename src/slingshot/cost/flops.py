@@ -1,18 +1,14 @@
 """Parameters and floating-point operations of a ModelConfig, exact from the architecture. Plain arithmetic, no torch.
 
 What is counted: every matrix product, 2 FLOPs per multiply-add, and attention over the causal half only: the query at
-position t of its document meets t keys. Norms, softmax, rotations and the embedding look-up are not; they are no matrix
-products. A backward pass costs twice its forward (one product for the gradient of either operand), so training is 3
-times forward; recomputation is not counted.
+position t of its document meets t keys. Norms, softmax, rotations and look-ups are not. A backward pass costs twice its
+forward (one product for the gradient of either operand); recomputation is not counted.
 
     parameters(config).total                               # 671.03e9 for DeepSeek-V3
     training_flops(config, [4096] * 16)                    # FLOPs of a step over 16 documents, MTP included
     forward_parts(config, [4096], mtp=True)["mtp"]         # the MTP module's share, apart
     generation_flops(config, prompt_length=64, new_tokens=[120, 87])     # two samples that share their prompt's prefill
     prefill_parts(config, 4096, cached=2048); decode_parts(config, context=5000)     # a request's two phases, by part
-
-Checked against the figures published for DeepSeek-V3 (arXiv 2412.19437): 671B parameters, 37B active, 250 GFLOP per
-trained token at 4K.
 """
 
 from __future__ import annotations
@@ -139,8 +135,7 @@ def generation_flops(config: ModelConfig, prompt_length: int, new_tokens: int | 
 
 
 def prefill_parts(config: ModelConfig, length: float, cached: float = 0) -> dict[str, float]:
-    """FLOPs of reading a prompt of `length` tokens whose first `cached` are in the cache already, by part; logits at
-    the last position only.
+    """FLOPs of reading a prompt whose first `cached` tokens are in the cache already, by part; logits at its end only.
 
     Attention is in expanded form: every token after the cached ones meets itself and all before it. What MLA cached is
     latents, which kv_b_proj expands anew wherever a token is left to read. Means of many prompts may be fractions.

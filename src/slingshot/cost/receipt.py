@@ -35,10 +35,8 @@ _LARGE = 1 << 24  # bytes; less than this is read faster than it is worth rememb
 
 
 class PeakMemory(Strict):
-    """The most memory held at once: the first process's resident set, and what torch allocated on an accelerator.
-
-    None where it is not known, or where no accelerator was used.
-    """
+    """The most memory held at once: the first process's resident set, and what torch allocated on an accelerator; None
+    where it is not known, or none was used."""
 
     peak_host_memory_bytes: int | None = Field(None, ge=0)
     peak_device_memory_bytes: int | None = Field(None, ge=0)
@@ -243,11 +241,8 @@ def peak_device_memory_bytes() -> int | None:
 
 
 def peak_host_memory_bytes() -> int:
-    """The largest resident set this process has had.
-
-    From /proc where there is one: getrusage's figure survives exec, so a child of a large process would start with its
-    parent's.
-    """
+    """The largest resident set this process has had, from /proc where there is one: getrusage's figure survives exec,
+    so a child of a large process would start with its parent's."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):

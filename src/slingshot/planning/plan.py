@@ -12,8 +12,11 @@ Nothing that is not in the architecture, the table of devices or the request ent
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.resources import files
+from string import Formatter
 from typing import Any
 
 from pydantic import ConfigDict
@@ -30,6 +33,7 @@ from slingshot.planning.request import PlanRequest
 
 MOST = 10**7  # devices a plan takes
 HOURS = 24.0
+_TEXTS = tomllib.loads((files("slingshot.planning") / "assumptions.toml").read_text(encoding="utf-8"))
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
 
@@ -167,15 +171,21 @@ class Hire:
                     found.append({"device": device.name, "precision": dtype} | costs | {"fits": fits})
         return found
 
-    def notes(self) -> list[str]:
-        """The assumptions about the devices."""
-        device, where = self.device, "the table's example" if self.example else "as given"
-        price = f"${self.price:g} per {device.name} hour, {where}" if self.price is not None else (
-            f"no price: none is known for {device.name}; give one per device-hour"
-        )  # fmt: skip
-        watts = f"{device.power_watts:g} W a device, hosts, network and cooling left out" if device.power_watts else ""
-        filled = f"{show_share(USABLE)} of {show_size(device.memory_bytes)} may be filled"
-        return [filled, price, watts or "energy unknown"]
+    def assumed(self, kind: str, config: ModelConfig, length: float = 0.0, **known: Any) -> list[str]:
+        """The sentences of assumptions.toml for a plan of sequences of `length`, with what is `known` filled in; one
+        that needs what is None is left out."""
+        device, most = self.device, config.max_position_embeddings
+        others = [] if kind == "serve" else ["elsewhere"]
+        known |= {
+            "usable": show_share(USABLE), "memory": show_size(device.memory_bytes), "device": device.name,
+            "price": self.price, "whose": "the table's example" if self.example else "as given",
+            "unpriced": device.name if self.price is None else None, "watts": device.power_watts,
+            "unknown": None if device.power_watts else "energy", "most": most,
+            "length": length if length > most else None,
+        }  # fmt: skip
+        texts = [text for part in (kind, "longer", "devices", *others) for text in _TEXTS[part]]
+        holes = {text: [name.split(".")[0] for _, name, _, _ in Formatter().parse(text) if name] for text in texts}
+        return [text.format(**known) for text in texts if all(known.get(hole) is not None for hole in holes[text])]
 
 
 def chosen_precision(config: ModelConfig, device: Device, name: str | None) -> Precision:
@@ -195,11 +205,3 @@ def dominates(what: str, times: ResourceTimes) -> dict[str, str | float]:
         "what": what, "compute_seconds": times.compute, "memory_traffic_seconds": times.memory,
         "network_seconds": times.network, "dominant": dominant, "factor": longest / second if second else 1.0,
     }  # fmt: skip
-
-
-def beyond(config: ModelConfig, tokens: float) -> list[str]:
-    """The assumption behind sequences longer than the model's own."""
-    most = config.max_position_embeddings
-    if tokens <= most:
-        return []
-    return [f"sequences of {tokens:g} tokens, though the model is made for {most}: its context extended first"]

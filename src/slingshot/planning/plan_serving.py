@@ -13,7 +13,7 @@ from slingshot.base.quantity import show_share
 from slingshot.cost.flops import decode_parts, prefill_parts
 from slingshot.planning.model_copy import ModelCopy
 from slingshot.planning.network import LINK_EFFICIENCY
-from slingshot.planning.plan import HOURS, MOST, Hire, Plan, beyond, dominates
+from slingshot.planning.plan import HOURS, MOST, Hire, Plan, dominates
 from slingshot.planning.plan_training import DECODING
 from slingshot.planning.request import ServeRequest
 from slingshot.planning.training_run import ASSUMED_MFU
@@ -127,28 +127,19 @@ def plan_serve(asked: ServeRequest) -> Plan:
     hit_costs = [{"hit_share": share, "prompt": per_million(seconds / prompt),
                   "blended": per_million((seconds + response * writing) / (prompt + response))}
                  for share, seconds in reads.items()]  # fmt: skip
-    choice = f", the power of two that {'needs the fewest devices in all' if whole else 'writes most in time'}"
-    latents = "" if config.family == "dense" else "; their latents are expanded anew"
+    choice = "needs the fewest devices in all" if whole else "writes most in time"
     return hire.plan(
         "serve", asked, memory, lines, there, own_fits=in_time > 0,
         nearest_fit={"device": fit.device.name, "count": fit.devices, "layout": spread} if fit else None,
         flops=decoded + prefilled, flops_by_part={"decoding": decoded, "reading prompts": prefilled},
         dominates=dominates(f"a decoding step of {batch} sequences a device", step),
-        assumptions=[
-            f"a copy of the model on {copy.devices} devices{'' if asked.devices_per_copy else choice}",
-            f"decoding at {asked.efficiency:.0%} {DECODING}",
-            f"prompts of {prompt:g} tokens and responses of {response:g} in the mean, so {context:g} cached tokens a "
-            "sequence, in 16 bits",
-            *beyond(config, prompt + response),
-            f"prompts read at {show_share(mfu)} of the peak of their products, on devices of their own",
-            f"cached prompt tokens are kept and fetched for nothing{latents}",
-            *(["no batch is in time: a token takes longer than asked even for one sequence"] if not in_time else []),
-            "experts are chosen evenly, and there is one of each a copy",
-            f"links reach {LINK_EFFICIENCY:.0%} of their rate; an all-reduce over several nodes takes the network "
-            "links of all its members",
-            "the day's traffic comes evenly; no peaks" if traffic else "the devices run at full load all day",
-            *hire.notes(),
-        ],
+        assumptions=hire.assumed(
+            "serve", config, prompt + response, asked=asked, devices=copy.devices, decoding=DECODING, context=context,
+            choice="" if asked.devices_per_copy else f", the power of two that {choice}", mfu=show_share(mfu),
+            latents="" if config.family == "dense" else "; their latents are expanded anew", links=LINK_EFFICIENCY,
+            late=None if in_time else asked.latency,
+            load="the day's traffic comes evenly; no peaks" if traffic else "the devices run at full load all day",
+        ),
         prompt=prompt, response=response, hit_share=hit_share, latency=asked.latency, devices_per_copy=copy.devices,
         batch=batch, tokens_per_second_per_device=1 / writing, bound_tokens_per_second_per_device=batch / max(step),
         tokens_per_second_per_user=1 / writing / batch, prompt_tokens_per_second_per_device=prompt / reading,

@@ -17,14 +17,13 @@ from slingshot.model.config import ModelConfig
 from slingshot.planning.memory import Precision
 from slingshot.planning.model_copy import ModelCopy, ResponseLengths, round_seconds
 from slingshot.planning.network import LINK_EFFICIENCY, transfers
-from slingshot.planning.plan import HOURS, Hire, Plan, PublishedBill, beyond, chosen_precision, dominates
+from slingshot.planning.plan import HOURS, Hire, Plan, PublishedBill, chosen_precision, dominates
 from slingshot.planning.request import LONGEST, DistillRequest, PretrainRequest, RLRequest
 from slingshot.planning.scaling import dense_equivalent
 from slingshot.planning.training_run import ASSUMED_MFU, TrainingRun, forward_and_backward
 
 BATCH = 4e6  # tokens in an optimizer step where the request does not say
 DECODING = "of the roofline (DeepSeek's day-6 disclosure comes to 46%), no speculation"
-_OTHERS = "other devices and precisions: at the same share of their own peak, which flatters the faster ones"
 
 
 def plan_pretrain(asked: PretrainRequest) -> Plan:
@@ -47,26 +46,15 @@ def plan_pretrain(asked: PretrainRequest) -> Plan:
     shortest = max(times.compute / (1 - bubble), times.memory, times.network)
     bound = flops / tokens * batch / hire.count / shortest if shortest < math.inf else 0.0
     lines = [hire.line("pre-training", computed, tokens, flops)]
-    assumptions = [
-        rate.note, batch_note,
-        f"sequences of {context} tokens, each one document, one a microbatch; attention counted over the causal half",
-        *beyond(config, context),
-        f"layout: {layout}{'' if asked.ways else '; chosen as the fastest that fits'}",
-        f"bytes a parameter in {hire.precision.dtype}: {hire.precision.weight:.3g} weights, "
-        f"{hire.precision.gradient:.3g} gradients, {hire.precision.optimizer:.3g} optimizer",
-        f"links reach {LINK_EFFICIENCY:.0%} of their rate, a node's own and the network's at the same time; "
-        "compute hides what it can",
-    ]  # fmt: skip
-    if rate.per_device > bound:
-        assumptions.append(f"the rate is more than this layout lets through, {bound / 1e12:.3g} TFLOP/s")
     if mtp:
         note = "its FLOPs are not in the rate, its time is in the hours above"
         lines.append(hire.line("of it the MTP module", 0.0, tokens, mtp, note))
-        assumptions.append(
-            "the rate counts the main model's FLOPs, as published rates do; the MTP module's stand on their own line"
-        )
     lines += [hire.line(name, known, note="hours given, not computed") for name, known in asked.stage.items()]
-    assumptions += [*hire.notes(), _OTHERS, *(["hours given are the same on every device"] if given else [])]
+    assumptions = hire.assumed(
+        "pretrain", config, context, rate=rate, batch=batch_note, context=context, layout=layout, bytes=hire.precision,
+        chosen="" if asked.ways else "; chosen as the fastest that fits", links=LINK_EFFICIENCY, mtp=mtp or None,
+        bound=bound / 1e12 if rate.per_device > bound else None, given=given or None,
+    )  # fmt: skip
     equal = dense_equivalent(config, tokens)
 
     return hire.plan(
@@ -150,22 +138,10 @@ def plan_rl(asked: RLRequest) -> Plan:
         dominates=dominates(
             f"a decoding step of {batch:.3g} sequences a device", copy.decode_step(batch, prompt + response / 2)
         ),
-        assumptions=[
-            run.rate.note,
-            f"responses of {response:g} tokens in the mean and at most {asked.longest:g}, their lengths exponential; "
-            f"prompts of {prompt:g} tokens",
-            *beyond(config, prompt + asked.longest),
-            f"{_copies(copies, asked.devices_per_copy, 'policy', copy)}, decoding at {asked.efficiency:.0%} {DECODING}",
-            "reading the prompts left out: a group shares its prompt's",
-            "a round ends with its longest response; rollouts, verification and update take turns on all devices, none "
-            "overlapped",
-            f"update: one pass over every response without padding and {asked.forwards} forward passes besides",
-            "the reference's weights are not counted as memory",
-            f"verification of a round on {on_cores}, each on one core",
-            f"training layout: {run.layout}; weights pass between training and sampling in no time",
-            *hire.notes(),
-            f"{_OTHERS}; copies of the policy on as many devices as is fastest there",
-        ],
+        assumptions=hire.assumed(
+            "rl", config, prompt + asked.longest, rate=run.rate, asked=asked, cores=on_cores, layout=run.layout,
+            copies=_copies(copies, asked.devices_per_copy, "policy", copy), decoding=DECODING,
+        ),
         steps=asked.steps, responses=responses, rounds=rounds, tokens=tokens, devices_per_copy=copy.devices,
         round_seconds=round_seconds(copy, at_once, copies, prompt, lengths),
     )  # fmt: skip
@@ -217,18 +193,11 @@ def plan_distill(asked: DistillRequest) -> Plan:
         dominates=dominates(
             f"a decoding step of the teacher, {batch:.3g} sequences a device", copy.decode_step(batch, context)
         ),
-        assumptions=[
-            run.rate.note,
-            f"{asked.accepted:.3g} of the teacher's responses are kept; {response:g} tokens each, prompts of "
-            f"{prompt:g}; verification left out",
-            f"{_copies(hire.count // copy.devices, asked.devices_per_copy, 'teacher', copy)} in {of_teacher.dtype}, "
-            f"decoding at {asked.efficiency:.0%} {DECODING}, always at full batch",
-            f"prompts read at {show_share(ASSUMED_MFU[of_teacher.dtype])} of the peak of their products",
-            f"student's layout: {run.layout}; at least 64 examples a step, packed without padding",
-            *hire.notes(),
-            f"{_OTHERS}; the teacher in {of_teacher.dtype} where they have it, its copies on as many devices as is "
-            "fastest there",
-        ],
+        assumptions=hire.assumed(
+            "distill", config, rate=run.rate, asked=asked, dtype=of_teacher.dtype, layout=run.layout, decoding=DECODING,
+            copies=_copies(hire.count // copy.devices, asked.devices_per_copy, "teacher", copy),
+            mfu=show_share(ASSUMED_MFU[of_teacher.dtype]),
+        ),
         teacher=asked.teacher.name, sampled=sampled, kept=asked.samples, devices_per_copy=copy.devices,
         sampled_tokens_per_second_per_device=batch / copy.step_seconds(batch, context),
     )  # fmt: skip

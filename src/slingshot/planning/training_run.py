@@ -169,8 +169,8 @@ class TrainingRun:
                 "tflops_per_device": self.rate.per_device / 1e12, "mfu": self.rate.mfu}  # fmt: skip
 
     def there(self, trained: float, more: Callable[[Hire], float]) -> Callable[[Hire], tuple[float | None, bool]]:
-        """Tells device-hours of the same on another device, and whether it has room: what took `trained` hours at the
-        same share of its peak, and `more`, which raises SlingshotError where no copy of the model has room."""
+        """What tells the device-hours elsewhere, and whether there is room: of what took `trained` here at the same
+        share of the peak, and of `more`, which raises SlingshotError where no copy of the model has room."""
         peak = mixed_peak(self.hire.device, self.hire.precision.dtype, self.parts)
 
         def there(other: Hire) -> tuple[float | None, bool]:

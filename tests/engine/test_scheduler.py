@@ -82,15 +82,15 @@ def test_a_long_prompt_holds_the_rows_up_by_a_chunk_at_most(dense_model, tokeniz
     assert engine.counters.decoded - before.decoded == 3 * len(passes) + 1
 
 
-@pytest.mark.parametrize("options", [{"step_tokens": 7}, {"max_batch": 3}, {"step_tokens": 1}, {"pages": 17}])
+@pytest.mark.parametrize("options", [{"step_tokens": 7}, {"max_batch": 3}, {"step_tokens": 1}, {"pages": 11}])
 def test_chunks_rows_and_preemption_change_no_token(model, tokenizer, options):
-    """Requests arriving while others run, a cache of 17 pages that holds one and a half of them."""
-    prompts, params = prompts_of(50, 3, 47, 20, 90, 33), [SamplingParams(max_tokens=150, n=2, seed=7)] * 6
+    """Requests arriving while others run, a cache of 11 pages that holds one of them, or two."""
+    prompts, params = prompts_of(50, 3, 47, 20, 90, 33), [SamplingParams(max_tokens=60, n=2, seed=7)] * 6
     expected = [Engine(model, tokenizer).generate([prompt], params[0])[0] for prompt in prompts]
     pages = options.pop("pages", 1000)
     engine = Engine(model, tokenizer, cache_bytes=(pages + 1) * page_bytes(model), **options)
     assert token_ids(run(engine, prompts, params)) == token_ids(expected)
-    assert (engine.counters.preemptions > 0) == (pages == 17)
+    assert (engine.counters.preemptions > 0) == (pages == 11)
     assert engine.counters.pages_used == engine.counters.running == engine.counters.waiting == 0
 
 
@@ -131,13 +131,13 @@ def test_a_cache_that_cannot_hold_one_sequence_is_refused_at_once(dense_model, t
     assert Engine(dense_model, tokenizer, cache_bytes=3 * size).max_length == 32  # unless no length was asked for
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_soak_of_random_adds_and_aborts_leaves_no_page_behind(model, tokenizer, seed):
     rng = random.Random(seed)
     shared = prompts_of(40)[0]
-    prompts = [shared[: rng.choice([0, 16, 33, 40])] + its for its in prompts_of(*rng.choices(range(1, 60), k=14))]
-    params = [SamplingParams(rng.randrange(1, 60), rng.choice([0.0, 1.0, 1.4]), n=rng.randrange(1, 4)) for _ in prompts]
-    aborted = rng.sample(range(14), 4)
+    prompts = [shared[: rng.choice([0, 16, 33, 40])] + its for its in prompts_of(*rng.choices(range(1, 60), k=10))]
+    params = [SamplingParams(rng.randrange(1, 40), rng.choice([0.0, 1.0, 1.4]), n=rng.randrange(1, 4)) for _ in prompts]
+    aborted = rng.sample(range(10), 3)
     engine = Engine(
         model, tokenizer, max_batch=rng.randrange(2, 9), step_tokens=rng.choice([5, 30, 500]),
         cache_bytes=rng.randrange(18, 60) * page_bytes(model),

@@ -7,11 +7,8 @@
     for kind, text in engine.stream(prompt, params): ...        # kind is "reasoning" or "answer"
 
 Underneath, `add` queues a request, `step` advances what runs and returns the requests that finished, `abort` takes one
-out. A step is: schedule (scheduler.py: whose tokens run, in which pages), run (runner.py: the network over one flat
-batch), draw a token for every row, and let finished sequences leave. Any number of threads may use one engine: they
-take turns to step, each step advances the requests of all, and generate, chat and stream return their own.
-
-Suffixes: B rows, V vocabulary, R wanted logits.
+out; core.py has the step. Any number of threads may use one engine: they take turns to step, each step advances the
+requests of all, and generate, chat and stream return their own.
 """
 
 from __future__ import annotations
@@ -30,16 +27,10 @@ from torch import Tensor
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
-from slingshot.engine.batch import PAGE
-from slingshot.engine.kv_cache import CacheTooSmall, KVCache
-from slingshot.engine.pages import PagePool
-from slingshot.engine.row_sampler import RowSampler
-from slingshot.engine.rows import Resident
-from slingshot.engine.runner import TorchRunner
+from slingshot.engine.core import EngineCore, Native, Speculation
 from slingshot.engine.sampling import SamplingError, SamplingParams
-from slingshot.engine.scheduler import EngineCounters, Scheduler
+from slingshot.engine.scheduler import EngineCounters
 from slingshot.engine.sequence import Completion, Request, RequestOutput
-from slingshot.engine.telling import ask, tell
 from slingshot.engine.vocabulary import Vocabulary
 from slingshot.machine.device import auto_device, auto_dtype
 from slingshot.model.transformer import Transformer
@@ -77,6 +68,9 @@ class Engine:
     dtype           None shares the model's parameters; otherwise the engine keeps a copy in that dtype
     cache_bytes     memory of the cache at most; where sequences are long, fewer run at once
     step_tokens     tokens of a step at most, rows included: what a long prompt holds the others up by
+    speculation     "on": tokens are guessed ahead (speculation.py) and computed together; "auto": where that is faster.
+                    What is sampled stays the same but for rounding; with "auto" the rounding depends on timings
+    native          "auto": the compiled kernels run the network where they can; "off": torch does
 
     weights_version is what the last `update_weights` called its weights; 0 before. Raises CacheTooSmall where the cache
     cannot hold one sequence of max_length.
@@ -91,6 +85,8 @@ class Engine:
         dtype: torch.dtype | None = None,
         cache_bytes: int = 1 << 30,
         step_tokens: int = 1024,
+        speculation: Speculation = "off",
+        native: Native = "auto",
     ) -> None:
         config = model.config
         for name, value in (("max_batch", max_batch), ("step_tokens", step_tokens)):
@@ -104,22 +100,9 @@ class Engine:
             self.model = copy.deepcopy(model).requires_grad_(False)
             self.model.cast(dtype)
             self.model.compute_dtype = None
-        weight = self.model.model.embed_tokens.weight
-        self._vocabulary, self._sampler = Vocabulary(tokenizer, config.vocab_size), RowSampler(weight.device)
-        cache_dtype = self.model.compute_dtype or weight.dtype
-        room = KVCache.pages_in(cache_bytes, config, cache_dtype)
-        self.max_length = min(longest, max(2, room * PAGE)) if max_length is None else max_length
-        needed = -(-self.max_length // PAGE)  # pages of one sequence
-        if room < needed:
-            least = (needed + 1) * KVCache.page_bytes(config, cache_dtype)
-            way_out = "raise it, or lower max_length" if needed > 1 else "raise it"
-            raise CacheTooSmall(
-                f"cache_bytes {cache_bytes}: one sequence of {self.max_length} tokens takes {least}; {way_out}"
-            )
-        pages = min(room, 2 * max_batch * needed)  # all sequences at their longest, and as many prefixes besides
-        self._cache = KVCache(config, 1 + pages, cache_dtype, weight.device)
-        self._runner = TorchRunner(self.model, self._cache)
-        self._scheduler = Scheduler(PagePool(pages), max_batch, self.max_length, step_tokens)
+        self._vocabulary = Vocabulary(tokenizer, config.vocab_size)
+        self._core = EngineCore(self.model, max_batch, max_length, cache_bytes, step_tokens, speculation, native)
+        self.max_length = self._core.max_length
         self._turns = Turns()
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count()
@@ -134,6 +117,9 @@ class Engine:
         max_batch: int = 256,
         max_length: int | None = None,
         cache_bytes: int = 1 << 30,
+        step_tokens: int = 1024,
+        speculation: Speculation = "off",
+        native: Native = "auto",
     ) -> Self:
         """Load a checkpoint (folder, .gguf file, hub name); "auto" takes the device and dtype that multiply fastest."""
         where = auto_device() if device == "auto" else torch.device(device)
@@ -144,7 +130,7 @@ class Engine:
             dtype = known[dtype] or auto_dtype(where)
         path = locate(path)
         model, tokenizer = load_model(path, dtype=dtype, device=where), load_tokenizer(path)
-        return cls(model, tokenizer, max_batch, max_length, cache_bytes=cache_bytes)
+        return cls(model, tokenizer, max_batch, max_length, None, cache_bytes, step_tokens, speculation, native)
 
     def add(self, prompt: Prompt, params: SamplingParams | None = None, key: str | None = None) -> int:
         """Queue a request, return its id; `step` will return it.
@@ -166,14 +152,13 @@ class Engine:
     @property
     def counters(self) -> EngineCounters:
         """What was done so far, and what is there now."""
-        return self._scheduler.counted()
+        return self._core.counters
 
     @property
     def unfinished(self) -> int:
         """Requests that wait or run."""
         return len(self._requests)
 
-    @torch.inference_mode()
     def abort(self, request_id: int) -> RequestOutput | None:
         """Take a request out and return what it has so far; None if it is not here any more.
 
@@ -183,7 +168,7 @@ class Engine:
             request = self._requests.pop(request_id, None)
             if request is None:
                 return None
-            self._scheduler.abort(request.sequences)
+            self._core.abort(request.sequences)
             request.result = request.output()
             return request.result
 
@@ -286,8 +271,7 @@ class Engine:
                     own[name].copy_(tensor)
             if missing := own.keys() - taken:
                 raise SlingshotError(f"update_weights: {min(missing)} is missing")
-            self._scheduler.pool.forget()  # what is cached belongs to the old ones
-            self._runner.refresh()
+            self._core.weights_changed()
             self.weights_version = version
 
     def _encode(self, prompt: Prompt) -> list[int]:
@@ -317,47 +301,15 @@ class Engine:
         request = Request(next(self._ids), ids, params, name, self.max_length, self._vocabulary, claimed)
         with self._turns:
             self._requests[request.request_id] = request
-            for sequence in request.sequences:
-                self._scheduler.add(sequence)
+            self._core.add(request.sequences)
         return request
 
-    @torch.inference_mode()
     def _advance(self) -> None:
         """One step; whoever calls has the turn."""
-        scheduler = self._scheduler
-        step = scheduler.schedule()
-        if step is None:
-            return
-        if step.copies:
-            self._cache.copy(*zip(*step.copies, strict=True))
-        batch = step.batch(scheduler.rows)
-        if step.told:
-            ask(batch, step, scheduler.rows)
-        output = self._runner.forward(batch)
-        if step.told:
-            tell(output, step, scheduler.rows)
-        drawn = scheduler.commit(step)
-        self._take(drawn, output.logits_RV[: len(drawn)])
-
-    def _take(self, drawn: list[Resident], logits_RV: Tensor) -> None:
-        """Draw the next token of these, who are all rows, and let those leave that it finishes."""
-        if not drawn:
-            return
-        try:
-            ids, logprobs = self._sampler.draw(logits_RV, [resident.sequence for resident in drawn])
-        except SlingshotError:
-            self._cache.clear()
-            raise
-        self._scheduler.rows.advance(ids)
-        tokens = zip(drawn, ids, logprobs, strict=True)
-        finished = [its for its, token_id, logprob in tokens if its.sequence.push(token_id, logprob)]
-        for resident in finished:
-            self._scheduler.finish(resident)
-            request = resident.sequence.request
+        for sequence in self._core.step():
+            request = sequence.request
             request.unfinished -= 1
             if not request.unfinished:
                 request.result = self._requests.pop(request.request_id).output()
                 if not request.claimed:
                     self._finished.append(request.result)
-        if not self._requests:
-            self._scheduler.check_idle()

@@ -21,6 +21,7 @@ from slingshot.engine.batch import PAGE
 from slingshot.model.config import ModelConfig
 
 ALIGNMENT = 64  # bytes of a cache line
+SLACK = 4096  # bytes after the last page that kernels may read
 
 
 class CacheTooSmall(SlingshotError):
@@ -76,6 +77,6 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
     if torch.device(device).type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     size = int(np.prod(shape)) * dtype.itemsize
-    memory = np.zeros(size + ALIGNMENT, dtype=np.uint8)
+    memory = np.zeros(size + ALIGNMENT + SLACK, dtype=np.uint8)
     first = -memory.ctypes.data % ALIGNMENT
     return torch.from_numpy(memory[first : first + size]).view(dtype).view(shape)

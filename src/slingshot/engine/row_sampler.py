@@ -38,11 +38,17 @@ class RowSampler:
         self._streams_R = torch.tensor([sequence.stream for sequence in sequences], device=self._device)
         self._special = [(row, sequence) for row, sequence in enumerate(sequences) if not sequence.plain]
 
-    def draw(self, logits_RV: Tensor, sequences: Seq[Sequence]) -> tuple[list[int], list[float]]:
-        """Ids and logprobs, one a row. A sequence that cannot go on gets its `error` instead."""
+    def draw(
+        self, logits_RV: Tensor, sequences: Seq[Sequence], ahead: Seq[int] | None = None
+    ) -> tuple[list[int], list[float]]:
+        """Ids and logprobs, one a row. A sequence that cannot go on gets its `error` instead.
+
+        ahead: how many tokens after the sequence's next one a row's is; a sequence may then have several rows.
+        """
         if self._sequences != sequences:
             self._take(sequences)
-        positions_R = torch.tensor([sequence.length for sequence in sequences], device=self._device)
+        places = zip(sequences, ahead or [0] * len(sequences), strict=True)
+        positions_R = torch.tensor([sequence.length + place for sequence, place in places], device=self._device)
         uniform_R = uniform_noise(self._streams_R, positions_R)
         if self._special:
             own = OwnLogprobs(logits_RV, self._special, self._params.divisor_B1)

@@ -23,18 +23,28 @@ from slingshot.engine.sequence import Sequence
 class Resident:
     """A sequence that has a place in the engine, and its pages.
 
-    known: its tokens when it entered, of which `computed` are in the cache; beyond them it is a row. keys: names of
-    their full pages. followers: other samples of the request, waiting for the prompt to be there for all of them.
+    known           its tokens when it entered, of which `computed` are in the cache; beyond them it is a row
+    keys            names of their full pages
+    serial          who came later gives way first
+    followers       other samples of the request, waiting for the prompt to be there for all of them
+    drafts          guessed tokens that the next step runs behind the last one; speculation.py's are the rest:
+    guesses, reach  what the MTP module says comes next; how many guesses are worth running
+    mtp_page, mtp_next  the page at which the module began, the position at which it goes on
     """
 
     sequence: Sequence
     known: list[int]
     keys: list[bytes]
-    serial: int  # who came later gives way first
+    serial: int
     pages: list[int] = field(default_factory=list)
     computed: int = 0
     row: int = -1
     followers: list[Resident] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)
+    guesses: list[int] = field(default_factory=list)
+    reach: int = 1
+    mtp_page: int = 0
+    mtp_next: int = 0
 
 
 class DecodingRows:
@@ -104,8 +114,20 @@ class DecodingRows:
             self._wanted[:count],
         )
 
+    def guessing_batch(self) -> FlatBatch:
+        """Every row's last token and its drafts, with the logits after each of them."""
+        count = len(self.residents)
+        last = zip(self._tokens_M[:count].tolist(), self._positions_M[:count].tolist(), strict=True)
+        parts = [([token, *its.drafts], at, its.pages) for its, (token, at) in zip(self.residents, last, strict=True)]
+        return FlatBatch.of(parts, wanted=range(sum(len(ids) for ids, _, _ in parts)))
+
     def advance(self, ids: list[int]) -> None:
         """The next token of every row."""
         count = len(ids)
         self._tokens_M[:count] = ids
         self._positions_M[:count] += 1
+
+    def advance_one(self, resident: Resident, token_id: int, count: int) -> None:
+        """A row took `count` tokens, the last of them this one."""
+        self._tokens_M[resident.row] = token_id
+        self._positions_M[resident.row] += count

@@ -57,27 +57,31 @@ class EngineCounters:
 
 @dataclass
 class Step:
-    """What the next forward pass runs: every decoding row, and chunks (resident, end): its tokens up to `end`.
+    """What the next forward pass runs: the decoding rows, and chunks (resident, end): its tokens up to `end`.
 
     told: requests are there that want to know more of it than a next token.
     """
 
+    rows: int = 0
     chunks: list[tuple[Resident, int]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # pages (from, to) to copy before
     told: bool = False
 
     def batch(self, rows: DecodingRows) -> FlatBatch:
         """The rows, then the chunks; a chunk that completes its tokens wants the logits after it, for every sample."""
-        decoding = rows.batch() if len(rows) else None
-        if not self.chunks and decoding is not None:
-            return decoding
-        parts, wanted, at = [], [], len(rows)
+        decoding = None
+        if self.rows:
+            drafts = any(resident.drafts for resident in rows.residents)
+            decoding = rows.guessing_batch() if drafts else rows.batch()
+            if not self.chunks:
+                return decoding
+        parts, wanted, at = [], [], 0
         for resident, end in self.chunks:
             parts.append((resident.known[resident.computed : end], resident.computed, resident.pages))
             at += end - resident.computed
             if end == len(resident.known):
                 wanted += [at - 1] * (1 + len(resident.followers))
-        prompts = FlatBatch.of(parts, wanted=[at - len(rows) for at in wanted])
+        prompts = FlatBatch.of(parts, wanted=wanted)
         return prompts if decoding is None else decoding.joined(prompts)
 
 
@@ -103,14 +107,15 @@ class Scheduler:
         """Choose the next step's work and find the pages for it."""
         step = Step()
         self._give_rows_pages(step)
-        budget = self._step_tokens - len(self.rows) if len(self.rows) else ALONE * self._step_tokens
+        step.rows = len(self.rows)
+        budget = self._step_tokens - step.rows if step.rows else ALONE * self._step_tokens
         for resident in self._prefilling:
             budget = self._chunk(step, resident, budget)
         while admitted := self._admit(budget):
             if admitted.pages:  # not a follower
                 budget = self._chunk(step, admitted, budget)
         step.told = self._telling > 0
-        return step if len(self.rows) or step.chunks else None
+        return step if step.rows or step.chunks else None
 
     def commit(self, step: Step) -> list[Resident]:
         """The step was run: who is to be given a token, in the order of the batch's `wanted`; all of them are rows."""
@@ -133,7 +138,6 @@ class Scheduler:
                 self.rows.enter(sample, sample.known[-1], len(sample.known) - 1)
             if len(samples) > 1 and end % PAGE:
                 self._forked += samples
-        counters.decoded += len(self.rows)
         return self.rows.residents
 
     def finish(self, resident: Resident) -> None:
@@ -163,13 +167,18 @@ class Scheduler:
             elif sequence.finish_reason is None:
                 sequence.finish_reason = "abort"  # passed over when its turn comes
                 self.counters.waiting -= 1
-        if not self._residents and not self.counters.waiting:
+        if self.idle:
             self._waiting.clear()
 
     def counted(self) -> EngineCounters:
         """The counters as they stand."""
         pool = self.pool
         return replace(self.counters, running=len(self._residents), pages_used=pool.used, pages_kept=pool.kept)
+
+    @property
+    def idle(self) -> bool:
+        """Nobody runs or waits."""
+        return not self._residents and not self.counters.waiting
 
     def check_idle(self) -> None:
         """Raise AssertionError where something of a request was left behind."""
@@ -232,6 +241,18 @@ class Scheduler:
                 step.copies.append((shared, page))
                 self.rows.set_page(resident, len(resident.pages) - 1, page)
                 self.pool.release([shared])
+        for resident in self.rows.residents:
+            if resident.drafts:
+                self._give_drafts_pages(resident)
+
+    def _give_drafts_pages(self, resident: Resident) -> None:
+        """For as many of its drafts as there are free ones."""
+        position = self.rows.position(resident)
+        while len(resident.pages) * PAGE <= position + len(resident.drafts):
+            if (page := self.pool.take()) is None:
+                resident.drafts = resident.drafts[: len(resident.pages) * PAGE - position - 1]
+                return
+            self.rows.set_page(resident, len(resident.pages), page)
 
     def _take(self, resident: Resident, step: Step) -> int | None:
         """A page for a row, if need be from who came last; None when that is the row itself."""

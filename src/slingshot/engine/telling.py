@@ -88,9 +88,10 @@ def tell(output: RunnerOutput, step: Step, rows: DecodingRows) -> None:
 
 def _parts(step: Step, rows: DecodingRows) -> Iterator[tuple[Sequence, int, int, int]]:
     """All tokens of a step: (sequence, position, place in the batch, how many)."""
-    for at, resident in enumerate(rows.residents):
+    at = 0
+    for resident in rows.residents:
         yield resident.sequence, rows.position(resident), at, 1
-    at = len(rows)
+        at += 1 + len(resident.drafts)  # of requests that want to know nothing
     for resident, end in step.chunks:
         yield resident.sequence, resident.computed, at, end - resident.computed
         at += end - resident.computed

@@ -1,0 +1,165 @@
+"""One step of the engine: schedule, run, draw.
+
+    core = EngineCore(model, 256, None, cache_bytes=1 << 30, step_tokens=1024, speculation="off", native="auto")
+    core.add(request.sequences)
+    for sequence in core.step(): ...        # those that finished with it
+    core.abort(request.sequences)
+
+The scheduler says whose tokens run and in which pages, the runner runs them, the sampler draws what follows. With
+speculation a row's step takes the tokens that were guessed for it too, and keeps those that are drawn as guessed.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from slingshot.base.errors import SlingshotError
+from slingshot.engine.batch import PAGE, Runner
+from slingshot.engine.kv_cache import CacheTooSmall, KVCache
+from slingshot.engine.native_runner import NativeRunner
+from slingshot.engine.pages import PagePool
+from slingshot.engine.row_sampler import RowSampler
+from slingshot.engine.rows import Resident
+from slingshot.engine.runner import TorchRunner
+from slingshot.engine.scheduler import EngineCounters, Scheduler
+from slingshot.engine.sequence import Sequence
+from slingshot.engine.speculation import MOST, Speculator
+from slingshot.engine.telling import ask, tell
+from slingshot.kernels.native import native_kernels
+from slingshot.model.transformer import Transformer
+
+Speculation = Literal["off", "on", "auto"]
+Native = Literal["off", "auto"]
+
+
+class EngineCore:
+    """The parameters are the Engine's. max_length None is resolved here: as many tokens as model and cache hold."""
+
+    def __init__(
+        self, model: Transformer, max_batch: int, max_length: int | None, cache_bytes: int, step_tokens: int,
+        speculation: Speculation, native: Native,
+    ) -> None:  # fmt: skip
+        config, weight = model.config, model.model.embed_tokens.weight
+        dtype, mtp = model.compute_dtype or weight.dtype, speculation != "off" and config.num_nextn_predict_layers > 0
+        room, page_bytes = KVCache.pages_in(cache_bytes, config, dtype, mtp), KVCache.page_bytes(config, dtype, mtp)
+        self.max_length = max_length or min(config.max_position_embeddings, max(2, room * PAGE))
+        needed = -(-self.max_length // PAGE)  # pages of one sequence
+        if room < needed:
+            way_out = "raise it, or lower max_length" if needed > 1 else "raise it"
+            takes = f"one sequence of {self.max_length} tokens takes {(needed + 1) * page_bytes}"
+            raise CacheTooSmall(f"cache_bytes {cache_bytes}: {takes}; {way_out}")
+        pages = min(room, 2 * max_batch * needed)  # all sequences at their longest, and as many prefixes besides
+        self._model, self._cache = model, KVCache(config, 1 + pages, dtype, weight.device, mtp)
+        kernels = native_kernels() if native == "auto" else None
+        self._runner: Runner
+        if kernels is not None and NativeRunner.obstacle(model, self._cache) is None:
+            self._runner = NativeRunner(model, self._cache, kernels)
+        else:
+            self._runner = TorchRunner(model, self._cache)
+        self._sampler = RowSampler(weight.device)
+        self._scheduler = Scheduler(PagePool(pages), max_batch, self.max_length, step_tokens)
+        self._speculator: Speculator | None = None
+        if speculation != "off":
+            drafts = RowSampler(weight.device)
+            self._speculator = Speculator(self._runner, drafts, mtp, measured=speculation == "auto")
+        self._versions = self._weight_versions()
+
+    @property
+    def counters(self) -> EngineCounters:
+        return self._scheduler.counted()
+
+    def add(self, sequences: list[Sequence]) -> None:
+        """Queue samples of one request."""
+        if self._scheduler.idle and self._versions != self._weight_versions():
+            self.weights_changed()  # a trainer's, with which they are shared
+        for sequence in sequences:
+            self._scheduler.add(sequence)
+
+    def abort(self, sequences: list[Sequence]) -> None:
+        """All samples of one request leave, wherever they are."""
+        self._scheduler.abort(sequences)
+
+    def weights_changed(self) -> None:
+        """What is cached or packed belongs to the old weights."""
+        self._versions = self._weight_versions()
+        self._scheduler.pool.forget()
+        self._runner.refresh()
+
+    def _weight_versions(self) -> list[int]:
+        """A number for every parameter that grows when it is written to."""
+        return [parameter._version for parameter in self._model.parameters() if not parameter.is_inference()]
+
+    @torch.inference_mode()
+    def step(self) -> list[Sequence]:
+        """One forward pass over what is scheduled; -> the sequences that finished, in the order of their rows."""
+        scheduler, speculator = self._scheduler, self._speculator
+        start = time.perf_counter()
+        if speculator is not None:
+            speculator.propose(scheduler.rows.residents)
+        step = scheduler.schedule()
+        if step is None:
+            return []
+        if step.copies:
+            sources, targets = zip(*step.copies, strict=True)
+            self._cache.copy(sources, targets)
+        batch = step.batch(scheduler.rows)
+        batch.hidden = speculator is not None and speculator.needs_hidden
+        if step.told:
+            ask(batch, step, scheduler.rows)
+        output = self._runner.forward(batch)
+        if step.told:
+            tell(output, step, scheduler.rows)
+        drawn, before = scheduler.commit(step), scheduler.counters.decoded
+        finished = self._draw(drawn, output.logits_RV)
+        if speculator is not None:
+            speculator.follow(step, batch, output.hidden_ND, drawn)
+            speculator.note(step, scheduler.counters.decoded - before, time.perf_counter() - start)
+        for resident in finished:
+            scheduler.finish(resident)
+        if scheduler.idle:
+            scheduler.check_idle()
+        return [resident.sequence for resident in finished]
+
+    def _draw(self, drawn: list[Resident], logits_RV: Tensor) -> list[Resident]:
+        """Give every row its next token, or as many as were guessed right and one more; -> the rows that finished."""
+        if not drawn:
+            return []
+        rows = self._scheduler.rows
+        guessing = self._speculator is not None and any(resident.drafts for resident in drawn)
+        sequences = [resident.sequence for resident in drawn]
+        ahead = None
+        if guessing:
+            sequences = [its.sequence for its in drawn for _ in range(1 + len(its.drafts))]
+            ahead = [place for its in drawn for place in range(1 + len(its.drafts))]
+        try:
+            ids, logprobs = self._sampler.draw(logits_RV[: len(sequences)], sequences, ahead)
+        except SlingshotError:
+            self._cache.clear()
+            raise
+        if not guessing:
+            self._scheduler.counters.decoded += len(ids)
+            rows.advance(ids)
+            tokens = zip(drawn, ids, logprobs, strict=True)
+            return [its for its, token_id, logprob in tokens if its.sequence.push(token_id, logprob)]
+        finished, at, counters = [], 0, self._scheduler.counters
+        for resident in drawn:
+            drafts, taken, done = resident.drafts, 0, False
+            while True:
+                done = resident.sequence.push(ids[at + taken], logprobs[at + taken])
+                taken += 1
+                if done or taken > len(drafts) or drafts[taken - 1] != ids[at + taken - 1]:
+                    break
+            rows.advance_one(resident, ids[at + taken - 1], taken)
+            counters.drafted += len(drafts)
+            counters.accepted += taken - 1
+            counters.decoded += taken
+            if drafts:
+                resident.reach = min(taken, MOST) if taken > len(drafts) else max(1, taken - 1)
+            at += 1 + len(drafts)
+            if done:
+                finished.append(resident)
+        return finished

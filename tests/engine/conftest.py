@@ -63,15 +63,6 @@ def scripted(dense_model, tokenizer):
     return make
 
 
-@pytest.fixture
-def passes(dense_model):
-    """Tokens of every forward pass of `dense_model`."""
-    seen = []
-    handle = dense_model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    yield seen
-    handle.remove()
-
-
 @pytest.fixture(scope="session")
 def vocabulary(tokenizer):
     return Vocabulary(tokenizer, tokenizer.vocab_size)

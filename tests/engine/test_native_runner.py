@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import accumulate
 from typing import Any
 
@@ -11,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slingshot.engine.batch import FlatBatch
+from slingshot.engine.engine import Engine
 from slingshot.engine.kv_cache import KVCache
 from slingshot.engine.native_runner import NativeRunner
 from slingshot.engine.runner import TorchRunner
+from slingshot.engine.sampling import SamplingParams
 from slingshot.kernels.native import NativeKernels, native_kernels, native_levels
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
@@ -163,3 +166,26 @@ def test_what_the_kernels_do_not_cover_is_said(dense: Any) -> None:
     narrow = random_model(dense(vocab_size=VOCABULARY, head_dim=4), torch.float32)
     found = NativeRunner.obstacle(narrow, KVCache(narrow.config, 4, torch.float32))
     assert found == "head_dim 4 is no multiple of 8"
+
+
+@pytest.mark.parametrize("speculation", ["off", "on"])
+@pytest.mark.parametrize("family", ["dense", "deepseek_v3"])
+def test_an_engine_on_native_kernels_samples_what_one_on_torch_does(
+    make_model, dense, deepseek, tokenizer, family, speculation
+):
+    """Prompts in chunks, shared by samples and by requests, greedy and not; and after the weights have changed."""
+    wide = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    config = dense(vocab_size=300) if family == "dense" else deepseek(vocab_size=300, **wide)
+    models = [make_model(config, seed=seed) for seed in (0, 1)]
+    prompts = [[(7 * start + step) % 290 + 7 for step in range(3 + 11 * start)] for start in range(5)]
+    params = [SamplingParams(24, [0.0, 1.0][index % 2], n=2, ignore_eos=True) for index in range(5)]
+    found: dict[str, list[Any]] = {}
+    for native in ("auto", "off"):
+        engine = Engine(copy.deepcopy(models[0]), tokenizer, native=native, step_tokens=30, speculation=speculation)
+        outputs = engine.generate(prompts, params)
+        engine.update_weights(models[1])
+        outputs += engine.generate(prompts, params)
+        found[native] = [completion for output in outputs for completion in output.outputs]
+    for ours, theirs in zip(found["auto"], found["off"], strict=True):
+        assert ours.token_ids == theirs.token_ids
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=2e-4)

@@ -164,6 +164,8 @@ class NativeRunner:
         if type(model) is not Transformer:
             return f"it is a {type(model).__name__}"
         dtype = model.compute_dtype or model.model.embed_tokens.weight.dtype
+        if type(model) is not Transformer:
+            return "it is a Transformer of its own kind"
         if any(tensor.device.type != "cpu" for tensor in (model.model.embed_tokens.weight, *cache.layers)):
             return "it is not on a CPU"
         if dtype not in DTYPES or cache.dtype != dtype:

@@ -17,7 +17,7 @@ FILE = 400  # lines
 
 # Lines of Python at most: the package's, the tests'.
 ROOMS = {
-    "base": (715, 495), "checkpoint": (2300, 3300), "cli": (1545, 1105), "cost": (670, 605), "data": (320, 195),
+    "base": (715, 495), "checkpoint": (2300, 2600), "cli": (1545, 1105), "cost": (670, 605), "data": (320, 195),
     "engine": (3300, 2300),
     "kernels": (1100, 1000), "machine": (410, 270), "model": (1310, 1410), "parity": (0, 900),
     "planning": (2210, 1170), "quantization": (60, 80), "recipe": (1005, 995), "rollout": (570, 490),
@@ -27,8 +27,7 @@ ROOMS = {
 
 # Files and rooms that are not as the house wants them yet; each list only ever gets shorter.
 LONG_FILES = {
-    "tests/checkpoint/test_hub.py", "tests/engine/test_engine.py",
-    "tests/training/test_checkpointer.py",
+    "tests/engine/test_engine.py", "tests/training/test_checkpointer.py",
 }  # fmt: skip
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+sys.path.append(str(Path(__file__).parent))  # where file_maker and hub_server lie
+
+from hub_server import Asker, FakeHub, contents
+
 from slingshot.checkpoint.load_save import save_checkpoint
 from slingshot.text.tokenizer import Tokenizer
-
-sys.path.append(str(Path(__file__).parent))  # where file_maker and hub_server lie
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +29,27 @@ def save(make_model, tokenizer):
         return folder
 
     return make
+
+
+@pytest.fixture
+def hub():
+    with FakeHub() as server:
+        yield server
+
+
+@pytest.fixture
+def ask(hub, tmp_path):
+    return Asker(hub.url, tmp_path / "home")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(save, deepseek, tmp_path_factory):
+    """Two DeepSeek checkpoints of the same shape, each in three shards of about 150 kB."""
+    config, folder = deepseek(vocab_size=280), tmp_path_factory.mktemp("checkpoints")
+    return [save(folder / str(seed), config, seed, max_shard_size=160_000) for seed in range(2)]
+
+
+@pytest.fixture
+def filled(hub, checkpoints):
+    """The hub's commit of org/name: the first checkpoint."""
+    return hub.commit("org/name", contents(checkpoints[0]))

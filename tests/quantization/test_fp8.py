@@ -21,8 +21,7 @@ def matrix(shape, seed):
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(SHAPES, st.integers(0, 9))
 def test_a_round_trip_stays_within_the_formats_error(shape, seed):
-    """e4m3 has 3 bits behind the leading one: half a step is 1/16; below 2^-6 its steps are 2^-9, and half of one
-    2^-10."""
+    """e4m3 has 3 bits behind the leading one: half a step is 1/16; below 2^-6 half of one is 2^-10."""
     weight = matrix(shape, seed)
     stored, scale = quantize(weight)
     assert stored.shape == weight.shape and tuple(scale.shape) == scale_shape(shape)
@@ -36,8 +35,7 @@ def test_a_round_trip_stays_within_the_formats_error(shape, seed):
 
 
 def test_values_by_hand():
-    """Magnitude 896 makes the scale 2; e4m3 holds 1 to 16 in steps of 1/8 of their power of two, and 17 / 2 rounds to
-    even."""
+    """896 makes the scale 2; e4m3 holds 1 to 16 in steps of 1/8 of their power of two, and 17 / 2 rounds to even."""
     weight = torch.zeros(130, 129)
     weight[0, :4] = torch.tensor([896.0, 2.0, -17.0, 0.001])
     weight[129, 128] = -448.0

@@ -97,21 +97,23 @@ template <class T> class Attention {
         own.carve(thread_scratch(own.carve(nullptr)));
     }
 
-    // Where row `row` of a unit's sequence and group is among [tokens, heads].
-    size_t place(int sequence, int group, int row) const {
-        return (plan.sequences.starts[sequence] + row / per_token) * static_cast<size_t>(shape.heads) +
-               group * per_token + row % per_token;
+    // Where a row's numbers are, `stride` from token to token and `width` from head to head.
+    size_t place(const AttentionUnit& unit, int r, size_t stride, int width) const {
+        const int row = unit.first_row + r;
+        return (plan.sequences.starts[unit.sequence] + row / per_token) * stride +
+               (unit.group * per_token + row % per_token) * static_cast<size_t>(width);
     }
 
-    void run(const AttentionUnit& unit, const T* q, T* y) {
+    void run(const AttentionUnit& unit, const T* q, T* y, int y_stride) {
+        const size_t q_stride = static_cast<size_t>(shape.heads) * shape.width;
         for (int r = 0; r < unit.rows; r++) {
-            const T* from = q + place(unit.sequence, unit.group, unit.first_row + r) * shape.width;
+            const T* from = q + place(unit, r, q_stride, shape.width);
             copy_row(from, shape.width, own.depth, own.queries + r * own.depth);
             own.largest[r] = -INFINITY, own.totals[r] = 0;
         }
         std::memset(own.sums, 0, static_cast<size_t>(unit.rows) * own.columns * 4);
         for (int begin = unit.begin; begin < unit.end; begin += BLOCK) block(unit, begin);
-        for (int r = 0; r < unit.rows; r++) finish(unit, r, y);
+        for (int r = 0; r < unit.rows; r++) finish(unit, r, y + (unit.partial < 0 ? place(unit, r, y_stride, shape.value_width) : 0));
     }
 
   private:
@@ -151,14 +153,13 @@ template <class T> class Attention {
                 padded / PER_WORD<T>, rows, own.columns, own.sums + first * own.columns, own.columns, true);
     }
 
-    void finish(const AttentionUnit& unit, int r, T* y) {
+    void finish(const AttentionUnit& unit, int r, T* to) {
         const float* sums = own.sums + r * own.columns;
         if (unit.partial >= 0) {
             float* to = plan.partials + (unit.partial + r) * (shape.value_width + 2);
             std::memcpy(to, sums, shape.value_width * 4);
             to[shape.value_width] = own.totals[r], to[shape.value_width + 1] = own.largest[r];
         } else {
-            T* to = y + place(unit.sequence, unit.group, unit.first_row + r) * shape.value_width;
             const Floats inverse = all(1 / own.totals[r]);
             int c = 0;
             for (; c + LANES <= shape.value_width; c += LANES) store(to + c, mul(load(sums + c), inverse));
@@ -170,12 +171,13 @@ template <class T> class Attention {
 }  // namespace
 
 template <class T>
-void attend(const AttentionPlan& plan, const T* q, const T* keys, const T* values, T* y, int thread) {
+void attend(const AttentionPlan& plan, const T* q, const T* keys, const T* values, T* y, int y_stride,
+            int thread) {
     Attention<T> attention(plan, keys, values);
-    for (int i = plan.bounds[thread]; i < plan.bounds[thread + 1]; i++) attention.run(plan.units[i], q, y);
+    for (int i = plan.bounds[thread]; i < plan.bounds[thread + 1]; i++) attention.run(plan.units[i], q, y, y_stride);
 }
 
-template <class T> void merge_attention(const AttentionPlan& plan, T* y, int thread, int threads) {
+template <class T> void merge_attention(const AttentionPlan& plan, T* y, int y_stride, int thread, int threads) {
     const AttentionShape& shape = plan.shape;
     const int width = shape.value_width, per_token = shape.heads / shape.groups;
     for (int i = thread; i < plan.n_merges; i += threads) {
@@ -194,16 +196,16 @@ template <class T> void merge_attention(const AttentionPlan& plan, T* y, int thr
                 for (int w = 0; w < width; w++) sums[w] += factor * chunk[c * step + w];
             }
             const size_t token = plan.sequences.starts[merge.sequence] + r / per_token;
-            T* to = y + (token * shape.heads + merge.group * per_token + r % per_token) * width;
+            T* to = y + token * y_stride + (merge.group * per_token + r % per_token) * width;
             for (int w = 0; w < width; w++) put(to + w, sums[w] / total);
         }
     }
 }
 
-template void attend(const AttentionPlan&, const float*, const float*, const float*, float*, int);
-template void attend(const AttentionPlan&, const bf16*, const bf16*, const bf16*, bf16*, int);
-template void merge_attention(const AttentionPlan&, float*, int, int);
-template void merge_attention(const AttentionPlan&, bf16*, int, int);
+template void attend(const AttentionPlan&, const float*, const float*, const float*, float*, int, int);
+template void attend(const AttentionPlan&, const bf16*, const bf16*, const bf16*, bf16*, int, int);
+template void merge_attention(const AttentionPlan&, float*, int, int, int);
+template void merge_attention(const AttentionPlan&, bf16*, int, int, int);
 
 }  // namespace LEVEL
 }  // namespace slingshot

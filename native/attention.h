@@ -49,7 +49,9 @@ struct AttentionPlan {
 
 class AttentionPlanner {
   public:
-    AttentionPlan plan(const AttentionShape& shape, const Sequences& sequences, int threads);
+    // left_out, unless null, says which sequences attend in another way.
+    AttentionPlan plan(const AttentionShape& shape, const Sequences& sequences, int threads,
+                       const char* left_out = nullptr);
 
   private:
     std::vector<AttentionUnit> units_;
@@ -60,12 +62,12 @@ class AttentionPlanner {
 
 namespace LEVEL {
 
-// y = softmax(scale q k^T) v by rows of q [tokens, heads, width]; y [tokens, heads, value_width]; keys [pages, PAGE,
-// groups, width], values [pages, PAGE, groups, value_width], or null for the first numbers of the keys. Every thread
-// calls it; where the plan has merges, all threads meet and then call merge_attention.
+// y = softmax(scale q k^T) v by rows of q [tokens, heads, width]; y [tokens, heads, value_width], `y_stride` numbers from
+// token to token; keys [pages, PAGE, groups, width], values [pages, PAGE, groups, value_width], or null for the first
+// numbers of the keys. Every thread calls it; where the plan has merges, all threads meet and then call merge_attention.
 template <class T>
-void attend(const AttentionPlan& plan, const T* q, const T* keys, const T* values, T* y, int thread);
-template <class T> void merge_attention(const AttentionPlan& plan, T* y, int thread, int threads);
+void attend(const AttentionPlan& plan, const T* q, const T* keys, const T* values, T* y, int y_stride, int thread);
+template <class T> void merge_attention(const AttentionPlan& plan, T* y, int y_stride, int thread, int threads);
 
 }  // namespace LEVEL
 }  // namespace slingshot

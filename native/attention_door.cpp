@@ -11,13 +11,14 @@ namespace {
 
 template <class T>
 void attend_all(const AttentionPlan& plan, const void* q, const void* keys, const void* values, void* y, int threads) {
+    const int stride = plan.shape.heads * plan.shape.value_width;
     auto job = [&](const Team& team) {
         const TileRegisters tiles;
         attend(plan, static_cast<const T*>(q), static_cast<const T*>(keys), static_cast<const T*>(values),
-               static_cast<T*>(y), team.thread);
+               static_cast<T*>(y), stride, team.thread);
         if (plan.n_merges) {
             team.barrier();
-            merge_attention(plan, static_cast<T*>(y), team.thread, team.threads);
+            merge_attention(plan, static_cast<T*>(y), stride, team.thread, team.threads);
         }
     };
     run_together(threads, job);

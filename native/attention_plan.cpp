@@ -3,12 +3,14 @@
 
 namespace slingshot {
 
-AttentionPlan AttentionPlanner::plan(const AttentionShape& shape, const Sequences& sequences, int threads) {
+AttentionPlan AttentionPlanner::plan(const AttentionShape& shape, const Sequences& sequences, int threads,
+                                     const char* left_out) {
     units_.clear();
     merges_.clear();
     long partial_rows = 0;
     const int per_token = shape.heads / shape.groups;
     for (int s = 0; s < sequences.count; s++) {
+        if (left_out && left_out[s]) continue;
         const int length = sequences.lengths[s], tokens = sequences.starts[s + 1] - sequences.starts[s];
         const int rows = tokens * per_token, seen = length - tokens;
         const int chunks = rows <= ROWS ? (length + CHUNK - 1) / CHUNK : 1;

@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "epilogue.h"
+#include "expand.h"
 #include "rope.h"
 #include "scratch.h"
 #include "tiles.h"
@@ -24,6 +25,9 @@ template <class T> class Forward {
     const Places places;
     AttentionPlanner planner;
     AttentionPlan plan;
+    const LatentShape latent;
+    LatentPlanner expansion;
+    T *made_keys, *made_values, *made_queries;  // of the sequences that attend in the expanded form
     T *x, *normed, *input, *low, *full, *queries, *nope, *attended, *heads_out, *inner;
     void* moe_memory;
     size_t normed_each;  // numbers from one thread's own norms to the next one's
@@ -32,13 +36,14 @@ template <class T> class Forward {
   public:
     Forward(Model<T>& model, const Step& step)
         : model(model), shape(model.shape), step(step),
-          places{step.tokens, step.cos, step.sin, step.positions, step.slots} {
+          places{step.tokens, step.cos, step.sin, step.positions, step.slots},
+          latent{shape.heads, shape.latent, shape.rope, shape.nope, shape.value, shape.scale} {
         const ModelShape& s = shape;
-        const AttentionShape attention =
-            s.latent_family ? AttentionShape{s.heads, 1, s.latent + s.rope, s.latent, s.scale}
-                            : AttentionShape{s.heads, s.groups, s.head_width, s.head_width, s.scale};
-        plan = planner.plan(attention, {step.starts, step.lengths, step.block_tables, step.sequences, step.pages},
-                            step.threads);
+        const Sequences sequences{step.starts, step.lengths, step.block_tables, step.sequences, step.pages};
+        if (s.latent_family)
+            expansion.plan(latent, sequences, sizeof(T), step.threads);
+        else
+            plan = planner.plan({s.heads, s.groups, s.head_width, s.head_width, s.scale}, sequences, step.threads);
         width_stride = round_up(s.width, 32);
         input_stride = round_up(s.input_width(), 32);
         low_stride = round_up(s.q_rank, 32);
@@ -80,6 +85,9 @@ template <class T> class Forward {
         attended = carver.take<T>(s.latent_family ? rows * s.heads * s.latent : 0);
         heads_out = carver.take<T>(rows * heads_stride);
         inner = carver.take<T>(rows * inner_stride);
+        made_keys = carver.take<T>(expansion.rows * s.heads * (s.nope + s.rope));
+        made_values = carver.take<T>(expansion.rows * s.heads * s.value);
+        made_queries = carver.take<T>(expansion.any_expanded ? rows * s.heads * (s.nope + s.rope) : 0);
         size_t most = 0;
         for (const LayerWeights<T>& layer : model.layers) {
             const size_t bytes = layer.moe.width ? moe_bytes<T>(layer.moe, step.tokens, step.threads) : 0;
@@ -158,23 +166,22 @@ template <class T> class Forward {
         team.barrier();
     }
 
-    void attend_and_merge(int i, T* y, const Team& team) {
-        const T* keys = static_cast<const T*>(step.keys[i]);
-        const T* values = step.values ? static_cast<const T*>(step.values[i]) : nullptr;
-        attend(plan, queries, keys, values, y, team.thread);
+    void attend_and_merge(const AttentionPlan& plan, const T* q, const T* keys, const T* values, T* y, int stride,
+                          const Team& team) {
+        attend(plan, q, keys, values, y, stride, team.thread);
         team.barrier();
         if (plan.n_merges) {
-            merge_attention(plan, y, team.thread, team.threads);
+            merge_attention(plan, y, stride, team.thread, team.threads);
             team.barrier();
         }
     }
 
     void grouped_attention(const LayerWeights<T>& layer, int i, const Team& team) {
         const GroupedHeads<T> heads{shape.heads, shape.groups, shape.head_width, shape.eps, layer.q_norm, layer.k_norm};
-        write_grouped(heads, places, input, input_stride, queries, static_cast<T*>(step.keys[i]),
-                      static_cast<T*>(step.values[i]), team.thread, team.threads);
+        T *keys = static_cast<T*>(step.keys[i]), *values = static_cast<T*>(step.values[i]);
+        write_grouped(heads, places, input, input_stride, queries, keys, values, team.thread, team.threads);
         team.barrier();
-        attend_and_merge(i, heads_out, team);
+        attend_and_merge(plan, queries, keys, values, heads_out, heads_stride, team);
     }
 
     void latent_attention(const LayerWeights<T>& layer, int i, const Team& team) {
@@ -191,15 +198,25 @@ template <class T> class Forward {
             q = full, q_stride = full_stride;
         }
         const LatentHeads<T> heads{s.heads, s.nope, s.rope, s.latent, nope_stride, s.latent_eps, layer.k_norm};
-        write_latent(heads, places, q, q_stride, input + s.first_part(), input_stride, nope, queries,
-                     static_cast<T*>(step.keys[i]), team.thread, team.threads);
+        T* entries = static_cast<T*>(step.keys[i]);
+        write_latent(heads, places, q, q_stride, input + s.first_part(), input_stride, nope, queries, entries,
+                     team.thread, team.threads);
         team.barrier();
         const int entry = s.latent + s.rope;
-        by_head(layer.absorb, nope, nope_stride, queries, entry, s.heads * entry, team);
+        if (expansion.any_absorbed) by_head(layer.absorb, nope, nope_stride, queries, entry, s.heads * entry, team);
+        if (expansion.any_expanded) {
+            expand_entries(expansion, latent, layer.to_keys, layer.to_values, entries, made_keys, made_values, team);
+            expand_queries(expansion, latent, nope, nope_stride, queries, made_queries, team);
+        }
         team.barrier();
-        attend_and_merge(i, attended, team);
-        by_head(layer.expand, attended, s.latent, heads_out, s.value, heads_stride, team);
-        team.barrier();
+        if (expansion.any_absorbed) {
+            attend_and_merge(expansion.absorbed, queries, entries, nullptr, attended, s.heads * s.latent, team);
+            by_head(layer.to_values, attended, s.latent, heads_out, s.value, heads_stride, team);
+            team.barrier();
+        }
+        // Rows of the expanded sequences hold nothing yet: the product just above is made of all tokens.
+        if (expansion.any_expanded)
+            attend_and_merge(expansion.expanded, made_queries, made_keys, made_values, heads_out, heads_stride, team);
     }
 
     // Every head's rows of x, `from_each` numbers apart from head to head, times its own matrix.

@@ -144,7 +144,8 @@ template <class T> void Model<T>::lay_out(char* base) {
         if (s.latent_family) {
             if (s.q_rank) layer.q_b = place.matrix(s.query_width(), s.q_rank);
             layer.absorb = place.stack(s.heads, s.latent, s.nope);
-            layer.expand = place.stack(s.heads, s.value, s.latent);
+            layer.to_keys = place.stack(s.heads, s.nope, s.latent);
+            layer.to_values = place.stack(s.heads, s.value, s.latent);
         }
         layer.output = place.matrix(s.width, s.attended_width());
         if (s.has_experts(i)) {
@@ -192,7 +193,9 @@ template <class T> void Model<T>::refresh(const ModelTensors& tensors, int threa
             for (int head = 0; head < s.heads; head++) {
                 const size_t first = static_cast<size_t>(head) * part * s.latent;
                 packing.strided(from.kv_b, first, 1, s.latent, layer.absorb[head]);
-                packing.strided(from.kv_b, first + static_cast<size_t>(s.nope) * s.latent, s.latent, 1, layer.expand[head]);
+                packing.strided(from.kv_b, first, s.latent, 1, layer.to_keys[head]);
+                packing.strided(from.kv_b, first + static_cast<size_t>(s.nope) * s.latent, s.latent, 1,
+                                layer.to_values[head]);
             }
         } else {
             const int queries = s.query_width(), keys = s.groups * s.head_width;

@@ -62,7 +62,8 @@ template <class T> struct LayerWeights {
     T *q_norm, *k_norm;  // of heads (may be null); MLA: of the two latents
     float* bias;         // of `input`; may be null
     Packed input, q_b, output;
-    Stack absorb, expand;   // each head's part of kv_b: queries to the latent, latent to values
+    Stack absorb;              // each head's part of kv_b: queries to the latent,
+    Stack to_keys, to_values;  // the latent to keys, to values
     Packed gate_up, down;   // without experts
     MoeWeights moe;         // with
     T *embedding_norm, *hidden_norm, *output_norm;

@@ -9,18 +9,6 @@
 
 namespace slingshot {
 
-// Matrices of one shape, one after the other.
-struct Stack {
-    Packed first;
-    size_t bytes;  // from one to the next
-
-    Packed operator[](int i) const {
-        Packed packed = first;
-        packed.data = static_cast<const char*>(first.data) + i * bytes;
-        return packed;
-    }
-};
-
 // Gate and up are packed as one matrix in which their blocks of 16 outputs alternate; outputs beyond the inner width are
 // zeros up to a multiple of 32. A part that the model lacks has inner width 0.
 struct MoeWeights {

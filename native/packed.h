@@ -21,6 +21,18 @@ struct Packed {
     template <class Word> const Word* block(int b) const { return static_cast<const Word*>(data) + b * block_words(); }
 };
 
+// Matrices of one shape, one after the other.
+struct Stack {
+    Packed first;
+    size_t bytes;  // from one to the next
+
+    Packed operator[](int i) const {
+        Packed packed = first;
+        packed.data = static_cast<const char*>(first.data) + i * bytes;
+        return packed;
+    }
+};
+
 template <class T> constexpr int packed_depth(int k) { return sizeof(T) == 4 ? k : (k + 31) / 32 * 16; }
 template <class T> constexpr size_t packed_bytes(int n, int k) {
     return static_cast<size_t>((n + 15) / 16) * 64 * packed_depth<T>(k);

@@ -22,6 +22,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PAGE = 16
 
 
+def normal(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
 @dataclass
 class Step:
     """Some tokens of some sequences over a cache; values None: they are the first numbers of the keys."""
@@ -33,6 +37,7 @@ class Step:
     keys: Tensor
     values: Tensor | None
     value_width: int
+    scale: float
 
     @classmethod
     def random(
@@ -53,11 +58,7 @@ class Step:
                     page[i, : len(chunk)] = chunk
         q = torch.randn(sum(new), heads, width, generator=generator)
         keys, *values = (page.to(dtype) for page in pages)
-        return cls(new, lengths, tables, q.to(dtype), keys, values[0] if values else None, value_width)
-
-    @property
-    def scale(self) -> float:
-        return float(self.q_NHW.shape[-1] ** -0.5)
+        return cls(new, lengths, tables, q.to(dtype), keys, values[0] if values else None, value_width, width**-0.5)
 
     def native(self, kernels: NativeKernels, threads: int) -> Tensor:
         (tokens, heads, width), groups = self.q_NHW.shape, self.keys.shape[2]
@@ -131,8 +132,47 @@ def test_neither_threads_nor_neighbours_change_a_bit(kernels: NativeKernels, dty
     assert torch.equal(step.native(kernels, 3), together)
     for i, part in enumerate(together.split(step.new)):
         q_NHW, one = step.q_NHW.split(step.new)[i].contiguous(), slice(i, i + 1)
-        alone = Step(step.new[one], step.lengths[one], step.tables[one], q_NHW, step.keys, step.values, 64)
+        alone = Step(step.new[one], step.lengths[one], step.tables[one], q_NHW, step.keys, step.values, 64, step.scale)
         assert torch.equal(alone.native(kernels, 2), part)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_long_prompts_attend_with_keys_and_values_of_every_head(
+    kernels: NativeKernels, dtype: str, data: st.DataObject
+) -> None:
+    """MLA's expanded form, of sequences with enough new tokens: 40 x 48 / (80 - 48) = 60 here."""
+    heads, latent, rope, nope, value, number = data.draw(st.integers(1, 5)), 40, 8, 24, 24, DTYPES[dtype]
+    sequences = data.draw(st.permutations([(61, 0), (1, 20), (100, 170), (60, 30)]))
+    step = Step.random(sequences, heads, 0, latent + rope, latent, number)
+    kv_b = (normal(heads * (nope + value), latent, dtype=torch.float32, seed=5) / latent**0.5).to(number)
+    q_nope = normal(sum(step.new), heads, 32, dtype=number, seed=6)
+    y = torch.full((sum(step.new), heads, value), 7.0, dtype=number)
+    starts = torch.tensor([0, *accumulate(step.new)], dtype=torch.int32)
+    lengths, tables = torch.tensor(step.lengths, dtype=torch.int32), step.tables.contiguous()
+    count = kernels.door("attend_expanded", ctypes.c_int)(
+        int(number == torch.bfloat16), heads, latent, rope, nope, value, ctypes.c_float(step.scale), pointer(starts),
+        pointer(lengths), pointer(tables), *tables.shape, pointer(kv_b), pointer(q_nope), 32, pointer(step.q_NHW),
+        pointer(step.keys), pointer(y), data.draw(st.integers(1, 3)),
+    )  # fmt: skip
+    assert count == 161
+    # The definition: keys and values of every head, in whole pages, rounded as the model's dtype rounds.
+    entries = step.keys[:, :, 0].double()
+    k_PSHN, v_PSHV = (
+        torch.einsum("psk,hnk->pshn", entries[..., :latent], part)
+        for part in kv_b.view(heads, -1, latent).double().split([nope, value], dim=1)
+    )
+    rope_PSHR = entries[..., None, latent:].expand(-1, -1, heads, -1)
+    q_NHW = torch.cat((q_nope[..., :nope], step.q_NHW[..., latent:]), -1)
+    keys = torch.cat((k_PSHN, rope_PSHR), -1).to(number)
+    same = Step(step.new, step.lengths, step.tables, q_NHW, keys, v_PSHV.to(number), value, step.scale)
+    expected, size = same.definition()
+    expanded_N = torch.tensor([n > 60 for n in step.new]).repeat_interleave(torch.tensor(step.new))
+    # keys that another order of summation rounds to their neighbours move scores, and those the weights
+    assert ((y - expected).abs()[expanded_N] <= size[expanded_N] * 8 * PRECISION[number]).all()
+    assert (y[~expanded_N] == 7).all()
 
 
 @dataclass
@@ -157,10 +197,6 @@ class Rotation:
 
     def rotate(self, x_NHR: Tensor, interleaved: bool) -> Tensor:
         return rotate(x_NHR, self.cos_PR[self.positions_N], self.sin_PR[self.positions_N], interleaved)
-
-
-def normal(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def assert_rounded_alike(found: Tensor, expected: Tensor) -> None:

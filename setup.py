@@ -19,7 +19,14 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 NATIVE = Path("native")
-ONCE = ["attention_plan.cpp", "cpu.cpp", "expand_plan.cpp", "pool.cpp", "scratch.cpp", "share.cpp"]  # the same at every level
+ONCE = [
+    "attention_plan.cpp",
+    "cpu.cpp",
+    "expand_plan.cpp",
+    "pool.cpp",
+    "scratch.cpp",
+    "share.cpp",
+]  # the same at every level
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-g0"]
 # GCC 12's own headers of intrinsics warn of themselves, and of what a level leaves unused.
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unused-function", "-Wno-attributes"]

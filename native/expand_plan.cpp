@@ -9,8 +9,9 @@ constexpr int PIECE_TOKENS = 128;
 constexpr long MOST_BYTES = 64l << 20;  // of keys and values of one sequence
 
 // Expanding costs latent (nope + value) products for each token of the context; a new token then saves
-// 2 latent - nope - value of them.
+// 2 latent - nope - value of them. Attention takes widths that are multiples of 8.
 bool pays(const LatentShape& s, int tokens, int length, int number_bytes) {
+    if ((s.nope + s.rope) % 8 != 0 || s.value % 8 != 0) return false;
     const long saved = static_cast<long>(tokens) * (2 * s.latent - s.nope - s.value);
     const long bytes = static_cast<long>(length) * s.heads * (s.nope + s.rope + s.value) * number_bytes;
     return saved > static_cast<long>(s.latent) * (s.nope + s.value) && bytes <= MOST_BYTES;

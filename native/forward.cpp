@@ -214,7 +214,7 @@ template <class T> class Forward {
             by_head(layer.to_values, attended, s.latent, heads_out, s.value, heads_stride, team);
             team.barrier();
         }
-        // Rows of the expanded sequences hold nothing yet: the product just above is made of all tokens.
+        // After the others: the product just above wrote rows of all tokens, these ones' without meaning.
         if (expansion.any_expanded)
             attend_and_merge(expansion.expanded, made_queries, made_keys, made_values, heads_out, heads_stride, team);
     }

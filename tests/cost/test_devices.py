@@ -46,21 +46,12 @@ def test_fp8_work_takes_each_part_s_own_time() -> None:
     """2 of FP8 work at rate 2 and 1 of bfloat16 work at rate 1 take 2 seconds, a rate of 1.5; the router and attention
     are not in FP8."""
     made = device("h800").model_copy(update={"peak": {"bfloat16": 1.0, "fp8": 2.0, "float32": 0.5}})
-    assert (
-        mixed_peak(made, "fp8", {"routed_experts": 1.5, "projections": 0.5, "attention": 0.75, "router": 0.25}) == 1.5
-    )
-    alone = {
-        part: mixed_peak(made, "fp8", {part: 1.0}) for part in forward_parts(ModelConfig.preset("deepseek-v3"), [2])
-    }
-    assert alone == {
-        "projections": 2,
-        "mlp": 2,
-        "shared_experts": 2,
-        "routed_experts": 2,
-        "router": 1,
-        "attention": 1,
-        "head": 1,
-    }
+    parts = {"routed_experts": 1.5, "projections": 0.5, "attention": 0.75, "router": 0.25}
+    assert mixed_peak(made, "fp8", parts) == 1.5
+    v3 = forward_parts(ModelConfig.preset("deepseek-v3"), [2])
+    alone = {part: mixed_peak(made, "fp8", {part: 1.0}) for part in v3}
+    assert alone == {"projections": 2, "mlp": 2, "shared_experts": 2, "routed_experts": 2, "router": 1, "attention": 1,
+                     "head": 1}  # fmt: skip
     assert mixed_peak(made, "bfloat16", {"routed_experts": 2.0, "attention": 1.0}) == 1.0
     assert mixed_peak(made, "fp8", {}) == 2.0
 
@@ -72,9 +63,8 @@ def test_local_is_this_machine_as_measured(tmp_path: Path, monkeypatch: pytest.M
     cpu = describe().cpu
     save_measurement(f"{cpu}, 1 threads, torch 2.13.0", Measurement(peak={"float32": 2.0, "bfloat16": 3.0}))
     save_measurement("another processor, 1 threads, torch 2.13.0", Measurement(peak={"float32": 99.0}, bandwidth=99.0))
-    save_measurement(
-        f"{cpu} of a longer name, 1 threads, torch 2.13.0", Measurement(peak={"float32": 98.0}, bandwidth=98.0)
-    )
+    longer = f"{cpu} of a longer name, 1 threads, torch 2.13.0"
+    save_measurement(longer, Measurement(peak={"float32": 98.0}, bandwidth=98.0))
     with pytest.raises(SlingshotError, match="memory has not been measured"):
         device("local")
     save_measurement(f"{cpu}, 2 threads, torch 2.13.0", Measurement(peak={"float32": 4.0}, bandwidth=7.0))

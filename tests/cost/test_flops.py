@@ -7,16 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slingshot.cost.flops import (
-    cache_bytes_per_token,
-    decode_parts,
-    forward_flops,
-    forward_parts,
-    generation_flops,
-    parameters,
-    prefill_parts,
-    training_flops,
-)
+from slingshot.cost import flops
+from slingshot.cost.flops import decode_parts, forward_flops, forward_parts, parameters, prefill_parts, training_flops
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 
@@ -68,9 +60,9 @@ def test_tiny_generation_by_hand() -> None:
     weights = 2 * PROJECTIONS + 3 * 6 * 7 + 6 * 4 + 3 * EXPERT
     prefill = 2 * (3 * weights + 6 * 2 * 2 * (5 + 4) + 6 * 11)
     decode = 2 * (2 * weights + (4 + 5) * 2 * 2 * (2 * 5 + 2) + 2 * 6 * 11)
-    assert generation_flops(TINY, 3, 1) == prefill
-    assert generation_flops(TINY, 3, 3) == generation_flops(TINY, 3, [1, 3]) == prefill + decode
-    assert generation_flops(TINY, 3, [3, 3]) == prefill + 2 * decode
+    assert flops.generation_flops(TINY, 3, 1) == prefill
+    assert flops.generation_flops(TINY, 3, 3) == flops.generation_flops(TINY, 3, [1, 3]) == prefill + decode
+    assert flops.generation_flops(TINY, 3, [3, 3]) == prefill + 2 * decode
 
 
 def test_dense_by_hand() -> None:
@@ -80,7 +72,7 @@ def test_dense_by_hand() -> None:
     counts = parameters(DENSE)
     assert counts.total == counts.active == 13 * 8 + 2 * 8 + attention + 3 * 8 * 5 + 8
     assert (counts.embedding, counts.head, counts.mtp) == (104, 0, 0)
-    assert cache_bytes_per_token(DENSE, 4) == 2 * 2 * 2 * 4
+    assert flops.cache_bytes_per_token(DENSE, 4) == 2 * 2 * 2 * 4
 
 
 def test_deepseek_v3_published_figures() -> None:
@@ -128,7 +120,7 @@ def test_dense_generation_equals_one_forward_pass(prompt: int, new: int) -> None
     """Without absorption, decoding with a cache does the same products as a forward pass, but for the logits of the
     prompt."""
     skipped = 2 * (prompt - 1) * DENSE.hidden_size * DENSE.vocab_size
-    assert generation_flops(DENSE, prompt, new) == forward_flops(DENSE, [prompt + new - 1]) - skipped
+    assert flops.generation_flops(DENSE, prompt, new) == forward_flops(DENSE, [prompt + new - 1]) - skipped
 
 
 def test_tiny_request_by_hand() -> None:

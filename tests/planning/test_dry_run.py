@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +52,8 @@ def test_responses_are_worked_solutions_some_of_them_wrong(base: Path, tmp_path:
 
 
 def test_an_evaluation_stands_for_one_of_more_problems(base: Path, tmp_path: Path) -> None:
-    config = {
-        "model": str(base),
-        "tasks": ARITHMETIC,
-        "problems": 4,
-        "sampling": {"max_tokens": 32},
-        "dtype": "float32",
-    }
+    config = {"model": str(base), "tasks": ARITHMETIC, "problems": 4, "dtype": "float32"}
+    config |= {"sampling": {"max_tokens": 32}}
     found = run("evaluate", config, config | {"problems": 12}, 1.0, tmp_path / "evaluation")
     assert found["factor"] == 3 and found["fixed_seconds"] >= 0 and found["varying_seconds"] > 0
     assert 0 < read_json(tmp_path / "evaluation" / "evaluation.json")["tasks"]["arithmetic"]["pass@1"] < 1
@@ -83,7 +77,7 @@ def verify(problem, text):
     return text.strip() == problem["answer"]
 """
 
-RECIPE = f"""
+RECIPE = """
 [defaults]
 threads = 1
 dtype = "float32"
@@ -94,8 +88,8 @@ vocab_size = 300
 sequence_length = 32
 batch_size = 4
 steps = 40
-model = {{ family = "dense", hidden_size = 16, intermediate_size = 32, num_hidden_layers = 1, num_attention_heads = 2 }}
-documents = {{ tasks = [{{ name = "arithmetic" }}], count = 200 }}
+model = { family = "dense", hidden_size = 16, intermediate_size = 32, num_hidden_layers = 1, num_attention_heads = 2 }
+documents = { tasks = [{ name = "arithmetic" }], count = 200 }
 [tuned]
 stage = "sft"
 model = "@base"
@@ -105,19 +99,17 @@ batch_size = 2
 epochs = 3
 [evaluation]
 problems = 4
-tasks = {json.dumps(ARITHMETIC).replace(":", " =").replace('"name"', "name").replace('"params"', "params")
-         .replace('"min_terms"', "min_terms").replace('"max_terms"', "max_terms").replace('"languages"', "languages")}
-sampling = {{ max_tokens = 24 }}
-"""  # fmt: skip
+tasks = [{ name = "arithmetic", params = { min_terms = 2, max_terms = 2 } }]
+sampling = { max_tokens = 24 }
+"""
 
 
 @pytest.mark.slow
 def test_a_recipe_is_run_scaled_and_left_without_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.toml").write_text(RECIPE)
-    write_jsonl(
-        tmp_path / "examples.jsonl", [{"prompt": f"{n}?", "reasoning": "so", "answer": str(n)} for n in range(96)]
-    )
+    examples = [{"prompt": f"{n}?", "reasoning": "so", "answer": str(n)} for n in range(96)]
+    write_jsonl(tmp_path / "examples.jsonl", examples)
     found = dry_run(Recipe.load("recipe.toml"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["examples.jsonl", "recipe.toml"]
     base, scored, tuned, again = found.stages
@@ -136,14 +128,5 @@ def test_the_page_says_every_stage_the_sum_and_what_was_assumed() -> None:
     found = DryRun(recipe="tiny", machine="a cpu", stages=[stage], seconds=100, start_seconds=10, flops=1e12, money=0.5,
                    assumptions=["half of all responses are right"])  # fmt: skip
     page = render(dry_run_page(found))
-    for wanted in (
-        "&lt;b&gt;",
-        "1 min 30 s",
-        "1 min 40 s",
-        "8.0%",
-        "1 GiB",
-        "half of all responses are right",
-        "a cpu",
-    ):
-        assert wanted in page
-    assert "fits" not in page
+    wanted = ("&lt;b&gt;", "1 min 30 s", "1 min 40 s", "8.0%", "1 GiB", "half of all responses are right", "a cpu")
+    assert all(each in page for each in wanted) and "fits" not in page

@@ -40,17 +40,11 @@ def test_layouts_use_exactly_all_devices(config: ModelConfig, count: int) -> Non
 @pytest.mark.parametrize(
     ("config", "ways", "says"),
     [
-        (
-            V3,
-            {"tp": 3},
-            "tp 3 does not divide 2048 devices and the model's attention heads; the nearest valid value is 2",
-        ),
-        (V3, {"pp": 15}, "pp 15 does not divide .*; the nearest valid value is 16"),
-        (V3, {"pp": 2048}, "the nearest valid value is 32"),
-        (V3, {"tp": 8, "ep": 100}, "ep 100 does not divide .*; the nearest valid value is 128"),
-        (LLAMA, {"ep": 2}, "the model.s experts; the nearest valid value is 1"),
+        (V3, {"tp": 3}, "tp 3 does not divide 2048 devices and the model's attention heads; the nearest .* 2"),
+        (V3, {"pp": 15}, "pp 15 does not divide .* is 16"), (V3, {"pp": 2048}, "the nearest valid value is 32"),
+        (V3, {"tp": 8, "ep": 100}, "ep 100 does not divide .* is 128"), (LLAMA, {"ep": 2}, "the model's experts; .* 1"),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_divide_is_refused_with_the_nearest(config: ModelConfig, ways: dict[str, Any], says: str) -> None:
     with pytest.raises(SlingshotError, match=says):
         layouts(config, 2048, **ways)
@@ -65,9 +59,8 @@ def sent(config: ModelConfig, layout: Layout, tokens: float, dtype: str = "bfloa
 def test_data_parallel_traffic_by_hand(zero: Any, tokens: int, moved: int) -> None:
     """Gradients scattered and weights gathered, 7/8 of them within the node; for each of 4 microbatches from stages 2,
     3."""
-    assert sent(LLAMA, Layout(dp=8, zero=zero), tokens * 4096) == {
-        "gradients and weights": (7 / 8 * TOTAL * moved, "node")
-    }
+    found = sent(LLAMA, Layout(dp=8, zero=zero), tokens * 4096)
+    assert found == {"gradients and weights": (7 / 8 * TOTAL * moved, "node")}
 
 
 def test_all_reduce_over_nodes_is_about_as_fast_as_measured() -> None:
@@ -82,10 +75,8 @@ def test_expert_traffic_of_deepseek_v3_by_hand() -> None:
     """EP64 over 8 nodes: a token goes to 4 nodes, 7/8 of them others, in FP8 (with a scale per 128) and back in
     bfloat16, twice. There it is sent once to each device of its experts: one in each of 4 groups of 32 and 4 more among
     124 others."""
-    found, missed = (
-        sent(V3, Layout(dp=128, pp=16, ep=64), STEP, "fp8"),
-        7 / 8 * (120 * 119 * 118 * 117) / (124 * 123 * 122 * 121),
-    )
+    found = sent(V3, Layout(dp=128, pp=16, ep=64), STEP, "fp8")
+    missed = 7 / 8 * (120 * 119 * 118 * 117) / (124 * 123 * 122 * 121)
     crossing = 2 * 4 * STEP / 128 * 7168 * (1 + 4 / 128 + 2)
     assert found["experts, between nodes"] == (pytest.approx(crossing * 4 * 7 / 8), "network")
     assert found["experts, within a node"] == (pytest.approx(crossing * 32 * (1 - missed) * 7 / 8), "node")

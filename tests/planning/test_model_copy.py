@@ -98,11 +98,9 @@ def test_lengths_have_the_mean_asked_for_and_the_mean_square_of_its_integral(mea
     assert sum(2 * at * lengths.share_longer(at) for at in middles) * width == pytest.approx(lengths.square, rel=0.02)
 
 
-def simulated(
-    copy: ModelCopy, responses: int, copies: int, lengths: ResponseLengths, seed: int, stride: int = 10
-) -> float:
+def simulated(copy: ModelCopy, responses: int, copies: int, lengths: ResponseLengths, seed: int) -> float:
     """A round: every response drawn and dealt to a copy, each copy's batch counted at every tenth position."""
-    generator, times = random.Random(seed), []
+    generator, times, stride = random.Random(seed), [], 10
     for first in range(copies):
         lots = range(first, responses, copies)
         drawn = sorted(min(lengths.longest, generator.expovariate(lengths.rate)) for _ in lots)
@@ -115,15 +113,11 @@ def simulated(
     return max(times)
 
 
-@pytest.mark.parametrize(
-    ("copy", "responses", "copies"),
-    [
-        (copy_of(efficiency=0.46), 64, 2),
-        (copy_of(), 8, 8),
-        (copy_of(V3, 16, "fp8"), 8, 8),
-        (copy_of(V3, 16, "fp8"), 256, 8),
-    ],
-)
+LARGE = copy_of(V3, 16, "fp8")
+ROUNDS = [(copy_of(efficiency=0.46), 64, 2), (copy_of(), 8, 8), (LARGE, 8, 8), (LARGE, 256, 8)]
+
+
+@pytest.mark.parametrize(("copy", "responses", "copies"), ROUNDS)
 def test_a_round_of_rollouts_takes_what_a_simulation_takes(copy: ModelCopy, responses: int, copies: int) -> None:
     lengths = ResponseLengths(300, 2000)
     expected = sum(simulated(copy, responses, copies, lengths, seed) for seed in range(100)) / 100

@@ -45,9 +45,7 @@ def test_pretraining_by_hand() -> None:
     plan = pretrain(tokens=1e11, tflops=400, price=2.0)
     flops = training_flops(LLAMA, [4096]) / 4096 * 1e11
     assert plan.flops == pytest.approx(flops) and plan.device_hours == pytest.approx(flops / 400e12 / 3600)
-    assert plan.days == pytest.approx(plan.device_hours / 64 / 24) and plan.money == pytest.approx(
-        2 * plan.device_hours
-    )
+    assert (plan.days, plan.money) == pytest.approx((plan.device_hours / 64 / 24, 2 * plan.device_hours))
     assert plan.energy_kwh == pytest.approx(0.7 * plan.device_hours)
     assert plan.mfu == plan.mfu_of_bfloat16 == pytest.approx(400 / 989.4)
     assert plan.six_nd_flops == 6 * parameters(LLAMA).total * 1e11
@@ -133,11 +131,8 @@ def test_a_rate_the_layout_cannot_let_through_is_said() -> None:
     plan = pretrain(**ON_V3, count=2048, tflops=385, **OWN_LAYOUT)
     assert plan.tflops_bound > 385 and "lets through" not in " ".join(plan.assumptions)
     step = 15360 * 4096 * training_flops(V3, [4096], mtp=False) / 4096 / 2048 / plan.tflops_bound / 1e12
-    found = plan.dominates
-    longest = max(
-        found["compute_seconds"] / (1 - plan.bubble), found["memory_traffic_seconds"], found["network_seconds"]
-    )
-    assert step == pytest.approx(longest)
+    compute, *others = (plan.dominates[f"{what}_seconds"] for what in ("compute", "memory_traffic", "network"))
+    assert step == pytest.approx(max(compute / (1 - plan.bubble), *others))
     slow = DEVICES["h800"].model_copy(update={"network": 5e9})
     plan = pretrain(model="deepseek-v3", device=slow, count=2048, tflops=385, **OWN_LAYOUT)
     assert plan.tflops_bound < 385 and "the rate is more than this layout lets through" in " ".join(plan.assumptions)
@@ -162,16 +157,12 @@ def test_rl_by_hand() -> None:
     assert without.device_hours == pytest.approx(update.device_hours * 3 / 4)
 
 
-@pytest.mark.parametrize(("workers", "waits"), [(8192, 1), (512, 1), (511, 2), (100, 6)])
-def test_a_round_is_not_verified_faster_than_its_cores_verify_a_response(workers: int, waits: int) -> None:
-    plan = rl(count=512, verify_workers=workers, verify_seconds=60)
-    assert plan.stages[1].days * 86400 == pytest.approx(100 * 60 * waits)
-
-
-def test_this_machine_verifies_with_its_own_cores() -> None:
+def test_a_round_is_not_verified_faster_than_its_cores_verify_a_response() -> None:
+    for workers, waits in ((8192, 1), (512, 1), (511, 2), (100, 6)):
+        plan = rl(count=512, verify_workers=workers, verify_seconds=60)
+        assert plan.stages[1].days * 86400 == pytest.approx(100 * 60 * waits)
     local = device("h100").model_copy(update={"name": "local", "network": 0.0})
-    plan = rl(model="qwen3-0.6b", device=local, count=1)
-    assert f"{describe().cores} cores" in plan.stages[1].note
+    assert f"{describe().cores} cores" in rl(model="qwen3-0.6b", device=local, count=1).stages[1].note
 
 
 def test_rounds_wait_for_their_longest_response() -> None:
@@ -195,15 +186,8 @@ def test_rounds_wait_for_their_longest_response() -> None:
 )  # fmt: skip
 def test_a_plan_s_own_row_among_the_alternatives_is_its_bill(make: Any, asked: dict[str, Any]) -> None:
     plan: Plan = make(**asked)
-    (own,) = (
-        other for other in plan.alternatives if (other["device"], other["precision"]) == (plan.device, plan.precision)
-    )
-    assert (own["device_hours"], own["days"], own["money"], own["fits"]) == (
-        plan.device_hours,
-        plan.days,
-        plan.money,
-        plan.fits,
-    )
+    here = {key: getattr(plan, key) for key in ("device", "precision", "device_hours", "days", "money", "fits")}
+    assert plan.alternatives.count(here) == 1
     for other in plan.alternatives:
         if other["device"] == plan.device and other["device_hours"]:  # here an hour costs what was given
             assert other["money"] == pytest.approx(other["device_hours"] * (plan.price or 0))
@@ -217,9 +201,7 @@ def test_an_alternative_is_what_a_plan_there_says(make: Any, asked: dict[str, An
     for other in make(**asked, mfu=0.4).alternatives:
         if other["fits"] and other["precision"] == "bfloat16":
             there = make(**asked | {"device": other["device"]}, mfu=0.4, precision="bfloat16")
-            assert other["device_hours"] == pytest.approx(there.device_hours) and other["money"] == pytest.approx(
-                there.money
-            )
+            assert (other["device_hours"], other["money"]) == pytest.approx((there.device_hours, there.money))
 
 
 def test_distillation_pays_for_what_is_thrown_away_and_twice_for_what_is_kept_for_two_epochs() -> None:
@@ -238,13 +220,9 @@ def test_distillation_pays_for_what_is_thrown_away_and_twice_for_what_is_kept_fo
 def test_more_devices_or_a_better_mfu_never_cost_more_and_more_tokens_never_less(
     model: str, power: int, tokens: float, mfu: float
 ) -> None:
-    one, twice, more, best = (
-        pretrain(model=model, count=count, tokens=number, mfu=rate)
-        for count, number, rate in (
-            (2**power, tokens, mfu), (2 ** (power + 1), tokens, mfu), (2**power, 1.5 * tokens, mfu),
-            (2**power, tokens, 1),
-        )
-    )  # fmt: skip
+    asked = {"model": model, "count": 2**power, "tokens": tokens, "mfu": mfu}
+    changes: list[dict[str, Any]] = [{}, {"count": 2 ** (power + 1)}, {"tokens": 1.5 * tokens}, {"mfu": 1}]
+    one, twice, more, best = (pretrain(**asked | change) for change in changes)
     assert twice.days <= one.days * (1 + 1e-9) and twice.device_hours == pytest.approx(one.device_hours)
     assert more.days > one.days and more.money > one.money and best.device_hours <= one.device_hours
     assert one.layout.devices == 2**power

@@ -82,12 +82,8 @@ def test_deepseek_v3_s_speed() -> None:
     plan = v3(tflops=385, batch=15360 * 4096, tp=1, pp=16, ep=64, zero=1)
     assert plan.tokens_per_day == pytest.approx(272.8e9, rel=0.005)
     assert plan.fits and plan.mfu_of_bfloat16 == pytest.approx(0.3894, rel=0.002)
-    found = plan.dominates
-    longest = max(found["compute_seconds"], found["memory_traffic_seconds"], found["network_seconds"])
-    assert (
-        longest < plan.batch_tokens / (272.8e9 / 86400)
-        and 0.5 < found["compute_seconds"] / found["network_seconds"] < 2
-    )
+    compute, memory, network = (plan.dominates[f"{what}_seconds"] for what in ("compute", "memory_traffic", "network"))
+    assert max(compute, memory, network) < plan.batch_tokens / (272.8e9 / 86400) and 0.5 < compute / network < 2
 
 
 def test_deepseek_v3_s_context_extension_ran_slower_than_pretraining() -> None:

@@ -52,11 +52,9 @@ def make_run(run: Path, finished: int = len(STAGES)) -> Path:
 
     def receipt(name: str, kind: str, parents: list[str], seconds: float, tokens: int, flops: float) -> Receipt:
         return Receipt(
-            stage=kind, name=name, config={"seed": 0},
+            stage=kind, name=name, digest="1" * 16, tokens=tokens, flops=flops, seconds=seconds, machine=machine,
             parents=[Parent(path=f"runs/tiny/{parent}", digest="0" * 16) for parent in parents],
-            digest="1" * 16, tokens=tokens, flops=flops, flops_by_part={"training": flops}, seconds=seconds,
-            peak_host_memory_bytes=1_310_000_000,
-            mfu=flops / seconds / 9e11, money=None, machine=machine, version="0.1.0",
+            peak_host_memory_bytes=1_310_000_000, mfu=flops / seconds / 9e11,
         )  # fmt: skip
 
     for name, kind, parents, seconds, tokens, tflop, arithmetic, countdown, length, form in STAGES[:finished]:
@@ -68,69 +66,48 @@ def make_run(run: Path, finished: int = len(STAGES)) -> Path:
         tasks = {}
         for task, share in (("arithmetic", arithmetic), ("countdown", countdown)):
             half = 1.96 * math.sqrt(share * (1 - share) / 500)
-            tasks[task] = {
-                "pass@1": share, "ci95": [share - half, share + half], "pass@8": None,
-                "mean_tokens": length * (1 + (task == "countdown")),
-                "format": form, "language": 0.97, "n": 500, "prompt_form": "chat", "samples_per_problem": 1,
-            }  # fmt: skip
+            score = {"pass@1": share, "ci95": [share - half, share + half], "pass@8": None, "format": form, "n": 500}
+            tasks[task] = score | {"mean_tokens": length * (1 + (task == "countdown")), "language": 0.97}
         write_json(run / "evaluations" / name / "evaluation.json", {"tasks": tasks, "examples": _examples(name)})
         receipt(name, "evaluate", [name], 12.0, 30_000, 0.4e12).write(run / "evaluations" / name)
     return run
 
 
 def _metrics(kind: str, name: str, rng: random.Random) -> list[dict[str, Any]]:
-    def noise(scale: float) -> float:
-        return rng.gauss(0, scale)
+    def fallen(step: int, scale: float, steps: float) -> float:
+        return scale * math.exp(-step / steps) + rng.gauss(0, 0.02)
 
     if kind == "pretrain":
-        return [
-            {
-                "step": step, "loss": 0.78 + 5.4 * math.exp(-step / 45) + 0.5 * math.exp(-step / 400) + noise(0.03),
-                "mtp_loss": 1.32 + 4.9 * math.exp(-step / 60) + 0.6 * math.exp(-step / 400) + noise(0.04),
-                "expert_load": [1.1 + 2.2 * math.exp(-step / 90) + abs(noise(0.06)) for _ in range(4)],
-            }
-            for step in range(1, 1201)
-        ]  # fmt: skip
+        return [{"step": step, "loss": 0.78 + fallen(step, 5.4, 45), "mtp_loss": 1.32 + fallen(step, 4.9, 60),
+                 "expert_load": [1.2 + fallen(step, 2.2, 90)] * 4} for step in range(1, 1201)]  # fmt: skip
     if kind == "sft":
-        return [
-            {"step": step, "loss": 0.3 + (0.9 if name == "cold_start" else 0.5) * math.exp(-step / 20) + noise(0.02)}
-            for step in range(1, 120)
-        ]
-    if kind == "rl":
-        start, end, short = {"zero": (0.5, 0.9, 6.0), "rl": (0.78, 0.94, 38.0), "rl_final": (0.9, 0.97, 40.0)}[name]
-        return [
-            {
-                "step": step, "reward": end - (end - start) * math.exp(-step / 18) + noise(0.025),
-                "entropy": 0.08 + 0.3 * math.exp(-step / 25) + noise(0.01),
-                "response_tokens": short + noise(0.7)
-                + (22 - short if name == "zero" else 4) * (1 - math.exp(-step / 25)),
-                "kl": 0.02 * (1 - math.exp(-step / 30)) + abs(noise(0.002)), "pass_rate": 0.5,
-            }
-            for step in range(1, 61)
-        ]  # fmt: skip
-    return []
+        return [{"step": step, "loss": 0.3 + fallen(step, 0.5, 20)} for step in range(1, 120)]
+    start, end, short = {"zero": (0.5, 0.9, 6), "rl": (0.78, 0.94, 38), "rl_final": (0.9, 0.97, 40)}.get(
+        name, (0, 0, 0)
+    )
+    return [
+        {"step": step, "reward": end - fallen(step, end - start, 18), "entropy": 0.08 + fallen(step, 0.3, 25),
+         "response_tokens": short - fallen(step, 4, 25), "kl": fallen(step, -0.02, 30), "pass_rate": 0.5}
+        for step in range(1, 61 if kind == "rl" else 1)
+    ]  # fmt: skip
 
 
 def _examples(stage: str) -> dict[str, list[dict[str, Any]]]:
-    def example(prompt: str, answer: str, reasoning: str | None, response: str, correct: bool) -> dict[str, Any]:
-        told = {"prompt": prompt, "answer": answer, "completion": response, "reasoning": reasoning}
-        return told | {"response": response, "correct": correct}
+    base, early = stage == "pretrain", stage in {"pretrain", "zero"}
+
+    def example(prompt: str, answer: str, reasoning: str, response: str, correct: bool) -> dict[str, Any]:
+        told = {"prompt": prompt, "answer": answer, "completion": response, "response": response, "correct": correct}
+        return told | {"reasoning": None if base else reasoning}
 
     steps = "7 minus 2 is 5, 5 plus 9 is 14, 14 minus 8 is 7, no, 6, 6 plus 4 is 10"
-    tired = "8 plus 7 is 15, 15 minus 9 is 6, 6 plus 6 is 12, 12 minus 5 is 7, 7 plus 3 is 9"
-    base, early = stage == "pretrain", stage in {"pretrain", "zero"}
     countdown = HOSTILE if base else "9*3-5" if early else "3*5+9"
     return {
         "arithmetic": [
-            example("What is 7-2+9-8+4?", "10", None if base else steps, "11" if base else "10", not base),
-            example(
-                "5+3-1-6+2はいくつ?", "3", None if base else "5足す3は8、8引く1は7、7引く6は1、1足す2は3", "3", True
-            ),
-            example("What is 8+7-9+6-5+3-2+8?", "16", None if base else tired, "15", False),
+            example("What is 7-2+9-8+4?", "10", steps, "11" if base else "10", not base),
+            example("5+3-1-6+2はいくつ?", "3", "5足す3は8、8引く1は7、7引く6は1、1足す2は3", "3", True),
+            example("What is 8+7-9+6-5+3-2+8?", "16", "8 plus 7 is 15, 15 minus 9 is 6", "15", False),
         ],
-        "countdown": [
-            example("Make 24 from 3, 5, 9.", "3*5+9", None if base else "3*5=15, 15+9=24", countdown, not early)
-        ],
+        "countdown": [example("Make 24 from 3, 5, 9.", "3*5+9", "3*5=15, 15+9=24", countdown, not early)],
     }
 
 
@@ -171,9 +148,9 @@ def test_report_json_has_the_documented_shape(run: Path) -> None:
 
 
 def test_page_tells_the_story_and_stands_alone(run: Path) -> None:
-    report.build(run)
+    text = page(run)
     html = (run / "report.html").read_text()
-    text = text_of(html)
+    assert HOSTILE in text  # what a model wrote is text
     assert "After rl_final , the model to talk to, it solves 96.6% of 500 arithmetic problems" in text
     assert "after pretrain it was 61.2%" in text
     assert "8.4 × as long a response: 5 tokens became 43" in text
@@ -184,20 +161,13 @@ def test_page_tells_the_story_and_stands_alone(run: Path) -> None:
     # Names in the SVGs' metadata; nothing is loaded.
     assert links <= {"www.w3.org", "purl.org", "creativecommons.org", "matplotlib.org"}
     assert not any(tag in html for tag in ("<link", "<img", "<iframe", "@import", "url(http"))
-
-
-def test_charts_are_well_formed_and_take_the_page_colours(run: Path) -> None:
-    report.build(run)
-    html = (run / "report.html").read_text()
     for piece in html.split("<svg")[1:]:
         svg = "<svg" + piece.split("</svg>")[0] + "</svg>"
         ElementTree.fromstring(svg)
         assert "var(--series-1)" in svg and "#0a0a01" not in svg and "DejaVu" not in svg
     assert "zero 0." in html  # a curve is labelled where it ends
-
-
-def test_model_text_is_escaped(run: Path) -> None:
-    assert HOSTILE in page(run)
+    report.build(run)
+    assert (run / "report.html").read_text() == html, "the same run gives the same bytes"
 
 
 def test_three_problems_show_what_was_learned_and_what_was_not(run: Path) -> None:
@@ -209,9 +179,8 @@ def test_three_problems_show_what_was_learned_and_what_was_not(run: Path) -> Non
     assert section.count("✓") == 5 + 4 and section.count("✗") == 1 + 2 + 6
 
 
-def test_the_model_to_talk_to_leads_and_not_the_one_with_the_highest_score(tmp_path: Path) -> None:
+def test_the_model_to_talk_to_leads_and_not_the_one_with_the_highest_score(run: Path) -> None:
     """The last checkpoint, or the one the recipe names, whatever another one scores."""
-    run = make_run(tmp_path / "tiny")
     path = run / "evaluations" / "rl_final" / "evaluation.json"
     evaluation = read_json(path)
     evaluation["tasks"]["arithmetic"] |= {"pass@1": 0.4, "ci95": [0.35, 0.45]}
@@ -259,19 +228,9 @@ def test_a_run_half_done(tmp_path: Path) -> None:
     text = text_of((run / "report.html").read_text())
     assert "through 1 of 7 stages" in text and text.count("has not run yet") == 6
     assert "as long a response" not in text  # nothing to compare with yet
-
-
-def test_a_run_not_begun(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "tiny", finished=0)
+    run = make_run(tmp_path / "new", finished=0)
     assert report.build(run) == {"stages": []}
     assert (run / "report.html").read_text().count("has not run yet") == 7
-
-
-def test_the_same_run_gives_the_same_bytes(run: Path) -> None:
-    report.build(run)
-    first = (run / "report.html").read_bytes()
-    report.build(run)
-    assert (run / "report.html").read_bytes() == first
 
 
 def test_hostile_stage_names_and_missing_values_are_drawn(run: Path) -> None:
@@ -288,13 +247,11 @@ def test_hostile_stage_names_and_missing_values_are_drawn(run: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "content", "message"),
     [
-        ("recipe.json", None, "a folder that `slingshot run` wrote"),
-        ("recipe.json", "[]", "JSON object"),
-        ("recipe.json", "{", "not valid JSON"),
-        ("zero/receipt.json", "{}", "receipt.json"),
+        ("recipe.json", None, "a folder that `slingshot run` wrote"), ("recipe.json", "[]", "JSON object"),
+        ("recipe.json", "{", "not valid JSON"), ("zero/receipt.json", "{}", "receipt.json"),
         ("evaluations/zero/evaluation.json", '{"tasks": {"arithmetic": {}}}', "pass@1"),
     ],
-)
+)  # fmt: skip
 def test_broken_inputs_are_named(run: Path, path: str, content: str | None, message: str) -> None:
     if content is None:
         (run / path).unlink()
@@ -325,9 +282,7 @@ def test_a_long_response_is_cut_on_the_page(run: Path) -> None:
     evaluation = read_json(path)
     evaluation["examples"]["arithmetic"][0]["response"] = "x" * 5000
     write_json(path, evaluation)
-    report.build(run)
-    page = (run / "report.html").read_text()
-    assert "x" * 4000 + " …" in page and "x" * 4001 not in page
+    assert "x" * 4000 + " …" in (text := page(run)) and "x" * 4001 not in text
 
 
 def test_matplotlib_is_loaded_only_to_build() -> None:

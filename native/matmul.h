@@ -93,12 +93,15 @@ inline void matmul_piece(const Packed& w, int begin, int end, const T* x, size_t
 }
 
 #if defined(__AMX_BF16__)
-// Up to 32 rows times two blocks, the whole of k: every tile that is loaded is used twice.
+// Up to 32 rows times two blocks, the whole of k: every tile that is loaded is used twice. `fetch` brings the next blocks
+// nearer meanwhile.
 template <bool TWO_ROWS, bool TWO_BLOCKS>
-inline void matmul_tiles(const bf16* x, size_t ldx, const uint32_t* w, size_t block_words, int depth, float* y) {
+inline void matmul_tiles(const bf16* x, size_t ldx, const uint32_t* w, size_t block_words, int depth, bool fetch,
+                         float* y) {
     const bf16* low = x + 16 * ldx;
     const uint32_t* next = w + block_words;
     const char* ahead = reinterpret_cast<const char*>(w + (TWO_BLOCKS ? 2 : 1) * block_words);
+    memory_is_written(x);
     _tile_zero(0);
     if (TWO_BLOCKS) _tile_zero(1);
     if (TWO_ROWS) _tile_zero(2);
@@ -116,7 +119,8 @@ inline void matmul_tiles(const bf16* x, size_t ldx, const uint32_t* w, size_t bl
             _tile_dpbf16ps(2, 5, 6);
             if (TWO_BLOCKS) _tile_dpbf16ps(3, 5, 7);
         }
-        for (int line = 0; line < (TWO_BLOCKS ? 32 : 16); line++, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+        for (int line = 0; fetch && line < (TWO_BLOCKS ? 32 : 16); line++, ahead += 64)
+            _mm_prefetch(ahead, _MM_HINT_T1);
     }
     _tile_stored(0, y, PIECE * 4);
     if (TWO_BLOCKS) _tile_stored(1, y + 16, PIECE * 4);
@@ -138,13 +142,13 @@ inline void matmul_each_by_tiles(const Packed& w, int begin, int end, const bf16
                 const bf16* at = x + r * ldx;
                 const int here = bottom - r < 32 ? bottom - r : 32;
                 if (here > 16 && limit > 16)
-                    matmul_tiles<true, true>(at, ldx, block, w.block_words(), w.depth, piece);
+                    matmul_tiles<true, true>(at, ldx, block, w.block_words(), w.depth, r == top, piece);
                 else if (here > 16)
-                    matmul_tiles<true, false>(at, ldx, block, w.block_words(), w.depth, piece);
+                    matmul_tiles<true, false>(at, ldx, block, w.block_words(), w.depth, r == top, piece);
                 else if (limit > 16)
-                    matmul_tiles<false, true>(at, ldx, block, w.block_words(), w.depth, piece);
+                    matmul_tiles<false, true>(at, ldx, block, w.block_words(), w.depth, r == top, piece);
                 else
-                    matmul_tiles<false, false>(at, ldx, block, w.block_words(), w.depth, piece);
+                    matmul_tiles<false, false>(at, ldx, block, w.block_words(), w.depth, r == top, piece);
                 each(piece, PIECE, r, here, b * 16, limit);
             }
         }

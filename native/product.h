@@ -114,6 +114,9 @@ inline void product(const float* a, int lda, const B* b, int ldb, size_t block, 
 
 #if defined(__AMX_BF16__)
 
+// The compiler does not know what memory tiles are loaded from: what was written to it must be there before.
+inline void memory_is_written(const void* memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
+
 // All tiles 16 rows of 64 bytes. Another library may leave a thread's tiles configured otherwise. Linux gives a process
 // tiles only when asked to: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
 inline void configure_tiles() {
@@ -124,12 +127,14 @@ inline void configure_tiles() {
         uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
         uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
+    memory_is_written(&config);
     _tile_loadconfig(&config);
 }
 
 // Two by two tiles: every tile loaded is used twice. Where only one is left, it stands for both.
 inline void product_tiles(const Pair* a, int lda, const Pair* b, int ldb, size_t block, int depth, int rows, int cols,
                           float* c, int ldc, bool add_to) {
+    memory_is_written(a);
     for (int r = 0; r < rows; r += 32)
         for (int n = 0; n < cols; n += 32) {
             const bool more_rows = r + 16 < rows, more_cols = n + 16 < cols;

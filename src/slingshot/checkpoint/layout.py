@@ -38,7 +38,7 @@ def layout(config: ModelConfig) -> Iterator[Spec]:
         yield from _block(config, layer)
     for layer in range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers):
         yield from _mtp(config, layer)
-    yield Spec("model.norm.weight", (config.hidden_size,))
+    yield _vector("model.norm", config.hidden_size)
     if not config.tie_word_embeddings:
         yield Spec("lm_head.weight", embedding)
 
@@ -48,72 +48,71 @@ def tensor_count(config: ModelConfig) -> int:
     return sum(1 for _ in layout(config))
 
 
+def _vector(name: str, width: int) -> Spec:
+    return Spec(f"{name}.weight", (width,))
+
+
+def _linear(name: str, out: int, width: int) -> Spec:
+    return Spec(f"{name}.weight", (out, width), "linear")
+
+
 def _block(config: ModelConfig, layer: int) -> Iterator[Spec]:
-    prefix, width = f"model.layers.{layer}.", config.hidden_size
-    yield Spec(f"{prefix}input_layernorm.weight", (width,))
-    yield from (
-        _mla(config, f"{prefix}self_attn.") if config.family == "deepseek_v3" else _gqa(config, f"{prefix}self_attn.")
-    )
-    yield Spec(f"{prefix}post_attention_layernorm.weight", (width,))
-    if not config.n_routed_experts or layer < config.first_k_dense_replace:
-        yield from _mlp(f"{prefix}mlp.", width, config.intermediate_size)
+    prefix, width, experts = f"model.layers.{layer}", config.hidden_size, config.n_routed_experts
+    yield _vector(f"{prefix}.input_layernorm", width)
+    yield from (_mla if config.family == "deepseek_v3" else _gqa)(config, f"{prefix}.self_attn")
+    yield _vector(f"{prefix}.post_attention_layernorm", width)
+    if not experts or layer < config.first_k_dense_replace:
+        yield from _mlp(f"{prefix}.mlp", width, config.intermediate_size)
         return
-    yield Spec(f"{prefix}mlp.gate.weight", (config.n_routed_experts, width))
-    yield Spec(f"{prefix}mlp.gate.e_score_correction_bias", (config.n_routed_experts,), "float32")
-    for expert in range(config.n_routed_experts):
-        yield from _mlp(f"{prefix}mlp.experts.{expert}.", width, config.moe_intermediate_size)
+    yield Spec(f"{prefix}.mlp.gate.weight", (experts, width))
+    yield Spec(f"{prefix}.mlp.gate.e_score_correction_bias", (experts,), "float32")
+    for expert in range(experts):
+        yield from _mlp(f"{prefix}.mlp.experts.{expert}", width, config.moe_intermediate_size)
     if config.n_shared_experts:
-        yield from _mlp(f"{prefix}mlp.shared_experts.", width, config.moe_intermediate_size * config.n_shared_experts)
+        yield from _mlp(f"{prefix}.mlp.shared_experts", width, config.moe_intermediate_size * config.n_shared_experts)
 
 
 def _mtp(config: ModelConfig, layer: int) -> Iterator[Spec]:
     """The MTP module as DeepSeek released it: a block, what joins and ends it, and copies of embedding and head."""
-    prefix, width, embedding = f"model.layers.{layer}.", config.hidden_size, (config.vocab_size, config.hidden_size)
+    prefix, width, embedding = f"model.layers.{layer}", config.hidden_size, (config.vocab_size, config.hidden_size)
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    yield Spec(f"{prefix}embed_tokens.weight", embedding, copy_of="model.embed_tokens.weight")
-    yield Spec(f"{prefix}enorm.weight", (width,))
-    yield Spec(f"{prefix}hnorm.weight", (width,))
-    yield Spec(f"{prefix}eh_proj.weight", (width, 2 * width))
+    yield Spec(f"{prefix}.embed_tokens.weight", embedding, copy_of="model.embed_tokens.weight")
+    yield _vector(f"{prefix}.enorm", width)
+    yield _vector(f"{prefix}.hnorm", width)
+    yield Spec(f"{prefix}.eh_proj.weight", (width, 2 * width))
     yield from _block(config, layer)
-    yield Spec(f"{prefix}shared_head.norm.weight", (width,))
-    yield Spec(f"{prefix}shared_head.head.weight", embedding, copy_of=head)
+    yield _vector(f"{prefix}.shared_head.norm", width)
+    yield Spec(f"{prefix}.shared_head.head.weight", embedding, copy_of=head)
 
 
 def _mla(config: ModelConfig, prefix: str) -> Iterator[Spec]:
-    width, heads = config.hidden_size, config.num_attention_heads
-    if config.q_lora_rank is None:
-        yield Spec(f"{prefix}q_proj.weight", (heads * config.qk_head_dim, width), "linear")
+    width, heads, latent, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.q_lora_rank
+    if rank is None:
+        yield _linear(f"{prefix}.q_proj", heads * config.qk_head_dim, width)
     else:
-        yield Spec(f"{prefix}q_a_proj.weight", (config.q_lora_rank, width), "linear")
-        yield Spec(f"{prefix}q_a_layernorm.weight", (config.q_lora_rank,))
-        yield Spec(f"{prefix}q_b_proj.weight", (heads * config.qk_head_dim, config.q_lora_rank), "linear")
-    yield Spec(f"{prefix}kv_a_proj_with_mqa.weight", (config.kv_lora_rank + config.qk_rope_head_dim, width), "linear")
-    yield Spec(f"{prefix}kv_a_layernorm.weight", (config.kv_lora_rank,))
-    yield Spec(
-        f"{prefix}kv_b_proj.weight",
-        (heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank),
-        "linear",
-    )
-    yield Spec(f"{prefix}o_proj.weight", (width, heads * config.v_head_dim), "linear")
+        yield _linear(f"{prefix}.q_a_proj", rank, width)
+        yield _vector(f"{prefix}.q_a_layernorm", rank)
+        yield _linear(f"{prefix}.q_b_proj", heads * config.qk_head_dim, rank)
+    yield _linear(f"{prefix}.kv_a_proj_with_mqa", latent + config.qk_rope_head_dim, width)
+    yield _vector(f"{prefix}.kv_a_layernorm", latent)
+    yield _linear(f"{prefix}.kv_b_proj", heads * (config.qk_nope_head_dim + config.v_head_dim), latent)
+    yield _linear(f"{prefix}.o_proj", width, heads * config.v_head_dim)
 
 
 def _gqa(config: ModelConfig, prefix: str) -> Iterator[Spec]:
-    width, query, key = (
-        config.hidden_size,
-        config.num_attention_heads * config.head_dim,
-        config.num_key_value_heads * config.head_dim,
-    )
-    for name, rows in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
-        yield Spec(f"{prefix}{name}.weight", (rows, width), "linear")
+    width, head = config.hidden_size, config.head_dim
+    for name in ("q_proj", "k_proj", "v_proj"):
+        rows = head * (config.num_attention_heads if name == "q_proj" else config.num_key_value_heads)
+        yield _linear(f"{prefix}.{name}", rows, width)
         if config.attention_bias:
-            yield Spec(f"{prefix}{name}.bias", (rows,))
-    yield Spec(f"{prefix}o_proj.weight", (width, query), "linear")
+            yield Spec(f"{prefix}.{name}.bias", (rows,))
+    yield _linear(f"{prefix}.o_proj", width, head * config.num_attention_heads)
     if config.qk_norm:
-        yield Spec(f"{prefix}q_norm.weight", (config.head_dim,))
-        yield Spec(f"{prefix}k_norm.weight", (config.head_dim,))
+        yield _vector(f"{prefix}.q_norm", head)
+        yield _vector(f"{prefix}.k_norm", head)
 
 
 def _mlp(prefix: str, width: int, intermediate: int) -> Iterator[Spec]:
-    yield Spec(f"{prefix}gate_proj.weight", (intermediate, width), "linear")
-    yield Spec(f"{prefix}up_proj.weight", (intermediate, width), "linear")
-    yield Spec(f"{prefix}down_proj.weight", (width, intermediate), "linear")
+    yield _linear(f"{prefix}.gate_proj", intermediate, width)
+    yield _linear(f"{prefix}.up_proj", intermediate, width)
+    yield _linear(f"{prefix}.down_proj", width, intermediate)

@@ -64,8 +64,7 @@ class FolderWeights:
 
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
-            needed = "a checkpoint holds config.json and model.safetensors"
-            raise SlingshotError(f"{path} is not a checkpoint folder; {needed}")
+            raise SlingshotError(f"{path} is not a checkpoint folder, which holds config.json and model.safetensors")
         config = load_config(path)
         self.shards = Shards(path)
         self.config, problems = fit(config, self.shards.headers, path)
@@ -116,12 +115,12 @@ def read_into(target: Tensor, weights: StoredWeights, spec: Spec, first: int = 0
 
 def _place(name: str) -> tuple[str, tuple[int, ...]]:
     """Where the module keeps a tensor: the name of its state, and the index in the stack of expert matrices."""
-    expert = _EXPERT.fullmatch(name)
-    if expert is None:
+    if (expert := _EXPERT.fullmatch(name)) is None:
         return name, ()
-    if expert[3] == "down_proj":
-        return f"{expert[1]}.down_proj.weight", (int(expert[2]),)
-    return f"{expert[1]}.gate_up_proj.weight", (int(expert[2]), 0 if expert[3] == "gate_proj" else 1)
+    stack, index, part = expert[1], int(expert[2]), expert[3]
+    if part == "down_proj":
+        return f"{stack}.down_proj.weight", (index,)
+    return f"{stack}.gate_up_proj.weight", (index, int(part == "up_proj"))
 
 
 def pieces(spec: Spec, start: int, stop: int) -> Iterator[slice]:

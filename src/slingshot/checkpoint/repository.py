@@ -20,7 +20,7 @@ from pydantic import ByteSize
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import write_text
 from slingshot.checkpoint.description import CONFIG, GENERATION, TOKENIZER
-from slingshot.checkpoint.safetensors import INDEX, SINGLE, read_index
+from slingshot.checkpoint.safetensors import INDEX, NEVER_READ, PICKLED, SINGLE, read_index
 
 # The files of a repository that describe the model; its weights are those that the index names, or model.safetensors.
 _DESCRIPTION = (CONFIG, GENERATION, *TOKENIZER, INDEX)
@@ -53,6 +53,10 @@ class HubName:
         if split is None:
             return [self.file] if self.file else []
         return [f"{split[1]}-{part:05d}-of-{split[2]}.gguf" for part in range(1, int(split[2]) + 1)]
+
+    def path(self, folder: Path) -> Path:
+        """What the name stands for, in a folder that holds its files: the folder, or the first .gguf file."""
+        return folder / self.parts[0] if self.file else folder
 
 
 def hub_name(source: str | Path) -> HubName | None:
@@ -106,25 +110,22 @@ class Repository:
         if name.file:
             return name.parts
         if large := [file for file in (CONFIG, INDEX) if sizes.get(file, 0) > _MAX_DESCRIPTION]:
-            size = f"{large[0]} has {sizes[large[0]]} bytes, more than {_MAX_DESCRIPTION}"
-            raise SlingshotError(f"{repo}: {size}; try another revision")
+            size = f"{sizes[large[0]]} bytes, more than {_MAX_DESCRIPTION}"
+            raise SlingshotError(f"{repo}: {large[0]} has {size}; try another revision")
         if INDEX in sizes and CONFIG in sizes:
             files = _indexed(self.download([INDEX]))
             if missing := [file for file in files if file not in sizes]:
-                absent = f"{INDEX} names {missing[0]}, which the repository does not hold"
-                raise SlingshotError(f"{repo}: {absent}; try another revision")
+                absent = f"{missing[0]}, which the repository does not hold; try another revision"
+                raise SlingshotError(f"{repo}: {INDEX} names {absent}")
             return files
         if SINGLE in sizes and CONFIG in sizes:
             return [SINGLE]
         if packed:
             raise SlingshotError(f"{repo} holds GGUF files; name one of them, such as {repo}/{packed[0]}")
-        if pickled := [file for file in sizes if file.endswith((".bin", ".pt", ".pth"))]:
-            never = f"{pickled[0]} is pickled, can run code when opened, and is never read"
-            raise SlingshotError(
-                f"{repo} holds no safetensors, and {never}: look for a revision with safetensors "
-                "(https://huggingface.co/spaces/safetensors/convert makes one as a pull request), then name it: "
-                f"{repo}@refs/pr/NUMBER"
-            )
+        if pickled := [file for file in sizes if file.endswith(PICKLED)]:
+            convert = "https://huggingface.co/spaces/safetensors/convert makes one as a pull request"
+            way_out = f"look for a revision with safetensors ({convert}), then name it: {repo}@refs/pr/NUMBER"
+            raise SlingshotError(f"{repo} holds no safetensors, and {pickled[0]} {NEVER_READ}: {way_out}")
         held = ", ".join(list(sizes)[:10]) or "none"
         raise SlingshotError(f"{repo} holds no {CONFIG} with a {SINGLE}; its files: {held}")
 
@@ -155,7 +156,7 @@ class Repository:
         """
         from huggingface_hub import hf_hub_download
 
-        with _going_on(self.name), _one_line(self.name):
+        with _going_on(self.name):
             return [Path(hf_hub_download(self.name.repo, file, revision=self.commit)).parent for file in files][-1]
 
     def keep_branch(self) -> None:
@@ -169,7 +170,7 @@ class Repository:
         """Do something with each file, eight at a time, the hub's errors in one line."""
         from huggingface_hub.utils.tqdm import hf_thread_map
 
-        with _going_on(self.name), _one_line(self.name):
+        with _going_on(self.name):
             hf_thread_map(work, files, max_workers=8, desc="Reading headers", disable=None)
 
     def span(self, file: str, start: int, count: int) -> bytes:
@@ -201,7 +202,7 @@ def cached(name: HubName, why: str) -> Path:
             folder = Path(found).parent
             absent = [file for file in name.parts or _indexed(folder) if not (folder / file).exists()]
             if not absent:
-                return Path(found) if name.file else folder
+                return name.path(folder)
             missing = f"{absent[0]} of {name} is not"
     way_out = "download it once with a connection, or name a local folder"
     raise SlingshotError(f"{missing} in {constants.HF_HUB_CACHE} and {why}; {way_out}")
@@ -217,8 +218,10 @@ def _indexed(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _going_on(name: HubName) -> Iterator[None]:
+    """`_one_line` within a download, for which what is in the cache does not do instead."""
     try:
-        yield
+        with _one_line(name):
+            yield
     except UnreachableError as error:
         raise SlingshotError(f"{name}: {error}; the same command goes on from here, whole files are kept") from error
 
@@ -228,7 +231,7 @@ def _one_line(name: HubName) -> Iterator[None]:
     """Turn what huggingface_hub raises into one line: the user's to mend, or `UnreachableError`."""
     from huggingface_hub import constants, errors
 
-    hub = constants.ENDPOINT
+    hub, repo, token = constants.ENDPOINT, name.repo, "set HF_TOKEN to a token of yours"
     try:
         yield
     except SlingshotError:
@@ -239,22 +242,19 @@ def _one_line(name: HubName) -> Iterator[None]:
         if isinstance(cause, errors.OfflineModeIsEnabled):
             raise UnreachableError("HF_HUB_OFFLINE is set") from error
         if isinstance(cause, errors.GatedRepoError):
-            way_out = f"ask for access at {hub}/{name.repo}, then set HF_TOKEN to a token of yours"
-            message = f"{name.repo} is gated: {way_out}"
+            line = f"{repo} is gated: ask for access at {hub}/{repo}, then {token}"
         elif isinstance(cause, errors.RevisionNotFoundError):
-            listed = f"{hub}/{name.repo}/tree/main lists its branches, tags and commits"
-            message = f"{name.repo} has no revision {name.revision}; {listed}"
-        elif status in (401, 403, 404):
-            message = (
-                f"there is no folder {name.repo} here, and {hub} has no such repository that you may read ({status}); "
-                "check the name and, if it is private, set HF_TOKEN to a token of yours"
+            line = (
+                f"{repo} has no revision {name.revision}; {hub}/{repo}/tree/main lists its branches, tags and commits"
             )
+        elif status in (401, 403, 404):
+            line = f"there is no folder {repo} here, and {hub} has no such repository that you may read ({status}); "
+            line += f"check the name and, if it is private, {token}"
         elif status is None and isinstance(cause, OSError) and cause.errno is not None:
-            place = cause.filename or constants.HF_HUB_CACHE
-            way_out = "make room there, or set HF_HOME to another folder; whole files are kept"
-            message = f"{name}: cannot write {place}: {cause.strerror}; {way_out}"
+            line = f"{name}: cannot write {cause.filename or constants.HF_HUB_CACHE}: {cause.strerror}; "
+            line += "make room there, or set HF_HOME to another folder; whole files are kept"
         else:
             said = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
             reason = f"answers {status}" if status else f"does not answer as it should ({said})"
             raise UnreachableError(f"{hub} {reason}") from error
-        raise SlingshotError(message) from error
+        raise SlingshotError(line) from error

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+NEVER_READ = "is pickled, can run code when opened, and is never read"
 
 # safetensors' names of the types that weights come in, torch's names, and bytes per number; then those of FP8's scales.
 _WEIGHTS = {
@@ -61,15 +63,15 @@ class Shards:
         self.headers: dict[str, TensorHeader] = {}
         index = read_index(folder)
         for file in sorted(set(index.values())) if index else [SINGLE]:
-            for name, header in _headers(_shard(folder, file)).items():
-                if name in self.headers:
-                    twice = f"{header.file}: {name} is in {self.headers[name].file.name} too"
-                    raise SlingshotError(f"{twice}; one of the two is from another checkpoint")
-                self.headers[name] = header
+            found = _headers(_shard(folder, file))
+            if name := next(iter(found.keys() & self.headers.keys()), None):
+                twice = f"{name} is in {self.headers[name].file.name} too; one of the two is from another checkpoint"
+                raise SlingshotError(f"{folder / file}: {twice}")
+            self.headers |= found
         for name, file in index.items():
             if name not in self.headers or self.headers[name].file.name != file:
-                said = f"{folder / INDEX} says that {file} holds {name}"
-                raise SlingshotError(f"{said}, which it does not; is it from another checkpoint?")
+                said = f"{file} holds {name}, which it does not; is it from another checkpoint?"
+                raise SlingshotError(f"{folder / INDEX} says that {said}")
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """The tensor as stored, or these rows of it (dimension 0). SlingshotError when its type is none of `DTYPES`."""
@@ -77,8 +79,7 @@ class Shards:
 
         header = self.headers[name]
         if header.dtype not in DTYPES:
-            stored = f"{header.file}: {name} is stored as {header.dtype}"
-            raise SlingshotError(f"{stored}; weights are read from {', '.join(DTYPES)}")
+            raise SlingshotError(f"{header.file}: {name} {_stored_as(header, DTYPES)}")
         dtype, size = DTYPES[header.dtype]
         shape, start = header.shape, header.offset
         if rows is not None:
@@ -119,18 +120,21 @@ def _problems(config: ModelConfig, headers: Mapping[str, TensorHeader], where: P
         if header.shape != spec.shape:
             yield f"{place} has shape {list(header.shape)}, config.json says {list(spec.shape)}"
         if header.dtype not in _WEIGHTS:
-            yield f"{place} is stored as {header.dtype}; weights are read from {', '.join(_WEIGHTS)}"
+            yield f"{place} {_stored_as(header, _WEIGHTS)}"
         if header.dtype == "F8_E4M3":
             known.add(spec.name + SCALE)
             scale = headers.get(spec.name + SCALE)
             if scale is None or len(spec.shape) != 2 or scale.shape != scale_shape(spec.shape):
                 yield f"{place} is stored in FP8 without the scales of its 128 x 128 blocks, {spec.name}{SCALE}"
             elif scale.dtype not in _SCALES:
-                given = f"{scale.file}: {spec.name}{SCALE} is stored as {scale.dtype}"
-                yield f"{given}; FP8 scales are read from {', '.join(_SCALES)}"
+                yield f"{scale.file}: {spec.name}{SCALE} {_stored_as(scale, _SCALES, 'FP8 scales')}"
     for name in sorted(headers.keys() - known):
         if not (name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")):
             yield f"{headers[name].file}: {name} is no tensor of this architecture; is config.json another model's?"
+
+
+def _stored_as(header: TensorHeader, known: Iterable[str], what: str = "weights") -> str:
+    return f"is stored as {header.dtype}; {what} are read from {', '.join(known)}"
 
 
 def read_index(folder: Path) -> dict[str, str]:
@@ -151,11 +155,9 @@ def _shard(folder: Path, name: str) -> Path:
         return file
     if name != SINGLE:
         raise SlingshotError(f"{folder / INDEX} names {name}, which is not there; is the download complete?")
-    pickled = next((file for pattern in ("*.bin", "*.pt", "*.pth") for file in sorted(folder.glob(pattern))), None)
-    if pickled is None:
-        raise SlingshotError(f"{folder} holds no {SINGLE}")
-    never = f"{pickled.name} is pickled, can run code when opened, and is never read"
-    raise SlingshotError(f"{folder} holds no {SINGLE}; {never}: ask its maker for safetensors")
+    pickled = next((file.name for file in sorted(folder.glob("*")) if file.suffix in PICKLED), None)
+    never = f"; {pickled} {NEVER_READ}: ask its maker for safetensors" if pickled else ""
+    raise SlingshotError(f"{folder} holds no {SINGLE}{never}")
 
 
 def _headers(file: Path) -> dict[str, TensorHeader]:

@@ -61,9 +61,8 @@ class RopeScaling(Strict):
     def _bands_are_in_order(self) -> Self:
         if self.beta_fast < self.beta_slow:
             raise ValueError(f"beta_fast {self.beta_fast} must be at least beta_slow {self.beta_slow}")
-        low, high = self.low_freq_factor, self.high_freq_factor
-        if high <= low:
-            raise ValueError(f"high_freq_factor {high} must be greater than low_freq_factor {low}")
+        if (high := self.high_freq_factor) <= self.low_freq_factor:
+            raise ValueError(f"high_freq_factor {high} must be greater than low_freq_factor {self.low_freq_factor}")
         return self
 
 
@@ -137,18 +136,15 @@ class ModelConfig(Strict):
             if not values.get("head_dim"):
                 values["head_dim"], left_over = divmod(width, heads)
                 if left_over:
-                    divided = f"hidden_size {width} must divide evenly into num_attention_heads {heads}"
-                    raise ValueError(f"{divided}, or head_dim be given")
+                    heads = f"num_attention_heads {heads}, or head_dim be given"
+                    raise ValueError(f"hidden_size {width} must divide evenly into {heads}")
         return values
 
     @model_validator(mode="after")
     def _shape_is_possible(self) -> Self:
         if self.rope_theta <= 1:
             raise ValueError(f"rope_theta {self.rope_theta} must be greater than 1")
-        if self.family == "dense":
-            self._check_dense()
-        else:
-            self._check_deepseek()
+        (self._check_dense if self.family == "dense" else self._check_deepseek)()
         return self
 
     def _check_dense(self) -> None:
@@ -158,8 +154,9 @@ class ModelConfig(Strict):
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even: rotary embeddings turn pairs")
         if self.attention_bias and self.qk_norm:
-            both = "attention_bias (Qwen2's) and qk_norm (Qwen3's) exclude each other"
-            raise ValueError(f"{both}: no model type in Hugging Face's format has both")
+            raise ValueError(
+                "attention_bias (Qwen2's) and qk_norm (Qwen3's) exclude each other: no model type has both"
+            )
 
     def _check_deepseek(self) -> None:
         for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
@@ -173,21 +170,18 @@ class ModelConfig(Strict):
             return
         experts, groups, chosen = self.n_routed_experts, self.n_group, self.topk_group
         if experts < 1 or self.moe_intermediate_size < 1:
-            asked = "n_routed_experts and moe_intermediate_size must be at least 1"
-            raise ValueError(f"{asked} unless first_k_dense_replace covers every layer")
+            unless = "unless first_k_dense_replace covers every layer"
+            raise ValueError(f"n_routed_experts and moe_intermediate_size must be at least 1 {unless}")
         if self.n_moe_layers * experts > _MAX_EXPERTS:
             raise ValueError(f"{self.n_moe_layers} layers of n_routed_experts {experts} exceed {_MAX_EXPERTS} in all")
         if groups < 1 or experts % groups:
             raise ValueError(f"n_routed_experts {experts} must divide evenly into n_group {groups}; 1 means no groups")
         if not 1 <= chosen <= groups:
             raise ValueError(f"topk_group {chosen} must be between 1 and n_group {groups}")
-        reachable = chosen * experts // groups
-        if not 1 <= self.num_experts_per_tok <= reachable:
-            between = f"must be between 1 and the {reachable} experts of topk_group groups"
-            raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} {between}")
-        if groups > 1 and experts // groups < 2:
-            scored = "it is scored by the sum of its two best (arXiv 2412.19437, 2.1.2)"
-            raise ValueError(f"a group needs at least 2 experts: {scored}")
+        if not 1 <= (top := self.num_experts_per_tok) <= (most := chosen * experts // groups):
+            raise ValueError(f"num_experts_per_tok {top} must be between 1 and the {most} experts of topk_group groups")
+        if groups > 1 and experts // groups < 2:  # arXiv 2412.19437, 2.1.2
+            raise ValueError("a group needs at least 2 experts: it is scored by the sum of its two best")
 
     @property
     def n_moe_layers(self) -> int:

@@ -51,23 +51,20 @@ _WHERE_SILENT: dict[str, dict[str, Any]] = {
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
 }
 
-# Keys that change nothing in the forward pass; kept as they came so that config.json survives a round trip.
-_HARMLESS_KEYS = {
-    "architectures", "torch_dtype", "dtype", "transformers_version", "transformers.js_config", "use_cache",
-    "attention_dropout", "pretraining_tp", "ep_size", "aux_loss_alpha", "seq_aux", "router_aux_loss_coef",
-    "output_router_logits", "_name_or_path", "is_llama_config", "max_window_layers", "_attn_implementation",
-    "_attn_implementation_autoset", "unsloth_fixed", "unsloth_version",
-    # transformers' own of all models, some of them settings of its generate()
-    "return_dict", "output_hidden_states", "output_attentions", "output_scores", "return_dict_in_generate",
-    "torchscript", "use_bfloat16", "tf_legacy_loss", "chunk_size_feed_forward", "cross_attention_hidden_size",
-    "max_length",
-    "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature",
-    "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "forced_bos_token_id",
-    "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
-    "begin_suppress_tokens", "finetuning_task", "id2label", "label2id", "tokenizer_class", "prefix", "sep_token_id",
-    "decoder_start_token_id", "task_specific_params", "problem_type", "is_decoder",
-}  # fmt: skip
+# Keys that change nothing in the forward pass; kept as they came so that config.json survives a round trip. From
+# return_dict on transformers' own of all models, some of them settings of its generate().
+_HARMLESS = """
+architectures torch_dtype dtype transformers_version transformers.js_config use_cache attention_dropout pretraining_tp
+ep_size aux_loss_alpha seq_aux router_aux_loss_coef output_router_logits _name_or_path is_llama_config max_window_layers
+_attn_implementation _attn_implementation_autoset unsloth_fixed unsloth_version return_dict output_hidden_states
+output_attentions output_scores return_dict_in_generate torchscript use_bfloat16 tf_legacy_loss chunk_size_feed_forward
+cross_attention_hidden_size max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
+temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
+bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values
+exponential_decay_length_penalty suppress_tokens begin_suppress_tokens finetuning_task id2label label2id tokenizer_class
+prefix sep_token_id decoder_start_token_id task_specific_params problem_type is_decoder
+"""
+_HARMLESS_KEYS = set(_HARMLESS.split())
 
 # Keys read by a function of their own, or not at all: what follows from other keys, and the Python files of other
 # programs, which are neither read nor written here.
@@ -112,8 +109,8 @@ def read(raw: Any, where: str) -> dict[str, Any]:
         raise SlingshotError(f"{where} cannot be written as JSON again: {error}") from error
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
-        known_types = ", ".join(MODEL_TYPES)
-        raise SlingshotError(f"{where}: model_type {_short(model_type)} is not supported; supported: {known_types}")
+        supported = f"supported: {', '.join(MODEL_TYPES)}"
+        raise SlingshotError(f"{where}: model_type {_short(model_type)} is not supported; {supported}")
     family = MODEL_TYPES[model_type][0]
     known = _FAMILY_KEYS[family]
     if missing := sorted(_REQUIRED_KEYS[family] - raw.keys()):
@@ -185,8 +182,8 @@ def _check_value(key: str, value: Any, model_type: str, where: str) -> None:
         if not isinstance(value, list) or any(kind != "full_attention" for kind in value):
             raise SlingshotError(f"{place}; 'full_attention' in every layer is")
     elif key not in _ONLY_VALUE:
-        unknown = f"unknown key {_short(key)} could change the mathematics"
-        raise SlingshotError(f"{where}: {unknown}; remove it if it does not")
+        key = _short(key)
+        raise SlingshotError(f"{where}: unknown key {key} could change the mathematics; remove it if it does not")
     elif value != _ONLY_VALUE[key] or isinstance(value, bool) != isinstance(_ONLY_VALUE[key], bool):
         raise SlingshotError(f"{place}; {_short(_ONLY_VALUE[key])} is")
 
@@ -212,21 +209,18 @@ def _rope(raw: dict[str, Any], family: str, where: str) -> tuple[Any, dict[str, 
         if table.get("partial_rotary_factor") == 1:
             del table["partial_rotary_factor"]
         if unknown := next((key for key in table if key not in _ROPE_KEYS[kind]), None):
-            place = f"{where}: {name}.{printable(unknown)} {_short(table[unknown])} is not supported"
-            known = ", ".join(_ROPE_KEYS[kind]) or "no other keys"
-            raise SlingshotError(f"{place}; rope_type {kind} is read with {known}")
-        if kind == "default":
-            found.append(None)
-            continue
+            known = f"rope_type {kind} is read with {', '.join(_ROPE_KEYS[kind]) or 'no other keys'}"
+            given = f"{name}.{printable(unknown)} {_short(table[unknown])}"
+            raise SlingshotError(f"{where}: {given} is not supported; {known}")
         if kind == "yarn" and family == "dense" and not (table.get("mscale") and table.get("mscale_all_dim")):
             # transformers heeds both or neither
             table = {key: value for key, value in table.items() if not key.startswith("mscale")}
-        length = raw.get("max_position_embeddings", 4096)
-        found.append({"rope_type": kind, "original_max_position_embeddings": length} | table)
+        scaling = {"rope_type": kind, "original_max_position_embeddings": raw.get("max_position_embeddings", 4096)}
+        found.append(None if kind == "default" else scaling | table)
     for name, values in (("rope_theta", thetas), ("rope_scaling", found)):
         if values and values[0] != values[-1]:
-            one, other = _short(values[0]), _short(values[-1])
-            raise SlingshotError(f"{where}: {name} is {one} in one place and {other} in another; make them agree")
+            both = f"{_short(values[0])} in one place and {_short(values[-1])} in another"
+            raise SlingshotError(f"{where}: {name} is {both}; make them agree")
     return (thetas or [10000.0])[0], (found or [None])[0]
 
 
@@ -236,8 +230,8 @@ def _quantization(table: Any, where: str) -> Literal["fp8"] | None:
         return None
     way_out = "DeepSeek-V3's fp8 (e4m3 in 128 x 128 blocks) is read, and so is any checkpoint that is not quantised"
     place = f"{where}: quantization_config"
-    if not isinstance(table, dict) or table.get("quant_method") != "fp8":
-        method = table.get("quant_method") if isinstance(table, dict) else table
+    method = table.get("quant_method") if isinstance(table, dict) else table
+    if method != "fp8" or not isinstance(table, dict):
         raise SlingshotError(f"{place}.quant_method {_short(method)} is not supported; {way_out}")
     # scale_fmt: DeepSeek-V3.1's scales are powers of two, in float32 or e8m0; dequantize: transformers' own switch,
     # which changes no file

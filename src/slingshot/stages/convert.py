@@ -64,7 +64,7 @@ def _write(folder: Path, config: ConvertConfig, source: Path, title: str) -> Non
     else:
         fp8 = config.dtype == "fp8"
         architecture = architecture.model_copy(update={"quantization": "fp8" if fp8 else None})
-        dtype = "bfloat16" if config.dtype == "fp8" else config.dtype or "float32"
+        dtype = "bfloat16" if fp8 else config.dtype or "float32"
         tensors = _converted(weights, dtype, fp8, title)
     write_shards(folder, tensors, config.max_shard_size)
     write_description(folder, architecture, tokenizer, dtype, source)

@@ -27,19 +27,19 @@ _ARCHITECTURES = ("llama", "qwen2", "qwen3", "deepseek2")
 _MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # llama.cpp's
 _LITE_DEPTHS = (26, 27)  # at which its deepseek2 looks for no q_lora_rank: DeepSeek-V2-Lite's and GigaChat3's
 
-# Keys that are one of ModelConfig's numbers each, in every architecture and in deepseek2.
+# Keys that are one of ModelConfig's numbers each: in every architecture, in deepseek2, in its MoE blocks.
 _COUNTS = {
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "context_length": "max_position_embeddings",
-}
+    "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads", "context_length": "max_position_embeddings",
+}  # fmt: skip
 _LATENT_COUNTS = {
-    "attention.kv_lora_rank": "kv_lora_rank",
-    "rope.dimension_count": "qk_rope_head_dim",
-    "expert_feed_forward_length": "moe_intermediate_size",
-    "expert_shared_count": "n_shared_experts",
-}
+    "attention.kv_lora_rank": "kv_lora_rank", "rope.dimension_count": "qk_rope_head_dim",
+    "expert_feed_forward_length": "moe_intermediate_size", "expert_shared_count": "n_shared_experts",
+}  # fmt: skip
+_EXPERTS = {
+    "expert_count": "n_routed_experts", "expert_used_count": "num_experts_per_tok",
+    "expert_weights_scale": "routed_scaling_factor", "expert_weights_norm": "norm_topk_prob",
+}  # fmt: skip
 
 # Keys of an architecture that do not change what is computed.
 _HARMLESS = ("vocab_size", "rope.scaling.finetuned", "tensor_data_layout", "expert_used_count")
@@ -56,8 +56,8 @@ def read_config(file: GGUFFile) -> ModelConfig:
     """The architecture that the keys describe; llama.cpp's defaults where they are silent."""
     kind = file.get("general.architecture", str)
     if kind not in _ARCHITECTURES:
-        known = "llama, qwen2, qwen3 and deepseek2 are"
-        raise SlingshotError(f"{file.path}: general.architecture {kind!r:.80} is not supported; {known}")
+        place = f"{file.path}: general.architecture"
+        raise SlingshotError(f"{place} {kind!r:.80} is not supported; llama, qwen2, qwen3 and deepseek2 are")
     keys = _Keys(file, kind)
     for name in ("token_embd.weight", "output_norm.weight"):
         if name not in file.tensors:
@@ -78,20 +78,20 @@ def read_config(file: GGUFFile) -> ModelConfig:
         keys.only("attention.value_length", config.head_dim)
         keys.only("rope.dimension_count", config.head_dim)
         keys.only("expert_count", 0)
-    if unknown := next(keys.unread(), None):
+    if unknown := next((key for key in file.keys if key.startswith(f"{kind}.") and key not in keys.read), None):
         raise SlingshotError(f"{file.path}: the key {unknown!r:.80} could change what is computed and is not supported")
     return _read_llama3(file, config) if kind == "llama" and ROPE_FREQS in file.tensors else config
 
 
 class _Keys:
-    """The keys of an architecture, its name left out; remembers which were read."""
+    """The keys of an architecture, its name left out; remembers in `read` which were read."""
 
     def __init__(self, file: GGUFFile, architecture: str) -> None:
         self.file, self.architecture = file, architecture
-        self._read = {f"{architecture}.{key}" for key in _HARMLESS}
+        self.read = {f"{architecture}.{key}" for key in _HARMLESS}
 
     def get(self, key: str, kind: type[Any], default: Any = None) -> Any:
-        self._read.add(f"{self.architecture}.{key}")
+        self.read.add(f"{self.architecture}.{key}")
         return self.file.get(f"{self.architecture}.{key}", kind, default)
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -107,9 +107,6 @@ class _Keys:
     def refuse(self, what: str) -> None:
         raise SlingshotError(f"{self.file.path}: {self.architecture}.{what}")
 
-    def unread(self) -> Iterator[str]:
-        return (key for key in self.file.keys if key.startswith(f"{self.architecture}.") and key not in self._read)
-
 
 def _read_dense(keys: _Keys) -> dict[str, Any]:
     return {
@@ -123,8 +120,8 @@ def _read_dense(keys: _Keys) -> dict[str, Any]:
 
 def _read_deepseek2(keys: _Keys, values: dict[str, Any]) -> dict[str, Any]:
     """Files whose keys and values are split (the *_mla lengths) describe the latent cache's key-value head besides."""
-    n_experts, gating = keys.get("expert_count", int, 0), keys.get("expert_gating_func", int, 0)
-    if n_experts and gating != SIGMOID:
+    gating = keys.get("expert_gating_func", int, 0)
+    if keys.get("expert_count", int, 0) and gating != SIGMOID:
         keys.refuse(f"expert_gating_func {gating} is not supported, {SIGMOID} is: DeepSeek-V3's sigmoid router")
     counts = {field: keys.get(key, int) for key, field in _LATENT_COUNTS.items()}
     latent, rope = counts["kv_lora_rank"], counts["qk_rope_head_dim"]
@@ -147,7 +144,7 @@ def _read_deepseek2(keys: _Keys, values: dict[str, Any]) -> dict[str, Any]:
         "q_lora_rank": keys.get("attention.q_lora_rank", int, 0) or None,
         "qk_nope_head_dim": max(width - rope, 0),
         "v_head_dim": value,
-        "n_routed_experts": n_experts,
+        "n_routed_experts": keys.get("expert_count", int, 0),
         "num_experts_per_tok": keys.get("expert_used_count", int, 0),
         "n_group": max(groups, 1),
         "topk_group": used if groups > 1 else 1,
@@ -165,22 +162,22 @@ def _read_yarn(keys: _Keys) -> dict[str, Any] | None:
     factor = keys.number("rope.scaling.factor", 0.0) or keys.number("rope.scale_linear", 0.0) or 1.0
     kind = keys.get("rope.scaling.type", str, "none" if factor == 1 else "linear")
     original = keys.get("rope.scaling.original_context_length", int, keys.get("context_length", int))
-    fast, slow = (keys.number(f"rope.scaling.yarn_beta_{name}", beta) for name, beta in (("fast", 32.0), ("slow", 1.0)))
+    scaling: dict[str, Any] = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    for name, usual in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+        scaling[name] = keys.number(f"rope.scaling.yarn_{name}", usual)
     keys.only("rope.scaling.yarn_ext_factor", 1.0, -1.0)
     keys.only("rope.scaling.yarn_attn_factor", 1.0)
     keys.only("rope.scaling.attn_factor", 1.0)
-    mscale = {}
     if keys.architecture == "deepseek2":
         multiplier = float(f"{keys.number('rope.scaling.yarn_log_multiplier', 0.0) / 0.1:.6g}")
-        mscale = {"mscale": multiplier, "mscale_all_dim": multiplier}
+        scaling |= {"mscale": multiplier, "mscale_all_dim": multiplier}
     if kind == "none" or (kind == "linear" and factor == 1):
         return None
     if kind != "yarn":
         keys.refuse(f"rope.scaling.type {kind!r:.80} is not supported, yarn is")
-    if 0 in mscale.values():
+    if scaling.get("mscale") == 0:
         keys.refuse("rope.scaling.yarn_log_multiplier 0 is not supported with YaRN; DeepSeek-V3's is 0.1")
-    scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-    return scaling | {"beta_fast": fast, "beta_slow": slow, **mscale}
+    return scaling
 
 
 def llama3_factors(config: ModelConfig) -> Tensor:
@@ -202,31 +199,31 @@ def _read_llama3(file: GGUFFile, config: ModelConfig) -> ModelConfig:
         scaled = config.model_copy(update={"rope_scaling": RopeScaling.parse(scaling, place)})
         if torch.allclose(factors, llama3_factors(scaled), rtol=1e-5, atol=0):
             return scaled
-    known = "Llama 3's scaling from 8192 positions (low_freq_factor 1, high_freq_factor 4)"
-    raise SlingshotError(f"{place} is not {known}")
+    raise SlingshotError(
+        f"{place} is not Llama 3's scaling from 8192 positions (low_freq_factor 1, high_freq_factor 4)"
+    )
 
 
 def problems(config: ModelConfig) -> Iterator[str]:
     """What llama.cpp would refuse, or compute otherwise."""
     layers, rope, name = config.num_hidden_layers, config.rope_scaling, architecture(config)
-    kind = rope.rope_type if rope is not None else None
+    yarn = rope if rope is not None and rope.rope_type == "yarn" else None
     if (blocks := layers + config.num_nextn_predict_layers) > _MAX_LAYERS:
         yield f"it has {blocks} blocks, {_MAX_LAYERS} at most are supported"
-    if kind == "llama3" and name != "llama":
+    if rope is not yarn and name != "llama":
         yield f"rope_scaling of type llama3 is known to its llama only, not to {name}"
-    if rope is not None and not rope.truncate:
+    if yarn and not yarn.truncate:
         yield "it rounds the ends of YaRN's ramp; truncate is false"
-    heads, head = config.num_attention_heads, config.head_dim
     if config.family == "dense":
-        if name == "qwen2" and config.hidden_size != heads * head:
-            widths = f"hidden_size {config.hidden_size} must be num_attention_heads {heads} x head_dim {head}"
-            yield f"in qwen2, {widths}"
-        if rope and kind == "yarn" and not math.isclose(rotation_scale(config), yarn_mscale(rope.factor, 1.0)):
+        width, heads, head = config.hidden_size, config.num_attention_heads, config.head_dim
+        if name == "qwen2" and width != heads * head:
+            yield f"in qwen2, hidden_size {width} must be num_attention_heads {heads} x head_dim {head}"
+        if yarn and not math.isclose(rotation_scale(config), yarn_mscale(yarn.factor, 1.0)):
             yield "of YaRN's mscale, mscale_all_dim, attention_factor and attn_factor it knows none for a dense model"
         return
-    if rope and kind == "yarn" and not (rope.mscale == rope.mscale_all_dim > 0 and rotation_scale(config) == 1):
-        known = "mscale equal to mscale_all_dim, DeepSeek-V3's way"
-        yield f"of YaRN it knows {known}, not {rope.mscale} and {rope.mscale_all_dim}"
+    if yarn and not (yarn.mscale == yarn.mscale_all_dim > 0 and rotation_scale(config) == 1):
+        known = "of YaRN it knows mscale equal to mscale_all_dim, DeepSeek-V3's way"
+        yield f"{known}, not {yarn.mscale} and {yarn.mscale_all_dim}"
     if config.q_lora_rank is not None and (layers in _LITE_DEPTHS or (layers == 48 and config.vocab_size == 128256)):
         yield f"it takes a deepseek2 of {layers} layers for one without q_lora_rank"
     if config.n_moe_layers:
@@ -274,9 +271,7 @@ def _deepseek2_keys(config: ModelConfig) -> dict[str, Any]:
     if config.num_nextn_predict_layers:
         keys["nextn_predict_layers"] = config.num_nextn_predict_layers
     if config.n_moe_layers:
-        keys |= {"expert_count": config.n_routed_experts, "expert_used_count": config.num_experts_per_tok}
-        keys |= {"expert_gating_func": SIGMOID, "expert_weights_scale": config.routed_scaling_factor}
-        keys |= {"expert_weights_norm": config.norm_topk_prob}
+        keys |= {"expert_gating_func": SIGMOID} | {key: getattr(config, field) for key, field in _EXPERTS.items()}
         if config.topk_group < config.n_group:  # all groups chosen is no choice, and llama.cpp refuses it
             keys |= {"expert_group_count": config.n_group, "expert_group_used_count": config.topk_group}
     return keys

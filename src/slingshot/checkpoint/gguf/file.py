@@ -69,15 +69,14 @@ class GGUFFile:
         if not path.name.endswith(suffix):
             raise SlingshotError(f"{path} is one of {parts} parts; give the first, whose name ends in {suffix}")
         for part in range(2, parts + 1):
-            name = f"{path.name.removesuffix(suffix)}-{part:05d}-of-{parts:05d}.gguf"
+            name = path.name.removesuffix(suffix) + suffix.replace("-00001-", f"-{part:05d}-")
             self.tensors |= _open_header(path.with_name(name)).tensors
 
     def get(self, key: str, kind: type[_Value], default: _Value | None = None) -> _Value:
         """The value of a key; SlingshotError when it is missing and has no default, or is of another type."""
         value = self.keys.get(key, default)
         if value is None:
-            way_out = "slingshot reads models as llama.cpp's converter writes them"
-            raise SlingshotError(f"{self.path}: the key {key} is missing; {way_out}")
+            raise SlingshotError(f"{self.path}: the key {key} is missing; llama.cpp's converter writes it")
         if type(value) is not kind:
             raise SlingshotError(f"{self.path}: {key} must be of type {kind.__name__}, got {value!r:.80}")
         return value
@@ -102,8 +101,7 @@ def read_header(data: bytes | mmap.mmap, length: int, path: Path) -> GGUFHeader 
 def _open_header(path: Path) -> GGUFHeader:
     try:
         with path.open("rb") as file:
-            length = path.stat().st_size
-            if not length:
+            if not (length := path.stat().st_size):
                 raise SlingshotError(f"{path} is no whole GGUF file: it is empty; is the download complete?")
             with mmap.mmap(file.fileno(), min(length, _HEADER_LIMIT), access=mmap.ACCESS_READ) as data:
                 header = read_header(data, length, path)

@@ -85,10 +85,11 @@ class GGUFWeights:
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self.file.tensors:
-            missing = f"{self.file.path}: the tensor {name} is missing"
-            raise SlingshotError(f"{missing}; {self.architecture} models of its keys have it")
+            have = f"{self.architecture} models of its keys have it"
+            raise SlingshotError(f"{self.file.path}: the tensor {name} is missing; {have}")
         stored = self.file.tensors[name]
-        if _without_leading_ones(stored.shape) != _without_leading_ones(shape):
+        ones = (1,) * (len(shape) - len(stored.shape))  # llama.cpp drops them when it writes a file
+        if ones + stored.shape != shape:
             raise SlingshotError(f"{stored.file}: {name} has shape {list(stored.shape)}, its keys say {list(shape)}")
         if stored.kind not in _PLAIN:
             try:
@@ -119,10 +120,3 @@ class GGUFWeights:
     def _half_split(self, values: Tensor) -> Tensor:
         """Whole heads of llama's q or k in Hugging Face's order: llama.cpp puts row j of the halves side by side."""
         return values.unflatten(0, (-1, self.config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def _without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """llama.cpp drops them when it writes a file."""
-    while len(shape) > 1 and shape[0] == 1:
-        shape = shape[1:]
-    return shape

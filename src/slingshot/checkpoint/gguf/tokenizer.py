@@ -26,8 +26,8 @@ def load_gguf_tokenizer(file: GGUFFile) -> Tokenizer:
     model, split = file.get("tokenizer.ggml.model", str), file.get("tokenizer.ggml.pre", str, "default")
     for key, given, known in (("model", model, ("gpt2",)), ("pre", split, tuple(SPLITS))):
         if given not in known:
-            way_out = "give a checkpoint folder with its tokenizer.json instead"
-            raise SlingshotError(f"{place}.{key} {given!r:.80} is not supported, {', '.join(known)} is; {way_out}")
+            why = f"is not supported, {', '.join(known)} is; give a checkpoint folder with its tokenizer.json instead"
+            raise SlingshotError(f"{place}.{key} {given!r:.80} {why}")
     tokens, types = file.get("tokenizer.ggml.tokens", list), file.get("tokenizer.ggml.token_type", np.ndarray)
     if not len(types) == len(tokens) == len(set(tokens)):
         counts = f"{len(tokens)} entries, {len(set(tokens))} different ones, token_type {len(types)}"
@@ -69,8 +69,8 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -> 
             raise SlingshotError(f"llama.cpp knows no tokenizer with {key} {model[key]!r:.80}")
     tokenizer.check_fits(vocab_size)
     if tokenizer.eos_id is None:
-        way_out = "name one in tokenizer_config.json"
-        raise SlingshotError(f"the tokenizer names no eos_token; llama.cpp would take token 11 for it: {way_out}")
+        why = "llama.cpp would take token 11 for it: name one in tokenizer_config.json"
+        raise SlingshotError(f"the tokenizer names no eos_token; {why}")
     if not model["merges"]:
         raise SlingshotError("the tokenizer has no merges; llama.cpp reads none without")
     texts = {id: token for token, id in model["vocab"].items()} | {id: token["content"] for id, token in added.items()}

@@ -43,11 +43,8 @@ _KINDS = {
 _DTYPES = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 _LARGEST = {kind: torch.finfo(dtype).max for kind, dtype in _DTYPES.items()} | {Kind.Q8_0: 127 * 65504.0}
 _VALUE_TYPES = {
-    int: GGUFValueType.UINT32,
-    float: GGUFValueType.FLOAT32,
-    str: GGUFValueType.STRING,
-    bool: GGUFValueType.BOOL,
-}
+    int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING, bool: GGUFValueType.BOOL,
+}  # fmt: skip
 PIECE = 2**22  # numbers read, converted and written at a time
 
 
@@ -121,23 +118,22 @@ def _write(file: Path, writer: GGUFWriter, parts: Sequence[_Part], weights: Stor
         writer.close()
         temporary.replace(file)
     except UnicodeEncodeError as error:
-        half = "the chat template holds half a surrogate pair, which UTF-8 cannot carry"
-        raise SlingshotError(f"{file}: {half}: {error}") from error
+        raise SlingshotError(f"{file}: the chat template holds half a surrogate pair: {error}") from error
     except OSError as error:
-        way_out = "free space there or choose another place"
-        raise SlingshotError(f"cannot write {file}: {error.strerror or error}; {way_out}") from error
+        why = f"{error.strerror or error}; free space there or choose another place"
+        raise SlingshotError(f"cannot write {file}: {why}") from error
     finally:
-        with contextlib.suppress(OSError):
-            writer.close()
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        for tidy in (writer.close, temporary.unlink):
+            with contextlib.suppress(OSError):
+                tidy()
 
 
 def _converted(piece: Tensor, kind: Kind) -> np.ndarray:
     """The bytes of some rows in the file's type, uint8; ValueError when there are none for a value."""
-    if not (largest := piece.abs().max().item()) <= _LARGEST[kind]:
-        large = f"holds values too large for {kind.name}; bfloat16 has room"
-        raise ValueError(large if math.isfinite(largest) else "holds NaN or infinite values")
+    if not math.isfinite(largest := piece.abs().max().item()):
+        raise ValueError("holds NaN or infinite values")
+    if largest > _LARGEST[kind]:
+        raise ValueError(f"holds values too large for {kind.name}; bfloat16 has room")
     if kind == Kind.Q8_0:
         return np.ascontiguousarray(gguf.quants.quantize(piece.float().numpy(), Kind.Q8_0))
     return piece.to(_DTYPES[kind]).contiguous().view(torch.uint8).numpy()
@@ -152,39 +148,32 @@ def _parts(weights: StoredWeights, kind: Kind) -> Iterator[_Part]:
         name, expert = place(spec.name)
         if spec.copy_of or expert:
             continue  # a later expert stands in the stack of the first
-        exact = len(spec.shape) == 1 or spec.name.endswith("mlp.gate.weight")
-        if expert == 0:
-            stack = [spec.name.replace(".experts.0.", f".experts.{i}.") for i in range(config.n_routed_experts)]
-            pieces = partial(_rows, weights, stack, spec.shape)
-            yield _Part(name, (len(stack), *spec.shape), _fitting(kind, spec.shape[-1]), pieces)
-        elif spec.name.endswith("kv_b_proj.weight"):
+        if spec.name.endswith("kv_b_proj.weight"):
             yield from _kv_b_proj(weights, spec, kind)
-        else:
-            pieces = partial(_rows, weights, [spec.name], spec.shape)
-            if architecture(config) == "llama" and spec.name.endswith(("q_proj.weight", "k_proj.weight")):
-                pieces = partial(_interleaved, weights, spec)
-            yield _Part(name, spec.shape, Kind.F32 if exact else _fitting(kind, spec.shape[-1]), pieces)
+            continue
+        exact = len(spec.shape) == 1 or spec.name.endswith("mlp.gate.weight")
+        stored = Kind.F32 if exact else _fitting(kind, spec.shape[-1])
+        names, shape = [spec.name], spec.shape
+        if expert == 0:
+            names = [spec.name.replace(".experts.0.", f".experts.{i}.") for i in range(config.n_routed_experts)]
+            shape = (len(names), *shape)
+        rotated = architecture(config) == "llama" and spec.name.endswith(("q_proj.weight", "k_proj.weight"))
+        yield _Part(name, shape, stored, partial(_rows, weights, names, spec.shape, config.head_dim if rotated else 0))
 
 
 def _fitting(kind: Kind, width: int) -> Kind:
     return Kind.F16 if width % gguf.GGML_QUANT_SIZES[kind][0] else kind
 
 
-def _rows(
-    weights: StoredWeights, names: Sequence[str], shape: tuple[int, ...], unit: int = 1
-) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of one shape after each other, some multiple of `unit` rows at a time."""
+def _rows(weights: StoredWeights, names: list[str], shape: tuple[int, ...], head: int) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of one shape after each other, some rows at a time. `head` rows of llama's q or k, unless 0, are put as
+    llama.cpp rotates them: row j of a head's first half, then row j of its second."""
+    unit = head or 1
     count = max(1, PIECE // math.prod(shape[1:]) // unit) * unit
     for name in names:
         for start in range(0, shape[0], count):
-            yield name, weights.read(name, slice(start, min(start + count, shape[0])))
-
-
-def _interleaved(weights: StoredWeights, spec: Spec) -> Iterator[tuple[str, Tensor]]:
-    """llama's q or k as llama.cpp rotates them: row j of a head's first half, then row j of its second."""
-    head_dim = weights.config.head_dim
-    for name, rows in _rows(weights, [spec.name], spec.shape, head_dim):
-        yield name, rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+            rows = weights.read(name, slice(start, min(start + count, shape[0])))
+            yield name, rows.unflatten(0, (-1, 2, head // 2)).transpose(1, 2).flatten(0, 2) if head else rows
 
 
 def _kv_b_proj(weights: StoredWeights, spec: Spec, kind: Kind) -> Iterator[_Part]:
@@ -193,11 +182,9 @@ def _kv_b_proj(weights: StoredWeights, spec: Spec, kind: Kind) -> Iterator[_Part
     heads, latent, width = config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim
     key, value = kv_b_parts(place(spec.name)[0])
 
-    def keys() -> Iterator[tuple[str, Tensor]]:
-        yield spec.name, weights.read(spec.name).unflatten(0, (heads, -1))[:, :width].transpose(1, 2).flatten(0, 1)
+    def part(keys: bool) -> Iterator[tuple[str, Tensor]]:
+        rows_HXK = weights.read(spec.name).unflatten(0, (heads, -1))
+        yield spec.name, (rows_HXK[:, :width].transpose(1, 2) if keys else rows_HXK[:, width:]).flatten(0, 1)
 
-    def values() -> Iterator[tuple[str, Tensor]]:
-        yield spec.name, weights.read(spec.name).unflatten(0, (heads, -1))[:, width:].flatten(0, 1)
-
-    yield _Part(key, (heads, latent, width), _fitting(kind, width), keys)
-    yield _Part(value, (heads, config.v_head_dim, latent), _fitting(kind, latent), values)
+    yield _Part(key, (heads, latent, width), _fitting(kind, width), partial(part, True))
+    yield _Part(value, (heads, config.v_head_dim, latent), _fitting(kind, latent), partial(part, False))

@@ -54,17 +54,17 @@ class EngineCore:
             raise CacheTooSmall(f"cache_bytes {cache_bytes}: {takes}; {way_out}")
         pages = min(room, 2 * max_batch * needed)  # all sequences at their longest, and as many prefixes besides
         self._model, self._cache = model, KVCache(config, 1 + pages, dtype, weight.device, mtp)
-        kernels = native_kernels() if native == "auto" else None
+        kernels = native_kernels() if native == "auto" and weight.device.type == "cpu" else None
         self._runner: Runner
         if kernels is not None and NativeRunner.obstacle(model, self._cache) is None:
             self._runner = NativeRunner(model, self._cache, kernels)
         else:
             self._runner = TorchRunner(model, self._cache)
-        self._sampler = RowSampler(weight.device)
+        self._sampler = RowSampler(weight.device, kernels)
         self._scheduler = Scheduler(PagePool(pages), max_batch, self.max_length, step_tokens)
         self._speculator: Speculator | None = None
         if speculation != "off":
-            drafts = RowSampler(weight.device)
+            drafts = RowSampler(weight.device, kernels)
             self._speculator = Speculator(self._runner, drafts, mtp, measured=speculation == "auto")
         self._versions = self._weight_versions()
 

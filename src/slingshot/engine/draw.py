@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from slingshot.engine.sampling import SamplingParams
+from slingshot.kernels.native import NativeKernels, pointer
 
 _LAST = 1 - 2.0**-24  # the largest number below 1 that noise can be
 
@@ -163,13 +164,18 @@ def draw_by_chunks(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
     return chunk_B1 * width + draw(weights_BW, weights_BW.cumsum(-1), rest_B1[:, 0].clamp(0, _LAST))
 
 
-def sample(logits_BV: Tensor, params: DrawParams, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+def sample(
+    logits_BV: Tensor, params: DrawParams, uniform_B: Tensor, kernels: NativeKernels | None = None
+) -> tuple[Tensor, Tensor]:
     """Choose one token a row by inverting the cumulative distribution at `uniform_B`: -> ids (B,), logprobs (B,).
 
     logits (B, V) float32; uniform (B,) in [0, 1). ids int64, logprobs float32: log_softmax(logits / temperature) of the
     chosen ids over the whole vocabulary, before any truncation, which is what a trainer recomputes by a forward pass.
     Rows of temperature 0 take the first of the largest logits, with its log probability at temperature 1.
+    kernels do the same faster where no row truncates.
     """
+    if kernels is not None and params.truncated_R is None and params.min_p_B1 is None:
+        return native_sample(kernels, logits_BV, params, uniform_B)
     if params.greedy_B is None:
         largest_B1 = logits_BV.amax(-1, keepdim=True)
     else:
@@ -190,3 +196,16 @@ def sample(logits_BV: Tensor, params: DrawParams, uniform_B: Tensor) -> tuple[Te
         ids_B1 = torch.where(params.greedy_B[:, None], likeliest_B1, ids_B1)
     logprobs_B1 = (logits_BV.gather(-1, ids_B1) - largest_B1) / params.divisor_B1
     return ids_B1[:, 0], logprobs_B1[:, 0] - log_total_B
+
+
+def native_sample(
+    kernels: NativeKernels, logits_BV: Tensor, params: DrawParams, uniform_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`sample` by native/sample.cpp, without truncation."""
+    (rows, vocabulary), logits_BV = logits_BV.shape, logits_BV.contiguous()
+    greedy_B = torch.zeros(rows, dtype=torch.bool) if params.greedy_B is None else params.greedy_B
+    ids_B, logprobs_B = torch.empty(rows, dtype=torch.long), torch.empty(rows)
+    sums_BC = torch.empty(rows, -(-vocabulary // 256))
+    tensors = logits_BV, params.divisor_B1, uniform_B, greedy_B, sums_BC, ids_B, logprobs_B
+    kernels.door("sample")(rows, vocabulary, *map(pointer, tensors), torch.get_num_threads())
+    return ids_B, logprobs_B

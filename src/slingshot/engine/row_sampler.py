@@ -21,13 +21,17 @@ from slingshot.engine.draw import DrawParams, sample, uniform_noise
 from slingshot.engine.logits import change, forbid
 from slingshot.engine.sampling import SamplingError
 from slingshot.engine.sequence import Sequence
+from slingshot.kernels.native import NativeKernels
 
 
 class RowSampler:
-    """What it keeps between steps are parameters as tensors, while the same sequences come in the same order."""
+    """What it keeps between steps are parameters as tensors, while the same sequences come in the same order.
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self._device = device
+    kernels: what draws on a CPU where no row truncates; without them torch does.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", kernels: NativeKernels | None = None) -> None:
+        self._device, self._kernels = device, kernels
         self._sequences: list[Sequence] = []
         self._special: list[tuple[int, Sequence]] = []
         self._take([])
@@ -53,11 +57,11 @@ class RowSampler:
         if self._special:
             own = OwnLogprobs(logits_RV, self._special, self._params.divisor_B1)
             self._change(logits_RV)
-            ids_R, logprobs_R = sample(logits_RV, self._params, uniform_R)
+            ids_R, logprobs_R = sample(logits_RV, self._params, uniform_R, self._kernels)
             self._force(ids_R)
             own.tell(logits_RV, ids_R, logprobs_R)
         else:
-            ids_R, logprobs_R = sample(logits_RV, self._params, uniform_R)
+            ids_R, logprobs_R = sample(logits_RV, self._params, uniform_R, self._kernels)
         if not torch.isfinite(logprobs_R).all():
             raise SlingshotError("logits are not finite: its weights have diverged; go back to an earlier checkpoint")
         return ids_R.tolist(), logprobs_R.tolist()

@@ -1,0 +1,70 @@
+"""Tokens drawn by native code beside torch's, over drawn shapes, at every level this processor has."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slingshot.engine.draw import DrawParams, native_sample, sample
+from slingshot.engine.sampling import SamplingParams
+from slingshot.kernels.native import native_kernels, native_levels
+
+pytestmark = pytest.mark.skipif(not native_levels(), reason="no native library is built here")
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 1000), size=st.integers(1, 1500), rows=st.integers(1, 12), spread=st.sampled_from([0.5, 3, 30])
+)
+def test_tokens_and_logprobs_are_those_of_the_definition(seed, size, rows, spread):
+    """The id is the one in whose share of the sum the number falls; greedy ids are the first of the largest."""
+    generator = torch.Generator().manual_seed(seed)
+    logits_BV = torch.randn(rows, size, generator=generator) * spread
+    logits_BV[0, size // 2 :] = logits_BV[0, size // 2]  # equals
+    uniform_B = torch.rand(rows, generator=generator)
+    temperatures = [(0.0, 0.3, 1.0, 2.0)[row % 4] for row in range(rows)]
+    params = DrawParams.of([SamplingParams(temperature=temperature) for temperature in temperatures])
+    expected_B = sample(logits_BV, params, uniform_B)[0]
+    for level in native_levels():
+        ids_B, logprobs_B = native_sample(native_kernels(level), logits_BV, params, uniform_B)
+        for row, temperature in enumerate(temperatures):
+            own_V = (logits_BV[row].double() / (temperature or 1.0)).log_softmax(-1)
+            assert abs(own_V[ids_B[row]] - logprobs_B[row]) < 1e-4 * max(1, spread)
+            if temperature == 0:
+                assert ids_B[row] == expected_B[row]
+                continue
+            end = own_V.exp().cumsum(-1)[ids_B[row]]
+            assert end - own_V[ids_B[row]].exp() - 1e-4 <= uniform_B[row] <= end + 1e-4
+
+
+@pytest.mark.parametrize("level", native_levels())
+def test_a_row_is_drawn_alike_alone_and_in_any_batch(level):
+    generator, kernels = torch.Generator().manual_seed(0), native_kernels(level)
+    logits_BV, uniform_B = torch.randn(20, 700, generator=generator) * 3, torch.rand(20, generator=generator)
+    params = [SamplingParams(temperature=(0.0, 0.7)[row % 2]) for row in range(20)]
+    ids_B, logprobs_B = native_sample(kernels, logits_BV, DrawParams.of(params), uniform_B)
+    for rows in ([3], [17, 2], list(range(19, -1, -1))):
+        part = DrawParams.of([params[row] for row in rows])
+        ids, logprobs = native_sample(kernels, logits_BV[rows], part, uniform_B[rows])
+        assert torch.equal(ids, ids_B[rows]) and torch.equal(logprobs, logprobs_B[rows])
+
+
+@pytest.mark.parametrize("level", native_levels())
+def test_the_ends_of_numbers(level):
+    """Tokens that are taken out are never drawn, whatever the number; what is no number gives no logprob."""
+    kernels, params = native_kernels(level), DrawParams.of([SamplingParams()] * 4)
+    logits_BV = torch.full((4, 600), -torch.inf)
+    logits_BV[:, 300] = torch.tensor([0.0, 3e38, -3e38, 1.0])
+    for uniform in (0.0, 0.5, 1 - 2.0**-24):
+        ids_B, logprobs_B = native_sample(kernels, logits_BV, params, torch.full((4,), uniform))
+        assert ids_B.tolist() == [300] * 4 and logprobs_B.tolist() == [0.0] * 4
+    for wrong in (math.nan, math.inf):
+        for place in (0, 299, 599):
+            broken_BV = logits_BV.clone()
+            broken_BV[2, place] = wrong
+            _, logprobs_B = native_sample(kernels, broken_BV, params, torch.full((4,), 0.5))
+            assert torch.isfinite(logprobs_B).tolist() == [True, True, False, True]
+    gone = native_sample(kernels, torch.full((4, 600), -torch.inf), params, torch.full((4,), 0.5))
+    assert not torch.isfinite(gone[1]).any()

@@ -73,15 +73,12 @@ def test_small_corpora_still_split() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("empty.txt", b"", "holds no text"),
-        ("binary.txt", b"\xff\xfe\x00", "not UTF-8 text"),
-        ("zeros.txt", b"a\0b", "zero bytes"),
-        ("bad.jsonl", b'{"text": "a"}\n{"text"', "line 2 is not valid JSON"),
+        ("empty.txt", b"", "holds no text"), ("binary.txt", b"\xff\xfe\x00", "not UTF-8 text"),
+        ("zeros.txt", b"a\0b", "zero bytes"), ("bad.jsonl", b'{"text": "a"}\n{"text"', "line 2 is not valid JSON"),
         ("key.jsonl", b'{"body": "a"}', r"line 1 has no text under 'text' \(keys: body\)"),
-        ("list.jsonl", b"[1]", "line 1 has no text"),
-        ("bad.parquet", b"PAR1 not really", "not a readable Parquet file"),
+        ("list.jsonl", b"[1]", "line 1 has no text"), ("bad.parquet", b"PAR1 no", "not a readable Parquet file"),
     ],
-)
+)  # fmt: skip
 def test_unusable_files_are_named(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SlingshotError, match=reason) as caught:

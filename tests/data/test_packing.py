@@ -15,11 +15,7 @@ def test_documents_by_hand() -> None:
     assert tokens_NT.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 99, 99, 99]]
     assert segments_NT.tolist() == [[1, 1, 1, 2], [1, 2, 2, 2], [1, 0, 0, 0]]
     assert tokens_NT.dtype == segments_NT.dtype == np.int32
-
-
-def test_no_documents_make_no_rows() -> None:
-    tokens_NT, segments_NT = pack(iter([[], []]), length=4)
-    assert tokens_NT.shape == segments_NT.shape == (0, 4)
+    assert [part.shape for part in pack(iter([[], []]), length=4)] == [(0, 4), (0, 4)]
 
 
 @thorough
@@ -66,10 +62,10 @@ def test_examples_stay_whole(sizes: list[int], seed: int) -> None:
         assert used[0] + used[1] > 8  # no two rows would have fitted one
 
 
-@pytest.mark.parametrize("example", [([1, 2, 3], [1, 1, 1]), ([1, 2], [1])])
-def test_impossible_examples_are_refused(example: tuple[list[int], list[int]]) -> None:
-    with pytest.raises(ValueError, match="example 1 has"):
-        pack_examples([([1], [1]), example], length=2)
+def test_impossible_examples_are_refused() -> None:
+    for example in ([1, 2, 3], [1, 1, 1]), ([1, 2], [1]):
+        with pytest.raises(ValueError, match="example 1 has"):
+            pack_examples([([1], [1]), example], length=2)
 
 
 def test_windows_that_overlap_score_every_token_once() -> None:
@@ -83,10 +79,6 @@ def test_windows_that_overlap_score_every_token_once() -> None:
 
 @given(st.integers(1, 60), st.integers(2, 20))
 def test_every_token_but_the_first_is_a_target_once(size: int, length: int) -> None:
-    found = [
-        token
-        for ids, mask in strided([list(range(size))], length)
-        for token, is_target in zip(ids, mask, strict=True)
-        if is_target
-    ]
-    assert found == list(range(1, size)) and all(len(ids) <= length for ids, _ in strided([range(size)], length))
+    windows = list(strided([range(size)], length))
+    found = [token for ids, mask in windows for token, is_target in zip(ids, mask, strict=True) if is_target]
+    assert found == list(range(1, size)) and all(len(ids) <= length for ids, _ in windows)

@@ -17,14 +17,10 @@ from slingshot.text.reasoning import Parsed
 @pytest.mark.parametrize(
     ("closed", "answer", "finished", "reward"),
     [
-        (True, "14", True, 1.0),
-        (False, "14", True, 0.0),
-        (True, "14", False, 0.0),
-        (True, " \n", True, 0.0),
-        (True, "<think>14", True, 0.0),
-        (True, "14</think>14", True, 0.0),
+        (True, "14", True, 1.0), (False, "14", True, 0.0), (True, "14", False, 0.0), (True, " \n", True, 0.0),
+        (True, "<think>14", True, 0.0), (True, "14</think>14", True, 0.0),
     ],
-)
+)  # fmt: skip
 def test_format(closed, answer, finished, reward):
     assert format_reward(closed, answer, finished) == reward
 
@@ -55,19 +51,16 @@ def test_another_script_is_neither_english_nor_japanese(text):
     assert language_consistency(text, "en") == language_consistency(text, "ja") == 0.0
 
 
-def test_mixed_text_counts_every_script():
+def test_mixed_text_counts_every_script_of_the_two_languages_there_are():
     assert language_consistency("three плюс four 더하기 七つ", "en") == pytest.approx(2 / 5)
     assert language_consistency("三は три", "ja") == 0.5
+    with pytest.raises(ValueError, match="'fr' is not supported; en and ja are"):
+        language_consistency("bonjour", "fr")
 
 
 @pytest.mark.parametrize("text", ["", "3+4=7", "3x4 = n", "。、!?", "3\u00d74\u00f72", "π ≈ 3, 𝑥 ∈ ℝ"])
 def test_a_text_without_words_is_consistent(text):
     assert language_consistency(text, "en") == language_consistency(text, "ja") == 1.0
-
-
-def test_unknown_language():
-    with pytest.raises(ValueError, match="'fr' is not supported; en and ja are"):
-        language_consistency("bonjour", "fr")
 
 
 @settings(derandomize=True, deadline=None)

@@ -31,9 +31,8 @@ def test_the_engine_gives_prompts_as_they_finish_and_goes_by_their_keys(model, t
     sampler = EngineSampler(Engine(model, tokenizer))
     whole = Engine(model, tokenizer).generate(PROMPTS, THREE, KEYS)
     for samples, output in zip(drawn(sampler), whole, strict=True):
-        assert [(s.ids, s.logprobs, s.finish_reason) for s in samples] == [
-            (c.token_ids, c.logprobs, c.finish_reason) for c in output.outputs
-        ]
+        expected = [(c.token_ids, c.logprobs, c.finish_reason) for c in output.outputs]
+        assert [(s.ids, s.logprobs, s.finish_reason) for s in samples] == expected
     sizes = [SamplingParams(max_tokens=size, ignore_eos=True) for size in (9, 2)]
     assert [index for index, _ in sampler.sample(PROMPTS, sizes, KEYS)] == [1, 0]
     broken_off = sampler.sample(PROMPTS, sizes, KEYS)

@@ -118,18 +118,15 @@ def inside(folder: Path, name: str) -> Path:
     if Path(name).name != name or not name or "\\" in name or "\0" in name:
         raise SlingshotError(f"{folder}: {name!r:.100} is no file name; a checkpoint's files lie in its folder itself")
     path, home = folder / name, folder.resolve()
-    homes = [home]
-    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
-        homes += [home.parent.parent / "blobs", home.parent.parent.parent / "blobs"]
-    try:
+    repository, homes = home.parent.parent, [home]
+    if home.parent.name == "snapshots" and repository.name.startswith("models--"):
+        homes += [repository / "blobs", repository.parent / "blobs"]
+    with contextlib.suppress(OSError, UnicodeError):  # of a name that no file system takes
         target = Path(os.path.realpath(path))
-        kept = any(home in target.parents for home in homes) and (target.is_file() or not os.path.lexists(path))
-    except (OSError, UnicodeError):  # a name that no file system takes
-        kept = False
-    if not kept:
-        what = f"{folder}: {name!r:.100} is a link out of the folder or no plain file"
-        raise SlingshotError(f"{what}; put a copy of the file itself there")
-    return path
+        if not {*homes}.isdisjoint(target.parents) and (target.is_file() or not os.path.lexists(path)):
+            return path
+    what = f"{folder}: {name!r:.100} is a link out of the folder or no plain file"
+    raise SlingshotError(f"{what}; put a copy of the file itself there")
 
 
 @contextlib.contextmanager

@@ -1,1 +1,0 @@
-"""Text: corpora, packing, the tokenizer with its chat template, and the reasoning parser. No torch."""

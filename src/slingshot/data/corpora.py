@@ -9,7 +9,6 @@ A corpus is held in memory: it is packed and shuffled as a whole.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from slingshot.base.errors import SlingshotError
+from slingshot.base.files import parse_json
 
 _log = logging.getLogger(__name__)
 
@@ -129,11 +129,8 @@ def _read_plain(path: Path, file: IO[str], whole: bool) -> Iterator[str]:
 def _read_jsonl(path: Path, file: IO[str], text_key: str) -> Iterator[str]:
     for number, line in enumerate(file, start=1):
         if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise SlingshotError(f"{path} line {number} is not valid JSON: {error}") from error
-            yield _text_of(row, text_key, f"{path} line {number}")
+            where = f"{path} line {number}"
+            yield _text_of(parse_json(line, where), text_key, where)
 
 
 def _read_parquet(path: Path, text_key: str) -> Iterator[str]:

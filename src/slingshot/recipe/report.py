@@ -86,13 +86,9 @@ def _bill(stages: list[StageResult], evaluations: list[Receipt]) -> RunBill | No
 def _summary(stage: StageResult, receipt: Receipt) -> dict[str, Any]:
     """A finished stage as report.json has it; the artifact's path is relative to the run."""
     shown = {"tokens", "flops", "seconds", *PeakMemory.model_fields, "mfu", "energy_joules", "money"}
-    return {
-        "name": stage.name,
-        "kind": stage.kind,
-        "artifact": stage.name,
-        "receipt": receipt.model_dump(include=shown),
-        "eval": {task: score.model_dump(mode="json", by_alias=True) for task, score in stage.scores.items()},
-    }
+    scores = {task: score.model_dump(mode="json", by_alias=True) for task, score in stage.scores.items()}
+    return {"name": stage.name, "kind": stage.kind, "artifact": stage.name, "eval": scores,
+            "receipt": receipt.model_dump(include=shown)}  # fmt: skip
 
 
 def _page(record: RunRecord, folder: str, stages: list[StageResult], offered: list[str], bill: RunBill | None) -> str:
@@ -105,27 +101,18 @@ def _page(record: RunRecord, folder: str, stages: list[StageResult], offered: li
     subject = next((stage for stage in evaluated if stage.name == record.chat), evaluated[-1] if evaluated else None)
     apart = [bill.evaluations.seconds] if bill and bill.evaluations else []
     times = [*(receipt.seconds for receipt in finished), *apart]
+    scores = [score for stage in evaluated for score in stage.scores.values()]
     return environment.get_template("report.html.jinja").render(
-        title=record.name or folder,
-        stages=stages,
-        offered=offered,
-        evaluated=evaluated,
-        tasks=tasks,
-        first=evaluated[0] if evaluated else None,
-        subject=subject,
-        has_pass_at_8=any(score.pass_at_8 is not None for stage in evaluated for score in stage.scores.values()),
-        has_language=any(score.language is not None for stage in evaluated for score in stage.scores.values()),
+        title=record.name or folder, stages=stages, offered=offered, evaluated=evaluated, tasks=tasks, subject=subject,
+        first=evaluated[0] if evaluated else None, bill=bill, longest=max(times, default=0.0), show=quantity,
+        has_pass_at_8=any(score.pass_at_8 is not None for score in scores),
+        has_language=any(score.language is not None for score in scores),
         built=subject.model if subject else next((stage.model for stage in stages if stage.model), None),
-        machine=finished[-1].machine if finished else None,
-        version=finished[-1].version if finished else "",
-        bill=bill,
-        longest=max(times, default=0.0),
-        accuracy_chart=accuracy_chart(evaluated, tasks) if tasks else "",
-        curves=training_curves(stages),
+        machine=finished[-1].machine if finished else None, version=finished[-1].version if finished else "",
+        accuracy_chart=accuracy_chart(evaluated, tasks) if tasks else "", curves=training_curves(stages),
         problems=_problems(evaluated, subject, tasks),
-        show=quantity,
         clip=lambda text: text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …",
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,11 @@ ROOMS = {
     "kernels": (1100, 1000), "machine": (410, 270), "model": (1310, 1410), "parity": (0, 900),
     "planning": (2210, 1100), "quantization": (60, 80), "recipe": (995, 930), "rollout": (570, 480),
     "sandbox": (313, 235), "stages": (1040, 1140), "tasks": (1212, 1180), "text": (1460, 1780),
-    "training": (1300, 1085), ".": (60, 680),
+    "training": (1300, 1025), ".": (60, 680),
 }  # fmt: skip
 
 # Files and rooms that are not as the house wants them yet; each list only ever gets shorter.
-LONG_FILES = {
-    "tests/engine/test_engine.py", "tests/training/test_checkpointer.py",
-}  # fmt: skip
+LONG_FILES = {"tests/engine/test_engine.py"}
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}
 

@@ -1,11 +1,8 @@
 """The same training on any number of ranks: torchrun ... ranks.py FOLDER writes FOLDER/rank-R.json on each."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,7 +23,7 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 
 
-def batch(step: int) -> Rows:
+def batch(step):
     """Five rows of 24 tokens, which two ranks cannot share evenly; documents of 7 tokens, a row half empty."""
     tokens_BT = torch.randint(0, 64, (5, 24), generator=torch.Generator().manual_seed(step))
     tokens_BT[:, 1:] = (tokens_BT[:, :-1] // 2 + tokens_BT[:, 1:] // 8) % 64  # something to learn
@@ -35,10 +32,10 @@ def batch(step: int) -> Rows:
     return Rows(tokens_BT, segments_BT, (segments_BT > 0).float())
 
 
-def train(parallel: Parallel) -> dict[str, Any]:
+def train(parallel):
     """20 steps; half-way everything is gathered into a new model and optimizer, as resuming does."""
 
-    def start() -> tuple[Transformer, Optimizer]:
+    def start():
         model = Transformer.empty(CONFIG, parallel.device, shard=parallel.shard)
         model.init_weights(torch.Generator().manual_seed(0))
         return model, Optimizer(model, OptimizerConfig(lr=0.01, adam_lr=0.01))
@@ -67,7 +64,7 @@ def train(parallel: Parallel) -> dict[str, Any]:
     }
 
 
-def read(parallel: Parallel, folder: Path) -> dict[str, Any]:
+def read(parallel, folder):
     """Fill a sharded model from a checkpoint and count the bytes that took."""
     weights = FolderWeights(folder)
     model = Transformer.empty(CONFIG, shard=parallel.shard)

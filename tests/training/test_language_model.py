@@ -1,33 +1,23 @@
 """One training step over packed rows: the loss is a mean over the global batch's tokens, however the rows are split."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from slingshot.cost.flops import training_flops, training_parts
 from slingshot.data.packing import pack
-from slingshot.model.config import ModelConfig
-from slingshot.model.moe import Routing, balance_loss
-from slingshot.model.transformer import Transformer
+from slingshot.model.moe import balance_loss
 from slingshot.training.batch import Rows
 from slingshot.training.language_model import LanguageModelLoss, evaluate_loss, language_model_step
 from slingshot.training.parallel import Parallel
-
-Make = Callable[..., Transformer]
-Config = Callable[..., ModelConfig]
 
 ALONE = Parallel()
 WEIGHTS = LanguageModelLoss(mtp=0.3, balance=0.01)
 
 
 @pytest.fixture(scope="module")
-def model(make_model: Make, deepseek: Config) -> Transformer:
+def model(make_model, deepseek):
     return make_model(deepseek())
 
 
@@ -35,20 +25,20 @@ DOCUMENTS = [np.random.default_rng(size).integers(0, 64, size).tolist() for size
 PIECES = [5, 7, 2, 2, 7, 1, 11, 1, 3, 6]  # what rows of 12 cut them into: 5 + 7, 2 + 2 + 7 + 1, 11 + 1, 3 + 6
 
 
-def packed_rows() -> Rows:
+def packed_rows():
     """Four rows of 12 tokens, the last with padding; targets from every third token on weigh 0."""
     tokens_NT, segments_NT = pack(DOCUMENTS, 12)
     weights = (segments_NT > 0) * (np.arange(12) % 3 != 0)
     return Rows.of(tokens_NT, segments_NT, weights)
 
 
-def gradients(model: Transformer) -> dict[str, Tensor]:
+def gradients(model):
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.zero_grad()
     return found
 
 
-def test_losses_against_a_loop_over_documents(model: Transformer) -> None:
+def test_losses_against_a_loop_over_documents(model):
     """Cross entropy and MTP over each piece of a document alone; balance loss per row; gradients of their sum."""
     rows = packed_rows()
     next_losses, far_losses = [], []
@@ -67,7 +57,7 @@ def test_losses_against_a_loop_over_documents(model: Transformer) -> None:
         for parts in (next_losses, far_losses)
     )
 
-    routings: list[Routing] = []
+    routings = []
     handles = [
         layer.gate.register_forward_hook(lambda _, __, routing: routings.append(routing))
         for layer in model.moe_layers()
@@ -98,7 +88,7 @@ def test_losses_against_a_loop_over_documents(model: Transformer) -> None:
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
 @pytest.mark.parametrize("empty", [0, 2])
-def test_micro_batches_and_empty_rows_change_nothing(model: Transformer, micro_batch_size: int, empty: int) -> None:
+def test_micro_batches_and_empty_rows_change_nothing(model, micro_batch_size, empty):
     """Empty rows are what a rank gets where the ranks do not divide the batch."""
     rows = packed_rows()
     whole = language_model_step(model, rows, WEIGHTS, 4, ALONE)
@@ -115,14 +105,14 @@ def test_micro_batches_and_empty_rows_change_nothing(model: Transformer, micro_b
         assert (found[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-7, name
 
 
-def test_weights_of_zero_leave_their_parts_out(model: Transformer) -> None:
+def test_weights_of_zero_leave_their_parts_out(model):
     losses = language_model_step(model, packed_rows(), LanguageModelLoss(mtp=0.0, balance=0.0), 4, ALONE)
     found = gradients(model)
     assert losses.mtp_loss is None and len(losses.load_LE) == 2
     assert not [name for name in found if name.startswith("model.layers.3.")]
 
 
-def test_rows_without_a_target_give_no_loss_and_no_gradient(make_model: Make, dense: Config) -> None:
+def test_rows_without_a_target_give_no_loss_and_no_gradient(make_model, dense):
     model, rows = make_model(dense()), packed_rows()
     losses = language_model_step(
         model, Rows(rows.tokens_BT, rows.segments_BT, torch.zeros_like(rows.weights_BT)), WEIGHTS, 4, ALONE
@@ -131,7 +121,7 @@ def test_rows_without_a_target_give_no_loss_and_no_gradient(make_model: Make, de
     assert all(gradient.count_nonzero() == 0 for gradient in gradients(model).values())
 
 
-def test_held_out_loss_is_the_sum_over_tokens(model: Transformer) -> None:
+def test_held_out_loss_is_the_sum_over_tokens(model):
     rows = packed_rows()
     losses = language_model_step(model, rows, WEIGHTS, 4, ALONE)
     model.zero_grad()
@@ -140,7 +130,7 @@ def test_held_out_loss_is_the_sum_over_tokens(model: Transformer) -> None:
     assert evaluate_loss(model, rows, 2, ALONE) == pytest.approx(losses.loss * count, rel=1e-5)
 
 
-def test_rows_count_their_tokens_and_documents(model: Transformer) -> None:
+def test_rows_count_their_tokens_and_documents(model):
     rows = packed_rows()
     assert rows.n_tokens == 45
     assert sorted(rows.lengths()) == sorted(PIECES)
@@ -149,7 +139,7 @@ def test_rows_count_their_tokens_and_documents(model: Transformer) -> None:
     assert training_parts(model.config, rows.lengths(), mtp=False) == {"training": main, "mtp": 0.0}
 
 
-def test_ranks_share_the_rows_and_all_take_part() -> None:
+def test_ranks_share_the_rows_and_all_take_part():
     """Five rows over two ranks: three each, the last of the second empty; together the whole batch."""
     rows = Rows(*(torch.arange(5)[:, None].expand(5, 2) + 1 for _ in range(3)))
     shares = [rows.shard(Parallel(rank, 2)) for rank in range(2)]

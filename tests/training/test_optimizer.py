@@ -1,30 +1,21 @@
 """The optimizer step: orthogonalisation, Muon computed by hand, which parameter goes where, schedule, resuming."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from slingshot.model.config import ModelConfig
 from slingshot.model.moe import expert_load
-from slingshot.model.transformer import Transformer
 from slingshot.training.optimizer import Muon, Optimizer, OptimizerConfig, newton_schulz, schedule, update_router_biases
 
-Make = Callable[..., Transformer]
-Config = Callable[..., ModelConfig]
 
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
+def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 8, 20), (3, 2, 20, 8), (12, 12)])
-def test_newton_schulz_pushes_singular_values_to_one_in_every_matrix(shape: tuple[int, ...]) -> None:
+def test_newton_schulz_pushes_singular_values_to_one_in_every_matrix(shape):
     """Five quintic steps leave them between 0.6 and 1.3; directions stay; a batch is its matrices one by one."""
     matrices = normal(*shape)
     if len(shape) > 2:
@@ -39,7 +30,7 @@ def test_newton_schulz_pushes_singular_values_to_one_in_every_matrix(shape: tupl
         assert (through - through.diag().diag()).abs().max() < 1e-3 and (through.diag() > 0.6).all()
 
 
-def test_newton_schulz_of_a_diagonal_by_hand() -> None:
+def test_newton_schulz_of_a_diagonal_by_hand():
     """One step on diag(3, 4): normalised to (0.6, 0.8), then 3.4445 x - 4.7750 x^3 + 2.0315 x^5 each."""
     expected = [3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5 for x in (0.6, 0.8)]
     found = newton_schulz(torch.diag(torch.tensor([3.0, 4.0])), steps=1)
@@ -47,7 +38,7 @@ def test_newton_schulz_of_a_diagonal_by_hand() -> None:
     assert newton_schulz(torch.zeros(2, 4, 3)).count_nonzero() == 0
 
 
-def test_muon_by_an_independent_computation() -> None:
+def test_muon_by_an_independent_computation():
     """Two steps of W -= lr (0.2 sqrt(max(M, N)) NS(g + 0.9 (m - g)) + 0.1 W), m = 0.9 m + 0.1 g; also of a stack."""
     plain, stack = nn.Parameter(normal(3, 5)), nn.Parameter(normal(2, 2, 3, 5, seed=1))
     optimizer = Muon([plain, stack], lr=0.02, momentum=0.9, weight_decay=0.1, dtype=torch.float32)
@@ -68,14 +59,14 @@ def test_muon_by_an_independent_computation() -> None:
     assert torch.allclose(stack.view(4, 3, 5), torch.stack(matrices[1:]), atol=1e-6)
 
 
-def test_muon_leaves_parameters_without_gradient_alone() -> None:
+def test_muon_leaves_parameters_without_gradient_alone():
     parameter = nn.Parameter(normal(3, 5))
     before = parameter.detach().clone()
     Muon([parameter], lr=0.1, momentum=0.9, weight_decay=0.5, dtype=torch.float32).step()
     assert torch.equal(parameter, before)
 
 
-def take_step(model: Transformer, optimizer: Optimizer, seed: int = 0, fraction: float = 1.0) -> float:
+def take_step(model, optimizer, seed=0, fraction=1.0):
     rows = torch.randint(0, model.config.vocab_size, (2, 6), generator=torch.Generator().manual_seed(seed))
     output = model(rows, mtp=model.config.num_nextn_predict_layers > 0)
     loss = output.logits_BTV.logsumexp(-1).mean()
@@ -85,7 +76,7 @@ def take_step(model: Transformer, optimizer: Optimizer, seed: int = 0, fraction:
     return optimizer.step(fraction)
 
 
-def test_matrices_go_to_muon_and_the_rest_to_adamw_each_once(make_model: Make, deepseek: Config) -> None:
+def test_matrices_go_to_muon_and_the_rest_to_adamw_each_once(make_model, deepseek):
     """Embedding, head, router and norms are AdamW's; norms decay nowhere."""
     model = make_model(deepseek())
     optimizer = Optimizer(model, OptimizerConfig())
@@ -102,13 +93,13 @@ def test_matrices_go_to_muon_and_the_rest_to_adamw_each_once(make_model: Make, d
     assert [group["weight_decay"] for group in adamw.param_groups] == [0.1, 0.0]
 
 
-def test_adamw_alone_has_one_learning_rate(make_model: Make, dense: Config) -> None:
+def test_adamw_alone_has_one_learning_rate(make_model, dense):
     model = make_model(dense())
     ((part, lr),) = Optimizer(model, OptimizerConfig(name="adamw", lr=0.5, adam_lr=0.1)).parts
     assert lr == 0.5 and sum(len(group["params"]) for group in part.param_groups) == len(list(model.parameters()))
 
 
-def test_a_step_clips_the_norm_scales_the_rate_and_drops_the_gradients(make_model: Make, dense: Config) -> None:
+def test_a_step_clips_the_norm_scales_the_rate_and_drops_the_gradients(make_model, dense):
     """AdamW's first step moves every weight by lr g / |g|; the norm returned is the one before clipping."""
     model = make_model(dense())
     optimizer = Optimizer(model, OptimizerConfig(name="adamw", lr=0.01, weight_decay=0.0, clip=0.5))
@@ -127,7 +118,7 @@ def test_a_step_clips_the_norm_scales_the_rate_and_drops_the_gradients(make_mode
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_norm_that_is_not_finite_leaves_the_weights_untouched(make_model: Make, dense: Config, value: float) -> None:
+def test_a_norm_that_is_not_finite_leaves_the_weights_untouched(make_model, dense, value):
     model = make_model(dense())
     optimizer = Optimizer(model, OptimizerConfig())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -137,7 +128,7 @@ def test_a_norm_that_is_not_finite_leaves_the_weights_untouched(make_model: Make
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_schedule_warms_up_stays_and_decays_by_hand() -> None:
+def test_schedule_warms_up_stays_and_decays_by_hand():
     config = OptimizerConfig(warmup=0.2, decay=0.4, final=0.1)
     # 2 steps of warm-up, 4 of decay: 6 to 9 at 1, .75, .5, .25 of the way from 0.1 to 1
     expected = [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.775, 0.55, 0.325]
@@ -147,7 +138,7 @@ def test_schedule_warms_up_stays_and_decays_by_hand() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"name": "adamw"}])
-def test_a_restored_optimizer_goes_on_identically(make_model: Make, deepseek: Config, changes: dict[str, Any]) -> None:
+def test_a_restored_optimizer_goes_on_identically(make_model, deepseek, changes):
     config = OptimizerConfig(**changes)
     model = make_model(deepseek())
     optimizer = Optimizer(model, config)
@@ -172,7 +163,7 @@ def test_a_restored_optimizer_goes_on_identically(make_model: Make, deepseek: Co
     assert not torch.equal(fresh.model.norm.weight, model.model.norm.weight), "the state must matter"
 
 
-def test_router_biases_rise_where_the_load_is_low(make_model: Make, deepseek: Config) -> None:
+def test_router_biases_rise_where_the_load_is_low(make_model, deepseek):
     model = make_model(deepseek())
     before = [layer.gate.e_score_correction_bias.clone() for layer in model.moe_layers()]
     load = torch.tensor([8.0, 0.0, 4.0, 4.0, 4.0, 4.0, 2.0, 6.0])
@@ -183,7 +174,7 @@ def test_router_biases_rise_where_the_load_is_low(make_model: Make, deepseek: Co
         assert torch.allclose(found, 0.01 * expected, atol=1e-7)
 
 
-def test_biases_even_out_a_skewed_router(make_model: Make, deepseek: Config) -> None:
+def test_biases_even_out_a_skewed_router(make_model, deepseek):
     """The closed loop: measured load, moved bias, evener load."""
     shape = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
     model = make_model(deepseek(**shape, n_group=1, topk_group=1))

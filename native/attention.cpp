@@ -3,13 +3,15 @@
 #include "attention.h"
 
 #include "page.h"
+#include "score_tiles.h"
 #include "scratch.h"
 
 namespace slingshot {
 namespace LEVEL {
 namespace {
 
-constexpr int BLOCK = 128;  // tokens of a block
+constexpr int BLOCK = 128;              // tokens of a block
+constexpr float LOG2_E = 1.44269504f;  // 1 / ln 2
 
 constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
@@ -17,8 +19,8 @@ constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
 template <class T> struct Unit {
     using Word = typename WordOf<T>::type;
     int depth, words, columns;  // words that a query takes, words that are multiplied, columns of its result
-    Word *queries, *keys, *values;
-    float *scores, *sums, *largest, *totals;
+    Word *queries, *query_columns, *keys, *values;
+    float *scores, *sums, *largest, *totals, *factors;
 
     Unit(const AttentionShape& shape) {
         depth = round_up(shape.width / PER_WORD<T>, 16);
@@ -28,13 +30,15 @@ template <class T> struct Unit {
 
     size_t carve(void* memory) {
         Carver carver{static_cast<char*>(memory)};
-        queries = carver.take<Word>(ROWS * depth);
+        queries = carver.take<Word>((ROWS + 16) * depth);  // whole tiles, wherever the first row is
+        query_columns = carver.take<Word>(16 * depth);
         keys = carver.take<Word>(BLOCK * depth);
         values = carver.take<Word>(BLOCK / PER_WORD<T> * columns);
-        scores = carver.take<float>(ROWS * BLOCK);
-        sums = carver.take<float>((ROWS + 16) * columns);  // whole tiles, wherever the first row is
-        largest = carver.take<float>(ROWS);
-        totals = carver.take<float>(ROWS);
+        scores = carver.take<float>((ROWS + 16) * BLOCK);
+        sums = carver.take<float>((ROWS + 16) * columns);
+        largest = carver.take<float>(ROWS + 16);
+        totals = carver.take<float>(ROWS + 16);
+        factors = carver.take<float>(16);
         return carver.used;
     }
 };
@@ -53,28 +57,60 @@ inline void copy_row(const bf16* from, int width, int words, Pair* to) {
     std::memcpy(to, from, width * 2);
 }
 
-// A row's scores of a block become weights, e^(scale (score - largest)) with its largest score so far, in place, as the
-// numbers that words hold; those past `count` become 0. `total` is the sum of the weights so far. Gives the factor by
-// which what was summed before is now to be multiplied.
-template <class T>
-inline float weigh(float* scores, int count, int padded, float scale, float* largest, float* total) {
-    for (int i = count; i < padded; i++) scores[i] = -INFINITY;
-    Floats most = all(*largest);
-    for (int i = 0; i < count; i += LANES) most = max(most, load(scores + i));
-    const float now = highest(most);
-    const float factor = now == *largest ? 1 : std::exp((*largest - now) * scale);
-    Floats sums = zeros();
-    for (int i = 0; i < padded; i += LANES) {
-        const Floats weights = exp(fma(load(scores + i), all(scale), all(-now * scale)));
-        sums = add(sums, weights);
-        if constexpr (PER_WORD<T> == 2)
-            store(reinterpret_cast<bf16*>(scores) + i, weights);  // never ahead of what is still to be read
-        else
-            store(scores + i, weights);
+// For LANES rows of LANES numbers each row's sum, or its largest number.
+template <class Op> inline Floats of_each_row(const float* rows, Op op) {
+    alignas(64) float columns[LANES * LANES];
+#if defined(__AVX512F__)
+    transpose_words(rows, LANES, LANES, columns, LANES);
+#else
+    for (int r = 0; r < LANES; r++)
+        for (int i = 0; i < LANES; i++) columns[i * LANES + r] = rows[r * LANES + i];
+#endif
+    Floats y = load(columns);
+    for (int i = 1; i < LANES; i++) y = op(y, load(columns + i * LANES));
+    return y;
+}
+
+// How far up to LANES rows have come: for each its largest score, the sum of its weights, and the factor by which what
+// was summed before this block is now to be multiplied.
+struct Rows {
+    float *largest, *totals, *factors;
+};
+
+// Scores of a block, rows BLOCK apart, become weights in place, as the numbers that words hold: 2^(scale (score -
+// largest)), of the first counts[row] tokens; others weigh 0. Powers of two save a product; `scale` has 1 / ln 2 in it.
+template <class T> inline void weigh(float* scores, const int* counts, int rows, int padded, float scale, Rows so_far) {
+    alignas(64) float part[LANES * LANES] = {};
+    for (int r = 0; r < rows; r++) {
+        float* row = scores + r * BLOCK;
+        for (int i = counts[r]; i % LANES != 0; i++) row[i] = -INFINITY;
+        Floats most = load(row);
+        for (int i = LANES; i < counts[r]; i += LANES) most = max(most, load(row + i));
+        store(part + r * LANES, most);
     }
-    *total = *total * factor + sum(sums);
-    *largest = now;
-    return factor;
+    const Floats before = load(so_far.largest);
+    const Floats now = max(before, of_each_row(part, [](Floats a, Floats b) { return max(a, b); }));
+    const Floats factors = power_of_two<float>(mul(sub(before, now), all(scale)));
+    store(so_far.largest, now);
+    store(so_far.factors, factors);
+    for (int r = 0; r < rows; r++) {
+        float* row = scores + r * BLOCK;
+        T* weights = reinterpret_cast<T*>(row);  // narrower numbers are never ahead of what is still to be read
+        const Floats shift = all(-so_far.largest[r] * scale);
+        Floats sums = zeros();
+        for (int i = 0; i < padded; i += LANES) {
+            Floats y = zeros();
+            if (i < counts[r]) y = power_of_two<T>(fma(load(row + i), all(scale), shift));
+            sums = add(sums, y);
+            if constexpr (PER_WORD<T> == 2)
+                store(weights + i, y);
+            else
+                store(row + i, y);
+        }
+        store(part + r * LANES, sums);
+    }
+    const Floats sums = of_each_row(part, [](Floats a, Floats b) { return add(a, b); });
+    store(so_far.totals, fma(load(so_far.totals), factors, sums));
 }
 
 template <class T> class Attention {
@@ -111,48 +147,80 @@ template <class T> class Attention {
             copy_row(from, shape.width, own.depth, own.queries + r * own.depth);
             own.largest[r] = -INFINITY, own.totals[r] = 0;
         }
+        tiled = PER_WORD<T> == 2 && fits_tiles(shape.width, unit.rows);
+#if defined(__AMX_BF16__)
+        if constexpr (PER_WORD<T> == 2)
+            if (tiled) turn_queries(own.queries, own.depth, own.query_columns);
+#endif
         std::memset(own.sums, 0, static_cast<size_t>(unit.rows) * own.columns * 4);
         for (int begin = unit.begin; begin < unit.end; begin += BLOCK) block(unit, begin);
-        for (int r = 0; r < unit.rows; r++) finish(unit, r, y + (unit.partial < 0 ? place(unit, r, y_stride, shape.value_width) : 0));
+        for (int r = 0; r < unit.rows; r++)
+            finish(unit, r, unit.partial < 0 ? y + place(unit, r, y_stride, shape.value_width) : nullptr);
     }
 
   private:
+    bool tiled;  // the present unit's scores are made by tiles over the cache as it lies
+
+    // The rows' sums over up to BLOCK tokens from `begin` on.
     void block(const AttentionUnit& unit, int begin) {
         const int tokens = unit.end - begin < BLOCK ? unit.end - begin : BLOCK;
         const int padded = round_up(tokens, 16 * PER_WORD<T>);
         const Sequences& sequences = plan.sequences;
-        const int* pages = sequences.block_tables + static_cast<size_t>(unit.sequence) * sequences.pages + begin / PAGE;
-        for (int t = 0; t < padded; t += PAGE) {
-            const int count = tokens - t < PAGE ? tokens - t : PAGE;
-            const size_t token = count > 0 ? static_cast<size_t>(pages[t / PAGE]) * PAGE : 0;
-            if (count > 0)
-                pack_keys(keys + token * key_stride + unit.group * shape.width, key_stride, shape.width,
-                          own.keys + t * own.depth);
-            pack_values(values + token * value_stride + unit.group * value_offset, value_stride, count,
-                        shape.value_width, own.columns, own.values + t / PER_WORD<T> * own.columns);
-        }
         // Rows of earlier tokens may see none of this block: they are the first ones.
         const int seen = sequences.lengths[unit.sequence] -
                          (sequences.starts[unit.sequence + 1] - sequences.starts[unit.sequence]);
-        const int first_token = begin - seen;  // the first of the new tokens that sees the block's first token
-        const int blind = first_token * per_token - unit.first_row;
+        const int blind = (begin - seen) * per_token - unit.first_row;
         const int first = blind > 0 ? blind : 0, rows = unit.rows - first;
-        Word* q = own.queries + first * own.depth;
-        product(q, own.depth, own.keys, 16, static_cast<size_t>(16) * own.depth, own.words, rows, round_up(tokens, 16),
-                own.scores, BLOCK, false);
-        for (int r = 0; r < rows; r++) {
-            const int limit = seen + (unit.first_row + first + r) / per_token + 1 - begin;
-            float* sums = own.sums + (first + r) * own.columns;
-            const float factor = weigh<T>(own.scores + r * BLOCK, limit < tokens ? limit : tokens,
-                                                             padded, shape.scale, &own.largest[first + r],
-                                                             &own.totals[first + r]);
-            if (factor != 1)
-                for (int c = 0; c < own.columns; c += LANES) store(sums + c, mul(load(sums + c), all(factor)));
+        const int* pages = sequences.block_tables + static_cast<size_t>(unit.sequence) * sequences.pages + begin / PAGE;
+        float* scores = own.scores + first * BLOCK;
+        score(unit, pages, tokens, first, scores);
+        for (int r = 0; r < rows; r += LANES) {
+            int counts[LANES];
+            const int here = rows - r < LANES ? rows - r : LANES, row = unit.first_row + first + r;
+            for (int i = 0; i < here; i++) {
+                const int limit = seen + (row + i) / per_token + 1 - begin;
+                counts[i] = limit < tokens ? limit : tokens;
+            }
+            const Rows so_far{own.largest + first + r, own.totals + first + r, own.factors};
+            weigh<T>(scores + r * BLOCK, counts, here, padded, shape.scale * LOG2_E, so_far);
+            for (int i = 0; i < here; i++) {
+                float* sums = own.sums + (first + r + i) * own.columns;
+                for (int c = 0; c < own.columns && own.factors[i] != 1; c += LANES)
+                    store(sums + c, mul(load(sums + c), all(own.factors[i])));
+            }
         }
-        product(reinterpret_cast<const Word*>(own.scores), BLOCK, own.values, own.columns, 16,
-                padded / PER_WORD<T>, rows, own.columns, own.sums + first * own.columns, own.columns, true);
+        for (int t = 0; t < padded; t += PAGE) {
+            const int count = tokens - t < PAGE ? tokens - t : PAGE;
+            const size_t token = count > 0 ? static_cast<size_t>(pages[t / PAGE]) * PAGE : 0;
+            pack_values(values + token * value_stride + unit.group * value_offset, value_stride, count,
+                        shape.value_width, own.columns, own.values + t / PER_WORD<T> * own.columns);
+        }
+        product(reinterpret_cast<const Word*>(scores), BLOCK, own.values, own.columns, 16, padded / PER_WORD<T>, rows,
+                own.columns, own.sums + first * own.columns, own.columns, true);
     }
 
+    // scores [rows, BLOCK] of the rows from `first` on with some tokens.
+    void score(const AttentionUnit& unit, const int* pages, int tokens, int first, float* scores) {
+        const int count = (tokens + PAGE - 1) / PAGE;
+        const T* at[BLOCK / PAGE];
+        for (int i = 0; i < count; i++)
+            at[i] = keys + static_cast<size_t>(pages[i]) * PAGE * key_stride + unit.group * shape.width;
+#if defined(__AMX_BF16__)
+        if constexpr (PER_WORD<T> == 2)
+            if (tiled) {
+                for (int i = 0; i < count; i += 4)
+                    score_pages(at + i, count - i < 4 ? count - i : 4, key_stride, own.query_columns, own.depth, unit.rows,
+                                own.scores + i * PAGE, BLOCK);
+                return;
+            }
+#endif
+        for (int i = 0; i < count; i++)
+            pack_keys(at[i], key_stride, shape.width, own.keys + static_cast<size_t>(i) * PAGE * own.depth);
+        product(own.queries + static_cast<size_t>(first) * own.depth, own.depth, own.keys, 16,
+                static_cast<size_t>(PAGE) * own.depth, own.words, unit.rows - first, count * PAGE, scores, BLOCK, false);
+    }
+
+    // A row's result to `to`, or, of a part of its tokens, to the partial results.
     void finish(const AttentionUnit& unit, int r, T* to) {
         const float* sums = own.sums + r * own.columns;
         if (unit.partial >= 0) {
@@ -191,7 +259,7 @@ template <class T> void merge_attention(const AttentionPlan& plan, T* y, int y_s
             std::memset(sums, 0, width * 4);
             for (int c = 0; c < merge.chunks; c++) {
                 // a chunk that begins after the row's own token has seen nothing: its largest score is -inf
-                const float factor = std::exp((chunk[c * step + width + 1] - largest) * shape.scale);
+                const float factor = std::exp2((chunk[c * step + width + 1] - largest) * (shape.scale * LOG2_E));
                 total += factor * chunk[c * step + width];
                 for (int w = 0; w < width; w++) sums[w] += factor * chunk[c * step + w];
             }

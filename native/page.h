@@ -9,33 +9,24 @@ namespace LEVEL {
 
 #if defined(__AVX512F__)
 
-// 16 rows of up to 16 32-bit words, `stride` words apart, to columns: `to` is [16][16], missing words are zeros.
-inline void transpose_words(const void* from, size_t stride, int words, void* to) {
+// 16 rows of `words` 32-bit words (a multiple of 4), `stride` words apart, to columns `to_stride` words apart.
+inline void transpose_words(const void* from, size_t stride, int words, void* to, size_t to_stride) {
     const uint32_t* rows = static_cast<const uint32_t*>(from);
-    const __mmask16 present = static_cast<__mmask16>((1u << words) - 1);
-    __m512i x[16], y[16];
-    for (int i = 0; i < 16; i++) x[i] = _mm512_maskz_loadu_epi32(present, rows + i * stride);
-    for (int i = 0; i < 16; i += 2) {
-        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
-            x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + j + 2]);
-            x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + j + 2]);
+    uint32_t* columns = static_cast<uint32_t*>(to);
+    for (int w = 0; w < words; w += 4) {
+        __m512i x[4];  // four words of rows i, i + 4, i + 8, i + 12: put together while they are loaded
+        for (int i = 0; i < 4; i++) {
+            const uint32_t* row = rows + i * stride + w;
+            auto four = [&](int r) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + r * stride)); };
+            x[i] = _mm512_inserti32x4(_mm512_castsi128_si512(four(0)), four(4), 1);
+            x[i] = _mm512_inserti32x4(_mm512_inserti32x4(x[i], four(8), 2), four(12), 3);
         }
-    // x[4 q + c] holds column 4 l + c of rows 4 q to 4 q + 3 in its 128-bit lane l
-    for (int c = 0; c < 4; c++) {
-        y[c] = _mm512_shuffle_i32x4(x[c], x[4 + c], 0x88), y[4 + c] = _mm512_shuffle_i32x4(x[c], x[4 + c], 0xdd);
-        y[8 + c] = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0x88);
-        y[12 + c] = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0xdd);
-    }
-    __m512i* out = static_cast<__m512i*>(to);
-    for (int c = 0; c < 4; c++) {
-        _mm512_storeu_si512(out + c, _mm512_shuffle_i32x4(y[c], y[8 + c], 0x88));
-        _mm512_storeu_si512(out + 8 + c, _mm512_shuffle_i32x4(y[c], y[8 + c], 0xdd));
-        _mm512_storeu_si512(out + 4 + c, _mm512_shuffle_i32x4(y[4 + c], y[12 + c], 0x88));
-        _mm512_storeu_si512(out + 12 + c, _mm512_shuffle_i32x4(y[4 + c], y[12 + c], 0xdd));
+        const __m512i low01 = _mm512_unpacklo_epi32(x[0], x[1]), high01 = _mm512_unpackhi_epi32(x[0], x[1]);
+        const __m512i low23 = _mm512_unpacklo_epi32(x[2], x[3]), high23 = _mm512_unpackhi_epi32(x[2], x[3]);
+        _mm512_storeu_si512(columns + w * to_stride, _mm512_unpacklo_epi64(low01, low23));
+        _mm512_storeu_si512(columns + (w + 1) * to_stride, _mm512_unpackhi_epi64(low01, low23));
+        _mm512_storeu_si512(columns + (w + 2) * to_stride, _mm512_unpacklo_epi64(high01, high23));
+        _mm512_storeu_si512(columns + (w + 3) * to_stride, _mm512_unpackhi_epi64(high01, high23));
     }
 }
 
@@ -44,7 +35,7 @@ inline void transpose_words(const void* from, size_t stride, int words, void* to
 // The keys of a page, rows `stride` numbers apart, to [words][16 tokens].
 #if defined(__AVX512F__)
 inline void pack_keys(const float* keys, size_t stride, int width, float* to) {
-    for (int w = 0; w < width; w += 16) transpose_words(keys + w, stride, width - w < 16 ? width - w : 16, to + w * 16);
+    transpose_words(keys, stride, width, to, 16);
 }
 #else
 inline void pack_keys(const float* keys, size_t stride, int width, float* to) {
@@ -85,11 +76,11 @@ inline void pack_keys(const bf16* keys, size_t stride, int width, float* to) {
 }
 
 #if defined(__AVX512BF16__)
+// Pairs go on with zeros to a whole tile.
 inline void pack_keys(const bf16* keys, size_t stride, int width, Pair* to) {
-    for (int w = 0; w < width; w += 32) {
-        const int words = width - w < 32 ? (width - w) / 2 : 16;
-        transpose_words(keys + w, stride / 2, words, to + w * 8);
-    }
+    transpose_words(keys, stride / 2, width / 2, to, 16);
+    const int words = (width + 31) / 32 * 16;
+    std::memset(to + width / 2 * 16, 0, static_cast<size_t>(words - width / 2) * 16 * sizeof(Pair));
 }
 #endif
 

@@ -179,11 +179,11 @@ inline void configure_tiles() {}
 
 #if defined(__AVX512BF16__)
 // At the amx level depth is a multiple of 16 words, and rows of a and c go on to a multiple of 16: what the additional
-// ones hold is not looked at. Below five rows a tile is mostly empty.
+// ones hold is not looked at. A tile takes as long as two rows one by one.
 inline void product(const Pair* a, int lda, const Pair* b, int ldb, size_t block, int depth, int rows, int cols,
                     float* c, int ldc, bool add_to) {
 #if defined(__AMX_BF16__)
-    if (rows > 4) return product_tiles(a, lda, b, ldb, block, depth, rows, cols, c, ldc, add_to);
+    if (rows > 1) return product_tiles(a, lda, b, ldb, block, depth, rows, cols, c, ldc, add_to);
 #endif
     product_by_rows(a, lda, b, ldb, block, depth, rows, cols, c, ldc, add_to);
 }

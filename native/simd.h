@@ -80,7 +80,9 @@ inline float highest(Floats x) { return _mm512_reduce_max_ps(x); }
 inline Floats scaled(Floats x, Floats n, Floats of) {
     return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(of, _mm512_set1_ps(-87.3f), _CMP_GE_OQ), x, n);
 }
+inline Floats raised(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
 inline Floats nearest(Floats x) { return _mm512_roundscale_ps(x, 8); }
+inline Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 
 #else
@@ -120,6 +122,12 @@ inline float highest(Floats x) {
     y = _mm_max_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
 }
+// For n of at least -127, which gives 0.
+inline Floats raised(Floats x, Floats n) {
+    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(x, _mm256_castsi256_ps(power));
+}
+inline Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 inline Floats scaled(Floats x, Floats n, Floats of) {
     __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     Floats kept = _mm256_cmp_ps(of, _mm256_set1_ps(-87.3f), _CMP_GE_OQ);
@@ -146,6 +154,21 @@ inline Floats exp(Floats x) {
     Floats y = all(1.0f / 720);
     for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) y = fma(y, r, all(c));
     return scaled(y, n, x);
+}
+
+// 2^x for x of at most 0, for weights that become a T: a bf16 needs fewer terms. Exactly 0 where it is no normal number.
+template <class T> inline Floats power_of_two(Floats x) {
+    constexpr float LOWEST = LANES == 16 ? -160 : -127;  // from here on `raised` gives 0
+    x = max(x, all(LOWEST));
+    const Floats n = nearest(x), r = sub(x, n);
+    Floats y;
+    if constexpr (sizeof(T) == 2) {
+        y = all(9.6181291e-3f);
+    } else {
+        y = fma(fma(all(1.5403530e-4f), r, all(1.3333558e-3f)), r, all(9.6181291e-3f));
+    }
+    for (float c : {5.5504109e-2f, 0.24022651f, 0.69314718f, 1.0f}) y = fma(y, r, all(c));
+    return raised(y, n);
 }
 
 // silu(x) = x / (1 + e^-x)

@@ -56,24 +56,27 @@ class FlatBatch:
         routing: bool = False,
     ) -> Self:
         """From (token ids, position of the first, pages) of each sequence; default: wanted after each one's last."""
-        parts = list(sequences)
-        counts, firsts = [len(ids) for ids, _, _ in parts], [first for _, first, _ in parts]
-        starts = np.cumsum([0, *counts])
-        tables = np.zeros((len(parts), max(len(pages) for _, _, pages in parts)), dtype=np.int32)
-        for row, (_, _, pages) in enumerate(parts):
-            tables[row, : len(pages)] = pages
-        positions = np.arange(starts[-1]) + np.repeat(np.array(firsts) - starts[:-1], counts)
-        owners = np.repeat(np.arange(len(parts)), counts)
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        starts, lengths, tables = [0], [], []
+        for ids, first, pages in sequences:
+            end = first + len(ids)
+            token_ids += ids
+            positions += range(first, end)
+            slots += [pages[at >> 4] * PAGE + (at & 15) for at in range(first, end)]
+            starts.append(len(token_ids))
+            lengths.append(end)
+            tables.append(pages)
+        block_tables = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
+        for row, pages in enumerate(tables):
+            block_tables[row, : len(pages)] = pages
+        wanted = [start - 1 for start in starts[1:]] if wanted is None else list(wanted)
+        longs = (torch.from_numpy(np.array(values, dtype=np.int64)) for values in (token_ids, positions, slots, wanted))
+        ints = (torch.from_numpy(np.array(values, dtype=np.int32)) for values in (starts, lengths))
+        token_ids_N, positions_N, slots_N, wanted_R = longs
         return cls(
-            torch.tensor([token_id for ids, _, _ in parts for token_id in ids]),
-            torch.from_numpy(positions),
-            torch.from_numpy(tables[owners, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE),
-            torch.from_numpy(starts.astype(np.int32)),
-            torch.tensor([first + count for first, count in zip(firsts, counts, strict=True)], dtype=torch.int32),
-            torch.from_numpy(tables),
-            torch.from_numpy(starts[1:] - 1) if wanted is None else torch.tensor(list(wanted), dtype=torch.long),
-            hidden,
-            routing,
+            token_ids_N, positions_N, slots_N, *ints, torch.from_numpy(block_tables), wanted_R, hidden, routing
         )
 
     def joined(self, other: Self) -> Self:

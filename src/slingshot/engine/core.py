@@ -99,7 +99,7 @@ class EngineCore:
         scheduler, speculator = self._scheduler, self._speculator
         start = time.perf_counter()
         if speculator is not None:
-            speculator.propose(scheduler.rows.residents)
+            scheduler.rows.guessing = speculator.propose(scheduler.rows.residents)
         step = scheduler.schedule()
         if step is None:
             return []
@@ -129,10 +129,9 @@ class EngineCore:
         if not drawn:
             return []
         rows = self._scheduler.rows
-        guessing = self._speculator is not None and any(resident.drafts for resident in drawn)
         sequences = [resident.sequence for resident in drawn]
         ahead = None
-        if guessing:
+        if rows.guessing:
             sequences = [its.sequence for its in drawn for _ in range(1 + len(its.drafts))]
             ahead = [place for its in drawn for place in range(1 + len(its.drafts))]
         try:
@@ -140,7 +139,7 @@ class EngineCore:
         except SlingshotError:
             self._cache.clear()
             raise
-        if not guessing:
+        if not rows.guessing:
             self._scheduler.counters.decoded += len(ids)
             rows.advance(ids)
             tokens = zip(drawn, ids, logprobs, strict=True)

@@ -52,6 +52,7 @@ class DecodingRows:
 
     def __init__(self, most: int, max_length: int) -> None:
         self.residents: list[Resident] = []
+        self.guessing = False  # whether some of them have drafts
         self._tokens_M, self._positions_M = np.zeros(most, np.int64), np.zeros(most, np.int64)
         self._page_counts_M = np.zeros(most, np.int64)
         self._tables_MP = np.zeros((most, -(-max_length // PAGE)), np.int32)

@@ -71,8 +71,7 @@ class Step:
         """The rows, then the chunks; a chunk that completes its tokens wants the logits after it, for every sample."""
         decoding = None
         if self.rows:
-            drafts = any(resident.drafts for resident in rows.residents)
-            decoding = rows.guessing_batch() if drafts else rows.batch()
+            decoding = rows.guessing_batch() if rows.guessing else rows.batch()
             if not self.chunks:
                 return decoding
         parts, wanted, at = [], [], 0
@@ -241,9 +240,8 @@ class Scheduler:
                 step.copies.append((shared, page))
                 self.rows.set_page(resident, len(resident.pages) - 1, page)
                 self.pool.release([shared])
-        for resident in self.rows.residents:
-            if resident.drafts:
-                self._give_drafts_pages(resident)
+        for resident in self.rows.residents if self.rows.guessing else ():
+            self._give_drafts_pages(resident)
 
     def _give_drafts_pages(self, resident: Resident) -> None:
         """For as many of its drafts as there are free ones."""

@@ -101,8 +101,8 @@ class Speculator:
         """Whether `follow` needs the step's hidden states."""
         return self._mtp and self._guessing
 
-    def propose(self, residents: list[Resident]) -> None:
-        """Give the rows their `drafts` for the next step."""
+    def propose(self, residents: list[Resident]) -> bool:
+        """Give the rows their `drafts` for the next step; -> whether there are any."""
         self._guessing = self._payoff is None or self._payoff.pays(len(residents))
         self._indices = {its: self._indices.get(its) or NgramIndex() for its in residents} if self._guessing else {}
         for resident in residents:
@@ -115,6 +115,7 @@ class Speculator:
             seen = self._indices[resident].guess(tokens, count)
             agree = not resident.guesses or seen[:1] == resident.guesses[:1]
             resident.drafts = (seen if agree and len(seen) > len(resident.guesses) else resident.guesses)[:count]
+        return any(resident.drafts for resident in residents)
 
     def note(self, step: Step, tokens: int, seconds: float) -> None:
         """The step that was proposed for gave so many tokens."""
@@ -123,7 +124,7 @@ class Speculator:
 
     def follow(self, step: Step, batch: FlatBatch, hidden_ND: Tensor | None, residents: list[Resident]) -> None:
         """After a step and its draws: let the module follow over the tokens that count, and guess on."""
-        starts, positions_N = batch.starts.tolist(), batch.positions_N
+        starts, positions_N = batch.starts.tolist(), batch.positions_N.numpy()
         for resident in residents:
             resident.guesses = []
         if hidden_ND is None:
@@ -154,7 +155,7 @@ class Speculator:
         if not parts:
             return
         flat = FlatBatch.of(parts, wanted=last, hidden=True)
-        output = self._runner.draft(flat, hidden_ND[torch.tensor(places, device=hidden_ND.device)])
+        output = self._runner.draft(flat, hidden_ND.index_select(0, torch.tensor(places, device=hidden_ND.device)))
         hidden_RD = output.hidden_ND
         assert hidden_RD is not None
         self._guess_on(rows, output.logits_RV, hidden_RD[flat.wanted.to(hidden_RD.device)])

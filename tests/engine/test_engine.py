@@ -11,7 +11,7 @@ import torch
 
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.load_save import save_checkpoint
-from slingshot.engine.engine import Engine
+from slingshot.engine.engine import Engine, PromptError
 from slingshot.engine.sampling import SamplingParams
 
 
@@ -314,9 +314,15 @@ def test_max_length_bounds_prompt_and_answer(scripted):
 )  # fmt: skip
 def test_bad_prompts_are_named(dense_model, tokenizer, prompt, named):
     engine = Engine(dense_model, tokenizer)
-    with pytest.raises(SlingshotError, match=named):
+    with pytest.raises(PromptError, match=named):
         engine.generate([PROMPT, prompt])
     assert engine.unfinished == 0
+    going = engine.add(PROMPT, SamplingParams(max_tokens=3, ignore_eos=True))
+    engine.step()
+    with pytest.raises(PromptError, match=named):
+        engine.add(prompt)
+    outputs = [output for _ in range(2) for output in engine.step()]
+    assert [output.request_id for output in outputs] == [going] and len(outputs[0].outputs[0].token_ids) == 3
 
 
 def test_prompts_as_text_ids_and_chat(dense_model, tokenizer):

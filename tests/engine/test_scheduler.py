@@ -4,6 +4,7 @@ import random
 import time
 
 import pytest
+import torch
 
 from slingshot.engine.engine import Engine
 from slingshot.engine.kv_cache import CacheTooSmall, KVCache
@@ -21,6 +22,13 @@ def token_ids(outputs):
 
 def page_bytes(model):
     return KVCache.page_bytes(model.config, next(model.parameters()).dtype)
+
+
+@torch.no_grad()
+def full_logprobs(model, prompt, sampled, temperature):
+    """Of a sample's tokens, by one forward pass without a cache."""
+    logits_TV = model(torch.tensor([prompt + sampled])).logits_BTV[0, len(prompt) - 1 : -1]
+    return (logits_TV / (temperature or 1.0)).log_softmax(-1).gather(-1, torch.tensor(sampled)[:, None])[:, 0].tolist()
 
 
 def run(engine, prompts, params, abort=()):
@@ -140,13 +148,16 @@ def test_a_soak_of_random_adds_and_aborts_leaves_no_page_behind(model, tokenizer
     aborted = rng.sample(range(10), 3)
     engine = Engine(
         model, tokenizer, max_batch=rng.randrange(2, 9), step_tokens=rng.choice([5, 30, 500]),
-        cache_bytes=rng.randrange(18, 60) * page_bytes(model),
+        cache_bytes=rng.randrange(18, 60) * page_bytes(model), speculation=rng.choice(["off", "on"]),
     )  # fmt: skip
     outputs = run(engine, prompts, params, aborted)
     counters = engine.counters
     assert counters.pages_used == counters.running == counters.waiting == engine.unfinished == 0
     for index, output in enumerate(outputs):
         assert output is not None or index in aborted
+        for completion in output.outputs if output else ():
+            logprobs = full_logprobs(model, prompts[index], completion.token_ids, params[index].temperature)
+            assert completion.logprobs == pytest.approx(logprobs, abs=2e-4)
         if output is not None:
             assert token_ids([output]) == token_ids(Engine(model, tokenizer).generate([prompts[index]], params[index]))
 

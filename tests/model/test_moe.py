@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slingshot.model.config import ModelConfig
-from slingshot.model.dispatch import LocalDispatcher, Routing
+from slingshot.model.dispatch import LocalDispatcher, through_all
 from slingshot.model.moe import Gate, MoE, balance_loss, expert_load
 from slingshot.model.transformer import Transformer
 
@@ -100,19 +100,6 @@ def naive(moe: MoE, x_ND: Tensor, config: ModelConfig) -> Tensor:
     return torch.stack(rows)
 
 
-class LoopDispatcher:
-    """Every expert over all tokens, weighted by a dense table of gate values."""
-
-    def __call__(self, x_ND: Tensor, routing: Routing, experts: Callable[[Tensor, list[int]], Tensor]) -> Tensor:
-        n_tokens, n_experts = routing.scores_NE.shape
-        gates_NE = torch.zeros_like(routing.scores_NE).scatter(1, routing.experts_Nk, routing.gates_Nk)
-        y_ND = torch.zeros_like(x_ND)
-        for expert in range(n_experts):
-            counts = [n_tokens if other == expert else 0 for other in range(n_experts)]
-            y_ND = y_ND + gates_NE[:, expert, None] * experts(x_ND, counts)
-        return y_ND
-
-
 @pytest.mark.parametrize("tokens", [1, 37, 1400], ids=["one token", "padded to 16", "padded to 128"])
 @pytest.mark.parametrize(
     "shape",
@@ -144,7 +131,7 @@ def test_output_and_all_gradients_equal_a_loop_over_tokens_and_another_dispatche
 
     y, found = gradients(serve)
     assert isinstance(moe.dispatcher, LocalDispatcher)
-    moe.dispatcher = LoopDispatcher()
+    moe.dispatcher = through_all
     for reference in (lambda x: naive(moe, x, config), serve):
         expected_y, expected = gradients(reference)
         assert torch.allclose(y, expected_y, atol=1e-5)

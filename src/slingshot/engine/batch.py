@@ -72,11 +72,16 @@ class FlatBatch:
         for row, pages in enumerate(tables):
             block_tables[row, : len(pages)] = pages
         wanted = [start - 1 for start in starts[1:]] if wanted is None else list(wanted)
-        longs = (torch.from_numpy(np.array(values, dtype=np.int64)) for values in (token_ids, positions, slots, wanted))
-        ints = (torch.from_numpy(np.array(values, dtype=np.int32)) for values in (starts, lengths))
-        token_ids_N, positions_N, slots_N, wanted_R = longs
         return cls(
-            token_ids_N, positions_N, slots_N, *ints, torch.from_numpy(block_tables), wanted_R, hidden, routing
+            _tensor(token_ids, np.int64),
+            _tensor(positions, np.int64),
+            _tensor(slots, np.int64),
+            _tensor(starts, np.int32),
+            _tensor(lengths, np.int32),
+            torch.from_numpy(block_tables),
+            _tensor(wanted, np.int64),
+            hidden,
+            routing,
         )
 
     def joined(self, other: Self) -> Self:
@@ -94,6 +99,10 @@ class FlatBatch:
             self.hidden or other.hidden,
             self.routing or other.routing,
         )
+
+
+def _tensor(values: list[int], dtype: type[np.integer]) -> Tensor:
+    return torch.from_numpy(np.array(values, dtype=dtype))  # half the time of torch.tensor
 
 
 @dataclass

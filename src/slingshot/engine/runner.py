@@ -32,6 +32,11 @@ SCORES = 1 << 24  # attention scores of a layer at once: 64 MiB in float32, copi
 WASTE = 1.5  # how much padding may add to the scores of sequences that attend together
 
 
+def placed(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device: a GPU takes it from pinned memory, for which nobody waits."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 @dataclass
 class AttentionGroup:
     """Sequences that attend together. `tokens_ST`: where their queries stand in the batch; None: one after the other,
@@ -52,12 +57,12 @@ class PagedContext(Context):
 
     def __init__(self, cache: KVCache, batch: FlatBatch, padding: int = 0) -> None:
         self._device = cache.layers[0].device
-        super().__init__(cache.config, self.placed(F.pad(batch.positions_N, (0, padding))))
-        self._cache, self._slots_N = cache, self.placed(F.pad(batch.slots_N, (0, padding)))
+        super().__init__(cache.config, self._placed(F.pad(batch.positions_N, (0, padding))))
+        self._cache, self._slots_N = cache, self._placed(F.pad(batch.slots_N, (0, padding)))
         self._groups = self._grouped(batch, padding)
 
-    def placed(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, non_blocking=True)
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return placed(tensor, self._device)
 
     def attend(self, layer: int, q_XHW: Tensor, k_XGW: Tensor, v_XGV: Tensor | int, scale: float) -> Tensor:
         cache = self._cache
@@ -122,9 +127,11 @@ class PagedContext(Context):
     ) -> AttentionGroup:
         pages = -(-longest // PAGE)
         mask_STU = np.arange(pages * PAGE) <= positions_ST[..., None]
-        tokens = None if tokens_ST is None else self.placed(torch.from_numpy(tokens_ST.astype(np.int64)))
+        tokens = None if tokens_ST is None else self._placed(torch.from_numpy(tokens_ST.astype(np.int64)))
         tables_F = tables_SP[:, :pages].flatten()
-        return AttentionGroup(tokens, self.placed(torch.from_numpy(tables_F)), self.placed(torch.from_numpy(mask_STU)))
+        return AttentionGroup(
+            tokens, self._placed(torch.from_numpy(tables_F)), self._placed(torch.from_numpy(mask_STU))
+        )
 
 
 class TorchRunner:
@@ -167,7 +174,7 @@ class TorchRunner:
         return max(0, config.n_moe_layers - config.num_nextn_predict_layers)
 
     def _output(self, batch: FlatBatch, hidden_ND: Tensor, routing_NLk: Tensor | None = None) -> RunnerOutput:
-        wanted_RD = hidden_ND[batch.wanted.to(self._device)]
+        wanted_RD = hidden_ND.index_select(0, placed(batch.wanted, self._device))
         hidden = hidden_ND[: len(batch.token_ids_N)] if batch.hidden else None
         return RunnerOutput(self._model.lm_logits(wanted_RD), hidden, routing_NLk)
 
@@ -176,4 +183,4 @@ class TorchRunner:
         count = len(batch.token_ids_N)
         padding = -count % TOKEN_STEP if count > TOKEN_STEP else 0
         context = PagedContext(self._cache, batch, padding)
-        return context.placed(F.pad(batch.token_ids_N, (0, padding))), context
+        return placed(F.pad(batch.token_ids_N, (0, padding)), self._device), context

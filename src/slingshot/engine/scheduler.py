@@ -96,6 +96,7 @@ class Scheduler:
         self._prefilling: list[Resident] = []
         self._serials, self._telling = count(), 0  # the latter: residents that want to know more
         self._forked: list[Resident] = []  # rows that may share the page they write to next
+        self._head: Resident | None = None  # the first in the queue, while it waits for pages
 
     def add(self, sequence: Sequence) -> None:
         """Queue up."""
@@ -209,8 +210,8 @@ class Scheduler:
         elif budget <= 0:
             return None
         else:
-            known = sequence.request.prompt + sequence.token_ids
-            resident = Resident(sequence, known, list(prefix_keys(known)), next(self._serials))
+            resident = self._head if self._head and self._head.sequence is sequence else self._resident(sequence)
+            self._head, known = resident, resident.known
             if not sequence.request.tells:
                 resident.pages = self.pool.match(resident.keys[: (len(known) - 1) // PAGE])  # the last is computed
             resident.computed = len(resident.pages) * PAGE
@@ -218,6 +219,7 @@ class Scheduler:
             if self.pool.available < missing + spare:
                 self.pool.release(resident.pages)
                 return None
+            self._head = None
             resident.pages += [page for _ in range(missing) if (page := self.pool.take()) is not None]
             self.counters.cached += resident.computed
             self._prefilling.append(resident)
@@ -226,6 +228,10 @@ class Scheduler:
         self._residents[sequence] = resident
         self._telling += sequence.request.tells
         return resident
+
+    def _resident(self, sequence: Sequence) -> Resident:
+        known = sequence.request.prompt + sequence.token_ids
+        return Resident(sequence, known, list(prefix_keys(known)), next(self._serials))
 
     def _give_rows_pages(self, step: Step) -> None:
         """A page of its own for every row's next token."""

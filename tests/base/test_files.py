@@ -14,18 +14,7 @@ from hypothesis import strategies as st
 
 from slingshot.base import files
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import (
-    digest,
-    inside,
-    new_folder,
-    read_json,
-    read_jsonl,
-    read_text,
-    write_bytes,
-    write_json,
-    write_jsonl,
-    write_text,
-)
+from slingshot.base.files import digest, inside, new_folder, read_json, read_jsonl, read_text, write_json, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -54,7 +43,7 @@ JSON = st.recursive(LEAVES, lambda value: st.lists(value) | st.dictionaries(st.t
 def test_any_rows_come_back_from_jsonl(tmp_path_factory: pytest.TempPathFactory, rows: list[Any]) -> None:
     """Strings with line separators of any kind included: only a line feed ends a row."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    write_jsonl(path, rows)
+    files.write_jsonl(path, rows)
     assert read_jsonl(path) == rows
 
 
@@ -63,11 +52,10 @@ def test_any_rows_come_back_from_jsonl(tmp_path_factory: pytest.TempPathFactory,
     [
         (None, read_text, "cannot read .*file: No such file or directory"),
         (b"ab\xff", read_text, r"file is not UTF-8 text \(byte 2\); is it a binary file\?"),
-        (b'{"a": 1', read_json, "file is not valid JSON: "),
-        (b"[" * 100_000, read_json, "file is not valid JSON: "),
+        (b'{"a": 1', read_json, "file is not valid JSON: "), (b"[" * 100_000, read_json, "file is not valid JSON: "),
         (b'{"a": 1}\n\n{"a": \n', read_jsonl, "file line 3 is not valid JSON: "),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_read_is_named(
     tmp_path: Path, content: bytes | None, read: Callable[[Path], Any], message: str
 ) -> None:
@@ -80,23 +68,20 @@ def test_what_cannot_be_read_is_named(
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_bytes(tmp_path / "file", b"old")
+    write_text(tmp_path / "file", "old")
     monkeypatch.setattr(files.os, "fsync", full)
     said = r"cannot write .*file: No space left on device; free space there or choose another place"
     with pytest.raises(SlingshotError, match=said):
-        write_bytes(tmp_path / "file", b"new")
-    assert names(tmp_path) == ["file"] and (tmp_path / "file").read_bytes() == b"old"
+        write_text(tmp_path / "file", "new")
+    assert names(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "old"
 
 
 def test_a_file_in_the_way_of_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(SlingshotError, match=r"cannot write .*taken/file: .*choose another place"):
         write_text(tmp_path / "taken" / "file", "x")
-    with (
-        pytest.raises(SlingshotError, match=r"cannot write .*taken/folder: .*choose another --out"),
-        new_folder(tmp_path / "taken" / "folder"),
-    ):
-        pass
+    with pytest.raises(SlingshotError, match=r"cannot write .*taken/folder: .*choose another --out"):
+        new_folder(tmp_path / "taken" / "folder").__enter__()
 
 
 def test_what_is_no_plain_file_is_not_replaced(tmp_path: Path) -> None:
@@ -107,18 +92,15 @@ def test_what_is_no_plain_file_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "pipe").is_fifo() and names(tmp_path) == ["pipe"]
 
 
-def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "runs" / "a") as folder:
-        write_text(folder / "inner" / "file", "x")
-        assert not (tmp_path / "runs" / "a").exists()
-    assert names(tmp_path / "runs") == ["a", "a/inner", "a/inner/file"]
-
-
-def test_a_folder_replaces_the_one_before(tmp_path: Path) -> None:
+def test_a_folder_appears_when_it_is_whole_in_place_of_the_one_before(tmp_path: Path) -> None:
+    """Without what an attempt that was killed has left."""
+    write_text(tmp_path / "runs" / ".a.tmp" / "half", "")
     for content in ("old", "new"):
-        with new_folder(tmp_path / "a") as folder:
-            write_text(folder / content, content)
-    assert names(tmp_path) == ["a", "a/new"]
+        before = names(tmp_path / "runs" / "a")
+        with new_folder(tmp_path / "runs" / "a") as folder:
+            write_text(folder / "inner" / content, content)
+            assert names(tmp_path / "runs" / "a") == before
+        assert names(tmp_path / "runs") == ["a", "a/inner", f"a/inner/{content}"]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -132,20 +114,11 @@ def test_a_folder_whose_making_fails_leaves_what_was_there(tmp_path: Path, error
 
 
 def test_a_full_disk_makes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with (
-        pytest.raises(SlingshotError, match=r"cannot write .*a: No space left on device"),
-        new_folder(tmp_path / "a") as folder,
-    ):
+    said = r"cannot write .*a: No space left on device"
+    with pytest.raises(SlingshotError, match=said), new_folder(tmp_path / "a") as folder:
         write_text(folder / "file", "x")
         monkeypatch.setattr(files.os, "fsync", full)
     assert names(tmp_path) == []
-
-
-def test_leftovers_of_a_kill_do_not_get_into_the_next_folder(tmp_path: Path) -> None:
-    write_text(tmp_path / ".a.tmp" / "half", "")
-    with new_folder(tmp_path / "a") as folder:
-        write_text(folder / "file", "")
-    assert names(tmp_path) == ["a", "a/file"]
 
 
 def test_a_digest_names_the_value_whatever_its_order() -> None:

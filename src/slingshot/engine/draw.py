@@ -26,30 +26,35 @@ _LAST = 1 - 2.0**-24  # the largest number below 1 that noise can be
 
 @dataclass(frozen=True)
 class DrawParams:
-    """Sampling parameters of B rows as tensors; None where no row asks for such a thing.
+    """Sampling parameters of B rows as tensors; those of greedy rows, but that, are off.
 
-    divisor_B1: the temperature, 1 where greedy. truncated_R: rows with top-k or top-p.
+    divisor_B1: the temperature, 1 where greedy. truncated_R: rows with top-k or top-p, None where there are none;
+    has_greedy, has_min_p: whether a row asks for such.
     """
 
     divisor_B1: Tensor
-    greedy_B: Tensor | None
+    greedy_B: Tensor
+    top_p_B: Tensor
+    top_k_B: Tensor
+    min_p_B: Tensor
     truncated_R: Tensor | None
-    top_p_R: Tensor
-    top_k_R: Tensor
-    min_p_B1: Tensor | None
+    has_greedy: bool
+    has_min_p: bool
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], device: torch.device | str = "cpu") -> Self:
-        truncated = [row for row, its in enumerate(params) if its.temperature and (its.top_p < 1 or its.top_k)]
-        greedy = [its.temperature == 0 for its in params]
-        min_p = [0.0 if its.temperature == 0 else its.min_p for its in params]
+        drawn = [(its.top_p, its.top_k, its.min_p) if its.temperature else (1.0, 0, 0.0) for its in params]
+        truncated = [row for row, (top_p, top_k, _) in enumerate(drawn) if top_p < 1 or top_k]
+        greedy, min_p = [its.temperature == 0 for its in params], [min_p for *_, min_p in drawn]
         return cls(
             torch.tensor([[its.temperature or 1.0] for its in params], device=device),
-            torch.tensor(greedy, device=device) if any(greedy) else None,
+            torch.tensor(greedy, dtype=torch.bool, device=device),
+            torch.tensor([top_p for top_p, *_ in drawn], device=device),
+            torch.tensor([top_k for _, top_k, _ in drawn], dtype=torch.long, device=device),
+            torch.tensor(min_p, device=device),
             torch.tensor(truncated, device=device) if truncated else None,
-            torch.tensor([params[row].top_p for row in truncated], device=device),
-            torch.tensor([params[row].top_k for row in truncated], dtype=torch.long, device=device),
-            torch.tensor(min_p, device=device)[:, None] if any(min_p) else None,
+            any(greedy),
+            any(min_p),
         )
 
 
@@ -172,27 +177,27 @@ def sample(
     logits (B, V) float32; uniform (B,) in [0, 1). ids int64, logprobs float32: log_softmax(logits / temperature) of the
     chosen ids over the whole vocabulary, before any truncation, which is what a trainer recomputes by a forward pass.
     Rows of temperature 0 take the first of the largest logits, with its log probability at temperature 1.
-    kernels do the same faster where no row truncates.
+    kernels do the same, faster.
     """
-    if kernels is not None and params.truncated_R is None and params.min_p_B1 is None:
+    if kernels is not None:
         return native_sample(kernels, logits_BV, params, uniform_B)
-    if params.greedy_B is None:
+    if not params.has_greedy:
         largest_B1 = logits_BV.amax(-1, keepdim=True)
     else:
         largest_B1, likeliest_B1 = first_largest(logits_BV)
     weights_BV = (logits_BV - largest_B1).div_(params.divisor_B1).exp_()
     log_total_B = weights_BV.sum(-1).log()
-    cut_B1 = params.min_p_B1
+    cut_B = params.min_p_B if params.has_min_p else None
     if params.truncated_R is not None:
         rows_R = params.truncated_R
-        cut_B = torch.zeros_like(log_total_B)
-        of_rows_RV = weights_BV if len(rows_R) == len(cut_B) else weights_BV[rows_R]
-        cut_B[rows_R] = _smallest_kept(of_rows_RV, params.top_p_R, params.top_k_R)
-        cut_B1 = cut_B[:, None] if cut_B1 is None else torch.maximum(cut_B1, cut_B[:, None])
-    if cut_B1 is not None:  # the likeliest weighs 1
-        weights_BV.masked_fill_(weights_BV < cut_B1, 0.0)
+        smallest_B = torch.zeros_like(log_total_B)
+        of_rows_RV = weights_BV if len(rows_R) == len(smallest_B) else weights_BV[rows_R]
+        smallest_B[rows_R] = _smallest_kept(of_rows_RV, params.top_p_B[rows_R], params.top_k_B[rows_R])
+        cut_B = smallest_B if cut_B is None else torch.maximum(cut_B, smallest_B)
+    if cut_B is not None:  # the likeliest weighs 1
+        weights_BV.masked_fill_(weights_BV < cut_B[:, None], 0.0)
     ids_B1 = draw_by_chunks(weights_BV, uniform_B)
-    if params.greedy_B is not None:
+    if params.has_greedy:
         ids_B1 = torch.where(params.greedy_B[:, None], likeliest_B1, ids_B1)
     logprobs_B1 = (logits_BV.gather(-1, ids_B1) - largest_B1) / params.divisor_B1
     return ids_B1[:, 0], logprobs_B1[:, 0] - log_total_B
@@ -201,11 +206,11 @@ def sample(
 def native_sample(
     kernels: NativeKernels, logits_BV: Tensor, params: DrawParams, uniform_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`sample` by native/sample.cpp, without truncation."""
+    """`sample` by native/sample.cpp."""
     (rows, vocabulary), logits_BV = logits_BV.shape, logits_BV.contiguous()
-    greedy_B = torch.zeros(rows, dtype=torch.bool) if params.greedy_B is None else params.greedy_B
     ids_B, logprobs_B = torch.empty(rows, dtype=torch.long), torch.empty(rows)
-    sums_BC = torch.empty(rows, -(-vocabulary // 256))
-    tensors = logits_BV, params.divisor_B1, uniform_B, greedy_B, sums_BC, ids_B, logprobs_B
-    kernels.door("sample")(rows, vocabulary, *map(pointer, tensors), torch.get_num_threads())
+    scratch = torch.empty(rows, 2, -(-vocabulary // 256))
+    asked = params.divisor_B1, uniform_B, params.top_p_B, params.min_p_B, params.top_k_B, params.greedy_B
+    tensors = map(pointer, (logits_BV, *asked, scratch, ids_B, logprobs_B))
+    kernels.door("sample")(rows, vocabulary, *tensors, torch.get_num_threads())
     return ids_B, logprobs_B

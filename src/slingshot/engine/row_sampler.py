@@ -27,7 +27,7 @@ from slingshot.kernels.native import NativeKernels
 class RowSampler:
     """What it keeps between steps are parameters as tensors, while the same sequences come in the same order.
 
-    kernels: what draws on a CPU where no row truncates; without them torch does.
+    kernels: what draws on a CPU; without them torch does.
     """
 
     def __init__(self, device: torch.device | str = "cpu", kernels: NativeKernels | None = None) -> None:

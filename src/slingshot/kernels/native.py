@@ -23,7 +23,7 @@ from slingshot.base.errors import SlingshotError
 
 LIBRARY = Path(__file__).parent / "slingshot_native.so"
 LEVELS = ("avx2", "avx512", "avx512bf16", "amx")  # each has the instructions of those before it
-ABI = 2  # of the doors' arguments: native/cpu.cpp says the same
+ABI = 3  # of the doors' arguments: native/cpu.cpp says the same
 ALIGNMENT = 64
 SLACK = 4096  # bytes that kernels may read past the end of what they are given
 

@@ -8,7 +8,7 @@ import pytest
 from hub_server import contents, same
 
 from slingshot.base.errors import SlingshotError
-from slingshot.checkpoint.hub import locate, revision
+from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.repository import HubName, hub_name
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
@@ -50,7 +50,7 @@ def test_what_is_here_is_taken_as_it_is(tmp_path, monkeypatch):
     for file in ("model.gguf", SINGLE):
         (tmp_path / "org" / file).touch()
     assert locate("org/name") == Path("org/name") and locate(tmp_path / "org") == tmp_path / "org"
-    assert locate("org/model.gguf") == Path("org/model.gguf") and revision(tmp_path / "org") is None
+    assert locate("org/model.gguf") == Path("org/model.gguf")
     with pytest.raises(SlingshotError, match=r"^org/model\.safetensors is neither a folder nor a \.gguf file; name"):
         locate("org/model.safetensors")
 
@@ -99,7 +99,7 @@ def test_a_checkpoint_is_downloaded_and_then_needs_no_connection(hub, ask, check
     rest = (size - (checkpoints[0] / INDEX).stat().st_size) / 1000
     fetching = f"fetching 7 files, {rest:.1f}KB, from {hub.url} into {ask.cache}\n"
     assert f"org/name@main (commit {commit[:7]}): {fetching}" in ask.said
-    assert sorted(contents(Path(found))) == FILES and revision(Path(found)) == commit
+    assert sorted(contents(Path(found))) == FILES and Path(found).name == commit
     resolved = [request.path.rpartition("/resolve/")[2] for request in hub.log if "/resolve/" in request.path]
     assert {path.removeprefix(f"{commit}/") for path in resolved} == set(FILES)
     assert all("org/name" in request.path for request in hub.log) and hub.served() < size + 20_000
@@ -141,7 +141,7 @@ def test_a_revision_stays_what_it_was(hub, ask, checkpoints):
     second = hub.commit("org/name", contents(checkpoints[1]), "main", "refs/pr/1")
     sources = ("org/name@v1", "org/name", "org/name@refs/pr/1", f"org/name@{first}")
     old, new, *_ = found = [Path(path) for path in ask("locate", *sources)]
-    assert [revision(path) for path in (*found, new / "config.json")] == [first, second, second, first, second]
+    assert [path.name for path in found] == [first, second, second, first]
     assert same(old, checkpoints[0]) and same(new, checkpoints[1]) and not same(old, new)
     refs = ask.cache / "models--org--name" / "refs"
     assert {str(ref.relative_to(refs)) for ref in refs.rglob("*") if ref.is_file()} == {"main", "v1", "refs/pr/1"}
@@ -284,7 +284,7 @@ def test_a_branch_that_moves_during_the_download_is_not_mixed(hub, ask, filled, 
 
     hub.on_request = move
     found = Path(ask.one("locate", "org/name"))
-    assert revision(found) == filled and same(found, checkpoints[0])
+    assert found.name == filled and same(found, checkpoints[0])
 
 
 def test_a_branch_that_is_not_whole_here_yet_is_the_one_before(hub, ask, filled, checkpoints):
@@ -299,6 +299,6 @@ def test_one_file_of_a_repository_of_gguf_files(hub, ask):
     files = {"config.json": b"{}", "a.Q8_0.gguf": b"GGUF" * 1000, "b.gguf": b"", "sub/c.gguf": b""}
     commit = hub.commit("org/packed", files, "main", "v1")
     found, at_v1 = ask("locate", "org/packed/a.Q8_0.gguf", "org/packed/a.Q8_0.gguf@v1")
-    assert found == at_v1 and found.endswith("/a.Q8_0.gguf") and revision(Path(found)) == commit
+    assert found == at_v1 and found.endswith(f"/{commit}/a.Q8_0.gguf")
     assert Path(found).read_bytes() == b"GGUF" * 1000 and set(hub.bodies()) == {"a.Q8_0.gguf"}
     assert ask.one("locate", "org/packed/a.Q8_0.gguf", HF_HUB_OFFLINE="1") == found

@@ -20,12 +20,12 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 from slingshot.base.errors import SlingshotError
-from slingshot.checkpoint.repository import COMMIT, HubName, Repository, UnreachableError, cached, hub_name
+from slingshot.checkpoint.repository import Repository, UnreachableError, cached, hub_name
 from slingshot.checkpoint.safetensors import PICKLED
 
 # How to get the packages that recipes name. Their own dependencies, which reading a file does not need, take minutes.
@@ -37,10 +37,10 @@ _FIRST_RANGE, _FIRST_GGUF_RANGE = 100_000, 2**20
 _UNREAD = (*PICKLED, ".py")  # named in an outline, never fetched
 
 
-def locate(source: str | Path, announce: Callable[[str], None] | None = None) -> Path:
+def locate(source: str | Path) -> Path:
     """The path a source names, downloaded first where the hub has it; SlingshotError says what is missing.
 
-    `announce` is told once, before a download, what will be fetched; by default that is a line on standard error.
+    Before a download, a line on standard error says what will be fetched.
     """
     text = str(source)
     if text.startswith("package:"):
@@ -51,19 +51,18 @@ def locate(source: str | Path, announce: Callable[[str], None] | None = None) ->
         raise SlingshotError(f"{text} is neither a folder nor a .gguf file; name the folder that holds the checkpoint")
     name = hub_name(text) if isinstance(source, str) else None  # a Path is a path
     if name is None:
-        raise SlingshotError(
-            f"{text}: no such folder or .gguf file; a name of the hub {_FORM}, org being no folder here"
-        )
-    return _fetch(name, announce or _say)
-
-
-def revision(path: Path) -> str | None:
-    """The commit that a path inside the hub's cache belongs to; None for any other path."""
-    for folder in (path, *path.parents):
-        cached = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
-        if cached and COMMIT.fullmatch(folder.name):
-            return folder.name
-    return None
+        form = f"a name of the hub {_FORM}, org being no folder here"
+        raise SlingshotError(f"{text}: no such folder or .gguf file; {form}")
+    try:
+        repository = Repository(name)
+    except UnreachableError as error:
+        return cached(name, str(error))
+    files = repository.descriptions() + repository.weights()  # who has all weights, which come last, has the rest
+    if (line := repository.missing(files)) and os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
+    folder = repository.download(files)
+    repository.keep_branch()
+    return name.path(folder)
 
 
 @contextlib.contextmanager
@@ -101,25 +100,6 @@ def _in_package(source: str) -> Path:
     return files[0]
 
 
-def _fetch(name: HubName, announce: Callable[[str], None]) -> Path:
-    try:
-        repository = Repository(name)
-    except UnreachableError as error:
-        return cached(name, str(error))
-    # Weights come last, so whoever has them all has the rest.
-    files = repository.descriptions() + repository.weights()
-    if line := repository.missing(files):
-        announce(line)
-    folder = repository.download(files)
-    repository.keep_branch()
-    return name.path(folder)
-
-
-def _say(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
-
-
 def _write_outline(repository: Repository, folder: Path) -> None:
     weights, described = repository.weights(), repository.descriptions(small=True)
     write_one = _write_gguf_outline if repository.name.file else _write_shard_outline
@@ -139,9 +119,8 @@ def _write_shard_outline(repository: Repository, file: Path, size: int) -> None:
         raise SlingshotError(f"{file.name} asks for a header of {header} bytes, {most}")
     if header > len(content):
         content = repository.span(file.name, 0, header)
-    with file.open("wb") as stub:
-        stub.write(content[:header])
-        stub.truncate(size)
+    file.write_bytes(content[:header])
+    os.truncate(file, size)
 
 
 def _write_gguf_outline(repository: Repository, file: Path, size: int) -> None:

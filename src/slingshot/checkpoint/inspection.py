@@ -149,32 +149,28 @@ def _examine_gguf(path: Path, facts: Facts) -> ModelConfig | None:
 
 def _stored(tensors: Iterable[tuple[str, tuple[int, ...], Path, int | None]]) -> Facts:
     """What files hold, by dtype: tensors, numbers, bytes."""
-    dtypes: dict[str, Facts] = {}
+    dtypes: dict[str, Counter[str]] = {}
     files: set[Path] = set()
+    sums = Counter(tensors=0, numbers=0, bytes=0)
     for dtype, shape, file, size in tensors:
-        entry = dtypes.setdefault(dtype, {"tensors": 0, "numbers": 0, "bytes": 0})
         numbers = math.prod(shape)
         if size is None:
             bits = re.search(r"\d+", dtype)  # BF16, F8_E4M3, I64; BOOL takes a byte
             size = numbers * int(bits[0] if bits else 8) // 8
-        for key, count in (("tensors", 1), ("numbers", numbers), ("bytes", size)):
-            entry[key] += count
+        for counts in (dtypes.setdefault(dtype, Counter()), sums):
+            counts.update(tensors=1, numbers=numbers, bytes=size)
         files.add(file)
-    dtypes = dict(sorted(dtypes.items(), key=lambda item: -item[1]["bytes"]))
-    sums = {key: sum(entry[key] for entry in dtypes.values()) for key in ("tensors", "numbers", "bytes")}
-    return {"files": len(files), **sums, "dtypes": dtypes}
+    by_size = sorted(dtypes.items(), key=lambda item: -item[1]["bytes"])
+    return {"files": len(files), **sums, "dtypes": {dtype: dict(counts) for dtype, counts in by_size}}
 
 
 def _examine_tokenizer(tokenizer: Tokenizer, place: Path, config: ModelConfig | None, facts: Facts) -> None:
     special = {name: tokenizer.token(f"{name}_token") for name in ("bos", "eos", "pad")}
     facts["tokenizer"] = {
-        "kind": tokenizer.kind,
-        "vocab_size": tokenizer.vocab_size,
-        "control_tokens": len(tokenizer.control_ids),
+        "kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "control_tokens": len(tokenizer.control_ids),
         "special": {name: token for name, token in special.items() if token is not None},
-        "eos_ids": sorted(tokenizer.eos_ids),
-        "think_tokens": tokenizer.think_id is not None,
-    }
+        "eos_ids": sorted(tokenizer.eos_ids), "think_tokens": tokenizer.think_id is not None,
+    }  # fmt: skip
     end = config.eos_token_id if config is not None else None
     if end is not None and tokenizer.eos_ids and end not in tokenizer.eos_ids:
         ends = f"none of the tokenizer's ({', '.join(map(str, sorted(tokenizer.eos_ids)))}), which count"

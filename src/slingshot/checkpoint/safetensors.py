@@ -58,7 +58,6 @@ class Shards:
 
     def __init__(self, folder: Path) -> None:
         """SlingshotError names the file that is missing, truncated or corrupt, or the tensor that two files hold."""
-        self.folder = folder
         self.bytes_read = 0
         self.headers: dict[str, TensorHeader] = {}
         index = read_index(folder)

@@ -133,17 +133,14 @@ def test_given_problems_are_counted_and_bad_ones_end_nothing(evaluating, saying,
     assert f"{30 - skipped} of {given} given train problems asked" in found["notes"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"tasks": []}, "evaluation.tasks: "),
-        ({"forms": []}, "evaluation.forms: "),
-        ({"samples": 0}, "evaluation.samples: .*got 0"),
-        ({"split": "dev"}, "evaluation.split: Input should be 'train' or 'test', got 'dev'"),
-        ({"sampling": {"top_p": 0.0}}, "evaluation.sampling: top_p must be .*got 0.0"),
-        ({"forms": [{"name": "a"}, {"name": "a", "chat": False}]}, "evaluation.*two forms are named a"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"tasks": []}, "evaluation.tasks: "),
+    ({"forms": []}, "evaluation.forms: "),
+    ({"samples": 0}, "evaluation.samples: .*got 0"),
+    ({"split": "dev"}, "evaluation.split: Input should be 'train' or 'test', got 'dev'"),
+    ({"sampling": {"top_p": 0.0}}, "evaluation.sampling: top_p must be .*got 0.0"),
+    ({"forms": [{"name": "a"}, {"name": "a", "chat": False}]}, "evaluation.*two forms are named a"),
+])  # fmt: skip
 def test_a_config_that_means_nothing_is_refused(evaluating, changes, message):
     with pytest.raises(SlingshotError, match=message):
         evaluating(**changes)

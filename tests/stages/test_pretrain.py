@@ -1,17 +1,12 @@
 """Pre-training: what the corpus is made of, what a run leaves behind, and what it refuses."""
 
-from __future__ import annotations
-
 import json
 import math
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,18 +17,13 @@ from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.flops import training_flops
 from slingshot.cost.receipt import Receipt
 from slingshot.data.corpora import Corpus
-from slingshot.model.transformer import Transformer
 from slingshot.stages import pretrain
 from slingshot.tasks.loader import load_task
 
-Pretraining = Callable[..., pretrain.PretrainConfig]
-Metrics = Callable[[Path], list[dict[str, Any]]]
 FEW = {"tasks": [{"name": "arithmetic"}], "count": 5}
 
 
-def test_a_run_leaves_a_checkpoint_its_metrics_and_its_account(
-    base: Path, pretraining: Pretraining, metrics: Metrics
-) -> None:
+def test_a_run_leaves_a_checkpoint_its_metrics_and_its_account(base, pretraining, metrics):
     rows, receipt, config = metrics(base), Receipt.read(base), pretraining()
     corpus = pretrain.prepare(config)
     assert [row["step"] for row in rows] == list(range(1, 31))
@@ -53,22 +43,20 @@ def test_a_run_leaves_a_checkpoint_its_metrics_and_its_account(
     assert config.model_dump(mode="json") == receipt.config
 
 
-def test_the_same_seed_makes_the_same_weights(
-    base: Path, pretraining: Pretraining, metrics: Metrics, tmp_path: Path
-) -> None:
+def test_the_same_seed_makes_the_same_weights(base, pretraining, metrics, tmp_path):
     pretrain.run(pretraining(), tmp_path / "again")
     assert metrics(tmp_path / "again") == metrics(base)
     for file in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (tmp_path / "again" / file).read_bytes() == (base / file).read_bytes()
 
 
-def test_the_corpus_follows_its_seed(pretraining: Pretraining) -> None:
+def test_the_corpus_follows_its_seed(pretraining):
     first, again, other = (pretrain.prepare(pretraining(seed=seed)) for seed in (0, 0, 1))
     assert np.array_equal(first.tokens_NT, again.tokens_NT) and np.array_equal(first.segments_NT, again.segments_NT)
     assert not np.array_equal(first.tokens_NT, other.tokens_NT)
 
 
-def test_documents_are_of_the_train_split_in_their_shares(pretraining: Pretraining, sums: dict[str, Any]) -> None:
+def test_documents_are_of_the_train_split_in_their_shares(pretraining, sums):
     documents = {"tasks": [sums], "count": 400, "styles": {"answer": 0.75, "steps": 0.25}, "template_share": 0.3}
     written = list(pretrain._written(pretraining(documents=documents)))
     assert len(written) == 400
@@ -81,7 +69,7 @@ def test_documents_are_of_the_train_split_in_their_shares(pretraining: Pretraini
     assert tested and not tested & {document[0].splitlines()[0] for document in written}
 
 
-def test_plain_documents_are_framed_and_chats_follow_the_template(pretraining: Pretraining) -> None:
+def test_plain_documents_are_framed_and_chats_follow_the_template(pretraining):
     tokenizer = pretrain.prepare(pretraining()).tokenizer
     plain, chat = pretrain._encode(tokenizer, [("3+4=7",), ("What is 3+4?", "3 plus 4 is 7", "7")])
     assert plain == [tokenizer.bos_id, *tokenizer.encode("3+4=7"), tokenizer.eos_id]
@@ -90,7 +78,7 @@ def test_plain_documents_are_framed_and_chats_follow_the_template(pretraining: P
     assert tokenizer.decode(chat[len(prompt) :]) == "3 plus 4 is 7\n</think>\n\n7"
 
 
-def test_every_epoch_takes_every_row_once_in_an_order_of_its_own(pretraining: Pretraining) -> None:
+def test_every_epoch_takes_every_row_once_in_an_order_of_its_own(pretraining):
     """Ten rows in batches of 5."""
     config = pretraining(batch_size=5)
     tokenizer = pretrain.prepare(config).tokenizer
@@ -100,13 +88,11 @@ def test_every_epoch_takes_every_row_once_in_an_order_of_its_own(pretraining: Pr
     assert epochs == [list(range(10))] * 3 and len(set(batches)) > 3
 
 
-def test_router_biases_move_until_the_frozen_share(
-    pretraining: Pretraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_router_biases_move_until_the_frozen_share(pretraining, tmp_path, monkeypatch):
     """Eight steps of which the last quarter is frozen: six moves, each of the speed or none."""
     real, moved = pretrain.update_router_biases, []
 
-    def counted(model: Transformer, load_LE: list[torch.Tensor], speed: float) -> None:
+    def counted(model, load_LE, speed):
         moved.append(speed)
         real(model, load_LE, speed)
 
@@ -118,7 +104,7 @@ def test_router_biases_move_until_the_frozen_share(
     assert torch.allclose(moves, moves.round(), atol=1e-4) and 0.999 < moves.abs().max() < 6.001
 
 
-def test_real_text_is_scored_in_bits_per_byte_of_held_out_documents(pretraining: Pretraining, tmp_path: Path) -> None:
+def test_real_text_is_scored_in_bits_per_byte_of_held_out_documents(pretraining, tmp_path):
     """The figure in the receipt is the documents' negative log likelihood, each token once, over their bytes.
 
     Documents are longer than the model sees at once: from the second window on, half a window at least.
@@ -145,7 +131,7 @@ def test_real_text_is_scored_in_bits_per_byte_of_held_out_documents(pretraining:
     assert Receipt.read(tmp_path / "out").extra["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_task_without_solutions_is_named(pretraining: Pretraining, tmp_path: Path) -> None:
+def test_a_task_without_solutions_is_named(pretraining, tmp_path):
     task = tmp_path / "capitals.py"
     task.write_text(
         "def problems(split, seed):\n    yield {'prompt': 'Japan?', 'answer': 'Tokyo'}\n\n"
@@ -155,7 +141,7 @@ def test_a_task_without_solutions_is_named(pretraining: Pretraining, tmp_path: P
         pretrain.run(pretraining(documents={"tasks": [{"name": str(task)}], "count": 5}), tmp_path / "out")
 
 
-def test_ctrl_c_while_the_corpus_is_prepared_stops_at_once(pretraining: Pretraining, tmp_path: Path) -> None:
+def test_ctrl_c_while_the_corpus_is_prepared_stops_at_once(pretraining, tmp_path):
     """Another process, so that the signal comes at any moment; nothing is left but what the next attempt takes up."""
     config = pretraining(documents={"tasks": [{"name": "arithmetic"}], "count": 10_000_000})
     (tmp_path / "config.json").write_text(config.model_dump_json())
@@ -170,13 +156,13 @@ def test_ctrl_c_while_the_corpus_is_prepared_stops_at_once(pretraining: Pretrain
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out.partial"]
 
 
-def test_a_tokenizer_of_another_checkpoint_is_taken_over(base: Path, pretraining: Pretraining, tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_checkpoint_is_taken_over(base, pretraining, tmp_path):
     pretrain.run(pretraining(tokenizer=str(base), steps=1, seed=3), tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     assert [parent.path for parent in Receipt.read(tmp_path / "out").parents] == [str(base)]
 
 
-def test_a_diverging_run_stops_with_its_last_good_state(pretraining: Pretraining, tmp_path: Path) -> None:
+def test_a_diverging_run_stops_with_its_last_good_state(pretraining, tmp_path):
     config = pretraining(optimizer={"lr": 1e30, "adam_lr": 1e30, "warmup": 0.0}, save_seconds=0.0)
     line = r"^out: (loss|gradient_norm) is (nan|inf) at step \d; the state of step \d is kept in .*out\.partial"
     with pytest.raises(SlingshotError, match=line):
@@ -186,49 +172,33 @@ def test_a_diverging_run_stops_with_its_last_good_state(pretraining: Pretraining
     assert int(state.name.removeprefix("state-")) >= 1
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"documents": None}, r"base: a corpus is needed: give \[documents\], text = \[...\], or both"),
-        ({"model": {"family": "deepseek_v3"}}, "^base.model.hidden_size: Field required$"),
-        ({"steps": 0}, "base.steps: Input should be greater than or equal to 1, got 0"),
-        ({"vocab_size": 100}, "base.vocab_size: .* got 100"),
-        ({"leraning_rate": 1.0}, "base.leraning_rate: unknown key"),
-        ({"optimizer": {"betas": (0.9, 1.5)}}, "base.optimizer.betas"),
-        ({"sequence_length": 256}, "base: sequence_length 256 is beyond the model's max_position_embeddings 128"),
-        ({"documents": FEW | {"tasks": []}}, "base.documents.tasks"),
-        ({"documents": FEW | {"count": 0}}, "base.documents.count"),
-        ({"documents": FEW | {"styles": {}}}, "base.documents.styles"),
-        ({"documents": FEW | {"styles": {"steps": -1.0}}}, "base.documents.styles"),
-        ({"documents": FEW | {"template_share": 1.5}}, "base.documents.template_share"),
-    ],
-)
-def test_a_config_that_cannot_run_is_refused_before_it_does(
-    pretraining: Pretraining, changes: dict[str, Any], message: str
-) -> None:
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"documents": None}, r"base: a corpus is needed: give \[documents\], text = \[...\], or both"),
+    ({"model": {"family": "deepseek_v3"}}, "^base.model.hidden_size: Field required$"),
+    ({"steps": 0}, "base.steps: Input should be greater than or equal to 1, got 0"),
+    ({"vocab_size": 100}, "base.vocab_size: .* got 100"),
+    ({"leraning_rate": 1.0}, "base.leraning_rate: unknown key"),
+    ({"optimizer": {"betas": (0.9, 1.5)}}, "base.optimizer.betas"),
+    ({"sequence_length": 256}, "base: sequence_length 256 is beyond the model's max_position_embeddings 128"),
+    ({"documents": FEW | {"tasks": []}}, "base.documents.tasks"),
+    ({"documents": FEW | {"count": 0}}, "base.documents.count"),
+    ({"documents": FEW | {"styles": {}}}, "base.documents.styles"),
+    ({"documents": FEW | {"styles": {"steps": -1.0}}}, "base.documents.styles"),
+    ({"documents": FEW | {"template_share": 1.5}}, "base.documents.template_share"),
+])  # fmt: skip
+def test_a_config_that_cannot_run_is_refused_before_it_does(pretraining, changes, message):
     with pytest.raises(SlingshotError, match=message) as refused:
         pretraining(**changes)
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"text": ["nowhere.txt"]}, "nowhere.txt does not exist"),
-        (
-            {"batch_size": 2000},
-            r"fills \d+ rows of 48 tokens, fewer than one batch of 2000; add text or lower batch_size",
-        ),
-        ({"tokenizer": "nowhere"}, "nowhere: no such folder"),
-        (
-            {"documents": FEW | {"tasks": [{"name": "arithmetics"}]}},
-            "'arithmetics' is unknown; did you mean arithmetic",
-        ),
-    ],
-)
-def test_a_corpus_that_cannot_be_is_named(
-    pretraining: Pretraining, tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"text": ["nowhere.txt"]}, "nowhere.txt does not exist"),
+    ({"batch_size": 2000}, r"fills \d+ rows of 48 tokens, fewer than one batch of 2000; add text or lower batch_size"),
+    ({"tokenizer": "nowhere"}, "nowhere: no such folder"),
+    ({"documents": FEW | {"tasks": [{"name": "arithmetics"}]}}, "'arithmetics' is unknown; did you mean arithmetic"),
+])  # fmt: skip
+def test_a_corpus_that_cannot_be_is_named(pretraining, tmp_path, changes, message):
     with pytest.raises(SlingshotError, match=message):
         pretrain.run(pretraining(**changes), tmp_path / "out")
     assert not list(tmp_path.iterdir())

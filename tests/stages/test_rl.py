@@ -217,20 +217,17 @@ def test_divergence_is_reported_in_one_line(training, tmp_path, steps, lr):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"optimizer": {"name": "muonn"}}, "rl.optimizer.name: Input should be 'muon' or 'adamw', got 'muonn'"),
-        ({"group_size": 1}, "rl.group_size: .*got 1"),
-        ({"tasks": []}, "rl.tasks: "),
-        ({"loss": {"clip_low": 1.5}}, "rl.loss.clip_low: .*got 1.5"),
-        ({"loss": {"kl": -1.0}}, "rl.loss.kl: .*got -1.0"),
-        ({"rewards": {"format": float("nan")}}, "rl.*: nan is no number"),
-        ({"sampling": {"temperature": 0.0}}, "rl.* temperature above 0"),
-        ({"max_flops": 0.0}, "rl.max_flops: .*got 0.0"),
-        ({"rewards": {"acuracy": 1.0}}, r"rl.rewards.acuracy: unknown key; did you mean accuracy\?"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"optimizer": {"name": "muonn"}}, "rl.optimizer.name: Input should be 'muon' or 'adamw', got 'muonn'"),
+    ({"group_size": 1}, "rl.group_size: .*got 1"),
+    ({"tasks": []}, "rl.tasks: "),
+    ({"loss": {"clip_low": 1.5}}, "rl.loss.clip_low: .*got 1.5"),
+    ({"loss": {"kl": -1.0}}, "rl.loss.kl: .*got -1.0"),
+    ({"rewards": {"format": float("nan")}}, "rl.*: nan is no number"),
+    ({"sampling": {"temperature": 0.0}}, "rl.* temperature above 0"),
+    ({"max_flops": 0.0}, "rl.max_flops: .*got 0.0"),
+    ({"rewards": {"acuracy": 1.0}}, r"rl.rewards.acuracy: unknown key; did you mean accuracy\?"),
+])  # fmt: skip
 def test_a_config_that_means_nothing_is_refused(training, changes, message):
     with pytest.raises(SlingshotError, match=message):
         training(**changes)

@@ -1,12 +1,7 @@
 """SFT: what an example becomes, that only responses are learnt, and which data is refused."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,10 +10,6 @@ from slingshot.base.files import write_jsonl
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.receipt import Receipt
 from slingshot.stages import sft
-from slingshot.text.tokenizer import Tokenizer
-
-Metrics = Callable[[Path], list[dict[str, Any]]]
-Finetuning = Callable[..., sft.SFTConfig]
 
 EXAMPLES = [
     {"prompt": f"What is {a}+{b}?", "reasoning": f"{a} plus {b} is {a + b}", "answer": str(a + b)}
@@ -28,7 +19,7 @@ EXAMPLES = [
 
 
 @pytest.fixture
-def finetuning(base: Path, tmp_path: Path) -> Finetuning:
+def finetuning(base, tmp_path):
     """finetuning(**changes): on 40 examples of a file."""
     write_jsonl(tmp_path / "data" / "data.jsonl", EXAMPLES)
     paths = {"model": str(base), "data": [str(tmp_path / "data")]}
@@ -36,11 +27,11 @@ def finetuning(base: Path, tmp_path: Path) -> Finetuning:
     return lambda **changes: sft.SFTConfig.parse({**common, **changes}, "sft")
 
 
-def pairs(config: sft.SFTConfig, tokenizer: Tokenizer) -> list[sft.Pair]:
+def pairs(config, tokenizer):
     return sft.encode(sft.read(config), tokenizer, config)
 
 
-def test_an_example_is_its_prompt_in_the_template_and_the_response(base: Path, finetuning: Finetuning) -> None:
+def test_an_example_is_its_prompt_in_the_template_and_the_response(base, finetuning):
     tokenizer = load_tokenizer(base)
     examples = pairs(finetuning(), tokenizer)
     assert len(examples) == 40
@@ -49,7 +40,7 @@ def test_an_example_is_its_prompt_in_the_template_and_the_response(base: Path, f
     assert tokenizer.decode(response) == "1 plus 1 is 2\n</think>\n\n2" and response[-1] == tokenizer.eos_id
 
 
-def test_only_responses_are_targets_and_every_epoch_has_all_of_them(base: Path, finetuning: Finetuning) -> None:
+def test_only_responses_are_targets_and_every_epoch_has_all_of_them(base, finetuning):
     config, tokenizer = finetuning(), load_tokenizer(base)
     examples = pairs(config, tokenizer)
     packed = [sft.rows_of_epoch(examples, config, epoch) for epoch in range(2)]
@@ -66,7 +57,7 @@ def test_only_responses_are_targets_and_every_epoch_has_all_of_them(base: Path, 
     assert seen[0] != seen[1]
 
 
-def test_the_models_own_generation_config_is_passed_on(base: Path, finetuning: Finetuning, tmp_path: Path) -> None:
+def test_the_models_own_generation_config_is_passed_on(base, finetuning, tmp_path):
     shutil.copytree(base, tmp_path / "own")
     own = {"eos_token_id": [1, 4], "temperature": 0.3, "bos_token_id": 0, "pad_token_id": 2}
     (tmp_path / "own" / "generation_config.json").write_text(json.dumps(own))
@@ -75,9 +66,7 @@ def test_the_models_own_generation_config_is_passed_on(base: Path, finetuning: F
     assert load_tokenizer(tmp_path / "out").eos_ids == {1, 4}
 
 
-def test_a_run_learns_the_format_and_says_what_it_took(
-    base: Path, finetuning: Finetuning, metrics: Metrics, tmp_path: Path
-) -> None:
+def test_a_run_learns_the_format_and_says_what_it_took(base, finetuning, metrics, tmp_path):
     sft.run(finetuning(epochs=3, optimizer={"lr": 0.01, "adam_lr": 0.01}), tmp_path / "out")
     rows, receipt = metrics(tmp_path / "out"), Receipt.read(tmp_path / "out")
     per_epoch = -(-len(sft.rows_of_epoch(pairs(finetuning(), load_tokenizer(base)), finetuning(), 0).tokens_BT) // 4)
@@ -90,9 +79,7 @@ def test_a_run_learns_the_format_and_says_what_it_took(
     assert load_model(tmp_path / "out").config == load_model(base).config
 
 
-def test_tasks_write_worked_solutions_of_the_train_split(
-    base: Path, finetuning: Finetuning, sums: dict[str, Any]
-) -> None:
+def test_tasks_write_worked_solutions_of_the_train_split(base, finetuning, sums):
     tokenizer = load_tokenizer(base)
     config = finetuning(data=[], tasks=[sums], examples=20)
     responses = [tokenizer.decode(response) for _, response in pairs(config, tokenizer)]
@@ -101,7 +88,7 @@ def test_tasks_write_worked_solutions_of_the_train_split(
     assert not [response for _, response in pairs(config, tokenizer) if "plus" in tokenizer.decode(response)]
 
 
-def test_a_model_without_a_template_is_put_the_question_as_text(base: Path, finetuning: Finetuning) -> None:
+def test_a_model_without_a_template_is_put_the_question_as_text(base, finetuning):
     tokenizer = load_tokenizer(base)
     prompt, response = pairs(finetuning(form={"chat": False, "text": "Q: {prompt} A:"}), tokenizer)[0]
     assert prompt == [tokenizer.bos_id, *tokenizer.encode("Q: What is 1+1? A:")]
@@ -109,9 +96,7 @@ def test_a_model_without_a_template_is_put_the_question_as_text(base: Path, fine
 
 
 @pytest.mark.parametrize("lengths", [{"sequence_length": 48}, {"sequence_length": 500}])
-def test_examples_that_are_too_long_are_counted_and_refused_when_they_are_most(
-    finetuning: Finetuning, tmp_path: Path, capsys: pytest.CaptureFixture[str], lengths: dict[str, int]
-) -> None:
+def test_examples_that_are_too_long_are_counted_and_refused_when_they_are_most(finetuning, tmp_path, capsys, lengths):
     """Longer than a row, or than the model's max_position_embeddings of 128."""
     long = EXAMPLES[0] | {"reasoning": "1 plus 1 is 2, " * 60}
     write_jsonl(tmp_path / "long.jsonl", [long, EXAMPLES[1], EXAMPLES[2]])
@@ -127,7 +112,7 @@ def test_examples_that_are_too_long_are_counted_and_refused_when_they_are_most(
         sft.run(config, tmp_path / "other")
 
 
-def test_rows_without_reasoning_and_chats_are_taken(base: Path, finetuning: Finetuning, tmp_path: Path) -> None:
+def test_rows_without_reasoning_and_chats_are_taken(base, finetuning, tmp_path):
     """An empty think block or none; each assistant message of a chat is an example, to all before it."""
     tokenizer = load_tokenizer(base)
     ask, say = {"role": "user", "content": "What is 1+1?"}, {"role": "assistant", "content": "2"}
@@ -148,26 +133,23 @@ def test_rows_without_reasoning_and_chats_are_taken(base: Path, finetuning: Fine
     assert [prompt for prompt, _ in without] == [before] * 3 + [tokenizer.encode_chat([ask, say, ask])]
 
 
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ('{"prompt": "a", "reasoning": "b"}\n', 'data.jsonl line 1: an example holds "prompt" and "answer", with or'),
-        ('{"prompt": "a", "answer": "c"}\n{"prompt": "a", "answer": 7}\n', "line 2: an example holds"),
-        ("[1, 2]\n", "line 1: an example holds"),
-        ('{"messages": [{"role": "user", "content": "a"}]}\n', "line 1: an example holds"),
-        ('{"messages": "a"}\n', "line 1: an example holds"),
-        ("nonsense\n", "data.jsonl line 1 is not valid JSON"),
-        ("", "no examples; did any sample pass the verifier"),
-    ],
-)
-def test_data_that_holds_no_examples_is_named(finetuning: Finetuning, tmp_path: Path, lines: str, message: str) -> None:
+@pytest.mark.parametrize(("lines", "message"), [
+    ('{"prompt": "a", "reasoning": "b"}\n', 'data.jsonl line 1: an example holds "prompt" and "answer", with or'),
+    ('{"prompt": "a", "answer": "c"}\n{"prompt": "a", "answer": 7}\n', "line 2: an example holds"),
+    ("[1, 2]\n", "line 1: an example holds"),
+    ('{"messages": [{"role": "user", "content": "a"}]}\n', "line 1: an example holds"),
+    ('{"messages": "a"}\n', "line 1: an example holds"),
+    ("nonsense\n", "data.jsonl line 1 is not valid JSON"),
+    ("", "no examples; did any sample pass the verifier"),
+])  # fmt: skip
+def test_data_that_holds_no_examples_is_named(finetuning, tmp_path, lines, message):
     (tmp_path / "data" / "data.jsonl").write_text(lines)
     with pytest.raises(SlingshotError, match=message):
         sft.run(finetuning(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_sources_that_are_not_there_are_named(finetuning: Finetuning, tmp_path: Path) -> None:
+def test_sources_that_are_not_there_are_named(finetuning, tmp_path):
     line = r"sft: no examples: give data = \[\.\.\.\], or tasks = \[\.\.\.\] with examples = N"
     with pytest.raises(SlingshotError, match=line):
         finetuning(data=[])

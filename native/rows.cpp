@@ -2,7 +2,7 @@
 // every number once, in its own type (float or bf16), and computes in float.
 #include "doors.h"
 #include "share.h"
-#include "simd.h"
+#include "turn.h"
 
 #include <vector>
 
@@ -28,13 +28,6 @@ template <class T> struct Line {
     }
     std::vector<T> copy;
 };
-
-template <class T> inline Floats as(Floats x) {
-    alignas(64) T at[LANES];
-    store(at, x);
-    return load(at);
-}
-template <> inline Floats as<float>(Floats x) { return x; }
 
 // The gains as the activations' type holds them, zeros behind.
 template <class T> std::vector<float> gains(const float* weight, int width) {

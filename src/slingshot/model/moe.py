@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from slingshot.kernels.experts import experts_kernel, routed_experts
 from slingshot.kernels.swiglu import swiglu
 from slingshot.model.config import ModelConfig
 from slingshot.model.dispatch import Dispatcher, LocalDispatcher, Routing
@@ -75,6 +76,11 @@ class Experts(nn.Module):
     def forward(self, x_PD: Tensor, counts: list[int]) -> Tensor:
         return self.down_proj(swiglu(self.gate_up_proj(x_PD, counts)), counts)
 
+    @property
+    def plain(self) -> bool:
+        """Whether both are nothing but their weights."""
+        return type(self.gate_up_proj) is GroupedLinear and type(self.down_proj) is GroupedLinear
+
 
 class MoE(nn.Module):
     """Shared experts on every token plus the routed experts each token chose."""
@@ -90,7 +96,12 @@ class MoE(nn.Module):
     def forward(self, x_XD: Tensor) -> tuple[Tensor, Routing]:
         x_ND = x_XD.flatten(0, -2)
         routing = self.gate(x_ND)
-        y_ND = self.dispatcher(x_ND, routing, self.experts)
+        local = isinstance(self.dispatcher, LocalDispatcher) and self.experts.plain
+        if local and (native := experts_kernel(x_ND)) is not None:
+            weights = self.experts.gate_up_proj.weight, self.experts.down_proj.weight
+            y_ND = routed_experts(native, x_ND, routing.experts_Nk, routing.gates_Nk, *weights)
+        else:
+            y_ND = self.dispatcher(x_ND, routing, self.experts)
         if self.shared_experts is not None:
             y_ND = y_ND + self.shared_experts(x_ND)
         return y_ND.view_as(x_XD), routing

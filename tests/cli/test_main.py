@@ -246,16 +246,15 @@ def test_convert_there_and_back(command: Command, checkpoint: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["x", "--to", "onnx"], "--to onnx: the formats are hf (a Hugging Face folder) and gguf"),
+        (["x", "--to", "onnx"], "--to onnx: the formats are hf"), (["x.gguf", "--to", "hf"], "--to hf makes a folder"),
         (["x", "--to", "gguf"], "x: --to gguf makes a file whose name ends in .gguf"),
-        (["x.gguf", "--to", "hf"], "x.gguf: --to hf makes a folder"),
         (["x", "--dtype", "q8_0"], "--dtype q8_0: a Hugging Face folder has no such type"),
         (["x.gguf", "--dtype", "fp8"], "--dtype fp8: a GGUF file here is one of float32, float16, bfloat16, q8_0"),
         (["x", "--max-shard-size", "big"], "convert.max_shard_size: could not parse value"),
         (["x", "--max-shard-size", "0"], "convert.max_shard_size: Input should be greater than 0"),
         (["pyproject.toml"], "pyproject.toml exists already; remove it or choose another --out"),
     ],
-)
+)  # fmt: skip
 def test_a_conversion_that_cannot_be_is_one_line(
     command: Command, checkpoint: Path, arguments: list[str], message: str
 ) -> None:

@@ -85,15 +85,13 @@ def test_a_changed_key_runs_its_stage_and_what_came_of_it_again(load: Load, out:
     assert Receipt.read(out / "tuned").flops == 21
 
 
-def test_a_parent_that_ends_the_same_leaves_its_children_standing(load: Load, out: Path, capsys: Captured) -> None:
+def test_children_go_by_what_their_parent_holds(load: Load, out: Path, capsys: Captured) -> None:
+    """One made anew that ends the same leaves them standing; one changed from outside does not."""
     run(load(TEXT, "picks.text=other"), out)  # text does not show in what the stage makes
     assert states(capsys.readouterr().err)["tuned"] == "skipped"
-
-
-def test_a_parent_changed_from_outside_is_noticed(load: Load, out: Path, capsys: Captured) -> None:
     receipt = read_json(out / "picks" / "receipt.json")
     (out / "picks" / "receipt.json").write_text(json.dumps(receipt | {"digest": "0" * 16}))
-    run(load(), out)
+    run(load(TEXT, "picks.text=other"), out)
     said = capsys.readouterr().err
     assert "tuned is stale: picks changed" in said
     assert states(said)["picks"] == "skipped" and states(said)["tuned"] == "done"
@@ -209,17 +207,15 @@ def test_several_processes_are_started_by_torchrun() -> None:
 
 
 @pytest.mark.slow
-def test_a_stage_that_refuses_ends_the_run_with_its_own_line(load: Load, tmp_path: Path, capfd: Captured) -> None:
+def test_a_stage_that_refuses_crashes_or_is_killed(
+    load: Load, tmp_path: Path, capfd: Captured, refusal: Refusal
+) -> None:
+    """The first ends the run with its own line, the others are named."""
     with pytest.raises(SystemExit) as ended:
         run(load(TEXT, "picks.do=refuse"), tmp_path / "run")
-    assert ended.value.code == 2
     said = capfd.readouterr().err
-    assert "slingshot: no such luck; try again\n" in said and "Traceback" not in said
+    assert ended.value.code == 2 and "slingshot: no such luck; try again\n" in said and "Traceback" not in said
     assert (tmp_path / "run" / "base").exists() and not (tmp_path / "run" / "picks").exists()
-
-
-@pytest.mark.slow
-def test_a_stage_that_crashes_or_is_killed_is_named(load: Load, tmp_path: Path, refusal: Refusal) -> None:
     for does, said in (("crash", "ended with code 1"), ("vanish", "was killed by SIGKILL")):
         recipe = load(TEXT, f"picks.do={does}")
         assert f"picks: its process {said}" in refusal(lambda recipe=recipe: run(recipe, tmp_path / "run"))
@@ -235,11 +231,8 @@ def test_folders_of_others_are_left_alone_and_found_before_anything_runs(
     assert (out / "tuned" / "thesis.txt").exists() and not (out / "base").exists()
     (out / "recipe.json").write_text(json.dumps({"name": "tiny", "stages": []}))
     assert "holds a run of the recipe tiny" in refusal(lambda: run(load(), out))
-
-
-def test_an_unwritable_place_is_named(load: Load, tmp_path: Path, refusal: Refusal) -> None:
-    (tmp_path / "file").write_text("")
-    assert f"cannot write {tmp_path / 'file' / 'run'}" in refusal(lambda: run(load(), tmp_path / "file" / "run"))
+    place = out / "recipe.json" / "run"
+    assert f"cannot write {place}" in refusal(lambda: run(load(), place))
 
 
 # Signals: a runner of its own process
@@ -286,11 +279,9 @@ def test_an_interrupted_stage_saves_and_the_same_command_goes_on(start: Start, t
     wait_for((partial / "pid").exists)
     runner.send_signal(number)
     said = runner.communicate(timeout=20)[1]
-    assert runner.returncode == 130
+    assert runner.returncode == 130 and said.count("slingshot:") == 1 and "Traceback" not in said
     assert said.splitlines()[-1] == "slingshot: stopped and saved; the same command goes on from here"
-    assert said.count("slingshot:") == 1 and "Traceback" not in said
     assert (partial / "saved").exists()
-
     (tmp_path / "run" / "go").touch()
     runner = start("tuned.do=wait")
     said = runner.communicate(timeout=20)[1]
@@ -299,23 +290,16 @@ def test_an_interrupted_stage_saves_and_the_same_command_goes_on(start: Start, t
     assert "going on where it stopped" in said
 
 
-def test_a_killed_runner_leaves_no_stage_running(start: Start, tmp_path: Path) -> None:
+def test_two_runs_do_not_share_a_folder_and_a_killed_one_leaves_no_stage_running(start: Start, tmp_path: Path) -> None:
     runner = start("base.do=wait")
     mark = tmp_path / "run" / "base.partial" / "pid"
     wait_for(mark.exists)
+    second = start("base.do=wait")
+    said = second.communicate(timeout=20)[1]
+    assert second.returncode == 2 and f"another slingshot is at work in {tmp_path / 'run'}" in said
     pid = int(mark.read_text())
     assert alive(pid)
     runner.kill()
     wait_for(lambda: not alive(pid))
     (tmp_path / "run" / "go").touch()
     assert start("base.do=wait").wait(timeout=20) == 0
-
-
-@pytest.mark.slow
-def test_two_runs_do_not_share_a_folder(start: Start, tmp_path: Path) -> None:
-    start("base.do=wait")
-    wait_for((tmp_path / "run" / "base.partial" / "pid").exists)
-    second = start("base.do=wait")
-    said = second.communicate(timeout=20)[1]
-    assert second.returncode == 2
-    assert f"another slingshot is at work in {tmp_path / 'run'}" in said

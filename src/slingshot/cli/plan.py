@@ -27,10 +27,8 @@ from slingshot.planning.plan_serving import plan_serve
 from slingshot.planning.plan_training import plan_distill, plan_pretrain, plan_rl
 from slingshot.planning.request import DistillRequest, NamedModel, PlanRequest, PretrainRequest, RLRequest, ServeRequest
 
-app = typer.Typer(
-    help="What it will cost, before anything runs. Numbers may be written 14.8T, 7e12, 671B, 50ms.",
-    no_args_is_help=True,
-)
+_HELP = "What it will cost, before anything runs. Numbers may be written 14.8T, 7e12, 671B, 50ms."
+app = typer.Typer(help=_HELP, no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Html = Annotated[Path | None, typer.Option(help="Write a page there, too.", show_default=False)]
@@ -50,7 +48,7 @@ def named_model(source: str) -> NamedModel:
     return NamedModel(name=source, config=config)
 
 
-def _command(name: str, request: type[PlanRequest], plan: Callable[[Any], Plan], help: str) -> None:
+def _command(name: str, request: type[PlanRequest], plan: Callable[[Any], Plan], what: str) -> None:
     """Make a command whose options are the request's fields."""
 
     def command(as_json: bool, html: Path | None, **given: Any) -> None:
@@ -73,26 +71,22 @@ def _command(name: str, request: type[PlanRequest], plan: Callable[[Any], Plan],
         inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
         for key, (annotation, default) in parameters.items()
     ])  # fmt: skip
-    app.command(name, help=help)(command)
+    app.command(name, help=f"What {what}.")(command)
 
 
-_command(
-    "pretrain", PretrainRequest, plan_pretrain, "What training on so many tokens costs: hours, money, energy, memory."
-)
-_command("rl", RLRequest, plan_rl, "What GRPO costs: rollouts, verification and update, each on a line of its own.")
-_command(
-    "distill", DistillRequest, plan_distill, "What it costs to sample a teacher and train a student on what it wrote."
-)
-_command(
-    "serve", ServeRequest, plan_serve, "What serving costs: tokens a second against batch, cost per million, margin."
-)
+_COMMANDS: dict[str, tuple[type[PlanRequest], Callable[[Any], Plan], str]] = {
+    "pretrain": (PretrainRequest, plan_pretrain, "training on so many tokens costs: hours, money, energy, memory"),
+    "rl": (RLRequest, plan_rl, "GRPO costs: rollouts, verification and update, each on a line of its own"),
+    "distill": (DistillRequest, plan_distill, "it costs to sample a teacher and train a student on what it wrote"),
+    "serve": (ServeRequest, plan_serve, "serving costs: tokens a second against batch, cost per million, margin"),
+}
+for _name, _parts in _COMMANDS.items():
+    _command(_name, *_parts)
 
 
 @app.command("recipe")
 def recipe(
-    source: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A shipped recipe or a .toml file.", show_default=False)
-    ],
+    source: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped one or a .toml file.", show_default=False)],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[STAGE.KEY=VALUE]...")] = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
     as_json: Json = False,

@@ -44,6 +44,13 @@ class ResourceTimes(NamedTuple):
         named = zip(("compute", "memory traffic", "network"), self, strict=True)
         return sorted(named, key=lambda pair: -pair[1])
 
+    def dominates(self, what: str) -> dict[str, str | float]:
+        """What takes longest in `what`, and how many times the next it takes."""
+        (dominant, longest), (_, second), _ = self.ranked
+        seconds = {"compute_seconds": self.compute, "memory_traffic_seconds": self.memory,
+                   "network_seconds": self.network}  # fmt: skip
+        return {"what": what} | seconds | {"dominant": dominant, "factor": longest / second if second else 1.0}
+
 
 @dataclass(frozen=True)
 class ModelCopy:

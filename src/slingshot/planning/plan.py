@@ -28,7 +28,6 @@ from slingshot.cost.devices import Device, and_others, dtype_peak
 from slingshot.cost.flops import cache_bytes_per_token, parameters
 from slingshot.model.config import ModelConfig
 from slingshot.planning.memory import PRECISIONS, USABLE, Memory, Precision
-from slingshot.planning.model_copy import ResourceTimes
 from slingshot.planning.request import PlanRequest
 
 MOST = 10**7  # devices a plan takes
@@ -196,12 +195,3 @@ def chosen_precision(config: ModelConfig, device: Device, name: str | None) -> P
     name = _SHORT.get(name.lower(), name.lower())
     dtype_peak(device, name)
     return PRECISIONS[name]
-
-
-def dominates(what: str, times: ResourceTimes) -> dict[str, str | float]:
-    """What takes longest in `what`, and how many times the next it takes."""
-    (dominant, longest), (_, second), _ = times.ranked
-    return {
-        "what": what, "compute_seconds": times.compute, "memory_traffic_seconds": times.memory,
-        "network_seconds": times.network, "dominant": dominant, "factor": longest / second if second else 1.0,
-    }  # fmt: skip

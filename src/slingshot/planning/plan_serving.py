@@ -13,7 +13,7 @@ from slingshot.base.quantity import show_share
 from slingshot.cost.flops import decode_parts, prefill_parts
 from slingshot.planning.model_copy import ModelCopy
 from slingshot.planning.network import LINK_EFFICIENCY
-from slingshot.planning.plan import HOURS, MOST, Hire, Plan, dominates
+from slingshot.planning.plan import HOURS, MOST, Hire, Plan
 from slingshot.planning.plan_training import DECODING
 from slingshot.planning.request import ServeRequest
 from slingshot.planning.training_run import ASSUMED_MFU
@@ -132,7 +132,7 @@ def plan_serve(asked: ServeRequest) -> Plan:
         "serve", asked, memory, lines, there, own_fits=in_time > 0,
         nearest_fit={"device": fit.device.name, "count": fit.devices, "layout": spread} if fit else None,
         flops=decoded + prefilled, flops_by_part={"decoding": decoded, "reading prompts": prefilled},
-        dominates=dominates(f"a decoding step of {batch} sequences a device", step),
+        dominates=step.dominates(f"a decoding step of {batch} sequences a device"),
         assumptions=hire.assumed(
             "serve", config, prompt + response, asked=asked, devices=copy.devices, decoding=DECODING, context=context,
             choice="" if asked.devices_per_copy else f", the power of two that {choice}", mfu=show_share(mfu),

@@ -17,7 +17,7 @@ from slingshot.model.config import ModelConfig
 from slingshot.planning.memory import Precision
 from slingshot.planning.model_copy import ModelCopy, ResponseLengths, round_seconds
 from slingshot.planning.network import LINK_EFFICIENCY, transfers
-from slingshot.planning.plan import HOURS, Hire, Plan, PublishedBill, chosen_precision, dominates
+from slingshot.planning.plan import HOURS, Hire, Plan, PublishedBill, chosen_precision
 from slingshot.planning.request import LONGEST, DistillRequest, PretrainRequest, RLRequest
 from slingshot.planning.scaling import dense_equivalent
 from slingshot.planning.training_run import ASSUMED_MFU, TrainingRun, forward_and_backward
@@ -60,7 +60,7 @@ def plan_pretrain(asked: PretrainRequest) -> Plan:
     return hire.plan(
         "pretrain", asked, memory, lines, run.there(computed, lambda other: given), **run.fields(),
         flops=flops, flops_by_part=parts | ({"mtp": mtp} if mtp else {}), assumptions=assumptions,
-        dominates=dominates(f"an optimizer step of {show_count(batch)} tokens", times),
+        dominates=times.dominates(f"an optimizer step of {show_count(batch)} tokens"),
         tokens=tokens, context=context, batch_tokens=batch, optimizer_steps=tokens / batch,
         tokens_per_day=tokens * hire.count * HOURS / computed, six_nd_flops=6.0 * parameters(config).active * tokens,
         mfu_of_bfloat16=rate.per_device / hire.device.peak["bfloat16"] if "bfloat16" in hire.device.peak else None,
@@ -117,6 +117,7 @@ def plan_rl(asked: RLRequest) -> Plan:
     other_passes = asked.forwards * forward_flops(config, [longer]) * tokens / longer
     run = TrainingRun(asked, hire, length, max(asked.prompts * asked.group, hire.count) * float(length), train)
     batch = min(at_once / hire.count, copy.largest_batch(prompt + response))
+    step = copy.decode_step(batch, prompt + response / 2)
     memory = max(run.memory, copy.memory(batch, prompt + response), key=lambda held: held.total)
     # A response waits for those before it on its core.
     waits = full * math.ceil(at_once / workers) + math.ceil(last / workers)
@@ -135,9 +136,7 @@ def plan_rl(asked: RLRequest) -> Plan:
         run.there(lines[2].device_hours, lambda other: sampling(other)[0] + verifying), **run.fields(),
         flops=sum(line.flops for line in lines),
         flops_by_part={"rollouts": decoding, "training": sum(train.values()), "other forward passes": other_passes},
-        dominates=dominates(
-            f"a decoding step of {batch:.3g} sequences a device", copy.decode_step(batch, prompt + response / 2)
-        ),
+        dominates=step.dominates(f"a decoding step of {batch:.3g} sequences a device"),
         assumptions=hire.assumed(
             "rl", config, prompt + asked.longest, rate=run.rate, asked=asked, cores=on_cores, layout=run.layout,
             copies=_copies(copies, asked.devices_per_copy, "policy", copy), decoding=DECODING,
@@ -190,8 +189,8 @@ def plan_distill(asked: DistillRequest) -> Plan:
     return hire.plan(
         "distill", asked, memory, lines, run.there(run.hours, more), **run.fields(),
         flops=writing + learning, flops_by_part={"sampling": writing, "training": learning},
-        dominates=dominates(
-            f"a decoding step of the teacher, {batch:.3g} sequences a device", copy.decode_step(batch, context)
+        dominates=copy.decode_step(batch, context).dominates(
+            f"a decoding step of the teacher, {batch:.3g} sequences a device"
         ),
         assumptions=hire.assumed(
             "distill", config, rate=run.rate, asked=asked, dtype=of_teacher.dtype, layout=run.layout, decoding=DECODING,

@@ -87,9 +87,8 @@ def write_gguf_file(source: str, file: Path, dtype: str | None) -> list[str]:
 
 def _as_stored(weights: FolderWeights, title: str) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the files byte for byte, FP8 scales and what else lies there included."""
-    names = weights.shards.headers
-    with Progress(title, len(names)) as progress:
-        for number, name in enumerate(names, start=1):
+    with Progress(title, len(weights.shards.headers)) as progress:
+        for number, name in enumerate(weights.shards.headers, start=1):
             yield name, weights.shards.read(name)
             progress.update(number)
 

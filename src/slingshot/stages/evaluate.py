@@ -108,13 +108,8 @@ def run(config: EvaluateConfig, out: Path, sampler: Sampler | None = None) -> No
 def result(task: str, form: str, group: Sequence[Trajectory]) -> dict[str, Any]:
     """What is kept of one problem's samples."""
     first, problem = group[0], group[0].item.problem
-    example = {
-        "prompt": problem.prompt,
-        "answer": problem.answer,
-        "reasoning": first.response.reasoning or "",
-        "response": first.response.answer,
-        "correct": first.scores["accuracy"] == 1.0,
-    }
+    said = {"reasoning": first.response.reasoning or "", "response": first.response.answer}
+    example = {"prompt": problem.prompt, "answer": problem.answer, **said, "correct": first.scores["accuracy"] == 1.0}
     scores = {name: [trajectory.scores[name] for trajectory in group] for name in first.scores}
     return {"task": task, "form": form, "tokens": [sum(t.mask) for t in group], **scores, "example": example}
 
@@ -140,22 +135,15 @@ def summarise(
         scores[task] = [float(np.mean(row["accuracy"])) for row in rows]
         left_out = [row.get("left_out") for row in results if (row["task"], row["form"]) == (task, best)]
         found = tasks[task] = {
-            "pass@1": passes[best],
-            "ci95": interval(scores[task], config.samples, config.seed),
+            "pass@1": passes[best], "ci95": interval(scores[task], config.samples, config.seed),
             "pass@8": float(np.mean([pass_at_k(config.samples, c, 8) for c in right])) if config.samples >= 8 else None,
-            "mean_tokens": mean(rows, "tokens"),
-            "format": mean(rows, "format"),
+            "mean_tokens": mean(rows, "tokens"), "format": mean(rows, "format"),
             "language": float(np.mean([np.mean([value == 1.0 for value in row["language"]]) for row in rows])),
-            "n": len(rows),
-            "samples_per_problem": config.samples,
-            "right": sum(right),
+            "n": len(rows), "samples_per_problem": config.samples, "right": sum(right),
             "right_leniently": sum(row.get("lenient", row["accuracy"]).count(1.0) for row in rows),
-            "split": config.split,
-            "given": (given or {}).get(task),
+            "split": config.split, "given": (given or {}).get(task), "prompt_form": best, "pass@1_by_form": passes,
             "left_out": dict(sum(map(Counter, left_out), Counter())),
-            "prompt_form": best,
-            "pass@1_by_form": passes,
-        }
+        }  # fmt: skip
         found["notes"] = notes(found)
         examples[task] = [row["example"] for row in rows[: config.examples]]
     return {"tasks": tasks, "examples": examples, "scores": scores}

@@ -138,20 +138,16 @@ def _read_deepseek2(keys: _Keys, values: dict[str, Any]) -> dict[str, Any]:
     if f"blk.{layers}.nextn.eh_proj.weight" not in keys.file.tensors:
         nextn = 0  # llama.cpp reads files without the module they mention
     return counts | {
-        "family": "deepseek_v3",
-        "num_hidden_layers": layers,
-        "num_nextn_predict_layers": nextn,
+        "family": "deepseek_v3", "num_hidden_layers": layers, "num_nextn_predict_layers": nextn,
         "q_lora_rank": keys.get("attention.q_lora_rank", int, 0) or None,
-        "qk_nope_head_dim": max(width - rope, 0),
-        "v_head_dim": value,
+        "qk_nope_head_dim": max(width - rope, 0), "v_head_dim": value,
         "n_routed_experts": keys.get("expert_count", int, 0),
         "num_experts_per_tok": keys.get("expert_used_count", int, 0),
-        "n_group": max(groups, 1),
-        "topk_group": used if groups > 1 else 1,
+        "n_group": max(groups, 1), "topk_group": used if groups > 1 else 1,
         "first_k_dense_replace": keys.get("leading_dense_block_count", int, 0),
         "routed_scaling_factor": keys.number("expert_weights_scale", 0.0) or 1.0,
         "norm_topk_prob": keys.get("expert_weights_norm", bool, False),
-    }
+    }  # fmt: skip
 
 
 def _read_yarn(keys: _Keys) -> dict[str, Any] | None:
@@ -260,14 +256,12 @@ def _deepseek2_keys(config: ModelConfig) -> dict[str, Any]:
     """Attention's keys describe the latent cache's one key-value head; each head's after expansion end in _mla."""
     depth = config.num_hidden_layers + config.num_nextn_predict_layers
     keys: dict[str, Any] = {key: getattr(config, field) for key, field in _LATENT_COUNTS.items()} | {
-        "attention.head_count_kv": 1,
         "attention.q_lora_rank": config.q_lora_rank or 0,  # llama.cpp wants the key; at 0 it takes the plain projection
-        "attention.key_length": config.cache_width,
-        "attention.value_length": config.kv_lora_rank,
-        "attention.key_length_mla": config.qk_head_dim,
+        "attention.head_count_kv": 1, "attention.key_length": config.cache_width,
+        "attention.value_length": config.kv_lora_rank, "attention.key_length_mla": config.qk_head_dim,
         "attention.value_length_mla": config.v_head_dim,
         "leading_dense_block_count": min(config.first_k_dense_replace, depth) if config.n_moe_layers else depth,
-    }
+    }  # fmt: skip
     if config.num_nextn_predict_layers:
         keys["nextn_predict_layers"] = config.num_nextn_predict_layers
     if config.n_moe_layers:

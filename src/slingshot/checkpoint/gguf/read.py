@@ -25,7 +25,7 @@ from slingshot.checkpoint.gguf.file import GGUFFile, GGUFTensor
 from slingshot.checkpoint.gguf.names import ROPE_FREQS, kv_b_parts, place
 from slingshot.checkpoint.layout import Spec, layout
 
-_PLAIN = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
+PLAIN = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 _PIECE = 2**20  # numbers dequantised at a time: `gguf` takes several times their float32 size
 
 
@@ -91,7 +91,7 @@ class GGUFWeights:
         ones = (1,) * (len(shape) - len(stored.shape))  # llama.cpp drops them when it writes a file
         if ones + stored.shape != shape:
             raise SlingshotError(f"{stored.file}: {name} has shape {list(stored.shape)}, its keys say {list(shape)}")
-        if stored.kind not in _PLAIN:
+        if stored.kind not in PLAIN:
             try:
                 dequantize(np.zeros((1, stored.row_bytes), dtype=np.uint8), stored.kind)
             except NotImplementedError as error:
@@ -101,8 +101,8 @@ class GGUFWeights:
     def _rows(self, tensor: GGUFTensor, first: int, count: int) -> Tensor:
         """Rows of a tensor, all dimensions but the last counted through: [count, width]."""
         width = tensor.shape[-1]
-        if tensor.kind in _PLAIN:
-            return torch.from_numpy(self.file.read(tensor, first, count)).view(_PLAIN[tensor.kind])
+        if tensor.kind in PLAIN:
+            return torch.from_numpy(self.file.read(tensor, first, count)).view(PLAIN[tensor.kind])
         values = torch.empty((count, width), dtype=torch.float32)
         step = max(1, _PIECE // width)
         for row in range(0, count, step):

@@ -27,6 +27,7 @@ from torch import Tensor
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.gguf.config import architecture, llama3_factors, problems, write_keys
 from slingshot.checkpoint.gguf.names import ROPE_FREQS, kv_b_parts, place
+from slingshot.checkpoint.gguf.read import PLAIN
 from slingshot.checkpoint.gguf.tokenizer import add_tokenizer
 from slingshot.checkpoint.layout import Spec, layout
 from slingshot.checkpoint.load_save import StoredWeights
@@ -40,8 +41,7 @@ _KINDS = {
     "bfloat16": (Kind.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (Kind.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-_DTYPES = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
-_LARGEST = {kind: torch.finfo(dtype).max for kind, dtype in _DTYPES.items()} | {Kind.Q8_0: 127 * 65504.0}
+_LARGEST = {kind: torch.finfo(dtype).max for kind, dtype in PLAIN.items()} | {Kind.Q8_0: 127 * 65504.0}
 _VALUE_TYPES = {
     int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING, bool: GGUFValueType.BOOL,
 }  # fmt: skip
@@ -136,7 +136,7 @@ def _converted(piece: Tensor, kind: Kind) -> np.ndarray:
         raise ValueError(f"holds values too large for {kind.name}; bfloat16 has room")
     if kind == Kind.Q8_0:
         return np.ascontiguousarray(gguf.quants.quantize(piece.float().numpy(), Kind.Q8_0))
-    return piece.to(_DTYPES[kind]).contiguous().view(torch.uint8).numpy()
+    return piece.to(PLAIN[kind]).contiguous().view(torch.uint8).numpy()
 
 
 def _parts(weights: StoredWeights, kind: Kind) -> Iterator[_Part]:

@@ -80,16 +80,13 @@ def chat(
 ) -> None:
     """Read questions from the console and stream the answers until end of input.
 
-    A model that `origin` knows to be trained on single turns is asked one question at a time; any other is told the
-    conversation so far.
+    A model of single turns (`origin`) is asked one question at a time; any other is told the conversation so far.
     """
     origin = origin or Origin()
     if origin.introduction:
         console.print(origin.introduction, markup=False, highlight=False, soft_wrap=True)
     console.print("Ctrl-C stops an answer, Ctrl-D leaves, /help lists commands.", style="dim", highlight=False)
-    system: list[Message] = []
-    history: list[Message] = []
-    question = ""
+    system, history, question = list[Message](), list[Message](), ""
     for turn in range(2**31):  # a seed of its own for each turn: the same question may get another answer
         try:
             typed = console.input("\n[bold]> [/bold]").strip()

@@ -43,8 +43,7 @@ def measure(device: torch.device, seconds: float = 0.5, anew: bool = False) -> t
 
 
 def examine(console: Console, seconds: float = 0.5, calibrate: bool = False) -> None:
-    """Measure the machine and print what was found; with `calibrate` four times as long, in place of what was measured
-    before."""
+    """Measure the machine and print what was found; with `calibrate` four times as long, forgetting what was kept."""
     device = auto_device()
     load = os.getloadavg()[0]
     with console.status("measuring ..."):
@@ -75,8 +74,8 @@ def examine(console: Console, seconds: float = 0.5, calibrate: bool = False) -> 
         console.print(heading, style="bold")
         console.print(body, "", highlight=False, sep="\n")
     if load > machine.cores / 2:
-        busy = f"The machine is busy (load {load:.1f} on {plural(machine.cores, 'core')})"
-        console.print(f"{busy}: its full speed shows when it is idle.")
+        cores = plural(machine.cores, "core")
+        console.print(f"The machine is busy (load {load:.1f} on {cores}): its full speed shows when it is idle.")
     anew = ", in place of what was measured before" if calibrate else ""
     unkept = f"{measurement_path()} cannot be written, so this is measured again each time."
     where = f"Kept in {measurement_path()}{anew}." if kept else unkept

@@ -60,8 +60,8 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[_Row], str]]:
         full = f"{show_size(cache['bytes_at_full_context'])} for {model['max_position_embeddings']:,} tokens"
         rows = [("one token", f"{cache['bytes_per_token']:,} bytes"), ("full context", full)]
         if (ratio := cache["bytes_per_token_of_mha"] / cache["bytes_per_token"]) > 1:
-            much = f"{cache['bytes_per_token_of_mha']:,} bytes a token, {ratio:.0f} times as much"
-            rows.append(("as plain MHA", much))
+            many = f"{cache['bytes_per_token_of_mha']:,} bytes a token, {ratio:.0f} times as much"
+            rows.append(("as plain MHA", many))
         yield "KV cache in bfloat16", rows, ""
         parts = ["main", "mtp"] if counts["mtp"] else ["main"]
         sums = {dtype: accumulate([by[part] for part in parts]) for dtype, by in facts["memory"].items()}
@@ -87,16 +87,15 @@ def _model_rows(model: Facts) -> Iterator[_Row]:
         keys = f"keys of {model['qk_nope_head_dim']} + {model['qk_rope_head_dim']}"
         yield "attention", f"MLA, {heads} heads; {keys}, values of {model['v_head_dim']}"
         yield "", f"keys and values from a latent of {model['kv_lora_rank']}, {query}"
-        dense = min(layers, model["first_k_dense_replace"])
-        if dense:
+        if dense := min(layers, model["first_k_dense_replace"]):
             yield "MLP", f"{model['intermediate_size']} wide in the first {dense}"
         if dense < layers:
             each = f"{model['n_routed_experts']} of width {model['moe_intermediate_size']}"
             groups = f", from {model['topk_group']} of {model['n_group']} groups" if model["n_group"] > 1 else ""
             shared = f", {model['n_shared_experts']} shared" if model["n_shared_experts"] else ""
             yield "experts", f"{each}, {model['num_experts_per_tok']} a token{groups}{shared}"
-    rope, extended = model["rope_scaling"], ""
-    if rope:
+    extended = ""
+    if rope := model["rope_scaling"]:
         kind = {"yarn": "YaRN", "llama3": "Llama 3's scaling"}[rope["rope_type"]]
         extended = f" ({kind}: {rope['factor']:g} times {rope['original_max_position_embeddings']:,})"
     yield "context", f"{model['max_position_embeddings']:,} tokens{extended}"

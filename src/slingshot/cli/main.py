@@ -42,13 +42,9 @@ from slingshot.recipe.runner import run as run_recipe
 from slingshot.recipe.tables import apply_override
 from slingshot.stages.kinds import STAGES
 
-app = typer.Typer(
-    cls=Commands,
-    help="Build, own and serve a DeepSeek-style reasoning model on the machine in front of you.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+_HELP = "Build, own and serve a DeepSeek-style reasoning model on the machine in front of you."
+_PLAIN: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "pretty_exceptions_enable": False}
+app = typer.Typer(cls=Commands, help=_HELP, **_PLAIN)
 
 # OS errors that are the user's to mend: no space, no quota, no right to write.
 _PLACE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -61,9 +57,7 @@ _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 Checkpoint = Annotated[str, typer.Argument(help=f"{_SOURCE}.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 Keys = Annotated[list[str] | None, typer.Argument(metavar="[STAGE.KEY=VALUE]...", help="Change any key of the recipe.")]
-Settings = Annotated[
-    list[str] | None, typer.Argument(metavar="[MODEL] [KEY=VALUE]...", help="A checkpoint, and keys of the stage.")
-]
+Settings = Annotated[list[str] | None, typer.Argument(metavar="[MODEL] [KEY=VALUE]...", help="A checkpoint, and keys.")]
 
 
 def main() -> None:
@@ -162,8 +156,6 @@ def _stage_command(kind: str) -> Callable[..., None]:
 for _kind in STAGES:
     if _kind != "convert":
         app.command(_kind)(_stage_command(_kind))
-
-
 app.add_typer(plan_app, name="plan")
 
 
@@ -216,10 +208,7 @@ def inspect(
     source: Annotated[str, typer.Argument(help=_SOURCE + ", or a preset such as deepseek-v3", show_default=False)],
     as_json: AsJson = False,
 ) -> None:
-    """Show what a checkpoint holds, from its headers alone: architecture, sizes, tensors, tokenizer, template.
-
-    Exit code 2 with problems.
-    """
+    """Show what a checkpoint holds, from its headers alone: architecture, tensors, tokenizer. Exit code 2: problems."""
     from slingshot.checkpoint.inspection import examine
     from slingshot.cli.inspect import show
 
@@ -270,16 +259,15 @@ def chat(
 ) -> None:
     """Talk to a checkpoint in the terminal, its reasoning dimmed above the answer. Ctrl-C stops an answer, Ctrl-D
     leaves."""
-    from slingshot.cli.chat import Origin
-    from slingshot.cli.chat import chat as talk
+    from slingshot.cli import chat as door
     from slingshot.engine.engine import Engine
     from slingshot.engine.sampling import SamplingParams
 
-    origin = Origin.of(Path(path))
+    origin = door.Origin.of(Path(path))
     if conversation is not None:
         origin = replace(origin, single_turns=not conversation)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    talk(Engine.load(path), Console(), params, origin)
+    door.chat(Engine.load(path), Console(), params, origin)
 
 
 app.command()(generate)

@@ -27,26 +27,18 @@ LOW_PARTS = {"projections", "mlp", "shared_experts", "routed_experts"}
 
 
 class Device(Strict):
-    """One device.
-
-    peak           FLOP/s of dense matrix products by dtype
-    memory_bytes   its own memory;  bandwidth   bytes/s of reading it
-    link           bytes/s one way to a neighbour in the same node, of which there are `per_node` in all
-    network        bytes/s one way, per device, between nodes; 0 where there is no such thing
-    power_watts    its maximum, of the device alone; None where nobody says
-    price          an example, per hour; None where none was found; sources: of every figure
-    """
+    """One device, its figures with their sources."""
 
     name: str
     title: str
-    peak: dict[str, float]
+    peak: dict[str, float]  # FLOP/s of dense matrix products by dtype
     memory_bytes: float
-    bandwidth: float
-    link: float = 0.0
-    per_node: int = 1
-    network: float = 0.0
-    power_watts: float | None = None
-    price: float | None = None
+    bandwidth: float  # bytes/s of reading its memory
+    link: float = 0.0  # bytes/s one way to a neighbour in the same node
+    per_node: int = 1  # devices of a node
+    network: float = 0.0  # bytes/s one way, per device, between nodes; 0 where there is no such thing
+    power_watts: float | None = None  # its maximum, of the device alone; None where nobody says
+    price: float | None = None  # an example, per hour; None where none was found
     sources: tuple[str, ...]
 
 

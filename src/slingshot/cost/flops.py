@@ -20,19 +20,13 @@ from slingshot.model.config import ModelConfig
 
 
 class Parameters(NamedTuple):
-    """Counts of numbers that are trained (router biases are not).
+    """Counts of numbers that are trained (router biases are not)."""
 
-    total       the main model: embedding, blocks, final norm, head (a tied head once); the MTP module is apart
-    active      of those, what one token passes through: its `num_experts_per_tok` experts, embedding and head included
-    embedding   the input embedding;  head: the output head, 0 when tied
-    mtp         the MTP module without its copies of embedding and head
-    """
-
-    total: int
-    active: int
-    embedding: int
-    head: int
-    mtp: int
+    total: int  # the main model: embedding, blocks, final norm, head (a tied head once); the MTP module is apart
+    active: int  # of those, what one token passes through: its chosen experts, embedding and head included
+    embedding: int  # the input embedding
+    head: int  # the output head, 0 when tied
+    mtp: int  # the MTP module without its copies of embedding and head
 
 
 def parameters(config: ModelConfig) -> Parameters:

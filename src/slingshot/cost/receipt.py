@@ -60,40 +60,27 @@ class Parent(Strict):
 class Receipt(PeakMemory):
     """What a stage consumed and what it came from; the content of receipt.json.
 
-    stage               its kind: pretrain, sft, rl ...;  name: the artifact's own
-    config              the stage's whole configuration
-    parents             the artifacts read, by path and content
-    digest              of this artifact's content; see `artifact_digest`
-    tokens, flops       tokens processed and FLOPs spent on them, from the architecture (slingshot.cost.flops)
-    flops_by_part       the same FLOPs by what they were spent on; sums to `flops`
-    seconds             wall clock while the stage ran, interruptions excluded
-    mfu                 flops / seconds / the machine's measured matrix peak; None when nothing was measured
-    money               seconds at the given price per hour; None when no price was given
-    energy_joules       of the machine's processors and GPUs meanwhile; None where the system does not tell
-    devices             that worked at once: accelerators, or 1 without; device-seconds are `seconds` times these
-    extra               what else a stage has to say
-
     Receipts of other versions are read, too: what they lack is unknown, what they have besides is left out.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    stage: str
-    name: str
-    config: dict[str, Any] = {}
-    parents: list[Parent] = []
-    digest: str
-    tokens: int = Field(ge=0)
-    flops: float = Field(ge=0)
-    flops_by_part: dict[str, float] = {}
-    seconds: float = Field(ge=0)
-    mfu: float | None = None
-    money: float | None = None
+    stage: str  # its kind: pretrain, sft, rl ...
+    name: str  # the artifact's own
+    config: dict[str, Any] = {}  # the stage's whole configuration
+    parents: list[Parent] = []  # the artifacts read, by path and content
+    digest: str  # of this artifact's content; see `artifact_digest`
+    tokens: int = Field(ge=0)  # processed
+    flops: float = Field(ge=0)  # spent on them, from the architecture (slingshot.cost.flops)
+    flops_by_part: dict[str, float] = {}  # the same by what they were spent on; sums to `flops`
+    seconds: float = Field(ge=0)  # wall clock while the stage ran, interruptions excluded
+    mfu: float | None = None  # flops / seconds / the machine's measured matrix peak; None when nothing was measured
+    money: float | None = None  # seconds at the given price per hour; None when no price was given
     machine: Machine = Machine(cpu="unknown", cores=0, memory_bytes=0)
     version: str = "unknown"
-    energy_joules: float | None = None
-    devices: int = Field(1, ge=1)
-    extra: dict[str, Any] = {}
+    energy_joules: float | None = None  # of processors and GPUs meanwhile; None where the system does not tell
+    devices: int = Field(1, ge=1)  # that worked at once: accelerators, or 1 without
+    extra: dict[str, Any] = {}  # what else a stage has to say
 
     @model_validator(mode="before")
     @classmethod

@@ -44,29 +44,26 @@ ASSUMPTIONS = [
 
 
 class DryStage(PeakMemory):
-    """A stage as it is expected: `fixed_seconds` of its `seconds` do not grow with its steps, `share` of it was run.
-
-    money   at the stage's price, None without one; memory as the few steps needed it
-    """
+    """A stage as it is expected; memory as its few steps needed it."""
 
     name: str
     kind: str
     seconds: float
-    fixed_seconds: float
+    fixed_seconds: float  # of these, that do not grow with its steps
     tokens: float
     flops: float
-    share: float
-    money: float | None
+    share: float  # of it that was run
+    money: float | None  # at the stage's price, None without one
 
 
 class DryRun(Strict):
-    """A recipe's stages and their sums; `start_seconds`: of starting the processes, which no receipt counts."""
+    """A recipe's stages and their sums."""
 
     recipe: str
     machine: str
     stages: list[DryStage]
     seconds: float
-    start_seconds: float
+    start_seconds: float  # of starting the processes, which no receipt counts
     flops: float
     money: float | None
     assumptions: list[str]

@@ -22,17 +22,15 @@ from slingshot.planning.layout import Layout, Recompute
 
 
 class Precision(NamedTuple):
-    """Bytes per number. `weight`: matrices of blocks; `other`: embeddings, head, router, norms; `optimizer`: master
-    weights and both moments of AdamW; `low_activation`: inputs of matrix products; `activation`: all else kept for
-    backward."""
+    """Bytes per number."""
 
     dtype: str
-    weight: float
-    other: float
+    weight: float  # matrices of blocks
+    other: float  # embeddings, head, router, norms
     gradient: float
-    optimizer: float
-    activation: float
-    low_activation: float
+    optimizer: float  # master weights and both moments of AdamW
+    activation: float  # kept for backward, but for the
+    low_activation: float  # inputs of matrix products
 
 
 # float32: plain AdamW. bfloat16, float16: 2 + 2 + 12 bytes a parameter (ZeRO, arXiv 1910.02054, 3.1). fp8: DeepSeek-V3

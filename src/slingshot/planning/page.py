@@ -27,27 +27,24 @@ from slingshot.planning.plan import Plan, PublishedBill
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence, and a table; `bars`: lengths of bars beside the rows, `strong`: a row that stands out."""
+    """A heading, a sentence, and a table."""
 
     title: str
     note: str = ""
     columns: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
-    bars: tuple[float, ...] = ()
-    strong: int | None = None
+    bars: tuple[float, ...] = ()  # lengths of bars beside the rows
+    strong: int | None = None  # a row that stands out
 
 
 @dataclass(frozen=True)
 class PlanPage:
-    """A title, headline figures (value, what it is), sections, its command's name.
-
-    warning   says that the work does not fit in memory; empty where it does, None where that is not asked
-    """
+    """What a plan's command shows."""
 
     title: str
-    figures: tuple[tuple[str, str], ...]
+    figures: tuple[tuple[str, str], ...]  # headline figures: value, what it is
     sections: tuple[Section, ...]
-    warning: str | None
+    warning: str | None  # that the work does not fit in memory; empty where it does, None where that is not asked
     command: str
 
 

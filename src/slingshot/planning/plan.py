@@ -59,13 +59,7 @@ class PublishedBill(Strict):
 
 
 class Plan(Strict):
-    """What every plan has, and beside it what its kind has: the functions that make plans name those fields.
-
-    Money is in the currency of the price, energy that of the devices alone. `parameters` has active ones as they are
-    counted three ways; `dominates` what one device would wait for, each resource alone; `nearest_fit` what has room;
-    `alternatives` the same work on other devices and in other precisions, without hours where there is no room for it
-    at all.
-    """
+    """What every plan has, and beside it what its kind has: the functions that make plans name those fields."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -77,19 +71,19 @@ class Plan(Strict):
     device_hours: float
     days: float
     price: float | None
-    money: float | None
-    energy_kwh: float | None
+    money: float | None  # in the currency of the price
+    energy_kwh: float | None  # of the devices alone
     flops: float
     flops_by_part: dict[str, float]
     memory: Memory
     memory_per_device_bytes: float
     usable_memory_bytes: float
     fits: bool
-    nearest_fit: dict[str, str | int] | None
+    nearest_fit: dict[str, str | int] | None  # what has room
     stages: list[PlanLine]
-    dominates: dict[str, str | float]
-    alternatives: list[dict[str, Any]]
-    parameters: dict[str, float]
+    dominates: dict[str, str | float]  # what one device would wait for, each resource alone
+    alternatives: list[dict[str, Any]]  # the same work elsewhere, without hours where there is no room for it at all
+    parameters: dict[str, float]  # active ones as they are counted three ways
     assumptions: list[str]
 
 

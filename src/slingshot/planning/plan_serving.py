@@ -22,18 +22,13 @@ HIT_SHARES = (0.0, 0.25, 0.5, 0.75, 0.9)
 
 
 class _Server(NamedTuple):
-    """A copy at work.
-
-    batch            sequences a device decodes at once: the most that are in time; 0: not even one is
-    writing, reading   seconds of one device for a token of a response, and for a prompt
-    devices          kept busy all day by the traffic, or by one request where none is given
-    """
+    """A copy at work."""
 
     copy: ModelCopy
-    batch: int
-    writing: float
-    reading: float
-    devices: float
+    batch: int  # sequences a device decodes at once: the most that are in time; 0: not even one is
+    writing: float  # seconds of one device for a token of a response
+    reading: float  # and for a prompt
+    devices: float  # kept busy all day by the traffic, or by one request where none is given
 
     def taken(self, whole: bool) -> float:
         """Devices it takes: all of as many copies as are kept busy where those are `whole`."""

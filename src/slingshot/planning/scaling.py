@@ -32,17 +32,13 @@ RANGES = {"active parameters": (79e6, 2.7e9), "tokens": (0.5e9, 80e9), "experts 
 
 
 class DenseEquivalent(Strict):
-    """A dense model of the same predicted loss after the same tokens.
-
-    ratio      its parameters over the mixture's active ones, which is also its training compute over the mixture's
-    outside    what of this model lies outside the range the rule was fitted on, with that range: an extrapolation then
-    """
+    """A dense model of the same predicted loss after the same tokens."""
 
     rule: str
     parameters: float
-    ratio: float
+    ratio: float  # of these over the mixture's active ones, which is also that of the training compute
     loss: float
-    outside: list[str]
+    outside: list[str]  # what of the mixture lies outside the range the rule was fitted on: an extrapolation then
 
 
 def terms(experts: float) -> tuple[float, float, float, float]:

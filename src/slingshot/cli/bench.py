@@ -7,6 +7,7 @@ rows[0].tokens_per_second, rows[0].bytes_read / rows[0].step_seconds
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -150,21 +151,22 @@ def show(
     with console.status("loading and measuring ..."):
         engine, what = _load(source, dtype, max(sizes), max(prompt + new, first + 1) + 1)
         weight = engine.model.model.embed_tokens.weight
+        read = int(bytes_read(engine.model.config, sizes[0], prompt + new / 2, weight.dtype.itemsize))
+        before = measure_bandwidth(weight.device, 0.5, read)
         rows = bench(engine, sizes, prompt, new, rounds)
         waited = first_token(engine, first, rounds)
-        read = rows[0].bytes_read
-        bandwidth = measure_bandwidth(weight.device, 0.5, int(read))
+        bandwidth = max(before, measure_bandwidth(weight.device, 0.5, read))  # neighbours only ever slow it down
         peak = machine_peak(weight.dtype, weight.device)
-    machine = describe_machine(weight.device)
+    machine, kind = describe_machine(weight.device), dtype_name(weight.dtype)
     if as_json:
-        measured: dict[str, Any] = {"model": what, "dtype": dtype_name(weight.dtype), "prompt": prompt, "new": new}
+        measured: dict[str, Any] = {"model": what, "dtype": kind, "prompt": prompt, "new": new}
         measured |= {"rows": [asdict(row) for row in rows], "first_token": {"prompt": first, "seconds": waited}}
-        measured |= {"bandwidth": bandwidth, "peak": peak, "machine": machine.model_dump()}
+        measured |= {"runs_on": engine.runs_on, "bandwidth": bandwidth, "peak": peak, "machine": machine.model_dump()}
         print(json.dumps(measured, indent=2))
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("batch", "tokens/s", "a step", "decoding tokens/s", "of the bandwidth", "of the peak"):
-        table.add_column(heading, justify="right")
+    for name in ("batch", "tokens/s", "a step", "decoding tokens/s", "of the bandwidth", "of the peak"):
+        table.add_column(name, justify="right")
     for row in rows:
         shares = (row.bytes_read / row.step_seconds / bandwidth, row.flops / row.step_seconds / peak)
         speeds = f"{row.tokens_per_second:,.1f}", show_seconds(row.step_seconds), f"{row.batch / row.step_seconds:,.1f}"
@@ -173,8 +175,10 @@ def show(
     console.print(f"first token after {plural(first, 'token')}: {show_seconds(waited)}", highlight=False)
     where = machine.accelerator or f"{machine.cpu}, {plural(machine.threads or 1, 'thread')}"
     text = (
-        f"{what} in {dtype_name(weight.dtype)} on {where}: prompts of {prompt} and completions of {new} tokens, "
-        f"medians of {plural(rounds, 'round')}. A step at batch {rows[0].batch} reads {show_size(read)}; a sum over as "
-        f"many bytes reads {bandwidth / 1e9:,.1f} GB/s here, and the matrix peak is {show_flops(peak)}/s."
+        f"{what} in {kind} by {engine.runs_on} on {where}: prompts of {prompt} and completions "
+        f"of {new} tokens, medians of {rounds}. At batch {rows[0].batch} a step reads {show_size(read)}, "
+        f"a sum over as many bytes reads {bandwidth / 1e9:,.1f} GB/s here, and the matrix peak is {show_flops(peak)}/s."
     )
     console.print(text, highlight=False, soft_wrap=True)
+    if (load := os.getloadavg()[0]) > machine.cores / 2 + (machine.threads or 1):
+        console.print(f"The machine is busy (load {load:.1f}): its full speed shows when it is idle.", highlight=False)

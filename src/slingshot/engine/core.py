@@ -57,9 +57,9 @@ class EngineCore:
         kernels = native_kernels() if native == "auto" and weight.device.type == "cpu" else None
         self._runner: Runner
         if kernels is not None and NativeRunner.obstacle(model, self._cache) is None:
-            self._runner = NativeRunner(model, self._cache, kernels)
+            self._runner, self.runs_on = NativeRunner(model, self._cache, kernels), f"native code ({kernels.level})"
         else:
-            self._runner = TorchRunner(model, self._cache)
+            self._runner, self.runs_on = TorchRunner(model, self._cache), "torch"
         self._sampler = RowSampler(weight.device, kernels)
         self._scheduler = Scheduler(PagePool(pages), max_batch, self.max_length, step_tokens)
         self._speculator: Speculator | None = None

@@ -155,6 +155,11 @@ class Engine:
         return self._core.counters
 
     @property
+    def runs_on(self) -> str:
+        """What runs the network: "torch", or native code and its level of instructions."""
+        return self._core.runs_on
+
+    @property
     def unfinished(self) -> int:
         """Requests that wait or run."""
         return len(self._requests)

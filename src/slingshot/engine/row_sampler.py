@@ -40,6 +40,8 @@ class RowSampler:
         self._sequences = list(sequences)
         self._params = DrawParams.of([sequence.request.params for sequence in sequences], self._device)
         self._streams_R = torch.tensor([sequence.stream for sequence in sequences], device=self._device)
+        lengths = [len(sequence.request.prompt) for sequence in sequences]
+        self._prompts_R = torch.tensor(lengths, dtype=torch.long, device=self._device)
         self._special = [(row, sequence) for row, sequence in enumerate(sequences) if not sequence.plain]
 
     def draw(
@@ -51,8 +53,10 @@ class RowSampler:
         """
         if self._sequences != sequences:
             self._take(sequences)
-        places = zip(sequences, ahead or [0] * len(sequences), strict=True)
-        positions_R = torch.tensor([sequence.length + place for sequence, place in places], device=self._device)
+        sampled_R = torch.tensor([len(sequence.token_ids) for sequence in sequences], device=self._device)
+        positions_R = self._prompts_R + sampled_R
+        if ahead is not None:
+            positions_R += torch.tensor(ahead, device=self._device)
         uniform_R = uniform_noise(self._streams_R, positions_R)
         if self._special:
             own = OwnLogprobs(logits_RV, self._special, self._params.divisor_B1)

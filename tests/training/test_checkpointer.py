@@ -316,6 +316,12 @@ def test_what_is_logged_is_what_float32_holds(begun):
     assert (begun.folder / "metrics.jsonl").read_text() == written
 
 
+def test_speed_is_of_one_step(begun):
+    begun.peak = 1e9
+    begun.meter.add(10, training=5e6)
+    assert begun.speed(10)["mfu"] > 0.0 == begun.speed(10)["mfu"]
+
+
 def test_no_space_for_metrics_is_one_line(begun):
     (begun.folder / "metrics.jsonl").unlink()
     (begun.folder / "metrics.jsonl").mkdir()

@@ -121,9 +121,8 @@ def run(config: PretrainConfig, out: Path) -> None:
                 if step < config.steps * (1 - config.bias_frozen_share):
                     update_router_biases(model, losses.load_LE, config.bias_update_speed)
 
-                flops_before = work.meter.flops
                 work.meter.add(rows.n_tokens, **training_parts(model_config, rows.lengths(), mtp=config.loss.mtp > 0))
-                speed = work.speed(batch.n_tokens, flops_before)
+                speed = work.speed(batch.n_tokens)
                 clocks = {"lr": lr * config.optimizer.lr, "gradient_norm": norm, **speed}
                 work.log({"step": step + 1, **losses.logged(), **clocks})
                 progress.update(step + 1, loss=losses.loss, **{"tokens/s": speed["tokens_per_second"]})

@@ -90,9 +90,9 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
         done = saved.step if saved else 0
         with pool, Interrupts() as interrupts, Progress(out.name, config.steps, done, parallel.is_first) as progress:
             for step in range(done, config.steps):
-                flops_before, spent = work.meter.flops, 0.0
+                spent = 0.0
                 if config.max_flops is not None:
-                    spent = parallel.sums({"flops": flops_before})["flops"] / config.max_flops
+                    spent = parallel.sums({"flops": work.meter.flops})["flops"] / config.max_flops
                     progress.total = min(config.steps, max(step + 1, round(step / spent))) if spent else config.steps
                 if spent >= 1:
                     break
@@ -111,7 +111,7 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
                 parts = training_parts(model.config, lengths, mtp=config.loss.mtp > 0)
                 work.meter.add(tokens, sampling=flops, reference=again, **parts)
                 row = summary(groups, parallel)
-                speed = work.speed(int(parallel.sums({"tokens": tokens})["tokens"]), flops_before)
+                speed = work.speed(int(parallel.sums({"tokens": tokens})["tokens"]))
                 lr = config.optimizer.lr * schedule(config.optimizer, step, config.steps)
                 work.log({"step": step + 1, **row, **update, **rollout.counts, "lr": lr, **speed})
                 shown = {"reward": row["reward"], "pass": row["pass_rate"], "length": row["response_tokens"]}

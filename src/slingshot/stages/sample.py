@@ -70,7 +70,6 @@ def run(config: SampleConfig, out: Path, sampler: Sampler | None = None) -> None
         done = saved.step if saved else 0
         with pool, Interrupts() as interrupts, Progress(out.name, len(chunks), done, parallel.is_first) as progress:
             for step in range(done, len(chunks)):
-                flops_before = work.meter.flops
                 groups = rollout.run(chunks[step])
                 tokens, flops = sampling_cost(sampler.model_config, groups)
                 work.meter.add(tokens, sampling=flops)
@@ -80,7 +79,7 @@ def run(config: SampleConfig, out: Path, sampler: Sampler | None = None) -> None
                 rows.extend(row for kept, _ in found for row in kept)
                 pass_rate = sum(sum(each) / len(each) for _, each in found) / max(1, len(found))
                 logged = {"step": step + 1, "pass_rate": pass_rate, "kept": len(rows), **rollout.counts}
-                work.log({**logged, **work.speed(tokens, flops_before)})
+                work.log({**logged, **work.speed(tokens)})
                 progress.update(step + 1, **{"pass": pass_rate, "kept": len(rows)})
                 work.keep(step + 1, lambda: ({}, {"rows": rows}), stop=interrupts.asked)
         rollout.refuse_nothing()

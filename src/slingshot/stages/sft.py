@@ -99,9 +99,8 @@ def run(config: SFTConfig, out: Path) -> None:
                 lr = schedule(config.optimizer, step, len(batches))
                 norm = optimizer.step(lr)
 
-                flops_before = work.meter.flops
                 work.meter.add(rows.n_tokens, **training_parts(model.config, rows.lengths(), mtp=config.loss.mtp > 0))
-                speed = work.speed(batches[step].n_tokens, flops_before)
+                speed = work.speed(batches[step].n_tokens)
                 clocks = {"lr": lr * config.optimizer.lr, "gradient_norm": norm, **speed}
                 work.log({"step": step + 1, **losses.logged(), **clocks})
                 progress.update(step + 1, loss=losses.loss, **{"tokens/s": speed["tokens_per_second"]})

@@ -90,7 +90,7 @@ class Checkpointer:
         self.folder = out.with_name(f"{out.name}.partial")
         self.reads = inputs(config)
         self.meter = Meter()
-        self._saved_at, self._step_at = time.monotonic(), time.perf_counter()
+        self._saved_at, self._step_at = time.monotonic(), (time.perf_counter(), 0.0)
         self._board: Any = None
         self._lock: int | None = None
         self._chosen: dict[str, Any] = {}
@@ -184,7 +184,7 @@ class Checkpointer:
             if SummaryWriter is not None:
                 self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.step + 1 if state else 1)
         self.parallel.barrier()
-        self._step_at = time.perf_counter()
+        self._step_at = time.perf_counter(), self.meter.flops
         return state
 
     def _states(self) -> dict[int, Path]:
@@ -217,13 +217,13 @@ class Checkpointer:
                 if isinstance(value, int | float):
                     self._board.add_scalar(key, value, row["step"])
 
-    def speed(self, tokens: int, flops_before: float) -> dict[str, float]:
-        """Clocks of the step that just ended: `tokens` over all ranks, and this rank's FLOPs since `flops_before`."""
-        now = time.perf_counter()
-        seconds, self._step_at = now - self._step_at, now
-        row = {"seconds": self.meter.seconds, "tokens_per_second": tokens / seconds}
+    def speed(self, tokens: int) -> dict[str, float]:
+        """Clocks of the step that just ended: `tokens` over all ranks, and this rank's FLOPs since the step before."""
+        began, before = self._step_at
+        self._step_at = now, flops = time.perf_counter(), self.meter.flops
+        row = {"seconds": self.meter.seconds, "tokens_per_second": tokens / (now - began)}
         if self.peak:
-            row["mfu"] = (self.meter.flops - flops_before) / seconds / self.peak
+            row["mfu"] = (flops - before) / (now - began) / self.peak
         return row
 
     def _diverged(self, what: str) -> SlingshotError:

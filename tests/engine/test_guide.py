@@ -1,11 +1,15 @@
 """Stop strings, and the budget of a reasoning: what ends what, wherever tokens end."""
 
 import itertools
+import re
 
 import pytest
+import torch
 
 from slingshot.engine.engine import Engine
+from slingshot.engine.row_sampler import RowSampler
 from slingshot.engine.sampling import SamplingParams
+from slingshot.engine.sequence import Request
 from slingshot.engine.vocabulary import Vocabulary
 from slingshot.text.tokenizer import Tokenizer
 
@@ -131,3 +135,25 @@ def test_stop_strings_end_answers_not_reasoning(tokenizer, say, asked):
         assert (output.outputs[0].reasoning, output.outputs[0].answer) == ("3 is 4, the end", answer)
     ((plain,),) = [output.outputs for output in say([([9, 9], tokenizer.encode("3 is the end"), {"stop": ("is",)})])]
     assert plain.answer == "3 " and plain.finish_reason == "stop"
+
+
+def test_tags_of_plain_text_are_closed_too(tokenizer):
+    """A vocabulary without think tokens: the tag is spelt, the budget and the answer's form hold all the same."""
+    described, think = tokenizer.description(), ("<think>", "</think>")
+    added = {token["content"]: token["special"] for token in described["added_tokens"] if token["content"] not in think}
+    vocab = {token: id for token, id in described["model"]["vocab"].items() if token not in think}
+    merges = [tuple(pair) for pair in described["model"]["merges"]]
+    plain = Tokenizer.from_bpe(vocab, merges, added, tokenizer.config, eos_ids=tokenizer.eos_ids)
+    assert plain.think_id is None
+    prompt, vocabulary = plain.encode_chat([{"role": "user", "content": "3"}]), Vocabulary(plain, tokenizer.vocab_size)
+    params = SamplingParams(thinking_budget=4, regex="[0-9]{3}", max_tokens=60)
+    (sequence,) = Request(0, prompt, params, "key", 500, vocabulary, False).sequences
+    generator, sampler = torch.Generator().manual_seed(0), RowSampler()
+    while sequence.finish_reason is None:
+        sequence.push(
+            *(each[0] for each in sampler.draw(torch.randn(1, vocabulary.size, generator=generator), [sequence]))
+        )
+    completion = sequence.completion()
+    assert completion.text.count("</think>") == 1 and re.fullmatch("[0-9]{3}", completion.answer)
+    spelt = completion.text.partition("</think>")
+    assert spelt[0].endswith("\n") and spelt[2] == f"\n\n{completion.answer}"

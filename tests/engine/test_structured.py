@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -100,6 +101,12 @@ def test_a_structure_that_cannot_be_is_refused_and_other_requests_go_on(dense_mo
     assert "\n" not in str(refused.value)
     outputs = [output for _ in range(5) for output in engine.step()]
     assert [output.request_id for output in outputs] == [running] and engine.unfinished == 0
+
+
+def test_without_xgrammar_it_is_said_how_to_get_it(dense_model, tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xgrammar", None)
+    with pytest.raises(SlingshotError, match=r"needs the package xgrammar: pip install 'slingshot-lm\[structured\]'"):
+        Engine(dense_model, tokenizer).add(PROMPT, SamplingParams(regex="a"))
 
 
 def test_names_of_keywords_are_no_keywords_as_properties(dense_model, tokenizer):

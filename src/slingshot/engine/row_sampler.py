@@ -11,6 +11,7 @@ Suffixes: R rows, V vocabulary, T rows that ask for more, C those of them with r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 
 import torch
@@ -23,6 +24,19 @@ from slingshot.engine.sampling import SamplingError
 from slingshot.engine.sequence import Sequence
 from slingshot.kernels.native import NativeKernels
 
+KEPT = 16  # arrangements of rows
+
+
+class DrawnRows:
+    """Rows of a step: their sequences, and what of them is needed as tensors."""
+
+    def __init__(self, sequences: list[Sequence], device: torch.device | str) -> None:
+        self.sequences = sequences
+        self.params = DrawParams.of([sequence.request.params for sequence in sequences], device)
+        self.streams_R = torch.tensor([sequence.stream for sequence in sequences], dtype=torch.long)
+        self.prompts_R = torch.tensor([len(sequence.request.prompt) for sequence in sequences], dtype=torch.long)
+        self.special = [(row, sequence) for row, sequence in enumerate(sequences) if not sequence.plain]
+
 
 class RowSampler:
     """What it keeps between steps are parameters as tensors, while the same sequences come in the same order.
@@ -32,17 +46,17 @@ class RowSampler:
 
     def __init__(self, device: torch.device | str = "cpu", kernels: NativeKernels | None = None) -> None:
         self._device, self._kernels = device, kernels
-        self._sequences: list[Sequence] = []
-        self._special: list[tuple[int, Sequence]] = []
-        self._take([])
+        self._rows = DrawnRows([], device)
+        self._known: dict[tuple[int, ...], DrawnRows] = {}
 
     def _take(self, sequences: Seq[Sequence]) -> None:
-        self._sequences = list(sequences)
-        self._params = DrawParams.of([sequence.request.params for sequence in sequences], self._device)
-        self._streams_R = torch.tensor([sequence.stream for sequence in sequences], device=self._device)
-        lengths = [len(sequence.request.prompt) for sequence in sequences]
-        self._prompts_R = torch.tensor(lengths, dtype=torch.long, device=self._device)
-        self._special = [(row, sequence) for row, sequence in enumerate(sequences) if not sequence.plain]
+        """Speculation gives the same sequence one row and several by turns, so the last few arrangements are kept."""
+        name = tuple(map(id, sequences))
+        if name not in self._known:
+            if len(self._known) == KEPT:
+                self._known.clear()
+            self._known[name] = DrawnRows(list(sequences), self._device)
+        self._rows = self._known[name]
 
     def draw(
         self, logits_RV: Tensor, sequences: Seq[Sequence], ahead: Seq[int] | None = None
@@ -51,30 +65,30 @@ class RowSampler:
 
         ahead: how many tokens after the sequence's next one a row's is; a sequence may then have several rows.
         """
-        if self._sequences != sequences:
+        if self._rows.sequences != sequences:
             self._take(sequences)
-        sampled_R = torch.tensor([len(sequence.token_ids) for sequence in sequences], device=self._device)
-        positions_R = self._prompts_R + sampled_R
+        positions_R = self._rows.prompts_R + torch.tensor([len(sequence.token_ids) for sequence in sequences])
         if ahead is not None:
-            positions_R += torch.tensor(ahead, device=self._device)
-        uniform_R = uniform_noise(self._streams_R, positions_R)
-        if self._special:
-            own = OwnLogprobs(logits_RV, self._special, self._params.divisor_B1)
+            positions_R += torch.tensor(ahead)
+        uniform_R = uniform_noise(self._rows.streams_R, positions_R).to(self._device)
+        if self._rows.special:
+            own = OwnLogprobs(logits_RV, self._rows.special, self._rows.params.divisor_B1)
             self._change(logits_RV)
-            ids_R, logprobs_R = sample(logits_RV, self._params, uniform_R, self._kernels)
+            ids_R, logprobs_R = sample(logits_RV, self._rows.params, uniform_R, self._kernels)
             self._force(ids_R)
             own.tell(logits_RV, ids_R, logprobs_R)
         else:
-            ids_R, logprobs_R = sample(logits_RV, self._params, uniform_R, self._kernels)
-        if not torch.isfinite(logprobs_R).all():
+            ids_R, logprobs_R = sample(logits_RV, self._rows.params, uniform_R, self._kernels)
+        logprobs: list[float] = logprobs_R.tolist()
+        if not all(map(math.isfinite, logprobs)):
             raise SlingshotError("logits are not finite: its weights have diverged; go back to an earlier checkpoint")
-        return ids_R.tolist(), logprobs_R.tolist()
+        return ids_R.tolist(), logprobs
 
     def _change(self, logits_RV: Tensor) -> None:
-        ruled = [(row, sequence.rules) for row, sequence in self._special if sequence.rules is not None]
+        ruled = [(row, sequence.rules) for row, sequence in self._rows.special if sequence.rules is not None]
         if ruled:
             change(logits_RV, ruled)
-        guided = [(row, sequence, sequence.guide) for row, sequence in self._special if sequence.guide is not None]
+        guided = [(row, sequence, sequence.guide) for row, sequence in self._rows.special if sequence.guide is not None]
         if not guided:
             return
         forbid(logits_RV, [(row, guide.banned()) for row, _, guide in guided])
@@ -94,7 +108,7 @@ class RowSampler:
                 logits_RV[row] = 0.0
 
     def _force(self, ids_R: Tensor) -> None:
-        for row, sequence in self._special:
+        for row, sequence in self._rows.special:
             if sequence.guide is not None and sequence.guide.forced:
                 ids_R[row] = sequence.guide.forced[0]
 

@@ -155,10 +155,9 @@ class Speculator:
         if not parts:
             return
         flat = FlatBatch.of(parts, wanted=last, hidden=True)
-        output = self._runner.draft(flat, hidden_ND.index_select(0, torch.tensor(places, device=hidden_ND.device)))
-        hidden_RD = output.hidden_ND
-        assert hidden_RD is not None
-        self._guess_on(rows, output.logits_RV, hidden_RD[flat.wanted.to(hidden_RD.device)])
+        output = self._runner.draft(flat, _rows_of(hidden_ND, places))
+        assert output.hidden_ND is not None
+        self._guess_on(rows, output.logits_RV, _rows_of(output.hidden_ND, last))
 
     def _guess_on(self, rows: list[Resident], logits_RV: Tensor, hidden_RD: Tensor) -> None:
         """The module's tokens for these rows, each from the one before, as far as each row reaches."""
@@ -175,10 +174,15 @@ class Speculator:
             for its in rows:
                 position = its.mtp_next + place - its.mtp_page * PAGE
                 parts.append((its.guesses[-1:], position, its.pages[its.mtp_page :]))
-            output = self._runner.draft(FlatBatch.of(parts, hidden=True), hidden_RD[torch.tensor(kept)])
+            output = self._runner.draft(FlatBatch.of(parts, hidden=True), _rows_of(hidden_RD, kept))
             assert output.hidden_ND is not None
             logits_RV, hidden_RD = output.logits_RV, output.hidden_ND
 
     @staticmethod
     def _has_page(resident: Resident, place: int) -> bool:
         return resident.mtp_next + place < len(resident.pages) * PAGE
+
+
+def _rows_of(hidden_ND: Tensor, places: list[int]) -> Tensor:
+    whole = len(places) == len(hidden_ND) and places == list(range(len(places)))
+    return hidden_ND if whole else hidden_ND.index_select(0, torch.tensor(places, device=hidden_ND.device))

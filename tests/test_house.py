@@ -17,7 +17,7 @@ FILE = 400  # lines
 
 # Lines of Python at most: the package's, the tests'.
 ROOMS = {
-    "base": (710, 445), "checkpoint": (2175, 2565), "cli": (1410, 1070), "cost": (645, 550), "data": (320, 180),
+    "base": (710, 445), "checkpoint": (2175, 2560), "cli": (1410, 1070), "cost": (645, 550), "data": (320, 180),
     "engine": (3300, 2300),
     "kernels": (1100, 1000), "machine": (410, 270), "model": (1310, 1260), "parity": (0, 900),
     "planning": (2180, 1095), "quantization": (50, 65), "recipe": (995, 915), "rollout": (570, 480),

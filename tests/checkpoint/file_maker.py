@@ -130,6 +130,13 @@ def keys_of(config, legacy=False):
     }  # fmt: skip
 
 
+def finish(writer):
+    """Write what a GGUFWriter was given."""
+    for part in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{part}_to_file")()
+    writer.close()
+
+
 def write(path, model, kind=Type.F32, keys=(), legacy=False, skip=(), extra=()):
     """Write `model` with its matrices as `kind`; `keys` (None takes one out) and `extra` tensors are put in."""
     name = {"deepseek_v3": "deepseek2"}.get(model.config.model_type, model.config.model_type)
@@ -146,9 +153,7 @@ def write(path, model, kind=Type.F32, keys=(), legacy=False, skip=(), extra=()):
                 stored = kind if array.ndim > 1 and name != "blk.1.ffn_gate_inp.weight" else Type.F32
                 array = gguf.quants.quantize(np.ascontiguousarray(array), stored)
             writer.add_tensor(name, array, raw_dtype=stored)
-    for part in ("header", "kv_data", "tensors"):
-        getattr(writer, f"write_{part}_to_file")()
-    writer.close()
+    finish(writer)
 
 
 def factors(config):

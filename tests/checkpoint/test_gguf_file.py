@@ -7,6 +7,7 @@ import tracemalloc
 import gguf
 import numpy as np
 import pytest
+from file_maker import finish
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader, GGUFWriter
 
@@ -30,12 +31,6 @@ def key(name, kind, value):
 
 def tensor(name, *dimensions, kind=0, offset=0):
     return text(name) + struct.pack(f"<I{len(dimensions)}QIQ", len(dimensions), *dimensions, kind, offset)
-
-
-def finish(writer):
-    for part in ("header", "kv_data", "tensors"):
-        getattr(writer, f"write_{part}_to_file")()
-    writer.close()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from file_maker import finish
 from gguf import GGUFReader, GGUFWriter
 from hub_server import contents, same
 
@@ -53,23 +54,17 @@ def test_a_header_longer_than_the_first_range_is_read_to_its_end(hub, ask):
     assert asked == {"bytes=0-99999", f"bytes=0-{len(content) + 7}"}
 
 
-def parts_of(file, count):
-    """A .gguf file's tensors as a model of several parts: all keys in the first, tensors in turns."""
-    reader, contents = GGUFReader(file), {}
-    for part in range(count):
-        path = file.with_name(f"m-{part + 1:05d}-of-{count:05d}.gguf")
-        writer = GGUFWriter(path, "llama")
-        for key, field in reader.fields.items() if part == 0 else ():
-            if not key.startswith("GGUF.") and key != "general.architecture":
-                writer.add_key_value(key, field.contents(), field.types[0], *field.types[1:2])
-        writer.add_uint16("split.count", count)
-        for tensor in reader.tensors[part::count]:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-        for what in ("header", "kv_data", "tensors"):
-            getattr(writer, f"write_{what}_to_file")()
-        writer.close()
-        contents[path.name] = path.read_bytes()
-    return contents
+def parts_of(file):
+    """A .gguf file as a model of three parts: all keys in the first, tensors after one another."""
+    reader = GGUFReader(file)
+    writer = GGUFWriter(file.with_name("p.gguf"), "llama", split_max_tensors=-(-len(reader.tensors) // 3))
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            writer.add_key_value(key, field.contents(), field.types[0], *field.types[1:2])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    finish(writer)
+    return {path.name: path.read_bytes() for path in sorted(file.parent.glob("p-*-of-00003.gguf"))}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +82,7 @@ def packed(save, dense, tmp_path_factory):
 @pytest.mark.slow
 def test_all_parts_of_a_gguf_model_are_fetched(hub, ask, packed):
     """Whichever of them is named; without a connection too, and never without one of them."""
-    parts = parts_of(packed, 3)
+    parts = parts_of(packed)
     first, second, third = parts
     hub.commit("org/packed", parts | {"other.gguf": b"x"})
     hub.commit("org/torn", {first: parts[first], third: parts[third]})
@@ -104,7 +99,7 @@ def test_all_parts_of_a_gguf_model_are_fetched(hub, ask, packed):
 
 @pytest.mark.slow
 def test_a_gguf_file_is_examined_by_its_header(hub, ask, packed):
-    whole, parts = examine(str(packed)), parts_of(packed, 3)
+    whole, parts = examine(str(packed)), parts_of(packed)
     hub.commit("org/packed", {"m.gguf": packed.read_bytes(), **parts, "broken.gguf": b"GGUF" + b"x" * 5_000_000})
     facts = ask.one("examine", "org/packed/m.gguf")
     other = {"source": "org/packed/m.gguf", "kind": "hub", "notes": facts["notes"]}

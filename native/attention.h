@@ -10,9 +10,9 @@
 
 namespace slingshot {
 
-constexpr int PAGE = 16;         // tokens of a page
-constexpr int ROWS = 64;         // rows of a unit, at most
-constexpr int CHUNK = 256;       // tokens of a unit, about, where a sequence has no more rows than one unit holds
+constexpr int PAGE = 16;    // tokens of a page
+constexpr int ROWS = 128;   // rows of a unit, at most
+constexpr int CHUNK = 256;  // tokens of a unit, about, where a sequence has no more rows than one unit holds
 
 struct AttentionShape {
     int heads, groups, width, value_width;

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from slingshot.kernels.attention import SHORT, attend_documents, attend_short, attend_varlen, bias_of, causal_mask
+from slingshot.kernels.calls import native_for
+from slingshot.kernels.packed_attention import attend_packed, ends_of_documents
 from slingshot.model.config import ModelConfig
 from slingshot.model.rope import rotary
 
@@ -47,12 +49,17 @@ class PackedContext(Context):
         super().__init__(config, torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand(tokens_BT.shape))
         self.segments_BT = torch.ones_like(tokens_BT) if segments_BT is None else segments_BT
         self._bias: Tensor | None = None
+        self._ends: tuple[Tensor, Tensor] | None = None
         self._lengths: list[int] = []
         self._starts: Tensor | None = None
 
     def attend(self, layer: int, q_XHW: Tensor, k_XGW: Tensor, v_XGV: Tensor | int, scale: float) -> Tensor:
         assert isinstance(v_XGV, Tensor)
         q, k, v = q_XHW, k_XGW, v_XGV
+        if q.shape[1] <= SHORT and (native := native_for(q)) is not None:
+            if self._ends is None:
+                self._ends = ends_of_documents(self.segments_BT)
+            return attend_packed(native, q, k, v, self._ends, scale)
         if (groups := q.shape[2] // k.shape[2]) > 1:
             k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
         if q.device.type == "cpu" and q.shape[1] <= SHORT:

@@ -64,15 +64,15 @@ def newton_schulz(matrices_XMN: Tensor, steps: int = 5) -> Tensor:
     The quintic iteration of Muon with Keller Jordan's coefficients (kellerjordan.github.io/posts/muon).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices_XMN
+    x = matrices_XMN.reshape(-1, *matrices_XMN.shape[-2:])
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(matrices_XMN.shape)
 
 
 class Muon(torch.optim.Optimizer):

@@ -19,10 +19,10 @@ FILE = 400  # lines
 ROOMS = {
     "base": (710, 445), "checkpoint": (2175, 2560), "cli": (1410, 1070), "cost": (645, 550), "data": (320, 180),
     "engine": (3300, 2300),
-    "kernels": (1100, 1000), "machine": (410, 270), "model": (1310, 1260), "parity": (0, 900),
+    "kernels": (1100, 1000), "machine": (410, 270), "model": (1330, 1260), "parity": (0, 900),
     "planning": (2180, 1095), "quantization": (50, 65), "recipe": (995, 915), "rollout": (570, 480),
     "sandbox": (313, 235), "stages": (1015, 1035), "tasks": (1212, 1180), "text": (1460, 1780),
-    "training": (1300, 1030), ".": (60, 680),
+    "training": (1300, 1085), ".": (60, 680),
 }  # fmt: skip
 
 # Files and rooms that are not as the house wants them yet; each list only ever gets shorter.

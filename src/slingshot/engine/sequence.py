@@ -206,7 +206,7 @@ class Sequence:
         tokenizer, visible = self.request.vocabulary.tokenizer, self.visible_ids()
         text, parsed = tokenizer.decode(visible), parse(visible, self.request.opened, tokenizer)
         sampled = self.token_ids, self.logprobs, self.finish_reason or "abort"
-        told = self.top_logprobs if self.request.params.top_logprobs else None
+        told = self.top_logprobs[: len(self.token_ids)] if self.request.params.top_logprobs else None
         return Completion(text, *sampled, parsed.reasoning, parsed.answer, told, self._routed_experts())
 
 

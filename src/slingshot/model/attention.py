@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from slingshot.kernels.calls import native_for
+from slingshot.kernels.heads import turned_heads
 from slingshot.model.config import ModelConfig
 from slingshot.model.context import Context
 from slingshot.model.linear import Linear, RMSNorm
@@ -50,6 +52,12 @@ class MLA(nn.Module):
         q_XHN, q_XHR = q.unflatten(-1, (heads, -1)).split([nope, config.qk_rope_head_dim], dim=-1)
         latent_XK, k_XR = self.kv_a_proj_with_mqa(x_XD).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         latent_XK = self.kv_a_layernorm(latent_XK)
+        if not context.absorb and (native := native_for(q)) is not None:
+            kv = self.kv_b_proj(latent_XK).unflatten(-1, (heads, -1))
+            k_XHN, v_XHV = kv.split([nope, config.v_head_dim], dim=-1)
+            pairs = (q_XHN, q_XHR), (k_XHN, k_XR.unsqueeze(-2))
+            q_XHW, k_XHW = (turned_heads(native, *pair, context.cos_XR, context.sin_XR, True) for pair in pairs)
+            return self.o_proj(context.attend(self.layer, q_XHW, k_XHW, v_XHV, self.scale).flatten(-2))
         q_XHR = rotate(q_XHR, context.cos_XR, context.sin_XR, interleaved=True)
         k_X1R = rotate(k_XR.unsqueeze(-2), context.cos_XR, context.sin_XR, interleaved=True)
         if context.absorb:

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ByteSize
 
@@ -175,14 +176,15 @@ class Repository:
 
     def span(self, file: str, start: int, count: int) -> bytes:
         """Bytes of a file on the hub, and no more even from a server that ignores ranges."""
-        from huggingface_hub import constants, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff  # type: ignore[attr-defined]
+        from huggingface_hub import constants, hf_hub_url, utils
 
-        headers = build_hf_headers() | {"Range": f"bytes={start}-{start + count - 1}", "Accept-Encoding": "identity"}
+        http: Any = utils  # which names what it exports in a way that mypy does not follow
+        headers = http.build_hf_headers() | {"Range": f"bytes={start}-{start + count - 1}"}
+        headers["Accept-Encoding"] = "identity"
         url = hf_hub_url(self.name.repo, file, revision=self.commit)
         content, timeout = bytearray(), constants.HF_HUB_DOWNLOAD_TIMEOUT
-        with http_stream_backoff("GET", url, headers=headers, timeout=timeout, retry_on_exceptions=()) as response:
-            hf_raise_for_status(response)
+        with http.http_stream_backoff("GET", url, headers=headers, timeout=timeout, retry_on_exceptions=()) as response:
+            http.hf_raise_for_status(response)
             skipped = 0 if response.status_code == 206 else start
             for chunk in response.iter_bytes(65_536):
                 content += chunk

@@ -212,7 +212,11 @@ void attention_backward(const PackedRows& a, Heads<const T> q, Heads<const T> k,
                     float dot = 0;
                     if (t < a.time) {
                         const T *out = y + ((tokens + t) * a.heads + h) * a.value_width, *by = pull + t * step;
-                        for (int i = 0; i < a.value_width; i++) dot += to_float(out[i]) * to_float(by[i]);
+                        Floats sums = zeros();
+                        int i = 0;
+                        for (; i + LANES <= a.value_width; i += LANES) sums = fma(load(out + i), load(by + i), sums);
+                        dot = sum(sums);
+                        for (; i < a.value_width; i++) dot += to_float(out[i]) * to_float(by[i]);
                     }
                     desk.dots.at[t] = dot;
                     desk.lse.at[t] = t < a.time ? lse[(tokens + t) * a.heads + h] : 0.0f;

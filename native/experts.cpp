@@ -1,6 +1,6 @@
 // The routed experts of a training step, forward and backward, without a copy of their rows in memory: a block of an
-// expert's rows is gathered, multiplied, activated and multiplied again within the second cache. The backward pass makes
-// the hidden numbers again rather than keeping them.
+// expert's rows is gathered, multiplied, activated and multiplied again within the second cache. The backward pass
+// makes the hidden numbers again rather than keeping them.
 #include <algorithm>
 #include <memory>
 #include <numeric>
@@ -35,8 +35,8 @@ template <class T> struct Room {
 
 template <class T> size_t room_words(int n, int k) { return packed_bytes<T>(n, k) / 4; }
 
-// What one thread computes in; kept from call to call, made anew for other widths. Where a width is filled up to one that
-// the kernels like, the filling stays zero.
+// What one thread computes in; kept from call to call, made anew for other widths. Where a width is filled up to one
+// that the kernels like, the filling stays zero.
 template <class T> struct Workspace {
     int width, hidden_width;
     Room<uint32_t> packed_up, packed_down, packed_back, columns_of, columns_too;
@@ -65,7 +65,8 @@ template <class W, class T> void pack_gate_up(const W* weight, const Shape& s, u
             uint32_t* out = to + (n / 16 * 2 + half) * block;
             const int rows = std::min(16, s.hidden - n);
             if (rows > 0)
-                pack_rows<W, T>(weight + (static_cast<size_t>(half) * s.hidden + n) * s.width, s.width, rows, s.width, out);
+                pack_rows<W, T>(weight + (static_cast<size_t>(half) * s.hidden + n) * s.width, s.width, rows,
+                        s.width, out);
             else
                 std::memset(out, 0, block * 4);
         }
@@ -91,7 +92,8 @@ template <class F> void share_experts(int threads, const int* starts, int expert
 template <class T>
 void gather(const T* x, const int* order, int count, const Shape& s, T* to) {
     for (int r = 0; r < count; r++)
-        std::memcpy(to + static_cast<size_t>(r) * s.D(), x + static_cast<size_t>(order[r] / s.k) * s.width, s.width * sizeof(T));
+        std::memcpy(to + static_cast<size_t>(r) * s.D(), x + static_cast<size_t>(order[r] / s.k) * s.width,
+                s.width * sizeof(T));
 }
 
 template <class T, class W>
@@ -100,10 +102,12 @@ void forward(const Shape& s, const T* x, const int* order, const int* starts, co
     const int D = s.D(), F = s.F();
     share_experts(threads, starts, s.experts, [&](int e) {
         const TileRegisters tiles;
-        auto& [of_width, of_hidden, packed_up, packed_down, packed_back, columns_of, columns_too, in, out, turned, gate_of,
+        auto& [of_width, of_hidden, packed_up, packed_down, packed_back, columns_of, columns_too, in, out, turned,
+                gate_of,
                up_of, hidden, change] = Workspace<T>::of(s);
         pack_gate_up<W, T>(gate_up + static_cast<size_t>(e) * 2 * s.hidden * s.width, s, packed_up.at);
-        pack_rows<W, T>(down + static_cast<size_t>(e) * s.width * s.hidden, s.hidden, s.width, s.hidden, packed_down.at);
+        pack_rows<W, T>(down + static_cast<size_t>(e) * s.width * s.hidden, s.hidden, s.width, s.hidden,
+                packed_down.at);
         const Packed first{2 * F, s.width, packed_depth<T>(s.width), packed_up.at};
         const Packed second{s.width, s.hidden, packed_depth<T>(s.hidden), packed_down.at};
         for (int at = starts[e]; at < starts[e + 1]; at += ROWS) {
@@ -116,7 +120,8 @@ void forward(const Shape& s, const T* x, const int* order, const int* starts, co
                                     for (int i = 0; i < 16; i += LANES) {
                                         const float* p = piece + r * ld + c + i;
                                         const Floats g = as<T>(load(p)), u = as<T>(load(p + 16));
-                                        store(hidden.at + static_cast<size_t>(row + r) * F + (n + c) / 2 + i, mul(silu(g), u));
+                                        store(hidden.at + static_cast<size_t>(row + r) * F + (n + c) / 2 + i,
+                                                mul(silu(g), u));
                                     }
                         });
             matmul_each(second, 0, second.blocks(), hidden.at, F, count,
@@ -171,7 +176,8 @@ void backward(const Shape& s, const T* grad, const T* x, const int* order, const
     const int D = s.D(), F = s.F();
     share_experts(threads, starts, s.experts, [&](int e) {
         const TileRegisters tiles;
-        auto& [of_width, of_hidden, packed_up, packed_down, packed_back, columns_of, columns_too, in, out, turned, gate_of,
+        auto& [of_width, of_hidden, packed_up, packed_down, packed_back, columns_of, columns_too, in, out, turned,
+                gate_of,
                up_of, hidden, change] = Workspace<T>::of(s);
         const W* mine_up = gate_up + static_cast<size_t>(e) * 2 * s.hidden * s.width;
         const W* mine_down = down + static_cast<size_t>(e) * s.width * s.hidden;
@@ -241,7 +247,8 @@ void backward(const Shape& s, const T* grad, const T* x, const int* order, const
             pack_columns<T, T>(hidden.at, F, count, s.hidden, columns_of.at);
             pack_columns<T, T>(out.at, D, count, s.width, columns_too.at);
             turn<T>(columns_too.at, count, s.width, turned.at);
-            add_product<T>({s.hidden, count, depth, columns_of.at}, turned.at, ld, s.width, s.hidden, own_down, s.hidden);
+            add_product<T>({s.hidden, count, depth, columns_of.at}, turned.at, ld, s.width, s.hidden, own_down,
+                    s.hidden);
             pack_columns<T, T>(in.at, D, count, s.width, columns_of.at);
             for (int half = 0; half < 2; half++) {
                 pack_columns<T, T>(change.at + half * F, 2 * F, count, s.hidden, columns_too.at);
@@ -277,7 +284,8 @@ void backward(const Shape& s, const T* grad, const T* x, const int* order, const
 using namespace slingshot;
 
 // order [A]: assignments (token * k + choice) by expert, in order within each; starts [experts + 1]: where each begins.
-extern "C" void DOOR(experts_order)(int, const int64_t* experts, long assignments, long count, int* order, int* starts, int) {
+extern "C" void DOOR(experts_order)(int, const int64_t* experts, long assignments, long count, int* order,
+        int* starts, int) {
     std::vector<int> next(count + 1, 0);
     for (long a = 0; a < assignments; a++) next[experts[a] + 1]++;
     for (long e = 0; e < count; e++) next[e + 1] += next[e];

@@ -20,7 +20,8 @@ struct Parts {
 };
 
 template <class T>
-void heads_forward(const Parts& p, const T* plain, long plain_token, long plain_head, const T* turned, long turned_token,
+void heads_forward(const Parts& p, const T* plain, long plain_token, long plain_head, const T* turned,
+        long turned_token,
                    long turned_head, const float* cosines, const float* sines, T* y, int threads) {
     share_rows(threads, p.tokens, 64, [&](long begin, long end) {
         for (long t = begin; t < end; t++) {

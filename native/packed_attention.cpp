@@ -1,6 +1,6 @@
-// Attention of a training step within packed rows, forward and backward: query t sees keys first[t] to t of its row, which
-// is one document. Only those blocks of scores are made, in the nearest cache, and none of them is kept: the backward pass
-// makes them again from the logarithms of their sums.
+// Attention of a training step within packed rows, forward and backward: query t sees keys first[t] to t of its row,
+// which is one document. Only those blocks of scores are made, in the nearest cache, and none of them is kept: the
+// backward pass makes them again from the logarithms of their sums.
 #include <algorithm>
 #include <memory>
 #include <type_traits>
@@ -80,18 +80,22 @@ template <class T>
 void scores(const Operand<T>& a, int row, const Operand<T>& b, int from, int to, float* c, int ldc) {
     using O = Operand<T>;
     const size_t depth = a.wide / O::PER_WORD, block = depth * 16;
-    product(reinterpret_cast<const typename O::Left*>(a.left.at + static_cast<size_t>(row) * a.wide), a.wide / O::PER_LEFT,
-            reinterpret_cast<const typename O::Word*>(b.by_row.at) + from / 16 * block, 16, block, static_cast<int>(depth),
+    product(reinterpret_cast<const typename O::Left*>(a.left.at + static_cast<size_t>(row) * a.wide),
+            a.wide / O::PER_LEFT,
+            reinterpret_cast<const typename O::Word*>(b.by_row.at) + from / 16 * block, 16, block,
+                    static_cast<int>(depth),
             BLOCK, to - from, c, ldc, false);
 }
 
 // c [BLOCK, wide] (+)= p [BLOCK, to - from] times the rows from..to of b.
 template <class T>
-void mix(const typename Operand<T>::Act* p, int ldp, const Operand<T>& b, int tall, int from, int to, float* c, bool more) {
+void mix(const typename Operand<T>::Act* p, int ldp, const Operand<T>& b, int tall, int from, int to, float* c,
+        bool more) {
     using O = Operand<T>;
     const size_t block = static_cast<size_t>(tall) / O::PER_WORD * 16;
     product(reinterpret_cast<const typename O::Left*>(p), ldp / O::PER_LEFT,
-            reinterpret_cast<const typename O::Word*>(b.by_column.at) + static_cast<size_t>(from / O::PER_WORD) * 16, 16, block,
+            reinterpret_cast<const typename O::Word*>(b.by_column.at) 
+                    + static_cast<size_t>(from / O::PER_WORD) * 16, 16, block,
             (to - from) / O::PER_WORD, BLOCK, b.wide, c, b.wide, more);
 }
 
@@ -125,7 +129,8 @@ inline void hide(float* s, int width, int from, int to) {
 }
 
 template <class T>
-void attention_forward(const PackedRows& a, Heads<const T> q, Heads<const T> k, Heads<const T> v, T* y, float* lse, int threads) {
+void attention_forward(const PackedRows& a, Heads<const T> q, Heads<const T> k, Heads<const T> v, T* y, float* lse,
+        int threads) {
     const int tall = up_to(a.time, 32), per = a.heads / a.groups;
     share_rows(threads, static_cast<long>(a.rows) * a.groups, 1, [&](long begin, long end) {
         const TileRegisters tiles;
@@ -172,7 +177,8 @@ void attention_forward(const PackedRows& a, Heads<const T> q, Heads<const T> k, 
     });
 }
 
-// p and ds of a block: rows of scores s and of the gradient dp; at(i) is where a row's lse and dots are, or columns' are.
+// p and ds of a block: rows of scores s and of the gradient dp; at(i) is where a row's lse and dots are, or columns'
+// are.
 template <class T, bool BY_COLUMN>
 void weights_and_change(float* s, const float* dp, int wide, float scale, const float* lse, const float* dots,
                         typename Operand<T>::Act* p, typename Operand<T>::Act* ds) {
@@ -250,8 +256,10 @@ void attention_backward(const PackedRows& a, Heads<const T> q, Heads<const T> k,
                         weights_and_change<T, true>(desk.s.at + at, desk.dp.at + at, wide, a.scale, desk.lse.at + row,
                                                     desk.dots.at + row, desk.p.at + at, desk.ds.at + at);
                     }
-                    mix<T>(desk.ds.at, wide, desk.q, tall, row, end_of, desk.dk.at + static_cast<size_t>(row) * key_wide, more);
-                    mix<T>(desk.p.at, wide, desk.dy, tall, row, end_of, desk.dv.at + static_cast<size_t>(row) * value_wide, more);
+                    mix<T>(desk.ds.at, wide, desk.q, tall, row, end_of, desk.dk.at 
+                            + static_cast<size_t>(row) * key_wide, more);
+                    mix<T>(desk.p.at, wide, desk.dy, tall, row, end_of, desk.dv.at 
+                            + static_cast<size_t>(row) * value_wide, more);
                 }
             }
             for (int t = 0; t < a.time; t++) {
@@ -276,8 +284,10 @@ using namespace slingshot;
         else { using T = float; call; }                 \
     } while (0)
 #define OF(T, p) static_cast<T*>(p)
-#define SIZES long rows, long time, long heads, long groups, long width, long value_width, float scale, const int *first, \
-    const int *last, const void *q, long q_token, long q_head, const void *k, long k_token, long k_head, const void *v,  \
+#define SIZES long rows, long time, long heads, long groups, long width, long value_width, float scale, \
+        const int *first, \
+    const int *last, const void *q, long q_token, long q_head, const void *k, long k_token, long k_head, \
+            const void *v, \
     long v_token, long v_head
 #define ROWS_OF {(int)rows, (int)time, (int)heads, (int)groups, (int)width, (int)value_width, scale, first, last}
 #define HEADS_OF {OF(const T, q), q_token, q_head}, {OF(const T, k), k_token, k_head}, {OF(const T, v), v_token, v_head}
@@ -288,6 +298,7 @@ extern "C" void DOOR(packed_attention_forward)(int is_bf16, SIZES, void* y, floa
 
 extern "C" void DOOR(packed_attention_backward)(int is_bf16, SIZES, const void* y, const float* lse, const void* dy,
                                                 void* dq, void* dk, void* dv, int threads) {
-    WITH_TYPE((LEVEL::attention_backward<T>(ROWS_OF, HEADS_OF, OF(const T, y), lse, OF(const T, dy), OF(T, dq), OF(T, dk),
+    WITH_TYPE((LEVEL::attention_backward<T>(ROWS_OF, HEADS_OF, OF(const T, y), lse, OF(const T, dy), OF(T, dq),
+            OF(T, dk),
                                             OF(T, dv), threads)));
 }

@@ -39,7 +39,8 @@ template <class T> std::vector<float> gains(const float* weight, int width) {
 constexpr int GRAIN = 64;  // rows whose share of a sum over all rows is made at once, whatever the number of threads
 
 template <class T>
-void norm_forward(const T* x, long x_ld, const T* more, const float* weight, float eps, long rows, int width, T* sum, T* y,
+void norm_forward(const T* x, long x_ld, const T* more, const float* weight, float eps, long rows, int width,
+        T* sum, T* y,
                   float* inverse, int threads) {
     const std::vector<float> w = gains<T>(weight, width);
     share_rows(threads, rows, GRAIN, [&](long begin, long end) {
@@ -221,7 +222,8 @@ using namespace slingshot;
 
 extern "C" void DOOR(norm_forward)(int is_bf16, const void* x, long x_ld, const void* more, const float* weight,
                                    float eps, long rows, int width, void* sum, void* y, float* inverse, int threads) {
-    EITHER(norm_forward, OF(const T, x), x_ld, OF(const T, more), weight, eps, rows, width, OF(T, sum), OF(T, y), inverse,
+    EITHER(norm_forward, OF(const T, x), x_ld, OF(const T, more), weight, eps, rows, width, OF(T, sum), OF(T, y),
+            inverse,
            threads);
 }
 

@@ -1,8 +1,7 @@
 // Work of a training step, shared among threads: torch's own where they can be had.
-//
-// Between two of our calls torch multiplies on several threads, which spin for a while in wait of more. Threads of another
-// pool would fight them for the cores; so the same ones (GNU OpenMP's) are asked for by name, and only where the program has
-// none our pool works.
+//  Between two of our calls torch multiplies on several threads, which spin for a while in wait of more. Threads of
+// another pool would fight them for the cores; so the same ones (GNU OpenMP's) are asked for by name, and only where
+// the program has none our pool works.
 #pragma once
 
 #include "pool.h"

@@ -23,8 +23,8 @@ inline void transpose_words(const uint32_t* from, size_t stride, uint32_t* to, s
     for (int i = 0; i < 8; i++) std::memcpy(to + i * to_stride, block + i * 16, 32);
 }
 
-// M [k, n] (rows `ld` apart) as the right operand of x M: Packed{n, k}. `to` has room for n up to a multiple of 16 and k up
-// to one of 32; what is past the ends becomes zero, up to `fill` columns where that is more.
+// M [k, n] (rows `ld` apart) as the right operand of x M: Packed{n, k}. `to` has room for n up to a multiple of 16
+// and k up to one of 32; what is past the ends becomes zero, up to `fill` columns where that is more.
 template <class Source, class T> void pack_columns(const Source* m, size_t ld, int k, int n, void* to, int fill = 0) {
     constexpr int PER_WORD = 4 / sizeof(T);
     const int depth = packed_depth<T>(k), last = fill > n ? fill : n;

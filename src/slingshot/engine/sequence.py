@@ -18,8 +18,8 @@ from slingshot.base.errors import SlingshotError
 from slingshot.engine.draw import noise_stream
 from slingshot.engine.guide import Guide
 from slingshot.engine.logits import LogitRules
+from slingshot.engine.records import ExpertRecord, PromptRecord
 from slingshot.engine.sampling import STRUCTURES, SamplingParams
-from slingshot.engine.telling import ExpertRecord, PromptRecord
 from slingshot.engine.vocabulary import Vocabulary
 from slingshot.text.chat_template import END_THINK
 from slingshot.text.reasoning import ReasoningStream, ends_in_reasoning, parse

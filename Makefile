@@ -45,7 +45,7 @@ test-all: $(VENV)/dev.stamp
 clean:
 	rm -rf $(VENV) .venv-llama-cpp .venv-vllm-cpu .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
-$(VENV)/runtime.stamp: pyproject.toml constraints.txt
+$(VENV)/runtime.stamp: pyproject.toml constraints.txt setup.py $(wildcard native/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "slingshot needs Python 3.11 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e .

@@ -9,6 +9,7 @@ is left out.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,12 @@ LEVELS = {
 }
 
 
+def sources_digest(folder: Path) -> str:
+    """Names the contents of native/, as slingshot/kernels/native.py does."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".cpp", ".h"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
 class BuildNative(build_ext):
     """Compiles the sources once per level and links them into one library with a plain name."""
 
@@ -51,13 +58,17 @@ class BuildNative(build_ext):
         return []
 
     def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        digest = sources_digest(NATIVE)
+        if target.exists() and digest.encode() in target.read_bytes():
+            return
         if os.name != "posix" or platform.machine() not in ("x86_64", "AMD64"):
             raise CompileError(f"native kernels are written for x86-64, this is {platform.machine()}")
         self.compiler.src_extensions.append(".cpp")
         every = [source for source in ext.sources if Path(source).name not in ONCE]
         once = [source for source in ext.sources if Path(source).name in ONCE]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            common = pool.submit(self._compile, once, "base", [])
+            common = pool.submit(self._compile, once, "base", [f'-DSOURCES="{digest}"'])
             levels = {level: pool.submit(self._compile, every, level, flags) for level, flags in LEVELS.items()}
         objects = common.result()
         for level, job in levels.items():
@@ -65,10 +76,9 @@ class BuildNative(build_ext):
                 objects += job.result()
             except CompileError as error:
                 self.warn(f"level {level} is left out: {error}")
-        target = self.get_ext_fullpath(ext.name)
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         # Templates of the standard library are in the objects of every level; the linker keeps the first: the lowest.
-        self.compiler.link_shared_object(objects, target, extra_postargs=["-pthread"], target_lang="c++")
+        self.compiler.link_shared_object(objects, str(target), extra_postargs=["-pthread"], target_lang="c++")
 
     def _compile(self, sources: list[str], level: str, flags: list[str]) -> list[str]:
         folder = os.path.join(self.build_temp, level)

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import warnings
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from slingshot.base.errors import SlingshotError
 
 LIBRARY = Path(__file__).parent / "slingshot_native.so"
 LEVELS = ("avx2", "avx512", "avx512bf16", "amx")  # each has the instructions of those before it
-ABI = 3  # of the doors' arguments: native/cpu.cpp says the same
+SOURCES = Path(__file__).parents[3] / "native"  # in a source tree
 ALIGNMENT = 64
 SLACK = 4096  # bytes that kernels may read past the end of what they are given
 
@@ -77,6 +78,12 @@ def padded(tensor: Tensor) -> Tensor:
     return copy
 
 
+def sources_digest(folder: Path) -> str:
+    """Names the contents of native/, as setup.py does."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".cpp", ".h"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
 @cache
 def native_library() -> ctypes.CDLL | None:
     """The library, if it is there and is ours; one that is not is named in a warning and left aside."""
@@ -84,12 +91,14 @@ def native_library() -> ctypes.CDLL | None:
         return None
     try:
         library = ctypes.CDLL(str(LIBRARY))
-        abi = library.slingshot_abi()
+        library.slingshot_sources.restype = ctypes.c_char_p
+        built_from = library.slingshot_sources().decode()
     except (OSError, AttributeError) as error:
         warnings.warn(f"{LIBRARY} is no library of slingshot's and is left aside: {error}", stacklevel=2)
         return None
-    if abi != ABI:
-        warnings.warn(f"{LIBRARY} was built for another version and is left aside; install again", stacklevel=2)
+    if SOURCES.is_dir() and built_from != sources_digest(SOURCES):
+        way_out = "pip install -e . builds it again"
+        warnings.warn(f"{LIBRARY} was built from other sources and is left aside; {way_out}", stacklevel=2)
         return None
     return library
 

@@ -225,7 +225,11 @@ def test_a_file_that_cannot_be_a_task(load, source, message):
         ("problems", "return [{'promt': 'a'}]", r"problems\(\) item 0\.promt: unknown key; did you mean prompt\?"),
         ("problems", "return [{'prompt': 'a', 'language': 'fr'}]", r"problems\(\) item 0\.language: .*'fr'"),
         ("problems", "return [{'prompt': 'a', 'data': {'b': {1}}}]", r"problems\(\) returned .* not JSON: .*set"),
-        ("problems", "return [{'prompt': 'a', 'data': {'b': float('nan')}}]", r"problems\(\) item 0\.data: nan is no"),
+        (
+            "problems",
+            "return [{'prompt': 'a', 'data': {'b': float('nan')}}]",
+            r"problems\(\) item 0\.data\.b: nan is no",
+        ),
         ("solution", "return 'four'", r"solution\(\) returned: 'four' is no dict with reasoning, answer"),
         ("solution", "return {'answer': '4'}", r"solution\(\) returned\.reasoning: Field required"),
         ("solution", "raise ValueError('too hard')", r"solution\(\) raised ValueError: too hard"),

@@ -184,5 +184,6 @@ class Speculator:
 
 
 def _rows_of(hidden_ND: Tensor, places: list[int]) -> Tensor:
-    whole = len(places) == len(hidden_ND) and places == list(range(len(places)))
-    return hidden_ND if whole else hidden_ND.index_select(0, torch.tensor(places, device=hidden_ND.device))
+    if places == list(range(len(hidden_ND))):
+        return hidden_ND
+    return hidden_ND.index_select(0, torch.tensor(places, dtype=torch.long, device=hidden_ND.device))

@@ -88,6 +88,17 @@ def test_what_is_gone_or_changed_is_said_and_not_counted(run: Path) -> None:
     assert any(line.startswith("sft: its parent ") and "changed since" in line for line in bill.missing)
 
 
+def test_a_broken_receipt_that_happens_to_lie_where_a_parent_may_is_passed_over(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = run / "elsewhere"
+    for place in (here / "base", run.parent / "base"):
+        place.mkdir(parents=True)
+        (place / "receipt.json").write_text("{")
+    monkeypatch.chdir(here)
+    assert total(run / "sft").seconds == 185
+
+
 def test_a_parent_from_outside_has_no_cost(run: Path) -> None:
     outside = run / "outside"
     outside.mkdir()

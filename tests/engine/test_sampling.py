@@ -85,6 +85,13 @@ def test_extreme_logits_and_temperatures_stay_finite():
     assert ids.tolist() == [0, 1] and logprobs.tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("size", [33, 4096])
+def test_a_row_without_numbers_ends_in_a_logprob_that_tells(size):
+    rows = DrawParams.of([SamplingParams(top_p=0.9), SamplingParams(top_p=0.9, top_k=3)])
+    _, logprobs = sample(torch.full((2, size), float("nan")), rows, torch.full((2,), 0.5))
+    assert logprobs.isnan().all()
+
+
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(
     seed=st.integers(0, 10_000), temperature=st.floats(0.1, 3.0), top_p=st.floats(0.05, 1.0), top_k=st.integers(0, 40),

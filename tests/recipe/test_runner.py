@@ -123,14 +123,15 @@ def reading(tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> tupl
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in" / "model").mkdir(parents=True)
     (tmp_path / "in" / "model" / "content.json").write_text("weights")
-    (tmp_path / "in" / "my.jsonl").write_text("{}\n")
-    (tmp_path / "in" / "task.py").write_text(TASK_FILE)
+    (tmp_path / "in" / "my.jsonl").write_text('{"prompt": "1+1?", "answer": "2"}\n')
+    (tmp_path / "in" / "task.py").write_text(TASK_FILE + "import helper\n")
+    (tmp_path / "in" / "helper.py").write_text("THREE = 3\n")
     loaded = load('[tuned]\nstage = "sft"\nmodel = "in/model"\ndata = ["in/my.jsonl"]\ntasks = ["in/task.py"]\n')
     run(loaded, tmp_path / "run")
     return loaded, tmp_path / "run"
 
 
-@pytest.mark.parametrize("file", ["model/content.json", "my.jsonl", "task.py"])
+@pytest.mark.parametrize("file", ["model/content.json", "my.jsonl", "task.py", "helper.py"])
 def test_a_stage_is_stale_when_what_it_reads_changed(
     reading: tuple[Recipe, Path], tmp_path: Path, capsys: Captured, file: str
 ) -> None:
@@ -173,15 +174,18 @@ def test_keys_of_another_version_make_nothing_stale(load: Load, out: Path, capsy
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ('data = ["none.jsonl"]', "last: none.jsonl does not exist"), ('model = "none"', "last: none: no such "),
+        ('data = ["none.jsonl"]', "last: none.jsonl does not exist"),
+        ('data = ["bad.jsonl"]', "last: bad.jsonl line 1: an example"), ('model = "none"', "last: none: no such "),
         ('tasks = ["arithmetik"]', "last: task 'arithmetik' is unknown; did you mean arithmetic?"),
         ('tasks = ["none.py"]', "last: none.py does not exist"),
         ('tasks = [{ name = "arithmetic", params = { max_term = 3 } }]', "did you mean max_terms?"),
     ],
 )  # fmt: skip
 def test_what_can_be_known_is_checked_before_anything_runs(
-    load: Load, tmp_path: Path, change: str, message: str, refusal: Refusal
+    load: Load, tmp_path: Path, change: str, message: str, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"question": "1+1?"}\n')
     out = tmp_path / "run"
     assert message in refusal(lambda: run(load(f'{TEXT}[last]\nstage = "evaluate"\n{change}\n'), out))
     assert not (out / "base").exists()

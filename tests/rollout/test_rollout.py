@@ -40,6 +40,8 @@ def test_forms_of_a_prompt(tokenizer):
     assert form.encode(tokenizer, problem) == [tokenizer.bos_id, *tokenizer.encode("Q: What is {x}?\nA:")]
     within = tokenizer.encode_chat([{"role": "user", "content": "What is {x}? Think."}])
     assert PromptForm(text="{prompt} Think.").encode(tokenizer, problem) == within
+    with pytest.raises(SlingshotError, match=r"form\.text: .*prompt"):  # every problem would read alike
+        PromptForm.parse({"text": "{promt} Think."}, "form")
 
 
 def test_a_problem_cannot_write_control_tokens(tokenizer):

@@ -117,8 +117,8 @@ def test_rows_without_reasoning_and_chats_are_taken(base, finetuning, tmp_path):
     tokenizer = load_tokenizer(base)
     ask, say = {"role": "user", "content": "What is 1+1?"}, {"role": "assistant", "content": "2"}
     write_jsonl(tmp_path / "silent.jsonl", [
-        {"prompt": "What is 1+1?", "answer": "2"},
-        {"messages": [ask, say]},
+        {"prompt": "What is 1+1?", "answer": 2},
+        {"messages": [ask, say | {"content": [{"type": "text", "text": "2"}]}]},
         {"messages": [ask, say, ask, say | {"reasoning_content": "so"}]},
     ])  # fmt: skip
     opened = tokenizer.encode_chat([ask])
@@ -135,7 +135,7 @@ def test_rows_without_reasoning_and_chats_are_taken(base, finetuning, tmp_path):
 
 @pytest.mark.parametrize(("lines", "message"), [
     ('{"prompt": "a", "reasoning": "b"}\n', 'data.jsonl line 1: an example holds "prompt" and "answer", with or'),
-    ('{"prompt": "a", "answer": "c"}\n{"prompt": "a", "answer": 7}\n', "line 2: an example holds"),
+    ('{"prompt": "a", "answer": "c"}\n{"prompt": "a", "answer": true}\n', "line 2: an example holds"),
     ("[1, 2]\n", "line 1: an example holds"),
     ('{"messages": [{"role": "user", "content": "a"}]}\n', "line 1: an example holds"),
     ('{"messages": "a"}\n', "line 1: an example holds"),

@@ -59,6 +59,37 @@ def test_iterators_survive_each_other_and_a_restart_of_the_worker(load):
 
 
 @pytest.mark.slow
+def test_a_file_that_draws_from_global_generators_draws_by_the_seed(load):
+    """Unseeded, from random and numpy, shuffled as it is imported: every process and every iterator finds the same."""
+    draw = "{'prompt': f'{random.random()} {np.random.random()} {next(order)}'}"
+    source = (
+        "import random, numpy as np\nitems = list(range(9))\nrandom.shuffle(items)\n"
+        f"def problems(split, seed):\n    order = iter(items * 99)\n    while True: yield {draw}\n"
+    )
+    one, other = load(source + VERIFY), load(source + VERIFY)
+    whole = list(itertools.islice(one.problems("train", 5), 200))
+    first, second = other.problems("train", 5), other.problems("train", 6)
+    mixed = [(next(first), next(second)) for _ in range(200)]
+    assert [problem for problem, _ in mixed] == whole
+    assert not set(whole) & {problem for _, problem in mixed}
+
+
+def test_a_file_in_the_current_folder_keeps_its_name_in_processes_of_its_own(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    task = load(
+        """
+        from multiprocessing import get_context
+        def double(n): return 2 * n
+        def problems(split, seed): yield from ({"prompt": str(n)} for n in range(30))
+        def verify(problem, text):
+            with get_context("spawn").Pool(1) as pool:
+                return pool.map(double, [2]) == [4]
+        """
+    )
+    assert task.verify(next(task.problems("train", 0)), "x") == Reward(1.0, "x")
+
+
 def test_problems_is_called_once_for_all_its_problems_and_slow_ones_are_fetched_in_time(load):
     wait = "for n in itertools.count(seed): yield time.sleep(0.03) or {'prompt': str(n), 'data': {'calls': calls}}"
     source = (

@@ -123,17 +123,18 @@ def read(tmp_path, monkeypatch):
     """A config whose inputs lie in the working directory."""
     monkeypatch.chdir(tmp_path)
     write_text(tmp_path / "in" / "model" / "config.json", "{}")
-    write_text(tmp_path / "in" / "data.jsonl", "{}\n")
-    write_text(tmp_path / "in" / "task.py", "x = 1\n")
+    files = {"data.jsonl": "{}", "task.py": "import helper", "helper.py": "'rows.csv'", "rows.csv": "1"}
+    for name, text in files.items():
+        write_text(tmp_path / "in" / name, text)
     return Config(model="in/model", data=["in/data.jsonl"], tasks=[{"name": "in/task.py"}, {"name": "countdown"}])
 
 
-@pytest.mark.parametrize("file", ["in/model/config.json", "in/data.jsonl", "in/task.py"])
+@pytest.mark.parametrize("file", ["model/config.json", "data.jsonl", "task.py", "helper.py", "rows.csv"])
 def test_a_stage_starts_anew_when_what_it_reads_changed(read, tmp_path, capsys, file):
     out = tmp_path / "stage"
     interrupted(out, read)
     assert resumed_at(out, read) == 2
-    write_text(tmp_path / file, "changed")
+    write_text(tmp_path / "in" / file, "changed")
     assert resumed_at(out, read) == 0
     assert "changed); kept in" in capsys.readouterr().err
     assert list((tmp_path / ".stale" / "stage.partial-1").glob("state-2"))  # what was begun is never thrown away
@@ -227,7 +228,8 @@ def test_a_parent_that_is_not_there_is_named(open_work, read):
 def test_what_was_read_stands_in_the_receipt_by_content(read, open_work, out):
     open_work(read).finish(lambda folder: None)
     found = {parent.path: parent.digest for parent in Receipt.read(out).parents}
-    assert found == {name: artifact_digest(Path(name)) for name in ("in/model", "in/data.jsonl", "in/task.py")}
+    names = "model", "data.jsonl", "task.py", "helper.py", "rows.csv"
+    assert found == {f"in/{name}": artifact_digest(Path("in", name)) for name in names}
 
 
 def test_what_auto_means_is_decided_once_and_written_down(open_work, out, monkeypatch):

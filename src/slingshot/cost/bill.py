@@ -12,6 +12,7 @@ copied. Whoever answers must have the digest; another artifact in its place is n
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,9 @@ def _find(parent: Parent, child: Path) -> tuple[Path | None, str]:
     places = [folder / recorded.name for folder in above[:3]] + [folder / recorded for folder in above]
     for place in dict.fromkeys(place for place in places if place not in above):
         if (place / RECEIPT).is_file():
-            if Receipt.read(place).digest == parent.digest:
-                return place, ""
+            with contextlib.suppress(SlingshotError):  # a broken one that happens to lie there is no parent
+                if Receipt.read(place).digest == parent.digest:
+                    return place, ""
             why = "changed since"
         elif place.exists():
             why = "came without a receipt" if artifact_digest(place) == parent.digest else "changed since"

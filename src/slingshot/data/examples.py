@@ -17,7 +17,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_jsonl
 
 _FORMS = (
-    'an example holds "prompt" and "answer", with or without "reasoning", all text; '
+    'an example holds "prompt" and "answer", with or without "reasoning", as text; '
     'or "messages" with a role and content each, one of them the assistant\'s'
 )
 
@@ -48,9 +48,9 @@ def read_examples(source: Path) -> list[Example]:
 
 def _of_row(row: dict[str, Any]) -> list[Example]:
     if "messages" not in row:
-        given = [row.get("prompt"), row.get("reasoning", ""), row.get("answer")]
-        is_text = all(isinstance(text, str) for text in given)
-        return [Example(row["prompt"], row.get("reasoning"), row["answer"])] if is_text else []
+        prompt, reasoning, answer = (_text(row.get(name)) for name in ("prompt", "reasoning", "answer"))
+        known = isinstance(prompt, str) and isinstance(answer, str) and isinstance(reasoning, str | None)
+        return [Example(prompt, reasoning, answer)] if known else []
     messages = row["messages"]
     if not isinstance(messages, list) or not all(isinstance(m, dict) and type(m.get("role")) is str for m in messages):
         return []
@@ -58,8 +58,17 @@ def _of_row(row: dict[str, Any]) -> list[Example]:
     for place, message in enumerate(messages):
         if message["role"] != "assistant" or not place or message.get("tool_calls"):
             continue  # a call is no text here: it is what later messages answer to
-        reasoning, answer = message.get("reasoning_content", message.get("reasoning")), message.get("content")
+        reasoning, answer = message.get("reasoning_content", message.get("reasoning")), _text(message.get("content"))
         if not isinstance(answer, str) or not isinstance(reasoning, str | None):
             return []
         examples.append(Example(messages[:place], reasoning, answer))
     return examples
+
+
+def _text(value: Any) -> Any:
+    """Numbers as the text they are, and the parts that an API's content may consist of as one text."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in value):
+        return "".join(part["text"] for part in value) or None
+    return value

@@ -95,6 +95,8 @@ def _smallest_kept(weights_RV: Tensor, top_p_R: Tensor, top_k_R: Tensor) -> Tens
     vocabulary, counted_R = weights_RV.shape[-1], top_k_R > 0
     count_R = torch.where(counted_R, top_k_R.clamp(max=vocabulary), vocabulary)
     total_R = weights_RV.sum(-1)
+    if not total_R.isfinite().all():  # nothing can be sorted; the log probability tells
+        return torch.zeros_like(total_R)
     # Under this floor tokens weigh less together than the tail that is to be cut.
     lowest_R = torch.where(counted_R, 0.0, (1 - top_p_R) * total_R / vocabulary)
     cut_R, open_R = torch.zeros_like(total_R), torch.arange(len(total_R), device=total_R.device)

@@ -29,6 +29,7 @@ from slingshot.base.files import lock, put_aside, read_json, unlock, write_json
 from slingshot.base.quantity import plural, show_duration
 from slingshot.checkpoint.hub import locate
 from slingshot.cost.receipt import Receipt
+from slingshot.data.examples import read_examples
 from slingshot.recipe.process import launcher, supervise
 from slingshot.recipe.recipe import Recipe, RecipeStage
 from slingshot.recipe.results import Evaluation, headline
@@ -196,6 +197,9 @@ def check(config: StageConfig, coming: Collection[str]) -> None:
     for name, checkpoint in local_inputs(config.model_dump(mode="json")).items():
         if name not in coming and not (locate(name) if checkpoint else Path(name)).exists():
             raise SlingshotError(f"{name} does not exist")
+    for name in set(getattr(config, "data", [])) - set(coming):
+        if not (Path(name) / "receipt.json").exists():  # a stage's own is known to be right
+            read_examples(Path(name))
     documents = getattr(config, "documents", None)
     tasks: list[TaskConfig] = getattr(config, "tasks", [])
     for task in [*tasks, *(documents.tasks if documents else [])]:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
+from pydantic import Field
+
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.engine.sampling import SamplingParams
@@ -37,7 +39,7 @@ class PromptForm(Strict):
 
     name: str = "chat"
     chat: bool = True
-    text: str = "{prompt}"
+    text: str = Field(default="{prompt}", pattern=r"\{prompt\}")
     lenient: bool = False
 
     def messages(self, problem: Problem) -> list[Message]:

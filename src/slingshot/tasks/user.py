@@ -19,7 +19,7 @@ import itertools
 import random
 import reprlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -164,15 +164,18 @@ class File:
 
     def __init__(self, path: str) -> None:
         folder, name = str(Path(path).parent), Path(path).stem
-        if name in sys.modules or importlib.util.find_spec(name) is not None:  # a file may be called random.py
+        known = None if name in sys.modules else importlib.util.find_spec(name)
+        # A file may be called random.py; where the current folder finds this one itself, the name is its own.
+        if name in sys.modules or (known is not None and Path(known.origin or "").resolve() != Path(path)):
             name = f"{name}_{sha256(path.encode()).hexdigest()[:8]}"
         sys.path.append(folder)  # for `import helper`, and for processes of the file's own that import it by name
         # A package too, so that `from . import helper` finds what lies beside it.
         spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=[folder])
         assert spec is not None and spec.loader is not None, "the path ends in .py"
         self._module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        _seed(0)
         spec.loader.exec_module(self._module)
-        self._open: dict[tuple[str, int, int], Iterator[Any]] = {}
+        self._open: dict[tuple[str, int, int], tuple[Iterator[Any], list[Any]]] = {}
 
     def functions(self) -> list[str]:
         names = (*_FUNCTIONS, "solution", "step")
@@ -180,15 +183,18 @@ class File:
 
     def problems(self, split: str, seed: int, start: int, count: int) -> list[dict[str, Any]]:
         """Next items from `start` of problems(split, seed), none at its end. A new worker starts it over, and skips."""
-        iterator = self._open.pop((split, seed, start), None)
+        iterator, states = self._open.pop((split, seed, start), (None, []))
+        for (_, put), state in zip(_generators(), states, strict=False):
+            put(state)
         if iterator is None:
+            _seed(seed)
             made = self._module.problems(split, seed)
             try:
                 iterator = itertools.islice(made, start, None)
             except TypeError as error:
                 raise SandboxError(f"returned {reprlib.repr(made)}; it should yield problems") from error
         items = take(iterator, count)
-        self._open[split, seed, start + len(items)] = iterator
+        self._open[split, seed, start + len(items)] = iterator, [get() for get, _ in _generators()]
         if len(self._open) > 16:  # left where their readers stopped; who comes back to one starts it over
             del self._open[next(iter(self._open))]
         parsed = [_Problem.parse(item, f"item {place}") for place, item in enumerate(items, start)]
@@ -210,3 +216,18 @@ class File:
         said = given if isinstance(given, list | tuple) else [given]
         dicts = [each if isinstance(each, Mapping) else {"content": each} for each in said]
         return None if given is None else [_Message.parse(each, "message").model_dump() for each in dicts]
+
+
+def _generators() -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
+    """How the state of a global random generator is read and set. A file that draws from them draws by the seed too,
+    the same in every process, whatever else is drawn meanwhile."""
+    found: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [(random.getstate, random.setstate)]
+    if numpy := sys.modules.get("numpy"):
+        found.append((numpy.random.get_state, numpy.random.set_state))
+    return found
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(seed)

@@ -17,7 +17,8 @@ import itertools
 import json
 import re
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,8 @@ class Tokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=list(R1_TOKENS), initial_alphabet=alphabet, show_progress=False
         )
-        backend.train_from_iterator(map(clean, itertools.chain([first], texts)), trainer)
+        texts = map(clean, itertools.chain([first], texts))
+        _stoppable(lambda texts: backend.train_from_iterator(texts, trainer), texts)
         _write_bos(backend, BOS)
         description = json.loads(backend.to_str())
         for token in description["added_tokens"]:
@@ -353,3 +355,26 @@ def _encoders(description: dict[str, Any], controls: set[str], kind: str) -> lis
         with rust_errors("tokenizer.json holds merges that fit only with its control tokens"):
             made[steps] = tokenizers.Tokenizer.from_str(text)
     return [made[begins], made[follows], made[continues]]
+
+
+def _stoppable(work: Callable[[Iterator[str]], None], texts: Iterable[str]) -> None:
+    """Do it in a thread, so that Ctrl-C need not wait for the library, which does not look for signals as it counts."""
+    failed: list[BaseException] = []
+    stopped, done = threading.Event(), threading.Event()
+
+    def run() -> None:
+        try:
+            work(itertools.takewhile(lambda _: not stopped.is_set(), texts))
+        except BaseException as error:
+            failed.append(error)
+        done.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        done.wait()
+    except KeyboardInterrupt:
+        stopped.set()
+        done.wait(1.0)  # it ends sooner where texts are still being read
+        raise
+    if failed:
+        raise failed[0]

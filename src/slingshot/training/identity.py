@@ -8,8 +8,10 @@ How a path is spelt, where a folder lies and what an hour costs are no part of i
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ _STDLIB = "stdlib"  # a corpus of that name is Python's own library, which is no
 
 
 def inputs(config: StageConfig) -> dict[str, Path]:
-    """Everything a stage reads, by name, and where it lies: checkpoints, datasets, corpora, task files.
+    """Everything a stage reads, by name, and where it lies: checkpoints, datasets, corpora, task files and their like.
 
     A checkpoint on the hub is fetched. SlingshotError for one that is not there.
     """
@@ -61,13 +63,34 @@ def _with_inputs(values: Mapping[str, Any], change: Callable[[str, bool], str]) 
         if isinstance(changed.get(key), list):
             changed[key] = [change(name, False) if isinstance(name, str) else name for name in changed[key]]
     if isinstance(changed.get("tasks"), list):
-        changed["tasks"] = [
-            {**task, "name": change(task["name"], False)} if str(task.get("name")).endswith(".py") else task
-            for task in changed["tasks"]
-        ]
+        for place, task in enumerate(changed["tasks"]):
+            if str(name := task.get("name")).endswith(".py"):
+                tasks = changed["tasks"] = list(changed["tasks"])
+                tasks[place] = {**task, "name": change(name, False)}
+                for helper in helpers(Path(name)):
+                    change(str(helper), False)
     if isinstance(changed.get("documents"), dict):
         changed["documents"] = _with_inputs(changed["documents"], change)
     return changed
+
+
+def helpers(task: Path) -> list[Path]:
+    """What lies beside a task's file and is part of it: modules it imports and files it names, and those of theirs."""
+    found = [task]
+    for file in found:  # which grows meanwhile
+        names: list[str] = []
+        with contextlib.suppress(OSError, SyntaxError, ValueError, RecursionError):  # who loads it says so
+            for node in ast.walk(ast.parse(file.read_bytes() if file.suffix == ".py" else "")):
+                if isinstance(node, ast.Import | ast.ImportFrom):
+                    origin = [getattr(node, "module", None)] * isinstance(node, ast.ImportFrom)
+                    dotted = [".".join(filter(None, (*origin, alias.name))) for alias in node.names]
+                    paths = [name.replace(".", "/") for name in (*dotted, *filter(None, origin))]
+                    names += [path + end for path in paths for end in (".py", "/__init__.py")]
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 200:
+                    names.append(node.value)
+        beside = {folder / name for folder in (task.parent, file.parent) for name in names}
+        found += sorted(path for path in beside if path not in found and os.path.isfile(path))
+    return found[1:]
 
 
 @dataclass(frozen=True)

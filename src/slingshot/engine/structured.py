@@ -22,11 +22,10 @@ from torch import Tensor
 
 from slingshot.base.errors import SlingshotError
 from slingshot.engine.sampling import STRUCTURES, SamplingError, SamplingParams
+from slingshot.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import xgrammar
-
-    from slingshot.engine.vocabulary import Vocabulary
 
 _KEPT = 64  # compiled grammars
 _SPACES = 24  # of white space at most between two parts of JSON: a model may like it too well to end
@@ -46,23 +45,22 @@ class GrammarError(SamplingError):
 
 
 class Grammars:
-    """Compiles what requests ask for; any number of threads may ask."""
+    """Compiles what requests ask for; any number of threads may ask. spelt: the bytes of every id of the model's."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, tokenizer: Tokenizer, spelt: list[bytes]) -> None:
         try:
             import xgrammar
         except ImportError as error:
             way_out = "pip install 'slingshot-lm[structured]'"
             raise SlingshotError(f"structured output needs the package xgrammar: {way_out}") from error
-        tokenizer = vocabulary.tokenizer
         if not tokenizer.eos_ids:
             raise GrammarError("structured output needs a tokenizer that names its eos_token")
-        texts = [b"" if id in tokenizer.control_ids else text for id, text in enumerate(vocabulary.spelt)]
-        info = xgrammar.TokenizerInfo(texts, stop_token_ids=sorted(tokenizer.eos_ids), vocab_size=vocabulary.size)
+        texts = [b"" if id in tokenizer.control_ids else text for id, text in enumerate(spelt)]
+        info = xgrammar.TokenizerInfo(texts, stop_token_ids=sorted(tokenizer.eos_ids), vocab_size=len(spelt))
         self._compiler = xgrammar.GrammarCompiler(info, max_threads=1)
         self._kept: OrderedDict[tuple[str, str | tuple[str, ...]], xgrammar.CompiledGrammar] = OrderedDict()
         self._lock = threading.Lock()
-        self.size = vocabulary.size
+        self.size = len(spelt)
 
     def compile(self, params: SamplingParams) -> xgrammar.CompiledGrammar:
         """What an answer of this request will be like. GrammarError where that is nothing."""

@@ -58,7 +58,7 @@ class Vocabulary:
     def grammars(self) -> Grammars:
         from slingshot.engine.structured import Grammars  # brings xgrammar, which many never need
 
-        return Grammars(self)
+        return Grammars(self.tokenizer, self.spelt)
 
     @cached_property
     def closing(self) -> tuple[list[int], list[int]]:

@@ -42,14 +42,14 @@ class _RMSNorm(torch.autograd.Function):
             inverse = torch.empty(len(rows))
             if more is not None:
                 more, total = more.contiguous(), torch.empty_like(y)
-            held = weight.float()
+            held = weight.to(x.dtype).float()  # rounded as a copy of the model in this dtype is
             native("norm_forward", rows, rows.stride(0), more, held, eps, len(rows), width, total, y, inverse)
         else:
             total = x if more is None else x + more
             wide = torch.promote_types(x.dtype, torch.float32)
             squares = torch.linalg.vector_norm(total, dim=-1, keepdim=True, dtype=wide).square_()
             inverse = squares.div_(width).add_(eps).rsqrt_()
-            y = (total * inverse).to(x.dtype).mul_(weight)
+            y = (total * inverse).to(x.dtype).mul_(weight.to(x.dtype))
         ctx.save_for_backward(total, weight, inverse)
         return (total, y) if passes_on else y
 
@@ -68,7 +68,7 @@ class _RMSNorm(torch.autograd.Function):
                 torch.empty(width),
             )
             kept = None if kept is None else kept.contiguous()
-            held = weight.float()
+            held = weight.to(x.dtype).float()  # rounded as a copy of the model in this dtype is
             native("norm_backward", grad, kept, rows, rows.stride(0), held, inverse, len(rows), width, dx, dweight)
         else:
             normed = (x * inverse).to(x.dtype)

@@ -205,7 +205,7 @@ def main() -> None:
                 for question in dict.fromkeys(question for contender in field for question in contender.questions):
                     for contender in field:
                         if question in contender.questions:
-                            seconds = contender.seconds(question, vocabulary, turn)
+                            seconds = contender.seconds(question, vocabulary, turn + 1)
                             value = seconds if question.new == 1 else question.batch * question.new / seconds
                             if turn >= 0:
                                 rates.setdefault(str(question), {}).setdefault(contender.name, []).append(value)

@@ -40,23 +40,9 @@ inline void pack_keys(const float* keys, size_t stride, int width, float* to) {
 #else
 inline void pack_keys(const float* keys, size_t stride, int width, float* to) {
     for (int half = 0; half < 16; half += 8)
-        for (int w = 0; w < width; w += 8) {
-            __m256 x[8], y[8];
-            for (int i = 0; i < 8; i++) x[i] = _mm256_loadu_ps(keys + (half + i) * stride + w);
-            for (int i = 0; i < 8; i += 2) {
-                y[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
-                y[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
-            }
-            for (int i = 0; i < 8; i += 4)
-                for (int j = 0; j < 2; j++) {
-                    x[i + 2 * j] = _mm256_shuffle_ps(y[i + j], y[i + j + 2], 0x44);
-                    x[i + 2 * j + 1] = _mm256_shuffle_ps(y[i + j], y[i + j + 2], 0xee);
-                }
-            for (int i = 0; i < 4; i++) {
-                _mm256_storeu_ps(to + (w + i) * 16 + half, _mm256_permute2f128_ps(x[i], x[4 + i], 0x20));
-                _mm256_storeu_ps(to + (w + 4 + i) * 16 + half, _mm256_permute2f128_ps(x[i], x[4 + i], 0x31));
-            }
-        }
+        for (int w = 0; w < width; w += 8)
+            transpose_8(reinterpret_cast<const uint32_t*>(keys + half * stride + w), stride,
+                        reinterpret_cast<uint32_t*>(to + w * 16 + half));
 }
 #endif
 

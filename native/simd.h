@@ -44,6 +44,25 @@ template <class T> inline float rounded(float x) {
     return to_float(y);
 }
 
+// 8 rows of 8 words, `stride` words apart, to columns; `to` has 16 words from row to row.
+inline void transpose_8(const uint32_t* from, size_t stride, uint32_t* to) {
+    __m256 x[8], y[8];
+    for (int i = 0; i < 8; i++) x[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(from + i * stride));
+    for (int i = 0; i < 8; i += 2) {
+        y[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+        y[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            x[i + 2 * j] = _mm256_shuffle_ps(y[i + j], y[i + j + 2], 0x44);
+            x[i + 2 * j + 1] = _mm256_shuffle_ps(y[i + j], y[i + j + 2], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(reinterpret_cast<float*>(to + i * 16), _mm256_permute2f128_ps(x[i], x[4 + i], 0x20));
+        _mm256_storeu_ps(reinterpret_cast<float*>(to + (i + 4) * 16), _mm256_permute2f128_ps(x[i], x[4 + i], 0x31));
+    }
+}
+
 #if defined(__AVX512F__)
 
 constexpr int LANES = 16;

@@ -98,7 +98,7 @@ def test_shipped_recipes_are_valid(name: str) -> None:
     ("arguments", "message"),
     [
         (["rum"], "there is no command 'rum'; did you mean run?; docs/not-yet.md says what is not there yet"),
-        (["serve"], "there is no command 'serve'; docs/not-yet.md says what is not there yet, and what to do instead"),
+        (["quantize"], "there is no command 'quantize'; docs/not-yet.md says what is not there yet, and what to do"),
         (["list"], "there is no command 'list'; you may want slingshot recipes, or slingshot tasks; "),
         (["generate", "none"], "no prompts; give them as arguments, by --prompts, or - with text on standard input"),
         (["tasks", "arithmetik"], "task 'arithmetik' is unknown; did you mean arithmetic?"),

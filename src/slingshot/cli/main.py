@@ -36,6 +36,7 @@ from slingshot.cli.commands import Commands
 from slingshot.cli.generate import generate
 from slingshot.cli.keys import show_keys, show_recipes, show_tasks
 from slingshot.cli.plan import app as plan_app
+from slingshot.cli.serve import serve
 from slingshot.recipe.recipe import Recipe
 from slingshot.recipe.results import headline
 from slingshot.recipe.runner import run as run_recipe
@@ -271,6 +272,7 @@ def chat(
 
 
 app.command()(generate)
+app.command()(serve)
 app.command("bench")(bench)
 
 

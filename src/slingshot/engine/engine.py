@@ -140,7 +140,7 @@ class Engine:
         default: the prompt itself, so that the same request always gets the same tokens.
         Raises PromptError for a prompt that is empty, too long or holds ids outside the vocabulary.
         """
-        return self._enter(prompt, params, key, claimed=False).request_id
+        return self.submit(prompt, params, key, claimed=False).request_id
 
     def step(self) -> list[RequestOutput]:
         """Advance what runs by one forward pass; return the requests of `add` that are finished."""
@@ -196,7 +196,7 @@ class Engine:
         requests: list[Request] = []
         try:
             for prompt, its_params, key in zip(prompts, each, names, strict=True):
-                requests.append(self._enter(prompt, its_params, key, claimed=True))  # type: ignore[arg-type]
+                requests.append(self.submit(prompt, its_params, key, claimed=True))  # type: ignore[arg-type]
             for request in requests:
                 while request.result is None:
                     with self._turns:
@@ -225,7 +225,7 @@ class Engine:
         """
         if params is not None and params.n != 1:
             raise SlingshotError(f"a stream carries one sample, got n={params.n}; use generate")
-        request = self._enter(prompt, params, key, claimed=True)
+        request = self.submit(prompt, params, key, claimed=True)
         sequence = request.sequences[0]
         parser = ReasoningStream(self.tokenizer, request.opened)
         sent: dict[Kind, str] = {"reasoning": "", "answer": ""}
@@ -298,16 +298,32 @@ class Engine:
             raise PromptError(f"the prompt holds token id {beyond[0]}, the model's vocabulary has {vocabulary}")
         return ids
 
-    def _enter(self, prompt: Prompt, params: SamplingParams | None, key: str | None, claimed: bool) -> Request:
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        key: str | None = None,
+        claimed: bool = True,
+        salt: str = "",
+    ) -> Request:
+        """Queue a request, for a caller who looks at it while it grows and drives the engine by `advance`.
+
+        claimed: `step` does not return it. salt: its prompt shares cached prefixes with those of the same salt only.
+        """
         ids, params = self._encode(prompt), params or SamplingParams()
         if params.routed_experts and not self.model.config.n_moe_layers:
             raise SamplingError("sampling: routed_experts: this model has none; leave it out")
         name = ",".join(map(str, ids)) if key is None else key
-        request = Request(next(self._ids), ids, params, name, self.max_length, self._vocabulary, claimed)
+        request = Request(next(self._ids), ids, params, name, self.max_length, self._vocabulary, claimed, salt.encode())
         with self._turns:
             self._requests[request.request_id] = request
             self._core.add(request.sequences)
         return request
+
+    def advance(self) -> None:
+        """One forward pass over what runs. Results of requests are found in their `result`."""
+        with self._turns:
+            self._advance()
 
     def _advance(self) -> None:
         """One step; whoever calls has the turn."""

@@ -147,7 +147,8 @@ class Scheduler:
             ids = sequence.request.prompt + sequence.token_ids
             computed = min(self.rows.position(resident), len(ids))
             known = len(resident.keys)
-            keys = resident.keys + list(prefix_keys(ids[known * PAGE : computed], resident.keys[-1] if known else b""))
+            after = resident.keys[-1] if known else sequence.request.salt
+            keys = resident.keys + list(prefix_keys(ids[known * PAGE : computed], after))
             for page, key in zip(resident.pages, keys[: computed // PAGE], strict=False):
                 self.pool.register(page, key)
             self.rows.leave(resident)
@@ -222,6 +223,8 @@ class Scheduler:
             self._head = None
             resident.pages += [page for _ in range(missing) if (page := self.pool.take()) is not None]
             self.counters.cached += resident.computed
+            if not sequence.token_ids:  # not after a preemption
+                sequence.request.cached = resident.computed
             self._prefilling.append(resident)
         self._waiting.popleft()
         self.counters.waiting -= 1
@@ -231,7 +234,7 @@ class Scheduler:
 
     def _resident(self, sequence: Sequence) -> Resident:
         known = sequence.request.prompt + sequence.token_ids
-        return Resident(sequence, known, list(prefix_keys(known)), next(self._serials))
+        return Resident(sequence, known, list(prefix_keys(known, sequence.request.salt)), next(self._serials))
 
     def _give_rows_pages(self, step: Step) -> None:
         """A page of its own for every row's next token."""

@@ -125,6 +125,19 @@ class StopWatch:
         return bisect_right(self.ends, len(self.text) - held)
 
 
+def visible_ids(ids: list[int], ended: bool, watch: StopWatch | None, tokenizer: Tokenizer) -> list[int]:
+    """The ids a reader sees of a sample that an id or a stop string `ended`: without that id, cut before that string.
+
+    Where the cut falls inside a token, the part before it is encoded anew; text never encodes to control tokens, so
+    tags stay what they were.
+    """
+    if watch is None or watch.cut is None:
+        return ids[:-1] if ended else ids
+    text = watch.visible()
+    whole = next(count for count in range(len(ids), -1, -1) if text.startswith(tokenizer.decode(ids[:count])))
+    return ids[:whole] + tokenizer.encode(text[len(tokenizer.decode(ids[:whole])) :], continues=True)
+
+
 class Sequence:
     """One sample while it is generated.
 
@@ -182,6 +195,14 @@ class Sequence:
         if start + len(experts_NLk) > prompt:
             self._experts.put(max(0, start - prompt), experts_NLk[max(0, prompt - start) :])
 
+    def experts_of(self, first: int, last: int) -> list[list[list[int]]]:
+        """[token][MoE layer][experts]: those that made its tokens from number `first` to before `last`."""
+        prompt = len(self.request.prompt)
+        known = self.request.prompt_experts.first(prompt)[prompt - 1 :] if not first else None
+        own = self._experts.first(last - 1)[max(0, first - 1) :]
+        rows: list[list[list[int]]] = own.tolist() if known is None else known.tolist() + own.tolist()
+        return rows
+
     def _routed_experts(self) -> Tensor | None:
         if not self.request.params.routed_experts:
             return None
@@ -189,17 +210,8 @@ class Sequence:
         return torch.cat((prompt, self._experts.first(sampled - 1))) if sampled > 1 else prompt.clone()
 
     def visible_ids(self) -> list[int]:
-        """The ids a reader sees: without the id that ended the sample, cut before a stop string.
-
-        Where the cut falls inside a token, the part before it is encoded anew; text never encodes to control tokens, so
-        tags stay what they were.
-        """
-        ids, tokenizer = self.token_ids, self.request.vocabulary.tokenizer
-        if self.watch is None or self.watch.cut is None:
-            return ids[:-1] if self.finish_reason == "stop" else ids
-        text = self.watch.visible()
-        whole = next(count for count in range(len(ids), -1, -1) if text.startswith(tokenizer.decode(ids[:count])))
-        return ids[:whole] + tokenizer.encode(text[len(tokenizer.decode(ids[:whole])) :], continues=True)
+        """The ids a reader sees: without the id that ended the sample, cut before a stop string."""
+        return visible_ids(self.token_ids, self.finish_reason == "stop", self.watch, self.request.vocabulary.tokenizer)
 
     def completion(self) -> Completion:
         """What became of the sample. An unfinished one counts as aborted."""
@@ -214,17 +226,18 @@ class Request:
     """A prompt and its `params.n` samples, none of which may grow beyond `limit` tokens, prompt included.
 
     claimed: whether a caller waits for `result` itself, so that `step` does not return it. tells: its tokens must be
-    computed, not found in the cache, for more is wanted of them.
+    computed, not found in the cache, for more is wanted of them. salt: only requests of the same one share what is
+    cached. cached: tokens of the prompt that were found there.
     Raises SamplingError for ids that the model does not know, GrammarError for a structure that no answer can have.
     """
 
     def __init__(
         self, request_id: int, prompt: list[int], params: SamplingParams, key: str, max_length: int,
-        vocabulary: Vocabulary, claimed: bool,
+        vocabulary: Vocabulary, claimed: bool, salt: bytes = b"",
     ) -> None:  # fmt: skip
         vocabulary.check(params)
         self.request_id, self.prompt, self.params, self.key = request_id, prompt, params, key
-        self.vocabulary, self.claimed = vocabulary, claimed
+        self.vocabulary, self.claimed, self.salt, self.cached = vocabulary, claimed, salt, 0
         self.result: RequestOutput | None = None
         self.limit = min(len(prompt) + params.max_tokens, max_length)
         self.opened = ends_in_reasoning(prompt, vocabulary.tokenizer)

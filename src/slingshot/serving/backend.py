@@ -1,0 +1,67 @@
+"""What serving needs of an engine: token ids in, deltas out, abort.
+
+    async with contextlib.aclosing(backend.generate(Generation(ids, params, key="0"))) as deltas:
+        async for delta in deltas: ...          # leaving early aborts the sample within a step
+
+A backend runs in this process (local.py) or is a server somewhere else (upstream.py). It knows nothing of text, but
+for what SamplingParams ask of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from slingshot.engine.sampling import SamplingParams
+from slingshot.engine.sequence import FinishReason
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One sample to be made.
+
+    params: n is 1 and stop is empty: stop strings act on the answer, which the gateway reads. key: names the noise
+    together with params.seed. salt: only prompts of the same one share cached prefixes.
+    """
+
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    key: str
+    salt: str = ""
+
+
+@dataclass(frozen=True)
+class TokenDelta:
+    """What a sample grew by: at least a token, or its end.
+
+    top_logprobs, experts ([layers][experts a token]): of each token, where asked for; the experts are those that made
+    the token before it into this one. cached: tokens of the prompt that were not computed. prompt_logprobs, where
+    asked for, come with the first delta.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    cached: int = 0
+    finish_reason: FinishReason | None = None
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    experts: list[list[list[int]]] = field(default_factory=list)
+    prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[dict[int, float] | None] | None = None
+
+
+class Backend(Protocol):
+    """max_length: tokens of a prompt and its answer together at most."""
+
+    max_length: int
+
+    def generate(self, generation: Generation) -> AsyncGenerator[TokenDelta, None]:
+        """Yield what one sample grows by; the last delta has a finish_reason. Closing it aborts the sample.
+
+        Raises SlingshotError for what the engine refuses, ApiError 503 where it cannot be reached.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Stop; samples on their way end with finish_reason "abort"."""
+        ...

@@ -15,7 +15,8 @@ from slingshot.base.errors import SlingshotError
 from slingshot.engine.sampling import SamplingParams
 from slingshot.serving.answer import Piece
 from slingshot.serving.errors import ApiError
-from slingshot.serving.gateway import Exchange, Usage
+from slingshot.serving.gateway import Exchange
+from slingshot.serving.ledger import Usage
 from slingshot.serving.question import Question
 from slingshot.serving.sse import to_json
 

@@ -23,6 +23,7 @@ from slingshot.base.names import did_you_mean
 from slingshot.serving.answer import AnswerStream, Piece
 from slingshot.serving.backend import Backend, Generation
 from slingshot.serving.errors import ApiError
+from slingshot.serving.ledger import Usage
 from slingshot.serving.question import Question
 from slingshot.text.reasoning import ends_in_reasoning
 from slingshot.text.tokenizer import Tokenizer
@@ -54,16 +55,6 @@ class ServedModel:
             )
         except SlingshotError as error:
             raise ApiError(400, str(error), param="messages") from error
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens of a request. cached: of the prompt's, those that were not computed. reasoning: of the completion's."""
-
-    prompt: int
-    cached: int
-    completion: int
-    reasoning: int
 
 
 class Exchange:

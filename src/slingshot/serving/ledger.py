@@ -1,0 +1,292 @@
+"""Who may use how much, and what was used, each token exactly once.
+
+    ledger = Ledger("sqlite:///ledger.sqlite", prices)       # or postgresql+psycopg://..., for several gateways
+    reservation = ledger.reserve(account, "tiny", prompt_tokens=20, most=256, request_id="...")
+    reservation.progress(cached=16, completion=7)            # in memory; `tick`, once a second, writes it
+    reservation.settle(Usage(...))                           # what was generated; a second time changes nothing
+
+The worst case is reserved by one conditional UPDATE, so that requests at the same moment cannot spend the same dollar.
+What a gateway that was killed left open is settled by the progress it wrote last, by whoever ticks or starts next.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
+
+from slingshot.base.errors import SlingshotError
+from slingshot.serving.errors import ApiError
+from slingshot.serving.prices import PriceList, dollars
+
+DEAD = 15.0  # seconds without a sign of life after which a gateway is taken for dead
+
+_METADATA = sa.MetaData()
+
+KEYS = sa.Table(
+    "keys", _METADATA,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("name", sa.String, nullable=False, unique=True),
+    sa.Column("hash", sa.String, nullable=False, unique=True),       # SHA-256 of the key
+    sa.Column("hint", sa.String, nullable=False),                    # its last characters
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("expires", sa.Float),
+    sa.Column("revoked", sa.Float),
+    sa.Column("models", sa.JSON(none_as_null=True)),                 # None: all
+    sa.Column("concurrency", sa.Integer),                            # None, here and below: without limit
+    sa.Column("tokens_per_minute", sa.BigInteger),
+    sa.Column("balance", sa.BigInteger),                             # picodollars
+    sa.Column("reserved", sa.BigInteger, nullable=False, default=0),
+    sa.Column("running", sa.Integer, nullable=False, default=0),
+    sa.Column("minute", sa.BigInteger, nullable=False, default=0),   # the last one in which it was used
+    sa.Column("minute_tokens", sa.BigInteger, nullable=False, default=0),
+)  # fmt: skip
+
+REQUESTS = sa.Table(
+    "requests", _METADATA,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("key_id", sa.String, nullable=False, index=True),
+    sa.Column("model", sa.String, nullable=False),
+    sa.Column("began", sa.Float, nullable=False, index=True),
+    sa.Column("ended", sa.Float),                                    # None: open
+    sa.Column("gateway", sa.String, nullable=False),
+    sa.Column("reserved", sa.BigInteger, nullable=False),            # picodollars
+    sa.Column("reserved_tokens", sa.BigInteger, nullable=False),
+    sa.Column("prompt", sa.BigInteger, nullable=False),
+    sa.Column("cached", sa.BigInteger, nullable=False, default=0),
+    sa.Column("completion", sa.BigInteger, nullable=False, default=0),
+    sa.Column("reasoning", sa.BigInteger, nullable=False, default=0),
+    sa.Column("cost", sa.BigInteger, nullable=False, default=0),
+)  # fmt: skip
+
+GATEWAYS = sa.Table(
+    "gateways", _METADATA,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("host", sa.String, nullable=False),
+    sa.Column("pid", sa.Integer, nullable=False),
+    sa.Column("seen", sa.Float, nullable=False),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a request. cached: of the prompt's, those that were not computed. reasoning: of the completion's."""
+
+    prompt: int
+    cached: int
+    completion: int
+    reasoning: int
+
+
+@dataclass(frozen=True)
+class Account:
+    """Whom a request is booked to. models: those it may use, None: all."""
+
+    id: str
+    name: str
+    models: tuple[str, ...] | None = None
+
+    def may_use(self, model: str) -> bool:
+        return self.models is None or model in self.models
+
+
+LOCAL = Account("local", "local")  # who uses the server on its own machine, without a key
+
+
+@dataclass(eq=False)
+class Reservation:
+    """One request's share of its account, until it is settled."""
+
+    ledger: Ledger
+    request_id: str
+    prompt: int
+    cached: int = 0
+    completion: int = 0
+    settled: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def progress(self, cached: int, completion: int) -> None:
+        """What was generated so far: all that is booked should this process be killed."""
+        self.cached, self.completion = cached, completion
+
+    def settle(self, usage: Usage) -> None:
+        """Book what was used and give the rest back."""
+        with self.lock:
+            if not self.settled:
+                self.ledger.settle(self.request_id, usage)
+                self.settled = True
+
+
+class Ledger:
+    """The database. `prices` may be replaced at any time. clock: seconds since 1970."""
+
+    def __init__(self, url: str, prices: PriceList | None = None, clock: Callable[[], float] = time.time) -> None:
+        self.prices, self._clock = prices or PriceList(), clock
+        self.id = secrets.token_hex(8)
+        self._open: dict[str, Reservation] = {}
+        try:
+            self._engine = sa.create_engine(url, pool_pre_ping=True)
+            if self._engine.dialect.name == "sqlite":
+                sa.event.listen(self._engine, "connect", _sqlite_settings)
+                sa.event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+            with self.transaction() as connection:
+                _METADATA.create_all(connection)
+                row = {"id": self.id, "host": socket.gethostname(), "pid": os.getpid(), "seen": self._clock()}
+                connection.execute(sa.insert(GATEWAYS).values(row))
+        except (sa.exc.SQLAlchemyError, ImportError) as error:
+            reason = str(getattr(error, "orig", error)).splitlines()[0]
+            raise SlingshotError(f"the ledger {url.split('@')[-1]} cannot be opened: {reason}") from error
+        self._add_local()
+        self.settle_dead()
+
+    def transaction(self) -> AbstractContextManager[sa.Connection]:
+        return self._engine.begin()
+
+    def reserve(self, account: Account, model: str, prompt_tokens: int, most: int, request_id: str) -> Reservation:
+        """Set the worst case aside. ApiError 402 without the balance for it, 429 beyond a limit, 503 where the database
+        does not answer."""
+        now = datetime.fromtimestamp(self._clock(), UTC)
+        worst = self.prices.of(model).cost(prompt_tokens, 0, most, now)
+        tokens, minute = prompt_tokens + most, int(now.timestamp()) // 60
+        used = sa.case((KEYS.c.minute == minute, KEYS.c.minute_tokens), else_=0)
+        allowed = (
+            KEYS.c.id == account.id,
+            KEYS.c.revoked.is_(None),
+            sa.or_(KEYS.c.balance.is_(None), KEYS.c.balance - KEYS.c.reserved >= worst),
+            sa.or_(KEYS.c.concurrency.is_(None), KEYS.c.running < KEYS.c.concurrency),
+            sa.or_(KEYS.c.tokens_per_minute.is_(None), used + tokens <= KEYS.c.tokens_per_minute),
+        )
+        taken = sa.update(KEYS).where(*allowed).values(
+            reserved=KEYS.c.reserved + worst, running=KEYS.c.running + 1, minute_tokens=used + tokens, minute=minute
+        )  # fmt: skip
+        row = {
+            "id": request_id, "key_id": account.id, "model": model, "began": now.timestamp(), "gateway": self.id,
+            "reserved": worst, "reserved_tokens": tokens, "prompt": prompt_tokens,
+        }  # fmt: skip
+        with _failing_closed():
+            with self.transaction() as connection:
+                admitted = connection.execute(taken).rowcount == 1
+                if admitted:
+                    connection.execute(sa.insert(REQUESTS).values(row))
+            if not admitted:
+                raise self._refusal(account, worst, tokens, minute)
+        reservation = self._open[request_id] = Reservation(self, request_id, prompt_tokens)
+        return reservation
+
+    def settle(self, request_id: str, usage: Usage) -> None:
+        with _failing_closed(), self.transaction() as connection:
+            self._settle(connection, request_id, usage)
+        self._open.pop(request_id, None)
+
+    def tick(self) -> None:
+        """A sign of life, and the progress of what is open. Call it about once a second."""
+        rows = [
+            {"of": its.request_id, "new_cached": its.cached, "new_completion": its.completion}
+            for its in list(self._open.values())
+            if its.completion
+        ]
+        progress = sa.update(REQUESTS).where(REQUESTS.c.id == sa.bindparam("of"), REQUESTS.c.ended.is_(None))
+        progress = progress.values(cached=sa.bindparam("new_cached"), completion=sa.bindparam("new_completion"))
+        with self.transaction() as connection:
+            connection.execute(sa.update(GATEWAYS).where(GATEWAYS.c.id == self.id).values(seen=self._clock()))
+            if rows:
+                connection.execute(progress, rows)
+
+    def settle_dead(self) -> int:
+        """Settle what gateways that are no more left open; -> how many requests."""
+        with self.transaction() as connection:
+            gateways = connection.execute(sa.select(GATEWAYS)).all()
+            dead = [row.id for row in gateways if row.id != self.id and not _lives(row, self._clock())]
+            open_there = REQUESTS.c.ended.is_(None) & REQUESTS.c.gateway.in_(dead)
+            rows = connection.execute(sa.select(REQUESTS).where(open_there)).all() if dead else []
+            for row in rows:
+                self._settle(connection, row.id, Usage(row.prompt, row.cached, row.completion, row.reasoning))
+            connection.execute(sa.delete(GATEWAYS).where(GATEWAYS.c.id.in_(dead)))
+        return len(rows)
+
+    def close(self) -> None:
+        with self.transaction() as connection:
+            connection.execute(sa.delete(GATEWAYS).where(GATEWAYS.c.id == self.id))
+        self._engine.dispose()
+
+    def _settle(self, connection: sa.Connection, request_id: str, usage: Usage) -> None:
+        """Close the request, if nobody did yet, and charge its account."""
+        row = connection.execute(sa.select(REQUESTS).where(REQUESTS.c.id == request_id)).one()
+        price, began = self.prices.of(row.model), datetime.fromtimestamp(row.began, UTC)
+        cost = min(row.reserved, price.cost(usage.prompt, usage.cached, usage.completion, began))
+        closed = sa.update(REQUESTS).where(REQUESTS.c.id == request_id, REQUESTS.c.ended.is_(None)).values(
+            ended=self._clock(), cost=cost, cached=usage.cached, completion=usage.completion, reasoning=usage.reasoning
+        )  # fmt: skip
+        if connection.execute(closed).rowcount != 1:
+            return
+        unused = row.reserved_tokens - usage.prompt - usage.completion
+        same_minute = KEYS.c.minute == int(row.began) // 60
+        connection.execute(
+            sa.update(KEYS).where(KEYS.c.id == row.key_id).values(
+                balance=KEYS.c.balance - cost, reserved=KEYS.c.reserved - row.reserved, running=KEYS.c.running - 1,
+                minute_tokens=KEYS.c.minute_tokens - sa.case((same_minute, unused), else_=0),
+            )
+        )  # fmt: skip
+
+    def _refusal(self, account: Account, worst: int, tokens: int, minute: int) -> ApiError:
+        with self.transaction() as connection:
+            row = connection.execute(sa.select(KEYS).where(KEYS.c.id == account.id)).one_or_none()
+        if row is None or row.revoked is not None:
+            return ApiError(401, "this key was revoked", code="invalid_api_key")
+        if row.balance is not None and row.balance - row.reserved < worst:
+            left = f"{dollars(row.balance)}, of which {dollars(row.reserved)} are set aside for running requests"
+            needed = f"this request could cost {dollars(worst)}"
+            return ApiError(402, f"insufficient balance: the key has {left}; {needed}", code="insufficient_balance")
+        if row.concurrency is not None and row.running >= row.concurrency:
+            message = f"the key's {row.concurrency} concurrent requests are running; wait for one to end"
+            return ApiError(429, message, code="rate_limit_exceeded", retry_after=1)
+        if row.tokens_per_minute is not None and tokens > row.tokens_per_minute:
+            message = f"a request of up to {tokens} tokens is more than the key's {row.tokens_per_minute} a minute"
+            return ApiError(429, f"{message}; lower max_tokens", code="rate_limit_exceeded")
+        message = f"the key's {row.tokens_per_minute} tokens a minute are used up"
+        return ApiError(429, message, code="rate_limit_exceeded", retry_after=60 - int(self._clock()) % 60)
+
+    def _add_local(self) -> None:
+        with self.transaction() as connection:
+            if connection.execute(sa.select(KEYS.c.id).where(KEYS.c.id == LOCAL.id)).first() is None:
+                row = {"id": LOCAL.id, "name": LOCAL.name, "hash": "", "hint": "", "created": self._clock()}
+                connection.execute(sa.insert(KEYS).values(row))
+
+
+def _lives(gateway: Any, now: float) -> bool:
+    """Whether it showed a sign of life lately and, on this machine, its process is there."""
+    if now - gateway.seen > DEAD:
+        return False
+    if gateway.host != socket.gethostname():
+        return True
+    try:
+        os.kill(gateway.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+@contextmanager
+def _failing_closed() -> Iterator[None]:
+    try:
+        yield
+    except DBAPIError as error:
+        raise ApiError(503, "the ledger does not answer; try again later", retry_after=5) from error
+
+
+def _sqlite_settings(connection: Any, _: Any) -> None:
+    connection.isolation_level = None  # transactions begin where SQLAlchemy says so
+    for setting in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=5000", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {setting}")

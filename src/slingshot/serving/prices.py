@@ -1,0 +1,83 @@
+"""What tokens cost: a price list per model in TOML, dollars per million tokens, and what serving them costs its owner.
+
+    [models."*"]                              # every model that has no entry of its own
+    cache_hit = 0.014
+    cache_miss = 0.14
+    output = 0.28
+    off_peak = { start = "16:30", end = "00:30", factor = 0.5 }     # UTC
+
+    [serving]
+    device_hour = 0.35                        # dollars an hour of this machine: `slingshot usage` shows the margin
+
+Amounts are whole picodollars (10^-12 dollar): a token costs thousands of them, and sums are exact.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from datetime import UTC, datetime, time
+from pathlib import Path
+
+from pydantic import Field
+
+from slingshot.base.config import Strict
+from slingshot.base.errors import SlingshotError
+from slingshot.base.files import read_text
+
+PICO = 10**12
+
+
+def dollars(amount: int) -> str:
+    """Picodollars as people read them."""
+    return f"${amount / PICO:,.6f}" if abs(amount) < PICO // 100 else f"${amount / PICO:,.2f}"
+
+
+class OffPeak(Strict):
+    """The hours (UTC) in which prices are multiplied by `factor`; they may go over midnight."""
+
+    start: time
+    end: time
+    factor: float = Field(ge=0, le=1)
+
+    def covers(self, now: time) -> bool:
+        inside = self.start <= now < self.end
+        return inside if self.start <= self.end else now >= self.start or now < self.end
+
+
+class ModelPrice(Strict):
+    """Dollars per million tokens: of a prompt that was cached, of one that was not, of an answer."""
+
+    cache_hit: float = Field(default=0.0, ge=0)
+    cache_miss: float = Field(default=0.0, ge=0)
+    output: float = Field(default=0.0, ge=0)
+    off_peak: OffPeak | None = None
+
+    def cost(self, prompt: int, cached: int, completion: int, at: datetime) -> int:
+        """Picodollars of a request that began at this time."""
+        off_peak = self.off_peak is not None and self.off_peak.covers(at.astimezone(UTC).time())
+        factor = self.off_peak.factor if self.off_peak is not None and off_peak else 1.0
+        hit, miss, output = (
+            round(dollars * factor * 1e6) for dollars in (self.cache_hit, self.cache_miss, self.output)
+        )
+        return cached * hit + (prompt - cached) * miss + completion * output
+
+
+class ServingCost(Strict):
+    device_hour: float = Field(default=0.0, ge=0)
+
+
+class PriceList(Strict):
+    """Prices by a model's name, "*" those of all others; without an entry a model is free."""
+
+    models: dict[str, ModelPrice] = {}
+    serving: ServingCost = ServingCost()
+
+    @classmethod
+    def load(cls, path: Path) -> PriceList:
+        try:
+            return cls.parse(tomllib.loads(read_text(path)), str(path))
+        except tomllib.TOMLDecodeError as error:
+            raise SlingshotError(f"{path}: {error}") from error
+
+    def of(self, model: str) -> ModelPrice:
+        return self.models.get(model) or self.models.get("*") or ModelPrice()

@@ -1,0 +1,129 @@
+import threading
+from datetime import UTC, datetime
+
+import pytest
+
+from slingshot.base.errors import SlingshotError
+from slingshot.serving import accounts
+from slingshot.serving.errors import ApiError
+from slingshot.serving.ledger import LOCAL, Ledger, Usage
+from slingshot.serving.prices import PICO, PriceList
+
+PRICES = PriceList.parse({"models": {"tiny": {"cache_hit": 1, "cache_miss": 10, "output": 100}}})  # dollars a million
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.sqlite", PRICES, clock=lambda: 1e9)
+    yield ledger
+    ledger.close()
+
+
+def account(ledger, **limits):
+    return accounts.authenticate(ledger, accounts.create(ledger, "alice", **limits), keyless=False)
+
+
+def row(ledger):
+    return next(row for row in accounts.keys(ledger) if row.name == "alice")
+
+
+def test_a_request_costs_its_tokens_once_and_cached_ones_at_their_own_price(ledger):
+    alice = account(ledger, balance=1.0)
+    reservation = ledger.reserve(alice, "tiny", prompt_tokens=1000, most=100, request_id="a")
+    assert row(ledger).reserved == (1000 * 10 + 100 * 100) * PICO // 10**6
+    for _ in range(2):
+        reservation.settle(Usage(prompt=1000, cached=800, completion=50, reasoning=20))
+    assert row(ledger).balance == PICO - (800 * 1 + 200 * 10 + 50 * 100) * PICO // 10**6
+    assert (row(ledger).reserved, row(ledger).running) == (0, 0)
+
+
+def test_of_many_at_once_only_as_many_pass_as_the_balance_pays_for(ledger):
+    alice = account(ledger, balance=0.011)  # one request of 100 + 100 tokens
+    barrier, passed, refused = threading.Barrier(8), [], []
+
+    def ask(number):
+        barrier.wait()
+        try:
+            passed.append(ledger.reserve(alice, "tiny", 100, 100, f"r{number}"))
+        except ApiError as error:
+            refused.append(error.status)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(passed) == 1 and refused == [402] * 7
+
+
+@pytest.mark.parametrize("limits, status", [({"concurrency": 1}, 429), ({"tokens_per_minute": 250}, 429)])
+def test_a_limit_refuses_until_there_is_room_again(ledger, limits, status):
+    alice = account(ledger, **limits)
+    first = ledger.reserve(alice, "tiny", 100, 100, "a")
+    with pytest.raises(ApiError) as caught:
+        ledger.reserve(alice, "tiny", 100, 100, "b")
+    assert caught.value.status == status and caught.value.retry_after >= 1
+    first.settle(Usage(100, 0, 1, 0))  # 101 of the minute's 250 tokens
+    ledger.reserve(alice, "tiny", 49, 100, "c")
+
+
+def test_what_a_dead_gateway_left_open_is_settled_by_the_progress_it_wrote(tmp_path):
+    url = f"sqlite:///{tmp_path}/ledger.sqlite"
+    dead = Ledger(url, PRICES)
+    alice = account(dead, balance=1.0)
+    dead.reserve(alice, "tiny", 100, 100, "a").progress(cached=60, completion=7)
+    dead.tick()
+    with dead.transaction() as connection:
+        connection.exec_driver_sql("UPDATE gateways SET pid = 0x7ffffff0")  # no such process
+    other = Ledger(url, PRICES)
+    assert row(other).balance == PICO - (60 * 1 + 40 * 10 + 7 * 100) * PICO // 10**6
+    assert (row(other).reserved, row(other).running) == (0, 0)
+    dead.settle("a", Usage(100, 60, 90, 0))  # should it come back: booked already
+    assert row(other).balance == PICO - (60 * 1 + 40 * 10 + 7 * 100) * PICO // 10**6
+
+
+def test_what_a_living_gateway_has_open_stays_open(tmp_path):
+    url = f"sqlite:///{tmp_path}/ledger.sqlite"
+    one = Ledger(url, PRICES)
+    one.reserve(LOCAL, "tiny", 100, 100, "a")
+    assert Ledger(url, PRICES).settle_dead() == 0
+
+
+def test_keys_are_known_by_what_they_hash_to(ledger):
+    secret = accounts.create(ledger, "alice", models=["tiny"], days=1)
+    known = accounts.authenticate(ledger, secret, keyless=False)
+    assert known.may_use("tiny") and not known.may_use("big")
+    assert secret not in str(accounts.keys(ledger))
+    accounts.revoke(ledger, "alice")
+    for wrong in (secret, secret[:-1], None, "none"):
+        with pytest.raises(ApiError) as caught:
+            accounts.authenticate(ledger, wrong, keyless=False)
+        assert caught.value.status == 401
+    assert accounts.authenticate(ledger, "none", keyless=True) is LOCAL
+
+
+def test_an_expired_key_opens_nothing(ledger):
+    secret = accounts.create(ledger, "alice", days=-1)
+    with pytest.raises(ApiError, match="expired"):
+        accounts.authenticate(ledger, secret, keyless=True)
+
+
+def test_a_balance_is_topped_up(ledger):
+    accounts.create(ledger, "alice", balance=1)
+    accounts.top_up(ledger, "alice", 2.5)
+    assert row(ledger).balance == 3.5 * PICO
+    with pytest.raises(SlingshotError, match="no key 'alise'; did you mean alice"):
+        accounts.top_up(ledger, "alise", 1)
+
+
+def test_prices_are_lower_off_peak():
+    prices = PriceList.parse(
+        {"models": {"*": {"output": 2.0, "off_peak": {"start": "16:30", "end": "00:30", "factor": 0.5}}}}
+    )
+    by_hour = [prices.of("any").cost(0, 0, 1_000_000, datetime(2026, 1, 1, hour, 0, tzinfo=UTC)) for hour in (0, 1, 17)]
+    assert by_hour == [PICO, 2 * PICO, PICO]
+
+
+def test_a_ledger_that_cannot_be_opened_says_so(tmp_path):
+    with pytest.raises(SlingshotError, match="cannot be opened"):
+        Ledger(f"sqlite:///{tmp_path}/none/ledger.sqlite")

@@ -17,16 +17,13 @@ FILE = 400  # lines
 
 # Lines of Python at most: the package's, the tests'.
 ROOMS = {
-    "base": (710, 445), "checkpoint": (2175, 2560), "cli": (1560, 1070), "cost": (645, 558), "data": (325, 180),
-    "engine": (3300, 2300),
-    "kernels": (1100, 1000), "machine": (410, 270), "model": (1330, 1260), "parity": (0, 900),
+    "base": (731, 443), "checkpoint": (2175, 2560), "cli": (1560, 1070), "cost": (645, 558), "data": (325, 180),
+    "engine": (3300, 2150),
+    "kernels": (1100, 1000), "machine": (410, 271), "model": (1330, 1260), "parity": (0, 900),
     "planning": (2180, 1095), "quantization": (50, 65), "recipe": (996, 916), "rollout": (572, 481),
     "serving": (3600, 2600), "sandbox": (313, 235), "stages": (1015, 1035), "tasks": (1234, 1212), "text": (1400, 1660),
     "training": (1300, 1085), ".": (60, 680),
 }  # fmt: skip
-
-# Files and rooms that are not as the house wants them yet; each list only ever gets shorter.
-LONG_FILES = {"tests/engine/test_engine.py"}
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}
 
@@ -50,8 +47,7 @@ def test_no_room_outgrows_its_limit(top: str) -> None:
 
 
 def test_no_file_is_longer_than_one_sitting() -> None:
-    long = {str(path.relative_to(ROOT)) for path, text in FILES.items() if len(text) > FILE}
-    assert long - LONG_FILES == set()
+    assert {str(path.relative_to(ROOT)) for path, text in FILES.items() if len(text) > FILE} == set()
 
 
 def test_nothing_lies_at_the_root_of_the_package() -> None:

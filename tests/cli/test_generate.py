@@ -36,6 +36,10 @@ def prompts(tmp_path: Path) -> Path:
     return tmp_path / "prompts.jsonl"
 
 
+def asking(checkpoint: Path, prompts: Path, out: Path) -> tuple[object, ...]:
+    return "generate", checkpoint, "--dtype", "float32", "--prompts", prompts, "--out", out
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().split("\n") if line]
 
@@ -54,8 +58,7 @@ def test_prompts_come_from_arguments_standard_input_and_files(
 def test_a_file_of_rows_gives_what_the_engine_gives(command: Command, checkpoint: Path, prompts: Path) -> None:
     """In the rows' order and with their own parameters; a chat goes on with the reply, as training reads it."""
     out = prompts.with_name("new") / "completions.jsonl"
-    arguments = ("generate", checkpoint, "--dtype", "float32", "--prompts", prompts, "--out", out, "-n", 3)
-    code, said, _ = command(*arguments, "--max-tokens", 6)
+    code, said, _ = command(*asking(checkpoint, prompts, out), "-n", 3, "--max-tokens", 6)
     assert code == 0
     rows, engine = read(out), Engine.load(checkpoint, "float32")
     assert [(row.get("id"), row["sample"]) for row in rows] == [
@@ -82,20 +85,7 @@ def test_a_file_of_rows_gives_what_the_engine_gives(command: Command, checkpoint
 
 def test_a_killed_run_goes_on_behind_the_last_whole_line(command: Command, checkpoint: Path, prompts: Path) -> None:
     out = prompts.with_name("completions.jsonl")
-    arguments = (
-        "generate",
-        checkpoint,
-        "--dtype",
-        "float32",
-        "--prompts",
-        prompts,
-        "--out",
-        out,
-        "-n",
-        3,
-        "--max-tokens",
-        6,
-    )
+    arguments = (*asking(checkpoint, prompts, out), "-n", 3, "--max-tokens", 6)
     assert command(*arguments)[0] == 0
     whole = out.read_bytes()
     ends = [at + 1 for at, byte in enumerate(whole) if byte == ord("\n")]
@@ -108,7 +98,7 @@ def test_a_killed_run_goes_on_behind_the_last_whole_line(command: Command, check
 
 def test_an_output_of_something_else_is_not_continued(command: Command, checkpoint: Path, prompts: Path) -> None:
     out = prompts.with_name("completions.jsonl")
-    arguments = ("generate", checkpoint, "--dtype", "float32", "--prompts", prompts, "--out", out, "--max-tokens", 2)
+    arguments = (*asking(checkpoint, prompts, out), "--max-tokens", 2)
     assert command(*arguments)[0] == 0
     before = out.read_bytes()
     for more, line in (
@@ -148,7 +138,7 @@ def test_a_row_that_cannot_be_asked_leaves_those_before_it(command: Command, che
     lines = [json.dumps({"prompt": text}) for text in ("one", "two", "three " * 5000, "four")]
     prompts.write_text("\n".join(lines))
     out = prompts.with_name("completions.jsonl")
-    arguments = ("generate", checkpoint, "--dtype", "float32", "--prompts", prompts, "--out", out, "--max-tokens", 2)
+    arguments = (*asking(checkpoint, prompts, out), "--max-tokens", 2)
     code, _, err = command(*arguments)
     assert code == 2 and err.splitlines()[-1].startswith(f"slingshot: {prompts} line 3: the prompt has ")
     assert [row["prompt"] for row in read(out)] == ["one", "two"]
@@ -186,9 +176,10 @@ def test_every_sampling_option_reaches_the_engine(command: Command, checkpoint: 
 
 def test_an_answer_that_cannot_go_on_is_a_row_of_its_own(command: Command, checkpoint: Path, prompts: Path) -> None:
     prompts.write_text('{"prompt": "a", "regex": "ab", "bad_words": ["ab"]}\n{"prompt": "b", "regex": "ab"}\n')
-    code, out, _ = command("generate", checkpoint, "--prompts", prompts, "--thinking-budget", 0)
+    code, out, err = command("generate", checkpoint, "--prompts", prompts, "--thinking-budget", 0)
     failed, other = [json.loads(line) for line in out.splitlines()]
-    assert code == 0 and failed["finish_reason"] == "error" and "no token can follow" in failed["error"]
+    assert code == 0 and err == "slingshot: 1 prompt could not be answered; `error` in the row says why\n"
+    assert failed["finish_reason"] == "error" and "no token can follow" in failed["error"]
     assert other["answer"] == "ab" and "error" not in other
 
 
@@ -196,30 +187,14 @@ def test_an_answer_that_cannot_go_on_is_a_row_of_its_own(command: Command, check
 def test_kill_9_in_the_middle_changes_nothing(command: Command, checkpoint: Path, tmp_path: Path) -> None:
     prompts, out, other = (tmp_path / name for name in ("prompts.txt", "killed.jsonl", "whole.jsonl"))
     prompts.write_text("\n".join(f"three plus {number}" for number in range(250)))
-    arguments = [
-        "generate",
-        checkpoint,
-        "--dtype",
-        "float32",
-        "--prompts",
-        prompts,
-        "-n",
-        8,
-        "--max-tokens",
-        40,
-        "--out",
-    ]
-    script = [sys.executable, "-m", "slingshot", *map(str, [*arguments, out])]
+    killed, whole = ((*asking(checkpoint, prompts, file), "-n", 8, "--max-tokens", 40) for file in (out, other))
+    script = [sys.executable, "-m", "slingshot", *map(str, killed)]
     with subprocess.Popen(script, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 120
         while process.poll() is None and (not out.exists() or out.stat().st_size < 20_000):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL and 0 < len(read_whole(out)) < 2000
-    assert command(*arguments, out)[0] == command(*arguments, other)[0] == 0
+    assert process.returncode == -signal.SIGKILL and 0 < out.read_bytes().count(b"\n") < 2000
+    assert command(*killed)[0] == command(*whole)[0] == 0
     assert out.read_bytes() == other.read_bytes()
-
-
-def read_whole(path: Path) -> list[bytes]:
-    return path.read_bytes().split(b"\n")[:-1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -21,9 +20,11 @@ from slingshot.kernels.native import NativeKernels, native_kernels, native_level
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 
+from .asking import logits_in_pieces, used_cache
+
 KERNELS = {level: kernels for level in native_levels() if (kernels := native_kernels(level))}
 EACH_LEVEL = pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
-VOCABULARY, PAGES = 83, 60
+VOCABULARY = 83
 
 
 def dense_configs() -> st.SearchStrategy[ModelConfig]:
@@ -71,9 +72,7 @@ def random_model(config: ModelConfig, dtype: torch.dtype) -> Transformer:
 
 
 def runner_of(model: Transformer, dtype: torch.dtype, kernels: NativeKernels | None) -> NativeRunner | TorchRunner:
-    cache = KVCache(model.config, PAGES, dtype, mtp=model.config.num_nextn_predict_layers > 0)
-    for layer in cache.layers:
-        layer.fill_(1e3)  # whatever an earlier sequence left
+    cache = used_cache(model, dtype)
     return TorchRunner(model, cache) if kernels is None else NativeRunner(model, cache, kernels)
 
 
@@ -87,26 +86,12 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_steps_over_pages_give_the_plain_models_logits(
     kernels: NativeKernels, config: ModelConfig, data: st.DataObject
 ) -> None:
-    """Chunks and single tokens of several sequences, pages in any order, one thread or two."""
+    """With one thread or two."""
     model = random_model(config, torch.float32)
-    lengths = data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=4))
-    generator = torch.Generator().manual_seed(sum(lengths))
-    sequences = [torch.randint(0, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
-    order = torch.randperm(PAGES - 1, generator=generator).add(1).tolist()
-    ends = list(accumulate(-(-length // 16) for length in lengths))
-    tables = [order[first:end] for first, end in zip([0, *ends], ends, strict=False)]
-    expected = [model(torch.tensor([ids])).logits_BTV[0] for ids in sequences]
-    runner, done = runner_of(model, torch.float32, kernels), [0] * len(lengths)
     torch.set_num_threads(data.draw(st.integers(1, 2)))
     try:
-        while any(at < length for at, length in zip(done, lengths, strict=True)):
-            rows = [row for row, length in enumerate(lengths) if done[row] < length]
-            sizes = {row: data.draw(st.sampled_from([1, 1, 7, 40])) for row in rows}
-            parts = [(sequences[row][done[row] : done[row] + sizes[row]], done[row], tables[row]) for row in rows]
-            output = runner.forward(FlatBatch.of(parts))
-            for row, logits_V, (ids, _, _) in zip(rows, output.logits_RV, parts, strict=True):
-                done[row] += len(ids)
-                assert relative(logits_V, expected[row][done[row] - 1]) < 2e-5
+        for found_V, expected_V in logits_in_pieces(runner_of(model, torch.float32, kernels), model, data):
+            assert relative(found_V, expected_V) < 2e-5
     finally:
         torch.set_num_threads(1)
 

@@ -4,40 +4,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slingshot.engine.batch import PAGE, FlatBatch
-from slingshot.engine.kv_cache import KVCache
+from slingshot.engine.batch import FlatBatch
 from slingshot.engine.runner import TorchRunner
 
-PAGES = 40
+from .asking import logits_in_pieces, used_cache
 
 
 def runner_of(model):
-    cache = KVCache(model.config, PAGES, torch.float32, mtp=model.config.num_nextn_predict_layers > 0)
-    for layer in cache.layers:
-        layer.fill_(1e3)  # whatever an earlier sequence left
-    return TorchRunner(model, cache)
+    return TorchRunner(model, used_cache(model, torch.float32))
 
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-@torch.inference_mode()
 def test_sequences_in_any_pieces_give_the_logits_of_a_full_forward_pass(model, data):
-    """Chunks and single tokens of several sequences in one flat batch, pages in any order."""
-    lengths = data.draw(st.lists(st.integers(1, 90), min_size=1, max_size=5))
-    generator = torch.Generator().manual_seed(len(lengths))
-    sequences = [torch.randint(7, 290, (length,), generator=generator).tolist() for length in lengths]
-    pages = data.draw(st.permutations(range(1, PAGES)))
-    tables = [[pages.pop() for _ in range(-(-length // PAGE))] for length in lengths]
-    expected = [model(torch.tensor([ids])).logits_BTV[0] for ids in sequences]
-    runner, done = runner_of(model), [0] * len(lengths)
-    while any(at < length for at, length in zip(done, lengths, strict=True)):
-        rows = [row for row, length in enumerate(lengths) if done[row] < length]
-        sizes = {row: data.draw(st.sampled_from([1, 1, 7, 40])) for row in rows}
-        parts = [(sequences[row][done[row] : done[row] + sizes[row]], done[row], tables[row]) for row in rows]
-        output = runner.forward(FlatBatch.of(parts))
-        for row, logits_V, (ids, _, _) in zip(rows, output.logits_RV, parts, strict=True):
-            done[row] += len(ids)
-            torch.testing.assert_close(logits_V, expected[row][done[row] - 1], atol=2e-4, rtol=1e-4)
+    for found_V, expected_V in logits_in_pieces(runner_of(model), model, data):
+        torch.testing.assert_close(found_V, expected_V, atol=2e-4, rtol=1e-4)
 
 
 @torch.inference_mode()

@@ -4,31 +4,16 @@ import random
 import time
 
 import pytest
-import torch
 
 from slingshot.engine.engine import Engine
 from slingshot.engine.kv_cache import CacheTooSmall, KVCache
 from slingshot.engine.sampling import SamplingParams
 
-
-def prompts_of(*lengths, seed=0):
-    rng = random.Random(seed)
-    return [[rng.randrange(7, 290) for _ in range(length)] for length in lengths]
-
-
-def token_ids(outputs):
-    return [[completion.token_ids for completion in output.outputs] for output in outputs]
+from .asking import full_logprobs, prompts_of, token_ids
 
 
 def page_bytes(model):
     return KVCache.page_bytes(model.config, next(model.parameters()).dtype)
-
-
-@torch.no_grad()
-def full_logprobs(model, prompt, sampled, temperature):
-    """Of a sample's tokens, by one forward pass without a cache."""
-    logits_TV = model(torch.tensor([prompt + sampled])).logits_BTV[0, len(prompt) - 1 : -1]
-    return (logits_TV / (temperature or 1.0)).log_softmax(-1).gather(-1, torch.tensor(sampled)[:, None])[:, 0].tolist()
 
 
 def run(engine, prompts, params, abort=()):
@@ -156,8 +141,9 @@ def test_a_soak_of_random_adds_and_aborts_leaves_no_page_behind(model, tokenizer
     for index, output in enumerate(outputs):
         assert output is not None or index in aborted
         for completion in output.outputs if output else ():
-            logprobs = full_logprobs(model, prompts[index], completion.token_ids, params[index].temperature)
-            assert completion.logprobs == pytest.approx(logprobs, abs=2e-4)
+            ids = completion.token_ids
+            logprobs_TV = full_logprobs(model, prompts[index], ids, params[index].temperature)
+            assert completion.logprobs == pytest.approx(logprobs_TV[range(len(ids)), ids].tolist(), abs=2e-4)
         if output is not None:
             assert token_ids([output]) == token_ids(Engine(model, tokenizer).generate([prompts[index]], params[index]))
 

@@ -8,7 +8,8 @@ from slingshot.engine.sampling import SamplingParams
 from slingshot.engine.speculation import AGAIN, TRIAL, NgramIndex, Payoff
 from slingshot.model.transformer import Transformer
 
-from .test_scheduler import prompts_of, run, token_ids
+from .asking import prompts_of, token_ids
+from .test_scheduler import run
 
 
 class HalfSure(Transformer):

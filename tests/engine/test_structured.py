@@ -126,5 +126,9 @@ def test_an_answer_that_cannot_go_on_fails_alone(dense_model, tokenizer):
     assert outputs[failing].outputs[0].finish_reason == "error" and outputs[failing].outputs[0].text == "a"
     assert "no token can follow" in str(outputs[failing].error) and engine.unfinished == 0
     assert outputs[running].error is None and len(outputs[running].outputs[0].token_ids) == 6
-    with pytest.raises(SlingshotError, match="no token can follow"):
-        engine.generate([PROMPT], params)
+    stuck, whole = engine.generate([PROMPT] * 2, [params, SamplingParams(max_tokens=6, ignore_eos=True)])
+    assert "no token can follow" in str(stuck.error) and stuck.outputs == outputs[failing].outputs
+    assert whole.error is None and whole.outputs == outputs[running].outputs
+    for wants_a_whole_one in (lambda: stuck.whole, lambda: list(engine.stream(PROMPT, params))):
+        with pytest.raises(SlingshotError, match="no token can follow"):
+            wants_a_whole_one()

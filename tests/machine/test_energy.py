@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from slingshot.machine import energy as module
-from slingshot.machine.energy import Energy, _nvml
+from slingshot.machine.energy import Energy
 
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_nvml", lambda: [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 def zone(root: Path, name: str, label: str, microjoules: int, span: int = 1_000_000_000) -> Path:
@@ -50,14 +50,15 @@ def test_what_cannot_be_read_is_none_and_what_stops_being_readable_stands_still(
     file = zone(tmp_path, "intel-rapl:0", "package-0", 1_000_000)
     (zone(tmp_path, "intel-rapl:1", "package-1", 0)).write_text("secret")
     energy = Energy(tmp_path)
-    file.write_text("3000000")
-    assert energy.joules == 2.0
-    file.unlink()
-    assert energy.joules == 2.0
+    for change in (lambda: file.write_text("3000000"), file.unlink):
+        change()
+        assert energy.joules == 2.0
 
 
 class FourGPUs:
-    """NVML on a machine of four, whose handles are their numbers and one; each has used its handle in joules."""
+    """NVML on a machine of four, whose handles are 1 to 4; from one reading to the next they use 1, 2, 4, 8 joules."""
+
+    readings = Counter[int]()
 
     def nvmlInit_v2(self) -> int:
         return 0
@@ -75,24 +76,24 @@ class FourGPUs:
         return name.value != b"GPU-third"
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: Any, value: Any) -> int:
-        value._obj.value = 1000 * handle.value
+        self.readings[handle.value] += 1
+        value._obj.value = 1000 * 2 ** (handle.value - 1) * self.readings[handle.value]
         return 0
 
 
 @pytest.mark.parametrize(
-    ("visible", "counted"),
+    ("visible", "joules"),
     [
-        (None, [1, 2, 3, 4]), ("", []), ("-1", []), ("0, 1", [1, 2]), ("2", [3]), ("3,-1,0", [4]), ("1,7,0", [2]),
-        ("GPU-third,0", [3, 1]), ("GPU-gone", []),
+        (None, 15), ("", None), ("-1", None), ("0, 1", 3), ("2", 4), ("3,-1,0", 8), ("1,7,0", 2), ("GPU-third,0", 5),
+        ("GPU-gone", None),
     ],
 )  # fmt: skip
 def test_only_gpus_this_process_may_use_are_counted(
-    visible: str | None, counted: list[int], monkeypatch: pytest.MonkeyPatch
+    visible: str | None, joules: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CUDA_VISIBLE_DEVICES as CUDA reads it: numbers or UUIDs, up to the first that is no device's."""
     monkeypatch.setattr(ctypes, "CDLL", lambda name: FourGPUs())
-    if visible is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    else:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert [counter.read() for counter in _nvml()] == counted
+    assert Energy(tmp_path).joules == joules

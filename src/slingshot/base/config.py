@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -68,6 +68,14 @@ class Strict(BaseModel):
         return new
 
     @classmethod
+    def key_names(cls) -> Iterator[str]:
+        """All keys, those of its tables after their name and a dot."""
+        for name, field in cls.model_fields.items():
+            yield name
+            if isinstance(table := field.annotation, type) and issubclass(table, Strict):
+                yield from (f"{name}.{key}" for key in table.key_names())
+
+    @classmethod
     def parse(cls, values: Any, where: str = "") -> Self:
         """Validate `values`; raises SlingshotError of one line that names `where`, the key and the way out."""
         try:
@@ -82,7 +90,7 @@ class Strict(BaseModel):
             place = f"{where}.{key}" if where and key else where or key
             if first["type"] == "extra_forbidden":
                 owner = _nested(cls, first["loc"][:-1])
-                hint = did_you_mean(str(first["loc"][-1]), owner.model_fields)
+                hint = did_you_mean(str(first["loc"][-1]), owner.key_names())
                 if issubclass(owner, StageConfig) and not hint.endswith("?"):
                     hint += f"; slingshot {owner.__module__.rpartition('.')[2]} --keys tells of all"
                 raise SlingshotError(f"{place}: unknown key; {hint}") from error

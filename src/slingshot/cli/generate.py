@@ -224,18 +224,27 @@ def generate(
     if not rows:
         raise SlingshotError("no prompts; give them as arguments, by --prompts, or - with text on standard input")
     if out is None:
+        failed = 0
         for row, output in zip(rows, complete(Engine.load(path, dtype), rows, raw), strict=True):
             sys.stdout.writelines(row.lines(output, None))
             sys.stdout.flush()
-        return
+            failed += output.error is not None
+        return _tell_failed(failed)
     place = str(Path(path).resolve()) if Path(path).exists() else path
     settings = [digest({"checkpoint": place, "dtype": dtype, "raw": raw, **asdict(row.params)}) for row in rows]
     with _continued(out, rows, settings) as (file, kept):
-        made, spent = _write(lambda: Engine.load(path, dtype), rows, settings, file, kept, raw)
+        made, spent, failed = _write(lambda: Engine.load(path, dtype), rows, settings, file, kept, raw)
+    _tell_failed(failed)
     speed = f", {show_count(made)} tokens now at {made / spent:,.0f} tokens/s" if made else ""
     total = sum(row.params.n for row in rows)
     print(f"made {out}: {plural(total, 'completion')} of {plural(len(rows), 'prompt')}{speed}")
     print(f"next: slingshot sft MODEL data={out} --out {out.with_suffix('')}-sft")
+
+
+def _tell_failed(count: int) -> None:
+    if count:
+        why = "`error` in the row says why"
+        print(f"slingshot: {plural(count, 'prompt')} could not be answered; {why}", file=sys.stderr)
 
 
 def _text_or_file(value: str | None) -> str | None:
@@ -247,15 +256,15 @@ def _text_or_file(value: str | None) -> str | None:
 
 def _write(
     load: Callable[[], Engine], rows: Sequence[PromptRow], settings: Sequence[str], file: IO[str], kept: int, raw: bool
-) -> tuple[int, float]:
-    """Write what is missing behind the `kept` completions; -> tokens sampled, seconds taken."""
+) -> tuple[int, float, int]:
+    """Write what is missing behind the `kept` completions; -> tokens sampled, seconds taken, prompts that failed."""
     first = 0
     while first < len(rows) and kept >= rows[first].params.n:  # whole prompts; of the next one samples may be there
         kept -= rows[first].params.n
         first += 1
     if first == len(rows):
-        return 0, 0.0
-    engine, tokens, start = load(), 0, time.monotonic()
+        return 0, 0.0, 0
+    engine, tokens, failed, start = load(), 0, 0, time.monotonic()
     try:
         with Progress("generate", len(rows), done=first) as progress:
             for at, output in enumerate(complete(engine, rows[first:], raw), start=first):
@@ -263,10 +272,11 @@ def _write(
                 file.flush()
                 kept = 0
                 tokens += sum(len(completion.token_ids) for completion in output.outputs)
+                failed += output.error is not None
                 progress.update(at + 1, **{"tokens/s": tokens / (time.monotonic() - start)})
     except SlingshotError as error:
         raise SlingshotError(f"{error}; what was done before is kept: the same command goes on behind it") from error
     except KeyboardInterrupt:
         print(f"slingshot: {file.name} keeps what is done; the same command goes on from there", file=sys.stderr)
         raise
-    return tokens, time.monotonic() - start
+    return tokens, time.monotonic() - start, failed

@@ -185,7 +185,8 @@ class Engine:
     ) -> list[RequestOutput]:
         """Complete all prompts, in order. `params` is one for all or one each; prompts and keys as in `add`.
 
-        A plain text is continued raw, without the chat template: to ask a question, give messages, or use `chat`.
+        A plain text is continued raw, without the chat template: to ask a question, give messages, or use `chat`. A
+        request that could not go on, its grammar being stuck, says why in its output's `error`; the others are whole.
         """
         if isinstance(prompts, str):
             prompts = [prompts]
@@ -202,8 +203,7 @@ class Engine:
                     with self._turns:
                         if request.result is None:  # not finished meanwhile
                             self._advance()
-            outputs = [request.result for request in requests if request.result]
-            return [output for output in outputs if output.whole]
+            return [request.result for request in requests if request.result]
         finally:  # nothing of an interrupted call stays behind
             for request in requests:
                 self.abort(request.request_id)

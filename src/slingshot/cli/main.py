@@ -31,6 +31,7 @@ from slingshot import __version__
 from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, read_text
+from slingshot.cli.accounts import keys_app, usage
 from slingshot.cli.bench import show as bench
 from slingshot.cli.commands import Commands
 from slingshot.cli.generate import generate
@@ -273,6 +274,8 @@ def chat(
 
 app.command()(generate)
 app.command()(serve)
+app.command()(usage)
+app.add_typer(keys_app, name="keys")
 app.command("bench")(bench)
 
 

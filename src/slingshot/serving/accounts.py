@@ -52,7 +52,7 @@ def create(
         with ledger.transaction() as connection:
             connection.execute(sa.insert(KEYS).values(row))
     except IntegrityError as error:
-        raise SlingshotError(f"there is a key {name!r} already; revoke it, or take another name") from error
+        raise SlingshotError(f"there is a key {name!r} already, or was one; take another name") from error
     return secret
 
 

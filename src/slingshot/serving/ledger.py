@@ -74,7 +74,9 @@ GATEWAYS = sa.Table(
     sa.Column("id", sa.String, primary_key=True),
     sa.Column("host", sa.String, nullable=False),
     sa.Column("pid", sa.Integer, nullable=False),
-    sa.Column("seen", sa.Float, nullable=False),
+    sa.Column("began", sa.Float, nullable=False),
+    sa.Column("seen", sa.Float, nullable=False),                     # alive, at the latest
+    sa.Column("ended", sa.Float),
 )  # fmt: skip
 
 
@@ -128,9 +130,12 @@ class Reservation:
 
 
 class Ledger:
-    """The database. `prices` may be replaced at any time. clock: seconds since 1970."""
+    """The database. `prices` may be replaced at any time. clock: seconds since 1970. gateway: whether this process
+    serves requests, and not only looks after keys."""
 
-    def __init__(self, url: str, prices: PriceList | None = None, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, url: str, prices: PriceList | None = None, clock: Callable[[], float] = time.time, gateway: bool = True
+    ) -> None:
         self.prices, self._clock = prices or PriceList(), clock
         self.id = secrets.token_hex(8)
         self._open: dict[str, Reservation] = {}
@@ -141,8 +146,10 @@ class Ledger:
                 sa.event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
             with self.transaction() as connection:
                 _METADATA.create_all(connection)
-                row = {"id": self.id, "host": socket.gethostname(), "pid": os.getpid(), "seen": self._clock()}
-                connection.execute(sa.insert(GATEWAYS).values(row))
+                row = {"id": self.id, "host": socket.gethostname(), "pid": os.getpid()}
+                row |= dict.fromkeys(("began", "seen"), self._clock())
+                if gateway:
+                    connection.execute(sa.insert(GATEWAYS).values(row))
         except (sa.exc.SQLAlchemyError, ImportError) as error:
             reason = str(getattr(error, "orig", error)).splitlines()[0]
             raise SlingshotError(f"the ledger {url.split('@')[-1]} cannot be opened: {reason}") from error
@@ -205,18 +212,19 @@ class Ledger:
     def settle_dead(self) -> int:
         """Settle what gateways that are no more left open; -> how many requests."""
         with self.transaction() as connection:
-            gateways = connection.execute(sa.select(GATEWAYS)).all()
+            gateways = connection.execute(sa.select(GATEWAYS).where(GATEWAYS.c.ended.is_(None))).all()
             dead = [row.id for row in gateways if row.id != self.id and not _lives(row, self._clock())]
             open_there = REQUESTS.c.ended.is_(None) & REQUESTS.c.gateway.in_(dead)
             rows = connection.execute(sa.select(REQUESTS).where(open_there)).all() if dead else []
             for row in rows:
                 self._settle(connection, row.id, Usage(row.prompt, row.cached, row.completion, row.reasoning))
-            connection.execute(sa.delete(GATEWAYS).where(GATEWAYS.c.id.in_(dead)))
+            ended = sa.update(GATEWAYS).where(GATEWAYS.c.id.in_(dead)).values(ended=GATEWAYS.c.seen)
+            connection.execute(ended)
         return len(rows)
 
     def close(self) -> None:
         with self.transaction() as connection:
-            connection.execute(sa.delete(GATEWAYS).where(GATEWAYS.c.id == self.id))
+            connection.execute(sa.update(GATEWAYS).where(GATEWAYS.c.id == self.id).values(ended=self._clock()))
         self._engine.dispose()
 
     def _settle(self, connection: sa.Connection, request_id: str, usage: Usage) -> None:

@@ -156,6 +156,9 @@ def contenders(shape: str, work: Path, before: Path | None) -> tuple[list[Conten
             file = convert(model, work / f"smollm2-{dtype}.gguf", dtype)
             asked = [batches[0], *first] if dtype == "bfloat16" else batches[:1]
             found.append(Contender(f"llama.cpp, {dtype}", "llama_cpp", llama, file, asked))
+        for bits in (8, 4):
+            options = {"weight_bits": bits}
+            found.append(Contender(f"slingshot, int{bits}", "slingshot_engine", ours, model, batches[:1], options))
         file = four_bit(work / "smollm2-bfloat16.gguf", work / "smollm2-q4_0.gguf")
         found.append(Contender("llama.cpp, q4_0", "llama_cpp", llama, file, batches[:1]))
         file = work / "smollm2-bfloat16.gguf"  # a slot has its share of the whole context

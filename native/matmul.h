@@ -7,11 +7,13 @@
 
 #include "packed.h"
 #include "product.h"
+#include "quantized.h"
 
 namespace slingshot {
 namespace LEVEL {
 
 constexpr int FEW = 4;             // rows up to which a tile is mostly empty
+constexpr int BYTE_ROWS = 16;      // rows up to which quantized weights are multiplied as they are
 constexpr int PIECE = 64;          // columns of a piece at most
 constexpr int X_BYTES = 768 << 10;  // of x at a time: it stays in the second cache while all weights pass by
 
@@ -156,12 +158,8 @@ inline void matmul_each_by_tiles(const Packed& w, int begin, int end, const bf16
 }
 #endif
 
-// Blocks begin to end (of 16 outputs) of x W^T. each(piece, ld, row, rows, n, columns) gets every finished piece: rows
-// and columns from (row, n) on. `columns` is a multiple of 32 but at the end; begin is even where two blocks belong
-// together. At the amx level rows of x up to a multiple of 16, and in each a multiple of 32 numbers, are read: those past
-// the end must be finite.
 template <class T, class Each>
-inline void matmul_each(const Packed& w, int begin, int end, const T* x, size_t ldx, int rows, Each&& each) {
+inline void matmul_words(const Packed& w, int begin, int end, const T* x, size_t ldx, int rows, Each& each) {
 #if defined(__AMX_BF16__)
     if constexpr (sizeof(T) == 2)
         if (rows > FEW) return matmul_each_by_tiles(w, begin, end, x, ldx, rows, each);
@@ -180,6 +178,63 @@ inline void matmul_each(const Packed& w, int begin, int end, const T* x, size_t 
             each(piece, PIECE, r, here, b * 16, columns);
         }
     }
+}
+
+// Some rows: whole numbers, a few at a time.
+template <class T, class Each>
+inline void matmul_each_by_bytes(const Packed& w, int begin, int end, const T* x, size_t ldx, int rows, Each& each) {
+    alignas(64) float piece[FEW * PIECE];
+    const int groups = w.k / w.group;
+    Carver carver{static_cast<char*>(product_scratch(rows * (w.k + 8 * groups) + 3 * 64))};
+    const Bytes bytes{carver.take<int8_t>(rows * w.k), carver.take<float>(rows * groups), carver.take<int>(rows * groups)};
+    for (int r = 0; r < rows; r++)
+        to_bytes(x + r * ldx, w.k, w.group, bytes.bytes + r * w.k, bytes.scales + r * groups, bytes.sums + r * groups);
+    for (int b = begin; b < end; b += PIECE / 16) {
+        const int last = end - b < PIECE / 16 ? end : b + PIECE / 16;
+        const int columns = w.n < last * 16 ? w.n - b * 16 : (last - b) * 16;
+        for (int r = 0; r < rows; r += FEW) {
+            const int here = rows - r < FEW ? rows - r : FEW;
+            const Bytes own{bytes.bytes + r * w.k, bytes.scales + r * groups, bytes.sums + r * groups};
+            for (int i = b; i < last; i++)
+                w.bits == 8 ? quantized_piece<8>(w, i, own, here, piece + (i - b) * 16, PIECE)
+                            : quantized_piece<4>(w, i, own, here, piece + (i - b) * 16, PIECE);
+            each(piece, PIECE, r, here, b * 16, columns);
+        }
+    }
+}
+
+// Many rows: the weights as numbers of T, some blocks at a time.
+template <class T, class Each>
+inline void matmul_each_by_numbers(const Packed& w, int begin, int end, const T* x, size_t ldx, int rows, Each& each) {
+    Packed part{0, w.k, packed_depth<T>(w.k), nullptr};
+    T* numbers = static_cast<T*>(product_scratch(part.block_words() * 4 * (PIECE / 16) + 4096));
+    part.data = numbers;
+    for (int b = begin; b < end; b += PIECE / 16) {
+        const int last = end - b < PIECE / 16 ? end : b + PIECE / 16;
+        auto shifted = [&](const float* piece, int ld, int row, int count, int n, int columns) {
+            each(piece, ld, row, count, b * 16 + n, columns);
+        };
+        for (int i = b; i < last; i++) {
+            T* to = numbers + (i - b) * part.block_words() * 4 / sizeof(T);
+            w.bits == 8 ? to_numbers<8>(w, i, to) : to_numbers<4>(w, i, to);
+        }
+        part.n = w.n < last * 16 ? w.n - b * 16 : (last - b) * 16;
+        matmul_words(part, 0, last - b, x, ldx, rows, shifted);
+    }
+}
+
+// Blocks begin to end (of 16 outputs) of x W^T. each(piece, ld, row, rows, n, columns) gets every finished piece: rows
+// and columns from (row, n) on. `columns` is a multiple of 32 but at the end; begin is even where two blocks belong
+// together. At the amx level rows of x up to a multiple of 16, and in each a multiple of 32 numbers, are read: those past
+// the end must be finite.
+template <class T, class Each>
+inline void matmul_each(const Packed& w, int begin, int end, const T* x, size_t ldx, int rows, Each&& each) {
+    if (!w.bits)
+        matmul_words(w, begin, end, x, ldx, rows, each);
+    else if (rows <= BYTE_ROWS)
+        matmul_each_by_bytes(w, begin, end, x, ldx, rows, each);
+    else
+        matmul_each_by_numbers(w, begin, end, x, ldx, rows, each);
 }
 
 // Outputs begin (a multiple of 16) to end, y[row * ldy + n - begin].

@@ -1,6 +1,7 @@
 // Where the weights lie, and how they get there.
 #include "model.h"
 
+#include "quantized.h"
 #include "scratch.h"
 
 namespace slingshot {
@@ -14,16 +15,38 @@ struct Job {
     int n, k, step;
     void* to;
     bool from_bf16, to_bf16;
+    int bits, group;
 
     int blocks() const { return (n + 15) / 16; }
 
     void run(int begin, int end) const {
         const float* floats = static_cast<const float*>(from);
         const bf16* halves = static_cast<const bf16*>(from);
+        if (bits) return from_bf16 ? quantize(halves, begin, end) : quantize(floats, begin, end);
         if (from_bf16 && to_bf16) pack<bf16, bf16>(halves, row_stride, column_stride, n, k, begin, end, step, to);
         if (from_bf16 && !to_bf16) pack<bf16, float>(halves, row_stride, column_stride, n, k, begin, end, step, to);
         if (!from_bf16 && to_bf16) pack<float, bf16>(floats, row_stride, column_stride, n, k, begin, end, step, to);
         if (!from_bf16 && !to_bf16) pack<float, float>(floats, row_stride, column_stride, n, k, begin, end, step, to);
+    }
+
+  private:
+    // To the nearest number, halves to the even one.
+    template <class Source> void quantize(const Source* w, int begin, int end) const {
+        const Packed packed = quantized(bits, group, n, k, to);
+        for (int row = begin * 16; row < end * 16 && row < n; row++) {
+            uint32_t* block = const_cast<uint32_t*>(packed.block<uint32_t>(row / 16 * step));
+            float* scales = reinterpret_cast<float*>(block) + static_cast<size_t>(packed.depth) * 16;
+            for (int g = 0; g < k / group; g++) {
+                const Source* first = w + row * row_stride + static_cast<size_t>(g) * group * column_stride;
+                const float scale = scale_of(first, column_stride, group, bits);
+                for (int i = 0; i < group; i++) {
+                    const float number = scale > SMALLEST ? to_float(first[i * column_stride]) / scale : 0;
+                    put_number(packed, reinterpret_cast<uint8_t*>(block), row % 16, g * group + i,
+                               static_cast<int>(std::lrint(number)));
+                }
+                scales[g * 16 + row % 16] = scale;
+            }
+        }
     }
 };
 
@@ -32,20 +55,20 @@ template <class T> class Packing {
   public:
     explicit Packing(bool from_bf16) : from_bf16_(from_bf16) {}
 
-    void matrix(const void* from, const Packed& to) { add(from, to.k, 1, to.n, to.k, 1, at(to, 0)); }
+    void matrix(const void* from, const Packed& to) { add(from, to.k, 1, to.n, 1, to, 0); }
 
     // Gate's and up's blocks alternate.
     void pair(const void* gate, const void* up, int inner, const Packed& to) {
-        add(gate, to.k, 1, inner, to.k, 2, at(to, 0));
-        add(up, to.k, 1, inner, to.k, 2, at(to, 1));
+        add(gate, to.k, 1, inner, 2, to, 0);
+        add(up, to.k, 1, inner, 2, to, 1);
     }
 
     void strided(const void* from, size_t offset, size_t row_stride, size_t column_stride, const Packed& to) {
-        add(offset_of(from, offset), row_stride, column_stride, to.n, to.k, 1, at(to, 0));
+        add(offset_of(from, offset), row_stride, column_stride, to.n, 1, to, 0);
     }
 
     void floats(const void* from, const Packed& to) {
-        jobs_.push_back({from, static_cast<size_t>(to.k), 1, to.n, to.k, 1, at(to, 0), false, false});
+        jobs_.push_back({from, static_cast<size_t>(to.k), 1, to.n, to.k, 1, at(to, 0), false, false, 0, 0});
     }
 
     // Matrices whose outputs follow each other. Where one does not end with a block they are brought together first.
@@ -61,7 +84,7 @@ template <class T> class Packing {
         }
         int done = 0;
         for (auto [from, rows] : parts) {
-            add(from, to.k, 1, rows, to.k, 1, at(to, done / 16));
+            add(from, to.k, 1, rows, 1, to, done / 16);
             done += rows;
         }
     }
@@ -100,8 +123,9 @@ template <class T> class Packing {
     static int place(double at, int blocks) { return at <= 0 ? 0 : at >= blocks ? blocks : static_cast<int>(at + 0.5); }
     static void* at(const Packed& to, int block) { return const_cast<uint32_t*>(to.block<uint32_t>(block)); }
 
-    void add(const void* from, size_t row_stride, size_t column_stride, int n, int k, int step, void* to) {
-        jobs_.push_back({from, row_stride, column_stride, n, k, step, to, from_bf16_, sizeof(T) == 2});
+    void add(const void* from, size_t row_stride, size_t column_stride, int n, int step, const Packed& to, int block) {
+        jobs_.push_back({from, row_stride, column_stride, n, to.k, step, at(to, block), from_bf16_, sizeof(T) == 2, to.bits,
+                         to.group});
     }
 
     bool from_bf16_;
@@ -112,11 +136,17 @@ template <class T> class Packing {
 // Cuts weights out of memory, or only counts them.
 template <class T> struct Place {
     Carver carver;
+    int bits = 0, group = 0;
 
-    Packed matrix(int n, int k) { return {n, k, packed_depth<T>(k), carver.take<char>(packed_bytes<T>(n, k))}; }
+    Packed plain(int n, int k) { return {n, k, packed_depth<T>(k), carver.take<char>(packed_bytes<T>(n, k))}; }
+    Packed matrix(int n, int k) {
+        if (!bits || k % group) return plain(n, k);
+        return quantized(bits, group, n, k, carver.take<char>(quantized_bytes(bits, group, n, k)));
+    }
     Packed pair(int inner, int k) { return matrix(2 * padded_inner(inner), k); }
-    Stack stack(int count, int n, int k) {
-        const Stack stack{matrix(n, k), packed_bytes<T>(n, k)};
+    Stack stack(int count, int n, int k, bool is_plain = false) {
+        const Packed first = is_plain ? plain(n, k) : matrix(n, k);
+        const Stack stack{first, first.blocks() * first.block_words() * 4};
         carver.take<char>((count - 1) * stack.bytes);
         return stack;
     }
@@ -131,7 +161,7 @@ template <class T> Model<T>::Model(const ModelShape& shape) : shape(shape), laye
 
 template <class T> void Model<T>::lay_out(char* base) {
     const ModelShape& s = shape;
-    Place<T> place{{base}};
+    Place<T> place{{base}, s.weight_bits, s.weight_group};
     for (int i = 0; i < static_cast<int>(layers.size()); i++) {
         LayerWeights<T>& layer = layers[i];
         layer = {};
@@ -143,9 +173,9 @@ template <class T> void Model<T>::lay_out(char* base) {
         layer.input = place.matrix(s.input_width(), s.width);
         if (s.latent_family) {
             if (s.q_rank) layer.q_b = place.matrix(s.query_width(), s.q_rank);
-            layer.absorb = place.stack(s.heads, s.latent, s.nope);
-            layer.to_keys = place.stack(s.heads, s.nope, s.latent);
-            layer.to_values = place.stack(s.heads, s.value, s.latent);
+            layer.absorb = place.stack(s.heads, s.latent, s.nope, true);
+            layer.to_keys = place.stack(s.heads, s.nope, s.latent, true);
+            layer.to_values = place.stack(s.heads, s.value, s.latent, true);
         }
         layer.output = place.matrix(s.width, s.attended_width());
         if (s.has_experts(i)) {

@@ -3,6 +3,9 @@
 // Words of 4 bytes: a float, or two bf16 neighbours in k. 16 outputs stand side by side: [n / 16][words of k][16]. One
 // register so holds 16 outputs at one word of k, and 16 words of k are a tile of AMX. n and, for bf16, k are filled up
 // with zeros: to multiples of 16 and 32.
+//
+// Quantized weights (quantized.h) have 4 or 8 neighbours in k in a word, and after each block's words its scales:
+// [k / group][16] floats.
 #pragma once
 
 #include <cstddef>
@@ -15,9 +18,10 @@ struct Packed {
     int n = 0, k = 0;
     int depth = 0;  // words of k in memory
     const void* data = nullptr;
+    int bits = 0, group = 0;  // of quantized weights
 
     int blocks() const { return (n + 15) / 16; }
-    size_t block_words() const { return static_cast<size_t>(depth) * 16; }
+    size_t block_words() const { return static_cast<size_t>(depth + (bits ? k / group : 0)) * 16; }
     template <class Word> const Word* block(int b) const { return static_cast<const Word*>(data) + b * block_words(); }
 };
 

@@ -10,6 +10,7 @@ import pytest
 
 from slingshot.cli.bench import bytes_read
 from slingshot.engine.engine import Engine
+from slingshot.kernels.native import native_library
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 
@@ -57,11 +58,40 @@ def test_bench_takes_a_preset_with_random_weights(command: Command) -> None:
     assert code == 0 and "deepseek-v3-tiny-576 with random weights in " in out and " by " in out
 
 
+@pytest.mark.skipif(native_library() is None, reason="no native library is built here")
+def test_bench_rounds_weights_when_asked(command: Command) -> None:
+    asked = (
+        "bench",
+        "deepseek-v3-tiny-576",
+        "--weights",
+        "int4",
+        "--batch",
+        1,
+        "--new",
+        2,
+        "--first",
+        1,
+        "--rounds",
+        1,
+    )
+    code, out, _ = command(*asked)
+    assert code == 0 and ", int4) on " in out and "rounded to nearest int4: this measures speed, not quality." in out
+
+
+def test_weights_of_few_bits_are_counted_so(dense: Callable[..., ModelConfig]) -> None:
+    config = dense(vocab_size=300, hidden_size=64, intermediate_size=96, tie_word_embeddings=True)
+    weights = bytes_read(config, 1, 0, 2) / 2
+    assert (
+        bytes_read(config, 1, 0, 2, 8) == weights * (1 + 4 / 32) and bytes_read(config, 1, 0, 2, 4) == weights * 0.625
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["deepseek-v3"], "deepseek-v3 has weights of"), (["none"], "none"),
         (["x", "--batch", "1,x"], "--batch 1,x: give whole numbers"), (["x", "--batch", "0"], "--batch 0: give whole"),
+        (["x", "--weights", "int3"], "--weights int3: choose int8 or int4"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_one_line(command: Command, arguments: list[str], message: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slingshot.base.errors import SlingshotError
 from slingshot.engine.batch import FlatBatch
 from slingshot.engine.engine import Engine
 from slingshot.engine.kv_cache import KVCache
@@ -71,9 +72,11 @@ def random_model(config: ModelConfig, dtype: torch.dtype) -> Transformer:
     return model.requires_grad_(False)
 
 
-def runner_of(model: Transformer, dtype: torch.dtype, kernels: NativeKernels | None) -> NativeRunner | TorchRunner:
+def runner_of(
+    model: Transformer, dtype: torch.dtype, kernels: NativeKernels | None, bits: int | None = None
+) -> NativeRunner | TorchRunner:
     cache = used_cache(model, dtype)
-    return TorchRunner(model, cache) if kernels is None else NativeRunner(model, cache, kernels)
+    return TorchRunner(model, cache) if kernels is None else NativeRunner(model, cache, kernels, bits)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -139,6 +142,91 @@ def test_new_weights_are_taken_over_when_told(kernels: NativeKernels) -> None:
     after = native.forward(batch).logits_RV
     assert relative(after, torchs.forward(batch).logits_RV) < 6e-2
     assert relative(after, before) > 0.5
+
+
+def rounded_to(model: Transformer, bits: int, group: int) -> Transformer:
+    """A copy whose matrices are the nearest ones of so few bits, but for what the kernels keep; its head is its own."""
+    state = model.state_dict()
+    config = model.config.model_copy(update={"tie_word_embeddings": False})
+    state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    copied = Transformer(config).to(model.model.embed_tokens.weight.dtype)
+    copied.load_state_dict(state)
+    for name, parameter in copied.requires_grad_(False).named_parameters():
+        if parameter.dim() > 1 and not any(kept in name for kept in ("embed_tokens", "mlp.gate.weight", "kv_b_proj")):
+            parts = parameter.float().unflatten(-1, (-1, group))
+            scale = parts.abs().amax(-1, keepdim=True) / (127 if bits == 8 else 7)
+            parameter.copy_(((parts / scale).round() * scale).flatten(-2))
+    return copied
+
+
+WIDE = {
+    "dense": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "deepseek_v3": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "q_lora_rank": 64, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+        "moe_intermediate_size": 64, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 4,
+        "n_shared_experts": 1, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1,
+    },
+}  # fmt: skip
+
+
+# Every expert has every token, so that many tokens are many rows for all of them.
+@EACH_LEVEL
+@pytest.mark.parametrize("family", WIDE)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tokens", [1, 6, 30])
+def test_weights_of_few_bits_are_the_nearest_ones(kernels: NativeKernels, family: str, bits: int, tokens: int) -> None:
+    """As a model whose matrices were rounded so, after new weights as well. Up to 16 rows go through 8 bits besides."""
+    model = random_model(ModelConfig(family=family, vocab_size=VOCABULARY, **WIDE[family]), torch.float32)
+    group = NativeRunner.weight_group(model.config, bits)
+    assert group == (32 if family == "dense" else 64)
+    batch = FlatBatch.of([(list(range(tokens)), 0, [1, 2])], list(range(tokens)))
+    native = runner_of(model, torch.float32, kernels, bits)
+    for _ in range(2):
+        expected = runner_of(rounded_to(model, bits, group), torch.float32, None).forward(batch).logits_RV
+        found = native.forward(batch).logits_RV
+        assert relative(found, expected) < (2e-5 if tokens > 16 else 6e-2)
+        exact = runner_of(model, torch.float32, None).forward(batch).logits_RV
+        assert bits == 8 or relative(found, exact) > 0.1
+        for parameter in model.parameters():
+            parameter.mul_(-0.9)
+        native.refresh()
+
+
+@pytest.mark.skipif(not KERNELS, reason="no native library is built here")
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({}, {"native": "off", "weight_bits": 8}, "weight_bits 8: only native code has them: native is off"),
+        ({}, {"dtype": torch.float16, "weight_bits": 4}, "weight_bits 4: only native code has them: it computes in"),
+        ({}, {"weight_bits": 0}, "weight_bits must be 8 or 4, got 0"),
+        ({"intermediate_size": 72}, {"weight_bits": 8}, "weight_bits 8: intermediate_size 72 is no multiple of 32"),
+    ],
+)
+def test_few_bits_that_cannot_be_are_told_in_one_line(tokenizer: Any, change: Any, options: Any, message: str) -> None:
+    config = ModelConfig(family="dense", vocab_size=300, **WIDE["dense"] | change)
+    with pytest.raises(SlingshotError, match=message) as raised:
+        Engine(random_model(config, torch.float32), tokenizer, **options)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.skipif(not KERNELS, reason="no native library is built here")
+@pytest.mark.parametrize("family", WIDE)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_engine_rounds_its_weights_and_new_ones(tokenizer: Any, family: str, bits: int) -> None:
+    """Logprobs of prompts are a model's with the rounded weights: so many tokens do not go through 8 bits."""
+    models = [random_model(ModelConfig(family=family, vocab_size=300, **WIDE[family]), torch.float32) for _ in range(2)]
+    for parameter in models[1].parameters():
+        parameter.mul_(-0.9)
+    engine = Engine(copy.deepcopy(models[0]), tokenizer, weight_bits=bits)
+    assert engine.runs_on.endswith(f", int{bits})")
+    prompts = [[(7 * start + step) % 290 + 7 for step in range(3 + 9 * start)] for start in range(5)]
+    params = SamplingParams(1, prompt_logprobs=0)
+    for model in models:
+        engine.update_weights(model)
+        plain = Engine(rounded_to(model, bits, 32 if family == "dense" else 64), tokenizer, native="off")
+        for ours, theirs in zip(engine.generate(prompts, params), plain.generate(prompts, params), strict=True):
+            assert ours.prompt_logprobs[1:] == pytest.approx(theirs.prompt_logprobs[1:], abs=1e-3)
 
 
 def test_what_the_kernels_do_not_cover_is_said(dense: Any) -> None:

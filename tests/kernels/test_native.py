@@ -16,6 +16,7 @@ from slingshot.kernels.native import LEVELS, LIBRARY, NativeKernels, native_kern
 
 pytestmark = pytest.mark.skipif(native_library() is None, reason="no native library is built here")
 KERNELS = {level: kernels for level in native_levels() if (kernels := native_kernels(level))}
+EACH_LEVEL = pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -24,7 +25,7 @@ def drawn(rows: int, width: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
+@EACH_LEVEL
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_products_with_packed_weights_are_torchs(kernels: NativeKernels, dtype: str, data: st.DataObject) -> None:
@@ -40,11 +41,55 @@ def test_products_with_packed_weights_are_torchs(kernels: NativeKernels, dtype: 
     assert ((y_NF - expected_NF).abs() / scale_NF).max() < 2e-6  # float32's rounding, in any order of summation
 
 
-@pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
+@EACH_LEVEL
 def test_products_of_long_prompts_go_in_parts(kernels: NativeKernels) -> None:
     x_ND, weight_FD = (drawn(rows, 1536, rows).bfloat16() for rows in (700, 48))
     y_NF = kernels.matmul(x_ND, kernels.pack(weight_FD, torch.bfloat16), 48, threads=2)
     torch.testing.assert_close(y_NF, x_ND.float() @ weight_FD.float().T, atol=1e-3, rtol=1e-4)
+
+
+def to_groups(weight_FD: torch.Tensor, group: int, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole numbers and scales, by groups."""
+    parts = weight_FD.float().unflatten(1, (-1, group))
+    scales_FG = parts.abs().amax(-1) / largest
+    numbers = (parts / scales_FG.clamp(min=1e-30)[..., None]).round()
+    return numbers.flatten(1), scales_FG
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [8, 4])
+@EACH_LEVEL
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_products_with_quantized_weights_are_those_of_their_numbers(
+    kernels: NativeKernels, bits: int, dtype: str, data: st.DataObject
+) -> None:
+    """Up to 16 rows of x become whole numbers too, as here; more meet the weights as numbers of their own dtype."""
+    group = data.draw(st.sampled_from([32, 64, 128]))
+    rows, width = data.draw(st.integers(1, 24)), group * data.draw(st.integers(1, 4))
+    out, threads = data.draw(st.integers(1, 90)), data.draw(st.integers(1, 2))
+    largest = 127 if bits == 8 else 7
+    x_ND = drawn(rows, width, 0).to(DTYPES[dtype])
+    numbers_FD, scales_FG = to_groups(drawn(out, width, 1), group, largest)
+    packed = kernels.pack_quantized(numbers_FD, scales_FG, bits)
+    y_NF = kernels.matmul_quantized(x_ND, packed, out, bits, group, threads)
+    weight_FD = numbers_FD * scales_FG.repeat_interleave(group, 1)
+    if rows <= 16:  # a number of x near the middle of two may go either way: half a step of each group's scale at most
+        x_numbers, x_scales = to_groups(x_ND, group, 127)
+        seen_ND = x_numbers * x_scales.repeat_interleave(group, 1)
+        slack = ((x_ND.float() / x_scales.repeat_interleave(group, 1)) % 1 - 0.5).abs() < 1e-4
+        slack_NF = (slack * x_scales.repeat_interleave(group, 1)) @ weight_FD.abs().T
+    else:
+        seen_ND, weight_FD = x_ND.float(), weight_FD.to(DTYPES[dtype]).float()
+        slack_NF = torch.zeros(rows, out)
+    scale_NF = seen_ND.abs() @ weight_FD.abs().T
+    assert ((y_NF - seen_ND @ weight_FD.T).abs() <= 4e-6 * scale_NF + slack_NF).all()
+
+
+def test_weights_in_groups_of_other_sizes_are_refused() -> None:
+    for kernels in KERNELS.values():
+        with pytest.raises(SlingshotError, match="groups of 32, 64"):
+            kernels.pack_quantized(torch.zeros(3, 48, dtype=torch.int8), torch.ones(3, 1), 8)
 
 
 def test_a_level_is_chosen_by_its_name() -> None:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from slingshot.model.config import ModelConfig
 
 
+WEIGHT_BITS = {"int8": 8, "int4": 4}
+
+
 @dataclass(frozen=True)
 class BenchRow:
     """Of `batch` requests at once, each a median.
@@ -44,8 +47,13 @@ class BenchRow:
     flops: float
 
 
-def bench(engine: Engine, batches: Sequence[int], prompt: int, new: int, rounds: int) -> list[BenchRow]:
-    """Every batch size once a round, after one that does not count: a machine's moods strike all alike."""
+def bench(
+    engine: Engine, batches: Sequence[int], prompt: int, new: int, rounds: int, bits: int | None = None
+) -> list[BenchRow]:
+    """Every batch size once a round, after one that does not count: a machine's moods strike all alike.
+
+    bits: the engine's weight_bits.
+    """
     from slingshot.cost.flops import decode_parts
 
     times: dict[int, list[tuple[float, float]]] = {batch: [] for batch in batches}
@@ -58,7 +66,7 @@ def bench(engine: Engine, batches: Sequence[int], prompt: int, new: int, rounds:
     rows = []
     for batch, measured_times in times.items():
         seconds, step = (statistics.median(each) for each in zip(*measured_times, strict=True))
-        read, flops = bytes_read(config, batch, context, width), sum(decode_parts(config, context).values())
+        read, flops = bytes_read(config, batch, context, width, bits), sum(decode_parts(config, context).values())
         rows.append(BenchRow(batch, batch * new / seconds, step, read, batch * flops))
     return rows
 
@@ -69,20 +77,24 @@ def first_token(engine: Engine, prompt: int, rounds: int) -> float:
     return statistics.median(times[1:])
 
 
-def bytes_read(config: ModelConfig, batch: int, context: float, width: int) -> float:
+def bytes_read(config: ModelConfig, batch: int, context: float, width: int, bits: int | None = None) -> float:
     """Bytes of weights and of cached entries that a decode step reads; `width` bytes a number.
+
+    With weights of `bits` bits all are counted so, the few that stay as they are too, and a scale for each group.
 
     An embedding is looked up, not read, unless it is the head too. Of E experts, k for each token, a batch touches
     E (1 - (1 - k / E)^batch) if it chooses without preference.
     """
     from slingshot.cost.flops import block_weights, cache_bytes_per_token, parameters
+    from slingshot.engine.native_runner import SCALE_BYTES, NativeRunner
 
     counts, share = parameters(config), 0.0
     experts = sum(block_weights(config, layer).experts for layer in range(config.num_hidden_layers))
     if experts:
         share = (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch
     looked_up = 0 if config.tie_word_embeddings else counts.embedding
-    weights = (counts.total - looked_up - experts * share) * width
+    each = width if bits is None else bits / 8 + SCALE_BYTES / NativeRunner.weight_group(config, bits)
+    weights = (counts.total - looked_up - experts * share) * each
     return weights + batch * context * cache_bytes_per_token(config, width)
 
 
@@ -107,7 +119,7 @@ def _generate(engine: Engine, batch: int, prompt: int, new: int, seed: int) -> t
     return end - start, (end - begun) / max(1.0, (batch * new - drawn) / batch)
 
 
-def _load(source: str, dtype: str, most: int, length: int) -> tuple[Engine, str]:
+def _load(source: str, dtype: str, most: int, length: int, bits: int | None) -> tuple[Engine, str]:
     """The engine of a checkpoint, or of a preset's architecture with random weights; and what it is."""
     import torch
 
@@ -119,7 +131,7 @@ def _load(source: str, dtype: str, most: int, length: int) -> tuple[Engine, str]
     from slingshot.text.tokenizer import Tokenizer
 
     if source not in presets() or Path(source).exists():
-        return Engine.load(source, dtype, max_batch=most, max_length=length), source
+        return Engine.load(source, dtype, max_batch=most, max_length=length, weight_bits=bits), source
     device, config = auto_device(), ModelConfig.preset(source)
     chosen = auto_dtype(device) if dtype == "auto" else torch.bfloat16 if dtype == "bfloat16" else torch.float32
     size, memory = parameters(config).total * chosen.itemsize, describe_machine(device).memory_bytes
@@ -128,7 +140,7 @@ def _load(source: str, dtype: str, most: int, length: int) -> tuple[Engine, str]
     model = Transformer.empty(config, device, chosen).requires_grad_(False)
     model.init_weights(torch.Generator().manual_seed(0))
     tokenizer = Tokenizer.train(["What is 3+4-2?"], config.vocab_size)
-    return Engine(model, tokenizer, most, length), f"{source} with random weights"
+    return Engine(model, tokenizer, most, length, weight_bits=bits), f"{source} with random weights"
 
 
 def show(
@@ -139,6 +151,9 @@ def show(
     first: Annotated[int, typer.Option(min=1, help="Tokens of the prompt whose first token is waited for.")] = 512,
     rounds: Annotated[int, typer.Option(min=1, help="Of which the median is shown.")] = 3,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    weights: Annotated[
+        str | None, typer.Option(help="int8 or int4: matrices rounded to nearest, for speed only.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Measure tokens per second, the time to the first token, and the share reached of what this machine can do."""
@@ -147,19 +162,22 @@ def show(
     sizes = [int(size) for size in batch.split(",") if size.strip().isdecimal()]
     if len(sizes) != len(batch.split(",")) or not all(sizes):
         raise SlingshotError(f"--batch {batch}: give whole numbers from 1 on, with commas between them")
+    if weights not in (None, *WEIGHT_BITS):
+        raise SlingshotError(f"--weights {weights}: choose {' or '.join(WEIGHT_BITS)}")
+    bits = WEIGHT_BITS[weights] if weights else None
     console = Console()
     with console.status("loading and measuring ..."):
-        engine, what = _load(source, dtype, max(sizes), max(prompt + new, first + 1) + 1)
+        engine, what = _load(source, dtype, max(sizes), max(prompt + new, first + 1) + 1, bits)
         weight = engine.model.model.embed_tokens.weight
-        read = int(bytes_read(engine.model.config, sizes[0], prompt + new / 2, weight.dtype.itemsize))
+        read = int(bytes_read(engine.model.config, sizes[0], prompt + new / 2, weight.dtype.itemsize, bits))
         before = measure_bandwidth(weight.device, 0.5, read)
-        rows = bench(engine, sizes, prompt, new, rounds)
+        rows = bench(engine, sizes, prompt, new, rounds, bits)
         waited = first_token(engine, first, rounds)
         bandwidth = max(before, measure_bandwidth(weight.device, 0.5, read))  # neighbours only ever slow it down
         peak = machine_peak(weight.dtype, weight.device)
     machine, kind = describe_machine(weight.device), dtype_name(weight.dtype)
     if as_json:
-        measured: dict[str, Any] = {"model": what, "dtype": kind, "prompt": prompt, "new": new}
+        measured: dict[str, Any] = {"model": what, "dtype": kind, "weights": weights, "prompt": prompt, "new": new}
         measured |= {"rows": [asdict(row) for row in rows], "first_token": {"prompt": first, "seconds": waited}}
         measured |= {"runs_on": engine.runs_on, "bandwidth": bandwidth, "peak": peak, "machine": machine.model_dump()}
         print(json.dumps(measured, indent=2))
@@ -180,5 +198,7 @@ def show(
         f"a sum over as many bytes reads {bandwidth / 1e9:,.1f} GB/s here, and the matrix peak is {show_flops(peak)}/s."
     )
     console.print(text, highlight=False, soft_wrap=True)
+    if weights:
+        console.print(f"Weights were rounded to nearest {weights}: this measures speed, not quality.", highlight=False)
     if (load := os.getloadavg()[0]) > machine.cores / 2 + (machine.threads or 1):
         console.print(f"The machine is busy (load {load:.1f}): its full speed shows when it is idle.", highlight=False)

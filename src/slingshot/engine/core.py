@@ -41,7 +41,7 @@ class EngineCore:
 
     def __init__(
         self, model: Transformer, max_batch: int, max_length: int | None, cache_bytes: int, step_tokens: int,
-        speculation: Speculation, native: Native,
+        speculation: Speculation, native: Native, weight_bits: int | None = None,
     ) -> None:  # fmt: skip
         config, weight = model.config, model.model.embed_tokens.weight
         dtype, mtp = model.compute_dtype or weight.dtype, speculation != "off" and config.num_nextn_predict_layers > 0
@@ -56,8 +56,13 @@ class EngineCore:
         self._model, self._cache = model, KVCache(config, 1 + pages, dtype, weight.device, mtp)
         kernels = native_kernels() if native == "auto" and weight.device.type == "cpu" else None
         self._runner: Runner
-        if kernels is not None and NativeRunner.obstacle(model, self._cache) is None:
-            self._runner, self.runs_on = NativeRunner(model, self._cache, kernels), f"native code ({kernels.level})"
+        obstacle = NativeRunner.obstacle(model, self._cache)
+        if kernels is not None and obstacle is None:
+            self._runner = NativeRunner(model, self._cache, kernels, weight_bits)
+            self.runs_on = f"native code ({kernels.level}{f', int{weight_bits}' if weight_bits else ''})"
+        elif weight_bits is not None:
+            reason = obstacle or ("native is off" if native == "off" else "there is no native library, or it is off")
+            raise SlingshotError(f"weight_bits {weight_bits}: only native code has them: {reason}; leave it out")
         else:
             self._runner, self.runs_on = TorchRunner(model, self._cache), "torch"
         self._sampler = RowSampler(weight.device, kernels)

@@ -71,6 +71,8 @@ class Engine:
     speculation     "on": tokens are guessed ahead (speculation.py) and computed together; "auto": where that is faster.
                     What is sampled stays the same but for rounding; with "auto" the rounding depends on timings
     native          "auto": the compiled kernels run the network where they can; "off": torch does
+    weight_bits     8 or 4: the compiled kernels' copy of the matrices is rounded to nearest in so few bits, which needs
+                    less bandwidth; an error where those kernels do not run
 
     weights_version is what the last `update_weights` called its weights; 0 before. Raises CacheTooSmall where the cache
     cannot hold one sequence of max_length.
@@ -87,6 +89,7 @@ class Engine:
         step_tokens: int = 1024,
         speculation: Speculation = "off",
         native: Native = "auto",
+        weight_bits: int | None = None,
     ) -> None:
         config = model.config
         for name, value in (("max_batch", max_batch), ("step_tokens", step_tokens)):
@@ -101,7 +104,8 @@ class Engine:
             self.model.cast(dtype)
             self.model.compute_dtype = None
         self._vocabulary = Vocabulary(tokenizer, config.vocab_size)
-        self._core = EngineCore(self.model, max_batch, max_length, cache_bytes, step_tokens, speculation, native)
+        room = max_batch, max_length, cache_bytes, step_tokens
+        self._core = EngineCore(self.model, *room, speculation, native, weight_bits)
         self.max_length = self._core.max_length
         self._turns = Turns()
         self._requests: dict[int, Request] = {}
@@ -120,6 +124,7 @@ class Engine:
         step_tokens: int = 1024,
         speculation: Speculation = "off",
         native: Native = "auto",
+        weight_bits: int | None = None,
     ) -> Self:
         """Load a checkpoint (folder, .gguf file, hub name); "auto" takes the device and dtype that multiply fastest."""
         where = auto_device() if device == "auto" else torch.device(device)
@@ -130,7 +135,8 @@ class Engine:
             dtype = known[dtype] or auto_dtype(where)
         path = locate(path)
         model, tokenizer = load_model(path, dtype=dtype, device=where), load_tokenizer(path)
-        return cls(model, tokenizer, max_batch, max_length, None, cache_bytes, step_tokens, speculation, native)
+        room = max_batch, max_length, None, cache_bytes, step_tokens
+        return cls(model, tokenizer, *room, speculation, native, weight_bits)
 
     def add(self, prompt: Prompt, params: SamplingParams | None = None, key: str | None = None) -> int:
         """Queue a request, return its id; `step` will return it.

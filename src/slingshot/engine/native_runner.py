@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slingshot.base.errors import SlingshotError
 from slingshot.engine.batch import FlatBatch, RunnerOutput
 from slingshot.engine.kv_cache import KVCache
-from slingshot.kernels.native import NativeKernels, pointer
+from slingshot.kernels.native import GROUP_STEP, NativeKernels, pointer
 from slingshot.model.attention import MLA
 from slingshot.model.config import ModelConfig
 from slingshot.model.linear import Embedding, Linear
@@ -32,6 +33,8 @@ from slingshot.model.rope import rotary, softmax_scale
 from slingshot.model.transformer import Transformer
 
 DTYPES = (torch.float32, torch.bfloat16)
+SCALE_BYTES = 4
+GROUP = 64  # neighbours of quantized weights that share a scale, where it divides all widths
 WIDTH_STEP = 8  # heads are multiples of so many numbers: a register of the smallest level
 
 
@@ -48,12 +51,13 @@ class NativeShape(ctypes.Structure):
             "latent_family", "vocabulary", "width", "layers", "mtp_layers", "heads", "inner", "groups", "head_width",
             "q_rank", "latent", "nope", "rope", "value", "experts", "expert_inner", "shared_inner", "per_token",
             "expert_groups", "kept_groups", "first_expert_layer", "normalized",
+            "weight_bits", "weight_group",
         ),
         *_fields(ctypes.c_float, "eps", "latent_eps", "scale", "routed_scaling"),
     ]  # fmt: skip
 
     @classmethod
-    def of(cls, config: ModelConfig) -> NativeShape:
+    def of(cls, config: ModelConfig, bits: int, group: int) -> NativeShape:
         moe = config.n_moe_layers > 0
         return cls(
             latent_family=config.family == "deepseek_v3", vocabulary=config.vocab_size, width=config.hidden_size,
@@ -67,6 +71,7 @@ class NativeShape(ctypes.Structure):
             kept_groups=config.topk_group, first_expert_layer=config.first_k_dense_replace,
             normalized=config.norm_topk_prob, eps=config.rms_norm_eps, latent_eps=MLA.LATENT_EPS,
             scale=softmax_scale(config), routed_scaling=config.routed_scaling_factor,
+            weight_bits=bits, weight_group=group,
         )  # fmt: skip
 
 
@@ -111,16 +116,24 @@ class NativeStep(ctypes.Structure):
 
 
 class NativeRunner:
-    """Runs the model over the cache's pages; see the Runner protocol."""
+    """Runs the model over the cache's pages; see the Runner protocol.
 
-    def __init__(self, model: Transformer, cache: KVCache, kernels: NativeKernels) -> None:
+    weight_bits     8 or 4: the kernels keep their copy of the matrices in so few bits, the head included, rounded to
+                    nearest, with a float32 scale for every 64 (or 32) neighbours. Routers, MLA's kv_b_proj and rows of
+                    the embedding stay as they are. None: all weights do
+    """
+
+    def __init__(
+        self, model: Transformer, cache: KVCache, kernels: NativeKernels, weight_bits: int | None = None
+    ) -> None:
+        bits, group = (0, 0) if weight_bits is None else (weight_bits, self.weight_group(model.config, weight_bits))
         self._model, self._config = model, model.config
         self._dtype = cache.dtype
         config = model.config
         new_model, free_model = kernels.door("new_model", ctypes.c_void_p), kernels.door("free_model")
         self._run_step, self._refresh = kernels.door("run_step"), kernels.door("refresh_model")
         is_bf16 = int(self._dtype == torch.bfloat16)
-        self._handle = ctypes.c_void_p(new_model(ctypes.byref(NativeShape.of(config)), is_bf16))
+        self._handle = ctypes.c_void_p(new_model(ctypes.byref(NativeShape.of(config, bits, group)), is_bf16))
         weakref.finalize(self, free_model, self._handle)
         self._cache = cache
         firsts = cache.keys or cache.entries
@@ -142,8 +155,6 @@ class NativeRunner:
         if type(model) is not Transformer:
             return f"it is a {type(model).__name__}"
         dtype = model.compute_dtype or model.model.embed_tokens.weight.dtype
-        if type(model) is not Transformer:
-            return "it is a Transformer of its own kind"
         if any(tensor.device.type != "cpu" for tensor in (model.model.embed_tokens.weight, *cache.layers)):
             return "it is not on a CPU"
         if dtype not in DTYPES or cache.dtype != dtype:
@@ -157,6 +168,25 @@ class NativeRunner:
             if width % WIDTH_STEP:
                 return f"{name} {width} is no multiple of {WIDTH_STEP}"
         return None
+
+    @staticmethod
+    def weight_group(config: ModelConfig, bits: int) -> int:
+        """How many neighbours in a row of weights share a scale. Raises SlingshotError for widths without groups."""
+        if bits not in (4, 8):
+            raise SlingshotError(f"weight_bits must be 8 or 4, got {bits}")
+        latent, moe = config.family == "deepseek_v3", config.n_moe_layers > 0
+        value = config.v_head_dim if latent else config.head_dim
+        widths = {"hidden_size": config.hidden_size, "width of all heads": config.num_attention_heads * value}
+        if config.first_k_dense_replace or not moe:
+            widths["intermediate_size"] = config.intermediate_size
+        if latent and config.q_lora_rank:
+            widths["q_lora_rank"] = config.q_lora_rank
+        if moe:
+            widths["moe_intermediate_size"] = config.moe_intermediate_size
+        for name, width in widths.items():
+            if width % GROUP_STEP:
+                raise SlingshotError(f"weight_bits {bits}: {name} {width} is no multiple of {GROUP_STEP}; leave it out")
+        return GROUP if all(width % GROUP == 0 for width in widths.values()) else GROUP_STEP
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slingshot.machine.device import auto_device
+from slingshot.machine.memory import keep_memory
 from slingshot.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Parallel:
     @classmethod
     def start(cls) -> Parallel:
         """Join the other processes. Which kind of device all of them use is the first one's decision."""
+        keep_memory()
         device, size = auto_device(), int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls(device=device)

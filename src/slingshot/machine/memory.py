@@ -1,0 +1,34 @@
+"""Memory that a training process keeps: what one step frees, the next takes again, in pages of 2 MB if Linux has them.
+
+A step takes and frees hundreds of megabytes in blocks of a few. By default the C library gives each back to the system
+and gets fresh pages for the next, which cost more than what is computed in them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MADV_HUGEPAGE = -1, -3, 14  # malloc.h, linux/mman.h
+LARGEST = (1 << 31) - 1  # bytes; blocks from here on are still mapped and given back one by one
+LARGE_PAGE = 2 << 20
+
+
+@cache
+def keep_memory() -> bool:
+    """Have this process keep the memory it frees. False where the C library is not glibc, and nothing is changed."""
+    try:
+        library = ctypes.CDLL(None)
+        mallopt, malloc, free, advise = library.mallopt, library.malloc, library.free, library.madvise
+        _ = library.gnu_get_libc_version  # glibc's alone; others have a mallopt of other options
+    except (OSError, AttributeError, TypeError):
+        return False
+    if not (mallopt(M_MMAP_THRESHOLD, LARGEST) and mallopt(M_TRIM_THRESHOLD, -1)):
+        return False
+    malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    # Addresses at the heap's end, not memory: that is taken when they are first written to. Free, they stay the heap's.
+    if block := malloc(LARGEST - LARGE_PAGE):
+        advise(-(-block // LARGE_PAGE) * LARGE_PAGE, LARGEST // LARGE_PAGE * LARGE_PAGE - 2 * LARGE_PAGE, MADV_HUGEPAGE)
+        free(block)
+    return True

@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from slingshot import __version__
 from slingshot.base.errors import SlingshotError
 from slingshot.serving.chat_completions import ChatCompletionRequest, chat_completion, chunks
+from slingshot.serving.chat_page import serve_page
 from slingshot.serving.errors import ApiError
 from slingshot.serving.gateway import Gateway
 from slingshot.serving.sse import ClientGone, event_stream, unless_gone
@@ -23,6 +24,7 @@ from slingshot.serving.sse import ClientGone, event_stream, unless_gone
 def create_app(gateway: Gateway) -> FastAPI:
     app = FastAPI(title="slingshot", version=__version__, docs_url=None, redoc_url=None)
     _answer_errors(app)
+    serve_page(app)
 
     @app.get("/health")
     async def health() -> dict[str, str]:

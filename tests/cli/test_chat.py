@@ -11,10 +11,11 @@ from rich.console import Console
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import write_json
-from slingshot.cli.chat import Origin, chat
+from slingshot.cli.chat import chat
 from slingshot.cost.receipt import Meter
 from slingshot.engine.sampling import SamplingParams
 from slingshot.machine.machine import Machine
+from slingshot.recipe.origin import Origin
 
 
 def user(text):

@@ -12,8 +12,9 @@ import uvicorn
 from slingshot.engine.engine import Engine
 from slingshot.serving.app import create_app
 from slingshot.serving.backend import TokenDelta
-from slingshot.serving.gateway import Gateway, ServedModel
+from slingshot.serving.gateway import Gateway
 from slingshot.serving.local import LocalBackend
+from slingshot.serving.served_model import ServedModel
 from slingshot.text.tokenizer import Tokenizer
 
 TEXTS = [
@@ -30,6 +31,8 @@ def tokenizer():
 
 class ScriptedBackend:
     """Says the ids of its script, `chunk` at a time, whatever it is asked; `asked` has what that was."""
+
+    obstacle = None
 
     def __init__(self, ids, chunk=1, max_length=4096, eos_ids=frozenset()):
         self.ids, self.chunk, self.max_length, self._eos_ids = list(ids), chunk, max_length, eos_ids

@@ -63,7 +63,7 @@ def test_samples_of_one_seed_differ(client):
     "wrong, said",
     [
         ({"model": "big"}, "there is no model 'big'"),
-        ({"max_tokens": 100_000}, "context is 256"),
+        ({"messages": [{"role": "user", "content": "7" * 300}]}, "context 256"),
         ({"temperature": -1}, "temperature"),
         ({"messages": [{"role": "user"}]}, "no content"),
         ({"stream_options": {"include_usage": True}}, "stream: true"),

@@ -10,18 +10,15 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 from rich.console import Console
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.names import did_you_mean
-from slingshot.cost.bill import total
 from slingshot.engine.engine import Engine, Message
 from slingshot.engine.sampling import SamplingParams
-from slingshot.recipe.results import Evaluation
+from slingshot.recipe.origin import Origin
 
 DEFAULT_PARAMS = SamplingParams(max_tokens=4096, temperature=0.6, top_p=0.95)  # R1's recommended temperature and top-p
 
@@ -31,48 +28,6 @@ COMMANDS = {
     "/system TEXT": "tells the model TEXT before every conversation; without TEXT nothing",
     "/help": "shows this",
 }
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a checkpoint was trained on, as its receipts and its evaluation tell; `single_turns`: made from nothing by
-    stages that know no second turn, so that a conversation leads it astray."""
-
-    tasks: tuple[str, ...] = ()
-    single_turns: bool = False
-    example: str = ""
-
-    @classmethod
-    def of(cls, path: Path) -> Origin:
-        """Of the checkpoint at `path`; empty when it has no receipt."""
-        with contextlib.suppress(SlingshotError):
-            receipts = [line.receipt for line in total(path).lines]
-            names = dict.fromkeys(name for receipt in receipts for name in _tasks(receipt.config))
-            made_here = any(receipt.stage == "pretrain" for receipt in receipts)
-            return cls(tuple(names), made_here, _solved(path))
-        return cls()
-
-    @property
-    def introduction(self) -> str:
-        """Half a line to begin with; empty when nothing is known."""
-        if not self.tasks:
-            return ""
-        alone = "; every question stands alone" if self.single_turns else ""
-        return f"Trained on {', '.join(self.tasks)}{alone}." + (f" Try: {self.example}" if self.example else "")
-
-
-def _tasks(config: dict[str, Any]) -> Iterator[str]:
-    """Names of the tasks in a stage's config."""
-    for table in (config, config.get("documents") or {}):
-        yield from (task["name"] for task in table.get("tasks") or [] if isinstance(task, dict) and "name" in task)
-
-
-def _solved(path: Path) -> str:
-    """The shortest problem of the checkpoint's evaluation that it solved."""
-    examples = Evaluation.read(path.resolve().parent / "evaluations" / path.resolve().name).examples.values()
-    solved = [example.prompt.strip() for of_task in examples for example in of_task if example.correct]
-    lines = [prompt for prompt in solved if "\n" not in prompt]
-    return min(lines, key=lambda prompt: (not prompt.isascii(), len(prompt)), default="")
 
 
 def chat(

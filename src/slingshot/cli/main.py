@@ -38,6 +38,7 @@ from slingshot.cli.generate import generate
 from slingshot.cli.keys import show_keys, show_recipes, show_tasks
 from slingshot.cli.plan import app as plan_app
 from slingshot.cli.serve import serve
+from slingshot.recipe.origin import Origin
 from slingshot.recipe.recipe import Recipe
 from slingshot.recipe.results import headline
 from slingshot.recipe.runner import run as run_recipe
@@ -265,7 +266,7 @@ def chat(
     from slingshot.engine.engine import Engine
     from slingshot.engine.sampling import SamplingParams
 
-    origin = door.Origin.of(Path(path))
+    origin = Origin.of(Path(path))
     if conversation is not None:
         origin = replace(origin, single_turns=not conversation)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)

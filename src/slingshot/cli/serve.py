@@ -25,8 +25,9 @@ def serve(
 
     from slingshot.engine.engine import Engine
     from slingshot.serving.app import create_app
-    from slingshot.serving.gateway import Gateway, ServedModel
+    from slingshot.serving.gateway import Gateway
     from slingshot.serving.local import LocalBackend
+    from slingshot.serving.served_model import ServedModel
 
     models = []
     for source in sources:

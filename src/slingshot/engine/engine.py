@@ -28,7 +28,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.engine.core import EngineCore, Native, Speculation
-from slingshot.engine.sampling import SamplingError, SamplingParams
+from slingshot.engine.sampling import STRUCTURES, SamplingError, SamplingParams
 from slingshot.engine.scheduler import EngineCounters
 from slingshot.engine.sequence import Completion, Request, RequestOutput
 from slingshot.engine.vocabulary import Vocabulary
@@ -303,6 +303,12 @@ class Engine:
         if beyond := [token_id for token_id in ids if not 0 <= token_id < vocabulary]:
             raise PromptError(f"the prompt holds token id {beyond[0]}, the model's vocabulary has {vocabulary}")
         return ids
+
+    def check(self, params: SamplingParams) -> None:
+        """Raise what `submit` would for these parameters. What they hold an answer to is compiled, and kept."""
+        self._vocabulary.check(params)
+        if any(getattr(params, name) for name in STRUCTURES):
+            self._vocabulary.grammars.compile(params)
 
     def submit(
         self,

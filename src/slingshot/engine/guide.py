@@ -81,10 +81,7 @@ class Guide:
             self._close(spelt)
 
     def _close(self, spelt: bytes) -> None:
-        ends, leads = self._vocabulary.closing
-        if spelt.endswith(b"\n") and self._vocabulary.spelt[ends[0]] == b"\n" and self._used:
-            ends = ends[1:]
-        self.forced.extend([*ends, *leads])
+        self.forced.extend(self._vocabulary.closing_after(spelt if self._used else b""))
 
     def _begin_answer(self, said: str, forced: bool) -> None:
         """The reasoning has just ended; what its last token says of the answer belongs to the grammar."""

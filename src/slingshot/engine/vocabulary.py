@@ -72,6 +72,13 @@ class Vocabulary:
         ends = [*tokenizer.encode(before, continues=True), tokenizer.end_think_id]
         return ends, tokenizer.encode(after, continues=True) if after else []
 
+    def closing_after(self, last: bytes) -> list[int]:
+        """What closes a reasoning whose last token is spelt so: it has its line break already, or gets one."""
+        ends, leads = self.closing
+        if last.endswith(b"\n") and self.spelt[ends[0]] == b"\n":
+            ends = ends[1:]
+        return [*ends, *leads]
+
     @cached_property
     def may_begin_reasoning(self) -> bool:
         """Whether the model itself writes the tag that begins its reasoning, because the template does not (Qwen3)."""

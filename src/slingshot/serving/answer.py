@@ -5,7 +5,10 @@
         for piece in answer.push(delta): ...        # piece.kind is "reasoning", "content" or "call"
     answer.finish_reason, answer.completion_tokens, answer.reasoning_tokens
 
-Whatever the deltas' sizes, the pieces joined are the same.
+Whatever the deltas' sizes, the pieces joined are the same. Where the model would end in its reasoning, or a client has
+read enough of it, the template's closing words are written for it:
+
+    if answer.unanswered: pieces = answer.close_reasoning(vocabulary)       # and the sample goes on from there
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from slingshot.engine.sequence import FinishReason, StopWatch, visible_ids
+from slingshot.engine.vocabulary import Vocabulary
 from slingshot.serving.backend import TokenDelta
 from slingshot.text.reasoning import Kind, ReasoningStream, parse
 from slingshot.text.tokenizer import Tokenizer
@@ -43,39 +47,49 @@ class Piece:
 class AnswerStream:
     """One sample on its way. `finish_reason` is None until it ended; then nothing more is pushed.
 
-    stop: strings before the first of which the answer ends; what is said in the reasoning stops nothing.
-    `stopped` is the one that did.
+    opened: the prompt ends in an open reasoning. stop: strings before the first of which the answer ends; what is said
+    in the reasoning stops nothing. `stopped` is the one that did. raw: all that is said is content, tags too.
+    `unanswered`: the model ended in its reasoning; `closed`: the closing words were written for it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, opened: bool, stop: tuple[str, ...] = ()) -> None:
-        self._tokenizer, self._opened = tokenizer, opened
+    def __init__(self, tokenizer: Tokenizer, opened: bool, stop: tuple[str, ...] = (), raw: bool = False) -> None:
+        self._tokenizer, self._opened, self._raw = tokenizer, opened, tokenizer.stream() if raw else None
         self._watch = StopWatch(stop, tokenizer, {}, opened) if stop else None
         self._stream = ReasoningStream(tokenizer, opened)
         self._sent: dict[Kind, str] = {"reasoning": "", "answer": ""}
         self._ids: list[int] = []
+        self._dropped = 0  # tokens that ended the reasoning too early
         self._pushed = 0
         self._tokens: list[ToldToken] = []
         self._stop = stop
         self.finish_reason: FinishReason | None = None
         self.stopped: str | None = None
         self.reasoning_tokens = 0
+        self.unanswered = self.closed = False
 
     @property
     def completion_tokens(self) -> int:
-        return len(self._ids)
+        return len(self._ids) + self._dropped
 
     @property
     def reasoning(self) -> bool:
         """Whether the next token belongs to the reasoning."""
-        return self._stream.reasoned and not self._stream.closed
+        return self._raw is None and self._stream.reasoned and not self._stream.closed
 
     @property
     def token_ids(self) -> list[int]:
+        """What the sample goes on from."""
         return self._ids
 
     def push(self, delta: TokenDelta) -> list[Piece]:
         pieces: list[Piece] = []
         for place, token_id in enumerate(delta.token_ids):
+            ends = delta.finish_reason == "stop" and place == len(delta.token_ids) - 1
+            if ends and self.reasoning and not self.closed:
+                self.unanswered = True
+                self._dropped += 1
+                self.reasoning_tokens += 1
+                return pieces
             top = delta.top_logprobs[place] if delta.top_logprobs else {}
             experts = delta.experts[place] if delta.experts else []
             self._tokens.append(ToldToken(token_id, delta.logprobs[place], top, experts))
@@ -84,7 +98,6 @@ class AnswerStream:
                 self.finish_reason = "stop"
                 self.stopped = next(s for s in self._stop if self._watch.text.startswith(s, self._watch.cut))
                 return pieces + self._rest()
-            ends = delta.finish_reason == "stop" and place == len(delta.token_ids) - 1
             if not ends:
                 pieces += self._push_safe()
         if delta.finish_reason is not None:
@@ -92,13 +105,21 @@ class AnswerStream:
             pieces += self._rest()
         return pieces
 
+    def close_reasoning(self, vocabulary: Vocabulary) -> list[Piece]:
+        """Write the words that close the reasoning; they are counted as the model's own."""
+        self.unanswered, self.closed = False, True
+        last = vocabulary.spelt[self._ids[-1]] if self._ids else b""
+        ids = vocabulary.closing_after(last)
+        return self.push(TokenDelta(ids, [0.0] * len(ids)))
+
     def _push_safe(self) -> list[Piece]:
         """Tokens that no stop string reaches back into."""
         pieces: list[Piece] = []
         safe = len(self._ids) if self._watch is None else self._watch.safe_tokens()
         while self._pushed < safe:
             self.reasoning_tokens += self.reasoning
-            deltas = self._stream.push(self._ids[self._pushed])
+            token_id = self._ids[self._pushed]
+            deltas = self._stream.push(token_id) if self._raw is None else self._push_raw(self._raw.push(token_id))
             self._pushed += 1
             for kind, text in deltas:
                 self._sent[kind] += text
@@ -109,15 +130,21 @@ class AnswerStream:
         """The end was held back: where the text ends, and what its last white space belongs to, is known only now."""
         visible = visible_ids(self._ids, self.finish_reason == "stop", self._watch, self._tokenizer)
         self.reasoning_tokens += len(self._ids[self._pushed :]) if self.reasoning else 0
-        whole = parse(visible, self._opened, self._tokenizer)
+        parts: list[tuple[Kind, str]] = [("answer", self._tokenizer.decode(visible))]
+        if self._raw is None:
+            whole = parse(visible, self._opened, self._tokenizer)
+            parts = [("reasoning", whole.reasoning or ""), ("answer", whole.answer)]
         pieces: list[Piece] = []
-        for kind, text in (("reasoning", whole.reasoning or ""), ("answer", whole.answer)):
-            if rest := text[len(self._sent[kind]) :]:  # type: ignore[index]
-                pieces.append(self._piece(kind, rest))  # type: ignore[arg-type]
+        for kind, text in parts:
+            if rest := text[len(self._sent[kind]) :]:
+                pieces.append(self._piece(kind, rest))
         if self._tokens and pieces:
             pieces[-1].tokens.extend(self._tokens)
             self._tokens = []
         return pieces
+
+    def _push_raw(self, text: str) -> list[tuple[Kind, str]]:
+        return [("answer", text)] if text else []
 
     def _piece(self, kind: Kind, text: str) -> Piece:
         tokens, self._tokens = self._tokens, []

@@ -1,50 +1,110 @@
 """The HTTP API.
 
-app = create_app(Gateway([ServedModel("tiny", tokenizer, backend)]))
-uvicorn.run(app)
+    app = create_app(Gateway([ServedModel("tiny", tokenizer, backend)]))
+    uvicorn.run(app)
+
+Without a ledger, or with `keyless`, whoever comes without a key uses the local account.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 
 from slingshot import __version__
 from slingshot.base.errors import SlingshotError
-from slingshot.serving.chat_completions import ChatCompletionRequest, chat_completion, chunks
+from slingshot.serving.accounts import authenticate
+from slingshot.serving.chat_completions import (
+    ChatCompletionRequest,
+    ToldToClient,
+    chat_completion,
+    chunks,
+    error_events,
+)
 from slingshot.serving.chat_page import serve_page
 from slingshot.serving.errors import ApiError
 from slingshot.serving.gateway import Gateway
+from slingshot.serving.guard import Guard
+from slingshot.serving.ledger import LOCAL, Account
 from slingshot.serving.sse import ClientGone, event_stream, unless_gone
 
 
-def create_app(gateway: Gateway) -> FastAPI:
-    app = FastAPI(title="slingshot", version=__version__, docs_url=None, redoc_url=None)
+class ControlRequest(BaseModel):
+    """id: as the running answer's chunks carry it."""
+
+    id: str
+    action: Literal["reasoning_end"]
+
+
+async def caller(request: Request) -> Account:
+    """Whose key the request carries; ApiError 401 for none."""
+    gateway: Gateway = request.app.state.gateway
+    if gateway.ledger is None:
+        return LOCAL
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    key = secret.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key")
+    return await asyncio.to_thread(authenticate, gateway.ledger, key or None, request.app.state.keyless)
+
+
+Caller = Annotated[Account, Depends(caller)]
+
+
+def create_app(
+    gateway: Gateway, keyless: bool = True, also_reasoning: bool = False, hosts: frozenset[str] | None = None
+) -> FastAPI:
+    """also_reasoning: reasoning is sent as `reasoning` too. hosts: names by which it may be called, None: any."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        yield
+        await gateway.close()
+
+    app = FastAPI(title="slingshot", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.gateway, app.state.keyless = gateway, keyless
+    app.add_middleware(Guard, most=gateway.limits.body, hosts=hosts)
     _answer_errors(app)
     serve_page(app)
 
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
+    async def health() -> Response:
+        why = gateway.obstacle
+        return JSONResponse({"status": "failed", "reason": why} if why else {"status": "ok"}, 503 if why else 200)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        why = "stopping" if gateway.draining else gateway.obstacle
+        return JSONResponse({"status": "not ready", "reason": why} if why else {"status": "ok"}, 503 if why else 200)
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        data = [
-            {"id": model.name, "object": "model", "created": model.created, "owned_by": "slingshot"}
-            for model in gateway.models.values()
-        ]
-        return {"object": "list", "data": data}
+    async def models(account: Caller) -> dict[str, Any]:
+        its = [model.card for model in gateway.models.values() if account.may_use(model.name)]
+        return {"object": "list", "data": its}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str, account: Caller) -> dict[str, Any]:
+        return gateway.model(name, account).card
 
     @app.post("/v1/chat/completions", response_model=None)
-    async def chat_completions(body: ChatCompletionRequest, request: Request) -> Any:
-        exchange = gateway.ask(body.question())
+    async def chat_completions(body: ChatCompletionRequest, request: Request, account: Caller) -> Any:
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        told = ToldToClient(bool(body.logprobs), usage, also_reasoning)
+        exchange = await gateway.ask(body.question(), account)
         if not body.stream:
-            return await unless_gone(request, chat_completion(exchange, body.logprobs))
-        include_usage = body.stream_options is not None and body.stream_options.include_usage
-        return event_stream(chunks(exchange, body.logprobs, include_usage))
+            return JSONResponse(await unless_gone(request, chat_completion(exchange, told)))
+        return await event_stream(request, chunks(exchange, told), error_events)
+
+    @app.post("/v1/chat/completions/control")
+    async def control(body: ControlRequest, account: Caller) -> dict[str, Any]:
+        closed = gateway.find(body.id, account).answer_now()
+        return {"id": body.id, "object": "chat.completion.control", "action": body.action, "closed": closed}
 
     return app
 
@@ -52,20 +112,27 @@ def create_app(gateway: Gateway) -> FastAPI:
 def _answer_errors(app: FastAPI) -> None:
     """Every error has a body as the API's clients know it."""
 
+    def answer(error: ApiError) -> Response:
+        return JSONResponse(error.body, error.status, error.headers)
+
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:
-        return JSONResponse(error.body, error.status, error.headers)
+        return answer(error)
 
     @app.exception_handler(SlingshotError)
     async def impossible(request: Request, error: SlingshotError) -> Response:
-        return JSONResponse(ApiError(400, str(error)).body, 400)
+        return answer(ApiError(400, str(error)))
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = f"{where}: {first['msg']}" if where else str(first["msg"])
-        return JSONResponse(ApiError(400, message, param=where or None).body, 400)
+        message = str(first["msg"]).removeprefix("Value error, ")
+        return answer(ApiError(400, f"{where}: {message}" if where else message, param=where or None))
+
+    @app.exception_handler(HTTPException)
+    async def not_here(request: Request, error: HTTPException) -> Response:
+        return answer(ApiError(error.status_code, str(error.detail)))
 
     @app.exception_handler(ClientGone)
     async def gone(request: Request, error: ClientGone) -> Response:

@@ -51,14 +51,18 @@ class TokenDelta:
 
 
 class Backend(Protocol):
-    """max_length: tokens of a prompt and its answer together at most."""
+    """max_length: tokens of a prompt and its answer together at most. obstacle: why nothing can be asked any more, or
+    at present; None: all is well."""
 
     max_length: int
+
+    @property
+    def obstacle(self) -> str | None: ...
 
     def generate(self, generation: Generation) -> AsyncGenerator[TokenDelta, None]:
         """Yield what one sample grows by; the last delta has a finish_reason. Closing it aborts the sample.
 
-        Raises SlingshotError for what the engine refuses, ApiError 503 where it cannot be reached.
+        Raises SlingshotError for what the engine refuses, ApiError 503 where it cannot be reached, 500 where it fails.
         """
         ...
 

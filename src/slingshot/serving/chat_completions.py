@@ -1,30 +1,33 @@
 """POST /v1/chat/completions, as OpenAI has it, with DeepSeek's reasoning_content.
 
-question = ChatCompletionRequest.model_validate(body).question()
-chat_completion(exchange), or chunks(exchange, ...) where it is streamed
+    question = ChatCompletionRequest.model_validate(body).question()
+    chat_completion(exchange, told), or chunks(exchange, told) where it is streamed; told: what of it the client reads
+
+How much a model reasons: `thinking` (DeepSeek's and Anthropic's), `reasoning_effort` (OpenAI's; as DeepSeek maps it,
+minimal is low, medium and xhigh are high), and a budget in tokens by any of its names.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from slingshot.base.errors import SlingshotError
-from slingshot.engine.sampling import SamplingParams
 from slingshot.serving.answer import Piece
 from slingshot.serving.errors import ApiError
-from slingshot.serving.gateway import Exchange
+from slingshot.serving.exchange import Exchange
 from slingshot.serving.ledger import Usage
-from slingshot.serving.question import Question
+from slingshot.serving.question import Question, plain_messages
+from slingshot.serving.sampling_fields import SamplingFields
 from slingshot.serving.sse import to_json
 
 REASONER = {"temperature": 0.6, "top_p": 0.95}  # R1's recommended settings, where a client sets none
+LEAST_LOGPROB = -9999.0  # what DeepSeek and OpenAI write for one that JSON cannot hold
 
-
-class StreamOptions(BaseModel):
-    include_usage: bool = False
+_EFFORTS = {"minimal": "low", "medium": "high", "xhigh": "high", "ultra": "max"}
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
 
 
 class Thinking(BaseModel):
@@ -34,62 +37,86 @@ class Thinking(BaseModel):
     budget_tokens: int | None = Field(None, ge=0)
 
 
-class ChatCompletionRequest(BaseModel):
-    """What clients send. Keys that are not known here are tolerated; those that would change the answer are."""
+class TemplateArguments(BaseModel):
+    """vLLM's chat_template_kwargs: DeepSeek's name for the switch, and Qwen's."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="forbid")
+    thinking: bool | None = None
+    enable_thinking: bool | None = None
+
+
+class ChatCompletionRequest(SamplingFields):
+    """What clients send."""
+
     model: str
     messages: list[dict[str, Any]] = Field(min_length=1)
-    stream: bool = False
-    stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
-    min_p: float | None = Field(None, ge=0, le=1)
-    n: int = Field(1, ge=1, le=128)
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0)
-    logit_bias: dict[str, float] | None = None
-    logprobs: bool = False
+    logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     thinking: Thinking | None = None
+    reasoning_effort: Effort | None = None
+    thinking_token_budget: int | None = Field(None, ge=-1)
+    thinking_budget: int | None = Field(None, ge=-1)
+    chat_template_kwargs: TemplateArguments | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> ChatCompletionRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        switches = {its for its in self._switches() if its is not None}
+        if len(switches) > 1:
+            raise ValueError("thinking and reasoning_effort contradict each other: give one of them")
+        return self
 
     def question(self) -> Question:
         """As the gateway takes it; ApiError 400 for what contradicts itself."""
-        if self.stream_options is not None and not self.stream:
-            raise ApiError(400, "stream_options needs stream: true", param="stream_options")
-        if self.top_logprobs and not self.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-        given = {
-            name: getattr(self, name)
-            for name in ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-                         "repetition_penalty", "logit_bias", "top_logprobs", "seed")
-            if getattr(self, name) is not None
-        }  # fmt: skip
-        if given.get("top_k") == -1:
-            given["top_k"] = 0
-        thinking = self.thinking
-        if thinking is not None and thinking.budget_tokens is not None:
-            given["thinking_budget"] = thinking.budget_tokens
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        try:
-            params = SamplingParams(**REASONER | given | {"n": self.n, "stop": stop})
-        except SlingshotError as error:
-            raise ApiError(400, str(error)) from error
+        messages = plain_messages(self.messages)
+        continues = bool(self.messages[-1].get("prefix") or self.continue_final_message)
+        if continues and messages[-1]["role"] != "assistant":
+            raise ApiError(400, "prefix: only an assistant's message is gone on with, as the last", param="messages")
+        effort = _EFFORTS.get(self.reasoning_effort or "", self.reasoning_effort)
         return Question(
             self.model,
-            messages=self.messages,
-            params=params,
+            messages=messages,
+            params=self.sampling(REASONER, top_logprobs=self.top_logprobs or 0, thinking_budget=self._budget()),
             most=self.max_completion_tokens or self.max_tokens,
-            thinking=None if thinking is None else thinking.type != "disabled",
-            continues=bool(self.messages[-1].get("prefix")),
+            thinking=next((its for its in self._switches() if its is not None), None),
+            effort=None if effort == "none" else effort,
+            continues=continues,
             seeded=self.seed is not None,
         )
+
+    def _switches(self) -> list[bool | None]:
+        """Whether to reason, as each of the fields that say so has it."""
+        thinking, template, effort = self.thinking, self.chat_template_kwargs, self.reasoning_effort
+        return [
+            None if thinking is None or thinking.type == "adaptive" else thinking.type == "enabled",
+            None if template is None else template.thinking,
+            None if template is None else template.enable_thinking,
+            False if effort == "none" else None if effort is None else True,
+        ]
+
+    def _budget(self) -> int | None:
+        own = None if self.thinking is None else self.thinking.budget_tokens
+        budgets = [its for its in (own, self.thinking_token_budget, self.thinking_budget) if its not in (None, -1)]
+        return min(its for its in budgets if its is not None) if budgets else None
+
+
+@dataclass(frozen=True)
+class ToldToClient:
+    """logprobs: of every token. usage: at the stream's end. also_reasoning: as `reasoning` too, vLLM's name for it."""
+
+    logprobs: bool = False
+    usage: bool = False
+    also_reasoning: bool = False
+
+    def said(self, kind: str, text: str) -> dict[str, str]:
+        if kind != "reasoning":
+            return {"content": text}
+        return {"reasoning_content": text} | ({"reasoning": text} if self.also_reasoning else {})
 
 
 def usage_of(usage: Usage) -> dict[str, Any]:
@@ -111,7 +138,8 @@ def _logprobs(exchange: Exchange, pieces: list[Piece]) -> dict[str, Any]:
 
     def named(token_id: int, logprob: float) -> dict[str, Any]:
         raw = detokenizer.bytes_of(token_id)
-        return {"token": raw.decode("utf-8", errors="replace"), "logprob": logprob, "bytes": list(raw)}
+        token = raw.decode("utf-8", errors="replace")
+        return {"token": token, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(raw)}
 
     for piece in pieces:
         for token in piece.tokens:
@@ -121,7 +149,7 @@ def _logprobs(exchange: Exchange, pieces: list[Piece]) -> dict[str, Any]:
     return {**told, "refusal": None}
 
 
-async def chat_completion(exchange: Exchange, logprobs: bool) -> dict[str, Any]:
+async def chat_completion(exchange: Exchange, told: ToldToClient) -> dict[str, Any]:
     """The answer in one object."""
     pieces: list[list[Piece]] = [[] for _ in exchange.answers]
     async for sample, piece in exchange.pieces():
@@ -132,9 +160,9 @@ async def chat_completion(exchange: Exchange, logprobs: bool) -> dict[str, Any]:
         content = "".join(piece.text for piece in its if piece.kind == "content")
         message: dict[str, Any] = {"role": "assistant", "content": content or None}
         if reasoning:
-            message["reasoning_content"] = reasoning
+            message |= told.said("reasoning", reasoning)
         choice = {"index": index, "message": message, "finish_reason": answer.finish_reason}
-        choices.append(choice | {"logprobs": _logprobs(exchange, its) if logprobs else None})
+        choices.append(choice | {"logprobs": _logprobs(exchange, its) if told.logprobs else None})
     return {
         "id": f"chatcmpl-{exchange.id}",
         "object": "chat.completion",
@@ -145,7 +173,7 @@ async def chat_completion(exchange: Exchange, logprobs: bool) -> dict[str, Any]:
     }
 
 
-async def chunks(exchange: Exchange, logprobs: bool, include_usage: bool) -> AsyncGenerator[str, None]:
+async def chunks(exchange: Exchange, told: ToldToClient) -> AsyncGenerator[str, None]:
     """The answer as events: one kind of text a chunk, then the finish reasons, then the usage where asked for."""
     head = {
         "id": f"chatcmpl-{exchange.id}",
@@ -154,20 +182,24 @@ async def chunks(exchange: Exchange, logprobs: bool, include_usage: bool) -> Asy
         "model": exchange.model.name,
     }
 
-    def event(index: int, delta: dict[str, Any], reason: str | None = None, told: Any = None) -> str:
-        choice = {"index": index, "delta": delta, "logprobs": told, "finish_reason": reason}
+    def event(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> str:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return f"data: {to_json(head | {'choices': [choice]})}\n\n"
 
-    try:
-        for index in range(len(exchange.answers)):
-            yield event(index, {"role": "assistant", "content": ""})
-        async for sample, piece in exchange.pieces():
-            name = "reasoning_content" if piece.kind == "reasoning" else "content"
-            yield event(sample, {name: piece.text}, None, _logprobs(exchange, [piece]) if logprobs else None)
-        for index, answer in enumerate(exchange.answers):
-            yield event(index, {}, answer.finish_reason)
-        if include_usage:
-            yield f"data: {to_json(head | {'choices': [], 'usage': usage_of(exchange.usage)})}\n\n"
-    except SlingshotError as error:
-        yield f"data: {to_json(ApiError(400, str(error)).body)}\n\n"
+    begun = set[int]()
+    async for sample, piece in exchange.pieces():
+        if sample not in begun:
+            begun.add(sample)
+            yield event(sample, {"role": "assistant", "content": ""})
+        logprobs = _logprobs(exchange, [piece]) if told.logprobs else None
+        yield event(sample, told.said(piece.kind, piece.text), None, logprobs)
+    for index, answer in enumerate(exchange.answers):
+        role = {} if index in begun else {"role": "assistant", "content": ""}
+        yield event(index, role, answer.finish_reason)
+    if told.usage:
+        yield f"data: {to_json(head | {'choices': [], 'usage': usage_of(exchange.usage)})}\n\n"
     yield "data: [DONE]\n\n"
+
+
+def error_events(error: ApiError) -> str:
+    return f"data: {to_json(error.body)}\n\ndata: [DONE]\n\n"

@@ -7,19 +7,24 @@ async for delta in backend.generate(generation): ...
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
+import traceback
 from collections import defaultdict
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from slingshot.base.errors import SlingshotError
 from slingshot.engine.engine import Engine
+from slingshot.engine.sampling import STRUCTURES
 from slingshot.engine.scheduler import EngineCounters
 from slingshot.engine.sequence import Request
 from slingshot.serving.backend import Generation, TokenDelta
+from slingshot.serving.errors import ApiError
 
-_Event = TokenDelta | SlingshotError
+_LOG = logging.getLogger(__name__)
+_Event = TokenDelta | SlingshotError | ApiError
 
 
 @dataclass(eq=False)
@@ -34,10 +39,14 @@ class _Sample:
 
 
 class LocalBackend:
-    """Serves an engine from a thread of its own; any event loop may ask."""
+    """Serves an engine from a thread of its own; any event loop may ask.
+
+    Where the engine fails for no reason that it knows, `obstacle` says so, and whoever asks is told.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.max_length = engine, engine.max_length
+        self.obstacle: str | None = None
         self._inbox: queue.SimpleQueue[tuple[str, _Sample | None]] = queue.SimpleQueue()
         self._running: dict[_Sample, None] = {}
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
@@ -48,12 +57,17 @@ class LocalBackend:
         return self.engine.counters
 
     async def generate(self, generation: Generation) -> AsyncGenerator[TokenDelta, None]:
+        if any(getattr(generation.params, name) for name in STRUCTURES):
+            await asyncio.to_thread(self.engine.check, generation.params)  # the engine goes on meanwhile
         sample = _Sample(generation, asyncio.get_running_loop())
         self._inbox.put(("add", sample))
         try:
             while True:
                 event = await sample.events.get()
-                if isinstance(event, SlingshotError):
+                while isinstance(event, TokenDelta) and not sample.events.empty():
+                    later = sample.events.get_nowait()
+                    event = _joined(event, later) if isinstance(later, TokenDelta) else later
+                if not isinstance(event, TokenDelta):
                     raise event
                 yield event
                 if event.finish_reason is not None:
@@ -66,6 +80,27 @@ class LocalBackend:
         await asyncio.to_thread(self._thread.join)
 
     def _serve(self) -> None:
+        try:
+            self._run()
+        except Exception as error:
+            where = "; ".join(f"{frame.name}, {frame.filename}:{frame.lineno}" for frame in _frames(error)[-3:])
+            self.obstacle = f"the engine stopped with {type(error).__name__}; restart the server"
+            _LOG.error("%s (%s)", self.obstacle, where)
+            self._refuse()
+
+    def _refuse(self) -> None:
+        """Tell all who wait, and whoever comes, until the backend is closed."""
+        failure = ApiError(500, self.obstacle or "", code="engine_stopped")
+        self._hand(dict.fromkeys(self._running, failure))
+        self._running.clear()
+        while True:
+            what, sample = self._inbox.get()
+            if sample is None:
+                return
+            if what == "add":
+                self._hand({sample: failure})
+
+    def _run(self) -> None:
         while True:
             while not self._running or not self._inbox.empty():
                 what, sample = self._inbox.get()
@@ -110,7 +145,7 @@ class LocalBackend:
             elif result is not None or len(sequence.token_ids) > sample.told:
                 events[sample] = self._delta(sample, request)
         for sample, event in events.items():
-            if isinstance(event, SlingshotError) or event.finish_reason is not None:
+            if not isinstance(event, TokenDelta) or event.finish_reason is not None:
                 del self._running[sample]
         self._hand(events)
 
@@ -138,3 +173,14 @@ class LocalBackend:
 def _deliver(events: list[tuple[_Sample, _Event]]) -> None:
     for sample, event in events:
         sample.events.put_nowait(event)
+
+
+def _joined(delta: TokenDelta, later: TokenDelta) -> TokenDelta:
+    """Two deltas as one, for a reader who was busy."""
+    lists = ("token_ids", "logprobs", "top_logprobs", "experts")
+    joined = {name: getattr(delta, name) + getattr(later, name) for name in lists}
+    return replace(delta, **joined, finish_reason=later.finish_reason)
+
+
+def _frames(error: BaseException) -> traceback.StackSummary:
+    return traceback.extract_tb(error.__traceback__)

@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slingshot.engine.sampling import SamplingParams
+from slingshot.serving.errors import ApiError
 
 Message = Mapping[str, Any]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -21,10 +24,13 @@ class Question:
     """One request.
 
     messages      a chat, or
-    prompt        text that is continued as it stands, or token ids
+    prompt        text that is continued as it stands, or token ids; suffix: what stands behind the hole it fills
     params        how to sample; n samples; max_tokens is ignored where `most` is None
     most          tokens of each answer at most, None: as many as the context has room for
-    thinking      whether the answer begins with reasoning, where the template can choose; None: as the template does
+    thinking      whether the answer begins with reasoning, None: as the template does. Where the template cannot leave
+                  it out, it is closed at once
+    effort        how much reasoning, in the client's word, which the template may read; where it does not, "low" bounds
+                  it to a share of the answer
     tools         JSON schemas of functions; tool_choice: "auto", "none", "required" or a function's name
     continues     the last message is an assistant's that the answer goes on with
     seeded        whether the client chose params.seed, so that the same question gets the same answer
@@ -35,12 +41,51 @@ class Question:
     model: str
     messages: Sequence[Message] | None = None
     prompt: str | Sequence[int] | None = None
+    suffix: str | None = None
     params: SamplingParams = field(default_factory=SamplingParams)
     most: int | None = None
     thinking: bool | None = None
+    effort: str | None = None
     tools: Sequence[Mapping[str, Any]] = ()
     tool_choice: str = "auto"
     continues: bool = False
     seeded: bool = False
     glass: bool = False
     user: str = ""
+
+
+def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as templates read them: text for content, "system" for OpenAI's "developer", reasoning by one name.
+
+    ApiError 400 for what is none, or holds what this server's models do not read.
+    """
+    plain = []
+    for place, message in enumerate(messages):
+        where, role = f"messages.{place}", message.get("role")
+        if role not in ROLES:
+            known = ", ".join(ROLES)
+            raise ApiError(400, f"{where}: role {role!r:.80} is none of {known}", param=f"{where}.role")
+        own = {key: value for key, value in message.items() if value is not None and key != "prefix"}
+        if "content" in own:
+            own["content"] = _text(own["content"], f"{where}.content")
+        if reasoning := own.pop("reasoning", None) or own.get("reasoning_content"):
+            own["reasoning_content"] = _text(reasoning, f"{where}.reasoning_content")
+        plain.append(own | {"role": "system" if role == "developer" else role})
+    return plain
+
+
+def _text(content: Any, where: str) -> str:
+    """Text, or the texts of a list of parts, a paragraph each."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ApiError(400, f"{where}: content is text, or a list of parts", param=where)
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else part
+        if kind not in ("text", "input_text", "output_text", "refusal", None) or not isinstance(text, str):
+            what = f"of type {kind!r:.80}" if isinstance(kind, str) else "without a type"
+            raise ApiError(400, f"{where}: a part {what}; this server's models read text only", param=where)
+        texts.append(text)
+    return "\n".join(texts)

@@ -1,7 +1,7 @@
 """Server-sent events over any stream of payloads, and what an answer does when its client leaves.
 
-return event_stream(payloads)            # `: keep-alive` while nothing comes; closing it closes `payloads`
-body = await unless_gone(request, work)  # the same for an answer in one piece
+return await event_stream(request, events, told)     # `: keep-alive` while nothing comes
+body = await unless_gone(request, work)              # the same for an answer in one piece
 """
 
 from __future__ import annotations
@@ -9,15 +9,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from slingshot.serving.errors import ApiError
 
 T = TypeVar("T")
 
 KEEP_ALIVE = 10.0  # seconds of silence; proxies give up after 30 or 60
+_AHEAD = 64  # events that wait for a slow reader; what it has not taken of the tokens behind them is joined
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -30,26 +34,97 @@ def to_json(payload: Any) -> str:
     return json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
 
 
-def event_stream(events: AsyncGenerator[str, None]) -> StreamingResponse:
-    """A response of events that are written out already, `data: ...` with an empty line behind."""
-    return StreamingResponse(_alive(events), media_type="text/event-stream", headers=_HEADERS)
+async def event_stream(
+    request: Request, events: AsyncGenerator[str, None], told: Callable[[ApiError], str]
+) -> StreamingResponse:
+    """A response of events that are written out already, `data: ...` with an empty line behind.
+
+    An ApiError before the first of them is raised here, so that it is answered with its status; later ones end the
+    stream with what `told` makes of them. Raises ClientGone where nobody waits any more.
+    """
+    flow = _Flow(events, told)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        begun = asyncio.ensure_future(flow.begun.wait())
+        await asyncio.wait({begun, gone}, timeout=KEEP_ALIVE, return_when=asyncio.FIRST_COMPLETED)
+        begun.cancel()
+        if gone.done():
+            raise ClientGone
+        if flow.refused is not None:
+            raise flow.refused
+        flow.answering = True
+    except BaseException:
+        await flow.close()
+        raise
+    finally:
+        gone.cancel()
+    return _EventResponse(flow)
 
 
-async def _alive(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    async with contextlib.aclosing(events):
+class _Flow:
+    """Takes events in a task of its own, so that waiting for one can be given up without giving up the stream."""
+
+    def __init__(self, events: AsyncGenerator[str, None], told: Callable[[ApiError], str]) -> None:
+        self._events, self._told = events, told
+        self._queue: asyncio.Queue[str | None] = asyncio.Queue(_AHEAD)
+        self.begun, self.answering = asyncio.Event(), False
+        self.refused: Exception | None = None  # what came instead of the first event
+        self._task = asyncio.create_task(self._take())
+
+    async def _take(self) -> None:
+        first = True
+        try:
+            async with contextlib.aclosing(self._events) as events:
+                async for event in events:
+                    await self._queue.put(event)
+                    if first:
+                        first = False
+                        self.begun.set()
+        except Exception as error:
+            failure = error if isinstance(error, ApiError) else ApiError(500, "the server failed; ask again")
+            if first and not self.answering:
+                self.refused = error
+            else:
+                await self._queue.put(self._told(failure))
+        self.begun.set()
+        await self._queue.put(None)
+
+    async def read(self) -> AsyncGenerator[str, None]:
+        """Events as they come, several at once where they are there."""
         while True:
-            coming = asyncio.ensure_future(anext(events))
             try:
-                while not (await asyncio.wait({coming}, timeout=KEEP_ALIVE))[0]:
-                    yield ": keep-alive\n\n"
-            except BaseException:
-                coming.cancel()
-                await asyncio.gather(coming, return_exceptions=True)
-                raise
-            try:
-                yield coming.result()
-            except StopAsyncIteration:
+                async with asyncio.timeout(KEEP_ALIVE):
+                    event = await self._queue.get()
+            except TimeoutError:
+                yield ": keep-alive\n\n"
+                continue
+            parts = []
+            while event is not None:
+                parts.append(event)
+                if self._queue.empty():
+                    break
+                event = self._queue.get_nowait()
+            if parts:
+                yield "".join(parts)
+            if event is None:
                 return
+
+    async def close(self) -> None:
+        """Give the stream up, if it has not ended; its own end is waited for."""
+        self._task.cancel()
+        await asyncio.wait({self._task})
+
+
+class _EventResponse(StreamingResponse):
+    def __init__(self, flow: _Flow) -> None:
+        super().__init__(flow.read(), media_type="text/event-stream", headers=_HEADERS)
+        self._flow = flow
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._flow.close()
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -1,0 +1,183 @@
+"""A question on its way to its answers: the samples run, their tokens counted and booked once.
+
+    exchange = await gateway.ask(question, account)
+    async for sample, piece in exchange.pieces(): ...
+    exchange.usage; exchange.answers[0].finish_reason
+
+Leaving `pieces` early aborts what still runs and books what was generated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
+
+from slingshot.base.errors import SlingshotError
+from slingshot.engine.sampling import SamplingParams
+from slingshot.serving.answer import AnswerStream, Piece
+from slingshot.serving.backend import Generation, TokenDelta
+from slingshot.serving.errors import ApiError
+from slingshot.serving.ledger import Reservation, Usage
+from slingshot.serving.load import Place
+from slingshot.serving.question import Question
+from slingshot.serving.served_model import ServedModel
+from slingshot.text.reasoning import ends_in_reasoning
+
+_LOG = logging.getLogger(__name__)
+
+
+class Exchange:
+    """One question and its answers, one a sample.
+
+    params: of each sample. place: its own in the queue. patience: seconds for the first token. salt: whose cache it
+    shares. reservation is the ledger's; on_end is told when all is over.
+    """
+
+    def __init__(
+        self, model: ServedModel, question: Question, prompt_ids: list[int], params: SamplingParams, place: Place,
+        patience: float, salt: str = "",
+    ) -> None:  # fmt: skip
+        self.id, self.created = secrets.token_hex(12), int(time.time())
+        self.model, self.question, self.prompt_ids = model, question, prompt_ids
+        opened = question.messages is not None and ends_in_reasoning(prompt_ids, model.tokenizer)
+        stop = question.params.stop
+        raw = question.messages is None
+        self.answers = [AnswerStream(model.tokenizer, opened, stop, raw) for _ in range(question.params.n)]
+        self._params = replace(params, seed=params.seed if question.seeded else secrets.randbits(31))
+        self._place, self._patience, self._salt = place, patience, salt
+        self._hurry = False
+        self.cached = 0
+        self.prompt_logprobs: list[float | None] | None = None  # where asked for, once the first piece is there
+        self.prompt_top_logprobs: list[dict[int, float] | None] | None = None
+        self.reservation: Reservation | None = None
+        self.on_end: Callable[[Exchange], None] = lambda _: None
+        self._settling: asyncio.Task[None] | None = None
+
+    @property
+    def usage(self) -> Usage:
+        completion = sum(answer.completion_tokens for answer in self.answers)
+        reasoning = sum(answer.reasoning_tokens for answer in self.answers)
+        return Usage(len(self.prompt_ids), self.cached, completion, reasoning)
+
+    def answer_now(self) -> int:
+        """Close the reasoning of its samples with the next token; -> how many are reasoning."""
+        reasoning = [answer for answer in self.answers if answer.reasoning and answer.finish_reason is None]
+        self._hurry = self._hurry or bool(reasoning)
+        return len(reasoning)
+
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
+        """Yield (sample, piece) as the samples grow; the others begin when the first has its prompt in the cache.
+
+        Raises nothing but ApiError.
+        """
+        try:
+            samples = self._alone() if len(self.answers) == 1 else self._together()
+            async with contextlib.aclosing(samples):
+                async for item in samples:
+                    yield item
+        except SlingshotError as error:
+            raise ApiError(400, str(error)) from error
+        except ApiError:
+            raise
+        except Exception as error:
+            _LOG.error("request %s: %s", self.id, type(error).__name__)  # its text may hold what was asked
+            raise ApiError(500, f"the server failed with {type(error).__name__}; ask again") from error
+        finally:
+            await self._end()
+
+    async def _end(self) -> None:
+        """Leave the queue and book, whoever is cancelled meanwhile."""
+        self._place.leave()
+        if self._settling is None:
+            self._settling = asyncio.create_task(self._settle())
+        await asyncio.shield(self._settling)
+
+    async def _settle(self) -> None:
+        try:
+            if self.reservation is not None:
+                await asyncio.to_thread(self.reservation.settle, self.usage)
+        finally:
+            self.on_end(self)
+
+    async def _alone(self) -> AsyncGenerator[tuple[int, Piece], None]:
+        async with contextlib.aclosing(self._sample(0, asyncio.Event())) as pieces:
+            async for piece in pieces:
+                yield 0, piece
+
+    async def _together(self) -> AsyncGenerator[tuple[int, Piece], None]:
+        queue: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
+        begun = asyncio.Event()
+
+        async def run(sample: int) -> None:
+            try:
+                if sample:
+                    await begun.wait()
+                async for piece in self._sample(sample, begun):
+                    queue.put_nowait((sample, piece))
+                queue.put_nowait(None)
+            except Exception as error:
+                queue.put_nowait(error)
+
+        tasks = [asyncio.create_task(run(sample)) for sample in range(len(self.answers))]
+        try:
+            left = len(tasks)
+            while left:
+                item = await queue.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if item is None:
+                    left -= 1
+                else:
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _sample(self, sample: int, begun: asyncio.Event) -> AsyncGenerator[Piece, None]:
+        """One sample; where its reasoning is closed from outside it goes on behind the closing words, once."""
+        answer, params = self.answers[sample], self._params
+        while True:
+            prompt_ids = (*self.prompt_ids, *answer.token_ids)
+            generation = Generation(prompt_ids, params, key=str(sample), salt=self._salt)
+            async with contextlib.aclosing(self._deltas(generation, begun)) as deltas:
+                async for delta in deltas:
+                    for piece in answer.push(delta):
+                        yield piece
+                    if self.reservation is not None:
+                        self.reservation.progress(self.cached, sum(its.completion_tokens for its in self.answers))
+                    if answer.finish_reason is not None:
+                        return
+                    if answer.unanswered or (self._hurry and answer.reasoning and not answer.closed):
+                        break
+            for piece in answer.close_reasoning(self.model.vocabulary):
+                yield piece
+            left = self._params.max_tokens - answer.completion_tokens
+            if left < 1:
+                for piece in answer.push(TokenDelta([], [], finish_reason="length")):
+                    yield piece
+                return
+            params = self.model.resumed(params, left)
+
+    async def _deltas(self, generation: Generation, begun: asyncio.Event) -> AsyncGenerator[TokenDelta, None]:
+        """What the backend gives; ApiError 503 where the first of it does not come in time."""
+        async with contextlib.aclosing(self.model.backend.generate(generation)) as deltas:
+            if not begun.is_set():
+                try:
+                    async with asyncio.timeout(self._patience):
+                        first = await anext(deltas)
+                except TimeoutError as error:
+                    message = f"no token came within {self._patience:g} seconds: the server is busy; try again later"
+                    raise ApiError(503, message, code="overloaded", retry_after=self._place.room.seconds) from error
+                self.cached = first.cached
+                self.prompt_logprobs, self.prompt_top_logprobs = first.prompt_logprobs, first.prompt_top_logprobs
+                self._place.leave(served=True)
+                begun.set()
+                yield first
+            async for delta in deltas:
+                yield delta

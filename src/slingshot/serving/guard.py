@@ -1,0 +1,92 @@
+"""What holds for every request and response: sizes, names by which the server is called, headers that keep pages apart.
+
+app.add_middleware(Guard, most=16 << 20, hosts=frozenset({"localhost"}))
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import traceback
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from slingshot.serving.errors import ApiError
+
+_LOG = logging.getLogger(__name__)
+
+# The page loads nothing from elsewhere and runs no script that is written into it; formulas style themselves.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
+    "font-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": _POLICY,
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+
+class Guard:
+    """most: bytes of a body. hosts: names in the Host header that are served, None: any. A page of another site that
+    had its own name lead to this machine would call it by that name.
+
+    What fails without a reason is answered with 500, and logged without its text, which may hold what was asked.
+    """
+
+    def __init__(self, app: ASGIApp, most: int, hosts: frozenset[str] | None) -> None:
+        self._app, self._most, self._hosts = app, most, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        begun, taken, headers = False, 0, Headers(scope=scope)
+
+        async def guarded(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                its = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    its.setdefault(name, value)
+            await send(message)
+
+        async def counted() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self._most:
+                raise HTTPException(413, self._too_long)
+            return message
+
+        host = headers.get("host", "").rpartition("]")[0] + "]" if "[" in headers.get("host", "") else None
+        host = host or headers.get("host", "").partition(":")[0]
+        if self._hosts is not None and host.lower() not in self._hosts:
+            message = f"this server is not called {host!r:.80}; it listens on this machine alone"
+            return await _refuse(ApiError(403, message, code="unknown_host"), guarded)
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length[:20]) > self._most:
+            return await _refuse(ApiError(413, self._too_long), guarded)
+        try:
+            await self._app(scope, counted, guarded)
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            where = "; ".join(f"{frame.name}, {frame.filename}:{frame.lineno}" for frame in frames[-3:])
+            _LOG.error("%s: %s (%s)", scope["path"], type(error).__name__, where)
+            if begun:
+                raise ConnectionError("an answer broke off") from None
+            await _refuse(ApiError(500, "the server failed; its log says where"), guarded)
+
+    @property
+    def _too_long(self) -> str:
+        return f"the request is longer than {self._most} bytes, which this server takes at most; shorten it"
+
+
+async def _refuse(error: ApiError, send: Send) -> None:
+    body = json.dumps(error.body).encode()
+    head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": error.status, "headers": head})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,165 @@
+"""A model by the name that clients call it: its prompts rendered, and what a question asks of its sampler.
+
+model = ServedModel("tiny", tokenizer, backend)
+prompt_ids = model.encode(question)
+params = model.params(question, prompt_ids, most)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from slingshot.base.errors import SlingshotError
+from slingshot.engine.sampling import STRUCTURES, SamplingParams
+from slingshot.engine.vocabulary import Vocabulary
+from slingshot.recipe.origin import Origin
+from slingshot.serving.backend import Backend
+from slingshot.serving.errors import ApiError
+from slingshot.serving.question import Question
+from slingshot.text.reasoning import ends_in_reasoning
+from slingshot.text.tokenizer import Tokenizer
+
+LOW_EFFORT = 4  # the share of an answer that reasoning of low effort may take is one in so many
+
+# Tokens around what stands before a hole and after it: DeepSeek's, Qwen's, StarCoder's (and SmolLM's).
+_HOLES = (
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """created: seconds since 1970. origin: what it was trained on."""
+
+    name: str
+    tokenizer: Tokenizer
+    backend: Backend
+    created: int = 0
+    origin: Origin = field(default_factory=Origin)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.tokenizer, self.tokenizer.vocab_size)
+
+    @cached_property
+    def thinks(self) -> bool:
+        """Whether its template begins an answer with reasoning, or lets the model do so."""
+        try:
+            asked = self.tokenizer.encode_chat([{"role": "user", "content": "?"}])
+        except SlingshotError:
+            return False
+        return ends_in_reasoning(asked, self.tokenizer) or self.vocabulary.may_begin_reasoning
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """As GET /v1/models tells of it. single_turns: a question is best asked without those before it."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "slingshot",
+            "max_model_len": self.backend.max_length,
+            "thinks": self.thinks,
+            "single_turns": self.origin.single_turns,
+            "example": self.origin.example,
+        }
+
+    def encode(self, question: Question) -> list[int]:
+        """The prompt's ids; ApiError 400 where the template or the tokenizer refuses it."""
+        try:
+            if question.messages is not None:
+                return self._encode_chat(question, question.messages)
+            prompt = question.prompt or ""
+            if question.suffix is not None:
+                return self._around_hole(prompt, question.suffix)
+            return self.tokenizer.encode_raw(prompt) if isinstance(prompt, str) else list(prompt)
+        except SlingshotError as error:
+            raise ApiError(400, str(error), param="prompt" if question.messages is None else "messages") from error
+
+    def params(self, question: Question, prompt_ids: Sequence[int], most: int) -> SamplingParams:
+        """How each of its samples is drawn, of at most `most` tokens: its budget of reasoning decided."""
+        params = replace(question.params, n=1, stop=(), max_tokens=most)
+        if question.messages is None:
+            return params
+        budget = params.thinking_budget
+        if question.thinking is False:
+            budget = 0
+        elif budget is None and question.effort == "low" and not self._reads("reasoning_effort"):
+            budget = most // LOW_EFFORT
+        reasons = ends_in_reasoning(prompt_ids, self.tokenizer) or self.vocabulary.may_begin_reasoning
+        if not reasons or (budget is not None and budget >= most):
+            budget = None  # it could never count
+        return replace(params, thinking_budget=budget)
+
+    def resumed(self, params: SamplingParams, left: int) -> SamplingParams:
+        """The same for the rest of a sample whose reasoning was closed."""
+        structured = any(getattr(params, name) for name in STRUCTURES)
+        return replace(params, max_tokens=left, thinking_budget=0 if structured else None, prompt_logprobs=None)
+
+    def _reads(self, variable: str) -> bool:
+        return variable in (self.tokenizer.chat_template or "")
+
+    def _encode_chat(self, question: Question, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        more: dict[str, Any] = {"tools": list(question.tools)} if question.tools else {}
+        if question.thinking is not None:
+            more["thinking"] = question.thinking
+        if question.effort is not None:
+            more["reasoning_effort"] = question.effort
+        last = messages[-1] if question.continues and messages else {}
+        if reasoning := last.get("reasoning_content"):
+            begun = self.tokenizer.encode_chat(messages[:-1], **more)
+            return begun + self._begun_answer(begun, reasoning, last.get("content") or "")
+        return self.tokenizer.encode_chat(
+            messages, add_generation_prompt=not question.continues, continue_final_message=question.continues, **more
+        )
+
+    def _begun_answer(self, prompt_ids: list[int], reasoning: str, content: str) -> list[int]:
+        """An answer's beginning, its reasoning included: what templates drop of earlier turns."""
+        tokenizer, ids = self.tokenizer, list[int]()
+        if not ends_in_reasoning(prompt_ids, tokenizer):
+            if tokenizer.think_id is None:
+                raise SlingshotError("this model does not reason: leave reasoning_content out of the begun answer")
+            ids += [tokenizer.think_id, *tokenizer.encode("\n", continues=True)]
+        ids += tokenizer.encode(reasoning, continues=True)
+        if content:
+            ends, leads = self.vocabulary.closing
+            ids += [*ends, *leads, *tokenizer.encode(content, continues=True)]
+        return ids
+
+    def _around_hole(self, prompt: str | Sequence[int], suffix: str) -> list[int]:
+        """Prefix and suffix as a model that fills holes was trained on them (arXiv 2207.14255)."""
+        tokenizer = self.tokenizer
+        added = {token["content"]: token["id"] for token in tokenizer.description()["added_tokens"]}
+        marks = next((marks for marks in _HOLES if all(mark in added for mark in marks)), None)
+        if marks is None:
+            raise SlingshotError("this model has no tokens for text before and after a hole: leave `suffix` out")
+        begin, hole, end = (added[mark] for mark in marks)
+        before = tokenizer.encode(prompt, continues=True) if isinstance(prompt, str) else list(prompt)
+        after = tokenizer.encode(suffix, continues=True)
+        return [*tokenizer.begin_ids, begin, *before, hole, *after, end]
+
+
+def names_of(sources: Iterable[str]) -> list[str]:
+    """What checkpoints are called: the last part of each path, with as many before it as tell them apart.
+
+    Without "/", which some clients do not take in a model's name.
+    """
+    paths = [Path(source).resolve().parts if Path(source).exists() else Path(source).parts for source in sources]
+    if twice := next((parts for place, parts in enumerate(paths) if parts in paths[:place]), None):
+        raise SlingshotError(f"{Path(*twice)} is given twice; leave one of them out")
+    sizes = [1] * len(paths)
+    while True:
+        names = ["-".join(parts[-size:]) for parts, size in zip(paths, sizes, strict=True)]
+        longer = [
+            size + 1 if names.count(name) > 1 and size < len(parts) else size
+            for name, parts, size in zip(names, paths, sizes, strict=True)
+        ]
+        if longer == sizes:
+            return names
+        sizes = longer

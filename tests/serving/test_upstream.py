@@ -1,0 +1,125 @@
+import asyncio
+import contextlib
+
+import pytest
+
+from slingshot.base.errors import SlingshotError
+from slingshot.engine.sampling import SamplingParams
+from slingshot.serving.backend import Generation
+from slingshot.serving.errors import ApiError
+from slingshot.serving.inference_servers import LlamaServer, VllmServer
+from slingshot.serving.local import LocalBackend
+from slingshot.serving.upstream import UpstreamBackend
+from tests.serving.conftest import ScriptedBackend, ids_of, running
+from tests.serving.fake_servers import fake_server
+
+KINDS = ["vllm", "llama.cpp"]
+
+
+@pytest.fixture
+def upstream(tokenizer):
+    """upstream([backends], kind, states): an UpstreamBackend before a server for each."""
+    with contextlib.ExitStack() as stack:
+
+        def make(backends, kind, states=None):
+            states = states or [{} for _ in backends]
+            urls = [
+                stack.enter_context(running(fake_server(backend, tokenizer, kind, state)))
+                for backend, state in zip(backends, states, strict=True)
+            ]
+            servers = [VllmServer(url) if kind == "vllm" else LlamaServer(url, tokenizer.eos_id) for url in urls]
+            return UpstreamBackend(servers, tokenizer)
+
+        yield make
+
+
+def gather(backend, generations):
+    """[(ids, finish_reason, cached)] of the generations, or the errors they end with, one after the other."""
+
+    async def one(generation):
+        ids, last = [], None
+        try:
+            async for delta in backend.generate(generation):
+                ids, last = ids + delta.token_ids, delta
+        except ApiError as error:
+            return error
+        return ids, last.finish_reason, last.cached
+
+    async def run():
+        async with backend:
+            return [await one(generation) for generation in generations]
+
+    return asyncio.run(run())
+
+
+def generation(tokenizer, text="What is 3+4-2?", **params):
+    ids = tokenizer.encode_chat([{"role": "user", "content": text}])
+    return Generation(tuple(ids), SamplingParams(**{"max_tokens": 40, "seed": 3} | params), "0")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_s_answer_is_the_one_it_made(upstream, engine, tokenizer, kind):
+    asked = generation(tokenizer)
+    local = LocalBackend(engine)
+    [(ids, reason, _)] = gather(upstream([local], kind), [asked])
+    own = engine.generate([list(asked.prompt_ids)], asked.params, ["0"])[0].outputs[0]
+    assert (ids, reason) == (own.token_ids, own.finish_reason)
+    asyncio.run(local.close())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_budget_of_reasoning_is_kept_by_closing_it(upstream, tokenizer, kind):
+    script = ScriptedBackend(tokenizer.encode("3 plus 4 is 7, 7 minus 2", continues=True))
+    state = {}
+    [(ids, _, _)] = gather(upstream([script], kind, [state]), [generation(tokenizer, thinking_budget=4)])
+    assert ids[:4] == script.ids[:4] and ids.index(tokenizer.end_think_id) >= 4
+    first, second = state["asked"]
+    assert second["prompt"] == [*first["prompt"], *ids[: ids.index(script.ids[0], 4)]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_structure_binds_after_the_reasoning(upstream, tokenizer, kind):
+    ids = ids_of(tokenizer, "3 plus 4.\n</think>\n\n7")
+    state, schema = {}, '{"type": "integer"}'
+    script = ScriptedBackend(ids)
+    gather(upstream([script], kind, [state]), [generation(tokenizer, json_schema=schema)])
+    bound = [bool(body.get("json_schema") or body.get("structured_outputs")) for body in state["asked"]]
+    assert bound == [False, True]
+    assert state["asked"][1]["prompt"][-1] == tokenizer.end_think_id
+
+
+def test_what_has_not_begun_is_asked_of_another_replica(upstream, tokenizer):
+    script = [*tokenizer.encode("7", continues=True), tokenizer.eos_id]
+    states = [{"dies": 1}, {"dies": 1}, {}]
+    replicas = [ScriptedBackend(script, eos_ids=tokenizer.eos_ids) for _ in states]
+    assert gather(upstream(replicas, "vllm", states), [generation(tokenizer)]) == [(script, "stop", 0)]
+
+
+def test_what_has_begun_ends_with_an_error(upstream, tokenizer):
+    replicas = [ScriptedBackend(tokenizer.encode("3 plus 4 is 7", continues=True)) for _ in range(2)]
+    [error] = gather(upstream(replicas, "vllm", [{"midway": 1}, {"midway": 1}]), [generation(tokenizer)])
+    assert error.status == 503 and "ask again" in error.message
+
+
+def test_prompts_with_one_beginning_go_to_one_replica(upstream, tokenizer):
+    states = [{}, {}, {}]
+    replicas = [ScriptedBackend(tokenizer.encode("7", continues=True)) for _ in states]
+    texts = [f"{'abcdefghijkl'[place % 6] * 80} {place}" for place in range(24)]
+    gather(upstream(replicas, "vllm", states), [generation(tokenizer, text) for text in texts])
+    where = {}
+    for number, state in enumerate(states):
+        for body in state["asked"]:
+            where.setdefault(tuple(body["prompt"][:64]), set()).add(number)
+    assert all(len(numbers) == 1 for numbers in where.values()) and len(where) == 6
+
+
+def test_a_replica_that_is_not_ready_gets_nothing(upstream, tokenizer):
+    states = [{"ready": False}, {}]
+    replicas = [ScriptedBackend(tokenizer.encode("7", continues=True)) for _ in states]
+    gather(upstream(replicas, "vllm", states), [generation(tokenizer, text) for text in "abcdefgh"])
+    assert [len(state["asked"]) for state in states] == [0, 8]
+
+
+def test_no_server_at_all_is_said_in_one_line(tokenizer):
+    with pytest.raises(SlingshotError, match=r"no server answers at http://127\.0\.0\.1:9; start one"):
+        gather(UpstreamBackend([VllmServer("http://127.0.0.1:9")], tokenizer), [])

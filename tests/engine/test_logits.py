@@ -100,6 +100,19 @@ def test_rows_may_come_and_go_and_change_places(vocabulary):
             again[row].push(token_id, logprob)
 
 
+def test_rows_with_too_few_candidates_are_drawn_again(vocabulary):
+    """On a GPU nobody waits to know how many a row has; a distribution so flat that three are never enough."""
+    params = [SamplingParams(100, top_p=0.9), SamplingParams(100, top_k=2), SamplingParams(100, temperature=0)]
+    rows, generator = rows_of(vocabulary, *params), torch.Generator().manual_seed(0)
+    few, whole = RowSampler(candidates=3), RowSampler()
+    for _ in range(5):
+        logits_RV = torch.rand(3, vocabulary.size, generator=generator)
+        (ids, logprobs), expected = few.draw(logits_RV, rows), whole.draw(logits_RV, rows)
+        assert ids == expected[0] and logprobs == pytest.approx(expected[1], abs=1e-5)
+    with pytest.raises(SlingshotError, match="not finite"):
+        few.draw(logits_RV * torch.nan, rows)
+
+
 def spellings(tokenizer, vocabulary, word):
     """Ways to write a word in tokens: as encoded, character by character, byte by byte, within longer tokens."""
     single = {spelt: token_id for token_id, spelt in enumerate(vocabulary.spelt) if len(spelt) == 1}

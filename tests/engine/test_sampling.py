@@ -96,20 +96,25 @@ def test_a_row_without_numbers_ends_in_a_logprob_that_tells(size):
 @given(
     seed=st.integers(0, 10_000), temperature=st.floats(0.1, 3.0), top_p=st.floats(0.05, 1.0), top_k=st.integers(0, 40),
     min_p=st.sampled_from([0.0, 0.0, 0.02, 0.5]), size=st.sampled_from([33, 512, 4096, 4100]),
+    candidates=st.sampled_from([0, 0, 40, 5000]),
 )  # fmt: skip
-def test_against_a_plain_reading_of_the_definitions(seed, temperature, top_p, top_k, min_p, size):
-    """Vocabularies too small and large enough for working on parts of them."""
+def test_against_a_plain_reading_of_the_definitions(seed, temperature, top_p, top_k, min_p, size, candidates):
+    """Vocabularies too small and large enough for working on parts of them; candidates too few, and enough."""
     generator = torch.Generator().manual_seed(seed)
     logits_BV = torch.randn(24, size, generator=generator) * 3
     uniform_B = torch.rand(24, generator=generator)
     rows = rows_of(24, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
-    ids_B, logprobs_B = sample(logits_BV, rows, uniform_B)
+    ids_B, logprobs_B = sample(logits_BV, rows, uniform_B, candidates=candidates)
     expected_BV = (logits_BV / temperature).log_softmax(-1)
-    torch.testing.assert_close(logprobs_B, expected_BV.gather(-1, ids_B[:, None])[:, 0], atol=1e-5, rtol=1e-5)
+    found_B = expected_BV.gather(-1, ids_B[:, None])[:, 0].where(~logprobs_B.isnan(), torch.nan)
+    torch.testing.assert_close(logprobs_B, found_B, atol=1e-5, rtol=1e-5, equal_nan=True)
     for row in range(24):
         probabilities = expected_BV[row].double().exp()
         order = probabilities.argsort(descending=True)[: top_k or size]
         share = probabilities[order] / probabilities[order].sum()
+        if logprobs_B[row].isnan():
+            assert 0 < candidates < len(order) and share[:candidates].sum() < top_p + 1e-4
+            continue
         allowed = order[((share.cumsum(0) - share) < top_p + 1e-6) & (share >= share[0] * (min_p - 1e-6))]
         assert ids_B[row] in allowed
         # The kept ids in order of id, each as wide as its share: where the number falls.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from slingshot.kernels.calls import native_for
-from slingshot.kernels.experts import experts_reference, routed_experts
+from slingshot.kernels.experts import experts_reference, grouped_experts, routed_experts
 from slingshot.kernels.native import native_levels
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -59,3 +59,15 @@ def test_threads_change_nothing() -> None:
     torch.set_num_threads(before)
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@torch.inference_mode()
+def test_experts_by_grouped_products_are_the_definition(tokens):
+    """One token, which most experts do not see; and an expert that nobody chooses."""
+    generator = torch.Generator().manual_seed(0)
+    x_ND, gates_Nk = torch.randn(tokens, 16, generator=generator), torch.rand(tokens, 3, generator=generator)
+    experts_Nk = torch.rand(tokens, 8, generator=generator).index_fill_(1, torch.tensor([4]), 0).topk(3).indices
+    weights = [0.2 * torch.randn(shape, generator=generator) for shape in ((8, 2, 24, 16), (8, 16, 24))]
+    found, expected = (kernel(x_ND, experts_Nk, gates_Nk, *weights) for kernel in (grouped_experts, experts_reference))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)

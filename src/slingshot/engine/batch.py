@@ -105,6 +105,11 @@ def _tensor(values: list[int], dtype: type[np.integer]) -> Tensor:
     return torch.from_numpy(np.array(values, dtype=dtype))  # half the time of torch.tensor
 
 
+def placed(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device: a GPU takes it from pinned memory, for which nobody waits."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 @dataclass
 class RunnerOutput:
     """What a step's tokens gave.

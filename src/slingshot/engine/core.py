@@ -19,6 +19,7 @@ from torch import Tensor
 
 from slingshot.base.errors import SlingshotError
 from slingshot.engine.batch import PAGE, Runner
+from slingshot.engine.graph_runner import GraphRunner
 from slingshot.engine.kv_cache import CacheTooSmall, KVCache
 from slingshot.engine.native_runner import NativeRunner
 from slingshot.engine.pages import PagePool
@@ -63,6 +64,8 @@ class EngineCore:
         elif weight_bits is not None:
             reason = obstacle or ("native is off" if native == "off" else "there is no native library, or it is off")
             raise SlingshotError(f"weight_bits {weight_bits}: only native code has them: {reason}; leave it out")
+        elif native == "auto" and weight.is_cuda and GraphRunner.obstacle(model) is None:
+            self._runner, self.runs_on = GraphRunner(model, self._cache), "torch, in CUDA graphs"
         else:
             self._runner, self.runs_on = TorchRunner(model, self._cache), "torch"
         self._sampler = RowSampler(weight.device, kernels)

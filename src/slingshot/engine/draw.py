@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slingshot.engine.batch import placed
 from slingshot.engine.sampling import SamplingParams
 from slingshot.kernels.native import NativeKernels, pointer
 
@@ -47,13 +48,14 @@ class DrawParams:
         drawn = [(its.top_p, its.top_k, its.min_p) if its.temperature else (1.0, 0, 0.0) for its in params]
         truncated = [row for row, (top_p, top_k, _) in enumerate(drawn) if top_p < 1 or top_k]
         greedy, min_p = [its.temperature == 0 for its in params], [min_p for *_, min_p in drawn]
+        where = torch.device(device)
         return cls(
-            torch.tensor([[its.temperature or 1.0] for its in params], device=device),
-            torch.tensor(greedy, dtype=torch.bool, device=device),
-            torch.tensor([top_p for top_p, *_ in drawn], device=device),
-            torch.tensor([top_k for _, top_k, _ in drawn], dtype=torch.long, device=device),
-            torch.tensor(min_p, device=device),
-            torch.tensor(truncated, device=device) if truncated else None,
+            placed(torch.tensor([[its.temperature or 1.0] for its in params]), where),
+            placed(torch.tensor(greedy, dtype=torch.bool), where),
+            placed(torch.tensor([top_p for top_p, *_ in drawn]), where),
+            placed(torch.tensor([top_k for _, top_k, _ in drawn], dtype=torch.long), where),
+            placed(torch.tensor(min_p), where),
+            placed(torch.tensor(truncated), where) if truncated else None,
             any(greedy),
             any(min_p),
         )
@@ -84,17 +86,23 @@ def uniform_noise(streams_B: Tensor, positions_B: Tensor) -> Tensor:
     return torch.from_numpy(x_B.astype(np.float32) * np.float32(2.0**-24))
 
 
-def _smallest_kept(weights_RV: Tensor, top_p_R: Tensor, top_k_R: Tensor) -> Tensor:
+def _smallest_kept(weights_RV: Tensor, top_p_R: Tensor, top_k_R: Tensor, candidates: int) -> Tensor:
     """The weight below which a row's tokens are dropped: (R, V), (R,), (R,) -> (R,). Equals stand or fall together.
 
     top-k keeps the k heaviest; top-p then keeps the heaviest of those until their share of what top-k left reaches
     top_p, the token that reaches it included (Holtzman et al., arXiv 1904.09751). Nearly all mass lies in few tokens,
     and sorting a vocabulary is slow: only what weighs more than a floor is sorted, which sinks for the rows that need
-    more. The heaviest token weighs 1.
+    more. The heaviest token weighs 1. With candidates so many of the heaviest are looked at, and the host waits for
+    nothing: NaN for a row for which they are too few.
     """
     vocabulary, counted_R = weights_RV.shape[-1], top_k_R > 0
     count_R = torch.where(counted_R, top_k_R.clamp(max=vocabulary), vocabulary)
     total_R = weights_RV.sum(-1)
+    if candidates:
+        heaviest_RK = weights_RV.topk(min(candidates, vocabulary), dim=-1).values
+        cut_R, enough_R = _cut(heaviest_RK, top_p_R, count_R, counted_R, total_R)
+        enough_R = torch.where(counted_R, count_R <= candidates, enough_R)
+        return cut_R if candidates >= vocabulary else torch.where(enough_R, cut_R, torch.nan)
     if not total_R.isfinite().all():  # nothing can be sorted; the log probability tells
         return torch.zeros_like(total_R)
     # Under this floor tokens weigh less together than the tail that is to be cut.
@@ -106,17 +114,26 @@ def _smallest_kept(weights_RV: Tensor, top_p_R: Tensor, top_k_R: Tensor) -> Tens
         heavier_RK = _heavier(of_open_RV, floor_R) if floor else of_open_RV * (of_open_RV > floor_R[:, None])
         most = int((heavier_RK > 0).sum(-1).clamp(max=count_R[open_R]).max())
         heaviest_RK = heavier_RK.topk(most, dim=-1).values
-        heaviest_RK.masked_fill_(torch.arange(most, device=cut_R.device) >= count_R[open_R, None], 0.0)
-        found_R = heaviest_RK.sum(-1)
-        goal_R = top_p_R[open_R] * torch.where(counted_R[open_R], found_R, total_R[open_R])
-        before_RK = heaviest_RK.cumsum(-1) - heaviest_RK
-        kept_R = ((before_RK < goal_R[:, None]) & (heaviest_RK > 0)).sum(-1)
-        cut_R[open_R] = heaviest_RK.gather(-1, kept_R[:, None] - 1)[:, 0]
-        enough_R = torch.where(counted_R[open_R], (heaviest_RK > 0).sum(-1) == count_R[open_R], found_R > goal_R)
+        of_rows = top_p_R[open_R], count_R[open_R], counted_R[open_R], total_R[open_R]
+        cut_R[open_R], enough_R = _cut(heaviest_RK, *of_rows)
         open_R = open_R[~enough_R]
         if not len(open_R):
             break
     return cut_R
+
+
+def _cut(
+    heaviest_RK: Tensor, top_p_R: Tensor, count_R: Tensor, counted_R: Tensor, total_R: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `_smallest_kept` gives, as far as the heaviest weights of each row tell, and whether they suffice."""
+    most = heaviest_RK.shape[-1]
+    heaviest_RK.masked_fill_(torch.arange(most, device=heaviest_RK.device) >= count_R[:, None], 0.0)
+    found_R = heaviest_RK.sum(-1)
+    goal_R = top_p_R * torch.where(counted_R, found_R, total_R)
+    before_RK = heaviest_RK.cumsum(-1) - heaviest_RK
+    kept_R = ((before_RK < goal_R[:, None]) & (heaviest_RK > 0)).sum(-1)
+    cut_R = heaviest_RK.gather(-1, (kept_R[:, None] - 1).clamp(min=0))[:, 0]
+    return cut_R, torch.where(counted_R, (heaviest_RK > 0).sum(-1) == count_R, found_R > goal_R)
 
 
 def _heavier(weights_RV: Tensor, floor_R: Tensor) -> Tensor:
@@ -156,7 +173,9 @@ def draw(weights_BV: Tensor, cumulative_BV: Tensor, uniform_B: Tensor) -> Tensor
     target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
     ids_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True).clamp_(max=weights_BV.shape[-1] - 1)
     kept_B1 = weights_BV.gather(-1, ids_B1) > 0
-    return ids_B1 if kept_B1.all() else torch.where(kept_B1, ids_B1, weights_BV.argmax(-1, keepdim=True))
+    if kept_B1.device.type == "cpu" and kept_B1.all():  # asking a GPU takes longer
+        return ids_B1
+    return torch.where(kept_B1, ids_B1, weights_BV.argmax(-1, keepdim=True))
 
 
 def draw_by_chunks(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
@@ -176,14 +195,15 @@ def draw_by_chunks(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def sample(
-    logits_BV: Tensor, params: DrawParams, uniform_B: Tensor, kernels: NativeKernels | None = None
+    logits_BV: Tensor, params: DrawParams, uniform_B: Tensor, kernels: NativeKernels | None = None, candidates: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Choose one token a row by inverting the cumulative distribution at `uniform_B`: -> ids (B,), logprobs (B,).
 
     logits (B, V) float32; uniform (B,) in [0, 1). ids int64, logprobs float32: log_softmax(logits / temperature) of the
     chosen ids over the whole vocabulary, before any truncation, which is what a trainer recomputes by a forward pass.
     Rows of temperature 0 take the first of the largest logits, with its log probability at temperature 1.
-    kernels do the same, faster.
+    kernels do the same, faster. With candidates all is done on the logits' device before anyone knows whether top-k and
+    top-p kept more of a row's tokens than so many: then its log probability is NaN, and nothing is chosen.
     """
     if kernels is not None:
         return native_sample(kernels, logits_BV, params, uniform_B)
@@ -198,7 +218,8 @@ def sample(
         rows_R = params.truncated_R
         smallest_B = torch.zeros_like(log_total_B)
         of_rows_RV = weights_BV if len(rows_R) == len(smallest_B) else weights_BV[rows_R]
-        smallest_B[rows_R] = _smallest_kept(of_rows_RV, params.top_p_B[rows_R], params.top_k_B[rows_R])
+        smallest_B[rows_R] = _smallest_kept(of_rows_RV, params.top_p_B[rows_R], params.top_k_B[rows_R], candidates)
+        log_total_B.masked_fill_(smallest_B.isnan(), torch.nan)
         cut_B = smallest_B if cut_B is None else torch.maximum(cut_B, smallest_B)
     if cut_B is not None:  # the likeliest weighs 1
         weights_BV.masked_fill_(weights_BV < cut_B[:, None], 0.0)

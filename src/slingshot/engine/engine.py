@@ -70,7 +70,7 @@ class Engine:
     step_tokens     tokens of a step at most, rows included: what a long prompt holds the others up by
     speculation     "on": tokens are guessed ahead (speculation.py) and computed together; "auto": where that is faster.
                     What is sampled stays the same but for rounding; with "auto" the rounding depends on timings
-    native          "auto": the compiled kernels run the network where they can; "off": torch does
+    native          "auto": the compiled kernels run the network where they can, CUDA graphs on a GPU; "off": torch does
     weight_bits     8 or 4: the compiled kernels' copy of the matrices is rounded to nearest in so few bits, which needs
                     less bandwidth; an error where those kernels do not run
 
@@ -162,7 +162,7 @@ class Engine:
 
     @property
     def runs_on(self) -> str:
-        """What runs the network: "torch", or native code and its level of instructions."""
+        """What runs the network: "torch", alone or in CUDA graphs, or native code and its level of instructions."""
         return self._core.runs_on
 
     @property

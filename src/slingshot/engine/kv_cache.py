@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from slingshot.base.errors import SlingshotError
-from slingshot.engine.batch import PAGE
+from slingshot.engine.batch import PAGE, placed
 from slingshot.model.config import ModelConfig
 
 ALIGNMENT = 64  # bytes of a cache line
@@ -63,8 +63,10 @@ class KVCache:
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole pages."""
+        device = self.layers[0].device
+        from_P, to_P = (placed(torch.tensor(list(pages)), device) for pages in (sources, targets))
         for layer in self.layers:
-            layer[list(targets)] = layer[list(sources)]
+            layer.index_copy_(0, to_P, layer.index_select(0, from_P))
 
     def clear(self) -> None:
         """Write zeros over everything: after weights that gave NaN, which masks do not hide."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from slingshot.base.errors import SlingshotError
+from slingshot.engine.batch import placed
 from slingshot.engine.draw import DrawParams, sample, uniform_noise
 from slingshot.engine.logits import change, forbid
 from slingshot.engine.sampling import SamplingError
@@ -25,6 +26,7 @@ from slingshot.engine.sequence import Sequence
 from slingshot.kernels.native import NativeKernels
 
 KEPT = 16  # arrangements of rows
+CANDIDATES = 1024  # tokens that top-k and top-p look at on a GPU; where they keep more, the row is drawn again
 
 
 class DrawnRows:
@@ -41,11 +43,16 @@ class DrawnRows:
 class RowSampler:
     """What it keeps between steps are parameters as tensors, while the same sequences come in the same order.
 
-    kernels: what draws on a CPU; without them torch does.
+    kernels: what draws on a CPU; without them torch does. candidates: as `sample` takes them; default: what suits the
+    device. On a GPU the host waits once, for the ids, but for rows that ask for more or rows that are new.
     """
 
-    def __init__(self, device: torch.device | str = "cpu", kernels: NativeKernels | None = None) -> None:
-        self._device, self._kernels = device, kernels
+    def __init__(
+        self, device: torch.device | str = "cpu", kernels: NativeKernels | None = None, candidates: int | None = None
+    ) -> None:
+        self._device, self._kernels = torch.device(device), kernels
+        suited = CANDIDATES if self._device.type == "cuda" else 0
+        self._candidates = suited if candidates is None else candidates
         self._rows = DrawnRows([], device)
         self._known: dict[tuple[int, ...], DrawnRows] = {}
 
@@ -70,7 +77,7 @@ class RowSampler:
         positions_R = self._rows.prompts_R + torch.tensor([len(sequence.token_ids) for sequence in sequences])
         if ahead is not None:
             positions_R += torch.tensor(ahead)
-        uniform_R = uniform_noise(self._rows.streams_R, positions_R).to(self._device)
+        uniform_R = placed(uniform_noise(self._rows.streams_R, positions_R), self._device)
         if self._rows.special:
             own = OwnLogprobs(logits_RV, self._rows.special, self._rows.params.divisor_B1)
             self._change(logits_RV)
@@ -78,11 +85,13 @@ class RowSampler:
             self._force(ids_R)
             own.tell(logits_RV, ids_R, logprobs_R)
         else:
-            ids_R, logprobs_R = sample(logits_RV, self._rows.params, uniform_R, self._kernels)
-        logprobs: list[float] = logprobs_R.tolist()
+            ids_R, logprobs_R = sample(logits_RV, self._rows.params, uniform_R, self._kernels, self._candidates)
+        ids, logprobs = _told(ids_R, logprobs_R)
+        if self._candidates and not self._rows.special and not all(map(math.isfinite, logprobs)):
+            ids, logprobs = _told(*sample(logits_RV, self._rows.params, uniform_R, self._kernels))
         if not all(map(math.isfinite, logprobs)):
             raise SlingshotError("logits are not finite: its weights have diverged; go back to an earlier checkpoint")
-        return ids_R.tolist(), logprobs
+        return ids, logprobs
 
     def _change(self, logits_RV: Tensor) -> None:
         ruled = [(row, sequence.rules) for row, sequence in self._rows.special if sequence.rules is not None]
@@ -111,6 +120,14 @@ class RowSampler:
         for row, sequence in self._rows.special:
             if sequence.guide is not None and sequence.guide.forced:
                 ids_R[row] = sequence.guide.forced[0]
+
+
+def _told(ids_R: Tensor, logprobs_R: Tensor) -> tuple[list[int], list[float]]:
+    """To the host: from a GPU in one piece, for which it waits."""
+    if ids_R.device.type == "cpu":
+        return ids_R.tolist(), logprobs_R.tolist()
+    ids, logprobs = torch.stack((ids_R.double(), logprobs_R.double())).tolist()
+    return [int(id) for id in ids], logprobs
 
 
 class OwnLogprobs:

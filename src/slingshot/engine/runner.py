@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slingshot.engine.batch import PAGE, FlatBatch, RunnerOutput
+from slingshot.engine.batch import PAGE, FlatBatch, RunnerOutput, placed
 from slingshot.engine.kv_cache import KVCache
 from slingshot.kernels.attention import attend_folded
 from slingshot.model.context import Context
@@ -30,11 +30,6 @@ from slingshot.model.transformer import MTP, Transformer
 TOKEN_STEP = 16  # the network sees a multiple of so many tokens, since matrix libraries compile code for every shape
 SCORES = 1 << 24  # attention scores of a layer at once: 64 MiB in float32, copied a few times
 WASTE = 1.5  # how much padding may add to the scores of sequences that attend together
-
-
-def placed(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device: a GPU takes it from pinned memory, for which nobody waits."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @dataclass
@@ -145,28 +140,35 @@ class TorchRunner:
         """Nothing: the modules read their weights at every call."""
 
     def forward(self, batch: FlatBatch) -> RunnerOutput:
+        return self._output(batch, *self._hidden(*self._context(batch), batch.routing))
+
+    def draft(self, batch: FlatBatch, hidden_ND: Tensor) -> RunnerOutput:
         tokens, context = self._context(batch)
+        padded_ND = F.pad(hidden_ND, (0, 0, 0, len(tokens) - len(hidden_ND)))
+        return self._output(batch, self._drafted(tokens, context, padded_ND))
+
+    def _hidden(self, tokens_N: Tensor, context: Context, routing: bool) -> tuple[Tensor, Tensor | None]:
+        """The main model's hidden states after the final norm, and, where asked, the experts it chose [N, L, k]."""
         chosen: list[Routing] = []
         hooks = [
             layer.gate.register_forward_hook(lambda _, __, routing: chosen.append(routing))
             for layer in self._model.moe_layers()[: self._main_moe_layers]
-            if batch.routing
+            if routing
         ]
         try:
-            hidden = self._model(tokens, context=context, logits=False).hidden_BTD
+            hidden_ND = self._model(tokens_N, context=context, logits=False).hidden_BTD
         finally:
             for hook in hooks:
                 hook.remove()
-        routing = [its.experts_Nk[: len(batch.token_ids_N)].to(torch.int16) for its in chosen]
-        return self._output(batch, hidden, torch.stack(routing, dim=1) if routing else None)
+        experts = [its.experts_Nk.to(torch.int16) for its in chosen]
+        return hidden_ND, torch.stack(experts, dim=1) if experts else None
 
-    def draft(self, batch: FlatBatch, hidden_ND: Tensor) -> RunnerOutput:
-        tokens, context = self._context(batch)
+    def _drafted(self, tokens_N: Tensor, context: Context, hidden_ND: Tensor) -> Tensor:
+        """The MTP module's own hidden states."""
         module = self._model.model.layers[self._model.config.num_hidden_layers]
         assert isinstance(module, MTP)
-        padded_ND = F.pad(hidden_ND, (0, 0, 0, len(tokens) - len(hidden_ND)))
-        embedding = self._model.model.embed_tokens(tokens).to(hidden_ND.dtype)
-        return self._output(batch, module(padded_ND, context, embedding)[0])
+        drafted_ND: Tensor = module(hidden_ND, context, self._model.model.embed_tokens(tokens_N).to(hidden_ND.dtype))[0]
+        return drafted_ND
 
     @property
     def _main_moe_layers(self) -> int:
@@ -175,8 +177,9 @@ class TorchRunner:
 
     def _output(self, batch: FlatBatch, hidden_ND: Tensor, routing_NLk: Tensor | None = None) -> RunnerOutput:
         wanted_RD = hidden_ND.index_select(0, placed(batch.wanted, self._device))
-        hidden = hidden_ND[: len(batch.token_ids_N)] if batch.hidden else None
-        return RunnerOutput(self._model.lm_logits(wanted_RD), hidden, routing_NLk)
+        count = len(batch.token_ids_N)
+        routing_NLk = routing_NLk[:count] if batch.routing and routing_NLk is not None else None
+        return RunnerOutput(self._model.lm_logits(wanted_RD), hidden_ND[:count] if batch.hidden else None, routing_NLk)
 
     def _context(self, batch: FlatBatch) -> tuple[Tensor, PagedContext]:
         """The batch's tokens, padded, and their attention."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slingshot.engine.batch import PAGE, FlatBatch, Runner
+from slingshot.engine.batch import PAGE, FlatBatch, Runner, placed
 from slingshot.engine.row_sampler import RowSampler
 from slingshot.engine.rows import Resident
 from slingshot.engine.scheduler import Step
@@ -186,4 +186,4 @@ class Speculator:
 def _rows_of(hidden_ND: Tensor, places: list[int]) -> Tensor:
     if places == list(range(len(hidden_ND))):
         return hidden_ND
-    return hidden_ND.index_select(0, torch.tensor(places, dtype=torch.long, device=hidden_ND.device))
+    return hidden_ND.index_select(0, placed(torch.tensor(places, dtype=torch.long), hidden_ND.device))

@@ -5,6 +5,8 @@ Suffixes: N tokens, D model width, F expert width, E experts, k experts per toke
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slingshot.kernels.calls import NativeCall, native_for
+from slingshot.kernels.swiglu import swiglu
 
+ExpertsKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # as `experts_reference`
 FEW = 256  # tokens below which packing the weights takes longer than the products
 
 
@@ -26,9 +30,33 @@ def experts_reference(
     return (y_NkD * gates_Nk.to(x_ND.dtype)[..., None]).sum(1)
 
 
-def experts_kernel(x_ND: Tensor) -> NativeCall | None:
-    """The native kernel for these rows, where there is one and it pays."""
-    return native_for(x_ND) if torch.is_grad_enabled() or len(x_ND) >= FEW else None
+def experts_kernel(x_ND: Tensor, hidden: int) -> ExpertsKernel | None:
+    """What takes these rows through experts of `hidden` numbers faster than row counts on the host, where it pays."""
+    if x_ND.is_cuda:
+        return grouped_experts if not torch.is_grad_enabled() and _has_grouped_products(x_ND, hidden) else None
+    native = native_for(x_ND) if torch.is_grad_enabled() or len(x_ND) >= FEW else None
+    return None if native is None else partial(routed_experts, native)
+
+
+def _has_grouped_products(x_ND: Tensor, hidden: int) -> bool:
+    """Where torch multiplies groups in one kernel; elsewhere it asks the device for their sizes, and waits."""
+    built = torch.version.hip is None and torch.cuda.get_device_capability(x_ND.device)[0] in (9, 10)
+    aligned = x_ND.shape[1] % 8 == 0 and hidden % 8 == 0  # rows of 16 bits begin at multiples of 16 bytes
+    return built and aligned and x_ND.dtype == torch.bfloat16
+
+
+def grouped_experts(
+    x_ND: Tensor, experts_Nk: Tensor, gates_Nk: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """`experts_reference` without gradients: rows are sorted by expert on the device, and nobody waits for it."""
+    (count, k), n_experts = experts_Nk.shape, len(down_EDF)
+    expert_A, order_A = experts_Nk.flatten().sort(stable=True)
+    ends_E = torch.searchsorted(expert_A, torch.arange(n_experts, device=x_ND.device), right=True, out_int32=True)
+    gate_up_EFD, down_EDF = gate_up_E2FD.to(x_ND.dtype).flatten(1, 2), down_EDF.to(x_ND.dtype)
+    hidden_AF = swiglu(F.grouped_mm(x_ND[order_A // k], gate_up_EFD.mT, offs=ends_E))
+    rows_AD = F.grouped_mm(hidden_AF, down_EDF.mT, offs=ends_E)
+    y_AD = torch.empty_like(rows_AD).index_copy_(0, order_A, rows_AD)
+    return (y_AD.view(count, k, -1) * gates_Nk.to(x_ND.dtype)[..., None]).sum(1)
 
 
 def routed_experts(

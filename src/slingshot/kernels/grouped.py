@@ -27,6 +27,8 @@ class _GroupedMatmul(torch.autograd.Function):
     def forward(ctx: Any, x_ND: Tensor, weight_EFD: Tensor, counts: list[int]) -> Tensor:
         ctx.save_for_backward(x_ND, weight_EFD)
         ctx.counts = counts
+        if len(set(counts)) == 1:
+            return torch.bmm(x_ND.view(len(counts), -1, x_ND.shape[1]), weight_EFD.mT).flatten(0, 1)
         y_NF = x_ND.new_empty(x_ND.shape[0], weight_EFD.shape[1])
         for x, weight_DF, y in zip(x_ND.split(counts), weight_EFD.mT.unbind(), y_NF.split(counts), strict=True):
             if len(x):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from slingshot.kernels.experts import experts_kernel, routed_experts
+from slingshot.kernels.experts import experts_kernel
 from slingshot.kernels.swiglu import swiglu
 from slingshot.model.config import ModelConfig
 from slingshot.model.dispatch import Dispatcher, LocalDispatcher, Routing
@@ -97,9 +97,9 @@ class MoE(nn.Module):
         x_ND = x_XD.flatten(0, -2)
         routing = self.gate(x_ND)
         local = isinstance(self.dispatcher, LocalDispatcher) and self.experts.plain
-        if local and (native := experts_kernel(x_ND)) is not None:
-            weights = self.experts.gate_up_proj.weight, self.experts.down_proj.weight
-            y_ND = routed_experts(native, x_ND, routing.experts_Nk, routing.gates_Nk, *weights)
+        weights = self.experts.gate_up_proj.weight, self.experts.down_proj.weight
+        if local and (kernel := experts_kernel(x_ND, weights[1].shape[-1])) is not None:
+            y_ND = kernel(x_ND, routing.experts_Nk, routing.gates_Nk, *weights)
         else:
             y_ND = self.dispatcher(x_ND, routing, self.experts)
         if self.shared_experts is not None:

@@ -84,6 +84,11 @@ def test_unusable_files_are_named(tmp_path: Path, name: str, content: bytes, rea
     with pytest.raises(SlingshotError, match=reason) as caught:
         Corpus.open(tmp_path / name)
     assert name in str(caught.value) and "\n" not in str(caught.value)
+    if name == "bad.jsonl":
+        Corpus.check([tmp_path / name])  # its first row is one
+    else:
+        with pytest.raises(SlingshotError, match=reason):
+            Corpus.check(["stdlib", tmp_path / name])
 
 
 def test_missing_and_unreadable_sources(tmp_path: Path) -> None:

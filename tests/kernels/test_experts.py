@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from slingshot.kernels.calls import native_for
+from slingshot.kernels.calls import NativeCall, native_for
 from slingshot.kernels.experts import experts_reference, grouped_experts, routed_experts
 from slingshot.kernels.native import native_levels
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+from .agreement import agree
+
 # tokens, experts, k, width, hidden: full tiles, widths that fill none, more rows than a block, experts without any
 SHAPES = [(70, 4, 2, 32, 16), (100, 8, 3, 24, 20), (600, 3, 2, 64, 48), (9, 16, 1, 7, 5)]
 
 
-@pytest.mark.parametrize("level", native_levels())
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("threads", [1, 2])
 def test_output_and_gradients_are_the_definitions(
-    level: str, shape: tuple[int, ...], dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+    native: Callable[[torch.dtype], NativeCall], shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    monkeypatch.setenv("SLINGSHOT_NATIVE", level)
     tokens, n_experts, k, width, hidden = shape
     generator = torch.Generator().manual_seed(0)
-    shapes = (tokens, width), (n_experts, 2, hidden, width), (n_experts, width, hidden), (tokens, width)
-    x, gate_up, down, pull = (torch.randn(size, generator=generator) for size in shapes)
+    shapes = (tokens, width), (n_experts, 2, hidden, width), (n_experts, width, hidden)
+    x, gate_up, down = (torch.randn(size, generator=generator) for size in shapes)
     experts_Nk = torch.rand(tokens, n_experts, generator=generator).topk(k).indices
     gates = torch.rand(tokens, k, generator=generator).to(dtype).float()
     masters = gates, (gate_up / width**0.5).to(dtype).float(), (down / hidden**0.5).to(dtype).float()
-    ours = [t.clone().requires_grad_() for t in (x.to(dtype), *masters)]
-    theirs = [t.detach().double().requires_grad_() for t in ours]
-    native, before = native_for(ours[0]), torch.get_num_threads()
-    assert native is not None
-    torch.set_num_threads(threads)
-    found = routed_experts(native, ours[0], experts_Nk, *ours[1:])
-    (found.double() * pull).sum().backward()
-    torch.set_num_threads(before)
-    expected = experts_reference(theirs[0], experts_Nk, *theirs[1:])
-    (expected * pull).sum().backward()
-    for value, reference in [(found, expected), *((a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))]:
-        assert value is not None and reference is not None
-        assert (value - reference).abs().max() / reference.abs().max() < TOLERANCE[dtype]
+    agree(
+        lambda x, *weights: (routed_experts(native(dtype), x, experts_Nk, *weights),),
+        lambda x, *weights: (experts_reference(x, experts_Nk, *weights),),
+        x.to(dtype),
+        *masters,
+    )
 
 
 @pytest.mark.skipif(not native_levels(), reason="no native library is built here")

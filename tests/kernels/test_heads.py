@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
-from slingshot.kernels.calls import native_for
+from slingshot.kernels.calls import NativeCall
 from slingshot.kernels.heads import turned_heads
-from slingshot.kernels.native import native_levels
 from slingshot.model.rope import rotate
 
+from .agreement import agree
 
-@pytest.mark.parametrize("level", native_levels())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("threads", [1, 2])
 def test_heads_are_those_of_rotate_and_cat(
-    level: str, dtype: torch.dtype, interleaved: bool, shared: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+    native: Callable[[torch.dtype], NativeCall], dtype: torch.dtype, interleaved: bool, shared: bool
 ) -> None:
-    monkeypatch.setenv("SLINGSHOT_NATIVE", level)
     generator = torch.Generator().manual_seed(0)
-    whole, turned = torch.randn(2, 70, 3, 11, generator=generator), torch.randn(2, 70, 1, 6, generator=generator)
-    angles, pull = torch.randn(2, 70, 3, generator=generator), torch.randn(2, 70, 3, 11, generator=generator)
-    ours, theirs = ([t.to(dtype).requires_grad_() for t in (whole, turned)] for _ in range(2))
-    native, before = native_for(ours[0]), torch.get_num_threads()
-    assert native is not None
-    torch.set_num_threads(threads)
-    pairs, plain = (tensors[1] if shared else tensors[0][..., 5:] for tensors in (ours, theirs)), theirs[0][..., :5]
-    found = turned_heads(native, ours[0][..., :5], next(pairs), angles.cos(), angles.sin(), interleaved)
-    expected = torch.cat(
-        (plain, rotate(next(pairs), angles.cos(), angles.sin(), interleaved).expand(-1, -1, 3, -1)), -1
-    )
-    for y in (found, expected):
-        (y.float() * pull).sum().backward()
-    torch.set_num_threads(before)
-    allowed = 1e-5 if dtype == torch.float32 else 5e-2
-    torch.testing.assert_close(found, expected, atol=allowed, rtol=allowed)
-    for one, other in zip(ours, theirs, strict=True):
-        if other.grad is not None:
-            torch.testing.assert_close(one.grad, other.grad, atol=allowed, rtol=allowed)
+    whole, turned = (torch.randn(2, 70, *size, generator=generator).to(dtype) for size in ((3, 11), (1, 6)))
+    angles = torch.randn(2, 70, 3, generator=generator)
+    turn = angles.cos(), angles.sin(), interleaved
+
+    def parts(whole: Tensor, turned: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return whole[..., :5], whole[..., 5:] if turned is None else turned
+
+    def by_definition(*given: Tensor) -> tuple[Tensor]:
+        plain, turned = parts(*given)
+        return (torch.cat((plain, rotate(turned, *turn).expand(-1, -1, 3, -1)), -1),)
+
+    given = (whole, turned) if shared else (whole,)
+    agree(lambda *given: (turned_heads(native(dtype), *parts(*given), *turn),), by_definition, *given)

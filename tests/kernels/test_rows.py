@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,51 +9,29 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from slingshot.kernels.logprobs import logprobs_reference, token_logprobs
-from slingshot.kernels.native import native_levels
 from slingshot.kernels.norm import residual_norm, rms_norm, rms_norm_reference
 from slingshot.kernels.swiglu import swiglu, swiglu_reference
 
-LEVELS = ("off", *native_levels())
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+from .agreement import agree
 
 
 def plain_residual_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x + more, rms_norm_reference(x + more, weight, eps)
 
 
-def agree(fast: Callable[..., tuple[Tensor, ...]], plain: Callable[..., tuple[Tensor, ...]], *given: Tensor) -> None:
-    """Outputs and gradients, each relative to its largest number; the plain ones in float64 of the same numbers."""
-    ours = [x.detach().clone().requires_grad_() for x in given]
-    theirs = [x.detach().double().requires_grad_() for x in given]
-    found, expected = fast(*ours), plain(*theirs)
-    generator = torch.Generator().manual_seed(1)
-    pulls = [torch.randn(y.shape, generator=generator) for y in expected]
-    for outputs in (found, expected):
-        sum((y.double() * pull).sum() for y, pull in zip(outputs, pulls, strict=True)).backward()  # type: ignore[union-attr]
-    pairs = [*zip(found, expected, strict=True), *((a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))]
-    for value, reference in pairs:
-        assert value.dtype in (given[0].dtype, torch.float32)
-        scale = reference.detach().abs().max().clamp(min=0.05)
-        assert ((value - reference).abs().max() / scale) < TOLERANCE[given[0].dtype]
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(params=TOLERANCE, ids=str)
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    value: torch.dtype = request.param
-    return value
-
-
 SHAPES = [(1, 9), (3, 16), (5, 24), (2, 40), (130, 128), (200, 7)]
 
 
+@pytest.mark.parametrize("norm", [rms_norm, rms_norm_reference])
+def test_rms_norm_by_hand(norm) -> None:
+    # mean square of (1, 3) is 5; sqrt(5.5) = 2.345208
+    found = norm(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 10.0]), 0.5)
+    assert torch.allclose(found, torch.tensor([1 / 2.345208, 30 / 2.345208]))
+
+
+@pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_norms(level: str, dtype: torch.dtype, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLINGSHOT_NATIVE", level)
+def test_norms(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(shape[1])
     x, more = (torch.randn(2, *shape, generator=generator).to(dtype) for _ in range(2))
     weight = torch.rand(shape[1], generator=generator) + 0.5
@@ -66,28 +42,26 @@ def test_norms(level: str, dtype: torch.dtype, shape: tuple[int, int], monkeypat
     agree(lambda x, w: residual_norm(x, None, w, 1e-3), lambda x, w: (x, rms_norm_reference(x, w, 1e-3)), x, weight)
 
 
+@pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_norm_of_a_part_of_wider_rows(level: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLINGSHOT_NATIVE", level)
+def test_norm_of_a_part_of_wider_rows(shape: tuple[int, int]) -> None:
     wide = torch.randn(2, shape[0], shape[1] + 5, generator=torch.Generator().manual_seed(0))
     weight = torch.ones(shape[1])
     both = (lambda x, w, norm=norm: (norm(x[..., : shape[1]], w, 1e-3),) for norm in (rms_norm, rms_norm_reference))
     agree(*both, wide, weight)
 
 
+@pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_swiglu(level: str, dtype: torch.dtype, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLINGSHOT_NATIVE", level)
+def test_swiglu(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     gate_up = 4 * torch.randn(*shape, 2 * shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
     agree(lambda x: (swiglu(x),), lambda x: (swiglu_reference(x),), gate_up)
 
 
+@pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("shape", [(1, 2), (3, 16), (5, 300), (40, 512)], ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_logprobs(
-    level: str, dtype: torch.dtype, shape: tuple[int, int], temperature: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SLINGSHOT_NATIVE", level)
+def test_logprobs(dtype: torch.dtype, shape: tuple[int, int], temperature: float) -> None:
     generator = torch.Generator().manual_seed(0)
     logits_NV = 3 * torch.randn(shape, generator=generator).to(dtype)
     targets_N = torch.randint(shape[1], shape[:1], generator=generator)

@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 
+from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json
 from slingshot.cost.receipt import Receipt
 from slingshot.recipe.process import launcher
 from slingshot.recipe.recipe import Recipe
-from slingshot.recipe.runner import run
+from slingshot.recipe.runner import check, run
+from slingshot.stages.pretrain import PretrainConfig
 
 Refusal = Callable[[Callable[[], object]], str]
 Load = Callable[..., Recipe]
@@ -189,6 +191,13 @@ def test_what_can_be_known_is_checked_before_anything_runs(
     out = tmp_path / "run"
     assert message in refusal(lambda: run(load(f'{TEXT}[last]\nstage = "evaluate"\n{change}\n'), out))
     assert not (out / "base").exists()
+
+
+def test_a_corpus_is_looked_into_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"question": "1+1?"}\n')
+    config = PretrainConfig.parse({"model": "deepseek-v3", "text": [str(tmp_path / "bad.jsonl")]})
+    with pytest.raises(SlingshotError, match=r"bad\.jsonl line 1 has no text under 'text' \(keys: question\)"):
+        check(config, coming=())
 
 
 def test_the_end_of_a_run_says_what_comes_next(load: Load, tmp_path: Path, capsys: Captured, refusal: Refusal) -> None:

@@ -74,18 +74,19 @@ def test_a_file_that_draws_from_global_generators_draws_by_the_seed(load):
     assert not set(whole) & {problem for _, problem in mixed}
 
 
-def test_a_file_in_the_current_folder_keeps_its_name_in_processes_of_its_own(load, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend("")
+@pytest.mark.parametrize("name", ["mine.py", "random.py", "my-task.py"])
+def test_processes_that_a_file_starts_anew_import_it_and_what_lies_beside_it(load, name):
     task = load(
         """
         from multiprocessing import get_context
-        def double(n): return 2 * n
+        from . import helper
+        def double(n): return helper.double(n)
         def problems(split, seed): yield from ({"prompt": str(n)} for n in range(30))
         def verify(problem, text):
             with get_context("spawn").Pool(1) as pool:
                 return pool.map(double, [2]) == [4]
-        """
+        """,
+        name,
     )
     assert task.verify(next(task.problems("train", 0)), "x") == Reward(1.0, "x")
 

@@ -47,24 +47,16 @@ class Corpus:
         SlingshotError names a source that is missing, unreadable, binary or empty, or a row without text.
         """
         documents: list[str] = []
-        skipped = 0
+        skipped: list[SlingshotError] = []
         for source in [sources] if isinstance(sources, str | Path) else sources:
-            stdlib, path = str(source) == "stdlib", Path(source)
-            if stdlib:
-                texts, unread = _read_folder(Path(sysconfig.get_path("stdlib")), text_key, ".py", _NOT_STDLIB)
-            elif path.is_dir():
-                texts, unread = _read_folder(path, text_key)
-            elif path.exists():
-                texts, unread = list(_read_file(path, text_key, whole=False)), 0
-            else:
-                raise SlingshotError(f"corpus {path} does not exist; give a file, a folder, or stdlib")
-            texts = [text for text in texts if text.strip()]
-            if not texts:
-                unreadable = f" ({unread} files are not UTF-8 text)" if unread else ""
-                raise SlingshotError(f"corpus {source} holds no text{unreadable}; give UTF-8 text, .jsonl or .parquet")
-            documents += texts
-            skipped += unread
-        return cls(documents, skipped)
+            documents += _texts(source, text_key, skipped)
+        return cls(documents, len(skipped))
+
+    @staticmethod
+    def check(sources: Iterable[str | Path], text_key: str = "text") -> None:
+        """Read the first document of every source: SlingshotError where `open` would find that it is none."""
+        for source in sources:
+            next(_texts(source, text_key, []))
 
     def split(self, heldout: float = 0.05) -> tuple[list[str], list[str]]:
         """(train, held-out) documents. Held out is the share whose texts have the smallest SHA-256.
@@ -84,25 +76,44 @@ class _NotText(SlingshotError):
     """A file that cannot be read or is binary: skipped within a folder, an error by itself."""
 
 
+def _texts(source: str | Path, text_key: str, skipped: list[SlingshotError]) -> Iterator[str]:
+    """The documents of one source that are not blank; why files of folders are no text goes to `skipped`."""
+    path, before, empty = Path(source), len(skipped), True
+    if str(source) == "stdlib":
+        texts = _read_folder(Path(sysconfig.get_path("stdlib")), text_key, skipped, ".py", _NOT_STDLIB)
+    elif path.is_dir():
+        texts = _read_folder(path, text_key, skipped)
+    elif path.exists():
+        texts = _read_file(path, text_key, whole=False)
+    else:
+        raise SlingshotError(f"corpus {path} does not exist; give a file, a folder, or stdlib")
+    for text in texts:
+        if text.strip():
+            empty = False
+            yield text
+    if empty:
+        unread = f" ({len(skipped) - before} files are not UTF-8 text)" if len(skipped) > before else ""
+        raise SlingshotError(f"corpus {source} holds no text{unread}; give UTF-8 text, .jsonl or .parquet")
+
+
 def _read_folder(
-    root: Path, text_key: str, suffix: str = "", without: frozenset[str] = frozenset()
-) -> tuple[list[str], int]:
-    """The documents of all files below a folder, in the order of their paths, and how many files are not text."""
+    root: Path, text_key: str, skipped: list[SlingshotError], suffix: str = "", without: frozenset[str] = frozenset()
+) -> Iterator[str]:
+    """The documents of all files below a folder, in the order of their paths."""
     files: list[Path] = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in without | {"__pycache__"}]
         paths = (Path(folder, name) for name in names if not name.startswith(".") and name.endswith(suffix))
         files += [path for path in paths if path.is_file()]  # not a pipe, a socket or a dangling link
-    texts: list[str] = []
-    skipped: list[_NotText] = []
+    unread: list[SlingshotError] = []
     for file in sorted(files):
         try:
-            texts += list(_read_file(file, text_key, whole=True))
+            yield from list(_read_file(file, text_key, whole=True))  # all of it, or nothing where it turns out binary
         except _NotText as reason:
-            skipped.append(reason)
-    if skipped:
-        _log.warning("%s: skipped %d of %d files, the first because %s", root, len(skipped), len(files), skipped[0])
-    return texts, len(skipped)
+            unread.append(reason)
+    skipped += unread
+    if unread:
+        _log.warning("%s: skipped %d of %d files, the first because %s", root, len(unread), len(files), unread[0])
 
 
 def _read_file(path: Path, text_key: str, whole: bool) -> Iterator[str]:
@@ -139,11 +150,13 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[str]:
     except ImportError as error:
         raise SlingshotError(f"reading {path} needs the datasets package: pip install datasets") from error
     try:
-        rows = list(datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True))
+        rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        for number, row in enumerate(rows, start=1):
+            yield _text_of(row, text_key, f"{path} row {number}")
+    except SlingshotError:
+        raise
     except Exception as error:  # datasets and pyarrow raise kinds of their own
         raise SlingshotError(f"{path} is not a readable Parquet file: {' '.join(str(error).split())}") from error
-    for number, row in enumerate(rows, start=1):
-        yield _text_of(row, text_key, f"{path} row {number}")
 
 
 def _text_of(row: Any, text_key: str, where: str) -> str:

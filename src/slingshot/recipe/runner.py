@@ -29,6 +29,7 @@ from slingshot.base.files import lock, put_aside, read_json, unlock, write_json
 from slingshot.base.quantity import plural, show_duration
 from slingshot.checkpoint.hub import locate
 from slingshot.cost.receipt import Receipt
+from slingshot.data.corpora import Corpus
 from slingshot.data.examples import read_examples
 from slingshot.recipe.process import launcher, supervise
 from slingshot.recipe.recipe import Recipe, RecipeStage
@@ -193,13 +194,15 @@ class _Run:
 
 def check(config: StageConfig, coming: Collection[str]) -> None:
     """Refuse what the recipe and the disk tell of a stage's inputs: one that is neither there nor made by an earlier
-    stage (`coming`), a task that cannot be loaded. What is on the hub is not looked for."""
+    stage (`coming`), or begins in another format, a task that cannot be loaded. The hub is not asked."""
     for name, checkpoint in local_inputs(config.model_dump(mode="json")).items():
         if name not in coming and not (locate(name) if checkpoint else Path(name)).exists():
             raise SlingshotError(f"{name} does not exist")
     for name in set(getattr(config, "data", [])) - set(coming):
         if not (Path(name) / "receipt.json").exists():  # a stage's own is known to be right
             read_examples(Path(name))
+    if text_key := getattr(config, "text_key", None):
+        Corpus.check(sorted(set(getattr(config, "text", [])) - set(coming)), text_key)
     documents = getattr(config, "documents", None)
     tasks: list[TaskConfig] = getattr(config, "tasks", [])
     for task in [*tasks, *(documents.tasks if documents else [])]:

@@ -14,11 +14,12 @@ docs/task.md tells what such a file may do and return.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import itertools
 import random
 import reprlib
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
@@ -163,18 +164,15 @@ class File:
     """The worker's side: the imported file, and its iterators of problems where the parent left them."""
 
     def __init__(self, path: str) -> None:
-        folder, name = str(Path(path).parent), Path(path).stem
-        known = None if name in sys.modules else importlib.util.find_spec(name)
-        # A file may be called random.py; where the current folder finds this one itself, the name is its own.
-        if name in sys.modules or (known is not None and Path(known.origin or "").resolve() != Path(path)):
-            name = f"{name}_{sha256(path.encode()).hexdigest()[:8]}"
-        sys.path.append(folder)  # for `import helper`, and for processes of the file's own that import it by name
-        # A package too, so that `from . import helper` finds what lies beside it.
-        spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=[folder])
-        assert spec is not None and spec.loader is not None, "the path ends in .py"
-        self._module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        # A module of a package among the worker's temporary files, which looks into the file's folder: so it may be
+        # called random.py, `from . import helper` works, and processes of its own import it by its name.
+        folder, package = str(Path(path).parent), f"task_{sha256(path.encode()).hexdigest()[:8]}"
+        init = Path(tempfile.gettempdir(), package, "__init__.py")
+        init.parent.mkdir(exist_ok=True)
+        init.write_text(f"__path__ = [{folder!r}]", encoding="utf-8")
+        sys.path += [folder, str(init.parents[1])]  # the folder for `import helper`
         _seed(0)
-        spec.loader.exec_module(self._module)
+        self._module = importlib.import_module(f"{package}.{Path(path).stem}")
         self._open: dict[tuple[str, int, int], tuple[Iterator[Any], list[Any]]] = {}
 
     def functions(self) -> list[str]:

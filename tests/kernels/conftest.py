@@ -1,0 +1,44 @@
+"""What kernels are tested on: every level of instructions, both dtypes, one thread and several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from slingshot.kernels.calls import NativeCall, native_for
+from slingshot.kernels.native import native_levels
+
+from .agreement import TOLERANCE
+
+
+@pytest.fixture(params=("off", *native_levels()))
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What kernels that choose for themselves run on."""
+    monkeypatch.setenv("SLINGSHOT_NATIVE", request.param)
+
+
+@pytest.fixture(params=native_levels())
+def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype], NativeCall]:
+    """native(dtype): the native functions, at every level there is."""
+    monkeypatch.setenv("SLINGSHOT_NATIVE", request.param)
+
+    def calls(dtype: torch.dtype) -> NativeCall:
+        found = native_for(torch.empty(0, dtype=dtype))
+        assert found is not None
+        return found
+
+    return calls
+
+
+@pytest.fixture(params=TOLERANCE, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(1)

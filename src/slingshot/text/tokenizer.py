@@ -190,6 +190,15 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         return self._templates.get("default")
 
+    @property
+    def tool_template(self) -> str | None:
+        """The template that renders a chat with tools."""
+        return self._templates.get("tool_use", self.chat_template)
+
+    def control_id(self, token: str) -> int | None:
+        """The id of a control token by its text."""
+        return self._ids.get(token)
+
     def token(self, key: str) -> str | None:
         """The text of a token that tokenizer_config.json names: bos_token, unk_token ..."""
         text: str | None = token_text(self.config.get(key))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -67,27 +68,44 @@ class BuildNative(build_ext):
         self.compiler.src_extensions.append(".cpp")
         every = [source for source in ext.sources if Path(source).name not in ONCE]
         once = [source for source in ext.sources if Path(source).name in ONCE]
+        every.sort(key=os.path.getsize, reverse=True)  # about the longest first, so that all cores end together
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            common = pool.submit(self._compile, once, "base", [f'-DSOURCES="{digest}"'])
-            levels = {level: pool.submit(self._compile, every, level, flags) for level, flags in LEVELS.items()}
-        objects = common.result()
-        for level, job in levels.items():
+            common = [pool.submit(self._compile, source, "base", [f'-DSOURCES="{digest}"']) for source in once]
+            objects = [made for job in common for made in job.result()]
+            headers = {level: pool.submit(self._precompile, level) for level in LEVELS}
+            jobs = {
+                (level, source): pool.submit(self._compile, source, level, [*headers[level].result(), *LEVELS[level]])
+                for source in every
+                for level in LEVELS
+            }
+        for level in LEVELS:
             try:
-                objects += job.result()
+                objects += [made for source in every for made in jobs[level, source].result()]
             except CompileError as error:
                 self.warn(f"level {level} is left out: {error}")
         target.parent.mkdir(parents=True, exist_ok=True)
         # Templates of the standard library are in the objects of every level; the linker keeps the first: the lowest.
         self.compiler.link_shared_object(objects, str(target), extra_postargs=["-pthread"], target_lang="c++")
 
-    def _compile(self, sources: list[str], level: str, flags: list[str]) -> list[str]:
-        folder = os.path.join(self.build_temp, level)
+    def _compile(self, source: str, level: str, flags: list[str]) -> list[str]:
         return self.compiler.compile(
-            sources, folder, macros=[("LEVEL", level)], extra_postargs=[*FLAGS, *flags], depends=self._headers()
-        )
+            [source], self._folder(level), macros=[("LEVEL", level)], extra_postargs=[*FLAGS, *flags],
+            depends=[str(path) for path in NATIVE.glob("*.h")],
+        )  # fmt: skip
 
-    def _headers(self) -> list[str]:
-        return [str(path) for path in NATIVE.glob("*.h")]
+    def _precompile(self, level: str) -> list[str]:
+        """Flags by which the level's sources find what all of them begin with compiled already: the intrinsics."""
+        header = Path(self._folder(level)) / "first.h"
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text(f'#include "{(NATIVE / "simd.h").resolve()}"\n', encoding="utf-8")
+        compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
+        flags = [*FLAGS, *LEVELS[level], f"-DLEVEL={level}", "-x", "c++-header"]
+        if subprocess.run([*compiler, *flags, header, "-o", f"{header}.gch"], capture_output=True).returncode:
+            return []
+        return ["-include", str(header)]
+
+    def _folder(self, level: str) -> str:
+        return os.path.join(self.build_temp, level)
 
 
 sources = sorted(str(path) for path in NATIVE.glob("*.cpp"))

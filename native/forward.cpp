@@ -97,16 +97,9 @@ template <class T> class Forward {
         return carver.used;
     }
 
-    void embedding_row(int token, T* to) const {
-        const size_t first = static_cast<size_t>(step.token_ids[token]) * shape.width;
-        for (int i = 0; i < shape.width; i++)
-            put(to + i, model.embedding_is_bf16 ? to_float(static_cast<const bf16*>(model.embedding)[first + i])
-                                                : static_cast<const float*>(model.embedding)[first + i]);
-    }
-
     void embed(const Team& team) {
         for (int t = team.first(step.tokens); t < team.last(step.tokens); t++)
-            embedding_row(t, x + static_cast<size_t>(t) * shape.width);
+            model.embedding_row(step.token_ids[t], x + static_cast<size_t>(t) * shape.width);
         team.barrier();
     }
 
@@ -118,7 +111,7 @@ template <class T> class Forward {
         for (int t = team.first(step.tokens); t < team.last(step.tokens); t++) {
             T* to = own + static_cast<size_t>(t) * stride;
             T* embedding = input + static_cast<size_t>(t) * input_stride;
-            embedding_row(t, embedding);
+            model.embedding_row(step.token_ids[t], embedding);
             rms_norm(embedding, layer.embedding_norm, shape.width, shape.eps, to);
             const T* hidden = static_cast<const T*>(step.mtp_hidden) + static_cast<size_t>(t) * shape.width;
             rms_norm(hidden, layer.hidden_norm, shape.width, shape.eps, to + shape.width);

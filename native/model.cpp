@@ -206,10 +206,11 @@ template <class T> void Model<T>::lay_out(char* base) {
     bytes_ = place.carver.used;
 }
 
-template <class T> void Model<T>::refresh(const ModelTensors& tensors, int threads) {
+template <class T> void Model<T>::refresh(const ModelTensors& tensors, int first_part, int last_part, int threads) {
     const ModelShape& s = shape;
     Packing<T> packing(tensors.are_bf16);
-    for (size_t i = 0; i < layers.size(); i++) {
+    const int n_layers = static_cast<int>(layers.size());
+    for (int i = first_part; i < last_part && i < n_layers; i++) {
         LayerWeights<T>& layer = layers[i];
         const LayerTensors& from = tensors.layers[i];
         packing.vector(from.input_norm, s.width, layer.input_norm);
@@ -244,7 +245,7 @@ template <class T> void Model<T>::refresh(const ModelTensors& tensors, int threa
             if (!from.q_norm) layer.q_norm = layer.k_norm = nullptr;
         }
         packing.matrix(from.o, layer.output);
-        if (s.has_experts(static_cast<int>(i))) {
+        if (s.has_experts(i)) {
             MoeWeights& moe = layer.moe;
             packing.floats(from.router, moe.router.weights);
             std::memcpy(const_cast<float*>(moe.router.bias), from.router_bias, s.experts * sizeof(float));
@@ -262,17 +263,30 @@ template <class T> void Model<T>::refresh(const ModelTensors& tensors, int threa
             packing.pair(from.gate, from.up, s.inner, layer.gate_up);
             packing.matrix(from.down, layer.down);
         }
-        if (static_cast<int>(i) >= s.layers) {
+        if (i >= s.layers) {
             packing.vector(from.embedding_norm, s.width, layer.embedding_norm);
             packing.vector(from.hidden_norm, s.width, layer.hidden_norm);
             packing.vector(from.output_norm, s.width, layer.output_norm);
             packing.matrix(from.joint, layer.joint);
         }
     }
-    packing.vector(tensors.norm, s.width, norm);
-    packing.matrix(tensors.head ? tensors.head : tensors.embedding, head);
-    embedding = tensors.embedding, embedding_is_bf16 = tensors.are_bf16;
+    if (last_part > n_layers) {
+        packing.vector(tensors.norm, s.width, norm);
+        packing.matrix(tensors.head ? tensors.head : tensors.embedding, head);
+        embedding = tensors.embedding_goes ? nullptr : tensors.embedding, embedding_is_bf16 = tensors.are_bf16;
+    }
     packing.run(threads);
+}
+
+template <class T> void Model<T>::embedding_row(int64_t id, T* to) const {
+    if (!embedding) {
+        unpack_row(head, static_cast<int>(id), to);
+        return;
+    }
+    const size_t first = static_cast<size_t>(id) * shape.width;
+    for (int i = 0; i < shape.width; i++)
+        put(to + i, embedding_is_bf16 ? to_float(static_cast<const bf16*>(embedding)[first + i])
+                                      : static_cast<const float*>(embedding)[first + i]);
 }
 
 template class Model<float>;

@@ -38,6 +38,7 @@ struct LayerTensors {
 
 struct ModelTensors {
     int are_bf16;
+    int embedding_goes;  // it does not outlive the call: its rows are read from the packed head, which it is too
     const void *embedding, *norm, *head;
     const LayerTensors* layers;  // the MTP module's last
 };
@@ -75,14 +76,17 @@ template <class T> class Model {
   public:
     explicit Model(const ModelShape& shape);
 
-    // Takes the weights over as they are now. Embedding rows are read where they lie, at every step.
-    void refresh(const ModelTensors& tensors, int threads);
+    // Takes over the weights of these parts as they are now: layers, and as the last part what is no layer's.
+    void refresh(const ModelTensors& tensors, int first_part, int last_part, int threads);
+
+    // A token's row of the embedding, which is read where it lies.
+    void embedding_row(int64_t id, T* to) const;
 
     const ModelShape shape;
     std::vector<LayerWeights<T>> layers;
     T* norm;
     Packed head;
-    const void* embedding;
+    const void* embedding;  // null: the head's rows
     bool embedding_is_bf16;
     Memory working;  // of the step
 

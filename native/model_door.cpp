@@ -21,9 +21,10 @@ extern "C" Handle DOOR(new_model)(const ModelShape* shape, int is_bf16) {
     return model;
 }
 
-extern "C" void DOOR(refresh_model)(void* handle, const ModelTensors* tensors, int threads) {
+extern "C" void DOOR(refresh_model)(void* handle, const ModelTensors* tensors, int first, int last, int threads) {
     AnyModel* model = static_cast<AnyModel*>(handle);
-    model->halves ? model->halves->refresh(*tensors, threads) : model->floats->refresh(*tensors, threads);
+    model->halves ? model->halves->refresh(*tensors, first, last, threads)
+                  : model->floats->refresh(*tensors, first, last, threads);
 }
 
 extern "C" void DOOR(run_step)(void* handle, const Step* step) {

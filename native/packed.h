@@ -77,5 +77,13 @@ void pack(const Source* w, size_t row_stride, size_t column_stride, int n, int k
     }
 }
 
+// The numbers of one output, in order.
+template <class T> inline void unpack_row(const Packed& packed, int row, T* to) {
+    const uint32_t* word = packed.block<uint32_t>(row / 16) + row % 16;
+    constexpr int PER_WORD = 4 / sizeof(T);
+    for (int i = 0; i < packed.k; i += PER_WORD, word += 16)
+        std::memcpy(to + i, word, (packed.k - i < PER_WORD ? packed.k - i : PER_WORD) * sizeof(T));
+}
+
 }  // namespace LEVEL
 }  // namespace slingshot

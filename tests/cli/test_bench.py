@@ -47,7 +47,7 @@ def test_bench_prints_a_table_and_where_it_was_measured(command: Command, checkp
     assert "prompts of 5 and completions of 4 tokens, medians of 1." in out
     measured = json.loads(command(*asked, "--json")[1])
     assert [row["batch"] for row in measured["rows"]] == [1, 3] and measured["machine"]["cpu"]
-    config = Engine.load(checkpoint).model.config
+    config = Engine.load(checkpoint).config
     width = 2 if measured["dtype"] == "bfloat16" else 4
     assert measured["rows"][1]["bytes_read"] == bytes_read(config, 3, 7, width)
     assert all(value > 0 for row in measured["rows"] for value in row.values())

@@ -61,8 +61,7 @@ def bench(
         for batch in batches:
             measured = _generate(engine, batch, prompt, new, seed=number)
             times[batch] += [measured] if number else []
-    config, context = engine.model.config, prompt + new / 2
-    width = engine.model.model.embed_tokens.weight.dtype.itemsize
+    config, context, width = engine.config, prompt + new / 2, engine.dtype.itemsize
     rows = []
     for batch, measured_times in times.items():
         seconds, step = (statistics.median(each) for each in zip(*measured_times, strict=True))
@@ -140,7 +139,7 @@ def _load(source: str, dtype: str, most: int, length: int, bits: int | None) -> 
     model = Transformer.empty(config, device, chosen).requires_grad_(False)
     model.init_weights(torch.Generator().manual_seed(0))
     tokenizer = Tokenizer.train(["What is 3+4-2?"], config.vocab_size)
-    return Engine(model, tokenizer, most, length, weight_bits=bits), f"{source} with random weights"
+    return Engine(model, tokenizer, most, length, weight_bits=bits, keep_model=False), f"{source} with random weights"
 
 
 def show(
@@ -168,14 +167,13 @@ def show(
     console = Console()
     with console.status("loading and measuring ..."):
         engine, what = _load(source, dtype, max(sizes), max(prompt + new, first + 1) + 1, bits)
-        weight = engine.model.model.embed_tokens.weight
-        read = int(bytes_read(engine.model.config, sizes[0], prompt + new / 2, weight.dtype.itemsize, bits))
-        before = measure_bandwidth(weight.device, 0.5, read)
+        read = int(bytes_read(engine.config, sizes[0], prompt + new / 2, engine.dtype.itemsize, bits))
+        before = measure_bandwidth(engine.device, 0.5, read)
         rows = bench(engine, sizes, prompt, new, rounds, bits)
         waited = first_token(engine, first, rounds)
-        bandwidth = max(before, measure_bandwidth(weight.device, 0.5, read))  # neighbours only ever slow it down
-        peak = machine_peak(weight.dtype, weight.device)
-    machine, kind = describe_machine(weight.device), dtype_name(weight.dtype)
+        bandwidth = max(before, measure_bandwidth(engine.device, 0.5, read))  # neighbours only ever slow it down
+        peak = machine_peak(engine.dtype, engine.device)
+    machine, kind = describe_machine(engine.device), dtype_name(engine.dtype)
     if as_json:
         measured: dict[str, Any] = {"model": what, "dtype": kind, "weights": weights, "prompt": prompt, "new": new}
         measured |= {"rows": [asdict(row) for row in rows], "first_token": {"prompt": first, "seconds": waited}}

@@ -12,6 +12,8 @@ speculation a row's step takes the tokens that were guessed for it too, and keep
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -42,10 +44,11 @@ class EngineCore:
 
     def __init__(
         self, model: Transformer, max_batch: int, max_length: int | None, cache_bytes: int, step_tokens: int,
-        speculation: Speculation, native: Native, weight_bits: int | None = None,
+        speculation: Speculation, native: Native, weight_bits: int | None = None, keep_model: bool = True,
     ) -> None:  # fmt: skip
         config, weight = model.config, model.model.embed_tokens.weight
-        dtype, mtp = model.compute_dtype or weight.dtype, speculation != "off" and config.num_nextn_predict_layers > 0
+        self.dtype, self.device = dtype, device = model.compute_dtype or weight.dtype, weight.device
+        mtp = speculation != "off" and config.num_nextn_predict_layers > 0
         room, page_bytes = KVCache.pages_in(cache_bytes, config, dtype, mtp), KVCache.page_bytes(config, dtype, mtp)
         self.max_length = max_length or min(config.max_position_embeddings, max(2, room * PAGE))
         needed = -(-self.max_length // PAGE)  # pages of one sequence
@@ -54,12 +57,13 @@ class EngineCore:
             takes = f"one sequence of {self.max_length} tokens takes {(needed + 1) * page_bytes}"
             raise CacheTooSmall(f"cache_bytes {cache_bytes}: {takes}; {way_out}")
         pages = min(room, 2 * max_batch * needed)  # all sequences at their longest, and as many prefixes besides
-        self._model, self._cache = model, KVCache(config, 1 + pages, dtype, weight.device, mtp)
-        kernels = native_kernels() if native == "auto" and weight.device.type == "cpu" else None
+        self._model, self._cache = model, KVCache(config, 1 + pages, dtype, device, mtp)
+        kernels = native_kernels() if native == "auto" and device.type == "cpu" else None
         self._runner: Runner
-        obstacle = NativeRunner.obstacle(model, self._cache)
+        self.keeps_model, obstacle = True, NativeRunner.obstacle(model, self._cache)
         if kernels is not None and obstacle is None:
-            self._runner = NativeRunner(model, self._cache, kernels, weight_bits)
+            self._runner = NativeRunner(model, self._cache, kernels, weight_bits, keep_model)
+            self.keeps_model = self._runner.keeps_model
             self.runs_on = f"native code ({kernels.level}{f', int{weight_bits}' if weight_bits else ''})"
         elif weight_bits is not None:
             reason = obstacle or ("native is off" if native == "off" else "there is no native library, or it is off")
@@ -68,11 +72,11 @@ class EngineCore:
             self._runner, self.runs_on = GraphRunner(model, self._cache), "torch, in CUDA graphs"
         else:
             self._runner, self.runs_on = TorchRunner(model, self._cache), "torch"
-        self._sampler = RowSampler(weight.device, kernels)
+        self._sampler = RowSampler(device, kernels)
         self._scheduler = Scheduler(PagePool(pages), max_batch, self.max_length, step_tokens)
         self._speculator: Speculator | None = None
         if speculation != "off":
-            drafts = RowSampler(weight.device, kernels)
+            drafts = RowSampler(device, kernels)
             self._speculator = Speculator(self._runner, drafts, mtp, measured=speculation == "auto")
         self._versions = self._weight_versions()
 
@@ -91,6 +95,13 @@ class EngineCore:
         """All samples of one request leave, wherever they are."""
         self._scheduler.abort(sequences)
 
+    @contextmanager
+    def new_weights(self) -> Iterator[dict[str, Tensor]]:
+        """The model's tensors, to be written; they count from the end of the block on, if that is reached."""
+        with self._runner.restored() if isinstance(self._runner, NativeRunner) else nullcontext():
+            yield self._model.state_dict()
+            self.weights_changed()
+
     def weights_changed(self) -> None:
         """What is cached or packed belongs to the old weights."""
         self._versions = self._weight_versions()
@@ -98,7 +109,9 @@ class EngineCore:
         self._runner.refresh()
 
     def _weight_versions(self) -> list[int]:
-        """A number for every parameter that grows when it is written to."""
+        """A number for every parameter that grows when it is written to; none of a model that nobody else uses."""
+        if not self.keeps_model:
+            return []
         return [parameter._version for parameter in self._model.parameters() if not parameter.is_inference()]
 
     @torch.inference_mode()

@@ -73,6 +73,8 @@ class Engine:
     native          "auto": the compiled kernels run the network where they can, CUDA graphs on a GPU; "off": torch does
     weight_bits     8 or 4: the compiled kernels' copy of the matrices is rounded to nearest in so few bits, which needs
                     less bandwidth; an error where those kernels do not run
+    keep_model      False: nobody else uses the model, so that weights are in memory once: where compiled kernels run,
+                    its matrices go as soon as they have theirs, and `model` is no more to be had
 
     weights_version is what the last `update_weights` called its weights; 0 before. Raises CacheTooSmall where the cache
     cannot hold one sequence of max_length.
@@ -90,6 +92,7 @@ class Engine:
         speculation: Speculation = "off",
         native: Native = "auto",
         weight_bits: int | None = None,
+        keep_model: bool = True,
     ) -> None:
         config = model.config
         for name, value in (("max_batch", max_batch), ("step_tokens", step_tokens)):
@@ -98,14 +101,15 @@ class Engine:
         longest, named = config.max_position_embeddings, "the model's max_position_embeddings"
         if max_length is not None and not 2 <= max_length <= longest:
             raise SlingshotError(f"max_length must be between 2 and {named} {longest}, got {max_length}")
-        self.model, self.tokenizer, self.weights_version = model, tokenizer, 0
+        self.config, self.tokenizer, self.weights_version = config, tokenizer, 0
         if dtype is not None:  # routers stay float32, as in the trainer: both choose alike
-            self.model = copy.deepcopy(model).requires_grad_(False)
-            self.model.cast(dtype)
-            self.model.compute_dtype = None
-        self._vocabulary = Vocabulary(tokenizer, config.vocab_size)
+            model = copy.deepcopy(model).requires_grad_(False)
+            model.cast(dtype)
+            model.compute_dtype = None
+        self._vocabulary, self._model = Vocabulary(tokenizer, config.vocab_size), model
         room = max_batch, max_length, cache_bytes, step_tokens
-        self._core = EngineCore(self.model, *room, speculation, native, weight_bits)
+        self._core = EngineCore(model, *room, speculation, native, weight_bits, keep_model)
+        self.dtype, self.device = self._core.dtype, self._core.device
         self.max_length = self._core.max_length
         self._turns = Turns()
         self._requests: dict[int, Request] = {}
@@ -136,7 +140,7 @@ class Engine:
         path = locate(path)
         model, tokenizer = load_model(path, dtype=dtype, device=where), load_tokenizer(path)
         room = max_batch, max_length, None, cache_bytes, step_tokens
-        return cls(model, tokenizer, *room, speculation, native, weight_bits)
+        return cls(model, tokenizer, *room, speculation, native, weight_bits, keep_model=False)
 
     def add(self, prompt: Prompt, params: SamplingParams | None = None, key: str | None = None) -> int:
         """Queue a request, return its id; `step` will return it.
@@ -164,6 +168,13 @@ class Engine:
     def runs_on(self) -> str:
         """What runs the network: "torch", alone or in CUDA graphs, or native code and its level of instructions."""
         return self._core.runs_on
+
+    @property
+    def model(self) -> Transformer:
+        """The model that the engine runs. Raises SlingshotError where its weights are packed for the kernels alone."""
+        if not self._core.keeps_model:
+            raise SlingshotError("this engine keeps its weights packed alone; load_model gives the model")
+        return self._model
 
     @property
     def unfinished(self) -> int:
@@ -273,16 +284,17 @@ class Engine:
             if self._requests:
                 raise SlingshotError(f"update_weights: {len(self._requests)} requests are in flight; abort them first")
             state = source.state_dict() if isinstance(source, Transformer) else source
-            own, taken = self.model.state_dict(), set()
-            for name, tensor in state.items() if isinstance(state, Mapping) else state:
-                taken.add(name)
-                if name not in own or own[name].shape != tensor.shape:
-                    raise SlingshotError(f"update_weights: {name} of shape {tuple(tensor.shape)} is not of this model")
-                if own[name].data_ptr() != tensor.data_ptr():
-                    own[name].copy_(tensor)
-            if missing := own.keys() - taken:
-                raise SlingshotError(f"update_weights: {min(missing)} is missing")
-            self._core.weights_changed()
+            with self._core.new_weights() as own:
+                taken = set()
+                for name, tensor in state.items() if isinstance(state, Mapping) else state:
+                    taken.add(name)
+                    if name not in own or own[name].shape != tensor.shape:
+                        shape = tuple(tensor.shape)
+                        raise SlingshotError(f"update_weights: {name} of shape {shape} is not of this model")
+                    if own[name].data_ptr() != tensor.data_ptr():
+                        own[name].copy_(tensor)
+                if missing := own.keys() - taken:
+                    raise SlingshotError(f"update_weights: {min(missing)} is missing")
             self.weights_version = version
 
     def _encode(self, prompt: Prompt) -> list[int]:
@@ -299,7 +311,7 @@ class Engine:
             raise PromptError("the prompt is empty: nothing says where to begin")
         if len(ids) >= self.max_length:
             raise PromptError(f"the prompt has {len(ids)} tokens, max_length is {self.max_length}: shorten it")
-        vocabulary = self.model.config.vocab_size
+        vocabulary = self.config.vocab_size
         if beyond := [token_id for token_id in ids if not 0 <= token_id < vocabulary]:
             raise PromptError(f"the prompt holds token id {beyond[0]}, the model's vocabulary has {vocabulary}")
         return ids
@@ -323,7 +335,7 @@ class Engine:
         claimed: `step` does not return it. salt: its prompt shares cached prefixes with those of the same salt only.
         """
         ids, params = self._encode(prompt), params or SamplingParams()
-        if params.routed_experts and not self.model.config.n_moe_layers:
+        if params.routed_experts and not self.config.n_moe_layers:
             raise SamplingError("sampling: routed_experts: this model has none; leave it out")
         name = ",".join(map(str, ids)) if key is None else key
         request = Request(next(self._ids), ids, params, name, self.max_length, self._vocabulary, claimed, salt.encode())

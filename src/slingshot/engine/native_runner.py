@@ -5,8 +5,9 @@
     output = runner.forward(batch)
     runner.refresh()                                   # after the model's weights have changed
 
-The kernels have a copy of the weights in an order of their own; embedding rows are read from the model's. Threads are
-torch's.
+The kernels have a copy of the weights in an order of their own; embedding rows are read from the model's. A model that
+nobody else uses need not keep its own: with keep_model False its matrices are given up, a layer at a time, as soon as
+they are packed, and hold NaN in one number's memory but while they are `restored` for new ones. Threads are torch's.
 
 Suffixes: N tokens, R wanted logits, V vocabulary, D model width, L MoE layers, k experts a token.
 """
@@ -16,6 +17,8 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -36,6 +39,15 @@ DTYPES = (torch.float32, torch.bfloat16)
 SCALE_BYTES = 4
 GROUP = 64  # neighbours of quantized weights that share a scale, where it divides all widths
 WIDTH_STEP = 8  # heads are multiples of so many numbers: a register of the smallest level
+
+
+PackedFrom = tuple[ctypes.Structure, str, Tensor | Linear, torch.dtype]  # structure and name of a pointer, ...
+
+
+def _source(module: Any) -> Tensor | Linear:
+    """A parameter, or a module that makes its matrix of something else."""
+    plain = not isinstance(module, Linear) or type(module) in (Linear, Embedding, Gate)
+    return module.weight if plain else module
 
 
 def _fields(kind: type, *names: str) -> list[tuple[str, type]]:
@@ -97,7 +109,7 @@ class NativeTensors(ctypes.Structure):
     """native/model.h's ModelTensors."""
 
     _fields_ = [
-        ("are_bf16", ctypes.c_int), *_fields(ctypes.c_void_p, "embedding", "norm", "head"),
+        *_fields(ctypes.c_int, "are_bf16", "embedding_goes"), *_fields(ctypes.c_void_p, "embedding", "norm", "head"),
         ("layers", ctypes.POINTER(NativeLayer)),
     ]  # fmt: skip
 
@@ -124,14 +136,16 @@ class NativeRunner:
     """
 
     def __init__(
-        self, model: Transformer, cache: KVCache, kernels: NativeKernels, weight_bits: int | None = None
-    ) -> None:
+        self, model: Transformer, cache: KVCache, kernels: NativeKernels, weight_bits: int | None = None,
+        keep_model: bool = True,
+    ) -> None:  # fmt: skip
         bits, group = (0, 0) if weight_bits is None else (weight_bits, self.weight_group(model.config, weight_bits))
         self._model, self._config = model, model.config
         self._dtype = cache.dtype
         config = model.config
         new_model, free_model = kernels.door("new_model", ctypes.c_void_p), kernels.door("free_model")
         self._run_step, self._refresh = kernels.door("run_step"), kernels.door("refresh_model")
+        self._return_memory = kernels.library.slingshot_return_memory
         is_bf16 = int(self._dtype == torch.bfloat16)
         self._handle = ctypes.c_void_p(new_model(ctypes.byref(NativeShape.of(config, bits, group)), is_bf16))
         weakref.finalize(self, free_model, self._handle)
@@ -144,8 +158,11 @@ class NativeRunner:
         self._routed_layers = config.n_moe_layers - (config.num_nextn_predict_layers if config.n_moe_layers else 0)
         layers = len(model.model.layers)
         weight = model.model.embed_tokens.weight
-        self._tensors = NativeTensors(weight.dtype == torch.bfloat16, layers=(NativeLayer * layers)())
-        self._sources = list(self._find_sources())
+        goes = not keep_model and not bits and config.tie_word_embeddings and weight.dtype == self._dtype
+        self._tensors = NativeTensors(weight.dtype == torch.bfloat16, goes, layers=(NativeLayer * layers)())
+        self._sources = [list(self._layer_sources(index)) for index in range(layers)] + [list(self._other_sources())]
+        plain = all(isinstance(source, Tensor) for part in self._sources for _, _, source, _ in part)
+        self.keeps_model = keep_model or not plain
         self.refresh()
 
     @staticmethod
@@ -190,39 +207,68 @@ class NativeRunner:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        kept: list[Tensor] = []  # until the kernels have read them
-        for structure, field, source, dtype in self._sources:
-            tensor = source if isinstance(source, Tensor) else source.matrix(self._dtype)
-            if tensor.dtype != dtype or not tensor.is_contiguous():
-                tensor = tensor.to(dtype).contiguous()
-            kept.append(tensor)
-            setattr(structure, field, tensor.data_ptr())
-        self._embedding_VD = kept[0]  # read at every step
-        self._refresh(self._handle, ctypes.byref(self._tensors), torch.get_num_threads())
+        parts = len(self._sources)
+        steps = [(0, parts)] if self.keeps_model else [(part, part + 1) for part in range(parts)]
+        for first, last in steps:
+            kept: list[Tensor] = []  # until the kernels have read them
+            for structure, field, source, dtype in chain(*self._sources[first:last]):
+                tensor = source if isinstance(source, Tensor) else source.matrix(self._dtype)
+                if tensor.dtype != dtype or not tensor.is_contiguous():
+                    tensor = tensor.to(dtype).contiguous()
+                kept.append(tensor)
+                setattr(structure, field, tensor.data_ptr())
+            self._refresh(self._handle, ctypes.byref(self._tensors), first, last, torch.get_num_threads())
+            if last == parts and not self._tensors.embedding_goes:
+                self._embedding_VD = kept[0]  # read at every step
+            self._give_up(first, last)
 
-    def _find_sources(self) -> Iterator[tuple[ctypes.Structure, str, Tensor | Linear, torch.dtype]]:
-        """Where the kernels' pointers lead: parameters, or modules that make their matrix of something else."""
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Meanwhile the matrices of a model that is not kept have room for new weights, which `refresh` takes over."""
+        for matrix in self._given_up(0, len(self._sources)):
+            matrix.data = torch.empty(matrix.shape, dtype=matrix.dtype)
+        try:
+            yield
+        finally:
+            self._give_up(0, len(self._sources))
+
+    def _give_up(self, first: int, last: int) -> None:
+        for matrix in self._given_up(first, last):
+            matrix.data = torch.full((1,), torch.nan, dtype=matrix.dtype).expand(matrix.shape)
+        if not self.keeps_model:
+            self._return_memory()
+
+    def _given_up(self, first: int, last: int) -> Iterator[Tensor]:
+        """The matrices of these parts that the model does not keep."""
+        for _, field, source, _ in chain(*self._sources[first:last]):
+            goes = field != "embedding" or self._tensors.embedding_goes
+            if goes and not self.keeps_model and isinstance(source, Tensor) and source.dim() > 1:
+                yield source
+
+    def _other_sources(self) -> Iterator[PackedFrom]:
+        """Where the kernels' pointers lead outside of layers."""
         body, tensors = self._model.model, self._tensors
-
-        def source(module: Any) -> Any:
-            plain = not isinstance(module, Linear) or type(module) in (Linear, Embedding, Gate)
-            return module.weight if plain else module
-
-        dtype = torch.bfloat16 if tensors.are_bf16 else torch.float32
-        yield tensors, "embedding", source(body.embed_tokens), dtype
-        yield tensors, "norm", source(body.norm), dtype
+        yield tensors, "embedding", _source(body.embed_tokens), self._stored
+        yield tensors, "norm", _source(body.norm), self._stored
         if not self._config.tie_word_embeddings:
-            yield tensors, "head", source(self._model.lm_head), dtype
-        for index, layer in enumerate(body.layers):
-            for field, places in NativeLayer.PLACES.items():
-                for place in places.split():
-                    module: Any = layer
-                    for part in place.split("."):
-                        module = getattr(module, part, None)
-                    if module is not None:
-                        its_dtype = torch.float32 if field.startswith("router") else dtype
-                        found = module if isinstance(module, Tensor) else source(module)
-                        yield tensors.layers[index], field, found, its_dtype
+            yield tensors, "head", _source(self._model.lm_head), self._stored
+
+    def _layer_sources(self, index: int) -> Iterator[PackedFrom]:
+        layer = self._model.model.layers[index]
+        for field, places in NativeLayer.PLACES.items():
+            for place in places.split():
+                module: Any = layer
+                for part in place.split("."):
+                    module = getattr(module, part, None)
+                if module is not None:
+                    dtype = torch.float32 if field.startswith("router") else self._stored
+                    found = module if isinstance(module, Tensor) else _source(module)
+                    yield self._tensors.layers[index], field, found, dtype
+
+    @property
+    def _stored(self) -> torch.dtype:
+        """The dtype in which the kernels are given the weights."""
+        return torch.bfloat16 if self._tensors.are_bf16 else torch.float32
 
     @torch.no_grad()
     def forward(self, batch: FlatBatch) -> RunnerOutput:

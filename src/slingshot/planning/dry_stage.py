@@ -88,7 +88,7 @@ def run(job: dict[str, Any]) -> dict[str, float]:
         tokenizer, drawn = load_tokenizer(source), time.perf_counter()
         engine = Engine.load(source, dtype=settings.dtype)
         script = SolutionScript(items, tokenizer, settings.sampling.max_tokens, job["styles"])
-        more["sampler"] = ScriptedSampler(script, tokenizer, engine.model.config, timed=EngineSampler(engine))
+        more["sampler"] = ScriptedSampler(script, tokenizer, engine.config, timed=EngineSampler(engine))
         if kind != "rl":  # which loads its own model beside the sampler's
             loading = time.perf_counter() - drawn
             factor = len(items_of(kind, whole)) / max(1, len(items))

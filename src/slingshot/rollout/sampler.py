@@ -75,7 +75,7 @@ class EngineSampler:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.tokenizer, self.model_config, self.max_length = engine.tokenizer, engine.model.config, engine.max_length
+        self.tokenizer, self.model_config, self.max_length = engine.tokenizer, engine.config, engine.max_length
 
     @classmethod
     def beside(cls, model: Transformer, tokenizer: Tokenizer, dtype: torch.dtype, alone: bool) -> Self:

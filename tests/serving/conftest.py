@@ -38,6 +38,9 @@ class ScriptedBackend:
         self.ids, self.chunk, self.max_length, self._eos_ids = list(ids), chunk, max_length, eos_ids
         self.asked, self.aborted = [], 0
 
+    async def start(self):
+        pass
+
     async def generate(self, generation):
         self.asked.append(generation)
         ids = self.ids[: generation.params.max_tokens]
@@ -79,10 +82,8 @@ def engine(tokenizer, make_model, dense):
 @pytest.fixture(scope="session")
 def served(engine, tokenizer):
     """The URL of a server of a small random model, called "tiny"."""
-    backend = LocalBackend(engine)
-    with running(create_app(Gateway([ServedModel("tiny", tokenizer, backend)]))) as url:
+    with running(create_app(Gateway([ServedModel("tiny", tokenizer, LocalBackend(engine))]))) as url:
         yield url
-    asyncio.run(backend.close())
 
 
 @pytest.fixture

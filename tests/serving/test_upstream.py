@@ -61,6 +61,7 @@ def generation(tokenizer, text="What is 3+4-2?", **params):
 def test_a_server_s_answer_is_the_one_it_made(upstream, engine, tokenizer, kind):
     asked = generation(tokenizer)
     local = LocalBackend(engine)
+    asyncio.run(local.start())
     [(ids, reason, _)] = gather(upstream([local], kind), [asked])
     own = engine.generate([list(asked.prompt_ids)], asked.params, ["0"])[0].outputs[0]
     assert (ids, reason) == (own.token_ids, own.finish_reason)

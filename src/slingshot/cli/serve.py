@@ -1,16 +1,27 @@
 """`slingshot serve CHECKPOINT...`: the HTTP API and the chat page, on this machine.
 
 slingshot serve runs/tiny/rl_final
+slingshot serve Qwen/Qwen3-0.6B --engine vllm --upstream http://gpu1:8000 --upstream http://gpu2:8000
 """
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from slingshot.base.errors import SlingshotError
+from slingshot.cli.accounts import Prices, Where, ledger_url
+
+if TYPE_CHECKING:
+    from slingshot.serving.served_model import ServedModel
+
 Sources = Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="Folders, .gguf files, hub names.")]
+Runner = Literal["slingshot", "vllm", "llama.cpp"]
 
 
 def serve(
@@ -18,19 +29,95 @@ def serve(
     host: Annotated[
         str, typer.Option(help="The address to listen on; others than this machine need keys.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(help="The port to listen on; 0 takes a free one.")] = 8000,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    max_batch: Annotated[int, typer.Option(min=1, help="Answers that are made at once.")] = 256,
+    cache_gib: Annotated[float, typer.Option(min=0.001, help="Memory of the cache of each model, GiB.")] = 1.0,
+    speculation: Annotated[Literal["off", "on", "auto"], typer.Option(help="Guess tokens ahead.")] = "off",
+    engine: Annotated[Runner, typer.Option(help="Which servers --upstream names.")] = "slingshot",
+    upstream: Annotated[list[str] | None, typer.Option(metavar="URL", help="A server that runs the model.")] = None,
+    require_key: Annotated[bool, typer.Option("--require-key", help="Ask for a key on this machine too.")] = False,
+    also_reasoning: Annotated[bool, typer.Option("--also-reasoning", help="Send it as `reasoning` too.")] = False,
+    apart: Annotated[bool, typer.Option("--apart", help="Keys share no cached prefixes.")] = False,
+    queue_tokens: Annotated[int, typer.Option(min=1, help="Tokens of prompts that may wait.")] = 1 << 18,
+    first_token: Annotated[float, typer.Option(min=0.01, help="Seconds a request may wait.")] = 600.0,
+    drain: Annotated[float, typer.Option(min=0, help="Seconds that answers have to end in.")] = 30.0,
+    ledger: Where = None,
+    prices: Prices = None,
 ) -> None:
     """Serve checkpoints: OpenAI's API with the reasoning shown, and a page to chat on. Ctrl-C ends it."""
-    import uvicorn
-
-    from slingshot.engine.engine import Engine
+    from slingshot.serving import accounts
     from slingshot.serving.app import create_app
     from slingshot.serving.gateway import Gateway
-    from slingshot.serving.local import LocalBackend
-    from slingshot.serving.served_model import ServedModel
+    from slingshot.serving.ledger import Ledger
+    from slingshot.serving.load import Limits
+    from slingshot.serving.prices import PriceList
+    from slingshot.serving.server import DrainingServer, is_loopback, listening
 
-    models = []
-    for source in sources:
-        engine = Engine.load(source)
-        models.append(ServedModel(Path(source).name, engine.tokenizer, LocalBackend(engine)))
-    uvicorn.run(create_app(Gateway(models)), host=host, port=port, log_level="warning", access_log=False)
+    logging.basicConfig(level=logging.WARNING, format="slingshot: %(message)s")
+    keyless = is_loopback(host) and not require_key
+    listener = listening(host, port)  # before a model is loaded
+    port = listener.getsockname()[1]
+    book = Ledger(ledger_url(ledger), None if prices is None else PriceList.load(prices))
+    try:
+        if not keyless and not any(row.revoked is None for row in accounts.keys(book)):
+            raise SlingshotError(f"{host} is reached by others, who need keys: slingshot keys create NAME makes one")
+        if (engine == "slingshot") != (not upstream):
+            raise SlingshotError("--upstream URL goes with --engine vllm or --engine llama.cpp, and they with it")
+        if upstream:
+            models, lines = [_upstream_model(sources, engine, upstream)], [f"{', '.join(upstream)} ({engine})"]
+        else:
+            models, lines = _local_models(sources, dtype, max_batch, int(cache_gib * 2**30), speculation)
+        gateway = Gateway(models, book, Limits(queue_tokens, first_token, drain), apart)
+        hosts = frozenset({"localhost", "127.0.0.1", "[::1]", host}) if keyless else None
+        server = DrainingServer(create_app(gateway, keyless, also_reasoning, hosts), gateway)
+        for model, line in zip(models, lines, strict=True):
+            print(f"Model      {model.name}: {line}")
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        print(f"API        {url}/v1")
+        print(f"Chat page  {url}/")
+        print(f"Clients    OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={'none' if keyless else 'sk-slingshot-...'}")
+        print("Ctrl-C stops it; answers that run come to their end first.", flush=True)
+        server.run([listener])
+    finally:
+        listener.close()
+        book.close()
+
+
+def _local_models(
+    sources: Sequence[str], dtype: str, max_batch: int, cache_bytes: int, speculation: Literal["off", "on", "auto"]
+) -> tuple[list[ServedModel], list[str]]:
+    """Each with a line on what runs it."""
+    from slingshot.engine.engine import Engine
+    from slingshot.recipe.origin import Origin
+    from slingshot.serving.local import LocalBackend
+    from slingshot.serving.served_model import ServedModel, names_of
+
+    models, lines = [], []
+    for source, name in zip(sources, names_of(sources), strict=True):
+        engine = Engine.load(source, dtype, max_batch=max_batch, cache_bytes=cache_bytes, speculation=speculation)
+        now, origin = int(time.time()), Origin.of(Path(source))
+        experts = engine.model.config.n_moe_layers > 0
+        models.append(ServedModel(name, engine.tokenizer, LocalBackend(engine), now, origin, experts))
+        kind = str(engine.model.compute_dtype or engine.model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+        lines.append(f"{kind}, {engine.runs_on}, context of {engine.max_length} tokens")
+    return models, lines
+
+
+def _upstream_model(sources: Sequence[str], engine: str, urls: Sequence[str]) -> ServedModel:
+    """The one model that all of the servers have; its tokenizer is read here."""
+    from slingshot.checkpoint.hub import locate
+    from slingshot.checkpoint.load_save import load_tokenizer
+    from slingshot.serving.inference_servers import InferenceServer, LlamaServer, VllmServer
+    from slingshot.serving.served_model import ServedModel, names_of
+    from slingshot.serving.upstream import UpstreamBackend
+
+    if len(sources) != 1:
+        raise SlingshotError("the servers of --upstream have one model: name its checkpoint alone")
+    tokenizer = load_tokenizer(locate(sources[0]))
+    if engine == "llama.cpp" and tokenizer.eos_id is None:
+        raise SlingshotError(f"{sources[0]} names no eos_token, which llama.cpp's servers do not tell")
+    servers: list[InferenceServer] = [
+        VllmServer(url) if engine == "vllm" else LlamaServer(url, tokenizer.eos_id or 0) for url in urls
+    ]
+    return ServedModel(names_of(sources)[0], tokenizer, UpstreamBackend(servers, tokenizer), int(time.time()))

@@ -30,11 +30,13 @@ from slingshot.serving.chat_completions import (
     error_events,
 )
 from slingshot.serving.chat_page import serve_page
+from slingshot.serving.completions import CompletionRequest, completion, completion_chunks
 from slingshot.serving.errors import ApiError
 from slingshot.serving.gateway import Gateway
 from slingshot.serving.guard import Guard
 from slingshot.serving.ledger import LOCAL, Account
 from slingshot.serving.sse import ClientGone, event_stream, unless_gone
+from slingshot.serving.tokenization import DetokenizeRequest, TokenizeRequest
 
 
 class ControlRequest(BaseModel):
@@ -64,6 +66,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        await gateway.start()
         yield
         await gateway.close()
 
@@ -95,7 +98,7 @@ def create_app(
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: ChatCompletionRequest, request: Request, account: Caller) -> Any:
         usage = body.stream_options is not None and body.stream_options.include_usage
-        told = ToldToClient(bool(body.logprobs), usage, also_reasoning)
+        told = ToldToClient(bool(body.logprobs), bool(body.glass), usage, also_reasoning)
         exchange = await gateway.ask(body.question(), account)
         if not body.stream:
             return JSONResponse(await unless_gone(request, chat_completion(exchange, told)))
@@ -105,6 +108,21 @@ def create_app(
     async def control(body: ControlRequest, account: Caller) -> dict[str, Any]:
         closed = gateway.find(body.id, account).answer_now()
         return {"id": body.id, "object": "chat.completion.control", "action": body.action, "closed": closed}
+
+    @app.post("/v1/completions", response_model=None)
+    async def completions(body: CompletionRequest, request: Request, account: Caller) -> Any:
+        exchanges = await gateway.ask_all(body.questions(), account)
+        if not body.stream:
+            return JSONResponse(await unless_gone(request, completion(exchanges, body)))
+        return await event_stream(request, completion_chunks(exchanges, body), error_events)
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest, account: Caller) -> dict[str, Any]:
+        return body.answer(gateway.model(body.model or next(iter(gateway.models)), account))
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest, account: Caller) -> dict[str, Any]:
+        return body.answer(gateway.model(body.model or next(iter(gateway.models)), account))
 
     return app
 

@@ -59,6 +59,10 @@ class Backend(Protocol):
     @property
     def obstacle(self) -> str | None: ...
 
+    async def start(self) -> None:
+        """Begin, in the event loop that asks; SlingshotError where that cannot be."""
+        ...
+
     def generate(self, generation: Generation) -> AsyncGenerator[TokenDelta, None]:
         """Yield what one sample grows by; the last delta has a finish_reason. Closing it aborts the sample.
 

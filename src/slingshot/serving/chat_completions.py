@@ -61,6 +61,7 @@ class ChatCompletionRequest(SamplingFields):
     chat_template_kwargs: TemplateArguments | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    glass: bool | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> ChatCompletionRequest:
@@ -87,6 +88,7 @@ class ChatCompletionRequest(SamplingFields):
             effort=None if effort == "none" else effort,
             continues=continues,
             seeded=self.seed is not None,
+            glass=bool(self.glass),
         )
 
     def _switches(self) -> list[bool | None]:
@@ -107,9 +109,11 @@ class ChatCompletionRequest(SamplingFields):
 
 @dataclass(frozen=True)
 class ToldToClient:
-    """logprobs: of every token. usage: at the stream's end. also_reasoning: as `reasoning` too, vLLM's name for it."""
+    """logprobs: of every token. glass: its experts too, [token][layer][experts] beside them. usage: when the stream
+    ends. also_reasoning: as `reasoning` too, vLLM's name for it."""
 
     logprobs: bool = False
+    glass: bool = False
     usage: bool = False
     also_reasoning: bool = False
 
@@ -130,6 +134,15 @@ def usage_of(usage: Usage) -> dict[str, Any]:
         "prompt_cache_hit_tokens": usage.cached,
         "prompt_cache_miss_tokens": usage.prompt - usage.cached,
     }
+
+
+def _of_tokens(exchange: Exchange, pieces: list[Piece], told: ToldToClient) -> dict[str, Any]:
+    """What a choice says of its tokens."""
+    extra: dict[str, Any] = {"logprobs": _logprobs(exchange, pieces) if told.logprobs else None}
+    if told.glass:
+        ordered = sorted(pieces, key=lambda piece: piece.kind != "reasoning")
+        extra["glass"] = {"experts": [token.experts for piece in ordered for token in piece.tokens]}
+    return extra
 
 
 def _logprobs(exchange: Exchange, pieces: list[Piece]) -> dict[str, Any]:
@@ -162,7 +175,7 @@ async def chat_completion(exchange: Exchange, told: ToldToClient) -> dict[str, A
         if reasoning:
             message |= told.said("reasoning", reasoning)
         choice = {"index": index, "message": message, "finish_reason": answer.finish_reason}
-        choices.append(choice | {"logprobs": _logprobs(exchange, its) if told.logprobs else None})
+        choices.append(choice | _of_tokens(exchange, its, told))
     return {
         "id": f"chatcmpl-{exchange.id}",
         "object": "chat.completion",
@@ -182,8 +195,9 @@ async def chunks(exchange: Exchange, told: ToldToClient) -> AsyncGenerator[str, 
         "model": exchange.model.name,
     }
 
-    def event(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> str:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+    def event(index: int, delta: dict[str, Any], reason: str | None = None, pieces: list[Piece] | None = None) -> str:
+        choice = {"index": index, "delta": delta, "finish_reason": reason}
+        choice |= _of_tokens(exchange, pieces, told) if pieces else {"logprobs": None}
         return f"data: {to_json(head | {'choices': [choice]})}\n\n"
 
     begun = set[int]()
@@ -191,8 +205,7 @@ async def chunks(exchange: Exchange, told: ToldToClient) -> AsyncGenerator[str, 
         if sample not in begun:
             begun.add(sample)
             yield event(sample, {"role": "assistant", "content": ""})
-        logprobs = _logprobs(exchange, [piece]) if told.logprobs else None
-        yield event(sample, told.said(piece.kind, piece.text), None, logprobs)
+        yield event(sample, told.said(piece.kind, piece.text), None, [piece])
     for index, answer in enumerate(exchange.answers):
         role = {} if index in begun else {"role": "assistant", "content": ""}
         yield event(index, role, answer.finish_reason)

@@ -88,10 +88,10 @@ class Exchange:
             _LOG.error("request %s: %s", self.id, type(error).__name__)  # its text may hold what was asked
             raise ApiError(500, f"the server failed with {type(error).__name__}; ask again") from error
         finally:
-            await self._end()
+            await self.close()
 
-    async def _end(self) -> None:
-        """Leave the queue and book, whoever is cancelled meanwhile."""
+    async def close(self) -> None:
+        """Leave the queue and book, once, whoever is cancelled meanwhile; who never took `pieces` calls it."""
         self._place.leave()
         if self._settling is None:
             self._settling = asyncio.create_task(self._settle())

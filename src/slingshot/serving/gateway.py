@@ -10,6 +10,8 @@ that leaves no room for a token is refused. Nothing is cut silently.
 from __future__ import annotations
 
 import asyncio
+import itertools
+import logging
 from collections.abc import Iterable
 from functools import partial
 
@@ -21,6 +23,7 @@ from slingshot.serving.load import Limits, WaitingRoom
 from slingshot.serving.question import Question
 from slingshot.serving.served_model import ServedModel
 
+_LOG = logging.getLogger(__name__)
 _LONG = 20_000  # characters of a prompt that are tokenized aside, while others go on
 
 
@@ -42,6 +45,7 @@ class Gateway:
         self._apart = apart
         self.waiting = {name: WaitingRoom(self.limits.queue_tokens) for name in self.models}
         self._running: dict[str, tuple[Exchange, Account]] = {}
+        self._ticking: asyncio.Task[None] | None = None
 
     @property
     def running(self) -> int:
@@ -94,6 +98,18 @@ class Gateway:
         exchange.on_end = self._forget
         return exchange
 
+    async def ask_all(self, questions: Iterable[Question], account: Account = LOCAL) -> list[Exchange]:
+        """Several at once, all of them or none."""
+        exchanges = list[Exchange]()
+        try:
+            for question in questions:
+                exchanges.append(await self.ask(question, account))
+        except BaseException:
+            for exchange in exchanges:
+                await exchange.close()
+            raise
+        return exchanges
+
     def find(self, exchange_id: str, account: Account) -> Exchange:
         """A running exchange of this account's, by the id that its answer carries; ApiError 404 for none."""
         exchange, owner = self._running.get(exchange_id.rpartition("-")[2].rpartition("_")[2], (None, account))
@@ -101,10 +117,32 @@ class Gateway:
             raise ApiError(404, f"no answer {exchange_id!r} is running", code="not_found", param="id")
         return exchange
 
+    async def start(self) -> None:
+        """Begin, in the event loop that serves: backends, and the ledger's signs of life."""
+        for model in self.models.values():
+            await model.backend.start()
+        if self.ledger is not None:
+            self._ticking = asyncio.create_task(self._tick(self.ledger))
+
     async def close(self) -> None:
-        """Stop the backends."""
+        """Stop the backends, and book what they end."""
         for model in self.models.values():
             await model.backend.close()
+        for _ in range(200):
+            if self._running:
+                await asyncio.sleep(0.01)
+        if self._ticking is not None:
+            self._ticking.cancel()
+
+    async def _tick(self, ledger: Ledger) -> None:
+        for second in itertools.count():
+            try:
+                await asyncio.to_thread(ledger.tick)
+                if second % 15 == 0:
+                    await asyncio.to_thread(ledger.settle_dead)
+            except Exception as error:  # the database may come back
+                _LOG.error("the ledger does not answer: %s", type(error).__name__)
+            await asyncio.sleep(1.0)
 
     def _forget(self, exchange: Exchange) -> None:
         self._running.pop(exchange.id, None)

@@ -50,11 +50,13 @@ class LocalBackend:
         self._inbox: queue.SimpleQueue[tuple[str, _Sample | None]] = queue.SimpleQueue()
         self._running: dict[_Sample, None] = {}
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
-        self._thread.start()
 
     @property
     def counters(self) -> EngineCounters:
         return self.engine.counters
+
+    async def start(self) -> None:
+        self._thread.start()
 
     async def generate(self, generation: Generation) -> AsyncGenerator[TokenDelta, None]:
         if any(getattr(generation.params, name) for name in STRUCTURES):
@@ -77,7 +79,8 @@ class LocalBackend:
 
     async def close(self) -> None:
         self._inbox.put(("close", None))
-        await asyncio.to_thread(self._thread.join)
+        if self._thread.ident is not None:
+            await asyncio.to_thread(self._thread.join)
 
     def _serve(self) -> None:
         try:

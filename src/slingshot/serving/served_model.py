@@ -35,13 +35,14 @@ _HOLES = (
 
 @dataclass(frozen=True)
 class ServedModel:
-    """created: seconds since 1970. origin: what it was trained on."""
+    """created: seconds since 1970. origin: what it was trained on. experts: whether it has any to tell of."""
 
     name: str
     tokenizer: Tokenizer
     backend: Backend
     created: int = 0
     origin: Origin = field(default_factory=Origin)
+    experts: bool = False
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -84,7 +85,8 @@ class ServedModel:
 
     def params(self, question: Question, prompt_ids: Sequence[int], most: int) -> SamplingParams:
         """How each of its samples is drawn, of at most `most` tokens: its budget of reasoning decided."""
-        params = replace(question.params, n=1, stop=(), max_tokens=most)
+        told = question.glass and self.experts
+        params = replace(question.params, n=1, stop=(), max_tokens=most, routed_experts=told)
         if question.messages is None:
             return params
         budget = params.thinking_budget

@@ -57,6 +57,12 @@ class UpstreamBackend:
         self._checks: asyncio.Task[None] | None = None
         self.max_length = 0
 
+    @property
+    def obstacle(self) -> str | None:
+        if any(replica.ready for replica in self._replicas):
+            return None
+        return "none of the servers that answer for this model does at present"
+
     async def start(self) -> None:
         """Look at every replica once; SlingshotError where none answers."""
         await asyncio.gather(*map(self._check, self._replicas))

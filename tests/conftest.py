@@ -99,21 +99,13 @@ def deepseek() -> Callable[..., ModelConfig]:
     from slingshot.model.config import ModelConfig
 
     shape = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-    }
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    }  # fmt: skip
     mla = {"q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 10}
     moe = {
-        "moe_intermediate_size": 16,
-        "n_routed_experts": 8,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 3,
-        "n_group": 4,
-        "topk_group": 2,
-    }
+        "moe_intermediate_size": 16, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 3,
+        "n_group": 4, "topk_group": 2,
+    }  # fmt: skip
     rest = {"first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1}
     return lambda **changes: ModelConfig(family="deepseek_v3", **{**shape, **mla, **moe, **rest, **changes})
 
@@ -124,11 +116,7 @@ def dense() -> Callable[..., ModelConfig]:
     from slingshot.model.config import ModelConfig
 
     shape = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2,
-    }
+    }  # fmt: skip
     return lambda **changes: ModelConfig(family="dense", **{**shape, **changes})

@@ -12,18 +12,16 @@ KEYS = ["steps", "optimizer", "sampling", "sequence_length", "tasks", "seed", "t
 @pytest.mark.parametrize(
     ("name", "known", "says"),
     [
-        ("stpes", KEYS, "did you mean steps?"),
-        ("STEPS", KEYS, "did you mean steps?"),
+        ("stpes", KEYS, "did you mean steps?"), ("STEPS", KEYS, "did you mean steps?"),
         ("qwen3-0.6b", ["Qwen3-0.6B"], "did you mean Qwen3-0.6B?"),
         ("adam_rl", ["optimizer", "optimizer.adam_lr"], "did you mean optimizer.adam_lr?"),
         ("learning_rate", [*KEYS, "optimizer.lr", "minibatches"], "did you mean optimizer.lr?"),
         ("batch_size", ["micro_batch_size", "prompts_per_step"], "did you mean prompts_per_step?"),
         ("lora_rank", KEYS, "none of the 9 there are is near it"),
         ("seqlen_data", KEYS, "the nearest of 9 are sequence_length, seed, data"),
-        ("zzz", ["lr", "steps"], "there are: lr, steps"),
-        ("zzz", [], "there are none"),
+        ("zzz", ["lr", "steps"], "there are: lr, steps"), ("zzz", [], "there are none"),
     ],
-)
+)  # fmt: skip
 def test_the_way_out_of_a_misspelt_name(name: str, known: list[str], says: str) -> None:
     assert did_you_mean(name, known) == says
 

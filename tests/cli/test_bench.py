@@ -61,19 +61,8 @@ def test_bench_takes_a_preset_with_random_weights(command: Command) -> None:
 @pytest.mark.skipif(native_library() is None, reason="no native library is built here")
 def test_bench_rounds_weights_when_asked(command: Command) -> None:
     asked = (
-        "bench",
-        "deepseek-v3-tiny-576",
-        "--weights",
-        "int4",
-        "--batch",
-        1,
-        "--new",
-        2,
-        "--first",
-        1,
-        "--rounds",
-        1,
-    )
+        "bench", "deepseek-v3-tiny-576", "--weights", "int4", "--batch", 1, "--new", 2, "--first", 1, "--rounds", 1,
+    )  # fmt: skip
     code, out, _ = command(*asked)
     assert code == 0 and ", int4) on " in out and "rounded to nearest int4: this measures speed, not quality." in out
 

@@ -67,12 +67,8 @@ def test_choice_and_gate_values_by_hand(
     gates: list[float],
 ) -> None:
     four = {
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "routed_scaling_factor": 1.0,
-    }
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0,
+    }  # fmt: skip
     assert gate_with_scores(deepseek(**four | changes), bias, scores) == (experts, pytest.approx(gates))
 
 

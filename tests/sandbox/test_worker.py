@@ -112,15 +112,13 @@ def test_values_come_back_as_json_brings_them(make):
     ("code", "message"),
     [
         ("raise ValueError('not ' * 200 + '\\n this way')", r"^raised ValueError: (not )+not \(<string> line 1\)$"),
-        ("sys.exit(1)", "^raised SystemExit: 1 "),
-        (MUTE, "^raised Mute: without words"),
+        ("sys.exit(1)", "^raised SystemExit: 1 "), (MUTE, "^raised Mute: without words"),
         ("self.missing", "^raised NameError: .*self"),
         ("value = {1, 2}", "^returned something that is not JSON: .*set"),
         ("value = float('nan')", "^returned something that is not JSON"),
-        (DEEP, "^returned something that is not JSON"),
-        ("value = len(bytearray(1 << 30))", "^raised MemoryError"),
+        (DEEP, "^returned something that is not JSON"), ("value = len(bytearray(1 << 30))", "^raised MemoryError"),
     ],
-)
+)  # fmt: skip
 def test_errors_are_one_line_and_the_worker_lives_on(make, code, message):
     sandbox = make(memory=512 << 20)
     pid = sandbox.run(PID)

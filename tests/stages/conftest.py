@@ -61,13 +61,11 @@ def saying(base):
 def troubled(tmp_path):
     """A task of 40 sums in a file: one prompt is far too long, one answer makes its verifier raise."""
     lines = [
-        "def problems(split, seed):",
-        "    for number in range(40):",
+        "def problems(split, seed):", "    for number in range(40):",
         "        prompt = f'What is {number}+1?' * (500 if number == 7 else 1)",
         "        yield {'prompt': prompt, 'key': f'{split}{number}', 'answer': str(number + 1)}",
-        "def verify(problem, text):",
-        "    if problem['answer'] in ('4', '5', '6'): raise ValueError('what a sum')",
+        "def verify(problem, text):", "    if problem['answer'] in ('4', '5', '6'): raise ValueError('what a sum')",
         "    return text == problem['answer']",
-    ]
+    ]  # fmt: skip
     (tmp_path / "troubled.py").write_text("\n".join(lines))
     return {"name": str(tmp_path / "troubled.py")}

@@ -142,13 +142,8 @@ def verify(problem, text): return eval(text)
 
 
 HALF = (
-    "0.5",
-    "np.float32(0.5)",
-    "np.float64(0.5)",
-    "np.array(0.5)",
-    "fractions.Fraction(1, 2)",
-    "decimal.Decimal('0.5')",
-)
+    "0.5", "np.float32(0.5)", "np.float64(0.5)", "np.array(0.5)", "fractions.Fraction(1, 2)", "decimal.Decimal('0.5')",
+)  # fmt: skip
 ONE = "True", "1", "np.bool_(True)", "np.int64(1)", "decimal.Decimal(1)"
 
 

@@ -30,9 +30,6 @@ def chatml() -> Tokenizer:
     vocab = {token: id for id, token in enumerate(tokens)}
     merges = [("h", "e"), ("Ġ", "t"), ("Ġt", "he")]
     config = {
-        "bos_token": "<|im_start|>",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|im_end|>",
-        "chat_template": CHATML,
-    }
+        "bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "chat_template": CHATML,
+    }  # fmt: skip
     return Tokenizer.from_bpe(vocab, merges, dict.fromkeys(added, True), config)

@@ -29,14 +29,11 @@ def text_of(source: str, *messages: dict[str, Any], **variables: Any) -> str:
 
 def test_r1s_layout() -> None:
     messages = [
-        {"role": "system", "content": "Be brief."},
-        user("2+3?"),
-        reply("<think>\n2 plus 3\n</think>\n\n5"),
+        {"role": "system", "content": "Be brief."}, user("2+3?"), reply("<think>\n2 plus 3\n</think>\n\n5"),
         {"role": "system", "content": "Be kind."},
         user([{"type": "text", "text": "and "}, {"type": "text", "text": "4?"}]),
-        {"role": "assistant", "content": "9", "reasoning_content": "5 plus 4"},
-        user("so"),
-    ]
+        {"role": "assistant", "content": "9", "reasoning_content": "5 plus 4"}, user("so"),
+    ]  # fmt: skip
     chat = "<bos>Be brief.\n\nBe kind.<｜User｜>2+3?<｜Assistant｜>\n\n5<eos>"
     chat += "<｜User｜>and 4?<｜Assistant｜>9<eos><｜User｜>so"
     assert text_of(R1_TEMPLATE, *messages) == chat
@@ -102,11 +99,8 @@ def test_neighbours_do_not_complete_a_control_token(source: str) -> None:
 
 def test_a_template_may_put_a_control_token_together_itself() -> None:
     """As Phi-4-mini's does, from the role."""
-    assert render("{{ '<|' + messages[0].role + '|>' }}", [user("")], ControlTokens(["<|user|>"])) == [
-        "",
-        "<|user|>",
-        "",
-    ]
+    made = render("{{ '<|' + messages[0].role + '|>' }}", [user("")], ControlTokens(["<|user|>"]))
+    assert made == ["", "<|user|>", ""]
     replaced = render("{{ messages[0].content.replace('x', '<think>') }}", [user("a<eos>x")], TOKENS)
     assert replaced == ["a<eos>", "<think>", ""]
 
@@ -149,10 +143,8 @@ def test_messages_as_transformers_hands_them_over() -> None:
 
 @pytest.mark.parametrize("key", [".content", "['content']"])
 def test_nulls_are_kept_for_templates_that_ask_for_them(key: str) -> None:
-    source = (
-        f"{{% if messages[0]{key} is none %}}{{{{ messages[0].tool_calls }}}}{{% endif %}}{{{{ messages[0].name }}}}"
-    )
-    assert text_of(source, {**reply(None), "tool_calls": [1], "name": None}) == "[1]"
+    asks = f"{{% if messages[0]{key} is none %}}{{{{ messages[0].tool_calls }}}}{{% endif %}}"
+    assert text_of(asks + "{{ messages[0].name }}", {**reply(None), "tool_calls": [1], "name": None}) == "[1]"
 
 
 def test_a_last_message_is_left_open() -> None:
@@ -205,20 +197,15 @@ def test_many_tokens_and_long_messages_take_no_time() -> None:
 
 
 # What templates do with a message: none of it brings a control token in. Last comes what puts it beside half a token.
-STEPS = "| trim;| upper;| string;| reverse;| replace('a', 'b');| replace('', '.');| tojson;| list | join;| join('-')"
-STEPS += ";| safe;| title;| capitalize;| indent(1, true);.split('</think>')[-1];.split('<think>') | join(' ');.rstrip()"
-STEPS += (
-    ";.strip('<>');.partition('think')[2];.removeprefix('<th');.replace('/', '');.casefold();| select | join;[1:];[0]"
-)
-STEPS += (
-    ";.split() | join('');.split('h')[0];[:-1];[::-1];+ 'a';~ messages[1].content;+ messages[1].content;* 2;| lower"
-)
+STEPS = """\
+| trim;| upper;| string;| reverse;| replace('a', 'b');| replace('', '.');| tojson;| list | join;| join('-');\
+| safe;| title;| capitalize;| indent(1, true);.split('</think>')[-1];.split('<think>') | join(' ');.rstrip();[::-1];\
+.strip('<>');.partition('think')[2];.removeprefix('<th');.replace('/', '');.casefold();| select | join;[1:];[:-1];* 2;\
+.split() | join('');.split('h')[0];+ 'a';~ messages[1].content;+ messages[1].content;| lower;[0];\
+"""
 LAST = ["", "+ '<th'", "~ 'ink>'", "| replace('<', '<<')", "| join('>')", "| escape", "~ '<eos'"]
-PARTS = [
-    "\n",
-    " ",
-    *["<bos>", "<eos>", "<｜User｜>", "<think>", "</think>", "<th", "ink>", "<BOS>", "<", ">", "h", "a", "<｜User"],
-]
+PARTS = ["\n", " ", "<bos>", "<eos>", "<｜User｜>", "<think>", "</think>", "<th", "ink>", "<BOS>", "<", ">", "h", "a"]
+PARTS += ["<｜User"]
 said = st.lists(st.sampled_from(PARTS), max_size=6).map("".join)
 
 

@@ -75,12 +75,10 @@ def test_other_spellings_of_the_same_split() -> None:
         (pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(False)]), None),
         (pre_tokenizers.Split("a", "isolated"), None),
         (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True)]), None),
-        (SPLITS["smollm"].pre_tokenizer(), normalizers.NFC()),
-        (SPLITS["qwen2"].pre_tokenizer(), None),
-        (SPLITS["qwen2"].pre_tokenizer(), normalizers.NFKC()),
-        (None, None),
+        (SPLITS["smollm"].pre_tokenizer(), normalizers.NFC()), (SPLITS["qwen2"].pre_tokenizer(), None),
+        (SPLITS["qwen2"].pre_tokenizer(), normalizers.NFKC()), (None, None),
     ],
-)
+)  # fmt: skip
 def test_anything_else_is_refused(
     pre_tokenizer: pre_tokenizers.PreTokenizer | None, normalizer: normalizers.Normalizer | None
 ) -> None:

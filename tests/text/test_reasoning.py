@@ -9,7 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
-from slingshot.text.reasoning import Parsed, ReasoningStream, ends_in_reasoning, parse
+from slingshot.base.errors import SlingshotError
+from slingshot.text.reasoning import Parsed, ReasoningStream, encode_responses, ends_in_reasoning, parse
 from slingshot.text.tokenizer import END_THINK, THINK, Tokenizer
 
 thorough = settings(derandomize=True, deadline=None, max_examples=300)
@@ -32,12 +33,10 @@ def reassembles(text: str, opened: bool | None, parsed: Parsed, think: str = THI
     if parsed.reasoning is None:
         return text == parsed.answer
     reasoning, answer = re.escape(parsed.reasoning), re.escape(parsed.answer)
-    beginning = {True: rf"(\n*{think})*", False: rf"\s*{think}(\n*{think})*", None: rf"(\s*{think}(\n*{think})*)?"}[
-        opened
-    ]
-    return bool(
-        re.fullmatch(rf"{beginning}\n*{reasoning}" + (rf"\n*{end_think}\n*{answer}" if parsed.closed else ""), text)
-    )
+    begun = rf"\s*{think}(\n*{think})*"
+    beginning = {True: rf"(\n*{think})*", False: begun, None: rf"({begun})?"}[opened]
+    ending = rf"\n*{end_think}\n*{answer}" if parsed.closed else ""
+    return bool(re.fullmatch(rf"{beginning}\n*{reasoning}{ending}", text))
 
 
 @pytest.mark.parametrize(
@@ -46,26 +45,21 @@ def reassembles(text: str, opened: bool | None, parsed: Parsed, think: str = THI
         ("3 plus 4 is 7\n</think>\n\n7", True, Parsed("3 plus 4 is 7", "7", True)),
         ("<think>\n3 plus 4\n</think>\n\n7", False, Parsed("3 plus 4", "7", True)),
         ("<think>\n3 plus 4\n</think>\n\n7", True, Parsed("3 plus 4", "7", True)),  # opened twice
-        ("7", False, Parsed(None, "7", False)),
-        ("\n7</think>", False, Parsed(None, "\n7</think>", False)),
-        ("3 plus\n", True, Parsed("3 plus\n", "", False)),
-        ("</think>7", True, Parsed("", "7", True)),
+        ("7", False, Parsed(None, "7", False)), ("\n7</think>", False, Parsed(None, "\n7</think>", False)),
+        ("3 plus\n", True, Parsed("3 plus\n", "", False)), ("</think>7", True, Parsed("", "7", True)),
         ("a <think> b</think>7</think>\n", True, Parsed("a <think> b", "7</think>\n", True)),
-        ("", True, Parsed("", "", False)),
-        (" \n", False, Parsed(None, " \n", False)),
+        ("", True, Parsed("", "", False)), (" \n", False, Parsed(None, " \n", False)),
         ("so </thin", True, Parsed("so </thin", "", False)),
         ("```\n</think>\n```", False, Parsed(None, "```\n</think>\n```", False)),  # an answer that speaks of tags
         ("so\n</think>\n\n```\n<think>\n</think>\n```", True, Parsed("so", "```\n<think>\n</think>\n```", True)),
         ("</think>\n\n7", False, Parsed(None, "</think>\n\n7", False)),
-        ("so\n</think>\n\n7", None, Parsed("so", "7", True)),
-        ("\n\n</think>7", None, Parsed("", "7", True)),
+        ("so\n</think>\n\n7", None, Parsed("so", "7", True)), ("\n\n</think>7", None, Parsed("", "7", True)),
         ("\n<think>\nso\n</think>\n\n7", None, Parsed("so", "7", True)),
         ("so <think> on</think>7</think>", None, Parsed("so <think> on", "7</think>", True)),
-        ("<think>so", None, Parsed("so", "", False)),
-        ("7 <think>\n", None, Parsed(None, "7 <think>\n", False)),
+        ("<think>so", None, Parsed("so", "", False)), ("7 <think>\n", None, Parsed(None, "7 <think>\n", False)),
         ("", None, Parsed(None, "", False)),
     ],
-)
+)  # fmt: skip
 def test_text(text: str, opened: bool | None, parsed: Parsed) -> None:
     assert parse(text, opened) == parsed == expected(text, opened)
     assert reassembles(text, opened, parsed)
@@ -79,11 +73,9 @@ opening = st.sampled_from([True, False, None])
 @example(text="a</think>b", opened=True, cuts=list(range(10)))
 @example(text="a</think>b", opened=None, cuts=list(range(10)))
 def test_text_in_any_pieces_is_the_same(text: str, opened: bool | None, cuts: list[int]) -> None:
-    bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    stream = ReasoningStream(None, opened)
-    deltas = [
-        delta for begin, end in itertools.pairwise(bounds) for delta in stream.push(text[begin:end])
-    ] + stream.finish()
+    bounds, stream = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)], ReasoningStream(None, opened)
+    pieces = [text[begin:end] for begin, end in itertools.pairwise(bounds)]
+    deltas = [delta for piece in pieces for delta in stream.push(piece)] + stream.finish()
     reasoning, answer = ("".join(part for kind, part in deltas if kind == wanted) for wanted in ("reasoning", "answer"))
     parsed = Parsed(reasoning if stream.reasoned else None, answer, stream.closed)
     assert parsed == parse(text, opened) == expected(text, opened)
@@ -100,12 +92,8 @@ def test_ids_follow_the_tokens(tokenizer: Tokenizer, opened: bool | None, data: 
     words = [*tags, *map(tokenizer.encode, ["\n", " ", "7", "é🙂", THINK, END_THINK]), tokenizer.encode("é")[:1]]
     ids = [id for word in data.draw(st.lists(st.sampled_from(words), max_size=10)) for id in word]
     marks = {tokenizer.think_id: "\ue000", tokenizer.end_think_id: "\ue001"}
-    text, run = "", []
-    for id in [*ids, None]:
-        if id is None or id in marks:
-            text, run = text + tokenizer.decode(run) + marks.get(id, ""), []
-        else:
-            run.append(id)
+    runs = itertools.groupby(ids, lambda id: marks.get(id))
+    text = "".join(mark * len([*run]) if mark else tokenizer.decode(run) for mark, run in runs)
     whole = expected(text, opened, "\ue000", "\ue001")
 
     def spelt(part: str) -> str:
@@ -190,3 +178,36 @@ def test_the_prompt_tells_where_the_output_begins(tokenizer: Tokenizer, chatml: 
 def test_ids_need_their_tokenizer() -> None:
     with pytest.raises(ValueError, match="tokenizer"):
         parse([5], True)
+
+
+written = st.text(max_size=12).map(lambda text: text.strip("\n")).filter(lambda text: "think>" not in text)
+
+
+def test_responses_are_written_in_r1s_layout(tokenizer: Tokenizer) -> None:
+    (primed,) = encode_responses(tokenizer, [("3 plus 4 is 7", "7")], opened=True)
+    assert tokenizer.decode(primed) == "3 plus 4 is 7\n</think>\n\n7"
+    assert primed[-1] == tokenizer.eos_id and primed.count(tokenizer.end_think_id) == 1
+    (whole,) = encode_responses(tokenizer, [("3 plus 4 is 7", "7")], opened=False)
+    assert whole[0] == tokenizer.think_id and tokenizer.decode(whole) == "<think>\n3 plus 4 is 7\n</think>\n\n7"
+
+
+@thorough
+@given(responses=st.lists(st.tuples(written, written), max_size=3), opened=st.booleans())
+def test_parsing_reads_back_what_was_written(
+    tokenizer: Tokenizer, chatml: Tokenizer, responses: list[tuple[str, str]], opened: bool
+) -> None:
+    for one in (tokenizer, chatml):
+        ids = encode_responses(one, responses, opened)
+        assert [parse(each, opened, one) for each in ids] == [
+            Parsed(reasoning, answer, True) for reasoning, answer in responses
+        ]
+
+
+def test_tags_typed_within_reasoning_stay_text(tokenizer: Tokenizer) -> None:
+    (ids,) = encode_responses(tokenizer, [("a </think> b", "<think>")], opened=True)
+    assert parse(ids, True, tokenizer) == Parsed("a </think> b", "<think>", True)
+
+
+def test_a_response_must_be_able_to_end(tokenizer: Tokenizer) -> None:
+    with pytest.raises(SlingshotError, match="names no eos_token"):
+        encode_responses(Tokenizer(tokenizer._backend, {}), [("a", "b")], opened=True)

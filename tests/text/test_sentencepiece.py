@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import write_json
-from slingshot.text.response import encode_responses
+from slingshot.text.reasoning import encode_responses
 from slingshot.text.tokenizer import Tokenizer
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[INST] {{ m.content }}[/INST]{{ eos_token }}{% endfor %}"

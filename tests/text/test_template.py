@@ -48,31 +48,24 @@ def test_json_as_python_writes_it() -> None:
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ("{{ ''.__class__.__mro__ }}", "unsafe"),
-        ("{{ ''['__class__'].x }}", "unsafe"),
-        ("{{ ('' | attr('__class__')).x }}", "unsafe"),
-        ("{{ messages.append(1) }}", "unsafe"),
-        ("{{ '{a.__class__.x}'.format_map({'a': 1}) }}", "unsafe"),
-        ("{{ raise_exception.__globals__.x }}", "unsafe"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"), ("{{ ''['__class__'].x }}", "unsafe"),
+        ("{{ ('' | attr('__class__')).x }}", "unsafe"), ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ '{a.__class__.x}'.format_map({'a': 1}) }}", "unsafe"), ("{{ raise_exception.__globals__.x }}", "unsafe"),
         ("{{ cycler.__init__.__globals__.os }}", "unsafe"),
         ("{% macro m() %}{% endmacro %}{{ m._environment.x }}", "unsafe"),
         ("{% set ns = namespace() %}{% set ns._a = 1 %}", "names of that kind belong to Python"),
-        ("{{ namespace(__class__=1) }}", "names of that kind belong to Python"),
-        ("{% include 'x' %}", "no loader"),
-        ("{% for %}", "Expected"),
-        ("{{ 1 + 'a' }}", "unsupported operand"),
-        ("{{ missing.field }}", "undefined"),
+        ("{{ namespace(__class__=1) }}", "names of that kind belong to Python"), ("{% include 'x' %}", "no loader"),
+        ("{% for %}", "Expected"), ("{{ 1 + 'a' }}", "unsupported operand"), ("{{ missing.field }}", "undefined"),
         ("{{ raise_exception('no\nway') }}", "could not render these messages: no way"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         # too much at once: what a worker may not have, or may not say
         ("{{ 'x' * 99999999999 }}", "MemoryError|could not render"),
-        ("{{ ('x' * 900000000) | upper | list }}", "MemoryError|could not render"),
+        ("{{ ('x' * 900000000) | upper | list }}", "MemoryError|could not render|took longer"),
         ("{{ '%2000000000d' % 1 }}", "MemoryError|could not render"),
-        ("{{ 'x' * 20000000 }}", "returned more than 16 MiB"),
-        ("{{ range(1000000000) | list }}", "Range too big"),
+        ("{{ 'x' * 20000000 }}", "returned more than 16 MiB"), ("{{ range(1000000000) | list }}", "Range too big"),
         ("{{ " + "(" * 40_000 + "1" + ")" * 40_000 + " }}", "could not render|ended its process"),
     ],
-)
+)  # fmt: skip
 def test_refused_in_one_line(source: str, reason: str) -> None:
     with pytest.raises(SlingshotError, match=reason) as caught:
         text_of(source, trusted=False)
@@ -96,9 +89,7 @@ def test_an_endless_template_is_ended(source: str) -> None:
 
 def test_long_honest_chats_fit() -> None:
     """A million tokens are four million characters."""
-    source = (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + (m.content | trim).split('</think>')[-1] }}{% endfor %}"
-    )
+    source = "{% for m in messages %}{{ m.role + (m.content | trim).split('</think>')[-1] }}{% endfor %}"
     messages = [{"role": "user", "content": "text <think> and more of it, " * 140}] * 1000
     assert len(text_of(source, trusted=False, messages=messages)) > 4_000_000
 
@@ -111,20 +102,13 @@ def test_threads_share_a_worker() -> None:
     assert texts == [text_of(source, messages=chat) for chat in chats]
 
 
+SYNTAX = ["{{ ", " }}", "{% ", " %}", "messages", "[0]", ".content", " | tojson", "for x in ", "endfor", "if "]
+SOURCES = st.lists(st.sampled_from(SYNTAX) | st.text(max_size=4), max_size=12).map("".join)
+LEAVES = st.none() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(exclude_categories=["Cs"]))
+
+
 @settings(derandomize=True, deadline=None, max_examples=100)
-@given(
-    source=st.lists(
-        st.sampled_from(
-            ["{{ ", " }}", "{% ", " %}", "messages", "[0]", ".content", " | tojson", "for x in ", "endfor", "if "]
-        )
-        | st.text(max_size=4),
-        max_size=12,
-    ).map("".join),
-    content=st.recursive(
-        st.none() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(exclude_categories=["Cs"])),
-        lambda inner: st.lists(inner, max_size=3),
-    ),
-)
+@given(source=SOURCES, content=st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3)))
 def test_any_text_renders_or_is_refused(source: str, content: Any) -> None:
     try:
         text_of(source, trusted=False, messages=[{"content": content}])

@@ -65,38 +65,14 @@ def vocabulary(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Tokenizer, dict[bytes, int]]:
     tokens = [*BYTES, *TRAINED] if request.param == "trained" else shuffled(int(request.param[-1]))
-    return Tokenizer.load(write(tmp_path_factory.mktemp("kimi"), tokens)), {
-        token: rank for rank, token in enumerate(tokens)
-    }
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    return Tokenizer.load(write(tmp_path_factory.mktemp("kimi"), tokens)), ranks
 
 
 PARTS = [
-    "a",
-    "b",
-    "c",
-    "é",
-    "中",
-    "文",
-    "'s",
-    "'S",
-    "hello",
-    "The",
-    "aB",
-    "12345",
-    "٣",
-    "ア",
-    "々",
-    "〇",
-    "ǅ",
-    "ʰ",
-    "́",
-    "!",
-    "_",
-    "🙂",
-    "ſ",
-    "<think>",
-    "[BOS]",
-]
+    "a", "b", "c", "é", "中", "文", "'s", "'S", "hello", "The", "aB", "12345", "٣", "ア", "々", "〇", "ǅ", "ʰ", "́", "!",
+    "_", "🙂", "ſ", "<think>", "[BOS]",
+]  # fmt: skip
 SPACES = [" the", " ", "  ", "\n", "\r\n", "\u3000", "\x85"]
 texts = st.lists(st.sampled_from([*PARTS, *SPACES]) | st.text(max_size=3), max_size=14).map("".join)
 

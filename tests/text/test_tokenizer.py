@@ -68,6 +68,11 @@ def test_text_never_becomes_a_control_token(tokenizer: Tokenizer, chatml: Tokeni
         assert controls(one, ids) == []
         assert one.decode(ids) == text
         assert one.encode_batch([text, "", text]) == [ids, [], ids]
+        stream, written = one.stream(), ""
+        for id in ids:
+            written += stream.push(id)
+            assert text.startswith(written)  # never part of a character
+        assert written == text and stream.finish() == ""
 
 
 @thorough
@@ -93,15 +98,6 @@ def test_nor_do_they_in_chatml_roles_included(chatml: Tokenizer, role: str, cont
     assert chatml.decode(ids) == f"system\ns\n{role}\n{content}\n"
 
 
-def test_parts_of_a_message_do_not_join_into_a_control_token(tokenizer: Tokenizer) -> None:
-    template = "{{ bos_token }}{% for part in messages[0].content %}{{ part.text | trim }}{% endfor %}"
-    split = Tokenizer(tokenizer._backend, {**tokenizer.config, "chat_template": template})
-    parts = [{"text": text} for text in (" <th", "ink> ", "<｜User｜", ">")]
-    ids = split.encode_chat([{"role": "user", "content": parts}])
-    assert controls(split, ids) == [0]
-    assert split.decode(ids) == f"{THINK}{USER}"
-
-
 def test_neither_merges_nor_normalizers_lead_to_a_control_token() -> None:
     vocab = {"<tok>": 0, "he": 1, "h": 2, "e": 3, "t": 4, "o": 5, "k": 6, "<": 7, ">": 8, "at": 9, "a": 10}
     template = "{{ '<tok>' }}{{ messages[0].content }}"
@@ -118,12 +114,15 @@ def test_neither_merges_nor_normalizers_lead_to_a_control_token() -> None:
     assert lower.encode_chat([{"role": "user", "content": "<TOK>"}]) == [0, 7, 4, 5, 6, 8]
 
 
-def test_thinking_off_primes_the_closing_tag(tokenizer: Tokenizer) -> None:
+def test_what_a_chat_ends_with(tokenizer: Tokenizer) -> None:
     messages = [{"role": "user", "content": "3"}]
     three = tokenizer.encode("3")
     assert tokenizer.encode_chat(messages) == [0, 3, *three, 4, 5, *tokenizer.encode("\n")]
     assert tokenizer.encode_chat(messages, thinking=False) == [0, 3, *three, 4, 6]
     assert tokenizer.encode_chat(messages, add_generation_prompt=False) == [0, 3, *three]
+    messages.append({"role": "assistant", "content": "It is "})
+    ids = tokenizer.encode_chat(messages, add_generation_prompt=False, continue_final_message=True)
+    assert ids == [0, 3, *three, 4, *tokenizer.encode("It is ")]
 
 
 def test_a_chat_needs_a_template(tokenizer: Tokenizer) -> None:
@@ -155,17 +154,6 @@ def test_a_stream_joins_to_the_decoded_whole(tokenizer: Tokenizer, ids: list[int
     assert "".join([*map(stream.push, ids), stream.finish()]) == tokenizer.decode(ids)
     known = [id for id in ids if 0 <= id < tokenizer.vocab_size]
     assert tokenizer.decode(known) == tokenizer._backend.decode(known, skip_special_tokens=True)
-
-
-@thorough
-@given(text=hostile)
-def test_a_stream_never_gives_part_of_a_character(tokenizer: Tokenizer, text: str) -> None:
-    stream, written = tokenizer.stream(), ""
-    for id in tokenizer.encode(text):
-        written += stream.push(id)
-        assert text.startswith(written)
-    assert written == text
-    assert stream.finish() == ""
 
 
 @pytest.fixture(scope="module")
@@ -205,12 +193,6 @@ def test_what_else_a_template_reads(tokenizer: Tokenizer) -> None:
     assert told.decode(ids) == f"{THINK}{EOS}{USER}no"
 
 
-def test_a_last_message_is_continued(tokenizer: Tokenizer) -> None:
-    messages = [{"role": "user", "content": "3"}, {"role": "assistant", "content": "It is "}]
-    ids = tokenizer.encode_chat(messages, add_generation_prompt=False, continue_final_message=True)
-    assert ids == [0, 3, *tokenizer.encode("3"), 4, *tokenizer.encode("It is ")]
-
-
 def test_a_tokenizer_must_fit_its_model(tokenizer: Tokenizer) -> None:
     tokenizer.check_fits(tokenizer.vocab_size)
     tokenizer.check_fits(512)  # padded
@@ -247,12 +229,10 @@ def piped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     tokens = [{"content": token, **flags, **changed} for token, changed in added.items()]
     description = {
         "added_tokens": [{"id": id, **token} for id, token in enumerate(tokens, start=len(vocab))],
-        "normalizer": normalizer,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, bytewise]},
-        "post_processor": bytewise,
-        "decoder": bytewise,
+        "normalizer": normalizer, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, bytewise]},
+        "post_processor": bytewise, "decoder": bytewise,
         "model": {"type": "BPE", "ignore_merges": ignore_merges, "merges": merges},
-    }
+    }  # fmt: skip
     description["model"]["vocab"] = {token: id for id, token in enumerate(vocab)}
     folder = tmp_path_factory.mktemp(request.param)
     write_json(folder / "tokenizer.json", description)
@@ -265,24 +245,9 @@ def piped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 SPOKEN = [
-    "the",
-    "hello",
-    "é",
-    "e\u0301",
-    "がか\u3099",
-    "中文",
-    "ア",
-    "한",
-    "1",
-    "12",
-    "1234",
-    "٣",
-    "'s",
-    "'S",
-    "ok",
-    "!?",
+    "the", "hello", "é", "e\u0301", "がか\u3099", "中文", "ア", "한", "1", "12", "1234", "٣", "'s", "'S", "ok", "!?",
     "_",
-]
+]  # fmt: skip
 SPACES = ["🙂", "\u200b", " ", "  ", "\n", "\r\n", "  \n  ", "\t", "\u3000", "\x1c", "\x85", "\u0301"]
 spoken = st.lists(st.sampled_from(SPOKEN + SPACES) | st.text(max_size=3), max_size=10).map("".join)
 

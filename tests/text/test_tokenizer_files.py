@@ -155,32 +155,22 @@ _NO_TOKENIZER, _NO_TEMPLATE = "is not a tokenizer", "chat_template in tokenizer_
 @pytest.mark.parametrize(
     ("path", "new", "reason"),
     [
-        ("model/vocab/a", -1, _NO_TOKENIZER),
-        ("model/vocab/a", 2**31, r"gives \d+ tokens ids up to 2147483648"),
-        ("model/vocab/a", 2**40, _NO_TOKENIZER),
-        ("model/vocab", {}, _NO_TOKENIZER),
+        ("model/vocab/a", -1, _NO_TOKENIZER), ("model/vocab/a", 2**31, r"gives \d+ tokens ids up to 2147483648"),
+        ("model/vocab/a", 2**40, _NO_TOKENIZER), ("model/vocab", {}, _NO_TOKENIZER),
         ("model/merges/0", ["zz", "a"], _NO_TOKENIZER),
-        ("model/continuing_subword_prefix", "x", "marks the parts of words"),
-        ("model/type", "Unigram", _NO_TOKENIZER),
-        ("model", [], "it describes no model"),
-        ("pre_tokenizer", None, "decodes what it never encodes"),
-        ("decoder", None, "only byte-level and SentencePiece"),
-        ("added_tokens/0/id", "zero", _NO_TOKENIZER),
+        ("model/continuing_subword_prefix", "x", "marks the parts of words"), ("model/type", "Unigram", _NO_TOKENIZER),
+        ("model", [], "it describes no model"), ("pre_tokenizer", None, "decodes what it never encodes"),
+        ("decoder", None, "only byte-level and SentencePiece"), ("added_tokens/0/id", "zero", _NO_TOKENIZER),
         ("added_tokens/3/content", "x" * 100_000, "of 100000 characters; 500 would be many"),
-        ("added_tokens", {}, _NO_TOKENIZER),
-        ("eos_token", "<eos>", "names eos_token '<eos>'"),
-        ("eos_token", 3, "gives eos_token as 3"),
-        ("bos_token", {"content": []}, r"gives bos_token as \[\]"),
-        ("chat_template", 3, _NO_TEMPLATE),
-        ("chat_template", [{"name": "default"}], _NO_TEMPLATE),
-        ("chat_template", [{"name": ["x"], "template": ""}], _NO_TEMPLATE),
-        ("chat_template", ["x"], _NO_TEMPLATE),
+        ("added_tokens", {}, _NO_TOKENIZER), ("eos_token", "<eos>", "names eos_token '<eos>'"),
+        ("eos_token", 3, "gives eos_token as 3"), ("bos_token", {"content": []}, r"gives bos_token as \[\]"),
+        ("chat_template", 3, _NO_TEMPLATE), ("chat_template", [{"name": "default"}], _NO_TEMPLATE),
+        ("chat_template", [{"name": ["x"], "template": ""}], _NO_TEMPLATE), ("chat_template", ["x"], _NO_TEMPLATE),
         ("eos_token_id", 324, "eos_token_id 324 is beyond the tokenizer's 324 ids"),
-        ("eos_token_id", [1, -1], "eos_token_id -1 is beyond"),
-        ("eos_token_id", [True], "eos_token_id True is beyond"),
+        ("eos_token_id", [1, -1], "eos_token_id -1 is beyond"), ("eos_token_id", [True], "eos_token_id True is beyond"),
         ("eos_token_id", "1", "eos_token_id '1' is beyond"),
     ],
-)
+)  # fmt: skip
 def test_broken_files_are_named(tokenizer: Tokenizer, tmp_path: Path, path: str, new: Any, reason: str) -> None:
     tokenizer.save(tmp_path)
     write_json(tmp_path / "generation_config.json", {"eos_token_id": 1})

@@ -21,7 +21,7 @@ from slingshot.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from slingshot.engine.structured import Grammars
 
-_CLOSING = "\n", "\n\n"  # around </think>, where a template does not show its own: R1's layout (text/response.py)
+_CLOSING = "\n", "\n\n"  # around </think>, where a template does not show its own: R1's layout (text/reasoning.py)
 
 
 class Vocabulary:

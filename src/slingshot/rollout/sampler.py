@@ -25,8 +25,7 @@ from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.rollout.trajectory import Sampled
 from slingshot.tasks.task import Solution
-from slingshot.text.reasoning import ends_in_reasoning
-from slingshot.text.response import encode_responses
+from slingshot.text.reasoning import encode_responses, ends_in_reasoning
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.parallel import whole
 

@@ -35,7 +35,7 @@ from slingshot.tasks.loader import TaskConfig, load_task
 from slingshot.tasks.mixture import passes
 from slingshot.tasks.task import Style
 from slingshot.text.pretokenizers import SPLIT_OF_MODEL_TYPE
-from slingshot.text.response import encode_responses
+from slingshot.text.reasoning import encode_responses
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.batch import Rows
 from slingshot.training.checkpointer import Checkpointer, restore

@@ -28,8 +28,7 @@ from slingshot.rollout.rollout import PromptForm
 from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import TaskMix
 from slingshot.tasks.task import Problem
-from slingshot.text.reasoning import before_reasoning, ends_in_reasoning
-from slingshot.text.response import encode_answers, encode_responses
+from slingshot.text.reasoning import before_reasoning, encode_answers, encode_responses, ends_in_reasoning
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.batch import Rows
 from slingshot.training.checkpointer import Checkpointer, restore

@@ -66,18 +66,14 @@ THINK, END_THINK = "<think>", "</think>"
 _CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG"  # transformers' word; some templates look for it
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # what a message's reasoning is called
 _PRIVATE = range(0xF0000, 0xFFFFE)
+_EXAMPLE = "{'role': 'user', 'content': 'Hello'}"
 
 
 def render(
-    template: str,
-    messages: Sequence[Mapping[str, Any]],
-    controls: ControlTokens,
-    special_tokens: Mapping[str, str] | None = None,
-    *,
-    add_generation_prompt: bool = False,
-    continue_final_message: bool = False,
-    **variables: Any,
-) -> list[str]:
+    template: str, messages: Sequence[Mapping[str, Any]], controls: ControlTokens,
+    special_tokens: Mapping[str, str] | None = None, *,
+    add_generation_prompt: bool = False, continue_final_message: bool = False, **variables: Any,
+) -> list[str]:  # fmt: skip
     """Render a chat into alternating text and control tokens, text first and last.
 
     messages: JSON values, at least {"role": str, "content": str} each. special_tokens: {"bos_token": "..."} and the
@@ -120,9 +116,7 @@ def clean(text: str) -> str:
 def _messages(messages: Any) -> list[dict[str, Any]]:
     """Messages as transformers hands them to a template, with their reasoning under every name."""
     if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
-        raise SlingshotError(
-            "a chat is a list of messages, each an object such as {'role': 'user', 'content': 'Hello'}"
-        )
+        raise SlingshotError(f"a chat is a list of messages, each an object such as {_EXAMPLE}")
     named = [dict(message) for message in messages]
     for message in named:
         if told := [message[name] for name in _REASONING if message.get(name) is not None]:
@@ -137,8 +131,7 @@ def _plain_json(value: Any) -> tuple[Any, str]:
         text = clean(json.dumps(value, ensure_ascii=False))
         return json.loads(text), text
     except (TypeError, ValueError, RecursionError) as error:
-        example = "[{'role': 'user', 'content': 'Hello'}]"
-        raise SlingshotError(f"chat messages and tools must be plain JSON, such as {example}: {error}") from error
+        raise SlingshotError(f"chat messages and tools must be plain JSON, such as {_EXAMPLE}: {error}") from error
 
 
 def _open_last(messages: list[dict[str, Any]]) -> str:
@@ -172,9 +165,8 @@ class ControlTokens:
     def __init__(self, tokens: Iterable[str]) -> None:
         words = set(tokens) - {""}
         self._find = re.compile(_alternatives(words) or "(?!)")
-        self._find_said = re.compile(
-            self._find.pattern, re.IGNORECASE
-        )  # a template may change the case of what is said
+        # A template may change the case of what is said.
+        self._find_said = re.compile(self._find.pattern, re.IGNORECASE)
         self._beginnings = frozenset(word[:size].lower() for word in words for size in range(1, len(word)))
         self._endings = frozenset(word[size:].lower() for word in words for size in range(1, len(word)))
         self._longest = max(map(len, words), default=0)

@@ -1,10 +1,11 @@
-"""Reasoning and answer, parted from what a model wrote.
+"""Reasoning and answer: parted from what a model wrote, and written as it writes them.
 
     opened = ends_in_reasoning(prompt_ids, tokenizer)          # R1's template opens <think> in the prompt
     parsed = parse(ids, opened, tokenizer)                     # Parsed(reasoning, answer, closed)
     stream = ReasoningStream(tokenizer, opened)
     for id in ids: deltas = stream.push(id)                    # [("reasoning", text), ("answer", text)]
     deltas = stream.finish()
+    encode_responses(tokenizer, [("3 plus 4 is 7", "7")], opened=True)      # the inverse of parse, the end included
 
 Where the vocabulary has think tokens the tags are those ids, and the same characters spelt by other tokens are text;
 elsewhere, and for plain strings, the tags are the characters.
@@ -117,9 +118,8 @@ class ReasoningStream:
             self._tag(found[0])
             start = found.end()
         text = text[start:]
-        kept = next(
-            (size for size in range(len(END_THINK) - 1, 0, -1) if text.endswith((THINK[:size], END_THINK[:size]))), 0
-        )
+        sizes = range(len(END_THINK) - 1, 0, -1)
+        kept = next((size for size in sizes if text.endswith((THINK[:size], END_THINK[:size]))), 0)
         self._write(text[: len(text) - kept])
         self._tail = text[len(text) - kept :]
 
@@ -157,3 +157,27 @@ class ReasoningStream:
     def _take(self) -> list[Delta]:
         deltas, self._deltas = self._deltas, []
         return deltas
+
+
+def encode_responses(tokenizer: Tokenizer, responses: Sequence[tuple[str, str]], opened: bool) -> list[list[int]]:
+    """Ids of `reasoning\\n</think>\\n\\nanswer` and the end token; `opened`: the prompt already holds `<think>\\n`.
+
+    Where the vocabulary has no think tokens (models not made for reasoning) the tags are written as ordinary text.
+    """
+    if tokenizer.end_think_id is None or tokenizer.think_id is None:
+        start = "" if opened else "<think>\n"
+        texts = [f"{start}{reasoning}\n</think>\n\n{answer}" for reasoning, answer in responses]
+        return encode_answers(tokenizer, texts)
+    start = "" if opened else "\n"
+    reasonings = tokenizer.encode_batch([f"{start}{reasoning}\n" for reasoning, _ in responses], continues=True)
+    answers = encode_answers(tokenizer, [f"\n\n{answer}" for _, answer in responses])
+    start_ids = [] if opened else [tokenizer.think_id]
+    pairs, end = zip(reasonings, answers, strict=True), tokenizer.end_think_id
+    return [[*start_ids, *reasoning, end, *answer] for reasoning, answer in pairs]
+
+
+def encode_answers(tokenizer: Tokenizer, answers: Sequence[str]) -> list[list[int]]:
+    """Ids of responses without reasoning, each with the end token."""
+    if tokenizer.eos_id is None:
+        raise SlingshotError("this tokenizer names no eos_token to end responses; add it to tokenizer_config.json")
+    return [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(list(answers), continues=True)]

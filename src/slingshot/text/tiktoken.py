@@ -26,9 +26,8 @@ from slingshot.text.detokenizer import CHARACTER_OF_BYTE
 # letters, words by case as o200k does it, up to three digits, punctuation, line breaks, spaces.
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _ENDING = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-KIMI = (
-    rf"[\p{{Han}}]+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}"
-)
+_BEFORE = r"[^\r\n\p{L}\p{N}]?"
+KIMI = rf"[\p{{Han}}]+|{_BEFORE}{_UPPER}*{_LOWER}+{_ENDING}|{_BEFORE}{_UPPER}+{_LOWER}*{_ENDING}"
 KIMI += r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 _RESERVED = 256  # ids after those of the ranks, named or not: the models' vocabularies end there
@@ -98,11 +97,9 @@ def _parts(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | No
     """The two parts whose merge completes a token; None for a single byte, and for what merges never lead to."""
     parts = [token[at : at + 1] for at in range(len(token))]
     while len(parts) > 2:
-        pairs = [
-            (rank, at) for at in range(len(parts) - 1) if (rank := ranks.get(parts[at] + parts[at + 1])) is not None
-        ]
-        if not pairs:
+        pairs = [parts[at] + parts[at + 1] for at in range(len(parts) - 1)]
+        at = min(range(len(pairs)), key=lambda at: ranks.get(pairs[at], len(ranks)))
+        if pairs[at] not in ranks:
             return None
-        _, at = min(pairs)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return (parts[0], parts[1]) if len(parts) == 2 else None

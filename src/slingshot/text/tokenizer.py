@@ -51,14 +51,11 @@ R1_CONFIG = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": 
 # and what looks like a tag and stands in the chat template.
 _FRAME, _TAG = re.compile(r"<[|｜].*[|｜]>|</?think>"), re.compile(r"<.+>|\[.+\]")
 
-_NAMED = [
-    f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-]  # what a template knows by name
+# What a template knows by name.
+_NAMED = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 
 # White space as the Rust side has it, which an added token may swallow; Python's str.strip takes U+001C to U+001F too.
-_SPACE = "".join(
-    character for character in map(chr, range(0x3001)) if character.isspace() and not 0x1C <= ord(character) < 0x20
-)
+_SPACE = "".join(chr(code) for code in range(0x3001) if chr(code).isspace() and not 0x1C <= code < 0x20)
 
 _UNSPLIT = "the tokenizer's regular expression could not split the text"  # it gives up after millions of steps
 
@@ -84,15 +81,14 @@ class Tokenizer:
         if self.vocab_size > 2 * len(vocabulary) + 100_000:  # before the Rust side makes a list of them
             ids = f"{len(vocabulary)} tokens ids up to {self.vocab_size - 1}"
             raise SlingshotError(f"tokenizer.json gives {ids}; ids must stand close together")
-        self._backend = backend
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self.config = dict(config)
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend, self.config = backend, dict(config)
         self._templates = named_templates(self.config.get("chat_template"))
         description = self.description()
         added = description["added_tokens"]
-        if long := [token["content"] for token in added if len(token["content"]) > 500]:
-            text = f"{reprlib.repr(long[0])} of {len(long[0])} characters"
+        if len(long := max((token["content"] for token in added), key=len, default="")) > 500:
+            text = f"{reprlib.repr(long)} of {len(long)} characters"
             raise SlingshotError(f"tokenizer.json adds the token {text}; 500 would be many")
         silent = {token["id"] for token in added if token["special"] and token["content"] not in (THINK, END_THINK)}
         self.detokenizer = Detokenizer(description, vocabulary, silent)
@@ -118,9 +114,8 @@ class Tokenizer:
         backend, config, eos_ids = read_tokenizer_files(Path(path))
         first = [backend.id_to_token(number) for number in range(len(R1_TOKENS))]
         if backend.post_processor is None and first == list(R1_TOKENS) and (Path(path) / "receipt.json").is_file():
-            _write_bos(
-                backend, BOS
-            )  # of an earlier version, whose documents began with bos and whose files did not say so
+            # An earlier version's documents began with bos, and its files did not say so.
+            _write_bos(backend, BOS)
         try:
             return cls(backend, config, eos_ids)
         except SlingshotError as error:
@@ -158,14 +153,9 @@ class Tokenizer:
 
     @classmethod
     def from_bpe(
-        cls,
-        vocab: Mapping[str, int],
-        merges: Sequence[tuple[str, str]],
-        added: Mapping[str, bool],
-        config: Mapping[str, Any],
-        split: str = "smollm",
-        eos_ids: Iterable[int] = (),
-    ) -> Tokenizer:
+        cls, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], added: Mapping[str, bool],
+        config: Mapping[str, Any], split: str = "smollm", eos_ids: Iterable[int] = (),
+    ) -> Tokenizer:  # fmt: skip
         """Build a byte-level tokenizer from its tables, a GGUF file's say.
 
         vocab: token -> id, added tokens included; added: those, and whether they are special.
@@ -174,9 +164,8 @@ class Tokenizer:
         """
         model = models.BPE(vocab=dict(vocab), merges=list(merges), ignore_merges=SPLITS[split].ignore_merges)
         backend = _byte_level(model, split)
-        backend.add_tokens(
-            [tokenizers.AddedToken(token, special=special, normalized=False) for token, special in added.items()]
-        )
+        tokens = [tokenizers.AddedToken(token, special=special, normalized=False) for token, special in added.items()]
+        backend.add_tokens(tokens)
         if config.get("add_bos_token"):
             _write_bos(backend, config["bos_token"])
         return cls(backend, {**_NEW, **config}, eos_ids)
@@ -207,10 +196,8 @@ class Tokenizer:
     def check_fits(self, vocab_size: int) -> None:
         """Raise SlingshotError where this tokenizer has ids that a model with so large a vocabulary does not know."""
         if self.vocab_size > vocab_size:
-            raise SlingshotError(
-                f"the tokenizer has {self.vocab_size} ids, the model's vocabulary {vocab_size}: they do not belong "
-                "together; take tokenizer.json from the model's own checkpoint"
-            )
+            sizes = f"the tokenizer has {self.vocab_size} ids, the model's vocabulary {vocab_size}"
+            raise SlingshotError(f"{sizes}: they do not belong together; take the model's own tokenizer.json")
 
     def check_split(self, model_type: str) -> None:
         """Raise SlingshotError where transformers would split text otherwise, beside a model of that type."""
@@ -218,10 +205,8 @@ class Tokenizer:
         with contextlib.suppress(SlingshotError):
             if wanted is None or recognise(self.description()) == wanted:
                 return
-        raise SlingshotError(
-            f"transformers splits the text of every {model_type} model as {wanted} does, this tokenizer otherwise; "
-            "leave `tokenizer` out to train one, or take a model of another type"
-        )
+        theirs = f"transformers splits the text of every {model_type} model as {wanted} does, this tokenizer otherwise"
+        raise SlingshotError(f"{theirs}; leave `tokenizer` out to train one, or take a model of another type")
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
         """Ids of a text, without bos or eos. Never a control token: `<think>` in a text is its characters.
@@ -245,12 +230,9 @@ class Tokenizer:
         return [*self.begin_ids, *self.encode(text), *self.end_ids]
 
     def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
-        thinking: bool = True,
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, thinking: bool = True,
         **more: Any,
-    ) -> list[int]:
+    ) -> list[int]:  # fmt: skip
         """Ids of a chat in the model's template, which writes all control tokens; what messages hold stays text.
 
         messages: [{"role": "user", "content": "..."}, ...]. thinking: whether the reply begins with reasoning, where

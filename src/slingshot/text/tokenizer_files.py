@@ -79,9 +79,7 @@ def _read_backend(file: Path, config: Mapping[str, Any], model_type: Any) -> tok
         raise SlingshotError(f"{file} is not a tokenizer: it describes no model")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         # the Rust side may cut them off in the middle of a character
-        raise SlingshotError(
-            f"{file} marks the parts of words, which no tokenizer of this kind does; convert it to one"
-        )
+        raise SlingshotError(f"{file} marks the parts of words, as no tokenizer of this kind does; convert it to one")
     with rust_errors(f"{file} is not a tokenizer"):
         backend = tokenizers.Tokenizer.from_str(read_text(file))
         llama = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast") and model_type != "mistral"

@@ -186,7 +186,8 @@ inline void matmul_each_by_bytes(const Packed& w, int begin, int end, const T* x
     alignas(64) float piece[FEW * PIECE];
     const int groups = w.k / w.group;
     Carver carver{static_cast<char*>(product_scratch(rows * (w.k + 8 * groups) + 3 * 64))};
-    const Bytes bytes{carver.take<int8_t>(rows * w.k), carver.take<float>(rows * groups), carver.take<int>(rows * groups)};
+    const Bytes bytes{carver.take<int8_t>(rows * w.k), carver.take<float>(rows * groups),
+                      carver.take<int>(rows * groups)};
     for (int r = 0; r < rows; r++)
         to_bytes(x + r * ldx, w.k, w.group, bytes.bytes + r * w.k, bytes.scales + r * groups, bytes.sums + r * groups);
     for (int b = begin; b < end; b += PIECE / 16) {

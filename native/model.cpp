@@ -83,10 +83,7 @@ template <class T> class Packing {
             parts = {{joined.data(), to.n}};
         }
         int done = 0;
-        for (auto [from, rows] : parts) {
-            add(from, to.k, 1, rows, 1, to, done / 16);
-            done += rows;
-        }
+        for (auto [from, rows] : parts) add(from, to.k, 1, rows, 1, to, done / 16), done += rows;
     }
 
     void vector(const void* from, int count, T* to) const {
@@ -124,8 +121,8 @@ template <class T> class Packing {
     static void* at(const Packed& to, int block) { return const_cast<uint32_t*>(to.block<uint32_t>(block)); }
 
     void add(const void* from, size_t row_stride, size_t column_stride, int n, int step, const Packed& to, int block) {
-        jobs_.push_back({from, row_stride, column_stride, n, to.k, step, at(to, block), from_bf16_, sizeof(T) == 2, to.bits,
-                         to.group});
+        jobs_.push_back({from, row_stride, column_stride, n, to.k, step, at(to, block), from_bf16_, sizeof(T) == 2,
+                         to.bits, to.group});
     }
 
     bool from_bf16_;
@@ -140,8 +137,7 @@ template <class T> struct Place {
 
     Packed plain(int n, int k) { return {n, k, packed_depth<T>(k), carver.take<char>(packed_bytes<T>(n, k))}; }
     Packed matrix(int n, int k) {
-        if (!bits || k % group) return plain(n, k);
-        return quantized(bits, group, n, k, carver.take<char>(quantized_bytes(bits, group, n, k)));
+        return bits ? quantized(bits, group, n, k, carver.take<char>(quantized_bytes(bits, group, n, k))) : plain(n, k);
     }
     Packed pair(int inner, int k) { return matrix(2 * padded_inner(inner), k); }
     Stack stack(int count, int n, int k, bool is_plain = false) {

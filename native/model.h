@@ -16,7 +16,7 @@ struct ModelShape {
     int groups, head_width;                          // grouped queries
     int q_rank, latent, nope, rope, value;           // MLA; q_rank 0: a plain q_proj
     int experts, expert_inner, shared_inner, per_token, expert_groups, kept_groups, first_expert_layer, normalized;
-    int weight_bits, weight_group;  // 8 or 4: matrices are kept so, where k is a multiple of the group; 0: as T
+    int weight_bits, weight_group;  // 8 or 4: matrices are kept so, every k a multiple of the group; 0: as T
     float eps, latent_eps, scale, routed_scaling;
 
     int query_width() const { return latent_family ? heads * (nope + rope) : heads * head_width; }

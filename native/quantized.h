@@ -1,8 +1,8 @@
-// Products with weights of 8 or 4 bits, each group of neighbours in k with a scale: w = scale (number - OFFSET), numbers
-// unsigned.
+// Products with weights of 8 or 4 bits, each group of neighbours in k with a scale: w = scale (number - OFFSET),
+// numbers unsigned.
 //
-// Up to 16 rows of x are brought to 8 bits too, group by group, and whole numbers are multiplied: 64 a register with VNNI.
-// For more the weights become numbers of T, a few blocks at a time, and meet x as other weights do.
+// Up to 16 rows of x are brought to 8 bits too, group by group, and whole numbers are multiplied: 64 a register with
+// VNNI. For more the weights become numbers of T, a few blocks at a time, and meet x as other weights do.
 //
 // 8 bits: [k / 4][16][4 bytes]. 4 bits: [k / 8][16][4 bytes], low halves for the first 4 of 8 neighbours, high ones for
 // the others.
@@ -159,7 +159,12 @@ inline void put_words(const Floats* four, float* to) {
 }
 inline void put_words(const Floats* four, bf16* to) {
     for (int i = 0; i < 4; i += 2) {
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+        const Ints both = (Ints)_mm512_cvtne2ps_pbh(four[i + 1], four[i]);
+        const Ints lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        const Ints turns = _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, all_ints(16)), 16));
+        _mm512_storeu_si512(to + i * 16, _mm512_permutexvar_epi16(turns, both));
+#elif defined(__AVX512F__)
         const Ints low = _mm512_cvtepu16_epi32(halves(four[i])), high = _mm512_cvtepu16_epi32(halves(four[i + 1]));
         _mm512_storeu_si512(to + i * 16, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 #else
@@ -179,6 +184,7 @@ template <int BITS, class T> inline void to_numbers(const Packed& w, int b, T* t
         for (int part = 0; part < REGISTERS; part++) {
             const Floats scale = load(scales + g * 16 + part * LANES), shift = mul(scale, all(-OFFSET<BITS>));
             for (int i = g * w.group / STEP; i < (g + 1) * w.group / STEP; i++) {
+                _mm_prefetch(words + i * 64 + 2048, _MM_HINT_T0);
                 const Ints packed = load_ints(words + i * 64 + part * 64 / REGISTERS);
                 for (int half = 0; half < STEP / 4; half++) {
                     const Ints bytes = BITS == 8 ? packed : half ? high_halves(packed) : low_halves(packed);

@@ -31,8 +31,10 @@ extern "C" void DOOR(pack_quantized)(int bits, int group, const int8_t* numbers,
         uint32_t* block = const_cast<uint32_t*>(w.block<uint32_t>(row / 16));
         float* its_scales = reinterpret_cast<float*>(block) + static_cast<size_t>(w.depth) * 16;
         for (int i = 0; i < k; i++)
-            LEVEL::put_number(w, reinterpret_cast<uint8_t*>(block), row % 16, i, numbers[static_cast<size_t>(row) * k + i]);
-        for (int g = 0; g < k / group; g++) its_scales[g * 16 + row % 16] = scales[static_cast<size_t>(row) * (k / group) + g];
+            LEVEL::put_number(w, reinterpret_cast<uint8_t*>(block), row % 16, i,
+                              numbers[static_cast<size_t>(row) * k + i]);
+        for (int g = 0; g < k / group; g++)
+            its_scales[g * 16 + row % 16] = scales[static_cast<size_t>(row) * (k / group) + g];
     }
 }
 

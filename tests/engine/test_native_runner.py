@@ -193,6 +193,14 @@ def test_weights_of_few_bits_are_the_nearest_ones(kernels: NativeKernels, family
         native.refresh()
 
 
+@EACH_LEVEL
+def test_a_weight_that_is_no_number_is_none_in_few_bits(kernels: NativeKernels) -> None:
+    model = random_model(ModelConfig(family="dense", vocab_size=VOCABULARY, **WIDE["dense"]), torch.float32)
+    model.lm_head.weight[3, 5], model.lm_head.weight[7] = torch.nan, 1e-40
+    logits_V = runner_of(model, torch.float32, kernels, 4).forward(FlatBatch.of([([1, 2], 0, [1])])).logits_RV[0]
+    assert logits_V.isnan().nonzero().tolist() == [[3]] and abs(logits_V[7]) < 1e-30
+
+
 @pytest.mark.skipif(not KERNELS, reason="no native library is built here")
 @pytest.mark.parametrize(
     ("change", "options", "message"),

@@ -86,6 +86,16 @@ def test_products_with_quantized_weights_are_those_of_their_numbers(
     assert ((y_NF - seen_ND @ weight_FD.T).abs() <= 4e-6 * scale_NF + slack_NF).all()
 
 
+@EACH_LEVEL
+def test_what_is_no_number_stays_none(kernels: NativeKernels) -> None:
+    """In x, where it goes through 8 bits; numbers that are all nearly zero do not become infinite by their scale."""
+    x_ND = torch.ones(3, 64)
+    x_ND[0, 5], x_ND[1, 40], x_ND[2] = torch.nan, torch.inf, 1e-40
+    packed = kernels.pack_quantized(torch.ones(20, 64), torch.ones(20, 2), 8)
+    y_NF = kernels.matmul_quantized(x_ND, packed, 20, 8, 32)
+    assert not y_NF[:2].isfinite().any() and (y_NF[2].abs() < 1e-30).all()
+
+
 def test_weights_in_groups_of_other_sizes_are_refused() -> None:
     for kernels in KERNELS.values():
         with pytest.raises(SlingshotError, match="groups of 32, 64"):

@@ -12,6 +12,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+NO_KERNELS := no native kernels: no C++ compiler was found, or this is no x86-64; slingshot runs on torch's path, slower
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
 .PHONY: demo full smollm2 peers interop test test-all clean
@@ -49,6 +50,7 @@ $(VENV)/runtime.stamp: pyproject.toml constraints.txt setup.py $(wildcard native
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "slingshot needs Python 3.11 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e .
+	@test -e src/slingshot/kernels/slingshot_native.so || echo "$(NO_KERNELS)"
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/runtime.stamp

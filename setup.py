@@ -71,7 +71,10 @@ class BuildNative(build_ext):
         every.sort(key=os.path.getsize, reverse=True)  # about the longest first, so that all cores end together
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             common = [pool.submit(self._compile, source, "base", [f'-DSOURCES="{digest}"']) for source in once]
-            objects = [made for job in common for made in job.result()]
+            try:
+                objects = [made for job in common for made in job.result()]
+            except CompileError as error:
+                raise CompileError(f"no C++ compiler works here, so slingshot runs on torch's path: {error}") from error
             headers = {level: pool.submit(self._precompile, level) for level in LEVELS}
             jobs = {
                 (level, source): pool.submit(self._compile, source, level, [*headers[level].result(), *LEVELS[level]])

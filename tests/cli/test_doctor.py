@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from slingshot.cli import doctor
+from slingshot.kernels.native import native_levels
 from slingshot.machine import device as hardware
 from slingshot.machine.device import auto_dtype, machine_key
 from slingshot.machine.machine import Measurement, load_measurement, measurement_path, save_measurement
@@ -46,6 +47,14 @@ def test_doctor_prints_what_it_measured(cache: Path) -> None:
     assert {"float32 200 1.00", "bfloat16 900 4.50", "int8 2,000 10.00", "float16 not offered"} <= {*lines}
     assert "read at 28.0 GB/s" in text and f"torch {torch.__version__}" in text and "GiB" in text
     assert "bfloat16 on cpu: bfloat16 multiplies 4.5 times as fast as float32 here, at least the 1.5 times" in text
+
+
+def test_doctor_says_whose_kernels_run(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLINGSHOT_NATIVE", "off")
+    assert "torch's: no native library, or it is off" in examined()
+    monkeypatch.delenv("SLINGSHOT_NATIVE")
+    if levels := native_levels():
+        assert f"native ({levels[-1]})" in examined()
 
 
 def test_doctor_keeps_what_auto_goes_by(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from slingshot.base.quantity import plural, show_size
+from slingshot.kernels.native import native_kernels
 from slingshot.machine import device as hardware
 from slingshot.machine.device import BF16_WORTH_IT, auto_device, auto_threads, describe_machine, dtype_name
 from slingshot.machine.machine import Measurement, load_measurement, measurement_path, save_measurement
@@ -57,6 +58,8 @@ def examine(console: Console, seconds: float = 0.5, calibrate: bool = False) -> 
     has.add_row("accelerator", machine.accelerator or hardware.why_cpu())
     software = f"Python {platform.python_version()}, torch {machine.torch}, {plural(machine.threads or 0, 'thread')}"
     has.add_row("software", software)
+    kernels = native_kernels()
+    has.add_row("kernels", f"native ({kernels.level})" if kernels else "torch's: no native library, or it is off")
     threads = {width: plural(auto_threads(width, anew=True), "thread") for width in (128, 512)}
     fastest = ", ".join(f"{many} for models of width {width}" for width, many in threads.items())
     has.add_row("fastest with", fastest)

@@ -1,6 +1,6 @@
 """One step of next-token training over packed rows, shared by pre-training and SFT: forward, losses, backward.
 
-Shape suffixes: B rows, T time, N tokens, L MoE layers, E experts.
+Shape suffixes: B rows, T time, N tokens, P those and padding, D model width, V vocabulary, L MoE layers, E experts.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from slingshot.model.transformer import Transformer
 from slingshot.training.batch import Rows
 from slingshot.training.objectives import cross_entropy, targets_ahead
 from slingshot.training.parallel import Parallel
+
+BLOCK = 128  # rows
 
 
 class LanguageModelLoss(Strict):
@@ -52,8 +55,18 @@ def target_loss(
 ) -> Tensor:
     """Weighted sum of cross entropy, logits only where a target has weight. `detach_head`: the head does not learn."""
     chosen_N = weights_BT.flatten().nonzero().squeeze(1)
-    logits_NV = model.head(hidden_BTD.flatten(0, 1).index_select(0, chosen_N), detach_head)
-    return cross_entropy(logits_NV, targets_BT.flatten()[chosen_N], weights_BT.flatten()[chosen_N])
+    rows_P = in_whole_blocks(chosen_N)
+    logits_PV = model.head(hidden_BTD.flatten(0, 1).index_select(0, rows_P), detach_head)
+    weights_P = F.pad(weights_BT.flatten()[chosen_N], (0, len(rows_P) - len(chosen_N)))
+    return cross_entropy(logits_PV, targets_BT.flatten()[rows_P], weights_P)
+
+
+def in_whole_blocks(chosen_N: Tensor) -> Tensor:
+    """Indices, and some of the first row to make their number a multiple of `BLOCK`; what comes of these is not used.
+
+    Matrix libraries make code for every number of rows they meet, and packed rows have another one at every step.
+    """
+    return F.pad(chosen_N, (0, -len(chosen_N) % BLOCK))
 
 
 def add_loads(total_LE: list[Tensor], more_LE: list[Tensor]) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """One step of policy training over packed trajectories: reference and policy forward, GRPO and MTP losses, backward.
 
-Shape suffixes: B rows, T time, N chosen tokens, D model width, L MoE layers, E experts.
+Shape suffixes: B rows, T time, N chosen tokens, P those and padding, D model width, V vocabulary, L MoE layers,
+E experts.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from slingshot.base.config import Strict
 from slingshot.kernels.logprobs import token_logprobs
 from slingshot.model.transformer import Transformer
-from slingshot.training.language_model import add_loads, target_loss
+from slingshot.training.language_model import add_loads, in_whole_blocks, target_loss
 from slingshot.training.objectives import grpo, targets_ahead
 from slingshot.training.parallel import Parallel
 
@@ -119,5 +121,8 @@ def policy_step(
 def _chosen_logprobs(
     model: Transformer, hidden_BTD: Tensor, chosen_N: Tensor, targets_N: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    logits_NV = model.head(hidden_BTD.flatten(0, 1).index_select(0, chosen_N))
-    return token_logprobs(logits_NV, targets_N, temperature)
+    rows_P = in_whole_blocks(chosen_N)
+    logits_PV = model.head(hidden_BTD.flatten(0, 1).index_select(0, rows_P))
+    targets_P = F.pad(targets_N, (0, len(rows_P) - len(chosen_N)))
+    logprobs_P, entropy_P = token_logprobs(logits_PV, targets_P, temperature)
+    return logprobs_P[: len(chosen_N)], entropy_P[: len(chosen_N)]

@@ -27,7 +27,7 @@ from torch import Tensor
 from slingshot.engine.batch import PAGE, FlatBatch, RunnerOutput
 from slingshot.engine.kv_cache import KVCache
 from slingshot.engine.runner import TorchRunner
-from slingshot.kernels.attention import attend_folded
+from slingshot.kernels.attention import attend_short, bias_of
 from slingshot.model.context import Context
 from slingshot.model.dispatch import FEW, LocalDispatcher
 from slingshot.model.rope import rotary
@@ -53,24 +53,30 @@ class RowsContext(Context):
         tokens_PT = torch.arange(PAGE, device=inputs_F.device) + inputs_F[3 * rows :, None] * PAGE
         tokens_NU = tokens_PT.view(rows, -1)
         self._mask_N1U = (torch.arange(tokens_NU.shape[1], device=inputs_F.device) <= positions_N[:, None])[:, None]
+        self._bias_Z1U: Tensor | None = None  # the mask as numbers of the queries' type
         self._groups = cache.keys[0].shape[2] if cache.keys else 1
         heads_G1 = torch.arange(self._groups, device=inputs_F.device)[:, None]
         self._places = (tokens_NU[:, None] * self._groups + heads_G1).flatten()  # of a head's numbers in the cache
 
     def attend(self, layer: int, q_XHW: Tensor, k_XGW: Tensor, v_XGV: Tensor | int, scale: float) -> Tensor:
         if isinstance(v_XGV, int):
-            k_NUGW = self._written(self._cache.entries[layer], k_XGW)
-            v_NUGV = k_NUGW[..., :v_XGV]
+            k_ZUW = self._written(self._cache.entries[layer], k_XGW)
+            v_ZUV = k_ZUW[..., :v_XGV]
         else:
-            k_NUGW = self._written(self._cache.keys[layer], k_XGW)
-            v_NUGV = self._written(self._cache.values[layer], v_XGV)
-        return attend_folded(q_XHW.unsqueeze(1), k_NUGW, v_NUGV, self._mask_N1U, scale).squeeze(1)
+            k_ZUW = self._written(self._cache.keys[layer], k_XGW)
+            v_ZUV = self._written(self._cache.values[layer], v_XGV)
+        if self._bias_Z1U is None:
+            self._bias_Z1U = bias_of(self._mask_N1U, self._groups, q_XHW.dtype)
+        q_ZMW = q_XHW.unflatten(1, (self._groups, -1)).flatten(0, 1)  # heads that share a key head: M queries
+        bias_ZMU = self._bias_Z1U.expand(-1, q_ZMW.shape[1], -1)
+        y_ZMV = attend_short(q_ZMW.unsqueeze(2), k_ZUW.unsqueeze(2), v_ZUV.unsqueeze(2), bias_ZMU, scale)
+        return y_ZMV.view(*q_XHW.shape[:2], -1)
 
     def _written(self, held: Tensor, fresh_NGW: Tensor) -> Tensor:
         """Put the rows' own in; -> what each row may look at. A head's lie side by side, as products want them."""
         held.flatten(0, 1).flatten(1).index_copy_(0, self._slots_N, fresh_NGW.flatten(1).to(held.dtype))
         found = held.view(-1, held.shape[-1]).index_select(0, self._places)
-        return found.view(len(fresh_NGW), self._groups, -1, held.shape[-1]).transpose(1, 2).to(fresh_NGW.dtype)
+        return found.view(len(fresh_NGW) * self._groups, -1, held.shape[-1]).to(fresh_NGW.dtype)
 
 
 @dataclass

@@ -97,5 +97,12 @@ def rotate(x_XHR: Tensor, cos_XR: Tensor, sin_XR: Tensor, interleaved: bool) -> 
     """Turn the pairs of x by the given angles. Interleaved input comes out half-split, as q and k alike do."""
     cos, sin = cos_XR.unsqueeze(-2), sin_XR.unsqueeze(-2)
     first, second = (x_XHR[..., 0::2], x_XHR[..., 1::2]) if interleaved else x_XHR.chunk(2, dim=-1)
+    if x_XHR.device.type != "cpu" and not torch.is_grad_enabled():  # fewer kernels; products with float32 are float32
+        return _turned(first, second, cos, sin).to(x_XHR.dtype)
     first, second = first.float(), second.float()
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_XHR.dtype)
+
+
+def _turned(first: Tensor, second: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    halves = (first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)
+    return torch.cat(halves, dim=-1)

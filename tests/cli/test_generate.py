@@ -92,7 +92,6 @@ def test_a_killed_run_goes_on_behind_the_last_whole_line(command: Command, check
     for size in (0, 1, ends[0], ends[1] - 1, ends[3] + 9, ends[9], len(whole) - 1):
         out.write_bytes(whole[:size])
         assert command(*arguments)[0] == 0 and out.read_bytes() == whole
-    (checkpoint / "model.safetensors").unlink()  # of what is complete nothing is made again
     assert command(*arguments)[1].startswith(f"made {out}: 11 completions of 4 prompts\n")
 
 
@@ -134,17 +133,60 @@ def test_a_wrong_row_is_named_before_anything_runs(
     assert not prompts.with_name("x.jsonl").exists()
 
 
-def test_a_row_that_cannot_be_asked_leaves_those_before_it(command: Command, checkpoint: Path, prompts: Path) -> None:
+def test_a_row_that_cannot_be_asked_is_named_before_anything_runs(
+    command: Command, checkpoint: Path, prompts: Path
+) -> None:
     lines = [json.dumps({"prompt": text}) for text in ("one", "two", "three " * 5000, "four")]
-    prompts.write_text("\n".join(lines))
     out = prompts.with_name("completions.jsonl")
     arguments = (*asking(checkpoint, prompts, out), "--max-tokens", 2)
-    code, _, err = command(*arguments)
-    assert code == 2 and err.splitlines()[-1].startswith(f"slingshot: {prompts} line 3: the prompt has ")
-    assert [row["prompt"] for row in read(out)] == ["one", "two"]
+    prompts.write_text(lines[0])
+    assert command(*arguments)[0] == 0
+    before = out.read_bytes()
+    for row, reason in (
+        (lines[2], "the prompt has "),
+        ('{"prompt": "x", "logit_bias": {"999": 1}}', "sampling: logit"),
+    ):
+        prompts.write_text("\n".join([*lines[:2], row, lines[3]]))
+        code, _, err = command(*arguments)
+        assert code == 2 and err.splitlines()[-1].startswith(f"slingshot: {prompts} line 3: {reason}")
+        assert out.read_bytes() == before
     prompts.write_text("\n".join([*lines[:2], json.dumps({"prompt": "three"}), lines[3]]))
     assert command(*arguments)[0] == 0
     assert [row["prompt"] for row in read(out)] == ["one", "two", "three", "four"]
+
+
+def test_marks_line_ends_and_lone_surrogates_of_prompts(command: Command, checkpoint: Path, tmp_path: Path) -> None:
+    """A byte order mark and the line ends of Windows are no part of a prompt; what only JSON can carry comes back."""
+    text, rows, out = (tmp_path / name for name in ("prompts.txt", "prompts.jsonl", "out.jsonl"))
+    text.write_bytes("\ufeffthree\r\n\r\nplus\u2028\r\n".encode())
+    _, said, _ = command("generate", checkpoint, "--prompts", text, "--max-tokens", 2)
+    assert [json.loads(line)["prompt"] for line in said.split("\n") if line] == ["three", "plus\u2028"]
+    rows.write_bytes(b'\xef\xbb\xbf{"prompt": "\\ud800 three", "id": "\\udfff"}\r\n\r\n')
+    arguments = ("generate", checkpoint, "--prompts", rows, "--max-tokens", 2)
+    code, said, _ = command(*arguments)
+    assert code == 0 and (row := json.loads(said))["prompt"] == "\ud800 three" and row["id"] == "\udfff"
+    for _ in range(2):  # made, and found complete
+        assert command(*arguments, "--out", out)[0] == 0
+        assert [kept["prompt"] for kept in read(out)] == ["\ud800 three"]
+
+
+def test_bytes_that_are_no_text_are_refused(
+    command: Command, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"three\xff"), "utf-8", "surrogateescape"))
+    for typed, where in (("three\udcff", "the prompt"), ("-", "standard input")):
+        code, said, err = command("generate", checkpoint, typed)
+        assert (code, said, err.count("\n")) == (2, "", 1) and f"{where} is not UTF-8 text" in err
+
+
+def test_a_checkpoint_is_known_by_what_it_holds(command: Command, checkpoint: Path, prompts: Path) -> None:
+    out = prompts.with_name("completions.jsonl")
+    assert command(*asking(checkpoint, prompts, out))[0] == 0
+    moved = checkpoint.rename(checkpoint.with_name("moved"))
+    assert command(*asking(moved, prompts, out))[1].startswith(f"made {out}: 5 completions of 4 prompts\n")
+    config = moved / "generation_config.json"
+    config.write_text(config.read_text() + " ")
+    assert f"{out} line 1 was made with another checkpoint" in command(*asking(moved, prompts, out))[2]
 
 
 def test_every_sampling_option_reaches_the_engine(command: Command, checkpoint: Path, prompts: Path) -> None:

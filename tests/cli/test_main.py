@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -92,6 +93,23 @@ def test_the_package_offers_what_it_promises(command: Command) -> None:
 def test_shipped_recipes_are_valid(name: str) -> None:
     loaded = Recipe.load(name)
     assert loaded.stages and all(stage.kind in STAGES for stage in loaded.stages)
+
+
+def test_closed_streams_and_small_alphabets_end_no_command() -> None:
+    """A daemon starts commands without streams; a terminal may know no more than ASCII."""
+    start = ["sh", "-c", 'exec "$0" -m slingshot "$@" <&- >&-', sys.executable]
+    for arguments, code in ((["recipes"], 0), (["generate", "none", "-"], 2)):
+        done = subprocess.run([*start, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == code and "Traceback" not in done.stderr
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    line = [sys.executable, "-m", "slingshot", "tasks", "arithmetic"]
+    done = subprocess.run([*line[:-1], "足し算"], capture_output=True, text=True, env=ascii_only, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (
+        2,
+        1,
+    ) and r"task '\u8db3\u3057\u7b97' is unknown" in done.stderr
+    done = subprocess.run(line, capture_output=True, text=True, env=ascii_only, check=False)
+    assert done.returncode == 0 and done.stdout
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,7 @@ def _told(what: str, way_out: str = "") -> Iterator[None]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole: temporary name, fsync, rename. Raises SlingshotError when the place cannot be written or is
-    no plain file."""
+    """Write a file whole: temporary name, fsync, rename. SlingshotError when the place takes none or is no file."""
     if not path.name or (path.exists() and not path.is_file()):
         raise SlingshotError(f"cannot write {path}: that is no file; choose another place")
     temporary = path.with_name(f".{path.name}.tmp")
@@ -60,7 +59,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))  # lone surrogates: as JSON escapes them
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -72,10 +71,10 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 
 
 def read_text(path: Path) -> str:
-    """Read UTF-8 text; a missing, unreadable or binary file is a SlingshotError that names it."""
+    """Read UTF-8 text without its byte order mark; a missing, unreadable or binary file is a SlingshotError."""
     try:
         with _told(f"cannot read {path}"):
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise SlingshotError(f"{path} is not UTF-8 text (byte {error.start}); is it a binary file?") from error
 
@@ -201,4 +200,5 @@ def put_aside(path: Path) -> Path:
 
 def digest(value: Any) -> str:
     """A short, stable name of a JSON value: the first 16 hex digits of the SHA-256 of its canonical form."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]

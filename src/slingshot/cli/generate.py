@@ -25,6 +25,7 @@ from slingshot.base.files import digest, parse_json, read_text
 from slingshot.base.names import closest
 from slingshot.base.progress import Progress
 from slingshot.base.quantity import plural, show_count
+from slingshot.cost.receipt import artifact_digest
 
 if TYPE_CHECKING:
     from slingshot.engine.engine import Engine
@@ -113,23 +114,28 @@ def read_prompts(path: Path, given: Mapping[str, Any]) -> list[PromptRow]:
 def complete(engine: Engine, rows: Sequence[PromptRow], raw: bool) -> Iterator[RequestOutput]:
     """Every row's completions, in order; `raw` continues a text without the chat template.
 
-    A row that cannot be asked ends it, with an error that names the row, once all before it are done.
+    A row that cannot be asked is an error that names it, before anything runs.
     """
+
+    def add(row: PromptRow) -> int:
+        alone = isinstance(row.prompt, str) and not raw
+        try:
+            prompt = [{"role": "user", "content": row.prompt}] if alone else row.prompt
+            return engine.add(prompt, row.params)  # type: ignore[arg-type]
+        except SlingshotError as error:
+            raise SlingshotError(f"{row.where}: {error}") from error
+
+    for row in rows:
+        engine.abort(add(row))
     running: dict[int, int] = {}  # request -> row
     done: dict[int, RequestOutput] = {}
-    asked, told, failure = 0, 0, None
+    asked, told = 0, 0
     try:
-        while told < asked or (asked < len(rows) and not failure):
-            while asked < len(rows) and not failure and sum(rows[at].params.n for at in running.values()) < _IN_FLIGHT:
-                row = rows[asked]
-                alone = isinstance(row.prompt, str) and not raw
-                try:
-                    prompt = [{"role": "user", "content": row.prompt}] if alone else row.prompt
-                    running[engine.add(prompt, row.params)] = asked  # type: ignore[arg-type]
-                    asked += 1
-                except SlingshotError as error:
-                    failure = SlingshotError(f"{row.where}: {error}")
-            for output in engine.step() if running else ():
+        while told < len(rows):
+            while asked < len(rows) and sum(rows[at].params.n for at in running.values()) < _IN_FLIGHT:
+                running[add(rows[asked])] = asked
+                asked += 1
+            for output in engine.step():
                 done[running.pop(output.request_id)] = output
             while told in done:
                 yield done.pop(told)
@@ -137,8 +143,6 @@ def complete(engine: Engine, rows: Sequence[PromptRow], raw: bool) -> Iterator[R
     finally:
         for request_id in running:
             engine.abort(request_id)
-    if failure:
-        raise failure
 
 
 @contextlib.contextmanager
@@ -149,7 +153,7 @@ def _continued(out: Path, rows: Sequence[PromptRow], settings: Sequence[str]) ->
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        file = out.open("a+", encoding="utf-8", newline="\n")
+        file = out.open("a+", encoding="utf-8", errors="backslashreplace", newline="\n")
     except OSError as error:
         raise SlingshotError(f"cannot write {out}: {error.strerror}; choose another --out") from error
     with file:
@@ -157,7 +161,8 @@ def _continued(out: Path, rows: Sequence[PromptRow], settings: Sequence[str]) ->
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise SlingshotError(f"another slingshot is writing {out}; wait for it or choose another --out") from error
-        content = read_text(out).encode() if out.stat().st_size else b""
+        read_text(out)  # whether it is text at all
+        content = out.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         wanted = ((row, its) for row, its in zip(rows, settings, strict=True) for _ in range(row.params.n))
         lines = whole.decode().split("\n")[:-1]  # JSON may hold other line breaks
@@ -218,8 +223,10 @@ def generate(
         "regex": regex, "choice": choice, "grammar": _text_or_file(grammar), "top_logprobs": top_logprobs,
         "prompt_logprobs": prompt_logprobs,
     }  # fmt: skip
-    texts = [line for text in texts or [] for line in (sys.stdin.read().splitlines() if text == "-" else [text])]
-    rows = [PromptRow.read({"prompt": text}, "the prompt", given) for text in texts if text.strip()]
+    texts = [line for text in texts or [] for line in (_standard_input() if text == "-" else [text])]
+    rows = [
+        PromptRow.read({"prompt": _utf8(text, "the prompt")}, "the prompt", given) for text in texts if text.strip()
+    ]
     rows += read_prompts(prompts, given) if prompts else []
     if not rows:
         raise SlingshotError("no prompts; give them as arguments, by --prompts, or - with text on standard input")
@@ -230,8 +237,8 @@ def generate(
             sys.stdout.flush()
             failed += output.error is not None
         return _tell_failed(failed)
-    place = str(Path(path).resolve()) if Path(path).exists() else path
-    settings = [digest({"checkpoint": place, "dtype": dtype, "raw": raw, **asdict(row.params)}) for row in rows]
+    model = artifact_digest(Path(path)) if Path(path).exists() else path  # wherever it lies
+    settings = [digest({"checkpoint": model, "dtype": dtype, "raw": raw, **asdict(row.params)}) for row in rows]
     with _continued(out, rows, settings) as (file, kept):
         made, spent, failed = _write(lambda: Engine.load(path, dtype), rows, settings, file, kept, raw)
     _tell_failed(failed)
@@ -245,6 +252,22 @@ def _tell_failed(count: int) -> None:
     if count:
         why = "`error` in the row says why"
         print(f"slingshot: {plural(count, 'prompt')} could not be answered; {why}", file=sys.stderr)
+
+
+def _standard_input() -> list[str]:
+    """The lines of standard input, split as those of a file."""
+    try:
+        text = _utf8(sys.stdin.read(), "standard input").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise SlingshotError(f"standard input is not UTF-8 text: {error.reason}") from error
+    return [line.rstrip("\r") for line in text.split("\n")]
+
+
+def _utf8(text: str, where: str) -> str:
+    """The text; SlingshotError where Python had to stand in for bytes that are not UTF-8."""
+    if any("\udc80" <= character <= "\udcff" for character in text):
+        raise SlingshotError(f"{where} is not UTF-8 text; convert it, or give it as an escape in a row of .jsonl")
+    return text
 
 
 def _text_or_file(value: str | None) -> str | None:

@@ -12,6 +12,7 @@ torch happen inside the commands.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -49,8 +50,10 @@ _HELP = "Build, own and serve a DeepSeek-style reasoning model on the machine in
 _PLAIN: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "pretty_exceptions_enable": False}
 app = typer.Typer(cls=Commands, help=_HELP, **_PLAIN)
 
-# OS errors that are the user's to mend: no space, no quota, no right to write.
-_PLACE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+# OS errors that are the user's to mend: no space, no quota, no right to write, a broken disk, an endless name.
+_PLACE_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG,
+}  # fmt: skip
 
 _SOURCE = "A checkpoint folder, a .gguf file, package:NAME, or a hub name (org/name[@revision])"
 
@@ -68,6 +71,7 @@ def main() -> None:
     # Stages and the runner save on either signal; a shell that started this in the background had SIGINT ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
+    _mend_streams()
     try:
         code = app(standalone_mode=False) or 0
     except (SlingshotError, typer.TyperException) as error:
@@ -81,6 +85,17 @@ def main() -> None:
     if code == 130 and sys.argv[1] in {"run", *STAGES} and os.environ.get("RANK", "0") == "0":
         print("slingshot: stopped and saved; the same command goes on from here", file=sys.stderr)
     sys.exit(code)
+
+
+def _mend_streams() -> None:
+    """Give a stream that its starter closed a place that takes everything and holds nothing, so that no file that is
+    opened later lies in its place; and let text that a stream's encoding does not know be shown, escaped."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (as long as the process)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _refuse(message: str) -> int:

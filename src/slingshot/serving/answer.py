@@ -3,7 +3,7 @@
     answer = AnswerStream(tokenizer, opened=True, stop=("\\n\\n",))
     for delta in deltas:
         for piece in answer.push(delta): ...        # piece.kind is "reasoning", "content" or "call"
-    answer.finish_reason, answer.completion_tokens, answer.reasoning_tokens
+    answer.finish_reason, answer.completion_tokens, answer.reasoning_tokens, answer.calls
 
 Whatever the deltas' sizes, the pieces joined are the same. Where the model would end in its reasoning, or a client has
 read enough of it, the template's closing words are written for it:
@@ -13,16 +13,18 @@ read enough of it, the template's closing words are written for it:
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, field
 from typing import Literal
 
 from slingshot.engine.sequence import FinishReason, StopWatch, visible_ids
 from slingshot.engine.vocabulary import Vocabulary
 from slingshot.serving.backend import TokenDelta
-from slingshot.text.reasoning import Kind, ReasoningStream, parse
+from slingshot.text.reasoning import Kind
 from slingshot.text.tokenizer import Tokenizer
+from slingshot.text.tool_calls import Part, ToolCall, ToolCallStream, ToolFormat
 
-PieceKind = Literal["reasoning", "content"]
+PieceKind = Literal["reasoning", "content", "call"]
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,23 @@ class ToldToken:
 
 
 @dataclass(frozen=True)
+class AnsweredCall:
+    """A whole call of a function; number: its place among the answer's."""
+
+    id: str
+    number: int
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
 class Piece:
-    """What an answer grew by. tokens: those sampled since the last piece, of whatever kind."""
+    """What an answer grew by: text, or a call. tokens: those sampled since the last piece, of whatever kind."""
 
     kind: PieceKind
     text: str
     tokens: list[ToldToken] = field(default_factory=list)
+    call: AnsweredCall | None = None
 
 
 class AnswerStream:
@@ -49,13 +62,22 @@ class AnswerStream:
 
     opened: the prompt ends in an open reasoning. stop: strings before the first of which the answer ends; what is said
     in the reasoning stops nothing. `stopped` is the one that did. raw: all that is said is content, tags too.
+    tools: how the model writes `calls`, where it was given functions.
     `unanswered`: the model ended in its reasoning; `closed`: the closing words were written for it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, opened: bool, stop: tuple[str, ...] = (), raw: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        opened: bool,
+        stop: tuple[str, ...] = (),
+        raw: bool = False,
+        tools: ToolFormat | None = None,
+    ) -> None:
         self._tokenizer, self._opened, self._raw = tokenizer, opened, tokenizer.stream() if raw else None
         self._watch = StopWatch(stop, tokenizer, {}, opened) if stop else None
-        self._stream = ReasoningStream(tokenizer, opened)
+        self._tools, self._stream = tools, ToolCallStream(tokenizer, opened, tools)
+        self.calls: list[AnsweredCall] = []
         self._sent: dict[Kind, str] = {"reasoning": "", "answer": ""}
         self._ids: list[int] = []
         self._dropped = 0  # tokens that ended the reasoning too early
@@ -74,7 +96,13 @@ class AnswerStream:
     @property
     def reasoning(self) -> bool:
         """Whether the next token belongs to the reasoning."""
-        return self._raw is None and self._stream.reasoned and not self._stream.closed
+        reasoning = self._stream.reasoning
+        return self._raw is None and reasoning.reasoned and not reasoning.closed and not self._stream.calling
+
+    @property
+    def content(self) -> str:
+        """What of the answer was told so far."""
+        return self._sent["answer"]
 
     @property
     def token_ids(self) -> list[int]:
@@ -119,33 +147,39 @@ class AnswerStream:
         while self._pushed < safe:
             self.reasoning_tokens += self.reasoning
             token_id = self._ids[self._pushed]
-            deltas = self._stream.push(token_id) if self._raw is None else self._push_raw(self._raw.push(token_id))
+            parts = self._stream.push(token_id) if self._raw is None else self._push_raw(self._raw.push(token_id))
             self._pushed += 1
-            for kind, text in deltas:
-                self._sent[kind] += text
-                pieces.append(self._piece(kind, text))
+            pieces += map(self._piece, parts)
         return pieces
 
     def _rest(self) -> list[Piece]:
         """The end was held back: where the text ends, and what its last white space belongs to, is known only now."""
         visible = visible_ids(self._ids, self.finish_reason == "stop", self._watch, self._tokenizer)
         self.reasoning_tokens += len(self._ids[self._pushed :]) if self.reasoning else 0
-        parts: list[tuple[Kind, str]] = [("answer", self._tokenizer.decode(visible))]
+        whole: list[Part] = [("answer", self._tokenizer.decode(visible))]
         if self._raw is None:
-            whole = parse(visible, self._opened, self._tokenizer)
-            parts = [("reasoning", whole.reasoning or ""), ("answer", whole.answer)]
+            again = ToolCallStream(self._tokenizer, self._opened, self._tools)
+            whole = [part for id in visible for part in again.push(id)] + again.finish()
         pieces: list[Piece] = []
-        for kind, text in parts:
+        for kind in self._sent:
+            text = "".join(part[1] for part in whole if not isinstance(part, ToolCall) and part[0] == kind)
             if rest := text[len(self._sent[kind]) :]:
-                pieces.append(self._piece(kind, rest))
+                pieces.append(self._piece((kind, rest)))
+        pieces += map(self._piece, [part for part in whole if isinstance(part, ToolCall)][len(self.calls) :])
         if self._tokens and pieces:
             pieces[-1].tokens.extend(self._tokens)
             self._tokens = []
         return pieces
 
-    def _push_raw(self, text: str) -> list[tuple[Kind, str]]:
+    def _push_raw(self, text: str) -> list[Part]:
         return [("answer", text)] if text else []
 
-    def _piece(self, kind: Kind, text: str) -> Piece:
+    def _piece(self, part: Part) -> Piece:
         tokens, self._tokens = self._tokens, []
+        if isinstance(part, ToolCall):
+            call = AnsweredCall(f"call_{secrets.token_hex(12)}", len(self.calls), part.name, part.arguments)
+            self.calls.append(call)
+            return Piece("call", "", tokens, call)
+        kind, text = part
+        self._sent[kind] += text
         return Piece("content" if kind == "answer" else "reasoning", text, tokens)

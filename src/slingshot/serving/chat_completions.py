@@ -15,13 +15,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from slingshot.serving.answer import Piece
+from slingshot.serving.answer import AnswerStream, Piece
 from slingshot.serving.errors import ApiError
 from slingshot.serving.exchange import Exchange
 from slingshot.serving.ledger import Usage
 from slingshot.serving.question import Question, plain_messages
 from slingshot.serving.sampling_fields import SamplingFields
 from slingshot.serving.sse import to_json
+from slingshot.serving.tools import read_choice, read_tools, told_call
 
 REASONER = {"temperature": 0.6, "top_p": 0.95}  # R1's recommended settings, where a client sets none
 LEAST_LOGPROB = -9999.0  # what DeepSeek and OpenAI write for one that JSON cannot hold
@@ -62,6 +63,9 @@ class ChatCompletionRequest(SamplingFields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     glass: bool | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> ChatCompletionRequest:
@@ -79,6 +83,7 @@ class ChatCompletionRequest(SamplingFields):
         if continues and messages[-1]["role"] != "assistant":
             raise ApiError(400, "prefix: only an assistant's message is gone on with, as the last", param="messages")
         effort = _EFFORTS.get(self.reasoning_effort or "", self.reasoning_effort)
+        tools = read_tools(self.tools)
         return Question(
             self.model,
             messages=messages,
@@ -86,6 +91,8 @@ class ChatCompletionRequest(SamplingFields):
             most=self.max_completion_tokens or self.max_tokens,
             thinking=next((its for its in self._switches() if its is not None), None),
             effort=None if effort == "none" else effort,
+            tools=tools,
+            tool_choice=read_choice(self.tool_choice, tools),
             continues=continues,
             seeded=self.seed is not None,
             glass=bool(self.glass),
@@ -117,10 +124,17 @@ class ToldToClient:
     usage: bool = False
     also_reasoning: bool = False
 
-    def said(self, kind: str, text: str) -> dict[str, str]:
-        if kind != "reasoning":
-            return {"content": text}
-        return {"reasoning_content": text} | ({"reasoning": text} if self.also_reasoning else {})
+    def said(self, piece: Piece) -> dict[str, Any]:
+        """A delta that tells of the piece."""
+        if piece.call is not None:
+            return {"tool_calls": [told_call(piece.call) | {"index": piece.call.number}]}
+        if piece.kind != "reasoning":
+            return {"content": piece.text}
+        return {"reasoning_content": piece.text} | ({"reasoning": piece.text} if self.also_reasoning else {})
+
+
+def finish_reason(answer: AnswerStream) -> str | None:
+    return "tool_calls" if answer.calls and answer.finish_reason == "stop" else answer.finish_reason
 
 
 def usage_of(usage: Usage) -> dict[str, Any]:
@@ -172,9 +186,11 @@ async def chat_completion(exchange: Exchange, told: ToldToClient) -> dict[str, A
         reasoning = "".join(piece.text for piece in its if piece.kind == "reasoning")
         content = "".join(piece.text for piece in its if piece.kind == "content")
         message: dict[str, Any] = {"role": "assistant", "content": content or None}
+        if answer.calls:
+            message["tool_calls"] = [told_call(call) for call in answer.calls]
         if reasoning:
-            message |= told.said("reasoning", reasoning)
-        choice = {"index": index, "message": message, "finish_reason": answer.finish_reason}
+            message |= told.said(Piece("reasoning", reasoning))
+        choice = {"index": index, "message": message, "finish_reason": finish_reason(answer)}
         choices.append(choice | _of_tokens(exchange, its, told))
     return {
         "id": f"chatcmpl-{exchange.id}",
@@ -205,10 +221,10 @@ async def chunks(exchange: Exchange, told: ToldToClient) -> AsyncGenerator[str, 
         if sample not in begun:
             begun.add(sample)
             yield event(sample, {"role": "assistant", "content": ""})
-        yield event(sample, told.said(piece.kind, piece.text), None, [piece])
+        yield event(sample, told.said(piece), None, [piece])
     for index, answer in enumerate(exchange.answers):
         role = {} if index in begun else {"role": "assistant", "content": ""}
-        yield event(index, role, answer.finish_reason)
+        yield event(index, role, finish_reason(answer))
     if told.usage:
         yield f"data: {to_json(head | {'choices': [], 'usage': usage_of(exchange.usage)})}\n\n"
     yield "data: [DONE]\n\n"

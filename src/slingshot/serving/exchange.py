@@ -26,6 +26,7 @@ from slingshot.serving.ledger import Reservation, Usage
 from slingshot.serving.load import Place
 from slingshot.serving.question import Question
 from slingshot.serving.served_model import ServedModel
+from slingshot.serving.tools import told_call
 from slingshot.text.reasoning import ends_in_reasoning
 
 _LOG = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ class Exchange:
         opened = question.messages is not None and ends_in_reasoning(prompt_ids, model.tokenizer)
         stop = question.params.stop
         raw = question.messages is None
-        self.answers = [AnswerStream(model.tokenizer, opened, stop, raw) for _ in range(question.params.n)]
+        tools = model.tool_format if question.tools and question.tool_choice != "none" else None
+        self.answers = [AnswerStream(model.tokenizer, opened, stop, raw, tools) for _ in range(question.params.n)]
         self._params = replace(params, seed=params.seed if question.seeded else secrets.randbits(31))
         self._place, self._patience, self._salt = place, patience, salt
         self._hurry = False
@@ -152,6 +154,7 @@ class Exchange:
                     if self.reservation is not None:
                         self.reservation.progress(self.cached, sum(its.completion_tokens for its in self.answers))
                     if answer.finish_reason is not None:
+                        self._keep_calls(answer)
                         return
                     if answer.unanswered or (self._hurry and answer.reasoning and not answer.closed):
                         break
@@ -163,6 +166,13 @@ class Exchange:
                     yield piece
                 return
             params = self.model.resumed(params, left)
+
+    def _keep_calls(self, answer: AnswerStream) -> None:
+        """The next turn will name its calls: it then finds the very tokens."""
+        if answer.calls and answer.finish_reason == "stop" and not answer.stopped:
+            calls = [told_call(call) for call in answer.calls]
+            message = {"role": "assistant", "content": answer.content, "tool_calls": calls}
+            self.model.exact_turns.keep(self.question, message, self.prompt_ids + answer.token_ids)
 
     async def _deltas(self, generation: Generation, begun: asyncio.Event) -> AsyncGenerator[TokenDelta, None]:
         """What the backend gives; ApiError 503 where the first of it does not come in time."""

@@ -19,9 +19,12 @@ from slingshot.engine.vocabulary import Vocabulary
 from slingshot.recipe.origin import Origin
 from slingshot.serving.backend import Backend
 from slingshot.serving.errors import ApiError
+from slingshot.serving.exact_turns import ExactTurns
 from slingshot.serving.question import Question
+from slingshot.serving.tools import with_arguments
 from slingshot.text.reasoning import ends_in_reasoning
 from slingshot.text.tokenizer import Tokenizer
+from slingshot.text.tool_calls import ToolFormat, tool_format
 
 LOW_EFFORT = 4  # the share of an answer that reasoning of low effort may take is one in so many
 
@@ -56,6 +59,14 @@ class ServedModel:
         except SlingshotError:
             return False
         return ends_in_reasoning(asked, self.tokenizer) or self.vocabulary.may_begin_reasoning
+
+    @cached_property
+    def tool_format(self) -> ToolFormat | None:
+        return tool_format(self.tokenizer)
+
+    @cached_property
+    def exact_turns(self) -> ExactTurns:
+        return ExactTurns()
 
     @property
     def card(self) -> dict[str, Any]:
@@ -108,11 +119,21 @@ class ServedModel:
         return variable in (self.tokenizer.chat_template or "")
 
     def _encode_chat(self, question: Question, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        more: dict[str, Any] = {"tools": list(question.tools)} if question.tools else {}
+        offered = question.tools and question.tool_choice != "none"
+        if offered and self.tool_format is None:
+            raise SlingshotError("this model's chat template knows no tools: leave `tools` out")
+        more: dict[str, Any] = {"tools": list(question.tools)} if offered else {}
         if question.thinking is not None:
             more["thinking"] = question.thinking
         if question.effort is not None:
             more["reasoning_effort"] = question.effort
+        messages = with_arguments(messages, as_text=self.tool_format is not None and self.tool_format.as_text)
+
+        def rendered(count: int, answering: bool) -> list[int]:
+            return self.tokenizer.encode_chat(messages[:count], add_generation_prompt=answering, **more)
+
+        if not question.continues and (exact := self.exact_turns.prompt(question, rendered)):
+            return exact
         last = messages[-1] if question.continues and messages else {}
         if reasoning := last.get("reasoning_content"):
             begun = self.tokenizer.encode_chat(messages[:-1], **more)

@@ -192,6 +192,11 @@ class ToolCallStream:
         )
         self._told = self._called = False  # some of the answer; a call since then
 
+    @property
+    def calling(self) -> bool:
+        """Whether a section was begun and not ended."""
+        return self._section is not None
+
     def push(self, id: int) -> list[Part]:
         tag = self._tags.get(id)
         if self._section is not None:

@@ -1,0 +1,94 @@
+"""Functions that a client offers: checked as they come in, and earlier calls as templates read them.
+
+    tools = read_tools(body["tools"])                    # OpenAI's {"type": "function", "function": {...}}
+    choice = read_choice(body["tool_choice"], tools)     # "auto" or "none"
+    messages = with_arguments(messages, as_text=False)
+
+Tools of a type that this server does not run (web_search and the like) are left out: clients send them unasked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from slingshot.base.names import did_you_mean
+from slingshot.serving.answer import AnsweredCall
+from slingshot.serving.errors import ApiError
+
+MOST_TOOLS = 128
+
+
+def read_tools(given: Sequence[Any] | None) -> list[dict[str, Any]]:
+    """The functions among them, whether they stand in a "function" of their own (chat) or not (responses)."""
+    if given is not None and len(given) > MOST_TOOLS:
+        raise ApiError(400, f"tools: at most {MOST_TOOLS}, got {len(given)}", param="tools")
+    tools = []
+    for place, tool in enumerate(given or ()):
+        where = f"tools.{place}"
+        if not isinstance(tool, Mapping) or not isinstance(tool.get("type"), str):
+            raise ApiError(400, f"{where}: a tool is an object with a type", param=where)
+        if tool["type"] != "function":
+            continue
+        function = tool.get("function", tool)
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or not 0 < len(name) <= 128:
+            raise ApiError(400, f"{where}: a function has a name of at most 128 characters", param=where)
+        kept = {key: function[key] for key in ("name", "description", "parameters") if function.get(key) is not None}
+        tools.append({"type": "function", "function": {"description": "", "parameters": _NOTHING} | kept})
+    return tools
+
+
+_NOTHING: dict[str, Any] = {"type": "object", "properties": {}}
+
+
+def read_choice(given: Any, tools: Sequence[Mapping[str, Any]]) -> str:
+    """Whether calls are read. To be made to call a function, or a certain one, is refused as DeepSeek's API does."""
+    name = given
+    if isinstance(given, Mapping):
+        function = given.get("function", given)
+        name = function.get("name") if isinstance(function, Mapping) else None
+        known = [tool["function"]["name"] for tool in tools]
+        if name not in known:
+            message = f"tool_choice: no function {name!r:.80}; {did_you_mean(str(name), known)}"
+            raise ApiError(400, message, param="tool_choice")
+    elif name not in (None, "auto", "none", "required"):
+        raise ApiError(400, f"tool_choice {name!r:.80} is none of auto, none, required", param="tool_choice")
+    if name not in (None, "auto", "none"):
+        message = (
+            f"tool_choice: a model that reasons cannot be made to call {name}; take auto, and say so in the prompt"
+        )
+        raise ApiError(400, message, param="tool_choice")
+    return str(name or "auto")
+
+
+def told_call(call: AnsweredCall) -> dict[str, Any]:
+    """A call as the chat API has it."""
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def with_arguments(messages: Sequence[Mapping[str, Any]], as_text: bool) -> list[dict[str, Any]]:
+    """Messages whose calls have their arguments as the template wants them: JSON text, or an object."""
+    told = []
+    for place, message in enumerate(messages):
+        calls = message.get("tool_calls")
+        if not calls:
+            told.append(dict(message))
+            continue
+        made = []
+        for call in calls:
+            function = call.get("function") if isinstance(call, Mapping) else None
+            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+                where = f"messages.{place}.tool_calls"
+                raise ApiError(400, f"{where}: a call has a function with a name and arguments", param=where)
+            arguments = function.get("arguments") or "{}"
+            if as_text and not isinstance(arguments, str):
+                arguments = json.dumps(arguments, ensure_ascii=False)
+            if not as_text and isinstance(arguments, str):
+                with contextlib.suppress(ValueError):  # what a model wrote wrongly it is told as it wrote it
+                    arguments = json.loads(arguments)
+            made.append({**call, "type": "function", "function": {**function, "arguments": arguments}})
+        told.append({**message, "content": message.get("content") or "", "tool_calls": made})
+    return told

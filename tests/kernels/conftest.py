@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from slingshot.kernels.calls import NativeCall, native_for
-from slingshot.kernels.native import native_levels
+from slingshot.kernels.native import NativeKernels, native_kernels, native_levels
 
 from .agreement import TOLERANCE
 
@@ -32,7 +32,13 @@ def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
     return calls
 
 
-@pytest.fixture(params=TOLERANCE, ids=str)
+@pytest.fixture(scope="session", params=native_levels())
+def kernels(request: pytest.FixtureRequest) -> NativeKernels | None:
+    """All of them, at every level there is."""
+    return native_kernels(request.param)
+
+
+@pytest.fixture(scope="session", params=TOLERANCE, ids=str)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param  # type: ignore[no-any-return]
 

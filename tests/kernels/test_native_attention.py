@@ -12,13 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slingshot.kernels.native import NativeKernels, native_kernels, native_levels, native_library, pointer
+from slingshot.kernels.native import NativeKernels, pointer
 from slingshot.kernels.norm import rms_norm
 from slingshot.model.rope import rotate
 
-pytestmark = pytest.mark.skipif(native_library() is None, reason="no native library is built here")
-KERNELS = {level: kernels for level in native_levels() if (kernels := native_kernels(level))}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PAGE = 16
 
 
@@ -99,35 +96,31 @@ def check(step: Step, kernels: NativeKernels, threads: int) -> None:
     assert ((step.native(kernels, threads) - expected).abs() <= size * PRECISION[step.q_NHW.dtype]).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_attention_over_pages_is_softmax_attention(kernels: NativeKernels, dtype: str, data: st.DataObject) -> None:
+def test_attention_over_pages_is_softmax_attention(
+    kernels: NativeKernels, dtype: torch.dtype, data: st.DataObject
+) -> None:
     """Decoding rows and chunks of prompts, grouped queries (groups > 0) and one entry for all heads (0)."""
     sequence = st.tuples(st.one_of(st.just(1), st.integers(1, 40)), st.integers(0, 150))
     sequences = data.draw(st.lists(sequence, min_size=1, max_size=4))
     groups, share = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 6))
     width = 8 * data.draw(st.integers(1, 17))
     value_width = 8 * data.draw(st.integers(1, width // 8)) if groups == 0 else 8 * data.draw(st.integers(1, 17))
-    step = Step.random(sequences, max(groups, 1) * share, groups, width, value_width, DTYPES[dtype])
+    step = Step.random(sequences, max(groups, 1) * share, groups, width, value_width, dtype)
     check(step, kernels, data.draw(st.integers(1, 3)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(9, 3, 64, 64), (8, 2, 128, 128), (4, 0, 40, 32), (12, 0, 576, 512)], ids=str)
-@pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
 def test_long_contexts_in_pieces_and_long_prompts_are_the_same(
-    kernels: NativeKernels, shape: tuple[int, int, int, int], dtype: str
+    kernels: NativeKernels, shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
     """A few tokens at the end of more than one piece's; a chunk of a prompt longer than a unit's rows."""
-    check(Step.random([(1, 700), (3, 255), (70, 200), (1, 0)], *shape, DTYPES[dtype]), kernels, 2)
+    check(Step.random([(1, 700), (3, 255), (70, 200), (1, 0)], *shape, dtype), kernels, 2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
-def test_neither_threads_nor_neighbours_change_a_bit(kernels: NativeKernels, dtype: str) -> None:
-    step = Step.random([(1, 300), (30, 20), (2, 7)], 6, 2, 64, 64, DTYPES[dtype])
+def test_neither_threads_nor_neighbours_change_a_bit(kernels: NativeKernels, dtype: torch.dtype) -> None:
+    step = Step.random([(1, 300), (30, 20), (2, 7)], 6, 2, 64, 64, dtype)
     together = step.native(kernels, 1)
     assert torch.equal(step.native(kernels, 3), together)
     for i, part in enumerate(together.split(step.new)):
@@ -136,24 +129,22 @@ def test_neither_threads_nor_neighbours_change_a_bit(kernels: NativeKernels, dty
         assert torch.equal(alone.native(kernels, 2), part)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_long_prompts_attend_with_keys_and_values_of_every_head(
-    kernels: NativeKernels, dtype: str, data: st.DataObject
+    kernels: NativeKernels, dtype: torch.dtype, data: st.DataObject
 ) -> None:
     """MLA's expanded form, of sequences with enough new tokens: 40 x 48 / (80 - 48) = 60 here."""
-    heads, latent, rope, nope, value, number = data.draw(st.integers(1, 5)), 40, 8, 24, 24, DTYPES[dtype]
+    heads, latent, rope, nope, value = data.draw(st.integers(1, 5)), 40, 8, 24, 24
     sequences = data.draw(st.permutations([(61, 0), (1, 20), (100, 170), (60, 30)]))
-    step = Step.random(sequences, heads, 0, latent + rope, latent, number)
-    kv_b = (normal(heads * (nope + value), latent, dtype=torch.float32, seed=5) / latent**0.5).to(number)
-    q_nope = normal(sum(step.new), heads, 32, dtype=number, seed=6)
-    y = torch.full((sum(step.new), heads, value), 7.0, dtype=number)
+    step = Step.random(sequences, heads, 0, latent + rope, latent, dtype)
+    kv_b = (normal(heads * (nope + value), latent, dtype=torch.float32, seed=5) / latent**0.5).to(dtype)
+    q_nope = normal(sum(step.new), heads, 32, dtype=dtype, seed=6)
+    y = torch.full((sum(step.new), heads, value), 7.0, dtype=dtype)
     starts = torch.tensor([0, *accumulate(step.new)], dtype=torch.int32)
     lengths, tables = torch.tensor(step.lengths, dtype=torch.int32), step.tables.contiguous()
     count = kernels.door("attend_expanded", ctypes.c_int)(
-        int(number == torch.bfloat16), heads, latent, rope, nope, value, ctypes.c_float(step.scale), pointer(starts),
+        int(dtype == torch.bfloat16), heads, latent, rope, nope, value, ctypes.c_float(step.scale), pointer(starts),
         pointer(lengths), pointer(tables), *tables.shape, pointer(kv_b), pointer(q_nope), 32, pointer(step.q_NHW),
         pointer(step.keys), pointer(y), data.draw(st.integers(1, 3)),
     )  # fmt: skip
@@ -166,12 +157,12 @@ def test_long_prompts_attend_with_keys_and_values_of_every_head(
     )
     rope_PSHR = entries[..., None, latent:].expand(-1, -1, heads, -1)
     q_NHW = torch.cat((q_nope[..., :nope], step.q_NHW[..., latent:]), -1)
-    keys = torch.cat((k_PSHN, rope_PSHR), -1).to(number)
-    same = Step(step.new, step.lengths, step.tables, q_NHW, keys, v_PSHV.to(number), value, step.scale)
+    keys = torch.cat((k_PSHN, rope_PSHR), -1).to(dtype)
+    same = Step(step.new, step.lengths, step.tables, q_NHW, keys, v_PSHV.to(dtype), value, step.scale)
     expected, size = same.definition()
     expanded_N = torch.tensor([n > 60 for n in step.new]).repeat_interleave(torch.tensor(step.new))
     # keys that another order of summation rounds to their neighbours move scores, and those the weights
-    assert ((y - expected).abs()[expanded_N] <= size[expanded_N] * 8 * PRECISION[number]).all()
+    assert ((y - expected).abs()[expanded_N] <= size[expanded_N] * 8 * PRECISION[dtype]).all()
     assert (y[~expanded_N] == 7).all()
 
 
@@ -206,20 +197,18 @@ def assert_rounded_alike(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("norms", [False, True], ids=["plain", "norms"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(tokens=st.integers(1, 9), groups=st.integers(1, 3), share=st.integers(1, 3), eighths=st.integers(1, 16))
 def test_grouped_heads_are_rotated_and_written(
-    kernels: NativeKernels, dtype: str, norms: bool, tokens: int, groups: int, share: int, eighths: int
+    kernels: NativeKernels, dtype: torch.dtype, norms: bool, tokens: int, groups: int, share: int, eighths: int
 ) -> None:
-    heads, width, number = groups * share, 8 * eighths, DTYPES[dtype]
+    heads, width = groups * share, 8 * eighths
     rotation = Rotation.random(tokens, width // 2)
-    qkv = normal(tokens, heads + 2 * groups, width, dtype=number, seed=2)
-    gains = [normal(width, dtype=number, seed=seed) if norms else None for seed in (3, 4)]
-    q, keys, values = (torch.zeros(n, h, width, dtype=number) for n, h in ((tokens, heads), (40, groups), (40, groups)))
+    qkv = normal(tokens, heads + 2 * groups, width, dtype=dtype, seed=2)
+    gains = [normal(width, dtype=dtype, seed=seed) if norms else None for seed in (3, 4)]
+    q, keys, values = (torch.zeros(n, h, width, dtype=dtype) for n, h in ((tokens, heads), (40, groups), (40, groups)))
     kernels.door("write_grouped")(
-        int(number == torch.bfloat16), heads, groups, width, ctypes.c_float(1e-6), *(pointer(g) for g in gains),
+        int(dtype == torch.bfloat16), heads, groups, width, ctypes.c_float(1e-6), *(pointer(g) for g in gains),
         *rotation.arguments(), pointer(qkv), qkv[0].numel(), pointer(q), pointer(keys), pointer(values), 2,
     )  # fmt: skip
     given_q, given_k, given_v = qkv.split([heads, groups, groups], dim=1)
@@ -230,20 +219,18 @@ def test_grouped_heads_are_rotated_and_written(
     assert values.count_nonzero(dim=-1).sum() == values[rotation.slots_N].count_nonzero()  # nothing else is written
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(tokens=st.integers(1, 9), heads=st.integers(1, 5), sizes=st.tuples(*[st.integers(1, 9)] * 3))
 def test_latent_entries_are_normed_rotated_and_written(
-    kernels: NativeKernels, dtype: str, tokens: int, heads: int, sizes: tuple[int, int, int]
+    kernels: NativeKernels, dtype: torch.dtype, tokens: int, heads: int, sizes: tuple[int, int, int]
 ) -> None:
-    (nope, rope, latent), number = (8 * size for size in sizes), DTYPES[dtype]
+    nope, rope, latent = (8 * size for size in sizes)
     padded, rotation = (nope + 31) // 32 * 32, Rotation.random(tokens, rope // 2)
-    q, kv = (normal(tokens, w, dtype=number, seed=2) for w in (heads * (nope + rope), latent + rope))
-    gain, q_nope = normal(latent, dtype=number, seed=3), torch.ones(tokens, heads, padded, dtype=number)
-    q_absorbed, entries = (torch.zeros(n, latent + rope, dtype=number) for n in (tokens * heads, 40))
+    q, kv = (normal(tokens, w, dtype=dtype, seed=2) for w in (heads * (nope + rope), latent + rope))
+    gain, q_nope = normal(latent, dtype=dtype, seed=3), torch.ones(tokens, heads, padded, dtype=dtype)
+    q_absorbed, entries = (torch.zeros(n, latent + rope, dtype=dtype) for n in (tokens * heads, 40))
     kernels.door("write_latent")(
-        int(number == torch.bfloat16), heads, nope, rope, latent, padded, ctypes.c_float(1e-6), pointer(gain),
+        int(dtype == torch.bfloat16), heads, nope, rope, latent, padded, ctypes.c_float(1e-6), pointer(gain),
         *rotation.arguments(), pointer(q), q.shape[1], pointer(kv), kv.shape[1], pointer(q_nope), pointer(q_absorbed),
         pointer(entries), 2,
     )  # fmt: skip

@@ -10,13 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slingshot.kernels.native import NativeKernels, native_kernels, native_levels, native_library, pointer
+from slingshot.kernels.native import NativeKernels, pointer
 from slingshot.model.config import ModelConfig
 from slingshot.model.moe import MLP, MoE
 
-pytestmark = pytest.mark.skipif(native_library() is None, reason="no native library is built here")
-KERNELS = {level: kernels for level in native_levels() if (kernels := native_kernels(level))}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SMALLEST = {
     "family": "deepseek_v3", "vocab_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
     "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
@@ -110,11 +107,9 @@ def check(kernels: NativeKernels, module: MoE | MLP, rows: int, width: int, dtyp
     return clear_N
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_a_mixture_of_any_shape_is_torchs(kernels: NativeKernels, dtype: str, data: st.DataObject) -> None:
+def test_a_mixture_of_any_shape_is_torchs(kernels: NativeKernels, dtype: torch.dtype, data: st.DataObject) -> None:
     groups, members = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 9))
     kept, width = data.draw(st.integers(1, groups)), 8 * data.draw(st.integers(1, 20))
     shape = {
@@ -129,32 +124,27 @@ def test_a_mixture_of_any_shape_is_torchs(kernels: NativeKernels, dtype: str, da
     }
     rows = data.draw(st.one_of(st.integers(1, 8), st.integers(9, 90)))
     module = MoE(ModelConfig.parse(SMALLEST | shape))
-    check(kernels, module, rows, width, DTYPES[dtype], data.draw(st.integers(1, 3)))
+    check(kernels, module, rows, width, dtype, data.draw(st.integers(1, 3)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [TINY, LARGER], ids=["tiny", "larger"])
 @pytest.mark.parametrize("rows", [1, 256, 1100])
-@pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
 def test_mixtures_of_real_shapes_are_torchs(
-    kernels: NativeKernels, rows: int, shape: dict[str, int], dtype: str
+    kernels: NativeKernels, rows: int, shape: dict[str, int], dtype: torch.dtype
 ) -> None:
     module = MoE(ModelConfig.parse(SMALLEST | shape))
-    clear_N = check(kernels, module, rows, shape["hidden_size"], DTYPES[dtype], 2)
+    clear_N = check(kernels, module, rows, shape["hidden_size"], dtype, 2)
     assert clear_N.float().mean() > 0.9
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(rows=st.integers(1, 70), width=st.integers(1, 100), inner=st.integers(1, 100), threads=st.integers(1, 3))
 def test_without_experts_it_is_a_plain_feed_forward(
-    kernels: NativeKernels, dtype: str, rows: int, width: int, inner: int, threads: int
+    kernels: NativeKernels, dtype: torch.dtype, rows: int, width: int, inner: int, threads: int
 ) -> None:
-    check(kernels, MLP(width, inner), rows, width, DTYPES[dtype], threads)
+    check(kernels, MLP(width, inner), rows, width, dtype, threads)
 
 
-@pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
 def test_of_equal_scores_the_first_experts_are_chosen(kernels: NativeKernels) -> None:
     """Every expert scores a half; which of equals it takes, torch.topk leaves open."""
     module = MoE(ModelConfig.parse(SMALLEST | TINY))

@@ -57,9 +57,8 @@ def test_tokens_and_logprobs_are_those_of_the_definition(seed, size, rows, sprea
                 assert its.temperature and abs(own_V[ids_B[row]] - own_V[kept].min()) < 1e-3
 
 
-@pytest.mark.parametrize("level", native_levels())
-def test_a_row_is_drawn_alike_alone_and_in_any_batch(level):
-    generator, kernels = torch.Generator().manual_seed(0), native_kernels(level)
+def test_a_row_is_drawn_alike_alone_and_in_any_batch(kernels):
+    generator = torch.Generator().manual_seed(0)
     logits_BV, uniform_B = torch.randn(20, 700, generator=generator) * 3, torch.rand(20, generator=generator)
     params = [SamplingParams(temperature=(0.0, 0.7)[row % 2], top_p=(1.0, 0.8)[row % 3 > 1]) for row in range(20)]
     ids_B, logprobs_B = native_sample(kernels, logits_BV, DrawParams.of(params), uniform_B)
@@ -69,10 +68,9 @@ def test_a_row_is_drawn_alike_alone_and_in_any_batch(level):
         assert torch.equal(ids, ids_B[rows]) and torch.equal(logprobs, logprobs_B[rows])
 
 
-@pytest.mark.parametrize("level", native_levels())
-def test_the_ends_of_numbers(level):
+def test_the_ends_of_numbers(kernels):
     """Tokens that are taken out are never drawn, whatever the number; what is no number gives no logprob."""
-    kernels, params = native_kernels(level), DrawParams.of([SamplingParams()] * 4)
+    params = DrawParams.of([SamplingParams()] * 4)
     logits_BV = torch.full((4, 600), -torch.inf)
     logits_BV[:, 300] = torch.tensor([0.0, 3e38, -3e38, 1.0])
     for uniform in (0.0, 0.5, 1 - 2.0**-24):

@@ -74,23 +74,6 @@ def test_a_file_that_draws_from_global_generators_draws_by_the_seed(load):
     assert not set(whole) & {problem for _, problem in mixed}
 
 
-@pytest.mark.parametrize("name", ["mine.py", "random.py", "my-task.py"])
-def test_processes_that_a_file_starts_anew_import_it_and_what_lies_beside_it(load, name):
-    task = load(
-        """
-        from multiprocessing import get_context
-        from . import helper
-        def double(n): return helper.double(n)
-        def problems(split, seed): yield from ({"prompt": str(n)} for n in range(30))
-        def verify(problem, text):
-            with get_context("spawn").Pool(1) as pool:
-                return pool.map(double, [2]) == [4]
-        """,
-        name,
-    )
-    assert task.verify(next(task.problems("train", 0)), "x") == Reward(1.0, "x")
-
-
 def test_problems_is_called_once_for_all_its_problems_and_slow_ones_are_fetched_in_time(load):
     wait = "for n in itertools.count(seed): yield time.sleep(0.03) or {'prompt': str(n), 'data': {'calls': calls}}"
     source = (
@@ -125,9 +108,10 @@ def test_a_file_is_an_ordinary_module(load, name):
 
         def verify(problem, text):
             sums = [pickle.loads(pickle.dumps(Sum(**problem["data"])))] * 2
-            with multiprocessing.Pool(1) as pool, ProcessPoolExecutor(1) as executor:
-                added = pool.map(add, sums) + list(executor.map(add, sums))
-            return added == [int(problem["prompt"]) + 2] * 4 and beside.double(3) == double(3) == helper.double(3) == 6
+            anew = multiprocessing.get_context("spawn")  # such a process imports this file by its name
+            with multiprocessing.Pool(1) as pool, ProcessPoolExecutor(1) as executor, anew.Pool(1) as other:
+                added = pool.map(add, sums) + list(executor.map(add, sums)) + other.map(add, sums)
+            return added == [int(problem["prompt"]) + 2] * 6 and beside.double(3) == double(3) == helper.double(3) == 6
         """,
         name,
     )

@@ -171,9 +171,13 @@ class File:
         init.parent.mkdir(exist_ok=True)
         init.write_text(f"__path__ = [{folder!r}]", encoding="utf-8")
         sys.path += [folder, str(init.parents[1])]  # the folder for `import helper`
-        _seed(0)
+        self._seed(0)
         self._module = importlib.import_module(f"{package}.{Path(path).stem}")
         self._open: dict[tuple[str, int, int], tuple[Iterator[Any], list[Any]]] = {}
+
+    def _seed(self, seed: int) -> None:
+        for put, *_ in _generators():
+            put(seed)
 
     def functions(self) -> list[str]:
         names = (*_FUNCTIONS, "solution", "step")
@@ -182,17 +186,17 @@ class File:
     def problems(self, split: str, seed: int, start: int, count: int) -> list[dict[str, Any]]:
         """Next items from `start` of problems(split, seed), none at its end. A new worker starts it over, and skips."""
         iterator, states = self._open.pop((split, seed, start), (None, []))
-        for (_, put), state in zip(_generators(), states, strict=False):
+        for (*_, put), state in zip(_generators(), states, strict=False):
             put(state)
         if iterator is None:
-            _seed(seed)
+            self._seed(seed)
             made = self._module.problems(split, seed)
             try:
                 iterator = itertools.islice(made, start, None)
             except TypeError as error:
                 raise SandboxError(f"returned {reprlib.repr(made)}; it should yield problems") from error
         items = take(iterator, count)
-        self._open[split, seed, start + len(items)] = iterator, [get() for get, _ in _generators()]
+        self._open[split, seed, start + len(items)] = iterator, [get() for _, get, _ in _generators()]
         if len(self._open) > 16:  # left where their readers stopped; who comes back to one starts it over
             del self._open[next(iter(self._open))]
         parsed = [_Problem.parse(item, f"item {place}") for place, item in enumerate(items, start)]
@@ -216,16 +220,10 @@ class File:
         return None if given is None else [_Message.parse(each, "message").model_dump() for each in dicts]
 
 
-def _generators() -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
-    """How the state of a global random generator is read and set. A file that draws from them draws by the seed too,
-    the same in every process, whatever else is drawn meanwhile."""
-    found: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [(random.getstate, random.setstate)]
+def _generators() -> list[tuple[Callable[[int], Any], Callable[[], Any], Callable[[Any], Any]]]:
+    """How the global random generators are seeded, and their states read and set. A file that draws from them draws by
+    the seed too, the same in every process, whatever else is drawn meanwhile."""
+    found: list[Any] = [(random.seed, random.getstate, random.setstate)]
     if numpy := sys.modules.get("numpy"):
-        found.append((numpy.random.get_state, numpy.random.set_state))
+        found.append((numpy.random.seed, numpy.random.get_state, numpy.random.set_state))
     return found
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    if numpy := sys.modules.get("numpy"):
-        numpy.random.seed(seed)

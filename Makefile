@@ -1,4 +1,5 @@
 # make demo      from nothing to a reasoner, in minutes: the recipe `tiny` up to its last RL stage
+# make serve     make demo, then its reasoner on http://127.0.0.1:8000, with a page to chat on
 # make full      the rest of the recipe: the control, the student, distillation; 8 samples a problem
 # make smollm2   the same treatment for a real open model, SmolLM2-135M-Instruct
 # make interop   llama.cpp and vLLM, each in an environment of its own, predict what we predict from our checkpoints
@@ -15,10 +16,13 @@ BIN := $(VENV)/bin
 NO_KERNELS := no native kernels: no C++ compiler was found, or this is no x86-64; slingshot runs on torch's path, slower
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
-.PHONY: demo full smollm2 peers interop test test-all clean
+.PHONY: demo serve full smollm2 peers interop test test-all clean
 
 demo: $(VENV)/runtime.stamp
 	$(BIN)/slingshot run tiny --until rl_final --out runs/tiny
+
+serve: demo
+	$(BIN)/slingshot serve runs/tiny/rl_final runs/tiny/base
 
 full: $(VENV)/runtime.stamp
 	$(BIN)/slingshot run tiny evaluation.samples=8 --out runs/tiny

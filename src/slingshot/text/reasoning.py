@@ -69,6 +69,11 @@ def parse(output: str | Iterable[int], opened: bool | None, tokenizer: Tokenizer
     return Parsed(reasoning if stream.reasoned else None, answer, stream.closed)
 
 
+def beginning(text: str, tag: str) -> int:
+    """How much of the text's end may become the tag."""
+    return next((size for size in range(len(tag) - 1, 0, -1) if text.endswith(tag[:size])), 0)
+
+
 class ReasoningStream:
     """Parts an output while it is written: `push` each id (or piece of text), `finish` once. Joined it is `parse`."""
 
@@ -118,8 +123,7 @@ class ReasoningStream:
             self._tag(found[0])
             start = found.end()
         text = text[start:]
-        sizes = range(len(END_THINK) - 1, 0, -1)
-        kept = next((size for size in sizes if text.endswith((THINK[:size], END_THINK[:size]))), 0)
+        kept = max(beginning(text, THINK), beginning(text, END_THINK))
         self._write(text[: len(text) - kept])
         self._tail = text[len(text) - kept :]
 

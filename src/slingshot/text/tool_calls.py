@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from slingshot.text.reasoning import Delta, ReasoningStream
+from slingshot.text.reasoning import Delta, ReasoningStream, beginning
 from slingshot.text.tokenizer import Tokenizer
 
 
@@ -56,30 +56,31 @@ def _tagged(
 
     def read(segments: list[Segment]) -> list[ToolCall] | None:
         calls: list[ToolCall] = []
-        rest = [(tag, text) for tag, text in segments[1:]]
-        if segments[0][1].strip():
-            return None
-        while rest:
-            tags = [tag for tag, _ in rest[:3]]
-            if tags != [begin, middle, end] or rest[2][1].strip():
+        (_, before), *rest = segments
+        while rest and not before.strip():
+            if [tag for tag, _ in rest[:3]] != [begin, middle, end]:
                 return None
-            found = call(rest[0][1], rest[1][1])
-            if found is None:
+            (_, head), (_, body), (_, before), *rest = rest
+            if (found := call(head, body)) is None:
                 return None
             calls.append(found)
-            rest = rest[3:]
-        return calls or None
+        return None if before.strip() else calls or None
 
     return read
 
 
 def _checked(name: str, arguments: str) -> ToolCall | None:
     """The call, if its name is one and its arguments are an object."""
-    try:
-        whole = isinstance(json.loads(arguments), dict)
-    except (ValueError, RecursionError):
-        return None
+    whole = isinstance(_parsed(arguments), dict)
     return ToolCall(name, arguments.strip()) if whole and name and not re.search(r"\s", name) else None
+
+
+def _parsed(text: str, otherwise: object = None) -> object:
+    """A text as JSON; `otherwise` where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return otherwise
 
 
 def _deepseek(head: str, body: str) -> ToolCall | None:
@@ -108,26 +109,15 @@ def _hermes(segments: list[Segment]) -> list[ToolCall] | None:
         parameters = _XML_PARAMETER.findall(found[2])
         if "".join(_XML_PARAMETER.sub("", found[2]).split()):
             return None
-        values = {name: _value(value) for name, value in parameters}
+        values = {name: _parsed(value, value) for name, value in parameters}  # plain words are no JSON
         return [ToolCall(found[1], json.dumps(values, ensure_ascii=False))]
     call = _object_call(text)
     return None if call is None else [call]
 
 
-def _value(text: str) -> object:
-    """A parameter's text is JSON where it can be, but for plain words."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-
-
 def _object_call(text: str) -> ToolCall | None:
     """{"name": ..., "arguments" or "parameters": {...}}."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+    found = _parsed(text)
     if not isinstance(found, dict) or not isinstance(found.get("name"), str):
         return None
     arguments = found.get("arguments", found.get("parameters", {}))
@@ -187,9 +177,8 @@ class ToolCallStream:
         self._tags = {id: name for name in names if name and (id := tokenizer.control_id(name)) is not None}
         self._by_id = tools is not None and tools.begin in self._tags.values()
         self._section: list[int] | None = None  # ids since a section's first tag
-        self._held = (
-            ""  # of the answer: white space that a call may follow; what may be a call, where characters begin it
-        )
+        # Of the answer: white space that a call may follow; what may be a call, where characters begin it.
+        self._held = ""
         self._told = self._called = False  # some of the answer; a call since then
 
     @property
@@ -278,10 +267,5 @@ class ToolCallStream:
                 yield from self._calls(calls)
             self._held = after
         if not final:
-            safe = len(self._held) - _beginning(self._held, form.begin)
+            safe = len(self._held) - beginning(self._held, form.begin)
             yield from self._tell(len(self._held[:safe].rstrip()))
-
-
-def _beginning(text: str, tag: str) -> int:
-    """How much of the text's end may become the tag."""
-    return next((size for size in range(len(tag) - 1, 0, -1) if text.endswith(tag[:size])), 0)

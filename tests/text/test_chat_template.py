@@ -54,9 +54,7 @@ def test_r1s_layout() -> None:
         ({**reply(""), "tool_calls": [{"function": {"name": "f"}}]}, {}, "role assistant and tool calls"),
         (user("x"), {"tools": [{"type": "function"}]}, "this model was not made for them"),
         (user([{"type": "image", "url": "x"}]), {}, "a part of type image; this model reads text only"),
-        ({"role": "user"}, {}, "a message has no content"),
-        (user(None), {}, "a message has no content"),
-        (user(3), {}, "a message has no content"),
+        *((message, {}, "a message has no content") for message in ({"role": "user"}, user(None), user(3))),
     ],
 )
 def test_what_r1_was_not_made_for_is_refused(message: dict[str, Any], variables: dict[str, Any], reason: str) -> None:

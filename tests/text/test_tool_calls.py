@@ -1,3 +1,5 @@
+"""Calls of functions by ids and by characters, whole and torn, in every format's own spelling."""
+
 import json
 import re
 

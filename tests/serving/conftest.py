@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import socket
 import threading
 
 import openai
@@ -15,6 +14,7 @@ from slingshot.serving.backend import TokenDelta
 from slingshot.serving.gateway import Gateway
 from slingshot.serving.local import LocalBackend
 from slingshot.serving.served_model import ServedModel
+from slingshot.serving.server import listening
 from slingshot.text.tokenizer import Tokenizer
 
 TEXTS = [
@@ -62,8 +62,7 @@ class ScriptedBackend:
 @contextlib.contextmanager
 def running(app):
     """The app on a free port of loopback: its URL."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+    with listening("127.0.0.1", 0) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()

@@ -8,7 +8,6 @@ Without a ledger, or with `keyless`, whoever comes without a key uses the local 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
@@ -53,7 +52,7 @@ async def caller(request: Request) -> Account:
         return LOCAL
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
     key = secret.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key")
-    return await asyncio.to_thread(authenticate, gateway.ledger, key or None, request.app.state.keyless)
+    return await gateway.ledger.aside(authenticate, gateway.ledger, key or None, request.app.state.keyless)
 
 
 Caller = Annotated[Account, Depends(caller)]

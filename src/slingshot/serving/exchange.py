@@ -102,7 +102,7 @@ class Exchange:
     async def _settle(self) -> None:
         try:
             if self.reservation is not None:
-                await asyncio.to_thread(self.reservation.settle, self.usage)
+                await self.reservation.ledger.aside(self.reservation.settle, self.usage)
         finally:
             self.on_end(self)
 

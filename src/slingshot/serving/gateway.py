@@ -13,7 +13,6 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Iterable
-from functools import partial
 
 from slingshot.base.names import did_you_mean
 from slingshot.serving.errors import ApiError
@@ -89,8 +88,8 @@ class Gateway:
         exchange = Exchange(model, question, prompt_ids, params, place, self.limits.first_token, salt)
         try:
             if self.ledger is not None:
-                reserve = partial(self.ledger.reserve, account, model.name, len(prompt_ids), most * samples)
-                exchange.reservation = await asyncio.to_thread(reserve, exchange.id)
+                asked = account, model.name, len(prompt_ids), most * samples, exchange.id
+                exchange.reservation = await self.ledger.aside(self.ledger.reserve, *asked)
         except BaseException:
             place.leave()
             raise
@@ -137,9 +136,9 @@ class Gateway:
     async def _tick(self, ledger: Ledger) -> None:
         for second in itertools.count():
             try:
-                await asyncio.to_thread(ledger.tick)
+                await ledger.aside(ledger.tick)
                 if second % 15 == 0:
-                    await asyncio.to_thread(ledger.settle_dead)
+                    await ledger.aside(ledger.settle_dead)
             except Exception as error:  # the database may come back
                 _LOG.error("the ledger does not answer: %s", type(error).__name__)
             await asyncio.sleep(1.0)

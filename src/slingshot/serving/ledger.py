@@ -11,16 +11,19 @@ What a gateway that was killed left open is settled by the progress it wrote las
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
@@ -28,6 +31,8 @@ from sqlalchemy.exc import DBAPIError
 from slingshot.base.errors import SlingshotError
 from slingshot.serving.errors import ApiError
 from slingshot.serving.prices import PriceList, dollars
+
+T = TypeVar("T")
 
 DEAD = 15.0  # seconds without a sign of life after which a gateway is taken for dead
 
@@ -144,6 +149,8 @@ class Ledger:
             if self._engine.dialect.name == "sqlite":
                 sa.event.listen(self._engine, "connect", _sqlite_settings)
                 sa.event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+            # SQLite takes one writer at a time and lets the others starve: here they queue.
+            self._clerks = ThreadPoolExecutor(1 if self._engine.dialect.name == "sqlite" else 8, "ledger")
             with self.transaction() as connection:
                 _METADATA.create_all(connection)
                 row = {"id": self.id, "host": socket.gethostname(), "pid": os.getpid()}
@@ -158,6 +165,10 @@ class Ledger:
 
     def transaction(self) -> AbstractContextManager[sa.Connection]:
         return self._engine.begin()
+
+    async def aside(self, work: Callable[..., T], *args: Any) -> T:
+        """Do what concerns the database without holding up the event loop, first come first served."""
+        return await asyncio.get_running_loop().run_in_executor(self._clerks, partial(work, *args))
 
     def reserve(self, account: Account, model: str, prompt_tokens: int, most: int, request_id: str) -> Reservation:
         """Set the worst case aside. ApiError 402 without the balance for it, 429 beyond a limit, 503 where the database
@@ -226,6 +237,7 @@ class Ledger:
         with self.transaction() as connection:
             connection.execute(sa.update(GATEWAYS).where(GATEWAYS.c.id == self.id).values(ended=self._clock()))
         self._engine.dispose()
+        self._clerks.shutdown(wait=False)
 
     def _settle(self, connection: sa.Connection, request_id: str, usage: Usage) -> None:
         """Close the request, if nobody did yet, and charge its account."""

@@ -1,0 +1,154 @@
+"""Hard times on loopback: a crowd of which a third hangs up, bodies that are none, and whatever the schema allows."""
+
+import asyncio
+import json
+import random
+import resource
+from http.client import HTTPConnection
+
+import httpx
+import pytest
+
+from slingshot.engine.engine import Engine
+from slingshot.serving.app import create_app
+from slingshot.serving.gateway import Gateway
+from slingshot.serving.ledger import REQUESTS, Ledger
+from slingshot.serving.load import Limits
+from slingshot.serving.local import LocalBackend
+from slingshot.serving.served_model import ServedModel
+from tests.serving.conftest import running
+from tests.serving.test_load import BODY, CHAT, until
+
+pytestmark = pytest.mark.slow
+
+COUNT = 10_000  # bodies
+
+
+@pytest.fixture
+def small(tokenizer, make_model, dense):
+    model = make_model(dense(vocab_size=tokenizer.vocab_size, max_position_embeddings=256))
+    return Engine(model, tokenizer, max_batch=128)
+
+
+async def crowd(url, size, draw):
+    """(question, finish_reason or None) of `size` requests at once; None: it hung up."""
+
+    async def one(http, number):
+        question = [{"role": "user", "content": f"What is {number}+4-2?"}]
+        body = BODY | {"messages": question, "stream": number % 2 == 0, "seed": number, "max_tokens": 24}
+        patience = draw.random() * 6 if number % 3 == 0 else None
+        try:
+            async with asyncio.timeout(patience):
+                if not body["stream"]:
+                    answer = await http.post(CHAT, json=body)
+                    assert answer.status_code == 200, answer.text
+                    message = answer.json()["choices"][0]["message"]
+                    return number, [message.get("reasoning_content") or "", message["content"] or ""]
+                said = ["", ""]
+                async with http.stream("POST", CHAT, json=body) as answer:
+                    assert answer.status_code == 200
+                    lines = [line async for line in answer.aiter_lines() if line.startswith("data: ")]
+                assert lines[-1] == "data: [DONE]"
+                for line in lines[:-1]:
+                    [choice] = json.loads(line[6:])["choices"]
+                    for place, name in enumerate(("reasoning_content", "content")):
+                        said[place] += choice["delta"].get(name) or ""
+                return number, said
+        except TimeoutError:
+            return number, None
+
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as http:
+        return dict(await asyncio.gather(*(one(http, number) for number in range(size))))
+
+
+def test_a_crowd_of_which_a_third_hangs_up_leaves_whole_answers_and_nothing_else(small, tokenizer, tmp_path):
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.sqlite")
+    gateway = Gateway([ServedModel("tiny", tokenizer, LocalBackend(small))], ledger, Limits(queue_tokens=10**6))
+    with running(create_app(gateway)) as url:
+        asyncio.run(crowd(url, 100, random.Random(0)))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        told = asyncio.run(crowd(url, 1000, random.Random(1)))
+        until(lambda: not small.counters.running and not small.counters.waiting and not gateway.running)
+        assert small.counters.pages_used == 0
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB
+        again = asyncio.run(crowd(url, 1, random.Random(2)))
+    whole = {number: said for number, said in told.items() if said is not None}
+    assert 660 < len(whole) < 1000 and all(number in whole for number in range(1000) if number % 3)
+    assert again[0] is None or again[0] == told[0] or told[0] is None  # a seed's answer does not depend on the crowd
+    with ledger.transaction() as connection:
+        rows = connection.execute(REQUESTS.select()).all()
+    assert len(rows) >= 1100 - 340 and all(row.ended is not None for row in rows)
+    booked = sum(row.completion for row in rows)
+    assert 0 <= small.counters.decoded - booked <= small.counters.decoded // 10
+    ledger.close()
+
+
+def bodies(draw, count):
+    """Bodies that are not what a client should send: cut, of other types, nested, huge, unprintable, or not JSON."""
+    strange = [
+        None, True, -1, 0, 10**30, 1e308, "", "x" * 5000, "\ud800", "\x00", [], {}, [[]] * 50, {"a": {"a": None}},
+        float("nan"), float("inf"), "🙂", ["a", 1, None], [{"role": "user"}], [{"role": "user", "content": [None]}],
+    ]  # fmt: skip
+    names = [
+        "model", "messages", "prompt", "stream", "stream_options", "max_tokens", "temperature", "top_p", "top_k", "n",
+        "seed", "stop", "logit_bias", "logprobs", "top_logprobs", "thinking", "reasoning_effort", "response_format",
+        "structured_outputs", "guided_regex", "tools", "thinking_budget", "echo", "suffix", "chat_template_kwargs",
+    ]  # fmt: skip
+    for _ in range(count):
+        body = {"model": "tiny", "messages": BODY["messages"], "prompt": "3+4", "max_tokens": 1}
+        for _ in range(draw.randint(1, 3)):
+            body[draw.choice(names)] = draw.choice(strange)
+        kind = draw.random()
+        text = json.dumps(body)
+        if kind < 0.1:
+            text = text[: draw.randrange(len(text))]
+        elif kind < 0.2:
+            text = "".join(draw.choice('{}[]",:0a\\u') for _ in range(draw.randint(0, 40)))
+        elif kind < 0.22:
+            text = "[" * 100_000
+        raw = text.encode()
+        if kind > 0.9:
+            at = draw.randrange(len(raw))
+            raw = raw[:at] + bytes([draw.randrange(256)]) + raw[at + 1 :]
+        yield raw
+
+
+def test_no_body_brings_the_server_down(small, tokenizer):
+    draw = random.Random(0)
+    paths = [CHAT, "/v1/completions", "/tokenize", "/detokenize", "/v1/chat/completions/control"]
+    with running(create_app(Gateway([ServedModel("tiny", tokenizer, LocalBackend(small))]))) as url:
+        wire, refused = HTTPConnection(url.removeprefix("http://"), timeout=60), 0
+        for number, content in enumerate(bodies(draw, COUNT)):
+            headers = {"Content-Type": "application/json"} if number % 50 else {}
+            wire.request("POST", paths[number % len(paths)], content, headers)
+            answer = wire.getresponse()
+            told = answer.read()
+            assert answer.status < 500, (content[:500], told)
+            if answer.status >= 400:
+                refused += 1
+                assert json.loads(told)["error"]["message"]
+        assert refused > COUNT // 2 and httpx.get(f"{url}/health").json() == {"status": "ok"}
+        until(lambda: not small.counters.running and not small.counters.waiting)
+        assert small.counters.pages_used == 0
+
+
+def test_no_request_that_the_schema_allows_fails_the_server(small, tokenizer):
+    schemathesis = pytest.importorskip("schemathesis")
+    from hypothesis import HealthCheck, Phase, given, settings
+
+    app = create_app(Gateway([ServedModel("tiny", tokenizer, LocalBackend(small))]))
+    with running(app) as url:
+        schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+        for operation in (its.ok() for its in schema.get_all_operations()):
+
+            @given(case=operation.as_strategy())
+            @settings(
+                max_examples=40, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
+                suppress_health_check=list(HealthCheck),
+            )  # fmt: skip
+            def check(case):
+                answer = case.call(base_url=url)
+                assert answer.status_code < 500, answer.text
+
+            check()

@@ -222,6 +222,8 @@ def test_pickles_and_programs_beside_the_model_are_noted(checkpoint):
 @pytest.mark.parametrize(("template", "facts", "note"), [
     (None, None, "there is no chat template; chat, sft and rl need one, generate --raw does not"),
     ("{{ messages[0].content }}", {"tools": False, "reasoning": "tags", "switchable": False}, None),
+    ("{% if tools %}{{ raise_exception('none') }}{% endif %}",
+     {"tools": False, "reasoning": "tags", "switchable": False}, None),
     ("{% if tools %}{% endif %}{{ '<think>' }}", {"tools": True, "reasoning": "opened", "switchable": False}, None),
     ("{{ raise_exception('no') }}", {"tools": False, "reasoning": None, "switchable": None},
      "the chat template fails on a plain question: "),

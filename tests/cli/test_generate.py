@@ -74,7 +74,9 @@ def test_a_file_of_rows_gives_what_the_engine_gives(command: Command, checkpoint
         expected += [
             (completion.reasoning, completion.answer, len(completion.token_ids)) for completion in output.outputs
         ]
-    examples = read_examples(out)
+    whole = out.with_name("whole.jsonl")  # as if none had been cut off
+    whole.write_text("\n".join(json.dumps(row | {"finish_reason": "stop"}) for row in rows))
+    examples = read_examples(whole)
     assert [(example.reasoning, example.answer) for example in examples] == [each[:2] for each in expected]
     assert [row["tokens"] for row in rows] == [each[2] for each in expected]
     assert examples[3].prompt == CHAT and rows[0]["prompt"] == "three"
@@ -223,6 +225,19 @@ def test_an_answer_that_cannot_go_on_is_a_row_of_its_own(command: Command, check
     assert code == 0 and err == "slingshot: 1 prompt could not be answered; `error` in the row says why\n"
     assert failed["finish_reason"] == "error" and "no token can follow" in failed["error"]
     assert other["answer"] == "ab" and "error" not in other
+
+
+def test_answers_that_were_cut_off_are_not_learned(
+    command: Command, checkpoint: Path, prompts: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = prompts.with_name("completions.jsonl")
+    assert command(*asking(checkpoint, prompts, out), "--max-tokens", 2)[0] == 0
+    rows = read(out)
+    rows[1]["finish_reason"], rows[2]["finish_reason"] = "stop", "error"
+    out.write_text("\n".join(json.dumps(row) for row in rows))
+    whole = sum(row["finish_reason"] == "stop" for row in rows)
+    assert len(read_examples(out)) == whole < len(rows)
+    assert f"{out}: {len(rows) - whole} answers were cut off (finish_reason) and are left out" in caplog.text
 
 
 @pytest.mark.slow

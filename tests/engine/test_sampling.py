@@ -210,6 +210,7 @@ def test_a_cumulative_sum_that_is_not_monotone_never_draws_a_dropped_token():
         ({"stop_token_ids": 7}, "stop_token_ids must be a tuple of token ids"),
         ({"ignore_eos": 1}, "ignore_eos must be true or false, got 1"), ({"min_p": 1.5}, "min_p must be from 0 to 1"),
         ({"logit_bias": {"a": 1}}, "logit_bias must be a table"), ({"logit_bias": {1: float("inf")}}, "logit_bias"),
+        ({"logit_bias": [[float("inf"), 1]]}, "must be a table"), ({"max_tokens": 10**20}, "from 1 to 2147483648, got"),
         ({"logit_bias": {1: float("nan")}}, "logit_bias must"), ({"repetition_penalty": 0}, "repetition_penalty must"),
         ({"presence_penalty": float("nan")}, "presence_penalty"), ({"frequency_penalty": "x"}, "must be a number"),
         ({"bad_words": "word"}, "bad_words must be a tuple"), ({"bad_words": ("",)}, "empty bad word"),

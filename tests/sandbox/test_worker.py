@@ -174,6 +174,15 @@ def test_what_the_worker_started_dies_with_it(make):
     assert gone(child)
 
 
+def test_a_forked_child_that_comes_back_answers_nothing(make):
+    sandbox = make()
+    sandbox.run("os.fork()")
+    assert [sandbox.call("echo", number) for number in range(5)] == list(range(5))
+    with pytest.raises(SandboxError, match="odd"):
+        sandbox.run("os.fork()\nraise ValueError('odd')")
+    assert sandbox.call("echo", "in step") == "in step"
+
+
 def test_a_forgotten_worker_ends(make):
     pid = Worker().call(make().target, "run", PID)
     gc.collect()

@@ -179,8 +179,13 @@ def _examine_tokenizer(tokenizer: Tokenizer, place: Path, config: ModelConfig | 
     if template is None:
         facts["notes"].append(f"{place}: there is no chat template; chat, sft and rl need one, generate --raw does not")
         return
-    facts["template"] = {"tools": re.search(r"\btools\b", template) is not None, "reasoning": None, "switchable": None}
+    facts["template"] = {"tools": False, "reasoning": None, "switchable": None}
     question = [{"role": "user", "content": "Hi"}]
+    tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
+    if re.search(r"\btools\b", template):  # which may stand there to say that there are none
+        with contextlib.suppress(SlingshotError):
+            tokenizer.encode_chat(question, tools=[tool])
+            facts["template"]["tools"] = True
     try:
         thinking, plain = (tokenizer.encode_chat(question, thinking=thinking) for thinking in (True, False))
     except SlingshotError as error:

@@ -122,7 +122,10 @@ def run(
 ) -> None:
     """Run a recipe: every stage, its evaluation, and the report. Goes on where an earlier run stopped."""
     loaded = Recipe.load(source, overrides or [], seed)
-    run_recipe(loaded, out or Path("runs") / loaded.name, until, nproc)
+    place = out or Path("runs") / loaded.name
+    if not place.name:  # the root, the working folder, a variable of the shell that is empty
+        raise SlingshotError(f"--out {out} is no folder of the run's own; choose another --out")
+    run_recipe(loaded, place, until, nproc)
 
 
 def _next(kind: str, out: Path, config: StageConfig) -> str:

@@ -9,12 +9,17 @@ examples = read_examples(Path("runs/samples"))
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_jsonl
+
+_log = logging.getLogger(__name__)
+
+_CUT = {"length", "error", "abort"}  # a row that `slingshot generate` wrote of an answer without its end
 
 _FORMS = (
     'an example holds "prompt" and "answer", with or without "reasoning", as text; '
@@ -34,15 +39,20 @@ class Example:
 def read_examples(source: Path) -> list[Example]:
     """The examples of a dataset folder or a .jsonl file; each assistant message of a chat is one, to all before it.
 
-    SlingshotError names file and line of what is no example.
+    Answers that were cut off are left out, which is said. SlingshotError names file and line of what is no example.
     """
     file = source / "data.jsonl" if source.is_dir() else source
-    examples = []
+    examples, cut = [], 0
     for number, row in enumerate(read_jsonl(file), start=1):
+        if isinstance(row, dict) and row.get("finish_reason") in _CUT:
+            cut += 1
+            continue
         found = _of_row(row) if isinstance(row, dict) else []
         if not found:
             raise SlingshotError(f"{file} line {number}: {_FORMS}")
         examples += found
+    if cut:
+        _log.warning("%s: %d answers were cut off (finish_reason) and are left out", file, cut)
     return examples
 
 

@@ -100,11 +100,11 @@ class SamplingParams:
         swallowed = [(s, word) for s in self.stop for word in self.bad_words if isinstance(word, str) and word in s]
         structures = [name for name in STRUCTURES if getattr(self, name)]
         checks = (
-            (1 <= self.max_tokens <= _MOST, f"max_tokens must be at least 1, got {self.max_tokens}"),
-            (1 <= self.n <= _MOST, f"n must be at least 1, got {self.n}"),
+            (1 <= self.max_tokens <= _MOST, f"max_tokens must be from 1 to {_MOST}, got {self.max_tokens}"),
+            (1 <= self.n <= _MOST, f"n must be from 1 to {_MOST}, got {self.n}"),
             (temperature, f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, got {self.temperature}"),
             (0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}"),
-            (0 <= self.top_k <= _MOST, f"top_k must be 0 (off) or more, got {self.top_k}"),
+            (0 <= self.top_k <= _MOST, f"top_k must be from 0 (off) to {_MOST}, got {self.top_k}"),
             (0 <= self.min_p <= 1, f"min_p must be from 0 to 1, got {self.min_p}"),
             (all(self.stop), "an empty stop string would end every answer at once; remove it"),
             (bias, "logit_bias must be numbers, or -inf to forbid a token"),
@@ -167,7 +167,7 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...]:
     try:
         pairs = value.items() if isinstance(value, Mapping) else value
         return tuple(sorted((int(id), float(bias)) for id, bias in pairs))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise SamplingError(
             f"sampling: logit_bias must be a table of token id and number, got {value!r:.200}"
         ) from error

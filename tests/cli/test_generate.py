@@ -110,6 +110,8 @@ def test_an_output_of_something_else_is_not_continued(command: Command, checkpoi
     ):
         code, said, err = command(*arguments, *more)
         assert (code, said, err.count("\n")) == (2, "", 1) and line in err and out.read_bytes() == before
+    for place in ("/dev/full", "/dev/null", out.parent):
+        assert f"{place} is no plain file; choose another --out" in command(*asking(checkpoint, prompts, place))[2]
     prompts.write_text(json.dumps(ROWS[0]) + "\n")
     assert f"{out} line 2 answers no prompt" in command(*arguments)[2] and out.read_bytes() == before
 

@@ -94,6 +94,11 @@ def test_digest_names_content_not_clocks(tmp_path: Path) -> None:
     folder(tmp_path / "deep" / "more", model="weights")
     assert artifact_digest(one) != artifact_digest(tmp_path / "deep")
     assert artifact_digest(one / "model") == artifact_digest(two / "model")  # a parent may be a single file
+    for name in (b"caf\xe9", b"caf\xe8"):  # names that are no UTF-8 count like others
+        (two / os.fsdecode(name)).write_text("notes")
+    both = artifact_digest(two)
+    (two / os.fsdecode(b"caf\xe8")).unlink()
+    assert len({artifact_digest(one), artifact_digest(two), both}) == 3
 
 
 def test_digest_is_answered_by_the_receipt(tmp_path: Path, clock: Clock) -> None:

@@ -68,6 +68,9 @@ def test_auto_threads_are_measured_once_per_width_and_remembered(monkeypatch: py
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert auto_threads(4096) == auto_threads(576) == auto_threads(576, anew=True) == 4
     assert asked == [(64, 8), (512, 2), (512, 2)]
+    for value, most in (("4,2", 4), (" 3 ", 3), ("many", 8), ("0", 8), ("-1", 8)):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        assert auto_threads(576, anew=True) == 4 and asked[-1] == (512, most)
 
 
 @pytest.mark.parametrize(

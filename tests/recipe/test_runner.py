@@ -244,6 +244,8 @@ def test_folders_of_others_are_left_alone_and_found_before_anything_runs(
     assert (out / "tuned" / "thesis.txt").exists() and not (out / "base").exists()
     (out / "recipe.json").write_text(json.dumps({"name": "tiny", "stages": []}))
     assert "holds a run of the recipe tiny" in refusal(lambda: run(load(), out))
+    (out / "recipe.json").write_text("[]")
+    assert f"{out / 'recipe.json'} should hold a JSON object" in refusal(lambda: run(load(), out))
     place = out / "recipe.json" / "run"
     assert f"cannot write {place}" in refusal(lambda: run(load(), place))
 

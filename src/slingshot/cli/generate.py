@@ -151,6 +151,8 @@ def _continued(out: Path, rows: Sequence[PromptRow], settings: Sequence[str]) ->
 
     SlingshotError where it holds anything but the first completions of these rows.
     """
+    if out.exists() and not out.is_file():  # /dev/full has no end, /dev/null keeps nothing
+        raise SlingshotError(f"{out} is no plain file; choose another --out")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         file = out.open("a+", encoding="utf-8", errors="backslashreplace", newline="\n")

@@ -195,7 +195,7 @@ def artifact_digest(path: Path) -> str:
     for relative, file in files.items():
         try:
             with file.open("rb") as content:
-                total.update(relative.as_posix().encode() + b"\0" + hashlib.file_digest(content, "sha256").digest())
+                total.update(bytes(relative) + b"\0" + hashlib.file_digest(content, "sha256").digest())
         except OSError as error:
             raise SlingshotError(f"cannot read {file}: {error.strerror or error}") from error
     name = total.hexdigest()[:16]

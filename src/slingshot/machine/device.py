@@ -60,10 +60,11 @@ def auto_dtype(device: torch.device | str | None = None) -> torch.dtype:
 def auto_threads(width: int = 256, anew: bool = False) -> int:
     """The threads with which a model of about this hidden size trains fastest on this machine's CPU.
 
-    Measured once per machine and power of two (0.3 s), or `anew`, then remembered. OMP_NUM_THREADS is the most.
+    Measured once per machine and power of two (0.3 s), or `anew`, then remembered. OMP_NUM_THREADS is the most: a
+    number, or a list for nested levels; anything else says nothing, as OpenMP has it.
     """
-    machine = describe()
-    most = min(machine.cores, int(os.environ.get("OMP_NUM_THREADS", "") or machine.cores))
+    machine, first = describe(), os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    most = min(machine.cores, (int(first) if first.isdecimal() else 0) or machine.cores)
     if most == 1:
         return 1
     rounded = 1 << max(6, min(9, width.bit_length() - 1))

@@ -33,7 +33,7 @@ from slingshot.data.corpora import Corpus
 from slingshot.data.examples import read_examples
 from slingshot.recipe.process import launcher, supervise
 from slingshot.recipe.recipe import Recipe, RecipeStage
-from slingshot.recipe.results import Evaluation, headline
+from slingshot.recipe.results import Evaluation, headline, read_object
 from slingshot.recipe.tables import resolve
 from slingshot.stages.kinds import STAGES
 from slingshot.tasks.loader import TaskConfig, load_task
@@ -69,8 +69,7 @@ class _Run:
         from slingshot.recipe import report  # brings matplotlib, which `slingshot --help` need not wait for
 
         record = self.out / "recipe.json"
-        if record.exists() and read_json(record).get("name") != self.recipe.name:
-            other = read_json(record).get("name")
+        if record.exists() and (other := read_object(record).get("name")) != self.recipe.name:
             raise SlingshotError(f"{self.out} holds a run of the recipe {other}; choose another --out")
         self._check(stages, self._again(stages))
         names = [stage.name for stage in stages if stage.own]

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import threading
 
+import anthropic
 import openai
 import pytest
 import uvicorn
@@ -15,13 +16,37 @@ from slingshot.serving.gateway import Gateway
 from slingshot.serving.local import LocalBackend
 from slingshot.serving.served_model import ServedModel
 from slingshot.serving.server import listening
-from slingshot.text.tokenizer import Tokenizer
+from slingshot.text.tokenizer import R1_CONFIG, R1_TOKENS, Tokenizer
 
 TEXTS = [
     "What is 3+4-2? 3 plus 4 is 7, 7 minus 2 is 5.",
     "3+4-2はいくつ? 3足す4は7、7引く2は5。",
     "The end. Stop here, then go on until the end.",
 ]
+
+
+# Qwen's layout: tools first, calls between tags, results in a user's turn; earlier reasoning is left out.
+TEMPLATE = """\
+{%- if tools %}
+    {{- '<｜User｜>tools: ' }}
+    {%- for tool in tools %}{{ tool.function.name }} <tool_call></tool_call>{% endfor %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {{- '<｜Assistant｜>' + (message.content or '') }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+            {{- (call.function.arguments | tojson) + '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- eos_token }}
+    {%- else %}
+        {{- '<｜User｜>' + ('result: ' if message.role == 'tool' else '') + message.content }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"""
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+CALL = '<tool_call>\n{"name":  "weather", "arguments": {"city": "Paris"}}\n</tool_call>'  # two spaces: the model's own
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +62,7 @@ class ScriptedBackend:
     def __init__(self, ids, chunk=1, max_length=4096, eos_ids=frozenset()):
         self.ids, self.chunk, self.max_length, self._eos_ids = list(ids), chunk, max_length, eos_ids
         self.asked, self.aborted = [], 0
+        self.pause, self.fails_after = 0.0, None  # seconds before each delta; ids before it breaks
 
     async def start(self):
         pass
@@ -46,12 +72,14 @@ class ScriptedBackend:
         ids = self.ids[: generation.params.max_tokens]
         try:
             for start in range(0, len(ids), self.chunk):
-                await asyncio.sleep(0)
+                await asyncio.sleep(self.pause)
+                if self.fails_after is not None and start >= self.fails_after:
+                    raise RuntimeError("broken")
                 part = ids[start : start + self.chunk]
                 last = start + self.chunk >= len(ids)
                 reason = ("stop" if part[-1] in self._eos_ids else "length") if last else None
                 yield TokenDelta(part, [-0.5] * len(part), 0, reason)
-        except GeneratorExit:
+        except (GeneratorExit, asyncio.CancelledError):
             self.aborted += 1
             raise
 
@@ -113,3 +141,53 @@ def ids_of(tokenizer, text):
     for place, part in enumerate(text.split("</think>")):
         ids += [tokenizer.end_think_id] * (place > 0) + tokenizer.encode(part, continues=True)
     return ids
+
+
+@pytest.fixture(scope="session")
+def caller():
+    """A tokenizer whose template knows tools."""
+    plain = Tokenizer.train(TEXTS * 20, 300)
+    description = plain.description()
+    vocab = description["model"]["vocab"] | {t["content"]: t["id"] for t in description["added_tokens"]}
+    tags = ["<tool_call>", "</tool_call>"]
+    vocab |= {tag: plain.vocab_size + place for place, tag in enumerate(tags)}
+    merges = [tuple(pair) for pair in description["model"]["merges"]]
+    return Tokenizer.from_bpe(
+        vocab, merges, R1_TOKENS | dict.fromkeys(tags, False), R1_CONFIG | {"chat_template": TEMPLATE}
+    )
+
+
+def said(tokenizer, text):
+    """Ids of what a model writes, tags as control tokens."""
+    ids, tags = [], ["<tool_call>", "</tool_call>", "</think>"]
+    while text:
+        found = [(text.index(tag), tag) for tag in tags if tag in text]
+        start, tag = min(found, default=(len(text), ""))
+        ids += tokenizer.encode(text[:start], continues=True) if start else []
+        ids += [tokenizer.control_id(tag)] if tag else []
+        text = text[start + len(tag) :]
+    return [*ids, tokenizer.eos_id]
+
+
+@pytest.fixture
+def calls(caller):
+    ids = said(caller, f"Look it up.\n</think>\n\nOne moment.\n{CALL}\n{CALL}")
+    backend = ScriptedBackend(ids, eos_ids=caller.eos_ids)
+    with (
+        running(create_app(Gateway([ServedModel("tiny", caller, backend)]))) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        client.backend = backend
+        yield client
+
+
+@pytest.fixture
+def anthropic_of():
+    """anthropic_of(client): a client of Anthropic's API for the same server as an openai client's."""
+    with contextlib.ExitStack() as stack:
+
+        def make(client):
+            url = str(client.base_url).removesuffix("/v1/")
+            return stack.enter_context(anthropic.Anthropic(base_url=url, api_key="none", max_retries=0))
+
+        yield make

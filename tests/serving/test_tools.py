@@ -3,72 +3,9 @@ import json
 import openai
 import pytest
 
-from slingshot.serving.app import create_app
-from slingshot.serving.gateway import Gateway, ServedModel
-from slingshot.text.tokenizer import R1_CONFIG, R1_TOKENS, Tokenizer
-from tests.serving.conftest import TEXTS, ScriptedBackend, running
-
-# Qwen's layout: tools first, calls between tags, results in a user's turn; earlier reasoning is left out.
-TEMPLATE = """\
-{%- if tools %}
-    {{- '<｜User｜>tools: ' }}
-    {%- for tool in tools %}{{ tool.function.name }} <tool_call></tool_call>{% endfor %}
-{%- endif %}
-{%- for message in messages %}
-    {%- if message.role == 'assistant' %}
-        {{- '<｜Assistant｜>' + (message.content or '') }}
-        {%- for call in message.tool_calls or [] %}
-            {{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
-            {{- (call.function.arguments | tojson) + '}\\n</tool_call>' }}
-        {%- endfor %}
-        {{- eos_token }}
-    {%- else %}
-        {{- '<｜User｜>' + ('result: ' if message.role == 'tool' else '') + message.content }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"""
+from tests.serving.conftest import WEATHER
 
 QUESTION = {"role": "user", "content": "What is the weather?"}
-WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
-CALL = '<tool_call>\n{"name":  "weather", "arguments": {"city": "Paris"}}\n</tool_call>'  # two spaces: the model's own
-
-
-@pytest.fixture(scope="module")
-def caller():
-    """A tokenizer whose template knows tools."""
-    plain = Tokenizer.train(TEXTS * 20, 300)
-    description = plain.description()
-    vocab = description["model"]["vocab"] | {t["content"]: t["id"] for t in description["added_tokens"]}
-    tags = ["<tool_call>", "</tool_call>"]
-    vocab |= {tag: plain.vocab_size + place for place, tag in enumerate(tags)}
-    merges = [tuple(pair) for pair in description["model"]["merges"]]
-    return Tokenizer.from_bpe(
-        vocab, merges, R1_TOKENS | dict.fromkeys(tags, False), R1_CONFIG | {"chat_template": TEMPLATE}
-    )
-
-
-def said(tokenizer, text):
-    """Ids of what a model writes, tags as control tokens."""
-    ids, tags = [], ["<tool_call>", "</tool_call>", "</think>"]
-    while text:
-        found = [(text.index(tag), tag) for tag in tags if tag in text]
-        start, tag = min(found, default=(len(text), ""))
-        ids += tokenizer.encode(text[:start], continues=True) if start else []
-        ids += [tokenizer.control_id(tag)] if tag else []
-        text = text[start + len(tag) :]
-    return [*ids, tokenizer.eos_id]
-
-
-@pytest.fixture
-def calls(caller):
-    ids = said(caller, f"Look it up.\n</think>\n\nOne moment.\n{CALL}\n{CALL}")
-    backend = ScriptedBackend(ids, eos_ids=caller.eos_ids)
-    with (
-        running(create_app(Gateway([ServedModel("tiny", caller, backend)]))) as url,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
-    ):
-        client.backend = backend
-        yield client
 
 
 def ask(client, messages, **more):

@@ -34,6 +34,10 @@ from slingshot.serving.errors import ApiError
 from slingshot.serving.gateway import Gateway
 from slingshot.serving.guard import Guard
 from slingshot.serving.ledger import LOCAL, Account
+from slingshot.serving.message_answer import PING, MessageAnswer, broken_off
+from slingshot.serving.messages import CountTokensRequest, MessageRequest
+from slingshot.serving.response_answer import ResponseAnswer
+from slingshot.serving.responses import ResponseRequest
 from slingshot.serving.sse import ClientGone, event_stream, unless_gone
 from slingshot.serving.tokenization import DetokenizeRequest, TokenizeRequest
 
@@ -51,8 +55,9 @@ async def caller(request: Request) -> Account:
     if gateway.ledger is None:
         return LOCAL
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
-    key = secret.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key")
-    return await gateway.ledger.aside(authenticate, gateway.ledger, key or None, request.app.state.keyless)
+    bearer = secret.strip() if scheme.lower() == "bearer" else ""
+    key = bearer or request.headers.get("x-api-key") or None
+    return await gateway.ledger.aside(authenticate, gateway.ledger, key, request.app.state.keyless)
 
 
 Caller = Annotated[Account, Depends(caller)]
@@ -115,6 +120,24 @@ def create_app(
             return JSONResponse(await unless_gone(request, completion(exchanges, body)))
         return await event_stream(request, completion_chunks(exchanges, body), error_events)
 
+    @app.post("/v1/responses", response_model=None)
+    async def responses(body: ResponseRequest, request: Request, account: Caller) -> Any:
+        answer = ResponseAnswer(await gateway.ask(body.question(), account), body)
+        if not body.stream:
+            return JSONResponse(await unless_gone(request, answer.whole()))
+        return await event_stream(request, answer.events(), answer.failed)
+
+    @app.post("/v1/messages", response_model=None)
+    async def messages(body: MessageRequest, request: Request, account: Caller) -> Any:
+        answer = MessageAnswer(await gateway.ask(body.question(), account))
+        if not body.stream:
+            return JSONResponse(await unless_gone(request, answer.whole()))
+        return await event_stream(request, answer.events(), broken_off, PING)
+
+    @app.post("/v1/messages/count_tokens")
+    async def count_tokens(body: CountTokensRequest, account: Caller) -> dict[str, Any]:
+        return {"input_tokens": len(await gateway.encode(gateway.model(body.model, account), body.question()))}
+
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest, account: Caller) -> dict[str, Any]:
         return body.answer(gateway.model(body.model or next(iter(gateway.models)), account))
@@ -129,27 +152,27 @@ def create_app(
 def _answer_errors(app: FastAPI) -> None:
     """Every error has a body as the API's clients know it."""
 
-    def answer(error: ApiError) -> Response:
-        return JSONResponse(error.body, error.status, error.headers)
+    def answer(request: Request, error: ApiError) -> Response:
+        return JSONResponse(error.body_at(request.url.path), error.status, error.headers)
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:
-        return answer(error)
+        return answer(request, error)
 
     @app.exception_handler(SlingshotError)
     async def impossible(request: Request, error: SlingshotError) -> Response:
-        return answer(ApiError(400, str(error)))
+        return answer(request, ApiError(400, str(error)))
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         message = str(first["msg"]).removeprefix("Value error, ")
-        return answer(ApiError(400, f"{where}: {message}" if where else message, param=where or None))
+        return answer(request, ApiError(400, f"{where}: {message}" if where else message, param=where or None))
 
     @app.exception_handler(HTTPException)
     async def not_here(request: Request, error: HTTPException) -> Response:
-        return answer(ApiError(error.status_code, str(error.detail)))
+        return answer(request, ApiError(error.status_code, str(error.detail)))
 
     @app.exception_handler(ClientGone)
     async def gone(request: Request, error: ClientGone) -> Response:

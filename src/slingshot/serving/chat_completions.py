@@ -27,7 +27,7 @@ from slingshot.serving.tools import read_choice, read_tools, told_call
 REASONER = {"temperature": 0.6, "top_p": 0.95}  # R1's recommended settings, where a client sets none
 LEAST_LOGPROB = -9999.0  # what DeepSeek and OpenAI write for one that JSON cannot hold
 
-_EFFORTS = {"minimal": "low", "medium": "high", "xhigh": "high", "ultra": "max"}
+EFFORTS = {"minimal": "low", "medium": "high", "xhigh": "high", "ultra": "max"}
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
 
 
@@ -36,6 +36,10 @@ class Thinking(BaseModel):
 
     type: Literal["enabled", "disabled", "adaptive"] = "enabled"
     budget_tokens: int | None = Field(None, ge=0)
+
+    @property
+    def on(self) -> bool | None:
+        return None if self.type == "adaptive" else self.type == "enabled"
 
 
 class TemplateArguments(BaseModel):
@@ -82,7 +86,7 @@ class ChatCompletionRequest(SamplingFields):
         continues = bool(self.messages[-1].get("prefix") or self.continue_final_message)
         if continues and messages[-1]["role"] != "assistant":
             raise ApiError(400, "prefix: only an assistant's message is gone on with, as the last", param="messages")
-        effort = _EFFORTS.get(self.reasoning_effort or "", self.reasoning_effort)
+        effort = EFFORTS.get(self.reasoning_effort or "", self.reasoning_effort)
         tools = read_tools(self.tools)
         return Question(
             self.model,
@@ -102,7 +106,7 @@ class ChatCompletionRequest(SamplingFields):
         """Whether to reason, as each of the fields that say so has it."""
         thinking, template, effort = self.thinking, self.chat_template_kwargs, self.reasoning_effort
         return [
-            None if thinking is None or thinking.type == "adaptive" else thinking.type == "enabled",
+            None if thinking is None else thinking.on,
             None if template is None else template.thinking,
             None if template is None else template.enable_thinking,
             False if effort == "none" else None if effort is None else True,

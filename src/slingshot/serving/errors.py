@@ -2,7 +2,8 @@
 
     raise ApiError(404, "there is no model 'x'; this server has tiny", code="model_not_found", param="model")
 
-The body is {"error": {"message", "type", "param", "code"}} (OpenAI's; DeepSeek's has the same).
+The body is {"error": {"message", "type", "param", "code"}} (OpenAI's; DeepSeek's has the same), and below /v1/messages
+{"type": "error", "error": {"type", "message"}} (Anthropic's).
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ _TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 402: "insufficient_quota", 403: "permission_error",
     404: "not_found_error", 413: "invalid_request_error", 422: "invalid_request_error", 429: "rate_limit_error",
     500: "server_error", 503: "overloaded_error", 504: "timeout_error",
+}  # fmt: skip
+
+_OF_MESSAGES = {
+    402: "billing_error", 413: "request_too_large", 500: "api_error",
 }  # fmt: skip
 
 
@@ -34,6 +39,14 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def body_at(self, path: str) -> dict[str, Any]:
+        """As clients of this path read it. Claude Code shortens a conversation whose prompt is said to be too long."""
+        if not path.startswith("/v1/messages"):
+            return self.body
+        long = "prompt is too long: " if self.code == "context_length_exceeded" else ""
+        its = {"type": _OF_MESSAGES.get(self.status, self.type), "message": long + self.message}
+        return {"type": "error", "error": its}
 
     @property
     def headers(self) -> dict[str, str]:

@@ -73,7 +73,7 @@ class Gateway:
         model = self.model(question.model, account)
         if model.backend.obstacle:
             raise ApiError(503, model.backend.obstacle, code="unavailable", retry_after=5)
-        prompt_ids = await self._encode(model, question)
+        prompt_ids = await self.encode(model, question)
         room = model.backend.max_length - len(prompt_ids)
         if room < 1:
             full = f"the prompt has {len(prompt_ids)} tokens, this model's context {model.backend.max_length}"
@@ -146,7 +146,8 @@ class Gateway:
     def _forget(self, exchange: Exchange) -> None:
         self._running.pop(exchange.id, None)
 
-    async def _encode(self, model: ServedModel, question: Question) -> list[int]:
+    async def encode(self, model: ServedModel, question: Question) -> list[int]:
+        """The prompt's ids; ApiError 400 where there can be none."""
         said = question.prompt if question.messages is None else question.messages
         if len(str(said)) > _LONG:
             return await asyncio.to_thread(model.encode, question)

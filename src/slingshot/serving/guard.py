@@ -66,10 +66,10 @@ class Guard:
         host = host or headers.get("host", "").partition(":")[0]
         if self._hosts is not None and host.lower() not in self._hosts:
             message = f"this server is not called {host!r:.80}; it listens on this machine alone"
-            return await _refuse(ApiError(403, message, code="unknown_host"), guarded)
+            return await _refuse(ApiError(403, message, code="unknown_host"), scope, guarded)
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > self._most:
-            return await _refuse(ApiError(413, self._too_long), guarded)
+            return await _refuse(ApiError(413, self._too_long), scope, guarded)
         try:
             await self._app(scope, counted, guarded)
         except Exception as error:
@@ -78,15 +78,15 @@ class Guard:
             _LOG.error("%s: %s (%s)", scope["path"], type(error).__name__, where)
             if begun:
                 raise ConnectionError("an answer broke off") from None
-            await _refuse(ApiError(500, "the server failed; its log says where"), guarded)
+            await _refuse(ApiError(500, "the server failed; its log says where"), scope, guarded)
 
     @property
     def _too_long(self) -> str:
         return f"the request is longer than {self._most} bytes, which this server takes at most; shorten it"
 
 
-async def _refuse(error: ApiError, send: Send) -> None:
-    body = json.dumps(error.body).encode()
+async def _refuse(error: ApiError, scope: Scope, send: Send) -> None:
+    body = json.dumps(error.body_at(scope["path"])).encode()
     head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": error.status, "headers": head})
     await send({"type": "http.response.body", "body": body})

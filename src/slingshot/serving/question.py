@@ -67,14 +67,14 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
             raise ApiError(400, f"{where}: role {role!r:.80} is none of {known}", param=f"{where}.role")
         own = {key: value for key, value in message.items() if value is not None and key != "prefix"}
         if "content" in own:
-            own["content"] = _text(own["content"], f"{where}.content")
+            own["content"] = text_of(own["content"], f"{where}.content")
         if reasoning := own.pop("reasoning", None) or own.get("reasoning_content"):
-            own["reasoning_content"] = _text(reasoning, f"{where}.reasoning_content")
+            own["reasoning_content"] = text_of(reasoning, f"{where}.reasoning_content")
         plain.append(own | {"role": "system" if role == "developer" else role})
     return plain
 
 
-def _text(content: Any, where: str) -> str:
+def text_of(content: Any, where: str) -> str:
     """Text, or the texts of a list of parts, a paragraph each."""
     if isinstance(content, str):
         return content

@@ -35,12 +35,16 @@ def to_json(payload: Any) -> str:
 
 
 async def event_stream(
-    request: Request, events: AsyncGenerator[str, None], told: Callable[[ApiError], str]
+    request: Request,
+    events: AsyncGenerator[str, None],
+    told: Callable[[ApiError], str],
+    silence: str = ": keep-alive\n\n",
 ) -> StreamingResponse:
     """A response of events that are written out already, `data: ...` with an empty line behind.
 
     An ApiError before the first of them is raised here, so that it is answered with its status; later ones end the
-    stream with what `told` makes of them. Raises ClientGone where nobody waits any more.
+    stream with what `told` makes of them. silence: what is sent while nothing comes. Raises ClientGone where nobody
+    waits any more.
     """
     flow = _Flow(events, told)
     gone = asyncio.ensure_future(_gone(request))
@@ -58,7 +62,7 @@ async def event_stream(
         raise
     finally:
         gone.cancel()
-    return _EventResponse(flow)
+    return _EventResponse(flow, silence)
 
 
 class _Flow:
@@ -89,14 +93,14 @@ class _Flow:
         self.begun.set()
         await self._queue.put(None)
 
-    async def read(self) -> AsyncGenerator[str, None]:
+    async def read(self, silence: str) -> AsyncGenerator[str, None]:
         """Events as they come, several at once where they are there."""
         while True:
             try:
                 async with asyncio.timeout(KEEP_ALIVE):
                     event = await self._queue.get()
             except TimeoutError:
-                yield ": keep-alive\n\n"
+                yield silence
                 continue
             parts = []
             while event is not None:
@@ -116,8 +120,8 @@ class _Flow:
 
 
 class _EventResponse(StreamingResponse):
-    def __init__(self, flow: _Flow) -> None:
-        super().__init__(flow.read(), media_type="text/event-stream", headers=_HEADERS)
+    def __init__(self, flow: _Flow, silence: str) -> None:
+        super().__init__(flow.read(silence), media_type="text/event-stream", headers=_HEADERS)
         self._flow = flow
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,0 +1,164 @@
+"""An exchange as the Responses API tells it: items, and the events by which they grow.
+
+answer = ResponseAnswer(await gateway.ask(body.question(), account), body)
+await answer.whole(), or answer.events() where it is streamed
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
+
+from slingshot.serving.answer import AnsweredCall, Piece
+from slingshot.serving.errors import ApiError
+from slingshot.serving.exchange import Exchange
+from slingshot.serving.responses import ResponseRequest
+from slingshot.serving.sse import to_json
+
+
+class ResponseAnswer:
+    """An exchange told as a response's items, and as the events by which they grow."""
+
+    def __init__(self, exchange: Exchange, body: ResponseRequest) -> None:
+        self._exchange, self._body = exchange, body
+        self._output: list[dict[str, Any]] = []
+        self._item: dict[str, Any] | None = None  # the one that grows
+        self._text = ""
+        self._told = 0  # events
+
+    async def whole(self) -> dict[str, Any]:
+        """The response in one object."""
+        response: dict[str, Any] = {}
+        async with contextlib.aclosing(self._events()) as events:
+            async for event in events:
+                response = event.get("response", response)
+        return response
+
+    async def events(self) -> AsyncGenerator[str, None]:
+        """As server-sent events."""
+        async with contextlib.aclosing(self._events()) as events:
+            async for event in events:
+                yield f"event: {event['type']}\ndata: {to_json(event)}\n\n"
+
+    def failed(self, error: ApiError) -> str:
+        """The last event where an answer breaks off."""
+        its = {"error": {"code": error.code or "server_error", "message": error.message}}
+        event = self._event("response.failed", response=self._response("failed") | its)
+        return f"event: {event['type']}\ndata: {to_json(event)}\n\n"
+
+    async def _events(self) -> AsyncGenerator[dict[str, Any], None]:
+        begun = False
+        async with contextlib.aclosing(self._exchange.pieces()) as pieces:
+            async for _, piece in pieces:
+                if not begun:
+                    begun = True
+                    for kind in ("created", "in_progress"):
+                        yield self._event(f"response.{kind}", response=self._response("in_progress"))
+                for event in self._grow(piece):
+                    yield event
+        if not begun:
+            yield self._event("response.created", response=self._response("in_progress"))
+        status = "incomplete" if self._exchange.answers[0].finish_reason == "length" else "completed"
+        for event in self._end_item(status):
+            yield event
+        yield self._event(f"response.{status}", response=self._response(status))
+
+    def _grow(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        if piece.call is not None:
+            yield from self._end_item()
+            yield from self._tell_call(piece.call)
+            return
+        kind = "reasoning" if piece.kind == "reasoning" else "message"
+        if self._item is None or self._item["type"] != kind:
+            yield from self._end_item()
+            yield from self._begin_item(kind)
+        self._text += piece.text
+        yield self._of_part(f"response.{_PARTS[kind]}.delta", delta=piece.text, **_LOGPROBS[kind])
+
+    def _begin_item(self, kind: str) -> Iterator[dict[str, Any]]:
+        reasoning = kind == "reasoning"
+        more: dict[str, Any] = {"summary": []} if reasoning else {"role": "assistant"}
+        self._item, self._text = {"id": self._id("rs" if reasoning else "msg"), "type": kind} | more, ""
+        item = self._item | {"content": [], "status": "in_progress"}
+        yield self._event("response.output_item.added", output_index=len(self._output), item=item)
+        yield self._of_part("response.content_part.added", part=self._part())
+
+    def _end_item(self, status: str = "completed") -> Iterator[dict[str, Any]]:
+        if self._item is None:
+            return
+        kind = self._item["type"]
+        yield self._of_part(f"response.{_PARTS[kind]}.done", text=self._text, **_LOGPROBS[kind])
+        yield self._of_part("response.content_part.done", part=self._part())
+        item = self._item | {"content": [self._part()], "status": status}
+        self._item = None
+        yield self._event("response.output_item.done", output_index=len(self._output), item=item)
+        self._output.append(item)
+
+    def _tell_call(self, call: AnsweredCall) -> Iterator[dict[str, Any]]:
+        item = {"id": self._id("fc"), "type": "function_call", "call_id": call.id, "name": call.name}
+        index = len(self._output)
+        at = {"item_id": item["id"], "output_index": index}
+        whole = item | {"arguments": call.arguments, "status": "completed"}
+        begun = whole | {"arguments": "", "status": "in_progress"}
+        yield self._event("response.output_item.added", output_index=index, item=begun)
+        yield self._event("response.function_call_arguments.delta", **at, delta=call.arguments)
+        yield self._event("response.function_call_arguments.done", **at, name=call.name, arguments=call.arguments)
+        yield self._event("response.output_item.done", output_index=index, item=whole)
+        self._output.append(whole)
+
+    def _part(self) -> dict[str, Any]:
+        """What the item at hand says so far."""
+        assert self._item is not None
+        kind = self._item["type"]
+        part: dict[str, Any] = {"type": _PARTS[kind], "text": self._text, **_LOGPROBS[kind]}
+        return part if kind == "reasoning" else part | {"annotations": []}
+
+    def _of_part(self, kind: str, **more: Any) -> dict[str, Any]:
+        assert self._item is not None
+        return self._event(kind, item_id=self._item["id"], output_index=len(self._output), content_index=0, **more)
+
+    def _event(self, kind: str, **more: Any) -> dict[str, Any]:
+        number, self._told = self._told, self._told + 1
+        return {"type": kind, "sequence_number": number, **more}
+
+    def _id(self, prefix: str) -> str:
+        return f"{prefix}_{self._exchange.id}_{len(self._output)}"
+
+    def _response(self, status: str) -> dict[str, Any]:
+        body, question, usage = self._body, self._exchange.question, self._exchange.usage
+        wanted = body.response_format
+        told = {
+            "input_tokens": usage.prompt,
+            "input_tokens_details": {"cached_tokens": usage.cached},
+            "output_tokens": usage.completion,
+            "output_tokens_details": {"reasoning_tokens": usage.reasoning},
+            "total_tokens": usage.prompt + usage.completion,
+        }
+        return {
+            "id": f"resp_{self._exchange.id}",
+            "object": "response",
+            "created_at": self._exchange.created,
+            "status": status,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": None,
+            "max_output_tokens": body.max_output_tokens,
+            "model": self._exchange.model.name,
+            "output": self._output,
+            "parallel_tool_calls": True,
+            "previous_response_id": None,
+            "reasoning": {"effort": body.reasoning and body.reasoning.effort, "summary": None},
+            "store": False,
+            "temperature": question.params.temperature,
+            "text": {"format": {"type": "text" if wanted is None else wanted.type}},
+            "tool_choice": question.tool_choice,
+            "tools": [{"type": "function", "strict": False, **tool["function"]} for tool in question.tools],
+            "top_p": question.params.top_p,
+            "truncation": "disabled",
+            "usage": None if status == "in_progress" else told,
+        }
+
+
+_PARTS = {"reasoning": "reasoning_text", "message": "output_text"}  # what an item's text is called
+_LOGPROBS: dict[str, dict[str, Any]] = {"reasoning": {}, "message": {"logprobs": []}}

@@ -14,6 +14,7 @@ read enough of it, the template's closing words are written for it:
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -156,20 +157,33 @@ class AnswerStream:
         """The end was held back: where the text ends, and what its last white space belongs to, is known only now."""
         visible = visible_ids(self._ids, self.finish_reason == "stop", self._watch, self._tokenizer)
         self.reasoning_tokens += len(self._ids[self._pushed :]) if self.reasoning else 0
-        whole: list[Part] = [("answer", self._tokenizer.decode(visible))]
-        if self._raw is None:
-            again = ToolCallStream(self._tokenizer, self._opened, self._tools)
-            whole = [part for id in visible for part in again.push(id)] + again.finish()
         pieces: list[Piece] = []
-        for kind in self._sent:
-            text = "".join(part[1] for part in whole if not isinstance(part, ToolCall) and part[0] == kind)
-            if rest := text[len(self._sent[kind]) :]:
-                pieces.append(self._piece((kind, rest)))
-        pieces += map(self._piece, [part for part in whole if isinstance(part, ToolCall)][len(self.calls) :])
+        if self._watch is None or self._watch.cut is None:
+            pieces += map(self._piece, self._finish(visible[self._pushed :]))
+        else:
+            pieces += self._cut(visible)
         if self._tokens and pieces:
             pieces[-1].tokens.extend(self._tokens)
             self._tokens = []
         return pieces
+
+    def _finish(self, ids: list[int]) -> list[Part]:
+        """The last ids, and what the streams held back."""
+        if self._raw is not None:
+            return self._push_raw("".join(map(self._raw.push, ids)) + self._raw.finish())
+        return [part for id in ids for part in self._stream.push(id)] + self._stream.finish()
+
+    def _cut(self, visible: list[int]) -> Iterator[Piece]:
+        """What was not told of an answer that a stop string cut, perhaps within a token."""
+        whole: list[Part] = [("answer", self._tokenizer.decode(visible))]
+        if self._raw is None:
+            again = ToolCallStream(self._tokenizer, self._opened, self._tools)
+            whole = [part for id in visible for part in again.push(id)] + again.finish()
+        for kind in self._sent:
+            text = "".join(part[1] for part in whole if not isinstance(part, ToolCall) and part[0] == kind)
+            if rest := text[len(self._sent[kind]) :]:
+                yield self._piece((kind, rest))
+        yield from map(self._piece, [part for part in whole if isinstance(part, ToolCall)][len(self.calls) :])
 
     def _push_raw(self, text: str) -> list[Part]:
         return [("answer", text)] if text else []
@@ -183,3 +197,15 @@ class AnswerStream:
         kind, text = part
         self._sent[kind] += text
         return Piece("content" if kind == "answer" else "reasoning", text, tokens)
+
+
+def joined(pieces: list[Piece]) -> list[Piece]:
+    """Neighbours of one kind as one; a call is whole as it is."""
+    together = pieces[:1]
+    for piece in pieces[1:]:
+        last = together[-1]
+        if piece.kind == last.kind != "call":
+            together[-1] = Piece(last.kind, last.text + piece.text, last.tokens + piece.tokens)
+        else:
+            together.append(piece)
+    return together

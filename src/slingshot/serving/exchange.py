@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from slingshot.base.errors import SlingshotError
 from slingshot.engine.sampling import SamplingParams
-from slingshot.serving.answer import AnswerStream, Piece
+from slingshot.serving.answer import AnswerStream, Piece, joined
 from slingshot.serving.backend import Generation, TokenDelta
 from slingshot.serving.errors import ApiError
 from slingshot.serving.ledger import Reservation, Usage
@@ -149,7 +149,7 @@ class Exchange:
             generation = Generation(prompt_ids, params, key=str(sample), salt=self._salt)
             async with contextlib.aclosing(self._deltas(generation, begun)) as deltas:
                 async for delta in deltas:
-                    for piece in answer.push(delta):
+                    for piece in joined(answer.push(delta)):
                         yield piece
                     if self.reservation is not None:
                         self.reservation.progress(self.cached, sum(its.completion_tokens for its in self.answers))

@@ -1,20 +1,44 @@
 import threading
+import time
 from datetime import UTC, datetime
 
 import pytest
+import sqlalchemy as sa
 
 from slingshot.base.errors import SlingshotError
 from slingshot.serving import accounts
 from slingshot.serving.errors import ApiError
 from slingshot.serving.ledger import LOCAL, Ledger, Usage
 from slingshot.serving.prices import PICO, PriceList
+from tests.serving.postgres import PostgresServer, find
 
 PRICES = PriceList.parse({"models": {"tiny": {"cache_hit": 1, "cache_miss": 10, "output": 100}}})  # dollars a million
 
 
+@pytest.fixture(scope="module")
+def postgres():
+    if (programs := find()) is None:
+        pytest.skip("PostgreSQL is not installed")
+    server = PostgresServer(programs)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
+def url(request, tmp_path):
+    """Of an empty database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/ledger.sqlite"
+    url = request.getfixturevalue("postgres").url
+    with sa.create_engine(url).begin() as connection:
+        connection.exec_driver_sql("DROP SCHEMA public CASCADE")
+        connection.exec_driver_sql("CREATE SCHEMA public")
+    return url
+
+
 @pytest.fixture
-def ledger(tmp_path):
-    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.sqlite", PRICES, clock=lambda: 1e9)
+def ledger(url):
+    ledger = Ledger(url, PRICES, clock=lambda: 1e9)
     yield ledger
     ledger.close()
 
@@ -67,14 +91,13 @@ def test_a_limit_refuses_until_there_is_room_again(ledger, limits, status):
     ledger.reserve(alice, "tiny", 49, 100, "c")
 
 
-def test_what_a_dead_gateway_left_open_is_settled_by_the_progress_it_wrote(tmp_path):
-    url = f"sqlite:///{tmp_path}/ledger.sqlite"
+def test_what_a_dead_gateway_left_open_is_settled_by_the_progress_it_wrote(url):
     dead = Ledger(url, PRICES)
     alice = account(dead, balance=1.0)
     dead.reserve(alice, "tiny", 100, 100, "a").progress(cached=60, completion=7)
     dead.tick()
     with dead.transaction() as connection:
-        connection.exec_driver_sql("UPDATE gateways SET pid = 0x7ffffff0")  # no such process
+        connection.exec_driver_sql("UPDATE gateways SET pid = 2147483632")  # no such process
     other = Ledger(url, PRICES)
     assert row(other).balance == PICO - (60 * 1 + 40 * 10 + 7 * 100) * PICO // 10**6
     assert (row(other).reserved, row(other).running) == (0, 0)
@@ -82,8 +105,7 @@ def test_what_a_dead_gateway_left_open_is_settled_by_the_progress_it_wrote(tmp_p
     assert row(other).balance == PICO - (60 * 1 + 40 * 10 + 7 * 100) * PICO // 10**6
 
 
-def test_what_a_living_gateway_has_open_stays_open(tmp_path):
-    url = f"sqlite:///{tmp_path}/ledger.sqlite"
+def test_what_a_living_gateway_has_open_stays_open(url):
     one = Ledger(url, PRICES)
     one.reserve(LOCAL, "tiny", 100, 100, "a")
     assert Ledger(url, PRICES).settle_dead() == 0
@@ -127,3 +149,35 @@ def test_prices_are_lower_off_peak():
 def test_a_ledger_that_cannot_be_opened_says_so(tmp_path):
     with pytest.raises(SlingshotError, match="cannot be opened"):
         Ledger(f"sqlite:///{tmp_path}/none/ledger.sqlite")
+
+
+def test_prices_that_change_are_taken_over_and_broken_ones_are_not(tmp_path, caplog):
+    path = tmp_path / "prices.toml"
+    path.write_text("[models.tiny]\noutput = 1.0\n")
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.sqlite", path)
+    seen = []
+    for text in ("[models.tiny]\noutput = 20.5\n", "[models.tiny]\noutput = -1\n", "[models.tiny]\noutput = 3.25\n"):
+        path.write_text(text)
+        ledger.tick()
+        seen.append(ledger.prices.of("tiny").output)
+    assert seen == [20.5, 20.5, 3.25] and "prices before go on" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_database_that_is_gone_refuses_and_one_that_is_back_serves():
+    if (programs := find()) is None:
+        pytest.skip("PostgreSQL is not installed")
+    server = PostgresServer(programs)
+    ledger = Ledger(server.url, PRICES)
+    alice = account(ledger, balance=1.0)
+    reservation = ledger.reserve(alice, "tiny", 100, 100, "a")
+    server.kill()
+    time.sleep(1)  # its children see that it is gone
+    for work in (lambda: ledger.reserve(alice, "tiny", 1, 1, "b"), lambda: reservation.settle(Usage(100, 0, 7, 0))):
+        with pytest.raises(ApiError) as caught:
+            work()
+        assert caught.value.status == 503
+    server.start()
+    reservation.settle(Usage(100, 0, 7, 0))
+    assert row(ledger).balance == PICO - (100 * 10 + 7 * 100) * PICO // 10**6
+    server.stop()

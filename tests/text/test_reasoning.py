@@ -138,7 +138,7 @@ def test_with_an_unknown_prompt_nothing_is_told_before_it_is_sure() -> None:
 
 
 def test_long_outputs_take_no_time() -> None:
-    start = time.monotonic()
+    start = time.thread_time()
     long = {END_THINK * 100_000: False, THINK * 100_000: True, "\n" * 500_000: True, "a " * 300_000: None}
     for text, opened in long.items():
         assert reassembles(text, opened, parse(text, opened)) or opened
@@ -150,7 +150,7 @@ def test_long_outputs_take_no_time() -> None:
     for _ in range(200_000):
         stream.push("so ")
     assert len(stream.finish()[0][1]) == 600_000
-    assert time.monotonic() - start < 10
+    assert time.thread_time() - start < 10
 
 
 @pytest.mark.parametrize("missing", [THINK, END_THINK])

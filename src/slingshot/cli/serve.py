@@ -51,14 +51,13 @@ def serve(
     from slingshot.serving.gateway import Gateway
     from slingshot.serving.ledger import Ledger
     from slingshot.serving.load import Limits
-    from slingshot.serving.prices import PriceList
     from slingshot.serving.server import DrainingServer, is_loopback, listening
 
     logging.basicConfig(level=logging.WARNING, format="slingshot: %(message)s")
     keyless = is_loopback(host) and not require_key
     listener = listening(host, port)  # before a model is loaded
     port = listener.getsockname()[1]
-    book = Ledger(ledger_url(ledger), None if prices is None else PriceList.load(prices))
+    book = Ledger(ledger_url(ledger), prices)
     try:
         if not keyless and not any(row.revoked is None for row in accounts.keys(book)):
             raise SlingshotError(f"{host} is reached by others, who need keys: slingshot keys create NAME makes one")

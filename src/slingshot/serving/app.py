@@ -36,6 +36,7 @@ from slingshot.serving.guard import Guard
 from slingshot.serving.ledger import LOCAL, Account
 from slingshot.serving.message_answer import PING, MessageAnswer, broken_off
 from slingshot.serving.messages import CountTokensRequest, MessageRequest
+from slingshot.serving.prices import PICO
 from slingshot.serving.response_answer import ResponseAnswer
 from slingshot.serving.responses import ResponseRequest
 from slingshot.serving.sse import ClientGone, event_stream, unless_gone
@@ -92,12 +93,24 @@ def create_app(
 
     @app.get("/v1/models")
     async def models(account: Caller) -> dict[str, Any]:
-        its = [model.card for model in gateway.models.values() if account.may_use(model.name)]
+        its = [gateway.card(model) for model in gateway.models.values() if account.may_use(model.name)]
         return {"object": "list", "data": its}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str, account: Caller) -> dict[str, Any]:
-        return gateway.model(name, account).card
+        return gateway.card(gateway.model(name, account))
+
+    @app.get("/v1/balance")
+    async def balance(account: Caller) -> dict[str, Any]:
+        left = await _balance(gateway, account)
+        return {"object": "balance", "currency": "USD", "balance": left, "limited": left is not None}
+
+    @app.get("/user/balance")
+    async def deepseek_balance(account: Caller) -> dict[str, Any]:
+        left = await _balance(gateway, account)
+        told = "0.00" if left is None else f"{left:.2f}"
+        info = {"currency": "USD", "total_balance": told, "granted_balance": "0.00", "topped_up_balance": told}
+        return {"is_available": left is None or left > 0, "balance_infos": [info]}
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: ChatCompletionRequest, request: Request, account: Caller) -> Any:
@@ -147,6 +160,14 @@ def create_app(
         return body.answer(gateway.model(body.model or next(iter(gateway.models)), account))
 
     return app
+
+
+async def _balance(gateway: Gateway, account: Account) -> float | None:
+    """Dollars that the account may still spend; None without limit."""
+    if gateway.ledger is None:
+        return None
+    left = await gateway.ledger.aside(gateway.ledger.balance, account)
+    return None if left is None else left / PICO
 
 
 def _answer_errors(app: FastAPI) -> None:

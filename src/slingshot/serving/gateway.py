@@ -13,6 +13,8 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any
 
 from slingshot.base.names import did_you_mean
 from slingshot.serving.errors import ApiError
@@ -96,6 +98,11 @@ class Gateway:
         self._running[exchange.id] = exchange, account
         exchange.on_end = self._forget
         return exchange
+
+    def card(self, model: ServedModel) -> dict[str, Any]:
+        """As GET /v1/models tells of it, with its price of the moment in dollars per million tokens."""
+        price = {} if self.ledger is None else self.ledger.prices.of(model.name).at(datetime.now(UTC))
+        return model.card | ({"price": price} if any(price.values()) else {})
 
     async def ask_all(self, questions: Iterable[Question], account: Account = LOCAL) -> list[Exchange]:
         """Several at once, all of them or none."""

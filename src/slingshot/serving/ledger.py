@@ -23,6 +23,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -30,7 +31,7 @@ from sqlalchemy.exc import DBAPIError
 
 from slingshot.base.errors import SlingshotError
 from slingshot.serving.errors import ApiError
-from slingshot.serving.prices import PriceList, dollars
+from slingshot.serving.prices import PriceFile, PriceList, dollars
 
 T = TypeVar("T")
 
@@ -135,13 +136,19 @@ class Reservation:
 
 
 class Ledger:
-    """The database. `prices` may be replaced at any time. clock: seconds since 1970. gateway: whether this process
-    serves requests, and not only looks after keys."""
+    """The database. prices: a list, or its file, which `tick` reads again when it has changed. clock: seconds since
+    1970. gateway: whether this process serves requests, and not only looks after keys."""
 
     def __init__(
-        self, url: str, prices: PriceList | None = None, clock: Callable[[], float] = time.time, gateway: bool = True
+        self,
+        url: str,
+        prices: PriceList | Path | None = None,
+        clock: Callable[[], float] = time.time,
+        gateway: bool = True,
     ) -> None:
-        self.prices, self._clock = prices or PriceList(), clock
+        self._price_file = PriceFile(prices) if isinstance(prices, Path) else None
+        self.prices = PriceList.load(prices) if isinstance(prices, Path) else prices or PriceList()
+        self._clock = clock
         self.id = secrets.token_hex(8)
         self._open: dict[str, Reservation] = {}
         try:
@@ -201,13 +208,21 @@ class Ledger:
         reservation = self._open[request_id] = Reservation(self, request_id, prompt_tokens)
         return reservation
 
+    def balance(self, account: Account) -> int | None:
+        """Picodollars that it may still reserve; None without limit."""
+        with _failing_closed(), self.transaction() as connection:
+            row = connection.execute(sa.select(KEYS).where(KEYS.c.id == account.id)).one()
+        return None if row.balance is None else int(row.balance - row.reserved)
+
     def settle(self, request_id: str, usage: Usage) -> None:
         with _failing_closed(), self.transaction() as connection:
             self._settle(connection, request_id, usage)
         self._open.pop(request_id, None)
 
     def tick(self) -> None:
-        """A sign of life, and the progress of what is open. Call it about once a second."""
+        """A sign of life, the progress of what is open, and prices that have changed. Call it about once a second."""
+        if self._price_file is not None and (prices := self._price_file.changed()):
+            self.prices = prices
         rows = [
             {"of": its.request_id, "new_cached": its.cached, "new_completion": its.completion}
             for its in list(self._open.values())

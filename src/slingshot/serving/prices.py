@@ -14,6 +14,7 @@ Amounts are whole picodollars (10^-12 dollar): a token costs thousands of them, 
 
 from __future__ import annotations
 
+import logging
 import tomllib
 from datetime import UTC, datetime, time
 from pathlib import Path
@@ -52,13 +53,15 @@ class ModelPrice(Strict):
     output: float = Field(default=0.0, ge=0)
     off_peak: OffPeak | None = None
 
+    def at(self, now: datetime) -> dict[str, float]:
+        """Dollars per million tokens at this time."""
+        cheap = self.off_peak if self.off_peak and self.off_peak.covers(now.astimezone(UTC).time()) else None
+        factor = cheap.factor if cheap else 1.0
+        return {name: getattr(self, name) * factor for name in ("cache_hit", "cache_miss", "output")}
+
     def cost(self, prompt: int, cached: int, completion: int, at: datetime) -> int:
         """Picodollars of a request that began at this time."""
-        off_peak = self.off_peak is not None and self.off_peak.covers(at.astimezone(UTC).time())
-        factor = self.off_peak.factor if self.off_peak is not None and off_peak else 1.0
-        hit, miss, output = (
-            round(dollars * factor * 1e6) for dollars in (self.cache_hit, self.cache_miss, self.output)
-        )
+        hit, miss, output = (round(price * 1e6) for price in self.at(at).values())  # picodollars a token
         return cached * hit + (prompt - cached) * miss + completion * output
 
 
@@ -81,3 +84,30 @@ class PriceList(Strict):
 
     def of(self, model: str) -> ModelPrice:
         return self.models.get(model) or self.models.get("*") or ModelPrice()
+
+
+class PriceFile:
+    """A price list's file, watched for changes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._seen = path, self._stamp(path)
+
+    def changed(self) -> PriceList | None:
+        """The list, if the file was written to since; None for a file that is broken, which is said once."""
+        stamp = self._stamp(self._path)
+        if stamp == self._seen:
+            return None
+        self._seen = stamp
+        try:
+            return PriceList.load(self._path)
+        except SlingshotError as error:
+            logging.getLogger(__name__).warning("%s; the prices before go on", error)
+            return None
+
+    @staticmethod
+    def _stamp(path: Path) -> tuple[int, int]:
+        try:
+            found = path.stat()
+        except OSError:
+            return 0, 0
+        return found.st_mtime_ns, found.st_size

@@ -57,7 +57,7 @@ def tokenizer():
 class ScriptedBackend:
     """Says the ids of its script, `chunk` at a time, whatever it is asked; `asked` has what that was."""
 
-    obstacle = None
+    obstacle = counters = None
 
     def __init__(self, ids, chunk=1, max_length=4096, eos_ids=frozenset()):
         self.ids, self.chunk, self.max_length, self._eos_ids = list(ids), chunk, max_length, eos_ids

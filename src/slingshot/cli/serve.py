@@ -42,11 +42,15 @@ def serve(
     queue_tokens: Annotated[int, typer.Option(min=1, help="Tokens of prompts that may wait.")] = 1 << 18,
     first_token: Annotated[float, typer.Option(min=0.01, help="Seconds a request may wait.")] = 600.0,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that answers have to end in.")] = 30.0,
+    access_log: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A JSON line per request, no texts; - is standard error.")
+    ] = None,
     ledger: Where = None,
     prices: Prices = None,
 ) -> None:
     """Serve checkpoints: OpenAI's API with the reasoning shown, and a page to chat on. Ctrl-C ends it."""
     from slingshot.serving import accounts
+    from slingshot.serving.access_log import AccessLog
     from slingshot.serving.app import create_app
     from slingshot.serving.gateway import Gateway
     from slingshot.serving.ledger import Ledger
@@ -55,6 +59,7 @@ def serve(
 
     logging.basicConfig(level=logging.WARNING, format="slingshot: %(message)s")
     keyless = is_loopback(host) and not require_key
+    log = None if access_log is None else AccessLog.at(access_log)
     listener = listening(host, port)  # before a model is loaded
     port = listener.getsockname()[1]
     book = Ledger(ledger_url(ledger), prices)
@@ -69,7 +74,7 @@ def serve(
             models, lines = _local_models(sources, dtype, max_batch, int(cache_gib * 2**30), speculation)
         gateway = Gateway(models, book, Limits(queue_tokens, first_token, drain), apart)
         hosts = frozenset({"localhost", "127.0.0.1", "[::1]", host}) if keyless else None
-        server = DrainingServer(create_app(gateway, keyless, also_reasoning, hosts), gateway)
+        server = DrainingServer(create_app(gateway, keyless, also_reasoning, hosts, log), gateway)
         for model, line in zip(models, lines, strict=True):
             print(f"Model      {model.name}: {line}")
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"

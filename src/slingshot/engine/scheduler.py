@@ -15,6 +15,7 @@ on how many wait.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -224,7 +225,7 @@ class Scheduler:
             resident.pages += [page for _ in range(missing) if (page := self.pool.take()) is not None]
             self.counters.cached += resident.computed
             if not sequence.token_ids:  # not after a preemption
-                sequence.request.cached = resident.computed
+                sequence.request.cached, sequence.request.admitted = resident.computed, time.perf_counter()
             self._prefilling.append(resident)
         self._waiting.popleft()
         self.counters.waiting -= 1

@@ -227,7 +227,7 @@ class Request:
 
     claimed: whether a caller waits for `result` itself, so that `step` does not return it. tells: its tokens must be
     computed, not found in the cache, for more is wanted of them. salt: only requests of the same one share what is
-    cached. cached: tokens of the prompt that were found there.
+    cached. cached: tokens of the prompt that were found there. admitted: when it left the queue (time.perf_counter).
     Raises SamplingError for ids that the model does not know, GrammarError for a structure that no answer can have.
     """
 
@@ -239,6 +239,7 @@ class Request:
         self.request_id, self.prompt, self.params, self.key = request_id, prompt, params, key
         self.vocabulary, self.claimed, self.salt, self.cached = vocabulary, claimed, salt, 0
         self.result: RequestOutput | None = None
+        self.admitted: float | None = None
         self.limit = min(len(prompt) + params.max_tokens, max_length)
         self.opened = ends_in_reasoning(prompt, vocabulary.tokenizer)
         structured = any(getattr(params, name) for name in STRUCTURES)

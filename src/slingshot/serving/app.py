@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 
 from slingshot import __version__
 from slingshot.base.errors import SlingshotError
+from slingshot.serving.access_log import AccessLog, RequestWatch, current
 from slingshot.serving.accounts import authenticate
 from slingshot.serving.chat_completions import (
     ChatCompletionRequest,
@@ -36,6 +37,7 @@ from slingshot.serving.guard import Guard
 from slingshot.serving.ledger import LOCAL, Account
 from slingshot.serving.message_answer import PING, MessageAnswer, broken_off
 from slingshot.serving.messages import CountTokensRequest, MessageRequest
+from slingshot.serving.metrics import CONTENT_TYPE
 from slingshot.serving.prices import PICO
 from slingshot.serving.response_answer import ResponseAnswer
 from slingshot.serving.responses import ResponseRequest
@@ -58,14 +60,32 @@ async def caller(request: Request) -> Account:
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
     bearer = secret.strip() if scheme.lower() == "bearer" else ""
     key = bearer or request.headers.get("x-api-key") or None
-    return await gateway.ledger.aside(authenticate, gateway.ledger, key, request.app.state.keyless)
+    account = await gateway.ledger.aside(authenticate, gateway.ledger, key, request.app.state.keyless)
+    if record := current():
+        record.key = account.name
+    return account
 
 
 Caller = Annotated[Account, Depends(caller)]
 
 
+async def owner(request: Request, account: Caller) -> Account:
+    """Who may look at what the whole server does; ApiError 403 for those who were given a balance."""
+    ledger = request.app.state.gateway.ledger
+    if ledger is not None and await ledger.aside(ledger.balance, account) is not None:
+        raise ApiError(403, "this is for the server's owner: use a key without a balance", code="not_the_owner")
+    return account
+
+
+Owner = Annotated[Account, Depends(owner)]
+
+
 def create_app(
-    gateway: Gateway, keyless: bool = True, also_reasoning: bool = False, hosts: frozenset[str] | None = None
+    gateway: Gateway,
+    keyless: bool = True,
+    also_reasoning: bool = False,
+    hosts: frozenset[str] | None = None,
+    log: AccessLog | None = None,
 ) -> FastAPI:
     """also_reasoning: reasoning is sent as `reasoning` too. hosts: names by which it may be called, None: any."""
 
@@ -78,6 +98,7 @@ def create_app(
     app = FastAPI(title="slingshot", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.gateway, app.state.keyless = gateway, keyless
     app.add_middleware(Guard, most=gateway.limits.body, hosts=hosts)
+    app.add_middleware(RequestWatch, metrics=gateway.metrics, log=log)
     _answer_errors(app)
     serve_page(app)
 
@@ -90,6 +111,10 @@ def create_app(
     async def ready() -> Response:
         why = "stopping" if gateway.draining else gateway.obstacle
         return JSONResponse({"status": "not ready", "reason": why} if why else {"status": "ok"}, 503 if why else 200)
+
+    @app.get("/metrics")
+    async def metrics(account: Owner) -> Response:
+        return Response(gateway.metrics.text(), media_type=CONTENT_TYPE)
 
     @app.get("/v1/models")
     async def models(account: Caller) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from slingshot.engine.sampling import SamplingParams
+from slingshot.engine.scheduler import EngineCounters
 from slingshot.engine.sequence import FinishReason
 
 
@@ -37,7 +38,7 @@ class TokenDelta:
 
     top_logprobs, experts ([layers][experts a token]): of each token, where asked for; the experts are those that made
     the token before it into this one. cached: tokens of the prompt that were not computed. prompt_logprobs, where
-    asked for, come with the first delta.
+    asked for, come with the first delta. waited: seconds in the backend's queue, as far as it tells.
     """
 
     token_ids: list[int]
@@ -48,16 +49,20 @@ class TokenDelta:
     experts: list[list[list[int]]] = field(default_factory=list)
     prompt_logprobs: list[float | None] | None = None
     prompt_top_logprobs: list[dict[int, float] | None] | None = None
+    waited: float = 0.0
 
 
 class Backend(Protocol):
     """max_length: tokens of a prompt and its answer together at most. obstacle: why nothing can be asked any more, or
-    at present; None: all is well."""
+    at present; None: all is well. counters: of its engine; None: it is a server's elsewhere."""
 
     max_length: int
 
     @property
     def obstacle(self) -> str | None: ...
+
+    @property
+    def counters(self) -> EngineCounters | None: ...
 
     async def start(self) -> None:
         """Begin, in the event loop that asks; SlingshotError where that cannot be."""

@@ -24,6 +24,7 @@ from slingshot.serving.backend import Generation, TokenDelta
 from slingshot.serving.errors import ApiError
 from slingshot.serving.ledger import Reservation, Usage
 from slingshot.serving.load import Place
+from slingshot.serving.metrics import ModelMeter
 from slingshot.serving.question import Question
 from slingshot.serving.served_model import ServedModel
 from slingshot.serving.tools import told_call
@@ -36,12 +37,13 @@ class Exchange:
     """One question and its answers, one a sample.
 
     params: of each sample. place: its own in the queue. patience: seconds for the first token. salt: whose cache it
-    shares. reservation is the ledger's; on_end is told when all is over.
+    shares. began: when it was asked (time.perf_counter). reservation is the ledger's; on_end is told when all is over;
+    failure: the status of an error that ended it.
     """
 
     def __init__(
         self, model: ServedModel, question: Question, prompt_ids: list[int], params: SamplingParams, place: Place,
-        patience: float, salt: str = "",
+        patience: float, meter: ModelMeter, began: float, salt: str = "",
     ) -> None:  # fmt: skip
         self.id, self.created = secrets.token_hex(12), int(time.time())
         self.model, self.question, self.prompt_ids = model, question, prompt_ids
@@ -53,6 +55,10 @@ class Exchange:
         self._params = replace(params, seed=params.seed if question.seeded else secrets.randbits(31))
         self._place, self._patience, self._salt = place, patience, salt
         self._hurry = False
+        self._meter, self._began = meter, began
+        self.queue_seconds: float | None = None
+        self.first_token_seconds: float | None = None
+        self.failure: int | None = None
         self.cached = 0
         self.prompt_logprobs: list[float | None] | None = None  # where asked for, once the first piece is there
         self.prompt_top_logprobs: list[dict[int, float] | None] | None = None
@@ -83,11 +89,14 @@ class Exchange:
                 async for item in samples:
                     yield item
         except SlingshotError as error:
+            self.failure = 400
             raise ApiError(400, str(error)) from error
-        except ApiError:
+        except ApiError as error:
+            self.failure = error.status
             raise
         except Exception as error:
             _LOG.error("request %s: %s", self.id, type(error).__name__)  # its text may hold what was asked
+            self.failure = 500
             raise ApiError(500, f"the server failed with {type(error).__name__}; ask again") from error
         finally:
             await self.close()
@@ -104,6 +113,7 @@ class Exchange:
             if self.reservation is not None:
                 await self.reservation.ledger.aside(self.reservation.settle, self.usage)
         finally:
+            self._meter.ended(self)
             self.on_end(self)
 
     async def _alone(self) -> AsyncGenerator[tuple[int, Piece], None]:
@@ -177,6 +187,7 @@ class Exchange:
     async def _deltas(self, generation: Generation, begun: asyncio.Event) -> AsyncGenerator[TokenDelta, None]:
         """What the backend gives; ApiError 503 where the first of it does not come in time."""
         async with contextlib.aclosing(self.model.backend.generate(generation)) as deltas:
+            asked, last = time.perf_counter(), None
             if not begun.is_set():
                 try:
                     async with asyncio.timeout(self._patience):
@@ -188,6 +199,12 @@ class Exchange:
                 self.prompt_logprobs, self.prompt_top_logprobs = first.prompt_logprobs, first.prompt_top_logprobs
                 self._place.leave(served=True)
                 begun.set()
+                last = time.perf_counter()
+                self.queue_seconds, self.first_token_seconds = asked - self._began + first.waited, last - self._began
+                self._meter.grew(len(first.token_ids), None)
                 yield first
             async for delta in deltas:
+                now = time.perf_counter()
+                self._meter.grew(len(delta.token_ids), None if last is None else now - last)
+                last = now
                 yield delta

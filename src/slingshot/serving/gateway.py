@@ -12,15 +12,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
 from slingshot.base.names import did_you_mean
+from slingshot.serving.access_log import current
 from slingshot.serving.errors import ApiError
 from slingshot.serving.exchange import Exchange
 from slingshot.serving.ledger import LOCAL, Account, Ledger
 from slingshot.serving.load import Limits, WaitingRoom
+from slingshot.serving.metrics import Metrics
 from slingshot.serving.question import Question
 from slingshot.serving.served_model import ServedModel
 
@@ -47,11 +50,17 @@ class Gateway:
         self.waiting = {name: WaitingRoom(self.limits.queue_tokens) for name in self.models}
         self._running: dict[str, tuple[Exchange, Account]] = {}
         self._ticking: asyncio.Task[None] | None = None
+        self.metrics = Metrics(self)
 
     @property
     def running(self) -> int:
         """Exchanges that were begun and are not booked yet."""
         return len(self._running)
+
+    @property
+    def running_models(self) -> list[str]:
+        """The model of each of them."""
+        return [exchange.model.name for exchange, _ in self._running.values()]
 
     @property
     def obstacle(self) -> str | None:
@@ -72,7 +81,10 @@ class Gateway:
         """Begin an exchange, whose `pieces` must be taken; ApiError where the question cannot be answered."""
         if self.draining:
             raise ApiError(503, "the server is stopping; ask another one", code="stopping", retry_after=5)
+        began, record = time.perf_counter(), current()
         model = self.model(question.model, account)
+        if record is not None:
+            record.model = model.name
         if model.backend.obstacle:
             raise ApiError(503, model.backend.obstacle, code="unavailable", retry_after=5)
         prompt_ids = await self.encode(model, question)
@@ -87,7 +99,10 @@ class Gateway:
         params, samples = model.params(question, prompt_ids, most), question.params.n
         place = self.waiting[model.name].enter(len(prompt_ids) + samples, account)
         salt = question.user if not self._apart else f"{account.id}\n{question.user}"
-        exchange = Exchange(model, question, prompt_ids, params, place, self.limits.first_token, salt)
+        meter = self.metrics.meters[model.name]
+        exchange = Exchange(model, question, prompt_ids, params, place, self.limits.first_token, meter, began, salt)
+        if record is not None:
+            exchange.id = record.id + (str(len(record.exchanges)) if record.exchanges else "")
         try:
             if self.ledger is not None:
                 asked = account, model.name, len(prompt_ids), most * samples, exchange.id
@@ -95,6 +110,8 @@ class Gateway:
         except BaseException:
             place.leave()
             raise
+        if record is not None:
+            record.exchanges.append(exchange)
         self._running[exchange.id] = exchange, account
         exchange.on_end = self._forget
         return exchange

@@ -121,6 +121,7 @@ class Reservation:
     cached: int = 0
     completion: int = 0
     settled: bool = False
+    cost: int = 0  # picodollars, once it is settled
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def progress(self, cached: int, completion: int) -> None:
@@ -131,7 +132,7 @@ class Reservation:
         """Book what was used and give the rest back."""
         with self.lock:
             if not self.settled:
-                self.ledger.settle(self.request_id, usage)
+                self.cost = self.ledger.settle(self.request_id, usage)
                 self.settled = True
 
 
@@ -214,10 +215,12 @@ class Ledger:
             row = connection.execute(sa.select(KEYS).where(KEYS.c.id == account.id)).one()
         return None if row.balance is None else int(row.balance - row.reserved)
 
-    def settle(self, request_id: str, usage: Usage) -> None:
+    def settle(self, request_id: str, usage: Usage) -> int:
+        """-> what it cost, picodollars."""
         with _failing_closed(), self.transaction() as connection:
-            self._settle(connection, request_id, usage)
+            cost = self._settle(connection, request_id, usage)
         self._open.pop(request_id, None)
+        return cost
 
     def tick(self) -> None:
         """A sign of life, the progress of what is open, and prices that have changed. Call it about once a second."""
@@ -254,8 +257,8 @@ class Ledger:
         self._engine.dispose()
         self._clerks.shutdown(wait=False)
 
-    def _settle(self, connection: sa.Connection, request_id: str, usage: Usage) -> None:
-        """Close the request, if nobody did yet, and charge its account."""
+    def _settle(self, connection: sa.Connection, request_id: str, usage: Usage) -> int:
+        """Close the request, if nobody did yet, and charge its account; -> what it cost."""
         row = connection.execute(sa.select(REQUESTS).where(REQUESTS.c.id == request_id)).one()
         price, began = self.prices.of(row.model), datetime.fromtimestamp(row.began, UTC)
         cost = min(row.reserved, price.cost(usage.prompt, usage.cached, usage.completion, began))
@@ -263,7 +266,7 @@ class Ledger:
             ended=self._clock(), cost=cost, cached=usage.cached, completion=usage.completion, reasoning=usage.reasoning
         )  # fmt: skip
         if connection.execute(closed).rowcount != 1:
-            return
+            return int(row.cost)
         unused = row.reserved_tokens - usage.prompt - usage.completion
         same_minute = KEYS.c.minute == int(row.began) // 60
         connection.execute(
@@ -272,6 +275,7 @@ class Ledger:
                 minute_tokens=KEYS.c.minute_tokens - sa.case((same_minute, unused), else_=0),
             )
         )  # fmt: skip
+        return cost
 
     def _refusal(self, account: Account, worst: int, tokens: int, minute: int) -> ApiError:
         with self.transaction() as connection:

@@ -42,6 +42,7 @@ class _Sample:
     events: asyncio.Queue[_Event] = field(default_factory=asyncio.Queue)
     request: Request | None = None
     told: int = 0
+    asked: float = field(default_factory=time.perf_counter)
 
 
 class LocalBackend:
@@ -171,7 +172,8 @@ class LocalBackend:
         record = request.prompt_record if first == 0 else None
         prompt = (record.logprobs, record.top) if record is not None else (None, None)
         new = sequence.token_ids[first:], sequence.logprobs[first:]
-        return TokenDelta(*new, request.cached, reason, top, experts, *prompt)
+        waited = 0.0 if request.admitted is None else request.admitted - sample.asked
+        return TokenDelta(*new, request.cached, reason, top, experts, prompt[0], prompt[1], waited)
 
     def _hand(self, events: dict[_Sample, _Event]) -> None:
         """One call a loop and step, however many samples grew."""

@@ -55,7 +55,7 @@ class UpstreamBackend:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
         self._client = httpx.AsyncClient(timeout=_TIMEOUT, limits=limits)
         self._checks: asyncio.Task[None] | None = None
-        self.max_length = 0
+        self.max_length, self.counters = 0, None
 
     @property
     def obstacle(self) -> str | None:

@@ -58,6 +58,7 @@ def serve(
     from slingshot.serving.server import DrainingServer, is_loopback, listening
 
     logging.basicConfig(level=logging.WARNING, format="slingshot: %(message)s")
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would tell what this server tells in a line
     keyless = is_loopback(host) and not require_key
     log = None if access_log is None else AccessLog.at(access_log)
     listener = listening(host, port)  # before a model is loaded
@@ -83,6 +84,8 @@ def serve(
         print(f"Clients    OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={'none' if keyless else 'sk-slingshot-...'}")
         print("Ctrl-C stops it; answers that run come to their end first.", flush=True)
         server.run([listener])
+        if gateway.failed is not None:
+            raise gateway.failed
     finally:
         listener.close()
         book.close()
@@ -101,9 +104,9 @@ def _local_models(
     for source, name in zip(sources, names_of(sources), strict=True):
         engine = Engine.load(source, dtype, max_batch=max_batch, cache_bytes=cache_bytes, speculation=speculation)
         now, origin = int(time.time()), Origin.of(Path(source))
-        experts = engine.model.config.n_moe_layers > 0
+        experts = engine.config.n_moe_layers > 0
         models.append(ServedModel(name, engine.tokenizer, LocalBackend(engine), now, origin, experts))
-        kind = str(engine.model.compute_dtype or engine.model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+        kind = str(engine.dtype).removeprefix("torch.")
         lines.append(f"{kind}, {engine.runs_on}, context of {engine.max_length} tokens")
     return models, lines
 

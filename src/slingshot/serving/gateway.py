@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
+from slingshot.base.errors import SlingshotError
 from slingshot.base.names import did_you_mean
 from slingshot.serving.access_log import current
 from slingshot.serving.errors import ApiError
@@ -48,6 +49,7 @@ class Gateway:
         self.ledger, self.limits, self.draining = ledger, limits or Limits(), False
         self._apart = apart
         self.waiting = {name: WaitingRoom(self.limits.queue_tokens) for name in self.models}
+        self.failed: SlingshotError | None = None  # why it could not start
         self._running: dict[str, tuple[Exchange, Account]] = {}
         self._ticking: asyncio.Task[None] | None = None
         self.metrics = Metrics(self)
@@ -143,7 +145,11 @@ class Gateway:
     async def start(self) -> None:
         """Begin, in the event loop that serves: backends, and the ledger's signs of life."""
         for model in self.models.values():
-            await model.backend.start()
+            try:
+                await model.backend.start()
+            except SlingshotError as error:
+                self.failed = error
+                raise
         if self.ledger is not None:
             self._ticking = asyncio.create_task(self._tick(self.ledger))
 

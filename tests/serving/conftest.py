@@ -169,9 +169,17 @@ def said(tokenizer, text):
     return [*ids, tokenizer.eos_id]
 
 
+# What a model with tools may say: calls behind the answer; in the reasoning, which goes on; before the answer's end.
+ORDERS = [
+    f"Look it up.\n</think>\n\nOne moment.\n{CALL}\n{CALL}",
+    f"Look it up.\n{CALL}\nThat is all.\n</think>\n\nWait.",
+    f"Look it up.\n</think>\n\nOne moment.\n{CALL}\nAnd then?",
+]
+
+
 @pytest.fixture
 def calls(caller):
-    ids = said(caller, f"Look it up.\n</think>\n\nOne moment.\n{CALL}\n{CALL}")
+    ids = said(caller, ORDERS[0])
     backend = ScriptedBackend(ids, eos_ids=caller.eos_ids)
     with (
         running(create_app(Gateway([ServedModel("tiny", caller, backend)]))) as url,

@@ -1,3 +1,4 @@
+import anthropic
 import httpx
 import openai
 import pytest
@@ -6,7 +7,7 @@ from slingshot.serving import accounts
 from slingshot.serving.app import create_app
 from slingshot.serving.gateway import Gateway, ServedModel
 from slingshot.serving.ledger import Ledger
-from slingshot.serving.prices import PriceList
+from slingshot.serving.prices import PICO, PriceList
 from tests.serving.conftest import ScriptedBackend, ids_of, running
 
 PRICES = PriceList.parse({"models": {"tiny": {"cache_miss": 1000, "output": 2000}}})  # dollars a million
@@ -67,3 +68,27 @@ def test_a_key_that_is_revoked_opens_nothing_from_then_on(url, ledger):
     accounts.revoke(ledger, "alice")
     with pytest.raises(openai.AuthenticationError, match="revoked"):
         alice.models.list()
+
+
+@pytest.mark.parametrize("header", ["api_key", "auth_token"])
+def test_anthropic_s_clients_bring_their_key_in_either_header(url, ledger, header):
+    def asked(key):
+        claude = anthropic.Anthropic(base_url=url, max_retries=0, **{header: key})
+        return claude.messages.create(model="tiny", messages=QUESTION, max_tokens=20)
+
+    usage = asked(accounts.create(ledger, "alice", balance=1)).usage
+    cost = (usage.input_tokens * 1000 + usage.output_tokens * 2000) / 1e6
+    assert accounts.keys(ledger)[0].balance / PICO == pytest.approx(1 - cost)
+    with pytest.raises(anthropic.AuthenticationError) as caught:
+        asked("none")
+    assert caught.value.body["error"]["type"] == "authentication_error"
+    with pytest.raises(anthropic.APIStatusError) as caught:
+        asked(accounts.create(ledger, "bob", balance=0.01))
+    assert (caught.value.status_code, caught.value.body["error"]["type"]) == (402, "billing_error")
+
+
+def test_a_response_is_booked(url, ledger):
+    key = accounts.create(ledger, "alice", balance=1)
+    response = client(url, key).responses.create(model="tiny", input="3+4-2", max_output_tokens=20)
+    cost = (response.usage.input_tokens * 1000 + response.usage.output_tokens * 2000) / 1e6
+    assert accounts.keys(ledger)[0].balance / PICO == pytest.approx(1 - cost)

@@ -94,9 +94,11 @@ def bodies(draw, count):
         "model", "messages", "prompt", "stream", "stream_options", "max_tokens", "temperature", "top_p", "top_k", "n",
         "seed", "stop", "logit_bias", "logprobs", "top_logprobs", "thinking", "reasoning_effort", "response_format",
         "structured_outputs", "guided_regex", "tools", "thinking_budget", "echo", "suffix", "chat_template_kwargs",
+        "input", "instructions", "text", "reasoning", "system", "stop_sequences", "tool_choice", "output_config",
     ]  # fmt: skip
     for _ in range(count):
         body = {"model": "tiny", "messages": BODY["messages"], "prompt": "3+4", "max_tokens": 1}
+        body |= {"input": "3+4", "max_output_tokens": 1}
         for _ in range(draw.randint(1, 3)):
             body[draw.choice(names)] = draw.choice(strange)
         kind = draw.random()
@@ -116,7 +118,16 @@ def bodies(draw, count):
 
 def test_no_body_brings_the_server_down(small, tokenizer):
     draw = random.Random(0)
-    paths = [CHAT, "/v1/completions", "/tokenize", "/detokenize", "/v1/chat/completions/control"]
+    paths = [
+        CHAT,
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/tokenize",
+        "/detokenize",
+        "/v1/chat/completions/control",
+    ]
     with running(create_app(Gateway([ServedModel("tiny", tokenizer, LocalBackend(small))]))) as url:
         wire, refused = HTTPConnection(url.removeprefix("http://"), timeout=60), 0
         for number, content in enumerate(bodies(draw, COUNT)):

@@ -5,7 +5,7 @@ import httpx
 import pytest
 
 from slingshot.serving import sse
-from tests.serving.conftest import WEATHER
+from tests.serving.conftest import ORDERS, WEATHER, said
 
 QUESTION = {"role": "user", "content": "What is 3+4-2?"}
 TOOL = {"name": "weather", "input_schema": WEATHER["function"]["parameters"]}
@@ -48,8 +48,9 @@ def test_the_stream_adds_up_to_the_message(calls, anthropic_of, chunk):
     assert streamed.content[0].signature and streamed.usage.output_tokens == len(calls.backend.ids)
 
 
-def test_the_next_turn_begins_with_the_very_tokens_that_were_sampled(calls, anthropic_of):
-    client = anthropic_of(calls)
+@pytest.mark.parametrize("text", ORDERS)
+def test_the_next_turn_begins_with_the_very_tokens_that_were_sampled(calls, caller, anthropic_of, text):
+    client, calls.backend.ids = anthropic_of(calls), said(caller, text)
     message = ask(client, tools=[TOOL], max_tokens=300)
     results = [
         {"type": "tool_result", "tool_use_id": block.id, "content": [{"type": "text", "text": "rain"}]}
@@ -86,8 +87,7 @@ def test_history_is_read_as_the_chat_it_was_without_the_billing_block(says, anth
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "What is 3+4-2?"},
         {"role": "assistant", "content": "It is 5.", "reasoning_content": "7"},
-        {"role": "system", "content": "Now in Japanese."},
-        {"role": "user", "content": "Sure?\nSay so."},
+        {"role": "user", "content": "Now in Japanese.\n\nSure?\nSay so."},
     ]
     assert list(client.backend.asked[0].prompt_ids) == tokenizer.encode_chat(chat)
 

@@ -4,7 +4,7 @@ import httpx
 import openai
 import pytest
 
-from tests.serving.conftest import WEATHER
+from tests.serving.conftest import ORDERS, WEATHER, said
 
 FUNCTION = {"type": "function", **WEATHER["function"], "strict": False}
 
@@ -56,7 +56,9 @@ def test_the_stream_adds_up_to_the_response(calls, chunk):
     )
 
 
-def test_the_next_turn_begins_with_the_very_tokens_that_were_sampled(calls):
+@pytest.mark.parametrize("text", ORDERS)
+def test_the_next_turn_begins_with_the_very_tokens_that_were_sampled(calls, caller, text):
+    calls.backend.ids = said(caller, text)
     question = [{"role": "user", "content": [{"type": "input_text", "text": "What is the weather?"}]}]
     response = ask(calls, question, instructions="Be brief.", tools=[FUNCTION])
     items = [item.to_dict() for item in response.output]
@@ -80,15 +82,15 @@ def test_history_is_read_as_the_chat_it_was(says, tokenizer):
             {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "7"}]},
             {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "It is 5."}]},
             {"type": "message", "role": "user", "content": "Sure?"},
+            {"type": "message", "role": "developer", "content": "Now in Japanese."},
         ],
         instructions="Think.",
     )
     chat = [
-        {"role": "system", "content": "Think."},
-        {"role": "system", "content": "Be brief."},
+        {"role": "system", "content": "Think.\n\nBe brief."},
         {"role": "user", "content": "3+4-2"},
         {"role": "assistant", "content": "It is 5.", "reasoning_content": "7"},
-        {"role": "user", "content": "Sure?"},
+        {"role": "user", "content": "Sure?\n\nNow in Japanese."},
     ]
     assert list(client.backend.asked[0].prompt_ids) == tokenizer.encode_chat(chat)
 

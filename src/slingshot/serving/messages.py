@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from slingshot.serving.chat_completions import EFFORTS, REASONER, Effort, Thinking
 from slingshot.serving.errors import ApiError
-from slingshot.serving.question import Question, text_of
+from slingshot.serving.question import Question, joined, text_of
 from slingshot.serving.responses import TextFormat
 from slingshot.serving.sampling_fields import JsonSchemaFormat, ResponseFormat, SamplingFields
 from slingshot.serving.tools import read_choice, read_tools
@@ -61,7 +61,7 @@ class CountTokensRequest(SamplingFields):
         budget = self.thinking.budget_tokens if self.thinking and thinking else None
         effort = self.output_config.effort if self.output_config and thinking is not False else None
         tools = read_tools(_tools(self.tools))
-        messages = chat_messages(self.messages, self.system)
+        messages = joined(chat_messages(self.messages, self.system))
         return Question(
             self.model,
             messages=messages,

@@ -74,6 +74,24 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return plain
 
 
+def joined(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same chat so that every template tells all of it, and in its order: agents send several messages of the
+    system's, also late ones.
+
+    Some templates keep one of them alone, others move all to the head, before what the cache has. So those at the head
+    are one message, and a later one is the user's. The user's that follow one another are one message, too.
+    """
+    told: list[dict[str, Any]] = []
+    for message in messages:
+        late = message["role"] == "system" and told and told[-1]["role"] != "system"
+        its = message | {"role": "user"} if late else message
+        if told and its["role"] == told[-1]["role"] and its["role"] in ("system", "user"):
+            told[-1] = its | {"content": f"{told[-1]['content']}\n\n{its['content']}"}
+        else:
+            told.append(its)
+    return told
+
+
 def text_of(content: Any, where: str) -> str:
     """Text, or the texts of a list of parts, a paragraph each."""
     if isinstance(content, str):

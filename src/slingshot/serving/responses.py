@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from slingshot.serving.chat_completions import EFFORTS, REASONER, Effort
 from slingshot.serving.errors import ApiError
-from slingshot.serving.question import Question, text_of
+from slingshot.serving.question import Question, joined, text_of
 from slingshot.serving.sampling_fields import JsonSchemaFormat, ResponseFormat, SamplingFields
 from slingshot.serving.sse import to_json
 from slingshot.serving.tools import read_choice, read_tools
@@ -79,7 +79,7 @@ class ResponseRequest(SamplingFields):
         tools = read_tools(self.tools)
         return Question(
             self.model,
-            messages=chat_messages(self.input, self.instructions),
+            messages=joined(chat_messages(self.input, self.instructions)),
             params=self.sampling(REASONER),
             most=self.max_output_tokens,
             thinking=None if effort is None else effort != "none",

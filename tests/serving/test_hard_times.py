@@ -16,8 +16,8 @@ from slingshot.serving.ledger import REQUESTS, Ledger
 from slingshot.serving.load import Limits
 from slingshot.serving.local import LocalBackend
 from slingshot.serving.served_model import ServedModel
-from tests.serving.conftest import running
-from tests.serving.test_load import BODY, CHAT, until
+from tests.serving.conftest import ScriptedBackend, running
+from tests.serving.test_load import BODY, CHAT, Slow, until
 
 pytestmark = pytest.mark.slow
 
@@ -94,11 +94,12 @@ def bodies(draw, count):
         "model", "messages", "prompt", "stream", "stream_options", "max_tokens", "temperature", "top_p", "top_k", "n",
         "seed", "stop", "logit_bias", "logprobs", "top_logprobs", "thinking", "reasoning_effort", "response_format",
         "structured_outputs", "guided_regex", "tools", "thinking_budget", "echo", "suffix", "chat_template_kwargs",
-        "input", "instructions", "text", "reasoning", "system", "stop_sequences", "tool_choice", "output_config",
+        "input", "instructions", "system", "tool_choice", "max_output_tokens", "text", "reasoning", "metadata",
+        "tokens", "id", "stop_sequences", "output_config",
     ]  # fmt: skip
     for _ in range(count):
         body = {"model": "tiny", "messages": BODY["messages"], "prompt": "3+4", "max_tokens": 1}
-        body |= {"input": "3+4", "max_output_tokens": 1}
+        body |= {"input": "3+4", "max_output_tokens": 1, "tokens": [1], "id": "a", "action": "reasoning_end"}
         for _ in range(draw.randint(1, 3)):
             body[draw.choice(names)] = draw.choice(strange)
         kind = draw.random()
@@ -119,15 +120,9 @@ def bodies(draw, count):
 def test_no_body_brings_the_server_down(small, tokenizer):
     draw = random.Random(0)
     paths = [
-        CHAT,
-        "/v1/completions",
-        "/v1/responses",
-        "/v1/messages",
-        "/v1/messages/count_tokens",
-        "/tokenize",
-        "/detokenize",
-        "/v1/chat/completions/control",
-    ]
+        CHAT, "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/tokenize",
+        "/detokenize", "/v1/chat/completions/control",
+    ]  # fmt: skip
     with running(create_app(Gateway([ServedModel("tiny", tokenizer, LocalBackend(small))]))) as url:
         wire, refused = HTTPConnection(url.removeprefix("http://"), timeout=60), 0
         for number, content in enumerate(bodies(draw, COUNT)):
@@ -163,3 +158,27 @@ def test_no_request_that_the_schema_allows_fails_the_server(small, tokenizer):
                 assert answer.status_code < 500, answer.text
 
             check()
+
+
+def test_who_does_not_read_holds_nobody_up_and_loses_nothing(tokenizer):
+    backend = ScriptedBackend(tokenizer.encode("3 plus 4 is 7, ", continues=True) * 300)
+    with running(create_app(Gateway([ServedModel("tiny", tokenizer, backend)]))) as url:
+        greedy = BODY | {"stream": True, "logprobs": True, "n": 8}  # more than what sockets hold
+        with httpx.stream("POST", f"{url}{CHAT}", json=greedy, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            short = httpx.post(f"{url}{CHAT}", json=BODY | {"max_tokens": 3}, timeout=60).json()
+            assert short["usage"]["completion_tokens"] == 3
+            said = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    tokens = [
+        len(told["content"] + told["reasoning_content"]) for its in said if (told := its["choices"][0]["logprobs"])
+    ]
+    assert sum(tokens) >= 8 * len(backend.ids) - 16  # those at the end of a stream may add no text
+    assert sum(chunk["choices"][0]["finish_reason"] == "length" for chunk in said) == 8
+
+
+def test_a_stream_that_has_nothing_to_say_yet_says_that_it_lives(tokenizer):
+    app = create_app(Gateway([ServedModel("tiny", tokenizer, Slow(tokenizer, "5", None))]))
+    body = BODY | {"stream": True}
+    with running(app) as url, httpx.stream("POST", f"{url}{CHAT}", json=body, timeout=60) as answer:
+        assert answer.status_code == 200 and next(answer.iter_lines()) == ": keep-alive"

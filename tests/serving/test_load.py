@@ -174,7 +174,7 @@ class Failing(Engine):
             raise RuntimeError("7 is not 8")
 
 
-def test_when_the_engine_fails_all_are_told_and_nothing_hangs(serve, tokenizer, make_model, dense):
+def test_when_the_engine_fails_all_are_told_and_nothing_hangs(serve, tokenizer, make_model, dense, caplog):
     engine = Failing(make_model(dense(vocab_size=tokenizer.vocab_size, max_position_embeddings=256)), tokenizer)
     http = serve(ServedModel("tiny", tokenizer, LocalBackend(engine)))
     assert http.get("/health").json() == {"status": "ok"} and http.get("/ready").status_code == 200
@@ -190,6 +190,7 @@ def test_when_the_engine_fails_all_are_told_and_nothing_hangs(serve, tokenizer, 
     for path in ("/health", "/ready"):
         assert http.get(path).status_code == 503 and "RuntimeError" in http.get(path).json()["reason"]
     assert http.post(CHAT, json=body).status_code == 503
+    assert "RuntimeError" in caplog.text and "7 is not 8" not in caplog.text  # it may hold what was asked
 
 
 def test_a_server_that_stops_ends_its_answers_first(tokenizer):

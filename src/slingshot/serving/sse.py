@@ -95,6 +95,8 @@ class _Flow:
 
     async def read(self, silence: str) -> AsyncGenerator[str, None]:
         """Events as they come, several at once where they are there."""
+        if self._queue.empty():
+            yield ": keep-alive\n\n"
         while True:
             try:
                 async with asyncio.timeout(KEEP_ALIVE):

@@ -59,6 +59,7 @@ template <class T> class Forward {
         const int first = step.mtp_hidden ? shape.layers : 0;
         const int last = step.mtp_hidden ? shape.layers + 1 : shape.layers;
         step.mtp_hidden ? begin_module(team) : embed(team);
+        if (step.mtp_hidden && !step.wanted && !step.hidden) return write_entries(first, team);
         int16_t* routed = step.routed;
         for (int i = first; i < last; i++) {
             block(i, shape.has_experts(i) ? routed : nullptr, team);
@@ -138,11 +139,23 @@ template <class T> class Forward {
         return to;
     }
 
-    void block(int i, int16_t* routed, const Team& team) {
-        const LayerWeights<T>& layer = model.layers[i];
+    void project(const LayerWeights<T>& layer, const Team& team) {
         product(layer.input, norms(layer.input_norm, width_stride, team), width_stride,
                 Stored<T>{input, static_cast<size_t>(input_stride), layer.bias}, team);
         team.barrier();
+    }
+
+    // What MLA keeps of the tokens, for no queries.
+    void write_entries(int i, const Team& team) {
+        project(model.layers[i], team);
+        const LatentHeads<T> none{0, shape.nope, shape.rope, shape.latent, nope_stride, shape.latent_eps, model.layers[i].k_norm};
+        write_latent(none, places, input, input_stride, input + shape.first_part(), input_stride, nope, queries,
+                     static_cast<T*>(step.keys[i]), team.thread, team.threads);
+    }
+
+    void block(int i, int16_t* routed, const Team& team) {
+        const LayerWeights<T>& layer = model.layers[i];
+        project(layer, team);
         shape.latent_family ? latent_attention(layer, i, team) : grouped_attention(layer, i, team);
         const Added<T> added{x, static_cast<size_t>(shape.width)};
         product(layer.output, heads_out, heads_stride, added, team);

@@ -51,10 +51,35 @@ struct Step {
     const float *cos, *sin;
     void* const* keys;    // of every layer: keys, or entries
     void* const* values;  // null: entries
-    const void* mtp_hidden;  // [tokens, width]: the MTP module runs over them instead of the main model
+    const void* mtp_hidden;  // [tokens, width]: the MTP module runs over them instead of the main model; nothing wanted
+                             // and no hidden: only to write its cache entries
     float* logits;           // [wanted, vocabulary]
     void* hidden;            // [tokens, width]
     int16_t* routed;         // [tokens, routed_layers, per_token]
+};
+
+constexpr int CHAIN = 8;  // tokens of a chain at most
+
+// A step of one sequence: its last token and guesses of what follows are run, tokens drawn, guesses compared and made.
+// engine/lone.py has the same structure.
+struct Chain {
+    int tokens, position, pages, threads;  // run now; of the first; in the table
+    int most;                              // guesses that the module is to make; 0: it stays out of it
+    int mtp_from, mtp_page;                // the position at which it goes on, the page at which it began
+    int greedy;
+    float divisor, top_p, min_p;
+    int64_t top_k;
+    uint64_t stream;  // of the noise
+    const int* table;
+    const float *cos, *sin;
+    void* const* keys;
+    void* const* values;
+    int64_t ids[CHAIN];  // run now
+    int64_t drawn[CHAIN];  // after each of them
+    float logprobs[CHAIN];
+    int taken;  // of these: as many as were guessed right, and one
+    int guessed;
+    int64_t guesses[CHAIN];
 };
 
 namespace LEVEL {
@@ -89,6 +114,7 @@ template <class T> class Model {
     const void* embedding;  // null: the head's rows
     bool embedding_is_bf16;
     Memory working;  // of the step
+    Memory chained;  // of what happens between the passes of a chain
 
   private:
     void lay_out(char* base);

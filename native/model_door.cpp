@@ -32,6 +32,11 @@ extern "C" void DOOR(run_step)(void* handle, const Step* step) {
     model->halves ? LEVEL::forward(*model->halves, *step) : LEVEL::forward(*model->floats, *step);
 }
 
+extern "C" void DOOR(run_chain)(void* handle, Chain* chain) {
+    AnyModel* model = static_cast<AnyModel*>(handle);
+    model->halves ? LEVEL::run_chain(*model->halves, *chain) : LEVEL::run_chain(*model->floats, *chain);
+}
+
 extern "C" void DOOR(free_model)(void* handle) {
     AnyModel* model = static_cast<AnyModel*>(handle);
     delete model->floats;

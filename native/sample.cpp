@@ -7,6 +7,7 @@
 
 #include "doors.h"
 #include "pool.h"
+#include "sample.h"
 #include "simd.h"
 
 namespace slingshot {
@@ -154,13 +155,6 @@ struct Row {
     }
 };
 
-// What is asked for, an entry for each row.
-struct Asked {
-    const float *divisors, *uniform, *top_p, *min_p;
-    const int64_t* top_k;
-    const uint8_t* greedy;
-};
-
 void sample_row(Row row, const Asked& asked, int at, std::vector<float>& found, int64_t* id, float* logprob) {
     *id = 0;
     *logprob = NOTHING;
@@ -178,6 +172,22 @@ void sample_row(Row row, const Asked& asked, int at, std::vector<float>& found, 
 }
 
 }  // namespace
+
+void sample_rows(int rows, int vocabulary, const float* logits, const Asked& asked, float* scratch, int64_t* ids,
+                 float* logprobs, int threads) {
+    const int chunks = (vocabulary + CHUNK - 1) / CHUNK;
+    auto job = [&](const Team& team) {
+        std::vector<float> found;
+        for (int at = team.first(rows); at < team.last(rows); at++) {
+            float* sums = scratch + static_cast<int64_t>(at) * 2 * chunks;
+            Row row{logits + static_cast<int64_t>(at) * vocabulary, vocabulary, 1 / asked.divisors[at], sums,
+                    sums + chunks};
+            sample_row(row, asked, at, found, ids + at, logprobs + at);
+        }
+    };
+    run_together(threads < rows ? threads : rows, job);
+}
+
 }  // namespace LEVEL
 }  // namespace slingshot
 
@@ -188,16 +198,6 @@ using namespace slingshot;
 extern "C" void DOOR(sample)(int rows, int vocabulary, const float* logits, const float* divisors, const float* uniform,
                              const float* top_p, const float* min_p, const int64_t* top_k, const uint8_t* greedy,
                              float* scratch, int64_t* ids, float* logprobs, int threads) {
-    const int chunks = (vocabulary + LEVEL::CHUNK - 1) / LEVEL::CHUNK;
     const LEVEL::Asked asked{divisors, uniform, top_p, min_p, top_k, greedy};
-    auto job = [&](const Team& team) {
-        std::vector<float> found;
-        for (int at = team.first(rows); at < team.last(rows); at++) {
-            float* sums = scratch + static_cast<int64_t>(at) * 2 * chunks;
-            LEVEL::Row row{logits + static_cast<int64_t>(at) * vocabulary, vocabulary, 1 / divisors[at], sums,
-                           sums + chunks};
-            LEVEL::sample_row(row, asked, at, found, ids + at, logprobs + at);
-        }
-    };
-    run_together(threads < rows ? threads : rows, job);
+    LEVEL::sample_rows(rows, vocabulary, logits, asked, scratch, ids, logprobs, threads);
 }

@@ -270,3 +270,34 @@ def test_an_engine_on_native_kernels_samples_what_one_on_torch_does(
     for ours, theirs in zip(found["auto"], found["off"], strict=True):
         assert ours.token_ids == theirs.token_ids
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=2e-4)
+
+
+@pytest.mark.parametrize("level", native_levels())
+@pytest.mark.parametrize("family", ["dense", "deepseek_v3"])
+def test_a_sequence_alone_is_sampled_in_one_call_a_step_as_torch_does_it_by_turns(
+    make_model, dense, deepseek, tokenizer, family, level, monkeypatch
+):
+    """With guesses and without, greedy and not, over page borders, after a cached prefix, up to limits and stops."""
+    monkeypatch.setenv("SLINGSHOT_NATIVE", level)
+    wide = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "num_nextn_predict_layers": 1}
+    model = make_model(dense(vocab_size=300) if family == "dense" else deepseek(vocab_size=300, **wide))
+    with torch.no_grad():
+        model.lm_head.weight *= 0.2  # what is drawn depends more on noise, which the module's guesses share
+    prompts = [list(range(20, 20 + size)) for size in (3, 30, 41, 60)]
+    kinds: list[dict[str, Any]] = [
+        {}, {"top_p": 0.8, "seed": 1}, {"temperature": 0.0},
+        {"min_p": 0.4, "top_k": 50, "stop_token_ids": (70,), "ignore_eos": False},
+    ]  # fmt: skip
+    params = [SamplingParams(**{"max_tokens": 45, "ignore_eos": True, **kind}) for kind in kinds]
+    found, counted = {}, {}
+    for native, speculation in [("auto", "off"), ("auto", "on"), ("off", "on")]:
+        engine = Engine(copy.deepcopy(model), tokenizer, native=native, speculation=speculation)
+        outputs = [engine.generate([prompt], its)[0].outputs[0] for prompt, its in zip(prompts, params, strict=True)]
+        found[native, speculation], counted[native, speculation] = outputs, engine.counters
+    for outputs in zip(*found.values(), strict=True):
+        assert outputs[0].token_ids == outputs[1].token_ids == outputs[2].token_ids
+        for output in outputs[1:]:
+            assert output.logprobs == pytest.approx(outputs[0].logprobs, abs=2e-4)
+    assert counted["auto", "on"] == counted["off", "on"]
+    saved = counted["auto", "off"].steps - counted["auto", "on"].steps
+    assert counted["auto", "on"].accepted == saved > 3

@@ -23,14 +23,15 @@ from slingshot.base.errors import SlingshotError
 from slingshot.engine.batch import PAGE, Runner
 from slingshot.engine.graph_runner import GraphRunner
 from slingshot.engine.kv_cache import CacheTooSmall, KVCache
+from slingshot.engine.lone import LoneDecoder
 from slingshot.engine.native_runner import NativeRunner
 from slingshot.engine.pages import PagePool
-from slingshot.engine.row_sampler import RowSampler
+from slingshot.engine.row_sampler import RowSampler, check_finite
 from slingshot.engine.rows import Resident
 from slingshot.engine.runner import TorchRunner
 from slingshot.engine.scheduler import EngineCounters, Scheduler
 from slingshot.engine.sequence import Sequence
-from slingshot.engine.speculation import MOST, Speculator
+from slingshot.engine.speculation import Speculator
 from slingshot.engine.telling import ask, tell
 from slingshot.kernels.native import native_kernels
 from slingshot.model.transformer import Transformer
@@ -78,6 +79,9 @@ class EngineCore:
         if speculation != "off":
             drafts = RowSampler(device, kernels)
             self._speculator = Speculator(self._runner, drafts, mtp, measured=speculation == "auto")
+        self._lone = LoneDecoder(self._runner) if isinstance(self._runner, NativeRunner) else None
+        # Found once: to walk through the modules takes as long as some steps.
+        self._parameters = list(model.parameters()) if self.keeps_model else []
         self._versions = self._weight_versions()
 
     @property
@@ -110,13 +114,57 @@ class EngineCore:
 
     def _weight_versions(self) -> list[int]:
         """A number for every parameter that grows when it is written to; none of a model that nobody else uses."""
-        if not self.keeps_model:
-            return []
-        return [parameter._version for parameter in self._model.parameters() if not parameter.is_inference()]
+        return [parameter._version for parameter in self._parameters if not parameter.is_inference()]
 
-    @torch.inference_mode()
     def step(self) -> list[Sequence]:
         """One forward pass over what is scheduled; -> the sequences that finished, in the order of their rows."""
+        lone = None if self._lone is None else self._scheduler.lone_row()
+        if self._lone is None or lone is None or not lone.sequence.plain:
+            return self._step_together()
+        return [lone.sequence] if self._step_alone(self._lone, lone) else []
+
+    def _step_alone(self, decoder: LoneDecoder, resident: Resident) -> bool:
+        """The step of a sequence that has the engine for itself; -> whether it has finished."""
+        scheduler, speculator, sequence = self._scheduler, self._speculator, resident.sequence
+        start, position, most = time.perf_counter(), scheduler.rows.position(resident), 0
+        if speculator is not None:
+            speculator.propose([resident])
+            most = max(0, min(speculator.most, sequence.request.limit - position - 3))
+            scheduler.give_drafts_pages(resident)
+        tokens, taken = decoder.step(resident, position, scheduler.rows.table(resident), most), 0
+        try:
+            check_finite([logprob for _, logprob in tokens])
+        except SlingshotError:
+            self._cache.clear()
+            raise
+        done = False
+        for token_id, logprob in tokens:
+            done = sequence.push(token_id, logprob)
+            taken += 1
+            if done:
+                break
+        scheduler.rows.advance_one(resident, sequence.token_ids[-1], taken)
+        scheduler.counters.steps += 1
+        self._count(resident, taken)
+        if speculator is not None:
+            speculator.note(1, taken, time.perf_counter() - start)
+        if done:
+            scheduler.finish(resident)
+            if scheduler.idle:
+                scheduler.check_idle()
+        return done
+
+    def _count(self, resident: Resident, taken: int) -> None:
+        """A row took so many tokens: its guesses, as many as were right, and one."""
+        counters, drafts = self._scheduler.counters, len(resident.drafts)
+        counters.drafted += drafts
+        counters.accepted += taken - 1
+        counters.decoded += taken
+        if self._speculator is not None and drafts:
+            self._speculator.learn(resident, drafts, taken - 1)
+
+    @torch.inference_mode()
+    def _step_together(self) -> list[Sequence]:
         scheduler, speculator = self._scheduler, self._speculator
         start = time.perf_counter()
         if speculator is not None:
@@ -138,7 +186,8 @@ class EngineCore:
         finished = self._draw(drawn, output.logits_RV)
         if speculator is not None:
             speculator.follow(step, batch, output.hidden_ND, drawn)
-            speculator.note(step, scheduler.counters.decoded - before, time.perf_counter() - start)
+            if not step.chunks:
+                speculator.note(step.rows, scheduler.counters.decoded - before, time.perf_counter() - start)
         for resident in finished:
             scheduler.finish(resident)
         if scheduler.idle:
@@ -165,7 +214,7 @@ class EngineCore:
             rows.advance(ids)
             tokens = zip(drawn, ids, logprobs, strict=True)
             return [its for its, token_id, logprob in tokens if its.sequence.push(token_id, logprob)]
-        finished, at, counters = [], 0, self._scheduler.counters
+        finished, at = [], 0
         for resident in drawn:
             drafts, taken, done = resident.drafts, 0, False
             while True:
@@ -174,11 +223,7 @@ class EngineCore:
                 if done or taken > len(drafts) or drafts[taken - 1] != ids[at + taken - 1]:
                     break
             rows.advance_one(resident, ids[at + taken - 1], taken)
-            counters.drafted += len(drafts)
-            counters.accepted += taken - 1
-            counters.decoded += taken
-            if drafts:
-                resident.reach = min(taken, MOST) if taken > len(drafts) else max(1, taken - 1)
+            self._count(resident, taken)
             at += 1 + len(drafts)
             if done:
                 finished.append(resident)

@@ -146,6 +146,7 @@ class NativeRunner:
         new_model, free_model = kernels.door("new_model", ctypes.c_void_p), kernels.door("free_model")
         self._run_step, self._refresh = kernels.door("run_step"), kernels.door("refresh_model")
         self._return_memory = kernels.library.slingshot_return_memory
+        self._run_chain = kernels.door("run_chain")
         is_bf16 = int(self._dtype == torch.bfloat16)
         self._handle = ctypes.c_void_p(new_model(ctypes.byref(NativeShape.of(config, bits, group)), is_bf16))
         weakref.finalize(self, free_model, self._handle)
@@ -278,12 +279,23 @@ class NativeRunner:
     def draft(self, batch: FlatBatch, hidden_ND: Tensor) -> RunnerOutput:
         return self._step(batch, hidden_ND.to(self._dtype).contiguous())
 
+    def run_chain(self, chain: ctypes.Structure, longest: int) -> None:
+        """A step of one sequence (engine/lone.py) of up to `longest` tokens: what is missing of it is filled in."""
+        self._reach_to(longest)
+        chain.cos, chain.sin, chain.keys = self._cos.data_ptr(), self._sin.data_ptr(), ctypes.addressof(self._keys)
+        chain.values = ctypes.addressof(self._values) if self._cache.values else None
+        self._run_chain(self._handle, ctypes.byref(chain))
+
+    def _reach_to(self, longest: int) -> None:
+        """Tables of rotary angles for positions below this."""
+        if longest > len(self._cos):
+            most = max(self._config.max_position_embeddings, longest)
+            positions = torch.arange(min(1 << (longest - 1).bit_length(), most))
+            self._cos, self._sin = (table.contiguous() for table in rotary(self._config, positions))
+
     def _step(self, batch: FlatBatch, mtp_hidden_ND: Tensor | None) -> RunnerOutput:
         config, count, wanted = self._config, len(batch.token_ids_N), len(batch.wanted)
-        longest = int(batch.lengths.max())
-        if longest > len(self._cos):
-            positions = torch.arange(min(1 << (longest - 1).bit_length(), max(config.max_position_embeddings, longest)))
-            self._cos, self._sin = (table.contiguous() for table in rotary(config, positions))
+        self._reach_to(int(batch.lengths.max()))
         if self._logits.numel() < wanted * config.vocab_size:
             self._logits = torch.empty(wanted * config.vocab_size)
         hidden = torch.empty(count, config.hidden_size, dtype=self._dtype) if batch.hidden else None

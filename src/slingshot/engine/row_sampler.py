@@ -29,6 +29,12 @@ KEPT = 16  # arrangements of rows
 CANDIDATES = 1024  # tokens that top-k and top-p look at on a GPU; where they keep more, the row is drawn again
 
 
+def check_finite(logprobs: Seq[float]) -> None:
+    """Raise SlingshotError where logits gave no probability."""
+    if not all(map(math.isfinite, logprobs)):
+        raise SlingshotError("logits are not finite: its weights have diverged; go back to an earlier checkpoint")
+
+
 class DrawnRows:
     """Rows of a step: their sequences, and what of them is needed as tensors."""
 
@@ -89,8 +95,7 @@ class RowSampler:
         ids, logprobs = _told(ids_R, logprobs_R)
         if self._candidates and not self._rows.special and not all(map(math.isfinite, logprobs)):
             ids, logprobs = _told(*sample(logits_RV, self._rows.params, uniform_R, self._kernels))
-        if not all(map(math.isfinite, logprobs)):
-            raise SlingshotError("logits are not finite: its weights have diverged; go back to an earlier checkpoint")
+        check_finite(logprobs)
         return ids, logprobs
 
     def _change(self, logits_RV: Tensor) -> None:

@@ -56,6 +56,7 @@ class DecodingRows:
         self._tokens_M, self._positions_M = np.zeros(most, np.int64), np.zeros(most, np.int64)
         self._page_counts_M = np.zeros(most, np.int64)
         self._tables_MP = np.zeros((most, -(-max_length // PAGE)), np.int32)
+        self._table_address = self._tables_MP.ctypes.data
         self._first_page_M = np.arange(most, dtype=np.int64) * self._tables_MP.shape[1]  # in the flat tables
         self._starts = torch.arange(most + 1, dtype=torch.int32)
         self._wanted = torch.arange(most)
@@ -98,6 +99,10 @@ class DecodingRows:
     def position(self, resident: Resident) -> int:
         """Of the token that is to be run next: as many are in the cache."""
         return int(self._positions_M[resident.row])
+
+    def table(self, resident: Resident) -> int:
+        """The address of its page numbers, int32."""
+        return self._table_address + resident.row * self._tables_MP.strides[0]
 
     def batch(self) -> FlatBatch:
         """Every row's last token."""

@@ -118,6 +118,13 @@ class Scheduler:
         step.told = self._telling > 0
         return step if step.rows or step.chunks else None
 
+    def lone_row(self) -> Resident | None:
+        """The only sequence there is, with a page for its next token; None where anything else is to be done."""
+        rows = self.rows.residents
+        if len(rows) != 1 or self._waiting or self._prefilling or self._forked or self._telling:
+            return None
+        return rows[0] if self.pages_ahead(rows[0], 0) >= 0 else None
+
     def commit(self, step: Step) -> list[Resident]:
         """The step was run: who is to be given a token, in the order of the batch's `wanted`; all of them are rows."""
         counters = self.counters
@@ -251,16 +258,22 @@ class Scheduler:
                 self.rows.set_page(resident, len(resident.pages) - 1, page)
                 self.pool.release([shared])
         for resident in self.rows.residents if self.rows.guessing else ():
-            self._give_drafts_pages(resident)
+            self.give_drafts_pages(resident)
 
-    def _give_drafts_pages(self, resident: Resident) -> None:
-        """For as many of its drafts as there are free ones."""
-        position = self.rows.position(resident)
-        while len(resident.pages) * PAGE <= position + len(resident.drafts):
+    def give_drafts_pages(self, resident: Resident) -> None:
+        """For its drafts, as many of them as there are free ones, and for what may be guessed behind them."""
+        room = resident.sequence.request.limit - self.rows.position(resident) - 2
+        ahead = min(2 * len(resident.drafts) + resident.reach, max(0, room))
+        resident.drafts = resident.drafts[: self.pages_ahead(resident, ahead)]
+
+    def pages_ahead(self, resident: Resident, count: int) -> int:
+        """Give a row pages for its next token and `count` more, if there are free ones; -> for how many more."""
+        end = self.rows.position(resident) + 1
+        while (held := len(resident.pages) * PAGE) < end + count:
             if (page := self.pool.take()) is None:
-                resident.drafts = resident.drafts[: len(resident.pages) * PAGE - position - 1]
-                return
+                return held - end
             self.rows.set_page(resident, len(resident.pages), page)
+        return count
 
     def _take(self, resident: Resident, step: Step) -> int | None:
         """A page for a row, if need be from who came last; None when that is the row itself."""

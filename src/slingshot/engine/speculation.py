@@ -24,7 +24,8 @@ from slingshot.engine.rows import Resident
 from slingshot.engine.scheduler import Step
 
 NGRAM = 3  # tokens that must have stood there before
-MOST = 4  # guesses a step and row at most: each right one allows one more the next time, a wrong one fewer
+MOST = 4  # guesses a step and row at most
+WORTH = 0.7  # how often a guess must be right that is not a row's first: it costs a pass of the module, and its own run
 TRIAL = 32  # steps by which plain and guessing are compared, after as many as half of them to get going
 AGAIN = 1000  # steps after which the slower of them is tried again
 
@@ -95,32 +96,51 @@ class Speculator:
         self._payoff = Payoff() if measured else None
         self._indices: dict[Resident, NgramIndex] = {}
         self._guessing = True
+        self.most = 0  # guesses of the module for a row, behind the step that was proposed for
+        self._right = [1.0] * MOST  # how often the module's guesses were right lately, by their place in a step
 
     @property
     def needs_hidden(self) -> bool:
         """Whether `follow` needs the step's hidden states."""
         return self._mtp and self._guessing
 
+    def learn(self, resident: Resident, drafted: int, accepted: int) -> None:
+        """So many of a row's drafts turned out right. One whose turn does not come is tried again by and by."""
+        if not self._mtp:
+            resident.reach = min(accepted + 1, MOST) if accepted == drafted else max(1, accepted)
+            return
+        for place in range(1, MOST):
+            if place <= accepted and place < drafted:
+                self._right[place] += 0.05 * ((place < accepted) - self._right[place])
+            elif place >= drafted and self._right[place] < WORTH:
+                self._right[place] += 0.001
+
     def propose(self, residents: list[Resident]) -> bool:
         """Give the rows their `drafts` for the next step; -> whether there are any."""
         self._guessing = self._payoff is None or self._payoff.pays(len(residents))
         self._indices = {its: self._indices.get(its) or NgramIndex() for its in residents} if self._guessing else {}
+        worth = next((place for place in range(1, MOST) if self._right[place] < WORTH), MOST)
+        self.most = worth if self.needs_hidden else 0
         for resident in residents:
             resident.drafts = []
             sequence = resident.sequence
+            if self._mtp:
+                resident.reach = self.most
             count = min(resident.reach, sequence.request.limit - sequence.length - 1)
             if not self._guessing or not sequence.plain or sequence.request.tells or count < 1:
                 continue
-            tokens = sequence.request.prompt + sequence.token_ids
-            seen = self._indices[resident].guess(tokens, count)
-            agree = not resident.guesses or seen[:1] == resident.guesses[:1]
-            resident.drafts = (seen if agree and len(seen) > len(resident.guesses) else resident.guesses)[:count]
+            resident.drafts = resident.guesses[:count]
+            if len(resident.drafts) < count:
+                seen = self._indices[resident].guess(sequence.request.prompt + sequence.token_ids, count)
+                agree = not resident.guesses or seen[:1] == resident.guesses[:1]
+                if agree and len(seen) > len(resident.drafts):
+                    resident.drafts = seen
         return any(resident.drafts for resident in residents)
 
-    def note(self, step: Step, tokens: int, seconds: float) -> None:
-        """The step that was proposed for gave so many tokens."""
-        if self._payoff is not None and not step.chunks:
-            self._payoff.note(step.rows, self._guessing, tokens, seconds)
+    def note(self, rows: int, tokens: int, seconds: float) -> None:
+        """The step that was proposed for gave its rows so many tokens, and did nothing else."""
+        if self._payoff is not None:
+            self._payoff.note(rows, self._guessing, tokens, seconds)
 
     def follow(self, step: Step, batch: FlatBatch, hidden_ND: Tensor | None, residents: list[Resident]) -> None:
         """After a step and its draws: let the module follow over the tokens that count, and guess on."""
@@ -160,13 +180,13 @@ class Speculator:
         self._guess_on(rows, output.logits_RV, _rows_of(output.hidden_ND, last))
 
     def _guess_on(self, rows: list[Resident], logits_RV: Tensor, hidden_RD: Tensor) -> None:
-        """The module's tokens for these rows, each from the one before, as far as each row reaches."""
+        """The module's tokens for these rows, each from the one before, as many as are worth it."""
         while rows:
             place = len(rows[0].guesses)
             ids, _ = self._sampler.draw(logits_RV, [its.sequence for its in rows], [place] * len(rows))
             for resident, token_id in zip(rows, ids, strict=True):
                 resident.guesses.append(token_id)
-            kept = [at for at, its in enumerate(rows) if place + 1 < its.reach and self._has_page(its, place)]
+            kept = [at for at, its in enumerate(rows) if place + 1 < self.most and self._has_page(its, place)]
             rows = [rows[at] for at in kept]
             if not rows:
                 return

@@ -130,6 +130,17 @@ def test_how_much_it_thinks(client, anthropic_of, more, kinds):
     assert [block.type for block in message.content] == kinds
 
 
+@pytest.mark.parametrize("place", ["output_config", "output_format"])
+def test_a_schema_binds_the_answer_alone(client, anthropic_of, place):
+    schema = {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"], "additionalProperties": False}
+    form = {"type": "json_schema", "schema": schema}
+    more = {"thinking": {"type": "enabled", "budget_tokens": 6}}
+    more |= {"output_config": {"format": form}} if place == "output_config" else {"output_format": form}
+    message = ask(anthropic_of(client), extra_body=more)
+    assert [block.type for block in message.content] == ["thinking", "text"]
+    assert json.loads(message.content[1].text)["x"] in (1, 2)
+
+
 def test_a_begun_answer_is_gone_on_with(client, says, anthropic_of, tokenizer):
     client = says("5")
     ask(anthropic_of(client), [QUESTION, {"role": "assistant", "content": "It is"}])
@@ -194,6 +205,8 @@ def test_silence_is_broken_by_pings(says, anthropic_of, monkeypatch):
     events = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
     assert "ping" in events and events[-1] == "message_stop"
     assert all(json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: "))
+    with anthropic_of(client).messages.stream(model="tiny", messages=[QUESTION], max_tokens=100) as stream:
+        assert stream.get_final_text() == "5"
 
 
 def test_a_client_that_leaves_stops_the_model(says):

@@ -3,6 +3,7 @@ import json
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel, Field
 
 from tests.serving.conftest import ORDERS, WEATHER, said
 
@@ -126,12 +127,15 @@ def test_an_answer_that_is_cut_is_incomplete(says):
     assert list(ask(client, max_output_tokens=3, stream=True))[-1].type == "response.incomplete"
 
 
+class Answer(BaseModel):
+    x: int = Field(ge=0, le=9)
+
+
 def test_a_schema_binds_the_answer_alone(client):
-    schema = {"type": "object", "properties": {"x": {"type": "integer", "maximum": 9, "minimum": 0}}, "required": ["x"]}
-    form = {"type": "json_schema", "name": "x", "schema": schema | {"additionalProperties": False}, "strict": True}
-    response = ask(client, text={"format": form}, reasoning={"effort": "low"}, max_output_tokens=100)
-    assert set(json.loads(response.output_text)) == {"x"}
-    assert response.text.format.type == "json_schema"
+    asked = {"model": "tiny", "input": "What is 3+4-2?", "reasoning": {"effort": "low"}, "max_output_tokens": 100}
+    response = client.responses.parse(**asked, text_format=Answer)
+    assert isinstance(response.output_parsed, Answer)
+    assert [item.type for item in response.output] == ["reasoning", "message"]
 
 
 def test_effort_none_leaves_the_reasoning_out(client):

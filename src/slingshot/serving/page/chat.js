@@ -1,7 +1,7 @@
 // The chat page: what is asked, what comes back, and the conversation as a tree of messages.
 
-import { glassBox } from "./glass.js";
-import { markdown } from "./markdown.js";
+import { AnswerView } from "./answer.js";
+import { button, make } from "./dom.js";
 import * as store from "./store.js";
 import { ask, get, post } from "./stream.js";
 import { sayAll, setLanguage, word } from "./words.js";
@@ -13,17 +13,8 @@ const EFFORTS = ["auto", "none", "low", "high", "max"];
 let conversations = [];
 let current = store.begin();
 let models = new Map();
-let running = null; // {stop, ids}: an answer on its way
-
-function make(tag, properties = {}, ...children) {
-  const { label, ...own } = properties;
-  const element = Object.assign(document.createElement(tag), own);
-  if (label) element.setAttribute("aria-label", label);
-  element.append(...children.filter((child) => child != null));
-  return element;
-}
-
-const button = (text, act, properties = {}) => make("button", { type: "button", textContent: text, onclick: act, ...properties });
+let running = null; // {stop, nodes}: answers on their way
+let views = new Map(); // node id -> AnswerView, of what is shown
 
 // What is asked
 
@@ -63,57 +54,77 @@ function tokensOf(choice) {
     })));
 }
 
+function take(node, chunk, begun) {
+  node.request = chunk.id;
+  for (const choice of chunk.choices) {
+    node.first ??= performance.now() - begun;
+    node.reasoning += choice.delta.reasoning_content ?? "";
+    if (choice.delta.content) node.thought ??= performance.now() - begun;
+    node.content += choice.delta.content ?? "";
+    node.tokens?.push(...tokensOf(choice));
+    node.finish = choice.finish_reason ?? node.finish;
+  }
+  if (chunk.usage) Object.assign(node, { usage: chunk.usage, seconds: (performance.now() - begun) / 1000 });
+}
+
 async function answer(node, controller) {
   const begun = performance.now();
-  Object.assign(node, { content: "", reasoning: "", tokens: node.asked.glass ? [] : undefined, unfinished: true, error: undefined });
+  const fresh = { content: "", reasoning: "", unfinished: true, tokens: node.asked.glass ? [] : undefined };
+  for (const name of ["error", "first", "thought", "finish", "usage", "seconds", "request", "prompt"]) fresh[name] = undefined;
+  Object.assign(node, fresh);
   try {
     for await (const chunk of ask(bodyFor(node), controller.signal)) {
-      node.request = chunk.id;
-      for (const choice of chunk.choices) {
-        node.first ??= performance.now() - begun;
-        node.reasoning += choice.delta.reasoning_content ?? "";
-        if (choice.delta.content) node.thought ??= performance.now() - begun;
-        node.content += choice.delta.content ?? "";
-        node.tokens?.push(...tokensOf(choice));
-        node.finish = choice.finish_reason ?? node.finish;
-      }
-      if (chunk.usage) Object.assign(node, { usage: chunk.usage, seconds: (performance.now() - begun) / 1000 });
+      take(node, chunk, begun);
       show(node);
     }
   } catch (error) {
     if (controller.signal.aborted) node.finish = "stopped";
-    else node.error = error instanceof TypeError ? word("fails") : error.message;
+    else node.error = failureOf(error);
   }
   node.thought ??= performance.now() - begun;
   node.unfinished = false;
+  views.get(node.id)?.settle();
+}
+
+function failureOf(error) {
+  if (error.status === 401) openDoor();
+  if (error instanceof TypeError) return word("fails");
+  return error.later ? `${error.message} ${word("later", error.later)}` : error.message;
 }
 
 // Run answers side by side until all are whole.
 async function run(nodes) {
+  const conversation = current;
+  const save = () => conversation.dropped || store.put(conversation);
   const controller = new AbortController();
-  running = { stop: () => controller.abort(), nodes };
+  running = { stop: () => controller.abort(), nodes, save };
+  const answers = nodes.map((node) => answer(node, controller));
   draw();
-  await store.put(current);
-  const saving = setInterval(() => store.put(current), 1000);
-  await Promise.all(nodes.map((node) => answer(node, controller)));
+  await save();
+  const saving = setInterval(save, 500);
+  await Promise.all(answers);
   clearInterval(saving);
   running = null;
-  current.updated = Date.now();
-  await store.put(current);
+  conversation.updated = Date.now();
+  await save();
   conversations = await store.all();
   draw();
-  $("question").focus();
+  // Read out when it is whole, and only then.
+  $("spoken").textContent = conversation === current ? nodes.map((node) => node.error ?? node.content).join("\n") : "";
+  if (document.activeElement === document.body && !matchMedia("(pointer: coarse)").matches) $("question").focus();
 }
 
 async function send(text, parent) {
   if (running || !text.trim()) return;
   current.leaf = parent;
   current.title ||= text.trim().slice(0, 80);
+  localStorage.setItem("open", current.id);
   const question = store.add(current, { role: "user", content: text });
   await reply(question.id);
 }
 
 async function reply(parent) {
+  if (running) return;
   current.leaf = parent;
   const first = store.add(current, { role: "assistant", asked: asking($("model").value) });
   const nodes = [first];
@@ -121,31 +132,31 @@ async function reply(parent) {
     nodes.push(store.add(current, { role: "assistant", parent, besides: first.id, asked: { ...first.asked, model: $("beside").value } }));
     current.leaf = first.id;
   }
-  await run(nodes);
+  const answers = run(nodes);
+  toEnd();
+  await answers;
 }
 
 // The same question with the same seed: the same tokens, with all that is known of them.
 async function lookInside(node) {
-  node.asked = { ...node.asked, glass: true };
-  $("note").textContent = word("again_inside");
-  await run([node]);
-  $("note").textContent = "";
+  if (running) return;
+  if (!node.tokens?.length) {
+    node.asked = { ...node.asked, glass: true };
+    $("note").textContent = word("again_inside");
+    await run([node]);
+    $("note").textContent = "";
+    node.shown = false;
+  }
+  node.shown = !node.shown;
+  if (node.shown && !node.prompt) {
+    const { model } = node.asked;
+    const asked = { model, messages: messagesFor(node.parent, model), return_token_strs: true };
+    node.prompt = await post("tokenize", asked).then((told) => told.token_strs).catch(() => []);
+  }
+  views.get(node.id)?.look();
 }
 
 // What is shown
-
-function reasoningOf(node) {
-  if (!node.reasoning) return null;
-  const thinking = node.unfinished && !node.content;
-  const seconds = ((node.thought ?? 0) / 1000).toFixed(1);
-  const tokens = node.usage?.completion_tokens_details.reasoning_tokens;
-  const told = thinking ? word("thinking") : word("thought", seconds, tokens ?? "?");
-  const open = node.open ?? thinking;
-  const block = make("details", { className: `reasoning${thinking ? " working" : ""}`, open },
-    make("summary", { textContent: told }), make("div", { className: "said", textContent: node.reasoning }));
-  block.querySelector("summary").addEventListener("click", () => (node.open = !block.open));
-  return block;
-}
 
 function costOf(node) {
   const price = models.get(node.asked?.model)?.price;
@@ -154,20 +165,10 @@ function costOf(node) {
   return (hit * price.cache_hit + miss * price.cache_miss + output * price.output) / 1e6;
 }
 
-function statisticsOf(node) {
-  if (!node.usage || !node.seconds) return node.finish === "stopped" ? word("stopped") : "";
-  const count = node.usage.completion_tokens;
-  const speed = (count / node.seconds).toFixed(count / node.seconds < 10 ? 1 : 0);
-  const parts = [word("rate", count, speed, ((node.first ?? 0) / 1000).toFixed(2))];
-  if (node.usage.prompt_cache_hit_tokens) parts.push(word("cached", node.usage.prompt_cache_hit_tokens));
-  if (node.finish === "length") parts.push(word("cut"));
-  return parts.join(", ");
-}
-
 function versionsOf(node) {
   const versions = store.siblings(current, node);
   const place = versions.indexOf(node);
-  if (versions.length < 2 || running) return [];
+  if (versions.length < 2 || running || node.besides) return [];
   const go = (step) => () => {
     current.leaf = store.lastBelow(current, versions[place + step].id);
     store.put(current);
@@ -180,22 +181,17 @@ function versionsOf(node) {
   ];
 }
 
+function toolsOf(node) {
+  if (node.unfinished) return [make("span", { textContent: word("unfinished") }), button(word("resume"), () => !running && run([node]))];
+  const look = button(word("look"), () => lookInside(node), { title: word("opened"), className: "look" });
+  return [...versionsOf(node), button(word("copy"), () => navigator.clipboard.writeText(node.content)), button(word("again"), () => reply(node.parent)),
+    node.content || node.reasoning ? look : null].filter(Boolean);
+}
+
 function answerOf(node) {
-  const text = make("div", { className: "text" });
-  text.innerHTML = markdown(node.content);
-  const tools = make("div", { className: "tools" });
-  if (!node.unfinished) {
-    tools.append(...versionsOf(node), button(word("copy"), () => navigator.clipboard.writeText(node.content)),
-      button(word("again"), () => !running && reply(node.parent)));
-    const inside = node.tokens?.length ? () => ((node.shown = !node.shown), show(node)) : () => !running && lookInside(node).then(() => ((node.shown = true), show(node)));
-    tools.append(button(word("look"), inside, { title: word("opened"), className: "look" }), make("span", { textContent: statisticsOf(node) }));
-  } else if (!running?.nodes.includes(node)) {
-    tools.append(make("span", { textContent: word("unfinished") }), button(word("resume"), () => !running && run([node])));
-  }
-  return make("div", { className: "answer", id: `node-${node.id}` },
-    make("div", { className: "who", textContent: node.asked.model }), reasoningOf(node), text,
-    node.error ? make("p", { className: "bad", textContent: node.error }) : null, tools,
-    node.shown && node.tokens?.length ? glassBox(node.tokens) : null);
+  const view = new AnswerView(node, Boolean(running?.nodes.includes(node)), toolsOf);
+  views.set(node.id, view);
+  return view.element;
 }
 
 function questionOf(node) {
@@ -204,6 +200,13 @@ function questionOf(node) {
     const area = make("textarea", { value: node.content, rows: 3, label: word("edit") });
     turn.replaceChildren(area, make("div", { className: "tools" },
       button(word("save"), () => send(area.value, node.parent)), button(word("cancel"), draw)));
+    area.addEventListener("keydown", (event) => {
+      if (event.key === "Escape") draw();
+      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+        event.preventDefault();
+        send(area.value, node.parent);
+      }
+    });
     area.focus();
   };
   turn.append(make("div", { className: "text", textContent: node.content }),
@@ -211,14 +214,25 @@ function questionOf(node) {
   return turn;
 }
 
+const atEnd = () => $("thread").scrollHeight - $("thread").scrollTop - $("thread").clientHeight < 60;
+const toEnd = () => ($("thread").scrollTop = $("thread").scrollHeight);
+const grown = new Set();
+
+// Once a frame, however many tokens came; whoever reads further up is left there.
 function show(node) {
-  const thread = $("thread");
-  const low = thread.scrollHeight - thread.scrollTop - thread.clientHeight < 60;
-  document.getElementById(`node-${node.id}`)?.replaceWith(answerOf(node));
-  if (low) thread.scrollTop = thread.scrollHeight;
+  if (!grown.size) {
+    requestAnimationFrame(() => {
+      const follow = atEnd();
+      for (const each of grown) views.get(each.id)?.grow();
+      grown.clear();
+      if (follow) toEnd();
+    });
+  }
+  grown.add(node);
 }
 
 function hello() {
+  if (!models.size) return make("div", { className: "hello" }, make("h2", { textContent: "slingshot" }), button(word("retry"), connect));
   const about = models.get($("model").value) ?? {};
   const example = about.example && button(about.example, () => send(about.example, null));
   return make("div", { className: "hello" }, make("h2", { textContent: $("model").value }),
@@ -226,7 +240,10 @@ function hello() {
     example ? make("p", {}, `${word("example")} `, example) : null);
 }
 
-function draw() {
+function draw(jump = false) {
+  const follow = jump === true || atEnd();
+  const height = $("thread").scrollTop;
+  views = new Map();
   const nodes = store.path(current);
   const turns = nodes.map((node) => {
     if (node.role === "user") return questionOf(node);
@@ -234,7 +251,8 @@ function draw() {
     return make("div", { className: `turn${beside ? " pair" : ""}` }, answerOf(node), beside ? answerOf(beside) : null);
   });
   $("thread").replaceChildren(...(turns.length ? turns : [hello()]));
-  $("thread").scrollTop = $("thread").scrollHeight;
+  if (follow) toEnd();
+  else $("thread").scrollTop = height;
   $("send").hidden = Boolean(running);
   $("stop").hidden = $("now").hidden = !running;
   const cost = Object.values(current.nodes).reduce((sum, node) => sum + costOf(node), 0);
@@ -245,23 +263,34 @@ function draw() {
 function drawList() {
   const wanted = $("search").value.toLowerCase();
   const holds = (it) => !wanted || it.title.toLowerCase().includes(wanted) || Object.values(it.nodes).some((node) => node.content.toLowerCase().includes(wanted));
-  $("list").replaceChildren(...conversations.filter(holds).map((it) => {
+  const found = conversations.filter(holds).map((it) => {
     const name = button(it.title, () => open(it), { title: it.title });
     name.setAttribute("aria-current", String(it.id === current.id));
     return make("div", {}, name, button("×", () => drop(it), { className: "remove", label: `${word("remove")}: ${it.title}` }));
-  }));
+  });
+  $("list").replaceChildren(...found);
+  if (wanted && !found.length) $("list").append(make("p", { className: "muted", textContent: word("none_found") }));
 }
 
 function open(conversation) {
   running?.stop();
   current = conversation;
   localStorage.setItem("open", conversation.id);
-  $("side").classList.remove("open");
-  draw();
+  unfold(false);
+  draw(true);
+}
+
+function unfold(open) {
+  $("side").classList.toggle("open", open);
+  $("menu").setAttribute("aria-expanded", String(open));
 }
 
 async function drop(conversation) {
   if (!confirm(word("confirm"))) return;
+  if (conversation.id === current.id) {
+    current.dropped = true;
+    running?.stop();
+  }
   await store.remove(conversation.id);
   conversations = await store.all();
   if (conversation.id === current.id) open(store.begin());
@@ -302,6 +331,7 @@ async function importAll(file) {
   } catch (error) {
     $("note").textContent = `${file.name}: ${error.message}`;
   }
+  $("file").value = ""; // the same one may be chosen again
 }
 
 async function answerNow() {
@@ -332,10 +362,11 @@ function listen() {
     }
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") running?.stop();
+    if (event.key === "Escape" && $("side").classList.contains("open")) unfold(false);
+    else if (event.key === "Escape" && !$("door").open) running?.stop();
     if (event.ctrlKey && event.key.toLowerCase() === "k") {
       event.preventDefault();
-      $("side").classList.add("open");
+      unfold(true);
       $("search").focus();
     }
     if (event.ctrlKey && event.shiftKey && event.key.toLowerCase() === "o") {
@@ -352,7 +383,15 @@ function listen() {
   $("import").onclick = () => $("file").click();
   $("file").onchange = () => $("file").files[0] && importAll($("file").files[0]);
   $("theme").onclick = () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
-  $("menu").onclick = () => $("menu").setAttribute("aria-expanded", $("side").classList.toggle("open"));
+  $("menu").onclick = () => unfold(!$("side").classList.contains("open"));
+  $("thread").addEventListener("pointerdown", () => unfold(false));
+  $("key").onclick = openDoor;
+  $("leave").onclick = () => $("door").close();
+  $("door").querySelector("form").addEventListener("submit", () => {
+    localStorage.setItem("key", $("secret").value.trim());
+    connect();
+  });
+  addEventListener("pagehide", () => running?.save());
   $("language").onclick = () => {
     setLanguage();
     fillChoices();
@@ -369,32 +408,34 @@ function listen() {
   }
 }
 
-async function loadModels() {
+function openDoor() {
+  $("secret").value = "";
+  $("key").hidden = false;
+  if (!$("door").open) $("door").showModal();
+}
+
+// Ask for the models, and for a key where the server wants one.
+async function connect() {
   try {
     models = new Map((await get("v1/models")).data.map((model) => [model.id, model]));
+    $("note").textContent = "";
   } catch (error) {
-    if (error.status !== 401) throw error;
-    const key = prompt(error.message);
-    if (!key) throw error;
-    localStorage.setItem("key", key.trim());
-    return loadModels();
+    $("note").textContent = failureOf(error);
   }
+  $("key").hidden = !localStorage.getItem("key");
+  fillChoices();
+  draw();
 }
 
 async function begin() {
   setTheme(localStorage.getItem("theme") ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
   sayAll();
   listen();
-  try {
-    await loadModels();
-  } catch (error) {
-    $("note").textContent = error.message;
-  }
-  fillChoices();
   conversations = await store.all();
   const last = conversations.find((it) => it.id === localStorage.getItem("open"));
   if (last) current = last;
-  draw();
+  await connect();
+  toEnd();
 }
 
 begin();

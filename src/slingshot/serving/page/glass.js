@@ -2,15 +2,17 @@
 // have said, and which experts every layer chose.
 //   tokens: [{text, logprob, kind, top: [[text, logprob], ...], experts: [[expert, ...] of a layer, ...], from}]
 
+import { make } from "./dom.js";
 import { word } from "./words.js";
 
-const percent = (logprob) => `${(100 * Math.exp(logprob)).toFixed(logprob > -4.6 ? 0 : 2)}%`;
-
-function element(tag, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
+function percent(logprob) {
+  const share = 100 * Math.exp(logprob);
+  if (share < 0.01) return "<0.01%";
+  return share > 99.5 && logprob < -0.0001 ? `${Math.min(share, 99.99).toFixed(2)}%` : `${share.toFixed(share < 1 ? 2 : 0)}%`;
 }
+
+// Signs that would not be seen, by others that are.
+const seen = (text) => text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(" ", "␣");
 
 // How often each expert of a layer was chosen, as a share of the busiest.
 function loads(tokens) {
@@ -25,15 +27,15 @@ function loads(tokens) {
 }
 
 function expertsOf(token, layers, counts) {
-  const grid = element("div", { className: "experts" });
+  const grid = make("div", { className: "experts" });
   grid.setAttribute("role", "img");
   grid.setAttribute("aria-label", `${word("experts")}: ${token.experts.map((chosen) => chosen.join(" ")).join("; ")}`);
   token.experts.forEach((chosen, layer) => {
     const busiest = Math.max(...layers[layer].values());
-    const row = element("div", { className: "layer" }, element("span", { textContent: layer + 1 }));
+    const row = make("div", { className: "layer" }, make("span", { textContent: layer + 1 }));
     for (let expert = 0; expert < counts[layer]; expert++) {
       const load = (layers[layer].get(expert) ?? 0) / busiest;
-      const cell = element("i", { title: `${expert}` });
+      const cell = make("i", { title: `${expert}` });
       cell.style.setProperty("--load", load.toFixed(2));
       cell.classList.toggle("chosen", chosen.includes(expert));
       row.append(cell);
@@ -43,29 +45,41 @@ function expertsOf(token, layers, counts) {
   return grid;
 }
 
-export function glassBox(tokens) {
+// The prompt, what of it was in the cache marked: a prefix, for the cache holds prompts from their beginning.
+function promptOf({ usage, prompt }) {
+  if (!usage) return [];
+  const { prompt_tokens: all, prompt_cache_hit_tokens: hit } = usage;
+  const told = make("p", { className: "muted", textContent: word("from_cache", hit, all) });
+  if (prompt?.length !== all) return [told];
+  const part = (tokens, name) => make("span", { className: name, textContent: tokens.join("") });
+  return [told, make("div", { className: "prompt" }, part(prompt.slice(0, hit), "hit"), part(prompt.slice(hit), "miss"))];
+}
+
+//   node: an answer with its tokens, its usage, and the tokens of its prompt where they are known
+export function glassBox(node) {
+  const { tokens } = node;
   const layers = loads(tokens);
   const counts = layers.map((layer) => Math.max(...layer.keys()) + 1);
-  const box = element("div", { className: "glass" });
-  const details = element("div", { className: "inside" });
+  const box = make("div", { className: "glass" });
+  const details = make("div", { className: "inside" });
   details.setAttribute("role", "status");
 
   const open = (token, button) => {
     for (const other of box.querySelectorAll(".token[aria-pressed=true]")) other.setAttribute("aria-pressed", "false");
     button.setAttribute("aria-pressed", "true");
-    const rows = token.top.filter(([text]) => text !== token.text).map(([text, logprob]) =>
-      element("li", {}, element("code", { textContent: text }), element("b", { textContent: percent(logprob) })));
+    const rows = token.top.filter(([text, logprob]) => text !== token.text || Math.abs(logprob - token.logprob) > 1e-3).map(([text, logprob]) =>
+      make("li", {}, make("code", { textContent: seen(text) }), make("b", { textContent: percent(logprob) })));
     details.replaceChildren(
-      element("p", {}, element("code", { textContent: token.text }), ` ${word("probability")} ${percent(token.logprob)}`),
-      rows.length ? element("p", { className: "muted", textContent: word("instead") }) : element("p", { className: "muted", textContent: word("none_else") }),
-      element("ol", {}, ...rows),
-      ...(token.experts?.length ? [element("p", { className: "muted", textContent: `${word("experts")}. ${word("load")}.` }), expertsOf(token, layers, counts)] : []),
+      make("p", {}, make("code", { textContent: seen(token.text) }), ` ${word("probability")} ${percent(token.logprob)}`),
+      rows.length ? make("p", { className: "muted", textContent: word("instead") }) : make("p", { className: "muted", textContent: word("none_else") }),
+      make("ol", {}, ...rows),
+      ...(token.experts?.length ? [make("p", { className: "muted", textContent: `${word("experts")}. ${word("load")}.` }), expertsOf(token, layers, counts)] : []),
     );
   };
 
-  const line = element("div", { className: "tokens" });
+  const line = make("div", { className: "tokens" });
   for (const token of tokens) {
-    const button = element("button", { className: `token ${token.kind}`, textContent: token.text.replaceAll("\n", "⏎\n") });
+    const button = make("button", { className: `token ${token.kind}`, textContent: token.text.replaceAll("\n", "⏎\n"), tabIndex: line.children.length ? -1 : 0 });
     button.style.setProperty("--sure", Math.exp(token.logprob).toFixed(3));
     button.setAttribute("aria-pressed", "false");
     button.setAttribute("aria-label", `${token.text} ${percent(token.logprob)}`);
@@ -77,8 +91,12 @@ export function glassBox(tokens) {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     const buttons = [...line.children];
     const next = step && buttons[buttons.indexOf(document.activeElement) + step];
-    if (next) next.focus();
+    if (!next) return;
+    event.preventDefault();
+    document.activeElement.tabIndex = -1;
+    next.tabIndex = 0;
+    next.focus();
   });
-  box.append(line, details);
+  box.append(make("div", { className: "asked" }, ...promptOf(node)), line, details);
   return box;
 }

@@ -1,17 +1,31 @@
 // Markdown with mathematics and coloured code, made safe: an answer is untrusted text.
 
+import { make } from "./dom.js";
+
 const { marked, DOMPurify, katex, hljs } = window;
 
 // Code first: what looks like mathematics inside it is none.
 const PARTS = /(```[\s\S]*?(?:```|$)|`[^`\n]*`)|\$\$([\s\S]+?)\$\$|\\\[([\s\S]+?)\\\]|\\\(([\s\S]+?)\\\)|\$(?!\s)([^$\n]+?)(?<!\s)\$(?!\d)/g;
+const PLACES = /\uE000(\d+)\uE001/g; // where formulas stand while the rest is read
+const GUESSED = 2000; // characters of code whose language is guessed
+// Pictures would be fetched from other hosts: who reads what stays here. Nor may an answer lay itself over the page.
+const SAFE = {
+  RETURN_DOM_FRAGMENT: true,
+  FORBID_TAGS: ["img", "picture", "source", "video", "audio", "iframe", "form", "input", "button", "textarea", "select", "style", "svg"],
+  FORBID_ATTR: ["id", "name", "style"],
+  ADD_ATTR: ["target"],
+};
+
+const escape = (text) => text.replace(/[&<>"]/g, (sign) => `&#${sign.charCodeAt(0)};`);
 
 marked.use({
   gfm: true,
   breaks: true,
   renderer: {
     code({ text, lang }) {
-      const known = lang && hljs.getLanguage(lang) ? hljs.highlight(text, { language: lang }) : hljs.highlightAuto(text);
-      return `<pre><code class="hljs">${known.value}</code></pre>`;
+      const known = lang && hljs.getLanguage(lang);
+      const coloured = known ? hljs.highlight(text, { language: lang }).value : text.length < GUESSED ? hljs.highlightAuto(text).value : escape(text);
+      return `<pre tabindex="0"><code class="hljs">${coloured}</code></pre>`;
     },
   },
 });
@@ -23,17 +37,52 @@ DOMPurify.addHook("afterSanitizeAttributes", (element) => {
   }
 });
 
-export function markdown(text) {
-  const formulas = [];
-  const marked_up = text.replace(PARTS, (whole, code, ...found) => {
-    if (code !== undefined) return whole;
-    const [display1, display2, inline1, inline2] = found;
-    const displayMode = (display1 ?? display2) !== undefined;
-    const formula = display1 ?? display2 ?? inline1 ?? inline2;
-    formulas.push(katex.renderToString(formula, { displayMode, throwOnError: false, trust: false, maxExpand: 100 }));
-    return `\uE000${formulas.length - 1}\uE001`;
-  });
-  const html = marked.parse(marked_up).replace(/\uE000(\d+)\uE001/g, (_, number) => formulas[number] ?? "");
-  // Pictures would be fetched from other hosts: who reads what stays here.
-  return DOMPurify.sanitize(html, { FORBID_TAGS: ["img", "video", "audio", "iframe", "form", "input", "style"], ADD_ATTR: ["target"] });
+DOMPurify.addHook("uponSanitizeAttribute", (_, data) => {
+  if (data.attrName === "class" && !data.attrValue.startsWith("hljs")) data.keepAttr = false;
+});
+
+// Put formulas where their places are, in text alone: nothing is written into an attribute.
+function typeset(fragment, formulas) {
+  const walker = document.createTreeWalker(fragment, NodeFilter.SHOW_TEXT);
+  const found = [];
+  while (walker.nextNode()) if (walker.currentNode.data.includes("\uE000")) found.push(walker.currentNode);
+  for (const text of found) {
+    const parts = text.data.split(PLACES).map((part, place) => {
+      const span = make("span", place % 2 ? {} : { textContent: part });
+      const { source, displayMode } = (place % 2 && formulas[part]) || {};
+      if (source) katex.render(source, span, { displayMode, throwOnError: false, trust: false, maxExpand: 100 });
+      return span;
+    });
+    text.replaceWith(...parts);
+  }
+  return fragment;
+}
+
+// An element that shows a text which grows: blocks that stand are not touched again.
+export class GrowingMarkdown {
+  constructor(element) {
+    this.element = element;
+    this.shown = []; // the source of every block
+  }
+
+  show(text) {
+    const formulas = [];
+    const rest = text.replace(/[\uE000\uE001]/g, "").replace(PARTS, (whole, code, ...found) => {
+      if (code !== undefined) return whole;
+      const [display1, display2, inline1, inline2] = found;
+      const displayMode = (display1 ?? display2) !== undefined;
+      formulas.push({ source: display1 ?? display2 ?? inline1 ?? inline2, displayMode });
+      return `\uE000${formulas.length - 1}\uE001`;
+    });
+    const tokens = marked.lexer(rest);
+    tokens.forEach((token, place) => {
+      const source = token.raw.replace(PLACES, (_, number) => `\uE000${formulas[number]?.source}\uE001`);
+      if (this.shown[place] === source) return;
+      this.shown[place] = source;
+      const block = this.element.children[place] ?? this.element.appendChild(make("div"));
+      block.replaceChildren(typeset(DOMPurify.sanitize(marked.parser([token]), SAFE), formulas));
+    });
+    this.shown.length = tokens.length;
+    while (this.element.children.length > tokens.length) this.element.lastChild.remove();
+  }
 }

@@ -12,7 +12,7 @@ async function refuse(response) {
   } catch {
     // no body that says more
   }
-  throw Object.assign(new Error(message), { status: response.status });
+  throw Object.assign(new Error(message), { status: response.status, later: Number(response.headers.get("Retry-After")) });
 }
 
 export async function get(path) {
@@ -39,11 +39,12 @@ export async function* ask(body, signal) {
   let held = "";
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) return;
+    if (done) throw new TypeError("the connection ended before the answer did");
     const lines = (held + value).split("\n");
     held = lines.pop();
     for (const line of lines) {
-      if (!line.startsWith("data: ") || line === "data: [DONE]") continue;
+      if (line === "data: [DONE]") return;
+      if (!line.startsWith("data: ")) continue;
       const chunk = JSON.parse(line.slice(6));
       if (chunk.error) throw new Error(chunk.error.message);
       yield chunk;

@@ -1,5 +1,6 @@
 """What vLLM's and llama.cpp's servers say, over any backend: enough of their words to be asked by ids."""
 
+import codecs
 import json
 
 from fastapi import FastAPI, Request, Response
@@ -12,7 +13,8 @@ SAME = ("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "f
 
 
 def fake_server(backend, tokenizer, kind, state=None):
-    """state: not "ready" is 503; the first so many answers end before they begin ("dies"), or behind ("midway")."""
+    """state: not "ready" is 503; the first so many answers end before they begin ("dies"), or behind ("midway");
+    "refuses" is what is told within an answer instead of it."""
     app, state = FastAPI(), {} if state is None else state
     state.update({"asked": [], "ready": True, "dies": 0, "midway": 0} | state)
 
@@ -42,6 +44,8 @@ def fake_server(backend, tokenizer, kind, state=None):
         return body.get("json_schema") or (body.get("structured_outputs") or {}).get("json")
 
     def answered(events):
+        if "refuses" in state:
+            return StreamingResponse(iter([f"data: {json.dumps({'error': state['refuses']})}\n\n", "data: [DONE]\n\n"]))
         if state["dies"]:
             state["dies"] -= 1
             return Response(status_code=500)
@@ -67,18 +71,18 @@ def fake_server(backend, tokenizer, kind, state=None):
         assert kind == "llama.cpp" and body["return_tokens"]
 
         async def events():
+            count, text = 0, codecs.getincrementaldecoder("utf-8")("replace")
             async for delta in deltas(body, body["n_predict"], ()):
-                ids, ended = delta.token_ids, delta.finish_reason == "stop"
-                ids = ids[:-1] if ended else ids
-                told = [{"id": id, "logprob": -0.5, "top_logprobs": []} for id in ids]
-                yield {"tokens": ids, "stop": False, "completion_probabilities": told}
+                for id in delta.token_ids:
+                    count += 1
+                    content = text.decode(tokenizer.detokenizer.bytes_of(id))
+                    if not text.getstate()[0]:  # nothing is told while a character is not whole
+                        told = {"tokens": [id], "content": content, "tokens_predicted": count, "stop": False}
+                        yield told | {"completion_probabilities": [{"id": id, "logprob": -0.5, "top_logprobs": []}]}
                 if delta.finish_reason:
-                    yield {
-                        "tokens": [],
-                        "stop": True,
-                        "stop_type": "eos" if ended else "limit",
-                        "timings": {"cache_n": 3},
-                    }
+                    why = "eos" if delta.finish_reason == "stop" else "limit"
+                    yield {"tokens": [], "content": "", "tokens_predicted": count, "stop": True, "stop_type": why,
+                           "timings": {"cache_n": 3}}  # fmt: skip
 
         return answered(events())
 

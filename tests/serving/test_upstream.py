@@ -1,14 +1,19 @@
 import asyncio
 import contextlib
 
+import openai
 import pytest
 
 from slingshot.base.errors import SlingshotError
 from slingshot.engine.sampling import SamplingParams
+from slingshot.engine.vocabulary import Vocabulary
+from slingshot.serving.app import create_app
 from slingshot.serving.backend import Generation
 from slingshot.serving.errors import ApiError
+from slingshot.serving.gateway import Gateway
 from slingshot.serving.inference_servers import LlamaServer, VllmServer
 from slingshot.serving.local import LocalBackend
+from slingshot.serving.served_model import ServedModel
 from slingshot.serving.upstream import UpstreamBackend
 from tests.serving.conftest import ScriptedBackend, ids_of, running
 from tests.serving.fake_servers import fake_server
@@ -22,12 +27,12 @@ def upstream(tokenizer):
     with contextlib.ExitStack() as stack:
 
         def make(backends, kind, states=None):
-            states = states or [{} for _ in backends]
+            states, vocabulary = states or [{} for _ in backends], Vocabulary(tokenizer, tokenizer.vocab_size)
             urls = [
                 stack.enter_context(running(fake_server(backend, tokenizer, kind, state)))
                 for backend, state in zip(backends, states, strict=True)
             ]
-            servers = [VllmServer(url) if kind == "vllm" else LlamaServer(url, tokenizer.eos_id) for url in urls]
+            servers = [VllmServer(url) if kind == "vllm" else LlamaServer(url, vocabulary) for url in urls]
             return UpstreamBackend(servers, tokenizer)
 
         yield make
@@ -60,12 +65,54 @@ def generation(tokenizer, text="What is 3+4-2?", **params):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_server_s_answer_is_the_one_it_made(upstream, engine, tokenizer, kind):
     asked = generation(tokenizer)
+    if kind == "llama.cpp":  # which does not tell every id of bytes that are no text
+        asked = Generation(tuple(tokenizer.encode("7")), SamplingParams(json_schema='{"enum": ["7+8", "8"]}'), "0")
     local = LocalBackend(engine)
     asyncio.run(local.start())
     [(ids, reason, _)] = gather(upstream([local], kind), [asked])
     own = engine.generate([list(asked.prompt_ids)], asked.params, ["0"])[0].outputs[0]
     assert (ids, reason) == (own.token_ids, own.finish_reason)
     asyncio.run(local.close())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_characters_of_several_tokens_arrive_whole_and_are_counted(upstream, tokenizer, kind):
+    script = [*tokenizer.encode("7、\U0001f642ぬ😀7", continues=True), tokenizer.eos_id]
+    backend = ScriptedBackend(script, eos_ids=tokenizer.eos_ids)
+    [(ids, reason, _)] = gather(upstream([backend], kind), [generation(tokenizer)])
+    assert (tokenizer.decode(ids[:-1]), len(ids), ids[-1], reason) == (
+        "7、\U0001f642ぬ😀7",
+        len(script),
+        tokenizer.eos_id,
+        "stop",
+    )
+
+
+def test_what_was_cached_is_in_the_usage_though_it_is_told_last(upstream, tokenizer):
+    script = ScriptedBackend(tokenizer.encode("7 and 8", continues=True))
+    model = ServedModel("tiny", tokenizer, upstream([script], "llama.cpp"))
+    with (
+        running(create_app(Gateway([model]))) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        answer = client.completions.create(model="tiny", prompt="What is 3+4-2?", max_tokens=20)
+    assert answer.usage.prompt_tokens_details.cached_tokens == 3
+
+
+@pytest.mark.parametrize(("code", "status"), [(400, 400), (500, 503)])
+def test_an_error_told_within_an_answer(upstream, tokenizer, code, status):
+    state = {"refuses": {"message": "out of vocabulary", "code": code}}
+    script = ScriptedBackend(tokenizer.encode("7", continues=True))
+    [error] = gather(upstream([script], "vllm", [state]), [generation(tokenizer)])
+    assert error.status == status
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("asked", [{"prompt_logprobs": 1}, {"routed_experts": True}, {"bad_words": ((3, 4),)}])
+def test_what_a_server_would_pass_over_is_refused(upstream, tokenizer, kind, asked):
+    script = ScriptedBackend(tokenizer.encode("7", continues=True))
+    [error] = gather(upstream([script], kind), [generation(tokenizer, **asked)])
+    assert error.status == 400 and not script.asked
 
 
 @pytest.mark.parametrize("kind", KINDS)

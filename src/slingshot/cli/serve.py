@@ -115,6 +115,7 @@ def _upstream_model(sources: Sequence[str], engine: str, urls: Sequence[str]) ->
     """The one model that all of the servers have; its tokenizer is read here."""
     from slingshot.checkpoint.hub import locate
     from slingshot.checkpoint.load_save import load_tokenizer
+    from slingshot.engine.vocabulary import Vocabulary
     from slingshot.serving.inference_servers import InferenceServer, LlamaServer, VllmServer
     from slingshot.serving.served_model import ServedModel, names_of
     from slingshot.serving.upstream import UpstreamBackend
@@ -122,9 +123,8 @@ def _upstream_model(sources: Sequence[str], engine: str, urls: Sequence[str]) ->
     if len(sources) != 1:
         raise SlingshotError("the servers of --upstream have one model: name its checkpoint alone")
     tokenizer = load_tokenizer(locate(sources[0]))
-    if engine == "llama.cpp" and tokenizer.eos_id is None:
-        raise SlingshotError(f"{sources[0]} names no eos_token, which llama.cpp's servers do not tell")
+    vocabulary = Vocabulary(tokenizer, tokenizer.vocab_size)
     servers: list[InferenceServer] = [
-        VllmServer(url) if engine == "vllm" else LlamaServer(url, tokenizer.eos_id or 0) for url in urls
+        VllmServer(url) if engine == "vllm" else LlamaServer(url, vocabulary) for url in urls
     ]
     return ServedModel(names_of(sources)[0], tokenizer, UpstreamBackend(servers, tokenizer), int(time.time()))

@@ -187,8 +187,8 @@ class Exchange:
     async def _deltas(self, generation: Generation, begun: asyncio.Event) -> AsyncGenerator[TokenDelta, None]:
         """What the backend gives; ApiError 503 where the first of it does not come in time."""
         async with contextlib.aclosing(self.model.backend.generate(generation)) as deltas:
-            asked, last = time.perf_counter(), None
-            if not begun.is_set():
+            asked, last, leads = time.perf_counter(), None, not begun.is_set()
+            if leads:
                 try:
                     async with asyncio.timeout(self._patience):
                         first = await anext(deltas)
@@ -204,6 +204,8 @@ class Exchange:
                 self._meter.grew(len(first.token_ids), None)
                 yield first
             async for delta in deltas:
+                if leads:
+                    self.cached = max(self.cached, delta.cached)  # some servers tell it last
                 now = time.perf_counter()
                 self._meter.grew(len(delta.token_ids), None if last is None else now - last)
                 last = now

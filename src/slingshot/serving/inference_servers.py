@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import httpx
 
 from slingshot.engine.sampling import STRUCTURES, SamplingParams
 from slingshot.engine.sequence import FinishReason
+from slingshot.engine.vocabulary import Vocabulary
 from slingshot.serving.backend import Generation, TokenDelta
 from slingshot.serving.errors import ApiError
 
@@ -49,17 +51,18 @@ class VllmServer:
 
     async def stream(self, client: httpx.AsyncClient, generation: Generation) -> AsyncGenerator[TokenDelta, None]:
         params = generation.params
+        _refuse(params, "vLLM's", words=any(not isinstance(word, str) for word in params.bad_words))
         body = _common(params) | {
             "model": self._model, "prompt": list(generation.prompt_ids), "max_tokens": params.max_tokens,
             "return_token_ids": True, "return_tokens_as_token_ids": True, "logprobs": params.top_logprobs,
             "stream_options": {"include_usage": True}, "skip_special_tokens": False, "n": 1,
             "stop_token_ids": list(params.stop_token_ids), "ignore_eos": params.ignore_eos,
-            "repetition_penalty": params.repetition_penalty,
+            "repetition_penalty": params.repetition_penalty, "bad_words": list(params.bad_words),
         }  # fmt: skip
         if generation.salt:
             body["cache_salt"] = generation.salt
         if params.logit_bias:
-            body["logit_bias"] = {str(id): bias for id, bias in params.logit_bias}
+            body["logit_bias"] = {str(id): max(bias, -100.0) for id, bias in params.logit_bias}  # it knows no less
         names = {"json_schema": "json", "regex": "regex", "choice": "choice", "grammar": "grammar"}
         if structure := next((name for name in STRUCTURES if getattr(params, name)), None):
             value = getattr(params, structure)
@@ -72,9 +75,12 @@ class VllmServer:
             for choice in event["choices"]:
                 ids, told = choice.get("token_ids") or [], choice.get("logprobs") or {}
                 reason: FinishReason | None = choice["finish_reason"]
+                likeliest = (
+                    told.get("top_logprobs") if params.top_logprobs else None
+                )  # the sampled one always stands there
                 top = [
-                    {_id_of(name): value for name, value in (each or {}).items()}
-                    for each in told.get("top_logprobs") or []
+                    {_id_of(name): value for name, value in list((each or {}).items())[: params.top_logprobs]}
+                    for each in likeliest or []
                 ]
                 delta = TokenDelta(ids, told.get("token_logprobs") or [0.0] * len(ids), cached, reason, top)
                 if reason is not None:
@@ -87,49 +93,103 @@ class VllmServer:
 
 
 class LlamaServer:
-    """llama.cpp's server: /completion with a prompt of ids, and ids back. eos_id: what it leaves out at the end."""
+    """llama.cpp's server: /completion with a prompt of ids, and ids back.
 
-    def __init__(self, url: str, eos_id: int) -> None:
-        self.url, self._eos_id = url.rstrip("/"), eos_id
+    While a character is not whole it keeps the tokens back, and then tells the last of them alone. Of the others it
+    tells how many they are and what they spell: tokens of that spelling stand in for them, with a logprob of 0.
+    """
+
+    def __init__(self, url: str, vocabulary: Vocabulary) -> None:
+        self.url, self._vocabulary = url.rstrip("/"), vocabulary
+
+    @cached_property
+    def _ids(self) -> dict[bytes, int]:
+        return {spelt: id for id, spelt in enumerate(self._vocabulary.spelt) if spelt}
 
     async def context(self, client: httpx.AsyncClient) -> int:
         properties = (await client.get(f"{self.url}/props")).raise_for_status().json()
         return int(properties["default_generation_settings"]["n_ctx"])
 
     async def stream(self, client: httpx.AsyncClient, generation: Generation) -> AsyncGenerator[TokenDelta, None]:
-        params = generation.params
-        body = _common(params) | {
-            "prompt": list(generation.prompt_ids), "n_predict": params.max_tokens, "return_tokens": True,
-            "cache_prompt": True, "n_probs": max(1, params.top_logprobs), "repeat_penalty": params.repetition_penalty,
-            "ignore_eos": params.ignore_eos,
-        }  # fmt: skip
-        if params.logit_bias:
-            body["logit_bias"] = [list(pair) for pair in params.logit_bias]
-        if params.json_schema is not None:
-            body["json_schema"] = json.loads(params.json_schema)
-        elif params.grammar is not None:
-            body["grammar"] = params.grammar
-        elif params.choice or params.regex is not None:
-            raise ApiError(400, "llama.cpp's server knows json_schema and grammar, and neither regex nor choice")
-        ends = set(params.stop_token_ids)
-        async for event in _events(client, f"{self.url}/completion", body):
-            ids = event.get("tokens") or []
-            told = event.get("completion_probabilities") or []
-            logprobs = [each["logprob"] for each in told] if len(told) == len(ids) else [0.0] * len(ids)
-            top = [{other["id"]: other["logprob"] for other in each["top_logprobs"]} for each in told]
-            delta = TokenDelta(ids, logprobs, 0, None, top if params.top_logprobs and len(top) == len(ids) else [])
-            if ends.intersection(ids):
-                yield replace(delta, finish_reason="stop")
-                return
+        held: TokenDelta | None = None  # a token without text, which may be the end's
+        told = 0
+        ends = set(generation.params.stop_token_ids)
+        async for event in _events(client, f"{self.url}/completion", _llama_body(generation)):
             if event.get("stop"):
                 ended = event.get("stop_type") == "eos"
-                cached = int((event.get("timings") or {}).get("cache_n") or event.get("tokens_cached_prompt") or 0)
-                more = ([*ids, self._eos_id], [*logprobs, 0.0]) if ended else (ids, logprobs)
-                yield TokenDelta(*more, cached, "stop" if ended else "length")
+                cached = int((event.get("timings") or {}).get("cache_n") or 0)
+                yield replace(held or TokenDelta([], []), cached=cached, finish_reason="stop" if ended else "length")
                 return
-            if ids:
+            if held is not None:
+                yield held
+                held = None
+            delta = self._delta(event, told, generation.params.top_logprobs)
+            told += len(delta.token_ids)
+            if ends.intersection(delta.token_ids):
+                yield replace(delta, finish_reason="stop")
+                return
+            if delta.token_ids and delta.token_ids[-1] in self._vocabulary.silent:
+                held = delta
+            elif delta.token_ids:
                 yield delta
         raise ServerFailed(f"{self.url} ended an answer midway")
+
+    def _delta(self, event: dict[str, Any], told: int, most: int) -> TokenDelta:
+        ids = event.get("tokens") or []
+        probabilities = event.get("completion_probabilities") or []
+        probabilities = probabilities if len(probabilities) == len(ids) else []
+        logprobs = [each["logprob"] for each in probabilities] or [0.0] * len(ids)
+        top = [{its["id"]: its["logprob"] for its in each["top_logprobs"]} for each in probabilities] if most else []
+        missing = int(event.get("tokens_predicted", 0)) - told - len(ids)
+        if ids and missing > 0:
+            said = b"".join(self._vocabulary.spelt[id] for id in ids)
+            before = event["content"].encode().removesuffix(said)
+            kept = next(self._spellings(before, missing), []) if len(before) <= _CHARACTER else []
+            ids, logprobs = kept + ids, [0.0] * len(kept) + logprobs
+            top = [dict[int, float]() for _ in kept] + top if top else top
+        return TokenDelta(ids, logprobs, 0, None, top)
+
+    def _spellings(self, text: bytes, count: int) -> Iterator[list[int]]:
+        """So many ids that spell the text, those of longer beginnings first."""
+        if count == 1 and text in self._ids:
+            yield [self._ids[text]]
+        for size in range(len(text) - count + 1, 0, -1) if count > 1 else ():
+            if (first := self._ids.get(text[:size])) is not None:
+                yield from ([first, *rest] for rest in self._spellings(text[size:], count - 1))
+
+
+_CHARACTER = 64  # bytes at most that tokens before a whole character spell
+
+
+def _llama_body(generation: Generation) -> dict[str, Any]:
+    """What /completion is asked; ApiError 400 for what it does not know."""
+    params = generation.params
+    _refuse(params, "llama.cpp's", words=bool(params.bad_words))
+    body = _common(params) | {
+        "prompt": list(generation.prompt_ids), "n_predict": params.max_tokens, "return_tokens": True,
+        "cache_prompt": True, "n_probs": max(1, params.top_logprobs), "ignore_eos": params.ignore_eos,
+        "repeat_penalty": params.repetition_penalty, "repeat_last_n": len(generation.prompt_ids) + params.max_tokens,
+        "seed": params.seed % (2**32 - 1),
+        "samplers": ["penalties", "temperature", "top_k", "top_p", "min_p"],  # in this order, as others have it
+    }  # fmt: skip
+    if params.logit_bias:
+        body["logit_bias"] = [[id, False if bias == float("-inf") else bias] for id, bias in params.logit_bias]
+    if params.json_schema is not None:
+        body["json_schema"] = json.loads(params.json_schema)
+    elif params.grammar is not None:
+        body["grammar"] = params.grammar
+    elif params.choice or params.regex is not None:
+        raise ApiError(400, "llama.cpp's server knows json_schema and grammar, and neither regex nor choice")
+    return body
+
+
+def _refuse(params: SamplingParams, whose: str, words: bool) -> None:
+    """ApiError 400 for what would be passed over; words: bad_words that it does not know."""
+    unknown = ["bad_words"] if words else []
+    unknown += ["logprobs of the prompt"] if params.prompt_logprobs is not None else []
+    unknown += ["experts"] if params.routed_experts else []
+    if unknown:
+        raise ApiError(400, f"{whose} server does not know {' and '.join(unknown)}: leave that out")
 
 
 def _id_of(name: str) -> int:
@@ -155,10 +215,17 @@ async def _events(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> 
                 if line.startswith("data: ") and line != "data: [DONE]":
                     event = json.loads(line.removeprefix("data: "))
                     if "error" in event:
-                        raise ApiError(503, _message(json.dumps(event)))
+                        raise _failure(url, event)
                     yield event
     except httpx.HTTPError as error:
         raise ServerFailed(f"{url}: {error or type(error).__name__}") from error
+
+
+def _failure(url: str, event: dict[str, Any]) -> Exception:
+    """What an error within an answer is: of the question, where its code says so, or of the server."""
+    code = event["error"].get("code") if isinstance(event["error"], dict) else None
+    message = _message(json.dumps(event))
+    return ApiError(400, message) if isinstance(code, int) and 400 <= code < 500 else ServerFailed(f"{url}: {message}")
 
 
 def _message(text: str) -> str:

@@ -84,7 +84,7 @@ def test_a_killed_stage_goes_on_from_its_last_state(open_work, begun):
     run_steps(begun, 1, 5, saved=3)
     begun.meter.add(7, training=9.0)  # after the last state: lost
     with (begun.folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')  # killed while writing
+        file.write("\0" * 40 + '\n{}\n{"step": 6, "lo')  # by a power cut; killed while writing
     again = open_work()
     saved = again.load()
     assert (saved.step, saved.info) == (3, {"rows": [3, "é"]})

@@ -191,10 +191,16 @@ class Checkpointer:
         return {int(path.name.removeprefix("state-")): path for path in self.folder.glob("state-*")}
 
     def _cut_metrics(self, step: int) -> None:
+        """Keep the lines up to this step; a line that a power cut tore or filled with zeros ends them too."""
         metrics = self.folder / "metrics.jsonl"
         kept = []
         for line in read_text(metrics).splitlines(keepends=True) if metrics.exists() else []:
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            at = row.get("step") if isinstance(row, dict) else None
+            if not line.endswith("\n") or not isinstance(at, int) or at > step:
                 break
             kept.append(line)
         write_text(metrics, "".join(kept))

@@ -5,6 +5,7 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
+from slingshot.serving import sse
 from tests.serving.conftest import ORDERS, WEATHER, said
 
 FUNCTION = {"type": "function", **WEATHER["function"], "strict": False}
@@ -180,3 +181,14 @@ def test_what_fails_midway_is_told_as_the_last_event(says):
     assert events[-1].response.error.code == "server_error"
     with pytest.raises(openai.InternalServerError):
         ask(client)
+
+
+def test_silence_is_broken_by_events(says, monkeypatch):
+    monkeypatch.setattr(sse, "KEEP_ALIVE", 0.02)
+    client = says("7\n</think>\n\n5")
+    client.backend.pause = 0.1
+    events = list(ask(client, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type for event in events]
+    assert kinds[0] == "response.created" and kinds.count("response.created") == 1
+    assert kinds.count("response.in_progress") > 3 and events[-1].response.output_text == "5"

@@ -163,14 +163,14 @@ def create_app(
         answer = ResponseAnswer(await gateway.ask(body.question(), account), body)
         if not body.stream:
             return JSONResponse(await unless_gone(request, answer.whole()))
-        return await event_stream(request, answer.events(), answer.failed)
+        return await event_stream(request, answer.events(), answer.failed, answer.waiting)
 
     @app.post("/v1/messages", response_model=None)
     async def messages(body: MessageRequest, request: Request, account: Caller) -> Any:
         answer = MessageAnswer(await gateway.ask(body.question(), account))
         if not body.stream:
             return JSONResponse(await unless_gone(request, answer.whole()))
-        return await event_stream(request, answer.events(), broken_off, PING)
+        return await event_stream(request, answer.events(), broken_off, lambda: PING)
 
     @app.post("/v1/messages/count_tokens")
     async def count_tokens(body: CountTokensRequest, account: Caller) -> dict[str, Any]:

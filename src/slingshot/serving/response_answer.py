@@ -26,6 +26,7 @@ class ResponseAnswer:
         self._item: dict[str, Any] | None = None  # the one that grows
         self._text = ""
         self._told = 0  # events
+        self._begun = False  # whether a client knows that there is an answer
 
     async def whole(self) -> dict[str, Any]:
         """The response in one object."""
@@ -39,30 +40,35 @@ class ResponseAnswer:
         """As server-sent events."""
         async with contextlib.aclosing(self._events()) as events:
             async for event in events:
-                yield f"event: {event['type']}\ndata: {to_json(event)}\n\n"
+                yield _written(event)
 
     def failed(self, error: ApiError) -> str:
         """The last event where an answer breaks off."""
         its = {"error": {"code": error.code or "server_error", "message": error.message}}
-        event = self._event("response.failed", response=self._response("failed") | its)
-        return f"event: {event['type']}\ndata: {to_json(event)}\n\n"
+        return _written(self._event("response.failed", response=self._response("failed") | its))
+
+    def waiting(self) -> str:
+        """What breaks a silence: the Codex CLI counts events, and gives up where comments alone come."""
+        return _written(self._begin())
 
     async def _events(self) -> AsyncGenerator[dict[str, Any], None]:
-        begun = False
         async with contextlib.aclosing(self._exchange.pieces()) as pieces:
             async for _, piece in pieces:
-                if not begun:
-                    begun = True
-                    for kind in ("created", "in_progress"):
-                        yield self._event(f"response.{kind}", response=self._response("in_progress"))
+                if not self._begun:
+                    yield self._begin()
+                    yield self._begin()
                 for event in self._grow(piece):
                     yield event
-        if not begun:
-            yield self._event("response.created", response=self._response("in_progress"))
+        if not self._begun:
+            yield self._begin()
         status = "incomplete" if self._exchange.answers[0].finish_reason == "length" else "completed"
         for event in self._end_item(status):
             yield event
         yield self._event(f"response.{status}", response=self._response(status))
+
+    def _begin(self) -> dict[str, Any]:
+        kind, self._begun = "in_progress" if self._begun else "created", True
+        return self._event(f"response.{kind}", response=self._response("in_progress"))
 
     def _grow(self, piece: Piece) -> Iterator[dict[str, Any]]:
         if piece.call is not None:
@@ -158,6 +164,10 @@ class ResponseAnswer:
             "truncation": "disabled",
             "usage": None if status == "in_progress" else told,
         }
+
+
+def _written(event: dict[str, Any]) -> str:
+    return f"event: {event['type']}\ndata: {to_json(event)}\n\n"
 
 
 _PARTS = {"reasoning": "reasoning_text", "message": "output_text"}  # what an item's text is called

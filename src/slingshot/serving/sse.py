@@ -20,6 +20,7 @@ from slingshot.serving.errors import ApiError
 
 T = TypeVar("T")
 
+COMMENT = ": keep-alive\n\n"
 KEEP_ALIVE = 10.0  # seconds of silence; proxies give up after 30 or 60
 _AHEAD = 64  # events that wait for a slow reader; what it has not taken of the tokens behind them is joined
 
@@ -38,13 +39,13 @@ async def event_stream(
     request: Request,
     events: AsyncGenerator[str, None],
     told: Callable[[ApiError], str],
-    silence: str = ": keep-alive\n\n",
+    silence: Callable[[], str] = lambda: COMMENT,
 ) -> StreamingResponse:
     """A response of events that are written out already, `data: ...` with an empty line behind.
 
     An ApiError before the first of them is raised here, so that it is answered with its status; later ones end the
-    stream with what `told` makes of them. silence: what is sent while nothing comes. Raises ClientGone where nobody
-    waits any more.
+    stream with what `told` makes of them. silence: gives what is sent while nothing comes. Raises ClientGone where
+    nobody waits any more.
     """
     flow = _Flow(events, told)
     gone = asyncio.ensure_future(_gone(request))
@@ -93,7 +94,7 @@ class _Flow:
         self.begun.set()
         await self._queue.put(None)
 
-    async def read(self, silence: str) -> AsyncGenerator[str, None]:
+    async def read(self, silence: Callable[[], str]) -> AsyncGenerator[str, None]:
         """Events as they come, several at once where they are there."""
         if self._queue.empty():
             yield ": keep-alive\n\n"
@@ -102,7 +103,8 @@ class _Flow:
                 async with asyncio.timeout(KEEP_ALIVE):
                     event = await self._queue.get()
             except TimeoutError:
-                yield silence
+                if self._queue.empty():
+                    yield silence()
                 continue
             parts = []
             while event is not None:
@@ -122,7 +124,7 @@ class _Flow:
 
 
 class _EventResponse(StreamingResponse):
-    def __init__(self, flow: _Flow, silence: str) -> None:
+    def __init__(self, flow: _Flow, silence: Callable[[], str]) -> None:
         super().__init__(flow.read(silence), media_type="text/event-stream", headers=_HEADERS)
         self._flow = flow
 

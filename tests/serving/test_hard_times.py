@@ -80,7 +80,8 @@ def test_a_crowd_of_which_a_third_hangs_up_leaves_whole_answers_and_nothing_else
         rows = connection.execute(REQUESTS.select()).all()
     assert len(rows) >= 1100 - 340 and all(row.ended is not None for row in rows)
     booked = sum(row.completion for row in rows)
-    assert 0 <= small.counters.decoded - booked <= small.counters.decoded // 10
+    # What closes a reasoning is booked and not drawn; a step that ran when its reader left is drawn and not booked.
+    assert abs(small.counters.decoded - booked) <= small.counters.decoded // 50
     ledger.close()
 
 

@@ -141,6 +141,11 @@ class AnswerStream:
         ids = vocabulary.closing_after(last)
         return self.push(TokenDelta(ids, [0.0] * len(ids)))
 
+    def count_untold(self, tokens: int) -> None:
+        """So many were made that nobody will read."""
+        self._dropped += tokens
+        self.reasoning_tokens += tokens if self.reasoning else 0
+
     def _push_safe(self) -> list[Piece]:
         """Tokens that no stop string reaches back into."""
         pieces: list[Piece] = []

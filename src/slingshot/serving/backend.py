@@ -18,18 +18,26 @@ from slingshot.engine.scheduler import EngineCounters
 from slingshot.engine.sequence import FinishReason
 
 
+@dataclass
+class Untold:
+    """tokens: made of a sample whose reader left before they were told."""
+
+    tokens: int = 0
+
+
 @dataclass(frozen=True)
 class Generation:
     """One sample to be made.
 
     params: n is 1 and stop is empty: stop strings act on the answer, which the gateway reads. key: names the noise
-    together with params.seed. salt: only prompts of the same one share cached prefixes.
+    together with params.seed. salt: only prompts of the same one share cached prefixes. untold: for the backend.
     """
 
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     key: str
     salt: str = ""
+    untold: Untold = field(default_factory=Untold)
 
 
 @dataclass(frozen=True)

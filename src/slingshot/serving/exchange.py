@@ -157,17 +157,21 @@ class Exchange:
         while True:
             prompt_ids = (*self.prompt_ids, *answer.token_ids)
             generation = Generation(prompt_ids, params, key=str(sample), salt=self._salt)
-            async with contextlib.aclosing(self._deltas(generation, begun)) as deltas:
-                async for delta in deltas:
-                    for piece in joined(answer.push(delta)):
-                        yield piece
-                    if self.reservation is not None:
-                        self.reservation.progress(self.cached, sum(its.completion_tokens for its in self.answers))
-                    if answer.finish_reason is not None:
-                        self._keep_calls(answer)
-                        return
-                    if answer.unanswered or (self._hurry and answer.reasoning and not answer.closed):
-                        break
+            try:
+                async with contextlib.aclosing(self._deltas(generation, begun)) as deltas:
+                    async for delta in deltas:
+                        for piece in joined(answer.push(delta)):
+                            yield piece
+                        if self.reservation is not None:
+                            self.reservation.progress(self.cached, sum(its.completion_tokens for its in self.answers))
+                        if answer.finish_reason is not None:
+                            self._keep_calls(answer)
+                            return
+                        if answer.unanswered or (self._hurry and answer.reasoning and not answer.closed):
+                            break
+            except (GeneratorExit, asyncio.CancelledError):  # the reader left
+                answer.count_untold(generation.untold.tokens)
+                raise
             for piece in answer.close_reasoning(self.model.vocabulary):
                 yield piece
             left = self._params.max_tokens - answer.completion_tokens

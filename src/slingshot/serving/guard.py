@@ -5,6 +5,7 @@ app.add_middleware(Guard, most=16 << 20, hosts=frozenset({"localhost"}))
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import traceback
@@ -16,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from slingshot.serving.errors import ApiError
 
 _LOG = logging.getLogger(__name__)
+_PATIENCE = 60.0  # seconds for each part of a body
 
 # The page loads nothing from elsewhere and runs no script that is written into it; formulas style themselves.
 _POLICY = (
@@ -43,7 +45,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        begun, taken, headers = False, 0, Headers(scope=scope)
+        begun, whole, taken, headers = False, False, 0, Headers(scope=scope)
 
         async def guarded(message: Message) -> None:
             nonlocal begun
@@ -55,8 +57,13 @@ class Guard:
             await send(message)
 
         async def counted() -> Message:
-            nonlocal taken
-            message = await receive()
+            nonlocal taken, whole
+            try:
+                async with asyncio.timeout(None if whole else _PATIENCE):
+                    message = await receive()
+            except TimeoutError as error:
+                raise HTTPException(408, f"the rest of the request did not come in {_PATIENCE:g} seconds") from error
+            whole = not message.get("more_body", False)
             taken += len(message.get("body", b""))
             if taken > self._most:
                 raise HTTPException(413, self._too_long)
@@ -65,7 +72,9 @@ class Guard:
         host = headers.get("host", "").rpartition("]")[0] + "]" if "[" in headers.get("host", "") else None
         host = host or headers.get("host", "").partition(":")[0]
         if self._hosts is not None and host.lower() not in self._hosts:
-            message = f"this server is not called {host!r:.80}; it listens on this machine alone"
+            message = (
+                f"this server is not called {host!r:.80}: it is this machine's alone. --require-key opens it to any"
+            )
             return await _refuse(ApiError(403, message, code="unknown_host"), scope, guarded)
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > self._most:

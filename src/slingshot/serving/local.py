@@ -73,16 +73,20 @@ class LocalBackend:
             await asyncio.to_thread(self.engine.check, generation.params)  # the engine goes on meanwhile
         sample = _Sample(generation, asyncio.get_running_loop())
         self._inbox.put(("add", sample))
+        told = 0
         try:
             while True:
                 deltas = [_delta_of(await sample.events.get())]
                 while not sample.events.empty():  # of a reader who was busy
                     deltas.append(_delta_of(sample.events.get_nowait()))
                 event = _joined(deltas)
+                told += len(event.token_ids)
                 yield event
                 if event.finish_reason is not None:
                     return
         finally:
+            if sample.request is not None:
+                generation.untold.tokens = len(sample.request.sequences[0].token_ids) - told
             self._inbox.put(("abort", sample))
 
     async def close(self) -> None:
@@ -94,9 +98,8 @@ class LocalBackend:
         try:
             self._run()
         except Exception as error:
-            where = "; ".join(f"{frame.name}, {frame.filename}:{frame.lineno}" for frame in _frames(error)[-3:])
             self.obstacle = f"the engine stopped with {type(error).__name__}; restart the server"
-            _LOG.error("%s (%s)", self.obstacle, where)
+            _LOG.error("%s (%s)", self.obstacle, _where(error))
             self._refuse()
 
     def _refuse(self) -> None:
@@ -130,7 +133,7 @@ class LocalBackend:
                 for sample in self._running:
                     if sample.request is not None:
                         self.engine.abort(sample.request.request_id)
-                self._hand(dict.fromkeys(self._running, error))
+                self._hand(dict.fromkeys(self._running, ApiError(500, str(error))))
                 self._running.clear()
             self._tell()
 
@@ -143,6 +146,9 @@ class LocalBackend:
             self._running[sample] = None
         except SlingshotError as error:
             self._hand({sample: error})
+        except Exception as error:  # it was not taken in: the others go on
+            _LOG.error("a request could not be taken in: %s (%s)", type(error).__name__, _where(error))
+            self._hand({sample: ApiError(500, f"the server failed with {type(error).__name__}")})
 
     def _tell(self) -> None:
         """Hand out what was added: first tokens and ends at once, what lies between together."""
@@ -210,5 +216,7 @@ def _joined(deltas: list[TokenDelta]) -> TokenDelta:
     )  # fmt: skip
 
 
-def _frames(error: BaseException) -> traceback.StackSummary:
-    return traceback.extract_tb(error.__traceback__)
+def _where(error: BaseException) -> str:
+    """The last places of its traceback; its text may hold what was asked."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return "; ".join(f"{frame.name}, {frame.filename}:{frame.lineno}" for frame in frames[-3:])

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -72,7 +73,9 @@ def samples(http):
 def test_metrics_add_up_to_what_was_answered(serve, engine, tokenizer):
     http = serve(ServedModel("tiny", tokenizer, LocalBackend(engine)))
     before = engine.counters
-    uses = [http.post(CHAT, json=BODY | {"max_tokens": 20, "n": n}).json()["usage"] for n in (1, 1, 3)]
+    uses = [
+        http.post(CHAT, json=BODY | {"max_tokens": 20, "n": n, "ignore_eos": True}).json()["usage"] for n in (1, 1, 3)
+    ]
     assert http.post(CHAT, json=BODY | {"model": "none"}).status_code == 404
     assert http.post(CHAT, content="{").status_code == 400
     found = samples(http)
@@ -168,3 +171,56 @@ def test_the_dashboard_asks_for_metrics_that_there_are(serve, engine, tokenizer)
     families = [family for family in text_string_to_metric_families(http.get("/metrics").text)]
     known = {family.name for family in families} | {sample.name for family in families for sample in family.samples}
     assert len(names) > 10 and names <= known
+
+
+def test_the_status_tells_what_runs_and_what_today_had(serve, engine, tokenizer):
+    http = serve(ServedModel("tiny", tokenizer, LocalBackend(engine), runs="float32, torch"))
+    usage = http.post(CHAT, json=BODY | {"max_tokens": 20, "ignore_eos": True}).json()["usage"]
+    status = http.get("/status.json").json()
+    [tiny] = status["models"]
+    assert status["state"] == "serving" and (tiny["name"], tiny["runs"], tiny["context"]) == (
+        "tiny",
+        "float32, torch",
+        256,
+    )
+    assert (tiny["running"], tiny["waiting_tokens"], tiny["pages"]["used"]) == (0, 0, 0) and tiny["pages"]["all"] > 0
+    assert tiny["generated_tokens"] == usage["completion_tokens"] == status["today"]["completion_tokens"]
+    assert status["today"]["requests"] == 1 and status["today"]["prompt_tokens"] == usage["prompt_tokens"]
+    assert status["today"]["dollars"] == pytest.approx(booked(http)[0].cost / PICO)
+
+
+def test_the_status_page_asks_nobody_but_this_server(serve, paced):
+    http = serve(paced)
+    page = http.get("/status")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    names = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    names = [name for name in names if name != "data:,"]
+    assert len(names) == 3
+    for name in names:
+        text = http.get(f"/{name}").raise_for_status().text
+        assert "//" not in re.sub(r"(?m)^\s*//.*|\s//.*|http://www.w3.org/2000/svg", "", text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_status_page_shows_it_live(serve, paced, scheme):
+    playwright = pytest.importorskip("playwright.sync_api")
+    if (chromium := shutil.which("chromium")) is None:
+        pytest.skip("chromium is not installed")
+    http = serve(paced)
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(color_scheme=scheme)
+        failures = []
+        page.on("pageerror", lambda error: failures.append(error))
+        page.on("console", lambda message: failures.append(message.text) if message.type == "error" else None)
+        page.goto(f"{http.base_url}/status")
+        page.wait_for_selector("text=serving")
+        http.post(CHAT, json=BODY)
+        generated = page.locator("dt:text-is('Generated') + dd", has_text=f"{len(paced.backend.ids)} tokens")
+        generated.wait_for(timeout=10_000)
+        page.locator("dt:text-is('Requests') + dd", has_text="1").wait_for(timeout=10_000)
+        assert page.evaluate("document.documentElement.dataset.theme") == scheme and failures == []
+        page.click("#theme")
+        assert page.evaluate("document.documentElement.dataset.theme") != scheme
+        browser.close()

@@ -111,10 +111,10 @@ def usage(
     from slingshot.serving.usage import UsageReport, parse_groups
 
     report = UsageReport.of(_ledger(ledger, prices), parse_groups(by))
-    console = Console()
+    console = Console(width=1000)  # a narrow terminal wraps the lines: a number that is cut would be another number
     console.print(report.table())
     if report.margin:
-        console.print(report.margin, highlight=False, soft_wrap=True)
+        console.print(report.margin, highlight=False)
     if html is not None:
         write_text(html, report.html())
         print(html)

@@ -70,17 +70,19 @@ def serve(
         if (engine == "slingshot") != (not upstream):
             raise SlingshotError("--upstream URL goes with --engine vllm or --engine llama.cpp, and they with it")
         if upstream:
-            models, lines = [_upstream_model(sources, engine, upstream)], [f"{', '.join(upstream)} ({engine})"]
+            models = [_upstream_model(sources, engine, upstream)]
         else:
-            models, lines = _local_models(sources, dtype, max_batch, int(cache_gib * 2**30), speculation)
+            models = _local_models(sources, dtype, max_batch, int(cache_gib * 2**30), speculation)
         gateway = Gateway(models, book, Limits(queue_tokens, first_token, drain), apart)
         hosts = frozenset({"localhost", "127.0.0.1", "[::1]", host}) if keyless else None
         server = DrainingServer(create_app(gateway, keyless, also_reasoning, hosts, log), gateway)
-        for model, line in zip(models, lines, strict=True):
-            print(f"Model      {model.name}: {line}")
+        for model in models:
+            context = f", context of {length} tokens" if (length := model.backend.max_length) else ""
+            print(f"Model      {model.name}: {model.runs}{context}")
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         print(f"API        {url}/v1")
         print(f"Chat page  {url}/")
+        print(f"Status     {url}/status")
         print(f"Clients    OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={'none' if keyless else 'sk-slingshot-...'}")
         print("Ctrl-C stops it; answers that run come to their end first.", flush=True)
         server.run([listener])
@@ -93,22 +95,20 @@ def serve(
 
 def _local_models(
     sources: Sequence[str], dtype: str, max_batch: int, cache_bytes: int, speculation: Literal["off", "on", "auto"]
-) -> tuple[list[ServedModel], list[str]]:
-    """Each with a line on what runs it."""
+) -> list[ServedModel]:
     from slingshot.engine.engine import Engine
     from slingshot.recipe.origin import Origin
     from slingshot.serving.local import LocalBackend
     from slingshot.serving.served_model import ServedModel, names_of
 
-    models, lines = [], []
+    models = []
     for source, name in zip(sources, names_of(sources), strict=True):
         engine = Engine.load(source, dtype, max_batch=max_batch, cache_bytes=cache_bytes, speculation=speculation)
         now, origin = int(time.time()), Origin.of(Path(source))
         experts = engine.config.n_moe_layers > 0
-        models.append(ServedModel(name, engine.tokenizer, LocalBackend(engine), now, origin, experts))
-        kind = str(engine.dtype).removeprefix("torch.")
-        lines.append(f"{kind}, {engine.runs_on}, context of {engine.max_length} tokens")
-    return models, lines
+        runs = f"{str(engine.dtype).removeprefix('torch.')}, {engine.runs_on}"
+        models.append(ServedModel(name, engine.tokenizer, LocalBackend(engine), now, origin, experts, runs))
+    return models
 
 
 def _upstream_model(sources: Sequence[str], engine: str, urls: Sequence[str]) -> ServedModel:
@@ -127,4 +127,6 @@ def _upstream_model(sources: Sequence[str], engine: str, urls: Sequence[str]) ->
     servers: list[InferenceServer] = [
         VllmServer(url) if engine == "vllm" else LlamaServer(url, vocabulary) for url in urls
     ]
-    return ServedModel(names_of(sources)[0], tokenizer, UpstreamBackend(servers, tokenizer), int(time.time()))
+    runs = f"{', '.join(urls)} ({engine})"
+    backend = UpstreamBackend(servers, tokenizer)
+    return ServedModel(names_of(sources)[0], tokenizer, backend, int(time.time()), runs=runs)

@@ -42,6 +42,7 @@ from slingshot.serving.prices import PICO
 from slingshot.serving.response_answer import ResponseAnswer
 from slingshot.serving.responses import ResponseRequest
 from slingshot.serving.sse import ClientGone, event_stream, unless_gone
+from slingshot.serving.status import StatusBoard
 from slingshot.serving.tokenization import DetokenizeRequest, TokenizeRequest
 
 
@@ -97,6 +98,7 @@ def create_app(
 
     app = FastAPI(title="slingshot", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.gateway, app.state.keyless = gateway, keyless
+    board = StatusBoard(gateway)
     app.add_middleware(Guard, most=gateway.limits.body, hosts=hosts)
     app.add_middleware(RequestWatch, metrics=gateway.metrics, log=log)
     _answer_errors(app)
@@ -115,6 +117,10 @@ def create_app(
     @app.get("/metrics")
     async def metrics(account: Owner) -> Response:
         return Response(gateway.metrics.text(), media_type=CONTENT_TYPE)
+
+    @app.get("/status.json")
+    async def status(account: Owner) -> dict[str, Any]:
+        return await board.read()
 
     @app.get("/v1/models")
     async def models(account: Caller) -> dict[str, Any]:

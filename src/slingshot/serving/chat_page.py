@@ -1,4 +1,4 @@
-"""The chat page at `/`: static files of this package, which fetch nothing from elsewhere.
+"""The chat page at `/`, the owner's at `/status`: static files of this package, which fetch nothing from elsewhere.
 
 serve_page(app)
 """
@@ -24,5 +24,9 @@ def serve_page(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(f"{folder}/index.html", headers={"Content-Security-Policy": _POLICY})
+
+    @app.get("/status", include_in_schema=False)
+    async def status_page() -> FileResponse:
+        return FileResponse(f"{folder}/status.html", headers={"Content-Security-Policy": _POLICY})
 
     app.mount("/page", StaticFiles(directory=folder))

@@ -30,7 +30,8 @@ PICO = 10**12
 
 def dollars(amount: int) -> str:
     """Picodollars as people read them."""
-    return f"${amount / PICO:,.6f}" if abs(amount) < PICO // 100 else f"${amount / PICO:,.2f}"
+    sign, size = "-" if amount < 0 else "", abs(amount)
+    return f"{sign}${size / PICO:,.6f}" if 0 < size < PICO // 100 else f"{sign}${size / PICO:,.2f}"
 
 
 class OffPeak(Strict):

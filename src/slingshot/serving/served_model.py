@@ -38,7 +38,8 @@ _HOLES = (
 
 @dataclass(frozen=True)
 class ServedModel:
-    """created: seconds since 1970. origin: what it was trained on. experts: whether it has any to tell of."""
+    """created: seconds since 1970. origin: what it was trained on. experts: whether it has any to tell of.
+    runs: what runs it, for people."""
 
     name: str
     tokenizer: Tokenizer
@@ -46,6 +47,7 @@ class ServedModel:
     created: int = 0
     origin: Origin = field(default_factory=Origin)
     experts: bool = False
+    runs: str = ""
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

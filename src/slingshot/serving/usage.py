@@ -83,12 +83,12 @@ class UsageReport:
             return ""
         spent = round(self.up / 3600 * self.device_hour * PICO)
         charged = self.total.cost
-        of_it = f", {show_share((charged - spent) / charged)} of what was charged" if charged else ""
+        of_it = f", {show_share((charged - spent) / charged)} of what was charged" if charged > spent else ""
         machine = f"{show_duration(self.up)} of serving at ${self.device_hour:g} an hour: {dollars(spent)}"
         return f"{machine}; margin {dollars(charged - spent)}{of_it}"
 
     def table(self) -> Table:
-        table = Table(box=None)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for place, column in enumerate(self.columns):
             table.add_column(column, justify="left" if place < len(self.by) else "right")
         for row in (*self.rows, self.total):

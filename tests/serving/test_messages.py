@@ -132,6 +132,7 @@ def test_how_much_it_thinks(client, anthropic_of, more, kinds):
 
 @pytest.mark.parametrize("place", ["output_config", "output_format"])
 def test_a_schema_binds_the_answer_alone(client, anthropic_of, place):
+    pytest.importorskip("xgrammar")
     schema = {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"], "additionalProperties": False}
     form = {"type": "json_schema", "schema": schema}
     more = {"thinking": {"type": "enabled", "budget_tokens": 6}}

@@ -133,6 +133,7 @@ class Answer(BaseModel):
 
 
 def test_a_schema_binds_the_answer_alone(client):
+    pytest.importorskip("xgrammar")
     asked = {"model": "tiny", "input": "What is 3+4-2?", "reasoning": {"effort": "low"}, "max_output_tokens": 100}
     response = client.responses.parse(**asked, text_format=Answer)
     assert isinstance(response.output_parsed, Answer)

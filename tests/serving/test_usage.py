@@ -52,3 +52,8 @@ def test_the_page_tells_the_same_and_escapes_names(ledger, tmp_path):
 def test_an_unknown_group_names_those_there_are(ledger):
     with pytest.raises(SlingshotError, match="there are: key, day, model"):
         UsageReport.of(ledger, ["colour"])
+
+
+def test_a_loss_is_told_as_one(ledger):
+    ledger.prices = PriceList.parse({"models": {"*": {"output": 2.0}}, "serving": {"device_hour": 36.0}})
+    assert UsageReport.of(ledger).margin.endswith("$10.00; margin -$7.00")

@@ -171,6 +171,7 @@ class Exchange:
                             break
             except (GeneratorExit, asyncio.CancelledError):  # the reader left
                 answer.count_untold(generation.untold.tokens)
+                self._meter.grew(generation.untold.tokens, None)
                 raise
             for piece in answer.close_reasoning(self.model.vocabulary):
                 yield piece

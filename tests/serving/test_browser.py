@@ -1,105 +1,25 @@
 """The chat page in a real browser, against a real server on loopback."""
 
-import contextlib
 import json
 import re
-import shutil
 
-import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 from slingshot.engine.engine import Engine
-from slingshot.serving import accounts
 from slingshot.serving.app import create_app
 from slingshot.serving.gateway import Gateway
-from slingshot.serving.ledger import Ledger
+from slingshot.serving.load import Limits
 from slingshot.serving.local import LocalBackend
-from slingshot.serving.prices import PriceList
 from slingshot.serving.served_model import ServedModel
-from tests.serving.conftest import ScriptedBackend, ids_of, running
+from tests.serving.browsing import ask, browsed, browser, grows, script, until, visit
+from tests.serving.conftest import running
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; Debian has it in `chromium`"),
-]
+__all__ = ["browser", "script", "visit"]  # its fixtures
+
+pytestmark = browsed
 
 SUMS = "3 plus 4 is 7, 7 minus 2 is 5. "
 ANSWER = f"{SUMS * 3}\n</think>\n\nIt is 5, for {SUMS}"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def script(tokenizer):
-    """script(text, pause, names): the URL and the backends of a server whose models say this, a token a pause."""
-    with contextlib.ExitStack() as stack:
-
-        def make(text, pause=0.0, names=("tiny",), **gateway):
-            backends = [
-                ScriptedBackend([*ids_of(tokenizer, text), tokenizer.eos_id], 1, eos_ids=tokenizer.eos_ids)
-                for _ in names
-            ]
-            for backend in backends:
-                backend.pause = pause
-            models = [ServedModel(name, tokenizer, its) for name, its in zip(names, backends, strict=True)]
-            return stack.enter_context(running(create_app(Gateway(models, **gateway), keyless=False))), backends
-
-        yield make
-
-
-@pytest.fixture
-def visit(browser, script):
-    """visit(url): the page, opened with a fresh store. It may say nothing on the console and ask no other host;
-    refused: answers with an error's status are meant, and the browser notes them."""
-    notes, asked, own = [], [], set()
-    with contextlib.ExitStack() as stack:
-
-        def make(url, refused=False, **options):
-            options = {"locale": "en-US", "color_scheme": "light", "reduced_motion": "reduce"} | options
-            page = stack.enter_context(contextlib.closing(browser.new_context(**options))).new_page()
-            page.set_default_timeout(20_000)
-            meant = "Failed to load resource" if refused else "\0"
-            page.on("console", lambda message: meant in message.text or notes.append(message.text))
-            page.on("pageerror", lambda error: notes.append(str(error)))
-            page.on("request", lambda request: asked.append(request.url))
-            own.add(url)
-            page.goto(url)
-            page.wait_for_selector("#thread > *")
-            return page
-
-        yield make
-    assert notes == []
-    assert [its for its in asked if not its.startswith((*own, "data:", "blob:"))] == []
-
-
-def ask(page, text, wait=True):
-    page.fill("#question", text)
-    page.press("#question", "Enter")
-    if wait:
-        page.wait_for_selector(".answer .look")
-        expect(page.locator("#send")).to_be_visible()
-
-
-def until(page, condition):
-    """Wait for what the page says of itself; its policy forbids code that is made of text."""
-    for _ in range(1000):
-        if page.evaluate(condition):
-            return
-        page.wait_for_timeout(20)
-    raise AssertionError(f"never: {condition}")
-
-
-def grows(page, selector):
-    length = f"(document.querySelector('{selector}')?.textContent.length ?? 0)"
-    until(page, f"{length} > 5")
-    until(page, f"{length} > {page.evaluate(length)}")
 
 
 def test_reasoning_streams_and_folds(visit, script):
@@ -149,15 +69,36 @@ def test_answer_now_closes_the_reasoning(visit, script):
     assert len(backend.asked) == 2  # the second goes on behind the closing words
 
 
-def test_a_reload_in_the_middle_keeps_what_was_there_and_can_ask_again(visit, script):
-    page = visit(script(ANSWER, 0.05)[0])
+def test_a_reload_in_the_middle_loses_nothing(visit, script):
+    url, (backend,) = script(ANSWER, 0.05)
+    page = visit(url)
     ask(page, "What is 3+4-2?", wait=False)
     grows(page, ".said")
     page.wait_for_timeout(700)  # it is kept every half second
     page.reload()
-    page.wait_for_selector(".answer summary")
+    grows(page, ".said")
+    page.wait_for_selector(".look")
+    assert page.locator(".said").text_content().strip() == (SUMS * 3).strip()
+    assert page.inner_text(".answer .text") == f"It is 5, for {SUMS.strip()}"
+    assert len(backend.asked) == 1 and page.locator(".answer").count() == 1
+
+
+def test_an_answer_that_is_kept_no_longer_is_shown_as_far_as_it_came_and_asked_for_again(visit, script):
+    url, (backend,) = script(ANSWER, 0.05, limits=Limits(resume=0.0))
+    page = visit(url, refused=True)
+    ask(page, "What is 3+4-2?", wait=False)
+    grows(page, ".said")
+    page.wait_for_timeout(700)
+    page.goto("about:blank")
+    for _ in range(200):
+        if backend.aborted:
+            break
+        page.wait_for_timeout(20)
+    page.goto(url)
+    again = page.get_by_role("button", name="Ask again")
+    again.wait_for()
     assert page.locator(".said").text_content().startswith(SUMS[:5])
-    page.get_by_role("button", name="Ask again").click()
+    again.click()
     page.wait_for_selector(".look")
     assert page.inner_text(".answer .text") == f"It is 5, for {SUMS.strip()}"
     assert page.locator(".answer").count() == 1
@@ -298,84 +239,3 @@ def test_all_of_it_is_reached_by_keyboard(visit, script):
     expect(page.locator(".answer")).to_have_count(0)
     for name in ("model", "effort", "budget", "glass", "new", "search", "import", "export", "language", "theme"):
         tab_to(name, "Shift+Tab")
-
-
-HOSTILE = """\
-<script>window.taken = 1</script><img src="http://elsewhere.invalid/a.png" onerror="window.taken = 1">
-
-![picture](http://elsewhere.invalid/b.png) and [a link](javascript:window.taken=1)
-
-<p id="send" class="hello" style="position: fixed; inset: 0">over all</p>
-
-<a title="$a$ $b > onclick=c$">quoted</a>
-
-It is $x^2$, and
-
-$$\\frac{1}{2}$$
-
-```python
-print(1)  # <b>$5$</b>
-```
-
-| a | b |
-|---|---|
-| 1 | 2 |
-"""
-
-
-def test_markdown_is_rendered_and_harmless(visit, script):
-    page = visit(script(f"{HOSTILE}\n</think>\n\n{HOSTILE}", 0.001)[0])
-    ask(page, HOSTILE)
-    assert page.evaluate("window.taken") is None
-    answer = page.locator(".answer")
-    assert page.locator("#thread").locator("img, script, svg image").count() == 0
-    assert page.locator("#send").count() == 1 and answer.locator("[style*=fixed], .hello").count() == 0
-    assert answer.get_by_text("a link", exact=True).get_attribute("href") is None
-    assert answer.locator(".katex").count() == 2 and answer.locator(".katex-display").count() == 1
-    assert answer.locator("pre .hljs-built_in").inner_text() == "print"
-    assert "# <b>$5$</b>" in answer.locator("pre").inner_text()
-    assert answer.locator("td").all_inner_texts() == ["1", "2"]
-    assert page.inner_text(".turn.user .text").startswith("<script>")
-
-
-def test_a_long_answer_is_not_drawn_anew_and_does_not_pull_its_reader_down(visit, script):
-    page = visit(script("5\n</think>\n\n" + "one paragraph\n\n" * 80, 0.004)[0], viewport={"width": 900, "height": 500})
-    ask(page, "Go on", wait=False)
-    until(page, "document.querySelectorAll('.answer .text > *').length > 30")
-    assert page.evaluate("(e => e.scrollHeight - e.scrollTop - e.clientHeight)(document.querySelector('#thread'))") < 60
-    page.evaluate("document.querySelector('#thread').scrollTop = 0")
-    page.evaluate("window.first = document.querySelector('.answer .text').children[0]")
-    until(page, "document.querySelectorAll('.answer .text > *').length > 60")
-    assert page.evaluate("first.isConnected")
-    page.wait_for_selector(".look")
-    assert page.evaluate("document.querySelector('#thread').scrollTop") == 0
-
-
-def test_a_server_with_keys_is_asked_with_one_and_its_refusals_are_told(visit, script, tmp_path):
-    prices = PriceList.parse({"models": {"tiny": {"cache_hit": 1, "cache_miss": 10, "output": 100}}})
-    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.sqlite", prices)
-    try:
-        page = visit(script("5\n</think>\n\nfive", ledger=ledger)[0], refused=True)
-        page.get_by_label("Key", exact=True).fill(accounts.create(ledger, "poor", balance=0.0001))
-        page.keyboard.press("Enter")
-        expect(page.locator("#model")).to_have_value("tiny")
-        ask(page, "What is 3+2?", wait=False)
-        expect(page.locator(".answer .bad")).to_contain_text("balance")
-        page.get_by_role("button", name="Key", exact=True).click()
-        busy = accounts.create(ledger, "busy", concurrency=1)
-        ledger.reserve(accounts.authenticate(ledger, busy, keyless=False), "tiny", 10, 10, "another answer")
-        page.locator("#secret").fill(busy)
-        page.keyboard.press("Enter")
-        page.get_by_role("button", name="Again", exact=True).click()
-        expect(page.locator(".answer .bad")).to_contain_text(re.compile(r"Ask again in \d+ s"))
-    finally:
-        ledger.close()
-
-
-def test_a_server_that_is_gone_is_told_of(visit, tokenizer):
-    backend = ScriptedBackend(ids_of(tokenizer, SUMS), eos_ids=tokenizer.eos_ids)
-    with running(create_app(Gateway([ServedModel("tiny", tokenizer, backend)]))) as url:
-        page = visit(url, refused=True)
-    ask(page, "Still there?", wait=False)
-    expect(page.locator(".answer .bad")).to_have_text("The server does not answer.")
-    assert page.locator(".turn.user .text").inner_text() == "Still there?"

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
@@ -41,16 +41,17 @@ from slingshot.serving.metrics import CONTENT_TYPE
 from slingshot.serving.prices import PICO
 from slingshot.serving.response_answer import ResponseAnswer
 from slingshot.serving.responses import ResponseRequest
+from slingshot.serving.resumable import ResumableAnswers
 from slingshot.serving.sse import ClientGone, event_stream, unless_gone
 from slingshot.serving.status import StatusBoard
 from slingshot.serving.tokenization import DetokenizeRequest, TokenizeRequest
 
 
 class ControlRequest(BaseModel):
-    """id: as the running answer's chunks carry it."""
+    """id: as the running answer's chunks carry it. stop: for an answer that would run on without its reader."""
 
     id: str
-    action: Literal["reasoning_end"]
+    action: Literal["reasoning_end", "stop"]
 
 
 async def caller(request: Request) -> Account:
@@ -98,7 +99,7 @@ def create_app(
 
     app = FastAPI(title="slingshot", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.gateway, app.state.keyless = gateway, keyless
-    board = StatusBoard(gateway)
+    board, kept = StatusBoard(gateway), ResumableAnswers(gateway.limits.resume)
     app.add_middleware(Guard, most=gateway.limits.body, hosts=hosts)
     app.add_middleware(RequestWatch, metrics=gateway.metrics, log=log)
     _answer_errors(app)
@@ -150,12 +151,22 @@ def create_app(
         exchange = await gateway.ask(body.question(), account)
         if not body.stream:
             return JSONResponse(await unless_gone(request, chat_completion(exchange, told)))
-        return await event_stream(request, chunks(exchange, told), error_events)
+        events = chunks(exchange, told)
+        if "x-resumable" in request.headers:
+            events = kept.keep(exchange.id, account, events)
+        return await event_stream(request, events, error_events)
+
+    @app.get("/v1/chat/completions/{id}/events", response_model=None)
+    async def events_again(id: str, request: Request, account: Caller, after: Annotated[int, Query(ge=0)] = 0) -> Any:
+        return await event_stream(request, kept.find(id, account).read(after), error_events)
 
     @app.post("/v1/chat/completions/control")
     async def control(body: ControlRequest, account: Caller) -> dict[str, Any]:
-        closed = gateway.find(body.id, account).answer_now()
-        return {"id": body.id, "object": "chat.completion.control", "action": body.action, "closed": closed}
+        told: dict[str, Any] = {"id": body.id, "object": "chat.completion.control", "action": body.action}
+        if body.action == "reasoning_end":
+            return told | {"closed": gateway.find(body.id, account).answer_now()}
+        kept.find(body.id, account).stop()
+        return told
 
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request, account: Caller) -> Any:

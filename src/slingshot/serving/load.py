@@ -20,12 +20,14 @@ from slingshot.serving.ledger import LOCAL, Account
 @dataclass(frozen=True)
 class Limits:
     """queue_tokens: of the prompts that wait for a model at most. first_token: seconds until it at most. drain: seconds
-    that running answers have to end in when the server stops. body: bytes of a request at most."""
+    that running answers have to end in when the server stops. body: bytes of a request at most. resume: seconds that an
+    answer runs on for a client that may come back."""
 
     queue_tokens: int = 1 << 18
     first_token: float = 600.0
     drain: float = 30.0
     body: int = 16 << 20
+    resume: float = 30.0
 
 
 @dataclass(eq=False)

@@ -1,9 +1,11 @@
 // The chat page: what is asked, what comes back, and the conversation as a tree of messages.
 
 import { AnswerView } from "./answer.js";
+import { bodyFor, costOf, take } from "./chunks.js";
 import { button, make } from "./dom.js";
+import { failureOf, guardDoor } from "./door.js";
 import * as store from "./store.js";
-import { ask, get, post } from "./stream.js";
+import { ask, askOn, get, post } from "./stream.js";
 import { sayAll, setLanguage, word } from "./words.js";
 
 const $ = (id) => document.getElementById(id);
@@ -24,15 +26,6 @@ function messagesFor(leaf, model) {
   return turns.map(({ role, content, reasoning }) => (reasoning ? { role, content, reasoning_content: reasoning } : { role, content }));
 }
 
-function bodyFor(node) {
-  const { effort, budget, glass, seed, model } = node.asked;
-  const body = { model, messages: messagesFor(node.parent, model), seed };
-  if (effort !== "auto") body.reasoning_effort = effort;
-  if (budget) body.thinking = { type: "enabled", budget_tokens: budget };
-  if (glass) Object.assign(body, { logprobs: true, top_logprobs: 5, glass: true });
-  return body;
-}
-
 const asking = (model) => ({
   model,
   effort: $("effort").value,
@@ -41,64 +34,41 @@ const asking = (model) => ({
   seed: crypto.getRandomValues(new Uint32Array(1))[0] >>> 1,
 });
 
-function tokensOf(choice) {
-  const told = choice.logprobs ?? {};
-  const experts = choice.glass?.experts ?? [];
-  return ["reasoning_content", "content"].flatMap((name) =>
-    (told[name] ?? []).map((token, place) => ({
-      text: token.token,
-      logprob: token.logprob,
-      kind: name === "content" ? "content" : "reasoning",
-      top: token.top_logprobs.map((other) => [other.token, other.logprob]),
-      experts: experts[place] ?? [],
-    })));
-}
-
-function take(node, chunk, begun) {
-  node.request = chunk.id;
-  for (const choice of chunk.choices) {
-    node.first ??= performance.now() - begun;
-    node.reasoning += choice.delta.reasoning_content ?? "";
-    if (choice.delta.content) node.thought ??= performance.now() - begun;
-    node.content += choice.delta.content ?? "";
-    node.tokens?.push(...tokensOf(choice));
-    node.finish = choice.finish_reason ?? node.finish;
+// goesOn: where it was lost, by a reload.
+async function answer(node, controller, goesOn) {
+  if (!goesOn) {
+    const fresh = { content: "", reasoning: "", unfinished: true, begun: Date.now(), chunks: 0, tokens: node.asked.glass ? [] : undefined };
+    for (const name of ["error", "first", "thought", "finish", "usage", "seconds", "request", "prompt"]) fresh[name] = undefined;
+    Object.assign(node, fresh);
   }
-  if (chunk.usage) Object.assign(node, { usage: chunk.usage, seconds: (performance.now() - begun) / 1000 });
-}
-
-async function answer(node, controller) {
-  const begun = performance.now();
-  const fresh = { content: "", reasoning: "", unfinished: true, tokens: node.asked.glass ? [] : undefined };
-  for (const name of ["error", "first", "thought", "finish", "usage", "seconds", "request", "prompt"]) fresh[name] = undefined;
-  Object.assign(node, fresh);
+  const { signal } = controller;
+  const chunks = goesOn ? askOn(node.request, node.chunks, signal) : ask(bodyFor(node, messagesFor(node.parent, node.asked.model)), signal);
   try {
-    for await (const chunk of ask(bodyFor(node), controller.signal)) {
-      take(node, chunk, begun);
+    for await (const chunk of chunks) {
+      take(node, chunk, node.begun);
       show(node);
     }
   } catch (error) {
-    if (controller.signal.aborted) node.finish = "stopped";
+    if (goesOn && error.status === 404) return; // it is kept for a while only
+    if (signal.aborted) node.finish = "stopped";
     else node.error = failureOf(error);
   }
-  node.thought ??= performance.now() - begun;
+  node.thought ??= Date.now() - node.begun;
   node.unfinished = false;
   views.get(node.id)?.settle();
 }
 
-function failureOf(error) {
-  if (error.status === 401) openDoor();
-  if (error instanceof TypeError) return word("fails");
-  return error.later ? `${error.message} ${word("later", error.later)}` : error.message;
-}
-
 // Run answers side by side until all are whole.
-async function run(nodes) {
+async function run(nodes, goesOn = false) {
   const conversation = current;
   const save = () => conversation.dropped || store.put(conversation);
   const controller = new AbortController();
-  running = { stop: () => controller.abort(), nodes, save };
-  const answers = nodes.map((node) => answer(node, controller));
+  const stop = () => {
+    controller.abort();
+    for (const { request: id } of nodes) if (id) post("v1/chat/completions/control", { id, action: "stop" }).catch(() => {});
+  };
+  running = { stop, nodes, save };
+  const answers = nodes.map((node) => answer(node, controller, goesOn));
   draw();
   await save();
   const saving = setInterval(save, 500);
@@ -157,13 +127,6 @@ async function lookInside(node) {
 }
 
 // What is shown
-
-function costOf(node) {
-  const price = models.get(node.asked?.model)?.price;
-  if (!price || !node.usage) return 0;
-  const { prompt_cache_hit_tokens: hit, prompt_cache_miss_tokens: miss, completion_tokens: output } = node.usage;
-  return (hit * price.cache_hit + miss * price.cache_miss + output * price.output) / 1e6;
-}
 
 function versionsOf(node) {
   const versions = store.siblings(current, node);
@@ -255,7 +218,7 @@ function draw(jump = false) {
   else $("thread").scrollTop = height;
   $("send").hidden = Boolean(running);
   $("stop").hidden = $("now").hidden = !running;
-  const cost = Object.values(current.nodes).reduce((sum, node) => sum + costOf(node), 0);
+  const cost = Object.values(current.nodes).reduce((sum, node) => sum + costOf(node, models.get(node.asked?.model)?.price), 0);
   $("price").textContent = cost ? word("price", `$${cost.toPrecision(2)}`) : "";
   drawList();
 }
@@ -385,12 +348,7 @@ function listen() {
   $("theme").onclick = () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
   $("menu").onclick = () => unfold(!$("side").classList.contains("open"));
   $("thread").addEventListener("pointerdown", () => unfold(false));
-  $("key").onclick = openDoor;
-  $("leave").onclick = () => $("door").close();
-  $("door").querySelector("form").addEventListener("submit", () => {
-    localStorage.setItem("key", $("secret").value.trim());
-    connect();
-  });
+  guardDoor(connect);
   addEventListener("pagehide", () => running?.save());
   $("language").onclick = () => {
     setLanguage();
@@ -406,12 +364,6 @@ function listen() {
       if (name === "model") draw();
     });
   }
-}
-
-function openDoor() {
-  $("secret").value = "";
-  $("key").hidden = false;
-  if (!$("door").open) $("door").showModal();
 }
 
 // Ask for the models, and for a key where the server wants one.
@@ -436,6 +388,8 @@ async function begin() {
   if (last) current = last;
   await connect();
   toEnd();
+  const lost = Object.values(current.nodes).filter((node) => node.unfinished && node.request);
+  if (lost.length && models.size) await run(lost, true);
 }
 
 begin();

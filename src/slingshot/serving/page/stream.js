@@ -27,13 +27,17 @@ export async function post(path, body) {
   return response.json();
 }
 
-export async function* ask(body, signal) {
-  const response = await fetch("v1/chat/completions", {
-    method: "POST",
-    headers: headers(),
-    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
-    signal,
-  });
+// An answer that runs on for a while when the page is left.
+export function ask(body, signal) {
+  const whole = JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } });
+  return chunksOf("v1/chat/completions", { method: "POST", headers: { ...headers(), "X-Resumable": "1" }, body: whole, signal });
+}
+
+// What of it came behind the first chunks.
+export const askOn = (id, after, signal) => chunksOf(`v1/chat/completions/${id}/events?after=${after}`, { headers: headers(), signal });
+
+async function* chunksOf(path, request) {
+  const response = await fetch(path, request);
   if (!response.ok) await refuse(response);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";

@@ -16,7 +16,7 @@ const WORDS = {
     experts: "Experts by layer", none_else: "nothing else was likely", prompt: "Every question stands alone for this model.", example: "Try:",
     tokens: "tokens", load: "Load of the experts, brighter is busier", confirm: "Delete this conversation?", fails: "The server does not answer.",
     price: (money) => `this conversation: ${money}`, again_inside: "Asked again with the same seed, so that the same tokens come.",
-    from_cache: (hit, all) => `Prompt: ${hit} of ${all} tokens came from the cache (marked)`, later: (seconds) => `Ask again in ${seconds} s.`,
+    from_cache: (hit, all) => `Prompt: ${hit} of ${all} tokens came from the cache${hit ? " (underlined)" : ""}`, later: (seconds) => `Ask again in ${seconds} s.`,
     key: "Key", key_wanted: "This server asks for a key.", key_kept: "It stays in this browser.", use: "Use", none_found: "Nothing found.", retry: "Try again", menu: "Menu",
   },
   ja: {

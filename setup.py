@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -61,7 +62,11 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         digest = sources_digest(NATIVE)
-        if target.exists() and digest.encode() in target.read_bytes():
+        built = Path("src", self.get_ext_filename(ext.name))  # by an earlier installation from this tree
+        if built.exists() and digest.encode() in built.read_bytes():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.resolve() != built.resolve():
+                shutil.copy2(built, target)
             return
         if os.name != "posix" or platform.machine() not in ("x86_64", "AMD64"):
             raise CompileError(f"native kernels are written for x86-64, this is {platform.machine()}")

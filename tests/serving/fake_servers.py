@@ -59,7 +59,8 @@ def fake_server(backend, tokenizer, kind, state=None):
         async def events():
             async for delta in deltas(body, body["max_tokens"], tuple(body["stop_token_ids"])):
                 choice = {"token_ids": delta.token_ids, "finish_reason": delta.finish_reason}
-                yield {"choices": [choice | {"logprobs": {"token_logprobs": delta.logprobs, "top_logprobs": []}}]}
+                told = {"token_logprobs": delta.logprobs, "top_logprobs": []} if "logprobs" in body else None
+                yield {"choices": [choice | {"logprobs": told}]}
                 cached = delta.cached
             yield {"choices": [], "usage": {"prompt_tokens_details": {"cached_tokens": cached}}}
 
@@ -78,7 +79,8 @@ def fake_server(backend, tokenizer, kind, state=None):
                     content = text.decode(tokenizer.detokenizer.bytes_of(id))
                     if not text.getstate()[0]:  # nothing is told while a character is not whole
                         told = {"tokens": [id], "content": content, "tokens_predicted": count, "stop": False}
-                        yield told | {"completion_probabilities": [{"id": id, "logprob": -0.5, "top_logprobs": []}]}
+                        its = [{"id": id, "logprob": -0.5, "top_logprobs": []}]
+                        yield told | ({"completion_probabilities": its} if body["n_probs"] else {})
                 if delta.finish_reason:
                     why = "eos" if delta.finish_reason == "stop" else "limit"
                     yield {"tokens": [], "content": "", "tokens_predicted": count, "stop": True, "stop_type": why,

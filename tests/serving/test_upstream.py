@@ -99,6 +99,22 @@ def test_what_was_cached_is_in_the_usage_though_it_is_told_last(upstream, tokeni
     assert answer.usage.prompt_tokens_details.cached_tokens == 3
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("asked", [None, 0])
+def test_logprobs_are_computed_where_they_are_read(upstream, tokenizer, kind, asked):
+    script, state = ScriptedBackend(tokenizer.encode("7 and 8", continues=True)), {}
+    model = ServedModel("tiny", tokenizer, upstream([script], kind, [state]))
+    with (
+        running(create_app(Gateway([model]))) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        answer = client.completions.create(model="tiny", prompt="What is 3+4-2?", max_tokens=20, logprobs=asked)
+    [body] = state["asked"]
+    assert bool("logprobs" in body or body.get("n_probs")) == (asked is not None)
+    told = answer.choices[0].logprobs
+    assert told is None if asked is None else set(told.token_logprobs) == {-0.5}
+
+
 @pytest.mark.parametrize(("code", "status"), [(400, 400), (500, 503)])
 def test_an_error_told_within_an_answer(upstream, tokenizer, code, status):
     state = {"refuses": {"message": "out of vocabulary", "code": code}}

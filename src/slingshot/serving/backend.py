@@ -31,6 +31,7 @@ class Generation:
 
     params: n is 1 and stop is empty: stop strings act on the answer, which the gateway reads. key: names the noise
     together with params.seed. salt: only prompts of the same one share cached prefixes. untold: for the backend.
+    logprobs: whether anybody reads them; where nobody does, those of a delta may be 0.
     """
 
     prompt_ids: tuple[int, ...]
@@ -38,6 +39,7 @@ class Generation:
     key: str
     salt: str = ""
     untold: Untold = field(default_factory=Untold)
+    logprobs: bool = True
 
 
 @dataclass(frozen=True)

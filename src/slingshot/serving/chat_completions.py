@@ -100,6 +100,7 @@ class ChatCompletionRequest(SamplingFields):
             continues=continues,
             seeded=self.seed is not None,
             glass=bool(self.glass),
+            logprobs=bool(self.logprobs),
         )
 
     def _switches(self) -> list[bool | None]:

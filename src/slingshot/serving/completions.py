@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -62,11 +62,9 @@ class CompletionRequest(SamplingFields):
     def questions(self) -> list[Question]:
         told = self.logprobs if self.echo else None
         params = self.sampling({}, top_logprobs=self.logprobs or 0, prompt_logprobs=told)
-        most, seeded = self.max_tokens or (None if self.max_tokens is None else 1), self.seed is not None
-        return [
-            Question(self.model, prompt=prompt, suffix=self.suffix, params=params, most=most, seeded=seeded)
-            for prompt in self.prompts
-        ]
+        most = self.max_tokens or (None if self.max_tokens is None else 1)
+        asked = Question(self.model, suffix=self.suffix, params=params, most=most, seeded=self.seed is not None)
+        return [replace(asked, prompt=prompt, logprobs=self.logprobs is not None) for prompt in self.prompts]
 
 
 class _Choice:

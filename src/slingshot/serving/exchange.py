@@ -156,7 +156,7 @@ class Exchange:
         answer, params = self.answers[sample], self._params
         while True:
             prompt_ids = (*self.prompt_ids, *answer.token_ids)
-            generation = Generation(prompt_ids, params, key=str(sample), salt=self._salt)
+            generation = Generation(prompt_ids, params, str(sample), self._salt, logprobs=self.question.logprobs)
             try:
                 async with contextlib.aclosing(self._deltas(generation, begun)) as deltas:
                     async for delta in deltas:

@@ -54,11 +54,12 @@ class VllmServer:
         _refuse(params, "vLLM's", words=any(not isinstance(word, str) for word in params.bad_words))
         body = _common(params) | {
             "model": self._model, "prompt": list(generation.prompt_ids), "max_tokens": params.max_tokens,
-            "return_token_ids": True, "return_tokens_as_token_ids": True, "logprobs": params.top_logprobs,
-            "stream_options": {"include_usage": True}, "skip_special_tokens": False, "n": 1,
+            "return_token_ids": True, "stream_options": {"include_usage": True}, "skip_special_tokens": False, "n": 1,
             "stop_token_ids": list(params.stop_token_ids), "ignore_eos": params.ignore_eos,
             "repetition_penalty": params.repetition_penalty, "bad_words": list(params.bad_words),
         }  # fmt: skip
+        if generation.logprobs:
+            body |= {"logprobs": params.top_logprobs, "return_tokens_as_token_ids": True}
         if generation.salt:
             body["cache_salt"] = generation.salt
         if params.logit_bias:
@@ -167,9 +168,9 @@ def _llama_body(generation: Generation) -> dict[str, Any]:
     _refuse(params, "llama.cpp's", words=bool(params.bad_words))
     body = _common(params) | {
         "prompt": list(generation.prompt_ids), "n_predict": params.max_tokens, "return_tokens": True,
-        "cache_prompt": True, "n_probs": max(1, params.top_logprobs), "ignore_eos": params.ignore_eos,
-        "repeat_penalty": params.repetition_penalty, "repeat_last_n": len(generation.prompt_ids) + params.max_tokens,
-        "seed": params.seed % (2**32 - 1),
+        "cache_prompt": True, "n_probs": max(1, params.top_logprobs) * generation.logprobs,
+        "ignore_eos": params.ignore_eos, "repeat_penalty": params.repetition_penalty,
+        "repeat_last_n": len(generation.prompt_ids) + params.max_tokens, "seed": params.seed % (2**32 - 1),
         "samplers": ["penalties", "temperature", "top_k", "top_p", "min_p"],  # in this order, as others have it
     }  # fmt: skip
     if params.logit_bias:

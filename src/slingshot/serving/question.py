@@ -35,6 +35,7 @@ class Question:
     continues     the last message is an assistant's that the answer goes on with
     seeded        whether the client chose params.seed, so that the same question gets the same answer
     glass         tell of each token the experts that made it
+    logprobs      whether those of the answer's tokens are read
     user          whose cache it shares, where the owner keeps users apart
     """
 
@@ -51,6 +52,7 @@ class Question:
     continues: bool = False
     seeded: bool = False
     glass: bool = False
+    logprobs: bool = False
     user: str = ""
 
 

@@ -112,7 +112,7 @@ class UpstreamBackend:
             yield TokenDelta([], [], cached, "length")
             return
         answering = replace(params, thinking_budget=None, max_tokens=left)
-        rest = Generation((*generation.prompt_ids, *told), answering, generation.key, generation.salt)
+        rest = replace(generation, prompt_ids=(*generation.prompt_ids, *told), params=answering)
         async for delta in self._ask(rest):
             yield replace(delta, cached=cached)
 

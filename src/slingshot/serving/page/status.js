@@ -31,7 +31,7 @@ function rate(name, at, back) {
 function curve(name) {
   const rates = seen.map((_, at) => rate(name, at, 2)).slice(1);
   const most = Math.max(...rates, 1);
-  const points = rates.map((value, at) => `${KEPT - 1 - rates.length + at},${(58 - (54 * value) / most).toFixed(1)}`).join(" ");
+  const points = rates.map((value, at) => `${KEPT - rates.length + at},${(58 - (54 * value) / most).toFixed(1)}`).join(" ");
   const box = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   const line = document.createElementNS("http://www.w3.org/2000/svg", "polyline");
   for (const [key, value] of Object.entries({ class: "rate", viewBox: `0 0 ${KEPT - 1} 60`, preserveAspectRatio: "none", role: "img", "aria-label": `Tokens a second in the last two minutes, at most ${perSecond(most)}` })) box.setAttribute(key, value);
@@ -48,7 +48,7 @@ function card(model) {
     fact("Tokens a second", perSecond(rate(name, seen.length - 1, SMOOTH))),
     fact("Running", count(running), running === 1 ? "request" : "requests"),
     fact("Waiting", count(waiting), "prompt tokens"),
-    fact("Generated", count(generated), "tokens since the start"),
+    fact("Generated", count(generated), "since the start"),
   );
   const parts = [make("h2", { textContent: name }), make("p", { textContent: obstacle ?? about, className: obstacle ? "bad" : "" }), facts, curve(name)];
   if (pages) {
@@ -88,8 +88,9 @@ async function watch() {
     $("note").textContent = locked ? error.message : `No answer from the server: ${error.message}`;
     $("note").hidden = false;
     $("ask-key").hidden = !locked;
+    $("state").textContent = locked ? "locked" : "not reached";
+    $("state").className = locked ? "" : "bad";
     if (locked) return; // until a key is given
-    $("state").className = "bad";
   }
   setTimeout(watch, 1000);
 }

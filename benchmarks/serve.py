@@ -108,7 +108,7 @@ async def closed_loop(server: Served, clients: int, requests: int, vocabulary: i
     await asyncio.gather(*map(client, prompts))
     seconds = time.perf_counter() - start
     return {"tokens/s": clients * requests * NEW / seconds} | {
-        f"{name} p{share}": 1000 * sorted(values)[min(len(values) - 1, len(values) * share // 100)]
+        f"{name} p{share}": 1000 * sorted(values)[(len(values) - 1) * share // 100]
         for name, values in (("first", firsts), ("between", gaps))
         for share in (50, 99)
     }

@@ -157,7 +157,7 @@ def test_a_crowd_is_booked_as_it_was_served_and_leaves_nothing_behind(serve, led
         else:
             assert (row.prompt, row.completion) == (usage["prompt_tokens"], usage["completion_tokens"])
             assert seen <= usage["completion_tokens"] + 3
-    assert 30 < cut <= 100
+    assert 0 < cut <= 100
     completion = sum(row.completion for row in rows.values())
     assert found["slingshot_generated_tokens_total"] == found["slingshot_completion_tokens_sum"] == completion
     assert found["slingshot_completion_tokens_count"] == len(rows)

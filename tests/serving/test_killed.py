@@ -104,10 +104,10 @@ def assert_consistent(ledger, start):
 
 
 def test_a_server_that_is_killed_books_what_it_wrote_and_nothing_twice(serve, ledger):
-    key = accounts.create(ledger, "alice", balance=20.0)
+    key = accounts.create(ledger, "alice", balance=100.0)
     process, url = serve()
     told, again = {}, {}
-    asking = crowd(url, key, 40, random.Random(0), None, 450, told)
+    asking = crowd(url, key, 400, random.Random(0), None, 450, told)  # seconds of work on a fast machine, too
     load = threading.Thread(target=asyncio.run, args=[asking], daemon=True)
     load.start()
 
@@ -128,14 +128,14 @@ def test_a_server_that_is_killed_books_what_it_wrote_and_nothing_twice(serve, le
     assert after.keys() == before.keys()
     assert all(after[name] == before[name] for name in before.keys() - was_open)
     assert all(after[name].completion == before[name].completion for name in was_open)
-    assert_consistent(ledger, 20.0)
+    assert_consistent(ledger, 100.0)
     whole = {name: usage for name, (usage, _) in told.items() if usage}
     assert whole and all(after[name].completion == usage["completion_tokens"] for name, usage in whole.items())
     asyncio.run(crowd(url, key, 1, random.Random(1), None, 20, again))
     [[usage, _]] = again.values()
     until(lambda: not accounts.keys(ledger)[0].running)
     assert rows_of(ledger)[next(iter(again))].completion == usage["completion_tokens"]
-    assert_consistent(ledger, 20.0)
+    assert_consistent(ledger, 100.0)
 
 
 def test_a_crowd_is_booked_as_it_was_served_and_leaves_nothing_behind(serve, ledger):

@@ -10,6 +10,7 @@ answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
 os.dup2(2, 1)
 
 setup = json.loads(sys.stdin.readline())
+os.sched_setaffinity(0, range(setup["threads"]))  # VLLM_CPU_OMP_THREADS_BIND alone leaves it the other cores
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB

@@ -10,7 +10,6 @@ possible then: a token is computed and not shown.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import astuple, replace
@@ -25,6 +24,7 @@ from slingshot.serving.ledger import Usage
 from slingshot.serving.question import Question
 from slingshot.serving.sampling_fields import SamplingFields
 from slingshot.serving.sse import to_json
+from slingshot.serving.together import together
 
 Ids = list[int]
 _PROMPTS = 128  # of one request
@@ -110,33 +110,19 @@ def _sum(exchanges: Sequence[Exchange]) -> Usage:
 
 async def _pieces(exchanges: Sequence[Exchange]) -> AsyncGenerator[tuple[int, Piece], None]:
     """(index of the choice, piece) of all prompts, which run together."""
-    queue: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
-
-    async def run(first: int, exchange: Exchange) -> None:
-        try:
-            async with contextlib.aclosing(exchange.pieces()) as pieces:
-                async for sample, piece in pieces:
-                    queue.put_nowait((first + sample, piece))
-            queue.put_nowait(None)
-        except Exception as error:
-            queue.put_nowait(error)
-
     samples = len(exchanges[0].answers)
-    tasks = [asyncio.create_task(run(place * samples, exchange)) for place, exchange in enumerate(exchanges)]
+
+    async def numbered(first: int, exchange: Exchange) -> AsyncGenerator[tuple[int, Piece], None]:
+        async with contextlib.aclosing(exchange.pieces()) as pieces:
+            async for sample, piece in pieces:
+                yield first + sample, piece
+
+    streams = [numbered(place * samples, exchange) for place, exchange in enumerate(exchanges)]
     try:
-        left = len(tasks)
-        while left:
-            item = await queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                left -= 1
-            else:
+        async with contextlib.aclosing(together(streams)) as items:
+            async for item in items:
                 yield item
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         for exchange in exchanges:  # those that had not begun, too
             await exchange.close()
 

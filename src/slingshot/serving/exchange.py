@@ -27,6 +27,7 @@ from slingshot.serving.load import Place
 from slingshot.serving.metrics import ModelMeter
 from slingshot.serving.question import Question
 from slingshot.serving.served_model import ServedModel
+from slingshot.serving.together import together
 from slingshot.serving.tools import told_call
 from slingshot.text.reasoning import ends_in_reasoning
 
@@ -113,7 +114,8 @@ class Exchange:
             if self.reservation is not None:
                 await self.reservation.ledger.aside(self.reservation.settle, self.usage)
         finally:
-            self._meter.ended(self)
+            cost = self.reservation.cost if self.reservation else 0
+            self._meter.ended(self.usage, cost, self.queue_seconds, self.first_token_seconds)
             self.on_end(self)
 
     async def _alone(self) -> AsyncGenerator[tuple[int, Piece], None]:
@@ -122,34 +124,18 @@ class Exchange:
                 yield 0, piece
 
     async def _together(self) -> AsyncGenerator[tuple[int, Piece], None]:
-        queue: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
         begun = asyncio.Event()
 
-        async def run(sample: int) -> None:
-            try:
-                if sample:
-                    await begun.wait()
-                async for piece in self._sample(sample, begun):
-                    queue.put_nowait((sample, piece))
-                queue.put_nowait(None)
-            except Exception as error:
-                queue.put_nowait(error)
+        async def numbered(sample: int) -> AsyncGenerator[tuple[int, Piece], None]:
+            if sample:
+                await begun.wait()
+            async with contextlib.aclosing(self._sample(sample, begun)) as pieces:
+                async for piece in pieces:
+                    yield sample, piece
 
-        tasks = [asyncio.create_task(run(sample)) for sample in range(len(self.answers))]
-        try:
-            left = len(tasks)
-            while left:
-                item = await queue.get()
-                if isinstance(item, BaseException):
-                    raise item
-                if item is None:
-                    left -= 1
-                else:
-                    yield item
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        async with contextlib.aclosing(together([numbered(sample) for sample in range(len(self.answers))])) as items:
+            async for item in items:
+                yield item
 
     async def _sample(self, sample: int, begun: asyncio.Event) -> AsyncGenerator[Piece, None]:
         """One sample; where its reasoning is closed from outside it goes on behind the closing words, once."""

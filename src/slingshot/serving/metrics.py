@@ -1,7 +1,7 @@
 """What a server does, for Prometheus: GET /metrics.
 
     meter = gateway.metrics.meters["tiny"]
-    meter.grew(tokens=1, gap=0.02); meter.ended(exchange)
+    meter.grew(tokens=1, gap=0.02); meter.ended(usage, cost, queued, first_token)
     gateway.metrics.text()
 
 Every gateway has a registry of its own. Nothing here names a key or holds a word of what was asked.
@@ -10,18 +10,17 @@ Every gateway has a registry of its own. Nothing here names a key or holds a wor
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import prometheus_client as prometheus
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from slingshot.serving.ledger import Usage
+from slingshot.serving.load import WaitingRoom
 from slingshot.serving.prices import PICO
-
-if TYPE_CHECKING:
-    from slingshot.serving.exchange import Exchange
-    from slingshot.serving.gateway import Gateway
+from slingshot.serving.served_model import ServedModel
 
 CONTENT_TYPE = prometheus.CONTENT_TYPE_LATEST
 
@@ -65,11 +64,11 @@ class ModelMeter:
         if gap is not None:
             self._between.observe(gap)
 
-    def ended(self, exchange: Exchange) -> None:
-        usage, cost = exchange.usage, exchange.reservation.cost if exchange.reservation else 0
+    def ended(self, usage: Usage, cost: int, queued: float | None, first_token: float | None) -> None:
+        """A request did. cost: picodollars; queued, first_token: seconds, None where it did not come so far."""
         found = {
-            "queue_seconds": exchange.queue_seconds,
-            "first_token_seconds": exchange.first_token_seconds,
+            "queue_seconds": queued,
+            "first_token_seconds": first_token,
             "prompt_tokens": usage.prompt,
             "completion_tokens": usage.completion,
             "cost_dollars": cost / PICO,
@@ -80,10 +79,22 @@ class ModelMeter:
         self._cached.inc(usage.cached)
 
 
+class Watched(Protocol):
+    """What is read of a gateway."""
+
+    models: dict[str, ServedModel]
+
+    @property
+    def waiting(self) -> Mapping[str, WaitingRoom]: ...
+
+    @property
+    def running_models(self) -> Sequence[str]: ...
+
+
 class Metrics:
     """Of a gateway; meters by the names of its models."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Watched) -> None:
         self._registry = prometheus.CollectorRegistry()
         histograms = {
             name: prometheus.Histogram(f"slingshot_{name}", told, ["model"], buckets=buckets, registry=self._registry)
@@ -109,7 +120,7 @@ class Metrics:
 class _Standing(Collector):
     """What is read when it is asked for."""
 
-    def __init__(self, gateway: Gateway, meters: dict[str, ModelMeter]) -> None:
+    def __init__(self, gateway: Watched, meters: dict[str, ModelMeter]) -> None:
         self._gateway, self._meters = gateway, meters
 
     def collect(self) -> Iterator[Metric]:

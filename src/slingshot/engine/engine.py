@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Set
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Self
@@ -277,7 +277,8 @@ class Engine:
     ) -> None:
         """Take over new weights, cast to the engine's dtype: a model, its state dict, or pairs taken one by one.
 
-        Tensors that the engine shares with the model are there already.
+        Tensors that the engine shares with the model are there already. A model or a state dict that does not fit
+        changes nothing; of pairs that turn out not to fit, those before were taken.
         Raises SlingshotError while requests are in flight: their cached prefixes belong to the old weights.
         """
         with self._turns:
@@ -285,16 +286,17 @@ class Engine:
                 raise SlingshotError(f"update_weights: {len(self._requests)} requests are in flight; abort them first")
             state = source.state_dict() if isinstance(source, Transformer) else source
             with self._core.new_weights() as own:
+                if isinstance(state, Mapping):
+                    for name, tensor in state.items():
+                        _check_shape(own, name, tensor)
+                    _check_whole(own, state.keys())
                 taken = set()
                 for name, tensor in state.items() if isinstance(state, Mapping) else state:
                     taken.add(name)
-                    if name not in own or own[name].shape != tensor.shape:
-                        shape = tuple(tensor.shape)
-                        raise SlingshotError(f"update_weights: {name} of shape {shape} is not of this model")
+                    _check_shape(own, name, tensor)
                     if own[name].data_ptr() != tensor.data_ptr():
                         own[name].copy_(tensor)
-                if missing := own.keys() - taken:
-                    raise SlingshotError(f"update_weights: {min(missing)} is missing")
+                _check_whole(own, taken)
             self.weights_version = version
 
     def _encode(self, prompt: Prompt) -> list[int]:
@@ -358,3 +360,13 @@ class Engine:
                 request.result = self._requests.pop(request.request_id).output()
                 if not request.claimed:
                     self._finished.append(request.result)
+
+
+def _check_shape(own: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
+    if name not in own or own[name].shape != tensor.shape:
+        raise SlingshotError(f"update_weights: {name} of shape {tuple(tensor.shape)} is not of this model")
+
+
+def _check_whole(own: Mapping[str, Tensor], names: Set[str]) -> None:
+    if missing := own.keys() - names:
+        raise SlingshotError(f"update_weights: {min(missing)} is missing")

@@ -34,6 +34,25 @@ def dense_model(tokenizer, make_model, dense):
     return make_model(dense(vocab_size=tokenizer.vocab_size, max_position_embeddings=256))
 
 
+class HalfSure(Transformer):
+    """Logits of which a part is the same everywhere: its MTP module guesses right now and then."""
+
+    sure = 0.8
+
+    def lm_logits(self, hidden, detach_head=False):
+        logits = super().lm_logits(hidden, detach_head)
+        fixed = 3 * torch.randn(logits.shape[-1], generator=torch.Generator().manual_seed(3))
+        return self.sure * fixed + (1 - self.sure) * logits
+
+
+@pytest.fixture(scope="session")
+def guesser(make_model, deepseek, tokenizer):
+    config = deepseek(vocab_size=tokenizer.vocab_size, max_position_embeddings=256)
+    model = HalfSure(config)
+    model.load_state_dict(make_model(config).state_dict())
+    return model
+
+
 class ScriptedModel(Transformer):
     """Whatever it reads, its n-th token after a prompt of two and more is the script's n-th."""
 

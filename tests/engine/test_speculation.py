@@ -6,29 +6,9 @@ import torch
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.engine.speculation import AGAIN, TRIAL, NgramIndex, Payoff
-from slingshot.model.transformer import Transformer
 
 from .asking import prompts_of, token_ids
 from .test_scheduler import run
-
-
-class HalfSure(Transformer):
-    """Logits of which a part is the same everywhere: its MTP module guesses right now and then."""
-
-    sure = 0.8
-
-    def lm_logits(self, hidden, detach_head=False):
-        logits = super().lm_logits(hidden, detach_head)
-        fixed = 3 * torch.randn(logits.shape[-1], generator=torch.Generator().manual_seed(3))
-        return self.sure * fixed + (1 - self.sure) * logits
-
-
-@pytest.fixture(scope="module")
-def guesser(make_model, deepseek, tokenizer):
-    config = deepseek(vocab_size=tokenizer.vocab_size, max_position_embeddings=256)
-    model = HalfSure(config)
-    model.load_state_dict(make_model(config).state_dict())
-    return model
 
 
 def both_ways(model, tokenizer, prompts, params, **options):
@@ -60,7 +40,7 @@ def test_tokens_are_those_of_plain_decoding(guesser, tokenizer, temperature, opt
 
 def test_a_module_that_is_always_right_saves_most_steps(guesser, tokenizer, monkeypatch):
     """Each step gives one token more than the last, up to all guesses and one."""
-    monkeypatch.setattr(HalfSure, "sure", 1.0)
+    monkeypatch.setattr(guesser, "sure", 1.0)
     params = [SamplingParams(90, 1.0, seed=1, ignore_eos=True)]
     plain, guessed, counters = both_ways(guesser, tokenizer, prompts_of(20), params)
     assert token_ids(guessed) == token_ids(plain)

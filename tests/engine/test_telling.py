@@ -84,6 +84,38 @@ def test_routed_experts_are_those_of_a_full_pass(moe_model, tokenizer, options):
         assert engine.counters.preemptions > 0
 
 
+@pytest.mark.parametrize("options", [{}, {"max_batch": 2, "step_tokens": 9}, {"cache_bytes": 38_000}])
+def test_guessing_changes_nothing_of_what_is_told(guesser, tokenizer, options):
+    """Likeliest tokens and experts of traced requests, and which tokens had been guessed."""
+    told, prompts = [], [prompt_of(size, size)[:size] for size in (3, 17, 40)]
+    params = SamplingParams(40, 0.8, seed=3, ignore_eos=True, top_logprobs=3)
+    for speculation in ("off", "on"):
+        engine = Engine(guesser, tokenizer, speculation=speculation, **options)
+        requests = [engine.submit(prompt, params, traced=True) for prompt in prompts]
+        while engine.unfinished:
+            engine.advance()
+        told.append([request.sequences[0] for request in requests])
+        accepted = sum(len(sequence.accepted) for sequence in told[-1])
+        assert accepted == engine.counters.accepted and (accepted > 20) == (speculation == "on")
+    for plain, guessed in zip(*told, strict=True):
+        assert guessed.token_ids == plain.token_ids and guessed.accepted <= set(range(40))
+        assert [[*top] for top in guessed.top_logprobs] == [[*top] for top in plain.top_logprobs]
+        assert guessed.experts_of(0, 40) == plain.experts_of(0, 40)
+
+
+def test_a_traced_request_finds_its_prompt_in_the_cache(moe_model, tokenizer):
+    engine, prompt = Engine(moe_model, tokenizer, max_length=128), prompt_of(50, 5)
+    first, again = (engine.submit(prompt, SamplingParams(9, seed=1), traced=True) for _ in range(2))
+    while engine.unfinished:
+        engine.advance()
+    later = engine.submit(prompt, SamplingParams(9, seed=1), traced=True)
+    while engine.unfinished:
+        engine.advance()
+    assert later.cached == 48 and first.cached == 0
+    told = [request.sequences[0].experts_of(0, 9) for request in (first, again, later)]
+    assert len(told[0]) == 9 and told[0] == told[1] == told[2]
+
+
 def test_the_sampler_hands_them_on(moe_model, tokenizer):
     params = [SamplingParams(max_tokens=5, n=2, routed_experts=row == 0) for row in range(2)]
     found = dict(EngineSampler(Engine(moe_model, tokenizer)).sample([[9, 10, 11]] * 2, params, ["a", "b"]))

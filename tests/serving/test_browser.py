@@ -136,7 +136,7 @@ def test_two_models_answer_side_by_side(visit, script):
 def test_the_glass_box_tells_what_the_engine_did(visit, tokenizer, make_model, deepseek):
     shape = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 64}
     engine = Engine(make_model(deepseek(**shape)), tokenizer)
-    app = create_app(Gateway([ServedModel("tiny", tokenizer, LocalBackend(engine), experts=True)]))
+    app = create_app(Gateway([ServedModel("tiny", tokenizer, LocalBackend(engine))]))
     with running(app) as url:
         page = visit(url)
         ask(page, "What is 3+4-2?")

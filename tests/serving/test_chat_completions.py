@@ -1,6 +1,13 @@
 import openai
 import pytest
 
+from slingshot.engine.engine import Engine
+from slingshot.serving.app import create_app
+from slingshot.serving.gateway import Gateway
+from slingshot.serving.local import LocalBackend
+from slingshot.serving.served_model import ServedModel
+from tests.serving.conftest import running
+
 QUESTION = [{"role": "user", "content": "What is 3+4-2?"}]
 
 
@@ -52,6 +59,23 @@ def test_the_same_seed_gives_the_same_answer_streamed_or_not(client):
     whole = ask(client, seed=3, max_tokens=20).choices[0].message
     reasoning, content, _ = joined(ask(client, seed=3, max_tokens=20, stream=True))
     assert (whole.reasoning_content or "", whole.content or "") == (reasoning, content)
+
+
+def test_with_glass_every_token_says_whether_it_was_drafted(tokenizer, make_model, dense):
+    """Greedy decoding of a random model runs in circles, which are guessed."""
+    model = make_model(dense(vocab_size=tokenizer.vocab_size, max_position_embeddings=256))
+    backend = LocalBackend(Engine(model, tokenizer, speculation="on"))
+    with (
+        running(create_app(Gateway([ServedModel("tiny", tokenizer, backend)]))) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        asked = {"max_tokens": 200, "temperature": 0, "logprobs": True, "extra_body": {"glass": True}}
+        (choice,) = ask(client, **asked).choices
+        told = [chunk.choices[0] for chunk in ask(client, stream=True, **asked) if chunk.choices]
+    drafted = choice.glass["drafted"]
+    assert len(drafted) == sum(len(choice.logprobs.to_dict()[kind]) for kind in ("content", "reasoning_content")) == 200
+    assert backend.counters.accepted >= 2 * sum(drafted) > 100
+    assert [flag for its in told for flag in getattr(its, "glass", {"drafted": []})["drafted"]] == drafted
 
 
 def test_samples_of_one_seed_differ(client):

@@ -105,9 +105,8 @@ def _local_models(
     for source, name in zip(sources, names_of(sources), strict=True):
         engine = Engine.load(source, dtype, max_batch=max_batch, cache_bytes=cache_bytes, speculation=speculation)
         now, origin = int(time.time()), Origin.of(Path(source))
-        experts = engine.config.n_moe_layers > 0
         runs = f"{str(engine.dtype).removeprefix('torch.')}, {engine.runs_on}"
-        models.append(ServedModel(name, engine.tokenizer, LocalBackend(engine), now, origin, experts, runs))
+        models.append(ServedModel(name, engine.tokenizer, LocalBackend(engine), now, origin, runs))
     return models
 
 

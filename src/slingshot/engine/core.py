@@ -77,7 +77,7 @@ class EngineCore:
         self._scheduler = Scheduler(PagePool(pages), max_batch, self.max_length, step_tokens)
         self._speculator: Speculator | None = None
         if speculation != "off":
-            drafts = RowSampler(device, kernels)
+            drafts = RowSampler(device, kernels, tells=False)
             self._speculator = Speculator(self._runner, drafts, mtp, measured=speculation == "auto")
         self._lone = LoneDecoder(self._runner) if isinstance(self._runner, NativeRunner) else None
         # Found once: to walk through the modules takes as long as some steps.
@@ -162,6 +162,9 @@ class EngineCore:
         counters.decoded += taken
         if self._speculator is not None and drafts:
             self._speculator.learn(resident, drafts, taken - 1)
+            sequence = resident.sequence
+            if sequence.request.traced:
+                sequence.accepted.update(range(len(sequence.token_ids) - taken, len(sequence.token_ids) - 1))
 
     @torch.inference_mode()
     def _step_together(self) -> list[Sequence]:
@@ -222,6 +225,7 @@ class EngineCore:
                 taken += 1
                 if done or taken > len(drafts) or drafts[taken - 1] != ids[at + taken - 1]:
                     break
+            del resident.sequence.top_logprobs[len(resident.sequence.token_ids) :]  # of what was guessed wrong
             rows.advance_one(resident, ids[at + taken - 1], taken)
             self._count(resident, taken)
             at += 1 + len(drafts)

@@ -331,16 +331,19 @@ class Engine:
         key: str | None = None,
         claimed: bool = True,
         salt: str = "",
+        traced: bool = False,
     ) -> Request:
         """Queue a request, for a caller who looks at it while it grows and drives the engine by `advance`.
 
         claimed: `step` does not return it. salt: its prompt shares cached prefixes with those of the same salt only.
+        traced: its sequences know the experts of what they sampled (`experts_of`) and what was guessed (`accepted`).
         """
         ids, params = self._encode(prompt), params or SamplingParams()
         if params.routed_experts and not self.config.n_moe_layers:
             raise SamplingError("sampling: routed_experts: this model has none; leave it out")
         name = ",".join(map(str, ids)) if key is None else key
-        request = Request(next(self._ids), ids, params, name, self.max_length, self._vocabulary, claimed, salt.encode())
+        whose = claimed, salt.encode(), traced
+        request = Request(next(self._ids), ids, params, name, self.max_length, self._vocabulary, *whose)
         with self._turns:
             self._requests[request.request_id] = request
             self._core.add(request.sequences)

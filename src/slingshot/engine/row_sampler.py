@@ -36,27 +36,33 @@ def check_finite(logprobs: Seq[float]) -> None:
 
 
 class DrawnRows:
-    """Rows of a step: their sequences, and what of them is needed as tensors."""
+    """Rows of a step: their sequences, and what of them is needed as tensors. special: those that ask for more."""
 
-    def __init__(self, sequences: list[Sequence], device: torch.device | str) -> None:
+    def __init__(self, sequences: list[Sequence], device: torch.device | str, tells: bool = True) -> None:
         self.sequences = sequences
         self.params = DrawParams.of([sequence.request.params for sequence in sequences], device)
         self.streams_R = torch.tensor([sequence.stream for sequence in sequences], dtype=torch.long)
         self.prompts_R = torch.tensor([len(sequence.request.prompt) for sequence in sequences], dtype=torch.long)
-        self.special = [(row, sequence) for row, sequence in enumerate(sequences) if not sequence.plain]
+        self.special = [
+            (row, its)
+            for row, its in enumerate(sequences)
+            if not its.free or (tells and its.request.params.top_logprobs)
+        ]
 
 
 class RowSampler:
     """What it keeps between steps are parameters as tensors, while the same sequences come in the same order.
 
     kernels: what draws on a CPU; without them torch does. candidates: as `sample` takes them; default: what suits the
-    device. On a GPU the host waits once, for the ids, but for rows that ask for more or rows that are new.
+    device. tells: what is drawn is the sequences' own, who are told the likeliest; else it is guesses.
+    On a GPU the host waits once, for the ids, but for rows that ask for more or rows that are new.
     """
 
     def __init__(
-        self, device: torch.device | str = "cpu", kernels: NativeKernels | None = None, candidates: int | None = None
-    ) -> None:
-        self._device, self._kernels = torch.device(device), kernels
+        self, device: torch.device | str = "cpu", kernels: NativeKernels | None = None, candidates: int | None = None,
+        tells: bool = True,
+    ) -> None:  # fmt: skip
+        self._device, self._kernels, self._tells = torch.device(device), kernels, tells
         suited = CANDIDATES if self._device.type == "cuda" else 0
         self._candidates = suited if candidates is None else candidates
         self._rows = DrawnRows([], device)
@@ -68,7 +74,7 @@ class RowSampler:
         if name not in self._known:
             if len(self._known) == KEPT:
                 self._known.clear()
-            self._known[name] = DrawnRows(list(sequences), self._device)
+            self._known[name] = DrawnRows(list(sequences), self._device, self._tells)
         self._rows = self._known[name]
 
     def draw(

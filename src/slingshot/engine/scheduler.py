@@ -221,7 +221,7 @@ class Scheduler:
         else:
             resident = self._head if self._head and self._head.sequence is sequence else self._resident(sequence)
             self._head, known = resident, resident.known
-            if not sequence.request.tells:
+            if not sequence.request.told_whole:
                 resident.pages = self.pool.match(resident.keys[: (len(known) - 1) // PAGE])  # the last is computed
             resident.computed = len(resident.pages) * PAGE
             missing = -(-len(known) // PAGE) - len(resident.pages)

@@ -141,8 +141,9 @@ def visible_ids(ids: list[int], ended: bool, watch: StopWatch | None, tokenizer:
 class Sequence:
     """One sample while it is generated.
 
-    rules, guide: what changes its logits and leads it, where its parameters ask for such; `plain`: neither, and of
-    its tokens only ids and logprobs are told. error: why it cannot go on.
+    rules, guide: what changes its logits and leads it, where its parameters ask for such; `free`: neither. `plain`:
+    of its tokens only ids and logprobs are told besides. accepted: of a traced request, numbers of its tokens that
+    speculation had guessed. error: why it cannot go on.
     """
 
     def __init__(self, request: Request, index: int) -> None:
@@ -159,7 +160,9 @@ class Sequence:
         self.rules = LogitRules(params, request.prompt, vocabulary) if params.changes_logits else None
         guided = params.thinking_budget is not None or request.grammar is not None
         self.guide = Guide(params, request.opened, vocabulary, request.grammar) if guided else None
-        self.plain = self.rules is None and self.guide is None and not params.top_logprobs
+        self.free = self.rules is None and self.guide is None
+        self.plain = self.free and not params.top_logprobs
+        self.accepted = set[int]()
         self._ends = set() if params.ignore_eos else tokenizer.eos_ids | set(params.stop_token_ids)
         self._budget = request.limit - len(request.prompt)
         self._experts = ExpertRecord()
@@ -225,26 +228,30 @@ class Sequence:
 class Request:
     """A prompt and its `params.n` samples, none of which may grow beyond `limit` tokens, prompt included.
 
-    claimed: whether a caller waits for `result` itself, so that `step` does not return it. tells: its tokens must be
-    computed, not found in the cache, for more is wanted of them. salt: only requests of the same one share what is
-    cached. cached: tokens of the prompt that were found there. admitted: when it left the queue (time.perf_counter).
+    claimed: whether a caller waits for `result` itself, so that `step` does not return it. salt: only requests of the
+    same one share what is cached. traced: its sequences know of every sampled token the experts that made it and
+    whether it was guessed. tells: more is wanted of a step than a next token; told_whole: of its prompt too, which is
+    then computed, not found in the cache. cached: tokens of the prompt that were found there. admitted: when it left
+    the queue (time.perf_counter).
     Raises SamplingError for ids that the model does not know, GrammarError for a structure that no answer can have.
     """
 
     def __init__(
         self, request_id: int, prompt: list[int], params: SamplingParams, key: str, max_length: int,
-        vocabulary: Vocabulary, claimed: bool, salt: bytes = b"",
+        vocabulary: Vocabulary, claimed: bool, salt: bytes = b"", traced: bool = False,
     ) -> None:  # fmt: skip
         vocabulary.check(params)
         self.request_id, self.prompt, self.params, self.key = request_id, prompt, params, key
-        self.vocabulary, self.claimed, self.salt, self.cached = vocabulary, claimed, salt, 0
+        self.vocabulary, self.claimed, self.salt, self.traced, self.cached = vocabulary, claimed, salt, traced, 0
         self.result: RequestOutput | None = None
         self.admitted: float | None = None
         self.limit = min(len(prompt) + params.max_tokens, max_length)
         self.opened = ends_in_reasoning(prompt, vocabulary.tokenizer)
         structured = any(getattr(params, name) for name in STRUCTURES)
         self.grammar = vocabulary.grammars.compile(params) if structured else None
-        self.tells = params.routed_experts or params.prompt_logprobs is not None
+        self.routed = params.routed_experts or traced
+        self.told_whole = params.routed_experts or params.prompt_logprobs is not None
+        self.tells = self.told_whole or traced
         self.prompt_record = None if params.prompt_logprobs is None else PromptRecord(prompt, params.prompt_logprobs)
         self.prompt_experts = ExpertRecord()
         self.sequences = [Sequence(self, index) for index in range(params.n)]

@@ -127,7 +127,7 @@ class Speculator:
             if self._mtp:
                 resident.reach = self.most
             count = min(resident.reach, sequence.request.limit - sequence.length - 1)
-            if not self._guessing or not sequence.plain or sequence.request.tells or count < 1:
+            if not self._guessing or not sequence.free or count < 1:
                 continue
             resident.drafts = resident.guesses[:count]
             if len(resident.drafts) < count:
@@ -154,7 +154,7 @@ class Speculator:
         owners = [*residents[: step.rows], *(resident for resident, _ in step.chunks)]
         for resident, start in zip(owners, starts, strict=False):
             sequence, first = resident.sequence, int(positions_N[start])
-            if sequence.finish_reason is not None or not sequence.plain:
+            if sequence.finish_reason is not None or not sequence.free:
                 continue
             ids = resident.known + sequence.token_ids[len(resident.known) - len(sequence.request.prompt) :]
             end = min(len(ids) - 1, resident.computed if resident.row < 0 else len(ids))

@@ -23,7 +23,7 @@ from slingshot.engine.sequence import Sequence
 
 def ask(batch: FlatBatch, step: Step, rows: DecodingRows) -> None:
     """Want what the step's requests want to know; the logits that are told of prompts come after all others."""
-    batch.routing = any(sequence.request.params.routed_experts for sequence, *_ in _parts(step, rows))
+    batch.routing = any(sequence.request.routed for sequence, *_ in _parts(step, rows))
     wanted = [at + place for _, _, at, size in _told_prompts(step, rows) for place in range(size)]
     batch.wanted = torch.cat((batch.wanted, torch.tensor(wanted, dtype=torch.long)))
 
@@ -32,7 +32,7 @@ def tell(output: RunnerOutput, step: Step, rows: DecodingRows) -> None:
     """Hand out what `ask` wanted."""
     if output.routing_NLk is not None:
         for sequence, start, at, size in _parts(step, rows):
-            if sequence.request.params.routed_experts:
+            if sequence.request.routed:
                 sequence.take_routing(start, output.routing_NLk[at : at + size])
     told = list(_told_prompts(step, rows))
     at = len(output.logits_RV) - sum(size for *_, size in told)
@@ -45,8 +45,9 @@ def _parts(step: Step, rows: DecodingRows) -> Iterator[tuple[Sequence, int, int,
     """All tokens of a step: (sequence, position, place in the batch, how many)."""
     at = 0
     for resident in rows.residents:
-        yield resident.sequence, rows.position(resident), at, 1
-        at += 1 + len(resident.drafts)  # of requests that want to know nothing
+        size = 1 + len(resident.drafts)  # of those that turn out wrong the right ones' experts take the place
+        yield resident.sequence, rows.position(resident), at, size
+        at += size
     for resident, end in step.chunks:
         yield resident.sequence, resident.computed, at, end - resident.computed
         at += end - resident.computed

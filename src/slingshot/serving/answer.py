@@ -30,12 +30,13 @@ PieceKind = Literal["reasoning", "content", "call"]
 
 @dataclass(frozen=True)
 class ToldToken:
-    """A sampled token: top_logprobs and experts where asked for."""
+    """A sampled token: top_logprobs, experts and whether it was drafted where asked for."""
 
     id: int
     logprob: float
     top_logprobs: dict[int, float] = field(default_factory=dict)
     experts: list[list[int]] = field(default_factory=list)
+    drafted: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ class AnswerStream:
                 return pieces
             top = delta.top_logprobs[place] if delta.top_logprobs else {}
             experts = delta.experts[place] if delta.experts else []
-            self._tokens.append(ToldToken(token_id, delta.logprobs[place], top, experts))
+            drafted = bool(delta.drafted) and delta.drafted[place]
+            self._tokens.append(ToldToken(token_id, delta.logprobs[place], top, experts, drafted))
             self._ids.append(token_id)
             if self._watch is not None and self._watch.push(token_id):
                 self.finish_reason = "stop"

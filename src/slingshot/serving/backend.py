@@ -31,7 +31,8 @@ class Generation:
 
     params: n is 1 and stop is empty: stop strings act on the answer, which the gateway reads. key: names the noise
     together with params.seed. salt: only prompts of the same one share cached prefixes. untold: for the backend.
-    logprobs: whether anybody reads them; where nobody does, those of a delta may be 0.
+    logprobs: whether anybody reads them; where nobody does, those of a delta may be 0. glass: tell the experts of each
+    token and whether it was drafted, as far as the backend knows.
     """
 
     prompt_ids: tuple[int, ...]
@@ -40,15 +41,17 @@ class Generation:
     salt: str = ""
     untold: Untold = field(default_factory=Untold)
     logprobs: bool = True
+    glass: bool = False
 
 
 @dataclass(frozen=True)
 class TokenDelta:
     """What a sample grew by: at least a token, or its end.
 
-    top_logprobs, experts ([layers][experts a token]): of each token, where asked for; the experts are those that made
-    the token before it into this one. cached: tokens of the prompt that were not computed. prompt_logprobs, where
-    asked for, come with the first delta. waited: seconds in the backend's queue, as far as it tells.
+    top_logprobs, experts ([layers][experts a token]), drafted: of each token, where asked for. The experts are those
+    that made the token before it into this one; drafted: whether it was guessed before it was computed. cached: tokens
+    of the prompt that were not computed. prompt_logprobs, where asked for, come with the first delta. waited: seconds
+    in the backend's queue, as far as it tells.
     """
 
     token_ids: list[int]
@@ -57,6 +60,7 @@ class TokenDelta:
     finish_reason: FinishReason | None = None
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     experts: list[list[list[int]]] = field(default_factory=list)
+    drafted: list[bool] = field(default_factory=list)
     prompt_logprobs: list[float | None] | None = None
     prompt_top_logprobs: list[dict[int, float] | None] | None = None
     waited: float = 0.0

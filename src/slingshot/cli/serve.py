@@ -1,11 +1,13 @@
 """`slingshot serve CHECKPOINT...`: the HTTP API and the chat page, on this machine.
 
 slingshot serve runs/tiny/rl_final
+slingshot serve Qwen/Qwen3-0.6B --engine llama.cpp
 slingshot serve Qwen/Qwen3-0.6B --engine vllm --upstream http://gpu1:8000 --upstream http://gpu2:8000
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -34,7 +36,9 @@ def serve(
     max_batch: Annotated[int, typer.Option(min=1, help="Answers that are made at once.")] = 256,
     cache_gib: Annotated[float, typer.Option(min=0.001, help="Memory of the cache of each model, GiB.")] = 1.0,
     speculation: Annotated[Literal["off", "on", "auto"], typer.Option(help="Guess tokens ahead.")] = "off",
-    engine: Annotated[Runner, typer.Option(help="Which servers --upstream names.")] = "slingshot",
+    engine: Annotated[
+        Runner, typer.Option(help="What runs it: this, or the servers of --upstream; llama.cpp also alone.")
+    ] = "slingshot",
     upstream: Annotated[list[str] | None, typer.Option(metavar="URL", help="A server that runs the model.")] = None,
     require_key: Annotated[bool, typer.Option("--require-key", help="Ask for a key on this machine too.")] = False,
     also_reasoning: Annotated[bool, typer.Option("--also-reasoning", help="Send it as `reasoning` too.")] = False,
@@ -61,36 +65,37 @@ def serve(
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would tell what this server tells in a line
     keyless = is_loopback(host) and not require_key
     log = None if access_log is None else AccessLog.at(access_log)
-    listener = listening(host, port)  # before a model is loaded
-    port = listener.getsockname()[1]
-    book = Ledger(ledger_url(ledger), prices)
-    try:
+    with contextlib.ExitStack() as ends:
+        listener = ends.enter_context(listening(host, port))  # before a model is loaded
+        port = listener.getsockname()[1]
+        book = ends.enter_context(contextlib.closing(Ledger(ledger_url(ledger), prices)))
         if not keyless and not any(row.revoked is None for row in accounts.keys(book)):
             raise SlingshotError(f"{host} is reached by others, who need keys: slingshot keys create NAME makes one")
-        if (engine == "slingshot") != (not upstream):
-            raise SlingshotError("--upstream URL goes with --engine vllm or --engine llama.cpp, and they with it")
-        if upstream:
-            models = [_upstream_model(sources, engine, upstream)]
+        cache_bytes = int(cache_gib * 2**30)
+        if engine == "slingshot":
+            if upstream:
+                raise SlingshotError("--upstream URL needs --engine vllm or --engine llama.cpp")
+            models = _local_models(sources, dtype, max_batch, cache_bytes, speculation)
         else:
-            models = _local_models(sources, dtype, max_batch, int(cache_gib * 2**30), speculation)
+            source = _one(sources)
+            urls = upstream or [ends.enter_context(_started(source, engine, dtype, max_batch, cache_bytes))]
+            models = [_upstream_model(source, engine, urls)]
         gateway = Gateway(models, book, Limits(queue_tokens, first_token, drain), apart)
         hosts = frozenset({"localhost", "127.0.0.1", "[::1]", host}) if keyless else None
         server = DrainingServer(create_app(gateway, keyless, also_reasoning, hosts, log), gateway)
         for model in models:
             context = f", context of {length} tokens" if (length := model.backend.max_length) else ""
             print(f"Model      {model.name}: {model.runs}{context}")
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        url, key = f"http://{f'[{host}]' if ':' in host else host}:{port}", "none" if keyless else "sk-slingshot-..."
         print(f"API        {url}/v1")
         print(f"Chat page  {url}/")
         print(f"Status     {url}/status")
-        print(f"Clients    OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={'none' if keyless else 'sk-slingshot-...'}")
+        print(f"Clients    OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={key}")
+        print(f"           ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key}")
         print("Ctrl-C stops it; answers that run come to their end first.", flush=True)
         server.run([listener])
         if gateway.failed is not None:
             raise gateway.failed
-    finally:
-        listener.close()
-        book.close()
 
 
 def _local_models(
@@ -110,7 +115,26 @@ def _local_models(
     return models
 
 
-def _upstream_model(sources: Sequence[str], engine: str, urls: Sequence[str]) -> ServedModel:
+def _one(sources: Sequence[str]) -> str:
+    if len(sources) != 1:
+        raise SlingshotError("another engine's servers have one model: name its checkpoint alone")
+    return sources[0]
+
+
+def _started(
+    source: str, engine: str, dtype: str, max_batch: int, cache_bytes: int
+) -> contextlib.AbstractContextManager[str]:
+    """A server that this process starts and ends: its URL."""
+    from slingshot.checkpoint.hub import locate
+    from slingshot.serving.llama_process import llama_server
+
+    if engine == "vllm":
+        way = f"vllm serve {source} --enable-prompt-tokens-details --port 8001, then --upstream http://127.0.0.1:8001"
+        raise SlingshotError(f"vLLM's server is not started here; start one: {way}")
+    return llama_server(locate(source), dtype, max_batch, cache_bytes)
+
+
+def _upstream_model(source: str, engine: str, urls: Sequence[str]) -> ServedModel:
     """The one model that all of the servers have; its tokenizer is read here."""
     from slingshot.checkpoint.hub import locate
     from slingshot.checkpoint.load_save import load_tokenizer
@@ -119,13 +143,11 @@ def _upstream_model(sources: Sequence[str], engine: str, urls: Sequence[str]) ->
     from slingshot.serving.served_model import ServedModel, names_of
     from slingshot.serving.upstream import UpstreamBackend
 
-    if len(sources) != 1:
-        raise SlingshotError("the servers of --upstream have one model: name its checkpoint alone")
-    tokenizer = load_tokenizer(locate(sources[0]))
+    tokenizer = load_tokenizer(locate(source))
     vocabulary = Vocabulary(tokenizer, tokenizer.vocab_size)
     servers: list[InferenceServer] = [
         VllmServer(url) if engine == "vllm" else LlamaServer(url, vocabulary) for url in urls
     ]
     runs = f"{', '.join(urls)} ({engine})"
     backend = UpstreamBackend(servers, tokenizer)
-    return ServedModel(names_of(sources)[0], tokenizer, backend, int(time.time()), runs=runs)
+    return ServedModel(names_of([source])[0], tokenizer, backend, int(time.time()), runs=runs)

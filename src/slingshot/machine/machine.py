@@ -42,10 +42,14 @@ def describe(**known: Any) -> Machine:
     return Machine(cpu=_cpu_name(), cores=_cores(), memory_bytes=_memory_bytes(), **known)
 
 
+def cache_folder() -> Path:
+    """What may be lost, and is then made again, is kept here: ~/.cache/slingshot, or $XDG_CACHE_HOME's."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "slingshot"
+
+
 def measurement_path() -> Path:
     """Where measurements are kept: machine.json in the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "slingshot" / "machine.json"
+    return cache_folder() / "machine.json"
 
 
 def load_measurement(key: str) -> Measurement:

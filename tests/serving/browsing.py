@@ -65,7 +65,7 @@ def visit(browser, script):
             return page
 
         yield make
-    assert notes == []
+    assert not notes, notes
     assert [its for its in asked if not its.startswith((*own, "data:", "blob:", "about:"))] == []
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 from playwright.sync_api import expect
 
@@ -17,6 +18,14 @@ from tests.serving.conftest import running
 __all__ = ["browser", "script", "visit"]  # its fixtures
 
 pytestmark = browsed
+
+
+class Greedy(LocalBackend):
+    """So that a random model runs in circles, which are guessed."""
+
+    def generate(self, generation):
+        return super().generate(replace(generation, params=replace(generation.params, temperature=0.0, max_tokens=150)))
+
 
 SUMS = "3 plus 4 is 7, 7 minus 2 is 5. "
 ANSWER = f"{SUMS * 3}\n</think>\n\nIt is 5, for {SUMS}"
@@ -119,6 +128,29 @@ def test_an_edited_question_is_a_branch_and_the_first_stays(visit, script):
     expect(page.locator(".answer .tools")).to_contain_text("2/2")
 
 
+def test_an_answer_goes_on_while_another_branch_or_conversation_is_shown(visit, script):
+    url, (backend,) = script(ANSWER, 0.03)
+    page = visit(url)
+    backend.pause = 0.0
+    ask(page, "first")
+    backend.pause = 0.03
+    page.get_by_role("button", name="Again", exact=True).click()
+    grows(page, ".said")
+    page.get_by_role("button", name="Earlier version").click()
+    expect(page.get_by_role("button", name="Later version")).to_be_focused()
+    expect(page.locator("#send")).to_be_visible()
+    page.keyboard.press("Escape")  # stops what is shown alone
+    page.keyboard.press("Enter")
+    expect(page.locator("#stop")).to_be_visible()
+    grows(page, ".said")
+    page.click("#new")
+    page.get_by_role("button", name="first", exact=True).click()
+    page.wait_for_selector(".look")
+    assert page.inner_text(".answer .text") == f"It is 5, for {SUMS.strip()}"
+    expect(page.locator(".answer .tools")).to_contain_text("2/2")
+    assert len(backend.asked) == 2
+
+
 def test_two_models_answer_side_by_side(visit, script):
     url, backends = script("5\n</think>\n\nfive", names=("rl_final", "base"))
     page = visit(url)
@@ -157,6 +189,38 @@ def test_the_glass_box_tells_what_the_engine_did(visit, tokenizer, make_model, d
         expect(page.locator(".glass")).to_have_count(0)
 
 
+def test_the_glass_box_marks_what_was_cached_and_what_was_drafted(visit, tokenizer, make_model, dense):
+    model = make_model(dense(vocab_size=tokenizer.vocab_size, max_position_embeddings=512))
+    engine = Engine(model, tokenizer, speculation="on")
+    served = ServedModel("tiny", tokenizer, Greedy(engine))
+    with running(create_app(Gateway([served]))) as url:
+        page = visit(url)
+        page.check("#glass")
+        for question in (f"What is 3+4-2? {SUMS * 3}", "And 7 minus 2?"):
+            ask(page, question)
+            expect(page.locator(".answer .look")).to_have_count(2 if question[0] == "A" else 1)
+        for place in (0, 1):
+            page.locator(".look").nth(place).click()
+            page.wait_for_selector(f".turn:nth-child({2 * place + 2}) .token")
+        first, second = page.locator(".prompt").all()
+        assert first.locator(".hit").inner_text() == ""
+        hit, miss = (second.locator(name).inner_text() for name in (".hit", ".miss"))
+        assert f"What is 3+4-2? {SUMS}" in hit and "And 7" in miss and "And 7" not in hit
+        cached = re.search(r"Prompt: (\d+) of (\d+) tokens", page.locator(".asked").nth(1).inner_text())
+        assert 0 < int(cached[1]) < int(cached[2]) and int(cached[1]) % 16 == 0
+        lines = [
+            second.locator(f".{name}").evaluate("e => getComputedStyle(e).borderBottomWidth")
+            for name in ("hit", "miss")
+        ]
+        assert lines == ["2px", "0px"]
+        drafted = page.locator(".token.drafted").count()
+        assert 0 < drafted <= engine.counters.accepted
+        told = sum(int(its) for its in re.findall(r"Dotted: (\d+) of", page.locator("#thread").inner_text()))
+        assert told == drafted
+        page.locator(".token.drafted").first.click()
+        expect(page.locator(".inside").first).to_contain_text("drafted")
+
+
 def test_language_and_theme_are_kept(visit, script):
     page = visit(script("5\n</think>\n\nfive")[0])
     light = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -184,7 +248,7 @@ def test_conversations_are_searched_exported_and_imported(visit, script, tmp_pat
     ask(page, "about pears")
     expect(page.locator("#list div")).to_have_count(2)
     page.fill("#search", "APPLES")
-    assert page.locator("#list div").all_inner_texts() == ["about apples\n×"]
+    assert page.locator("#list .name").all_inner_texts() == ["about apples"]
     page.fill("#search", "plums")
     expect(page.locator("#list")).to_have_text("Nothing found.")
     with page.expect_download() as download:
@@ -202,10 +266,25 @@ def test_conversations_are_searched_exported_and_imported(visit, script, tmp_pat
     file.write_text('{"conversations": [1]}')
     other.set_input_files("#file", file)
     expect(other.locator("#note")).to_contain_text("not a file of conversations")
-    other.on("dialog", lambda dialog: dialog.accept())
-    other.get_by_role("button", name="Delete: about apples").click()
-    expect(other.locator("#list div")).to_have_count(1)
-    expect(other.locator(".answer")).to_have_count(0)
+
+
+def test_a_conversation_is_renamed_and_deleted_and_that_is_undone(visit, script):
+    page = visit(script("5\n</think>\n\nfive")[0])
+    ask(page, "about apples")
+    page.get_by_role("button", name="Rename: about apples").click()
+    page.keyboard.type("fruit")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="fruit", exact=True)).to_be_focused()
+    page.get_by_role("button", name="Rename: fruit").click()
+    page.keyboard.type("vegetables")
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Delete: fruit").click()
+    expect(page.locator("#list div")).to_have_count(0)
+    expect(page.locator(".answer")).to_have_count(0)
+    expect(page.get_by_role("button", name="Undo")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#list .name")).to_have_text("fruit")
+    expect(page.locator(".answer .text")).to_have_text("five")
 
 
 def test_all_of_it_is_reached_by_keyboard(visit, script):
@@ -228,7 +307,7 @@ def test_all_of_it_is_reached_by_keyboard(visit, script):
     tab_to("look", "Shift+Tab")
     page.keyboard.press("Enter")
     page.wait_for_selector(".token")
-    tab_to("Edit", "Shift+Tab")
+    tab_to("edit", "Shift+Tab")
     tab_to("token reasoning")
     expect(page.locator(".inside")).to_contain_text("probability")
     tab_to("question")

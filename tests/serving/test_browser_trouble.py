@@ -26,7 +26,7 @@ HOSTILE = """\
 
 <a title="$a$ $b > onclick=c$">quoted</a>
 
-It is $x^2$, and
+It is $x^2$, H<sub>2</sub>O, and
 
 $$\\frac{1}{2}$$
 
@@ -48,11 +48,13 @@ def test_markdown_is_rendered_and_harmless(visit, script):
     assert page.locator("#thread").locator("img, script, svg image").count() == 0
     assert page.locator("#send").count() == 1 and answer.locator("[style*=fixed], .hello").count() == 0
     assert answer.get_by_text("a link", exact=True).get_attribute("href") is None
-    assert answer.locator(".katex").count() == 2 and answer.locator(".katex-display").count() == 1
+    assert answer.locator(".katex").count() == 4 and answer.locator(".katex-display").count() == 1
     assert answer.locator("pre .hljs-built_in").inner_text() == "print"
     assert "# <b>$5$</b>" in answer.locator("pre").inner_text()
     assert answer.locator("td").all_inner_texts() == ["1", "2"]
     assert page.inner_text(".turn.user .text").startswith("<script>")
+    assert '<img src="http://elsewhere.invalid/a.png"' in answer.locator(".text").inner_text()
+    assert answer.locator("sub").inner_text() == "2"
 
 
 def test_a_long_answer_is_not_drawn_anew_and_does_not_pull_its_reader_down(visit, script):

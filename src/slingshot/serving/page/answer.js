@@ -20,9 +20,10 @@ function say(element, text) {
 }
 
 export class AnswerView {
-  // growing: whether it is on its way. toolsOf(node): what can be done with it, once it is not.
-  constructor(node, growing, toolsOf) {
-    Object.assign(this, { node, growing, toolsOf });
+  /** @param {import("./store.js").Message} node
+   * @param {(node: import("./store.js").Message) => Node[]} toolsOf what can be done with it */
+  constructor(node, toolsOf) {
+    Object.assign(this, { node, toolsOf });
     this.summary = make("summary");
     this.said = document.createTextNode("");
     this.reasoning = make("details", { className: "reasoning", open: node.open ?? false }, this.summary, make("div", { className: "said" }, this.said));
@@ -32,10 +33,18 @@ export class AnswerView {
     this.tools = make("div", { className: "tools" });
     this.element = make("div", { className: "answer", id: `node-${node.id}` }, make("div", { className: "who", textContent: node.asked.model }),
       this.reasoning, this.text.element, this.error, this.tools);
-    this.grow();
-    if (!growing) this.settle();
   }
 
+  /** All of it but the glass box, which a growing answer does not have. @param {boolean} growing whether it is on its way */
+  draw(growing) {
+    const { node } = this;
+    this.growing = growing;
+    this.grow();
+    this.tools.replaceChildren(...this.toolsOf(node), make("span", { textContent: growing || node.unfinished ? "" : statisticsOf(node) }));
+    if (!growing) this.look();
+  }
+
+  /** What came since. */
   grow() {
     const { node } = this;
     const thinking = this.growing && !node.content;
@@ -51,21 +60,15 @@ export class AnswerView {
     say(this.error, node.error ?? "");
   }
 
-  // The tools and the glass box, which a growing answer does not have.
-  settle() {
-    const { node } = this;
-    this.growing = false;
-    this.grow();
-    this.tools.replaceChildren(...this.toolsOf(node), make("span", { textContent: node.unfinished ? "" : statisticsOf(node) }));
-    this.look();
-  }
-
-  // Fold the glass box out or in.
+  /** Fold the glass box out or in. */
   look() {
     const { node } = this;
-    this.box?.remove();
-    this.box = node.shown && node.tokens?.length ? glassBox(node) : null;
-    if (this.box) this.element.append(this.box);
+    const wanted = Boolean(node.shown && node.tokens?.length);
+    if (wanted !== Boolean(this.box)) {
+      this.box?.remove();
+      this.box = wanted ? glassBox(node) : null;
+      if (this.box) this.element.append(this.box);
+    }
     this.tools.querySelector(".look")?.setAttribute("aria-expanded", String(Boolean(this.box)));
   }
 }

@@ -1,30 +1,30 @@
-// The chat page: what is asked, what comes back, and the conversation as a tree of messages.
+// The chat page: the conversation that is shown, what is asked in it, and the page's controls.
 
 import { AnswerView } from "./answer.js";
-import { bodyFor, costOf, take } from "./chunks.js";
-import { button, make } from "./dom.js";
+import { bodyFor, costOf, messagesOf } from "./chunks.js";
+import { conversationOf, drawList, listConversations, refresh } from "./conversations.js";
+import { button, copier, make, note } from "./dom.js";
 import { failureOf, guardDoor } from "./door.js";
+import { answerNow, run, runOf, runsOf, saveAll } from "./runs.js";
 import * as store from "./store.js";
-import { ask, askOn, get, post } from "./stream.js";
+import { get, post } from "./stream.js";
 import { sayAll, setLanguage, word } from "./words.js";
+
+/** @typedef {import("./store.js").Conversation} Conversation */
+/** @typedef {import("./store.js").Message} Message */
 
 const $ = (id) => document.getElementById(id);
 const SETTINGS = ["model", "beside", "effort", "budget", "glass"];
 const EFFORTS = ["auto", "none", "low", "high", "max"];
 
-let conversations = [];
+/** @type {Conversation} */
 let current = store.begin();
+/** @type {Map<string, any>} their cards by name */
 let models = new Map();
-let running = null; // {stop, nodes}: answers on their way
-let views = new Map(); // node id -> AnswerView, of what is shown
+/** @type {Map<string, AnswerView>} by message, of the conversation that is shown */
+let views = new Map();
 
 // What is asked
-
-function messagesFor(leaf, model) {
-  const said = store.path(current, leaf).filter((node) => !node.error);
-  const turns = models.get(model)?.single_turns ? said.slice(-1) : said;
-  return turns.map(({ role, content, reasoning }) => (reasoning ? { role, content, reasoning_content: reasoning } : { role, content }));
-}
 
 const asking = (model) => ({
   model,
@@ -34,58 +34,34 @@ const asking = (model) => ({
   seed: crypto.getRandomValues(new Uint32Array(1))[0] >>> 1,
 });
 
-// goesOn: where it was lost, by a reload.
-async function answer(node, controller, goesOn) {
-  if (!goesOn) {
-    const fresh = { content: "", reasoning: "", unfinished: true, begun: Date.now(), chunks: 0, tokens: node.asked.glass ? [] : undefined };
-    for (const name of ["error", "first", "thought", "finish", "usage", "seconds", "request", "prompt"]) fresh[name] = undefined;
-    Object.assign(node, fresh);
-  }
-  const { signal } = controller;
-  const chunks = goesOn ? askOn(node.request, node.chunks, signal) : ask(bodyFor(node, messagesFor(node.parent, node.asked.model)), signal);
-  try {
-    for await (const chunk of chunks) {
-      take(node, chunk, node.begun);
-      show(node);
-    }
-  } catch (error) {
-    if (goesOn && error.status === 404) return; // it is kept for a while only
-    if (signal.aborted) node.finish = "stopped";
-    else node.error = failureOf(error);
-  }
-  node.thought ??= Date.now() - node.begun;
-  node.unfinished = false;
-  views.get(node.id)?.settle();
-}
+const messagesBefore = (conversation, node) =>
+  messagesOf(store.path(conversation, node.parent), models.get(node.asked.model)?.single_turns);
 
-// Run answers side by side until all are whole.
-async function run(nodes, goesOn = false) {
+/** The answers that grow in the branch that is shown. */
+const running = () => store.path(current).map(runOf).find(Boolean);
+
+async function start(nodes, goesOn = false) {
   const conversation = current;
-  const save = () => conversation.dropped || store.put(conversation);
-  const controller = new AbortController();
-  const stop = () => {
-    controller.abort();
-    for (const { request: id } of nodes) if (id) post("v1/chat/completions/control", { id, action: "stop" }).catch(() => {});
-  };
-  running = { stop, nodes, save };
-  const answers = nodes.map((node) => answer(node, controller, goesOn));
+  const whole = run(conversation, nodes, {
+    bodyOf: (node) => bodyFor(node, messagesBefore(conversation, node)),
+    grew: show,
+    settled: (node) => views.get(node.id)?.draw(false),
+  }, goesOn);
   draw();
-  await save();
-  const saving = setInterval(save, 500);
-  await Promise.all(answers);
-  clearInterval(saving);
-  running = null;
-  conversation.updated = Date.now();
-  await save();
-  conversations = await store.all();
-  draw();
+  await whole;
+  await refresh();
+  if (conversation !== current) return;
+  const seen = store.path(current).includes(nodes[0]);
+  if (seen) draw();
+  else drawBar();
   // Read out when it is whole, and only then.
-  $("spoken").textContent = conversation === current ? nodes.map((node) => node.error ?? node.content).join("\n") : "";
-  if (document.activeElement === document.body && !matchMedia("(pointer: coarse)").matches) $("question").focus();
+  $("spoken").textContent = seen ? nodes.map((node) => node.error ?? node.content).join("\n") : "";
+  if (seen && document.activeElement === document.body && !matchMedia("(pointer: coarse)").matches) $("question").focus();
 }
 
 async function send(text, parent) {
-  if (running || !text.trim()) return;
+  if (running() || !text.trim()) return;
+  note();
   current.leaf = parent;
   current.title ||= text.trim().slice(0, 80);
   localStorage.setItem("open", current.id);
@@ -94,7 +70,7 @@ async function send(text, parent) {
 }
 
 async function reply(parent) {
-  if (running) return;
+  if (running()) return;
   current.leaf = parent;
   const first = store.add(current, { role: "assistant", asked: asking($("model").value) });
   const nodes = [first];
@@ -102,67 +78,85 @@ async function reply(parent) {
     nodes.push(store.add(current, { role: "assistant", parent, besides: first.id, asked: { ...first.asked, model: $("beside").value } }));
     current.leaf = first.id;
   }
-  const answers = run(nodes);
+  const answers = start(nodes);
   toEnd();
   await answers;
 }
 
 // The same question with the same seed: the same tokens, with all that is known of them.
 async function lookInside(node) {
-  if (running) return;
+  if (runOf(node)) return;
+  const { usage, seconds, first, thought, finish } = node;
+  const { model } = node.asked;
   if (!node.tokens?.length) {
     node.asked = { ...node.asked, glass: true };
-    $("note").textContent = word("again_inside");
-    await run([node]);
-    $("note").textContent = "";
+    note(word("again_inside"));
+    await start([node]);
+    note();
+    if (!node.error) Object.assign(node, { usage, seconds, first, thought, finish, looked: node.usage });
     node.shown = false;
   }
   node.shown = !node.shown;
   if (node.shown && !node.prompt) {
-    const { model } = node.asked;
-    const asked = { model, messages: messagesFor(node.parent, model), return_token_strs: true };
+    const asked = { model, messages: messagesBefore(current, node), return_token_strs: true };
     node.prompt = await post("tokenize", asked).then((told) => told.token_strs).catch(() => []);
   }
-  views.get(node.id)?.look();
+  views.get(node.id)?.draw(false);
+  drawBar();
+}
+
+/** Go on with answers that a reload cut off. */
+function resume() {
+  for (const node of Object.values(current.nodes)) {
+    if (!node.unfinished || !node.request || node.besides || runOf(node)) continue;
+    start([node, besideOf(node)].filter((its) => its?.unfinished && its.request), true);
+  }
 }
 
 // What is shown
 
+const besideOf = (node) => Object.values(current.nodes).find((other) => other.besides === node.id);
+
 function versionsOf(node) {
   const versions = store.siblings(current, node);
   const place = versions.indexOf(node);
-  if (versions.length < 2 || running || node.besides) return [];
+  if (versions.length < 2 || node.besides) return [];
   const go = (step) => () => {
-    current.leaf = store.lastBelow(current, versions[place + step].id);
-    store.put(current);
+    const other = versions[place + step];
+    current.leaf = store.lastBelow(current, other.id);
+    if (!runsOf(current).length) store.put(current);
     draw();
+    const arrows = [...$(`node-${other.id}`).querySelectorAll(".version")];
+    (arrows[step < 0 ? 0 : 1].disabled ? arrows[step < 0 ? 1 : 0] : arrows[step < 0 ? 0 : 1]).focus();
   };
   return [
-    button("‹", go(-1), { label: word("earlier"), disabled: place === 0 }),
+    button("‹", go(-1), { label: word("earlier"), className: "version", disabled: place === 0 }),
     make("span", { textContent: `${place + 1}/${versions.length}` }),
-    button("›", go(1), { label: word("later"), disabled: place === versions.length - 1 }),
+    button("›", go(1), { label: word("later"), className: "version", disabled: place === versions.length - 1 }),
   ];
 }
 
 function toolsOf(node) {
-  if (node.unfinished) return [make("span", { textContent: word("unfinished") }), button(word("resume"), () => !running && run([node]))];
+  if (runOf(node)) return versionsOf(node);
+  if (node.unfinished) return [...versionsOf(node), make("span", { textContent: word("unfinished") }), button(word("resume"), () => start([node]))];
   const look = button(word("look"), () => lookInside(node), { title: word("opened"), className: "look" });
-  return [...versionsOf(node), button(word("copy"), () => navigator.clipboard.writeText(node.content)), button(word("again"), () => reply(node.parent)),
+  return [...versionsOf(node), copier(word("copy"), word("copied"), () => node.content), button(word("again"), () => reply(node.parent)),
     node.content || node.reasoning ? look : null].filter(Boolean);
 }
 
 function answerOf(node) {
-  const view = new AnswerView(node, Boolean(running?.nodes.includes(node)), toolsOf);
+  const view = views.get(node.id) ?? new AnswerView(node, toolsOf);
   views.set(node.id, view);
+  view.draw(Boolean(runOf(node)));
   return view.element;
 }
 
 function questionOf(node) {
-  const turn = make("div", { className: "turn user" });
+  const turn = make("div", { className: "turn user", id: `node-${node.id}` });
   const edit = () => {
     const area = make("textarea", { value: node.content, rows: 3, label: word("edit") });
     turn.replaceChildren(area, make("div", { className: "tools" },
-      button(word("save"), () => send(area.value, node.parent)), button(word("cancel"), draw)));
+      button(word("save"), () => send(area.value, node.parent)), button(word("cancel"), () => draw())));
     area.addEventListener("keydown", (event) => {
       if (event.key === "Escape") draw();
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
@@ -173,7 +167,7 @@ function questionOf(node) {
     area.focus();
   };
   turn.append(make("div", { className: "text", textContent: node.content }),
-    make("div", { className: "tools" }, ...versionsOf(node), running ? null : button(word("edit"), edit)));
+    make("div", { className: "tools" }, ...versionsOf(node), button(word("edit"), edit, { className: "edit" })));
   return turn;
 }
 
@@ -203,61 +197,46 @@ function hello() {
     example ? make("p", {}, `${word("example")} `, example) : null);
 }
 
+// Answers that stand are moved, not drawn anew.
 function draw(jump = false) {
-  const follow = jump === true || atEnd();
+  const follow = jump || atEnd();
   const height = $("thread").scrollTop;
-  views = new Map();
-  const nodes = store.path(current);
-  const turns = nodes.map((node) => {
+  const turns = store.path(current).map((node) => {
     if (node.role === "user") return questionOf(node);
-    const beside = Object.values(current.nodes).find((other) => other.besides === node.id);
+    const beside = besideOf(node);
     return make("div", { className: `turn${beside ? " pair" : ""}` }, answerOf(node), beside ? answerOf(beside) : null);
   });
   $("thread").replaceChildren(...(turns.length ? turns : [hello()]));
   if (follow) toEnd();
   else $("thread").scrollTop = height;
-  $("send").hidden = Boolean(running);
-  $("stop").hidden = $("now").hidden = !running;
+  drawBar();
+}
+
+// What is beside the conversation.
+function drawBar() {
+  const busy = Boolean(running());
+  $("send").hidden = busy;
+  $("stop").hidden = $("now").hidden = !busy;
+  $("thread").classList.toggle("busy", busy);
   const cost = Object.values(current.nodes).reduce((sum, node) => sum + costOf(node, models.get(node.asked?.model)?.price), 0);
   $("price").textContent = cost ? word("price", `$${cost.toPrecision(2)}`) : "";
-  drawList();
+  drawList(current);
 }
 
-function drawList() {
-  const wanted = $("search").value.toLowerCase();
-  const holds = (it) => !wanted || it.title.toLowerCase().includes(wanted) || Object.values(it.nodes).some((node) => node.content.toLowerCase().includes(wanted));
-  const found = conversations.filter(holds).map((it) => {
-    const name = button(it.title, () => open(it), { title: it.title });
-    name.setAttribute("aria-current", String(it.id === current.id));
-    return make("div", {}, name, button("×", () => drop(it), { className: "remove", label: `${word("remove")}: ${it.title}` }));
-  });
-  $("list").replaceChildren(...found);
-  if (wanted && !found.length) $("list").append(make("p", { className: "muted", textContent: word("none_found") }));
-}
-
+/** @param {Conversation} conversation */
 function open(conversation) {
-  running?.stop();
   current = conversation;
+  views = new Map();
   localStorage.setItem("open", conversation.id);
   unfold(false);
+  note();
   draw(true);
+  resume();
 }
 
 function unfold(open) {
   $("side").classList.toggle("open", open);
   $("menu").setAttribute("aria-expanded", String(open));
-}
-
-async function drop(conversation) {
-  if (!confirm(word("confirm"))) return;
-  if (conversation.id === current.id) {
-    current.dropped = true;
-    running?.stop();
-  }
-  await store.remove(conversation.id);
-  conversations = await store.all();
-  if (conversation.id === current.id) open(store.begin());
-  else drawList();
 }
 
 // The page's controls
@@ -279,82 +258,64 @@ function setTheme(next) {
   localStorage.setItem("theme", next);
 }
 
-function exportAll() {
-  const blob = new Blob([JSON.stringify({ conversations }, null, 1)], { type: "application/json" });
-  const link = make("a", { href: URL.createObjectURL(blob), download: "conversations.json" });
-  link.click();
-  URL.revokeObjectURL(link.href);
+function listenToKeys() {
+  document.addEventListener("keydown", (event) => {
+    const control = event.ctrlKey || event.metaKey;
+    if (event.key === "Escape" && $("side").classList.contains("open")) unfold(false);
+    else if (event.key === "Escape" && !$("door").open) running()?.stop();
+    if (control && event.key.toLowerCase() === "k") {
+      event.preventDefault();
+      unfold(true);
+      $("search").focus();
+    }
+    if (control && event.shiftKey && event.key.toLowerCase() === "o") {
+      event.preventDefault();
+      open(store.begin());
+      $("question").focus();
+    }
+  });
 }
 
-async function importAll(file) {
-  try {
-    for (const conversation of store.parse(await file.text())) await store.put(conversation);
-    conversations = await store.all();
-    drawList();
-  } catch (error) {
-    $("note").textContent = `${file.name}: ${error.message}`;
-  }
-  $("file").value = ""; // the same one may be chosen again
-}
-
-async function answerNow() {
-  for (const node of running?.nodes ?? []) {
-    if (node.request) await post("v1/chat/completions/control", { id: node.request, action: "reasoning_end" }).catch(() => {});
-  }
-}
-
-function listen() {
+function listenToQuestion() {
   const question = $("question");
   const grow = () => {
     question.style.height = "auto";
     question.style.height = `${question.scrollHeight}px`;
   };
   question.addEventListener("input", grow);
-  $("ask").addEventListener("submit", (event) => {
-    event.preventDefault();
-    const text = question.value;
-    if (running || !text.trim()) return;
-    question.value = "";
-    grow();
-    send(text, current.leaf);
-  });
   question.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
       event.preventDefault();
       $("ask").requestSubmit();
     }
   });
-  document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && $("side").classList.contains("open")) unfold(false);
-    else if (event.key === "Escape" && !$("door").open) running?.stop();
-    if (event.ctrlKey && event.key.toLowerCase() === "k") {
-      event.preventDefault();
-      unfold(true);
-      $("search").focus();
-    }
-    if (event.ctrlKey && event.shiftKey && event.key.toLowerCase() === "o") {
-      event.preventDefault();
-      open(store.begin());
-      question.focus();
-    }
+  $("ask").addEventListener("submit", (event) => {
+    event.preventDefault();
+    const text = question.value;
+    if (running() || !text.trim()) return;
+    question.value = "";
+    grow();
+    send(text, current.leaf);
   });
-  $("stop").onclick = () => running?.stop();
-  $("now").onclick = answerNow;
+}
+
+function listen() {
+  listenToKeys();
+  listenToQuestion();
+  guardDoor(connect);
+  $("stop").onclick = () => running()?.stop();
+  $("now").onclick = () => answerNow(running());
   $("new").onclick = () => open(store.begin());
-  $("search").oninput = drawList;
-  $("export").onclick = exportAll;
-  $("import").onclick = () => $("file").click();
-  $("file").onchange = () => $("file").files[0] && importAll($("file").files[0]);
   $("theme").onclick = () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
   $("menu").onclick = () => unfold(!$("side").classList.contains("open"));
   $("thread").addEventListener("pointerdown", () => unfold(false));
-  guardDoor(connect);
-  addEventListener("pagehide", () => running?.save());
   $("language").onclick = () => {
     setLanguage();
     fillChoices();
+    views = new Map();
     draw();
   };
+  addEventListener("pagehide", saveAll);
   for (const name of SETTINGS) {
     const input = $(name);
     if (input.type === "checkbox") input.checked = localStorage.getItem(name) === "true";
@@ -370,26 +331,24 @@ function listen() {
 async function connect() {
   try {
     models = new Map((await get("v1/models")).data.map((model) => [model.id, model]));
-    $("note").textContent = "";
+    note();
   } catch (error) {
-    $("note").textContent = failureOf(error);
+    note(failureOf(error));
   }
   $("key").hidden = !localStorage.getItem("key");
   fillChoices();
   draw();
+  if (models.size) resume();
 }
 
 async function begin() {
   setTheme(localStorage.getItem("theme") ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
   sayAll();
   listen();
-  conversations = await store.all();
-  const last = conversations.find((it) => it.id === localStorage.getItem("open"));
-  if (last) current = last;
+  await listConversations(open);
+  current = conversationOf(localStorage.getItem("open")) ?? current;
   await connect();
   toEnd();
-  const lost = Object.values(current.nodes).filter((node) => node.unfinished && node.request);
-  if (lost.length && models.size) await run(lost, true);
 }
 
 begin();

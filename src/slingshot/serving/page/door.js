@@ -24,5 +24,5 @@ export function guardDoor(then) {
 export function failureOf(error) {
   if (error.status === 401) open();
   if (error instanceof TypeError) return word("fails");
-  return error.later ? `${error.message} ${word("later", error.later)}` : error.message;
+  return error.later ? `${error.message} ${word("later_on", error.later)}` : error.message;
 }

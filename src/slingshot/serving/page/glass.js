@@ -1,6 +1,15 @@
 // The glass box: what a model did, token by token. Colours say how sure it was; a token opened shows what else it might
 // have said, and which experts every layer chose.
-//   tokens: [{text, logprob, kind, top: [[text, logprob], ...], experts: [[expert, ...] of a layer, ...], from}]
+
+/**
+ * @typedef {object} Token
+ * @property {string} text
+ * @property {number} logprob
+ * @property {"reasoning" | "content"} kind
+ * @property {[string, number][]} top what else was likely, with its logprobs
+ * @property {number[][]} experts those that every layer chose
+ * @property {boolean} drafted whether it was guessed before it was computed
+ */
 
 import { make } from "./dom.js";
 import { word } from "./words.js";
@@ -55,7 +64,15 @@ function promptOf({ usage, prompt }) {
   return [told, make("div", { className: "prompt" }, part(prompt.slice(0, hit), "hit"), part(prompt.slice(hit), "miss"))];
 }
 
-//   node: an answer with its tokens, its usage, and the tokens of its prompt where they are known
+// What the lines and colours mean.
+function legendOf(tokens) {
+  const drafted = tokens.filter((token) => token.drafted).length;
+  return make("p", { className: "muted legend", textContent: drafted ? `${word("unsure")} ${word("drafts", drafted, tokens.length)}` : word("unsure") });
+}
+
+const named = (token) => (token.drafted ? `${percent(token.logprob)}, ${word("drafted")}` : percent(token.logprob));
+
+/** @param {import("./store.js").Message} node an answer with its tokens, its usage, and the tokens of its prompt where they are known */
 export function glassBox(node) {
   const { tokens } = node;
   const layers = loads(tokens);
@@ -70,7 +87,7 @@ export function glassBox(node) {
     const rows = token.top.filter(([text, logprob]) => text !== token.text || Math.abs(logprob - token.logprob) > 1e-3).map(([text, logprob]) =>
       make("li", {}, make("code", { textContent: seen(text) }), make("b", { textContent: percent(logprob) })));
     details.replaceChildren(
-      make("p", {}, make("code", { textContent: seen(token.text) }), ` ${word("probability")} ${percent(token.logprob)}`),
+      make("p", {}, make("code", { textContent: seen(token.text) }), ` ${word("probability")} ${named(token)}`),
       rows.length ? make("p", { className: "muted", textContent: word("instead") }) : make("p", { className: "muted", textContent: word("none_else") }),
       make("ol", {}, ...rows),
       ...(token.experts?.length ? [make("p", { className: "muted", textContent: `${word("experts")}. ${word("load")}.` }), expertsOf(token, layers, counts)] : []),
@@ -79,10 +96,10 @@ export function glassBox(node) {
 
   const line = make("div", { className: "tokens" });
   for (const token of tokens) {
-    const button = make("button", { className: `token ${token.kind}`, textContent: token.text.replaceAll("\n", "⏎\n"), tabIndex: line.children.length ? -1 : 0 });
+    const button = make("button", { className: `token ${token.kind}${token.drafted ? " drafted" : ""}`, textContent: token.text.replaceAll("\n", "⏎\n"), tabIndex: line.children.length ? -1 : 0 });
     button.style.setProperty("--sure", Math.exp(token.logprob).toFixed(3));
     button.setAttribute("aria-pressed", "false");
-    button.setAttribute("aria-label", `${token.text} ${percent(token.logprob)}`);
+    button.setAttribute("aria-label", `${token.text} ${named(token)}`);
     button.addEventListener("click", () => open(token, button));
     button.addEventListener("focus", () => open(token, button));
     line.append(button);
@@ -97,6 +114,6 @@ export function glassBox(node) {
     next.tabIndex = 0;
     next.focus();
   });
-  box.append(make("div", { className: "asked" }, ...promptOf(node)), line, details);
+  box.append(make("div", { className: "asked" }, ...promptOf(node), legendOf(tokens)), line, details);
   return box;
 }

@@ -1,6 +1,7 @@
 // Markdown with mathematics and coloured code, made safe: an answer is untrusted text.
 
-import { make } from "./dom.js";
+import { copier, make } from "./dom.js";
+import { word } from "./words.js";
 
 const { marked, DOMPurify, katex, hljs } = window;
 
@@ -16,12 +17,16 @@ const SAFE = {
   ADD_ATTR: ["target"],
 };
 
+// Any other tag is text: so a reader sees it, and no parser sees its attributes.
+const OTHER_TAG = /<(?!\/?(?:b|br|code|del|details|em|i|kbd|li|ol|p|pre|s|strong|sub|summary|sup|u|ul)\s*\/?>)/gi;
+
 const escape = (text) => text.replace(/[&<>"]/g, (sign) => `&#${sign.charCodeAt(0)};`);
 
 marked.use({
   gfm: true,
   breaks: true,
   renderer: {
+    html: ({ text }) => text.replace(OTHER_TAG, "&lt;"),
     code({ text, lang }) {
       const known = lang && hljs.getLanguage(lang);
       const coloured = known ? hljs.highlight(text, { language: lang }).value : text.length < GUESSED ? hljs.highlightAuto(text).value : escape(text);
@@ -58,14 +63,19 @@ function typeset(fragment, formulas) {
   return fragment;
 }
 
-// An element that shows a text which grows: blocks that stand are not touched again.
+/** An element that shows a text which grows: blocks that stand are not touched again. */
 export class GrowingMarkdown {
+  /** @param {HTMLElement} element */
   constructor(element) {
     this.element = element;
+    this.text = "";
     this.shown = []; // the source of every block
   }
 
+  /** @param {string} text */
   show(text) {
+    if (text === this.text) return;
+    this.text = text;
     const formulas = [];
     const rest = text.replace(/[\uE000\uE001]/g, "").replace(PARTS, (whole, code, ...found) => {
       if (code !== undefined) return whole;
@@ -81,6 +91,7 @@ export class GrowingMarkdown {
       this.shown[place] = source;
       const block = this.element.children[place] ?? this.element.appendChild(make("div"));
       block.replaceChildren(typeset(DOMPurify.sanitize(marked.parser([token]), SAFE), formulas));
+      for (const code of block.querySelectorAll("pre")) code.before(copier(word("copy"), word("copied"), () => code.textContent));
     });
     this.shown.length = tokens.length;
     while (this.element.children.length > tokens.length) this.element.lastChild.remove();

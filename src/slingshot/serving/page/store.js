@@ -1,6 +1,41 @@
 // Conversations, kept in this browser alone (IndexedDB). A conversation is a tree of messages: an edit or a second try
 // is a sibling, and `leaf` says which branch is shown.
-//   {id, title, created, updated, leaf, nodes: {id: {id, parent, role, content, reasoning, ...}}}
+
+/**
+ * @typedef {object} Message
+ * @property {string} id
+ * @property {string | null} parent
+ * @property {"user" | "assistant"} role
+ * @property {string} content
+ * @property {string} [reasoning]
+ * @property {{model: string, effort: string, budget: number, glass: boolean, seed: number}} [asked] how an answer was asked for
+ * @property {string} [besides] the answer beside which this one stands
+ * @property {boolean} [unfinished] it is on its way, or was lost there
+ * @property {string} [request] its name at the server; `chunks`: how many of it came
+ * @property {number} [chunks]
+ * @property {number} [begun] when it was asked, milliseconds since 1970; until its first token and its answer: `first`, `thought`
+ * @property {number} [first]
+ * @property {number} [thought]
+ * @property {number} [seconds] how long all of it took
+ * @property {string} [finish] why it ended; `error`: what went wrong
+ * @property {string} [error]
+ * @property {object} [usage] as the API has it; `looked`: of the second time, to look inside
+ * @property {object} [looked]
+ * @property {import("./glass.js").Token[]} [tokens] what the glass box shows; `prompt`: the tokens before them
+ * @property {string[]} [prompt]
+ * @property {boolean} [open] whether its reasoning was folded out or in by hand; `shown`: whether the glass box is there
+ * @property {boolean} [shown]
+ */
+/**
+ * @typedef {object} Conversation
+ * @property {string} id
+ * @property {string} title
+ * @property {number} created
+ * @property {number} updated
+ * @property {string | null} leaf
+ * @property {Record<string, Message>} nodes
+ * @property {boolean} [dropped] it was deleted, and is not to be kept
+ */
 
 const database = new Promise((resolve, reject) => {
   const opening = indexedDB.open("slingshot", 1);
@@ -18,17 +53,22 @@ async function act(mode, work) {
   });
 }
 
+/** Newest first. @returns {Promise<Conversation[]>} */
 export const all = async () => (await act("readonly", (store) => store.getAll())).sort((a, b) => b.updated - a.updated);
+/** @param {Conversation} conversation */
 export const put = (conversation) => act("readwrite", (store) => store.put(conversation));
+/** @param {string} id */
 export const remove = (id) => act("readwrite", (store) => store.delete(id));
 
 export const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(8)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 
+/** @returns {Conversation} */
 export function begin() {
   const now = Date.now();
   return { id: newId(), title: "", created: now, updated: now, leaf: null, nodes: {} };
 }
 
+/** Behind the leaf, which it becomes. @param {Conversation} conversation @param {Partial<Message>} node @returns {Message} */
 export function add(conversation, node) {
   const whole = { id: newId(), parent: conversation.leaf, content: "", ...node };
   conversation.nodes[whole.id] = whole;
@@ -37,24 +77,25 @@ export function add(conversation, node) {
   return whole;
 }
 
-// From the first message to the leaf.
+/** From the first message to the leaf. @param {Conversation} conversation @returns {Message[]} */
 export function path(conversation, leaf = conversation.leaf) {
   const found = [];
   for (let node = conversation.nodes[leaf]; node; node = conversation.nodes[node.parent]) found.unshift(node);
   return found;
 }
 
-// Versions of a message: the children of its parent, but for answers that stand beside another.
+/** Versions of a message: the children of its parent, but for answers that stand beside another.
+ * @param {Conversation} conversation @param {Message} node @returns {Message[]} */
 export const siblings = (conversation, node) =>
   Object.values(conversation.nodes).filter((other) => other.parent === node.parent && !other.besides);
 
-// The newest message below a node.
+/** The newest message below a node. @param {Conversation} conversation @param {string} id @returns {string} */
 export function lastBelow(conversation, id) {
   const children = Object.values(conversation.nodes).filter((node) => node.parent === id && !node.besides);
   return children.length ? lastBelow(conversation, children.at(-1).id) : id;
 }
 
-// Conversations from a file that this page wrote; throws where it is none.
+/** Conversations from a file that this page wrote; throws where it is none. @param {string} text @returns {Conversation[]} */
 export function parse(text) {
   const given = JSON.parse(text).conversations;
   const whole = (it) => typeof it?.id === "string" && typeof it.nodes === "object" && typeof it.title === "string";

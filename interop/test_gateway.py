@@ -11,68 +11,23 @@ import contextlib
 import json
 import os
 import re
-import signal
-import socket
-import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import openai
 import pytest
 
-REPO = Path(__file__).resolve().parent.parent
+from interop.servers import free_port, peer_python, running
+
 FRANCE = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
 WHOLE = "The capital of France is Paris."
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 8}}, "required": ["city"],
           "additionalProperties": False}  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as its:
-        its.bind(("127.0.0.1", 0))
-        port: int = its.getsockname()[1]
-        return port
-
-
-@contextlib.contextmanager
-def running(
-    command: list[str], port: int, log: Path, environment: Mapping[str, str] = MappingProxyType({})
-) -> Iterator[str]:
-    """A server's process, and what it started: its URL. Fails with the end of its log where it does not answer."""
-    more = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1",
-            "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **environment}  # fmt: skip
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=os.environ | more, start_new_session=True, cwd=log.parent
-        )
-    try:
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 240
-        while process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{url}/health", timeout=2).close()
-                break
-            time.sleep(0.5)
-        else:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
-            pytest.fail(f"{command[0]} does not answer; the end of {log}:\n{tail}", pytrace=False)
-        yield url
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def peer_python(name: str) -> str:
-    python = REPO / f".venv-{name}" / "bin" / "python"
-    if not python.exists():
-        pytest.fail(f"{python.parents[1].name} is not there: make interop installs the peers", pytrace=False)
-    return str(python)
 
 
 @pytest.fixture(scope="module", params=["llama.cpp", "vllm"])

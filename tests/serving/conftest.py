@@ -145,6 +145,10 @@ def ids_of(tokenizer, text):
 
 @pytest.fixture(scope="session")
 def caller():
+    return calling_tokenizer()
+
+
+def calling_tokenizer():
     """A tokenizer whose template knows tools."""
     plain = Tokenizer.train(TEXTS * 20, 300)
     description = plain.description()

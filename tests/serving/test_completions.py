@@ -71,3 +71,5 @@ def test_a_text_is_tokenized_and_put_together_again(served, tokenizer):
         chat = [{"role": "user", "content": PROMPT}]
         assert http.post("/tokenize", json={"messages": chat}).json()["tokens"] == tokenizer.encode_chat(chat)
         assert http.post("/tokenize", json={"messages": chat, "prompt": "both"}).status_code == 400
+        info = http.get("/tokenizer_info").json()
+        assert (info["eos_token"], info["chat_template"]) == (tokenizer.token("eos_token"), tokenizer.chat_template)

@@ -44,7 +44,7 @@ from slingshot.serving.responses import ResponseRequest
 from slingshot.serving.resumable import ResumableAnswers
 from slingshot.serving.sse import ClientGone, event_stream, unless_gone
 from slingshot.serving.status import StatusBoard
-from slingshot.serving.tokenization import DetokenizeRequest, TokenizeRequest
+from slingshot.serving.tokenization import DetokenizeRequest, TokenizeRequest, tokenizer_info
 
 
 class ControlRequest(BaseModel):
@@ -200,6 +200,10 @@ def create_app(
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest, account: Caller) -> dict[str, Any]:
         return body.answer(gateway.model(body.model or next(iter(gateway.models)), account))
+
+    @app.get("/tokenizer_info")
+    async def info(account: Caller) -> dict[str, Any]:
+        return tokenizer_info(gateway.model(next(iter(gateway.models)), account))
 
     return app
 

@@ -1,6 +1,7 @@
-"""POST /tokenize and /detokenize, as vLLM has them.
+"""POST /tokenize and /detokenize, and GET /tokenizer_info, as vLLM has them.
 
 body.answer(model)      # {"count", "max_model_len", "tokens", "token_strs"}, or {"prompt"}
+tokenizer_info(model)   # what clients that encode by these need to know: lm-eval does
 """
 
 from __future__ import annotations
@@ -59,3 +60,9 @@ class DetokenizeRequest(BaseModel):
 
     def answer(self, model: ServedModel) -> dict[str, Any]:
         return {"prompt": model.tokenizer.decode(self.tokens)}
+
+
+def tokenizer_info(model: ServedModel) -> dict[str, Any]:
+    """The tokens that tokenizer_config.json names, and the chat template."""
+    tokens = {name: model.tokenizer.token(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return tokens | {"chat_template": model.tokenizer.chat_template}

@@ -1,8 +1,6 @@
 """Devices as numbers: what each multiplies, remembers, moves, draws and costs; devices.toml has the figures. No torch.
 
-    device("h800").peak["bfloat16"]          # 989.4e12 FLOP/s, dense
-    device("local")                          # this machine, as `slingshot doctor` measured it
-    mixed_peak(device("h800"), "fp8", parts) # FLOP/s of work that is partly in FP8, partly in bfloat16
+    device("h800").peak["bfloat16"]          # 989.4e12 FLOP/s, dense; "local" is this machine, as it was measured
 
 Peaks are of dense matrix products with float32 accumulation; vendors print twice as much "with sparsity". Links are
 bytes/s one way; vendors add both directions. Memory is what the maker's "80 GB" holds, in powers of two. Prices are

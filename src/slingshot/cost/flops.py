@@ -1,14 +1,11 @@
 """Parameters and floating-point operations of a ModelConfig, exact from the architecture. Plain arithmetic, no torch.
 
 What is counted: every matrix product, 2 FLOPs per multiply-add, and attention over the causal half only: the query at
-position t of its document meets t keys. Norms, softmax, rotations and look-ups are not. A backward pass costs twice its
-forward (one product for the gradient of either operand); recomputation is not counted.
+position t of its document meets t keys. A backward pass costs twice its forward; recomputation is not counted.
 
     parameters(config).total                               # 671.03e9 for DeepSeek-V3
     training_flops(config, [4096] * 16)                    # FLOPs of a step over 16 documents, MTP included
-    forward_parts(config, [4096], mtp=True)["mtp"]         # the MTP module's share, apart
     generation_flops(config, prompt_length=64, new_tokens=[120, 87])     # two samples that share their prompt's prefill
-    prefill_parts(config, 4096, cached=2048); decode_parts(config, context=5000)     # a request's two phases, by part
 """
 
 from __future__ import annotations
@@ -77,9 +74,8 @@ def cache_bytes_per_token(config: ModelConfig, bytes_per_number: float = 2) -> f
 def forward_parts(config: ModelConfig, lengths: Iterable[int], mtp: bool = False) -> dict[str, float]:
     """FLOPs of one forward pass over documents of these lengths, with logits at every position, by part of the network.
 
-    Keys: projections (into and out of attention), attention (scores and weighted values), mlp (dense layers), router,
-    shared_experts, routed_experts, head, and mtp when asked for: the whole MTP module, its own pass through the head
-    included. It runs where a next token exists, which is everywhere but at a document's last position.
+    Keys: those of `_block_parts`, head, and mtp when asked for: the whole MTP module, its own pass through the head
+    included. It runs everywhere but at a document's last position.
     """
     lengths, layers = list(lengths), config.num_hidden_layers
     tokens, head = sum(lengths), 2.0 * config.vocab_size * config.hidden_size
@@ -115,10 +111,8 @@ def training_parts(config: ModelConfig, lengths: Iterable[int], mtp: bool = True
 def generation_flops(config: ModelConfig, prompt_length: int, new_tokens: int | Iterable[int]) -> float:
     """FLOPs of sampling with a cache: one prefill of the prompt, then one decode step for each further token.
 
-    `new_tokens`: tokens sampled after the prompt, or several such counts for samples that share one prefill. The first
-    token comes from the prefill, which needs logits at its last position only. MLA decodes in absorbed form: queries
-    and outputs pass through kv_b_proj's two halves instead of the cache being expanded, so attention is over the latent
-    (arXiv 2405.04434, 2.1.2).
+    `new_tokens`: tokens sampled after the prompt, the first by the prefill; several counts for samples that share it.
+    MLA decodes in absorbed form, attention over the latent (arXiv 2405.04434, 2.1.2).
     """
     counts = [new_tokens] if isinstance(new_tokens, int) else list(new_tokens)
     # A sample of n tokens decodes n - 1 of them; decode step i (from 1) sees prompt_length + i keys.

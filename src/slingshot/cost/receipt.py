@@ -1,12 +1,8 @@
 """The receipt every artifact carries: what a stage consumed, and the artifacts it came from. No torch.
 
-A stage keeps a `Meter` from its first step to its last, across interruptions, and closes it into receipt.json:
-
-    meter = Meter(saved_state)                       # None at the start; `meter.state()` of before an interruption
-    meter.add(tokens=4096, training=3e12, mtp=2e11)  # every step: tokens, and FLOPs by what they were spent on
-    meter.receipt("pretrain", out.name, config, parents=[], artifact=folder, machine=describe()).write(folder)
-
-    Receipt.read(folder).flops
+meter = Meter(saved_state)                       # None at the start; `meter.state()` of before an interruption
+meter.add(tokens=4096, training=3e12, mtp=2e11)  # every step: tokens, and FLOPs by what they were spent on
+meter.receipt("pretrain", out.name, config, parents=[], artifact=folder, machine=describe()).write(folder)
 """
 
 from __future__ import annotations
@@ -18,9 +14,9 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field
 
 from slingshot import __version__
 from slingshot.base.config import Strict
@@ -35,8 +31,7 @@ _LARGE = 1 << 24  # bytes; less than this is read faster than it is worth rememb
 
 
 class PeakMemory(Strict):
-    """The most memory held at once: the first process's resident set, and what torch allocated on an accelerator; None
-    where it is not known, or none was used."""
+    """The most memory held at once: the first process's resident set, and what torch allocated on an accelerator."""
 
     peak_host_memory_bytes: int | None = Field(None, ge=0)
     peak_device_memory_bytes: int | None = Field(None, ge=0)
@@ -57,13 +52,10 @@ class Parent(Strict):
     digest: str
 
 
-class Receipt(PeakMemory):
-    """What a stage consumed and what it came from; the content of receipt.json.
+class Receipt(PeakMemory, extra="ignore"):
+    """The content of receipt.json. Of other versions, what they lack is unknown, what they have besides left out."""
 
-    Receipts of other versions are read, too: what they lack is unknown, what they have besides is left out.
-    """
-
-    model_config = ConfigDict(allow_inf_nan=False)
+    moved: ClassVar[dict[str, str]] = {"peak_memory_bytes": "peak_host_memory_bytes"}
 
     stage: str  # its kind: pretrain, sft, rl ...
     name: str  # the artifact's own
@@ -82,16 +74,6 @@ class Receipt(PeakMemory):
     devices: int = Field(1, ge=1)  # that worked at once: accelerators, or 1 without
     extra: dict[str, Any] = {}  # what else a stage has to say
 
-    @model_validator(mode="before")
-    @classmethod
-    def _of_other_versions(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        found = {"peak_host_memory_bytes": values.get("peak_memory_bytes")} | values  # its name before there were two
-        if isinstance(machine := found.get("machine"), dict):
-            found["machine"] = {key: value for key, value in machine.items() if key in Machine.model_fields}
-        return {key: value for key, value in found.items() if key in cls.model_fields}
-
     @property
     def device_seconds(self) -> float:
         return self.seconds * self.devices
@@ -106,7 +88,7 @@ class Receipt(PeakMemory):
         values = read_json(folder / RECEIPT)
         if not isinstance(values, dict):
             raise SlingshotError(f"{folder / RECEIPT} is no receipt; remove {folder} to have it made again")
-        return cls.parse(values, str(folder / RECEIPT))
+        return cls.parse(cls.renewed(values), str(folder / RECEIPT))
 
 
 class Meter:
@@ -136,8 +118,7 @@ class Meter:
         return self._before.get("seconds", 0.0) + time.perf_counter() - self._start
 
     def state(self) -> dict[str, Any]:
-        """JSON from which `Meter(state)` goes on; its keys are those of a Receipt. Energy: None unless all of it was
-        counted."""
+        """JSON from which `Meter(state)` goes on, by a Receipt's keys. Energy: None unless all of it was counted."""
         joules, earlier = self._energy.joules, self._before.get("energy_joules")
         device = max(self._before.get("peak_device_memory_bytes") or 0, peak_device_memory_bytes() or 0)
         return {
@@ -170,10 +151,9 @@ class Meter:
 def artifact_digest(path: Path) -> str:
     """A short name of an artifact's content: 16 hex digits of a SHA-256 over its files' names and bytes.
 
-    A folder with a receipt answers from it, unless something in it is younger, as in a copy. What is large is read
-    once, and remembered in the user's cache folder as long as size, inode and times of all its files stay. Receipts,
-    metrics, TensorBoard's event files and hidden files do not count: they hold clocks, and the same stage run twice is
-    the same artifact. SlingshotError when there is nothing at `path`.
+    A folder with a receipt answers from it, unless something in it is younger, as in a copy. What is large is read once
+    and remembered as long as size, inode and times of its files stay. Files that hold clocks do not count: the same
+    stage run twice is the same artifact. SlingshotError when there is nothing at `path`.
     """
     if not path.exists():
         raise SlingshotError(f"{path} does not exist; a stage was to read it")

@@ -17,7 +17,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, write_json
 
 
-class Machine(Strict):
+class Machine(Strict, extra="ignore"):  # what receipts of later versions say besides
     """What a receipt says about where a stage ran; `cores` and `memory_bytes` are what this process may use of it."""
 
     cpu: str

@@ -1,11 +1,10 @@
 """A dry run: every stage of a recipe for real with a few steps, then the seconds, memory and money of the whole by
 scaling.
 
-    found = dry_run(Recipe.load("tiny"), until="rl_final")
-    found.seconds, found.stages[0].seconds, found.assumptions
+    dry_run(Recipe.load("tiny"), until="rl_final").seconds
 
-Stages run in their order, each in a process of its own (dry_stage.py), in a temporary folder. A later stage gets the
-model that the earlier dry stage made: the same architecture, after a few steps. No torch here.
+Each stage has a process of its own (dry_stage.py), in a temporary folder, and the model that the dry stage before it
+made. No torch here.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ class DryRun(Strict):
 
 
 def dry_run(recipe: Recipe, until: str | None = None) -> DryRun:
-    """Run every stage up to `until` with a few steps. SlingshotError when a stage fails, with what it printed last."""
+    """Run every stage up to `until`. SlingshotError when one fails, with what it printed last."""
     with tempfile.TemporaryDirectory(prefix="slingshot-dry-run-") as folder:
         run = _DryRun(Path(folder))
         stages = [run.stage(stage) for stage in recipe.until(until)]

@@ -76,8 +76,7 @@ def items_of(kind: str, config: Any) -> list[Item]:
 def run(job: dict[str, Any]) -> dict[str, float]:
     """Run the stage `job` describes; what was measured, and how much of the whole it was.
 
-    `fixed_seconds` do not grow with its steps: all but the steps, each taken to last as long as the middle one. Before
-    the first documents are written, files read and packed, and code prepared for shapes not met before.
+    `fixed_seconds` do not grow with its steps: all but the steps, each taken to last as long as the middle one.
     """
     kind, out = job["kind"], Path(job["out"])
     config, whole = (STAGES[kind].config.parse(job[name], job["name"]) for name in ("config", "whole"))

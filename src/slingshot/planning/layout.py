@@ -1,7 +1,5 @@
 """How a training run is laid out over devices. No torch.
 
-    layouts(config, 2048, tp=8)        # every layout of that tp over exactly 2048 devices
-
 Ways: tp splits every matrix but the experts' (Megatron-LM, arXiv 1909.08053, with sequence parallelism, 2205.05198), pp
 the blocks (1F1B), ep the routed experts over the devices of a pipeline stage, dp the batch; ZeRO stage 1, 2, 3 shards
 optimizer, gradients, weights over dp (1910.02054).
@@ -52,28 +50,24 @@ def layouts(config: ModelConfig, count: int, per_node: int = 8, **given: Any) ->
 
     SlingshotError with the nearest valid value where a way does not divide what it splits.
     """
-    found, valid = [], {name: set[int]() for name in ("tp", "pp", "ep")}
     experts = config.n_routed_experts if config.n_moe_layers else 1
-    for tp in _divisors(math.gcd(count, config.num_attention_heads)):
-        valid["tp"].add(tp)
-        if given.get("tp", min(tp, per_node)) != tp:
-            continue
-        for pp in (ways for ways in _divisors(count // tp) if ways <= config.num_hidden_layers):
-            dp = count // tp // pp
-            valid["pp"].add(pp)
-            zeros: tuple[Zero, ...] = (given["zero"],) if "zero" in given else (1, 2, 3) if dp > 1 else (0,)
-            for ep in _divisors(math.gcd(dp * tp, experts)):
-                valid["ep"].add(ep)
-                if given.get("pp", pp) == pp and given.get("ep", ep) == ep:
-                    recomputes = (given["recompute"],) if "recompute" in given else RECOMPUTE
-                    found += [Layout(dp, tp, pp, ep, zero, recompute) for recompute in recomputes for zero in zeros]
-    for name, what in {"tp": "attention heads", "pp": "blocks", "ep": "experts"}.items():
-        if not found and name in given and given[name] not in valid[name]:
-            nearest = min(valid[name], key=lambda way: (abs(way - given[name]), way))
+    found = [
+        Layout(count // tp // pp, tp, pp, ep, zero, recompute)
+        for tp in _divisors(math.gcd(count, config.num_attention_heads))
+        if "tp" in given or tp <= per_node
+        for pp in _divisors(count // tp)
+        if pp <= config.num_hidden_layers
+        for ep in _divisors(math.gcd(count // pp, experts))
+        for recompute in ((given["recompute"],) if "recompute" in given else RECOMPUTE)
+        for zero in ((given["zero"],) if "zero" in given else (1, 2, 3) if count > tp * pp else (0,))
+    ]
+    for way, what in {"tp": "attention heads", "pp": "blocks", "ep": "experts"}.items():
+        wanted, valid = given.get(way), {getattr(layout, way) for layout in found}
+        if wanted is not None and wanted not in valid:
+            nearest = min(valid, key=lambda value: (abs(value - wanted), value))
             trouble = f"does not divide {count} devices and the model's {what}"
-            raise SlingshotError(f"{name} {given[name]} {trouble}; the nearest valid value is {nearest}")
-    if not found:
-        raise SlingshotError(f"no layout over {count} devices has {given}; leave one of them open")
+            raise SlingshotError(f"{way} {wanted} {trouble}; the nearest valid value is {nearest}")
+        found = [layout for layout in found if wanted in (None, getattr(layout, way))]
     return found
 
 

@@ -1,7 +1,5 @@
 """Memory of one device: weights, gradients, optimizer, activations, KV cache, from architecture and layout. No torch.
 
-    training_memory(Blocks(config, PRECISIONS["fp8"]), layout, context=4096, microbatches=120)  # fullest pipeline stage
-
 Weights and optimizer state are exact. Activations are what a backward pass needs of a network with fused attention and
 normalisation that keep nothing else: the inputs of every product and of every activation function. Allocator waste,
 buffers of collectives and the framework's own use are not in here; a plan leaves a share of the memory free for them.
@@ -73,12 +71,8 @@ def block_activations(config: ModelConfig, moe: bool, precision: Precision, reco
     scale them and not what the down projection reads. "full" keeps the block's input alone. Scores are never kept
     (fused attention).
     """
-    width, heads, low, plain = (
-        config.hidden_size,
-        config.num_attention_heads,
-        precision.low_activation,
-        precision.activation,
-    )
+    width, heads = config.hidden_size, config.num_attention_heads
+    low, plain = precision.low_activation, precision.activation
     if recompute == "full":
         return width * plain
     inner = config.intermediate_size

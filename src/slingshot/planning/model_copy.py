@@ -2,7 +2,6 @@
 
     copy = ModelCopy(config, device("h800"), PRECISIONS["fp8"], devices=144)   # one copy of the model on 144 devices
     88 / max(copy.decode_step(batch=88, context=4989))    # tokens/s that 88 sequences on a device cannot exceed
-    copy.step_seconds(88, 4989)                           # what a step takes, at the share of the bound engines reach
 
 A decoding step reads every weight it touches and every cached key once, computes, and exchanges activations; the
 longest of the three bounds it, the others hidden behind. A mixture of experts is served data parallel in attention and
@@ -12,6 +11,7 @@ expert parallel in its experts (as DeepSeek serves), a dense model tensor parall
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -64,7 +64,7 @@ class ModelCopy:
 
     @property
     def cached_heads(self) -> int:
-        """Heads of the cache, which tensor parallelism can part: keys' and values', or MLA's one latent."""
+        """Of the cache, which tensor parallelism can part: keys' and values', or MLA's one latent."""
         return self.config.num_key_value_heads if self.config.family == "dense" else 1
 
     @cached_property
@@ -110,9 +110,8 @@ class ModelCopy:
     def bytes_sent(self, tokens: float) -> float:
         """Bytes one device sends while it passes `tokens` tokens of its own through the model, at most.
 
-        Experts: each token goes to num_experts_per_tok devices in the precision of the weights (1 byte in FP8) and
-        comes back in 16 bits, nothing sent once for several (arXiv 2505.09343, 2.3.2, counts the same and the shared
-        expert besides). Tensor parallel: two all-reduces a block, over the tokens of all.
+        Experts: each token goes to num_experts_per_tok devices in the precision of the weights and comes back in 16
+        bits (arXiv 2505.09343, 2.3.2). Tensor parallel: two all-reduces a block, over the tokens of all.
         """
         config, others = self.config, (self.devices - 1) / self.devices
         if config.n_moe_layers:
@@ -141,12 +140,7 @@ class ModelCopy:
 
     @cached_property
     def _link(self) -> float:
-        """Bytes/s at which a device sends, one way.
-
-        An all-reduce over several nodes is a ring, whose bytes cross a node's border once, through the links of all its
-        members: nodes of 8 links of 50 GB/s reach 350 GB/s (NCCL; github.com/NVIDIA/nccl-tests, issue 283). Experts'
-        tokens take their own device's link.
-        """
+        """Bytes/s at which a device sends, one way. An all-reduce over several nodes is a ring, as in network.py."""
         device = self.device
         if self.devices <= device.per_node:
             return device.link
@@ -161,11 +155,8 @@ class ModelCopy:
 
     def best_batch(self, context: float, latency: float) -> int:
         """The largest batch with room whose step stays within `latency` seconds; 0 when there is none."""
-        low, high = 0, max(0, math.floor(self.largest_batch(context)))
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.step_seconds(middle, context) <= latency else (low, middle - 1)
-        return low
+        with_room = range(1, 1 + max(0, math.floor(self.largest_batch(context))))
+        return bisect_right(with_room, latency, key=lambda batch: self.step_seconds(batch, context))
 
     def prefill_seconds(self, prompt: float, hit_share: float, mfu: float) -> float:
         """Seconds to compute a prompt, `hit_share` of it cached, at `mfu` of its products' peak: bound by compute."""
@@ -251,11 +242,9 @@ class ResponseLengths:
 
 
 def round_seconds(copy: ModelCopy, responses: float, copies: int, prompt: float, lengths: ResponseLengths) -> float:
-    """Seconds until the last of `responses` responses is written by `copies` copies of the model, all started at once.
+    """Seconds until `copies` copies of the model have written all `responses`, started at once, in waves that fit.
 
-    The batch shrinks as responses end, and the longest keep the devices waiting: the sum of the steps' times over
-    positions, each counted by the chance that any response is still being written. Where the caches of all do not fit,
-    they are written in equal waves.
+    The batch shrinks as they end: a step at each position, counted by the chance that any is still being written.
     """
     room = copy.largest_batch(prompt + lengths.mean)
     if room <= 0 or not responses:

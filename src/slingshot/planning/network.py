@@ -6,9 +6,9 @@ for sent in transfers(Blocks(config, PRECISIONS["fp8"]), layout, device, tokens=
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
-from slingshot.base.config import Strict
 from slingshot.cost.devices import Device
 from slingshot.model.config import ModelConfig
 from slingshot.planning.layout import Layout
@@ -21,7 +21,8 @@ LINK_EFFICIENCY = 0.8
 Link = Literal["node", "network"]
 
 
-class Transfer(Strict):
+@dataclass(frozen=True)
+class Transfer:
     """Bytes one device sends in one optimizer step, the link they take and the seconds they need on it."""
 
     purpose: str
@@ -33,20 +34,16 @@ class Transfer(Strict):
 def transfers(blocks: Blocks, layout: Layout, device: Device, tokens: float, context: int) -> list[Transfer]:
     """What the device that sends most sends in one optimizer step over `tokens` tokens in sequences of `context`.
 
-    Rings: all-gather and reduce-scatter move (n - 1)/n of the whole, all-reduce twice that. Groups nest in the order
-    tp, ep, dp, pp, so a group stays on the node's own links while its devices fit on one; where it does not, a ring
-    leaves a node once, and as many rings as the group has members there share the work, each over another's network
-    card (NCCL; nodes of 8 x 400 Gb/s reach 350 GB/s, nccl-tests issue 283). Experts: a token goes once to each node and
-    there once to each device that has one of its experts (DeepSeek-V3, 3.2.2), in FP8 where weights are FP8, and comes
-    back in 16 bits; the backward pass does the same again, and what it computes again once more.
+    Groups nest in the order tp, ep, dp, pp; one that fits on a node stays on its links. Else a ring leaves a node once,
+    and as many rings as the group has members there share the work, each over another's network card (NCCL). Experts: a
+    token goes once to each node and there once to each device that has one of its experts (DeepSeek-V3, 3.2.2).
     """
     found = []
 
     def send(purpose: str, n_bytes: float, link: Link) -> None:
         if n_bytes:
             rate = LINK_EFFICIENCY * (device.link if link == "node" else device.network)
-            seconds = n_bytes / rate if rate else math.inf
-            found.append(Transfer.model_construct(purpose=purpose, n_bytes=n_bytes, link=link, seconds=seconds))
+            found.append(Transfer(purpose, n_bytes, link, n_bytes / rate if rate else math.inf))
 
     def ring(purpose: str, n_bytes: float, group: int, stride: int = 1) -> None:
         members = max(1, device.per_node // stride)  # of the group, on one node

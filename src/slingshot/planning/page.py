@@ -1,7 +1,5 @@
 """What a plan says, as tables on the terminal and as an HTML page: both are made of the same sections. No torch.
 
-    deliver(plan, plan_page(plan), as_json=False, html=Path("plan.html"))
-
 A section is made of a field of the plan: a table of a list, names and values of anything else. How a value is written
 follows from its name.
 """
@@ -22,7 +20,7 @@ from slingshot import __version__
 from slingshot.base.config import Strict
 from slingshot.base.files import write_text
 from slingshot.base.quantity import show_count, show_energy, show_money, show_seconds, show_share, show_size
-from slingshot.planning.plan import Plan, PublishedBill
+from slingshot.planning.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def assumed(texts: Sequence[str]) -> Section:
 
 
 def _section(field: str, value: Any, plan: Mapping[str, Any]) -> Section:
-    """A section of one of a plan's fields; in a table what the plan has chosen stands out."""
+    """One of a plan's fields; in a table what the plan has chosen stands out."""
     title = _SECTIONS[field]
     if isinstance(value, list):
         bar = next((key for key in ("seconds", "tokens_per_second_per_device") if key in value[0]), "")
@@ -111,9 +109,8 @@ def _section(field: str, value: Any, plan: Mapping[str, Any]) -> Section:
         return replace(table(title, value, bar=bar), strong=next(strong, None))
     if field in ("memory", "flops_by_part"):  # parts of a whole
         unit, whole = ("bytes", value["total"]) if field == "memory" else ("flops", sum(value.values()))
-        parts = [
-            {"part": name.replace("_", " "), unit: part, "share": part / whole} for name, part in value.items() if part
-        ]
+        held = {name.replace("_", " "): part for name, part in value.items() if part}
+        parts = [{"part": name, unit: part, "share": part / whole} for name, part in held.items()]
         return table(title, parts, bar=unit, strong=len(parts) - 1 if field == "memory" else -1)
     return facts(title, value)
 
@@ -146,21 +143,21 @@ def plan_page(plan: Plan) -> PlanPage:
     return PlanPage(title, tuple(figure for figure in figures if figure[0]), tuple(sections), warning, plan.kind)
 
 
-def _published(plan: Plan, bill: PublishedBill) -> Section:
+def _published(plan: Plan, bill: Mapping[str, Any]) -> Section:
     """The bill beside the one that somebody published of the same work."""
-    here = {stage.name: stage for stage in plan.stages}
-    missing = [name for name in bill.device_hours if name not in here]
+    here, published = {stage.name: stage for stage in plan.stages}, bill["device_hours"]
+    missing = [name for name in published if name not in here]
     rows = []
-    for name, hours in (bill.device_hours | {"in all": sum(bill.device_hours.values())}).items():
+    for name, hours in (published | {"in all": sum(published.values())}).items():
         own = here[name].device_hours if name in here else 0.0
         if name == "in all" and not missing:
-            own = sum(here[stage].device_hours for stage in bill.device_hours)
+            own = sum(here[stage].device_hours for stage in published)
         distance = f"{round(own / hours - 1, 3) + 0:+.1%}" if own else ""
         given = name in here and not here[name].flops
         rows.append({"name": name, "published_hours": hours, "hours": own, "distance": "given" if given else distance,
-                     "published_money": hours * (bill.price or 0), "money": own * (plan.price or 0)})  # fmt: skip
-    options = " ".join(f'--stage "{name}={show_count(bill.device_hours[name])}"' for name in missing)
-    note = f"{bill.source}." + (f" What no plan computes is added by {options}." if missing else "")
+                     "published_money": hours * (bill["price"] or 0), "money": own * (plan.price or 0)})  # fmt: skip
+    options = " ".join(f'--stage "{name}={show_count(published[name])}"' for name in missing)
+    note = f"{bill['source']}." + (f" What no plan computes is added by {options}." if missing else "")
     return table("Beside the published bill", rows, note, strong=len(rows) - 1)
 
 
@@ -171,13 +168,13 @@ def deliver(found: Strict, page: PlanPage, as_json: bool, html: Path | None) -> 
     if as_json:
         print(json.dumps(found.model_dump(mode="json"), indent=2, allow_nan=False))
         return
-    show(page, Console())
+    _show(page)
     if html is not None:
         print(f"\nmade {html}")
 
 
-def show(page: PlanPage, console: Console) -> None:
-    """Print a page as tables and lists."""
+def _show(page: PlanPage) -> None:
+    console = Console()
     console.print(Text(page.title, style="bold"))
     if page.warning:
         console.print(Text(page.warning, style="bold red"))
@@ -206,6 +203,6 @@ def render(page: PlanPage) -> str:
     import jinja2  # only here
 
     source = Path(__file__).with_name("plan.html.jinja").read_text(encoding="utf-8")
-    options: Any = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
-    template = jinja2.Environment(undefined=jinja2.StrictUndefined, **options).from_string(source)
+    blocks: Any = {"trim_blocks": True, "lstrip_blocks": True}
+    template = jinja2.Template(source, autoescape=True, undefined=jinja2.StrictUndefined, **blocks)
     return template.render(page=page, version=__version__)

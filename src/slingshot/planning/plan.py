@@ -1,22 +1,16 @@
 """Plans: what pre-training, reinforcement learning, distillation and serving will cost, before anything runs. No torch.
 
-What all plans share; the arithmetic is in plan_training.py and plan_serving.py:
-
-    plan = plan_pretrain(PretrainRequest.parse({"model": "deepseek-v3", "device": "h800", "tokens": "14.8T"}))
-    plan.device_hours, plan.days, plan.money
-    plan.model_dump(mode="json")           # what `slingshot plan ... --json` prints
-
-Nothing that is not in the architecture, the table of devices or the request enters a figure without a line in
-`assumptions`.
+What all plans share; the arithmetic is in plan_training.py and plan_serving.py. Nothing that is not in the
+architecture, the table of devices or the request enters a figure without a line in `assumptions`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.resources import files
-from string import Formatter
 from typing import Any
 
 from pydantic import ConfigDict
@@ -46,16 +40,6 @@ class PlanLine(Strict):
     days: float
     money: float | None
     note: str = ""
-
-
-class PublishedBill(Strict):
-    """What somebody published of the same work: device-hours by stage; `price` is the source's own."""
-
-    source: str
-    device: str
-    tokens: float
-    device_hours: dict[str, float]
-    price: float | None = None
 
 
 class Plan(Strict):
@@ -167,8 +151,7 @@ class Hire:
     def assumed(self, kind: str, config: ModelConfig, length: float = 0.0, **known: Any) -> list[str]:
         """The sentences of assumptions.toml for a plan of sequences of `length`, with what is `known` filled in; one
         that needs what is None is left out."""
-        device, most = self.device, config.max_position_embeddings
-        others = [] if kind == "serve" else ["elsewhere"]
+        device, most, found = self.device, config.max_position_embeddings, list[str]()
         known |= {
             "usable": show_share(USABLE), "memory": show_size(device.memory_bytes), "device": device.name,
             "price": self.price, "whose": "the table's example" if self.example else "as given",
@@ -176,9 +159,12 @@ class Hire:
             "unknown": None if device.power_watts else "energy", "most": most,
             "length": length if length > most else None,
         }  # fmt: skip
-        texts = [text for part in (kind, "longer", "devices", *others) for text in _TEXTS[part]]
-        holes = {text: [name.split(".")[0] for _, name, _, _ in Formatter().parse(text) if name] for text in texts}
-        return [text.format(**known) for text in texts if all(known.get(hole) is not None for hole in holes[text])]
+        known = {name: value for name, value in known.items() if value is not None}
+        for part in (kind, "longer", "devices", *["elsewhere"] * (kind != "serve")):
+            for text in _TEXTS[part]:
+                with contextlib.suppress(KeyError):
+                    found.append(text.format(**known))
+        return found
 
 
 def chosen_precision(config: ModelConfig, device: Device, name: str | None) -> Precision:

@@ -75,16 +75,18 @@ def plan_serve(asked: ServeRequest) -> Plan:
     many = 1.0 if traffic else count / needed  # as many requests as the devices can serve
     read, written = to_read * many, to_write * many
 
-    per_second = None if hire.price is None else hire.price / 3600
-    cost = None if hire.price is None else count * HOURS * hire.price
+    def money(seconds: float) -> float | None:
+        return None if hire.price is None else seconds * hire.price / 3600
+
+    cost = money(count * 86400)
     margin, break_even, revenue, day = None, None, None, None
     if asked.prices is not None:
         hit, miss, out = asked.prices
         per_input = hit_share * hit + (1 - hit_share) * miss
         revenue = (read * per_input + written * out) / 1e6
-        if per_second and cost:
-            tokens, seconds = prompt + response, response * writing + reading
-            bought, made = (prompt * per_input + response * out) / tokens, seconds * per_second / tokens * 1e6
+        tokens, seconds = prompt + response, response * writing + reading
+        if cost and (made := money(1e6 * seconds / tokens)):
+            bought = (prompt * per_input + response * out) / tokens
             most = count * 86400 / seconds * tokens
             even = cost / bought * 1e6 if bought else math.inf
             margin = (bought - made) / made
@@ -113,14 +115,11 @@ def plan_serve(asked: ServeRequest) -> Plan:
         found = best(ModelCopy(config, other.device, other.precision, 1, asked.efficiency), None, reads, traffic)
         return HOURS * many * found.taken(traffic), bool(found.batch)
 
-    def per_million(seconds: float) -> float | None:
-        return None if per_second is None else 1e6 * seconds * per_second
-
     fit = None if memory.total <= hire.usable else copy.smallest(context)
     spread = f"a copy on {fit.devices} device{'' if fit.devices == 1 else 's'}" if fit else ""
-    reads = {share: copy.prefill_seconds(prompt, share, mfu) for share in HIT_SHARES if per_second is not None}
-    hit_costs = [{"hit_share": share, "prompt": per_million(seconds / prompt),
-                  "blended": per_million((seconds + response * writing) / (prompt + response))}
+    reads = {share: copy.prefill_seconds(prompt, share, mfu) for share in HIT_SHARES if hire.price is not None}
+    hit_costs = [{"hit_share": share, "prompt": money(1e6 * seconds / prompt),
+                  "blended": money(1e6 * (seconds + response * writing) / (prompt + response))}
                  for share, seconds in reads.items()]  # fmt: skip
     choice = "needs the fewest devices in all" if whole else "writes most in time"
     return hire.plan(
@@ -138,7 +137,7 @@ def plan_serve(asked: ServeRequest) -> Plan:
         prompt=prompt, response=response, hit_share=hit_share, latency=asked.latency, devices_per_copy=copy.devices,
         batch=batch, tokens_per_second_per_device=1 / writing, bound_tokens_per_second_per_device=batch / max(step),
         tokens_per_second_per_user=1 / writing / batch, prompt_tokens_per_second_per_device=prompt / reading,
-        output_cost_per_million=per_million(writing), prompt_cost_per_million=per_million(reading / prompt),
+        output_cost_per_million=money(1e6 * writing), prompt_cost_per_million=money(1e6 * reading / prompt),
         curve=_curve(copy, batch, context, asked.latency), cost_by_hit_share=hit_costs,
         prices=asked.prices, margin=margin, break_even=break_even, day=day,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import tomllib
 from importlib.resources import files
+from typing import Any
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.quantity import show_count, show_share
@@ -17,7 +18,7 @@ from slingshot.model.config import ModelConfig
 from slingshot.planning.memory import Precision
 from slingshot.planning.model_copy import ModelCopy, ResponseLengths, round_seconds
 from slingshot.planning.network import LINK_EFFICIENCY, transfers
-from slingshot.planning.plan import HOURS, Hire, Plan, PublishedBill, chosen_precision
+from slingshot.planning.plan import HOURS, Hire, Plan, chosen_precision
 from slingshot.planning.request import LONGEST, DistillRequest, PretrainRequest, RLRequest
 from slingshot.planning.scaling import dense_equivalent
 from slingshot.planning.training_run import ASSUMED_MFU, TrainingRun, forward_and_backward
@@ -72,13 +73,11 @@ def plan_pretrain(asked: PretrainRequest) -> Plan:
     )  # fmt: skip
 
 
-def _published(config: ModelConfig, model: str, device: str, tokens: float) -> PublishedBill | None:
+def _published(config: ModelConfig, model: str, device: str, tokens: float) -> dict[str, Any] | None:
     """What was published of training this preset on these devices with as many tokens, a percent more or less."""
     table = tomllib.loads((files("slingshot.planning") / "published.toml").read_text(encoding="utf-8"))
-    if model not in table or config != ModelConfig.preset(model):
-        return None
-    bill = PublishedBill.parse(table[model])
-    return bill if bill.device == device and abs(tokens / bill.tokens - 1) < 0.01 else None
+    bill = {"price": None} | table[model] if model in table and config == ModelConfig.preset(model) else None
+    return bill if bill and bill["device"] == device and abs(tokens / bill["tokens"] - 1) < 0.01 else None
 
 
 def plan_rl(asked: RLRequest) -> Plan:

@@ -1,10 +1,8 @@
 """What may be asked of a plan: every option once, with how it is read, its default and its help. No torch.
 
-    asked = PretrainRequest.parse({"model": "deepseek-v3", "device": "h800", "count": "2048", "tokens": "14.8T"})
-    asked.tokens                     # 14.8e12; numbers may also be given as numbers
+    PretrainRequest.parse({"model": "deepseek-v3", "device": "h800", "tokens": "14.8T"}).tokens  # 14.8e12
 
-The command line makes its options of these fields. Nonsense is a SlingshotError of one line with the nearest thing that
-makes sense.
+The command line makes its options of these fields.
 """
 
 from __future__ import annotations

@@ -6,11 +6,8 @@ active parameters trained on D tokens with E experts, one of them active, is
     L(N, D, E) = a x^delta N^(alpha + gamma ln x) + b x^omega D^(beta + zeta ln x) + c,
     1/x = 1/(E - 1 + 1/(1/E_start - 1/E_max)) + 1/E_max
 
-E = 1 is a dense model. Fitted to more than 280 models of 79M to 2.7B active parameters, 1 to 32 experts, 0.5B to 80B
-tokens. Experts there are as wide as a dense block's and one is chosen, so for finer experts of which several are
-chosen, E is all experts over the active ones.
-
-    dense = dense_equivalent(ModelConfig.preset("deepseek-v3"), tokens=14.8e12)      # about 89B parameters
+E = 1 is a dense model. Experts there are as wide as a dense block's and one is chosen; for finer experts of which
+several are chosen, E is all experts over the active ones.
 """
 
 from __future__ import annotations
@@ -21,12 +18,9 @@ from slingshot.base.config import Strict
 from slingshot.cost.flops import parameters
 from slingshot.model.config import ModelConfig
 
-RULE = "Joint MoE Scaling Laws, Ludziejewski et al. 2025, arXiv 2502.05172, equation 6"
-
 A, ALPHA, DELTA, GAMMA = 35.91, -0.1889, -0.2285, 0.0098
 B, BETA, OMEGA, ZETA = 35.98, -0.1775, 0.5529, -0.0259
 E_START, E_MAX, C = 2.0732, 290.4521, 1.3637
-
 # What the fit saw (Appendix E).
 RANGES = {"active parameters": (79e6, 2.7e9), "tokens": (0.5e9, 80e9), "experts over active experts": (1.0, 32.0)}
 
@@ -34,7 +28,7 @@ RANGES = {"active parameters": (79e6, 2.7e9), "tokens": (0.5e9, 80e9), "experts 
 class DenseEquivalent(Strict):
     """A dense model of the same predicted loss after the same tokens."""
 
-    rule: str
+    rule: str = "Joint MoE Scaling Laws, Ludziejewski et al. 2025, arXiv 2502.05172, equation 6"
     parameters: float
     ratio: float  # of these over the mixture's active ones, which is also that of the training compute
     loss: float
@@ -69,4 +63,4 @@ def dense_equivalent(config: ModelConfig, tokens: float) -> DenseEquivalent | No
         if not low <= value <= high
     ]
     dense = (left / m) ** (1 / mu)
-    return DenseEquivalent(rule=RULE, parameters=dense, ratio=dense / active, loss=loss, outside=outside)
+    return DenseEquivalent(parameters=dense, ratio=dense / active, loss=loss, outside=outside)

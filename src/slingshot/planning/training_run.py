@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -36,33 +36,6 @@ class TrainingRate(NamedTuple):
     note: str
 
 
-def training_rate(hire: Hire, parts: Mapping[str, float], asked: TrainingRequest) -> TrainingRate:
-    """How fast one device trains: by --mfu, --tflops or --hours, else by what is assumed. Never above `parts`' peak."""
-    device, dtype, hours = hire.device, hire.precision.dtype, getattr(asked, "hours", None)
-    if dtype not in TRAINABLE:
-        trainable = ", ".join(TRAINABLE)
-        raise SlingshotError(f"precision {dtype}: nothing is trained in it; the nearest that is are {trainable}")
-    if sum(given is not None for given in (asked.mfu, asked.tflops, hours)) > 1:
-        raise SlingshotError("--mfu, --tflops and --hours each set the rate; give one of them")
-    peak, flops = mixed_peak(device, dtype, parts), sum(parts.values())
-    if asked.tflops is not None:
-        rate, source = asked.tflops * 1e12, f"{asked.tflops:g} TFLOP/s a device, as given"
-    elif hours is not None:
-        rate, source = flops / hours / 3600, f"{show_count(hours)} device-hours, as given"
-    elif asked.mfu is not None:
-        rate, source = asked.mfu * peak, f"MFU {show_share(asked.mfu)}, as given"
-    else:
-        assumed, why = ASSUMED_MFU[dtype], _MFU_SOURCE.get(dtype, "as in bfloat16")
-        rate, source = assumed * peak, f"MFU {show_share(assumed)}, assumed; {why}"
-    if rate > peak * (1 + 1e-9):
-        below = f"{math.floor(peak / 1e9) / 1000:.10g}"
-        most = f"one {device.name} does at most {below} of this model's products in {dtype}"
-        nearest = f"{math.ceil(flops / peak / 3600):,} hours" if hours is not None else below
-        raise SlingshotError(f"{rate / 1e12:.4g} TFLOP/s: {most}; the nearest valid value is {nearest}")
-    of_peak = f"{show_share(rate / peak)} of {peak / 1e12:.4g} for this mix in {dtype}"
-    return TrainingRate(rate, rate / peak, f"{source}: {rate / 1e12:.4g} TFLOP/s, {of_peak}")
-
-
 def forward_and_backward(config: ModelConfig, length: int, tokens: float) -> dict[str, float]:
     """FLOPs of both passes of the main model over `tokens` tokens in documents of `length`, by part."""
     return {part: 3 * flops * tokens / length for part, flops in forward_parts(config, [length]).items()}
@@ -84,7 +57,30 @@ class TrainingRun:
 
     @cached_property
     def rate(self) -> TrainingRate:
-        return training_rate(self.hire, self.parts, self.asked)
+        """By --mfu, --tflops or --hours, else by what is assumed. Never above the peak."""
+        asked, dtype, hours = self.asked, self.hire.precision.dtype, getattr(self.asked, "hours", None)
+        if dtype not in TRAINABLE:
+            trainable = ", ".join(TRAINABLE)
+            raise SlingshotError(f"precision {dtype}: nothing is trained in it; the nearest that is are {trainable}")
+        if sum(given is not None for given in (asked.mfu, asked.tflops, hours)) > 1:
+            raise SlingshotError("--mfu, --tflops and --hours each set the rate; give one of them")
+        peak, flops = mixed_peak(self.hire.device, dtype, self.parts), sum(self.parts.values())
+        if asked.tflops is not None:
+            rate, source = asked.tflops * 1e12, f"{asked.tflops:g} TFLOP/s a device, as given"
+        elif hours is not None:
+            rate, source = flops / hours / 3600, f"{show_count(hours)} device-hours, as given"
+        elif asked.mfu is not None:
+            rate, source = asked.mfu * peak, f"MFU {show_share(asked.mfu)}, as given"
+        else:
+            assumed, why = ASSUMED_MFU[dtype], _MFU_SOURCE.get(dtype, "as in bfloat16")
+            rate, source = assumed * peak, f"MFU {show_share(assumed)}, assumed; {why}"
+        if rate > peak * (1 + 1e-9):
+            below = f"{math.floor(peak / 1e9) / 1000:.10g}"
+            most = f"one {self.hire.device.name} does at most {below} of this model's products in {dtype}"
+            nearest = f"{math.ceil(flops / peak / 3600):,} hours" if hours is not None else below
+            raise SlingshotError(f"{rate / 1e12:.4g} TFLOP/s: {most}; the nearest valid value is {nearest}")
+        of_peak = f"{show_share(rate / peak)} of {peak / 1e12:.4g} for this mix in {dtype}"
+        return TrainingRate(rate, rate / peak, f"{source}: {rate / 1e12:.4g} TFLOP/s, {of_peak}")
 
     @property
     def hours(self) -> float:
@@ -169,8 +165,8 @@ class TrainingRun:
                 "tflops_per_device": self.rate.per_device / 1e12, "mfu": self.rate.mfu}  # fmt: skip
 
     def there(self, trained: float, more: Callable[[Hire], float]) -> Callable[[Hire], tuple[float | None, bool]]:
-        """What tells the device-hours elsewhere, and whether there is room: of what took `trained` here at the same
-        share of the peak, and of `more`, which raises SlingshotError where no copy of the model has room."""
+        """What tells the device-hours elsewhere, and whether there is room: of what took `trained` hours here at the
+        same share of the peak, and of `more`, a SlingshotError where no copy of the model has room."""
         peak = mixed_peak(self.hire.device, self.hire.precision.dtype, self.parts)
 
         def there(other: Hire) -> tuple[float | None, bool]:

@@ -74,14 +74,10 @@ def _command(name: str, request: type[PlanRequest], plan: Callable[[Any], Plan],
     app.command(name, help=f"What {what}.")(command)
 
 
-_COMMANDS: dict[str, tuple[type[PlanRequest], Callable[[Any], Plan], str]] = {
-    "pretrain": (PretrainRequest, plan_pretrain, "training on so many tokens costs: hours, money, energy, memory"),
-    "rl": (RLRequest, plan_rl, "GRPO costs: rollouts, verification and update, each on a line of its own"),
-    "distill": (DistillRequest, plan_distill, "it costs to sample a teacher and train a student on what it wrote"),
-    "serve": (ServeRequest, plan_serve, "serving costs: tokens a second against batch, cost per million, margin"),
-}
-for _name, _parts in _COMMANDS.items():
-    _command(_name, *_parts)
+_command("pretrain", PretrainRequest, plan_pretrain, "training on so many tokens costs: hours, money, energy, memory")
+_command("rl", RLRequest, plan_rl, "GRPO costs: rollouts, verification and update, each on a line of its own")
+_command("distill", DistillRequest, plan_distill, "it costs to sample a teacher and train a student on what it wrote")
+_command("serve", ServeRequest, plan_serve, "serving costs: tokens a second against batch, cost per million, margin")
 
 
 @app.command("recipe")

@@ -22,6 +22,7 @@ from slingshot.machine.machine import describe, measurements
 # What runs in FP8 where a model is trained or served in it: the products with weights but for the router, the head and
 # MLA's two halves around the latent attention; attention itself stays in bfloat16 (DeepSeek-V3, 2412.19437, 3.3.1).
 LOW_PARTS = {"projections", "mlp", "shared_experts", "routed_experts"}
+USABLE = 0.9  # share of a device's memory a plan may fill: the rest is for the framework, buffers and fragmentation
 
 
 class Device(Strict):
@@ -38,6 +39,10 @@ class Device(Strict):
     power_watts: float | None = None  # its maximum, of the device alone; None where nobody says
     price: float | None = None  # an example, per hour; None where none was found
     sources: tuple[str, ...]
+
+    @property
+    def usable_bytes(self) -> float:
+        return USABLE * self.memory_bytes
 
 
 _TABLE = tomllib.loads((files("slingshot.cost") / "devices.toml").read_text(encoding="utf-8"))

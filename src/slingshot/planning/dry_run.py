@@ -23,6 +23,7 @@ from slingshot.base.files import read_json, read_jsonl, write_json, write_jsonl
 from slingshot.base.quantity import plural, show_duration, show_money, show_size
 from slingshot.cost.receipt import PeakMemory, Receipt
 from slingshot.planning.page import PlanPage, assumed, table
+from slingshot.planning.plan import ASSUMPTIONS
 from slingshot.recipe.recipe import Recipe, RecipeStage
 from slingshot.recipe.tables import resolve
 from slingshot.stages.kinds import STAGES
@@ -30,16 +31,6 @@ from slingshot.stages.kinds import STAGES
 STEPS = {"pretrain": 10, "rl": 4}  # of these kinds
 CHUNKS = {"sample": 3, "evaluate": 1}  # of problems
 BATCHES = 12  # of examples, at most, that are fine-tuned on
-ASSUMPTIONS = [
-    "responses are as long as the tasks' worked solutions, a base's as its documents, or as `max_tokens` where a task "
-    "writes none; what a model makes of them in training is not known",
-    "a problem is solved always or never more often than not: 44% of groups of 8 are all right or all wrong (arXiv "
-    "2607.00152); half of all responses are right",
-    "a step takes as long as the middle one of those that were run; what comes before the first, once",
-    "saving states now and then is left out",
-    "memory is that of the few steps; it still grows for some hundred (kernels for shapes not met before)",
-    "this machine was as busy as it will be",
-]
 
 
 class DryStage(PeakMemory):
@@ -77,7 +68,8 @@ def dry_run(recipe: Recipe, until: str | None = None) -> DryRun:
     return DryRun(
         recipe=recipe.name, machine=run.machine, stages=stages,
         seconds=sum(stage.seconds for stage in stages) + run.start_seconds, start_seconds=run.start_seconds,
-        flops=sum(stage.flops for stage in stages), money=sum(known) if known else None, assumptions=ASSUMPTIONS,
+        flops=sum(stage.flops for stage in stages), money=sum(known) if known else None,
+        assumptions=ASSUMPTIONS["recipe"],
     )  # fmt: skip
 
 

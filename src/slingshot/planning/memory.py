@@ -44,7 +44,6 @@ PRECISIONS = {
         ("int8", 1 + 4 / 128, 2, 0, 0, 2, 2),
     )
 }
-USABLE = 0.9  # share of a device's memory a plan may fill: the rest is for the framework, buffers and fragmentation
 TRAINABLE = ("float32", "bfloat16", "float16", "fp8")
 
 

@@ -21,7 +21,7 @@ from slingshot.base.quantity import show_size
 from slingshot.cost.devices import Device, and_others, mixed_peak
 from slingshot.cost.flops import block_weights, cache_bytes_per_token, decode_parts, parameters, prefill_parts
 from slingshot.model.config import ModelConfig
-from slingshot.planning.memory import USABLE, Memory, Precision
+from slingshot.planning.memory import Memory, Precision
 from slingshot.planning.network import LINK_EFFICIENCY
 
 # The share of the decode roofline an engine reaches. Calibrated on one system: DeepSeek's decoded 14.8K tokens/s on a
@@ -91,7 +91,7 @@ class ModelCopy:
 
     def largest_batch(self, context: float) -> float:
         """Sequences a device has room for beside the weights; 0 or less when the weights alone are too much."""
-        room = USABLE * self.device.memory_bytes - self.memory(0, 0).total
+        room = self.device.usable_bytes - self.memory(0, 0).total
         return room / (context * self.cache_per_token)
 
     def bytes_read(self, batch: float, context: float) -> float:
@@ -175,19 +175,16 @@ class ModelCopy:
         return [replace(self, devices=size) for size in sizes if self._splits(size)]
 
     def over(self, given: int, most: int, divides: bool = False) -> ModelCopy:
-        """Such a copy over `given` of `most` devices, which that must divide where `divides`.
-
-        SlingshotError with the nearest valid number.
-        """
+        """Such a copy over `given` of `most` devices, a divisor where `divides`; SlingshotError with the nearest."""
         valid = [size for size in range(1, most + 1) if self._splits(size) and not (divides and most % size)]
-        if given in valid:
-            return replace(self, devices=given)
-        trouble = f" do not divide {most} devices" if divides else f", of {most}"
-        if 0 < given <= most and not self._splits(given):
-            heads = f"{self.config.num_attention_heads} attention heads and {self.cached_heads} of keys and values"
-            trouble = f" do not share {heads} evenly"
-        nearest = min(valid, key=lambda size: abs(size - given))
-        raise SlingshotError(f"{given} devices a copy{trouble}; the nearest valid value is {nearest}")
+        if given not in valid:
+            rule = f"{'divide' if divides else 'be at most'} {most}"
+            if not self.config.n_moe_layers:
+                heads = f"{self.config.num_attention_heads} attention heads and {self.cached_heads} of keys and values"
+                rule += f" and share {heads} evenly"
+            nearest = min(valid, key=lambda size: abs(size - given))
+            raise SlingshotError(f"{given} devices a copy: they must {rule}; the nearest valid value is {nearest}")
+        return replace(self, devices=given)
 
     def smallest(self, context: float) -> ModelCopy | None:
         """On the fewest of these devices, else of the first others in the table, that hold a copy and one sequence."""
@@ -205,7 +202,7 @@ class ModelCopy:
         if not roomy:
             fit, last = self.smallest(context), copies[-1]
             place = f"the nearest that do are {fit.devices} x {fit.device.name}" if fit else "nothing in the table does"
-            need, has = show_size(last.memory(1, context).total), show_size(USABLE * self.device.memory_bytes)
+            need, has = show_size(last.memory(1, context).total), show_size(self.device.usable_bytes)
             short = f"a copy of the model and a sequence ({need} each, {has} usable)"
             raise SlingshotError(f"{last.devices} x {self.device.name} do not hold {short}; {place}")
         return roomy

@@ -18,15 +18,15 @@ from pydantic import ConfigDict
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.base.quantity import show_share, show_size
-from slingshot.cost.devices import Device, and_others, dtype_peak
+from slingshot.cost.devices import USABLE, Device, and_others, dtype_peak
 from slingshot.cost.flops import cache_bytes_per_token, parameters
 from slingshot.model.config import ModelConfig
-from slingshot.planning.memory import PRECISIONS, USABLE, Memory, Precision
+from slingshot.planning.memory import PRECISIONS, Memory, Precision
 from slingshot.planning.request import PlanRequest
 
 MOST = 10**7  # devices a plan takes
 HOURS = 24.0
-_TEXTS = tomllib.loads((files("slingshot.planning") / "assumptions.toml").read_text(encoding="utf-8"))
+ASSUMPTIONS = tomllib.loads((files("slingshot.planning") / "assumptions.toml").read_text(encoding="utf-8"))
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
 
@@ -93,10 +93,6 @@ class Hire:
         precision = chosen_precision(asked.model.config, device, asked.precision)
         return cls(device, count, precision, price, asked.price is None)
 
-    @property
-    def usable(self) -> float:
-        return USABLE * self.device.memory_bytes
-
     def costs(self, hours: float | None) -> dict[str, Any]:
         """What so many device-hours come to."""
         money = None if hours is None or self.price is None else hours * self.price
@@ -114,7 +110,7 @@ class Hire:
         `there` tells the device-hours of the same work on other devices, and whether it has room; `own_fits` of here.
         """
         watts, counts = self.device.power_watts, parameters(asked.model.config)
-        hours, fits = sum(line.device_hours for line in lines), memory.total <= self.usable
+        hours, fits = sum(line.device_hours for line in lines), memory.total <= self.device.usable_bytes
         body = counts.active - counts.embedding
         here = {"device": self.device.name, "precision": self.precision.dtype} | self.costs(hours)
         others = self._alternatives(here | {"fits": fits if own_fits is None else own_fits}, there, kind)
@@ -126,7 +122,7 @@ class Hire:
                 "cache_bytes_per_token": cache_bytes_per_token(asked.model.config),
             },
             "energy_kwh": None if watts is None else hours * watts / 1000, "memory": memory, "alternatives": others,
-            "memory_per_device_bytes": memory.total, "usable_memory_bytes": self.usable, "fits": fits,
+            "memory_per_device_bytes": memory.total, "usable_memory_bytes": self.device.usable_bytes, "fits": fits,
         } | own)  # fmt: skip
 
     def _alternatives(
@@ -161,7 +157,7 @@ class Hire:
         }  # fmt: skip
         known = {name: value for name, value in known.items() if value is not None}
         for part in (kind, "longer", "devices", *["elsewhere"] * (kind != "serve")):
-            for text in _TEXTS[part]:
+            for text in ASSUMPTIONS[part]:
                 with contextlib.suppress(KeyError):
                     found.append(text.format(**known))
         return found

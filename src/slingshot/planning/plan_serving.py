@@ -115,7 +115,7 @@ def plan_serve(asked: ServeRequest) -> Plan:
         found = best(ModelCopy(config, other.device, other.precision, 1, asked.efficiency), None, reads, traffic)
         return HOURS * many * found.taken(traffic), bool(found.batch)
 
-    fit = None if memory.total <= hire.usable else copy.smallest(context)
+    fit = None if memory.total <= hire.device.usable_bytes else copy.smallest(context)
     spread = f"a copy on {fit.devices} device{'' if fit.devices == 1 else 's'}" if fit else ""
     reads = {share: copy.prefill_seconds(prompt, share, mfu) for share in HIT_SHARES if hire.price is not None}
     hit_costs = [{"hit_share": share, "prompt": money(1e6 * seconds / prompt),

@@ -112,7 +112,7 @@ class TrainingRun:
             way_out = f"the nearest valid batch is {fewest * self.context}, in a run of at least as many tokens"
             raise SlingshotError(f"a batch of {self.batch_tokens:g} tokens has {has}; {way_out}")
         needs = [(layout, self.memory_in(layout)) for layout in options if layout.dp <= self.sequences]
-        fitting = [(layout, memory) for layout, memory in needs if memory.total <= self.hire.usable]
+        fitting = [(layout, memory) for layout, memory in needs if memory.total <= self.hire.device.usable_bytes]
         if not fitting:
             return min(needs, key=lambda pair: pair[1].total)[0]
         # Who asks for ZeRO asks for data parallelism, which it shards over.
@@ -144,7 +144,7 @@ class TrainingRun:
         """A layout that fits, found by trying only the settings that save most memory; None when there is none."""
         for layout in layouts(self.config, self.hire.count, self.hire.device.per_node, recompute=RECOMPUTE[-1]):
             lean = layout.zero in (0, 3) and layout.dp <= self.sequences
-            if lean and self.memory_in(layout).total <= self.hire.usable:
+            if lean and self.memory_in(layout).total <= self.hire.device.usable_bytes:
                 return layout
         return None
 
@@ -160,7 +160,7 @@ class TrainingRun:
 
     def fields(self) -> dict[str, Any]:
         """What plans with training in them fill in the same way."""
-        nearest = None if self.memory.total <= self.hire.usable else self.nearest_fit()
+        nearest = None if self.memory.total <= self.hire.device.usable_bytes else self.nearest_fit()
         return {"nearest_fit": nearest, "layout_text": str(self.layout),
                 "tflops_per_device": self.rate.per_device / 1e12, "mfu": self.rate.mfu}  # fmt: skip
 

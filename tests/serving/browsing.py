@@ -2,6 +2,8 @@
 
 import contextlib
 import shutil
+import socket
+import threading
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
@@ -12,10 +14,8 @@ from slingshot.serving.served_model import ServedModel
 from tests.serving.conftest import ScriptedBackend, ids_of, running
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-browsed = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; Debian has it in `chromium`"),
-]
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; Debian has it in `chromium`")
+browsed = [pytest.mark.slow, needs_browser]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,43 @@ def visit(browser, script):
         yield make
     assert not notes, notes
     assert [its for its in asked if not its.startswith((*own, "data:", "blob:", "about:"))] == []
+
+
+class Line:
+    """The way to a server: a port of loopback that hands on what comes. `cut` breaks it; closed: it takes nothing."""
+
+    def __init__(self, url):
+        self._target = ("127.0.0.1", int(url.rpartition(":")[2]))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets, self.closed = [], False
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            with contextlib.suppress(OSError):
+                near = self._listener.accept()[0]
+                if self.closed:
+                    near.close()
+                    continue
+                far = socket.create_connection(self._target)
+                self._sockets += [near, far]
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(target=self._hand_on, args=ends, daemon=True).start()
+
+    def _hand_on(self, source, target):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self, closed=False):
+        self.closed = closed
+        for its in self._sockets:
+            with contextlib.suppress(OSError):
+                its.shutdown(socket.SHUT_RDWR)
 
 
 def ask(page, text, wait=True):

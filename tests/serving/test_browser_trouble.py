@@ -1,5 +1,6 @@
 """The chat page where something is wrong: answers that would do harm, long ones, refusals, a server that is gone."""
 
+import json
 import re
 
 from playwright.sync_api import expect
@@ -10,12 +11,14 @@ from slingshot.serving.gateway import Gateway
 from slingshot.serving.ledger import Ledger
 from slingshot.serving.prices import PriceList
 from slingshot.serving.served_model import ServedModel
-from tests.serving.browsing import ask, browsed, browser, script, until, visit
+from tests.serving.browsing import Line, ask, browsed, browser, grows, script, until, visit
 from tests.serving.conftest import ScriptedBackend, ids_of, running
 
 __all__ = ["browser", "script", "visit"]  # its fixtures
 
 pytestmark = browsed
+
+SAID = "5\n</think>\n\n" + "3 plus 4 is 7. " * 20
 
 HOSTILE = """\
 <script>window.taken = 1</script><img src="http://elsewhere.invalid/a.png" onerror="window.taken = 1">
@@ -98,3 +101,54 @@ def test_a_server_that_is_gone_is_told_of(visit, tokenizer):
     ask(page, "Still there?", wait=False)
     expect(page.locator(".answer .bad")).to_have_text("The server does not answer.")
     assert page.locator(".turn.user .text").inner_text() == "Still there?"
+
+
+def test_a_connection_that_breaks_is_sought_again(visit, script):
+    url, (backend,) = script(SAID, 0.03)
+    line = Line(url)
+    page = visit(line.url, refused=True)
+    ask(page, "Go on", wait=False)
+    grows(page, ".answer .text")
+    line.cut()
+    page.wait_for_selector(".look")
+    assert page.inner_text(".answer .text").split() == SAID.split()[2:]
+    expect(page.locator(".answer .bad")).to_be_empty()
+    assert len(backend.asked) == 1
+
+
+def test_a_server_that_dies_amid_an_answer_is_told_of_and_what_came_stays(visit, script):
+    url, _ = script(SAID, 0.03)
+    line = Line(url)
+    page = visit(line.url, refused=True)
+    ask(page, "Go on", wait=False)
+    grows(page, ".answer .text")
+    line.cut(closed=True)
+    expect(page.locator(".answer .bad")).to_have_text("The server does not answer.")
+    assert page.inner_text(".answer .text").startswith("3 plus")
+    line.cut(closed=False)
+    page.get_by_role("button", name="Again", exact=True).click()
+    expect(page.locator(".answer .tools")).to_contain_text("2/2")
+
+
+def test_two_hundred_turns_are_opened_at_their_end_and_asked_on_without_drawing_them_anew(visit, script, tmp_path):
+    said, leaf = {}, None
+    for turn in range(200):
+        for role, content in (("user", f"question {turn}"), ("assistant", f"It is `{turn}`.\n\n" * 5)):
+            own = {"id": f"{role}{turn}", "parent": leaf, "role": role, "content": content, "reasoning": ""}
+            said[own["id"]] = own | {"asked": {"model": "tiny"}}
+            leaf = own["id"]
+    whole = {"id": "long", "title": "long", "created": 1, "updated": 1, "leaf": leaf, "nodes": said}
+    file = tmp_path / "long.json"
+    file.write_text(json.dumps({"conversations": [whole]}))
+    url, (backend,) = script("5\n</think>\n\nfive")
+    backend.max_length = 100_000
+    page = visit(url)
+    page.set_input_files("#file", file)
+    page.get_by_role("button", name="long", exact=True).click()
+    expect(page.locator(".turn")).to_have_count(400)
+    expect(page.locator("#node-assistant199")).to_be_in_viewport()
+    page.evaluate("window.first = document.querySelector('.answer .text').firstChild")
+    ask(page, "and?")
+    assert page.evaluate("first.isConnected")
+    expect(page.locator(".answer").last.locator(".text")).to_have_text("five")
+    expect(page.locator(".answer").last).to_be_in_viewport()

@@ -5,6 +5,7 @@ import { bodyFor, costOf, messagesOf } from "./chunks.js";
 import { conversationOf, drawList, listConversations, refresh } from "./conversations.js";
 import { button, copier, make, note } from "./dom.js";
 import { failureOf, guardDoor } from "./door.js";
+import { QuestionView } from "./question.js";
 import { answerNow, run, runOf, runsOf, saveAll } from "./runs.js";
 import * as store from "./store.js";
 import { get, post } from "./stream.js";
@@ -21,7 +22,7 @@ const EFFORTS = ["auto", "none", "low", "high", "max"];
 let current = store.begin();
 /** @type {Map<string, any>} their cards by name */
 let models = new Map();
-/** @type {Map<string, AnswerView>} by message, of the conversation that is shown */
+/** @type {Map<string, AnswerView | QuestionView>} by message, of the conversation that is shown */
 let views = new Map();
 
 // What is asked
@@ -144,31 +145,12 @@ function toolsOf(node) {
     node.content || node.reasoning ? look : null].filter(Boolean);
 }
 
-function answerOf(node) {
-  const view = views.get(node.id) ?? new AnswerView(node, toolsOf);
+function viewOf(node) {
+  const make = () => (node.role === "user" ? new QuestionView(node, versionsOf, (text) => send(text, node.parent)) : new AnswerView(node, toolsOf));
+  const view = views.get(node.id) ?? make();
   views.set(node.id, view);
   view.draw(Boolean(runOf(node)));
   return view.element;
-}
-
-function questionOf(node) {
-  const turn = make("div", { className: "turn user", id: `node-${node.id}` });
-  const edit = () => {
-    const area = make("textarea", { value: node.content, rows: 3, label: word("edit") });
-    turn.replaceChildren(area, make("div", { className: "tools" },
-      button(word("save"), () => send(area.value, node.parent)), button(word("cancel"), () => draw())));
-    area.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") draw();
-      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-        event.preventDefault();
-        send(area.value, node.parent);
-      }
-    });
-    area.focus();
-  };
-  turn.append(make("div", { className: "text", textContent: node.content }),
-    make("div", { className: "tools" }, ...versionsOf(node), button(word("edit"), edit, { className: "edit" })));
-  return turn;
 }
 
 const atEnd = () => $("thread").scrollHeight - $("thread").scrollTop - $("thread").clientHeight < 60;
@@ -197,18 +179,24 @@ function hello() {
     example ? make("p", {}, `${word("example")} `, example) : null);
 }
 
-// Answers that stand are moved, not drawn anew.
+// Turns that stand stay where they are.
 function draw(jump = false) {
+  const thread = $("thread");
   const follow = jump || atEnd();
-  const height = $("thread").scrollTop;
+  const height = thread.scrollTop;
   const turns = store.path(current).map((node) => {
-    if (node.role === "user") return questionOf(node);
+    const element = viewOf(node);
+    if (node.role === "user") return element;
     const beside = besideOf(node);
-    return make("div", { className: `turn${beside ? " pair" : ""}` }, answerOf(node), beside ? answerOf(beside) : null);
+    const turn = element.parentElement ?? make("div", { className: `turn${beside ? " pair" : ""}` }, element);
+    const other = beside && viewOf(beside);
+    if (other && other.parentElement !== turn) turn.append(other);
+    return turn;
   });
-  $("thread").replaceChildren(...(turns.length ? turns : [hello()]));
+  (turns.length ? turns : [hello()]).forEach((turn, place) => turn === thread.children[place] || thread.insertBefore(turn, thread.children[place] ?? null));
+  while (thread.children.length > Math.max(turns.length, 1)) thread.lastChild.remove();
   if (follow) toEnd();
-  else $("thread").scrollTop = height;
+  else thread.scrollTop = height;
   drawBar();
 }
 

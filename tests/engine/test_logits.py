@@ -1,5 +1,7 @@
 """Penalties, biases, forbidden words and what is told of logprobs, against a plain reading of their definitions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -64,6 +66,20 @@ def rows_of(vocabulary, *params):
         Request(number, PROMPT, its, str(number), 500, vocabulary, False).sequences[0]
         for number, its in enumerate(params)
     ]
+
+
+def test_a_sample_that_is_taken_up_again_goes_on_as_if_it_had_never_stopped(dense_model, tokenizer):
+    """Penalties and bad words know what it said before; its noise is that of its places."""
+    engine, parted = Engine(dense_model, tokenizer), tokenizer.encode("7 minus 2")
+    for more in [*MIXTURE, {"bad_words": ("us",), "logit_bias": dict.fromkeys(parted, 40.0)}]:
+        params = SamplingParams(max_tokens=16, ignore_eos=True, seed=3, **more)
+        (whole,) = engine.generate([PROMPT], params, keys=["a"])[0].outputs
+        for size in (1, 7, 15):
+            said = whole.token_ids[:size]
+            request = engine.submit([*PROMPT, *said], replace(params, max_tokens=16 - size), "a", said=size)
+            while request.result is None:
+                engine.advance()
+            assert request.result.outputs[0].token_ids == whole.token_ids[size:], (more, size)
 
 
 def test_tokens_do_not_depend_on_what_else_is_in_the_batch(vocabulary):

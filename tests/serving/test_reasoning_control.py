@@ -72,6 +72,7 @@ def test_who_ends_within_the_reasoning_answers_once(server, tokenizer, streamed)
     assert usage.completion_tokens == len(thought) + len(closing) + len(answered)
     assert second.params.max_tokens == first.params.max_tokens - len(thought) - len(closing)
     assert (first.params.seed, first.key) == (second.params.seed, second.key) == (1, "0")
+    assert (first.said, second.said) == (0, len(thought) - 1 + len(closing))  # penalties count them as said
 
 
 def test_a_second_end_within_the_reasoning_is_the_end(server, tokenizer):

@@ -332,17 +332,19 @@ class Engine:
         claimed: bool = True,
         salt: str = "",
         traced: bool = False,
+        said: int = 0,
     ) -> Request:
         """Queue a request, for a caller who looks at it while it grows and drives the engine by `advance`.
 
         claimed: `step` does not return it. salt: its prompt shares cached prefixes with those of the same salt only.
         traced: its sequences know the experts of what they sampled (`experts_of`) and what was guessed (`accepted`).
+        said: so many of the prompt's last ids are the sample's own, from before: penalties count them as such.
         """
         ids, params = self._encode(prompt), params or SamplingParams()
         if params.routed_experts and not self.config.n_moe_layers:
             raise SamplingError("sampling: routed_experts: this model has none; leave it out")
         name = ",".join(map(str, ids)) if key is None else key
-        whose = claimed, salt.encode(), traced
+        whose = claimed, salt.encode(), traced, said
         request = Request(next(self._ids), ids, params, name, self.max_length, self._vocabulary, *whose)
         with self._turns:
             self._requests[request.request_id] = request

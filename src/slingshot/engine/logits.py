@@ -56,9 +56,9 @@ class BadWord:
 
 
 class LogitRules:
-    """What changes the logits of one sample."""
+    """What changes the logits of one sample. said: how many of the prompt's last ids it said itself, before."""
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocabulary: Vocabulary) -> None:
+    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocabulary: Vocabulary, said: int = 0) -> None:
         self.repetition, self.presence = params.repetition_penalty, params.presence_penalty
         self.frequency = params.frequency_penalty
         penalised = self.repetition != 1 or self.presence or self.frequency
@@ -71,6 +71,8 @@ class LogitRules:
         self.ids = np.array([id for id, _ in params.logit_bias] + sorted(banned), dtype=np.int64)
         biases = [bias for _, bias in params.logit_bias] + [-np.inf] * len(banned)
         self.biases = np.array(biases, dtype=np.float32)
+        for token_id in prompt[len(prompt) - said :]:
+            self.push(token_id)
 
     def push(self, token_id: int) -> None:
         if self.counts is not None:

@@ -157,7 +157,7 @@ class Sequence:
         self.stream = noise_stream(params.seed, request.key, index)
         silent, tokenizer = vocabulary.silent if params.stop else {}, vocabulary.tokenizer
         self.watch = StopWatch(params.stop, tokenizer, silent, request.opened) if params.stop else None
-        self.rules = LogitRules(params, request.prompt, vocabulary) if params.changes_logits else None
+        self.rules = LogitRules(params, request.prompt, vocabulary, request.said) if params.changes_logits else None
         guided = params.thinking_budget is not None or request.grammar is not None
         self.guide = Guide(params, request.opened, vocabulary, request.grammar) if guided else None
         self.free = self.rules is None and self.guide is None
@@ -231,18 +231,19 @@ class Request:
     claimed: whether a caller waits for `result` itself, so that `step` does not return it. salt: only requests of the
     same one share what is cached. traced: its sequences know of every sampled token the experts that made it and
     whether it was guessed. tells: more is wanted of a step than a next token; told_whole: of its prompt too, which is
-    then computed, not found in the cache. cached: tokens of the prompt that were found there. admitted: when it left
-    the queue (time.perf_counter).
+    then computed, not found in the cache. said: how many of the prompt's last ids its samples said themselves, before.
+    cached: tokens of the prompt that were found in the cache. admitted: when it left the queue (time.perf_counter).
     Raises SamplingError for ids that the model does not know, GrammarError for a structure that no answer can have.
     """
 
     def __init__(
         self, request_id: int, prompt: list[int], params: SamplingParams, key: str, max_length: int,
-        vocabulary: Vocabulary, claimed: bool, salt: bytes = b"", traced: bool = False,
+        vocabulary: Vocabulary, claimed: bool, salt: bytes = b"", traced: bool = False, said: int = 0,
     ) -> None:  # fmt: skip
         vocabulary.check(params)
         self.request_id, self.prompt, self.params, self.key = request_id, prompt, params, key
         self.vocabulary, self.claimed, self.salt, self.traced, self.cached = vocabulary, claimed, salt, traced, 0
+        self.said = said
         self.result: RequestOutput | None = None
         self.admitted: float | None = None
         self.limit = min(len(prompt) + params.max_tokens, max_length)

@@ -32,7 +32,8 @@ class Generation:
     params: n is 1 and stop is empty: stop strings act on the answer, which the gateway reads. key: names the noise
     together with params.seed. salt: only prompts of the same one share cached prefixes. untold: for the backend.
     logprobs: whether anybody reads them; where nobody does, those of a delta may be 0. glass: tell the experts of each
-    token and whether it was drafted, as far as the backend knows.
+    token and whether it was drafted, as far as the backend knows. said: so many of the prompt's last ids are the
+    sample's own, from before.
     """
 
     prompt_ids: tuple[int, ...]
@@ -42,6 +43,7 @@ class Generation:
     untold: Untold = field(default_factory=Untold)
     logprobs: bool = True
     glass: bool = False
+    said: int = 0
 
 
 @dataclass(frozen=True)

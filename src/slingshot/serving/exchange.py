@@ -142,9 +142,9 @@ class Exchange:
         answer, params = self.answers[sample], self._params
         while True:
             prompt_ids = (*self.prompt_ids, *answer.token_ids)
-            wanted = self.question
+            wanted, said = self.question, len(answer.token_ids)
             generation = Generation(
-                prompt_ids, params, str(sample), self._salt, logprobs=wanted.logprobs, glass=wanted.glass
+                prompt_ids, params, str(sample), self._salt, logprobs=wanted.logprobs, glass=wanted.glass, said=said
             )
             try:
                 async with contextlib.aclosing(self._deltas(generation, begun)) as deltas:

@@ -142,7 +142,12 @@ class LocalBackend:
         generation = sample.generation
         try:
             sample.request = self.engine.submit(
-                generation.prompt_ids, generation.params, generation.key, salt=generation.salt, traced=generation.glass
+                generation.prompt_ids,
+                generation.params,
+                generation.key,
+                salt=generation.salt,
+                traced=generation.glass,
+                said=generation.said,
             )
             self._running[sample] = None
         except SlingshotError as error:

@@ -105,6 +105,39 @@ def test_what_a_dead_gateway_left_open_is_settled_by_the_progress_it_wrote(url):
     assert row(other).balance == PICO - (60 * 1 + 40 * 10 + 7 * 100) * PICO // 10**6
 
 
+def test_a_gateway_that_was_taken_for_dead_by_a_clock_that_jumped_is_looked_after_again(url):
+    now = [1e9]
+    one, other = (Ledger(url, PRICES, clock=lambda: now[0]) for _ in range(2))
+    alice = account(one, balance=1.0)
+    now[0] += 3600
+    assert other.settle_dead() == 0  # nothing was open
+    one.tick()
+    one.reserve(alice, "tiny", 100, 100, "a").progress(cached=0, completion=7)
+    one.tick()
+    one.close()  # with an answer still open
+    now[0] += 3600
+    assert other.settle_dead() == 1
+    assert row(other).balance == PICO - (100 * 10 + 7 * 100) * PICO // 10**6 and not row(other).running
+
+
+def test_servers_that_start_at_once_make_one_ledger(url):
+    barrier, failures = threading.Barrier(6), []
+
+    def start():
+        barrier.wait()
+        try:
+            Ledger(url).close()
+        except SlingshotError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=start) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
 def test_what_a_living_gateway_has_open_stays_open(url):
     one = Ledger(url, PRICES)
     one.reserve(LOCAL, "tiny", 100, 100, "a")
@@ -136,6 +169,73 @@ def test_a_balance_is_topped_up(ledger):
     assert row(ledger).balance == 3.5 * PICO
     with pytest.raises(SlingshotError, match="no key 'alise'; did you mean alice"):
         accounts.top_up(ledger, "alise", 1)
+
+
+@pytest.mark.parametrize("amount", [1e8, float("nan"), float("inf"), -1e8])
+def test_an_amount_that_no_balance_holds_is_refused(ledger, amount):
+    accounts.create(ledger, "alice", balance=1)
+    for work in (
+        lambda: accounts.create(ledger, "bob", balance=amount),
+        lambda: accounts.top_up(ledger, "alice", amount),
+    ):
+        with pytest.raises(SlingshotError, match="dollars"):
+            work()
+    assert [key.name for key in accounts.keys(ledger)] == ["alice"] and row(ledger).balance == PICO
+
+
+@pytest.mark.parametrize("limits", [{"days": float("nan")}, {"concurrency": 0}, {"tokens_per_minute": 2**70}])
+def test_a_limit_that_is_none_is_refused(ledger, limits):
+    with pytest.raises(SlingshotError, match="leave"):
+        accounts.create(ledger, "alice", **limits)
+
+
+def test_the_account_of_those_without_a_key_is_not_taken_back(ledger):
+    with pytest.raises(SlingshotError, match="no key 'local'"):
+        accounts.revoke(ledger, "local")
+    ledger.reserve(LOCAL, "tiny", 1, 1, "a")
+
+
+def test_minutes_are_told_apart_whichever_way_the_clock_goes(url):
+    now = [1e9]
+    ledger = Ledger(url, PRICES, clock=lambda: now[0])
+    alice = account(ledger, tokens_per_minute=200)
+    for place, step in enumerate((0, 60, -3600)):  # a clock that is set back begins a minute, and no more
+        now[0] += step
+        ledger.reserve(alice, "tiny", 100, 100, f"r{place}")
+        with pytest.raises(ApiError):
+            ledger.reserve(alice, "tiny", 1, 1, "none")
+    ledger.close()
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"output": 1e5}, "output"),
+        ({"output": -1}, "output"),
+        ({"output": float("nan")}, "no number"),
+        ({"off_peak": {"start": "16:30Z", "end": "00:30", "factor": 0.5}}, "leave the zone out"),
+        ({"off_peak": {"start": "16:30", "end": "24:30", "factor": 0.5}}, "end"),
+    ],
+)
+def test_a_price_that_cannot_be_reckoned_with_is_refused(wrong, said):
+    with pytest.raises(SlingshotError, match=said):
+        PriceList.parse({"models": {"*": wrong}})
+
+
+@pytest.mark.parametrize(
+    "start, end, cheap, dear",
+    [
+        ("16:30", "00:30", "00:00 00:29 16:30 23:59", "00:30 12:00 16:29"),
+        ("01:00", "04:00", "01:00 03:59", "00:59 04:00 23:59"),
+        ("01:00", "01:00", "", "00:59 01:00 23:59"),
+    ],
+)
+def test_an_off_peak_window_has_its_first_minute_and_not_its_last(start, end, cheap, dear):
+    its = {"start": start, "end": end, "factor": 0.0}
+    price = PriceList.parse({"models": {"*": {"output": 2.0, "off_peak": its}}}).of("any")
+    for times, cost in ((cheap, 0), (dear, 2 * PICO)):
+        for its in times.split():
+            assert price.cost(0, 0, 10**6, datetime.fromisoformat(f"2026-01-01T{its}:00+00:00")) == cost
 
 
 def test_prices_are_lower_off_peak():
@@ -173,11 +273,17 @@ def test_a_database_that_is_gone_refuses_and_one_that_is_back_serves():
     reservation = ledger.reserve(alice, "tiny", 100, 100, "a")
     server.kill()
     time.sleep(1)  # its children see that it is gone
-    for work in (lambda: ledger.reserve(alice, "tiny", 1, 1, "b"), lambda: reservation.settle(Usage(100, 0, 7, 0))):
+    secret = accounts.PREFIX + "x"
+    for work in (lambda: ledger.reserve(alice, "tiny", 1, 1, "b"), lambda: accounts.authenticate(ledger, secret, True)):
         with pytest.raises(ApiError) as caught:
             work()
         assert caught.value.status == 503
+    reservation.settle(Usage(100, 0, 7, 0))  # the answer is told all the same
     server.start()
-    reservation.settle(Usage(100, 0, 7, 0))
+    assert row(ledger).running == 1
+    ledger.tick()
+    ledger.tick()
     assert row(ledger).balance == PICO - (100 * 10 + 7 * 100) * PICO // 10**6
+    assert (row(ledger).reserved, row(ledger).running) == (0, 0)
+    ledger.close()
     server.stop()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import re
 import secrets
 import time
@@ -27,6 +28,7 @@ from slingshot.serving.prices import PICO
 
 PREFIX = "sk-slingshot-"
 _NAME = re.compile(r"[\w.@-]{1,64}")
+_MOST = 1e6  # dollars at once: nine of them fit into 64 bits of picodollars
 
 
 def create(
@@ -41,12 +43,19 @@ def create(
     """Make a key and return it. balance: dollars, None without limit, as the others; days: until it expires."""
     if not _NAME.fullmatch(name):
         raise SlingshotError(f"{name!r} is no name for a key; take letters, digits, . @ _ - (at most 64)")
+    for what, limit in (("concurrency", concurrency), ("tokens_per_minute", tokens_per_minute)):
+        if limit is not None and not 0 < limit < 2**31:
+            raise SlingshotError(f"{what} {limit} limits nothing; take 1 or more, below 2**31, or leave it out")
+    if balance is not None and balance < 0:
+        raise SlingshotError(f"a balance of {balance:g} dollars pays for nothing; take 0 or more, or leave it out")
+    if days is not None and not math.isfinite(days):
+        raise SlingshotError(f"{days} days have no end; leave them out for a key that does not expire")
     secret, now = PREFIX + secrets.token_urlsafe(32), time.time()
     row = {
         "id": secrets.token_hex(8), "name": name, "hash": _hash(secret), "hint": secret[-4:], "created": now,
         "expires": None if days is None else now + days * 86_400, "models": list(models) or None,
         "concurrency": concurrency, "tokens_per_minute": tokens_per_minute,
-        "balance": None if balance is None else round(balance * PICO),
+        "balance": None if balance is None else _picodollars(balance),
     }  # fmt: skip
     try:
         with ledger.transaction() as connection:
@@ -69,7 +78,7 @@ def revoke(ledger: Ledger, name: str) -> None:
 
 def top_up(ledger: Ledger, name: str, amount: float) -> None:
     """Add dollars to a balance (or take some away); a key without limit gets one."""
-    _change(ledger, name, balance=sa.func.coalesce(KEYS.c.balance, 0) + round(amount * PICO))
+    _change(ledger, name, balance=sa.func.coalesce(KEYS.c.balance, 0) + _picodollars(amount))
 
 
 def authenticate(ledger: Ledger, secret: str | None, keyless: bool) -> Account:
@@ -94,10 +103,16 @@ def _hash(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
+def _picodollars(amount: float) -> int:
+    if not abs(amount) <= _MOST:
+        raise SlingshotError(f"{amount:g} dollars are no amount; take at most {_MOST:,.0f} at once")
+    return round(amount * PICO)
+
+
 def _change(ledger: Ledger, name: str, **values: Any) -> None:
     with ledger.transaction() as connection:
         changed = connection.execute(
-            sa.update(KEYS).where(KEYS.c.name == name, KEYS.c.revoked.is_(None)).values(values)
+            sa.update(KEYS).where(KEYS.c.name == name, KEYS.c.id != LOCAL.id, KEYS.c.revoked.is_(None)).values(values)
         )
     if changed.rowcount != 1:
         known = [row.name for row in keys(ledger) if row.revoked is None]

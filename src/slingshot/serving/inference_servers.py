@@ -70,24 +70,25 @@ class VllmServer:
             body["structured_outputs"] = {names[structure]: json.loads(value) if structure == "json_schema" else value}
         cached = 0
         last: TokenDelta | None = None
-        async for event in _events(client, f"{self.url}/v1/completions", body):
-            if usage := event.get("usage"):
-                cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-            for choice in event["choices"]:
-                ids, told = choice.get("token_ids") or [], choice.get("logprobs") or {}
-                reason: FinishReason | None = choice["finish_reason"]
-                likeliest = (
-                    told.get("top_logprobs") if params.top_logprobs else None
-                )  # the sampled one always stands there
-                top = [
-                    {_id_of(name): value for name, value in list((each or {}).items())[: params.top_logprobs]}
-                    for each in likeliest or []
-                ]
-                delta = TokenDelta(ids, told.get("token_logprobs") or [0.0] * len(ids), cached, reason, top)
-                if reason is not None:
-                    last = delta  # the usage comes behind it
-                elif ids:
-                    yield delta
+        async with contextlib.aclosing(_events(client, f"{self.url}/v1/completions", body)) as events:
+            async for event in events:
+                if usage := event.get("usage"):
+                    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+                for choice in event["choices"]:
+                    ids, told = choice.get("token_ids") or [], choice.get("logprobs") or {}
+                    reason: FinishReason | None = choice["finish_reason"]
+                    likeliest = (
+                        told.get("top_logprobs") if params.top_logprobs else None
+                    )  # the sampled one always stands there
+                    top = [
+                        {_id_of(name): value for name, value in list((each or {}).items())[: params.top_logprobs]}
+                        for each in likeliest or []
+                    ]
+                    delta = TokenDelta(ids, told.get("token_logprobs") or [0.0] * len(ids), cached, reason, top)
+                    if reason is not None:
+                        last = delta  # the usage comes behind it
+                    elif ids:
+                        yield delta
         if last is None:
             raise ServerFailed(f"{self.url} ended an answer midway")
         yield replace(last, cached=cached)
@@ -115,24 +116,27 @@ class LlamaServer:
         held: TokenDelta | None = None  # a token without text, which may be the end's
         told = 0
         ends = set(generation.params.stop_token_ids)
-        async for event in _events(client, f"{self.url}/completion", _llama_body(generation)):
-            if event.get("stop"):
-                ended = event.get("stop_type") == "eos"
-                cached = int((event.get("timings") or {}).get("cache_n") or 0)
-                yield replace(held or TokenDelta([], []), cached=cached, finish_reason="stop" if ended else "length")
-                return
-            if held is not None:
-                yield held
-                held = None
-            delta = self._delta(event, told, generation.params.top_logprobs)
-            told += len(delta.token_ids)
-            if ends.intersection(delta.token_ids):
-                yield replace(delta, finish_reason="stop")
-                return
-            if delta.token_ids and delta.token_ids[-1] in self._vocabulary.silent:
-                held = delta
-            elif delta.token_ids:
-                yield delta
+        async with contextlib.aclosing(_events(client, f"{self.url}/completion", _llama_body(generation))) as events:
+            async for event in events:
+                if event.get("stop"):
+                    ended = event.get("stop_type") == "eos"
+                    cached = int((event.get("timings") or {}).get("cache_n") or 0)
+                    yield replace(
+                        held or TokenDelta([], []), cached=cached, finish_reason="stop" if ended else "length"
+                    )
+                    return
+                if held is not None:
+                    yield held
+                    held = None
+                delta = self._delta(event, told, generation.params.top_logprobs)
+                told += len(delta.token_ids)
+                if ends.intersection(delta.token_ids):
+                    yield replace(delta, finish_reason="stop")
+                    return
+                if delta.token_ids and delta.token_ids[-1] in self._vocabulary.silent:
+                    held = delta
+                elif delta.token_ids:
+                    yield delta
         raise ServerFailed(f"{self.url} ended an answer midway")
 
     def _delta(self, event: dict[str, Any], told: int, most: int) -> TokenDelta:

@@ -12,6 +12,7 @@ What a gateway that was killed left open is settled by the progress it wrote las
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import socket
@@ -19,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from slingshot.base.errors import SlingshotError
 from slingshot.serving.errors import ApiError
@@ -35,8 +36,11 @@ from slingshot.serving.prices import PriceFile, PriceList, dollars
 
 T = TypeVar("T")
 
+_LOG = logging.getLogger(__name__)
+
 DEAD = 15.0  # seconds without a sign of life after which a gateway is taken for dead
 
+_FIRST = 0x736C696E67  # names the lock under which servers that start at once make the tables
 _METADATA = sa.MetaData()
 
 KEYS = sa.Table(
@@ -113,13 +117,14 @@ LOCAL = Account("local", "local")  # who uses the server on its own machine, wit
 
 @dataclass(eq=False)
 class Reservation:
-    """One request's share of its account, until it is settled."""
+    """One request's share of its account, until it is settled. due: what to settle it by, once it has ended."""
 
     ledger: Ledger
     request_id: str
     prompt: int
     cached: int = 0
     completion: int = 0
+    due: Usage | None = None
     settled: bool = False
     cost: int = 0  # picodollars, once it is settled
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -129,11 +134,16 @@ class Reservation:
         self.cached, self.completion = cached, completion
 
     def settle(self, usage: Usage) -> None:
-        """Book what was used and give the rest back."""
+        """Book what was used and give the rest back; where the database does not answer, a later `tick` does."""
         with self.lock:
-            if not self.settled:
+            if self.settled:
+                return
+            self.due = usage
+            try:
                 self.cost = self.ledger.settle(self.request_id, usage)
                 self.settled = True
+            except ApiError as error:
+                _LOG.error("request %s is booked later: %s", self.request_id, error)
 
 
 class Ledger:
@@ -159,20 +169,30 @@ class Ledger:
                 sa.event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
             # SQLite takes one writer at a time and lets the others starve: here they queue.
             self._clerks = ThreadPoolExecutor(1 if self._engine.dialect.name == "sqlite" else 8, "ledger")
-            with self.transaction() as connection:
+            with self._engine.begin() as connection:
+                if self._engine.dialect.name == "postgresql":
+                    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_FIRST)))
                 _METADATA.create_all(connection)
+                self._add_local(connection)
                 row = {"id": self.id, "host": socket.gethostname(), "pid": os.getpid()}
                 row |= dict.fromkeys(("began", "seen"), self._clock())
                 if gateway:
                     connection.execute(sa.insert(GATEWAYS).values(row))
-        except (sa.exc.SQLAlchemyError, ImportError) as error:
+            self.settle_dead()
+        except (SQLAlchemyError, ApiError, ImportError) as error:
             reason = str(getattr(error, "orig", error)).splitlines()[0]
             raise SlingshotError(f"the ledger {url.split('@')[-1]} cannot be opened: {reason}") from error
-        self._add_local()
-        self.settle_dead()
 
-    def transaction(self) -> AbstractContextManager[sa.Connection]:
-        return self._engine.begin()
+    @contextmanager
+    def transaction(self) -> Iterator[sa.Connection]:
+        """ApiError 503 where the database does not answer."""
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except IntegrityError:
+            raise
+        except DBAPIError as error:
+            raise ApiError(503, "the ledger does not answer; try again later", retry_after=5) from error
 
     async def aside(self, work: Callable[..., T], *args: Any) -> T:
         """Do what concerns the database without holding up the event loop, first come first served."""
@@ -199,31 +219,31 @@ class Ledger:
             "id": request_id, "key_id": account.id, "model": model, "began": now.timestamp(), "gateway": self.id,
             "reserved": worst, "reserved_tokens": tokens, "prompt": prompt_tokens,
         }  # fmt: skip
-        with _failing_closed():
-            with self.transaction() as connection:
-                admitted = connection.execute(taken).rowcount == 1
-                if admitted:
-                    connection.execute(sa.insert(REQUESTS).values(row))
-            if not admitted:
-                raise self._refusal(account, worst, tokens, minute)
+        with self.transaction() as connection:
+            admitted = connection.execute(taken).rowcount == 1
+            if admitted:
+                connection.execute(sa.insert(REQUESTS).values(row))
+        if not admitted:
+            raise self._refusal(account, worst, tokens, minute)
         reservation = self._open[request_id] = Reservation(self, request_id, prompt_tokens)
         return reservation
 
     def balance(self, account: Account) -> int | None:
         """Picodollars that it may still reserve; None without limit."""
-        with _failing_closed(), self.transaction() as connection:
+        with self.transaction() as connection:
             row = connection.execute(sa.select(KEYS).where(KEYS.c.id == account.id)).one()
         return None if row.balance is None else int(row.balance - row.reserved)
 
     def settle(self, request_id: str, usage: Usage) -> int:
         """-> what it cost, picodollars."""
-        with _failing_closed(), self.transaction() as connection:
+        with self.transaction() as connection:
             cost = self._settle(connection, request_id, usage)
         self._open.pop(request_id, None)
         return cost
 
     def tick(self) -> None:
-        """A sign of life, the progress of what is open, and prices that have changed. Call it about once a second."""
+        """A sign of life, the progress of what is open, what could not be settled when it ended, and prices that have
+        changed. Call it about once a second."""
         if self._price_file is not None and (prices := self._price_file.changed()):
             self.prices = prices
         rows = [
@@ -233,10 +253,15 @@ class Ledger:
         ]
         progress = sa.update(REQUESTS).where(REQUESTS.c.id == sa.bindparam("of"), REQUESTS.c.ended.is_(None))
         progress = progress.values(cached=sa.bindparam("new_cached"), completion=sa.bindparam("new_completion"))
+        # Whoever took it for dead, by a clock that jumped, was wrong.
+        alive = sa.update(GATEWAYS).where(GATEWAYS.c.id == self.id).values(seen=self._clock(), ended=None)
         with self.transaction() as connection:
-            connection.execute(sa.update(GATEWAYS).where(GATEWAYS.c.id == self.id).values(seen=self._clock()))
+            connection.execute(alive)
             if rows:
                 connection.execute(progress, rows)
+        for its in list(self._open.values()):
+            if its.due is not None:
+                its.settle(its.due)
 
     def settle_dead(self) -> int:
         """Settle what gateways that are no more left open; -> how many requests."""
@@ -252,8 +277,10 @@ class Ledger:
         return len(rows)
 
     def close(self) -> None:
-        with self.transaction() as connection:
-            connection.execute(sa.update(GATEWAYS).where(GATEWAYS.c.id == self.id).values(ended=self._clock()))
+        """What is still open is settled by whoever ticks or starts next."""
+        with suppress(ApiError), self.transaction() as connection:
+            if not self._open:
+                connection.execute(sa.update(GATEWAYS).where(GATEWAYS.c.id == self.id).values(ended=self._clock()))
         self._engine.dispose()
         self._clerks.shutdown(wait=False)
 
@@ -263,7 +290,8 @@ class Ledger:
         price, began = self.prices.of(row.model), datetime.fromtimestamp(row.began, UTC)
         cost = min(row.reserved, price.cost(usage.prompt, usage.cached, usage.completion, began))
         closed = sa.update(REQUESTS).where(REQUESTS.c.id == request_id, REQUESTS.c.ended.is_(None)).values(
-            ended=self._clock(), cost=cost, cached=usage.cached, completion=usage.completion, reasoning=usage.reasoning
+            ended=self._clock(), cost=cost, prompt=usage.prompt, cached=usage.cached, completion=usage.completion,
+            reasoning=usage.reasoning,
         )  # fmt: skip
         if connection.execute(closed).rowcount != 1:
             return int(row.cost)
@@ -295,11 +323,10 @@ class Ledger:
         message = f"the key's {row.tokens_per_minute} tokens a minute are used up"
         return ApiError(429, message, code="rate_limit_exceeded", retry_after=60 - int(self._clock()) % 60)
 
-    def _add_local(self) -> None:
-        with self.transaction() as connection:
-            if connection.execute(sa.select(KEYS.c.id).where(KEYS.c.id == LOCAL.id)).first() is None:
-                row = {"id": LOCAL.id, "name": LOCAL.name, "hash": "", "hint": "", "created": self._clock()}
-                connection.execute(sa.insert(KEYS).values(row))
+    def _add_local(self, connection: sa.Connection) -> None:
+        if connection.execute(sa.select(KEYS.c.id).where(KEYS.c.id == LOCAL.id)).first() is None:
+            row = {"id": LOCAL.id, "name": LOCAL.name, "hash": "", "hint": "", "created": self._clock()}
+            connection.execute(sa.insert(KEYS).values(row))
 
 
 def _lives(gateway: Any, now: float) -> bool:
@@ -315,14 +342,6 @@ def _lives(gateway: Any, now: float) -> bool:
     except PermissionError:
         pass
     return True
-
-
-@contextmanager
-def _failing_closed() -> Iterator[None]:
-    try:
-        yield
-    except DBAPIError as error:
-        raise ApiError(503, "the ledger does not answer; try again later", retry_after=5) from error
 
 
 def _sqlite_settings(connection: Any, _: Any) -> None:

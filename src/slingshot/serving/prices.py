@@ -19,13 +19,14 @@ import tomllib
 from datetime import UTC, datetime, time
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_text
 
 PICO = 10**12
+MOST = 10_000  # dollars per million tokens: a request of 100 million of them still counts in 64 bits
 
 
 def dollars(amount: int) -> str:
@@ -41,6 +42,13 @@ class OffPeak(Strict):
     end: time
     factor: float = Field(ge=0, le=1)
 
+    @field_validator("start", "end")
+    @classmethod
+    def _in_utc(cls, value: time) -> time:
+        if value.tzinfo is not None:
+            raise ValueError("hours are UTC's: leave the zone out")
+        return value
+
     def covers(self, now: time) -> bool:
         inside = self.start <= now < self.end
         return inside if self.start <= self.end else now >= self.start or now < self.end
@@ -49,9 +57,9 @@ class OffPeak(Strict):
 class ModelPrice(Strict):
     """Dollars per million tokens: of a prompt that was cached, of one that was not, of an answer."""
 
-    cache_hit: float = Field(default=0.0, ge=0)
-    cache_miss: float = Field(default=0.0, ge=0)
-    output: float = Field(default=0.0, ge=0)
+    cache_hit: float = Field(default=0.0, ge=0, le=MOST)
+    cache_miss: float = Field(default=0.0, ge=0, le=MOST)
+    output: float = Field(default=0.0, ge=0, le=MOST)
     off_peak: OffPeak | None = None
 
     def at(self, now: datetime) -> dict[str, float]:

@@ -82,8 +82,10 @@ class UpstreamBackend:
         structured = any(getattr(params, name) for name in STRUCTURES)
         end = self._tokenizer.end_think_id
         if not opened or end is None or not (structured or params.thinking_budget is not None):
-            async for delta in self._ask(replace(generation, params=replace(params, thinking_budget=None))):
-                yield delta
+            asked = replace(generation, params=replace(params, thinking_budget=None))
+            async with contextlib.aclosing(self._ask(asked)) as deltas:
+                async for delta in deltas:
+                    yield delta
             return
         plain = replace(params, thinking_budget=None, json_schema=None, regex=None, choice=(), grammar=None)
         budget = params.max_tokens if params.thinking_budget is None else min(params.thinking_budget, params.max_tokens)
@@ -113,8 +115,9 @@ class UpstreamBackend:
             return
         answering = replace(params, thinking_budget=None, max_tokens=left)
         rest = replace(generation, prompt_ids=(*generation.prompt_ids, *told), params=answering)
-        async for delta in self._ask(rest):
-            yield replace(delta, cached=cached)
+        async with contextlib.aclosing(self._ask(rest)) as deltas:
+            async for delta in deltas:
+                yield replace(delta, cached=cached)
 
     async def _ask(self, generation: Generation) -> AsyncGenerator[TokenDelta, None]:
         """One request of one replica, or of the next ones while none has begun."""
@@ -154,7 +157,7 @@ class UpstreamBackend:
                 length = await replica.server.context(self._client)
                 self.max_length = min(self.max_length or length, length)
             replica.ready = response.status_code == 200
-        except (httpx.HTTPError, KeyError, IndexError, ValueError):
+        except (httpx.HTTPError, LookupError, TypeError, ValueError):  # whatever it says, it is looked at again
             replica.ready = False
 
     async def _check_again(self) -> None:

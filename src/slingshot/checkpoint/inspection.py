@@ -218,8 +218,6 @@ _BYTES = {
 def _architecture(config: ModelConfig) -> Facts:
     """What follows from the configuration alone."""
     counts, fp8, (numbers, tensors) = parameters(config), config.quantization == "fp8", _numbers(config)
-    # A tied matrix is multiplied by as the head, so leaving out the look-up leaves it in.
-    head, look_up = (0, 0) if config.tie_word_embeddings else (counts.head, counts.embedding)
     dtype = config.extra.get("torch_dtype", config.extra.get("dtype"))
     stored = "fp8" if fp8 else "float32" if dtype in (None, "float32") else "bfloat16"
     n_bytes = {
@@ -236,10 +234,8 @@ def _architecture(config: ModelConfig) -> Facts:
         "model": kind | {key: value for key, value in config.to_hf().items() if key in _KEYS},
         "parameters": {
             "total": counts.total, "mtp": counts.mtp, "mtp_copies": copies, "router_biases": biases,
-            "fp8_scales": scales, "embedding": counts.embedding, "head": head, "active": counts.active,
-            "active_without_embedding": counts.active - look_up,
-            "active_without_embedding_and_head": counts.active - counts.embedding - head,
-        },
+            "fp8_scales": scales, "embedding": counts.embedding, "head": counts.head,
+        } | counts.active_ways,
         "cache": {
             "bytes_per_token": per_token, "bytes_at_full_context": per_token * config.max_position_embeddings,
             "bytes_per_token_of_mha": 2 * width * config.num_attention_heads * config.num_hidden_layers,

@@ -25,6 +25,16 @@ class Parameters(NamedTuple):
     head: int  # the output head, 0 when tied
     mtp: int  # the MTP module without its copies of embedding and head
 
+    @property
+    def active_ways(self) -> dict[str, int]:
+        """Active ones as they are counted. A tied matrix is multiplied by as the head: without the look-up it stays."""
+        without, neither = self.active - (self.embedding if self.head else 0), self.active - self.embedding - self.head
+        return {
+            "active": self.active,
+            "active_without_embedding": without,
+            "active_without_embedding_and_head": neither,
+        }
+
 
 def parameters(config: ModelConfig) -> Parameters:
     """Count the parameters of `config`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import islice
 from typing import NamedTuple
 
 from pydantic import computed_field
@@ -141,15 +142,11 @@ class Blocks:
 
 @cache
 def _stages(layers: int, first_moe: int, mtp: int, pp: int) -> list[tuple[int, int, int]]:
+    kinds = iter("d" * min(first_moe, layers) + "e" * (layers - first_moe) + "m" * mtp)  # dense, experts, MTP
     base, left = divmod(layers + mtp, pp)
     longer = {*[*range(1, pp - 1), 0, pp - 1][:left]}
-    found, start = [], 0
-    for stage in range(pp):
-        end = start + base + (stage in longer)
-        extra, plain = max(0, end - max(start, layers)), max(0, min(end, first_moe, layers) - start)
-        found.append((plain, end - start - plain - extra, extra))
-        start = end
-    return found
+    held = (list(islice(kinds, base + (stage in longer))) for stage in range(pp))
+    return [(blocks.count("d"), blocks.count("e"), blocks.count("m")) for blocks in held]
 
 
 def training_memory(blocks: Blocks, layout: Layout, context: int, microbatches: float) -> Memory:

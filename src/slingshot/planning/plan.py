@@ -111,15 +111,12 @@ class Hire:
         """
         watts, counts = self.device.power_watts, parameters(asked.model.config)
         hours, fits = sum(line.device_hours for line in lines), memory.total <= self.device.usable_bytes
-        body = counts.active - counts.embedding
         here = {"device": self.device.name, "precision": self.precision.dtype} | self.costs(hours)
         others = self._alternatives(here | {"fits": fits if own_fits is None else own_fits}, there, kind)
         return Plan.model_validate(here | {
             "kind": kind, "model": asked.model.name, "count": self.count, "price": self.price, "stages": lines,
-            "parameters": {
-                "total": counts.total, "active": counts.active, "active_without_embedding": body,
-                "active_without_embedding_and_head": body - counts.head, "mtp": counts.mtp,
-                "cache_bytes_per_token": cache_bytes_per_token(asked.model.config),
+            "parameters": {"total": counts.total} | counts.active_ways | {
+                "mtp": counts.mtp, "cache_bytes_per_token": cache_bytes_per_token(asked.model.config),
             },
             "energy_kwh": None if watts is None else hours * watts / 1000, "memory": memory, "alternatives": others,
             "memory_per_device_bytes": memory.total, "usable_memory_bytes": self.device.usable_bytes, "fits": fits,

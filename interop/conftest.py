@@ -23,6 +23,8 @@ import pytest
 
 from interop.questions import TASK
 
+pytest.register_assert_rewrite("tests.serving.behaviours")
+
 REPO = Path(__file__).resolve().parent.parent
 
 Peer = Callable[..., dict[str, Any]]

@@ -18,6 +18,8 @@ from slingshot.serving.served_model import ServedModel
 from slingshot.serving.server import listening
 from slingshot.text.tokenizer import R1_CONFIG, R1_TOKENS, Tokenizer
 
+pytest.register_assert_rewrite("tests.serving.behaviours")
+
 TEXTS = [
     "What is 3+4-2? 3 plus 4 is 7, 7 minus 2 is 5.",
     "3+4-2はいくつ? 3足す4は7、7引く2は5。",

@@ -115,6 +115,20 @@ def test_logprobs_are_computed_where_they_are_read(upstream, tokenizer, kind, as
     assert told is None if asked is None else set(told.token_logprobs) == {-0.5}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_of_one_question_are_asked_with_seeds_of_their_own(upstream, tokenizer, kind):
+    script, state = ScriptedBackend(tokenizer.encode("7", continues=True)), {}
+    model = ServedModel("tiny", tokenizer, upstream([script], kind, [state]))
+    with (
+        running(create_app(Gateway([model]))) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        for _ in range(2):
+            client.completions.create(model="tiny", prompt="What is 3+4-2?", seed=5, n=3)
+    seeds = [body["seed"] for body in state["asked"]]
+    assert 5 in seeds and len(set(seeds)) == 3 and sorted(seeds[:3]) == sorted(seeds[3:])
+
+
 @pytest.mark.parametrize(("code", "status"), [(400, 400), (500, 503)])
 def test_an_error_told_within_an_answer(upstream, tokenizer, code, status):
     state = {"refuses": {"message": "out of vocabulary", "code": code}}

@@ -11,6 +11,7 @@ import json
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
 from functools import cached_property
+from hashlib import blake2b
 from typing import Any, Protocol
 
 import httpx
@@ -52,7 +53,7 @@ class VllmServer:
     async def stream(self, client: httpx.AsyncClient, generation: Generation) -> AsyncGenerator[TokenDelta, None]:
         params = generation.params
         _refuse(params, "vLLM's", words=any(not isinstance(word, str) for word in params.bad_words))
-        body = _common(params) | {
+        body = _common(generation) | {
             "model": self._model, "prompt": list(generation.prompt_ids), "max_tokens": params.max_tokens,
             "return_token_ids": True, "stream_options": {"include_usage": True}, "skip_special_tokens": False, "n": 1,
             "stop_token_ids": list(params.stop_token_ids), "ignore_eos": params.ignore_eos,
@@ -163,6 +164,7 @@ class LlamaServer:
                 yield from ([first, *rest] for rest in self._spellings(text[size:], count - 1))
 
 
+_SEEDS = 2**32 - 1  # the largest of 32 bits is none for llama.cpp
 _CHARACTER = 64  # bytes at most that tokens before a whole character spell
 
 
@@ -170,11 +172,11 @@ def _llama_body(generation: Generation) -> dict[str, Any]:
     """What /completion is asked; ApiError 400 for what it does not know."""
     params = generation.params
     _refuse(params, "llama.cpp's", words=bool(params.bad_words))
-    body = _common(params) | {
+    body = _common(generation) | {
         "prompt": list(generation.prompt_ids), "n_predict": params.max_tokens, "return_tokens": True,
         "cache_prompt": True, "n_probs": max(1, params.top_logprobs) * generation.logprobs,
         "ignore_eos": params.ignore_eos, "repeat_penalty": params.repetition_penalty,
-        "repeat_last_n": len(generation.prompt_ids) + params.max_tokens, "seed": params.seed % (2**32 - 1),
+        "repeat_last_n": len(generation.prompt_ids) + params.max_tokens,
         "samplers": ["penalties", "temperature", "top_k", "top_p", "min_p"],  # in this order, as others have it
     }  # fmt: skip
     if params.logit_bias:
@@ -201,10 +203,14 @@ def _id_of(name: str) -> int:
     return int(name.removeprefix("token_id:"))
 
 
-def _common(params: SamplingParams) -> dict[str, Any]:
-    """What both servers call alike."""
-    names = ("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty")
-    return {"stream": True} | {name: getattr(params, name) for name in names}
+def _common(generation: Generation) -> dict[str, Any]:
+    """What both servers call alike. Samples of one question share its seed: each but the first gets one of its own."""
+    params = generation.params
+    names = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty")
+    seed = params.seed
+    if generation.key != "0":
+        seed = int.from_bytes(blake2b(f"{seed}|{generation.key}".encode(), digest_size=4).digest())
+    return {"stream": True, "seed": seed % _SEEDS} | {name: getattr(params, name) for name in names}
 
 
 async def _events(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:

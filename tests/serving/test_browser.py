@@ -72,6 +72,7 @@ def test_answer_now_closes_the_reasoning(visit, script):
     ask(page, "Why?", wait=False)
     grows(page, ".said")
     page.click("#now")
+    expect(page.locator("#now")).to_be_hidden()
     until(page, "document.querySelector('.answer .text').textContent.length > 5")
     page.keyboard.press("Escape")
     page.wait_for_selector(".look")
@@ -263,9 +264,13 @@ def test_conversations_are_searched_exported_and_imported(visit, script, tmp_pat
     expect(other.locator("#list div")).to_have_count(2)
     other.get_by_role("button", name="about apples", exact=True).click()
     assert other.inner_text(".answer .text") == "five"
-    file.write_text('{"conversations": [1]}')
-    other.set_input_files("#file", file)
-    expect(other.locator("#note")).to_contain_text("not a file of conversations")
+    ring = {"a": {"id": "a", "parent": "a", "role": "user", "content": "?"}}
+    for broken in (1, {"id": "x", "title": "x", "nodes": {"a": 1}}, {"id": "x", "title": "x", "nodes": ring}):
+        other.click("#new")
+        expect(other.locator("#note")).to_be_empty()
+        file.write_text(json.dumps({"conversations": [broken]}))
+        other.set_input_files("#file", file)
+        expect(other.locator("#note")).to_contain_text("not a file of conversations")
 
 
 def test_a_conversation_is_renamed_and_deleted_and_that_is_undone(visit, script):

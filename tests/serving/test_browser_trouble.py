@@ -78,6 +78,7 @@ def test_a_server_with_keys_is_asked_with_one_and_its_refusals_are_told(visit, s
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.sqlite", prices)
     try:
         page = visit(script("5\n</think>\n\nfive", ledger=ledger)[0], refused=True)
+        expect(page.locator("#note")).to_have_text("This server asks for a key.")
         page.get_by_label("Key", exact=True).fill(accounts.create(ledger, "poor", balance=0.0001))
         page.keyboard.press("Enter")
         expect(page.locator("#model")).to_have_value("tiny")

@@ -164,6 +164,7 @@ function show(node) {
       const follow = atEnd();
       for (const each of grown) views.get(each.id)?.grow();
       grown.clear();
+      drawNow();
       if (follow) toEnd();
     });
   }
@@ -200,11 +201,18 @@ function draw(jump = false) {
   drawBar();
 }
 
+// Only a reasoning can be cut short.
+function drawNow() {
+  const hidden = !running()?.nodes.some((node) => !node.content);
+  if ($("now").hidden !== hidden) $("now").hidden = hidden;
+}
+
 // What is beside the conversation.
 function drawBar() {
   const busy = Boolean(running());
   $("send").hidden = busy;
-  $("stop").hidden = $("now").hidden = !busy;
+  $("stop").hidden = !busy;
+  drawNow();
   $("thread").classList.toggle("busy", busy);
   const cost = Object.values(current.nodes).reduce((sum, node) => sum + costOf(node, models.get(node.asked?.model)?.price), 0);
   $("price").textContent = cost ? word("price", `$${cost.toPrecision(2)}`) : "";

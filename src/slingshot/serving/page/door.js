@@ -22,7 +22,10 @@ export function guardDoor(then) {
 
 // What went wrong, as it is told; a key is asked for where one is missing.
 export function failureOf(error) {
-  if (error.status === 401) open();
+  if (error.status === 401) {
+    open();
+    if (!localStorage.getItem("key")) return word("key_wanted");
+  }
   if (error instanceof TypeError) return word("fails");
   return error.later ? `${error.message} ${word("later_on", error.later)}` : error.message;
 }

@@ -26,6 +26,7 @@ marked.use({
   gfm: true,
   breaks: true,
   renderer: {
+    checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
     html: ({ text }) => text.replace(OTHER_TAG, "&lt;"),
     code({ text, lang }) {
       const known = lang && hljs.getLanguage(lang);

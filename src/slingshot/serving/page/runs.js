@@ -1,9 +1,11 @@
 // Answers on their way. They go on whatever is shown: another branch, another conversation.
 
 import { take } from "./chunks.js";
+import { note } from "./dom.js";
 import { failureOf } from "./door.js";
 import * as store from "./store.js";
 import { ask, askOn, post } from "./stream.js";
+import { word } from "./words.js";
 
 /** @typedef {import("./store.js").Conversation} Conversation */
 /** @typedef {import("./store.js").Message} Message */
@@ -83,7 +85,7 @@ async function answer(node, signal, { bodyOf, grew }, goesOn) {
  */
 export async function run(conversation, nodes, told, goesOn) {
   const controller = new AbortController();
-  const save = async () => void (conversation.dropped || (await store.put(conversation)));
+  const save = async () => void (conversation.dropped || (await store.put(conversation).catch(() => note(word("full")))));
   const stop = () => {
     controller.abort();
     for (const { request: id } of nodes) if (id) post(control, { id, action: "stop" }).catch(() => {});
@@ -91,17 +93,16 @@ export async function run(conversation, nodes, told, goesOn) {
   const its = { conversation, nodes, stop, save };
   runs.add(its);
   const answers = nodes.map((node) => answer(node, controller.signal, told, goesOn).then(() => told.settled(node)));
-  const keep = async () => {
+  const keepSaving = async () => {
     while (runs.has(its)) {
       const began = performance.now();
       await save();
       await pause(500 + 10 * (performance.now() - began)); // the longer the conversation, the more seldom
     }
   };
-  const kept = keep();
+  keepSaving();
   await Promise.all(answers);
   runs.delete(its);
   conversation.updated = Date.now();
   await save();
-  void kept;
 }

@@ -95,10 +95,29 @@ export function lastBelow(conversation, id) {
   return children.length ? lastBelow(conversation, children.at(-1).id) : id;
 }
 
+const texts = (...values) => values.every((value) => typeof value === "string");
+
+// Whether a message's parents lead to a first one, not in a circle.
+function rooted(nodes, node) {
+  for (let left = Object.keys(nodes).length; left && node; left--) {
+    if (node.parent === null) return true;
+    node = nodes[node.parent];
+  }
+  return false;
+}
+
+function isMessage(nodes, id) {
+  const node = nodes[id];
+  const whole = node?.id === id && texts(node.content) && rooted(nodes, node);
+  return whole && (node.role === "user" || (node.role === "assistant" && texts(node.reasoning, node.asked?.model)));
+}
+
+const isConversation = (it) =>
+  texts(it?.id, it?.title) && it.nodes instanceof Object && Object.keys(it.nodes).every((id) => isMessage(it.nodes, id));
+
 /** Conversations from a file that this page wrote; throws where it is none. @param {string} text @returns {Conversation[]} */
 export function parse(text) {
   const given = JSON.parse(text).conversations;
-  const whole = (it) => typeof it?.id === "string" && typeof it.nodes === "object" && typeof it.title === "string";
-  if (!Array.isArray(given) || !given.every(whole)) throw new Error("not a file of conversations");
+  if (!Array.isArray(given) || !given.every(isConversation)) throw new Error("not a file of conversations");
   return given;
 }

@@ -77,24 +77,19 @@ def first_token(engine: Engine, prompt: int, rounds: int) -> float:
 
 
 def bytes_read(config: ModelConfig, batch: int, context: float, width: int, bits: int | None = None) -> float:
-    """Bytes of weights and of cached entries that a decode step reads; `width` bytes a number.
+    """Bytes of weights and of cached entries that a decode step reads, as plans count them; `width` bytes a number.
 
     With weights of `bits` bits all are counted so, the few that stay as they are too, and a scale for each group.
-
-    An embedding is looked up, not read, unless it is the head too. Of E experts, k for each token, a batch touches
-    E (1 - (1 - k / E)^batch) if it chooses without preference.
     """
-    from slingshot.cost.flops import block_weights, cache_bytes_per_token, parameters
+    from slingshot.cost.devices import DEVICES
+    from slingshot.cost.flops import cache_bytes_per_token
     from slingshot.engine.native_runner import SCALE_BYTES, NativeRunner
+    from slingshot.planning.memory import Precision
+    from slingshot.planning.model_copy import ModelCopy
 
-    counts, share = parameters(config), 0.0
-    experts = sum(block_weights(config, layer).experts for layer in range(config.num_hidden_layers))
-    if experts:
-        share = (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch
-    looked_up = 0 if config.tie_word_embeddings else counts.embedding
     each = width if bits is None else bits / 8 + SCALE_BYTES / NativeRunner.weight_group(config, bits)
-    weights = (counts.total - looked_up - experts * share) * each
-    return weights + batch * context * cache_bytes_per_token(config, width)
+    copy = ModelCopy(config, DEVICES["cpu"], Precision("", each, each, 0, 0, width, width))  # one copy, wherever it is
+    return copy.bytes_read(batch, 0) + batch * context * cache_bytes_per_token(config, width)
 
 
 def _generate(engine: Engine, batch: int, prompt: int, new: int, seed: int) -> tuple[float, float]:

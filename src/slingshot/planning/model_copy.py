@@ -188,12 +188,9 @@ class ModelCopy:
 
     def smallest(self, context: float) -> ModelCopy | None:
         """On the fewest of these devices, else of the first others in the table, that hold a copy and one sequence."""
-        for other in and_others(self.device):
-            if self.precision.dtype in other.peak:
-                for copy in replace(self, device=other).spread(1024 if other.network else 1):
-                    if copy.largest_batch(context) >= 1:
-                        return copy
-        return None
+        others = (other for other in and_others(self.device) if self.precision.dtype in other.peak)
+        copies = (replace(self, device=other).spread(1024 if other.network else 1) for other in others)
+        return next((copy for some in copies for copy in some if copy.largest_batch(context) >= 1), None)
 
     def roomy(self, count: int, given: int | None, context: float) -> list[ModelCopy]:
         """Such copies on at most `count` devices, or on `given`, that hold a sequence; SlingshotError if none does."""

@@ -142,11 +142,9 @@ class TrainingRun:
 
     def leanest(self) -> Layout | None:
         """A layout that fits, found by trying only the settings that save most memory; None when there is none."""
-        for layout in layouts(self.config, self.hire.count, self.hire.device.per_node, recompute=RECOMPUTE[-1]):
-            lean = layout.zero in (0, 3) and layout.dp <= self.sequences
-            if lean and self.memory_in(layout).total <= self.hire.device.usable_bytes:
-                return layout
-        return None
+        some = layouts(self.config, self.hire.count, self.hire.device.per_node, recompute=RECOMPUTE[-1])
+        lean = (layout for layout in some if layout.zero in (0, 3) and layout.dp <= self.sequences)
+        return next((layout for layout in lean if self.memory_in(layout).total <= self.hire.device.usable_bytes), None)
 
     def nearest_fit(self) -> dict[str, str | int] | None:
         """Another layout on as many devices, else more of them, else another device; None: nothing in the table."""

@@ -152,6 +152,20 @@ def test_an_answer_goes_on_while_another_branch_or_conversation_is_shown(visit, 
     assert len(backend.asked) == 2
 
 
+def test_instructions_for_a_conversation_come_before_all_of_it(visit, script, tokenizer):
+    url, (backend,) = script("5\n</think>\n\nfive")
+    page = visit(url)
+    page.get_by_label("Instructions").fill("Stop at the end.")
+    for question in ("first", "second"):
+        ask(page, question)
+    expect(page.locator(".answer .look")).to_have_count(2)
+    asked = [tokenizer.decode(list(its.prompt_ids)) for its in backend.asked]
+    assert all(prompt.startswith("Stop at the end.") for prompt in asked) and len(asked) == 2
+    expect(page.locator(".turn").first).to_have_text("Stop at the end.")
+    page.click("#new")
+    expect(page.get_by_label("Instructions")).to_have_value("")
+
+
 def test_two_models_answer_side_by_side(visit, script):
     url, backends = script("5\n</think>\n\nfive", names=("rl_final", "base"))
     page = visit(url)

@@ -22,7 +22,7 @@ const EFFORTS = ["auto", "none", "low", "high", "max"];
 let current = store.begin();
 /** @type {Map<string, any>} their cards by name */
 let models = new Map();
-/** @type {Map<string, AnswerView | QuestionView>} by message, of the conversation that is shown */
+/** @type {Map<string, AnswerView | QuestionView | {element: HTMLElement}>} by message, and "system", of the conversation that is shown */
 let views = new Map();
 
 // What is asked
@@ -36,7 +36,7 @@ const asking = (model) => ({
 });
 
 const messagesBefore = (conversation, node) =>
-  messagesOf(store.path(conversation, node.parent), models.get(node.asked.model)?.single_turns);
+  messagesOf(store.path(conversation, node.parent), models.get(node.asked.model)?.single_turns, conversation.system);
 
 /** The answers that grow in the branch that is shown. */
 const running = () => store.path(current).map(runOf).find(Boolean);
@@ -171,12 +171,25 @@ function show(node) {
   grown.add(node);
 }
 
+// What a model is told of the whole conversation, before it begins.
+function instructions() {
+  const area = make("textarea", { rows: 2, value: current.system ?? "", placeholder: word("system"), label: word("system") });
+  area.oninput = () => (current.system = area.value.trim());
+  return area;
+}
+
+function systemTurn() {
+  const element = views.get("system")?.element ?? make("div", { className: "turn system" }, make("div", { textContent: current.system }));
+  views.set("system", { element });
+  return element;
+}
+
 function hello() {
   if (!models.size) return make("div", { className: "hello" }, make("h2", { textContent: "slingshot" }), button(word("retry"), connect));
   const about = models.get($("model").value) ?? {};
   const example = about.example && button(about.example, () => send(about.example, null));
   return make("div", { className: "hello" }, make("h2", { textContent: $("model").value }),
-    about.single_turns ? make("p", { className: "muted", textContent: word("prompt") }) : null,
+    about.single_turns ? make("p", { className: "muted", textContent: word("prompt") }) : instructions(),
     example ? make("p", {}, `${word("example")} `, example) : null);
 }
 
@@ -194,6 +207,7 @@ function draw(jump = false) {
     if (other && other.parentElement !== turn) turn.append(other);
     return turn;
   });
+  if (turns.length && current.system) turns.unshift(systemTurn());
   (turns.length ? turns : [hello()]).forEach((turn, place) => turn === thread.children[place] || thread.insertBefore(turn, thread.children[place] ?? null));
   while (thread.children.length > Math.max(turns.length, 1)) thread.lastChild.remove();
   if (follow) toEnd();

@@ -3,11 +3,12 @@
 /** @typedef {import("./store.js").Message} Message */
 
 /** What the model is told before a message: all of its branch, or its question alone where models know single turns.
- * @param {Message[]} path @param {boolean} single */
-export function messagesOf(path, single) {
+ * @param {Message[]} path @param {boolean} single @param {string} [system] */
+export function messagesOf(path, single, system) {
   const said = path.filter((node) => !node.error);
   const turns = single ? said.slice(-1) : said;
-  return turns.map(({ role, content, reasoning }) => (reasoning ? { role, content, reasoning_content: reasoning } : { role, content }));
+  const first = system && !single ? [{ role: "system", content: system }] : [];
+  return [...first, ...turns.map(({ role, content, reasoning }) => (reasoning ? { role, content, reasoning_content: reasoning } : { role, content }))];
 }
 
 /** @param {Message} node an answer @param {object[]} messages */

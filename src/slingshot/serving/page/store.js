@@ -34,6 +34,7 @@
  * @property {number} updated
  * @property {string | null} leaf
  * @property {Record<string, Message>} nodes
+ * @property {string} [system] what the model is told of all of it
  * @property {boolean} [dropped] it was deleted, and is not to be kept
  */
 
@@ -113,7 +114,7 @@ function isMessage(nodes, id) {
 }
 
 const isConversation = (it) =>
-  texts(it?.id, it?.title) && it.nodes instanceof Object && Object.keys(it.nodes).every((id) => isMessage(it.nodes, id));
+  texts(it?.id, it?.title, it?.system ?? "") && it.nodes instanceof Object && Object.keys(it.nodes).every((id) => isMessage(it.nodes, id));
 
 /** Conversations from a file that this page wrote; throws where it is none. @param {string} text @returns {Conversation[]} */
 export function parse(text) {

@@ -19,7 +19,7 @@ const WORDS = {
     from_cache: (hit, all) => `Prompt: ${hit} of ${all} tokens came from the cache${hit ? " (underlined)" : ""}`, later_on: (seconds) => `Ask again in ${seconds} s.`,
     unsure: "Redder is less sure.", drafted: "drafted",
     drafts: (drafted, all) => `Dotted: ${drafted} of ${all} tokens were drafted, guessed ahead and confirmed.`,
-    key: "Key", key_wanted: "This server asks for a key.", key_kept: "It stays in this browser.", use: "Use", none_found: "Nothing found.", retry: "Try again", menu: "Menu",
+    system: "Instructions for the whole conversation (optional)", key: "Key", key_wanted: "This server asks for a key.", key_kept: "It stays in this browser.", use: "Use", none_found: "Nothing found.", retry: "Try again", menu: "Menu",
   },
   ja: {
     skip: "質問欄へ", new: "新しい会話", search: "会話を検索", conversations: "会話", import: "読み込む", export: "書き出す",
@@ -38,7 +38,7 @@ const WORDS = {
     from_cache: (hit, all) => `プロンプト: ${all}トークンのうち${hit}はキャッシュから${hit ? "(下線)" : ""}`, later_on: (seconds) => `${seconds}秒後にもう一度お試しください。`,
     unsure: "赤いほど自信がありません。", drafted: "下書き",
     drafts: (drafted, all) => `点線: ${all}トークンのうち${drafted}は先に予想され、確かめられたもの(下書き)です。`,
-    key: "キー", key_wanted: "このサーバーにはキーが必要です。", key_kept: "キーはこのブラウザーにだけ残ります。", use: "使う", none_found: "見つかりません。", retry: "再試行", menu: "メニュー",
+    system: "会話全体への指示(任意)", key: "キー", key_wanted: "このサーバーにはキーが必要です。", key_kept: "キーはこのブラウザーにだけ残ります。", use: "使う", none_found: "見つかりません。", retry: "再試行", menu: "メニュー",
   },
 };
 

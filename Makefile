@@ -3,7 +3,7 @@
 # make full      the rest of the recipe: the control, the student, distillation; 8 samples a problem
 # make smollm2   the same treatment for a real open model, SmolLM2-135M-Instruct
 # make interop   llama.cpp and vLLM, each in an environment of its own, predict what we predict from our checkpoints
-# make clients   lm-eval, LangChain, the Codex CLI and Claude Code, in an environment of their own (npm wanted), ask our server; a part of interop
+# make clients   lm-eval, LangChain, OpenAI's Agents SDK, the Codex CLI and Claude Code, in an environment of their own (npm wanted), ask our server; a part of interop
 # make peers     llama.cpp and vLLM, each in an environment of its own, for interop and benchmarks/engine.py (4 GB of packages)
 # make test      ruff, mypy, the import contract and the quick tests: parity, an end-to-end run and a kill among them
 # make test-all  the other tests: mutations, drawn configurations, interruptions, several processes
@@ -81,7 +81,7 @@ $(VENV)/dev.stamp: $(VENV)/runtime.stamp
 # Claude Code's program is put in its place by a script that npm may not run by itself.
 .venv-clients/peer.stamp:
 	$(PYTHON) -m venv .venv-clients
-	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) 'lm-eval[api]==0.4.13' langchain-openai==1.7.4
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) 'lm-eval[api]==0.4.13' langchain-openai==1.7.4 openai-agents==0.24.0
 	npm install --silent --no-audit --no-fund --prefix .venv-clients @openai/codex@0.171.0 @anthropic-ai/claude-code@2.1.197
 	node .venv-clients/node_modules/@anthropic-ai/claude-code/install.cjs
 	@touch $@

@@ -1,4 +1,5 @@
-"""Programs that people use, as clients of a server on loopback: lm-eval, LangChain, the Codex CLI, Claude Code.
+"""Programs that people use, as clients of a server on loopback: lm-eval, LangChain, OpenAI's Agents SDK, the
+Codex CLI, Claude Code.
 
     make clients
 
@@ -181,6 +182,15 @@ def test_langchain_calls_a_tool(peer: Callable[[str], Peer], scripted: Callable[
     told = peer("clients")({"url": url, "does": "tools", "model": "scripted", "question": "How is it in Paris?"})
     assert [(call["name"], call["args"]) for call in told["calls"]] == [("weather", {"city": "Paris"})]
     assert told["text"] == "It is 42."
+    backend.assert_round_trip("rain in Paris")
+
+
+def test_an_agent_of_openai_s_sdk_calls_a_tool(
+    peer: Callable[[str], Peer], scripted: Callable[..., tuple[Caller, str]]
+) -> None:
+    backend, url = scripted("weather", city="Paris")
+    told = peer("clients")({"url": url, "does": "agent", "model": "scripted", "question": "How is it in Paris?"})
+    assert told == {"text": "It is 42."}
     backend.assert_round_trip("rain in Paris")
 
 

@@ -1,11 +1,15 @@
-"""LangChain as a client: what it makes of a server's answers. {"url", "does"} in, what came out."""
+"""LangChain and OpenAI's Agents SDK as clients: {"url", "does", "model", "question"} in, what came out."""
 
 import json
 import sys
 
+from agents import Agent, OpenAIResponsesModel, Runner, function_tool, set_tracing_disabled
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
+from openai import AsyncOpenAI
 from pydantic import BaseModel
+
+set_tracing_disabled(True)  # it would tell OpenAI
 
 
 @tool
@@ -21,6 +25,10 @@ class Capital(BaseModel):
 
 
 def main(url: str, does: str, model: str, question: str) -> dict:
+    if does == "agent":
+        client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        agent = Agent("agent", model=OpenAIResponsesModel(model, client), tools=[function_tool(weather.func)])
+        return {"text": Runner.run_sync(agent, question).final_output}
     chat = ChatOpenAI(base_url=f"{url}/v1", api_key="none", model=model, temperature=0, max_retries=0)
     if does == "invoke":
         answer = chat.invoke(question)

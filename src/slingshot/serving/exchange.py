@@ -85,8 +85,7 @@ class Exchange:
         Raises nothing but ApiError.
         """
         try:
-            samples = self._alone() if len(self.answers) == 1 else self._together()
-            async with contextlib.aclosing(samples):
+            async with contextlib.aclosing(self._together()) as samples:
                 async for item in samples:
                     yield item
         except SlingshotError as error:
@@ -117,11 +116,6 @@ class Exchange:
             cost = self.reservation.cost if self.reservation else 0
             self._meter.ended(self.usage, cost, self.queue_seconds, self.first_token_seconds)
             self.on_end(self)
-
-    async def _alone(self) -> AsyncGenerator[tuple[int, Piece], None]:
-        async with contextlib.aclosing(self._sample(0, asyncio.Event())) as pieces:
-            async for piece in pieces:
-                yield 0, piece
 
     async def _together(self) -> AsyncGenerator[tuple[int, Piece], None]:
         begun = asyncio.Event()

@@ -40,7 +40,8 @@ class _Sample:
 
     generation: Generation
     loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[_Event] = field(default_factory=asyncio.Queue)
+    events: list[_Event] = field(default_factory=list)
+    news: asyncio.Future[None] | None = None  # its reader waits for events
     request: Request | None = None
     told: int = 0
     asked: float = field(default_factory=time.perf_counter)
@@ -77,10 +78,11 @@ class LocalBackend:
         told = 0
         try:
             while True:
-                deltas = [_delta_of(await sample.events.get())]
-                while not sample.events.empty():  # of a reader who was busy
-                    deltas.append(_delta_of(sample.events.get_nowait()))
-                event = _joined(deltas)
+                if not sample.events:
+                    sample.news = sample.loop.create_future()
+                    await sample.news
+                event = _joined(sample.events)
+                sample.events = []
                 told += len(event.token_ids)
                 yield event
                 if event.finish_reason is not None:
@@ -200,17 +202,18 @@ class LocalBackend:
 
 def _deliver(events: list[tuple[_Sample, _Event]]) -> None:
     for sample, event in events:
-        sample.events.put_nowait(event)
+        sample.events.append(event)
+        if sample.news is not None and not sample.news.done():
+            sample.news.set_result(None)
 
 
-def _delta_of(event: _Event) -> TokenDelta:
-    if not isinstance(event, TokenDelta):
-        raise event
-    return event
-
-
-def _joined(deltas: list[TokenDelta]) -> TokenDelta:
-    """Deltas that follow each other as one."""
+def _joined(events: list[_Event]) -> TokenDelta:
+    """Deltas that follow each other as one; of a reader who was busy there are several. Raises what is none."""
+    deltas = list[TokenDelta]()
+    for event in events:
+        if not isinstance(event, TokenDelta):
+            raise event
+        deltas.append(event)
     if len(deltas) == 1:
         return deltas[0]
     of_tokens: dict[str, Any] = {

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from slingshot.serving.errors import ApiError
@@ -22,9 +22,10 @@ T = TypeVar("T")
 
 COMMENT = ": keep-alive\n\n"
 KEEP_ALIVE = 10.0  # seconds of silence; proxies give up after 30 or 60
-_AHEAD = 64  # events that wait for a slow reader; what it has not taken of the tokens behind them is joined
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_FAILED = ApiError(500, "the server failed; ask again")
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make one each time
 
 
 class ClientGone(Exception):
@@ -32,7 +33,7 @@ class ClientGone(Exception):
 
 
 def to_json(payload: Any) -> str:
-    return json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
+    return _ENCODER.encode(payload)
 
 
 async def event_stream(
@@ -40,82 +41,96 @@ async def event_stream(
     events: AsyncGenerator[str, None],
     told: Callable[[ApiError], str],
     silence: Callable[[], str] = lambda: COMMENT,
-) -> StreamingResponse:
+) -> Response:
     """A response of events that are written out already, `data: ...` with an empty line behind.
 
     An ApiError before the first of them is raised here, so that it is answered with its status; later ones end the
     stream with what `told` makes of them. silence: gives what is sent while nothing comes. Raises ClientGone where
     nobody waits any more.
     """
-    flow = _Flow(events, told)
-    gone = asyncio.ensure_future(_gone(request))
+    response = _EventResponse(events, told, silence)
+    gone = asyncio.ensure_future(_gone(request.receive))
     try:
-        begun = asyncio.ensure_future(flow.begun.wait())
+        begun = asyncio.ensure_future(response.begun.wait())
         await asyncio.wait({begun, gone}, timeout=KEEP_ALIVE, return_when=asyncio.FIRST_COMPLETED)
         begun.cancel()
         if gone.done():
             raise ClientGone
-        if flow.refused is not None:
-            raise flow.refused
-        flow.answering = True
+        if response.refused is not None:
+            raise response.refused
+        response.answering = True
     except BaseException:
-        await flow.close()
+        await response.close()
         raise
     finally:
         gone.cancel()
-    return _EventResponse(flow, silence)
+    return response
 
 
-class _Flow:
-    """Takes events in a task of its own, so that waiting for one can be given up without giving up the stream."""
+class _EventResponse(Response):
+    """Takes events in a task of its own, which begins before it is known where they go, and hands each to the server.
 
-    def __init__(self, events: AsyncGenerator[str, None], told: Callable[[ApiError], str]) -> None:
-        self._events, self._told = events, told
-        self._queue: asyncio.Queue[str | None] = asyncio.Queue(_AHEAD)
+    While a slow reader holds that up nothing is taken: what comes meanwhile is joined where it comes from.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, events: AsyncGenerator[str, None], told: Callable[[ApiError], str], silence: Callable[[], str]
+    ) -> None:
+        self.status_code, self.background = 200, None
+        self.init_headers(_HEADERS)
+        self._events, self._told, self._silence = events, told, silence
         self.begun, self.answering = asyncio.Event(), False
         self.refused: Exception | None = None  # what came instead of the first event
-        self._task = asyncio.create_task(self._take())
+        self._loop = asyncio.get_running_loop()
+        self._send: asyncio.Future[Send] = self._loop.create_future()
+        self._wrote = self._loop.time()  # when it did last
+        self._task = asyncio.create_task(self._run())
 
-    async def _take(self) -> None:
-        first = True
+    async def _run(self) -> None:
         try:
             async with contextlib.aclosing(self._events) as events:
                 async for event in events:
-                    await self._queue.put(event)
-                    if first:
-                        first = False
-                        self.begun.set()
+                    self.begun.set()
+                    await self._write(event)
         except Exception as error:
-            failure = error if isinstance(error, ApiError) else ApiError(500, "the server failed; ask again")
-            if first and not self.answering:
+            if not self.begun.is_set() and not self.answering:
                 self.refused = error
-            else:
-                await self._queue.put(self._told(failure))
+                self.begun.set()
+                return
+            await self._write(self._told(error if isinstance(error, ApiError) else _FAILED))
         self.begun.set()
-        await self._queue.put(None)
+        await (await self._send)({"type": "http.response.body", "body": b""})
 
-    async def read(self, silence: Callable[[], str]) -> AsyncGenerator[str, None]:
-        """Events as they come, several at once where they are there."""
-        if self._queue.empty():
-            yield ": keep-alive\n\n"
+    async def _write(self, events: str) -> None:
+        send = await self._send
+        self._wrote = self._loop.time()
+        await send({"type": "http.response.body", "body": events.encode(), "more_body": True})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = asyncio.ensure_future(self._attend(receive))
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            self._send.set_result(send)
+            if not self.begun.is_set():
+                await self._write(COMMENT)
+            await asyncio.wait({self._task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if self._task.done():
+                self._task.result()
+        finally:
+            gone.cancel()
+            await self.close()
+
+    async def _attend(self, receive: Receive) -> None:
+        """Until the client leaves; where nothing was written for long, it hears that all is well."""
         while True:
             try:
-                async with asyncio.timeout(KEEP_ALIVE):
-                    event = await self._queue.get()
+                async with asyncio.timeout_at(self._wrote + KEEP_ALIVE):
+                    return await _gone(receive)
             except TimeoutError:
-                if self._queue.empty():
-                    yield silence()
-                continue
-            parts = []
-            while event is not None:
-                parts.append(event)
-                if self._queue.empty():
-                    break
-                event = self._queue.get_nowait()
-            if parts:
-                yield "".join(parts)
-            if event is None:
-                return
+                if self._loop.time() >= self._wrote + KEEP_ALIVE:
+                    await self._write(self._silence())
 
     async def close(self) -> None:
         """Give the stream up, if it has not ended; its own end is waited for."""
@@ -123,21 +138,9 @@ class _Flow:
         await asyncio.wait({self._task})
 
 
-class _EventResponse(StreamingResponse):
-    def __init__(self, flow: _Flow, silence: Callable[[], str]) -> None:
-        super().__init__(flow.read(silence), media_type="text/event-stream", headers=_HEADERS)
-        self._flow = flow
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._flow.close()
-
-
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The work's result; where the client leaves before, it is cancelled and ClientGone raised."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request.receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -149,6 +152,6 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass

@@ -69,11 +69,13 @@ class Contender:
         setup = {"model": str(self.model), "threads": threads, "slots": slots, "context": context}
         return self._ask(setup | {"options": self.options})["version"]
 
-    def seconds(self, question: Question, vocabulary: int, seed: int) -> float:
-        rng = random.Random(seed)
-        prompts = [[rng.randrange(3, vocabulary) for _ in range(question.prompt)] for _ in range(question.batch)]
-        answer = self._ask({"prompts": prompts, "new": question.new})
-        if answer["tokens"] != question.batch * question.new:
+    def seconds(self, question: Question, vocabulary: int, seed: int, requests: int | None = None) -> float:
+        """requests: of each of `batch` clients, who ask the next when one is complete; None: one batch."""
+        rng, count = random.Random(seed), question.batch * (requests or 1)
+        prompts = [[rng.randrange(3, vocabulary) for _ in range(question.prompt)] for _ in range(count)]
+        loop = {} if requests is None else {"clients": question.batch}
+        answer = self._ask({"prompts": prompts, "new": question.new} | loop)
+        if answer["tokens"] != count * question.new:
             sys.exit(f"{self.name} made {answer['tokens']} tokens where {question} asks for more")
         return answer["seconds"]
 

@@ -5,10 +5,12 @@
 
 Every client is a closed loop: it asks for 64 tokens behind a prompt of 32, streamed, and asks again when they are
 there. The same model (SmolLM2-135M in bfloat16) stands behind all servers, and one server is asked at a time:
-slingshot's, llama.cpp's, vLLM's, and slingshot's as a gateway before that vLLM. The bare engine generates batches of as
-many prompts. Printed and kept in benchmarks/serve.json, medians over the rounds: tokens per second; p50 and p99 of the
-milliseconds to the first token and between two reads of a stream; the share of throughput that serving costs; and the
-memory of 1,000 open streams that say nothing, which a server that stays silent makes.
+slingshot's, llama.cpp's, vLLM's, and slingshot's as a gateway before that vLLM. The bare engine is driven by the same
+closed loop in its own process. The clients are one loop over plain sockets that counts events, for it runs on the same
+cores. Printed and kept in benchmarks/serve.json, medians over the rounds: tokens per second; p50 and p99 of the
+milliseconds to the first token and between two reads of a stream; the microseconds of a core that the clients take a
+token; the share of throughput that serving costs; and the memory of 1,000 open streams that say nothing, which a server
+that stays silent makes.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import itertools
 import json
 import os
 import random
 import resource
+import selectors
 import signal
 import socket
 import statistics
@@ -72,44 +74,67 @@ class Served:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    async def ask(self, prompt: list[int]) -> tuple[float, list[float]]:
-        """Seconds until the first token, and between the reads behind it."""
+    def question(self, prompt: list[int]) -> bytes:
         body = json.dumps(self.body | {"prompt": prompt}).encode()
         head = f"POST {self.path} HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\nContent-Type: application/json\r\n"
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        start = time.perf_counter()
-        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        status = await reader.readuntil(b"\r\n\r\n")
-        if b" 200 " not in status.split(b"\r\n", 1)[0]:
-            sys.exit(f"{self.name}: {status.decode()}{(await reader.read(2000)).decode()}")
-        times, last = list[float](), b""
-        while not last.endswith(ENDED):
-            data = await reader.read(1 << 16)
-            if not data:
-                sys.exit(f"{self.name} ended a stream midway")
-            if b"data: {" in data:
-                times.append(time.perf_counter())
-            last = (last + data)[-len(ENDED) :]
-        writer.close()
-        return times[0] - start, [later - one for one, later in itertools.pairwise(times)]
+        return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-async def closed_loop(server: Served, clients: int, requests: int, vocabulary: int, seed: int) -> dict[str, float]:
+class Client:
+    """Asks one question after the other, each on a connection of its own."""
+
+    def __init__(self, server: Served, questions: list[bytes]) -> None:
+        self._server, self._left = server, iter(questions)
+        self.firsts, self.gaps = list[float](), list[float]()  # seconds until a first token, and between later reads
+
+    def ask(self, selector: selectors.BaseSelector) -> bool:
+        """The next question; False where there is none."""
+        question = next(self._left, None)
+        if question is None:
+            return False
+        self._socket = socket.create_connection(("127.0.0.1", self._server.port))
+        self._asked, self._last, self._tail = time.perf_counter(), 0.0, b""
+        self._socket.sendall(question)
+        selector.register(self._socket, selectors.EVENT_READ, self)
+        return True
+
+    def read(self, selector: selectors.BaseSelector) -> bool:
+        """Take what came; False where all is answered."""
+        data = self._socket.recv(1 << 16)
+        if not data:
+            sys.exit(f"{self._server.name} ended a stream midway")
+        if not self._tail and b" 200 " not in data.split(b"\r\n", 1)[0]:
+            sys.exit(f"{self._server.name}: {data.decode(errors='replace')}")
+        if b"data: {" in data:
+            now = time.perf_counter()
+            if self._last:
+                self.gaps.append(now - self._last)
+            else:
+                self.firsts.append(now - self._asked)
+            self._last = now
+        self._tail = (self._tail + data)[-len(ENDED) :]
+        if self._tail != ENDED:
+            return True
+        selector.unregister(self._socket)
+        self._socket.close()
+        return self.ask(selector)
+
+
+def closed_loop(server: Served, clients: int, requests: int, vocabulary: int, seed: int) -> dict[str, float]:
     """Clients that ask one thing after the other: tokens per second, and milliseconds as the clients see them."""
     rng = random.Random(seed)
-    firsts, gaps = list[float](), list[float]()
-
-    async def client(prompts: list[list[int]]) -> None:
-        for prompt in prompts:
-            first, between = await server.ask(prompt)
-            firsts.append(first)
-            gaps.extend(between)
-
     prompts = [[[rng.randrange(3, vocabulary) for _ in range(PROMPT)] for _ in range(requests)] for _ in range(clients)]
-    start = time.perf_counter()
-    await asyncio.gather(*map(client, prompts))
-    seconds = time.perf_counter() - start
-    return {"tokens/s": clients * requests * NEW / seconds} | {
+    crowd = [Client(server, list(map(server.question, its))) for its in prompts]
+    start, spent = time.perf_counter(), time.process_time()
+    with selectors.DefaultSelector() as selector:
+        running = sum(client.ask(selector) for client in crowd)
+        while running:
+            running -= sum(not key.data.read(selector) for key, _ in selector.select())
+    seconds, spent = time.perf_counter() - start, time.process_time() - spent
+    tokens = clients * requests * NEW
+    firsts = [first for client in crowd for first in client.firsts]
+    gaps = [gap for client in crowd for gap in client.gaps]
+    return {"tokens/s": tokens / seconds, "clients us/token": 1e6 * spent / tokens} | {
         f"{name} p{share}": 1000 * sorted(values)[(len(values) - 1) * share // 100]
         for name, values in (("first", firsts), ("between", gaps))
         for share in (50, 99)
@@ -157,10 +182,8 @@ async def idle_streams(model: Path, work: Path, environment: dict[str, str]) -> 
     open_ones = list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]()
 
     async def opened() -> None:
-        body = json.dumps(gateway.body | {"prompt": [504] * PROMPT}).encode()
         reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
-        head = f"POST {gateway.path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        writer.write(gateway.question([504] * PROMPT))
         await reader.readuntil(b"data: ")
         open_ones.append((reader, writer))
 
@@ -243,12 +266,11 @@ def main() -> None:
                 its = results.setdefault(f"{batch.batch} clients", {})
                 requests = max(2, 6 // batch.batch) if turn >= 0 else 1
                 measured: dict[str, dict[str, float]] = {}
-                spent = sum(bare.seconds(batch, vocabulary, 100 * turn + each) for each in range(requests))
+                spent = bare.seconds(batch, vocabulary, turn, requests)
                 first = bare.seconds(Question(1, PROMPT, 1), vocabulary, turn)
                 measured[bare.name] = {"tokens/s": requests * batch.batch * NEW / spent, "first p50": 1000 * first}
                 for server in field:
-                    loop = closed_loop(server, batch.batch, requests, vocabulary, turn)
-                    measured[server.name] = asyncio.run(loop)
+                    measured[server.name] = closed_loop(server, batch.batch, requests, vocabulary, turn)
                 for name, figures in measured.items():
                     if turn >= 0:
                         its.setdefault(name, []).append(figures)

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Generator, Iterable, Mapping, Set
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.engine.core import EngineCore, Native, Speculation
-from slingshot.engine.sampling import STRUCTURES, SamplingError, SamplingParams
+from slingshot.engine.sampling import SamplingError, SamplingParams
 from slingshot.engine.scheduler import EngineCounters
 from slingshot.engine.sequence import Completion, Request, RequestOutput
 from slingshot.engine.vocabulary import Vocabulary
@@ -36,6 +36,11 @@ from slingshot.machine.device import auto_device, auto_dtype
 from slingshot.model.transformer import Transformer
 from slingshot.text.reasoning import Delta, Kind, ReasoningStream
 from slingshot.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import xgrammar
+
+    from slingshot.engine.structured import Grammars
 
 Message = Mapping[str, str]
 Prompt = str | Seq[int] | Seq[Message]
@@ -318,11 +323,10 @@ class Engine:
             raise PromptError(f"the prompt holds token id {beyond[0]}, the model's vocabulary has {vocabulary}")
         return ids
 
-    def check(self, params: SamplingParams) -> None:
-        """Raise what `submit` would for these parameters. What they hold an answer to is compiled, and kept."""
-        self._vocabulary.check(params)
-        if any(getattr(params, name) for name in STRUCTURES):
-            self._vocabulary.grammars.compile(params)
+    @property
+    def grammars(self) -> Grammars:
+        """What compiles the structures that answers are held to. SlingshotError where xgrammar is not installed."""
+        return self._vocabulary.grammars
 
     def submit(
         self,
@@ -333,18 +337,20 @@ class Engine:
         salt: str = "",
         traced: bool = False,
         said: int = 0,
+        grammar: xgrammar.CompiledGrammar | None = None,
     ) -> Request:
         """Queue a request, for a caller who looks at it while it grows and drives the engine by `advance`.
 
         claimed: `step` does not return it. salt: its prompt shares cached prefixes with those of the same salt only.
         traced: its sequences know the experts of what they sampled (`experts_of`) and what was guessed (`accepted`).
         said: so many of the prompt's last ids are the sample's own, from before: penalties count them as such.
+        grammar: what `grammars` made of the parameters; otherwise it is made now.
         """
         ids, params = self._encode(prompt), params or SamplingParams()
         if params.routed_experts and not self.config.n_moe_layers:
             raise SamplingError("sampling: routed_experts: this model has none; leave it out")
         name = ",".join(map(str, ids)) if key is None else key
-        whose = claimed, salt.encode(), traced, said
+        whose = claimed, salt.encode(), traced, said, grammar
         request = Request(next(self._ids), ids, params, name, self.max_length, self._vocabulary, *whose)
         with self._turns:
             self._requests[request.request_id] = request

@@ -103,6 +103,11 @@ class Guide:
             mask_W[think // 32] |= bit if bit < 1 << 31 else -(1 << 31)
         return mask_W
 
+    @property
+    def slow(self) -> bool:
+        """Whether the grammar takes too long to be followed."""
+        return self._matcher is not None and self._matcher.slow
+
     def allowed(self) -> Sequence[int]:
         """The only ids that may come next; none where that is not settled."""
         return self._ending

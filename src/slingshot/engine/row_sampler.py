@@ -123,8 +123,11 @@ class RowSampler:
             allow_only(logits_RV, masks)
         dead = logits_RV[[row for row, _, _ in guided]].amax(-1) == -torch.inf
         for (row, sequence, guide), nothing in zip(guided, dead.tolist(), strict=True):
-            if nothing or guide.failed:
+            if guide.slow:
+                sequence.error = SamplingError("the grammar takes too long to be followed; make it simpler")
+            elif nothing or guide.failed:
                 sequence.error = SamplingError("no token can follow: the grammar and what is forbidden leave none")
+            if sequence.error is not None:
                 logits_RV[row] = 0.0
 
     def _force(self, ids_R: Tensor) -> None:

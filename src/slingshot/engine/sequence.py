@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from slingshot.engine.vocabulary import Vocabulary
 from slingshot.text.chat_template import END_THINK
 from slingshot.text.reasoning import ReasoningStream, ends_in_reasoning, parse
 from slingshot.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import xgrammar
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -239,6 +242,7 @@ class Request:
     def __init__(
         self, request_id: int, prompt: list[int], params: SamplingParams, key: str, max_length: int,
         vocabulary: Vocabulary, claimed: bool, salt: bytes = b"", traced: bool = False, said: int = 0,
+        grammar: xgrammar.CompiledGrammar | None = None,
     ) -> None:  # fmt: skip
         vocabulary.check(params)
         self.request_id, self.prompt, self.params, self.key = request_id, prompt, params, key
@@ -249,7 +253,7 @@ class Request:
         self.limit = min(len(prompt) + params.max_tokens, max_length)
         self.opened = ends_in_reasoning(prompt, vocabulary.tokenizer)
         structured = any(getattr(params, name) for name in STRUCTURES)
-        self.grammar = vocabulary.grammars.compile(params) if structured else None
+        self.grammar = (grammar or vocabulary.grammars.compile(params)) if structured else None
         self.routed = params.routed_experts or traced
         self.told_whole = params.routed_experts or params.prompt_logprobs is not None
         self.tells = self.told_whole or traced

@@ -1,7 +1,7 @@
 """Answers held to a JSON schema, a regular expression, a choice or an EBNF grammar, by xgrammar.
 
     matcher = GrammarMatcher(vocabulary.grammars.compile(params), vocabulary.size)
-    mask_W = matcher.mask(); matcher.push(token_id)
+    mask_W = matcher.mask(); matcher.push(token_id); matcher.slow
 
 Grammars are compiled once and kept. Only text is allowed, and at a whole end the tokens that end a sample. An object
 holds the properties that its schema names, in their order, and others only where it says additionalProperties.
@@ -10,11 +10,13 @@ Suffixes: R rows, V vocabulary, W words of 32 ids.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,13 +24,15 @@ from torch import Tensor
 
 from slingshot.base.errors import SlingshotError
 from slingshot.engine.sampling import STRUCTURES, SamplingError, SamplingParams
-from slingshot.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import xgrammar
 
-_KEPT = 64  # compiled grammars
+_KEPT = 128 << 20  # bytes of compiled grammars
 _SPACES = 24  # of white space at most between two parts of JSON: a model may like it too well to end
+
+# Seconds of the processor that following one answer may take: for each token, and what it may be behind.
+_A_TOKEN, _BEHIND = 0.005, 0.5
 
 # What a JSON schema can ask and xgrammar passes over in silence.
 _UNKNOWN = {
@@ -40,46 +44,59 @@ _OF_SCHEMAS = {"properties", "patternProperties", "$defs", "definitions"}  # nam
 _PLAIN = {"enum", "const", "default", "examples", "required", "description", "title"}  # hold no schemas
 
 
+Source = str | tuple[str, ...]
+
+
 class GrammarError(SamplingError):
     """A structure that is none, or that no text of this model can have."""
 
 
 class Grammars:
-    """Compiles what requests ask for; any number of threads may ask. spelt: the bytes of every id of the model's."""
+    """Compiles what requests ask for; any number of threads may ask.
 
-    def __init__(self, tokenizer: Tokenizer, spelt: list[bytes]) -> None:
+    texts: the bytes of every id of the model's, of control tokens none. ends: ids that end a sample.
+    """
+
+    def __init__(self, texts: Sequence[bytes], ends: Iterable[int]) -> None:
         try:
             import xgrammar
         except ImportError as error:
             way_out = "pip install 'slingshot-lm[structured]'"
             raise SlingshotError(f"structured output needs the package xgrammar: {way_out}") from error
-        if not tokenizer.eos_ids:
+        self.texts, self.ends = texts, sorted(ends)
+        if not self.ends:
             raise GrammarError("structured output needs a tokenizer that names its eos_token")
-        texts = [b"" if id in tokenizer.control_ids else text for id, text in enumerate(spelt)]
-        info = xgrammar.TokenizerInfo(texts, stop_token_ids=sorted(tokenizer.eos_ids), vocab_size=len(spelt))
-        self._compiler = xgrammar.GrammarCompiler(info, max_threads=1)
-        self._kept: OrderedDict[tuple[str, str | tuple[str, ...]], xgrammar.CompiledGrammar] = OrderedDict()
+        info = xgrammar.TokenizerInfo(list(texts), stop_token_ids=self.ends, vocab_size=len(texts))
+        self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+        self._kept: OrderedDict[tuple[str, Source], xgrammar.CompiledGrammar] = OrderedDict()
+        self._bytes = 0
         self._lock = threading.Lock()
-        self.size = len(spelt)
+        self.size = len(texts)
+
+    def kept(self, params: SamplingParams) -> xgrammar.CompiledGrammar | None:
+        """What was compiled before."""
+        with self._lock:
+            if found := self._kept.get(structure_of(params)):
+                self._kept.move_to_end(structure_of(params))
+            return found
 
     def compile(self, params: SamplingParams) -> xgrammar.CompiledGrammar:
         """What an answer of this request will be like. GrammarError where that is nothing."""
-        kind = next(name for name in STRUCTURES if getattr(params, name))
-        source = getattr(params, kind)
+        if found := self.kept(params):
+            return found
+        kind, source = structure_of(params)
+        found = self._compile(kind, source)
+        if not GrammarMatcher(found, self.size).mask().any():
+            raise GrammarError(f"sampling: no answer can have this {kind}: {_short(source)}")
         with self._lock:
-            found = self._kept.get((kind, source))
-        if found is None:
-            found = self._compile(kind, source)
-            if not GrammarMatcher(found, self.size).mask().any():
-                raise GrammarError(f"sampling: no answer can have this {kind}: {_short(source)}")
-        with self._lock:
+            if (kind, source) not in self._kept:
+                self._bytes += found.memory_size_bytes
             self._kept[kind, source] = found
-            self._kept.move_to_end((kind, source))
-            if len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
+            while self._bytes > _KEPT and len(self._kept) > 1:
+                self._bytes -= self._kept.popitem(last=False)[1].memory_size_bytes
         return found
 
-    def _compile(self, kind: str, source: str | tuple[str, ...]) -> xgrammar.CompiledGrammar:
+    def _compile(self, kind: str, source: Source) -> xgrammar.CompiledGrammar:
         try:
             if kind == "json_schema":
                 if wrong := next(_passed_over(json.loads(str(source))), None):
@@ -92,31 +109,56 @@ class Grammars:
             return self._compiler.compile_grammar(str(source))
         except (RuntimeError, ValueError) as error:
             why = _PLACE.sub("", " ".join(str(error).split()))[:300]
-            raise GrammarError(f"sampling: {kind} {_short(source)} cannot be used: {why}") from error
+            raise unusable(kind, source, why) from error
+
+
+def structure_of(params: SamplingParams) -> tuple[str, Source]:
+    """Which of STRUCTURES an answer is held to, and its text."""
+    kind = next(name for name in STRUCTURES if getattr(params, name))
+    return kind, getattr(params, kind)
+
+
+def unusable(kind: str, source: Source, why: str) -> GrammarError:
+    return GrammarError(f"sampling: {kind} {_short(source)} cannot be used: {why}")
 
 
 class GrammarMatcher:
-    """Follows one answer through a grammar."""
+    """Follows one answer through a grammar. slow: that took longer than the others of a batch can be made to wait."""
 
     def __init__(self, grammar: xgrammar.CompiledGrammar, size: int) -> None:
         import xgrammar
 
         self._matcher = xgrammar.GrammarMatcher(grammar)
         self._mask_1W = xgrammar.allocate_token_bitmask(1, size)
+        self._left = _BEHIND  # seconds
+
+    @property
+    def slow(self) -> bool:
+        return self._left < 0
 
     def push(self, token_id: int) -> bool:
         """Take the next token; False where the grammar has no place for it."""
-        return bool(self._matcher.accept_token(token_id))
+        with self._timed():
+            return bool(self._matcher.accept_token(token_id))
 
     def push_text(self, text: str) -> bool:
-        return bool(self._matcher.accept_string(text))
+        with self._timed():
+            return bool(self._matcher.accept_string(text))
 
     def mask(self) -> Tensor:
         """Which ids may come next, 32 in an int32: bit id % 32 of word id // 32. Kept until the next call."""
         if self._matcher.is_terminated():
             return self._mask_1W[0].zero_()
-        self._matcher.fill_next_token_bitmask(self._mask_1W)
+        with self._timed():
+            self._left = min(self._left + _A_TOKEN, _BEHIND)
+            self._matcher.fill_next_token_bitmask(self._mask_1W)
         return self._mask_1W[0]
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.thread_time()
+        yield
+        self._left -= time.thread_time() - began
 
 
 def allow_only(logits_RV: Tensor, masks: list[tuple[int, Tensor]]) -> None:
@@ -157,5 +199,5 @@ def _passed_over(schema: Any) -> Iterator[str]:
             yield from _passed_over(list(value.values()) if key in _OF_SCHEMAS and isinstance(value, dict) else value)
 
 
-def _short(source: str | tuple[str, ...]) -> str:
+def _short(source: Source) -> str:
     return repr(source)[:120]

@@ -58,7 +58,8 @@ class Vocabulary:
     def grammars(self) -> Grammars:
         from slingshot.engine.structured import Grammars  # brings xgrammar, which many never need
 
-        return Grammars(self.tokenizer, self.spelt)
+        controls = self.tokenizer.control_ids
+        return Grammars([b"" if id in controls else text for id, text in enumerate(self.spelt)], self.tokenizer.eos_ids)
 
     @cached_property
     def closing(self) -> tuple[list[int], list[int]]:

@@ -16,7 +16,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slingshot.base.errors import SlingshotError
 from slingshot.engine.engine import Engine
@@ -24,7 +24,11 @@ from slingshot.engine.sampling import STRUCTURES
 from slingshot.engine.scheduler import EngineCounters
 from slingshot.engine.sequence import Request
 from slingshot.serving.backend import Generation, TokenDelta
+from slingshot.serving.careful_grammars import CarefulGrammars
 from slingshot.serving.errors import ApiError
+
+if TYPE_CHECKING:
+    import xgrammar
 
 # Between two tellings of a sample, for each that runs: telling takes a quarter of that from the other threads. One
 # sample is told of each token; 64 of them about sixty times a second.
@@ -40,6 +44,7 @@ class _Sample:
 
     generation: Generation
     loop: asyncio.AbstractEventLoop
+    grammar: xgrammar.CompiledGrammar | None = None
     events: list[_Event] = field(default_factory=list)
     news: asyncio.Future[None] | None = None  # its reader waits for events
     request: Request | None = None
@@ -58,6 +63,7 @@ class LocalBackend:
         self.obstacle: str | None = None
         self._inbox: queue.SimpleQueue[tuple[str, _Sample | None]] = queue.SimpleQueue()
         self._running: dict[_Sample, None] = {}
+        self._careful = CarefulGrammars()
         self._told = 0.0  # when all were told last
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
 
@@ -71,9 +77,11 @@ class LocalBackend:
         self._thread.start()
 
     async def generate(self, generation: Generation) -> AsyncGenerator[TokenDelta, None]:
+        grammar = None
         if any(getattr(generation.params, name) for name in STRUCTURES):
-            await asyncio.to_thread(self.engine.check, generation.params)  # the engine goes on meanwhile
-        sample = _Sample(generation, asyncio.get_running_loop())
+            grammars = await asyncio.to_thread(lambda: self.engine.grammars)  # the engine goes on meanwhile
+            grammar = await self._careful.compile(grammars, generation.params)
+        sample = _Sample(generation, asyncio.get_running_loop(), grammar)
         self._inbox.put(("add", sample))
         told = 0
         try:
@@ -93,6 +101,7 @@ class LocalBackend:
             self._inbox.put(("abort", sample))
 
     async def close(self) -> None:
+        self._careful.close()
         self._inbox.put(("close", None))
         if self._thread.ident is not None:
             await asyncio.to_thread(self._thread.join)
@@ -150,6 +159,7 @@ class LocalBackend:
                 salt=generation.salt,
                 traced=generation.glass,
                 said=generation.said,
+                grammar=sample.grammar,
             )
             self._running[sample] = None
         except SlingshotError as error:

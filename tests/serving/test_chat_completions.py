@@ -1,3 +1,4 @@
+import httpx
 import openai
 import pytest
 
@@ -97,3 +98,76 @@ def test_an_impossible_request_is_refused_with_what_is_wrong(client, wrong, said
     with pytest.raises(openai.APIStatusError) as caught:
         client.chat.completions.create(**{"model": "tiny", "messages": QUESTION} | wrong)
     assert caught.value.status_code in (400, 404) and said in caught.value.body["message"]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 100])
+def test_characters_of_several_tokens_come_whole_streamed_or_not(says, tokenizer, chunk):
+    """Alone and side by side, in the reasoning and in the answer; each is several tokens of this vocabulary."""
+    assert len(tokenizer.encode("🙂")) > 1
+    client = says("🙂 足🙂🙂.\n</think>\n\n🙂é🙂", chunk=chunk)
+    message = ask(client).choices[0].message
+    assert (message.reasoning_content, message.content) == ("🙂 足🙂🙂.", "🙂é🙂")
+    parts = [choice.delta for event in ask(client, stream=True) for choice in event.choices]
+    assert not any("\ufffd" in str(part) for part in parts)
+    assert "".join(part.content or "" for part in parts) == "🙂é🙂"
+
+
+@pytest.mark.parametrize("most", range(1, 12))
+def test_reasoning_that_is_cut_anywhere_leaks_nothing_into_the_content(says, tokenizer, most):
+    client = says("3 plus 4 is 7, 7 minus 2 is 5.\n" * 3 + "</think>\n\n5")
+    answer = ask(client, max_tokens=most)
+    message, usage = answer.choices[0].message, answer.usage
+    assert message.content is None and answer.choices[0].finish_reason == "length"
+    assert usage.completion_tokens == usage.completion_tokens_details.reasoning_tokens == most
+    reasoning, content, _ = joined(ask(client, max_tokens=most, stream=True))
+    assert (reasoning, content) == (message.reasoning_content, "")
+
+
+def test_tags_quoted_in_the_reasoning_part_nothing_and_the_next_prompt_holds_them_as_text(says, tokenizer):
+    """Control tokens decide, not their names: </think> and the end token, spelt in characters, are words."""
+    quoted = "R1 ends with </think> and <｜end▁of▁sentence｜>"
+    spelt = tokenizer.encode(quoted, continues=True)
+    assert not {tokenizer.end_think_id, tokenizer.eos_id} & set(spelt)
+    ids = [*spelt, tokenizer.end_think_id, *spelt, tokenizer.eos_id]
+    client = says(ids)
+    answer = ask(client)
+    message = answer.choices[0].message
+    assert (message.reasoning_content, message.content) == (quoted, quoted)
+    assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("stop", len(ids))
+    assert joined(ask(client, stream=True)) == (quoted, quoted, False)
+    said = {"role": "assistant", "content": "Its tag closes.", "reasoning_content": quoted}
+    client.chat.completions.create(model="tiny", messages=[*QUESTION, said, *QUESTION])
+    told = client.backend.asked[-1].prompt_ids
+    assert told.count(tokenizer.end_think_id) == 0 and told.count(tokenizer.eos_id) == 1
+
+
+def test_a_stop_string_in_the_question_and_in_the_reasoning_stops_nothing_there(says):
+    client = says("四 of them: 四人.\n</think>\n\n关汉卿, 四 others, 四")
+    for stop in ("四", ["no", "四"]):
+        choice = ask(client, stop=stop).choices[0]
+        assert (choice.message.reasoning_content, choice.message.content) == ("四 of them: 四人.", "关汉卿, ")
+        assert choice.finish_reason == "stop"
+    assert joined(ask(client, stop="四", stream=True)) == ("四 of them: 四人.", "关汉卿, ", False)
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("temperature", [-0.1, 2.1, "hot", float("1e-9")]), ("top_p", [0, -1, 1.1]), ("top_k", [-2, 1.5, 2**31]),
+        ("min_p", [-0.1, 1.1]), ("n", [0, 129, 1.5]), ("seed", [2**63, 1.5, "x"]), ("presence_penalty", [-2.1, 2.1]),
+        ("frequency_penalty", [-2.1, 2.1]), ("repetition_penalty", [0, -1, 11]), ("logit_bias", [{"x": 1}, {"999": 1}]),
+        ("logprobs", ["many", 3]), ("top_logprobs", [-1, 21, 3]), ("max_tokens", [0, -1, 1.5]), ("stop", [[""], 3]),
+        ("stop_token_ids", [[9999], ["x"]]), ("bad_words", [[""], [3]]), ("min_tokens", [3]), ("best_of", [3]),
+        ("truncate_prompt_tokens", [5]), ("thinking_token_budget", [-2]), ("thinking_budget", [-2, "x"]),
+        ("reasoning_effort", ["enormous"]), ("response_format", [{"type": "xml"}, "json"]),
+        ("structured_outputs", [{"xml": "a"}, {"regex": 3}]), ("use_beam_search", [True]), ("typical_p", [0.5]),
+        ("stream_options", [{"include_usage": True}]), ("ignore_eos", ["perhaps"]), ("glass", ["full"]),
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_be_is_refused_by_the_name_of_its_field(served, name, values):
+    for value in values:
+        body = {"model": "tiny", "messages": QUESTION, "max_tokens": 2} | {name: value}
+        answer = httpx.post(f"{served}/v1/chat/completions", json=body, timeout=60)
+        message = answer.json().get("error", {}).get("message", "")
+        assert answer.status_code == 400 and "\n" not in message, (value, answer.text)
+        assert name in message or (name, "empty" in message) in (("stop", True), ("bad_words", True)), (value, message)

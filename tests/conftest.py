@@ -23,6 +23,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.parity = []  # (family, {kind: deviation}) of every comparison with transformers
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first: begun last, it keeps one worker at work while the others are done."""
+    items.sort(key=lambda item: item.path.name != "test_end_to_end.py")
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["parity"] = session.config.parity

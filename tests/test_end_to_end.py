@@ -141,14 +141,15 @@ def child_of(process: subprocess.Popen[str]) -> int:
 
 def test_a_killed_stage_goes_on_to_the_same_weights(micro: Path, tmp_path: Path) -> None:
     """The runner is killed within pre-training, and run again."""
-    command = ("run", "micro", "base.save_seconds=0.0", "--until", "base", "--out", tmp_path)
+    keys = ("base.save_seconds=0.1", "base.evaluation=false")
+    command, partial = ("run", "micro", *keys, "--until", "base", "--out", tmp_path), tmp_path / "base.partial"
     process = launch(*command)
     try:
-        wait_for(process, lambda: lines(tmp_path / "base.partial") >= 10)
+        wait_for(process, lambda: lines(partial) >= 10 and bool(states(partial)))
     finally:
         process.kill()
     end(process, -signal.SIGKILL)
-    assert states(tmp_path / "base.partial")
+    assert states(partial)
     end(launch(*command))
     weights = Path("base") / "model.safetensors"
     assert (tmp_path / weights).read_bytes() == (micro / weights).read_bytes()

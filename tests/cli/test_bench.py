@@ -86,3 +86,13 @@ def test_weights_of_few_bits_are_counted_so(dense: Callable[..., ModelConfig]) -
 def test_what_cannot_be_measured_is_one_line(command: Command, arguments: list[str], message: str) -> None:
     code, out, err = command("bench", *arguments)
     assert code == 2 and message in err and err.count("\n") == 1 and out == ""
+
+
+@pytest.mark.parametrize("keys", [["--prompt", 5000], ["--new", 5000], ["--first", 5000]])
+def test_more_tokens_than_the_model_takes_are_refused_by_their_flags(
+    command: Command, checkpoint: Path, keys: list[object]
+) -> None:
+    for source, most in ((checkpoint, Engine.load(checkpoint).max_length), ("deepseek-v3-tiny-576", 1024)):
+        code, _, err = command("bench", source, *keys)
+        assert code == 2 and err.count("\n") == 1
+        assert f"takes {most:,} tokens, 5," in err and "; lower --prompt, --new or --first" in err

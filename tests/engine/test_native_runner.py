@@ -24,8 +24,15 @@ from slingshot.model.transformer import Transformer
 from .asking import logits_in_pieces, used_cache
 
 KERNELS = {level: kernels for level in native_levels() if (kernels := native_kernels(level))}
-EACH_LEVEL = pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
+# tests/kernels/ has every kernel at every level; a whole runner at those below the best is another look at the same.
+LEVELS = [pytest.param(level, marks=[] if level == list(KERNELS)[-1] else pytest.mark.slow) for level in KERNELS]
+EACH_LEVEL = pytest.mark.parametrize("kernels", LEVELS, indirect=True)
 VOCABULARY = 83
+
+
+@pytest.fixture(scope="module")
+def kernels(request: pytest.FixtureRequest) -> NativeKernels:
+    return KERNELS[request.param]
 
 
 def dense_configs() -> st.SearchStrategy[ModelConfig]:
@@ -272,7 +279,7 @@ def test_an_engine_on_native_kernels_samples_what_one_on_torch_does(
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=2e-4)
 
 
-@pytest.mark.parametrize("level", native_levels())
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("family", ["dense", "deepseek_v3"])
 def test_a_sequence_alone_is_sampled_in_one_call_a_step_as_torch_does_it_by_turns(
     make_model, dense, deepseek, tokenizer, family, level, monkeypatch

@@ -75,14 +75,22 @@ def test_a_long_prompt_holds_the_rows_up_by_a_chunk_at_most(dense_model, tokeniz
     assert steps == [(17, 3)] * 11 + [(13, 4)]
 
 
+SIX, SAMPLED = prompts_of(50, 3, 47, 20, 90, 33), SamplingParams(max_tokens=60, n=2, seed=8)
+
+
+@pytest.fixture(scope="module")
+def one_by_one(model, tokenizer):
+    """Token ids of each of SIX in an engine of its own."""
+    return token_ids([Engine(model, tokenizer).generate([prompt], SAMPLED)[0] for prompt in SIX])
+
+
 @pytest.mark.parametrize("options", [{"step_tokens": 7}, {"max_batch": 3}, {"step_tokens": 1}, {"pages": 11}])
-def test_chunks_rows_and_preemption_change_no_token(model, tokenizer, options):
+def test_chunks_rows_and_preemption_change_no_token(model, tokenizer, one_by_one, options):
     """Requests arriving while others run, a cache of 11 pages that holds one of them, or two."""
-    prompts, params = prompts_of(50, 3, 47, 20, 90, 33), [SamplingParams(max_tokens=60, n=2, seed=8)] * 6
-    expected = [Engine(model, tokenizer).generate([prompt], params[0])[0] for prompt in prompts]
-    pages = options.pop("pages", 1000)
-    engine = Engine(model, tokenizer, cache_bytes=(pages + 1) * page_bytes(model), **options)
-    assert token_ids(run(engine, prompts, params)) == token_ids(expected)
+    pages = options.get("pages", 1000)
+    engine_options = {key: value for key, value in options.items() if key != "pages"}
+    engine = Engine(model, tokenizer, cache_bytes=(pages + 1) * page_bytes(model), **engine_options)
+    assert token_ids(run(engine, SIX, [SAMPLED] * 6)) == one_by_one
     assert (engine.counters.preemptions > 0) == (pages == 11)
     assert engine.counters.pages_used == engine.counters.running == engine.counters.waiting == 0
 

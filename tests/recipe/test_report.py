@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -193,6 +194,12 @@ def test_the_model_to_talk_to_leads_and_not_the_one_with_the_highest_score(run: 
     text = page(run)
     assert "After rl , the model to talk to, it solves 93.8%" in text
     assert "What is 7-2+9-8+4? arithmetic · learned on the way" in text
+
+
+def test_a_model_to_talk_to_without_scores_is_named_beside_the_one_that_has_them(run: Path) -> None:
+    shutil.rmtree(run / "evaluations" / "rl_final")
+    text = page(run)
+    assert "After sft it solves 92.1%" in text and "The model to talk to is rl_final ." in text
 
 
 def test_what_was_asked_for_is_whole_and_the_rest_is_offered(tmp_path: Path) -> None:

@@ -200,13 +200,16 @@ def test_a_corpus_is_looked_into_before_anything_runs(tmp_path: Path) -> None:
         check(config, coming=())
 
 
-def test_the_end_of_a_run_says_what_comes_next(load: Load, tmp_path: Path, capsys: Captured, refusal: Refusal) -> None:
-    run(load(), tmp_path / "run", until="picks")
+def test_the_end_of_a_run_says_what_comes_next(
+    load: Load, tmp_path: Path, out: Path, capsys: Captured, refusal: Refusal
+) -> None:
+    until = tmp_path / "until"
+    run(load(), until, until="picks")
     said = capsys.readouterr().out
     assert "the recipe has 1 stage more; the same command without --until goes on" in said
-    assert read_json(tmp_path / "run" / "recipe.json")["asked"] == ["base", "picks"]
-    run(load(f'chat = "base"\n{TEXT}'), tmp_path / "run")
-    assert f"next: slingshot chat {tmp_path / 'run' / 'base'}" in capsys.readouterr().out
+    assert read_json(until / "recipe.json")["asked"] == ["base", "picks"]
+    run(load(f'chat = "base"\n{TEXT}'), out)
+    assert f"next: slingshot chat {out / 'base'}" in capsys.readouterr().out
     assert "chat = 'picks' names no stage that makes a checkpoint" in refusal(lambda: load(f'chat = "picks"\n{TEXT}'))
 
 
@@ -306,10 +309,11 @@ def test_an_interrupted_stage_saves_and_the_same_command_goes_on(start: Start, t
 
 
 def test_two_runs_do_not_share_a_folder_and_a_killed_one_leaves_no_stage_running(start: Start, tmp_path: Path) -> None:
-    runner = start("base.do=wait")
+    only = ("base.do=wait", "base.evaluation=false", "--until", "base")
+    runner = start(*only)
     mark = tmp_path / "run" / "base.partial" / "pid"
     wait_for(mark.exists)
-    second = start("base.do=wait")
+    second = start(*only)
     said = second.communicate(timeout=20)[1]
     assert second.returncode == 2 and f"another slingshot is at work in {tmp_path / 'run'}" in said
     pid = int(mark.read_text())
@@ -317,4 +321,4 @@ def test_two_runs_do_not_share_a_folder_and_a_killed_one_leaves_no_stage_running
     runner.kill()
     wait_for(lambda: not alive(pid))
     (tmp_path / "run" / "go").touch()
-    assert start("base.do=wait").wait(timeout=20) == 0
+    assert start(*only).wait(timeout=20) == 0

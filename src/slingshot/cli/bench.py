@@ -117,6 +117,7 @@ def _load(source: str, dtype: str, most: int, length: int, bits: int | None) -> 
     """The engine of a checkpoint, or of a preset's architecture with random weights; and what it is."""
     import torch
 
+    from slingshot.checkpoint.load_save import open_weights
     from slingshot.cost.flops import parameters
     from slingshot.engine.engine import Engine
     from slingshot.machine.device import auto_device, auto_dtype, describe_machine
@@ -124,9 +125,14 @@ def _load(source: str, dtype: str, most: int, length: int, bits: int | None) -> 
     from slingshot.model.transformer import Transformer
     from slingshot.text.tokenizer import Tokenizer
 
-    if source not in presets() or Path(source).exists():
+    stored = source not in presets() or Path(source).exists()
+    config = open_weights(source).config if stored else ModelConfig.preset(source)
+    if length > (longest := config.max_position_embeddings):
+        way_out = "lower --prompt, --new or --first"
+        raise SlingshotError(f"{source} takes {plural(longest, 'token')}, {length:,} were asked for; {way_out}")
+    if stored:
         return Engine.load(source, dtype, max_batch=most, max_length=length, weight_bits=bits), source
-    device, config = auto_device(), ModelConfig.preset(source)
+    device = auto_device()
     chosen = auto_dtype(device) if dtype == "auto" else torch.bfloat16 if dtype == "bfloat16" else torch.float32
     size, memory = parameters(config).total * chosen.itemsize, describe_machine(device).memory_bytes
     if memory and size > 0.8 * memory:

@@ -98,16 +98,18 @@ def _page(record: RunRecord, folder: str, stages: list[StageResult], offered: li
     evaluated = [stage for stage in stages if stage.scores]
     tasks = list(dict.fromkeys(task for stage in evaluated for task in stage.scores))
     finished = [stage.receipt for stage in stages if stage.receipt]
-    subject = next((stage for stage in evaluated if stage.name == record.chat), evaluated[-1] if evaluated else None)
+    made = [stage for stage in stages if stage.model]
+    talking = next((stage for stage in made if stage.name == record.chat), made[-1] if made else None)
+    subject = talking if talking in evaluated else evaluated[-1] if evaluated else None
     apart = [bill.evaluations.seconds] if bill and bill.evaluations else []
     times = [*(receipt.seconds for receipt in finished), *apart]
     scores = [score for stage in evaluated for score in stage.scores.values()]
     return environment.get_template("report.html.jinja").render(
         title=record.name or folder, stages=stages, offered=offered, evaluated=evaluated, tasks=tasks, subject=subject,
-        first=evaluated[0] if evaluated else None, bill=bill, longest=max(times, default=0.0), show=quantity,
-        has_pass_at_8=any(score.pass_at_8 is not None for score in scores),
+        talking=talking, first=evaluated[0] if evaluated else None, bill=bill, longest=max(times, default=0.0),
+        show=quantity, has_pass_at_8=any(score.pass_at_8 is not None for score in scores),
         has_language=any(score.language is not None for score in scores),
-        built=subject.model if subject else next((stage.model for stage in stages if stage.model), None),
+        built=talking.model if talking else None,
         machine=finished[-1].machine if finished else None, version=finished[-1].version if finished else "",
         accuracy_chart=accuracy_chart(evaluated, tasks) if tasks else "", curves=training_curves(stages),
         problems=_problems(evaluated, subject, tasks),

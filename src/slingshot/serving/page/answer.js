@@ -23,7 +23,10 @@ export class AnswerView {
   /** @param {import("./store.js").Message} node
    * @param {(node: import("./store.js").Message) => Node[]} toolsOf what can be done with it */
   constructor(node, toolsOf) {
-    Object.assign(this, { node, toolsOf });
+    this.node = node;
+    this.toolsOf = toolsOf;
+    this.growing = false;
+    this.box = null;
     this.summary = make("summary");
     this.said = document.createTextNode("");
     this.reasoning = make("details", { className: "reasoning", open: node.open ?? false }, this.summary, make("div", { className: "said" }, this.said));

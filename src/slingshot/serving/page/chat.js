@@ -3,7 +3,7 @@
 import { AnswerView } from "./answer.js";
 import { bodyFor, costOf, messagesOf } from "./chunks.js";
 import { conversationOf, drawList, listConversations, refresh } from "./conversations.js";
-import { button, copier, make, note } from "./dom.js";
+import { $, button, copier, make, note } from "./dom.js";
 import { failureOf, guardDoor } from "./door.js";
 import { QuestionView } from "./question.js";
 import { answerNow, run, runOf, runsOf, saveAll } from "./runs.js";
@@ -14,7 +14,6 @@ import { sayAll, setLanguage, word } from "./words.js";
 /** @typedef {import("./store.js").Conversation} Conversation */
 /** @typedef {import("./store.js").Message} Message */
 
-const $ = (id) => document.getElementById(id);
 const SETTINGS = ["model", "beside", "effort", "budget", "glass"];
 const EFFORTS = ["auto", "none", "low", "high", "max"];
 
@@ -22,8 +21,10 @@ const EFFORTS = ["auto", "none", "low", "high", "max"];
 let current = store.begin();
 /** @type {Map<string, any>} their cards by name */
 let models = new Map();
-/** @type {Map<string, AnswerView | QuestionView | {element: HTMLElement}>} by message, and "system", of the conversation that is shown */
+/** @type {Map<string, any>} AnswerView or QuestionView by message, of the conversation that is shown */
 let views = new Map();
+/** @type {HTMLElement | null} its instructions */
+let told = null;
 
 // What is asked
 
@@ -127,8 +128,9 @@ function versionsOf(node) {
     current.leaf = store.lastBelow(current, other.id);
     if (!runsOf(current).length) store.put(current);
     draw();
-    const arrows = [...$(`node-${other.id}`).querySelectorAll(".version")];
-    (arrows[step < 0 ? 0 : 1].disabled ? arrows[step < 0 ? 1 : 0] : arrows[step < 0 ? 0 : 1]).focus();
+    const [earlier, later] = $(`node-${other.id}`).querySelectorAll(".version");
+    const [same, back] = step < 0 ? [earlier, later] : [later, earlier];
+    (same.disabled ? back : same).focus();
   };
   return [
     button("‹", go(-1), { label: word("earlier"), className: "version", disabled: place === 0 }),
@@ -178,12 +180,6 @@ function instructions() {
   return area;
 }
 
-function systemTurn() {
-  const element = views.get("system")?.element ?? make("div", { className: "turn system" }, make("div", { textContent: current.system }));
-  views.set("system", { element });
-  return element;
-}
-
 function hello() {
   if (!models.size) return make("div", { className: "hello" }, make("h2", { textContent: "slingshot" }), button(word("retry"), connect));
   const about = models.get($("model").value) ?? {};
@@ -207,7 +203,7 @@ function draw(jump = false) {
     if (other && other.parentElement !== turn) turn.append(other);
     return turn;
   });
-  if (turns.length && current.system) turns.unshift(systemTurn());
+  if (turns.length && current.system) turns.unshift((told ??= make("div", { className: "turn system", textContent: current.system })));
   (turns.length ? turns : [hello()]).forEach((turn, place) => turn === thread.children[place] || thread.insertBefore(turn, thread.children[place] ?? null));
   while (thread.children.length > Math.max(turns.length, 1)) thread.lastChild.remove();
   if (follow) toEnd();
@@ -233,10 +229,15 @@ function drawBar() {
   drawList(current);
 }
 
+function forget() {
+  views = new Map();
+  told = null;
+}
+
 /** @param {Conversation} conversation */
 function open(conversation) {
   current = conversation;
-  views = new Map();
+  forget();
   localStorage.setItem("open", conversation.id);
   unfold(false);
   note();
@@ -322,7 +323,7 @@ function listen() {
   $("language").onclick = () => {
     setLanguage();
     fillChoices();
-    views = new Map();
+    forget();
     draw();
   };
   addEventListener("pagehide", saveAll);

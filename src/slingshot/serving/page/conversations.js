@@ -1,13 +1,12 @@
 // The conversations at the side: searched, opened, named, deleted, written to a file and read from one.
 
-import { button, make, note } from "./dom.js";
+import { $, button, make, note } from "./dom.js";
 import { growing, runsOf } from "./runs.js";
 import * as store from "./store.js";
 import { word } from "./words.js";
 
 /** @typedef {import("./store.js").Conversation} Conversation */
 
-const $ = (id) => document.getElementById(id);
 /** @type {Conversation[]} */
 let conversations = [];
 /** @type {Conversation} */
@@ -42,7 +41,7 @@ function rename(it, row) {
     if (title) it.title = title;
     await store.put(it);
     drawList();
-    [...$("list").querySelectorAll(".name")].find((name) => name.title === it.title)?.focus();
+    [.../** @type {NodeListOf<HTMLElement>} */ ($("list").querySelectorAll(".name"))].find((name) => name.title === it.title)?.focus();
   };
   field.onblur = () => done(field.value.trim());
   field.addEventListener("keydown", (event) => {

@@ -1,5 +1,8 @@
 // Elements, made in one line.  make("p", {className: "bad"}, "text", child, null)
 
+/** @type {(id: string) => any} the element of index.html that is called so */
+export const $ = (id) => document.getElementById(id);
+
 /** @param {string} tag @param {object} properties its own, and `label` for aria-label @param {...(Node | string | null)} children @returns {any} */
 export function make(tag, properties = {}, ...children) {
   const { label, ...own } = properties;
@@ -13,7 +16,7 @@ export function make(tag, properties = {}, ...children) {
 export const button = (text, act, properties = {}) => make("button", { type: "button", textContent: text, onclick: act, ...properties });
 
 /** What the page has to say above the question; nothing: nothing. @param {...(Node | string)} said */
-export const note = (...said) => document.getElementById("note").replaceChildren(...said);
+export const note = (...said) => $("note").replaceChildren(...said);
 
 /** A button that copies. Where the page came unencrypted from another machine, browsers have no clipboard for it but this old one.
  * @param {string} name @param {string} copied what it says then @param {() => string} textOf @returns {HTMLButtonElement} */

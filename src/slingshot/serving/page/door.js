@@ -1,8 +1,8 @@
 // The key that a server may ask for, and what its refusals say.
 
+import { $ } from "./dom.js";
 import { word } from "./words.js";
 
-const $ = (id) => document.getElementById(id);
 
 function open() {
   $("secret").value = "";

@@ -55,6 +55,7 @@ function expertsOf(token, layers, counts) {
 }
 
 // The prompt, what of it was in the cache marked: a prefix, for the cache holds prompts from their beginning.
+/** @param {import("./store.js").Message} node */
 function promptOf({ usage, prompt }) {
   if (!usage) return [];
   const { prompt_tokens: all, prompt_cache_hit_tokens: hit } = usage;
@@ -106,11 +107,11 @@ export function glassBox(node) {
   }
   line.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    const buttons = [...line.children];
-    const next = step && buttons[buttons.indexOf(document.activeElement) + step];
+    const buttons = /** @type {HTMLElement[]} */ ([...line.children]);
+    const next = step && buttons[buttons.indexOf(/** @type {HTMLElement} */ (document.activeElement)) + step];
     if (!next) return;
     event.preventDefault();
-    document.activeElement.tabIndex = -1;
+    buttons[buttons.indexOf(next) - step].tabIndex = -1;
     next.tabIndex = 0;
     next.focus();
   });

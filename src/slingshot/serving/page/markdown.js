@@ -3,7 +3,7 @@
 import { copier, make } from "./dom.js";
 import { word } from "./words.js";
 
-const { marked, DOMPurify, katex, hljs } = window;
+const { marked, DOMPurify, katex, hljs } = /** @type {any} */ (window);
 
 // Code first: what looks like mathematics inside it is none.
 const PARTS = /(```[\s\S]*?(?:```|$)|`[^`\n]*`)|\$\$([\s\S]+?)\$\$|\\\[([\s\S]+?)\\\]|\\\(([\s\S]+?)\\\)|\$(?!\s)([^$\n]+?)(?<!\s)\$(?!\d)/g;
@@ -50,8 +50,12 @@ DOMPurify.addHook("uponSanitizeAttribute", (_, data) => {
 // Put formulas where their places are, in text alone: nothing is written into an attribute.
 function typeset(fragment, formulas) {
   const walker = document.createTreeWalker(fragment, NodeFilter.SHOW_TEXT);
+  /** @type {Text[]} */
   const found = [];
-  while (walker.nextNode()) if (walker.currentNode.data.includes("\uE000")) found.push(walker.currentNode);
+  while (walker.nextNode()) {
+    const text = /** @type {Text} */ (walker.currentNode);
+    if (text.data.includes("\uE000")) found.push(text);
+  }
   for (const text of found) {
     const parts = text.data.split(PLACES).map((part, place) => {
       const span = make("span", place % 2 ? {} : { textContent: part });

@@ -8,7 +8,9 @@ export class QuestionView {
    * @param {(node: import("./store.js").Message) => Node[]} versionsOf the way to its other versions
    * @param {(text: string) => void} send asks it anew, as another version */
   constructor(node, versionsOf, send) {
-    Object.assign(this, { node, versionsOf, send });
+    this.node = node;
+    this.versionsOf = versionsOf;
+    this.send = send;
     this.element = make("div", { className: "turn user", id: `node-${node.id}` });
   }
 

@@ -1,8 +1,8 @@
 // The owner's page: what the server does now, once a second, and did today.
 
+import { $, make } from "./dom.js";
 import { get } from "./stream.js";
 
-const $ = (id) => document.getElementById(id);
 const KEPT = 120; // seconds of the curve
 const SMOOTH = 5; // seconds that "now" looks back
 
@@ -12,12 +12,6 @@ const count = (number) => Math.round(number).toLocaleString("en");
 const share = (part, whole) => (whole ? `${Math.round((100 * part) / whole)}%` : "–");
 const dollars = (amount) => `$${amount.toFixed(amount && amount < 0.01 ? 6 : 2)}`;
 const perSecond = (number) => (number >= 10 ? count(number) : number.toFixed(1));
-
-function make(tag, properties = {}, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
-  return element;
-}
 
 const fact = (name, value, more = "") => make("div", {}, make("dt", { textContent: name }), make("dd", {}, `${value} `, make("small", { textContent: more })));
 

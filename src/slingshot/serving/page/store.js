@@ -69,7 +69,7 @@ export function begin() {
   return { id: newId(), title: "", created: now, updated: now, leaf: null, nodes: {} };
 }
 
-/** Behind the leaf, which it becomes. @param {Conversation} conversation @param {Partial<Message>} node @returns {Message} */
+/** Behind the leaf, which it becomes. @param {Conversation} conversation @param {Partial<Message> & {role: Message["role"]}} node @returns {Message} */
 export function add(conversation, node) {
   const whole = { id: newId(), parent: conversation.leaf, content: "", ...node };
   conversation.nodes[whole.id] = whole;

@@ -5,7 +5,7 @@ const WORDS = {
     skip: "Skip to the question", new: "New chat", search: "Search conversations", conversations: "Conversations",
     import: "Import", export: "Export", language: "日本語", theme: "Light or dark", model: "Model", beside: "Beside",
     nothing: "nothing", reasoning: "Reasoning", budget: "Budget", free: "free", glass: "Glass box", ask: "Ask something",
-    thread: "Conversation", send: "Send", stop: "Stop", now: "Answer now", you: "You", copy: "Copy", edit: "Edit", again: "Again",
+    thread: "Conversation", send: "Send", stop: "Stop", now: "Answer now", copy: "Copy", edit: "Edit", again: "Again",
     remove: "Delete", rename: "Rename", removed: (title) => `“${title}” is deleted.`, undo: "Undo", copied: "Copied", save: "Send", cancel: "Cancel", earlier: "Earlier version", later: "Later version", thinking: "Thinking",
     thought: (seconds, tokens) => `Thought for ${seconds} s${tokens == null ? "" : `, ${tokens} tokens`}`, stopped: "stopped", cut: "cut at the length limit",
     rate: (tokens, speed, first) => `${tokens} tokens, ${speed} tokens/s, first after ${first} s`, cached: (n) => `${n} from the cache`,
@@ -24,7 +24,7 @@ const WORDS = {
   ja: {
     skip: "質問欄へ", new: "新しい会話", search: "会話を検索", conversations: "会話", import: "読み込む", export: "書き出す",
     language: "English", theme: "明るさ", model: "モデル", beside: "比較", nothing: "なし", reasoning: "思考", budget: "思考の上限",
-    free: "なし", glass: "ガラス箱", ask: "質問を入力", thread: "会話", send: "送信", stop: "停止", now: "今すぐ回答", you: "あなた",
+    free: "なし", glass: "ガラス箱", ask: "質問を入力", thread: "会話", send: "送信", stop: "停止", now: "今すぐ回答", 
     copy: "コピー", edit: "編集", again: "もう一度", remove: "削除", rename: "名前を変える", removed: (title) => `「${title}」を削除しました。`, undo: "元に戻す", copied: "コピーしました", save: "送信", cancel: "やめる", earlier: "前の版", later: "次の版",
     thinking: "思考中", thought: (seconds, tokens) => `思考: ${seconds}秒${tokens == null ? "" : `、${tokens}トークン`}`, stopped: "停止しました", cut: "長さの上限で切れました",
     rate: (tokens, speed, first) => `${tokens}トークン、毎秒${speed}トークン、最初まで${first}秒`, cached: (n) => `${n}はキャッシュから`,
@@ -58,9 +58,11 @@ export function setLanguage(next) {
 // Fill in what index.html leaves open.
 export function sayAll() {
   document.documentElement.lang = language;
-  for (const element of document.querySelectorAll("[data-word]")) element.textContent = word(element.dataset.word);
-  for (const element of document.querySelectorAll("[data-placeholder]")) element.placeholder = word(element.dataset.placeholder);
-  for (const element of document.querySelectorAll("[data-title]")) element.title = word(element.dataset.title);
-  for (const element of document.querySelectorAll("[data-label]")) element.setAttribute("aria-label", word(element.dataset.label));
+  /** @type {(name: string) => NodeListOf<any>} */
+  const open = (name) => document.querySelectorAll(`[data-${name}]`);
+  for (const element of open("word")) element.textContent = word(element.dataset.word);
+  for (const element of open("placeholder")) element.placeholder = word(element.dataset.placeholder);
+  for (const element of open("title")) element.title = word(element.dataset.title);
+  for (const element of open("label")) element.setAttribute("aria-label", word(element.dataset.label));
   document.querySelector("#language").textContent = word("language");
 }

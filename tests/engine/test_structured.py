@@ -132,3 +132,16 @@ def test_an_answer_that_cannot_go_on_fails_alone(dense_model, tokenizer):
     for wants_a_whole_one in (lambda: stuck.whole, lambda: list(engine.stream(PROMPT, params))):
         with pytest.raises(SlingshotError, match="no token can follow"):
             wants_a_whole_one()
+
+
+@pytest.mark.slow
+def test_a_grammar_that_takes_too_long_to_be_followed_fails_alone(dense_model, tokenizer):
+    """Every token can be read in more ways than the one before."""
+    engine = Engine(dense_model, tokenizer)
+    rules = [f"r{number} ::= r{number + 1} r{number + 1} | r{number + 1}" for number in range(36)]
+    grammar = "\n".join(["root ::= r0", *rules, 'r36 ::= "z" | ""'])
+    others = SamplingParams(max_tokens=6, ignore_eos=True)
+    failing = SamplingParams(max_tokens=200, grammar=grammar, logit_bias={tokenizer.eos_id: -100})
+    slow, free = engine.generate([PROMPT] * 2, [failing, others])
+    assert "takes too long to be followed" in str(slow.error) and set(slow.outputs[0].text) <= {"z"}
+    assert free.error is None and free.outputs == engine.generate([PROMPT], others)[0].outputs

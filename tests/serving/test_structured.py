@@ -88,7 +88,7 @@ def test_a_hostile_structure_is_refused_in_one_line_while_others_are_answered(cl
         other.join()
     message = caught.value.body["message"]
     assert "cannot be used" in message and "\n" not in message and len(message) < 500
-    assert len(waits) > 1 and max(waits) < 5
+    assert waits and max(waits) < 5
     assert ask(client, extra_body={"guided_choice": ["yes"]} | FREE).choices[0].message.content == "yes"
 
 

@@ -64,6 +64,8 @@ class ChatCompletionRequest(SamplingFields):
     thinking_token_budget: int | None = Field(None, ge=-1)
     thinking_budget: int | None = Field(None, ge=-1)
     chat_template_kwargs: TemplateArguments | None = None
+    think: bool | None = None
+    enable_thinking: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     glass: bool | None = None
@@ -110,6 +112,8 @@ class ChatCompletionRequest(SamplingFields):
             None if thinking is None else thinking.on,
             None if template is None else template.thinking,
             None if template is None else template.enable_thinking,
+            self.think,
+            self.enable_thinking,
             False if effort == "none" else None if effort is None else True,
         ]
 

@@ -60,6 +60,7 @@ class Exchange:
         self.queue_seconds: float | None = None
         self.first_token_seconds: float | None = None
         self.failure: int | None = None
+        self._asked = False
         self.cached = 0
         self.prompt_logprobs: list[float | None] | None = None  # where asked for, once the first piece is there
         self.prompt_top_logprobs: list[dict[int, float] | None] | None = None
@@ -108,10 +109,16 @@ class Exchange:
             self._settling = asyncio.create_task(self._settle())
         await asyncio.shield(self._settling)
 
+    @property
+    def _booked(self) -> Usage:
+        """Nothing of what was never asked, or failed before its first token: who hangs up pays for the prompt."""
+        refused = self.failure is not None or not self._asked
+        return Usage(0, 0, 0, 0) if refused and self.first_token_seconds is None else self.usage
+
     async def _settle(self) -> None:
         try:
             if self.reservation is not None:
-                await self.reservation.ledger.aside(self.reservation.settle, self.usage)
+                await self.reservation.ledger.aside(self.reservation.settle, self._booked)
         finally:
             cost = self.reservation.cost if self.reservation else 0
             self._meter.ended(self.usage, cost, self.queue_seconds, self.first_token_seconds)
@@ -137,6 +144,7 @@ class Exchange:
         while True:
             prompt_ids = (*self.prompt_ids, *answer.token_ids)
             wanted, said = self.question, len(answer.token_ids)
+            self._asked = True
             generation = Generation(
                 prompt_ids, params, str(sample), self._salt, logprobs=wanted.logprobs, glass=wanted.glass, said=said
             )

@@ -17,7 +17,7 @@ from slingshot.serving.responses import TextFormat
 from slingshot.serving.sampling_fields import JsonSchemaFormat, ResponseFormat, SamplingFields
 from slingshot.serving.tools import read_choice, read_tools
 
-_BILLING = "x-anthropic-billing-header"  # Claude Code's first block: other with every request, so nothing were cached
+_BILLING = "x-anthropic-billing-header"  # Claude Code's first line: other with every request, so nothing were cached
 
 
 class OutputConfig(BaseModel):
@@ -107,7 +107,8 @@ def chat_messages(
     told: list[dict[str, Any]] = []
     blocks = [{"type": "text", "text": system}] if isinstance(system, str) else list(system or ())
     if blocks and str(blocks[0].get("text")).startswith(_BILLING):
-        blocks = blocks[1:]
+        behind = str(blocks[0]["text"]).partition("\n")[2]  # of a client that sends one text
+        blocks[:1] = [{"type": "text", "text": behind}] if behind else []
     if blocks and (text := text_of(blocks, "system")):
         told.append({"role": "system", "content": text})
     for place, message in enumerate(messages):

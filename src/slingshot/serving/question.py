@@ -87,11 +87,21 @@ def joined(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for message in messages:
         late = message["role"] == "system" and told and told[-1]["role"] != "system"
         its = message | {"role": "user"} if late else message
-        if told and its["role"] == told[-1]["role"] and its["role"] in ("system", "user"):
+        same = bool(told) and its["role"] == told[-1]["role"] and its["role"] in ("system", "user")
+        if same and "content" in its and "content" in told[-1]:
             told[-1] = its | {"content": f"{told[-1]['content']}\n\n{its['content']}"}
         else:
             told.append(its)
     return told
+
+
+def reasoning_apart(message: dict[str, Any]) -> dict[str, Any]:
+    """An earlier answer whose reasoning a client put before it, in one text: closed, or cut before it was."""
+    content = message.get("content")
+    if message["role"] != "assistant" or not isinstance(content, str) or not content.startswith("<think>"):
+        return message
+    reasoning, _, answer = content.removeprefix("<think>").partition("</think>")
+    return {"reasoning_content": reasoning.strip("\n")} | message | {"content": answer.lstrip("\n")}
 
 
 def text_of(content: Any, where: str) -> str:

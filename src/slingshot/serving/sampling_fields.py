@@ -23,7 +23,8 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,), "length_penalty": (1, 1.0), "min_tokens": (0,), "truncate_prompt_tokens": (),
     "include_stop_str_in_output": (False,), "typical_p": (1, 1.0), "top_a": (0, 0.0), "mirostat": (0,),
     "verbosity": ("medium",), "options": ({},), "prompt_embeds": (), "continuous_usage_stats": (False,),
-    "chat_template": (), "documents": ([],), "allowed_token_ids": (), "best_of": (1,),
+    "chat_template": (), "documents": ([],), "allowed_token_ids": (), "best_of": (1,), "num_ctx": (),
+    "num_predict": (), "think": (), "enable_thinking": (),
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from slingshot.recipe.origin import Origin
 from slingshot.serving.backend import Backend
 from slingshot.serving.errors import ApiError
 from slingshot.serving.exact_turns import ExactTurns
-from slingshot.serving.question import Question
+from slingshot.serving.question import Question, joined, reasoning_apart
 from slingshot.serving.tools import with_arguments
 from slingshot.text.reasoning import ends_in_reasoning
 from slingshot.text.tokenizer import Tokenizer
@@ -127,6 +127,16 @@ class ServedModel:
         if question.effort is not None:
             more["reasoning_effort"] = question.effort
         messages = with_arguments(messages, as_text=self.tool_format is not None and self.tool_format.as_text)
+
+        if self.tokenizer.think_id is not None:
+            messages = [*map(reasoning_apart, messages[:-1]), *messages[-1:]]
+        late = next((place for place, its in enumerate(messages) if place and its["role"] == "system"
+                     and messages[place - 1]["role"] != "system"), None)  # fmt: skip
+        if late is not None:
+            turns = messages[:late], messages
+            before, whole = (self.tokenizer.encode_chat(its, add_generation_prompt=False, **more) for its in turns)
+            if whole[: len(before)] != before:  # the template moves it to the head, before what the cache has
+                messages = joined([dict(message) for message in messages])
 
         def rendered(count: int, answering: bool) -> list[int]:
             return self.tokenizer.encode_chat(messages[:count], add_generation_prompt=answering, **more)

@@ -28,7 +28,7 @@ ROOMS = {
     "machine": (446, 303),
     "model": (1330, 1245),
     "parity": (0, 884),
-    "planning": (2093, 1092),
+    "planning": (2092, 1092),
     "quantization": (50, 62),
     "recipe": (1059, 938),
     "rollout": (572, 481),

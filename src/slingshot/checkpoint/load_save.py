@@ -27,6 +27,7 @@ from slingshot.checkpoint.description import check_tokenizer, folder_tokenizer, 
 from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.layout import Spec, layout
 from slingshot.checkpoint.safetensors import DTYPES, Shards, fit, write_shards
+from slingshot.machine.device import dtype_name
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer, local_part
 from slingshot.quantization.formats import FP8_BLOCK, SCALE
@@ -109,7 +110,7 @@ def read_into(target: Tensor, weights: StoredWeights, spec: Spec, first: int = 0
         piece = target[rows.start - first : rows.stop - first]
         piece.copy_(weights.read(spec.copy_of or spec.name, rows))
         if not torch.isfinite(piece).all():
-            where, dtype = weights.where(spec.copy_of or spec.name), str(target.dtype).removeprefix("torch.")
+            where, dtype = weights.where(spec.copy_of or spec.name), dtype_name(target.dtype)
             raise SlingshotError(f"{where}: {spec.name} holds NaN or infinite values in {dtype}")
 
 
@@ -184,6 +185,5 @@ def save_checkpoint(
     source: the checkpoint that the model was made from, whose generation_config.json is passed on.
     """
     tensors = to_hf_tensors(model.config, model.state_dict() if state is None else state)
-    dtype = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
     write_shards(folder, tensors.items(), max_shard_size)
-    write_description(folder, model.config, tokenizer, dtype, source)
+    write_description(folder, model.config, tokenizer, dtype_name(tensors["model.norm.weight"].dtype), source)

@@ -32,6 +32,7 @@ from slingshot import __version__
 from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, read_text
+from slingshot.base.quantity import plural
 from slingshot.cli.accounts import keys_app, usage
 from slingshot.cli.bench import show as bench
 from slingshot.cli.commands import Commands
@@ -220,7 +221,7 @@ def convert(
         stage.run(stage.config.parse(values, "convert"), destination)
         files = list(destination.glob("*.safetensors"))
         size = sum(file.stat().st_size for file in files)
-        print(f"made {destination}: {size / 1e6:,.1f} MB in {len(files)} safetensors file{'s'[: len(files) > 1]}")
+        print(f"made {destination}: {size / 1e6:,.1f} MB in {plural(len(files), 'safetensors file')}")
         print(f"next: slingshot inspect {destination}, or slingshot chat {destination}")
 
 

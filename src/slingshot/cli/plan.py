@@ -2,7 +2,6 @@
 
     slingshot plan pretrain --model deepseek-v3 --tokens 14.8T --device h800 --count 2048 --tflops 385
     slingshot plan rl --model deepseek-v3 --device h800 --count 512 --steps 10400 --response 6.7K --longest 32K
-    slingshot plan distill --model qwen2.5-32b --teacher deepseek-v3 --samples 800K --response 5.4K --device h800
     slingshot plan serve --model deepseek-v3 --device h800 --hit-share 56.3% --prices 0.14/0.55/2.19
     slingshot plan recipe tiny
 

@@ -84,8 +84,8 @@ def cache_bytes_per_token(config: ModelConfig, bytes_per_number: float = 2) -> f
 def forward_parts(config: ModelConfig, lengths: Iterable[int], mtp: bool = False) -> dict[str, float]:
     """FLOPs of one forward pass over documents of these lengths, with logits at every position, by part of the network.
 
-    Keys: those of `_block_parts`, head, and mtp when asked for: the whole MTP module, its own pass through the head
-    included. It runs everywhere but at a document's last position.
+    Keys: projections, attention, mlp, router, shared_experts, routed_experts, head, and mtp when asked for: the whole
+    MTP module, its own pass through the head included. It runs everywhere but at a document's last position.
     """
     lengths, layers = list(lengths), config.num_hidden_layers
     tokens, head = sum(lengths), 2.0 * config.vocab_size * config.hidden_size

@@ -9,7 +9,7 @@ import math
 from typing import Any, NamedTuple
 
 from slingshot.base.errors import SlingshotError
-from slingshot.base.quantity import show_share
+from slingshot.base.quantity import plural, show_share
 from slingshot.cost.flops import decode_parts, prefill_parts
 from slingshot.planning.model_copy import ModelCopy
 from slingshot.planning.network import LINK_EFFICIENCY
@@ -84,10 +84,9 @@ def plan_serve(asked: ServeRequest) -> Plan:
         hit, miss, out = asked.prices
         per_input = hit_share * hit + (1 - hit_share) * miss
         revenue = (read * per_input + written * out) / 1e6
-        tokens, seconds = prompt + response, response * writing + reading
-        if cost and (made := money(1e6 * seconds / tokens)):
-            bought = (prompt * per_input + response * out) / tokens
-            most = count * 86400 / seconds * tokens
+        if cost:
+            most = count * 86400 / (response * writing + reading) * (prompt + response)
+            bought, made = (prompt * per_input + response * out) / (prompt + response), cost / most * 1e6
             even = cost / bought * 1e6 if bought else math.inf
             margin = (bought - made) / made
             break_even = {
@@ -116,7 +115,7 @@ def plan_serve(asked: ServeRequest) -> Plan:
         return HOURS * many * found.taken(traffic), bool(found.batch)
 
     fit = None if memory.total <= hire.device.usable_bytes else copy.smallest(context)
-    spread = f"a copy on {fit.devices} device{'' if fit.devices == 1 else 's'}" if fit else ""
+    spread = f"a copy on {plural(fit.devices, 'device')}" if fit else ""
     reads = {share: copy.prefill_seconds(prompt, share, mfu) for share in HIT_SHARES if hire.price is not None}
     hit_costs = [{"hit_share": share, "prompt": money(1e6 * seconds / prompt),
                   "blended": money(1e6 * (seconds + response * writing) / (prompt + response))}

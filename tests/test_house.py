@@ -31,13 +31,13 @@ ROOMS = {
     "planning": (2092, 1092),
     "quantization": (50, 62),
     "recipe": (1059, 938),
-    "rollout": (572, 481),
+    "rollout": (616, 519),
     "sandbox": (315, 237),
     "serving": (5330, 4450),
-    "stages": (1010, 1035),
+    "stages": (1040, 1149),
     "tasks": (1228, 1188),
     "text": (1625, 1669),
-    "training": (1300, 1085),
+    "training": (1427, 1104),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

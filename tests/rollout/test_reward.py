@@ -6,12 +6,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slingshot.rollout.reward import RewardWeights, assign_rewards, format_reward, has_signal, language_consistency
+from slingshot.rollout.reward import (
+    RewardWeights,
+    assign_advantages,
+    assign_rewards,
+    format_reward,
+    has_signal,
+    language_consistency,
+)
 from slingshot.rollout.trajectory import Trajectory, Turn
 from slingshot.tasks.loader import load_task
 from slingshot.tasks.mixture import Item
 from slingshot.tasks.task import Problem
 from slingshot.text.reasoning import Parsed
+from slingshot.training.parallel import Parallel
 
 
 @pytest.mark.parametrize(
@@ -82,19 +90,47 @@ def test_rewards_and_advantages():
     scores = [(1.0, 1.0, 1.0), (0.0, 1.0, 0.0), (0.0, 0.5, 1.0)]
     group = [*(scored(*each) for each in scores), scored(1.0, 0.0, 1.0, reason="length")]
     weights = RewardWeights(accuracy=1.0, format=0.2, language=0.1)
-    assign_rewards([group], weights, normalize_std=False, coin="")
+    assign_rewards([group], weights, coin="", max_tokens=9)
+    assign_advantages([group], "none", Parallel())
     assert [r.reward for r in group] == pytest.approx([1.3, 0.2, 0.2, 0.1])
     assert [r.advantage for r in group] == pytest.approx([0.85, -0.25, -0.25, -0.35])
-    assign_rewards([group], weights, normalize_std=True, coin="")
+    assign_advantages([group], "group", Parallel())
     std = math.sqrt((0.85**2 + 2 * 0.25**2 + 0.35**2) / 4)
     assert [r.advantage for r in group] == pytest.approx([0.85 / std, -0.25 / std, -0.25 / std, -0.35 / std], rel=1e-5)
     assert has_signal(group) and has_signal(group[2:]) and not has_signal(group[:1])
 
 
+def test_advantages_over_the_batchs_std():
+    """Rewards 1, 0 and 3, 1: differences .5, -.5, 1, -1, whose root mean square is sqrt(.625)."""
+    groups = [[scored(0.0, 0.0, 0.0) for _ in range(2)] for _ in range(2)]
+    for trajectory, reward in zip((each for group in groups for each in group), (1.0, 0.0, 3.0, 1.0), strict=True):
+        trajectory.reward = reward
+    assign_advantages(groups, "batch", Parallel())
+    found = [each.advantage for group in groups for each in group]
+    assert found == pytest.approx([value / math.sqrt(0.625) for value in (0.5, -0.5, 1.0, -1.0)])
+    for trajectory in groups[0] + groups[1]:
+        trajectory.reward = 1.0
+    assign_advantages(groups, "batch", Parallel())
+    assert [each.advantage for group in groups for each in group] == [0.0] * 4
+
+
+def test_overlong_responses_pay_for_the_last_of_their_room():
+    """Of 20 tokens the last 8 are the buffer: nothing at 12, half at 16, all at 20 or when cut off (DAPO, eq. 13)."""
+
+    def pays(length, reason="stop"):
+        trajectory = scored(1.0, 0.0, 0.0, reason=reason)
+        trajectory.turns.append(Turn(10, 10 + length, Parsed(None, "", False), reason))
+        weights = RewardWeights(accuracy=0.0, format=0.0, overlong_buffer=8)
+        return weights.reward(trajectory, max_tokens=20)
+
+    assert [pays(length) for length in (5, 12, 16, 20)] == [0.0, 0.0, -0.5, -1.0]
+    assert pays(20, "length") == pays(15, "length") == -1.0
+
+
 def test_the_control_rewards_a_coin_and_nothing_else():
     def tossed(score, coin):
         groups = [[scored(score, score, score, key=str(i)) for _ in range(4)] for i in range(100)]
-        assign_rewards(groups, RewardWeights(random=True), normalize_std=True, coin=coin)
+        assign_rewards(groups, RewardWeights(random=True), coin, max_tokens=9)
         return [r.reward for group in groups for r in group]
 
     assert (rewards := tossed(1.0, "0/3")) == tossed(0.0, "0/3") != tossed(0.0, "0/4")

@@ -1,6 +1,7 @@
 """Trajectories packed into training rows, and what sampling them cost."""
 
 import pytest
+import torch
 
 from slingshot.cost.flops import generation_flops
 from slingshot.rollout.trajectory import Sampled, Trajectory, pack, sampling_cost
@@ -33,6 +34,7 @@ def test_rows_hold_advantage_and_logprob_in_the_place_of_each_sampled_token(traj
     assert batch.mask_BT.tolist() == [[0, 0, 1, 1, 1, 0, 0, 1, 0, 1, 1]]
     assert batch.advantages_BT.tolist() == [[0, 0, 2, 2, 2, 0, 0, -1, 0, -1, -1]]
     assert batch.sampler_BT.tolist() == [[0, 0, -1, -2, -3, 0, 0, -1, 0, -1, -2]]
+    assert torch.equal(batch.shares_BT, batch.mask_BT) and torch.equal(batch.weights_BT, batch.mask_BT)
     assert pack([trajectory([11, 12, 13])], 3).tokens_BT.shape == (1, 5), "rows grow for what is longer"
     assert pack([], 9).tokens_BT.shape == (0, 9)
 

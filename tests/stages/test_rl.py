@@ -1,5 +1,8 @@
 """GRPO: the update against a loop over trajectories, and what a run does step by step."""
 
+import math
+from collections import Counter
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +11,7 @@ import torch
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.receipt import Receipt
-from slingshot.rollout.reward import assign_rewards
+from slingshot.rollout.reward import assign_advantages, assign_rewards
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import EngineSampler
 from slingshot.rollout.trajectory import pack
@@ -16,6 +19,7 @@ from slingshot.stages import rl
 from slingshot.tasks.mixture import TaskMix
 from slingshot.tasks.task import Solution
 from slingshot.tasks.verification import VerificationPool
+from slingshot.training.objectives import POLICY_LOSSES, targets_ahead
 from slingshot.training.optimizer import Optimizer
 from slingshot.training.parallel import Parallel
 from slingshot.training.policy import policy_step
@@ -42,6 +46,12 @@ def gradients(model):
     return {name: gradient for name, gradient in found.items() if gradient.count_nonzero()}
 
 
+def close(found, expected):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() < 1e-3 * gradient.abs().max() + 1e-7, name
+
+
 def recorded(model, reference, trajectories, config):
     """What an update logs, and the gradients of each of its steps, of which it takes none."""
     found = []
@@ -61,7 +71,8 @@ def sampled(config):
     params = config.sampling.params(config.group_size, seed=0)
     items = TaskMix(config.tasks, "train", "0").draw(0, config.prompts_per_step)
     groups = Rollout(sampler, params, PromptForm(), VerificationPool([]), ALONE).run(items)
-    assign_rewards(groups, config.rewards, config.loss.normalize_std, coin="0/0")
+    assign_rewards(groups, config.rewards, "0/0", config.sampling.max_tokens)
+    assign_advantages(groups, config.loss.advantage_std, ALONE)
     return model, reference, [trajectory for group in groups for trajectory in group]
 
 
@@ -91,10 +102,7 @@ def test_the_update_is_the_policy_gradient_of_every_sampled_token(training, micr
             entropy -= float((full.exp() * full).sum())
         total = total + ((-t.advantage + 0.5 * (1 - difference.exp())) * logp).sum() / n_tokens
     total.backward()
-    expected = gradients(model)
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert (found[name] - gradient).abs().max() < 1e-3 * gradient.abs().max() + 1e-7, name
+    close(found, gradients(model))
     assert logged["kl"] == pytest.approx(kl / n_tokens, rel=1e-3)
     assert logged["entropy"] == pytest.approx(entropy / n_tokens, rel=1e-4)
     assert logged["logprob_gap"] < 1e-4 and logged["clip_fraction"] == 0.0
@@ -108,6 +116,115 @@ def test_mtp_is_trained_on_detached_states(training):
         each.advantage = 0.0
     logged, (found,) = recorded(model, reference, trajectories, config)
     assert logged["mtp_loss"] > 1.0 and found and all(name.startswith("model.layers.2.") for name in found)
+
+
+@dataclass
+class OneOfTwo(Parallel):
+    """A rank beside another: sums are those over all rows."""
+
+    totals: dict[str, float] = field(default_factory=dict)
+
+    def sums(self, values):
+        return self.totals
+
+
+def of_a_stale_sampler(trajectories):
+    """The same, had another policy drawn them: every token was 0.7 to 1.4 times as likely to it."""
+    for t in trajectories:
+        t.logprobs = [logp + 0.35 * math.sin(place) for place, logp in enumerate(t.logprobs)]
+    return trajectories
+
+
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+def test_each_loss_is_its_formula_over_trajectories_one_by_one(training, name):
+    """Ratios to a stale sampler, clips, aggregation: against a loop that reads like the papers."""
+    config = training(loss={"name": name, "kl": 0.0, "mtp": 0.0, "clip_low": 0.15, "clip_high": 0.15})
+    model, _, trajectories = sampled(config)
+    logged, (found,) = recorded(model, None, of_a_stale_sampler(trajectories), config)
+    total = torch.zeros(())
+    groups = Counter(t.item.key for t in trajectories)
+    tokens = {key: sum(sum(t.mask) for t in trajectories if t.item.key == key) for key in groups}
+    for t in trajectories:
+        logp, _ = of_response(model, t)
+        ratio = (logp - torch.tensor(t.logprobs)[t.turns[0].start :]).exp()
+        if name == "gspo":
+            ratio = ratio.log().mean().exp().expand(len(ratio))
+        held = ratio.clamp(0.85, 1.15)
+        loss = -torch.minimum(ratio * t.advantage, held * t.advantage)
+        if name == "cispo":
+            loss = -held.detach() * t.advantage * logp
+        divisor = {
+            "token": sum(tokens.values()), "response": len(logp) * len(trajectories),
+            "constant": 12 * len(trajectories), "prompt": tokens[t.item.key] * len(groups),
+        }[config.loss.aggregation]  # fmt: skip
+        total = total + loss.sum() / divisor
+    total.backward()
+    close(found, gradients(model))
+    assert logged["loss"] == pytest.approx(float(total.detach()), rel=1e-3)
+    assert logged["clip_fraction"] > 0 or name == "gspo"
+
+
+@pytest.mark.parametrize("importance", ["none", "truncated", "masked"])
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+def test_no_split_into_micro_batches_changes_a_gradient(training, name, importance):
+    """KL, MTP and importance weights along; rows of their own are as all at once (symptom: a loss scaled by splits)."""
+    loss = {"name": name, "kl": 0.5, "kl_unbiased": True, "importance": importance, "importance_cap": 1.2}
+    config = training(loss=loss)
+    model, reference, trajectories = sampled(config)
+    with torch.no_grad():
+        reference.lm_head.weight.mul_(0.9)
+    of_a_stale_sampler(trajectories)
+    _, (together,) = recorded(model, reference, trajectories, config)
+    for size in (1, 2):
+        split = config.model_copy(update={"micro_batch_size": size})
+        close(recorded(model, reference, trajectories, split)[1][0], together)
+    # nor does a split over ranks: each adds the gradient of its rows over the counts of all
+    batch = pack(trajectories, config.sequence_length, config.loss.aggregation, config.sampling.max_tokens)
+    far_BT = targets_ahead(batch.tokens_BT, batch.segments_BT, batch.mask_BT, ahead=2)[1]
+    ours = OneOfTwo(totals={"units": float(batch.shares_BT.sum()), "far": float(far_BT.sum())})
+    model.zero_grad()
+    for part in (batch[:2], batch[2:]):
+        policy_step(model, reference, part, max(2, len(batch) - 2), config.loss, 1.0, 8, ours)
+    close(gradients(model), together)
+
+
+@pytest.mark.parametrize(("importance", "weight"), [("truncated", [1.2, 0.9, 0.5]), ("masked", [0.0, 0.9, 0.0])])
+@pytest.mark.parametrize("minibatches", [1, 3])
+def test_importance_weights_are_of_the_trainer_before_its_update(training, importance, weight, minibatches):
+    """A sampler that found every third token 1/1.5, 1/.9 and 1/.5 times as likely; the first minibatch's gradient."""
+    loss = {"importance": importance, "importance_cap": 1.2, "kl": 0.0, "mtp": 0.0}
+    config = training(loss=loss, minibatches=minibatches)
+    model, _, trajectories = sampled(config)
+    for t in trajectories:
+        t.logprobs = [logp - math.log([1.5, 0.9, 0.5][place % 3]) for place, logp in enumerate(t.logprobs)]
+    _, found = recorded(model, None, trajectories, config)
+    n_tokens = sum(sum(t.mask) for t in trajectories)
+    total = torch.zeros(())
+    for t in trajectories:
+        logp, _ = of_response(model, t)
+        places = torch.arange(t.turns[0].start, len(t.ids)) % 3
+        total = total - (torch.tensor(weight)[places] * t.advantage * logp).sum() / n_tokens
+    total.backward()
+    if minibatches == 1:
+        close(found[0], gradients(model))
+    else:  # none is a step: together they are as one
+        batch = pack(trajectories, config.sequence_length)
+        size = -(-len(batch) // minibatches)
+        shares = [float(batch[start : start + size].mask_BT.sum()) / n_tokens for start in range(0, len(batch), size)]
+        pairs = list(zip(shares, found, strict=True))
+        close(
+            {name: sum(share * part[name] for share, part in pairs if name in part) for name in found[0]},
+            gradients(model),
+        )
+
+
+def test_what_was_cut_off_is_not_trained_on_where_asked(training, metrics, tmp_path):
+    """Of responses of at most 5 tokens many are cut off; without them there is less to train on."""
+    config = training(loss={"mask_truncated": True}, sampling={"max_tokens": 5}, steps=1)
+    rl.run(config, tmp_path / "masked")
+    rl.run(training(sampling={"max_tokens": 5}, steps=1), tmp_path / "all")
+    parts = [Receipt.read(tmp_path / name).flops_by_part for name in ("masked", "all")]
+    assert parts[0]["training"] < parts[1]["training"] and parts[0]["sampling"] == parts[1]["sampling"]
 
 
 def test_minibatches_are_steps_of_their_own_on_the_same_samples(training):

@@ -5,7 +5,19 @@ import math
 import pytest
 import torch
 
-from slingshot.training.objectives import cross_entropy, group_advantages, grpo, targets_ahead, token_logprobs
+from slingshot.training.objectives import (
+    POLICY_LOSSES,
+    cispo,
+    cross_entropy,
+    group_advantages,
+    grpo,
+    gspo,
+    importance_weights,
+    k3,
+    targets_ahead,
+    token_logprobs,
+    token_shares,
+)
 
 
 def row(*values):
@@ -67,41 +79,103 @@ def test_group_advantages_by_hand():
     assert group_advantages(row(1.2, 1.2, 1.2)).tolist() == [0.0, 0.0, 0.0]
 
 
+RATIOS, ADVANTAGES = row(1.5, 0.5, 1.5, 0.5), row(1.0, 1.0, -1.0, -1.0)
+ALONE = torch.arange(4)  # every token a sequence of its own
+
+
+def gradient_of(loss, ratios, *given):
+    """Of the sum of a loss by log p, where old p is 1; and what the loss gives."""
+    logprobs = ratios.log().requires_grad_()
+    terms = loss(logprobs, torch.zeros(len(ratios)), *given)
+    (gradient,) = torch.autograd.grad(terms.loss_N.sum(), logprobs)
+    return gradient.tolist(), terms
+
+
 def test_grpo_clips_each_sign_of_advantage_on_its_own_side():
     """A = 1, -1, clips 0.2, 0.3: -min(1.5, 1.3), -min(0.5, 0.8), -min(-1.5, -1.3), -min(-0.5, -0.8)."""
-    logprobs = row(1.5, 0.5, 1.5, 0.5).log().requires_grad_()
-    advantages = row(1.0, 1.0, -1.0, -1.0)
-    terms = grpo(logprobs, torch.zeros(4), advantages, torch.ones(4), clip_low=0.2, clip_high=0.3)
-    assert terms.loss.item() == pytest.approx(-1.3 - 0.5 + 1.5 + 0.8)
-    assert float(terms.clipped) == 2.0
-    terms.loss.backward()
-    # clipped tokens give no gradient; the others -A ratio
-    assert logprobs.grad is not None and logprobs.grad.tolist() == pytest.approx([0.0, -0.5, 1.5, 0.0])
+    gradient, terms = gradient_of(grpo, RATIOS, ADVANTAGES, ALONE, 0.2, 0.3)
+    assert terms.loss_N.tolist() == pytest.approx([-1.3, -0.5, 1.5, 0.8])
+    assert terms.clipped_N.tolist() == [1.0, 0.0, 0.0, 1.0]
+    assert gradient == pytest.approx([0.0, -0.5, 1.5, 0.0])  # of what is not clipped -A ratio
 
 
-def test_grpo_of_the_sampling_policy_is_the_plain_policy_gradient():
-    """Ratio 1: the loss is -A, its gradient -A weight; with no advantage and no reference nothing moves."""
-    logprobs = row(-1.0, -2.0, -3.0).requires_grad_()
-    terms = grpo(logprobs, logprobs.detach(), row(2.0, -1.0, 0.0), row(1.0, 0.5, 1.0))
-    terms.loss.backward()
-    assert terms.loss.item() == pytest.approx(-2.0 + 0.5) and float(terms.clipped) == 0.0 and float(terms.kl) == 0.0
-    assert logprobs.grad is not None and logprobs.grad.tolist() == pytest.approx([-2.0, 0.5, 0.0])
+def test_gspo_has_one_ratio_for_a_response():
+    """Ratios 2 and 8 in one response, of mean log ln 4; 1/4 alone: clips .5 and 1 hold 4 of A = 1, not 1/4.
+
+    Unclipped, each of n tokens has gradient -A s / n, summed over the n losses of the response -A s.
+    """
+    sequences, advantages = torch.tensor([0, 0, 1]), row(1.0, 1.0, 1.0)
+    gradient, terms = gradient_of(gspo, row(2.0, 8.0, 0.25), advantages, sequences, 0.5, 1.0)
+    assert terms.loss_N.tolist() == pytest.approx([-2.0, -2.0, -0.25])
+    assert gradient == pytest.approx([0.0, 0.0, -0.25])
+    gradient, terms = gradient_of(gspo, row(2.0, 8.0, 0.25), -advantages, sequences, 0.5, 1.0)
+    assert terms.loss_N.tolist() == pytest.approx([4.0, 4.0, 0.5])
+    assert gradient == pytest.approx([4.0, 4.0, 0.0]) and terms.clipped_N.tolist() == [0.0, 0.0, 1.0]
+    assert gspo(row(), row(), row(), torch.zeros(0, dtype=torch.long), 0.5, 1.0).loss_N.tolist() == []
+
+
+def test_a_token_a_response_makes_gspo_grpo():
+    given = RATIOS, ADVANTAGES, ALONE, 0.2, 0.3
+    assert gradient_of(gspo, *given)[0] == pytest.approx(gradient_of(grpo, *given)[0])
+
+
+def test_cispo_clips_the_weight_and_keeps_every_gradient():
+    """Weights min(6, 5), .5, min(1.5, 5) and min(9, 5), times -A: no lower bound, whatever the sign of A."""
+    gradient, terms = gradient_of(cispo, row(6.0, 0.5, 1.5, 9.0), ADVANTAGES, ALONE, 1.0, 4.0)
+    assert gradient == pytest.approx([-5.0, -0.5, 1.5, 5.0])
+    assert terms.clipped_N.tolist() == [1.0, 0.0, 0.0, 1.0]
+    logs = [-5.0 * math.log(6), -0.5 * math.log(0.5), 1.5 * math.log(1.5), 5.0 * math.log(9)]
+    assert terms.loss_N.tolist() == pytest.approx(logs, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+def test_every_loss_of_the_sampling_policy_is_the_plain_policy_gradient(name):
+    """Where nothing has moved the gradient is -A, clips or not (a loss of 0 then says nothing about learning)."""
+    kind = POLICY_LOSSES[name]
+    clips = kind.clip_low, kind.clip_high
+    gradient, terms = gradient_of(kind.losses, torch.ones(4), row(2.0, -1.0, 0.0, 1.0), ALONE, *clips)
+    assert gradient == pytest.approx([-2.0, 1.0, 0.0, -1.0]) and not terms.clipped_N.any()
 
 
 def test_k3_penalty_by_hand():
     """ln 2 above, below the reference: exp(-ln 2) + ln 2 - 1, exp(ln 2) - ln 2 - 1; d/dlogp = 1 - exp(ref - log p)."""
     logprobs = row(math.log(2), -math.log(2), 0.0).requires_grad_()
-    weights = row(1.0, 3.0, 1.0)
-    terms = grpo(logprobs, logprobs.detach(), torch.zeros(3), weights, torch.zeros(3), kl_weight=0.1)
-    kl = (0.5 + math.log(2) - 1) + 3 * (2 - math.log(2) - 1)
-    assert float(terms.kl) == pytest.approx(kl) and not terms.kl.requires_grad
-    assert terms.loss.item() == pytest.approx(0.1 * kl)
-    terms.loss.backward()
-    assert logprobs.grad is not None and logprobs.grad.tolist() == pytest.approx([0.05, -0.3, 0.0])
+    kl = k3(logprobs, torch.zeros(3))
+    assert kl.tolist() == pytest.approx([0.5 + math.log(2) - 1, 2 - math.log(2) - 1, 0.0])
+    kl.sum().backward()
+    assert logprobs.grad is not None and logprobs.grad.tolist() == pytest.approx([0.5, -1.0, 0.0])
+
+
+P, REFERENCE, OLD = row(0.7, 0.2, 0.1), row(0.3, 0.3, 0.4), row(0.5, 0.3, 0.2)
 
 
 def test_k3_is_an_unbiased_estimate_of_the_divergence():
     """Its mean over samples of p is KL(p || reference)."""
-    p, reference = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])
-    terms = grpo(p.log(), p.log(), torch.zeros(3), p, reference_logprobs_N=reference.log())
-    assert float(terms.kl) == pytest.approx(float((p * (p / reference).log()).sum()))
+    assert float((P * k3(P.log(), REFERENCE.log())).sum()) == pytest.approx(float((P * (P / REFERENCE).log()).sum()))
+
+
+def test_times_the_ratio_k3_has_the_divergence_s_gradient():
+    """Over samples of an older policy: the mean of ratio k3 is KL(p || reference), and so is its gradient by logits."""
+    logits = P.log().requires_grad_()
+    logp = logits.log_softmax(0)
+    estimate = (OLD * (logp - OLD.log()).exp() * k3(logp, REFERENCE.log())).sum()
+    exact = (logp.exp() * (logp - REFERENCE.log())).sum()
+    assert float(estimate) == pytest.approx(float(exact))
+    (found,), (expected,) = (torch.autograd.grad(each, logits, retain_graph=True) for each in (estimate, exact))
+    assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_importance_weights_are_truncated_or_masked():
+    """Ratios 3, 2, 1, .5, .4 at a cap of 2; no gradient goes through them."""
+    trainer = row(3.0, 1.99, 1.0, 0.51, 0.4).log().requires_grad_()
+    truncated, masked = (importance_weights(trainer, torch.zeros(5), 2.0, masked) for masked in (False, True))
+    assert truncated.tolist() == pytest.approx([2.0, 1.99, 1.0, 0.51, 0.4]) and not truncated.requires_grad
+    assert masked.tolist() == pytest.approx([0.0, 1.99, 1.0, 0.51, 0.0])
+
+
+def test_shares_by_hand():
+    """Responses of 2 and 6 tokens to one prompt, of 4 to another."""
+    sizes, prompts = [2, 6, 4], ["a", "a", "b"]
+    assert token_shares(sizes, prompts, "token") == [1.0, 1.0, 1.0]
+    assert token_shares(sizes, prompts, "response") == token_shares(sizes, prompts, "constant") == [1 / 2, 1 / 6, 1 / 4]
+    assert token_shares(sizes, prompts, "prompt") == [1 / 8, 1 / 8, 1 / 4]

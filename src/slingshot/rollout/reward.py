@@ -2,11 +2,13 @@
 
 format_reward(closed=True, answer="14", finished=True) == 1.0
 language_consistency("3 plus 4は7", "en") == 0.5
-assign_rewards(groups, RewardWeights(language=0.2), normalize_std=True, coin="0/17")
+assign_rewards(groups, RewardWeights(language=0.2), coin="0/17", max_tokens=128)
+assign_advantages(groups, "group", parallel)
 """
 
 from __future__ import annotations
 
+import math
 import random
 import unicodedata
 from collections import Counter
@@ -15,10 +17,12 @@ from functools import lru_cache
 from itertools import groupby
 
 import torch
+from pydantic import Field
 
 from slingshot.base.config import Strict
 from slingshot.rollout.trajectory import Trajectory
-from slingshot.training.objectives import group_advantages
+from slingshot.training.objectives import AdvantageStd, group_advantages
+from slingshot.training.parallel import Parallel
 
 # The scripts a language is written in, as Unicode names its letters.
 _SCRIPTS = {"en": {"LATIN"}, "ja": {"HIRAGANA", "KATAKANA", "CJK", "IDEOGRAPHIC"}}
@@ -63,31 +67,57 @@ def _language_of(character: str) -> str:
 
 
 class RewardWeights(Strict):
-    """What a response earns: each score in [0, 1] times its weight. `random` is the control: a coin instead."""
+    """What a response earns: each score in [0, 1] times its weight. `random` is the control: a coin instead.
+
+    With `overlong_buffer` the last tokens of the room are paid for, evenly up to 1 for all (arXiv 2503.14476, 3.4).
+    """
 
     accuracy: float = 1.0
     format: float = 0.2
     language: float = 0.0
     random: bool = False
+    overlong_buffer: int = Field(default=0, ge=0)
 
-    def reward(self, trajectory: Trajectory) -> float:
+    def reward(self, trajectory: Trajectory, max_tokens: int) -> float:
         """What was cut off earns nothing for its accuracy: a lenient reader takes what may not have been the answer."""
         scores = trajectory.scores
         accuracy = self.accuracy * scores["accuracy"] if trajectory.finished else 0.0
-        return accuracy + self.format * scores["format"] + self.language * scores["language"]
+        earned = accuracy + self.format * scores["format"] + self.language * scores["language"]
+        return earned - self._overlong(trajectory, max_tokens)
+
+    def _overlong(self, trajectory: Trajectory, max_tokens: int) -> float:
+        """What the longest turn has to pay: 0 to 1 over the buffer, 1 for what was cut off."""
+        if not self.overlong_buffer:
+            return 0.0
+        longest = max(turn.end - turn.start for turn in trajectory.turns)
+        beyond = longest - (max_tokens - self.overlong_buffer)
+        return 1.0 if trajectory.cut_off else min(1.0, max(0, beyond) / self.overlong_buffer)
 
 
-def assign_rewards(
-    groups: Sequence[Sequence[Trajectory]], weights: RewardWeights, normalize_std: bool, coin: str
-) -> None:
-    """Give every trajectory its reward, and its advantage within its group. `coin` seeds the control's."""
+def assign_rewards(groups: Sequence[Sequence[Trajectory]], weights: RewardWeights, coin: str, max_tokens: int) -> None:
+    """Give every trajectory its reward; `max_tokens` is the room a response had. `coin` seeds the control's."""
     for group in groups:
         rng = random.Random(f"{coin}/{group[0].item.problem.key}")
-        for trajectory in group:
-            trajectory.reward = float(rng.random() < 0.5) if weights.random else weights.reward(trajectory)
-        advantages = group_advantages(torch.tensor([trajectory.reward for trajectory in group]), normalize_std)
-        for trajectory, advantage in zip(group, advantages.tolist(), strict=True):
+        for each in group:
+            each.reward = float(rng.random() < 0.5) if weights.random else weights.reward(each, max_tokens)
+
+
+def assign_advantages(groups: Sequence[Sequence[Trajectory]], std: AdvantageStd, parallel: Parallel) -> None:
+    """Give every trajectory its advantage: its reward less its group's mean, over the std of its group or the batch.
+
+    The batch is all ranks' groups together; its std is that of the differences (arXiv 2510.13786, 3.2).
+    """
+    squares = count = 0.0
+    for group in groups:
+        advantages = group_advantages(torch.tensor([each.reward for each in group]), std == "group").tolist()
+        for trajectory, advantage in zip(group, advantages, strict=True):
             trajectory.advantage = advantage
+            squares, count = squares + advantage**2, count + 1
+    if std == "batch":
+        total = parallel.sums({"squares": squares, "count": count})
+        spread = math.sqrt(total["squares"] / max(1.0, total["count"]))
+        for trajectory in (each for group in groups for each in group):
+            trajectory.advantage = trajectory.advantage / spread if spread > 1e-6 else 0.0
 
 
 def has_signal(group: Sequence[Trajectory]) -> bool:

@@ -26,6 +26,7 @@ from slingshot.model.config import ModelConfig
 from slingshot.tasks.mixture import Item
 from slingshot.text.reasoning import Parsed, ends_in_reasoning, parse
 from slingshot.text.tokenizer import Tokenizer
+from slingshot.training.objectives import Aggregation, token_shares
 from slingshot.training.policy import PolicyRows
 
 Message = Mapping[str, str]
@@ -101,22 +102,36 @@ class Trajectory:
         return self.turns[-1].finish_reason == "stop"
 
     @property
+    def cut_off(self) -> bool:
+        """Whether there was no more room for what the model would have said."""
+        return self.turns[-1].finish_reason == "length"
+
+    @property
     def response(self) -> Parsed:
         """The last turn's reasoning and answer."""
         return self.turns[-1].parsed
 
 
-def pack(trajectories: Sequence[Trajectory], length: int) -> PolicyRows:
-    """Rows of `length` tokens (or as the longest has): advantage and sampler logprob in each sampled token's place."""
+def pack(
+    trajectories: Sequence[Trajectory], length: int, aggregation: Aggregation = "token", constant: int = 1
+) -> PolicyRows:
+    """Rows of `length` tokens (or as the longest has), what belongs to a sampled token in its place.
+
+    `constant`: the length that a response's sum is divided by under the aggregation of that name.
+    """
     packed = pack_examples([(t.ids, t.mask) for t in trajectories], max([length, *(len(t.ids) for t in trajectories)]))
-    advantages_BT, sampler_BT = (np.zeros(packed.tokens_NT.shape, dtype=np.float32) for _ in range(2))
-    for trajectory, (row, start) in zip(trajectories, packed.placement, strict=True):
+    shares = token_shares([sum(t.mask) for t in trajectories], [t.item.key for t in trajectories], aggregation)
+    shares_BT, weights_BT, advantages_BT, sampler_BT = (
+        np.zeros(packed.tokens_NT.shape, dtype=np.float32) for _ in range(4)
+    )
+    for trajectory, share, (row, start) in zip(trajectories, shares, packed.placement, strict=True):
         span = slice(start, start + len(trajectory.ids))
+        shares_BT[row, span] = np.multiply(trajectory.mask, share)
+        weights_BT[row, span] = np.multiply(trajectory.mask, 1 / constant if aggregation == "constant" else share)
         advantages_BT[row, span] = np.multiply(trajectory.mask, trajectory.advantage)
         sampler_BT[row, span] = trajectory.logprobs
     ids = (torch.from_numpy(part).long() for part in (packed.tokens_NT, packed.segments_NT))
-    rest = (torch.from_numpy(part).float() for part in (packed.mask_NT, advantages_BT, sampler_BT))
-    return PolicyRows(*ids, *rest)
+    return PolicyRows(*ids, *map(torch.from_numpy, (shares_BT, weights_BT, advantages_BT, sampler_BT)))
 
 
 def sampling_cost(config: ModelConfig, groups: Sequence[Sequence[Trajectory]]) -> tuple[int, float]:

@@ -1,8 +1,9 @@
 """Reinforcement learning with rewards a program can check: GRPO (arXiv 2402.03300) as R1 uses it (2501.12948).
 
 Every step draws problems, samples a group of responses to each, scores them, and moves the policy towards those above
-their group's mean: clipped ratio, k3 KL to a reference that is replaced now and then, no reward model, no critic. With
-`loss.kl` 0 there is no reference, neither in memory nor in time (arXiv 2503.14476, 2.3, leaves it out).
+their group's mean: clipped ratio, k3 KL to a reference that is replaced now and then, no reward model, no critic.
+`loss.name` is which paper's loss (docs/rl.md). With `loss.kl` 0 there is no reference, neither in memory nor in time
+(arXiv 2503.14476, 2.3, leaves it out).
 
     slingshot rl --config rl.toml --out runs/zero
 """
@@ -22,7 +23,7 @@ from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.flops import forward_flops, training_parts
 from slingshot.machine.device import Dtype
 from slingshot.model.transformer import Transformer
-from slingshot.rollout.reward import RewardWeights, assign_rewards, has_signal
+from slingshot.rollout.reward import RewardWeights, assign_advantages, assign_rewards, has_signal
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
 from slingshot.rollout.trajectory import Trajectory, pack, sampling_cost
@@ -34,14 +35,17 @@ from slingshot.training.interrupts import Interrupts
 from slingshot.training.language_model import add_loads, busiest
 from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule, update_router_biases
 from slingshot.training.parallel import Parallel, load_whole
-from slingshot.training.policy import LOGGED_PER_TOKEN, GRPOConfig, policy_step
+from slingshot.training.policy import LOGGED_PER_TOKEN, PolicyLoss, policy_step, trainer_logprobs
 
 
 class RLConfig(StageConfig):
     """`max_flops` ends training once this stage has spent as many (sampling included)."""
 
     moved: ClassVar[dict[str, str]] = (
-        MOVED_TO_OPTIMIZER | MOVED_TO_SAMPLING | {key: f"loss.{key}" for key in GRPOConfig.model_fields}
+        MOVED_TO_OPTIMIZER
+        | MOVED_TO_SAMPLING
+        | {key: f"loss.{key}" for key in ("clip_low", "clip_high", "kl", "mtp", "reference_steps")}
+        | {"normalize_std": "loss.advantage_std"}
     )
 
     model: str
@@ -53,13 +57,29 @@ class RLConfig(StageConfig):
     group_size: int = Field(16, ge=2)
     sampling: SamplingConfig = SamplingConfig()
     optimizer: OptimizerConfig = OptimizerConfig(name="adamw", lr=1e-4, warmup=0.0, decay=0.0, weight_decay=0.0)
-    loss: GRPOConfig = GRPOConfig()
+    loss: PolicyLoss = PolicyLoss()
     minibatches: int = Field(1, ge=1)
     micro_batch_size: int = Field(32, ge=1)
     sequence_length: int = Field(256, ge=8)
     bias_update_speed: float = Field(0.0, ge=0)
     max_flops: float | None = Field(None, gt=0)
     dtype: Dtype = "auto"
+
+    @classmethod
+    def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Also where `advantage_std` was a yes or no."""
+        new = super().renewed(values)
+        if isinstance(loss := new.get("loss"), dict):
+            new["loss"] = loss = dict(loss)
+            std = loss.pop("normalize_std", loss.get("advantage_std"))
+            if isinstance(std, bool):
+                loss["advantage_std"] = "group" if std else "none"
+        return new
+
+    @property
+    def compares_trainer(self) -> bool:
+        """Whether logprobs before the update take a pass of their own: the only update's own pass has them, too."""
+        return self.loss.importance != "none" and self.minibatches > 1
 
     @model_validator(mode="after")
     def _samples_what_it_trains(self) -> Self:
@@ -101,13 +121,18 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
 
                 sampler.update_weights(step, model.state_dict())
                 groups = rollout.run(tasks.draw(step * config.prompts_per_step, config.prompts_per_step))
-                assign_rewards(groups, config.rewards, config.loss.normalize_std, coin=f"{config.seed}/{step}")
-                kept = [trajectory for group in groups if has_signal(group) for trajectory in group]
+                assign_rewards(groups, config.rewards, f"{config.seed}/{step}", params.max_tokens)
+                signals = [group for group in groups if has_signal(group)]
+                assign_advantages(signals, config.loss.advantage_std, parallel)
+                kept = [
+                    each for group in signals for each in group if not (config.loss.mask_truncated and each.cut_off)
+                ]
                 update = update_policy(model, reference, optimizer, kept, config, step, parallel)
 
                 tokens, flops = sampling_cost(model.config, groups)
                 lengths = [len(trajectory.ids) for trajectory in kept]
-                again = forward_flops(model.config, lengths) if config.loss.kl else 0.0
+                forwards = bool(config.loss.kl) + config.compares_trainer
+                again = forwards * forward_flops(model.config, lengths)
                 parts = training_parts(model.config, lengths, mtp=config.loss.mtp > 0)
                 work.meter.add(tokens, sampling=flops, reference=again, **parts)
                 row = summary(groups, parallel)
@@ -132,24 +157,30 @@ def update_policy(
     parallel: Parallel,
 ) -> dict[str, Any]:
     """One pass over the trajectories in `minibatches` optimizer steps; what is logged, if any has a signal."""
-    batch = pack(trajectories, config.sequence_length).to(parallel.device)
+    loss = config.loss
+    packed = pack(trajectories, config.sequence_length, loss.aggregation, config.sampling.max_tokens)
+    batch = packed.to(parallel.device)
     n_rows = parallel.max(len(batch))
     if n_rows == 0:
         return {}
     size = -(-n_rows // config.minibatches)
+    sizes = config.sampling.temperature, config.micro_batch_size
+    if config.compares_trainer:
+        batch.trainer_BT = trainer_logprobs(model, batch, n_rows, *sizes)
     totals: dict[str, float] = {}
     load_LE: list[Tensor] = []
     norms = []
     for start in range(0, n_rows, size):
-        part, sizes = batch[start : start + size], (config.sampling.temperature, config.micro_batch_size)
-        sums, loads = policy_step(model, reference, part, min(size, n_rows - start), config.loss, *sizes, parallel)
+        part, rows = batch[start : start + size], min(size, n_rows - start)
+        sums, loads = policy_step(model, reference, part, rows, loss, *sizes, parallel)
         norms.append(optimizer.step(schedule(config.optimizer, step, config.steps)))
         loads = [parallel.sum(load) for load in loads]
         if config.bias_update_speed:
             update_router_biases(model, loads, config.bias_update_speed)
         load_LE = add_loads(load_LE, loads)
         totals = {name: totals.get(name, 0.0) + value for name, value in parallel.sums(sums).items()}
-    logged: dict[str, Any] = {name: totals[name] / totals["tokens"] for name in LOGGED_PER_TOKEN}
+    logged: dict[str, Any] = {"loss": totals["loss"] / totals["units"]}
+    logged |= {name: totals[name] / totals["tokens"] for name in LOGGED_PER_TOKEN}
     logged["gradient_norm"] = max(norms)
     if totals["mtp_loss"]:
         logged["mtp_loss"] = totals["mtp_loss"] / totals["far"]

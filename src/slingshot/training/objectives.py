@@ -1,14 +1,19 @@
 """Objectives: pure functions of tensors, each with its source. No module, no config.
 
-Every loss is a weighted SUM over tokens; the loop divides by counts taken over the whole global batch, so that losses
-do not depend on how a batch is split into micro-batches or over ranks.
+Losses are of single tokens, or weighted SUMS over tokens; the loop divides by counts taken over the whole global batch,
+so that gradients do not depend on how a batch is split into micro-batches or over ranks.
 
-Shape suffixes: N tokens, V vocabulary, G samples of one group.
+    loss_N, clipped_N = gspo(logprobs_N, old_N, advantages_N, sequences_N, 3e-4, 4e-4)
+    POLICY_LOSSES["gspo"].clip_low                     # 3e-4: what its paper takes
+
+Shape suffixes: N tokens, V vocabulary, G samples of one group, S sequences.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,35 +51,105 @@ def group_advantages(rewards_G: Tensor, normalize_std: bool = True) -> Tensor:
     return torch.zeros_like(centred) if std < 1e-6 else centred / std
 
 
-class GRPOTerms(NamedTuple):
-    """Sums over tokens: the loss, and what is logged of it (no gradient)."""
+class TokenLosses(NamedTuple):
+    """Of each token: its loss, and whether the clip holds it (its gradient; under CISPO its weight), as 0 or 1."""
 
-    loss: Tensor
-    kl: Tensor
-    clipped: Tensor
+    loss_N: Tensor
+    clipped_N: Tensor
 
 
 def grpo(
-    logprobs_N: Tensor,
-    sampler_logprobs_N: Tensor,
-    advantages_N: Tensor,
-    weights_N: Tensor,
-    reference_logprobs_N: Tensor | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    kl_weight: float = 0.0,
-) -> GRPOTerms:
-    """The clipped policy objective with k3 KL penalty (arXiv 2402.03300, equations 3 and 4), as a sum to be minimised.
+    logprobs_N: Tensor, old_N: Tensor, advantages_N: Tensor, sequences_N: Tensor, low: float, high: float
+) -> TokenLosses:
+    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), ratio = p / old p of the token (arXiv 2402.03300, equation 3).
 
-    Per token -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) + kl_weight (exp(d) - d - 1), d = ref - log p.
-    Unequal clips are DAPO's clip-higher (2503.14476). weights_N carries the mask and the length normalisation.
+    Dr. GRPO (2503.20783, 3.2) and DAPO (2503.14476, equation 8) differ from it in clips and aggregation alone.
     """
-    ratio_N = (logprobs_N - sampler_logprobs_N).exp()
-    clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high)
-    free_N, held_N = ratio_N * advantages_N, clipped_N * advantages_N
-    kl_N = torch.zeros_like(logprobs_N)
-    if reference_logprobs_N is not None:
-        difference_N = reference_logprobs_N - logprobs_N
-        kl_N = difference_N.exp() - difference_N - 1
-    loss = ((kl_weight * kl_N - torch.minimum(free_N, held_N)) * weights_N).sum()
-    return GRPOTerms(loss, (kl_N.detach() * weights_N).sum(), ((held_N < free_N) * weights_N).sum())
+    return _clipped((logprobs_N - old_N).exp(), advantages_N, low, high)
+
+
+def gspo(
+    logprobs_N: Tensor, old_N: Tensor, advantages_N: Tensor, sequences_N: Tensor, low: float, high: float
+) -> TokenLosses:
+    """`grpo` with one ratio for all tokens of a response: exp(mean of log p - log old p) (arXiv 2507.18071, 4.1).
+
+    `sequences_N` numbers the response that each token is of; all tokens of a response are here.
+    """
+    size = int(sequences_N.max()) + 1 if len(sequences_N) else 0
+    sums_S = logprobs_N.new_zeros(size).index_add(0, sequences_N, logprobs_N - old_N)
+    mean_S = sums_S / sequences_N.bincount(minlength=size).clamp(min=1)
+    return _clipped(mean_S[sequences_N].exp(), advantages_N, low, high)
+
+
+def cispo(
+    logprobs_N: Tensor, old_N: Tensor, advantages_N: Tensor, sequences_N: Tensor, low: float, high: float
+) -> TokenLosses:
+    """-clip(ratio, 1 - low, 1 + high) A log p: the weight is clipped and carries no gradient (arXiv 2506.13585, 3.1).
+
+    So no token's gradient is lost. `low` 1 is no lower bound.
+    """
+    ratio_N = (logprobs_N.detach() - old_N).exp()
+    weight_N = ratio_N.clamp(1 - low, 1 + high)
+    return TokenLosses(-weight_N * advantages_N * logprobs_N, (weight_N != ratio_N).float())
+
+
+def _clipped(ratio_N: Tensor, advantages_N: Tensor, low: float, high: float) -> TokenLosses:
+    free_N, held_N = ratio_N * advantages_N, ratio_N.clamp(1 - low, 1 + high) * advantages_N
+    return TokenLosses(-torch.minimum(free_N, held_N), (held_N < free_N).float())
+
+
+def k3(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
+    """exp(d) - d - 1, d = log reference - log p: the divergence from the reference (arXiv 2402.03300, equation 4)."""
+    difference_N = reference_N - logprobs_N
+    return difference_N.exp() - difference_N - 1
+
+
+def importance_weights(trainer_N: Tensor, sampler_N: Tensor, cap: float, masked: bool) -> Tensor:
+    """What a token drawn from the sampler weighs for the trainer: min(p / sampler's p, cap), no gradient (TIS).
+
+    `masked`: the ratio itself where it is within [1 / cap, cap], else 0. Source: Yao et al. 2025, "Your efficient RL
+    framework secretly brings you off-policy RL training"; masks: arXiv 2510.18855 (IcePop).
+    """
+    ratio_N = (trainer_N - sampler_N).detach().exp()
+    if masked:
+        return torch.where((ratio_N >= 1 / cap) & (ratio_N <= cap), ratio_N, 0.0)
+    return ratio_N.clamp(max=cap)
+
+
+AdvantageStd = Literal["group", "batch", "none"]  # by which advantages are divided
+# What a batch's loss is the mean of: its tokens; its responses, each the mean of its tokens; its prompts, each the mean
+# of its responses' tokens; its responses, each the sum of its tokens over a constant.
+Aggregation = Literal["token", "response", "prompt", "constant"]
+
+
+def token_shares(sizes: Sequence[int], prompts: Sequence[str], aggregation: Aggregation) -> list[float]:
+    """For responses of so many tokens to these prompts, the share that each token has of what is averaged.
+
+    Over a batch the shares add up to the number of tokens, prompts or responses (also under "constant").
+    """
+    if aggregation == "token":
+        return [1.0] * len(sizes)
+    totals = Counter[str]()
+    for size, prompt in zip(sizes, prompts, strict=True):
+        totals[prompt] += size
+    return [1 / max(1, totals[prompts[i]] if aggregation == "prompt" else size) for i, size in enumerate(sizes)]
+
+
+class PolicyLossKind(NamedTuple):
+    """A loss as its paper has it."""
+
+    losses: Callable[[Tensor, Tensor, Tensor, Tensor, float, float], TokenLosses]
+    clip_low: float
+    clip_high: float
+    aggregation: Aggregation
+    advantage_std: AdvantageStd
+
+
+PolicyLossName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
+POLICY_LOSSES: dict[PolicyLossName, PolicyLossKind] = {
+    "grpo": PolicyLossKind(grpo, 0.2, 0.2, "response", "group"),  # arXiv 2402.03300, equation 3
+    "dr_grpo": PolicyLossKind(grpo, 0.2, 0.2, "constant", "none"),  # arXiv 2503.20783, 3.2
+    "dapo": PolicyLossKind(grpo, 0.2, 0.28, "token", "group"),  # arXiv 2503.14476, 3.1 and 3.3
+    "gspo": PolicyLossKind(gspo, 3e-4, 4e-4, "response", "group"),  # arXiv 2507.18071, 5.1
+    "cispo": PolicyLossKind(cispo, 1.0, 4.0, "prompt", "batch"),  # arXiv 2506.13585, 3.1, as 2510.13786 takes it
+}

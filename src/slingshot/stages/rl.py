@@ -10,7 +10,10 @@ their group's mean: clipped ratio, k3 KL to a reference that is replaced now and
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -23,6 +26,7 @@ from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.flops import forward_flops, training_parts
 from slingshot.machine.device import Dtype
 from slingshot.model.transformer import Transformer
+from slingshot.rollout.curriculum import Curriculum
 from slingshot.rollout.reward import RewardWeights, assign_advantages, assign_rewards, has_signal
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
@@ -30,12 +34,14 @@ from slingshot.rollout.trajectory import Trajectory, pack, sampling_cost
 from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import TaskMix
 from slingshot.tasks.verification import VerificationPool
-from slingshot.training.checkpointer import Checkpointer, restore
+from slingshot.training.checkpointer import Checkpointer, Named, restore
 from slingshot.training.interrupts import Interrupts
 from slingshot.training.language_model import add_loads, busiest
 from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule, update_router_biases
 from slingshot.training.parallel import Parallel, load_whole
 from slingshot.training.policy import LOGGED_PER_TOKEN, PolicyLoss, policy_step, trainer_logprobs
+
+COLLAPSED = 0.05  # of the first step's entropy
 
 
 class RLConfig(StageConfig):
@@ -62,6 +68,8 @@ class RLConfig(StageConfig):
     micro_batch_size: int = Field(32, ge=1)
     sequence_length: int = Field(256, ge=8)
     bias_update_speed: float = Field(0.0, ge=0)
+    refill: int = Field(0, ge=0, le=100)
+    retire: float = Field(0.0, ge=0, le=1)
     max_flops: float | None = Field(None, gt=0)
     dtype: Dtype = "auto"
 
@@ -107,7 +115,10 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
         if saved:
             restore(saved, model, optimizer, reference)
 
-        done = saved.step if saved else 0
+        done, info = (saved.step, saved.info) if saved else (0, {})
+        place = info.get("drawn", done * config.prompts_per_step)
+        curriculum = Curriculum(tasks, config.retire, place, info.get("retired", ()))
+        entropy = EntropyWatch(info.get("entropy"))
         with pool, Interrupts() as interrupts, Progress(out.name, config.steps, done, parallel.is_first) as progress:
             for step in range(done, config.steps):
                 spent = 0.0
@@ -120,8 +131,8 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
                     load_whole(reference, model.state_dict())
 
                 sampler.update_weights(step, model.state_dict())
-                groups = rollout.run(tasks.draw(step * config.prompts_per_step, config.prompts_per_step))
-                assign_rewards(groups, config.rewards, f"{config.seed}/{step}", params.max_tokens)
+                groups, left_out = collect(rollout, curriculum, config, step)
+                curriculum.note(groups, parallel)
                 signals = [group for group in groups if has_signal(group)]
                 assign_advantages(signals, config.loss.advantage_std, parallel)
                 kept = [
@@ -138,13 +149,40 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
                 row = summary(groups, parallel)
                 speed = work.speed(int(parallel.sums({"tokens": tokens})["tokens"]))
                 lr = config.optimizer.lr * schedule(config.optimizer, step, config.steps)
-                work.log({"step": step + 1, **row, **update, **rollout.counts, "lr": lr, **speed})
+                work.log({"step": step + 1, **row, **update, **left_out, "lr": lr, **speed})
+                entropy.watch(update.get("entropy"), parallel.is_first)
                 shown = {"reward": row["reward"], "pass": row["pass_rate"], "length": row["response_tokens"]}
                 progress.update(step + 1, **shown, **{"tokens/s": speed["tokens_per_second"]})
-                work.keep(step + 1, lambda: work.training_state(model, optimizer, reference), stop=interrupts.asked)
+
+                def state() -> Named:
+                    tensors, _ = work.training_state(model, optimizer, reference)
+                    return tensors, {**curriculum.state(), "entropy": entropy.first}
+
+                work.keep(step + 1, state, stop=interrupts.asked)
 
         rollout.refuse_nothing()
         work.finish_checkpoint(model, tokenizer, source)
+
+
+def collect(
+    rollout: Rollout, curriculum: Curriculum, config: RLConfig, step: int
+) -> tuple[list[list[Trajectory]], Counter[str]]:
+    """The step's groups with their rewards, and counts of what was left out.
+
+    In place of groups without a signal others are drawn, `refill` times at most (arXiv 2503.14476, 3.2, has no end).
+    """
+    groups: list[list[Trajectory]] = []
+    left_out, lacking = Counter[str](), config.prompts_per_step
+    for _ in range(1 + config.refill):
+        found = rollout.run(curriculum.draw(lacking))
+        assign_rewards(found, config.rewards, f"{config.seed}/{step}", config.sampling.max_tokens)
+        groups += found
+        left_out += rollout.counts
+        with_signal = rollout.parallel.sums({"groups": sum(has_signal(group) for group in groups)})["groups"]
+        lacking = config.prompts_per_step - round(with_signal)
+        if lacking <= 0:
+            break
+    return groups, left_out
 
 
 def update_policy(
@@ -187,6 +225,25 @@ def update_policy(
     if load_LE:
         logged["expert_load"] = busiest(load_LE)
     return logged
+
+
+@dataclass
+class EntropyWatch:
+    """Says once, in a line, that the policy has become nearly certain: samples alike teach nothing more."""
+
+    first: float | None  # nats per token at the first step
+    told: bool = False
+
+    def watch(self, entropy: float | None, speaks: bool) -> None:
+        if entropy is None:
+            return
+        if self.first is None:
+            self.first = entropy
+        if entropy < COLLAPSED * self.first and not self.told:
+            self.told = True
+            if speaks:
+                fell = f"entropy fell from {self.first:.3g} to {entropy:.2g} nats a token"
+                print(f"{fell}: samples are alike; try a higher loss.clip_high, or a lower rate", file=sys.stderr)
 
 
 def summary(groups: Sequence[Sequence[Trajectory]], parallel: Parallel) -> dict[str, float]:

@@ -26,18 +26,18 @@ ROOMS = {
     "engine": (3960, 2580),
     "kernels": (1100, 1048),
     "machine": (446, 303),
-    "model": (1330, 1245),
+    "model": (1338, 1261),
     "parity": (0, 884),
     "planning": (2092, 1092),
     "quantization": (50, 62),
     "recipe": (1059, 938),
-    "rollout": (676, 519),
+    "rollout": (682, 528),
     "sandbox": (315, 237),
     "serving": (5330, 4450),
-    "stages": (1097, 1318),
+    "stages": (1104, 1342),
     "tasks": (1228, 1188),
     "text": (1625, 1669),
-    "training": (1427, 1104),
+    "training": (1433, 1104),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

@@ -138,6 +138,23 @@ def test_output_and_all_gradients_equal_a_loop_over_tokens_and_another_dispatche
     assert found["experts.down_proj.weight"][5].count_nonzero() == 0
 
 
+def test_replayed_experts_have_gates_of_the_live_scores(deepseek: Config) -> None:
+    """Experts given from 1 on are taken, in their order, 0 leaves the choice; gradients go through live scores."""
+    gate = Gate(deepseek(n_group=1, topk_group=1))
+    torch.nn.init.normal_(gate.weight, generator=torch.Generator().manual_seed(0))
+    x_ND = torch.randn(3, gate.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    own = gate(x_ND)
+    least = own.scores_NE.argsort(-1)[:, :3]
+    replayed = least + 1
+    replayed[1] = 0
+    routing = gate(x_ND, replayed.to(torch.int16))
+    assert routing.experts_Nk.tolist() == [least[0].tolist(), own.experts_Nk[1].tolist(), least[2].tolist()]
+    scores = own.scores_NE.gather(1, routing.experts_Nk)
+    torch.testing.assert_close(routing.gates_Nk, scores / scores.sum(-1, keepdim=True) * 2.5)
+    (gradient,) = torch.autograd.grad(routing.gates_Nk[0, 0], gate.weight)
+    assert gradient[least[0]].abs().amin(0).max() > 0
+
+
 def test_expert_load_by_hand() -> None:
     experts_Nk = torch.tensor([[0, 2], [2, 1], [2, 0]])
     assert expert_load(experts_Nk, None, 4).tolist() == [2.0, 1.0, 3.0, 0.0]

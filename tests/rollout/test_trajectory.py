@@ -39,6 +39,15 @@ def test_rows_hold_advantage_and_logprob_in_the_place_of_each_sampled_token(traj
     assert pack([], 9).tokens_BT.shape == (0, 9)
 
 
+def test_rows_hold_the_samplers_experts_where_they_were_told(trajectory):
+    """Two layers, one expert each; numbered from 1, nothing for the last token and for what was not told."""
+    told, silent = trajectory([11, 12]), trajectory([21])
+    assert pack([told, silent], 7).replayed_BTLk is None
+    told.routed_experts = torch.tensor([[[0], [3]], [[1], [4]], [[2], [5]]])
+    rows = pack([told, silent], 8).replayed_BTLk
+    assert rows[0, :, 0, 0].tolist() == [1, 2, 3, 0, 0, 0, 0, 0] and rows[0, :, 1, 0].tolist()[:4] == [4, 5, 6, 0]
+
+
 def test_a_groups_first_turns_share_a_prefill(trajectory, dense):
     group = [trajectory([11, 12, 13]), trajectory([21], [22, 23])]
     expected = generation_flops(dense(), 2, [3, 1]) + generation_flops(dense(), 4, 2)

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import pytest
@@ -68,7 +68,7 @@ def sampled(config):
     """The policy, a reference beside it, and scored responses of the policy."""
     model, reference = load_model(config.model), load_model(config.model)
     sampler = EngineSampler.beside(model, load_tokenizer(config.model), torch.float32, alone=True)
-    params = config.sampling.params(config.group_size, seed=0)
+    params = replace(config.sampling.params(config.group_size, seed=0), routed_experts=config.loss.replay_routing)
     items = TaskMix(config.tasks, "train", "0").draw(0, config.prompts_per_step)
     groups = Rollout(sampler, params, PromptForm(), VerificationPool([]), ALONE).run(items)
     assign_rewards(groups, config.rewards, "0/0", config.sampling.max_tokens)
@@ -225,6 +225,30 @@ def test_what_was_cut_off_is_not_trained_on_where_asked(training, metrics, tmp_p
     rl.run(training(sampling={"max_tokens": 5}, steps=1), tmp_path / "all")
     parts = [Receipt.read(tmp_path / name).flops_by_part for name in ("masked", "all")]
     assert parts[0]["training"] < parts[1]["training"] and parts[0]["sampling"] == parts[1]["sampling"]
+
+
+def test_replayed_routing_keeps_the_samplers_experts(training):
+    """A trainer whose routers would choose otherwise finds the sampler's logprobs where experts are replayed alone.
+
+    The biases choose and do nothing else, so that gates are the sampler's too; MTP's layer is left as it is.
+    """
+    gaps, kept = {}, {}
+    for replay in (False, True):
+        config = training(loss={"replay_routing": replay, "kl": 0.0, "mtp": 0.0})
+        model, _, trajectories = sampled(config)
+        kept[replay] = recorded(model, None, trajectories, config)
+        for layer in model.moe_layers():
+            layer.gate.e_score_correction_bias.copy_(torch.arange(8.0).flip(0) % 3)
+        gaps[replay] = recorded(model, None, trajectories, config)[0]["logprob_gap"]
+    assert gaps[True] < 1e-5 and gaps[False] > 1e-3
+    close(kept[True][1][0], kept[False][1][0])  # where the routers choose the same, nothing changes
+    assert kept[True][0]["expert_load"] == kept[False][0]["expert_load"]
+
+
+def test_replay_is_refused_where_no_experts_are_told(training, saying, tmp_path):
+    sampler = saying(lambda key, index: Solution("so", "no"))
+    with pytest.raises(SlingshotError, match=r"loss.replay_routing: this sampler tells of no experts"):
+        rl.run(training(loss={"replay_routing": True}), tmp_path / "out", sampler)
 
 
 def test_minibatches_are_steps_of_their_own_on_the_same_samples(training):

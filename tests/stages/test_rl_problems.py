@@ -126,7 +126,7 @@ def test_what_is_retired_and_drawn_outlasts_an_interruption(training, saying, tm
 SETTINGS = {
     "grpo": {"kl": 0.01},
     "dr_grpo": {"importance": "truncated"},
-    "dapo": {"mask_truncated": True},
+    "dapo": {"mask_truncated": True, "replay_routing": True},
     "gspo": {"importance": "masked"},
     "cispo": {"kl": 0.01, "kl_unbiased": True},
 }

@@ -49,7 +49,8 @@ class Gate(Linear):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
         self.e_score_correction_bias: Tensor
 
-    def forward(self, x_ND: Tensor) -> Routing:  # type: ignore[override]  # a choice, not a product
+    def forward(self, x_ND: Tensor, replayed_Nk: Tensor | None = None) -> Routing:  # type: ignore[override]  # a choice
+        """`replayed_Nk`: experts chosen before, numbered from 1; 0 is for the router to choose. Gates are its own."""
         config = self.config
         scores_NE = self.product(x_ND.float()).sigmoid()
         choice_NE = scores_NE.detach() + self.e_score_correction_bias
@@ -59,6 +60,8 @@ class Gate(Linear):
             kept = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=x_ND.device).scatter_(1, best_groups, True)
             choice_NE = grouped.masked_fill(~kept[..., None], -torch.inf).flatten(1)
         experts_Nk = choice_NE.topk(config.num_experts_per_tok, dim=-1).indices
+        if replayed_Nk is not None:  # arXiv 2510.11370
+            experts_Nk = torch.where(replayed_Nk > 0, replayed_Nk.long() - 1, experts_Nk)
         gates_Nk = scores_NE.gather(1, experts_Nk)
         if config.norm_topk_prob:
             gates_Nk = gates_Nk / (gates_Nk.sum(-1, keepdim=True) + 1e-20)
@@ -93,9 +96,9 @@ class MoE(nn.Module):
         shared = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = MLP(config.hidden_size, shared) if shared else None
 
-    def forward(self, x_XD: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x_XD: Tensor, replayed_Xk: Tensor | None = None) -> tuple[Tensor, Routing]:
         x_ND = x_XD.flatten(0, -2)
-        routing = self.gate(x_ND)
+        routing = self.gate(x_ND, None if replayed_Xk is None else replayed_Xk.flatten(0, -2))
         local = isinstance(self.dispatcher, LocalDispatcher) and self.experts.plain
         weights = self.experts.gate_up_proj.weight, self.experts.down_proj.weight
         if local and (kernel := experts_kernel(x_ND, weights[1].shape[-1])) is not None:

@@ -6,7 +6,8 @@
     output = model(tokens_BT, context=context)                           # over a cache: engine/runner.py
 
 Module names are Hugging Face's tensor names; only the experts are stacked (checkpoint/load_save.py splits them).
-Shape suffixes: B batch, T time, D model width, E experts, L MoE layers, V vocabulary.
+Shape suffixes: B batch, T time, D model width, E experts, k experts of a token, L MoE layers,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ class Block(nn.Module):
         is_moe = config.n_routed_experts > 0 and layer >= config.first_k_dense_replace
         self.mlp = MoE(config) if is_moe else MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x_BTD: Tensor, context: Context) -> Routed:
+    def forward(self, x_BTD: Tensor, context: Context, replayed_BTk: Tensor | None = None) -> Routed:
         x_BTD, y_BTD = self.input_layernorm.after(x_BTD)
         x_BTD, y_BTD = self.post_attention_layernorm.after(x_BTD, self.self_attn(y_BTD, context))
-        y_BTD, routing = self.mlp(y_BTD) if isinstance(self.mlp, MoE) else (self.mlp(y_BTD), None)
+        y_BTD, routing = self.mlp(y_BTD, replayed_BTk) if isinstance(self.mlp, MoE) else (self.mlp(y_BTD), None)
         return x_BTD + y_BTD, routing
 
 
@@ -161,11 +162,13 @@ class Transformer(nn.Module):
         logits: bool = True,
         mtp: bool = False,
         detach_mtp: bool = False,
+        replayed_BTLk: Tensor | None = None,
     ) -> ModelOutput:
         """tokens_BT -> ModelOutput. Attention stays within a segment (packed documents numbered from 1; 0 is padding).
 
         With a context of the engine's, attention is what it makes of it, tokens may be flat, and nothing is told of the
         routing. `mtp` runs the MTP module along; `detach_mtp` cuts its gradient off from the main model.
+        `replayed_BTLk`: for every MoE layer but MTP's the experts that tokens go to, as `Gate` takes them.
         """
         config = self.config
         packed = context is None
@@ -175,8 +178,10 @@ class Transformer(nn.Module):
             embedding_BTD = embedding_BTD.to(self.compute_dtype)
         x_BTD = embedding_BTD
         routings = []
-        for layer in self.model.layers[: config.num_hidden_layers]:
-            x_BTD, routing = layer(x_BTD, context)
+        for number, layer in enumerate(self.model.layers[: config.num_hidden_layers]):
+            at = number - config.first_k_dense_replace  # among the MoE layers
+            replayed_BTk = None if replayed_BTLk is None or at < 0 else replayed_BTLk[:, :, at]
+            x_BTD, routing = layer(x_BTD, context, replayed_BTk)
             routings.append(routing)
         output = ModelOutput(hidden_BTD=self.model.norm(x_BTD))
         if mtp:

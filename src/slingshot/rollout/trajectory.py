@@ -131,7 +131,13 @@ def pack(
         advantages_BT[row, span] = np.multiply(trajectory.mask, trajectory.advantage)
         sampler_BT[row, span] = trajectory.logprobs
     ids = (torch.from_numpy(part).long() for part in (packed.tokens_NT, packed.segments_NT))
-    return PolicyRows(*ids, *map(torch.from_numpy, (shares_BT, weights_BT, advantages_BT, sampler_BT)))
+    rows = PolicyRows(*ids, *map(torch.from_numpy, (shares_BT, weights_BT, advantages_BT, sampler_BT)))
+    if told := [t.routed_experts for t in trajectories if t.routed_experts is not None]:
+        rows.replayed_BTLk = torch.zeros(*rows.tokens_BT.shape, *told[0].shape[1:], dtype=torch.int16)
+        for trajectory, (row, start) in zip(trajectories, packed.placement, strict=True):
+            if (experts := trajectory.routed_experts) is not None:
+                rows.replayed_BTLk[row, start : start + len(experts)] = experts.to(torch.int16) + 1
+    return rows
 
 
 def sampling_cost(config: ModelConfig, groups: Sequence[Sequence[Trajectory]]) -> tuple[int, float]:

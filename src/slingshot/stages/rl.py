@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from slingshot.base.config import StageConfig
+from slingshot.base.errors import SlingshotError
 from slingshot.base.progress import Progress
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.flops import forward_flops, training_parts
@@ -104,6 +105,10 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
         reference = load_model(source, device=parallel.device, shard=parallel.shard) if config.loss.kl else None
         sampler = sampler or EngineSampler.beside(model, tokenizer, work.dtype, alone=parallel.mesh is None)
         params = config.sampling.params(config.group_size, config.seed)
+        if config.loss.replay_routing:
+            if not model.config.n_moe_layers:
+                raise SlingshotError("loss.replay_routing: this model has no experts; leave it out")
+            params = replace(params, routed_experts=True)
         pool = VerificationPool(tasks.tasks)
         rollout = Rollout(sampler, params, config.form, pool, parallel)
         parallel.shard(model)
@@ -198,6 +203,8 @@ def update_policy(
     loss = config.loss
     packed = pack(trajectories, config.sequence_length, loss.aggregation, config.sampling.max_tokens)
     batch = packed.to(parallel.device)
+    if loss.replay_routing and len(batch) and batch.replayed_BTLk is None:
+        raise SlingshotError("loss.replay_routing: this sampler tells of no experts; leave it out")
     n_rows = parallel.max(len(batch))
     if n_rows == 0:
         return {}

@@ -1,14 +1,14 @@
 """One step of policy training over packed trajectories: reference and policy forward, policy and MTP losses, backward.
 
 Shape suffixes: B rows, T time, N chosen tokens, P those and padding, D model width, V vocabulary, L MoE layers,
-E experts.
+E experts, k experts of a token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,7 @@ class PolicyLoss(Strict):
     importance: Literal["none", "truncated", "masked"] = "none"
     importance_cap: float = Field(default=2.0, gt=1)
     mask_truncated: bool = False
+    replay_routing: bool = False
     mtp: float = Field(default=0.1, ge=0)
 
     @model_validator(mode="after")
@@ -75,12 +76,18 @@ class PolicyRows:
     weights_BT: Tensor
     advantages_BT: Tensor
     sampler_BT: Tensor  # the sampler's logprobs
+    replayed_BTLk: Tensor | None = None  # the sampler's experts, numbered from 1; 0 where it told of none
     trainer_BT: Tensor | None = None  # the policy's before its update, where several updates are made of these rows
 
     @property
     def mask_BT(self) -> Tensor:
         """1 on sampled tokens, else 0."""
         return (self.shares_BT > 0).float()
+
+    def inputs(self) -> dict[str, Any]:
+        """What the policy's own passes take."""
+        given = {"tokens_BT": self.tokens_BT, "segments_BT": self.segments_BT, "replayed_BTLk": self.replayed_BTLk}
+        return {**given, "logits": False}
 
     def __len__(self) -> int:
         return len(self.tokens_BT)
@@ -130,7 +137,7 @@ def policy_step(
             with torch.no_grad():
                 hidden_BTD = reference(micro.tokens_BT, segments_BT=micro.segments_BT, logits=False).hidden_BTD
                 reference_N, _ = chosen.logprobs(reference, hidden_BTD, temperature)
-        output = model(micro.tokens_BT, segments_BT=micro.segments_BT, logits=False, mtp=with_mtp, detach_mtp=True)
+        output = model(**micro.inputs(), mtp=with_mtp, detach_mtp=True)
         logprobs_N, entropy_N = chosen.logprobs(model, output.hidden_BTD, temperature)
         losses_N, kl_N, clipped_N = _policy_losses(chosen, logprobs_N, reference_N, config)
         policy_loss = (losses_N * chosen.of(micro.weights_BT)).sum()
@@ -158,8 +165,7 @@ def trainer_logprobs(
     for start in range(0, n_rows, micro_batch_size):
         micro = batch[start : start + micro_batch_size].or_empty()
         chosen = _Chosen(micro)
-        hidden_BTD = model(micro.tokens_BT, segments_BT=micro.segments_BT, logits=False).hidden_BTD
-        logprobs_N, _ = chosen.logprobs(model, hidden_BTD, temperature)
+        logprobs_N, _ = chosen.logprobs(model, model(**micro.inputs()).hidden_BTD, temperature)
         logprobs_BT = logprobs_N.new_zeros(micro.tokens_BT.shape)
         logprobs_BT.view(-1)[chosen.places_N + 1] = logprobs_N
         found.append(logprobs_BT)

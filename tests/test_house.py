@@ -32,10 +32,10 @@ ROOMS = {
     "quantization": (50, 62),
     "recipe": (1059, 938),
     "rollout": (682, 528),
-    "sandbox": (315, 237),
+    "sandbox": (851, 557),
     "serving": (5330, 4450),
     "stages": (1104, 1342),
-    "tasks": (1228, 1188),
+    "tasks": (2014, 1600),
     "text": (1625, 1669),
     "training": (1433, 1104),
 }

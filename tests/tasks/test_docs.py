@@ -7,9 +7,11 @@ import tomllib
 from pathlib import Path
 
 from slingshot.base.config import Strict
-from slingshot.tasks.loader import TaskConfig, load_task
+from slingshot.tasks.loader import TaskConfig, load_task, task_keys
 
-PAGE = (Path(__file__).parents[2] / "docs" / "task.md").read_text(encoding="utf-8")
+PAGE, CODE = (
+    (Path(__file__).parents[2] / "docs" / name).read_text(encoding="utf-8") for name in ("task.md", "code.md")
+)
 
 
 class Asked(Strict):
@@ -42,3 +44,12 @@ def test_every_line_of_a_recipe_on_the_page_names_tasks():
     lines = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
     named = [[task.name for task in Asked.parse(tomllib.loads(line)).tasks] for line in lines]
     assert named == [["capitals.py"], ["arithmetic", "capitals.py"]]
+
+
+def test_problems_of_the_page_on_code_are_taken(tmp_path):
+    (tmp_path / "mine.jsonl").write_text("".join(re.findall(r"```jsonl\n(.*?)```", CODE, re.DOTALL)))
+    load_task("code", source=str(tmp_path / "mine.jsonl"), trusted=True)
+    (line,) = re.findall(r"```toml\n(.*?)```", CODE, re.DOTALL)
+    (task,) = Asked.parse(tomllib.loads(line)).tasks
+    assert load_task(task.name, trusted=True, **task.params).level == 2
+    assert set(re.findall(r"`(\w+) = ", CODE)) <= {key.name for key in task_keys("code")}

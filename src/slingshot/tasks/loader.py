@@ -13,6 +13,7 @@ from slingshot.base.config import Strict
 from slingshot.base.keys import Key, keys_of
 from slingshot.base.names import unknown_name
 from slingshot.tasks.arithmetic import Arithmetic
+from slingshot.tasks.code import Code
 from slingshot.tasks.countdown import Countdown
 from slingshot.tasks.reasoning_gym import Gym, gym_keys
 from slingshot.tasks.task import GeneratedTask, Task
@@ -20,6 +21,7 @@ from slingshot.tasks.user import UserTask
 
 KINDS = {
     "arithmetic": "chains of + - x over small numbers, asked in English or Japanese; writes worked solutions",
+    "code": "Python programs that hidden tests judge: generated (writes worked solutions), HumanEval's or yours",
     "countdown": "reach a target with given numbers; writes worked solutions that try, fail and try again",
     "gym:NAME": "any dataset of reasoning-gym; gym:chain_sum writes worked solutions",
     "path/to/file.py": "your own: one file with problems(split, seed) and verify(problem, text)",
@@ -43,6 +45,8 @@ def load_task(name: str, **params: Any) -> Task:
     """The task called `name`, one of KINDS. Raises SlingshotError for an unknown name or parameter."""
     if name.startswith("gym:"):
         return Gym.load(name.removeprefix("gym:"), params)
+    if name == "code":
+        return Code.load(params)
     return UserTask.load(name, params) if name.endswith(".py") else _generated(name).parse(params, name)
 
 
@@ -52,7 +56,8 @@ def task_keys(name: str) -> list[Key]:
         return gym_keys()
     if name.startswith("gym:"):
         return gym_keys(name.removeprefix("gym:"))
-    return [key for key in keys_of(UserTask if name.endswith(".py") else _generated(name)) if key.name != "path"]
+    kind = UserTask if name.endswith(".py") else Code if name == "code" else _generated(name)
+    return [key for key in keys_of(kind) if key.name != "path"]
 
 
 def _generated(name: str) -> type[GeneratedTask]:

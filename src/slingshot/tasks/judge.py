@@ -1,0 +1,185 @@
+"""Judging programs: tests run in another process than the answer, and what they see of it is plain data.
+
+    judge(answer, HiddenTests(inputs=[[3]], outputs=[9], entry_point="square"), limits)     # [True]
+
+An answer cannot reach what judges it: expected values never enter its process, results are compared outside, and each
+reply repeats a number that was drawn for its question. So ending the process, replacing a test, an `__eq__` that is
+always true, or results that are printed earn nothing; only right values do.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import json
+import math
+import re
+import secrets
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from slingshot.sandbox.program import Program, ProgramLimits, run_program
+from slingshot.tasks.code_child import decode, encode
+
+_CHILD = Path(__file__).with_name("code_child.py")
+OPEN = "    pass\n"  # ends the preamble's last function, if that is what the answer is to complete
+_NOTHING = object()  # equal to nothing
+_REAL = re.compile(r"[+-]?[0-9]*\.[0-9]+(e[+-]?[0-9]+)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class HiddenTests:
+    """The tests of a problem, in one of three forms.
+
+    `tests`: statements that assert something of functions of the answer, and `check(entry_point)` if they define
+    `check`; `preamble` is run before answer and tests. Else `inputs` and `outputs`: lists of arguments and results of
+    `entry_point`, or, without one, what a program reads and writes.
+    """
+
+    tests: tuple[str, ...] = ()
+    inputs: tuple[Any, ...] = ()
+    outputs: tuple[Any, ...] = ()
+    entry_point: str = ""
+    preamble: str = ""
+    tolerance: float = 1e-6
+
+    @property
+    def count(self) -> int:
+        return len(self.tests) or len(self.outputs)
+
+
+def judge(
+    answer: str, trial: HiddenTests, limits: ProgramLimits, trusted: bool = False, all_tests: bool = False
+) -> list[bool]:
+    """Which tests hold, within `limits.seconds` for all together; ends at the first that fails unless `all_tests`."""
+    end = monotonic() + limits.seconds
+    if trial.tests:
+        return _asserted(answer, trial, limits, trusted)
+    if trial.entry_point:
+        return _called(answer, trial, limits, trusted, all_tests)
+    passed = list[bool]()
+    for given, expected in zip(trial.inputs, trial.outputs, strict=True):
+        left = replace(limits, seconds=max(0.0, end - monotonic()))
+        outcome = run_program(answer, given, left, trusted) if left.seconds else None
+        passed.append(
+            outcome is not None and outcome.reason == "ok" and same_text(outcome.stdout, expected, trial.tolerance)
+        )
+        if not passed[-1] and not all_tests:
+            break
+    return passed
+
+
+class _Answer:
+    """The process that holds an answer; asked no more once it has ended or spoken out of turn."""
+
+    def __init__(self, answer: str, trial: HiddenTests, limits: ProgramLimits, trusted: bool) -> None:
+        self.program = Program(_child("answer"), limits, trusted)
+        self._sources = _sources(answer, trial)
+
+    def define(self) -> bool:
+        """Whether the answer could be run at all."""
+        return "value" in (self._exchange(self._sources) or {})
+
+    def ask(self, name: str, args: Any, named: Any) -> dict[str, Any] | None:
+        """{"value": encoded} or {"error": an exception's name}; None from an answer that is gone."""
+        return self._exchange(name, args, named)
+
+    def _exchange(self, *question: Any) -> dict[str, Any] | None:
+        number = secrets.token_hex(8)
+        try:
+            repeated, reply = json.loads(self.program.exchange(json.dumps([number, *question])) or "")
+            valid = repeated == number and isinstance(reply, dict) and len(reply) == 1
+            return reply if valid and isinstance(reply.get("error", ""), str) else None
+        except (ValueError, TypeError, RecursionError):
+            return None
+
+
+def _sources(answer: str, trial: HiddenTests) -> list[str]:
+    """What comes before an answer, and it; in one where it goes on in the middle of a function, as base models do."""
+    begun = trial.preamble.removesuffix(OPEN)
+    if begun != trial.preamble and f"def {trial.entry_point}" not in answer:
+        return [begun + answer]
+    return [trial.preamble, answer]
+
+
+def _child(role: str) -> str:
+    return f"{_CHILD.read_text(encoding='utf-8')}\n\n{role}()\n"
+
+
+def _called(answer: str, trial: HiddenTests, limits: ProgramLimits, trusted: bool, all_tests: bool) -> list[bool]:
+    held = _Answer(answer, trial, limits, trusted)
+    passed = list[bool]()
+    with held.program:
+        if not held.define():
+            return [False]
+        for given, expected in zip(trial.inputs, trial.outputs, strict=True):
+            reply = held.ask(trial.entry_point, encode(given), encode({}))
+            passed.append(reply is not None and "value" in reply and same(_plain(reply), expected, trial.tolerance))
+            if reply is None or not (passed[-1] or all_tests):
+                break
+    return passed
+
+
+def _asserted(answer: str, trial: HiddenTests, limits: ProgramLimits, trusted: bool) -> list[bool]:
+    """An answer that ends, hangs or speaks out of turn loses all tests."""
+    held = _Answer(answer, trial, limits, trusted)
+    with held.program, Program(_child("tests"), limits, trusted) as tests:
+        names = [trial.entry_point] if trial.entry_point else called_names(trial)
+        setup = {"names": names, "tests": trial.tests, "preamble": trial.preamble, "check": trial.entry_point}
+        line = json.dumps(setup)
+        if not held.define():
+            return [False]
+        while said := tests.exchange(line):
+            message = json.loads(said)
+            if "passed" in message:
+                return [value is True for value in message["passed"]]
+            if (reply := held.ask(*message["call"])) is None:
+                break
+            line = json.dumps(reply)
+    return [False]
+
+
+def _plain(reply: dict[str, Any]) -> Any:
+    try:
+        return decode(reply["value"])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # it was not `encode` that wrote it
+        return _NOTHING
+
+
+def called_names(trial: HiddenTests) -> list[str]:
+    """Functions that tests call and nobody but the answer defines. Raises SyntaxError for tests that are no Python."""
+    nodes = [node for text in (trial.preamble, *trial.tests) for node in ast.walk(ast.parse(text))]
+    called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    kinds = ast.FunctionDef | ast.ClassDef
+    known = {node.name for node in nodes if isinstance(node, kinds)} | set(dir(builtins))
+    known |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    known |= {name.asname or name.name for node in nodes if isinstance(node, ast.ImportFrom) for name in node.names}
+    known |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    return sorted(called - known)
+
+
+def same(value: Any, expected: Any, tolerance: float) -> bool:
+    """Whether a result is what was expected, as JSON has it: a tuple is a list, and floats are near."""
+    if isinstance(expected, list):
+        pairs = isinstance(value, list | tuple) and len(value) == len(expected) and zip(value, expected, strict=True)
+        return bool(pairs is not False and all(same(*pair, tolerance) for pair in pairs))
+    if isinstance(expected, dict):
+        keyed = {str(key): each for key, each in value.items()} if isinstance(value, dict) else {}
+        return keyed.keys() == expected.keys() and all(same(keyed[key], expected[key], tolerance) for key in keyed)
+    if isinstance(expected, float) and type(value) in (int, float):
+        return abs(value) < 1e300 and math.isclose(value, expected, rel_tol=tolerance, abs_tol=tolerance)
+    if type(expected) is int and type(value) is float:
+        return value == expected
+    return type(value) is type(expected) and bool(value == expected)
+
+
+def same_text(written: str, expected: str, tolerance: float) -> bool:
+    """Whether a program wrote what was expected, word by word and line by line; numbers with a point are near."""
+    lines, wanted = ([line.split() for line in text.strip().splitlines()] for text in (written, expected))
+    return [len(line) for line in lines] == [len(line) for line in wanted] and all(
+        word == want or (_REAL.fullmatch(want) and _REAL.fullmatch(word) and same(float(word), float(want), tolerance))
+        for line, wants in zip(lines, wanted, strict=True)
+        for word, want in zip(line, wants, strict=True)
+    )

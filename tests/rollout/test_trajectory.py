@@ -39,6 +39,13 @@ def test_rows_hold_advantage_and_logprob_in_the_place_of_each_sampled_token(traj
     assert pack([], 9).tokens_BT.shape == (0, 9)
 
 
+def test_an_end_token_is_trained_on_and_padding_of_the_same_id_is_not(trajectory):
+    """Id 0 ends the response and fills the row: who wrote a token is known by its place, not by its id."""
+    batch = pack([trajectory([11, 0], advantage=1.0)], 8)
+    assert batch.tokens_BT.tolist() == [[7, 8, 11, 0, 0, 0, 0, 0]]
+    assert batch.mask_BT.tolist() == [[0, 0, 1, 1, 0, 0, 0, 0]] == batch.advantages_BT.tolist()
+
+
 def test_rows_hold_the_samplers_experts_where_they_were_told(trajectory):
     """Two layers, one expert each; numbered from 1, nothing for the last token and for what was not told."""
     told, silent = trajectory([11, 12]), trajectory([21])

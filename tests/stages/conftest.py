@@ -6,6 +6,7 @@ from slingshot.base.files import read_jsonl
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.rollout.sampler import ScriptedSampler
 from slingshot.stages import pretrain
+from slingshot.stages.rl import RLConfig
 
 SUMS = {"name": "arithmetic", "params": {"min_terms": 2, "max_terms": 2, "operators": "+", "languages": ["en"]}}
 
@@ -39,6 +40,20 @@ def base(pretraining, tmp_path_factory):
     out = tmp_path_factory.mktemp("base") / "base"
     pretrain.run(pretraining(), out)
     return out
+
+
+@pytest.fixture
+def training(base, sums):
+    """training(**changes): two steps of 3 problems, 4 responses each, a coin for a reward: there is always a signal."""
+    common = {"model": str(base), "tasks": [sums], "dtype": "float32", "threads": 1, "rewards": {"random": True}}
+    sizes = {"steps": 2, "prompts_per_step": 3, "group_size": 4, "sequence_length": 48}
+    tables = {"sampling": {"max_tokens": 12}, "optimizer": {"lr": 1e-3}}
+
+    def config(**changes):
+        given = {name: table | changes.pop(name, {}) for name, table in tables.items()}
+        return RLConfig.parse({**common, **sizes, **given, **changes}, "rl")
+
+    return config
 
 
 @pytest.fixture(scope="session")

@@ -137,6 +137,29 @@ def test_every_loss_of_the_sampling_policy_is_the_plain_policy_gradient(name):
     assert gradient == pytest.approx([-2.0, 1.0, 0.0, -1.0]) and not terms.clipped_N.any()
 
 
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+@pytest.mark.parametrize("far", [-200.0, 200.0])
+def test_ratios_beyond_floats_leave_finite_gradients(name, far):
+    """A token that is e^200 times as likely as before, or as unlikely: beside others, with an advantage or none."""
+    kind = POLICY_LOSSES[name]
+    logprobs = row(far, -1.0, far, far).requires_grad_()
+    old = row(0.0, -1.0, 0.0, 0.0)
+    loss, _ = kind.losses(logprobs, old, row(1.0, 1.0, -1.0, 0.0), ALONE, kind.clip_low, kind.clip_high)
+    weighted = loss * importance_weights(old, old + far, 2.0, masked=True) + k3(logprobs, old)
+    for each in (loss.sum(), weighted.sum()):
+        (gradient,) = torch.autograd.grad(each, logprobs, retain_graph=True)
+        assert each.isfinite() and gradient.isfinite().all()
+
+
+def test_a_little_at_every_token_does_not_grow_with_the_length():
+    """0.012 nats at each of 100 tokens are a ratio of 3.3 of the whole response: no weight, and no clip, takes that."""
+    trainer, sampler = torch.full((100,), -1.0), torch.full((100,), -1.012)
+    assert importance_weights(trainer, sampler, 2.0, masked=True).tolist() == pytest.approx([math.exp(0.012)] * 100)
+    response = torch.zeros(100, dtype=torch.long)
+    losses, clipped = gspo(trainer, sampler, torch.ones(100), response, 0.2, 0.2)
+    assert losses.tolist() == pytest.approx([-math.exp(0.012)] * 100, rel=1e-5) and not clipped.any()
+
+
 def test_k3_penalty_by_hand():
     """ln 2 above, below the reference: exp(-ln 2) + ln 2 - 1, exp(ln 2) - ln 2 - 1; d/dlogp = 1 - exp(ref - log p)."""
     logprobs = row(math.log(2), -math.log(2), 0.0).requires_grad_()
@@ -160,7 +183,7 @@ def test_times_the_ratio_k3_has_the_divergence_s_gradient():
     logp = logits.log_softmax(0)
     estimate = (OLD * (logp - OLD.log()).exp() * k3(logp, REFERENCE.log())).sum()
     exact = (logp.exp() * (logp - REFERENCE.log())).sum()
-    assert float(estimate) == pytest.approx(float(exact))
+    assert estimate.item() == pytest.approx(exact.item())
     (found,), (expected,) = (torch.autograd.grad(each, logits, retain_graph=True) for each in (estimate, exact))
     assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
 

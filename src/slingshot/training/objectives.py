@@ -20,6 +20,8 @@ from torch import Tensor
 
 from slingshot.kernels.logprobs import token_logprobs
 
+_LOG_RATIO = 20.0  # nats; beyond it ratios are not told apart
+
 
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor | None = None) -> Tensor:
     """Sum of -log p(target), in nats, each token times its weight."""
@@ -65,7 +67,7 @@ def grpo(
 
     Dr. GRPO (2503.20783, 3.2) and DAPO (2503.14476, equation 8) differ from it in clips and aggregation alone.
     """
-    return _clipped((logprobs_N - old_N).exp(), advantages_N, low, high)
+    return _clipped(ratios(logprobs_N, old_N), advantages_N, low, high)
 
 
 def gspo(
@@ -78,7 +80,7 @@ def gspo(
     size = int(sequences_N.max()) + 1 if len(sequences_N) else 0
     sums_S = logprobs_N.new_zeros(size).index_add(0, sequences_N, logprobs_N - old_N)
     mean_S = sums_S / sequences_N.bincount(minlength=size).clamp(min=1)
-    return _clipped(mean_S[sequences_N].exp(), advantages_N, low, high)
+    return _clipped(ratios(mean_S, torch.zeros_like(mean_S))[sequences_N], advantages_N, low, high)
 
 
 def cispo(
@@ -88,9 +90,14 @@ def cispo(
 
     So no token's gradient is lost. `low` 1 is no lower bound.
     """
-    ratio_N = (logprobs_N.detach() - old_N).exp()
+    ratio_N = ratios(logprobs_N.detach(), old_N)
     weight_N = ratio_N.clamp(1 - low, 1 + high)
     return TokenLosses(-weight_N * advantages_N * logprobs_N, (weight_N != ratio_N).float())
+
+
+def ratios(logprobs: Tensor, others: Tensor) -> Tensor:
+    """p / other p, as far as float32 holds it: what overflows makes NaN of a gradient that a clip holds at 0."""
+    return (logprobs - others).clamp(-_LOG_RATIO, _LOG_RATIO).exp()
 
 
 def _clipped(ratio_N: Tensor, advantages_N: Tensor, low: float, high: float) -> TokenLosses:
@@ -100,8 +107,7 @@ def _clipped(ratio_N: Tensor, advantages_N: Tensor, low: float, high: float) -> 
 
 def k3(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
     """exp(d) - d - 1, d = log reference - log p: the divergence from the reference (arXiv 2402.03300, equation 4)."""
-    difference_N = reference_N - logprobs_N
-    return difference_N.exp() - difference_N - 1
+    return ratios(reference_N, logprobs_N) - (reference_N - logprobs_N) - 1
 
 
 def importance_weights(trainer_N: Tensor, sampler_N: Tensor, cap: float, masked: bool) -> Tensor:
@@ -110,7 +116,7 @@ def importance_weights(trainer_N: Tensor, sampler_N: Tensor, cap: float, masked:
     `masked`: the ratio itself where it is within [1 / cap, cap], else 0. Source: Yao et al. 2025, "Your efficient RL
     framework secretly brings you off-policy RL training"; masks: arXiv 2510.18855 (IcePop).
     """
-    ratio_N = (trainer_N - sampler_N).detach().exp()
+    ratio_N = ratios(trainer_N, sampler_N).detach()
     if masked:
         return torch.where((ratio_N >= 1 / cap) & (ratio_N <= cap), ratio_N, 0.0)
     return ratio_N.clamp(max=cap)

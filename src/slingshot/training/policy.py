@@ -26,6 +26,7 @@ from slingshot.training.objectives import (
     PolicyLossName,
     importance_weights,
     k3,
+    ratios,
     targets_ahead,
 )
 from slingshot.training.parallel import Parallel
@@ -189,7 +190,7 @@ def _policy_losses(
         return losses_N, torch.zeros_like(losses_N), clipped_N
     kl_N = k3(logprobs_N, reference_N)
     if config.kl_unbiased:  # arXiv 2512.02556, 3.1
-        kl_N = kl_N * (logprobs_N - old_N).exp()
+        kl_N = kl_N * ratios(logprobs_N, old_N)
     return losses_N + config.kl * kl_N, kl_N, clipped_N
 
 

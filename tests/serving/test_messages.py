@@ -173,7 +173,7 @@ def test_what_claude_code_sends_beside_is_tolerated(served):
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "invalid_request_error", "role 'tool'"),
         ({"messages": [{"role": "user", "content": 3}]}, 400, "invalid_request_error", "a list of blocks"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, 400, "invalid_request_error", "text only"),
-        ({"tool_choice": {"type": "any"}}, 400, "invalid_request_error", "cannot be made to call"),
+        ({"tool_choice": {"type": "any"}}, 400, "invalid_request_error", "no function to call"),
         ({"tools": [{"name": ""}]}, 400, "invalid_request_error", "has a name"),
         ({"tools": [TOOL]}, 400, "invalid_request_error", "knows no tools"),
     ],

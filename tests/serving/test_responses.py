@@ -156,7 +156,7 @@ def test_effort_none_leaves_the_reasoning_out(client):
         ({"input": [{"role": "boss", "content": "x"}]}, 400, "role 'boss'"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, 400, "read text only"),
         ({"input": [{"type": "function_call", "name": "f"}]}, 400, "call_id"),
-        ({"tool_choice": "required"}, 400, "cannot be made to call"),
+        ({"tool_choice": "required"}, 400, "no function to call"),
         ({"text": {"format": {"type": "xml"}}}, 400, "none of text, json_object"),
         ({"tools": [{"type": "web_search", "x": "\ud800"}]}, 400, "half a character"),
         ({"extra_body": {"n": 2}}, 400, "n is not of this API"),

@@ -3,7 +3,17 @@ import json
 import openai
 import pytest
 
-from tests.serving.conftest import WEATHER
+from slingshot.engine.engine import Engine
+from slingshot.engine.sampling import SamplingParams
+from slingshot.engine.vocabulary import Vocabulary
+from slingshot.serving.app import create_app
+from slingshot.serving.call_structure import call_structure, free_text
+from slingshot.serving.gateway import Gateway
+from slingshot.serving.local import LocalBackend
+from slingshot.serving.served_model import ServedModel
+from slingshot.text.tool_calls import ToolCall, ToolCallStream
+from tests.serving.conftest import WEATHER, running
+from tests.text.test_tool_calls import BY_NAME, encode, tokenizers  # noqa: F401
 
 QUESTION = {"role": "user", "content": "What is the weather?"}
 
@@ -72,10 +82,139 @@ def test_a_model_that_knows_no_tools_says_so(client):
         ({"tools": [{"type": "function"}]}, "has a name"),
         ({"tools": [3]}, "with a type"),
         ({"tool_choice": "some"}, "is none of"),
-        ({"tool_choice": "required"}, "cannot be made to call"),
+        ({"tool_choice": "required", "tools": []}, "no function to call"),
+        ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "bind the same answer"),
         ({"tool_choice": {"type": "function", "function": {"name": "weathr"}}}, "did you mean weather"),
     ],
 )
 def test_impossible_tools_are_refused(calls, wrong, what):
     with pytest.raises(openai.BadRequestError, match=what):
         ask(calls, [QUESTION], **wrong)
+
+
+ADD = {
+    "name": "add",
+    "description": "Add them.",
+    "parameters": {
+        "type": "object",
+        "properties": {"x": {"enum": [1, 2]}, "y": {"type": "boolean"}},
+        "required": ["x", "y"],
+    },
+}
+NOW = {"name": "now", "parameters": {"type": "object", "properties": {}}}
+BOTH = [{"type": "function", "function": its} for its in (ADD, NOW)]
+
+
+def fits(name, arguments):
+    value = json.loads(arguments)
+    return value == {} if name == "now" else value["x"] in (1, 2) and type(value["y"]) is bool and len(value) == 2
+
+
+@pytest.fixture(scope="module")
+def forced(make_model, dense, caller):
+    """A client of a small random model whose template knows tools."""
+    pytest.importorskip("xgrammar")
+    engine = Engine(make_model(dense(vocab_size=caller.vocab_size, max_position_embeddings=512)), caller)
+    with (
+        running(create_app(Gateway([ServedModel("tiny", caller, LocalBackend(engine))]))) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("budget", [0, 5])
+def test_a_call_that_is_required_comes_and_fits_its_schema(forced, budget, stream):
+    more = {"thinking_token_budget": budget, "seed": budget}
+    asked = {"tools": BOTH, "tool_choice": "required", "parallel_tool_calls": False, "extra_body": more}
+    if stream:
+        with forced.chat.completions.stream(model="tiny", messages=[QUESTION], **asked) as events:
+            for _ in events:
+                pass
+            choice = events.get_final_completion().choices[0]
+    else:
+        choice = ask(forced, [QUESTION], **asked).choices[0]
+    (call,) = choice.message.tool_calls
+    assert choice.finish_reason == "tool_calls" and not choice.message.content
+    assert fits(call.function.name, call.function.arguments)
+
+
+def test_a_certain_function_is_called_in_every_dialect(forced, anthropic_of):
+    more = {"thinking_token_budget": 4, "seed": 3}
+    choice = {"type": "function", "function": {"name": "add"}}
+    told = ask(forced, [QUESTION], tools=BOTH, tool_choice=choice, extra_body=more).choices[0].message
+    (call,) = told.tool_calls
+    assert call.function.name == "add" and fits("add", call.function.arguments)
+    response = forced.responses.create(
+        model="tiny", input="Add.", tools=[{"type": "function", "strict": True, **ADD}], reasoning={"effort": "none"},
+        tool_choice={"type": "function", "name": "add"}, extra_body={"seed": 2},
+    )  # fmt: skip
+    (item,) = response.output
+    assert (item.type, item.name, item.status) == ("function_call", "add", "completed") and fits("add", item.arguments)
+    assert response.tool_choice.name == "add" and response.tools[0].strict
+    tools = [{"name": its["name"], "input_schema": its["parameters"]} for its in (ADD, NOW)]
+    for choice in ({"type": "tool", "name": "add"}, {"type": "any", "disable_parallel_tool_use": True}):
+        message = anthropic_of(forced).messages.create(
+            model="tiny", messages=[QUESTION], max_tokens=400, tools=tools, tool_choice=choice,
+            thinking={"type": "disabled"}, extra_body={"seed": 2},
+        )  # fmt: skip
+        (block,) = message.content
+        assert message.stop_reason == "tool_use" and fits(block.name, json.dumps(block.input))
+        assert choice["type"] == "any" or block.name == "add"
+
+
+def test_one_call_at_most_ends_the_answer_before_the_second(calls):
+    choice = ask(calls, [QUESTION], parallel_tool_calls=False).choices[0]
+    assert (choice.finish_reason, len(choice.message.tool_calls)) == ("tool_calls", 1)
+    assert ask(calls, [QUESTION], parallel_tool_calls=True).choices[0].message.tool_calls[1]
+
+
+FORMS = [*BY_NAME, "spelt"]
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("several", [False, True])
+def test_calls_of_every_format_are_made_and_read(request, make_model, dense, tokenizers, name, several):  # noqa: F811
+    """A random model must call, after its reasoning and in the format's own words: what it writes is read."""
+    pytest.importorskip("xgrammar")
+    tokenizer, form = tokenizers[name], BY_NAME["hermes" if name == "spelt" else name]
+    engine = Engine(make_model(dense(vocab_size=tokenizer.vocab_size, max_position_embeddings=512)), tokenizer)
+    tag = call_structure(form, tokenizer, [ADD, NOW], several)
+    params = SamplingParams(max_tokens=400, n=6, temperature=1.3, thinking_budget=6, structural_tag=tag)
+    prompt = [*tokenizer.encode("Add."), tokenizer.think_id]
+    (output,) = engine.generate([prompt], params)
+    whole = [its for its in output.outputs if its.finish_reason == "stop"]
+    assert len(whole) >= 3
+    for sample in whole:
+        stream = ToolCallStream(tokenizer, True, form)
+        told = [part for id in sample.token_ids[:-1] for part in stream.push(id)] + stream.finish()
+        found = [part for part in told if isinstance(part, ToolCall)]
+        assert found and all(fits(call.name, call.arguments) for call in found)
+        assert not [text for kind, text in (part for part in told if isinstance(part, tuple)) if kind == "answer"]
+        assert several or len(found) == 1
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_strict_call_that_is_begun_keeps_to_its_schema_and_text_is_free(tokenizers, name):  # noqa: F811
+    pytest.importorskip("xgrammar")
+    from slingshot.engine.structured import GrammarMatcher  # needs xgrammar
+
+    tokenizer, form = tokenizers[name], BY_NAME["hermes" if name == "spelt" else name]
+    vocabulary = Vocabulary(tokenizer, tokenizer.vocab_size)
+    grammar = vocabulary.grammars.compile(SamplingParams(structural_tag=free_text(form, tokenizer, [ADD, NOW])))
+
+    def accepted(text):
+        matcher = GrammarMatcher(grammar, vocabulary.size)
+        return all(map(matcher.push, encode(tokenizer, text))) and bool(
+            matcher.mask()[tokenizer.eos_id // 32] >> tokenizer.eos_id % 32 & 1
+        )
+
+    def call(arguments):
+        text = form.call.replace("NAME", "add").replace("ARGUMENTS", arguments).replace("DIGITS", "0")
+        return form.begin + text + form.end
+
+    good, bad = '{"x": 1, "y": true}', '{"x": 3, "y": true}'
+    if form.sign == "<function=":
+        good, bad = (f"<parameter=x>{x}</parameter><parameter=y>true</parameter>" for x in (1, 3))
+    free = "" if name == "llama" else "Fine {so} it is. "
+    assert accepted("Fine. 日本 {") and accepted(free + call(good)) and not accepted(free + call(bad))

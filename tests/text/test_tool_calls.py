@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from slingshot.text.tokenizer import R1_CONFIG, R1_TOKENS, Tokenizer
 from slingshot.text.tool_calls import FORMATS, ToolCall, ToolCallStream, tool_format
 
-TEMPLATES = {form.name: f"{{% if tools %}}{form.begin} {form.end}{{% endif %}}" for form in FORMATS}
+TEMPLATES = {form.name: f"{{% if tools %}}{form.begin} {form.sign} {form.end}{{% endif %}}" for form in FORMATS}
 BY_NAME = {form.name: form for form in FORMATS}
 TAGS = [tag for form in FORMATS for tag in (form.begin, form.end, *form.inner) if tag] + ["<think>", "</think>"]
 
@@ -34,6 +34,10 @@ def tokenizers():
 
 def section(name, calls):
     """What a model of that format writes to call functions."""
+    if name == "deepseek-v3":
+        (begin, middle, end), fenced = BY_NAME[name].inner, "\n```json\n{}\n```"
+        inner = "\n".join(f"{begin}function{middle}{n}{fenced.format(a)}{end}" for n, a in calls)
+        return f"<｜tool▁calls▁begin｜>{inner}<｜tool▁calls▁end｜>"
     if name == "deepseek":
         inner = "".join(f"<｜tool▁call▁begin｜>{n}<｜tool▁sep｜>{a}<｜tool▁call▁end｜>" for n, a in calls)
         return f"<｜tool▁calls▁begin｜>{inner}<｜tool▁calls▁end｜>"

@@ -46,9 +46,11 @@ class Guide:
         self.forced: deque[int] = deque()
         self.failed = False  # the answer left the grammar
         self._matcher: GrammarMatcher | None = None
+        self._banned = sorted(vocabulary.tokenizer.eos_ids)  # within the reasoning
         if grammar is not None:
-            from slingshot.engine.structured import GrammarMatcher
+            from slingshot.engine.structured import GrammarMatcher, own_tokens
 
+            self._banned += own_tokens(params.structural_tag) if params.structural_tag else []
             self._matcher = GrammarMatcher(grammar, vocabulary.size)
         if opened and self._budget == 0:
             self._close(b"\n")
@@ -113,5 +115,5 @@ class Guide:
         return self._ending
 
     def banned(self) -> Sequence[int]:
-        """Within reasoning no token ends the sample."""
-        return sorted(self._vocabulary.tokenizer.eos_ids) if self._reasoning and not self.forced else ()
+        """Within reasoning no token ends the sample, and none belongs to a structure that is held to after it."""
+        return self._banned if self._reasoning and not self.forced else ()

@@ -26,8 +26,9 @@ _OFF = {
     "top_p": 1.0, "top_k": 0, "stop": (), "stop_token_ids": (), "logit_bias": (), "bad_words": (), "top_logprobs": 0,
     "choice": (), "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
 }  # fmt: skip  # what None means
-_OPTIONAL = {"prompt_logprobs": 0, "thinking_budget": 0, "json_schema": "", "regex": "", "grammar": ""}  # or None
-STRUCTURES = ("json_schema", "regex", "choice", "grammar")
+_OPTIONAL = {"prompt_logprobs": 0, "thinking_budget": 0, "json_schema": "", "regex": "", "grammar": "",
+             "structural_tag": ""}  # fmt: skip  # or None
+STRUCTURES = ("json_schema", "regex", "choice", "grammar", "structural_tag")
 
 
 class SamplingError(SlingshotError):
@@ -57,7 +58,7 @@ class SamplingParams:
     prompt_logprobs     None: nothing is told of the prompt; 0: logprobs of its tokens; more: and of so many likeliest
     thinking_budget     tokens of reasoning at most, and up to 3 to end a character; then the sampler writes the
                         template's closing words, and the model answers
-    json_schema, regex, choice, grammar (EBNF)
+    json_schema, regex, choice, grammar (EBNF), structural_tag (xgrammar's, as JSON)
                         what the answer will be like; one of them. It binds after the reasoning
     routed_experts      whether the experts of every token are told
 
@@ -86,6 +87,7 @@ class SamplingParams:
     regex: str | None = None
     choice: tuple[str, ...] = ()
     grammar: str | None = None
+    structural_tag: str | None = None
     routed_experts: bool = False
 
     def __post_init__(self) -> None:
@@ -117,7 +119,7 @@ class SamplingParams:
             (0 <= (self.prompt_logprobs or 0) <= MOST_LOGPROBS,
              f"prompt_logprobs must be {told}, got {self.prompt_logprobs}"),
             ((self.thinking_budget or 0) >= 0, f"thinking_budget must be 0 or more, got {self.thinking_budget}"),
-            ("" not in (self.json_schema, self.regex, self.grammar), "an empty structure is none; leave it out"),
+            ("" not in [getattr(self, name) for name in STRUCTURES], "an empty structure is none; leave it out"),
             (all(self.choice), "an empty choice is none; remove it"),
             (not swallowed, "the stop string {!r} holds the bad word {!r}, so nothing could reach it; remove one"
              .format(*(swallowed or [("", "")])[0])),

@@ -1,9 +1,10 @@
-"""Answers held to a JSON schema, a regular expression, a choice or an EBNF grammar, by xgrammar.
+"""Answers held to a JSON schema, a regular expression, a choice, an EBNF grammar or a structural tag, by xgrammar.
 
     matcher = GrammarMatcher(vocabulary.grammars.compile(params), vocabulary.size)
     mask_W = matcher.mask(); matcher.push(token_id); matcher.slow
 
-Grammars are compiled once and kept. Only text is allowed, and at a whole end the tokens that end a sample. An object
+Grammars are compiled once and kept. Only text is allowed, and at a whole end the tokens that end a sample; control
+tokens have no text that a grammar could ask for, so that a structural tag alone lets them in, by id. An object
 holds the properties that its schema names, in their order, and others only where it says additionalProperties.
 Suffixes: R rows, V vocabulary, W words of 32 ids.
 """
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     import xgrammar
 
 _KEPT = 128 << 20  # bytes of compiled grammars
-_SPACES = 24  # of white space at most between two parts of JSON: a model may like it too well to end
+SPACES = 24  # of white space at most between two parts of JSON: a model may like it too well to end
 
 # Seconds of the processor that following one answer may take: for each token, and what it may be behind.
 _A_TOKEN, _BEHIND = 0.005, 0.5
@@ -54,7 +55,7 @@ class GrammarError(SamplingError):
 class Grammars:
     """Compiles what requests ask for; any number of threads may ask.
 
-    texts: the bytes of every id of the model's, of control tokens none. ends: ids that end a sample.
+    texts: the bytes of every id of the model's, of control tokens what no text holds. ends: ids that end a sample.
     """
 
     def __init__(self, texts: Sequence[bytes], ends: Iterable[int]) -> None:
@@ -99,9 +100,12 @@ class Grammars:
     def _compile(self, kind: str, source: Source) -> xgrammar.CompiledGrammar:
         try:
             if kind == "json_schema":
-                if wrong := next(_passed_over(json.loads(str(source))), None):
-                    raise GrammarError(f"sampling: json_schema: {wrong} is not supported; leave it out")
-                return self._compiler.compile_json_schema(str(source), max_whitespace_cnt=_SPACES)
+                _check(json.loads(str(source)))
+                return self._compiler.compile_json_schema(str(source), max_whitespace_cnt=SPACES)
+            if kind == "structural_tag":
+                for schema in _found(json.loads(str(source)), "json_schema"):
+                    _check(schema)
+                return self._compiler.compile_structural_tag(str(source))
             if kind == "regex":
                 return self._compiler.compile_regex(str(source))
             if kind == "choice":
@@ -168,6 +172,30 @@ def allow_only(logits_RV: Tensor, masks: list[tuple[int, Tensor]]) -> None:
     rows, mask_RW = [row for row, _ in masks], torch.empty(len(logits_RV), len(masks[0][1]), dtype=torch.int32)
     mask_RW[rows] = torch.stack([mask for _, mask in masks])
     xgrammar.apply_token_bitmask_inplace(logits_RV, mask_RW.to(logits_RV.device), indices=rows)
+
+
+def own_tokens(structural_tag: str) -> list[int]:
+    """The ids that it asks for, or waits for, by number."""
+    tag = json.loads(structural_tag)
+    named = [*_found(tag, "token"), *(rule[0] for rules in _found(tag, "rules") for rule in rules)]
+    return sorted({id for id in named if isinstance(id, int)})
+
+
+def _found(tag: Any, name: str) -> Iterator[Any]:
+    """What a structural tag holds by a name, schemas' own contents aside."""
+    for value in tag if isinstance(tag, list) else ():
+        yield from _found(value, name)
+    if isinstance(tag, dict):
+        if name in tag:
+            yield tag[name]
+        for key, value in tag.items():
+            if key != "json_schema":
+                yield from _found(value, name)
+
+
+def _check(schema: Any) -> None:
+    if wrong := next(_passed_over(schema), None):
+        raise GrammarError(f"sampling: json_schema: {wrong} is not supported; leave it out")
 
 
 def _passed_over(schema: Any) -> Iterator[str]:

@@ -58,8 +58,10 @@ class Vocabulary:
     def grammars(self) -> Grammars:
         from slingshot.engine.structured import Grammars  # brings xgrammar, which many never need
 
+        # No text in UTF-8 holds that byte; ids without any are barred even where a structural tag asks for them.
         controls = self.tokenizer.control_ids
-        return Grammars([b"" if id in controls else text for id, text in enumerate(self.spelt)], self.tokenizer.eos_ids)
+        texts = [b"\xff%d" % id if id in controls else text for id, text in enumerate(self.spelt)]
+        return Grammars(texts, self.tokenizer.eos_ids)
 
     @cached_property
     def closing(self) -> tuple[list[int], list[int]]:

@@ -64,7 +64,8 @@ class AnswerStream:
 
     opened: the prompt ends in an open reasoning. stop: strings before the first of which the answer ends; what is said
     in the reasoning stops nothing. `stopped` is the one that did. raw: all that is said is content, tags too.
-    tools: how the model writes `calls`, where it was given functions.
+    tools: how the model writes `calls`, where it was given functions; several: whether there may be more than one,
+    else the answer ends before the second, and is `trimmed`.
     `unanswered`: the model ended in its reasoning; `closed`: the closing words were written for it.
     """
 
@@ -75,9 +76,11 @@ class AnswerStream:
         stop: tuple[str, ...] = (),
         raw: bool = False,
         tools: ToolFormat | None = None,
+        several: bool = True,
     ) -> None:
         self._tokenizer, self._opened, self._raw = tokenizer, opened, tokenizer.stream() if raw else None
         self._watch = StopWatch(stop, tokenizer, {}, opened) if stop else None
+        self._several, self.trimmed = several, False
         self._tools, self._stream = tools, ToolCallStream(tokenizer, opened, tools)
         self.calls: list[AnsweredCall] = []
         self._sent: dict[Kind, str] = {"reasoning": "", "answer": ""}
@@ -131,6 +134,8 @@ class AnswerStream:
                 return pieces + self._rest()
             if not ends:
                 pieces += self._push_safe()
+                if self.trimmed:
+                    return pieces
         if delta.finish_reason is not None:
             self.finish_reason = delta.finish_reason
             pieces += self._rest()
@@ -152,13 +157,23 @@ class AnswerStream:
         """Tokens that no stop string reaches back into."""
         pieces: list[Piece] = []
         safe = len(self._ids) if self._watch is None else self._watch.safe_tokens()
-        while self._pushed < safe:
+        while self._pushed < safe and not self.trimmed:
             self.reasoning_tokens += self.reasoning
             token_id = self._ids[self._pushed]
             parts = self._stream.push(token_id) if self._raw is None else self._push_raw(self._raw.push(token_id))
             self._pushed += 1
-            pieces += map(self._piece, parts)
+            pieces += map(self._piece, self._first_call(parts))
         return pieces
+
+    def _first_call(self, parts: list[Part]) -> list[Part]:
+        """What comes before a second call, where there may be no other."""
+        if self._several:
+            return parts
+        calls = [place for place, part in enumerate(parts) if isinstance(part, ToolCall)]
+        if len(self.calls) + len(calls) < 2:
+            return parts
+        self.finish_reason, self.trimmed = "stop", True
+        return parts[: calls[1 - len(self.calls)]]
 
     def _rest(self) -> list[Piece]:
         """The end was held back: where the text ends, and what its last white space belongs to, is known only now."""
@@ -166,7 +181,7 @@ class AnswerStream:
         self.reasoning_tokens += len(self._ids[self._pushed :]) if self.reasoning else 0
         pieces: list[Piece] = []
         if self._watch is None or self._watch.cut is None:
-            pieces += map(self._piece, self._finish(visible[self._pushed :]))
+            pieces += map(self._piece, self._first_call(self._finish(visible[self._pushed :])))
         else:
             pieces += self._cut(visible)
         if self._tokens and pieces:

@@ -45,7 +45,8 @@ class CarefulGrammars:
         size = len(source) if isinstance(source, str) else sum(map(len, source))
         if size > MOST:
             raise unusable(kind, source, f"it has {size} characters, at most {MOST} are compiled")
-        small = size <= _SMALL and (kind == "choice" or (kind == "json_schema" and "attern" not in source))
+        plain = kind in ("json_schema", "structural_tag") and "attern" not in source
+        small = size <= _SMALL and (kind == "choice" or plain)
         if not small:
             texts = [text.decode("latin-1") for text in grammars.texts]
             target = Target(f"{__name__}:Trial", (texts, grammars.ends), timeout=SECONDS, memory=_MEMORY)

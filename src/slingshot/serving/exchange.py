@@ -52,7 +52,8 @@ class Exchange:
         stop = question.params.stop
         raw = question.messages is None
         tools = model.tool_format if question.tools and question.tool_choice != "none" else None
-        self.answers = [AnswerStream(model.tokenizer, opened, stop, raw, tools) for _ in range(question.params.n)]
+        form = model.tokenizer, opened, stop, raw, tools, question.parallel
+        self.answers = [AnswerStream(*form) for _ in range(question.params.n)]
         self._params = replace(params, seed=params.seed if question.seeded else secrets.randbits(31))
         self._place, self._patience, self._salt = place, patience, salt
         self._hurry = False
@@ -175,7 +176,7 @@ class Exchange:
 
     def _keep_calls(self, answer: AnswerStream) -> None:
         """The next turn will name its calls: it then finds the very tokens."""
-        if answer.calls and answer.finish_reason == "stop" and not answer.stopped:
+        if answer.calls and answer.finish_reason == "stop" and not (answer.stopped or answer.trimmed):
             calls = [told_call(call) for call in answer.calls]
             message = {"role": "assistant", "content": answer.content, "tool_calls": calls}
             self.model.exact_turns.keep(self.question, message, self.prompt_ids + answer.token_ids)

@@ -28,6 +28,7 @@ class OutputConfig(BaseModel):
 class ToolChoice(BaseModel):
     type: Literal["auto", "none", "any", "tool"]
     name: str | None = None
+    disable_parallel_tool_use: bool | None = None
 
 
 class CountTokensRequest(SamplingFields):
@@ -60,7 +61,8 @@ class CountTokensRequest(SamplingFields):
         thinking = None if self.thinking is None else self.thinking.on
         budget = self.thinking.budget_tokens if self.thinking and thinking else None
         effort = self.output_config.effort if self.output_config and thinking is not False else None
-        tools = read_tools(_tools(self.tools))
+        offered = _tools(self.tools)
+        tools = read_tools(offered)
         messages = joined(chat_messages(self.messages, self.system))
         return Question(
             self.model,
@@ -70,7 +72,8 @@ class CountTokensRequest(SamplingFields):
             thinking=False if effort == "none" else thinking,
             effort=None if effort == "none" else EFFORTS.get(effort or "", effort),
             tools=tools,
-            tool_choice=read_choice(_choice(self.tool_choice), tools),
+            parallel=not (self.tool_choice and self.tool_choice.disable_parallel_tool_use),
+            **read_choice(_choice(self.tool_choice), offered, tools),
             continues=messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1],
             seeded=self.seed is not None,
         )
@@ -93,7 +96,7 @@ def _tools(given: list[Any] | None) -> list[Any] | None:
     read: list[Any] = []
     for tool in given:
         if isinstance(tool, Mapping) and tool.get("type") in (None, "custom"):
-            its = {key: tool.get(key) for key in ("name", "description")}
+            its = {key: tool.get(key) for key in ("name", "description", "strict")}
             read.append({"type": "function", "function": its | {"parameters": tool.get("input_schema")}})
         else:
             read.append(tool)

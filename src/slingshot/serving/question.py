@@ -31,7 +31,9 @@ class Question:
                   it out, it is closed at once
     effort        how much reasoning, in the client's word, which the template may read; where it does not, "low" bounds
                   it to a share of the answer
-    tools         JSON schemas of functions; tool_choice: "auto", "none", "required" or a function's name
+    tools         JSON schemas of functions; those of `strict` are called with arguments that keep to their schema
+    tool_choice   "auto", "none" or "required"; function: the one that is to be called, where a certain one is
+    parallel      whether an answer may hold several calls
     continues     the last message is an assistant's that the answer goes on with
     seeded        whether the client chose params.seed, so that the same question gets the same answer
     glass         tell of each token the experts that made it, and whether it was drafted
@@ -48,7 +50,10 @@ class Question:
     thinking: bool | None = None
     effort: str | None = None
     tools: Sequence[Mapping[str, Any]] = ()
+    strict: frozenset[str] = frozenset()
     tool_choice: str = "auto"
+    function: str | None = None
+    parallel: bool = True
     continues: bool = False
     seeded: bool = False
     glass: bool = False

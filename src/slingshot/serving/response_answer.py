@@ -13,6 +13,7 @@ from typing import Any
 from slingshot.serving.answer import AnsweredCall, Piece
 from slingshot.serving.errors import ApiError
 from slingshot.serving.exchange import Exchange
+from slingshot.serving.question import Question
 from slingshot.serving.responses import ResponseRequest
 from slingshot.serving.sse import to_json
 
@@ -152,18 +153,27 @@ class ResponseAnswer:
             "max_output_tokens": body.max_output_tokens,
             "model": self._exchange.model.name,
             "output": self._output,
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": question.parallel,
             "previous_response_id": None,
             "reasoning": {"effort": body.reasoning and body.reasoning.effort, "summary": None},
             "store": False,
             "temperature": question.params.temperature,
             "text": {"format": {"type": "text" if wanted is None else wanted.type}},
-            "tool_choice": question.tool_choice,
-            "tools": [{"type": "function", "strict": False, **tool["function"]} for tool in question.tools],
+            "tool_choice": _choice(question),
+            "tools": [_told_tool(tool["function"], question) for tool in question.tools],
             "top_p": question.params.top_p,
             "truncation": "disabled",
             "usage": None if status == "in_progress" else told,
         }
+
+
+def _choice(question: Question) -> Any:
+    name = question.function
+    return question.tool_choice if name is None else {"type": "function", "name": name}
+
+
+def _told_tool(function: dict[str, Any], question: Question) -> dict[str, Any]:
+    return {"type": "function", "strict": function["name"] in question.strict, **function}
 
 
 def _written(event: dict[str, Any]) -> str:

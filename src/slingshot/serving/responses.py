@@ -47,6 +47,7 @@ class ResponseRequest(SamplingFields):
     instructions: str | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
     text: TextSettings | None = None
     reasoning: ReasoningSettings | None = None
     max_output_tokens: int | None = Field(None, ge=1)
@@ -85,7 +86,8 @@ class ResponseRequest(SamplingFields):
             thinking=None if effort is None else effort != "none",
             effort=None if effort == "none" else EFFORTS.get(effort or "", effort),
             tools=tools,
-            tool_choice=read_choice(self.tool_choice, tools),
+            parallel=self.parallel_tool_calls is not False,
+            **read_choice(self.tool_choice, self.tools, tools),
             seeded=self.seed is not None,
         )
 

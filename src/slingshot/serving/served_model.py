@@ -7,6 +7,7 @@ params = model.params(question, prompt_ids, most)
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,6 +19,7 @@ from slingshot.engine.sampling import STRUCTURES, SamplingParams
 from slingshot.engine.vocabulary import Vocabulary
 from slingshot.recipe.origin import Origin
 from slingshot.serving.backend import Backend
+from slingshot.serving.call_structure import call_structure, free_text
 from slingshot.serving.errors import ApiError
 from slingshot.serving.exact_turns import ExactTurns
 from slingshot.serving.question import Question, joined, reasoning_apart
@@ -96,7 +98,7 @@ class ServedModel:
 
     def params(self, question: Question, prompt_ids: Sequence[int], most: int) -> SamplingParams:
         """How each of its samples is drawn, of at most `most` tokens: its budget of reasoning decided."""
-        params = replace(question.params, n=1, stop=(), max_tokens=most)
+        params = replace(question.params, n=1, stop=(), max_tokens=most, **self._held_to_calls(question))
         if question.messages is None:
             return params
         budget = params.thinking_budget
@@ -108,6 +110,27 @@ class ServedModel:
         if not reasons or (budget is not None and budget >= most):
             budget = None  # it could never count
         return replace(params, thinking_budget=budget)
+
+    def _held_to_calls(self, question: Question) -> dict[str, Any]:
+        """The structure of an answer that must hold a call, or whose calls are strict."""
+        must, form = question.tool_choice == "required", self.tool_format
+        if form is None or not (must or (question.strict and question.tool_choice == "auto")):
+            return {}
+        given = next((name for name in STRUCTURES if getattr(question.params, name)), None)
+        if given is not None and (must or given != "json_schema"):
+            wish = "tool_choice" if must else "strict"
+            raise ApiError(400, f"tools: {wish} and {given} bind the same answer; leave one of them out", param="tools")
+        functions = [tool["function"] for tool in question.tools]
+        if must:
+            functions = [its for its in functions if question.function in (None, its["name"])]
+            several = question.parallel and question.function is None
+            return {"structural_tag": call_structure(form, self.tokenizer, functions, several)}
+        functions = [its | {"loose": its["name"] not in question.strict} for its in functions]
+        if given is None:
+            return {"structural_tag": free_text(form, self.tokenizer, functions)}
+        text = {"type": "json_schema", "json_schema": json.loads(question.params.json_schema or "")}
+        tag = call_structure(form, self.tokenizer, functions, question.parallel, otherwise=text)
+        return {"structural_tag": tag, "json_schema": None}
 
     def resumed(self, params: SamplingParams, left: int) -> SamplingParams:
         """The same for the rest of a sample whose reasoning was closed."""

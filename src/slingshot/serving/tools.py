@@ -1,7 +1,7 @@
 """Functions that a client offers: checked as they come in, and earlier calls as templates read them.
 
     tools = read_tools(body["tools"])                    # OpenAI's {"type": "function", "function": {...}}
-    choice = read_choice(body["tool_choice"], tools)     # "auto" or "none"
+    asked = read_choice(body["tool_choice"], body["tools"], tools)      # fields of Question
     messages = with_arguments(messages, as_text=False)
 
 Tools of a type that this server does not run (web_search and the like) are left out: clients send them unasked.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,8 +35,9 @@ def read_tools(given: Sequence[Any] | None) -> list[dict[str, Any]]:
             continue
         function = tool.get("function", tool)
         name = function.get("name") if isinstance(function, Mapping) else None
-        if not isinstance(name, str) or not 0 < len(name) <= 128:
-            raise ApiError(400, f"{where}: a function has a name of at most 128 characters", param=where)
+        if not isinstance(name, str) or not re.fullmatch(r'[^\s"\\<>]{1,128}', name):
+            what = "a function has a name of at most 128 characters, without white space, quotes and brackets"
+            raise ApiError(400, f"{where}: {what}", param=where)
         kept = {key: function[key] for key in ("name", "description", "parameters") if function.get(key) is not None}
         tools.append({"type": "function", "function": {"description": "", "parameters": _NOTHING} | kept})
     return tools
@@ -44,24 +46,24 @@ def read_tools(given: Sequence[Any] | None) -> list[dict[str, Any]]:
 _NOTHING: dict[str, Any] = {"type": "object", "properties": {}}
 
 
-def read_choice(given: Any, tools: Sequence[Mapping[str, Any]]) -> str:
-    """Whether calls are read. To be made to call a function, or a certain one, is refused as DeepSeek's API does."""
-    name = given
+def read_choice(given: Any, offered: Sequence[Any] | None, tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is asked of calls, as fields of Question. offered: the tools as they came, `strict` among their keys."""
+    strict = [tool.get("function", tool) for tool in offered or () if isinstance(tool, Mapping)]
+    known = [tool["function"]["name"] for tool in tools]
+    asked: dict[str, Any] = {"strict": frozenset(its["name"] for its in strict if its.get("strict")) & set(known)}
     if isinstance(given, Mapping):
         function = given.get("function", given)
         name = function.get("name") if isinstance(function, Mapping) else None
-        known = [tool["function"]["name"] for tool in tools]
         if name not in known:
             message = f"tool_choice: no function {name!r:.80}; {did_you_mean(str(name), known)}"
             raise ApiError(400, message, param="tool_choice")
-    elif name not in (None, "auto", "none", "required"):
-        raise ApiError(400, f"tool_choice {name!r:.80} is none of auto, none, required", param="tool_choice")
-    if name not in (None, "auto", "none"):
-        message = (
-            f"tool_choice: a model that reasons cannot be made to call {name}; take auto, and say so in the prompt"
-        )
+        return asked | {"tool_choice": "required", "function": name}
+    if given not in (None, "auto", "none", "required"):
+        message = f"tool_choice {given!r:.80} is none of auto, none, required"
         raise ApiError(400, message, param="tool_choice")
-    return str(name or "auto")
+    if given == "required" and not tools:
+        raise ApiError(400, "tool_choice required: there is no function to call; give `tools`", param="tool_choice")
+    return asked | {"tool_choice": given or "auto"}
 
 
 def told_call(call: AnsweredCall) -> dict[str, Any]:

@@ -78,6 +78,9 @@ class UpstreamBackend:
 
     async def generate(self, generation: Generation) -> AsyncGenerator[TokenDelta, None]:
         params, told = generation.params, list[int]()
+        if params.structural_tag is not None:
+            whose = "vLLM's and llama.cpp's servers are asked by token ids, and cannot be held to a call that way"
+            raise ApiError(400, f"{whose}: take tool_choice auto, and functions that are not strict")
         opened = ends_in_reasoning(generation.prompt_ids, self._tokenizer)
         structured = any(getattr(params, name) for name in STRUCTURES)
         end = self._tokenizer.end_think_id

@@ -37,8 +37,9 @@ Segment = tuple[str, str]  # a tag and the text behind it
 class ToolFormat:
     """How a family of models writes calls: a section between two tags, and within it tags of its own.
 
-    read: the section's segments -> its calls; None where it is no whole section. as_text: the template wants the
-    arguments of earlier calls as JSON text, and not as an object.
+    read: the section's segments -> its calls; None where it is no whole section. call: how one is spelt, with NAME and
+    ARGUMENTS in it, and DIGITS where calls are numbered; apart: what stands between two, None: there is one at most.
+    sign: by what a template is known. as_text: it wants the arguments of earlier calls as JSON text, not as an object.
     """
 
     name: str
@@ -46,6 +47,9 @@ class ToolFormat:
     end: str
     inner: tuple[str, ...]
     read: Callable[[list[Segment]], list[ToolCall] | None]
+    call: str
+    apart: str | None = ""
+    sign: str = ""
     as_text: bool = False
 
 
@@ -145,11 +149,18 @@ def _llama(segments: list[Segment]) -> list[ToolCall] | None:
 _DEEPSEEK = ("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>")
 _KIMI = ("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>")
 FORMATS = (
-    ToolFormat("deepseek", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", _DEEPSEEK,
-               _tagged(*_DEEPSEEK, _deepseek), as_text=True),
-    ToolFormat("kimi", "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", _KIMI, _tagged(*_KIMI, _kimi)),
-    ToolFormat("hermes", "<tool_call>", "</tool_call>", (), _hermes),
-    ToolFormat("llama", "<|python_tag|>", "", (), _llama),
+    ToolFormat("deepseek-v3", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", _DEEPSEEK,
+               _tagged(*_DEEPSEEK, _deepseek), "{}function{}NAME\n```json\nARGUMENTS\n```{}".format(*_DEEPSEEK),
+               "\n", "```json", as_text=True),
+    ToolFormat("deepseek", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", _DEEPSEEK, _tagged(*_DEEPSEEK, _deepseek),
+               "{}NAME{}ARGUMENTS{}".format(*_DEEPSEEK), as_text=True),
+    ToolFormat("kimi", "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", _KIMI, _tagged(*_KIMI, _kimi),
+               "{}functions.NAME:DIGITS{}ARGUMENTS{}".format(*_KIMI)),
+    ToolFormat("qwen-coder", "<tool_call>", "</tool_call>", (), _hermes,
+               "\n<function=NAME>\nARGUMENTS\n</function>\n", "\n", "<function="),
+    ToolFormat("hermes", "<tool_call>", "</tool_call>", (), _hermes,
+               '\n{"name": "NAME", "arguments": ARGUMENTS}\n', "\n"),
+    ToolFormat("llama", "<|python_tag|>", "", (), _llama, '{"name": "NAME", "parameters": ARGUMENTS}', None),
 )  # fmt: skip
 
 
@@ -158,7 +169,7 @@ def tool_format(tokenizer: Tokenizer) -> ToolFormat | None:
     template = tokenizer.tool_template
     if template is None or "tools" not in template:
         return None
-    found = next((known for known in FORMATS if known.begin in template), None)
+    found = next((known for known in FORMATS if known.begin in template and known.sign in template), None)
     if found is None and '"parameters"' in template:  # Llama 3.2's, which begins with the JSON itself
         found = FORMATS[-1]
     return found

@@ -11,9 +11,9 @@ from slingshot.serving.call_structure import call_structure, free_text
 from slingshot.serving.gateway import Gateway
 from slingshot.serving.local import LocalBackend
 from slingshot.serving.served_model import ServedModel
-from slingshot.text.tool_calls import ToolCall, ToolCallStream
+from slingshot.text.tool_calls import ToolCallStream
 from tests.serving.conftest import WEATHER, running
-from tests.text.test_tool_calls import BY_NAME, encode, tokenizers  # noqa: F401
+from tests.text.test_tool_calls import BY_NAME, encode, tokenizers, whole_calls  # noqa: F401
 
 QUESTION = {"role": "user", "content": "What is the weather?"}
 
@@ -33,10 +33,17 @@ def test_calls_come_beside_reasoning_and_content(calls):
 
 
 def test_a_stream_tells_the_same_calls_each_with_its_index(calls):
-    deltas = [chunk.choices[0].delta for chunk in ask(calls, [QUESTION], stream=True)]
+    chunks = list(ask(calls, [QUESTION], stream=True))
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == "Look it up."
     told = [call for delta in deltas for call in delta.tool_calls or []]
-    assert [(call.index, call.function.name) for call in told] == [(0, "weather"), (1, "weather")]
-    assert len({call.id for call in told}) == 2
+    begun = [call for call in told if call.id]
+    assert [(call.index, call.function.name) for call in begun] == [(0, "weather"), (1, "weather")]
+    assert len({call.id for call in begun}) == 2 and len(told) > 8
+    for number in range(2):
+        its = "".join(call.function.arguments for call in told if call.index == number)
+        assert json.loads(its) == {"city": "Paris"}
 
 
 def test_the_next_turn_begins_with_the_very_tokens_that_were_sampled(calls):
@@ -169,6 +176,39 @@ def test_one_call_at_most_ends_the_answer_before_the_second(calls):
     assert ask(calls, [QUESTION], parallel_tool_calls=True).choices[0].message.tool_calls[1]
 
 
+def test_a_call_that_the_length_cut_is_told_as_far_as_it_came(calls, caller, anthropic_of):
+    cut = caller.decode(calls.backend.ids).index("Paris") + 2
+    size = next(n for n in range(len(calls.backend.ids)) if len(caller.decode(calls.backend.ids[:n])) >= cut)
+    choice = ask(calls, [QUESTION], max_tokens=size).choices[0]
+    (call,) = choice.message.tool_calls
+    assert choice.finish_reason == "length" and '{"city": "Paris"}'.startswith(call.function.arguments)
+    assert len(call.function.arguments) > 1
+    tool = {"name": "weather", "input_schema": WEATHER["function"]["parameters"]}
+    asked = {"model": "tiny", "messages": [QUESTION], "tools": [tool], "max_tokens": size}
+    with anthropic_of(calls).messages.stream(**asked) as stream:
+        pieces = [
+            event.delta.partial_json
+            for event in stream
+            if getattr(event, "delta", None) and hasattr(event.delta, "partial_json")
+        ]
+        streamed = stream.get_final_message()
+    whole = anthropic_of(calls).messages.create(**asked)
+    assert "".join(pieces) == call.function.arguments
+    assert streamed.stop_reason == whole.stop_reason == "max_tokens"
+    assert whole.content[-1].input == streamed.content[-1].input
+    tools = [{"type": "function", **WEATHER["function"], "strict": False}]
+    with calls.responses.stream(model="tiny", input="x", tools=tools, max_output_tokens=size) as events:
+        told = list(events)
+    item = told[-1].response.output[-1]
+    assert (told[-1].type, item.status, item.arguments) == (
+        "response.incomplete",
+        "incomplete",
+        call.function.arguments,
+    )
+    deltas = [event.delta for event in told if event.type == "response.function_call_arguments.delta"]
+    assert "".join(deltas) == item.arguments and len(deltas) > 1
+
+
 FORMS = [*BY_NAME, "spelt"]
 
 
@@ -188,7 +228,7 @@ def test_calls_of_every_format_are_made_and_read(request, make_model, dense, tok
     for sample in whole:
         stream = ToolCallStream(tokenizer, True, form)
         told = [part for id in sample.token_ids[:-1] for part in stream.push(id)] + stream.finish()
-        found = [part for part in told if isinstance(part, ToolCall)]
+        found = whole_calls(told)
         assert found and all(fits(call.name, call.arguments) for call in found)
         assert not [text for kind, text in (part for part in told if isinstance(part, tuple)) if kind == "answer"]
         assert several or len(found) == 1

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slingshot.text.tokenizer import R1_CONFIG, R1_TOKENS, Tokenizer
-from slingshot.text.tool_calls import FORMATS, ToolCall, ToolCallStream, tool_format
+from slingshot.text.tool_calls import FORMATS, CallDelta, ToolCall, ToolCallStream, tool_format
 
 TEMPLATES = {form.name: f"{{% if tools %}}{form.begin} {form.sign} {form.end}{{% endif %}}" for form in FORMATS}
 BY_NAME = {form.name: form for form in FORMATS}
@@ -68,7 +68,16 @@ def parts(tokenizer, ids, opened=True):
     said = {"reasoning": "", "answer": ""}
     for kind, text in (part for part in told if isinstance(part, tuple)):
         said[kind] += text
-    return *said.values(), [part for part in told if isinstance(part, ToolCall)]
+    return *said.values(), whole_calls(told)
+
+
+def whole_calls(told):
+    calls = []
+    for part in (part for part in told if isinstance(part, CallDelta)):
+        if part.name is not None:
+            calls.append(ToolCall(part.name, ""))
+        calls[-1] = ToolCall(calls[-1].name, calls[-1].arguments + part.arguments)
+    return calls
 
 
 CALLS = [("weather", '{"city": "Paris"}'), ("add", '{"terms": [1, 2.5], "note": "a </tool_call> b"}')]
@@ -109,13 +118,27 @@ def test_a_call_that_is_only_quoted_in_the_answer_is_text(tokenizers, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("cut", [1, 5, 12])
-def test_a_call_that_was_cut_or_is_no_json_is_text_as_it_stands(tokenizers, name, cut):
+def test_a_call_that_was_cut_has_the_arguments_that_were_there(tokenizers, name):
+    """From its arguments' first brace on it is a call, whatever comes; before, it is text as it stands."""
+    tokenizer = tokenizers[name]
+    whole = encode(tokenizer, "</think>\n\n" + section(name, CALLS[:1]))
+    before = ""
+    for size in range(1, len(whole) + 1):
+        _, answer, found = parts(tokenizer, whole[:size])
+        if not found:
+            assert not before and answer == tokenizer.decode(whole[1:size]).lstrip("\n")
+        else:
+            ((its),) = found
+            assert answer == "" and its.name == "weather" and its.arguments.startswith(before)
+            before = its.arguments
+    assert before == CALLS[0][1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_that_are_no_json_are_told_as_they_were_written(tokenizers, name):
     ids = encode(tokenizers[name], "</think>\n\n" + section(name, [("f", "{1: 2, 3")]))
-    assert parts(tokenizers[name], ids)[2] == []
-    whole = encode(tokenizers[name], "</think>\n\n" + section(name, CALLS[:1]))[:-cut]
-    _, answer, found = parts(tokenizers[name], whole)
-    assert found == [] and answer == tokenizers[name].decode(whole[1:]).lstrip("\n")
+    _, answer, (call,) = parts(tokenizers[name], ids)
+    assert answer == "" and call.name == "f" and call.arguments.startswith("{1: 2, 3")
 
 
 def test_deepseek_v3_fences_its_json(tokenizers):

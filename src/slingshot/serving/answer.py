@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from slingshot.engine.sequence import FinishReason, StopWatch, visible_ids
@@ -23,7 +23,7 @@ from slingshot.engine.vocabulary import Vocabulary
 from slingshot.serving.backend import TokenDelta
 from slingshot.text.reasoning import Kind
 from slingshot.text.tokenizer import Tokenizer
-from slingshot.text.tool_calls import Part, ToolCall, ToolCallStream, ToolFormat
+from slingshot.text.tool_calls import CallDelta, Part, ToolCallStream, ToolFormat
 
 PieceKind = Literal["reasoning", "content", "call"]
 
@@ -39,24 +39,28 @@ class ToldToken:
     drafted: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class AnsweredCall:
-    """A whole call of a function; number: its place among the answer's."""
+    """A call of a function while it grows; number: its place among the answer's. whole: nothing is missing of it."""
 
     id: str
     number: int
     name: str
-    arguments: str
+    arguments: str = ""
+    whole: bool = False
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What an answer grew by: text, or a call. tokens: those sampled since the last piece, of whatever kind."""
+    """What an answer grew by: text, or a call's arguments. tokens: those sampled since the last piece, of whatever
+    kind. call: the one that grows; begins, ends: whether it does so with this piece."""
 
     kind: PieceKind
     text: str
     tokens: list[ToldToken] = field(default_factory=list)
     call: AnsweredCall | None = None
+    begins: bool = False
+    ends: bool = False
 
 
 class AnswerStream:
@@ -169,7 +173,7 @@ class AnswerStream:
         """What comes before a second call, where there may be no other."""
         if self._several:
             return parts
-        calls = [place for place, part in enumerate(parts) if isinstance(part, ToolCall)]
+        calls = [place for place, part in enumerate(parts) if isinstance(part, CallDelta) and part.name is not None]
         if len(self.calls) + len(calls) < 2:
             return parts
         self.finish_reason, self.trimmed = "stop", True
@@ -202,32 +206,48 @@ class AnswerStream:
             again = ToolCallStream(self._tokenizer, self._opened, self._tools)
             whole = [part for id in visible for part in again.push(id)] + again.finish()
         for kind in self._sent:
-            text = "".join(part[1] for part in whole if not isinstance(part, ToolCall) and part[0] == kind)
+            text = "".join(part[1] for part in whole if not isinstance(part, CallDelta) and part[0] == kind)
             if rest := text[len(self._sent[kind]) :]:
                 yield self._piece((kind, rest))
-        yield from map(self._piece, [part for part in whole if isinstance(part, ToolCall)][len(self.calls) :])
+        calls = [part for part in whole if isinstance(part, CallDelta)]
+        yield from map(self._piece, self._first_call(list(self._untold(calls))))
+
+    def _untold(self, deltas: list[CallDelta]) -> Iterator[Part]:
+        """What these say of calls beyond what was told of them."""
+        known, number = [len(call.arguments) for call in self.calls], -1
+        for delta in deltas:
+            number += delta.name is not None
+            told = min(known[number], len(delta.arguments)) if number < len(known) else 0
+            if number < len(known):
+                known[number] -= told
+            if rest := delta.arguments[told:]:
+                yield replace(delta, arguments=rest, name=delta.name if number >= len(known) else None)
 
     def _push_raw(self, text: str) -> list[Part]:
         return [("answer", text)] if text else []
 
     def _piece(self, part: Part) -> Piece:
         tokens, self._tokens = self._tokens, []
-        if isinstance(part, ToolCall):
-            call = AnsweredCall(f"call_{secrets.token_hex(12)}", len(self.calls), part.name, part.arguments)
-            self.calls.append(call)
-            return Piece("call", "", tokens, call)
+        if isinstance(part, CallDelta):
+            if begins := part.name is not None:
+                self.calls.append(AnsweredCall(f"call_{secrets.token_hex(12)}", len(self.calls), part.name or ""))
+            call = self.calls[-1]
+            call.arguments += part.arguments
+            call.whole = part.whole
+            return Piece("call", part.arguments, tokens, call, begins, part.whole)
         kind, text = part
         self._sent[kind] += text
         return Piece("content" if kind == "answer" else "reasoning", text, tokens)
 
 
 def joined(pieces: list[Piece]) -> list[Piece]:
-    """Neighbours of one kind as one; a call is whole as it is."""
+    """Neighbours of one kind, and of one call, as one."""
     together = pieces[:1]
     for piece in pieces[1:]:
         last = together[-1]
-        if piece.kind == last.kind != "call":
-            together[-1] = Piece(last.kind, last.text + piece.text, last.tokens + piece.tokens)
+        if piece.kind == last.kind and piece.call is last.call:
+            text, tokens = last.text + piece.text, last.tokens + piece.tokens
+            together[-1] = replace(last, text=text, tokens=tokens, ends=piece.ends)
         else:
             together.append(piece)
     return together

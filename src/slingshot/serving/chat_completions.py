@@ -137,14 +137,17 @@ class ToldToClient:
     def said(self, piece: Piece) -> dict[str, Any]:
         """A delta that tells of the piece."""
         if piece.call is not None:
-            return {"tool_calls": [told_call(piece.call) | {"index": piece.call.number}]}
+            begun = {"id": piece.call.id, "type": "function"} if piece.begins else {}
+            name = {"name": piece.call.name} if piece.begins else {}
+            return {"tool_calls": [{"index": piece.call.number, **begun, "function": name | {"arguments": piece.text}}]}
         if piece.kind != "reasoning":
             return {"content": piece.text}
         return {"reasoning_content": piece.text} | ({"reasoning": piece.text} if self.also_reasoning else {})
 
 
 def finish_reason(answer: AnswerStream) -> str | None:
-    return "tool_calls" if answer.calls and answer.finish_reason == "stop" else answer.finish_reason
+    called = answer.finish_reason == "stop" and bool(answer.calls) and answer.calls[-1].whole
+    return "tool_calls" if called else answer.finish_reason
 
 
 def usage_of(usage: Usage) -> dict[str, Any]:

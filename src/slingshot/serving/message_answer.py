@@ -9,9 +9,10 @@ Reasoning comes as blocks of thinking. Their signature is the answer's id: nothi
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
+
+from pydantic_core import from_json
 
 from slingshot.serving.answer import Piece
 from slingshot.serving.errors import ApiError
@@ -69,12 +70,13 @@ class MessageAnswer:
 
     def _grow(self, piece: Piece) -> Iterator[dict[str, Any]]:
         if piece.call is not None:
-            yield from self._close_block()
-            its = {"type": "tool_use", "id": piece.call.id, "name": piece.call.name}
-            yield from self._open_block(its | {"input": {}})
-            yield self._delta({"type": "input_json_delta", "partial_json": piece.call.arguments})
-            self._blocks[-1]["input"] = json.loads(piece.call.arguments)
-            yield from self._close_block()
+            if piece.begins:
+                yield from self._close_block()
+                its = {"type": "tool_use", "id": piece.call.id, "name": piece.call.name}
+                yield from self._open_block(its | {"input": {}})
+            yield self._delta({"type": "input_json_delta", "partial_json": piece.text})
+            if piece.ends:
+                yield from self._close_block()
             return
         kind = "thinking" if piece.kind == "reasoning" else "text"
         if not self._open or self._blocks[-1]["type"] != kind:
@@ -91,6 +93,11 @@ class MessageAnswer:
     def _close_block(self) -> Iterator[dict[str, Any]]:
         if not self._open:
             return
+        if self._blocks[-1]["type"] == "tool_use":
+            with contextlib.suppress(ValueError):  # what is no JSON was told as it came; here an object must stand
+                number = sum(block["type"] == "tool_use" for block in self._blocks) - 1
+                arguments = self._exchange.answers[0].calls[number].arguments
+                self._blocks[-1]["input"] = from_json(arguments, allow_partial=True)
         if self._blocks[-1]["type"] == "thinking":
             self._blocks[-1]["signature"] = self._exchange.id
             yield self._delta({"type": "signature_delta", "signature": self._exchange.id})
@@ -119,7 +126,7 @@ class MessageAnswer:
         elif answer.stopped is not None:
             reason = "stop_sequence"
         else:
-            reason = "tool_use" if answer.calls else "end_turn"
+            reason = "tool_use" if answer.calls and answer.calls[-1].whole else "end_turn"
         return {"stop_reason": reason, "stop_sequence": answer.stopped}
 
     def _usage(self) -> dict[str, Any]:

@@ -73,8 +73,13 @@ class ResponseAnswer:
 
     def _grow(self, piece: Piece) -> Iterator[dict[str, Any]]:
         if piece.call is not None:
-            yield from self._end_item()
-            yield from self._tell_call(piece.call)
+            if piece.begins:
+                yield from self._end_item()
+                yield from self._begin_call(piece.call)
+            self._text += piece.text
+            yield self._of_call("response.function_call_arguments.delta", delta=piece.text)
+            if piece.ends:
+                yield from self._end_item()
             return
         kind = "reasoning" if piece.kind == "reasoning" else "message"
         if self._item is None or self._item["type"] != kind:
@@ -95,24 +100,29 @@ class ResponseAnswer:
         if self._item is None:
             return
         kind = self._item["type"]
+        if kind == "function_call":
+            its = {"name": self._item["name"], "arguments": self._text}
+            yield self._of_call("response.function_call_arguments.done", **its)
+            yield from self._end(self._item | {"arguments": self._text, "status": status})
+            return
         yield self._of_part(f"response.{_PARTS[kind]}.done", text=self._text, **_LOGPROBS[kind])
         yield self._of_part("response.content_part.done", part=self._part())
-        item = self._item | {"content": [self._part()], "status": status}
+        yield from self._end(self._item | {"content": [self._part()], "status": status})
+
+    def _end(self, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
         self._item = None
         yield self._event("response.output_item.done", output_index=len(self._output), item=item)
         self._output.append(item)
 
-    def _tell_call(self, call: AnsweredCall) -> Iterator[dict[str, Any]]:
-        item = {"id": self._id("fc"), "type": "function_call", "call_id": call.id, "name": call.name}
-        index = len(self._output)
-        at = {"item_id": item["id"], "output_index": index}
-        whole = item | {"arguments": call.arguments, "status": "completed"}
-        begun = whole | {"arguments": "", "status": "in_progress"}
-        yield self._event("response.output_item.added", output_index=index, item=begun)
-        yield self._event("response.function_call_arguments.delta", **at, delta=call.arguments)
-        yield self._event("response.function_call_arguments.done", **at, name=call.name, arguments=call.arguments)
-        yield self._event("response.output_item.done", output_index=index, item=whole)
-        self._output.append(whole)
+    def _begin_call(self, call: AnsweredCall) -> Iterator[dict[str, Any]]:
+        its = {"id": self._id("fc"), "type": "function_call", "call_id": call.id, "name": call.name}
+        self._item, self._text = its, ""
+        item = its | {"arguments": "", "status": "in_progress"}
+        yield self._event("response.output_item.added", output_index=len(self._output), item=item)
+
+    def _of_call(self, kind: str, **more: Any) -> dict[str, Any]:
+        assert self._item is not None
+        return self._event(kind, item_id=self._item["id"], output_index=len(self._output), **more)
 
     def _part(self) -> dict[str, Any]:
         """What the item at hand says so far."""

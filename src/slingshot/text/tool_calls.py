@@ -2,19 +2,19 @@
 
     stream = ToolCallStream(tokenizer, opened, tool_format(tokenizer))
     for id in ids:
-        for part in stream.push(id): ...     # ("reasoning", text), ("answer", text) or ToolCall(name, arguments)
+        for part in stream.push(id): ...     # ("reasoning", text), ("answer", text) or CallDelta(arguments, name)
     parts = stream.finish()
 
 Where a format's tags are tokens of the vocabulary, only those ids begin a call, in the reasoning as well as after it,
-and the same characters spelt otherwise are text; elsewhere the characters do, in the answer alone. What is no whole
-call is text as it stands.
+and the same characters spelt otherwise are text; elsewhere the characters do, in the answer alone. It is a call from
+the first brace of its arguments on, and what it grew by is not taken back; before that brace it is text as it stands.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 from slingshot.text.reasoning import Delta, ReasoningStream, beginning
@@ -29,48 +29,41 @@ class ToolCall:
     arguments: str
 
 
-Part = Delta | ToolCall
-Segment = tuple[str, str]  # a tag and the text behind it
+@dataclass(frozen=True)
+class CallDelta:
+    """What a call grew by. name: of one that begins. whole: its arguments have ended as an object does."""
+
+    arguments: str
+    name: str | None = None
+    whole: bool = False
+
+
+Part = Delta | CallDelta
 
 
 @dataclass(frozen=True)
 class ToolFormat:
     """How a family of models writes calls: a section between two tags, and within it tags of its own.
 
-    read: the section's segments -> its calls; None where it is no whole section. call: how one is spelt, with NAME and
-    ARGUMENTS in it, and DIGITS where calls are numbered; apart: what stands between two, None: there is one at most.
-    sign: by what a template is known. as_text: it wants the arguments of earlier calls as JSON text, not as an object.
+    head: what stands before a call's arguments, its name in it; layout: what may stand behind them, between: and also
+    how the next call begins. read: calls of a section that has no such head, None where there are none.
+    call: how one is spelt, with NAME and ARGUMENTS in it, and DIGITS where calls are numbered; apart: what stands
+    between two, None: there is one at most. sign: by what a template is known. as_text: it wants the arguments of
+    earlier calls as JSON text, not as an object.
     """
 
     name: str
     begin: str
     end: str
     inner: tuple[str, ...]
-    read: Callable[[list[Segment]], list[ToolCall] | None]
+    head: re.Pattern[str]
+    layout: re.Pattern[str]
+    between: re.Pattern[str]
+    read: Callable[[str], list[ToolCall] | None]
     call: str
     apart: str | None = ""
     sign: str = ""
     as_text: bool = False
-
-
-def _tagged(
-    begin: str, middle: str, end: str, call: Callable[[str, str], ToolCall | None]
-) -> Callable[[list[Segment]], list[ToolCall] | None]:
-    """A section of calls of the form: begin, head, middle, body, end."""
-
-    def read(segments: list[Segment]) -> list[ToolCall] | None:
-        calls: list[ToolCall] = []
-        (_, before), *rest = segments
-        while rest and not before.strip():
-            if [tag for tag, _ in rest[:3]] != [begin, middle, end]:
-                return None
-            (_, head), (_, body), (_, before), *rest = rest
-            if (found := call(head, body)) is None:
-                return None
-            calls.append(found)
-        return None if before.strip() else calls or None
-
-    return read
 
 
 def _checked(name: str, arguments: str) -> ToolCall | None:
@@ -87,28 +80,12 @@ def _parsed(text: str, otherwise: object = None) -> object:
         return otherwise
 
 
-def _deepseek(head: str, body: str) -> ToolCall | None:
-    """V3: the kind, then the name and fenced JSON. V3.1: the name, then JSON."""
-    if head.strip() == "function" and (fenced := re.fullmatch(r"\s*(\S+)\n```json\n(.*)\n```\s*", body, re.DOTALL)):
-        return _checked(fenced[1], fenced[2])
-    return _checked(head.strip(), body)
-
-
-def _kimi(head: str, body: str) -> ToolCall | None:
-    """functions.NAME:NUMBER, then JSON."""
-    named = re.fullmatch(r"\s*(?:functions\.)?(.+?)(?::\d+)?\s*", head, re.DOTALL)
-    return _checked(named[1], body) if named else None
-
-
 _XML_CALL = re.compile(r"\s*<function=([^>\s]+)>\n?(.*?)</function>\s*", re.DOTALL)
 _XML_PARAMETER = re.compile(r"\s*<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)
 
 
-def _hermes(segments: list[Segment]) -> list[ToolCall] | None:
+def _hermes(text: str) -> list[ToolCall] | None:
     """One call: JSON with name and arguments, or Qwen3-Coder's function and parameter tags."""
-    text = segments[0][1]
-    if len(segments) != 1:
-        return None
     if found := _XML_CALL.fullmatch(text):
         parameters = _XML_PARAMETER.findall(found[2])
         if "".join(_XML_PARAMETER.sub("", found[2]).split()):
@@ -130,9 +107,9 @@ def _object_call(text: str) -> ToolCall | None:
     return _checked(found["name"], json.dumps(arguments, ensure_ascii=False))
 
 
-def _llama(segments: list[Segment]) -> list[ToolCall] | None:
+def _llama(text: str) -> list[ToolCall] | None:
     """JSON calls, one behind the other, with semicolons between them or none."""
-    rest, calls, decoder = "".join(text for _, text in segments).strip(), list[ToolCall](), json.JSONDecoder()
+    rest, calls, decoder = text.strip(), list[ToolCall](), json.JSONDecoder()
     while rest:
         try:
             _, end = decoder.raw_decode(rest)
@@ -146,21 +123,40 @@ def _llama(segments: list[Segment]) -> list[ToolCall] | None:
     return calls or None
 
 
+def _reader(layout: str, begin: str, head: str) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
+    """head, layout and between of a ToolFormat; begin: how each call in a section does."""
+    between = f"{layout}(?:{begin}.*)?" if begin else layout
+    return re.compile(layout + begin + head + r"\s*(?=\{)"), re.compile(layout), re.compile(between, re.DOTALL)
+
+
+def _tagged(begin: str, middle: str, end: str, name: str) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
+    return _reader(rf"[\s`}}]*(?:{re.escape(end)}\s*)?", re.escape(begin), name.replace("SEP", re.escape(middle)))
+
+
+def _none(_: str) -> None:
+    """Calls of these formats have heads, all of them."""
+
+
 _DEEPSEEK = ("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>")
 _KIMI = ("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>")
+_NAMED = r'\s*"name"\s*:\s*"([^"\\\s]+)"\s*,\s*"(?:arguments|parameters)"\s*:'
+_OF_DEEPSEEK = _tagged(*_DEEPSEEK, r"\s*(?:functionSEP(\S+)\n```json\n|(\S+?)\s*SEP)")  # V3's, and V3.1's
+_OF_KIMI = _tagged(*_KIMI, r"\s*(?:functions\.)?(\S+?)(?::\d+)?\s*SEP")
+_OF_HERMES = _reader(r"[\s}]*", "", r"\{" + _NAMED)
+_OF_LLAMA = _reader(r"[\s};]*", r"\{", r'(?:\s*"type"\s*:\s*"function"\s*,)?' + _NAMED)
 FORMATS = (
-    ToolFormat("deepseek-v3", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", _DEEPSEEK,
-               _tagged(*_DEEPSEEK, _deepseek), "{}function{}NAME\n```json\nARGUMENTS\n```{}".format(*_DEEPSEEK),
-               "\n", "```json", as_text=True),
-    ToolFormat("deepseek", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", _DEEPSEEK, _tagged(*_DEEPSEEK, _deepseek),
+    ToolFormat("deepseek-v3", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", _DEEPSEEK, *_OF_DEEPSEEK, _none,
+               "{}function{}NAME\n```json\nARGUMENTS\n```{}".format(*_DEEPSEEK), "\n", "```json", as_text=True),
+    ToolFormat("deepseek", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", _DEEPSEEK, *_OF_DEEPSEEK, _none,
                "{}NAME{}ARGUMENTS{}".format(*_DEEPSEEK), as_text=True),
-    ToolFormat("kimi", "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", _KIMI, _tagged(*_KIMI, _kimi),
+    ToolFormat("kimi", "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", _KIMI, *_OF_KIMI, _none,
                "{}functions.NAME:DIGITS{}ARGUMENTS{}".format(*_KIMI)),
-    ToolFormat("qwen-coder", "<tool_call>", "</tool_call>", (), _hermes,
+    ToolFormat("qwen-coder", "<tool_call>", "</tool_call>", (), *_OF_HERMES, _hermes,
                "\n<function=NAME>\nARGUMENTS\n</function>\n", "\n", "<function="),
-    ToolFormat("hermes", "<tool_call>", "</tool_call>", (), _hermes,
+    ToolFormat("hermes", "<tool_call>", "</tool_call>", (), *_OF_HERMES, _hermes,
                '\n{"name": "NAME", "arguments": ARGUMENTS}\n', "\n"),
-    ToolFormat("llama", "<|python_tag|>", "", (), _llama, '{"name": "NAME", "parameters": ARGUMENTS}', None),
+    ToolFormat("llama", "<|python_tag|>", "", (), *_OF_LLAMA, _llama,
+               '{"name": "NAME", "parameters": ARGUMENTS}', None),
 )  # fmt: skip
 
 
@@ -175,6 +171,93 @@ def tool_format(tokenizer: Tokenizer) -> ToolFormat | None:
     return found
 
 
+class _JsonObject:
+    """Finds where an object that is read in pieces ends, or what is none begins."""
+
+    def __init__(self) -> None:
+        self._depth, self._string, self._escaped = 0, False, False
+        self.whole = self.broken = False
+
+    def push(self, text: str) -> int:
+        """How much of the text belongs to it."""
+        for place, char in enumerate(text):
+            if self._string:
+                self._string = self._escaped or char != '"'
+                self._escaped = char == "\\" and not self._escaped
+            elif char == '"':
+                self._string = True
+            elif char in "{[":
+                self._depth += 1
+            elif char in "}]":
+                self._depth -= 1
+                if not self._depth:
+                    self.whole = True
+                    return place + 1
+            elif char == "<":
+                self.broken = True
+                return place
+        return len(text)
+
+
+class _Section:
+    """A section of calls from its first tag on. What is no call is not lost: `held` has it, ids or texts."""
+
+    def __init__(self, form: ToolFormat, first: list[int | str]) -> None:
+        self._form, self.held = form, first
+        self._text = ""  # since the first tag, or the last call
+        self._object: _JsonObject | None = None
+        self._called = False
+
+    @property
+    def in_arguments(self) -> bool:
+        return self._object is not None
+
+    def arguments(self, text: str) -> tuple[list[CallDelta], int]:
+        """What a text adds to the arguments that are open, and how much of it does."""
+        assert self._object is not None
+        its = self._object
+        size = its.push(text)
+        if its.whole or its.broken:
+            self._object = None
+        return [CallDelta(text[:size], whole=its.whole)] if size else [], size
+
+    def push(self, item: int | str, text: str, tag: str | None) -> list[CallDelta] | None:
+        """What is new; None where the section ends: `held` is then to be told as text."""
+        told: list[CallDelta] = []
+        if self._object is not None and tag is None:
+            told, size = self.arguments(text)
+            text = text[size:]
+            if self.in_arguments or not text:
+                return told
+            item = text if isinstance(item, str) else item
+        self._object = None
+        self._text += tag or text
+        self.held.append(item)
+        if tag and tag == self._form.end:
+            return None
+        if begun := self._form.head.match(self._text):
+            name, rest = str(begun[begun.lastindex or 0]), self._text[begun.end() :]
+            self._object, self._text, self.held, self._called = _JsonObject(), "", [], True
+            deltas, size = self.arguments(rest)
+            self._text = rest[size:]
+            return [*told, CallDelta(deltas[0].arguments, name, deltas[0].whole)]
+        if self._called and not self._form.between.fullmatch(self._text):
+            return told or None
+        return told
+
+    def rest(self) -> list[CallDelta]:
+        """The section is over: its calls that could not be told before. Without any, what is `held` is text."""
+        text = self._text.removesuffix(self._form.end) if self._form.end else self._text
+        if self._called:
+            if self._form.layout.fullmatch(text[: len(text) - beginning(text, self._form.end)]):
+                self.held = []
+            return []
+        calls = self._form.read(text)
+        if calls:
+            self.held = []
+        return [CallDelta(call.arguments, call.name, whole=True) for call in calls or ()]
+
+
 class ToolCallStream:
     """Parts an output while it is written, like ReasoningStream, whose deltas it passes on. No format: only those.
 
@@ -183,11 +266,14 @@ class ToolCallStream:
 
     def __init__(self, tokenizer: Tokenizer, opened: bool, tools: ToolFormat | None) -> None:
         self.reasoning = ReasoningStream(tokenizer, opened)
-        self._format, self._decode = tools, tokenizer.decode
+        self._format, self._new_text = tools, tokenizer.stream
         names = (tools.begin, tools.end, *tools.inner) if tools else ()
         self._tags = {id: name for name in names if name and (id := tokenizer.control_id(name)) is not None}
         self._by_id = tools is not None and tools.begin in self._tags.values()
-        self._section: list[int] | None = None  # ids since a section's first tag
+        self._thinks = {tokenizer.think_id, tokenizer.end_think_id} - {None}
+        self._section: _Section | None = None
+        self._ids = False  # the section is one of ids
+        self._text = tokenizer.stream()  # of its ids
         # Of the answer: white space that a call may follow; what may be a call, where characters begin it.
         self._held = ""
         self._told = self._called = False  # some of the answer; a call since then
@@ -199,50 +285,51 @@ class ToolCallStream:
 
     def push(self, id: int) -> list[Part]:
         tag = self._tags.get(id)
-        if self._section is not None:
-            self._section.append(id)
-            return self._close() if self._format and tag and tag == self._format.end else []
+        if self._section is not None and self._ids and self._format is not None:
+            if id in self._thinks:
+                return self._leave() + self.push(id)
+            text = "" if tag else self._text.push(id)
+            deltas = self._section.push(id, text, tag)
+            return self._leave() if deltas is None else self._grow(deltas)
         if tag and self._format and tag == self._format.begin:
-            self._section = [id]
+            self._section, self._ids, self._text = _Section(self._format, [id]), True, self._new_text()
             return []
         return self._pass_on(self.reasoning.push(id), final=False)
 
     def finish(self) -> list[Part]:
-        parts = self._close() if self._section is not None else []
+        parts: list[Part] = []
+        if self._section is not None and self._ids:
+            if self._section.in_arguments and (text := self._text.finish()):
+                parts += self._grow(self._section.arguments(text)[0])
+            parts += self._leave()
         return parts + self._pass_on(self.reasoning.finish(), final=True)
 
-    def _close(self) -> list[Part]:
-        """A section ended: its calls, or its text where it holds none."""
-        assert self._format is not None and self._section is not None
+    def _leave(self) -> list[Part]:
+        """The section of ids is over."""
+        assert self._section is not None
         section, self._section = self._section, None
-        segments: list[tuple[str, list[int]]] = []
-        for id in section:
-            if tag := self._tags.get(id):
-                segments.append((tag, []))
-            else:
-                segments[-1][1].append(id)
-        whole = not self._format.end or segments[-1] == (self._format.end, [])
-        told = [(tag, self._decode(ids)) for tag, ids in segments[: -1 if self._format.end else None]]
-        calls = self._format.read(told) if whole else None
-        if calls is not None:
-            return self._calls(calls)
-        return self._pass_on([delta for id in section for delta in self.reasoning.push(id)], final=False)
+        calls = self._grow(section.rest())
+        deltas = [delta for id in section.held for delta in self.reasoning.push(id)]
+        return calls + self._pass_on(deltas, final=False)
 
-    def _calls(self, calls: list[ToolCall]) -> list[Part]:
-        self._held, self._called = "", True
-        return list(calls)
+    def _grow(self, deltas: list[CallDelta]) -> list[Part]:
+        if deltas:
+            self._held, self._called = "", True
+        return list(deltas)
 
     def _pass_on(self, deltas: list[Delta], final: bool) -> list[Part]:
         if self._format is None:
             return list(deltas)
         parts: list[Part] = [delta for delta in deltas if delta[0] == "reasoning"]
         self._held += "".join(text for kind, text in deltas if kind == "answer")
-        if not self._by_id and self._held:
+        spelt = not self._by_id or not self._format.end
+        if spelt and (self._held or self._section is not None):
             parts += self._spelt(self._format, final)
-        kept = 0 if final else len(self._held) - len(self._held.rstrip()) if self._by_id else len(self._held)
-        return parts + self._tell(len(self._held) - kept, final)
+        kept = len(self._held) - len(self._held.rstrip()) if self._by_id and not final else 0
+        waits = self._section is not None or (spelt and not self._by_id and not final)
+        return parts if waits else parts + self._tell(len(self._held) - kept)
 
-    def _tell(self, size: int, final: bool = False) -> list[Part]:
+    def _tell(self, size: int) -> list[Part]:
         """So much of what is held, as text."""
         text, self._held = self._held[:size], self._held[size:]
         if self._called:
@@ -254,29 +341,58 @@ class ToolCallStream:
 
     def _spelt(self, form: ToolFormat, final: bool) -> Iterator[Part]:
         """What is told by now of an answer whose calls begin with characters."""
-        if not form.end:  # the whole of it is calls, or text
-            begun = self._held.lstrip()
-            maybe = not self._told and (not begun or begun[0] == "{" or begun.startswith(form.begin[: len(begun)]))
-            if maybe and not final:
-                return
-            calls = form.read([("", begun.removeprefix(form.begin))]) if maybe else None
-            yield from self._calls(calls) if calls else self._tell(len(self._held))
-            return
-        while form.begin in self._held:
-            start = self._held.index(form.begin)
-            end = self._held.find(form.end, start)
-            if end < 0:
-                if not final:
-                    yield from self._tell(len(self._held[:start].rstrip()))
-                return
-            after = self._held[end + len(form.end) :]
-            calls = form.read([(form.begin, self._held[start + len(form.begin) : end])])
-            if calls is None:
-                yield from self._tell(end + len(form.end))
-            else:
+        while True:
+            if self._section is None and not self._begins(form):
+                break
+            if self._section is None:
+                start = self._held.index(form.begin) if form.end else 0
                 yield from self._tell(len(self._held[:start].rstrip()))
-                yield from self._calls(calls)
-            self._held = after
+                first = form.begin if form.end else ""
+                self._held = self._held.lstrip().removeprefix(first)
+                self._section, self._ids = _Section(form, [first]), False
+            if not (yield from self._read(self._section, form, final)):
+                return
         if not final:
-            safe = len(self._held) - beginning(self._held, form.begin)
-            yield from self._tell(len(self._held[:safe].rstrip()))
+            kept = beginning(self._held, form.begin) if form.end else 0
+            if form.end or self._held.strip() or self._told:
+                yield from self._tell(len(self._held[: len(self._held) - kept].rstrip()))
+
+    def _begins(self, form: ToolFormat) -> bool:
+        return form.begin in self._held if form.end else not self._told and self._held.lstrip()[:1] == "{"
+
+    def _read(self, section: _Section, form: ToolFormat, final: bool) -> Generator[Part, None, bool]:
+        """Go on with a section of characters; whether it ended."""
+        while self._held:
+            text, tag = self._held, None
+            if section.in_arguments:
+                deltas, size = section.arguments(text)
+                held = text[size:]
+                yield from self._grow(deltas)
+                self._held = held
+                continue
+            end = text.find(form.end) if form.end else -1
+            if end == 0:
+                text, tag = form.end, form.end
+            elif end > 0:
+                text = text[:end]
+            elif form.end and not final:
+                text = text[: len(text) - beginning(text, form.end)]
+                if not text:
+                    return False
+            held = self._held[len(text) :]
+            found = section.push(text, text, tag)
+            if found is None:
+                break
+            yield from self._grow(found)
+            self._held = held
+        else:
+            if not final:
+                return False
+            held = ""
+        yield from self._grow(section.rest())
+        self._section = None
+        rest = "".join(map(str, section.held))
+        self._held = rest
+        yield from self._tell(len(rest) if rest.strip() else 0)
+        self._held = held
+        return True

@@ -10,9 +10,11 @@ Importing it is light: what it offers is loaded when it is first used.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing is not light: programs of a few milliseconds start here
+    from typing import Any
+
     from slingshot.checkpoint.load_save import load_model, load_tokenizer
     from slingshot.engine.engine import Engine
     from slingshot.engine.sampling import SamplingParams

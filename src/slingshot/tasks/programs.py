@@ -212,7 +212,7 @@ def generate(rng: random.Random, level: int, languages: Sequence[Language]) -> I
             key=key,
             answer=solve(chain),
             language=language,
-            data={"trial": asdict(HiddenTests((), inputs, outputs, "f")), "chain": chain},
+            data={"hidden": asdict(HiddenTests((), inputs, outputs, "f")), "chain": chain},
         )
 
 

@@ -1,0 +1,98 @@
+"""What does each policy loss gain, the rest alike? A small model, trained once a seed, reinforced with every loss.
+
+    .venv/bin/python benchmarks/losses.py --out runs/losses           # prints Markdown, keeps benchmarks/losses.json
+
+The shapes are the recipe micro's. Every step's samples make four optimizer steps, so that ratios and clips count.
+Intervals are 95% t intervals over seeds of what reinforcement adds to the model it began from, on the same problems.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from tiny import interval
+
+from slingshot.stages import evaluate, pretrain, rl, sft
+from slingshot.training.objectives import POLICY_LOSSES
+
+TASK = {"name": "arithmetic", "params": {"min_terms": 2, "max_terms": 3, "languages": ["en"]}}
+COMMON = {"dtype": "float32", "threads": 1}
+OTHERS: dict[str, dict[str, Any]] = {"dapo, no std": {"name": "dapo", "advantage_std": "none"}}
+
+
+def stage(module: Any, config: type, out: Path, values: dict[str, Any]) -> Path:
+    """The artifact of a stage, made where it is not there yet."""
+    if not out.exists():
+        module.run(config.parse(COMMON | values, out.name), out)
+    return out
+
+
+def score(model: Path, out: Path, problems: int) -> dict[str, float]:
+    """What a model solves at temperature 1, its format and the tokens of a response."""
+    values = {"model": str(model), "tasks": [TASK], "problems": problems, "samples": 4, "examples": 0}
+    sampling = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 48}
+    stage(evaluate, evaluate.EvaluateConfig, out, values | {"sampling": sampling})
+    return json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["tasks"]["arithmetic"]
+
+
+def reasoner(seed: int, out: Path) -> Path:
+    """Micro's base, trained for longer, after its cold start."""
+    recipe = tomllib.loads((files("slingshot.recipe") / "recipes" / "micro.toml").read_text(encoding="utf-8"))
+    base = {key: value for key, value in recipe["base"].items() if key != "stage"}
+    documents = base["documents"] | {"tasks": [TASK], "count": 8000}
+    base |= {"steps": 1500, "documents": documents, "seed": seed}
+    start = stage(pretrain, pretrain.PretrainConfig, out / "base", base)
+    cold = {"model": str(start), "tasks": [TASK], "examples": 400, "epochs": 2, "sequence_length": 64, "seed": seed}
+    return stage(sft, sft.SFTConfig, out / "cold_start", cold)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--problems", type=int, default=300)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    given = parser.parse_args()
+    losses = {name: {"name": name} for name in POLICY_LOSSES} | OTHERS
+    gains: dict[str, list[dict[str, float]]] = {name: [] for name in losses}
+    before = []
+    for seed in range(given.seeds):
+        folder = given.out / f"seed-{seed}"
+        model = reasoner(seed, folder)
+        before.append(score(model, folder / "cold_start-evaluation", given.problems))
+        for name, loss in losses.items():
+            values = {
+                "model": str(model), "tasks": [TASK], "steps": given.steps, "prompts_per_step": 16, "group_size": 8,
+                "sequence_length": 64, "minibatches": 4, "loss": loss | {"kl": 0.0}, "seed": seed,
+                "sampling": {"max_tokens": 48}, "optimizer": {"lr": given.lr},
+            }  # fmt: skip
+            out = folder / name.replace(", ", "-").replace(" ", "-")
+            stage(rl, rl.RLConfig, out, values)
+            found = score(out, folder / f"{out.name}-evaluation", given.problems)
+            last = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+            gains[name].append({"pass@1": found["pass@1"], "tokens": found["mean_tokens"], "entropy": last["entropy"]})
+    table(before, gains)
+    result = {"settings": vars(given) | {"out": str(given.out)}, "before": before, "after": gains}
+    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def table(before: list[dict[str, float]], gains: dict[str, list[dict[str, float]]]) -> None:
+    starts = [each["pass@1"] for each in before]
+    print("| loss | pass@1 by seed | gain in points (95%) | tokens | entropy at the end |\n|---|---|---|---|---|")
+    print(f"| before | {', '.join(f'{100 * each:.1f}' for each in starts)} | | | |")
+    for name, runs in gains.items():
+        points = [100 * run["pass@1"] for run in runs]
+        mean, low, high = interval([point - 100 * start for point, start in zip(points, starts, strict=True)])
+        rest = [sum(run[key] for run in runs) / len(runs) for key in ("tokens", "entropy")]
+        by_seed = ", ".join(f"{point:.1f}" for point in points)
+        print(f"| {name} | {by_seed} | {mean:+.1f} ({low:+.1f} to {high:+.1f}) | {rest[0]:.0f} | {rest[1]:.3f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -39,6 +39,7 @@ def show_keys(kind: str, config: type[Strict], console: Console) -> None:
 def show_tasks(name: str | None, console: Console) -> None:
     """The tasks there are, or the parameters of one and a problem of it."""
     from slingshot.tasks.loader import KINDS, load_task, task_keys
+    from slingshot.tasks.verifiers import VERIFIERS
 
     if name is None:
         console.print(_pairs(KINDS.items()))
@@ -50,6 +51,11 @@ def show_tasks(name: str | None, console: Console) -> None:
         console.print(Text(", ".join(key.name for key in keys)))
         return
     console.print(_listed(keys))
+    if name in ("dataset", "dataset:SOURCE"):
+        console.print(Text("\nverifiers", "bold"))
+        console.print(_pairs((verifier, of.meaning) for verifier, of in VERIFIERS.items()))
+        console.print(Text('in a recipe: tasks = ["dataset:gsm8k"]; docs/task.md has more', "dim"))
+        return
     problem = next(iter(load_task(name).problems("train", 0)))
     console.print(Text(f"\na problem: {problem.prompt.strip()}\nexpected: {problem.answer or 'whatever verifies'}"))
     console.print(Text(f'in a recipe: tasks = [{{ name = "{name}", params = {{ KEY = VALUE }} }}]', "dim"))

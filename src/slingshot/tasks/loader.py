@@ -1,6 +1,6 @@
 """Tasks by name: `load_task`, the kinds there are, and how a recipe or a command line names them.
 
-load_task("arithmetic", max_terms=6)          # or "countdown", "gym:chain_sum", "path/to/file.py"
+load_task("arithmetic", max_terms=6)          # or "countdown", "gym:chain_sum", "dataset:gsm8k", "path/to/file.py"
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from slingshot.base.names import unknown_name
 from slingshot.tasks.arithmetic import Arithmetic
 from slingshot.tasks.code import Code
 from slingshot.tasks.countdown import Countdown
+from slingshot.tasks.dataset import DatasetTask
 from slingshot.tasks.reasoning_gym import Gym, gym_keys
 from slingshot.tasks.task import GeneratedTask, Task
 from slingshot.tasks.user import UserTask
@@ -24,6 +25,7 @@ KINDS = {
     "code": "Python programs that hidden tests judge: generated (writes worked solutions), HumanEval's or yours",
     "countdown": "reach a target with given numbers; writes worked solutions that try, fail and try again",
     "gym:NAME": "any dataset of reasoning-gym; gym:chain_sum writes worked solutions",
+    "dataset:SOURCE": "problems of a data set: gsm8k, math-500 and others by name, a hub's org/name, your own file",
     "path/to/file.py": "your own: one file with problems(split, seed) and verify(problem, text)",
 }
 
@@ -47,6 +49,10 @@ def load_task(name: str, **params: Any) -> Task:
         return Gym.load(name.removeprefix("gym:"), params)
     if name == "code":
         return Code.load(params)
+    if name == "dataset" or name.startswith("dataset:"):
+        named = {"source": source} if (source := name.removeprefix("dataset").removeprefix(":")) else {}
+        given = named | params
+        return Code.load(given) if given.get("source") == "humaneval" else DatasetTask.load(given)
     return UserTask.load(name, params) if name.endswith(".py") else _generated(name).parse(params, name)
 
 
@@ -56,6 +62,8 @@ def task_keys(name: str) -> list[Key]:
         return gym_keys()
     if name.startswith("gym:"):
         return gym_keys(name.removeprefix("gym:"))
+    if name == "dataset" or name.startswith("dataset:"):
+        return list(keys_of(DatasetTask))
     kind = UserTask if name.endswith(".py") else Code if name == "code" else _generated(name)
     return [key for key in keys_of(kind) if key.name != "path"]
 

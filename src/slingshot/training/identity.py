@@ -64,11 +64,15 @@ def _with_inputs(values: Mapping[str, Any], change: Callable[[str, bool], str]) 
             changed[key] = [change(name, False) if isinstance(name, str) else name for name in changed[key]]
     if isinstance(changed.get("tasks"), list):
         for place, task in enumerate(changed["tasks"]):
+            tasks = changed["tasks"] = list(changed["tasks"])
             if str(name := task.get("name")).endswith(".py"):
-                tasks = changed["tasks"] = list(changed["tasks"])
                 tasks[place] = {**task, "name": change(name, False)}
                 for helper in helpers(Path(name)):
                     change(str(helper), False)
+            for key in {"source", "test"} & set(params := dict(task.get("params") or {})):
+                if str(params[key]).endswith((".jsonl", ".parquet")):
+                    tasks[place] = {**tasks[place], "params": params | {key: change(str(params[key]), False)}}
+                    params = tasks[place]["params"]
     if isinstance(changed.get("documents"), dict):
         changed["documents"] = _with_inputs(changed["documents"], change)
     return changed

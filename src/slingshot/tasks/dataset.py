@@ -1,0 +1,203 @@
+"""The task `dataset`: problems and answers of a data set, a file's or the hub's, right by a verifier's name.
+
+    load_task("dataset:gsm8k")
+    load_task("dataset", source="mine.jsonl", prompt="{question}\\nOptions: {choices}", answer="key", verifier="choice")
+
+All rows are read, and all gold answers tried on the verifier, as the task is loaded: before anything is trained.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import Field, JsonValue, PrivateAttr, model_validator
+
+from slingshot.base.errors import SlingshotError
+from slingshot.base.names import did_you_mean, unknown_name
+from slingshot.sandbox.worker import Target
+from slingshot.tasks.published import PROGRAMS, PUBLISHED
+from slingshot.tasks.rows import LETTERS, Row, column, file_rows, fill, hub_rows, lettered
+from slingshot.tasks.task import Language, Problem, Reward, Split, Style, split_of
+from slingshot.tasks.verification import IsolatedTask
+from slingshot.tasks.verifiers import MAX_ANSWER, VERIFIERS
+
+_FILES = (".jsonl", ".parquet")
+_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+_MAX_PROMPT = 1_000_000  # characters; longer ones are somebody's mistake in naming columns
+
+
+class DatasetTask(IsolatedTask):
+    """The rows of `source`, each a problem. `prompt` and `answer` name a column, or are a text with {columns} in it."""
+
+    is_given: ClassVar[bool] = True
+
+    source: str = Field(description=f"{', '.join(PUBLISHED)}, a hub's org/name, or a .jsonl or .parquet file")
+    test: str = Field("", description="a file with the problems for testing; else a tenth of all is")
+    like: str = Field("", description="a published set whose columns and verifier the source has")
+    subset: str = Field("", description="of a hub's data set, where it has several")
+    splits: dict[Split, str] = Field({}, description="the hub's names for train and test; one alone holds all there is")
+    prompt: str = Field("prompt", min_length=1, description="a column, or a text with {columns}")
+    answer: str = Field("answer", min_length=1, description="a column, or a text with {columns}")
+    pattern: str = Field("", description="where the answer stands in that column: a regular expression with a group")
+    wrong: list[str] = Field(
+        [], max_length=9, description="columns of wrong answers: {choices} in prompt are all, shuffled"
+    )
+    choice_seed: int = Field(0, ge=0, description="of the order of choices")
+    worked: str = Field("", description="a column of worked solutions, or a text with {columns}, to train on")
+    verifier: str = Field("exact", description=f"one of {', '.join(VERIFIERS)}")
+    options: dict[str, JsonValue] = Field({}, description="of the verifier")
+    where: dict[str, JsonValue] = Field({}, description="columns with the value, or the list of values, to keep")
+    limit: int | None = Field(None, ge=1, description="problems of a split, at most")
+    language: Language = Field("en", description="of the problems")
+    timeout: float | None = Field(None, gt=0, description="seconds to verify an answer; 10, and a judge has 60")
+    _settings: dict[str, Any] = PrivateAttr()
+    _problems: dict[Split, list[Problem]] = PrivateAttr()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.verifier not in VERIFIERS:
+            raise unknown_name("verifier", self.verifier, VERIFIERS)
+        if self.pattern:
+            try:
+                groups = re.compile(self.pattern).groups
+            except re.error as error:
+                raise ValueError(f"pattern {self.pattern!r} is no regular expression: {error}") from error
+            if groups != 1:
+                raise ValueError(f"pattern {self.pattern!r} has {groups} groups; put the answer in one (...)")
+        return self
+
+    @classmethod
+    def load(cls, params: dict[str, Any]) -> DatasetTask:
+        """The task, its rows read and checked. Raises SlingshotError that names the row and the column."""
+        like = str(params.get("like") or params.get("source"))
+        if like in PROGRAMS:
+            raise SlingshotError(f"dataset {like}: its answers are programs; the task code judges those of a file")
+        if params.get("like") and like not in PUBLISHED:
+            raise unknown_name("published set", like, PUBLISHED)
+        known = PUBLISHED.get(like, {})
+        task = cls.parse({key: value for key, value in known.items() if key != "repo"} | params, "dataset")
+        task._prepare_verifier()
+        task._problems = task._read()
+        return task
+
+    def _prepare_verifier(self) -> None:
+        """Check its options, and that it starts."""
+        self._settings = VERIFIERS[self.verifier].options.parse(self.options, f"{self.name}.options").model_dump()
+        if variable := self._settings.get("key_variable"):
+            if not (key := os.environ.get(variable)):
+                raise SlingshotError(f"{self.name}: {variable} is not set; put the judge's API key in it")
+            self._settings["key"] = key
+        if self.verifier == "math":
+            self.call("score", "", "1", "1", doing="")
+
+    def _read(self) -> dict[Split, list[Problem]]:
+        """The problems of both splits: as they are published, else by their keys. What is in both is for testing."""
+        rows, name = self._rows(), self.name
+        found = {split: self._parse(some, f"{name} {split}".removesuffix(" all")) for split, some in rows.items()}
+        everything = found.get("all", [])
+        test = found.get("test", []) + [each for each in everything if split_of(each.key) == "test"]
+        for_testing = {each.key for each in test}
+        train = [each for each in found.get("train", []) + everything if each.key not in for_testing]
+        if not train and not test:
+            raise SlingshotError(f"{name}: no row is left of {sum(map(len, rows.values())):,}; look at where")
+        return {"train": train[: self.limit], "test": test[: self.limit]}
+
+    def _rows(self) -> dict[str, list[Row]]:
+        if self.source.endswith(_FILES):
+            source = file_rows(Path(self.source))
+            if self.test:
+                return {"train": source, "test": file_rows(Path(self.test))}
+            return {next(iter(self.splits)) if len(self.splits) == 1 else "all": source}
+        if self.source in PUBLISHED:
+            return hub_rows(PUBLISHED[self.source]["repo"], self.subset, dict(self.splits))
+        if not _HUB.fullmatch(self.source):
+            way = did_you_mean(self.source, PUBLISHED, "or give a hub's org/name, or a .jsonl or .parquet file")
+            raise SlingshotError(f"dataset.source: {self.source!r:.80} is no data set; {way}")
+        return hub_rows(self.source, self.subset, dict(self.splits))
+
+    def _parse(self, rows: Sequence[Row], where: str) -> list[Problem]:
+        placed = ((f"{where} row {number}", row) for number, row in enumerate(rows, start=1))
+        return [self._problem(row, place) for place, row in placed if self._wanted(row, place)]
+
+    def _wanted(self, row: Row, where: str) -> bool:
+        for name, wanted in self.where.items():
+            allowed = wanted if isinstance(wanted, list) else [wanted]
+            if str(column(name, row, where)) not in map(str, allowed):
+                return False
+        return True
+
+    def _problem(self, row: Row, where: str) -> Problem:
+        gold, extra = self._gold(row, where), {}
+        key = fill(self.prompt, {**row, "choices": ""} if self.wrong else row, where)
+        prompt = key
+        if self.wrong:
+            choices = [gold, *(fill(name, row, where) for name in self.wrong)]
+            order = random.Random(f"{self.choice_seed}/{key}").sample(range(len(choices)), len(choices))
+            gold = LETTERS[order.index(0)]
+            prompt = fill(self.prompt, {**row, "choices": lettered([choices[place] for place in order])}, where)
+        if not prompt.strip() or len(prompt) > _MAX_PROMPT:
+            raise SlingshotError(
+                f"{where}: the prompt has {len(prompt):,} characters; 1 to {_MAX_PROMPT:,} can be asked"
+            )
+        if len(gold) > MAX_ANSWER:
+            raise SlingshotError(
+                f"{where}: the answer has {len(gold):,} characters; at most {MAX_ANSWER:,} are compared"
+            )
+        if not VERIFIERS[self.verifier].check(gold):
+            way = "choose another verifier, or say with pattern where in the column it stands"
+            raise SlingshotError(f"{where}: the answer {gold!r:.60} is nothing for the verifier {self.verifier}; {way}")
+        if self.worked:
+            extra["worked"] = fill(self.worked, row, where)
+        return Problem(prompt, key, gold, self.language, extra)
+
+    def _gold(self, row: Row, where: str) -> str:
+        """The right answer of a row; a number in a column of choices is a place among them, counted from 0."""
+        value = row.get(self.answer)
+        if self.verifier == "choice" and type(value) is int and 0 <= value < len(LETTERS):
+            return LETTERS[value]
+        gold = fill(self.answer, row, where)
+        if self.pattern:
+            *_, last = None, *re.findall(self.pattern, gold)
+            if last is None:
+                raise SlingshotError(f"{where}: the pattern {self.pattern!r} finds no answer in {gold[-60:]!r}")
+            gold = last
+        return gold.strip()
+
+    @property
+    def name(self) -> str:
+        return f"dataset:{self.source}"
+
+    @property
+    def target(self) -> Target:
+        seconds = self.timeout or (60.0 if self.verifier == "judge" else 10.0)
+        return Target("slingshot.tasks.verifiers:Scorer", (self.verifier, self._settings), timeout=seconds)
+
+    @property
+    def has_solutions(self) -> bool:
+        return bool(self.worked)
+
+    def problems(self, split: Split, seed: int) -> Iterator[Problem]:
+        """All problems of a split, in an order by seed."""
+        if not (found := self._problems[split]):
+            other: Split = "train" if split == "test" else "test"
+            raise SlingshotError(f"{self.name}: no {split} problem; {len(self._problems[other])} are for {other}")
+        yield from random.Random(f"{self.name}/{seed}").sample(found, len(found))
+
+    def reasoning(self, problem: Problem, style: Style, rng: random.Random) -> str:
+        return str(problem.data["worked"])
+
+    def verify(self, problem: Problem, text: str, lenient: bool = False) -> Reward:
+        """What the verifier says, asked in a worker; 0 that says why where it fails or hangs."""
+        verifier = VERIFIERS[self.verifier]
+        answer = (verifier.extract if lenient else verifier.read)(text) if len(text) <= MAX_ANSWER else None
+        if answer is None:
+            return Reward(0.0, None)
+        try:
+            return Reward(float(self.call("score", problem.prompt, answer, problem.answer)), answer)
+        except SlingshotError as error:
+            return Reward(0.0, None, str(error))

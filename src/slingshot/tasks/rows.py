@@ -1,0 +1,123 @@
+"""Rows of data sets, of a .jsonl or .parquet file or of a repository on the hub, and texts made of their columns.
+
+file_rows(Path("mine.jsonl"))                       # [{"question": ..., "answer": ...}, ...]
+hub_rows("openai/gsm8k", "main", {})                # {"train": [...], "test": [...]}, or {"all": [...]}
+fill("{question}\\nOptions: {choices}", row)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+from slingshot.base.errors import SlingshotError
+from slingshot.base.files import read_jsonl
+from slingshot.base.names import did_you_mean
+
+LETTERS = "ABCDEFGHIJ"
+Row = Mapping[str, Any]
+
+
+def file_rows(path: Path) -> list[Row]:
+    """The rows of a file. Raises SlingshotError for one that is missing, unreadable, empty, or no table."""
+    if not path.is_file():
+        raise SlingshotError(f"{path}: no such file; a data set is a .jsonl or .parquet file, or a hub's org/name")
+    rows = _parquet(path) if path.suffix == ".parquet" else read_jsonl(path)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise SlingshotError(f"{path} row {number} is no object with names and values")
+    if not rows:
+        raise SlingshotError(f"{path} holds no rows")
+    return rows
+
+
+def _parquet(path: Path) -> list[Any]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise SlingshotError(f"reading {path} needs the datasets package: pip install datasets") from error
+    try:
+        return parquet.read_table(path).to_pylist()
+    except Exception as error:  # pyarrow raises kinds of its own
+        raise SlingshotError(f"{path} is not a readable Parquet file: {' '.join(str(error).split())[:200]}") from error
+
+
+def hub_rows(repo: str, subset: str, splits: dict[Any, str]) -> dict[str, list[Row]]:
+    """The rows of "train" and "test", by the repository's names for them; "all" where only one split is published.
+
+    Without `splits` they are those called train, and test or validation. Raises SlingshotError in one line.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise SlingshotError(f"reading {repo} needs the datasets package: pip install datasets") from error
+    try:
+        if splits:
+            return {
+                ours: list(datasets.load_dataset(repo, subset or None, split=name)) for ours, name in splits.items()
+            }
+        found = datasets.load_dataset(repo, subset or None)
+    except Exception as error:  # the library's, the hub's and the network's own kinds
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise SlingshotError(f"{repo} cannot be read from the hub: {said}") from error
+    test = found.get("test", found.get("validation"))
+    if len(found) > 1 and "train" in found and test is not None:
+        return {"train": list(found["train"]), "test": list(test)}
+    if len(found) > 1:
+        raise SlingshotError(
+            f'{repo} has the splits {", ".join(found)}; say splits = {{ train = "...", test = "..." }}'
+        )
+    return {"all": list(next(iter(found.values())))}
+
+
+def fill(form: str, row: Row, where: str) -> str:
+    """The column that `form` names, or `form` with its {columns} filled in: names alone, nothing is evaluated.
+
+    A list is lettered, a line each. Raises SlingshotError for a column that is not there or holds no text.
+    """
+    if form in row:
+        return text_of(row[form], form, where)
+    parts = list[str]()
+    try:
+        pieces = list(Formatter().parse(form))
+    except ValueError as error:
+        raise SlingshotError(f"{where}: {form!r:.80} is no text with {{columns}}: {error}") from error
+    if all(name is None for _, name, *_ in pieces):
+        raise _no_column(form, row, where)
+    for literal, name, spec, conversion in pieces:
+        parts.append(literal)
+        if name is None:
+            continue
+        if spec or conversion:
+            raise SlingshotError(f"{where}: {form!r:.80}: braces hold the name of a column and nothing else")
+        if name not in row:
+            raise _no_column(name, row, where)
+        parts.append(text_of(row[name], name, where))
+    return "".join(parts)
+
+
+def text_of(value: Any, column: str, where: str) -> str:
+    """A column's value as text."""
+    if isinstance(value, list) and value and len(value) <= len(LETTERS):
+        return lettered([text_of(each, column, where) for each in value])
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        raise SlingshotError(f"{where}: column {column} holds {value!r:.60}, which is no text and no number")
+    return str(value)
+
+
+def lettered(choices: list[str]) -> str:
+    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+
+
+def column(name: str, row: Row, where: str) -> Any:
+    if name not in row:
+        raise _no_column(name, row, where)
+    return row[name]
+
+
+def _no_column(name: str, row: Row, where: str) -> SlingshotError:
+    return SlingshotError(f"{where} has no column {name!r:.80}; {did_you_mean(name, row)}")

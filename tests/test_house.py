@@ -20,7 +20,7 @@ ROOMS = {
     ".": (50, 640),
     "base": (731, 440),
     "checkpoint": (2175, 2561),
-    "cli": (1717, 1243),
+    "cli": (1723, 1243),
     "cost": (627, 563),
     "data": (348, 185),
     "engine": (3989, 2580),
@@ -35,9 +35,9 @@ ROOMS = {
     "sandbox": (854, 557),
     "serving": (5447, 4600),
     "stages": (1104, 1437),
-    "tasks": (2036, 1600),
+    "tasks": (2751, 1860),
     "text": (1752, 1696),
-    "training": (1440, 1127),
+    "training": (1444, 1127),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

@@ -1,6 +1,7 @@
 """docs/task.md: its task files and its recipes' lines are what they are said to be."""
 
 import itertools
+import json
 import random
 import re
 import tomllib
@@ -43,7 +44,23 @@ def test_every_task_file_of_the_page_runs(tmp_path):
 def test_every_line_of_a_recipe_on_the_page_names_tasks():
     lines = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
     named = [[task.name for task in Asked.parse(tomllib.loads(line)).tasks] for line in lines]
-    assert named == [["capitals.py"], ["arithmetic", "capitals.py"]]
+    sets = [["dataset:gsm8k"], ["dataset:sums.jsonl"], ["dataset:essays.jsonl"]]
+    assert named == [["capitals.py"], ["arithmetic", "capitals.py"], *sets]
+
+
+def test_every_data_set_of_the_page_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"{n} + 1?", "sum": n + 1, "prompt": f"Write about {n}.", "answer": ""} for n in range(50)]
+    for file in ("sums.jsonl", "essays.jsonl"):
+        Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    own = [task for line in lines for task in Asked.parse(tomllib.loads(line)).tasks if task.name.endswith(".jsonl")]
+    sums, essays = (load_task(task.name, **task.params) for task in own)
+    problem = next(sums.problems("train", 0))
+    assert (
+        problem.prompt.endswith("? Answer with the number alone.") and sums.verify(problem, problem.answer).value == 1.0
+    )
+    assert next(essays.problems("train", 0)).prompt.startswith("Write about")
 
 
 def test_problems_of_the_page_on_code_are_taken(tmp_path):

@@ -2,8 +2,8 @@
 
     judge("Why is the sky blue?", answer, "Rayleigh scattering", {"url": "http://localhost:8000/v1", "model": "m"})
 
-R1's last stage scores what no program can check (arXiv 2501.12948, 2.3.4). What a judge reads may talk to it: so
-the answer stands between marks that it cannot know, and of the reply nothing counts but a number alone on its last line.
+R1's last stage scores what no program can check (arXiv 2501.12948, 2.3.4). What a judge reads may talk to it:
+the answer stands between marks that it cannot know, and of the reply only a number alone on its last line counts.
 """
 
 from __future__ import annotations

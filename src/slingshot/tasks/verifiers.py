@@ -242,9 +242,11 @@ class Scorer:
 
     def __init__(self, verifier: str, options: dict[str, Any]) -> None:
         self._verifier, self._options = verifier, options
+        if verifier == "judge":
+            import httpx  # noqa: F401  # as with math: the first answer need not wait for it
         if verifier == "math":
             try:
-                import math_verify  # noqa: F401  # seconds of work, before the first answer waits for it
+                import math_verify  # noqa: F401  # seconds of work, before an answer waits for it
             except ImportError as error:
                 raise SlingshotError("the verifier math needs math-verify: pip install math-verify") from error
 

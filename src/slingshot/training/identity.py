@@ -24,6 +24,7 @@ from slingshot.checkpoint.repository import hub_name
 from slingshot.cost.receipt import Receipt, artifact_digest
 
 _CHECKPOINTS, _FILES = ("model", "source", "tokenizer"), ("data", "text")
+_ROWS_OF, _ROWS = "dataset:", (".jsonl", ".parquet")
 _STDLIB = "stdlib"  # a corpus of that name is Python's own library, which is no file of the user's
 
 
@@ -63,18 +64,24 @@ def _with_inputs(values: Mapping[str, Any], change: Callable[[str, bool], str]) 
         if isinstance(changed.get(key), list):
             changed[key] = [change(name, False) if isinstance(name, str) else name for name in changed[key]]
     if isinstance(changed.get("tasks"), list):
-        for place, task in enumerate(changed["tasks"]):
-            tasks = changed["tasks"] = list(changed["tasks"])
-            if str(name := task.get("name")).endswith(".py"):
-                tasks[place] = {**task, "name": change(name, False)}
-                for helper in helpers(Path(name)):
-                    change(str(helper), False)
-            for key in {"source", "test"} & set(params := dict(task.get("params") or {})):
-                if str(params[key]).endswith((".jsonl", ".parquet")):
-                    tasks[place] = {**tasks[place], "params": params | {key: change(str(params[key]), False)}}
-                    params = tasks[place]["params"]
+        changed["tasks"] = [_with_files(task, change) for task in changed["tasks"]]
     if isinstance(changed.get("documents"), dict):
         changed["documents"] = _with_inputs(changed["documents"], change)
+    return changed
+
+
+def _with_files(task: dict[str, Any], change: Callable[[str, bool], str]) -> dict[str, Any]:
+    """A task's JSON with the names of its files put through `change`: a Python file's, a data set's."""
+    name, changed = str(task.get("name")), dict(task)
+    if name.endswith(".py"):
+        changed["name"] = change(name, False)
+        for helper in helpers(Path(name)):
+            change(str(helper), False)
+    elif name.startswith(_ROWS_OF) and name.endswith(_ROWS):
+        changed["name"] = _ROWS_OF + change(name.removeprefix(_ROWS_OF), False)
+    params = task.get("params") or {}
+    if files := [key for key in ("source", "test") if str(params.get(key)).endswith(_ROWS)]:
+        changed["params"] = params | {key: change(str(params[key]), False) for key in files}
     return changed
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slingshot.base.errors import SlingshotError
 from slingshot.tasks.countdown import leaves, parse, render, value_of
 from slingshot.tasks.loader import load_task
 from slingshot.tasks.task import Problem, Solution
@@ -135,36 +136,55 @@ def test_problems_are_solvable_within_their_bounds(params):
         assert task.verify(problem, problem.answer).value == 1.0
 
 
-@pytest.mark.parametrize(
-    ("language", "reasoning"), [("en", "3*2+7 is 6+7 is 13, yes."), ("ja", "3*2+7は6+7は13、正解。")]
-)
-def test_worked_solution_without_misses(language, reasoning):
-    task = load_task("countdown", max_misses=0)
+SEARCHED = "3+2=5: 7+5=12<13, 7-5=2<13, 7*5=35>13. 3-2=1: 7+1=8<13, 7-1=6<13, 7*1=7<13. 3*2=6: 7+6=13, yes."
+SEARCHED_JA = "3+2=5:7+5=12<13、7-5=2<13、7*5=35>13。3-2=1:7+1=8<13、7-1=6<13、7*1=7<13。3*2=6:7+6=13、正解。"
+
+
+@pytest.mark.parametrize(("language", "reasoning"), [("en", SEARCHED), ("ja", SEARCHED_JA)])
+def test_a_worked_solution_searches_in_a_fixed_order(language, reasoning):
+    task = load_task("countdown")
     problem = Problem("", "", "3*2+7", language, PROBLEM.data)
-    assert task.solution(problem, "steps", random.Random(0)) == Solution(reasoning, "3*2+7")
-    assert task.solution(problem, "answer", random.Random(0)).reasoning == ""
+    assert task.solution(problem, "steps", random.Random(0)) == Solution(reasoning, "7+3*2")
+    assert task.solution(problem, "answer", random.Random(0)) == Solution("", "7+3*2")
 
 
-def test_every_line_of_reasoning_is_true_and_misses_miss():
-    task = load_task("countdown", languages=["en"], n_numbers=4)
-    lengths = set()
-    for problem, solution in itertools.islice(task.documents("train", 2, "steps"), 300):
-        *misses, hit = re.split(r", no\. |, yes\.", solution.reasoning.removesuffix(", yes."))
-        lengths.add(len(misses))
-        for attempt in (*misses, hit):
-            stages = attempt.split(" is ")
-            values = {exact(parse(stage)) for stage in stages}
-            assert len(values) == 1 and stages[-1].isdigit() and len(stages) == task.n_numbers
-            assert sorted(leaves(parse(stages[0]))) == sorted(problem.data["numbers"])
-            assert (values == {problem.data["target"]}) == (attempt == hit)
-        assert hit.split(" is ")[0] == solution.answer
-        assert len(set(misses)) == len(misses)
-    assert lengths == {0, 1, 2, 3}
+EQUATION = re.compile(r"(\d+)([-+*/])(\d+)(?:=(\d+))?(?:([<>])(\d+))?")
 
 
-def test_a_slip_is_one_wrong_stage_put_right():
+@pytest.mark.parametrize("params", [{}, {"max_number": 15, "max_target": 60}, {"n_numbers": 4, "operators": "+-*/"}])
+def test_every_line_of_a_search_is_true_and_only_the_last_hits(params):
+    task = load_task("countdown", languages=["en"], **params)
+    for problem, solution in itertools.islice(task.documents("train", 2, "steps"), 200):
+        target = problem.data["target"]
+        said = EQUATION.findall(solution.reasoning)
+        for a, sign, b, result, relation, bound in said:
+            value = exact(parse(f"{a}{sign}{b}"))
+            assert result in ("", str(value))
+            assert not relation or (value < int(bound) if relation == "<" else value > int(bound))
+        assert said[-1][3:] == (str(target), "", "") and solution.reasoning.endswith(", yes.")
+        assert task.verify(problem, solution.answer).value == 1.0
+
+
+def test_a_search_knows_its_target_only_when_it_is_there():
+    task = load_task("countdown", languages=["en"])
+    for problem, solution in itertools.islice(task.documents("train", 3, "steps"), 200):
+        other = Problem("", "", language="en", data={**problem.data, "target": 10**9})
+        whole = re.sub(r"[<>]1000000000", "", task.solution(other, "steps", random.Random(0)).reasoning)
+        searched = re.sub(rf"[<>]{problem.data['target']}\b", "", solution.reasoning.removesuffix(", yes."))
+        assert EQUATION.sub(r"\1\2\3", whole).startswith(EQUATION.sub(r"\1\2\3", searched))
+
+
+def test_a_slip_is_one_wrong_result_put_right():
     task = load_task("countdown", languages=["en"])
     for problem, solution in itertools.islice(task.documents("train", 2, "slips"), 300):
-        ((wrong, right),) = re.findall(r"is ([^ ]+), wait, ([^ ,]+)", solution.reasoning)
-        assert exact(parse(wrong)) != exact(parse(right)) and "--" not in wrong and "+-" not in wrong
+        ((expression, wrong, right),) = re.findall(r"([\d+*-]+)=(\d+), wait, (\d+)", solution.reasoning)
+        assert exact(parse(expression)) == int(right) != int(wrong)
         assert task.verify(problem, solution.answer).value == 1.0
+
+
+def test_more_numbers_than_a_search_gets_through_have_problems_but_no_worked_solutions():
+    task = load_task("countdown", n_numbers=5)
+    problem = next(task.problems("train", 0))
+    assert not task.has_solutions and task.verify(problem, problem.answer).value == 1.0
+    with pytest.raises(SlingshotError, match="worked solutions search through up to 4 numbers"):
+        task.solution(problem, "steps", random.Random(0))

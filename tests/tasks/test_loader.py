@@ -45,7 +45,7 @@ def test_what_names_no_task_is_refused():
         ("countdown", {"n_numbers": 1}, "countdown.n_numbers: .*, got 1"),
         ("countdown", {"max_target": 5}, "countdown: max_number 10 is above max_target 5"),
         ("countdown", {"operators": "^"}, r"countdown\.operators: .*, got '\^'"),
-        ("countdown", {"max_misses": -1}, "countdown.max_misses: .*, got -1"),
+        ("countdown", {"n_numbers": 1}, "countdown.n_numbers: .*, got 1"),
         ("countdown", {"languages": []}, "countdown.languages: .*at least 1 item"),
         ("code", {"level": 4}, "code.level: .*less than or equal to 3, got 4"),
         ("code", {"source": "none.jsonl"}, "none.jsonl"),

@@ -165,7 +165,7 @@ def prepare(config: PretrainConfig) -> PackedCorpus:
         tokenizer.check_split(model_type)
     else:
         sample = [part for document in written[:20_000] for part in document] + train_text
-        tokenizer = Tokenizer.train(sample, config.vocab_size, SPLIT_OF_MODEL_TYPE.get(model_type, "smollm"))
+        tokenizer = Tokenizer.train(sample, config.vocab_size, SPLIT_OF_MODEL_TYPE.get(model_type, "deepseek-v3"))
     documents = _encode(tokenizer, written) + _framed(tokenizer, train_text)
     random.Random(f"order/{config.seed}").shuffle(documents)
     tokens_NT, segments_NT = pack(documents, config.sequence_length)

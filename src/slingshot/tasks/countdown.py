@@ -1,11 +1,12 @@
 """The task `countdown`: reach a target with the given numbers, each used exactly once.
 
-    Make 13 from 2, 3, 7.   ->   2+3+7 is 5+7 is 12, no. 3*2+7 is 6+7 is 13, yes.   ->   3*2+7
-    2、3、7で13を作れ。       ->   2+3+7は5+7は12、違う。3*2+7は6+7は13、正解。            ->   3*2+7
+    Make 13 from 2, 3, 7.  ->  3+2=5: 7+5=12<13, 7-5=2<13, 7*5=35>13. 3-2=1: 7+1=8<13, 7-1=6<13, 7*1=7<13. 3*2=6:
+                               7+6=13, yes.  ->  7+3*2
+    2、3、7で12を作れ。      ->  3+2=5:7+5=12、正解。  ->  7+3+2
 
-Reasoning proposes an expression, works it out one operation at a time, compares, and tries another: what a model learns
-to do longer when that pays. An answer is parsed by `ast` and accepted only if it holds the given integers, + - * / and
-parentheses alone; nothing is evaluated as code.
+Reasoning is a search in a fixed order, which ends at the target: no step of it knows the answer beforehand, so that a
+model can learn each from what it reads. An answer is parsed by `ast` and accepted only if it holds the given integers,
++ - * / and parentheses alone; nothing is evaluated as code.
 """
 
 from __future__ import annotations
@@ -14,21 +15,23 @@ import ast
 import operator
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from typing import Self, TypeAlias
+from itertools import combinations
+from typing import NamedTuple, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
+from slingshot.base.errors import SlingshotError
 from slingshot.tasks.arithmetic import near_miss
-from slingshot.tasks.task import GeneratedTask, Problem, Style
+from slingshot.tasks.task import GeneratedTask, Problem, Solution, Style
 
 Tree: TypeAlias = "int | tuple[str, Tree, Tree]"  # a number, or an operator with its two sides
 
 _PROMPT = {"en": "Make {target} from {numbers}.", "ja": "{numbers}で{target}を作れ。"}
 _COMMA = {"en": ", ", "ja": "、"}
-_IS = {"en": " is ", "ja": "は"}
-_WRONG = {"en": ", no. ", "ja": "、違う。"}
+_THEN = {"en": ": ", "ja": ":"}
+_NEXT = {"en": ". ", "ja": "。"}
 _RIGHT = {"en": ", yes.", "ja": "、正解。"}
 _SLIP = {"en": ", wait, ", "ja": "、いや"}
 
@@ -39,19 +42,19 @@ _SIGNS = str.maketrans("\u00d7\u00f7\u2212", "*/-")  # the typographic signs for
 _EXPRESSION = re.compile(r"[0-9(][0-9+\-*/() ]*")
 _MAX_LENGTH = 256  # characters of an expression
 _MAX_DEPTH = 16  # operations inside one another
+_SEARCHED = 4  # numbers at most that a worked solution searches through: some 700 calculations, for 5 20,000
 
 
 class Countdown(GeneratedTask):
     """Numbers from 1 to `max_number`; targets, and all that occurs on the way, are whole and from 1 to `max_target`.
 
-    Solvable by construction. A worked solution tries up to `max_misses` others before the right expression.
+    Solvable by construction. Worked solutions search, which is short for 3 numbers, long for 4, and too long for more.
     """
 
     n_numbers: int = Field(3, ge=2, le=8, description="numbers to be used")
     max_number: int = Field(10, ge=2, description="the largest of them")
     max_target: int = Field(50, le=10**6, description="the largest target, and the largest value on the way")
     operators: str = Field("+-*", pattern=r"^[+\-*/]+$", description="those a problem can be solved with, of + - * /")
-    max_misses: int = Field(3, ge=0, description="attempts that fail in a worked solution, at most")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -90,19 +93,59 @@ class Countdown(GeneratedTask):
             pool.append(((sign, left, right), value))
         return pool[0]
 
-    def reasoning(self, problem: Problem, style: Style, rng: random.Random) -> str:
+    @property
+    def has_solutions(self) -> bool:
+        return self.n_numbers <= _SEARCHED
+
+    def solution(self, problem: Problem, style: Style, rng: random.Random) -> Solution:
+        """The first expression that the search finds, behind the search unless the style is "answer"."""
+        if not self.has_solutions:
+            raise SlingshotError(
+                f"countdown: worked solutions search through up to {_SEARCHED} numbers; give data or text for more"
+            )
+        steps, reasoning = self._search(problem.data["numbers"], problem.data["target"]), ""
+        if style != "answer":
+            reasoning = self._tell(steps, problem, rng if style == "slips" else None)
+        return Solution(reasoning, render(steps[-1].tree))
+
+    def _tell(self, steps: Sequence[_Step], problem: Problem, slips: random.Random | None) -> str:
         language, target = problem.language, problem.data["target"]
-        misses: dict[str, Tree] = {}
-        for _ in range(int(rng.random() * (self.max_misses + 1))):
-            combined = self._combine(problem.data["numbers"], rng)
-            if combined is not None and combined[1] != target:
-                misses[render(combined[0])] = combined[0]
-        solving = parse(problem.answer)
-        assert solving is not None, f"{problem.answer!r} was written by render()"
-        attempts = [*misses.values(), solving]
-        slipped = int(rng.random() * len(attempts)) if style == "slips" else -1
-        worked = [_work_out(tree, language, rng if index == slipped else None) for index, tree in enumerate(attempts)]
-        return _WRONG[language].join(worked) + _RIGHT[language]
+        workable = [at for at, step in enumerate(steps) if step.value <= self.max_target]
+        slipped = -1 if slips is None else workable[int(slips.random() * len(workable))]
+        text = ""
+        for at, (step, later) in enumerate(zip(steps, [*steps[1:], None], strict=True)):
+            text += step.tell(target, self.max_target, _SLIP[language], slips if at == slipped else None)
+            if later is None:
+                text += _RIGHT[language]
+            elif later.others < step.others:
+                text += _THEN[language]
+            else:
+                text += _COMMA[language] if step.others == later.others == 0 else _NEXT[language]
+        return text
+
+    def _search(self, numbers: Sequence[int], target: int) -> list[_Step]:
+        """The calculations up to the first that makes the target of all numbers."""
+        steps = list[_Step]()
+        for step in self._steps([(number, number) for number in numbers]):
+            steps.append(step)
+            if step.others == 0 and step.value == target:
+                break
+        return steps
+
+    def _steps(self, pool: list[tuple[Tree, int]]) -> Iterator[_Step]:
+        """All ways to join the numbers, depth first: pairs from left to right, each by every operator in turn."""
+        for first, second in combinations(range(len(pool)), 2):
+            (one, a), (two, b) = sorted((pool[first], pool[second]), key=lambda item: -item[1])
+            rest = [item for place, item in enumerate(pool) if place not in (first, second)]
+            for sign in self.operators:
+                if sign == "/" and a % b:
+                    continue
+                value = a - b if sign == "-" else apply(sign, a, b)
+                assert value is not None
+                tree = (sign, one, two)
+                yield _Step(a, sign, b, value, tree, len(rest))
+                if rest and 0 < value <= self.max_target:
+                    yield from self._steps([*rest, (tree, value)])
 
     def read(self, text: str) -> str | None:
         text = re.sub(r"[.。]$", "", text.strip().translate(_SIGNS)).rstrip()
@@ -175,26 +218,29 @@ def render(tree: Tree, precedence: int = 0) -> str:
     return text if own >= precedence else f"({text})"
 
 
-def _work_out(tree: Tree, language: str, slip: random.Random | None) -> str:
-    """ "3*2+7 is 6+7 is 13": one operation done at a time. With `slip`, one result is first wrong, then corrected."""
-    stages = [tree]
-    while not isinstance(stages[-1], int):
-        stages.append(_reduce(stages[-1], 0))
-    said = [render(stage) for stage in stages]
-    if slip is not None:
-        at = int(slip.random() * (len(stages) - 1))
-        said[at + 1] = render(_reduce(stages[at], near_miss(0, slip))) + _SLIP[language] + said[at + 1]
-    return _IS[language].join(said)
+class _Step(NamedTuple):
+    """One calculation of a search, the expression that it ends, and how many numbers stand beside its value then."""
+
+    a: int
+    sign: str
+    b: int
+    value: int
+    tree: Tree
+    others: int
+
+    def tell(self, target: int, limit: int, wait: str, slip: random.Random | None) -> str:
+        """ "3*2=6", compared with the target where no number is left. With `slip`, first wrong, then corrected.
+
+        A value beyond the limit leads nowhere, and is not worked out.
+        """
+        against = "" if self.others or self.value == target else f"{'<' if self.value < target else '>'}{target}"
+        if self.value > limit:
+            return f"{self.a}{self.sign}{self.b}{against or f'>{limit}'}"
+        wrong = "" if slip is None else f"{_near(self.value, slip)}{wait}"
+        return f"{self.a}{self.sign}{self.b}={wrong}{self.value}{against}"
 
 
-def _reduce(tree: Tree, error: int) -> Tree:
-    """The tree with its first operation on two plain numbers replaced by its result plus `error`."""
-    assert not isinstance(tree, int), "a number has no operation left"
-    sign, left, right = tree
-    if not isinstance(left, int):
-        return (sign, _reduce(left, error), right)
-    if not isinstance(right, int):
-        return (sign, left, _reduce(right, error))
-    result = apply(sign, left, right)
-    assert result is not None, "generated expressions stay positive and whole"
-    return result + error if result + error > 0 else result - error
+def _near(value: int, rng: random.Random) -> int:
+    """A wrong result that is not negative."""
+    wrong = near_miss(value, rng)
+    return wrong if wrong >= 0 else value + 1

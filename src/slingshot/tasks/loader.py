@@ -23,7 +23,7 @@ from slingshot.tasks.user import UserTask
 KINDS = {
     "arithmetic": "chains of + - x over small numbers, asked in English or Japanese; writes worked solutions",
     "code": "Python that hidden tests judge, with worked solutions; code:humaneval, and code:mine.jsonl of your own",
-    "countdown": "reach a target with given numbers; writes worked solutions that try, fail and try again",
+    "countdown": "reach a target with given numbers; writes worked solutions that search in a fixed order",
     "gym:NAME": "any dataset of reasoning-gym; gym:chain_sum writes worked solutions",
     "dataset:SOURCE": "problems of a data set: gsm8k, math-500 and others by name, a hub's org/name, your own file",
     "path/to/file.py": "your own: one file with problems(split, seed) and verify(problem, text)",

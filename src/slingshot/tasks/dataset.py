@@ -13,7 +13,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from pydantic import Field, JsonValue, PrivateAttr, model_validator
 
@@ -33,8 +33,6 @@ _MAX_PROMPT = 1_000_000  # characters; longer ones are somebody's mistake in nam
 
 class DatasetTask(IsolatedTask):
     """The rows of `source`, each a problem. `prompt` and `answer` name a column, or are a text with {columns} in it."""
-
-    is_given: ClassVar[bool] = True
 
     source: str = Field(description=f"{', '.join(PUBLISHED)}, a hub's org/name, or a .jsonl or .parquet file")
     test: str = Field("", description="a file with the problems for testing; else a tenth of all is")
@@ -173,6 +171,10 @@ class DatasetTask(IsolatedTask):
     @property
     def name(self) -> str:
         return f"dataset:{self.source}"
+
+    @property
+    def is_given(self) -> bool:
+        return True
 
     @property
     def target(self) -> Target:

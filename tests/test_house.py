@@ -34,10 +34,10 @@ ROOMS = {
     "rollout": (682, 535),
     "sandbox": (857, 557),
     "serving": (5447, 4600),
-    "stages": (1104, 1504),
-    "tasks": (2815, 1990),
+    "stages": (1104, 1506),
+    "tasks": (2817, 2015),
     "text": (1752, 1696),
-    "training": (1451, 1127),
+    "training": (1452, 1127),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

@@ -55,8 +55,10 @@ def test_what_it_accepts_and_what_it_has_worked_out_are_fine_tuned_on(common, sa
 
 def test_its_file_is_what_a_stage_reads_and_is_checked_before_anything_is_trained(common, data_set, tmp_path):
     config = rl.RLConfig.parse(common)
-    named = {"tasks": [{"name": "dataset", "params": {"source": "a.jsonl", "test": "b.parquet"}}]}
-    assert local_inputs(named) == {"a.jsonl": False, "b.parquet": False}
+    named = {
+        "tasks": [{"name": "dataset", "params": {"source": "a.jsonl", "test": "b.parquet"}}, {"name": "code:c.jsonl"}]
+    }
+    assert local_inputs(named) == {"a.jsonl": False, "b.parquet": False, "c.jsonl": False}
     assert str(tmp_path / "sums.jsonl") in local_inputs(config.model_dump(mode="json"))
     check(config, [])
     (tmp_path / "sums.jsonl").write_text('{"question": "?"}\n')

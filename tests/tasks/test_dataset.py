@@ -7,6 +7,7 @@ import pytest
 from slingshot.base.errors import SlingshotError
 from slingshot.tasks.loader import load_task
 from slingshot.tasks.mixture import distinct
+from slingshot.tasks.rows import hub_rows
 from slingshot.tasks.task import Reward, split_of
 from slingshot.tasks.verification import VerificationPool
 
@@ -106,7 +107,8 @@ def test_prompts_are_made_of_columns_and_of_nothing_else(file):
         ([{"prompt": " ", "answer": "1"}], {}, "row 1: the prompt has 1 characters"),
         ([], {}, r"rows\.jsonl holds no rows"),
         ([1], {}, "row 1 is no object"),
-        (SUMS, {"like": "humaneval"}, "its answers are programs"),
+        (SUMS, {"source": "gsm8k", "test": "x.jsonl"}, "test is a file beside a source that is one"),
+        (SUMS, {"like": "mbpp"}, "its answers are programs"),
     ],
 )
 def test_what_is_wrong_with_a_data_set_is_said_in_one_line_as_it_is_loaded(file, rows, params, message):
@@ -134,3 +136,26 @@ def test_a_pattern_that_hangs_costs_its_own_answer(file):
         hanging, quick = pool.submit(task, problem, "a" * 40), pool.submit(task, problem, "aab")
         assert hanging.result().value == 0.0 and "took longer than 0.5 s" in hanging.result().error
         assert quick.result() == Reward(1.0, "aab")
+
+
+@pytest.mark.slow
+def test_a_repository_keeps_its_splits_as_they_are_published(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    repo = tmp_path / "sums"
+    repo.mkdir()
+    rows = [json.dumps(row) for row in SUMS]
+    for split, some in {"train": rows[:150], "test": rows[150:]}.items():
+        (repo / f"{split}.jsonl").write_text("\n".join(some) + "\n")
+    published = hub_rows(str(repo), "", {})
+    assert {split: len(some) for split, some in published.items()} == {"train": 150, "test": 50}
+    assert dict(published["test"][0]) == SUMS[150]
+    named = hub_rows(str(repo), "", {"test": "train"})
+    assert {split: len(some) for split, some in named.items()} == {"test": 150}
+    with pytest.raises(SlingshotError, match=r'cannot be read from the hub: .*Unknown split "dev"'):
+        hub_rows(str(repo), "", {"train": "dev"})
+    (repo / "train.jsonl").rename(repo / "validation.jsonl")
+    with pytest.raises(SlingshotError, match=r"has the splits .*; say splits = \{ train = "):
+        hub_rows(str(repo), "", {})
+    (repo / "validation.jsonl").unlink()
+    assert {split: len(some) for split, some in hub_rows(str(repo), "", {}).items()} == {"all": 50}

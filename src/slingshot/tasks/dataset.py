@@ -60,6 +60,8 @@ class DatasetTask(IsolatedTask):
     def _possible(self) -> Self:
         if self.verifier not in VERIFIERS:
             raise unknown_name("verifier", self.verifier, VERIFIERS)
+        if self.test and not self.source.endswith(_FILES):
+            raise ValueError("test is a file beside a source that is one; of a hub's data set, splits names the parts")
         if self.pattern:
             try:
                 groups = re.compile(self.pattern).groups
@@ -74,7 +76,7 @@ class DatasetTask(IsolatedTask):
         """The task, its rows read and checked. Raises SlingshotError that names the row and the column."""
         like = str(params.get("like") or params.get("source"))
         if like in PROGRAMS:
-            raise SlingshotError(f"dataset {like}: its answers are programs; the task code judges those of a file")
+            raise SlingshotError(f"dataset {like}: its answers are programs; name code:path/to/file.jsonl")
         if params.get("like") and like not in PUBLISHED:
             raise unknown_name("published set", like, PUBLISHED)
         known = PUBLISHED.get(like, {})

@@ -24,7 +24,7 @@ from slingshot.checkpoint.repository import hub_name
 from slingshot.cost.receipt import Receipt, artifact_digest
 
 _CHECKPOINTS, _FILES = ("model", "source", "tokenizer"), ("data", "text")
-_ROWS_OF, _ROWS = "dataset:", (".jsonl", ".parquet")
+_OF_ROWS, _ROWS = ("dataset:", "code:"), (".jsonl", ".parquet")
 _STDLIB = "stdlib"  # a corpus of that name is Python's own library, which is no file of the user's
 
 
@@ -77,8 +77,9 @@ def _with_files(task: dict[str, Any], change: Callable[[str, bool], str]) -> dic
         changed["name"] = change(name, False)
         for helper in helpers(Path(name)):
             change(str(helper), False)
-    elif name.startswith(_ROWS_OF) and name.endswith(_ROWS):
-        changed["name"] = _ROWS_OF + change(name.removeprefix(_ROWS_OF), False)
+    elif name.startswith(_OF_ROWS) and name.endswith(_ROWS):
+        kind, _, file = name.partition(":")
+        changed["name"] = f"{kind}:{change(file, False)}"
     params = task.get("params") or {}
     if files := [key for key in ("source", "test") if str(params.get(key)).endswith(_ROWS)]:
         changed["params"] = params | {key: change(str(params[key]), False) for key in files}

@@ -127,6 +127,19 @@ def test_overlong_responses_pay_for_the_last_of_their_room():
     assert pays(20, "length") == pays(15, "length") == -1.0
 
 
+def test_short_right_responses_earn_more_than_long_ones():
+    """2501.12599, 2.3.3: 10, 20, 30 and 50 tokens earn 0.5, 0.25, 0 and -0.5; wrong or cut off, 0 at most."""
+    group = [scored(*each) for each in [(1.0, 0, 0), (0.0, 0, 0), (1.0, 0, 0), (1.0, 0, 0)]]
+    for trajectory, length in zip(group, (10, 20, 30, 50), strict=True):
+        trajectory.mask = [0, *[1] * length]
+    weights = RewardWeights(format=0.0, length=0.4)
+    assign_rewards([group], weights, coin="", max_tokens=99)
+    assert [each.reward for each in group] == pytest.approx([1.2, 0.0, 1.0, 0.8])
+    group[0].turns[-1] = Turn(1, 2, Parsed(None, "", False), "length")
+    assign_rewards([group, group[:1] * 2], weights, coin="", max_tokens=99)
+    assert [each.reward for each in group] == pytest.approx([0.0, 0.0, 1.0, 0.8])
+
+
 def test_the_control_rewards_a_coin_and_nothing_else():
     def tossed(score, coin):
         groups = [[scored(score, score, score, key=str(i)) for _ in range(4)] for i in range(100)]

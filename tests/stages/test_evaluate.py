@@ -6,8 +6,9 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json
 from slingshot.cost.receipt import Receipt
 from slingshot.recipe.results import headline
+from slingshot.rollout.metrics import interval, maj_at_k, pass_at_k, wilson
 from slingshot.stages import evaluate
-from slingshot.stages.evaluate import interval, pass_at_k, summarise, wilson
+from slingshot.stages.evaluate import summarise
 from slingshot.tasks.task import Solution, split_of
 
 
@@ -24,6 +25,15 @@ def test_pass_at_k_by_hand():
     assert pass_at_k(8, 0, 8) == 0.0 and pass_at_k(8, 1, 8) == 1.0
     assert pass_at_k(10, 3, 1) == pytest.approx(0.3)
     assert pass_at_k(16, 2, 8) == pytest.approx(1 - 3003 / 12870)
+
+
+def test_the_majority_of_read_answers_by_hand():
+    """Groups of k one after the other; what was not read has no vote, and of a tie the first answer counts."""
+    answers, accuracy = ["7", "9", "9", None, None, None, "7", "8"], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+    assert maj_at_k(answers, accuracy, 2) == (1 + 0 + 0 + 1) / 4
+    assert maj_at_k(answers, accuracy, 4) == (0 + 1) / 2
+    assert maj_at_k(answers, accuracy, 8) == maj_at_k(answers[:7], accuracy, 7) == 1.0
+    assert maj_at_k([None, None], [0.0, 0.0], 2) == 0.0
 
 
 def test_the_bootstrap_is_of_the_mean_over_problems():
@@ -62,10 +72,11 @@ def test_a_summary_by_hand(evaluating):
     summary = summarise(results, evaluating(forms=forms))
     found = summary["tasks"]["sums"]
     assert found.pop("ci95") == interval([1.0, 0.5], samples=2, seed=0)
+    assert found.pop("at_k") == {"pass@2": {"mean": 1.0, "ci95": wilson(1.0, 2)}}
     assert found == {
         "pass@1": 0.75, "pass@8": None, "mean_tokens": 2.0, "format": 0.5, "language": 0.5, "n": 2,
         "samples_per_problem": 2, "right": 3, "right_leniently": 3, "split": "test", "given": None, "left_out": {},
-        "notes": [], "prompt_form": "plain", "pass@1_by_form": {"chat": 0.25, "plain": 0.75},
+        "notes": [], "by_level": {}, "prompt_form": "plain", "pass@1_by_form": {"chat": 0.25, "plain": 0.75},
     }  # fmt: skip
     assert summary["examples"]["sums"] == [{"correct": True}, {"correct": False}]
     assert summary["scores"] == {"sums": [1.0, 0.5]}
@@ -73,6 +84,18 @@ def test_a_summary_by_hand(evaluating):
     assert (chat["pass@1"], chat["mean_tokens"]) == (0.25, 5.0)
     results = [result("chat", [1.0] + [0.0] * 7, [1] * 8), result("chat", [0.0] * 8, [1] * 8)]
     assert summarise(results, evaluating(samples=8))["tasks"]["sums"]["pass@8"] == 0.5
+
+
+def test_scores_by_level_and_of_majorities(evaluating):
+    """Level 10 comes behind 9. Of the second problem's samples two wrong answers are alike."""
+    results = [result("chat", [1.0] * 4, [1] * 4, level="9", answers=["1"] * 4)]
+    results += [result("chat", [1.0, 0.0, 0.0, 0.0], [1] * 4, level="10", answers=["1", "2", "2", None])]
+    found = summarise(results, evaluating(samples=4))["tasks"]["sums"]
+    assert list(found["by_level"]) == ["9", "10"] and found["notes"] == ["by level 9: 100%, 10: 25%"]
+    assert found["by_level"]["10"] == {"pass@1": 0.25, "ci95": wilson(0.25, 1), "n": 1}
+    means = {name: each["mean"] for name, each in found["at_k"].items()}
+    assert means == {"pass@2": 0.75, "maj@2": 0.75, "pass@4": 1.0, "maj@4": 0.5}
+    assert found["at_k"]["maj@4"]["ci95"] == interval([1.0, 0.0], samples=4, seed=0)
 
 
 def test_tasks_are_reported_apart_and_examples_are_limited(evaluating):

@@ -69,12 +69,14 @@ def _language_of(character: str) -> str:
 class RewardWeights(Strict):
     """What a response earns: each score in [0, 1] times its weight. `random` is the control: a coin instead.
 
+    With `length` short right responses of a group earn more than long ones (`length_rewards`).
     With `overlong_buffer` the last tokens of the room are paid for, evenly up to 1 for all (arXiv 2503.14476, 3.4).
     """
 
     accuracy: float = 1.0
     format: float = 0.2
     language: float = 0.0
+    length: float = Field(default=0.0, ge=0)
     random: bool = False
     overlong_buffer: int = Field(default=0, ge=0)
 
@@ -98,8 +100,24 @@ def assign_rewards(groups: Sequence[Sequence[Trajectory]], weights: RewardWeight
     """Give every trajectory its reward; `max_tokens` is the room a response had. `coin` seeds the control's."""
     for group in groups:
         rng = random.Random(f"{coin}/{group[0].item.problem.key}")
-        for each in group:
-            each.reward = float(rng.random() < 0.5) if weights.random else weights.reward(each, max_tokens)
+        lengths = length_rewards(group) if weights.length else [0.0] * len(group)
+        for each, short in zip(group, lengths, strict=True):
+            earned = weights.reward(each, max_tokens) + weights.length * short
+            each.reward = float(rng.random() < 0.5) if weights.random else earned
+
+
+def length_rewards(group: Sequence[Trajectory]) -> list[float]:
+    """What the lengths of a group's responses earn, in [-0.5, 0.5] (arXiv 2501.12599, 2.3.3).
+
+    The shortest earns 0.5 and the longest -0.5, evenly between; where not right, 0 at most. 0 where all are as long.
+    """
+    lengths = [sum(each.mask) for each in group]
+    shortest, longest = min(lengths), max(lengths)
+    if shortest == longest:
+        return [0.0] * len(group)
+    earned = [0.5 - (length - shortest) / (longest - shortest) for length in lengths]
+    right = [each.finished and each.scores["accuracy"] == 1.0 for each in group]
+    return [each if its else min(0.0, each) for each, its in zip(earned, right, strict=True)]
 
 
 def assign_advantages(groups: Sequence[Sequence[Trajectory]], std: AdvantageStd, parallel: Parallel) -> None:

@@ -152,6 +152,7 @@ class Rollout:
             self.counts["verified"] += verdict is not None and not reward.error
             said = [(turn.parsed, turn.finish_reason == "stop") for turn in trajectory.turns]
             spoken = "\n".join(each.reasoning for each, _ in said if each.reasoning) or trajectory.response.answer
+            trajectory.answer = reward.answer
             trajectory.scores = {
                 "accuracy": reward.value,
                 "format": min(format_reward(each.closed, each.answer, ended) for each, ended in said),

@@ -68,6 +68,7 @@ class Trajectory:
     turns: list[Turn] = field(default_factory=list)
     routed_experts: Tensor | None = None  # of all ids before the last turn's last
     scores: dict[str, float] = field(default_factory=dict)  # accuracy, format, language: each in [0, 1]
+    answer: str | None = None  # as the verifier read it
     reward: float = 0.0
     advantage: float = 0.0
 

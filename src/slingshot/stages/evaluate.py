@@ -1,4 +1,4 @@
-"""Evaluation on held-out problems: pass@1 with a 95% interval, pass@k, response length, format, language.
+"""Evaluation on held-out problems: pass@1 with a 95% interval, pass@k, maj@k, length, format, language, by level.
 
 Several prompt forms can be tried; the best is reported, so that a base model is not marked down for its format.
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from math import comb, sqrt
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -21,18 +21,20 @@ from slingshot.base.files import write_json
 from slingshot.base.progress import Progress
 from slingshot.engine.engine import Engine
 from slingshot.machine.device import Dtype
+from slingshot.rollout.metrics import interval, maj_at_k, pass_at_k, powers_of_two
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
 from slingshot.rollout.trajectory import Trajectory, sampling_cost
 from slingshot.tasks.loader import TaskConfig, load_task
 from slingshot.tasks.mixture import Item, distinct
-from slingshot.tasks.task import Split
+from slingshot.tasks.task import Problem, Split
 from slingshot.tasks.verification import VerificationPool
 from slingshot.training.checkpointer import Checkpointer
 from slingshot.training.interrupts import Interrupts
 from slingshot.training.parallel import Parallel
 
 _COUNTED = 10_000  # given problems are counted up to here
+_MOST_LEVELS = 6  # told in a line
 
 
 class EvaluateConfig(StageConfig):
@@ -47,6 +49,7 @@ class EvaluateConfig(StageConfig):
     problems: int = Field(500, ge=1)  # of each task
     samples: int = Field(1, ge=1)
     sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_p=0.95)
+    thinking_budget: int | None = Field(None, ge=0)
     examples: int = Field(12, ge=0)  # kept for reading
     chunk: int = Field(128, ge=1)
     dtype: Dtype = "auto"
@@ -75,7 +78,7 @@ def run(config: EvaluateConfig, out: Path, sampler: Sampler | None = None) -> No
     with Parallel.start() as parallel, Checkpointer(out, "evaluate", config, parallel) as work:
         source = work.reads[config.model]
         sampler = sampler or EngineSampler(Engine.load(source, dtype=work.dtype, device=parallel.device))
-        params = config.sampling.params(config.samples, config.seed)
+        params = replace(config.sampling.params(config.samples, config.seed), thinking_budget=config.thinking_budget)
         items, given = config.draw()
         pool = VerificationPool([some[0].task for some in items.values() if some])
         jobs = [
@@ -108,10 +111,18 @@ def run(config: EvaluateConfig, out: Path, sampler: Sampler | None = None) -> No
 def result(task: str, form: str, group: Sequence[Trajectory]) -> dict[str, Any]:
     """What is kept of one problem's samples."""
     first, problem = group[0], group[0].item.problem
-    said = {"reasoning": first.response.reasoning or "", "response": first.response.answer}
-    example = {"prompt": problem.prompt, "answer": problem.answer, **said, "correct": first.scores["accuracy"] == 1.0}
+    spoken = {"reasoning": first.response.reasoning or "", "response": first.response.answer}
+    example = {"prompt": problem.prompt, "answer": problem.answer, **spoken, "correct": first.scores["accuracy"] == 1.0}
     scores = {name: [trajectory.scores[name] for trajectory in group] for name in first.scores}
-    return {"task": task, "form": form, "tokens": [sum(t.mask) for t in group], **scores, "example": example}
+    said = {"tokens": [sum(t.mask) for t in group], "answers": [t.answer for t in group], "level": level(problem)}
+    return {"task": task, "form": form, **said, **scores, "example": example}
+
+
+def level(problem: Problem) -> str | None:
+    """How hard a problem is: its task's word for it, or how many numbers it has."""
+    data = problem.data
+    found = data["level"] if "level" in data else len(data["numbers"]) if "numbers" in data else None
+    return None if found is None else str(found)
 
 
 def summarise(
@@ -142,11 +153,35 @@ def summarise(
             "n": len(rows), "samples_per_problem": config.samples, "right": sum(right),
             "right_leniently": sum(row.get("lenient", row["accuracy"]).count(1.0) for row in rows),
             "split": config.split, "given": (given or {}).get(task), "prompt_form": best, "pass@1_by_form": passes,
+            "at_k": at_k(rows, config), "by_level": by_level(rows, config),
             "left_out": dict(sum(map(Counter, left_out), Counter())),
         }  # fmt: skip
         found["notes"] = notes(found)
         examples[task] = [row["example"] for row in rows[: config.examples]]
     return {"tasks": tasks, "examples": examples, "scores": scores}
+
+
+def at_k(rows: Sequence[dict[str, Any]], config: EvaluateConfig) -> dict[str, Any]:
+    """pass@k and maj@k for powers of two up to the samples that every problem has, with intervals over problems."""
+    most, found = min(len(row["accuracy"]) for row in rows), dict[str, Any]()
+    for k in powers_of_two(most):
+        scores = {f"pass@{k}": [pass_at_k(len(row["accuracy"]), row["accuracy"].count(1.0), k) for row in rows]}
+        if all("answers" in row for row in rows):
+            scores[f"maj@{k}"] = [maj_at_k(row["answers"], row["accuracy"], k) for row in rows]
+        for name, each in scores.items():
+            found[name] = {"mean": float(np.mean(each)), "ci95": interval(each, config.samples, config.seed)}
+    return found
+
+
+def by_level(rows: Sequence[dict[str, Any]], config: EvaluateConfig) -> dict[str, Any]:
+    """pass@1 at each level, where problems have several; the easiest first."""
+    levels = {row["level"] for row in rows if row.get("level") is not None}
+    found = {}
+    for name in sorted(levels, key=lambda level: (len(level), level)) if len(levels) > 1 else []:
+        scores = [float(np.mean(row["accuracy"])) for row in rows if row.get("level") == name]
+        ci95 = interval(scores, config.samples, config.seed)
+        found[name] = {"pass@1": float(np.mean(scores)), "ci95": ci95, "n": len(scores)}
+    return found
 
 
 def notes(score: dict[str, Any]) -> list[str]:
@@ -158,33 +193,13 @@ def notes(score: dict[str, Any]) -> list[str]:
     if (leniently := score["right_leniently"]) > right:
         in_format = f"{round(score['format'] * total)} of {total} in format"
         said.append(f"{in_format}, {leniently} right if read leniently")
+    if 0 < len(score["by_level"]) <= _MOST_LEVELS:
+        said.append(
+            "by level " + ", ".join(f"{name}: {each['pass@1']:.0%}" for name, each in score["by_level"].items())
+        )
     return said
 
 
 def mean(rows: Sequence[dict[str, Any]], name: str) -> float:
     """The mean over problems of their samples' mean."""
     return float(np.mean([np.mean(row[name]) for row in rows]))
-
-
-def interval(scores: Sequence[float], samples: int, seed: int, resamples: int = 2000) -> list[float]:
-    """95% interval of the mean of problems' scores: Wilson's for one sample of each, else a bootstrap over problems.
-
-    Where all problems score alike a bootstrap would claim a width of 0: Wilson's there too.
-    """
-    if samples == 1 or len(set(scores)) == 1:
-        return wilson(float(np.mean(scores)), len(scores))
-    draws = np.random.default_rng(seed).integers(0, len(scores), (resamples, len(scores)))
-    low, high = np.percentile(np.asarray(scores)[draws].mean(1), [2.5, 97.5])
-    return [float(low), float(high)]
-
-
-def wilson(share: float, n: int, z: float = 1.959964) -> list[float]:
-    """Wilson's score interval of a share seen in n trials (J. of the American Statistical Association 22, 1927)."""
-    centre, spread = share + z * z / (2 * n), z * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    low, high = ((centre + side * spread) / (1 + z * z / n) for side in (-1, 1))
-    return [max(0.0, low), min(1.0, high)]
-
-
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is right, from n samples (arXiv 2107.03374, equation 1)."""
-    return 1.0 - comb(n - correct, k) / comb(n, k)

@@ -47,6 +47,7 @@ class DatasetTask(IsolatedTask):
     )
     choice_seed: int = Field(0, ge=0, description="of the order of choices")
     worked: str = Field("", description="a column of worked solutions, or a text with {columns}, to train on")
+    level: str = Field("", description="a column that says how hard a problem is, for scores by level")
     verifier: str = Field("exact", description=f"one of {', '.join(VERIFIERS)}")
     options: dict[str, JsonValue] = Field({}, description="of the verifier")
     where: dict[str, JsonValue] = Field({}, description="columns with the value, or the list of values, to keep")
@@ -132,7 +133,7 @@ class DatasetTask(IsolatedTask):
         return True
 
     def _problem(self, row: Row, where: str) -> Problem:
-        gold, extra = self._gold(row, where), {}
+        gold = self._gold(row, where)
         key = fill(self.prompt, {**row, "choices": ""} if self.wrong else row, where)
         prompt = key
         if self.wrong:
@@ -151,8 +152,9 @@ class DatasetTask(IsolatedTask):
         if not VERIFIERS[self.verifier].check(gold):
             way = "choose another verifier, or say with pattern where in the column it stands"
             raise SlingshotError(f"{where}: the answer {gold!r:.60} is nothing for the verifier {self.verifier}; {way}")
-        if self.worked:
-            extra["worked"] = fill(self.worked, row, where)
+        extra = {
+            name: fill(form, row, where) for name, form in (("worked", self.worked), ("level", self.level)) if form
+        }
         return Problem(prompt, key, gold, self.language, extra)
 
     def _gold(self, row: Row, where: str) -> str:

@@ -25,6 +25,7 @@ from slingshot.rollout.metrics import interval, maj_at_k, pass_at_k, powers_of_t
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
 from slingshot.rollout.trajectory import Trajectory, sampling_cost
+from slingshot.stages.probe import probe, probe_notes, summarise_probe
 from slingshot.tasks.loader import TaskConfig, load_task
 from slingshot.tasks.mixture import Item, distinct
 from slingshot.tasks.task import Problem, Split
@@ -50,6 +51,7 @@ class EvaluateConfig(StageConfig):
     samples: int = Field(1, ge=1)
     sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_p=0.95)
     thinking_budget: int | None = Field(None, ge=0)
+    probe: int = Field(0, ge=0)  # of each task's problems
     examples: int = Field(12, ge=0)  # kept for reading
     chunk: int = Field(128, ge=1)
     dtype: Dtype = "auto"
@@ -90,6 +92,7 @@ def run(config: EvaluateConfig, out: Path, sampler: Sampler | None = None) -> No
         ]
         saved = work.load()
         results: list[dict[str, Any]] = saved.info["results"] if saved else []
+        probes: dict[str, Any] = saved.info.get("probes", {}) if saved else {}
         done, title = saved.step if saved else 0, f"evaluation of {source.name}"
         with pool, Interrupts() as interrupts, Progress(title, len(jobs), done, parallel.is_first) as progress:
             for step in range(done, len(jobs)):
@@ -101,10 +104,20 @@ def run(config: EvaluateConfig, out: Path, sampler: Sampler | None = None) -> No
                 results.extend([*found, {"task": task, "form": form, "left_out": rollout.counts}])
                 accuracy = [score for row in found for score in row["accuracy"]]
                 progress.update(step + 1, **{"pass": sum(accuracy) / max(1, len(accuracy))})
-                work.keep(step + 1, lambda: ({}, {"results": results}), stop=interrupts.asked)
+                work.keep(step + 1, lambda: ({}, {"results": results, "probes": probes}), stop=interrupts.asked)
+            evaluation = summarise(results, config, given)
+            for task in evaluation["tasks"] if config.probe else ():
+                if task not in probes:
+                    best = next(f for f in config.forms if f.name == evaluation["tasks"][task]["prompt_form"])
+                    chunk = items[task][: config.probe]
+                    rows, cost = probe(Rollout(sampler, params, best, pool, parallel), chunk, config.seed)
+                    work.meter.add(cost[0], sampling=cost[1])
+                    probes[task] = summarise_probe(parallel.gather(rows))
+                    work.keep(len(jobs), lambda: ({}, {"results": results, "probes": probes}), stop=interrupts.asked)
+                evaluation["tasks"][task]["probe"] = probes[task]
+                evaluation["tasks"][task]["notes"] += probe_notes(probes[task])
         for _, rollout, _ in jobs:
             rollout.refuse_nothing()
-        evaluation = summarise(results, config, given)
         work.finish(lambda folder: write_json(folder / "evaluation.json", evaluation))
 
 

@@ -22,7 +22,6 @@ from slingshot.training.objectives import POLICY_LOSSES
 
 TASK = {"name": "arithmetic", "params": {"min_terms": 2, "max_terms": 3, "languages": ["en"]}}
 COMMON = {"dtype": "float32", "threads": 1}
-OTHERS: dict[str, dict[str, Any]] = {"dapo, no std": {"name": "dapo", "advantage_std": "none"}}
 
 
 def stage(module: Any, config: type, out: Path, values: dict[str, Any]) -> Path:
@@ -59,26 +58,25 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=300)
     parser.add_argument("--lr", type=float, default=1e-4)
     given = parser.parse_args()
-    losses = {name: {"name": name} for name in POLICY_LOSSES} | OTHERS
-    gains: dict[str, list[dict[str, float]]] = {name: [] for name in losses}
+    gains: dict[str, list[dict[str, float]]] = {name: [] for name in POLICY_LOSSES}
     before = []
     for seed in range(given.seeds):
         folder = given.out / f"seed-{seed}"
         model = reasoner(seed, folder)
         before.append(score(model, folder / "cold_start-evaluation", given.problems))
-        for name, loss in losses.items():
+        for name in POLICY_LOSSES:
             values = {
                 "model": str(model), "tasks": [TASK], "steps": given.steps, "prompts_per_step": 16, "group_size": 8,
-                "sequence_length": 64, "minibatches": 4, "loss": loss | {"kl": 0.0}, "seed": seed,
+                "sequence_length": 64, "minibatches": 4, "loss": {"name": name, "kl": 0.0}, "seed": seed,
                 "sampling": {"max_tokens": 48}, "optimizer": {"lr": given.lr},
             }  # fmt: skip
-            out = folder / name.replace(", ", "-").replace(" ", "-")
-            stage(rl, rl.RLConfig, out, values)
-            found = score(out, folder / f"{out.name}-evaluation", given.problems)
+            out = stage(rl, rl.RLConfig, folder / name, values)
+            found = score(out, folder / f"{name}-evaluation", given.problems)
             last = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
             gains[name].append({"pass@1": found["pass@1"], "tokens": found["mean_tokens"], "entropy": last["entropy"]})
     table(before, gains)
-    result = {"settings": vars(given) | {"out": str(given.out)}, "before": before, "after": gains}
+    settings = {key: value for key, value in vars(given).items() if key != "out"}
+    result = {"settings": settings, "before": [each["pass@1"] for each in before], "after": gains}
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -25,6 +25,7 @@ from slingshot.rollout.metrics import interval, maj_at_k, pass_at_k, powers_of_t
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
 from slingshot.rollout.trajectory import Trajectory, sampling_cost
+from slingshot.stages.contamination import contaminated
 from slingshot.stages.probe import probe, probe_notes, summarise_probe
 from slingshot.tasks.loader import TaskConfig, load_task
 from slingshot.tasks.mixture import Item, distinct
@@ -51,6 +52,7 @@ class EvaluateConfig(StageConfig):
     samples: int = Field(1, ge=1)
     sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_p=0.95)
     thinking_budget: int | None = Field(None, ge=0)
+    contamination: list[str] = []
     probe: int = Field(0, ge=0)  # of each task's problems
     examples: int = Field(12, ge=0)  # kept for reading
     chunk: int = Field(128, ge=1)
@@ -106,6 +108,8 @@ def run(config: EvaluateConfig, out: Path, sampler: Sampler | None = None) -> No
                 progress.update(step + 1, **{"pass": sum(accuracy) / max(1, len(accuracy))})
                 work.keep(step + 1, lambda: ({}, {"results": results, "probes": probes}), stop=interrupts.asked)
             evaluation = summarise(results, config, given)
+            if config.contamination:
+                tell_contamination(evaluation, results, config)
             for task in evaluation["tasks"] if config.probe else ():
                 if task not in probes:
                     best = next(f for f in config.forms if f.name == evaluation["tasks"][task]["prompt_form"])
@@ -195,6 +199,25 @@ def by_level(rows: Sequence[dict[str, Any]], config: EvaluateConfig) -> dict[str
         ci95 = interval(scores, config.samples, config.seed)
         found[name] = {"pass@1": float(np.mean(scores)), "ci95": ci95, "n": len(scores)}
     return found
+
+
+def tell_contamination(evaluation: dict[str, Any], results: Sequence[dict[str, Any]], config: EvaluateConfig) -> None:
+    """Add to every task how many of its problems stand in the data named, and pass@1 of these and of the others."""
+    for task, score in evaluation["tasks"].items():
+        form, scores = score["prompt_form"], evaluation["scores"][task]
+        rows = [row for row in results if "example" in row and (row["task"], row["form"]) == (task, form)]
+        found = score["contamination"] = dict[str, Any]()
+        for way, places in contaminated([row["example"]["prompt"] for row in rows], config.contamination).items():
+            sides: list[list[float]] = [[], []]
+            for place, each in enumerate(scores):
+                sides[place in places].append(each)
+            without, of_these = (float(np.mean(side)) if side else None for side in sides)
+            share = len(places) / len(scores)
+            found[way] = {"problems": len(places), "share": share, "pass@1": of_these, "pass@1_without": without}
+        if whole := found["whole"]["problems"]:
+            rest = found["whole"]["pass@1_without"]
+            said = "" if rest is None else f", pass@1 without them {rest:.0%}"
+            score["notes"].append(f"{whole} of {len(scores)} problems stand in the data named{said}")
 
 
 def notes(score: dict[str, Any]) -> list[str]:

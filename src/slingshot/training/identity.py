@@ -23,7 +23,7 @@ from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.repository import hub_name
 from slingshot.cost.receipt import Receipt, artifact_digest
 
-_CHECKPOINTS, _FILES = ("model", "source", "tokenizer"), ("data", "text")
+_CHECKPOINTS, _FILES = ("model", "source", "tokenizer"), ("data", "text", "contamination")
 _OF_ROWS, _ROWS = ("dataset:", "code:"), (".jsonl", ".parquet")
 _STDLIB = "stdlib"  # a corpus of that name is Python's own library, which is no file of the user's
 

@@ -19,14 +19,14 @@ FILE = 400  # lines
 ROOMS = {
     ".": (50, 640),
     "base": (731, 440),
-    "checkpoint": (2175, 2561),
+    "checkpoint": (2226, 2561),
     "cli": (1723, 1243),
     "cost": (627, 563),
     "data": (348, 185),
     "engine": (3989, 2580),
     "kernels": (1100, 1048),
     "machine": (446, 303),
-    "model": (1338, 1261),
+    "model": (1389, 1261),
     "parity": (0, 981),
     "planning": (2095, 1092),
     "quantization": (50, 62),
@@ -34,10 +34,10 @@ ROOMS = {
     "rollout": (758, 548),
     "sandbox": (857, 557),
     "serving": (5447, 4600),
-    "stages": (1370, 1667),
+    "stages": (1385, 1717),
     "tasks": (2819, 2015),
     "text": (1752, 1696),
-    "training": (1452, 1127),
+    "training": (1586, 1271),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

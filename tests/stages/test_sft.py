@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import write_jsonl
@@ -157,3 +159,19 @@ def test_sources_that_are_not_there_are_named(finetuning, tmp_path):
         sft.run(finetuning(data=["nowhere"]), tmp_path / "out")
     with pytest.raises(SlingshotError, match="gym:leg_counting writes no worked solutions; give data"):
         sft.run(finetuning(data=[], tasks=[{"name": "gym:leg_counting"}], examples=2), tmp_path / "out2")
+
+
+def test_adapters_alone_are_trained_and_written_merged_and_beside(base, finetuning, metrics, tmp_path):
+    lora = {"rank": 4, "targets": ["attention", "mlp", "experts"]}
+    sft.run(finetuning(epochs=3, lora=lora, optimizer={"lr": 0.01}), tmp_path / "out")
+    rows, before, after = metrics(tmp_path / "out"), load_model(base).state_dict(), load_model(tmp_path / "out")
+    assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+    changed = {name for name, each in after.state_dict().items() if not torch.equal(each, before[name])}
+    inside = (".self_attn.", ".mlp.")
+    assert changed and all(any(part in name for part in inside) and "norm" not in name for name in changed)
+    told = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert told["base_model_name_or_path"] == str(base) and told["r"] == 4
+    stored = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    name = "model.layers.0.self_attn.o_proj"
+    a, b = (stored[f"base_model.model.{name}.lora_{each}.weight"] for each in "AB")
+    torch.testing.assert_close(after.state_dict()[f"{name}.weight"], before[f"{name}.weight"] + 8 * b @ a)

@@ -5,7 +5,8 @@ rows sorted by expert, `RMSNorm` a vector of gains. Every product takes its weig
 stored in another form (int8, int4, fp8) or has a low-rank change beside it (LoRA) is a subclass that says so there, or
 multiplies by a kernel of its own in `product` and `by_head`.
 
-Shape suffixes: N rows, X any leading dimensions, D input width, F output width, E experts, H heads, V vocabulary.
+Shape suffixes: N rows, X any leading dimensions, D input width, F output width, E experts, H heads, V vocabulary,
+R rank of a low-rank change, G the matrices that an expert has side by side (gate and up).
 """
 
 from __future__ import annotations
@@ -49,6 +50,31 @@ class Linear(nn.Module):
         return y_HNF.transpose(0, 1).view(*x_XHD.shape[:-1], -1)
 
 
+class LoRALinear(Linear):
+    """A frozen matrix with a low-rank change beside it: y = x W^T + scale (x A^T) B^T (arXiv 2106.09685, 4.1).
+
+    It takes over the parameters of `base`. B_FR begins as zero: at first nothing is changed.
+    """
+
+    def __init__(self, base: Linear, lora_A: Tensor, scale: float) -> None:
+        nn.Module.__init__(self)
+        self.weight, self.bias, self.scale = base.weight, base.bias, scale
+        self.lora_A = nn.Parameter(lora_A)
+        self.lora_B = nn.Parameter(lora_A.new_zeros(self.weight.shape[0], len(lora_A)))
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """W + scale B A."""
+        return (self.weight + self.scale * (self.lora_B @ self.lora_A)).to(dtype)
+
+    def product(self, x_XD: Tensor, detach: bool = False) -> Tensor:
+        if detach:
+            return super().product(x_XD, detach)
+        bias = None if self.bias is None else self.bias.to(x_XD.dtype)
+        y_XF = F.linear(x_XD, self.weight.to(x_XD.dtype), bias)
+        change_XF = F.linear(F.linear(x_XD, self.lora_A.to(x_XD.dtype)), self.lora_B.to(x_XD.dtype))
+        return y_XF + self.scale * change_XF
+
+
 def joined(x_XD: Tensor, *linears: Linear) -> Tensor:
     """What several matrices make of the same x, side by side, in one product where all of them are plain.
 
@@ -80,6 +106,31 @@ class GroupedLinear(nn.Module):
         """x_ND sorted by expert, counts[e] rows each -> y_NF."""
         weight_EFD = self.weight.to(x_ND.dtype)
         return grouped_matmul(x_ND, weight_EFD.flatten(1, -2) if weight_EFD.dim() > 3 else weight_EFD, counts)
+
+
+class LoRAGroupedLinear(GroupedLinear):
+    """Frozen expert matrices [E, *G, F, D], each with an A [E, *G, R, D] and a B [E, *G, F, R] of its own beside it."""
+
+    def __init__(self, base: GroupedLinear, lora_A: Tensor, scale: float) -> None:
+        nn.Module.__init__(self)
+        self.weight, self.scale = base.weight, scale
+        self.lora_A = nn.Parameter(lora_A)
+        self.lora_B = nn.Parameter(lora_A.new_zeros(*self.weight.shape[:-1], lora_A.shape[-2]))
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """W + scale B A of every expert."""
+        return (self.weight + self.scale * (self.lora_B @ self.lora_A)).to(dtype)
+
+    def forward(self, x_ND: Tensor, counts: list[int]) -> Tensor:
+        n_experts, dtype = len(self.weight), x_ND.dtype
+        a_GERD, b_GEFR = (
+            each.to(dtype).reshape(n_experts, -1, *each.shape[-2:]).unbind(1) for each in (self.lora_A, self.lora_B)
+        )
+        changes = [
+            grouped_matmul(grouped_matmul(x_ND, a_ERD, counts), b_EFR, counts)
+            for a_ERD, b_EFR in zip(a_GERD, b_GEFR, strict=True)
+        ]
+        return super().forward(x_ND, counts) + self.scale * torch.cat(changes, dim=-1)
 
 
 class RMSNorm(nn.Module):

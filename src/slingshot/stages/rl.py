@@ -38,6 +38,7 @@ from slingshot.tasks.verification import VerificationPool
 from slingshot.training.checkpointer import Checkpointer, Named, restore
 from slingshot.training.interrupts import Interrupts
 from slingshot.training.language_model import add_loads, busiest
+from slingshot.training.lora import LoRAConfig, add_lora, merged, twin
 from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule, update_router_biases
 from slingshot.training.parallel import Parallel, load_whole
 from slingshot.training.policy import LOGGED_PER_TOKEN, PolicyLoss, policy_step, trainer_logprobs
@@ -65,6 +66,7 @@ class RLConfig(StageConfig):
     sampling: SamplingConfig = SamplingConfig()
     optimizer: OptimizerConfig = OptimizerConfig(name="adamw", lr=1e-4, warmup=0.0, decay=0.0, weight_decay=0.0)
     loss: PolicyLoss = PolicyLoss()
+    lora: LoRAConfig | None = None
     minibatches: int = Field(1, ge=1)
     micro_batch_size: int = Field(32, ge=1)
     sequence_length: int = Field(256, ge=8)
@@ -94,6 +96,8 @@ class RLConfig(StageConfig):
     def _samples_what_it_trains(self) -> Self:
         if self.sampling.temperature == 0 or self.sampling.top_p < 1 or self.sampling.top_k > 0:
             raise ValueError("sampling: rl trains the whole distribution; leave top_p 1, top_k 0, temperature above 0")
+        if self.lora is not None and self.bias_update_speed:
+            raise ValueError("bias_update_speed: with lora the base is frozen, its router biases too; leave it out")
         return self
 
 
@@ -102,8 +106,12 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
     with Parallel.start() as parallel, Checkpointer(out, "rl", config, parallel) as work:
         tasks, source = TaskMix(config.tasks, "train", f"rl/{config.seed}"), work.reads[config.model]
         model, tokenizer = load_model(source, device=parallel.device), load_tokenizer(source)
-        reference = load_model(source, device=parallel.device, shard=parallel.shard) if config.loss.kl else None
-        sampler = sampler or EngineSampler.beside(model, tokenizer, work.dtype, alone=parallel.mesh is None)
+        reference = None
+        if config.loss.kl:  # with adapters the frozen base itself
+            separate = config.lora is None
+            reference = load_model(source, device=parallel.device, shard=parallel.shard) if separate else twin(model)
+        alone = parallel.mesh is None and config.lora is None
+        sampler = sampler or EngineSampler.beside(model, tokenizer, work.dtype, alone)
         params = config.sampling.params(config.group_size, config.seed)
         if config.loss.replay_routing:
             if not model.config.n_moe_layers:
@@ -115,10 +123,13 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
         for network in (model, reference):
             if network is not None:
                 network.compute_dtype = work.dtype
+        if config.lora is not None:
+            add_lora(model, config.lora, config.seed, parallel)
+        moving = reference if config.lora is None else None
         optimizer = Optimizer(model, config.optimizer)
         saved = work.load()
         if saved:
-            restore(saved, model, optimizer, reference)
+            restore(saved, model, optimizer, moving)
 
         done, info = (saved.step, saved.info) if saved else (0, {})
         place = info.get("drawn", done * config.prompts_per_step)
@@ -132,10 +143,10 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
                     progress.total = min(config.steps, max(step + 1, round(step / spent))) if spent else config.steps
                 if spent >= 1:
                     break
-                if reference is not None and step and step % config.loss.reference_steps == 0:
-                    load_whole(reference, model.state_dict())
+                if moving is not None and step and step % config.loss.reference_steps == 0:
+                    load_whole(moving, model.state_dict())
 
-                sampler.update_weights(step, model.state_dict())
+                sampler.update_weights(step, merged(model))
                 groups, left_out = collect(rollout, curriculum, config, step)
                 curriculum.note(groups, parallel)
                 signals = [group for group in groups if has_signal(group)]
@@ -160,7 +171,7 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
                 progress.update(step + 1, **shown, **{"tokens/s": speed["tokens_per_second"]})
 
                 def state() -> Named:
-                    tensors, _ = work.training_state(model, optimizer, reference)
+                    tensors, _ = work.training_state(model, optimizer, moving)
                     return tensors, {**curriculum.state(), "entropy": entropy.first}
 
                 work.keep(step + 1, state, stop=interrupts.asked)

@@ -34,6 +34,7 @@ from slingshot.training.batch import Rows
 from slingshot.training.checkpointer import Checkpointer, restore
 from slingshot.training.interrupts import Interrupts
 from slingshot.training.language_model import LanguageModelLoss, language_model_step
+from slingshot.training.lora import LoRAConfig, add_lora
 from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule
 from slingshot.training.parallel import Parallel
 
@@ -61,6 +62,7 @@ class SFTConfig(StageConfig):
     micro_batch_size: int = Field(16, ge=1)
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LanguageModelLoss = LanguageModelLoss()
+    lora: LoRAConfig | None = None
     dtype: Dtype = "auto"
 
     @model_validator(mode="after")
@@ -85,6 +87,8 @@ def run(config: SFTConfig, out: Path) -> None:
             batches += [rows[start : start + size] for start in range(0, len(rows), size)]
 
         model.compute_dtype = work.dtype
+        if config.lora is not None:
+            add_lora(model, config.lora, config.seed, parallel)
         optimizer = Optimizer(model, config.optimizer)
         saved = work.load()
         done = saved.step if saved else 0

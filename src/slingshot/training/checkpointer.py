@@ -40,6 +40,7 @@ from torch import Tensor
 from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import lock, new_folder, put_aside, read_json, read_text, unlock, write_json, write_text
+from slingshot.checkpoint.adapter import write_adapter
 from slingshot.checkpoint.load_save import open_weights, save_checkpoint
 from slingshot.cost.receipt import Meter, Parent, artifact_digest
 from slingshot.machine.device import auto_dtype, auto_threads, describe_machine, dtype_name, machine_peak
@@ -48,6 +49,7 @@ from slingshot.model.transformer import Transformer
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.identity import Identity, inputs
 from slingshot.training.interrupts import Interrupts
+from slingshot.training.lora import adapters, merged
 from slingshot.training.optimizer import Optimizer
 from slingshot.training.parallel import Parallel, load_whole, whole_tensors
 
@@ -301,12 +303,20 @@ class Checkpointer:
         """`finish` with the model (made from the checkpoint `source`), unless its last update has broken it."""
         if self.parallel.max(int(not _computes(model))):
             raise self._diverged("after the last update the weights or the logits hold NaN or infinite values")
-        state = self._whole(model.state_dict())
-        self.finish(lambda folder: save_checkpoint(folder, model, tokenizer, state, source=source), extra)
+        state = merged(model) if adapters(model) else self._whole(model.state_dict())
+
+        def write(folder: Path) -> None:
+            save_checkpoint(folder, model, tokenizer, state, source=source)
+            if lora := getattr(self.config, "lora", None):
+                (folder / "adapter").mkdir()
+                base = getattr(self.config, "model", "")
+                write_adapter(folder / "adapter", adapters(model), lora.rank, lora.alpha, base)
+
+        self.finish(write, extra)
 
     def training_state(self, model: Transformer, optimizer: Optimizer, reference: Transformer | None = None) -> Named:
-        """Weights and optimizer state as named tensors; where they are sharded, gathered on the first rank."""
-        states = {"model": model.state_dict(), "optimizer": optimizer.state()}
+        """Weights (of a frozen base what is beside it) and optimizer state as named tensors, gathered on rank 0."""
+        states = {"model": adapters(model) or model.state_dict(), "optimizer": optimizer.state()}
         if reference is not None:
             states["reference"] = reference.state_dict()
         named = {f"{group}/{name}": tensor for group, state in states.items() for name, tensor in state.items()}
@@ -318,7 +328,7 @@ class Checkpointer:
 
 def restore(saved: State, model: Transformer, optimizer: Optimizer, reference: Transformer | None = None) -> None:
     """Take back what `Checkpointer.training_state` gave."""
-    load_whole(model, saved.group("model"))
+    load_whole(model, model.state_dict() | saved.group("model"))  # a frozen base is as it was read
     optimizer.load(saved.group("optimizer"))
     if reference is not None:
         load_whole(reference, saved.group("reference"))

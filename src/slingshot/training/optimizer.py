@@ -121,14 +121,18 @@ class Optimizer:
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:  # a frozen base beside adapters
+                continue
             is_matrix = parameter.dim() >= 2 and not any(part in name for part in _NOT_OF_MUON)
             (matrices if is_matrix and config.name == "muon" else others).append(parameter)
         decayed = [parameter for parameter in others if parameter.dim() >= 2]
         plain = [parameter for parameter in others if parameter.dim() < 2]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         adam_lr = config.adam_lr if config.name == "muon" else config.lr
-        adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=adam_lr, betas=config.betas, fused=True)
-        self.parts: list[tuple[torch.optim.Optimizer, float]] = [(adamw, adam_lr)]
+        self.parts: list[tuple[torch.optim.Optimizer, float]] = []
+        if others:
+            adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=adam_lr, betas=config.betas, fused=True)
+            self.parts.append((adamw, adam_lr))
         if matrices:
             dtype = model.compute_dtype or matrices[0].dtype
             self.parts.append((Muon(matrices, config.lr, config.momentum, config.weight_decay, dtype), config.lr))

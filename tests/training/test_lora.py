@@ -121,7 +121,9 @@ def test_what_does_not_fit_the_model_is_refused(keys: dict[str, object], says: s
 
 
 def test_peft_loads_an_adapter_and_gives_the_same_logits(tmp_path) -> None:
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    import peft
+    import transformers
+
     model = adapted({**LLAMA, "rms_norm_eps": 1e-6}, targets=["attention", "up_proj"], alpha=10)
     write_adapter(tmp_path, adapters(model), rank=4, alpha=10, base="base")
     keys = {key: each for key, each in LLAMA.items() if key != "family"}

@@ -35,6 +35,9 @@ STAGES = {
     "pretrain": StageKind("slingshot.stages.pretrain", "PretrainConfig", "trains a new model from scratch"),
     "sft": StageKind("slingshot.stages.sft", "SFTConfig", "supervised fine-tuning"),
     "rl": StageKind("slingshot.stages.rl", "RLConfig", "reinforcement learning with verified rewards (GRPO)"),
+    "distill": StageKind(
+        "slingshot.stages.distill", "DistillConfig", "on-policy distillation: teachers judge a student's own samples"
+    ),
     "sample": StageKind(
         "slingshot.stages.sample", "SampleConfig", "rejection sampling: keeps what the verifier accepts", False
     ),

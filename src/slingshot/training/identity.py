@@ -65,6 +65,8 @@ def _with_inputs(values: Mapping[str, Any], change: Callable[[str, bool], str]) 
             changed[key] = [change(name, False) if isinstance(name, str) else name for name in changed[key]]
     if isinstance(changed.get("tasks"), list):
         changed["tasks"] = [_with_files(task, change) for task in changed["tasks"]]
+    if isinstance(changed.get("teachers"), list):
+        changed["teachers"] = [each | {"model": change(each["model"], True)} for each in changed["teachers"]]
     if isinstance(changed.get("documents"), dict):
         changed["documents"] = _with_inputs(changed["documents"], change)
     return changed

@@ -28,16 +28,16 @@ ROOMS = {
     "machine": (446, 303),
     "model": (1389, 1261),
     "parity": (0, 981),
-    "planning": (2095, 1092),
+    "planning": (2097, 1100),
     "quantization": (50, 62),
     "recipe": (1059, 965),
     "rollout": (758, 548),
     "sandbox": (857, 557),
     "serving": (5447, 4600),
-    "stages": (1385, 1717),
+    "stages": (1573, 1898),
     "tasks": (2819, 2015),
     "text": (1752, 1696),
-    "training": (1586, 1273),
+    "training": (1670, 1339),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

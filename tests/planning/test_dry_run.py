@@ -51,6 +51,14 @@ def test_responses_are_worked_solutions_some_of_them_wrong(base: Path, tmp_path:
     assert all(0 < row["no_signal"] < 1 and 3 < row["response_tokens"] < 32 for row in rows)
 
 
+def test_a_student_is_timed_on_what_is_written_for_it(base: Path, tmp_path: Path) -> None:
+    sizes = {"steps": 2, "prompts_per_step": 8, "sequence_length": 64, "sampling": {"max_tokens": 32}}
+    config = {"model": str(base), "teachers": [{"model": str(base)}], "tasks": ARITHMETIC, "dtype": "float32"} | sizes
+    found = run("distill", config, config | {"steps": 20}, 10.0, tmp_path / "student")
+    assert found["factor"] == 10 and found["varying_seconds"] > 0
+    assert all(0 < row["response_tokens"] < 32 for row in read_jsonl(tmp_path / "student" / "metrics.jsonl"))
+
+
 def test_an_evaluation_stands_for_one_of_more_problems(base: Path, tmp_path: Path) -> None:
     config = {"model": str(base), "tasks": ARITHMETIC, "problems": 4, "dtype": "float32"}
     config |= {"sampling": {"max_tokens": 32}}

@@ -28,7 +28,7 @@ from slingshot.recipe.recipe import Recipe, RecipeStage
 from slingshot.recipe.tables import resolve
 from slingshot.stages.kinds import STAGES
 
-STEPS = {"pretrain": 10, "rl": 4}  # of these kinds
+STEPS = {"pretrain": 10, "rl": 4, "distill": 4}  # of these kinds
 CHUNKS = {"sample": 3, "evaluate": 1}  # of problems
 BATCHES = 12  # of examples, at most, that are fine-tuned on
 

@@ -70,6 +70,8 @@ def items_of(kind: str, config: Any) -> list[Item]:
     if kind == "rl":
         most = config.steps * config.prompts_per_step * (1 + config.refill)
         return TaskMix(config.tasks, "train", f"rl/{config.seed}").draw(0, most)
+    if kind == "distill":
+        return TaskMix(config.tasks, "train", f"distill/{config.seed}").draw(0, config.steps * config.prompts_per_step)
     drawn = config.draw()
     return drawn if kind == "sample" else [item for items in drawn[0].values() for item in items]
 
@@ -84,14 +86,14 @@ def run(job: dict[str, Any]) -> dict[str, float]:
         job["config"]["retire"] = 0.0  # made-up answers solve nothing
     config, whole = (STAGES[kind].config.parse(job[name], job["name"]) for name in ("config", "whole"))
     factor, loading, more, script = job["factor"], 0.0, {}, None
-    if kind in ("rl", "sample", "evaluate"):
+    if kind in ("rl", "distill", "sample", "evaluate"):
         settings: Any = config
         source, items = locate(settings.model), items_of(kind, settings)
         tokenizer, drawn = load_tokenizer(source), time.perf_counter()
         engine = Engine.load(source, dtype=settings.dtype)
         script = SolutionScript(items, tokenizer, settings.sampling.max_tokens, job["styles"])
         more["sampler"] = ScriptedSampler(script, tokenizer, engine.config, timed=EngineSampler(engine))
-        if kind != "rl":  # which loads its own model beside the sampler's
+        if kind not in ("rl", "distill"):  # which load their own model beside the sampler's
             loading = time.perf_counter() - drawn
             factor = len(items_of(kind, whole)) / max(1, len(items))
     start = time.perf_counter()

@@ -2,14 +2,15 @@
 
 Every step draws problems, samples the student's responses, and lowers the divergence of its next-token distribution
 from the teacher's on these very tokens: reverse KL over the whole vocabulary unless said otherwise. With several
-teachers each problem goes to the one that names its task, and so specialists become one model.
+teachers each problem goes to the one that names its task, and so specialists become one model. The rewards are logged
+and teach nothing. MTP modules and the biases of routers stay as they are.
 
     slingshot distill --config distill.toml --out runs/small
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -67,8 +68,18 @@ class DistillConfig(StageConfig):
 
     @model_validator(mode="after")
     def _every_task_has_one_teacher(self) -> Self:
-        for task in self.tasks:
-            self.teacher_of(task.name)
+        known = {task.name for task in self.tasks}
+        if others := [name for teacher in self.teachers for name in teacher.tasks if name not in known]:
+            raise ValueError(f"teachers: {others[0]} is none of the tasks; they are {', '.join(sorted(known))}")
+        for name in known:
+            self.teacher_of(name)
+        return self
+
+    @model_validator(mode="after")
+    def _samples_what_it_trains(self) -> Self:
+        if self.sampling.temperature == 0 or self.sampling.top_p < 1 or self.sampling.top_k > 0:
+            way_out = "leave top_p 1, top_k 0, temperature above 0"
+            raise ValueError(f"sampling: distill trains the whole distribution; {way_out}")
         return self
 
     def teacher_of(self, task: str) -> int:
@@ -89,9 +100,12 @@ def run(config: DistillConfig, out: Path, sampler: Sampler | None = None) -> Non
         model, tokenizer = load_model(source, device=parallel.device), load_tokenizer(source)
         teachers = []
         for teacher in config.teachers:
-            if load_tokenizer(work.reads[teacher.model]).description() != tokenizer.description():
+            path = work.reads[teacher.model]
+            network = load_model(path, device=parallel.device).requires_grad_(False)
+            same = load_tokenizer(path).description() == tokenizer.description()
+            if not same or network.config.vocab_size != model.config.vocab_size:
                 raise SlingshotError(f"teachers: {teacher.model} has another tokenizer than {config.model}")
-            teachers.append(load_model(work.reads[teacher.model], device=parallel.device).requires_grad_(False))
+            teachers.append(network)
         sampler = sampler or EngineSampler.beside(model, tokenizer, work.dtype, alone=True)
         pool = VerificationPool(mix.tasks)
         rollout = Rollout(sampler, config.sampling.params(config.group_size, config.seed), config.form, pool, parallel)
@@ -110,23 +124,25 @@ def run(config: DistillConfig, out: Path, sampler: Sampler | None = None) -> Non
                 each = [trajectory for group in groups for trajectory in group]
                 n_tokens = sum(sum(t.mask) for t in each)
                 total = 0.0
-                for index, teacher in enumerate(teachers):
+                for index, judge in enumerate(teachers):
                     own = [t for t in each if config.teacher_of(task_name(config, mix, t)) == index]
-                    total += distill_step(model, teacher, own, n_tokens, config, parallel.device)
-                    work.meter.add(0, teacher=forward_flops(teacher.config, [len(t.ids) for t in own]))
+                    total += distill_step(model, judge, own, n_tokens, config, parallel.device)
+                    work.meter.add(0, teacher=forward_flops(judge.config, [len(t.ids) for t in own]))
                 factor = schedule(config.optimizer, step, config.steps)
-                norm = optimizer.step(factor) if n_tokens else 0.0
+                update: dict[str, float] = {}
+                if n_tokens:
+                    update = {"loss": total / n_tokens, "gradient_norm": optimizer.step(factor)}
                 tokens, flops = sampling_cost(model.config, groups)
                 parts = training_parts(model.config, [len(t.ids) for t in each], mtp=False)
                 work.meter.add(tokens, sampling=flops, **parts)
-                row: dict[str, Any] = {
-                    "loss": total / max(1, n_tokens),
-                    "pass_rate": sum(t.scores.get("accuracy", 0.0) for t in each) / max(1, len(each)),
+                row = {
+                    "pass_rate": sum(t.scores["accuracy"] for t in each) / max(1, len(each)),
                     "response_tokens": n_tokens / max(1, len(each)),
                 }
-                speed = work.speed(tokens)
-                work.log({"step": step + 1, **row, "gradient_norm": norm, "lr": config.optimizer.lr * factor, **speed})
-                shown = {"loss": row["loss"], "pass": row["pass_rate"], "length": row["response_tokens"]}
+                speed, lr = work.speed(tokens), config.optimizer.lr * factor
+                work.log({"step": step + 1, **row, **update, **rollout.counts, "lr": lr, **speed})
+                shown = {"pass": row["pass_rate"], "length": row["response_tokens"]}
+                shown |= {"loss": update["loss"]} if update else {}
                 progress.update(step + 1, **shown, **{"tokens/s": speed["tokens_per_second"]})
                 work.keep(step + 1, lambda: work.training_state(model, optimizer), stop=interrupts.asked)
         rollout.refuse_nothing()
@@ -150,7 +166,7 @@ def distill_step(
     if not trajectories:
         return 0.0
     rows, total = pack(trajectories, config.sequence_length).to(device), 0.0
-    given: Mapping[str, Any] = {"temperature": config.sampling.temperature or 1.0}
+    given: dict[str, Any] = {"temperature": config.sampling.temperature}
     given |= {"divergence": config.divergence, "beta": config.beta, "top_k": config.top_k}
     for start in range(0, len(rows), config.micro_batch_size):
         micro = rows[start : start + config.micro_batch_size]

@@ -66,10 +66,15 @@ def _with_inputs(values: Mapping[str, Any], change: Callable[[str, bool], str]) 
     if isinstance(changed.get("tasks"), list):
         changed["tasks"] = [_with_files(task, change) for task in changed["tasks"]]
     if isinstance(changed.get("teachers"), list):
-        changed["teachers"] = [each | {"model": change(each["model"], True)} for each in changed["teachers"]]
+        changed["teachers"] = [_with_tasks_named(each, change) for each in changed["teachers"]]
     if isinstance(changed.get("documents"), dict):
         changed["documents"] = _with_inputs(changed["documents"], change)
     return changed
+
+
+def _with_tasks_named(teacher: dict[str, Any], change: Callable[[str, bool], str]) -> dict[str, Any]:
+    named = [_with_files({"name": name}, change)["name"] for name in teacher.get("tasks", [])]
+    return teacher | {"model": change(teacher["model"], True), "tasks": named}
 
 
 def _with_files(task: dict[str, Any], change: Callable[[str, bool], str]) -> dict[str, Any]:

@@ -105,6 +105,43 @@ def test_what_a_dead_gateway_left_open_is_settled_by_the_progress_it_wrote(url):
     assert row(other).balance == PICO - (60 * 1 + 40 * 10 + 7 * 100) * PICO // 10**6
 
 
+def test_what_a_dead_gateway_had_not_begun_costs_nothing(url):
+    dead = Ledger(url, PRICES)
+    dead.reserve(account(dead, balance=1.0), "tiny", 100, 100, "a")
+    dead.tick()
+    with dead.transaction() as connection:
+        connection.exec_driver_sql("UPDATE gateways SET pid = 2147483632")  # no such process
+    other = Ledger(url, PRICES)
+    assert (row(other).balance, row(other).reserved, row(other).running) == (PICO, 0, 0)
+
+
+@pytest.mark.parametrize("arrived", [True, False])
+def test_what_was_set_aside_though_the_connection_broke_is_given_back(url, arrived):
+    """Whether a commit whose answer is lost has arrived, nobody knows."""
+    ledger, broken = Ledger(url, PRICES), False
+
+    def lose(connection):
+        nonlocal broken
+        if broken:
+            broken = False
+            if arrived:
+                connection.connection.driver_connection.execute("COMMIT")
+            raise sa.exc.OperationalError("COMMIT", None, ConnectionError("the server is gone"))
+
+    sa.event.listen(sa.Engine, "commit", lose)
+    try:
+        alice = account(ledger, balance=1.0)
+        broken = True
+        with pytest.raises(ApiError) as caught:
+            ledger.reserve(alice, "tiny", 100, 100, "a")
+        assert caught.value.status == 503 and row(ledger).running == arrived
+        ledger.tick()
+        assert (row(ledger).balance, row(ledger).reserved, row(ledger).running) == (PICO, 0, 0)
+    finally:
+        sa.event.remove(sa.Engine, "commit", lose)
+    ledger.close()
+
+
 def test_a_gateway_that_was_taken_for_dead_by_a_clock_that_jumped_is_looked_after_again(url):
     now = [1e9]
     one, other = (Ledger(url, PRICES, clock=lambda: now[0]) for _ in range(2))

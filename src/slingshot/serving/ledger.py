@@ -219,13 +219,19 @@ class Ledger:
             "id": request_id, "key_id": account.id, "model": model, "began": now.timestamp(), "gateway": self.id,
             "reserved": worst, "reserved_tokens": tokens, "prompt": prompt_tokens,
         }  # fmt: skip
-        with self.transaction() as connection:
-            admitted = connection.execute(taken).rowcount == 1
-            if admitted:
-                connection.execute(sa.insert(REQUESTS).values(row))
+        reservation = Reservation(self, request_id, prompt_tokens)
+        try:
+            with self.transaction() as connection:
+                admitted = connection.execute(taken).rowcount == 1
+                if admitted:
+                    connection.execute(sa.insert(REQUESTS).values(row))
+        except ApiError:  # lost within the commit it may stand there all the same: a tick gives it back
+            reservation.due = Usage(0, 0, 0, 0)
+            self._open[request_id] = reservation
+            raise
         if not admitted:
             raise self._refusal(account, worst, tokens, minute)
-        reservation = self._open[request_id] = Reservation(self, request_id, prompt_tokens)
+        self._open[request_id] = reservation
         return reservation
 
     def balance(self, account: Account) -> int | None:
@@ -271,7 +277,9 @@ class Ledger:
             open_there = REQUESTS.c.ended.is_(None) & REQUESTS.c.gateway.in_(dead)
             rows = connection.execute(sa.select(REQUESTS).where(open_there)).all() if dead else []
             for row in rows:
-                self._settle(connection, row.id, Usage(row.prompt, row.cached, row.completion, row.reasoning))
+                begun = row.completion > 0  # what was lost before its first token costs nothing
+                used = Usage(row.prompt, row.cached, row.completion, row.reasoning) if begun else Usage(0, 0, 0, 0)
+                self._settle(connection, row.id, used)
             ended = sa.update(GATEWAYS).where(GATEWAYS.c.id.in_(dead)).values(ended=GATEWAYS.c.seen)
             connection.execute(ended)
         return len(rows)
@@ -286,7 +294,9 @@ class Ledger:
 
     def _settle(self, connection: sa.Connection, request_id: str, usage: Usage) -> int:
         """Close the request, if nobody did yet, and charge its account; -> what it cost."""
-        row = connection.execute(sa.select(REQUESTS).where(REQUESTS.c.id == request_id)).one()
+        row = connection.execute(sa.select(REQUESTS).where(REQUESTS.c.id == request_id)).one_or_none()
+        if row is None:  # it was never set aside
+            return 0
         price, began = self.prices.of(row.model), datetime.fromtimestamp(row.began, UTC)
         cost = min(row.reserved, price.cost(usage.prompt, usage.cached, usage.completion, began))
         closed = sa.update(REQUESTS).where(REQUESTS.c.id == request_id, REQUESTS.c.ended.is_(None)).values(

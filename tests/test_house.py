@@ -18,7 +18,7 @@ FILE = 400  # lines
 # Lines of Python at most: the package's, the tests'.
 ROOMS = {
     ".": (50, 640),
-    "base": (731, 440),
+    "base": (731, 441),
     "checkpoint": (2226, 2561),
     "cli": (1723, 1243),
     "cost": (627, 563),

@@ -147,7 +147,7 @@ def test_an_answer_goes_on_while_another_branch_or_conversation_is_shown(visit, 
     page.click("#new")
     page.get_by_role("button", name="first", exact=True).click()
     page.wait_for_selector(".look")
-    assert page.inner_text(".answer .text") == f"It is 5, for {SUMS.strip()}"
+    expect(page.locator(".answer .text")).to_have_text(f"It is 5, for {SUMS.strip()}")
     expect(page.locator(".answer .tools")).to_contain_text("2/2")
     assert len(backend.asked) == 2
 

@@ -48,17 +48,12 @@ def test_asking_for_json_leaves_the_reasoning_on(client):
     assert chosen.usage.prompt_tokens == plain.usage.prompt_tokens
 
 
-def nested(depth):
-    return json.loads('{"type":"array","items":' * depth + "true" + "}" * depth)
-
-
 def in_schema(schema):
     return {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
 
 
 HOSTILE = {
     "enumeration": in_schema({"enum": [f"v{number}" for number in range(100_000)]}),
-    "deep": in_schema(nested(500)),
     "long": {"structured_outputs": {"regex": "[a-z]" * 100_000}},
     "ambiguous": {"structured_outputs": {"grammar": "root ::= r0\n" + "".join(
         f"r{n} ::= r{n + 1} r{n + 1} | r{n + 1}\n" for n in range(60)) + 'r60 ::= "z" | ""'}},

@@ -40,7 +40,7 @@ from engine import REPO, Contender, Question, convert
 from slingshot.machine.device import describe_machine
 
 PROMPT, NEW, STREAMS = 32, 64, 1000
-ENDED = b"0\r\n\r\n"  # of a chunked body
+ENDED = b"\r\n0\r\n\r\n"  # of a chunked body; llama.cpp's headers end in "0\r\n\r\n" too
 LLAMA = REPO / "src" / "slingshot" / "serving" / "llama_child.py"
 
 

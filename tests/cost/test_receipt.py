@@ -166,13 +166,6 @@ def test_a_receipt_of_impossible_numbers_is_refused(tmp_path: Path) -> None:
             Receipt.read(tmp_path)
 
 
-def test_peak_memory_sees_a_large_allocation() -> None:
-    before = module.peak_host_memory_bytes()
-    block = b"x" * (before + 64 * 2**20)  # larger than anything this process has held
-    after = module.peak_host_memory_bytes()
-    assert after >= before + 32 * 2**20 and len(block) > before
-
-
 def test_energy_goes_on_over_interruptions_and_is_none_where_a_part_was_not_counted(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,4 +206,3 @@ def test_receipts_of_other_versions_are_read(tmp_path: Path, clock: Clock) -> No
 )
 def test_peak_memory_says_which_memory(host: int | None, device: int | None, shown: str) -> None:
     assert PeakMemory(peak_host_memory_bytes=host, peak_device_memory_bytes=device).peak_memory == shown
-    assert module.peak_device_memory_bytes() is None or module.peak_device_memory_bytes() > 0

@@ -1,10 +1,13 @@
-"""Memory is kept from one step to the next: in a process of its own, whose heap nobody else has touched."""
+"""Memory is kept from one step to the next: in a process of its own, whose heap nobody else has touched; and the most
+of it is known."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
 import sys
+
+from slingshot.machine.memory import peak_device_memory_bytes, peak_host_memory_bytes
 
 PROGRAM = """
 import resource
@@ -28,3 +31,10 @@ def test_what_a_step_frees_the_next_takes_again() -> None:
     assert (kept == "True") == (platform.libc_ver()[0] == "glibc")
     assert same == "True"
     assert kept == "False" or int(faults) < 100  # 113 MB in pages of 4 KB are 29,000
+
+
+def test_the_peak_sees_a_large_allocation() -> None:
+    before = peak_host_memory_bytes()
+    block = b"x" * (before + 64 * 2**20)  # larger than anything this process has held
+    assert peak_host_memory_bytes() >= before + 32 * 2**20 and len(block) > before
+    assert peak_device_memory_bytes() is None or peak_device_memory_bytes() > 0

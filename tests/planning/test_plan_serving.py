@@ -33,7 +33,6 @@ def test_costs_by_hand() -> None:
     assert plan.output_cost_per_million == pytest.approx(1e6 * writing * 0.001)
     assert plan.prompt_tokens_per_second_per_device == pytest.approx(4000 / reading)
     assert plan.prompt_cost_per_million == pytest.approx(1e6 * reading / 4000 * 0.001)
-    assert plan.cost_by_hit_share[0]["blended"] == pytest.approx(1e6 * (reading + 1000 * writing) / 5000 * 0.001)
     assert plan.count == 1 and plan.device_hours == 24 and plan.money == pytest.approx(24 * 3.6)
 
 
@@ -89,7 +88,8 @@ def test_break_even_is_where_the_devices_cost_what_buying_does() -> None:
     even = plan.break_even
     assert plan.margin == pytest.approx(even["bought_per_million"] / even["made_per_million"] - 1)
     assert even["devices_per_day"] == 8 * 48
-    assert even["made_per_million"] == pytest.approx(plan.cost_by_hit_share[0]["blended"])
+    made = 4000 * plan.prompt_cost_per_million + 1000 * plan.output_cost_per_million
+    assert even["made_per_million"] == pytest.approx(made / 5000)
     assert even["devices_tokens_per_day"] * even["made_per_million"] / 1e6 == pytest.approx(even["devices_per_day"])
     even = serve(price=2.0, prices=(1, 2, 4), count=8).break_even
     assert even["tokens_per_day"] * even["bought_per_million"] / 1e6 == pytest.approx(even["devices_per_day"])
@@ -109,7 +109,7 @@ def test_plans_add_up_are_json_and_list_what_they_assumed() -> None:
         assert wanted in listed
     assert "latents are expanded anew" in listed and "latents" not in dense
     free = serve(device="m3-ultra", prices=(1, 1, 1))
-    assert free.money is free.margin is None and free.cost_by_hit_share == []
+    assert free.money is free.margin is None is free.output_cost_per_million
     assert "no price" in " ".join(free.assumptions)
 
 

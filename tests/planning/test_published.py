@@ -9,10 +9,10 @@ import pytest
 
 from slingshot.cost.flops import cache_bytes_per_token, parameters, training_flops
 from slingshot.model.config import ModelConfig
-from slingshot.planning.page import Section, plan_page
+from slingshot.planning.page import plan_page
 from slingshot.planning.plan_serving import plan_serve
 from slingshot.planning.plan_training import plan_pretrain, plan_rl
-from slingshot.planning.request import PretrainRequest, RLRequest, ServeRequest
+from slingshot.planning.request import NamedModel, PretrainRequest, RLRequest, ServeRequest
 
 V3 = ModelConfig.preset("deepseek-v3")
 LLAMA = ModelConfig.preset("llama-3.1-405b")
@@ -23,10 +23,6 @@ def v3(**asked: Any) -> Any:
     """DeepSeek-V3's pre-training on its 2048 H800."""
     defaults = {"model": "deepseek-v3", "device": "h800", "count": 2048, "tokens": 14.8e12}
     return plan_pretrain(PretrainRequest.parse(defaults | asked))
-
-
-def beside(plan: Any) -> Section:
-    return next(section for section in plan_page(plan).sections if section.title == "Beside the published bill")
 
 
 def test_deepseek_v3_s_bill() -> None:
@@ -42,21 +38,18 @@ def test_deepseek_v3_s_bill() -> None:
     assert exact.tflops_per_device == pytest.approx(385, rel=0.005)
 
 
-def test_a_plan_of_published_work_shows_the_published_bill_beside_its_own() -> None:
-    section = beside(v3(tflops=385, stage=STAGES))
-    assert "2412.19437" in section.note and "--stage" not in section.note
-    assert section.rows == (
-        ("pre-training", "2,664,000", "2,674,437", "+0.4%", "$5,328,000", "$5,348,873"),
-        ("context extension", "119,000", "119,000", "given", "$238,000", "$238,000"),
-        ("post-training", "5,000", "5,000", "given", "$10,000", "$10,000"),
-        ("in all", "2,788,000", "2,798,437", "+0.4%", "$5,576,000", "$5,596,873"),
+def test_a_plan_of_published_work_says_what_was_published() -> None:
+    said = plan_page(v3(tflops=385, stage=STAGES)).sections[0].note
+    assert "published are 2,664,000 hours (DeepSeek-V3, arXiv 2412.19437, Table 1), these are +0.4%" in said
+    assert (
+        "published are 30,840,000 hours"
+        in v3(model="llama-3.1-405b", device="h100", count=16384, tokens=15.6e12, context=8192, hours=30.84e6)
+        .stages[0]
+        .note
     )
-    alone = beside(v3(tflops=385))
-    assert '--stage "context extension=119K" --stage "post-training=5K"' in alone.note
-    assert alone.rows[1] == ("context extension", "119,000", "", "", "$238,000", "")
-    # Only what was published enters the sum beside it.
-    more = beside(v3(hours=2664e3, stage=STAGES | {"ablations": 1e6}))
-    assert more.rows[-1] == ("in all", "2,788,000", "2,788,000", "+0.0%", "$5,576,000", "$5,576,000")
+    edited = NamedModel(name="deepseek-v3", config=V3.model_copy(update={"num_nextn_predict_layers": 0}))
+    for other in ({"tokens": 10e12}, {"device": "h100"}, {"model": edited}, {"model": "moonlight-16b-a3b"}):
+        assert v3(**other).stages[0].note == ""
 
 
 def test_deepseek_v3_s_counts() -> None:

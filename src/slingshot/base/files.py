@@ -17,7 +17,9 @@ import json
 import os
 import shutil
 import time
+import tomllib
 from collections.abc import Iterable, Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,11 @@ def read_json(path: Path) -> Any:
 def read_jsonl(path: Path) -> list[Any]:
     lines = enumerate(read_text(path).split("\n"), start=1)
     return [parse_json(line, f"{path} line {number}") for number, line in lines if line.strip()]
+
+
+def packaged_toml(package: str, name: str) -> dict[str, Any]:
+    """A table that comes along with a room's source."""
+    return tomllib.loads((files(package) / name).read_text(encoding="utf-8"))
 
 
 def parse_json(text: str, where: str) -> Any:

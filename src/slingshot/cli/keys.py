@@ -7,16 +7,15 @@ show_recipes(Console())                  # slingshot recipes
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable
 from dataclasses import replace
-from importlib.resources import files
 
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
 from slingshot.base.config import Strict
+from slingshot.base.files import packaged_toml
 from slingshot.base.keys import Key, keys_of
 from slingshot.recipe.recipe import shipped
 
@@ -24,7 +23,7 @@ from slingshot.recipe.recipe import shipped
 def show_keys(kind: str, config: type[Strict], console: Console) -> None:
     """Every key of a config: default, type in words, meaning; those of a table below its heading."""
     console.print(Text(_summary(config)))
-    meanings = tomllib.loads((files("slingshot.cli") / "meanings.toml").read_text(encoding="utf-8"))
+    meanings = packaged_toml("slingshot.cli", "meanings.toml")
     groups: dict[str, list[Key]] = {"": []}
     for key in keys_of(config):
         meaning = key.meaning or meanings.get(f"{kind}.{key.name}") or meanings.get(key.name, "")

@@ -9,14 +9,12 @@ examples of what an hour of one device was offered for, in dollars, and change b
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
-from importlib.resources import files
 
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
+from slingshot.base.files import packaged_toml
 from slingshot.base.names import did_you_mean
-from slingshot.base.quantity import plural
 from slingshot.machine.machine import describe, measurements
 
 # What runs in FP8 where a model is trained or served in it: the products with weights but for the router, the head and
@@ -29,7 +27,6 @@ class Device(Strict):
     """One device, its figures with their sources."""
 
     name: str
-    title: str
     peak: dict[str, float]  # FLOP/s of dense matrix products by dtype
     memory_bytes: float
     bandwidth: float  # bytes/s of reading its memory
@@ -45,8 +42,10 @@ class Device(Strict):
         return USABLE * self.memory_bytes
 
 
-_TABLE = tomllib.loads((files("slingshot.cost") / "devices.toml").read_text(encoding="utf-8"))
-DEVICES = {name: Device(name=name, memory_bytes=row.pop("memory_gib") * 2.0**30, **row) for name, row in _TABLE.items()}
+DEVICES = {
+    name: Device(name=name, memory_bytes=row.pop("memory_gib") * 2.0**30, **row)
+    for name, row in packaged_toml("slingshot.cost", "devices.toml").items()
+}
 
 
 def device(name: str) -> Device:
@@ -76,8 +75,8 @@ def local_device() -> Device:
         missing = "this machine's memory" if peak else "this machine"
         raise SlingshotError(f"{missing} has not been measured yet; run `slingshot doctor` once, or name a device")
     return Device(
-        name="local", title=f"{machine.cpu}, {plural(machine.cores, 'core')}", peak=peak, bandwidth=bandwidth,
-        memory_bytes=float(machine.memory_bytes), sources=("slingshot doctor; what the system lets this process use",),
+        name="local", peak=peak, bandwidth=bandwidth, memory_bytes=float(machine.memory_bytes),
+        sources=("slingshot doctor; what the system lets this process use",),
     )  # fmt: skip
 
 

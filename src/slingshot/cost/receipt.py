@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import resource
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,6 +23,7 @@ from slingshot.base.files import digest, read_json, read_text, write_json, write
 from slingshot.base.quantity import show_size
 from slingshot.machine.energy import Energy
 from slingshot.machine.machine import Machine, measurement_path
+from slingshot.machine.memory import peak_device_memory_bytes, peak_host_memory_bytes
 
 RECEIPT = "receipt.json"
 _LARGE = 1 << 24  # bytes; less than this is read faster than it is worth remembering
@@ -196,23 +195,3 @@ def _stats(files: Mapping[Path, Path]) -> list[tuple[str, int, int, int, int, in
 def _counts(file: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.parts)
     return not (hidden or file.name in {RECEIPT, "metrics.jsonl"} or "tfevents" in file.name)
-
-
-def peak_device_memory_bytes() -> int | None:
-    """The most torch has allocated on this process's accelerator; None where it used none or does not count."""
-    torch: Any = sys.modules.get("torch")  # who uses an accelerator has imported it; this room does not
-    try:
-        return torch.accelerator.max_memory_allocated() or None
-    except (AttributeError, RuntimeError):  # no torch, no accelerator, or one whose memory torch does not count
-        return None
-
-
-def peak_host_memory_bytes() -> int:
-    """The largest resident set this process has had, from /proc where there is one: getrusage's figure survives exec,
-    so a child of a large process would start with its parent's."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,4 +1,5 @@
-"""Memory that a training process keeps: what one step frees, the next takes again, in pages of 2 MB if Linux has them.
+"""This process's memory: kept, so that what one step frees the next takes again, in pages of 2 MB if Linux has them;
+and the most it had. No torch.
 
 A step takes and frees hundreds of megabytes in blocks of a few. By default the C library gives each back to the system
 and gets fresh pages for the next, which cost more than what is computed in them.
@@ -6,8 +7,13 @@ and gets fresh pages for the next, which cost more than what is computed in them
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import resource
+import sys
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MADV_HUGEPAGE = -1, -3, 14  # malloc.h, linux/mman.h
 LARGEST = (1 << 31) - 1  # bytes; blocks from here on are still mapped and given back one by one
@@ -32,3 +38,23 @@ def keep_memory() -> bool:
         advise(-(-block // LARGE_PAGE) * LARGE_PAGE, LARGEST // LARGE_PAGE * LARGE_PAGE - 2 * LARGE_PAGE, MADV_HUGEPAGE)
         free(block)
     return True
+
+
+def peak_device_memory_bytes() -> int | None:
+    """The most torch has allocated on this process's accelerator; None where it used none or does not count."""
+    torch: Any = sys.modules.get("torch")  # who uses an accelerator has imported it; this file does not
+    try:
+        return torch.accelerator.max_memory_allocated() or None
+    except (AttributeError, RuntimeError):  # no torch, no accelerator, or one whose memory torch does not count
+        return None
+
+
+def peak_host_memory_bytes() -> int:
+    """The largest resident set this process has had, from /proc where there is one: getrusage's figure survives exec,
+    so a child of a large process would start with its parent's."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -45,7 +45,6 @@ PRECISIONS = {
         ("int8", 1 + 4 / 128, 2, 0, 0, 2, 2),
     )
 }
-TRAINABLE = ("float32", "bfloat16", "float16", "fp8")
 
 
 class Memory(Strict):

@@ -50,9 +50,8 @@ _TITLES = {"pretrain": "Pre-training {model}", "rl": "Reinforcement learning of 
            "distill": "Distilling {teacher} into {model}", "serve": "Serving {model}"}  # fmt: skip
 _SECTIONS = {
     "flops_by_part": "Where the FLOPs go", "transfers": "The network, in an optimizer step",
-    "curve": "Tokens a second against batch", "cost_by_hit_share": "Cost per million tokens, by cache hits",
-    "break_even": "Make or buy", "day": "A day", "memory": "Memory of the fullest device",
-    "dominates": "What dominates", "dense_equivalent": "Against a dense model of equal loss",
+    "curve": "Tokens a second against batch", "break_even": "Make or buy", "day": "A day",
+    "memory": "Memory of the fullest device", "dominates": "What dominates",
     "alternatives": "Other devices and precisions", "parameters": "The model",
 }  # fmt: skip
 _CHOSEN = {"curve": ("batch",), "alternatives": ("device", "precision")}  # what tells the row that stands out
@@ -63,7 +62,7 @@ _ENDINGS = {
     "flops": "{:.4g}".format, "margin": "{:.0%}".format,
     "prices": lambda prices: "/".join(f"{price:g}" for price in prices),
     **dict.fromkeys(("share", "mfu", "bubble", "utilisation", "mfu_of_bfloat16"), show_share),
-    **dict.fromkeys(("money", "per_million", "cost", "revenue", "devices_per_day", "blended"), show_money),
+    **dict.fromkeys(("money", "per_million", "cost", "revenue", "devices_per_day"), show_money),
     **dict.fromkeys(("total", "active", "embedding", "head", "mtp", "parameters"), lambda count: show_count(count, 5)),
 }  # fmt: skip
 
@@ -126,14 +125,13 @@ def plan_page(plan: Plan) -> PlanPage:
         (show_money(plan.money), f"at ${plan.price or 0:g} an hour"),
         (show_energy(plan.energy_kwh and plan.energy_kwh * 3.6e6), "by the devices alone"),
     ]  # fmt: skip
-    lines = [{key: value for key, value in line.items() if key != "note"} for line in fields["stages"]]
+    lines = [{key: value or None for key, value in line.items() if key != "note"} for line in fields["stages"]]
     total = {key: fields.get(key) for key in lines[0]} | {"name": "in all", "tokens": None}
     notes = ". ".join(f"{line.name}: {line.note}" for line in plan.stages if line.note)
     own = {name: value for name, value in fields.items() if name not in {*Plan.model_fields, *_SECTIONS}}
     nearest = f"The nearest that does: {fit['count']:,} x {fit['device']}, {fit['layout']}" if fit else "Nothing does"
     sections = [
         table("The bill", [*lines, total], notes, "device_hours", len(lines)),
-        *([_published(plan, bill)] if (bill := getattr(plan, "published", None)) else []),
         facts("The figures", {name: value for name, value in own.items() if not isinstance(value, dict)}),
         *(_section(field, fields[field], fields) for field in _SECTIONS if fields.get(field)),
         assumed(plan.assumptions),
@@ -141,24 +139,6 @@ def plan_page(plan: Plan) -> PlanPage:
     warning = "" if plan.fits else f"It does NOT fit in the memory of one {plan.device}. {nearest}."
     title = _TITLES[plan.kind].format(**fields)
     return PlanPage(title, tuple(figure for figure in figures if figure[0]), tuple(sections), warning, plan.kind)
-
-
-def _published(plan: Plan, bill: Mapping[str, Any]) -> Section:
-    """The bill beside the one that somebody published of the same work."""
-    here, published = {stage.name: stage for stage in plan.stages}, bill["device_hours"]
-    missing = [name for name in published if name not in here]
-    rows = []
-    for name, hours in (published | {"in all": sum(published.values())}).items():
-        own = here[name].device_hours if name in here else 0.0
-        if name == "in all" and not missing:
-            own = sum(here[stage].device_hours for stage in published)
-        distance = f"{round(own / hours - 1, 3) + 0:+.1%}" if own else ""
-        given = name in here and not here[name].flops
-        rows.append({"name": name, "published_hours": hours, "hours": own, "distance": "given" if given else distance,
-                     "published_money": hours * (bill["price"] or 0), "money": own * (plan.price or 0)})  # fmt: skip
-    options = " ".join(f'--stage "{name}={show_count(published[name])}"' for name in missing)
-    note = f"{bill['source']}." + (f" What no plan computes is added by {options}." if missing else "")
-    return table("Beside the published bill", rows, note, strong=len(rows) - 1)
 
 
 def deliver(found: Strict, page: PlanPage, as_json: bool, html: Path | None) -> None:

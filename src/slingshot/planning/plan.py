@@ -7,16 +7,15 @@ architecture, the table of devices or the request enters a figure without a line
 from __future__ import annotations
 
 import contextlib
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from typing import Any
 
 from pydantic import ConfigDict
 
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
+from slingshot.base.files import packaged_toml
 from slingshot.base.quantity import show_share, show_size
 from slingshot.cost.devices import USABLE, Device, and_others, dtype_peak
 from slingshot.cost.flops import cache_bytes_per_token, parameters
@@ -25,8 +24,7 @@ from slingshot.planning.memory import PRECISIONS, Memory, Precision
 from slingshot.planning.request import PlanRequest
 
 MOST = 10**7  # devices a plan takes
-HOURS = 24.0
-ASSUMPTIONS = tomllib.loads((files("slingshot.planning") / "assumptions.toml").read_text(encoding="utf-8"))
+ASSUMPTIONS = packaged_toml("slingshot.planning", "assumptions.toml")
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
 
@@ -60,7 +58,6 @@ class Plan(Strict):
     flops: float
     flops_by_part: dict[str, float]
     memory: Memory
-    memory_per_device_bytes: float
     usable_memory_bytes: float
     fits: bool
     nearest_fit: dict[str, str | int] | None  # what has room
@@ -96,7 +93,7 @@ class Hire:
     def costs(self, hours: float | None) -> dict[str, Any]:
         """What so many device-hours come to."""
         money = None if hours is None or self.price is None else hours * self.price
-        return {"device_hours": hours, "days": None if hours is None else hours / self.count / HOURS, "money": money}
+        return {"device_hours": hours, "days": None if hours is None else hours / self.count / 24, "money": money}
 
     def line(self, name: str, hours: float, tokens: float = 0.0, flops: float = 0.0, note: str = "") -> PlanLine:
         return PlanLine(name=name, tokens=tokens, flops=flops, note=note, **self.costs(hours))
@@ -119,7 +116,7 @@ class Hire:
                 "mtp": counts.mtp, "cache_bytes_per_token": cache_bytes_per_token(asked.model.config),
             },
             "energy_kwh": None if watts is None else hours * watts / 1000, "memory": memory, "alternatives": others,
-            "memory_per_device_bytes": memory.total, "usable_memory_bytes": self.device.usable_bytes, "fits": fits,
+            "usable_memory_bytes": self.device.usable_bytes, "fits": fits,
         } | own)  # fmt: skip
 
     def _alternatives(
@@ -129,8 +126,7 @@ class Hire:
         found = []
         for device in and_others(self.device):
             same = device.name == self.device.name
-            here_too = same * ((own["precision"],) if kind == "serve" else ("float32", own["precision"]))
-            for dtype in dict.fromkeys(("fp8", "bfloat16", *here_too)):
+            for dtype in dict.fromkeys(("fp8", "bfloat16", *[own["precision"]] * same)):
                 if same and dtype == own["precision"]:
                     found.append(own)
                 elif dtype in device.peak:

@@ -13,12 +13,10 @@ from slingshot.base.quantity import plural, show_share
 from slingshot.cost.flops import decode_parts, prefill_parts
 from slingshot.planning.model_copy import ModelCopy
 from slingshot.planning.network import LINK_EFFICIENCY
-from slingshot.planning.plan import HOURS, MOST, Hire, Plan
+from slingshot.planning.plan import MOST, Hire, Plan
 from slingshot.planning.plan_training import DECODING
 from slingshot.planning.request import ServeRequest
 from slingshot.planning.training_run import ASSUMED_MFU
-
-HIT_SHARES = (0.0, 0.25, 0.5, 0.75, 0.9)
 
 
 class _Server(NamedTuple):
@@ -105,21 +103,17 @@ def plan_serve(asked: ServeRequest) -> Plan:
     memory, step = copy.memory(batch, context), copy.decode_step(batch, context)
     cached = f"{show_share(hit_share)} of the tokens cached"
     lines = [
-        hire.line("decoding", count * HOURS * decoding_share, written, decoded),
-        hire.line("reading prompts", count * HOURS * (1 - decoding_share), read, prefilled, cached),
+        hire.line("decoding", count * 24 * decoding_share, written, decoded),
+        hire.line("reading prompts", count * 24 * (1 - decoding_share), read, prefilled, cached),
     ]
 
     def there(other: Hire) -> tuple[float, bool]:
         reads = mfu if other.precision == chosen else ASSUMED_MFU[other.precision.dtype]
         found = best(ModelCopy(config, other.device, other.precision, 1, asked.efficiency), None, reads, traffic)
-        return HOURS * many * found.taken(traffic), bool(found.batch)
+        return 24 * many * found.taken(traffic), bool(found.batch)
 
     fit = None if memory.total <= hire.device.usable_bytes else copy.smallest(context)
     spread = f"a copy on {plural(fit.devices, 'device')}" if fit else ""
-    reads = {share: copy.prefill_seconds(prompt, share, mfu) for share in HIT_SHARES if hire.price is not None}
-    hit_costs = [{"hit_share": share, "prompt": money(1e6 * seconds / prompt),
-                  "blended": money(1e6 * (seconds + response * writing) / (prompt + response))}
-                 for share, seconds in reads.items()]  # fmt: skip
     choice = "needs the fewest devices in all" if whole else "writes most in time"
     return hire.plan(
         "serve", asked, memory, lines, there, own_fits=in_time > 0,
@@ -137,8 +131,8 @@ def plan_serve(asked: ServeRequest) -> Plan:
         batch=batch, tokens_per_second_per_device=1 / writing, bound_tokens_per_second_per_device=batch / max(step),
         tokens_per_second_per_user=1 / writing / batch, prompt_tokens_per_second_per_device=prompt / reading,
         output_cost_per_million=money(1e6 * writing), prompt_cost_per_million=money(1e6 * reading / prompt),
-        curve=_curve(copy, batch, context, asked.latency), cost_by_hit_share=hit_costs,
-        prices=asked.prices, margin=margin, break_even=break_even, day=day,
+        curve=_curve(copy, batch, context, asked.latency), prices=asked.prices, margin=margin, day=day,
+        break_even=break_even,
     )  # fmt: skip
 
 

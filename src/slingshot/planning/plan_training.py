@@ -6,11 +6,9 @@ plan_pretrain(PretrainRequest.parse({"model": "deepseek-v3", "device": "h800", "
 from __future__ import annotations
 
 import math
-import tomllib
-from importlib.resources import files
-from typing import Any
 
 from slingshot.base.errors import SlingshotError
+from slingshot.base.files import packaged_toml
 from slingshot.base.quantity import show_count, show_share
 from slingshot.cost.flops import decode_parts, forward_flops, parameters, prefill_parts, training_parts
 from slingshot.machine.machine import describe
@@ -18,9 +16,8 @@ from slingshot.model.config import ModelConfig
 from slingshot.planning.memory import Precision
 from slingshot.planning.model_copy import ModelCopy, ResponseLengths, round_seconds
 from slingshot.planning.network import LINK_EFFICIENCY, transfers
-from slingshot.planning.plan import HOURS, Hire, Plan, chosen_precision
+from slingshot.planning.plan import Hire, Plan, chosen_precision
 from slingshot.planning.request import LONGEST, DistillRequest, PretrainRequest, RLRequest
-from slingshot.planning.scaling import dense_equivalent
 from slingshot.planning.training_run import ASSUMED_MFU, TrainingRun, forward_and_backward
 
 BATCH = 4e6  # tokens in an optimizer step where the request does not say
@@ -46,7 +43,7 @@ def plan_pretrain(asked: PretrainRequest) -> Plan:
     bubble = (layout.pp - 1) / (run.microbatches(layout) + layout.pp - 1)  # a stage stands idle under 1F1B
     shortest = max(times.compute / (1 - bubble), times.memory, times.network)
     bound = flops / tokens * batch / hire.count / shortest if shortest < math.inf else 0.0
-    lines = [hire.line("pre-training", computed, tokens, flops)]
+    lines = [hire.line("pre-training", computed, tokens, flops, _published(asked, computed))]
     if mtp:
         note = "its FLOPs are not in the rate, its time is in the hours above"
         lines.append(hire.line("of it the MTP module", 0.0, tokens, mtp, note))
@@ -56,28 +53,26 @@ def plan_pretrain(asked: PretrainRequest) -> Plan:
         chosen="" if asked.ways else "; chosen as the fastest that fits", links=LINK_EFFICIENCY, mtp=mtp or None,
         bound=bound / 1e12 if rate.per_device > bound else None, given=given or None,
     )  # fmt: skip
-    equal = dense_equivalent(config, tokens)
-
     return hire.plan(
         "pretrain", asked, memory, lines, run.there(computed, lambda other: given), **run.fields(),
         flops=flops, flops_by_part=parts | ({"mtp": mtp} if mtp else {}), assumptions=assumptions,
         dominates=times.dominates(f"an optimizer step of {show_count(batch)} tokens"),
         tokens=tokens, context=context, batch_tokens=batch, optimizer_steps=tokens / batch,
-        tokens_per_day=tokens * hire.count * HOURS / computed, six_nd_flops=6.0 * parameters(config).active * tokens,
+        tokens_per_day=tokens * hire.count * 24 / computed, six_nd_flops=6.0 * parameters(config).active * tokens,
         mfu_of_bfloat16=rate.per_device / hire.device.peak["bfloat16"] if "bfloat16" in hire.device.peak else None,
         tflops_bound=bound / 1e12, layout=layout, bubble=bubble,
         transfers=transfers(run.blocks, layout, hire.device, batch, context),
-        exposed_network_seconds=max(0.0, times.network - times.compute),
-        dense_equivalent=equal, dense_device_hours=equal.ratio * computed if equal else None,
-        published=_published(config, asked.model.name, hire.device.name, tokens),
     )  # fmt: skip
 
 
-def _published(config: ModelConfig, model: str, device: str, tokens: float) -> dict[str, Any] | None:
+def _published(asked: PretrainRequest, hours: float) -> str:
     """What was published of training this preset on these devices with as many tokens, a percent more or less."""
-    table = tomllib.loads((files("slingshot.planning") / "published.toml").read_text(encoding="utf-8"))
-    bill = {"price": None} | table[model] if model in table and config == ModelConfig.preset(model) else None
-    return bill if bill and bill["device"] == device and abs(tokens / bill["tokens"] - 1) < 0.01 else None
+    name = asked.model.name
+    bill = packaged_toml("slingshot.planning", "published.toml").get(name)
+    if not bill or asked.device.name != bill["device"] or abs(asked.tokens / bill["tokens"] - 1) > 0.01:
+        return ""
+    beside = f"published are {bill['hours']:,.0f} hours ({bill['source']}), these are {hours / bill['hours'] - 1:+.1%}"
+    return beside if asked.model.config == ModelConfig.preset(name) else ""
 
 
 def plan_rl(asked: RLRequest) -> Plan:

@@ -14,7 +14,7 @@ from slingshot.cost.devices import and_others, mixed_peak
 from slingshot.cost.flops import forward_parts, training_flops
 from slingshot.model.config import ModelConfig
 from slingshot.planning.layout import RECOMPUTE, Layout, layouts
-from slingshot.planning.memory import TRAINABLE, Blocks, Memory, training_memory
+from slingshot.planning.memory import PRECISIONS, Blocks, Memory, training_memory
 from slingshot.planning.model_copy import ResourceTimes
 from slingshot.planning.network import network_seconds, transfers
 from slingshot.planning.plan import MOST, Hire
@@ -59,8 +59,8 @@ class TrainingRun:
     def rate(self) -> TrainingRate:
         """By --mfu, --tflops or --hours, else by what is assumed. Never above the peak."""
         asked, dtype, hours = self.asked, self.hire.precision.dtype, getattr(self.asked, "hours", None)
-        if dtype not in TRAINABLE:
-            trainable = ", ".join(TRAINABLE)
+        if not self.hire.precision.gradient:
+            trainable = ", ".join(name for name, precision in PRECISIONS.items() if precision.gradient)
             raise SlingshotError(f"precision {dtype}: nothing is trained in it; the nearest that is are {trainable}")
         if sum(given is not None for given in (asked.mfu, asked.tflops, hours)) > 1:
             raise SlingshotError("--mfu, --tflops and --hours each set the rate; give one of them")

@@ -108,7 +108,7 @@ def test_prompts_are_made_of_columns_and_of_nothing_else(file):
         ([], {}, r"rows\.jsonl holds no rows"),
         ([1], {}, "row 1 is no object"),
         (SUMS, {"source": "gsm8k", "test": "x.jsonl"}, "test is a file beside a source that is one"),
-        (SUMS, {"like": "mbpp"}, "its answers are programs"),
+        (SUMS, {"like": "mbpp"}, "row 1 has no column 'test_setup_code'"),
     ],
 )
 def test_what_is_wrong_with_a_data_set_is_said_in_one_line_as_it_is_loaded(file, rows, params, message):

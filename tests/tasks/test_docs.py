@@ -63,10 +63,16 @@ def test_every_data_set_of_the_page_is_read(tmp_path, monkeypatch):
     assert next(essays.problems("train", 0)).prompt.startswith("Write about")
 
 
-def test_problems_of_the_page_on_code_are_taken(tmp_path):
+def test_problems_of_the_page_on_code_are_taken(tmp_path, monkeypatch):
     (tmp_path / "mine.jsonl").write_text("".join(re.findall(r"```jsonl\n(.*?)```", CODE, re.DOTALL)))
     load_task("code", source=str(tmp_path / "mine.jsonl"), trusted=True)
-    (line,) = re.findall(r"```toml\n(.*?)```", CODE, re.DOTALL)
-    (task,) = Asked.parse(tomllib.loads(line)).tasks
-    assert load_task(task.name, trusted=True, **task.params).level == 2
-    assert set(re.findall(r"`(\w+) = ", CODE)) <= {key.name for key in task_keys("code")}
+    lines = re.findall(r"```toml\n(.*?)```", CODE, re.DOTALL)
+    generated, columns = (task for line in lines for task in Asked.parse(tomllib.loads(line)).tasks)
+    assert load_task(generated.name, trusted=True, **generated.params).level == 2
+    row = {"task": "Write f.", "checks": ["assert f(1) == 1"], "more": [], "code": "f = abs", "imports": "import math"}
+    (tmp_path / "mine.jsonl").write_text("\n".join(json.dumps(row | {"task": f"{n}"}) for n in range(50)))
+    monkeypatch.chdir(tmp_path)
+    problem = next(load_task(columns.name, trusted=True, **columns.params).problems("train", 0))
+    assert problem.answer == "f = abs" and problem.prompt.endswith("\n\nassert f(1) == 1")
+    known = {key.name for name in ("code", "code:mine.jsonl") for key in task_keys(name)}
+    assert set(re.findall(r"`(\w+) = ", CODE)) <= known

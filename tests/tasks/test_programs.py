@@ -7,7 +7,8 @@ import random
 import pytest
 
 from slingshot.sandbox.program import ProgramLimits, isolation, run_program
-from slingshot.tasks.judge import HiddenTests, judge
+from slingshot.tasks.hidden_tests import HiddenTests
+from slingshot.tasks.judge import judge
 from slingshot.tasks.loader import load_task
 from slingshot.tasks.programs import OPERATIONS, solve
 from slingshot.tasks.task import split_of

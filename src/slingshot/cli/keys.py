@@ -50,7 +50,7 @@ def show_tasks(name: str | None, console: Console) -> None:
         console.print(Text(", ".join(key.name for key in keys)))
         return
     console.print(_listed(keys))
-    if name in ("dataset", "dataset:SOURCE"):
+    if name in ("dataset", "dataset:SOURCE", "code:SOURCE"):
         console.print(Text("\nverifiers", "bold"))
         console.print(_pairs((verifier, of.meaning) for verifier, of in VERIFIERS.items()))
         console.print(Text('in a recipe: tasks = ["dataset:gsm8k"]; docs/task.md has more', "dim"))

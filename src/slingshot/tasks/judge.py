@@ -10,44 +10,23 @@ always true, or results that are printed earn nothing; only right values do.
 from __future__ import annotations
 
 import ast
-import builtins
 import json
 import math
 import re
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 from slingshot.sandbox.program import Program, ProgramLimits, run_program
 from slingshot.tasks.code_child import decode, encode
+from slingshot.tasks.hidden_tests import HiddenTests, called_names
 
 _CHILD = Path(__file__).with_name("code_child.py")
 OPEN = "    pass\n"  # ends the preamble's last function, if that is what the answer is to complete
 _NOTHING = object()  # equal to nothing
 _REAL = re.compile(r"[+-]?[0-9]*\.[0-9]+(e[+-]?[0-9]+)?", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class HiddenTests:
-    """The tests of a problem, in one of three forms.
-
-    `tests`: statements that assert something of functions of the answer, and `check(entry_point)` if they define
-    `check`; `preamble` is run before answer and tests. Else `inputs` and `outputs`: lists of arguments and results of
-    `entry_point`, or, without one, what a program reads and writes.
-    """
-
-    tests: tuple[str, ...] = ()
-    inputs: tuple[Any, ...] = ()
-    outputs: tuple[Any, ...] = ()
-    entry_point: str = ""
-    preamble: str = ""
-    tolerance: float = 1e-6
-
-    @property
-    def count(self) -> int:
-        return len(self.tests) or len(self.outputs)
 
 
 def judge(
@@ -157,18 +136,6 @@ def _plain(reply: dict[str, Any]) -> Any:
         return decode(reply["value"])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # it was not `encode` that wrote it
         return _NOTHING
-
-
-def called_names(hidden: HiddenTests) -> list[str]:
-    """Functions that tests call and nobody but the answer defines. Raises SyntaxError for tests that are no Python."""
-    nodes = [node for text in (hidden.preamble, *hidden.tests) for node in ast.walk(ast.parse(text))]
-    called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
-    kinds = ast.FunctionDef | ast.ClassDef
-    known = {node.name for node in nodes if isinstance(node, kinds)} | set(dir(builtins))
-    known |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    known |= {name.asname or name.name for node in nodes if isinstance(node, ast.ImportFrom) for name in node.names}
-    known |= {node.arg for node in nodes if isinstance(node, ast.arg)}
-    return sorted(called - known)
 
 
 def same(value: Any, expected: Any, tolerance: float) -> bool:

@@ -22,7 +22,8 @@ from slingshot.tasks.user import UserTask
 
 KINDS = {
     "arithmetic": "chains of + - x over small numbers, asked in English or Japanese; writes worked solutions",
-    "code": "Python that hidden tests judge, with worked solutions; code:humaneval, and code:mine.jsonl of your own",
+    "code": "Python that hidden tests judge, with worked solutions",
+    "code:SOURCE": "programs of a data set: humaneval, mbpp, livecodebench by name, code:mine.jsonl of your own",
     "countdown": "reach a target with given numbers; writes worked solutions that search in a fixed order",
     "gym:NAME": "any dataset of reasoning-gym; gym:chain_sum writes worked solutions",
     "dataset:SOURCE": "problems of a data set: gsm8k, math-500 and others by name, a hub's org/name, your own file",
@@ -47,12 +48,14 @@ def load_task(name: str, **params: Any) -> Task:
     """The task called `name`, one of KINDS. Raises SlingshotError for an unknown name or parameter."""
     if name.startswith("gym:"):
         return Gym.load(name.removeprefix("gym:"), params)
-    if name.partition(":")[0] == "code":
-        return Code.load(name, params)
-    if name == "dataset" or name.startswith("dataset:"):
-        named = {"source": source} if (source := name.removeprefix("dataset").removeprefix(":")) else {}
-        given = named | params
-        return Code.load("code", given) if given.get("source") == "humaneval" else DatasetTask.load(given)
+    kind, _, source = name.partition(":")
+    given = {"source": source} | params if source else params
+    if kind == "code" and "source" in given:
+        return DatasetTask.load({"verifier": "code"} | given)
+    if kind == "code":
+        return Code.load(params)
+    if kind == "dataset":
+        return DatasetTask.load(given)
     return UserTask.load(name, params) if name.endswith(".py") else _generated(name).parse(params, name)
 
 
@@ -62,9 +65,9 @@ def task_keys(name: str) -> list[Key]:
         return gym_keys()
     if name.startswith("gym:"):
         return gym_keys(name.removeprefix("gym:"))
-    if name == "dataset" or name.startswith("dataset:"):
+    if name.partition(":")[0] == "dataset" or name.startswith("code:"):
         return list(keys_of(DatasetTask))
-    kind = UserTask if name.endswith(".py") else Code if name.partition(":")[0] == "code" else _generated(name)
+    kind = UserTask if name.endswith(".py") else Code if name == "code" else _generated(name)
     return [key for key in keys_of(kind) if key.name != "path"]
 
 

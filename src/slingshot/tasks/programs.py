@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from slingshot.tasks.judge import HiddenTests
+from slingshot.tasks.hidden_tests import HiddenTests
 from slingshot.tasks.task import Language, Problem, Style
 
 _TESTS = 10
@@ -212,7 +212,7 @@ def generate(rng: random.Random, level: int, languages: Sequence[Language]) -> I
             key=key,
             answer=solve(chain),
             language=language,
-            data={"hidden": asdict(HiddenTests((), inputs, outputs, "f")), "chain": chain},
+            data={"hidden": asdict(HiddenTests((), inputs, outputs, "f")), "chain": chain, "level": len(chain)},
         )
 
 

@@ -7,13 +7,16 @@ fill("{question}\\nOptions: {choices}", row)
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import read_jsonl
+from slingshot.base.files import parse_json, read_jsonl
 from slingshot.base.names import did_you_mean
 
 LETTERS = "ABCDEFGHIJ"
@@ -24,13 +27,28 @@ def file_rows(path: Path) -> list[Row]:
     """The rows of a file. Raises SlingshotError for one that is missing, unreadable, empty, or no table."""
     if not path.is_file():
         raise SlingshotError(f"{path}: no such file; a data set is a .jsonl or .parquet file, or a hub's org/name")
-    rows = _parquet(path) if path.suffix == ".parquet" else read_jsonl(path)
+    rows = _parquet(path) if path.suffix == ".parquet" else _zipped(path) if path.suffix == ".gz" else read_jsonl(path)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise SlingshotError(f"{path} row {number} is no object with names and values")
     if not rows:
         raise SlingshotError(f"{path} holds no rows")
     return rows
+
+
+def package_file(package: str, file: str) -> Path | None:
+    """A file of an installed package, none of whose code runs; None where it is not installed."""
+    found = importlib.util.find_spec(package)
+    path = Path(*found.submodule_search_locations or (), file) if found else None
+    return path if path is not None and path.is_file() else None
+
+
+def _zipped(path: Path) -> list[Any]:
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode().split("\n")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise SlingshotError(f"{path} is not a readable gzip file: {error}") from error
+    return [parse_json(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _parquet(path: Path) -> list[Any]:
@@ -98,6 +116,18 @@ def fill(form: str, row: Row, where: str) -> str:
     return "".join(parts)
 
 
+def code(form: str, row: Row, where: str) -> str:
+    """As `fill`, of Python: a list is its lines, and a form of several lines without braces is the code itself."""
+    if form not in row and "\n" in form and "{" not in form:
+        return form
+    lists = {name: "\n".join(value) for name, value in row.items() if _is_lines(value)}
+    return fill(form, {**row, **lists}, where)
+
+
+def _is_lines(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(line, str) for line in value)
+
+
 def text_of(value: Any, column: str, where: str) -> str:
     """A column's value as text."""
     if isinstance(value, list) and value and len(value) <= len(LETTERS):
@@ -111,6 +141,16 @@ def text_of(value: Any, column: str, where: str) -> str:
 
 def lettered(choices: list[str]) -> str:
     return "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+
+
+def columns_of(form: str, row: Row, where: str) -> list[str]:
+    """The column that `form` names, or all that stand in its braces."""
+    if form in row:
+        return [form]
+    names = [name for _, name, *_ in Formatter().parse(form) if name]
+    if not names:
+        raise _no_column(form, row, where)
+    return names
 
 
 def column(name: str, row: Row, where: str) -> Any:

@@ -10,6 +10,7 @@ Reading is quick whatever the text; scores are asked for in a worker (`Scorer`),
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from pydantic import Field
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.tasks.arithmetic import read_number
+from slingshot.tasks.code_verifier import CodeOptions, Judge, code_block
 from slingshot.tasks.model_judge import JudgeOptions, judge
 
 MAX_ANSWER = 100_000  # characters; longer ones are wrong without asking
@@ -209,6 +211,11 @@ def _alone(answer: str, gold: str, options: dict[str, Any]) -> float:
     return judge("", answer, gold, options)
 
 
+def score_code(answer: str, gold: str, options: dict[str, Any]) -> float:
+    """Right where the hidden tests, `gold` as JSON, hold."""
+    return Judge(options).judge(json.loads(gold), answer)
+
+
 def _text(text: str) -> str | None:
     return text.strip() or None
 
@@ -230,6 +237,10 @@ VERIFIERS = {
         "a text that the answer column's pattern matches as a whole; options: case", _text, last, score_regex,
         _compiles, TextOptions,
     ),
+    "code": Verifier(
+        "Python that hidden tests judge, the last block of it; options: entry_point, preamble, partial, memory_mb",
+        code_block, code_block, score_code, options=CodeOptions,
+    ),
     "judge": Verifier(
         "free text, scored by a model behind an OpenAI-compatible URL; options: url, model, rubric", _text, _text,
         _alone, lambda gold: True, JudgeOptions,
@@ -242,6 +253,7 @@ class Scorer:
 
     def __init__(self, verifier: str, options: dict[str, Any]) -> None:
         self._verifier, self._options = verifier, options
+        self._judge = Judge(options) if verifier == "code" else None
         if verifier == "judge":
             import httpx  # noqa: F401  # as with math: the first answer need not wait for it
         if verifier == "math":
@@ -250,7 +262,10 @@ class Scorer:
             except ImportError as error:
                 raise SlingshotError("the verifier math needs math-verify: pip install math-verify") from error
 
-    def score(self, question: str, answer: str, gold: str) -> float:
+    def score(self, question: str, answer: str, gold: Any) -> float:
+        """`gold` is the right answer; of a program its hidden tests."""
+        if self._judge is not None:
+            return self._judge.judge(gold, answer)
         if self._verifier == "judge":
             return judge(question, answer, gold, self._options)
         return VERIFIERS[self._verifier].score(answer, gold, self._options)

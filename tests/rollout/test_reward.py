@@ -98,6 +98,8 @@ def test_rewards_and_advantages():
     std = math.sqrt((0.85**2 + 2 * 0.25**2 + 0.35**2) / 4)
     assert [r.advantage for r in group] == pytest.approx([0.85 / std, -0.25 / std, -0.25 / std, -0.35 / std], rel=1e-5)
     assert has_signal(group) and has_signal(group[2:]) and not has_signal(group[:1])
+    group[0].verified = False
+    assert not has_signal(group[:3])  # the others earned alike
 
 
 def test_advantages_over_the_batchs_std():

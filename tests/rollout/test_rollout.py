@@ -114,6 +114,7 @@ def test_an_answer_that_fails_to_be_verified_ends_nothing_and_all_of_them_do(say
         failing = Rollout(saying(lambda *_: Solution("", "7")), SamplingParams(), PromptForm(), verification, ALONE)
         ((trajectory,),) = failing.run([item(task=task)])
         assert trajectory.scores["accuracy"] == 0.0 and failing.counts == {"unverified": 1}
+        assert not trajectory.verified
         with pytest.raises(SlingshotError, match=r"raised ValueError: oh.*; so it is with all 33 answers so far"):
             failing.run([item(task=task)] * 32)
 
@@ -207,6 +208,7 @@ def test_a_conversation_of_two_turns(saying, tokenizer):
 def test_an_environment_that_breaks_earns_nothing_and_ends_nothing(saying):
     rollout, groups = conversing(saying, lambda *_: Solution("so", "7"), "broken", "7")
     assert [group[0].scores["accuracy"] for group in groups] == [0.0, 1.0] and rollout.counts == {"unverified": 1}
+    assert [group[0].verified for group in groups] == [False, True]
 
 
 @pytest.mark.parametrize("length", [256, 160])  # the model is cut off, the environment has no room

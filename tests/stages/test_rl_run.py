@@ -95,6 +95,22 @@ def test_bad_problems_are_counted_and_end_nothing(training, troubled, metrics, t
     assert sum(row.get("unverified", 0) for row in rows) >= 2
 
 
+def test_an_answer_that_breaks_its_verifier_moves_nothing(training, saying, tmp_path):
+    """A group of four, of which the last cannot be verified, trains as the group of the other three does."""
+    lines = [
+        "def problems(split, seed):", "    for number in range(40): yield {'prompt': f'What is {number}+1?'}",
+        "def verify(problem, text):", "    if text == '3': raise ValueError('what a number')",
+        "    return text == '0'",
+    ]  # fmt: skip
+    (tmp_path / "breaks.py").write_text("\n".join(lines))
+    sampler = saying(lambda key, index: Solution("so", str(index)))
+    for size in (3, 4):
+        config = training(tasks=[str(tmp_path / "breaks.py")], group_size=size, steps=1, rewards={"random": False})
+        rl.run(config, tmp_path / str(size), sampler)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("3", "4")]
+    assert weights[0] == weights[1]
+
+
 def test_the_reference_is_replaced_periodically(training, metrics, tmp_path):
     rl.run(training(steps=5, loss={"reference_steps": 2}), tmp_path / "out")
     kl = [row["kl"] for row in metrics(tmp_path / "out")]

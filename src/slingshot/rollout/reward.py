@@ -139,5 +139,5 @@ def assign_advantages(groups: Sequence[Sequence[Trajectory]], std: AdvantageStd,
 
 
 def has_signal(group: Sequence[Trajectory]) -> bool:
-    """Whether a group's rewards differ; where they do not, every advantage is zero."""
-    return len({trajectory.reward for trajectory in group}) > 1
+    """Whether the rewards of a group's verified answers differ; where they do not, every advantage is zero."""
+    return len({trajectory.reward for trajectory in group if trajectory.verified}) > 1

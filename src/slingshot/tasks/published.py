@@ -61,7 +61,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "splits": {"train": "train", "test": "test"},
     },
     "livecodebench": {
-        "repo": "livecodebench/code_generation_lite", "prompt": _CONTEST, "verifier": "code",
+        "repo": "lighteval/code_generation_lite", "subset": "v6", "prompt": _CONTEST, "verifier": "code",
         "answer": "{public_test_cases} {private_test_cases}", "level": "difficulty", "timeout": 60.0,
         "options": {"entry_point": "metadata", "preamble": _IMPORTS}, "splits": _ONLY_TEST,
     },

@@ -65,29 +65,43 @@ def _parquet(path: Path) -> list[Any]:
 def hub_rows(repo: str, subset: str, splits: dict[Any, str]) -> dict[str, list[Row]]:
     """The rows of "train" and "test", by the repository's names for them; "all" where only one split is published.
 
+    `repo` is org/name, or a folder in a repository's shape. Without a connection what the hub's cache holds is read.
     Without `splits` they are those called train, and test or validation. Raises SlingshotError in one line.
     """
     try:
         import datasets
+        from huggingface_hub import snapshot_download
     except ImportError as error:
         raise SlingshotError(f"reading {repo} needs the datasets package: pip install datasets") from error
     try:
-        if splits:
-            return {
-                ours: list(datasets.load_dataset(repo, subset or None, split=name)) for ours, name in splits.items()
-            }
-        found = datasets.load_dataset(repo, subset or None)
+        found = _splits(datasets, repo, subset, splits)
     except Exception as error:  # the library's, the hub's and the network's own kinds
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise SlingshotError(f"{repo} cannot be read from the hub: {said}") from error
+        refused = SlingshotError(f"{repo} cannot be read from the hub: {said}")
+        if Path(repo).is_dir() or not isinstance(error, ConnectionError):
+            raise refused from error
+        try:  # datasets looks only for what it prepared itself, not for what was downloaded
+            found = _splits(
+                datasets, snapshot_download(repo, repo_type="dataset", local_files_only=True), subset, splits
+            )
+        except Exception:
+            raise refused from error
+    if splits:
+        return found
     test = found.get("test", found.get("validation"))
     if len(found) > 1 and "train" in found and test is not None:
-        return {"train": list(found["train"]), "test": list(test)}
+        return {"train": found["train"], "test": test}
     if len(found) > 1:
         raise SlingshotError(
             f'{repo} has the splits {", ".join(found)}; say splits = {{ train = "...", test = "..." }}'
         )
-    return {"all": list(next(iter(found.values())))}
+    return {"all": next(iter(found.values()))}
+
+
+def _splits(datasets: Any, repo: str, subset: str, splits: dict[Any, str]) -> dict[str, list[Row]]:
+    if splits:
+        return {ours: list(datasets.load_dataset(repo, subset or None, split=name)) for ours, name in splits.items()}
+    return {name: list(rows) for name, rows in datasets.load_dataset(repo, subset or None).items()}
 
 
 def fill(form: str, row: Row, where: str) -> str:

@@ -109,6 +109,7 @@ def quantity(text: str) -> tuple[Fraction, str] | None:
         return None
     text = _FRACTION.sub(r"\1/\2", text)
     text = _WRAPPED.sub(r" \1", text.replace("\\!", "").replace("\\,", "").replace("\\ ", " ").replace("{,}", ","))
+    text = re.sub(r"\^\{?\\circ\}?", "°", text)
     text = re.sub(r"\s+", " ", text.replace("\\", "")).strip().removesuffix(".").removesuffix("。")
     if not (match := _QUANTITY.fullmatch(text)):
         return None

@@ -36,7 +36,7 @@ from slingshot.recipe.recipe import Recipe, RecipeStage
 from slingshot.recipe.results import Evaluation, headline, read_object
 from slingshot.recipe.tables import resolve
 from slingshot.stages.kinds import STAGES
-from slingshot.tasks.loader import TaskConfig, load_task
+from slingshot.tasks.loader import TaskConfig
 from slingshot.training.identity import Identity, local_inputs
 
 PROGRAM = ["-m", "slingshot"]  # how a stage's process is started, after the interpreter's name
@@ -205,7 +205,7 @@ def check(config: StageConfig, coming: Collection[str]) -> None:
     documents = getattr(config, "documents", None)
     tasks: list[TaskConfig] = getattr(config, "tasks", [])
     for task in [*tasks, *(documents.tasks if documents else [])]:
-        loaded = load_task(task.name, **task.params)
+        loaded = task.load()
         # The stages that train on what tasks write: pretrain, by its table documents, and sft, by its key style.
         if not loaded.has_solutions and (documents or getattr(config, "style", None)):
             raise SlingshotError(f"{task.name} writes no solutions to train on; take another task, or give data")

@@ -69,6 +69,7 @@ def _language_of(character: str) -> str:
 class RewardWeights(Strict):
     """What a response earns: each score in [0, 1] times its weight. `random` is the control: a coin instead.
 
+    `calls` is what each call of a tool earns, below 0 what it costs: so a model learns when one is worth it.
     With `length` short right responses of a group earn more than long ones (`length_rewards`).
     With `overlong_buffer` the last tokens of the room are paid for, evenly up to 1 for all (arXiv 2503.14476, 3.4).
     """
@@ -77,6 +78,7 @@ class RewardWeights(Strict):
     format: float = 0.2
     language: float = 0.0
     length: float = Field(default=0.0, ge=0)
+    calls: float = 0.0
     random: bool = False
     overlong_buffer: int = Field(default=0, ge=0)
 
@@ -85,7 +87,7 @@ class RewardWeights(Strict):
         scores = trajectory.scores
         accuracy = self.accuracy * scores["accuracy"] if trajectory.finished else 0.0
         earned = accuracy + self.format * scores["format"] + self.language * scores["language"]
-        return earned - self._overlong(trajectory, max_tokens)
+        return earned + self.calls * scores.get("calls", 0.0) - self._overlong(trajectory, max_tokens)
 
     def _overlong(self, trajectory: Trajectory, max_tokens: int) -> float:
         """What the longest turn has to pay: 0 to 1 over the buffer, 1 for what was cut off."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from pydantic import Field
 
@@ -25,6 +26,8 @@ from slingshot.tasks.mixture import Item
 from slingshot.tasks.task import Problem, Reward
 from slingshot.tasks.verification import VerificationPool
 from slingshot.text.tokenizer import Tokenizer
+from slingshot.text.tool_calls import tool_format
+from slingshot.text.turns import cut_text, turn_suffix
 from slingshot.training.parallel import Parallel
 
 # Problems that may be left out, or answers that fail to be verified, until it is taken to be all of them.
@@ -45,10 +48,11 @@ class PromptForm(Strict):
     def messages(self, problem: Problem) -> list[Message]:
         return [{"role": "user", "content": self.text.replace("{prompt}", problem.prompt)}]
 
-    def encode(self, tokenizer: Tokenizer, problem: Problem) -> list[int]:
+    def encode(self, tokenizer: Tokenizer, problem: Problem, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """tools: what the chat template tells the model that it may call."""
         messages = self.messages(problem)
         if self.chat:
-            return tokenizer.encode_chat(messages)
+            return tokenizer.encode_chat(messages, tools=list(tools) or None)
         start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         return start + tokenizer.encode(messages[0]["content"])
 
@@ -78,7 +82,7 @@ class Rollout:
         groups = [group for _, group in live]
         verdicts: list[tuple[Trajectory, Future[Reward] | None]] = []
         while live:  # a turn of all that go on: at first the samples of a group together, then each by itself
-            replies: list[tuple[str, Trajectory, Future[list[dict[str, str]] | None]]] = []
+            replies: list[tuple[str, Trajectory, Future[list[dict[str, Any]] | None]]] = []
             prompts = [group[0].ids for _, group in live]
             params = [replace(self.params, n=len(group)) for _, group in live]
             for index, samples in self.sampler.sample(prompts, params, [key for key, _ in live]):
@@ -112,16 +116,20 @@ class Rollout:
 
     def _begin(self, item: Item) -> list[Trajectory]:
         """The problem's trajectories; none where it is too long."""
-        ids, longest = self.form.encode(self.sampler.tokenizer, item.problem), self.sampler.max_length
-        if item.task.has_turns and not self.form.chat:
-            raise SlingshotError(f"task {item.task.name} takes several turns; form {self.form.name} has one, use chat")
+        task, tokenizer, longest = item.task, self.sampler.tokenizer, self.sampler.max_length
+        if task.has_turns and not self.form.chat:
+            raise SlingshotError(f"task {task.name} takes several turns; form {self.form.name} has one, use chat")
+        if task.tools and tool_format(tokenizer) is None:
+            way = "take a model that was made for them, or leave `tools` out"
+            raise SlingshotError(f"task {task.name} has tools, and this model's chat template knows none: {way}")
+        ids = self.form.encode(tokenizer, item.problem, task.tools)
         if len(ids) >= longest:
             size = f"the prompt of {item.problem.key!r:.60} has {len(ids):,} tokens, the model holds {longest:,}"
-            self._count("skipped", f"task {item.task.name}: {size}")
+            self._count("skipped", f"task {task.name}: {size}")
             return []
         return [Trajectory(item, ids, self.form.messages(item.problem)) for _ in range(self.params.n)]
 
-    def _hear(self, trajectory: Trajectory, reply: Future[list[dict[str, str]] | None]) -> bool:
+    def _hear(self, trajectory: Trajectory, reply: Future[list[dict[str, Any]] | None]) -> bool:
         """Whether the conversation goes on. It is cut off where the environment fails or leaves no room."""
         if failure := reply.exception():
             self._count("unverified", str(failure))
@@ -129,7 +137,9 @@ class Rollout:
         elif (messages := reply.result()) is None:
             return False
         else:
-            ids = turn_suffix(self.sampler.tokenizer, messages)
+            tokenizer, most = self.sampler.tokenizer, trajectory.item.task.observation_tokens
+            messages = [each | {"content": cut_text(tokenizer, each["content"], most)} for each in messages]
+            ids = turn_suffix(tokenizer, messages, trajectory.turns[-1].calls)
             if len(trajectory.ids) + len(ids) < self.sampler.max_length:
                 trajectory.read(ids, messages)
                 return True
@@ -152,14 +162,19 @@ class Rollout:
                 self._count("unverified", reward.error)
                 trajectory.verified = False
             self.counts["verified"] += verdict is not None and not reward.error
-            said = [(turn.parsed, turn.finish_reason == "stop") for turn in trajectory.turns]
-            spoken = "\n".join(each.reasoning for each, _ in said if each.reasoning) or trajectory.response.answer
+            said = [(turn.parsed, turn.finish_reason == "stop", turn.calls) for turn in trajectory.turns]
+            spoken = "\n".join(each.reasoning for each, *_ in said if each.reasoning) or trajectory.response.answer
             trajectory.answer = reward.answer
             trajectory.scores = {
                 "accuracy": reward.value,
-                "format": min(format_reward(each.closed, each.answer, ended) for each, ended in said),
+                "format": min(
+                    format_reward(each.closed, each.answer or " ".join(call.name for call in calls), ended)
+                    for each, ended, calls in said
+                ),
                 "language": language_consistency(spoken, trajectory.item.problem.language),
             }
+            if trajectory.item.task.tools:
+                trajectory.scores["calls"] = sum(len(turn.calls) for turn in trajectory.turns)
         if self.both:
             again = [(t, self._verify(t, lenient=True) if t.scores["accuracy"] < 1 else None) for t, _ in verdicts]
             for trajectory, verdict in again:
@@ -186,19 +201,3 @@ class Rollout:
             print(f"{kind}: {reason}; others alike are only counted", file=sys.stderr)
             self._reasons[kind] = reason
         self.counts[kind] += count
-
-
-def turn_suffix(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Ids from behind a response's end token to where the next one begins: messages in the chat template's frame.
-
-    What is sampled stays as it is, so the ids of a turn begin with those of the turn before, though the template would
-    render old responses otherwise (R1's drops their reasoning). SlingshotError where responses end with no end token.
-    """
-    question, response = {"role": "user", "content": "."}, {"role": "assistant", "content": "."}
-    asked = tokenizer.encode_chat([question], add_generation_prompt=False)
-    whole = tokenizer.encode_chat([question, response, *messages])
-    ends = [place for place, id in enumerate(whole) if id in tokenizer.eos_ids]
-    first = sum(id in tokenizer.eos_ids for id in asked)
-    if len(ends) <= first:
-        raise SlingshotError("this model's chat template ends responses with no end token: it takes no several turns")
-    return whole[ends[first] + 1 :]

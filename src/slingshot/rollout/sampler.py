@@ -27,6 +27,8 @@ from slingshot.rollout.trajectory import Sampled
 from slingshot.tasks.task import Solution
 from slingshot.text.reasoning import encode_responses, ends_in_reasoning
 from slingshot.text.tokenizer import Tokenizer
+from slingshot.text.tool_calls import ToolCall, tool_format
+from slingshot.text.turns import encode_calls
 from slingshot.training.parallel import whole
 
 
@@ -103,7 +105,8 @@ Script = Callable[[str, int], Solution | str]
 
 
 class ScriptedSampler:
-    """Says `script(key, index)` as sample `index` of the prompt `key`: a solution in R1's layout, or a plain text.
+    """Says `script(key, index)` as sample `index` of the prompt `key`: a solution in R1's layout, its calls at the end
+    of the response, or a plain text.
 
     With a sampler in `timed` it takes the time that one takes for as many tokens, which the script's then replace.
     """
@@ -138,6 +141,9 @@ class ScriptedSampler:
         if isinstance(words, Solution):
             opened = ends_in_reasoning(prompt, self.tokenizer)
             (ids,) = encode_responses(self.tokenizer, [(words.reasoning, words.answer)], opened)
+            if words.calls and (form := tool_format(self.tokenizer)):
+                calls = [ToolCall(*call) for call in words.calls]
+                ids = [*ids[:-1], *encode_calls(self.tokenizer, form, calls), ids[-1]]
         else:
             ids = [*self.tokenizer.encode(words), *sorted(self.tokenizer.eos_ids)[:1]]
         room = min(max_tokens, self.max_length - len(prompt))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,12 +24,14 @@ from slingshot.cost.flops import generation_flops
 from slingshot.data.packing import pack_examples
 from slingshot.model.config import ModelConfig
 from slingshot.tasks.mixture import Item
-from slingshot.text.reasoning import Parsed, ends_in_reasoning, parse
+from slingshot.text.reasoning import Parsed, ends_in_reasoning
 from slingshot.text.tokenizer import Tokenizer
+from slingshot.text.tool_calls import ToolCall, tool_format
+from slingshot.text.turns import read_turn, told_calls
 from slingshot.training.objectives import Aggregation, token_shares
 from slingshot.training.policy import PolicyRows
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 Finish = Literal["stop", "length", "abort", "error"]
 
 
@@ -48,12 +50,13 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Turn:
-    """One response of the model: ids[start:end] of its trajectory, parted at the think tags."""
+    """One response of the model: ids[start:end] of its trajectory, parted at the think tags, and what it called."""
 
     start: int
     end: int
     parsed: Parsed
     finish_reason: Finish
+    calls: Sequence[ToolCall] = ()
 
 
 @dataclass
@@ -67,7 +70,8 @@ class Trajectory:
     logprobs: list[float] = field(default_factory=list)  # of sampled tokens, 0 elsewhere
     turns: list[Turn] = field(default_factory=list)
     routed_experts: Tensor | None = None  # of all ids before the last turn's last
-    scores: dict[str, float] = field(default_factory=dict)  # accuracy, format, language: each in [0, 1]
+    # accuracy, format, language: each in [0, 1]; calls: how many, where there are tools
+    scores: dict[str, float] = field(default_factory=dict)
     answer: str | None = None  # as the verifier read it
     verified: bool = True  # False where verifier or environment failed: the reward says nothing then
     reward: float = 0.0
@@ -78,10 +82,13 @@ class Trajectory:
 
     def respond(self, sampled: Sampled, tokenizer: Tokenizer) -> None:
         """Add what the model said next."""
-        parsed = parse(sampled.ids, ends_in_reasoning(self.ids, tokenizer), tokenizer)
+        form = tool_format(tokenizer) if self.item.task.tools else None
+        parsed, calls = read_turn(sampled.ids, ends_in_reasoning(self.ids, tokenizer), tokenizer, form)
         start, end = len(self.ids), len(self.ids) + len(sampled.ids)
-        self.turns.append(Turn(start, end, parsed, sampled.finish_reason))
-        self._extend(sampled.ids, 1, sampled.logprobs, [{"role": "assistant", "content": parsed.answer}])
+        self.turns.append(Turn(start, end, parsed, sampled.finish_reason, calls))
+        called = {"tool_calls": told_calls(calls)} if calls else {}
+        message = {"role": "assistant", "content": parsed.answer, **called}
+        self._extend(sampled.ids, 1, sampled.logprobs, [message])
         self.routed_experts = sampled.routed_experts
 
     def read(self, ids: list[int], messages: Sequence[Message]) -> None:

@@ -27,7 +27,7 @@ from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler,
 from slingshot.rollout.trajectory import Trajectory, sampling_cost
 from slingshot.stages.contamination import contaminated
 from slingshot.stages.probe import probe, probe_notes, summarise_probe
-from slingshot.tasks.loader import TaskConfig, load_task
+from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import Item, distinct
 from slingshot.tasks.task import Problem, Split
 from slingshot.tasks.verification import VerificationPool
@@ -69,7 +69,7 @@ class EvaluateConfig(StageConfig):
         """The problems of each task, the same for every model, and how many there are of those that are given."""
         items, given = {}, {}
         for named in self.tasks:
-            task, seed = load_task(named.name, **named.params), f"evaluate/{self.seed}"
+            task, seed = named.load(), f"evaluate/{self.seed}"
             found = distinct(task, self.split, seed, max(self.problems, _COUNTED if task.is_given else 0))
             if task.is_given and len(found) < _COUNTED:
                 given[named.name] = len(found)

@@ -8,9 +8,10 @@ and attention stays within each. A multi-token prediction module is trained alon
 
 from __future__ import annotations
 
+import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,7 +32,8 @@ from slingshot.data.packing import pack, strided
 from slingshot.machine.device import Dtype
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
-from slingshot.tasks.loader import TaskConfig, load_task
+from slingshot.stages.tool_documents import ToolDocument
+from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import passes
 from slingshot.tasks.task import Style
 from slingshot.text.pretokenizers import SPLIT_OF_MODEL_TYPE
@@ -48,7 +50,10 @@ Share = Annotated[float, Field(gt=0)]
 
 
 class Documents(Strict):
-    """Documents written by tasks: how many, in which styles, and how many of them as a chat in R1's template."""
+    """Documents written by tasks: how many, in which styles, and how many of them as a chat in R1's template.
+
+    In style "calls" a task's tools are asked (docs/tools.md); those documents are chats, all of them.
+    """
 
     tasks: list[TaskConfig] = Field(min_length=1)
     count: int = Field(ge=1)
@@ -164,8 +169,12 @@ def prepare(config: PretrainConfig) -> PackedCorpus:
         tokenizer = load_tokenizer(locate(config.tokenizer))
         tokenizer.check_split(model_type)
     else:
-        sample = [part for document in written[:20_000] for part in document] + train_text
-        tokenizer = Tokenizer.train(sample, config.vocab_size, SPLIT_OF_MODEL_TYPE.get(model_type, "deepseek-v3"))
+        first = written[:20_000]
+        tools = [tool for each in first if isinstance(each, ToolDocument) for tool in each.tools]
+        sample = [part for each in first for part in (each.texts if isinstance(each, ToolDocument) else each)]
+        sample += [json.dumps(tool, ensure_ascii=False) for tool in tools] + train_text
+        split = SPLIT_OF_MODEL_TYPE.get(model_type, "deepseek-v3")
+        tokenizer = Tokenizer.train(sample, config.vocab_size, split, tools=bool(tools))
     documents = _encode(tokenizer, written) + _framed(tokenizer, train_text)
     random.Random(f"order/{config.seed}").shuffle(documents)
     tokens_NT, segments_NT = pack(documents, config.sequence_length)
@@ -180,15 +189,15 @@ def prepare(config: PretrainConfig) -> PackedCorpus:
     return corpus
 
 
-def _written(config: PretrainConfig) -> Iterator[tuple[str, ...]]:
+def _written(config: PretrainConfig) -> Iterator[tuple[str, ...] | ToolDocument]:
     """Documents of the tasks' train split: (text,) plain, or (prompt, reasoning, answer) for the chat template."""
     documents = config.documents
     assert documents is not None
     rng = random.Random(f"documents/{config.seed}")
-    pieces: list[tuple[str, ...]] = []
+    pieces: list[tuple[str, ...] | ToolDocument] = []
     total = sum(task.weight for task in documents.tasks) * sum(documents.styles.values())
     for spec in documents.tasks:
-        task = load_task(spec.name, **spec.params)
+        task = spec.load()
         if not task.has_solutions:
             raise SlingshotError(f"documents: the task {spec.name} writes no worked solutions; give text instead of it")
         for style, share in documents.styles.items():
@@ -196,7 +205,10 @@ def _written(config: PretrainConfig) -> Iterator[tuple[str, ...]]:
             count = round(documents.count * spec.weight * share / total)
             for problem in islice(problems, count):
                 solution = task.write(problem, style, rng, documents.language_mix)
-                if rng.random() < documents.template_share:
+                chat = rng.random() < documents.template_share
+                if task.tools and (chat or solution.calls):
+                    pieces.append(ToolDocument.write(task, problem, solution))
+                elif chat:
                     pieces.append((problem.prompt, solution.reasoning, solution.answer))
                 else:
                     pieces.append(("\n".join(filter(None, (problem.prompt, solution.reasoning, solution.answer))),))
@@ -211,9 +223,12 @@ def _framed(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     return [[*tokenizer.begin_ids, *ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
 
 
-def _encode(tokenizer: Tokenizer, documents: list[tuple[str, ...]]) -> list[list[int]]:
+def _encode(tokenizer: Tokenizer, written: Sequence[tuple[str, ...] | ToolDocument]) -> list[list[int]]:
+    with_tools = [document.encode(tokenizer) for document in written if isinstance(document, ToolDocument)]
+    documents = [document for document in written if not isinstance(document, ToolDocument)]
     plain = [document[0] for document in documents if len(document) == 1]
     chats = [document for document in documents if len(document) == 3]
     prompts = [tokenizer.encode_chat([{"role": "user", "content": prompt}]) for prompt, _, _ in chats]
     responses = encode_responses(tokenizer, [(reasoning, answer) for _, reasoning, answer in chats], opened=True)
-    return _framed(tokenizer, plain) + [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    asked = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    return _framed(tokenizer, plain) + asked + with_tools

@@ -163,12 +163,13 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
                 again = forwards * forward_flops(model.config, lengths)
                 parts = training_parts(model.config, lengths, mtp=config.loss.mtp > 0)
                 work.meter.add(tokens, sampling=flops, reference=again, **parts)
-                row = summary(groups, parallel)
+                row = summary(groups, parallel, ["calls"] if any(task.tools for task in tasks.tasks) else [])
                 speed = work.speed(int(parallel.sums({"tokens": tokens})["tokens"]))
                 lr = config.optimizer.lr * schedule(config.optimizer, step, config.steps)
                 work.log({"step": step + 1, **row, **update, **left_out, "lr": lr, **speed})
                 entropy.watch(update.get("entropy"), parallel.is_first)
                 shown = {"reward": row["reward"], "pass": row["pass_rate"], "length": row["response_tokens"]}
+                shown |= {"calls": row["calls"]} if "calls" in row else {}
                 progress.update(step + 1, **shown, **{"tokens/s": speed["tokens_per_second"]})
 
                 def state() -> Named:
@@ -265,13 +266,13 @@ class EntropyWatch:
                 print(f"{fell}: samples are alike; try a higher loss.clip_high, or a lower rate", file=sys.stderr)
 
 
-def summary(groups: Sequence[Sequence[Trajectory]], parallel: Parallel) -> dict[str, float]:
-    """Means over the global step's trajectories, and over its groups, as they are logged."""
+def summary(groups: Sequence[Sequence[Trajectory]], parallel: Parallel, more: Sequence[str] = ()) -> dict[str, float]:
+    """Means over the global step's trajectories, and over its groups, as they are logged. more: "calls", of tools."""
     each = [trajectory for group in groups for trajectory in group]
-    scores = {"pass_rate": "accuracy", "format": "format", "language": "language"}
+    scores = {"pass_rate": "accuracy", "format": "format", "language": "language"} | dict.fromkeys(more, "calls")
     sums = {
         "reward": sum(t.reward for t in each),
-        **{name: sum(t.scores[score] for t in each) for name, score in scores.items()},
+        **{name: sum(t.scores.get(score, 0.0) for t in each) for name, score in scores.items()},
         "response_tokens": sum(sum(t.mask) for t in each),
         "no_signal": sum(not has_signal(group) for group in groups),
     }

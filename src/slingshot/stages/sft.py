@@ -119,6 +119,10 @@ def read(config: SFTConfig) -> list[Example]:
     if config.tasks:
         rng = random.Random(f"solutions/{config.seed}")
         for item in TaskMix(config.tasks, "train", f"solutions/{config.seed}", repeat=False).draw(0, config.examples):
+            if item.task.tools:
+                raise SlingshotError(
+                    f"{item.task.name}: sft writes no calls of tools; leave its `tools` to pretrain and rl"
+                )
             if not item.task.has_solutions:
                 raise SlingshotError(f"the task {item.task.name} writes no worked solutions; give data = [...] instead")
             solution = item.task.solution(item.problem, config.style, rng)

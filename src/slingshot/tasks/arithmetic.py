@@ -8,6 +8,7 @@ One calculation a step, so that a small model can be sure of every step while th
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from slingshot.tasks.task import GeneratedTask, Problem, Style
+from slingshot.tasks.task import Call, GeneratedTask, Problem, Style
 
 _PROMPT = {"en": "What is %s?", "ja": "%sはいくつ?"}
 _STEP = {
@@ -72,6 +73,11 @@ class Arithmetic(GeneratedTask):
             for index, (left, operator, right, result) in enumerate(steps)
         ]
         return _COMMA[problem.language].join(said)
+
+    def calls(self, problem: Problem) -> tuple[Call, ...]:
+        numbers, operators = problem.data["numbers"], problem.data["operators"]
+        spelt = str(numbers[0]) + "".join(map("{}{}".format, operators, numbers[1:])).replace("x", "*")
+        return (Call("calculator", json.dumps({"expression": spelt})),)
 
     def read(self, text: str) -> str | None:
         return read_number(text)

@@ -18,6 +18,7 @@ from slingshot.tasks.countdown import Countdown
 from slingshot.tasks.dataset import DatasetTask
 from slingshot.tasks.reasoning_gym import Gym, gym_keys
 from slingshot.tasks.task import GeneratedTask, Task
+from slingshot.tasks.tool_task import ToolTask
 from slingshot.tasks.user import UserTask
 
 KINDS = {
@@ -32,16 +33,28 @@ KINDS = {
 
 
 class TaskConfig(Strict):
-    """A task as recipes name it: what `load_task` takes, and its share where several are mixed. A text is its name."""
+    """A task as recipes name it: what `load_task` takes, and its share where several are mixed. A text is its name.
+
+    `tools` are what the model may call (docs/tools.md), over `max_turns` responses at most; each observation is told
+    in `observation_tokens` at most.
+    """
 
     name: str
     weight: float = Field(1.0, gt=0)
     params: dict[str, Any] = {}
+    tools: list[str] = []
+    max_turns: int = Field(4, ge=2)
+    observation_tokens: int = Field(256, ge=1)
 
     @model_validator(mode="before")
     @classmethod
     def _by_name(cls, given: Any) -> Any:
         return {"name": given} if isinstance(given, str) else given
+
+    def load(self) -> Task:
+        """The task, with its tools where it has some. Raises SlingshotError where one cannot be had."""
+        task = load_task(self.name, **self.params)
+        return ToolTask.load(task, self.tools, self.max_turns, self.observation_tokens) if self.tools else task
 
 
 def load_task(name: str, **params: Any) -> Task:

@@ -14,7 +14,7 @@ from itertools import count as count_from
 from itertools import islice
 
 from slingshot.base.errors import SlingshotError
-from slingshot.tasks.loader import TaskConfig, load_task
+from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.task import Problem, Split, Task, key_number
 
 # Problems remembered as seen: enough for every file a person writes, and bounded for generators without end.
@@ -41,7 +41,7 @@ class TaskMix:
     def __init__(self, configs: Sequence[TaskConfig], split: Split, seed: str, repeat: bool = True) -> None:
         if not configs:
             raise SlingshotError('tasks: at least one task is needed, for example {name = "arithmetic"}')
-        self.tasks = [load_task(config.name, **config.params) for config in configs]
+        self.tasks = [config.load() for config in configs]
         self._weights = [config.weight for config in configs]
         self._split, self._seed, self._repeat = split, seed, repeat
         self._place, self._stream = 0, self._items()

@@ -15,7 +15,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -23,7 +23,7 @@ from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
 
 Split = Literal["train", "test"]
-Style = Literal["answer", "steps", "slips"]
+Style = Literal["answer", "steps", "slips", "calls"]
 Language = Literal["en", "ja"]
 
 # Problems of the other split drawn in a row before a task is told to have none: 0.9 ** 20000 is no accident.
@@ -42,12 +42,20 @@ class Problem:
     data: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
+class Call(NamedTuple):
+    """What is asked of a tool; `arguments` an object in JSON."""
+
+    name: str
+    arguments: str
+
+
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """A worked solution. `reasoning` is empty in style "answer"."""
+    """A worked solution. `reasoning` is empty in style "answer"; `calls`, of tools, come before the answer."""
 
     reasoning: str
     answer: str
+    calls: tuple[Call, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +72,7 @@ class Task(Strict, ABC):
 
     A subclass brings `name` and `problems`. `score`, `read` and `extract` say which answers are right and how one is
     read in a text; `has_solutions` and `reasoning` are for tasks that write worked text, `has_turns` and `step` for
-    environments of several turns.
+    environments of several turns, `tools` and `calls` for those with something to call.
     """
 
     @property
@@ -128,9 +136,23 @@ class Task(Strict, ABC):
     def has_turns(self) -> bool:
         return False
 
-    def step(self, problem: Problem, messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]] | None:
+    def step(self, problem: Problem, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
         """What the environment says to the conversation so far, as messages of a chat; None when it is over."""
         return None
+
+    @property
+    def tools(self) -> Sequence[Mapping[str, Any]]:
+        """What the model may call, as chat templates are told of it; its calls stand in messages as `tool_calls`."""
+        return ()
+
+    @property
+    def observation_tokens(self) -> int | None:
+        """Tokens of a message of the environment at most; what is beyond is cut off. None: no bound."""
+        return None
+
+    def calls(self, problem: Problem) -> tuple[Call, ...]:
+        """How a worked solution would ask tools for the answer, as far as their names are those of environments/."""
+        return ()
 
 
 class GeneratedTask(Task):

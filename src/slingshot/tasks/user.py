@@ -158,7 +158,7 @@ class UserTask(IsolatedTask):
         except SlingshotError as error:
             return Reward(0.0, None, str(error))
 
-    def step(self, problem: Problem, messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]] | None:
+    def step(self, problem: Problem, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
         return self.call("step", asdict(problem), list(map(dict, messages))) if self.has_turns else None
 
 

@@ -64,8 +64,8 @@ class VerificationPool:
         return self._ask(task, lambda asked: asked.verify(problem, text, lenient))
 
     def step(
-        self, task: Task, problem: Problem, messages: Sequence[Mapping[str, str]]
-    ) -> Future[list[dict[str, str]] | None]:
+        self, task: Task, problem: Problem, messages: Sequence[Mapping[str, Any]]
+    ) -> Future[list[dict[str, Any]] | None]:
         """The Future of `task.step(problem, messages)`; an environment that fails raises SlingshotError there."""
         return self._ask(task, lambda asked: asked.step(problem, messages))
 

@@ -61,6 +61,61 @@ R1_TEMPLATE = """\
 {%- endif %}
 """
 
+# For models that call tools: R1's layout, calls and outputs of V3.1's template, and V3.2's rule for reasoning: it is
+# kept from the last question on, while tools are called, and left out before.
+TOOL_TEMPLATE = (
+    R1_TEMPLATE.partition("{%- if tools %}")[0]
+    + """\
+{%- set seen = namespace(question=-1, output=false) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {%- set seen.question = loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{{- bos_token }}
+{%- for message in messages | selectattr('role', 'equalto', 'system') %}
+    {{- ('' if loop.first else '\\n\\n') + text(message.content) }}
+{%- endfor %}
+{%- for tool in tools or [] %}
+    {%- if loop.first %}
+        {{- ('\\n\\n' if messages | selectattr('role', 'equalto', 'system') | list else '') + '## Tools\\n' }}
+    {%- endif %}
+    {{- '\\n### ' + tool.function.name + '\\n' + tool.function.description + '\\nParameters: ' +
+        tool.function.parameters | tojson + '\\n' }}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {{- '<｜User｜>' + text(message.content) }}
+        {%- set seen.output = false %}
+    {%- elif message.role == 'tool' %}
+        {{- '<｜tool▁output▁begin｜>' + text(message.content) + '<｜tool▁output▁end｜>' }}
+        {%- set seen.output = true %}
+    {%- elif message.role == 'assistant' %}
+        {{- '' if seen.output else '<｜Assistant｜>' }}
+        {%- set seen.output = false %}
+        {%- if loop.index0 > seen.question and message.reasoning_content is string %}
+            {{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}
+        {%- endif %}
+        {{- text(message.content or '').split('</think>')[-1] }}
+        {%- for call in message.tool_calls or [] %}
+            {%- set arguments = call.function.arguments %}
+            {{- ('<｜tool▁calls▁begin｜>' if loop.first else '') + '<｜tool▁call▁begin｜>' + call.function.name +
+                '<｜tool▁sep｜>' + (arguments if arguments is string else arguments | tojson) + '<｜tool▁call▁end｜>' +
+                ('<｜tool▁calls▁end｜>' if loop.last else '') }}
+        {%- endfor %}
+        {{- eos_token }}
+    {%- elif message.role != 'system' %}
+        {{- raise_exception('a message has the role ' ~ message.role ~
+            '; this template knows system, user, assistant and tool') }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- ('' if seen.output else '<｜Assistant｜>') +
+        ('<think>\\n' if thinking is not defined or thinking else '</think>') }}
+{%- endif %}
+"""
+)
+
 THINK, END_THINK = "<think>", "</think>"
 
 _CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG"  # transformers' word; some templates look for it
@@ -93,7 +148,7 @@ def render(
     last = _open_last(said["messages"]) if continue_final_message else ""
     own = {"add_generation_prompt": add_generation_prompt, **(special_tokens or {})}
     try:
-        text = render_template(template, {**own, **said}, trusted=template == R1_TEMPLATE)
+        text = render_template(template, {**own, **said}, trusted=template in (R1_TEMPLATE, TOOL_TEMPLATE))
     except SlingshotError as error:
         raise SlingshotError(_unmarked(str(error), mark)) from error
     if continue_final_message:

@@ -27,7 +27,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import write_json, write_text
-from slingshot.text.chat_template import END_THINK, R1_TEMPLATE, THINK, ControlTokens, clean, render
+from slingshot.text.chat_template import END_THINK, R1_TEMPLATE, THINK, TOOL_TEMPLATE, ControlTokens, clean, render
 from slingshot.text.detokenizer import Detokenizer, TextStream
 from slingshot.text.pretokenizers import SPLIT_OF_MODEL_TYPE, SPLITS, recognise
 from slingshot.text.tokenizer_files import (
@@ -44,6 +44,8 @@ USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 
 # In R1's tokenizers roles and think tags are added with special=false: decoding without special tokens keeps them.
 R1_TOKENS = {BOS: True, EOS: True, PAD: True, USER: False, ASSISTANT: False, THINK: False, END_THINK: False}
+_TOOL = ["calls▁begin", "calls▁end", "call▁begin", "call▁end", "sep", "output▁begin", "output▁end"]
+TOOL_TOKENS = {f"<｜tool▁{name}｜>": False for name in _TOOL}
 _NEW = {"tokenizer_class": PLAIN_CLASS, "clean_up_tokenization_spaces": False}
 R1_CONFIG = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": None, "chat_template": R1_TEMPLATE}
 
@@ -127,13 +129,15 @@ class Tokenizer:
         write_json(Path(path) / CONFIG_FILE, self.config | {"tokenizer_class": PLAIN_CLASS})
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, split: str = "smollm") -> Tokenizer:
+    def train(cls, texts: Iterable[str], vocab_size: int, split: str = "smollm", tools: bool = False) -> Tokenizer:
         """Train a vocabulary with R1's special tokens; smaller than `vocab_size` when there are no more pairs to merge.
 
-        split: how text is split before merging, a name of text/pretokenizers.py.
+        split: how text is split before merging, a name of text/pretokenizers.py. tools: with the tokens and the chat
+        template of a model that calls some.
         """
+        special = R1_TOKENS | TOOL_TOKENS if tools else R1_TOKENS
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        if vocab_size < (least := len(alphabet) + len(R1_TOKENS)):
+        if vocab_size < (least := len(alphabet) + len(special)):
             raise SlingshotError(f"vocab_size {vocab_size} is too small: bytes and special tokens need {least}")
         texts = iter(texts)
         first = next((text for text in texts if text), None)
@@ -141,15 +145,16 @@ class Tokenizer:
             raise SlingshotError("there is no text to train a tokenizer on; give a corpus that is not empty")
         backend = _byte_level(models.BPE(ignore_merges=SPLITS[split].ignore_merges), split)
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=list(R1_TOKENS), initial_alphabet=alphabet, show_progress=False
+            vocab_size=vocab_size, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
         )
         texts = map(clean, itertools.chain([first], texts))
         _stoppable(lambda texts: backend.train_from_iterator(texts, trainer), texts)
         _write_bos(backend, BOS)
         description = json.loads(backend.to_str())
         for token in description["added_tokens"]:
-            token["special"] = R1_TOKENS[token["content"]]  # the trainer makes all of them special
-        return cls(tokenizers.Tokenizer.from_str(json.dumps(description)), _NEW | R1_CONFIG)
+            token["special"] = special[token["content"]]  # the trainer makes all of them special
+        config = R1_CONFIG | ({"chat_template": TOOL_TEMPLATE} if tools else {})
+        return cls(tokenizers.Tokenizer.from_str(json.dumps(description)), _NEW | config)
 
     @classmethod
     def from_bpe(

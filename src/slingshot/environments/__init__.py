@@ -1,0 +1,1 @@
+"""What a model may call: tools, and the worker that holds them. No torch."""

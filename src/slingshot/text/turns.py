@@ -1,0 +1,124 @@
+"""Turns of a conversation as ids: what a model said in one, what it is told then, and calls as it writes them.
+
+    parsed, calls = read_turn(ids, opened, tokenizer, tool_format(tokenizer))
+    ids += turn_suffix(tokenizer, [{"role": "tool", "content": "42"}], calls)      # up to where it goes on
+    encode_calls(tokenizer, form, [ToolCall("calculator", '{"expression": "6*7"}')])
+
+What was sampled stays as it was: the ids of a turn begin with all ids of the turn before.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from slingshot.base.errors import SlingshotError
+from slingshot.text.reasoning import Parsed
+from slingshot.text.tokenizer import Tokenizer
+from slingshot.text.tool_calls import CallDelta, ToolCall, ToolCallStream, ToolFormat, tool_format
+
+
+def read_turn(
+    ids: Iterable[int], opened: bool, tokenizer: Tokenizer, form: ToolFormat | None
+) -> tuple[Parsed, list[ToolCall]]:
+    """A response parted into reasoning, answer and calls. Without `form` there are none.
+
+    What begins as a call and is none becomes one without a name, so that the model can be told.
+    """
+    stream, begun = ToolCallStream(tokenizer, opened, form), False
+    begin = tokenizer.control_id(form.begin) if form else None
+    parts = []
+    for id in ids:
+        begun = begun or (begin is not None and id == begin)
+        parts += stream.push(id)
+    said, calls = {"reasoning": "", "answer": ""}, list[ToolCall]()
+    for part in parts + stream.finish():
+        if not isinstance(part, CallDelta):
+            said[part[0]] += part[1]
+        elif part.name is not None:
+            calls.append(ToolCall(part.name, part.arguments))
+        else:
+            calls[-1] = ToolCall(calls[-1].name, calls[-1].arguments + part.arguments)
+    reasoning = said["reasoning"] if stream.reasoning.reasoned else None
+    answer = said["answer"]
+    if form and not calls and (begun or (begin is None and form.end and form.begin in answer)):
+        answer, _, wrong = answer.partition(form.begin)
+        calls = [ToolCall("", wrong.strip() or answer.strip())]
+    return Parsed(reasoning, answer.rstrip() if calls else answer, stream.reasoning.closed), calls
+
+
+def told_calls(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+    """Calls as a message's `tool_calls`."""
+    return [
+        {"id": f"call_{number}", "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for number, call in enumerate(calls, start=1)
+    ]
+
+
+def turn_suffix(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], calls: Sequence[ToolCall] = (), **more: Any
+) -> list[int]:
+    """Ids from behind a response's end token to where the next one begins: messages in the chat template's frame.
+
+    What is sampled stays as it is, so the ids of a turn begin with those of the turn before, though the template would
+    render old responses otherwise (R1's drops their reasoning). calls: those of the response, which some templates
+    want before messages of tools. more: as for `encode_chat`.
+    SlingshotError where responses end with no end token.
+    """
+    question: Mapping[str, Any] = {"role": "user", "content": "."}
+    response: dict[str, Any] = {"role": "assistant", "content": "."}
+    if calls and (form := tool_format(tokenizer)):
+        response["tool_calls"] = _as_template_wants(calls, form.as_text)
+    asked = tokenizer.encode_chat([question], add_generation_prompt=False)
+    whole = tokenizer.encode_chat([question, response, *messages], **more)
+    ends = [place for place, id in enumerate(whole) if id in tokenizer.eos_ids]
+    first = sum(id in tokenizer.eos_ids for id in asked)
+    if len(ends) <= first:
+        raise SlingshotError("this model's chat template ends responses with no end token: it takes no several turns")
+    return whole[ends[first] + 1 :]
+
+
+def encode_calls(tokenizer: Tokenizer, form: ToolFormat, calls: Sequence[ToolCall]) -> list[int]:
+    """Ids of calls in a model's own syntax, its tags as tokens where they are some; what calls hold stays text."""
+    begin = [form.begin] if form.end else []
+    parts = [*begin] if form.inner else []
+    for number, call in enumerate(calls):
+        named = {"DIGITS": str(number), "NAME": call.name, "ARGUMENTS": call.arguments}
+        skeleton = (form.apart or "") * bool(number) + ("" if form.inner else "".join(begin)) + form.call
+        skeleton += "" if form.inner else form.end
+        for piece in _split(skeleton, form):
+            parts.append(re.sub("|".join(named), lambda found: named[found[0]], piece))  # noqa: B023
+    parts += [form.end] if form.inner else []
+    tags = {form.begin, form.end, *form.inner}
+    ids = list[int]()
+    for part in filter(None, parts):
+        id = tokenizer.control_id(part) if part in tags else None
+        ids += tokenizer.encode(part, continues=True) if id is None else [id]
+    return ids
+
+
+def _split(skeleton: str, form: ToolFormat) -> list[str]:
+    tags = [tag for tag in (form.begin, form.end, *form.inner) if tag]
+    return re.split(f"({'|'.join(map(re.escape, tags))})", skeleton)
+
+
+def cut_text(tokenizer: Tokenizer, text: str, most: int | None) -> str:
+    """A text of at most `most` tokens, which says that it was cut."""
+    ids = tokenizer.encode(text, continues=True) if most is not None and len(text) * 4 > most else []
+    return text if most is None or len(ids) <= most else tokenizer.decode(ids[:most]).rstrip("\ufffd") + " ..."
+
+
+def _as_template_wants(calls: Sequence[ToolCall], as_text: bool) -> list[dict[str, Any]]:
+    """Calls that every template can write: what a model wrote wrongly has no arguments."""
+    told = told_calls([replace(call, name=call.name or "call") for call in calls])
+    for call in told:
+        try:
+            given = json.loads(call["function"]["arguments"])
+        except (ValueError, RecursionError):
+            given = {}
+        plain = given if isinstance(given, dict) else {}
+        call["function"]["arguments"] = json.dumps(plain, ensure_ascii=False) if as_text else plain
+    return told

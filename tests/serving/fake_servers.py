@@ -1,5 +1,6 @@
 """What vLLM's and llama.cpp's servers say, over any backend: enough of their words to be asked by ids."""
 
+import asyncio
 import codecs
 import json
 
@@ -14,12 +15,17 @@ SAME = ("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "f
 
 def fake_server(backend, tokenizer, kind, state=None):
     """state: not "ready" is 503; the first so many answers end before they begin ("dies"), or behind ("midway");
-    "refuses" is what is told within an answer instead of it."""
+    "refuses" is what is told within an answer instead of it. "hangs": nothing comes any more, whatever is asked."""
     app, state = FastAPI(), {} if state is None else state
-    state.update({"asked": [], "ready": True, "dies": 0, "midway": 0} | state)
+    state.update({"asked": [], "ready": True, "dies": 0, "midway": 0, "hangs": False} | state)
+
+    async def alive():
+        while state["hangs"]:
+            await asyncio.sleep(0.05)
 
     @app.get("/health")
     async def health():
+        await alive()
         return Response(status_code=200 if state["ready"] else 503)
 
     @app.get("/v1/models")
@@ -35,6 +41,7 @@ def fake_server(backend, tokenizer, kind, state=None):
         params = SamplingParams(**{name: body[name] for name in SAME}, max_tokens=most, stop_token_ids=stops,
                                 json_schema=json.dumps(schema_of(body)) if schema_of(body) else None)  # fmt: skip
         async for delta in backend.generate(Generation(tuple(body["prompt"]), params, "0")):
+            await alive()
             yield delta
             if state["midway"]:
                 state["midway"] -= 1

@@ -41,23 +41,29 @@ def ledger(tmp_path):
     ledger.close()
 
 
+@contextlib.contextmanager
+def started(checkpoint, options, folder, environment=None):
+    """A server's process and its URL, until the block ends."""
+    command = [sys.executable, "-m", "slingshot", "serve", checkpoint, "--port", "0", *options]
+    with (
+        (folder / "errors.txt").open("a") as errors,
+        subprocess.Popen(
+            list(map(str, command)), stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        ) as process,
+    ):
+        try:
+            url = next(line.split()[1] for line in process.stdout if line.startswith("API"))
+            yield process, url.removesuffix("/v1")
+        finally:
+            process.kill()
+
+
 @pytest.fixture
 def serve(checkpoint, ledger, tmp_path):
     """serve(): a server's process and its URL."""
     with contextlib.ExitStack() as stack:
-
-        def start():
-            options = ["--port", "0", "--ledger", tmp_path / "ledger.sqlite", "--prices", tmp_path / "prices.toml"]
-            command = [sys.executable, "-m", "slingshot", "serve", checkpoint, *options]
-            errors = stack.enter_context((tmp_path / "errors.txt").open("a"))
-            process = stack.enter_context(
-                subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=errors, text=True)
-            )
-            stack.callback(process.kill)
-            url = next(line.split()[1] for line in process.stdout if line.startswith("API"))
-            return process, url.removesuffix("/v1")
-
-        yield start
+        options = ["--ledger", tmp_path / "ledger.sqlite", "--prices", tmp_path / "prices.toml"]
+        yield lambda: stack.enter_context(started(checkpoint, options, tmp_path))
 
 
 async def crowd(url, key, size, draw, hang_up, longest, told):

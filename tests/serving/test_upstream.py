@@ -26,14 +26,14 @@ def upstream(tokenizer):
     """upstream([backends], kind, states): an UpstreamBackend before a server for each."""
     with contextlib.ExitStack() as stack:
 
-        def make(backends, kind, states=None):
+        def make(backends, kind, states=None, **more):
             states, vocabulary = states or [{} for _ in backends], Vocabulary(tokenizer, tokenizer.vocab_size)
             urls = [
                 stack.enter_context(running(fake_server(backend, tokenizer, kind, state)))
                 for backend, state in zip(backends, states, strict=True)
             ]
             servers = [VllmServer(url) if kind == "vllm" else LlamaServer(url, vocabulary) for url in urls]
-            return UpstreamBackend(servers, tokenizer)
+            return UpstreamBackend(servers, tokenizer, **more)
 
         yield make
 
@@ -201,3 +201,65 @@ def test_a_replica_that_is_not_ready_gets_nothing(upstream, tokenizer):
 def test_no_server_at_all_is_said_in_one_line(tokenizer):
     with pytest.raises(SlingshotError, match=r"no server answers at http://127\.0\.0\.1:9; start one"):
         gather(UpstreamBackend([VllmServer("http://127.0.0.1:9")], tokenizer), [])
+
+
+@pytest.fixture
+def often(monkeypatch):
+    monkeypatch.setattr("slingshot.serving.upstream.CHECK", 0.05)
+
+
+class Hangs(ScriptedBackend):
+    """Its server hangs once it told so many tokens; the first of several alone, the one that is asked first."""
+
+    hung = []
+
+    def __init__(self, ids, state, after):
+        super().__init__(ids)
+        self.state, self.after = state, after
+
+    async def generate(self, generation):
+        told = 0
+        async for delta in super().generate(generation):
+            if told == self.after and not self.hung:
+                self.hung.append(self)
+                self.state["hangs"] = True
+            told += len(delta.token_ids)
+            yield delta
+
+
+@pytest.fixture
+def hangs(upstream, tokenizer, often):
+    """hangs(count, after): what is told by an UpstreamBackend before so many servers, the first of which hangs."""
+    Hangs.hung.clear()
+    states = []
+
+    def ask(count, after):
+        states.extend({} for _ in range(count))
+        ids = tokenizer.encode("3 plus 4 is 7", continues=True)
+        backend = upstream([Hangs(ids, state, after) for state in states], "vllm", states, silence=0.3)
+        [told] = gather(backend, [generation(tokenizer)])
+        assert Hangs.hung
+        return told
+
+    yield ask
+    for state in states:
+        state["hangs"] = False
+
+
+def test_what_a_silent_server_was_asked_is_asked_of_another(hangs, tokenizer):
+    assert hangs(2, 0) == (tokenizer.encode("3 plus 4 is 7", continues=True), "length", 0)
+
+
+def test_no_server_but_a_silent_one_is_said(hangs):
+    assert hangs(1, 0).status == 503
+
+
+def test_an_answer_whose_server_falls_silent_ends_with_an_error(hangs):
+    error = hangs(2, 3)
+    assert error.status == 503 and "midway" in error.message
+
+
+def test_a_server_that_is_well_may_take_its_time(upstream, tokenizer, often):
+    script = ScriptedBackend(tokenizer.encode("3 plus 4 is 7", continues=True)[:3])
+    script.pause = 0.5  # before each token, its health being told meanwhile
+    assert gather(upstream([script], "vllm", silence=0.3), [generation(tokenizer)]) == [(script.ids, "length", 0)]

@@ -40,6 +40,9 @@ def serve(
         Runner, typer.Option(help="What runs it: this, or the servers of --upstream; llama.cpp also alone.")
     ] = "slingshot",
     upstream: Annotated[list[str] | None, typer.Option(metavar="URL", help="A server that runs the model.")] = None,
+    silence: Annotated[
+        float, typer.Option(min=1, help="Seconds until such a server that tells nothing at all has failed.")
+    ] = 60.0,
     require_key: Annotated[bool, typer.Option("--require-key", help="Ask for a key on this machine too.")] = False,
     also_reasoning: Annotated[bool, typer.Option("--also-reasoning", help="Send it as `reasoning` too.")] = False,
     apart: Annotated[bool, typer.Option("--apart", help="Keys share no cached prefixes.")] = False,
@@ -79,7 +82,7 @@ def serve(
         else:
             source = _one(sources)
             urls = upstream or [ends.enter_context(_started(source, engine, dtype, max_batch, cache_bytes))]
-            models = [_upstream_model(source, engine, urls)]
+            models = [_upstream_model(source, engine, urls, silence)]
         gateway = Gateway(models, book, Limits(queue_tokens, first_token, drain), apart)
         hosts = frozenset({"localhost", "127.0.0.1", "[::1]", host}) if keyless else None
         server = DrainingServer(create_app(gateway, keyless, also_reasoning, hosts, log), gateway)
@@ -134,7 +137,7 @@ def _started(
     return llama_server(locate(source), dtype, max_batch, cache_bytes)
 
 
-def _upstream_model(source: str, engine: str, urls: Sequence[str]) -> ServedModel:
+def _upstream_model(source: str, engine: str, urls: Sequence[str], silence: float) -> ServedModel:
     """The one model that all of the servers have; its tokenizer is read here."""
     from slingshot.checkpoint.hub import locate
     from slingshot.checkpoint.load_save import load_tokenizer
@@ -149,5 +152,5 @@ def _upstream_model(source: str, engine: str, urls: Sequence[str]) -> ServedMode
         VllmServer(url) if engine == "vllm" else LlamaServer(url, vocabulary) for url in urls
     ]
     runs = f"{', '.join(urls)} ({engine})"
-    backend = UpstreamBackend(servers, tokenizer)
+    backend = UpstreamBackend(servers, tokenizer, silence)
     return ServedModel(names_of([source])[0], tokenizer, backend, int(time.time()), runs=runs)

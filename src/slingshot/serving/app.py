@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, FastAPI, Query, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
@@ -20,8 +20,8 @@ from starlette.exceptions import HTTPException
 
 from slingshot import __version__
 from slingshot.base.errors import SlingshotError
-from slingshot.serving.access_log import AccessLog, RequestWatch, current
-from slingshot.serving.accounts import authenticate
+from slingshot.serving.access_log import AccessLog, RequestWatch
+from slingshot.serving.callers import Caller, KeyedRoute, Owner
 from slingshot.serving.chat_completions import (
     ChatCompletionRequest,
     ToldToClient,
@@ -34,7 +34,7 @@ from slingshot.serving.completions import CompletionRequest, completion, complet
 from slingshot.serving.errors import ApiError
 from slingshot.serving.gateway import Gateway
 from slingshot.serving.guard import Guard
-from slingshot.serving.ledger import LOCAL, Account
+from slingshot.serving.ledger import Account
 from slingshot.serving.message_answer import PING, MessageAnswer, broken_off
 from slingshot.serving.messages import CountTokensRequest, MessageRequest
 from slingshot.serving.metrics import CONTENT_TYPE
@@ -52,34 +52,6 @@ class ControlRequest(BaseModel):
 
     id: str
     action: Literal["reasoning_end", "stop"]
-
-
-async def caller(request: Request) -> Account:
-    """Whose key the request carries; ApiError 401 for none."""
-    gateway: Gateway = request.app.state.gateway
-    if gateway.ledger is None:
-        return LOCAL
-    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
-    bearer = secret.strip() if scheme.lower() == "bearer" else ""
-    key = bearer or request.headers.get("x-api-key") or None
-    account = await gateway.ledger.aside(authenticate, gateway.ledger, key, request.app.state.keyless)
-    if record := current():
-        record.key = account.name
-    return account
-
-
-Caller = Annotated[Account, Depends(caller)]
-
-
-async def owner(request: Request, account: Caller) -> Account:
-    """Who may look at what the whole server does; ApiError 403 for those who were given a balance."""
-    ledger = request.app.state.gateway.ledger
-    if ledger is not None and await ledger.aside(ledger.balance, account) is not None:
-        raise ApiError(403, "this is for the server's owner: use a key without a balance", code="not_the_owner")
-    return account
-
-
-Owner = Annotated[Account, Depends(owner)]
 
 
 def create_app(
@@ -114,6 +86,8 @@ def create_app(
     async def ready() -> Response:
         why = "stopping" if gateway.draining else gateway.obstacle
         return JSONResponse({"status": "not ready", "reason": why} if why else {"status": "ok"}, 503 if why else 200)
+
+    app.router.route_class = KeyedRoute
 
     @app.get("/metrics")
     async def metrics(account: Owner) -> Response:

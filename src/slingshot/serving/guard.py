@@ -9,6 +9,7 @@ import asyncio
 import json
 import logging
 import traceback
+from contextlib import suppress
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -18,6 +19,7 @@ from slingshot.serving.errors import ApiError
 
 _LOG = logging.getLogger(__name__)
 _PATIENCE = 60.0  # seconds for each part of a body
+_LINGER = 1.0  # seconds for the rest of a body that was refused
 
 # The page loads nothing from elsewhere and runs no script that is written into it; formulas style themselves.
 _POLICY = (
@@ -36,6 +38,9 @@ class Guard:
     """most: bytes of a body. hosts: names in the Host header that are served, None: any. A page of another site that
     had its own name lead to this machine would call it by that name.
 
+    Who is answered before his body was read is cut off behind the answer, at most _LINGER seconds and `most` bytes
+    later: a client that is cut while it sends may not read why.
+
     What fails without a reason is answered with 500, and logged without its text, which may hold what was asked.
     """
 
@@ -45,7 +50,10 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        begun, whole, taken, headers = False, False, 0, Headers(scope=scope)
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "0")
+        begun, taken = False, 0
+        whole = length == "0" and "transfer-encoding" not in headers
 
         async def guarded(message: Message) -> None:
             nonlocal begun
@@ -54,6 +62,12 @@ class Guard:
                 its = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     its.setdefault(name, value)
+                if not whole:
+                    its["Connection"] = "close"
+            elif not whole and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await _pass_over(receive, self._most)
+                message = {"type": "http.response.body", "body": b""}
             await send(message)
 
         async def counted() -> Message:
@@ -76,7 +90,6 @@ class Guard:
                 f"this server is not called {host!r:.80}: it is this machine's alone. --require-key opens it to any"
             )
             return await _refuse(ApiError(403, message, code="unknown_host"), scope, guarded)
-        length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > self._most:
             return await _refuse(ApiError(413, self._too_long), scope, guarded)
         try:
@@ -92,6 +105,14 @@ class Guard:
     @property
     def _too_long(self) -> str:
         return f"the request is longer than {self._most} bytes, which this server takes at most; shorten it"
+
+
+async def _pass_over(receive: Receive, most: int) -> None:
+    """Take what still comes of a body, and keep nothing of it."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_LINGER):
+            while most > 0 and (message := await receive()).get("more_body", False):
+                most -= len(message.get("body", b""))
 
 
 async def _refuse(error: ApiError, scope: Scope, send: Send) -> None:

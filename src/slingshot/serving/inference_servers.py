@@ -22,6 +22,8 @@ from slingshot.engine.vocabulary import Vocabulary
 from slingshot.serving.backend import Generation, TokenDelta
 from slingshot.serving.errors import ApiError
 
+_TIMEOUT = httpx.Timeout(None, connect=5.0)  # of an answer: whoever asks knows how long to wait
+
 
 class ServerFailed(Exception):
     """A server does not answer, or ended midway: another replica may be asked what has not begun."""
@@ -216,7 +218,7 @@ def _common(generation: Generation) -> dict[str, Any]:
 async def _events(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
     """The events of a streamed answer. ServerFailed where the server cannot take it, ApiError 400 where it refuses."""
     try:
-        async with client.stream("POST", url, json=body) as response:
+        async with client.stream("POST", url, json=body, timeout=_TIMEOUT) as response:
             if response.status_code >= 400:
                 text = (await response.aread()).decode("utf-8", errors="replace")
                 if response.status_code >= 500 or response.status_code in (404, 429):

@@ -23,7 +23,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +38,13 @@ T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
 DEAD = 15.0  # seconds without a sign of life after which a gateway is taken for dead
+
+# What libpq is told, so that a database that vanished is an error in seconds and not in hours: a connection to be made,
+# what was sent and not acknowledged, and a connection on which nothing comes. A statement may wait for another's lock.
+_PATIENCE = {
+    "connect_timeout": "5", "tcp_user_timeout": "10000", "keepalives_idle": "5", "keepalives_interval": "2",
+    "keepalives_count": "3", "options": "-c statement_timeout=10s",
+}  # fmt: skip
 
 _FIRST = 0x736C696E67  # names the lock under which servers that start at once make the tables
 _METADATA = sa.MetaData()
@@ -162,8 +168,13 @@ class Ledger:
         self._clock = clock
         self.id = secrets.token_hex(8)
         self._open: dict[str, Reservation] = {}
+        self._failed = 0.0  # when the database did not answer, last (time.monotonic)
+        self._work = threading.local()  # asked: when what a clerk does was asked of it
         try:
-            self._engine = sa.create_engine(url, pool_pre_ping=True)
+            place = sa.make_url(url)
+            if place.get_dialect().driver.startswith("psycopg"):
+                place = place.update_query_dict({key: its for key, its in _PATIENCE.items() if key not in place.query})
+            self._engine = sa.create_engine(place, pool_pre_ping=True)
             if self._engine.dialect.name == "sqlite":
                 sa.event.listen(self._engine, "connect", _sqlite_settings)
                 sa.event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
@@ -185,18 +196,28 @@ class Ledger:
 
     @contextmanager
     def transaction(self) -> Iterator[sa.Connection]:
-        """ApiError 503 where the database does not answer."""
+        """ApiError 503 where the database does not answer, or did not while this was waiting for its turn."""
+        silent = ApiError(503, "the ledger does not answer; try again later", code="unavailable", retry_after=5)
+        if getattr(self._work, "asked", self._failed) < self._failed:
+            raise silent
         try:
             with self._engine.begin() as connection:
                 yield connection
         except IntegrityError:
             raise
         except DBAPIError as error:
-            raise ApiError(503, "the ledger does not answer; try again later", retry_after=5) from error
+            self._failed = time.monotonic()
+            raise silent from error
 
     async def aside(self, work: Callable[..., T], *args: Any) -> T:
         """Do what concerns the database without holding up the event loop, first come first served."""
-        return await asyncio.get_running_loop().run_in_executor(self._clerks, partial(work, *args))
+        asked = time.monotonic()
+
+        def do() -> T:
+            self._work.asked = asked
+            return work(*args)
+
+        return await asyncio.get_running_loop().run_in_executor(self._clerks, do)
 
     def reserve(self, account: Account, model: str, prompt_tokens: int, most: int, request_id: str) -> Reservation:
         """Set the worst case aside. ApiError 402 without the balance for it, 429 beyond a limit, 503 where the database

@@ -15,6 +15,7 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -89,8 +90,7 @@ class LocalBackend:
                 if not sample.events:
                     sample.news = sample.loop.create_future()
                     await sample.news
-                event = _joined(sample.events)
-                sample.events = []
+                event, sample.events = _joined(sample.events)
                 told += len(event.token_ids)
                 yield event
                 if event.finish_reason is not None:
@@ -117,8 +117,7 @@ class LocalBackend:
     def _refuse(self) -> None:
         """Tell all who wait, and whoever comes, until the backend is closed."""
         failure = ApiError(500, self.obstacle or "", code="engine_stopped")
-        self._hand(dict.fromkeys(self._running, failure))
-        self._running.clear()
+        self._break_off(failure)
         while True:
             what, sample = self._inbox.get()
             if sample is None:
@@ -131,9 +130,7 @@ class LocalBackend:
             while not self._running or not self._inbox.empty():
                 what, sample = self._inbox.get()
                 if sample is None:
-                    for running in self._running:
-                        self._hand({running: TokenDelta([], [], finish_reason="abort")})
-                    return
+                    return self._break_off(TokenDelta([], [], finish_reason="abort"))
                 if what == "add":
                     self._add(sample)
                 elif sample.request is not None:
@@ -142,12 +139,20 @@ class LocalBackend:
             try:
                 self.engine.advance()
             except SlingshotError as error:  # of the model as a whole: logits that are no numbers
-                for sample in self._running:
-                    if sample.request is not None:
-                        self.engine.abort(sample.request.request_id)
-                self._hand(dict.fromkeys(self._running, ApiError(500, str(error))))
-                self._running.clear()
+                self._break_off(ApiError(500, str(error)))
             self._tell()
+
+    def _break_off(self, end: _Event) -> None:
+        """End all that runs: each is told of the tokens that were made of it, and then this."""
+        for sample in self._running:
+            request = sample.request
+            assert request is not None
+            with suppress(Exception):  # an engine that failed may fail again
+                if len(request.sequences[0].token_ids) > sample.told:
+                    self._hand({sample: self._delta(sample, request)})
+                self.engine.abort(request.request_id)
+            self._hand({sample: end})
+        self._running.clear()
 
     def _add(self, sample: _Sample) -> None:
         generation = sample.generation
@@ -217,20 +222,25 @@ def _deliver(events: list[tuple[_Sample, _Event]]) -> None:
             sample.news.set_result(None)
 
 
-def _joined(events: list[_Event]) -> TokenDelta:
-    """Deltas that follow each other as one; of a reader who was busy there are several. Raises what is none."""
+def _joined(events: list[_Event]) -> tuple[TokenDelta, list[_Event]]:
+    """Deltas that follow each other as one, of a reader who was busy there are several, and what comes behind them.
+    Raises an error that is the first."""
     deltas = list[TokenDelta]()
     for event in events:
         if not isinstance(event, TokenDelta):
-            raise event
+            break
         deltas.append(event)
+    if not deltas:
+        assert isinstance(events[0], Exception)
+        raise events[0]
+    behind = events[len(deltas) :]
     if len(deltas) == 1:
-        return deltas[0]
+        return deltas[0], behind
     of_tokens: dict[str, Any] = {
         name: [part for delta in deltas for part in getattr(delta, name)]
         for name in ("token_ids", "logprobs", "top_logprobs", "experts", "drafted")
     }
-    return replace(deltas[0], finish_reason=deltas[-1].finish_reason, **of_tokens)
+    return replace(deltas[0], finish_reason=deltas[-1].finish_reason, **of_tokens), behind
 
 
 def _where(error: BaseException) -> str:

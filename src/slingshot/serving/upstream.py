@@ -6,7 +6,8 @@
 
 A prompt goes to the replica that has seen its beginning, unless that one is much busier than the least busy. What has
 not begun is asked of another replica when one fails; what has begun is not. A replica that says it is not ready gets
-nothing new, and what it runs goes on.
+nothing new, and what it runs goes on. One of which nothing comes, no token of an answer and no word of its health, for
+`silence` seconds has failed; one that is well may take its time for a prompt.
 
 No server knows where a reasoning ends when it is asked by ids. So a structure for the answer is asked for in a second
 request, once the reasoning is closed, and a budget of reasoning is kept by closing it here.
@@ -35,25 +36,52 @@ from slingshot.text.tokenizer import Tokenizer
 CHECK = 2.0  # seconds between two looks at a replica's health
 BUSIER = 8  # samples more than the least busy replica's, from which on a prompt goes where it was not seen before
 _PREFIX = 64  # tokens that name a prompt's beginning
-
-_TIMEOUT = httpx.Timeout(None, connect=5.0)
+_TIMEOUT = 5.0  # seconds for whatever is no answer
 
 
 class _Replica:
+    """running: samples that it was asked for. waits: how long each of them that waits still does. lately: whether any
+    grew since the last check: a server whose every thread makes an answer may have none for its health."""
+
     def __init__(self, server: InferenceServer) -> None:
         self.server, self.running, self.ready = server, 0, False
+        self.waits, self.lately = set[asyncio.Timeout](), False
+
+    async def deltas(
+        self, client: httpx.AsyncClient, generation: Generation, silence: float
+    ) -> AsyncGenerator[TokenDelta, None]:
+        """What the server says; ServerFailed where it says nothing any more."""
+        async with contextlib.aclosing(self.server.stream(client, generation)) as deltas:
+            while True:
+                try:
+                    async with asyncio.timeout(silence) as wait:
+                        self.waits.add(wait)
+                        delta = await anext(deltas, None)
+                except TimeoutError as error:
+                    raise ServerFailed(f"{self.server.url} is silent") from error
+                finally:
+                    self.waits.discard(wait)
+                if delta is None:
+                    return
+                self.lately = True
+                yield delta
+
+    def heard(self, silence: float) -> None:
+        """It lives: who waits goes on waiting."""
+        self.lately = False
+        for wait in self.waits:
+            if not wait.expired():
+                wait.reschedule(asyncio.get_running_loop().time() + silence)
 
 
 class UpstreamBackend:
-    """max_length is the shortest context of the replicas that answered first."""
+    """max_length is the shortest context of the replicas that answered first. silence: seconds."""
 
-    def __init__(
-        self, servers: Sequence[InferenceServer], tokenizer: Tokenizer, client: httpx.AsyncClient | None = None
-    ) -> None:
+    def __init__(self, servers: Sequence[InferenceServer], tokenizer: Tokenizer, silence: float = 60.0) -> None:
         self._replicas = [_Replica(server) for server in servers]
         self._tokenizer, self._vocabulary = tokenizer, Vocabulary(tokenizer, tokenizer.vocab_size)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-        self._client = httpx.AsyncClient(timeout=_TIMEOUT, limits=limits)
+        self._client, self._silence = httpx.AsyncClient(timeout=_TIMEOUT, limits=limits), silence
         self._checks: asyncio.Task[None] | None = None
         self.max_length, self.counters = 0, None
 
@@ -130,7 +158,7 @@ class UpstreamBackend:
             replica.running += 1
             begun = False
             try:
-                async with contextlib.aclosing(replica.server.stream(self._client, generation)) as deltas:
+                async with contextlib.aclosing(replica.deltas(self._client, generation, self._silence)) as deltas:
                     async for delta in deltas:
                         begun = True
                         yield delta
@@ -155,13 +183,16 @@ class UpstreamBackend:
 
     async def _check(self, replica: _Replica) -> None:
         try:
-            response = await self._client.get(f"{replica.server.url}/health", timeout=5.0)
+            response = await self._client.get(f"{replica.server.url}/health")
+            replica.heard(self._silence)
             if response.status_code == 200 and not replica.ready:
                 length = await replica.server.context(self._client)
                 self.max_length = min(self.max_length or length, length)
             replica.ready = response.status_code == 200
         except (httpx.HTTPError, LookupError, TypeError, ValueError):  # whatever it says, it is looked at again
             replica.ready = False
+            if replica.lately:
+                replica.heard(self._silence)
 
     async def _check_again(self) -> None:
         while True:

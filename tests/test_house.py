@@ -35,10 +35,10 @@ ROOMS = {
     "rollout": (775, 709),
     "sandbox": (857, 557),
     "serving": (5582, 5126),
-    "stages": (1656, 2069),
+    "stages": (1656, 2089),
     "tasks": (3186, 2159),
     "text": (1936, 1773),
-    "training": (1670, 1339),
+    "training": (1695, 1351),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

@@ -171,6 +171,26 @@ def test_no_split_into_micro_batches_changes_a_gradient(training, name, importan
     close(gradients(model), together)
 
 
+def test_wrong_responses_that_the_policy_left_behind_add_nothing(training):
+    """Every other token was e^3 times as likely to the sampler, the rest a little less: only the mask holds those."""
+    config = training(loss={"kl": 0.0, "mtp": 0.0, "off_policy_delta": 0.5})
+    model, _, trajectories = sampled(config)
+    left = [t for t in trajectories if t.advantage < 0][::2]
+    for t in left:
+        t.logprobs = [logp - 0.1 + 3.1 * (place % 2) for place, logp in enumerate(t.logprobs)]
+        start = t.turns[0].start
+        t.logprobs[start] += 3.0  # also where there is one token
+    logged, (found,) = recorded(model, None, trajectories, config)
+    tokens = [sum(sum(t.mask) for t in some) for some in (left, trajectories)]
+    assert left and logged["clip_fraction"] == pytest.approx(tokens[0] / tokens[1])
+    unmasked = config.model_copy(update={"loss": config.loss.model_copy(update={"off_policy_delta": None})})
+    others = recorded(model, None, trajectories, unmasked)[1][0]
+    assert any((others[name] - found[name]).abs().max() > 1e-4 for name in found)
+    for t in left:
+        t.advantage = 0.0
+    close(recorded(model, None, trajectories, unmasked)[1][0], found)
+
+
 @pytest.mark.parametrize(("importance", "weight"), [("truncated", [1.2, 0.9, 0.5]), ("masked", [0.0, 0.9, 0.0])])
 @pytest.mark.parametrize("minibatches", [1, 3])
 def test_importance_weights_are_of_the_trainer_before_its_update(training, importance, weight, minibatches):

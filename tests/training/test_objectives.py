@@ -14,6 +14,7 @@ from slingshot.training.objectives import (
     gspo,
     importance_weights,
     k3,
+    off_policy,
     targets_ahead,
     token_logprobs,
     token_shares,
@@ -194,6 +195,17 @@ def test_importance_weights_are_truncated_or_masked():
     truncated, masked = (importance_weights(trainer, torch.zeros(5), 2.0, masked) for masked in (False, True))
     assert truncated.tolist() == pytest.approx([2.0, 1.99, 1.0, 0.51, 0.4]) and not truncated.requires_grad
     assert masked.tolist() == pytest.approx([0.0, 1.99, 1.0, 0.51, 0.0])
+
+
+def test_wrong_responses_that_the_policy_left_behind_are_masked_whole():
+    """Sampler's logs over the policy's, by token: 0.2 and 1.0 (mean 0.6), the same of a right response, 0.3, -2."""
+    gaps, advantages = row(0.2, 1.0, 0.2, 1.0, 0.3, -2.0), row(-1.0, -1.0, 1.0, 1.0, -1.0, -1.0)
+    policy, sequences = torch.full((6,), -1.5), torch.tensor([0, 0, 1, 1, 2, 3])
+    given = policy, policy + gaps, advantages, sequences
+    assert off_policy(*given, 0.5).tolist() == [1, 1, 0, 0, 0, 0]
+    assert off_policy(*given, 0.7).tolist() == [0, 0, 0, 0, 0, 0]
+    assert off_policy(*given, 0.2).tolist() == [1, 1, 0, 0, 1, 0]
+    assert off_policy(row(), row(), row(), torch.zeros(0, dtype=torch.long), 0.5).tolist() == []
 
 
 def test_shares_by_hand():

@@ -77,10 +77,15 @@ def gspo(
 
     `sequences_N` numbers the response that each token is of; all tokens of a response are here.
     """
-    size = int(sequences_N.max()) + 1 if len(sequences_N) else 0
-    sums_S = logprobs_N.new_zeros(size).index_add(0, sequences_N, logprobs_N - old_N)
-    mean_S = sums_S / sequences_N.bincount(minlength=size).clamp(min=1)
+    mean_S = _means(logprobs_N - old_N, sequences_N)
     return _clipped(ratios(mean_S, torch.zeros_like(mean_S))[sequences_N], advantages_N, low, high)
+
+
+def _means(values_N: Tensor, sequences_N: Tensor) -> Tensor:
+    """Of each sequence the mean over its tokens [S]."""
+    size = int(sequences_N.max()) + 1 if len(sequences_N) else 0
+    sums_S = values_N.new_zeros(size).index_add(0, sequences_N, values_N)
+    return sums_S / sequences_N.bincount(minlength=size).clamp(min=1)
 
 
 def cispo(
@@ -120,6 +125,18 @@ def importance_weights(trainer_N: Tensor, sampler_N: Tensor, cap: float, masked:
     if masked:
         return torch.where((ratio_N >= 1 / cap) & (ratio_N <= cap), ratio_N, 0.0)
     return ratio_N.clamp(max=cap)
+
+
+def off_policy(
+    logprobs_N: Tensor, sampler_N: Tensor, advantages_N: Tensor, sequences_N: Tensor, delta: float
+) -> Tensor:
+    """1 on the tokens of responses to leave out of the loss, else 0: their advantage is negative, and the mean of
+    log sampler's p - log p over their tokens is above `delta` (arXiv 2512.02556, 3.1, off-policy sequence masking).
+
+    All tokens of a response are here. What the policy would hardly say any more teaches it nothing by being wrong.
+    """
+    strayed_S = _means(sampler_N - logprobs_N.detach(), sequences_N) > delta
+    return (strayed_S[sequences_N] & (advantages_N < 0)).float()
 
 
 AdvantageStd = Literal["group", "batch", "none"]  # by which advantages are divided

@@ -26,6 +26,7 @@ from slingshot.training.objectives import (
     PolicyLossName,
     importance_weights,
     k3,
+    off_policy,
     ratios,
     targets_ahead,
 )
@@ -52,6 +53,7 @@ class PolicyLoss(Strict):
     reference_steps: int = Field(default=400, ge=1)
     importance: Literal["none", "truncated", "masked"] = "none"
     importance_cap: float = Field(default=2.0, gt=1)
+    off_policy_delta: float | None = Field(default=None, gt=0)  # nats a token
     mask_truncated: bool = False
     replay_routing: bool = False
     mtp: float = Field(default=0.1, ge=0)
@@ -176,7 +178,10 @@ def trainer_logprobs(
 def _policy_losses(
     chosen: _Chosen, logprobs_N: Tensor, reference_N: Tensor | None, config: PolicyLoss
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, KL and clips of each token. Ratios are to the sampler, or, with importance weights, to the trainer."""
+    """Loss, KL, and whether clip or mask holds it, of each token.
+
+    Ratios are to the sampler, or, with importance weights, to the trainer.
+    """
     rows = chosen.rows
     sampler_N, advantages_N = chosen.of(rows.sampler_BT), chosen.of(rows.advantages_BT)
     old_N = sampler_N
@@ -186,6 +191,9 @@ def _policy_losses(
     losses_N, clipped_N = POLICY_LOSSES[config.name].losses(*given_N, config.clip_low, config.clip_high)
     if config.importance != "none":
         losses_N = losses_N * importance_weights(old_N, sampler_N, config.importance_cap, config.importance == "masked")
+    if config.off_policy_delta is not None:  # of the loss alone: the distance to the reference stays
+        held_N = off_policy(logprobs_N, sampler_N, advantages_N, chosen.sequences_N, config.off_policy_delta)
+        losses_N, clipped_N = losses_N * (1 - held_N), torch.maximum(clipped_N, held_N)
     if reference_N is None:
         return losses_N, torch.zeros_like(losses_N), clipped_N
     kl_N = k3(logprobs_N, reference_N)

@@ -31,7 +31,7 @@ ROOMS = {
     "parity": (0, 981),
     "planning": (1995, 1046),
     "quantization": (50, 62),
-    "recipe": (1059, 965),
+    "recipe": (1213, 1021),
     "rollout": (775, 709),
     "sandbox": (857, 557),
     "serving": (5582, 5126),

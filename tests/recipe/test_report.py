@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -88,7 +89,8 @@ def _metrics(kind: str, name: str, rng: random.Random) -> list[dict[str, Any]]:
     )
     return [
         {"step": step, "reward": end - fallen(step, end - start, 18), "entropy": 0.08 + fallen(step, 0.3, 25),
-         "response_tokens": short - fallen(step, 4, 25), "kl": fallen(step, -0.02, 30), "pass_rate": 0.5}
+         "response_tokens": short - fallen(step, 4, 25), "kl": fallen(step, -0.02, 30), "pass_rate": 0.5,
+         "seconds": 2.5 * step}
         for step in range(1, 61 if kind == "rl" else 1)
     ]  # fmt: skip
 
@@ -156,7 +158,7 @@ def test_page_tells_the_story_and_stands_alone(run: Path) -> None:
     assert "after pretrain it was 61.2%" in text
     assert "8.4 × as long a response: 5 tokens became 43" in text
     assert "15 min 10 s" in text  # 838 s of stages and 6 evaluations of 12 s
-    assert html.count("<svg") == 1 + 6
+    assert html.count("<svg") == 1 + 6 + 3  # accuracy, curves, fits
     assert "<script" not in html and "http://www.w3.org/2000/svg" in html
     links = {word.split("/")[2] for word in html.split('"') if word.startswith(("http:", "https:", "//"))}
     # Names in the SVGs' metadata; nothing is loaded.
@@ -167,6 +169,8 @@ def test_page_tells_the_story_and_stands_alone(run: Path) -> None:
         ElementTree.fromstring(svg)
         assert "var(--series-1)" in svg and "#0a0a01" not in svg and "DejaVu" not in svg
     assert "zero 0." in html  # a curve is labelled where it ends
+    assert re.search(r"Reward of zero by compute seconds; A 0\.\d+ ± 0\.\d+, C_mid \d+ s ± ", text)
+    assert "Reward of rl_final by compute seconds; too few points" in text  # its gain is as small as its noise
     report.build(run)
     assert (run / "report.html").read_text() == html, "the same run gives the same bytes"
 

@@ -3,6 +3,7 @@ dark.
 
 accuracy_chart(evaluated, ["arithmetic"])       # pass@1 by stage
 training_curves(stages)                         # loss, reward, entropy ... by step
+compute_curves(stages)                          # reward by compute, with the fit that says where it ends
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from slingshot.base.quantity import show_duration, show_share
 from slingshot.recipe.results import StageResult
+from slingshot.recipe.scaling import SigmoidFit, fit_sigmoid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -120,6 +123,40 @@ def training_curves(stages: list[StageResult]) -> list[Curve]:
             svg = draw(title, 3.6, 1.7, 0.09, 0.35, functools.partial(_paint_lines, lines=lines))
             curves.append(Curve(title, unit, svg))
     return curves
+
+
+def compute_curves(stages: list[StageResult]) -> list[Curve]:
+    """Reward of each rl stage by the seconds it had spent, with ScaleRL's fit in words where there is one."""
+    curves = []
+    for stage in (stage for stage in stages if stage.kind == "rl"):
+        rows = [(row.get("seconds"), row.get("reward")) for row in stage.metrics]
+        points = [pair for pair in rows if all(isinstance(value, int | float) for value in pair)]
+        if len(points) < 2:
+            continue
+        seconds, rewards = (list(values) for values in zip(*points, strict=True))
+        fit = fit_sigmoid(seconds, rewards)
+        said = "too few points: where it ends is not determined"
+        if fit:
+            middle = f"C_mid {show_duration(fit.middle)} ± {show_share(fit.middle_se)}"
+            said = (
+                f"A {fit.ceiling:.3g} ± {fit.ceiling_se:.1g}, {middle}, B {fit.steepness:.2g} ± {fit.steepness_se:.1g}"
+            )
+        title = f"Reward of {stage.name} by compute"
+        paint = functools.partial(_paint_fit, seconds=seconds, rewards=rewards, fit=fit)
+        curves.append(Curve(title, f"seconds; {said}", draw(title, 3.6, 1.7, 0.09, 0.35, paint)))
+    return curves
+
+
+def _paint_fit(axes: Axes, seconds: list[float], rewards: list[float], fit: SigmoidFit | None) -> None:
+    axes.plot(seconds, rewards, "o", color=SERIES[0], markersize=2.2, alpha=0.4)
+    axes.margins(x=0, y=0.08)
+    axes.locator_params(axis="both", nbins=4)
+    if fit:
+        axes.plot(seconds, fit.at(seconds), color=SERIES[0], linewidth=1.8)
+        axes.axhline(fit.ceiling, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.text(
+            1.03, fit.ceiling, f"A {fit.ceiling:.3g}", color=MUTED, transform=axes.get_yaxis_transform(), va="center"
+        )
 
 
 def points_of(metrics: Iterable[dict[str, Any]], key: str) -> list[tuple[float, float]]:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.names import did_you_mean
+from slingshot.cli.tool_chat import ChatTools
 from slingshot.engine.engine import Engine, Message
 from slingshot.engine.sampling import SamplingParams
 from slingshot.recipe.origin import Origin
@@ -31,11 +32,16 @@ COMMANDS = {
 
 
 def chat(
-    engine: Engine, console: Console, params: SamplingParams = DEFAULT_PARAMS, origin: Origin | None = None
+    engine: Engine,
+    console: Console,
+    params: SamplingParams = DEFAULT_PARAMS,
+    origin: Origin | None = None,
+    tools: ChatTools | None = None,
 ) -> None:
     """Read questions from the console and stream the answers until end of input.
 
     A model of single turns (`origin`) is asked one question at a time; any other is told the conversation so far.
+    With `tools` it may call them before it answers.
     """
     origin = origin or Origin()
     if origin.introduction:
@@ -69,8 +75,12 @@ def chat(
         question = question if command == "/retry" else typed
         asked: Message = {"role": "user", "content": question}
         try:
+            its = replace(params, seed=params.seed + turn)
             with _typing_waits():
-                answer = _answer(engine, console, [*system, *history, asked], replace(params, seed=params.seed + turn))
+                if tools is None:
+                    answer = _answer(engine, console, [*system, *history, asked], its)
+                else:
+                    answer = _answer_with(tools, engine, console, [*system, *history, asked], its)
         except SlingshotError as error:
             way_out = "; /new forgets the conversation so far" if history else ""
             console.print(f"{error}{way_out}", style="red", markup=False, highlight=False)
@@ -78,10 +88,39 @@ def chat(
             history = [] if origin.single_turns else [*history, asked, {"role": "assistant", "content": answer}]
 
 
-def _answer(engine: Engine, console: Console, messages: list[Message], params: SamplingParams) -> str:
-    """Stream one answer to the console and return it. Ctrl-C ends it where it is."""
-    start, answer, last = time.perf_counter(), "", ""
-    deltas = engine.stream(messages, params)
+def _answer_with(
+    tools: ChatTools, engine: Engine, console: Console, messages: list[Message], params: SamplingParams
+) -> str:
+    """Answers until one calls nothing, the calls and what they brought between them; the last of them is returned."""
+    ids, answer = tools.prompt(engine.tokenizer, messages), ""
+    for _ in range(tools.max_turns):
+        said: list[int] = []
+        answer = _answer(engine, console, ids, params, said, tools.begin(engine.tokenizer))
+        if not (calls := tools.calls(engine.tokenizer, ids, said)):
+            break
+        observations = []
+        for call in calls:
+            observations.append(tools.ask(call))
+            shown = f"{call.name}({call.arguments})\n-> {observations[-1]}"
+            console.print(_printable(shown), style="cyan", markup=False, highlight=False, soft_wrap=True)
+        ids = tools.after(engine.tokenizer, [*ids, *said], calls, observations)
+    return answer
+
+
+def _answer(
+    engine: Engine,
+    console: Console,
+    prompt: list[Message] | list[int],
+    params: SamplingParams,
+    said: list[int] | None = None,
+    call: str = "",
+) -> str:
+    """Stream one answer to the console and return it, its ids in `said`. Ctrl-C ends it where it is.
+
+    call: with what a call of a tool begins, which is not shown as the model spells it.
+    """
+    start, answer, last, calls = time.perf_counter(), "", "", False
+    deltas = engine.stream(prompt, params)
     try:
         while True:
             kind, text = next(deltas)
@@ -90,6 +129,8 @@ def _answer(engine: Engine, console: Console, messages: list[Message], params: S
                     console.print("\n")
                 answer += text
             last = kind
+            if call:
+                text, calls = "" if calls else text.partition(call)[0], calls or call in text
             style = "dim" if kind == "reasoning" else None
             console.print(_printable(text), end="", style=style, markup=False, highlight=False, soft_wrap=True)
     except StopIteration as stop:
@@ -98,6 +139,8 @@ def _answer(engine: Engine, console: Console, messages: list[Message], params: S
         cut = ", cut at the length limit" if completion.finish_reason == "length" else ""
         note = f"{len(completion.token_ids)} tokens, {speed:.0f} tokens/s{cut}"
         answer = completion.answer
+        if said is not None and completion.finish_reason == "stop":
+            said += completion.token_ids
     except KeyboardInterrupt:
         note = "stopped"
     finally:

@@ -268,6 +268,7 @@ def recipes() -> None:
 
 
 _CONVERSATION = "Tell the model what was said before."
+_TOOLS = "What it may call: calculator,python,search:FOLDER,mcp:COMMAND,file.py:NAME"
 
 
 @app.command()
@@ -278,10 +279,12 @@ def chat(
     max_tokens: int = 4096,
     seed: int = 0,
     conversation: Annotated[bool | None, typer.Option(help=_CONVERSATION, show_default="by its training")] = None,
+    tools: Annotated[str, typer.Option(help=_TOOLS, show_default="none")] = "",
 ) -> None:
     """Talk to a checkpoint in the terminal, its reasoning dimmed above the answer. Ctrl-C stops an answer, Ctrl-D
     leaves."""
     from slingshot.cli import chat as door
+    from slingshot.cli.tool_chat import ChatTools
     from slingshot.engine.engine import Engine
     from slingshot.engine.sampling import SamplingParams
 
@@ -289,7 +292,9 @@ def chat(
     if conversation is not None:
         origin = replace(origin, single_turns=not conversation)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    door.chat(Engine.load(path), Console(), params, origin)
+    engine = Engine.load(path)
+    called = ChatTools.open(tools, engine.tokenizer) if tools else None
+    door.chat(engine, Console(), params, origin, called)
 
 
 app.command()(generate)

@@ -9,12 +9,13 @@ for its tools and to call them, and may ask nothing back. One that dies is start
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
 import sys
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractContextManager
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from slingshot.base.errors import SlingshotError
@@ -52,9 +53,9 @@ class McpServer:
         if not shlex.split(named):
             raise SlingshotError("mcp: names no server; give mcp:COMMAND, or mcp:URL")
         self.named = named
-        self._opened: list[AbstractContextManager[Any]] = []  # the loop that talks to it, then the connection
-        self._client: Any = None
+        self._ends: contextlib.ExitStack | None = None  # of the thread that talks to it, where it runs
         self._loop: Any = None
+        self._client: Any = None
 
     def tools(self) -> list[McpTool]:
         """What it offers now."""
@@ -88,20 +89,16 @@ class McpServer:
     def _ask(self, question: Callable[[Any], Awaitable[T]], seconds: float) -> T:
         """The answer to a question to the server, which is started where it does not run."""
         import anyio
-        from anyio.from_thread import start_blocking_portal
 
         async def bounded() -> T:
             with anyio.fail_after(seconds):
                 return await question(self._client)
 
         try:
-            if self._client is None:
-                self._opened = [portal := start_blocking_portal()]
-                self._loop = portal.__enter__()
-                connection = self._loop.wrap_async_context_manager(self._connection())
-                self._client = connection.__enter__()
-                self._opened.append(connection)
-            return self._loop.call(bounded)
+            if self._ends is None:
+                self._start()
+            answered: T = self._loop.call(bounded)
+            return answered
         except Exception as error:
             if _is_refusal(error):
                 raise ToolError(str(error)) from error
@@ -111,37 +108,41 @@ class McpServer:
                 raise ToolError(f"the server did not answer in {seconds:g} s") from error
             raise ToolError(f"the server failed: {str(first) or type(first).__name__}") from error
 
-    def _connection(self) -> Any:
-        """A connected client, as a context; who does not answer the first greeting in time is no server."""
-        import contextlib
+    def _start(self) -> None:
+        """Connect, in a thread of its own. Who does not answer the first greeting in time is no server."""
+        from anyio.from_thread import start_blocking_portal
 
+        self._ends, connected = contextlib.ExitStack(), Future[Any]()
+        self._loop = self._ends.enter_context(start_blocking_portal())
+        running = self._loop.start_task_soon(self._live, connected)
+        self._ends.callback(running.cancel)
+        self._client = connected.result(_START_SECONDS)
+
+    async def _live(self, connected: Future[Any]) -> None:
+        """Hold the connection, until cancelled."""
         import anyio
         from mcp import Client, StdioServerParameters, stdio_client
 
-        @contextlib.asynccontextmanager
-        async def connected() -> Any:
-            if re.match(r"https?://", self.named):
-                client = Client(self.named)
-            else:
-                command = ["-c", _LAUNCH, *shlex.split(self.named)]
-                inherited = {key: os.environ[key] for key in ("PATH", "LANG", "HOME", "TMPDIR") if key in os.environ}
-                program = StdioServerParameters(command=sys.executable, args=command, env=inherited)
-                client = Client(stdio_client(program, errlog=open(os.devnull, "w")))  # noqa: SIM115
-            async with contextlib.AsyncExitStack() as stack:
-                with anyio.fail_after(_START_SECONDS):
-                    await stack.enter_async_context(client)
-                yield client
-
-        return connected()
+        try:
+            with open(os.devnull, "w") as nowhere:
+                server: Any = self.named
+                if not re.match(r"https?://", self.named):
+                    inherited = {key: os.environ[key] for key in ("PATH", "LANG", "HOME", "TMPDIR")}
+                    command = ["-c", _LAUNCH, *shlex.split(self.named)]
+                    server = StdioServerParameters(command=sys.executable, args=command, env=inherited)
+                    server = stdio_client(server, errlog=nowhere)
+                async with Client(server) as client:
+                    connected.set_result(client)
+                    await anyio.sleep_forever()
+        except Exception as error:
+            if not connected.done():
+                connected.set_exception(error)
 
     def _close(self) -> None:
-        import contextlib
-
-        self._client = None
-        for context in reversed(self._opened):
+        ends, self._ends = self._ends, None
+        if ends is not None:
             with contextlib.suppress(Exception):  # what has failed may fail to close, too
-                context.__exit__(None, None, None)
-        self._opened = []
+                ends.close()
 
 
 class McpTool:

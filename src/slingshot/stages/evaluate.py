@@ -173,6 +173,8 @@ def summarise(
             "at_k": at_k(rows, config), "by_level": by_level(rows, config),
             "left_out": dict(sum(map(Counter, left_out), Counter())),
         }  # fmt: skip
+        if "calls" in rows[0]:
+            found["calls"] = mean(rows, "calls")
         found["notes"] = notes(found)
         examples[task] = [row["example"] for row in rows[: config.examples]]
     return {"tasks": tasks, "examples": examples, "scores": scores}
@@ -198,6 +200,8 @@ def by_level(rows: Sequence[dict[str, Any]], config: EvaluateConfig) -> dict[str
         scores = [float(np.mean(row["accuracy"])) for row in rows if row.get("level") == name]
         ci95 = interval(scores, config.samples, config.seed)
         found[name] = {"pass@1": float(np.mean(scores)), "ci95": ci95, "n": len(scores)}
+        if "calls" in rows[0]:
+            found[name]["calls"] = mean([row for row in rows if row.get("level") == name], "calls")
     return found
 
 
@@ -224,6 +228,8 @@ def notes(score: dict[str, Any]) -> list[str]:
     """What qualifies one task's scores, in words."""
     total, right, given = score["n"] * score["samples_per_problem"], score["right"], score["given"]
     said = [f"{count} {what}" for what, count in score["left_out"].items()]
+    if "calls" in score:
+        said.append(f"{score['calls']:.2f} calls of tools a problem")
     if given and given > score["n"]:
         said.append(f"{score['n']} of {given} given {score['split']} problems asked")
     if (leniently := score["right_leniently"]) > right:

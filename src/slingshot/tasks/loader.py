@@ -10,12 +10,15 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from slingshot.base.config import Strict
+from slingshot.base.errors import SlingshotError
 from slingshot.base.keys import Key, keys_of
-from slingshot.base.names import unknown_name
+from slingshot.base.names import did_you_mean
 from slingshot.tasks.arithmetic import Arithmetic
 from slingshot.tasks.code import Code
 from slingshot.tasks.countdown import Countdown
 from slingshot.tasks.dataset import DatasetTask
+from slingshot.tasks.knights import Knights
+from slingshot.tasks.multiplication import Multiplication
 from slingshot.tasks.reasoning_gym import Gym, gym_keys
 from slingshot.tasks.task import GeneratedTask, Task
 from slingshot.tasks.tool_task import ToolTask
@@ -26,6 +29,8 @@ KINDS = {
     "code": "Python that hidden tests judge, with worked solutions",
     "code:SOURCE": "programs of a data set: humaneval, mbpp, livecodebench by name, code:mine.jsonl of your own",
     "countdown": "reach a target with given numbers; writes worked solutions that search in a fixed order",
+    "knights": "knights and knaves: who is which follows from what they say; writes worked solutions, case by case",
+    "multiplication": "products of numbers of several digits; writes worked solutions, digit by digit",
     "gym:NAME": "any dataset of reasoning-gym; gym:chain_sum writes worked solutions",
     "dataset:SOURCE": "problems of a data set: gsm8k, math-500 and others by name, a hub's org/name, your own file",
     "path/to/file.py": "your own: one file with problems(split, seed) and verify(problem, text)",
@@ -85,7 +90,10 @@ def task_keys(name: str) -> list[Key]:
 
 
 def _generated(name: str) -> type[GeneratedTask]:
-    kinds: dict[str, type[GeneratedTask]] = {"arithmetic": Arithmetic, "countdown": Countdown}
+    kinds: dict[str, type[GeneratedTask]] = {
+        "arithmetic": Arithmetic, "countdown": Countdown, "knights": Knights, "multiplication": Multiplication,
+    }  # fmt: skip
     if name not in kinds:
-        raise unknown_name("task", name, KINDS)
+        there_are = f"there are: {', '.join(KINDS)}"
+        raise SlingshotError(f"task {name!r:.80} is unknown; {did_you_mean(name, KINDS, there_are)}")
     return kinds[name]

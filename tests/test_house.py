@@ -27,7 +27,7 @@ ROOMS = {
     "environments": (741, 246),
     "kernels": (1100, 1048),
     "machine": (472, 313),
-    "model": (1389, 1261),
+    "model": (1390, 1261),
     "parity": (0, 981),
     "planning": (1995, 1046),
     "quantization": (50, 62),

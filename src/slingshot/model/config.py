@@ -178,7 +178,8 @@ class ModelConfig(Strict):
             raise ValueError(f"n_routed_experts {experts} must divide evenly into n_group {groups}; 1 means no groups")
         if not 1 <= chosen <= groups:
             raise ValueError(f"topk_group {chosen} must be between 1 and n_group {groups}")
-        if not 1 <= (top := self.num_experts_per_tok) <= (most := chosen * experts // groups):
+        top, most = self.num_experts_per_tok, chosen * experts // groups
+        if not 1 <= top <= most:
             raise ValueError(f"num_experts_per_tok {top} must be between 1 and the {most} experts of topk_group groups")
         if groups > 1 and experts // groups < 2:  # arXiv 2412.19437, 2.1.2
             raise ValueError("a group needs at least 2 experts: it is scored by the sum of its two best")

@@ -15,9 +15,9 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
@@ -156,9 +156,20 @@ class Task(Strict, ABC):
 
 
 class GeneratedTask(Task):
-    """A task that makes problems without end, in `languages`, and solves them. A subclass brings `generate`."""
+    """A task that makes problems without end, in `languages`, and solves them. A subclass brings `generate`.
+
+    Of two parameters min_X and max_X the first is not above the second.
+    """
 
     languages: tuple[Language, ...] = Field(("en", "ja"), min_length=1, description="of the problems, each as often")
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> Self:
+        for least in (name for name in type(self).model_fields if name.startswith("min_")):
+            most = least.replace("min_", "max_", 1)
+            if (low := getattr(self, least)) > (high := getattr(self, most, low)):
+                raise ValueError(f"{least} {low} is above {most} {high}")
+        return self
 
     @abstractmethod
     def generate(self, rng: random.Random) -> Iterator[Problem]:

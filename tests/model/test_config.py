@@ -379,10 +379,8 @@ ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
     ({"model": {"preset": "deepseek-v3", "rope_scaling": ROPE}},
      "model.rope_scaling.beta_fest: unknown key; did you mean beta_fast?"),
     ({"tasks": [{"name": "a"}, {"name": "b", "wieght": 1}]}, "tasks.1.wieght: unknown key; did you mean weight?"),
-    (
-        {"tasks": [{"name": "a", "zzz": 1}]},
-        "tasks.0.zzz: unknown key; there are: name, weight, params, tools, max_turns, observation_tokens",
-    ),
+    ({"tasks": [{"name": "a", "zzz": 1}]},
+     "tasks.0.zzz: unknown key; there are: name, weight, params, tools, max_turns, observation_tokens"),
     ({"tasks": [{}]}, "tasks.0.name: Field required"),
 ])  # fmt: skip
 def test_a_misspelt_key_is_compared_with_those_of_its_own_table(values, said):

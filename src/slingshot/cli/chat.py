@@ -92,18 +92,18 @@ def _answer_with(
     tools: ChatTools, engine: Engine, console: Console, messages: list[Message], params: SamplingParams
 ) -> str:
     """Answers until one calls nothing, the calls and what they brought between them; the last of them is returned."""
-    ids, answer = tools.prompt(engine.tokenizer, messages), ""
+    ids, answer = tools.prompt(messages), ""
     for _ in range(tools.max_turns):
         said: list[int] = []
-        answer = _answer(engine, console, ids, params, said, tools.begin(engine.tokenizer))
-        if not (calls := tools.calls(engine.tokenizer, ids, said)):
+        answer = _answer(engine, console, ids, params, said, tools.form.begin)
+        if not (calls := tools.calls(ids, said)):
             break
         observations = []
         for call in calls:
             observations.append(tools.ask(call))
             shown = f"{call.name}({call.arguments})\n-> {observations[-1]}"
             console.print(_printable(shown), style="cyan", markup=False, highlight=False, soft_wrap=True)
-        ids = tools.after(engine.tokenizer, [*ids, *said], calls, observations)
+        ids = tools.after([*ids, *said], calls, observations)
     return answer
 
 

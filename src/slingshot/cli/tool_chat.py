@@ -1,8 +1,9 @@
 """`slingshot chat PATH --tools calculator,python`: what a model in the terminal may call.
 
 tools = ChatTools.open("calculator,search:notes", tokenizer)
-ids = tools.prompt(tokenizer, messages)                              # the model is told of them
-ids = tools.after(tokenizer, ids + said, calls, observations)        # what it goes on from; nothing it said is redone
+ids = tools.prompt(messages)                              # the model is told of them
+calls = tools.calls(ids, said)
+ids = tools.after(ids + said, calls, list(map(tools.ask, calls)))     # what it goes on from; what it said stays
 """
 
 from __future__ import annotations
@@ -13,19 +14,21 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from slingshot.base.errors import SlingshotError
-from slingshot.environments.tool import failure
+from slingshot.environments.tool import observation
 from slingshot.environments.toolbox import ask, toolbox
 from slingshot.sandbox.worker import SandboxError, Target, Worker
 from slingshot.text.reasoning import ends_in_reasoning
 from slingshot.text.tokenizer import Tokenizer
-from slingshot.text.tool_calls import ToolCall, tool_format
-from slingshot.text.turns import cut_text, read_turn, turn_suffix
+from slingshot.text.tool_calls import ToolCall, ToolFormat, tool_format
+from slingshot.text.turns import cut_text, read_turn, told_calls, turn_suffix
 
 
 @dataclass
 class ChatTools:
     """Tools in a worker of their own, for answers of `max_turns` turns, each observation of so many tokens."""
 
+    tokenizer: Tokenizer
+    form: ToolFormat
     worker: Worker
     box: Target
     schemas: list[dict[str, Any]]
@@ -35,39 +38,28 @@ class ChatTools:
     @classmethod
     def open(cls, named: str, tokenizer: Tokenizer) -> Self:
         """Raises SlingshotError for a tool that is not to be had, and a model that knows none."""
-        if tool_format(tokenizer) is None:
+        if (form := tool_format(tokenizer)) is None:
             raise SlingshotError("--tools: this model's chat template knows no tools; leave them out")
         # A comma within a command is one where no tool's name follows it.
         specs = re.split(r",(?=calculator$|calculator,|python$|python,|search:|mcp:|[^,:]+\.py)", named)
         worker, box = Worker(), toolbox(specs)
         try:
-            return cls(worker, box, worker.call(box, "schemas"))
+            return cls(tokenizer, form, worker, box, worker.call(box, "schemas"))
         except SandboxError as error:
             raise SlingshotError(f"--tools: {error}") from error
 
-    def prompt(self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        return tokenizer.encode_chat(messages, tools=self.schemas)
+    def prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        return self.tokenizer.encode_chat(messages, tools=self.schemas)
 
-    def begin(self, tokenizer: Tokenizer) -> str:
-        """With what a call begins, where that is more than a bracket."""
-        form = tool_format(tokenizer)
-        return form.begin if form else ""
-
-    def calls(self, tokenizer: Tokenizer, prompt: Sequence[int], said: Sequence[int]) -> list[ToolCall]:
+    def calls(self, prompt: Sequence[int], said: Sequence[int]) -> list[ToolCall]:
         """What was called in the ids of an answer."""
-        return read_turn(said, ends_in_reasoning(prompt, tokenizer), tokenizer, tool_format(tokenizer))[1]
+        return read_turn(said, ends_in_reasoning(prompt, self.tokenizer), self.tokenizer, self.form)[1]
 
     def ask(self, call: ToolCall) -> str:
-        if not call.name:
-            return failure(f"this is no call of a tool: {call.arguments}")
         return ask(self.worker, self.box, call.name, call.arguments)
 
-    def after(
-        self, tokenizer: Tokenizer, ids: list[int], calls: Sequence[ToolCall], observations: Sequence[str]
-    ) -> list[int]:
-        told = [
-            {"role": "tool", "name": call.name, "content": cut_text(tokenizer, said, self.observation_tokens),
-             "tool_call_id": f"call_{number}"}
-            for number, (call, said) in enumerate(zip(calls, observations, strict=True), start=1)
-        ]  # fmt: skip
-        return [*ids, *turn_suffix(tokenizer, told, calls)]
+    def after(self, ids: list[int], calls: Sequence[ToolCall], said: Sequence[str]) -> list[int]:
+        """What the model goes on from, once it is told what the tools said."""
+        cut = [cut_text(self.tokenizer, each, self.observation_tokens) for each in said]
+        told = list(map(observation, told_calls(calls), cut))
+        return [*ids, *turn_suffix(self.tokenizer, told, calls)]

@@ -18,7 +18,7 @@ from decimal import Context
 from fractions import Fraction
 from typing import Any
 
-from slingshot.environments.tool import ToolError
+from slingshot.environments.tool import ToolError, text_argument
 
 _LONGEST = 500  # characters of an expression
 _BITS = 4096  # of a numerator or denominator, some 1,200 digits
@@ -37,11 +37,7 @@ class Calculator:
 
     name = "calculator"
     description = "Exact arithmetic: + - * / // % ** and brackets."
-    parameters: Mapping[str, Any] = {
-        "type": "object",
-        "properties": {"expression": {"type": "string"}},
-        "required": ["expression"],
-    }
+    parameters: Mapping[str, Any] = text_argument("expression")
 
     def call(self, arguments: dict[str, Any]) -> str:
         text = arguments["expression"].strip()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from slingshot.environments.tool import SECONDS, ToolError, failure
+from slingshot.environments.tool import SECONDS, ToolError, failure, text_argument
 from slingshot.sandbox.program import ProgramLimits, require_isolation, run_program
 
 _LIMITS = ProgramLimits(seconds=SECONDS - 2, memory=512 << 20, output=1 << 16)
@@ -20,7 +20,7 @@ class PythonProgram:
 
     name = "python"
     description = "Runs a Python program and returns what it prints. Each call starts anew."
-    parameters: Mapping[str, Any] = {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]}
+    parameters: Mapping[str, Any] = text_argument("code")
 
     def __init__(self) -> None:
         require_isolation()

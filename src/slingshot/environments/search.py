@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from slingshot.base.errors import SlingshotError
-from slingshot.environments.tool import ToolError
+from slingshot.environments.tool import ToolError, text_argument
 
 _PASSAGE = 600  # characters, about; a file is cut at line ends
 _FOUND = 4  # passages told
@@ -33,11 +33,7 @@ class FolderSearch:
 
     name = "search"
     description = "Finds passages in a folder of text files."
-    parameters: Mapping[str, Any] = {
-        "type": "object",
-        "properties": {"query": {"type": "string"}},
-        "required": ["query"],
-    }
+    parameters: Mapping[str, Any] = text_argument("query")
 
     def __init__(self, folder: Path) -> None:
         self._passages: list[tuple[str, str]] = []  # of a file's name, and text

@@ -43,6 +43,11 @@ class Tool(Protocol):
         """What it says. Raises ToolError, with what was wrong with the arguments."""
 
 
+def text_argument(name: str) -> dict[str, Any]:
+    """The parameters of a tool that takes one text."""
+    return {"type": "object", "properties": {name: {"type": "string"}}, "required": [name]}
+
+
 def schema(tool: Tool) -> dict[str, Any]:
     """A tool as chat templates and APIs are told of it."""
     function = {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)}
@@ -59,6 +64,11 @@ def answer(tool: Tool, arguments: str) -> str:
         return failure("the arguments are nested too deeply")
     except Exception as error:  # a tool of anybody's
         return failure(f"{tool.name} raised {type(error).__name__}: {error}")
+
+
+def observation(call: Mapping[str, Any], said: str) -> dict[str, Any]:
+    """The message of a chat in which a tool says something to a call of `tool_calls`."""
+    return {"role": "tool", "content": said, "tool_call_id": call["id"], "name": call["function"]["name"]}
 
 
 def failure(words: str) -> str:

@@ -41,7 +41,9 @@ def toolbox(specs: Sequence[str]) -> Target:
 
 
 def ask(worker: Worker, box: Target, name: str, arguments: str) -> str:
-    """What a tool says; where it takes the worker along, what became of it."""
+    """What a tool says; where it takes the worker along, what became of it. What has no name is no call."""
+    if not name:
+        return failure(f"this is no call of a tool: {arguments}")
     try:
         return str(worker.call(box, "call", name, arguments))
     except SandboxError as error:

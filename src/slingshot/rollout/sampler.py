@@ -25,10 +25,10 @@ from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.rollout.trajectory import Sampled
 from slingshot.tasks.task import Solution
-from slingshot.text.reasoning import encode_responses, ends_in_reasoning
+from slingshot.text.reasoning import ends_in_reasoning
 from slingshot.text.tokenizer import Tokenizer
-from slingshot.text.tool_calls import ToolCall, tool_format
-from slingshot.text.turns import encode_calls
+from slingshot.text.tool_calls import ToolCall
+from slingshot.text.turns import encode_calling
 from slingshot.training.parallel import whole
 
 
@@ -140,10 +140,8 @@ class ScriptedSampler:
     def _say(self, prompt: list[int], words: Solution | str, max_tokens: int) -> Sampled:
         if isinstance(words, Solution):
             opened = ends_in_reasoning(prompt, self.tokenizer)
-            (ids,) = encode_responses(self.tokenizer, [(words.reasoning, words.answer)], opened)
-            if words.calls and (form := tool_format(self.tokenizer)):
-                calls = [ToolCall(*call) for call in words.calls]
-                ids = [*ids[:-1], *encode_calls(self.tokenizer, form, calls), ids[-1]]
+            calls = [ToolCall(*call) for call in words.calls]
+            ids = encode_calling(self.tokenizer, words.reasoning, words.answer, calls, opened)
         else:
             ids = [*self.tokenizer.encode(words), *sorted(self.tokenizer.eos_ids)[:1]]
         room = min(max_tokens, self.max_length - len(prompt))

@@ -12,10 +12,9 @@ from typing import Any, Self
 
 from slingshot.base.errors import SlingshotError
 from slingshot.tasks.task import Problem, Solution, Task
-from slingshot.text.reasoning import encode_responses
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.text.tool_calls import ToolCall, tool_format
-from slingshot.text.turns import cut_text, encode_calls, told_calls, turn_suffix
+from slingshot.text.turns import cut_text, encode_calling, told_calls, turn_suffix
 
 
 @dataclass(frozen=True)
@@ -26,13 +25,15 @@ class ToolDocument:
     tools: Sequence[Mapping[str, Any]]
     solution: Solution
     observations: Sequence[Mapping[str, Any]]
+    most: int | None = None  # tokens of an observation, as the task bounds it
 
     @classmethod
     def write(cls, task: Task, problem: Problem, solution: Solution) -> Self:
         calls = told_calls([ToolCall(*call) for call in solution.calls])
         chat: list[dict[str, Any]] = [{"role": "user", "content": problem.prompt}]
         chat += [{"role": "assistant", "content": "", "tool_calls": calls}]
-        return cls(problem.prompt, task.tools, solution, (task.step(problem, chat) or []) if calls else [])
+        told = (task.step(problem, chat) or []) if calls else []
+        return cls(problem.prompt, task.tools, solution, told, task.observation_tokens)
 
     @property
     def texts(self) -> Iterator[str]:
@@ -44,19 +45,15 @@ class ToolDocument:
             yield said["content"]
         yield self.solution.answer
 
-    def encode(self, tokenizer: Tokenizer, most_tokens: int | None = None) -> list[int]:
-        """Ids of the whole. most_tokens: of an observation, as the task cuts it."""
-        if (form := tool_format(tokenizer)) is None:
+    def encode(self, tokenizer: Tokenizer) -> list[int]:
+        """Ids of the whole."""
+        if tool_format(tokenizer) is None:
             raise SlingshotError("this tokenizer's chat template knows no tools; leave `tokenizer` out to train one")
         ids = tokenizer.encode_chat([{"role": "user", "content": self.prompt}], tools=list(self.tools))
-        reasoning, answer = self.solution.reasoning, self.solution.answer
-        if self.solution.calls:
-            calls = [ToolCall(*call) for call in self.solution.calls]
-            (said,) = encode_responses(tokenizer, [(reasoning, "")], opened=True)
-            said = [*said[:-1], *encode_calls(tokenizer, form, calls), said[-1]]
-            told = [
-                {**each, "content": cut_text(tokenizer, each["content"], most_tokens)} for each in self.observations
-            ]
-            ids, reasoning = [*ids, *said, *turn_suffix(tokenizer, told, calls)], ""
-        (said,) = encode_responses(tokenizer, [(reasoning, answer)], opened=True)
-        return [*ids, *said]
+        reasoning, calls = self.solution.reasoning, [ToolCall(*call) for call in self.solution.calls]
+        if calls:
+            cut = [{**each, "content": cut_text(tokenizer, each["content"], self.most)} for each in self.observations]
+            ids += encode_calling(tokenizer, reasoning, "", calls, opened=True)
+            ids += turn_suffix(tokenizer, cut, calls)
+            reasoning = ""
+        return ids + encode_calling(tokenizer, reasoning, self.solution.answer, (), opened=True)

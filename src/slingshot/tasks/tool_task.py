@@ -16,7 +16,7 @@ from typing import Any, Self
 from pydantic import PrivateAttr
 
 from slingshot.base.errors import SlingshotError
-from slingshot.environments.tool import failure
+from slingshot.environments.tool import failure, observation
 from slingshot.environments.toolbox import ask, toolbox
 from slingshot.sandbox.worker import Target, Worker
 from slingshot.tasks.task import Call, Problem, Reward, Solution, Split, Style, Task
@@ -70,14 +70,9 @@ class ToolTask(IsolatedTask):
         return [self._answer(call, place) for place, call in enumerate(calls)]
 
     def _answer(self, call: Mapping[str, Any], place: int) -> dict[str, Any]:
-        name, arguments = call["function"]["name"], call["function"]["arguments"]
         if place >= _AT_ONCE:
-            said = failure(f"{_AT_ONCE} calls are answered at once; ask again")
-        elif not name:  # text/turns.py found no call in it
-            said = failure(f"this is no call of a tool: {arguments}")
-        else:
-            said = ask(self._worker, self.target, name, arguments)
-        return {"role": "tool", "content": said, "tool_call_id": call["id"], "name": name}
+            return observation(call, failure(f"{_AT_ONCE} calls are answered at once; ask again"))
+        return observation(call, ask(self._worker, self.target, **call["function"]))
 
     def solution(self, problem: Problem, style: Style, rng: random.Random) -> Solution:
         """In style "calls" by what the task itself would call; else the task's own, without any."""

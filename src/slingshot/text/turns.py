@@ -3,6 +3,7 @@
     parsed, calls = read_turn(ids, opened, tokenizer, tool_format(tokenizer))
     ids += turn_suffix(tokenizer, [{"role": "tool", "content": "42"}], calls)      # up to where it goes on
     encode_calls(tokenizer, form, [ToolCall("calculator", '{"expression": "6*7"}')])
+    encode_calling(tokenizer, "hard", "", calls, opened=True)                      # a whole response, to its end token
 
 What was sampled stays as it was: the ids of a turn begin with all ids of the turn before.
 """
@@ -16,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from slingshot.base.errors import SlingshotError
-from slingshot.text.reasoning import Parsed
+from slingshot.text.reasoning import Parsed, encode_responses
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.text.tool_calls import CallDelta, ToolCall, ToolCallStream, ToolFormat, tool_format
 
@@ -97,6 +98,16 @@ def encode_calls(tokenizer: Tokenizer, form: ToolFormat, calls: Sequence[ToolCal
     for part in filter(None, parts):
         id = tokenizer.control_id(part) if part in tags else None
         ids += tokenizer.encode(part, continues=True) if id is None else [id]
+    return ids
+
+
+def encode_calling(
+    tokenizer: Tokenizer, reasoning: str, answer: str, calls: Sequence[ToolCall], opened: bool
+) -> list[int]:
+    """Ids of a response that ends in calls, where the model knows some; opened: as for `encode_responses`."""
+    (ids,) = encode_responses(tokenizer, [(reasoning, answer)], opened)
+    if calls and (form := tool_format(tokenizer)):
+        return [*ids[:-1], *encode_calls(tokenizer, form, calls), ids[-1]]
     return ids
 
 

@@ -17,6 +17,7 @@ from slingshot.serving.local import LocalBackend
 from slingshot.serving.served_model import ServedModel
 from slingshot.serving.server import listening
 from slingshot.text.tokenizer import R1_CONFIG, R1_TOKENS, Tokenizer
+from tests.serving.postgres import PostgresServer, find
 
 pytest.register_assert_rewrite("tests.serving.behaviours")
 
@@ -49,6 +50,16 @@ TEMPLATE = """\
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 CALL = '<tool_call>\n{"name":  "weather", "arguments": {"city": "Paris"}}\n</tool_call>'  # two spaces: the model's own
+
+
+@pytest.fixture(scope="module")
+def postgres():
+    """A real server of this module's own."""
+    if (programs := find()) is None:
+        pytest.skip("PostgreSQL is not installed")
+    server = PostgresServer(programs)
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="session")

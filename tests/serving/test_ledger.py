@@ -15,15 +15,6 @@ from tests.serving.postgres import PostgresServer, find
 PRICES = PriceList.parse({"models": {"tiny": {"cache_hit": 1, "cache_miss": 10, "output": 100}}})  # dollars a million
 
 
-@pytest.fixture(scope="module")
-def postgres():
-    if (programs := find()) is None:
-        pytest.skip("PostgreSQL is not installed")
-    server = PostgresServer(programs)
-    yield server
-    server.stop()
-
-
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
 def url(request, tmp_path):
     """Of an empty database."""

@@ -10,20 +10,10 @@ import pytest
 
 from slingshot.serving import accounts
 from slingshot.serving.ledger import Ledger
-from tests.serving.postgres import PostgresServer, find
 from tests.serving.test_killed import PRICES, assert_consistent, checkpoint, crowd, rows_of, started  # noqa: F401
 from tests.serving.test_load import BODY, CHAT, until
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def postgres():
-    if (programs := find()) is None:
-        pytest.skip("PostgreSQL is not installed")
-    server = PostgresServer(programs)
-    yield server
-    server.stop()
 
 
 def test_a_database_that_is_killed_under_load_costs_no_stream_and_no_token(postgres, checkpoint, tmp_path):  # noqa: F811

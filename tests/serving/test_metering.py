@@ -15,7 +15,7 @@ from slingshot.serving.ledger import REQUESTS, Ledger
 from slingshot.serving.prices import PICO, PriceList
 from slingshot.serving.served_model import ServedModel
 from tests.serving.conftest import ScriptedBackend, ids_of, running
-from tests.serving.test_ledger import postgres, url  # noqa: F401
+from tests.serving.test_ledger import url  # noqa: F401
 from tests.serving.test_load import until
 
 PRICES = PriceList.parse({"models": {"*": {"cache_hit": 1, "cache_miss": 10, "output": 100}}})

@@ -163,7 +163,7 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
                 again = forwards * forward_flops(model.config, lengths)
                 parts = training_parts(model.config, lengths, mtp=config.loss.mtp > 0)
                 work.meter.add(tokens, sampling=flops, reference=again, **parts)
-                row = summary(groups, parallel, ["calls"] if any(task.tools for task in tasks.tasks) else [])
+                row = summary(groups, parallel, calls=any(task.tools for task in tasks.tasks))
                 speed = work.speed(int(parallel.sums({"tokens": tokens})["tokens"]))
                 lr = config.optimizer.lr * schedule(config.optimizer, step, config.steps)
                 work.log({"step": step + 1, **row, **update, **left_out, "lr": lr, **speed})
@@ -266,10 +266,11 @@ class EntropyWatch:
                 print(f"{fell}: samples are alike; try a higher loss.clip_high, or a lower rate", file=sys.stderr)
 
 
-def summary(groups: Sequence[Sequence[Trajectory]], parallel: Parallel, more: Sequence[str] = ()) -> dict[str, float]:
-    """Means over the global step's trajectories, and over its groups, as they are logged. more: "calls", of tools."""
+def summary(groups: Sequence[Sequence[Trajectory]], parallel: Parallel, calls: bool = False) -> dict[str, float]:
+    """Means over the global step's trajectories, and over its groups, as they are logged; `calls` of tools if asked."""
     each = [trajectory for group in groups for trajectory in group]
-    scores = {"pass_rate": "accuracy", "format": "format", "language": "language"} | dict.fromkeys(more, "calls")
+    scores = {"pass_rate": "accuracy", "format": "format", "language": "language"}
+    scores |= {"calls": "calls"} if calls else {}
     sums = {
         "reward": sum(t.reward for t in each),
         **{name: sum(t.scores.get(score, 0.0) for t in each) for name, score in scores.items()},

@@ -15,9 +15,8 @@ from typing import Any
 from pydantic import Field
 
 from slingshot.base.errors import SlingshotError
-from slingshot.sandbox.program import isolation, require_isolation
 from slingshot.sandbox.worker import Target
-from slingshot.tasks.code_verifier import MARGIN, CodeLimits, code_block
+from slingshot.tasks.code_verifier import MARGIN, CodeLimits, code_block, require_judging
 from slingshot.tasks.programs import explain, generate
 from slingshot.tasks.task import GeneratedTask, Problem, Reward, Style
 from slingshot.tasks.verification import IsolatedTask
@@ -34,8 +33,7 @@ class Code(CodeLimits, IsolatedTask, GeneratedTask):
     def load(cls, params: dict[str, Any]) -> Code:
         """The task "code". Raises SlingshotError where no answer can be judged."""
         task = cls.parse(params, "code")
-        require_isolation(task.trusted)
-        isolation()
+        require_judging(task.trusted)
         return task
 
     @property

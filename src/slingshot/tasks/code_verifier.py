@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import Field
 
 from slingshot.base.config import Strict
-from slingshot.sandbox.program import ProgramLimits
+from slingshot.sandbox.program import ProgramLimits, isolation, require_isolation
 from slingshot.tasks.hidden_tests import HiddenTests
 from slingshot.tasks.judge import judge
 
@@ -36,6 +36,12 @@ class CodeLimits(Strict):
 class CodeOptions(CodeLimits):
     entry_point: str = Field("entry_point", description="a column with the name of the function that is asked for")
     preamble: str = Field("preamble", description="a column, or a text with {columns}: code before answer and tests")
+
+
+def require_judging(trusted: bool) -> None:
+    """Raise SlingshotError where no answer can be judged, or none that is not `trusted`."""
+    require_isolation(trusted)
+    isolation()
 
 
 def code_block(text: str) -> str | None:

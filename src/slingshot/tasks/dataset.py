@@ -20,12 +20,11 @@ from pydantic import Field, JsonValue, PrivateAttr, model_validator
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.names import did_you_mean, unknown_name
-from slingshot.sandbox.program import isolation, require_isolation
 from slingshot.sandbox.worker import Target
-from slingshot.tasks.code_verifier import MARGIN, CodeOptions
+from slingshot.tasks.code_verifier import MARGIN, CodeOptions, require_judging
 from slingshot.tasks.hidden_tests import read_tests
 from slingshot.tasks.published import PUBLISHED
-from slingshot.tasks.rows import LETTERS, Row, code, column, file_rows, fill, hub_rows, lettered, package_file
+from slingshot.tasks.rows import LETTERS, Row, column, file_rows, fill, fill_code, hub_rows, lettered, package_file
 from slingshot.tasks.task import Language, Problem, Reward, Split, Style, split_of
 from slingshot.tasks.verification import IsolatedTask
 from slingshot.tasks.verifiers import MAX_ANSWER, VERIFIERS
@@ -103,8 +102,7 @@ class DatasetTask(IsolatedTask):
             self._settings["key"] = key
         if self.verifier == "code":
             self._settings["timeout"] = self.timeout or 10.0
-            require_isolation(self._settings["trusted"])
-            isolation()
+            require_judging(self._settings["trusted"])
         if self.verifier == "math":
             self.call("score", "", "1", "1", doing="")
 
@@ -177,12 +175,12 @@ class DatasetTask(IsolatedTask):
     def _programming(self, row: Row, where: str) -> Problem:
         """A problem whose answer is a program, with its hidden tests; what is worked is a right program."""
         forms = {name: self._settings[name] for name in ("entry_point", "preamble")}
-        named = {name: code(form, row, where) for name, form in forms.items() if form != name or name in row}
+        named = {name: fill_code(form, row, where) for name, form in forms.items() if form != name or name in row}
         hidden = read_tests(row, self.answer, named.get("entry_point", ""), named.get("preamble", ""), where)
         form = self.worked or ("solution" if row.get("solution") else "")
-        prompt = code(self.prompt, row, where)
+        prompt = fill_code(self.prompt, row, where)
         data = {"hidden": asdict(hidden)}
-        return self._asked(prompt, prompt, code(form, row, where) if form else "", row, where, data)
+        return self._asked(prompt, prompt, fill_code(form, row, where) if form else "", row, where, data)
 
     def _asked(self, prompt: str, key: str, answer: str, row: Row, where: str, data: dict[str, Any]) -> Problem:
         if not prompt.strip() or len(prompt) > _MAX_PROMPT:

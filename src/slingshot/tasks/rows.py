@@ -130,7 +130,7 @@ def fill(form: str, row: Row, where: str) -> str:
     return "".join(parts)
 
 
-def code(form: str, row: Row, where: str) -> str:
+def fill_code(form: str, row: Row, where: str) -> str:
     """As `fill`, of Python: a list is its lines, and a form of several lines without braces is the code itself."""
     if form not in row and "\n" in form and "{" not in form:
         return form

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 
 import httpx
 import pytest
@@ -23,11 +24,13 @@ PRICES = PriceList.parse({"models": {"*": {"output": 100}}})
 
 
 class Failing(Engine):
-    """Fails once, in a step whose tokens nobody has been told of."""
+    """Begins when all streams are here, and fails once, in a step whose tokens nobody has been told of."""
 
     failure = None
 
     def advance(self):
+        if self.failure and self.unfinished < STREAMS:
+            return time.sleep(0.001)
         super().advance()
         if self.failure and self.counters.running == STREAMS and self.counters.decoded > 10 * STREAMS:
             failure, self.failure = self.failure, None

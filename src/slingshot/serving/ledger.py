@@ -16,6 +16,7 @@ import logging
 import os
 import secrets
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -46,6 +47,7 @@ _PATIENCE = {
     "keepalives_count": "3", "options": "-c statement_timeout=10s",
 }  # fmt: skip
 
+_BUSY = 5.0  # seconds for which SQLite's lock is waited for
 _FIRST = 0x736C696E67  # names the lock under which servers that start at once make the tables
 _METADATA = sa.MetaData()
 
@@ -377,5 +379,14 @@ def _lives(gateway: Any, now: float) -> bool:
 
 def _sqlite_settings(connection: Any, _: Any) -> None:
     connection.isolation_level = None  # transactions begin where SQLAlchemy says so
-    for setting in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=5000", "foreign_keys=ON"):
+    for setting in ("synchronous=NORMAL", f"busy_timeout={1000 * _BUSY:.0f}", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {setting}")
+    patience = time.monotonic() + _BUSY
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError:  # of a file that others open for the first time too: SQLite itself waits not
+            if time.monotonic() > patience:
+                raise
+            time.sleep(0.01)

@@ -27,7 +27,7 @@ ROOMS = {
     "environments": (745, 246),
     "kernels": (766, 1029),
     "machine": (472, 313),
-    "model": (1390, 1262),
+    "model": (1395, 1262),
     "parity": (0, 981),
     "planning": (1995, 1046),
     "quantization": (50, 62),
@@ -38,7 +38,7 @@ ROOMS = {
     "stages": (1660, 2159),
     "tasks": (3527, 2381),
     "text": (1947, 1773),
-    "training": (1695, 1351),
+    "training": (1738, 1406),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

@@ -1,13 +1,24 @@
-"""The optimizer step: orthogonalisation, Muon computed by hand, which parameter goes where, schedule, resuming."""
+"""The optimizer step: orthogonalisation, Muon computed by hand, AdamW as torch's, which parameter goes where, schedule,
+resuming."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 from slingshot.model.moe import expert_load
-from slingshot.training.optimizer import Muon, Optimizer, OptimizerConfig, newton_schulz, schedule, update_router_biases
+from slingshot.training.optimizer import (
+    AdamW,
+    Muon,
+    Optimizer,
+    OptimizerConfig,
+    newton_schulz,
+    schedule,
+    update_router_biases,
+)
 
 
 def normal(*shape, seed=0):
@@ -64,6 +75,50 @@ def test_muon_leaves_parameters_without_gradient_alone():
     before = parameter.detach().clone()
     Muon([parameter], lr=0.1, momentum=0.9, weight_decay=0.5, dtype=torch.float32).step()
     assert torch.equal(parameter, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_is_torchs_to_the_bit(dtype):
+    """Over changing rates, with and without decay, a parameter without a gradient among them."""
+    shapes, settings = ((5, 7), (64, 64), (3,), (2, 2)), {"lr": 1e-2, "betas": (0.9, 0.95)}
+    ours, theirs = ([nn.Parameter(normal(*shape).to(dtype)) for shape in shapes] for _ in range(2))
+    groups = lambda ps: [{"params": ps[:2], "weight_decay": 0.1}, {"params": ps[2:], "weight_decay": 0.0}]  # noqa: E731
+    parts = AdamW(groups(ours), **settings), torch.optim.AdamW(groups(theirs), **settings, fused=True)
+    for step in range(4):
+        for parameters, part in zip((ours, theirs), parts, strict=True):
+            for parameter in parameters[:3]:
+                parameter.grad = normal(*parameter.shape, seed=step).to(dtype)
+            for group in part.param_groups:
+                group["lr"] = 1e-2 * (step + 1)
+            part.step()
+    assert all(map(torch.equal, ours, theirs)) and torch.equal(ours[3], normal(2, 2).to(dtype))
+    for mine, its in zip(ours[:3], theirs[:3], strict=True):  # and so are checkpoints
+        torch.testing.assert_close(parts[0].state[mine], dict(parts[1].state[its]), rtol=0, atol=0)
+    assert ours[3] not in parts[0].state
+
+
+STEP = """
+import sys
+import torch
+from slingshot.model.config import ModelConfig
+from slingshot.model.transformer import Transformer
+from slingshot.training.optimizer import Optimizer, OptimizerConfig
+
+shape = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+model = Transformer.empty(ModelConfig(family="dense", num_key_value_heads=1, **shape))
+model.init_weights(torch.Generator().manual_seed(0))
+optimizer = Optimizer(model, OptimizerConfig())
+model(torch.zeros(1, 4, dtype=torch.long)).logits_BTV.sum().backward()
+optimizer.step(1.0)
+print(*{"torch._dynamo", "torch._inductor", "sympy"} & sys.modules.keys())
+"""
+
+
+@pytest.mark.slow
+def test_a_step_needs_neither_torchs_compiler_nor_its_algebra():
+    """Which would take longer to import than torch itself, at every stage's start."""
+    done = subprocess.run([sys.executable, "-c", STEP], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def take_step(model, optimizer, seed=0, fraction=1.0):

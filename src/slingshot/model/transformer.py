@@ -116,7 +116,12 @@ class Transformer(nn.Module):
         model.cast(dtype)
         if shard is not None:
             shard(model)
-        return model.to_empty(device=device)
+        if any(hasattr(parameter, "to_local") for parameter in model.parameters()):
+            return model.to_empty(device=device)
+        # The same without torch's reading of meta tensors' strides, which imports sympy: half a second.
+        blank = ((name, torch.empty(t.shape, dtype=t.dtype, device=device)) for name, t in model.state_dict().items())
+        model.load_state_dict(dict(blank), assign=True)
+        return model
 
     def cast(self, dtype: torch.dtype) -> None:
         """Give every weight this dtype but those that stay float32 wherever they are: the routers'."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -75,7 +75,50 @@ def newton_schulz(matrices_XMN: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).reshape(matrices_XMN.shape)
 
 
-class Muon(torch.optim.Optimizer):
+class ParameterGroups:
+    """Groups of parameters with their settings, and what is kept of each. Not torch.optim's: making one of those
+    imports torch's compiler, as long again as torch itself at every stage's start."""
+
+    def __init__(self, groups: Iterable[dict[str, Any]], **settings: Any) -> None:
+        self.param_groups = [settings | group for group in groups]
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = defaultdict(dict)
+
+    def step(self) -> None:
+        """Move every parameter that has a gradient."""
+        raise NotImplementedError
+
+
+class AdamW(ParameterGroups):
+    """AdamW (arXiv 1711.05101) by torch's fused kernel, as torch.optim.AdamW(fused=True) calls it."""
+
+    def __init__(self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
+        super().__init__(groups, lr=lr, betas=betas)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            by_kind: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_kind[parameter.device, parameter.dtype].append(parameter)
+            for (device, _), moved in by_kind.items():
+                for parameter in moved:
+                    if not (state := self.state[parameter]):
+                        state["step"] = torch.zeros((), device=device, dtype=torch.float32)
+                        state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
+                means, squares, steps = (
+                    [self.state[parameter][key] for parameter in moved] for key in ("exp_avg", "exp_avg_sq", "step")
+                )
+                gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
+                torch._foreach_add_(steps, 1)
+                torch._fused_adamw_(
+                    list[Tensor](moved), gradients, means, squares, [], steps, lr=group["lr"],
+                    beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=1e-8,
+                    amsgrad=False, maximize=False,
+                )  # fmt: skip
+
+
+class Muon(ParameterGroups):
     """Momentum, orthogonalised: W -= lr (0.2 sqrt(max(M, N)) NS(nesterov momentum) + weight_decay W).
 
     The scale makes an update's root mean square that of AdamW (Moonlight, arXiv 2502.16982). Leading dimensions (as of
@@ -86,11 +129,11 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__([{"params": list(params)}], lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closures: gradients are there already
+    def step(self) -> None:
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
             for parameter in group["params"]:
@@ -129,9 +172,9 @@ class Optimizer:
         plain = [parameter for parameter in others if parameter.dim() < 2]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         adam_lr = config.adam_lr if config.name == "muon" else config.lr
-        self.parts: list[tuple[torch.optim.Optimizer, float]] = []
+        self.parts: list[tuple[ParameterGroups, float]] = []
         if others:
-            adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=adam_lr, betas=config.betas, fused=True)
+            adamw = AdamW([group for group in groups if group["params"]], adam_lr, config.betas)
             self.parts.append((adamw, adam_lr))
         if matrices:
             dtype = model.compute_dtype or matrices[0].dtype
@@ -152,7 +195,7 @@ class Optimizer:
         self.model.zero_grad(set_to_none=True)
         return value
 
-    def _slots(self) -> list[tuple[str, torch.optim.Optimizer, nn.Parameter]]:
+    def _slots(self) -> list[tuple[str, ParameterGroups, nn.Parameter]]:
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         return [(names[p], part, p) for part, _ in self.parts for group in part.param_groups for p in group["params"]]
 

@@ -8,7 +8,7 @@ import pytest
 
 from slingshot.sandbox.program import ProgramLimits, isolation, run_program
 from slingshot.tasks.hidden_tests import HiddenTests
-from slingshot.tasks.judge import judge
+from slingshot.tasks.judge import passed_tests
 from slingshot.tasks.loader import load_task
 from slingshot.tasks.programs import OPERATIONS, solve
 from slingshot.tasks.task import split_of
@@ -77,8 +77,8 @@ def test_worked_solutions_are_right():
     for problem in drawn(6, level=3):
         assert problem.answer == solve(problem.data["chain"])
         hidden = HiddenTests(**problem.data["hidden"])
-        assert judge(problem.answer, hidden, ProgramLimits()) == [True] * hidden.count
-        assert judge("def f(x): return x", hidden, ProgramLimits()) != [True] * hidden.count
+        assert passed_tests(problem.answer, hidden, ProgramLimits()) == [True] * hidden.count
+        assert passed_tests("def f(x): return x", hidden, ProgramLimits()) != [True] * hidden.count
 
 
 def test_solutions_name_each_step_and_slips_are_corrected():

@@ -39,7 +39,7 @@ class Code(CodeLimits, IsolatedTask, GeneratedTask):
     @property
     def target(self) -> Target:
         settings = self.model_dump(include={"timeout", *CodeLimits.model_fields})
-        return Target("slingshot.tasks.code_verifier:Judge", (settings,), timeout=self.timeout + MARGIN)
+        return Target("slingshot.tasks.code_verifier:CodeJudge", (settings,), timeout=self.timeout + MARGIN)
 
     def generate(self, rng: random.Random) -> Iterator[Problem]:
         return generate(rng, self.level, self.languages)

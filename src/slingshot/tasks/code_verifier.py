@@ -1,7 +1,7 @@
 """The verifier `code`: an answer is a program, right when the tests of its problem hold.
 
     code_block("First:\\n```python\\na = 1\\n```\\nDone.")          # "a = 1"
-    Judge(CodeOptions().model_dump() | {"timeout": 10.0}).judge(hidden, "def f(x): return x * x")      # 1.0
+    CodeJudge(CodeOptions().model_dump() | {"timeout": 10.0}).score(hidden, "def f(x): return x * x")      # 1.0
 
 tasks/judge.py runs the tests; this file says what an answer is, and what a data set may choose.
 """
@@ -18,7 +18,7 @@ from pydantic import Field
 from slingshot.base.config import Strict
 from slingshot.sandbox.program import ProgramLimits, isolation, require_isolation
 from slingshot.tasks.hidden_tests import HiddenTests
-from slingshot.tasks.judge import judge
+from slingshot.tasks.judge import passed_tests
 
 MARGIN = 10.0  # seconds for processes to start and end, beside those an answer has
 _BLOCK = re.compile(r"^[ \t]*```([^\n`]*)\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
@@ -53,7 +53,7 @@ def code_block(text: str) -> str | None:
     return text if text.strip() else None
 
 
-class Judge:
+class CodeJudge:
     """The worker's side: it judges answers in processes of their own, one that it has judged before at once."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -61,7 +61,7 @@ class Judge:
         self._limits = ProgramLimits(settings["timeout"], settings["memory_mb"] << 20)
         self._known: dict[bytes, float] = {}
 
-    def judge(self, hidden: dict[str, Any], answer: str) -> float:
+    def score(self, hidden: dict[str, Any], answer: str) -> float:
         key = sha256(json.dumps([hidden, answer]).encode()).digest()
         if key not in self._known:
             if len(self._known) == _REMEMBERED:
@@ -71,5 +71,5 @@ class Judge:
 
     def _share(self, tests: HiddenTests, answer: str) -> float:
         trusted, partial = self._settings["trusted"], self._settings["partial"]
-        share = sum(judge(answer, tests, self._limits, trusted, all_tests=partial)) / tests.count
+        share = sum(passed_tests(answer, tests, self._limits, trusted, all_tests=partial)) / tests.count
         return share if partial else float(share == 1.0)

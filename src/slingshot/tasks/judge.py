@@ -1,6 +1,6 @@
 """Judging programs: tests run in another process than the answer, and what they see of it is plain data.
 
-    judge(answer, HiddenTests(inputs=[[3]], outputs=[9], entry_point="square"), limits)     # [True]
+    passed_tests(answer, HiddenTests(inputs=[[3]], outputs=[9], entry_point="square"), limits)     # [True]
 
 An answer cannot reach what judges it: expected values never enter its process, results are compared outside, and each
 reply repeats a number that was drawn for its question. So ending the process, replacing a test, an `__eq__` that is
@@ -29,7 +29,7 @@ _NOTHING = object()  # equal to nothing
 _REAL = re.compile(r"[+-]?[0-9]*\.[0-9]+(e[+-]?[0-9]+)?", re.IGNORECASE)
 
 
-def judge(
+def passed_tests(
     answer: str, hidden: HiddenTests, limits: ProgramLimits, trusted: bool = False, all_tests: bool = False
 ) -> list[bool]:
     """Which tests hold, within `limits.seconds` for all together; ends at the first that fails unless `all_tests`."""

@@ -1,6 +1,6 @@
 """A model as judge: what a rubric asks of a free text, scored by a model behind an OpenAI-compatible URL.
 
-    judge("Why is the sky blue?", answer, "Rayleigh scattering", {"url": "http://localhost:8000/v1", "model": "m"})
+    judged_score("Why blue?", answer, "Rayleigh scattering", {"url": "http://localhost:8000/v1", "model": "m"})
 
 R1's last stage scores what no program can check (arXiv 2501.12948, 2.3.4). What a judge reads may talk to it:
 the answer stands between marks that it cannot know, and of the reply only a number alone on its last line counts.
@@ -46,7 +46,7 @@ class JudgeOptions(Strict):
     max_tokens: int = Field(1024, ge=1, description="of the judge's reply, its reasoning included")
 
 
-def judge(question: str, answer: str, gold: str, options: dict[str, Any]) -> float:
+def judged_score(question: str, answer: str, gold: str, options: dict[str, Any]) -> float:
     """The judge's score of 0 to 10 as a share of 10. Raises SlingshotError where it gives none. "key": its API key."""
     import httpx
 

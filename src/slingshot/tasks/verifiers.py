@@ -10,7 +10,6 @@ Reading is quick whatever the text; scores are asked for in a worker (`Scorer`),
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections.abc import Callable
@@ -24,8 +23,8 @@ from pydantic import Field
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.tasks.arithmetic import read_number
-from slingshot.tasks.code_verifier import CodeOptions, Judge, code_block
-from slingshot.tasks.model_judge import JudgeOptions, judge
+from slingshot.tasks.code_verifier import CodeJudge, CodeOptions, code_block
+from slingshot.tasks.model_judge import JudgeOptions, judged_score
 
 MAX_ANSWER = 100_000  # characters; longer ones are wrong without asking
 _MAX_QUANTITY = 100  # characters of a number with its unit
@@ -62,13 +61,14 @@ class TextOptions(Strict):
 class Verifier:
     """`read` is strict, `extract` lenient; both None where no answer is found. `score` of answer, gold and options.
 
-    Scores are in [0, 1]. `check` tells whether a gold answer can be compared with at all.
+    Scores are in [0, 1]; `score` is None where `Scorer` needs more for one. `check` tells whether a gold answer can be
+    compared with at all.
     """
 
     meaning: str
     read: Callable[[str], str | None]
     extract: Callable[[str], str | None]
-    score: Callable[[str, str, dict[str, Any]], float]
+    score: Callable[[str, str, dict[str, Any]], float] | None = None
     check: Callable[[str], bool] = bool
     options: type[Strict] = Strict
 
@@ -208,15 +208,6 @@ def _compiles(pattern: str) -> bool:
         return False
 
 
-def _alone(answer: str, gold: str, options: dict[str, Any]) -> float:
-    return judge("", answer, gold, options)
-
-
-def score_code(answer: str, gold: str, options: dict[str, Any]) -> float:
-    """Right where the hidden tests, `gold` as JSON, hold."""
-    return Judge(options).judge(json.loads(gold), answer)
-
-
 def _text(text: str) -> str | None:
     return text.strip() or None
 
@@ -240,11 +231,11 @@ VERIFIERS = {
     ),
     "code": Verifier(
         "Python that hidden tests judge, the last block of it; options: entry_point, preamble, partial, memory_mb",
-        code_block, code_block, score_code, options=CodeOptions,
+        code_block, code_block, options=CodeOptions,
     ),
     "judge": Verifier(
         "free text, scored by a model behind an OpenAI-compatible URL; options: url, model, rubric", _text, _text,
-        _alone, lambda gold: True, JudgeOptions,
+        check=lambda gold: True, options=JudgeOptions,
     ),
 }  # fmt: skip
 
@@ -254,7 +245,7 @@ class Scorer:
 
     def __init__(self, verifier: str, options: dict[str, Any]) -> None:
         self._verifier, self._options = verifier, options
-        self._judge = Judge(options) if verifier == "code" else None
+        self._judge = CodeJudge(options) if verifier == "code" else None
         if verifier == "judge":
             import httpx  # noqa: F401  # as with math: the first answer need not wait for it
         if verifier == "math":
@@ -266,7 +257,9 @@ class Scorer:
     def score(self, question: str, answer: str, gold: Any) -> float:
         """`gold` is the right answer; of a program its hidden tests."""
         if self._judge is not None:
-            return self._judge.judge(gold, answer)
+            return self._judge.score(gold, answer)
         if self._verifier == "judge":
-            return judge(question, answer, gold, self._options)
-        return VERIFIERS[self._verifier].score(answer, gold, self._options)
+            return judged_score(question, answer, gold, self._options)
+        score = VERIFIERS[self._verifier].score
+        assert score is not None
+        return score(answer, gold, self._options)

@@ -12,7 +12,7 @@ from slingshot.base.files import read_json, read_jsonl, write_jsonl
 from slingshot.cost.receipt import Receipt
 from slingshot.planning import dry_stage
 from slingshot.planning.dry_run import DryRun, DryStage, dry_run, dry_run_page
-from slingshot.planning.page import render
+from slingshot.planning.page import deliver, render
 from slingshot.recipe.recipe import Recipe
 
 ARITHMETIC = [{"name": "arithmetic", "params": {"min_terms": 2, "max_terms": 2, "languages": ["en"]}}]
@@ -138,3 +138,23 @@ def test_the_page_says_every_stage_the_sum_and_what_was_assumed() -> None:
     page = render(dry_run_page(found))
     wanted = ("&lt;b&gt;", "1 min 30 s", "1 min 40 s", "8.0%", "1 GiB", "half of all responses are right", "a cpu")
     assert all(each in page for each in wanted) and "fits" not in page
+
+
+def test_the_table_of_many_columns_is_whole_on_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its columns stand in several tables, one under the other, with the stages' names in each."""
+    names = [f"the_students_reinforced_score_{letter}" for letter in "abcdefghijkl"]
+    stages = [
+        DryStage(name=name, kind="evaluate", seconds=1e5, fixed_seconds=75, tokens=1e9, flops=1e12 * 7**at, share=0.08,
+                 money=None, peak_host_memory_bytes=2**30)
+        for at, name in enumerate(names)
+    ]  # fmt: skip
+    found = DryRun(recipe="micro", machine="a cpu", stages=stages, seconds=1e6, start_seconds=20, flops=1e20,
+                   money=None, assumptions=[])  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "80")
+    deliver(found, dry_run_page(found), as_json=False, html=None)
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80 and "…" not in said and "money" not in said
+    assert [said.count(name) for name in names] == [2] * 12
+    assert all(said.count(each) == 12 for each in ("27 h 46 min", "1 min 15 s", "evaluate", "8.0%", "  1 GiB\n"))

@@ -155,15 +155,17 @@ def dry_run_page(found: DryRun) -> PlanPage:
     """Put a dry run into a table."""
     rows: list[dict[str, Any]] = [
         {
-            "name": stage.name, "kind": stage.kind, "tokens": stage.tokens, "flops": stage.flops,
-            "memory": stage.peak_memory, "money": stage.money, "run_share": stage.share,
-            "once": show_duration(stage.fixed_seconds), "time": show_duration(stage.seconds),
+            "name": stage.name, "time": show_duration(stage.seconds), "once": show_duration(stage.fixed_seconds),
+            "kind": stage.kind, "run_share": stage.share, "tokens": stage.tokens, "flops": stage.flops,
+            "memory": stage.peak_memory, "money": stage.money,
         }
         for stage in found.stages
     ]  # fmt: skip
     empty, time_of_all = dict.fromkeys(rows[0]), show_duration(found.seconds)
     rows.append(empty | {"name": "starting processes", "time": show_duration(found.start_seconds)})
     rows.append(empty | {"name": "in all", "flops": found.flops, "money": found.money, "time": time_of_all})
+    if found.money is None:
+        rows = [{key: value for key, value in row.items() if key != "money"} for row in rows]
     memory = max((stage.peak_host_memory_bytes or 0 for stage in found.stages), default=0)
     figures = [(time_of_all, f"on {found.machine}"), (show_size(memory), "of memory, at the most")]
     if found.money is not None:

@@ -7,11 +7,12 @@ follows from its name.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -169,13 +170,31 @@ def _show(page: PlanPage) -> None:
         if section.rows and len(section.rows[0]) == 1:
             console.print(Text("\n".join(f"- {text}" for (text,) in section.rows), style="dim"))
         elif section.rows:
-            grid = Table(box=None, pad_edge=False, show_header=any(section.columns), header_style="dim")
-            for heading in section.columns or [""] * len(section.rows[0]):
-                first = not grid.columns
-                grid.add_column(heading, justify="left" if first else "right", overflow="fold" if first else "ellipsis")
-            for index, row in enumerate(section.rows):
-                grid.add_row(*map(Text, row), style="bold" if index == section.strong else None)
-            console.print(grid)
+            for at, block in enumerate(_blocks(section, console.width)):
+                if at:
+                    console.print()
+                console.print(block)
+
+
+def _blocks(section: Section, width: int) -> Iterator[Table]:
+    """The table of a section; where it is wider than `width`, one under the other, the first column in each."""
+    lines = [*section.rows, section.columns] if section.columns else section.rows
+    first, *widths = (2 + max(map(cell_len, column)) for column in zip(*lines, strict=True))
+    blocks, used = [[0]], first
+    for at, wide in enumerate(widths, start=1):
+        if used + wide - 2 > width and len(blocks[-1]) > 1:
+            blocks.append([0])
+            used = first
+        blocks[-1].append(at)
+        used += wide
+    for block in blocks:
+        grid = Table(box=None, pad_edge=False, show_header=any(section.columns), header_style="dim")
+        for at in block:
+            heading = section.columns[at] if section.columns else ""
+            grid.add_column(heading, justify="right" if at else "left", overflow="fold")
+        for index, row in enumerate(section.rows):
+            grid.add_row(*(Text(row[at]) for at in block), style="bold" if index == section.strong else None)
+        yield grid
 
 
 def render(page: PlanPage) -> str:

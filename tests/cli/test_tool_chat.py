@@ -12,7 +12,7 @@ from slingshot.cli.tool_chat import ChatTools
 from slingshot.engine.sampling import SamplingParams
 from slingshot.text.reasoning import parse
 from slingshot.text.tokenizer import Tokenizer
-from slingshot.text.tool_calls import ToolCall, tool_format
+from slingshot.text.tool_formats import ToolCall, tool_format
 from slingshot.text.turns import encode_calls
 
 WORDS = ["What is 6*7? calculator"]

@@ -8,7 +8,7 @@ from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.rollout.sampler import ScriptedSampler
 from slingshot.stages import evaluate, pretrain, rl, sample
 from slingshot.tasks.task import Call, Solution
-from slingshot.text.tool_calls import tool_format
+from slingshot.text.tool_formats import tool_format
 
 
 @pytest.fixture(scope="module")

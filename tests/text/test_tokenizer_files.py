@@ -166,7 +166,7 @@ _NO_TOKENIZER, _NO_TEMPLATE = "is not a tokenizer", "chat_template in tokenizer_
         ("eos_token", 3, "gives eos_token as 3"), ("bos_token", {"content": []}, r"gives bos_token as \[\]"),
         ("chat_template", 3, _NO_TEMPLATE), ("chat_template", [{"name": "default"}], _NO_TEMPLATE),
         ("chat_template", [{"name": ["x"], "template": ""}], _NO_TEMPLATE), ("chat_template", ["x"], _NO_TEMPLATE),
-        ("eos_token_id", 324, "eos_token_id 324 is beyond the tokenizer's 324 ids"),
+        ("eos_token_id", 325, "eos_token_id 325 is beyond the tokenizer's 325 ids"),
         ("eos_token_id", [1, -1], "eos_token_id -1 is beyond"), ("eos_token_id", [True], "eos_token_id True is beyond"),
         ("eos_token_id", "1", "eos_token_id '1' is beyond"),
     ],

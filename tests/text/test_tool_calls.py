@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slingshot.text.tokenizer import R1_CONFIG, R1_TOKENS, Tokenizer
-from slingshot.text.tool_calls import FORMATS, CallDelta, ToolCall, ToolCallStream, tool_format
+from slingshot.text.tool_calls import CallDelta, ToolCallStream
+from slingshot.text.tool_formats import FORMATS, ToolCall, tool_format
 
 TEMPLATES = {form.name: f"{{% if tools %}}{form.begin} {form.sign} {form.end}{{% endif %}}" for form in FORMATS}
 BY_NAME = {form.name: form for form in FORMATS}

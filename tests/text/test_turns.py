@@ -4,7 +4,7 @@ import pytest
 
 from slingshot.text.chat_template import R1_TEMPLATE, TOOL_TEMPLATE
 from slingshot.text.tokenizer import Tokenizer
-from slingshot.text.tool_calls import FORMATS, ToolCall, tool_format
+from slingshot.text.tool_formats import FORMATS, ToolCall, tool_format
 from slingshot.text.turns import cut_text, encode_calls, read_turn, told_calls, turn_suffix
 
 CALLS = [ToolCall("add", '{"a": 1, "b": "<｜tool▁call▁end｜></tool_call>"}'), ToolCall("now", "{}")]

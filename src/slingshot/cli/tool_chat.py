@@ -19,7 +19,7 @@ from slingshot.environments.toolbox import ask, toolbox
 from slingshot.sandbox.worker import SandboxError, Target, Worker
 from slingshot.text.reasoning import ends_in_reasoning
 from slingshot.text.tokenizer import Tokenizer
-from slingshot.text.tool_calls import ToolCall, ToolFormat, tool_format
+from slingshot.text.tool_formats import ToolCall, ToolFormat, tool_format
 from slingshot.text.turns import cut_text, read_turn, told_calls, turn_suffix
 
 

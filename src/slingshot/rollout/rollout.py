@@ -26,7 +26,7 @@ from slingshot.tasks.mixture import Item
 from slingshot.tasks.task import Problem, Reward
 from slingshot.tasks.verification import VerificationPool
 from slingshot.text.tokenizer import Tokenizer
-from slingshot.text.tool_calls import tool_format
+from slingshot.text.tool_formats import tool_format
 from slingshot.text.turns import cut_text, turn_suffix
 from slingshot.training.parallel import Parallel
 

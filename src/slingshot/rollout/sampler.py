@@ -27,7 +27,7 @@ from slingshot.rollout.trajectory import Sampled
 from slingshot.tasks.task import Solution
 from slingshot.text.reasoning import ends_in_reasoning
 from slingshot.text.tokenizer import Tokenizer
-from slingshot.text.tool_calls import ToolCall
+from slingshot.text.tool_formats import ToolCall
 from slingshot.text.turns import encode_calling
 from slingshot.training.parallel import whole
 

@@ -26,7 +26,7 @@ from slingshot.model.config import ModelConfig
 from slingshot.tasks.mixture import Item
 from slingshot.text.reasoning import Parsed, ends_in_reasoning
 from slingshot.text.tokenizer import Tokenizer
-from slingshot.text.tool_calls import ToolCall, tool_format
+from slingshot.text.tool_formats import ToolCall, tool_format
 from slingshot.text.turns import read_turn, told_calls
 from slingshot.training.objectives import Aggregation, token_shares
 from slingshot.training.policy import PolicyRows

@@ -23,7 +23,8 @@ from slingshot.engine.vocabulary import Vocabulary
 from slingshot.serving.backend import TokenDelta
 from slingshot.text.reasoning import Kind
 from slingshot.text.tokenizer import Tokenizer
-from slingshot.text.tool_calls import CallDelta, Part, ToolCallStream, ToolFormat
+from slingshot.text.tool_calls import CallDelta, Part, ToolCallStream
+from slingshot.text.tool_formats import ToolFormat
 
 PieceKind = Literal["reasoning", "content", "call"]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from slingshot.engine.structured import SPACES
 from slingshot.text.tokenizer import Tokenizer
-from slingshot.text.tool_calls import ToolFormat
+from slingshot.text.tool_formats import ToolFormat
 
 _ANY_OBJECT = {"type": "object", "additionalProperties": True}
 _Format = dict[str, Any]

@@ -26,7 +26,7 @@ from slingshot.serving.question import Question, joined, reasoning_apart
 from slingshot.serving.tools import with_arguments
 from slingshot.text.reasoning import ends_in_reasoning
 from slingshot.text.tokenizer import Tokenizer
-from slingshot.text.tool_calls import ToolFormat, tool_format
+from slingshot.text.tool_formats import ToolFormat, tool_format
 
 LOW_EFFORT = 4  # the share of an answer that reasoning of low effort may take is one in so many
 

@@ -36,7 +36,7 @@ from slingshot.stages.tool_documents import ToolDocument
 from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import passes
 from slingshot.tasks.task import Style
-from slingshot.text.pretokenizers import SPLIT_OF_MODEL_TYPE
+from slingshot.text.pretokenizers import DEFAULT_SPLIT, SPLIT_OF_MODEL_TYPE
 from slingshot.text.reasoning import encode_responses
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.batch import Rows
@@ -173,7 +173,7 @@ def prepare(config: PretrainConfig) -> PackedCorpus:
         tools = [tool for each in first if isinstance(each, ToolDocument) for tool in each.tools]
         sample = [part for each in first for part in (each.texts if isinstance(each, ToolDocument) else each)]
         sample += [json.dumps(tool, ensure_ascii=False) for tool in tools] + train_text
-        split = SPLIT_OF_MODEL_TYPE.get(model_type, "deepseek-v3")
+        split = SPLIT_OF_MODEL_TYPE.get(model_type, DEFAULT_SPLIT)
         tokenizer = Tokenizer.train(sample, config.vocab_size, split, tools=bool(tools))
     documents = _encode(tokenizer, written) + _framed(tokenizer, train_text)
     random.Random(f"order/{config.seed}").shuffle(documents)

@@ -13,7 +13,7 @@ from typing import Any, Self
 from slingshot.base.errors import SlingshotError
 from slingshot.tasks.task import Problem, Solution, Task
 from slingshot.text.tokenizer import Tokenizer
-from slingshot.text.tool_calls import ToolCall, tool_format
+from slingshot.text.tool_formats import ToolCall, tool_format
 from slingshot.text.turns import cut_text, encode_calling, told_calls, turn_suffix
 
 

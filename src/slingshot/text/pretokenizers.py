@@ -71,6 +71,7 @@ SPLITS = {
     "default": Split((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, _DIGITS, r"[0-9][0-9][0-9]")),
 }
 
+DEFAULT_SPLIT = "deepseek-v3"  # of new tokenizers
 
 # Model types whose text transformers splits so, whatever tokenizer.json and tokenizer_config.json say.
 SPLIT_OF_MODEL_TYPE = {"qwen2": "qwen2"}

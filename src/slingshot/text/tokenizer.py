@@ -1,6 +1,6 @@
 """The tokenizer: BPE over bytes or SentencePiece's, with its chat template, in the Hugging Face layout.
 
-    tokenizer = Tokenizer.train(texts, vocab_size=512)         # R1's special tokens; digits, then GPT-2's split
+    tokenizer = Tokenizer.train(texts, vocab_size=512)         # R1's special tokens, DeepSeek-V3's split
     tokenizer.save(folder); tokenizer = Tokenizer.load(folder)
     ids = tokenizer.encode("3+4")                              # text never becomes a control token, whatever it holds
     ids = tokenizer.encode_raw("3+4")                          # with bos where this tokenizer writes one
@@ -29,7 +29,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.files import write_json, write_text
 from slingshot.text.chat_template import END_THINK, R1_TEMPLATE, THINK, TOOL_TEMPLATE, ControlTokens, clean, render
 from slingshot.text.detokenizer import Detokenizer, TextStream
-from slingshot.text.pretokenizers import SPLIT_OF_MODEL_TYPE, SPLITS, recognise
+from slingshot.text.pretokenizers import DEFAULT_SPLIT, SPLIT_OF_MODEL_TYPE, SPLITS, recognise
 from slingshot.text.tokenizer_files import (
     CONFIG_FILE,
     PLAIN_CLASS,
@@ -129,7 +129,7 @@ class Tokenizer:
         write_json(Path(path) / CONFIG_FILE, self.config | {"tokenizer_class": PLAIN_CLASS})
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, split: str = "smollm", tools: bool = False) -> Tokenizer:
+    def train(cls, texts: Iterable[str], vocab_size: int, split: str = DEFAULT_SPLIT, tools: bool = False) -> Tokenizer:
         """Train a vocabulary with R1's special tokens; smaller than `vocab_size` when there are no more pairs to merge.
 
         split: how text is split before merging, a name of text/pretokenizers.py. tools: with the tokens and the chat
@@ -159,7 +159,7 @@ class Tokenizer:
     @classmethod
     def from_bpe(
         cls, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], added: Mapping[str, bool],
-        config: Mapping[str, Any], split: str = "smollm", eos_ids: Iterable[int] = (),
+        config: Mapping[str, Any], split: str = DEFAULT_SPLIT, eos_ids: Iterable[int] = (),
     ) -> Tokenizer:  # fmt: skip
         """Build a byte-level tokenizer from its tables, a GGUF file's say.
 

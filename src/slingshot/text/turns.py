@@ -19,7 +19,8 @@ from typing import Any
 from slingshot.base.errors import SlingshotError
 from slingshot.text.reasoning import Parsed, encode_responses
 from slingshot.text.tokenizer import Tokenizer
-from slingshot.text.tool_calls import CallDelta, ToolCall, ToolCallStream, ToolFormat, tool_format
+from slingshot.text.tool_calls import CallDelta, ToolCallStream
+from slingshot.text.tool_formats import ToolCall, ToolFormat, tool_format
 
 
 def read_turn(

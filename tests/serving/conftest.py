@@ -7,6 +7,7 @@ import threading
 import anthropic
 import openai
 import pytest
+import sqlalchemy as sa
 import uvicorn
 
 from slingshot.engine.engine import Engine
@@ -60,6 +61,15 @@ def postgres():
     server = PostgresServer(programs)
     yield server
     server.stop()
+
+
+@pytest.fixture
+def database(postgres):
+    """That server, with nothing in it."""
+    with sa.create_engine(postgres.url).begin() as connection:
+        connection.exec_driver_sql("DROP SCHEMA public CASCADE")
+        connection.exec_driver_sql("CREATE SCHEMA public")
+    return postgres
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,10 @@
 """A PostgreSQL server of its own, in a temporary folder, on a socket there."""
 
+import contextlib
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -50,6 +52,21 @@ class PostgresServer:
         os.kill(int(named.read_text().split()[0]), 9)
         for left in (named, *self._folder.glob(".s.PGSQL.*")):
             left.unlink()
+
+    def freeze(self):
+        """It and all that it started stand still, as on a machine that has no time for them."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self):
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number):
+        first = int((self._data / "postmaster.pid").read_text().split()[0])
+        os.kill(first, number)  # it starts no others meanwhile
+        for status in Path("/proc").glob("[0-9]*/status"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if f"\nPPid:\t{first}\n" in status.read_text():
+                    os.kill(int(status.parent.name), number)
 
     def _run(self, program, *arguments):
         command = [str(self._programs / program), *map(str, arguments)]

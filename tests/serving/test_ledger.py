@@ -20,11 +20,7 @@ def url(request, tmp_path):
     """Of an empty database."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/ledger.sqlite"
-    url = request.getfixturevalue("postgres").url
-    with sa.create_engine(url).begin() as connection:
-        connection.exec_driver_sql("DROP SCHEMA public CASCADE")
-        connection.exec_driver_sql("CREATE SCHEMA public")
-    return url
+    return request.getfixturevalue("database").url
 
 
 @pytest.fixture

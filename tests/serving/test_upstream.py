@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 
+import httpx
 import openai
 import pytest
 
@@ -143,6 +144,23 @@ def test_what_a_server_would_pass_over_is_refused(upstream, tokenizer, kind, ask
     script = ScriptedBackend(tokenizer.encode("7", continues=True))
     [error] = gather(upstream([script], kind), [generation(tokenizer, **asked)])
     assert error.status == 400 and not script.asked
+
+
+FUNCTION = {"name": "add", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("more", [{"tool_choice": "required"}, {"strict": True}])
+def test_a_call_that_a_server_cannot_be_held_to_is_refused_in_a_line(upstream, caller, kind, stream, more):
+    script = ScriptedBackend(caller.encode("7", continues=True))
+    function = FUNCTION | ({"strict": True} if "strict" in more else {})
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "?"}], "stream": stream}
+    body |= {"tools": [{"type": "function", "function": function}], "tool_choice": more.get("tool_choice", "auto")}
+    with running(create_app(Gateway([ServedModel("tiny", caller, upstream([script], kind))]))) as url:
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body)
+    told = answer.json()["error"]["message"]
+    assert answer.status_code == 400 and "take tool_choice auto" in told and "\n" not in told and not script.asked
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -20,6 +20,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.cli.accounts import Prices, Where, ledger_url
 
 if TYPE_CHECKING:
+    from slingshot.serving.llama_process import LlamaProcess
     from slingshot.serving.served_model import ServedModel
 
 Sources = Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="Folders, .gguf files, hub names.")]
@@ -81,8 +82,11 @@ def serve(
             models = _local_models(sources, dtype, max_batch, cache_bytes, speculation)
         else:
             source = _one(sources)
-            urls = upstream or [ends.enter_context(_started(source, engine, dtype, max_batch, cache_bytes))]
-            models = [_upstream_model(source, engine, urls, silence)]
+            child = None
+            if not upstream:
+                child = ends.enter_context(_started(source, engine, dtype, max_batch, cache_bytes))
+                upstream = [child.url]
+            models = [_upstream_model(source, engine, upstream, silence, child)]
         gateway = Gateway(models, book, Limits(queue_tokens, first_token, drain), apart)
         hosts = frozenset({"localhost", "127.0.0.1", "[::1]", host}) if keyless else None
         server = DrainingServer(create_app(gateway, keyless, also_reasoning, hosts, log), gateway)
@@ -126,8 +130,8 @@ def _one(sources: Sequence[str]) -> str:
 
 def _started(
     source: str, engine: str, dtype: str, max_batch: int, cache_bytes: int
-) -> contextlib.AbstractContextManager[str]:
-    """A server that this process starts and ends: its URL."""
+) -> contextlib.AbstractContextManager[LlamaProcess]:
+    """A server that this process starts, keeps and ends."""
     from slingshot.checkpoint.hub import locate
     from slingshot.serving.llama_process import llama_server
 
@@ -137,7 +141,9 @@ def _started(
     return llama_server(locate(source), dtype, max_batch, cache_bytes)
 
 
-def _upstream_model(source: str, engine: str, urls: Sequence[str], silence: float) -> ServedModel:
+def _upstream_model(
+    source: str, engine: str, urls: Sequence[str], silence: float, child: LlamaProcess | None
+) -> ServedModel:
     """The one model that all of the servers have; its tokenizer is read here."""
     from slingshot.checkpoint.hub import locate
     from slingshot.checkpoint.load_save import load_tokenizer
@@ -152,5 +158,5 @@ def _upstream_model(source: str, engine: str, urls: Sequence[str], silence: floa
         VllmServer(url) if engine == "vllm" else LlamaServer(url, vocabulary) for url in urls
     ]
     runs = f"{', '.join(urls)} ({engine})"
-    backend = UpstreamBackend(servers, tokenizer, silence)
+    backend = UpstreamBackend(servers, tokenizer, silence, child)
     return ServedModel(names_of([source])[0], tokenizer, backend, int(time.time()), runs=runs)

@@ -39,14 +39,7 @@ T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
 DEAD = 15.0  # seconds without a sign of life after which a gateway is taken for dead
-
-# What libpq is told, so that a database that vanished is an error in seconds and not in hours: a connection to be made,
-# what was sent and not acknowledged, and a connection on which nothing comes. A statement may wait for another's lock.
-_PATIENCE = {
-    "connect_timeout": "5", "tcp_user_timeout": "10000", "keepalives_idle": "5", "keepalives_interval": "2",
-    "keepalives_count": "3", "options": "-c statement_timeout=10s",
-}  # fmt: skip
-
+_GAP = 5.0  # seconds between two signs of one's own, above which the database was away, for the others too
 _BUSY = 5.0  # seconds for which SQLite's lock is waited for
 _FIRST = 0x736C696E67  # names the lock under which servers that start at once make the tables
 _METADATA = sa.MetaData()
@@ -125,7 +118,8 @@ LOCAL = Account("local", "local")  # who uses the server on its own machine, wit
 
 @dataclass(eq=False)
 class Reservation:
-    """One request's share of its account, until it is settled. due: what to settle it by, once it has ended."""
+    """One request's share of its account, until it is settled. due: what to settle it by, once it has ended.
+    doubtful: its account's id, where nobody knows whether it was set aside."""
 
     ledger: Ledger
     request_id: str
@@ -133,6 +127,7 @@ class Reservation:
     cached: int = 0
     completion: int = 0
     due: Usage | None = None
+    doubtful: str | None = None
     settled: bool = False
     cost: int = 0  # picodollars, once it is settled
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -148,7 +143,7 @@ class Reservation:
                 return
             self.due = usage
             try:
-                self.cost = self.ledger.settle(self.request_id, usage)
+                self.cost = self.ledger.settle(self.request_id, usage, self.doubtful)
                 self.settled = True
             except ApiError as error:
                 _LOG.error("request %s is booked later: %s", self.request_id, error)
@@ -171,12 +166,17 @@ class Ledger:
         self.id = secrets.token_hex(8)
         self._open: dict[str, Reservation] = {}
         self._failed = 0.0  # when the database did not answer, last (time.monotonic)
+        self._ticked, self._steady = time.monotonic(), 0.0  # since when no sign of life was late
         self._work = threading.local()  # asked: when what a clerk does was asked of it
         try:
             place = sa.make_url(url)
-            if place.get_dialect().driver.startswith("psycopg"):
-                place = place.update_query_dict({key: its for key, its in _PATIENCE.items() if key not in place.query})
+            if patient := place.get_dialect().driver == "psycopg":
+                from slingshot.serving.postgres import PATIENCE, connect
+
+                place = place.update_query_dict({key: its for key, its in PATIENCE.items() if key not in place.query})
             self._engine = sa.create_engine(place, pool_pre_ping=True)
+            if patient:
+                sa.event.listen(self._engine, "do_connect", connect)
             if self._engine.dialect.name == "sqlite":
                 sa.event.listen(self._engine, "connect", _sqlite_settings)
                 sa.event.listen(self._engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
@@ -249,7 +249,7 @@ class Ledger:
                 if admitted:
                     connection.execute(sa.insert(REQUESTS).values(row))
         except ApiError:  # lost within the commit it may stand there all the same: a tick gives it back
-            reservation.due = Usage(0, 0, 0, 0)
+            reservation.due, reservation.doubtful = Usage(0, 0, 0, 0), account.id
             self._open[request_id] = reservation
             raise
         if not admitted:
@@ -263,9 +263,11 @@ class Ledger:
             row = connection.execute(sa.select(KEYS).where(KEYS.c.id == account.id)).one()
         return None if row.balance is None else int(row.balance - row.reserved)
 
-    def settle(self, request_id: str, usage: Usage) -> int:
-        """-> what it cost, picodollars."""
+    def settle(self, request_id: str, usage: Usage, doubtful: str | None = None) -> int:
+        """-> what it cost, picodollars. doubtful: the account that a commit which may still come has locked."""
         with self.transaction() as connection:
+            if doubtful is not None:
+                connection.execute(sa.select(KEYS.c.id).where(KEYS.c.id == doubtful).with_for_update())
             cost = self._settle(connection, request_id, usage)
         self._open.pop(request_id, None)
         return cost
@@ -288,12 +290,17 @@ class Ledger:
             connection.execute(alive)
             if rows:
                 connection.execute(progress, rows)
+        now = time.monotonic()
+        self._steady, self._ticked = self._steady if now - self._ticked < _GAP else now, now
         for its in list(self._open.values()):
             if its.due is not None:
                 its.settle(its.due)
 
     def settle_dead(self) -> int:
-        """Settle what gateways that are no more left open; -> how many requests."""
+        """Settle what gateways that are no more left open; -> how many requests. Where the database was away lately,
+        nobody could show a sign of life."""
+        if time.monotonic() - self._steady < DEAD:
+            return 0
         with self.transaction() as connection:
             gateways = connection.execute(sa.select(GATEWAYS).where(GATEWAYS.c.ended.is_(None))).all()
             dead = [row.id for row in gateways if row.id != self.id and not _lives(row, self._clock())]

@@ -20,7 +20,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import httpx
 
@@ -32,6 +32,9 @@ from slingshot.serving.errors import ApiError
 from slingshot.serving.inference_servers import InferenceServer, ServerFailed
 from slingshot.text.reasoning import ends_in_reasoning
 from slingshot.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from slingshot.serving.llama_process import LlamaProcess
 
 CHECK = 2.0  # seconds between two looks at a replica's health
 BUSIER = 8  # samples more than the least busy replica's, from which on a prompt goes where it was not seen before
@@ -75,18 +78,28 @@ class _Replica:
 
 
 class UpstreamBackend:
-    """max_length is the shortest context of the replicas that answered first. silence: seconds."""
+    """max_length is the shortest context of the replicas that answered first. silence: seconds. child: the one replica,
+    where this process keeps it."""
 
-    def __init__(self, servers: Sequence[InferenceServer], tokenizer: Tokenizer, silence: float = 60.0) -> None:
+    def __init__(
+        self,
+        servers: Sequence[InferenceServer],
+        tokenizer: Tokenizer,
+        silence: float = 60.0,
+        child: LlamaProcess | None = None,
+    ) -> None:
         self._replicas = [_Replica(server) for server in servers]
         self._tokenizer, self._vocabulary = tokenizer, Vocabulary(tokenizer, tokenizer.vocab_size)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
         self._client, self._silence = httpx.AsyncClient(timeout=_TIMEOUT, limits=limits), silence
         self._checks: asyncio.Task[None] | None = None
+        self._child = child
         self.max_length, self.counters = 0, None
 
     @property
     def obstacle(self) -> str | None:
+        if self._child is not None and self._child.obstacle:
+            return self._child.obstacle
         if any(replica.ready for replica in self._replicas):
             return None
         return "none of the servers that answer for this model does at present"

@@ -129,6 +129,22 @@ def test_what_was_set_aside_though_the_connection_broke_is_given_back(url, arriv
     ledger.close()
 
 
+def test_a_database_that_was_away_makes_no_gateway_dead(url):
+    now = [1e9]
+    one, other = (Ledger(url, PRICES, clock=lambda: now[0]) for _ in range(2))
+    one.reserve(account(one, balance=1.0), "tiny", 100, 100, "a").progress(cached=0, completion=7)
+    one.tick()
+    now[0] += 60  # in which neither of them reached it
+    other.tick()
+    assert other.settle_dead() == 0 and row(other).running == 1
+    for _ in range(15):  # the one does not come back
+        now[0] += 1
+        other.tick()
+    assert other.settle_dead() == 1 and row(other).running == 0
+    one.close()
+    other.close()
+
+
 def test_a_gateway_that_was_taken_for_dead_by_a_clock_that_jumped_is_looked_after_again(url):
     now = [1e9]
     one, other = (Ledger(url, PRICES, clock=lambda: now[0]) for _ in range(2))

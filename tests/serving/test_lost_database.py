@@ -88,7 +88,9 @@ def test_a_database_that_never_answers_is_an_error_and_no_wait():
 
 def test_who_waits_for_a_database_that_does_not_answer_is_refused_with_the_first(tmp_path):
     ledger, tried = Ledger(f"sqlite:///{tmp_path}/ledger.sqlite"), []
-    sa.event.listen(sa.Engine, "engine_connect", tried.append)
+
+    def trying(connection):
+        tried.append(connection)
 
     async def ask():
         asked = (ledger.aside(ledger.balance, LOCAL) for _ in range(10))
@@ -96,8 +98,9 @@ def test_who_waits_for_a_database_that_does_not_answer_is_refused_with_the_first
 
     with contextlib.closing(sqlite3.connect(tmp_path / "ledger.sqlite", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
+        sa.event.listen(sa.Engine, "engine_connect", trying)
         refused = asyncio.run(ask())
-    sa.event.remove(sa.Engine, "engine_connect", tried.append)
+        sa.event.remove(sa.Engine, "engine_connect", trying)
     assert [error.status for error in refused] == [503] * 10 and len(tried) == 1
     assert ledger.balance(LOCAL) is None
     ledger.close()

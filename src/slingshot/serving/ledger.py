@@ -166,7 +166,7 @@ class Ledger:
         self.id = secrets.token_hex(8)
         self._open: dict[str, Reservation] = {}
         self._failed = 0.0  # when the database did not answer, last (time.monotonic)
-        self._ticked, self._steady = time.monotonic(), 0.0  # since when no sign of life was late
+        self._ticked, self._steady = clock(), 0.0  # since when no sign of life was late
         self._work = threading.local()  # asked: when what a clerk does was asked of it
         try:
             place = sa.make_url(url)
@@ -290,8 +290,8 @@ class Ledger:
             connection.execute(alive)
             if rows:
                 connection.execute(progress, rows)
-        now = time.monotonic()
-        self._steady, self._ticked = self._steady if now - self._ticked < _GAP else now, now
+        now = self._clock()
+        self._steady, self._ticked = self._steady if 0 <= now - self._ticked < _GAP else now, now
         for its in list(self._open.values()):
             if its.due is not None:
                 its.settle(its.due)
@@ -299,7 +299,7 @@ class Ledger:
     def settle_dead(self) -> int:
         """Settle what gateways that are no more left open; -> how many requests. Where the database was away lately,
         nobody could show a sign of life."""
-        if time.monotonic() - self._steady < DEAD:
+        if self._clock() - self._steady < DEAD:
             return 0
         with self.transaction() as connection:
             gateways = connection.execute(sa.select(GATEWAYS).where(GATEWAYS.c.ended.is_(None))).all()

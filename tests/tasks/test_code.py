@@ -129,6 +129,25 @@ def test_a_program_is_judged_by_what_it_writes_and_how_it_ends(answer, given, ex
     assert passed_tests(answer, HiddenTests(inputs=(given,), outputs=(expected,)), LIMITS) == [holds]
 
 
+FUTURE = '"""Doubles."""\nfrom __future__ import annotations\nimport sys\n'
+
+
+@pytest.mark.parametrize("preamble", ["", "from re import *\nfrom math import *\n", "class Node:\n    pass\n"])
+def test_an_answer_may_begin_with_imports_from_the_future(preamble):
+    program = FUTURE + "def f(x: Nothing): return 2 * x\nif __name__ == '__main__': print(f(int(input())))"
+    read = HiddenTests(inputs=("2", "3"), outputs=("4", "6"), preamble=preamble)
+    called = HiddenTests(inputs=([2],), outputs=(4,), entry_point="f", preamble=preamble)
+    assert passed_tests(program, read, LIMITS) == [True, True] and passed_tests(program, called, LIMITS) == [True]
+    asserted = HiddenTests(tests=("from __future__ import annotations\nassert f(2) == 4",), preamble=preamble)
+    assert passed_tests(program, asserted, LIMITS) == [True]
+
+
+def test_an_answer_has_no_imports_from_the_future_that_it_does_not_ask_for():
+    answer = "def f(x: int): return f.__annotations__['x'] is int"
+    assert passed_tests(answer, HiddenTests(inputs=([2],), outputs=(True,), entry_point="f"), LIMITS) == [True]
+    assert passed_tests(answer + "\nprint(f(1))", HiddenTests(inputs=("",), outputs=("True",)), LIMITS) == [True]
+
+
 @pytest.mark.parametrize(
     ("value", "expected", "holds"),
     [

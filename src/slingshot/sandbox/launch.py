@@ -96,7 +96,7 @@ def _become(text: str, source: str) -> None:
     main.__file__ = source
     sys.modules["__main__"] = main
     try:
-        exec(compile(text, source, "exec"), main.__dict__)
+        exec(compile(text, source, "exec", dont_inherit=True), main.__dict__)
     except Exception as error:
         import traceback
 

@@ -69,7 +69,7 @@ def run(sources: list[str], name: str) -> dict[str, Any]:
     module = types.ModuleType(name)
     sys.modules[name] = module
     for source in sources:
-        exec(compile(source, name + ".py", "exec"), module.__dict__)
+        exec(compile(source, name + ".py", "exec", dont_inherit=True), module.__dict__)
     return module.__dict__
 
 
@@ -128,7 +128,7 @@ def tests() -> None:
         try:
             scope = run([setup["preamble"]], "tests")
             scope.update(functions)
-            exec(compile(test, "test.py", "exec"), scope)
+            exec(compile(test, "test.py", "exec", dont_inherit=True), scope)
             if setup["check"] and "check" in scope:
                 scope["check"](scope[setup["check"]])
             passed.append(asked > before)

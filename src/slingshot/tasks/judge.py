@@ -41,10 +41,10 @@ def passed_tests(
         return _asserted(sources, hidden, limits, trusted)
     if hidden.entry_point:
         return _called(sources, hidden, limits, trusted, all_tests)
-    passed = list[bool]()
+    passed, program = list[bool](), _program(*sources)
     for given, expected in zip(hidden.inputs, hidden.outputs, strict=True):
         left = replace(limits, seconds=max(0.0, end - monotonic()))
-        outcome = run_program("\n".join(sources), given, left, trusted)
+        outcome = run_program(program, given, left, trusted)
         passed.append(outcome.reason == "ok" and same_text(outcome.stdout, expected, hidden.tolerance))
         if not passed[-1] and not all_tests:
             break
@@ -87,9 +87,14 @@ class _Answer:
 def _sources(answer: str, hidden: HiddenTests) -> list[str]:
     """What comes before an answer, and it; in one where it goes on in the middle of a function, as base models do."""
     begun = hidden.preamble.removesuffix(OPEN)
-    if begun != hidden.preamble and f"def {hidden.entry_point}" not in answer:
+    if hidden.entry_point and begun != hidden.preamble and f"def {hidden.entry_point}" not in answer:
         return [begun + answer]
     return [hidden.preamble, answer]
+
+
+def _program(preamble: str, answer: str) -> str:
+    """One source of both. They are compiled apart, for an answer may begin with imports from __future__."""
+    return f"{preamble}\nimport builtins\nbuiltins.exec({answer!r})\n" if preamble else answer
 
 
 def _child(role: str) -> str:

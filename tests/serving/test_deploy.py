@@ -52,6 +52,12 @@ def test_what_the_image_runs_is_the_program():
     [requested] = re.findall(r"pip install .* '\.\[(\w+)\]'", text)
     assert re.search(rf"(?m)^{requested} = \[", (ROOT / "pyproject.toml").read_text())
     assert (ROOT / "constraints.txt").exists()
+    told = dict(re.findall(r"(\w+)=(/data)", text))
+    assert told == {"XDG_DATA_HOME": "/data"} and "chown slingshot /data" in text  # where the ledger is
+    [port] = re.findall(r"(?m)^EXPOSE (\d+)$", text)
+    assert int(port) == parsed(["serve", "model"])[1]["port"]
+    docs = (ROOT / "docs" / "serving.md").read_text()
+    assert set(re.findall(r"-p 127\.0\.0\.1:\d+:(\d+)", docs)) == {port}
 
 
 def test_every_command_of_the_pages_about_serving_is_one():

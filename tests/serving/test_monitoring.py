@@ -164,15 +164,19 @@ def test_a_disk_that_is_full_stops_no_request(serve, paced, caplog):
     assert "access log takes no line: No space left" in caplog.text
 
 
-def test_the_dashboard_asks_for_metrics_that_there_are(serve, engine, tokenizer):
+def test_the_dashboard_asks_for_metrics_that_there_are_by_labels_that_they_have(serve, engine, tokenizer):
     dashboard = json.loads((ROOT / "deploy" / "grafana.json").read_text())
     asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    names = {name for text in asked for name in re.findall(r"slingshot_\w+", text)}
+    asked += [f"by (model) ({variable['query']})" for variable in dashboard["templating"]["list"]]
     http = serve(ServedModel("tiny", tokenizer, LocalBackend(engine)))
     http.post(CHAT, json=BODY)
-    families = [family for family in text_string_to_metric_families(http.get("/metrics").text)]
-    known = {family.name for family in families} | {sample.name for family in families for sample in family.samples}
-    assert len(names) > 10 and names <= known
+    families = text_string_to_metric_families(http.get("/metrics").text)
+    known = {sample.name: sample.labels.keys() for family in families for sample in family.samples}
+    names = {name for text in asked for name in re.findall(r"slingshot_\w+", text)}
+    assert len(names) > 10 and names <= known.keys()
+    for text in asked:
+        labels = {*re.findall(r"(\w+)=~", text), *re.findall(r"\w+", " ".join(re.findall(r"by \((.*?)\)", text)))}
+        assert all(labels <= known[name] for name in re.findall(r"slingshot_\w+", text)), text
 
 
 def test_the_status_tells_what_runs_and_what_today_had(serve, engine, tokenizer):

@@ -13,21 +13,23 @@ from slingshot.text.tool_formats import FORMATS, ToolCall, tool_format
 
 TEMPLATES = {form.name: f"{{% if tools %}}{form.begin} {form.sign} {form.end}{{% endif %}}" for form in FORMATS}
 BY_NAME = {form.name: form for form in FORMATS}
+SPELT = [f"spelt {form.name}" for form in FORMATS if form.inner]
 TAGS = [tag for form in FORMATS for tag in (form.begin, form.end, *form.inner) if tag] + ["<think>", "</think>"]
 
 
 @pytest.fixture(scope="module")
 def tokenizers():
-    """For every format a tokenizer that has its tags as tokens, and for "spelt" one that has none of them."""
+    """For every format a tokenizer that has its tags as tokens; for "spelt", which is Hermes', and "spelt kimi" and so
+    on one that has none of them."""
     plain = Tokenizer.train(["What is the weather in Paris? It is fine."] * 20, 400)
     description = plain.description()
     made = {}
-    for name, form in [*BY_NAME.items(), ("spelt", None)]:
+    for name, form in [*BY_NAME.items(), *((name, None) for name in ("spelt", *SPELT))]:
         tags = [tag for tag in (form.begin, form.end, *form.inner) if tag] if form else []
         added = R1_TOKENS | dict.fromkeys(tags, False)
         vocab = description["model"]["vocab"] | {t["content"]: t["id"] for t in description["added_tokens"]}
         vocab |= {tag: plain.vocab_size + place for place, tag in enumerate(tags)}
-        config = R1_CONFIG | {"chat_template": TEMPLATES.get(name, TEMPLATES["hermes"])}
+        config = R1_CONFIG | {"chat_template": TEMPLATES.get(name.removeprefix("spelt "), TEMPLATES["hermes"])}
         merges = [tuple(pair) for pair in description["model"]["merges"]]
         made[name] = Tokenizer.from_bpe(vocab, merges, added, config)
     return made
@@ -95,6 +97,17 @@ def test_calls_after_the_reasoning_are_found(tokenizers, name):
     reasoning, answer, found = parts(tokenizers[name], ids)
     assert (reasoning, answer) == ("Look it up.", "")
     assert [(call.name, json.loads(call.arguments)) for call in found] == [(n, json.loads(a)) for n, a in calls]
+
+
+@pytest.mark.parametrize("name", SPELT)
+def test_every_call_between_tags_that_are_characters_is_found(tokenizers, name):
+    form = BY_NAME[name.removeprefix("spelt ")]
+    calls = [CALLS[0], ("add", json.dumps({"note": f"a {form.inner[2]} b"}, ensure_ascii=False)), CALLS[0]]
+    text = f"Look it up.</think>\n\nSo: {section(form.name, calls)}\n\nDone."
+    reasoning, answer, found = parts(tokenizers[name], encode(tokenizers[name], text))
+    assert (reasoning, answer, found) == ("Look it up.", "So:Done.", [ToolCall(*call) for call in calls])
+    cut = text[: text.index(form.end)]  # the section is not ended
+    assert parts(tokenizers[name], encode(tokenizers[name], cut))[1:] == ("So:", found)
 
 
 @pytest.mark.parametrize("name", ["deepseek", "kimi", "hermes"])

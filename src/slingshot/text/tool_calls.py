@@ -231,13 +231,14 @@ class ToolCallStream:
                 yield from self._grow(deltas)
                 self._held = held
                 continue
-            end = text.find(form.end) if form.end else -1
-            if end == 0:
-                text, tag = form.end, form.end
-            elif end > 0:
-                text = text[:end]
-            elif form.end and not final:
-                text = text[: len(text) - beginning(text, form.end)]
+            tags = [its for its in (form.end, *form.inner) if its]
+            place, first = min(((at, its) for its in tags if (at := text.find(its)) >= 0), default=(-1, ""))
+            if place == 0:
+                text = tag = first
+            elif place > 0:
+                text = text[:place]
+            elif tags and not final:
+                text = text[: len(text) - max(beginning(text, its) for its in tags)]
                 if not text:
                     return False
             held = self._held[len(text) :]

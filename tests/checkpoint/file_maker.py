@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFWriter, TokenType
 from tokenizers import pre_tokenizers
 
-from slingshot.checkpoint.load_save import to_hf_tensors
+from slingshot.checkpoint.load_save import hf_tensors
 
 BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1}
 
@@ -79,7 +79,7 @@ def interleaved(rows, head_dim):
 def tensors_of(model, legacy=False):
     """The model's tensors under llama.cpp's names: experts stacked; keys and values of kv_b apart unless `legacy`."""
     config, tensors = model.config, {}
-    for name, tensor in to_hf_tensors(model.config, model.state_dict()).items():
+    for name, tensor in hf_tensors(model.config, model.state_dict()):
         array, name = tensor.numpy(), name.replace("gate.e_score_correction_bias", "exp_probs_b.bias")
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         prefix, rest = (f"blk.{layer[1]}.", name[layer.end() :]) if layer else ("", name)

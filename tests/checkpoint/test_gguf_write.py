@@ -24,7 +24,7 @@ from slingshot.checkpoint.gguf.file import GGUFFile
 from slingshot.checkpoint.gguf.read import GGUFWeights
 from slingshot.checkpoint.gguf.write import write_gguf
 from slingshot.checkpoint.layout import layout
-from slingshot.checkpoint.load_save import load_tokenizer, to_hf_tensors
+from slingshot.checkpoint.load_save import hf_tensors, load_tokenizer
 from slingshot.model.config import ModelConfig, presets
 from slingshot.text.pretokenizers import SPLITS
 from slingshot.text.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ class Held:
 
     def __init__(self, model, spoil=None):
         self.config, self.spoil, self.sizes = model.config, spoil or {}, []
-        self.tensors = to_hf_tensors(model.config, model.state_dict())
+        self.tensors = dict(hf_tensors(model.config, model.state_dict()))
 
     def read(self, name, rows=slice(None)):
         values = self.tensors[name][rows]

@@ -16,7 +16,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.description import write_description
 from slingshot.checkpoint.inspection import examine
 from slingshot.checkpoint.layout import layout
-from slingshot.checkpoint.load_save import load_model, load_tokenizer, save_checkpoint, to_hf_tensors
+from slingshot.checkpoint.load_save import hf_tensors, load_model, load_tokenizer, save_checkpoint
 from slingshot.checkpoint.safetensors import write_shards
 from slingshot.quantization.fp8 import dequantize, quantize
 
@@ -56,7 +56,7 @@ def test_a_round_trip_changes_nothing(make_model, deepseek, tokenizer, tmp_path,
 def test_names_are_deepseeks(make_model, deepseek):
     """One tensor per expert, gate before up; the MTP module, after the last layer, has copies of embedding and head."""
     model = make_model(deepseek())
-    tensors = to_hf_tensors(model.config, model.state_dict())
+    tensors = dict(hf_tensors(model.config, model.state_dict()))
     stacked, expert = model.model.layers[1].mlp.experts, "model.layers.1.mlp.experts.6"
     assert torch.equal(tensors[f"{expert}.gate_proj.weight"], stacked.gate_up_proj.weight[6, 0])
     assert torch.equal(tensors[f"{expert}.up_proj.weight"], stacked.gate_up_proj.weight[6, 1])
@@ -177,7 +177,7 @@ def test_fp8_matrices_are_read_through_their_scales(make_model, deepseek, tokeni
     """DeepSeek-V3's scales are float32, V3.1's powers of two, which files may hold as e8m0. Wider than a block."""
     ragged = {"hidden_size": 140, "intermediate_size": 260, "moe_intermediate_size": 130, "q_lora_rank": 129}
     config = deepseek(vocab_size=280, **ragged)
-    tensors = to_hf_tensors(config, make_model(config).state_dict())
+    tensors = dict(hf_tensors(config, make_model(config).state_dict()))
     stored, values = {}, {}
     for spec in layout(config):
         if spec.stored == "linear":
@@ -190,7 +190,7 @@ def test_fp8_matrices_are_read_through_their_scales(make_model, deepseek, tokeni
     write_description(tmp_path, config.model_copy(update={"quantization": "fp8"}), tokenizer, "float32", None)
     assert examine(str(tmp_path))["problems"] == []
     loaded = load_model(tmp_path, dtype=dtype)
-    for name, tensor in to_hf_tensors(config, loaded.state_dict()).items():
+    for name, tensor in hf_tensors(config, loaded.state_dict()):
         assert torch.equal(tensor, values[name].to(tensor.dtype)), name
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slingshot.checkpoint.load_save import to_hf_tensors
+from slingshot.checkpoint.load_save import hf_tensors
 from slingshot.checkpoint.safetensors import write_shards
 from slingshot.model.transformer import Transformer
 from slingshot.training.parallel import Parallel
@@ -39,7 +39,7 @@ def two(ranks, tmp_path_factory):
     model.init_weights(torch.Generator().manual_seed(0))
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text(json.dumps(ranks.CONFIG.to_hf()))
-    write_shards(folder / "model", to_hf_tensors(ranks.CONFIG, model.state_dict()).items())
+    write_shards(folder / "model", hf_tensors(ranks.CONFIG, model.state_dict()))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*torchrun, SCRIPT, folder], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -19,6 +19,7 @@ from typing import Any
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.names import closest
+from slingshot.checkpoint.adapter import Adapter, described_by, is_adapter
 from slingshot.checkpoint.description import check_tokenizer, folder_tokenizer, load_config
 from slingshot.checkpoint.hub import locate, outline
 from slingshot.checkpoint.layout import layout
@@ -38,6 +39,7 @@ Facts = dict[str, Any]
 def described(source: str) -> ModelConfig:
     """The architecture of a folder, a .gguf file, package:NAME or a name of the hub, whose weights stay there."""
     with outline(source) if hub_name(source) else contextlib.nullcontext(locate(source)) as path:
+        path = described_by(path)
         if path.is_dir():
             return load_config(path)
         from slingshot.checkpoint.gguf.read import GGUFWeights  # brings torch
@@ -75,8 +77,24 @@ def examine(source: str) -> Facts:
 
 
 def _examine_path(path: Path, facts: Facts) -> ModelConfig | None:
+    if is_adapter(path):
+        return _examine_adapter(path, facts)
     facts["kind"] = "folder" if path.is_dir() else "gguf"
     return _examine_folder(path, facts) if path.is_dir() else _examine_gguf(path, facts)
+
+
+def _examine_adapter(folder: Path, facts: Facts) -> ModelConfig | None:
+    """Its own tensors, and the model that it makes of its base."""
+    config = None
+    with _told(facts):
+        adapter = Adapter(folder)
+        config = _examine_path(adapter.base, facts)
+        facts["notes"].append(f"{folder} is an adapter: what is told beside its files is of its base, {adapter.base}")
+        if config is not None:
+            headers = adapter.fit(config).headers.values()
+            facts["files"] = _stored((each.dtype, each.shape, each.file, None) for each in headers)
+    facts["kind"] = "adapter"
+    return config
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from slingshot.base.errors import SlingshotError
+from slingshot.checkpoint.adapter import Adapter, described_by, is_adapter
 from slingshot.checkpoint.description import check_tokenizer, folder_tokenizer, load_config, write_description
 from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.layout import Spec, layout
@@ -42,6 +43,7 @@ class StoredWeights(Protocol):
     """Named tensors of an architecture, wherever they lie, to be loaded into a model or written in another format."""
 
     config: ModelConfig
+    dtype: str  # torch's name of the type that most are stored in, float32 where files know other types
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor of `layout(config)` in float32 or in its own 16-bit type, or these rows of it (dimension 0)."""
@@ -51,8 +53,13 @@ class StoredWeights(Protocol):
 
 
 def open_weights(path: Path | str) -> StoredWeights:
-    """The weights of a checkpoint folder or .gguf file; SlingshotError names what does not fit its configuration."""
+    """The weights of a checkpoint: a folder, an adapter's with its base, or a .gguf file.
+
+    SlingshotError names what does not fit its configuration.
+    """
     path = locate(path)
+    if is_adapter(path):
+        return AdaptedWeights(Adapter(path))
     if path.suffix == ".gguf":
         from slingshot.checkpoint.gguf.read import GGUFWeights
 
@@ -71,11 +78,7 @@ class FolderWeights:
         self.config, problems = fit(config, self.shards.headers, path)
         if problems:
             raise SlingshotError(problems[0])
-
-    @property
-    def dtype(self) -> str:
-        """torch's name of the type that the final norm is stored in, which FP8 does not touch."""
-        return DTYPES[self.shards.headers["model.norm.weight"].dtype][0]
+        self.dtype = DTYPES[self.shards.headers["model.norm.weight"].dtype][0]  # which FP8 does not touch
 
     def where(self, name: str) -> Path:
         return self.shards.headers[name].file
@@ -87,6 +90,25 @@ class FolderWeights:
             blocks = slice(first // FP8_BLOCK, -(-(first + len(tensor)) // FP8_BLOCK))
             tensor = dequantize(tensor, self.shards.read(name + SCALE, blocks).float(), first % FP8_BLOCK)
         return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
+class AdaptedWeights:
+    """The weights of an adapter's base, changed by it as they are read."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._base = open_weights(adapter.base)
+        self.config, self.dtype = self._base.config.model_copy(update={"quantization": None}), self._base.dtype
+        self._changes = adapter.changes(adapter.fit(self.config))
+
+    def where(self, name: str) -> Path:
+        return self._base.where(name)
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        tensor = self._base.read(name, rows)
+        if name not in self._changes:
+            return tensor
+        a_RD, b_FR, scale = self._changes[name]
+        return tensor.float().addmm_(b_FR if rows is None else b_FR[rows], a_RD, alpha=scale)
 
 
 def load_weights(model: Transformer, weights: StoredWeights) -> None:
@@ -157,19 +179,19 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         from slingshot.checkpoint.gguf.tokenizer import load_gguf_tokenizer
 
         return load_gguf_tokenizer(GGUFFile(path))
+    if is_adapter(path) and not (path / "tokenizer.json").exists():
+        return load_tokenizer(described_by(path))
     tokenizer = folder_tokenizer(path)
     if (path / "config.json").exists():
         check_tokenizer(tokenizer, load_config(path).vocab_size, path)
     return tokenizer
 
 
-def to_hf_tensors(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def hf_tensors(config: ModelConfig, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """A model's state under Hugging Face's names, the MTP module's copies of embedding and head included, as views."""
-    tensors = {}
     for spec in layout(config):
         name, index = _place(spec.copy_of or spec.name)
-        tensors[spec.name] = state[name].detach()[index]
-    return tensors
+        yield spec.name, state[name].detach()[index]
 
 
 def save_checkpoint(
@@ -184,6 +206,8 @@ def save_checkpoint(
 
     source: the checkpoint that the model was made from, whose generation_config.json is passed on.
     """
-    tensors = to_hf_tensors(model.config, model.state_dict() if state is None else state)
-    write_shards(folder, tensors.items(), max_shard_size)
-    write_description(folder, model.config, tokenizer, dtype_name(tensors["model.norm.weight"].dtype), source)
+    state = model.state_dict() if state is None else state
+    write_shards(folder, hf_tensors(model.config, state), max_shard_size)
+    write_description(
+        folder, model.config, tokenizer, dtype_name(state["model.norm.weight"].dtype), source and described_by(source)
+    )

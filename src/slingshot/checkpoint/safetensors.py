@@ -56,12 +56,12 @@ class TensorHeader:
 class Shards:
     """The tensors of a folder's safetensors files. Opening reads headers; `bytes_read` counts what is read since."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, single: str = SINGLE) -> None:
         """SlingshotError names the file that is missing, truncated or corrupt, or the tensor that two files hold."""
         self.bytes_read = 0
         self.headers: dict[str, TensorHeader] = {}
-        index = read_index(folder)
-        for file in sorted(set(index.values())) if index else [SINGLE]:
+        index = read_index(folder) if single == SINGLE else {}
+        for file in sorted(set(index.values())) if index else [single]:
             found = _headers(_shard(folder, file))
             if name := next(iter(found.keys() & self.headers.keys()), None):
                 twice = f"{name} is in {self.headers[name].file.name} too; one of the two is from another checkpoint"
@@ -152,11 +152,11 @@ def _shard(folder: Path, name: str) -> Path:
     file = inside(folder, name)
     if file.is_file():
         return file
-    if name != SINGLE:
+    if name not in (SINGLE, "adapter_model.safetensors"):
         raise SlingshotError(f"{folder / INDEX} names {name}, which is not there; is the download complete?")
     pickled = next((file.name for file in sorted(folder.glob("*")) if file.suffix in PICKLED), None)
     never = f"; {pickled} {NEVER_READ}: ask its maker for safetensors" if pickled else ""
-    raise SlingshotError(f"{folder} holds no {SINGLE}{never}")
+    raise SlingshotError(f"{folder} holds no {name}{never}")
 
 
 def _headers(file: Path) -> dict[str, TensorHeader]:
@@ -187,7 +187,7 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_
     pending: dict[str, Tensor] = {}
 
     def flush() -> None:
-        _write(folder / f"{len(shards)}.part", pending)
+        write_tensors(folder / f"{len(shards)}.part", pending)
         shards.append({name: tensor.nbytes for name, tensor in pending.items()})
         pending.clear()
 
@@ -209,7 +209,9 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _write(file: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One file of named tensors, contiguous and on the CPU."""
+
     def spec(tensor: Tensor) -> TensorSpec:
         dtype = str(tensor.dtype).removeprefix("torch.")
         return TensorSpec(dtype=dtype, shape=list(tensor.shape), data_ptr=tensor.data_ptr(), data_len=tensor.nbytes)

@@ -18,7 +18,7 @@ Facts = dict[str, Any]
 _Row = tuple[str, ...]
 
 _KINDS = {"preset": "a preset: what its checkpoint holds", "hub": "a checkpoint on the hub", "gguf": "a GGUF file",
-          "folder": "a checkpoint folder"}  # fmt: skip
+          "folder": "a checkpoint folder", "adapter": "an adapter and its base"}  # fmt: skip
 _REASONING = {"opened": "opens <think> in the prompt", "tags": "leaves the think tags to the model",
               None: "no think tags"}  # fmt: skip
 _ACTIVE = {"with embedding and head": "active", "without the input embedding": "active_without_embedding",

@@ -38,7 +38,7 @@ def named_model(source: str) -> NamedModel:
     path = Path(source)
     if not (path / "config.json").is_file() and (source in presets() or not (path.exists() or {*"/:"} & {*source})):
         config = ModelConfig.preset(source)  # or the error that names the nearest
-    elif path.is_dir():
+    elif (path / "config.json").is_file():
         config = ModelConfig.from_hf(read_json(path / "config.json"), source)
     else:
         from slingshot.checkpoint.inspection import described  # only here: presets and folders need none of it

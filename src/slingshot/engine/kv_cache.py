@@ -10,9 +10,10 @@ Which sequence a page belongs to is not known here: that is pages.py's. The MTP 
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,6 @@ from slingshot.base.errors import SlingshotError
 from slingshot.engine.batch import PAGE, placed
 from slingshot.model.config import ModelConfig
 
-ALIGNMENT = 64  # bytes of a cache line
 SLACK = 4096  # bytes after the last page that kernels may read
 
 
@@ -75,10 +75,14 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Zeros; on a CPU memory that the operating system gives when it is touched, where torch.zeros touches all."""
+    """Zeros; on a CPU memory that the operating system gives when it is touched, where torch.zeros touches all.
+
+    Not the C library's, which in a process that trains (machine/memory.py) clears what it hands out.
+    """
     if torch.device(device).type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    size = int(np.prod(shape)) * dtype.itemsize
-    memory = np.zeros(size + ALIGNMENT + SLACK, dtype=np.uint8)
-    first = -memory.ctypes.data % ALIGNMENT
-    return torch.from_numpy(memory[first : first + size]).view(dtype).view(shape)
+    size = math.prod(shape) * dtype.itemsize
+    memory = mmap.mmap(-1, size + SLACK)  # begins with a page, and so with a cache line
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)[:size].view(dtype).view(shape)

@@ -30,7 +30,7 @@ from slingshot.engine.kv_cache import KVCache
 from slingshot.kernels.native import GROUP_STEP, NativeKernels, pointer
 from slingshot.model.attention import MLA
 from slingshot.model.config import ModelConfig
-from slingshot.model.linear import Embedding, Linear
+from slingshot.model.linear import Embedding, GroupedLinear, Linear
 from slingshot.model.moe import Gate
 from slingshot.model.rope import rotary, softmax_scale
 from slingshot.model.transformer import Transformer
@@ -41,13 +41,15 @@ GROUP = 64  # neighbours of quantized weights that share a scale, where it divid
 WIDTH_STEP = 8  # heads are multiples of so many numbers: a register of the smallest level
 
 
-PackedFrom = tuple[ctypes.Structure, str, Tensor | Linear, torch.dtype]  # structure and name of a pointer, ...
+PLAIN = (Linear, Embedding, Gate, GroupedLinear)  # of which the weight is the matrix
+# structure and name of a pointer, what is read there, and as numbers of which kind
+PackedFrom = tuple[ctypes.Structure, str, Tensor | Linear | GroupedLinear, torch.dtype]
 
 
-def _source(module: Any) -> Tensor | Linear:
+def _source(module: Any) -> Tensor | Linear | GroupedLinear:
     """A parameter, or a module that makes its matrix of something else."""
-    plain = not isinstance(module, Linear) or type(module) in (Linear, Embedding, Gate)
-    return module.weight if plain else module
+    changed = isinstance(module, Linear | GroupedLinear) and type(module) not in PLAIN
+    return module if changed else module.weight
 
 
 def _fields(kind: type, *names: str) -> list[tuple[str, type]]:
@@ -162,8 +164,8 @@ class NativeRunner:
         goes = not keep_model and not bits and config.tie_word_embeddings and weight.dtype == self._dtype
         self._tensors = NativeTensors(weight.dtype == torch.bfloat16, goes, layers=(NativeLayer * layers)())
         self._sources = [list(self._layer_sources(index)) for index in range(layers)] + [list(self._other_sources())]
-        plain = all(isinstance(source, Tensor) for part in self._sources for _, _, source, _ in part)
-        self.keeps_model = keep_model or not plain
+        self._plain = all(isinstance(source, Tensor) for part in self._sources for _, _, source, _ in part)
+        self.keeps_model = keep_model or not self._plain
         self.refresh()
 
     @staticmethod
@@ -209,7 +211,8 @@ class NativeRunner:
     @torch.no_grad()
     def refresh(self) -> None:
         parts = len(self._sources)
-        steps = [(0, parts)] if self.keeps_model else [(part, part + 1) for part in range(parts)]
+        at_once = self.keeps_model and self._plain
+        steps = [(0, parts)] if at_once else [(part, part + 1) for part in range(parts)]
         for first, last in steps:
             kept: list[Tensor] = []  # until the kernels have read them
             for structure, field, source, dtype in chain(*self._sources[first:last]):

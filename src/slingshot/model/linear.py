@@ -11,9 +11,13 @@ R rank of a low-rank change, G the matrices that an expert has side by side (gat
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from slingshot.kernels.grouped import grouped_matmul
 from slingshot.kernels.norm import residual_norm, rms_norm
@@ -69,10 +73,56 @@ class LoRALinear(Linear):
     def product(self, x_XD: Tensor, detach: bool = False) -> Tensor:
         if detach:
             return super().product(x_XD, detach)
-        bias = None if self.bias is None else self.bias.to(x_XD.dtype)
-        y_XF = F.linear(x_XD, self.weight.to(x_XD.dtype), bias)
-        change_XF = F.linear(F.linear(x_XD, self.lora_A.to(x_XD.dtype)), self.lora_B.to(x_XD.dtype))
-        return y_XF + self.scale * change_XF
+        y_XF = adapted(x_XD, self)
+        return y_XF if self.bias is None else y_XF + self.bias.to(x_XD.dtype)
+
+
+class LoRAProduct(torch.autograd.Function):
+    """What adapted matrices make of the same rows, side by side. Kept for the backward pass are x and x A^T alone.
+
+    Weights get no gradient, and are converted to x's dtype anew rather than kept in it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, scales: list[float], *parts: Tensor) -> Tensor:
+        """`parts`: of each matrix W_FD, A_RD and B_FR, the latter two in x's dtype."""
+        sizes = [len(weight_FD) for weight_FD in parts[::3]]
+        y_NF, low = x_ND.new_empty(len(x_ND), sum(sizes)), []
+        for y_Nf, scale, weight_FD, a_RD, b_FR in _each(y_NF.split(sizes, 1), scales, parts):
+            low.append(x_ND @ a_RD.T)
+            torch.mm(x_ND, weight_FD.to(x_ND.dtype).T, out=y_Nf)
+            y_Nf.addmm_(low[-1], b_FR.T, alpha=scale)
+        ctx.save_for_backward(x_ND, *parts, *low)
+        ctx.scales, ctx.sizes = scales, sizes
+        return y_NF
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, *kept = ctx.saved_tensors
+        count = len(ctx.scales)
+        grads: list[Tensor | None] = []
+        grad_ND = torch.zeros_like(x_ND)
+        each = zip(_each(grad_NF.split(ctx.sizes, 1), ctx.scales, kept[: 3 * count]), kept[3 * count :], strict=True)
+        for (grad_Nf, scale, weight_FD, a_RD, b_FR), low_NR in each:
+            grad_NR = scale * (grad_Nf @ b_FR)
+            grad_ND.addmm_(grad_Nf, weight_FD.to(x_ND.dtype)).addmm_(grad_NR, a_RD)
+            grads += [None, grad_NR.T @ x_ND, scale * (grad_Nf.T @ low_NR)]
+        return grad_ND, None, *grads
+
+
+def _each(
+    columns: Sequence[Tensor], scales: list[float], parts: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, float, Tensor, Tensor, Tensor]]:
+    return zip(columns, scales, parts[::3], parts[1::3], parts[2::3], strict=True)
+
+
+def adapted(x_XD: Tensor, *linears: LoRALinear) -> Tensor:
+    """`LoRAProduct` of any leading dimensions; biases are not added."""
+    dtype = x_XD.dtype
+    parts = [part for its in linears for part in (its.weight, its.lora_A.to(dtype), its.lora_B.to(dtype))]
+    y_NF: Tensor = LoRAProduct.apply(x_XD.flatten(0, -2), [its.scale for its in linears], *parts)
+    return y_NF.unflatten(0, x_XD.shape[:-1])
 
 
 def joined(x_XD: Tensor, *linears: Linear) -> Tensor:
@@ -80,8 +130,11 @@ def joined(x_XD: Tensor, *linears: Linear) -> Tensor:
 
     Not on a GPU: few rows are multiplied faster than the matrices are put together.
     """
-    if not x_XD.is_cuda and all(type(linear) is Linear and linear.bias is None for linear in linears):
-        return F.linear(x_XD, torch.cat([linear.matrix(x_XD.dtype) for linear in linears]))
+    if not x_XD.is_cuda and all(linear.bias is None for linear in linears):
+        if all(type(linear) is Linear for linear in linears):
+            return F.linear(x_XD, torch.cat([linear.matrix(x_XD.dtype) for linear in linears]))
+        if all(isinstance(linear, LoRALinear) for linear in linears):
+            return adapted(x_XD, *cast("tuple[LoRALinear, ...]", linears))
     return torch.cat([linear(x_XD) for linear in linears], dim=-1)
 
 
@@ -101,6 +154,10 @@ class GroupedLinear(nn.Module):
     def __init__(self, n_experts: int, in_features: int, *out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_experts, *out_features, in_features))
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The weights [E, *out, D] as numbers of this dtype."""
+        return self.weight.to(dtype)
 
     def forward(self, x_ND: Tensor, counts: list[int]) -> Tensor:
         """x_ND sorted by expert, counts[e] rows each -> y_NF."""

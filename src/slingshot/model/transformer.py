@@ -18,6 +18,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from slingshot.model.attention import GQA, MLA
 from slingshot.model.config import ModelConfig
@@ -92,12 +93,16 @@ class _Body(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Decoder-only language model of either family. Activations run in `compute_dtype` (default: the parameters')."""
+    """Decoder-only language model of either family. Activations run in `compute_dtype` (default: the parameters').
+
+    With `recompute` the backward pass has of each main block its input alone, and computes the rest again.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None
+        self.recompute = False
         self.model = _Body(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
@@ -186,7 +191,9 @@ class Transformer(nn.Module):
         for number, layer in enumerate(self.model.layers[: config.num_hidden_layers]):
             at = number - config.first_k_dense_replace  # among the MoE layers
             replayed_BTk = None if replayed_BTLk is None or at < 0 else replayed_BTLk[:, :, at]
-            x_BTD, routing = layer(x_BTD, context, replayed_BTk)
+            given = x_BTD, context, replayed_BTk
+            again = self.recompute and torch.is_grad_enabled()
+            x_BTD, routing = checkpoint(layer, *given, use_reentrant=False) if again else layer(*given)
             routings.append(routing)
         output = ModelOutput(hidden_BTD=self.model.norm(x_BTD))
         if mtp:

@@ -29,6 +29,7 @@ from slingshot.text.reasoning import ends_in_reasoning
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.text.tool_formats import ToolCall
 from slingshot.text.turns import encode_calling
+from slingshot.training.lora import adapters, twin
 from slingshot.training.parallel import whole
 
 
@@ -74,15 +75,22 @@ class Sampler(Protocol):
 class EngineSampler:
     """The engine in this process."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, shares: bool = False) -> None:
+        """`shares`: the engine's model is the one in training, its adapters beside it."""
+        self._engine, self._shares = engine, shares
         self.tokenizer, self.model_config, self.max_length = engine.tokenizer, engine.config, engine.max_length
 
     @classmethod
     def beside(cls, model: Transformer, tokenizer: Tokenizer, dtype: torch.dtype, alone: bool) -> Self:
-        """For a model in training: its own parameters where it is `alone` (not sharded) and in `dtype`, else a copy."""
-        shared = alone and all(parameter.dtype == dtype for parameter in model.parameters())
-        return cls(Engine(model, tokenizer, dtype=None if shared else dtype))
+        """For a model in training: its own parameters where it is `alone` (not sharded) and in `dtype`, else a copy.
+
+        With adapters a GPU has a copy too, where a step with the change beside each matrix would take longer.
+        """
+        adapted = bool(adapters(model))
+        alone = alone and not (adapted and model.model.embed_tokens.weight.is_cuda)
+        if alone and all(parameter.dtype == dtype for parameter in model.parameters()):
+            return cls(Engine(model, tokenizer), shares=True)
+        return cls(Engine(twin(model) if adapted else model, tokenizer, dtype=dtype))
 
     def sample(self, prompts: Prompts, params: Sequence[SamplingParams], keys: Sequence[str]) -> Samples:
         engine, running = self._engine, dict[int, int]()  # the latter: request -> prompt
@@ -98,7 +106,8 @@ class EngineSampler:
 
     def update_weights(self, version: int, state: Mapping[str, Tensor]) -> None:
         """Parameters are gathered and copied one by one; those that model and engine share are there already."""
-        self._engine.update_weights(((name, whole(tensor)) for name, tensor in state.items()), version)
+        pairs = ((name, whole(tensor)) for name, tensor in state.items())
+        self._engine.update_weights(self._engine.model if self._shares else pairs, version)
 
 
 Script = Callable[[str, int], Solution | str]

@@ -24,6 +24,7 @@ from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import lock, unlock
 from slingshot.base.progress import Progress
+from slingshot.checkpoint.adapter import described_by
 from slingshot.checkpoint.description import write_description
 from slingshot.checkpoint.gguf.write import Dtype, write_gguf
 from slingshot.checkpoint.hub import locate
@@ -64,10 +65,10 @@ def _write(folder: Path, config: ConvertConfig, source: Path, title: str) -> Non
     else:
         fp8 = config.dtype == "fp8"
         architecture = architecture.model_copy(update={"quantization": "fp8" if fp8 else None})
-        dtype = "bfloat16" if fp8 else config.dtype or "float32"
+        dtype = "bfloat16" if fp8 else config.dtype or weights.dtype
         tensors = _converted(weights, dtype, fp8, title)
     write_shards(folder, tensors, config.max_shard_size)
-    write_description(folder, architecture, tokenizer, dtype, source)
+    write_description(folder, architecture, tokenizer, dtype, described_by(source))
 
 
 def write_gguf_file(source: str, file: Path, dtype: str | None) -> list[str]:

@@ -110,8 +110,9 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
         if config.loss.kl:  # with adapters the frozen base itself
             separate = config.lora is None
             reference = load_model(source, device=parallel.device, shard=parallel.shard) if separate else twin(model)
-        alone = parallel.mesh is None and config.lora is None
-        sampler = sampler or EngineSampler.beside(model, tokenizer, work.dtype, alone)
+        if config.lora is not None:
+            add_lora(model, config.lora, config.seed, parallel)
+        sampler = sampler or EngineSampler.beside(model, tokenizer, work.dtype, parallel.mesh is None)
         params = config.sampling.params(config.group_size, config.seed)
         if config.loss.replay_routing:
             if not model.config.n_moe_layers:
@@ -123,8 +124,6 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
         for network in (model, reference):
             if network is not None:
                 network.compute_dtype = work.dtype
-        if config.lora is not None:
-            add_lora(model, config.lora, config.seed, parallel)
         moving = reference if config.lora is None else None
         optimizer = Optimizer(model, config.optimizer)
         saved = work.load()

@@ -42,12 +42,12 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.files import lock, new_folder, put_aside, read_json, read_text, unlock, write_json, write_text
 from slingshot.checkpoint.adapter import write_adapter
 from slingshot.checkpoint.load_save import open_weights, save_checkpoint
-from slingshot.cost.receipt import Meter, Parent, artifact_digest
+from slingshot.cost.receipt import Meter, Parent
 from slingshot.machine.device import auto_dtype, auto_threads, describe_machine, dtype_name, machine_peak
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.text.tokenizer import Tokenizer
-from slingshot.training.identity import Identity, inputs
+from slingshot.training.identity import Identity, content_digest, inputs
 from slingshot.training.interrupts import Interrupts
 from slingshot.training.lora import adapters, merged
 from slingshot.training.optimizer import Optimizer
@@ -125,7 +125,7 @@ class Checkpointer:
     def _open(self) -> None:
         """Find the folder of this very work, or begin one; decide what `auto` means."""
         self._refuse_what_exists()  # now that nobody else can make it
-        digests = {name: artifact_digest(path) for name, path in self.reads.items()}
+        digests = {name: content_digest(path) for name, path in self.reads.items()}
         self.parents = [Parent(path=str(self.reads[name]), digest=digest) for name, digest in digests.items()]
         identity = Identity(self.kind, self.config.model_dump(mode="json"), digests)
         mark = self.folder / "identity.json"

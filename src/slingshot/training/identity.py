@@ -19,6 +19,8 @@ from typing import Any
 
 from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
+from slingshot.base.files import digest
+from slingshot.checkpoint.adapter import described_by, is_adapter
 from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.repository import hub_name
 from slingshot.cost.receipt import Receipt, artifact_digest
@@ -127,7 +129,7 @@ class Identity:
         digests = {}
         for name, checkpoint in local_inputs(values).items():
             with contextlib.suppress(SlingshotError):
-                digests[name] = artifact_digest(locate(name) if checkpoint else Path(name))
+                digests[name] = content_digest(locate(name) if checkpoint else Path(name))
         return cls(kind, values, digests)
 
     @classmethod
@@ -157,6 +159,12 @@ class Identity:
         different = config.differences(_with_inputs(before, old_content), _with_inputs(self.config, new_content))
         shown = different | config.differences(before, self.config)
         return [*changed, *(f"{key} {_brief(shown[key][0])} -> {_brief(shown[key][1])}" for key in different)]
+
+
+def content_digest(path: Path) -> str:
+    """`artifact_digest`; of an adapter also by its base."""
+    own = artifact_digest(path)
+    return digest([own, artifact_digest(described_by(path))]) if is_adapter(path) else own
 
 
 def _brief(value: Any) -> str:

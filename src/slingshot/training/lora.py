@@ -44,7 +44,10 @@ class LoRAConfig(Strict):
 
 
 def add_lora(model: Transformer, config: LoRAConfig, seed: int, parallel: Parallel) -> None:
-    """Freeze the model and put adapters beside the targets. SlingshotError: an unknown target, a rank above a width."""
+    """Freeze the model and put adapters beside the targets. SlingshotError: an unknown target, a rank above a width.
+
+    Beside so small a state, activations would be most of the memory: blocks compute them again.
+    """
     if parallel.mesh is not None:
         raise SlingshotError("lora: adapters are trained by one process; start one, or leave `lora` out")
     chosen: dict[str, Linear | GroupedLinear] = {}
@@ -57,6 +60,7 @@ def add_lora(model: Transformer, config: LoRAConfig, seed: int, parallel: Parall
             raise SlingshotError(f"lora.targets: this model has no {target}; it has {', '.join(known)}")
         chosen |= found
     model.requires_grad_(False)
+    model.recompute = True
     generator = torch.Generator().manual_seed(seed)
     for name, module in sorted(chosen.items()):
         *leading, out, width = module.weight.shape
@@ -99,11 +103,15 @@ class _Merged(Mapping[str, Tensor]):
         self._changed = {
             f"{name}.weight": each for name, each in modules if isinstance(each, LoRALinear | LoRAGroupedLinear)
         }
+        self._last: dict[str, Tensor] = {}  # an expert's matrices are asked for one by one, from two stacks in turn
 
     @torch.no_grad()
     def __getitem__(self, name: str) -> Tensor:
-        module = self._changed.get(name)
-        return self._state[name] if module is None else module.matrix(module.weight.dtype)
+        if (module := self._changed.get(name)) is None:
+            return self._state[name]
+        if name not in self._last:
+            self._last = dict([*self._last.items()][-1:]) | {name: module.matrix(module.weight.dtype)}
+        return self._last[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._state)
@@ -113,8 +121,9 @@ class _Merged(Mapping[str, Tensor]):
 
 
 def twin(model: Transformer) -> Transformer:
-    """Another model over the same parameters, without memory of its own; adapters put beside the one leave it plain."""
+    """Another model over the same parameters, without memory of its own, and plain: without the one's adapters."""
     with torch.device("meta"):
         base = Transformer(model.config)
-    base.load_state_dict(model.state_dict(), assign=True)
+    beside = adapters(model)
+    base.load_state_dict({name: each for name, each in model.state_dict().items() if name not in beside}, assign=True)
     return base.requires_grad_(False)

@@ -32,6 +32,8 @@ _PIECE = 2**20  # numbers dequantised at a time: `gguf` takes several times thei
 class GGUFWeights:
     """The tensors of a .gguf file as a checkpoint holds them (load_save.py's StoredWeights)."""
 
+    dtype = "float32"
+
     def __init__(self, path: Path) -> None:
         """Reads the header and checks every tensor of the architecture: SlingshotError names what is at fault."""
         self.file = GGUFFile(path)

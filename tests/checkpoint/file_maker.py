@@ -80,7 +80,7 @@ def tensors_of(model, legacy=False):
     """The model's tensors under llama.cpp's names: experts stacked; keys and values of kv_b apart unless `legacy`."""
     config, tensors = model.config, {}
     for name, tensor in hf_tensors(model.config, model.state_dict()):
-        array, name = tensor.numpy(), name.replace("gate.e_score_correction_bias", "exp_probs_b.bias")
+        array, name = tensor.make().numpy(), name.replace("gate.e_score_correction_bias", "exp_probs_b.bias")
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         prefix, rest = (f"blk.{layer[1]}.", name[layer.end() :]) if layer else ("", name)
         module, _, leaf = rest.rpartition(".")

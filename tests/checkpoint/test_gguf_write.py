@@ -35,7 +35,7 @@ class Held:
 
     def __init__(self, model, spoil=None):
         self.config, self.spoil, self.sizes = model.config, spoil or {}, []
-        self.tensors = dict(hf_tensors(model.config, model.state_dict()))
+        self.tensors = {name: each.make() for name, each in hf_tensors(model.config, model.state_dict())}
 
     def read(self, name, rows=slice(None)):
         values = self.tensors[name][rows]

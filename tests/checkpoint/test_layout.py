@@ -63,7 +63,7 @@ def test_deepseek_v3s_own_config_gives_its_91991_tensors():
 
 def test_the_module_on_the_meta_device_holds_them_too():
     with torch.device("meta"):
-        tensors = dict(hf_tensors(V3, Transformer(V3).state_dict()))
+        tensors = {name: each.make() for name, each in hf_tensors(V3, Transformer(V3).state_dict())}
     expected = {name: shape for name, (shape, _) in released().items() if not name.endswith(SCALE)}
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected
     assert tensors["model.layers.3.mlp.gate.e_score_correction_bias"].dtype == torch.float32
@@ -85,7 +85,7 @@ def test_every_shape_is_what_the_module_holds(request, family, changes):
     config = request.getfixturevalue(family)(**changes)
     model, specs = Transformer(config), list(layout(config))
     model.init_weights(torch.Generator().manual_seed(0))
-    tensors = dict(hf_tensors(config, model.state_dict()))
+    tensors = {name: each.make() for name, each in hf_tensors(config, model.state_dict())}
     assert [(spec.name, spec.shape) for spec in specs] == [(name, tuple(each.shape)) for name, each in tensors.items()]
     assert len(specs) == tensor_count(config)
     unique = sum(tensors[spec.name].numel() for spec in specs if spec.copy_of is None)

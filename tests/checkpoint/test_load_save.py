@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -56,7 +58,7 @@ def test_a_round_trip_changes_nothing(make_model, deepseek, tokenizer, tmp_path,
 def test_names_are_deepseeks(make_model, deepseek):
     """One tensor per expert, gate before up; the MTP module, after the last layer, has copies of embedding and head."""
     model = make_model(deepseek())
-    tensors = dict(hf_tensors(model.config, model.state_dict()))
+    tensors = {name: each.make() for name, each in hf_tensors(model.config, model.state_dict())}
     stacked, expert = model.model.layers[1].mlp.experts, "model.layers.1.mlp.experts.6"
     assert torch.equal(tensors[f"{expert}.gate_proj.weight"], stacked.gate_up_proj.weight[6, 0])
     assert torch.equal(tensors[f"{expert}.up_proj.weight"], stacked.gate_up_proj.weight[6, 1])
@@ -177,7 +179,7 @@ def test_fp8_matrices_are_read_through_their_scales(make_model, deepseek, tokeni
     """DeepSeek-V3's scales are float32, V3.1's powers of two, which files may hold as e8m0. Wider than a block."""
     ragged = {"hidden_size": 140, "intermediate_size": 260, "moe_intermediate_size": 130, "q_lora_rank": 129}
     config = deepseek(vocab_size=280, **ragged)
-    tensors = dict(hf_tensors(config, make_model(config).state_dict()))
+    tensors = {name: each.make() for name, each in hf_tensors(config, make_model(config).state_dict())}
     stored, values = {}, {}
     for spec in layout(config):
         if spec.stored == "linear":
@@ -191,7 +193,7 @@ def test_fp8_matrices_are_read_through_their_scales(make_model, deepseek, tokeni
     assert examine(str(tmp_path))["problems"] == []
     loaded = load_model(tmp_path, dtype=dtype)
     for name, tensor in hf_tensors(config, loaded.state_dict()):
-        assert torch.equal(tensor, values[name].to(tensor.dtype)), name
+        assert torch.equal(tensor.make(), values[name].to(tensor.dtype)), name
 
 
 # 640 MiB in bfloat16. Its float32 file is a hole in the disk, so it costs neither space nor time.
@@ -239,3 +241,33 @@ def test_memory_stays_within_the_models_size_and_a_piece(dense, tokenizer, tmp_p
     shutil.rmtree(tmp_path)
     print(f"{what}: peak {peak / size:.3f} of {size / 2**30:.2f} GiB")
     assert size >= 600 * 2**20 and peak <= 1.05 * size + 160 * 2**20
+
+
+class MadeWhenAsked(Mapping):
+    """Weights that are made anew, as a merged model's are; knows how many bytes of them lived at once."""
+
+    def __init__(self, state):
+        self.state, self.made, self.most = state, [], 0
+
+    def __getitem__(self, name):
+        array = self.state[name].numpy().copy()  # which lives as long as a tensor's memory does
+        self.made.append(weakref.ref(array))
+        self.most = max(self.most, sum(each.nbytes for made in self.made if (each := made()) is not None))
+        return torch.from_numpy(array)
+
+    def __iter__(self):
+        return iter(self.state)
+
+    def __len__(self):
+        return len(self.state)
+
+
+def test_weights_that_are_made_for_it_are_let_go_as_they_are_written(make_model, deepseek, tokenizer, tmp_path):
+    """No second copy of a model in memory: one tensor at a time, and the one before it until it is replaced."""
+    model = make_model(deepseek(vocab_size=280))
+    made = MadeWhenAsked(model.state_dict())
+    save_checkpoint(tmp_path, model, tokenizer, made)
+    largest = max(tensor.nbytes for tensor in made.state.values())
+    assert largest <= made.most <= 2 * largest < sum(tensor.nbytes for tensor in made.state.values()) / 2
+    loaded = load_model(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in made.state.items())

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.adapter import write_adapter
+from slingshot.checkpoint.layout import adapter_numbers
+from slingshot.cost.flops import forward_parts, training_parts
 from slingshot.model.config import ModelConfig
 from slingshot.model.linear import GroupedLinear, Linear, LoRAGroupedLinear, LoRALinear
 from slingshot.model.transformer import Transformer
@@ -144,3 +147,58 @@ def test_experts_are_written_one_by_one(tmp_path) -> None:
     assert len(stored) == 4 * 3 * 2
     up = stored[f"base_model.model.{stack}.2.up_proj.lora_B.weight"]
     assert torch.equal(up, adapters(model)[f"{stack}.gate_up_proj.lora_B"][2, 1])
+
+
+@pytest.mark.parametrize(
+    ("shape", "targets"),
+    [(LLAMA, ["attention"]), (LLAMA, ["q_proj", "mlp"]), (MOE, ["attention", "experts"]), (MOE, ["mlp", "down_proj"]),
+     (MOE, ["gate_up_proj", "kv_b_proj"])],
+)  # fmt: skip
+def test_what_adapters_hold_is_known_from_the_architecture(shape: dict[str, object], targets: list[str]) -> None:
+    """Of four experts a token passes through two."""
+    model = adapted(shape, targets=targets)
+    numbers = {name: each.numel() for name, each in adapters(model).items()}
+    experts = sum(count for name, count in numbers.items() if ".experts." in name)
+    held = sum(numbers.values())
+    assert adapter_numbers(model.config, 4, targets) == (held, held - experts // 2)
+
+
+def addmm_flops(y: list[int], a: list[int], b: list[int], **_: object) -> int:
+    """torch counts addmm, but not what adds to y in place."""
+    return 2 * a[0] * a[1] * b[1]
+
+
+ALL_EXPERTS = MOE | {"n_routed_experts": 2, "num_nextn_predict_layers": 1}  # no expert's rows are padded
+
+
+@pytest.mark.parametrize(
+    ("shape", "targets"),
+    [
+        *((shape, targets) for shape in (LLAMA, ALL_EXPERTS) for targets in (None, ["attention", "mlp"])),
+        (ALL_EXPERTS, ["attention", "mlp", "experts"]),
+    ],
+)
+def test_flops_of_a_step_are_those_that_torch_counts(shape: dict[str, object], targets: list[str] | None) -> None:
+    """With adapters frozen matrices have no gradient: torch's products are two thirds of a whole step's, and A and B.
+
+    In float64, which none of the uncounted native kernels takes. Attention there multiplies whole squares.
+    """
+    config = ModelConfig.parse(shape, "test")
+    model, passed = Transformer.empty(config), None
+    model.init_weights(torch.Generator().manual_seed(1))
+    if targets:
+        lora = LoRAConfig(rank=4, targets=targets)
+        add_lora(model, lora, 0, Parallel())
+        model.recompute, passed = False, lora.numbers_passed(config)
+    tokens, mtp = torch.arange(64).view(2, 32), bool(config.num_nextn_predict_layers)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
+        output = model.double()(tokens, mtp=mtp)
+        loss = output.logits_BTV.square().mean()
+        if mtp:
+            loss = loss + model.head(output.mtp_hidden_BTD).square().mean()
+        loss.backward()
+    flops = training_parts(config, [32, 32], False, passed)["training"]
+    flops += training_parts(config, [33, 33], mtp, passed)["mtp"]  # torch runs the module at the last position, too
+    of_a_layer = 3 * forward_parts(config, [32, 32])["attention"] / config.num_hidden_layers
+    squares = (2 * 32 / 33 - 1) * of_a_layer * (config.num_hidden_layers + mtp)
+    assert counter.get_total_flops() == pytest.approx(flops + squares)

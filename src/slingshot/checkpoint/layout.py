@@ -8,11 +8,14 @@ Names and shapes are those of DeepSeek-V3's released checkpoint and of transform
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from slingshot.model.config import ModelConfig
+
+_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,34 @@ def layout(config: ModelConfig) -> Iterator[Spec]:
 def tensor_count(config: ModelConfig) -> int:
     """How many tensors `layout` yields."""
     return sum(1 for _ in layout(config))
+
+
+def place(name: str) -> tuple[str, tuple[int, ...]]:
+    """Where the module keeps a tensor: the name of its state, and the index in the stack of expert matrices."""
+    if (expert := _EXPERT.fullmatch(name)) is None:
+        return name, ()
+    stack, index, part = expert[1], int(expert[2]), expert[3]
+    if part == "down_proj":
+        return f"{stack}.down_proj.weight", (index,)
+    return f"{stack}.gate_up_proj.weight", (index, int(part == "up_proj"))
+
+
+def adapter_group(module: str) -> Literal["attention", "mlp", "experts"]:
+    """Which of LoRA's targets a matrix of a block belongs to; `mlp` is dense layers and shared experts."""
+    return "attention" if ".self_attn." in module else "experts" if ".experts." in module else "mlp"
+
+
+def adapter_numbers(config: ModelConfig, rank: int, targets: Collection[str]) -> tuple[int, int]:
+    """How many numbers adapters beside the `targets` (training/lora.py) hold, and through how many a token passes."""
+    held = experts = 0
+    for layer in range(config.num_hidden_layers):
+        for spec in _block(config, layer):
+            module = place(spec.name)[0].removesuffix(".weight")
+            if spec.stored == "linear" and {adapter_group(module), module.split(".")[-1]} & {*targets}:
+                held += rank * sum(spec.shape)
+                experts += rank * sum(spec.shape) if adapter_group(module) == "experts" else 0
+    chosen = experts // config.n_routed_experts * config.num_experts_per_tok if experts else 0
+    return held, held - experts + chosen
 
 
 def _vector(name: str, width: int) -> Spec:

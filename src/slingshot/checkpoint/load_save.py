@@ -14,7 +14,6 @@ model itself.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -26,8 +25,8 @@ from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.adapter import Adapter, described_by, is_adapter
 from slingshot.checkpoint.description import check_tokenizer, folder_tokenizer, load_config, write_description
 from slingshot.checkpoint.hub import locate
-from slingshot.checkpoint.layout import Spec, layout
-from slingshot.checkpoint.safetensors import DTYPES, Shards, fit, write_shards
+from slingshot.checkpoint.layout import Spec, layout, place
+from slingshot.checkpoint.safetensors import DTYPES, Shards, Unmade, fit, write_shards
 from slingshot.machine.device import dtype_name
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer, local_part
@@ -35,7 +34,6 @@ from slingshot.quantization.formats import FP8_BLOCK, SCALE
 from slingshot.quantization.fp8 import dequantize
 from slingshot.text.tokenizer import Tokenizer
 
-_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 _PIECE = 2**23  # numbers read at a time: 32 MiB in float32
 
 
@@ -117,7 +115,7 @@ def load_weights(model: Transformer, weights: StoredWeights) -> None:
     for spec in layout(weights.config):
         if spec.copy_of is not None:
             continue
-        name, index = _place(spec.name)
+        name, index = place(spec.name)
         target, first = state[name]
         if index:  # one expert's matrix within the stack
             if not first <= index[0] < first + len(target):
@@ -134,16 +132,6 @@ def read_into(target: Tensor, weights: StoredWeights, spec: Spec, first: int = 0
         if not torch.isfinite(piece).all():
             where, dtype = weights.where(spec.copy_of or spec.name), dtype_name(target.dtype)
             raise SlingshotError(f"{where}: {spec.name} holds NaN or infinite values in {dtype}")
-
-
-def _place(name: str) -> tuple[str, tuple[int, ...]]:
-    """Where the module keeps a tensor: the name of its state, and the index in the stack of expert matrices."""
-    if (expert := _EXPERT.fullmatch(name)) is None:
-        return name, ()
-    stack, index, part = expert[1], int(expert[2]), expert[3]
-    if part == "down_proj":
-        return f"{stack}.down_proj.weight", (index,)
-    return f"{stack}.gate_up_proj.weight", (index, int(part == "up_proj"))
 
 
 def pieces(spec: Spec, start: int, stop: int) -> Iterator[slice]:
@@ -187,11 +175,17 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     return tokenizer
 
 
-def hf_tensors(config: ModelConfig, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """A model's state under Hugging Face's names, the MTP module's copies of embedding and head included, as views."""
+def hf_tensors(
+    config: ModelConfig, state: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None
+) -> Iterator[tuple[str, Unmade]]:
+    """A model's state under Hugging Face's names, the MTP module's copies of embedding and head included, as views.
+
+    like: tensors of the same types under the same names, where those of `state` are made when they are asked for.
+    """
     for spec in layout(config):
-        name, index = _place(spec.copy_of or spec.name)
-        yield spec.name, state[name].detach()[index]
+        name, index = place(spec.copy_of or spec.name)
+        dtype = (state if like is None else like)[name].dtype
+        yield spec.name, Unmade(dtype, spec.shape, lambda name=name, index=index: state[name].detach()[index])
 
 
 def save_checkpoint(
@@ -206,8 +200,8 @@ def save_checkpoint(
 
     source: the checkpoint that the model was made from, whose generation_config.json is passed on.
     """
-    state = model.state_dict() if state is None else state
-    write_shards(folder, hf_tensors(model.config, state), max_shard_size)
+    own = model.state_dict()
+    write_shards(folder, hf_tensors(model.config, own if state is None else state, like=own), max_shard_size)
     write_description(
-        folder, model.config, tokenizer, dtype_name(state["model.norm.weight"].dtype), source and described_by(source)
+        folder, model.config, tokenizer, dtype_name(own["model.norm.weight"].dtype), source and described_by(source)
     )

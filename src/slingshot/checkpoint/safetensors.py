@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
+from safetensors import SafetensorError, safe_open
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import inside, read_json, read_span, write_json
@@ -27,6 +27,7 @@ from slingshot.model.config import ModelConfig
 from slingshot.quantization.formats import SCALE, scale_shape
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 SINGLE = "model.safetensors"
@@ -178,13 +179,25 @@ def _headers(file: Path) -> dict[str, TensorHeader]:
     }
 
 
-def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_size: float = 5e9) -> None:
+class Unmade(NamedTuple):
+    """A tensor that is made when its turn comes to be written, and let go then; what it will be is known before."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor | Unmade]], max_shard_size: float = 5e9) -> None:
     """Write named tensors into an existing folder: model.safetensors, or shards of `max_shard_size` bytes and an index.
 
     Tensors are taken one at a time and let go once their shard is written; a single larger one has a shard to itself.
     """
     shards: list[dict[str, int]] = []  # of each shard written: its tensors' sizes
-    pending: dict[str, Tensor] = {}
+    pending: dict[str, Tensor | Unmade] = {}
 
     def flush() -> None:
         write_tensors(folder / f"{len(shards)}.part", pending)
@@ -196,7 +209,7 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_
         if pending and size + tensor.nbytes > max_shard_size:
             flush()
             size = 0
-        pending[name] = tensor.detach().cpu().contiguous()
+        pending[name] = tensor
         size += tensor.nbytes
     flush()
     files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
@@ -209,15 +222,28 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """One file of named tensors, contiguous and on the CPU."""
+def write_tensors(file: Path, tensors: Mapping[str, Tensor | Unmade]) -> None:
+    """One file of named tensors, each brought to the CPU, or made, as it is written.
 
-    def spec(tensor: Tensor) -> TensorSpec:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        return TensorSpec(dtype=dtype, shape=list(tensor.shape), data_ptr=tensor.data_ptr(), data_len=tensor.nbytes)
+    As the library lays it out, which wants all of them in memory: the widest numbers first, so that each is aligned.
+    """
+    import torch
 
+    names = {dtype: name for name, (dtype, _) in DTYPES.items()}
+    ordered = sorted(tensors.items(), key=lambda pair: (-pair[1].dtype.itemsize, pair[0]))
+    header, end = dict[str, Any](__metadata__={"format": "pt"}), 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        dtype = names[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
     try:
-        serialize_file({name: spec(tensor) for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
-        file.chmod(file.parent.stat().st_mode & 0o666)  # the library makes it readable by its owner alone
-    except (OSError, SafetensorError) as error:
+        with file.open("wb") as content:
+            content.write(len(text).to_bytes(8, "little") + text)
+            for _, tensor in ordered:
+                made = (tensor.make() if isinstance(tensor, Unmade) else tensor).detach().cpu().contiguous()
+                content.write(made.flatten().view(torch.uint8).numpy().data)
+        file.chmod(file.parent.stat().st_mode & 0o666)  # who reads the folder reads it
+    except OSError as error:
         raise SlingshotError(f"cannot write {file}: {error}; free space there or choose another --out") from error

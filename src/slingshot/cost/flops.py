@@ -1,7 +1,8 @@
 """Parameters and floating-point operations of a ModelConfig, exact from the architecture. Plain arithmetic, no torch.
 
 What is counted: every matrix product, 2 FLOPs per multiply-add, and attention over the causal half only: the query at
-position t of its document meets t keys. A backward pass costs twice its forward; recomputation is not counted.
+position t of its document meets t keys. A backward pass costs twice its forward, but for frozen matrices, which have no
+gradient of their own, as much as its forward; recomputation is not counted.
 
     parameters(config).total                               # 671.03e9 for DeepSeek-V3
     training_flops(config, [4096] * 16)                    # FLOPs of a step over 16 documents, MTP included
@@ -10,7 +11,7 @@ position t of its document meets t keys. A backward pass costs twice its forward
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from slingshot.model.config import ModelConfig
@@ -81,29 +82,43 @@ def cache_bytes_per_token(config: ModelConfig, bytes_per_number: float = 2) -> f
     return config.cache_width * config.num_hidden_layers * bytes_per_number
 
 
-def forward_parts(config: ModelConfig, lengths: Iterable[int], mtp: bool = False) -> dict[str, float]:
+def forward_parts(
+    config: ModelConfig, lengths: Iterable[int], mtp: bool = False, adapters: float = 0.0
+) -> dict[str, float]:
     """FLOPs of one forward pass over documents of these lengths, with logits at every position, by part of the network.
 
-    Keys: projections, attention, mlp, router, shared_experts, routed_experts, head, and mtp when asked for: the whole
-    MTP module, its own pass through the head included. It runs everywhere but at a document's last position.
+    Keys: projections, attention, mlp, router, shared_experts, routed_experts, head, adapters (so many numbers of which
+    a token passes through), and mtp when asked for: the whole MTP module, its own pass through the head included. It
+    runs everywhere but at a document's last position.
     """
     lengths, layers = list(lengths), config.num_hidden_layers
-    tokens, head = sum(lengths), 2.0 * config.vocab_size * config.hidden_size
-    parts = _block_parts(config, range(layers), tokens, _pairs(lengths)) | {"head": head * tokens}
-    if mtp and config.num_nextn_predict_layers:
-        shorter = [length - 1 for length in lengths]
-        block = _block_parts(config, [layers], sum(shorter), _pairs(shorter))
-        parts["mtp"] = sum(block.values()) + sum(shorter) * (4.0 * config.hidden_size**2 + head)  # with eh_proj
+    tokens = sum(lengths)
+    parts = _block_parts(config, range(layers), tokens, _pairs(lengths)) | {"head": _head(config) * tokens}
+    parts |= {"adapters": 2.0 * adapters * tokens, "mtp": sum(_mtp_parts(config, lengths).values()) if mtp else 0.0}
     return {part: flops for part, flops in parts.items() if flops}
+
+
+def _mtp_parts(config: ModelConfig, lengths: list[int]) -> dict[str, float]:
+    """Of the MTP module, one forward pass."""
+    if not config.num_nextn_predict_layers:
+        return {}
+    shorter = [length - 1 for length in lengths]
+    tokens = sum(shorter)
+    block = _block_parts(config, [config.num_hidden_layers], tokens, _pairs(shorter))
+    return block | {"eh_proj": 4.0 * config.hidden_size**2 * tokens, "head": _head(config) * tokens}
+
+
+def _head(config: ModelConfig) -> float:
+    return 2.0 * config.vocab_size * config.hidden_size
 
 
 def _pairs(lengths: list[int]) -> int:
     return sum(length * (length + 1) // 2 for length in lengths)
 
 
-def forward_flops(config: ModelConfig, lengths: Iterable[int], mtp: bool = False) -> float:
+def forward_flops(config: ModelConfig, lengths: Iterable[int], mtp: bool = False, adapters: float = 0.0) -> float:
     """FLOPs of one forward pass over documents of these lengths; see `forward_parts`."""
-    return sum(forward_parts(config, lengths, mtp).values())
+    return sum(forward_parts(config, lengths, mtp, adapters).values())
 
 
 def training_flops(config: ModelConfig, lengths: Iterable[int], mtp: bool = True) -> float:
@@ -111,11 +126,26 @@ def training_flops(config: ModelConfig, lengths: Iterable[int], mtp: bool = True
     return 3 * forward_flops(config, lengths, mtp)
 
 
-def training_parts(config: ModelConfig, lengths: Iterable[int], mtp: bool = True) -> dict[str, float]:
-    """`training_flops` as receipts keep them apart: "training" of the main model and "mtp"."""
-    parts = forward_parts(config, lengths, mtp)
-    module = 3 * parts.pop("mtp", 0.0)
-    return {"training": 3 * sum(parts.values()), "mtp": module}
+def trained(parts: Mapping[str, float], adapters: float | None = None) -> dict[str, float]:
+    """FLOPs of forward and backward by part, of those of a forward pass; `adapters` as in `training_parts`."""
+    frozen = adapters is not None
+    return {part: flops * (2 if frozen and part not in _NEVER_FROZEN else 3) for part, flops in parts.items()}
+
+
+_NEVER_FROZEN = ("attention", "adapters")  # the former multiplies no weights
+
+
+def training_parts(
+    config: ModelConfig, lengths: Iterable[int], mtp: bool = True, adapters: float | None = None
+) -> dict[str, float]:
+    """`training_flops` as receipts keep them apart: "training" of the main model and "mtp".
+
+    adapters: of a frozen model with adapters, how many numbers of theirs a token passes through (arXiv 2106.09685);
+    every gradient of an activation is counted, those below the first adapter too.
+    """
+    lengths = list(lengths)
+    main, module = forward_parts(config, lengths, adapters=adapters or 0.0), _mtp_parts(config, lengths) if mtp else {}
+    return {"training": sum(trained(main, adapters).values()), "mtp": sum(trained(module, adapters).values())}
 
 
 def generation_flops(config: ModelConfig, prompt_length: int, new_tokens: int | Iterable[int]) -> float:
@@ -142,13 +172,13 @@ def prefill_parts(config: ModelConfig, length: float, cached: float = 0) -> dict
     parts = _block_parts(config, range(config.num_hidden_layers), length - cached, pairs)
     if config.family == "deepseek_v3" and cached < length:
         parts["projections"] += 2.0 * cached * config.num_hidden_layers * _expansion_weights(config)
-    return parts | {"head": 2.0 * config.vocab_size * config.hidden_size}
+    return parts | {"head": _head(config)}
 
 
 def decode_parts(config: ModelConfig, context: float, tokens: float = 1) -> dict[str, float]:
     """FLOPs of decoding tokens that meet `context` keys each, themselves included, by part; in absorbed form."""
     parts = _block_parts(config, range(config.num_hidden_layers), tokens, tokens * context, absorbed=True)
-    return parts | {"head": 2.0 * config.vocab_size * config.hidden_size * tokens}
+    return parts | {"head": _head(config) * tokens}
 
 
 def is_moe(config: ModelConfig, layer: int) -> bool:

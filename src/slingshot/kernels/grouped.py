@@ -36,15 +36,16 @@ class _GroupedMatmul(torch.autograd.Function):
         return y_NF
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """Frozen matrices have no gradient, neither in memory nor in time."""
         x_ND, weight_EFD = ctx.saved_tensors
         grad_NF = grads[0].contiguous()
-        dx_ND, dw_EFD = torch.empty_like(x_ND), torch.empty_like(weight_EFD)
+        dx_ND, dw_EFD = torch.empty_like(x_ND), torch.empty_like(weight_EFD) if ctx.needs_input_grad[1] else None
+        dw = [None] * len(weight_EFD) if dw_EFD is None else dw_EFD.unbind()
         grads_dx_x = (t.split(ctx.counts) for t in (grad_NF, dx_ND, x_ND))
-        for grad, dx, x, weight_FD, dw_FD in zip(*grads_dx_x, weight_EFD.unbind(), dw_EFD.unbind(), strict=True):
+        for grad, dx, x, weight_FD, dw_FD in zip(*grads_dx_x, weight_EFD.unbind(), dw, strict=True):
             if len(x):
                 torch.mm(grad, weight_FD, out=dx)
+            if dw_FD is not None:
                 torch.mm(grad.t(), x, out=dw_FD)
-            else:
-                dw_FD.zero_()
         return dx_ND, dw_EFD, None

@@ -99,8 +99,9 @@ class MoE(nn.Module):
     def forward(self, x_XD: Tensor, replayed_Xk: Tensor | None = None) -> tuple[Tensor, Routing]:
         x_ND = x_XD.flatten(0, -2)
         routing = self.gate(x_ND, None if replayed_Xk is None else replayed_Xk.flatten(0, -2))
-        local = isinstance(self.dispatcher, LocalDispatcher) and self.experts.plain
         weights = self.experts.gate_up_proj.weight, self.experts.down_proj.weight
+        frozen = x_ND.requires_grad and not weights[0].requires_grad  # kernels have a gradient for every weight
+        local = isinstance(self.dispatcher, LocalDispatcher) and self.experts.plain and not frozen
         if local and (kernel := experts_kernel(x_ND, weights[1].shape[-1])) is not None:
             y_ND = kernel(x_ND, routing.experts_Nk, routing.gates_Nk, *weights)
         else:

@@ -112,6 +112,7 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
             reference = load_model(source, device=parallel.device, shard=parallel.shard) if separate else twin(model)
         if config.lora is not None:
             add_lora(model, config.lora, config.seed, parallel)
+        passed = None if config.lora is None else config.lora.numbers_passed(model.config)
         sampler = sampler or EngineSampler.beside(model, tokenizer, work.dtype, parallel.mesh is None)
         params = config.sampling.params(config.group_size, config.seed)
         if config.loss.replay_routing:
@@ -158,9 +159,10 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
 
                 tokens, flops = sampling_cost(model.config, groups)
                 lengths = [len(trajectory.ids) for trajectory in kept]
-                forwards = bool(config.loss.kl) + config.compares_trainer
-                again = forwards * forward_flops(model.config, lengths)
-                parts = training_parts(model.config, lengths, mtp=config.loss.mtp > 0)
+                again = forward_flops(model.config, lengths) if config.loss.kl else 0.0
+                if config.compares_trainer:
+                    again += forward_flops(model.config, lengths, adapters=passed or 0.0)
+                parts = training_parts(model.config, lengths, config.loss.mtp > 0, passed)
                 work.meter.add(tokens, sampling=flops, reference=again, **parts)
                 row = summary(groups, parallel, calls=any(task.tools for task in tasks.tasks))
                 speed = work.speed(int(parallel.sums({"tokens": tokens})["tokens"]))

@@ -89,6 +89,7 @@ def run(config: SFTConfig, out: Path) -> None:
         model.compute_dtype = work.dtype
         if config.lora is not None:
             add_lora(model, config.lora, config.seed, parallel)
+        passed = None if config.lora is None else config.lora.numbers_passed(model.config)
         optimizer = Optimizer(model, config.optimizer)
         saved = work.load()
         done = saved.step if saved else 0
@@ -102,7 +103,8 @@ def run(config: SFTConfig, out: Path) -> None:
                 lr = schedule(config.optimizer, step, len(batches))
                 norm = optimizer.step(lr)
 
-                work.meter.add(rows.n_tokens, **training_parts(model.config, rows.lengths(), mtp=config.loss.mtp > 0))
+                parts = training_parts(model.config, rows.lengths(), config.loss.mtp > 0, passed)
+                work.meter.add(rows.n_tokens, **parts)
                 speed = work.speed(batches[step].n_tokens)
                 clocks = {"lr": lr * config.optimizer.lr, "gradient_norm": norm, **speed}
                 work.log({"step": step + 1, **losses.logged(), **clocks})

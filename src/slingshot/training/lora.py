@@ -18,12 +18,14 @@ from torch import Tensor
 
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
+from slingshot.checkpoint.layout import adapter_group, adapter_numbers
+from slingshot.model.config import ModelConfig
 from slingshot.model.linear import Embedding, GroupedLinear, Linear, LoRAGroupedLinear, LoRALinear
 from slingshot.model.moe import Gate
 from slingshot.model.transformer import MTP, Transformer
 from slingshot.training.parallel import Parallel
 
-GROUPS = ("attention", "mlp", "experts")  # of targets; `mlp` is dense layers and shared experts
+GROUPS = ("attention", "mlp", "experts")  # of targets
 
 
 class LoRAConfig(Strict):
@@ -42,6 +44,10 @@ class LoRAConfig(Strict):
             raise ValueError("lora.targets: a target is named twice")
         return self
 
+    def numbers_passed(self, config: ModelConfig) -> int:
+        """Through how many numbers of the adapters a token passes."""
+        return adapter_numbers(config, self.rank, self.targets)[1]
+
 
 def add_lora(model: Transformer, config: LoRAConfig, seed: int, parallel: Parallel) -> None:
     """Freeze the model and put adapters beside the targets. SlingshotError: an unknown target, a rank above a width.
@@ -52,10 +58,12 @@ def add_lora(model: Transformer, config: LoRAConfig, seed: int, parallel: Parall
         raise SlingshotError("lora: adapters are trained by one process; start one, or leave `lora` out")
     chosen: dict[str, Linear | GroupedLinear] = {}
     for target in config.targets:
-        found = {name: module for name, module in _candidates(model) if target in (_group(name), name.split(".")[-1])}
+        found = {
+            name: module for name, module in _candidates(model) if target in (adapter_group(name), name.split(".")[-1])
+        }
         if not found:
             names = {name.split(".")[-1] for name, module in _candidates(model) if isinstance(module, Linear)}
-            kinds = {_group(name) for name, _ in _candidates(model)}
+            kinds = {adapter_group(name) for name, _ in _candidates(model)}
             known = [*(kind for kind in GROUPS if kind in kinds), *sorted(names)]
             raise SlingshotError(f"lora.targets: this model has no {target}; it has {', '.join(known)}")
         chosen |= found
@@ -79,10 +87,6 @@ def _candidates(model: Transformer) -> Iterator[tuple[str, Linear | GroupedLinea
             for name, module in layer.named_modules():
                 if isinstance(module, Linear | GroupedLinear) and not isinstance(module, Gate | Embedding):
                     yield f"model.layers.{number}.{name}", module
-
-
-def _group(name: str) -> str:
-    return "attention" if ".self_attn." in name else "experts" if ".experts." in name else "mlp"
 
 
 def adapters(model: Transformer) -> dict[str, Tensor]:

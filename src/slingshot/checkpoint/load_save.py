@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -185,7 +186,11 @@ def hf_tensors(
     for spec in layout(config):
         name, index = place(spec.copy_of or spec.name)
         dtype = (state if like is None else like)[name].dtype
-        yield spec.name, Unmade(dtype, spec.shape, lambda name=name, index=index: state[name].detach()[index])
+        yield spec.name, Unmade(dtype, spec.shape, partial(_part, state, name, index))
+
+
+def _part(state: Mapping[str, Tensor], name: str, index: tuple[int, ...]) -> Tensor:
+    return state[name].detach()[index]
 
 
 def save_checkpoint(

@@ -29,8 +29,14 @@ def finetuning(base, tmp_path):
     return lambda **changes: sft.SFTConfig.parse({**common, **changes}, "sft")
 
 
-def pairs(config, tokenizer):
+def marked(config, tokenizer):
     return sft.encode(sft.read(config), tokenizer, config)
+
+
+def pairs(config, tokenizer):
+    """Ids of prompt and response."""
+    parts = [(ids, len(ids) - sum(mask)) for ids, mask in marked(config, tokenizer)]
+    return [(ids[:start], ids[start:]) for ids, start in parts]
 
 
 def test_an_example_is_its_prompt_in_the_template_and_the_response(base, finetuning):
@@ -45,7 +51,7 @@ def test_an_example_is_its_prompt_in_the_template_and_the_response(base, finetun
 def test_only_responses_are_targets_and_every_epoch_has_all_of_them(base, finetuning):
     config, tokenizer = finetuning(), load_tokenizer(base)
     examples = pairs(config, tokenizer)
-    packed = [sft.rows_of_epoch(examples, config, epoch) for epoch in range(2)]
+    packed = [sft.rows_of_epoch(marked(config, tokenizer), config, epoch) for epoch in range(2)]
     seen = []
     for rows in packed:
         found = []
@@ -71,7 +77,7 @@ def test_the_models_own_generation_config_is_passed_on(base, finetuning, tmp_pat
 def test_a_run_learns_the_format_and_says_what_it_took(base, finetuning, metrics, tmp_path):
     sft.run(finetuning(epochs=3, optimizer={"lr": 0.01, "adam_lr": 0.01}), tmp_path / "out")
     rows, receipt = metrics(tmp_path / "out"), Receipt.read(tmp_path / "out")
-    per_epoch = -(-len(sft.rows_of_epoch(pairs(finetuning(), load_tokenizer(base)), finetuning(), 0).tokens_BT) // 4)
+    per_epoch = -(-len(sft.rows_of_epoch(marked(finetuning(), load_tokenizer(base)), finetuning(), 0).tokens_BT) // 4)
     assert abs(len(rows) - 3 * per_epoch) <= 3 and [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"] and rows[-1]["mtp_loss"] < 0.9 * rows[0]["mtp_loss"]
     assert {parent.path for parent in receipt.parents} == {str(base), str(tmp_path / "data")}

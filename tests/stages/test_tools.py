@@ -1,12 +1,13 @@
 """Tools from end to end on a model of a few thousand parameters: documents with calls, reinforcement, evaluation."""
 
+from dataclasses import replace
+
 import pytest
 
-from slingshot.base.errors import SlingshotError
-from slingshot.base.files import read_json
+from slingshot.base.files import read_json, read_jsonl
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.rollout.sampler import ScriptedSampler
-from slingshot.stages import evaluate, pretrain, rl, sample
+from slingshot.stages import evaluate, pretrain, rl, sample, sft
 from slingshot.tasks.task import Call, Solution
 from slingshot.text.tool_formats import tool_format
 
@@ -64,7 +65,40 @@ def test_calls_are_counted_where_a_script_says_them(calling, training, with_tool
     assert row["calls"] == 0.5 and row["no_signal"] == 0.0 and row["reward"] == pytest.approx(0.15, abs=0.5)
 
 
-def test_a_dataset_of_single_turns_refuses_tools(base, with_tool, tmp_path):
-    config = sample.SampleConfig.parse({"model": str(base), "tasks": [with_tool], "problems": 2}, "sample")
-    with pytest.raises(SlingshotError, match="takes several turns"):
-        sample.run(config, tmp_path / "out")
+CALLED = Solution("", "", (Call("calculator", '{"expression": "1+1"}'),))
+
+
+@pytest.mark.slow
+def test_trajectories_that_are_right_are_kept_whole_and_learnt_without_what_the_tool_said(calling, with_tool, tmp_path):
+    tokenizer = load_tokenizer(calling)
+    shape = load_model(calling).config.model_copy(update={"max_position_embeddings": 512})
+    common = {"model": str(calling), "dtype": "float32", "threads": 1}
+    config = sample.SampleConfig.parse(
+        {**common, "tasks": [with_tool], "problems": 4, "samples": 3, "per_problem": 2}, "sample"
+    )
+    answers = {item.key: item.problem.answer for item in config.draw()}
+
+    def script(key, index):
+        """The first sample calls and is right, the second is right at once, the third calls and is wrong."""
+        asked, _, number = key.rpartition("/")
+        if asked in answers:  # a second turn
+            return Solution("I was told 2", answers[asked] if number == "0" else "none")
+        return Solution("at once", answers[key]) if index == 1 else CALLED
+
+    sample.run(config, tmp_path / "samples", ScriptedSampler(script, tokenizer, shape))
+    rows = read_jsonl(tmp_path / "samples" / "data.jsonl")
+    assert [len(row["messages"]) for row in rows] == [4, 2] * 4 and {row["key"] for row in rows}
+    called = rows[0]
+    assert [message["role"] for message in called["messages"]] == ["user", "assistant", "tool", "assistant"]
+    assert called["messages"][2]["content"] == "2" and called["messages"][3]["reasoning_content"] == "I was told 2"
+    assert called["tools"][0]["function"]["name"] == "calculator" and sum(called["mask"]) < len(called["ids"])
+    learnt = tokenizer.decode(id for id, each in zip(called["ids"], called["mask"], strict=True) if each)
+    assert "1+1" in learnt and "I was told 2" in learnt and "output" not in learnt
+
+    tuning = sft.SFTConfig.parse({**common, "data": [str(tmp_path / "samples")], "sequence_length": 256}, "sft")
+    as_sampled = sft.encode(sft.read(tuning), tokenizer, tuning)
+    assert as_sampled == [(row["ids"], row["mask"]) for row in rows]
+    by_words = [replace(each, tokenizer="another") for each in sft.read(tuning)]
+    assert sft.encode(by_words, tokenizer, tuning) == as_sampled
+    sft.run(tuning, tmp_path / "tuned")
+    assert load_tokenizer(tmp_path / "tuned").digest == tokenizer.digest

@@ -2,10 +2,11 @@
 
 import pytest
 
+from slingshot.base.errors import SlingshotError
 from slingshot.text.chat_template import R1_TEMPLATE, TOOL_TEMPLATE
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.text.tool_formats import FORMATS, ToolCall, tool_format
-from slingshot.text.turns import cut_text, encode_calls, read_turn, told_calls, turn_suffix
+from slingshot.text.turns import cut_text, encode_calls, encode_conversation, read_turn, told_calls, turn_suffix
 
 CALLS = [ToolCall("add", '{"a": 1, "b": "<｜tool▁call▁end｜></tool_call>"}'), ToolCall("now", "{}")]
 TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
@@ -75,3 +76,24 @@ def test_a_long_observation_is_cut_and_says_so(calling):
     assert cut_text(calling, "word " * 100, None) == "word " * 100 and cut_text(calling, "7", 5) == "7"
     cut = cut_text(calling, "日本語" * 100, 10)
     assert cut.endswith(" ...") and len(calling.encode(cut)) < 16 and "\ufffd" not in cut
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_conversation_is_its_turns_and_a_mask_of_what_the_assistant_says(calling, silent):
+    call = {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": told_calls(CALLS[1:])}
+    chat = [USER, call, {"role": "tool", "content": "12"}, ANSWER]
+    ids, mask = encode_conversation(calling, [*chat, USER], [TOOL], silent)
+    assert calling.decode(ids) == calling.decode(calling.encode_chat([USER], tools=[TOOL])) + (
+        "hm\n</think>\n\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+        "<｜tool▁output▁begin｜>12<｜tool▁output▁end｜>" + ("7" if silent else "<think>\n\n</think>\n\n7")
+    )
+    said = calling.decode(id for id, each in zip(ids, mask, strict=True) if each)
+    assert len(ids) == len(mask) and said.startswith("hm\n</think>") and "12" not in said and "User" not in said
+    assert [place for place, id in enumerate(ids) if id == calling.eos_id][1:] == [len(ids) - 1] and mask[-1] == 1
+
+
+def test_calls_are_not_told_to_a_model_that_knows_none():
+    plain = Tokenizer.train(["add 3+4 7"], vocab_size=280)
+    call = {"role": "assistant", "content": "", "tool_calls": told_calls(CALLS[1:])}
+    with pytest.raises(SlingshotError, match="chat template knows no tools, and the chat calls some"):
+        encode_conversation(plain, [USER, call], [])

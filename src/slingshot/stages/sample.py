@@ -1,6 +1,7 @@
 """Rejection sampling: many responses to problems, those the verifier accepts are kept (arXiv 2501.12948, 2.3.3).
 
-The artifact is a dataset, data.jsonl: {"prompt", "reasoning", "answer", "task", "key"} a line.
+The artifact is a dataset, data.jsonl: {"prompt", "reasoning", "answer", "task", "key"} a line. Of a task of several
+turns a line is the trajectory: {"messages", "tools", "ids", "mask", "tokenizer", "task", "key"}.
 
     slingshot sample --config sample.toml --out runs/samples
 """
@@ -21,7 +22,7 @@ from slingshot.engine.engine import Engine
 from slingshot.machine.device import Dtype
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
-from slingshot.rollout.trajectory import Trajectory, sampling_cost
+from slingshot.rollout.trajectory import Trajectory, Turn, sampling_cost
 from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import Item, TaskMix
 from slingshot.tasks.verification import VerificationPool
@@ -56,13 +57,12 @@ def run(config: SampleConfig, out: Path, sampler: Sampler | None = None) -> None
     with Parallel.start() as parallel, Checkpointer(out, "sample", config, parallel) as work:
         items = config.draw()
         tasks = {item.task.name: item.task for item in items}
-        if several := next((name for name, task in tasks.items() if task.has_turns), None):
-            raise SlingshotError(f"task {several} takes several turns, a dataset's lines one; leave it out of tasks")
         source = work.reads[config.model]
         sampler = sampler or EngineSampler(Engine.load(source, dtype=work.dtype, device=parallel.device))
         params = config.sampling.params(config.samples, config.seed)
         pool = VerificationPool(list(tasks.values()))
         rollout = Rollout(sampler, params, config.form, pool, parallel)
+        digest = sampler.tokenizer.digest
         saved = work.load()
         rows: list[dict[str, Any]] = saved.info["rows"] if saved else []
         chunks = [items[i : i + config.chunk] for i in range(0, len(items), config.chunk)]
@@ -75,7 +75,9 @@ def run(config: SampleConfig, out: Path, sampler: Sampler | None = None) -> None
                 work.meter.add(tokens, sampling=flops)
 
                 right = [[trajectory.scores["accuracy"] == 1.0 for trajectory in group] for group in groups]
-                found = parallel.gather([[accepted(group, config), r] for group, r in zip(groups, right, strict=True)])
+                found = parallel.gather(
+                    [[accepted(group, config, digest), r] for group, r in zip(groups, right, strict=True)]
+                )
                 rows.extend(row for kept, _ in found for row in kept)
                 pass_rate = sum(sum(each) / len(each) for _, each in found) / max(1, len(found))
                 logged = {"step": step + 1, "pass_rate": pass_rate, "kept": len(rows), **rollout.counts}
@@ -90,15 +92,39 @@ def run(config: SampleConfig, out: Path, sampler: Sampler | None = None) -> None
         work.finish(lambda folder: write_jsonl(folder / "data.jsonl", rows), extra)
 
 
-def accepted(group: Sequence[Trajectory], config: SampleConfig) -> list[dict[str, Any]]:
-    """Lines of the dataset from the responses to a problem: the first of every reasoning, right and in format."""
-    first: dict[str, str] = {}
+def accepted(group: Sequence[Trajectory], config: SampleConfig, tokenizer: str) -> list[dict[str, Any]]:
+    """Lines of the dataset from the responses to a problem: the first of every reasoning, right and in format.
+
+    tokenizer: the digest of the one whose ids the trajectories hold.
+    """
+    first: dict[tuple[str, ...], Trajectory] = {}
     for trajectory in group:
         scores = trajectory.scores
         if scores["accuracy"] == scores["format"] == 1.0 and (scores["language"] == 1.0 or not config.language):
-            said = trajectory.response
-            first.setdefault((said.reasoning or "").strip(), said.answer.strip())
+            before = [turn.parsed.answer for turn in trajectory.turns[:-1]]
+            first.setdefault((*map(_thought, trajectory.turns), *before), trajectory)
     item = group[0].item
+    line = _turns if item.task.has_turns else _single
     named = {"task": item.task.name, "key": item.problem.key}
-    texts = list(first.items())[: config.per_problem]
-    return [{"prompt": item.problem.prompt, "reasoning": reasoning, "answer": a, **named} for reasoning, a in texts]
+    return [line(trajectory, tokenizer) | named for trajectory in list(first.values())[: config.per_problem]]
+
+
+def _thought(turn: Turn) -> str:
+    called = [f"{call.name} {call.arguments}" for call in turn.calls]
+    return "\n".join([(turn.parsed.reasoning or "").strip(), *called])
+
+
+def _single(trajectory: Trajectory, _: str) -> dict[str, Any]:
+    said, prompt = trajectory.response, trajectory.item.problem.prompt
+    return {"prompt": prompt, "reasoning": (said.reasoning or "").strip(), "answer": said.answer.strip()}
+
+
+def _turns(trajectory: Trajectory, tokenizer: str) -> dict[str, Any]:
+    """The chat with its reasoning, and the ids as they were sampled: learnt by a model of the same tokenizer."""
+    turns = iter(trajectory.turns)
+    messages = [
+        {**message, "reasoning_content": next(turns).parsed.reasoning} if message["role"] == "assistant" else message
+        for message in trajectory.messages
+    ]
+    sampled = {"ids": trajectory.ids, "mask": trajectory.mask, "tokenizer": tokenizer}
+    return {"messages": messages, "tools": list(trajectory.item.task.tools), **sampled}

@@ -22,7 +22,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.progress import Progress
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.flops import training_parts
-from slingshot.data.examples import Example, read_examples
+from slingshot.data.examples import Conversation, Example, read_examples
 from slingshot.machine.device import Dtype
 from slingshot.rollout.rollout import PromptForm
 from slingshot.tasks.loader import TaskConfig
@@ -30,6 +30,7 @@ from slingshot.tasks.mixture import TaskMix
 from slingshot.tasks.task import Problem
 from slingshot.text.reasoning import before_reasoning, encode_answers, encode_responses, ends_in_reasoning
 from slingshot.text.tokenizer import Tokenizer
+from slingshot.text.turns import encode_conversation
 from slingshot.training.batch import Rows
 from slingshot.training.checkpointer import Checkpointer, restore
 from slingshot.training.interrupts import Interrupts
@@ -38,7 +39,7 @@ from slingshot.training.lora import LoRAConfig, add_lora
 from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule
 from slingshot.training.parallel import Parallel
 
-Pair = tuple[list[int], list[int]]  # ids of a prompt and of the response to it
+Marked = tuple[list[int], list[int]]  # ids, and a mask: 1 on those that are learnt
 
 
 class SFTConfig(StageConfig):
@@ -115,7 +116,7 @@ def run(config: SFTConfig, out: Path) -> None:
         work.finish_checkpoint(model, tokenizer, source, extra)
 
 
-def read(config: SFTConfig) -> list[Example]:
+def read(config: SFTConfig) -> list[Example | Conversation]:
     """Every example, of files and then of tasks."""
     examples = [example for source in config.data for example in read_examples(Path(source))]
     if config.tasks:
@@ -134,8 +135,22 @@ def read(config: SFTConfig) -> list[Example]:
     return examples
 
 
-def encode(examples: Sequence[Example], tokenizer: Tokenizer, config: SFTConfig) -> list[Pair]:
-    """Ids of prompt and response of every example, in order."""
+def encode(examples: Sequence[Example | Conversation], tokenizer: Tokenizer, config: SFTConfig) -> list[Marked]:
+    """Ids of every example and which of them are learnt, in order: single turns, then conversations.
+
+    A conversation that this tokenizer's model sampled is learnt by its ids, and another by what was said.
+    """
+    marked = _single_turns([each for each in examples if isinstance(each, Example)], tokenizer, config)
+    for each in examples:
+        if isinstance(each, Conversation) and each.ids and each.tokenizer == tokenizer.digest:
+            marked.append((each.ids, each.mask))
+        elif isinstance(each, Conversation):
+            silent = config.no_reasoning == "none"
+            marked.append(encode_conversation(tokenizer, each.messages, each.tools, silent))
+    return marked
+
+
+def _single_turns(examples: Sequence[Example], tokenizer: Tokenizer, config: SFTConfig) -> list[Marked]:
     prompts = []
     for example in examples:
         if isinstance(example.prompt, str):
@@ -153,24 +168,22 @@ def encode(examples: Sequence[Example], tokenizer: Tokenizer, config: SFTConfig)
     responses |= zip(places, encode_answers(tokenizer, [examples[i].answer for i in places]), strict=True)
     for i in silent & opened:
         prompts[i] = before_reasoning(prompts[i], tokenizer)
-    return [(prompt, responses[i]) for i, prompt in enumerate(prompts)]
+    return [(p + responses[i], [0] * len(p) + [1] * len(responses[i])) for i, p in enumerate(prompts)]
 
 
-def fitting(pairs: Sequence[Pair], longest: int) -> tuple[list[Pair], int]:
+def fitting(examples: Sequence[Marked], longest: int) -> tuple[list[Marked], int]:
     """The examples of at most `longest` tokens, and how many are left out; SlingshotError when those are most."""
-    kept = [pair for pair in pairs if len(pair[0]) + len(pair[1]) <= longest]
-    dropped = len(pairs) - len(kept)
+    kept = [(ids, mask) for ids, mask in examples if len(ids) <= longest]
+    dropped = len(examples) - len(kept)
     if dropped > len(kept):
-        most = max(len(prompt) + len(response) for prompt, response in pairs)
+        most = max(len(ids) for ids, _ in examples)
         way_out = "raise sequence_length (as far as max_position_embeddings allow) or give shorter examples"
         lengths = f"longer than {longest} tokens, the longest has {most}"
-        raise SlingshotError(f"{dropped} of {len(pairs)} examples are {lengths}; {way_out}")
+        raise SlingshotError(f"{dropped} of {len(examples)} examples are {lengths}; {way_out}")
     return kept, dropped
 
 
-def rows_of_epoch(pairs: Sequence[Pair], config: SFTConfig, epoch: int) -> Rows:
+def rows_of_epoch(examples: Sequence[Marked], config: SFTConfig, epoch: int) -> Rows:
     """Rows of one epoch, examples in an order of its own; targets are the responses."""
-    order = np.random.default_rng([config.seed, epoch]).permutation(len(pairs))
-    chosen = (pairs[i] for i in order)
-    marked = [(prompt + response, [0] * len(prompt) + [1] * len(response)) for prompt, response in chosen]
-    return Rows.of_examples(marked, config.sequence_length)
+    order = np.random.default_rng([config.seed, epoch]).permutation(len(examples))
+    return Rows.of_examples([examples[i] for i in order], config.sequence_length)

@@ -13,6 +13,8 @@ Only a chat template writes control tokens (bos, roles, think tags); text, a use
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import itertools
 import json
 import re
@@ -179,6 +181,11 @@ class Tokenizer:
         """What tokenizer.json holds: model (vocab, merges), added_tokens, normalizer, pre_tokenizer and the rest."""
         description: dict[str, Any] = json.loads(self._backend.to_str())
         return description
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Alike for tokenizers that give a text the same ids, and only for those."""
+        return hashlib.sha256(json.dumps(self.description(), sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def chat_template(self) -> str | None:

@@ -4,6 +4,7 @@
     ids += turn_suffix(tokenizer, [{"role": "tool", "content": "42"}], calls)      # up to where it goes on
     encode_calls(tokenizer, form, [ToolCall("calculator", '{"expression": "6*7"}')])
     encode_calling(tokenizer, "hard", "", calls, opened=True)                      # a whole response, to its end token
+    ids, mask = encode_conversation(tokenizer, messages, tools)                    # all turns; 1 where the model spoke
 
 What was sampled stays as it was: the ids of a turn begin with all ids of the turn before.
 """
@@ -17,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 from slingshot.base.errors import SlingshotError
-from slingshot.text.reasoning import Parsed, encode_responses
+from slingshot.text.reasoning import Parsed, before_reasoning, encode_answers, encode_responses, ends_in_reasoning
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.text.tool_calls import CallDelta, ToolCallStream
 from slingshot.text.tool_formats import ToolCall, ToolFormat, tool_format
@@ -102,11 +103,54 @@ def encode_calls(tokenizer: Tokenizer, form: ToolFormat, calls: Sequence[ToolCal
     return ids
 
 
+def encode_conversation(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    silent: bool = False,
+) -> tuple[list[int], list[int]]:
+    """Ids of a chat as a rollout has them, up to its last response, and a mask: 1 on what the assistant says.
+
+    Reasoning is a message's `reasoning_content` or `reasoning`; one without has an empty one, or none where `silent`.
+    SlingshotError where tools are called and the model's template knows none.
+    """
+    places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    if tool_format(tokenizer) is None and (tools or any(messages[place].get("tool_calls") for place in places)):
+        raise SlingshotError("this model's chat template knows no tools, and the chat calls some: take another model")
+    ids = tokenizer.encode_chat(list(messages[: places[0]]), tools=list(tools) or None)
+    mask = [0] * len(ids)
+    for number, place in enumerate(places):
+        message = messages[place]
+        reasoning = message.get("reasoning_content", message.get("reasoning"))
+        calls = [ToolCall(each["function"]["name"], _as_text(each)) for each in message.get("tool_calls") or ()]
+        if silent and reasoning is None:
+            ids = before_reasoning(ids, tokenizer) if ends_in_reasoning(ids, tokenizer) else ids
+            (said,) = encode_answers(tokenizer, [message["content"]])
+            said = _end_in_calls(tokenizer, said, calls)
+        else:
+            opened = ends_in_reasoning(ids, tokenizer)
+            said = encode_calling(tokenizer, reasoning or "", message["content"], calls, opened)
+        told = messages[place + 1 : places[number + 1]] if number + 1 < len(places) else None
+        suffix = [] if told is None else turn_suffix(tokenizer, told, calls)
+        mask = [*mask[: len(ids)], *[1] * len(said), *[0] * len(suffix)]
+        ids = [*ids, *said, *suffix]
+    return ids, mask
+
+
+def _as_text(call: Mapping[str, Any]) -> str:
+    arguments = call["function"]["arguments"]
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
 def encode_calling(
     tokenizer: Tokenizer, reasoning: str, answer: str, calls: Sequence[ToolCall], opened: bool
 ) -> list[int]:
     """Ids of a response that ends in calls, where the model knows some; opened: as for `encode_responses`."""
     (ids,) = encode_responses(tokenizer, [(reasoning, answer)], opened)
+    return _end_in_calls(tokenizer, ids, calls)
+
+
+def _end_in_calls(tokenizer: Tokenizer, ids: list[int], calls: Sequence[ToolCall]) -> list[int]:
     if calls and (form := tool_format(tokenizer)):
         return [*ids[:-1], *encode_calls(tokenizer, form, calls), ids[-1]]
     return ids

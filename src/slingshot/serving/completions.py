@@ -75,20 +75,21 @@ class _Choice:
 
     def grow(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """What a client is told of these pieces."""
-        exchange, text, told = self._exchange, "", list[dict[str, Any]]()
+        exchange, text, told, wanted = self._exchange, "", list[dict[str, Any]](), self._body.logprobs is not None
         if not self._begun and self._body.echo:
             ids = exchange.prompt_ids
             text = exchange.model.tokenizer.decode(ids)
-            logprobs = exchange.prompt_logprobs or [None] * len(ids)
-            tops = exchange.prompt_top_logprobs or [None] * len(ids)
-            told += [self._token(*token) for token in zip(ids, logprobs, tops, strict=True)]
+            if wanted:
+                logprobs = exchange.prompt_logprobs or [None] * len(ids)
+                tops = exchange.prompt_top_logprobs or [None] * len(ids)
+                told += [self._token(*token) for token in zip(ids, logprobs, tops, strict=True)]
         self._begun = True
         if self._body.max_tokens != 0:
             text += "".join(piece.text for piece in pieces)
-            tokens = [token for piece in pieces for token in piece.tokens]
+            tokens = [token for piece in pieces for token in piece.tokens] if wanted else []
             told += [self._token(token.id, token.logprob, token.top_logprobs) for token in tokens]
-        lists = {name: [token[name] for token in told] for name in _OF_A_TOKEN}
-        return {"text": text, "logprobs": None if self._body.logprobs is None else lists}
+        lists = {name: [token[name] for token in told] for name in _OF_A_TOKEN} if wanted else None
+        return {"text": text, "logprobs": lists}
 
     def _token(self, id: int, logprob: float | None, top: Mapping[int, float] | None) -> dict[str, Any]:
         offset, self._offset = self._offset, self._offset + len(self._named(id))

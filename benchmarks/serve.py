@@ -270,7 +270,7 @@ def main() -> None:
         for turn in range(-1, arguments.rounds):  # the first round warms up
             for batch in batches if turn >= 0 else batches[-1:]:
                 its = results.setdefault(f"{batch.batch} clients", {})
-                requests = max(2, 6 // batch.batch) if turn >= 0 else 1
+                requests = max(4, 6 // batch.batch) if turn >= 0 else 1
                 measured: dict[str, dict[str, float]] = {}
                 spent = bare.seconds(batch, vocabulary, turn, requests)
                 first = bare.seconds(Question(1, PROMPT, 1), vocabulary, 10**6 + turn)  # a prompt that no cache knows

@@ -1,11 +1,8 @@
 #include "pool.h"
 
 #include <immintrin.h>
-#include <sched.h>
 #include <unistd.h>
 
-#include <condition_variable>
-#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -20,11 +17,10 @@ struct Pool {
     std::condition_variable wake;
     std::vector<std::thread> workers;
     std::atomic<unsigned> call{0};  // counts the jobs
-    std::atomic<int> running{0};
-    Barrier barrier;
+    Barrier stages, end;  // of those that take part, of all workers and the caller
     void (*job)(void*, const Team&) = nullptr;
     void* context = nullptr;
-    int threads = 0;
+    int threads = 0, all = 0;
     pid_t process = getpid();
 
     void work(int thread, unsigned done) {
@@ -35,8 +31,9 @@ struct Pool {
                 wake.wait(lock, [&] { return call.load(std::memory_order_acquire) != done; });
             }
             done++;
-            if (thread < threads) job(context, {thread, threads, &barrier});
-            running.fetch_sub(1, std::memory_order_release);
+            const int everyone = all;
+            if (thread < threads) job(context, {thread, threads, &stages});
+            end.meet(everyone);
         }
     }
 
@@ -46,22 +43,33 @@ struct Pool {
             const int thread = static_cast<int>(workers.size()) + 1;
             workers.emplace_back([this, thread, done = call.load()] { work(thread, done); });
         }
-        job = f, context = with, threads = wanted;
-        running.store(static_cast<int>(workers.size()), std::memory_order_relaxed);
+        job = f, context = with, threads = wanted, all = static_cast<int>(workers.size()) + 1;
         {
             std::lock_guard<std::mutex> awake(sleep);
             call.fetch_add(1, std::memory_order_release);
         }
         wake.notify_all();
-        f(with, {0, wanted, &barrier});
-        for (int i = 0; running.load(std::memory_order_acquire) != 0; i++) i < SPINS ? _mm_pause() : (void)sched_yield();
+        f(with, {0, wanted, &stages});
+        end.meet(all);
     }
 };
 
 }  // namespace
 
 void Barrier::wait(unsigned turn) {
-    for (int i = 0; turn_.load(std::memory_order_acquire) == turn; i++) i < SPINS ? _mm_pause() : (void)sched_yield();
+    for (int i = 0; i < SPINS; i++) {
+        if (turn_.load(std::memory_order_acquire) != turn) return;
+        _mm_pause();
+    }
+    std::unique_lock<std::mutex> lock(sleep_);
+    sleepers_.fetch_add(1);
+    woken_.wait(lock, [&] { return turn_.load() != turn; });
+    sleepers_.fetch_sub(1);
+}
+
+void Barrier::wake() {
+    std::lock_guard<std::mutex> lock(sleep_);
+    woken_.notify_all();
 }
 
 void run_together(int threads, void (*job)(void*, const Team&), void* context) {

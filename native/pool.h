@@ -1,10 +1,12 @@
 // The threads of a step. All of them run one function together and meet at barriers in it.
 //
-// A barrier spins for some microseconds and then gives its core away: on a host that takes a core from us now and then,
-// a thread that spins on may be the very one that keeps the other from arriving.
+// A barrier spins for some microseconds and then sleeps: where more threads want to run than there are cores, one that
+// spins on may be the very one that keeps the other from arriving, and to a core that idles the system moves another.
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
+#include <mutex>
 
 namespace slingshot {
 
@@ -16,7 +18,8 @@ class Barrier {
         const unsigned turn = turn_.load(std::memory_order_relaxed);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
             arrived_.store(0, std::memory_order_relaxed);
-            turn_.store(turn + 1, std::memory_order_release);
+            turn_.store(turn + 1);
+            if (sleepers_.load()) wake();
         } else {
             wait(turn);
         }
@@ -24,9 +27,13 @@ class Barrier {
 
   private:
     void wait(unsigned turn);
+    void wake();
 
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<unsigned> turn_{0};
+    std::atomic<int> sleepers_{0};
+    std::mutex sleep_;
+    std::condition_variable woken_;
 };
 
 // One thread's place among those that run together.

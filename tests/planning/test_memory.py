@@ -98,6 +98,19 @@ def test_one_device_holds_sixteen_bytes_a_parameter() -> None:
     assert found == [16 * total, (4 + 12 / 8) * total, (2 + 14 / 8) * total, 16 / 8 * total]
 
 
+def test_of_a_frozen_model_adapters_alone_have_gradients_and_optimizer_state() -> None:
+    """16 bytes for each of their numbers, 2 for each of the model's; two stages of two devices share them out."""
+    bf16, held = PRECISIONS["bfloat16"], 1e6
+    whole, adapted = Blocks(DENSE, bf16), Blocks(DENSE, bf16, held)
+    for layout, share in ((Layout(), 1), (Layout(tp=2, pp=2), 4)):
+        memory, all_of_it = (training_memory(blocks, layout, 64, 1) for blocks in (adapted, whole))
+        assert (memory.gradients, memory.optimizer) == (2 * held / share, 12 * held / share)
+        assert memory.activations == all_of_it.activations
+    memory = training_memory(adapted, Layout(), 64, 1)
+    assert memory.weights == 2 * parameters(DENSE).total + 2 * held
+    assert training_memory(adapted, Layout(dp=4, zero=1), 64, 1).optimizer == 12 * held / 4
+
+
 def test_experts_are_spread_over_ep_and_all_else_over_tp() -> None:
     """Norms, router and experts are not split by tp; each expert's optimizer is shared by the devices that have it."""
     whole, split = Layout(dp=4, zero=0), Layout(dp=4, ep=4, zero=0)

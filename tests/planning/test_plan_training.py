@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from slingshot.base.errors import SlingshotError
 from slingshot.cost.devices import DEVICES, device
-from slingshot.cost.flops import decode_parts, parameters, prefill_parts, training_flops
+from slingshot.cost.flops import decode_parts, forward_parts, parameters, prefill_parts, training_flops
 from slingshot.machine.machine import describe
 from slingshot.model.config import ModelConfig
 from slingshot.planning.plan import Plan
@@ -259,3 +259,31 @@ def test_nonsense_is_one_line_with_the_nearest_valid_choice(make: Any, asked: di
     with pytest.raises(SlingshotError) as caught:
         make(**asked)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_adapters_by_hand() -> None:
+    """Rank 16 beside the seven matrices of 32 blocks: q, o 4096 to 4096; k, v to 1024; gate, up to 14336, down back.
+
+    Frozen matrices cost a forward pass and the gradients of activations, a third less; attention and adapters all."""
+    held = 16 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    whole, plan = rl(tflops=400, longest=1e6), rl(tflops=400, longest=1e6, lora=16)
+    tokens = plan.tokens
+    forward = {part: flops * tokens / 4018 for part, flops in forward_parts(LLAMA, [4018]).items()}
+    expected = 2 * sum(forward.values()) + forward["attention"] + 3 * 2 * held * tokens
+    assert plan.flops_by_part["training"] == pytest.approx(expected)
+    assert plan.flops_by_part["rollouts"] == whole.flops_by_part["rollouts"]
+    assert plan.layout_text == whole.layout_text.replace("none", "full")
+    assert any(f"{held:,} numbers are trained" in line for line in plan.assumptions)
+    assert not any("are trained" in line for line in whole.assumptions)
+
+
+def test_adapters_fit_where_a_whole_model_does_not() -> None:
+    keys = {"model": "llama-3.1-70b", "count": 8}
+    assert not distill(**keys).fits
+    plan = distill(**keys, lora=16, lora_targets="attention")
+    assert plan.fits and plan.flops_by_part["training"] < 0.72 * distill(**keys).flops_by_part["training"]
+
+
+def test_targets_that_a_model_does_not_have_are_refused() -> None:
+    with pytest.raises(SlingshotError, match="--lora-targets experts: this model has no such matrices"):
+        rl(lora=16, lora_targets="attention,experts")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from slingshot.model.config import ModelConfig
 
@@ -66,8 +66,15 @@ def adapter_group(module: str) -> Literal["attention", "mlp", "experts"]:
     return "attention" if ".self_attn." in module else "experts" if ".experts." in module else "mlp"
 
 
-def adapter_numbers(config: ModelConfig, rank: int, targets: Collection[str]) -> tuple[int, int]:
-    """How many numbers adapters beside the `targets` (training/lora.py) hold, and through how many a token passes."""
+class AdapterNumbers(NamedTuple):
+    """How many numbers adapters hold, and through how many of them a token passes."""
+
+    held: int
+    passed: int
+
+
+def adapter_numbers(config: ModelConfig, rank: int, targets: Collection[str]) -> AdapterNumbers:
+    """Of adapters of this rank beside the `targets` (training/lora.py)."""
     held = experts = 0
     for layer in range(config.num_hidden_layers):
         for spec in _block(config, layer):
@@ -76,7 +83,7 @@ def adapter_numbers(config: ModelConfig, rank: int, targets: Collection[str]) ->
                 held += rank * sum(spec.shape)
                 experts += rank * sum(spec.shape) if adapter_group(module) == "experts" else 0
     chosen = experts // config.n_routed_experts * config.num_experts_per_tok if experts else 0
-    return held, held - experts + chosen
+    return AdapterNumbers(held, held - experts + chosen)
 
 
 def _vector(name: str, width: int) -> Spec:

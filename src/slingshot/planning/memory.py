@@ -97,6 +97,7 @@ class Blocks:
 
     config: ModelConfig
     precision: Precision
+    adapters: float | None = None  # numbers of adapters, where these alone are trained
 
     @cached_property
     def kinds(self) -> tuple[BlockWeights, BlockWeights, BlockWeights]:
@@ -123,6 +124,10 @@ class Blocks:
         """Numbers on the device that holds most: routed experts' and all others."""
         experts, *others = max((self.on_device(layout, stage) for stage in self.telling_stages(layout.pp)), key=sum)
         return experts, sum(others)
+
+    def trained(self, layout: Layout, experts: float, others: float) -> tuple[float, float]:
+        """Of as many numbers on a device those that are trained; adapters are as if evenly shared out."""
+        return (experts, others) if self.adapters is None else (0.0, self.adapters / layout.tp / layout.pp)
 
     def on_device(self, layout: Layout, stage: int) -> tuple[float, float, float]:
         """Numbers that one device of a pipeline stage holds: routed experts', other matrices', the rest."""
@@ -172,8 +177,12 @@ def _stage_memory(blocks: Blocks, layout: Layout, stage: int, context: int, micr
     if stage == layout.pp - 1:  # logits in float32 and their gradient, of one pass through the head at a time
         last_norm = config.hidden_size * (precision.activation + precision.low_activation)  # its input and output
         activations += tokens * (8.0 * config.vocab_size + last_norm)
+    weights = sharded(precision.weight, precision.other, 3)
+    if blocks.adapters is not None:
+        _, trained = blocks.trained(layout, experts, matrices + other)
+        weights += trained * precision.weight
+        experts, matrices, other = 0.0, trained, 0.0
     return Memory.model_construct(
-        weights=sharded(precision.weight, precision.other, 3), activations=activations,
-        gradients=sharded(precision.gradient, precision.gradient, 2),
+        weights=weights, activations=activations, gradients=sharded(precision.gradient, precision.gradient, 2),
         optimizer=sharded(precision.optimizer, precision.optimizer, 1),
     )  # fmt: skip

@@ -72,14 +72,15 @@ def transfers(blocks: Blocks, layout: Layout, device: Device, tokens: float, con
         link: Link = "node" if layout.devices <= device.per_node else "network"
         send("pipeline", 2 * mine / layout.tp * width * precision.activation, link)
     expert, dense = blocks.stage_weights(layout)
-    for purpose, count, ranks, stride in (
-        ("gradients and weights", dense, layout.dp, layout.tp),
-        ("gradients and weights of experts", expert, layout.expert_dp, layout.ep),
+    trained_expert, trained_dense = blocks.trained(layout, expert, dense)
+    for purpose, count, trained, ranks, stride in (
+        ("gradients and weights", dense, trained_dense, layout.dp, layout.tp),
+        ("gradients and weights of experts", expert, trained_expert, layout.expert_dp, layout.ep),
     ):
         reductions = microbatches if layout.zero >= 2 else 1.0
         gathers = 2 * microbatches if layout.zero == 3 else 1.0
         gathered = precision.weight if layout.zero else precision.gradient  # without ZeRO gradients are all-reduced
-        n_bytes = count * (precision.gradient * reductions + gathered * gathers)
+        n_bytes = trained * precision.gradient * reductions + (count if layout.zero == 3 else trained) * gathered * gathers
         ring(purpose, (ranks - 1) / ranks * n_bytes, ranks, stride)
     return found
 

@@ -107,7 +107,7 @@ def plan_rl(asked: RLRequest) -> Plan:
     # its attention goes by.
     length = max(2, round(prompt + response))
     longer = max(2, round((prompt**2 + 2 * prompt * response + lengths.square) / (prompt + response)))
-    train = forward_and_backward(config, longer, tokens)
+    train = forward_and_backward(config, longer, tokens, asked.adapters)
     other_passes = asked.forwards * forward_flops(config, [longer]) * tokens / longer
     run = TrainingRun(asked, hire, length, max(asked.prompts * asked.group, hire.count) * float(length), train)
     batch = min(at_once / hire.count, copy.largest_batch(prompt + response))
@@ -133,7 +133,7 @@ def plan_rl(asked: RLRequest) -> Plan:
         dominates=step.dominates(f"a decoding step of {batch:.3g} sequences a device"),
         assumptions=hire.assumed(
             "rl", config, prompt + asked.longest, rate=run.rate, asked=asked, cores=on_cores, layout=run.layout,
-            copies=_copies(copies, asked.devices_per_copy, "policy", copy), decoding=DECODING,
+            copies=_copies(copies, asked.devices_per_copy, "policy", copy), decoding=DECODING, adapters=asked.adapters,
         ),
         steps=asked.steps, responses=responses, rounds=rounds, tokens=tokens, devices_per_copy=copy.devices,
         round_seconds=round_seconds(copy, at_once, copies, prompt, lengths),
@@ -167,7 +167,7 @@ def plan_distill(asked: DistillRequest) -> Plan:
     writing = sampled * sum(each)
     length = max(2, round(prompt + response))
     tokens = asked.epochs * asked.samples * (prompt + response)
-    train = forward_and_backward(config, length, tokens)
+    train = forward_and_backward(config, length, tokens, asked.adapters)
     run, learning = TrainingRun(asked, hire, length, max(64, hire.count) * float(length), train), sum(train.values())
     memory = max(run.memory, copy.memory(batch, context), key=lambda held: held.total)
     kept = f"{show_count(sampled)} responses, {show_count(asked.samples)} kept"
@@ -189,7 +189,7 @@ def plan_distill(asked: DistillRequest) -> Plan:
         assumptions=hire.assumed(
             "distill", config, rate=run.rate, asked=asked, dtype=of_teacher.dtype, layout=run.layout, decoding=DECODING,
             copies=_copies(hire.count // copy.devices, asked.devices_per_copy, "teacher", copy),
-            mfu=show_share(ASSUMED_MFU[of_teacher.dtype]),
+            mfu=show_share(ASSUMED_MFU[of_teacher.dtype]), adapters=asked.adapters,
         ),
         teacher=asked.teacher.name, sampled=sampled, kept=asked.samples, devices_per_copy=copy.devices,
         sampled_tokens_per_second_per_device=batch / copy.step_seconds(batch, context),

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo
 from slingshot.base import quantity
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
+from slingshot.checkpoint.layout import AdapterNumbers, adapter_numbers
 from slingshot.cost.devices import DEVICES, Device, device
 from slingshot.model.config import ModelConfig
 from slingshot.planning.layout import Recompute, Zero
@@ -69,6 +70,10 @@ def _named(value: Any, _: str) -> Any:
     return NamedModel(name=value, config=ModelConfig.preset(value)) if isinstance(value, str) else value
 
 
+def _targets(value: Any, _: str) -> Any:
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
 Number = Annotated[float, _reads(quantity.count, positive=True)]
 Whole = Annotated[int, _reads(quantity.whole)]
 Share = Annotated[float, _reads(quantity.share, positive=True)]
@@ -111,9 +116,34 @@ class TrainingRequest(PlanRequest):
     recompute: Recompute | None = _asked("none, selective or full; chosen when not given.")
 
     @property
+    def adapters(self) -> AdapterNumbers | None:
+        """Of adapters, where these are trained and the rest is frozen."""
+        return None
+
+    @property
     def ways(self) -> dict[str, Any]:
         """Those of the layout's ways that are given."""
         return self.model_dump(include={"tp", "pp", "ep", "zero", "recompute"}, exclude_none=True)
+
+
+class AdapterRequest(TrainingRequest):
+    """What every plan is asked in which all of a model is trained, or adapters beside a frozen one (LoRA)."""
+
+    lora: Whole | None = _asked("Rank of adapters that are trained in place of all weights.")
+    lora_targets: Annotated[tuple[str, ...], _reads(_targets)] = _asked(
+        "What adapters stand beside: attention, mlp, experts, or matrices by name.", ("attention", "mlp")
+    )
+
+    @property
+    def adapters(self) -> AdapterNumbers | None:
+        """How many numbers they hold; SlingshotError for what this model cannot have."""
+        if self.lora is None:
+            return None
+        config = self.model.config
+        for target in self.lora_targets:
+            if not adapter_numbers(config, self.lora, [target]).held:
+                raise SlingshotError(f"--lora-targets {target}: this model has no such matrices")
+        return adapter_numbers(config, self.lora, self.lora_targets)
 
 
 class PretrainRequest(TrainingRequest):
@@ -135,7 +165,7 @@ class SamplingRequest(PlanRequest):
     efficiency: Share = _asked("Share of the decode roofline that is reached.", DECODE_EFFICIENCY)
 
 
-class RLRequest(TrainingRequest, SamplingRequest):
+class RLRequest(AdapterRequest, SamplingRequest):
     """GRPO: rollouts, then their verification, then the update, in turns on the same devices."""
 
     steps: Whole = Field(description="Optimizer steps.")
@@ -150,7 +180,7 @@ class RLRequest(TrainingRequest, SamplingRequest):
     verify_workers: Whole | None = _asked("Cores that verify; else 16 a device, or this machine's with --device local.")
 
 
-class DistillRequest(TrainingRequest, SamplingRequest):
+class DistillRequest(AdapterRequest, SamplingRequest):
     """Sampling a teacher and training a student, the model, on what it wrote."""
 
     teacher: Model = Field(description="The teacher, named as the model is.")

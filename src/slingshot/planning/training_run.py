@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.quantity import show_count, show_share
+from slingshot.checkpoint.layout import AdapterNumbers
 from slingshot.cost.devices import and_others, mixed_peak
-from slingshot.cost.flops import forward_parts, training_flops
+from slingshot.cost.flops import forward_flops, forward_parts, trained, training_parts
 from slingshot.model.config import ModelConfig
 from slingshot.planning.layout import RECOMPUTE, Layout, layouts
 from slingshot.planning.memory import PRECISIONS, Blocks, Memory, training_memory
@@ -36,9 +37,13 @@ class TrainingRate(NamedTuple):
     note: str
 
 
-def forward_and_backward(config: ModelConfig, length: int, tokens: float) -> dict[str, float]:
+def forward_and_backward(
+    config: ModelConfig, length: int, tokens: float, adapters: AdapterNumbers | None = None
+) -> dict[str, float]:
     """FLOPs of both passes of the main model over `tokens` tokens in documents of `length`, by part."""
-    return {part: 3 * flops * tokens / length for part, flops in forward_parts(config, [length]).items()}
+    passed = None if adapters is None else adapters.passed
+    parts = trained(forward_parts(config, [length], adapters=passed or 0.0), passed)
+    return {part: flops * tokens / length for part, flops in parts.items()}
 
 
 class TrainingRun:
@@ -50,10 +55,14 @@ class TrainingRun:
         self.asked, self.hire, self.context, self.batch_tokens, self.parts = asked, hire, context, batch_tokens, parts
         self.config = asked.model.config
         self.sequences = batch_tokens / context
-        self.blocks = Blocks(self.config, hire.precision)
+        adapters = asked.adapters
+        held, passed = (None, None) if adapters is None else adapters
+        self.blocks = Blocks(self.config, hire.precision, held)
         # Of training on an optimizer step's tokens, MTP included, on one device at its peak.
         peak = mixed_peak(hire.device, hire.precision.dtype, forward_parts(self.config, [context]))
-        self.compute_seconds = training_flops(self.config, [context]) * self.sequences / hire.count / peak
+        flops = sum(training_parts(self.config, [context], adapters=passed).values())
+        self.compute_seconds = flops * self.sequences / hire.count / peak
+        self.computed_again = 1 + forward_flops(self.config, [context], mtp=True, adapters=passed or 0.0) / flops
 
     @cached_property
     def rate(self) -> TrainingRate:
@@ -105,7 +114,10 @@ class TrainingRun:
     @cached_property
     def layout(self) -> Layout:
         """The fastest layout with the ways asked for that fits; where none does, the one that needs least memory."""
-        options = layouts(self.config, self.hire.count, self.hire.device.per_node, **self.asked.ways)
+        ways = self.asked.ways
+        if self.blocks.adapters is not None:  # what stages with adapters do
+            ways = {"recompute": RECOMPUTE[-1]} | ways
+        options = layouts(self.config, self.hire.count, self.hire.device.per_node, **ways)
         fewest = min(layout.dp for layout in options)
         if fewest > self.sequences:
             has = f"{self.sequences:g} sequences of {self.context}, fewer than {fewest} data-parallel ranks"
@@ -120,7 +132,7 @@ class TrainingRun:
 
     def _seconds(self, layout: Layout, memory: Memory) -> float:
         """Of an optimizer step, to compare layouts: what takes longest; then less network."""
-        again = {"none": 1.0, "selective": 1.05, "full": 4 / 3}[layout.recompute]
+        again = {"none": 1.0, "selective": 1.05, "full": self.computed_again}[layout.recompute]
         compute = again * self.compute_seconds * (1 + (layout.pp - 1) / self.microbatches(layout))
         times = self.times(layout, memory)
         return max(compute, times.memory, times.network) + 0.01 * times.network
@@ -133,10 +145,11 @@ class TrainingRun:
         """
         hire, precision, microbatches = self.hire, self.hire.precision, self.microbatches(layout)
         kept = memory.activations / min(layout.pp, microbatches)
-        each = sum(self.blocks.stage_weights(layout)) * (3 * precision.weight + 2 * precision.gradient) + 2 * kept
+        held = self.blocks.stage_weights(layout)
+        moved = 3 * precision.weight * sum(held) + 2 * precision.gradient * sum(self.blocks.trained(layout, *held))
         return ResourceTimes(
-            compute=self.compute_seconds * (4 / 3 if layout.recompute == "full" else 1),
-            memory=(microbatches * each + 2 * memory.optimizer) / hire.device.bandwidth,
+            compute=self.compute_seconds * (self.computed_again if layout.recompute == "full" else 1),
+            memory=(microbatches * (moved + 2 * kept) + 2 * memory.optimizer) / hire.device.bandwidth,
             network=network_seconds(transfers(self.blocks, layout, hire.device, self.batch_tokens, self.context)),
         )
 

@@ -46,7 +46,7 @@ class LoRAConfig(Strict):
 
     def numbers_passed(self, config: ModelConfig) -> int:
         """Through how many numbers of the adapters a token passes."""
-        return adapter_numbers(config, self.rank, self.targets)[1]
+        return adapter_numbers(config, self.rank, self.targets).passed
 
 
 def add_lora(model: Transformer, config: LoRAConfig, seed: int, parallel: Parallel) -> None:

@@ -1,0 +1,57 @@
+"""kill -9 in the middle of a stage with adapters: the same command goes on bit for bit."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from slingshot.base.files import write_jsonl
+from slingshot.stages import rl, sft
+
+RUN = """
+import sys
+from pathlib import Path
+from slingshot.stages.kinds import STAGES
+from importlib import import_module
+kind, config, out = sys.argv[1:]
+import_module(STAGES[kind].module).run(STAGES[kind].config.model_validate_json(Path(config).read_text()), Path(out))
+"""
+LORA = {"rank": 4, "targets": ["attention", "mlp", "experts"]}
+
+
+@pytest.fixture
+def stages(training, base, tmp_path):
+    """A stage of about fifty steps of each kind that trains adapters, saved after every step."""
+    loss = {"kl": 0.01}
+    sums = [{"prompt": f"{a}+{b}=", "reasoning": "so", "answer": str(a + b)} for a in range(9) for b in range(9)]
+    write_jsonl(tmp_path / "data.jsonl", sums)
+    data = {"model": str(base), "data": [str(tmp_path / "data.jsonl")], "dtype": "float32", "threads": 1}
+    sizes = {"sequence_length": 48, "batch_size": 4, "epochs": 12, "lora": LORA, "save_seconds": 0.0}
+    return {
+        "rl": (rl, training(lora=LORA, loss=loss, minibatches=2, steps=40, save_seconds=0.0)),
+        "sft": (sft, sft.SFTConfig.parse(data | sizes, "sft")),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rl", "sft"])
+def test_a_stage_with_adapters_that_is_killed_twice_goes_on_bit_for_bit(kind, stages, metrics, tmp_path):
+    stage, config = stages[kind]
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    command = [sys.executable, "-c", RUN, kind, str(tmp_path / "config.json"), str(tmp_path / "out")]
+    log = tmp_path / "out.partial" / "metrics.jsonl"
+    for steps in (3, 8):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not (log.is_file() and log.read_bytes().count(b"\n") >= steps):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "ended before it was killed"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    stage.run(config, tmp_path / "whole")
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert metrics(tmp_path / "out") == metrics(tmp_path / "whole")

@@ -141,8 +141,8 @@ def test_what_is_more_than_a_low_rank_change_of_a_model_here_is_refused(adapter,
         ("model.layers.0.self_attn.q_proj.lora_A", (4, 31), r"A and B are \[4, 31\] and \[32, 4\], of \[32, 32\]"),
         ("model.layers.0.self_attn.q_proj.lora_A", (5, 32), r"A and B are \[5, 32\] and \[32, 4\]"),
         ("model.layers.0.self_attn.v_proj.lora_B", None, r"A and B are \[4, 32\] and none"),
-        ("model.layers.7.self_attn.q_proj.lora_A", (4, 32), "changes nothing that .* has as a matrix"),
-        ("model.embed_tokens.lora_embedding_A", (4, 280), "changes nothing that .* has as a matrix"),
+        ("model.layers.7.self_attn.q_proj.lora_A", (4, 32), "changes nothing that this model has as a matrix"),
+        ("model.embed_tokens.lora_embedding_A", (4, 280), "changes nothing that this model has as a matrix"),
     ],
 )
 def test_tensors_that_do_not_fit_the_base_are_refused(adapter, name, shape, says):

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import inside, read_json, write_json
@@ -47,7 +48,7 @@ def described_by(path: Path) -> Path:
 
 
 class Adapter:
-    """An adapter folder. SlingshotError where it is more than low-rank changes of matrices, or its base is missing."""
+    """An adapter folder. SlingshotError where it is more than low-rank changes of matrices."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, inside(folder, ADAPTER)
@@ -63,9 +64,12 @@ class Adapter:
         if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
             raise SlingshotError(f"{self.file}: lora_alpha is to be a number above 0, not {alpha!r:.60}")
         self._alpha, self._of_rank = float(alpha), math.sqrt if config.get("use_rslora") else float
-        self.base = self._base(config)
+        self._config = config
 
-    def _base(self, config: Mapping[str, Any]) -> Path:
+    @cached_property
+    def base(self) -> Path:
+        """Where the model lies that it names. SlingshotError where it is not there."""
+        config = self._config
         name, revision = config.get("base_model_name_or_path"), config.get("revision")
         if not isinstance(name, str) or not name:
             raise SlingshotError(f"{self.file} names no base_model_name_or_path; write there what it changes")
@@ -88,9 +92,7 @@ class Adapter:
             place = f"{header.file}: {name}"
             out, width = matrices.get(f"{matrix}.weight", (0, 0))
             if part not in ("A", "B") or not out or matrix == "model.embed_tokens":
-                raise SlingshotError(
-                    f"{place} changes nothing that {self.base} has as a matrix; is it another model's?"
-                )
+                raise SlingshotError(f"{place} changes nothing that this model has as a matrix; is it another model's?")
             other = shards.headers.get(f"{_PREFIX}{matrix}.lora_{'B' if part == 'A' else 'A'}.weight")
             a, b = (header, other) if part == "A" else (other, header)
             rank = 0 if a is None else a.shape[0]

@@ -1,6 +1,7 @@
 """`slingshot serve CHECKPOINT...`: the HTTP API and the chat page, on this machine.
 
 slingshot serve runs/tiny/rl_final
+slingshot serve runs/tiny/base --adapter sums=runs/sums/adapter --adapter poems=runs/poems/adapter
 slingshot serve Qwen/Qwen3-0.6B --engine llama.cpp
 slingshot serve Qwen/Qwen3-0.6B --engine vllm --upstream http://gpu1:8000 --upstream http://gpu2:8000
 """
@@ -10,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -34,6 +35,9 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port to listen on; 0 takes a free one.")] = 8000,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="A LoRA adapter of it, a model of that name.")
+    ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Answers that are made at once.")] = 256,
     cache_gib: Annotated[float, typer.Option(min=0.001, help="Memory of the cache of each model, GiB.")] = 1.0,
     speculation: Annotated[Literal["off", "on", "auto"], typer.Option(help="Guess tokens ahead.")] = "off",
@@ -79,8 +83,12 @@ def serve(
         if engine == "slingshot":
             if upstream:
                 raise SlingshotError("--upstream URL needs --engine vllm or --engine llama.cpp")
-            models = _local_models(sources, dtype, max_batch, cache_bytes, speculation)
+            models = _local_models(
+                sources, _adapters(adapter or (), sources), dtype, max_batch, cache_bytes, speculation
+            )
         else:
+            if adapter:
+                raise SlingshotError("--adapter: only slingshot's own engine has adapters; leave --engine out")
             source = _one(sources)
             child = None
             if not upstream:
@@ -105,20 +113,49 @@ def serve(
             raise gateway.failed
 
 
+def _adapters(given: Sequence[str], sources: Sequence[str]) -> dict[str, str]:
+    """Folders of adapters by the names under which they are served."""
+    from slingshot.serving.served_model import names_of
+
+    found = dict[str, str]()
+    for text in given:
+        name, separator, folder = text.partition("=")
+        if not separator or not name or not folder or "/" in name:
+            raise SlingshotError(f"--adapter {text!r:.80}: write NAME=FOLDER, a name without /")
+        if name in {*found, *names_of(sources)}:
+            raise SlingshotError(f"--adapter {name}: a model of this name is served already; give it another")
+        found[name] = folder
+    if found and len(sources) != 1:
+        raise SlingshotError("--adapter: adapters stand beside one checkpoint: name it alone")
+    return found
+
+
 def _local_models(
-    sources: Sequence[str], dtype: str, max_batch: int, cache_bytes: int, speculation: Literal["off", "on", "auto"]
+    sources: Sequence[str],
+    adapters: Mapping[str, str],
+    dtype: str,
+    max_batch: int,
+    cache_bytes: int,
+    speculation: Literal["off", "on", "auto"],
 ) -> list[ServedModel]:
     from slingshot.engine.engine import Engine
     from slingshot.recipe.origin import Origin
-    from slingshot.serving.local import LocalBackend
+    from slingshot.serving.local import AdapterBackend, LocalBackend
     from slingshot.serving.served_model import ServedModel, names_of
 
+    options: Any = {"max_batch": max_batch, "cache_bytes": cache_bytes, "speculation": speculation}
     models = []
     for source, name in zip(sources, names_of(sources), strict=True):
-        engine = Engine.load(source, dtype, max_batch=max_batch, cache_bytes=cache_bytes, speculation=speculation)
+        engine = Engine.load(source, dtype, **options, adapters=adapters)
         now, origin = int(time.time()), Origin.of(Path(source))
         runs = f"{str(engine.dtype).removeprefix('torch.')}, {engine.runs_on}"
-        models.append(ServedModel(name, engine.tokenizer, LocalBackend(engine), now, origin, runs))
+        backend = LocalBackend(engine)
+        models.append(ServedModel(name, engine.tokenizer, backend, now, origin, runs))
+        for its, folder in adapters.items():
+            beside = f"an adapter of {name}, torch"
+            models.append(
+                ServedModel(its, engine.tokenizer, AdapterBackend(backend, its), now, Origin.of(Path(folder)), beside)
+            )
     return models
 
 

@@ -13,7 +13,7 @@ layers, k experts a token.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 import numpy as np
@@ -35,6 +35,7 @@ class FlatBatch:
     block_tables                int32 [S, P]: its pages in order, filled up with 0
     wanted                      int64 [R]: tokens after which logits are needed; the same may be wanted several times
     hidden, routing             what the output shall hold besides the logits
+    adapters_S                  the number of each sequence's adapter, 0 for none; None: there are none at all
     """
 
     token_ids_N: Tensor
@@ -46,6 +47,7 @@ class FlatBatch:
     wanted: Tensor
     hidden: bool = False
     routing: bool = False
+    adapters_S: Tensor | None = None
 
     @classmethod
     def of(
@@ -83,6 +85,24 @@ class FlatBatch:
             hidden,
             routing,
         )
+
+    def only(self, chosen_S: Tensor) -> tuple[Self, Tensor, Tensor]:
+        """The sequences where the mask is True, and masks of their tokens and of their logits among all."""
+        counts_S = self.starts.diff()
+        chosen_N = chosen_S.repeat_interleave(counts_S)
+        place_N, chosen_R = chosen_N.cumsum(0) - 1, chosen_N[self.wanted]
+        part = replace(
+            self,
+            token_ids_N=self.token_ids_N[chosen_N],
+            positions_N=self.positions_N[chosen_N],
+            slots_N=self.slots_N[chosen_N],
+            starts=F.pad(counts_S[chosen_S].cumsum(0), (1, 0)).to(torch.int32),
+            lengths=self.lengths[chosen_S],
+            block_tables=self.block_tables[chosen_S].contiguous(),
+            wanted=place_N[self.wanted[chosen_R]],
+            adapters_S=None if self.adapters_S is None else self.adapters_S[chosen_S],
+        )
+        return part, chosen_N, chosen_R
 
     def joined(self, other: Self) -> Self:
         """This batch's sequences, then the other's."""

@@ -12,14 +12,16 @@ speculation a row's step takes the tokens that were guessed for it too, and keep
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from slingshot.base.errors import SlingshotError
+from slingshot.engine.adapters import AdaptedModel, AdaptedRunner
 from slingshot.engine.batch import PAGE, Runner
 from slingshot.engine.graph_runner import GraphRunner
 from slingshot.engine.kv_cache import CacheTooSmall, KVCache
@@ -46,6 +48,7 @@ class EngineCore:
     def __init__(
         self, model: Transformer, max_batch: int, max_length: int | None, cache_bytes: int, step_tokens: int,
         speculation: Speculation, native: Native, weight_bits: int | None = None, keep_model: bool = True,
+        adapters: Mapping[str, Path] | None = None,
     ) -> None:  # fmt: skip
         config, weight = model.config, model.model.embed_tokens.weight
         self.dtype, self.device = dtype, device = model.compute_dtype or weight.dtype, weight.device
@@ -73,13 +76,18 @@ class EngineCore:
             self._runner, self.runs_on = GraphRunner(model, self._cache), "torch, in CUDA graphs"
         else:
             self._runner, self.runs_on = TorchRunner(model, self._cache), "torch"
+        base, self.adapters = self._runner, dict[str, int]()
+        if adapters:
+            adapted = AdaptedModel(model, adapters)
+            self._runner, self.adapters = AdaptedRunner(base, adapted, self._cache), adapted.numbers
         self._sampler = RowSampler(device, kernels)
         self._scheduler = Scheduler(PagePool(pages), max_batch, self.max_length, step_tokens)
         self._speculator: Speculator | None = None
         if speculation != "off":
             drafts = RowSampler(device, kernels, tells=False)
             self._speculator = Speculator(self._runner, drafts, mtp, measured=speculation == "auto")
-        self._lone = LoneDecoder(self._runner) if isinstance(self._runner, NativeRunner) else None
+        self._native = base if isinstance(base, NativeRunner) else None
+        self._lone = None if self._native is None else LoneDecoder(self._native)
         # Found once: to walk through the modules takes as long as some steps.
         self._parameters = list(model.parameters()) if self.keeps_model else []
         self._versions = self._weight_versions()
@@ -102,7 +110,7 @@ class EngineCore:
     @contextmanager
     def new_weights(self) -> Iterator[dict[str, Tensor]]:
         """The model's tensors, to be written; they count from the end of the block on, if that is reached."""
-        with self._runner.restored() if isinstance(self._runner, NativeRunner) else nullcontext():
+        with nullcontext() if self._native is None else self._native.restored():
             yield self._model.state_dict()
             self.weights_changed()
 
@@ -180,6 +188,8 @@ class EngineCore:
             self._cache.copy(sources, targets)
         batch = step.batch(scheduler.rows)
         batch.hidden = speculator is not None and speculator.needs_hidden
+        if self.adapters:
+            batch.adapters_S = torch.tensor(step.adapters(scheduler.rows))
         if step.told:
             ask(batch, step, scheduler.rows)
         output = self._runner.forward(batch)

@@ -80,6 +80,8 @@ class Engine:
                     less bandwidth; an error where those kernels do not run
     keep_model      False: nobody else uses the model, so that weights are in memory once: where compiled kernels run,
                     its matrices go as soon as they have theirs, and `model` is no more to be had
+    adapters        folders of LoRA adapters of this model by name, of which requests may name one. Those run on torch's
+                    path, all others where they always do; the model is kept for them
 
     weights_version is what the last `update_weights` called its weights; 0 before. Raises CacheTooSmall where the cache
     cannot hold one sequence of max_length.
@@ -98,6 +100,7 @@ class Engine:
         native: Native = "auto",
         weight_bits: int | None = None,
         keep_model: bool = True,
+        adapters: Mapping[str, Path | str] | None = None,
     ) -> None:
         config = model.config
         for name, value in (("max_batch", max_batch), ("step_tokens", step_tokens)):
@@ -113,7 +116,8 @@ class Engine:
             model.compute_dtype = None
         self._vocabulary, self._model = Vocabulary(tokenizer, config.vocab_size), model
         room = max_batch, max_length, cache_bytes, step_tokens
-        self._core = EngineCore(model, *room, speculation, native, weight_bits, keep_model)
+        folders = {name: locate(folder) for name, folder in (adapters or {}).items()}
+        self._core = EngineCore(model, *room, speculation, native, weight_bits, keep_model or bool(folders), folders)
         self.dtype, self.device = self._core.dtype, self._core.device
         self.max_length = self._core.max_length
         self._turns = Turns()
@@ -134,6 +138,7 @@ class Engine:
         speculation: Speculation = "off",
         native: Native = "auto",
         weight_bits: int | None = None,
+        adapters: Mapping[str, Path | str] | None = None,
     ) -> Self:
         """Load a checkpoint (folder, .gguf file, hub name); "auto" takes the device and dtype that multiply fastest."""
         where = auto_device() if device == "auto" else torch.device(device)
@@ -145,17 +150,19 @@ class Engine:
         path = locate(path)
         model, tokenizer = load_model(path, dtype=dtype, device=where), load_tokenizer(path)
         room = max_batch, max_length, None, cache_bytes, step_tokens
-        return cls(model, tokenizer, *room, speculation, native, weight_bits, keep_model=False)
+        return cls(model, tokenizer, *room, speculation, native, weight_bits, keep_model=False, adapters=adapters)
 
-    def add(self, prompt: Prompt, params: SamplingParams | None = None, key: str | None = None) -> int:
+    def add(
+        self, prompt: Prompt, params: SamplingParams | None = None, key: str | None = None, adapter: str | None = None
+    ) -> int:
         """Queue a request, return its id; `step` will return it.
 
         prompt: text, which the model continues as it stands, token ids, or a chat (a list of messages with "role" and
         "content"), which goes through the chat template. key: names the request's noise together with params.seed;
-        default: the prompt itself, so that the same request always gets the same tokens.
+        default: the prompt itself, so that the same request always gets the same tokens. adapter: its name, if any.
         Raises PromptError for a prompt that is empty, too long or holds ids outside the vocabulary.
         """
-        return self.submit(prompt, params, key, claimed=False).request_id
+        return self.submit(prompt, params, key, claimed=False, adapter=adapter).request_id
 
     def step(self) -> list[RequestOutput]:
         """Advance what runs by one forward pass; return the requests of `add` that are finished."""
@@ -204,8 +211,9 @@ class Engine:
         prompts: Prompt | Seq[Prompt],
         params: SamplingParams | Seq[SamplingParams] | None = None,
         keys: Seq[str] | None = None,
+        adapters: str | Seq[str | None] | None = None,
     ) -> list[RequestOutput]:
-        """Complete all prompts, in order. `params` is one for all or one each; prompts and keys as in `add`.
+        """Complete all prompts, in order. `params` and `adapters`: one for all or one each; the rest as in `add`.
 
         A plain text is continued raw, without the chat template: to ask a question, give messages, or use `chat`. A
         request that could not go on, its grammar being stuck, says why in its output's `error`; the others are whole.
@@ -214,12 +222,14 @@ class Engine:
             prompts = [prompts]
         each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
         names: Seq[str | None] = [None] * len(prompts) if keys is None else keys
-        if not len(prompts) == len(each) == len(names):
-            raise SlingshotError(f"{len(prompts)} prompts, {len(each)} params and {len(names)} keys: give one each")
+        beside = [adapters] * len(prompts) if adapters is None or isinstance(adapters, str) else adapters
+        if not len(prompts) == len(each) == len(names) == len(beside):
+            counts = f"{len(each)} params, {len(names)} keys and {len(beside)} adapters"
+            raise SlingshotError(f"{len(prompts)} prompts, {counts}: give one each")
         requests: list[Request] = []
         try:
-            for prompt, its_params, key in zip(prompts, each, names, strict=True):
-                requests.append(self.submit(prompt, its_params, key, claimed=True))  # type: ignore[arg-type]
+            for prompt, its_params, key, adapter in zip(prompts, each, names, beside, strict=True):
+                requests.append(self.submit(prompt, its_params, key, adapter=adapter))  # type: ignore[arg-type]
             for request in requests:
                 while request.result is None:
                     with self._turns:
@@ -338,19 +348,25 @@ class Engine:
         traced: bool = False,
         said: int = 0,
         grammar: xgrammar.CompiledGrammar | None = None,
+        adapter: str | None = None,
     ) -> Request:
         """Queue a request, for a caller who looks at it while it grows and drives the engine by `advance`.
 
         claimed: `step` does not return it. salt: its prompt shares cached prefixes with those of the same salt only.
         traced: its sequences know the experts of what they sampled (`experts_of`) and what was guessed (`accepted`).
         said: so many of the prompt's last ids are the sample's own, from before: penalties count them as such.
-        grammar: what `grammars` made of the parameters; otherwise it is made now.
+        grammar: what `grammars` made of the parameters; otherwise it is made now. adapter: what it caches is its own.
         """
+        numbers = self._core.adapters
+        if adapter is not None and adapter not in numbers:
+            raise SlingshotError(f"adapter {adapter!r:.60}: this engine has {', '.join(numbers) or 'none'}")
         ids, params = self._encode(prompt), params or SamplingParams()
         if params.routed_experts and not self.config.n_moe_layers:
             raise SamplingError("sampling: routed_experts: this model has none; leave it out")
         name = ",".join(map(str, ids)) if key is None else key
-        whose = claimed, salt.encode(), traced, said, grammar
+        number = 0 if adapter is None else numbers[adapter]
+        salted = f"{number}|{salt}" if numbers else salt
+        whose = claimed, salted.encode(), traced, said, grammar, number
         request = Request(next(self._ids), ids, params, name, self.max_length, self._vocabulary, *whose)
         with self._turns:
             self._requests[request.request_id] = request

@@ -84,6 +84,11 @@ class Step:
         prompts = FlatBatch.of(parts, wanted=wanted)
         return prompts if decoding is None else decoding.joined(prompts)
 
+    def adapters(self, rows: DecodingRows) -> list[int]:
+        """The number of each of the batch's sequences' adapter."""
+        residents = [*rows.residents[: self.rows], *(resident for resident, _ in self.chunks)]
+        return [resident.sequence.request.adapter for resident in residents]
+
 
 class Scheduler:
     """Up to `max_batch` sequences at once over the pages of `pool`; `step_tokens` tokens a step at most."""

@@ -145,8 +145,8 @@ class Sequence:
     """One sample while it is generated.
 
     rules, guide: what changes its logits and leads it, where its parameters ask for such; `free`: neither. `plain`:
-    of its tokens only ids and logprobs are told besides. accepted: of a traced request, numbers of its tokens that
-    speculation had guessed. error: why it cannot go on.
+    of its tokens only ids and logprobs are told besides, and it has no adapter. accepted: of a traced request, numbers
+    of its tokens that speculation had guessed. error: why it cannot go on.
     """
 
     def __init__(self, request: Request, index: int) -> None:
@@ -164,7 +164,7 @@ class Sequence:
         guided = params.thinking_budget is not None or request.grammar is not None
         self.guide = Guide(params, request.opened, vocabulary, request.grammar) if guided else None
         self.free = self.rules is None and self.guide is None
-        self.plain = self.free and not params.top_logprobs
+        self.plain = self.free and not params.top_logprobs and not request.adapter
         self.accepted = set[int]()
         self._ends = set() if params.ignore_eos else tokenizer.eos_ids | set(params.stop_token_ids)
         self._budget = request.limit - len(request.prompt)
@@ -235,19 +235,20 @@ class Request:
     same one share what is cached. traced: its sequences know of every sampled token the experts that made it and
     whether it was guessed. tells: more is wanted of a step than a next token; told_whole: of its prompt too, which is
     then computed, not found in the cache. said: how many of the prompt's last ids its samples said themselves, before.
-    cached: tokens of the prompt that were found in the cache. admitted: when it left the queue (time.perf_counter).
+    adapter: its number, 0 for none. cached: tokens of the prompt that were found in the cache. admitted: when it left
+    the queue (time.perf_counter).
     Raises SamplingError for ids that the model does not know, GrammarError for a structure that no answer can have.
     """
 
     def __init__(
         self, request_id: int, prompt: list[int], params: SamplingParams, key: str, max_length: int,
         vocabulary: Vocabulary, claimed: bool, salt: bytes = b"", traced: bool = False, said: int = 0,
-        grammar: xgrammar.CompiledGrammar | None = None,
+        grammar: xgrammar.CompiledGrammar | None = None, adapter: int = 0,
     ) -> None:  # fmt: skip
         vocabulary.check(params)
         self.request_id, self.prompt, self.params, self.key = request_id, prompt, params, key
         self.vocabulary, self.claimed, self.salt, self.traced, self.cached = vocabulary, claimed, salt, traced, 0
-        self.said = said
+        self.said, self.adapter = said, adapter
         self.result: RequestOutput | None = None
         self.admitted: float | None = None
         self.limit = min(len(prompt) + params.max_tokens, max_length)

@@ -12,6 +12,7 @@ R rank of a low-rank change, G the matrices that an expert has side by side (gat
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -48,10 +49,13 @@ class Linear(nn.Module):
 
     def by_head(self, x_XHD: Tensor, part: slice, transposed: bool = False) -> Tensor:
         """Each head's x times `part` of the rows that the weight has for that head, W^T or, transposed, W: y_XHF."""
-        weight_FD = self.matrix(x_XHD.dtype)
-        weight_HFD = weight_FD.view(x_XHD.shape[-2], -1, weight_FD.shape[1])[:, part]
-        y_HNF = torch.bmm(x_XHD.flatten(0, -3).transpose(0, 1), weight_HFD if transposed else weight_HFD.mT)
-        return y_HNF.transpose(0, 1).view(*x_XHD.shape[:-1], -1)
+        return _by_head(x_XHD, self.matrix(x_XHD.dtype), part, transposed)
+
+
+def _by_head(x_XHD: Tensor, weight_FD: Tensor, part: slice, transposed: bool) -> Tensor:
+    weight_HFD = weight_FD.view(x_XHD.shape[-2], -1, weight_FD.shape[1])[:, part]
+    y_HNF = torch.bmm(x_XHD.flatten(0, -3).transpose(0, 1), weight_HFD if transposed else weight_HFD.mT)
+    return y_HNF.transpose(0, 1).view(*x_XHD.shape[:-1], -1)
 
 
 class LoRALinear(Linear):
@@ -75,6 +79,41 @@ class LoRALinear(Linear):
             return super().product(x_XD, detach)
         y_XF = adapted(x_XD, self)
         return y_XF if self.bias is None else y_XF + self.bias.to(x_XD.dtype)
+
+
+@dataclass
+class AdapterRows:
+    """Which rows [M] of a step's tokens have which adapter, by number; those of none have none."""
+
+    groups: list[tuple[int, Tensor]] = field(default_factory=list)
+
+
+class AdaptedLinear(Linear):
+    """A matrix beside which rows of x [N, D] have low-rank changes of their own (arXiv 2311.03285): without gradients.
+
+    It takes over the parameters of `base`. changes: by number of an adapter A_RD and B_FR, the latter scaled.
+    """
+
+    def __init__(self, base: Linear, rows: AdapterRows) -> None:
+        nn.Module.__init__(self)
+        self.weight, self.bias, self._rows = base.weight, base.bias, rows
+        self.changes: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def product(self, x_XD: Tensor, detach: bool = False) -> Tensor:
+        y_XF = super().product(x_XD, detach)
+        for number, at_M in self._rows.groups:
+            if number in self.changes:
+                a_RD, b_FR = self.changes[number]
+                y_XF.index_add_(0, at_M, F.linear(F.linear(x_XD[at_M], a_RD), b_FR))
+        return y_XF
+
+    def by_head(self, x_XHD: Tensor, part: slice, transposed: bool = False) -> Tensor:
+        y_XHF = super().by_head(x_XHD, part, transposed)
+        for number, at_M in self._rows.groups:
+            if number in self.changes:
+                a_RD, b_FR = self.changes[number]
+                y_XHF.index_add_(0, at_M, _by_head(x_XHD[at_M], b_FR @ a_RD, part, transposed))
+        return y_XHF
 
 
 class LoRAProduct(torch.autograd.Function):

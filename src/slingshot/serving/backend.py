@@ -33,7 +33,7 @@ class Generation:
     together with params.seed. salt: only prompts of the same one share cached prefixes. untold: for the backend.
     logprobs: whether anybody reads them; where nobody does, those of a delta may be 0. glass: tell the experts of each
     token and whether it was drafted, as far as the backend knows. said: so many of the prompt's last ids are the
-    sample's own, from before.
+    sample's own, from before. adapter: the name of what stands beside the engine's base, if anything.
     """
 
     prompt_ids: tuple[int, ...]
@@ -44,6 +44,7 @@ class Generation:
     logprobs: bool = True
     glass: bool = False
     said: int = 0
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,7 @@ class LocalBackend:
                 traced=generation.glass,
                 said=generation.said,
                 grammar=sample.grammar,
+                adapter=generation.adapter,
             )
             self._running[sample] = None
         except SlingshotError as error:
@@ -213,6 +214,28 @@ class LocalBackend:
         for loop, its in by_loop.items():
             if not loop.is_closed():
                 loop.call_soon_threadsafe(_deliver, its)
+
+
+class AdapterBackend:
+    """An adapter of another backend's engine, which that one starts and ends, and whose counters it tells."""
+
+    counters = None
+
+    def __init__(self, base: LocalBackend, adapter: str) -> None:
+        self._base, self._adapter, self.max_length = base, adapter, base.max_length
+
+    @property
+    def obstacle(self) -> str | None:
+        return self._base.obstacle
+
+    async def start(self) -> None:
+        """Nothing: the base does."""
+
+    def generate(self, generation: Generation) -> AsyncGenerator[TokenDelta, None]:
+        return self._base.generate(replace(generation, adapter=self._adapter))
+
+    async def close(self) -> None:
+        """Nothing: the base does."""
 
 
 def _deliver(events: list[tuple[_Sample, _Event]]) -> None:

@@ -40,6 +40,12 @@ def test_it_refuses_in_a_line_before_a_model_is_loaded(refused):
     assert "vllm serve nowhere" in refused("--engine", "vllm")
     assert "--engine" in refused("--upstream", "http://127.0.0.1:9")
     assert "--host" in refused("--host", "192.0.2.1", "--require-key")
+    for given in ("sums", "=folder", "sums=", "a/b=folder"):
+        assert "write NAME=FOLDER" in refused("--adapter", given)
+    assert "served already" in refused("--adapter", "nowhere=folder")
+    assert "served already" in refused("--adapter", "sums=folder", "--adapter", "sums=other")
+    assert "one checkpoint" in refused("elsewhere", "--adapter", "sums=folder")
+    assert "own engine" in refused("--engine", "llama.cpp", "--upstream", "http://127.0.0.1:9", "--adapter", "a=b")
 
 
 def test_which_addresses_are_this_machine_s_alone():

@@ -78,7 +78,7 @@ def run(config: SampleConfig, out: Path, sampler: Sampler | None = None) -> None
                 found = parallel.gather(
                     [[accepted(group, config, digest), r] for group, r in zip(groups, right, strict=True)]
                 )
-                rows.extend(row for kept, _ in found for row in kept)
+                rows.extend(row for lines, _ in found for row in lines)
                 pass_rate = sum(sum(each) / len(each) for _, each in found) / max(1, len(found))
                 logged = {"step": step + 1, "pass_rate": pass_rate, "kept": len(rows), **rollout.counts}
                 work.log({**logged, **work.speed(tokens)})

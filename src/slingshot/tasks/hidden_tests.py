@@ -30,7 +30,7 @@ class HiddenTests:
 
     `tests`: statements that assert something of functions of the answer, and `check(entry_point)` if they define
     `check`; `preamble` is run before answer and tests. Else `inputs` and `outputs`: lists of arguments and results of
-    `entry_point`, or, without one, what a program reads and writes.
+    `entry_point` (of a class: see `uses`), or, without one, what a program reads and writes.
     """
 
     tests: tuple[str, ...] = ()
@@ -44,15 +44,25 @@ class HiddenTests:
     def count(self) -> int:
         return len(self.tests) or len(self.outputs)
 
+    def uses(self, given: Any) -> bool:
+        """Whether arguments are names of an object's methods, the class's own first, and the arguments of each."""
+        if not self.entry_point[:1].isupper() or len(given) != 2 or not all(isinstance(each, list) for each in given):
+            return False
+        methods, arguments = given
+        return len(methods) == len(arguments) and methods[:1] == [self.entry_point]
+
 
 def called_names(hidden: HiddenTests) -> list[str]:
-    """Functions that tests call and nobody but the answer defines. Raises SyntaxError for tests that are no Python."""
+    """Functions and classes that tests call and only the answer defines. Raises SyntaxError: tests are no Python."""
     nodes = [node for text in (hidden.preamble, *hidden.tests) for node in ast.walk(ast.parse(text))]
     called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    owners = [node.value for node in nodes if isinstance(node, ast.Attribute)]
+    called |= {node.id for node in owners if isinstance(node, ast.Name) and node.id[:1].isupper()}
     kinds = ast.FunctionDef | ast.ClassDef
     known = {node.name for node in nodes if isinstance(node, kinds)} | set(dir(builtins))
     known |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    known |= {name.asname or name.name for node in nodes if isinstance(node, ast.ImportFrom) for name in node.names}
+    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    known |= {name.asname or name.name for node in imports for name in node.names}
     known |= {node.arg for node in nodes if isinstance(node, ast.arg)}
     return sorted(called - known)
 

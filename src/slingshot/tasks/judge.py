@@ -25,6 +25,8 @@ from slingshot.tasks.hidden_tests import HiddenTests, called_names
 
 _CHILD = Path(__file__).with_name("code_child.py")
 OPEN = "    pass\n"  # ends the preamble's last function, if that is what the answer is to complete
+_REPLIES = (["error"], ["value"], ["after", "value"])
+_SETTLE = "_arguments_are_as_they_became"  # what tests call behind a statement
 _NOTHING = object()  # equal to nothing
 _REAL = re.compile(r"[+-]?[0-9]*\.[0-9]+(e[+-]?[0-9]+)?", re.IGNORECASE)
 
@@ -70,15 +72,18 @@ class _Answer:
         """Whether the answer could be run at all."""
         return "value" in (self._exchange(self._sources) or {})
 
-    def ask(self, name: str, args: Any, named: Any) -> dict[str, Any] | None:
-        """{"value": encoded} or {"error": an exception's name}; None from an answer that is gone."""
-        return self._exchange(name, args, named)
+    def ask(self, kind: str, name: str, args: Any, named: Any) -> dict[str, Any] | None:
+        """{"value": encoded}, "after" with what it made of its arguments, or {"error": an exception's name}.
+
+        None from an answer that is gone. Kinds: "call" a function, "operate" on objects, "use" an object's methods.
+        """
+        return self._exchange(kind, name, args, named)
 
     def _exchange(self, *question: Any) -> dict[str, Any] | None:
         number = secrets.token_hex(8)
         try:
             repeated, reply = json.loads(self.program.exchange(json.dumps([number, *question])) or "")
-            valid = repeated == number and isinstance(reply, dict) and len(reply) == 1
+            valid = repeated == number and isinstance(reply, dict) and sorted(reply) in _REPLIES
             return reply if valid and isinstance(reply.get("error", ""), str) else None
         except (ValueError, TypeError, RecursionError):
             return None
@@ -110,11 +115,40 @@ def _called(
         if not held.define():
             return [False]
         for given, expected in zip(hidden.inputs, hidden.outputs, strict=True):
-            reply = held.ask(hidden.entry_point, encode(given), encode({}))
-            passed.append(reply is not None and "value" in reply and same(_plain(reply), expected, hidden.tolerance))
+            reply = held.ask("use" if hidden.uses(given) else "call", hidden.entry_point, encode(given), encode({}))
+            passed.append(reply is not None and same(_result(reply, expected), expected, hidden.tolerance))
             if reply is None or not (passed[-1] or all_tests):
                 break
     return passed
+
+
+def _result(reply: dict[str, Any], expected: Any) -> Any:
+    """What a function returned; where it returned nothing, what its first argument has become."""
+    try:
+        value = decode(reply["value"])
+        return decode(reply["after"])[0][0] if value is None is not expected and "after" in reply else value
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):  # an error, or not what `encode` wrote
+        return _NOTHING
+
+
+class _Settling(ast.NodeTransformer):
+    """Behind each statement the arguments that a call in it has changed become what they are in the answer's process.
+
+    Not sooner: `assert f(x) == sorted(x)` shall not hold for an f that empties x and returns it.
+    """
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        self.generic_visit(node)
+        for field in ("body", "orelse", "finalbody"):
+            if isinstance(statements := getattr(node, field, None), list):
+                setattr(node, field, [each for statement in statements for each in self._settled(statement)])
+        return node
+
+    def _settled(self, statement: ast.stmt) -> list[ast.stmt]:
+        calls = any(isinstance(node, ast.Call) for node in ast.walk(statement))
+        if not calls or not isinstance(statement, ast.Assert | ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Expr):
+            return [statement]
+        return [statement, *ast.parse(f"{_SETTLE}()").body]
 
 
 def _asserted(sources: list[str], hidden: HiddenTests, limits: ProgramLimits, trusted: bool) -> list[bool]:
@@ -122,8 +156,10 @@ def _asserted(sources: list[str], hidden: HiddenTests, limits: ProgramLimits, tr
     held = _Answer(sources, limits, trusted)
     with held.program, Program(_child("tests"), limits, trusted) as tests:
         names = [hidden.entry_point] if hidden.entry_point else called_names(hidden)
-        setup = {"names": names, "tests": hidden.tests, "preamble": hidden.preamble, "check": hidden.entry_point}
-        line = json.dumps(setup)
+        classes = [name for name in names if name[:1].isupper()]
+        setup: dict[str, Any] = {"functions": sorted({*names} - {*classes}), "classes": classes, "settle": _SETTLE}
+        setup |= {"preamble": hidden.preamble, "check": hidden.entry_point}
+        line = json.dumps(setup | {"tests": [ast.unparse(_Settling().visit(ast.parse(test))) for test in hidden.tests]})
         if not held.define():
             return [False]
         while said := tests.exchange(line):
@@ -134,13 +170,6 @@ def _asserted(sources: list[str], hidden: HiddenTests, limits: ProgramLimits, tr
                 break
             line = json.dumps(reply)
     return [False]
-
-
-def _plain(reply: dict[str, Any]) -> Any:
-    try:
-        return decode(reply["value"])
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # it was not `encode` that wrote it
-        return _NOTHING
 
 
 def same(value: Any, expected: Any, tolerance: float) -> bool:

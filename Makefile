@@ -17,6 +17,9 @@ BIN := $(VENV)/bin
 NO_KERNELS := no native kernels: no C++ compiler was found, or this is no x86-64; slingshot runs on torch's path, slower
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
+# Modules are compiled once, not by each of the many processes that stages and tests start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo serve full smollm2 peers clients interop test test-all clean
 
 demo: $(VENV)/runtime.stamp

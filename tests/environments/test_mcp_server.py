@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
 
@@ -12,7 +13,7 @@ from slingshot.environments.tool import MOST
 from slingshot.environments.toolbox import ask, toolbox
 from slingshot.sandbox.worker import Worker
 
-pytest.importorskip("mcp")
+pytestmark = pytest.mark.skipif(find_spec("mcp") is None, reason="mcp is not installed")
 SERVER = '''
 import os, time
 from mcp.server.mcpserver import MCPServer

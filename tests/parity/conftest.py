@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers.modeling_layers import MtpModel
 
 from slingshot.base.files import read_json, write_json
 from slingshot.checkpoint.load_save import save_checkpoint
@@ -87,6 +86,8 @@ def read_by_transformers(folder: Path) -> nn.Module:
         theirs._keys_to_ignore_on_load_unexpected = [
             mtp.replace(".", r"\.")
         ]  # by which transformers knows the MTP module; by itself layer 61 only
+        from transformers.modeling_layers import MtpModel  # only here: it takes seconds
+
         theirs.mtp = [MtpModel.from_pretrained(theirs)]  # in a list: not to be registered as a part
     return theirs
 

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import threading
 
-import anthropic
 import openai
 import pytest
 import sqlalchemy as sa
@@ -219,6 +218,8 @@ def calls(caller):
 @pytest.fixture
 def anthropic_of():
     """anthropic_of(client): a client of Anthropic's API for the same server as an openai client's."""
+    import anthropic  # only here and in two tests: it takes seconds
+
     with contextlib.ExitStack() as stack:
 
         def make(client):

@@ -1,4 +1,3 @@
-import anthropic
 import httpx
 import openai
 import pytest
@@ -72,6 +71,8 @@ def test_a_key_that_is_revoked_opens_nothing_from_then_on(url, ledger):
 
 @pytest.mark.parametrize("header", ["api_key", "auth_token"])
 def test_anthropic_s_clients_bring_their_key_in_either_header(url, ledger, header):
+    import anthropic
+
     def asked(key):
         claude = anthropic.Anthropic(base_url=url, max_retries=0, **{header: key})
         return claude.messages.create(model="tiny", messages=QUESTION, max_tokens=20)

@@ -1,6 +1,5 @@
 import json
 
-import anthropic
 import httpx
 import pytest
 
@@ -187,6 +186,8 @@ def test_errors_have_the_bodies_of_this_api(served, wrong, code, kind, said):
 
 
 def test_what_fails_midway_is_told_as_the_last_event(says, anthropic_of):
+    import anthropic
+
     client = says("3 plus 4 is 7.\n</think>\n\n5")
     client.backend.fails_after = 4
     with pytest.raises(anthropic.APIStatusError, match="failed"):

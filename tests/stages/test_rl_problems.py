@@ -139,7 +139,12 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", POLICY_LOSSES)
+QUICK = ("grpo", "dapo")  # with a reference that moves, and with routing that is replayed
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in POLICY_LOSSES]
+)
 def test_an_interruption_leaves_no_trace(training, base, metrics, tmp_path, name):
     """With every loss, minibatches, MTP, refilled and retired problems, and a reference that changes."""
     loss = {"name": name, "reference_steps": 2} | SETTINGS[name]

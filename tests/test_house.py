@@ -33,7 +33,7 @@ ROOMS = {
     "quantization": (50, 62),
     "recipe": (1213, 1021),
     "rollout": (782, 709),
-    "sandbox": (857, 556),
+    "sandbox": (953, 612),
     "serving": (5778, 5574),
     "stages": (1703, 2261),
     "tasks": (3698, 2524),

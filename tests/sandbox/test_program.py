@@ -1,6 +1,7 @@
 """Untrusted programs: what they may do, and that none of what they try gets through."""
 
 import contextlib
+import itertools
 import os
 import platform
 import socket
@@ -14,6 +15,7 @@ import pydantic
 import pytest
 
 from slingshot.base.errors import SlingshotError
+from slingshot.sandbox import bubblewrap, program
 from slingshot.sandbox.program import Isolation, Program, ProgramLimits, isolation, require_isolation, run_program
 from tests.sandbox.escapes import CONTROL, REFUSED, attempts
 
@@ -80,10 +82,60 @@ def tried(codes):
     return {name: code for name, code in codes.items() if platform.machine() == "x86_64" or "call(" not in code}
 
 
-@pytest.mark.parametrize("namespaces", [True, False])
+BUBBLEWRAP = pytest.mark.skipif(not bubblewrap.installed(), reason="bubblewrap is not installed")
+
+
+@pytest.mark.parametrize("namespaces", ["own", "none", pytest.param("bubblewrap", marks=BUBBLEWRAP)])
 def test_nothing_gets_through(surroundings, namespaces):
     outcome = run_program(attempts(tried(REFUSED), **surroundings), namespaces=namespaces)
     assert outcome.stdout == "all tried\n", outcome.stderr
+
+
+@BUBBLEWRAP
+def test_nothing_gets_through_bubblewrap_where_there_is_no_landlock(surroundings, monkeypatch):
+    monkeypatch.setattr("slingshot.sandbox.landlock.version", lambda: 0)
+    seen = {"list the temporary files", "go up"}  # nothing but its own folder is there
+    codes = {name: code for name, code in tried(REFUSED).items() if name not in seen}
+    outcome = run_program(attempts(codes, **surroundings))
+    assert outcome.stdout == "all tried\n", outcome.stderr
+    look = "import os; up = os.path.dirname(os.getcwd()); print(os.listdir(up) == [os.path.basename(os.getcwd())])"
+    assert run_program(look).stdout == "True\n"
+    assert run_program(USEFUL, "1\n").stdout.startswith("8 [3] Asia/Tokyo 1 __main__")
+
+
+@BUBBLEWRAP
+@pytest.mark.parametrize(
+    ("source", "reason", "files"),
+    [
+        ("print(1)", "ok", 0), ("import sys; sys.exit(3)", "exit", 0), ("import os; os.abort()", "killed", 0),
+        ("while True: pass", "timeout", 0), ("bytearray(1 << 30)", "memory", 0),
+        ("open('made', 'w').write('x')", "ok", 9),
+        ("import os; assert os.path.exists('/home') or os.path.exists('/proc')", "exit", 0),
+    ],
+)  # fmt: skip
+def test_how_a_program_in_bubblewrap_ended_is_told(source, reason, files):
+    limits = ProgramLimits(seconds=1.0 if reason == "timeout" else 10.0, files=files)
+    assert run_program(source, limits=limits, namespaces="bubblewrap").reason == reason
+
+
+def test_bubblewrap_shows_a_package_within_folders_that_it_hides():
+    readable, hidden, shown = ["/lib64", "/dev/null"], ["/lib64/a", "/b"], ["/lib64/a/own"]
+    command = bubblewrap.wrapped("/usr/bin/bwrap", "/tmp/home", True, readable, hidden, shown)
+    text = " ".join(command)
+    assert "--dev-bind-try /dev/null /dev/null --tmpfs /lib64/a --ro-bind /lib64/a/own /lib64/a/own --bind" in text
+    assert "/b" not in command and text.endswith("--bind /tmp/home /tmp/home --remount-ro /lib64/a --remount-ro / --")
+    assert command[0] == "/usr/bin/bwrap" and {"--unshare-net", "--unshare-pid", "--unshare-user"} <= set(command)
+
+
+def test_bubblewrap_is_chosen_where_landlock_or_namespaces_are_missing(monkeypatch):
+    chosen = program._namespaces
+    monkeypatch.setattr("slingshot.sandbox.program._bubblewrap_works", lambda: True)
+    for installed, kernel, makes in itertools.product(("/usr/bin/bwrap", None), (3, 0), (True, False)):
+        monkeypatch.setattr("slingshot.sandbox.bubblewrap.installed", lambda installed=installed: installed)
+        monkeypatch.setattr("slingshot.sandbox.landlock.version", lambda kernel=kernel: kernel)
+        monkeypatch.setattr("slingshot.sandbox.program._makes_namespaces", lambda makes=makes: makes)
+        own = "own" if makes else "none"
+        assert chosen() == (own if (kernel and makes) or not installed else "bubblewrap")
 
 
 @pytest.mark.slow
@@ -214,10 +266,14 @@ def test_a_program_that_says_nothing_more_holds_nobody_up(source):
 
 def test_a_machine_that_cannot_contain_programs_is_told_of(monkeypatch):
     assert isolation().landlock and isolation().seccomp
-    lacks = {Isolation(0, True, True): "landlock", Isolation(0, False, True): "landlock and seccomp"}
+    lacks = {Isolation(0, True, "own"): "landlock", Isolation(0, False, "own"): "landlock and seccomp"}
+    lacks |= {Isolation(0, True, "bubblewrap"): "", Isolation(3, True, "none"): ""}
     assert {machine: machine.missing for machine in lacks} == lacks
     assert str(isolation()).startswith("contained by Landlock ")
-    assert str(Isolation(0, True, True)) == "untrusted ones are refused: no landlock"
+    assert str(Isolation(0, True, "own")) == "untrusted ones are refused: no landlock"
+    assert str(Isolation(3, True, "own")) == "contained by Landlock 3, seccomp and namespaces"
+    assert str(Isolation(0, True, "bubblewrap")) == "contained by seccomp and bubblewrap"
+    monkeypatch.setattr("slingshot.sandbox.bubblewrap.installed", lambda: None)
     monkeypatch.setattr("slingshot.sandbox.landlock.version", lambda: 0)
     with pytest.raises(SlingshotError, match=r"cannot contain untrusted programs, for it has no landlock: .*trusted"):
         run_program("print(1)")

@@ -5,8 +5,8 @@
         reply = program.exchange("41")
 
 On Linux the process has Landlock (files), a seccomp filter (no network, no second process, no signal to others),
-namespaces where they are allowed, limits, an empty environment and a private folder. `isolation()` says what holds
-here. Where it is too little for code that nobody has read, a program is refused unless `trusted`.
+namespaces where they are allowed, limits, an empty environment and a private folder. Where there is no Landlock, or
+namespaces are refused, bubblewrap makes them if it is installed. `isolation()` says what holds here. Where it is too little for code that nobody has read, a program is refused unless `trusted`.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from subprocess import PIPE
 from typing import IO, Literal, Self, cast
 
 from slingshot.base.errors import SlingshotError
-from slingshot.sandbox import landlock, seccomp
+from slingshot.sandbox import bubblewrap, landlock, seccomp
 
 Reason = Literal["ok", "exit", "timeout", "memory", "output", "killed"]
+Namespaces = Literal["own", "bubblewrap", "none"]
 
 _LAUNCH = "import sys; sys.path.append(sys.argv.pop(1)); from slingshot.sandbox.launch import launch; launch()"
 _PACKAGE = str(Path(__file__).parents[2])
@@ -67,44 +68,76 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Isolation:
-    """What this machine offers against a program: Landlock's ABI (0: none), seccomp filters, namespaces."""
+    """What this machine offers against a program: Landlock's ABI (0: none), seccomp filters, who makes namespaces."""
 
     landlock: int
     seccomp: bool
-    namespaces: bool
+    namespaces: Namespaces
 
     @property
     def missing(self) -> str:
         """What untrusted programs need and this machine has not, in words; empty where all is there."""
-        return " and ".join(name for name in ("landlock", "seccomp") if not getattr(self, name))
+        files = self.landlock or self.namespaces == "bubblewrap"
+        return " and ".join([*["landlock"] * (not files), *["seccomp"] * (not self.seccomp)])
 
     def __str__(self) -> str:
         if self.missing:
             return f"untrusted ones are refused: no {self.missing}"
-        return f"contained by Landlock {self.landlock}, seccomp{' and namespaces' * self.namespaces}"
+        named = {"own": ["namespaces"], "bubblewrap": ["bubblewrap"], "none": []}[self.namespaces]
+        layers = [*[f"Landlock {self.landlock}"] * (self.landlock > 0), "seccomp", *named]
+        return f"contained by {', '.join(layers[:-1])}{' and ' * (len(layers) > 1)}{layers[-1]}"
 
 
 @functools.cache
 def isolation() -> Isolation:
     """What holds here, as a program finds it. Raises SlingshotError where not even a harmless one can be run."""
-    probe = run_program("import os; print(os.getpid())", trusted=True)
-    if probe.reason != "ok":
-        said = probe.stderr.strip().rpartition("\n")[2]
-        raise SlingshotError(f"no program can be run in a sandbox here ({probe.reason}): {said}")
-    return Isolation(landlock.version(), seccomp.available(), probe.stdout == "1\n")  # the first of its namespace
+    return Isolation(landlock.version(), seccomp.available(), _namespaces())
 
 
 def require_isolation(trusted: bool = False) -> None:
     """Raise SlingshotError where this machine cannot contain programs that are not `trusted`."""
-    if not trusted and (lacks := Isolation(landlock.version(), seccomp.available(), False).missing):
-        way = "Linux 5.13 or newer has both; or say trusted = true if whoever writes the programs is to be trusted"
-        raise SlingshotError(f"this machine cannot contain untrusted programs, for it has no {lacks}: {way}")
+    if trusted or (landlock.version() and seccomp.available()):
+        return
+    if lacks := Isolation(landlock.version(), seccomp.available(), _namespaces()).missing:
+        way = "Linux 5.13 or newer has both, and bubblewrap (bwrap) does for landlock"
+        trust = "or say trusted = true if whoever writes the programs is to be trusted"
+        raise SlingshotError(f"this machine cannot contain untrusted programs, for it has no {lacks}: {way}; {trust}")
+
+
+def _namespaces() -> Namespaces:
+    """A process's own where they are enough, for they take no time; else bubblewrap's, which hide files as well."""
+    if landlock.version() and _makes_namespaces():
+        return "own"
+    if bubblewrap.installed() and _bubblewrap_works():
+        return "bubblewrap"
+    return "own" if _makes_namespaces() else "none"
+
+
+@functools.cache
+def _makes_namespaces() -> bool:
+    probe = run_program("import os; print(os.getpid())", trusted=True, namespaces="own")
+    if probe.reason != "ok":
+        said = probe.stderr.strip().rpartition("\n")[2]
+        raise SlingshotError(f"no program can be run in a sandbox here ({probe.reason}): {said}")
+    return probe.stdout == "1\n"  # the first of its namespace
+
+
+@functools.cache
+def _bubblewrap_works() -> bool:
+    return run_program("print(1)", trusted=True, namespaces="bubblewrap").stdout == "1\n"
 
 
 def run_program(
-    source: str, stdin: str = "", limits: ProgramLimits | None = None, trusted: bool = False, namespaces: bool = True
+    source: str,
+    stdin: str = "",
+    limits: ProgramLimits | None = None,
+    trusted: bool = False,
+    namespaces: Namespaces | None = None,
 ) -> Outcome:
-    """Run a Python source to its end. Raises SlingshotError where this machine cannot contain it."""
+    """Run a Python source to its end, in `namespaces` that are said or the best of this machine.
+
+    Raises SlingshotError where this machine cannot contain it.
+    """
     with Program(source, limits, trusted, namespaces) as program:
         return program.finish(stdin)
 
@@ -113,16 +146,29 @@ class Program:
     """A running program, for one thread at a time. It can import the standard library."""
 
     def __init__(
-        self, source: str, limits: ProgramLimits | None = None, trusted: bool = False, namespaces: bool = True
+        self,
+        source: str,
+        limits: ProgramLimits | None = None,
+        trusted: bool = False,
+        namespaces: Namespaces | None = None,
     ) -> None:
         self._limits = limits or ProgramLimits()
-        layers = {"landlock": landlock.version() > 0, "seccomp": seccomp.available(), "namespaces": namespaces}
         require_isolation(trusted)
+        made = namespaces or _namespaces()
+        self._wrapped = made == "bubblewrap"
+        layers = {"landlock": landlock.version() > 0, "seccomp": seccomp.available(), "namespaces": made == "own"}
         self._home = tempfile.mkdtemp(prefix="slingshot-program-")
         Path(self._home, "program.py").write_text(source, encoding="utf-8", errors="surrogatepass")
-        spec = (os.getpid(), self._limits.seconds, self._limits.memory, self._limits.files)
+        parent = 1 if self._wrapped else os.getpid()
+        spec = (parent, self._limits.seconds, self._limits.memory, self._limits.files)
         told = [self._home, *map(str, spec), " ".join(name for name, there in layers.items() if there), *_readable()]
         command = [sys.executable, "-s", "-S", "-P", "-X", "utf8", "-c", _LAUNCH, _PACKAGE, *told]
+        if self._wrapped:
+            command[0] = os.path.realpath(sys.executable)
+            libraries, hidden = _libraries()
+            seen, shown = [*_FILES, *libraries], [command[0], os.path.join(_PACKAGE, "slingshot")]
+            bwrap, writable = bubblewrap.installed() or "bwrap", self._limits.files > 0
+            command[:0] = bubblewrap.wrapped(bwrap, self._home, writable, seen, hidden, shown)
         self._began, self._reason = time.monotonic(), cast(Reason | None, None)
         self._process = subprocess.Popen(
             command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env={"PYTHONHASHSEED": "0"}, start_new_session=True
@@ -159,9 +205,9 @@ class Program:
                 self._reason = "timeout"
         seconds = time.monotonic() - self._began
         self.close()
-        status = None if self._reason else self._process.returncode
+        status = None if self._reason else self._status()
         out, err = (kept.decode("utf-8", "replace") for kept in (self._written, self._errors))
-        return Outcome(out, err, status, self._reason or _reason(self._process.returncode, err), seconds)
+        return Outcome(out, err, status, self._reason or _reason(self._status(), err), seconds)
 
     def close(self) -> None:
         """End it and all it started, and remove its folder."""
@@ -180,6 +226,11 @@ class Program:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _status(self) -> int:
+        """bubblewrap tells of a signal as shells do."""
+        status = self._process.returncode
+        return 128 - status if self._wrapped and status > 128 else status
 
     def _left(self) -> float:
         return self._began + self._limits.seconds - time.monotonic()
@@ -238,15 +289,21 @@ def _reason(status: int, errors: str) -> Reason:
 
 
 @functools.cache
-def _readable() -> list[str]:
-    """Python's standard library and the system's libraries, but no installed package: their data may hold answers."""
+def _libraries() -> tuple[list[str], set[str]]:
+    """Folders of Python's standard library and the system's, and of installed packages, whose data may hold answers."""
     standard = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
     packages = [*site.getsitepackages(), site.getusersitepackages(), "/usr/lib/python3/dist-packages"]
     packages += [os.path.join(path, name) for path in standard for name in ("site-packages", "dist-packages")]
     hidden = {os.path.realpath(path) for path in packages if os.path.isdir(path)}
     roots = {os.path.realpath(path) for path in (*_LIBRARIES, os.path.join(sys.base_prefix, "lib"), *standard)}
-    outer = [root for root in sorted(roots) if not any(root.startswith(other + os.sep) for other in roots)]
-    return [*_FILES, *(path for root in outer for path in _without(root, hidden))]
+    return [root for root in sorted(roots) if not any(root.startswith(other + os.sep) for other in roots)], hidden
+
+
+@functools.cache
+def _readable() -> list[str]:
+    """What covers the libraries, but no installed package."""
+    roots, hidden = _libraries()
+    return [*_FILES, *(path for root in roots for path in _without(root, hidden))]
 
 
 def _without(path: str, hidden: set[str]) -> list[str]:

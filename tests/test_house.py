@@ -33,10 +33,10 @@ ROOMS = {
     "quantization": (50, 62),
     "recipe": (1213, 1021),
     "rollout": (782, 709),
-    "sandbox": (953, 612),
+    "sandbox": (994, 622),
     "serving": (5778, 5574),
     "stages": (1703, 2261),
-    "tasks": (3698, 2524),
+    "tasks": (3701, 2524),
     "text": (2015, 1809),
     "training": (1759, 1464),
 }

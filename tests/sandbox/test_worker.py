@@ -216,6 +216,16 @@ def test_iteration_over_sets_repeats_from_worker_to_worker(make):
     assert len({tuple(make().run("value = list({'one', 'two', 'three', 'four', 'five'})")) for _ in range(4)}) == 1
 
 
+@pytest.mark.parametrize(("code", "grows"), [("time.sleep(0.1)", True), ("sum(range(3_000_000))", False)])
+def test_a_pool_has_more_workers_where_calls_wait_and_only_there(make, code, grows):
+    target = make(0).target
+    pool = WorkerPool(1, [target], most=4)
+    for future in [pool.submit(asks(target, code)) for _ in range(12)]:
+        future.result()
+    assert (pool.n_workers > 1) is grows and pool.n_workers <= 4
+    pool.close()
+
+
 def test_a_pool_replaces_the_worker_that_hangs_and_ends_all_when_forgotten(make):
     target = make(0, timeout=0.5).target
     pool = WorkerPool(2, [target])

@@ -6,7 +6,8 @@
 
 On Linux the process has Landlock (files), a seccomp filter (no network, no second process, no signal to others),
 namespaces where they are allowed, limits, an empty environment and a private folder. Where there is no Landlock, or
-namespaces are refused, bubblewrap makes them if it is installed. `isolation()` says what holds here. Where it is too little for code that nobody has read, a program is refused unless `trusted`.
+namespaces are refused, bubblewrap makes them if it is installed. `isolation()` says what holds
+here. Where it is too little for code that nobody has read, a program is refused unless `trusted`.
 """
 
 from __future__ import annotations

@@ -20,13 +20,13 @@ import sys
 import tempfile
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from queue import SimpleQueue
 from subprocess import DEVNULL, PIPE
-from threading import Timer
+from threading import Condition, Timer
 from typing import Any, TypeVar
 
 from slingshot.base.errors import SlingshotError
@@ -62,11 +62,18 @@ class Worker:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._objects: dict[str, int] = {}
+        self.computed = self.took = 0.0  # seconds of a core, and of the clock, in calls so far
+        self._used = 0.0  # seconds of a core in the last call
 
     def call(self, target: Target, method: str, *args: Any, timeout: float | None = None) -> Any:
         """The method's result, as JSON brings it back; `timeout` instead of the target's. Raises SandboxError."""
         message = {"object": self.build(target), "method": method, "args": args}
-        return self._exchange(message, timeout or target.timeout)
+        began, self._used = time.monotonic(), 0.0
+        try:
+            return self._exchange(message, timeout or target.timeout)
+        finally:
+            self.took += time.monotonic() - began
+            self.computed += self._used
 
     def build(self, target: Target) -> int:
         """Start the worker and build the target's object, unless they are there; its number. Raises SandboxError."""
@@ -106,12 +113,14 @@ class Worker:
         timer.start()
         try:
             reply = _round_trip(process, json.dumps(message | {"timeout": timeout}).encode() + b"\n")
-            (kind, outcome), *_ = json.loads(reply).items()
+            told = json.loads(reply)
+            (kind, outcome), *_ = told.items()
+            self._used = float(told["computed"])
         except BaseException as error:  # Ctrl-C too: the answer to this call must not be taken for the next one's
             self.close()
             if time.monotonic() >= deadline:
                 raise SandboxError(f"took longer than {timeout:g} s") from error
-            if isinstance(error, ValueError | AttributeError | RecursionError):
+            if isinstance(error, ValueError | TypeError | LookupError | AttributeError | RecursionError):
                 raise SandboxError("wrote over the worker's pipe to slingshot") from error
             raise
         finally:
@@ -126,30 +135,54 @@ class Worker:
 class WorkerPool:
     """`size` workers that run beside the caller; `targets` are built at once, others at their first call.
 
+    While calls wait more than they compute (for a server, a process, a clock) there are more workers, `most` at most.
     `close()`, or the end of a pool that is forgotten, ends them: what waits is cancelled, what runs fails.
     """
 
-    def __init__(self, size: int, targets: Sequence[Target] = ()) -> None:
-        self._threads, self._free = ThreadPoolExecutor(size), SimpleQueue[Worker]()
-        workers = [Worker() for _ in range(size)]
-        self.close = weakref.finalize(self, _stop, self._threads, workers)
-        for worker in workers:
-            self._free.put(worker)
+    def __init__(self, size: int, targets: Sequence[Target] = (), most: int = 0) -> None:
+        self._crew = _Crew(size, max(size, most))
+        self._threads = ThreadPoolExecutor(self._crew.most)
+        self.close = weakref.finalize(self, _stop, self._threads, self._crew.workers)
         for target in targets:
-            for _ in workers:  # the queue hands them out in turn; should a build fail, the first call tells
+            for _ in range(size):  # the queue hands them out in turn; should a build fail, the first call tells
                 self.submit(partial(Worker.build, target=target))
+
+    @property
+    def n_workers(self) -> int:
+        return len(self._crew.workers)
 
     def submit(self, function: Callable[[Worker], T]) -> Future[T]:
         """The Future of function(worker), with the first worker that is free."""
-        return self._threads.submit(_run, self._free, function)
+        return self._threads.submit(self._crew.run, function)
 
 
-def _run(free: SimpleQueue[Worker], function: Callable[[Worker], T]) -> T:
-    worker = free.get()
-    try:
-        return function(worker)
-    finally:
-        free.put(worker)
+class _Crew:
+    """The workers of a pool, at first `size`, and which of them are free."""
+
+    def __init__(self, size: int, most: int) -> None:
+        self.most, self.workers = most, [Worker() for _ in range(size)]
+        self._size, self._free, self._changed = size, deque(self.workers), Condition()
+
+    def run(self, function: Callable[[Worker], T]) -> T:
+        with self._changed:
+            self._changed.wait_for(lambda: self._free or len(self.workers) < self._worthwhile())
+            if not self._free:
+                self.workers.append(Worker())
+            worker = self._free.popleft() if self._free else self.workers[-1]
+        try:
+            return function(worker)
+        finally:
+            with self._changed:
+                self._free.append(worker)
+                self._changed.notify_all()
+
+    def _worthwhile(self) -> int:
+        """As many as keep a quarter of the cores that `size` of them may have busy.
+
+        A quarter: calls that compute on a busy machine wait for their core too, and shall not become more for that.
+        """
+        took, computed = (sum(getattr(each, name) for each in self.workers) for name in ("took", "computed"))
+        return min(self.most, round(self._size * took / (4 * computed + 0.01))) if took else self._size
 
 
 def _stop(threads: ThreadPoolExecutor, workers: Sequence[Worker]) -> None:

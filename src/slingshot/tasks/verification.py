@@ -21,6 +21,8 @@ from slingshot.tasks.task import Problem, Reward, Task
 
 T = TypeVar("T")
 
+MOST_WORKERS = 16
+
 
 class IsolatedTask(Task):
     """A task whose code is someone else's: an object in a worker, the task's own or a pool's."""
@@ -50,13 +52,14 @@ class IsolatedTask(Task):
 class VerificationPool:
     """Workers shared by `tasks`. A verifier that raises or hangs costs its own item: a reward of 0 that says why.
 
-    `workers` are two where there are cores to spare, else one; none start where no task needs one.
+    `workers` are two where there are cores to spare, else one, and more while verifiers wait; none start where no task
+    needs one.
     """
 
     def __init__(self, tasks: Sequence[Task], workers: int | None = None) -> None:
         targets = [task.target for task in tasks if isinstance(task, IsolatedTask)]
         size = workers or min(2, max(1, (os.cpu_count() or 1) - 1))
-        self._pool = WorkerPool(size, targets) if targets else None
+        self._pool = WorkerPool(size, targets, workers or MOST_WORKERS) if targets else None
         self.verified = 0  # answers so far, over all ranks, as its Rollouts count them
 
     def submit(self, task: Task, problem: Problem, text: str, lenient: bool = False) -> Future[Reward]:

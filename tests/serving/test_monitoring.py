@@ -224,8 +224,8 @@ def test_the_status_page_shows_it_live(serve, paced, scheme):
         page.wait_for_selector("text=serving")
         http.post(CHAT, json=BODY)
         generated = page.locator("dt:text-is('Generated') + dd", has_text=f"{len(paced.backend.ids)} since")
-        generated.wait_for(timeout=10_000)
-        page.locator("dt:text-is('Requests') + dd", has_text="1").wait_for(timeout=10_000)
+        generated.wait_for(timeout=60_000)
+        page.locator("dt:text-is('Requests') + dd", has_text="1").wait_for(timeout=60_000)
         assert page.evaluate("document.documentElement.dataset.theme") == scheme and failures == []
         page.click("#theme")
         assert page.evaluate("document.documentElement.dataset.theme") != scheme

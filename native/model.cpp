@@ -1,6 +1,8 @@
 // Where the weights lie, and how they get there.
 #include "model.h"
 
+#include <deque>
+
 #include "quantized.h"
 #include "scratch.h"
 
@@ -16,6 +18,7 @@ struct Job {
     void* to;
     bool from_bf16, to_bf16;
     int bits, group;
+    const float* scales;  // of the weights' groups, if they are known
 
     int blocks() const { return (n + 15) / 16; }
 
@@ -38,7 +41,8 @@ struct Job {
             float* scales = reinterpret_cast<float*>(block) + static_cast<size_t>(packed.depth) * 16;
             for (int g = 0; g < k / group; g++) {
                 const Source* first = w + row * row_stride + static_cast<size_t>(g) * group * column_stride;
-                const float scale = scale_of(first, column_stride, group, bits);
+                const float scale = this->scales ? this->scales[static_cast<size_t>(row) * (k / group) + g]
+                                                 : scale_of(first, column_stride, group, bits);
                 for (int i = 0; i < group; i++) {
                     const float number = scale > SMALLEST ? to_float(first[i * column_stride]) / scale : 0;
                     put_number(packed, reinterpret_cast<uint8_t*>(block), row % 16, g * group + i,
@@ -55,12 +59,15 @@ template <class T> class Packing {
   public:
     explicit Packing(bool from_bf16) : from_bf16_(from_bf16) {}
 
-    void matrix(const void* from, const Packed& to) { add(from, to.k, 1, to.n, 1, to, 0); }
+    void matrix(const void* from, const Packed& to, const void* scales = nullptr) {
+        add(from, to.k, 1, to.n, 1, to, 0, scales);
+    }
 
     // Gate's and up's blocks alternate.
-    void pair(const void* gate, const void* up, int inner, const Packed& to) {
-        add(gate, to.k, 1, inner, 2, to, 0);
-        add(up, to.k, 1, inner, 2, to, 1);
+    void pair(const void* gate, const void* up, int inner, const Packed& to, const void* gate_scales,
+              const void* up_scales) {
+        add(gate, to.k, 1, inner, 2, to, 0, gate_scales);
+        add(up, to.k, 1, inner, 2, to, 1, up_scales);
     }
 
     void strided(const void* from, size_t offset, size_t row_stride, size_t column_stride, const Packed& to) {
@@ -68,22 +75,32 @@ template <class T> class Packing {
     }
 
     void floats(const void* from, const Packed& to) {
-        jobs_.push_back({from, static_cast<size_t>(to.k), 1, to.n, to.k, 1, at(to, 0), false, false, 0, 0});
+        jobs_.push_back({from, static_cast<size_t>(to.k), 1, to.n, to.k, 1, at(to, 0), false, false, 0, 0, nullptr});
     }
 
     // Matrices whose outputs follow each other. Where one does not end with a block they are brought together first.
-    void stacked(std::vector<std::pair<const void*, int>> parts, const Packed& to) {
+    struct Part {
+        const void* from;
+        int rows;
+        const void* scales;
+    };
+    void stacked(std::vector<Part> parts, const Packed& to) {
         bool whole = true;
-        for (auto [from, rows] : parts) whole = whole && rows % 16 == 0;
+        for (const Part& part : parts) whole = whole && part.rows % 16 == 0;
         if (!whole) {
-            const size_t row = to.k * (from_bf16_ ? 2 : 4);
-            std::vector<char>& joined = joined_.emplace_back();
-            for (auto [from, rows] : parts)
-                joined.insert(joined.end(), static_cast<const char*>(from), static_cast<const char*>(from) + rows * row);
-            parts = {{joined.data(), to.n}};
+            const bool scaled = parts[0].scales != nullptr;
+            std::vector<char>&numbers = joined_.emplace_back(), &scales = joined_.emplace_back();
+            for (const Part& part : parts) {
+                append(numbers, part.from, part.rows * to.k * (from_bf16_ ? 2 : 4));
+                if (scaled) append(scales, part.scales, part.rows * (to.k / to.group) * sizeof(float));
+            }
+            parts = {{numbers.data(), to.n, scaled ? scales.data() : nullptr}};
         }
         int done = 0;
-        for (auto [from, rows] : parts) add(from, to.k, 1, rows, 1, to, done / 16), done += rows;
+        for (const Part& part : parts) {
+            add(part.from, to.k, 1, part.rows, 1, to, done / 16, part.scales);
+            done += part.rows;
+        }
     }
 
     void vector(const void* from, int count, T* to) const {
@@ -120,14 +137,19 @@ template <class T> class Packing {
     static int place(double at, int blocks) { return at <= 0 ? 0 : at >= blocks ? blocks : static_cast<int>(at + 0.5); }
     static void* at(const Packed& to, int block) { return const_cast<uint32_t*>(to.block<uint32_t>(block)); }
 
-    void add(const void* from, size_t row_stride, size_t column_stride, int n, int step, const Packed& to, int block) {
+    static void append(std::vector<char>& to, const void* from, size_t bytes) {
+        to.insert(to.end(), static_cast<const char*>(from), static_cast<const char*>(from) + bytes);
+    }
+
+    void add(const void* from, size_t row_stride, size_t column_stride, int n, int step, const Packed& to, int block,
+             const void* scales = nullptr) {
         jobs_.push_back({from, row_stride, column_stride, n, to.k, step, at(to, block), from_bf16_, sizeof(T) == 2,
-                         to.bits, to.group});
+                         to.bits, to.group, static_cast<const float*>(scales)});
     }
 
     bool from_bf16_;
     std::vector<Job> jobs_;
-    std::vector<std::vector<char>> joined_;
+    std::deque<std::vector<char>> joined_;  // whose places stay
 };
 
 // Cuts weights out of memory, or only counts them.
@@ -194,11 +216,11 @@ template <class T> void Model<T>::lay_out(char* base) {
         if (i >= s.layers) {
             for (T** norm : {&layer.embedding_norm, &layer.hidden_norm, &layer.output_norm})
                 *norm = place.carver.template take<T>(s.width);
-            layer.joint = place.matrix(s.width, 2 * s.width);
+            layer.joint = s.keeps_head ? place.plain(s.width, 2 * s.width) : place.matrix(s.width, 2 * s.width);
         }
     }
     norm = place.carver.template take<T>(s.width);
-    head = place.matrix(s.vocabulary, s.width);
+    head = s.keeps_head ? place.plain(s.vocabulary, s.width) : place.matrix(s.vocabulary, s.width);
     bytes_ = place.carver.used;
 }
 
@@ -206,17 +228,19 @@ template <class T> void Model<T>::refresh(const ModelTensors& tensors, int first
     const ModelShape& s = shape;
     Packing<T> packing(tensors.are_bf16);
     const int n_layers = static_cast<int>(layers.size());
+    const LayerTensors none{};
     for (int i = first_part; i < last_part && i < n_layers; i++) {
         LayerWeights<T>& layer = layers[i];
-        const LayerTensors& from = tensors.layers[i];
+        const LayerTensors &from = tensors.layers[i], &scales = tensors.scales ? tensors.scales[i] : none;
         packing.vector(from.input_norm, s.width, layer.input_norm);
         packing.vector(from.post_norm, s.width, layer.post_norm);
         if (s.latent_family) {
             const int entry = s.latent + s.rope, part = s.nope + s.value;
-            packing.stacked({{s.q_rank ? from.q_a : from.q, s.first_part()}, {from.kv_a, entry}}, layer.input);
+            packing.stacked({{s.q_rank ? from.q_a : from.q, s.first_part(), s.q_rank ? scales.q_a : scales.q},
+                             {from.kv_a, entry, scales.kv_a}}, layer.input);
             packing.vector(from.q_a_norm, s.q_rank, layer.q_norm);
             packing.vector(from.kv_a_norm, s.latent, layer.k_norm);
-            if (s.q_rank) packing.matrix(from.q_b, layer.q_b);
+            if (s.q_rank) packing.matrix(from.q_b, layer.q_b, scales.q_b);
             for (int head = 0; head < s.heads; head++) {
                 const size_t first = static_cast<size_t>(head) * part * s.latent;
                 packing.strided(from.kv_b, first, 1, s.latent, layer.absorb[head]);
@@ -226,7 +250,8 @@ template <class T> void Model<T>::refresh(const ModelTensors& tensors, int first
             }
         } else {
             const int queries = s.query_width(), keys = s.groups * s.head_width;
-            packing.stacked({{from.q, queries}, {from.k, keys}, {from.v, keys}}, layer.input);
+            packing.stacked({{from.q, queries, scales.q}, {from.k, keys, scales.k}, {from.v, keys, scales.v}},
+                            layer.input);
             if (from.q_bias) {
                 for (int n = 0; n < queries; n++) layer.bias[n] = rounded<T>(packing.number(from.q_bias, n));
                 for (int n = 0; n < keys; n++) {
@@ -240,24 +265,30 @@ template <class T> void Model<T>::refresh(const ModelTensors& tensors, int first
             packing.vector(from.k_norm, s.head_width, layer.k_norm);
             if (!from.q_norm) layer.q_norm = layer.k_norm = nullptr;
         }
-        packing.matrix(from.o, layer.output);
+        packing.matrix(from.o, layer.output, scales.o);
         if (s.has_experts(i)) {
             MoeWeights& moe = layer.moe;
             packing.floats(from.router, moe.router.weights);
             std::memcpy(const_cast<float*>(moe.router.bias), from.router_bias, s.experts * sizeof(float));
             const size_t matrix = static_cast<size_t>(s.expert_inner) * s.width;
+            const size_t groups = scales.expert_down ? matrix / s.weight_group : 0;
+            const float* gate_up_scales = static_cast<const float*>(scales.expert_gate_up);
+            const float* down_scales = static_cast<const float*>(scales.expert_down);
             for (int e = 0; e < s.experts; e++) {
                 packing.pair(packing.offset_of(from.expert_gate_up, 2 * e * matrix),
-                             packing.offset_of(from.expert_gate_up, (2 * e + 1) * matrix), s.expert_inner, moe.gate_up[e]);
-                packing.matrix(packing.offset_of(from.expert_down, e * matrix), moe.down[e]);
+                             packing.offset_of(from.expert_gate_up, (2 * e + 1) * matrix), s.expert_inner, moe.gate_up[e],
+                             groups ? gate_up_scales + 2 * e * groups : nullptr,
+                             groups ? gate_up_scales + (2 * e + 1) * groups : nullptr);
+                packing.matrix(packing.offset_of(from.expert_down, e * matrix), moe.down[e],
+                               groups ? down_scales + e * groups : nullptr);
             }
             if (s.shared_inner) {
-                packing.pair(from.gate, from.up, s.shared_inner, moe.shared_gate_up);
-                packing.matrix(from.down, moe.shared_down);
+                packing.pair(from.gate, from.up, s.shared_inner, moe.shared_gate_up, scales.gate, scales.up);
+                packing.matrix(from.down, moe.shared_down, scales.down);
             }
         } else {
-            packing.pair(from.gate, from.up, s.inner, layer.gate_up);
-            packing.matrix(from.down, layer.down);
+            packing.pair(from.gate, from.up, s.inner, layer.gate_up, scales.gate, scales.up);
+            packing.matrix(from.down, layer.down, scales.down);
         }
         if (i >= s.layers) {
             packing.vector(from.embedding_norm, s.width, layer.embedding_norm);

@@ -17,6 +17,7 @@ struct ModelShape {
     int q_rank, latent, nope, rope, value;           // MLA; q_rank 0: a plain q_proj
     int experts, expert_inner, shared_inner, per_token, expert_groups, kept_groups, first_expert_layer, normalized;
     int weight_bits, weight_group;  // 8 or 4: matrices are kept so, every k a multiple of the group; 0: as T
+    int keeps_head;                 // the head and the MTP module's joint are kept as T all the same
     float eps, latent_eps, scale, routed_scaling;
 
     int query_width() const { return latent_family ? heads * (nope + rope) : heads * head_width; }
@@ -41,6 +42,8 @@ struct ModelTensors {
     int embedding_goes;  // it does not outlive the call: its rows are read from the packed head, which it is too
     const void *embedding, *norm, *head;
     const LayerTensors* layers;  // the MTP module's last
+    const LayerTensors* scales;  // null, or of every matrix kept in few bits the float scales [n, k / group] that its
+                                 // weights are whole numbers of
 };
 
 // One step: engine/batch.py's FlatBatch, the cache, and where the results go. Null: not asked for.

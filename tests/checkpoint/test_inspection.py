@@ -97,7 +97,7 @@ def test_a_dense_model_has_no_experts_and_no_mtp_to_show():
 
 
 def test_memory_by_dtype(dense, checkpoint):
-    """By hand: fp8 has a scale for each of the 14 matrices, q8_0 2 bytes for every 32 numbers."""
+    """By hand: fp8 has a scale for each of the 14 matrices; q8_0, int8 and int4 have 2 bytes for every 32 numbers."""
     config = dense(vocab_size=272, tie_word_embeddings=False)
     matrices, outside, norms = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48), 2 * 272 * 32, 5 * 32
     assert examine(str(checkpoint(config)))["memory"] == {
@@ -105,6 +105,8 @@ def test_memory_by_dtype(dense, checkpoint):
         "bfloat16": {"main": 2 * (matrices + outside + norms), "mtp": 0},
         "fp8": {"main": matrices + 4 * 14 + 2 * (outside + norms), "mtp": 0},
         "q8_0": {"main": (matrices + outside) * 34 // 32 + 4 * norms, "mtp": 0},
+        "int8": {"main": matrices * 34 // 32 + 2 * (outside + norms), "mtp": 0},
+        "int4": {"main": matrices * 18 // 32 + 2 * (outside + norms), "mtp": 0},
     }
 
 

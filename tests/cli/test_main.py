@@ -116,7 +116,7 @@ def test_closed_streams_and_small_alphabets_end_no_command() -> None:
     ("arguments", "message"),
     [
         (["rum"], "there is no command 'rum'; did you mean run?; docs/not-yet.md says what is not there yet"),
-        (["quantize"], "there is no command 'quantize'; docs/not-yet.md says what is not there yet, and what to do"),
+        (["lora"], "there is no command 'lora'; docs/not-yet.md says what is not there yet, and what to do"),
         (["list"], "there is no command 'list'; you may want slingshot recipes, or slingshot tasks; "),
         (["generate", "none"], "no prompts; give them as arguments, by --prompts, or - with text on standard input"),
         (["tasks", "arithmetik"], "task 'arithmetik' is unknown; did you mean arithmetic?"),

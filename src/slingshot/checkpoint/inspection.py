@@ -27,7 +27,7 @@ from slingshot.checkpoint.repository import hub_name
 from slingshot.checkpoint.safetensors import INDEX, NEVER_READ, PICKLED, Shards, fit
 from slingshot.cost.flops import cache_bytes_per_token, parameters
 from slingshot.model.config import ModelConfig, presets
-from slingshot.quantization.formats import scale_shape
+from slingshot.quantization.formats import BITS, is_packed, scale_shape
 from slingshot.text.reasoning import ends_in_reasoning
 from slingshot.text.tokenizer import Tokenizer
 
@@ -224,30 +224,42 @@ _KEYS = {
 
 _PARTS = ("main", "mtp", "copies")
 
+_SHAPE = 16  # bytes that say the shape of an int8 or int4 matrix
+
+
+def _integer_bytes(bits: int, group: int) -> dict[str, float]:
+    """A 16-bit scale for every group of numbers."""
+    return {"matrix": bits / 8 + 2 / group, "kv_b": 2.0, "embedding": 2.0, "router_bias": 4.0, "other": 2.0}
+
+
 # Bytes per number of each kind of tensor, by a checkpoint's dtype. q8_0 has a float16 scale for every 32 numbers.
 _BYTES = {
-    "float32": {"matrix": 4.0, "embedding": 4.0, "router_bias": 4.0, "other": 4.0},
-    "bfloat16": {"matrix": 2.0, "embedding": 2.0, "router_bias": 4.0, "other": 2.0},
-    "fp8": {"matrix": 1.0, "scale": 4.0, "embedding": 2.0, "router_bias": 4.0, "other": 2.0},
-    "q8_0": {"matrix": 34 / 32, "embedding": 34 / 32, "router_bias": 4.0, "other": 4.0},
+    "float32": {"matrix": 4.0, "kv_b": 4.0, "embedding": 4.0, "router_bias": 4.0, "other": 4.0},
+    "bfloat16": {"matrix": 2.0, "kv_b": 2.0, "embedding": 2.0, "router_bias": 4.0, "other": 2.0},
+    "fp8": {"matrix": 1.0, "kv_b": 1.0, "scale": 4.0, "embedding": 2.0, "router_bias": 4.0, "other": 2.0},
+    "q8_0": {"matrix": 34 / 32, "kv_b": 34 / 32, "embedding": 34 / 32, "router_bias": 4.0, "other": 4.0},
+    "int8": _integer_bytes(8, 32),
+    "int4": _integer_bytes(4, 32),
 }
 
 
 def _architecture(config: ModelConfig) -> Facts:
     """What follows from the configuration alone."""
     counts, fp8, (numbers, tensors) = parameters(config), config.quantization == "fp8", _numbers(config)
-    dtype = config.extra.get("torch_dtype", config.extra.get("dtype"))
-    stored = "fp8" if fp8 else "float32" if dtype in (None, "float32") else "bfloat16"
+    dtype, group = config.extra.get("torch_dtype", config.extra.get("dtype")), config.quantization_group_size
+    stored = config.quantization or ("float32" if dtype in (None, "float32") else "bfloat16")
+    packed = tensors["matrix"] * (stored in BITS)
     n_bytes = {
         name: {part: round(sum(each * numbers[part, kind] for kind, each in widths.items())) for part in _PARTS}
-        for name, widths in _BYTES.items()
+        for name, widths in (_BYTES | ({stored: _integer_bytes(BITS[stored], group)} if packed else {})).items()
     }
     copies = sum(count for (part, _), count in numbers.items() if part == "copies")
     scales, biases = (sum(numbers[part, kind] for part in _PARTS) for kind in ("scale", "router_bias"))
     scales *= fp8
     width = 2 * config.head_dim if config.family == "dense" else config.qk_head_dim + config.v_head_dim
     per_token = round(cache_bytes_per_token(config))
-    kind = {"model_type": config.model_type, "family": config.family, "quantization": config.quantization}
+    kind: Facts = {"model_type": config.model_type, "family": config.family, "quantization": config.quantization}
+    kind["quantization_group_size"] = group
     return {
         "model": kind | {key: value for key, value in config.to_hf().items() if key in _KEYS},
         "parameters": {
@@ -260,7 +272,8 @@ def _architecture(config: ModelConfig) -> Facts:
         },
         "memory": {name: {part: each[part] for part in ("main", "mtp")} for name, each in n_bytes.items()},
         "checkpoint": {
-            "tensors": tensors["all"] + tensors["matrix"] * fp8, "bytes": sum(n_bytes[stored].values()),
+            "tensors": tensors["all"] + (tensors["matrix"] + tensors["kv_b"]) * fp8 + 2 * packed,
+            "bytes": sum(n_bytes[stored].values()) + _SHAPE * packed,
             "numbers": counts.total + counts.mtp + copies + biases + scales,
         },
     }  # fmt: skip
@@ -275,8 +288,9 @@ def _numbers(config: ModelConfig) -> tuple[Counter[tuple[str, str]], Counter[str
         part = "copies" if spec.copy_of else "mtp" if spec.name.startswith(mtp) else "main"
         outside = spec.name.endswith(("embed_tokens.weight", "lm_head.weight", "shared_head.head.weight"))
         kind = kinds.get(spec.stored, "embedding" if outside else "other")
+        kind = "kv_b" if kind == "matrix" and not is_packed(spec.name, spec.stored) else kind
         tensors.update((kind, "all"))
         numbers[part, kind] += math.prod(spec.shape)
-        if kind == "matrix":
+        if spec.stored == "linear":
             numbers[part, "scale"] += math.prod(scale_shape(spec.shape))
     return numbers, tensors

@@ -31,8 +31,9 @@ from slingshot.checkpoint.safetensors import DTYPES, Shards, Unmade, fit, write_
 from slingshot.machine.device import dtype_name
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer, local_part
-from slingshot.quantization.formats import FP8_BLOCK, SCALE
+from slingshot.quantization.formats import BITS, FP8_BLOCK, PACKED, PACKED_SCALE, SCALE, is_packed
 from slingshot.quantization.fp8 import dequantize
+from slingshot.quantization.integers import WeightGrid, from_numbers, unpack
 from slingshot.text.tokenizer import Tokenizer
 
 _PIECE = 2**23  # numbers read at a time: 32 MiB in float32
@@ -80,9 +81,23 @@ class FolderWeights:
         self.dtype = DTYPES[self.shards.headers["model.norm.weight"].dtype][0]  # which FP8 does not touch
 
     def where(self, name: str) -> Path:
-        return self.shards.headers[name].file
+        return self.shards.headers[name + PACKED if name + PACKED in self.shards.headers else name].file
+
+    def scales(self, name: str, rows: slice | None = None) -> Tensor | None:
+        """Scales [F, G] of an int8 or int4 matrix, or of these rows of it; None where it is no such one."""
+        return self.shards.read(name + PACKED_SCALE, rows).float() if name + PACKED in self.shards.headers else None
+
+    def packed(self, name: str, rows: slice | None = None) -> tuple[Tensor, Tensor] | None:
+        """Numbers (int8) and scales of an int8 or int4 matrix, or of these rows of it; None where it is no such one."""
+        if (scales_FG := self.scales(name, rows)) is None:
+            return None
+        bits = BITS[self.config.quantization or ""]
+        width = scales_FG.shape[1] * self.config.quantization_group_size
+        return unpack(self.shards.read(name + PACKED, rows), bits, width), scales_FG
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
+        if (packed := self.packed(name, rows)) is not None:
+            return from_numbers(*packed)
         tensor = self.shards.read(name, rows)
         if tensor.dtype == torch.float8_e4m3fn:
             first = rows.start if rows else 0
@@ -154,10 +169,29 @@ def load_model(
     (Parallel.shard): each then reads only the bytes it keeps. SlingshotError names the file and tensor that do not fit.
     """
     weights = open_weights(path)
-    config = weights.config.model_copy(update={"quantization": None})
+    config = weights.config.model_copy(update={"quantization": None, "quantization_group_size": 0})
     model = Transformer.empty(config, device, dtype, shard)
     load_weights(model, weights)
     return model
+
+
+def load_grid(path: Path | str) -> WeightGrid | None:
+    """The scales of an int8 or int4 checkpoint whose matrices are all stored so; None for any other."""
+    weights = open_weights(path)
+    if not isinstance(weights, FolderWeights) or weights.config.quantization not in BITS:
+        return None
+    scales = dict[str, Tensor]()
+    for spec in layout(weights.config):
+        if is_packed(spec.name, spec.stored):
+            if (own_FG := weights.scales(spec.name)) is None or own_FG.min() <= 0:
+                return None
+            name, index = place(spec.name)
+            if index:
+                stack = (weights.config.n_routed_experts, 2)[: len(index)]
+                scales.setdefault(name, torch.empty(*stack, *own_FG.shape))[index] = own_FG
+            else:
+                scales[name] = own_FG.contiguous()
+    return WeightGrid(BITS[weights.config.quantization], weights.config.quantization_group_size, scales)
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:

@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import inside, read_json, read_span, write_json
-from slingshot.checkpoint.layout import layout, tensor_count
+from slingshot.checkpoint.layout import Spec, layout, tensor_count
 from slingshot.model.config import ModelConfig
-from slingshot.quantization.formats import SCALE, scale_shape
+from slingshot.quantization.formats import BITS, PACKED, PACKED_SCALE, PACKED_SHAPE, SCALE, packed_shapes, scale_shape
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,8 @@ _WEIGHTS = {
     "F8_E4M3": ("float8_e4m3fn", 1),
 }  # fmt: skip
 _SCALES = {"F32": ("float32", 4), "BF16": ("bfloat16", 2), "F8_E8M0": ("float8_e8m0fnu", 1)}
-DTYPES = _WEIGHTS | _SCALES
+_INTEGERS = {"I32": ("int32", 4), "I64": ("int64", 8)}
+DTYPES = _WEIGHTS | _SCALES | _INTEGERS
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,10 @@ def _problems(config: ModelConfig, headers: Mapping[str, TensorHeader], where: P
     known = set()
     for spec in layout(config):
         known.add(spec.name)
+        if spec.stored == "linear" and spec.name + PACKED in headers:
+            known |= {spec.name + suffix for suffix in (PACKED, PACKED_SCALE, PACKED_SHAPE)}
+            yield from _packed_problems(config, spec, headers)
+            continue
         if spec.name not in headers:
             if spec.copy_of is None:
                 counts = f"config.json asks for {tensor_count(config)} tensors, the files hold {len(headers)}"
@@ -131,6 +136,29 @@ def _problems(config: ModelConfig, headers: Mapping[str, TensorHeader], where: P
     for name in sorted(headers.keys() - known):
         if not (name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")):
             yield f"{headers[name].file}: {name} is no tensor of this architecture; is config.json another model's?"
+
+
+def _packed_problems(config: ModelConfig, spec: Spec, headers: Mapping[str, TensorHeader]) -> Iterator[str]:
+    """What does not fit of an int8 or int4 matrix's words and scales."""
+    packed = headers[spec.name + PACKED]
+    if config.quantization not in BITS:
+        yield f"{packed.file}: {spec.name} is packed, and config.json has no quantization_config of int8 or int4"
+        return
+    if spec.shape[1] % config.quantization_group_size:
+        groups = f"rows of {spec.shape[1]} do not divide into groups of {config.quantization_group_size}"
+        yield f"{packed.file}: {spec.name}{PACKED}: {groups}; is config.json another model's?"
+        return
+    shapes = packed_shapes(spec.shape, BITS[config.quantization], config.quantization_group_size)
+    for suffix, (dtype, shape) in shapes.items():
+        header, types = headers.get(spec.name + suffix), (dtype,) if dtype else tuple(_WEIGHTS)
+        if header is None:
+            if suffix != PACKED_SHAPE:
+                yield f"{packed.file}: {spec.name}{suffix} is missing beside {spec.name}{PACKED}"
+        elif header.shape != shape:
+            wanted = f"config.json says {list(shape)}"
+            yield f"{header.file}: {spec.name}{suffix} has shape {list(header.shape)}, {wanted}"
+        elif header.dtype not in types and suffix != PACKED_SHAPE:
+            yield f"{header.file}: {spec.name}{suffix} {_stored_as(header, types, 'they')}"
 
 
 def _stored_as(header: TensorHeader, known: Iterable[str], what: str = "weights") -> str:

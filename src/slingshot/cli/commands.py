@@ -15,7 +15,7 @@ _HINTS = {
     "export": "you may want slingshot convert; ",
     "train": "you may want slingshot run RECIPE, or slingshot pretrain, sft or rl; ",
     "eval": "you may want slingshot evaluate; ",
-} | dict.fromkeys(("quantize", "distill", "lora"), "")
+} | {"lora": ""}
 
 
 class Commands(TyperGroup):

@@ -76,7 +76,9 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[_Row], str]]:
 
 
 def _model_rows(model: Facts) -> Iterator[_Row]:
-    yield "type", model["model_type"] + (", its matrices stored in FP8" if model["quantization"] else "")
+    kind, group = model["quantization"], model["quantization_group_size"]
+    stored = f", its matrices stored in {kind.replace('fp', 'FP')}" if kind else ""
+    yield "type", model["model_type"] + stored + (f" in groups of {group}" if group else "")
     layers, heads = model["num_hidden_layers"], model["num_attention_heads"]
     yield "layers", f"{layers} of width {model['hidden_size']}"
     if model["family"] == "dense":

@@ -141,43 +141,69 @@ def _next(kind: str, out: Path, config: StageConfig) -> str:
     return f"slingshot chat {place}, or slingshot evaluate {place} {task} --out {place}-evaluation"
 
 
+ConfigFile = Annotated[Path | None, typer.Option(help="A .json or .toml file with keys of the stage.")]
+Artifact = Annotated[Path | None, typer.Option(help="The folder the artifact becomes.", show_default=False)]
+ShowKeys = Annotated[bool, typer.Option("--keys", help="Show every key of the stage, and exit.")]
+
+
+def _run_stage(
+    kind: str, settings: list[str], config: Path | None, out: Path | None, keys: bool, options: dict[str, Any]
+) -> None:
+    stage = STAGES[kind]
+    if keys:
+        show_keys(kind, stage.config, Console(highlight=False))
+        return
+    if out is None:
+        raise SlingshotError(f"{kind}: no --out; name the folder the artifact shall become")
+    values = _read_table(config) if config else {}
+    models = [text for text in settings if not _OVERRIDE.match(text) or Path(text).exists()]
+    if len(models) > 1:
+        raise SlingshotError(f"{kind}: two models, {models[0]} and {models[1]}; a key is set by KEY=VALUE")
+    values |= ({"model": models[0]} if models else {}) | options
+    for text in settings:
+        if text not in models:
+            apply_override(values, text)
+    parsed = stage.config.parse(values, kind)
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        source = f" (from {values['model']})" if isinstance(values.get("model"), str) else ""
+        print(f"{kind}: {stage.what}{source} -> {out}", file=sys.stderr)
+    stage.run(parsed, out)
+    if first:
+        print(f"made {out}: {headline(out)}\nnext: {_next(kind, out, parsed)}")
+
+
 def _stage_command(kind: str) -> Callable[..., None]:
     def command(
-        settings: Settings = None,
-        config: Annotated[Path | None, typer.Option(help="A .json or .toml file with keys of the stage.")] = None,
-        out: Annotated[Path | None, typer.Option(help="The folder the artifact becomes.", show_default=False)] = None,
-        keys: Annotated[bool, typer.Option("--keys", help="Show every key of the stage, and exit.")] = False,
+        settings: Settings = None, config: ConfigFile = None, out: Artifact = None, keys: ShowKeys = False
     ) -> None:
-        stage = STAGES[kind]
-        if keys:
-            show_keys(kind, stage.config, Console(highlight=False))
-            return
-        if out is None:
-            raise SlingshotError(f"{kind}: no --out; name the folder the artifact shall become")
-        values = _read_table(config) if config else {}
-        models = [text for text in settings or [] if not _OVERRIDE.match(text) or Path(text).exists()]
-        if len(models) > 1:
-            raise SlingshotError(f"{kind}: two models, {models[0]} and {models[1]}; a key is set by KEY=VALUE")
-        values |= {"model": models[0]} if models else {}
-        for text in settings or []:
-            if text not in models:
-                apply_override(values, text)
-        parsed = stage.config.parse(values, kind)
-        first = os.environ.get("RANK", "0") == "0"
-        if first:
-            source = f" (from {values['model']})" if isinstance(values.get("model"), str) else ""
-            print(f"{kind}: {stage.what}{source} -> {out}", file=sys.stderr)
-        stage.run(parsed, out)
-        if first:
-            print(f"made {out}: {headline(out)}\nnext: {_next(kind, out, parsed)}")
+        _run_stage(kind, settings or [], config, out, keys, {})
 
     command.__doc__ = f"One stage: {STAGES[kind].what}."
     return command
 
 
 for _kind in STAGES:
-    if _kind != "convert":
+    if _kind not in ("convert", "quantize"):
         app.command(_kind)(_stage_command(_kind))
+
+
+@app.command()
+def quantize(
+    settings: Settings = None,
+    to: Annotated[str | None, typer.Option(help="int8 or int4.", show_default="int4")] = None,
+    group: Annotated[int | None, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = None,
+    calibrate: Annotated[int | None, typer.Option(help="Responses to fit to; 0 rounds to nearest.")] = None,
+    config: ConfigFile = None,
+    out: Artifact = None,
+    keys: ShowKeys = False,
+) -> None:
+    """One stage: weights of 8 or 4 bits, and what is lost by it."""
+    options = {"to": to, "group_size": group, "calibrate": calibrate}
+    told = {key: value for key, value in options.items() if value is not None}
+    _run_stage("quantize", settings or [], config, out, keys, told)
+
+
 app.add_typer(plan_app, name="plan")
 
 

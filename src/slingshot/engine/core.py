@@ -37,6 +37,7 @@ from slingshot.engine.speculation import Speculator
 from slingshot.engine.telling import ask, tell
 from slingshot.kernels.native import native_kernels
 from slingshot.model.transformer import Transformer
+from slingshot.quantization.integers import WeightGrid
 
 Speculation = Literal["off", "on", "auto"]
 Native = Literal["off", "auto"]
@@ -48,7 +49,7 @@ class EngineCore:
     def __init__(
         self, model: Transformer, max_batch: int, max_length: int | None, cache_bytes: int, step_tokens: int,
         speculation: Speculation, native: Native, weight_bits: int | None = None, keep_model: bool = True,
-        adapters: Mapping[str, Path] | None = None,
+        adapters: Mapping[str, Path] | None = None, grid: WeightGrid | None = None,
     ) -> None:  # fmt: skip
         config, weight = model.config, model.model.embed_tokens.weight
         self.dtype, self.device = dtype, device = model.compute_dtype or weight.dtype, weight.device
@@ -66,9 +67,9 @@ class EngineCore:
         self._runner: Runner
         self.keeps_model, obstacle = True, NativeRunner.obstacle(model, self._cache)
         if kernels is not None and obstacle is None:
-            self._runner = NativeRunner(model, self._cache, kernels, weight_bits, keep_model)
-            self.keeps_model = self._runner.keeps_model
-            self.runs_on = f"native code ({kernels.level}{f', int{weight_bits}' if weight_bits else ''})"
+            self._runner = NativeRunner(model, self._cache, kernels, weight_bits, keep_model, grid)
+            self.keeps_model, bits = self._runner.keeps_model, self._runner.weight_bits
+            self.runs_on = f"native code ({kernels.level}{f', int{bits}' if bits else ''})"
         elif weight_bits is not None:
             reason = obstacle or ("native is off" if native == "off" else "there is no native library, or it is off")
             raise SlingshotError(f"weight_bits {weight_bits}: only native code has them: {reason}; leave it out")

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.hub import locate
-from slingshot.checkpoint.load_save import load_model, load_tokenizer
+from slingshot.checkpoint.load_save import load_grid, load_model, load_tokenizer
 from slingshot.engine.core import EngineCore, Native, Speculation
 from slingshot.engine.sampling import SamplingError, SamplingParams
 from slingshot.engine.scheduler import EngineCounters
@@ -34,6 +34,7 @@ from slingshot.engine.sequence import Completion, Request, RequestOutput
 from slingshot.engine.vocabulary import Vocabulary
 from slingshot.machine.device import auto_device, auto_dtype
 from slingshot.model.transformer import Transformer
+from slingshot.quantization.integers import WeightGrid
 from slingshot.text.reasoning import Delta, Kind, ReasoningStream
 from slingshot.text.tokenizer import Tokenizer
 
@@ -78,6 +79,7 @@ class Engine:
     native          "auto": the compiled kernels run the network where they can, CUDA graphs on a GPU; "off": torch does
     weight_bits     8 or 4: the compiled kernels' copy of the matrices is rounded to nearest in so few bits, which needs
                     less bandwidth; an error where those kernels do not run
+    grid            what the model's weights are whole numbers of (load_grid): compiled kernels keep just those numbers
     keep_model      False: nobody else uses the model, so that weights are in memory once: where compiled kernels run,
                     its matrices go as soon as they have theirs, and `model` is no more to be had
     adapters        folders of LoRA adapters of this model by name, of which requests may name one. Those run on torch's
@@ -101,6 +103,7 @@ class Engine:
         weight_bits: int | None = None,
         keep_model: bool = True,
         adapters: Mapping[str, Path | str] | None = None,
+        grid: WeightGrid | None = None,
     ) -> None:
         config = model.config
         for name, value in (("max_batch", max_batch), ("step_tokens", step_tokens)):
@@ -115,14 +118,12 @@ class Engine:
             model.cast(dtype)
             model.compute_dtype = None
         self._vocabulary, self._model = Vocabulary(tokenizer, config.vocab_size), model
-        room = max_batch, max_length, cache_bytes, step_tokens
         folders = {name: locate(folder) for name, folder in (adapters or {}).items()}
-        self._core = EngineCore(model, *room, speculation, native, weight_bits, keep_model or bool(folders), folders)
-        self.dtype, self.device = self._core.dtype, self._core.device
-        self.max_length = self._core.max_length
-        self._turns = Turns()
+        how = speculation, native, weight_bits, keep_model or bool(folders), folders, grid
+        core = self._core = EngineCore(model, max_batch, max_length, cache_bytes, step_tokens, *how)
+        self.dtype, self.device, self.max_length = core.dtype, core.device, core.max_length
+        self._turns, self._ids = Turns(), itertools.count()
         self._requests: dict[int, Request] = {}
-        self._ids = itertools.count()
         self._finished: list[RequestOutput] = []  # what the next `step` returns
 
     @classmethod
@@ -149,8 +150,8 @@ class Engine:
             dtype = known[dtype] or auto_dtype(where)
         path = locate(path)
         model, tokenizer = load_model(path, dtype=dtype, device=where), load_tokenizer(path)
-        room = max_batch, max_length, None, cache_bytes, step_tokens
-        return cls(model, tokenizer, *room, speculation, native, weight_bits, keep_model=False, adapters=adapters)
+        room, how = (max_batch, max_length, None, cache_bytes, step_tokens), (speculation, native, weight_bits, False)
+        return cls(model, tokenizer, *room, *how, adapters, load_grid(path))
 
     def add(
         self, prompt: Prompt, params: SamplingParams | None = None, key: str | None = None, adapter: str | None = None

@@ -34,6 +34,7 @@ from slingshot.model.linear import Embedding, GroupedLinear, Linear
 from slingshot.model.moe import Gate
 from slingshot.model.rope import rotary, softmax_scale
 from slingshot.model.transformer import Transformer
+from slingshot.quantization.integers import WeightGrid
 
 DTYPES = (torch.float32, torch.bfloat16)
 SCALE_BYTES = 4
@@ -65,13 +66,13 @@ class NativeShape(ctypes.Structure):
             "latent_family", "vocabulary", "width", "layers", "mtp_layers", "heads", "inner", "groups", "head_width",
             "q_rank", "latent", "nope", "rope", "value", "experts", "expert_inner", "shared_inner", "per_token",
             "expert_groups", "kept_groups", "first_expert_layer", "normalized",
-            "weight_bits", "weight_group",
+            "weight_bits", "weight_group", "keeps_head",
         ),
         *_fields(ctypes.c_float, "eps", "latent_eps", "scale", "routed_scaling"),
     ]  # fmt: skip
 
     @classmethod
-    def of(cls, config: ModelConfig, bits: int, group: int) -> NativeShape:
+    def of(cls, config: ModelConfig, bits: int, group: int, keeps_head: bool) -> NativeShape:
         moe = config.n_moe_layers > 0
         return cls(
             latent_family=config.family == "deepseek_v3", vocabulary=config.vocab_size, width=config.hidden_size,
@@ -85,7 +86,7 @@ class NativeShape(ctypes.Structure):
             kept_groups=config.topk_group, first_expert_layer=config.first_k_dense_replace,
             normalized=config.norm_topk_prob, eps=config.rms_norm_eps, latent_eps=MLA.LATENT_EPS,
             scale=softmax_scale(config), routed_scaling=config.routed_scaling_factor,
-            weight_bits=bits, weight_group=group,
+            weight_bits=bits, weight_group=group, keeps_head=keeps_head,
         )  # fmt: skip
 
 
@@ -112,7 +113,7 @@ class NativeTensors(ctypes.Structure):
 
     _fields_ = [
         *_fields(ctypes.c_int, "are_bf16", "embedding_goes"), *_fields(ctypes.c_void_p, "embedding", "norm", "head"),
-        ("layers", ctypes.POINTER(NativeLayer)),
+        ("layers", ctypes.POINTER(NativeLayer)), ("scales", ctypes.POINTER(NativeLayer)),
     ]  # fmt: skip
 
 
@@ -135,13 +136,19 @@ class NativeRunner:
     weight_bits     8 or 4: the kernels keep their copy of the matrices in so few bits, the head included, rounded to
                     nearest, with a float32 scale for every 64 (or 32) neighbours. Routers, MLA's kv_b_proj and rows of
                     the embedding stay as they are. None: all weights do
+    grid            the scales that the model's weights are whole numbers of: the kernels keep these numbers, head and
+                    what the grid has not stay as they are. Weights that come later are rounded to nearest
     """
 
     def __init__(
         self, model: Transformer, cache: KVCache, kernels: NativeKernels, weight_bits: int | None = None,
-        keep_model: bool = True,
+        keep_model: bool = True, grid: WeightGrid | None = None,
     ) -> None:  # fmt: skip
+        grid = grid if grid is not None and weight_bits in (None, grid.bits) and grid.group % GROUP_STEP == 0 else None
         bits, group = (0, 0) if weight_bits is None else (weight_bits, self.weight_group(model.config, weight_bits))
+        if grid is not None:
+            bits, group = grid.bits, grid.group
+        self.weight_bits = bits
         self._model, self._config = model, model.config
         self._dtype = cache.dtype
         config = model.config
@@ -150,7 +157,9 @@ class NativeRunner:
         self._return_memory = kernels.library.slingshot_return_memory
         self._run_chain = kernels.door("run_chain")
         is_bf16 = int(self._dtype == torch.bfloat16)
-        self._handle = ctypes.c_void_p(new_model(ctypes.byref(NativeShape.of(config, bits, group)), is_bf16))
+        self._handle = ctypes.c_void_p(
+            new_model(ctypes.byref(NativeShape.of(config, bits, group, grid is not None)), is_bf16)
+        )
         weakref.finalize(self, free_model, self._handle)
         self._cache = cache
         firsts = cache.keys or cache.entries
@@ -161,12 +170,20 @@ class NativeRunner:
         self._routed_layers = config.n_moe_layers - (config.num_nextn_predict_layers if config.n_moe_layers else 0)
         layers = len(model.model.layers)
         weight = model.model.embed_tokens.weight
-        goes = not keep_model and not bits and config.tie_word_embeddings and weight.dtype == self._dtype
+        goes = (
+            not keep_model
+            and (not bits or grid is not None)
+            and config.tie_word_embeddings
+            and weight.dtype == self._dtype
+        )
         self._tensors = NativeTensors(weight.dtype == torch.bfloat16, goes, layers=(NativeLayer * layers)())
         self._sources = [list(self._layer_sources(index)) for index in range(layers)] + [list(self._other_sources())]
         self._plain = all(isinstance(source, Tensor) for part in self._sources for _, _, source, _ in part)
         self.keeps_model = keep_model or not self._plain
+        if grid is not None:
+            self._tensors.scales = self._scales(grid)
         self.refresh()
+        self._tensors.scales = None  # they are those of these weights alone
 
     @staticmethod
     def obstacle(model: Transformer, cache: KVCache) -> str | None:
@@ -268,6 +285,17 @@ class NativeRunner:
                     dtype = torch.float32 if field.startswith("router") else self._stored
                     found = module if isinstance(module, Tensor) else _source(module)
                     yield self._tensors.layers[index], field, found, dtype
+
+    def _scales(self, grid: WeightGrid) -> ctypes.Array[NativeLayer]:
+        """The grid's scales where the kernels' pointers to matrices are."""
+        layers = (NativeLayer * len(self._model.model.layers))()
+        for index, layer in enumerate(layers):
+            for field, places in NativeLayer.PLACES.items():
+                for place in places.split():
+                    scales = grid.scales.get(f"model.layers.{index}.{place}.weight")
+                    if scales is not None:
+                        setattr(layer, field, scales.data_ptr())
+        return layers
 
     @property
     def _stored(self) -> torch.dtype:

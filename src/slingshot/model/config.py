@@ -71,7 +71,8 @@ class ModelConfig(Strict):
 
     Where a config is read, the name of a preset stands for all of its architecture, and in a table `preset = NAME` for
     what the table does not say itself. `quantization` says how a checkpoint's matrices are stored ("fp8": e4m3 in
-    blocks of 128 x 128, as DeepSeek-V3's); a new model made after a preset has none.
+    blocks of 128 x 128, as DeepSeek-V3's; "int8", "int4": whole numbers with a scale for every
+    `quantization_group_size` of a row, as compressed-tensors packs them); a new model made after a preset has none.
     """
 
     family: Literal["deepseek_v3", "dense"]
@@ -112,7 +113,8 @@ class ModelConfig(Strict):
     head_dim: _WidthOr0 = 0
     attention_bias: StrictBool = False
     qk_norm: StrictBool = False
-    quantization: Literal["fp8"] | None = None
+    quantization: Literal["fp8", "int8", "int4"] | None = None
+    quantization_group_size: _CountOr0 = 0  # of int8 and int4: neighbours of a row that share a scale
     # what config.json said besides, kept for the round trip
     extra: dict[str, Any] = {}
 
@@ -125,7 +127,9 @@ class ModelConfig(Strict):
             return values
         if "preset" in values:
             try:
-                preset = cls.preset(values["preset"]).model_dump(exclude={"quantization", "extra"})
+                preset = cls.preset(values["preset"]).model_dump(
+                    exclude={"quantization", "quantization_group_size", "extra"}
+                )
             except SlingshotError as error:
                 raise ValueError(str(error)) from error
             values = preset | {key: value for key, value in values.items() if key != "preset"}

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from slingshot.base.config import printable
 from slingshot.base.errors import SlingshotError
+from slingshot.quantization.formats import BITS, packing_config, read_packing_config
 
 # Hugging Face's model_type -> (our family, architectures entry). Kimi K2 is DeepSeek-V3's architecture under its name.
 MODEL_TYPES = {
@@ -137,8 +138,7 @@ def read(raw: Any, where: str) -> dict[str, Any]:
             raise SlingshotError(f"{where}: eos_token_id must be a token's id or several, got {_short(ends)}")
         values["eos_token_id"], extra["eos_token_id"] = ends[0], ends
     values["rope_theta"], values["rope_scaling"] = _rope(raw, family, where)
-    values["quantization"] = _quantization(raw.get("quantization_config"), where)
-    return values
+    return values | _quantization(raw.get("quantization_config"), where)
 
 
 def write(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
@@ -156,7 +156,8 @@ def write(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
         if family == "deepseek_v3":
             raw["rope_scaling"]["type"] = kind  # the only spelling that DeepSeek's own modeling_deepseek.py knows
     if values["quantization"] is not None:
-        raw["quantization_config"] = dict(_FP8)
+        bits, group = BITS.get(values["quantization"]), values["quantization_group_size"]
+        raw["quantization_config"] = packing_config(bits, group) if bits else dict(_FP8)
     extra = dict(values["extra"])
     if values["eos_token_id"] not in extra.get("eos_token_id", []):
         extra.pop("eos_token_id", None)
@@ -224,13 +225,21 @@ def _rope(raw: dict[str, Any], family: str, where: str) -> tuple[Any, dict[str, 
     return (thetas or [10000.0])[0], (found or [None])[0]
 
 
-def _quantization(table: Any, where: str) -> Literal["fp8"] | None:
-    """How the matrices are stored, by quantization_config: DeepSeek-V3's FP8, or as plain numbers; else refused."""
+def _quantization(table: Any, where: str) -> dict[str, Any]:
+    """How the matrices are stored, by quantization_config: plainly, as DeepSeek-V3's FP8, or packed; else refused."""
     if table is None:
-        return None
-    way_out = "DeepSeek-V3's fp8 (e4m3 in 128 x 128 blocks) is read, and so is any checkpoint that is not quantised"
+        return {}
+    way_out = (
+        "DeepSeek-V3's fp8 (e4m3 in 128 x 128 blocks) is read, compressed-tensors' pack-quantized (symmetric int4 or "
+        "int8 weights with a scale a group), and any checkpoint that is not quantised"
+    )
     place = f"{where}: quantization_config"
     method = table.get("quant_method") if isinstance(table, dict) else table
+    if method == "compressed-tensors" and isinstance(table, dict):
+        packing = read_packing_config(table)
+        if isinstance(packing, str):
+            raise SlingshotError(f"{place}: {packing} is not supported; {way_out}")
+        return {"quantization": f"int{packing[0]}", "quantization_group_size": packing[1]}
     if method != "fp8" or not isinstance(table, dict):
         raise SlingshotError(f"{place}.quant_method {_short(method)} is not supported; {way_out}")
     # scale_fmt: DeepSeek-V3.1's scales are powers of two, in float32 or e8m0; dequantize: transformers' own switch,
@@ -243,7 +252,7 @@ def _quantization(table: Any, where: str) -> Literal["fp8"] | None:
             value = next((name for name in value if not str(name).endswith(_NEVER_FP8)), None)
         if key not in allowed or value not in allowed[key]:
             raise SlingshotError(f"{place}.{printable(key)} {_short(value)} is not supported; {way_out}")
-    return "fp8"
+    return {"quantization": "fp8"}
 
 
 def _short(value: Any) -> str:

@@ -133,4 +133,9 @@ def headline(folder: Path) -> str:
     receipt = Receipt.read(folder)
     if "bits_per_byte" in receipt.extra:
         parts.append(f"{receipt.extra['bits_per_byte']:.3f} bits per byte of held-out text")
+    if told := receipt.extra.get("quantization"):
+        parts.append(f"{told['share_of_bfloat16']:.2f} of bfloat16's bytes, KL {told['kl']:.4f} a token")
+        for task, each in told["tasks"].items():
+            low, high = (f"{100 * end:+.1f}" for end in each["ci95"])
+            parts.append(f"{task} pass@1 {100 * each['difference']:+.1f} points ({low} to {high})")
     return ", ".join([*parts, f"{show_count(receipt.tokens)} tokens", show_flops(receipt.flops)])

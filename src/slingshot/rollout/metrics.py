@@ -3,6 +3,7 @@
 pass_at_k(16, correct=2, k=8)
 maj_at_k(["7", "9", "7", None], [1.0, 0.0, 1.0, 0.0], k=4)      # 1.0
 wilson(0.5, 100)                                                # [0.404, 0.596]
+difference([1, 0, 1], [1, 0, 0], seed=0)                        # {"full": 0.667, "small": 0.333, "difference": ...}
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from math import comb, sqrt
+from typing import Any
 
 import numpy as np
 
@@ -54,3 +56,17 @@ def wilson(share: float, n: int, z: float = 1.959964) -> list[float]:
     centre, spread = share + z * z / (2 * n), z * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     low, high = ((centre + side * spread) / (1 + z * z / n) for side in (-1, 1))
     return [max(0.0, low), min(1.0, high)]
+
+
+def difference(full: Sequence[float], small: Sequence[float], seed: int, resamples: int = 2000) -> dict[str, Any]:
+    """The means of two models' scores on the same problems, and small - full with its 95% interval over the problems.
+
+    A bootstrap of the pairs; where not one of n problems differs, as wide as Wilson's interval of a share of 0 of n.
+    """
+    change = np.asarray(small) - np.asarray(full)
+    draws = np.random.default_rng(seed).integers(0, len(change), (resamples, len(change)))
+    low, high = np.percentile(change[draws].mean(1), [2.5, 97.5])
+    if not change.any():
+        low, high = (side * wilson(0.0, len(change))[1] for side in (-1, 1))
+    means = {"full": float(np.mean(full)), "small": float(np.mean(small)), "difference": float(change.mean())}
+    return means | {"ci95": [float(low), float(high)], "n": len(change)}

@@ -42,6 +42,9 @@ STAGES = {
         "slingshot.stages.sample", "SampleConfig", "rejection sampling: keeps what the verifier accepts", False
     ),
     "evaluate": StageKind("slingshot.stages.evaluate", "EvaluateConfig", "scores a model on held-out problems", False),
+    "quantize": StageKind(
+        "slingshot.stages.quantize", "QuantizeConfig", "weights of 8 or 4 bits, and what is lost by it"
+    ),
     "convert": StageKind(
         "slingshot.stages.convert",
         "ConvertConfig",

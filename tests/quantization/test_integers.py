@@ -1,0 +1,104 @@
+"""Weights of few bits: nearest numbers, scales that err least, words as compressed-tensors packs them, GPTQ."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slingshot.base.errors import SlingshotError
+from slingshot.quantization.gptq import gptq
+from slingshot.quantization.integers import best_scales, check_groups, from_numbers, pack, to_numbers, unpack
+
+BITS = st.sampled_from([4, 8])
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(BITS, st.integers(1, 5), st.integers(1, 70), st.integers(0, 9))
+def test_numbers_come_back_out_of_their_words(bits, rows, width, seed):
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (rows, width), generator=generator, dtype=torch.int8)
+    words = pack(numbers, bits)
+    assert words.dtype == torch.int32 and words.shape == (rows, -(-width * bits // 32))
+    assert torch.equal(unpack(words, bits, width), numbers)
+
+
+def test_words_by_hand():
+    """Number i stands at bits 4 i, moved up by 8: -8 is 0, 7 is 15; the ninth begins the next word."""
+    numbers = torch.tensor([[-8, -7, 7, 0, 1, 2, 3, -1, 5]], dtype=torch.int8)
+    assert [word & 0xFFFFFFFF for word in pack(numbers, 4)[0].tolist()] == [0x7BA98F10, 0x0000000D]
+    assert pack(torch.tensor([[-128, 127, 0, 1]], dtype=torch.int8), 8)[0, 0].item() & 0xFFFFFFFF == 0x8180FF00
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(BITS, st.sampled_from([32, 64]), st.integers(1, 4), st.integers(0, 9))
+def test_a_scale_cuts_nothing_off_that_costs_more_than_it_gains(bits, group, rows, seed):
+    weight = draw(rows, 128, seed=seed) * 10 ** (4 * draw(rows, 1, seed=seed + 100))
+    scales = best_scales(weight, bits, group)
+    assert scales.shape == (rows, 128 // group) and torch.equal(scales, scales.bfloat16().float())
+    largest = weight.unflatten(1, (-1, group)).abs().amax(-1) / (2 ** (bits - 1) - 1)
+    plain = from_numbers(to_numbers(weight, largest.bfloat16().float(), bits), largest.bfloat16().float())
+    ours = from_numbers(to_numbers(weight, scales, bits), scales)
+    assert ((ours - weight) ** 2).sum() <= ((plain - weight) ** 2).sum() * (1 + 1e-5)
+    if bits == 8:
+        assert ((ours - weight).unflatten(1, (-1, group)).abs().amax(-1) <= largest * 0.75).all()
+
+
+def test_a_group_of_zeros_stays_zeros():
+    weight = torch.zeros(2, 64)
+    scales = best_scales(weight, 4, 32)
+    assert torch.equal(from_numbers(to_numbers(weight, scales, 4), scales), weight)
+
+
+def test_importance_moves_the_scale_to_what_counts():
+    """One outlier that no input meets does not ruin the others of its group."""
+    weight = draw(1, 32, seed=1) * 0.1
+    weight[0, 5] = 1.0
+    importance = torch.ones(32)
+    importance[5] = 0.0
+    errors = []
+    for given_importance in (None, importance):
+        scales = best_scales(weight, 4, 32, given_importance)
+        error = (from_numbers(to_numbers(weight, scales, 4), scales) - weight) ** 2
+        errors.append((error[0] * importance).sum())
+    assert errors[1] < errors[0]
+
+
+def test_gptq_errs_less_on_the_inputs_than_rounding_does():
+    """Correlated inputs: the output's error falls, though the weights' own grows."""
+    inputs = draw(512, 16, seed=2) @ draw(16, 64, seed=3) + 0.1 * draw(512, 64, seed=4)
+    weight = draw(24, 64, seed=5)
+    scales = best_scales(weight, 4, 32)
+    rounded = from_numbers(to_numbers(weight, scales, 4), scales)
+    numbers, own_scales = gptq(weight, inputs.T @ inputs, 4, 32)
+    found = from_numbers(numbers, own_scales)
+    assert numbers.dtype == torch.int8 and numbers.min() >= -8 and numbers.max() <= 7
+    error = [((inputs @ (each - weight).T) ** 2).mean() for each in (rounded, found)]
+    assert error[1] < 0.4 * error[0]
+    assert ((found - weight) ** 2).mean() > ((rounded - weight) ** 2).mean()
+
+
+def test_gptq_without_correlation_is_rounding_to_nearest():
+    weight = draw(8, 64, seed=6)
+    numbers, scales = gptq(weight, torch.eye(64), 4, 32)
+    assert torch.equal(scales, best_scales(weight, 4, 32))
+    assert torch.equal(numbers, to_numbers(weight, scales, 4))
+
+
+def test_gptq_leaves_inputs_that_never_come_to_rounding():
+    gram = torch.eye(64)
+    gram[:, 7] = gram[7] = 0.0
+    weight = draw(4, 64, seed=7)
+    numbers, scales = gptq(weight, gram, 8, 64)
+    assert torch.equal(numbers[:, 7], to_numbers(weight, scales, 8)[:, 7])
+
+
+def test_rows_that_are_no_whole_groups_are_refused_with_what_fits():
+    check_groups((8, 96), 32, "w")
+    with pytest.raises(SlingshotError, match="rows of 96 do not divide into groups of 64; group_size 32 does"):
+        check_groups((8, 96), 64, "w")
+    with pytest.raises(SlingshotError, match="leave it out"):
+        check_groups((8, 24), 32, "w")

@@ -1,0 +1,118 @@
+"""Quantisation: what is written is read by every door, what was lost is said, and calibration loses less."""
+
+import json
+
+import pytest
+import torch
+
+from slingshot.base.errors import SlingshotError
+from slingshot.checkpoint.inspection import examine
+from slingshot.checkpoint.load_save import load_model, open_weights
+from slingshot.cost.receipt import Receipt
+from slingshot.engine.engine import Engine
+from slingshot.engine.sampling import SamplingParams
+from slingshot.kernels.native import native_levels
+from slingshot.quantization.integers import from_numbers
+from slingshot.stages.pretrain import run as run_pretraining
+from slingshot.stages.quantize import QuantizeConfig, run
+
+
+@pytest.fixture(scope="session")
+def full(pretraining, tmp_path_factory):
+    """A model all of whose rows are whole groups of 32."""
+    widths = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "v_head_dim": 16}
+    out = tmp_path_factory.mktemp("full") / "full"
+    run_pretraining(pretraining(model=pretraining().model | widths), out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def quantizing(full, sums):
+    """quantizing(**changes): 24 responses to calibrate, 8 problems to compare."""
+    common = {"model": str(full), "tasks": [sums], "threads": 1, "calibrate": 24, "problems": 8}
+    common |= {"sampling": {"max_tokens": 12}, "sequence_length": 48}
+    return lambda **changes: QuantizeConfig.parse(common | changes, "quantize")
+
+
+@pytest.fixture(scope="session")
+def small(quantizing, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small") / "int4"
+    run(quantizing(), folder)
+    return folder
+
+
+def test_a_quantised_checkpoint_is_read_as_its_numbers_times_their_scales(small, full):
+    weights, model, before = open_weights(small), load_model(small), load_model(full)
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    numbers, scales = weights.packed(name)
+    assert numbers.abs().max() <= 8 and scales.shape == (numbers.shape[0], numbers.shape[1] // 32)
+    weight = model.model.layers[1].mlp.experts.gate_up_proj.weight[3, 1]
+    assert torch.equal(weight, from_numbers(numbers, scales))
+    assert torch.equal(weights.read(name, slice(3, 9)), weight[3:9])
+    assert torch.equal(model.lm_head.weight, before.lm_head.weight.bfloat16().float())
+    gates = [each.model.layers[1].mlp.gate.weight for each in (model, before)]
+    assert torch.equal(gates[0], gates[1].bfloat16().float())
+    assert not torch.equal(weight, before.model.layers[1].mlp.experts.gate_up_proj.weight[3, 1])
+
+
+def test_what_was_lost_stands_beside_the_weights_and_in_the_receipt(small):
+    told = json.loads((small / "quantization.json").read_text())
+    assert 0 < told["kl"] < told["kl_p99"] and 0 < told["same_top"] <= 1 and told["perplexity_ratio"] > 0.5
+    low, high = told["tasks"]["arithmetic"]["ci95"]
+    assert told["tasks"]["arithmetic"]["n"] == 8 and low <= told["tasks"]["arithmetic"]["difference"] <= high
+    receipt = Receipt.read(small)
+    assert receipt.extra["quantization"] == told and receipt.flops > 0 and receipt.stage == "quantize"
+
+
+def test_eight_bits_lose_less_than_four(quantizing, small, tmp_path):
+    run(quantizing(to="int8", calibrate=0), tmp_path / "int8")
+    told = [json.loads((folder / "quantization.json").read_text()) for folder in (tmp_path / "int8", small)]
+    assert told[0]["kl"] < 0.1 * told[1]["kl"] and told[0]["bytes"] > told[1]["bytes"]
+    assert told[0]["calibrated"] == 0 < told[1]["calibrated"]
+
+
+@pytest.mark.skipif(not native_levels(), reason="no native library is built here")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_kernels_multiply_the_files_own_numbers(small, dtype):
+    """So many rows at once are not brought to 8 bits, but for an expert that few reach: nothing else can differ."""
+    engine, plain = Engine.load(small, dtype=dtype), Engine.load(small, dtype="float32", native="off")
+    assert engine.runs_on.endswith(", int4)") and plain.runs_on == "torch"
+    prompts = [[5 + (start + 1) * step % 40 for step in range(40)] for start in range(16)]
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    said, wanted = (
+        torch.tensor([output.prompt_logprobs[1:] for output in each.generate(prompts, params)])
+        for each in (engine, plain)
+    )
+    differences = (said - wanted).abs().flatten()
+    assert differences.quantile(0.98) < (1e-4 if dtype == "float32" else 0.1) and differences.max() < 0.5
+
+
+@pytest.mark.skipif(not native_levels(), reason="no native library is built here")
+def test_new_weights_are_not_put_on_the_old_ones_scales(small, full):
+    engine, model = Engine.load(small, dtype="float32"), load_model(full)
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.mul_(3.0)
+    engine.update_weights(model)
+    plain, params = Engine(model, engine.tokenizer, native="off"), SamplingParams(max_tokens=1, prompt_logprobs=0)
+    said, wanted = (
+        torch.tensor(each.generate([list(range(5, 45))], params)[0].prompt_logprobs[1:]) for each in (engine, plain)
+    )
+    assert (said - wanted).abs().mean() < 0.5 * wanted.abs().mean()
+
+
+def test_inspection_finds_no_fault_and_counts_the_bytes(small):
+    facts = examine(str(small))
+    assert facts["problems"] == [] and facts["model"]["quantization"] == "int4"
+    told, found = facts["checkpoint"], facts["files"]
+    assert (told["tensors"], told["bytes"]) == (found["tensors"], found["bytes"])
+
+
+def test_what_cannot_be_quantised_is_refused_before_anything_is_written(quantizing, small, tmp_path):
+    for changes, said in (
+        ({"model": str(small)}, "holds int4 already"),
+        ({"group_size": 128}, "do not divide into groups of 128"),
+    ):
+        with pytest.raises(SlingshotError, match=said):
+            run(quantizing(**changes), tmp_path / "out")
+        assert not (tmp_path / "out").exists()

@@ -132,7 +132,7 @@ def test_a_cache_that_cannot_hold_one_sequence_is_refused_at_once(dense_model, t
     assert Engine(dense_model, tokenizer, cache_bytes=3 * size).max_length == 32  # unless no length was asked for
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_a_soak_of_random_adds_and_aborts_leaves_no_page_behind(model, tokenizer, seed):
     rng = random.Random(seed)
     shared = prompts_of(40)[0]

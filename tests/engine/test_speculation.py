@@ -20,8 +20,16 @@ def both_ways(model, tokenizer, prompts, params, **options):
     return plain, guessed, engine.counters
 
 
-@pytest.mark.parametrize("options", [{}, {"max_batch": 2, "step_tokens": 9}, {"cache_bytes": 38_000}])
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+TIGHT = {"max_batch": 2, "step_tokens": 9}, {"cache_bytes": 38_000}
+
+
+@pytest.mark.parametrize(
+    ("temperature", "options"),
+    [
+        (0.0, {}), *((0.8, options) for options in ({}, *TIGHT)),
+        *(pytest.param(0.0, options, marks=pytest.mark.slow) for options in TIGHT),
+    ],
+)  # fmt: skip
 def test_tokens_are_those_of_plain_decoding(guesser, tokenizer, temperature, options):
     """Prompts of all lengths, some with a prefix in common, n samples, stops and limits inside of accepted guesses."""
     shared, sure = prompts_of(40)[0], SamplingParams(40, temperature, seed=3, ignore_eos=True)

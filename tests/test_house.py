@@ -33,7 +33,7 @@ ROOMS = {
     "quantization": (274, 166),
     "recipe": (1218, 1021),
     "rollout": (798, 709),
-    "sandbox": (994, 622),
+    "sandbox": (998, 622),
     "serving": (5778, 5574),
     "stages": (1916, 2379),
     "tasks": (3701, 2524),

@@ -216,7 +216,7 @@ def test_iteration_over_sets_repeats_from_worker_to_worker(make):
     assert len({tuple(make().run("value = list({'one', 'two', 'three', 'four', 'five'})")) for _ in range(4)}) == 1
 
 
-@pytest.mark.parametrize(("code", "grows"), [("time.sleep(0.1)", True), ("sum(range(3_000_000))", False)])
+@pytest.mark.parametrize(("code", "grows"), [("time.sleep(0.1)", True), ("sum(range(9_000_000))", False), ("1", False)])
 def test_a_pool_has_more_workers_where_calls_wait_and_only_there(make, code, grows):
     target = make(0).target
     pool = WorkerPool(1, [target], most=4)

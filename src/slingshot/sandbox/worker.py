@@ -34,6 +34,7 @@ from slingshot.sandbox.isolate import environment
 
 T = TypeVar("T")
 
+_SHORT = 0.05  # seconds: for calls of no more, another worker is not worth its start
 _MAX_REPLY = 16 << 20  # bytes of one reply
 _LAUNCH = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); import slingshot.sandbox.isolate as i; i.serve()"
 
@@ -62,7 +63,7 @@ class Worker:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._objects: dict[str, int] = {}
-        self.computed = self.took = 0.0  # seconds of a core, and of the clock, in calls so far
+        self.calls, self.computed, self.took = 0, 0.0, 0.0  # so far, and their seconds of a core and of the clock
         self._used = 0.0  # seconds of a core in the last call
 
     def call(self, target: Target, method: str, *args: Any, timeout: float | None = None) -> Any:
@@ -72,6 +73,7 @@ class Worker:
         try:
             return self._exchange(message, timeout or target.timeout)
         finally:
+            self.calls += 1
             self.took += time.monotonic() - began
             self.computed += self._used
 
@@ -181,8 +183,10 @@ class _Crew:
 
         A quarter: calls that compute on a busy machine wait for their core too, and shall not become more for that.
         """
-        took, computed = (sum(getattr(each, name) for each in self.workers) for name in ("took", "computed"))
-        return min(self.most, round(self._size * took / (4 * computed + 0.01))) if took else self._size
+        calls, took, computed = (sum(getattr(w, name) for w in self.workers) for name in ("calls", "took", "computed"))
+        if took <= _SHORT * calls:
+            return self._size
+        return min(self.most, round(self._size * took / (4 * computed + 0.01)))
 
 
 def _stop(threads: ThreadPoolExecutor, workers: Sequence[Worker]) -> None:

@@ -8,14 +8,18 @@ import sys
 
 import httpx
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from slingshot.base.errors import SlingshotError
+from slingshot.checkpoint.adapter import write_adapter
 from slingshot.checkpoint.load_save import save_checkpoint
 from slingshot.cli import main as door
 from slingshot.serving.served_model import names_of
 from slingshot.serving.server import is_loopback, listening
 from slingshot.text.tokenizer import Tokenizer
+from slingshot.training.lora import LoRAConfig, adapters, add_lora
+from slingshot.training.parallel import Parallel
 
 
 @pytest.fixture
@@ -59,6 +63,35 @@ def test_checkpoints_of_one_name_are_told_apart_by_their_folders():
     assert names_of(["a/x/base", "b/x/base"]) == ["a-x-base", "b-x-base"]
     with pytest.raises(SlingshotError, match="twice"):
         names_of(["a/base", "a/base"])
+
+
+@pytest.mark.slow
+def test_adapters_of_a_checkpoint_are_models_beside_it(tmp_path, make_model, dense):
+    tokenizer = Tokenizer.train(["What is 3+4-2? 3 plus 4 is 7."] * 9, vocab_size=290)
+    model = make_model(dense(vocab_size=tokenizer.vocab_size, max_position_embeddings=512))
+    for name in ("small", "adapter"):
+        (tmp_path / name).mkdir()
+    save_checkpoint(tmp_path / "small", model, tokenizer)
+    add_lora(model, LoRAConfig(rank=4), 0, Parallel())
+    for name, each in adapters(model).items():
+        if name.endswith("lora_B"):
+            each.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    write_adapter(tmp_path / "adapter", adapters(model), 4, 32, "not on this machine")
+    line = [sys.executable, "-m", "slingshot", "serve", str(tmp_path / "small"), "--port", "0"]
+    line += ["--ledger", str(tmp_path / "ledger.sqlite"), "--adapter", f"sums={tmp_path / 'adapter'}"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            said = [process.stdout.readline() for _ in range(3)]
+            assert re.match(r"Model +sums: an adapter of small, torch, context of 512 tokens", said[1])
+            url = re.match(r"API +(http://127.0.0.1:\d+)/v1", said[2])[1]
+            body = {"prompt": "3+4", "max_tokens": 20, "temperature": 0, "ignore_eos": True}
+            answers = [
+                httpx.post(f"{url}/v1/completions", json=body | {"model": name}, timeout=60).json()["choices"]
+                for name in ("small", "sums")
+            ]
+            assert answers[0] != answers[1]
+        finally:
+            process.kill()
 
 
 @pytest.mark.slow

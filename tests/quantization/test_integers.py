@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slingshot.base.errors import SlingshotError
+from slingshot.quantization.ggml_blocks import blocks
 from slingshot.quantization.gptq import gptq
 from slingshot.quantization.integers import best_scales, check_groups, from_numbers, pack, to_numbers, unpack
 
@@ -102,3 +105,20 @@ def test_rows_that_are_no_whole_groups_are_refused_with_what_fits():
         check_groups((8, 96), 64, "w")
     with pytest.raises(SlingshotError, match="leave it out"):
         check_groups((8, 24), 32, "w")
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(4, Kind.Q4_0), (8, Kind.Q8_0)])
+@pytest.mark.parametrize("group", [32, 64])
+def test_ggml_blocks_hold_the_same_weights(bits, kind, group):
+    weight = draw(5, 192, seed=8)
+    scales = best_scales(weight, bits, group)
+    numbers = to_numbers(weight, scales, bits)
+    stored = blocks(numbers, scales, bits).numpy()
+    assert stored.shape == (5, 6 * (2 + 4 * bits))
+    assert torch.equal(torch.from_numpy(dequantize(stored, kind)), from_numbers(numbers, scales))
+
+
+def test_scales_that_float16_has_not_are_refused():
+    for scale in (1e6, 1e-8):
+        with pytest.raises(ValueError, match="float16 does not hold"):
+            blocks(torch.ones(1, 32, dtype=torch.int8), torch.full((1, 1), scale).bfloat16().float(), 4)

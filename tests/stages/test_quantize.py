@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize
 
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.inspection import examine
@@ -13,6 +15,7 @@ from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.kernels.native import native_levels
 from slingshot.quantization.integers import from_numbers
+from slingshot.stages.convert import write_gguf_file
 from slingshot.stages.pretrain import run as run_pretraining
 from slingshot.stages.quantize import QuantizeConfig, run
 
@@ -116,3 +119,25 @@ def test_what_cannot_be_quantised_is_refused_before_anything_is_written(quantizi
         with pytest.raises(SlingshotError, match=said):
             run(quantizing(**changes), tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_a_gguf_file_holds_the_same_numbers(small, quantizing, tmp_path, kind):
+    """llama.cpp's blocks as the gguf package reads them are number times scale, bit for bit."""
+    folder = small
+    if kind == "int8":
+        folder = tmp_path / "int8"
+        run(quantizing(to="int8", calibrate=0, problems=1), folder)
+    write_gguf_file(str(folder), tmp_path / "m.gguf", None)
+    weights, found = open_weights(folder), {each.name: each for each in GGUFReader(tmp_path / "m.gguf").tensors}
+    assert {each.tensor_type.name for each in found.values()} == {"F32", "BF16", "Q4_0" if kind == "int4" else "Q8_0"}
+    for name, tensor in (("self_attn.o_proj", "attn_output"), ("mlp.shared_experts.up_proj", "ffn_up_shexp")):
+        stored = found[f"blk.1.{tensor}.weight"]
+        values = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy())
+        assert torch.equal(values, weights.read(f"model.layers.1.{name}.weight"))
+    stored = found["blk.1.ffn_down_exps.weight"]
+    experts = torch.stack(
+        [weights.read(f"model.layers.1.mlp.experts.{expert}.down_proj.weight") for expert in range(8)]
+    )
+    assert torch.equal(torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy()), experts)
+    assert torch.equal(load_model(tmp_path / "m.gguf").lm_head.weight, load_model(folder).lm_head.weight)

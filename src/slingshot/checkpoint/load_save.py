@@ -81,11 +81,15 @@ class FolderWeights:
         self.dtype = DTYPES[self.shards.headers["model.norm.weight"].dtype][0]  # which FP8 does not touch
 
     def where(self, name: str) -> Path:
-        return self.shards.headers[name + PACKED if name + PACKED in self.shards.headers else name].file
+        return self.shards.headers[name + PACKED if self.is_packed(name) else name].file
+
+    def is_packed(self, name: str) -> bool:
+        """Whether a matrix is stored as int8 or int4 numbers."""
+        return name + PACKED in self.shards.headers
 
     def scales(self, name: str, rows: slice | None = None) -> Tensor | None:
         """Scales [F, G] of an int8 or int4 matrix, or of these rows of it; None where it is no such one."""
-        return self.shards.read(name + PACKED_SCALE, rows).float() if name + PACKED in self.shards.headers else None
+        return self.shards.read(name + PACKED_SCALE, rows).float() if self.is_packed(name) else None
 
     def packed(self, name: str, rows: slice | None = None) -> tuple[Tensor, Tensor] | None:
         """Numbers (int8) and scales of an int8 or int4 matrix, or of these rows of it; None where it is no such one."""

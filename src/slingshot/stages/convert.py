@@ -72,7 +72,10 @@ def _write(folder: Path, config: ConvertConfig, source: Path, title: str) -> Non
 
 
 def write_gguf_file(source: str, file: Path, dtype: str | None) -> list[str]:
-    """Write model and tokenizer of `source` as a .gguf file, bfloat16 unless told; what is not kept, a line each."""
+    """Write model and tokenizer of `source` as a .gguf file; what is not kept, a line each.
+
+    Unless told, int4 as q4_0, int8 as q8_0 with the same numbers, all else as bfloat16.
+    """
     if dtype not in (None, *get_args(Dtype)):
         raise SlingshotError(f"--dtype {dtype}: a GGUF file here is one of {', '.join(get_args(Dtype))}")
     if file.exists():
@@ -80,7 +83,7 @@ def write_gguf_file(source: str, file: Path, dtype: str | None) -> list[str]:
     path, folder = locate(source), file.with_name(f"{file.name}.partial")
     held = lock(folder)  # one process at a time makes it
     try:
-        return write_gguf(file, open_weights(path), load_tokenizer(path), cast(Dtype, dtype or "bfloat16"))
+        return write_gguf(file, open_weights(path), load_tokenizer(path), cast("Dtype | None", dtype))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         unlock(held)

@@ -3,7 +3,8 @@
     notes = write_gguf(Path("tiny.gguf"), open_weights("runs/tiny/zero"), load_tokenizer("runs/tiny/zero"), "bfloat16")
 
 Tensors are read, converted and written one after the other, piece by piece. What llama.cpp does not compute as the
-checkpoint's config.json says is refused before anything is written.
+checkpoint's config.json says is refused before anything is written. An int4 or int8 checkpoint's matrices become q4_0
+or q8_0 without being rounded again.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from slingshot.checkpoint.gguf.names import ROPE_FREQS, kv_b_parts, place
 from slingshot.checkpoint.gguf.read import PLAIN
 from slingshot.checkpoint.gguf.tokenizer import add_tokenizer
 from slingshot.checkpoint.layout import Spec, layout
-from slingshot.checkpoint.load_save import StoredWeights
+from slingshot.checkpoint.load_save import FolderWeights, StoredWeights
+from slingshot.quantization.formats import BITS
+from slingshot.quantization.ggml_blocks import BLOCK, blocks
 from slingshot.text.tokenizer import Tokenizer
 
 Dtype = Literal["float32", "float16", "bfloat16", "q8_0"]
@@ -41,6 +44,7 @@ _KINDS = {
     "bfloat16": (Kind.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (Kind.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
+_BLOCKS = {"int4": (Kind.Q4_0, LlamaFileType.MOSTLY_Q4_0), "int8": (Kind.Q8_0, LlamaFileType.MOSTLY_Q8_0)}
 _LARGEST = {kind: torch.finfo(dtype).max for kind, dtype in PLAIN.items()} | {Kind.Q8_0: 127 * 65504.0}
 _VALUE_TYPES = {
     int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING, bool: GGUFValueType.BOOL,
@@ -63,14 +67,21 @@ class _Part:
         return math.prod(self.shape) // block * size
 
 
-def write_gguf(file: Path, weights: StoredWeights, tokenizer: Tokenizer, dtype: Dtype) -> list[str]:
+def write_gguf(file: Path, weights: StoredWeights, tokenizer: Tokenizer, dtype: Dtype | None) -> list[str]:
     """Write a checkpoint's weights and tokenizer, whole or not at all. Returns what is not as asked, a line each.
 
-    Matrices are of `dtype`; norms, biases and routers stay float32. In q8_0 a matrix whose rows do not fill blocks of
+    Matrices are of `dtype`; norms, biases and routers stay float32. None: bfloat16, but packed matrices of an int4 or
+    int8 checkpoint q4_0 or q8_0 of the same numbers. In q8_0 a matrix whose rows do not fill blocks of
     32 is float16 instead, as in llama.cpp's own converter. SlingshotError when llama.cpp has no place for the
     architecture, the tokenizer or a value.
     """
-    config, (kind, file_type) = weights.config, _KINDS[dtype]
+    config, (kind, file_type) = weights.config, _KINDS[dtype or "bfloat16"]
+    packed = None
+    if dtype is None and isinstance(weights, FolderWeights) and config.quantization in _BLOCKS:
+        packed, file_type = _BLOCKS[config.quantization]
+        if config.quantization_group_size % BLOCK:
+            groups = f"groups of {config.quantization_group_size} are no whole blocks of {BLOCK}"
+            raise SlingshotError(f"{file}: {groups}; give --dtype bfloat16 or q8_0")
     if problem := next(problems(config), None):
         raise SlingshotError(f"{file}: llama.cpp does not compute this model: {problem}")
     name = architecture(config)
@@ -84,7 +95,7 @@ def write_gguf(file: Path, weights: StoredWeights, tokenizer: Tokenizer, dtype: 
         notes = add_tokenizer(writer, tokenizer, config.vocab_size)
     except SlingshotError as error:
         raise SlingshotError(f"{file}: {error}") from error
-    parts = list(_parts(weights, kind))
+    parts = list(_parts(weights, kind, packed))
     if short := [part.name for part in parts if kind == Kind.Q8_0 and part.kind == Kind.F16]:
         why = "their rows do not fill q8_0's blocks of 32"
         notes.append(f"{len(short)} matrices, {short[0]} the first, are float16: {why}")
@@ -129,7 +140,12 @@ def _write(file: Path, writer: GGUFWriter, parts: Sequence[_Part], weights: Stor
 
 
 def _converted(piece: Tensor, kind: Kind) -> np.ndarray:
-    """The bytes of some rows in the file's type, uint8; ValueError when there are none for a value."""
+    """The bytes of some rows in the file's type, uint8; ValueError when there are none for a value.
+
+    What is uint8 is such bytes already.
+    """
+    if piece.dtype == torch.uint8:
+        return piece.contiguous().numpy()
     if not math.isfinite(largest := piece.abs().max().item()):
         raise ValueError("holds NaN or infinite values")
     if largest > _LARGEST[kind]:
@@ -139,8 +155,11 @@ def _converted(piece: Tensor, kind: Kind) -> np.ndarray:
     return piece.to(PLAIN[kind]).contiguous().view(torch.uint8).numpy()
 
 
-def _parts(weights: StoredWeights, kind: Kind) -> Iterator[_Part]:
-    """Every tensor of the file, without the MTP module's copies of embedding and head: llama.cpp takes the model's."""
+def _parts(weights: StoredWeights, kind: Kind, packed: Kind | None) -> Iterator[_Part]:
+    """Every tensor of the file, without the MTP module's copies of embedding and head: llama.cpp takes the model's.
+
+    packed: as which blocks matrices are written that the checkpoint has packed; None: as all others.
+    """
     config = weights.config
     if config.rope_scaling is not None and config.rope_scaling.rope_type == "llama3":
         yield _Part(ROPE_FREQS, (config.head_dim // 2,), Kind.F32, lambda: iter([(ROPE_FREQS, llama3_factors(config))]))
@@ -158,21 +177,36 @@ def _parts(weights: StoredWeights, kind: Kind) -> Iterator[_Part]:
             names = [spec.name.replace(".experts.0.", f".experts.{i}.") for i in range(config.n_routed_experts)]
             shape = (len(names), *shape)
         rotated = architecture(config) == "llama" and spec.name.endswith(("q_proj.weight", "k_proj.weight"))
-        yield _Part(name, shape, stored, partial(_rows, weights, names, spec.shape, config.head_dim if rotated else 0))
+        read = weights.read
+        if packed is not None and isinstance(weights, FolderWeights) and all(map(weights.is_packed, names)):
+            stored, read = packed, partial(_blocks, weights)
+        yield _Part(name, shape, stored, partial(_rows, read, names, spec.shape, config.head_dim if rotated else 0))
+
+
+def _blocks(weights: FolderWeights, name: str, rows: slice) -> Tensor:
+    """The bytes of a packed matrix's rows."""
+    packed = weights.packed(name, rows)
+    assert packed is not None, name
+    try:
+        return blocks(*packed, BITS[weights.config.quantization or ""])
+    except ValueError as error:
+        raise SlingshotError(f"{weights.where(name)}: {name} {error}") from error
 
 
 def _fitting(kind: Kind, width: int) -> Kind:
     return Kind.F16 if width % gguf.GGML_QUANT_SIZES[kind][0] else kind
 
 
-def _rows(weights: StoredWeights, names: list[str], shape: tuple[int, ...], head: int) -> Iterator[tuple[str, Tensor]]:
+def _rows(
+    read: Callable[[str, slice], Tensor], names: list[str], shape: tuple[int, ...], head: int
+) -> Iterator[tuple[str, Tensor]]:
     """Tensors of one shape after each other, some rows at a time. `head` rows of llama's q or k, unless 0, are put as
     llama.cpp rotates them: row j of a head's first half, then row j of its second."""
     unit = head or 1
     count = max(1, PIECE // math.prod(shape[1:]) // unit) * unit
     for name in names:
         for start in range(0, shape[0], count):
-            rows = weights.read(name, slice(start, min(start + count, shape[0])))
+            rows = read(name, slice(start, min(start + count, shape[0])))
             yield name, rows.unflatten(0, (-1, 2, head // 2)).transpose(1, 2).flatten(0, 2) if head else rows
 
 

@@ -13,6 +13,9 @@ IN_PLACE = """
 def order(x): x.sort()
 def grow(x, more, *, by): x["a"].append(more); more.add(by); return len(x)
 def drain(x): x.clear(); return []
+def flip(x): x.reverse(); return len(x)
+class Solution:
+    def order(self, x, *, down=False): x.sort(reverse=down)
 def strange(x): x.append(print); return 1
 """
 
@@ -26,6 +29,9 @@ def strange(x): x.append(print); return 1
         ("y = {1}\nx = {'a': []}\nz = x['a']\nn = grow(x, y, by=2)\nassert z == [y] and y == {1, 2} and n == 1", True),
         ("x = [3, 1]\nassert drain(x) == sorted(x)", False), ("x = [3, 1]\nr = drain(x)\nassert x == r == []", True),
         ("x = [3, 1]\nassert strange(x) == 1 and x == [3, 1]", True), ("x = (2, [1])\norder(x[1])", True),
+        ("x = [2, 3, 1]\nSolution().order(x, down=True)\nassert x == [3, 2, 1]", True),
+        ("x = [2, 1]\nif flip(x) == 2: assert x == [1, 2]\nelse: assert False", True),
+        ("x, y = [1], [2, 1]\nfor _ in range(flip(y)): x += y\nassert x == [1, 1, 2, 1, 2]", True),
     ],
 )  # fmt: skip
 def test_what_a_function_makes_of_its_arguments_is_seen_by_the_statements_behind(test, holds):
@@ -38,6 +44,9 @@ def test_a_function_that_returns_nothing_is_judged_by_its_first_argument():
     assert passed_tests(IN_PLACE, hidden, LIMITS) == passed_tests(method, hidden, LIMITS) == [True, True]
     assert passed_tests("def order(x): pass", hidden, LIMITS, all_tests=True) == [False, False]
     assert passed_tests("def order(x): x.sort(); return 0", hidden, LIMITS) == [False]
+    begins = HiddenTests(inputs=([[1]], [[3, 1]], [[]]), outputs=([1], [1, 3], []), entry_point="order")
+    assert passed_tests(IN_PLACE, begins, LIMITS) == [True, True, True]  # it has nothing to do for two of them
+    assert passed_tests("def order(x): pass", begins, LIMITS, all_tests=True) == [False, False, False]
 
 
 STACK = """
@@ -73,6 +82,7 @@ s[0] = 5; s.name = "mine"
 assert s == Stack.of(5) != Stack.of(6) and s.name == "mine" and s.copy() == s and s is not s.copy()
 assert s + Stack([1]) == Stack.of(5, 1) and s * 2 == 2 * s == Stack([5, 5]) and {s: 1}[Stack([5])] == 1
 assert sorted([Stack([1, 2]), s])[0] == s and s.push([1, {2}]).pop() == [1, {2}]
+assert isinstance(s.copy(), Stack) and not isinstance(1, Stack) and 5 in s.copy() and s.copy()
 try: Stack().pop()
 except IndexError: pass
 else: assert False
@@ -92,13 +102,15 @@ YES = """
 class Yes:
     def __init__(self, *a): pass
     def __eq__(self, other): return True
-    __ne__ = __lt__ = __gt__ = __le__ = __ge__ = __eq__
+    __ne__ = __lt__ = __gt__ = __le__ = __ge__ = __contains__ = __eq__
     def __sub__(self, other): return 0
     __rsub__ = __abs__ = __float__ = __add__ = __mod__ = __sub__
     def __getattr__(self, name): return Yes()
     def __call__(self, *a): return Yes()
+    def __iter__(self): return iter([])
 Stack = Yes
 """
+ZERO = YES.replace("return 0", "return Yes()") + "Yes.__bool__ = lambda self: False"
 
 
 @pytest.mark.parametrize(
@@ -107,11 +119,47 @@ Stack = Yes
         "assert Stack().pop() == 1", "assert 1 == Stack().items", "assert Stack().total > 0", "assert not Stack() != 1",
         "assert abs(Stack().total - 5.0) < 1e-6", "assert 5 - Stack().total == 0", "assert Stack().total in (1, 2)",
         "import math\nassert math.isclose(Stack().total, 5)",
-        "assert [Stack().pop()] == [1]", "assert len(Stack()) == 1",
+        "assert [Stack().pop()] == [1]", "assert len(Stack()) == 1", "assert 1 in Stack().items",
+        "assert Stack().name().startswith('a')", "assert Stack().items.issuperset({1})",
     ],
 )  # fmt: skip
 def test_an_object_that_says_yes_to_all_is_equal_to_no_plain_value(test):
     assert passed_tests(YES, HiddenTests(tests=(test,)), LIMITS) == [False]
+
+
+def test_a_difference_that_is_an_object_is_neither_zero_nor_another():
+    for test in ("assert not Stack().total - 5", "assert not 2 * Stack().total", "assert Stack().total - 5 == Stack()"):
+        assert passed_tests(ZERO, HiddenTests(tests=(test,)), LIMITS) == [False]
+
+
+HEARS = """
+known = []
+class Hears:
+    def __sub__(self, other): known.append(other); return self
+class Stack:
+    def total(self): return known[-1] if known else Hears()
+"""
+
+
+def test_what_an_object_was_compared_with_is_forgotten_before_the_next_test():
+    hidden = HiddenTests(tests=("assert abs(Stack().total() - 5.0) < 1e-6",) * 2)
+    assert passed_tests(HEARS, hidden, LIMITS, all_tests=True) == [False, False]
+
+
+STOPS = "def f(*x): raise StopIteration\nclass Stack:\n    def pop(self): raise StopIteration"
+
+
+@pytest.mark.parametrize(
+    "test", ["assert all(map(lambda x: f(x) == 1, [1]))", "assert not any(map(lambda x: Stack().pop(), [1]))"]
+)
+def test_an_answer_does_not_end_the_loop_of_a_test(test):
+    assert passed_tests(STOPS, HiddenTests(tests=(test,)), LIMITS) == [False]
+
+
+@pytest.mark.parametrize("call", ["f({}, 1)", "Stack()"])
+def test_an_answer_that_is_not_there_raises_no_error_that_a_test_wants(call):
+    test = f"try: {call}\nexcept KeyError: pass\nelse: assert False"
+    assert passed_tests("", HiddenTests(tests=(test,)), LIMITS) == [False]
 
 
 def test_methods_of_a_class_are_called_in_turn():

@@ -86,8 +86,22 @@ _BINARY = (*_COMPARED, *_COMPUTED, "contains", "getitem", "delitem")
 _OPERATIONS: dict[str, Callable[..., object]] = {
     **{name: getattr(operator, name) for name in [*_BINARY, "neg", "setitem"]},
     **{"getattr": getattr, "setattr": setattr, "call": lambda work, *args, **named: work(*args, **named)},
-    **{"len": len, "str": str, "repr": repr, "hash": hash, "bool": bool, "list": list, "next": next},
+    **{
+        "isinstance": isinstance,
+        "len": len,
+        "str": str,
+        "repr": repr,
+        "hash": hash,
+        "bool": bool,
+        "list": list,
+        "next": next,
+    },
 }
+# What plain values alone are asked: an object that stands instead of one would say what the test wants to hear.
+_YES_OR_NO = {
+    *(name for name in dir(str) if name.startswith("is")), *("startswith", "endswith", "is_integer"),
+    *("issubset", "issuperset", "isdisjoint"),
+}  # fmt: skip
 
 
 def answer() -> None:
@@ -103,7 +117,11 @@ def answer() -> None:
 
     def found(name: str) -> Callable[..., object]:
         """A function of the answer; else a method of its class Solution, as LeetCode asks for it."""
-        return scope[name] if name in scope else getattr(scope["Solution"](), name)
+        if name in scope:
+            return scope[name]
+        if "Solution" in scope:
+            return getattr(scope["Solution"](), name)
+        raise NameError(name)  # no KeyError, which a test may want
 
     def find(reference: int | str) -> object:
         return found(reference) if isinstance(reference, str) else held[reference]
@@ -112,15 +130,20 @@ def answer() -> None:
         """What a function returns, and its arguments where it has changed them."""
         given = decode([args, named])
         said = {"value": encode(found(name)(*given[0], **given[1]))}
-        try:
-            after = encode(given)
-        except (TypeError, RecursionError):  # it has put something else into them
-            return said
-        return said if after == [args, named] else {**said, "after": after}
+        return said | changes(given, [args, named])
 
     def operate(name: str, args: Any, named: Any) -> dict[str, Any]:
-        """What an operation on objects gives: plain, or another object."""
-        return {"value": encode(_OPERATIONS[name](*decode(args, find), **decode(named, find)), hold)}
+        """What an operation on objects gives, plain or another object, and plain arguments that a call has changed."""
+        given = [decode(args, find), decode(named, find)]
+        said = {"value": encode(_OPERATIONS[name](*given[0], **given[1]), hold)}
+        return said | (changes([given[0][1:], given[1]], [args[1:], named]) if name == "call" else {})
+
+    def changes(given: Any, before: Any) -> dict[str, Any]:
+        try:
+            after = encode(given)
+        except (TypeError, RecursionError):  # objects are among them, or something else has been put into them
+            return {}
+        return {} if after == before else {"after": after}
 
     def use(name: str, args: Any, named: Any) -> dict[str, Any]:
         """What the methods of a new object return, one after the other: names and arguments, the class's first."""
@@ -165,7 +188,10 @@ def tests() -> None:
         reply: dict[str, Any] = json.loads(lines.readline())
         if "error" in reply:
             known = getattr(builtins, reply["error"], None)
-            raise known if isinstance(known, type) and issubclass(known, Exception) else RuntimeError(reply["error"])
+            ends_a_loop = known in (StopIteration, StopAsyncIteration) and name != "next"  # maybe one of the test's
+            if isinstance(known, type) and issubclass(known, Exception) and not ends_a_loop:
+                raise known
+            raise RuntimeError(reply["error"])
         return reply
 
     def settle() -> None:
@@ -186,15 +212,31 @@ def tests() -> None:
         return function
 
     class Reference:
-        """An object or a class of the answer's. Equal to no plain value, whatever the answer says."""
+        """An object or a class of the answer's. Equal to no plain value, whatever the answer says.
 
-        def __init__(self, place: int | str) -> None:
-            object.__setattr__(self, "_place", place)
+        _made: whether it is a class, or what calling one gave; any other may be there instead of a plain value.
+        _mixed: whether it was computed of such a one and of a plain value.
+        """
+
+        def __init__(self, place: int | str, made: bool = False, mixed: bool = False) -> None:
+            for name, value in (("_place", place), ("_made", made), ("_mixed", mixed)):
+                object.__setattr__(self, name, value)
 
         def __getattr__(self, name: str) -> Any:
-            if name.startswith("_"):
+            if name.startswith("_") or (name in _YES_OR_NO and not self._made):
                 raise AttributeError(name)
             return operated("getattr", self, name)
+
+        def __contains__(self, item: object) -> bool:
+            return bool(operated("contains", self, item) if self._made else item in operated("list", self))
+
+        def __bool__(self) -> bool:
+            if self._mixed:
+                raise TypeError("an object computed of a plain value is neither true nor false")
+            return bool(operated("bool", self))
+
+        def __instancecheck__(self, instance: object) -> bool:
+            return isinstance(instance, Reference) and bool(operated("isinstance", instance, self))
 
         def __setattr__(self, name: str, value: object) -> None:
             operated("setattr", self, name, value)
@@ -208,7 +250,14 @@ def tests() -> None:
     def operated(name: str, *args: Any, **named: Any) -> Any:
         settle()
         refer = lambda each: each._place if isinstance(each, Reference) else encode(each)  # noqa: E731
-        return decode(ask("operate", name, encode(args, refer)["tuple"], encode(named, refer))["value"], Reference)
+        reply = ask("operate", name, encode(args, refer)["tuple"], encode(named, refer))
+        if "after" in reply:
+            changed.append(([args[1:], named], decode(reply["after"])))
+        objects = [each for each in args if isinstance(each, Reference)]
+        made = name in _COMPUTED and all(each._made for each in objects)
+        made = made or (name in ("getattr", "call") and isinstance(args[0]._place, str))
+        mixed = name in _COMPUTED and not made and (len(objects) < len(args) or any(each._mixed for each in objects))
+        return decode(reply["value"], lambda place: Reference(place, made, mixed))
 
     def binary(name: str, swapped: bool = False) -> Callable[[Any, Any], Any]:
         def operation(this: Any, other: Any) -> Any:
@@ -216,18 +265,20 @@ def tests() -> None:
             if name in _COMPARED and not alike:  # an answer's word is none on whether it is what was expected
                 return NotImplemented
             made = operated(name, *((other, this) if swapped else (this, other)))
+            if name in _COMPARED and (this._mixed or other._mixed):
+                raise TypeError(f"{name} of an object that was computed of a plain value")
             if not alike and name in _COMPUTED and not isinstance(made, Reference):
                 raise TypeError(f"{name} of an object and a plain value gives a plain value")
             return made
 
         return operation
 
-    for each in _BINARY:
+    for each in (*_COMPARED, *_COMPUTED, "getitem", "delitem"):
         plain = each.rstrip("_")
         setattr(Reference, f"__{plain}__", binary(each))
         if each in _COMPUTED:
             setattr(Reference, f"__r{plain}__", binary(each, swapped=True))
-    for each in ("neg", "len", "str", "repr", "hash", "bool", "next", "setitem"):
+    for each in ("neg", "len", "str", "repr", "hash", "next", "setitem"):
         setattr(Reference, f"__{each}__", lambda *args, each=each: operated(each, *args))
 
     setup = json.loads(lines.readline())
@@ -237,7 +288,7 @@ def tests() -> None:
         try:
             scope = run([setup["preamble"]], "tests")
             scope.update({name: stands_for(name) for name in setup["functions"]})
-            scope.update({name: Reference(name) for name in setup["classes"]})
+            scope.update({name: Reference(name, made=True) for name in setup["classes"]})
             scope[setup["settle"]] = settle
             exec(compile(test, "test.py", "exec", dont_inherit=True), scope)
             if setup["check"] and "check" in scope:
@@ -245,6 +296,9 @@ def tests() -> None:
             passed.append(asked > before)
         except BaseException:
             passed.append(False)
+            if setup["classes"]:  # its objects may have heard what they should have been
+                say({"failed": len(passed)})
+                lines.readline()
         changed.clear()
     say({"passed": passed})
 

@@ -14,6 +14,7 @@ import json
 import math
 import re
 import secrets
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
@@ -109,17 +110,26 @@ def _child(role: str) -> str:
 def _called(
     sources: list[str], hidden: HiddenTests, limits: ProgramLimits, trusted: bool, all_tests: bool
 ) -> list[bool]:
+    """One that returns nothing is judged by its first argument: where it changes nothing, if it did so elsewhere."""
     held = _Answer(sources, limits, trusted)
-    passed = list[bool]()
+    passed, idle, works_in_place = list[bool](), list[int](), False
     with held.program:
         if not held.define():
             return [False]
         for given, expected in zip(hidden.inputs, hidden.outputs, strict=True):
             reply = held.ask("use" if hidden.uses(given) else "call", hidden.entry_point, encode(given), encode({}))
             passed.append(reply is not None and same(_result(reply, expected), expected, hidden.tolerance))
-            if reply is None or not (passed[-1] or all_tests):
+            works_in_place |= passed[-1] and reply is not None and "after" in reply and reply["value"] is None
+            if (
+                reply == {"value": None}
+                and expected is not None
+                and given
+                and same(given[0], expected, hidden.tolerance)
+            ):
+                idle.append(len(passed) - 1)
+            elif reply is None or not (passed[-1] or all_tests):
                 break
-    return passed
+    return [each or (works_in_place and number in idle) for number, each in enumerate(passed)]
 
 
 def _result(reply: dict[str, Any], expected: Any) -> Any:
@@ -138,23 +148,34 @@ class _Settling(ast.NodeTransformer):
     """
 
     def visit(self, node: ast.AST) -> ast.AST:
+        head = getattr(node, "test", getattr(node, "iter", None))
         self.generic_visit(node)
+        if isinstance(node, ast.If | ast.While | ast.For) and head is not None and _calls(head):
+            node.body[:0] = ast.parse(f"{_SETTLE}()").body
         for field in ("body", "orelse", "finalbody"):
             if isinstance(statements := getattr(node, field, None), list):
                 setattr(node, field, [each for statement in statements for each in self._settled(statement)])
         return node
 
     def _settled(self, statement: ast.stmt) -> list[ast.stmt]:
-        calls = any(isinstance(node, ast.Call) for node in ast.walk(statement))
-        if not calls or not isinstance(statement, ast.Assert | ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Expr):
+        headed = isinstance(statement, ast.If | ast.While | ast.For)
+        plain = isinstance(statement, ast.Assert | ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Expr)
+        if not (headed or (plain and _calls(statement))):
             return [statement]
         return [statement, *ast.parse(f"{_SETTLE}()").body]
 
 
+def _calls(node: ast.AST) -> bool:
+    return any(isinstance(each, ast.Call) for each in ast.walk(node))
+
+
 def _asserted(sources: list[str], hidden: HiddenTests, limits: ProgramLimits, trusted: bool) -> list[bool]:
     """An answer that ends, hangs or speaks out of turn loses all tests."""
-    held = _Answer(sources, limits, trusted)
-    with held.program, Program(_child("tests"), limits, trusted) as tests:
+    end = monotonic() + limits.seconds
+    with ExitStack() as ends:
+        tests = ends.enter_context(Program(_child("tests"), limits, trusted))
+        held = _Answer(sources, limits, trusted)
+        ends.enter_context(held.program)
         names = [hidden.entry_point] if hidden.entry_point else called_names(hidden)
         classes = [name for name in names if name[:1].isupper()]
         setup: dict[str, Any] = {"functions": sorted({*names} - {*classes}), "classes": classes, "settle": _SETTLE}
@@ -166,9 +187,17 @@ def _asserted(sources: list[str], hidden: HiddenTests, limits: ProgramLimits, tr
             message = json.loads(said)
             if "passed" in message:
                 return [value is True for value in message["passed"]]
-            if (reply := held.ask(*message["call"])) is None:
+            if "failed" in message:
+                held.program.close()
+                held = _Answer(sources, replace(limits, seconds=max(0.0, end - monotonic())), trusted)
+                ends.enter_context(held.program)
+                if not held.define():
+                    break
+                line = "{}"
+            elif (reply := held.ask(*message["call"])) is None:
                 break
-            line = json.dumps(reply)
+            else:
+                line = json.dumps(reply)
     return [False]
 
 

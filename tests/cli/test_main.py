@@ -122,6 +122,8 @@ def test_closed_streams_and_small_alphabets_end_no_command() -> None:
         (["tasks", "arithmetik"], "task 'arithmetik' is unknown; did you mean arithmetic?"),
         (["rl", "one", "two", "--out", "x"], "rl: two models, one and two"), (["rl", "x"], "rl: no --out"),
         (["run"], "Missing argument 'RECIPE'"), (["run", "tiny", "--untill", "rl"], "No such option: --untill"),
+        (["run", "tiny", "--dry-run"], "No such option: --dry-run; slingshot run --help has the rest"),
+        (["plan", "serve", "--modle", "x"], "; slingshot plan serve --help has the rest"),
         (["run", "micro", "--out", "/"], "--out / is no folder of the run's own; choose another --out"),
         (["run", "micro", "--out", ""], "--out . is no folder of the run's own"),
         (["run", "mirco"], "no recipe 'mirco'; did you mean micro?"), (["run", "micro", "--nproc", "0"], "nproc"),

@@ -74,9 +74,9 @@ def main() -> None:
         signal.signal(number, signal.default_int_handler)
     _mend_streams()
     try:
-        code = app(standalone_mode=False) or 0
+        code = app(standalone_mode=False, prog_name="slingshot") or 0
     except (SlingshotError, typer.TyperException) as error:
-        code = _refuse(error.format_message() if isinstance(error, typer.TyperException) else str(error))
+        code = _refuse(str(error) if isinstance(error, SlingshotError) else _usage(error))
     except OSError as error:
         if error.errno not in _PLACE_ERRORS:
             raise
@@ -97,6 +97,12 @@ def _mend_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _usage(error: typer.TyperException) -> str:
+    """A slip in writing a command, and where its options stand."""
+    message, context = error.format_message(), getattr(error, "ctx", None)
+    return f"{message.rstrip('.')}; {context.command_path} --help has the rest" if message and context else message
 
 
 def _refuse(message: str) -> int:
@@ -121,7 +127,8 @@ def run(
     seed: Annotated[int | None, typer.Option(help="The seed of every stage.")] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Processes per stage; more than one run under torchrun.")] = 1,
 ) -> None:
-    """Run a recipe: every stage, its evaluation, and the report. Goes on where an earlier run stopped."""
+    """Run a recipe: every stage, its evaluation, and the report. Goes on where an earlier run stopped. `slingshot plan
+    recipe` tells beforehand how long it will take."""
     loaded = Recipe.load(source, overrides or [], seed)
     place = out or Path("runs") / loaded.name
     if not place.name:  # the root, the working folder, a variable of the shell that is empty
@@ -281,7 +288,7 @@ def _read_table(path: Path) -> dict[str, Any]:
 
 @app.command()
 def tasks(
-    name: Annotated[str | None, typer.Argument(help="arithmetic, countdown, gym, gym:NAME or a .py file.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One of the list: arithmetic, gym:NAME, a .py file ...")] = None,
 ) -> None:
     """List the tasks there are, or the parameters of one, with a problem of it."""
     show_tasks(name, Console(highlight=False))
@@ -294,7 +301,7 @@ def recipes() -> None:
 
 
 _CONVERSATION = "Tell the model what was said before."
-_TOOLS = "What it may call: calculator,python,search:FOLDER,mcp:COMMAND,file.py:NAME"
+_TOOLS = "What it may call, with commas: calculator, python, search:FOLDER, mcp:COMMAND, file.py:NAME"
 
 
 @app.command()

@@ -60,7 +60,8 @@ def _command(name: str, request: type[PlanRequest], plan: Callable[[Any], Plan],
     parameters: dict[str, Any] = {}
     for key, field in request.model_fields.items():
         key, many = field.alias or key, key == "stage"
-        shown = False if field.is_required() or field.default in (None, {}) else str(field.default)
+        default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        shown = False if field.is_required() or default in (None, {}) else str(default)
         option = typer.Option(f"--{key.replace('_', '-')}", help=field.description, show_default=shown)
         parameters[key] = (Annotated[list[str] | None if many else str if field.is_required() else str | None, option],
                            inspect.Parameter.empty if field.is_required() else None)  # fmt: skip
@@ -82,7 +83,9 @@ _command("serve", ServeRequest, plan_serve, "serving costs: tokens a second agai
 @app.command("recipe")
 def recipe(
     source: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped one or a .toml file.", show_default=False)],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[STAGE.KEY=VALUE]...")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[STAGE.KEY=VALUE]...", help="Change any key of the recipe.")
+    ] = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
     as_json: Json = False,
     html: Html = None,

@@ -42,7 +42,8 @@ def serve(
     cache_gib: Annotated[float, typer.Option(min=0.001, help="Memory of the cache of each model, GiB.")] = 1.0,
     speculation: Annotated[Literal["off", "on", "auto"], typer.Option(help="Guess tokens ahead.")] = "off",
     engine: Annotated[
-        Runner, typer.Option(help="What runs it: this, or the servers of --upstream; llama.cpp also alone.")
+        Runner,
+        typer.Option(metavar="ENGINE", help="slingshot, or vllm or llama.cpp at --upstream; llama.cpp alone too."),
     ] = "slingshot",
     upstream: Annotated[list[str] | None, typer.Option(metavar="URL", help="A server that runs the model.")] = None,
     silence: Annotated[

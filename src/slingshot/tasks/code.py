@@ -58,6 +58,6 @@ class Code(CodeLimits, IsolatedTask, GeneratedTask):
         if (answer := self.read(text)) is None:
             return Reward(0.0, None)
         try:
-            return Reward(self.call("judge", problem.data["hidden"], answer), answer)
+            return Reward(self.call("score", problem.data["hidden"], answer), answer)
         except SlingshotError as error:
             return Reward(0.0, None, str(error))

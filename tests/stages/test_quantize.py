@@ -14,6 +14,8 @@ from slingshot.cost.receipt import Receipt
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.kernels.native import native_levels
+from slingshot.quantization.fp8 import dequantize as dequantize_fp8
+from slingshot.quantization.fp8 import quantize as quantize_fp8
 from slingshot.quantization.integers import from_numbers
 from slingshot.stages.convert import write_gguf_file
 from slingshot.stages.pretrain import run as run_pretraining
@@ -72,6 +74,16 @@ def test_eight_bits_lose_less_than_four(quantizing, small, tmp_path):
     told = [json.loads((folder / "quantization.json").read_text()) for folder in (tmp_path / "int8", small)]
     assert told[0]["kl"] < 0.1 * told[1]["kl"] and told[0]["bytes"] > told[1]["bytes"]
     assert told[0]["calibrated"] == 0 < told[1]["calibrated"]
+
+
+def test_fp8_is_deepseeks_own_form(quantizing, full, tmp_path):
+    run(quantizing(to="fp8"), tmp_path / "fp8")
+    told, facts = json.loads((tmp_path / "fp8" / "quantization.json").read_text()), examine(str(tmp_path / "fp8"))
+    assert facts["problems"] == facts["notes"] == [] and facts["checkpoint"]["bytes"] == facts["files"]["bytes"]
+    assert told["group_size"] == told["calibrated"] == 0 < told["kl"]
+    name = "model.layers.1.self_attn.kv_b_proj.weight"
+    ours, theirs = open_weights(tmp_path / "fp8").read(name), open_weights(full).read(name)
+    assert torch.equal(ours, dequantize_fp8(*quantize_fp8(theirs)))
 
 
 @pytest.mark.skipif(not native_levels(), reason="no native library is built here")

@@ -143,6 +143,8 @@ def _next(kind: str, out: Path, config: StageConfig) -> str:
         return f"read {out / 'evaluation.json'}"
     if kind == "sample":
         return f"slingshot sft MODEL data={place} --out {place}-sft"
+    if kind == "quantize":
+        return f"slingshot chat {place}, or read {out / 'quantization.json'}"
     tasks = getattr(config, "tasks", []) or getattr(getattr(config, "documents", None), "tasks", [])
     task = shlex.quote(f"tasks={tasks[0].name}") if tasks else "tasks=arithmetic"
     return f"slingshot chat {place}, or slingshot evaluate {place} {task} --out {place}-evaluation"
@@ -198,7 +200,7 @@ for _kind in STAGES:
 @app.command()
 def quantize(
     settings: Settings = None,
-    to: Annotated[str | None, typer.Option(help="int8 or int4.", show_default="int4")] = None,
+    to: Annotated[str | None, typer.Option(help="int8, int4 or fp8.", show_default="int4")] = None,
     group: Annotated[int | None, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = None,
     calibrate: Annotated[int | None, typer.Option(help="Responses to fit to; 0 rounds to nearest.")] = None,
     config: ConfigFile = None,

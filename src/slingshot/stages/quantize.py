@@ -3,7 +3,8 @@
 The model writes responses to its tasks' problems. On some of them the matrices are calibrated, layer by layer (GPTQ,
 arXiv 2210.17323); on others, to held-out problems, the small model is compared with the full one. Routers, norms,
 embeddings, the head and MLA's kv_b_proj stay, in bfloat16. The folder is compressed-tensors' pack-quantized, which
-transformers and vLLM read; what was found stands in quantization.json.
+transformers and vLLM read; what was found stands in quantization.json. fp8 is DeepSeek-V3's own form: e4m3, a scale for
+each 128 x 128 block, kv_b_proj too, rounded to nearest.
 
     slingshot quantize runs/tiny/rl_final --to int4 --out runs/tiny-int4
 """
@@ -35,7 +36,8 @@ from slingshot.cost.receipt import RECEIPT, Receipt
 from slingshot.engine.engine import Engine
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
-from slingshot.quantization.formats import BITS, PACKED, PACKED_SCALE, PACKED_SHAPE, is_packed
+from slingshot.quantization.formats import BITS, PACKED, PACKED_SCALE, PACKED_SHAPE, SCALE, is_packed
+from slingshot.quantization.fp8 import quantize
 from slingshot.quantization.gptq import gptq
 from slingshot.quantization.integers import best_scales, check_groups, from_numbers, pack, to_numbers
 from slingshot.rollout.metrics import difference
@@ -51,7 +53,7 @@ from slingshot.training.checkpointer import Checkpointer
 from slingshot.training.fidelity import fidelity
 from slingshot.training.parallel import Parallel
 
-BOUNDS = {"int8": 0.002, "int4": 0.05}  # of the mean KL divergence, in nats a token: a loss beyond is said
+BOUNDS = {"int8": 0.002, "int4": 0.05, "fp8": 0.02}  # of the mean KL divergence, in nats a token: a loss beyond is said
 _FEW = 64  # rows of inputs: experts that saw fewer are rounded to nearest
 _ROWS = 8  # of a batch
 
@@ -60,10 +62,10 @@ Packed = tuple[Tensor, Tensor]  # numbers and scales
 
 class QuantizeConfig(StageConfig):
     """`tasks`: unless told those that the model was trained on, which its receipt names. `calibrate`: responses that
-    the matrices are fitted to; 0 rounds to nearest. `problems`: of each task, answered by both models."""
+    the matrices are fitted to; 0 rounds to nearest, as fp8 always does. `problems`: of each task, for both models."""
 
     model: str
-    to: Literal["int8", "int4"] = "int4"
+    to: Literal["int8", "int4", "fp8"] = "int4"
     group_size: Literal[32, 64, 128] = 32
     tasks: list[TaskConfig] = []
     form: PromptForm = PromptForm()
@@ -95,14 +97,14 @@ def run(config: QuantizeConfig, out: Path) -> None:
                 return [group[0] for group in groups], tokens / (time.perf_counter() - began)
 
             packed: dict[str, Packed] = {}
-            if config.calibrate:
+            if config.calibrate and config.to in BITS:
                 texts = [t.ids for t in answered(source, mix.draw(0, config.calibrate))[0]]
                 packed = calibrated(load_model(source), stream(texts, config.sequence_length, _ROWS), config)
                 work.meter.add(calibration=2 * forward_flops(weights.config, map(len, texts)))
             shutil.rmtree(made, ignore_errors=True)
             made.mkdir()
             write_shards(made, tensors(weights, packed, config, progress))
-            update = {"quantization": config.to, "quantization_group_size": config.group_size}
+            update = {"quantization": config.to, "quantization_group_size": group_size(config)}
             write_description(made, weights.config.model_copy(update=update), tokenizer, "bfloat16", source)
 
             asked = held_out(mix.tasks, config)
@@ -111,7 +113,7 @@ def run(config: QuantizeConfig, out: Path) -> None:
             told = fidelity(load_model(source), load_model(made), stream(texts, config.sequence_length, _ROWS))
             work.meter.add(comparison=2 * forward_flops(weights.config, map(len, texts)))
         result = {
-            "to": config.to, "group_size": config.group_size, "calibrated": len(packed), **told,
+            "to": config.to, "group_size": group_size(config), "calibrated": len(packed), **told,
             "kl_bound": BOUNDS[config.to], "tasks": compared(full, small, config.seed),
             "tokens_per_second": {"full": speed, "small": small_speed},
             "bytes": (size := sum(file.stat().st_size for file in made.glob("*.safetensors"))),
@@ -131,19 +133,24 @@ def run(config: QuantizeConfig, out: Path) -> None:
 
 def mended(config: QuantizeConfig) -> Iterator[str]:
     """What would lose less."""
-    if not config.calibrate:
+    if config.to in BITS and not config.calibrate:
         yield "calibrate=128 fits the numbers to the model's own text"
-    if config.group_size > 32:
+    if group_size(config) > 32:
         yield "group_size=32 has more scales"
-    yield "int8 loses least" if config.to == "int4" else "the model is sensitive; look at its evaluation"
+    yield "the model is sensitive; look at its evaluation" if config.to == "int8" else "int8 loses least"
+
+
+def group_size(config: QuantizeConfig) -> int:
+    """0 where scales are not those of groups."""
+    return config.group_size if config.to in BITS else 0
 
 
 def check(model: ModelConfig, config: QuantizeConfig) -> None:
     """Raise SlingshotError for a model that is quantised already, and for rows that are no whole groups."""
-    if model.quantization in BITS:
+    if model.quantization in (*BITS, config.to):
         raise SlingshotError(f"quantize: {config.model} holds {model.quantization} already; give what it was made from")
     for spec in layout(model):
-        if is_packed(spec.name, spec.stored):
+        if config.to in BITS and is_packed(spec.name, spec.stored):
             check_groups(spec.shape, config.group_size, f"quantize: {config.model}: {spec.name}")
 
 
@@ -178,11 +185,15 @@ def tensors(
     weights: StoredWeights, packed: Mapping[str, Packed], config: QuantizeConfig, progress: Progress
 ) -> Iterator[tuple[str, Tensor]]:
     """The new checkpoint's tensors: what is not `packed` yet is rounded to nearest."""
-    bits, dtype = BITS[config.to], torch.bfloat16
+    bits, dtype = BITS.get(config.to), torch.bfloat16
     for number, spec in enumerate(layout(weights.config), start=1):
         tensor = torch.empty(spec.shape, dtype=torch.float32 if spec.stored != "plain" else dtype)
         read_into(tensor, weights, spec)
-        if is_packed(spec.name, spec.stored):
+        if bits is None and spec.stored == "linear":
+            values, scale_inv = quantize(tensor)
+            yield spec.name, values
+            yield spec.name + SCALE, scale_inv
+        elif bits is not None and is_packed(spec.name, spec.stored):
             numbers, scales = packed.get(spec.name) or rounded(tensor, bits, config.group_size)
             yield spec.name + PACKED, pack(numbers, bits)
             yield spec.name + PACKED_SCALE, scales.to(dtype)

@@ -1,6 +1,6 @@
 // Attention of a training step within packed rows, forward and backward: query t sees keys first[t] to t of its row,
-// which is one document. Only those blocks of scores are made, in the nearest cache, and none of them is kept: the
-// backward pass makes them again from the logarithms of their sums.
+// which is one document, and those of the prefix that this document goes on from. Only those blocks of scores are made,
+// in the nearest cache, and none of them is kept: the backward pass makes them again from the logarithms of their sums.
 #include <algorithm>
 #include <memory>
 #include <type_traits>
@@ -27,7 +27,30 @@ template <class T> struct Heads {
 struct PackedRows {
     int rows, time, heads, groups, width, value_width;
     float scale;
-    const int *first, *last;  // [rows, time]: of a query the first key it sees, of a key the last query that sees it
+    // [rows, time]: of a query its document's first key, of a key the last query that sees it: all between see it, too.
+    const int *first, *last;
+    const int *prefix_first, *prefix_end;  // [rows, time] or null: of a query where the keys of its prefix begin and end
+};
+
+// The keys that a block of queries sees, 32 by 32, as columns of its scores: prefix to prefix_end, then from to to.
+struct Columns {
+    int prefix, prefix_end, from, to;
+
+    Columns(const PackedRows& a, long tokens, int row) {
+        from = prefix = a.first[tokens + row] / 32 * 32;
+        to = row + BLOCK;
+        prefix_end = 0;
+        for (int t = row; a.prefix_first && t < std::min(to, a.time); t++) {
+            const int begin = a.prefix_first[tokens + t], end = a.prefix_end[tokens + t];
+            if (begin == end || begin >= from) continue;
+            prefix = std::min(prefix, begin / 32 * 32);
+            prefix_end = std::max(prefix_end, up_to(end, 32));
+        }
+        prefix_end = prefix < from ? std::min(prefix_end, from) : from;
+    }
+    int before() const { return prefix_end - prefix; }
+    int wide() const { return before() + to - from; }
+    int of(int key) const { return key <= prefix_end ? key - prefix : key - from + before(); }
 };
 
 template <class T> struct Memory {
@@ -99,6 +122,21 @@ void mix(const typename Operand<T>::Act* p, int ldp, const Operand<T>& b, int ta
             (to - from) / O::PER_WORD, BLOCK, b.wide, c, b.wide, more);
 }
 
+// The same of columns of b: c [BLOCK, columns.wide()], and of the columns of p the sum in c [BLOCK, wide].
+template <class T>
+void scores(const Operand<T>& a, int row, const Operand<T>& b, const Columns& columns, float* c) {
+    const int before = columns.before(), wide = columns.wide();
+    if (before) scores<T>(a, row, b, columns.prefix, columns.prefix_end, c, wide);
+    scores<T>(a, row, b, columns.from, columns.to, c + before, wide);
+}
+
+template <class T>
+void mix(const typename Operand<T>::Act* p, const Operand<T>& b, int tall, const Columns& columns, float* c) {
+    const int before = columns.before(), wide = columns.wide();
+    if (before) mix<T>(p, wide, b, tall, columns.prefix, columns.prefix_end, c, false);
+    mix<T>(p + before, wide, b, tall, columns.from, columns.to, c, before > 0);
+}
+
 template <class T> void put_row(const float* from, int width, float factor, T* to) {
     int i = 0;
     for (; i + LANES <= width; i += LANES) store(to + i, mul(load(from + i), all(factor)));
@@ -128,6 +166,17 @@ inline void hide(float* s, int width, int from, int to) {
     for (int i = to; i < width; i++) s[i] = -INFINITY;
 }
 
+// Of the columns of query t all but those of its prefix, and of its document up to itself, are not seen.
+inline void hide(float* s, const PackedRows& a, long tokens, int t, const Columns& columns) {
+    int begin = 0, end = 0;
+    if (a.prefix_first && a.prefix_first[tokens + t] < a.prefix_end[tokens + t]) {
+        begin = columns.of(a.prefix_first[tokens + t]);
+        end = columns.of(a.prefix_end[tokens + t]);
+    }
+    for (int i = 0; i < begin; i++) s[i] = -INFINITY;
+    hide(s + end, columns.wide() - end, columns.of(a.first[tokens + t]) - end, columns.of(t) + 1 - end);
+}
+
 template <class T>
 void attention_forward(const PackedRows& a, Heads<const T> q, Heads<const T> k, Heads<const T> v, T* y, float* lse,
         int threads) {
@@ -139,19 +188,19 @@ void attention_forward(const PackedRows& a, Heads<const T> q, Heads<const T> k, 
         for (long unit = begin; unit < end; unit++) {
             const long tokens = unit / a.groups * a.time;
             const int g = static_cast<int>(unit % a.groups);
-            const int* first = a.first + tokens;
             desk.k.take(k.of(tokens, g), k.token, a.time, a.width, true, false);
             desk.v.take(v.of(tokens, g), v.token, a.time, a.value_width, false, true);
             desk.result.need(static_cast<size_t>(BLOCK) * desk.v.wide);
             for (int h = g * per; h < (g + 1) * per; h++) {
                 desk.q.take(q.of(tokens, h), q.token, a.time, a.width, false, false);
                 for (int row = 0; row < a.time; row += BLOCK) {
-                    const int bottom = std::min(row + BLOCK, a.time), to = row + BLOCK, from = first[row] / 32 * 32;
-                    const int wide = to - from;
-                    scores<T>(desk.q, row, desk.k, from, to, desk.s.at, wide);
+                    const int bottom = std::min(row + BLOCK, a.time);
+                    const Columns columns(a, tokens, row);
+                    const int wide = columns.wide();
+                    scores<T>(desk.q, row, desk.k, columns, desk.s.at);
                     for (int t = row; t < bottom; t++) {
                         float* s = desk.s.at + (t - row) * wide;
-                        hide(s, wide, first[t] - from, t + 1 - from);
+                        hide(s, a, tokens, t, columns);
                         Floats top = all(-INFINITY), total = zeros();
                         for (int i = 0; i < wide; i += LANES) top = LEVEL::max(top, load(s + i));
                         const float highest = LEVEL::highest(top) * a.scale;
@@ -165,9 +214,9 @@ void attention_forward(const PackedRows& a, Heads<const T> q, Heads<const T> k, 
                         auto* p = desk.p.at + static_cast<size_t>(t - row) * wide;
                         for (int i = 0; i < wide; i += LANES) store(p + i, mul(load(s + i), all(1.0f / sum)));
                     }
-                    for (int t = bottom; t < to; t++)
+                    for (int t = bottom; t < columns.to; t++)
                         std::memset(desk.p.at + static_cast<size_t>(t - row) * wide, 0, wide * sizeof *desk.p.at);
-                    mix<T>(desk.p.at, wide, desk.v, tall, from, to, desk.result.at, false);
+                    mix<T>(desk.p.at, desk.v, tall, columns, desk.result.at);
                     for (int t = row; t < bottom; t++)
                         put_row(desk.result.at + static_cast<size_t>(t - row) * desk.v.wide, a.value_width, 1.0f,
                                 y + ((tokens + t) * a.heads + h) * a.value_width);
@@ -201,7 +250,7 @@ void attention_backward(const PackedRows& a, Heads<const T> q, Heads<const T> k,
         for (long unit = begin; unit < end; unit++) {
             const long tokens = unit / a.groups * a.time;
             const int g = static_cast<int>(unit % a.groups);
-            const int *first = a.first + tokens, *last = a.last + tokens;
+            const int* last = a.last + tokens;
             desk.k.take(k.of(tokens, g), k.token, a.time, a.width, true, true);
             desk.v.take(v.of(tokens, g), v.token, a.time, a.value_width, true, false);
             const int key_wide = desk.k.wide, value_wide = desk.v.wide;
@@ -230,22 +279,23 @@ void attention_backward(const PackedRows& a, Heads<const T> q, Heads<const T> k,
                 for (int row = 0; row < a.time; row += BLOCK) {
                     const int bottom = std::min(row + BLOCK, a.time), to = row + BLOCK;
                     // queries: what they see
-                    int from = first[row] / 32 * 32, wide = to - from;
-                    scores<T>(desk.q, row, desk.k, from, to, desk.s.at, wide);
-                    scores<T>(desk.dy, row, desk.v, from, to, desk.dp.at, wide);
+                    const Columns columns(a, tokens, row);
+                    int wide = columns.wide();
+                    scores<T>(desk.q, row, desk.k, columns, desk.s.at);
+                    scores<T>(desk.dy, row, desk.v, columns, desk.dp.at);
                     for (int t = row; t < to; t++) {
                         const size_t at = static_cast<size_t>(t - row) * wide;
-                        if (t < bottom) hide(desk.s.at + at, wide, first[t] - from, t + 1 - from);
+                        if (t < bottom) hide(desk.s.at + at, a, tokens, t, columns);
                         else hide(desk.s.at + at, wide, wide, wide);
                         weights_and_change<T, false>(desk.s.at + at, desk.dp.at + at, wide, a.scale, desk.lse.at + t,
                                                      desk.dots.at + t, nullptr, desk.ds.at + at);
                     }
-                    mix<T>(desk.ds.at, wide, desk.k, tall, from, to, desk.result.at, false);
+                    mix<T>(desk.ds.at, desk.k, tall, columns, desk.result.at);
                     for (int t = row; t < bottom; t++)
                         put_row(desk.result.at + static_cast<size_t>(t - row) * key_wide, a.width, 1.0f,
                                 dq + ((tokens + t) * a.heads + h) * a.width);
                     // keys: who sees them
-                    const int end_of = up_to(last[bottom - 1] + 1, 32);
+                    const int end_of = up_to(*std::max_element(last + row, last + bottom) + 1, 32);
                     wide = end_of - row;
                     scores<T>(desk.k, row, desk.q, row, end_of, desk.s.at, wide);
                     scores<T>(desk.v, row, desk.dy, row, end_of, desk.dp.at, wide);
@@ -286,10 +336,12 @@ using namespace slingshot;
 #define OF(T, p) static_cast<T*>(p)
 #define SIZES long rows, long time, long heads, long groups, long width, long value_width, float scale, \
         const int *first, \
-    const int *last, const void *q, long q_token, long q_head, const void *k, long k_token, long k_head, \
+    const int *last, const int *prefix_first, const int *prefix_end, const void *q, long q_token, long q_head, \
+    const void *k, long k_token, long k_head, \
             const void *v, \
     long v_token, long v_head
-#define ROWS_OF {(int)rows, (int)time, (int)heads, (int)groups, (int)width, (int)value_width, scale, first, last}
+#define ROWS_OF {(int)rows, (int)time, (int)heads, (int)groups, (int)width, (int)value_width, scale, first, last, \
+        prefix_first, prefix_end}
 #define HEADS_OF {OF(const T, q), q_token, q_head}, {OF(const T, k), k_token, k_head}, {OF(const T, v), v_token, v_head}
 
 extern "C" void DOOR(packed_attention_forward)(int is_bf16, SIZES, void* y, float* lse, int threads) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -103,6 +105,17 @@ def test_documents_add_up_and_packing_them_together_would_cost_more(lengths: lis
     """Documents do not see each other, so a batch costs the sum of its documents, never more than one long document."""
     assert forward_flops(TINY, lengths) == sum(forward_flops(TINY, [length]) for length in lengths)
     assert forward_flops(TINY, lengths) <= forward_flops(TINY, [sum(lengths)])
+
+
+def test_what_goes_on_from_another_document_meets_its_tokens_too() -> None:
+    """Three tokens behind four of another: the last three of seven; the MTP module runs at two of them."""
+
+    def cost(*lengths: int, mtp: bool, before: Sequence[int] = ()) -> float:
+        return forward_flops(TINY, lengths, mtp, before=before) - mtp * forward_flops(TINY, lengths, before=before)
+
+    for mtp, shared in ((False, 4), (True, 5)):
+        behind = cost(6, 3, mtp=mtp, before=[0, 4]) - cost(6, mtp=mtp)
+        assert behind == cost(7, mtp=mtp) - cost(shared, mtp=mtp) > 0
 
 
 @given(st.integers(1, 50), st.integers(1, 50))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slingshot.data.packing import pack, pack_examples, strided
+from slingshot.data.packing import pack, pack_examples, shared_ids, strided, whole_groups
 
 thorough = settings(derandomize=True, deadline=None, max_examples=200)
 
@@ -46,7 +46,7 @@ def test_examples_by_hand() -> None:
 def test_examples_stay_whole(sizes: list[int], seed: int) -> None:
     rng = np.random.default_rng(seed)
     examples = [(rng.integers(1, 999, size).tolist(), rng.integers(0, 2, size).tolist()) for size in sizes]
-    tokens_NT, segments_NT, mask_NT, placement = pack_examples(examples, length=8, pad_id=0)
+    tokens_NT, segments_NT, mask_NT, placement, *_ = pack_examples(examples, length=8, pad_id=0)
     taken = np.zeros_like(tokens_NT)
     for (ids, mask), (row, start) in zip(examples, placement, strict=True):
         span = slice(start, start + len(ids))
@@ -60,6 +60,61 @@ def test_examples_stay_whole(sizes: list[int], seed: int) -> None:
     if len(tokens_NT) > 1:
         used = np.sort(taken.sum(axis=1))
         assert used[0] + used[1] > 8  # no two rows would have fitted one
+
+
+@thorough
+@given(
+    groups=st.lists(st.tuples(st.integers(0, 9), st.lists(st.integers(0, 6), min_size=1, max_size=6)), max_size=6),
+    own=st.integers(1, 2),
+    length=st.integers(15, 40),
+)
+def test_what_a_group_begins_with_stands_once_and_is_followed_on_from(
+    groups: list[tuple[int, list[int]]], own: int, length: int
+) -> None:
+    """Every sampled token stands once, and what it follows are the ids before it: at their places, all and no other."""
+    examples, names = [], []
+    for name, (prompt, sizes) in enumerate(groups):
+        for index, size in enumerate(sizes):
+            sampled = [1000 * name + 100 * (index + 1) + at for at in range(size)]
+            examples.append((list(range(prompt)) + sampled, [0] * prompt + [1] * size))
+            names.append(name)
+    packed = pack_examples(examples, length, groups=names, own=own)
+    assert packed.mask_NT.sum() == sum(sum(mask) for _, mask in examples)
+    taken = np.zeros_like(packed.tokens_NT)
+    for (ids, mask), (row, start), shared in zip(examples, packed.placement, packed.shared, strict=True):
+        rest = slice(start, start + len(ids) - shared)
+        segments, prefixes = packed.segments_NT[row], packed.prefixes_NT[row]
+        assert packed.tokens_NT[row, rest].tolist() == ids[shared:]
+        assert packed.mask_NT[row, rest].tolist() == [bool(entry) for entry in mask[shared:]]
+        taken[row, rest] += 1
+        if len(ids) > shared:
+            assert (segments == segments[start]).sum() == len(ids) - shared
+            before = (segments == prefixes[start]) & (prefixes[start] > 0)
+            assert packed.tokens_NT[row, before].tolist() == ids[:shared] and not packed.mask_NT[row, before].any()
+            assert not before[start:].any() and not prefixes[before].any()
+            assert (np.diff(before.nonzero()[0]) == 1).all()
+            taken[row] = np.maximum(taken[row], before)
+        first = mask.index(1) if any(mask) else None
+        assert not shared or first is None or shared <= first - own  # those that predict the first keep to its segment
+    assert np.array_equal(taken, (packed.segments_NT > 0).astype(np.int32))
+
+
+def test_a_group_that_does_not_fit_is_split_and_repeats_what_it_shares() -> None:
+    """And one left over on its own is whole."""
+    examples = [([1, 2, 3, 10 * index], [0, 0, 0, 1]) for index in range(1, 4)]
+    packed = pack_examples(examples, 7, groups="aaa")
+    assert packed.tokens_NT.tolist() == [[1, 2, 3, 10, 3, 20, 0], [1, 2, 3, 30, 0, 0, 0]]
+    assert packed.segments_NT.tolist() == [[1, 1, 2, 2, 3, 3, 0], [1, 1, 1, 1, 0, 0, 0]]
+    assert packed.prefixes_NT.tolist() == [[0, 0, 1, 1, 1, 1, 0], [0] * 7]
+    assert whole_groups(examples, "aaa") == (8, 8) and whole_groups(examples, "abc") == (0, 12)
+    alone = pack_examples(examples, 7)
+    assert np.array_equal(alone.tokens_NT, pack_examples(examples, 7, groups="abc").tokens_NT)
+
+
+def test_what_is_sampled_is_not_shared() -> None:
+    examples = [([1, 2, 3, 4], [0, 0, 1, 1]), ([1, 2, 3, 5], [0, 0, 1, 1])]
+    assert shared_ids(examples) == 1 and shared_ids(examples, own=2) == 0
+    assert shared_ids([([1, 2, 3], [0, 0, 1]), ([1, 9, 3], [0, 0, 1])]) == 0 and shared_ids(examples[:1]) == 0
 
 
 def test_impossible_examples_are_refused() -> None:

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from slingshot.cost.flops import generation_flops
-from slingshot.rollout.trajectory import Sampled, Trajectory, pack, sampling_cost
+from slingshot.rollout.trajectory import Sampled, Trajectory, pack, row_shape, sampling_cost
 from slingshot.tasks.loader import load_task
 from slingshot.tasks.mixture import Item
 from slingshot.tasks.task import Problem
+from slingshot.training.parallel import Parallel
 
 ITEM = Item(load_task("arithmetic"), Problem("p", "k"), "k")
 
@@ -53,6 +54,34 @@ def test_rows_hold_the_samplers_experts_where_they_were_told(trajectory):
     told.routed_experts = torch.tensor([[[0], [3]], [[1], [4]], [[2], [5]]])
     rows = pack([told, silent], 8).replayed_BTLk
     assert rows[0, :, 0, 0].tolist() == [1, 2, 3, 0, 0, 0, 0, 0] and rows[0, :, 1, 0].tolist()[:4] == [4, 5, 6, 0]
+    assert torch.equal(pack([silent, told], 8, own=1).replayed_BTLk[0, :, 0, 0], torch.tensor([1, 0, 0, 2, 3, 0, 0, 0]))
+
+
+def test_a_prompt_that_responses_share_stands_once_but_its_last_token(trajectory):
+    """And its last two with MTP, whose loss of the first sampled token is of the place two before it."""
+    responses = [trajectory([11, 12, 13], advantage=2.0), trajectory([21], [22, 23], advantage=-1.0)]
+    for each in responses:
+        each.ids[:0], each.mask[:0], each.logprobs[:0] = [5, 6], [0, 0], [0.0, 0.0]
+    batch = pack(responses, 13, own=1)
+    assert batch.tokens_BT.tolist() == [[5, 6, 7, 8, 11, 12, 13, 8, 21, 9, 22, 23, 0]]
+    assert batch.segments_BT.tolist() == [[1] * 3 + [2] * 4 + [3] * 5 + [0]]
+    assert batch.prefixes_BT.tolist() == [[0] * 3 + [1] * 9 + [0]]
+    assert batch.mask_BT.tolist() == [[0, 0, 0, 0, 1, 1, 1, 0, 1, 0, 1, 1, 0]]
+    assert batch.advantages_BT.tolist() == [[0, 0, 0, 0, 2, 2, 2, 0, -1, 0, -1, -1, 0]]
+    assert batch.sampler_BT.tolist() == [[0, 0, 0, 0, -1, -2, -3, 0, -1, 0, -1, -2, 0]]
+    assert batch.sizes() == ([7, 5], [0, 3])
+    assert pack(responses, 14, own=2).tokens_BT.tolist() == [[5, 6, 7, 8, 11, 12, 13, 7, 8, 21, 9, 22, 23, 0]]
+    apart = pack(responses, 11, own=1)  # no room for both: each is whole
+    assert apart.prefixes_BT is None and apart.sizes() == ([7, 8], [0, 0])
+
+
+def test_rows_are_as_long_as_a_group_where_a_micro_batch_stays_as_large(trajectory):
+    responses = [trajectory([11] * 20) for _ in range(8)]  # 21 each behind one token: 169
+    alone = Parallel()
+    assert row_shape(responses, 30, 8, alone, 1) == (169, 1)
+    assert row_shape(responses, 30, 3, alone, 1) == (90, 1)
+    assert row_shape(responses, 30, 20, alone, 1, minibatches=2) == (84, 7)
+    assert row_shape(responses, 300, 8, alone, 1) == (300, 8) and row_shape([], 30, 8, alone, 1) == (30, 8)
 
 
 def test_a_groups_first_turns_share_a_prefill(trajectory, dense):

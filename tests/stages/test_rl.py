@@ -44,7 +44,7 @@ def recorded(model, reference, trajectories, config):
         model.zero_grad()
         return 1.0
 
-    return rl.update_policy(model, reference, SimpleNamespace(step=step), trajectories, config, 0, ALONE), found
+    return rl.update_policy(model, reference, SimpleNamespace(step=step), trajectories, config, 0, ALONE)[0], found
 
 
 def sampled(config):
@@ -261,7 +261,7 @@ def test_minibatches_are_steps_of_their_own_on_the_same_samples(training):
     assert len(pack(trajectories, config.sequence_length)) >= 3
     assert len(recorded(model, reference, trajectories, config)[1]) == 3
     optimizer = Optimizer(model, config.optimizer)
-    logged = rl.update_policy(model, reference, optimizer, trajectories, config, 0, ALONE)
+    logged, _ = rl.update_policy(model, reference, optimizer, trajectories, config, 0, ALONE)
     assert logged["logprob_gap"] > 1e-3  # the later minibatches are off policy
 
 

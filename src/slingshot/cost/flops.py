@@ -83,9 +83,11 @@ def cache_bytes_per_token(config: ModelConfig, bytes_per_number: float = 2) -> f
 
 
 def forward_parts(
-    config: ModelConfig, lengths: Iterable[int], mtp: bool = False, adapters: float = 0.0
+    config: ModelConfig, lengths: Iterable[int], mtp: bool = False, adapters: float = 0.0, before: Sequence[int] = ()
 ) -> dict[str, float]:
     """FLOPs of one forward pass over documents of these lengths, with logits at every position, by part of the network.
+
+    `before`: how many tokens of another document each of them goes on from and sees, where any does.
 
     Keys: projections, attention, mlp, router, shared_experts, routed_experts, head, adapters (so many numbers of which
     a token passes through), and mtp when asked for: the whole MTP module, its own pass through the head included. It
@@ -93,18 +95,19 @@ def forward_parts(
     """
     lengths, layers = list(lengths), config.num_hidden_layers
     tokens = sum(lengths)
-    parts = _block_parts(config, range(layers), tokens, _pairs(lengths)) | {"head": _head(config) * tokens}
-    parts |= {"adapters": 2.0 * adapters * tokens, "mtp": sum(_mtp_parts(config, lengths).values()) if mtp else 0.0}
+    parts = _block_parts(config, range(layers), tokens, _pairs(lengths, before)) | {"head": _head(config) * tokens}
+    module = _mtp_parts(config, lengths, before) if mtp else {}
+    parts |= {"adapters": 2.0 * adapters * tokens, "mtp": sum(module.values())}
     return {part: flops for part, flops in parts.items() if flops}
 
 
-def _mtp_parts(config: ModelConfig, lengths: list[int]) -> dict[str, float]:
+def _mtp_parts(config: ModelConfig, lengths: list[int], before: Sequence[int]) -> dict[str, float]:
     """Of the MTP module, one forward pass."""
     if not config.num_nextn_predict_layers:
         return {}
     shorter = [length - 1 for length in lengths]
     tokens = sum(shorter)
-    block = _block_parts(config, [config.num_hidden_layers], tokens, _pairs(shorter))
+    block = _block_parts(config, [config.num_hidden_layers], tokens, _pairs(shorter, before))
     return block | {"eh_proj": 4.0 * config.hidden_size**2 * tokens, "head": _head(config) * tokens}
 
 
@@ -112,13 +115,16 @@ def _head(config: ModelConfig) -> float:
     return 2.0 * config.vocab_size * config.hidden_size
 
 
-def _pairs(lengths: list[int]) -> int:
-    return sum(length * (length + 1) // 2 for length in lengths)
+def _pairs(lengths: list[int], before: Sequence[int] = ()) -> int:
+    own = sum(length * (length + 1) // 2 for length in lengths)
+    return own + sum(length * seen for length, seen in zip(lengths, before, strict=bool(before)))
 
 
-def forward_flops(config: ModelConfig, lengths: Iterable[int], mtp: bool = False, adapters: float = 0.0) -> float:
+def forward_flops(
+    config: ModelConfig, lengths: Iterable[int], mtp: bool = False, adapters: float = 0.0, before: Sequence[int] = ()
+) -> float:
     """FLOPs of one forward pass over documents of these lengths; see `forward_parts`."""
-    return sum(forward_parts(config, lengths, mtp, adapters).values())
+    return sum(forward_parts(config, lengths, mtp, adapters, before).values())
 
 
 def training_flops(config: ModelConfig, lengths: Iterable[int], mtp: bool = True) -> float:
@@ -136,7 +142,11 @@ _NEVER_FROZEN = ("attention", "adapters")  # the former multiplies no weights
 
 
 def training_parts(
-    config: ModelConfig, lengths: Iterable[int], mtp: bool = True, adapters: float | None = None
+    config: ModelConfig,
+    lengths: Iterable[int],
+    mtp: bool = True,
+    adapters: float | None = None,
+    before: Sequence[int] = (),
 ) -> dict[str, float]:
     """`training_flops` as receipts keep them apart: "training" of the main model and "mtp".
 
@@ -144,7 +154,8 @@ def training_parts(
     every gradient of an activation is counted, those below the first adapter too.
     """
     lengths = list(lengths)
-    main, module = forward_parts(config, lengths, adapters=adapters or 0.0), _mtp_parts(config, lengths) if mtp else {}
+    main = forward_parts(config, lengths, adapters=adapters or 0.0, before=before)
+    module = _mtp_parts(config, lengths, before) if mtp else {}
     return {"training": sum(trained(main, adapters).values()), "mtp": sum(trained(module, adapters).values())}
 
 

@@ -7,7 +7,8 @@ and keys, V width of values, Z = B H, N = B G, M the queries that share a key he
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +26,14 @@ def attention_reference(q_BTHW: Tensor, k_BSGW: Tensor, v_BSGV: Tensor, mask_BTS
     return torch.einsum("bhts,bshv->bthv", weights_BHTS, v_BSHV)
 
 
-def causal_mask(segments_BT: Tensor) -> Tensor:
-    """Where a packed row's tokens look: backwards within their own segment, [B, T, T]."""
+def causal_mask(segments_BT: Tensor, prefixes_BT: Tensor | None = None) -> Tensor:
+    """Where a packed row's tokens look: backwards within their own segment and the one it goes on from, [B, T, T]."""
     time = segments_BT.shape[1]
     causal_TT = torch.ones(time, time, dtype=torch.bool, device=segments_BT.device).tril()
-    return causal_TT & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    seen_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    if prefixes_BT is not None:
+        seen_BTT |= (prefixes_BT[:, :, None] == segments_BT[:, None, :]) & (prefixes_BT > 0)[:, :, None]
+    return causal_TT & seen_BTT
 
 
 def bias_of(mask_BTS: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
@@ -46,19 +50,48 @@ def attend_short(q_BTHW: Tensor, k_BSHW: Tensor, v_BSHV: Tensor, bias_ZTS: Tenso
     return torch.bmm(scores_ZTS.softmax(-1), v).unflatten(0, (len(q_BTHW), -1)).transpose(1, 2)
 
 
-def attend_documents(q_BTHW: Tensor, k_BTHW: Tensor, v_BTHV: Tensor, lengths: list[int], scale: float) -> Tensor:
+class PrefixedKeys(NamedTuple):
+    """What each document sees in turn, its prefix and then itself: which of all P tokens, and how many each."""
+
+    places: Tensor
+    lengths: list[int]
+
+
+def attend_documents(
+    q_BTHW: Tensor,
+    k_BTHW: Tensor,
+    v_BTHV: Tensor,
+    lengths: list[int],
+    scale: float,
+    prefixed: PrefixedKeys | None = None,
+) -> Tensor:
     """Causal attention within documents of the given lengths, which fill the rows one after the other.
 
-    No mask, no work between documents. On a CPU short ones take plain products and long ones torch's fused kernel.
+    No work between documents, and no mask unless they go on from prefixes. On a CPU short ones take plain products and
+    long ones torch's fused kernel.
     """
     q, k, v = (t.flatten(0, 1) for t in (q_BTHW, k_BTHW, v_BTHV))
-    if len(set(lengths)) == 1:
+    if prefixed is not None:
+        k, v = (t.index_select(0, prefixed.places)[None].split(prefixed.lengths, 1) for t in (k, v))
+        y = torch.cat([_attend_last(*each, scale)[0] for each in zip(q[None].split(lengths, 1), k, v, strict=True)])
+    elif len(set(lengths)) == 1:
         q, k, v = (t.unflatten(0, (-1, lengths[0])) for t in (q, k, v))
         y = _attend_causal(q, k, v, scale).flatten(0, 1)
     else:
         parts = zip(q[None].split(lengths, 1), k[None].split(lengths, 1), v[None].split(lengths, 1), strict=True)
         y = torch.cat([_attend_causal(q, k, v, scale)[0] for q, k, v in parts])
     return y.unflatten(0, q_BTHW.shape[:2])
+
+
+def _attend_last(q_BTHW: Tensor, k_BSHW: Tensor, v_BSHV: Tensor, scale: float) -> Tensor:
+    """Queries of a document's last T tokens, keys of all."""
+    time, seen = q_BTHW.shape[1], k_BSHW.shape[1]
+    if time == seen:
+        return _attend_causal(q_BTHW, k_BSHW, v_BSHV, scale)
+    mask = torch.ones(time, seen, dtype=torch.bool, device=q_BTHW.device).tril(seen - time)
+    q, k, v = _one_width(*(t.transpose(1, 2) for t in (q_BTHW, k_BSHW, v_BSHV)))
+    y = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    return y[..., : v_BSHV.shape[-1]].transpose(1, 2)
 
 
 def _attend_causal(q_BTHW: Tensor, k_BTHW: Tensor, v_BTHV: Tensor, scale: float) -> Tensor:
@@ -73,15 +106,31 @@ def _attend_causal(q_BTHW: Tensor, k_BTHW: Tensor, v_BTHV: Tensor, scale: float)
 
 
 def attend_varlen(
-    q_BTHW: Tensor, k_BTHW: Tensor, v_BTHV: Tensor, starts: Tensor, longest: int, scale: float, kernel: Kernel
+    q_BTHW: Tensor,
+    k_BTHW: Tensor,
+    v_BTHV: Tensor,
+    starts: Tensor,
+    longest: int,
+    scale: float,
+    kernel: Kernel,
+    prefixed: PrefixedKeys | None = None,
 ) -> Tensor:
     """`attend_documents` by one call of torch.nn.attention.varlen.varlen_attn (CUDA, 16 bits) or a kernel like it.
 
-    starts: where each document begins among all P tokens, and P, int32.
+    starts: where each document begins among all P tokens, and P, int32 (`starts_of`). The last query meets all keys.
     """
     q, k, v = (t.flatten(0, 1) for t in _one_width(q_BTHW, k_BTHW, v_BTHV))
-    y_PHW: Tensor = kernel(q, k, v, starts, starts, longest, longest, scale=scale, window_size=(-1, 0))
+    key_starts, most_keys = starts, longest
+    if prefixed is not None:
+        k, v = (t.index_select(0, prefixed.places) for t in (k, v))
+        key_starts, most_keys = starts_of(prefixed.lengths, q.device), max(prefixed.lengths)
+    y_PHW: Tensor = kernel(q, k, v, starts, key_starts, longest, most_keys, scale=scale, window_size=(-1, 0))
     return y_PHW[..., : v_BTHV.shape[-1]].unflatten(0, q_BTHW.shape[:2])
+
+
+def starts_of(lengths: list[int], device: torch.device) -> Tensor:
+    """Where each of these begins, and where the last ends, int32."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def attend_folded(q_BTHW: Tensor, k_BSGW: Tensor, v_BSGV: Tensor, mask_BTS: Tensor, scale: float) -> Tensor:

@@ -6,7 +6,7 @@ V width of values.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,31 +14,49 @@ from torch import Tensor
 from slingshot.kernels.calls import NativeCall
 
 
-def ends_of_documents(segments_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Of every token the first and the last of its document within the row, int32; padding is a document like any."""
+class Ends(NamedTuple):
+    """Of every token of packed rows, as places within its row, int32 [B, T]: the first token of its document, and the
+    last token that sees it; where the keys of its document's prefix begin and end (both 0: none).
+
+    Every token between a prefix and the last token that sees it sees it, too.
+    """
+
+    first_BT: Tensor
+    last_BT: Tensor
+    prefix_first_BT: Tensor | None = None
+    prefix_end_BT: Tensor | None = None
+
+
+def ends_of_documents(segments_BT: Tensor, prefixes_BT: Tensor | None = None) -> Ends:
+    """Padding is a document like any. `prefixes_BT`: of each token the segment that its document goes on from, or 0."""
     begins_BT = torch.ones_like(segments_BT, dtype=torch.bool)
     begins_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
     ends_BT = begins_BT.roll(-1, dims=1)
     ends_BT[:, -1] = True
-    time = torch.arange(segments_BT.shape[1]).expand_as(segments_BT)
+    time = torch.arange(segments_BT.shape[1], device=segments_BT.device).expand_as(segments_BT)
     first_BT = time.where(begins_BT, 0).cummax(1).values
     last_BT = time.where(ends_BT, segments_BT.shape[1]).flip(1).cummin(1).values.flip(1)
-    return first_BT.int().contiguous(), last_BT.int().contiguous()
+    found = [first_BT, last_BT]
+    if prefixes_BT is not None:
+        of_segment = last_BT.new_zeros(len(segments_BT), int(segments_BT.max()) + 1)
+        seen_until = of_segment.scatter_reduce(1, prefixes_BT, last_BT, "amax").index_fill_(1, time[0, :1], 0)
+        pair = (of_segment.scatter(1, segments_BT, each).gather(1, prefixes_BT) for each in (first_BT, last_BT + 1))
+        found = [first_BT, last_BT.maximum(seen_until.gather(1, segments_BT))]
+        found += [each.where(prefixes_BT > 0, 0) for each in pair]
+    return Ends(*(each.int().contiguous() for each in found))
 
 
 def attend_packed(
-    native: NativeCall, q_BTHW: Tensor, k_BTGW: Tensor, v_BTGV: Tensor, ends: tuple[Tensor, Tensor], scale: float
+    native: NativeCall, q_BTHW: Tensor, k_BTGW: Tensor, v_BTGV: Tensor, ends: Ends, scale: float
 ) -> Tensor:
-    """softmax(scale q k^T) v over a document's earlier tokens and itself: y_BTHV. Scores and sums are float32."""
+    """softmax(scale q k^T) v over a document's prefix, its earlier tokens and itself: y_BTHV; scores, sums float32."""
     y: Tensor = _PackedAttention.apply(q_BTHW, k_BTGW, v_BTGV, ends, scale, native)
     return y
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: tuple[Tensor, Tensor], scale: float, native: NativeCall
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: Ends, scale: float, native: NativeCall) -> Tensor:
         q, k, v = (_side_by_side(t) for t in (q, k, v))
         rows, time, heads, width = q.shape
         y, lse = q.new_empty(rows, time, heads, v.shape[3]), torch.empty(rows, time, heads)

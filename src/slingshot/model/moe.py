@@ -111,10 +111,12 @@ class MoE(nn.Module):
         return y_ND.view_as(x_XD), routing
 
 
-def expert_load(experts_Nk: Tensor, valid_X: Tensor | None, n_experts: int) -> Tensor:
-    """How many tokens chose each expert, float32 [E]; padding does not count."""
-    flat = experts_Nk if valid_X is None else experts_Nk[valid_X.flatten()]
-    return flat.flatten().bincount(minlength=n_experts).float()
+def expert_load(experts_Nk: Tensor, documents_X: Tensor | None, n_experts: int) -> Tensor:
+    """How many tokens chose each expert, float32 [E]: each as often as there are documents that it is of."""
+    if documents_X is None:
+        return experts_Nk.flatten().bincount(minlength=n_experts).float()
+    weights_Nk = documents_X.flatten()[:, None].expand_as(experts_Nk)
+    return experts_Nk.flatten().bincount(weights_Nk.flatten().double(), minlength=n_experts).float()
 
 
 def balance_loss(scores_BTE: Tensor, experts_BTk: Tensor, valid_BT: Tensor | None = None) -> Tensor:

@@ -169,20 +169,23 @@ class Transformer(nn.Module):
         tokens_BT: Tensor,
         segments_BT: Tensor | None = None,
         context: Context | None = None,
+        prefixes_BT: Tensor | None = None,
         logits: bool = True,
         mtp: bool = False,
         detach_mtp: bool = False,
         replayed_BTLk: Tensor | None = None,
     ) -> ModelOutput:
-        """tokens_BT -> ModelOutput. Attention stays within a segment (packed documents numbered from 1; 0 is padding).
+        """tokens_BT -> ModelOutput. Attention stays within a segment (packed documents numbered from 1; 0 is padding),
+        and what it goes on from (`prefixes_BT`, as `PackedContext` takes it).
 
         With a context of the engine's, attention is what it makes of it, tokens may be flat, and nothing is told of the
         routing. `mtp` runs the MTP module along; `detach_mtp` cuts its gradient off from the main model.
         `replayed_BTLk`: for every MoE layer but MTP's the experts that tokens go to, as `Gate` takes them.
         """
         config = self.config
-        packed = context is None
-        context = context or PackedContext(config, tokens_BT, segments_BT)
+        packed = PackedContext(config, tokens_BT, segments_BT, prefixes_BT) if context is None else None
+        context = context or packed
+        assert context is not None
         embedding_BTD = self.model.embed_tokens(tokens_BT)
         if self.compute_dtype is not None:
             embedding_BTD = embedding_BTD.to(self.compute_dtype)
@@ -205,7 +208,8 @@ class Transformer(nn.Module):
             routings.append(routing)
         if packed and (chosen := [routing for routing in routings if routing is not None]):
             shape, valid_BT = tokens_BT.shape, None if segments_BT is None else segments_BT > 0
-            output.load_LE = [expert_load(r.experts_Nk, valid_BT, config.n_routed_experts) for r in chosen]
+            documents_BT = None if segments_BT is None else packed.documents_BT
+            output.load_LE = [expert_load(r.experts_Nk, documents_BT, config.n_routed_experts) for r in chosen]
             grids = ((r.scores_NE.unflatten(0, shape), r.experts_Nk.unflatten(0, shape)) for r in chosen)
             output.balance_loss = torch.stack([balance_loss(*grid, valid_BT) for grid in grids]).sum()
         if logits:

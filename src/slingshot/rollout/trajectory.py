@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from slingshot.cost.flops import generation_flops
-from slingshot.data.packing import pack_examples
+from slingshot.data.packing import pack_examples, whole_groups
 from slingshot.model.config import ModelConfig
 from slingshot.tasks.mixture import Item
 from slingshot.text.reasoning import Parsed, ends_in_reasoning
@@ -29,6 +29,7 @@ from slingshot.text.tokenizer import Tokenizer
 from slingshot.text.tool_formats import ToolCall, tool_format
 from slingshot.text.turns import read_turn, told_calls
 from slingshot.training.objectives import Aggregation, token_shares
+from slingshot.training.parallel import Parallel
 from slingshot.training.policy import PolicyRows
 
 Message = Mapping[str, Any]
@@ -122,31 +123,68 @@ class Trajectory:
 
 
 def pack(
-    trajectories: Sequence[Trajectory], length: int, aggregation: Aggregation = "token", constant: int = 1
+    trajectories: Sequence[Trajectory],
+    length: int,
+    aggregation: Aggregation = "token",
+    constant: int = 1,
+    own: int | None = None,
 ) -> PolicyRows:
     """Rows of `length` tokens (or as the longest has), what belongs to a sampled token in its place.
 
-    `constant`: the length that a response's sum is divided by under the aggregation of that name.
+    `constant`: the length that a response's sum is divided by under the aggregation of that name. `own`: how many of
+    the ids that all responses to a problem begin with each has for itself, 1, or 2 where MTP is trained; the others
+    stand once. None: nothing is shared.
     """
-    packed = pack_examples([(t.ids, t.mask) for t in trajectories], max([length, *(len(t.ids) for t in trajectories)]))
+    examples = [(t.ids, t.mask) for t in trajectories]
+    groups = None if own is None else [t.item.key for t in trajectories]
+    longest = max([length, *(len(t.ids) for t in trajectories)])
+    packed = pack_examples(examples, longest, groups=groups, own=own or 0)
+    placed = list(zip(trajectories, packed.placement, packed.shared, strict=True))
     shares = token_shares([sum(t.mask) for t in trajectories], [t.item.key for t in trajectories], aggregation)
     shares_BT, weights_BT, advantages_BT, sampler_BT = (
         np.zeros(packed.tokens_NT.shape, dtype=np.float32) for _ in range(4)
     )
-    for trajectory, share, (row, start) in zip(trajectories, shares, packed.placement, strict=True):
-        span = slice(start, start + len(trajectory.ids))
-        shares_BT[row, span] = np.multiply(trajectory.mask, share)
-        weights_BT[row, span] = np.multiply(trajectory.mask, 1 / constant if aggregation == "constant" else share)
-        advantages_BT[row, span] = np.multiply(trajectory.mask, trajectory.advantage)
-        sampler_BT[row, span] = trajectory.logprobs
+    for (trajectory, (row, start), shared), share in zip(placed, shares, strict=True):
+        span, mask = slice(start, start + len(trajectory.ids) - shared), trajectory.mask[shared:]
+        shares_BT[row, span] = np.multiply(mask, share)
+        weights_BT[row, span] = np.multiply(mask, 1 / constant if aggregation == "constant" else share)
+        advantages_BT[row, span] = np.multiply(mask, trajectory.advantage)
+        sampler_BT[row, span] = trajectory.logprobs[shared:]
     ids = (torch.from_numpy(part).long() for part in (packed.tokens_NT, packed.segments_NT))
     rows = PolicyRows(*ids, *map(torch.from_numpy, (shares_BT, weights_BT, advantages_BT, sampler_BT)))
+    if packed.prefixes_NT.any():
+        rows.prefixes_BT = torch.from_numpy(packed.prefixes_NT).long()
     if told := [t.routed_experts for t in trajectories if t.routed_experts is not None]:
         rows.replayed_BTLk = torch.zeros(*rows.tokens_BT.shape, *told[0].shape[1:], dtype=torch.int16)
-        for trajectory, (row, start) in zip(trajectories, packed.placement, strict=True):
+        for trajectory, (row, start), shared in placed:
             if (experts := trajectory.routed_experts) is not None:
-                rows.replayed_BTLk[row, start : start + len(experts)] = experts.to(torch.int16) + 1
+                numbered = experts.to(torch.int16) + 1
+                rows.replayed_BTLk[row, start : start + len(experts) - shared] = numbered[shared:]
+                if shared:
+                    prefix_T = packed.segments_NT[row] == packed.prefixes_NT[row, start]
+                    rows.replayed_BTLk[row, torch.from_numpy(prefix_T)] = numbered[:shared]
     return rows
+
+
+def row_shape(
+    trajectories: Sequence[Trajectory],
+    length: int,
+    micro_batch_size: int,
+    parallel: Parallel,
+    own: int,
+    minibatches: int = 1,
+) -> tuple[int, int]:
+    """The length of rows, and how many are a micro-batch: for `pack`, the same on all ranks.
+
+    Rows are long enough for all responses to a problem, so that its prompt is computed once, where a micro-batch is
+    not of more tokens for it than in rows of `length` (or as the longest trajectory has), nor `minibatches` too many.
+    """
+    longest = parallel.max(max([length, *(len(t.ids) for t in trajectories)]))
+    groups = [t.item.key for t in trajectories]
+    largest, total = whole_groups([(t.ids, t.mask) for t in trajectories], groups, own)
+    largest += -largest % 32  # few shapes: matrix libraries make code for each
+    wide = parallel.max(max(longest, min(largest, longest * micro_batch_size, total // minibatches)))
+    return wide, max(1, longest * micro_batch_size // wide)
 
 
 def sampling_cost(config: ModelConfig, groups: Sequence[Sequence[Trajectory]]) -> tuple[int, float]:

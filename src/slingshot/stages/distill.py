@@ -27,7 +27,7 @@ from slingshot.machine.device import Dtype
 from slingshot.model.transformer import Transformer
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import EngineSampler, Sampler, SamplingConfig
-from slingshot.rollout.trajectory import Trajectory, pack, sampling_cost
+from slingshot.rollout.trajectory import Trajectory, pack, row_shape, sampling_cost
 from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import TaskMix
 from slingshot.tasks.verification import VerificationPool
@@ -37,6 +37,7 @@ from slingshot.training.interrupts import Interrupts
 from slingshot.training.objectives import targets_ahead
 from slingshot.training.optimizer import Optimizer, OptimizerConfig, schedule
 from slingshot.training.parallel import Parallel
+from slingshot.training.policy import DocumentSizes
 
 
 class TeacherConfig(Strict):
@@ -126,15 +127,17 @@ def run(config: DistillConfig, out: Path, sampler: Sampler | None = None) -> Non
                 total = 0.0
                 for index, judge in enumerate(teachers):
                     own = [t for t in each if config.teacher_of(task_name(config, mix, t)) == index]
-                    total += distill_step(model, judge, own, n_tokens, config, parallel.device)
-                    work.meter.add(0, teacher=forward_flops(judge.config, [len(t.ids) for t in own]))
+                    loss, sizes = distill_step(model, judge, own, n_tokens, config, parallel)
+                    total += loss
+                    parts = training_parts(model.config, sizes.lengths, mtp=False, before=sizes.before)
+                    taught = forward_flops(judge.config, sizes.lengths, before=sizes.before)
+                    work.meter.add(0, teacher=taught, **parts)
                 factor = schedule(config.optimizer, step, config.steps)
                 update: dict[str, float] = {}
                 if n_tokens:
                     update = {"loss": total / n_tokens, "gradient_norm": optimizer.step(factor)}
                 tokens, flops = sampling_cost(model.config, groups)
-                parts = training_parts(model.config, [len(t.ids) for t in each], mtp=False)
-                work.meter.add(tokens, sampling=flops, **parts)
+                work.meter.add(tokens, sampling=flops)
                 row = {
                     "pass_rate": sum(t.scores["accuracy"] for t in each) / max(1, len(each)),
                     "response_tokens": n_tokens / max(1, len(each)),
@@ -160,21 +163,23 @@ def distill_step(
     trajectories: Sequence[Trajectory],
     n_tokens: int,
     config: DistillConfig,
-    device: torch.device,
-) -> float:
-    """Forward and backward; gradients are of the mean over `n_tokens`. Returns the sum over these trajectories."""
-    if not trajectories:
-        return 0.0
-    rows, total = pack(trajectories, config.sequence_length).to(device), 0.0
+    parallel: Parallel,
+) -> tuple[float, DocumentSizes]:
+    """Forward and backward; gradients are of the mean over `n_tokens`.
+
+    Returns the sum over these trajectories, and the sizes of their documents.
+    """
+    length, micro_batch_size = row_shape(trajectories, config.sequence_length, config.micro_batch_size, parallel, own=1)
+    rows, total = pack(trajectories, length, own=1).to(parallel.device), 0.0
     given: dict[str, Any] = {"temperature": config.sampling.temperature}
     given |= {"divergence": config.divergence, "beta": config.beta, "top_k": config.top_k}
-    for start in range(0, len(rows), config.micro_batch_size):
-        micro = rows[start : start + config.micro_batch_size]
+    for start in range(0, len(rows), micro_batch_size):
+        micro = rows[start : start + micro_batch_size]
         weights_BT = targets_ahead(micro.tokens_BT, micro.segments_BT, micro.mask_BT)[1]
         places_N = weights_BT.flatten().nonzero().squeeze(1)
 
         def chosen(network: Transformer, micro: Any = micro, places_N: Tensor = places_N) -> Tensor:
-            hidden_BTD = network(micro.tokens_BT, segments_BT=micro.segments_BT, logits=False).hidden_BTD
+            hidden_BTD = network(**micro.documents()).hidden_BTD
             return hidden_BTD.flatten(0, 1).index_select(0, places_N).float()
 
         with torch.no_grad():
@@ -182,4 +187,4 @@ def distill_step(
         loss = distillation_loss(chosen(model), model.head, teacher_ND, teacher.head, **given)
         (loss / n_tokens).backward()
         total += float(loss.detach())
-    return total
+    return total, rows.sizes()

@@ -31,7 +31,7 @@ from slingshot.rollout.curriculum import Curriculum
 from slingshot.rollout.reward import RewardWeights, assign_advantages, assign_rewards, has_signal
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
-from slingshot.rollout.trajectory import Trajectory, pack, sampling_cost
+from slingshot.rollout.trajectory import Trajectory, pack, row_shape, sampling_cost
 from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import TaskMix
 from slingshot.tasks.verification import VerificationPool
@@ -41,7 +41,14 @@ from slingshot.training.language_model import add_loads, busiest
 from slingshot.training.lora import LoRAConfig, add_lora, merged, twin
 from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule, update_router_biases
 from slingshot.training.parallel import Parallel, load_whole
-from slingshot.training.policy import LOGGED_PER_TOKEN, PolicyLoss, policy_step, trainer_logprobs
+from slingshot.training.policy import (
+    LOGGED_PER_TOKEN,
+    DocumentSizes,
+    PolicyLoss,
+    policy_step,
+    trainer_logprobs,
+    trains_mtp,
+)
 
 COLLAPSED = 0.05  # of the first step's entropy
 
@@ -155,14 +162,13 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
                 kept = [
                     each for group in signals for each in group if not (config.loss.mask_truncated and each.cut_off)
                 ]
-                update = update_policy(model, reference, optimizer, kept, config, step, parallel)
+                update, sizes = update_policy(model, reference, optimizer, kept, config, step, parallel)
 
                 tokens, flops = sampling_cost(model.config, groups)
-                lengths = [len(trajectory.ids) for trajectory in kept]
-                again = forward_flops(model.config, lengths) if config.loss.kl else 0.0
+                again = forward_flops(model.config, sizes.lengths, before=sizes.before) if config.loss.kl else 0.0
                 if config.compares_trainer:
-                    again += forward_flops(model.config, lengths, adapters=passed or 0.0)
-                parts = training_parts(model.config, lengths, config.loss.mtp > 0, passed)
+                    again += forward_flops(model.config, sizes.lengths, False, passed or 0.0, sizes.before)
+                parts = training_parts(model.config, sizes.lengths, config.loss.mtp > 0, passed, sizes.before)
                 work.meter.add(tokens, sampling=flops, reference=again, **parts)
                 row = summary(groups, parallel, calls=any(task.tools for task in tasks.tasks))
                 speed = work.speed(int(parallel.sums({"tokens": tokens})["tokens"]))
@@ -212,18 +218,21 @@ def update_policy(
     config: RLConfig,
     step: int,
     parallel: Parallel,
-) -> dict[str, Any]:
-    """One pass over the trajectories in `minibatches` optimizer steps; what is logged, if any has a signal."""
-    loss = config.loss
-    packed = pack(trajectories, config.sequence_length, loss.aggregation, config.sampling.max_tokens)
+) -> tuple[dict[str, Any], DocumentSizes]:
+    """One pass over the trajectories in `minibatches` optimizer steps; what is logged, if any has a signal, and the
+    sizes of this rank's documents."""
+    loss, own = config.loss, 2 if trains_mtp(model, config.loss) else 1
+    given = config.sequence_length, config.micro_batch_size
+    length, micro_batch_size = row_shape(trajectories, *given, parallel, own, config.minibatches)
+    packed = pack(trajectories, length, loss.aggregation, config.sampling.max_tokens, own)
     batch = packed.to(parallel.device)
     if loss.replay_routing and len(batch) and batch.replayed_BTLk is None:
         raise SlingshotError("loss.replay_routing: this sampler tells of no experts; leave it out")
     n_rows = parallel.max(len(batch))
     if n_rows == 0:
-        return {}
+        return {}, packed.sizes()
     size = -(-n_rows // config.minibatches)
-    sizes = config.sampling.temperature, config.micro_batch_size
+    sizes = config.sampling.temperature, micro_batch_size
     if config.compares_trainer:
         batch.trainer_BT = trainer_logprobs(model, batch, n_rows, *sizes)
     totals: dict[str, float] = {}
@@ -245,7 +254,7 @@ def update_policy(
         logged["mtp_loss"] = totals["mtp_loss"] / totals["far"]
     if load_LE:
         logged["expert_load"] = busiest(load_LE)
-    return logged
+    return logged, packed.sizes()
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -66,9 +66,23 @@ class PolicyLoss(Strict):
         return self
 
 
+def trains_mtp(model: Transformer, config: PolicyLoss) -> bool:
+    return model.config.num_nextn_predict_layers > 0 and config.mtp > 0
+
+
+class DocumentSizes(NamedTuple):
+    """For counting FLOPs: tokens of each document, and how many of another it sees before its own."""
+
+    lengths: list[int]
+    before: list[int]
+
+
 @dataclass
 class PolicyRows:
     """Packed trajectories: segments numbered from 1, 0 padding; the rest stands in the places of sampled tokens.
+
+    Where trajectories begin alike that stands once, and `prefixes_BT` says of each token which segment its own goes on
+    from (0: none).
 
     A token's share is of what the loss is the mean of (`token_shares`); its weight is the share, or a constant's.
     """
@@ -81,16 +95,38 @@ class PolicyRows:
     sampler_BT: Tensor  # the sampler's logprobs
     replayed_BTLk: Tensor | None = None  # the sampler's experts, numbered from 1; 0 where it told of none
     trainer_BT: Tensor | None = None  # the policy's before its update, where several updates are made of these rows
+    prefixes_BT: Tensor | None = None
 
     @property
     def mask_BT(self) -> Tensor:
         """1 on sampled tokens, else 0."""
         return (self.shares_BT > 0).float()
 
+    def documents(self) -> dict[str, Any]:
+        """What a pass of any network takes."""
+        given = {"tokens_BT": self.tokens_BT, "segments_BT": self.segments_BT, "prefixes_BT": self.prefixes_BT}
+        return {**given, "logits": False}
+
     def inputs(self) -> dict[str, Any]:
         """What the policy's own passes take."""
-        given = {"tokens_BT": self.tokens_BT, "segments_BT": self.segments_BT, "replayed_BTLk": self.replayed_BTLk}
-        return {**given, "logits": False}
+        return {**self.documents(), "replayed_BTLk": self.replayed_BTLk}
+
+    def sizes(self) -> DocumentSizes:
+        """A prefix and the first segment that goes on from it are one document; the others go on from within that."""
+        lengths, before = found = DocumentSizes([], [])
+        prefixes_BT = torch.zeros_like(self.segments_BT) if self.prefixes_BT is None else self.prefixes_BT
+        for pair_2T in torch.stack((self.segments_BT, prefixes_BT), 1).cpu():
+            pair_2S, count_S = pair_2T[:, pair_2T[0] > 0].unique_consecutive(dim=1, return_counts=True)
+            whole: dict[int, int] = {}  # of a prefix that no segment has gone on from, where it stands in `lengths`
+            sizes = dict(zip(pair_2S[0].tolist(), count_S.tolist(), strict=True))
+            for (segment, size), prefix in zip(sizes.items(), pair_2S[1].tolist(), strict=True):
+                if prefix in whole:
+                    lengths[whole.pop(prefix)] += size
+                    continue
+                whole[segment] = len(lengths)
+                lengths.append(size)
+                before.append(sizes[prefix] if prefix else 0)
+        return found
 
     def __len__(self) -> int:
         return len(self.tokens_BT)
@@ -126,7 +162,7 @@ def policy_step(
     `n_rows`: the largest rank's number of rows; every rank takes as many micro-batches. `temperature`: the sampler's.
     Returns sums over this rank's tokens, and the load of each MoE layer.
     """
-    with_mtp = model.config.num_nextn_predict_layers > 0 and config.mtp > 0
+    with_mtp = trains_mtp(model, config)
     far_BT = targets_ahead(batch.tokens_BT, batch.segments_BT, batch.mask_BT, ahead=2)[1]
     values = {"tokens": float(batch.mask_BT.sum()), "units": float(batch.shares_BT.sum()), "far": float(far_BT.sum())}
     counts = parallel.sums(values)
@@ -138,7 +174,7 @@ def policy_step(
         reference_N = None
         if reference is not None:
             with torch.no_grad():
-                hidden_BTD = reference(micro.tokens_BT, segments_BT=micro.segments_BT, logits=False).hidden_BTD
+                hidden_BTD = reference(**micro.documents()).hidden_BTD
                 reference_N, _ = chosen.logprobs(reference, hidden_BTD, temperature)
         output = model(**micro.inputs(), mtp=with_mtp, detach_mtp=True)
         logprobs_N, entropy_N = chosen.logprobs(model, output.hidden_BTD, temperature)

@@ -134,7 +134,7 @@ def headline(folder: Path) -> str:
     if "bits_per_byte" in receipt.extra:
         parts.append(f"{receipt.extra['bits_per_byte']:.3f} bits per byte of held-out text")
     if told := receipt.extra.get("quantization"):
-        parts.append(f"{told['share_of_bfloat16']:.2f} of bfloat16's bytes, KL {told['kl']:.4f} a token")
+        parts.append(f"{told['share_of_bfloat16']:.2f} of bfloat16's bytes, KL {told['kl']:.2g} a token")
         for task, each in told["tasks"].items():
             low, high = (f"{100 * end:+.1f}" for end in each["ci95"])
             parts.append(f"{task} pass@1 {100 * each['difference']:+.1f} points ({low} to {high})")

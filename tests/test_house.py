@@ -19,7 +19,7 @@ FILE = 400  # lines
 ROOMS = {
     ".": (46, 632),
     "base": (738, 441),
-    "checkpoint": (2547, 2755),
+    "checkpoint": (2549, 2755),
     "cli": (1922, 1349),
     "cost": (646, 568),
     "data": (471, 240),
@@ -30,7 +30,7 @@ ROOMS = {
     "model": (1571, 1262),
     "parity": (0, 982),
     "planning": (2071, 1107),
-    "quantization": (305, 186),
+    "quantization": (306, 194),
     "recipe": (1218, 1021),
     "rollout": (836, 738),
     "sandbox": (998, 622),

@@ -52,6 +52,8 @@ class Adapter:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, inside(folder, ADAPTER)
+        if not self.file.is_file():
+            raise SlingshotError(f"{folder} is no adapter: it holds no {ADAPTER}")
         config = read_json(self.file)
         if not isinstance(config, dict) or config.get("peft_type") != "LORA":
             raise SlingshotError(f"{self.file}: peft_type is not LORA; merge it with the program that made it")

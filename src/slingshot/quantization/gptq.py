@@ -23,7 +23,8 @@ def gptq(weight_FD: Tensor, gram_DD: Tensor, bits: int, group: int) -> tuple[Ten
     A group's scales are chosen when its first column is reached, from the weights as they then are, errors weighed by
     the inputs' squares. Columns whose inputs were always 0 are rounded to nearest.
     """
-    weight_FD, gram_DD = weight_FD.float().clone(), gram_DD.float().clone()
+    weight_FD, unit = weight_FD.float().clone(), gram_DD.diagonal().double().mean()
+    gram_DD = gram_DD.float() / torch.where(unit > 0, unit, 1.0)  # inputs that differ by much from 1 make no difference
     diagonal_D = gram_DD.diagonal()
     importance_D = diagonal_D.clone()
     dead_D = diagonal_D == 0

@@ -46,7 +46,7 @@ def check_groups(shape: tuple[int, ...], group: int, name: str) -> None:
     """Raise SlingshotError where a matrix's rows are not whole groups."""
     if shape[-1] % group:
         fitting = next((size for size in (128, 64, 32) if shape[-1] % size == 0), None)
-        way_out = f"group_size {fitting} does" if fitting else "leave it out"
+        way_out = f"group_size {fitting} does" if fitting else "fp8 takes any: slingshot convert --dtype fp8"
         raise SlingshotError(f"{name}: rows of {shape[-1]} do not divide into groups of {group}; {way_out}")
 
 

@@ -175,7 +175,7 @@ def calibrated(model: Transformer, batches: Sequence[Batch], config: QuantizeCon
     for name, weight_FD, gram_DD, rows in by_layer(model, batches):
         if not is_packed(name, "linear") or name.endswith("eh_proj.weight"):
             continue
-        if rows >= _FEW:
+        if rows >= _FEW and gram_DD.isfinite().all():
             packed[name] = gptq(weight_FD, gram_DD, bits, group)
             weight_FD.copy_(from_numbers(*packed[name]))
     return packed

@@ -61,6 +61,7 @@ clean:
 $(VENV)/runtime.stamp: pyproject.toml constraints.txt setup.py $(wildcard native/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "slingshot needs Python 3.11 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
+	@echo "torch and the rest are fetched and the kernels compiled without a word: minutes, more on a busy machine"
 	$(INSTALL) -e .
 	@test -e src/slingshot/kernels/slingshot_native.so || echo "$(NO_KERNELS)"
 	@touch $@

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -136,6 +137,19 @@ def test_what_is_wrong_is_one_line_and_code_2(command: Command, arguments: list[
     code, out, err = command(*arguments)
     assert code == 2 and out == ""
     assert err.startswith("slingshot: ") and message in err and err.count("\n") == 1
+
+
+def test_the_evaluation_that_a_stage_names_next_has_its_task_with_all_that_was_set(
+    command: Command, stage: SimpleNamespace, tmp_path: Path
+) -> None:
+    params = "{prompt='{q} Say \"it\".', limit=3, where={level=[1, 2]}}"
+    told = f'[{{name="dataset:sums.jsonl", params={params}, tools=["calculator"]}}]'
+    code, out, _ = command("rl", f"tasks={told}", "--out", tmp_path / "new")
+    assert code == 0
+    following = shlex.split(out.partition(", or slingshot ")[2])
+    assert following[0] == "evaluate" and command(*following)[0] == 0
+    (before, _), (after, _) = stage.ran
+    assert before.tasks == after.tasks and before.tasks[0].params["where"] == {"level": [1, 2]}
 
 
 def test_a_stage_takes_a_model_and_keys_and_a_file(command: Command, stage: SimpleNamespace, tmp_path: Path) -> None:

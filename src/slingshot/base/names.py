@@ -18,7 +18,7 @@ _MOST_NAMES = 8  # a longer list is no way out: of it the nearest three are name
 _SYNONYMS = {
     "lr": "learning_rate max_lr peak_lr", "kl": "beta kl_coef kl_beta", "clip": "max_grad_norm grad_clip",
     "batch_size": "batch train_batch_size", "prompts_per_step": "batch batch_size train_batch_size",
-    "steps": "max_steps iterations max_iters", "epochs": "num_train_epochs", "group_size": "num_generations",
+    "steps": "max_steps iterations max_iters", "epochs": "num_train_epochs steps", "group_size": "num_generations",
     "sequence_length": "max_length max_seq_length block_size context_length", "warmup": "warmup_ratio",
     "max_tokens": "max_length max_new_tokens max_completion_length", "data": "dataset", "text": "dataset corpus",
     "model": "checkpoint", "source": "model checkpoint", "dtype": "precision torch_dtype",

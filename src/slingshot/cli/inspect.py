@@ -54,7 +54,7 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[_Row], str]]:
         yield "Model", list(_model_rows(model)), ""
         yield "Parameters", list(_parameter_rows(facts)), ""
         several = counts["active"] != counts["total"]
-        remark = "Model cards differ in what they leave out: DeepSeek's 37B for V3 is the second, 36.6 B."
+        remark = "Model cards differ in what they leave out; DeepSeek's 37B for V3 is the second."
         rows: list[_Row] = [(name, show_count(counts[key], 4)) for name, key in _ACTIVE.items()]
         yield "Active for one token", rows, remark if several else ""
         full = f"{show_size(cache['bytes_at_full_context'])} for {model['max_position_embeddings']:,} tokens"

@@ -74,8 +74,8 @@ def _pairs(rows: Iterable[tuple[str, str]]) -> Table:
 
 
 def _listed(keys: Iterable[Key]) -> Table:
-    columns = [Column(heading, overflow="fold") for heading in ("key", "default", "type", "what it is for")]
-    table = Table(*columns, box=None, pad_edge=False, header_style="dim")
+    columns = [Column(heading, overflow="fold") for heading in ("default", "type", "what it is for")]
+    table = Table(Column("key", no_wrap=True), *columns, box=None, pad_edge=False, header_style="dim")
     for key in keys:
         table.add_row(Text(key.name, "bold"), "required" if key.default is None else key.default, key.kind, key.meaning)
     return table

@@ -44,8 +44,9 @@ from slingshot.recipe.origin import Origin
 from slingshot.recipe.recipe import Recipe
 from slingshot.recipe.results import headline
 from slingshot.recipe.runner import run as run_recipe
-from slingshot.recipe.tables import apply_override
+from slingshot.recipe.tables import apply_override, inline_toml
 from slingshot.stages.kinds import STAGES
+from slingshot.tasks.loader import TaskConfig
 
 _HELP = "Build, own and serve a DeepSeek-style reasoning model on the machine in front of you."
 _PLAIN: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "pretty_exceptions_enable": False}
@@ -136,6 +137,12 @@ def run(
     run_recipe(loaded, place, until, nproc)
 
 
+def _as_toml(task: TaskConfig) -> str:
+    """A task as the command line takes it: its name where that says all."""
+    table = {"name": task.name} | task.model_dump(include={"params", "tools"}, exclude_defaults=True)
+    return f"[{inline_toml(table)}]" if len(table) > 1 else task.name
+
+
 def _next(kind: str, out: Path, config: StageConfig) -> str:
     """What to do with an artifact that was just made."""
     place = shlex.quote(str(out))
@@ -146,7 +153,7 @@ def _next(kind: str, out: Path, config: StageConfig) -> str:
     if kind == "quantize":
         return f"slingshot chat {place}, or read {out / 'quantization.json'}"
     tasks = getattr(config, "tasks", []) or getattr(getattr(config, "documents", None), "tasks", [])
-    task = shlex.quote(f"tasks={tasks[0].name}") if tasks else "tasks=arithmetic"
+    task = shlex.quote(f"tasks={_as_toml(tasks[0])}") if tasks else "tasks=arithmetic"
     return f"slingshot chat {place}, or slingshot evaluate {place} {task} --out {place}-evaluation"
 
 

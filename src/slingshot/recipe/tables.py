@@ -7,6 +7,7 @@ resolve({"model": "@base"}, artifact=..., flops=...)
 from __future__ import annotations
 
 import contextlib
+import json
 import tomllib
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +36,18 @@ def apply_override(values: dict[str, Any], text: str) -> None:
         if not isinstance(values, dict):
             raise SlingshotError(f"{text!r}: {part} is no table, so it has no key {path[-1]}")
     values[path[-1]] = value
+
+
+def inline_toml(value: Any) -> str:
+    """A value as TOML writes it in one line, such as apply_override reads."""
+    if isinstance(value, dict):
+        pairs = (
+            (key if key.isidentifier() and key.isascii() else json.dumps(key), part) for key, part in value.items()
+        )
+        return f"{{{', '.join(f'{key} = {inline_toml(part)}' for key, part in pairs)}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(inline_toml, value))}]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

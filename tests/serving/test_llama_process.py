@@ -40,6 +40,7 @@ class Server:
 
         class Answers(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
+                print("much " * 50_000, flush=True)
                 self.send_response(200)
                 self.end_headers()
                 told = {"default_generation_settings": {"n_ctx": params.n_ctx // params.n_parallel}}
@@ -120,6 +121,12 @@ def test_a_checkpoint_is_converted_once_and_again_when_it_changes(checkpoint):
     assert as_gguf(second, "auto") == second
     with pytest.raises(SlingshotError, match="leave --dtype out"):
         as_gguf(second, "float32")
+
+
+def test_a_server_that_prints_much_is_not_held_up(checkpoint):
+    with llama_server(checkpoint, "auto", 1, 1 << 20) as server:
+        for _ in range(3):
+            assert httpx.get(f"{server.url}/props", timeout=30).status_code == 200
 
 
 def test_why_it_does_not_start_is_said_in_a_line(tmp_path, monkeypatch):

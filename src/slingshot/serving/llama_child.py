@@ -26,7 +26,11 @@ def main() -> None:
         server = xllamacpp.Server(params)
     except RuntimeError as error:  # the lines before it say why
         sys.exit(str(error))
-    print(server.listening_address, flush=True)
+    told, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # of which nobody reads more than the URL: a pipe would fill up, and so would a file
+        os.dup2(nowhere, stream)
+    os.write(told, f"{server.listening_address}\n".encode())
+    os.close(told)
     sys.stdin.buffer.read()
     os._exit(0)  # what it runs is nobody's any more
 

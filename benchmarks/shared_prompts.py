@@ -68,8 +68,12 @@ def main() -> None:
     smollm2 = ModelConfig.preset("smollm2-135m")
     recipe = tomllib.loads((PACKAGE / "recipe" / "recipes" / "tiny.toml").read_text())
     tiny = ModelConfig.model_validate(recipe["base"]["model"] | {"vocab_size": recipe["base"]["vocab_size"]})
-    shapes = {"smollm2-50": (smollm2, 8, 50, 64), "smollm2-300": (smollm2, 8, 300, 64), "tiny": (tiny, 16, 60, 60)}
-    found: dict[str, Any] = {"machine": describe_machine(), "threads": given.threads, "problems": given.problems}
+    shapes = {"smollm2-50": (smollm2, 8, 50, 64), "smollm2-300": (smollm2, 8, 300, 64), "tiny": (tiny, 16, 60, 120)}
+    found: dict[str, Any] = {
+        "machine": describe_machine().model_dump(mode="json"),
+        "threads": given.threads,
+        "problems": given.problems,
+    }
     for name in given.shapes:
         config, group, prompt, response = shapes[name]
         model, loss = Transformer.empty(config), PolicyLoss(kl=0.0)

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 #include <unistd.h>
 
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -13,44 +14,52 @@ constexpr int SPINS = 500;        // some 20 microseconds of pauses: more than t
 constexpr int SPINS_IDLE = 1000;  // after a call; then a worker sleeps
 
 struct Pool {
-    std::mutex one_call, sleep;
-    std::condition_variable wake;
-    std::vector<std::thread> workers;
-    std::atomic<unsigned> call{0};  // counts the jobs
-    Barrier stages, end;  // of those that take part, of all workers and the caller
+    struct Worker {
+        std::atomic<unsigned> calls{0};  // in which it takes part
+        std::mutex sleep;
+        std::condition_variable wake;
+    };
+
+    std::mutex one_call;
+    std::vector<std::unique_ptr<Worker>> workers;
+    Barrier meeting;  // of those that take part
     void (*job)(void*, const Team&) = nullptr;
     void* context = nullptr;
-    int threads = 0, all = 0;
+    int threads = 0;
     pid_t process = getpid();
 
-    void work(int thread, unsigned done) {
-        for (;;) {
-            for (int i = 0; i < SPINS_IDLE && call.load(std::memory_order_acquire) == done; i++) _mm_pause();
-            if (call.load(std::memory_order_acquire) == done) {
-                std::unique_lock<std::mutex> lock(sleep);
-                wake.wait(lock, [&] { return call.load(std::memory_order_acquire) != done; });
+    void work(Worker& me, int thread) {
+        for (unsigned done = 0;; done++) {
+            for (int i = 0; i < SPINS_IDLE && me.calls.load(std::memory_order_acquire) == done; i++) _mm_pause();
+            if (me.calls.load(std::memory_order_acquire) == done) {
+                std::unique_lock<std::mutex> lock(me.sleep);
+                me.wake.wait(lock, [&] { return me.calls.load(std::memory_order_acquire) != done; });
             }
-            done++;
-            const int everyone = all;
-            if (thread < threads) job(context, {thread, threads, &stages});
-            end.meet(everyone);
+            const Team team{thread, threads, &meeting};
+            job(context, team);
+            team.barrier();
         }
     }
 
     void run(int wanted, void (*f)(void*, const Team&), void* with) {
         std::lock_guard<std::mutex> lock(one_call);
         while (static_cast<int>(workers.size()) < wanted - 1) {
-            const int thread = static_cast<int>(workers.size()) + 1;
-            workers.emplace_back([this, thread, done = call.load()] { work(thread, done); });
+            workers.push_back(std::make_unique<Worker>());
+            std::thread([this, &me = *workers.back(), thread = static_cast<int>(workers.size())] {
+                work(me, thread);
+            }).detach();
         }
-        job = f, context = with, threads = wanted, all = static_cast<int>(workers.size()) + 1;
-        {
-            std::lock_guard<std::mutex> awake(sleep);
-            call.fetch_add(1, std::memory_order_release);
+        job = f, context = with, threads = wanted;
+        for (int i = 0; i < wanted - 1; i++) {
+            {
+                std::lock_guard<std::mutex> awake(workers[i]->sleep);
+                workers[i]->calls.fetch_add(1, std::memory_order_release);
+            }
+            workers[i]->wake.notify_one();
         }
-        wake.notify_all();
-        f(with, {0, wanted, &stages});
-        end.meet(all);
+        const Team team{0, wanted, &meeting};
+        f(with, team);
+        team.barrier();
     }
 };
 

@@ -33,7 +33,7 @@ ROOMS = {
     "quantization": (306, 194),
     "recipe": (1231, 1021),
     "rollout": (836, 738),
-    "sandbox": (998, 622),
+    "sandbox": (998, 628),
     "serving": (5782, 5581),
     "stages": (1944, 2416),
     "tasks": (3784, 2572),

@@ -31,7 +31,7 @@ def parse(kind: str, **changes: Any) -> Any:
 
 def test_every_stage_has_a_config_of_its_own_name() -> None:
     names = [stage.config.__name__ for stage in STAGES.values()]
-    kinds = ("Pretrain", "SFT", "RL", "Distill", "Sample", "Evaluate", "Convert")
+    kinds = ("Pretrain", "SFT", "RL", "Distill", "Sample", "Evaluate", "Convert", "Quantize")
     assert sorted(names) == sorted(f"{kind}Config" for kind in kinds)
 
 

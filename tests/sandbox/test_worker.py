@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -216,11 +217,16 @@ def test_iteration_over_sets_repeats_from_worker_to_worker(make):
     assert len({tuple(make().run("value = list({'one', 'two', 'three', 'four', 'five'})")) for _ in range(4)}) == 1
 
 
-@pytest.mark.parametrize(("code", "grows"), [("time.sleep(0.1)", True), ("sum(range(9_000_000))", False), ("1", False)])
-def test_a_pool_has_more_workers_where_calls_wait_and_only_there(make, code, grows):
-    target = make(0).target
-    pool = WorkerPool(1, [target], most=4)
-    for future in [pool.submit(asks(target, code)) for _ in range(12)]:
+@pytest.mark.parametrize(("took", "computed", "grows"), [(10.0, 0.1, True), (10.0, 5.0, False), (0.3, 0.0, False)])
+def test_a_pool_has_more_workers_where_calls_wait_and_only_there(took, computed, grows):
+    pool = WorkerPool(1, most=4)
+
+    def spent(worker):
+        worker.calls, worker.took, worker.computed = 10, took, computed
+
+    pool.submit(spent).result()
+    together = threading.Barrier(2 if grows else 1)
+    for future in [pool.submit(lambda _: together.wait(60)) for _ in range(4)]:
         future.result()
     assert (pool.n_workers > 1) is grows and pool.n_workers <= 4
     pool.close()

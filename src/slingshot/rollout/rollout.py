@@ -105,14 +105,15 @@ class Rollout:
         return self._whole(groups, len(items))
 
     def refuse_nothing(self) -> None:
-        """Raise SlingshotError when not one problem could be put to the model, or not one answer verified."""
+        """Raise SlingshotError when not one problem could be put to the model, or hardly an answer verified."""
         asked, unverified, elsewhere = self._all["asked"], self._all["unverified"], "another rank says why"
+        verified = self.verification.verified  # responses without an answer too, of which no verifier hears
         if asked and not self._all["made"]:
             why = next(iter(self._reasons.values()), elsewhere)
             raise SlingshotError(f"none of {asked} problems could be put to the model: {why}")
-        if asked and not self.verification.verified and unverified >= min(_PATIENCE, asked):
+        if unverified > 10 * verified and unverified >= min(_PATIENCE, asked):
             why = self._reasons.get("unverified", elsewhere)
-            raise SlingshotError(f"{why}; so it is with all {unverified} answers so far")
+            raise SlingshotError(f"{why}; so it is with {unverified} of {unverified + verified} answers so far")
 
     def _begin(self, item: Item) -> list[Trajectory]:
         """The problem's trajectories; none where it is too long."""

@@ -68,7 +68,8 @@ def database(postgres):
     with sa.create_engine(postgres.url).begin() as connection:
         connection.exec_driver_sql("DROP SCHEMA public CASCADE")
         connection.exec_driver_sql("CREATE SCHEMA public")
-    return postgres
+    yield postgres
+    postgres.thaw()
 
 
 @pytest.fixture(scope="session")

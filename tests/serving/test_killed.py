@@ -28,7 +28,7 @@ PRICES = "[models.'*']\ncache_hit = 1\ncache_miss = 10\noutput = 100\n"
 def checkpoint(tokenizer, make_model, dense, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served") / "tiny"
     folder.mkdir()
-    save_checkpoint(folder, make_model(dense(vocab_size=tokenizer.vocab_size, max_position_embeddings=512)), tokenizer)
+    save_checkpoint(folder, make_model(dense(vocab_size=tokenizer.vocab_size, max_position_embeddings=2048)), tokenizer)
     return folder
 
 

@@ -140,15 +140,18 @@ def test_rl_by_hand() -> None:
     """100 steps of 32 x 16 responses of 2,000 tokens after prompts of 200: trained on once, and once through the
     reference.
 
-    With a cap far off lengths are exponential, so their mean square is 2 x 2,000^2: in the mean over tokens a row is
-    (200^2 + 2 x 200 x 2,000 + 8e6) / 2,200 = 4,018 long, and a token decoded meets 200 + 8e6 / 4,000 = 2,200 keys.
+    A group's row is 199 ids of the prompt, and 16 times its last id and a response: 16 x 2,001 + 199 = 32,215 tokens.
+    With a cap far off lengths are exponential, their mean square 2 x 2,000^2: of 2,001 then 8,004,001. Pairs of a row:
+    199 x 100 + 16 x (2,001 x 199 + (8,004,001 + 2,001) / 2) = 70,439,100, 2,186.5 a token, as documents of 4,372 have.
+    A response is read once in 16, and each of its 1,999 steps meets 200 + (8e6 - 2,000) / 2 / 1,999 keys.
     """
     plan = rl(tflops=400, longest=1e6)
-    assert plan.responses == 51_200 and plan.rounds == 100 and plan.tokens == 51_200 * 2200
+    assert plan.responses == 51_200 and plan.rounds == 100 and plan.tokens == pytest.approx(3200 * 32_215)
     rollouts, verification, update = plan.stages
-    assert update.flops == pytest.approx(4 * training_flops(LLAMA, [4018]) / 3 / 4018 * plan.tokens)
+    assert update.flops == pytest.approx(4 * training_flops(LLAMA, [4372]) / 3 / 4372 * plan.tokens)
     assert update.device_hours == pytest.approx(update.flops / 400e12 / 3600)
-    assert rollouts.flops == pytest.approx(sum(decode_parts(LLAMA, 2200, 51_200 * 2000).values()), rel=1e-3)
+    steps = sum(decode_parts(LLAMA, 200 + 7_998_000 / 2 / 1999, 51_200 * 1999).values())
+    assert rollouts.flops == pytest.approx(steps + 3200 * sum(prefill_parts(LLAMA, 200).values()), rel=1e-3)
     assert rollouts.device_hours == pytest.approx(100 * plan.round_seconds * 64 / 3600)
     assert verification.device_hours == pytest.approx(100 * 0.1 * 64 / 3600)  # 512 responses on 1,024 cores
     without = rl(tflops=400, longest=1e6, forwards=0).stages[2]
@@ -268,7 +271,7 @@ def test_adapters_by_hand() -> None:
     held = 16 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
     whole, plan = rl(tflops=400, longest=1e6), rl(tflops=400, longest=1e6, lora=16)
     tokens = plan.tokens
-    forward = {part: flops * tokens / 4018 for part, flops in forward_parts(LLAMA, [4018]).items()}
+    forward = {part: flops * tokens / 4372 for part, flops in forward_parts(LLAMA, [4372]).items()}
     expected = 2 * sum(forward.values()) + forward["attention"] + 3 * 2 * held * tokens
     assert plan.flops_by_part["training"] == pytest.approx(expected)
     assert plan.flops_by_part["rollouts"] == whole.flops_by_part["rollouts"]

@@ -96,10 +96,10 @@ def test_r1_s_reinforcement_learning_within_a_factor_of_two() -> None:
         return plan.device_hours
 
     zero, second = rl(8_200, 4_500, 32_768) + rl(2_200, 15_000, 65_536), rl(1_700, 8_000, 32_768)
-    assert zero == pytest.approx(63e3, rel=0.01) and second == pytest.approx(9.4e3, rel=0.01)
+    assert zero == pytest.approx(63e3, rel=0.01) and second == pytest.approx(9.33e3, rel=0.01)
     assert 0.5 < (zero + second) / (101e3 + 41e3) < 2
     narrow = rl(8_200, 4_500, 32_768, devices_per_copy=16) + rl(2_200, 15_000, 65_536, devices_per_copy=16)
-    assert narrow == pytest.approx(101.7e3, rel=0.01)
+    assert narrow == pytest.approx(101.5e3, rel=0.01)
 
 
 def test_deepseek_s_day_of_serving() -> None:

@@ -5,8 +5,10 @@ import torch
 from safetensors.torch import load_file
 
 from slingshot.base.errors import SlingshotError
-from slingshot.checkpoint.load_save import load_model
+from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.receipt import Receipt
+from slingshot.planning.plan_training import plan_rl
+from slingshot.planning.request import NamedModel, RLRequest
 from slingshot.stages import rl
 from slingshot.tasks.mixture import TaskMix
 from slingshot.tasks.task import Solution
@@ -184,3 +186,20 @@ def test_divergence_is_reported_in_one_line(training, tmp_path, steps, lr):
 def test_a_config_that_means_nothing_is_refused(training, changes, message):
     with pytest.raises(SlingshotError, match=message):
         training(**changes)
+
+
+def test_what_a_run_cost_is_what_its_plan_says(base, training, metrics, tmp_path):
+    """Sampling, reference, update and MTP: of as many tokens, a group's prompt once, but for lengths' distribution."""
+    config = training(group_size=8, steps=3, sampling={"max_tokens": 24})
+    rl.run(config, tmp_path / "out")
+    rows, parts = metrics(tmp_path / "out"), Receipt.read(tmp_path / "out").flops_by_part
+    assert not any(row["no_signal"] for row in rows)
+    items, tokenizer = TaskMix(config.tasks, "train", f"rl/{config.seed}").draw(0, 9), load_tokenizer(base)
+    prompts = [len(config.form.encode(tokenizer, item.problem)) for item in items]
+    plan = plan_rl(RLRequest.parse({
+        "model": NamedModel(name="base", config=load_model(base).config), "device": "h100", "count": 1, "steps": 3,
+        "prompts": 3, "group": 8, "prompt": sum(prompts) / 9, "longest": 24,
+        "response": sum(row["response_tokens"] for row in rows) / 3,
+    }))  # fmt: skip
+    names = {"rollouts": "sampling", "training": "training", "other forward passes": "reference", "mtp": "mtp"}
+    assert {names[part]: flops for part, flops in plan.flops_by_part.items()} == pytest.approx(parts, rel=0.03)

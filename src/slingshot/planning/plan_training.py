@@ -21,6 +21,7 @@ from slingshot.planning.request import LONGEST, DistillRequest, PretrainRequest,
 from slingshot.planning.training_run import ASSUMED_MFU, TrainingRun, forward_and_backward
 
 BATCH = 4e6  # tokens in an optimizer step where the request does not say
+MTP_NOTE = "its FLOPs are not in the rate, its time is in the hours above"
 DECODING = "of the roofline (DeepSeek's day-6 disclosure comes to 46%), no speculation"
 
 
@@ -45,8 +46,7 @@ def plan_pretrain(asked: PretrainRequest) -> Plan:
     bound = flops / tokens * batch / hire.count / shortest if shortest < math.inf else 0.0
     lines = [hire.line("pre-training", computed, tokens, flops, _published(asked, computed))]
     if mtp:
-        note = "its FLOPs are not in the rate, its time is in the hours above"
-        lines.append(hire.line("of it the MTP module", 0.0, tokens, mtp, note))
+        lines.append(hire.line("of it the MTP module", 0.0, tokens, mtp, MTP_NOTE))
     lines += [hire.line(name, known, note="hours given, not computed") for name, known in asked.stage.items()]
     assumptions = hire.assumed(
         "pretrain", config, context, rate=rate, batch=batch_note, context=context, layout=layout, bytes=hire.precision,
@@ -85,8 +85,7 @@ def plan_rl(asked: RLRequest) -> Plan:
     at_once = min(asked.rollout or asked.prompts * asked.group, responses)
     workers = asked.verify_workers or (describe().cores if hire.device.name == "local" else 16 * hire.count)
     full, last = divmod(responses, at_once)
-    rounds, tokens = full + (last > 0), responses * (prompt + response)
-    lengths = ResponseLengths(response, asked.longest)
+    rounds, lengths = full + (last > 0), ResponseLengths(response, asked.longest)
 
     def sampling(hire: Hire, given: int | None = None) -> tuple[float, ModelCopy]:
         """Device-hours of all rounds on the copies that end them first, devices that make up no copy standing idle."""
@@ -101,13 +100,24 @@ def plan_rl(asked: RLRequest) -> Plan:
 
     sampled, copy = sampling(hire, asked.devices_per_copy)
     copies = hire.count // copy.devices
-    # A token of a response meets the prompt and, in the mean over all tokens, E[n^2] / 2 E[n] of its own.
-    decoding = responses * sum(decode_parts(config, prompt + lengths.square / response / 2, response).values())
-    # Packed rows of one prompt and response each. In the mean a token's row is E[row^2] / E[row] long, which is what
-    # its attention goes by.
-    length = max(2, round(prompt + response))
-    longer = max(2, round((prompt**2 + 2 * prompt * response + lengths.square) / (prompt + response)))
+    # A group reads its prompt once, of which each response's first token comes. Step i of n - 1 then meets the prompt
+    # and i more: E[n (n - 1)] / 2 E[n - 1] in the mean over all.
+    met = prompt + (lengths.square - response) / 2 / max(1.0, response - 1)
+    decoding = responses * sum(decode_parts(config, met, max(0.0, response - 1)).values())
+    decoding += asked.steps * asked.prompts * sum(prefill_parts(config, prompt).values())
+    # Trained are rows of a prompt, which stands once, and of all responses of its group, each with the prompt's last
+    # ids for itself (training/policy.py).
+    own = min(prompt, 2.0 if config.num_nextn_predict_layers else 1.0)
+    shared, each = prompt - own, response + own
+    tokens = responses * (shared / asked.group + each)
+    square = lengths.square + 2 * own * response + own**2  # E[each^2]
+    pairs = responses * ((shared + 1) * shared / 2 / asked.group + each * shared + (square + each) / 2)
+    longer = max(2, round(2 * pairs / tokens - 1))  # documents that have as many pairs a token
+    length = max(2, round(tokens / responses))
     train = forward_and_backward(config, longer, tokens, asked.adapters)
+    passed = None if asked.adapters is None else asked.adapters.passed
+    at = (tokens - responses) / (longer - 1)  # the module does not run at a last position
+    mtp = training_parts(config, [longer], adapters=passed)["mtp"] * at
     other_passes = asked.forwards * forward_flops(config, [longer]) * tokens / longer
     run = TrainingRun(asked, hire, length, max(asked.prompts * asked.group, hire.count) * float(length), train)
     batch = min(at_once / hire.count, copy.largest_batch(prompt + response))
@@ -124,12 +134,14 @@ def plan_rl(asked: RLRequest) -> Plan:
         hire.line("verification", verifying, note=on_cores),
         hire.line("update", updating / run.rate.per_device / 3600, tokens, updating),
     ]
-
+    if mtp:
+        lines.append(hire.line("of it the MTP module", 0.0, tokens, mtp, MTP_NOTE))
     return hire.plan(
         "rl", asked, memory, lines,
         run.there(lines[2].device_hours, lambda other: sampling(other)[0] + verifying), **run.fields(),
-        flops=sum(line.flops for line in lines),
-        flops_by_part={"rollouts": decoding, "training": sum(train.values()), "other forward passes": other_passes},
+        flops=decoding + updating,
+        flops_by_part={"rollouts": decoding, "training": sum(train.values()), "other forward passes": other_passes}
+        | ({"mtp": mtp} if mtp else {}),
         dominates=step.dominates(f"a decoding step of {batch:.3g} sequences a device"),
         assumptions=hire.assumed(
             "rl", config, prompt + asked.longest, rate=run.rate, asked=asked, cores=on_cores, layout=run.layout,

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from slingshot.base.files import write_jsonl
-from slingshot.stages import rl, sft
+from slingshot.stages import pretrain, quantize, rl, sft
 
 RUN = """
 import sys
@@ -22,25 +22,37 @@ LORA = {"rank": 4, "targets": ["attention", "mlp", "experts"]}
 
 
 @pytest.fixture
-def stages(training, base, tmp_path):
-    """A stage of about fifty steps of each kind that trains adapters, saved after every step."""
+def stages(training, base, tmp_path, sums, pretraining):
+    """A stage of about fifty steps of each kind that trains adapters, saved after every step; one over int4 numbers."""
     loss = {"kl": 0.01}
     sums = [{"prompt": f"{a}+{b}=", "reasoning": "so", "answer": str(a + b)} for a in range(9) for b in range(9)]
     write_jsonl(tmp_path / "data.jsonl", sums)
     data = {"model": str(base), "data": [str(tmp_path / "data.jsonl")], "dtype": "float32", "threads": 1}
     sizes = {"sequence_length": 48, "batch_size": 4, "epochs": 12, "lora": LORA, "save_seconds": 0.0}
+    widths = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "v_head_dim": 16}
+    pretrain.run(pretraining(model=pretraining().model | widths, steps=10), tmp_path / "full")
+    small = {"model": str(tmp_path / "full"), "tasks": [sums], "calibrate": 0, "problems": 1, "threads": 1}
+    quantize.run(quantize.QuantizeConfig.parse(small, "quantize"), tmp_path / "int4")
     return {
+        "over int4": (sft, sft.SFTConfig.parse(data | sizes | {"model": str(tmp_path / "int4")}, "sft")),
         "rl": (rl, training(lora=LORA, loss=loss, minibatches=2, steps=40, save_seconds=0.0)),
         "sft": (sft, sft.SFTConfig.parse(data | sizes, "sft")),
     }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["rl", "sft"])
+@pytest.mark.parametrize("kind", ["rl", "sft", "over int4"])
 def test_a_stage_with_adapters_that_is_killed_twice_goes_on_bit_for_bit(kind, stages, metrics, tmp_path):
     stage, config = stages[kind]
     (tmp_path / "config.json").write_text(config.model_dump_json())
-    command = [sys.executable, "-c", RUN, kind, str(tmp_path / "config.json"), str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-c",
+        RUN,
+        stage.__name__.rpartition(".")[2],
+        str(tmp_path / "config.json"),
+        str(tmp_path / "out"),
+    ]
     log = tmp_path / "out.partial" / "metrics.jsonl"
     for steps in (3, 8):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -52,6 +64,7 @@ def test_a_stage_with_adapters_that_is_killed_twice_goes_on_bit_for_bit(kind, st
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     stage.run(config, tmp_path / "whole")
-    for file in ("model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+    files = ["model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"]
+    for file in ["adapter_model.safetensors", "adapter_config.json"] if kind == "over int4" else files:
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert metrics(tmp_path / "out") == metrics(tmp_path / "whole")

@@ -99,6 +99,14 @@ class FolderWeights:
         width = scales_FG.shape[1] * self.config.quantization_group_size
         return unpack(self.shards.read(name + PACKED, rows), bits, width), scales_FG
 
+    def stored(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Words or e4m3 numbers of a matrix and their scales, as they are stored; None where it has none."""
+        if self.is_packed(name):
+            return self.shards.read(name + PACKED), self.shards.read(name + PACKED_SCALE)
+        if name + SCALE in self.shards.headers:
+            return self.shards.read(name), self.shards.read(name + SCALE).float()
+        return None
+
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         if (packed := self.packed(name, rows)) is not None:
             return from_numbers(*packed)
@@ -114,7 +122,8 @@ class AdaptedWeights:
     """The weights of an adapter's base, changed by it as they are read."""
 
     def __init__(self, adapter: Adapter) -> None:
-        self._base = open_weights(adapter.base)
+        self.adapter, self._base = adapter, open_weights(adapter.base)
+        self.over = self._base.config.quantization  # what the base's matrices are stored in
         self.config, self.dtype = self._base.config.model_copy(update={"quantization": None}), self._base.dtype
         self._changes = adapter.changes(adapter.fit(self.config))
 
@@ -129,6 +138,15 @@ class AdaptedWeights:
         return tensor.float().addmm_(b_FR if rows is None else b_FR[rows], a_RD, alpha=scale)
 
 
+def refuse_merged_numbers(weights: StoredWeights) -> None:
+    """SlingshotError for an adapter whose base is quantised: a sum would be rounded where neither part was trained."""
+    if isinstance(weights, AdaptedWeights) and weights.over:
+        file, base = weights.adapter.file, weights.adapter.base
+        full = f"write the model that {base} was quantised from as base_model_name_or_path into {file}"
+        dense = f"slingshot convert {base} DENSE --dtype bfloat16, and write DENSE there"
+        raise SlingshotError(f"{file.parent} changes {weights.over} numbers and is not merged: {full}; or {dense}")
+
+
 def load_weights(model: Transformer, weights: StoredWeights) -> None:
     """Fill a model's parameters and router biases, piece by piece; of a sharded one (a DTensor) this rank's rows."""
     state = {name: local_part(tensor) for name, tensor in model.state_dict().items()}
@@ -136,6 +154,8 @@ def load_weights(model: Transformer, weights: StoredWeights) -> None:
         if spec.copy_of is not None:
             continue
         name, index = place(spec.name)
+        if name not in state:  # the model holds it as it is stored
+            continue
         target, first = state[name]
         if index:  # one expert's matrix within the stack
             if not first <= index[0] < first + len(target):

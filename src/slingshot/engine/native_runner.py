@@ -33,6 +33,7 @@ from slingshot.model.config import ModelConfig
 from slingshot.model.linear import Embedding, GroupedLinear, Linear
 from slingshot.model.moe import Gate
 from slingshot.model.rope import rotary, softmax_scale
+from slingshot.model.stored import holds_stored
 from slingshot.model.transformer import Transformer
 from slingshot.quantization.integers import WeightGrid
 
@@ -49,8 +50,10 @@ PackedFrom = tuple[ctypes.Structure, str, Tensor | Linear | GroupedLinear, torch
 
 def _source(module: Any) -> Tensor | Linear | GroupedLinear:
     """A parameter, or a module that makes its matrix of something else."""
-    changed = isinstance(module, Linear | GroupedLinear) and type(module) not in PLAIN
-    return module if changed else module.weight
+    made = isinstance(module, Linear | GroupedLinear) and (
+        type(module) not in PLAIN or not isinstance(module.weight, Tensor)
+    )
+    return module if made else module.weight
 
 
 def _fields(kind: type, *names: str) -> list[tuple[str, type]]:
@@ -176,7 +179,9 @@ class NativeRunner:
             and config.tie_word_embeddings
             and weight.dtype == self._dtype
         )
-        self._tensors = NativeTensors(weight.dtype == torch.bfloat16, goes, layers=(NativeLayer * layers)())
+        # What is made of stored numbers and adapters is not rounded on its way to kernels that compute in float32.
+        are_bf16 = weight.dtype == torch.bfloat16 and (bool(is_bf16) or not holds_stored(model))
+        self._tensors = NativeTensors(are_bf16, goes, layers=(NativeLayer * layers)())
         self._sources = [list(self._layer_sources(index)) for index in range(layers)] + [list(self._other_sources())]
         self._plain = all(isinstance(source, Tensor) for part in self._sources for _, _, source, _ in part)
         self.keeps_model = keep_model or not self._plain

@@ -1,9 +1,9 @@
 """The only place where a weight meets an activation.
 
 `Linear` is one matrix, `Embedding` a matrix whose rows are looked up, `GroupedLinear` a stack of expert matrices over
-rows sorted by expert, `RMSNorm` a vector of gains. Every product takes its weight from `matrix`: a weight that is
-stored in another form (int8, int4, fp8) or has a low-rank change beside it (LoRA) is a subclass that says so there, or
-multiplies by a kernel of its own in `product` and `by_head`.
+rows sorted by expert, `RMSNorm` a vector of gains. Every product takes its weight from `matrix`. In the place of a
+parameter a `weight` may be a frozen matrix in another form (int8, int4, fp8: model/stored.py); a low-rank change beside
+it (LoRA) is a subclass.
 
 Shape suffixes: N rows, X any leading dimensions, D input width, F output width, E experts, H heads, V vocabulary,
 R rank of a low-rank change, G the matrices that an expert has side by side (gate and up).
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,16 @@ from torch.autograd.function import once_differentiable
 
 from slingshot.kernels.grouped import grouped_matmul
 from slingshot.kernels.norm import residual_norm, rms_norm
+from slingshot.model.stored import StoredMatrix
+
+
+def _numbers(weight: Tensor | StoredMatrix, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype) if isinstance(weight, Tensor) else weight.matrix(dtype)
+
+
+def _stored(module: Linear | GroupedLinear) -> StoredMatrix | None:
+    weight: Any = module.weight
+    return weight if isinstance(weight, StoredMatrix) else None
 
 
 class Linear(nn.Module):
@@ -36,15 +46,18 @@ class Linear(nn.Module):
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The weight [F, D] as numbers of this dtype."""
-        return self.weight.to(dtype)
+        return _numbers(self.weight, dtype)
 
     def forward(self, x_XD: Tensor) -> Tensor:
         return self.product(x_XD)
 
     def product(self, x_XD: Tensor, detach: bool = False) -> Tensor:
         """y_XF; `detach` keeps the weight out of the gradient."""
-        weight = self.matrix(x_XD.dtype)
         bias = None if self.bias is None else self.bias.to(x_XD.dtype)
+        if _stored(self) is not None:
+            y_XF = frozen_product(x_XD, self)
+            return y_XF if bias is None else y_XF + bias
+        weight = self.matrix(x_XD.dtype)
         return F.linear(x_XD, weight.detach() if detach else weight, bias)
 
     def by_head(self, x_XHD: Tensor, part: slice, transposed: bool = False) -> Tensor:
@@ -72,12 +85,12 @@ class LoRALinear(Linear):
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """W + scale B A."""
-        return (self.weight + self.scale * (self.lora_B @ self.lora_A)).to(dtype)
+        return (_numbers(self.weight, self.lora_A.dtype) + self.scale * (self.lora_B @ self.lora_A)).to(dtype)
 
     def product(self, x_XD: Tensor, detach: bool = False) -> Tensor:
         if detach:
             return super().product(x_XD, detach)
-        y_XF = adapted(x_XD, self)
+        y_XF = frozen_product(x_XD, self)
         return y_XF if self.bias is None else y_XF + self.bias.to(x_XD.dtype)
 
 
@@ -116,51 +129,61 @@ class AdaptedLinear(Linear):
         return y_XHF
 
 
-class LoRAProduct(torch.autograd.Function):
-    """What adapted matrices make of the same rows, side by side. Kept for the backward pass are x and x A^T alone.
+class FrozenProduct(torch.autograd.Function):
+    """What frozen matrices, some with a low-rank change beside them, make of the same rows, side by side.
 
-    Weights get no gradient, and are converted to x's dtype anew rather than kept in it.
+    Kept for the backward pass are x and x A^T alone. Weights get no gradient; they are converted to x's dtype anew,
+    from what is stored, rather than kept in it.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, scales: list[float], *parts: Tensor) -> Tensor:
-        """`parts`: of each matrix W_FD, A_RD and B_FR, the latter two in x's dtype."""
-        sizes = [len(weight_FD) for weight_FD in parts[::3]]
-        y_NF, low = x_ND.new_empty(len(x_ND), sum(sizes)), []
-        for y_Nf, scale, weight_FD, a_RD, b_FR in _each(y_NF.split(sizes, 1), scales, parts):
-            low.append(x_ND @ a_RD.T)
-            torch.mm(x_ND, weight_FD.to(x_ND.dtype).T, out=y_Nf)
-            y_Nf.addmm_(low[-1], b_FR.T, alpha=scale)
-        ctx.save_for_backward(x_ND, *parts, *low)
-        ctx.scales, ctx.sizes = scales, sizes
+    def forward(ctx: Any, x_ND: Tensor, linears: Sequence[Linear], *changes: Tensor | None) -> Tensor:
+        """`changes`: of each matrix A_RD and B_FR in x's dtype, or None and None."""
+        sizes = [linear.weight.shape[0] for linear in linears]
+        y_NF = x_ND.new_empty(len(x_ND), sum(sizes))
+        low: list[Tensor | None] = []
+        for y_Nf, linear, a_RD, b_FR in _each(y_NF.split(sizes, 1), linears, changes):
+            torch.mm(x_ND, _numbers(linear.weight, x_ND.dtype).T, out=y_Nf)
+            low_NR = None if a_RD is None else x_ND @ a_RD.T
+            if low_NR is not None and b_FR is not None:
+                y_Nf.addmm_(low_NR, b_FR.T, alpha=linear.scale)
+            low.append(low_NR)
+        ctx.save_for_backward(x_ND, *changes, *low)
+        ctx.linears, ctx.sizes = linears, sizes
         return y_NF
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, *kept = ctx.saved_tensors
-        count = len(ctx.scales)
+        count = 2 * len(ctx.linears)
         grads: list[Tensor | None] = []
         grad_ND = torch.zeros_like(x_ND)
-        each = zip(_each(grad_NF.split(ctx.sizes, 1), ctx.scales, kept[: 3 * count]), kept[3 * count :], strict=True)
-        for (grad_Nf, scale, weight_FD, a_RD, b_FR), low_NR in each:
-            grad_NR = scale * (grad_Nf @ b_FR)
-            grad_ND.addmm_(grad_Nf, weight_FD.to(x_ND.dtype)).addmm_(grad_NR, a_RD)
-            grads += [None, grad_NR.T @ x_ND, scale * (grad_Nf.T @ low_NR)]
+        each = zip(_each(grad_NF.split(ctx.sizes, 1), ctx.linears, kept[:count]), kept[count:], strict=True)
+        for (grad_Nf, linear, a_RD, b_FR), low_NR in each:
+            grad_ND.addmm_(grad_Nf, _numbers(linear.weight, x_ND.dtype))
+            if a_RD is None or b_FR is None:
+                grads += [None, None]
+                continue
+            grad_NR = linear.scale * (grad_Nf @ b_FR)
+            grad_ND.addmm_(grad_NR, a_RD)
+            grads += [grad_NR.T @ x_ND, linear.scale * (grad_Nf.T @ low_NR)]
         return grad_ND, None, *grads
 
 
 def _each(
-    columns: Sequence[Tensor], scales: list[float], parts: Sequence[Tensor]
-) -> Iterator[tuple[Tensor, float, Tensor, Tensor, Tensor]]:
-    return zip(columns, scales, parts[::3], parts[1::3], parts[2::3], strict=True)
+    columns: Sequence[Tensor], linears: Sequence[Linear], changes: Sequence[Tensor | None]
+) -> Iterator[tuple[Tensor, Any, Tensor | None, Tensor | None]]:
+    return zip(columns, linears, changes[::2], changes[1::2], strict=True)
 
 
-def adapted(x_XD: Tensor, *linears: LoRALinear) -> Tensor:
-    """`LoRAProduct` of any leading dimensions; biases are not added."""
-    dtype = x_XD.dtype
-    parts = [part for its in linears for part in (its.weight, its.lora_A.to(dtype), its.lora_B.to(dtype))]
-    y_NF: Tensor = LoRAProduct.apply(x_XD.flatten(0, -2), [its.scale for its in linears], *parts)
+def frozen_product(x_XD: Tensor, *linears: Linear) -> Tensor:
+    """`FrozenProduct` of any leading dimensions; biases are not added."""
+    changes: list[Tensor | None] = []
+    for its in linears:
+        pair = (its.lora_A, its.lora_B) if isinstance(its, LoRALinear) else (None, None)
+        changes += [None if part is None else part.to(x_XD.dtype) for part in pair]
+    y_NF: Tensor = FrozenProduct.apply(x_XD.flatten(0, -2), linears, *changes)
     return y_NF.unflatten(0, x_XD.shape[:-1])
 
 
@@ -170,10 +193,12 @@ def joined(x_XD: Tensor, *linears: Linear) -> Tensor:
     Not on a GPU: few rows are multiplied faster than the matrices are put together.
     """
     if not x_XD.is_cuda and all(linear.bias is None for linear in linears):
-        if all(type(linear) is Linear for linear in linears):
+        stored = [_stored(linear) is not None for linear in linears]
+        if all(type(linear) is Linear for linear in linears) and not any(stored):
             return F.linear(x_XD, torch.cat([linear.matrix(x_XD.dtype) for linear in linears]))
-        if all(isinstance(linear, LoRALinear) for linear in linears):
-            return adapted(x_XD, *cast("tuple[LoRALinear, ...]", linears))
+        pairs = zip(linears, stored, strict=True)
+        if all(isinstance(its, LoRALinear) or (type(its) is Linear and held) for its, held in pairs):
+            return frozen_product(x_XD, *linears)
     return torch.cat([linear(x_XD) for linear in linears], dim=-1)
 
 
@@ -196,12 +221,38 @@ class GroupedLinear(nn.Module):
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The weights [E, *out, D] as numbers of this dtype."""
-        return self.weight.to(dtype)
+        return _numbers(self.weight, dtype)
 
     def forward(self, x_ND: Tensor, counts: list[int]) -> Tensor:
         """x_ND sorted by expert, counts[e] rows each -> y_NF."""
+        if (stored := _stored(self)) is not None:
+            y_NF: Tensor = FrozenGroups.apply(x_ND, stored, counts)
+            return y_NF
         weight_EFD = self.weight.to(x_ND.dtype)
         return grouped_matmul(x_ND, weight_EFD.flatten(1, -2) if weight_EFD.dim() > 3 else weight_EFD, counts)
+
+
+class FrozenGroups(torch.autograd.Function):
+    """`GroupedLinear.forward` by matrices as they are stored, one expert's at a time; nothing is kept for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, stored: StoredMatrix, counts: list[int]) -> Tensor:
+        ctx.stored, ctx.counts = stored, counts
+        y_NF = x_ND.new_empty(len(x_ND), stored.shape[1:-1].numel())
+        for expert, (x, y) in enumerate(zip(x_ND.split(counts), y_NF.split(counts), strict=True)):
+            if len(x):
+                torch.mm(x, stored.matrix(x.dtype, expert).flatten(0, -2).T, out=y)
+        return y_NF
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor, None, None]:
+        grad_NF, stored = grad_NF.contiguous(), ctx.stored
+        dx_ND = grad_NF.new_empty(len(grad_NF), stored.shape[-1])
+        for expert, (grad, dx) in enumerate(zip(grad_NF.split(ctx.counts), dx_ND.split(ctx.counts), strict=True)):
+            if len(grad):
+                torch.mm(grad, stored.matrix(grad.dtype, expert).flatten(0, -2), out=dx)
+        return dx_ND, None, None
 
 
 class LoRAGroupedLinear(GroupedLinear):
@@ -215,10 +266,10 @@ class LoRAGroupedLinear(GroupedLinear):
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """W + scale B A of every expert."""
-        return (self.weight + self.scale * (self.lora_B @ self.lora_A)).to(dtype)
+        return (_numbers(self.weight, self.lora_A.dtype) + self.scale * (self.lora_B @ self.lora_A)).to(dtype)
 
     def forward(self, x_ND: Tensor, counts: list[int]) -> Tensor:
-        n_experts, dtype = len(self.weight), x_ND.dtype
+        n_experts, dtype = self.weight.shape[0], x_ND.dtype
         a_GERD, b_GEFR = (
             each.to(dtype).reshape(n_experts, -1, *each.shape[-2:]).unbind(1) for each in (self.lora_A, self.lora_B)
         )

@@ -82,7 +82,8 @@ class Experts(nn.Module):
     @property
     def plain(self) -> bool:
         """Whether both are nothing but their weights."""
-        return type(self.gate_up_proj) is GroupedLinear and type(self.down_proj) is GroupedLinear
+        both = self.gate_up_proj, self.down_proj
+        return all(type(each) is GroupedLinear and isinstance(each.weight, Tensor) for each in both)
 
 
 class MoE(nn.Module):

@@ -18,6 +18,7 @@ from slingshot.base.config import Strict
 from slingshot.cost.flops import BlockWeights, block_weights, is_moe
 from slingshot.model.config import ModelConfig
 from slingshot.planning.layout import Layout, Recompute
+from slingshot.quantization.formats import BITS
 
 
 class Precision(NamedTuple):
@@ -109,6 +110,21 @@ class Blocks:
             block_weights(config, last) if config.num_nextn_predict_layers else BlockWeights(),
         )
 
+    @cached_property
+    def held_bytes(self) -> tuple[float, float]:
+        """Bytes per number of blocks' matrices and of the rest: beside adapters as int8, int4 and fp8 are stored."""
+        config, precision = self.config, self.precision
+        stored, kind = self.adapters is not None and config.quantization, config.quantization or ""
+        if not stored or kind not in BITS:
+            return PRECISIONS["fp8"].weight if stored == "fp8" else precision.weight, precision.other
+        numbers = sum(count * sum(of[:2]) for count, of in zip(self.stages(1)[0], self.kinds, strict=True))
+        mtp, heads = config.num_nextn_predict_layers, config.num_attention_heads
+        kv_b = config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
+        left = mtp * 2 * config.hidden_size**2  # eh_proj
+        left += (config.num_hidden_layers + mtp) * kv_b if config.family == "deepseek_v3" else 0
+        packed = BITS[kind] / 8 + 2 / config.quantization_group_size
+        return packed + (2 - packed) * left / numbers, 2.0
+
     def stages(self, pp: int) -> list[tuple[int, int, int]]:
         """Per pipeline stage its dense and MoE blocks and MTP modules, as even as can be, the middle taking more."""
         config = self.config
@@ -177,7 +193,7 @@ def _stage_memory(blocks: Blocks, layout: Layout, stage: int, context: int, micr
     if stage == layout.pp - 1:  # logits in float32 and their gradient, of one pass through the head at a time
         last_norm = config.hidden_size * (precision.activation + precision.low_activation)  # its input and output
         activations += tokens * (8.0 * config.vocab_size + last_norm)
-    weights = sharded(precision.weight, precision.other, 3)
+    weights = sharded(*blocks.held_bytes, 3)
     if blocks.adapters is not None:
         _, trained = blocks.trained(layout, experts, matrices + other)
         weights += trained * precision.weight

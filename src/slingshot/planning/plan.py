@@ -22,6 +22,7 @@ from slingshot.cost.flops import cache_bytes_per_token, parameters
 from slingshot.model.config import ModelConfig
 from slingshot.planning.memory import PRECISIONS, Memory, Precision
 from slingshot.planning.request import PlanRequest
+from slingshot.quantization.formats import BITS
 
 MOST = 10**7  # devices a plan takes
 ASSUMPTIONS = packaged_toml("slingshot.planning", "assumptions.toml")
@@ -87,7 +88,10 @@ class Hire:
             why = "what joins several of them is not known"
             raise SlingshotError(f"{count} x {device.name}: {why}; the nearest valid count is 1")
         price = device.price if asked.price is None else asked.price
-        precision = chosen_precision(asked.model.config, device, asked.precision)
+        config = asked.model.config
+        if getattr(asked, "adapters", None) is not None and config.quantization in BITS:  # products are of 16 bits
+            config = config.model_copy(update={"quantization": None})
+        precision = chosen_precision(config, device, asked.precision)
         return cls(device, count, precision, price, asked.price is None)
 
     def costs(self, hours: float | None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from slingshot.base.config import Strict
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.model.config import ModelConfig
+from slingshot.model.stored import holds_stored
 from slingshot.model.transformer import Transformer
 from slingshot.rollout.trajectory import Sampled
 from slingshot.tasks.task import Solution
@@ -84,8 +85,12 @@ class EngineSampler:
     def beside(cls, model: Transformer, tokenizer: Tokenizer, dtype: torch.dtype, alone: bool) -> Self:
         """For a model in training: its own parameters where it is `alone` (not sharded) and in `dtype`, else a copy.
 
-        With adapters a GPU has a copy too, where a step with the change beside each matrix would take longer.
+        With adapters a GPU has a copy too, where a step with the change beside each matrix would take longer. Of a base
+        held as it is stored there is none: native kernels pack what it and its adapters come to, in `dtype`.
         """
+        if holds_stored(model):
+            model.compute_dtype = dtype
+            return cls(Engine(model, tokenizer), shares=True)
         adapted = bool(adapters(model))
         alone = alone and not (adapted and model.model.embed_tokens.weight.is_cuda)
         if alone and all(parameter.dtype == dtype for parameter in model.parameters()):

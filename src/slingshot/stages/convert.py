@@ -29,7 +29,15 @@ from slingshot.checkpoint.description import write_description
 from slingshot.checkpoint.gguf.write import Dtype, write_gguf
 from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.layout import layout, tensor_count
-from slingshot.checkpoint.load_save import FolderWeights, StoredWeights, load_tokenizer, open_weights, pieces, read_into
+from slingshot.checkpoint.load_save import (
+    FolderWeights,
+    StoredWeights,
+    load_tokenizer,
+    open_weights,
+    pieces,
+    read_into,
+    refuse_merged_numbers,
+)
 from slingshot.checkpoint.safetensors import write_shards
 from slingshot.quantization.formats import SCALE
 from slingshot.quantization.fp8 import quantize
@@ -54,6 +62,7 @@ def run(config: ConvertConfig, out: Path) -> None:
 
 def _write(folder: Path, config: ConvertConfig, source: Path, title: str) -> None:
     weights = open_weights(source)
+    refuse_merged_numbers(weights)
     try:
         tokenizer = load_tokenizer(source)
     except SlingshotError as error:  # the weights are converted all the same, and the tokenizer's own files copied
@@ -83,7 +92,9 @@ def write_gguf_file(source: str, file: Path, dtype: str | None) -> list[str]:
     path, folder = locate(source), file.with_name(f"{file.name}.partial")
     held = lock(folder)  # one process at a time makes it
     try:
-        return write_gguf(file, open_weights(path), load_tokenizer(path), cast("Dtype | None", dtype))
+        weights = open_weights(path)
+        refuse_merged_numbers(weights)
+        return write_gguf(file, weights, load_tokenizer(path), cast("Dtype | None", dtype))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         unlock(held)

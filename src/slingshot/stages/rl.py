@@ -23,6 +23,7 @@ from torch import Tensor
 from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
 from slingshot.base.progress import Progress
+from slingshot.checkpoint.frozen import load_frozen
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.flops import forward_flops, training_parts
 from slingshot.machine.device import Dtype
@@ -112,7 +113,8 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
     """Train `config.model`, sampling in process or by `sampler`, and write a checkpoint to `out`; resumes."""
     with Parallel.start() as parallel, Checkpointer(out, "rl", config, parallel) as work:
         tasks, source = TaskMix(config.tasks, "train", f"rl/{config.seed}"), work.reads[config.model]
-        model, tokenizer = load_model(source, device=parallel.device), load_tokenizer(source)
+        load = load_model if config.lora is None else load_frozen
+        model, tokenizer = load(source, device=parallel.device), load_tokenizer(source)
         reference = None
         if config.loss.kl:  # with adapters the frozen base itself
             separate = config.lora is None

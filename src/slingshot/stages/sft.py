@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
 from slingshot.base.progress import Progress
+from slingshot.checkpoint.frozen import load_frozen
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.flops import training_parts
 from slingshot.data.examples import Conversation, Example, read_examples
@@ -77,7 +78,10 @@ def run(config: SFTConfig, out: Path) -> None:
     """Fine-tune `config.model` and write a checkpoint to `out`; resumes from `out.partial`."""
     with Parallel.start() as parallel, Checkpointer(out, "sft", config, parallel) as work:
         source = work.reads[config.model]
-        model, tokenizer = load_model(source, device=parallel.device, shard=parallel.shard), load_tokenizer(source)
+        model = load_frozen(source, parallel.device) if config.lora else load_model(
+            source, device=parallel.device, shard=parallel.shard
+        )  # fmt: skip
+        tokenizer = load_tokenizer(source)
         longest = min(config.sequence_length, model.config.max_position_embeddings)
         examples, dropped = fitting(encode(read(config), tokenizer, config), longest)
         if dropped and parallel.is_first:

@@ -45,6 +45,7 @@ from slingshot.checkpoint.load_save import open_weights, save_checkpoint
 from slingshot.cost.receipt import Meter, Parent
 from slingshot.machine.device import auto_dtype, auto_threads, describe_machine, dtype_name, machine_peak
 from slingshot.model.config import ModelConfig
+from slingshot.model.stored import holds_stored
 from slingshot.model.transformer import Transformer
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.identity import Identity, content_digest, inputs
@@ -304,13 +305,15 @@ class Checkpointer:
         if self.parallel.max(int(not _computes(model))):
             raise self._diverged("after the last update the weights or the logits hold NaN or infinite values")
         state = merged(model) if adapters(model) else self._whole(model.state_dict())
+        alone = holds_stored(model)  # merged, its numbers would have to be rounded anew
 
         def write(folder: Path) -> None:
-            save_checkpoint(folder, model, tokenizer, state, source=source)
+            if not alone:
+                save_checkpoint(folder, model, tokenizer, state, source=source)
             if lora := getattr(self.config, "lora", None):
-                (folder / "adapter").mkdir()
-                base = getattr(self.config, "model", "")
-                write_adapter(folder / "adapter", adapters(model), lora.rank, lora.alpha, base)
+                beside = folder if alone else folder / "adapter"
+                beside.mkdir(exist_ok=True)
+                write_adapter(beside, adapters(model), lora.rank, lora.alpha, getattr(self.config, "model", ""))
 
         self.finish(write, extra)
 
@@ -336,12 +339,16 @@ def restore(saved: State, model: Transformer, optimizer: Optimizer, reference: T
 
 @torch.no_grad()
 def _computes(model: Transformer) -> bool:
-    """Whether this rank's weights and the logits of a few tokens are finite; of huge weights only the former are."""
+    """Whether this rank's weights and the logits of a few tokens are finite; of huge weights only the former are.
+
+    Numbers of 8 bits and less were so when they were stored.
+    """
     tokens_BT = torch.arange(min(8, model.config.vocab_size, model.config.max_position_embeddings))[None]
     device = next(model.parameters()).device
     logits = model(tokens_BT.to(device), segments_BT=torch.ones_like(tokens_BT).to(device)).logits_BTV
     local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in model.state_dict().values()]
-    return all(bool(tensor.isfinite().all()) for tensor in (logits, *local))
+    wide = [tensor for tensor in (logits, *local) if tensor.is_floating_point() and tensor.itemsize > 1]
+    return all(bool(tensor.isfinite().all()) for tensor in wide)
 
 
 def _short(value: Any) -> Any:

@@ -22,6 +22,7 @@ from slingshot.checkpoint.layout import adapter_group, adapter_numbers
 from slingshot.model.config import ModelConfig
 from slingshot.model.linear import Embedding, GroupedLinear, Linear, LoRAGroupedLinear, LoRALinear
 from slingshot.model.moe import Gate
+from slingshot.model.stored import share_stored
 from slingshot.model.transformer import MTP, Transformer
 from slingshot.training.parallel import Parallel
 
@@ -128,6 +129,7 @@ def twin(model: Transformer) -> Transformer:
     """Another model over the same parameters, without memory of its own, and plain: without the one's adapters."""
     with torch.device("meta"):
         base = Transformer(model.config)
+    share_stored(base, model)
     beside = adapters(model)
     base.load_state_dict({name: each for name, each in model.state_dict().items() if name not in beside}, assign=True)
     return base.requires_grad_(False)

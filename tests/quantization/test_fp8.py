@@ -60,3 +60,18 @@ def test_what_is_stored_already_is_stored_the_same_again():
     stored, scale = quantize(matrix((200, 260), 3))
     again, scale_again = quantize(dequantize(stored, scale))
     assert torch.equal(stored.view(torch.uint8), again.view(torch.uint8)) and torch.equal(scale, scale_again)
+
+
+def test_scales_of_ue8m0_are_the_next_power_of_two():
+    """Nothing is cut off: the largest of a block becomes 224 to 448; a power of two itself stays."""
+    weight = matrix((200, 260), 4)
+    weight[0, 0] = 448.0 * 4
+    weight[:128, :128].clamp_(-448.0 * 4, 448.0 * 4)
+    stored, scale = quantize(weight, "ue8m0")
+    exact = quantize(weight)[1]
+    assert scale.dtype == torch.float8_e8m0fnu and scale[0, 0].float() == 4.0
+    assert ((scale.float() >= exact) & (scale.float() < 2 * exact)).all()
+    assert torch.equal(scale.float().log2(), scale.float().log2().round())
+    step = scale.float().repeat_interleave(128, 0).repeat_interleave(128, 1)[:200, :260]
+    error = (dequantize(stored, scale) - weight).abs()
+    assert (error <= torch.maximum(weight.abs() / 16, step * 2**-10) * (1 + 1e-5)).all()

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from slingshot.base.errors import SlingshotError
 from slingshot.quantization.ggml_blocks import blocks
-from slingshot.quantization.gptq import gptq
-from slingshot.quantization.integers import best_scales, check_groups, from_numbers, pack, to_numbers, unpack
+from slingshot.quantization.gptq import gptq, rounded
+from slingshot.quantization.integers import IntegerGrid, check_groups, from_numbers, pack, unpack
 
 BITS = st.sampled_from([4, 8])
 
@@ -40,11 +40,13 @@ def test_words_by_hand():
 @given(BITS, st.sampled_from([32, 64]), st.integers(1, 4), st.integers(0, 9))
 def test_a_scale_cuts_nothing_off_that_costs_more_than_it_gains(bits, group, rows, seed):
     weight = draw(rows, 128, seed=seed) * 10 ** (4 * draw(rows, 1, seed=seed + 100))
-    scales = best_scales(weight, bits, group)
+    numbers, scales = rounded(weight, IntegerGrid(bits, group))
     assert scales.shape == (rows, 128 // group) and torch.equal(scales, scales.bfloat16().float())
-    largest = weight.unflatten(1, (-1, group)).abs().amax(-1) / (2 ** (bits - 1) - 1)
-    plain = from_numbers(to_numbers(weight, largest.bfloat16().float(), bits), largest.bfloat16().float())
-    ours = from_numbers(to_numbers(weight, scales, bits), scales)
+    groups = weight.unflatten(1, (-1, group))
+    largest = groups.abs().amax(-1) / (2 ** (bits - 1) - 1)
+    scale = largest.bfloat16().float()[..., None]
+    plain = (IntegerGrid(bits, group).nearest(groups / scale) * scale).flatten(1)
+    ours = from_numbers(numbers, scales)
     assert ((ours - weight) ** 2).sum() <= ((plain - weight) ** 2).sum() * (1 + 1e-5)
     if bits == 8:
         assert ((ours - weight).unflatten(1, (-1, group)).abs().amax(-1) <= largest * 0.75).all()
@@ -52,8 +54,7 @@ def test_a_scale_cuts_nothing_off_that_costs_more_than_it_gains(bits, group, row
 
 def test_a_group_of_zeros_stays_zeros():
     weight = torch.zeros(2, 64)
-    scales = best_scales(weight, 4, 32)
-    assert torch.equal(from_numbers(to_numbers(weight, scales, 4), scales), weight)
+    assert torch.equal(from_numbers(*rounded(weight, IntegerGrid(4, 32))), weight)
 
 
 def test_importance_moves_the_scale_to_what_counts():
@@ -62,10 +63,10 @@ def test_importance_moves_the_scale_to_what_counts():
     weight[0, 5] = 1.0
     importance = torch.ones(32)
     importance[5] = 0.0
-    errors = []
+    errors, grid = [], IntegerGrid(4, 32)
     for given_importance in (None, importance):
-        scales = best_scales(weight, 4, 32, given_importance)
-        error = (from_numbers(to_numbers(weight, scales, 4), scales) - weight) ** 2
+        scales = grid.scales(weight, given_importance)
+        error = (grid.nearest(weight / scales) * scales - weight) ** 2
         errors.append((error[0] * importance).sum())
     assert errors[1] < errors[0]
 
@@ -74,36 +75,46 @@ def test_gptq_errs_less_on_the_inputs_than_rounding_does():
     """Correlated inputs: the output's error falls, though the weights' own grows."""
     inputs = draw(512, 16, seed=2) @ draw(16, 64, seed=3) + 0.1 * draw(512, 64, seed=4)
     weight = draw(24, 64, seed=5)
-    scales = best_scales(weight, 4, 32)
-    rounded = from_numbers(to_numbers(weight, scales, 4), scales)
-    numbers, own_scales = gptq(weight, inputs.T @ inputs, 4, 32)
-    found = from_numbers(numbers, own_scales)
-    assert numbers.dtype == torch.int8 and numbers.min() >= -8 and numbers.max() <= 7
-    error = [((inputs @ (each - weight).T) ** 2).mean() for each in (rounded, found)]
+    plain = from_numbers(*rounded(weight, IntegerGrid(4, 32)))
+    numbers, scales = gptq(weight, inputs.T @ inputs, IntegerGrid(4, 32))
+    found = from_numbers(numbers, scales)
+    assert torch.equal(numbers, numbers.round()) and numbers.min() >= -8 and numbers.max() <= 7
+    error = [((inputs @ (each - weight).T) ** 2).mean() for each in (plain, found)]
     assert error[1] < 0.4 * error[0]
-    assert ((found - weight) ** 2).mean() > ((rounded - weight) ** 2).mean()
+    assert ((found - weight) ** 2).mean() > ((plain - weight) ** 2).mean()
+
+
+def test_columns_are_rounded_from_the_largest_inputs_to_the_smallest():
+    """The column that counts most is rounded to nearest, whichever it is; the others make its error good."""
+    inputs = draw(512, 16, seed=2) @ draw(16, 64, seed=3)
+    inputs[:, 50] *= 30
+    weight, grid = draw(24, 64, seed=5), IntegerGrid(4, 32)
+    numbers, scales = gptq(weight, inputs.T @ inputs, grid)
+    assert torch.equal(numbers[:, 50], grid.nearest(weight[:, 50] / scales[:, 1]))
+    assert not torch.equal(numbers[:, 0], grid.nearest(weight[:, 0] / scales[:, 0]))
 
 
 def test_gptq_without_correlation_is_rounding_to_nearest():
     weight = draw(8, 64, seed=6)
-    numbers, scales = gptq(weight, torch.eye(64), 4, 32)
-    assert torch.equal(scales, best_scales(weight, 4, 32))
-    assert torch.equal(numbers, to_numbers(weight, scales, 4))
+    for found, expected in zip(
+        gptq(weight, torch.eye(64), IntegerGrid(4, 32)), rounded(weight, IntegerGrid(4, 32)), strict=True
+    ):
+        assert torch.equal(found, expected)
 
 
 def test_gptq_leaves_inputs_that_never_come_to_rounding():
     gram = torch.eye(64)
     gram[:, 7] = gram[7] = 0.0
     weight = draw(4, 64, seed=7)
-    numbers, scales = gptq(weight, gram, 8, 64)
-    assert torch.equal(numbers[:, 7], to_numbers(weight, scales, 8)[:, 7])
+    numbers, _ = gptq(weight, gram, IntegerGrid(8, 64))
+    assert torch.equal(numbers[:, 7], rounded(weight, IntegerGrid(8, 64))[0][:, 7])
 
 
 @pytest.mark.parametrize("times", [1e-30, 1e30])
 def test_gptq_takes_inputs_of_any_size(times):
     inputs, weight = draw(512, 64, seed=2), draw(8, 64, seed=6)
-    gram = inputs.T @ inputs
-    for found, expected in zip(gptq(weight, gram * times, 4, 32), gptq(weight, gram, 4, 32), strict=True):
+    gram, grid = inputs.T @ inputs, IntegerGrid(4, 32)
+    for found, expected in zip(gptq(weight, gram * times, grid), gptq(weight, gram, grid), strict=True):
         assert (found != expected).float().mean() < 0.01  # a rounding that falls on a tie
 
 
@@ -119,8 +130,7 @@ def test_rows_that_are_no_whole_groups_are_refused_with_what_fits():
 @pytest.mark.parametrize("group", [32, 64])
 def test_ggml_blocks_hold_the_same_weights(bits, kind, group):
     weight = draw(5, 192, seed=8)
-    scales = best_scales(weight, bits, group)
-    numbers = to_numbers(weight, scales, bits)
+    numbers, scales = rounded(weight, IntegerGrid(bits, group))
     stored = blocks(numbers, scales, bits).numpy()
     assert stored.shape == (5, 6 * (2 + 4 * bits))
     assert torch.equal(torch.from_numpy(dequantize(stored, kind)), from_numbers(numbers, scales))

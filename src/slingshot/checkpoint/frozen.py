@@ -16,7 +16,6 @@ from slingshot.checkpoint.layout import layout, place
 from slingshot.checkpoint.load_save import AdaptedWeights, FolderWeights, load_model, load_weights, open_weights
 from slingshot.model.stored import StoredMatrix, hold
 from slingshot.model.transformer import Transformer
-from slingshot.quantization.formats import BITS
 
 
 def load_frozen(path: Path | str, device: torch.device | str = "cpu") -> Transformer:
@@ -31,13 +30,14 @@ def load_frozen(path: Path | str, device: torch.device | str = "cpu") -> Transfo
         raise SlingshotError(f"lora: {path} is itself an adapter, over {weights.over} numbers; {way_out}")
     if not isinstance(weights, FolderWeights) or not weights.config.quantization:
         return load_model(path, device=device)
-    config = weights.config.model_copy(update={"quantization": None, "quantization_group_size": 0})
+    config, scheme = weights.config.stored_as(None), weights.config.scheme
     with torch.device("meta"):
         model = Transformer(config)
     model.cast(getattr(torch, weights.dtype))
     for name, (numbers, scales) in _stacked(weights, path).items():
         module: Any = model.get_submodule(name.removesuffix(".weight"))
-        bits = BITS.get(weights.config.quantization, 0)
+        first = name.replace("experts.gate_up_proj", "experts.0.up_proj").replace("experts.down", "experts.0.down")
+        bits = 0 if scheme is None else scheme.bits(first)
         hold(module, StoredMatrix(module.weight.shape, numbers.to(device), scales.to(device), bits))
     state = model.state_dict().items()
     blank = {name: torch.empty(t.shape, dtype=t.dtype, device=device) if t.is_meta else t for name, t in state}

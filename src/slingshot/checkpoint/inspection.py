@@ -22,12 +22,12 @@ from slingshot.base.names import closest
 from slingshot.checkpoint.adapter import Adapter, described_by, is_adapter
 from slingshot.checkpoint.description import check_tokenizer, folder_tokenizer, load_config
 from slingshot.checkpoint.hub import locate, outline
-from slingshot.checkpoint.layout import layout
+from slingshot.checkpoint.layout import Spec, layout
 from slingshot.checkpoint.repository import hub_name
 from slingshot.checkpoint.safetensors import INDEX, NEVER_READ, PICKLED, Shards, fit
 from slingshot.cost.flops import cache_bytes_per_token, parameters
 from slingshot.model.config import ModelConfig, presets
-from slingshot.quantization.formats import BITS, is_packed, scale_shape
+from slingshot.quantization.formats import BITS, Scheme, is_packed, scale_shape
 from slingshot.text.reasoning import ends_in_reasoning
 from slingshot.text.tokenizer import Tokenizer
 
@@ -248,11 +248,14 @@ def _architecture(config: ModelConfig) -> Facts:
     counts, fp8, (numbers, tensors) = parameters(config), config.quantization == "fp8", _numbers(config)
     dtype, group = config.extra.get("torch_dtype", config.extra.get("dtype")), config.quantization_group_size
     stored = config.quantization or ("float32" if dtype in (None, "float32") else "bfloat16")
-    packed = tensors["matrix"] * (stored in BITS)
     n_bytes = {
         name: {part: round(sum(each * numbers[part, kind] for kind, each in widths.items())) for part in _PARTS}
-        for name, widths in (_BYTES | ({stored: _integer_bytes(BITS[stored], group)} if packed else {})).items()
+        for name, widths in _BYTES.items()
     }
+    packed = more = 0  # matrices of few bits, and the tensors that they are besides one
+    if (scheme := config.scheme) is not None:
+        n_bytes[stored], more = _few_bits(config, scheme)
+        packed = tensors["matrix"] if scheme.kind in BITS else 0
     copies = sum(count for (part, _), count in numbers.items() if part == "copies")
     scales, biases = (sum(numbers[part, kind] for part in _PARTS) for kind in ("scale", "router_bias"))
     scales *= fp8
@@ -272,20 +275,39 @@ def _architecture(config: ModelConfig) -> Facts:
         },
         "memory": {name: {part: each[part] for part in ("main", "mtp")} for name, each in n_bytes.items()},
         "checkpoint": {
-            "tensors": tensors["all"] + (tensors["matrix"] + tensors["kv_b"]) * fp8 + 2 * packed,
+            "tensors": tensors["all"] + (tensors["matrix"] + tensors["kv_b"]) * fp8 + more,
             "bytes": sum(n_bytes[stored].values()) + _SHAPE * packed,
             "numbers": counts.total + counts.mtp + copies + biases + scales,
         },
     }  # fmt: skip
 
 
+def _few_bits(config: ModelConfig, scheme: Scheme) -> tuple[dict[str, int], int]:
+    """Bytes by part where matrices are stored so, without what says their shapes; how many tensors there are more."""
+    sizes, more = Counter(dict.fromkeys(_PARTS, 0)), 0
+    for spec in layout(config):
+        if is_packed(spec.name, spec.stored):
+            stored = list(scheme.parts(spec.name, spec.shape).values())
+            more += len(stored) - 1
+        else:
+            stored = [("F32" if spec.stored == "float32" else "", spec.shape)]
+        widths = {"I8": 1, "U8": 1, "": 2, "I32": 4, "F32": 4, "I64": 0}
+        sizes[_part(config, spec)] += sum(widths[kind] * math.prod(shape) for kind, shape in stored)
+    return dict(sizes), more
+
+
+def _part(config: ModelConfig, spec: Spec) -> str:
+    mtp = spec.name.startswith(f"model.layers.{config.num_hidden_layers}.")
+    return "copies" if spec.copy_of else "mtp" if mtp else "main"
+
+
 def _numbers(config: ModelConfig) -> tuple[Counter[tuple[str, str]], Counter[str]]:
     """Over the tensors of `layout`: numbers by (part, kind), FP8's scales among them; tensors by kind, and all."""
     numbers: Counter[tuple[str, str]] = Counter()
     tensors: Counter[str] = Counter()
-    mtp, kinds = f"model.layers.{config.num_hidden_layers}.", {"linear": "matrix", "float32": "router_bias"}
+    kinds = {"linear": "matrix", "float32": "router_bias"}
     for spec in layout(config):
-        part = "copies" if spec.copy_of else "mtp" if spec.name.startswith(mtp) else "main"
+        part = _part(config, spec)
         outside = spec.name.endswith(("embed_tokens.weight", "lm_head.weight", "shared_head.head.weight"))
         kind = kinds.get(spec.stored, "embedding" if outside else "other")
         kind = "kv_b" if kind == "matrix" and not is_packed(spec.name, spec.stored) else kind

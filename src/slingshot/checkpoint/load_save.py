@@ -27,10 +27,12 @@ from slingshot.checkpoint.adapter import Adapter, described_by, is_adapter
 from slingshot.checkpoint.description import check_tokenizer, folder_tokenizer, load_config, write_description
 from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.layout import Spec, layout, place
-from slingshot.checkpoint.safetensors import DTYPES, Shards, Unmade, fit, write_shards
+from slingshot.checkpoint.safetensors import DTYPES, Shards, Unmade, fit, of_few_bits, write_shards
 from slingshot.machine.device import dtype_name
 from slingshot.model.config import ModelConfig
+from slingshot.model.dynamic import multiply_whole_numbers
 from slingshot.model.transformer import Transformer, local_part
+from slingshot.quantization import mxfp4
 from slingshot.quantization.formats import BITS, FP8_BLOCK, PACKED, PACKED_SCALE, SCALE, is_packed
 from slingshot.quantization.fp8 import dequantize
 from slingshot.quantization.integers import WeightGrid, from_numbers, unpack
@@ -81,33 +83,37 @@ class FolderWeights:
         self.dtype = DTYPES[self.shards.headers["model.norm.weight"].dtype][0]  # which FP8 does not touch
 
     def where(self, name: str) -> Path:
-        return self.shards.headers[name + PACKED if self.is_packed(name) else name].file
+        return self.shards.headers[name + PACKED if name + PACKED in self.shards.headers else name].file
 
     def is_packed(self, name: str) -> bool:
-        """Whether a matrix is stored as int8 or int4 numbers."""
-        return name + PACKED in self.shards.headers
+        """Whether a matrix is stored as whole numbers of few bits."""
+        return of_few_bits(self.shards.headers, name) and self.config.quantization != "mxfp4"
 
     def scales(self, name: str, rows: slice | None = None) -> Tensor | None:
-        """Scales [F, G] of an int8 or int4 matrix, or of these rows of it; None where it is no such one."""
+        """Scales [F, G] of a matrix of whole numbers, or of these rows of it; None where it is no such one."""
         return self.shards.read(name + PACKED_SCALE, rows).float() if self.is_packed(name) else None
 
     def packed(self, name: str, rows: slice | None = None) -> tuple[Tensor, Tensor] | None:
-        """Numbers (int8) and scales of an int8 or int4 matrix, or of these rows of it; None where it is no such one."""
-        if (scales_FG := self.scales(name, rows)) is None:
+        """Numbers (int8) and scales of a matrix of whole numbers, or of these rows of it; None where it is none."""
+        scheme, scales_FG = self.config.scheme, self.scales(name, rows)
+        if scheme is None or scales_FG is None:
             return None
-        bits = BITS[self.config.quantization or ""]
-        width = scales_FG.shape[1] * self.config.quantization_group_size
-        return unpack(self.shards.read(name + PACKED, rows), bits, width), scales_FG
+        if scheme.kind == "int8-dynamic":
+            return self.shards.read(name, rows), scales_FG
+        width = scales_FG.shape[1] * scheme.group
+        return unpack(self.shards.read(name + PACKED, rows), scheme.bits(name), width), scales_FG
 
     def stored(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Words or e4m3 numbers of a matrix and their scales, as they are stored; None where it has none."""
-        if self.is_packed(name):
+        if self.is_packed(name) and self.config.quantization in BITS:
             return self.shards.read(name + PACKED), self.shards.read(name + PACKED_SCALE)
         if name + SCALE in self.shards.headers:
             return self.shards.read(name), self.shards.read(name + SCALE).float()
         return None
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
+        if name + PACKED in self.shards.headers and self.config.quantization == "mxfp4":
+            return mxfp4.dequantize(*(self.shards.read(name + suffix, rows) for suffix in (PACKED, PACKED_SCALE)))
         if (packed := self.packed(name, rows)) is not None:
             return from_numbers(*packed)
         tensor = self.shards.read(name, rows)
@@ -124,7 +130,7 @@ class AdaptedWeights:
     def __init__(self, adapter: Adapter) -> None:
         self.adapter, self._base = adapter, open_weights(adapter.base)
         self.over = self._base.config.quantization  # what the base's matrices are stored in
-        self.config, self.dtype = self._base.config.model_copy(update={"quantization": None}), self._base.dtype
+        self.config, self.dtype = self._base.config.stored_as(None), self._base.dtype
         self._changes = adapter.changes(adapter.fit(self.config))
 
     def where(self, name: str) -> Path:
@@ -193,16 +199,17 @@ def load_model(
     (Parallel.shard): each then reads only the bytes it keeps. SlingshotError names the file and tensor that do not fit.
     """
     weights = open_weights(path)
-    config = weights.config.model_copy(update={"quantization": None, "quantization_group_size": 0})
+    config = weights.config.stored_as(None)
     model = Transformer.empty(config, device, dtype, shard)
     load_weights(model, weights)
     return model
 
 
 def load_grid(path: Path | str) -> WeightGrid | None:
-    """The scales of an int8 or int4 checkpoint whose matrices are all stored so; None for any other."""
+    """The scales of a checkpoint all of whose matrices are whole numbers of so many bits; None for any other."""
     weights = open_weights(path)
-    if not isinstance(weights, FolderWeights) or weights.config.quantization not in BITS:
+    scheme = weights.config.scheme
+    if not isinstance(weights, FolderWeights) or scheme is None or scheme.kind == "mxfp4" or scheme.wide:
         return None
     scales = dict[str, Tensor]()
     for spec in layout(weights.config):
@@ -215,7 +222,19 @@ def load_grid(path: Path | str) -> WeightGrid | None:
                 scales.setdefault(name, torch.empty(*stack, *own_FG.shape))[index] = own_FG
             else:
                 scales[name] = own_FG.contiguous()
-    return WeightGrid(BITS[weights.config.quantization], weights.config.quantization_group_size, scales)
+    return WeightGrid(scheme.bits(""), scheme.group, scales, scheme.kind == "int8-dynamic")
+
+
+def load_as_stored(
+    path: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[Transformer, WeightGrid | None]:
+    """As `load_model`, for inference: an int8-dynamic checkpoint's matrices multiply whole numbers. And the grid of
+    others, for kernels that keep it."""
+    model, grid = load_model(path, dtype, device), load_grid(path)
+    if grid is None or not grid.dynamic:
+        return model, grid
+    multiply_whole_numbers(model, grid)
+    return model, None
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:

@@ -24,7 +24,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.files import inside, read_json, read_span, write_json
 from slingshot.checkpoint.layout import Spec, layout, tensor_count
 from slingshot.model.config import ModelConfig
-from slingshot.quantization.formats import BITS, PACKED, PACKED_SCALE, PACKED_SHAPE, SCALE, packed_shapes, scale_shape
+from slingshot.quantization.formats import PACKED, PACKED_SCALE, PACKED_SHAPE, SCALE, scale_shape
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ _WEIGHTS = {
     "F8_E4M3": ("float8_e4m3fn", 1),
 }  # fmt: skip
 _SCALES = {"F32": ("float32", 4), "BF16": ("bfloat16", 2), "F8_E8M0": ("float8_e8m0fnu", 1)}
-_INTEGERS = {"I32": ("int32", 4), "I64": ("int64", 8)}
+_INTEGERS = {"I8": ("int8", 1), "U8": ("uint8", 1), "I32": ("int32", 4), "I64": ("int64", 8)}
 DTYPES = _WEIGHTS | _SCALES | _INTEGERS
 
 
@@ -110,8 +110,8 @@ def _problems(config: ModelConfig, headers: Mapping[str, TensorHeader], where: P
     known = set()
     for spec in layout(config):
         known.add(spec.name)
-        if spec.stored == "linear" and spec.name + PACKED in headers:
-            known |= {spec.name + suffix for suffix in (PACKED, PACKED_SCALE, PACKED_SHAPE)}
+        if spec.stored == "linear" and of_few_bits(headers, spec.name):
+            known |= {spec.name + suffix for suffix in ("", PACKED, PACKED_SCALE, PACKED_SHAPE)}
             yield from _packed_problems(config, spec, headers)
             continue
         if spec.name not in headers:
@@ -138,22 +138,27 @@ def _problems(config: ModelConfig, headers: Mapping[str, TensorHeader], where: P
             yield f"{headers[name].file}: {name} is no tensor of this architecture; is config.json another model's?"
 
 
+def of_few_bits(headers: Mapping[str, TensorHeader], name: str) -> bool:
+    """Whether a matrix lies there as compressed-tensors stores it: packed, or as int8 numbers."""
+    return name + PACKED in headers or (name in headers and headers[name].dtype == "I8")
+
+
 def _packed_problems(config: ModelConfig, spec: Spec, headers: Mapping[str, TensorHeader]) -> Iterator[str]:
-    """What does not fit of an int8 or int4 matrix's words and scales."""
-    packed = headers[spec.name + PACKED]
-    if config.quantization not in BITS:
-        yield f"{packed.file}: {spec.name} is packed, and config.json has no quantization_config of int8 or int4"
+    """What does not fit of the parts that a matrix of few bits is stored in."""
+    marked = headers[spec.name + PACKED if spec.name + PACKED in headers else spec.name]
+    if (scheme := config.scheme) is None:
+        yield f"{marked.file}: {spec.name} is packed, and config.json has no quantization_config of int8 or int4"
         return
-    if spec.shape[1] % config.quantization_group_size:
-        groups = f"rows of {spec.shape[1]} do not divide into groups of {config.quantization_group_size}"
-        yield f"{packed.file}: {spec.name}{PACKED}: {groups}; is config.json another model's?"
+    if spec.shape[1] % (scheme.group or 1):
+        groups = f"rows of {spec.shape[1]} do not divide into groups of {scheme.group}"
+        yield f"{marked.file}: {spec.name}{PACKED}: {groups}; is config.json another model's?"
         return
-    shapes = packed_shapes(spec.shape, BITS[config.quantization], config.quantization_group_size)
-    for suffix, (dtype, shape) in shapes.items():
-        header, types = headers.get(spec.name + suffix), (dtype,) if dtype else tuple(_WEIGHTS)
+    for suffix, (dtype, shape) in scheme.parts(spec.name, spec.shape).items():
+        header, types = headers.get(spec.name + suffix), tuple(_WEIGHTS) if dtype in ("", "F32") else (dtype,)
         if header is None:
             if suffix != PACKED_SHAPE:
-                yield f"{packed.file}: {spec.name}{suffix} is missing beside {spec.name}{PACKED}"
+                beside = "" if marked.dtype == "I8" else PACKED
+                yield f"{marked.file}: {spec.name}{suffix} is missing beside {spec.name}{beside}"
         elif header.shape != shape:
             wanted = f"config.json says {list(shape)}"
             yield f"{header.file}: {spec.name}{suffix} has shape {list(header.shape)}, {wanted}"

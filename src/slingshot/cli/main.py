@@ -207,7 +207,8 @@ for _kind in STAGES:
 @app.command()
 def quantize(
     settings: Settings = None,
-    to: Annotated[str | None, typer.Option(help="int8, int4 or fp8.", show_default="int4")] = None,
+    to: Annotated[str | None, typer.Option(help="int8, int4, int8-dynamic, mxfp4, fp8.", show_default="int4")] = None,
+    bits: Annotated[float | None, typer.Option(help="Of int4, on the average: 8 where 4 lose most.")] = None,
     group: Annotated[int | None, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = None,
     calibrate: Annotated[int | None, typer.Option(help="Responses to fit to; 0 rounds to nearest.")] = None,
     config: ConfigFile = None,
@@ -215,7 +216,7 @@ def quantize(
     keys: ShowKeys = False,
 ) -> None:
     """One stage: weights of 8 or 4 bits, and what is lost by it."""
-    options = {"to": to, "group_size": group, "calibrate": calibrate}
+    options = {"to": to, "bits": bits, "group_size": group, "calibrate": calibrate}
     told = {key: value for key, value in options.items() if value is not None}
     _run_stage("quantize", settings or [], config, out, keys, told)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.hub import locate
-from slingshot.checkpoint.load_save import load_grid, load_model, load_tokenizer
+from slingshot.checkpoint.load_save import load_as_stored, load_tokenizer
 from slingshot.engine.core import EngineCore, Native, Speculation
 from slingshot.engine.sampling import SamplingError, SamplingParams
 from slingshot.engine.scheduler import EngineCounters
@@ -149,9 +149,9 @@ class Engine:
                 raise SlingshotError(f"dtype {dtype!r} is not supported; choose {', '.join(known)}")
             dtype = known[dtype] or auto_dtype(where)
         path = locate(path)
-        model, tokenizer = load_model(path, dtype=dtype, device=where), load_tokenizer(path)
+        (model, grid), tokenizer = load_as_stored(path, dtype=dtype, device=where), load_tokenizer(path)
         room, how = (max_batch, max_length, None, cache_bytes, step_tokens), (speculation, native, weight_bits, False)
-        return cls(model, tokenizer, *room, *how, adapters, load_grid(path))
+        return cls(model, tokenizer, *room, *how, adapters, grid)
 
     def add(
         self, prompt: Prompt, params: SamplingParams | None = None, key: str | None = None, adapter: str | None = None

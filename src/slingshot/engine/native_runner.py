@@ -30,6 +30,7 @@ from slingshot.engine.kv_cache import KVCache
 from slingshot.kernels.native import GROUP_STEP, NativeKernels, pointer
 from slingshot.model.attention import MLA
 from slingshot.model.config import ModelConfig
+from slingshot.model.dynamic import DynamicGroupedLinear, DynamicLinear
 from slingshot.model.linear import Embedding, GroupedLinear, Linear
 from slingshot.model.moe import Gate
 from slingshot.model.rope import rotary, softmax_scale
@@ -203,6 +204,8 @@ class NativeRunner:
             return f"it computes in {dtype} over a cache of {cache.dtype}"
         if any(hasattr(parameter, "to_local") for parameter in model.parameters()):
             return "its weights are spread over processes"
+        if any(isinstance(module, DynamicLinear | DynamicGroupedLinear) for module in model.modules()):
+            return "its activations are rounded to 8 bits, by tokens"
         widths = {"head_dim": config.head_dim} if config.family == "dense" else {
             name: getattr(config, name) for name in ("kv_lora_rank", "qk_rope_head_dim", "v_head_dim")
         }  # fmt: skip

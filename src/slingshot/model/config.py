@@ -19,6 +19,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json
 from slingshot.base.names import did_you_mean
 from slingshot.model import hf_config
+from slingshot.quantization.formats import Scheme, SchemeKind
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -71,8 +72,8 @@ class ModelConfig(Strict):
 
     Where a config is read, the name of a preset stands for all of its architecture, and in a table `preset = NAME` for
     what the table does not say itself. `quantization` says how a checkpoint's matrices are stored ("fp8": e4m3 in
-    blocks of 128 x 128, as DeepSeek-V3's; "int8", "int4": whole numbers with a scale for every
-    `quantization_group_size` of a row, as compressed-tensors packs them); a new model made after a preset has none.
+    blocks of 128 x 128, as DeepSeek-V3's; the others are compressed-tensors', see quantization/formats.py); a new model
+    made after a preset has none.
     """
 
     family: Literal["deepseek_v3", "dense"]
@@ -113,8 +114,10 @@ class ModelConfig(Strict):
     head_dim: _WidthOr0 = 0
     attention_bias: StrictBool = False
     qk_norm: StrictBool = False
-    quantization: Literal["fp8", "int8", "int4"] | None = None
-    quantization_group_size: _CountOr0 = 0  # of int8 and int4: neighbours of a row that share a scale
+    quantization: Literal["fp8"] | SchemeKind | None = None
+    quantization_group_size: _CountOr0 = 0  # neighbours of a row that share a scale, where that is not the whole row
+    quantization_wide: tuple[str, ...] = ()  # of int4: modules that have 8 bits
+    quantization_scale_fmt: Literal["ue8m0"] | None = None  # of fp8: scales are powers of two, in a byte each
     # what config.json said besides, kept for the round trip
     extra: dict[str, Any] = {}
 
@@ -128,7 +131,7 @@ class ModelConfig(Strict):
         if "preset" in values:
             try:
                 preset = cls.preset(values["preset"]).model_dump(
-                    exclude={"quantization", "quantization_group_size", "extra"}
+                    exclude={"extra", *(key for key in cls.model_fields if key.startswith("quantization"))}
                 )
             except SlingshotError as error:
                 raise ValueError(str(error)) from error
@@ -213,6 +216,20 @@ class ModelConfig(Strict):
             return str(self.extra.get("model_type", "deepseek_v3"))
         plain = "qwen3" if self.qk_norm else "qwen2" if self.attention_bias else "llama"
         return "mistral" if plain == "llama" and self.extra.get("model_type") == "mistral" else plain
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How the matrices are stored where that is one of compressed-tensors' ways."""
+        if self.quantization is None or self.quantization == "fp8":
+            return None
+        return Scheme(self.quantization, self.quantization_group_size, self.quantization_wide)
+
+    def stored_as(self, scheme: Scheme | None, fp8: bool = False, scale_fmt: Literal["ue8m0"] | None = None) -> Self:
+        """The same architecture whose checkpoint holds its matrices so; without a scheme, plainly or as fp8."""
+        kind = "fp8" if fp8 else scheme and scheme.kind
+        update = {"quantization": kind, "quantization_scale_fmt": scale_fmt}
+        group, wide = (scheme.group, scheme.wide) if scheme else (0, ())
+        return self.model_copy(update=update | {"quantization_group_size": group, "quantization_wide": wide})
 
     @classmethod
     def preset(cls, name: str) -> ModelConfig:

@@ -14,7 +14,7 @@ from typing import Any
 
 from slingshot.base.config import printable
 from slingshot.base.errors import SlingshotError
-from slingshot.quantization.formats import BITS, packing_config, read_packing_config
+from slingshot.quantization.formats import Scheme
 
 # Hugging Face's model_type -> (our family, architectures entry). Kimi K2 is DeepSeek-V3's architecture under its name.
 MODEL_TYPES = {
@@ -156,8 +156,12 @@ def write(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
         if family == "deepseek_v3":
             raw["rope_scaling"]["type"] = kind  # the only spelling that DeepSeek's own modeling_deepseek.py knows
     if values["quantization"] is not None:
-        bits, group = BITS.get(values["quantization"]), values["quantization_group_size"]
-        raw["quantization_config"] = packing_config(bits, group) if bits else dict(_FP8)
+        if values["quantization"] == "fp8":
+            scale_fmt = {"scale_fmt": values["quantization_scale_fmt"]} if values["quantization_scale_fmt"] else {}
+            raw["quantization_config"] = _FP8 | scale_fmt
+        else:
+            told = (values[f"quantization{key}"] for key in ("", "_group_size", "_wide"))
+            raw["quantization_config"] = Scheme(*told).config()
     extra = dict(values["extra"])
     if values["eos_token_id"] not in extra.get("eos_token_id", []):
         extra.pop("eos_token_id", None)
@@ -231,15 +235,17 @@ def _quantization(table: Any, where: str) -> dict[str, Any]:
         return {}
     way_out = (
         "DeepSeek-V3's fp8 (e4m3 in 128 x 128 blocks) is read, compressed-tensors' pack-quantized (symmetric int4 or "
-        "int8 weights with a scale a group), and any checkpoint that is not quantised"
+        "int8 weights with a scale a group), int-quantized and mxfp4-pack-quantized, and any checkpoint that is not "
+        "quantised"
     )
     place = f"{where}: quantization_config"
     method = table.get("quant_method") if isinstance(table, dict) else table
     if method == "compressed-tensors" and isinstance(table, dict):
-        packing = read_packing_config(table)
-        if isinstance(packing, str):
-            raise SlingshotError(f"{place}: {packing} is not supported; {way_out}")
-        return {"quantization": f"int{packing[0]}", "quantization_group_size": packing[1]}
+        scheme = Scheme.read(table)
+        if isinstance(scheme, str):
+            raise SlingshotError(f"{place}: {scheme} is not supported; {way_out}")
+        told = {"quantization": scheme.kind, "quantization_group_size": scheme.group, "quantization_wide": scheme.wide}
+        return {key: value for key, value in told.items() if value}
     if method != "fp8" or not isinstance(table, dict):
         raise SlingshotError(f"{place}.quant_method {_short(method)} is not supported; {way_out}")
     # scale_fmt: DeepSeek-V3.1's scales are powers of two, in float32 or e8m0; dequantize: transformers' own switch,
@@ -252,7 +258,7 @@ def _quantization(table: Any, where: str) -> dict[str, Any]:
             value = next((name for name in value if not str(name).endswith(_NEVER_FP8)), None)
         if key not in allowed or value not in allowed[key]:
             raise SlingshotError(f"{place}.{printable(key)} {_short(value)} is not supported; {way_out}")
-    return {"quantization": "fp8"}
+    return {"quantization": "fp8", "quantization_scale_fmt": table.get("scale_fmt")}
 
 
 def _short(value: Any) -> str:

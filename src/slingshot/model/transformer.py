@@ -133,7 +133,8 @@ class Transformer(nn.Module):
         for module in self.modules():
             for parameter in module.parameters(recurse=False):
                 keeps = getattr(module, "keeps_float32", False)
-                parameter.data = parameter.data.to(torch.float32 if keeps else dtype)
+                if parameter.is_floating_point():  # whole numbers stay
+                    parameter.data = parameter.data.to(torch.float32 if keeps else dtype)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:

@@ -27,5 +27,5 @@ def blocks(numbers_FD: Tensor, scales_FG: Tensor, bits: int) -> Tensor:
         low_FKI, high_FKI = (numbers_FKI.int() + 8).to(torch.uint8).split(BLOCK // 2, dim=-1)
         packed_FKB = low_FKI | (high_FKI << 4)
     else:
-        packed_FKB = numbers_FKI.contiguous().view(torch.uint8)
+        packed_FKB = numbers_FKI.to(torch.int8).contiguous().view(torch.uint8)
     return torch.cat([halves_FK[..., None].contiguous().view(torch.uint8), packed_FKB], dim=-1).flatten(-2)

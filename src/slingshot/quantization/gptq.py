@@ -1,52 +1,68 @@
 """GPTQ: weights rounded column by column, each column's error made good by those still to come (arXiv 2210.17323).
 
     gram_DD += x_ND.T @ x_ND                                       # over the calibration's inputs of the matrix
-    numbers_FD, scales_FG = gptq(weight_FD, gram_DD, bits=4, group=32)
+    numbers_FD, scales_FG = gptq(weight_FD, gram_DD, IntegerGrid(bits=4, group=32))
 
 Shape suffixes: N rows of inputs, F output width, D input width, G groups of a row, B columns of a block.
 """
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
-
-from slingshot.quantization.integers import best_scales, largest
 
 DAMPING = 0.01  # of the mean diagonal, added to it: the paper's value (section 3.3, step 3)
 BLOCK = 128  # columns whose errors reach the others together
 
 
-def gptq(weight_FD: Tensor, gram_DD: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """Numbers (int8) and scales for which ||(W - W') X|| is small, where `gram_DD` = X X^T (the paper's algorithm 1).
+class Grid(Protocol):
+    """What numbers there are, and how a group's scale is chosen."""
 
-    A group's scales are chosen when its first column is reached, from the weights as they then are, errors weighed by
-    the inputs' squares. Columns whose inputs were always 0 are rounded to nearest.
+    def scales(self, weight_FD: Tensor, importance_D: Tensor | None = None) -> Tensor:
+        """Scales [F, G] of groups of neighbours; importance_D: what the square of an error in a column counts."""
+
+    def nearest(self, scaled: Tensor) -> Tensor:
+        """The nearest numbers to weights that were divided by their scales."""
+
+
+def rounded(weight_FD: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Each weight's nearest number, and the scales."""
+    scales_FG = grid.scales(weight_FD)
+    weight_FGI = weight_FD.float().unflatten(-1, (scales_FG.shape[-1], -1))
+    return grid.nearest(weight_FGI / scales_FG[..., None]).flatten(-2), scales_FG
+
+
+def gptq(weight_FD: Tensor, gram_DD: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Numbers and scales for which ||(W - W') X|| is small, where `gram_DD` = X X^T (the paper's algorithm 1).
+
+    Scales are chosen beforehand, errors weighed by the inputs' squares. Columns are then rounded from the one with the
+    largest inputs to the one with the smallest, so that what counts most is rounded while all others can still make it
+    good; groups stay those of neighbours. Columns whose inputs were always 0 are rounded to nearest.
     """
-    weight_FD, unit = weight_FD.float().clone(), gram_DD.diagonal().double().mean()
+    unit = gram_DD.diagonal().double().mean()
     gram_DD = gram_DD.float() / torch.where(unit > 0, unit, 1.0)  # inputs that differ by much from 1 make no difference
     diagonal_D = gram_DD.diagonal()
-    importance_D = diagonal_D.clone()
-    dead_D = diagonal_D == 0
-    diagonal_D[dead_D] = 1.0
+    importance_D = diagonal_D + DAMPING * diagonal_D.mean() + torch.finfo(torch.float32).tiny
+    scales_FG = grid.scales(weight_FD, importance_D)
+    diagonal_D[diagonal_D == 0] = 1.0
     diagonal_D += DAMPING * diagonal_D.mean()
-    inverse_DD = torch.cholesky_inverse(torch.linalg.cholesky(gram_DD))
+    order_D = diagonal_D.argsort(descending=True, stable=True)
+    scales_FD = scales_FG.repeat_interleave(weight_FD.shape[1] // scales_FG.shape[1], dim=1)[:, order_D]
+    left_FD = weight_FD.float()[:, order_D]
+    inverse_DD = torch.cholesky_inverse(torch.linalg.cholesky(gram_DD[order_D][:, order_D]))
     root_DD = torch.linalg.cholesky(inverse_DD, upper=True)
-    importance_D = importance_D + DAMPING * importance_D.mean() + torch.finfo(torch.float32).tiny
-    numbers_FD = torch.empty_like(weight_FD, dtype=torch.int8)
-    scales = []
-    block = max(group, BLOCK // group * group)
-    for start in range(0, weight_FD.shape[1], block):
-        stop = min(start + block, weight_FD.shape[1])
-        errors_FB = torch.zeros_like(weight_FD[:, start:stop])
+    numbers_FD = torch.empty_like(left_FD)
+    for start in range(0, left_FD.shape[1], BLOCK):
+        stop = min(start + BLOCK, left_FD.shape[1])
+        errors_FB = torch.empty_like(left_FD[:, start:stop])
         for column in range(start, stop):
-            if column % group == 0:
-                own = slice(column, column + group)
-                scales.append(best_scales(weight_FD[:, own], bits, group, importance_D[own])[:, 0])
-            number_F = (weight_FD[:, column] / scales[-1]).round_().clamp_(-largest(bits) - 1, largest(bits))
-            numbers_FD[:, column] = number_F
-            error_F = (weight_FD[:, column] - number_F * scales[-1]) / root_DD[column, column]
-            weight_FD[:, column:stop] -= error_F[:, None] * root_DD[column, column:stop]
+            scale_F = scales_FD[:, column]
+            number_F = grid.nearest(left_FD[:, column] / scale_F)
+            numbers_FD[:, order_D[column]] = number_F
+            error_F = (left_FD[:, column] - number_F * scale_F) / root_DD[column, column]
+            left_FD[:, column:stop] -= error_F[:, None] * root_DD[column, column:stop]
             errors_FB[:, column - start] = error_F
-        weight_FD[:, stop:] -= errors_FB @ root_DD[start:stop, stop:]
-    return numbers_FD, torch.stack(scales, dim=1)
+        left_FD[:, stop:] -= errors_FB @ root_DD[start:stop, stop:]
+    return numbers_FD, scales_FG

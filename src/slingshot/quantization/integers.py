@@ -1,15 +1,14 @@
 """Weights of 4 or 8 bits: whole numbers, and a scale for every `group` neighbours of a row: w = scale * number.
 
-    scales_FG = best_scales(weight_FD, bits=4, group=32)
-    numbers_FD = to_numbers(weight_FD, scales_FG, bits=4)          # int8, from -8 to 7; 8 bits: -128 to 127
+    numbers_FD, scales_FG = rounded(weight_FD, IntegerGrid(bits=4, group=32))   # gptq.py; -8 to 7; 8 bits: -128 to 127
     weight_FD = from_numbers(numbers_FD, scales_FG)                # float32
     words = pack(numbers_FD, bits=4)                               # int32, eight numbers a word
     numbers_FD = unpack(words, bits=4, width=D)
 
-Scales are bfloat16 numbers, whatever they are stored in, and numbers are rounded by these. Words are those of
-compressed-tensors' `pack-quantized`: number + 2^(bits-1), the first of a row in the lowest bits.
+Scales are bfloat16 numbers, whatever they are stored in, and numbers are rounded by these.
+Words are those of compressed-tensors' `pack-quantized`: number + 2^(bits-1), the first of a row in the lowest bits.
 
-Shape suffixes: F output width, D input width, G groups of a row, W words of a row, C scales tried.
+Shape suffixes: F output width, D input width, G groups of a row, I numbers of a group, W words of a row.
 """
 
 from __future__ import annotations
@@ -23,23 +22,21 @@ from torch import Tensor
 from slingshot.base.errors import SlingshotError
 
 WORD = 32  # bits
-_TRIED = 24  # scales of a group
-_LEAST = 0.6  # the smallest of them, of the one under which nothing is cut off
+_SHARES = torch.linspace(1.0, 0.6, 12).tolist()  # scales tried for a group of 4 bits, of the largest weight's
 _CHUNK = 1 << 20  # numbers at a time
 
 
 @dataclass(frozen=True)
 class WeightGrid:
-    """What a model's weights are whole numbers of: bits, group, and by name of a weight float32 scales [..., F, G]."""
+    """What a model's weights are whole numbers of: bits, group, and by name of a weight float32 scales [..., F, G].
+
+    dynamic     activations are rounded to 8 bits too, each token by a scale of its own; groups are rows
+    """
 
     bits: int
     group: int
     scales: Mapping[str, Tensor]
-
-
-def largest(bits: int) -> int:
-    """The largest number of so many bits; the smallest is one further from 0."""
-    return int(2 ** (bits - 1)) - 1
+    dynamic: bool = False
 
 
 def check_groups(shape: tuple[int, ...], group: int, name: str) -> None:
@@ -50,30 +47,42 @@ def check_groups(shape: tuple[int, ...], group: int, name: str) -> None:
         raise SlingshotError(f"{name}: rows of {shape[-1]} do not divide into groups of {group}; {way_out}")
 
 
-def best_scales(weight_FD: Tensor, bits: int, group: int, importance_D: Tensor | None = None) -> Tensor:
-    """bfloat16 scales [F, G], in float32: of several from the largest weight downwards those of least squared error.
+@dataclass(frozen=True)
+class IntegerGrid:
+    """Whole numbers of so many bits, `group` neighbours of a row to a scale; 0: the whole row."""
 
-    With 8 bits cutting off gains nothing, and the largest weight decides. importance_D: what the square of an error in
-    each column counts, such as the mean square of its inputs.
-    """
-    weight_FGI = weight_FD.float().unflatten(-1, (-1, group))
-    whole_FG = weight_FGI.abs().amax(-1) / largest(bits)
-    if bits == 8:
-        return _rounded(whole_FG)
-    shares_C = torch.linspace(1.0, _LEAST, _TRIED)
-    importance_GI = torch.ones(weight_FGI.shape[1:]) if importance_D is None else importance_D.unflatten(0, (-1, group))
-    best = []
-    for rows, wholes in zip(
-        *(t.split(max(1, _CHUNK // weight_FD.shape[-1])) for t in (weight_FGI, whole_FG)), strict=True
-    ):
-        errors = torch.stack([_error(rows, _rounded(wholes * share), bits, importance_GI) for share in shares_C])
-        best.append(_rounded(wholes * shares_C[errors.argmin(0)]))
-    return torch.cat(best)
+    bits: int
+    group: int
 
+    def scales(self, weight_FD: Tensor, importance_D: Tensor | None = None) -> Tensor:
+        """bfloat16 scales [F, G], in float32: of several from the largest weight downwards that of least squared error.
 
-def _error(weight_FGI: Tensor, scales_FG: Tensor, bits: int, importance_GI: Tensor) -> Tensor:
-    numbers = _numbers(weight_FGI, scales_FG[..., None], bits)
-    return ((numbers * scales_FG[..., None] - weight_FGI).square_() * importance_GI).sum(-1)
+        With 8 bits cutting off gains nothing, and the largest weight decides.
+        importance_D: what the square of an error in each column counts, such as the mean square of its inputs.
+        """
+        weight_FGI = weight_FD.float().unflatten(-1, (-1, self.group or weight_FD.shape[-1]))
+        if self.bits == 8:
+            return _rounded(weight_FGI.abs().amax(-1) / 127)
+        importance_GI = torch.ones(weight_FGI.shape[1:])
+        if importance_D is not None:
+            importance_GI = importance_D.view_as(importance_GI)
+        best = []
+        for rows in weight_FGI.split(max(1, _CHUNK // weight_FD.shape[-1])):
+            whole_FG = rows.abs().amax(-1) / 7
+            scales_FG, least_FG = _rounded(whole_FG), torch.full_like(whole_FG, torch.inf)
+            for share in _SHARES:
+                tried_FG = _rounded(whole_FG * share)
+                error_FGI = self.nearest(rows / tried_FG[..., None]) * tried_FG[..., None] - rows
+                error_FG = (error_FGI.square_() * importance_GI).sum(-1)
+                scales_FG = torch.where(error_FG < least_FG, tried_FG, scales_FG)
+                least_FG = torch.minimum(error_FG, least_FG)
+            best.append(scales_FG)
+        return torch.cat(best)
+
+    def nearest(self, scaled: Tensor) -> Tensor:
+        """The nearest whole numbers, halves to the even one; what is beyond the largest is cut off."""
+        end = 2.0 ** (self.bits - 1)
+        return scaled.round().clamp_(-end, end - 1)
 
 
 def _rounded(scales: Tensor) -> Tensor:
@@ -82,23 +91,13 @@ def _rounded(scales: Tensor) -> Tensor:
     return torch.where(scales == 0, 1.0, scales)
 
 
-def _numbers(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    return (weight / scale).round_().clamp_(-largest(bits) - 1, largest(bits))
-
-
-def to_numbers(weight_FD: Tensor, scales_FG: Tensor, bits: int) -> Tensor:
-    """The nearest numbers (int8), halves to the even one; what is beyond the largest is cut off."""
-    weight_FGI = weight_FD.float().unflatten(-1, (scales_FG.shape[-1], -1))
-    return _numbers(weight_FGI, scales_FG[..., None], bits).flatten(-2).to(torch.int8)
-
-
 def from_numbers(numbers_FD: Tensor, scales_FG: Tensor) -> Tensor:
     """The float32 weights that numbers and scales stand for."""
     return (numbers_FD.float().unflatten(-1, (scales_FG.shape[-1], -1)) * scales_FG[..., None].float()).flatten(-2)
 
 
 def pack(numbers_FD: Tensor, bits: int) -> Tensor:
-    """int32 words [F, ceil(D * bits / 32)] of int8 numbers."""
+    """int32 words [F, ceil(D * bits / 32)] of whole numbers."""
     per_word = WORD // bits
     unsigned = numbers_FD.int() + 2 ** (bits - 1)
     unsigned = torch.nn.functional.pad(unsigned, (0, -unsigned.shape[-1] % per_word))

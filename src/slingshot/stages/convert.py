@@ -73,7 +73,7 @@ def _write(folder: Path, config: ConvertConfig, source: Path, title: str) -> Non
         dtype, tensors = weights.dtype, _as_stored(weights, title)
     else:
         fp8 = config.dtype == "fp8"
-        architecture = architecture.model_copy(update={"quantization": "fp8" if fp8 else None})
+        architecture = architecture.stored_as(None, fp8)
         dtype = "bfloat16" if fp8 else config.dtype or weights.dtype
         tensors = _converted(weights, dtype, fp8, title)
     write_shards(folder, tensors, config.max_shard_size)

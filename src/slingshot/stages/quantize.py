@@ -2,11 +2,12 @@
 
 The model writes responses to its tasks' problems. On some of them the matrices are calibrated, layer by layer (GPTQ,
 arXiv 2210.17323); on others, to held-out problems, the small model is compared with the full one. Routers, norms,
-embeddings, the head and MLA's kv_b_proj stay, in bfloat16. The folder is compressed-tensors' pack-quantized, which
+embeddings, the head and MLA's kv_b_proj stay, in bfloat16. The folder is as compressed-tensors has it, which
 transformers and vLLM read; what was found stands in quantization.json. fp8 is DeepSeek-V3's own form: e4m3, a scale for
 each 128 x 128 block, kv_b_proj too, rounded to nearest.
 
     slingshot quantize runs/tiny/rl_final --to int4 --out runs/tiny-int4
+    slingshot quantize runs/tiny/rl_final --bits 4.5 --out runs/tiny-4.5        # 8 bits where 4 lose most
 """
 
 from __future__ import annotations
@@ -29,17 +30,25 @@ from slingshot.base.files import write_json
 from slingshot.base.progress import Progress
 from slingshot.checkpoint.description import write_description
 from slingshot.checkpoint.layout import layout, tensor_count
-from slingshot.checkpoint.load_save import StoredWeights, load_model, load_tokenizer, open_weights, read_into
+from slingshot.checkpoint.load_save import (
+    StoredWeights,
+    load_as_stored,
+    load_model,
+    load_tokenizer,
+    open_weights,
+    read_into,
+)
 from slingshot.checkpoint.safetensors import write_shards
 from slingshot.cost.flops import forward_flops
 from slingshot.cost.receipt import RECEIPT, Receipt
 from slingshot.engine.engine import Engine
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
-from slingshot.quantization.formats import BITS, PACKED, PACKED_SCALE, PACKED_SHAPE, SCALE, is_packed
+from slingshot.quantization.encode import encoded, grid
+from slingshot.quantization.formats import BITS, MX_BLOCK, SCALE, Scheme, is_packed
 from slingshot.quantization.fp8 import quantize
-from slingshot.quantization.gptq import gptq
-from slingshot.quantization.integers import best_scales, check_groups, from_numbers, pack, to_numbers
+from slingshot.quantization.gptq import gptq, rounded
+from slingshot.quantization.integers import IntegerGrid, check_groups, from_numbers
 from slingshot.rollout.metrics import difference
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import EngineSampler, SamplingConfig
@@ -52,21 +61,28 @@ from slingshot.training.calibration import Batch, by_layer, stream
 from slingshot.training.checkpointer import Checkpointer
 from slingshot.training.fidelity import fidelity
 from slingshot.training.parallel import Parallel
+from slingshot.training.sensitivity import chosen, modules, sensitivities, together
 
-BOUNDS = {"int8": 0.002, "int4": 0.05, "fp8": 0.02}  # of the mean KL divergence, in nats a token: a loss beyond is said
+# Of the mean KL divergence, in nats a token: a loss beyond is said.
+BOUNDS = {"int8": 0.002, "int4": 0.05, "fp8": 0.02, "int8-dynamic": 0.01, "mxfp4": 0.1}
 _FEW = 64  # rows of inputs: experts that saw fewer are rounded to nearest
 _ROWS = 8  # of a batch
+_PROBED = 1024  # tokens on which each matrix's sensitivity is measured
 
 Packed = tuple[Tensor, Tensor]  # numbers and scales
 
 
 class QuantizeConfig(StageConfig):
     """`tasks`: unless told those that the model was trained on, which its receipt names. `calibrate`: responses that
-    the matrices are fitted to; 0 rounds to nearest, as fp8 always does. `problems`: of each task, for both models."""
+    the matrices are fitted to; 0 rounds to nearest, as fp8 always does. `problems`: of each task, for both models.
+    `bits`: of int4, a number's on the average, scales not counted: matrices that lose most by 4 bits get 8.
+    `scale_fmt`: of fp8, scales that are powers of two, as DeepSeek-V3.1's."""
 
     model: str
-    to: Literal["int8", "int4", "fp8"] = "int4"
+    to: Literal["int8", "int4", "fp8", "int8-dynamic", "mxfp4"] = "int4"
+    bits: float | None = Field(None, ge=4, le=8)
     group_size: Literal[32, 64, 128] = 32
+    scale_fmt: Literal["ue8m0"] | None = None
     tasks: list[TaskConfig] = []
     form: PromptForm = PromptForm()
     sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_p=0.95, max_tokens=256)
@@ -96,24 +112,27 @@ def run(config: QuantizeConfig, out: Path) -> None:
                 work.meter.add(tokens, sampling=flops)
                 return [group[0] for group in groups], tokens / (time.perf_counter() - began)
 
-            packed: dict[str, Packed] = {}
-            if config.calibrate and config.to in BITS:
+            packed, scheme, probed = dict[str, Packed](), scheme_of(config), dict[str, Any]()
+            if config.calibrate and scheme is not None:
                 texts = [t.ids for t in answered(source, mix.draw(0, config.calibrate))[0]]
-                packed = calibrated(load_model(source), stream(texts, config.sequence_length, _ROWS), config)
+                if config.bits is not None:
+                    scheme, probed = widened(load_model(source), load_model(source), texts, config, scheme)
+                    work.meter.add(sensitivity=probed.pop("flops"))
+                packed = calibrated(load_model(source), stream(texts, config.sequence_length, _ROWS), scheme)
                 work.meter.add(calibration=2 * forward_flops(weights.config, map(len, texts)))
             shutil.rmtree(made, ignore_errors=True)
             made.mkdir()
-            write_shards(made, tensors(weights, packed, config, progress))
-            update = {"quantization": config.to, "quantization_group_size": group_size(config)}
-            write_description(made, weights.config.model_copy(update=update), tokenizer, "bfloat16", source)
+            write_shards(made, tensors(weights, packed, scheme, config.scale_fmt, progress))
+            stored = weights.config.stored_as(scheme, config.to == "fp8", config.scale_fmt)
+            write_description(made, stored, tokenizer, "bfloat16", source)
 
             asked = held_out(mix.tasks, config)
             (full, speed), (small, small_speed) = answered(source, asked), answered(made, asked)
             texts = [t.ids for t in full]
-            told = fidelity(load_model(source), load_model(made), stream(texts, config.sequence_length, _ROWS))
+            told = fidelity(load_model(source), load_as_stored(made)[0], stream(texts, config.sequence_length, _ROWS))
             work.meter.add(comparison=2 * forward_flops(weights.config, map(len, texts)))
         result = {
-            "to": config.to, "group_size": group_size(config), "calibrated": len(packed), **told,
+            "to": config.to, "group_size": scheme.group if scheme else 0, "calibrated": len(packed), **probed, **told,
             "kl_bound": BOUNDS[config.to], "tasks": compared(full, small, config.seed),
             "tokens_per_second": {"full": speed, "small": small_speed},
             "bytes": (size := sum(file.stat().st_size for file in made.glob("*.safetensors"))),
@@ -133,25 +152,34 @@ def run(config: QuantizeConfig, out: Path) -> None:
 
 def mended(config: QuantizeConfig) -> Iterator[str]:
     """What would lose less."""
-    if config.to in BITS and not config.calibrate:
+    if config.to != "fp8" and not config.calibrate:
         yield "calibrate=128 fits the numbers to the model's own text"
-    if group_size(config) > 32:
+    if config.to in BITS and config.group_size > 32:
         yield "group_size=32 has more scales"
+    if config.to == "int4" and (config.bits or 4) < 8:
+        yield f"bits={min(8, (config.bits or 4) + 1):g} gives 8 where 4 lose most"
     yield "the model is sensitive; look at its evaluation" if config.to == "int8" else "int8 loses least"
 
 
-def group_size(config: QuantizeConfig) -> int:
-    """0 where scales are not those of groups."""
-    return config.group_size if config.to in BITS else 0
+def scheme_of(config: QuantizeConfig) -> Scheme | None:
+    """How matrices will be stored, before any has more bits than the rest; None: as fp8."""
+    group = {"int8": config.group_size, "int4": config.group_size, "mxfp4": MX_BLOCK}.get(config.to, 0)
+    return None if config.to == "fp8" else Scheme(config.to, group)
 
 
 def check(model: ModelConfig, config: QuantizeConfig) -> None:
-    """Raise SlingshotError for a model that is quantised already, and for rows that are no whole groups."""
-    if model.quantization in (*BITS, config.to):
+    """Raise SlingshotError for what is quantised already, rows that are no whole groups, and keys of another `to`."""
+    if model.quantization not in (None, "fp8") or model.quantization == config.to:
         raise SlingshotError(f"quantize: {config.model} holds {model.quantization} already; give what it was made from")
+    if config.bits is not None and (config.to != "int4" or not config.calibrate):
+        needs = f"to=int4, not {config.to}" if config.to != "int4" else "text of the model: calibrate=128"
+        raise SlingshotError(f"quantize: bits={config.bits:g} needs {needs}")
+    if config.scale_fmt is not None and config.to != "fp8":
+        raise SlingshotError(f"quantize: scale_fmt={config.scale_fmt} is of to=fp8, not {config.to}")
+    group = (scheme_of(config) or Scheme("int8-dynamic")).group or 1
     for spec in layout(model):
-        if config.to in BITS and is_packed(spec.name, spec.stored):
-            check_groups(spec.shape, config.group_size, f"quantize: {config.model}: {spec.name}")
+        if is_packed(spec.name, spec.stored):
+            check_groups(spec.shape, group, f"quantize: {config.model}: {spec.name}")
 
 
 def trained_on(source: Path, named: str) -> list[TaskConfig]:
@@ -169,44 +197,59 @@ def held_out(tasks: Sequence[Task], config: QuantizeConfig) -> list[Item]:
     return [Item(task, each, each.key) for task in tasks for each in distinct(task, "test", seed, config.problems)]
 
 
-def calibrated(model: Transformer, batches: Sequence[Batch], config: QuantizeConfig) -> dict[str, Packed]:
+def widened(
+    full: Transformer, model: Transformer, texts: Sequence[Sequence[int]], config: QuantizeConfig, scheme: Scheme
+) -> tuple[Scheme, dict[str, Any]]:
+    """The scheme with 8 bits where 4 lose most, and what was measured; `model` is a copy of the full one."""
+    assert config.bits is not None
+    shapes = {spec.name: spec.shape for spec in layout(full.config) if is_packed(spec.name, spec.stored)}
+    units = together(shapes)
+    sizes = {unit: sum(prod(shapes[name]) for name in names) for unit, names in units.items()}
+    length = min(config.sequence_length, _PROBED)
+    batches = stream(texts, length, _PROBED // length)[:1]
+    lost = sensitivities(model, full, batches, units, IntegerGrid(4, config.group_size))
+    wide = chosen(lost, sizes, config.bits)
+    scheme = Scheme(scheme.kind, scheme.group, tuple(each for unit in wide for each in modules(unit, units[unit])))
+    mean = sum(prod(shape) * scheme.bits(name) for name, shape in shapes.items()) / sum(sizes.values())
+    print(f"8 bits for {len(wide)} of {len(units)}, {mean:.2f} on the average; KL of each at 4:", file=sys.stderr)
+    for unit in wide:
+        print(f"    {unit.removeprefix('model.').rstrip('.')} {lost[unit]:.2g}", file=sys.stderr)
+    tokens = [batches[0][0].numel()] if batches else []
+    flops = 2 * len(units) * forward_flops(full.config, tokens)
+    return scheme, {"bits": mean, "sensitivities": lost, "wide": list(scheme.wide), "flops": flops}
+
+
+def calibrated(model: Transformer, batches: Sequence[Batch], scheme: Scheme) -> dict[str, Packed]:
     """Numbers and scales of the matrices that enough of the text went through; the model's weights become these."""
-    packed, bits, group = dict[str, Packed](), BITS[config.to], config.group_size
+    packed = dict[str, Packed]()
     for name, weight_FD, gram_DD, rows in by_layer(model, batches):
         if not is_packed(name, "linear") or name.endswith("eh_proj.weight"):
             continue
         if rows >= _FEW and gram_DD.isfinite().all():
-            packed[name] = gptq(weight_FD, gram_DD, bits, group)
+            packed[name] = gptq(weight_FD, gram_DD, grid(scheme, name))
             weight_FD.copy_(from_numbers(*packed[name]))
     return packed
 
 
 def tensors(
-    weights: StoredWeights, packed: Mapping[str, Packed], config: QuantizeConfig, progress: Progress
-) -> Iterator[tuple[str, Tensor]]:
-    """The new checkpoint's tensors: what is not `packed` yet is rounded to nearest."""
-    bits, dtype = BITS.get(config.to), torch.bfloat16
+    weights: StoredWeights, packed: Mapping[str, Packed], scheme: Scheme | None, scale_fmt: str | None,
+    progress: Progress,
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    """The new checkpoint's tensors: what is not `packed` yet is rounded to nearest; without a scheme all, to fp8."""
     for number, spec in enumerate(layout(weights.config), start=1):
-        tensor = torch.empty(spec.shape, dtype=torch.float32 if spec.stored != "plain" else dtype)
+        tensor = torch.empty(spec.shape, dtype=torch.float32 if spec.stored != "plain" else torch.bfloat16)
         read_into(tensor, weights, spec)
-        if bits is None and spec.stored == "linear":
-            values, scale_inv = quantize(tensor)
+        if scheme is None and spec.stored == "linear":
+            values, scale_inv = quantize(tensor, scale_fmt)
             yield spec.name, values
             yield spec.name + SCALE, scale_inv
-        elif bits is not None and is_packed(spec.name, spec.stored):
-            numbers, scales = packed.get(spec.name) or rounded(tensor, bits, config.group_size)
-            yield spec.name + PACKED, pack(numbers, bits)
-            yield spec.name + PACKED_SCALE, scales.to(dtype)
-            yield spec.name + PACKED_SHAPE, torch.tensor(spec.shape)
+        elif scheme is not None and is_packed(spec.name, spec.stored):
+            numbers, scales = packed.get(spec.name) or rounded(tensor, grid(scheme, spec.name))
+            for suffix, part in encoded(scheme, spec.name, numbers, scales):
+                yield spec.name + suffix, part
         else:
-            yield spec.name, tensor if spec.stored == "float32" else tensor.to(dtype)
+            yield spec.name, tensor if spec.stored == "float32" else tensor.bfloat16()
         progress.update(number)
-
-
-def rounded(weight_FD: Tensor, bits: int, group: int) -> Packed:
-    """Each weight's nearest number."""
-    scales_FG = best_scales(weight_FD, bits, group)
-    return to_numbers(weight_FD, scales_FG, bits), scales_FG
 
 
 def compared(full: Sequence[Trajectory], small: Sequence[Trajectory], seed: int) -> dict[str, Any]:

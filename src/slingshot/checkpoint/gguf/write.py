@@ -32,7 +32,6 @@ from slingshot.checkpoint.gguf.read import PLAIN
 from slingshot.checkpoint.gguf.tokenizer import add_tokenizer
 from slingshot.checkpoint.layout import Spec, layout
 from slingshot.checkpoint.load_save import FolderWeights, StoredWeights
-from slingshot.quantization.formats import BITS
 from slingshot.quantization.ggml_blocks import BLOCK, blocks
 from slingshot.text.tokenizer import Tokenizer
 
@@ -44,7 +43,8 @@ _KINDS = {
     "bfloat16": (Kind.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (Kind.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-_BLOCKS = {"int4": (Kind.Q4_0, LlamaFileType.MOSTLY_Q4_0), "int8": (Kind.Q8_0, LlamaFileType.MOSTLY_Q8_0)}
+_BLOCKS = {4: Kind.Q4_0, 8: Kind.Q8_0}  # of so many bits
+_BLOCK_FILES = {"int4": LlamaFileType.MOSTLY_Q4_0, "int8": LlamaFileType.MOSTLY_Q8_0}
 _LARGEST = {kind: torch.finfo(dtype).max for kind, dtype in PLAIN.items()} | {Kind.Q8_0: 127 * 65504.0}
 _VALUE_TYPES = {
     int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING, bool: GGUFValueType.BOOL,
@@ -76,9 +76,9 @@ def write_gguf(file: Path, weights: StoredWeights, tokenizer: Tokenizer, dtype: 
     architecture, the tokenizer or a value.
     """
     config, (kind, file_type) = weights.config, _KINDS[dtype or "bfloat16"]
-    packed = None
-    if dtype is None and isinstance(weights, FolderWeights) and config.quantization in _BLOCKS:
-        packed, file_type = _BLOCKS[config.quantization]
+    packed = dtype is None and isinstance(weights, FolderWeights) and config.quantization in _BLOCK_FILES
+    if packed:
+        file_type = _BLOCK_FILES[config.quantization or ""]
         if config.quantization_group_size % BLOCK:
             groups = f"groups of {config.quantization_group_size} are no whole blocks of {BLOCK}"
             raise SlingshotError(f"{file}: {groups}; give --dtype bfloat16 or q8_0")
@@ -155,10 +155,10 @@ def _converted(piece: Tensor, kind: Kind) -> np.ndarray:
     return piece.to(PLAIN[kind]).contiguous().view(torch.uint8).numpy()
 
 
-def _parts(weights: StoredWeights, kind: Kind, packed: Kind | None) -> Iterator[_Part]:
+def _parts(weights: StoredWeights, kind: Kind, packed: bool) -> Iterator[_Part]:
     """Every tensor of the file, without the MTP module's copies of embedding and head: llama.cpp takes the model's.
 
-    packed: as which blocks matrices are written that the checkpoint has packed; None: as all others.
+    packed: matrices that the checkpoint has packed are written as blocks of the same numbers.
     """
     config = weights.config
     if config.rope_scaling is not None and config.rope_scaling.rope_type == "llama3":
@@ -178,17 +178,19 @@ def _parts(weights: StoredWeights, kind: Kind, packed: Kind | None) -> Iterator[
             shape = (len(names), *shape)
         rotated = architecture(config) == "llama" and spec.name.endswith(("q_proj.weight", "k_proj.weight"))
         read = weights.read
-        if packed is not None and isinstance(weights, FolderWeights) and all(map(weights.is_packed, names)):
-            stored, read = packed, partial(_blocks, weights)
+        if packed and isinstance(weights, FolderWeights) and all(map(weights.is_packed, names)):
+            assert config.scheme is not None
+            bits = config.scheme.bits(spec.name)
+            stored, read = _BLOCKS[bits], partial(_blocks, weights, bits)
         yield _Part(name, shape, stored, partial(_rows, read, names, spec.shape, config.head_dim if rotated else 0))
 
 
-def _blocks(weights: FolderWeights, name: str, rows: slice) -> Tensor:
+def _blocks(weights: FolderWeights, bits: int, name: str, rows: slice) -> Tensor:
     """The bytes of a packed matrix's rows."""
     packed = weights.packed(name, rows)
     assert packed is not None, name
     try:
-        return blocks(*packed, BITS[weights.config.quantization or ""])
+        return blocks(*packed, bits)
     except ValueError as error:
         raise SlingshotError(f"{weights.where(name)}: {name} {error}") from error
 

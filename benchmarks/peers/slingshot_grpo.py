@@ -21,7 +21,7 @@ config = {
     "steps": len(setup["prompts"]) // setup["prompts_per_step"],
     "prompts_per_step": setup["prompts_per_step"],
     "group_size": setup["group_size"],
-    "micro_batch_size": 4,
+    "micro_batch_size": setup["prompts_per_step"] * setup["group_size"] // 4,
     "rewards": {"random": True},
     "sampling": {"max_tokens": setup["max_tokens"]},
     "optimizer": {"lr": setup["lr"]},

@@ -8,7 +8,8 @@ from slingshot.checkpoint.adapter import write_adapter
 from slingshot.engine.engine import Engine
 from slingshot.serving.app import create_app
 from slingshot.serving.gateway import Gateway
-from slingshot.serving.ledger import REQUESTS, Ledger
+from slingshot.serving.ledger import Ledger
+from slingshot.serving.ledger_tables import REQUESTS
 from slingshot.serving.local import AdapterBackend, LocalBackend
 from slingshot.serving.prices import PriceList
 from slingshot.serving.served_model import ServedModel

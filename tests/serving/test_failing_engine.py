@@ -12,7 +12,8 @@ from slingshot.engine.engine import Engine
 from slingshot.serving import accounts
 from slingshot.serving.app import create_app
 from slingshot.serving.gateway import Gateway
-from slingshot.serving.ledger import REQUESTS, Ledger
+from slingshot.serving.ledger import Ledger
+from slingshot.serving.ledger_tables import REQUESTS
 from slingshot.serving.local import LocalBackend
 from slingshot.serving.prices import PICO, PriceList
 from slingshot.serving.served_model import ServedModel

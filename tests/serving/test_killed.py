@@ -14,7 +14,8 @@ import pytest
 
 from slingshot.checkpoint.load_save import save_checkpoint
 from slingshot.serving import accounts
-from slingshot.serving.ledger import REQUESTS, Ledger
+from slingshot.serving.ledger import Ledger
+from slingshot.serving.ledger_tables import REQUESTS
 from slingshot.serving.prices import PICO, PriceList
 from tests.serving.test_load import BODY, CHAT, until
 from tests.serving.test_monitoring import samples

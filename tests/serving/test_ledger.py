@@ -81,14 +81,15 @@ def test_a_limit_refuses_until_there_is_room_again(ledger, limits, status):
 def test_what_a_dead_gateway_left_open_is_settled_by_the_progress_it_wrote(url):
     dead = Ledger(url, PRICES)
     alice = account(dead, balance=1.0)
-    dead.reserve(alice, "tiny", 100, 100, "a").progress(cached=60, completion=7)
+    lost = dead.reserve(alice, "tiny", 100, 100, "a")
+    lost.progress(cached=60, completion=7)
     dead.tick()
     with dead.transaction() as connection:
         connection.exec_driver_sql("UPDATE gateways SET pid = 2147483632")  # no such process
     other = Ledger(url, PRICES)
     assert row(other).balance == PICO - (60 * 1 + 40 * 10 + 7 * 100) * PICO // 10**6
     assert (row(other).reserved, row(other).running) == (0, 0)
-    dead.settle("a", Usage(100, 60, 90, 0))  # should it come back: booked already
+    lost.settle(Usage(100, 60, 90, 0))  # should it come back: booked already
     assert row(other).balance == PICO - (60 * 1 + 40 * 10 + 7 * 100) * PICO // 10**6
 
 

@@ -16,7 +16,8 @@ import sqlalchemy as sa
 from slingshot.base.errors import SlingshotError
 from slingshot.serving import accounts
 from slingshot.serving.errors import ApiError
-from slingshot.serving.ledger import KEYS, LOCAL, REQUESTS, Ledger
+from slingshot.serving.ledger import LOCAL, Ledger
+from slingshot.serving.ledger_tables import KEYS, REQUESTS
 from slingshot.serving.prices import PICO
 from tests.serving.test_killed import PRICES, assert_consistent, checkpoint, crowd, rows_of, started  # noqa: F401
 from tests.serving.test_load import BODY, CHAT, until

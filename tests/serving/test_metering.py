@@ -11,7 +11,8 @@ from slingshot.serving.app import create_app
 from slingshot.serving.backend import TokenDelta
 from slingshot.serving.errors import ApiError
 from slingshot.serving.gateway import Gateway
-from slingshot.serving.ledger import REQUESTS, Ledger
+from slingshot.serving.ledger import Ledger
+from slingshot.serving.ledger_tables import REQUESTS
 from slingshot.serving.prices import PICO, PriceList
 from slingshot.serving.served_model import ServedModel
 from tests.serving.conftest import ScriptedBackend, ids_of, running

@@ -18,7 +18,8 @@ from slingshot.serving import accounts
 from slingshot.serving.access_log import AccessLog
 from slingshot.serving.app import create_app
 from slingshot.serving.gateway import Gateway
-from slingshot.serving.ledger import REQUESTS, Ledger
+from slingshot.serving.ledger import Ledger
+from slingshot.serving.ledger_tables import REQUESTS
 from slingshot.serving.local import LocalBackend
 from slingshot.serving.prices import PICO, PriceList
 from slingshot.serving.served_model import ServedModel

@@ -23,7 +23,8 @@ from sqlalchemy.exc import IntegrityError
 from slingshot.base.errors import SlingshotError
 from slingshot.base.names import did_you_mean
 from slingshot.serving.errors import ApiError
-from slingshot.serving.ledger import KEYS, LOCAL, Account, Ledger
+from slingshot.serving.ledger import LOCAL, Account, Ledger
+from slingshot.serving.ledger_tables import KEYS
 from slingshot.serving.prices import PICO
 
 PREFIX = "sk-slingshot-"
@@ -81,9 +82,14 @@ def top_up(ledger: Ledger, name: str, amount: float) -> None:
     _change(ledger, name, balance=sa.func.coalesce(KEYS.c.balance, 0) + _picodollars(amount))
 
 
+def is_ours(secret: str | None) -> bool:
+    """Whether this looks like a key of a server like this one."""
+    return secret is not None and secret.startswith(PREFIX)
+
+
 def authenticate(ledger: Ledger, secret: str | None, keyless: bool) -> Account:
     """Whose key this is; ApiError 401 for none. keyless: whoever comes without one of ours uses the local account."""
-    if secret is None or not secret.startswith(PREFIX):
+    if secret is None or not is_ours(secret):
         if keyless:
             return LOCAL
         missing = "no API key was given" if not secret else "this is no key of this server"

@@ -29,7 +29,7 @@ from slingshot.text.tool_formats import ToolFormat
 PieceKind = Literal["reasoning", "content", "call"]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # unlike frozen ones they are made quickly, and there are many
 class ToldToken:
     """A sampled token: top_logprobs, experts and whether it was drafted where asked for."""
 
@@ -51,7 +51,7 @@ class AnsweredCall:
     whole: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Piece:
     """What an answer grew by: text, or a call's arguments. tokens: those sampled since the last piece, of whatever
     kind. call: the one that grows; begins, ends: whether it does so with this piece."""
@@ -254,5 +254,6 @@ def joined(pieces: list[Piece]) -> list[Piece]:
     together = []
     for its in groups:
         text, tokens = "".join(piece.text for piece in its), [token for piece in its for token in piece.tokens]
-        together.append(replace(its[0], text=text, tokens=tokens, ends=its[-1].ends))
+        first, last = its[0], its[-1]
+        together.append(Piece(first.kind, text, tokens, first.call, first.begins, last.ends))
     return together

@@ -47,7 +47,7 @@ class Generation:
     adapter: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # unlike a frozen one it is made quickly
 class TokenDelta:
     """What a sample grew by: at least a token, or its end.
 

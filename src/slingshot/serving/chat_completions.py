@@ -21,7 +21,7 @@ from slingshot.serving.exchange import Exchange
 from slingshot.serving.ledger import Usage
 from slingshot.serving.question import Question, plain_messages
 from slingshot.serving.sampling_fields import SamplingFields
-from slingshot.serving.sse import to_json
+from slingshot.serving.sse import choice_events, to_json
 from slingshot.serving.tools import read_choice, read_tools, told_call
 
 REASONER = {"temperature": 0.6, "top_p": 0.95}  # R1's recommended settings, where a client sets none
@@ -224,11 +224,12 @@ async def chunks(exchange: Exchange, told: ToldToClient) -> AsyncGenerator[str, 
         "created": exchange.created,
         "model": exchange.model.name,
     }
+    written = choice_events(head)
 
     def event(index: int, delta: dict[str, Any], reason: str | None = None, pieces: list[Piece] | None = None) -> str:
         choice = {"index": index, "delta": delta, "finish_reason": reason}
         choice |= _of_tokens(exchange, pieces, told) if pieces else {"logprobs": None}
-        return f"data: {to_json(head | {'choices': [choice]})}\n\n"
+        return written(choice)
 
     begun = set[int]()
     async for sample, piece in exchange.pieces():

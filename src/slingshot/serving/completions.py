@@ -23,7 +23,7 @@ from slingshot.serving.exchange import Exchange
 from slingshot.serving.ledger import Usage
 from slingshot.serving.question import Question
 from slingshot.serving.sampling_fields import SamplingFields
-from slingshot.serving.sse import to_json
+from slingshot.serving.sse import choice_events, to_json
 from slingshot.serving.together import together
 
 Ids = list[int]
@@ -154,10 +154,10 @@ async def completion(exchanges: Sequence[Exchange], body: CompletionRequest) -> 
 async def completion_chunks(exchanges: Sequence[Exchange], body: CompletionRequest) -> AsyncGenerator[str, None]:
     """The answers as events, then their finish reasons, then the usage where asked for."""
     head, answers = _head(exchanges), _answers(exchanges, body)
+    written = choice_events(head)
 
     def event(index: int, pieces: list[Piece], reason: str | None) -> str:
-        choice = {"index": index, **answers[index][0].grow(pieces), "finish_reason": reason}
-        return f"data: {to_json(head | {'choices': [choice]})}\n\n"
+        return written({"index": index, **answers[index][0].grow(pieces), "finish_reason": reason})
 
     async for index, piece in _pieces(exchanges):
         yield event(index, [piece], None)

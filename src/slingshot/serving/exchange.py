@@ -87,7 +87,9 @@ class Exchange:
         Raises nothing but ApiError.
         """
         try:
-            async with contextlib.aclosing(self._together()) as samples:
+            begun = asyncio.Event()
+            streams = [self._sample(sample, begun) for sample in range(len(self.answers))]
+            async with contextlib.aclosing(together(streams)) as samples:
                 async for item in samples:
                     yield item
         except SlingshotError as error:
@@ -125,22 +127,10 @@ class Exchange:
             self._meter.ended(self.usage, cost, self.queue_seconds, self.first_token_seconds)
             self.on_end(self)
 
-    async def _together(self) -> AsyncGenerator[tuple[int, Piece], None]:
-        begun = asyncio.Event()
-
-        async def numbered(sample: int) -> AsyncGenerator[tuple[int, Piece], None]:
-            if sample:
-                await begun.wait()
-            async with contextlib.aclosing(self._sample(sample, begun)) as pieces:
-                async for piece in pieces:
-                    yield sample, piece
-
-        async with contextlib.aclosing(together([numbered(sample) for sample in range(len(self.answers))])) as items:
-            async for item in items:
-                yield item
-
-    async def _sample(self, sample: int, begun: asyncio.Event) -> AsyncGenerator[Piece, None]:
+    async def _sample(self, sample: int, begun: asyncio.Event) -> AsyncGenerator[tuple[int, Piece], None]:
         """One sample; where its reasoning is closed from outside it goes on behind the closing words, once."""
+        if sample:
+            await begun.wait()
         answer, params = self.answers[sample], self._params
         while True:
             prompt_ids = (*self.prompt_ids, *answer.token_ids)
@@ -153,7 +143,7 @@ class Exchange:
                 async with contextlib.aclosing(self._deltas(generation, begun)) as deltas:
                     async for delta in deltas:
                         for piece in joined(answer.push(delta)):
-                            yield piece
+                            yield sample, piece
                         if self.reservation is not None:
                             self.reservation.progress(self.cached, sum(its.completion_tokens for its in self.answers))
                         if answer.finish_reason is not None:
@@ -166,11 +156,11 @@ class Exchange:
                 self._meter.grew(generation.untold.tokens, None)
                 raise
             for piece in answer.close_reasoning(self.model.vocabulary):
-                yield piece
+                yield sample, piece
             left = self._params.max_tokens - answer.completion_tokens
             if left < 1:
                 for piece in answer.push(TokenDelta([], [], finish_reason="length")):
-                    yield piece
+                    yield sample, piece
                 return
             params = self.model.resumed(params, left)
 

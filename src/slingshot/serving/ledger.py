@@ -32,6 +32,18 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from slingshot.base.errors import SlingshotError
 from slingshot.serving.errors import ApiError
+from slingshot.serving.ledger_tables import (
+    CHARGE,
+    CLOSE,
+    GATEWAYS,
+    KEYS,
+    METADATA,
+    OPEN,
+    PROGRESS,
+    REQUESTS,
+    SEEN,
+    TAKE,
+)
 from slingshot.serving.prices import PriceFile, PriceList, dollars
 
 T = TypeVar("T")
@@ -42,53 +54,6 @@ DEAD = 15.0  # seconds without a sign of life after which a gateway is taken for
 _GAP = 5.0  # seconds between two signs of one's own, above which the database was away, for the others too
 _BUSY = 5.0  # seconds for which SQLite's lock is waited for
 _FIRST = 0x736C696E67  # names the lock under which servers that start at once make the tables
-_METADATA = sa.MetaData()
-
-KEYS = sa.Table(
-    "keys", _METADATA,
-    sa.Column("id", sa.String, primary_key=True),
-    sa.Column("name", sa.String, nullable=False, unique=True),
-    sa.Column("hash", sa.String, nullable=False, unique=True),       # SHA-256 of the key
-    sa.Column("hint", sa.String, nullable=False),                    # its last characters
-    sa.Column("created", sa.Float, nullable=False),
-    sa.Column("expires", sa.Float),
-    sa.Column("revoked", sa.Float),
-    sa.Column("models", sa.JSON(none_as_null=True)),                 # None: all
-    sa.Column("concurrency", sa.Integer),                            # None, here and below: without limit
-    sa.Column("tokens_per_minute", sa.BigInteger),
-    sa.Column("balance", sa.BigInteger),                             # picodollars
-    sa.Column("reserved", sa.BigInteger, nullable=False, default=0),
-    sa.Column("running", sa.Integer, nullable=False, default=0),
-    sa.Column("minute", sa.BigInteger, nullable=False, default=0),   # the last one in which it was used
-    sa.Column("minute_tokens", sa.BigInteger, nullable=False, default=0),
-)  # fmt: skip
-
-REQUESTS = sa.Table(
-    "requests", _METADATA,
-    sa.Column("id", sa.String, primary_key=True),
-    sa.Column("key_id", sa.String, nullable=False, index=True),
-    sa.Column("model", sa.String, nullable=False),
-    sa.Column("began", sa.Float, nullable=False, index=True),
-    sa.Column("ended", sa.Float),                                    # None: open
-    sa.Column("gateway", sa.String, nullable=False),
-    sa.Column("reserved", sa.BigInteger, nullable=False),            # picodollars
-    sa.Column("reserved_tokens", sa.BigInteger, nullable=False),
-    sa.Column("prompt", sa.BigInteger, nullable=False),
-    sa.Column("cached", sa.BigInteger, nullable=False, default=0),
-    sa.Column("completion", sa.BigInteger, nullable=False, default=0),
-    sa.Column("reasoning", sa.BigInteger, nullable=False, default=0),
-    sa.Column("cost", sa.BigInteger, nullable=False, default=0),
-)  # fmt: skip
-
-GATEWAYS = sa.Table(
-    "gateways", _METADATA,
-    sa.Column("id", sa.String, primary_key=True),
-    sa.Column("host", sa.String, nullable=False),
-    sa.Column("pid", sa.Integer, nullable=False),
-    sa.Column("began", sa.Float, nullable=False),
-    sa.Column("seen", sa.Float, nullable=False),                     # alive, at the latest
-    sa.Column("ended", sa.Float),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,16 +83,20 @@ LOCAL = Account("local", "local")  # who uses the server on its own machine, wit
 
 @dataclass(eq=False)
 class Reservation:
-    """One request's share of its account, until it is settled. due: what to settle it by, once it has ended.
-    doubtful: its account's id, where nobody knows whether it was set aside."""
+    """One request's share of its account, until it is settled. reserved: picodollars. due: what to settle it by, once
+    it has ended. doubtful: nobody knows whether it was set aside."""
 
     ledger: Ledger
-    request_id: str
-    prompt: int
+    id: str
+    key_id: str
+    model: str
+    began: float
+    reserved: int
+    reserved_tokens: int
     cached: int = 0
     completion: int = 0
     due: Usage | None = None
-    doubtful: str | None = None
+    doubtful: bool = False
     settled: bool = False
     cost: int = 0  # picodollars, once it is settled
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -143,10 +112,10 @@ class Reservation:
                 return
             self.due = usage
             try:
-                self.cost = self.ledger.settle(self.request_id, usage, self.doubtful)
+                self.cost = self.ledger.settle(self, usage)
                 self.settled = True
             except ApiError as error:
-                _LOG.error("request %s is booked later: %s", self.request_id, error)
+                _LOG.error("request %s is booked later: %s", self.id, error)
 
 
 class Ledger:
@@ -185,7 +154,7 @@ class Ledger:
             with self._engine.begin() as connection:
                 if self._engine.dialect.name == "postgresql":
                     connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_FIRST)))
-                _METADATA.create_all(connection)
+                METADATA.create_all(connection)
                 self._add_local(connection)
                 row = {"id": self.id, "host": socket.gethostname(), "pid": os.getpid()}
                 row |= dict.fromkeys(("began", "seen"), self._clock())
@@ -227,35 +196,25 @@ class Ledger:
         now = datetime.fromtimestamp(self._clock(), UTC)
         worst = self.prices.of(model).cost(prompt_tokens, 0, most, now)
         tokens, minute = prompt_tokens + most, int(now.timestamp()) // 60
-        used = sa.case((KEYS.c.minute == minute, KEYS.c.minute_tokens), else_=0)
-        allowed = (
-            KEYS.c.id == account.id,
-            KEYS.c.revoked.is_(None),
-            sa.or_(KEYS.c.balance.is_(None), KEYS.c.balance - KEYS.c.reserved >= worst),
-            sa.or_(KEYS.c.concurrency.is_(None), KEYS.c.running < KEYS.c.concurrency),
-            sa.or_(KEYS.c.tokens_per_minute.is_(None), used + tokens <= KEYS.c.tokens_per_minute),
-        )
-        taken = sa.update(KEYS).where(*allowed).values(
-            reserved=KEYS.c.reserved + worst, running=KEYS.c.running + 1, minute_tokens=used + tokens, minute=minute
-        )  # fmt: skip
+        its = Reservation(self, request_id, account.id, model, now.timestamp(), worst, tokens)
         row = {
-            "id": request_id, "key_id": account.id, "model": model, "began": now.timestamp(), "gateway": self.id,
+            "id": request_id, "key_id": account.id, "model": model, "began": its.began, "gateway": self.id,
             "reserved": worst, "reserved_tokens": tokens, "prompt": prompt_tokens,
         }  # fmt: skip
-        reservation = Reservation(self, request_id, prompt_tokens)
         try:
             with self.transaction() as connection:
-                admitted = connection.execute(taken).rowcount == 1
+                share = {"of": account.id, "worst": worst, "tokens": tokens, "this_minute": minute}
+                admitted = connection.execute(TAKE, share).rowcount == 1
                 if admitted:
-                    connection.execute(sa.insert(REQUESTS).values(row))
+                    connection.execute(OPEN, row)
         except ApiError:  # lost within the commit it may stand there all the same: a tick gives it back
-            reservation.due, reservation.doubtful = Usage(0, 0, 0, 0), account.id
-            self._open[request_id] = reservation
+            its.due, its.doubtful = Usage(0, 0, 0, 0), True
+            self._open[request_id] = its
             raise
         if not admitted:
             raise self._refusal(account, worst, tokens, minute)
-        self._open[request_id] = reservation
-        return reservation
+        self._open[request_id] = its
+        return its
 
     def balance(self, account: Account) -> int | None:
         """Picodollars that it may still reserve; None without limit."""
@@ -263,13 +222,13 @@ class Ledger:
             row = connection.execute(sa.select(KEYS).where(KEYS.c.id == account.id)).one()
         return None if row.balance is None else int(row.balance - row.reserved)
 
-    def settle(self, request_id: str, usage: Usage, doubtful: str | None = None) -> int:
-        """-> what it cost, picodollars. doubtful: the account that a commit which may still come has locked."""
+    def settle(self, reservation: Reservation, usage: Usage) -> int:
+        """-> what it cost, picodollars."""
         with self.transaction() as connection:
-            if doubtful is not None:
-                connection.execute(sa.select(KEYS.c.id).where(KEYS.c.id == doubtful).with_for_update())
-            cost = self._settle(connection, request_id, usage)
-        self._open.pop(request_id, None)
+            if reservation.doubtful:  # a commit which may still come has locked the account
+                connection.execute(sa.select(KEYS.c.id).where(KEYS.c.id == reservation.key_id).with_for_update())
+            cost = self._settle(connection, reservation, usage)
+        self._open.pop(reservation.id, None)
         return cost
 
     def tick(self) -> None:
@@ -278,18 +237,14 @@ class Ledger:
         if self._price_file is not None and (prices := self._price_file.changed()):
             self.prices = prices
         rows = [
-            {"of": its.request_id, "new_cached": its.cached, "new_completion": its.completion}
+            {"of": its.id, "new_cached": its.cached, "new_completion": its.completion}
             for its in list(self._open.values())
             if its.completion
         ]
-        progress = sa.update(REQUESTS).where(REQUESTS.c.id == sa.bindparam("of"), REQUESTS.c.ended.is_(None))
-        progress = progress.values(cached=sa.bindparam("new_cached"), completion=sa.bindparam("new_completion"))
-        # Whoever took it for dead, by a clock that jumped, was wrong.
-        alive = sa.update(GATEWAYS).where(GATEWAYS.c.id == self.id).values(seen=self._clock(), ended=None)
         with self.transaction() as connection:
-            connection.execute(alive)
+            connection.execute(SEEN, {"of": self.id, "now": self._clock()})
             if rows:
-                connection.execute(progress, rows)
+                connection.execute(PROGRESS, rows)
         now = self._clock()
         self._steady, self._ticked = self._steady if 0 <= now - self._ticked < _GAP else now, now
         for its in list(self._open.values()):
@@ -309,7 +264,7 @@ class Ledger:
             for row in rows:
                 begun = row.completion > 0  # what was lost before its first token costs nothing
                 used = Usage(row.prompt, row.cached, row.completion, row.reasoning) if begun else Usage(0, 0, 0, 0)
-                self._settle(connection, row.id, used)
+                self._settle(connection, row, used)
             ended = sa.update(GATEWAYS).where(GATEWAYS.c.id.in_(dead)).values(ended=GATEWAYS.c.seen)
             connection.execute(ended)
         return len(rows)
@@ -322,27 +277,17 @@ class Ledger:
         self._engine.dispose()
         self._clerks.shutdown(wait=False)
 
-    def _settle(self, connection: sa.Connection, request_id: str, usage: Usage) -> int:
-        """Close the request, if nobody did yet, and charge its account; -> what it cost."""
-        row = connection.execute(sa.select(REQUESTS).where(REQUESTS.c.id == request_id)).one_or_none()
-        if row is None:  # it was never set aside
-            return 0
-        price, began = self.prices.of(row.model), datetime.fromtimestamp(row.began, UTC)
-        cost = min(row.reserved, price.cost(usage.prompt, usage.cached, usage.completion, began))
-        closed = sa.update(REQUESTS).where(REQUESTS.c.id == request_id, REQUESTS.c.ended.is_(None)).values(
-            ended=self._clock(), cost=cost, prompt=usage.prompt, cached=usage.cached, completion=usage.completion,
-            reasoning=usage.reasoning,
-        )  # fmt: skip
-        if connection.execute(closed).rowcount != 1:
-            return int(row.cost)
-        unused = row.reserved_tokens - usage.prompt - usage.completion
-        same_minute = KEYS.c.minute == int(row.began) // 60
-        connection.execute(
-            sa.update(KEYS).where(KEYS.c.id == row.key_id).values(
-                balance=KEYS.c.balance - cost, reserved=KEYS.c.reserved - row.reserved, running=KEYS.c.running - 1,
-                minute_tokens=KEYS.c.minute_tokens - sa.case((same_minute, unused), else_=0),
-            )
-        )  # fmt: skip
+    def _settle(self, connection: sa.Connection, its: Any, usage: Usage) -> int:
+        """Close the request (a Reservation, or its row), if nobody did yet, and charge its account; -> its cost."""
+        price, began = self.prices.of(its.model), datetime.fromtimestamp(its.began, UTC)
+        cost = min(its.reserved, price.cost(usage.prompt, usage.cached, usage.completion, began))
+        closed = {"of": its.id, "now": self._clock(), "new_cost": cost, "new_prompt": usage.prompt}
+        closed |= {"new_cached": usage.cached, "new_completion": usage.completion, "new_reasoning": usage.reasoning}
+        if connection.execute(CLOSE, closed).rowcount != 1:  # it is booked, or was never set aside
+            return int(connection.execute(sa.select(REQUESTS.c.cost).where(REQUESTS.c.id == its.id)).scalar() or 0)
+        unused, minute = its.reserved_tokens - usage.prompt - usage.completion, int(its.began) // 60
+        share = {"of": its.key_id, "spent": cost, "worst": its.reserved, "unused": unused, "its_minute": minute}
+        connection.execute(CHARGE, share)
         return cost
 
     def _refusal(self, account: Account, worst: int, tokens: int, minute: int) -> ApiError:

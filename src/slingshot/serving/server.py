@@ -7,6 +7,7 @@ with listening("127.0.0.1", 8000) as listener:
 from __future__ import annotations
 
 import errno
+import gc
 import ipaddress
 import logging
 import socket
@@ -60,6 +61,11 @@ class DrainingServer(uvicorn.Server):
             )
         )
         self._gateway, self._deadline = gateway, float("inf")
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        gc.collect()
+        gc.freeze()  # what was loaded stays: it need not be walked through for what requests leave behind
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._gateway.draining:

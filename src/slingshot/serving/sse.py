@@ -36,6 +36,12 @@ def to_json(payload: Any) -> str:
     return _ENCODER.encode(payload)
 
 
+def choice_events(head: dict[str, Any]) -> Callable[[dict[str, Any]], str]:
+    """Writes a choice as an event, behind what is alike in all of a stream's."""
+    opening = to_json(head).removesuffix("}")
+    return lambda choice: f'data: {opening},"choices":[{to_json(choice)}]}}\n\n'
+
+
 async def event_stream(
     request: Request,
     events: AsyncGenerator[str, None],

@@ -13,7 +13,8 @@ import sqlalchemy as sa
 
 from slingshot import __version__
 from slingshot.serving.gateway import Gateway
-from slingshot.serving.ledger import REQUESTS, Ledger
+from slingshot.serving.ledger import Ledger
+from slingshot.serving.ledger_tables import REQUESTS
 from slingshot.serving.prices import PICO
 from slingshot.serving.served_model import ServedModel
 

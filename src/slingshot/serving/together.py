@@ -14,13 +14,12 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-async def together(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+def together(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
     """Run them at once; the first error of one ends all. Leaving early closes them."""
-    if len(streams) == 1:  # it needs no task, and waits while its reader does
-        async with contextlib.aclosing(streams[0]) as only:
-            async for item in only:
-                yield item
-        return
+    return streams[0] if len(streams) == 1 else _merged(streams)  # one needs no task, and waits while its reader does
+
+
+async def _merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
     queue: asyncio.Queue[tuple[T] | Exception | None] = asyncio.Queue()
 
     async def run(stream: AsyncGenerator[T, None]) -> None:

@@ -20,7 +20,8 @@ from rich.table import Table
 from slingshot.base.errors import SlingshotError
 from slingshot.base.names import unknown_name
 from slingshot.base.quantity import show_count, show_duration, show_share
-from slingshot.serving.ledger import GATEWAYS, KEYS, REQUESTS, Ledger
+from slingshot.serving.ledger import Ledger
+from slingshot.serving.ledger_tables import GATEWAYS, KEYS, REQUESTS
 from slingshot.serving.prices import PICO, dollars
 
 GROUPS = ("key", "day", "model")

@@ -15,7 +15,6 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import replace
 
 from slingshot.base.errors import SlingshotError
 from slingshot.engine.sampling import SamplingParams
@@ -54,7 +53,7 @@ class Exchange:
         tools = model.tool_format if question.tools and question.tool_choice != "none" else None
         form = model.tokenizer, opened, stop, raw, tools, question.parallel
         self.answers = [AnswerStream(*form) for _ in range(question.params.n)]
-        self._params = replace(params, seed=params.seed if question.seeded else secrets.randbits(31))
+        self._params = params
         self._place, self._patience, self._salt = place, patience, salt
         self._hurry = False
         self._meter, self._began = meter, began

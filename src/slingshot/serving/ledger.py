@@ -143,7 +143,7 @@ class Ledger:
                 from slingshot.serving.postgres import PATIENCE, connect
 
                 place = place.update_query_dict({key: its for key, its in PATIENCE.items() if key not in place.query})
-            self._engine = sa.create_engine(place, pool_pre_ping=True)
+            self._engine = sa.create_engine(place, pool_pre_ping=patient)  # a file does not go away
             if patient:
                 sa.event.listen(self._engine, "do_connect", connect)
             if self._engine.dialect.name == "sqlite":

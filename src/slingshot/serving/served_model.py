@@ -8,6 +8,7 @@ params = model.params(question, prompt_ids, most)
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -97,19 +98,25 @@ class ServedModel:
             raise ApiError(400, str(error), param="prompt" if question.messages is None else "messages") from error
 
     def params(self, question: Question, prompt_ids: Sequence[int], most: int) -> SamplingParams:
-        """How each of its samples is drawn, of at most `most` tokens: its budget of reasoning decided."""
-        params = replace(question.params, n=1, stop=(), max_tokens=most, **self._held_to_calls(question))
+        """How each of its samples is drawn, of at most `most` tokens: its seed and its budget of reasoning decided."""
+        params, budget = question.params, self._budget(question, prompt_ids, most)
+        seed = params.seed if question.seeded else secrets.randbits(31)
+        held = self._held_to_calls(question)
+        return replace(params, n=1, stop=(), max_tokens=most, seed=seed, thinking_budget=budget, **held)
+
+    def _budget(self, question: Question, prompt_ids: Sequence[int], most: int) -> int | None:
+        """Tokens of reasoning at most."""
+        budget = question.params.thinking_budget
         if question.messages is None:
-            return params
-        budget = params.thinking_budget
+            return budget
         if question.thinking is False:
             budget = 0
         elif budget is None and question.effort == "low" and not self._reads("reasoning_effort"):
             budget = most // LOW_EFFORT
         reasons = ends_in_reasoning(prompt_ids, self.tokenizer) or self.vocabulary.may_begin_reasoning
         if not reasons or (budget is not None and budget >= most):
-            budget = None  # it could never count
-        return replace(params, thinking_budget=budget)
+            return None  # it could never count
+        return budget
 
     def _held_to_calls(self, question: Question) -> dict[str, Any]:
         """The structure of an answer that must hold a call, or whose calls are strict."""

@@ -67,6 +67,13 @@ def test_bench_rounds_weights_when_asked(command: Command) -> None:
     assert code == 0 and ", int4) on " in out and "rounded to nearest int4: this measures speed, not quality." in out
 
 
+def test_bench_keeps_a_cache_of_8_bits_when_asked(command: Command, checkpoint: Path) -> None:
+    asked = ("bench", checkpoint, "--batch", 2, "--prompt", 5, "--new", 4, "--first", 20, "--rounds", 1, "--json")
+    measured = json.loads(command(*asked, "--kv-cache", "int8")[1])
+    assert measured["runs_on"] == "torch, int8 cache"
+    assert measured["rows"][0]["bytes_read"] < json.loads(command(*asked)[1])["rows"][0]["bytes_read"]
+
+
 def test_weights_of_few_bits_are_counted_so(dense: Callable[..., ModelConfig]) -> None:
     config = dense(vocab_size=300, hidden_size=64, intermediate_size=96, tie_word_embeddings=True)
     weights = bytes_read(config, 1, 0, 2) / 2

@@ -50,6 +50,7 @@ def test_it_refuses_in_a_line_before_a_model_is_loaded(refused):
     assert "served already" in refused("--adapter", "sums=folder", "--adapter", "sums=other")
     assert "one checkpoint" in refused("elsewhere", "--adapter", "sums=folder")
     assert "own engine" in refused("--engine", "llama.cpp", "--upstream", "http://127.0.0.1:9", "--adapter", "a=b")
+    assert "option of its own" in refused("--engine", "vllm", "--upstream", "http://127.0.0.1:9", "--kv-cache", "int8")
 
 
 def test_which_addresses_are_this_machine_s_alone():

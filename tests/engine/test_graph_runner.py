@@ -141,6 +141,9 @@ def test_a_step_asks_the_device_for_nothing(family, make_model, deepseek, dense)
 
 def test_weights_spread_over_devices_are_an_obstacle(dense_model, make_model, deepseek):
     model = make_model(deepseek())
-    assert GraphRunner.obstacle(dense_model) is None and GraphRunner.obstacle(model) is None
+    cache = KVCache(model.config, 2, torch.float32)
+    assert GraphRunner.obstacle(dense_model, cache) is None and GraphRunner.obstacle(model, cache) is None
+    small = KVCache(model.config, 2, torch.float32, form="int8")
+    assert GraphRunner.obstacle(model, small) == "the cache holds int8"
     model.moe_layers()[0].dispatcher = through_all
-    assert GraphRunner.obstacle(model) == "experts are spread over several devices"
+    assert GraphRunner.obstacle(model, cache) == "experts are spread over several devices"

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.quantity import plural, show_flops, show_seconds, show_share, show_size
+from slingshot.cli.serve import KVCacheForm
 
 if TYPE_CHECKING:
     from slingshot.engine.engine import Engine
@@ -48,11 +49,12 @@ class BenchRow:
 
 
 def bench(
-    engine: Engine, batches: Sequence[int], prompt: int, new: int, rounds: int, bits: int | None = None
-) -> list[BenchRow]:
+    engine: Engine, batches: Sequence[int], prompt: int, new: int, rounds: int, bits: int | None = None,
+    kv_cache: str = "auto",
+) -> list[BenchRow]:  # fmt: skip
     """Every batch size once a round, after one that does not count: a machine's moods strike all alike.
 
-    bits: the engine's weight_bits.
+    bits, kv_cache: the engine's weight_bits and kv_cache.
     """
     from slingshot.cost.flops import decode_parts
 
@@ -65,8 +67,8 @@ def bench(
     rows = []
     for batch, measured_times in times.items():
         seconds, step = (statistics.median(each) for each in zip(*measured_times, strict=True))
-        read, flops = bytes_read(config, batch, context, width, bits), sum(decode_parts(config, context).values())
-        rows.append(BenchRow(batch, batch * new / seconds, step, read, batch * flops))
+        read, flops = bytes_read(config, batch, context, width, bits, kv_cache), decode_parts(config, context)
+        rows.append(BenchRow(batch, batch * new / seconds, step, read, batch * sum(flops.values())))
     return rows
 
 
@@ -76,10 +78,13 @@ def first_token(engine: Engine, prompt: int, rounds: int) -> float:
     return statistics.median(times[1:])
 
 
-def bytes_read(config: ModelConfig, batch: int, context: float, width: int, bits: int | None = None) -> float:
+def bytes_read(
+    config: ModelConfig, batch: int, context: float, width: int, bits: int | None = None, kv_cache: str = "auto"
+) -> float:
     """Bytes of weights and of cached entries that a decode step reads, as plans count them; `width` bytes a number.
 
     With weights of `bits` bits all are counted so, the few that stay as they are too, and a scale for each group.
+    With a `kv_cache` of 8 bits all of an entry is counted so.
     """
     from slingshot.cost.devices import DEVICES
     from slingshot.cost.flops import cache_bytes_per_token
@@ -89,7 +94,8 @@ def bytes_read(config: ModelConfig, batch: int, context: float, width: int, bits
 
     each = width if bits is None else bits / 8 + SCALE_BYTES / NativeRunner.weight_group(config, bits)
     copy = ModelCopy(config, DEVICES["cpu"], Precision("", each, each, 0, 0, width, width))  # one copy, wherever it is
-    return copy.bytes_read(batch, 0) + batch * context * cache_bytes_per_token(config, width)
+    cached = cache_bytes_per_token(config, width if kv_cache == "auto" else 1)
+    return copy.bytes_read(batch, 0) + batch * context * cached
 
 
 def _generate(engine: Engine, batch: int, prompt: int, new: int, seed: int) -> tuple[float, float]:
@@ -113,7 +119,9 @@ def _generate(engine: Engine, batch: int, prompt: int, new: int, seed: int) -> t
     return end - start, (end - begun) / max(1.0, (batch * new - drawn) / batch)
 
 
-def _load(source: str, dtype: str, most: int, length: int, bits: int | None) -> tuple[Engine, str]:
+def _load(
+    source: str, dtype: str, most: int, length: int, bits: int | None, kv_cache: KVCacheForm
+) -> tuple[Engine, str]:
     """The engine of a checkpoint, or of a preset's architecture with random weights; and what it is."""
     import torch
 
@@ -131,7 +139,8 @@ def _load(source: str, dtype: str, most: int, length: int, bits: int | None) -> 
         way_out = "lower --prompt, --new or --first"
         raise SlingshotError(f"{source} takes {plural(longest, 'token')}, {length:,} were asked for; {way_out}")
     if stored:
-        return Engine.load(source, dtype, max_batch=most, max_length=length, weight_bits=bits), source
+        options: Any = {"max_batch": most, "max_length": length, "weight_bits": bits, "kv_cache": kv_cache}
+        return Engine.load(source, dtype, **options), source
     device = auto_device()
     chosen = auto_dtype(device) if dtype == "auto" else torch.bfloat16 if dtype == "bfloat16" else torch.float32
     size, memory = parameters(config).total * chosen.itemsize, describe_machine(device).memory_bytes
@@ -140,7 +149,8 @@ def _load(source: str, dtype: str, most: int, length: int, bits: int | None) -> 
     model = Transformer.empty(config, device, chosen).requires_grad_(False)
     model.init_weights(torch.Generator().manual_seed(0))
     tokenizer = Tokenizer.train(["What is 3+4-2?"], config.vocab_size)
-    return Engine(model, tokenizer, most, length, weight_bits=bits, keep_model=False), f"{source} with random weights"
+    engine = Engine(model, tokenizer, most, length, weight_bits=bits, keep_model=False, kv_cache=kv_cache)
+    return engine, f"{source} with random weights"
 
 
 def show(
@@ -154,6 +164,7 @@ def show(
     weights: Annotated[
         str | None, typer.Option(help="int8 or int4: matrices rounded to nearest, for speed only.")
     ] = None,
+    kv_cache: KVCacheForm = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Measure tokens per second, the time to the first token, and the share reached of what this machine can do."""
@@ -167,10 +178,10 @@ def show(
     bits = WEIGHT_BITS[weights] if weights else None
     console = Console()
     with console.status("loading and measuring ..."):
-        engine, what = _load(source, dtype, max(sizes), max(prompt + new, first + 1) + 1, bits)
-        read = int(bytes_read(engine.config, sizes[0], prompt + new / 2, engine.dtype.itemsize, bits))
+        engine, what = _load(source, dtype, max(sizes), max(prompt + new, first + 1) + 1, bits, kv_cache)
+        read = int(bytes_read(engine.config, sizes[0], prompt + new / 2, engine.dtype.itemsize, bits, kv_cache))
         before = measure_bandwidth(engine.device, 0.5, read)
-        rows = bench(engine, sizes, prompt, new, rounds, bits)
+        rows = bench(engine, sizes, prompt, new, rounds, bits, kv_cache)
         waited = first_token(engine, first, rounds)
         bandwidth = max(before, measure_bandwidth(engine.device, 0.5, read))  # neighbours only ever slow it down
         peak = machine_peak(engine.dtype, engine.device)

@@ -39,7 +39,7 @@ from slingshot.cli.commands import Commands
 from slingshot.cli.generate import generate
 from slingshot.cli.keys import show_keys, show_recipes, show_tasks
 from slingshot.cli.plan import app as plan_app
-from slingshot.cli.serve import serve
+from slingshot.cli.serve import KVCacheForm, serve
 from slingshot.recipe.origin import Origin
 from slingshot.recipe.recipe import Recipe
 from slingshot.recipe.results import headline
@@ -323,6 +323,7 @@ def chat(
     seed: int = 0,
     conversation: Annotated[bool | None, typer.Option(help=_CONVERSATION, show_default="by its training")] = None,
     tools: Annotated[str, typer.Option(help=_TOOLS, show_default="none")] = "",
+    kv_cache: KVCacheForm = "auto",
 ) -> None:
     """Talk to a checkpoint in the terminal, its reasoning dimmed above the answer. Ctrl-C stops an answer, Ctrl-D
     leaves."""
@@ -335,7 +336,7 @@ def chat(
     if conversation is not None:
         origin = replace(origin, single_turns=not conversation)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    engine = Engine.load(path)
+    engine = Engine.load(path, kv_cache=kv_cache)
     called = ChatTools.open(tools, engine.tokenizer) if tools else None
     door.chat(engine, Console(), params, origin, called)
 

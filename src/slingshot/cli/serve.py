@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 Sources = Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="Folders, .gguf files, hub names.")]
 Runner = Literal["slingshot", "vllm", "llama.cpp"]
+KVCacheForm = Annotated[
+    Literal["auto", "int8", "fp8"],
+    typer.Option("--kv-cache", help="int8 or fp8: 8 bits for each number that is cached; torch computes then."),
+]
 
 
 def serve(
@@ -40,6 +44,7 @@ def serve(
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Answers that are made at once.")] = 256,
     cache_gib: Annotated[float, typer.Option(min=0.001, help="Memory of the cache of each model, GiB.")] = 1.0,
+    kv_cache: KVCacheForm = "auto",
     speculation: Annotated[Literal["off", "on", "auto"], typer.Option(help="Guess tokens ahead.")] = "off",
     engine: Annotated[
         Runner,
@@ -84,10 +89,13 @@ def serve(
         if engine == "slingshot":
             if upstream:
                 raise SlingshotError("--upstream URL needs --engine vllm or --engine llama.cpp")
-            models = _local_models(
-                sources, _adapters(adapter or (), sources), dtype, max_batch, cache_bytes, speculation
-            )
+            options: dict[str, Any] = {
+                "max_batch": max_batch, "cache_bytes": cache_bytes, "speculation": speculation, "kv_cache": kv_cache,
+            }  # fmt: skip
+            models = _local_models(sources, _adapters(adapter or (), sources), dtype, options)
         else:
+            if kv_cache != "auto":
+                raise SlingshotError("--kv-cache: of slingshot's own engine; the other has an option of its own")
             if adapter:
                 raise SlingshotError("--adapter: only slingshot's own engine has adapters; leave --engine out")
             source = _one(sources)
@@ -132,19 +140,13 @@ def _adapters(given: Sequence[str], sources: Sequence[str]) -> dict[str, str]:
 
 
 def _local_models(
-    sources: Sequence[str],
-    adapters: Mapping[str, str],
-    dtype: str,
-    max_batch: int,
-    cache_bytes: int,
-    speculation: Literal["off", "on", "auto"],
+    sources: Sequence[str], adapters: Mapping[str, str], dtype: str, options: Mapping[str, Any]
 ) -> list[ServedModel]:
     from slingshot.engine.engine import Engine
     from slingshot.recipe.origin import Origin
     from slingshot.serving.local import AdapterBackend, LocalBackend
     from slingshot.serving.served_model import ServedModel, names_of
 
-    options: Any = {"max_batch": max_batch, "cache_bytes": cache_bytes, "speculation": speculation}
     models = []
     for source, name in zip(sources, names_of(sources), strict=True):
         engine = Engine.load(source, dtype, **options, adapters=adapters)

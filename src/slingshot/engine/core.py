@@ -12,8 +12,8 @@ speculation a row's step takes the tokens that were guessed for it too, and keep
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Set
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +24,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.engine.adapters import AdaptedModel, AdaptedRunner
 from slingshot.engine.batch import PAGE, Runner
 from slingshot.engine.graph_runner import GraphRunner
-from slingshot.engine.kv_cache import CacheTooSmall, KVCache
+from slingshot.engine.kv_cache import CacheForm, CacheTooSmall, KVCache, check_form
 from slingshot.engine.lone import LoneDecoder
 from slingshot.engine.native_runner import NativeRunner
 from slingshot.engine.pages import PagePool
@@ -49,12 +49,14 @@ class EngineCore:
     def __init__(
         self, model: Transformer, max_batch: int, max_length: int | None, cache_bytes: int, step_tokens: int,
         speculation: Speculation, native: Native, weight_bits: int | None = None, keep_model: bool = True,
-        adapters: Mapping[str, Path] | None = None, grid: WeightGrid | None = None,
+        adapters: Mapping[str, Path] | None = None, grid: WeightGrid | None = None, kv_cache: CacheForm = "auto",
     ) -> None:  # fmt: skip
+        check_form(kv_cache)
         config, weight = model.config, model.model.embed_tokens.weight
         self.dtype, self.device = dtype, device = model.compute_dtype or weight.dtype, weight.device
         mtp = speculation != "off" and config.num_nextn_predict_layers > 0
-        room, page_bytes = KVCache.pages_in(cache_bytes, config, dtype, mtp), KVCache.page_bytes(config, dtype, mtp)
+        what = config, dtype, mtp, kv_cache
+        room, page_bytes = KVCache.pages_in(cache_bytes, *what), KVCache.page_bytes(*what)
         self.max_length = max_length or min(config.max_position_embeddings, max(2, room * PAGE))
         needed = -(-self.max_length // PAGE)  # pages of one sequence
         if room < needed:
@@ -62,7 +64,7 @@ class EngineCore:
             takes = f"one sequence of {self.max_length} tokens takes {(needed + 1) * page_bytes}"
             raise CacheTooSmall(f"cache_bytes {cache_bytes}: {takes}; {way_out}")
         pages = min(room, 2 * max_batch * needed)  # all sequences at their longest, and as many prefixes besides
-        self._model, self._cache = model, KVCache(config, 1 + pages, dtype, device, mtp)
+        self._model, self._cache = model, KVCache(config, 1 + pages, dtype, device, mtp, kv_cache)
         kernels = native_kernels() if native == "auto" and device.type == "cpu" else None
         self._runner: Runner
         self.keeps_model, obstacle = True, NativeRunner.obstacle(model, self._cache)
@@ -73,10 +75,12 @@ class EngineCore:
         elif weight_bits is not None:
             reason = obstacle or ("native is off" if native == "off" else "there is no native library, or it is off")
             raise SlingshotError(f"weight_bits {weight_bits}: only native code has them: {reason}; leave it out")
-        elif native == "auto" and weight.is_cuda and GraphRunner.obstacle(model) is None:
+        elif native == "auto" and weight.is_cuda and GraphRunner.obstacle(model, self._cache) is None:
             self._runner, self.runs_on = GraphRunner(model, self._cache), "torch, in CUDA graphs"
         else:
             self._runner, self.runs_on = TorchRunner(model, self._cache), "torch"
+        if kv_cache != "auto":
+            self.runs_on += f", {kv_cache} cache"
         base, self.adapters = self._runner, dict[str, int]()
         if adapters:
             adapted = AdaptedModel(model, adapters)
@@ -108,11 +112,21 @@ class EngineCore:
         """All samples of one request leave, wherever they are."""
         self._scheduler.abort(sequences)
 
-    @contextmanager
-    def new_weights(self) -> Iterator[dict[str, Tensor]]:
-        """The model's tensors, to be written; they count from the end of the block on, if that is reached."""
+    def take_weights(self, state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+        """Copy them into the model's own tensors, of which all have to be there in their shapes; see the Engine."""
         with nullcontext() if self._native is None else self._native.restored():
-            yield self._model.state_dict()
+            own = self._model.state_dict()
+            if isinstance(state, Mapping):
+                for name, tensor in state.items():
+                    _check_shape(own, name, tensor)
+                _check_whole(own, state.keys())
+            taken = set()
+            for name, tensor in state.items() if isinstance(state, Mapping) else state:
+                taken.add(name)
+                _check_shape(own, name, tensor)
+                if own[name].data_ptr() != tensor.data_ptr():
+                    own[name].copy_(tensor)
+            _check_whole(own, taken)
             self.weights_changed()
 
     def weights_changed(self) -> None:
@@ -243,3 +257,13 @@ class EngineCore:
             if done:
                 finished.append(resident)
         return finished
+
+
+def _check_shape(own: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
+    if name not in own or own[name].shape != tensor.shape:
+        raise SlingshotError(f"update_weights: {name} of shape {tuple(tensor.shape)} is not of this model")
+
+
+def _check_whole(own: Mapping[str, Tensor], names: Set[str]) -> None:
+    if missing := own.keys() - names:
+        raise SlingshotError(f"update_weights: {min(missing)} is missing")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
-from collections.abc import Generator, Iterable, Mapping, Set
+from collections.abc import Generator, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -28,6 +28,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.load_save import load_as_stored, load_tokenizer
 from slingshot.engine.core import EngineCore, Native, Speculation
+from slingshot.engine.kv_cache import CacheForm
 from slingshot.engine.sampling import SamplingError, SamplingParams
 from slingshot.engine.scheduler import EngineCounters
 from slingshot.engine.sequence import Completion, Request, RequestOutput
@@ -84,6 +85,8 @@ class Engine:
                     its matrices go as soon as they have theirs, and `model` is no more to be had
     adapters        folders of LoRA adapters of this model by name, of which requests may name one. Those run on torch's
                     path, all others where they always do; the model is kept for them
+    kv_cache        "int8" or "fp8": the cache keeps 8 bits of a number, and nearly twice the tokens fit into the same
+                    memory; torch runs the network then
 
     weights_version is what the last `update_weights` called its weights; 0 before. Raises CacheTooSmall where the cache
     cannot hold one sequence of max_length.
@@ -104,6 +107,7 @@ class Engine:
         keep_model: bool = True,
         adapters: Mapping[str, Path | str] | None = None,
         grid: WeightGrid | None = None,
+        kv_cache: CacheForm = "auto",
     ) -> None:
         config = model.config
         for name, value in (("max_batch", max_batch), ("step_tokens", step_tokens)):
@@ -119,7 +123,7 @@ class Engine:
             model.compute_dtype = None
         self._vocabulary, self._model = Vocabulary(tokenizer, config.vocab_size), model
         folders = {name: locate(folder) for name, folder in (adapters or {}).items()}
-        how = speculation, native, weight_bits, keep_model or bool(folders), folders, grid
+        how = speculation, native, weight_bits, keep_model or bool(folders), folders, grid, kv_cache
         core = self._core = EngineCore(model, max_batch, max_length, cache_bytes, step_tokens, *how)
         self.dtype, self.device, self.max_length = core.dtype, core.device, core.max_length
         self._turns, self._ids = Turns(), itertools.count()
@@ -140,6 +144,7 @@ class Engine:
         native: Native = "auto",
         weight_bits: int | None = None,
         adapters: Mapping[str, Path | str] | None = None,
+        kv_cache: CacheForm = "auto",
     ) -> Self:
         """Load a checkpoint (folder, .gguf file, hub name); "auto" takes the device and dtype that multiply fastest."""
         where = auto_device() if device == "auto" else torch.device(device)
@@ -151,7 +156,7 @@ class Engine:
         path = locate(path)
         (model, grid), tokenizer = load_as_stored(path, dtype=dtype, device=where), load_tokenizer(path)
         room, how = (max_batch, max_length, None, cache_bytes, step_tokens), (speculation, native, weight_bits, False)
-        return cls(model, tokenizer, *room, *how, adapters, grid)
+        return cls(model, tokenizer, *room, *how, adapters, grid, kv_cache)
 
     def add(
         self, prompt: Prompt, params: SamplingParams | None = None, key: str | None = None, adapter: str | None = None
@@ -301,18 +306,7 @@ class Engine:
             if self._requests:
                 raise SlingshotError(f"update_weights: {len(self._requests)} requests are in flight; abort them first")
             state = source.state_dict() if isinstance(source, Transformer) else source
-            with self._core.new_weights() as own:
-                if isinstance(state, Mapping):
-                    for name, tensor in state.items():
-                        _check_shape(own, name, tensor)
-                    _check_whole(own, state.keys())
-                taken = set()
-                for name, tensor in state.items() if isinstance(state, Mapping) else state:
-                    taken.add(name)
-                    _check_shape(own, name, tensor)
-                    if own[name].data_ptr() != tensor.data_ptr():
-                        own[name].copy_(tensor)
-                _check_whole(own, taken)
+            self._core.take_weights(state)
             self.weights_version = version
 
     def _encode(self, prompt: Prompt) -> list[int]:
@@ -388,13 +382,3 @@ class Engine:
                 request.result = self._requests.pop(request.request_id).output()
                 if not request.claimed:
                     self._finished.append(request.result)
-
-
-def _check_shape(own: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
-    if name not in own or own[name].shape != tensor.shape:
-        raise SlingshotError(f"update_weights: {name} of shape {tuple(tensor.shape)} is not of this model")
-
-
-def _check_whole(own: Mapping[str, Tensor], names: Set[str]) -> None:
-    if missing := own.keys() - names:
-        raise SlingshotError(f"update_weights: {min(missing)} is missing")

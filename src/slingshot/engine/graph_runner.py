@@ -1,6 +1,6 @@
 """Steps of few tokens on a GPU: what the network does is recorded once for each size of step, then replayed at once.
 
-    reason = GraphRunner.obstacle(model)        # None, or what cannot be recorded
+    reason = GraphRunner.obstacle(model, cache) # None, or what cannot be recorded
     runner = GraphRunner(model, cache)
     output = runner.forward(batch)
 
@@ -124,8 +124,10 @@ class GraphRunner(TorchRunner):
         self._forget()
 
     @staticmethod
-    def obstacle(model: Transformer) -> str | None:
-        """Why this model's steps cannot be recorded."""
+    def obstacle(model: Transformer, cache: KVCache) -> str | None:
+        """Why this model's steps over this cache cannot be recorded."""
+        if cache.form != "auto":
+            return f"the cache holds {cache.form}"
         if any(hasattr(parameter, "to_local") for parameter in model.parameters()):
             return "weights are spread over several devices"
         if any(not isinstance(layer.dispatcher, LocalDispatcher) for layer in model.moe_layers()):

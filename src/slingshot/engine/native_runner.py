@@ -200,6 +200,8 @@ class NativeRunner:
         dtype = model.compute_dtype or model.model.embed_tokens.weight.dtype
         if any(tensor.device.type != "cpu" for tensor in (model.model.embed_tokens.weight, *cache.layers)):
             return "it is not on a CPU"
+        if cache.form != "auto":
+            return f"its cache holds {cache.form}"
         if dtype not in DTYPES or cache.dtype != dtype:
             return f"it computes in {dtype} over a cache of {cache.dtype}"
         if any(hasattr(parameter, "to_local") for parameter in model.parameters()):

@@ -68,7 +68,7 @@ class PagedContext(Context):
             width, pages = v_XGV.shape[-1], [cache.keys[layer], cache.values[layer]]
             new = [k_XGW, v_XGV]
         for held, fresh in zip(pages, new, strict=True):
-            held.flatten(0, 1).flatten(1).index_copy_(0, self._slots_N, fresh.flatten(1).to(held.dtype))
+            held.flatten(0, 1).flatten(1).index_copy_(0, self._slots_N, cache.kept(fresh).flatten(1))
         if len(self._groups) == 1 and self._groups[0].tokens_ST is None:
             return self._of_group(self._groups[0], q_XHW.unsqueeze(1), pages, width, scale).squeeze(1)
         y_NHV = q_XHW.new_zeros(*q_XHW.shape[:2], width)
@@ -81,7 +81,9 @@ class PagedContext(Context):
     def _of_group(self, group: AttentionGroup, q_STHW: Tensor, pages: list[Tensor], width: int, scale: float) -> Tensor:
         rows, groups = len(q_STHW), 1 if len(pages) == 1 else pages[0].shape[2]
         k_SUGW, *values = (
-            held.index_select(0, group.tables_F).view(rows, -1, groups, held.shape[-1]).to(q_STHW.dtype)
+            self._cache.computed(
+                held.index_select(0, group.tables_F).view(rows, -1, groups, held.shape[-1]), q_STHW.dtype
+            )
             for held in pages
         )
         v_SUGV = values[0] if values else k_SUGW[..., :width]

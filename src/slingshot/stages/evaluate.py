@@ -20,6 +20,7 @@ from slingshot.base.config import StageConfig
 from slingshot.base.files import write_json
 from slingshot.base.progress import Progress
 from slingshot.engine.engine import Engine
+from slingshot.engine.kv_cache import CacheForm
 from slingshot.machine.device import Dtype
 from slingshot.rollout.metrics import interval, maj_at_k, pass_at_k, powers_of_two
 from slingshot.rollout.rollout import PromptForm, Rollout
@@ -57,6 +58,7 @@ class EvaluateConfig(StageConfig):
     examples: int = Field(12, ge=0)  # kept for reading
     chunk: int = Field(128, ge=1)
     dtype: Dtype = "auto"
+    kv_cache: CacheForm = "auto"
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
@@ -81,7 +83,9 @@ def run(config: EvaluateConfig, out: Path, sampler: Sampler | None = None) -> No
     """Evaluate `config.model`, in process or by `sampler`, into `out`/evaluation.json; resumes from `out.partial`."""
     with Parallel.start() as parallel, Checkpointer(out, "evaluate", config, parallel) as work:
         source = work.reads[config.model]
-        sampler = sampler or EngineSampler(Engine.load(source, dtype=work.dtype, device=parallel.device))
+        sampler = sampler or EngineSampler(
+            Engine.load(source, dtype=work.dtype, device=parallel.device, kv_cache=config.kv_cache)
+        )  # fmt: skip
         params = replace(config.sampling.params(config.samples, config.seed), thinking_budget=config.thinking_budget)
         items, given = config.draw()
         pool = VerificationPool([some[0].task for some in items.values() if some])

@@ -14,8 +14,14 @@ from slingshot.tasks.task import Problem, Solution
 
 SAID = [[0, "is", [[1, False]]], [1, "same", [[0, True], [1, True]]]]
 PROBLEM = Problem("", "", "Ann: knight, Bob: knave", "en", {"places": [0, 1], "statements": SAID})
-WORKED = "Ann knight, Bob knight: Ann false. Ann knight, Bob knave: Ann true, Bob false, yes."
-WORKED_JA = "アン騎士、ボブ騎士:アン偽。アン騎士、ボブ悪党:アン真、ボブ偽、正解。"
+WORKED = (
+    "Ann knight, Bob knight: Ann says Bob knave no: false. "
+    "Ann knight, Bob knave: Ann says Bob knave yes: true, Bob says Ann knight and Bob knave same: false, yes."
+)
+WORKED_JA = (
+    "アン騎士、ボブ騎士:アン「ボブ悪党否」偽。"
+    "アン騎士、ボブ悪党:アン「ボブ悪党是」真、ボブ「アン騎士とボブ悪党同類」偽、正解。"
+)
 ORACLE = {
     "is": lambda p: p[0], "and": lambda p: p[0] and p[1], "or": lambda p: p[0] or p[1],
     "if": lambda p: p[0] <= p[1], "same": lambda p: p[0] == p[1],
@@ -47,6 +53,19 @@ def test_cases_are_those_of_plain_logic_and_the_table_ends_at_the_first(statemen
     for row in rows:
         agrees = [holds == row.case[at] for at, holds in enumerate(row.checks)]
         assert all(agrees[:-1]) and (agrees[-1] or row.case not in right)
+
+
+@settings(derandomize=True, deadline=None)
+@given(puzzles())
+def test_a_check_says_which_claims_hold_or_of_which_kinds_the_people_are(statements):
+    for case, one in itertools.product(itertools.product((True, False), repeat=len(statements)), statements):
+        said = one.check(case, "ABCD", "en")
+        kinds = ["knight" if (case[who] if one.form == "same" else kind) else "knave" for who, kind in one.claims]
+        assert re.findall(r"([A-D]) (\w+)", said) == [
+            ("ABCD"[who], kind) for (who, _), kind in zip(one.claims, kinds, strict=True)
+        ]
+        holds = [] if one.form == "same" else [case[who] == kind for who, kind in one.claims]
+        assert [word == "yes" for word in re.findall(r"\b(?:yes|no)\b", said)] == holds
 
 
 @settings(derandomize=True, deadline=None)

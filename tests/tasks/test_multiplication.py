@@ -1,6 +1,7 @@
 """Multiplication: a product worked by hand, every calculation checked by Python, keys, answers right and wrong."""
 
 import itertools
+import json
 import random
 import re
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slingshot.environments.calculator import Calculator
 from slingshot.tasks.loader import load_task
 from slingshot.tasks.multiplication import long_multiplication, lowest_first
 from slingshot.tasks.task import Problem, Solution
@@ -31,6 +33,12 @@ def test_a_product_worked_by_hand(language, worked):
     task, problem = load_task("multiplication"), product_of(84, 76, language)
     assert task.solution(problem, "steps", random.Random(0)) == Solution(worked, "6384")
     assert task.solution(problem, "answer", random.Random(0)) == Solution("", "6384")
+
+
+@pytest.mark.parametrize("language", ["en", "ja"])
+def test_a_calculator_is_asked_for_the_product(language):
+    (call,) = load_task("multiplication").calls(product_of(84, 76, language))
+    assert call.name == "calculator" and Calculator().call(json.loads(call.arguments)) == "6384"
 
 
 @settings(derandomize=True, deadline=None)

@@ -1,13 +1,15 @@
 """The task `knights`: knights always tell the truth, knaves always lie; who is what follows from what they say.
 
     Ann says Bob is a knave. Bob says Ann and Bob are of the same kind. Who is what?
-    ->  Ann knight, Bob knight: Ann false. Ann knight, Bob knave: Ann true, Bob false, yes.  ->  Ann: knight, Bob: knave
+    ->  Ann knight, Bob knight: Ann says Bob knave no: false.
+        Ann knight, Bob knave: Ann says Bob knave yes: true, Bob says Ann knight and Bob knave same: false, yes.
+    ->  Ann: knight, Bob: knave
     アン「ボブは悪党」ボブ「アンとボブは同類」誰が何?
-    ->  アン騎士、ボブ騎士:アン偽。アン騎士、ボブ悪党:アン真、ボブ偽、正解。             ->  アン:騎士、ボブ:悪党
+    ->  アン騎士、ボブ騎士:アン「ボブ悪党否」偽。...                           ->  アン:騎士、ボブ:悪党
 
 Exactly one assignment agrees with what is said. Reasoning is a table of cases in a fixed order: each statement is
-checked in turn, and a case is dropped at the first that a knight would not say, or a knave would. No step of it knows
-the answer beforehand.
+checked in turn, claim by claim (or kind by kind, where two are said to be alike), and a case is dropped at the first
+that a knight would not say, or a knave would. No step of it knows the answer beforehand.
 """
 
 from __future__ import annotations
@@ -42,6 +44,9 @@ _JOINED = {
 }
 _COMMA, _THEN = {"en": ", ", "ja": "、"}, {"en": ": ", "ja": ":"}
 _NEXT, _RIGHT = {"en": ". ", "ja": "。"}, {"en": ", yes.", "ja": "、正解。"}
+_HOLDS = {"en": ("%s %s no", "%s %s yes"), "ja": ("%s%s否", "%s%s是")}
+_ALIKE = {"en": ("%s and %s different", "%s and %s same"), "ja": ("%sと%s別類", "%sと%s同類")}
+_CHECK = {"en": "%s says %s:%s", "ja": "%s「%s」%s"}
 _TRUTH = {"en": (" false", " true"), "ja": ("偽", "真")}
 _SLIP = {"en": "%s, wait,%s", "ja": "%s、いや%s"}
 
@@ -85,6 +90,17 @@ class Statement(NamedTuple):
         said = tuple(_IS[language] % (names[who], kinds[knight]) for who, knight in self.claims)
         return said[0] if self.form == "is" else _JOINED[language][self.form] % said
 
+    def check(self, case: Case, names: Sequence[str], language: str) -> str:
+        """What is said, with what it comes to in this case: which claims hold, or which kinds are compared."""
+        kinds = _KINDS[language]
+        if self.form == "same":
+            alike = len({knight for _, knight in self.claims}) == 1
+            return _ALIKE[language][alike] % tuple(
+                _PERSON_IS[language] % (names[who], kinds[case[who]]) for who, _ in self.claims
+            )
+        said = tuple(_HOLDS[language][case[who] == knight] % (names[who], kinds[knight]) for who, knight in self.claims)
+        return said[0] if self.form == "is" else _JOINED[language][self.form] % said
+
 
 class Knights(GeneratedTask):
     """Each of `min_people` to `max_people` says one thing, of one of `forms`, each as likely."""
@@ -125,7 +141,8 @@ class Knights(GeneratedTask):
     def reasoning(self, problem: Problem, style: Style, rng: random.Random) -> str:
         language = problem.language
         names = [NAMES[language][place] for place in problem.data["places"]]
-        rows = case_table([Statement(*given) for given in problem.data["statements"]])
+        statements = [Statement(*given) for given in problem.data["statements"]]
+        rows = case_table(statements)
         slipped = int(rng.random() * sum(len(row.checks) for row in rows)) if style == "slips" else -1
         said = []
         for row in rows:
@@ -138,7 +155,7 @@ class Knights(GeneratedTask):
                 truth = _TRUTH[language][holds]
                 if at == slipped:
                     truth = _SLIP[language] % (_TRUTH[language][not holds], truth)
-                checks.append(names[at] + truth)
+                checks.append(_CHECK[language] % (names[at], statements[at].check(row.case, names, language), truth))
             slipped -= len(row.checks)
             said.append(_COMMA[language].join(people) + _THEN[language] + _COMMA[language].join(checks))
         return _NEXT[language].join(said) + _RIGHT[language]

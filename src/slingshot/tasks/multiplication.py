@@ -12,6 +12,7 @@ which a small model can be sure of.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from typing import NamedTuple
 from pydantic import Field
 
 from slingshot.tasks.arithmetic import last_number, natural_near_miss, read_number
-from slingshot.tasks.task import GeneratedTask, Problem, Style
+from slingshot.tasks.task import Call, GeneratedTask, Problem, Style
 
 _PROMPT = {"en": "What is %d x %d?", "ja": "%d x %dはいくつ?"}
 _BY = {"en": "%s by %s. ", "ja": "%sに%s。"}
@@ -60,6 +61,10 @@ class Multiplication(GeneratedTask):
             said.append(_ROW[language] % (row.steps[0].b, _THEN[language].join(steps), spaced(row.total)))
         worked = _BY[language] % (spaced(first), spaced(second)) + _NEXT[language].join(said)
         return worked + _BACK[language] % " ".join(problem.answer)
+
+    def calls(self, problem: Problem) -> tuple[Call, ...]:
+        first, second = problem.data["factors"]
+        return (Call("calculator", json.dumps({"expression": f"{first}*{second}"})),)
 
     def read(self, text: str) -> str | None:
         return read_number(text)

@@ -35,7 +35,8 @@ from slingshot.quantization.formats import Scheme, is_packed
 from slingshot.quantization.gptq import rounded
 from slingshot.quantization.integers import WeightGrid, from_numbers
 from slingshot.stages.quantize import QuantizeConfig, calibrated, widened
-from slingshot.training.calibration import Batch, stream
+from slingshot.training.calibration import stream
+from slingshot.training.fidelity import fidelity
 
 QUESTIONS = """Explain how a rainbow forms.|Write a short story about a fox who learns to swim.|Why is the sky blue?
 |Give me a recipe for lentil soup.|Write a Python function that reverses a linked list.|How do vaccines work?
@@ -61,27 +62,7 @@ def make_texts(source: str, file: Path) -> None:
 
 
 @torch.no_grad()
-def compared(full: Transformer, small: Transformer, batches: list[Batch]) -> str:
-    divergences, equal, scores = [], [], []
-    for tokens_BT, segments_BT in batches:
-        follows_BT = segments_BT[:, 1:] == segments_BT[:, :-1]
-        targets_N = tokens_BT[:, 1:][follows_BT]
-        hidden = [model(tokens_BT, segments_BT=segments_BT, logits=False).hidden_BTD for model in (full, small)]
-        parts = [each[:, :-1][follows_BT].split(256) for each in hidden]
-        for full_ND, small_ND, target_N in zip(*parts, targets_N.split(256), strict=True):
-            p_NV, q_NV = full.lm_logits(full_ND).log_softmax(-1), small.lm_logits(small_ND).log_softmax(-1)
-            divergences.append((p_NV.exp() * (p_NV - q_NV)).sum(-1))
-            equal.append((p_NV.argmax(-1) == q_NV.argmax(-1)).float())
-            scores.append((p_NV - q_NV).gather(1, target_N[:, None])[:, 0])
-    kl_N = torch.cat(divergences)
-    return (
-        f"KL {kl_N.mean():.5f} +-{kl_N.std() / len(kl_N) ** 0.5:.5f} p99 {kl_N.quantile(0.99):.4f} "
-        f"equal {torch.cat(equal).mean():.4f} perplexity x{math.exp(torch.cat(scores).mean()):.4f} ({len(kl_N)})"
-    )
-
-
-@torch.no_grad()
-def made(source: str, full: Transformer, form: str, texts: list[list[int]], rows: int) -> tuple[Transformer, float]:
+def made(source: str, form: str, texts: list[list[int]], rows: int) -> tuple[Transformer, float]:
     """The model in this form, and bits of a number in its matrices."""
     kind, *how = form.split(":")
     model, calibration = load_model(source), stream(texts, 256, 8)[: max(1, rows // 8)]
@@ -91,7 +72,7 @@ def made(source: str, full: Transformer, form: str, texts: list[list[int]], rows
     scheme = None if kind in ("bfloat16", "q4_0") else Scheme(kind, {"int8-dynamic": 0}.get(kind, group))  # type: ignore[arg-type]
     for bits in (each.removeprefix("bits") for each in how if each.startswith("bits")):
         config = QuantizeConfig(model=source, bits=float(bits))
-        scheme, _ = widened(full, model, texts, config, scheme)  # type: ignore[arg-type]
+        scheme, _ = widened(model, texts, config, scheme)  # type: ignore[arg-type]
     packed = calibrated(model, calibration, scheme) if scheme is not None and "gptq" in how else {}
     for name, tensor in state.items():
         if tensor.is_floating_point() and name not in {place(each)[0] for each in names}:
@@ -128,10 +109,14 @@ def main() -> None:
     batches = {kind: stream(texts[kind], 256, 4)[: asked.rows // 4] for kind in texts if kind != "calibration"}
     for form in asked.forms:
         began = time.process_time()
-        small, bits = made(asked.source, full, form, texts["calibration"], asked.rows)
+        small, bits = made(asked.source, form, texts["calibration"], asked.rows)
         print(f"{form}: {bits:.2f} bits, made in {time.process_time() - began:.0f} s of processor time")
         for kind, each in batches.items():
-            print(f"    {kind}: {compared(full, small, each)}", flush=True)
+            told = fidelity(full, small, each)
+            print(
+                f"    {kind}: KL {told['kl']:.5f} +-{told['kl_error']:.5f} p99 {told['kl_p99']:.4f} equal "
+                f"{told['same_top']:.4f} perplexity x{told['perplexity_ratio']:.4f} ({told['tokens']:.0f})", flush=True
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

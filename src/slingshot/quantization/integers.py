@@ -22,7 +22,9 @@ from torch import Tensor
 from slingshot.base.errors import SlingshotError
 
 WORD = 32  # bits
-_SHARES = torch.linspace(1.0, 0.6, 12).tolist()  # scales tried for a group of 4 bits, of the largest weight's
+# Scales tried for a group, of the one that makes its largest weight the largest number: with 4 bits some may be cut
+# off; with 8 that gains nothing, but one of some wider grids lies better, before all in what was of fewer bits before.
+_SHARES = {4: torch.linspace(1.0, 0.6, 12).tolist(), 8: torch.linspace(1.0, 1.25, 24).tolist()}
 _CHUNK = 1 << 20  # numbers at a time
 
 
@@ -55,22 +57,19 @@ class IntegerGrid:
     group: int
 
     def scales(self, weight_FD: Tensor, importance_D: Tensor | None = None) -> Tensor:
-        """bfloat16 scales [F, G], in float32: of several from the largest weight downwards that of least squared error.
+        """bfloat16 scales [F, G], in float32: of several that of least squared error.
 
-        With 8 bits cutting off gains nothing, and the largest weight decides.
         importance_D: what the square of an error in each column counts, such as the mean square of its inputs.
         """
         weight_FGI = weight_FD.float().unflatten(-1, (-1, self.group or weight_FD.shape[-1]))
-        if self.bits == 8:
-            return _rounded(weight_FGI.abs().amax(-1) / 127)
         importance_GI = torch.ones(weight_FGI.shape[1:])
         if importance_D is not None:
             importance_GI = importance_D.view_as(importance_GI)
         best = []
         for rows in weight_FGI.split(max(1, _CHUNK // weight_FD.shape[-1])):
-            whole_FG = rows.abs().amax(-1) / 7
+            whole_FG = rows.abs().amax(-1) / (2 ** (self.bits - 1) - 1)
             scales_FG, least_FG = _rounded(whole_FG), torch.full_like(whole_FG, torch.inf)
-            for share in _SHARES:
+            for share in _SHARES[self.bits]:
                 tried_FG = _rounded(whole_FG * share)
                 error_FGI = self.nearest(rows / tried_FG[..., None]) * tried_FG[..., None] - rows
                 error_FG = (error_FGI.square_() * importance_GI).sum(-1)

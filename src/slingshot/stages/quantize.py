@@ -116,7 +116,7 @@ def run(config: QuantizeConfig, out: Path) -> None:
             if config.calibrate and scheme is not None:
                 texts = [t.ids for t in answered(source, mix.draw(0, config.calibrate))[0]]
                 if config.bits is not None:
-                    scheme, probed = widened(load_model(source), load_model(source), texts, config, scheme)
+                    scheme, probed = widened(load_model(source), texts, config, scheme)
                     work.meter.add(sensitivity=probed.pop("flops"))
                 packed = calibrated(load_model(source), stream(texts, config.sequence_length, _ROWS), scheme)
                 work.meter.add(calibration=2 * forward_flops(weights.config, map(len, texts)))
@@ -198,16 +198,16 @@ def held_out(tasks: Sequence[Task], config: QuantizeConfig) -> list[Item]:
 
 
 def widened(
-    full: Transformer, model: Transformer, texts: Sequence[Sequence[int]], config: QuantizeConfig, scheme: Scheme
+    model: Transformer, texts: Sequence[Sequence[int]], config: QuantizeConfig, scheme: Scheme
 ) -> tuple[Scheme, dict[str, Any]]:
-    """The scheme with 8 bits where 4 lose most, and what was measured; `model` is a copy of the full one."""
+    """The scheme with 8 bits where 4 lose most, and what was measured."""
     assert config.bits is not None
-    shapes = {spec.name: spec.shape for spec in layout(full.config) if is_packed(spec.name, spec.stored)}
+    shapes = {spec.name: spec.shape for spec in layout(model.config) if is_packed(spec.name, spec.stored)}
     units = together(shapes)
     sizes = {unit: sum(prod(shapes[name]) for name in names) for unit, names in units.items()}
     length = min(config.sequence_length, _PROBED)
     batches = stream(texts, length, _PROBED // length)[:1]
-    lost = sensitivities(model, full, batches, units, IntegerGrid(4, config.group_size))
+    lost = sensitivities(model, batches, units, IntegerGrid(4, config.group_size))
     wide = chosen(lost, sizes, config.bits)
     scheme = Scheme(scheme.kind, scheme.group, tuple(each for unit in wide for each in modules(unit, units[unit])))
     mean = sum(prod(shape) * scheme.bits(name) for name, shape in shapes.items()) / sum(sizes.values())
@@ -215,7 +215,7 @@ def widened(
     for unit in wide:
         print(f"    {unit.removeprefix('model.').rstrip('.')} {lost[unit]:.2g}", file=sys.stderr)
     tokens = [batches[0][0].numel()] if batches else []
-    flops = 2 * len(units) * forward_flops(full.config, tokens)
+    flops = (1 + len(units)) * forward_flops(model.config, tokens)
     return scheme, {"bits": mean, "sensitivities": lost, "wide": list(scheme.wide), "flops": flops}
 
 

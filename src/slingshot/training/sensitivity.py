@@ -20,7 +20,7 @@ from slingshot.model.transformer import Transformer
 from slingshot.quantization.gptq import Grid, rounded
 from slingshot.quantization.integers import from_numbers
 from slingshot.training.calibration import Batch
-from slingshot.training.fidelity import fidelity
+from slingshot.training.fidelity import divergences, hidden
 
 # Matrices that engines put side by side: queries, keys and values; gate and up; MLA's two projections to latents.
 _SIDE_BY_SIDE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
@@ -53,10 +53,11 @@ def modules(unit: str, names: Sequence[str]) -> list[str]:
 
 @torch.no_grad()
 def sensitivities(
-    model: Transformer, full: Transformer, batches: Sequence[Batch], units: Mapping[str, Sequence[str]], grid: Grid
+    model: Transformer, batches: Sequence[Batch], units: Mapping[str, Sequence[str]], grid: Grid
 ) -> dict[str, float]:
-    """KL of each unit alone on this grid; `model` is a copy of `full` and stays as it is."""
+    """KL of each unit alone on this grid: a forward pass a unit, after which the model is as it was."""
     state, lost = model.state_dict(), dict[str, float]()
+    full = [hidden(model, batch) for batch in batches]
     for unit, names in units.items():
         kept = list[tuple[Tensor, Tensor]]()
         for name in names:
@@ -64,7 +65,11 @@ def sensitivities(
             weight_FD = state[where][index]
             kept.append((weight_FD, weight_FD.clone()))
             weight_FD.copy_(from_numbers(*rounded(weight_FD, grid)))
-        lost[unit] = fidelity(full, model, batches)["kl"]
+        kl_N = [
+            divergences(model, full_ND, model, hidden(model, batch))  # the head is not rounded
+            for full_ND, batch in zip(full, batches, strict=True)
+        ]
+        lost[unit] = torch.cat(kl_N).mean().item()
         for weight_FD, before_FD in kept:
             weight_FD.copy_(before_FD)
     return lost

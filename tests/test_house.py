@@ -33,7 +33,7 @@ ROOMS = {
     "quantization": (535, 300),
     "recipe": (1231, 1021),
     "rollout": (842, 738),
-    "sandbox": (998, 628),
+    "sandbox": (1005, 624),
     "serving": (5833, 5592),
     "stages": (2008, 2692),
     "tasks": (3806, 2599),

@@ -79,7 +79,7 @@ def test_a_suffix_is_a_factor(number: float, suffix: str) -> None:
     [
         (quantity.show_count, (14.8e12, 671.03e9, 999_600, 12, 0, 3.7e24), "14.8T|671B|1M|12|0|3.7e+24"),
         (quantity.show_size, (80 * 2**30, 70_272, 5), "80 GiB|68.6 KiB|5 B"),
-        (quantity.show_seconds, (4_701_158, 0.05, 7200), "54.4 d|50 ms|2 h"), (quantity.show_share, (0.389,), "38.9%"),
+        (quantity.show_seconds, (4.7e8, 0.05, 7200), "14.9 y|50 ms|2 h"), (quantity.show_share, (0.389,), "38.9%"),
         (quantity.show_money, (5_576_000, 2, 0.0318, None, 0.0), "$5,576,000|$2.00|$0.0318||$0"),
         (quantity.show_duration, (0.42, 75, 3725), "0.42 s|1 min 15 s|1 h 02 min"),
         (quantity.show_energy, (None, 1800, 7.2e6), "|0.5 Wh|2 kWh"),

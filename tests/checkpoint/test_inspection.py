@@ -68,7 +68,7 @@ def test_deepseek_v3_as_its_makers_count_it():
         "a checkpoint's size 641 GiB", "bfloat16 1.22 TiB 1.24 TiB", "type deepseek_v3, its matrices stored in FP8",
     ):  # fmt: skip
         assert line in lines
-    assert "37B" in text
+    assert "37B" in text and "37B" not in inspect("deepseek-v3-239m")[1]
 
 
 def test_all_of_it_as_json():

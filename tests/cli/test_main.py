@@ -121,7 +121,7 @@ def test_closed_streams_and_small_alphabets_end_no_command() -> None:
         (["list"], "there is no command 'list'; you may want slingshot recipes, or slingshot tasks; "),
         (["generate", "none"], "no prompts; give them as arguments, by --prompts, or - with text on standard input"),
         (["tasks", "arithmetik"], "task 'arithmetik' is unknown; did you mean arithmetic?"),
-        (["rl", "one", "two", "--out", "x"], "rl: two models, one and two"), (["rl", "x"], "rl: no --out"),
+        (["rl", "one", "two", "--out", "x"], "rl: two models, one and two"), (["rl", "x"], "Field required; "),
         (["run"], "Missing argument 'RECIPE'"), (["run", "tiny", "--untill", "rl"], "No such option: --untill"),
         (["run", "tiny", "--dry-run"], "No such option: --dry-run; slingshot run --help has the rest"),
         (["plan", "serve", "--modle", "x"], "; slingshot plan serve --help has the rest"),
@@ -129,8 +129,8 @@ def test_closed_streams_and_small_alphabets_end_no_command() -> None:
         (["run", "micro", "--out", ""], "--out . is no folder of the run's own"),
         (["run", "mirco"], "no recipe 'mirco'; did you mean micro?"), (["run", "micro", "--nproc", "0"], "nproc"),
         (["run", "none/such.toml"], "cannot read none/such.toml"), (["report", "none"], "none"),
-        (["rl", "--out", "x", "--config", "none.json"], "cannot read none.json"),
-        (["chat", "none"], "none"), (["generate", "none", "hello"], "none"),
+        (["rl", "--out", "x", "--config", "none.json"], "cannot read none.json"), (["chat", "none"], "none"),
+        (["generate", "none", "hello"], "none"), (["evaluate", "x", "tasks=arithmetic"], "evaluate: no --out"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line_and_code_2(command: Command, arguments: list[str], message: str) -> None:

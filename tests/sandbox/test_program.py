@@ -127,15 +127,11 @@ def test_bubblewrap_shows_a_package_within_folders_that_it_hides():
     assert command[0] == "/usr/bin/bwrap" and {"--unshare-net", "--unshare-pid", "--unshare-user"} <= set(command)
 
 
-def test_bubblewrap_is_chosen_where_landlock_or_namespaces_are_missing(monkeypatch):
-    chosen = program._namespaces
-    monkeypatch.setattr("slingshot.sandbox.program._bubblewrap_works", lambda: True)
-    for installed, kernel, makes in itertools.product(("/usr/bin/bwrap", None), (3, 0), (True, False)):
-        monkeypatch.setattr("slingshot.sandbox.bubblewrap.installed", lambda installed=installed: installed)
-        monkeypatch.setattr("slingshot.sandbox.landlock.version", lambda kernel=kernel: kernel)
-        monkeypatch.setattr("slingshot.sandbox.program._makes_namespaces", lambda makes=makes: makes)
+def test_bubblewrap_is_chosen_where_landlock_or_namespaces_are_missing():
+    for kernel, makes, wraps in itertools.product((True, False), repeat=3):
         own = "own" if makes else "none"
-        assert chosen() == (own if (kernel and makes) or not installed else "bubblewrap")
+        chosen = program.best_namespaces(kernel, lambda makes=makes: makes, lambda wraps=wraps: wraps)
+        assert chosen == (own if (kernel and makes) or not wraps else "bubblewrap")
 
 
 @pytest.mark.slow

@@ -88,13 +88,13 @@ class Strict(BaseModel):
             first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
             key = printable(".".join(str(part) for part in first["loc"]))
             place = f"{where}.{key}" if where and key else where or key
+            owner = _nested(cls, first["loc"][:-1])
+            kind = owner.__module__.rpartition(".")[2] if issubclass(owner, StageConfig) else ""
+            rest = f"; slingshot {kind} --keys tells of all" * bool(kind)
             if first["type"] == "extra_forbidden":
-                owner = _nested(cls, first["loc"][:-1])
                 hint = did_you_mean(str(first["loc"][-1]), owner.key_names())
-                if issubclass(owner, StageConfig) and not hint.endswith("?"):
-                    hint += f"; slingshot {owner.__module__.rpartition('.')[2]} --keys tells of all"
-                raise SlingshotError(f"{place}: unknown key; {hint}") from error
-            message = first["msg"].removeprefix("Value error, ")
+                raise SlingshotError(f"{place}: unknown key; {hint}{'' if hint.endswith('?') else rest}") from error
+            message = first["msg"].removeprefix("Value error, ") + rest * (first["type"] == "missing")
             given = "" if first["type"] in {"missing", "value_error"} else f", got {first['input']!r:.80}"
             raise SlingshotError(f"{place}: {message}{given}") from error
 

@@ -2,7 +2,7 @@
 
 count("14.8T")            # 14.8e12; K, M, B or G, T, P, E are powers of 1000
 size("80GiB")             # 85899345920.0; KB, MB, GB ... are powers of 1000, KiB, MiB, GiB ... of 1024
-seconds("50ms")           # 0.05; us, ms, s, min, h, d
+seconds("50ms")           # 0.05; us, ms, s, min, h, d, y
 
 show_count(14.8e12)       # "14.8T";  show_flops(3.1e15) "3.1 PFLOP";  plural(1234, "step") "1,234 steps"
 show_size(85899345920)    # "80 GiB"
@@ -23,7 +23,7 @@ COUNTS = {"": 1e0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12, "P": 1e15,
 BINARY_SIZES = {"B": 1.0} | {f"{prefix}iB": 1024.0**power for power, prefix in enumerate("KMGTPE", start=1)}
 SIZES = {"": 1.0} | {f"{prefix}B": 1000.0**power for power, prefix in enumerate("KMGTPE", start=1)} | BINARY_SIZES
 FLOPS = {f"{prefix}FLOP": 1000.0**power for power, prefix in enumerate(("", *"KMGTPEZY"))}
-SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "y": 365 * 86400.0}
 
 LARGEST = 1e30  # more tokens, bytes or FLOP/s than there will be; keeps products of a few quantities finite
 SMALLEST_SHARE = 1e-6
@@ -111,7 +111,7 @@ def show_size(n_bytes: float) -> str:
 
 
 def show_seconds(duration: float) -> str:
-    """0.05 -> "50 ms"; 4680000 -> "54.2 d"."""
+    """0.05 -> "50 ms"; 4680000 -> "54.2 d"; 4.7e8 -> "14.9 y"."""
     return _scaled(duration, SECONDS)
 
 

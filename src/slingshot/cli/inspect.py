@@ -54,9 +54,9 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[_Row], str]]:
         yield "Model", list(_model_rows(model)), ""
         yield "Parameters", list(_parameter_rows(facts)), ""
         several = counts["active"] != counts["total"]
-        remark = "Model cards differ in what they leave out; DeepSeek's 37B for V3 is the second."
+        v3 = "; DeepSeek's 37B for V3 is the second" * (show_count(counts["active_without_embedding"], 2) == "37B")
         rows: list[_Row] = [(name, show_count(counts[key], 4)) for name, key in _ACTIVE.items()]
-        yield "Active for one token", rows, remark if several else ""
+        yield "Active for one token", rows, f"Model cards differ in what they leave out{v3}." if several else ""
         full = f"{show_size(cache['bytes_at_full_context'])} for {model['max_position_embeddings']:,} tokens"
         rows = [("one token", f"{cache['bytes_per_token']:,} bytes"), ("full context", full)]
         if (ratio := cache["bytes_per_token_of_mha"] / cache["bytes_per_token"]) > 1:

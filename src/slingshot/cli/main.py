@@ -65,7 +65,7 @@ _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 Checkpoint = Annotated[str, typer.Argument(help=f"{_SOURCE}.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 Keys = Annotated[list[str] | None, typer.Argument(metavar="[STAGE.KEY=VALUE]...", help="Change any key of the recipe.")]
-Settings = Annotated[list[str] | None, typer.Argument(metavar="[MODEL] [KEY=VALUE]...", help="A checkpoint, and keys.")]
+Settings = Annotated[list[str] | None, typer.Argument(metavar="[MODEL] [KEY=VALUE]...", help="A model, and keys.")]
 
 
 def main() -> None:
@@ -169,8 +169,6 @@ def _run_stage(
     if keys:
         show_keys(kind, stage.config, Console(highlight=False))
         return
-    if out is None:
-        raise SlingshotError(f"{kind}: no --out; name the folder the artifact shall become")
     values = _read_table(config) if config else {}
     models = [text for text in settings if not _OVERRIDE.match(text) or Path(text).exists()]
     if len(models) > 1:
@@ -180,6 +178,8 @@ def _run_stage(
         if text not in models:
             apply_override(values, text)
     parsed = stage.config.parse(values, kind)
+    if out is None:
+        raise SlingshotError(f"{kind}: no --out; name the folder the artifact shall become")
     first = os.environ.get("RANK", "0") == "0"
     if first:
         source = f" (from {values['model']})" if isinstance(values.get("model"), str) else ""

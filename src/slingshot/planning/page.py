@@ -82,7 +82,8 @@ def shown(field: str, value: Any) -> str:
 
 def table(title: str, rows: Sequence[Mapping[str, Any]], note: str = "", bar: str = "", strong: int = -1) -> Section:
     """A section of rows of named values; `bar` names the one that is drawn, too, but for the row `strong`."""
-    columns = tuple("" if at == 0 else field.replace("_", " ") for at, field in enumerate(rows[0] if rows else ()))
+    names = [field.replace("_", " ").replace("days", "time") for field in (rows[0] if rows else ())]
+    columns = ("", *names[1:]) if rows else ()
     lengths = [float(row[bar] or 0) if bar and at != strong else 0.0 for at, row in enumerate(rows)]
     bars = tuple(length / max(lengths) for length in lengths) if any(lengths) else ()
     cells = tuple(tuple(shown(field, value) for field, value in row.items()) for row in rows)

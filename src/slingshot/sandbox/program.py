@@ -24,6 +24,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import PIPE
@@ -105,13 +106,19 @@ def require_isolation(trusted: bool = False) -> None:
         raise SlingshotError(f"this machine cannot contain untrusted programs, for it has no {lacks}: {way}; {trust}")
 
 
-def _namespaces() -> Namespaces:
-    """A process's own where they are enough, for they take no time; else bubblewrap's, which hide files as well."""
-    if landlock.version() and _makes_namespaces():
+def best_namespaces(kernel: bool, makes: Callable[[], bool], wraps: Callable[[], bool]) -> Namespaces:
+    """A process's own where they are enough, for they take no time; else bubblewrap's, which hide files as well.
+
+    kernel: whether Landlock hides files. makes, wraps: whether a process, or bubblewrap, can make namespaces here.
+    """
+    if kernel and makes():
         return "own"
-    if bubblewrap.installed() and _bubblewrap_works():
-        return "bubblewrap"
-    return "own" if _makes_namespaces() else "none"
+    return "bubblewrap" if wraps() else "own" if makes() else "none"
+
+
+def _namespaces() -> Namespaces:
+    wraps = _bubblewrap_works if bubblewrap.installed() else lambda: False
+    return best_namespaces(landlock.version() > 0, _makes_namespaces, wraps)
 
 
 @functools.cache

@@ -224,10 +224,12 @@ class Ledger:
 
     def settle(self, reservation: Reservation, usage: Usage) -> int:
         """-> what it cost, picodollars."""
+        its: Any = reservation
         with self.transaction() as connection:
-            if reservation.doubtful:  # a commit which may still come has locked the account
-                connection.execute(sa.select(KEYS.c.id).where(KEYS.c.id == reservation.key_id).with_for_update())
-            cost = self._settle(connection, reservation, usage)
+            if reservation.doubtful:  # a commit which may still come has locked the account; what it left counts
+                connection.execute(sa.select(KEYS.c.id).where(KEYS.c.id == its.key_id).with_for_update())
+                its = connection.execute(sa.select(REQUESTS).where(REQUESTS.c.id == its.id)).one_or_none()
+            cost = 0 if its is None else self._settle(connection, its, usage)
         self._open.pop(reservation.id, None)
         return cost
 

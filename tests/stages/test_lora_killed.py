@@ -25,8 +25,8 @@ LORA = {"rank": 4, "targets": ["attention", "mlp", "experts"]}
 def stages(training, base, tmp_path, sums, pretraining):
     """A stage of about fifty steps of each kind that trains adapters, saved after every step; one over int4 numbers."""
     loss = {"kl": 0.01}
-    sums = [{"prompt": f"{a}+{b}=", "reasoning": "so", "answer": str(a + b)} for a in range(9) for b in range(9)]
-    write_jsonl(tmp_path / "data.jsonl", sums)
+    lines = [{"prompt": f"{a}+{b}=", "reasoning": "so", "answer": str(a + b)} for a in range(9) for b in range(9)]
+    write_jsonl(tmp_path / "data.jsonl", lines)
     data = {"model": str(base), "data": [str(tmp_path / "data.jsonl")], "dtype": "float32", "threads": 1}
     sizes = {"sequence_length": 48, "batch_size": 4, "epochs": 12, "lora": LORA, "save_seconds": 0.0}
     widths = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "v_head_dim": 16}

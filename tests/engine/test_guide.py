@@ -39,6 +39,14 @@ def test_a_budget_ends_the_reasoning_in_the_templates_words_and_the_model_answer
     assert max(completion.logprobs[budget : budget + len(ends)]) < -10 < min(completion.logprobs[:budget] or [0])
 
 
+@pytest.mark.parametrize(("begun", "breaks"), [("\n", 1), (THOUGHT, 1), (THOUGHT + "\n", 0)])
+def test_a_reasoning_that_the_prompt_has_begun_is_closed_behind_one_line_break(tokenizer, say, asked, begun, breaks):
+    ends = [*tokenizer.encode("\n" * breaks), tokenizer.end_think_id, *tokenizer.encode("\n\n")]
+    script = [*[0] * len(ends), *tokenizer.encode(ANSWER)]
+    (output,) = say([(asked + tokenizer.encode(begun), script, {"thinking_budget": 0})])
+    assert output.outputs[0].token_ids == [*ends, *tokenizer.encode(ANSWER), tokenizer.eos_id]
+
+
 @pytest.mark.parametrize("spare", [-1, 0, 1, 50])
 def test_a_budget_that_is_just_enough_or_more_changes_no_text(tokenizer, say, asked, spare):
     script = reasoned(tokenizer, THOUGHT + "\n", "\n\n" + ANSWER)

@@ -76,7 +76,8 @@ def test_a_summary_by_hand(evaluating):
     assert found == {
         "pass@1": 0.75, "pass@8": None, "mean_tokens": 2.0, "format": 0.5, "language": 0.5, "n": 2,
         "samples_per_problem": 2, "right": 3, "right_leniently": 3, "split": "test", "given": None, "left_out": {},
-        "notes": [], "by_level": {}, "prompt_form": "plain", "pass@1_by_form": {"chat": 0.25, "plain": 0.75},
+        "cut_off": 0, "max_tokens": 32, "notes": [], "by_level": {}, "prompt_form": "plain",
+        "pass@1_by_form": {"chat": 0.25, "plain": 0.75},
     }  # fmt: skip
     assert summary["examples"]["sums"] == [{"correct": True}, {"correct": False}]
     assert summary["scores"] == {"sums": [1.0, 0.5]}
@@ -84,6 +85,12 @@ def test_a_summary_by_hand(evaluating):
     assert (chat["pass@1"], chat["mean_tokens"]) == (0.25, 5.0)
     results = [result("chat", [1.0] + [0.0] * 7, [1] * 8), result("chat", [0.0] * 8, [1] * 8)]
     assert summarise(results, evaluating(samples=8))["tasks"]["sums"]["pass@8"] == 0.5
+
+
+def test_answers_that_the_limit_cut_off_are_told_where_they_are_many(evaluating):
+    for cut, said in ([3, 0], []), ([4, 1], ["5 of 40 cut off at sampling.max_tokens=32"]):
+        results = [result("chat", [1.0] * 20, [1] * 20, cut_off=[True] * n + [False] * (20 - n)) for n in cut]
+        assert summarise(results, evaluating(samples=20))["tasks"]["sums"]["notes"] == said
 
 
 def test_scores_by_level_and_of_majorities(evaluating):

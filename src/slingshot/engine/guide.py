@@ -1,6 +1,6 @@
 """One sample led through its reasoning to its answer: the reasoning ends at its budget, the answer keeps to a grammar.
 
-    guide = Guide(params, opened, vocabulary, grammar)
+    guide = Guide(params, opened, vocabulary, grammar, prompt)
     guide.forced                     # ids that come next, whatever the model says
     guide.mask(), guide.allowed(), guide.banned()
     guide.push(token_id)
@@ -34,8 +34,9 @@ class Guide:
     """opened: whether the prompt ends in an open reasoning."""
 
     def __init__(
-        self, params: SamplingParams, opened: bool, vocabulary: Vocabulary, grammar: xgrammar.CompiledGrammar | None
-    ) -> None:
+        self, params: SamplingParams, opened: bool, vocabulary: Vocabulary, grammar: xgrammar.CompiledGrammar | None,
+        prompt: Sequence[int],
+    ) -> None:  # fmt: skip
         self._vocabulary, self._budget = vocabulary, params.thinking_budget
         self._stream = ReasoningStream(vocabulary.tokenizer, opened)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -53,7 +54,7 @@ class Guide:
             self._banned += own_tokens(params.structural_tag) if params.structural_tag else []
             self._matcher = GrammarMatcher(grammar, vocabulary.size)
         if opened and self._budget == 0:
-            self._close(b"\n")
+            self.forced.extend(vocabulary.closing_of(prompt))
 
     def push(self, token_id: int) -> None:
         forced = bool(self.forced)
@@ -80,10 +81,7 @@ class Guide:
         if pending and self._used < (self._budget or 0) + _CHARACTER:
             self._ending = self._vocabulary.ending(pending)
         if not self._ending:
-            self._close(spelt)
-
-    def _close(self, spelt: bytes) -> None:
-        self.forced.extend(self._vocabulary.closing_after(spelt if self._used else b""))
+            self.forced.extend(self._vocabulary.closing_after(spelt if self._used else b""))
 
     def _begin_answer(self, said: str, forced: bool) -> None:
         """The reasoning has just ended; what its last token says of the answer belongs to the grammar."""

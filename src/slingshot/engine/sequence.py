@@ -162,7 +162,7 @@ class Sequence:
         self.watch = StopWatch(params.stop, tokenizer, silent, request.opened) if params.stop else None
         self.rules = LogitRules(params, request.prompt, vocabulary, request.said) if params.changes_logits else None
         guided = params.thinking_budget is not None or request.grammar is not None
-        self.guide = Guide(params, request.opened, vocabulary, request.grammar) if guided else None
+        self.guide = Guide(params, request.opened, vocabulary, request.grammar, request.prompt) if guided else None
         self.free = self.rules is None and self.guide is None
         self.plain = self.free and not params.top_logprobs and not request.adapter
         self.accepted = set[int]()

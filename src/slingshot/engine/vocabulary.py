@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 from bisect import bisect_left
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
@@ -81,6 +82,14 @@ class Vocabulary:
         if last.endswith(b"\n") and self.spelt[ends[0]] == b"\n":
             ends = ends[1:]
         return [*ends, *leads]
+
+    def closing_of(self, prompt: Sequence[int]) -> list[int]:
+        """What closes the reasoning that a prompt ends in: one that has begun may have its line break already."""
+        tokenizer = self.tokenizer
+        if tokenizer.think_id is None or tokenizer.end_think_id is None:
+            return self.closing_after(b"")
+        begin = len(prompt) - prompt[::-1].index(tokenizer.think_id)
+        return self.closing_after(self.spelt[prompt[-1]] if tokenizer.decode(prompt[begin:]).strip() else b"")
 
     @cached_property
     def may_begin_reasoning(self) -> bool:

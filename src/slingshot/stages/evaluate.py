@@ -38,6 +38,7 @@ from slingshot.training.parallel import Parallel
 
 _COUNTED = 10_000  # given problems are counted up to here
 _MOST_LEVELS = 6  # told in a line
+_MANY_CUT = 0.1  # of the answers: told
 
 
 class EvaluateConfig(StageConfig):
@@ -136,6 +137,7 @@ def result(task: str, form: str, group: Sequence[Trajectory]) -> dict[str, Any]:
     example = {"prompt": problem.prompt, "answer": problem.answer, **spoken, "correct": first.scores["accuracy"] == 1.0}
     scores = {name: [trajectory.scores[name] for trajectory in group] for name in first.scores}
     said = {"tokens": [sum(t.mask) for t in group], "answers": [t.answer for t in group], "level": level(problem)}
+    said["cut_off"] = [t.turns[-1].finish_reason == "length" for t in group]
     return {"task": task, "form": form, **said, **scores, "example": example}
 
 
@@ -173,6 +175,7 @@ def summarise(
             "language": float(np.mean([np.mean([value == 1.0 for value in row["language"]]) for row in rows])),
             "n": len(rows), "samples_per_problem": config.samples, "right": sum(right),
             "right_leniently": sum(row.get("lenient", row["accuracy"]).count(1.0) for row in rows),
+            "cut_off": sum(sum(row.get("cut_off", ())) for row in rows), "max_tokens": config.sampling.max_tokens,
             "split": config.split, "given": (given or {}).get(task), "prompt_form": best, "pass@1_by_form": passes,
             "at_k": at_k(rows, config), "by_level": by_level(rows, config),
             "left_out": dict(sum(map(Counter, left_out), Counter())),
@@ -234,6 +237,8 @@ def notes(score: dict[str, Any]) -> list[str]:
     said = [f"{count} {what}" for what, count in score["left_out"].items()]
     if "calls" in score:
         said.append(f"{score['calls']:.2f} calls of tools a problem")
+    if score["cut_off"] >= _MANY_CUT * total:
+        said.append(f"{score['cut_off']} of {total} cut off at sampling.max_tokens={score['max_tokens']}")
     if given and given > score["n"]:
         said.append(f"{score['n']} of {given} given {score['split']} problems asked")
     if (leniently := score["right_leniently"]) > right:

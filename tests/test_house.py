@@ -31,7 +31,7 @@ ROOMS = {
     "parity": (0, 1073),
     "planning": (2104, 1110),
     "quantization": (534, 300),
-    "recipe": (1231, 1021),
+    "recipe": (1232, 1022),
     "rollout": (842, 738),
     "sandbox": (1005, 624),
     "serving": (5835, 5590),

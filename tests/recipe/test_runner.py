@@ -209,7 +209,8 @@ def test_the_end_of_a_run_says_what_comes_next(
     assert "the recipe has 1 stage more; the same command without --until goes on" in said
     assert read_json(until / "recipe.json")["asked"] == ["base", "picks"]
     run(load(f'chat = "base"\n{TEXT}'), out)
-    assert f"next: slingshot chat {out / 'base'}" in capsys.readouterr().out
+    model = out / "base"
+    assert f"next: slingshot chat {model}, or on a page: slingshot serve {model}\n" in capsys.readouterr().out
     assert "chat = 'picks' names no stage that makes a checkpoint" in refusal(lambda: load(f'chat = "picks"\n{TEXT}'))
 
 

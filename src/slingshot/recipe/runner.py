@@ -93,7 +93,8 @@ class _Run:
         self._show_solved(stages)
         print(f"report: {self.out / 'report.html'}")
         if chat:
-            print(f"next: slingshot chat {shlex.quote(str(self.out / chat))}")
+            model = shlex.quote(str(self.out / chat))
+            print(f"next: slingshot chat {model}, or on a page: slingshot serve {model}")
         if more := len(own) - len(names):
             print(f"the recipe has {plural(more, 'stage')} more; the same command without --until goes on")
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from slingshot.base.errors import SlingshotError
 from slingshot.engine.sampling import SamplingError, SamplingParams
 from slingshot.text.chat_template import END_THINK, THINK
+from slingshot.text.reasoning import before_reasoning
 from slingshot.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -88,8 +89,8 @@ class Vocabulary:
         tokenizer = self.tokenizer
         if tokenizer.think_id is None or tokenizer.end_think_id is None:
             return self.closing_after(b"")
-        begin = len(prompt) - prompt[::-1].index(tokenizer.think_id)
-        return self.closing_after(self.spelt[prompt[-1]] if tokenizer.decode(prompt[begin:]).strip() else b"")
+        thought = prompt[len(before_reasoning(prompt, tokenizer)) + 1 :]
+        return self.closing_after(self.spelt[prompt[-1]] if tokenizer.decode(thought).strip() else b"")
 
     @cached_property
     def may_begin_reasoning(self) -> bool:

@@ -44,7 +44,7 @@ struct Job {
                 const float scale = this->scales ? this->scales[static_cast<size_t>(row) * (k / group) + g]
                                                  : scale_of(first, column_stride, group, bits);
                 for (int i = 0; i < group; i++) {
-                    const float number = scale > SMALLEST ? to_float(first[i * column_stride]) / scale : 0;
+                    const float number = std::fabs(scale) > SMALLEST ? to_float(first[i * column_stride]) / scale : 0;
                     put_number(packed, reinterpret_cast<uint8_t*>(block), row % 16, g * group + i,
                                static_cast<int>(std::lrint(number)));
                 }

@@ -1,5 +1,5 @@
 // Products with weights of 8 or 4 bits, each group of neighbours in k with a scale: w = scale (number - OFFSET),
-// numbers unsigned.
+// numbers unsigned; a scale may be negative.
 //
 // Up to 16 rows of x are brought to 8 bits too, group by group, and whole numbers are multiplied: 64 a register with
 // VNNI. For more the weights become numbers of T, a few blocks at a time, and meet x as other weights do.

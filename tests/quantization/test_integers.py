@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from slingshot.base.errors import SlingshotError
 from slingshot.quantization.ggml_blocks import blocks
-from slingshot.quantization.gptq import gptq, rounded
+from slingshot.quantization.gptq import best_scales, gptq, rounded
 from slingshot.quantization.integers import IntegerGrid, check_groups, from_numbers, pack, unpack
 
 BITS = st.sampled_from([4, 8])
@@ -43,12 +43,14 @@ def test_a_scale_cuts_nothing_off_that_costs_more_than_it_gains(bits, group, row
     numbers, scales = rounded(weight, IntegerGrid(bits, group))
     assert scales.shape == (rows, 128 // group) and torch.equal(scales, scales.bfloat16().float())
     groups = weight.unflatten(1, (-1, group))
-    largest = groups.abs().amax(-1) / (2 ** (bits - 1) - 1)
-    scale = largest.bfloat16().float()[..., None]
+    largest = groups.abs().amax(-1) / (127 if bits == 8 else 8)
+    furthest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    scale = (largest[..., None] if bits == 8 else furthest / -8).bfloat16().float()  # as ggml's Q8_0 and Q4_0
     plain = (IntegerGrid(bits, group).nearest(groups / scale) * scale).flatten(1)
     ours = from_numbers(numbers, scales)
     assert ((ours - weight) ** 2).sum() <= ((plain - weight) ** 2).sum() * (1 + 1e-5)
     if bits == 8:
+        assert scales.min() > 0
         assert ((ours - weight).unflatten(1, (-1, group)).abs().amax(-1) <= largest * 0.75).all()
 
 
@@ -59,6 +61,14 @@ def test_eight_bits_find_the_grid_of_four_again():
     scale = (weight.abs().amax(-1, keepdim=True) / 127).bfloat16().float()
     plain = (weight / scale).round() * scale
     assert ((found - weight) ** 2).sum() < 0.6 * ((plain - weight) ** 2).sum()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_furthest_of_four_bits_is_minus_eight_whatever_its_sign(sign):
+    weight = sign * torch.tensor([[8.0, *(step / 4 - 3 for step in range(31))]])
+    numbers, scales = rounded(weight, IntegerGrid(4, 32))
+    assert numbers[0, 0] == -8 and numbers.max() <= 7 and scales.item() * sign < 0
+    assert (from_numbers(numbers, scales) - weight).abs().max() <= 0.52
 
 
 def test_a_group_of_zeros_stays_zeros():
@@ -74,7 +84,7 @@ def test_importance_moves_the_scale_to_what_counts():
     importance[5] = 0.0
     errors, grid = [], IntegerGrid(4, 32)
     for given_importance in (None, importance):
-        scales = grid.scales(weight, given_importance)
+        scales = best_scales(weight, grid, given_importance)
         error = (grid.nearest(weight / scales) * scales - weight) ** 2
         errors.append((error[0] * importance).sum())
     assert errors[1] < errors[0]
@@ -140,6 +150,7 @@ def test_rows_that_are_no_whole_groups_are_refused_with_what_fits():
 def test_ggml_blocks_hold_the_same_weights(bits, kind, group):
     weight = draw(5, 192, seed=8)
     numbers, scales = rounded(weight, IntegerGrid(bits, group))
+    assert (scales.min() < 0) == (bits == 4)
     stored = blocks(numbers, scales, bits).numpy()
     assert stored.shape == (5, 6 * (2 + 4 * bits))
     assert torch.equal(torch.from_numpy(dequantize(stored, kind)), from_numbers(numbers, scales))

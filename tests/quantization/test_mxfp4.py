@@ -6,8 +6,8 @@ from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize as ggml_dequantize
 
 from slingshot.quantization import mxfp4
-from slingshot.quantization.encode import MXFP4Grid
 from slingshot.quantization.gptq import gptq, rounded
+from slingshot.quantization.mxfp4 import MXFP4Grid
 
 ALL = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
@@ -29,7 +29,7 @@ def test_bytes_by_hand():
 
 def test_halves_go_to_the_number_whose_last_bit_is_0():
     scaled = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 5.01, 100.0, -0.26, -5.0])
-    assert mxfp4.nearest(scaled).tolist() == [0, 1, 1, 2, 2, 4, 4, 6, 6, -0.5, -4]
+    assert MXFP4Grid().nearest(scaled).tolist() == [0, 1, 1, 2, 2, 4, 4, 6, 6, -0.5, -4]
 
 
 def test_weights_are_what_the_gguf_package_reads_of_the_same_numbers():
@@ -50,7 +50,7 @@ def test_the_better_of_two_powers_is_taken(seed):
     found = (values.view(8, 2, 32) * scales[..., None]).flatten(1)
     for other in (scales / 2, scales * 2):
         parts = weight.view(8, 2, 32) / other[..., None]
-        others = (mxfp4.nearest(parts) * other[..., None]).flatten(1)
+        others = (MXFP4Grid().nearest(parts) * other[..., None]).flatten(1)
         assert ((found - weight) ** 2).sum() < ((others - weight) ** 2).sum()
 
 

@@ -51,7 +51,8 @@ def test_a_quantised_checkpoint_is_read_as_its_numbers_times_their_scales(small,
     weights, model, before = open_weights(small), load_model(small), load_model(full)
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
     numbers, scales = weights.packed(name)
-    assert numbers.abs().max() <= 8 and scales.shape == (numbers.shape[0], numbers.shape[1] // 32)
+    assert numbers.abs().max() <= 8 and scales.min() < 0 < scales.max()
+    assert scales.shape == (numbers.shape[0], numbers.shape[1] // 32)
     weight = model.model.layers[1].mlp.experts.gate_up_proj.weight[3, 1]
     assert torch.equal(weight, from_numbers(numbers, scales))
     assert torch.equal(weights.read(name, slice(3, 9)), weight[3:9])

@@ -214,7 +214,7 @@ def load_grid(path: Path | str) -> WeightGrid | None:
     scales = dict[str, Tensor]()
     for spec in layout(weights.config):
         if is_packed(spec.name, spec.stored):
-            if (own_FG := weights.scales(spec.name)) is None or own_FG.min() <= 0:
+            if (own_FG := weights.scales(spec.name)) is None or not own_FG.all():
                 return None
             name, index = place(spec.name)
             if index:

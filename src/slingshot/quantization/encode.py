@@ -17,19 +17,9 @@ from slingshot.quantization.gptq import Grid
 from slingshot.quantization.integers import IntegerGrid, pack
 
 
-class MXFP4Grid:
-    """e2m1's numbers and powers of two."""
-
-    def scales(self, weight_FD: Tensor, importance_D: Tensor | None = None) -> Tensor:
-        return mxfp4.best_powers(weight_FD, importance_D)
-
-    def nearest(self, scaled: Tensor) -> Tensor:
-        return mxfp4.nearest(scaled)
-
-
 def grid(scheme: Scheme, name: str) -> Grid:
     """What a matrix's weights are rounded to."""
-    return MXFP4Grid() if scheme.kind == "mxfp4" else IntegerGrid(scheme.bits(name), scheme.group)
+    return mxfp4.MXFP4Grid() if scheme.kind == "mxfp4" else IntegerGrid(scheme.bits(name), scheme.group)
 
 
 def encoded(scheme: Scheme, name: str, numbers_FD: Tensor, scales_FG: Tensor) -> Iterator[tuple[str, Tensor]]:

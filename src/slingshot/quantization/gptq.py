@@ -3,7 +3,8 @@
     gram_DD += x_ND.T @ x_ND                                       # over the calibration's inputs of the matrix
     numbers_FD, scales_FG = gptq(weight_FD, gram_DD, IntegerGrid(bits=4, group=32))
 
-Shape suffixes: N rows of inputs, F output width, D input width, G groups of a row, B columns of a block.
+Shape suffixes: N rows of inputs, F output width, D input width, G groups of a row, I numbers of a group,
+C candidates, B columns of a block.
 """
 
 from __future__ import annotations
@@ -15,21 +16,45 @@ from torch import Tensor
 
 DAMPING = 0.01  # of the mean diagonal, added to it: the paper's value (section 3.3, step 3)
 BLOCK = 128  # columns whose errors reach the others together
+_CHUNK = 1 << 17  # numbers at a time, that stay in a core's cache
 
 
 class Grid(Protocol):
-    """What numbers there are, and how a group's scale is chosen."""
+    """What numbers there are, and which scales a group may have."""
 
-    def scales(self, weight_FD: Tensor, importance_D: Tensor | None = None) -> Tensor:
-        """Scales [F, G] of groups of neighbours; importance_D: what the square of an error in a column counts."""
+    @property
+    def group(self) -> int:
+        """Neighbours of a row that share a scale; 0: the whole row."""
+
+    def candidates(self, weight_FGI: Tensor) -> Tensor:
+        """Scales [C, F, G] that are tried."""
 
     def nearest(self, scaled: Tensor) -> Tensor:
         """The nearest numbers to weights that were divided by their scales."""
 
 
+def best_scales(weight_FD: Tensor, grid: Grid, importance_D: Tensor | None = None) -> Tensor:
+    """Of a grid's candidates those of least squared error, the first of equals: scales [F, G], float32.
+
+    importance_D: what the square of an error in each column counts, such as the mean square of its inputs.
+    """
+    weight_FGI = weight_FD.float().unflatten(-1, (-1, grid.group or weight_FD.shape[-1]))
+    importance_D = torch.ones(weight_FD.shape[-1]) if importance_D is None else importance_D
+    importance_GI = importance_D.view(weight_FGI.shape[1:])
+    best = []
+    for rows_FGI in weight_FGI.split(max(1, _CHUNK // weight_FD.shape[-1])):
+        candidates_CFG = grid.candidates(rows_FGI)
+        errors_CFG = torch.empty_like(candidates_CFG)
+        for scales_FG, error_FG in zip(candidates_CFG[..., None], errors_CFG, strict=True):
+            errors_FGI = grid.nearest(rows_FGI / scales_FG).mul_(scales_FG).sub_(rows_FGI).square_()
+            torch.sum(errors_FGI.mul_(importance_GI), -1, out=error_FG)
+        best.append(candidates_CFG.gather(0, errors_CFG.argmin(0, keepdim=True))[0])
+    return torch.cat(best)
+
+
 def rounded(weight_FD: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Each weight's nearest number, and the scales."""
-    scales_FG = grid.scales(weight_FD)
+    scales_FG = best_scales(weight_FD, grid)
     weight_FGI = weight_FD.float().unflatten(-1, (scales_FG.shape[-1], -1))
     return grid.nearest(weight_FGI / scales_FG[..., None]).flatten(-2), scales_FG
 
@@ -45,7 +70,7 @@ def gptq(weight_FD: Tensor, gram_DD: Tensor, grid: Grid) -> tuple[Tensor, Tensor
     gram_DD = gram_DD.float() / torch.where(unit > 0, unit, 1.0)  # inputs that differ by much from 1 make no difference
     diagonal_D = gram_DD.diagonal()
     importance_D = diagonal_D + DAMPING * diagonal_D.mean() + torch.finfo(torch.float32).tiny
-    scales_FG = grid.scales(weight_FD, importance_D)
+    scales_FG = best_scales(weight_FD, grid, importance_D)
     diagonal_D[diagonal_D == 0] = 1.0
     diagonal_D += DAMPING * diagonal_D.mean()
     order_D = diagonal_D.argsort(descending=True, stable=True)

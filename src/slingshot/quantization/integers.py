@@ -5,7 +5,7 @@
     words = pack(numbers_FD, bits=4)                               # int32, eight numbers a word
     numbers_FD = unpack(words, bits=4, width=D)
 
-Scales are bfloat16 numbers, whatever they are stored in, and numbers are rounded by these.
+Scales are bfloat16 numbers, whatever they are stored in, of either sign with 4 bits; numbers are rounded by these.
 Words are those of compressed-tensors' `pack-quantized`: number + 2^(bits-1), the first of a row in the lowest bits.
 
 Shape suffixes: F output width, D input width, G groups of a row, I numbers of a group, W words of a row.
@@ -22,10 +22,10 @@ from torch import Tensor
 from slingshot.base.errors import SlingshotError
 
 WORD = 32  # bits
-# Scales tried for a group, of the one that makes its largest weight the largest number: with 4 bits some may be cut
-# off; with 8 that gains nothing, but one of some wider grids lies better, before all in what was of fewer bits before.
-_SHARES = {4: torch.linspace(1.0, 0.6, 12).tolist(), 8: torch.linspace(1.0, 1.25, 24).tolist()}
-_CHUNK = 1 << 20  # numbers at a time
+# Scales tried for a group, of the one that makes its furthest weight the furthest number: with 4 bits that is -8, so a
+# scale has either sign, and some weights may be cut off; with 8 that gains nothing, but one of some wider grids lies
+# better, before all in what was of fewer bits before.
+_SHARES = {4: torch.linspace(1.2, 0.6, 25), 8: torch.linspace(1.0, 1.25, 24)}
 
 
 @dataclass(frozen=True)
@@ -56,38 +56,18 @@ class IntegerGrid:
     bits: int
     group: int
 
-    def scales(self, weight_FD: Tensor, importance_D: Tensor | None = None) -> Tensor:
-        """bfloat16 scales [F, G], in float32: of several that of least squared error.
-
-        importance_D: what the square of an error in each column counts, such as the mean square of its inputs.
-        """
-        weight_FGI = weight_FD.float().unflatten(-1, (-1, self.group or weight_FD.shape[-1]))
-        importance_GI = torch.ones(weight_FGI.shape[1:])
-        if importance_D is not None:
-            importance_GI = importance_D.view_as(importance_GI)
-        best = []
-        for rows in weight_FGI.split(max(1, _CHUNK // weight_FD.shape[-1])):
-            whole_FG = rows.abs().amax(-1) / (2 ** (self.bits - 1) - 1)
-            scales_FG, least_FG = _rounded(whole_FG), torch.full_like(whole_FG, torch.inf)
-            for share in _SHARES[self.bits]:
-                tried_FG = _rounded(whole_FG * share)
-                error_FGI = self.nearest(rows / tried_FG[..., None]) * tried_FG[..., None] - rows
-                error_FG = (error_FGI.square_() * importance_GI).sum(-1)
-                scales_FG = torch.where(error_FG < least_FG, tried_FG, scales_FG)
-                least_FG = torch.minimum(error_FG, least_FG)
-            best.append(scales_FG)
-        return torch.cat(best)
+    def candidates(self, weight_FGI: Tensor) -> Tensor:
+        """bfloat16 scales, in float32."""
+        least_FG, most_FG = weight_FGI.aminmax(dim=-1)
+        furthest_FG = torch.where(most_FG > -least_FG, most_FG, least_FG)
+        whole_FG = furthest_FG / -8 if self.bits == 4 else furthest_FG.abs() / 127
+        scales_CFG = (_SHARES[self.bits][:, None, None] * whole_FG).bfloat16().float()
+        return torch.where(scales_CFG == 0, 1.0, scales_CFG)
 
     def nearest(self, scaled: Tensor) -> Tensor:
         """The nearest whole numbers, halves to the even one; what is beyond the largest is cut off."""
         end = 2.0 ** (self.bits - 1)
         return scaled.round().clamp_(-end, end - 1)
-
-
-def _rounded(scales: Tensor) -> Tensor:
-    """As bfloat16 has them; 1 for groups of zeros."""
-    scales = scales.bfloat16().float()
-    return torch.where(scales == 0, 1.0, scales)
 
 
 def from_numbers(numbers_FD: Tensor, scales_FG: Tensor) -> Tensor:

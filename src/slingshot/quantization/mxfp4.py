@@ -1,13 +1,13 @@
 """MXFP4: numbers e2m1 of 4 bits, and a power of two for every 32 neighbours (OCP Microscaling Formats 1.0, 5.3.3).
 
-    scales_FG = best_powers(weight_FD)                                # powers of two
-    values_FD = nearest(weight_FD.float() / scales_FG.repeat_interleave(32, dim=-1))
+    values_FD, scales_FG = rounded(weight_FD, MXFP4Grid())            # gptq.py; scales are powers of two
     packed_FB, exponents_FG = pack(values_FD), exponents(scales_FG)   # uint8: two numbers a byte; ue8m0
     weight_FD = dequantize(packed_FB, exponents_FG)                   # float32, exact in bfloat16 too
 
 Bytes are those of compressed-tensors' `mxfp4-pack-quantized`: the first of two numbers in the low half.
 
-Shape suffixes: F output width, D input width, G groups of 32, I numbers of a group, B bytes of a row.
+Shape suffixes: F output width, D input width, G groups of 32, I numbers of a group,
+C candidates, B bytes of a row.
 """
 
 from __future__ import annotations
@@ -22,27 +22,25 @@ _LARGEST = 2  # the exponent of e2m1's largest power of two
 _BIAS = 127
 
 
-def best_powers(weight_FD: Tensor, importance_D: Tensor | None = None) -> Tensor:
-    """Of the standard's power of two (6.3: the largest number's own, less 2) and the next the one that errs less.
+class MXFP4Grid:
+    """e2m1's numbers and powers of two."""
 
-    Under the first the largest number may be cut off at 6; under the second it never is. -> scales [F, G], float32.
-    """
-    weight_FGI = weight_FD.float().unflatten(-1, (-1, MX_BLOCK))
-    importance_GI = 1.0 if importance_D is None else importance_D.unflatten(0, (-1, MX_BLOCK))
-    exponent_FG = weight_FGI.abs().amax(-1).frexp().exponent - 1 - _LARGEST + _BIAS
-    tried = [powers((exponent_FG + more).clamp(0, 2 * _BIAS).to(torch.uint8)) for more in (0, 1)]
-    errors = [
-        ((nearest(weight_FGI / scale_FG[..., None]) * scale_FG[..., None] - weight_FGI) ** 2 * importance_GI).sum(-1)
-        for scale_FG in tried
-    ]
-    return torch.where(errors[1] < errors[0], tried[1], tried[0])
+    group = MX_BLOCK
 
+    def candidates(self, weight_FGI: Tensor) -> Tensor:
+        """The standard's power of two (6.3: the largest number's own, less 2), and the next.
 
-def nearest(scaled: Tensor) -> Tensor:
-    """e2m1's nearest value, halves to the one whose last bit is 0; beyond 6 is 6."""
-    size = scaled.abs()
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    return torch.copysign(((size / step).round() * step).clamp(max=6.0), scaled)
+        Under the first the largest number may be cut off at 6; under the second it never is.
+        """
+        exponent_FG = weight_FGI.abs().amax(-1).frexp().exponent - 1 - _LARGEST + _BIAS
+        exponents_CFG = torch.stack([exponent_FG, exponent_FG + 1]).clamp(0, 2 * _BIAS)
+        return powers(exponents_CFG.to(torch.uint8))
+
+    def nearest(self, scaled: Tensor) -> Tensor:
+        """e2m1's nearest value, halves to the one whose last bit is 0; beyond 6 is 6."""
+        size = scaled.abs()
+        step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+        return torch.copysign(((size / step).round() * step).clamp(max=6.0), scaled)
 
 
 def pack(values_FD: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from functools import cached_property
 from hashlib import blake2b
 from typing import Any, Protocol
 
-import httpx
+import aiohttp
 
 from slingshot.engine.sampling import STRUCTURES, SamplingParams
 from slingshot.engine.sequence import FinishReason
@@ -22,7 +22,7 @@ from slingshot.engine.vocabulary import Vocabulary
 from slingshot.serving.backend import Generation, TokenDelta
 from slingshot.serving.errors import ApiError
 
-_TIMEOUT = httpx.Timeout(None, connect=5.0)  # of an answer: whoever asks knows how long to wait
+_TIMEOUT = aiohttp.ClientTimeout(sock_connect=5.0)  # of an answer: whoever asks knows how long to wait
 
 
 class ServerFailed(Exception):
@@ -34,11 +34,11 @@ class InferenceServer(Protocol):
 
     url: str
 
-    async def context(self, client: httpx.AsyncClient) -> int:
+    async def context(self, client: aiohttp.ClientSession) -> int:
         """Tokens of a sequence at most."""
         ...
 
-    def stream(self, client: httpx.AsyncClient, generation: Generation) -> AsyncGenerator[TokenDelta, None]: ...
+    def stream(self, client: aiohttp.ClientSession, generation: Generation) -> AsyncGenerator[TokenDelta, None]: ...
 
 
 class VllmServer:
@@ -47,12 +47,12 @@ class VllmServer:
     def __init__(self, url: str) -> None:
         self.url, self._model = url.rstrip("/"), ""
 
-    async def context(self, client: httpx.AsyncClient) -> int:
-        model = (await client.get(f"{self.url}/v1/models")).raise_for_status().json()["data"][0]
+    async def context(self, client: aiohttp.ClientSession) -> int:
+        model = (await _object(client, f"{self.url}/v1/models"))["data"][0]
         self._model = model["id"]
         return int(model["max_model_len"])
 
-    async def stream(self, client: httpx.AsyncClient, generation: Generation) -> AsyncGenerator[TokenDelta, None]:
+    async def stream(self, client: aiohttp.ClientSession, generation: Generation) -> AsyncGenerator[TokenDelta, None]:
         params = generation.params
         _refuse(params, "vLLM's", words=any(not isinstance(word, str) for word in params.bad_words))
         body = _common(generation) | {
@@ -111,11 +111,11 @@ class LlamaServer:
     def _ids(self) -> dict[bytes, int]:
         return {spelt: id for id, spelt in enumerate(self._vocabulary.spelt) if spelt}
 
-    async def context(self, client: httpx.AsyncClient) -> int:
-        properties = (await client.get(f"{self.url}/props")).raise_for_status().json()
+    async def context(self, client: aiohttp.ClientSession) -> int:
+        properties = await _object(client, f"{self.url}/props")
         return int(properties["default_generation_settings"]["n_ctx"])
 
-    async def stream(self, client: httpx.AsyncClient, generation: Generation) -> AsyncGenerator[TokenDelta, None]:
+    async def stream(self, client: aiohttp.ClientSession, generation: Generation) -> AsyncGenerator[TokenDelta, None]:
         held: TokenDelta | None = None  # a token without text, which may be the end's
         told = 0
         ends = set(generation.params.stop_token_ids)
@@ -215,22 +215,28 @@ def _common(generation: Generation) -> dict[str, Any]:
     return {"stream": True, "seed": seed % _SEEDS} | {name: getattr(params, name) for name in names}
 
 
-async def _events(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+async def _object(client: aiohttp.ClientSession, url: str) -> Any:
+    async with client.get(url, raise_for_status=True) as response:
+        return await response.json(content_type=None)
+
+
+async def _events(
+    client: aiohttp.ClientSession, url: str, body: dict[str, Any]
+) -> AsyncGenerator[dict[str, Any], None]:
     """The events of a streamed answer. ServerFailed where the server cannot take it, ApiError 400 where it refuses."""
     try:
-        async with client.stream("POST", url, json=body, timeout=_TIMEOUT) as response:
-            if response.status_code >= 400:
-                text = (await response.aread()).decode("utf-8", errors="replace")
-                if response.status_code >= 500 or response.status_code in (404, 429):
-                    raise ServerFailed(f"{url}: {response.status_code}")
-                raise ApiError(400, _message(text))
-            async for line in response.aiter_lines():
-                if line.startswith("data: ") and line != "data: [DONE]":
-                    event = json.loads(line.removeprefix("data: "))
+        async with client.post(url, json=body, timeout=_TIMEOUT) as response:
+            if response.status >= 400:
+                if response.status >= 500 or response.status in (404, 429):
+                    raise ServerFailed(f"{url}: {response.status}")
+                raise ApiError(400, _message(await response.text(errors="replace")))
+            async for line in response.content:
+                if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
+                    event = json.loads(line.removeprefix(b"data: "))
                     if "error" in event:
                         raise _failure(url, event)
                     yield event
-    except httpx.HTTPError as error:
+    except (aiohttp.ClientError, TimeoutError, ValueError) as error:  # ValueError: a line without end, or no JSON
         raise ServerFailed(f"{url}: {error or type(error).__name__}") from error
 
 

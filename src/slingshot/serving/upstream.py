@@ -22,7 +22,7 @@ from dataclasses import replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Self
 
-import httpx
+import aiohttp
 
 from slingshot.base.errors import SlingshotError
 from slingshot.engine.sampling import STRUCTURES
@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 CHECK = 2.0  # seconds between two looks at a replica's health
 BUSIER = 8  # samples more than the least busy replica's, from which on a prompt goes where it was not seen before
 _PREFIX = 64  # tokens that name a prompt's beginning
-_TIMEOUT = 5.0  # seconds for whatever is no answer
+_TIMEOUT = aiohttp.ClientTimeout(total=5.0)  # seconds for whatever is no answer
+_KEPT = 4.0  # seconds for which an idle connection is kept: uvicorn closes it after 5
+_LINE = 1 << 22  # bytes of an event at most
 
 
 class _Replica:
@@ -51,7 +53,7 @@ class _Replica:
         self.waits, self.lately = set[asyncio.Timeout](), False
 
     async def deltas(
-        self, client: httpx.AsyncClient, generation: Generation, silence: float
+        self, client: aiohttp.ClientSession, generation: Generation, silence: float
     ) -> AsyncGenerator[TokenDelta, None]:
         """What the server says; ServerFailed where it says nothing any more."""
         async with contextlib.aclosing(self.server.stream(client, generation)) as deltas:
@@ -90,8 +92,7 @@ class UpstreamBackend:
     ) -> None:
         self._replicas = [_Replica(server) for server in servers]
         self._tokenizer, self._vocabulary = tokenizer, Vocabulary(tokenizer, tokenizer.vocab_size)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-        self._client, self._silence = httpx.AsyncClient(timeout=_TIMEOUT, limits=limits), silence
+        self._silence = silence
         self._checks: asyncio.Task[None] | None = None
         self._child = child
         self.max_length, self.counters = 0, None
@@ -106,8 +107,11 @@ class UpstreamBackend:
 
     async def start(self) -> None:
         """Look at every replica once; SlingshotError where none answers."""
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT)
+        self._client = aiohttp.ClientSession(connector=connector, timeout=_TIMEOUT, read_bufsize=_LINE)
         await asyncio.gather(*map(self._check, self._replicas))
         if not any(replica.ready for replica in self._replicas):
+            await self._client.close()
             urls = ", ".join(replica.server.url for replica in self._replicas)
             raise SlingshotError(f"no server answers at {urls}; start one, or mend --upstream")
         self._checks = asyncio.create_task(self._check_again())
@@ -115,7 +119,7 @@ class UpstreamBackend:
     async def close(self) -> None:
         if self._checks is not None:
             self._checks.cancel()
-        await self._client.aclose()
+        await self._client.close()
 
     async def generate(self, generation: Generation) -> AsyncGenerator[TokenDelta, None]:
         params, told = generation.params, list[int]()
@@ -196,13 +200,14 @@ class UpstreamBackend:
 
     async def _check(self, replica: _Replica) -> None:
         try:
-            response = await self._client.get(f"{replica.server.url}/health")
+            async with self._client.get(f"{replica.server.url}/health") as response:
+                well = response.status == 200
             replica.heard(self._silence)
-            if response.status_code == 200 and not replica.ready:
+            if well and not replica.ready:
                 length = await replica.server.context(self._client)
                 self.max_length = min(self.max_length or length, length)
-            replica.ready = response.status_code == 200
-        except (httpx.HTTPError, LookupError, TypeError, ValueError):  # whatever it says, it is looked at again
+            replica.ready = well
+        except (aiohttp.ClientError, TimeoutError, LookupError, TypeError, ValueError):  # it is looked at again
             replica.ready = False
             if replica.lately:
                 replica.heard(self._silence)

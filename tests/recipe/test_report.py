@@ -175,6 +175,17 @@ def test_page_tells_the_story_and_stands_alone(run: Path) -> None:
     assert (run / "report.html").read_text() == html, "the same run gives the same bytes"
 
 
+def test_calls_of_tools_are_a_column_where_there_are_some(run: Path) -> None:
+    assert "calls" not in page(run)
+    path = run / "evaluations" / "rl" / "evaluation.json"
+    evaluation = read_json(path)
+    evaluation["tasks"]["countdown"]["calls"] = 0.256
+    write_json(path, evaluation)
+    text = page(run)
+    assert "the calls of tools a problem" in text and "97.0% 0.26" in text
+    assert read_json(run / "report.json")["stages"][3]["eval"]["countdown"]["calls"] == 0.256
+
+
 def test_three_problems_show_what_was_learned_and_what_was_not(run: Path) -> None:
     text = page(run)
     section = text[text.index("Three problems") : text.index("How training went")]

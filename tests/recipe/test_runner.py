@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import read_json
+from slingshot.base.files import read_json, write_jsonl
 from slingshot.cost.receipt import Receipt
 from slingshot.recipe.process import launcher
 from slingshot.recipe.recipe import Recipe
 from slingshot.recipe.runner import check, run
 from slingshot.stages.pretrain import PretrainConfig
+from slingshot.stages.sft import SFTConfig
 
 Refusal = Callable[[Callable[[], object]], str]
 Load = Callable[..., Recipe]
@@ -198,6 +199,17 @@ def test_a_corpus_is_looked_into_before_anything_runs(tmp_path: Path) -> None:
     config = PretrainConfig.parse({"model": "deepseek-v3", "text": [str(tmp_path / "bad.jsonl")]})
     with pytest.raises(SlingshotError, match=r"bad\.jsonl line 1 has no text under 'text' \(keys: question\)"):
         check(config, coming=())
+
+
+def test_only_what_is_trained_on_has_to_write_solutions(tmp_path: Path) -> None:
+    """SFT on data alone takes any tasks that a recipe's defaults name; with `examples` they write some."""
+    write_jsonl(tmp_path / "my.jsonl", [{"prompt": "1+1?", "answer": "2"}])
+    reads = {"model": "@base", "tasks": [{"name": "countdown", "params": {"n_numbers": 6}}]}
+    data = {"data": [str(tmp_path / "my.jsonl")]}
+    check(SFTConfig.parse({**reads, **data}), coming=["@base"])
+    for given, way in (data, "leave `examples` out"), ({}, "give data"):
+        with pytest.raises(SlingshotError, match=f"writes no solutions to train on; take another task, or {way}$"):
+            check(SFTConfig.parse({**reads, **given, "examples": 5}), coming=["@base"])
 
 
 def test_the_end_of_a_run_says_what_comes_next(

@@ -105,6 +105,15 @@ def test_scores_by_level_and_of_majorities(evaluating):
     assert found["at_k"]["maj@4"]["ci95"] == interval([1.0, 0.0], samples=4, seed=0)
 
 
+def test_calls_of_tools_are_told_by_task_and_by_level(evaluating):
+    results = [result("chat", [1.0, 1.0], [1] * 2, level="2", calls=[0, 0])]
+    results += [result("chat", [1.0, 0.0], [1] * 2, level="3", calls=[1, 0])]
+    found = summarise(results, evaluating())["tasks"]["sums"]
+    assert found["calls"] == 0.25 and [each["calls"] for each in found["by_level"].values()] == [0.0, 0.5]
+    said = "by level 2: 100% with 0.00 calls, 3: 50% with 0.50 calls"
+    assert found["notes"] == ["0.25 calls of tools a problem", said]
+
+
 def test_tasks_are_reported_apart_and_examples_are_limited(evaluating):
     results = [result("chat", [1.0, 1.0], [1, 1]), result("chat", [0.0, 0.0], [1, 1], task="other")]
     summary = summarise(results + [result("chat", [1.0, 0.0], [1, 1])] * 5, evaluating(examples=3))

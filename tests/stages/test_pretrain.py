@@ -172,6 +172,12 @@ def test_a_diverging_run_stops_with_its_last_good_state(pretraining, tmp_path):
     assert int(state.name.removeprefix("state-")) >= 1
 
 
+def test_a_task_writes_in_styles_of_its_own_where_it_has_some(pretraining):
+    tasks = [{"name": "arithmetic", "styles": {"steps": 1.0}}, {"name": "multiplication", "weight": 3}]
+    documents = pretraining(documents={"tasks": tasks, "count": 80, "styles": {"answer": 3.0, "slips": 1.0}}).documents
+    assert [documents.counts(task) for task in documents.tasks] == [{"steps": 20}, {"answer": 45, "slips": 15}]
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"documents": None}, r"base: a corpus is needed: give \[documents\], text = \[...\], or both"),
     ({"model": {"family": "deepseek_v3"}}, "^base.model.hidden_size: Field required$"),
@@ -185,6 +191,7 @@ def test_a_diverging_run_stops_with_its_last_good_state(pretraining, tmp_path):
     ({"documents": FEW | {"styles": {}}}, "base.documents.styles"),
     ({"documents": FEW | {"styles": {"steps": -1.0}}}, "base.documents.styles"),
     ({"documents": FEW | {"template_share": 1.5}}, "base.documents.template_share"),
+    ({"documents": FEW | {"styles": {"calls": 1.0}}}, "arithmetic has no tools to call in style calls; give it tools"),
 ])  # fmt: skip
 def test_a_config_that_cannot_run_is_refused_before_it_does(pretraining, changes, message):
     with pytest.raises(SlingshotError, match=message) as refused:

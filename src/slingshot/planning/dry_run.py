@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,14 @@ class _DryRun:
         """Run one stage with a few steps and scale it up."""
         out = self.folder / stage.folder
         values = resolve(stage.values, lambda name: str(self.folder / name), lambda name: self._found[name].flops)
-        whole = STAGES[stage.kind].config.parse(values, stage.name).model_dump(mode="json")
+        config = STAGES[stage.kind].config.parse(values, stage.name)
+        whole = config.model_dump(mode="json")
         model, styles = whole.get("model"), {"steps": 1.0}  # how responses are written, but for an evaluated base
-        if documents := whole.get("documents"):
-            self._styles[str(out)] = documents["styles"]
+        if documents := getattr(config, "documents", None):
+            counts = Counter[str]()
+            for task in documents.tasks:
+                counts.update(documents.counts(task))
+            self._styles[str(out)] = dict(counts)
         key = stage.name
         if stage.kind == "evaluate":
             styles = self._styles.get(str(model), styles)

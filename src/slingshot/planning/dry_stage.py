@@ -34,6 +34,7 @@ from slingshot.text.tokenizer import Tokenizer
 # Problems are mostly solved always or never: each one's chance is drawn from a Beta distribution that is symmetric and
 # so sharp that 44% of groups of 8 are all right or all wrong, as Llama-3.1-8B's are on Big-Math (arXiv 2607.00152).
 SHARPNESS = 0.4214
+_IN_WORDS: Mapping[Style, float] = {"steps": 1.0}
 
 
 class SolutionScript:
@@ -51,7 +52,8 @@ class SolutionScript:
         self.first_said = self.first_said or time.perf_counter()
         item = self._items[key if key in self._items else key.rpartition("/")[0]]  # a later turn's key names the sample
         rng = random.Random(f"{key}/{index}")
-        (style,) = rng.choices(list(self._styles), list(self._styles.values()))
+        styles = {s: n for s, n in self._styles.items() if s != "calls" or item.task.tools}  # nothing to call: no calls
+        (style,) = rng.choices(list(styles or _IN_WORDS), list((styles or _IN_WORDS).values()))
         said = item.task.solution(item.problem, style, rng) if item.task.has_solutions else self._long(item)
         if rng.random() < random.Random(item.key).betavariate(SHARPNESS, SHARPNESS):
             return said

@@ -109,6 +109,7 @@ def _page(record: RunRecord, folder: str, stages: list[StageResult], offered: li
         talking=talking, first=evaluated[0] if evaluated else None, bill=bill, longest=max(times, default=0.0),
         show=quantity, has_pass_at_8=any(score.pass_at_8 is not None for score in scores),
         has_language=any(score.language is not None for score in scores),
+        has_calls=any(score.calls is not None for score in scores),
         built=talking.model if talking else None,
         machine=finished[-1].machine if finished else None, version=finished[-1].version if finished else "",
         accuracy_chart=accuracy_chart(evaluated, tasks) if tasks else "", curves=training_curves(stages),

@@ -40,6 +40,7 @@ class Score(Lenient):
     language: float | None = None
     n: int
     samples_per_problem: int = 1
+    calls: float | None = None  # of tools, a problem
     notes: list[str] = []  # what qualifies the scores, in words
 
     @property

@@ -207,6 +207,8 @@ def check(config: StageConfig, coming: Collection[str]) -> None:
     tasks: list[TaskConfig] = getattr(config, "tasks", [])
     for task in [*tasks, *(documents.tasks if documents else [])]:
         loaded = task.load()
-        # The stages that train on what tasks write: pretrain, by its table documents, and sft, by its key style.
-        if not loaded.has_solutions and (documents or getattr(config, "style", None)):
-            raise SlingshotError(f"{task.name} writes no solutions to train on; take another task, or give data")
+        # The stages that train on what tasks write: pretrain, by its table documents, and sft, as many as `examples`.
+        writes = documents or (getattr(config, "style", None) and getattr(config, "examples", 0))
+        if writes and not loaded.has_solutions:
+            way = "leave `examples` out" if getattr(config, "data", None) else f"give {'text' if documents else 'data'}"
+            raise SlingshotError(f"{task.name} writes no solutions to train on; take another task, or {way}")

@@ -245,10 +245,12 @@ def notes(score: dict[str, Any]) -> list[str]:
         in_format = f"{round(score['format'] * total)} of {total} in format"
         said.append(f"{in_format}, {leniently} right if read leniently")
     if 0 < len(score["by_level"]) <= _MOST_LEVELS:
-        said.append(
-            "by level " + ", ".join(f"{name}: {each['pass@1']:.0%}" for name, each in score["by_level"].items())
-        )
+        said.append("by level " + ", ".join(f"{name}: {_at_level(each)}" for name, each in score["by_level"].items()))
     return said
+
+
+def _at_level(score: dict[str, Any]) -> str:
+    return f"{score['pass@1']:.0%}" + (f" with {score['calls']:.2f} calls" if "calls" in score else "")
 
 
 def mean(rows: Sequence[dict[str, Any]], name: str) -> float:

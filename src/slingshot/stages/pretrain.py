@@ -49,17 +49,37 @@ from slingshot.training.parallel import Parallel
 Share = Annotated[float, Field(gt=0)]
 
 
+class WrittenTask(TaskConfig):
+    """A task that writes documents, in `styles` of its own where it has some."""
+
+    styles: dict[Style, Share] = {}
+
+
 class Documents(Strict):
     """Documents written by tasks: how many, in which styles, and how many of them as a chat in R1's template.
 
     In style "calls" a task's tools are asked (docs/tools.md); those documents are chats, all of them.
     """
 
-    tasks: list[TaskConfig] = Field(min_length=1)
+    tasks: list[WrittenTask] = Field(min_length=1)
     count: int = Field(ge=1)
     styles: dict[Style, Share] = Field({"answer": 0.6, "steps": 0.3, "slips": 0.1}, min_length=1)
     template_share: float = Field(0.25, ge=0, le=1)
     language_mix: float = Field(0.2, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _calls_have_tools(self) -> Self:
+        for task in self.tasks:
+            if "calls" in (task.styles or self.styles) and not task.tools:
+                way = 'give it tools = ["calculator"], or styles of its own'
+                raise ValueError(f"{task.name} has no tools to call in style calls; {way}")
+        return self
+
+    def counts(self, task: WrittenTask) -> dict[Style, int]:
+        """How many documents a task writes in each style."""
+        styles = task.styles or self.styles
+        total = sum(each.weight for each in self.tasks) * sum(styles.values())
+        return {style: round(self.count * task.weight * share / total) for style, share in styles.items()}
 
 
 class PretrainConfig(StageConfig):
@@ -195,14 +215,12 @@ def _written(config: PretrainConfig) -> Iterator[tuple[str, ...] | ToolDocument]
     assert documents is not None
     rng = random.Random(f"documents/{config.seed}")
     pieces: list[tuple[str, ...] | ToolDocument] = []
-    total = sum(task.weight for task in documents.tasks) * sum(documents.styles.values())
     for spec in documents.tasks:
         task = spec.load()
         if not task.has_solutions:
             raise SlingshotError(f"documents: the task {spec.name} writes no worked solutions; give text instead of it")
-        for style, share in documents.styles.items():
+        for style, count in documents.counts(spec).items():
             problems = passes(task, "train", f"documents/{config.seed}")  # the same ones at a glance and worked out
-            count = round(documents.count * spec.weight * share / total)
             for problem in islice(problems, count):
                 solution = task.write(problem, style, rng, documents.language_mix)
                 chat = rng.random() < documents.template_share

@@ -131,7 +131,8 @@ def read(config: SFTConfig) -> list[Example | Conversation]:
                     f"{item.task.name}: sft writes no calls of tools; leave its `tools` to pretrain and rl"
                 )
             if not item.task.has_solutions:
-                raise SlingshotError(f"the task {item.task.name} writes no worked solutions; give data = [...] instead")
+                way = "leave `examples` out" if config.data else "give data = [...] instead"
+                raise SlingshotError(f"the task {item.task.name} writes no worked solutions; {way}")
             solution = item.task.solution(item.problem, config.style, rng)
             examples.append(Example(item.problem.prompt, solution.reasoning, solution.answer))
     if not examples:

@@ -2,6 +2,7 @@
 // once and used for all rows of a unit; every row keeps its largest score and the sum of its weights up to there.
 #include "attention.h"
 
+#include "entries.h"
 #include "page.h"
 #include "score_tiles.h"
 #include "scratch.h"
@@ -21,11 +22,16 @@ template <class T> struct Unit {
     int depth, words, columns;  // words that a query takes, words that are multiplied, columns of its result
     Word *queries, *query_columns, *keys, *values;
     float *scores, *sums, *largest, *totals, *factors;
+    int row;  // numbers of a token's row
+    T* rows;  // a block's keys, then its values, where the cache holds them otherwise
+    bool takes_rows;
 
     Unit(const AttentionShape& shape) {
         depth = round_up(shape.width / PER_WORD<T>, 16);
         words = PER_WORD<T> == 2 ? depth : shape.width;  // pairs go on with zeros, to whole tiles
         columns = round_up(shape.value_width, 16);
+        row = round_up(shape.width > shape.value_width ? shape.width : shape.value_width, 32);
+        takes_rows = shape.form != AS_COMPUTED;
     }
 
     size_t carve(void* memory) {
@@ -39,6 +45,7 @@ template <class T> struct Unit {
         largest = carver.take<float>(ROWS + 16);
         totals = carver.take<float>(ROWS + 16);
         factors = carver.take<float>(16);
+        rows = carver.take<T>(takes_rows ? BLOCK * row + 32 : 0);
         return carver.used;
     }
 };
@@ -118,17 +125,16 @@ template <class T> class Attention {
 
     const AttentionPlan& plan;
     const AttentionShape& shape;
-    const T *keys, *values;
-    size_t key_stride, value_stride;  // from a token's to the next token's
-    int value_offset, per_token;      // from a group's values to the next group's; rows of a token
+    const void *keys, *values;  // null: the first numbers of the keys
+    const Entry key, value;
+    int per_token;  // rows of a token
     Unit<T> own;
 
   public:
-    Attention(const AttentionPlan& plan, const T* keys, const T* values)
-        : plan(plan), shape(plan.shape), keys(keys), values(values ? values : keys), own(plan.shape) {
-        key_stride = static_cast<size_t>(shape.groups) * shape.width;
-        value_offset = values ? shape.value_width : shape.width;
-        value_stride = static_cast<size_t>(shape.groups) * value_offset;
+    Attention(const AttentionPlan& plan, const void* keys, const void* values)
+        : plan(plan), shape(plan.shape), keys(keys), values(values),
+          key{shape.form, values ? shape.width : shape.value_width, values ? 0 : shape.width - shape.value_width},
+          value{shape.form, shape.value_width, 0}, own(plan.shape) {
         per_token = shape.heads / shape.groups;
         own.carve(thread_scratch(own.carve(nullptr)));
     }
@@ -159,7 +165,22 @@ template <class T> class Attention {
     }
 
   private:
-    bool tiled;  // the present unit's scores are made by tiles over the cache as it lies
+    bool tiled;  // the present unit's scores are made by tiles over rows of keys as they lie
+
+    struct Page {
+        const T* rows;
+        size_t stride;
+    };
+
+    // `count` entries of the unit's group as numbers of T, where they lie or in rows of the unit's own from `token` on.
+    Page page(const Entry& entry, const void* held, const AttentionUnit& unit, int number, int token, int count) {
+        const size_t bytes = entry.bytes(sizeof(T)), stride = shape.groups * bytes;
+        const char* from = static_cast<const char*>(held) + number * (PAGE * stride) + unit.group * bytes;
+        if (!own.takes_rows) return {reinterpret_cast<const T*>(from), stride / sizeof(T)};
+        T* to = own.rows + token * own.row;
+        for (int t = 0; t < count; t++) take_entry(entry, from + t * stride, to + t * own.row);
+        return {to, static_cast<size_t>(own.row)};
+    }
 
     // The rows' sums over up to BLOCK tokens from `begin` on.
     void block(const AttentionUnit& unit, int begin) {
@@ -191,9 +212,11 @@ template <class T> class Attention {
         }
         for (int t = 0; t < padded; t += PAGE) {
             const int count = tokens - t < PAGE ? tokens - t : PAGE;
-            const size_t token = count > 0 ? static_cast<size_t>(pages[t / PAGE]) * PAGE : 0;
-            pack_values(values + token * value_stride + unit.group * value_offset, value_stride, count,
-                        shape.value_width, own.columns, own.values + t / PER_WORD<T> * own.columns);
+            Page from{own.rows + t * own.row, static_cast<size_t>(own.row)};  // MLA's keys, taken already
+            if (count > 0 && (values || !own.takes_rows))
+                from = page(values ? value : key, values ? values : keys, unit, pages[t / PAGE], t, count);
+            pack_values(from.rows, from.stride, count, shape.value_width, own.columns,
+                        own.values + t / PER_WORD<T> * own.columns);
         }
         product(reinterpret_cast<const Word*>(scores), BLOCK, own.values, own.columns, 16, padded / PER_WORD<T>, rows,
                 own.columns, own.sums + first * own.columns, own.columns, true);
@@ -203,19 +226,23 @@ template <class T> class Attention {
     void score(const AttentionUnit& unit, const int* pages, int tokens, int first, float* scores) {
         const int count = (tokens + PAGE - 1) / PAGE;
         const T* at[BLOCK / PAGE];
-        for (int i = 0; i < count; i++)
-            at[i] = keys + static_cast<size_t>(pages[i]) * PAGE * key_stride + unit.group * shape.width;
+        size_t stride = 0;
+        for (int i = 0; i < count; i++) {
+            const int here = tokens - i * PAGE < PAGE ? tokens - i * PAGE : PAGE;
+            const Page from = page(key, keys, unit, pages[i], i * PAGE, here);
+            at[i] = from.rows, stride = from.stride;
+        }
 #if defined(__AMX_BF16__)
         if constexpr (PER_WORD<T> == 2)
             if (tiled) {
                 for (int i = 0; i < count; i += 4)
-                    score_pages(at + i, count - i < 4 ? count - i : 4, key_stride, own.query_columns, own.depth, unit.rows,
+                    score_pages(at + i, count - i < 4 ? count - i : 4, stride, own.query_columns, own.depth, unit.rows,
                                 own.scores + i * PAGE, BLOCK);
                 return;
             }
 #endif
         for (int i = 0; i < count; i++)
-            pack_keys(at[i], key_stride, shape.width, own.keys + static_cast<size_t>(i) * PAGE * own.depth);
+            pack_keys(at[i], stride, shape.width, own.keys + static_cast<size_t>(i) * PAGE * own.depth);
         product(own.queries + static_cast<size_t>(first) * own.depth, own.depth, own.keys, 16,
                 static_cast<size_t>(PAGE) * own.depth, own.words, unit.rows - first, count * PAGE, scores, BLOCK, false);
     }
@@ -239,8 +266,7 @@ template <class T> class Attention {
 }  // namespace
 
 template <class T>
-void attend(const AttentionPlan& plan, const T* q, const T* keys, const T* values, T* y, int y_stride,
-            int thread) {
+void attend(const AttentionPlan& plan, const T* q, const void* keys, const void* values, T* y, int y_stride, int thread) {
     Attention<T> attention(plan, keys, values);
     for (int i = plan.bounds[thread]; i < plan.bounds[thread + 1]; i++) attention.run(plan.units[i], q, y, y_stride);
 }
@@ -270,8 +296,8 @@ template <class T> void merge_attention(const AttentionPlan& plan, T* y, int y_s
     }
 }
 
-template void attend(const AttentionPlan&, const float*, const float*, const float*, float*, int, int);
-template void attend(const AttentionPlan&, const bf16*, const bf16*, const bf16*, bf16*, int, int);
+template void attend(const AttentionPlan&, const float*, const void*, const void*, float*, int, int);
+template void attend(const AttentionPlan&, const bf16*, const void*, const void*, bf16*, int, int);
 template void merge_attention(const AttentionPlan&, float*, int, int, int);
 template void merge_attention(const AttentionPlan&, bf16*, int, int, int);
 

@@ -14,9 +14,12 @@ constexpr int PAGE = 16;    // tokens of a page
 constexpr int ROWS = 128;   // rows of a unit, at most
 constexpr int CHUNK = 256;  // tokens of a unit, about, where a sequence has no more rows than one unit holds
 
+enum CacheForm { AS_COMPUTED, INT8, FP8 };  // how the cache holds entries: entries.h
+
 struct AttentionShape {
     int heads, groups, width, value_width;
     float scale;
+    int form;  // of the entries: a CacheForm
 };
 
 // The sequences of a step, as FlatBatch has them: tokens starts[s] to starts[s + 1] are the new ones of sequence s,
@@ -63,10 +66,11 @@ class AttentionPlanner {
 namespace LEVEL {
 
 // y = softmax(scale q k^T) v by rows of q [tokens, heads, width]; y [tokens, heads, value_width], `y_stride` numbers from
-// token to token; keys [pages, PAGE, groups, width], values [pages, PAGE, groups, value_width], or null for the first
-// numbers of the keys. Every thread calls it; where the plan has merges, all threads meet and then call merge_attention.
+// token to token; entries keys [pages, PAGE, groups, width], values [pages, PAGE, groups, value_width], or null for the
+// first numbers of the keys. Every thread calls it; where the plan has merges, all threads meet and then call
+// merge_attention.
 template <class T>
-void attend(const AttentionPlan& plan, const T* q, const T* keys, const T* values, T* y, int y_stride, int thread);
+void attend(const AttentionPlan& plan, const T* q, const void* keys, const void* values, T* y, int y_stride, int thread);
 template <class T> void merge_attention(const AttentionPlan& plan, T* y, int y_stride, int thread, int threads);
 
 }  // namespace LEVEL

@@ -14,23 +14,26 @@ AttentionPlan AttentionPlanner::plan(const AttentionShape& shape, const Sequence
         const int length = sequences.lengths[s], tokens = sequences.starts[s + 1] - sequences.starts[s];
         const int rows = tokens * per_token, seen = length - tokens;
         const int chunks = rows <= ROWS ? (length + CHUNK - 1) / CHUNK : 1;
-        for (int group = 0; group < shape.groups && rows > 0; group++) {
-            if (chunks > 1) {
-                const int chunk = ((length + chunks - 1) / chunks + 31) / 32 * 32;  // 32 tokens fill a tile's depth
-                int count = 0;
-                const long partial = partial_rows;
-                for (int begin = 0; begin < length; begin += chunk, count++, partial_rows += rows) {
-                    const int end = begin + chunk < length ? begin + chunk : length;
-                    units_.push_back({s, group, 0, rows, begin, end, partial_rows});
-                }
-                merges_.push_back({s, group, rows, count, partial});
-            } else {
+        if (rows <= 0) continue;
+        if (chunks == 1) {
+            for (int group = 0; group < shape.groups; group++)
                 for (int row = 0; row < rows; row += ROWS) {
                     const int here = rows - row < ROWS ? rows - row : ROWS;
                     units_.push_back({s, group, row, here, 0, seen + (row + here - 1) / per_token + 1, -1});
                 }
-            }
+            continue;
         }
+        const int chunk = ((length + chunks - 1) / chunks + 31) / 32 * 32;  // 32 tokens fill a tile's depth
+        const int count = (length + chunk - 1) / chunk;
+        for (int group = 0; group < shape.groups; group++)
+            merges_.push_back({s, group, rows, count, partial_rows + static_cast<long>(group) * count * rows});
+        // Groups within a chunk: in 8 bits their entries share cache lines.
+        for (int i = 0; i < count; i++)
+            for (int group = 0; group < shape.groups; group++) {
+                const int begin = i * chunk, end = begin + chunk < length ? begin + chunk : length;
+                units_.push_back({s, group, 0, rows, begin, end, merges_.end()[group - shape.groups].partial + i * rows});
+            }
+        partial_rows += static_cast<long>(shape.groups) * count * rows;
     }
     partials_.resize(partial_rows * (shape.value_width + 2));
     // What a unit costs: bringing its tokens into order, and every row's work with each of them.

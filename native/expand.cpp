@@ -1,5 +1,6 @@
 #include "expand.h"
 
+#include "entries.h"
 #include "matmul.h"
 #include "scratch.h"
 
@@ -27,9 +28,11 @@ template <class T> struct Into {
 
 template <class T>
 void expand_entries(const LatentPlanner& plan, const LatentShape& shape, const Stack& to_keys, const Stack& to_values,
-                    const T* entries, T* keys, T* values, const Team& team) {
+                    const void* entries, T* keys, T* values, const Team& team) {
     const Sequences& sequences = plan.absorbed.sequences;
-    const int entry = shape.latent + shape.rope, stride = (entry + 31) / 32 * 32;
+    const Entry entry{shape.form, shape.latent, shape.rope};
+    const int width = entry.width(), stride = (width + 31) / 32 * 32;
+    const size_t bytes = entry.bytes(sizeof(T));
     const size_t key = shape.nope + shape.rope, heads = shape.heads;
     const int count = static_cast<int>(plan.pieces.size());
     for (int i = team.first(count); i < team.last(count); i++) {
@@ -41,11 +44,11 @@ void expand_entries(const LatentPlanner& plan, const LatentShape& shape, const S
         for (int t = 0; t < tokens; t++) {
             const int token = piece.begin + t;
             const size_t slot = static_cast<size_t>(pages[token / PAGE]) * PAGE + token % PAGE;
-            std::memcpy(own + t * stride, entries + slot * entry, entry * sizeof(T));
-            std::memset(own + t * stride + entry, 0, (stride - entry) * sizeof(T));
+            T* row = own + t * stride;
+            take_entry(entry, static_cast<const char*>(entries) + slot * bytes, row);
+            std::memset(row + width, 0, (stride - width) * sizeof(T));
             for (size_t h = 0; h < heads; h++)
-                std::memcpy(own_keys + (t * heads + h) * key + shape.nope, entries + slot * entry + shape.latent,
-                            shape.rope * sizeof(T));
+                std::memcpy(own_keys + (t * heads + h) * key + shape.nope, row + shape.latent, shape.rope * sizeof(T));
         }
         for (int h = 0; h < shape.heads; h++) {
             matmul_each(to_keys[h], 0, to_keys[h].blocks(), own, stride, tokens,
@@ -70,8 +73,8 @@ void expand_queries(const LatentPlanner& plan, const LatentShape& shape, const T
 }
 
 #define INSTANCES(T)                                                                                             \
-    template void expand_entries(const LatentPlanner&, const LatentShape&, const Stack&, const Stack&, const T*, \
-                                 T*, T*, const Team&);                                                           \
+    template void expand_entries(const LatentPlanner&, const LatentShape&, const Stack&, const Stack&, const void*, \
+                                 T*, T*, const Team&);                                                              \
     template void expand_queries(const LatentPlanner&, const LatentShape&, const T*, int, const T*, T*, const Team&);
 INSTANCES(float)
 INSTANCES(bf16)

@@ -11,11 +11,11 @@
 namespace slingshot {
 namespace LEVEL {
 
-// keys [rows, heads, nope + rope] and values [rows, heads, value] of all pieces from entries [pages, PAGE, latent + rope];
+// keys [rows, heads, nope + rope] and values [rows, heads, value] of all pieces from entries [pages, PAGE];
 // to_keys and to_values are each head's part of kv_b_proj, [nope, latent] and [value, latent].
 template <class T>
 void expand_entries(const LatentPlanner& plan, const LatentShape& shape, const Stack& to_keys, const Stack& to_values,
-                    const T* entries, T* keys, T* values, const Team& team);
+                    const void* entries, T* keys, T* values, const Team& team);
 
 // q [tokens, heads, nope + rope] of the expanded sequences, from what write_latent made.
 template <class T>

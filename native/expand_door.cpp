@@ -32,7 +32,7 @@ int attend_expanded(const LatentShape& shape, const Sequences& sequences, const 
     std::vector<T> keys(plan.rows * shape.heads * key), values(plan.rows * shape.heads * shape.value);
     auto job = [&](const Team& team) {
         const TileRegisters tiles;
-        expand_entries(plan, shape, to_keys, to_values, static_cast<const T*>(entries), keys.data(), values.data(), team);
+        expand_entries(plan, shape, to_keys, to_values, entries, keys.data(), values.data(), team);
         expand_queries(plan, shape, static_cast<const T*>(q_nope), nope_stride, static_cast<const T*>(q_absorbed),
                        q.data(), team);
         team.barrier();
@@ -53,11 +53,11 @@ int attend_expanded(const LatentShape& shape, const Sequences& sequences, const 
 using namespace slingshot;
 
 // Gives the number of tokens whose sequences attend in this form; the rows of y of the others stay as they are.
-extern "C" int DOOR(attend_expanded)(int is_bf16, int heads, int latent, int rope, int nope, int value, float scale,
+extern "C" int DOOR(attend_expanded)(int is_bf16, int form, int heads, int latent, int rope, int nope, int value, float scale,
                                      const int* starts, const int* lengths, const int* block_tables, int sequences,
                                      int pages, const void* kv_b, const void* q_nope, int nope_stride,
                                      const void* q_absorbed, const void* entries, void* y, int threads) {
     return (is_bf16 ? LEVEL::attend_expanded<bf16> : LEVEL::attend_expanded<float>)(
-        {heads, latent, rope, nope, value, scale}, {starts, lengths, block_tables, sequences, pages}, kv_b, q_nope,
+        {heads, latent, rope, nope, value, scale, form}, {starts, lengths, block_tables, sequences, pages}, kv_b, q_nope,
         nope_stride, q_absorbed, entries, y, threads);
 }

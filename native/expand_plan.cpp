@@ -46,11 +46,11 @@ void LatentPlanner::plan(const LatentShape& shape, const Sequences& sequences, i
     any_expanded = !pieces.empty();
     any_absorbed = false;
     for (int s = 0; s < count; s++) any_absorbed = any_absorbed || is_absorbed_[s];
-    absorbed = absorbed_.plan({shape.heads, 1, shape.latent + shape.rope, shape.latent, shape.scale}, sequences, threads,
-                              is_expanded_.data());
+    absorbed = absorbed_.plan({shape.heads, 1, shape.latent + shape.rope, shape.latent, shape.scale, shape.form}, sequences,
+                              threads, is_expanded_.data());
     const Sequences own{sequences.starts, sequences.lengths, tables_.data(), count, pages};
-    expanded = expanded_.plan({shape.heads, shape.heads, shape.nope + shape.rope, shape.value, shape.scale}, own, threads,
-                              is_absorbed_.data());
+    expanded = expanded_.plan({shape.heads, shape.heads, shape.nope + shape.rope, shape.value, shape.scale, AS_COMPUTED}, own,
+                              threads, is_absorbed_.data());
 }
 
 }  // namespace slingshot

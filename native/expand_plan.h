@@ -10,6 +10,7 @@ namespace slingshot {
 struct LatentShape {
     int heads, latent, rope, nope, value;
     float scale;
+    int form;  // of the cache's entries: a CacheForm (attention.h)
 };
 
 // Some tokens of an expanded sequence, and where the first one's keys and values stand.

@@ -37,13 +37,15 @@ template <class T> class Forward {
     Forward(Model<T>& model, const Step& step)
         : model(model), shape(model.shape), step(step),
           places{step.tokens, step.cos, step.sin, step.positions, step.slots},
-          latent{shape.heads, shape.latent, shape.rope, shape.nope, shape.value, shape.scale} {
+          latent{shape.heads, shape.latent, shape.rope, shape.nope, shape.value, shape.scale,
+                 shape.cache_form} {
         const ModelShape& s = shape;
         const Sequences sequences{step.starts, step.lengths, step.block_tables, step.sequences, step.pages};
         if (s.latent_family)
             expansion.plan(latent, sequences, sizeof(T), step.threads);
         else
-            plan = planner.plan({s.heads, s.groups, s.head_width, s.head_width, s.scale}, sequences, step.threads);
+            plan = planner.plan({s.heads, s.groups, s.head_width, s.head_width, s.scale, s.cache_form}, sequences,
+                                step.threads);
         width_stride = round_up(s.width, 32);
         input_stride = round_up(s.input_width(), 32);
         low_stride = round_up(s.q_rank, 32);
@@ -148,9 +150,10 @@ template <class T> class Forward {
     // What MLA keeps of the tokens, for no queries.
     void write_entries(int i, const Team& team) {
         project(model.layers[i], team);
-        const LatentHeads<T> none{0, shape.nope, shape.rope, shape.latent, nope_stride, shape.latent_eps, model.layers[i].k_norm};
+        const LatentHeads<T> none{0,           shape.nope,       shape.rope,       shape.latent,
+                                  nope_stride, shape.cache_form, shape.latent_eps, model.layers[i].k_norm};
         write_latent(none, places, input, input_stride, input + shape.first_part(), input_stride, nope, queries,
-                     static_cast<T*>(step.keys[i]), team.thread, team.threads);
+                     step.keys[i], team.thread, team.threads);
     }
 
     void block(int i, int16_t* routed, const Team& team) {
@@ -172,7 +175,7 @@ template <class T> class Forward {
         team.barrier();
     }
 
-    void attend_and_merge(const AttentionPlan& plan, const T* q, const T* keys, const T* values, T* y, int stride,
+    void attend_and_merge(const AttentionPlan& plan, const T* q, const void* keys, const void* values, T* y, int stride,
                           const Team& team) {
         attend(plan, q, keys, values, y, stride, team.thread);
         team.barrier();
@@ -183,8 +186,9 @@ template <class T> class Forward {
     }
 
     void grouped_attention(const LayerWeights<T>& layer, int i, const Team& team) {
-        const GroupedHeads<T> heads{shape.heads, shape.groups, shape.head_width, shape.eps, layer.q_norm, layer.k_norm};
-        T *keys = static_cast<T*>(step.keys[i]), *values = static_cast<T*>(step.values[i]);
+        const GroupedHeads<T> heads{shape.heads,      shape.groups, shape.head_width,
+                                    shape.cache_form, shape.eps,    layer.q_norm, layer.k_norm};
+        void *keys = step.keys[i], *values = step.values[i];
         write_grouped(heads, places, input, input_stride, queries, keys, values, team.thread, team.threads);
         team.barrier();
         attend_and_merge(plan, queries, keys, values, heads_out, heads_stride, team);
@@ -203,8 +207,9 @@ template <class T> class Forward {
             team.barrier();
             q = full, q_stride = full_stride;
         }
-        const LatentHeads<T> heads{s.heads, s.nope, s.rope, s.latent, nope_stride, s.latent_eps, layer.k_norm};
-        T* entries = static_cast<T*>(step.keys[i]);
+        const LatentHeads<T> heads{s.heads,     s.nope,       s.rope,       s.latent,
+                                   nope_stride, s.cache_form, s.latent_eps, layer.k_norm};
+        void* entries = step.keys[i];
         write_latent(heads, places, q, q_stride, input + s.first_part(), input_stride, nope, queries, entries,
                      team.thread, team.threads);
         team.barrier();

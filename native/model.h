@@ -18,6 +18,7 @@ struct ModelShape {
     int experts, expert_inner, shared_inner, per_token, expert_groups, kept_groups, first_expert_layer, normalized;
     int weight_bits, weight_group;  // 8 or 4: matrices are kept so, every k a multiple of the group; 0: as T
     int keeps_head;                 // the head and the MTP module's joint are kept as T all the same
+    int cache_form;                 // a CacheForm (attention.h)
     float eps, latent_eps, scale, routed_scaling;
 
     int query_width() const { return latent_family ? heads * (nope + rope) : heads * head_width; }

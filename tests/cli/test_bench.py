@@ -70,7 +70,7 @@ def test_bench_rounds_weights_when_asked(command: Command) -> None:
 def test_bench_keeps_a_cache_of_8_bits_when_asked(command: Command, checkpoint: Path) -> None:
     asked = ("bench", checkpoint, "--batch", 2, "--prompt", 5, "--new", 4, "--first", 20, "--rounds", 1, "--json")
     measured = json.loads(command(*asked, "--kv-cache", "int8")[1])
-    assert measured["runs_on"] == "torch, int8 cache"
+    assert measured["runs_on"].endswith(", int8 cache")
     assert measured["rows"][0]["bytes_read"] < json.loads(command(*asked)[1])["rows"][0]["bytes_read"]
 
 

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from slingshot.base.errors import SlingshotError
 from slingshot.engine.engine import Engine
 from slingshot.engine.kv_cache import KVCache
+from slingshot.engine.native_runner import NativeRunner
 from slingshot.engine.runner import TorchRunner
 from slingshot.engine.sampling import SamplingParams
 from slingshot.kernels.attention import attention_reference
+from slingshot.kernels.native import native_kernels, native_levels
 from slingshot.model.config import ModelConfig
 from slingshot.model.context import Context
 
@@ -46,6 +48,14 @@ class RoundedModel:
 
     def __call__(self, ids_1T):
         return self.model(ids_1T, context=RoundedContext(self.cache, ids_1T))
+
+
+@pytest.fixture(scope="module", params=["dense", "deepseek_v3"])
+def wide_model(request, make_model, dense, deepseek, tokenizer):
+    """Heads that the compiled kernels take."""
+    mla = {"kv_lora_rank": 24, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    make, shape = (deepseek, mla) if request.param == "deepseek_v3" else (dense, {"head_dim": 24})
+    return make_model(make(vocab_size=tokenizer.vocab_size, max_position_embeddings=256, **shape))
 
 
 def bytes_of(model, pages, form="int8"):
@@ -85,18 +95,21 @@ def test_the_engine_has_the_room(make_model, dense, tokenizer):
     budget = 101 * KVCache.page_bytes(model.config, torch.bfloat16)
     engines = [Engine(model, tokenizer, dtype=torch.bfloat16, cache_bytes=budget, kv_cache=f) for f in ("auto", "int8")]
     assert [engine.max_length for engine in engines] == [100 * 16, (101 * 128 // 66 - 1) * 16]
-    assert "int8 cache" in engines[1].runs_on and "torch" in engines[1].runs_on
+    assert engines[1].runs_on == f"{engines[0].runs_on}, int8 cache"
 
 
+@pytest.mark.parametrize("level", ["off", *native_levels()])
 @pytest.mark.parametrize("form", FORMS)
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
-def test_sequences_in_any_pieces_give_the_logits_of_the_model_over_rounded_entries(model, form, data):
+def test_sequences_in_any_pieces_give_the_logits_of_the_model_over_rounded_entries(wide_model, form, level, data):
     """But where a number lies so near to the middle between two that the last bits of its sum decide."""
+    model, kernels = wide_model, native_kernels(level)
     cache = KVCache(model.config, PAGES, torch.float32, form=form, mtp=model.config.num_nextn_predict_layers > 0)
     for layer in cache.layers:
         layer.fill_(66)  # what earlier sequences left: numbers of about their sizes
-    pairs = logits_in_pieces(TorchRunner(model, cache), RoundedModel(model, form), data)
+    runner = TorchRunner(model, cache) if kernels is None else NativeRunner(model, cache, kernels)
+    pairs = logits_in_pieces(runner, RoundedModel(model, form), data)
     differences = torch.stack([(found_V - expected_V).abs().max() for found_V, expected_V in pairs])
     assert differences.median() < 1e-3 and differences.max() < 0.1
 
@@ -138,5 +151,3 @@ def test_prefixes_are_reused_and_an_abort_leaves_the_others_alone(model, tokeniz
 def test_a_form_that_there_is_not_is_refused(dense_model, tokenizer):
     with pytest.raises(SlingshotError, match="kv_cache 'int4': choose auto, int8, fp8"):
         Engine(dense_model, tokenizer, kv_cache="int4")
-    with pytest.raises(SlingshotError, match="weight_bits 8: only native code has them: its cache holds int8"):
-        Engine(dense_model, tokenizer, weight_bits=8, kv_cache="int8")

@@ -28,7 +28,7 @@ Sources = Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="Fol
 Runner = Literal["slingshot", "vllm", "llama.cpp"]
 KVCacheForm = Annotated[
     Literal["auto", "int8", "fp8"],
-    typer.Option("--kv-cache", help="int8 or fp8: 8 bits for each number that is cached; torch computes then."),
+    typer.Option("--kv-cache", help="int8 or fp8: 8 bits for each number that is cached."),
 ]
 
 

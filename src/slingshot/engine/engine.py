@@ -86,7 +86,7 @@ class Engine:
     adapters        folders of LoRA adapters of this model by name, of which requests may name one. Those run on torch's
                     path, all others where they always do; the model is kept for them
     kv_cache        "int8" or "fp8": the cache keeps 8 bits of a number, and nearly twice the tokens fit into the same
-                    memory; torch runs the network then
+                    memory
 
     weights_version is what the last `update_weights` called its weights; 0 before. Raises CacheTooSmall where the cache
     cannot hold one sequence of max_length.

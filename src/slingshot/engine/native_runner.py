@@ -26,7 +26,7 @@ from torch import Tensor
 
 from slingshot.base.errors import SlingshotError
 from slingshot.engine.batch import FlatBatch, RunnerOutput
-from slingshot.engine.kv_cache import KVCache
+from slingshot.engine.kv_cache import CacheForm, KVCache
 from slingshot.kernels.native import GROUP_STEP, NativeKernels, pointer
 from slingshot.model.attention import MLA
 from slingshot.model.config import ModelConfig
@@ -39,6 +39,7 @@ from slingshot.model.transformer import Transformer
 from slingshot.quantization.integers import WeightGrid
 
 DTYPES = (torch.float32, torch.bfloat16)
+CACHE_FORMS = ("auto", "int8", "fp8")  # native/attention.h's CacheForm
 SCALE_BYTES = 4
 GROUP = 64  # neighbours of quantized weights that share a scale, where it divides all widths
 WIDTH_STEP = 8  # heads are multiples of so many numbers: a register of the smallest level
@@ -70,13 +71,13 @@ class NativeShape(ctypes.Structure):
             "latent_family", "vocabulary", "width", "layers", "mtp_layers", "heads", "inner", "groups", "head_width",
             "q_rank", "latent", "nope", "rope", "value", "experts", "expert_inner", "shared_inner", "per_token",
             "expert_groups", "kept_groups", "first_expert_layer", "normalized",
-            "weight_bits", "weight_group", "keeps_head",
+            "weight_bits", "weight_group", "keeps_head", "cache_form",
         ),
         *_fields(ctypes.c_float, "eps", "latent_eps", "scale", "routed_scaling"),
     ]  # fmt: skip
 
     @classmethod
-    def of(cls, config: ModelConfig, bits: int, group: int, keeps_head: bool) -> NativeShape:
+    def of(cls, config: ModelConfig, bits: int, group: int, keeps_head: bool, form: CacheForm) -> NativeShape:
         moe = config.n_moe_layers > 0
         return cls(
             latent_family=config.family == "deepseek_v3", vocabulary=config.vocab_size, width=config.hidden_size,
@@ -90,7 +91,7 @@ class NativeShape(ctypes.Structure):
             kept_groups=config.topk_group, first_expert_layer=config.first_k_dense_replace,
             normalized=config.norm_topk_prob, eps=config.rms_norm_eps, latent_eps=MLA.LATENT_EPS,
             scale=softmax_scale(config), routed_scaling=config.routed_scaling_factor,
-            weight_bits=bits, weight_group=group, keeps_head=keeps_head,
+            weight_bits=bits, weight_group=group, keeps_head=keeps_head, cache_form=CACHE_FORMS.index(form),
         )  # fmt: skip
 
 
@@ -162,7 +163,7 @@ class NativeRunner:
         self._run_chain = kernels.door("run_chain")
         is_bf16 = int(self._dtype == torch.bfloat16)
         self._handle = ctypes.c_void_p(
-            new_model(ctypes.byref(NativeShape.of(config, bits, group, grid is not None)), is_bf16)
+            new_model(ctypes.byref(NativeShape.of(config, bits, group, grid is not None, cache.form)), is_bf16)
         )
         weakref.finalize(self, free_model, self._handle)
         self._cache = cache
@@ -200,8 +201,6 @@ class NativeRunner:
         dtype = model.compute_dtype or model.model.embed_tokens.weight.dtype
         if any(tensor.device.type != "cpu" for tensor in (model.model.embed_tokens.weight, *cache.layers)):
             return "it is not on a CPU"
-        if cache.form != "auto":
-            return f"its cache holds {cache.form}"
         if dtype not in DTYPES or cache.dtype != dtype:
             return f"it computes in {dtype} over a cache of {cache.dtype}"
         if any(hasattr(parameter, "to_local") for parameter in model.parameters()):

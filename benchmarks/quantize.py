@@ -25,7 +25,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
 
 from slingshot.checkpoint.layout import layout, place
-from slingshot.checkpoint.load_save import load_model
+from slingshot.checkpoint.load_save import load_model, open_weights
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.model.dynamic import multiply_whole_numbers
@@ -73,7 +73,7 @@ def made(source: str, form: str, texts: list[list[int]], rows: int) -> tuple[Tra
     for bits in (each.removeprefix("bits") for each in how if each.startswith("bits")):
         config = QuantizeConfig(model=source, bits=float(bits))
         scheme, _ = widened(model, texts, config, scheme)  # type: ignore[arg-type]
-    packed = calibrated(model, calibration, scheme) if scheme is not None and "gptq" in how else {}
+    packed = calibrated(open_weights(source), calibration, scheme) if scheme is not None and "gptq" in how else {}
     for name, tensor in state.items():
         if tensor.is_floating_point() and name not in {place(each)[0] for each in names}:
             tensor.copy_(tensor.bfloat16())

@@ -19,8 +19,8 @@ FILE = 400  # lines
 ROOMS = {
     ".": (46, 632),
     "base": (738, 441),
-    "checkpoint": (2689, 2755),
-    "cli": (1944, 1371),
+    "checkpoint": (2709, 2755),
+    "cli": (1947, 1371),
     "cost": (646, 568),
     "data": (471, 240),
     "engine": (4278, 2869),
@@ -30,15 +30,15 @@ ROOMS = {
     "model": (1808, 1327),
     "parity": (0, 1073),
     "planning": (2111, 1110),
-    "quantization": (527, 311),
+    "quantization": (538, 312),
     "recipe": (1236, 1045),
     "rollout": (842, 738),
     "sandbox": (1005, 624),
     "serving": (5846, 5590),
-    "stages": (2034, 2716),
+    "stages": (2035, 2724),
     "tasks": (3806, 2599),
     "text": (2015, 1809),
-    "training": (2075, 1602),
+    "training": (2083, 1602),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

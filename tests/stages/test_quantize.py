@@ -1,15 +1,18 @@
 """Quantisation: what is written is read by every door, what was lost is said, and calibration loses less."""
 
+import io
 import json
 
 import pytest
 import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
+from rich.console import Console
 
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.inspection import examine
 from slingshot.checkpoint.load_save import load_model, open_weights
+from slingshot.cli.inspect import show
 from slingshot.cost.receipt import Receipt
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
@@ -196,6 +199,11 @@ def test_a_budget_of_bits_goes_where_four_lose_most(quantizing, small, tmp_path,
     assert list(config.quantization_wide) == told["wide"] != []
     facts = examine(str(tmp_path / "out"))
     assert facts["problems"] == [] and facts["checkpoint"]["bytes"] == facts["files"]["bytes"]
+    numbers = facts["model"]["quantization_numbers"]
+    mean = (4 * numbers["int4"] + 8 * numbers["int8"]) / sum(numbers.values())
+    show(facts, Console(file=(shown := io.StringIO())))
+    share = numbers["int8"] / sum(numbers.values())
+    assert mean == pytest.approx(told["bits"]) and f"int8 ({100 * share:.1f}% of the numbers)" in shown.getvalue()
     assert f"{told['bits']:.2f} on the average" in capsys.readouterr().err
     wide = [unit for unit in told["sensitivities"] if any(each.startswith(unit) for each in told["wide"])]
     assert all(any(part in unit for unit in told["sensitivities"]) for part in ("kv_a_proj_with_mqa", "experts."))

@@ -262,7 +262,7 @@ def _architecture(config: ModelConfig) -> Facts:
     width = 2 * config.head_dim if config.family == "dense" else config.qk_head_dim + config.v_head_dim
     per_token = round(cache_bytes_per_token(config))
     kind: Facts = {"model_type": config.model_type, "family": config.family, "quantization": config.quantization}
-    kind["quantization_group_size"] = group
+    kind |= {"quantization_group_size": group, "quantization_numbers": _widths(config)}
     return {
         "model": kind | {key: value for key, value in config.to_hf().items() if key in _KEYS},
         "parameters": {
@@ -294,6 +294,16 @@ def _few_bits(config: ModelConfig, scheme: Scheme) -> tuple[dict[str, int], int]
         widths = {"I8": 1, "U8": 1, "": 2, "I32": 4, "F32": 4, "I64": 0}
         sizes[_part(config, spec)] += sum(widths[kind] * math.prod(shape) for kind, shape in stored)
     return dict(sizes), more
+
+
+def _widths(config: ModelConfig) -> dict[str, int]:
+    """Of matrices of int4 some of which are int8: how many numbers are which."""
+    widths: Counter[str] = Counter()
+    if (scheme := config.scheme) is not None and scheme.wide:
+        for spec in layout(config):
+            if is_packed(spec.name, spec.stored):
+                widths[f"int{scheme.bits(spec.name)}"] += math.prod(spec.shape)
+    return dict(sorted(widths.items()))
 
 
 def _part(config: ModelConfig, spec: Spec) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.adapter import Adapter, described_by, is_adapter
@@ -155,12 +155,22 @@ def refuse_merged_numbers(weights: StoredWeights) -> None:
 
 def load_weights(model: Transformer, weights: StoredWeights) -> None:
     """Fill a model's parameters and router biases, piece by piece; of a sharded one (a DTensor) this rank's rows."""
-    state = {name: local_part(tensor) for name, tensor in model.state_dict().items()}
+    _fill({name: local_part(tensor) for name, tensor in model.state_dict().items()}, weights)
+
+
+def load_part(module: nn.Module, weights: StoredWeights, prefix: str) -> None:
+    """Give a part of a model that was made without memory its weights in float32, those whose names begin so."""
+    module.to_empty(device="cpu")
+    _fill({prefix + name: (tensor, 0) for name, tensor in module.state_dict().items()}, weights)
+
+
+def _fill(state: Mapping[str, tuple[Tensor, int]], weights: StoredWeights) -> None:
+    """Tensors by their names in a model, and the first row that each has of them."""
     for spec in layout(weights.config):
         if spec.copy_of is not None:
             continue
         name, index = place(spec.name)
-        if name not in state:  # the model holds it as it is stored
+        if name not in state:  # the model holds it as it is stored, or is a part of one
             continue
         target, first = state[name]
         if index:  # one expert's matrix within the stack

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from slingshot.base.quantity import plural, show_count, show_size
+from slingshot.base.quantity import plural, show_count, show_share, show_size
 
 Facts = dict[str, Any]
 _Row = tuple[str, ...]
@@ -76,8 +76,11 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[_Row], str]]:
 
 
 def _model_rows(model: Facts) -> Iterator[_Row]:
-    kind, group = model["quantization"], model["quantization_group_size"]
-    stored = f", its matrices stored in {kind.replace('fp', 'FP')}" if kind else ""
+    kind, group = (model["quantization"] or "").replace("fp", "FP"), model["quantization_group_size"]
+    if numbers := model["quantization_numbers"]:
+        shares = {name: count / sum(numbers.values()) for name, count in numbers.items()}
+        kind = " and ".join(f"{name} ({show_share(share)} of the numbers)" for name, share in shares.items())
+    stored = f", its matrices stored in {kind}" if kind else ""
     yield "type", model["model_type"] + stored + (f" in groups of {group}" if group else "")
     layers, heads = model["num_hidden_layers"], model["num_attention_heads"]
     yield "layers", f"{layers} of width {model['hidden_size']}"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 DAMPING = 0.01  # of the mean diagonal, added to it: the paper's value (section 3.3, step 3)
 BLOCK = 128  # columns whose errors reach the others together
-_CHUNK = 1 << 17  # numbers at a time, that stay in a core's cache
+_CHUNK = 1 << 15  # numbers at a time: they stay in a cache, and torch does not spread so few over threads
 
 
 class Grid(Protocol):
@@ -25,6 +25,10 @@ class Grid(Protocol):
     @property
     def group(self) -> int:
         """Neighbours of a row that share a scale; 0: the whole row."""
+
+    @property
+    def power(self) -> int:
+        """The square of an error counts as its weight's magnitude to this power, where inputs are not known."""
 
     def candidates(self, weight_FGI: Tensor) -> Tensor:
         """Scales [C, F, G] that are tried."""
@@ -39,15 +43,14 @@ def best_scales(weight_FD: Tensor, grid: Grid, importance_D: Tensor | None = Non
     importance_D: what the square of an error in each column counts, such as the mean square of its inputs.
     """
     weight_FGI = weight_FD.float().unflatten(-1, (-1, grid.group or weight_FD.shape[-1]))
-    importance_D = torch.ones(weight_FD.shape[-1]) if importance_D is None else importance_D
-    importance_GI = importance_D.view(weight_FGI.shape[1:])
     best = []
     for rows_FGI in weight_FGI.split(max(1, _CHUNK // weight_FD.shape[-1])):
+        importance = rows_FGI.abs() ** grid.power if importance_D is None else importance_D.view(rows_FGI.shape[1:])
         candidates_CFG = grid.candidates(rows_FGI)
         errors_CFG = torch.empty_like(candidates_CFG)
         for scales_FG, error_FG in zip(candidates_CFG[..., None], errors_CFG, strict=True):
             errors_FGI = grid.nearest(rows_FGI / scales_FG).mul_(scales_FG).sub_(rows_FGI).square_()
-            torch.sum(errors_FGI.mul_(importance_GI), -1, out=error_FG)
+            torch.sum(errors_FGI.mul_(importance), -1, out=error_FG)
         best.append(candidates_CFG.gather(0, errors_CFG.argmin(0, keepdim=True))[0])
     return torch.cat(best)
 
@@ -65,29 +68,32 @@ def gptq(weight_FD: Tensor, gram_DD: Tensor, grid: Grid) -> tuple[Tensor, Tensor
     Scales are chosen beforehand, errors weighed by the inputs' squares. Columns are then rounded from the one with the
     largest inputs to the one with the smallest, so that what counts most is rounded while all others can still make it
     good; groups stay those of neighbours. Columns whose inputs were always 0 are rounded to nearest.
+
+    With X X^T = L L^T the error is ||(W - W') L||, and column d of that has no error of columns before d in it. So from
+    the last column to the first each makes good what those behind it have lost (Babai's nearest plane, which is the
+    paper's algorithm without its inverse: arXiv 2507.18553).
     """
     unit = gram_DD.diagonal().double().mean()
-    gram_DD = gram_DD.float() / torch.where(unit > 0, unit, 1.0)  # inputs that differ by much from 1 make no difference
-    diagonal_D = gram_DD.diagonal()
-    importance_D = diagonal_D + DAMPING * diagonal_D.mean() + torch.finfo(torch.float32).tiny
-    scales_FG = best_scales(weight_FD, grid, importance_D)
+    unit = torch.where(unit > 0, unit, 1.0)  # inputs that differ by much from 1 make no difference
+    diagonal_D = (gram_DD.diagonal() / unit).float()
+    damping = DAMPING * diagonal_D.mean()
+    scales_FG = best_scales(weight_FD, grid, diagonal_D + damping + torch.finfo(torch.float32).tiny)
     diagonal_D[diagonal_D == 0] = 1.0
-    diagonal_D += DAMPING * diagonal_D.mean()
-    order_D = diagonal_D.argsort(descending=True, stable=True)
-    scales_FD = scales_FG.repeat_interleave(weight_FD.shape[1] // scales_FG.shape[1], dim=1)[:, order_D]
-    left_FD = weight_FD.float()[:, order_D]
-    inverse_DD = torch.cholesky_inverse(torch.linalg.cholesky(gram_DD[order_D][:, order_D]))
-    root_DD = torch.linalg.cholesky(inverse_DD, upper=True)
-    numbers_FD = torch.empty_like(left_FD)
-    for start in range(0, left_FD.shape[1], BLOCK):
-        stop = min(start + BLOCK, left_FD.shape[1])
-        errors_FB = torch.empty_like(left_FD[:, start:stop])
-        for column in range(start, stop):
-            scale_F = scales_FD[:, column]
-            number_F = grid.nearest(left_FD[:, column] / scale_F)
-            numbers_FD[:, order_D[column]] = number_F
-            error_F = (left_FD[:, column] - number_F * scale_F) / root_DD[column, column]
-            left_FD[:, column:stop] -= error_F[:, None] * root_DD[column, column:stop]
-            errors_FB[:, column - start] = error_F
-        left_FD[:, stop:] -= errors_FB @ root_DD[start:stop, stop:]
-    return numbers_FD, scales_FG
+    order_D = diagonal_D.argsort(descending=True, stable=True).flip(0)
+    gram_DD = gram_DD[order_D[:, None], order_D].div_(unit).float()
+    gram_DD.diagonal().copy_(diagonal_D[order_D] + damping)
+    root_DD = torch.linalg.cholesky(gram_DD.mT, out=gram_DD.mT)
+    root_DD.div_(root_DD.diagonal().clone())
+    group = weight_FD.shape[1] // scales_FG.shape[1]
+    weight_DF, numbers_DF = weight_FD.float().T[order_D], torch.empty(weight_FD.T.shape)
+    errors_DF = torch.empty_like(numbers_DF)
+    for stop in range(len(order_D), 0, -BLOCK):
+        start = max(0, stop - BLOCK)
+        wanted_BF = torch.addmm(weight_DF[start:stop], root_DD[stop:, start:stop].T, errors_DF[stop:])
+        for row in range(stop - 1, start - 1, -1):
+            wanted_F, column = wanted_BF[row - start], order_D[row]
+            wanted_F += root_DD[row + 1 : stop, row] @ errors_DF[row + 1 : stop]
+            scale_F = scales_FG[:, column // group]
+            numbers_DF[column] = grid.nearest(wanted_F / scale_F)
+            errors_DF[row] = weight_DF[row] - numbers_DF[column] * scale_F
+    return numbers_DF.T.contiguous(), scales_FG

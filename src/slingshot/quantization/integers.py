@@ -56,6 +56,11 @@ class IntegerGrid:
     bits: int
     group: int
 
+    @property
+    def power(self) -> int:
+        """With 4 bits a model feels most what its largest weights lose (as ggml has it for Q4_K)."""
+        return int(self.bits == 4)
+
     def candidates(self, weight_FGI: Tensor) -> Tensor:
         """bfloat16 scales, in float32."""
         least_FG, most_FG = weight_FGI.aminmax(dim=-1)

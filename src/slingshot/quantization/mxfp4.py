@@ -25,7 +25,7 @@ _BIAS = 127
 class MXFP4Grid:
     """e2m1's numbers and powers of two."""
 
-    group = MX_BLOCK
+    group, power = MX_BLOCK, 0
 
     def candidates(self, weight_FGI: Tensor) -> Tensor:
         """The standard's power of two (6.3: the largest number's own, less 2), and the next.
@@ -45,7 +45,7 @@ class MXFP4Grid:
 
 def pack(values_FD: Tensor) -> Tensor:
     """Two of e2m1's values a byte, uint8 [F, D / 2]."""
-    codes_FD = torch.bucketize(values_FD.abs(), E2M1).to(torch.uint8) | (values_FD < 0).to(torch.uint8) << 3
+    codes_FD = torch.bucketize(values_FD.abs().float(), E2M1).to(torch.uint8) | (values_FD < 0).to(torch.uint8) << 3
     return codes_FD[:, ::2] | codes_FD[:, 1::2] << 4
 
 

@@ -118,7 +118,7 @@ def run(config: QuantizeConfig, out: Path) -> None:
                 if config.bits is not None:
                     scheme, probed = widened(load_model(source), texts, config, scheme)
                     work.meter.add(sensitivity=probed.pop("flops"))
-                packed = calibrated(load_model(source), stream(texts, config.sequence_length, _ROWS), scheme)
+                packed = calibrated(weights, stream(texts, config.sequence_length, _ROWS), scheme)
                 work.meter.add(calibration=2 * forward_flops(weights.config, map(len, texts)))
             shutil.rmtree(made, ignore_errors=True)
             made.mkdir()
@@ -219,15 +219,16 @@ def widened(
     return scheme, {"bits": mean, "sensitivities": lost, "wide": list(scheme.wide), "flops": flops}
 
 
-def calibrated(model: Transformer, batches: Sequence[Batch], scheme: Scheme) -> dict[str, Packed]:
-    """Numbers and scales of the matrices that enough of the text went through; the model's weights become these."""
+def calibrated(weights: StoredWeights, batches: Sequence[Batch], scheme: Scheme) -> dict[str, Packed]:
+    """Numbers and scales of the matrices that enough of the text went through."""
     packed = dict[str, Packed]()
-    for name, weight_FD, gram_DD, rows in by_layer(model, batches):
+    for name, weight_FD, gram_DD, rows in by_layer(weights, batches):
         if not is_packed(name, "linear") or name.endswith("eh_proj.weight"):
             continue
         if rows >= _FEW and gram_DD.isfinite().all():
-            packed[name] = gptq(weight_FD, gram_DD, grid(scheme, name))
-            weight_FD.copy_(from_numbers(*packed[name]))
+            numbers_FD, scales_FG = gptq(weight_FD, gram_DD, grid(scheme, name))
+            weight_FD.copy_(from_numbers(numbers_FD, scales_FG))
+            packed[name] = numbers_FD.to(torch.bfloat16 if scheme.kind == "mxfp4" else torch.int8), scales_FG
     return packed
 
 

@@ -1,9 +1,10 @@
 """What goes into every matrix, a layer at a time: what calibrated quantisation needs of a model's own text.
 
-    for name, weight_FD, gram_DD, rows in by_layer(model, batches): weight_FD.copy_(...)
+    for name, weight_FD, gram_DD, rows in by_layer(open_weights(path), batches): weight_FD.copy_(...)
 
 Layers come in order, and each is run again once its matrices were changed: the next one's inputs are of a model that is
-changed up to there (arXiv 2210.17323, 4: quantised layer by layer). Memory: activations, and the grams of one layer.
+changed up to there (arXiv 2210.17323, 4: quantised layer by layer). Memory: activations, the embedding, and one layer
+with its grams; a layer is read when its turn comes.
 
 Shape suffixes: B batch, T time, D input width, F output width, E experts, N rows.
 """
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from slingshot.checkpoint.load_save import StoredWeights, load_part
 from slingshot.model.context import PackedContext
 from slingshot.model.linear import GroupedLinear, Linear
 from slingshot.model.moe import Gate
@@ -54,19 +56,23 @@ class ObservedGroupedLinear(GroupedLinear):
 
 
 @torch.no_grad()
-def by_layer(model: Transformer, batches: Sequence[Batch]) -> Iterator[tuple[str, Tensor, Tensor, int]]:
+def by_layer(weights: StoredWeights, batches: Sequence[Batch]) -> Iterator[tuple[str, Tensor, Tensor, int]]:
     """Name (as in a checkpoint's files), weight, x^T x and number of rows of every matrix of the layers, routers' not.
 
-    The weights are the model's own, to be changed before the next is asked for.
+    The weights, in float32, are to be changed before the next is asked for.
     """
-    contexts = [PackedContext(model.config, *batch) for batch in batches]
-    embedded = [model.model.embed_tokens(tokens_BT) for tokens_BT, _ in batches]
-    if model.compute_dtype is not None:
-        embedded = [x_BTD.to(model.compute_dtype) for x_BTD in embedded]
+    with torch.device("meta"):
+        model = Transformer(weights.config.stored_as(None)).model
+    contexts = [PackedContext(weights.config, *batch) for batch in batches]
+    load_part(model.embed_tokens, weights, "model.embed_tokens.")
+    embedded = [model.embed_tokens(tokens_BT) for tokens_BT, _ in batches]
+    model.embed_tokens.to_empty(device="meta")
+    load_part(model.norm, weights, "model.norm.")
     states = list(embedded)
-    for number, layer in enumerate(model.model.layers):
+    for number, layer in enumerate(model.layers):
+        load_part(layer, weights, f"model.layers.{number}.")
         if isinstance(layer, MTP):  # it reads the last layer's hidden states and the tokens behind
-            states = [model.model.norm(x_BTD) for x_BTD in states]
+            states = [model.norm(x_BTD) for x_BTD in states]
         more = [(x_BTD.roll(-1, dims=1),) if isinstance(layer, MTP) else () for x_BTD in embedded]
         plain = {
             name: module
@@ -83,7 +89,9 @@ def by_layer(model: Transformer, batches: Sequence[Batch]) -> Iterator[tuple[str
             layer.set_submodule(name, module)
         for name, each in found.items():
             yield from _matrices(f"model.layers.{number}.{name}", each)
-        states = [layer(x, context, *others)[0] for x, context, others in zip(states, contexts, more, strict=True)]
+        if number + 1 < len(model.layers):
+            states = [layer(x, context, *others)[0] for x, context, others in zip(states, contexts, more, strict=True)]
+        layer.to_empty(device="meta")
 
 
 def _matrices(name: str, observed: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, int]]:

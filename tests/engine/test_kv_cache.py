@@ -111,7 +111,7 @@ def test_sequences_in_any_pieces_give_the_logits_of_the_model_over_rounded_entri
     runner = TorchRunner(model, cache) if kernels is None else NativeRunner(model, cache, kernels)
     pairs = logits_in_pieces(runner, RoundedModel(model, form), data)
     differences = torch.stack([(found_V - expected_V).abs().max() for found_V, expected_V in pairs])
-    assert differences.median() < 1e-3 and differences.max() < 0.1
+    assert differences.median() < 5e-3 and differences.max() < 0.1
 
 
 def test_rounding_changes_the_logits_by_little(model):

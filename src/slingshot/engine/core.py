@@ -1,6 +1,6 @@
 """One step of the engine: schedule, run, draw.
 
-    core = EngineCore(model, 256, None, cache_bytes=1 << 30, step_tokens=1024, speculation="off", native="auto")
+    core = EngineCore(model, 256, None, cache_bytes=1 << 30, step_tokens=320, speculation="off", native="auto")
     core.add(request.sequences)
     for sequence in core.step(): ...        # those that finished with it
     core.abort(request.sequences)

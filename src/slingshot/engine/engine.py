@@ -74,7 +74,7 @@ class Engine:
                     many as the cache holds
     dtype           None shares the model's parameters; otherwise the engine keeps a copy in that dtype
     cache_bytes     memory of the cache at most; where sequences are long, fewer run at once
-    step_tokens     tokens of a step at most, rows included: what a long prompt holds the others up by
+    step_tokens     tokens of prompts in a step at most, while others run: what prompts hold them up by
     speculation     "on": tokens are guessed ahead (speculation.py) and computed together; "auto": where that is faster.
                     What is sampled stays the same but for rounding; with "auto" the rounding depends on timings
     native          "auto": the compiled kernels run the network where they can, CUDA graphs on a GPU; "off": torch does
@@ -100,7 +100,7 @@ class Engine:
         max_length: int | None = None,
         dtype: torch.dtype | None = None,
         cache_bytes: int = 1 << 30,
-        step_tokens: int = 1024,
+        step_tokens: int = 320,
         speculation: Speculation = "off",
         native: Native = "auto",
         weight_bits: int | None = None,
@@ -139,7 +139,7 @@ class Engine:
         max_batch: int = 256,
         max_length: int | None = None,
         cache_bytes: int = 1 << 30,
-        step_tokens: int = 1024,
+        step_tokens: int = 320,
         speculation: Speculation = "off",
         native: Native = "auto",
         weight_bits: int | None = None,

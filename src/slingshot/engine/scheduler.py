@@ -6,8 +6,8 @@
     drawn = scheduler.commit(step)          # the step was run: sequences whose next token is to be drawn, in order
     scheduler.finish(resident)
 
-Every decoding row takes one token of a step; what is left of `step_tokens` goes to prompts, first come first served, in
-chunks: a long prompt never holds the rows up by more than one step. The other samples of a request wait for its first
+Every decoding row takes one token of a step, and prompts up to `step_tokens`, first come first served, in chunks: a
+long prompt never holds the rows up by more than one step. The other samples of a request wait for its first
 one's prompt and share its pages; a page that several hold is copied before one of them writes to it. When pages run
 out, who came last gives its own up, waits at the head of the queue and computes its tokens again. Nothing here depends
 on how many wait.
@@ -91,7 +91,7 @@ class Step:
 
 
 class Scheduler:
-    """Up to `max_batch` sequences at once over the pages of `pool`; `step_tokens` tokens a step at most."""
+    """Up to `max_batch` sequences at once over the pages of `pool`; `step_tokens` tokens of prompts a step."""
 
     def __init__(self, pool: PagePool, max_batch: int, max_length: int, step_tokens: int) -> None:
         self.pool, self.rows = pool, DecodingRows(max_batch, max_length)
@@ -114,7 +114,7 @@ class Scheduler:
         step = Step()
         self._give_rows_pages(step)
         step.rows = len(self.rows)
-        budget = self._step_tokens - step.rows if step.rows else ALONE * self._step_tokens
+        budget = self._step_tokens * (1 if step.rows else ALONE)
         for resident in self._prefilling:
             budget = self._chunk(step, resident, budget)
         while admitted := self._admit(budget):

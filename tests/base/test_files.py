@@ -38,6 +38,7 @@ LEAVES = st.none() | st.booleans() | st.integers() | st.text()
 JSON = st.recursive(LEAVES, lambda value: st.lists(value) | st.dictionaries(st.text(), value), max_leaves=5)
 
 
+@pytest.mark.slow
 @settings(derandomize=True, deadline=None, max_examples=50)
 @given(rows=st.lists(JSON, max_size=4))
 def test_any_rows_come_back_from_jsonl(tmp_path_factory: pytest.TempPathFactory, rows: list[Any]) -> None:

@@ -137,6 +137,7 @@ def test_rows_are_those_of_the_whole(make_model, dense, deepseek, kind, file):
                     assert torch.equal(weights.read(spec.name, slice(start, stop)), whole[start:stop]), spec.name
 
 
+@pytest.mark.slow
 def test_dequantising_takes_little_memory(make_model, dense, file):
     model = make_model(dense(**LLAMA | {"hidden_size": 1024, "intermediate_size": 16384, "num_hidden_layers": 1}))
     write(file, model, Type.Q8_0)

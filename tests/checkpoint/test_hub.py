@@ -151,6 +151,7 @@ def test_a_revision_stays_what_it_was(hub, ask, checkpoints):
     assert ask("locate", f"org/name@{first}", "org/name", HF_HUB_OFFLINE="1") == [str(old), str(new)]
 
 
+@pytest.mark.slow
 def test_a_cache_without_links_and_other_ranks(ask, filled, checkpoints):
     found = ask.one("locate", "org/name", HF_HUB_DISABLE_SYMLINKS="1", RANK="1")
     assert same(Path(found), checkpoints[0]) and "fetching" not in ask.said  # rank 0 says it
@@ -196,6 +197,7 @@ def test_every_refusal_is_one_line_with_a_way_out(hub, ask, filled, checkpoints)
     assert {Path(folder).name for folder in found} == {hub.repositories["org/gated"].refs["main"]}
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_is_no_hub_is_named(hub, ask, filled):
     hub.status["/api/"] = 200  # with an empty body
     assert f"{hub.url} does not answer as it should (JSONDecodeError: " in ask.one("locate", "org/name")
@@ -241,6 +243,7 @@ def test_a_killed_download_goes_on_with_the_files_it_lacks(hub, ask, filled, che
     assert "fetching 2 files" in ask.said
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_a_download_at_once(hub, ask, filled):
     """In the library's threads a download would go on to the end of its files."""
     hub.stall.add(WEIGHTS[0])
@@ -277,6 +280,7 @@ def test_a_hub_that_goes_away_during_the_download_keeps_what_is_whole(hub, ask, 
     assert refused.startswith(broken) and refused.endswith(way_out)
 
 
+@pytest.mark.slow
 def test_a_branch_that_moves_during_the_download_is_not_mixed(hub, ask, filled, checkpoints):
     def move(request):
         if request.path.endswith("config.json"):
@@ -287,6 +291,7 @@ def test_a_branch_that_moves_during_the_download_is_not_mixed(hub, ask, filled, 
     assert found.name == filled and same(found, checkpoints[0])
 
 
+@pytest.mark.slow
 def test_a_branch_that_is_not_whole_here_yet_is_the_one_before(hub, ask, filled, checkpoints):
     found = ask.one("locate", "org/name")
     second = hub.commit("org/name", contents(checkpoints[1]))
@@ -295,6 +300,7 @@ def test_a_branch_that_is_not_whole_here_yet_is_the_one_before(hub, ask, filled,
     assert ask.one("locate", "org/name", HF_HUB_OFFLINE="1") == found
 
 
+@pytest.mark.slow
 def test_one_file_of_a_repository_of_gguf_files(hub, ask):
     files = {"config.json": b"{}", "a.Q8_0.gguf": b"GGUF" * 1000, "b.gguf": b"", "sub/c.gguf": b""}
     commit = hub.commit("org/packed", files, "main", "v1")

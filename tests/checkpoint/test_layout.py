@@ -61,6 +61,7 @@ def test_deepseek_v3s_own_config_gives_its_91991_tensors():
     assert round(sum(math.prod(shape) for shape, _ in expected.values()) / 1e9, 2) == 684.53
 
 
+@pytest.mark.slow
 def test_the_module_on_the_meta_device_holds_them_too():
     with torch.device("meta"):
         tensors = {name: each.make() for name, each in hf_tensors(V3, Transformer(V3).state_dict())}

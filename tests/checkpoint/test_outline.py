@@ -43,6 +43,7 @@ def test_headers_are_read_without_the_weights(hub, ask, save, dense, tmp_path):
     assert ask.one("headers", "org/name", HF_HUB_OFFLINE="1") == [local, sizes]
 
 
+@pytest.mark.slow
 def test_a_header_longer_than_the_first_range_is_read_to_its_end(hub, ask):
     entry = {"dtype": "BF16", "shape": [0, 3], "data_offsets": [0, 0]}
     content = json.dumps({f"model.layers.{number}.weight": entry for number in range(2000)}).encode()

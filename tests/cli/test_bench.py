@@ -67,6 +67,7 @@ def test_bench_rounds_weights_when_asked(command: Command) -> None:
     assert code == 0 and ", int4) on " in out and "rounded to nearest int4: this measures speed, not quality." in out
 
 
+@pytest.mark.slow
 def test_bench_keeps_a_cache_of_8_bits_when_asked(command: Command, checkpoint: Path) -> None:
     asked = ("bench", checkpoint, "--batch", 2, "--prompt", 5, "--new", 4, "--first", 20, "--rounds", 1, "--json")
     measured = json.loads(command(*asked, "--kv-cache", "int8")[1])
@@ -95,6 +96,7 @@ def test_what_cannot_be_measured_is_one_line(command: Command, arguments: list[s
     assert code == 2 and message in err and err.count("\n") == 1 and out == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [["--prompt", 5000], ["--new", 5000], ["--first", 5000]])
 def test_more_tokens_than_the_model_takes_are_refused_by_their_flags(
     command: Command, checkpoint: Path, keys: list[object]

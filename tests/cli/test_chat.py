@@ -15,7 +15,7 @@ from slingshot.cli.chat import chat
 from slingshot.cost.receipt import Meter
 from slingshot.engine.sampling import SamplingParams
 from slingshot.machine.machine import Machine
-from slingshot.recipe.origin import Origin
+from slingshot.recipe.origin import Origin, last_task
 
 
 def user(text):
@@ -165,6 +165,9 @@ def test_what_a_model_was_trained_on_is_read_from_its_receipts(tmp_path):
         ("base", "pretrain", [], {"documents": {"tasks": [task]}}),
         ("rl", "rl", [tmp_path / "base"], {"tasks": [task, task | {"name": "hhmm.py"}]}),
         ("foreign", "rl", [], {"tasks": [task]}),
+        ("set", "sample", [tmp_path / "rl"], {"tasks": [task | {"name": "mine.py"}]}),
+        ("tuned", "sft", [tmp_path / "base", tmp_path / "set"], {"tasks": [], "data": ["set"]}),
+        ("text", "pretrain", [], {"documents": None}),
     ):
         write_json(tmp_path / name / "content.json", name)
         Meter().receipt(kind, name, config, parents, tmp_path / name, machine).write(tmp_path / name)
@@ -174,6 +177,8 @@ def test_what_a_model_was_trained_on_is_read_from_its_receipts(tmp_path):
     assert Origin.of(tmp_path / "rl") == Origin(("arithmetic", "hhmm.py"), True, "What is 1+1?")
     assert Origin.of(tmp_path / "foreign") == Origin(("arithmetic",), False, "")  # whatever it was before, it talked
     assert Origin.of(tmp_path / "none") == Origin() and not Origin().introduction
+    assert last_task(tmp_path / "tuned")["name"] == "mine.py"  # of its data, before what its model had learnt
+    assert last_task(tmp_path / "base") == task and last_task(tmp_path / "text") is None
 
 
 @pytest.mark.parametrize("text", ["\x1b]0;title\x07", "\x1b[2J", "a\rb", "\x9b2J"])

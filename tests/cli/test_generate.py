@@ -183,6 +183,7 @@ def test_bytes_that_are_no_text_are_refused(
         assert (code, said, err.count("\n")) == (2, "", 1) and f"{where} is not UTF-8 text" in err
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_known_by_what_it_holds(command: Command, checkpoint: Path, prompts: Path) -> None:
     out = prompts.with_name("completions.jsonl")
     assert command(*asking(checkpoint, prompts, out))[0] == 0
@@ -193,6 +194,7 @@ def test_a_checkpoint_is_known_by_what_it_holds(command: Command, checkpoint: Pa
     assert f"{out} line 1 was made with another checkpoint" in command(*asking(moved, prompts, out))[2]
 
 
+@pytest.mark.slow
 def test_every_sampling_option_reaches_the_engine(command: Command, checkpoint: Path, prompts: Path) -> None:
     """By its own flag, and by a row's key."""
     (prompts.parent / "schema.json").write_text('{"enum": ["x"]}')

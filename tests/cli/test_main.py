@@ -96,6 +96,7 @@ def test_shipped_recipes_are_valid(name: str) -> None:
     assert loaded.stages and all(stage.kind in STAGES for stage in loaded.stages)
 
 
+@pytest.mark.slow
 def test_closed_streams_and_small_alphabets_end_no_command() -> None:
     """A daemon starts commands without streams; a terminal may know no more than ASCII."""
     start = ["sh", "-c", 'exec "$0" -m slingshot "$@" <&- >&-', sys.executable]
@@ -188,6 +189,7 @@ def test_what_comes_next_names_the_task_that_was_used(command: Command, stage: S
     _, out, err = command("rl", "runs/base", "tasks=hhmm.py", "--out", tmp_path / "new")
     assert f"slingshot evaluate {tmp_path / 'new'} tasks=hhmm.py --out {tmp_path / 'new'}-evaluation" in out
     assert err == f"rl: reinforces (from runs/base) -> {tmp_path / 'new'}\n"
+    assert " tasks=TASK --out" in command("rl", "runs/base", "--out", tmp_path / "of no task")[1]
     assert f"slingshot sft MODEL data={tmp_path / 'set'} --out" in command("sample", "--out", tmp_path / "set")[1]
 
 

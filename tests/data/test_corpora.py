@@ -39,6 +39,7 @@ def test_one_long_file_becomes_documents_cut_at_line_ends(tmp_path: Path) -> Non
     assert all(document.endswith("\n") and len(document) < 9000 for document in documents)
 
 
+@pytest.mark.slow
 def test_rows_of_jsonl_and_parquet(tmp_path: Path) -> None:
     rows = [{"body": "eins", "id": 1}, {"body": "zwei", "id": 2}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -123,7 +123,10 @@ def test_rounding_changes_the_logits_by_little(model):
         assert 0 < kl < most
 
 
-@pytest.mark.parametrize("options", [{"step_tokens": 7}, {"pages": 11}, {"max_batch": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [{"pages": 11}, *(pytest.param(o, marks=pytest.mark.slow) for o in ({"step_tokens": 7}, {"max_batch": 3}))],
+)
 def test_chunks_and_preemption_change_no_token(model, tokenizer, options):
     alone = [Engine(model, tokenizer, kv_cache="int8").generate([prompt], SAMPLED)[0] for prompt in SIX[:3]]
     given = {key: value for key, value in options.items() if key != "pages"}

@@ -50,6 +50,7 @@ def logprobs_of(engine: Engine) -> list[float]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell what a process has")
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["dense", "deepseek_v3"])
 def test_weights_are_in_memory_once(
     dense: Callable[..., Any], deepseek: Callable[..., Any], tokenizer: Tokenizer, tmp_path: Path, family: str

@@ -91,7 +91,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @EACH_LEVEL
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(config=st.one_of(dense_configs(), deepseek_configs()), data=st.data())
 def test_steps_over_pages_give_the_plain_models_logits(
     kernels: NativeKernels, config: ModelConfig, data: st.DataObject
@@ -256,7 +256,14 @@ def test_what_the_kernels_do_not_cover_is_said(dense: Any) -> None:
     assert found == "head_dim 4 is no multiple of 8"
 
 
-@pytest.mark.parametrize(("speculation", "kv_cache"), [("off", "auto"), ("on", "auto"), ("on", "int8"), ("off", "fp8")])
+@pytest.mark.parametrize(
+    ("speculation", "kv_cache"),
+    [
+        ("on", "auto"),
+        ("off", "fp8"),
+        *(pytest.param(*o, marks=pytest.mark.slow) for o in (("off", "auto"), ("on", "int8"))),
+    ],
+)
 @pytest.mark.parametrize("family", ["dense", "deepseek_v3"])
 def test_an_engine_on_native_kernels_samples_what_one_on_torch_does(
     make_model, dense, deepseek, tokenizer, family, speculation, kv_cache
@@ -282,7 +289,7 @@ def test_an_engine_on_native_kernels_samples_what_one_on_torch_does(
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("family", ["dense", "deepseek_v3"])
+@pytest.mark.parametrize("family", [pytest.param("dense", marks=pytest.mark.slow), "deepseek_v3"])
 def test_a_sequence_alone_is_sampled_in_one_call_a_step_as_torch_does_it_by_turns(
     make_model, dense, deepseek, tokenizer, family, level, monkeypatch
 ):

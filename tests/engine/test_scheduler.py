@@ -75,6 +75,7 @@ def test_a_long_prompt_holds_the_rows_up_by_a_chunk_at_most(dense_model, tokeniz
     assert steps == [(20, 3)] * 9 + [(20, 4)]
 
 
+SLOW = pytest.mark.slow
 SIX, SAMPLED = prompts_of(50, 3, 47, 20, 90, 33), SamplingParams(max_tokens=60, n=2, seed=8)
 
 
@@ -84,7 +85,10 @@ def one_by_one(model, tokenizer):
     return token_ids([Engine(model, tokenizer).generate([prompt], SAMPLED)[0] for prompt in SIX])
 
 
-@pytest.mark.parametrize("options", [{"step_tokens": 7}, {"max_batch": 3}, {"step_tokens": 1}, {"pages": 11}])
+@pytest.mark.parametrize(
+    "options",
+    [{"step_tokens": 7}, {"pages": 11}, *(pytest.param(o, marks=SLOW) for o in ({"max_batch": 3}, {"step_tokens": 1}))],
+)
 def test_chunks_rows_and_preemption_change_no_token(model, tokenizer, one_by_one, options):
     """Requests arriving while others run, a cache of 11 pages that holds one of them, or two."""
     pages = options.get("pages", 1000)

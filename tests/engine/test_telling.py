@@ -62,7 +62,13 @@ def test_prompt_logprobs_are_those_of_a_full_pass(model, tokenizer, options):
                 torch.testing.assert_close(row_V[[*top]], best, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"step_tokens": 20, "max_batch": 3}, {"cache_bytes": 80_000}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_bytes": 80_000},
+        *(pytest.param(o, marks=pytest.mark.slow) for o in ({}, {"step_tokens": 20, "max_batch": 3})),
+    ],
+)
 def test_routed_experts_are_those_of_a_full_pass(moe_model, tokenizer, options):
     """Of prompt and sample, for samples that share a prompt, run in chunks, or gave their pages up on the way."""
     engine = Engine(moe_model, tokenizer, max_length=128, **options)
@@ -84,7 +90,13 @@ def test_routed_experts_are_those_of_a_full_pass(moe_model, tokenizer, options):
         assert engine.counters.preemptions > 0
 
 
-@pytest.mark.parametrize("options", [{}, {"max_batch": 2, "step_tokens": 9}, {"cache_bytes": 38_000}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_batch": 2, "step_tokens": 9},
+        *(pytest.param(o, marks=pytest.mark.slow) for o in ({}, {"cache_bytes": 38_000})),
+    ],
+)
 def test_guessing_changes_nothing_of_what_is_told(guesser, tokenizer, options):
     """Likeliest tokens and experts of traced requests, and which tokens had been guessed."""
     told, prompts = [], [prompt_of(size, size)[:size] for size in (3, 17, 40)]

@@ -1,4 +1,7 @@
-"""What kernels are tested on: every level of instructions, both dtypes, one thread and several."""
+"""What kernels are tested on: every level of instructions, both dtypes, one thread and several.
+
+The quick tests take torch's path and the best level that this processor has, the slow ones those between.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,16 @@ from slingshot.kernels.native import NativeKernels, native_kernels, native_level
 
 from .agreement import TOLERANCE
 
+LEVELS = [pytest.param(level, marks=[pytest.mark.slow] * (level != native_levels()[-1])) for level in native_levels()]
 
-@pytest.fixture(params=("off", *native_levels()))
+
+@pytest.fixture(params=("off", *LEVELS))
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What kernels that choose for themselves run on."""
     monkeypatch.setenv("SLINGSHOT_NATIVE", request.param)
 
 
-@pytest.fixture(params=native_levels())
+@pytest.fixture(params=LEVELS)
 def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype], NativeCall]:
     """native(dtype): the native functions, at every level there is."""
     monkeypatch.setenv("SLINGSHOT_NATIVE", request.param)
@@ -32,7 +37,7 @@ def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
     return calls
 
 
-@pytest.fixture(scope="session", params=native_levels())
+@pytest.fixture(scope="session", params=LEVELS)
 def kernels(request: pytest.FixtureRequest) -> NativeKernels | None:
     """All of them, at every level there is."""
     return native_kernels(request.param)

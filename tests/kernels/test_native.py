@@ -14,7 +14,6 @@ from slingshot.kernels.native import LEVELS, LIBRARY, NativeKernels, native_kern
 
 pytestmark = pytest.mark.skipif(native_library() is None, reason="no native library is built here")
 KERNELS = {level: kernels for level in native_levels() if (kernels := native_kernels(level))}
-EACH_LEVEL = pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -23,7 +22,6 @@ def drawn(rows: int, width: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@EACH_LEVEL
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_products_with_packed_weights_are_torchs(kernels: NativeKernels, dtype: str, data: st.DataObject) -> None:
@@ -39,7 +37,6 @@ def test_products_with_packed_weights_are_torchs(kernels: NativeKernels, dtype: 
     assert ((y_NF - expected_NF).abs() / scale_NF).max() < 2e-6  # float32's rounding, in any order of summation
 
 
-@EACH_LEVEL
 def test_products_of_long_prompts_go_in_parts(kernels: NativeKernels) -> None:
     x_ND, weight_FD = (drawn(rows, 1536, rows).bfloat16() for rows in (700, 48))
     y_NF = kernels.matmul(x_ND, kernels.pack(weight_FD, torch.bfloat16), 48, threads=2)
@@ -58,7 +55,6 @@ def to_groups(weight_FD: torch.Tensor, group: int, largest: int) -> tuple[torch.
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [8, 4])
-@EACH_LEVEL
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_products_with_quantized_weights_are_those_of_their_numbers(
@@ -86,7 +82,6 @@ def test_products_with_quantized_weights_are_those_of_their_numbers(
     assert ((y_NF - seen_ND @ weight_FD.T).abs() <= 4e-6 * scale_NF + slack_NF).all()
 
 
-@EACH_LEVEL
 def test_what_is_no_number_stays_none(kernels: NativeKernels) -> None:
     """In x, where it goes through 8 bits; numbers that are all nearly zero do not become infinite by their scale."""
     x_ND = torch.ones(3, 64)

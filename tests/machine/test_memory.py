@@ -7,6 +7,8 @@ import platform
 import subprocess
 import sys
 
+import pytest
+
 from slingshot.machine.memory import peak_device_memory_bytes, peak_host_memory_bytes
 
 PROGRAM = """
@@ -25,6 +27,7 @@ print(kept, keep_memory() == kept, [faults_of_a_step() for _ in range(3)][-1])
 """
 
 
+@pytest.mark.slow
 def test_what_a_step_frees_the_next_takes_again() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=120)
     kept, same, faults = done.stdout.split()
@@ -33,6 +36,7 @@ def test_what_a_step_frees_the_next_takes_again() -> None:
     assert kept == "False" or int(faults) < 100  # 113 MB in pages of 4 KB are 29,000
 
 
+@pytest.mark.slow
 def test_the_peak_sees_a_large_allocation() -> None:
     before = peak_host_memory_bytes()
     block = b"x" * (before + 64 * 2**20)  # larger than anything this process has held

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig
 
 from slingshot.base.progress import Progress
 from slingshot.checkpoint.description import write_description
@@ -36,6 +34,9 @@ NAMES = [scheme.kind + "-wide" * bool(scheme.wide) + f"-{scheme.group}" for sche
 @pytest.mark.parametrize("scheme", SCHEMES, ids=NAMES)
 def test_a_matrix_is_what_compressed_tensors_makes_of_it(scheme: Scheme) -> None:
     """Bit for bit, what is beyond bfloat16's precision included."""
+    from compressed_tensors.compressors import BaseCompressor  # here: they take seconds
+    from compressed_tensors.quantization import QuantizationConfig
+
     name, generator = "model.layers.0.mlp.up_proj.weight", torch.Generator().manual_seed(0)
     weight_FD = torch.randn(48, 192, generator=generator) * 10 ** torch.randn(48, 1, generator=generator)
     numbers_FD, scales_FG = rounded(weight_FD, grid(scheme, name))

@@ -150,7 +150,9 @@ def dense_changes(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("kind", DENSE)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in ("llama", "qwen2", "qwen3"))) for kind in DENSE]
+)
 def test_the_dense_family_in_any_shape(pair: Pair, compare: Compare, dense: Config, kind: str) -> None:
     model_type = kind.split()[0]
     changes = (

@@ -67,6 +67,7 @@ def test_an_evaluation_stands_for_one_of_more_problems(base: Path, tmp_path: Pat
     assert 0 < read_json(tmp_path / "evaluation" / "evaluation.json")["tasks"]["arithmetic"]["pass@1"] < 1
 
 
+@pytest.mark.slow
 def test_a_task_without_solutions_is_answered_at_full_length(base: Path, tmp_path: Path) -> None:
     (tmp_path / "plus.py").write_text(PLUS)
     tasks = [{"name": str(tmp_path / "plus.py")}]

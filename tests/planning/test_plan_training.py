@@ -19,6 +19,7 @@ from slingshot.planning.plan import Plan
 from slingshot.planning.plan_training import plan_distill, plan_pretrain, plan_rl
 from slingshot.planning.request import DistillRequest, NamedModel, PretrainRequest, RLRequest
 
+SLOW = pytest.mark.slow
 LLAMA = ModelConfig.preset("llama-3.1-8b")
 V3 = ModelConfig.preset("deepseek-v3")
 MOONLIGHT = ModelConfig.preset("moonlight-16b-a3b")
@@ -195,7 +196,8 @@ def test_a_plan_s_own_row_among_the_alternatives_is_its_bill(make: Any, asked: d
 
 
 @pytest.mark.parametrize(
-    ("make", "asked"), [(rl, {}), (distill, {}), (distill, {"teacher": "deepseek-v3", "device": "h800"})]
+    ("make", "asked"),
+    [(rl, {}), pytest.param(distill, {}, marks=SLOW), (distill, {"teacher": "deepseek-v3", "device": "h800"})],
 )
 def test_an_alternative_is_what_a_plan_there_says(make: Any, asked: dict[str, Any]) -> None:
     """The teacher in its own precision, V3's FP8, where a device has it."""
@@ -214,6 +216,7 @@ def test_distillation_pays_for_what_is_thrown_away_and_twice_for_what_is_kept_fo
     assert plan.stages[0].flops == plan.flops_by_part["sampling"] == pytest.approx(1e5 * (read + written))
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(["llama-3.1-8b", "moonlight-16b-a3b"]), st.integers(1, 9), st.floats(1e8, 1e13), st.floats(0.01, 1)
 )

@@ -38,6 +38,7 @@ def test_deepseek_v3_s_bill() -> None:
     assert exact.tflops_per_device == pytest.approx(385, rel=0.005)
 
 
+@pytest.mark.slow
 def test_a_plan_of_published_work_says_what_was_published() -> None:
     said = plan_page(v3(tflops=385, stage=STAGES)).sections[0].note
     assert "published are 2,664,000 hours (DeepSeek-V3, arXiv 2412.19437, Table 1), these are +0.4%" in said

@@ -186,6 +186,7 @@ def test_calls_of_tools_are_a_column_where_there_are_some(run: Path) -> None:
     assert read_json(run / "report.json")["stages"][3]["eval"]["countdown"]["calls"] == 0.256
 
 
+@pytest.mark.slow
 def test_three_problems_show_what_was_learned_and_what_was_not(run: Path) -> None:
     text = page(run)
     section = text[text.index("Three problems") : text.index("How training went")]
@@ -195,6 +196,7 @@ def test_three_problems_show_what_was_learned_and_what_was_not(run: Path) -> Non
     assert section.count("✓") == 5 + 4 and section.count("✗") == 1 + 2 + 6
 
 
+@pytest.mark.slow
 def test_the_model_to_talk_to_leads_and_not_the_one_with_the_highest_score(run: Path) -> None:
     """The last checkpoint, or the one the recipe names, whatever another one scores."""
     path = run / "evaluations" / "rl_final" / "evaluation.json"
@@ -217,6 +219,7 @@ def test_a_model_to_talk_to_without_scores_is_named_beside_the_one_that_has_them
     assert "After sft it solves 92.1%" in text and "The model to talk to is rl_final ." in text
 
 
+@pytest.mark.slow
 def test_what_was_asked_for_is_whole_and_the_rest_is_offered(tmp_path: Path) -> None:
     run = make_run(tmp_path / "tiny", finished=2)
     asked = {"asked": ["pretrain", "zero"]}

@@ -78,16 +78,20 @@ def test_run_makes_every_artifact_and_then_skips_all(
 
 
 def test_a_changed_key_runs_its_stage_and_what_came_of_it_again(load: Load, out: Path, capsys: Captured) -> None:
-    """As does a cost that changed what takes its number from it."""
     run(load(TEXT, "picks.lr=0.75"), out)
     said = capsys.readouterr().err
     assert "picks is stale: lr 0.5 -> 0.75" in said
     assert "tuned is stale: its parent picks runs again" in said
     assert list(states(said).values()) == ["skipped", "skipped", "done", "done", "done"]
-    run(load(TEXT, "picks.lr=0.75", "base.flops=7"), out)
+
+
+@pytest.mark.slow
+def test_a_cost_that_changed_changes_what_takes_its_number_from_it(load: Load, out: Path) -> None:
+    run(load(TEXT, "base.flops=7"), out)
     assert Receipt.read(out / "tuned").flops == 21
 
 
+@pytest.mark.slow
 def test_children_go_by_what_their_parent_holds(load: Load, out: Path, capsys: Captured) -> None:
     """One made anew that ends the same leaves them standing; one changed from outside does not."""
     run(load(TEXT, "picks.text=other"), out)  # text does not show in what the stage makes
@@ -134,6 +138,7 @@ def reading(tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> tupl
     return loaded, tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_a_stage_is_stale_when_what_it_reads_changed(
     reading: tuple[Recipe, Path], tmp_path: Path, capsys: Captured
 ) -> None:
@@ -160,6 +165,7 @@ def test_a_moved_run_and_another_spelling_of_paths_make_nothing_stale(
     assert states(capsys.readouterr().err) == {"tuned": "skipped"}
 
 
+@pytest.mark.slow
 def test_keys_of_another_version_make_nothing_stale(load: Load, out: Path, capsys: Captured) -> None:
     """One that is new since, and one that is gone; another kind or a value that differs still does."""
     for path in out.glob("**/receipt.json"):
@@ -212,6 +218,7 @@ def test_only_what_is_trained_on_has_to_write_solutions(tmp_path: Path) -> None:
             check(SFTConfig.parse({**reads, **given, "examples": 5}), coming=["@base"])
 
 
+@pytest.mark.slow
 def test_the_end_of_a_run_says_what_comes_next(
     load: Load, tmp_path: Path, out: Path, capsys: Captured, refusal: Refusal
 ) -> None:
@@ -321,6 +328,7 @@ def test_an_interrupted_stage_saves_and_the_same_command_goes_on(start: Start, t
     assert "going on where it stopped" in said
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder_and_a_killed_one_leaves_no_stage_running(start: Start, tmp_path: Path) -> None:
     only = ("base.do=wait", "base.evaluation=false", "--until", "base")
     runner = start(*only)

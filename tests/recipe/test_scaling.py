@@ -21,6 +21,7 @@ def test_a_curve_without_noise_gives_its_numbers():
     assert found == pytest.approx((0.3, 1.1, 25.0, 2.5), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_errors_are_those_of_many_draws():
     """Of 40 draws the spread of each number is its standard error as the fits say it, within a quarter."""
     fits = [fit_sigmoid(SECONDS, noisy(TRUE.at(SECONDS), 0.05, seed)) for seed in range(40)]

@@ -184,6 +184,7 @@ def test_a_forked_child_that_comes_back_answers_nothing(make):
     assert sandbox.call("echo", "in step") == "in step"
 
 
+@pytest.mark.slow
 def test_a_forgotten_worker_ends(make):
     pid = Worker().call(make().target, "run", PID)
     gc.collect()

@@ -69,6 +69,7 @@ def test_a_key_that_is_revoked_opens_nothing_from_then_on(url, ledger):
         alice.models.list()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("header", ["api_key", "auth_token"])
 def test_anthropic_s_clients_bring_their_key_in_either_header(url, ledger, header):
     import anthropic

@@ -79,7 +79,7 @@ CALL_WORDS = [
 ]
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(data=st.data(), name=st.sampled_from(NAMES))
 def test_chunks_do_not_change_calls_and_what_was_streamed_is_the_call(tokenizers, data, name):  # noqa: F811
     tokenizer, form = tokenizers[name], BY_NAME["hermes" if name == "spelt" else name]

@@ -34,6 +34,7 @@ def test_found_whole_and_in_part(text, whole, part, tmp_path):
         assert contaminated(PROMPTS, [str(tmp_path / name)]) == {"whole": whole, "13-gram": part}
 
 
+@pytest.mark.slow
 def test_an_evaluation_tells_scores_with_and_without_what_was_seen(base, sums, saying, tmp_path):
     """2 of 4 problems stand in the data; the model is right on these alone."""
     file, values = tmp_path / "seen.jsonl", {"model": str(base), "tasks": [sums], "problems": 4, "threads": 1}

@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+from safetensors.torch import load_file
 
 from slingshot.base.files import write_jsonl
 from slingshot.stages import pretrain, quantize, rl, sft
@@ -61,6 +62,8 @@ def test_a_stage_with_adapters_that_is_killed_twice_goes_on_bit_for_bit(kind, st
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "ended before it was killed"
+        states = list(log.parent.glob("state-*/tensors.safetensors"))
+        assert states and all(".lora_" in name for state in states for name in load_file(state))
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     stage.run(config, tmp_path / "whole")

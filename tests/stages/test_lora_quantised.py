@@ -17,7 +17,6 @@ from slingshot.planning.memory import PRECISIONS, Blocks, training_memory
 from slingshot.planning.plan_training import plan_rl
 from slingshot.planning.request import NamedModel, RLRequest
 from slingshot.stages import convert, pretrain, quantize, rl, sft
-from slingshot.training.checkpointer import Checkpointer
 from slingshot.training.lora import LoRAConfig, adapters, add_lora
 from slingshot.training.parallel import Parallel
 
@@ -60,8 +59,8 @@ def beside(model, targets):
     return model
 
 
-@pytest.mark.parametrize("targets", [ALL, ["q_proj", "down_proj"]])
-@pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize("targets", [ALL, pytest.param(["q_proj", "down_proj"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["int4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("int8", "fp8"))])
 def test_gradients_are_those_beside_a_float_base_of_the_same_numbers(stored, kind, targets):
     found = []
     tokens = torch.arange(96).view(2, 48) % 250
@@ -106,6 +105,7 @@ def test_the_base_takes_the_memory_of_its_files(stored, kind):
     assert plan_rl(RLRequest.parse(asked)).precision == ("fp8" if kind == "fp8" else "bfloat16")
 
 
+@pytest.mark.slow
 def test_fine_tuning_learns_and_leaves_an_adapter_that_names_its_base(stored, tuning, metrics, tmp_path):
     base, out = stored("int4"), tmp_path / "out"
     sft.run(tuning(base, epochs=6, lora={"rank": 4}), out)
@@ -142,25 +142,6 @@ def test_what_is_stored_in_fewer_bits_is_not_merged_nor_gone_on_from(stored, tun
         assert "\n" not in str(e.value)
     with pytest.raises(SlingshotError, match="is itself an adapter, over int8 numbers; train from"):
         sft.run(tuning(out), tmp_path / "more")
-
-
-def test_a_stage_goes_on_after_a_stop_as_if_there_had_been_none(stored, tuning, metrics, tmp_path, monkeypatch):
-    config = tuning(stored("int4"), save_seconds=0.0)
-    sft.run(config, tmp_path / "whole")
-    keep = Checkpointer.keep
-
-    def stops(self, step, *given, **more):
-        keep(self, step, *given, **more)
-        if step == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Checkpointer, "keep", stops)
-        sft.run(config, tmp_path / "out")
-    sft.run(config, tmp_path / "out")
-    assert metrics(tmp_path / "out") == metrics(tmp_path / "whole")
-    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "whole")]
-    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("kind", ["int4", "fp8"])

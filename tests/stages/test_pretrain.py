@@ -43,6 +43,7 @@ def test_a_run_leaves_a_checkpoint_its_metrics_and_its_account(base, pretraining
     assert config.model_dump(mode="json") == receipt.config
 
 
+@pytest.mark.slow
 def test_the_same_seed_makes_the_same_weights(base, pretraining, metrics, tmp_path):
     pretrain.run(pretraining(), tmp_path / "again")
     assert metrics(tmp_path / "again") == metrics(base)
@@ -104,6 +105,7 @@ def test_router_biases_move_until_the_frozen_share(pretraining, tmp_path, monkey
     assert torch.allclose(moves, moves.round(), atol=1e-4) and 0.999 < moves.abs().max() < 6.001
 
 
+@pytest.mark.slow
 def test_real_text_is_scored_in_bits_per_byte_of_held_out_documents(pretraining, tmp_path):
     """The figure in the receipt is the documents' negative log likelihood, each token once, over their bytes.
 
@@ -141,6 +143,7 @@ def test_a_task_without_solutions_is_named(pretraining, tmp_path):
         pretrain.run(pretraining(documents={"tasks": [{"name": str(task)}], "count": 5}), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_corpus_is_prepared_stops_at_once(pretraining, tmp_path):
     """Another process, so that the signal comes at any moment; nothing is left but what the next attempt takes up."""
     config = pretraining(documents={"tasks": [{"name": "arithmetic"}], "count": 10_000_000})

@@ -172,6 +172,7 @@ def test_scales_of_fp8_blocks_are_powers_of_two_where_asked_for(quantizing, full
     assert torch.equal(weights.read(name), dequantize_fp8(*quantize_fp8(open_weights(full).read(name), "ue8m0")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8-dynamic", "mxfp4"])
 def test_other_forms_are_written_read_and_measured(quantizing, tmp_path, kind):
     run(quantizing(to=kind), tmp_path / "out")

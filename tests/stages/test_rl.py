@@ -147,7 +147,9 @@ def test_each_loss_is_its_formula_over_trajectories_one_by_one(training, name):
     assert logged["clip_fraction"] > 0 or name == "gspo"
 
 
-@pytest.mark.parametrize("importance", ["none", "truncated", "masked"])
+@pytest.mark.parametrize(
+    "importance", ["truncated", *(pytest.param(each, marks=pytest.mark.slow) for each in ("none", "masked"))]
+)
 @pytest.mark.parametrize("name", POLICY_LOSSES)
 def test_no_split_into_micro_batches_changes_a_gradient(training, name, importance):
     """KL, MTP and importance weights along; rows of their own are as all at once (symptom: a loss scaled by splits)."""

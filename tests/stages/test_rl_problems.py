@@ -119,6 +119,7 @@ class Breaking:
         self.inner.update_weights(version, state)
 
 
+@pytest.mark.slow
 def test_what_is_retired_and_drawn_outlasts_an_interruption(training, saying, tmp_path):
     config = training(retire=0.9, refill=1, steps=8, save_seconds=0.0)
     whole, broken = (Asked(saying, solved=FIRST, half=FIRST + REST[0]) for _ in range(2))
@@ -139,7 +140,7 @@ SETTINGS = {
 }
 
 
-QUICK = ("grpo", "dapo")  # with a reference that moves, and with routing that is replayed
+QUICK = ("dapo",)  # with routing that is replayed
 
 
 @pytest.mark.parametrize(

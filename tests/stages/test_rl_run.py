@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
@@ -54,28 +53,6 @@ def test_adapters_are_sampled_from_merged_and_compared_with_the_base_they_stand_
     assert abs(rows[0]["kl"]) < 1e-6 < rows[2]["kl"]  # the base has not moved along
     assert all(row["logprob_gap"] < 1e-4 for row in rows)  # the engine has every step's merged weights
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
-
-
-def test_a_run_with_adapters_goes_on_after_a_stop_as_if_there_had_been_none(training, metrics, tmp_path):
-    config = training(lora={"rank": 4}, steps=3, save_seconds=0)
-    rl.run(config, tmp_path / "whole")
-    problems = TaskMix.draw
-    calls = []
-
-    def stops(self, *given):
-        calls.append(given)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return problems(self, *given)
-
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(TaskMix, "draw", stops)
-        rl.run(config, tmp_path / "out")
-    (state,) = (tmp_path / "out.partial").glob("state-*/tensors.safetensors")
-    assert all(".lora_" in name for name in load_file(state))
-    rl.run(config, tmp_path / "out")
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
-    assert weights[0] == weights[1] and metrics(tmp_path / "out") == metrics(tmp_path / "whole")
 
 
 def test_responses_may_come_from_elsewhere(training, saying, metrics, tmp_path):

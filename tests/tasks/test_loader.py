@@ -62,6 +62,7 @@ def test_what_cannot_be_loaded_is_named_with_the_way_out(name, params, message):
         load_task(name, **params)
 
 
+@pytest.mark.slow
 def test_every_kind_tells_its_parameters_in_words():
     told = {name: task_keys(name) for name in (*KINDS, "gym:chain_sum")}
     own = ("arithmetic", "code", "countdown", "knights", "multiplication", "dataset:SOURCE", "path/to/file.py")

@@ -58,6 +58,7 @@ def test_a_file_that_goes_by_its_seed_brings_all_before_any_twice(file, body):
     assert sorted(drawn[: len(train)]) == sorted(drawn[len(train) :]) == sorted(train)
 
 
+@pytest.mark.slow
 def test_a_file_without_end_that_ignores_its_seed_is_drawn_in_an_order_by_seed(file):
     config = file("return ({'prompt': str(n)} for n in itertools.count())")
     first, other = (keys(TaskMix([config], "train", seed).draw(0, 400)) for seed in "01")
@@ -124,6 +125,7 @@ def test_passes_go_on_for_ever_without_a_memory():
     assert Counter(drawn) == dict.fromkeys(map(str, range(30)), 3)
 
 
+@pytest.mark.slow
 def test_a_task_of_more_problems_than_are_remembered_is_drawn_to_its_end():
     found = distinct(Round(length=150_000), "train", "0", 10**9)
     assert len(found) == len({problem.key for problem in found}) == 150_000

@@ -54,6 +54,7 @@ def test_problems_go_by_the_seed_and_by_the_split():
     }
 
 
+@pytest.mark.slow
 def test_levels_are_lengths_and_there_are_thousands_of_kinds():
     for level in (1, 2, 3):
         assert {len(problem.data["chain"]) for problem in drawn(100, level=level)} == set(range(1, level + 1))

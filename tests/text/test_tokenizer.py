@@ -23,7 +23,7 @@ PARTS = [
 ]
 hostile = st.lists(st.sampled_from(PARTS) | st.text(max_size=4), max_size=8).map("".join)
 harmless = hostile.filter(lambda text: not any(token in text for token in [*R1_TOKENS, "<|im_start|>", "<|im_end|>"]))
-thorough = settings(derandomize=True, deadline=None, max_examples=150)
+thorough = settings(derandomize=True, deadline=None, max_examples=80)
 
 
 def controls(tokenizer: Tokenizer, ids: list[int]) -> list[int]:

@@ -29,7 +29,6 @@ import typer
 from rich.console import Console
 
 from slingshot import __version__
-from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, read_text
 from slingshot.base.quantity import plural
@@ -40,7 +39,7 @@ from slingshot.cli.generate import generate
 from slingshot.cli.keys import show_keys, show_recipes, show_tasks
 from slingshot.cli.plan import app as plan_app
 from slingshot.cli.serve import KVCacheForm, serve
-from slingshot.recipe.origin import Origin
+from slingshot.recipe.origin import Origin, last_task
 from slingshot.recipe.recipe import Recipe
 from slingshot.recipe.results import headline
 from slingshot.recipe.runner import run as run_recipe
@@ -143,7 +142,7 @@ def _as_toml(task: TaskConfig) -> str:
     return f"[{inline_toml(table)}]" if len(table) > 1 else task.name
 
 
-def _next(kind: str, out: Path, config: StageConfig) -> str:
+def _next(kind: str, out: Path) -> str:
     """What to do with an artifact that was just made."""
     place = shlex.quote(str(out))
     if kind == "evaluate":
@@ -152,8 +151,8 @@ def _next(kind: str, out: Path, config: StageConfig) -> str:
         return f"slingshot sft MODEL data={place} --out {place}-sft"
     if kind == "quantize":
         return f"slingshot chat {place}, or read {out / 'quantization.json'}"
-    tasks = getattr(config, "tasks", []) or getattr(getattr(config, "documents", None), "tasks", [])
-    task = shlex.quote(f"tasks={_as_toml(tasks[0])}") if tasks else "tasks=arithmetic"
+    made_for = last_task(out)
+    task = shlex.quote(f"tasks={_as_toml(TaskConfig.parse(made_for, 'tasks'))}") if made_for else "tasks=TASK"
     return f"slingshot chat {place}, or slingshot evaluate {place} {task} --out {place}-evaluation"
 
 
@@ -186,7 +185,7 @@ def _run_stage(
         print(f"{kind}: {stage.what}{source} -> {out}", file=sys.stderr)
     stage.run(parsed, out)
     if first:
-        print(f"made {out}: {headline(out)}\nnext: {_next(kind, out, parsed)}")
+        print(f"made {out}: {headline(out)}\nnext: {_next(kind, out)}")
 
 
 def _stage_command(kind: str) -> Callable[..., None]:

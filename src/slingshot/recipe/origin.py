@@ -31,7 +31,7 @@ class Origin:
         """Of the checkpoint at `path`; empty when it has no receipt."""
         with contextlib.suppress(SlingshotError):
             receipts = [line.receipt for line in total(path).lines]
-            names = dict.fromkeys(name for receipt in receipts for name in _tasks(receipt.config))
+            names = dict.fromkeys(task["name"] for receipt in receipts for task in _tasks(receipt.config))
             made_here = any(receipt.stage == "pretrain" for receipt in receipts)
             return cls(tuple(names), made_here, _solved(path))
         return cls()
@@ -45,10 +45,19 @@ class Origin:
         return f"Trained on {', '.join(self.tasks)}{alone}." + (f" Try: {self.example}" if self.example else "")
 
 
-def _tasks(config: dict[str, Any]) -> Iterator[str]:
-    """Names of the tasks in a stage's config."""
+def last_task(path: Path) -> dict[str, Any] | None:
+    """The table of the task that the artifact at `path` was made for: its own, else that of the data or model nearest
+    to it which names one."""
+    for line in reversed(total(path).lines):
+        for task in _tasks(line.receipt.config):
+            return task
+    return None
+
+
+def _tasks(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The tasks in a stage's config."""
     for table in (config, config.get("documents") or {}):
-        yield from (task["name"] for task in table.get("tasks") or [] if isinstance(task, dict) and "name" in task)
+        yield from (task for task in table.get("tasks") or [] if isinstance(task, dict) and "name" in task)
 
 
 def _solved(path: Path) -> str:

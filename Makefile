@@ -1,6 +1,6 @@
 # make demo      from nothing to a reasoner, in minutes: the recipe `tiny` up to its last RL stage
 # make serve     make demo, then its reasoner on http://127.0.0.1:8000, with a page to chat on
-# make full      the rest of the recipe: the control, the student, distillation; 8 samples a problem
+# make full      the rest of the recipe: the control, the student, distillation, the reasoner in 4 bits; 8 samples a problem
 # make smollm2   the same treatment for a real open model, SmolLM2-135M-Instruct
 # make interop   llama.cpp and vLLM, each in an environment of its own, predict what we predict from our checkpoints
 # make clients   lm-eval, LangChain, OpenAI's Agents SDK, the Codex CLI and Claude Code, in an environment of their own (npm wanted), ask our server; a part of interop

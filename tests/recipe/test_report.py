@@ -186,6 +186,36 @@ def test_calls_of_tools_are_a_column_where_there_are_some(run: Path) -> None:
     assert read_json(run / "report.json")["stages"][3]["eval"]["countdown"]["calls"] == 0.256
 
 
+def quantised(run: Path, name: str, size: int, speed: float, arithmetic: float) -> None:
+    """Add to a run a checkpoint that rl_final was quantised to, and its evaluation."""
+    paired = {"full": 0.966, "small": arithmetic, "difference": arithmetic - 0.966, "ci95": [-0.03, 0.005], "n": 200}
+    told = {"bytes": size, "share_of_bfloat16": size / 4.8e6, "kl": 0.00051, "same_top": 0.9949,
+            "tokens_per_second": {"full": 4000.0, "small": speed}, "tasks": {"arithmetic": paired}}  # fmt: skip
+    receipt = read_json(run / "rl_final" / "receipt.json")
+    parents = [Parent(path="runs/tiny/rl_final", digest="0" * 16).model_dump()]
+    write_json(run / name / "receipt.json", receipt | {"parents": parents, "extra": {"quantization": told}})
+    evaluation = read_json(run / "evaluations" / "rl_final" / "evaluation.json")
+    ends = {"pass@1": arithmetic, "ci95": [arithmetic - 0.02, arithmetic + 0.015]}
+    evaluation["tasks"]["arithmetic"] |= ends
+    write_json(run / "evaluations" / name / "evaluation.json", evaluation)
+    recipe = read_json(run / "recipe.json")
+    stages = [*recipe["stages"], {"name": name, "kind": "quantize"}]
+    write_json(run / "recipe.json", recipe | {"stages": stages, "chat": "rl_final"})
+
+
+def test_accuracy_stands_beside_bytes_and_speed_of_what_was_quantised(run: Path) -> None:
+    assert "Smaller, and what it lost" not in page(run)
+    quantised(run, "int8", 2_976_000, 5200.0, 0.968)
+    quantised(run, "int4", 1_920_000, 5400.0, 0.957)
+    text, html = page(run), (run / "report.html").read_text()
+    assert "Accuracy of rl_final by bytes" in text and "Accuracy of rl_final by speed" in text
+    assert "int4 1.92 MB 40.0% 4,000 5,400 0.00051 99.5% -0.9 (-3.0 to +0.5)" in text
+    for name in ("Accuracy of rl_final by bytes", "Accuracy of rl_final by speed"):
+        drawing = html[html.index(f'aria-label="{name}"') :].split("</svg>")[0]
+        found = re.findall(r">(rl_final|int8|int4)</text>", drawing)
+        assert found == (["int4", "int8", "rl_final"] if "bytes" in name else ["rl_final", "int8", "int4"])
+
+
 @pytest.mark.slow
 def test_three_problems_show_what_was_learned_and_what_was_not(run: Path) -> None:
     text = page(run)

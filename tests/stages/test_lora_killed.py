@@ -1,4 +1,4 @@
-"""kill -9 in the middle of a stage with adapters: the same command goes on bit for bit."""
+"""kill -9 in the middle of a stage with adapters, or of moving rounded numbers: it goes on bit for bit."""
 
 import signal
 import subprocess
@@ -34,7 +34,9 @@ def stages(training, base, tmp_path, sums, pretraining):
     pretrain.run(pretraining(model=pretraining().model | widths, steps=10), tmp_path / "full")
     small = {"model": str(tmp_path / "full"), "tasks": [sums], "calibrate": 0, "problems": 1, "threads": 1}
     quantize.run(quantize.QuantizeConfig.parse(small, "quantize"), tmp_path / "int4")
+    moved = {"distill": 40, "prompts_per_step": 4, "save_seconds": 0.0, "sampling": {"max_tokens": 12}}
     return {
+        "distilled int4": (quantize, quantize.QuantizeConfig.parse(small | moved, "quantize")),
         "over int4": (sft, sft.SFTConfig.parse(data | sizes | {"model": str(tmp_path / "int4")}, "sft")),
         "rl": (rl, training(lora=LORA, loss=loss, minibatches=2, steps=40, save_seconds=0.0)),
         "sft": (sft, sft.SFTConfig.parse(data | sizes, "sft")),
@@ -42,8 +44,8 @@ def stages(training, base, tmp_path, sums, pretraining):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["rl", "sft", "over int4"])
-def test_a_stage_with_adapters_that_is_killed_twice_goes_on_bit_for_bit(kind, stages, metrics, tmp_path):
+@pytest.mark.parametrize("kind", ["rl", "sft", "over int4", "distilled int4"])
+def test_a_stage_that_is_killed_twice_goes_on_bit_for_bit(kind, stages, metrics, tmp_path):
     stage, config = stages[kind]
     (tmp_path / "config.json").write_text(config.model_dump_json())
     command = [
@@ -67,7 +69,8 @@ def test_a_stage_with_adapters_that_is_killed_twice_goes_on_bit_for_bit(kind, st
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     stage.run(config, tmp_path / "whole")
-    files = ["model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"]
-    for file in ["adapter_model.safetensors", "adapter_config.json"] if kind == "over int4" else files:
+    alone = ["adapter_model.safetensors", "adapter_config.json"]
+    files = {"over int4": alone, "distilled int4": ["model.safetensors"]}
+    for file in files.get(kind, ["model.safetensors", *(f"adapter/{file}" for file in alone)]):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert metrics(tmp_path / "out") == metrics(tmp_path / "whole")

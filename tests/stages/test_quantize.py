@@ -10,19 +10,27 @@ from gguf.quants import dequantize
 from rich.console import Console
 
 from slingshot.base.errors import SlingshotError
+from slingshot.base.progress import Progress
+from slingshot.checkpoint.description import write_description
 from slingshot.checkpoint.inspection import examine
-from slingshot.checkpoint.load_save import load_model, open_weights
+from slingshot.checkpoint.load_save import load_model, load_tokenizer, open_weights
+from slingshot.checkpoint.safetensors import write_shards
 from slingshot.cli.inspect import show
 from slingshot.cost.receipt import Receipt
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.kernels.native import native_levels
+from slingshot.quantization.formats import Scheme
 from slingshot.quantization.fp8 import dequantize as dequantize_fp8
 from slingshot.quantization.fp8 import quantize as quantize_fp8
 from slingshot.quantization.integers import from_numbers
 from slingshot.stages.convert import write_gguf_file
 from slingshot.stages.pretrain import run as run_pretraining
-from slingshot.stages.quantize import QuantizeConfig, run
+from slingshot.stages.quantize import QuantizeConfig, run, scheme_of, tensors
+from slingshot.training.calibration import stream
+from slingshot.training.fidelity import fidelity
+from slingshot.training.optimizer import Optimizer
+from slingshot.training.quantization_aware import held_numbers, hold_rounded, matching_step
 from slingshot.training.sensitivity import chosen, together
 
 
@@ -135,6 +143,7 @@ def test_what_cannot_be_quantised_is_refused_before_anything_is_written(quantizi
         ({"bits": 5.0, "to": "int8"}, "bits=5 needs to=int4, not int8"),
         ({"bits": 5.0, "calibrate": 0}, "bits=5 needs text of the model: calibrate=128"),
         ({"scale_fmt": "ue8m0"}, "scale_fmt=ue8m0 is of to=fp8, not int4"),
+        ({"distill": 5, "to": "fp8"}, "distill=5 is of int4, int8, mxfp4, not fp8"),
     ):
         with pytest.raises(SlingshotError, match=said):
             run(quantizing(**changes), tmp_path / "out")
@@ -211,6 +220,53 @@ def test_a_budget_of_bits_goes_where_four_lose_most(quantizing, small, tmp_path,
     assert {*wide} < {*told["sensitivities"]}
     write_gguf_file(str(tmp_path / "out"), tmp_path / "m.gguf", None)
     assert {"Q4_0", "Q8_0"} < {each.tensor_type.name for each in GGUFReader(tmp_path / "m.gguf").tensors}
+
+
+def test_distillation_goes_on_from_what_was_fitted_and_is_told(quantizing, small, metrics, tmp_path):
+    run(quantizing(distill=3, prompts_per_step=4, dtype="float32", problems=2), tmp_path / "out")
+    told, before = (json.loads((each / "quantization.json").read_text()) for each in (tmp_path / "out", small))
+    assert (told["distilled"], told["bytes"]) == (3, before["bytes"]) and told["calibrated"] == before["calibrated"]
+    rows, receipt = metrics(tmp_path / "out"), Receipt.read(tmp_path / "out")
+    assert [row["step"] for row in rows] == [1, 2, 3] and all(0 < row["loss"] < 1 for row in rows)
+    assert {"calibration", "teacher", "training", "sampling"} <= receipt.flops_by_part.keys()
+    assert examine(str(tmp_path / "out"))["problems"] == []
+
+
+def test_distillation_wins_back_what_rounding_lost_on_texts_it_did_not_see(full):
+    student, before = load_model(full), load_model(full)
+    hold_rounded(student, before, {}, Scheme("int4", 32))
+    optimizer = Optimizer(student, QuantizeConfig(model="", optimizer={"lr": 0.02}).optimizer)
+    texts = torch.randint(5, 250, (42, 8, 48), generator=torch.Generator().manual_seed(0)).tolist()
+    unseen = stream([*texts[40], *texts[41]], 48, 8)
+    lost = fidelity(before, student, unseen)["kl"]
+    for step in range(40):
+        matching_step(student, before, stream(texts[step], 48, 8))
+        optimizer.step(1 - step / 40)
+    assert fidelity(before, student, unseen)["kl"] < 0.65 * lost
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8", "mxfp4"])
+def test_what_is_stored_is_what_was_trained(full, quantizing, tmp_path, kind):
+    """Bit for bit: the logits of the student that was trained are those of the folder that is written."""
+    config = quantizing(to=kind)
+    weights, scheme, before = open_weights(full), scheme_of(config), load_model(full)
+    student = load_model(full)
+    hold_rounded(student, before, {}, scheme)
+    generator = torch.Generator().manual_seed(0)
+    batches = stream(torch.randint(5, 250, (8, 40), generator=generator).tolist(), 48, 4)
+    first, optimizer = held_numbers(student), Optimizer(student, config.optimizer)
+    for _ in range(3):
+        matching_step(student, before, batches)
+        optimizer.step(10.0)
+    packed = held_numbers(student)
+    moved = [name for name in packed if not torch.equal(packed[name][0], first[name][0])]
+    assert len(moved) > 10 and all(torch.equal(packed[name][1], first[name][1]) for name in packed)
+    with Progress("stored", 1) as progress:
+        write_shards(tmp_path, tensors(weights, packed, scheme, None, progress))
+    write_description(tmp_path, weights.config.stored_as(scheme), load_tokenizer(full), "bfloat16", None)
+    with torch.no_grad():
+        trained, stored = (model(batches[0][0]).logits_BTV for model in (student, load_model(tmp_path)))
+    assert torch.equal(trained, stored)
 
 
 def test_what_is_multiplied_at_once_has_one_width():

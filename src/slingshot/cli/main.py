@@ -210,12 +210,13 @@ def quantize(
     bits: Annotated[float | None, typer.Option(help="Of int4, on the average: 8 where 4 lose most.")] = None,
     group: Annotated[int | None, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = None,
     calibrate: Annotated[int | None, typer.Option(help="Responses to fit to; 0 rounds to nearest.")] = None,
+    distill: Annotated[int | None, typer.Option(help="Steps that move the numbers until it says the same.")] = None,
     config: ConfigFile = None,
     out: Artifact = None,
     keys: ShowKeys = False,
 ) -> None:
     """One stage: weights of 8 or 4 bits, and what is lost by it."""
-    options = {"to": to, "bits": bits, "group_size": group, "calibrate": calibrate}
+    options = {"to": to, "bits": bits, "group_size": group, "calibrate": calibrate, "distill": distill}
     told = {key: value for key, value in options.items() if value is not None}
     _run_stage("quantize", settings or [], config, out, keys, told)
 

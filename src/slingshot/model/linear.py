@@ -2,8 +2,8 @@
 
 `Linear` is one matrix, `Embedding` a matrix whose rows are looked up, `GroupedLinear` a stack of expert matrices over
 rows sorted by expert, `RMSNorm` a vector of gains. Every product takes its weight from `matrix`. In the place of a
-parameter a `weight` may be a frozen matrix in another form (int8, int4, fp8: model/stored.py); a low-rank change beside
-it (LoRA) is a subclass.
+parameter a `weight` may be a frozen matrix in another form (int8, int4, fp8: model/stored.py), or one that is rounded
+while it is trained (model/rounded.py); a low-rank change beside it (LoRA) is a subclass.
 
 Shape suffixes: N rows, X any leading dimensions, D input width, F output width, E experts, H heads, V vocabulary,
 R rank of a low-rank change, G the matrices that an expert has side by side (gate and up).
@@ -22,10 +22,11 @@ from torch.autograd.function import once_differentiable
 
 from slingshot.kernels.grouped import grouped_matmul
 from slingshot.kernels.norm import residual_norm, rms_norm
+from slingshot.model.rounded import RoundedMatrix
 from slingshot.model.stored import StoredMatrix
 
 
-def _numbers(weight: Tensor | StoredMatrix, dtype: torch.dtype) -> Tensor:
+def _numbers(weight: Tensor | StoredMatrix | RoundedMatrix, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype) if isinstance(weight, Tensor) else weight.matrix(dtype)
 
 
@@ -228,7 +229,7 @@ class GroupedLinear(nn.Module):
         if (stored := _stored(self)) is not None:
             y_NF: Tensor = FrozenGroups.apply(x_ND, stored, counts)
             return y_NF
-        weight_EFD = self.weight.to(x_ND.dtype)
+        weight_EFD = self.matrix(x_ND.dtype)
         return grouped_matmul(x_ND, weight_EFD.flatten(1, -2) if weight_EFD.dim() > 3 else weight_EFD, counts)
 
 

@@ -9,6 +9,8 @@ P rows sorted by expert.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from slingshot.kernels.swiglu import swiglu
 from slingshot.model.config import ModelConfig
 from slingshot.model.dispatch import Dispatcher, LocalDispatcher, Routing
 from slingshot.model.linear import GroupedLinear, Linear, joined
+from slingshot.model.stored import StoredMatrix
 
 
 class MLP(nn.Module):
@@ -81,9 +84,9 @@ class Experts(nn.Module):
 
     @property
     def plain(self) -> bool:
-        """Whether both are nothing but their weights."""
-        both = self.gate_up_proj, self.down_proj
-        return all(type(each) is GroupedLinear and isinstance(each.weight, Tensor) for each in both)
+        """Whether both are nothing but their weights, as numbers."""
+        both: tuple[Any, ...] = self.gate_up_proj, self.down_proj
+        return all(type(each) is GroupedLinear and not isinstance(each.weight, StoredMatrix) for each in both)
 
 
 class MoE(nn.Module):
@@ -100,10 +103,11 @@ class MoE(nn.Module):
     def forward(self, x_XD: Tensor, replayed_Xk: Tensor | None = None) -> tuple[Tensor, Routing]:
         x_ND = x_XD.flatten(0, -2)
         routing = self.gate(x_ND, None if replayed_Xk is None else replayed_Xk.flatten(0, -2))
-        weights = self.experts.gate_up_proj.weight, self.experts.down_proj.weight
-        frozen = x_ND.requires_grad and not weights[0].requires_grad  # kernels have a gradient for every weight
+        both = self.experts.gate_up_proj, self.experts.down_proj
+        frozen = x_ND.requires_grad and not both[0].weight.requires_grad  # kernels have a gradient for every weight
         local = isinstance(self.dispatcher, LocalDispatcher) and self.experts.plain and not frozen
-        if local and (kernel := experts_kernel(x_ND, weights[1].shape[-1])) is not None:
+        if local and (kernel := experts_kernel(x_ND, both[1].weight.shape[-1])) is not None:
+            weights = [each.matrix(each.weight.dtype) for each in both]
             y_ND = kernel(x_ND, routing.experts_Nk, routing.gates_Nk, *weights)
         else:
             y_ND = self.dispatcher(x_ND, routing, self.experts)

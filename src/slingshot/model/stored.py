@@ -65,7 +65,7 @@ def _pairs(dtype: torch.dtype) -> Tensor:
     return pairs.view(torch.int64 if dtype.itemsize == 4 else torch.int32).flatten()
 
 
-def hold(module: nn.Module, stored: StoredMatrix) -> None:
+def hold(module: nn.Module, stored: nn.Module) -> None:
     """Put the matrix where `module` has its weight."""
     del module.weight
     module.weight = stored

@@ -4,6 +4,7 @@ dark.
 accuracy_chart(evaluated, ["arithmetic"])       # pass@1 by stage
 training_curves(stages)                         # loss, reward, entropy ... by step
 compute_curves(stages)                          # reward by compute, with the fit that says where it ends
+compression_charts(evaluated, tasks)            # pass@1 by bytes and by speed of a model and its quantised forms
 """
 
 from __future__ import annotations
@@ -32,10 +33,13 @@ _VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule"} | {
 }
 
 
-def draw(name: str, width: float, height: float, left: float, right: float, paint: Callable[[Axes], None]) -> Markup:
+def draw(
+    name: str, width: float, height: float, left: float, right: float, paint: Callable[[Axes], None], top: float = 0.1
+) -> Markup:
     """Paint one pair of axes and return it as inline SVG; a screen reader says its `name`.
 
-    `width` and `height` in inches give its shape; `left` and `right` are the shares of the width kept for labels.
+    `width` and `height` in inches give its shape; `left` and `right` are the shares of the width kept for labels, `top`
+    the inches above.
     """
     import matplotlib as mpl  # heavy, and wanted only here
     from matplotlib.figure import Figure
@@ -50,7 +54,7 @@ def draw(name: str, width: float, height: float, left: float, right: float, pain
     }  # fmt: skip
     with mpl.rc_context(settings):
         figure = Figure(figsize=(width, height))
-        paint(figure.add_axes((left, 0.3 / height, 1 - left - right, 1 - 0.4 / height)))
+        paint(figure.add_axes((left, 0.3 / height, 1 - left - right, 1 - (0.3 + top) / height)))
         target = io.StringIO()
         figure.savefig(target, format="svg", metadata={"Date": None})
     svg = target.getvalue()
@@ -157,6 +161,54 @@ def _paint_fit(axes: Axes, seconds: list[float], rewards: list[float], fit: Sigm
         axes.text(
             1.03, fit.ceiling, f"A {fit.ceiling:.3g}", color=MUTED, transform=axes.get_yaxis_transform(), va="center"
         )
+
+
+def compression_charts(evaluated: list[StageResult], tasks: list[str]) -> list[Curve]:
+    """pass@1 against bytes and against tokens a second: every model that was quantised, and what it became."""
+    charts = []
+    for full in evaluated:
+        small = [(stage, stage.quantization) for stage in evaluated if full.name in stage.parents]
+        made = [(stage, told) for stage, told in small if told is not None]
+        if not made:
+            continue
+        whole = made[0][1]
+        megabytes = [(full, whole.bytes / whole.share_of_bfloat16 / 1e6)]
+        megabytes += [(stage, told.bytes / 1e6) for stage, told in made]
+        speeds = [(full, sum(told.tokens_per_second["full"] for _, told in made) / len(made))]
+        speeds += [(stage, told.tokens_per_second["small"]) for stage, told in made]
+        plans = [
+            (f"Accuracy of {full.name} by bytes", f"pass@1; MB of weights, {full.name}'s in bfloat16", megabytes),
+            (f"Accuracy of {full.name} by speed", "pass@1; tokens a second, many answers at once", speeds),
+        ]
+        for title, unit, places in plans:
+            paint = functools.partial(_paint_columns, places=places, tasks=tasks)
+            charts.append(Curve(title, unit, draw(title, 4.8, 2.6, 0.08, 0.04, paint, top=0.3)))
+    return charts
+
+
+def _paint_columns(axes: Axes, places: list[tuple[StageResult, float]], tasks: list[str]) -> None:
+    """A column of dots with intervals, one for each task, over every stage's place on the x axis; names on top."""
+    places = sorted(places, key=lambda each: each[1])
+    width = 1.1 * places[-1][1]
+    shares = kept_apart([x / width for _, x in places], gap=0.14)
+    faint: dict[str, Any] = {"color": MUTED, "linewidth": 0.6, "alpha": 0.5}
+    for (stage, x), moved in zip(places, shares, strict=True):
+        axes.axvline(x, zorder=0, **faint)
+        line = {"arrowstyle": "-", "shrinkA": 0, "shrinkB": 0} | faint
+        given: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "axes fraction", "ha": "center"}
+        axes.annotate(stage.name, (x, 1.0), (moved, 1.07), color=INK, arrowprops=line, **given)
+        for colour, task in zip(SERIES, tasks, strict=False):
+            if (score := stage.scores.get(task)) is not None:
+                low, y, high = (100 * each for each in (score.ci95[0], score.pass_at_1, score.ci95[1]))
+                axes.vlines(x, low, high, color=colour, linewidth=2.4, alpha=0.5)
+                axes.plot(x, y, "o", color=colour, markersize=5.5)
+                label: dict[str, Any] = {"textcoords": "offset points", "color": colour, "ha": "center"}
+                axes.annotate(f"{y:.1f}", (moved * width, high), (0, 4), **label)
+    axes.set_xlim(0, width)
+    axes.margins(y=0.15)
+    axes.locator_params(axis="both", nbins=5)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
 
 
 def points_of(metrics: Iterable[dict[str, Any]], key: str) -> list[tuple[float, float]]:

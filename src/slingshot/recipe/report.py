@@ -24,7 +24,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.files import write_json, write_text
 from slingshot.cost.bill import Sums
 from slingshot.cost.receipt import RECEIPT, PeakMemory, Receipt
-from slingshot.recipe.charts import accuracy_chart, compute_curves, training_curves
+from slingshot.recipe.charts import accuracy_chart, compression_charts, compute_curves, training_curves
 from slingshot.recipe.results import AnsweredProblem, Lenient, StageResult, read_object
 
 LONGEST_TEXT = 4000  # characters shown of one response; the evaluation keeps the rest
@@ -113,7 +113,8 @@ def _page(record: RunRecord, folder: str, stages: list[StageResult], offered: li
         built=talking.model if talking else None,
         machine=finished[-1].machine if finished else None, version=finished[-1].version if finished else "",
         accuracy_chart=accuracy_chart(evaluated, tasks) if tasks else "", curves=training_curves(stages),
-        compute_curves=compute_curves(stages),
+        compute_curves=compute_curves(stages), compression_charts=compression_charts(evaluated, tasks),
+        quantized=[(stage, stage.quantization) for stage in stages if stage.quantization],
         problems=_problems(evaluated, subject, tasks),
         clip=lambda text: text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …",
     )  # fmt: skip

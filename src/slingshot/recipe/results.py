@@ -80,6 +80,30 @@ class Evaluation(Lenient):
         return cls.parse(read_object(path), str(path)) if path.is_file() else cls()
 
 
+class PairedScores(Lenient):
+    """A small model's pass@1 less the full one's, on the same problems."""
+
+    difference: float
+    ci95: tuple[float, float]
+
+    @property
+    def shown(self) -> str:
+        """ "+1.0 (-1.0 to +3.0)": points."""
+        low, high = (f"{100 * end:+.1f}" for end in self.ci95)
+        return f"{100 * self.difference:+.1f} ({low} to {high})"
+
+
+class Quantized(Lenient):
+    """What a quantised checkpoint's receipt says of it, beside the model that it was made of."""
+
+    bytes: int
+    share_of_bfloat16: float
+    kl: float
+    same_top: float
+    tokens_per_second: dict[str, float]
+    tasks: dict[str, PairedScores] = {}
+
+
 @dataclass(frozen=True)
 class StageResult:
     """A stage as far as it got: without a receipt it has not run, without scores it was not evaluated."""
@@ -108,6 +132,12 @@ class StageResult:
         return cls(name, kind, Receipt.read(folder), metrics, evaluation.tasks, evaluation.examples, counts)
 
     @property
+    def quantization(self) -> Quantized | None:
+        """What was lost by it, where it was quantised."""
+        told = self.receipt.extra.get("quantization") if self.receipt else None
+        return Quantized.parse(told, f"{self.name}: {RECEIPT}: extra.quantization") if told else None
+
+    @property
     def parents(self) -> list[str]:
         """Names of what it was made from."""
         return [Path(parent.path).name for parent in self.receipt.parents] if self.receipt else []
@@ -134,9 +164,8 @@ def headline(folder: Path) -> str:
     receipt = Receipt.read(folder)
     if "bits_per_byte" in receipt.extra:
         parts.append(f"{receipt.extra['bits_per_byte']:.3f} bits per byte of held-out text")
-    if told := receipt.extra.get("quantization"):
-        parts.append(f"{told['share_of_bfloat16']:.2f} of bfloat16's bytes, KL {told['kl']:.2g} a token")
-        for task, each in told["tasks"].items():
-            low, high = (f"{100 * end:+.1f}" for end in each["ci95"])
-            parts.append(f"{task} pass@1 {100 * each['difference']:+.1f} points ({low} to {high})")
+    if receipt.extra.get("quantization"):
+        told = Quantized.parse(receipt.extra["quantization"], f"{folder / RECEIPT}: extra.quantization")
+        parts.append(f"{told.share_of_bfloat16:.2f} of bfloat16's bytes, KL {told.kl:.2g} a token")
+        parts += [f"{task} pass@1 {each.shown} points" for task, each in told.tasks.items()]
     return ", ".join([*parts, f"{show_count(receipt.tokens)} tokens", show_flops(receipt.flops)])

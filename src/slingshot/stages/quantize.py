@@ -8,6 +8,7 @@ each 128 x 128 block, kv_b_proj too, rounded to nearest.
 
     slingshot quantize runs/tiny/rl_final --to int4 --out runs/tiny-int4
     slingshot quantize runs/tiny/rl_final --bits 4.5 --out runs/tiny-4.5        # 8 bits where 4 lose most
+    slingshot quantize runs/tiny/rl_final --distill 300 --out runs/tiny-int4    # numbers moved until it says the same
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ from slingshot.checkpoint.load_save import (
     read_into,
 )
 from slingshot.checkpoint.safetensors import write_shards
-from slingshot.cost.flops import forward_flops
+from slingshot.cost.flops import forward_flops, training_parts
 from slingshot.cost.receipt import RECEIPT, Receipt
 from slingshot.engine.engine import Engine
+from slingshot.machine.device import Dtype
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.quantization.encode import encoded, grid
@@ -58,25 +60,29 @@ from slingshot.tasks.mixture import Item, TaskMix, distinct
 from slingshot.tasks.task import Task
 from slingshot.tasks.verification import VerificationPool
 from slingshot.training.calibration import Batch, by_layer, stream
-from slingshot.training.checkpointer import Checkpointer
+from slingshot.training.checkpointer import Checkpointer, restore
 from slingshot.training.fidelity import fidelity
+from slingshot.training.interrupts import Interrupts
+from slingshot.training.optimizer import Optimizer, OptimizerConfig, schedule
 from slingshot.training.parallel import Parallel
+from slingshot.training.quantization_aware import Packed, held_numbers, hold_rounded, matching_step
 from slingshot.training.sensitivity import chosen, modules, sensitivities, together
 
 # Of the mean KL divergence, in nats a token: a loss beyond is said.
 BOUNDS = {"int8": 0.002, "int4": 0.05, "fp8": 0.02, "int8-dynamic": 0.01, "mxfp4": 0.1}
+DISTILLED = ("int4", "int8", "mxfp4")  # what the rounded model computes with is what is stored
+MOVING = OptimizerConfig(name="adamw", lr=3e-3, warmup=0.0, decay=1.0, final=0.0, weight_decay=0.0)
 _FEW = 64  # rows of inputs: experts that saw fewer are rounded to nearest
 _ROWS = 8  # of a batch
 _PROBED = 1024  # tokens on which each matrix's sensitivity is measured
-
-Packed = tuple[Tensor, Tensor]  # numbers and scales
 
 
 class QuantizeConfig(StageConfig):
     """`tasks`: unless told those that the model was trained on, which its receipt names. `calibrate`: responses that
     the matrices are fitted to; 0 rounds to nearest, as fp8 always does. `problems`: of each task, for both models.
     `bits`: of int4, a number's on the average, scales not counted: matrices that lose most by 4 bits get 8.
-    `scale_fmt`: of fp8, scales that are powers of two, as DeepSeek-V3.1's."""
+    `distill`: steps after that, each on answers to `prompts_per_step` other problems; learning rates are in units of
+    the scales. `scale_fmt`: of fp8, scales that are powers of two, as DeepSeek-V3.1's."""
 
     model: str
     to: Literal["int8", "int4", "fp8", "int8-dynamic", "mxfp4"] = "int4"
@@ -87,6 +93,12 @@ class QuantizeConfig(StageConfig):
     form: PromptForm = PromptForm()
     sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_p=0.95, max_tokens=256)
     calibrate: int = Field(128, ge=0)
+    distill: int = Field(0, ge=0)
+    prompts_per_step: int = Field(16, ge=1)
+    optimizer: OptimizerConfig = OptimizerConfig(
+        name="adamw", lr=0.01, warmup=0.0, decay=1.0, final=0.0, weight_decay=0.0
+    )
+    dtype: Dtype = "auto"
     problems: int = Field(200, ge=1)
     sequence_length: int = Field(256, ge=8)
 
@@ -102,13 +114,16 @@ def run(config: QuantizeConfig, out: Path) -> None:
         tasks = config.tasks or trained_on(source, config.model)
         mix = TaskMix(tasks, "train", f"quantize/{config.seed}")
         params = config.sampling.params(1, config.seed)
-        with VerificationPool(mix.tasks) as pool, Progress(out.name, tensor_count(weights.config)) as progress:
+        with VerificationPool(mix.tasks) as pool:
+
+            def writer(model: Path) -> Rollout:
+                return Rollout(EngineSampler(Engine.load(model)), params, config.form, pool, parallel)
 
             def answered(model: Path, items: Sequence[Item]) -> tuple[list[Trajectory], float]:
                 """A checkpoint's responses, and how many tokens a second."""
-                sampler, began = EngineSampler(Engine.load(model)), time.perf_counter()
-                groups = Rollout(sampler, params, config.form, pool, parallel).run(items)
-                tokens, flops = sampling_cost(sampler.model_config, groups)
+                rollout, began = writer(model), time.perf_counter()
+                groups = rollout.run(items)
+                tokens, flops = sampling_cost(weights.config, groups)
                 work.meter.add(tokens, sampling=flops)
                 return [group[0] for group in groups], tokens / (time.perf_counter() - began)
 
@@ -120,9 +135,13 @@ def run(config: QuantizeConfig, out: Path) -> None:
                     work.meter.add(sensitivity=probed.pop("flops"))
                 packed = calibrated(weights, stream(texts, config.sequence_length, _ROWS), scheme)
                 work.meter.add(calibration=2 * forward_flops(weights.config, map(len, texts)))
+            probed |= {"calibrated": len(packed), "distilled": config.distill}
+            if config.distill and scheme is not None:
+                packed = distilled(packed, scheme, writer(source), mix, config, work)
             shutil.rmtree(made, ignore_errors=True)
             made.mkdir()
-            write_shards(made, tensors(weights, packed, scheme, config.scale_fmt, progress))
+            with Progress(out.name, tensor_count(weights.config)) as progress:
+                write_shards(made, tensors(weights, packed, scheme, config.scale_fmt, progress))
             stored = weights.config.stored_as(scheme, config.to == "fp8", config.scale_fmt)
             write_description(made, stored, tokenizer, "bfloat16", source)
 
@@ -132,7 +151,7 @@ def run(config: QuantizeConfig, out: Path) -> None:
             told = fidelity(load_model(source), load_as_stored(made)[0], stream(texts, config.sequence_length, _ROWS))
             work.meter.add(comparison=2 * forward_flops(weights.config, map(len, texts)))
         result = {
-            "to": config.to, "group_size": scheme.group if scheme else 0, "calibrated": len(packed), **probed, **told,
+            "to": config.to, "group_size": scheme.group if scheme else 0, **probed, **told,
             "kl_bound": BOUNDS[config.to], "tasks": compared(full, small, config.seed),
             "tokens_per_second": {"full": speed, "small": small_speed},
             "bytes": (size := sum(file.stat().st_size for file in made.glob("*.safetensors"))),
@@ -150,10 +169,43 @@ def run(config: QuantizeConfig, out: Path) -> None:
         work.finish(move, {"quantization": result})
 
 
+def distilled(
+    packed: Mapping[str, Packed], scheme: Scheme, rollout: Rollout, mix: TaskMix, config: QuantizeConfig,
+    work: Checkpointer,
+) -> dict[str, Packed]:  # fmt: skip
+    """Numbers that were moved until the rounded model says of the full one's answers what that one does; resumes."""
+    source, device = work.reads[config.model], work.parallel.device
+    full, student = load_model(source), load_model(source)
+    hold_rounded(student, full, packed, scheme)
+    for model in (full.to(device), student.to(device)):
+        model.compute_dtype = work.dtype
+    optimizer = Optimizer(student, config.optimizer)
+    if saved := work.load():
+        restore(saved, student, optimizer)
+    done = saved.step if saved else 0
+    with Interrupts() as interrupts, Progress(f"{work.out.name}: distilled", config.distill, done) as progress:
+        for step in range(done, config.distill):
+            groups = rollout.run(mix.draw(config.calibrate + step * config.prompts_per_step, config.prompts_per_step))
+            texts = [trajectory.ids for group in groups for trajectory in group]
+            loss = matching_step(student, full, stream(texts, config.sequence_length, _ROWS))
+            factor = schedule(config.optimizer, step, config.distill)
+            row = {"loss": loss, "gradient_norm": optimizer.step(factor), "lr": config.optimizer.lr * factor}
+            tokens, flops = sampling_cost(full.config, groups)
+            lengths = [len(text) for text in texts]
+            taught, parts = forward_flops(full.config, lengths), training_parts(full.config, lengths, mtp=False)
+            work.meter.add(tokens, sampling=flops, teacher=taught, **parts)
+            work.log({"step": step + 1, **row, **(speed := work.speed(tokens))})
+            progress.update(step + 1, KL=loss, **{"tokens/s": speed["tokens_per_second"]})
+            work.keep(step + 1, lambda: work.training_state(student, optimizer), stop=interrupts.asked)
+    return held_numbers(student)
+
+
 def mended(config: QuantizeConfig) -> Iterator[str]:
     """What would lose less."""
     if config.to != "fp8" and not config.calibrate:
         yield "calibrate=128 fits the numbers to the model's own text"
+    if config.to in DISTILLED and not config.distill:
+        yield "distill=300 moves them further, in minutes for a small model"
     if config.to in BITS and config.group_size > 32:
         yield "group_size=32 has more scales"
     if config.to == "int4" and (config.bits or 4) < 8:
@@ -176,6 +228,8 @@ def check(model: ModelConfig, config: QuantizeConfig) -> None:
         raise SlingshotError(f"quantize: bits={config.bits:g} needs {needs}")
     if config.scale_fmt is not None and config.to != "fp8":
         raise SlingshotError(f"quantize: scale_fmt={config.scale_fmt} is of to=fp8, not {config.to}")
+    if config.distill and config.to not in DISTILLED:
+        raise SlingshotError(f"quantize: distill={config.distill} is of {', '.join(DISTILLED)}, not {config.to}")
     group = (scheme_of(config) or Scheme("int8-dynamic")).group or 1
     for spec in layout(model):
         if is_packed(spec.name, spec.stored):

@@ -28,7 +28,7 @@ def fidelity(full: Transformer, small: Transformer, batches: Sequence[Batch]) ->
     of perplexities."""
     kl, agreements, scores = list[Tensor](), list[Tensor](), list[Tensor]()
     for batch in batches:
-        target_N = batch[0][:, 1:][_follows(batch)]
+        target_N = batch[0][:, 1:][follows(batch)]
         for target_n, p_NV, q_NV in _logprobs(full, hidden(full, batch), small, hidden(small, batch), target_N):
             kl.append(_kl(p_NV, q_NV))
             agreements.append((p_NV.argmax(-1) == q_NV.argmax(-1)).float())
@@ -49,11 +49,13 @@ def divergences(full: Transformer, full_ND: Tensor, small: Transformer, small_ND
 
 def hidden(model: Transformer, batch: Batch) -> Tensor:
     """Hidden states [N, D] of the tokens that another of their text follows."""
-    tokens_BT, segments_BT = batch
-    return model(tokens_BT, segments_BT=segments_BT, logits=False).hidden_BTD[:, :-1][_follows(batch)]
+    device = model.model.embed_tokens.weight.device
+    tokens_BT, segments_BT = (each.to(device) for each in batch)
+    return model(tokens_BT, segments_BT=segments_BT, logits=False).hidden_BTD[:, :-1][follows(batch)]
 
 
-def _follows(batch: Batch) -> Tensor:
+def follows(batch: Batch) -> Tensor:
+    """Which tokens [B, T - 1] another of their text follows."""
     return batch[1][:, 1:] == batch[1][:, :-1]
 
 

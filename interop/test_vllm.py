@@ -48,10 +48,11 @@ BOUNDS = {
     ("deepseek", "bfloat16"): Bounds(worst=4.0, median=0.02, tie=0.25),
     ("smollm2", "float32"): Bounds(worst=6e-4, median=5e-5, tie=6e-4),
     ("smollm2", "bfloat16"): Bounds(worst=4.0, median=0.12, tie=0.5),
+    ("int4", "bfloat16"): Bounds(worst=4.0, median=0.12, tie=0.5),
 }
 
 # Which MLA kernels: where there is AMX vLLM would take others, which know no float32.
-ATTENTION = {"deepseek": {"attention": "CPU_MLA"}, "smollm2": {}}
+ATTENTION = {"deepseek": {"attention": "CPU_MLA"}, "smollm2": {}, "int4": {}}
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,14 @@ def stored_deepseek(deepseek: Path, slingshot: Callable[..., None], tmp_path_fac
 def stored_smollm2(smollm2: Path, slingshot: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stored") / "smollm2"
     slingshot("convert", smollm2, folder, "--dtype", "bfloat16")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stored_int4(smollm2: Path, slingshot: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2's matrices in 4 bits, under scales of either sign."""
+    folder = tmp_path_factory.mktemp("stored") / "int4"
+    slingshot("quantize", smollm2, "tasks=arithmetic", "problems=1", "--calibrate", 0, "--out", folder)
     return folder
 
 

@@ -74,7 +74,7 @@ DISTILLED = ("int4", "int8", "mxfp4")  # what the rounded model computes with is
 MOVING = OptimizerConfig(name="adamw", lr=3e-3, warmup=0.0, decay=1.0, final=0.0, weight_decay=0.0)
 _FEW = 64  # rows of inputs: experts that saw fewer are rounded to nearest
 _ROWS = 8  # of a batch
-_PROBED = 1024  # tokens on which each matrix's sensitivity is measured
+_PROBED = 512  # tokens on which each matrix's sensitivity is measured
 
 
 class QuantizeConfig(StageConfig):
@@ -269,7 +269,7 @@ def widened(
     for unit in wide:
         print(f"    {unit.removeprefix('model.').rstrip('.')} {lost[unit]:.2g}", file=sys.stderr)
     tokens = [batches[0][0].numel()] if batches else []
-    flops = (1 + len(units)) * forward_flops(model.config, tokens)
+    flops = (1 + len(units) / 2) * forward_flops(model.config, tokens)  # half of the layers on the average
     return scheme, {"bits": mean, "sensitivities": lost, "wide": list(scheme.wide), "flops": flops}
 
 

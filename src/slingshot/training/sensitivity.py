@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from slingshot.checkpoint.layout import place
+from slingshot.model.context import PackedContext
 from slingshot.model.transformer import Transformer
 from slingshot.quantization.gptq import Grid, rounded
 from slingshot.quantization.integers import from_numbers
 from slingshot.training.calibration import Batch
-from slingshot.training.fidelity import divergences, hidden
+from slingshot.training.fidelity import divergences, follows
 
 # Matrices that engines put side by side: queries, keys and values; gate and up; MLA's two projections to latents.
 _SIDE_BY_SIDE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
@@ -55,22 +56,35 @@ def modules(unit: str, names: Sequence[str]) -> list[str]:
 def sensitivities(
     model: Transformer, batches: Sequence[Batch], units: Mapping[str, Sequence[str]], grid: Grid
 ) -> dict[str, float]:
-    """KL of each unit alone on this grid: a forward pass a unit, after which the model is as it was."""
-    state, lost = model.state_dict(), dict[str, float]()
-    full = [hidden(model, batch) for batch in batches]
+    """KL of each unit alone on this grid: a pass a unit through its layer and those behind, after which the model is as
+    it was."""
+    state, lost, layers = model.state_dict(), dict[str, float](), model.config.num_hidden_layers
+    runs = [(PackedContext(model.config, *batch), follows(batch)) for batch in batches]
+    states = [[model.model.embed_tokens(tokens_BT)] for tokens_BT, _ in batches]  # of each batch what enters each layer
+
+    def onwards(first: int, x_BTD: Tensor, run: tuple[PackedContext, Tensor], kept: list[Tensor] | None) -> Tensor:
+        """Hidden states [N, D], of tokens that another follows, from what enters layer `first`."""
+        for layer in model.model.layers[first:layers]:
+            x_BTD, _ = layer(x_BTD, run[0])
+            if kept is not None:
+                kept.append(x_BTD)
+        return model.model.norm(x_BTD)[:, :-1][run[1]]
+
+    full = [onwards(0, kept[0], run, kept) for kept, run in zip(states, runs, strict=True)]
     for unit, names in units.items():
-        kept = list[tuple[Tensor, Tensor]]()
+        before = list[tuple[Tensor, Tensor]]()
         for name in names:
             where, index = place(name)
             weight_FD = state[where][index]
-            kept.append((weight_FD, weight_FD.clone()))
+            before.append((weight_FD, weight_FD.clone()))
             weight_FD.copy_(from_numbers(*rounded(weight_FD, grid)))
+        first = min(layers, int(unit.split(".")[2]))  # an MTP module's changes nothing
         kl_N = [
-            divergences(model, full_ND, model, hidden(model, batch))  # the head is not rounded
-            for full_ND, batch in zip(full, batches, strict=True)
+            divergences(model, full_ND, model, onwards(first, kept[first], run, None))  # the head is not rounded
+            for full_ND, kept, run in zip(full, states, runs, strict=True)
         ]
         lost[unit] = torch.cat(kl_N).mean().item()
-        for weight_FD, before_FD in kept:
+        for weight_FD, before_FD in before:
             weight_FD.copy_(before_FD)
     return lost
 

@@ -59,23 +59,10 @@ def test_truncation_by_hand(probabilities, truncation, kept):
     assert set(draw(probabilities, [i / 1000 for i in range(1000)], **truncation)[0].tolist()) == kept
 
 
-def test_truncation_renormalises_the_draw_but_not_the_logprob():
-    ids, logprobs = draw([0.1, 0.3, 0.2, 0.4], [0.42, 0.44], top_k=2)  # 3/7 = 0.4286 of what is left lies at token 1
-    assert ids.tolist() == [1, 3]
-    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.3, 0.4]))
-
-
 def test_greedy_takes_the_first_largest_logit_and_its_logprob_at_temperature_one():
     ids, logprobs = draw([0.2, 0.4, 0.4], [0.0, 0.99], temperature=0.0)
     assert ids.tolist() == [1, 1]
     torch.testing.assert_close(logprobs.exp(), torch.tensor([0.4, 0.4]))
-
-
-def test_rows_keep_their_own_parameters():
-    logits_BV = torch.tensor([0.1, 0.3, 0.2, 0.4]).log().repeat(4, 1)
-    params = [SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_p=0.5), SamplingParams(top_k=1)]
-    ids, _ = sample(logits_BV, DrawParams.of(params), torch.full((4,), 0.05))
-    assert ids.tolist() == [0, 3, 1, 3]  # whole vocabulary; greedy; {1, 3} in id order; the heaviest alone
 
 
 def test_extreme_logits_and_temperatures_stay_finite():

@@ -133,6 +133,24 @@ def running(app):
             thread.join()
 
 
+@contextlib.contextmanager
+def serving(tokenizer, backend, *ledger, keyless=True, **options):
+    """A server whose model "tiny" this backend is, on a free port: its URL."""
+    gateway = Gateway([ServedModel("tiny", tokenizer, backend)], *ledger)
+    with running(create_app(gateway, keyless, **options)) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def talking(*given, **options):
+    """An openai client of such a server."""
+    with (
+        serving(*given, **options) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client
+
+
 @pytest.fixture(scope="session")
 def engine(tokenizer, make_model, dense):
     return Engine(make_model(dense(vocab_size=tokenizer.vocab_size, max_position_embeddings=256)), tokenizer)
@@ -141,7 +159,7 @@ def engine(tokenizer, make_model, dense):
 @pytest.fixture(scope="session")
 def served(engine, tokenizer):
     """The URL of a server of a small random model, called "tiny"."""
-    with running(create_app(Gateway([ServedModel("tiny", tokenizer, LocalBackend(engine))]))) as url:
+    with serving(tokenizer, LocalBackend(engine)) as url:
         yield url
 
 
@@ -159,8 +177,7 @@ def says(tokenizer):
         def make(script, **options):
             ids = script if isinstance(script, list) else [*ids_of(tokenizer, script), tokenizer.eos_id]
             backend = ScriptedBackend(ids, eos_ids=tokenizer.eos_ids, **options)
-            url = stack.enter_context(running(create_app(Gateway([ServedModel("tiny", tokenizer, backend)]))))
-            client = stack.enter_context(openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0))
+            client = stack.enter_context(talking(tokenizer, backend))
             client.backend = backend
             return client
 
@@ -217,10 +234,7 @@ ORDERS = [
 def calls(caller):
     ids = said(caller, ORDERS[0])
     backend = ScriptedBackend(ids, eos_ids=caller.eos_ids)
-    with (
-        running(create_app(Gateway([ServedModel("tiny", caller, backend)]))) as url,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
-    ):
+    with talking(caller, backend) as client:
         client.backend = backend
         yield client
 

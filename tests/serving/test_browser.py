@@ -13,7 +13,7 @@ from slingshot.serving.load import Limits
 from slingshot.serving.local import LocalBackend
 from slingshot.serving.served_model import ServedModel
 from tests.serving.browsing import ask, browsed, browser, grows, script, until, visit
-from tests.serving.conftest import running
+from tests.serving.conftest import running, serving
 
 __all__ = ["browser", "script", "visit"]  # its fixtures
 
@@ -183,8 +183,7 @@ def test_two_models_answer_side_by_side(visit, script):
 def test_the_glass_box_tells_what_the_engine_did(visit, tokenizer, make_model, deepseek):
     shape = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 64}
     engine = Engine(make_model(deepseek(**shape)), tokenizer)
-    app = create_app(Gateway([ServedModel("tiny", tokenizer, LocalBackend(engine))]))
-    with running(app) as url:
+    with serving(tokenizer, LocalBackend(engine)) as url:
         page = visit(url)
         ask(page, "What is 3+4-2?")
         said = page.locator(".said").all_text_contents(), page.inner_text(".answer .text")

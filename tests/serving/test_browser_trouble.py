@@ -6,13 +6,10 @@ import re
 from playwright.sync_api import expect
 
 from slingshot.serving import accounts
-from slingshot.serving.app import create_app
-from slingshot.serving.gateway import Gateway
 from slingshot.serving.ledger import Ledger
 from slingshot.serving.prices import PriceList
-from slingshot.serving.served_model import ServedModel
 from tests.serving.browsing import Line, ask, browsed, browser, grows, script, until, visit
-from tests.serving.conftest import ScriptedBackend, ids_of, running
+from tests.serving.conftest import ScriptedBackend, ids_of, serving
 
 __all__ = ["browser", "script", "visit"]  # its fixtures
 
@@ -97,7 +94,7 @@ def test_a_server_with_keys_is_asked_with_one_and_its_refusals_are_told(visit, s
 
 def test_a_server_that_is_gone_is_told_of(visit, tokenizer):
     backend = ScriptedBackend(ids_of(tokenizer, "3 plus 4 is 7."), eos_ids=tokenizer.eos_ids)
-    with running(create_app(Gateway([ServedModel("tiny", tokenizer, backend)]))) as url:
+    with serving(tokenizer, backend) as url:
         page = visit(url, refused=True)
     ask(page, "Still there?", wait=False)
     expect(page.locator(".answer .bad")).to_have_text("The server does not answer.")

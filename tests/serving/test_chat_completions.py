@@ -3,11 +3,8 @@ import openai
 import pytest
 
 from slingshot.engine.engine import Engine
-from slingshot.serving.app import create_app
-from slingshot.serving.gateway import Gateway
 from slingshot.serving.local import LocalBackend
-from slingshot.serving.served_model import ServedModel
-from tests.serving.conftest import running
+from tests.serving.conftest import talking
 
 QUESTION = [{"role": "user", "content": "What is 3+4-2?"}]
 
@@ -66,10 +63,7 @@ def test_with_glass_every_token_says_whether_it_was_drafted(tokenizer, make_mode
     """Greedy decoding of a random model runs in circles, which are guessed."""
     model = make_model(dense(vocab_size=tokenizer.vocab_size, max_position_embeddings=256))
     backend = LocalBackend(Engine(model, tokenizer, speculation="on"))
-    with (
-        running(create_app(Gateway([ServedModel("tiny", tokenizer, backend)]))) as url,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
-    ):
+    with talking(tokenizer, backend) as client:
         asked = {"max_tokens": 200, "temperature": 0, "logprobs": True, "extra_body": {"glass": True}}
         (choice,) = ask(client, **asked).choices
         told = [chunk.choices[0] for chunk in ask(client, stream=True, **asked) if chunk.choices]

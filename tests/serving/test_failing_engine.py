@@ -10,14 +10,11 @@ import pytest
 from slingshot.base.errors import SlingshotError
 from slingshot.engine.engine import Engine
 from slingshot.serving import accounts
-from slingshot.serving.app import create_app
-from slingshot.serving.gateway import Gateway
 from slingshot.serving.ledger import Ledger
 from slingshot.serving.ledger_tables import REQUESTS
 from slingshot.serving.local import LocalBackend
 from slingshot.serving.prices import PICO, PriceList
-from slingshot.serving.served_model import ServedModel
-from tests.serving.conftest import running
+from tests.serving.conftest import serving
 from tests.serving.test_load import BODY, CHAT, until
 
 STREAMS = 20
@@ -61,8 +58,7 @@ def test_every_stream_hears_of_a_step_that_failed_and_what_was_made_is_paid(
     engine.failure, lost = failure, isinstance(failure, RuntimeError)
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.sqlite", PRICES)
     headers = {"Authorization": f"Bearer {accounts.create(ledger, 'alice', balance=100.0)}"}
-    app = create_app(Gateway([ServedModel("tiny", tokenizer, LocalBackend(engine))], ledger), keyless=False)
-    with running(app) as url:
+    with serving(tokenizer, LocalBackend(engine), ledger, keyless=False) as url:
         reason = "the engine stopped with RuntimeError; restart the server" if lost else "the logits are no numbers"
         for payloads in asyncio.run(told(url, headers)):
             assert len(payloads) > 1 and payloads[-1]["error"]["message"] == reason

@@ -18,7 +18,7 @@ from slingshot.serving.ledger_tables import REQUESTS
 from slingshot.serving.load import Limits
 from slingshot.serving.local import LocalBackend
 from slingshot.serving.served_model import ServedModel
-from tests.serving.conftest import ScriptedBackend, running
+from tests.serving.conftest import ScriptedBackend, running, serving
 from tests.serving.test_callers import error_of, posts
 from tests.serving.test_load import BODY, CHAT, Slow, until
 
@@ -128,8 +128,7 @@ def served(request, small, tokenizer, tmp_path):
     keyless, known = request.param.startswith("no"), not request.param.endswith("wrong one")
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.sqlite")
     key = accounts.create(ledger, "alice") if known else accounts.PREFIX + "wrong"
-    app = create_app(Gateway([ServedModel("tiny", tokenizer, LocalBackend(small))], ledger), keyless=keyless)
-    with running(app) as url:
+    with serving(tokenizer, LocalBackend(small), ledger, keyless=keyless) as url:
         yield url, {} if keyless else {"Authorization": f"Bearer {key}"}, known
     ledger.close()
 
@@ -179,7 +178,7 @@ def test_no_request_that_the_schema_allows_fails_the_server(served):
 
 def test_who_does_not_read_holds_nobody_up_and_loses_nothing(tokenizer):
     backend = ScriptedBackend(tokenizer.encode("3 plus 4 is 7, ", continues=True) * 300)
-    with running(create_app(Gateway([ServedModel("tiny", tokenizer, backend)]))) as url:
+    with serving(tokenizer, backend) as url:
         greedy = BODY | {"stream": True, "logprobs": True, "n": 8}  # more than what sockets hold
         with httpx.stream("POST", f"{url}{CHAT}", json=greedy, timeout=60) as answer:
             lines = answer.iter_lines()
@@ -195,7 +194,9 @@ def test_who_does_not_read_holds_nobody_up_and_loses_nothing(tokenizer):
 
 
 def test_a_stream_that_has_nothing_to_say_yet_says_that_it_lives(tokenizer):
-    app = create_app(Gateway([ServedModel("tiny", tokenizer, Slow(tokenizer, "5", None))]))
     body = BODY | {"stream": True}
-    with running(app) as url, httpx.stream("POST", f"{url}{CHAT}", json=body, timeout=60) as answer:
+    with (
+        serving(tokenizer, Slow(tokenizer, "5", None)) as url,
+        httpx.stream("POST", f"{url}{CHAT}", json=body, timeout=60) as answer,
+    ):
         assert answer.status_code == 200 and next(answer.iter_lines()) == ": keep-alive"

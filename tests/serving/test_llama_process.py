@@ -12,14 +12,11 @@ import pytest
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.load_save import save_checkpoint
 from slingshot.engine.vocabulary import Vocabulary
-from slingshot.serving.app import create_app
-from slingshot.serving.gateway import Gateway
 from slingshot.serving.inference_servers import LlamaServer
 from slingshot.serving.ledger import Ledger
 from slingshot.serving.llama_process import as_gguf, llama_server
-from slingshot.serving.served_model import ServedModel
 from slingshot.serving.upstream import UpstreamBackend
-from tests.serving.conftest import running
+from tests.serving.conftest import serving
 from tests.serving.test_killed import rows_of, started
 from tests.serving.test_load import until
 
@@ -153,7 +150,7 @@ def test_a_server_that_does_not_start_any_more_is_given_up_and_says_why(checkpoi
     with llama_server(checkpoint, "auto", 16, 1 << 30, pauses=[0.0, 0.0]) as server:
         vocabulary = Vocabulary(tokenizer, tokenizer.vocab_size)
         backend = UpstreamBackend([LlamaServer(server.url, vocabulary)], tokenizer, child=server)
-        with running(create_app(Gateway([ServedModel("tiny", tokenizer, backend)]))) as url:
+        with serving(tokenizer, backend) as url:
             assert httpx.get(f"{url}/health").status_code == 200
             as_gguf(checkpoint, "auto").write_bytes(b"nothing")
             os.kill(pid(tmp_path), signal.SIGKILL)

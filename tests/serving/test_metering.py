@@ -7,15 +7,12 @@ import httpx
 import pytest
 
 from slingshot.serving import accounts
-from slingshot.serving.app import create_app
 from slingshot.serving.backend import TokenDelta
 from slingshot.serving.errors import ApiError
-from slingshot.serving.gateway import Gateway
 from slingshot.serving.ledger import Ledger
 from slingshot.serving.ledger_tables import REQUESTS
 from slingshot.serving.prices import PICO, PriceList
-from slingshot.serving.served_model import ServedModel
-from tests.serving.conftest import ScriptedBackend, ids_of, running
+from tests.serving.conftest import ScriptedBackend, ids_of, serving
 from tests.serving.test_ledger import url  # noqa: F401
 from tests.serving.test_load import until
 
@@ -58,8 +55,7 @@ def ledger(url):  # noqa: F811
 @pytest.fixture
 def http(ledger, backend, tokenizer):
     """A client of a server that demands keys, without one."""
-    app = create_app(Gateway([ServedModel("tiny", tokenizer, backend)], ledger), keyless=False)
-    with running(app) as url, httpx.Client(base_url=url, timeout=30) as http:  # noqa: F811
+    with serving(tokenizer, backend, ledger, keyless=False) as url, httpx.Client(base_url=url, timeout=30) as http:  # noqa: F811
         yield http
 
 

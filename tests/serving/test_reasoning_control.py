@@ -1,17 +1,15 @@
 """How much a model reasons: switched, bounded, ended by whoever reads it, and never the whole of an answer."""
 
 import asyncio
+import contextlib
 import json
 
 import httpx
 import openai
 import pytest
 
-from slingshot.serving.app import create_app
-from slingshot.serving.gateway import Gateway
-from slingshot.serving.served_model import ServedModel
 from slingshot.text.tokenizer import Tokenizer
-from tests.serving.conftest import ScriptedBackend, ids_of, running
+from tests.serving.conftest import ScriptedBackend, ids_of, serving, talking
 
 QUESTION = [{"role": "user", "content": "What is 3+4-2?"}]
 
@@ -34,15 +32,8 @@ class InTurns(ScriptedBackend):
 @pytest.fixture
 def server(tokenizer):
     """server(backend, **options): an openai client of a server of the backend."""
-    opened = []
-
-    def make(backend, **options):
-        opened.append(running(create_app(Gateway([ServedModel("tiny", tokenizer, backend)]), **options)))
-        return openai.OpenAI(base_url=f"{opened[-1].__enter__()}/v1", api_key="none", max_retries=0)
-
-    yield make
-    for its in opened:
-        its.__exit__(None, None, None)
+    with contextlib.ExitStack() as stack:
+        yield lambda backend, **options: stack.enter_context(talking(tokenizer, backend, **options))
 
 
 def ask(client, **more):
@@ -130,7 +121,7 @@ def test_where_the_template_cannot_choose_the_reasoning_is_closed_at_once(tokeni
     fixed = tokenizer.chat_template.replace("thinking is not defined or thinking", "true")
     stubborn = Tokenizer.from_bpe(**_tables(tokenizer), config=tokenizer.config | {"chat_template": fixed})
     backend = ScriptedBackend([*ids_of(stubborn, "5"), stubborn.eos_id], eos_ids=stubborn.eos_ids)
-    with running(create_app(Gateway([ServedModel("tiny", stubborn, backend)]))) as url:
+    with serving(stubborn, backend) as url:
         ask(openai.OpenAI(base_url=f"{url}/v1", api_key="none"), reasoning_effort="none")
     assert backend.asked[0].params.thinking_budget == 0
 

@@ -6,13 +6,10 @@ import pytest
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.engine.vocabulary import Vocabulary
-from slingshot.serving.app import create_app
 from slingshot.serving.call_structure import call_structure, free_text
-from slingshot.serving.gateway import Gateway
 from slingshot.serving.local import LocalBackend
-from slingshot.serving.served_model import ServedModel
 from slingshot.text.tool_calls import ToolCallStream
-from tests.serving.conftest import WEATHER, running
+from tests.serving.conftest import WEATHER, talking
 from tests.text.test_tool_calls import BY_NAME, encode, tokenizers, whole_calls  # noqa: F401
 
 QUESTION = {"role": "user", "content": "What is the weather?"}
@@ -122,10 +119,7 @@ def forced(make_model, dense, caller):
     """A client of a small random model whose template knows tools."""
     pytest.importorskip("xgrammar")
     engine = Engine(make_model(dense(vocab_size=caller.vocab_size, max_position_embeddings=512)), caller)
-    with (
-        running(create_app(Gateway([ServedModel("tiny", caller, LocalBackend(engine))]))) as url,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
-    ):
+    with talking(caller, LocalBackend(engine)) as client:
         yield client
 
 

@@ -16,7 +16,7 @@ from slingshot.serving.inference_servers import LlamaServer, VllmServer
 from slingshot.serving.local import LocalBackend
 from slingshot.serving.served_model import ServedModel
 from slingshot.serving.upstream import UpstreamBackend
-from tests.serving.conftest import ScriptedBackend, ids_of, running
+from tests.serving.conftest import ScriptedBackend, ids_of, running, serving
 from tests.serving.fake_servers import fake_server
 
 KINDS = ["vllm", "llama.cpp"]
@@ -157,7 +157,7 @@ def test_a_call_that_a_server_cannot_be_held_to_is_refused_in_a_line(upstream, c
     function = FUNCTION | ({"strict": True} if "strict" in more else {})
     body = {"model": "tiny", "messages": [{"role": "user", "content": "?"}], "stream": stream}
     body |= {"tools": [{"type": "function", "function": function}], "tool_choice": more.get("tool_choice", "auto")}
-    with running(create_app(Gateway([ServedModel("tiny", caller, upstream([script], kind))]))) as url:
+    with serving(caller, upstream([script], kind)) as url:
         answer = httpx.post(f"{url}/v1/chat/completions", json=body)
     told = answer.json()["error"]["message"]
     assert answer.status_code == 400 and "take tool_choice auto" in told and "\n" not in told and not script.asked

@@ -116,8 +116,3 @@ def test_weights_are_converted_beside_a_tokenizer_that_cannot_be_read(source, tm
     with pytest.raises(SlingshotError, match="tokenizer"):
         write_gguf_file(str(source), tmp_path / "model.gguf", None)
     assert not (tmp_path / "model.gguf").exists()
-
-
-def test_what_a_gguf_file_has_not_is_refused(source, tmp_path):
-    with pytest.raises(SlingshotError, match="--dtype fp8: a GGUF file here is one of float32, float16, bf"):
-        write_gguf_file(str(source), tmp_path / "model.gguf", "fp8")

@@ -92,7 +92,7 @@ def made(source: str, form: str, texts: list[list[int]], rows: int) -> tuple[Tra
             weight_FD.copy_(weight_FD.bfloat16())
             stored += 16 * math.prod(shape)
     if kind == "int8-dynamic":
-        multiply_whole_numbers(model, WeightGrid(8, 0, scales, dynamic=True))
+        multiply_whole_numbers(model, WeightGrid(dict.fromkeys(scales, 8), 0, scales))
     return model, stored / sum(map(math.prod, names.values()))
 
 

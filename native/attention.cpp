@@ -212,25 +212,34 @@ template <class T> class Attention {
         }
         for (int t = 0; t < padded; t += PAGE) {
             const int count = tokens - t < PAGE ? tokens - t : PAGE;
+            if (count > 0 && !values && !tiled) continue;  // packed beside the keys
             Page from{own.rows + t * own.row, static_cast<size_t>(own.row)};  // MLA's keys, taken already
             if (count > 0 && (values || !own.takes_rows))
-                from = page(values ? value : key, values ? values : keys, unit, pages[t / PAGE], t, count);
-            pack_values(from.rows, from.stride, count, shape.value_width, own.columns,
-                        own.values + t / PER_WORD<T> * own.columns);
+                from = page(values ? value : key, values ? values : keys, unit, pages[t / PAGE], 0, count);
+            pack_page(from, count, t);
         }
         product(reinterpret_cast<const Word*>(scores), BLOCK, own.values, own.columns, 16, padded / PER_WORD<T>, rows,
                 own.columns, own.sums + first * own.columns, own.columns, true);
     }
 
-    // scores [rows, BLOCK] of the rows from `first` on with some tokens.
+    // The values of `count` tokens, as the block's from `token` on.
+    void pack_page(const Page& from, int count, int token) {
+        pack_values(from.rows, from.stride, count, shape.value_width, own.columns,
+                    own.values + token / PER_WORD<T> * own.columns);
+    }
+
+    // scores [rows, BLOCK] of the rows from `first` on with some tokens; MLA's values are packed beside the keys.
     void score(const AttentionUnit& unit, const int* pages, int tokens, int first, float* scores) {
         const int count = (tokens + PAGE - 1) / PAGE;
-        const T* at[BLOCK / PAGE];
+        [[maybe_unused]] const T* at[BLOCK / PAGE];  // tiles'
         size_t stride = 0;
         for (int i = 0; i < count; i++) {
             const int here = tokens - i * PAGE < PAGE ? tokens - i * PAGE : PAGE;
-            const Page from = page(key, keys, unit, pages[i], i * PAGE, here);
+            const Page from = page(key, keys, unit, pages[i], tiled ? i * PAGE : 0, here);
             at[i] = from.rows, stride = from.stride;
+            if (tiled) continue;
+            pack_keys(from.rows, stride, shape.width, own.keys + static_cast<size_t>(i) * PAGE * own.depth);
+            if (!values) pack_page(from, here, i * PAGE);
         }
 #if defined(__AMX_BF16__)
         if constexpr (PER_WORD<T> == 2)
@@ -241,8 +250,6 @@ template <class T> class Attention {
                 return;
             }
 #endif
-        for (int i = 0; i < count; i++)
-            pack_keys(at[i], stride, shape.width, own.keys + static_cast<size_t>(i) * PAGE * own.depth);
         product(own.queries + static_cast<size_t>(first) * own.depth, own.depth, own.keys, 16,
                 static_cast<size_t>(PAGE) * own.depth, own.words, unit.rows - first, count * PAGE, scores, BLOCK, false);
     }

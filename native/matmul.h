@@ -180,16 +180,20 @@ inline void matmul_words(const Packed& w, int begin, int end, const T* x, size_t
     }
 }
 
-// Some rows: whole numbers, a few at a time.
+// Some rows, for `each` from `top` on: whole numbers, a few at a time.
 template <class T, class Each>
-inline void matmul_each_by_bytes(const Packed& w, int begin, int end, const T* x, size_t ldx, int rows, Each& each) {
+inline void matmul_each_by_bytes(const Packed& w, int begin, int end, const T* x, size_t ldx, int rows, Each& each,
+                                 int top = 0) {
     alignas(64) float piece[FEW * PIECE];
-    const int groups = w.k / w.group;
+    const int groups = w.k / w.group, most = X_BYTES / w.k / FEW * FEW, step = most < BYTE_ROWS ? BYTE_ROWS : most;
+    for (; rows > step; rows -= step, x += step * ldx, top += step)
+        matmul_each_by_bytes(w, begin, end, x, ldx, step, each, top);
     Carver carver{static_cast<char*>(product_scratch(rows * (w.k + 8 * groups) + 3 * 64))};
     const Bytes bytes{carver.take<int8_t>(rows * w.k), carver.take<float>(rows * groups),
                       carver.take<int>(rows * groups)};
     for (int r = 0; r < rows; r++)
-        to_bytes(x + r * ldx, w.k, w.group, bytes.bytes + r * w.k, bytes.scales + r * groups, bytes.sums + r * groups);
+        to_bytes(x + r * ldx, w.k, w.group, w.by_bytes, bytes.bytes + r * w.k, bytes.scales + r * groups,
+                 bytes.sums + r * groups);
     for (int b = begin; b < end; b += PIECE / 16) {
         const int last = end - b < PIECE / 16 ? end : b + PIECE / 16;
         const int columns = w.n < last * 16 ? w.n - b * 16 : (last - b) * 16;
@@ -199,7 +203,7 @@ inline void matmul_each_by_bytes(const Packed& w, int begin, int end, const T* x
             for (int i = b; i < last; i++)
                 w.bits == 8 ? quantized_piece<8>(w, i, own, here, piece + (i - b) * 16, PIECE)
                             : quantized_piece<4>(w, i, own, here, piece + (i - b) * 16, PIECE);
-            each(piece, PIECE, r, here, b * 16, columns);
+            each(piece, PIECE, top + r, here, b * 16, columns);
         }
     }
 }
@@ -232,7 +236,7 @@ template <class T, class Each>
 inline void matmul_each(const Packed& w, int begin, int end, const T* x, size_t ldx, int rows, Each&& each) {
     if (!w.bits)
         matmul_words(w, begin, end, x, ldx, rows, each);
-    else if (rows <= BYTE_ROWS)
+    else if (rows <= BYTE_ROWS || w.by_bytes)
         matmul_each_by_bytes(w, begin, end, x, ldx, rows, each);
     else
         matmul_each_by_numbers(w, begin, end, x, ldx, rows, each);

@@ -88,7 +88,7 @@ template <class T> class Packing {
         bool whole = true;
         for (const Part& part : parts) whole = whole && part.rows % 16 == 0;
         if (!whole) {
-            const bool scaled = parts[0].scales != nullptr;
+            const bool scaled = to.bits && parts[0].scales;
             std::vector<char>&numbers = joined_.emplace_back(), &scales = joined_.emplace_back();
             for (const Part& part : parts) {
                 append(numbers, part.from, part.rows * to.k * (from_bf16_ ? 2 : 4));
@@ -155,15 +155,15 @@ template <class T> class Packing {
 // Cuts weights out of memory, or only counts them.
 template <class T> struct Place {
     Carver carver;
-    int bits = 0, group = 0;
+    int group = 0;
 
     Packed plain(int n, int k) { return {n, k, packed_depth<T>(k), carver.take<char>(packed_bytes<T>(n, k))}; }
-    Packed matrix(int n, int k) {
+    Packed matrix(int n, int k, int bits) {
         return bits ? quantized(bits, group, n, k, carver.take<char>(quantized_bytes(bits, group, n, k))) : plain(n, k);
     }
-    Packed pair(int inner, int k) { return matrix(2 * padded_inner(inner), k); }
-    Stack stack(int count, int n, int k, bool is_plain = false) {
-        const Packed first = is_plain ? plain(n, k) : matrix(n, k);
+    Packed pair(int inner, int k, int bits) { return matrix(2 * padded_inner(inner), k, bits); }
+    Stack stack(int count, int n, int k, int bits) {
+        const Packed first = matrix(n, k, bits);
         const Stack stack{first, first.blocks() * first.block_words() * 4};
         carver.take<char>((count - 1) * stack.bytes);
         return stack;
@@ -172,55 +172,58 @@ template <class T> struct Place {
 
 }  // namespace
 
-template <class T> Model<T>::Model(const ModelShape& shape) : shape(shape), layers(shape.layers + shape.mtp_layers) {
-    lay_out(nullptr);
-    lay_out(weights_.reserve(bytes_));
+template <class T>
+Model<T>::Model(const ModelShape& shape, const LayerBits* bits)
+    : shape(shape), layers(shape.layers + shape.mtp_layers) {
+    lay_out(nullptr, bits);
+    lay_out(weights_.reserve(bytes_), bits);
 }
 
-template <class T> void Model<T>::lay_out(char* base) {
+template <class T> void Model<T>::lay_out(char* base, const LayerBits* bits) {
     const ModelShape& s = shape;
-    Place<T> place{{base}, s.weight_bits, s.weight_group};
+    Place<T> place{{base}, s.weight_group};
     for (int i = 0; i < static_cast<int>(layers.size()); i++) {
         LayerWeights<T>& layer = layers[i];
+        const LayerBits& its = bits[i];
         layer = {};
         layer.input_norm = place.carver.template take<T>(s.width);
         layer.post_norm = place.carver.template take<T>(s.width);
         layer.q_norm = place.carver.template take<T>(s.latent_family ? s.q_rank : s.head_width);
         layer.k_norm = place.carver.template take<T>(s.latent_family ? s.latent : s.head_width);
         layer.bias = s.latent_family ? nullptr : place.carver.template take<float>(s.input_width());
-        layer.input = place.matrix(s.input_width(), s.width);
+        layer.input = place.matrix(s.input_width(), s.width, its.input);
         if (s.latent_family) {
-            if (s.q_rank) layer.q_b = place.matrix(s.query_width(), s.q_rank);
-            layer.absorb = place.stack(s.heads, s.latent, s.nope, true);
-            layer.to_keys = place.stack(s.heads, s.nope, s.latent, true);
-            layer.to_values = place.stack(s.heads, s.value, s.latent, true);
+            if (s.q_rank) layer.q_b = place.matrix(s.query_width(), s.q_rank, its.q_b);
+            layer.absorb = place.stack(s.heads, s.latent, s.nope, 0);
+            layer.to_keys = place.stack(s.heads, s.nope, s.latent, 0);
+            layer.to_values = place.stack(s.heads, s.value, s.latent, 0);
         }
-        layer.output = place.matrix(s.width, s.attended_width());
+        layer.output = place.matrix(s.width, s.attended_width(), its.output);
         if (s.has_experts(i)) {
             layer.moe.width = s.width, layer.moe.inner = s.expert_inner, layer.moe.shared_inner = s.shared_inner;
             Place<float> floats{place.carver};
             layer.moe.router = {s.experts,       s.per_token,  s.expert_groups, s.kept_groups,
-                                s.routed_scaling, s.normalized != 0, floats.matrix(s.experts, s.width),
+                                s.routed_scaling, s.normalized != 0, floats.plain(s.experts, s.width),
                                 floats.carver.take<float>(s.experts)};
             place.carver = floats.carver;
-            layer.moe.gate_up = place.stack(s.experts, 2 * padded_inner(s.expert_inner), s.width);
-            layer.moe.down = place.stack(s.experts, s.width, s.expert_inner);
+            layer.moe.gate_up = place.stack(s.experts, 2 * padded_inner(s.expert_inner), s.width, its.expert_gate_up);
+            layer.moe.down = place.stack(s.experts, s.width, s.expert_inner, its.expert_down);
             if (s.shared_inner) {
-                layer.moe.shared_gate_up = place.pair(s.shared_inner, s.width);
-                layer.moe.shared_down = place.matrix(s.width, s.shared_inner);
+                layer.moe.shared_gate_up = place.pair(s.shared_inner, s.width, its.gate_up);
+                layer.moe.shared_down = place.matrix(s.width, s.shared_inner, its.down);
             }
         } else {
-            layer.gate_up = place.pair(s.inner, s.width);
-            layer.down = place.matrix(s.width, s.inner);
+            layer.gate_up = place.pair(s.inner, s.width, its.gate_up);
+            layer.down = place.matrix(s.width, s.inner, its.down);
         }
         if (i >= s.layers) {
             for (T** norm : {&layer.embedding_norm, &layer.hidden_norm, &layer.output_norm})
                 *norm = place.carver.template take<T>(s.width);
-            layer.joint = s.keeps_head ? place.plain(s.width, 2 * s.width) : place.matrix(s.width, 2 * s.width);
+            layer.joint = place.matrix(s.width, 2 * s.width, its.joint);
         }
     }
     norm = place.carver.template take<T>(s.width);
-    head = s.keeps_head ? place.plain(s.vocabulary, s.width) : place.matrix(s.vocabulary, s.width);
+    head = place.matrix(s.vocabulary, s.width, s.head_bits);
     bytes_ = place.carver.used;
 }
 
@@ -271,16 +274,17 @@ template <class T> void Model<T>::refresh(const ModelTensors& tensors, int first
             packing.floats(from.router, moe.router.weights);
             std::memcpy(const_cast<float*>(moe.router.bias), from.router_bias, s.experts * sizeof(float));
             const size_t matrix = static_cast<size_t>(s.expert_inner) * s.width;
-            const size_t groups = scales.expert_down ? matrix / s.weight_group : 0;
-            const float* gate_up_scales = static_cast<const float*>(scales.expert_gate_up);
-            const float* down_scales = static_cast<const float*>(scales.expert_down);
+            // An expert's scales, those of gate and of up.
+            auto of = [&](const void* scales, const Packed& first, size_t i) {
+                return scales && first.bits ? static_cast<const float*>(scales) + i * (matrix / first.group) : nullptr;
+            };
             for (int e = 0; e < s.experts; e++) {
                 packing.pair(packing.offset_of(from.expert_gate_up, 2 * e * matrix),
                              packing.offset_of(from.expert_gate_up, (2 * e + 1) * matrix), s.expert_inner, moe.gate_up[e],
-                             groups ? gate_up_scales + 2 * e * groups : nullptr,
-                             groups ? gate_up_scales + (2 * e + 1) * groups : nullptr);
+                             of(scales.expert_gate_up, moe.gate_up.first, 2 * e),
+                             of(scales.expert_gate_up, moe.gate_up.first, 2 * e + 1));
                 packing.matrix(packing.offset_of(from.expert_down, e * matrix), moe.down[e],
-                               groups ? down_scales + e * groups : nullptr);
+                               of(scales.expert_down, moe.down.first, e));
             }
             if (s.shared_inner) {
                 packing.pair(from.gate, from.up, s.shared_inner, moe.shared_gate_up, scales.gate, scales.up);

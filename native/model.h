@@ -16,9 +16,9 @@ struct ModelShape {
     int groups, head_width;                          // grouped queries
     int q_rank, latent, nope, rope, value;           // MLA; q_rank 0: a plain q_proj
     int experts, expert_inner, shared_inner, per_token, expert_groups, kept_groups, first_expert_layer, normalized;
-    int weight_bits, weight_group;  // 8 or 4: matrices are kept so, every k a multiple of the group; 0: as T
-    int keeps_head;                 // the head and the MTP module's joint are kept as T all the same
-    int cache_form;                 // a CacheForm (attention.h)
+    int weight_group;  // of matrices of few bits, every k a multiple of it; 0: a row, and activations are rounded too
+    int head_bits;     // as LayerBits has them
+    int cache_form;    // a CacheForm (attention.h)
     float eps, latent_eps, scale, routed_scaling;
 
     int query_width() const { return latent_family ? heads * (nope + rope) : heads * head_width; }
@@ -27,6 +27,11 @@ struct ModelShape {
     int first_part() const { return latent_family && q_rank ? q_rank : query_width(); }
     int input_width() const { return first_part() + (latent_family ? latent + rope : 2 * groups * head_width); }
     bool has_experts(int layer) const { return latent_family && experts > 0 && layer >= first_expert_layer; }
+};
+
+// In how many bits a layer's matrices are kept: 8, 4, or 0: as T. Of those that stand side by side the most that one has.
+struct LayerBits {
+    int input, q_b, output, gate_up, down, expert_gate_up, expert_down, joint;
 };
 
 // One layer's tensors as torch holds them, row-major; null where the model has none. All are of one dtype but the
@@ -103,7 +108,7 @@ template <class T> struct LayerWeights {
 
 template <class T> class Model {
   public:
-    explicit Model(const ModelShape& shape);
+    Model(const ModelShape& shape, const LayerBits* bits);
 
     // Takes over the weights of these parts as they are now: layers, and as the last part what is no layer's.
     void refresh(const ModelTensors& tensors, int first_part, int last_part, int threads);
@@ -121,7 +126,7 @@ template <class T> class Model {
     Memory chained;  // of what happens between the passes of a chain
 
   private:
-    void lay_out(char* base);
+    void lay_out(char* base, const LayerBits* bits);
 
     Memory weights_;
     size_t bytes_ = 0;

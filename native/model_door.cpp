@@ -13,11 +13,14 @@ struct AnyModel {
 
 }  // namespace
 
-// A model whose activations are bf16 or float, without weights yet.
+// A model whose activations are bf16 or float, without weights yet; bits of every layer, the MTP module's last.
 using Handle = void*;
-extern "C" Handle DOOR(new_model)(const ModelShape* shape, int is_bf16) {
+extern "C" Handle DOOR(new_model)(const ModelShape* shape, const LayerBits* bits, int is_bf16) {
     AnyModel* model = new AnyModel;
-    is_bf16 ? (void)(model->halves = new LEVEL::Model<bf16>(*shape)) : (void)(model->floats = new LEVEL::Model<float>(*shape));
+    if (is_bf16)
+        model->halves = new LEVEL::Model<bf16>(*shape, bits);
+    else
+        model->floats = new LEVEL::Model<float>(*shape, bits);
     return model;
 }
 

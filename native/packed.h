@@ -19,6 +19,7 @@ struct Packed {
     int depth = 0;  // words of k in memory
     const void* data = nullptr;
     int bits = 0, group = 0;  // of quantized weights
+    bool by_bytes = false;    // their x is brought to 8 bits always, a row by its largest number
 
     int blocks() const { return (n + 15) / 16; }
     size_t block_words() const { return static_cast<size_t>(depth + (bits ? k / group : 0)) * 16; }

@@ -4,6 +4,8 @@
 // Up to 16 rows of x are brought to 8 bits too, group by group, and whole numbers are multiplied: 64 a register with
 // VNNI. For more the weights become numbers of T, a few blocks at a time, and meet x as other weights do.
 //
+// Of group 0 a whole row shares a scale, and all x is brought to 8 bits, rounded as model/dynamic.py's whole_product.
+//
 // 8 bits: [k / 4][16][4 bytes]. 4 bits: [k / 8][16][4 bytes], low halves for the first 4 of 8 neighbours, high ones for
 // the others.
 #pragma once
@@ -15,10 +17,10 @@ namespace slingshot {
 
 constexpr int quantized_depth(int bits, int k) { return k * bits / 32; }
 constexpr size_t quantized_bytes(int bits, int group, int n, int k) {
-    return static_cast<size_t>((n + 15) / 16) * 64 * (quantized_depth(bits, k) + k / group);
+    return static_cast<size_t>((n + 15) / 16) * 64 * (quantized_depth(bits, k) + (group ? k / group : 1));
 }
 inline Packed quantized(int bits, int group, int n, int k, const void* data) {
-    return {n, k, quantized_depth(bits, k), data, bits, group};
+    return {n, k, quantized_depth(bits, k), data, bits, group ? group : k, group == 0};
 }
 
 namespace LEVEL {
@@ -85,14 +87,17 @@ struct Bytes {
     int* sums;
 };
 
-template <class T> inline void to_bytes(const T* x, int k, int group, int8_t* bytes, float* scales, int* sums) {
+// exact: each number is divided by the scale, which takes longer.
+template <class T>
+inline void to_bytes(const T* x, int k, int group, bool exact, int8_t* bytes, float* scales, int* sums) {
     for (int g = 0; g < k / group; g++, x += group, bytes += group) {
         Floats most = zeros();
         for (int i = 0; i < group; i += LANES) most = max(most, absolute(load(x + i)));
         const float largest = highest(most), inverse = largest > SMALLEST ? 127 / largest : 0;
+        const float scale = exact && largest > 0 ? largest / 127 : 1;
         Floats total = zeros();
         for (int i = 0; i < group; i += LANES) {
-            const Floats rounded = nearest(mul(load(x + i), all(inverse)));
+            const Floats rounded = nearest(exact ? div(load(x + i), all(scale)) : mul(load(x + i), all(inverse)));
             total = add(total, rounded);
             store_bytes(bytes + i, rounded);
         }
@@ -139,7 +144,7 @@ inline void quantized_rows(const Packed& w, int b, const Bytes& x, float* y, int
         for (int part = 0; part < REGISTERS; part++) {
             const Floats scale = load(scales + g * 16 + part * LANES);
             for (int r = 0; r < R; r++)
-                sums[r][part] = fma(floats_of(dots[r][part]), mul(scale, all(x.scales[r * groups + g])), sums[r][part]);
+                sums[r][part] = fma(mul(floats_of(dots[r][part]), all(x.scales[r * groups + g])), scale, sums[r][part]);
         }
     }
     for (int r = 0; r < R; r++)

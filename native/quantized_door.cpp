@@ -20,7 +20,7 @@ template <class T> void matmul_all(const Packed& w, const void* x, int rows, flo
 
 }  // namespace
 
-// Bytes that a matrix [n, k] takes; bits 8 or 4, k a multiple of the group, the group of 32.
+// Bytes that a matrix [n, k] takes; bits 8 or 4, k a multiple of the group, the group of 32; group 0: see quantized.h.
 extern "C" size_t DOOR(quantized_bytes)(int bits, int group, int n, int k) { return quantized_bytes(bits, group, n, k); }
 
 // numbers [n, k] (-127 to 127, or -8 to 7) and scales [n, k / group] to `to`, 64-byte aligned zeros.
@@ -33,8 +33,8 @@ extern "C" void DOOR(pack_quantized)(int bits, int group, const int8_t* numbers,
         for (int i = 0; i < k; i++)
             LEVEL::put_number(w, reinterpret_cast<uint8_t*>(block), row % 16, i,
                               numbers[static_cast<size_t>(row) * k + i]);
-        for (int g = 0; g < k / group; g++)
-            its_scales[g * 16 + row % 16] = scales[static_cast<size_t>(row) * (k / group) + g];
+        for (int g = 0; g < k / w.group; g++)
+            its_scales[g * 16 + row % 16] = scales[static_cast<size_t>(row) * (k / w.group) + g];
     }
 }
 

@@ -19,7 +19,9 @@ from slingshot.engine.runner import TorchRunner
 from slingshot.engine.sampling import SamplingParams
 from slingshot.kernels.native import NativeKernels, native_kernels, native_levels
 from slingshot.model.config import ModelConfig
+from slingshot.model.dynamic import multiply_whole_numbers
 from slingshot.model.transformer import Transformer
+from slingshot.quantization.integers import WeightGrid
 
 from .asking import logits_in_pieces, used_cache
 
@@ -197,6 +199,69 @@ def test_weights_of_few_bits_are_the_nearest_ones(kernels: NativeKernels, family
         assert bits == 8 or relative(found, exact) > 0.1
         for parameter in model.parameters():
             parameter.mul_(-0.9)
+        native.refresh()
+
+
+def on_grid(model: Transformer, bits: dict[str, int], group: int) -> WeightGrid:
+    """Puts matrices on grids of these bits: by the end of a layer's name of them. 0: they stay as they are."""
+    widths, scales = dict[str, int](), dict[str, torch.Tensor]()
+    for name, parameter in model.named_parameters():
+        its = next((width for end, width in bits.items() if name.endswith(f"{end}.weight")), 0)
+        if its and name.startswith("model.layers"):
+            largest = 127 if its == 8 else 7
+            parts = parameter.unflatten(-1, (-1, group or parameter.shape[-1]))
+            scales[name] = (parts.abs().amax(-1) / largest).bfloat16().float()
+            numbers = (parts / scales[name][..., None]).round().clamp(-largest, largest)
+            parameter.copy_((numbers * scales[name][..., None]).flatten(-2))
+            widths[name] = its
+    return WeightGrid(widths, group, scales)
+
+
+FOUR = ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "o_proj", "gate_proj", "up_proj")
+WIDTHS = [
+    dict.fromkeys((*FOUR, "experts.gate_up_proj"), 4) | dict.fromkeys(("down_proj", "experts.down_proj"), 8),
+    dict.fromkeys(FOUR, 8) | {"o_proj": 0, "experts.gate_up_proj": 8, "down_proj": 4},
+    dict.fromkeys(FOUR, 4) | {"k_proj": 8, "kv_a_proj_with_mqa": 8, "up_proj": 0, "down_proj": 8},  # side by side
+]  # fmt: skip
+
+
+@EACH_LEVEL
+@pytest.mark.parametrize("family", WIDE)
+@pytest.mark.parametrize("bits", WIDTHS, ids=["both", "some", "side by side"])
+@pytest.mark.parametrize("tokens", [6, 30])
+def test_each_matrix_has_the_bits_of_its_own(
+    kernels: NativeKernels, family: str, bits: dict[str, int], tokens: int
+) -> None:
+    """The kernels keep the grid's numbers. Up to 16 rows go through 8 bits besides."""
+    model = random_model(ModelConfig(family=family, vocab_size=VOCABULARY, **WIDE[family]), torch.float32)
+    grid = on_grid(model, bits, 32)
+    batch = FlatBatch.of([(list(range(tokens)), 0, [1, 2])], list(range(tokens)))
+    native = NativeRunner(model, used_cache(model, torch.float32), kernels, grid=grid)
+    assert native.weights == "int4 and int8"
+    expected = runner_of(model, torch.float32, None).forward(batch).logits_RV
+    assert relative(native.forward(batch).logits_RV, expected) < (2e-5 if tokens > 16 else 6e-2)
+
+
+@EACH_LEVEL
+@pytest.mark.parametrize("family", WIDE)
+@pytest.mark.parametrize("tokens", [1, 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_activations_are_rounded_to_8_bits_where_the_model_does(
+    kernels: NativeKernels, family: str, tokens: int, dtype: torch.dtype
+) -> None:
+    """Token by token, of however many; after new weights of the same scales too."""
+    model = random_model(ModelConfig(family=family, vocab_size=VOCABULARY, **WIDE[family]), torch.float32)
+    multiply_whole_numbers(model, on_grid(model, dict.fromkeys((*FOUR, "down_proj", "experts.gate_up_proj"), 8), 0))
+    model.cast(dtype)
+    batch = FlatBatch.of([(list(range(tokens)), 0, [1, 2])], list(range(tokens)))
+    native, torchs = (runner_of(model, dtype, each) for each in (kernels, None))
+    assert isinstance(native, NativeRunner) and native.weights == "int8-dynamic"
+    for _ in range(2):
+        found, expected = native.forward(batch).logits_RV, torchs.forward(batch).logits_RV
+        # a number that another order of a sum brings over the middle between two moves what follows
+        assert (found - expected).abs().median() < (1e-4 if dtype == torch.float32 else 1e-2) * expected.abs().max()
+        assert relative(found, expected) < 6e-2
+        model.model.layers[0].self_attn.o_proj.weight.copy_(model.model.layers[0].self_attn.o_proj.weight.flip(0))
         native.refresh()
 
 

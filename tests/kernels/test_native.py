@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slingshot.base.errors import SlingshotError
-from slingshot.kernels.native import LEVELS, LIBRARY, NativeKernels, native_kernels, native_levels, native_library
+from slingshot.kernels.native import (
+    LEVELS,
+    LIBRARY,
+    NativeKernels,
+    aligned_bytes,
+    native_kernels,
+    native_levels,
+    native_library,
+    pointer,
+)
+from slingshot.model.dynamic import whole_product
 
 pytestmark = pytest.mark.skipif(native_library() is None, reason="no native library is built here")
 KERNELS = {level: kernels for level in native_levels() if (kernels := native_kernels(level))}
@@ -80,6 +91,23 @@ def test_products_with_quantized_weights_are_those_of_their_numbers(
         slack_NF = torch.zeros(rows, out)
     scale_NF = seen_ND.abs() @ weight_FD.abs().T
     assert ((y_NF - seen_ND @ weight_FD.T).abs() <= 4e-6 * scale_NF + slack_NF).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17, 70])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_share_a_scale_are_multiplied_as_torch_multiplies_whole_numbers(
+    kernels: NativeKernels, dtype: str, rows: int
+) -> None:
+    """To the bit, ties of x's rounding too, whatever the number of rows."""
+    generator = torch.Generator().manual_seed(rows)
+    x_ND = (torch.randn(rows, 12320, generator=generator) * torch.logspace(-2, 2, rows)[:, None]).to(DTYPES[dtype])
+    x_ND[:, :2], x_ND[0, 5:] = x_ND.abs().amax(1, keepdim=True) * torch.tensor([1.0, 0.5]), 0
+    numbers_FD = torch.randint(-128, 128, (40, 12320), generator=generator, dtype=torch.int8)
+    scales_F1 = torch.rand(40, 1, generator=generator) + 0.1
+    packed = aligned_bytes(kernels.door("quantized_bytes", ctypes.c_size_t)(8, 0, *numbers_FD.shape))
+    kernels.door("pack_quantized")(8, 0, pointer(numbers_FD), pointer(scales_F1), *numbers_FD.shape, pointer(packed))
+    y_NF = kernels.matmul_quantized(x_ND, packed, 40, 8, 0, 2)
+    assert torch.equal(y_NF.to(x_ND.dtype), whole_product(x_ND, numbers_FD, scales_F1))
 
 
 def test_what_is_no_number_stays_none(kernels: NativeKernels) -> None:

@@ -2,18 +2,20 @@
 
 import io
 import json
+import shutil
 
 import pytest
 import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.progress import Progress
 from slingshot.checkpoint.description import write_description
 from slingshot.checkpoint.inspection import examine
-from slingshot.checkpoint.load_save import load_model, load_tokenizer, open_weights
+from slingshot.checkpoint.load_save import load_grid, load_model, load_tokenizer, open_weights
 from slingshot.checkpoint.safetensors import write_shards
 from slingshot.cli.inspect import show
 from slingshot.cost.receipt import Receipt
@@ -115,6 +117,21 @@ def test_the_kernels_multiply_the_files_own_numbers(small, dtype):
     assert differences.quantile(0.98) < (1e-4 if dtype == "float32" else 0.1) and differences.max() < 1.0
 
 
+def test_a_matrix_that_was_left_alone_leaves_the_others_on_their_grid(small, tmp_path):
+    folder, name = tmp_path / "some", "model.layers.1.self_attn.o_proj.weight"
+    shutil.copytree(small, folder)
+    tensors = load_file(folder / "model.safetensors") | {name: open_weights(small).read(name).bfloat16()}
+    others = {key: each for key, each in tensors.items() if not key.startswith(f"{name}_")}
+    save_file(others, folder / "model.safetensors", {"format": "pt"})
+    grid, some = load_grid(small), load_grid(folder)
+    assert {*grid.scales} - {*some.scales} == {*grid.bits} - {*some.bits} == {name}
+    engine, whole = (Engine.load(each, dtype="float32") for each in (folder, small))
+    assert engine.runs_on == whole.runs_on
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    said, wanted = (each.generate([list(range(5, 45))], params)[0].prompt_logprobs[1:] for each in (engine, whole))
+    assert said == pytest.approx(wanted, abs=0.05)
+
+
 @pytest.mark.skipif(not native_levels(), reason="no native library is built here")
 def test_new_weights_are_not_put_on_the_old_ones_scales(small, full):
     engine, model = Engine.load(small, dtype="float32"), load_model(full)
@@ -190,13 +207,16 @@ def test_other_forms_are_written_read_and_measured(quantizing, tmp_path, kind):
     assert facts["problems"] == [] and (found["tensors"], found["bytes"]) == (expected["tensors"], expected["bytes"])
     assert facts["model"]["quantization"] == kind and told["kl"] > 0 and told["calibrated"] > 0
     engine, params = Engine.load(tmp_path / "out", dtype="float32"), SamplingParams(max_tokens=1, prompt_logprobs=0)
-    assert engine.runs_on == "torch" or kind == "mxfp4"
+    assert engine.runs_on.endswith(", int8-dynamic)") or kind == "mxfp4" or not native_levels()
+    torchs = Engine.load(tmp_path / "out", dtype="float32", native="off")
     plain = Engine(load_model(tmp_path / "out"), engine.tokenizer, native="off")
-    said, wanted = (
-        torch.tensor(each.generate([list(range(5, 45))], params)[0].prompt_logprobs[1:]) for each in (engine, plain)
+    said, theirs, wanted = (
+        torch.tensor(each.generate([list(range(5, 45))], params)[0].prompt_logprobs[1:])
+        for each in (engine, torchs, plain)
     )
     off = (said - wanted).abs().max()
     assert (1e-4 < off < 0.5) if kind == "int8-dynamic" else off < 1e-3
+    assert (said - theirs).abs().median() < 1e-4
 
 
 def test_a_budget_of_bits_goes_where_four_lose_most(quantizing, small, tmp_path, capsys):
@@ -218,6 +238,17 @@ def test_a_budget_of_bits_goes_where_four_lose_most(quantizing, small, tmp_path,
     wide = [unit for unit in told["sensitivities"] if any(each.startswith(unit) for each in told["wide"])]
     assert all(any(part in unit for unit in told["sensitivities"]) for part in ("kv_a_proj_with_mqa", "experts."))
     assert {*wide} < {*told["sensitivities"]}
+    engine, plain = (Engine.load(tmp_path / "out", dtype="float32", native=native) for native in ("auto", "off"))
+    assert engine.runs_on.endswith(", int4 and int8)") or not native_levels()
+    prompts, params = (
+        [[5 + (n + 1) * i % 40 for i in range(40)] for n in range(16)],
+        SamplingParams(1, prompt_logprobs=0),
+    )
+    said, wanted = (
+        torch.tensor([output.prompt_logprobs[1:] for output in each.generate(prompts, params)])
+        for each in (engine, plain)
+    )
+    assert (said - wanted).abs().flatten().quantile(0.98) < 1e-4
     write_gguf_file(str(tmp_path / "out"), tmp_path / "m.gguf", None)
     assert {"Q4_0", "Q8_0"} < {each.tensor_type.name for each in GGUFReader(tmp_path / "m.gguf").tensors}
 

@@ -216,23 +216,29 @@ def load_model(
 
 
 def load_grid(path: Path | str) -> WeightGrid | None:
-    """The scales of a checkpoint all of whose matrices are whole numbers of so many bits; None for any other."""
+    """Bits and scales of the matrices that a checkpoint has as whole numbers; None where it has none.
+
+    Experts have the most bits that one of their layer has.
+    """
     weights = open_weights(path)
     scheme = weights.config.scheme
-    if not isinstance(weights, FolderWeights) or scheme is None or scheme.kind == "mxfp4" or scheme.wide:
+    if not isinstance(weights, FolderWeights) or scheme is None or scheme.kind == "mxfp4":
         return None
-    scales = dict[str, Tensor]()
+    bits, scales, plain = dict[str, int](), dict[str, Tensor](), set[str]()
     for spec in layout(weights.config):
         if is_packed(spec.name, spec.stored):
-            if (own_FG := weights.scales(spec.name)) is None or not own_FG.all():
-                return None
             name, index = place(spec.name)
+            if (own_FG := weights.scales(spec.name)) is None or not own_FG.all():
+                plain.add(name)
+                continue
+            bits[name] = max(bits.get(name, 0), scheme.bits(spec.name))
             if index:
                 stack = (weights.config.n_routed_experts, 2)[: len(index)]
                 scales.setdefault(name, torch.empty(*stack, *own_FG.shape))[index] = own_FG
             else:
                 scales[name] = own_FG.contiguous()
-    return WeightGrid(scheme.bits(""), scheme.group, scales, scheme.kind == "int8-dynamic")
+    kept = scales.keys() - plain
+    return WeightGrid({n: bits[n] for n in kept}, scheme.group, {n: scales[n] for n in kept}) if kept else None
 
 
 def load_as_stored(
@@ -241,7 +247,7 @@ def load_as_stored(
     """As `load_model`, for inference: an int8-dynamic checkpoint's matrices multiply whole numbers. And the grid of
     others, for kernels that keep it."""
     model, grid = load_model(path, dtype, device), load_grid(path)
-    if grid is None or not grid.dynamic:
+    if grid is None or grid.group:
         return model, grid
     multiply_whole_numbers(model, grid)
     return model, None

@@ -70,8 +70,8 @@ class EngineCore:
         self.keeps_model, obstacle = True, NativeRunner.obstacle(model, self._cache)
         if kernels is not None and obstacle is None:
             self._runner = NativeRunner(model, self._cache, kernels, weight_bits, keep_model, grid)
-            self.keeps_model, bits = self._runner.keeps_model, self._runner.weight_bits
-            self.runs_on = f"native code ({kernels.level}{f', int{bits}' if bits else ''})"
+            self.keeps_model = self._runner.keeps_model
+            self.runs_on = f"native code ({', '.join(filter(None, (kernels.level, self._runner.weights)))})"
         elif weight_bits is not None:
             reason = obstacle or ("native is off" if native == "off" else "there is no native library, or it is off")
             raise SlingshotError(f"weight_bits {weight_bits}: only native code has them: {reason}; leave it out")

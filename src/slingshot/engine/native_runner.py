@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -30,7 +30,7 @@ from slingshot.engine.kv_cache import CacheForm, KVCache
 from slingshot.kernels.native import GROUP_STEP, NativeKernels, pointer
 from slingshot.model.attention import MLA
 from slingshot.model.config import ModelConfig
-from slingshot.model.dynamic import DynamicGroupedLinear, DynamicLinear
+from slingshot.model.dynamic import DynamicGroupedLinear, DynamicLinear, dynamic_grid
 from slingshot.model.linear import Embedding, GroupedLinear, Linear
 from slingshot.model.moe import Gate
 from slingshot.model.rope import rotary, softmax_scale
@@ -71,13 +71,13 @@ class NativeShape(ctypes.Structure):
             "latent_family", "vocabulary", "width", "layers", "mtp_layers", "heads", "inner", "groups", "head_width",
             "q_rank", "latent", "nope", "rope", "value", "experts", "expert_inner", "shared_inner", "per_token",
             "expert_groups", "kept_groups", "first_expert_layer", "normalized",
-            "weight_bits", "weight_group", "keeps_head", "cache_form",
+            "weight_group", "head_bits", "cache_form",
         ),
         *_fields(ctypes.c_float, "eps", "latent_eps", "scale", "routed_scaling"),
     ]  # fmt: skip
 
     @classmethod
-    def of(cls, config: ModelConfig, bits: int, group: int, keeps_head: bool, form: CacheForm) -> NativeShape:
+    def of(cls, config: ModelConfig, group: int, head_bits: int, form: CacheForm) -> NativeShape:
         moe = config.n_moe_layers > 0
         return cls(
             latent_family=config.family == "deepseek_v3", vocabulary=config.vocab_size, width=config.hidden_size,
@@ -91,7 +91,7 @@ class NativeShape(ctypes.Structure):
             kept_groups=config.topk_group, first_expert_layer=config.first_k_dense_replace,
             normalized=config.norm_topk_prob, eps=config.rms_norm_eps, latent_eps=MLA.LATENT_EPS,
             scale=softmax_scale(config), routed_scaling=config.routed_scaling_factor,
-            weight_bits=bits, weight_group=group, keeps_head=keeps_head, cache_form=CACHE_FORMS.index(form),
+            weight_group=group, head_bits=head_bits, cache_form=CACHE_FORMS.index(form),
         )  # fmt: skip
 
 
@@ -111,6 +111,22 @@ class NativeLayer(ctypes.Structure):
         "embedding_norm": "enorm", "hidden_norm": "hnorm", "joint": "eh_proj", "output_norm": "shared_head.norm",
     }  # fmt: skip
     _fields_ = _fields(ctypes.c_void_p, *PLACES)
+
+
+class NativeBits(ctypes.Structure):
+    """native/model.h's LayerBits, and the layer's tensors that each stands for."""
+
+    PARTS = {
+        "input": "q k v q_a kv_a", "q_b": "q_b", "output": "o", "gate_up": "gate up", "down": "down",
+        "expert_gate_up": "expert_gate_up", "expert_down": "expert_down", "joint": "joint",
+    }  # fmt: skip
+    _fields_ = _fields(ctypes.c_int, *PARTS)
+
+    @classmethod
+    def of(cls, bits: Mapping[str, list[int]]) -> NativeBits:
+        """bits: of each tensor that the layer has; matrices that stand side by side are all few, or none."""
+        sides = {field: [b for part in parts.split() for b in bits.get(part, [])] for field, parts in cls.PARTS.items()}
+        return cls(**{field: max(its) if its and all(its) else 0 for field, its in sides.items()})
 
 
 class NativeTensors(ctypes.Structure):
@@ -141,19 +157,25 @@ class NativeRunner:
     weight_bits     8 or 4: the kernels keep their copy of the matrices in so few bits, the head included, rounded to
                     nearest, with a float32 scale for every 64 (or 32) neighbours. Routers, MLA's kv_b_proj and rows of
                     the embedding stay as they are. None: all weights do
-    grid            the scales that the model's weights are whole numbers of: the kernels keep these numbers, head and
-                    what the grid has not stay as they are. Weights that come later are rounded to nearest
+    grid            what the model's weights are whole numbers of: the kernels keep these numbers, head and what the
+                    grid has not stay as they are. Weights that come later are rounded to nearest. What model/dynamic.py
+                    put into the model is kept likewise
+
+    weights: what the kernels keep few bits of, for people; "": nothing
     """
 
     def __init__(
         self, model: Transformer, cache: KVCache, kernels: NativeKernels, weight_bits: int | None = None,
         keep_model: bool = True, grid: WeightGrid | None = None,
     ) -> None:  # fmt: skip
-        grid = grid if grid is not None and weight_bits in (None, grid.bits) and grid.group % GROUP_STEP == 0 else None
+        grid = dynamic_grid(model) or grid
+        if grid is not None and (grid.group % GROUP_STEP or {weight_bits or 0} - {0, *grid.bits.values()}):
+            grid = None
         bits, group = (0, 0) if weight_bits is None else (weight_bits, self.weight_group(model.config, weight_bits))
         if grid is not None:
-            bits, group = grid.bits, grid.group
-        self.weight_bits = bits
+            bits, group = 0, grid.group
+        widths = sorted({bits, *(grid.bits.values() if grid is not None else ())} - {0})
+        self.weights = " and ".join(f"int{width}" for width in widths) + "-dynamic" * (grid is not None and not group)
         self._model, self._config = model, model.config
         self._dtype = cache.dtype
         config = model.config
@@ -163,7 +185,7 @@ class NativeRunner:
         self._run_chain = kernels.door("run_chain")
         is_bf16 = int(self._dtype == torch.bfloat16)
         self._handle = ctypes.c_void_p(
-            new_model(ctypes.byref(NativeShape.of(config, bits, group, grid is not None, cache.form)), is_bf16)
+            new_model(ctypes.byref(NativeShape.of(config, group, bits, cache.form)), self._bits(bits, grid), is_bf16)
         )
         weakref.finalize(self, free_model, self._handle)
         self._cache = cache
@@ -175,12 +197,7 @@ class NativeRunner:
         self._routed_layers = config.n_moe_layers - (config.num_nextn_predict_layers if config.n_moe_layers else 0)
         layers = len(model.model.layers)
         weight = model.model.embed_tokens.weight
-        goes = (
-            not keep_model
-            and (not bits or grid is not None)
-            and config.tie_word_embeddings
-            and weight.dtype == self._dtype
-        )
+        goes = not keep_model and not bits and config.tie_word_embeddings and weight.dtype == self._dtype
         # What is made of stored numbers and adapters is not rounded on its way to kernels that compute in float32.
         are_bf16 = weight.dtype == torch.bfloat16 and (bool(is_bf16) or not holds_stored(model))
         self._tensors = NativeTensors(are_bf16, goes, layers=(NativeLayer * layers)())
@@ -190,7 +207,10 @@ class NativeRunner:
         if grid is not None:
             self._tensors.scales = self._scales(grid)
         self.refresh()
-        self._tensors.scales = None  # they are those of these weights alone
+        if grid is None or grid.group:
+            self._tensors.scales = None  # they are those of these weights alone
+        else:
+            self._grid = grid  # and the model's, which stay
 
     @staticmethod
     def obstacle(model: Transformer, cache: KVCache) -> str | None:
@@ -205,8 +225,9 @@ class NativeRunner:
             return f"it computes in {dtype} over a cache of {cache.dtype}"
         if any(hasattr(parameter, "to_local") for parameter in model.parameters()):
             return "its weights are spread over processes"
-        if any(isinstance(module, DynamicLinear | DynamicGroupedLinear) for module in model.modules()):
-            return "its activations are rounded to 8 bits, by tokens"
+        for module in model.modules():
+            if isinstance(module, DynamicLinear | DynamicGroupedLinear) and module.weight.shape[-1] % GROUP_STEP:
+                return f"its rows of {module.weight.shape[-1]} whole numbers are no multiple of {GROUP_STEP}"
         widths = {"head_dim": config.head_dim} if config.family == "dense" else {
             name: getattr(config, name) for name in ("kv_lora_rank", "qk_rope_head_dim", "v_head_dim")
         }  # fmt: skip
@@ -284,6 +305,13 @@ class NativeRunner:
             yield tensors, "head", _source(self._model.lm_head), self._stored
 
     def _layer_sources(self, index: int) -> Iterator[PackedFrom]:
+        for field, _, module in self._layer_parts(index):
+            dtype = torch.float32 if field.startswith("router") else self._stored
+            found = module if isinstance(module, Tensor) else _source(module)
+            yield self._tensors.layers[index], field, found, dtype
+
+    def _layer_parts(self, index: int) -> Iterator[tuple[str, str, Any]]:
+        """The kernels' name of what a layer has, what the grid calls its weight, and the module or tensor."""
         layer = self._model.model.layers[index]
         for field, places in NativeLayer.PLACES.items():
             for place in places.split():
@@ -291,20 +319,26 @@ class NativeRunner:
                 for part in place.split("."):
                     module = getattr(module, part, None)
                 if module is not None:
-                    dtype = torch.float32 if field.startswith("router") else self._stored
-                    found = module if isinstance(module, Tensor) else _source(module)
-                    yield self._tensors.layers[index], field, found, dtype
+                    yield field, f"model.layers.{index}.{place}.weight", module
 
     def _scales(self, grid: WeightGrid) -> ctypes.Array[NativeLayer]:
         """The grid's scales where the kernels' pointers to matrices are."""
         layers = (NativeLayer * len(self._model.model.layers))()
         for index, layer in enumerate(layers):
-            for field, places in NativeLayer.PLACES.items():
-                for place in places.split():
-                    scales = grid.scales.get(f"model.layers.{index}.{place}.weight")
-                    if scales is not None:
-                        setattr(layer, field, scales.data_ptr())
+            for field, name, _ in self._layer_parts(index):
+                if name in grid.scales:
+                    setattr(layer, field, grid.scales[name].data_ptr())
         return layers
+
+    def _bits(self, bits: int, grid: WeightGrid | None) -> ctypes.Array[NativeBits]:
+        """Of every layer's matrices: the grid's, where there is one."""
+        found = []
+        for index in range(len(self._model.model.layers)):
+            each: dict[str, list[int]] = {}
+            for field, name, _ in self._layer_parts(index):
+                each[field] = [*each.get(field, []), bits if grid is None else grid.bits.get(name, 0)]
+            found.append(NativeBits.of(each))
+        return (NativeBits * len(found))(*found)
 
     @property
     def _stored(self) -> torch.dtype:

@@ -1,6 +1,7 @@
 """Matrices and activations of 8 bits, multiplied as whole numbers: y = s_x s_w (q_x q_w).
 
-    multiply_whole_numbers(model, load_grid(folder))     # where the grid is `dynamic`
+    multiply_whole_numbers(model, load_grid(folder))     # where the grid has rows for groups
+    dynamic_grid(model)                                  # that grid again, or None
 
 Weights have a scale for each output; every row of activations gets one as it comes, largest magnitude / 127, as in
 vLLM. Sums of products are exact in int32 (for rows of less than 2^17 numbers), so that results do not depend on order.
@@ -66,6 +67,16 @@ def whole_product(x_ND: Tensor, weight_FD: Tensor, scales_F1: Tensor) -> Tensor:
     numbers_ND = (x_ND.float() / torch.where(scale_N1 > 0, scale_N1, 1.0)).round_().nan_to_num_().to(torch.int8)
     sums_NF = torch._int_mm(numbers_ND, weight_FD.mT) if len(x_ND) else x_ND.new_zeros(0, len(weight_FD))
     return (sums_NF.float() * scale_N1 * scales_F1.mT).to(x_ND.dtype)
+
+
+def dynamic_grid(model: nn.Module) -> WeightGrid | None:
+    """Of all matrices of whole numbers that a model multiplies so; None where it does not."""
+    scales = {
+        f"{name}.weight": module.scales_F1 if isinstance(module, DynamicLinear) else module.scales
+        for name, module in model.named_modules()
+        if isinstance(module, DynamicLinear | DynamicGroupedLinear)
+    }
+    return WeightGrid(dict.fromkeys(scales, 8), 0, scales) if scales else None
 
 
 def multiply_whole_numbers(model: nn.Module, grid: WeightGrid) -> None:

@@ -30,15 +30,15 @@ _SHARES = {4: torch.linspace(1.2, 0.6, 25), 8: torch.linspace(1.0, 1.25, 24)}
 
 @dataclass(frozen=True)
 class WeightGrid:
-    """What a model's weights are whole numbers of: bits, group, and by name of a weight float32 scales [..., F, G].
+    """What weights of a model are whole numbers of: by name of a weight bits and float32 scales [..., F, G].
 
-    dynamic     activations are rounded to 8 bits too, each token by a scale of its own; groups are rows
+    group       neighbours of a row that share a scale; 0: a row, and activations are rounded to 8 bits too, each token
+                by a scale of its own
     """
 
-    bits: int
+    bits: Mapping[str, int]
     group: int
     scales: Mapping[str, Tensor]
-    dynamic: bool = False
 
 
 def check_groups(shape: tuple[int, ...], group: int, name: str) -> None:

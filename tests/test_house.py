@@ -27,7 +27,7 @@ ROOMS = {
     "environments": (745, 247),
     "kernels": (834, 1217),
     "machine": (472, 319),
-    "model": (1884, 1405),
+    "model": (1885, 1405),
     "parity": (0, 1075),
     "planning": (2111, 1115),
     "quantization": (538, 312),
@@ -35,10 +35,10 @@ ROOMS = {
     "rollout": (842, 738),
     "sandbox": (1005, 625),
     "serving": (5846, 5572),
-    "stages": (2089, 2779),
+    "stages": (2092, 2779),
     "tasks": (3806, 2618),
     "text": (2015, 1810),
-    "training": (2182, 1602),
+    "training": (2303, 1632),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

@@ -1,4 +1,5 @@
-"""The same training on any number of ranks: torchrun ... ranks.py FOLDER writes FOLDER/rank-R.json on each."""
+"""The same training on any number of ranks: torchrun ... ranks.py FOLDER EP writes FOLDER/rank-R.json on each, of
+which EP share experts."""
 
 import json
 import sys
@@ -79,6 +80,6 @@ def read(parallel, folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with Parallel.start() as me:
+    with Parallel.start(int(sys.argv[2])) as me:
         place = Path(sys.argv[1])
         (place / f"rank-{me.dp_rank}.json").write_text(json.dumps(train(me) | {"reading": read(me, place / "model")}))

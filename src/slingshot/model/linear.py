@@ -221,8 +221,9 @@ class GroupedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_experts, *out_features, in_features))
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The weights [E, *out, D] as numbers of this dtype."""
-        return _numbers(self.weight, dtype)
+        """The weights [E, *out, D] as numbers of this dtype; of experts on several ranks, those that are here."""
+        own: Any = self.weight
+        return _numbers(own.to_local() if hasattr(own, "to_local") else own, dtype)
 
     def forward(self, x_ND: Tensor, counts: list[int]) -> Tensor:
         """x_ND sorted by expert, counts[e] rows each -> y_NF."""

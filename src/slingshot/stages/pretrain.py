@@ -96,6 +96,7 @@ class PretrainConfig(StageConfig):
     sequence_length: int = Field(256, ge=8)
     batch_size: int = Field(32, ge=1)  # rows of `sequence_length`, over all ranks
     micro_batch_size: int = Field(32, ge=1)
+    expert_parallel: int = Field(1, ge=1)
     steps: int = Field(1000, ge=1)
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LanguageModelLoss = LanguageModelLoss()
@@ -124,7 +125,7 @@ class PretrainConfig(StageConfig):
 
 def run(config: PretrainConfig, out: Path) -> None:
     """Train from scratch and write a checkpoint to `out`; resumes from `out.partial`."""
-    with Parallel.start() as parallel, Checkpointer(out, "pretrain", config, parallel) as work:
+    with Parallel.start(config.expert_parallel) as parallel, Checkpointer(out, "pretrain", config, parallel) as work:
         corpus = prepare(config)
         model_config = config.shape(corpus.tokenizer.vocab_size)
         model = Transformer.empty(model_config, parallel.device, shard=parallel.shard)

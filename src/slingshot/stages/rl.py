@@ -77,6 +77,7 @@ class RLConfig(StageConfig):
     lora: LoRAConfig | None = None
     minibatches: int = Field(1, ge=1)
     micro_batch_size: int = Field(32, ge=1)
+    expert_parallel: int = Field(1, ge=1)
     sequence_length: int = Field(256, ge=8)
     bias_update_speed: float = Field(0.0, ge=0)
     refill: int = Field(0, ge=0, le=100)
@@ -111,7 +112,7 @@ class RLConfig(StageConfig):
 
 def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
     """Train `config.model`, sampling in process or by `sampler`, and write a checkpoint to `out`; resumes."""
-    with Parallel.start() as parallel, Checkpointer(out, "rl", config, parallel) as work:
+    with Parallel.start(config.expert_parallel) as parallel, Checkpointer(out, "rl", config, parallel) as work:
         tasks, source = TaskMix(config.tasks, "train", f"rl/{config.seed}"), work.reads[config.model]
         load = load_model if config.lora is None else load_frozen
         model, tokenizer = load(source, device=parallel.device), load_tokenizer(source)

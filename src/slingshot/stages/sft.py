@@ -62,6 +62,7 @@ class SFTConfig(StageConfig):
     sequence_length: int = Field(256, ge=8)
     batch_size: int = Field(16, ge=1)  # rows of `sequence_length`, over all ranks
     micro_batch_size: int = Field(16, ge=1)
+    expert_parallel: int = Field(1, ge=1)
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LanguageModelLoss = LanguageModelLoss()
     lora: LoRAConfig | None = None
@@ -76,7 +77,7 @@ class SFTConfig(StageConfig):
 
 def run(config: SFTConfig, out: Path) -> None:
     """Fine-tune `config.model` and write a checkpoint to `out`; resumes from `out.partial`."""
-    with Parallel.start() as parallel, Checkpointer(out, "sft", config, parallel) as work:
+    with Parallel.start(config.expert_parallel) as parallel, Checkpointer(out, "sft", config, parallel) as work:
         source = work.reads[config.model]
         model = load_frozen(source, parallel.device) if config.lora else load_model(
             source, device=parallel.device, shard=parallel.shard

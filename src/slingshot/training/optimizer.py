@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from slingshot.base.config import Strict
-from slingshot.model.transformer import Transformer
+from slingshot.model.transformer import Transformer, local_part
 from slingshot.training.parallel import sharded_like, whole
 
 _NOT_OF_MUON = ("embed_tokens", "lm_head", "mlp.gate.weight")
@@ -122,8 +122,9 @@ class Muon(ParameterGroups):
     """Momentum, orthogonalised: W -= lr (0.2 sqrt(max(M, N)) NS(nesterov momentum) + weight_decay W).
 
     The scale makes an update's root mean square that of AdamW (Moonlight, arXiv 2502.16982). Leading dimensions (as of
-    experts) are a batch of matrices; parameters of equal shape go through one batched Newton-Schulz. Sharded parameters
-    are gathered for it, and every rank keeps its own shard of the result.
+    experts) are a batch of matrices; parameters of equal shape go through one batched Newton-Schulz. A matrix of which
+    ranks have some rows each is gathered for it, and every rank keeps its own rows of the result; of a sharded batch
+    every rank does its own matrices.
     """
 
     def __init__(
@@ -144,16 +145,18 @@ class Muon(ParameterGroups):
                     state["momentum"] = torch.zeros_like(parameter)
                 buffer = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                 update = parameter.grad.lerp(buffer, group["momentum"])
-                full = whole(update)
-                by_shape[tuple(full.shape[-2:])].append((parameter, full))
+                matrices = local_part(update)[0] if update.dim() > 2 else whole(update)
+                by_shape[tuple(update.shape[-2:])].append((parameter, matrices))
             for (rows, columns), members in by_shape.items():
-                stacked = torch.cat([full.reshape(-1, rows, columns) for _, full in members]).to(self.dtype)
+                stacked = torch.cat([matrices.reshape(-1, rows, columns) for _, matrices in members]).to(self.dtype)
                 orthogonal = newton_schulz(stacked).to(members[0][0].dtype)
                 scale = -group["lr"] * 0.2 * math.sqrt(max(rows, columns))
-                counts = [full.numel() // (rows * columns) for _, full in members]
-                for (parameter, full), part in zip(members, orthogonal.split(counts), strict=True):
-                    update = sharded_like(part.view(full.shape), parameter)
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=scale)
+                counts = [matrices.numel() // (rows * columns) for _, matrices in members]
+                for (parameter, matrices), part in zip(members, orthogonal.split(counts), strict=True):
+                    own, first = local_part(parameter)
+                    change = part.view(matrices.shape)
+                    change = change if len(change) == len(own) else change[first : first + len(own)]
+                    own.mul_(1 - group["lr"] * group["weight_decay"]).add_(change, alpha=scale)
 
 
 class Optimizer:
@@ -185,8 +188,7 @@ class Optimizer:
 
         A norm that is not finite leaves the weights untouched.
         """
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        value = float(whole(norm))
+        value = self._clip()
         if math.isfinite(value):
             for part, lr in self.parts:
                 for group in part.param_groups:
@@ -194,6 +196,18 @@ class Optimizer:
                 part.step()
         self.model.zero_grad(set_to_none=True)
         return value
+
+    def _clip(self) -> float:
+        """Scale gradients to a norm of at most `clip`; -> the norm before. Experts may be on a mesh of their own."""
+        by_mesh: dict[Any, list[nn.Parameter]] = defaultdict(list)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                by_mesh[getattr(parameter.grad, "device_mesh", None)].append(parameter)
+        gradients = [[its.grad for its in each if its.grad is not None] for each in by_mesh.values()]
+        norm = torch.stack([whole(nn.utils.get_total_norm(each)) for each in gradients]).norm()
+        for each in by_mesh.values():
+            nn.utils.clip_grads_with_norm_(each, self.config.clip, norm)
+        return float(norm)
 
     def _slots(self) -> list[tuple[str, ParameterGroups, nn.Parameter]]:
         names = {parameter: name for name, parameter in self.model.named_parameters()}

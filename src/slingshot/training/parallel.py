@@ -1,10 +1,11 @@
 """One program, any number of processes: who am I, sharding from outside the model, sums over ranks.
 
-    with Parallel.start() as parallel:           # one process, or what torchrun's RANK and WORLD_SIZE say
-        parallel.shard(model)                    # FSDP2 over the mesh's dp
+    with Parallel.start(expert_parallel=2) as parallel:      # one process, or what torchrun's RANK and WORLD_SIZE say
+        parallel.shard(model)
         total = parallel.sums({"tokens": count})
 
-The mesh is dp x ep. Order inside `shard`: (the experts over ep, when that comes), then each block and the root over dp.
+The mesh is dp x ep. Every rank has data of its own. Order inside `shard`: the experts over ep (all-to-all), then over
+dp (FSDP2), then what is left of each block, and the root, over all ranks (FSDP2).
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from slingshot.base.errors import SlingshotError
 from slingshot.machine.device import auto_device
 from slingshot.machine.memory import keep_memory
-from slingshot.model.transformer import Transformer
+from slingshot.model.transformer import Transformer, local_part
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -32,7 +34,7 @@ Row = TypeVar("Row")
 
 @dataclass
 class Parallel:
-    """This process among `dp_size` that share the data, each with all experts (`ep_size` 1); alone without a mesh."""
+    """This process among `dp_size` that share the data, of which each `ep_size` share experts; alone without a mesh."""
 
     dp_rank: int = 0
     dp_size: int = 1
@@ -41,10 +43,12 @@ class Parallel:
     mesh: DeviceMesh | None = None
 
     @classmethod
-    def start(cls) -> Parallel:
+    def start(cls, expert_parallel: int = 1) -> Parallel:
         """Join the other processes. Which kind of device all of them use is the first one's decision."""
         keep_memory()
         device, size = auto_device(), int(os.environ.get("WORLD_SIZE", "1"))
+        if size % expert_parallel:
+            raise SlingshotError(f"expert_parallel: {expert_parallel} is no divisor of {size} processes; see --nproc")
         if size == 1:
             return cls(device=device)
         # here, because it takes half a second that a single process saves
@@ -57,8 +61,9 @@ class Parallel:
         if device.type != "cpu":
             device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
             torch.accelerator.set_device_index(device.index)
-        mesh = init_device_mesh(device.type, (size, 1), mesh_dim_names=("dp", "ep"))
-        return cls(mesh.get_local_rank("dp"), size, 1, device, mesh)
+        shape = size // expert_parallel, expert_parallel
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "ep"))
+        return cls(dist.get_rank(), size, expert_parallel, device, mesh)
 
     def __enter__(self) -> Self:
         return self
@@ -76,18 +81,24 @@ class Parallel:
         return rows[self.dp_rank :: self.dp_size]
 
     def shard(self, model: Transformer) -> None:
-        """Shard parameters, gradients and optimizer state over the ranks, block by block (FSDP2)."""
+        """Shard parameters, gradients and optimizer state over the ranks, block by block."""
         if self.mesh is None:
             return
         from torch.distributed.fsdp import fully_shard
 
+        from slingshot.training.expert_parallel import share_experts
+
+        for moe in model.moe_layers() if self.ep_size > 1 else ():
+            share_experts(moe, self.mesh["ep"])
+            fully_shard(moe.experts, mesh=self.mesh["dp"])
+        everyone = self.mesh["dp"] if self.ep_size == 1 else self.mesh._flatten("ranks")
         for layer in model.model.layers:
-            fully_shard(layer, mesh=self.mesh["dp"])
-        fully_shard(model, mesh=self.mesh["dp"])
+            fully_shard(layer, mesh=everyone)
+        fully_shard(model, mesh=everyone)
 
     def _all(self, tensor: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
         if self.mesh is not None:
-            dist.all_reduce(tensor, operation, group=self.mesh["dp"].get_group())
+            dist.all_reduce(tensor, operation)
         return tensor
 
     def sum(self, value: Tensor) -> Tensor:
@@ -136,14 +147,17 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def sharded_like(full: Tensor, target: Tensor) -> Tensor:
-    """`full` on the device of `target`, sharded as it is: of a DTensor this rank's part, else all of it."""
+    """`full`, which every rank has, on the device of `target` and sharded as it is: of a DTensor this rank's rows."""
     full = full.to(target.device)
     if not hasattr(target, "full_tensor"):
         return full
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor import DTensor
 
     assert isinstance(target, DTensor)
-    return distribute_tensor(full, target.device_mesh, target.placements)
+    local, first = local_part(target)
+    part = full[first : first + len(local)].contiguous()
+    mesh, placements = target.device_mesh, target.placements
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=target.shape, stride=target.stride())
 
 
 def whole_tensors(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

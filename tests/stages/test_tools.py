@@ -6,8 +6,11 @@ import pytest
 
 from slingshot.base.files import read_json, read_jsonl
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
+from slingshot.recipe.recipe import Recipe
+from slingshot.recipe.tables import resolve
 from slingshot.rollout.sampler import ScriptedSampler
 from slingshot.stages import evaluate, pretrain, rl, sample, sft
+from slingshot.stages.kinds import STAGES
 from slingshot.tasks.task import Call, Solution
 from slingshot.text.tool_formats import tool_format
 
@@ -63,6 +66,28 @@ def test_calls_are_counted_where_a_script_says_them(calling, training, with_tool
     rl.run(config, tmp_path / "rl", sampler)
     (row,) = metrics(tmp_path / "rl")
     assert row["calls"] == 0.5 and row["no_signal"] == 0.0 and row["reward"] == pytest.approx(0.15, abs=0.5)
+
+
+@pytest.mark.slow
+def test_the_recipe_calculator_in_small_tells_of_its_tool_but_to_the_control_without(tmp_path, metrics):
+    """Every kind of its stages, with a step or two and few problems."""
+    small = ["defaults.threads=1", "base.steps=2", "base.batch_size=2", "base.documents.count=60"]
+    for name in "priced", "without":
+        small += [f"{name}.steps=1", f"{name}.prompts_per_step=2", f"{name}.group_size=2"]
+    stages = {stage.name: stage for stage in Recipe.load("calculator", [*small, "evaluation.problems=2"]).stages}
+
+    def run(name):
+        kind, out = STAGES[stages[name].kind], tmp_path / name
+        values = resolve(stages[name].values, lambda parent: str(tmp_path / parent), lambda _: 0.0)
+        kind.run(kind.config.parse(values, name), out)
+        return out
+
+    assert tool_format(load_tokenizer(run("base"))).name == "deepseek"
+    for name, told in ("priced", True), ("without", False):
+        assert all(("calls" in row) == told for row in metrics(run(name)))
+        tasks = read_json(run(f"{name}.evaluation") / "evaluation.json")["tasks"]
+        assert list(tasks) == ["arithmetic", "multiplication"]
+        assert all(("calls" in score) == told for score in tasks.values())
 
 
 CALLED = Solution("", "", (Call("calculator", '{"expression": "1+1"}'),))

@@ -187,15 +187,15 @@ def distilled(
         for step in range(done, config.distill):
             groups = rollout.run(mix.draw(config.calibrate + step * config.prompts_per_step, config.prompts_per_step))
             texts = [trajectory.ids for group in groups for trajectory in group]
-            loss = matching_step(student, full, stream(texts, config.sequence_length, _ROWS))
+            kl = matching_step(student, full, stream(texts, config.sequence_length, _ROWS))
             factor = schedule(config.optimizer, step, config.distill)
-            row = {"loss": loss, "gradient_norm": optimizer.step(factor), "lr": config.optimizer.lr * factor}
+            row = {"kl": kl, "gradient_norm": optimizer.step(factor), "lr": config.optimizer.lr * factor}
             tokens, flops = sampling_cost(full.config, groups)
             lengths = [len(text) for text in texts]
             taught, parts = forward_flops(full.config, lengths), training_parts(full.config, lengths, mtp=False)
             work.meter.add(tokens, sampling=flops, teacher=taught, **parts)
             work.log({"step": step + 1, **row, **(speed := work.speed(tokens))})
-            progress.update(step + 1, KL=loss, **{"tokens/s": speed["tokens_per_second"]})
+            progress.update(step + 1, KL=kl, **{"tokens/s": speed["tokens_per_second"]})
             work.keep(step + 1, lambda: work.training_state(student, optimizer), stop=interrupts.asked)
     return held_numbers(student)
 

@@ -36,7 +36,7 @@ from slingshot.quantization.gptq import rounded
 from slingshot.quantization.integers import WeightGrid, from_numbers
 from slingshot.stages.quantize import QuantizeConfig, calibrated, widened
 from slingshot.training.calibration import stream
-from slingshot.training.fidelity import fidelity
+from slingshot.training.fidelity import fidelity, reading
 
 QUESTIONS = """Explain how a rainbow forms.|Write a short story about a fox who learns to swim.|Why is the sky blue?
 |Give me a recipe for lentil soup.|Write a Python function that reverses a linked list.|How do vaccines work?
@@ -112,7 +112,7 @@ def main() -> None:
         small, bits = made(asked.source, form, texts["calibration"], asked.rows)
         print(f"{form}: {bits:.2f} bits, made in {time.process_time() - began:.0f} s of processor time")
         for kind, each in batches.items():
-            told = fidelity(full, small, each)
+            told = fidelity(reading(full, each), reading(small, each), each)
             print(
                 f"    {kind}: KL {told['kl']:.5f} +-{told['kl_error']:.5f} p99 {told['kl_p99']:.4f} equal "
                 f"{told['same_top']:.4f} perplexity x{told['perplexity_ratio']:.4f} ({told['tokens']:.0f})", flush=True

@@ -35,10 +35,10 @@ ROOMS = {
     "rollout": (842, 738),
     "sandbox": (1005, 625),
     "serving": (5846, 5572),
-    "stages": (2092, 2805),
+    "stages": (2089, 2825),
     "tasks": (3806, 2618),
     "text": (2015, 1810),
-    "training": (2303, 1632),
+    "training": (2368, 1632),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

@@ -15,7 +15,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.progress import Progress
 from slingshot.checkpoint.description import write_description
 from slingshot.checkpoint.inspection import examine
-from slingshot.checkpoint.load_save import load_grid, load_model, load_tokenizer, open_weights
+from slingshot.checkpoint.load_save import load_as_stored, load_grid, load_model, load_tokenizer, open_weights
 from slingshot.checkpoint.safetensors import write_shards
 from slingshot.cli.inspect import show
 from slingshot.cost.receipt import Receipt
@@ -30,7 +30,7 @@ from slingshot.stages.convert import write_gguf_file
 from slingshot.stages.pretrain import run as run_pretraining
 from slingshot.stages.quantize import QuantizeConfig, run, scheme_of, tensors
 from slingshot.training.calibration import stream
-from slingshot.training.fidelity import fidelity
+from slingshot.training.fidelity import fidelity, reading, reading_by_layer
 from slingshot.training.optimizer import Optimizer
 from slingshot.training.quantization_aware import held_numbers, hold_rounded, matching_step
 from slingshot.training.sensitivity import chosen, together
@@ -198,9 +198,27 @@ def test_scales_of_fp8_blocks_are_powers_of_two_where_asked_for(quantizing, full
     assert torch.equal(weights.read(name), dequantize_fp8(*quantize_fp8(open_weights(full).read(name), "ue8m0")))
 
 
+def told_both_ways(full, made):
+    """What is lost by models read a layer at a time, and as they lie in memory whole."""
+    texts = torch.randint(5, 250, (9, 41), generator=torch.Generator().manual_seed(0)).tolist()
+    batches = stream(texts, 48, 3)
+    return (
+        fidelity(*readings, batches)
+        for readings in (
+            [reading_by_layer(each, batches) for each in (full, made)],
+            [reading(model, batches) for model in (load_model(full), load_as_stored(made)[0])],
+        )
+    )
+
+
+def test_models_read_a_layer_at_a_time_say_what_they_say_in_memory(full, small):
+    by_layer, at_once = told_both_ways(full, small)
+    assert by_layer == pytest.approx(at_once, rel=1e-3) and by_layer["kl"] > 1e-4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8-dynamic", "mxfp4"])
-def test_other_forms_are_written_read_and_measured(quantizing, tmp_path, kind):
+def test_other_forms_are_written_read_and_measured(quantizing, full, tmp_path, kind):
     run(quantizing(to=kind), tmp_path / "out")
     told, facts = json.loads((tmp_path / "out" / "quantization.json").read_text()), examine(str(tmp_path / "out"))
     found, expected = facts["files"], facts["checkpoint"]
@@ -217,6 +235,8 @@ def test_other_forms_are_written_read_and_measured(quantizing, tmp_path, kind):
     off = (said - wanted).abs().max()
     assert (1e-4 < off < 0.5) if kind == "int8-dynamic" else off < 1e-3
     assert (said - theirs).abs().median() < 1e-4
+    by_layer, at_once = told_both_ways(full, tmp_path / "out")
+    assert by_layer == pytest.approx(at_once, rel=1e-3)
 
 
 def test_a_budget_of_bits_goes_where_four_lose_most(quantizing, small, tmp_path, capsys):
@@ -270,11 +290,11 @@ def test_distillation_wins_back_what_rounding_lost_on_texts_it_did_not_see(full)
     optimizer = Optimizer(student, QuantizeConfig(model="", optimizer={"lr": 0.02}).optimizer)
     texts = torch.randint(5, 250, (42, 8, 48), generator=torch.Generator().manual_seed(0)).tolist()
     unseen = stream([*texts[40], *texts[41]], 48, 8)
-    lost = fidelity(before, student, unseen)["kl"]
+    lost = fidelity(reading(before, unseen), reading(student, unseen), unseen)["kl"]
     for step in range(40):
         matching_step(student, before, stream(texts[step], 48, 8))
         optimizer.step(1 - step / 40)
-    assert fidelity(before, student, unseen)["kl"] < 0.65 * lost
+    assert fidelity(reading(before, unseen), reading(student, unseen), unseen)["kl"] < 0.65 * lost
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8", "mxfp4"])

@@ -31,14 +31,7 @@ from slingshot.base.files import write_json
 from slingshot.base.progress import Progress
 from slingshot.checkpoint.description import write_description
 from slingshot.checkpoint.layout import layout, tensor_count
-from slingshot.checkpoint.load_save import (
-    StoredWeights,
-    load_as_stored,
-    load_model,
-    load_tokenizer,
-    open_weights,
-    read_into,
-)
+from slingshot.checkpoint.load_save import StoredWeights, load_model, load_tokenizer, open_weights, read_into
 from slingshot.checkpoint.safetensors import write_shards
 from slingshot.cost.flops import forward_flops, training_parts
 from slingshot.cost.receipt import RECEIPT, Receipt
@@ -61,7 +54,7 @@ from slingshot.tasks.task import Task
 from slingshot.tasks.verification import VerificationPool
 from slingshot.training.calibration import Batch, by_layer, stream
 from slingshot.training.checkpointer import Checkpointer, restore
-from slingshot.training.fidelity import fidelity
+from slingshot.training.fidelity import fidelity, reading_by_layer
 from slingshot.training.interrupts import Interrupts
 from slingshot.training.optimizer import Optimizer, OptimizerConfig, schedule
 from slingshot.training.parallel import Parallel
@@ -74,6 +67,7 @@ DISTILLED = ("int4", "int8", "mxfp4")  # what the rounded model computes with is
 MOVING = OptimizerConfig(name="adamw", lr=3e-3, warmup=0.0, decay=1.0, final=0.0, weight_decay=0.0)
 _FEW = 64  # rows of inputs: experts that saw fewer are rounded to nearest
 _ROWS = 8  # of a batch
+_CACHE = 2**29  # bytes of the keys and values of what is being answered
 _PROBED = 512  # tokens on which each matrix's sensitivity is measured
 
 
@@ -117,7 +111,8 @@ def run(config: QuantizeConfig, out: Path) -> None:
         with VerificationPool(mix.tasks) as pool:
 
             def writer(model: Path) -> Rollout:
-                return Rollout(EngineSampler(Engine.load(model)), params, config.form, pool, parallel)
+                sampler = EngineSampler(Engine.load(model, cache_bytes=_CACHE))
+                return Rollout(sampler, params, config.form, pool, parallel)
 
             def answered(model: Path, items: Sequence[Item]) -> tuple[list[Trajectory], float]:
                 """A checkpoint's responses, and how many tokens a second."""
@@ -131,7 +126,8 @@ def run(config: QuantizeConfig, out: Path) -> None:
             if config.calibrate and scheme is not None:
                 texts = [t.ids for t in answered(source, mix.draw(0, config.calibrate))[0]]
                 if config.bits is not None:
-                    scheme, probed = widened(load_model(source), texts, config, scheme)
+                    held = getattr(torch, weights.dtype)
+                    scheme, probed = widened(load_model(source, held), texts, config, scheme)
                     work.meter.add(sensitivity=probed.pop("flops"))
                 packed = calibrated(weights, stream(texts, config.sequence_length, _ROWS), scheme)
                 work.meter.add(calibration=2 * forward_flops(weights.config, map(len, texts)))
@@ -148,7 +144,8 @@ def run(config: QuantizeConfig, out: Path) -> None:
             asked = held_out(mix.tasks, config)
             (full, speed), (small, small_speed) = answered(source, asked), answered(made, asked)
             texts = [t.ids for t in full]
-            told = fidelity(load_model(source), load_as_stored(made)[0], stream(texts, config.sequence_length, _ROWS))
+            batches = stream(texts, config.sequence_length, _ROWS)
+            told = fidelity(reading_by_layer(source, batches), reading_by_layer(made, batches), batches)
             work.meter.add(comparison=2 * forward_flops(weights.config, map(len, texts)))
         result = {
             "to": config.to, "group_size": scheme.group if scheme else 0, **probed, **told,

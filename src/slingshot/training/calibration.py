@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slingshot.checkpoint.load_save import StoredWeights, load_part
@@ -22,6 +23,7 @@ from slingshot.model.linear import GroupedLinear, Linear
 from slingshot.model.moe import Gate
 from slingshot.model.transformer import MTP, Transformer
 
+EMBEDDING = "model.embed_tokens.weight"
 Batch = tuple[Tensor, Tensor]  # tokens_BT, segments_BT: no padding
 
 
@@ -64,16 +66,16 @@ def by_layer(weights: StoredWeights, batches: Sequence[Batch]) -> Iterator[tuple
     with torch.device("meta"):
         model = Transformer(weights.config.stored_as(None)).model
     contexts = [PackedContext(weights.config, *batch) for batch in batches]
-    load_part(model.embed_tokens, weights, "model.embed_tokens.")
-    embedded = [model.embed_tokens(tokens_BT) for tokens_BT, _ in batches]
-    model.embed_tokens.to_empty(device="meta")
+    embedding_VD = weights.read(EMBEDDING)
+    states = [F.embedding(tokens_BT, embedding_VD).float() for tokens_BT, _ in batches]
+    del embedding_VD
+    embedded = list(states) if weights.config.num_nextn_predict_layers else []
     load_part(model.norm, weights, "model.norm.")
-    states = list(embedded)
     for number, layer in enumerate(model.layers):
         load_part(layer, weights, f"model.layers.{number}.")
         if isinstance(layer, MTP):  # it reads the last layer's hidden states and the tokens behind
             states = [model.norm(x_BTD) for x_BTD in states]
-        more = [(x_BTD.roll(-1, dims=1),) if isinstance(layer, MTP) else () for x_BTD in embedded]
+        more = [(x_BTD.roll(-1, dims=1),) for x_BTD in embedded] if isinstance(layer, MTP) else [()] * len(batches)
         plain = {
             name: module
             for name, module in layer.named_modules()
@@ -90,7 +92,8 @@ def by_layer(weights: StoredWeights, batches: Sequence[Batch]) -> Iterator[tuple
         for name, each in found.items():
             yield from _matrices(f"model.layers.{number}.{name}", each)
         if number + 1 < len(model.layers):
-            states = [layer(x, context, *others)[0] for x, context, others in zip(states, contexts, more, strict=True)]
+            for at, context in enumerate(contexts):
+                states[at] = layer(states[at], context, *more[at])[0]
         layer.to_empty(device="meta")
 
 

@@ -57,10 +57,11 @@ def sensitivities(
     model: Transformer, batches: Sequence[Batch], units: Mapping[str, Sequence[str]], grid: Grid
 ) -> dict[str, float]:
     """KL of each unit alone on this grid: a pass a unit through its layer and those behind, after which the model is as
-    it was."""
+    it was. In float32, whatever type the weights have."""
     state, lost, layers = model.state_dict(), dict[str, float](), model.config.num_hidden_layers
     runs = [(PackedContext(model.config, *batch), follows(batch)) for batch in batches]
-    states = [[model.model.embed_tokens(tokens_BT)] for tokens_BT, _ in batches]  # of each batch what enters each layer
+    states = [[model.model.embed_tokens(tokens_BT).float()] for tokens_BT, _ in batches]  # what enters each layer
+    head_VD = state["model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"]
 
     def onwards(first: int, x_BTD: Tensor, run: tuple[PackedContext, Tensor], kept: list[Tensor] | None) -> Tensor:
         """Hidden states [N, D], of tokens that another follows, from what enters layer `first`."""
@@ -80,7 +81,7 @@ def sensitivities(
             weight_FD.copy_(from_numbers(*rounded(weight_FD, grid)))
         first = min(layers, int(unit.split(".")[2]))  # an MTP module's changes nothing
         kl_N = [
-            divergences(model, full_ND, model, onwards(first, kept[first], run, None))  # the head is not rounded
+            divergences(full_ND, onwards(first, kept[first], run, None), head_VD)  # the head is not rounded
             for full_ND, kept, run in zip(full, states, runs, strict=True)
         ]
         lost[unit] = torch.cat(kl_N).mean().item()

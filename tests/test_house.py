@@ -29,7 +29,7 @@ ROOMS = {
     "machine": (472, 319),
     "model": (1885, 1405),
     "parity": (0, 1075),
-    "planning": (2111, 1115),
+    "planning": (2126, 1141),
     "quantization": (538, 312),
     "recipe": (1327, 1087),
     "rollout": (842, 738),

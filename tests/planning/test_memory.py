@@ -10,8 +10,9 @@ from slingshot.cost.flops import parameters
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.planning.layout import Layout
-from slingshot.planning.memory import PRECISIONS, Blocks, block_activations, training_memory
+from slingshot.planning.memory import PRECISIONS, Blocks, block_activations, stored_bytes, training_memory
 from slingshot.planning.model_copy import ModelCopy
+from slingshot.quantization.formats import Scheme
 
 MOE = ModelConfig(
     family="deepseek_v3", vocab_size=64, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
@@ -140,3 +141,15 @@ def test_deepseek_v3_fits_its_own_layout_on_80_gb() -> None:
     assert 40 * 2**30 < training_memory(blocks, published, 4096, 120).total < 72 * 2**30
     # Without recomputation it would not, which is why they recompute.
     assert training_memory(blocks, Layout(dp=128, pp=16, ep=64), 4096, 120).total > 80 * 2**30
+
+
+def test_matrices_of_few_bits_count_in_their_own_widths() -> None:
+    """Of DENSE 4 blocks of 196,608 numbers, 49,152 of them in down_proj; of MOE kv_b_proj and eh_proj stay."""
+    wide = tuple(f"model.layers.{layer}.mlp.down_proj" for layer in (0, 2))
+    narrow, mixed = (stored_bytes(DENSE.stored_as(Scheme("int4", 32, its))) for its in ((), wide))
+    assert narrow == 4.5 / 8 and mixed == pytest.approx((4.5 + 4 * 2 * 49_152 / (4 * 196_608)) / 8)
+    left = 5 * 4 * (32 + 32) * 32 + 2 * 128**2
+    numbers = sum(sum(kind[:2]) * count for kind, count in zip(Blocks(MOE, FP32).kinds, (1, 3, 1), strict=True))
+    assert stored_bytes(MOE.stored_as(Scheme("int8", 64))) == pytest.approx(
+        (8.25 / 8 * (numbers - left) + 2 * left) / numbers
+    )

@@ -15,9 +15,11 @@ from slingshot.model.config import ModelConfig
 from slingshot.planning.memory import PRECISIONS
 from slingshot.planning.model_copy import ModelCopy
 from slingshot.planning.plan_serving import plan_serve
-from slingshot.planning.request import ServeRequest
+from slingshot.planning.request import NamedModel, ServeRequest
+from slingshot.quantization.formats import Scheme
 
 ON_V3 = {"model": "deepseek-v3", "device": "h800"}
+MATRICES = 32 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336)  # numbers of Llama-3.1-8B's blocks
 ALONE = device("h100").model_copy(update={"network": 0.0, "per_node": 1, "link": 0.0})
 
 
@@ -141,3 +143,14 @@ def test_nonsense_is_one_line_with_the_nearest_valid_choice(asked: dict[str, Any
     with pytest.raises(SlingshotError) as caught:
         serve(**asked)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_few_bits_is_served_in_its_own_bytes_and_multiplied_in_sixteen() -> None:
+    llama, plain = ModelConfig.preset("llama-3.1-8b"), serve(devices_per_copy=1)
+    wide = tuple(f"model.layers.{layer}.mlp.down_proj" for layer in range(16))
+    mixed = 4.5 + 4 * 16 * 4096 * 14336 / MATRICES
+    for scheme, bits in ((Scheme("int4", 32), 4.5), (Scheme("int4", 32, wide), mixed), (Scheme("int8", 64), 8.25)):
+        plan = serve(model=NamedModel(name="small", config=llama.stored_as(scheme)), devices_per_copy=1)
+        fewer = plain.memory.weights - plan.memory.weights
+        assert fewer == pytest.approx(MATRICES * (16 - bits) / 8) and plan.precision == plain.precision
+        assert plan.prompt_tokens_per_second_per_device == plain.prompt_tokens_per_second_per_device

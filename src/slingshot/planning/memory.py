@@ -10,15 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import islice
+from math import prod
 from typing import NamedTuple
 
 from pydantic import computed_field
 
 from slingshot.base.config import Strict
+from slingshot.checkpoint.layout import layout
 from slingshot.cost.flops import BlockWeights, block_weights, is_moe
 from slingshot.model.config import ModelConfig
 from slingshot.planning.layout import Layout, Recompute
-from slingshot.quantization.formats import BITS
+from slingshot.quantization.formats import BITS, is_packed
 
 
 class Precision(NamedTuple):
@@ -92,6 +94,17 @@ def block_activations(config: ModelConfig, moe: bool, precision: Precision, reco
     return kept + 2 * inner * low + (0 if recompute == "selective" else cheap + inner * low)
 
 
+def stored_bytes(config: ModelConfig) -> float:
+    """Per number of blocks' matrices, of a checkpoint of int8 and int4 numbers, each in its own width; what it leaves
+    alone has 16 bits."""
+    scheme, layers = config.scheme, config.num_hidden_layers + config.num_nextn_predict_layers
+    assert scheme is not None
+    numbers = sum(sum(block_weights(config, layer)[:2]) for layer in range(layers))
+    packed = (spec for spec in layout(config) if is_packed(spec.name, spec.stored))
+    fewer = sum(prod(spec.shape) * (2 - scheme.bits(spec.name) / 8 - 2 / scheme.group) for spec in packed)
+    return 2 - fewer / numbers
+
+
 @dataclass(frozen=True)
 class Blocks:
     """What a config weighs, by kind of block, and how pipeline stages share the blocks."""
@@ -114,16 +127,10 @@ class Blocks:
     def held_bytes(self) -> tuple[float, float]:
         """Bytes per number of blocks' matrices and of the rest: beside adapters as int8, int4 and fp8 are stored."""
         config, precision = self.config, self.precision
-        stored, kind = self.adapters is not None and config.quantization, config.quantization or ""
-        if not stored or kind not in BITS:
-            return PRECISIONS["fp8"].weight if stored == "fp8" else precision.weight, precision.other
-        numbers = sum(count * sum(of[:2]) for count, of in zip(self.stages(1)[0], self.kinds, strict=True))
-        mtp, heads = config.num_nextn_predict_layers, config.num_attention_heads
-        kv_b = config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
-        left = mtp * 2 * config.hidden_size**2  # eh_proj
-        left += (config.num_hidden_layers + mtp) * kv_b if config.family == "deepseek_v3" else 0
-        packed = BITS[kind] / 8 + 2 / config.quantization_group_size
-        return packed + (2 - packed) * left / numbers, 2.0
+        stored = config.quantization if self.adapters is not None else None
+        if stored in BITS:
+            return stored_bytes(config), 2.0
+        return PRECISIONS["fp8"].weight if stored == "fp8" else precision.weight, precision.other
 
     def stages(self, pp: int) -> list[tuple[int, int, int]]:
         """Per pipeline stage its dense and MoE blocks and MTP modules, as even as can be, the middle taking more."""

@@ -20,8 +20,8 @@ from slingshot.base.quantity import show_share, show_size
 from slingshot.cost.devices import USABLE, Device, and_others, dtype_peak
 from slingshot.cost.flops import cache_bytes_per_token, parameters
 from slingshot.model.config import ModelConfig
-from slingshot.planning.memory import PRECISIONS, Memory, Precision
-from slingshot.planning.request import PlanRequest
+from slingshot.planning.memory import PRECISIONS, Memory, Precision, stored_bytes
+from slingshot.planning.request import PlanRequest, ServeRequest
 from slingshot.quantization.formats import BITS
 
 MOST = 10**7  # devices a plan takes
@@ -91,7 +91,8 @@ class Hire:
         config = asked.model.config
         if getattr(asked, "adapters", None) is not None and config.quantization in BITS:  # products are of 16 bits
             config = config.model_copy(update={"quantization": None})
-        precision = chosen_precision(config, device, asked.precision)
+        choose = serving_precision if isinstance(asked, ServeRequest) else chosen_precision
+        precision = choose(config, device, asked.precision)
         return cls(device, count, precision, price, asked.price is None)
 
     def costs(self, hours: float | None) -> dict[str, Any]:
@@ -168,3 +169,10 @@ def chosen_precision(config: ModelConfig, device: Device, name: str | None) -> P
     name = _SHORT.get(name.lower(), name.lower())
     dtype_peak(device, name)
     return PRECISIONS[name]
+
+
+def serving_precision(config: ModelConfig, device: Device, name: str | None) -> Precision:
+    """The same for a model that writes only: int8 and int4 numbers stay as they are stored, and multiply 16 bits."""
+    if name is None and config.quantization in BITS:
+        return chosen_precision(config.stored_as(None), device, None)._replace(weight=stored_bytes(config))
+    return chosen_precision(config, device, name)

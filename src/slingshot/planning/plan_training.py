@@ -16,7 +16,7 @@ from slingshot.model.config import ModelConfig
 from slingshot.planning.memory import Precision
 from slingshot.planning.model_copy import ModelCopy, ResponseLengths, round_seconds
 from slingshot.planning.network import LINK_EFFICIENCY, transfers
-from slingshot.planning.plan import Hire, Plan, chosen_precision
+from slingshot.planning.plan import Hire, Plan, serving_precision
 from slingshot.planning.request import LONGEST, DistillRequest, PretrainRequest, RLRequest
 from slingshot.planning.training_run import ASSUMED_MFU, TrainingRun, forward_and_backward
 
@@ -173,7 +173,7 @@ def plan_distill(asked: DistillRequest) -> Plan:
         )
         return min((hours(copy) for copy in copies), key=lambda found: found[0])
 
-    of_teacher = chosen_precision(teacher, hire.device, asked.teacher_precision)
+    of_teacher = serving_precision(teacher, hire.device, asked.teacher_precision)
     sampling_hours, batch, copy = sampling(hire, of_teacher, asked.devices_per_copy)
     each = *prefill_parts(teacher, prompt).values(), *decode_parts(teacher, context, response).values()
     writing = sampled * sum(each)
@@ -190,7 +190,7 @@ def plan_distill(asked: DistillRequest) -> Plan:
 
     def more(other: Hire) -> float:
         here = of_teacher.dtype in other.device.peak
-        return sampling(other, of_teacher if here else chosen_precision(teacher, other.device, None))[0]
+        return sampling(other, of_teacher if here else serving_precision(teacher, other.device, None))[0]
 
     return hire.plan(
         "distill", asked, memory, lines, run.there(run.hours, more), **run.fields(),

@@ -18,11 +18,11 @@ FILE = 400  # lines
 # Lines of Python at most: the package's, the tests'.
 ROOMS = {
     ".": (46, 559),
-    "base": (738, 442),
+    "base": (738, 443),
     "checkpoint": (2715, 2764),
-    "cli": (1947, 1382),
+    "cli": (1949, 1382),
     "cost": (646, 568),
-    "data": (471, 241),
+    "data": (737, 396),
     "engine": (4312, 2955),
     "environments": (745, 247),
     "kernels": (834, 1217),
@@ -31,14 +31,14 @@ ROOMS = {
     "parity": (0, 1075),
     "planning": (2126, 1141),
     "quantization": (538, 312),
-    "recipe": (1327, 1087),
+    "recipe": (1331, 1087),
     "rollout": (842, 738),
     "sandbox": (1005, 625),
     "serving": (5846, 5572),
-    "stages": (2089, 2825),
+    "stages": (2302, 3016),
     "tasks": (3806, 2618),
     "text": (2015, 1810),
-    "training": (2368, 1632),
+    "training": (2451, 1632),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

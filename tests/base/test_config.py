@@ -16,6 +16,7 @@ from slingshot.stages.kinds import STAGES
 
 NAN = math.nan
 SMALLEST: dict[str, dict[str, Any]] = {
+    "tokenize": {"text": ["stdlib"]},
     "pretrain": {"model": "deepseek-v3", "text": ["stdlib"]},
     "sft": {"model": "m", "data": ["d"]},
     "rl": {"model": "m", "tasks": [{"name": "arithmetic"}]},
@@ -31,7 +32,7 @@ def parse(kind: str, **changes: Any) -> Any:
 
 def test_every_stage_has_a_config_of_its_own_name() -> None:
     names = [stage.config.__name__ for stage in STAGES.values()]
-    kinds = ("Pretrain", "SFT", "RL", "Distill", "Sample", "Evaluate", "Convert", "Quantize")
+    kinds = ("Tokenize", "Pretrain", "SFT", "RL", "Distill", "Sample", "Evaluate", "Convert", "Quantize")
     assert sorted(names) == sorted(f"{kind}Config" for kind in kinds)
 
 

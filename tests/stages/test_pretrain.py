@@ -33,7 +33,7 @@ def test_a_run_leaves_a_checkpoint_its_metrics_and_its_account(base, pretraining
     assert rows[-1]["loss"] < 0.6 * rows[0]["loss"] and rows[-1]["mtp_loss"] < 0.8 * rows[0]["mtp_loss"]
     assert set(rows[0]) == {"step", "loss", "mtp_loss", "balance_loss", "expert_load", "lr", "gradient_norm"}
     assert len(rows[0]["expert_load"]) == 2
-    assert receipt.tokens == sum(corpus.batch(config, step).n_tokens for step in range(30)) > 29 * 16 * 48
+    assert receipt.tokens == sum(corpus.batch(step, config.batch_size).n_tokens for step in range(30)) > 29 * 16 * 48
     assert receipt.stage == "pretrain" and receipt.parents == []
     assert receipt.flops == receipt.flops_by_part["training"] + receipt.flops_by_part["mtp"]
     # every batch is full: the FLOPs lie between those of one-token documents and of rows that are one document
@@ -84,7 +84,7 @@ def test_every_epoch_takes_every_row_once_in_an_order_of_its_own(pretraining):
     config = pretraining(batch_size=5)
     tokenizer = pretrain.prepare(config).tokenizer
     rows = pretrain.PackedCorpus(tokenizer, np.arange(10)[:, None].repeat(8, axis=1), np.ones((10, 8), dtype=np.int32))
-    batches = [tuple(rows.batch(config, step).tokens_BT[:, 0].tolist()) for step in range(6)]
+    batches = [tuple(rows.batch(step, config.batch_size).tokens_BT[:, 0].tolist()) for step in range(6)]
     epochs = [sorted(batches[i] + batches[i + 1]) for i in (0, 2, 4)]
     assert epochs == [list(range(10))] * 3 and len(set(batches)) > 3
 
@@ -182,7 +182,7 @@ def test_a_task_writes_in_styles_of_its_own_where_it_has_some(pretraining):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"documents": None}, r"base: a corpus is needed: give \[documents\], text = \[...\], or both"),
+    ({"documents": None}, r"base: a corpus is needed: give \[documents\], text = \[...\], or both, or shards"),
     ({"model": {"family": "deepseek_v3"}}, "^base.model.hidden_size: Field required$"),
     ({"steps": 0}, "base.steps: Input should be greater than or equal to 1, got 0"),
     ({"vocab_size": 100}, "base.vocab_size: .* got 100"),

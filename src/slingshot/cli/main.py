@@ -149,6 +149,8 @@ def _next(kind: str, out: Path) -> str:
         return f"read {out / 'evaluation.json'}"
     if kind == "sample":
         return f"slingshot sft MODEL data={place} --out {place}-sft"
+    if kind == "tokenize":
+        return f"slingshot pretrain model=PRESET shards={place} --out {place}-base"
     if kind == "quantize":
         return f"slingshot chat {place}, or read {out / 'quantization.json'}"
     made_for = last_task(out)

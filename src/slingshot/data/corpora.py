@@ -2,13 +2,15 @@
 
     corpus = Corpus.open(["stories/", "corpus.jsonl", "stdlib"])
     train, heldout = corpus.split(heldout=0.05)
+    for text in Corpus.stream(["huge.parquet"]): ...
 
-A corpus is held in memory: it is packed and shuffled as a whole.
+A corpus that is opened is held in memory: it is packed and shuffled as a whole. One that is streamed is not.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import math
 import os
@@ -23,6 +25,7 @@ from slingshot.base.files import parse_json
 
 _log = logging.getLogger(__name__)
 
+_STDLIB = "stdlib"
 _PIECE = 8192  # characters: one long file is read as several documents, so that part of it can be held out
 # Of the standard library: installed packages, and its own tests, half of it and in part malformed on purpose.
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
@@ -53,6 +56,16 @@ class Corpus:
         return cls(documents, len(skipped))
 
     @staticmethod
+    def stream(sources: Iterable[str | Path], text_key: str = "text") -> Iterator[str]:
+        """The documents that `open` finds, one after the other."""
+        return itertools.chain.from_iterable(_texts(source, text_key, []) for source in sources)
+
+    @staticmethod
+    def size(sources: Iterable[str | Path]) -> int:
+        """Bytes of all files that `stream` reads."""
+        return sum(file.stat().st_size for source in sources for file in _files_of(source))
+
+    @staticmethod
     def check(sources: Iterable[str | Path], text_key: str = "text") -> None:
         """Read the first document of every source: SlingshotError where `open` would find that it is none."""
         for source in sources:
@@ -79,10 +92,10 @@ class _NotText(SlingshotError):
 def _texts(source: str | Path, text_key: str, skipped: list[SlingshotError]) -> Iterator[str]:
     """The documents of one source that are not blank; why files of folders are no text goes to `skipped`."""
     path, before, empty = Path(source), len(skipped), True
-    if str(source) == "stdlib":
-        texts = _read_folder(Path(sysconfig.get_path("stdlib")), text_key, skipped, ".py", _NOT_STDLIB)
+    if str(source) == _STDLIB:
+        texts = _read_folder(Path(sysconfig.get_path("stdlib")), _files_of(source), text_key, skipped)
     elif path.is_dir():
-        texts = _read_folder(path, text_key, skipped)
+        texts = _read_folder(path, _files_of(source), text_key, skipped)
     elif path.exists():
         texts = _read_file(path, text_key, whole=False)
     else:
@@ -96,20 +109,30 @@ def _texts(source: str | Path, text_key: str, skipped: list[SlingshotError]) -> 
         raise SlingshotError(f"corpus {source} holds no text{unread}; give UTF-8 text, .jsonl or .parquet")
 
 
-def _read_folder(
-    root: Path, text_key: str, skipped: list[SlingshotError], suffix: str = "", without: frozenset[str] = frozenset()
-) -> Iterator[str]:
-    """The documents of all files below a folder, in the order of their paths."""
-    files: list[Path] = []
+def _files_of(source: str | Path) -> list[Path]:
+    """The files of one source, in the order of their paths."""
+    suffix, without = (".py", _NOT_STDLIB) if str(source) == _STDLIB else ("", frozenset())
+    root = Path(sysconfig.get_path("stdlib")) if str(source) == _STDLIB else Path(source)
+    files = [root] if root.is_file() else []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in without | {"__pycache__"}]
         paths = (Path(folder, name) for name in names if not name.startswith(".") and name.endswith(suffix))
         files += [path for path in paths if path.is_file()]  # not a pipe, a socket or a dangling link
+    return sorted(files)
+
+
+def _read_folder(root: Path, files: list[Path], text_key: str, skipped: list[SlingshotError]) -> Iterator[str]:
+    """The documents of all these files below a folder. A file is skipped where it turns out binary at its start."""
     unread: list[SlingshotError] = []
-    for file in sorted(files):
+    for file in files:
+        begun = False
         try:
-            yield from list(_read_file(file, text_key, whole=True))  # all of it, or nothing where it turns out binary
+            for text in _read_file(file, text_key, whole=True):
+                begun = True
+                yield text
         except _NotText as reason:
+            if begun:
+                raise
             unread.append(reason)
     skipped += unread
     if unread:

@@ -31,6 +31,7 @@ from slingshot.checkpoint.hub import locate
 from slingshot.cost.receipt import Receipt
 from slingshot.data.corpora import Corpus
 from slingshot.data.examples import read_examples
+from slingshot.data.shards import TokenShards
 from slingshot.recipe.process import launcher, supervise
 from slingshot.recipe.recipe import Recipe, RecipeStage
 from slingshot.recipe.results import Evaluation, headline, read_object
@@ -203,6 +204,9 @@ def check(config: StageConfig, coming: Collection[str]) -> None:
             read_examples(Path(name))
     if text_key := getattr(config, "text_key", None):
         Corpus.check(sorted(set(getattr(config, "text", [])) - set(coming)), text_key)
+    for source in getattr(config, "shards", []):
+        if source.path not in coming:
+            TokenShards.open(Path(source.path))
     documents = getattr(config, "documents", None)
     tasks: list[TaskConfig] = getattr(config, "tasks", [])
     for task in [*tasks, *(documents.tasks if documents else [])]:

@@ -32,6 +32,9 @@ class StageKind:
 
 
 STAGES = {
+    "tokenize": StageKind(
+        "slingshot.stages.tokenize", "TokenizeConfig", "writes a corpus as token shards, read by many runs", False
+    ),
     "pretrain": StageKind("slingshot.stages.pretrain", "PretrainConfig", "trains a new model from scratch"),
     "sft": StageKind("slingshot.stages.sft", "SFTConfig", "supervised fine-tuning"),
     "rl": StageKind("slingshot.stages.rl", "RLConfig", "reinforcement learning with verified rewards (GRPO)"),

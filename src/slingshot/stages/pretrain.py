@@ -1,7 +1,8 @@
 """Pre-training from scratch: corpus, tokenizer, and the DeepSeek-V3 recipe (arXiv 2412.19437) at any size.
 
-The corpus is tasks' own worked documents of the train split, real text, or both. Documents are packed to a fixed length
-and attention stays within each. A multi-token prediction module is trained along; routers are balanced by their biases.
+The corpus is tasks' own worked documents of the train split, real text, or both; or token shards, which need not fit
+into memory. Documents are packed to a fixed length and attention stays within each. A multi-token prediction module is
+trained along; routers are balanced by their biases.
 
     slingshot pretrain --config pretrain.toml --out runs/base
 """
@@ -45,6 +46,7 @@ from slingshot.training.interrupts import Interrupts
 from slingshot.training.language_model import LanguageModelLoss, evaluate_loss, language_model_step
 from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule, update_router_biases
 from slingshot.training.parallel import Parallel
+from slingshot.training.shard_corpus import ShardCorpus
 
 Share = Annotated[float, Field(gt=0)]
 
@@ -82,6 +84,18 @@ class Documents(Strict):
         return {style: round(self.count * task.weight * share / total) for style, share in styles.items()}
 
 
+class ShardSource(Strict):
+    """A folder of token shards, and its share of the rows where several are mixed. A text is its path."""
+
+    path: str
+    weight: float = Field(1.0, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_path(cls, given: Any) -> Any:
+        return {"path": given} if isinstance(given, str) else given
+
+
 class PretrainConfig(StageConfig):
     """`model` holds ModelConfig's fields, or names a preset; the vocabulary follows from the tokenizer."""
 
@@ -91,6 +105,7 @@ class PretrainConfig(StageConfig):
     documents: Documents | None = None
     text: list[str] = []  # files, folders, .jsonl, .parquet or "stdlib"
     text_key: str = "text"  # of a .jsonl or .parquet row
+    shards: list[ShardSource] = []  # what the stage tokenize wrote, instead of documents and text
     tokenizer: str | None = None  # of this checkpoint, instead of a new one
     vocab_size: int = Field(512, ge=264)
     sequence_length: int = Field(256, ge=8)
@@ -111,8 +126,12 @@ class PretrainConfig(StageConfig):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.documents is None and not self.text:
-            raise ValueError("a corpus is needed: give [documents], text = [...], or both")
+        if self.shards and (self.documents or self.text or self.tokenizer):
+            raise ValueError("shards stand alone: they bring a tokenizer, and text goes into shards of its own")
+        if len({source.path for source in self.shards}) < len(self.shards):
+            raise ValueError("shards: one folder is named twice; give it a weight")
+        if not (self.shards or self.documents or self.text):
+            raise ValueError("a corpus is needed: give [documents], text = [...], or both, or shards = [...]")
         given, longest = self.sequence_length, self.shape(self.vocab_size).max_position_embeddings
         if given > longest:
             raise ValueError(f"sequence_length {given} is beyond the model's max_position_embeddings {longest}")
@@ -126,7 +145,7 @@ class PretrainConfig(StageConfig):
 def run(config: PretrainConfig, out: Path) -> None:
     """Train from scratch and write a checkpoint to `out`; resumes from `out.partial`."""
     with Parallel.start(config.expert_parallel) as parallel, Checkpointer(out, "pretrain", config, parallel) as work:
-        corpus = prepare(config)
+        corpus = _open_shards(config) if config.shards else prepare(config)
         model_config = config.shape(corpus.tokenizer.vocab_size)
         model = Transformer.empty(model_config, parallel.device, shard=parallel.shard)
         model.init_weights(torch.Generator().manual_seed(config.seed))
@@ -139,7 +158,7 @@ def run(config: PretrainConfig, out: Path) -> None:
 
         with Interrupts() as interrupts, Progress(out.name, config.steps, done, parallel.is_first) as progress:
             for step in range(done, config.steps):
-                batch = corpus.batch(config, step)
+                batch = corpus.batch(step, config.batch_size)
                 rows = batch.shard(parallel)
                 losses = language_model_step(model, rows, config.loss, config.micro_batch_size, parallel)
                 lr = schedule(config.optimizer, step, config.steps)
@@ -154,13 +173,19 @@ def run(config: PretrainConfig, out: Path) -> None:
                 progress.update(step + 1, loss=losses.loss, **{"tokens/s": speed["tokens_per_second"]})
                 work.keep(step + 1, lambda: work.training_state(model, optimizer), stop=interrupts.asked)
 
-        epochs = config.steps * config.batch_size / len(corpus.tokens_NT)
-        extra = {"corpus_tokens": int((corpus.segments_NT > 0).sum()), "epochs": epochs}
-        if corpus.heldout is not None:
-            rows = corpus.heldout.shard(parallel)
-            nats = evaluate_loss(model, rows, config.micro_batch_size, parallel)
+        extra = corpus.account(config.steps * config.batch_size)
+        if corpus.heldout_bytes:
+            pieces = (rows.shard(parallel) for rows in corpus.heldout)
+            nats = sum(evaluate_loss(model, rows, config.micro_batch_size, parallel) for rows in pieces)
             extra["bits_per_byte"] = nats / math.log(2) / corpus.heldout_bytes
         work.finish_checkpoint(model, corpus.tokenizer, extra=extra)
+
+
+def _open_shards(config: PretrainConfig) -> ShardCorpus:
+    weights = {Path(source.path): source.weight for source in config.shards}
+    corpus = ShardCorpus.open(weights, config.sequence_length, config.seed)
+    corpus.tokenizer.check_split(config.shape(config.vocab_size).model_type)
+    return corpus
 
 
 @dataclass
@@ -170,19 +195,24 @@ class PackedCorpus:
     tokenizer: Tokenizer
     tokens_NT: np.ndarray
     segments_NT: np.ndarray
-    heldout: Rows | None = None
+    seed: int = 0
+    heldout: Sequence[Rows] = ()
     heldout_bytes: int = 0
 
-    def batch(self, config: PretrainConfig, step: int) -> Rows:
-        """The rows of one global step: every epoch in an order of its own."""
-        epoch, index = divmod(step, len(self.tokens_NT) // config.batch_size)
-        order = np.random.default_rng([config.seed, epoch]).permutation(len(self.tokens_NT))
-        chosen = np.sort(order[index * config.batch_size : (index + 1) * config.batch_size])
+    def batch(self, step: int, size: int) -> Rows:
+        """The rows of one global step of `size` rows: every epoch in an order of its own."""
+        epoch, index = divmod(step, len(self.tokens_NT) // size)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.tokens_NT))
+        chosen = np.sort(order[index * size : (index + 1) * size])
         return Rows.of(self.tokens_NT[chosen], self.segments_NT[chosen])
+
+    def account(self, rows: int) -> dict[str, Any]:
+        """For the receipt: tokens, and how many times as many rows go through them."""
+        return {"corpus_tokens": int((self.segments_NT > 0).sum()), "epochs": rows / len(self.tokens_NT)}
 
 
 def prepare(config: PretrainConfig) -> PackedCorpus:
-    """Write, read, tokenize and pack what the config asks for."""
+    """Write, read, tokenize and pack what the config asks for, in memory."""
     written = list(_written(config)) if config.documents else []
     train_text, heldout_text = Corpus.open(config.text, config.text_key).split() if config.text else ([], [])
     model_type = config.shape(config.vocab_size).model_type
@@ -202,10 +232,10 @@ def prepare(config: PretrainConfig) -> PackedCorpus:
     if len(tokens_NT) < config.batch_size:
         rows = f"{len(tokens_NT)} rows of {config.sequence_length} tokens, fewer than one batch of {config.batch_size}"
         raise SlingshotError(f"the corpus fills {rows}; add text or lower batch_size")
-    corpus = PackedCorpus(tokenizer, tokens_NT, segments_NT)
+    corpus = PackedCorpus(tokenizer, tokens_NT, segments_NT, config.seed)
     if heldout_text:
         windows = list(strided(_framed(tokenizer, heldout_text), config.sequence_length))
-        corpus.heldout = Rows.of_examples(windows, config.sequence_length)
+        corpus.heldout = [Rows.of_examples(windows, config.sequence_length)]
         corpus.heldout_bytes = sum(len(text.encode()) for text in heldout_text)
     return corpus
 

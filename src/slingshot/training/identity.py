@@ -65,6 +65,8 @@ def _with_inputs(values: Mapping[str, Any], change: Callable[[str, bool], str]) 
     for key in _FILES:
         if isinstance(changed.get(key), list):
             changed[key] = [change(name, False) if isinstance(name, str) else name for name in changed[key]]
+    if isinstance(changed.get("shards"), list):
+        changed["shards"] = [source | {"path": change(source["path"], False)} for source in changed["shards"]]
     if isinstance(changed.get("tasks"), list):
         changed["tasks"] = [_with_files(task, change) for task in changed["tasks"]]
     if isinstance(changed.get("teachers"), list):

@@ -64,7 +64,6 @@ from slingshot.training.sensitivity import chosen, modules, sensitivities, toget
 # Of the mean KL divergence, in nats a token: a loss beyond is said.
 BOUNDS = {"int8": 0.002, "int4": 0.05, "fp8": 0.02, "int8-dynamic": 0.01, "mxfp4": 0.1}
 DISTILLED = ("int4", "int8", "mxfp4")  # what the rounded model computes with is what is stored
-MOVING = OptimizerConfig(name="adamw", lr=3e-3, warmup=0.0, decay=1.0, final=0.0, weight_decay=0.0)
 _FEW = 64  # rows of inputs: experts that saw fewer are rounded to nearest
 _ROWS = 8  # of a batch
 _CACHE = 2**29  # bytes of the keys and values of what is being answered

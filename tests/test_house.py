@@ -27,7 +27,7 @@ ROOMS = {
     "environments": (745, 247),
     "kernels": (834, 1217),
     "machine": (472, 319),
-    "model": (1885, 1405),
+    "model": (1889, 1405),
     "parity": (0, 1075),
     "planning": (2126, 1141),
     "quantization": (538, 312),

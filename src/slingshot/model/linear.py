@@ -222,6 +222,10 @@ class GroupedLinear(nn.Module):
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The weights [E, *out, D] as numbers of this dtype; of experts on several ranks, those that are here."""
+        return self._stored_matrix(dtype)
+
+    def _stored_matrix(self, dtype: torch.dtype) -> Tensor:
+        """`matrix` without what adapters add to it."""
         own: Any = self.weight
         return _numbers(own.to_local() if hasattr(own, "to_local") else own, dtype)
 
@@ -230,7 +234,7 @@ class GroupedLinear(nn.Module):
         if (stored := _stored(self)) is not None:
             y_NF: Tensor = FrozenGroups.apply(x_ND, stored, counts)
             return y_NF
-        weight_EFD = self.matrix(x_ND.dtype)
+        weight_EFD = self._stored_matrix(x_ND.dtype)
         return grouped_matmul(x_ND, weight_EFD.flatten(1, -2) if weight_EFD.dim() > 3 else weight_EFD, counts)
 
 

@@ -29,7 +29,7 @@ ROOMS = {
     "machine": (472, 319),
     "model": (1889, 1405),
     "parity": (0, 1075),
-    "planning": (2126, 1141),
+    "planning": (2127, 1157),
     "quantization": (538, 312),
     "recipe": (1331, 1087),
     "rollout": (842, 738),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from typing import Any
 
 import pytest
@@ -10,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slingshot.base.errors import SlingshotError
+from slingshot.checkpoint.layout import layout
 from slingshot.cost.devices import device
 from slingshot.model.config import ModelConfig
 from slingshot.planning.memory import PRECISIONS
 from slingshot.planning.model_copy import ModelCopy
 from slingshot.planning.plan_serving import plan_serve
 from slingshot.planning.request import NamedModel, ServeRequest
-from slingshot.quantization.formats import Scheme
+from slingshot.quantization.formats import Scheme, is_packed
 
 ON_V3 = {"model": "deepseek-v3", "device": "h800"}
 MATRICES = 32 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336)  # numbers of Llama-3.1-8B's blocks
@@ -154,3 +156,17 @@ def test_a_checkpoint_of_few_bits_is_served_in_its_own_bytes_and_multiplied_in_s
         fewer = plain.memory.weights - plan.memory.weights
         assert fewer == pytest.approx(MATRICES * (16 - bits) / 8) and plan.precision == plain.precision
         assert plan.prompt_tokens_per_second_per_device == plain.prompt_tokens_per_second_per_device
+
+
+def test_an_mtp_module_that_is_not_served_changes_no_width() -> None:
+    scheme = Scheme("int4", 32, ("model.layers.3.mlp.experts.", "model.layers.5.mlp.experts."))
+    config = ModelConfig.preset("deepseek-v3-tiny-576").stored_as(scheme)
+    without = config.model_copy(update={"num_nextn_predict_layers": 0})
+    assert config.num_nextn_predict_layers == 1
+    plan = serve(model=NamedModel(name="small", config=config), devices_per_copy=1)
+    stored = sum(
+        prod(spec.shape) * (scheme.bits(spec.name) / 8 + 1 / 16 if is_packed(spec.name, spec.stored) else 2)
+        for spec in layout(without)
+        if spec.stored != "float32"  # routers' biases, which plans leave out
+    )
+    assert plan.memory.weights == pytest.approx(stored)

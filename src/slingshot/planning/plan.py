@@ -174,5 +174,6 @@ def chosen_precision(config: ModelConfig, device: Device, name: str | None) -> P
 def serving_precision(config: ModelConfig, device: Device, name: str | None) -> Precision:
     """The same for a model that writes only: int8 and int4 numbers stay as they are stored, and multiply 16 bits."""
     if name is None and config.quantization in BITS:
-        return chosen_precision(config.stored_as(None), device, None)._replace(weight=stored_bytes(config))
+        held = config.model_copy(update={"num_nextn_predict_layers": 0})
+        return chosen_precision(config.stored_as(None), device, None)._replace(weight=stored_bytes(held))
     return chosen_precision(config, device, name)

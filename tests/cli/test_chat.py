@@ -162,7 +162,7 @@ def test_what_a_model_was_trained_on_is_read_from_its_receipts(tmp_path):
     machine = Machine(cpu="none", cores=1, memory_bytes=1)
     task = {"name": "arithmetic", "weight": 1.0, "params": {}}
     for name, kind, parents, config in (
-        ("base", "pretrain", [], {"documents": {"tasks": [task]}}),
+        ("base", "pretrain", [], {"documents": {"tasks": [task | {"styles": {"steps": 1.0}}]}}),
         ("rl", "rl", [tmp_path / "base"], {"tasks": [task, task | {"name": "hhmm.py"}]}),
         ("foreign", "rl", [], {"tasks": [task]}),
         ("set", "sample", [tmp_path / "rl"], {"tasks": [task | {"name": "mine.py"}]}),

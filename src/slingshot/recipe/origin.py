@@ -47,10 +47,10 @@ class Origin:
 
 def last_task(path: Path) -> dict[str, Any] | None:
     """The table of the task that the artifact at `path` was made for: its own, else that of the data or model nearest
-    to it which names one."""
+    to it which names one; in what styles it wrote documents is left out."""
     for line in reversed(total(path).lines):
         for task in _tasks(line.receipt.config):
-            return task
+            return {key: value for key, value in task.items() if key != "styles"}
     return None
 
 

@@ -28,6 +28,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -383,7 +384,7 @@ def swapped(first: str, second: str) -> Callable[[str], tuple[str, int | None]]:
 @pytest.mark.parametrize(
     ("shape", "function", "broken"),
     [
-        ("llama", "_interleaved", lambda weights, spec: iter([(spec.name, weights.read(spec.name))])),
+        ("llama", "_rows", partial(lambda rows, read, names, shape, _: rows(read, names, shape, 0), gguf_writer._rows)),
         ("llama", "llama3_factors", lambda config: torch.ones(config.head_dim // 2)),
         ("v3", "kv_b_parts", lambda name: (name.replace("kv_b", "v_b"), name.replace("kv_b", "k_b"))),
         ("v3", "place", swapped("ffn_gate_exps", "ffn_up_exps")),

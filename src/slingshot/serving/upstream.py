@@ -40,7 +40,6 @@ CHECK = 2.0  # seconds between two looks at a replica's health
 BUSIER = 8  # samples more than the least busy replica's, from which on a prompt goes where it was not seen before
 _PREFIX = 64  # tokens that name a prompt's beginning
 _TIMEOUT = aiohttp.ClientTimeout(total=5.0)  # seconds for whatever is no answer
-_KEPT = 4.0  # seconds for which an idle connection is kept: uvicorn closes it after 5
 _LINE = 1 << 22  # bytes of an event at most
 
 
@@ -107,7 +106,8 @@ class UpstreamBackend:
 
     async def start(self) -> None:
         """Look at every replica once; SlingshotError where none answers."""
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT)
+        # None is used twice: llama.cpp's server closes those that it kept whenever it likes.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
         self._client = aiohttp.ClientSession(connector=connector, timeout=_TIMEOUT, read_bufsize=_LINE)
         await asyncio.gather(*map(self._check, self._replicas))
         if not any(replica.ready for replica in self._replicas):

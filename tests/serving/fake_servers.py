@@ -15,9 +15,10 @@ SAME = ("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "f
 
 def fake_server(backend, tokenizer, kind, state=None):
     """state: not "ready" is 503; the first so many answers end before they begin ("dies"), or behind ("midway");
-    "refuses" is what is told within an answer instead of it. "hangs": nothing comes any more, whatever is asked."""
+    "refuses" is what is told within an answer instead of it. "hangs": nothing comes any more, whatever is asked. What
+    was "asked" is kept, and from which "ports"."""
     app, state = FastAPI(), {} if state is None else state
-    state.update({"asked": [], "ready": True, "dies": 0, "midway": 0, "hangs": False} | state)
+    state.update({"asked": [], "ports": [], "ready": True, "dies": 0, "midway": 0, "hangs": False} | state)
 
     async def alive():
         while state["hangs"]:
@@ -61,6 +62,7 @@ def fake_server(backend, tokenizer, kind, state=None):
     @app.post("/v1/completions")
     async def completions(request: Request):
         body = await request.json()
+        state["ports"].append(request.client.port)
         assert kind == "vllm" and body["model"] == "theirs" and body["return_token_ids"]
 
         async def events():
@@ -76,6 +78,7 @@ def fake_server(backend, tokenizer, kind, state=None):
     @app.post("/completion")
     async def completion(request: Request):
         body = await request.json()
+        state["ports"].append(request.client.port)
         assert kind == "llama.cpp" and body["return_tokens"]
 
         async def events():

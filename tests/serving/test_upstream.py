@@ -216,6 +216,14 @@ def test_a_replica_that_is_not_ready_gets_nothing(upstream, tokenizer):
     assert [len(state["asked"]) for state in states] == [0, 8]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_connection_is_used_twice_since_a_server_may_close_one_that_it_kept(upstream, tokenizer, kind):
+    state = {}
+    backend = upstream([ScriptedBackend(tokenizer.encode("7", continues=True))], kind, [state])
+    gather(backend, [generation(tokenizer, text) for text in "abc"])
+    assert len(set(state["ports"])) == len(state["ports"]) == 3
+
+
 def test_no_server_at_all_is_said_in_one_line(tokenizer):
     with pytest.raises(SlingshotError, match=r"no server answers at http://127\.0\.0\.1:9; start one"):
         gather(UpstreamBackend([VllmServer("http://127.0.0.1:9")], tokenizer), [])

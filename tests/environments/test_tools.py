@@ -39,7 +39,7 @@ def test_arithmetic_is_exact(expression, value):
 def test_what_is_no_arithmetic_or_too_much_is_refused_in_words(expression, says):
     start, said = time.perf_counter(), computed(expression)
     assert said.startswith("error: ") and says in said and "\n" not in said
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 10
 
 
 @pytest.mark.parametrize(("arguments", "says"), [

@@ -156,7 +156,7 @@ def test_programs_do_what_programs_do():
     outcome = run_program(USEFUL, "1\n2\n39\n")
     assert outcome.stdout.startswith("8 [3] Asia/Tokyo 1 __main__ <sqlite3.Connection"), outcome.stderr
     assert (outcome.stderr, outcome.status, outcome.reason) == ("42 日本\n", 0, "ok")
-    assert 0 < outcome.seconds < 5
+    assert 0 < outcome.seconds < 30
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_how_a_program_ended_is_told(source, limits, reason, status):
     outcome = run_program(source, limits=limits)
     assert outcome.reason == reason and (status is None or outcome.status == status), outcome
     assert len(outcome.stdout) <= limits.output and len(outcome.stderr) <= limits.output
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="of x86 processors")

@@ -136,7 +136,7 @@ def test_a_call_that_hangs_is_killed_in_time_and_the_next_starts_anew(make, code
     sandbox.call("add", 1)
     with pytest.raises(SandboxError, match=r"took longer than 0\.5 s"):
         sandbox.run(code)
-    assert time.monotonic() - began < 5 and gone(pid)
+    assert time.monotonic() - began < 30 and gone(pid)
     assert sandbox.call("add", 1) == 1
 
 

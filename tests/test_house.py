@@ -18,7 +18,7 @@ FILE = 400  # lines
 # Lines of Python at most: the package's, the tests'.
 ROOMS = {
     ".": (46, 559),
-    "base": (738, 443),
+    "base": (743, 443),
     "checkpoint": (2715, 2764),
     "cli": (1949, 1382),
     "cost": (646, 568),
@@ -35,10 +35,10 @@ ROOMS = {
     "rollout": (842, 738),
     "sandbox": (1005, 625),
     "serving": (5846, 5582),
-    "stages": (2301, 3019),
+    "stages": (2301, 3067),
     "tasks": (3806, 2617),
     "text": (2015, 1810),
-    "training": (2451, 1632),
+    "training": (2608, 1632),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

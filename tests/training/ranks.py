@@ -13,7 +13,7 @@ from slingshot.model.transformer import Transformer
 from slingshot.training.batch import Rows
 from slingshot.training.language_model import LanguageModelLoss, language_model_step
 from slingshot.training.optimizer import Optimizer, OptimizerConfig, update_router_biases
-from slingshot.training.parallel import Parallel, load_whole, whole_tensors
+from slingshot.training.parallel import Parallel, load_whole, sharded_like, whole_tensors
 
 STEPS = 20
 CONFIG = ModelConfig(
@@ -53,7 +53,7 @@ def train(parallel):
             weights, state = dict(whole_tensors(model.state_dict())), dict(whole_tensors(optimizer.state()))
             model, optimizer = start()
             load_whole(model, weights)
-            optimizer.load(state)
+            optimizer.load(lambda name, like, state=state: sharded_like(state[name], like) if name in state else None)
     return {
         "losses": logged,
         "biases": [layer.gate.e_score_correction_bias.tolist() for layer in model.moe_layers()],

@@ -21,7 +21,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_jsonl, write_text
 from slingshot.cost.receipt import Receipt, artifact_digest
 from slingshot.text.tokenizer import Tokenizer
-from slingshot.training import checkpointer
+from slingshot.training import checkpointer, state
 from slingshot.training.checkpointer import Checkpointer
 from slingshot.training.interrupts import Interrupts
 from slingshot.training.parallel import Parallel
@@ -88,7 +88,7 @@ def test_a_killed_stage_goes_on_from_its_last_state(open_work, begun):
     again = open_work()
     saved = again.load()
     assert (saved.step, saved.info) == (3, {"rows": [3, "é"]})
-    assert saved.group("model")["w"].tolist() == [[3.0] * 3] * 2 and saved.tensors["count"].dtype == torch.int64
+    assert saved.read("model/w").tolist() == [[3.0] * 3] * 2 and saved.read("count").dtype == torch.int64
     assert again.meter.tokens == 100 and again.meter.flops_by_part == {"training": 2.0, "mtp": 0.5}
     run_steps(again, 4, 6)
     assert [row["step"] for row in read_jsonl(again.folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
@@ -334,7 +334,7 @@ def test_no_space_for_metrics_is_one_line(begun):
 def test_no_space_for_a_state_leaves_the_one_before(open_work, begun, monkeypatch):
     run_steps(begun, 1, 1)
     full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(checkpointer, "save_file", Mock(side_effect=full))
+    monkeypatch.setattr(state, "save_file", Mock(side_effect=full))
     line = r"cannot write .*: .*No space left on device.*; free space there and run the same command to go on"
     with pytest.raises(SlingshotError, match=line):
         begun.keep(2, state_of(2))

@@ -139,23 +139,28 @@ def inside(folder: Path, name: str) -> Path:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` (replacing what was there) if the block ends well."""
     temporary = path.with_name(f".{path.name}.tmp")
-    retired = path.with_name(f".{path.name}.old")
     with _told(f"cannot write {path}", "; choose another --out"):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     try:
         with _told(f"cannot write {path}", _NO_SPACE):
             yield temporary
-            for file in (*sorted(temporary.rglob("*")), temporary):
-                _fsync(file)
-            if path.exists():
-                shutil.rmtree(retired, ignore_errors=True)
-                path.rename(retired)
-            temporary.rename(path)
-            _fsync(path.parent)
-            shutil.rmtree(retired, ignore_errors=True)
+            rename_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def rename_folder(temporary: Path, path: Path) -> None:
+    """Give a folder beside `path` this name, in place of what had it, once all of it is on the disk."""
+    retired = path.with_name(f".{path.name}.old")
+    for file in (*sorted(temporary.rglob("*")), temporary):
+        _fsync(file)
+    if path.exists():
+        shutil.rmtree(retired, ignore_errors=True)
+        path.rename(retired)
+    temporary.rename(path)
+    _fsync(path.parent)
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 # Locks of this process, by the file that is locked: a stage that is begun again in a notebook keeps its own.

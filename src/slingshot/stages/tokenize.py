@@ -67,7 +67,7 @@ def run(config: TokenizeConfig, out: Path) -> None:
         if saved := work.load():
             done = saved.info["done"]
             for side, writer in sides.items():
-                writer.resume(saved.info[side], saved.tensors[side].numpy())
+                writer.resume(saved.info[side], saved.read(side).numpy())
 
         def state() -> Named:
             waiting = {side: torch.from_numpy(writer.waiting.astype("int32")) for side, writer in sides.items()}

@@ -27,14 +27,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slingshot.base.config import StageConfig
@@ -52,7 +50,8 @@ from slingshot.training.identity import Identity, content_digest, inputs
 from slingshot.training.interrupts import Interrupts
 from slingshot.training.lora import adapters, merged
 from slingshot.training.optimizer import Optimizer
-from slingshot.training.parallel import Parallel, load_whole, whole_tensors
+from slingshot.training.parallel import Parallel, whole_tensors
+from slingshot.training.state import State, StateWriter, cannot_write
 
 try:
     from torch.utils.tensorboard import SummaryWriter
@@ -63,22 +62,8 @@ _NOTHING_YET = {".lock", "identity.json"}  # of a working folder in which no wor
 Named = tuple[dict[str, Tensor], dict[str, Any]]  # tensors by name, and JSON
 
 
-@dataclass
-class State:
-    """A stage's state after `step` steps: named tensors and JSON."""
-
-    step: int
-    tensors: dict[str, Tensor]
-    info: dict[str, Any]
-
-    def group(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors named `prefix`/NAME, by NAME."""
-        start = f"{prefix}/"
-        return {name.removeprefix(start): tensor for name, tensor in self.tensors.items() if name.startswith(start)}
-
-
 class Checkpointer:
-    """The working folder of one run of one stage. Only the first rank writes.
+    """The working folder of one run of one stage. Only the first rank writes, but for its rows of the state.
 
     `reads`: where what the config names lies, by name. What `auto` means is decided once, by the first rank, and kept
     for a resume: `dtype` (of activations) and threads. `peak`: a process's measured matrix peak in that dtype, FLOP/s.
@@ -96,6 +81,7 @@ class Checkpointer:
         self._saved_at, self._step_at = time.monotonic(), (time.perf_counter(), 0.0)
         self._board: Any = None
         self._lock: int | None = None
+        self._writing: StateWriter | None = None
         self._chosen: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
@@ -114,6 +100,8 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
+        if self._writing is not None:
+            self._writing.wait()
         if self._lock is not None:
             if kind and issubclass(kind, Exception) and {p.name for p in self.folder.glob("*")} <= _NOTHING_YET:
                 shutil.rmtree(self.folder, ignore_errors=True)  # refused before it began
@@ -171,17 +159,12 @@ class Checkpointer:
 
     def load(self) -> State | None:
         """The last state saved by an earlier run, or None; drops metrics of later steps."""
-        state = None
-        if states := self._states():
-            step, folder = max(states.items())
-            try:
-                tensors = load_file(folder / "tensors.safetensors")
-            except (OSError, SafetensorError) as error:
-                way_out = f"remove {self.folder} to start the stage anew"
-                raise SlingshotError(f"{folder} cannot be read: {error}; {way_out}") from error
-            info = read_json(folder / "state.json")
-            self.meter = Meter(info["meter"])
-            state = State(step, tensors, info["info"])
+        states = self._states()
+        state = State(states[max(states)]) if states else None
+        if state:
+            self.meter = Meter(state.meter)
+            if not self.parallel.is_first:  # what all ranks spent is the first one's
+                self.meter.tokens, self.meter.flops_by_part = 0, dict.fromkeys(self.meter.flops_by_part, 0.0)
         if self.parallel.is_first:
             self._cut_metrics(state.step if state else 0)
             if SummaryWriter is not None:
@@ -220,7 +203,7 @@ class Checkpointer:
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({key: _short(value) for key, value in row.items()}) + "\n")
         except OSError as error:
-            raise self._no_space(self.folder, error) from error
+            raise cannot_write(self.folder, error.strerror or error) from error
         if self._board is not None:
             for key, value in row.items():
                 if isinstance(value, int | float):
@@ -239,43 +222,47 @@ class Checkpointer:
         kept = f"the state of step {max(self._states(), default=0)} is kept in {self.folder}"
         return SlingshotError(f"{self.out.name}: {what}; {kept}; lower the learning rate and run again")
 
-    def _no_space(self, folder: Path, error: Exception) -> SlingshotError:
-        why = (isinstance(error, OSError) and error.strerror) or error
-        return SlingshotError(f"cannot write {folder}: {why}; free space there and run the same command to go on")
-
     def keep(self, step: int, state: Callable[[], Named], stop: bool = False) -> None:
         """Save now and then; to `stop`, save at once and raise KeyboardInterrupt. `state` is called on every rank."""
         due = time.monotonic() - self._saved_at >= self.config.save_seconds
-        urgency = self.parallel.max(2 if stop else int(due))
-        if urgency == 0:
+        writes = self._writing is not None and not self._writing.done
+        urgency, busy = self.parallel.maxima(2 if stop else int(due), int(writes))
+        if urgency == 2 or not busy:
+            self._commit()
+        if urgency == 0 or (busy and urgency < 2):
             return
         self._saved_at = time.monotonic()
+        if self.parallel.is_first and (metrics := self.folder / "metrics.jsonl").exists():
+            with metrics.open("rb") as file:
+                os.fsync(file.fileno())  # before the state that counts on them
         tensors, info = state()
-        if self.parallel.is_first:
-            self._save(step, tensors, info)
-        self.parallel.barrier()
+        said = {"step": step, "meter": self.meter.state() | self._spent(), "info": info}
+        self._writing = StateWriter(self.folder / f"state-{step}", self.parallel, tensors, said)
+        if urgency == 2 or not self._writing.behind:
+            self._commit()
         if urgency == 2:
             raise KeyboardInterrupt
 
-    def _save(self, step: int, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
-        if (metrics := self.folder / "metrics.jsonl").exists():
-            with metrics.open("rb") as file:
-                os.fsync(file.fileno())  # before the state that counts on them
-        with new_folder(self.folder / f"state-{step}") as folder:
-            try:
-                stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-                save_file(stored, folder / "tensors.safetensors")
-            except (OSError, SafetensorError) as error:
-                raise self._no_space(folder, error) from error
-            write_json(folder / "state.json", {"step": step, "meter": self.meter.state(), "info": info})
-        for older, path in self._states().items():
-            if older != step:
-                shutil.rmtree(path)
+    def _commit(self) -> None:
+        """End the state that is being written, if one is; only the last one is kept."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.commit()
+            for path in self._states().values() if self.parallel.is_first else ():
+                if path != writing.folder:
+                    shutil.rmtree(path)
+
+    def _spent(self) -> dict[str, Any]:
+        """The meter's tokens and FLOPs, of all ranks."""
+        parts = self.parallel.sums({"tokens": self.meter.tokens, **self.meter.flops_by_part})
+        return {"tokens": int(parts.pop("tokens")), "flops_by_part": parts}
 
     def finish(self, write: Callable[[Path], None], extra: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Write the artifact with its metrics and receipt, whole or not at all, and remove the working folder."""
-        self.meter.flops_by_part = self.parallel.sums({"tokens": self.meter.tokens, **self.meter.flops_by_part})
-        self.meter.tokens = int(self.meter.flops_by_part.pop("tokens"))
+        if self._writing is not None:
+            self._writing.wait()  # the folder in which it writes is about to go
+        spent = self._spent()
+        self.meter.tokens, self.meter.flops_by_part = spent["tokens"], spent["flops_by_part"]
         if self.parallel.is_first:
             with Interrupts(), new_folder(self.out) as folder:  # a Ctrl-C waits for the little that is left
                 write(folder)
@@ -318,23 +305,29 @@ class Checkpointer:
         self.finish(write, extra)
 
     def training_state(self, model: Transformer, optimizer: Optimizer, reference: Transformer | None = None) -> Named:
-        """Weights (of a frozen base what is beside it) and optimizer state as named tensors, gathered on rank 0."""
+        """Weights (of a frozen base what is beside it) and optimizer state as named tensors, sharded as they are."""
         states = {"model": adapters(model) or model.state_dict(), "optimizer": optimizer.state()}
         if reference is not None:
             states["reference"] = reference.state_dict()
         named = {f"{group}/{name}": tensor for group, state in states.items() for name, tensor in state.items()}
-        return self._whole(named), {}
+        return named, {}
 
     def _whole(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in whole_tensors(state) if self.parallel.is_first}
 
 
+@torch.no_grad()
 def restore(saved: State, model: Transformer, optimizer: Optimizer, reference: Transformer | None = None) -> None:
-    """Take back what `Checkpointer.training_state` gave."""
-    load_whole(model, model.state_dict() | saved.group("model"))  # a frozen base is as it was read
-    optimizer.load(saved.group("optimizer"))
-    if reference is not None:
-        load_whole(reference, saved.group("reference"))
+    """Take back what `Checkpointer.training_state` gave. What was not saved, such as a frozen base, is as it was."""
+    for group, network in {"model": model, "reference": reference}.items():
+        for name, target in network.state_dict().items() if network is not None else ():
+            if f"{group}/{name}" in saved:
+                target.copy_(saved.read(f"{group}/{name}", target))
+
+    def read(name: str, like: Tensor) -> Tensor | None:
+        return saved.read(f"optimizer/{name}", like) if f"optimizer/{name}" in saved else None
+
+    optimizer.load(read)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from slingshot.base.config import Strict
 from slingshot.model.transformer import Transformer, local_part
-from slingshot.training.parallel import sharded_like, whole
+from slingshot.training.parallel import whole
 
 _NOT_OF_MUON = ("embed_tokens", "lm_head", "mlp.gate.weight")
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -218,13 +218,12 @@ class Optimizer:
         slots = ((name, part.state[parameter]) for name, part, parameter in self._slots())
         return {f"{name}.{key}": value for name, state in slots for key, value in state.items()}
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` gave, whole; sharded parameters take their shard."""
+    def load(self, read: Callable[[str, Tensor], Tensor | None]) -> None:
+        """Take back what `state` gave: `read` gives a tensor of that name, sharded as its parameter is, or None."""
         for name, part, parameter in self._slots():
             for key in ("step", "exp_avg", "exp_avg_sq", "momentum"):
-                if (value := state.get(f"{name}.{key}")) is not None:
-                    placed = value.to(parameter.device) if key == "step" else sharded_like(value, parameter)
-                    part.state[parameter][key] = placed.clone()
+                if (value := read(f"{name}.{key}", parameter)) is not None:
+                    part.state[parameter][key] = value
 
 
 @torch.no_grad()

@@ -111,7 +111,11 @@ class Parallel:
         return dict(zip(values, total.tolist(), strict=True))
 
     def max(self, value: int) -> int:
-        return int(self._all(torch.tensor(value), dist.ReduceOp.MAX))
+        return self.maxima(value)[0]
+
+    def maxima(self, *values: int) -> list[int]:
+        """Of each number the largest that a rank has."""
+        return [int(value) for value in self._all(torch.tensor(values), dist.ReduceOp.MAX)]
 
     def gather(self, rows: list[Any]) -> list[Any]:
         """Every rank's JSON rows, interleaved as the ranks took them: row i of rank r was row i * dp_size + r."""
@@ -148,16 +152,20 @@ def whole(tensor: Tensor) -> Tensor:
 
 def sharded_like(full: Tensor, target: Tensor) -> Tensor:
     """`full`, which every rank has, on the device of `target` and sharded as it is: of a DTensor this rank's rows."""
-    full = full.to(target.device)
+    local, first = local_part(target)
+    return placed_like(full if local is target else full[first : first + len(local)], target)
+
+
+def placed_like(rows: Tensor, target: Tensor) -> Tensor:
+    """This rank's rows of a tensor, on the device of `target` and a DTensor where that is one."""
+    rows = rows.to(target.device).contiguous()
     if not hasattr(target, "full_tensor"):
-        return full
+        return rows
     from torch.distributed.tensor import DTensor
 
     assert isinstance(target, DTensor)
-    local, first = local_part(target)
-    part = full[first : first + len(local)].contiguous()
     mesh, placements = target.device_mesh, target.placements
-    return DTensor.from_local(part, mesh, placements, run_check=False, shape=target.shape, stride=target.stride())
+    return DTensor.from_local(rows, mesh, placements, run_check=False, shape=target.shape, stride=target.stride())
 
 
 def whole_tensors(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

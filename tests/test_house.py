@@ -27,18 +27,18 @@ ROOMS = {
     "environments": (745, 247),
     "kernels": (834, 1217),
     "machine": (472, 319),
-    "model": (1889, 1405),
+    "model": (1902, 1405),
     "parity": (0, 1075),
     "planning": (2127, 1157),
-    "quantization": (538, 312),
+    "quantization": (640, 457),
     "recipe": (1331, 1087),
     "rollout": (842, 738),
     "sandbox": (1005, 625),
     "serving": (5846, 5582),
-    "stages": (2301, 3067),
+    "stages": (2311, 3087),
     "tasks": (3806, 2617),
     "text": (2015, 1810),
-    "training": (2608, 1632),
+    "training": (2630, 1727),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

@@ -51,6 +51,17 @@ def test_the_same_seed_makes_the_same_weights(base, pretraining, metrics, tmp_pa
         assert (tmp_path / "again" / file).read_bytes() == (base / file).read_bytes()
 
 
+def test_products_in_fp8_are_a_choice_of_training_alone(base, pretraining, metrics, tmp_path):
+    """It learns as without, from the same weights; the receipt tells of it, and the checkpoint is float32's."""
+    pretrain.run(pretraining(fp8="block"), tmp_path / "out")
+    rows, plain = metrics(tmp_path / "out"), metrics(base)
+    assert 0 < abs(rows[0]["loss"] - plain[0]["loss"]) < 0.01 * plain[0]["loss"]
+    assert rows[-1]["loss"] == pytest.approx(plain[-1]["loss"], rel=0.1)
+    assert Receipt.read(tmp_path / "out").config["fp8"] == "block"
+    assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert load_model(tmp_path / "out").lm_head.weight.dtype == torch.float32
+
+
 def test_the_corpus_follows_its_seed(pretraining):
     first, again, other = (pretrain.prepare(pretraining(seed=seed)) for seed in (0, 0, 1))
     assert np.array_equal(first.tokens_NT, again.tokens_NT) and np.array_equal(first.segments_NT, again.segments_NT)

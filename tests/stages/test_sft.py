@@ -87,6 +87,15 @@ def test_a_run_learns_the_format_and_says_what_it_took(base, finetuning, metrics
     assert load_model(tmp_path / "out").config == load_model(base).config
 
 
+def test_products_may_be_in_fp8_but_not_beside_adapters(finetuning, metrics, tmp_path):
+    for name, choice in (("plain", {}), ("low", {"fp8": "tensor"})):
+        sft.run(finetuning(epochs=1, **choice), tmp_path / name)
+    first, low = (metrics(tmp_path / name)[0]["loss"] for name in ("plain", "low"))
+    assert 0 < abs(low - first) < 0.05 * first
+    with pytest.raises(SlingshotError, match="sft: fp8: with lora the matrices that it is for are frozen; leave one"):
+        finetuning(fp8="block", lora={})
+
+
 def test_tasks_write_worked_solutions_of_the_train_split(base, finetuning, sums):
     tokenizer = load_tokenizer(base)
     config = finetuning(data=[], tasks=[sums], examples=20)

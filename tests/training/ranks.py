@@ -11,6 +11,7 @@ from slingshot.checkpoint.load_save import FolderWeights, load_model, load_weigh
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.training.batch import Rows
+from slingshot.training.fp8_training import train_in_fp8
 from slingshot.training.language_model import LanguageModelLoss, language_model_step
 from slingshot.training.optimizer import Optimizer, OptimizerConfig, update_router_biases
 from slingshot.training.parallel import Parallel, load_whole, sharded_like, whole_tensors
@@ -31,6 +32,19 @@ def batch(step):
     segments_BT = (torch.arange(24) // 7 + 1).expand(5, 24).clone()
     segments_BT[4, 12:] = 0
     return Rows(tokens_BT, segments_BT, (segments_BT > 0).float())
+
+
+def train_low(parallel):
+    """Losses and gradient norms of four steps with products in FP8."""
+    model = Transformer.empty(CONFIG, parallel.device, shard=parallel.shard)
+    model.init_weights(torch.Generator().manual_seed(0))
+    train_in_fp8(model, "block")
+    optimizer = Optimizer(model, OptimizerConfig(lr=0.01, adam_lr=0.01))
+    logged = []
+    for step in range(4):
+        loss = language_model_step(model, batch(step).shard(parallel), LanguageModelLoss(), 2, parallel).loss
+        logged.append([loss, optimizer.step(1.0)])
+    return logged
 
 
 def train(parallel):
@@ -56,6 +70,7 @@ def train(parallel):
             optimizer.load(lambda name, like, state=state: sharded_like(state[name], like) if name in state else None)
     return {
         "losses": logged,
+        "fp8": train_low(parallel),
         "biases": [layer.gate.e_score_correction_bias.tolist() for layer in model.moe_layers()],
         "weights": {name: tensor.flatten()[:50].tolist() for name, tensor in whole_tensors(model.state_dict())},
         "sharded": sorted({hasattr(parameter, "full_tensor") for parameter in model.parameters()}),

@@ -64,6 +64,15 @@ def test_losses_and_norms_are_those_of_one_process(alone, spread):
         assert torch.allclose(torch.tensor(rank["losses"]), torch.tensor(alone["losses"]), atol=1e-5, rtol=1e-6)
 
 
+def test_products_in_fp8_are_sharded_alike(alone, spread):
+    """A token's products do not depend on who has it; gradients of weights round in tiles of a rank's own tokens."""
+    losses = torch.tensor(alone["fp8"])
+    assert abs(losses[0, 0] - alone["losses"][0][0]) > 1e-5
+    for rank in spread:
+        found = torch.tensor(rank["fp8"])
+        assert torch.allclose(found[0, 0], losses[0, 0], atol=1e-5) and torch.allclose(found, losses, rtol=0.03)
+
+
 def test_router_biases_are_equal_on_all_ranks(alone, spread):
     assert all(rank["biases"] == alone["biases"] for rank in spread)
     assert any(abs(bias) > 0.05 for layer in alone["biases"] for bias in layer)

@@ -3,7 +3,8 @@
 `Linear` is one matrix, `Embedding` a matrix whose rows are looked up, `GroupedLinear` a stack of expert matrices over
 rows sorted by expert, `RMSNorm` a vector of gains. Every product takes its weight from `matrix`. In the place of a
 parameter a `weight` may be a frozen matrix in another form (int8, int4, fp8: model/stored.py), or one that is rounded
-while it is trained (model/rounded.py); a low-rank change beside it (LoRA) is a subclass.
+while it is trained (model/rounded.py); a low-rank change beside it (LoRA) is a subclass. With `fp8` a float32 matrix is
+trained by products whose factors are rounded (quantization/fp8_product.py).
 
 Shape suffixes: N rows, X any leading dimensions, D input width, F output width, E experts, H heads, V vocabulary,
 R rank of a low-rank change, G the matrices that an expert has side by side (gate and up).
@@ -24,6 +25,7 @@ from slingshot.kernels.grouped import grouped_matmul
 from slingshot.kernels.norm import residual_norm, rms_norm
 from slingshot.model.rounded import RoundedMatrix
 from slingshot.model.stored import StoredMatrix
+from slingshot.quantization.fp8_product import FP8Scaling, fp8_grouped_matmul, fp8_matmul
 
 
 def _numbers(weight: Tensor | StoredMatrix | RoundedMatrix, dtype: torch.dtype) -> Tensor:
@@ -39,6 +41,7 @@ class Linear(nn.Module):
     """y_XF = x_XD W_FD^T (+ b_F). Weights keep their dtype (float32 masters in training) and multiply in x's."""
 
     keeps_float32 = False  # whether the weight stays float32 in a model whose weights are cast to another dtype
+    fp8: FP8Scaling | None = None  # of the factors of every product but those of `by_head`
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
@@ -58,8 +61,12 @@ class Linear(nn.Module):
         if _stored(self) is not None:
             y_XF = frozen_product(x_XD, self)
             return y_XF if bias is None else y_XF + bias
-        weight = self.matrix(x_XD.dtype)
-        return F.linear(x_XD, weight.detach() if detach else weight, bias)
+        weight = self.matrix(x_XD.dtype if self.fp8 is None else torch.float32)
+        weight = weight.detach() if detach else weight
+        if self.fp8 is None:
+            return F.linear(x_XD, weight, bias)
+        y_XF = fp8_matmul(x_XD.flatten(0, -2), weight, self.fp8).unflatten(0, x_XD.shape[:-1])
+        return y_XF if bias is None else y_XF + bias
 
     def by_head(self, x_XHD: Tensor, part: slice, transposed: bool = False) -> Tensor:
         """Each head's x times `part` of the rows that the weight has for that head, W^T or, transposed, W: y_XHF."""
@@ -195,7 +202,8 @@ def joined(x_XD: Tensor, *linears: Linear) -> Tensor:
     """
     if not x_XD.is_cuda and all(linear.bias is None for linear in linears):
         stored = [_stored(linear) is not None for linear in linears]
-        if all(type(linear) is Linear for linear in linears) and not any(stored):
+        plain = all(type(linear) is Linear and linear.fp8 is None for linear in linears)
+        if plain and not any(stored):
             return F.linear(x_XD, torch.cat([linear.matrix(x_XD.dtype) for linear in linears]))
         pairs = zip(linears, stored, strict=True)
         if all(isinstance(its, LoRALinear) or (type(its) is Linear and held) for its, held in pairs):
@@ -216,6 +224,8 @@ class Embedding(Linear):
 class GroupedLinear(nn.Module):
     """A stack of expert matrices [E, *out, D]; extra output dimensions (gate and up) are flattened in the product."""
 
+    fp8: FP8Scaling | None = None
+
     def __init__(self, n_experts: int, in_features: int, *out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_experts, *out_features, in_features))
@@ -234,6 +244,8 @@ class GroupedLinear(nn.Module):
         if (stored := _stored(self)) is not None:
             y_NF: Tensor = FrozenGroups.apply(x_ND, stored, counts)
             return y_NF
+        if self.fp8 is not None:
+            return fp8_grouped_matmul(x_ND, self._stored_matrix(torch.float32), counts, self.fp8)
         weight_EFD = self._stored_matrix(x_ND.dtype)
         return grouped_matmul(x_ND, weight_EFD.flatten(1, -2) if weight_EFD.dim() > 3 else weight_EFD, counts)
 

@@ -84,9 +84,10 @@ class Experts(nn.Module):
 
     @property
     def plain(self) -> bool:
-        """Whether both are nothing but their weights, as numbers."""
+        """Whether both are nothing but their weights, as numbers, and multiply by them as they are."""
         both: tuple[Any, ...] = self.gate_up_proj, self.down_proj
-        return all(type(each) is GroupedLinear and not isinstance(each.weight, StoredMatrix) for each in both)
+        kinds = all(type(each) is GroupedLinear and not isinstance(each.weight, StoredMatrix) for each in both)
+        return kinds and all(each.fp8 is None for each in both)
 
 
 class MoE(nn.Module):

@@ -33,6 +33,7 @@ from slingshot.data.packing import pack, strided
 from slingshot.machine.device import Dtype
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
+from slingshot.quantization.fp8_product import FP8Scaling
 from slingshot.stages.tool_documents import ToolDocument
 from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import passes
@@ -42,6 +43,7 @@ from slingshot.text.reasoning import encode_responses
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.batch import Rows
 from slingshot.training.checkpointer import Checkpointer, restore
+from slingshot.training.fp8_training import train_in_fp8
 from slingshot.training.interrupts import Interrupts
 from slingshot.training.language_model import LanguageModelLoss, evaluate_loss, language_model_step
 from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule, update_router_biases
@@ -118,6 +120,7 @@ class PretrainConfig(StageConfig):
     bias_update_speed: float = Field(1e-3, ge=0)
     bias_frozen_share: float = Field(0.05, ge=0, le=1)  # of the steps, at the end (arXiv 2412.19437, 4.2)
     dtype: Dtype = "auto"
+    fp8: FP8Scaling | None = None
 
     @field_validator("model", mode="before")
     @classmethod
@@ -150,6 +153,7 @@ def run(config: PretrainConfig, out: Path) -> None:
         model = Transformer.empty(model_config, parallel.device, shard=parallel.shard)
         model.init_weights(torch.Generator().manual_seed(config.seed))
         model.compute_dtype = work.dtype
+        train_in_fp8(model, config.fp8)
         optimizer = Optimizer(model, config.optimizer)
         saved = work.load()
         done = saved.step if saved else 0

@@ -25,6 +25,7 @@ from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.flops import training_parts
 from slingshot.data.examples import Conversation, Example, read_examples
 from slingshot.machine.device import Dtype
+from slingshot.quantization.fp8_product import FP8Scaling
 from slingshot.rollout.rollout import PromptForm
 from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import TaskMix
@@ -34,6 +35,7 @@ from slingshot.text.tokenizer import Tokenizer
 from slingshot.text.turns import encode_conversation
 from slingshot.training.batch import Rows
 from slingshot.training.checkpointer import Checkpointer, restore
+from slingshot.training.fp8_training import train_in_fp8
 from slingshot.training.interrupts import Interrupts
 from slingshot.training.language_model import LanguageModelLoss, language_model_step
 from slingshot.training.lora import LoRAConfig, add_lora
@@ -67,11 +69,14 @@ class SFTConfig(StageConfig):
     loss: LanguageModelLoss = LanguageModelLoss()
     lora: LoRAConfig | None = None
     dtype: Dtype = "auto"
+    fp8: FP8Scaling | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if not self.data and not (self.tasks and self.examples):
             raise ValueError("no examples: give data = [...], or tasks = [...] with examples = N")
+        if self.lora is not None and self.fp8 is not None:
+            raise ValueError("fp8: with lora the matrices that it is for are frozen; leave one of them out")
         return self
 
 
@@ -93,6 +98,7 @@ def run(config: SFTConfig, out: Path) -> None:
             batches += [rows[start : start + size] for start in range(0, len(rows), size)]
 
         model.compute_dtype = work.dtype
+        train_in_fp8(model, config.fp8)
         if config.lora is not None:
             add_lora(model, config.lora, config.seed, parallel)
         passed = None if config.lora is None else config.lora.numbers_passed(model.config)

@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -34,6 +34,15 @@ def running(
     command: list[str], port: int, log: Path, environment: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[str]:
     """A server's process, and what it started: its URL. Fails with the end of its log where it does not answer."""
+    with started(command, port, log, environment) as (url, _):
+        yield url
+
+
+@contextlib.contextmanager
+def started(
+    command: list[str], port: int, log: Path, environment: Mapping[str, str]
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """As `running`, and what kills it."""
     more = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1",
             "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **environment}  # fmt: skip
     with log.open("wb") as output:
@@ -50,7 +59,7 @@ def running(
         else:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
             pytest.fail(f"{command[0]} does not answer; the end of {log}:\n{tail}", pytrace=False)
-        yield url
+        yield url, lambda: os.killpg(process.pid, signal.SIGKILL)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -38,6 +38,7 @@ from slingshot.cli.commands import Commands
 from slingshot.cli.generate import generate
 from slingshot.cli.keys import show_keys, show_recipes, show_tasks
 from slingshot.cli.plan import app as plan_app
+from slingshot.cli.rollout_server import rollout_server
 from slingshot.cli.serve import KVCacheForm, serve
 from slingshot.recipe.origin import Origin, last_task
 from slingshot.recipe.recipe import Recipe
@@ -345,6 +346,7 @@ def chat(
 
 app.command()(generate)
 app.command()(serve)
+app.command("rollout-server")(rollout_server)
 app.command()(usage)
 app.add_typer(keys_app, name="keys")
 app.command("bench")(bench)

@@ -187,11 +187,11 @@ class Rollout:
         kept = [[each for each in group if each.turns[-1].finish_reason != "abort"] for group in groups]
         if aborted := sum(map(len, groups)) - sum(map(len, kept)):
             self._count("aborted", "the sampler broke off a response", aborted)
-        kept = [group for group in kept if group]
-        sums = self.parallel.sums({"made": len(kept), **self.counts})
+        lost, kept = sum(not group for group in kept), [group for group in kept if group]
+        sums = self.parallel.sums({"made": len(kept), "lost": lost, **self.counts})
         totals = Counter({kind: round(total) for kind, total in sums.items() if total})
         self.verification.verified += totals.pop("verified", 0)
-        self._all += totals + Counter(asked=asked)
+        self._all += totals + Counter(asked=asked - totals.pop("lost", 0))
         self.counts = totals - Counter(made=totals["made"])
         if self._all["asked"] >= _PATIENCE:
             self.refuse_nothing()

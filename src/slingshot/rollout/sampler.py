@@ -69,8 +69,11 @@ class Sampler(Protocol):
         A key names the noise of its prompt's samples: seed, key and weights make the tokens, whatever runs beside them.
         """
 
-    def update_weights(self, version: int, state: Mapping[str, Tensor]) -> None:
-        """Sample with these weights from now on: a model's state dict, sharded or not. No samples are under way."""
+    def update_weights(self, version: int, state: Mapping[str, Tensor]) -> dict[str, float]:
+        """Sample with these weights from now on: a model's state dict, sharded or not. No samples are under way.
+
+        Returns numbers to be logged.
+        """
 
 
 class EngineSampler:
@@ -109,10 +112,11 @@ class EngineSampler:
             for request_id in running:
                 engine.abort(request_id)
 
-    def update_weights(self, version: int, state: Mapping[str, Tensor]) -> None:
+    def update_weights(self, version: int, state: Mapping[str, Tensor]) -> dict[str, float]:
         """Parameters are gathered and copied one by one; those that model and engine share are there already."""
         pairs = ((name, whole(tensor)) for name, tensor in state.items())
         self._engine.update_weights(self._engine.model if self._shares else pairs, version)
+        return {}
 
 
 Script = Callable[[str, int], Solution | str]
@@ -146,10 +150,9 @@ class ScriptedSampler:
         forced = [replace(its, max_tokens=size, ignore_eos=True) for its, size in zip(params, longest, strict=True)]
         yield from ((index, said[index]) for index, _ in self._timed.sample(prompts, forced, keys))
 
-    def update_weights(self, version: int, state: Mapping[str, Tensor]) -> None:
+    def update_weights(self, version: int, state: Mapping[str, Tensor]) -> dict[str, float]:
         self.version = version
-        if self._timed is not None:
-            self._timed.update_weights(version, state)
+        return {} if self._timed is None else self._timed.update_weights(version, state)
 
     def _say(self, prompt: list[int], words: Solution | str, max_tokens: int) -> Sampled:
         if isinstance(words, Solution):

@@ -11,13 +11,14 @@ their group's mean: clipped ratio, k3 KL to a reference that is replaced now and
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from slingshot.base.config import StageConfig
@@ -27,12 +28,14 @@ from slingshot.checkpoint.frozen import load_frozen
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.flops import forward_flops, training_parts
 from slingshot.machine.device import Dtype
+from slingshot.model.stored import holds_stored
 from slingshot.model.transformer import Transformer
 from slingshot.rollout.curriculum import Curriculum
 from slingshot.rollout.reward import RewardWeights, assign_advantages, assign_rewards, has_signal
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
 from slingshot.rollout.trajectory import Trajectory, pack, row_shape, sampling_cost
+from slingshot.rollout.vllm import NoServerLeft, VllmSampler
 from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import TaskMix
 from slingshot.tasks.verification import VerificationPool
@@ -52,11 +55,14 @@ from slingshot.training.policy import (
 )
 
 COLLAPSED = 0.05  # of the first step's entropy
+WAIT = 2.0  # seconds until servers are asked again whether they take weights
 
 
 class RLConfig(StageConfig):
-    """`max_flops` ends training once this stage has spent as many (sampling included)."""
+    """`max_flops` ends training once this stage has spent as many (sampling included). `rollouts`: addresses of vLLM
+    servers that sample in the place of this process."""
 
+    without_effect: ClassVar[frozenset[str]] = StageConfig.without_effect | {"rollouts"}
     moved: ClassVar[dict[str, str]] = (
         MOVED_TO_OPTIMIZER
         | MOVED_TO_SAMPLING
@@ -78,6 +84,7 @@ class RLConfig(StageConfig):
     minibatches: int = Field(1, ge=1)
     micro_batch_size: int = Field(32, ge=1)
     expert_parallel: int = Field(1, ge=1)
+    rollouts: list[str] = []
     sequence_length: int = Field(256, ge=8)
     bias_update_speed: float = Field(0.0, ge=0)
     refill: int = Field(0, ge=0, le=100)
@@ -101,6 +108,16 @@ class RLConfig(StageConfig):
         """Whether logprobs before the update take a pass of their own: the only update's own pass has them, too."""
         return self.loss.importance != "none" and self.minibatches > 1
 
+    @field_validator("rollouts")
+    @classmethod
+    def _addresses(cls, rollouts: list[str]) -> list[str]:
+        for url in rollouts:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"{url!r:.80} is no server's address: write http://HOST:PORT")
+        if len(set(rollouts)) < len(rollouts):
+            raise ValueError("a server is named twice")
+        return rollouts
+
     @model_validator(mode="after")
     def _samples_what_it_trains(self) -> Self:
         if self.sampling.temperature == 0 or self.sampling.top_p < 1 or self.sampling.top_k > 0:
@@ -123,12 +140,18 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
         if config.lora is not None:
             add_lora(model, config.lora, config.seed, parallel)
         passed = None if config.lora is None else config.lora.numbers_passed(model.config)
-        sampler = sampler or EngineSampler.beside(model, tokenizer, work.dtype, parallel.mesh is None)
         params = config.sampling.params(config.group_size, config.seed)
         if config.loss.replay_routing:
             if not model.config.n_moe_layers:
                 raise SlingshotError("loss.replay_routing: this model has no experts; leave it out")
             params = replace(params, routed_experts=True)
+        if sampler is None and config.rollouts:
+            if holds_stored(model):
+                raise SlingshotError("rollouts: servers take whole weights, and this base is of few bits; leave it out")
+            probes = [(item, config.form.encode(tokenizer, item.problem, item.task.tools)) for item in tasks.draw(0, 8)]
+            where = work.folder / "weights"
+            sampler = VllmSampler(config.rollouts, model, tokenizer, where, probes, params, parallel)
+        sampler = sampler or EngineSampler.beside(model, tokenizer, work.dtype, parallel.mesh is None)
         pool = VerificationPool(tasks.tasks)
         rollout = Rollout(sampler, params, config.form, pool, parallel)
         parallel.shard(model)
@@ -145,6 +168,11 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
         place = info.get("drawn", done * config.prompts_per_step)
         curriculum = Curriculum(tasks, config.retire, place, info.get("retired", ()))
         entropy = EntropyWatch(info.get("entropy"))
+
+        def state() -> Named:
+            tensors, _ = work.training_state(model, optimizer, moving)
+            return tensors, {**curriculum.state(), "entropy": entropy.first}
+
         with pool, Interrupts() as interrupts, Progress(out.name, config.steps, done, parallel.is_first) as progress:
             for step in range(done, config.steps):
                 spent = 0.0
@@ -156,8 +184,13 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
                 if moving is not None and step and step % config.loss.reference_steps == 0:
                     load_whole(moving, model.state_dict())
 
-                sampler.update_weights(step, merged(model))
-                groups, left_out = collect(rollout, curriculum, config, step)
+                place = curriculum.place
+                while True:  # again where no server was left before all samples were made
+                    pushed = hand_over(sampler, step, model, lambda at: work.keep(at, state, interrupts.asked))
+                    groups, left_out = collect(rollout, curriculum, config, step)
+                    if not (config.rollouts and left_out["aborted"]):
+                        break
+                    curriculum.place = place
                 curriculum.note(groups, parallel)
                 # What could not be verified is in no group's mean and moves nothing: its 0 is the verifier's failure.
                 signals = [[each for each in group if each.verified] for group in groups if has_signal(group)]
@@ -176,20 +209,29 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
                 row = summary(groups, parallel, calls=any(task.tools for task in tasks.tasks))
                 speed = work.speed(int(parallel.sums({"tokens": tokens})["tokens"]))
                 lr = config.optimizer.lr * schedule(config.optimizer, step, config.steps)
-                work.log({"step": step + 1, **row, **update, **left_out, "lr": lr, **speed})
+                work.log({"step": step + 1, **row, **update, **left_out, **pushed, "lr": lr, **speed})
                 entropy.watch(update.get("entropy"), parallel.is_first)
                 shown = {"reward": row["reward"], "pass": row["pass_rate"], "length": row["response_tokens"]}
                 shown |= {"calls": row["calls"]} if "calls" in row else {}
                 progress.update(step + 1, **shown, **{"tokens/s": speed["tokens_per_second"]})
-
-                def state() -> Named:
-                    tensors, _ = work.training_state(model, optimizer, moving)
-                    return tensors, {**curriculum.state(), "entropy": entropy.first}
-
                 work.keep(step + 1, state, stop=interrupts.asked)
 
         rollout.refuse_nothing()
         work.finish_checkpoint(model, tokenizer, source)
+
+
+def hand_over(sampler: Sampler, step: int, model: Transformer, keep: Callable[[int], None]) -> dict[str, float]:
+    """Give the sampler the weights of a step. While no server takes them this waits, saves, and stops where asked."""
+    told = False
+    while True:
+        try:
+            return sampler.update_weights(step, merged(model))
+        except NoServerLeft as error:
+            if not told:
+                print(f"{error}; waiting for one", file=sys.stderr)
+            told = True
+        keep(step)
+        time.sleep(WAIT)
 
 
 def collect(
@@ -208,7 +250,7 @@ def collect(
         left_out += rollout.counts
         with_signal = rollout.parallel.sums({"groups": sum(has_signal(group) for group in groups)})["groups"]
         lacking = config.prompts_per_step - round(with_signal)
-        if lacking <= 0:
+        if lacking <= 0 or left_out["aborted"]:
             break
     return groups, left_out
 

@@ -11,10 +11,12 @@ from slingshot.checkpoint.load_save import FolderWeights, load_model, load_weigh
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.training.batch import Rows
+from slingshot.training.checkpointer import Checkpointer, restore
 from slingshot.training.fp8_training import train_in_fp8
-from slingshot.training.language_model import LanguageModelLoss, language_model_step
+from slingshot.training.language_model import LanguageModelLoss, MemoryConfig, language_model_step
 from slingshot.training.optimizer import Optimizer, OptimizerConfig, update_router_biases
-from slingshot.training.parallel import Parallel, load_whole, sharded_like, whole_tensors
+from slingshot.training.parallel import Parallel, whole_tensors
+from slingshot.training.state import State, StateWriter
 
 STEPS = 20
 CONFIG = ModelConfig(
@@ -47,12 +49,13 @@ def train_low(parallel):
     return logged
 
 
-def train(parallel):
-    """20 steps; half-way everything is gathered into a new model and optimizer, as resuming does."""
+def train(parallel, folder, **memory):
+    """20 steps; half-way the state is saved into a folder, and a new model and optimizer take it back."""
 
     def start():
         model = Transformer.empty(CONFIG, parallel.device, shard=parallel.shard)
         model.init_weights(torch.Generator().manual_seed(0))
+        MemoryConfig(**memory).apply(model)
         return model, Optimizer(model, OptimizerConfig(lr=0.01, adam_lr=0.01))
 
     model, optimizer = start()
@@ -64,10 +67,11 @@ def train(parallel):
         loads = [float(load.max()) for load in losses.load_LE]
         logged.append([losses.loss, losses.mtp_loss, losses.balance_loss, norm, *loads])
         if step == STEPS // 2:
-            weights, state = dict(whole_tensors(model.state_dict())), dict(whole_tensors(optimizer.state()))
+            tensors, _ = Checkpointer.training_state(model, optimizer)
+            StateWriter(folder, parallel, tensors, {"step": step + 1, "meter": {}, "info": {}}).commit()
+            parallel.barrier()
             model, optimizer = start()
-            load_whole(model, weights)
-            optimizer.load(lambda name, like, state=state: sharded_like(state[name], like) if name in state else None)
+            restore(State(folder), model, optimizer)
     return {
         "losses": logged,
         "fp8": train_low(parallel),
@@ -97,4 +101,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with Parallel.start(int(sys.argv[2])) as me:
         place = Path(sys.argv[1])
-        (place / f"rank-{me.dp_rank}.json").write_text(json.dumps(train(me) | {"reading": read(me, place / "model")}))
+        again = train(me, place / "again", recompute="full", logits_chunk=16)["losses"]
+        found = train(me, place / "state") | {"again": again, "reading": read(me, place / "model")}
+        (place / f"rank-{me.dp_rank}.json").write_text(json.dumps(found))

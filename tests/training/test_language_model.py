@@ -9,7 +9,13 @@ from slingshot.cost.flops import training_flops, training_parts
 from slingshot.data.packing import pack
 from slingshot.model.moe import balance_loss
 from slingshot.training.batch import Rows
-from slingshot.training.language_model import LanguageModelLoss, evaluate_loss, language_model_step
+from slingshot.training.language_model import (
+    LanguageModelLoss,
+    MemoryConfig,
+    evaluate_loss,
+    head_logprobs,
+    language_model_step,
+)
 from slingshot.training.parallel import Parallel
 
 ALONE = Parallel()
@@ -145,3 +151,41 @@ def test_ranks_share_the_rows_and_all_take_part():
     shares = [rows.shard(Parallel(rank, 2)) for rank in range(2)]
     assert [share.tokens_BT[:, 0].tolist() for share in shares] == [[1, 3, 5], [2, 4, 0]]
     assert shares[1].segments_BT[-1].tolist() == [0, 0] and shares[1].weights_BT[-1].tolist() == [0, 0]
+
+
+def test_blocks_computed_again_give_the_same_gradients_to_the_bit(make_model, deepseek):
+    """And keep less: of each block, MTP's included, the backward pass has its input alone."""
+    found, kept = [], []
+    for recompute in ("none", "full"):
+        model = make_model(deepseek())
+        MemoryConfig(recompute=recompute).apply(model)
+        sizes = dict[int, int]()
+
+        def keep(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(packed_rows().tokens_BT, mtp=True)
+        kept.append(sum(sizes.values()))
+        losses = language_model_step(model, packed_rows(), WEIGHTS, 2, ALONE)
+        found.append((losses.loss, losses.mtp_loss, losses.balance_loss, gradients(model)))
+    assert found[0][:3] == found[1][:3] and found[0][3].keys() == found[1][3].keys()
+    assert all(torch.equal(gradient, found[1][3][name]) for name, gradient in found[0][3].items())
+    assert kept[1] < 0.5 * kept[0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logits_of_some_tokens_at_a_time_give_the_same_gradients(model, temperature):
+    hidden_ND = torch.randn(300, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    targets_N = torch.arange(300) % model.config.vocab_size
+    found = []
+    for chunk in (0, 128, 1000):
+        MemoryConfig(logits_chunk=chunk).apply(model)
+        given = hidden_ND.clone().requires_grad_()
+        logprobs_N, entropies_N = head_logprobs(model, given, targets_N, temperature)
+        (logprobs_N * torch.linspace(0, 1, 300)).sum().backward()
+        found.append((logprobs_N.detach(), entropies_N, given.grad, *gradients(model).values()))
+    MemoryConfig().apply(model)
+    for one, chunked, large in zip(*found, strict=True):
+        assert torch.allclose(one, chunked, atol=1e-5, rtol=1e-5) and torch.equal(one, large)

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from slingshot.kernels.logprobs import token_logprobs
 from slingshot.training.objectives import (
     POLICY_LOSSES,
     cispo,
-    cross_entropy,
     group_advantages,
     grpo,
     gspo,
@@ -16,7 +16,6 @@ from slingshot.training.objectives import (
     k3,
     off_policy,
     targets_ahead,
-    token_logprobs,
     token_shares,
 )
 
@@ -25,16 +24,13 @@ def row(*values):
     return torch.tensor(values)
 
 
-def test_cross_entropy_is_a_weighted_sum_in_nats():
-    """Logits (ln 3, 0) give probabilities (3/4, 1/4)."""
+def test_cross_entropy_is_in_nats():
+    """Logits (ln 3, 0) give probabilities (3/4, 1/4); the gradient is probability - target."""
     logits = row(math.log(3), 0.0).expand(2, 2)
-    targets = torch.tensor([0, 1])
-    assert float(cross_entropy(logits, targets)) == pytest.approx(math.log(4 / 3) + math.log(4))
-    weighted = 2 * math.log(4 / 3) + 0.5 * math.log(4)
-    assert float(cross_entropy(logits, targets, row(2.0, 0.5))) == pytest.approx(weighted)
-    # its gradient: weight (probability - target)
+    losses = -token_logprobs(logits, torch.tensor([0, 1]))[0]
+    assert losses.tolist() == pytest.approx([math.log(4 / 3), math.log(4)])
     logits = row(math.log(3), 0.0)[None].requires_grad_()
-    cross_entropy(logits, torch.tensor([1]), row(2.0)).backward()
+    (-2 * token_logprobs(logits, torch.tensor([1]))[0]).sum().backward()
     assert logits.grad is not None and logits.grad[0].tolist() == pytest.approx([1.5, -1.5])
 
 

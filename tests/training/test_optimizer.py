@@ -97,6 +97,28 @@ def test_adamw_is_torchs_to_the_bit(dtype):
     assert ours[3] not in parts[0].state
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_momenta_kept_in_16_bits_are_those_of_32_rounded_after_every_step(kind):
+    def part(kept_as):
+        parameters = [nn.Parameter(normal(8, 8)), nn.Parameter(normal(3, 8, seed=1))]
+        if kind == "adamw":
+            return parameters, AdamW([{"params": parameters, "weight_decay": 0.1}], 1e-2, (0.9, 0.95), kept_as)
+        return parameters, Muon(parameters, 1e-2, 0.9, 0.1, torch.float32, kept_as)
+
+    (narrow, ours), (wide, theirs) = part(torch.bfloat16), part(None)
+    for step in range(3):
+        for parameters, its in ((narrow, ours), (wide, theirs)):
+            for parameter in parameters:
+                parameter.grad = normal(*parameter.shape, seed=10 + step)
+            its.step()
+        for state in theirs.state.values():
+            for name in state.keys() - {"step"}:
+                state[name].copy_(state[name].bfloat16())
+    assert all(map(torch.equal, narrow, wide))
+    dtypes = {each.dtype for state in ours.state.values() for name, each in state.items() if name != "step"}
+    assert dtypes == {torch.bfloat16}
+
+
 STEP = """
 import sys
 import torch
@@ -206,7 +228,7 @@ def test_a_restored_optimizer_goes_on_identically(make_model, deepseek, changes)
     again = make_model(deepseek(), seed=9)
     again.load_state_dict(weights)
     restored = Optimizer(again, config)
-    restored.load(state)
+    restored.load(lambda name, _: state.get(name))
     assert [take_step(again, restored, seed) for seed in (3, 4)] == norms
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
 

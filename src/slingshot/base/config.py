@@ -164,7 +164,9 @@ def _nested(model: type[Strict], location: Sequence[int | str]) -> type[Strict]:
 class StageConfig(Strict):
     """What the config of every stage has. `threads` 0: the fastest here; `price`: money per hour of this machine."""
 
-    without_effect: ClassVar[frozenset[str]] = frozenset({"threads", "price", "save_seconds", "expert_parallel"})
+    without_effect: ClassVar[frozenset[str]] = frozenset(
+        {"threads", "price", "save_seconds", "expert_parallel", "memory.recompute"}
+    )
 
     seed: int = Field(0, ge=0, lt=2**63)
     threads: int = Field(0, ge=0)

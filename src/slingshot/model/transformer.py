@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,8 @@ class _Body(nn.Module):
 class Transformer(nn.Module):
     """Decoder-only language model of either family. Activations run in `compute_dtype` (default: the parameters').
 
-    With `recompute` the backward pass has of each main block its input alone, and computes the rest again.
+    With `recompute` the backward pass has of each block its input alone, and computes the rest again; with
+    `logits_chunk` so do the logits of as many tokens at a time, where a loss is of them (training/language_model.py).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -103,6 +104,7 @@ class Transformer(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         self.recompute = False
+        self.logits_chunk = 0
         self.model = _Body(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
@@ -195,9 +197,7 @@ class Transformer(nn.Module):
         for number, layer in enumerate(self.model.layers[: config.num_hidden_layers]):
             at = number - config.first_k_dense_replace  # among the MoE layers
             replayed_BTk = None if replayed_BTLk is None or at < 0 else replayed_BTLk[:, :, at]
-            given = x_BTD, context, replayed_BTk
-            again = self.recompute and torch.is_grad_enabled()
-            x_BTD, routing = checkpoint(layer, *given, use_reentrant=False) if again else layer(*given)
+            x_BTD, routing = self._through(layer, x_BTD, context, replayed_BTk)
             routings.append(routing)
         output = ModelOutput(hidden_BTD=self.model.norm(x_BTD))
         if mtp:
@@ -205,7 +205,7 @@ class Transformer(nn.Module):
             if detach_mtp:
                 hidden_BTD, following_BTD = hidden_BTD.detach(), following_BTD.detach()
             module = self.model.layers[config.num_hidden_layers]
-            output.mtp_hidden_BTD, routing = module(hidden_BTD, context, following_BTD)
+            output.mtp_hidden_BTD, routing = self._through(module, hidden_BTD, context, following_BTD)
             routings.append(routing)
         if packed and (chosen := [routing for routing in routings if routing is not None]):
             shape, valid_BT = tokens_BT.shape, None if segments_BT is None else segments_BT > 0
@@ -216,6 +216,11 @@ class Transformer(nn.Module):
         if logits:
             output.logits_BTV = self.lm_logits(output.hidden_BTD)
         return output
+
+    def _through(self, layer: nn.Module, *given: Any) -> Routed:
+        again = self.recompute and torch.is_grad_enabled()
+        found: Routed = checkpoint(layer, *given, use_reentrant=False) if again else layer(*given)
+        return found
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, int]:

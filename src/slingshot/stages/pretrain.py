@@ -45,7 +45,7 @@ from slingshot.training.batch import Rows
 from slingshot.training.checkpointer import Checkpointer, restore
 from slingshot.training.fp8_training import train_in_fp8
 from slingshot.training.interrupts import Interrupts
-from slingshot.training.language_model import LanguageModelLoss, evaluate_loss, language_model_step
+from slingshot.training.language_model import LanguageModelLoss, MemoryConfig, evaluate_loss, language_model_step
 from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule, update_router_biases
 from slingshot.training.parallel import Parallel
 from slingshot.training.shard_corpus import ShardCorpus
@@ -113,6 +113,7 @@ class PretrainConfig(StageConfig):
     sequence_length: int = Field(256, ge=8)
     batch_size: int = Field(32, ge=1)  # rows of `sequence_length`, over all ranks
     micro_batch_size: int = Field(32, ge=1)
+    memory: MemoryConfig = MemoryConfig()
     expert_parallel: int = Field(1, ge=1)
     steps: int = Field(1000, ge=1)
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -154,6 +155,7 @@ def run(config: PretrainConfig, out: Path) -> None:
         model.init_weights(torch.Generator().manual_seed(config.seed))
         model.compute_dtype = work.dtype
         train_in_fp8(model, config.fp8)
+        config.memory.apply(model)
         optimizer = Optimizer(model, config.optimizer)
         saved = work.load()
         done = saved.step if saved else 0

@@ -41,7 +41,7 @@ from slingshot.tasks.mixture import TaskMix
 from slingshot.tasks.verification import VerificationPool
 from slingshot.training.checkpointer import Checkpointer, Named, restore
 from slingshot.training.interrupts import Interrupts
-from slingshot.training.language_model import add_loads, busiest
+from slingshot.training.language_model import MemoryConfig, add_loads, busiest
 from slingshot.training.lora import LoRAConfig, add_lora, merged, twin
 from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule, update_router_biases
 from slingshot.training.parallel import Parallel, load_whole
@@ -83,6 +83,7 @@ class RLConfig(StageConfig):
     lora: LoRAConfig | None = None
     minibatches: int = Field(1, ge=1)
     micro_batch_size: int = Field(32, ge=1)
+    memory: MemoryConfig = MemoryConfig()
     expert_parallel: int = Field(1, ge=1)
     rollouts: list[str] = []
     sequence_length: int = Field(256, ge=8)
@@ -158,6 +159,7 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
         for network in (model, reference):
             if network is not None:
                 network.compute_dtype = work.dtype
+                config.memory.apply(network)
         moving = reference if config.lora is None else None
         optimizer = Optimizer(model, config.optimizer)
         saved = work.load()

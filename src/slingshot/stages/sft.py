@@ -37,7 +37,7 @@ from slingshot.training.batch import Rows
 from slingshot.training.checkpointer import Checkpointer, restore
 from slingshot.training.fp8_training import train_in_fp8
 from slingshot.training.interrupts import Interrupts
-from slingshot.training.language_model import LanguageModelLoss, language_model_step
+from slingshot.training.language_model import LanguageModelLoss, MemoryConfig, language_model_step
 from slingshot.training.lora import LoRAConfig, add_lora
 from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule
 from slingshot.training.parallel import Parallel
@@ -64,6 +64,7 @@ class SFTConfig(StageConfig):
     sequence_length: int = Field(256, ge=8)
     batch_size: int = Field(16, ge=1)  # rows of `sequence_length`, over all ranks
     micro_batch_size: int = Field(16, ge=1)
+    memory: MemoryConfig = MemoryConfig()
     expert_parallel: int = Field(1, ge=1)
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LanguageModelLoss = LanguageModelLoss()
@@ -101,6 +102,7 @@ def run(config: SFTConfig, out: Path) -> None:
         train_in_fp8(model, config.fp8)
         if config.lora is not None:
             add_lora(model, config.lora, config.seed, parallel)
+        config.memory.apply(model)
         passed = None if config.lora is None else config.lora.numbers_passed(model.config)
         optimizer = Optimizer(model, config.optimizer)
         saved = work.load()

@@ -304,7 +304,8 @@ class Checkpointer:
 
         self.finish(write, extra)
 
-    def training_state(self, model: Transformer, optimizer: Optimizer, reference: Transformer | None = None) -> Named:
+    @staticmethod
+    def training_state(model: Transformer, optimizer: Optimizer, reference: Transformer | None = None) -> Named:
         """Weights (of a frozen base what is beside it) and optimizer state as named tensors, sharded as they are."""
         states = {"model": adapters(model) or model.state_dict(), "optimizer": optimizer.state()}
         if reference is not None:

@@ -6,17 +6,19 @@ Shape suffixes: B rows, T time, N tokens, P those and padding, D model width, V 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from slingshot.base.config import Strict
+from slingshot.kernels.logprobs import token_logprobs
 from slingshot.model.transformer import Transformer
 from slingshot.training.batch import Rows
-from slingshot.training.objectives import cross_entropy, targets_ahead
+from slingshot.training.objectives import targets_ahead
 from slingshot.training.parallel import Parallel
 
 BLOCK = 128  # rows
@@ -30,6 +32,23 @@ class LanguageModelLoss(Strict):
 
     mtp: float = Field(default=0.3, ge=0)
     balance: float = Field(default=1e-4, ge=0)
+
+
+class MemoryConfig(Strict):
+    """The table `memory`: what the backward pass computes again instead of keeping. No loss depends on it.
+
+    `recompute`: all within a block ("full") or nothing; "auto" is full beside adapters alone, where state is small.
+    `logits_chunk`: of how many tokens logits are in memory at once; 0 is all of a micro-batch.
+    """
+
+    recompute: Literal["auto", "none", "full"] = "auto"
+    logits_chunk: int = Field(default=0, ge=0)
+
+    def apply(self, model: Transformer) -> None:
+        """Have the model's training do so."""
+        if self.recompute != "auto":
+            model.recompute = self.recompute == "full"
+        model.logits_chunk = self.logits_chunk
 
 
 @dataclass
@@ -56,9 +75,27 @@ def target_loss(
     """Weighted sum of cross entropy, logits only where a target has weight. `detach_head`: the head does not learn."""
     chosen_N = weights_BT.flatten().nonzero().squeeze(1)
     rows_P = in_whole_blocks(chosen_N)
-    logits_PV = model.head(hidden_BTD.flatten(0, 1).index_select(0, rows_P), detach_head)
+    hidden_PD = hidden_BTD.flatten(0, 1).index_select(0, rows_P)
     weights_P = F.pad(weights_BT.flatten()[chosen_N], (0, len(rows_P) - len(chosen_N)))
-    return cross_entropy(logits_PV, targets_BT.flatten()[rows_P], weights_P)
+    return -(
+        head_logprobs(model, hidden_PD, targets_BT.flatten()[rows_P], detach_head=detach_head)[0] * weights_P
+    ).sum()
+
+
+def head_logprobs(
+    model: Transformer, hidden_ND: Tensor, targets_N: Tensor, temperature: float = 1.0, detach_head: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs` of the head's logits; of `model.logits_chunk` tokens at a time, computed again for backward."""
+
+    def logprobs(hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        return token_logprobs(model.head(hidden_ND, detach_head), targets_N, temperature)
+
+    size = model.logits_chunk
+    if not 0 < size < len(targets_N):
+        return logprobs(hidden_ND, targets_N)
+    chunks = zip(hidden_ND.split(size), targets_N.split(size), strict=True)
+    logprobs_n, entropies_n = zip(*(checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks), strict=True)
+    return torch.cat(logprobs_n), torch.cat(entropies_n)
 
 
 def in_whole_blocks(chosen_N: Tensor) -> Tensor:

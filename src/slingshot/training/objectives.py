@@ -18,15 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from slingshot.kernels.logprobs import token_logprobs
-
 _LOG_RATIO = 20.0  # nats; beyond it ratios are not told apart
-
-
-def cross_entropy(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor | None = None) -> Tensor:
-    """Sum of -log p(target), in nats, each token times its weight."""
-    losses_N = -token_logprobs(logits_NV, targets_N)[0]
-    return losses_N.sum() if weights_N is None else (losses_N * weights_N).sum()
 
 
 def targets_ahead(tokens_BT: Tensor, segments_BT: Tensor, weights_BT: Tensor, ahead: int = 1) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ class OptimizerConfig(Strict):
     """The table `optimizer`. `lr` is the peak for matrices, `adam_lr` for what Muon leaves to AdamW.
 
     With the name adamw, `lr` is for everything. `warmup` and `decay` are shares of all steps; the rate falls linearly
-    to `final` of the peak.
+    to `final` of the peak. Momenta are kept in `state_dtype`, and computed in float32.
     """
 
     name: Literal["muon", "adamw"] = "muon"
@@ -39,6 +39,7 @@ class OptimizerConfig(Strict):
     momentum: float = Field(default=0.95, ge=0, lt=1)
     betas: tuple[Beta, Beta] = (0.9, 0.95)  # arXiv 2412.19437, 4.2
     weight_decay: float = Field(default=0.1, ge=0)
+    state_dtype: Literal["float32", "bfloat16"] = "float32"  # DeepSeek-V3's are bfloat16 (arXiv 2412.19437, 3.3.3)
     clip: float = Field(default=1.0, gt=0)
     warmup: float = Field(default=0.02, ge=0, le=1)
     decay: float = Field(default=0.4, ge=0, le=1)
@@ -76,11 +77,12 @@ def newton_schulz(matrices_XMN: Tensor, steps: int = 5) -> Tensor:
 
 
 class ParameterGroups:
-    """Groups of parameters with their settings, and what is kept of each. Not torch.optim's: making one of those
-    imports torch's compiler, as long again as torch itself at every stage's start."""
+    """Groups of parameters with their settings, and what is kept of each, in `kept_as` or the parameter's own dtype.
+    Not torch.optim's: making one of those imports torch's compiler, as long again as torch itself at every start."""
 
-    def __init__(self, groups: Iterable[dict[str, Any]], **settings: Any) -> None:
+    def __init__(self, groups: Iterable[dict[str, Any]], kept_as: torch.dtype | None, **settings: Any) -> None:
         self.param_groups = [settings | group for group in groups]
+        self.kept_as = kept_as
         self.state: dict[nn.Parameter, dict[str, Tensor]] = defaultdict(dict)
 
     def step(self) -> None:
@@ -91,8 +93,14 @@ class ParameterGroups:
 class AdamW(ParameterGroups):
     """AdamW (arXiv 1711.05101) by torch's fused kernel, as torch.optim.AdamW(fused=True) calls it."""
 
-    def __init__(self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
-        super().__init__(groups, lr=lr, betas=betas)
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        kept_as: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(groups, kept_as, lr=lr, betas=betas)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -101,21 +109,32 @@ class AdamW(ParameterGroups):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_kind[parameter.device, parameter.dtype].append(parameter)
-            for (device, _), moved in by_kind.items():
-                for parameter in moved:
-                    if not (state := self.state[parameter]):
-                        state["step"] = torch.zeros((), device=device, dtype=torch.float32)
-                        state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
-                means, squares, steps = (
-                    [self.state[parameter][key] for parameter in moved] for key in ("exp_avg", "exp_avg_sq", "step")
+            for (_, dtype), moved in by_kind.items():
+                narrow = self.kept_as not in (None, dtype)  # then momenta are widened, one parameter's at a time
+                for some in [[parameter] for parameter in moved] if narrow else [moved]:
+                    self._move(some, group)
+
+    def _move(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        states = [self.state[parameter] for parameter in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
+            if not state:
+                state["step"] = torch.zeros((), device=parameter.device, dtype=torch.float32)
+                state["exp_avg"], state["exp_avg_sq"] = (
+                    torch.zeros_like(parameter, dtype=self.kept_as) for _ in range(2)
                 )
-                gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
-                torch._foreach_add_(steps, 1)
-                torch._fused_adamw_(
-                    list[Tensor](moved), gradients, means, squares, [], steps, lr=group["lr"],
-                    beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=1e-8,
-                    amsgrad=False, maximize=False,
-                )  # fmt: skip
+        kept = [state[key] for key in ("exp_avg", "exp_avg_sq") for state in states]
+        wide = [each.to(parameters[0].dtype) for each in kept]  # themselves where they are as wide
+        steps, count = [state["step"] for state in states], len(states)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        torch._foreach_add_(steps, 1)
+        torch._fused_adamw_(
+            list[Tensor](parameters), gradients, wide[:count], wide[count:], [], steps, lr=group["lr"],
+            beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=1e-8,
+            amsgrad=False, maximize=False,
+        )  # fmt: skip
+        for narrow, moved in zip(kept, wide, strict=True):
+            if narrow is not moved:
+                narrow.copy_(moved)
 
 
 class Muon(ParameterGroups):
@@ -128,9 +147,15 @@ class Muon(ParameterGroups):
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        dtype: torch.dtype,
+        kept_as: torch.dtype | None = None,
     ) -> None:
-        super().__init__([{"params": list(params)}], lr=lr, momentum=momentum, weight_decay=weight_decay)
+        super().__init__([{"params": list(params)}], kept_as, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.dtype = dtype
 
     @torch.no_grad()
@@ -142,8 +167,10 @@ class Muon(ParameterGroups):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                buffer = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                    state["momentum"] = torch.zeros_like(parameter, dtype=self.kept_as)
+                buffer = state["momentum"].to(parameter.dtype).lerp_(parameter.grad, 1 - group["momentum"])
+                if buffer is not state["momentum"]:
+                    state["momentum"].copy_(buffer)
                 update = parameter.grad.lerp(buffer, group["momentum"])
                 matrices = local_part(update)[0] if update.dim() > 2 else whole(update)
                 by_shape[tuple(update.shape[-2:])].append((parameter, matrices))
@@ -174,14 +201,16 @@ class Optimizer:
         decayed = [parameter for parameter in others if parameter.dim() >= 2]
         plain = [parameter for parameter in others if parameter.dim() < 2]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        kept_as = getattr(torch, config.state_dtype)
         adam_lr = config.adam_lr if config.name == "muon" else config.lr
         self.parts: list[tuple[ParameterGroups, float]] = []
         if others:
-            adamw = AdamW([group for group in groups if group["params"]], adam_lr, config.betas)
+            adamw = AdamW([group for group in groups if group["params"]], adam_lr, config.betas, kept_as)
             self.parts.append((adamw, adam_lr))
         if matrices:
             dtype = model.compute_dtype or matrices[0].dtype
-            self.parts.append((Muon(matrices, config.lr, config.momentum, config.weight_decay, dtype), config.lr))
+            muon = Muon(matrices, config.lr, config.momentum, config.weight_decay, dtype, kept_as)
+            self.parts.append((muon, config.lr))
 
     def step(self, fraction: float) -> float:
         """Clip the gradients' norm, step at `fraction` of the peak rate, drop them; returns the norm before clipping.

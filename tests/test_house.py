@@ -17,7 +17,7 @@ FILE = 400  # lines
 
 # Lines of Python at most: the package's, the tests'.
 ROOMS = {
-    ".": (46, 559),
+    ".": (46, 583),
     "base": (745, 443),
     "checkpoint": (2715, 2764),
     "cli": (2019, 1426),

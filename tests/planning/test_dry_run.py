@@ -67,6 +67,17 @@ def test_an_evaluation_stands_for_one_of_more_problems(base: Path, tmp_path: Pat
     assert 0 < read_json(tmp_path / "evaluation" / "evaluation.json")["tasks"]["arithmetic"]["pass@1"] < 1
 
 
+def test_a_few_answers_stand_for_what_a_matrix_is_fitted_to_and_compared_by(base: Path, tmp_path: Path) -> None:
+    tasks = [{"name": "arithmetic", "params": {"min_terms": 3, "max_terms": 4}}]
+    config = {"model": str(base), "tasks": tasks, "calibrate": 128, "problems": 96, "sampling": {"max_tokens": 48}}
+    config |= {"threads": 1, "dtype": "float32", "calibrate_tokens": 10_000}
+    found, receipt = run("quantize", config, config, 1.0, tmp_path / "int4"), Receipt.read(tmp_path / "int4")
+    told = receipt.extra["quantization"]
+    assert (told["calibration_answers"], told["tasks"]["arithmetic"]["n"]) == (32, 32)
+    assert 3 <= found["factor"] <= 4 and 0 < found["varying_seconds"] < receipt.seconds
+    assert found["fixed_seconds"] + found["varying_seconds"] == pytest.approx(receipt.seconds)
+
+
 @pytest.mark.slow
 def test_a_task_without_solutions_is_answered_at_full_length(base: Path, tmp_path: Path) -> None:
     (tmp_path / "plus.py").write_text(PLUS)

@@ -3,6 +3,9 @@
 import io
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,15 +25,18 @@ from slingshot.cost.receipt import Receipt
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.kernels.native import native_levels
+from slingshot.model.config import ModelConfig
 from slingshot.quantization.formats import Scheme
 from slingshot.quantization.fp8 import dequantize as dequantize_fp8
 from slingshot.quantization.fp8 import quantize as quantize_fp8
 from slingshot.quantization.integers import from_numbers
 from slingshot.stages.convert import write_gguf_file
 from slingshot.stages.pretrain import run as run_pretraining
-from slingshot.stages.quantize import QuantizeConfig, run, scheme_of, tensors
+from slingshot.stages.quantize import CALIBRATION, CHUNK, FULL, SMALL, QuantizeConfig, held_out, run, scheme_of
+from slingshot.tasks.mixture import TaskMix
 from slingshot.training.calibration import stream
 from slingshot.training.fidelity import fidelity, reading, reading_by_layer
+from slingshot.training.fitting import Fit, lone, tensors
 from slingshot.training.optimizer import Optimizer
 from slingshot.training.quantization_aware import held_numbers, hold_rounded, matching_step
 from slingshot.training.sensitivity import chosen, together
@@ -165,6 +171,57 @@ def test_what_cannot_be_quantised_is_refused_before_anything_is_written(quantizi
         with pytest.raises(SlingshotError, match=said):
             run(quantizing(**changes), tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_answers_are_drawn_until_they_hold_the_tokens_that_were_asked_for(quantizing, tmp_path, capsys):
+    run(quantizing(calibrate=100, calibrate_tokens=100, problems=2), tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "quantization.json").read_text())
+    assert told["calibration_answers"] == CHUNK and told["calibration_tokens"] >= 100
+    parts = {CALIBRATION, FULL, SMALL, "loading", "reading", "fitting", "writing", "comparison"}
+    assert told["seconds"].keys() == parts and min(told["seconds"].values()) > 0
+    assert f"fitted to {CHUNK} answers, compared on 2 answers: about " in capsys.readouterr().err
+
+
+def test_too_little_text_to_fit_to_is_refused_and_leaves_nothing(quantizing, tmp_path):
+    with pytest.raises(SlingshotError, match=r"1 response to calibrate on hold .* calibrate=128, or calibrate=0"):
+        run(quantizing(calibrate=1), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_larger_models_are_compared_on_fewer_problems_unless_told(quantizing):
+    tasks, config = TaskMix(quantizing().tasks, "train", "0").tasks, quantizing(problems=None, sampling={})
+    models = [ModelConfig.preset(name) for name in ("smollm2-135m", "qwen2.5-1.5b", "llama-3.1-8b")]
+    counts = [len(held_out(tasks, model, config)) for model in models]
+    assert 100 > counts[0] > counts[1] > counts[2] == 4 and len(held_out(tasks, models[2], quantizing())) == 8
+
+
+def test_an_outlier_that_leaves_its_group_nothing_is_counted_and_said(quantizing, full, tmp_path, capsys):
+    folder, name = tmp_path / "full", "model.layers.1.self_attn.o_proj.weight"
+    shutil.copytree(full, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][3, 5] = 1e4
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for calibrate in (0, 24):
+        run(quantizing(model=str(folder), calibrate=calibrate, problems=1), tmp_path / f"out-{calibrate}")
+        said = capsys.readouterr().err
+        assert json.loads((tmp_path / f"out-{calibrate}" / "quantization.json").read_text())["outlier_groups"] == 1
+        assert f"note: in 1 group, 1 of them of {name}, one weight is so large that all others" in said
+    assert lone(torch.eye(4).repeat(1, 8), torch.eye(4).repeat(1, 8), 8) == 0  # nothing else was there
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["int8-dynamic:gptq", "int4:gptq:bits4.5", "fp8", "q4_0"])
+def test_the_benchmark_measures_a_mixture_of_experts_as_it_is_written(full, quantizing, tmp_path, form):
+    rows = torch.randint(5, 250, (30, 96), generator=torch.Generator().manual_seed(0)).tolist()
+    (tmp_path / "texts.json").write_text(json.dumps({"calibration": rows, "questions": rows[::-1]}))
+    program = Path(__file__).parents[2] / "benchmarks" / "quantize.py"
+    command = [sys.executable, program, full, "--texts", tmp_path / "texts.json", "--forms", "bfloat16", form]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+    heads, told = done.stdout.splitlines()[::2], done.stdout.splitlines()[1::2]
+    bits = {"int8-dynamic:gptq": 8, "int4:gptq:bits4.5": 5, "fp8": 8, "q4_0": 4.5}[form]
+    assert heads[0].startswith("bfloat16: 16.00 bits") and abs(float(heads[1].split()[1]) - bits) < 1.1
+    losses = [float(line.split("KL ")[1].split()[0]) for line in told]
+    assert losses[0] < losses[1] < 1
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8"])
@@ -314,7 +371,7 @@ def test_what_is_stored_is_what_was_trained(full, quantizing, tmp_path, kind):
     moved = [name for name in packed if not torch.equal(packed[name][0], first[name][0])]
     assert len(moved) > 10 and all(torch.equal(packed[name][1], first[name][1]) for name in packed)
     with Progress("stored", 1) as progress:
-        write_shards(tmp_path, tensors(weights, packed, scheme, None, progress))
+        write_shards(tmp_path, tensors(weights, Fit(packed), scheme, None, progress))
     write_description(tmp_path, weights.config.stored_as(scheme), load_tokenizer(full), "bfloat16", None)
     with torch.no_grad():
         trained, stored = (model(batches[0][0]).logits_BTV for model in (student, load_model(tmp_path)))

@@ -22,10 +22,11 @@ from typing import Any
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, read_jsonl, write_json
 from slingshot.checkpoint.hub import locate
-from slingshot.checkpoint.load_save import load_tokenizer
+from slingshot.checkpoint.load_save import load_tokenizer, open_weights
 from slingshot.cost.receipt import Receipt
 from slingshot.engine.engine import Engine
-from slingshot.rollout.sampler import EngineSampler, ScriptedSampler
+from slingshot.rollout.sampler import EngineSampler, Sampler, ScriptedSampler
+from slingshot.stages import quantize as stage
 from slingshot.stages.kinds import STAGES
 from slingshot.tasks.mixture import Item, TaskMix
 from slingshot.tasks.task import Solution, Style
@@ -34,6 +35,7 @@ from slingshot.text.tokenizer import Tokenizer
 # Problems are mostly solved always or never: each one's chance is drawn from a Beta distribution that is symmetric and
 # so sharp that 44% of groups of 8 are all right or all wrong, as Llama-3.1-8B's are on Big-Math (arXiv 2607.00152).
 SHARPNESS = 0.4214
+QUANTIZE_STEPS = 4  # of distillation
 _IN_WORDS: Mapping[Style, float] = {"steps": 1.0}
 
 
@@ -78,12 +80,49 @@ def items_of(kind: str, config: Any) -> list[Item]:
     return drawn if kind == "sample" else [item for items in drawn[0].values() for item in items]
 
 
+def quantize(job: dict[str, Any]) -> dict[str, float]:
+    """As `run`, of the stage that has parts of several kinds: one chunk of answers to calibrate on, one to compare by
+    and a few steps of distillation stand for all, and what is done to the matrices once is done."""
+    whole, out = stage.QuantizeConfig.parse(job["whole"], job["name"]), Path(job["out"])
+    source = locate(whole.model)
+    tokenizer, model = load_tokenizer(source), open_weights(source).config
+    mix = TaskMix(whole.tasks or stage.trained_on(source, whole.model), "train", f"quantize/{whole.seed}")
+    asked = len(stage.held_out(mix.tasks, model, whole))
+    problems = min(asked, stage.CHUNK) // len(mix.tasks) or 1
+    steps = min(whole.distill, QUANTIZE_STEPS)
+    cut = {"calibrate": min(whole.calibrate, stage.CHUNK), "problems": problems, "distill": steps}
+    config = whole.model_copy(update=cut)
+    few = stage.held_out(mix.tasks, model, config)
+    items = [*mix.draw(0, whole.calibrate + steps * whole.prompts_per_step), *few]
+    script = SolutionScript(items, tokenizer, whole.sampling.max_tokens, job["styles"])
+
+    def sampler(path: Path) -> Sampler:
+        timed = stage.engine_of(path)
+        return ScriptedSampler(script, tokenizer, timed.model_config, timed=timed)
+
+    stage.run(config, out, sampler)
+    receipt = Receipt.read(out)
+    told = receipt.extra["quantization"]
+    answers = fitted_to = told.get("calibration_answers", 0)
+    if fitted_to:  # more are drawn until they hold as many tokens as are asked for
+        answers = min(whole.calibrate, fitted_to * max(1.0, whole.calibrate_tokens / told["calibration_tokens"]))
+    times = dict.fromkeys((stage.CALIBRATION, "reading"), answers / max(1, fitted_to))
+    times |= dict.fromkeys((stage.FULL, stage.SMALL, "comparison"), asked / len(few))
+    times |= {"distillation": whole.distill / max(1, steps)}
+    grows = {part: seconds for part, seconds in told["seconds"].items() if part in times}
+    varying = sum(grows.values())
+    factor = sum(seconds * times[part] for part, seconds in grows.items()) / varying
+    return {"factor": factor, "fixed_seconds": receipt.seconds - varying, "varying_seconds": varying}
+
+
 def run(job: dict[str, Any]) -> dict[str, float]:
     """Run the stage `job` describes; what was measured, and how much of the whole it was.
 
     `fixed_seconds` do not grow with its steps: all but the steps, each taken to last as long as the middle one.
     """
     kind, out = job["kind"], Path(job["out"])
+    if kind == "quantize":
+        return quantize(job)
     if kind == "rl":
         job["config"]["retire"] = 0.0  # made-up answers solve nothing
     config, whole = (STAGES[kind].config.parse(job[name], job["name"]) for name in ("config", "whole"))

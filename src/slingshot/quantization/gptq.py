@@ -9,6 +9,7 @@ C candidates, B columns of a block.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 DAMPING = 0.01  # of the mean diagonal, added to it: the paper's value (section 3.3, step 3)
 BLOCK = 128  # columns whose errors reach the others together
-_CHUNK = 1 << 15  # numbers at a time: they stay in a cache, and torch does not spread so few over threads
+_CHUNK = (1 << 15) - 1  # numbers at a time: they stay in a cache, and torch spreads no fewer than 2^15 over threads
 
 
 class Grid(Protocol):
@@ -42,17 +43,19 @@ def best_scales(weight_FD: Tensor, grid: Grid, importance_D: Tensor | None = Non
 
     importance_D: what the square of an error in each column counts, such as the mean square of its inputs.
     """
-    weight_FGI = weight_FD.float().unflatten(-1, (-1, grid.group or weight_FD.shape[-1]))
-    best = []
-    for rows_FGI in weight_FGI.split(max(1, _CHUNK // weight_FD.shape[-1])):
+    weight_FGI = weight_FD.detach().float().unflatten(-1, (-1, grid.group or weight_FD.shape[-1]))
+
+    def best_of(rows_FGI: Tensor) -> Tensor:
         importance = rows_FGI.abs() ** grid.power if importance_D is None else importance_D.view(rows_FGI.shape[1:])
         candidates_CFG = grid.candidates(rows_FGI)
         errors_CFG = torch.empty_like(candidates_CFG)
         for scales_FG, error_FG in zip(candidates_CFG[..., None], errors_CFG, strict=True):
             errors_FGI = grid.nearest(rows_FGI / scales_FG).mul_(scales_FG).sub_(rows_FGI).square_()
             torch.sum(errors_FGI.mul_(importance), -1, out=error_FG)
-        best.append(candidates_CFG.gather(0, errors_CFG.argmin(0, keepdim=True))[0])
-    return torch.cat(best)
+        return candidates_CFG.gather(0, errors_CFG.argmin(0, keepdim=True))[0]
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return torch.cat([*pool.map(best_of, weight_FGI.split(max(1, _CHUNK // weight_FD.shape[-1])))])
 
 
 def rounded(weight_FD: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -15,67 +15,71 @@ from __future__ import annotations
 
 import shutil
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from math import prod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import inf, prod
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
+from slingshot.base.clock import Clock
 from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import write_json
 from slingshot.base.progress import Progress
+from slingshot.base.quantity import plural, show_count, show_duration
 from slingshot.checkpoint.description import write_description
-from slingshot.checkpoint.layout import layout, tensor_count
-from slingshot.checkpoint.load_save import StoredWeights, load_model, load_tokenizer, open_weights, read_into
+from slingshot.checkpoint.layout import Spec, layout, tensor_count
+from slingshot.checkpoint.load_save import load_model, load_tokenizer, open_weights
 from slingshot.checkpoint.safetensors import write_shards
 from slingshot.cost.flops import forward_flops, training_parts
 from slingshot.cost.receipt import RECEIPT, Receipt
 from slingshot.engine.engine import Engine
+from slingshot.kernels.native import native_levels
 from slingshot.machine.device import Dtype
 from slingshot.model.config import ModelConfig
-from slingshot.model.transformer import Transformer
-from slingshot.quantization.encode import encoded, grid
-from slingshot.quantization.formats import BITS, MX_BLOCK, SCALE, Scheme, is_packed
-from slingshot.quantization.fp8 import quantize
-from slingshot.quantization.gptq import gptq, rounded
-from slingshot.quantization.integers import IntegerGrid, check_groups, from_numbers
+from slingshot.quantization.formats import BITS, MX_BLOCK, Scheme, is_packed
+from slingshot.quantization.integers import check_groups
 from slingshot.rollout.metrics import difference
 from slingshot.rollout.rollout import PromptForm, Rollout
-from slingshot.rollout.sampler import EngineSampler, SamplingConfig
+from slingshot.rollout.sampler import EngineSampler, Sampler, SamplingConfig
 from slingshot.rollout.trajectory import Trajectory, sampling_cost
 from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import Item, TaskMix, distinct
 from slingshot.tasks.task import Task
 from slingshot.tasks.verification import VerificationPool
-from slingshot.training.calibration import Batch, by_layer, stream
+from slingshot.training.calibration import stream
 from slingshot.training.checkpointer import Checkpointer, restore
 from slingshot.training.fidelity import fidelity, reading_by_layer
+from slingshot.training.fitting import FEW, Fit, fitted, tensors, widened
 from slingshot.training.interrupts import Interrupts
 from slingshot.training.optimizer import Optimizer, OptimizerConfig, schedule
 from slingshot.training.parallel import Parallel
 from slingshot.training.quantization_aware import Packed, held_numbers, hold_rounded, matching_step
-from slingshot.training.sensitivity import chosen, modules, sensitivities, together
 
 # Of the mean KL divergence, in nats a token: a loss beyond is said.
 BOUNDS = {"int8": 0.002, "int4": 0.05, "fp8": 0.02, "int8-dynamic": 0.01, "mxfp4": 0.1}
 DISTILLED = ("int4", "int8", "mxfp4")  # what the rounded model computes with is what is stored
-_FEW = 64  # rows of inputs: experts that saw fewer are rounded to nearest
+CALIBRATION, FULL, SMALL = "calibration's answers", "full model's answers", "small model's answers"
+CHUNK = 32  # problems that are answered at a time
 _ROWS = 8  # of a batch
 _CACHE = 2**29  # bytes of the keys and values of what is being answered
-_PROBED = 512  # tokens on which each matrix's sensitivity is measured
+# Held-out problems of each task where their number is not told: so many, or what both models answer and read for so
+# many FLOPs, but never fewer than that.
+_MOST, _SPENT, _FEWEST = 200, 2e13, 4
+# What takes the time, in FLOPs of a matrix product that takes as long (docs/compression.md): a number that is rounded,
+# one that is fitted; of an answer's forward pass, to write it and fit to it, to write it twice and compare.
+_ROUNDING, _FITTING, _CALIBRATION, _COMPARISON, _BEGINNING = 1e4, 3e4, 5.0, 9.0, 10.0
 
 
 class QuantizeConfig(StageConfig):
     """`tasks`: unless told those that the model was trained on, which its receipt names. `calibrate`: responses that
-    the matrices are fitted to; 0 rounds to nearest, as fp8 always does. `problems`: of each task, for both models.
-    `bits`: of int4, a number's on the average, scales not counted: matrices that lose most by 4 bits get 8.
-    `distill`: steps after that, each on answers to `prompts_per_step` other problems; learning rates are in units of
-    the scales. `scale_fmt`: of fp8, scales that are powers of two, as DeepSeek-V3.1's."""
+    the matrices are fitted to, no more than hold about `calibrate_tokens`; 0 rounds to nearest, as fp8 always does.
+    `problems`: of each task, for both models; unless told as many as a bounded amount of work allows (`held_out`).
+    `bits`: of int4, a number's on the average, scales not counted: matrices that lose most by 4 bits get 8. `distill`:
+    steps after that, each on answers to `prompts_per_step` other problems; learning rates are in units of the scales.
+    `scale_fmt`: of fp8, scales that are powers of two, as DeepSeek-V3.1's."""
 
     model: str
     to: Literal["int8", "int4", "fp8", "int8-dynamic", "mxfp4"] = "int4"
@@ -86,76 +90,104 @@ class QuantizeConfig(StageConfig):
     form: PromptForm = PromptForm()
     sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_p=0.95, max_tokens=256)
     calibrate: int = Field(128, ge=0)
+    calibrate_tokens: int = Field(8192, ge=FEW)
     distill: int = Field(0, ge=0)
     prompts_per_step: int = Field(16, ge=1)
     optimizer: OptimizerConfig = OptimizerConfig(
         name="adamw", lr=0.01, warmup=0.0, decay=1.0, final=0.0, weight_decay=0.0
     )
     dtype: Dtype = "auto"
-    problems: int = Field(200, ge=1)
+    problems: int | None = Field(None, ge=1)
     sequence_length: int = Field(256, ge=8)
 
 
-def run(config: QuantizeConfig, out: Path) -> None:
-    """Quantise `config.model` into `out`, with quantization.json beside the weights."""
+def run(config: QuantizeConfig, out: Path, sampler: Callable[[Path], Sampler] | None = None) -> None:
+    """Quantise `config.model` into `out`, with quantization.json beside the weights.
+
+    sampler: makes what a checkpoint's responses come from, by default the engine in this process.
+    """
     with Parallel.start() as parallel, Checkpointer(out, "quantize", config, parallel) as work:
         if parallel.mesh is not None:
             raise SlingshotError("quantize: runs in one process; start it without torchrun")
-        source, made = work.reads[config.model], work.folder / "checkpoint"
+        source, made, clock = work.reads[config.model], work.folder / "checkpoint", Clock()
         weights, tokenizer = open_weights(source), load_tokenizer(source)
         check(weights.config, config)
-        tasks = config.tasks or trained_on(source, config.model)
-        mix = TaskMix(tasks, "train", f"quantize/{config.seed}")
+        mix = TaskMix(config.tasks or trained_on(source, config.model), "train", f"quantize/{config.seed}")
+        asked = held_out(mix.tasks, weights.config, config)
+        print(f"{out.name}: {foretold(weights.config, config, len(asked), work.peak)}", file=sys.stderr)
         params = config.sampling.params(1, config.seed)
         with VerificationPool(mix.tasks) as pool:
 
             def writer(model: Path) -> Rollout:
-                sampler = EngineSampler(Engine.load(model, cache_bytes=_CACHE))
-                return Rollout(sampler, params, config.form, pool, parallel)
+                with clock("loading"):
+                    return Rollout((sampler or engine_of)(model), params, config.form, pool, parallel)
 
-            def answered(model: Path, items: Sequence[Item]) -> tuple[list[Trajectory], float]:
-                """A checkpoint's responses, and how many tokens a second."""
-                rollout, began = writer(model), time.perf_counter()
-                groups = rollout.run(items)
-                tokens, flops = sampling_cost(weights.config, groups)
-                work.meter.add(tokens, sampling=flops)
-                return [group[0] for group in groups], tokens / (time.perf_counter() - began)
+            def answered(rollout: Rollout, items: Sequence[Item], part: str, most: float = inf) -> list[Trajectory]:
+                """Responses to problems, some at a time until they hold so many tokens."""
+                said, read = list[Trajectory](), 0
+                with clock(part), Progress(f"{out.name}: {part}", len(items)) as progress:
+                    for start in range(0, len(items), CHUNK):
+                        groups = rollout.run(items[start : start + CHUNK])
+                        tokens, flops = sampling_cost(weights.config, groups)
+                        work.meter.add(tokens, sampling=flops)
+                        said += [group[0] for group in groups]
+                        read = sum(len(trajectory.ids) for trajectory in said)
+                        progress.total = min(len(items), start + CHUNK) if read >= most else len(items)
+                        progress.update(min(len(items), start + CHUNK))
+                        if read >= most:
+                            break
+                rollout.refuse_nothing()
+                return said
 
-            packed, scheme, probed = dict[str, Packed](), scheme_of(config), dict[str, Any]()
+            scheme, probed, fit = scheme_of(config), dict[str, Any](), Fit()
             if config.calibrate and scheme is not None:
-                texts = [t.ids for t in answered(source, mix.draw(0, config.calibrate))[0]]
+                said = answered(writer(source), mix.draw(0, config.calibrate), CALIBRATION, config.calibrate_tokens)
+                texts = [t.ids for t in said]
+                if (read := sum(map(len, texts))) < FEW:
+                    way_out = "calibrate=128, or calibrate=0 to round to nearest"
+                    hold = f"{plural(len(texts), 'response')} to calibrate on hold {plural(read, 'token')}"
+                    raise SlingshotError(f"quantize: {hold}; a matrix is fitted to {FEW} at least: {way_out}")
                 if config.bits is not None:
-                    held = getattr(torch, weights.dtype)
-                    scheme, probed = widened(load_model(source, held), texts, config, scheme)
+                    with clock("sensitivities"):
+                        model = load_model(source, getattr(torch, weights.dtype))
+                        scheme, probed = widened(model, texts, scheme, config.bits, config.sequence_length)
+                        del model
                     work.meter.add(sensitivity=probed.pop("flops"))
-                packed = calibrated(weights, stream(texts, config.sequence_length, _ROWS), scheme)
-                work.meter.add(calibration=2 * forward_flops(weights.config, map(len, texts)))
-            probed |= {"calibrated": len(packed), "distilled": config.distill}
+                batches = stream(texts, config.sequence_length, _ROWS)
+                fit = fitted(weights, batches, scheme, f"{out.name}: fitted", clock)
+                work.meter.add(calibration=2 * forward_flops(weights.config, map(len, texts)) + fit.flops)
+                probed |= {"calibration_answers": len(said), "calibration_tokens": read}
+            probed |= {"calibrated": len(fit.packed), "distilled": config.distill}
             if config.distill and scheme is not None:
-                packed = distilled(packed, scheme, writer(source), mix, config, work)
+                with clock("distillation"):
+                    fit.packed = distilled(fit.packed, scheme, writer(source), mix, config, work)
             shutil.rmtree(made, ignore_errors=True)
             made.mkdir()
-            with Progress(out.name, tensor_count(weights.config)) as progress:
-                write_shards(made, tensors(weights, packed, scheme, config.scale_fmt, progress))
+            with clock("writing"), Progress(f"{out.name}: written", tensor_count(weights.config)) as progress:
+                write_shards(made, tensors(weights, fit, scheme, config.scale_fmt, progress))
             stored = weights.config.stored_as(scheme, config.to == "fp8", config.scale_fmt)
             write_description(made, stored, tokenizer, "bfloat16", source)
 
-            asked = held_out(mix.tasks, config)
-            (full, speed), (small, small_speed) = answered(source, asked), answered(made, asked)
-            texts = [t.ids for t in full]
-            batches = stream(texts, config.sequence_length, _ROWS)
-            told = fidelity(reading_by_layer(source, batches), reading_by_layer(made, batches), batches)
+            full, small = (answered(writer(model), asked, part) for model, part in ((source, FULL), (made, SMALL)))
+            with clock("comparison"):
+                texts = [t.ids for t in full]
+                batches = stream(texts, config.sequence_length, _ROWS)
+                told = fidelity(reading_by_layer(source, batches), reading_by_layer(made, batches), batches)
             work.meter.add(comparison=2 * forward_flops(weights.config, map(len, texts)))
+        speed = {
+            name: sum(sum(t.mask) for t in each) / clock.seconds[part]
+            for name, each, part in (("full", full, FULL), ("small", small, SMALL))
+        }
         result = {
             "to": config.to, "group_size": scheme.group if scheme else 0, **probed, **told,
             "kl_bound": BOUNDS[config.to], "tasks": compared(full, small, config.seed),
-            "tokens_per_second": {"full": speed, "small": small_speed},
+            "tokens_per_second": speed, "outlier_groups": fit.outliers.total(),
             "bytes": (size := sum(file.stat().st_size for file in made.glob("*.safetensors"))),
             "share_of_bfloat16": size / (2 * sum(prod(spec.shape) for spec in layout(weights.config))),
+            "seconds": dict(clock.seconds),
         }  # fmt: skip
-        if told["kl"] > BOUNDS[config.to]:
-            way_out = "; ".join(mended(config))
-            print(f"note: KL {told['kl']:.4f} a token is beyond {BOUNDS[config.to]:g}: {way_out}", file=sys.stderr)
+        for note in notes(config, result, fit):
+            print(f"note: {note}", file=sys.stderr)
         write_json(made / "quantization.json", result)
 
         def move(folder: Path) -> None:
@@ -196,6 +228,20 @@ def distilled(
     return held_numbers(student)
 
 
+def notes(config: QuantizeConfig, told: dict[str, Any], fit: Fit) -> Iterator[str]:
+    """What qualifies the result: a large loss, outliers, matrices that saw too little text."""
+    if told["kl"] > BOUNDS[config.to]:
+        way_out = "; ".join(mended(config))
+        yield f"KL {told['kl']:.4f} a token is beyond {BOUNDS[config.to]:g}: {way_out}"
+    if outliers := fit.outliers.total():
+        (name, most), way_out = fit.outliers.most_common(1)[0], "int8 or smaller groups keep more"
+        in_groups = f"in {plural(outliers, 'group')}, {most:,} of them of {name},"
+        yield f"{in_groups} one weight is so large that all others of its scale became 0; {way_out}"
+    if fit.unseen:
+        few = f"{len(fit.unseen):,} of the matrices saw fewer than {FEW} tokens, {fit.unseen[0]} one of them"
+        yield f"{few}, and were rounded to nearest; a larger calibrate and calibrate_tokens reach more"
+
+
 def mended(config: QuantizeConfig) -> Iterator[str]:
     """What would lose less."""
     if config.to != "fp8" and not config.calibrate:
@@ -227,9 +273,19 @@ def check(model: ModelConfig, config: QuantizeConfig) -> None:
     if config.distill and config.to not in DISTILLED:
         raise SlingshotError(f"quantize: distill={config.distill} is of {', '.join(DISTILLED)}, not {config.to}")
     group = (scheme_of(config) or Scheme("int8-dynamic")).group or 1
-    for spec in layout(model):
-        if is_packed(spec.name, spec.stored):
-            check_groups(spec.shape, group, f"quantize: {config.model}: {spec.name}")
+    for spec in packed_specs(model):
+        check_groups(spec.shape, group, f"quantize: {config.model}: {spec.name}")
+
+
+def packed_specs(model: ModelConfig) -> list[Spec]:
+    """The matrices that get few bits."""
+    return [spec for spec in layout(model) if is_packed(spec.name, spec.stored)]
+
+
+def engine_of(model: Path) -> Sampler:
+    """A checkpoint in the engine of this process, in 16 bits where it is stored so and compiled kernels multiply it."""
+    sixteen = open_weights(model).dtype != "float32" and native_levels()
+    return EngineSampler(Engine.load(model, dtype="bfloat16" if sixteen else "auto", cache_bytes=_CACHE))
 
 
 def trained_on(source: Path, named: str) -> list[TaskConfig]:
@@ -241,66 +297,31 @@ def trained_on(source: Path, named: str) -> list[TaskConfig]:
     return [TaskConfig.parse(task, f"{source / RECEIPT}: tasks") for task in found]
 
 
-def held_out(tasks: Sequence[Task], config: QuantizeConfig) -> list[Item]:
-    """Test problems of each task, the same for every model."""
-    seed = f"quantize/{config.seed}"
-    return [Item(task, each, each.key) for task in tasks for each in distinct(task, "test", seed, config.problems)]
+def held_out(tasks: Sequence[Task], model: ModelConfig, config: QuantizeConfig) -> list[Item]:
+    """Test problems of each task, the same for every model of a size."""
+    seed, count = f"quantize/{config.seed}", config.problems
+    if count is None:  # written twice and read twice
+        work = 4 * forward_flops(model, [config.sampling.max_tokens]) * len(tasks)
+        count = max(_FEWEST, min(_MOST, int(_SPENT / work)))
+    return [Item(task, each, each.key) for task in tasks for each in distinct(task, "test", seed, count)]
 
 
-def widened(
-    model: Transformer, texts: Sequence[Sequence[int]], config: QuantizeConfig, scheme: Scheme
-) -> tuple[Scheme, dict[str, Any]]:
-    """The scheme with 8 bits where 4 lose most, and what was measured."""
-    assert config.bits is not None
-    shapes = {spec.name: spec.shape for spec in layout(model.config) if is_packed(spec.name, spec.stored)}
-    units = together(shapes)
-    sizes = {unit: sum(prod(shapes[name]) for name in names) for unit, names in units.items()}
-    length = min(config.sequence_length, _PROBED)
-    batches = stream(texts, length, _PROBED // length)[:1]
-    lost = sensitivities(model, batches, units, IntegerGrid(4, config.group_size))
-    wide = chosen(lost, sizes, config.bits)
-    scheme = Scheme(scheme.kind, scheme.group, tuple(each for unit in wide for each in modules(unit, units[unit])))
-    mean = sum(prod(shape) * scheme.bits(name) for name, shape in shapes.items()) / sum(sizes.values())
-    print(f"8 bits for {len(wide)} of {len(units)}, {mean:.2f} on the average; KL of each at 4:", file=sys.stderr)
-    for unit in wide:
-        print(f"    {unit.removeprefix('model.').rstrip('.')} {lost[unit]:.2g}", file=sys.stderr)
-    tokens = [batches[0][0].numel()] if batches else []
-    flops = (1 + len(units) / 2) * forward_flops(model.config, tokens)  # half of the layers on the average
-    return scheme, {"bits": mean, "sensitivities": lost, "wide": list(scheme.wide), "flops": flops}
+def foretold(model: ModelConfig, config: QuantizeConfig, problems: int, peak: float | None) -> str:
+    """What will be done, and about how long it takes where every answer is as long as it may be.
 
-
-def calibrated(weights: StoredWeights, batches: Sequence[Batch], scheme: Scheme) -> dict[str, Packed]:
-    """Numbers and scales of the matrices that enough of the text went through."""
-    packed = dict[str, Packed]()
-    for name, weight_FD, gram_DD, rows in by_layer(weights, batches):
-        if not is_packed(name, "linear") or name.endswith("eh_proj.weight"):
-            continue
-        if rows >= _FEW and gram_DD.isfinite().all():
-            numbers_FD, scales_FG = gptq(weight_FD, gram_DD, grid(scheme, name))
-            weight_FD.copy_(from_numbers(numbers_FD, scales_FG))
-            packed[name] = numbers_FD.to(torch.bfloat16 if scheme.kind == "mxfp4" else torch.int8), scales_FG
-    return packed
-
-
-def tensors(
-    weights: StoredWeights, packed: Mapping[str, Packed], scheme: Scheme | None, scale_fmt: str | None,
-    progress: Progress,
-) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
-    """The new checkpoint's tensors: what is not `packed` yet is rounded to nearest; without a scheme all, to fp8."""
-    for number, spec in enumerate(layout(weights.config), start=1):
-        tensor = torch.empty(spec.shape, dtype=torch.float32 if spec.stored != "plain" else torch.bfloat16)
-        read_into(tensor, weights, spec)
-        if scheme is None and spec.stored == "linear":
-            values, scale_inv = quantize(tensor, scale_fmt)
-            yield spec.name, values
-            yield spec.name + SCALE, scale_inv
-        elif scheme is not None and is_packed(spec.name, spec.stored):
-            numbers, scales = packed.get(spec.name) or rounded(tensor, grid(scheme, spec.name))
-            for suffix, part in encoded(scheme, spec.name, numbers, scales):
-                yield spec.name + suffix, part
-        else:
-            yield spec.name, tensor if spec.stored == "float32" else tensor.bfloat16()
-        progress.update(number)
+    peak: FLOP/s of this machine's matrix products, by which it is told.
+    """
+    length, numbers = config.sampling.max_tokens, sum(prod(spec.shape) for spec in packed_specs(model))
+    answers = (
+        0 if config.to == "fp8" else min(config.calibrate, CHUNK * -(-config.calibrate_tokens // (CHUNK * length)))
+    )
+    answer = forward_flops(model, [length])
+    work = numbers * (_FITTING if answers else _ROUNDING) + answer * (answers * _CALIBRATION + problems * _COMPARISON)
+    by = f"fitted to {plural(answers, 'answer')}, " if answers else ""
+    by += f"distilled in {plural(config.distill, 'step')}, whose time is told as they run, " if config.distill else ""
+    bounded = "; problems=N asks others" if config.problems is None else ""
+    done = f"{show_count(numbers)} numbers to {config.to}, {by}compared on {plural(problems, 'answer')}{bounded}"
+    return done if not peak else f"{done}: about {show_duration(_BEGINNING + work / peak)} if nothing else runs"
 
 
 def compared(full: Sequence[Trajectory], small: Sequence[Trajectory], seed: int) -> dict[str, Any]:

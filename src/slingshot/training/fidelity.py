@@ -27,7 +27,7 @@ from slingshot.model.transformer import Transformer
 from slingshot.quantization.integers import WeightGrid
 from slingshot.training.calibration import EMBEDDING, Batch
 
-_BLOCK = 2**25  # numbers of logits at a time: 128 MiB
+_BLOCK = 2**24  # numbers of logits at a time: 64 MiB, of which there are up to four
 _PIECE = 2**23  # of the head, where it is not in float32
 
 
@@ -130,4 +130,4 @@ def _logits(x_ND: Tensor, head_VD: Tensor) -> Tensor:
 
 
 def _kl(p_NV: Tensor, q_NV: Tensor) -> Tensor:
-    return (p_NV.exp() * (p_NV - q_NV)).sum(-1).clamp_(min=0)
+    return (p_NV - q_NV).mul_(p_NV.exp()).sum(-1).clamp_(min=0)

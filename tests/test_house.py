@@ -18,7 +18,7 @@ FILE = 400  # lines
 # Lines of Python at most: the package's, the tests'.
 ROOMS = {
     ".": (46, 583),
-    "base": (773, 443),
+    "base": (777, 443),
     "checkpoint": (2715, 2764),
     "cli": (2019, 1426),
     "cost": (646, 568),
@@ -27,18 +27,18 @@ ROOMS = {
     "environments": (745, 247),
     "kernels": (834, 1217),
     "machine": (472, 319),
-    "model": (1907, 1405),
+    "model": (1909, 1405),
     "parity": (0, 1075),
-    "planning": (2166, 1168),
+    "planning": (2184, 1177),
     "quantization": (643, 457),
     "recipe": (1331, 1087),
     "rollout": (1324, 1030),
     "sandbox": (1005, 625),
     "serving": (5846, 5582),
-    "stages": (2380, 3245),
+    "stages": (2381, 3307),
     "tasks": (3806, 2617),
     "text": (2015, 1810),
-    "training": (2893, 1883),
+    "training": (2954, 1883),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

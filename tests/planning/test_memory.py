@@ -10,7 +10,7 @@ from slingshot.cost.flops import parameters
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.planning.layout import Layout
-from slingshot.planning.memory import PRECISIONS, Blocks, block_activations, stored_bytes, training_memory
+from slingshot.planning.memory import PRECISIONS, Blocks, block_activations, stored_bytes, training_memory, with_momenta
 from slingshot.planning.model_copy import ModelCopy
 from slingshot.quantization.formats import Scheme
 
@@ -132,6 +132,15 @@ def test_activations_of_the_whole_by_hand() -> None:
         (Layout(recompute="full"), 16 * (4 * 4 * 128 + block + end)),  # a block is held whole while its turn lasts
     ):  # fmt: skip
         assert training_memory(Blocks(DENSE, FP32), layout, 16, 5).activations == expected
+
+
+def test_momenta_of_16_bits_and_logits_of_some_tokens_are_counted() -> None:
+    """4 bytes a number fewer, or with float32 moments beside FP8 more; 12 tokens' logits fewer, and their gradients."""
+    kept = {(name, to): with_momenta(PRECISIONS[name], to).optimizer for name in PRECISIONS for to in ("float32", None)}
+    assert kept["float32", "float32"] == kept["float32", None] == 8 and kept["fp8", "float32"] == 12 > kept["fp8", None]
+    assert [with_momenta(PRECISIONS[name], "bfloat16").optimizer for name in PRECISIONS] == [4, 8, 8, 8, 0]
+    all_of_it, chunked = (training_memory(Blocks(DENSE, FP32), Layout(), 16, 1, chunk) for chunk in (None, 4))
+    assert all_of_it.activations - chunked.activations == 12 * 8 * 64
 
 
 def test_deepseek_v3_fits_its_own_layout_on_80_gb() -> None:

@@ -1,15 +1,16 @@
-"""One stage on any number of ranks: torchrun ... stage_ranks.py KIND CONFIG OUT [RANK LINES]: that rank is killed as
-soon as so many steps are logged."""
+"""A stage's command on any number of ranks: torchrun ... stage_ranks.py KIND CONFIG OUT TROUBLE. The last is JSON: for
+one `rank` how it is in trouble."""
 
 import json
 import os
+import resource
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
 
-from slingshot.stages.kinds import STAGES
+import slingshot
 
 
 def die(log: Path, lines: int) -> None:
@@ -19,9 +20,17 @@ def die(log: Path, lines: int) -> None:
 
 
 if __name__ == "__main__":
-    kind, config, out, *killed = sys.argv[1:]
-    if killed and killed[0] == os.environ["RANK"]:
-        log = Path(f"{out}.partial/metrics.jsonl")
-        threading.Thread(target=die, args=(log, int(killed[1])), daemon=True).start()
-    stage = STAGES[kind]
-    stage.run(stage.config.parse(json.loads(Path(config).read_text())), Path(out))
+    kind, config, out, trouble = sys.argv[1:]
+    mine = json.loads(trouble)
+    if mine.get("rank") != int(os.environ["RANK"]):
+        mine = {}
+    if lines := mine.get("dies_at"):
+        threading.Thread(target=die, args=(Path(f"{out}.partial/metrics.jsonl"), lines), daemon=True).start()
+    if size := mine.get("largest_file"):  # as on a full disk, writing fails
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    slingshot.__version__ = mine.get("version", slingshot.__version__)
+    from slingshot.cli.main import main
+
+    sys.argv = ["slingshot", kind, "--config", config, "--out", out, *mine.get("options", [])]
+    main()

@@ -67,6 +67,10 @@ class Strict(BaseModel):
             place[name] = values[key]
         return new
 
+    def flat(self) -> dict[str, Any]:
+        """JSON values by dotted key."""
+        return _flat(self.model_dump(mode="json"))
+
     @classmethod
     def key_names(cls) -> Iterator[str]:
         """All keys, those of its tables after their name and a dot."""

@@ -236,8 +236,7 @@ class GroupedLinear(nn.Module):
 
     def _stored_matrix(self, dtype: torch.dtype) -> Tensor:
         """`matrix` without what adapters add to it."""
-        own: Any = self.weight
-        return _numbers(own.to_local() if hasattr(own, "to_local") else own, dtype)
+        return _numbers(_local(self.weight), dtype)
 
     def forward(self, x_ND: Tensor, counts: list[int]) -> Tensor:
         """x_ND sorted by expert, counts[e] rows each -> y_NF."""
@@ -248,6 +247,11 @@ class GroupedLinear(nn.Module):
             return fp8_grouped_matmul(x_ND, self._stored_matrix(torch.float32), counts, self.fp8)
         weight_EFD = self._stored_matrix(x_ND.dtype)
         return grouped_matmul(x_ND, weight_EFD.flatten(1, -2) if weight_EFD.dim() > 3 else weight_EFD, counts)
+
+
+def _local(weight: Any) -> Any:
+    """Of a stack that several ranks share, the experts that are here."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
 class FrozenGroups(torch.autograd.Function):
@@ -287,10 +291,8 @@ class LoRAGroupedLinear(GroupedLinear):
         return (_numbers(self.weight, self.lora_A.dtype) + self.scale * (self.lora_B @ self.lora_A)).to(dtype)
 
     def forward(self, x_ND: Tensor, counts: list[int]) -> Tensor:
-        n_experts, dtype = self.weight.shape[0], x_ND.dtype
-        a_GERD, b_GEFR = (
-            each.to(dtype).reshape(n_experts, -1, *each.shape[-2:]).unbind(1) for each in (self.lora_A, self.lora_B)
-        )
+        both = (_local(each).to(x_ND.dtype) for each in (self.lora_A, self.lora_B))
+        a_GERD, b_GEFR = (each.reshape(len(each), -1, *each.shape[-2:]).unbind(1) for each in both)
         changes = [
             grouped_matmul(grouped_matmul(x_ND, a_ERD, counts), b_EFR, counts)
             for a_ERD, b_EFR in zip(a_GERD, b_GEFR, strict=True)

@@ -50,6 +50,14 @@ PRECISIONS = {
 }
 
 
+def with_momenta(precision: Precision, dtype: str | None) -> Precision:
+    """With both of AdamW's moments in this dtype; None: as they are."""
+    if dtype is None or not precision.optimizer:
+        return precision
+    moments = 4 if precision.dtype == "fp8" else 8
+    return precision._replace(optimizer=precision.optimizer - moments + (4 if dtype == "bfloat16" else 8))
+
+
 class Memory(Strict):
     """Bytes on one device."""
 
@@ -176,13 +184,21 @@ def _stages(layers: int, first_moe: int, mtp: int, pp: int) -> list[tuple[int, i
     return [(blocks.count("d"), blocks.count("e"), blocks.count("m")) for blocks in held]
 
 
-def training_memory(blocks: Blocks, layout: Layout, context: int, microbatches: float) -> Memory:
-    """Of the fullest device. Under 1F1B stage s of pp holds the activations of pp - s microbatches."""
-    each = (_stage_memory(blocks, layout, stage, context, microbatches) for stage in blocks.telling_stages(layout.pp))
+def training_memory(
+    blocks: Blocks, layout: Layout, context: int, microbatches: float, logits_chunk: int | None = None
+) -> Memory:
+    """Of the fullest device. Under 1F1B stage s of pp holds the activations of pp - s microbatches.
+
+    `logits_chunk`: tokens whose logits are made at a time, and made again in the backward pass; None is all.
+    """
+    given = context, microbatches, logits_chunk or context
+    each = (_stage_memory(blocks, layout, stage, *given) for stage in blocks.telling_stages(layout.pp))
     return max(each, key=lambda memory: memory.total)
 
 
-def _stage_memory(blocks: Blocks, layout: Layout, stage: int, context: int, microbatches: float) -> Memory:
+def _stage_memory(
+    blocks: Blocks, layout: Layout, stage: int, context: int, microbatches: float, logits_chunk: int
+) -> Memory:
     config, precision, tokens = blocks.config, blocks.precision, context / layout.tp
     experts, matrices, other = blocks.on_device(layout, stage)
 
@@ -199,7 +215,7 @@ def _stage_memory(blocks: Blocks, layout: Layout, stage: int, context: int, micr
         activations += tokens * block_activations(config, bool(moe or (mtp and extra_moe)), precision, "none")
     if stage == layout.pp - 1:  # logits in float32 and their gradient, of one pass through the head at a time
         last_norm = config.hidden_size * (precision.activation + precision.low_activation)  # its input and output
-        activations += tokens * (8.0 * config.vocab_size + last_norm)
+        activations += min(tokens, logits_chunk) * 8.0 * config.vocab_size + tokens * last_norm
     weights = sharded(*blocks.held_bytes, 3)
     if blocks.adapters is not None:
         _, trained = blocks.trained(layout, experts, matrices + other)

@@ -8,7 +8,7 @@ The command line makes its options of these fields.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo
 
@@ -114,6 +114,8 @@ class TrainingRequest(PlanRequest):
         _asked("ZeRO stage, 0 to 3; or chosen.")
     )
     recompute: Recompute | None = _asked("none, selective or full; chosen when not given.")
+    logits_chunk: Whole | None = _asked("Tokens whose logits are in memory at once; else a sequence's.")
+    state_dtype: Literal["float32", "bfloat16"] | None = _asked("Of AdamW's moments; else as the precision has them.")
 
     @property
     def adapters(self) -> AdapterNumbers | None:

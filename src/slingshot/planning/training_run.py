@@ -15,7 +15,7 @@ from slingshot.cost.devices import and_others, mixed_peak
 from slingshot.cost.flops import forward_flops, forward_parts, trained, training_parts
 from slingshot.model.config import ModelConfig
 from slingshot.planning.layout import RECOMPUTE, Layout, layouts
-from slingshot.planning.memory import PRECISIONS, Blocks, Memory, training_memory
+from slingshot.planning.memory import PRECISIONS, Blocks, Memory, training_memory, with_momenta
 from slingshot.planning.model_copy import ResourceTimes
 from slingshot.planning.network import network_seconds, transfers
 from slingshot.planning.plan import MOST, Hire
@@ -57,7 +57,7 @@ class TrainingRun:
         self.sequences = batch_tokens / context
         adapters = asked.adapters
         held, passed = (None, None) if adapters is None else adapters
-        self.blocks = Blocks(self.config, hire.precision, held)
+        self.blocks = Blocks(self.config, with_momenta(hire.precision, asked.state_dtype), held)
         # Of training on an optimizer step's tokens, MTP included, on one device at its peak.
         peak = mixed_peak(hire.device, hire.precision.dtype, forward_parts(self.config, [context]))
         flops = sum(training_parts(self.config, [context], adapters=passed).values())
@@ -105,7 +105,7 @@ class TrainingRun:
         return max(1.0, self.sequences / layout.dp)
 
     def memory_in(self, layout: Layout) -> Memory:
-        return training_memory(self.blocks, layout, self.context, self.microbatches(layout))
+        return training_memory(self.blocks, layout, self.context, self.microbatches(layout), self.asked.logits_chunk)
 
     @cached_property
     def memory(self) -> Memory:

@@ -135,8 +135,8 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
         load = load_model if config.lora is None else load_frozen
         model, tokenizer = load(source, device=parallel.device), load_tokenizer(source)
         reference = None
-        if config.loss.kl:  # with adapters the frozen base itself
-            separate = config.lora is None
+        if config.loss.kl:  # with adapters the frozen base itself, or, of several ranks, a base of their own
+            separate = config.lora is None or parallel.mesh is not None
             reference = load_model(source, device=parallel.device, shard=parallel.shard) if separate else twin(model)
         if config.lora is not None:
             add_lora(model, config.lora, config.seed, parallel)

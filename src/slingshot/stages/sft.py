@@ -102,6 +102,7 @@ def run(config: SFTConfig, out: Path) -> None:
         train_in_fp8(model, config.fp8)
         if config.lora is not None:
             add_lora(model, config.lora, config.seed, parallel)
+            parallel.shard(model)
         config.memory.apply(model)
         passed = None if config.lora is None else config.lora.numbers_passed(model.config)
         optimizer = Optimizer(model, config.optimizer)

@@ -50,7 +50,7 @@ from slingshot.training.identity import Identity, content_digest, inputs
 from slingshot.training.interrupts import Interrupts
 from slingshot.training.lora import adapters, merged
 from slingshot.training.optimizer import Optimizer
-from slingshot.training.parallel import Parallel, whole_tensors
+from slingshot.training.parallel import Parallel, agree, whole_tensors
 from slingshot.training.state import State, StateWriter, cannot_write
 
 try:
@@ -85,6 +85,8 @@ class Checkpointer:
         self._chosen: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
+        if self.parallel.mesh is not None:
+            agree({"stage": self.kind, "out": str(self.out.absolute()), **self.config.flat()})
         if self.parallel.is_first:
             self._lock = lock(self.folder)
             try:
@@ -291,16 +293,18 @@ class Checkpointer:
         """`finish` with the model (made from the checkpoint `source`), unless its last update has broken it."""
         if self.parallel.max(int(not _computes(model))):
             raise self._diverged("after the last update the weights or the logits hold NaN or infinite values")
-        state = merged(model) if adapters(model) else self._whole(model.state_dict())
+        state, beside = merged(model), adapters(model)
+        if self.parallel.mesh is not None:
+            state, beside = self._whole(state), self._whole(beside)
         alone = holds_stored(model)  # merged, its numbers would have to be rounded anew
 
         def write(folder: Path) -> None:
             if not alone:
                 save_checkpoint(folder, model, tokenizer, state, source=source)
             if lora := getattr(self.config, "lora", None):
-                beside = folder if alone else folder / "adapter"
-                beside.mkdir(exist_ok=True)
-                write_adapter(beside, adapters(model), lora.rank, lora.alpha, getattr(self.config, "model", ""))
+                place = folder if alone else folder / "adapter"
+                place.mkdir(exist_ok=True)
+                write_adapter(place, beside, lora.rank, lora.alpha, getattr(self.config, "model", ""))
 
         self.finish(write, extra)
 
@@ -313,7 +317,7 @@ class Checkpointer:
         named = {f"{group}/{name}": tensor for group, state in states.items() for name, tensor in state.items()}
         return named, {}
 
-    def _whole(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in whole_tensors(state) if self.parallel.is_first}
 
 

@@ -55,15 +55,15 @@ def share_experts(layer: MoE, mesh: DeviceMesh) -> None:
     """Leave this rank its share of the layer's experts; SlingshotError where they cannot be shared out evenly."""
     from torch.distributed.tensor import DTensor, Shard
 
-    for linear in (layer.experts.gate_up_proj, layer.experts.down_proj):
-        whole = linear.weight
+    for name, whole in [*layer.experts.named_parameters()]:  # of an adapter A and B are stacks of experts, too
         if len(whole) % mesh.size():
             way_out = f"make expert_parallel a divisor of {len(whole)}"
             raise SlingshotError(f"{len(whole)} routed experts cannot be shared by {mesh.size()} ranks; {way_out}")
         count = len(whole) // mesh.size()
         part = whole.data[mesh.get_local_rank() * count :][:count].clone()
         own = DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
-        linear.weight = nn.Parameter(own, whole.requires_grad)
+        stack, _, own_name = name.rpartition(".")
+        setattr(layer.experts.get_submodule(stack), own_name, nn.Parameter(own, whole.requires_grad))
     layer.dispatcher = AllToAllDispatcher(mesh.get_group())
 
 

@@ -22,9 +22,9 @@ from slingshot.checkpoint.layout import adapter_group, adapter_numbers
 from slingshot.model.config import ModelConfig
 from slingshot.model.linear import Embedding, GroupedLinear, Linear, LoRAGroupedLinear, LoRALinear
 from slingshot.model.moe import Gate
-from slingshot.model.stored import share_stored
+from slingshot.model.stored import holds_stored, share_stored
 from slingshot.model.transformer import MTP, Transformer
-from slingshot.training.parallel import Parallel
+from slingshot.training.parallel import Parallel, whole
 
 GROUPS = ("attention", "mlp", "experts")  # of targets
 
@@ -53,10 +53,11 @@ class LoRAConfig(Strict):
 def add_lora(model: Transformer, config: LoRAConfig, seed: int, parallel: Parallel) -> None:
     """Freeze the model and put adapters beside the targets. SlingshotError: an unknown target, a rank above a width.
 
-    Beside so small a state, activations would be most of the memory: blocks compute them again.
+    Beside so small a state, activations would be most of the memory: blocks compute them again. Several processes
+    shard the model afterwards.
     """
-    if parallel.mesh is not None:
-        raise SlingshotError("lora: adapters are trained by one process; start one, or leave `lora` out")
+    if parallel.mesh is not None and holds_stored(model):
+        raise SlingshotError("lora: over int8, int4 and FP8 numbers adapters are trained by one process; start one")
     chosen: dict[str, Linear | GroupedLinear] = {}
     for target in config.targets:
         found = {
@@ -115,7 +116,7 @@ class _Merged(Mapping[str, Tensor]):
         if (module := self._changed.get(name)) is None:
             return self._state[name]
         if name not in self._last:
-            self._last = dict([*self._last.items()][-1:]) | {name: module.matrix(module.weight.dtype)}
+            self._last = dict([*self._last.items()][-1:]) | {name: _whole_matrix(module)}
         return self._last[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -123,6 +124,14 @@ class _Merged(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._state)
+
+
+def _whole_matrix(module: LoRALinear | LoRAGroupedLinear) -> Tensor:
+    """W + scale B A in W's dtype, of all ranks where they share it."""
+    if not hasattr(module.weight, "full_tensor"):
+        return module.matrix(module.weight.dtype)
+    weight, a, b = (whole(each) for each in (module.weight, module.lora_A, module.lora_B))
+    return (weight.to(a.dtype) + module.scale * (b @ a)).to(weight.dtype)
 
 
 def twin(model: Transformer) -> Transformer:

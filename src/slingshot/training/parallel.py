@@ -6,13 +6,18 @@
 
 The mesh is dp x ep. Every rank has data of its own. Order inside `shard`: the experts over ep (all-to-all), then over
 dp (FSDP2), then what is left of each block, and the root, over all ranks (FSDP2).
+
+A run that fails on one rank ends on all: the first rank that fails says why in a line, those it takes along end without
+a word.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -20,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from slingshot import __version__
 from slingshot.base.errors import SlingshotError
 from slingshot.machine.device import auto_device
 from slingshot.machine.memory import keep_memory
@@ -41,6 +47,7 @@ class Parallel:
     ep_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     mesh: DeviceMesh | None = None
+    store: Any = None  # torch's, of names and numbers that all processes can read, also when one of them is gone
 
     @classmethod
     def start(cls, expert_parallel: int = 1) -> Parallel:
@@ -51,26 +58,55 @@ class Parallel:
             raise SlingshotError(f"expert_parallel: {expert_parallel} is no divisor of {size} processes; see --nproc")
         if size == 1:
             return cls(device=device)
-        # here, because it takes half a second that a single process saves
+        # here, because they take half a second that a single process saves
         from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.rendezvous import rendezvous
 
+        store = None
         if not dist.is_initialized():
             own = "" if device.type == "cpu" else f",{device.type}:{dist.get_default_backend_for_device(device)}"
-            dist.init_process_group(f"cpu:gloo{own}")
+            at_end = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from torchrun, when another one never came
+            store, rank, size = next(rendezvous("env://"))
+            dist.init_process_group(f"cpu:gloo{own}", store=store, rank=rank, world_size=size)
+            signal.signal(signal.SIGTERM, at_end)
+        parallel = cls(dist.get_rank(), size, expert_parallel, store=store)
+        try:
+            agree({"slingshot": __version__, "torch": torch.__version__, "expert_parallel": expert_parallel})
+        except SlingshotError as error:
+            raise parallel._ending(error) from None
         device = torch.device(_texts(device.type)[0])
         if device.type != "cpu":
             device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
             torch.accelerator.set_device_index(device.index)
         shape = size // expert_parallel, expert_parallel
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "ep"))
-        return cls(dist.get_rank(), size, expert_parallel, device, mesh)
+        parallel.device, parallel.mesh = device, init_device_mesh(device.type, shape, mesh_dim_names=("dp", "ep"))
+        return parallel
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.mesh is not None and kind is None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        if self.mesh is not None and error is None:
             dist.destroy_process_group()
+        elif self.mesh is not None and error is not None and (ending := self._ending(error)) is not error:
+            raise ending from None
+
+    def _ending(self, error: BaseException) -> BaseException:
+        """What this process ends with where it met an error: that, in a line with its rank; or nothing to be said,
+        where another rank has failed before."""
+        lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+        asked = isinstance(error, KeyboardInterrupt)  # also by torchrun, of all others when one has failed
+        own, failed = int(not asked), 0
+        with suppress(RuntimeError):  # the store may be gone, too
+            failed = self.store.add("failed", own) - own if self.store is not None else 0
+        if failed and (lost or asked or isinstance(error, SlingshotError)):
+            return SystemExit(1)
+        if lost:
+            gone = "another process is gone, killed or out of memory"
+            return SlingshotError(f"rank {self.dp_rank}: {gone}; run the same command to go on")
+        if isinstance(error, SlingshotError) and not str(error).startswith("rank "):
+            return SlingshotError(f"rank {self.dp_rank}: {error}")
+        return error
 
     @property
     def is_first(self) -> bool:
@@ -133,6 +169,15 @@ class Parallel:
             dist.barrier()
 
 
+def agree(said: Mapping[str, Any]) -> None:
+    """SlingshotError, on every rank, where one says something else of itself than the first does (JSON, by name)."""
+    first, *others = (json.loads(text) for text in _texts(json.dumps(said)))
+    for rank, other in enumerate(others, start=1):
+        for name in first | other:
+            if (its := other.get(name)) != (value := first.get(name)):
+                raise SlingshotError(f"rank {rank} has {name} {its}, rank 0 {value}; start all ranks alike")
+
+
 def _texts(text: str) -> list[str]:
     """Every process's text, on all of them. As bytes in tensors: torch's own exchange of objects unpickles."""
     content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
@@ -168,7 +213,7 @@ def placed_like(rows: Tensor, target: Tensor) -> Tensor:
     return DTensor.from_local(rows, mesh, placements, run_check=False, shape=target.shape, stride=target.stride())
 
 
-def whole_tensors(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def whole_tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """A state dict's tensors one by one, whole, its own where nothing is sharded. All ranks take part."""
     return ((name, whole(tensor)) for name, tensor in state.items())
 

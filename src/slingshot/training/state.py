@@ -110,18 +110,18 @@ class StateWriter:
                 own[name] = local.detach().to("cpu", copy=self.behind).contiguous()
                 offsets[name] = {"saved_offsets": [first, *[0] * (tensor.dim() - 1)][: tensor.dim()]}
         alone = parallel.mesh is None
-        file = self._temporary / ("tensors.safetensors" if alone else f"tensors-{parallel.dp_rank}.safetensors")
+        self._file = self._temporary / ("tensors.safetensors" if alone else f"tensors-{parallel.dp_rank}.safetensors")
         metadata = None if alone else {_OFFSETS: json.dumps(offsets)}
-        self._thread = Thread(target=self._write, args=(file, own, metadata), daemon=True)
+        self._thread = Thread(target=self._write, args=(own, metadata), daemon=True)
         self._thread.start()
         if not self.behind:
             self.wait()
 
-    def _write(self, path: Path, own: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
+    def _write(self, own: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(own, path, metadata)
-            with path.open("rb") as file:
+            self._temporary.mkdir(parents=True, exist_ok=True)
+            save_file(own, self._file, metadata)
+            with self._file.open("rb") as file:
                 os.fsync(file.fileno())
         except (OSError, SafetensorError) as error:
             self._error = error
@@ -136,10 +136,13 @@ class StateWriter:
     def commit(self) -> None:
         """Wait for every rank's file, and give the folder its name. All ranks take part, and raise if one could not."""
         self.wait()
-        failed = {rank: why for rank, why in enumerate(self.parallel.gather([_why(self._error)])) if why}
+        found = self.parallel.gather([[_why(self._error), self._file.name]])
         try:
-            for rank, why in failed.items():
-                raise cannot_write(self.folder, why, rank if self.parallel.mesh is not None else None)
+            for rank, (why, file) in enumerate(found):
+                if not why and self.parallel.is_first and not (self._temporary / file).exists():
+                    why = f"{file} is not there; --out has to be one folder for all ranks"
+                if why:
+                    raise cannot_write(self.folder, why, rank if self.parallel.mesh is not None else None)
             if self.parallel.is_first:
                 write_json(self._temporary / "state.json", self._said)
                 rename_folder(self._temporary, self.folder)

@@ -65,6 +65,28 @@ def test_groups_without_a_signal_are_replaced_by_others(training, saying, metric
     assert sorted(drawn[:8]) == LETTERS, "each problem once before any twice"
 
 
+@pytest.mark.parametrize("staleness", [1, 3])
+def test_samples_are_so_many_updates_behind_whatever_the_clock_does(training, saying, metrics, tmp_path, staleness):
+    asked, plain = Asked(saying), Asked(saying)
+    rl.run(training(steps=6, staleness=staleness), tmp_path / "out", asked.sampler)
+    rl.run(training(steps=6), tmp_path / "plain", plain.sampler)
+    assert [letter for _, letter in asked.keys] == [letter for _, letter in plain.keys]
+    assert [version for version, _ in asked.keys[::2]] == [max(0, step - staleness) for step in range(6)]
+    assert [row["staleness"] for row in metrics(tmp_path / "out")] == [min(step, staleness) for step in range(6)]
+
+
+def test_what_was_begun_and_not_trained_on_is_drawn_again(training, saying, metrics, tmp_path):
+    config = training(staleness=1, save_seconds=0.0)
+    whole, broken = Asked(saying), Asked(saying)
+    rl.run(config, tmp_path / "whole", whole.sampler)
+    with pytest.raises(ConnectionError):
+        rl.run(config, tmp_path / "out", Breaking(broken.sampler, at=3))
+    rl.run(config, tmp_path / "out", broken.sampler)
+    letters = [letter for _, letter in whole.keys]
+    assert [letter for _, letter in broken.keys] == letters[:8] + letters[6:]  # two each step
+    assert [row["staleness"] for row in metrics(tmp_path / "out")] == [0, 1, 1, 0]
+
+
 def test_refill_ends_where_no_problem_has_a_signal(training, saying, metrics, tmp_path):
     asked = Asked(saying, half="")
     rl.run(training(refill=3, steps=2), tmp_path / "out", asked.sampler)
@@ -109,7 +131,7 @@ class Breaking:
     def update_weights(self, version, state):
         if version == self.at:
             raise ConnectionError("gone")
-        self.inner.update_weights(version, state)
+        return self.inner.update_weights(version, state)
 
 
 @pytest.mark.slow

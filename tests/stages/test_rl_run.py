@@ -46,6 +46,15 @@ def test_a_run_logs_every_step_and_counts_its_cost(training, metrics, tmp_path):
     assert weights[0] == weights[1]
 
 
+def test_samples_made_beside_the_updates_come_out_alike_twice(training, metrics, tmp_path):
+    config = training(steps=4, staleness=2, optimizer={"lr": 0.01}, loss={"importance": "truncated"})
+    for name in ("out", "again"):
+        rl.run(config, tmp_path / name)
+    rows = metrics(tmp_path / "out")
+    assert rows == metrics(tmp_path / "again") and [row["staleness"] for row in rows] == [0, 1, 2, 2]
+    assert rows[0]["logprob_gap"] < 1e-4 < min(row["logprob_gap"] for row in rows[1:])  # what they are behind by
+
+
 def test_adapters_are_sampled_from_merged_and_compared_with_the_base_they_stand_beside(training, metrics, tmp_path):
     lora = {"rank": 4, "targets": ["attention", "mlp", "experts"]}
     rl.run(training(lora=lora, steps=3, optimizer={"lr": 0.01}), tmp_path / "out")

@@ -3,6 +3,9 @@
 rollout = Rollout(sampler, params, PromptForm(), VerificationPool(mix.tasks), parallel)
 groups = rollout.run(items)                # this rank's share of the items: params.n trajectories of each
 rollout.counts                             # {"skipped": 1}: what was left out of the last run, over all ranks
+
+batch = rollout.sample(items)              # or in two parts: this one asks no other rank, so a thread may do it
+groups = rollout.finish(batch)
 """
 
 from __future__ import annotations
@@ -58,6 +61,16 @@ class PromptForm(Strict):
 
 
 @dataclass
+class Batch:
+    """Trajectories that are sampled, whose verification is under way."""
+
+    asked: int  # problems, over all ranks
+    groups: list[list[Trajectory]] = field(default_factory=list)
+    verdicts: list[tuple[Trajectory, Future[Reward] | None]] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)  # of this rank: what was left out, what was verified
+
+
+@dataclass
 class Rollout:
     """Samples, lets the tasks' environments reply, and verifies finished trajectories while others are still sampled.
 
@@ -71,21 +84,28 @@ class Rollout:
     verification: VerificationPool
     parallel: Parallel
     both: bool = False
+    stopped: bool = False  # set from another thread: what is sampled is left
     counts: Counter[str] = field(default_factory=Counter)  # what was left out of the last run, over all ranks
     _all: Counter[str] = field(default_factory=Counter)  # problems asked, groups made, answers unverified in all runs
     _reasons: dict[str, str] = field(default_factory=dict)  # the first of each kind
 
     def run(self, items: Sequence[Item]) -> list[list[Trajectory]]:
         """Groups of trajectories, one of each problem, in the order of the items."""
-        self.counts = Counter(skipped=0, aborted=0, unverified=0, verified=0)
-        live = [(item.key, group) for item in self.parallel.mine(items) if (group := self._begin(item))]
-        groups = [group for _, group in live]
-        verdicts: list[tuple[Trajectory, Future[Reward] | None]] = []
+        return self.finish(self.sample(items))
+
+    def sample(self, items: Sequence[Item]) -> Batch:
+        """This rank's share of the items, through all turns."""
+        batch = Batch(len(items), counts=Counter(skipped=0, aborted=0, unverified=0, verified=0))
+        mine = self.parallel.mine(items)
+        live = [(item.key, group) for item in mine if (group := self._begin(item, batch.counts))]
+        batch.groups = [group for _, group in live]
         while live:  # a turn of all that go on: at first the samples of a group together, then each by itself
             replies: list[tuple[str, Trajectory, Future[list[dict[str, Any]] | None]]] = []
             prompts = [group[0].ids for _, group in live]
             params = [replace(self.params, n=len(group)) for _, group in live]
             for index, samples in self.sampler.sample(prompts, params, [key for key, _ in live]):
+                if self.stopped:
+                    return batch
                 key, group = live[index]
                 for number, (trajectory, sampled) in enumerate(zip(group, samples, strict=True)):
                     trajectory.respond(sampled, self.sampler.tokenizer)
@@ -94,15 +114,19 @@ class Rollout:
                         reply = self.verification.step(item.task, item.problem, trajectory.messages)
                         replies.append((f"{key}/{number}", trajectory, reply))
                     else:
-                        verdicts.append((trajectory, self._verify(trajectory, self.form.lenient)))
+                        batch.verdicts.append((trajectory, self._verify(trajectory, self.form.lenient)))
             live = []
             for key, trajectory, reply in replies:
-                if self._hear(trajectory, reply):
+                if self._hear(trajectory, reply, batch.counts):
                     live.append((key, [trajectory]))
                 else:
-                    verdicts.append((trajectory, self._verify(trajectory, self.form.lenient)))
-        self._score(verdicts)
-        return self._whole(groups, len(items))
+                    batch.verdicts.append((trajectory, self._verify(trajectory, self.form.lenient)))
+        return batch
+
+    def finish(self, batch: Batch) -> list[list[Trajectory]]:
+        """The groups of a batch once all is verified: scored, without what was aborted."""
+        self._score(batch)
+        return self._whole(batch)
 
     def refuse_nothing(self) -> None:
         """Raise SlingshotError when not one problem could be put to the model, or hardly an answer verified."""
@@ -115,7 +139,7 @@ class Rollout:
             why = self._reasons.get("unverified", elsewhere)
             raise SlingshotError(f"{why}; so it is with {unverified} of {unverified + verified} answers so far")
 
-    def _begin(self, item: Item) -> list[Trajectory]:
+    def _begin(self, item: Item, counts: Counter[str]) -> list[Trajectory]:
         """The problem's trajectories; none where it is too long."""
         task, tokenizer, longest = item.task, self.sampler.tokenizer, self.sampler.max_length
         if task.has_turns and not self.form.chat:
@@ -126,14 +150,14 @@ class Rollout:
         ids = self.form.encode(tokenizer, item.problem, task.tools)
         if len(ids) >= longest:
             size = f"the prompt of {item.problem.key!r:.60} has {len(ids):,} tokens, the model holds {longest:,}"
-            self._count("skipped", f"task {task.name}: {size}")
+            self._count(counts, "skipped", f"task {task.name}: {size}")
             return []
         return [Trajectory(item, ids, self.form.messages(item.problem)) for _ in range(self.params.n)]
 
-    def _hear(self, trajectory: Trajectory, reply: Future[list[dict[str, Any]] | None]) -> bool:
+    def _hear(self, trajectory: Trajectory, reply: Future[list[dict[str, Any]] | None], counts: Counter[str]) -> bool:
         """Whether the conversation goes on. It is cut off where the environment fails or leaves no room."""
         if failure := reply.exception():
-            self._count("unverified", str(failure))
+            self._count(counts, "unverified", str(failure))
             trajectory.verified = False
         elif (messages := reply.result()) is None:
             return False
@@ -156,13 +180,13 @@ class Rollout:
             return None
         return self.verification.submit(trajectory.item.task, trajectory.item.problem, text, lenient)
 
-    def _score(self, verdicts: list[tuple[Trajectory, Future[Reward] | None]]) -> None:
-        for trajectory, verdict in verdicts:
+    def _score(self, batch: Batch) -> None:
+        for trajectory, verdict in batch.verdicts:
             reward = verdict.result() if verdict else Reward(0.0, None)
             if reward.error:
-                self._count("unverified", reward.error)
+                self._count(batch.counts, "unverified", reward.error)
                 trajectory.verified = False
-            self.counts["verified"] += verdict is not None and not reward.error
+            batch.counts["verified"] += verdict is not None and not reward.error
             said = [(turn.parsed, turn.finish_reason == "stop", turn.calls) for turn in trajectory.turns]
             spoken = "\n".join(each.reasoning for each, *_ in said if each.reasoning) or trajectory.response.answer
             trajectory.answer = reward.answer
@@ -177,28 +201,30 @@ class Rollout:
             if trajectory.item.task.tools:
                 trajectory.scores["calls"] = sum(len(turn.calls) for turn in trajectory.turns)
         if self.both:
-            again = [(t, self._verify(t, lenient=True) if t.scores["accuracy"] < 1 else None) for t, _ in verdicts]
+            again = [
+                (t, self._verify(t, lenient=True) if t.scores["accuracy"] < 1 else None) for t, _ in batch.verdicts
+            ]
             for trajectory, verdict in again:
                 read = verdict.result().value if verdict else 0.0
                 trajectory.scores["lenient"] = max(trajectory.scores["accuracy"], read)
 
-    def _whole(self, groups: list[list[Trajectory]], asked: int) -> list[list[Trajectory]]:
+    def _whole(self, batch: Batch) -> list[list[Trajectory]]:
         """The groups without what was aborted; sums the counts over all ranks."""
-        kept = [[each for each in group if each.turns[-1].finish_reason != "abort"] for group in groups]
-        if aborted := sum(map(len, groups)) - sum(map(len, kept)):
-            self._count("aborted", "the sampler broke off a response", aborted)
+        kept = [[each for each in group if each.turns[-1].finish_reason != "abort"] for group in batch.groups]
+        if aborted := sum(map(len, batch.groups)) - sum(map(len, kept)):
+            self._count(batch.counts, "aborted", "the sampler broke off a response", aborted)
         lost, kept = sum(not group for group in kept), [group for group in kept if group]
-        sums = self.parallel.sums({"made": len(kept), "lost": lost, **self.counts})
+        sums = self.parallel.sums({"made": len(kept), "lost": lost, **batch.counts})
         totals = Counter({kind: round(total) for kind, total in sums.items() if total})
         self.verification.verified += totals.pop("verified", 0)
-        self._all += totals + Counter(asked=asked - totals.pop("lost", 0))
+        self._all += totals + Counter(asked=batch.asked - totals.pop("lost", 0))
         self.counts = totals - Counter(made=totals["made"])
         if self._all["asked"] >= _PATIENCE:
             self.refuse_nothing()
         return kept
 
-    def _count(self, kind: str, reason: str, count: int = 1) -> None:
+    def _count(self, counts: Counter[str], kind: str, reason: str, count: int = 1) -> None:
         if kind not in self._reasons:
             print(f"{kind}: {reason}; others alike are only counted", file=sys.stderr)
             self._reasons[kind] = reason
-        self.counts[kind] += count
+        counts[kind] += count

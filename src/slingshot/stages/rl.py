@@ -30,6 +30,7 @@ from slingshot.cost.flops import forward_flops, training_parts
 from slingshot.machine.device import Dtype
 from slingshot.model.stored import holds_stored
 from slingshot.model.transformer import Transformer
+from slingshot.rollout.ahead import RolloutsAhead
 from slingshot.rollout.curriculum import Curriculum
 from slingshot.rollout.reward import RewardWeights, assign_advantages, assign_rewards, has_signal
 from slingshot.rollout.rollout import PromptForm, Rollout
@@ -60,7 +61,8 @@ WAIT = 2.0  # seconds until servers are asked again whether they take weights
 
 class RLConfig(StageConfig):
     """`max_flops` ends training once this stage has spent as many (sampling included). `rollouts`: addresses of vLLM
-    servers that sample in the place of this process."""
+    servers that sample in the place of this process. `staleness`: updates that a step's samples may be behind its
+    weights; they are made beside the updates then."""
 
     without_effect: ClassVar[frozenset[str]] = StageConfig.without_effect | {"rollouts"}
     moved: ClassVar[dict[str, str]] = (
@@ -86,6 +88,7 @@ class RLConfig(StageConfig):
     memory: MemoryConfig = MemoryConfig()
     expert_parallel: int = Field(1, ge=1)
     rollouts: list[str] = []
+    staleness: int = Field(0, ge=0, le=16)
     sequence_length: int = Field(256, ge=8)
     bias_update_speed: float = Field(0.0, ge=0)
     refill: int = Field(0, ge=0, le=100)
@@ -146,13 +149,15 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
             if not model.config.n_moe_layers:
                 raise SlingshotError("loss.replay_routing: this model has no experts; leave it out")
             params = replace(params, routed_experts=True)
+        if holds_stored(model) and (key := "rollouts" if config.rollouts else "staleness" if config.staleness else ""):
+            raise SlingshotError(f"{key}: samples come from this base of few bits where it is trained; leave it out")
         if sampler is None and config.rollouts:
-            if holds_stored(model):
-                raise SlingshotError("rollouts: servers take whole weights, and this base is of few bits; leave it out")
             probes = [(item, config.form.encode(tokenizer, item.problem, item.task.tools)) for item in tasks.draw(0, 8)]
             where = work.folder / "weights"
             sampler = VllmSampler(config.rollouts, model, tokenizer, where, probes, params, parallel)
-        sampler = sampler or EngineSampler.beside(model, tokenizer, work.dtype, parallel.mesh is None)
+        if sampler is None:
+            alone = parallel.mesh is None and not config.staleness
+            sampler = EngineSampler.beside(model, tokenizer, work.dtype, alone)
         pool = VerificationPool(tasks.tasks)
         rollout = Rollout(sampler, params, config.form, pool, parallel)
         parallel.shard(model)
@@ -173,9 +178,14 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
 
         def state() -> Named:
             tensors, _ = work.training_state(model, optimizer, moving)
-            return tensors, {**curriculum.state(), "entropy": entropy.first}
+            return tensors, {**batches.state(), "entropy": entropy.first}
 
-        with pool, Interrupts() as interrupts, Progress(out.name, config.steps, done, parallel.is_first) as progress:
+        def keep(step: int) -> None:
+            work.keep(step, state, stop=interrupts.asked)
+
+        batches = RolloutsAhead(rollout, curriculum, config.prompts_per_step, config.staleness)
+        showing = Progress(out.name, config.steps, done, parallel.is_first)
+        with pool, batches, Interrupts() as interrupts, showing as progress:
             for step in range(done, config.steps):
                 spent = 0.0
                 if config.max_flops is not None:
@@ -186,13 +196,13 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
                 if moving is not None and step and step % config.loss.reference_steps == 0:
                     load_whole(moving, model.state_dict())
 
-                place = curriculum.place
-                while True:  # again where no server was left before all samples were made
-                    pushed = hand_over(sampler, step, model, lambda at: work.keep(at, state, interrupts.asked))
-                    groups, left_out = collect(rollout, curriculum, config, step)
-                    if not (config.rollouts and left_out["aborted"]):
-                        break
-                    curriculum.place = place
+                pushed = hand_over(batches, step, model, keep)
+                batches.begin(step, config.steps)
+                groups, left_out = collect(batches, config, step)
+                while config.rollouts and left_out["aborted"]:  # no server was left before all samples were made
+                    pushed = hand_over(batches, step, model, keep)
+                    batches.put_back(step)
+                    groups, left_out = collect(batches, config, step)
                 curriculum.note(groups, parallel)
                 # What could not be verified is in no group's mean and moves nothing: its 0 is the verifier's failure.
                 signals = [[each for each in group if each.verified] for group in groups if has_signal(group)]
@@ -211,23 +221,25 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
                 row = summary(groups, parallel, calls=any(task.tools for task in tasks.tasks))
                 speed = work.speed(int(parallel.sums({"tokens": tokens})["tokens"]))
                 lr = config.optimizer.lr * schedule(config.optimizer, step, config.steps)
-                work.log({"step": step + 1, **row, **update, **left_out, **pushed, "lr": lr, **speed})
+                stale = {"staleness": step - batches.version} if config.staleness else {}
+                work.log({"step": step + 1, **row, **update, **left_out, **pushed, **stale, "lr": lr, **speed})
                 entropy.watch(update.get("entropy"), parallel.is_first)
                 shown = {"reward": row["reward"], "pass": row["pass_rate"], "length": row["response_tokens"]}
                 shown |= {"calls": row["calls"]} if "calls" in row else {}
                 progress.update(step + 1, **shown, **{"tokens/s": speed["tokens_per_second"]})
-                work.keep(step + 1, state, stop=interrupts.asked)
+                keep(step + 1)
 
         rollout.refuse_nothing()
         work.finish_checkpoint(model, tokenizer, source)
 
 
-def hand_over(sampler: Sampler, step: int, model: Transformer, keep: Callable[[int], None]) -> dict[str, float]:
+def hand_over(batches: RolloutsAhead, step: int, model: Transformer, keep: Callable[[int], None]) -> dict[str, float]:
     """Give the sampler the weights of a step. While no server takes them this waits, saves, and stops where asked."""
     told = False
     while True:
+        batches.wait()
         try:
-            return sampler.update_weights(step, merged(model))
+            return batches.rollout.sampler.update_weights(step, merged(model))
         except NoServerLeft as error:
             if not told:
                 print(f"{error}; waiting for one", file=sys.stderr)
@@ -236,21 +248,19 @@ def hand_over(sampler: Sampler, step: int, model: Transformer, keep: Callable[[i
         time.sleep(WAIT)
 
 
-def collect(
-    rollout: Rollout, curriculum: Curriculum, config: RLConfig, step: int
-) -> tuple[list[list[Trajectory]], Counter[str]]:
+def collect(batches: RolloutsAhead, config: RLConfig, step: int) -> tuple[list[list[Trajectory]], Counter[str]]:
     """The step's groups with their rewards, and counts of what was left out.
 
     In place of groups without a signal others are drawn, `refill` times at most (arXiv 2503.14476, 3.2, has no end).
     """
     groups: list[list[Trajectory]] = []
     left_out, lacking = Counter[str](), config.prompts_per_step
-    for _ in range(1 + config.refill):
-        found = rollout.run(curriculum.draw(lacking))
+    for turn in range(1 + config.refill):
+        found = batches.more(lacking) if turn else batches.take()
         assign_rewards(found, config.rewards, f"{config.seed}/{step}", config.sampling.max_tokens)
         groups += found
-        left_out += rollout.counts
-        with_signal = rollout.parallel.sums({"groups": sum(has_signal(group) for group in groups)})["groups"]
+        left_out += batches.rollout.counts
+        with_signal = batches.rollout.parallel.sums({"groups": sum(has_signal(group) for group in groups)})["groups"]
         lacking = config.prompts_per_step - round(with_signal)
         if lacking <= 0 or left_out["aborted"]:
             break

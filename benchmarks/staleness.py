@@ -1,0 +1,111 @@
+"""What do rollouts beside the updates (rl's `staleness`) gain in time, and cost in learning?
+
+    .venv/bin/python benchmarks/staleness.py --out runs/staleness [--only time | learning]
+
+It prints Markdown and keeps benchmarks/staleness.json.
+Model and shapes are those of benchmarks/losses.py. Time: a verifier answers one response in sixteen after `--tail`
+seconds, as a program that runs into its time limit, and the others at once; in turns, seconds of a step without the
+first of each run. Learning: a free verifier, equal samples; gains as in benchmarks/losses.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from losses import TASK, reasoner, score, stage
+from tiny import interval
+
+from slingshot.stages import rl
+from slingshot.tasks.loader import TaskConfig
+from slingshot.tasks.mixture import TaskMix
+
+VERIFIER = """
+import hashlib, json, time
+from pathlib import Path
+
+def problems(split, seed):
+    return [json.loads(line) for line in Path({rows!r}).read_text().splitlines()]
+
+def verify(problem, text):
+    if hashlib.sha256((problem["prompt"] + text).encode()).digest()[0] < 16:
+        time.sleep({tail})
+    return text.strip() == problem["answer"]
+"""
+SHAPE = {
+    "prompts_per_step": 16, "group_size": 8, "sequence_length": 64, "sampling": {"max_tokens": 48},
+    "loss": {"kl": 0.0, "importance": "truncated"},
+}  # fmt: skip
+
+
+def slow_task(folder: Path, tail: float) -> str:
+    """A task file of arithmetic's problems with that verifier."""
+    items = TaskMix([TaskConfig(**TASK)], "train", "staleness").draw(0, 4000)
+    rows = {item.problem.prompt: item.problem.answer for item in items}
+    lines = [json.dumps({"prompt": prompt, "answer": answer, "key": prompt}) for prompt, answer in rows.items()]
+    (folder / "problems.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "slow.py").write_text(VERIFIER.format(rows=str((folder / "problems.jsonl").resolve()), tail=tail))
+    return str(folder / "slow.py")
+
+
+def step_seconds(model: Path, folder: Path, task: str, staleness: int, turn: int, steps: int) -> float:
+    """The mean of a run's steps but for the first ones, in which nothing is stale yet."""
+    values = SHAPE | {"model": str(model), "tasks": [task], "steps": steps, "staleness": staleness}
+    out = stage(rl, rl.RLConfig, folder / f"time-{staleness}-{turn}", values)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    skipped = 1 + staleness
+    return (rows[-1]["seconds"] - rows[skipped - 1]["seconds"]) / (len(rows) - skipped)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", choices=["time", "learning"])
+    parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 2, 4])
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--tail", type=float, default=5.0, help="seconds")
+    parser.add_argument("--timed-steps", type=int, default=12)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--problems", type=int, default=300)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    given = parser.parse_args()
+    kept = Path(__file__).with_suffix(".json")
+    result: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    if given.only != "learning":
+        model = reasoner(0, given.out / "seed-0")
+        task = slow_task(given.out, given.tail)
+        seconds: dict[int, list[float]] = {each: [] for each in given.staleness}
+        for turn in range(given.turns):
+            for each, its in seconds.items():
+                its.append(step_seconds(model, given.out, task, each, turn, given.timed_steps))
+        print("| staleness | seconds of a step | times as fast |\n|---|---|---|")
+        for each, its in seconds.items():
+            times = statistics.median(seconds[given.staleness[0]]) / statistics.median(its)
+            print(f"| {each} | {statistics.median(its):.2f} ({min(its):.2f} to {max(its):.2f}) | {times:.2f} |")
+        result["time"] = {"tail": given.tail, "steps": given.timed_steps, "seconds": seconds}
+    if given.only != "time":
+        gains: dict[int, list[float]] = {each: [] for each in given.staleness}
+        for seed in range(given.seeds):
+            folder = given.out / f"seed-{seed}"
+            model = reasoner(seed, folder)
+            before = score(model, folder / "cold_start-evaluation", given.problems)["pass@1"]
+            for each, its in gains.items():
+                values = {"model": str(model), "tasks": [TASK], "steps": given.steps, "seed": seed, "staleness": each}
+                out = stage(rl, rl.RLConfig, folder / f"rl-{each}", SHAPE | values | {"optimizer": {"lr": given.lr}})
+                after = score(out, folder / f"rl-{each}-evaluation", given.problems)["pass@1"]
+                its.append(100 * (after - before))
+        print("| staleness | gain in points by seed | mean (95%) |\n|---|---|---|")
+        for each, its in gains.items():
+            mean, low, high = interval(its)
+            by_seed = ", ".join(f"{gain:+.1f}" for gain in its)
+            print(f"| {each} | {by_seed} | {mean:+.1f} ({low:+.1f} to {high:+.1f}) |")
+        result["learning"] = {"steps": given.steps, "lr": given.lr, "problems": given.problems, "gains": gains}
+    kept.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

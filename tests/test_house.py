@@ -27,7 +27,7 @@ ROOMS = {
     "environments": (745, 247),
     "kernels": (834, 1217),
     "machine": (472, 319),
-    "model": (1909, 1405),
+    "model": (1922, 1413),
     "parity": (0, 1075),
     "planning": (2184, 1177),
     "quantization": (643, 457),
@@ -35,10 +35,10 @@ ROOMS = {
     "rollout": (1443, 1030),
     "sandbox": (1005, 625),
     "serving": (5846, 5582),
-    "stages": (2391, 3338),
+    "stages": (2435, 3339),
     "tasks": (3806, 2617),
     "text": (2015, 1810),
-    "training": (2954, 1883),
+    "training": (2997, 1944),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

@@ -213,7 +213,7 @@ def quantize(
     bits: Annotated[float | None, typer.Option(help="Of int4, on the average: 8 where 4 lose most.")] = None,
     group: Annotated[int | None, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = None,
     calibrate: Annotated[int | None, typer.Option(help="Responses to fit to; 0 rounds to nearest.")] = None,
-    distill: Annotated[int | None, typer.Option(help="Steps that move the numbers until it says the same.")] = None,
+    distill: Annotated[int | None, typer.Option(help="Steps that move the scales until it says the same.")] = None,
     config: ConfigFile = None,
     out: Artifact = None,
     keys: ShowKeys = False,

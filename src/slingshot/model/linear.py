@@ -2,8 +2,8 @@
 
 `Linear` is one matrix, `Embedding` a matrix whose rows are looked up, `GroupedLinear` a stack of expert matrices over
 rows sorted by expert, `RMSNorm` a vector of gains. Every product takes its weight from `matrix`. In the place of a
-parameter a `weight` may be a frozen matrix in another form (int8, int4, fp8: model/stored.py), or one that is rounded
-while it is trained (model/rounded.py); a low-rank change beside it (LoRA) is a subclass. With `fp8` a float32 matrix is
+parameter a `weight` may be a frozen matrix in another form (int8, int4, fp8: model/stored.py), or whole numbers whose
+scales are trained (model/rescaled.py); a low-rank change beside it (LoRA) is a subclass. With `fp8` a float32 matrix is
 trained by products whose factors are rounded (quantization/fp8_product.py).
 
 Shape suffixes: N rows, X any leading dimensions, D input width, F output width, E experts, H heads, V vocabulary,
@@ -23,12 +23,12 @@ from torch.autograd.function import once_differentiable
 
 from slingshot.kernels.grouped import grouped_matmul
 from slingshot.kernels.norm import residual_norm, rms_norm
-from slingshot.model.rounded import RoundedMatrix
+from slingshot.model.rescaled import RescaledMatrix
 from slingshot.model.stored import StoredMatrix
 from slingshot.quantization.fp8_product import FP8Scaling, fp8_grouped_matmul, fp8_matmul
 
 
-def _numbers(weight: Tensor | StoredMatrix | RoundedMatrix, dtype: torch.dtype) -> Tensor:
+def _numbers(weight: Tensor | StoredMatrix | RescaledMatrix, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype) if isinstance(weight, Tensor) else weight.matrix(dtype)
 
 

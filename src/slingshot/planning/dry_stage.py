@@ -93,7 +93,7 @@ def quantize(job: dict[str, Any]) -> dict[str, float]:
     cut = {"calibrate": min(whole.calibrate, stage.CHUNK), "problems": problems, "distill": steps}
     config = whole.model_copy(update=cut)
     few = stage.held_out(mix.tasks, model, config)
-    items = [*mix.draw(0, whole.calibrate + steps * whole.prompts_per_step), *few]
+    items = [*mix.draw(0, whole.calibrate + steps * whole.prompts_per_step + stage.HELD_OUT), *few]
     script = SolutionScript(items, tokenizer, whole.sampling.max_tokens, job["styles"])
 
     def sampler(path: Path) -> Sampler:

@@ -8,7 +8,7 @@ each 128 x 128 block, kv_b_proj too, rounded to nearest.
 
     slingshot quantize runs/tiny/rl_final --to int4 --out runs/tiny-int4
     slingshot quantize runs/tiny/rl_final --bits 4.5 --out runs/tiny-4.5        # 8 bits where 4 lose most
-    slingshot quantize runs/tiny/rl_final --distill 300 --out runs/tiny-int4    # numbers moved until it says the same
+    slingshot quantize runs/tiny/rl_final --distill 200 --out runs/tiny-int4    # scales moved until it says the same
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from slingshot.base.clock import Clock
 from slingshot.base.config import StageConfig
@@ -49,22 +50,32 @@ from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import Item, TaskMix, distinct
 from slingshot.tasks.task import Task
 from slingshot.tasks.verification import VerificationPool
-from slingshot.training.calibration import stream
+from slingshot.training.calibration import Batch, stream
 from slingshot.training.checkpointer import Checkpointer, restore
 from slingshot.training.fidelity import fidelity, reading_by_layer
 from slingshot.training.fitting import FEW, Fit, fitted, tensors, widened
 from slingshot.training.interrupts import Interrupts
 from slingshot.training.optimizer import Optimizer, OptimizerConfig, schedule
 from slingshot.training.parallel import Parallel
-from slingshot.training.quantization_aware import Packed, held_numbers, hold_rounded, matching_step
+from slingshot.training.quantization_aware import (
+    HeldOut,
+    Packed,
+    capped_step,
+    held_numbers,
+    hold_rescaled,
+    matching_step,
+    trained,
+)
 
 # Of the mean KL divergence, in nats a token: a loss beyond is said.
 BOUNDS = {"int8": 0.002, "int4": 0.05, "fp8": 0.02, "int8-dynamic": 0.01, "mxfp4": 0.1}
-DISTILLED = ("int4", "int8", "mxfp4")  # what the rounded model computes with is what is stored
+DISTILLED = ("int4", "int8")  # whose scales are more than powers of two, and what they compute with is what is stored
 CALIBRATION, FULL, SMALL = "calibration's answers", "full model's answers", "small model's answers"
 CHUNK = 32  # problems that are answered at a time
 _ROWS = 8  # of a batch
 _CACHE = 2**29  # bytes of the keys and values of what is being answered
+HELD_OUT, _MEASUREMENTS = 32, 10  # answers that distillation does not see, and how often KL is measured there
+_ANSWERING, _MEASURING = "held-out answers", "held-out KL"
 # Held-out problems of each task where their number is not told: so many, or what both models answer and read for so
 # many FLOPs, but never fewer than that.
 _MOST, _SPENT, _FEWEST = 200, 2e13, 4
@@ -78,8 +89,8 @@ class QuantizeConfig(StageConfig):
     the matrices are fitted to, no more than hold about `calibrate_tokens`; 0 rounds to nearest, as fp8 always does.
     `problems`: of each task, for both models; unless told as many as a bounded amount of work allows (`held_out`).
     `bits`: of int4, a number's on the average, scales not counted: matrices that lose most by 4 bits get 8. `distill`:
-    steps after that, each on answers to `prompts_per_step` other problems; learning rates are in units of the scales.
-    `scale_fmt`: of fp8, scales that are powers of two, as DeepSeek-V3.1's."""
+    steps after that, each on answers to `prompts_per_step` other problems; a learning rate is a share of the scales,
+    and less where a step would promise too much. `scale_fmt`: of fp8, scales that are powers of two, as V3.1's."""
 
     model: str
     to: Literal["int8", "int4", "fp8", "int8-dynamic", "mxfp4"] = "int4"
@@ -94,7 +105,7 @@ class QuantizeConfig(StageConfig):
     distill: int = Field(0, ge=0)
     prompts_per_step: int = Field(16, ge=1)
     optimizer: OptimizerConfig = OptimizerConfig(
-        name="adamw", lr=0.01, warmup=0.0, decay=1.0, final=0.0, weight_decay=0.0
+        name="adamw", lr=3e-3, warmup=0.1, decay=1.0, final=0.0, weight_decay=0.0
     )
     dtype: Dtype = "auto"
     problems: int | None = Field(None, ge=1)
@@ -159,8 +170,8 @@ def run(config: QuantizeConfig, out: Path, sampler: Callable[[Path], Sampler] | 
                 probed |= {"calibration_answers": len(said), "calibration_tokens": read}
             probed |= {"calibrated": len(fit.packed), "distilled": config.distill}
             if config.distill and scheme is not None:
-                with clock("distillation"):
-                    fit.packed = distilled(fit.packed, scheme, writer(source), mix, config, work)
+                fit.packed, went = distilled(fit.packed, scheme, writer(source), mix, config, work, clock)
+                probed |= went
             shutil.rmtree(made, ignore_errors=True)
             made.mkdir()
             with clock("writing"), Progress(f"{out.name}: written", tensor_count(weights.config)) as progress:
@@ -199,33 +210,64 @@ def run(config: QuantizeConfig, out: Path, sampler: Callable[[Path], Sampler] | 
 
 def distilled(
     packed: Mapping[str, Packed], scheme: Scheme, rollout: Rollout, mix: TaskMix, config: QuantizeConfig,
-    work: Checkpointer,
-) -> dict[str, Packed]:  # fmt: skip
-    """Numbers that were moved until the rounded model says of the full one's answers what that one does; resumes."""
-    source, device = work.reads[config.model], work.parallel.device
+    work: Checkpointer, clock: Clock,
+) -> tuple[dict[str, Packed], dict[str, Any]]:  # fmt: skip
+    """Numbers with the scales under which they say of the full model's answers what that one does, the best on answers
+    held out, and what KL was there; resumes."""
+    source, steps, asked = work.reads[config.model], config.distill, config.prompts_per_step
     full, student = load_model(source), load_model(source)
-    hold_rounded(student, full, packed, scheme)
-    for model in (full.to(device), student.to(device)):
+    hold_rescaled(student, full, packed, scheme, config.seed)
+    for model in (full.to(work.parallel.device), student.to(work.parallel.device)):
         model.compute_dtype = work.dtype
+
+    def answers(first: int, count: int) -> tuple[list[Batch], list[int], int]:
+        """Of problems of the mix by the full model: in batches, the length of each, and the tokens sampled."""
+        groups = rollout.run(mix.draw(first, count))
+        texts = [trajectory.ids for group in groups for trajectory in group]
+        tokens, flops = sampling_cost(full.config, groups)
+        work.meter.add(tokens, sampling=flops, teacher=forward_flops(full.config, map(len, texts)))
+        return stream(texts, config.sequence_length, _ROWS), list(map(len, texts)), tokens
+
+    with clock(_ANSWERING):
+        batches, _, _ = answers(config.calibrate + steps * asked, HELD_OUT)
+    with clock(_MEASURING):
+        held_out = HeldOut(full, student, batches)
     optimizer = Optimizer(student, config.optimizer)
     if saved := work.load():
         restore(saved, student, optimizer)
+        held_out.state = {name: saved.read(f"best/{name}", tensor) for name, tensor in trained(student).items()}
+        held_out.best, held_out.step = saved.info["best"], saved.info["best_step"]
+    else:  # a step reads its answers as the two did, and goes back, which is as long again
+        answering, reading = clock.seconds[_ANSWERING], clock.seconds[_MEASURING]
+        seconds = steps * asked / HELD_OUT * (answering + 2 * reading) + _MEASUREMENTS * reading / 2
+        print(f"{work.out.name}: {steps} steps of distillation take about {show_duration(seconds)}", file=sys.stderr)
+
+    def state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        groups = {"model": trained(student), "optimizer": optimizer.state(), "best": held_out.state}
+        tensors = {f"{group}/{name}": each for group, its in groups.items() for name, each in its.items()}
+        return tensors, {"best": held_out.best, "best_step": held_out.step}
+
     done = saved.step if saved else 0
-    with Interrupts() as interrupts, Progress(f"{work.out.name}: distilled", config.distill, done) as progress:
-        for step in range(done, config.distill):
-            groups = rollout.run(mix.draw(config.calibrate + step * config.prompts_per_step, config.prompts_per_step))
-            texts = [trajectory.ids for group in groups for trajectory in group]
-            kl = matching_step(student, full, stream(texts, config.sequence_length, _ROWS))
-            factor = schedule(config.optimizer, step, config.distill)
-            row = {"kl": kl, "gradient_norm": optimizer.step(factor), "lr": config.optimizer.lr * factor}
-            tokens, flops = sampling_cost(full.config, groups)
-            lengths = [len(text) for text in texts]
-            taught, parts = forward_flops(full.config, lengths), training_parts(full.config, lengths, mtp=False)
-            work.meter.add(tokens, sampling=flops, teacher=taught, **parts)
+    with Interrupts() as interrupts, Progress(f"{work.out.name}: distilled", steps, done) as progress:
+        for step in range(done, steps):
+            with clock("distillation"):
+                batches, lengths, tokens = answers(config.calibrate + step * asked, asked)
+                kl, factor = matching_step(student, full, batches), schedule(config.optimizer, step, steps)
+                norm = capped_step(optimizer, factor, kl)
+            row = {"kl": kl, "gradient_norm": norm, "lr": config.optimizer.lr * factor}
+            if (step + 1) % -(-steps // _MEASUREMENTS) == 0 or step + 1 == steps:
+                with clock(_MEASURING):
+                    row["held_out_kl"] = held_out.measure(student, step + 1)
+            work.meter.add(0, **training_parts(full.config, lengths, mtp=False))
             work.log({"step": step + 1, **row, **(speed := work.speed(tokens))})
             progress.update(step + 1, KL=kl, **{"tokens/s": speed["tokens_per_second"]})
-            work.keep(step + 1, lambda: work.training_state(student, optimizer), stop=interrupts.asked)
-    return held_numbers(student)
+            work.keep(step + 1, state, stop=interrupts.asked)
+    for name, tensor in trained(student).items():
+        tensor.copy_(held_out.state[name])
+    before, after = f"{held_out.kl:.4f}", f"{held_out.best:.4f} at step {held_out.step}, whose scales are taken"
+    helped = f"became {after}" if held_out.step else "only rose: the scales stay as they were"
+    print(f"{work.out.name}: KL {before} on answers held out {helped}", file=sys.stderr)
+    return held_numbers(student), {"held_out_kl": [held_out.kl, held_out.best], "best_step": held_out.step}
 
 
 def notes(config: QuantizeConfig, told: dict[str, Any], fit: Fit) -> Iterator[str]:
@@ -247,7 +289,7 @@ def mended(config: QuantizeConfig) -> Iterator[str]:
     if config.to != "fp8" and not config.calibrate:
         yield "calibrate=128 fits the numbers to the model's own text"
     if config.to in DISTILLED and not config.distill:
-        yield "distill=300 moves them further, in minutes for a small model"
+        yield "distill=100 moves their scales, at some seconds a step for 100M numbers"
     if config.to in BITS and config.group_size > 32:
         yield "group_size=32 has more scales"
     if config.to == "int4" and (config.bits or 4) < 8:
@@ -318,7 +360,9 @@ def foretold(model: ModelConfig, config: QuantizeConfig, problems: int, peak: fl
     answer = forward_flops(model, [length])
     work = numbers * (_FITTING if answers else _ROUNDING) + answer * (answers * _CALIBRATION + problems * _COMPARISON)
     by = f"fitted to {plural(answers, 'answer')}, " if answers else ""
-    by += f"distilled in {plural(config.distill, 'step')}, whose time is told as they run, " if config.distill else ""
+    by += (
+        f"distilled in {plural(config.distill, 'step')}, whose time is told when they begin, " if config.distill else ""
+    )
     bounded = "; problems=N asks others" if config.problems is None else ""
     done = f"{show_count(numbers)} numbers to {config.to}, {by}compared on {plural(problems, 'answer')}{bounded}"
     return done if not peak else f"{done}: about {show_duration(_BEGINNING + work / peak)} if nothing else runs"

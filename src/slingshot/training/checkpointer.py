@@ -261,8 +261,7 @@ class Checkpointer:
 
     def finish(self, write: Callable[[Path], None], extra: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Write the artifact with its metrics and receipt, whole or not at all, and remove the working folder."""
-        if self._writing is not None:
-            self._writing.wait()  # the folder in which it writes is about to go
+        self._commit()  # should the artifact not be written, there is the last state
         spent = self._spent()
         self.meter.tokens, self.meter.flops_by_part = spent["tokens"], spent["flops_by_part"]
         if self.parallel.is_first:

@@ -32,7 +32,7 @@ ROOMS = {
     "planning": (2184, 1177),
     "quantization": (643, 457),
     "recipe": (1331, 1087),
-    "rollout": (1443, 1030),
+    "rollout": (1458, 1038),
     "sandbox": (1005, 625),
     "serving": (5846, 5582),
     "stages": (2435, 3343),

@@ -178,7 +178,7 @@ class RolloutServer:
             async with client.request(verb, self.url + path, json=body, timeout=timeout) as response:
                 text = await response.text(errors="replace")
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise ServerLost(f"it does not answer ({error or type(error).__name__})") from error
+            raise ServerLost(f"it does not answer ({str(error) or type(error).__name__})") from error
         if response.status in (403, 404, 405):
             raise SlingshotError(f"{self.url} has no {path.partition('?')[0]}: no rollout server; {START}")
         if 400 <= response.status < 500:

@@ -12,17 +12,18 @@ back with finish_reason "abort".
 from __future__ import annotations
 
 import asyncio
+import math
 import queue
 import shutil
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import aiohttp
 import torch
@@ -45,11 +46,11 @@ from slingshot.training.policy import trainer_logprobs
 SILENCE, LOADING = 120.0, 600.0  # seconds: without a token until a server hangs; that new weights may take
 LOOK = 5.0  # seconds between two looks at what a server has made
 PROBE_TOKENS = 16
+COUNTS = 1, 8  # answers to each probe: where the first ones are far off, more of them decide
 MOST_APART = {"float32": 1e-3, "bfloat16": 0.02}  # nats a token, in the mean
 
 _Asked = tuple[list[int], SamplingParams, str]
 _Found = tuple[int, list[Sampled] | Exception]
-_Result = TypeVar("_Result")
 
 
 class NoServerLeft(SlingshotError):
@@ -72,15 +73,12 @@ class VllmSampler:
         silence: float = SILENCE,
         loading: float = LOADING,
     ) -> None:
-        self.tokenizer, self.model_config, self.max_length = (
-            tokenizer,
-            model.config,
-            model.config.max_position_embeddings,
-        )
+        self.tokenizer, self.model_config = tokenizer, model.config
+        self.max_length = model.config.max_position_embeddings
         self._model, self._folder, self._probes, self._params, self._parallel = model, folder, probes, params, parallel
+        self._lost = set[str]()
         self._servers = [RolloutServer(url, model.config, tokenizer, silence, loading) for url in urls]
         self._run, self._written = parallel.agree(uuid.uuid4().hex[:8]), ""  # another run's weights have other names
-        self._said = {server.url: "" for server in self._servers}
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True).start()
 
@@ -92,22 +90,23 @@ class VllmSampler:
         """
         began, name = time.monotonic(), f"{self._run}-{version}"
         self._write(name, state)
-        is_first = self._parallel.is_first
-        found = self._parallel.agree(self._wait_for(self._push_all(name)) if is_first else [])
-        apart = 0.0
-        for server, its in zip(self._servers, found, strict=True):
-            if "refused" in its:
-                raise SlingshotError(its["refused"])
-            server.well, server.version, server.max_length = "samples" in its, name, its.get("max_length", 0)
-            if server.well:
-                apart = max(apart, self._apart(server.url, its["dtype"], its["samples"]))
-            if is_first:
-                self._say(server, its.get("lost", ""))
-        well = [server for server in self._servers if server.well]
-        if not well:
-            raise NoServerLeft(f"no rollout server has the weights of step {version}: {START}")
+        for count in COUNTS:
+            found = self._push_all(name, count)
+            for server, its in zip(self._servers, found, strict=True):
+                self._mark(server, "samples" in its, its.get("lost", ""))
+                server.version, server.max_length = name, its.get("max_length", 0)
+            well = [server for server in self._servers if server.well]
+            if not well:
+                raise NoServerLeft(f"no rollout server has the weights of step {version}: {START}")
+            gaps = [self._apart(*both) for both in zip(self._servers, found, strict=True) if both[0].well]
+            apart, most, url = max(gaps, key=lambda gap: gap[0] / gap[1])
+            if apart <= most:
+                break
+        else:
+            what = f"{url}: after it loaded new weights its logprobs are {apart:.3g} nats a token from the trainer's"
+            raise SlingshotError(f"{what}, more than {most:g}; start it anew, in the trainer's dtype ({START})")
         self.max_length = min(self.model_config.max_position_embeddings, *(server.max_length for server in well))
-        for older in self._folder.iterdir() if is_first else ():
+        for older in self._folder.iterdir() if self._parallel.is_first else ():
             if older.name != name:
                 shutil.rmtree(older)
         return {"push_seconds": time.monotonic() - began, "server_gap": apart, "servers": len(well)}
@@ -150,8 +149,7 @@ class VllmSampler:
             try:
                 return await server.generate(client, prompt, params, seed)
             except ServerLost as error:
-                server.well = False
-                self._say(server, str(error))
+                self._mark(server, False, str(error))
         return [Sampled([], [], "abort")] * params.n
 
     async def _watch(self, client: aiohttp.ClientSession) -> None:
@@ -159,42 +157,59 @@ class VllmSampler:
             await asyncio.sleep(LOOK)
             await asyncio.gather(*(server.watch(client) for server in self._servers if server.running))
 
-    async def _push_all(self, name: str) -> list[dict[str, Any]]:
-        async with _session() as client:
-            return await asyncio.gather(*(self._push(client, server, name) for server in self._servers))
+    def _push_all(self, name: str, count: int) -> list[dict[str, Any]]:
+        """What became of the push to each server, on all ranks."""
 
-    async def _push(self, client: aiohttp.ClientSession, server: RolloutServer, name: str) -> dict[str, Any]:
-        """What became of it, as JSON: why it is "refused" or "lost", or what it answers to the probes now."""
-        params = replace(self._params, n=1, max_tokens=min(PROBE_TOKENS, self._params.max_tokens))
+        async def push_all() -> list[dict[str, Any]]:
+            async with _session() as client:
+                return await asyncio.gather(*(self._push(client, server, name, count) for server in self._servers))
+
+        is_first = self._parallel.is_first
+        found: list[dict[str, Any]] = self._parallel.agree(
+            asyncio.run_coroutine_threadsafe(push_all(), self._loop).result() if is_first else []
+        )
+        for its in found:
+            if "refused" in its:
+                raise SlingshotError(its["refused"])
+        return found
+
+    async def _push(
+        self, client: aiohttp.ClientSession, server: RolloutServer, name: str, count: int
+    ) -> dict[str, Any]:
+        """Why a server is "refused" or "lost", or its `count` answers to each probe, by its new weights; as JSON."""
+        params = replace(self._params, n=count, max_tokens=min(PROBE_TOKENS, self._params.max_tokens))
         try:
             if not server.well:
                 await server.meet(client, params.routed_experts)
             await server.push(client, (self._folder / name).resolve(), name)
             asked = (server.generate(client, ids, params, seed) for seed, (_, ids) in enumerate(self._probes))
-            samples = [sample for [sample] in await asyncio.gather(*asked)]
+            answers = await asyncio.gather(*asked)
         except ServerLost as error:
             return {"lost": str(error)}
         except SlingshotError as error:
             return {"refused": str(error)}
-        parts = [[s.ids, s.logprobs, None if s.routed_experts is None else s.routed_experts.tolist()] for s in samples]
-        return {"samples": parts, "dtype": server.dtype, "max_length": server.max_length}
+        samples = [
+            [number, its.ids, its.logprobs, None if its.routed_experts is None else its.routed_experts.tolist()]
+            for number, samples in enumerate(answers)
+            for its in samples
+        ]
+        return {"samples": samples, "dtype": server.dtype, "max_length": server.max_length}
 
-    def _apart(self, url: str, dtype: str, samples: Sequence[Any]) -> float:
-        """How far the logprobs of a server's samples are from the trainer's, nats a token in the mean."""
+    def _apart(self, server: RolloutServer, found: Mapping[str, Any]) -> tuple[float, float, str]:
+        """How far the logprobs of a server's samples are from the trainer's, nats a token in the mean; how far they may
+        be; and its address."""
         trajectories = []
-        for (item, prompt), (ids, logprobs, experts) in zip(self._probes, samples, strict=True):
+        for number, ids, logprobs, experts in found["samples"]:
             told = None if experts is None else torch.tensor(experts, dtype=torch.int16)
+            item, prompt = self._probes[number]
             trajectories.append(Trajectory(item, prompt, []))
             trajectories[-1].respond(Sampled(ids, logprobs, "length", told), self.tokenizer)
         rows = pack(trajectories, 1).to(self._parallel.device)
-        trainer_BT = trainer_logprobs(self._model, rows, len(rows), self._params.temperature, len(rows))
+        trainer_BT = trainer_logprobs(self._model, rows, len(rows), self._params.temperature, len(self._probes))
         apart = float((trainer_BT - rows.sampler_BT)[rows.mask_BT > 0].abs().mean())
         trained = self._model.compute_dtype or self._model.model.norm.weight.dtype
-        most = MOST_APART["float32" if (dtype, trained) == ("float32", torch.float32) else "bfloat16"]
-        if not apart <= most:
-            what = f"{url}: after it loaded new weights its logprobs are {apart:.3g} nats a token from the trainer's"
-            raise SlingshotError(f"{what}, more than {most:g}; start it anew, in the trainer's dtype ({START})")
-        return apart
+        exact = (found["dtype"], trained) == ("float32", torch.float32)
+        return apart if apart == apart else math.inf, MOST_APART["float32" if exact else "bfloat16"], server.url
 
     def _write(self, name: str, state: Mapping[str, Tensor]) -> None:
         """The folder of these weights, whole when it appears."""
@@ -208,14 +223,14 @@ class VllmSampler:
                 write_text(folder / STABLE, name)
         self._written = name
 
-    def _say(self, server: RolloutServer, why: str) -> None:
-        """Why a server is asked nothing more, once, and when it is asked again."""
-        if why != self._said[server.url]:
-            print(f"rollouts: {server.url}: {why}" if why else f"rollouts: {server.url} is back", file=sys.stderr)
-            self._said[server.url] = why
-
-    def _wait_for(self, work: Coroutine[Any, Any, _Result]) -> _Result:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+    def _mark(self, server: RolloutServer, well: bool, why: str) -> None:
+        """Note whether a server is asked for samples; said, and why, where that changes."""
+        was_lost, server.well = server.url in self._lost, well
+        if well != was_lost:
+            return
+        self._lost ^= {server.url}
+        if self._parallel.is_first:
+            print(f"rollouts: {server.url}: {why}" if not well else f"rollouts: {server.url} is back", file=sys.stderr)
 
 
 def _session() -> aiohttp.ClientSession:

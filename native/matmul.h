@@ -201,8 +201,9 @@ inline void matmul_each_by_bytes(const Packed& w, int begin, int end, const T* x
             const int here = rows - r < FEW ? rows - r : FEW;
             const Bytes own{bytes.bytes + r * w.k, bytes.scales + r * groups, bytes.sums + r * groups};
             for (int i = b; i < last; i++)
-                w.bits == 8 ? quantized_piece<8>(w, i, own, here, piece + (i - b) * 16, PIECE)
-                            : quantized_piece<4>(w, i, own, here, piece + (i - b) * 16, PIECE);
+                with_bits(w.bits, [&](auto bits) {
+                    quantized_piece<bits>(w, i, own, here, piece + (i - b) * 16, PIECE);
+                });
             each(piece, PIECE, top + r, here, b * 16, columns);
         }
     }
@@ -221,7 +222,7 @@ inline void matmul_each_by_numbers(const Packed& w, int begin, int end, const T*
         };
         for (int i = b; i < last; i++) {
             T* to = numbers + (i - b) * part.block_words() * 4 / sizeof(T);
-            w.bits == 8 ? to_numbers<8>(w, i, to) : to_numbers<4>(w, i, to);
+            with_bits(w.bits, [&](auto bits) { to_numbers<bits>(w, i, to); });
         }
         part.n = w.n < last * 16 ? w.n - b * 16 : (last - b) * 16;
         matmul_words(part, 0, last - b, x, ldx, rows, shifted);

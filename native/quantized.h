@@ -7,15 +7,19 @@
 // Of group 0 a whole row shares a scale, and all x is brought to 8 bits, rounded as model/dynamic.py's whole_product.
 //
 // 8 bits: [k / 4][16][4 bytes]. 4 bits: [k / 8][16][4 bytes], low halves for the first 4 of 8 neighbours, high ones for
-// the others.
+// the others. FLOAT4: 4 bits that name one of 16 whole numbers, twice what OCP's e2m1 stands for.
 #pragma once
+
+#include <type_traits>
 
 #include "packed.h"
 #include "scratch.h"
 
 namespace slingshot {
 
-constexpr int quantized_depth(int bits, int k) { return k * bits / 32; }
+constexpr int FLOAT4 = 16 + 4;
+constexpr int width_of(int bits) { return bits % 16; }
+constexpr int quantized_depth(int bits, int k) { return k * width_of(bits) / 32; }
 constexpr size_t quantized_bytes(int bits, int group, int n, int k) {
     return static_cast<size_t>((n + 15) / 16) * 64 * (quantized_depth(bits, k) + (group ? k / group : 1));
 }
@@ -25,7 +29,7 @@ inline Packed quantized(int bits, int group, int n, int k, const void* data) {
 
 namespace LEVEL {
 
-template <int BITS> constexpr int OFFSET = BITS == 8 ? 128 : 8;
+template <int BITS> constexpr int OFFSET = BITS == 8 ? 128 : BITS == FLOAT4 ? 12 : 8;
 
 #if defined(__AVX512F__)
 using Ints = __m512i;
@@ -34,6 +38,7 @@ inline Ints load_ints(const void* x) { return _mm512_loadu_si512(x); }
 inline Floats floats_of(Ints x) { return _mm512_cvtepi32_ps(x); }
 inline Ints low_halves(Ints x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline Ints high_halves(Ints x) { return low_halves(_mm512_srli_epi16(x, 4)); }
+inline Ints looked_up(__m128i table, Ints at) { return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), at); }
 inline Floats byte_of(Ints x, int i) {
     return floats_of(_mm512_and_si512(_mm512_srli_epi32(x, 8 * i), _mm512_set1_epi32(255)));
 }
@@ -53,6 +58,7 @@ inline Ints load_ints(const void* x) { return _mm256_loadu_si256(static_cast<con
 inline Floats floats_of(Ints x) { return _mm256_cvtepi32_ps(x); }
 inline Ints low_halves(Ints x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 inline Ints high_halves(Ints x) { return low_halves(_mm256_srli_epi16(x, 4)); }
+inline Ints looked_up(__m128i table, Ints at) { return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), at); }
 inline Floats byte_of(Ints x, int i) {
     return floats_of(_mm256_and_si256(_mm256_srli_epi32(x, 8 * i), _mm256_set1_epi32(255)));
 }
@@ -67,12 +73,22 @@ inline Ints sum_of(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 inline Ints masked(Ints a, int byte) { return _mm256_and_si256(a, _mm256_set1_epi8(static_cast<char>(byte))); }
 #endif
 
+// By e2m1's code twice its value + OFFSET, and back.
+alignas(16) constexpr uint8_t E2M1_NUMBERS[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+constexpr uint8_t E2M1_CODES[25] = {15, 0, 0, 0, 14, 0, 13, 0, 12, 11, 10, 9, 0, 1, 2, 3, 4, 0, 5, 0, 6, 0, 0, 0, 7};
+
+// The unsigned numbers in the low or high halves of bytes.
+template <int BITS> inline Ints numbers_of(Ints packed, bool high) {
+    const Ints halves = high ? high_halves(packed) : low_halves(packed);
+    return BITS == FLOAT4 ? looked_up(_mm_load_si128(reinterpret_cast<const __m128i*>(E2M1_NUMBERS)), halves) : halves;
+}
+
 // sum + w x, four unsigned bytes of w times four signed ones of x a lane.
 template <int BITS> inline Ints multiply_add_bytes(Ints sum, Ints w, Ints x) {
 #if defined(__AVX512VNNI__)
     return _mm512_dpbusd_epi32(sum, w, x);
 #else
-    if (BITS == 4) return sum_of(sum, pairs_of(w, x));
+    if (BITS != 8) return sum_of(sum, pairs_of(w, x));
     // Two products of 255 times 127 are too much for 16 bits: the highest bit goes apart.
     return sum_of(sum, sum_of(pairs_of(masked(w, 127), x), pairs_of(masked(w, 128), x)));
 #endif
@@ -112,7 +128,7 @@ inline void to_bytes(const T* x, int k, int group, bool exact, int8_t* bytes, fl
 template <int R, int BITS>
 inline void quantized_rows(const Packed& w, int b, const Bytes& x, float* y, int ldy) {
     constexpr int REGISTERS = 16 / LANES;
-    const int groups = w.k / w.group, rows_of_group = w.group * BITS / 32;
+    const int groups = w.k / w.group, rows_of_group = w.group * width_of(BITS) / 32;
     const char* words = reinterpret_cast<const char*>(w.block<uint32_t>(b));
     const float* scales = reinterpret_cast<const float*>(words) + static_cast<size_t>(w.depth) * 16;
     Floats sums[R][REGISTERS];
@@ -123,7 +139,7 @@ inline void quantized_rows(const Packed& w, int b, const Bytes& x, float* y, int
         for (int r = 0; r < R; r++)
             for (Ints& dot : dots[r]) dot = all_ints(-OFFSET<BITS> * x.sums[r * groups + g]);
         const int8_t* bytes = x.bytes + g * w.group;
-        for (int i = 0; i < rows_of_group; i++, words += 64, bytes += 32 / BITS) {
+        for (int i = 0; i < rows_of_group; i++, words += 64, bytes += 32 / width_of(BITS)) {
             _mm_prefetch(words + 2048, _MM_HINT_T0);
             for (int part = 0; part < REGISTERS; part++) {
                 const Ints packed = load_ints(words + part * 64 / REGISTERS);
@@ -135,8 +151,8 @@ inline void quantized_rows(const Packed& w, int b, const Bytes& x, float* y, int
                         dot = multiply_add_bytes<8>(dot, packed, all_ints(first));
                     } else {
                         std::memcpy(&second, bytes + r * w.k + 4, 4);
-                        dot = multiply_add_bytes<4>(dot, low_halves(packed), all_ints(first));
-                        dot = multiply_add_bytes<4>(dot, high_halves(packed), all_ints(second));
+                        dot = multiply_add_bytes<4>(dot, numbers_of<BITS>(packed, false), all_ints(first));
+                        dot = multiply_add_bytes<4>(dot, numbers_of<BITS>(packed, true), all_ints(second));
                     }
                 }
             }
@@ -182,7 +198,7 @@ inline void put_words(const Floats* four, bf16* to) {
 // Block b as numbers of T in the order of packed.h.
 template <int BITS, class T> inline void to_numbers(const Packed& w, int b, T* to) {
     constexpr int REGISTERS = 16 / LANES, PART = sizeof(T) == 4 ? LANES : 2 * LANES;
-    constexpr int STEP = 32 / BITS;  // neighbours in a word
+    constexpr int STEP = 32 / width_of(BITS);  // neighbours in a word
     const char* words = reinterpret_cast<const char*>(w.block<uint32_t>(b));
     const float* scales = reinterpret_cast<const float*>(words) + static_cast<size_t>(w.depth) * 16;
     for (int g = 0; g < w.k / w.group; g++)
@@ -192,9 +208,9 @@ template <int BITS, class T> inline void to_numbers(const Packed& w, int b, T* t
                 _mm_prefetch(words + i * 64 + 2048, _MM_HINT_T0);
                 const Ints packed = load_ints(words + i * 64 + part * 64 / REGISTERS);
                 for (int half = 0; half < STEP / 4; half++) {
-                    const Ints bytes = BITS == 8 ? packed : half ? high_halves(packed) : low_halves(packed);
+                    const Ints bytes = BITS == 8 ? packed : numbers_of<BITS>(packed, half);
                     Floats four[4];
-                    // the offset is a power of two times the scale, so this is rounded as the product alone would be
+                    // offset times scale is exact (FLOAT4's scales are powers of two): rounded as the product alone would be
                     for (int j = 0; j < 4; j++) four[j] = fma(byte_of(bytes, j), scale, shift);
                     put_words(four, to + i * STEP * 16 + half * 64 + part * PART);
                 }
@@ -220,9 +236,16 @@ inline void put_number(const Packed& w, uint8_t* block, int n, int k, int number
         block[k / 4 * 64 + n * 4 + k % 4] = static_cast<uint8_t>(number + 128);
     } else {
         uint8_t* byte = block + k / 8 * 64 + n * 4 + k % 4;
-        const int shift = k / 4 % 2 * 4;
-        *byte = static_cast<uint8_t>((*byte & (0xf0 >> shift)) | ((number + 8) << shift));
+        const int shift = k / 4 % 2 * 4, code = w.bits == FLOAT4 ? E2M1_CODES[number + 12] : number + 8;
+        *byte = static_cast<uint8_t>((*byte & (0xf0 >> shift)) | (code << shift));
     }
+}
+
+// use(bits), of which the bits are known when it is compiled.
+template <class Use> inline void with_bits(int bits, const Use& use) {
+    if (bits == 8) use(std::integral_constant<int, 8>());
+    if (bits == 4) use(std::integral_constant<int, 4>());
+    if (bits == FLOAT4) use(std::integral_constant<int, FLOAT4>());
 }
 
 }  // namespace LEVEL

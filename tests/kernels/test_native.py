@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from slingshot.base.errors import SlingshotError
 from slingshot.kernels.native import (
+    FLOAT4,
     LEVELS,
     LIBRARY,
     NativeKernels,
@@ -22,6 +23,7 @@ from slingshot.kernels.native import (
     pointer,
 )
 from slingshot.model.dynamic import whole_product
+from slingshot.quantization.mxfp4 import E2M1
 
 pytestmark = pytest.mark.skipif(native_library() is None, reason="no native library is built here")
 KERNELS = {level: kernels for level in native_levels() if (kernels := native_kernels(level))}
@@ -65,7 +67,7 @@ def to_groups(weight_FD: torch.Tensor, group: int, largest: int) -> tuple[torch.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, FLOAT4])
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_products_with_quantized_weights_are_those_of_their_numbers(
@@ -78,6 +80,9 @@ def test_products_with_quantized_weights_are_those_of_their_numbers(
     largest = 127 if bits == 8 else 8
     x_ND = drawn(rows, width, 0).to(DTYPES[dtype])
     numbers_FD, scales_FG = to_groups(drawn(out, width, 1), group, largest)
+    if bits == FLOAT4:  # of the same 15 numbers others, under powers of two
+        numbers_FD = 2 * E2M1[numbers_FD.abs().clamp(max=7).int()] * numbers_FD.sign()
+        scales_FG = torch.exp2(scales_FG.abs().log2().round())
     packed = kernels.pack_quantized(numbers_FD, scales_FG, bits)
     y_NF = kernels.matmul_quantized(x_ND, packed, out, bits, group, threads)
     weight_FD = numbers_FD * scales_FG.repeat_interleave(group, 1)

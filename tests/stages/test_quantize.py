@@ -282,15 +282,15 @@ def test_other_forms_are_written_read_and_measured(quantizing, full, tmp_path, k
     assert facts["problems"] == [] and (found["tensors"], found["bytes"]) == (expected["tensors"], expected["bytes"])
     assert facts["model"]["quantization"] == kind and told["kl"] > 0 and told["calibrated"] > 0
     engine, params = Engine.load(tmp_path / "out", dtype="float32"), SamplingParams(max_tokens=1, prompt_logprobs=0)
-    assert engine.runs_on.endswith(", int8-dynamic)") or kind == "mxfp4" or not native_levels()
+    assert engine.runs_on.endswith(f", {kind})") or not native_levels()
     torchs = Engine.load(tmp_path / "out", dtype="float32", native="off")
     plain = Engine(load_model(tmp_path / "out"), engine.tokenizer, native="off")
     said, theirs, wanted = (
         torch.tensor(each.generate([list(range(5, 45))], params)[0].prompt_logprobs[1:])
         for each in (engine, torchs, plain)
     )
-    off = (said - wanted).abs().max()
-    assert (1e-4 < off < 0.5) if kind == "int8-dynamic" else off < 1e-3
+    off = (said - wanted).abs()
+    assert (1e-4 < off.max() < 0.5) if kind == "int8-dynamic" else off.median() < 1e-4
     assert (said - theirs).abs().median() < 1e-4
     by_layer, at_once = told_both_ways(full, tmp_path / "out")
     assert by_layer == pytest.approx(at_once, rel=1e-3)

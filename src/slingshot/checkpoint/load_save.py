@@ -28,6 +28,7 @@ from slingshot.checkpoint.description import check_tokenizer, folder_tokenizer, 
 from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.layout import Spec, layout, place
 from slingshot.checkpoint.safetensors import DTYPES, Shards, Unmade, fit, of_few_bits, write_shards
+from slingshot.kernels.native import FLOAT4
 from slingshot.machine.device import dtype_name
 from slingshot.model.config import ModelConfig
 from slingshot.model.dynamic import multiply_whole_numbers
@@ -90,13 +91,17 @@ class FolderWeights:
         return of_few_bits(self.shards.headers, name) and self.config.quantization != "mxfp4"
 
     def scales(self, name: str, rows: slice | None = None) -> Tensor | None:
-        """Scales [F, G] of a matrix of whole numbers, or of these rows of it; None where it is no such one."""
-        return self.shards.read(name + PACKED_SCALE, rows).float() if self.is_packed(name) else None
+        """Scales [F, G] of a matrix of few bits, or of these rows of it; mxfp4's are of its values doubled, which are
+        whole. None where it is no such one."""
+        if not of_few_bits(self.shards.headers, name):
+            return None
+        scales_FG = self.shards.read(name + PACKED_SCALE, rows)
+        return mxfp4.powers(scales_FG) / 2 if self.config.quantization == "mxfp4" else scales_FG.float()
 
     def packed(self, name: str, rows: slice | None = None) -> tuple[Tensor, Tensor] | None:
         """Numbers (int8) and scales of a matrix of whole numbers, or of these rows of it; None where it is none."""
         scheme, scales_FG = self.config.scheme, self.scales(name, rows)
-        if scheme is None or scales_FG is None:
+        if scheme is None or scales_FG is None or not self.is_packed(name):
             return None
         if scheme.kind == "int8-dynamic":
             return self.shards.read(name, rows), scales_FG
@@ -222,7 +227,7 @@ def load_grid(path: Path | str) -> WeightGrid | None:
     """
     weights = open_weights(path)
     scheme = weights.config.scheme
-    if not isinstance(weights, FolderWeights) or scheme is None or scheme.kind == "mxfp4":
+    if not isinstance(weights, FolderWeights) or scheme is None:
         return None
     bits, scales, plain = dict[str, int](), dict[str, Tensor](), set[str]()
     for spec in layout(weights.config):
@@ -231,7 +236,8 @@ def load_grid(path: Path | str) -> WeightGrid | None:
             if (own_FG := weights.scales(spec.name)) is None or not own_FG.all():
                 plain.add(name)
                 continue
-            bits[name] = max(bits.get(name, 0), scheme.bits(spec.name))
+            its = FLOAT4 if scheme.kind == "mxfp4" else scheme.bits(spec.name)
+            bits[name] = max(bits.get(name, 0), its)
             if index:
                 stack = (weights.config.n_routed_experts, 2)[: len(index)]
                 scales.setdefault(name, torch.empty(*stack, *own_FG.shape))[index] = own_FG

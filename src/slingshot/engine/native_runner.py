@@ -27,7 +27,7 @@ from torch import Tensor
 from slingshot.base.errors import SlingshotError
 from slingshot.engine.batch import FlatBatch, RunnerOutput
 from slingshot.engine.kv_cache import CacheForm, KVCache
-from slingshot.kernels.native import GROUP_STEP, NativeKernels, pointer
+from slingshot.kernels.native import FLOAT4, GROUP_STEP, NativeKernels, pointer
 from slingshot.model.attention import MLA
 from slingshot.model.config import ModelConfig
 from slingshot.model.dynamic import DynamicGroupedLinear, DynamicLinear, dynamic_grid
@@ -41,6 +41,7 @@ from slingshot.quantization.integers import WeightGrid
 DTYPES = (torch.float32, torch.bfloat16)
 CACHE_FORMS = ("auto", "int8", "fp8")  # native/attention.h's CacheForm
 SCALE_BYTES = 4
+NAMES = {8: "int8", 4: "int4", FLOAT4: "mxfp4"}  # of weights by their bits
 GROUP = 64  # neighbours of quantized weights that share a scale, where it divides all widths
 WIDTH_STEP = 8  # heads are multiples of so many numbers: a register of the smallest level
 
@@ -175,7 +176,7 @@ class NativeRunner:
         if grid is not None:
             bits, group = 0, grid.group
         widths = sorted({bits, *(grid.bits.values() if grid is not None else ())} - {0})
-        self.weights = " and ".join(f"int{width}" for width in widths) + "-dynamic" * (grid is not None and not group)
+        self.weights = " and ".join(NAMES[width] for width in widths) + "-dynamic" * (grid is not None and not group)
         self._model, self._config = model, model.config
         self._dtype = cache.dtype
         config = model.config

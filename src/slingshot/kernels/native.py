@@ -27,6 +27,7 @@ LEVELS = ("avx2", "avx512", "avx512bf16", "amx")  # each has the instructions of
 SOURCES = Path(__file__).parents[3] / "native"  # in a source tree
 ALIGNMENT = 64
 GROUP_STEP = 32  # quantized weights share a scale in groups of a multiple of so many
+FLOAT4 = 16 + 4  # bits of weights that are mxfp4's: native/quantized.h
 SLACK = 4096  # bytes that kernels may read past the end of what they are given
 
 
@@ -63,11 +64,12 @@ class NativeKernels:
     def pack_quantized(self, numbers_FD: Tensor, scales_FG: Tensor, bits: int) -> Tensor:
         """Weights of 8 or 4 bits in the kernels' order, as bytes: w = scale * number in groups of D / G neighbours.
 
-        numbers int8, -127 to 127 or -8 to 7. Raises SlingshotError where a group is no multiple of 32.
+        numbers int8, -127 to 127, -8 to 7, or of `FLOAT4` twice its values. Raises SlingshotError where a group is no
+        multiple of 32.
         """
         (rows, width), groups = numbers_FD.shape, scales_FG.shape[1]
         group = width // groups
-        if bits not in (4, 8) or group * groups != width or group % GROUP_STEP:
+        if bits not in (4, 8, FLOAT4) or group * groups != width or group % GROUP_STEP:
             raise SlingshotError(f"weights of {bits} bits in {groups} groups of {width}: 4 or 8, groups of 32, 64, ...")
         packed = aligned_bytes(self.door("quantized_bytes", ctypes.c_size_t)(bits, group, rows, width))
         numbers, scales = numbers_FD.to(torch.int8).contiguous(), scales_FG.float().contiguous()

@@ -32,6 +32,7 @@ _SHARES = {4: torch.linspace(1.2, 0.6, 25), 8: torch.linspace(1.0, 1.25, 24)}
 class WeightGrid:
     """What weights of a model are whole numbers of: by name of a weight bits and float32 scales [..., F, G].
 
+    bits        8, 4, or FLOAT4 (kernels/native.py): mxfp4's, which name one of 16 numbers, whole when they are doubled
     group       neighbours of a row that share a scale; 0: a row, and activations are rounded to 8 bits too, each token
                 by a scale of its own
     """

@@ -35,10 +35,10 @@ ROOMS = {
     "rollout": (1458, 1038),
     "sandbox": (1005, 625),
     "serving": (5846, 5582),
-    "stages": (2435, 3343),
+    "stages": (2433, 3336),
     "tasks": (3806, 2617),
     "text": (2015, 1810),
-    "training": (2996, 1944),
+    "training": (3002, 1965),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

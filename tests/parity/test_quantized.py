@@ -20,8 +20,8 @@ from slingshot.quantization.encode import encoded, grid
 from slingshot.quantization.formats import PACKED, PACKED_SCALE, Scheme
 from slingshot.quantization.gptq import rounded
 from slingshot.quantization.integers import from_numbers
-from slingshot.stages.quantize import tensors
 from slingshot.text.tokenizer import Tokenizer
+from slingshot.training.fitting import Fit, tensors
 
 WIDE = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj")
 SCHEMES = [
@@ -72,7 +72,7 @@ def test_transformers_reads_the_folder(scheme: Scheme, plain: Path, tokenizer: T
     by 127.5, ours, as vLLM's, by 127)."""
     weights = open_weights(plain)
     with Progress("quantized", 1) as progress:
-        write_shards(tmp_path, tensors(weights, {}, scheme, None, progress))
+        write_shards(tmp_path, tensors(weights, Fit(), scheme, None, progress))
     write_description(tmp_path, weights.config.stored_as(scheme), tokenizer, "bfloat16", None)
     assert open_weights(tmp_path).config.scheme == scheme
     ours, _ = load_as_stored(tmp_path)

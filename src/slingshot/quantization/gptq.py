@@ -87,7 +87,7 @@ def gptq(weight_FD: Tensor, gram_DD: Tensor, grid: Grid) -> tuple[Tensor, Tensor
     gram_DD.diagonal().copy_(diagonal_D[order_D] + damping)
     root_DD = torch.linalg.cholesky(gram_DD.mT, out=gram_DD.mT)
     root_DD.div_(root_DD.diagonal().clone())
-    group = weight_FD.shape[1] // scales_FG.shape[1]
+    group, scales_GF = weight_FD.shape[1] // scales_FG.shape[1], scales_FG.T.contiguous()
     weight_DF, numbers_DF = weight_FD.float().T[order_D], torch.empty(weight_FD.T.shape)
     errors_DF = torch.empty_like(numbers_DF)
     for stop in range(len(order_D), 0, -BLOCK):
@@ -96,7 +96,7 @@ def gptq(weight_FD: Tensor, gram_DD: Tensor, grid: Grid) -> tuple[Tensor, Tensor
         for row in range(stop - 1, start - 1, -1):
             wanted_F, column = wanted_BF[row - start], order_D[row]
             wanted_F += root_DD[row + 1 : stop, row] @ errors_DF[row + 1 : stop]
-            scale_F = scales_FG[:, column // group]
+            scale_F = scales_GF[column // group]
             numbers_DF[column] = grid.nearest(wanted_F / scale_F)
             errors_DF[row] = weight_DF[row] - numbers_DF[column] * scale_F
     return numbers_DF.T.contiguous(), scales_FG

@@ -13,7 +13,6 @@ each 128 x 128 block, kv_b_proj too, rounded to nearest.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf, prod
@@ -27,7 +26,7 @@ from torch import Tensor
 from slingshot.base.clock import Clock
 from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import write_json
+from slingshot.base.files import new_folder, write_json
 from slingshot.base.progress import Progress
 from slingshot.base.quantity import plural, show_count, show_duration
 from slingshot.checkpoint.description import write_description
@@ -81,7 +80,7 @@ _ANSWERING, _MEASURING = "held-out answers", "held-out KL"
 _MOST, _SPENT, _FEWEST = 200, 2e13, 4
 # What takes the time, in FLOPs of a matrix product that takes as long (docs/compression.md): a number that is rounded,
 # one that is fitted; of an answer's forward pass, to write it and fit to it, to write it twice and compare.
-_ROUNDING, _FITTING, _CALIBRATION, _COMPARISON, _BEGINNING = 1e4, 3e4, 5.0, 9.0, 10.0
+_ROUNDING, _FITTING, _CALIBRATION, _COMPARISON, _BEGINNING = 1e4, 2e4, 4.0, 6.0, 10.0
 
 
 class QuantizeConfig(StageConfig):
@@ -172,12 +171,11 @@ def run(config: QuantizeConfig, out: Path, sampler: Callable[[Path], Sampler] | 
             if config.distill and scheme is not None:
                 fit.packed, went = distilled(fit.packed, scheme, writer(source), mix, config, work, clock)
                 probed |= went
-            shutil.rmtree(made, ignore_errors=True)
-            made.mkdir()
-            with clock("writing"), Progress(f"{out.name}: written", tensor_count(weights.config)) as progress:
-                write_shards(made, tensors(weights, fit, scheme, config.scale_fmt, progress))
-            stored = weights.config.stored_as(scheme, config.to == "fp8", config.scale_fmt)
-            write_description(made, stored, tokenizer, "bfloat16", source)
+            with clock("writing"), new_folder(made) as folder:
+                with Progress(f"{out.name}: written", tensor_count(weights.config)) as progress:
+                    write_shards(folder, tensors(weights, fit, scheme, config.scale_fmt, progress))
+                stored = weights.config.stored_as(scheme, config.to == "fp8", config.scale_fmt)
+                write_description(folder, stored, tokenizer, "bfloat16", source)
 
             full, small = (answered(writer(model), asked, part) for model, part in ((source, FULL), (made, SMALL)))
             with clock("comparison"):
@@ -276,9 +274,9 @@ def notes(config: QuantizeConfig, told: dict[str, Any], fit: Fit) -> Iterator[st
         way_out = "; ".join(mended(config))
         yield f"KL {told['kl']:.4f} a token is beyond {BOUNDS[config.to]:g}: {way_out}"
     if outliers := fit.outliers.total():
-        (name, most), way_out = fit.outliers.most_common(1)[0], "int8 or smaller groups keep more"
-        in_groups = f"in {plural(outliers, 'group')}, {most:,} of them of {name},"
-        yield f"{in_groups} one weight is so large that all others of its scale became 0; {way_out}"
+        (name, _), way_out = fit.outliers.most_common(1)[0], "int8 or smaller groups keep more"
+        where = f"in {plural(outliers, 'group')} ({name} has most)"
+        yield f"{where} one weight is so large that all others of its scale became 0; {way_out}"
     if fit.unseen:
         few = f"{len(fit.unseen):,} of the matrices saw fewer than {FEW} tokens, {fit.unseen[0]} one of them"
         yield f"{few}, and were rounded to nearest; a larger calibrate and calibrate_tokens reach more"

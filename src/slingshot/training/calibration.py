@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slingshot.base.clock import Clock
 from slingshot.checkpoint.load_save import StoredWeights, load_part
 from slingshot.model.context import PackedContext
 from slingshot.model.dispatch import Experts, Routing
@@ -110,12 +111,15 @@ def each_row_once(x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor:
 
 
 @torch.no_grad()
-def by_layer(weights: StoredWeights, batches: Sequence[Batch]) -> Iterator[tuple[str, Tensor, Tensor, int]]:
+def by_layer(
+    weights: StoredWeights, batches: Sequence[Batch], clock: Clock | None = None
+) -> Iterator[tuple[str, Tensor, Tensor, int]]:
     """Name (as in a checkpoint's files), weight, x^T x and number of rows of every matrix of the layers that is packed.
 
     The weights, in float32, are to be changed before the next is asked for. Matrices that read the same have the same
-    x^T x, one after the other.
+    x^T x, one after the other. clock: counts "reading", which takes longer for more text, as nothing else here does.
     """
+    clock = clock or Clock()
     with torch.device("meta"):
         model = Transformer(weights.config.stored_as(None)).model
     contexts = [PackedContext(weights.config, *batch) for batch in batches]
@@ -146,8 +150,9 @@ def by_layer(weights: StoredWeights, batches: Sequence[Batch]) -> Iterator[tuple
                 layer.set_submodule(name, ObservedLinear(module, inputs, last))
             elif isinstance(module, GroupedLinear):
                 layer.set_submodule(name, ObservedGroupedLinear(module, last))
-        for x_BTD, context, others in zip(states, contexts, more, strict=True):
-            layer(x_BTD, context, *others)
+        with clock("reading"):
+            for x_BTD, context, others in zip(states, contexts, more, strict=True):
+                layer(x_BTD, context, *others)
         inputs.forget()
         found = {name: layer.get_submodule(name) for name in plain}
         for name, module in plain.items():
@@ -157,8 +162,9 @@ def by_layer(weights: StoredWeights, batches: Sequence[Batch]) -> Iterator[tuple
         for name in list(found):
             yield from _matrices(f"model.layers.{number}.{name}", found.pop(name))
         if number + 1 < len(model.layers):
-            for at, context in enumerate(contexts):
-                states[at] = layer(states[at], context, *more[at])[0]
+            with clock("reading"):
+                for at, context in enumerate(contexts):
+                    states[at] = layer(states[at], context, *more[at])[0]
         layer.to_empty(device="meta")
 
 

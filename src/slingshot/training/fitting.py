@@ -90,12 +90,12 @@ def fitted(
 
     clock: counts "reading" the text, which takes longer for more of it, and "fitting", which does not.
     """
-    clock, fit, matrices = clock or Clock(), Fit(), by_layer(weights, batches)
+    clock, fit = clock or Clock(), Fit()
+    matrices = by_layer(weights, batches, clock)
     names = [s.name for s in layout(weights.config) if is_fitted(s.name) and is_packed(s.name, s.stored)]
     with Progress(title, len(names)) as progress:
         for number in range(1, len(names) + 1):
-            with clock("reading"):
-                found = next(matrices)
+            found = next(matrices)
             with clock("fitting"):
                 fit.add(*found, scheme)
             del found  # before the next layer is read

@@ -29,7 +29,7 @@ ROOMS = {
     "machine": (472, 319),
     "model": (1922, 1413),
     "parity": (0, 1075),
-    "planning": (2184, 1177),
+    "planning": (2184, 1269),
     "quantization": (644, 457),
     "recipe": (1331, 1087),
     "rollout": (1458, 1038),
@@ -38,7 +38,7 @@ ROOMS = {
     "stages": (2433, 3336),
     "tasks": (3806, 2617),
     "text": (2015, 1810),
-    "training": (3002, 1965),
+    "training": (3006, 1965),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

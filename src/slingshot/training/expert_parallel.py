@@ -1,14 +1,15 @@
 """Experts in parallel: each rank of a group keeps some of every layer's experts, and tokens travel to those they chose.
 
-    share_experts(layer, mesh["ep"])      # an MoE layer keeps this rank's experts and sends the rest of its rows away
+    share_experts(layer, mesh["ep"])      # an MoE layer keeps this rank's experts and sends tokens to the others'
 
-Every rank has tokens of its own; the ranks of a group hold neighbouring experts, as many each. A layer's rows are
-sorted by expert, sent (an all-to-all with as many rows as there are, none dropped and none padded), computed where the
-expert is, and sent back. An expert's gradient is thereby that of all the group's tokens; it is made their mean over the
-ranks, as FSDP makes it over its own, by dividing what comes back to the experts and multiplying what leaves them.
+Every rank has tokens of its own; the ranks of a group hold neighbouring experts, as many each. A token is sent once to
+each rank that has one of its experts (DeepSeek-V3, arXiv 2412.19437, 3.2.2), with what its router chose there; that
+rank sends back the sum of what its experts make of it. The all-to-all has as many rows as there are: none is dropped,
+none padded. An expert's gradient is thereby that of all the group's tokens; it is made their mean over the ranks, as
+FSDP makes it over its own, by dividing what comes back to the experts and multiplying what leaves them.
 
-Shape suffixes: N tokens, D model width, E routed experts, k experts per token, A = N k assignments, R ranks of the
-group, L = E / R experts of a rank, P rows received.
+Shape suffixes: N tokens, D model width, E routed experts, k experts per token, R ranks of the group, L = E / R experts
+of a rank, S rows sent, P rows received, A assignments of received rows to experts.
 """
 
 from __future__ import annotations
@@ -28,27 +29,30 @@ if TYPE_CHECKING:
 
 
 class AllToAllDispatcher:
-    """Sends every row to the rank that has its expert, and what came of it back."""
+    """Sends every token to the ranks that have its experts, and what came of it there back."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group, self._local = group, LocalDispatcher()
 
     def __call__(self, x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        (count, k), n_experts, ranks = routing.experts_Nk.shape, routing.scores_NE.shape[1], self._group.size()
-        expert_A = routing.experts_Nk.flatten()
-        order_A = expert_A.argsort(stable=True)
-        sent_RL = expert_A.bincount(minlength=n_experts).view(ranks, -1)
-        received_RL = torch.empty_like(sent_RL)
-        dist.all_to_all_single(received_RL, sent_RL, group=self._group)
-        sizes = sent_RL.sum(1).tolist(), received_RL.sum(1).tolist()
-        rows_PD = _exchange(x_ND[order_A // k], *sizes, self._group, ranks)
+        n_experts, ranks = routing.scores_NE.shape[1], self._group.size()
         own = n_experts // ranks
-        expert_P = torch.arange(own, device=x_ND.device).repeat(ranks).repeat_interleave(received_RL.flatten())
-        once = rows_PD.new_ones(len(rows_PD), 1), rows_PD.new_empty(len(rows_PD), own)  # each row goes to one expert
-        y_PD = self._local(rows_PD, Routing(expert_P[:, None], *once), experts)
-        y_AD = _exchange(y_PD, *sizes[::-1], self._group, 1 / ranks)
-        place_A = torch.empty_like(order_A).index_copy_(0, order_A, torch.arange(len(order_A), device=x_ND.device))
-        return (y_AD[place_A].view(count, k, -1) * routing.gates_Nk.to(x_ND.dtype)[..., None]).sum(1)
+        rank_Nk = routing.experts_Nk // own
+        meets_NR = torch.zeros(len(x_ND), ranks, dtype=torch.bool, device=x_ND.device).scatter_(1, rank_Nk, True)
+        rank_S, token_S = meets_NR.T.nonzero(as_tuple=True)
+        received_R = torch.empty(ranks, dtype=torch.long, device=x_ND.device)
+        dist.all_to_all_single(received_R, meets_NR.sum(0), group=self._group)
+        sizes = meets_NR.sum(0).tolist(), received_R.tolist()
+        chosen_Sk = routing.experts_Nk[token_S] - own * rank_S[:, None]  # of the rank's own, if 0 to L - 1
+        chosen_Pk = _sent(chosen_Sk.int(), *sizes, self._group)
+        gates_Pk = _exchange(routing.gates_Nk[token_S], *sizes, self._group, ranks)
+        rows_PD = _exchange(x_ND[token_S], *sizes, self._group, ranks)
+        row_A, slot_A = ((chosen_Pk >= 0) & (chosen_Pk < own)).nonzero(as_tuple=True)
+        expert_A1, gate_A1 = chosen_Pk[row_A, slot_A].long()[:, None], gates_Pk[row_A, slot_A][:, None]
+        given = Routing(expert_A1, gate_A1, rows_PD.new_empty(len(row_A), own))
+        y_PD = torch.zeros_like(rows_PD).index_add(0, row_A, self._local(rows_PD[row_A], given, experts))
+        y_SD = _exchange(y_PD, *sizes[::-1], self._group, 1 / ranks)
+        return torch.zeros_like(x_ND).index_add(0, token_S, y_SD)
 
 
 def share_experts(layer: MoE, mesh: DeviceMesh) -> None:

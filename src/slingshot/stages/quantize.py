@@ -232,8 +232,8 @@ def distilled(
         held_out = HeldOut(full, student, batches)
     optimizer = Optimizer(student, config.optimizer)
     if saved := work.load():
-        restore(saved, student, optimizer)
         held_out.state = {name: saved.read(f"best/{name}", tensor) for name, tensor in trained(student).items()}
+        restore(saved, student, optimizer)
         held_out.best, held_out.step = saved.info["best"], saved.info["best_step"]
     else:  # a step reads its answers as the two did, and goes back, which is as long again
         answering, reading = clock.seconds[_ANSWERING], clock.seconds[_MEASURING]

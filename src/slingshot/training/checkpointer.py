@@ -322,7 +322,8 @@ class Checkpointer:
 
 @torch.no_grad()
 def restore(saved: State, model: Transformer, optimizer: Optimizer, reference: Transformer | None = None) -> None:
-    """Take back what `Checkpointer.training_state` gave. What was not saved, such as a frozen base, is as it was."""
+    """Take back what `Checkpointer.training_state` gave, and close the state. What was not saved is as it was: a frozen
+    base."""
     for group, network in {"model": model, "reference": reference}.items():
         for name, target in network.state_dict().items() if network is not None else ():
             if f"{group}/{name}" in saved:
@@ -332,6 +333,7 @@ def restore(saved: State, model: Transformer, optimizer: Optimizer, reference: T
         return saved.read(f"optimizer/{name}", like) if f"optimizer/{name}" in saved else None
 
     optimizer.load(read)
+    saved.close()
 
 
 @torch.no_grad()

@@ -252,7 +252,7 @@ class Optimizer:
         for name, part, parameter in self._slots():
             for key in ("step", "exp_avg", "exp_avg_sq", "momentum"):
                 if (value := read(f"{name}.{key}", parameter)) is not None:
-                    part.state[parameter][key] = value
+                    part.state[parameter][key] = value.clone()  # what is read may be the file's own pages
 
 
 @torch.no_grad()

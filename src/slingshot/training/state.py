@@ -75,6 +75,10 @@ class State:
         local, first = local_part(like)
         return placed_like(self._rows(name, pieces, first, first + len(local)), like)
 
+    def close(self) -> None:
+        """Let go of the files, which take room on the disk as long as they are open."""
+        self._pieces.clear()
+
     def _rows(self, name: str, pieces: list[_Piece], start: int, stop: int) -> Tensor:
         spans = [[min(max(at - piece.first, 0), piece.shape[0]) for at in (start, stop)] for piece in pieces]
         found = [(piece, slice(*span)) for piece, span in zip(pieces, spans, strict=True) if span[0] < span[1]]

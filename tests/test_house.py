@@ -27,7 +27,7 @@ ROOMS = {
     "environments": (745, 247),
     "kernels": (836, 1222),
     "machine": (472, 319),
-    "model": (1922, 1413),
+    "model": (1922, 1414),
     "parity": (0, 1075),
     "planning": (2184, 1269),
     "quantization": (644, 457),

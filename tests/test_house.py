@@ -32,7 +32,7 @@ ROOMS = {
     "planning": (2184, 1269),
     "quantization": (644, 457),
     "recipe": (1331, 1087),
-    "rollout": (1458, 1038),
+    "rollout": (1459, 1038),
     "sandbox": (1005, 625),
     "serving": (5846, 5582),
     "stages": (2433, 3336),

@@ -65,8 +65,9 @@ class RolloutsAhead:
         return self._taken.version
 
     def put_back(self, step: int) -> None:
-        """Begin the batch that was taken last once more, with the weights of this step."""
-        self._begun.appendleft(self._begin(self._taken.items, step, self._taken.before))
+        """The batch taken last is the next to be taken: begun once more then, with the weights of this step."""
+        items, _, before, _ = self._taken
+        self._begun.appendleft(_Begun(items, step, before, lambda: self._begin(items, step, before).batch()))
 
     def more(self, count: int) -> Groups:
         """The groups of other problems, of the newest weights."""

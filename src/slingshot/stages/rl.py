@@ -200,8 +200,8 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
                 batches.begin(step, config.steps)
                 groups, left_out = collect(batches, config, step)
                 while config.rollouts and left_out["aborted"]:  # no server was left before all samples were made
-                    pushed = hand_over(batches, step, model, keep)
                     batches.put_back(step)
+                    pushed = hand_over(batches, step, model, keep)
                     groups, left_out = collect(batches, config, step)
                 curriculum.note(groups, parallel)
                 # What could not be verified is in no group's mean and moves nothing: its 0 is the verifier's failure.

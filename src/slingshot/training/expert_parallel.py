@@ -40,9 +40,9 @@ class AllToAllDispatcher:
         rank_Nk = routing.experts_Nk // own
         meets_NR = torch.zeros(len(x_ND), ranks, dtype=torch.bool, device=x_ND.device).scatter_(1, rank_Nk, True)
         rank_S, token_S = meets_NR.T.nonzero(as_tuple=True)
-        received_R = torch.empty(ranks, dtype=torch.long, device=x_ND.device)
-        dist.all_to_all_single(received_R, meets_NR.sum(0), group=self._group)
-        sizes = meets_NR.sum(0).tolist(), received_R.tolist()
+        sent_R = meets_NR.sum(0)
+        dist.all_to_all_single(received_R := torch.empty_like(sent_R), sent_R, group=self._group)
+        sizes = sent_R.tolist(), received_R.tolist()
         chosen_Sk = routing.experts_Nk[token_S] - own * rank_S[:, None]  # of the rank's own, if 0 to L - 1
         chosen_Pk = _sent(chosen_Sk.int(), *sizes, self._group)
         gates_Pk = _exchange(routing.gates_Nk[token_S], *sizes, self._group, ranks)

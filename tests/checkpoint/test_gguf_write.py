@@ -305,7 +305,7 @@ def test_names_and_kinds_of_tokens(held, tokenizer, tmp_path):
     assert keys["tokenizer.ggml.tokens"][-2:] == ["[PAD277]", "[PAD278]"]
     ours, theirs = (one.description()["added_tokens"] for one in (again, tokenizer))
     assert [(each["content"], each["special"]) for each in ours] == [(x["content"], x["special"]) for x in theirs]
-    ids = ("vocab_size", "control_ids", "bos_id", "eos_id", "pad_id", "eos_ids", "user_id", "think_id")
+    ids = ("vocab_size", "control_ids", "bos_id", "eos_id", "pad_id", "eos_ids", "think_id")
     for name in (*ids, "chat_template"):
         assert getattr(again, name) == getattr(tokenizer, name), name
     said = (("user", "3+4?"), ("assistant", "<think>so</think>7"), ("user", "<|x|>"))

@@ -14,7 +14,7 @@ from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import Item
 from slingshot.tasks.task import Call, Problem, Solution
 from slingshot.tasks.verification import VerificationPool
-from slingshot.text.tokenizer import Tokenizer
+from slingshot.text.tokenizer import USER, Tokenizer
 from slingshot.training.parallel import Parallel
 
 SUM = Problem(prompt="What is 30+12?", key="+12+30", answer="42", data={"numbers": [30, 12], "operators": ["+"]})
@@ -97,7 +97,7 @@ def test_the_ids_of_a_turn_begin_with_all_ids_of_the_turn_before(knowing, task, 
     )
     for turn, following in itertools.pairwise(trajectory.turns):  # a tool's words are no control tokens
         told = trajectory.ids[turn.end : following.start]
-        assert knowing.user_id not in told and knowing.end_think_id not in told
+        assert knowing.control_id(USER) not in told and knowing.end_think_id not in told
 
 
 def test_what_is_wrong_with_a_call_is_said_to_the_model(knowing, task, dense):

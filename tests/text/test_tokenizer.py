@@ -31,8 +31,9 @@ def controls(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
 
 
 def test_special_tokens_come_first_and_have_r1s_flags(tokenizer: Tokenizer) -> None:
-    names = ("bos", "eos", "pad", "user", "assistant", "think", "end_think")
-    assert [getattr(tokenizer, f"{name}_id") for name in names] == [*range(7)]
+    assert [tokenizer.control_id(token) for token in (BOS, EOS, PAD, USER, ASSISTANT, THINK, END_THINK)] == [*range(7)]
+    named = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.think_id, tokenizer.end_think_id
+    assert named == (0, 1, 2, 5, 6)
     assert tokenizer.eos_ids == {1}
     assert tokenizer.control_ids == set(range(7))
     special = {token["content"]: token["special"] for token in tokenizer.description()["added_tokens"]}

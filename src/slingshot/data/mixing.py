@@ -9,6 +9,7 @@ has a seeded order of its own.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,6 +49,12 @@ class RowMix:
         """How many times `count` rows go through each source, to within a turn."""
         shares = self._turns / len(self._source)
         return [count * float(share) / size for share, size in zip(shares, self.sizes, strict=True)]
+
+
+@functools.lru_cache(maxsize=1)
+def epoch_order(size: int, seed: int, epoch: int) -> Int64:
+    """The seeded order of one epoch of rows that are all in memory; kept for the steps that take it part by part."""
+    return np.random.default_rng([seed, epoch]).permutation(size)
 
 
 def permuted(positions: Int64, size: int, seed: Sequence[int]) -> Int64:

@@ -52,7 +52,8 @@ class RolloutsAhead:
         """Draw and begin the batches of this step and of as many beyond it as may be stale; `steps` end the run."""
         while len(self._begun) < min(steps - step, self._staleness + 1):
             before = self.curriculum.state()
-            self._begun.append(self._begin(self.curriculum.draw(self._count), step, before))
+            items = self.curriculum.draw(self._count)
+            self._begun.append(_Begun(items, step, before, self._begin(items)))
 
     def take(self) -> Groups:
         """The groups of the oldest batch that was begun."""
@@ -67,22 +68,23 @@ class RolloutsAhead:
     def put_back(self, step: int) -> None:
         """The batch taken last is the next to be taken: begun once more then, with the weights of this step."""
         items, _, before, _ = self._taken
-        self._begun.appendleft(_Begun(items, step, before, lambda: self._begin(items, step, before).batch()))
+        self._begun.appendleft(_Begun(items, step, before, lambda: self._begin(items)()))
 
     def more(self, count: int) -> Groups:
         """The groups of other problems, of the newest weights."""
-        return self.rollout.finish(self._begin(self.curriculum.draw(count), self.version, {}).batch())
+        return self.rollout.finish(self._begin(self.curriculum.draw(count))())
 
     def state(self) -> dict[str, Any]:
         """What a resumed run goes on from: what was begun and not taken is drawn again."""
         drawn = self._begun[0].before["drawn"] if self._begun else self.curriculum.place
         return {**self.curriculum.state(), "drawn": drawn}
 
-    def _begin(self, items: Sequence[Item], version: int, before: dict[str, Any]) -> _Begun:
+    def _begin(self, items: Sequence[Item]) -> Callable[[], Batch]:
+        """What gives their samples: made when it is asked, or in the thread from now on."""
         if self._thread is None:
-            return _Begun(items, version, before, lambda: self.rollout.sample(items))
+            return lambda: self.rollout.sample(items)
         self._sampling.append(future := self._thread.submit(self.rollout.sample, items))
-        return _Begun(items, version, before, future.result)
+        return future.result
 
     def __enter__(self) -> Self:
         return self

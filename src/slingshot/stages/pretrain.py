@@ -29,6 +29,7 @@ from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.load_save import load_tokenizer
 from slingshot.cost.flops import training_parts
 from slingshot.data.corpora import Corpus
+from slingshot.data.mixing import epoch_order
 from slingshot.data.packing import pack, strided
 from slingshot.machine.device import Dtype
 from slingshot.model.config import ModelConfig
@@ -208,7 +209,7 @@ class PackedCorpus:
     def batch(self, step: int, size: int) -> Rows:
         """The rows of one global step of `size` rows: every epoch in an order of its own."""
         epoch, index = divmod(step, len(self.tokens_NT) // size)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.tokens_NT))
+        order = epoch_order(len(self.tokens_NT), self.seed, epoch)
         chosen = np.sort(order[index * size : (index + 1) * size])
         return Rows.of(self.tokens_NT[chosen], self.segments_NT[chosen])
 
@@ -232,7 +233,7 @@ def prepare(config: PretrainConfig) -> PackedCorpus:
         sample += [json.dumps(tool, ensure_ascii=False) for tool in tools] + train_text
         split = SPLIT_OF_MODEL_TYPE.get(model_type, DEFAULT_SPLIT)
         tokenizer = Tokenizer.train(sample, config.vocab_size, split, tools=bool(tools))
-    documents = _encode(tokenizer, written) + _framed(tokenizer, train_text)
+    documents = _encode(tokenizer, written) + tokenizer.encode_documents(train_text)
     random.Random(f"order/{config.seed}").shuffle(documents)
     tokens_NT, segments_NT = pack(documents, config.sequence_length)
     if len(tokens_NT) < config.batch_size:
@@ -240,7 +241,7 @@ def prepare(config: PretrainConfig) -> PackedCorpus:
         raise SlingshotError(f"the corpus fills {rows}; add text or lower batch_size")
     corpus = PackedCorpus(tokenizer, tokens_NT, segments_NT, config.seed)
     if heldout_text:
-        windows = list(strided(_framed(tokenizer, heldout_text), config.sequence_length))
+        windows = list(strided(tokenizer.encode_documents(heldout_text), config.sequence_length))
         corpus.heldout = [Rows.of_examples(windows, config.sequence_length)]
         corpus.heldout_bytes = sum(len(text.encode()) for text in heldout_text)
     return corpus
@@ -271,13 +272,6 @@ def _written(config: PretrainConfig) -> Iterator[tuple[str, ...] | ToolDocument]
     return iter(pieces)
 
 
-def _framed(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """A document is what the tokenizer makes of a text that stands alone, and the end of text."""
-    if tokenizer.eos_id is None:
-        raise SlingshotError("the tokenizer has no eos token to end documents with; leave `tokenizer` out to train one")
-    return [[*tokenizer.begin_ids, *ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
-
-
 def _encode(tokenizer: Tokenizer, written: Sequence[tuple[str, ...] | ToolDocument]) -> list[list[int]]:
     with_tools = [document.encode(tokenizer) for document in written if isinstance(document, ToolDocument)]
     documents = [document for document in written if not isinstance(document, ToolDocument)]
@@ -286,4 +280,4 @@ def _encode(tokenizer: Tokenizer, written: Sequence[tuple[str, ...] | ToolDocume
     prompts = [tokenizer.encode_chat([{"role": "user", "content": prompt}]) for prompt, _, _ in chats]
     responses = encode_responses(tokenizer, [(reasoning, answer) for _, reasoning, answer in chats], opened=True)
     asked = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-    return _framed(tokenizer, plain) + asked + with_tools
+    return tokenizer.encode_documents(plain) + asked + with_tools

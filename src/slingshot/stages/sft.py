@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from slingshot.base.config import StageConfig
@@ -24,6 +23,7 @@ from slingshot.checkpoint.frozen import load_frozen
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.flops import training_parts
 from slingshot.data.examples import Conversation, Example, read_examples
+from slingshot.data.mixing import epoch_order
 from slingshot.machine.device import Dtype
 from slingshot.quantization.fp8_product import FP8Scaling
 from slingshot.rollout.rollout import PromptForm
@@ -200,5 +200,5 @@ def fitting(examples: Sequence[Marked], longest: int) -> tuple[list[Marked], int
 
 def rows_of_epoch(examples: Sequence[Marked], config: SFTConfig, epoch: int) -> Rows:
     """Rows of one epoch, examples in an order of its own; targets are the responses."""
-    order = np.random.default_rng([config.seed, epoch]).permutation(len(examples))
+    order = epoch_order(len(examples), config.seed, epoch)
     return Rows.of_examples([examples[i] for i in order], config.sequence_length)

@@ -159,11 +159,9 @@ def _write(
     texts: list[str], tokenizer: Tokenizer, config: TokenizeConfig, sides: dict[str, ShardWriter], done: dict[str, Any]
 ) -> int:
     """Put documents into shards and count them into `done`; returns their tokens."""
-    total, end = 0, tokenizer.eos_id
-    assert end is not None
-    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+    total = 0
+    for text, document in zip(texts, tokenizer.encode_documents(texts), strict=True):
         heldout, size = config.holds_out(text), len(text.encode(errors="surrogatepass"))
-        document = [*tokenizer.begin_ids, *ids, end]
         sides["heldout" if heldout else "tokens"].add(document)
         done["documents"] += 1
         done["bytes"] += size

@@ -70,7 +70,7 @@ class Tokenizer:
     """A BPE vocabulary, its control tokens and its chat template.
 
     vocab_size          one more than the highest id
-    bos_id, eos_id, pad_id, user_id, assistant_id, think_id, end_think_id   None where there is no such token
+    bos_id, eos_id, pad_id, think_id, end_think_id   None where there is no such token
     eos_ids             every id that ends a generation: eos_id, those of generation_config.json and config.json
     control_ids         special tokens, and what else frames a chat; `encode` yields none of them
     begin_ids, end_ids  what the tokenizer itself puts around a text that stands alone: bos or nothing, mostly
@@ -105,8 +105,7 @@ class Tokenizer:
         self._begins, self._follows, self._continues = _encoders(description, set(self._ids), self.kind)
         self.begin_ids, self.end_ids = _around(backend)
         self.bos_id, self.eos_id, self.pad_id = (self._named(f"{name}_token") for name in ("bos", "eos", "pad"))
-        frame = (USER, ASSISTANT, THINK, END_THINK)
-        self.user_id, self.assistant_id, self.think_id, self.end_think_id = map(self._ids.get, frame)
+        self.think_id, self.end_think_id = map(self._ids.get, (THINK, END_THINK))
         self.eos_ids = {self._checked(id) for id in eos_ids} | ({self.eos_id} if self.eos_id is not None else set())
 
     @classmethod
@@ -236,6 +235,13 @@ class Tokenizer:
             with rust_errors(_UNSPLIT):
                 ids += [encoding.ids for encoding in backend.encode_batch_fast(batch, add_special_tokens=False)]
         return ids
+
+    def encode_documents(self, texts: Iterable[str]) -> list[list[int]]:
+        """Texts to train on: each as it stands alone, and the end of text."""
+        if self.eos_id is None:
+            way_out = "leave `tokenizer` out to train one"
+            raise SlingshotError(f"the tokenizer has no eos token to end documents with; {way_out}")
+        return [[*self.begin_ids, *ids, self.eos_id] for ids in self.encode_batch(texts)]
 
     def encode_raw(self, text: str) -> list[int]:
         """Ids of a text that stands alone, a prompt without a template say: with bos where the tokenizer writes one."""

@@ -195,7 +195,7 @@ def test_flops_of_a_step_are_those_that_torch_counts(shape: dict[str, object], t
         output = model.double()(tokens, mtp=mtp)
         loss = output.logits_BTV.square().mean()
         if mtp:
-            loss = loss + model.head(output.mtp_hidden_BTD).square().mean()
+            loss = loss + model.head.product(output.mtp_hidden_BTD).square().mean()
         loss.backward()
     flops = training_parts(config, [32, 32], False, passed)["training"]
     flops += training_parts(config, [33, 33], mtp, passed)["mtp"]  # torch runs the module at the last position, too

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from slingshot.kernels.grouped import grouped_matmul
 from slingshot.kernels.norm import residual_norm, rms_norm
+from slingshot.kernels.wide_product import wide_product
 from slingshot.model.rescaled import RescaledMatrix
 from slingshot.model.stored import StoredMatrix
 from slingshot.quantization.fp8_product import FP8Scaling, fp8_grouped_matmul, fp8_matmul
@@ -67,6 +68,13 @@ class Linear(nn.Module):
             return F.linear(x_XD, weight, bias)
         y_XF = fp8_matmul(x_XD.flatten(0, -2), weight, self.fp8).unflatten(0, x_XD.shape[:-1])
         return y_XF if bias is None else y_XF + bias
+
+    def wide_product(self, x_ND: Tensor) -> Tensor:
+        """y_NF in float32; of a plain matrix in x's dtype, whose products are not rounded before they are summed."""
+        if type(self) in (Linear, Embedding) and isinstance(self.weight, nn.Parameter) and self.fp8 is None:
+            y_NF = wide_product(x_ND, self.weight)
+            return y_NF if self.bias is None else y_NF + self.bias
+        return self.product(x_ND.float())
 
     def by_head(self, x_XHD: Tensor, part: slice, transposed: bool = False) -> Tensor:
         """Each head's x times `part` of the rows that the weight has for that head, W^T or, transposed, W: y_XHF."""

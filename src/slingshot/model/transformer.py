@@ -154,14 +154,14 @@ class Transformer(nn.Module):
         for buffer in self.buffers():
             buffer.zero_()
 
-    def head(self, hidden: Tensor, detach_head: bool = False) -> Tensor:
-        """Logits [..., V] of normalised hidden states, in their dtype; `detach_head`: the head gets no gradient."""
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return head.product(hidden, detach_head)
+    @property
+    def head(self) -> Linear:
+        """The matrix that makes logits [..., V] of normalised hidden states."""
+        return self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
 
-    def lm_logits(self, hidden: Tensor, detach_head: bool = False) -> Tensor:
+    def lm_logits(self, hidden: Tensor) -> Tensor:
         """The head's logits in float32."""
-        return self.head(hidden, detach_head).float()
+        return self.head.product(hidden).float()
 
     def moe_layers(self) -> list[MoE]:
         """The MoE blocks in order, the MTP module's last: the order of `ModelOutput.load_LE`."""

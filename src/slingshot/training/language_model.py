@@ -83,12 +83,21 @@ def target_loss(
 
 
 def head_logprobs(
-    model: Transformer, hidden_ND: Tensor, targets_N: Tensor, temperature: float = 1.0, detach_head: bool = False
+    model: Transformer,
+    hidden_ND: Tensor,
+    targets_N: Tensor,
+    temperature: float = 1.0,
+    detach_head: bool = False,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`token_logprobs` of the head's logits; of `model.logits_chunk` tokens at a time, computed again for backward."""
+    """`token_logprobs` of the head's logits; of `model.logits_chunk` tokens at a time, computed again for backward.
+
+    Logits have the hidden states' dtype, or with `wide` float32. `detach_head`: the head does not learn.
+    """
 
     def logprobs(hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        return token_logprobs(model.head(hidden_ND, detach_head), targets_N, temperature)
+        logits_NV = model.head.wide_product(hidden_ND) if wide else model.head.product(hidden_ND, detach_head)
+        return token_logprobs(logits_NV, targets_N, temperature)
 
     size = model.logits_chunk
     if not 0 < size < len(targets_N):

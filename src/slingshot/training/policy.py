@@ -260,7 +260,7 @@ class _Chosen:
     def logprobs(self, model: Transformer, hidden_BTD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Logprobs of the tokens and entropies [N], of logits in float32 in any training (arXiv 2510.13786, 3.2)."""
         rows_P = in_whole_blocks(self.places_N)
-        hidden_PD = hidden_BTD.flatten(0, 1).index_select(0, rows_P).float()
+        hidden_PD = hidden_BTD.flatten(0, 1).index_select(0, rows_P)
         targets_P = F.pad(self.targets_N, (0, len(rows_P) - len(self.places_N)))
-        logprobs_P, entropy_P = head_logprobs(model, hidden_PD, targets_P, temperature)
+        logprobs_P, entropy_P = head_logprobs(model, hidden_PD, targets_P, temperature, wide=True)
         return logprobs_P[: len(self.places_N)], entropy_P[: len(self.places_N)]

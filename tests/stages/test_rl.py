@@ -242,7 +242,7 @@ def test_replayed_routing_keeps_the_samplers_experts(training):
 
 
 def test_logits_of_a_trainer_in_bfloat16_are_float32(training):
-    """Its logprobs are those of the last hidden states under the float32 head, to float32's precision."""
+    """Its logprobs are those of the last hidden states under the head that the sampler has, to float32's precision."""
     config = training()
     model, _, trajectories = sampled(config)
     model.compute_dtype = torch.bfloat16
@@ -252,7 +252,7 @@ def test_logits_of_a_trainer_in_bfloat16_are_float32(training):
     with torch.no_grad():
         hidden_BTD = model(batch.tokens_BT, segments_BT=batch.segments_BT, logits=False).hidden_BTD
         assert hidden_BTD.dtype == torch.bfloat16
-        full = (hidden_BTD.float() @ model.lm_head.weight.T).log_softmax(-1)
+        full = (hidden_BTD.float() @ model.lm_head.weight.bfloat16().float().T).log_softmax(-1)
     expected = full[:, :-1].gather(-1, batch.tokens_BT[:, 1:, None]).squeeze(-1) * batch.mask_BT[:, 1:]
     torch.testing.assert_close(found[:, 1:], expected, atol=1e-5, rtol=1e-5)
 

@@ -27,6 +27,7 @@ from slingshot.base.progress import Progress
 from slingshot.checkpoint.frozen import load_frozen
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.flops import forward_flops, training_parts
+from slingshot.engine.sampling import SamplingParams
 from slingshot.machine.device import Dtype
 from slingshot.model.stored import holds_stored
 from slingshot.model.transformer import Transformer
@@ -137,20 +138,11 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
         tasks, source = TaskMix(config.tasks, "train", f"rl/{config.seed}"), work.reads[config.model]
         load = load_model if config.lora is None else load_frozen
         model, tokenizer = load(source, device=parallel.device), load_tokenizer(source)
-        reference = None
-        if config.loss.kl:  # with adapters the frozen base itself, or, of several ranks, a base of their own
-            separate = config.lora is None or parallel.mesh is not None
-            reference = load_model(source, device=parallel.device, shard=parallel.shard) if separate else twin(model)
+        reference = reference_of(config, model, source, parallel)
         if config.lora is not None:
             add_lora(model, config.lora, config.seed, parallel)
         passed = None if config.lora is None else config.lora.numbers_passed(model.config)
-        params = config.sampling.params(config.group_size, config.seed)
-        if config.loss.replay_routing:
-            if not model.config.n_moe_layers:
-                raise SlingshotError("loss.replay_routing: this model has no experts; leave it out")
-            params = replace(params, routed_experts=True)
-        if holds_stored(model) and (key := "rollouts" if config.rollouts else "staleness" if config.staleness else ""):
-            raise SlingshotError(f"{key}: samples come from this base of few bits where it is trained; leave it out")
+        params = sampling_of(config, model)
         if sampler is None and config.rollouts:
             probes = [(item, config.form.encode(tokenizer, item.problem, item.task.tools)) for item in tasks.draw(0, 8)]
             where = work.folder / "weights"
@@ -212,12 +204,7 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
                 ]
                 update, sizes = update_policy(model, reference, optimizer, kept, config, step, parallel)
 
-                tokens, flops = sampling_cost(model.config, groups)
-                again = forward_flops(model.config, sizes.lengths, before=sizes.before) if config.loss.kl else 0.0
-                if config.compares_trainer:
-                    again += forward_flops(model.config, sizes.lengths, False, passed or 0.0, sizes.before)
-                parts = training_parts(model.config, sizes.lengths, config.loss.mtp > 0, passed, sizes.before)
-                work.meter.add(tokens, sampling=flops, reference=again, **parts)
+                tokens = account(work, model, config, groups, sizes, passed)
                 row = summary(groups, parallel, calls=any(task.tools for task in tasks.tasks))
                 speed = work.speed(int(parallel.sums({"tokens": tokens})["tokens"]))
                 lr = config.optimizer.lr * schedule(config.optimizer, step, config.steps)
@@ -231,6 +218,44 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
 
         rollout.refuse_nothing()
         work.finish_checkpoint(model, tokenizer, source)
+
+
+def reference_of(config: RLConfig, model: Transformer, source: Path, parallel: Parallel) -> Transformer | None:
+    """What `loss.kl` is measured to; with adapters the frozen base itself, or, of several ranks, one of their own."""
+    if not config.loss.kl:
+        return None
+    separate = config.lora is None or parallel.mesh is not None
+    return load_model(source, device=parallel.device, shard=parallel.shard) if separate else twin(model)
+
+
+def sampling_of(config: RLConfig, model: Transformer) -> SamplingParams:
+    """A group's sampling. Raises SlingshotError for what this model cannot be asked for."""
+    params = config.sampling.params(config.group_size, config.seed)
+    if config.loss.replay_routing:
+        if not model.config.n_moe_layers:
+            raise SlingshotError("loss.replay_routing: this model has no experts; leave it out")
+        params = replace(params, routed_experts=True)
+    if holds_stored(model) and (key := "rollouts" if config.rollouts else "staleness" if config.staleness else ""):
+        raise SlingshotError(f"{key}: samples come from this base of few bits where it is trained; leave it out")
+    return params
+
+
+def account(
+    work: Checkpointer,
+    model: Transformer,
+    config: RLConfig,
+    groups: Sequence[Sequence[Trajectory]],
+    sizes: DocumentSizes,
+    passed: float | None,
+) -> int:
+    """Add a step's FLOPs to the receipt, `passed` of them as adapters pass them; the tokens sampled."""
+    tokens, flops = sampling_cost(model.config, groups)
+    again = forward_flops(model.config, sizes.lengths, before=sizes.before) if config.loss.kl else 0.0
+    if config.compares_trainer:
+        again += forward_flops(model.config, sizes.lengths, False, passed or 0.0, sizes.before)
+    parts = training_parts(model.config, sizes.lengths, config.loss.mtp > 0, passed, sizes.before)
+    work.meter.add(tokens, sampling=flops, reference=again, **parts)
+    return tokens
 
 
 def hand_over(batches: RolloutsAhead, step: int, model: Transformer, keep: Callable[[int], None]) -> dict[str, float]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import safetensors.numpy
 
 from slingshot.base.errors import SlingshotError
 from slingshot.data.corpora import Corpus
@@ -100,3 +101,11 @@ def test_missing_and_unreadable_sources(tmp_path: Path) -> None:
     (tmp_path / "only.bin").write_bytes(b"\xff\0")
     with pytest.raises(SlingshotError, match=r"holds no text \(1 files are not UTF-8 text\)"):
         Corpus.open(tmp_path)
+
+
+def test_an_installed_package_without_its_tests() -> None:
+    corpus = Corpus.open("package:safetensors")
+    assert Path(safetensors.numpy.__file__).read_text() in corpus.documents
+    for name in ("no_such_package", "os", "numpy.linalg"):
+        with pytest.raises(SlingshotError, match=f"^corpus package:{name}: no package of that name is installed; pip"):
+            Corpus.open(f"package:{name}")

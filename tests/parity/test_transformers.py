@@ -20,8 +20,9 @@ from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from slingshot.checkpoint.load_save import load_model
-from slingshot.model.config import ModelConfig
+from slingshot.model.config import ModelConfig, Yarn
 from slingshot.model.rope import frequencies, rotation_scale
+from slingshot.model.transformer import Transformer
 from slingshot.text.tokenizer import Tokenizer
 
 Config = Callable[..., ModelConfig]
@@ -214,6 +215,29 @@ def test_rotary_tables_are_theirs_at_any_length(
         expected, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](theirs)
         torch.testing.assert_close(frequencies(config), expected, rtol=1e-6, atol=0)
         assert rotation_scale(config) == pytest.approx(scale, rel=1e-12)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen2"])
+def test_logits_beyond_the_original_context_of_deepseek_v3s_yarn(
+    pair: Pair, deepseek: Config, dense: Config, family: str
+) -> None:
+    """Factor 40 of 4,096 tokens: positions 4,096 to 4,599, as `pretrain` extends a model of either family."""
+    yarn = Yarn(factor=40.0, original_max_position_embeddings=4096)
+    made = deepseek(vocab_size=264) if family == "deepseek_v3" else dense(vocab_size=264, attention_bias=True)
+    config = yarn.extended(made, family)
+    assert config.max_position_embeddings == 163_840
+    folder, theirs = pair(config)
+    ours, tokens_BT = load_model(folder), torch.randint(0, 264, (1, 4600), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(tokens_BT, logits_to_keep=504).logits
+        hidden = ours(tokens_BT, segments_BT=torch.ones_like(tokens_BT), logits=False).hidden_BTD
+        plain = Transformer.empty(made)
+        plain.load_state_dict(ours.state_dict())
+        unextended = plain.lm_logits(plain(tokens_BT, logits=False).hidden_BTD[:, -504:])
+        found = ours.lm_logits(hidden[:, -504:])
+    scale = float(expected.std())
+    assert float((found - expected).abs().max()) < 2e-5 * scale
+    assert float((unextended - expected).abs().max()) > 1e-2 * scale
 
 
 COMMON = dict(vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)

@@ -17,7 +17,8 @@ from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.flops import training_flops
 from slingshot.cost.receipt import Receipt
 from slingshot.data.corpora import Corpus
-from slingshot.stages import pretrain
+from slingshot.stages import pretrain, tokenize
+from slingshot.stages.tokenize import TokenizeConfig
 from slingshot.tasks.loader import load_task
 
 FEW = {"tasks": [{"name": "arithmetic"}], "count": 5}
@@ -194,6 +195,11 @@ def test_a_task_writes_in_styles_of_its_own_where_it_has_some(pretraining):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"documents": None}, r"base: a corpus is needed: give \[documents\], text = \[...\], or both, or shards"),
     ({"model": {"family": "deepseek_v3"}}, "^base.model.hidden_size: Field required$"),
+    ({"model": {}}, "base: give model = {...} for a new one, or start = CHECKPOINT to go on from one, and not both"),
+    ({"start": "x"}, "base: give model = {...} for a new one, or start = CHECKPOINT to go on from one, and not both"),
+    ({"model": {}, "start": "x", "tokenizer": "y"}, "base: start brings its tokenizer; leave `tokenizer` out"),
+    ({"yarn": {"factor": 4}}, "base: yarn makes the context of a checkpoint longer; name it: start = CHECKPOINT"),
+    ({"model": {}, "start": "x", "yarn": {"factor": 1}}, "base.yarn.factor: Input should be greater than 1, got 1"),
     ({"steps": 0}, "base.steps: Input should be greater than or equal to 1, got 0"),
     ({"vocab_size": 100}, "base.vocab_size: .* got 100"),
     ({"leraning_rate": 1.0}, "base.leraning_rate: unknown key"),
@@ -222,3 +228,35 @@ def test_a_corpus_that_cannot_be_is_named(pretraining, tmp_path, changes, messag
     with pytest.raises(SlingshotError, match=message):
         pretrain.run(pretraining(**changes), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_is_trained_on_in_the_context_that_yarn_gives_it(base, pretraining, metrics, tmp_path):
+    """Rows of the checkpoint's length have nearly the loss it ended with, far from a new model's; longer ones are
+    refused without yarn, and with it a model comes of them that is extended once and for all."""
+    on = {"model": {}, "start": str(base), "steps": 2, "optimizer": {"lr": 1e-4, "adam_lr": 1e-4}}
+    pretrain.run(pretraining(**on), tmp_path / "on")
+    assert metrics(tmp_path / "on")[0]["loss"] < 1.1 * metrics(base)[-1]["loss"] < 0.4 * metrics(base)[0]["loss"]
+    assert (tmp_path / "on" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert [parent.path for parent in Receipt.read(tmp_path / "on").parents] == [str(base)]
+
+    with pytest.raises(SlingshotError, match=f"^{base}: sequence_length 256 is beyond .*_embeddings 128; give yarn = "):
+        pretrain.run(pretraining(**on, sequence_length=256), tmp_path / "long")
+    yarn = {"factor": 8, "original_max_position_embeddings": 48}
+    longer = on | {"yarn": yarn, "sequence_length": 256, "batch_size": 2, "micro_batch_size": 1}
+    pretrain.run(pretraining(**longer), tmp_path / "long")
+    assert metrics(tmp_path / "long")[-1]["loss"] < metrics(base)[0]["loss"] / 2
+    config, original = load_model(tmp_path / "long").config, load_model(base).config
+    assert config.max_position_embeddings == 384 and (rope := config.rope_scaling) is not None
+    assert (rope.rope_type, rope.factor, rope.original_max_position_embeddings) == ("yarn", 8.0, 48)
+    assert (rope.beta_fast, rope.beta_slow, rope.mscale, rope.mscale_all_dim) == (32.0, 1.0, 1.0, 1.0)
+    assert config.to_hf() | {"rope_scaling": None, "max_position_embeddings": 128} == original.to_hf()
+    with pytest.raises(SlingshotError, match=r"long has rope_scaling yarn, factor 8, already; leave yarn out"):
+        pretrain.run(pretraining(**longer | {"start": str(tmp_path / "long")}), tmp_path / "again")
+
+
+def test_shards_of_another_tokenizer_do_not_train_a_checkpoint_on(base, pretraining, tmp_path):
+    (tmp_path / "text.txt").write_text("Another text, another tokenizer. " * 200)
+    tokenize.run(TokenizeConfig.parse({"text": [str(tmp_path / "text.txt")], "vocab_size": 270}, "t"), tmp_path / "t")
+    given = pretraining(model={}, documents=None, start=str(base), shards=[str(tmp_path / "t")], batch_size=1)
+    with pytest.raises(SlingshotError, match=f"another tokenizer than {base}'s; tokenize the text with tokenizer = "):
+        pretrain.run(given, tmp_path / "out")

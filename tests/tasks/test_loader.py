@@ -65,7 +65,16 @@ def test_what_cannot_be_loaded_is_named_with_the_way_out(name, params, message):
 @pytest.mark.slow
 def test_every_kind_tells_its_parameters_in_words():
     told = {name: task_keys(name) for name in (*KINDS, "gym:chain_sum")}
-    own = ("arithmetic", "code", "countdown", "knights", "multiplication", "dataset:SOURCE", "path/to/file.py")
+    own = (
+        "arithmetic",
+        "code",
+        "countdown",
+        "knights",
+        "multiplication",
+        "needle",
+        "dataset:SOURCE",
+        "path/to/file.py",
+    )
     assert all(key.meaning for name in own for key in told[name])
     digits = next(key for key in told["arithmetic"] if key.name == "digits")
     said = "whole number at least 1 and at most 9", "1", "digits of a number, at most"

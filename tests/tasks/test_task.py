@@ -12,7 +12,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.tasks.loader import load_task
 from slingshot.tasks.task import Problem, Task, in_split, split_of
 
-GENERATED = pytest.mark.parametrize("name", ["arithmetic", "countdown", "knights", "multiplication"])
+GENERATED = pytest.mark.parametrize("name", ["arithmetic", "countdown", "knights", "multiplication", "needle"])
 
 
 def problems_of(*keys):

@@ -1,4 +1,4 @@
-"""Corpora: text documents from files, folders, JSONL, Parquet and Python's own standard library.
+"""Corpora: text documents from files, folders, JSONL, Parquet, Python's own standard library and installed packages.
 
     corpus = Corpus.open(["stories/", "corpus.jsonl", "stdlib"])
     train, heldout = corpus.split(heldout=0.05)
@@ -10,6 +10,7 @@ A corpus that is opened is held in memory: it is packed and shuffled as a whole.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import itertools
 import logging
 import math
@@ -25,10 +26,10 @@ from slingshot.base.files import parse_json
 
 _log = logging.getLogger(__name__)
 
-_STDLIB = "stdlib"
+_STDLIB, _PACKAGE = "stdlib", "package:"
 _PIECE = 8192  # characters: one long file is read as several documents, so that part of it can be held out
 # Of the standard library: installed packages, and its own tests, half of it and in part malformed on purpose.
-_NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
+_NOT_SOURCE = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Corpus:
         a text file     documents of about 8192 characters, cut at line ends
         .jsonl .parquet one document a row, under `text_key`; also within folders
         "stdlib"        the modules of Python's standard library, its tests apart
+        "package:NAME"  likewise those of a package that is installed beside slingshot
 
         SlingshotError names a source that is missing, unreadable, binary or empty, or a row without text.
         """
@@ -85,21 +87,24 @@ class Corpus:
         return sides
 
 
+def is_installed(source: str | Path) -> bool:
+    """Whether a source comes with Python or an installed package, and is no file of the user's."""
+    return str(source) == _STDLIB or str(source).startswith(_PACKAGE)
+
+
 class _NotText(SlingshotError):
     """A file that cannot be read or is binary: skipped within a folder, an error by itself."""
 
 
 def _texts(source: str | Path, text_key: str, skipped: list[SlingshotError]) -> Iterator[str]:
     """The documents of one source that are not blank; why files of folders are no text goes to `skipped`."""
-    path, before, empty = Path(source), len(skipped), True
-    if str(source) == _STDLIB:
-        texts = _read_folder(Path(sysconfig.get_path("stdlib")), _files_of(source), text_key, skipped)
-    elif path.is_dir():
+    path, before, empty = _root(source), len(skipped), True
+    if path.is_dir():
         texts = _read_folder(path, _files_of(source), text_key, skipped)
     elif path.exists():
         texts = _read_file(path, text_key, whole=False)
     else:
-        raise SlingshotError(f"corpus {path} does not exist; give a file, a folder, or stdlib")
+        raise SlingshotError(f"corpus {path} does not exist; give a file, a folder, stdlib, or package:NAME")
     for text in texts:
         if text.strip():
             empty = False
@@ -109,10 +114,23 @@ def _texts(source: str | Path, text_key: str, skipped: list[SlingshotError]) -> 
         raise SlingshotError(f"corpus {source} holds no text{unread}; give UTF-8 text, .jsonl or .parquet")
 
 
+def _root(source: str | Path) -> Path:
+    """Where a source lies. A package is found by its name and not imported."""
+    if str(source) == _STDLIB:
+        return Path(sysconfig.get_path("stdlib"))
+    if not is_installed(source):
+        return Path(source)
+    name = str(source).removeprefix(_PACKAGE)
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise SlingshotError(f"corpus {source}: no package of that name is installed; pip install it, or give a folder")
+    return Path(spec.submodule_search_locations[0])
+
+
 def _files_of(source: str | Path) -> list[Path]:
     """The files of one source, in the order of their paths."""
-    suffix, without = (".py", _NOT_STDLIB) if str(source) == _STDLIB else ("", frozenset())
-    root = Path(sysconfig.get_path("stdlib")) if str(source) == _STDLIB else Path(source)
+    suffix, without = (".py", _NOT_SOURCE) if is_installed(source) else ("", frozenset())
+    root = _root(source)
     files = [root] if root.is_file() else []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in without | {"__pycache__"}]

@@ -160,6 +160,8 @@ class ModelConfig(Strict):
             raise ValueError(f"num_attention_heads {heads} must divide evenly into num_key_value_heads {groups}")
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even: rotary embeddings turn pairs")
+        if self.n_routed_experts or self.num_nextn_predict_layers:
+            raise ValueError("experts and MTP are deepseek_v3's: n_routed_experts, num_nextn_predict_layers must be 0")
         if self.attention_bias and self.qk_norm:
             raise ValueError(
                 "attention_bias (Qwen2's) and qk_norm (Qwen3's) exclude each other: no model type has both"
@@ -249,6 +251,32 @@ class ModelConfig(Strict):
     def to_hf(self) -> dict[str, Any]:
         """Hugging Face's config.json of this architecture, with every key its readers insist on written out."""
         return hf_config.write(self.model_dump(), self.model_type)
+
+
+class Yarn(Strict):
+    """A longer context for a model that has none beyond what it was trained with (YaRN, arXiv 2309.00071).
+
+    `factor` times `original_max_position_embeddings` (the model's max_position_embeddings where not given) tokens.
+    DeepSeek-V3's (2412.19437, 4.3): factor 40 of 4,096, beta_fast 32, beta_slow 1, and attention's temperature for that
+    factor, which each family's config.json says in its own way (rope.py).
+    """
+
+    factor: float = Field(gt=1)
+    original_max_position_embeddings: _Length | None = None
+    beta_fast: _Number = 32.0
+    beta_slow: _Number = 1.0
+
+    def extended(self, config: ModelConfig, name: str) -> ModelConfig:
+        """The architecture with it; SlingshotError where the model `name` has been extended before."""
+        if (before := config.rope_scaling) is not None:
+            what = f"{name} has rope_scaling {before.rope_type}, factor {before.factor:g}, already"
+            raise SlingshotError(f"{what}; leave yarn out to train it at a greater sequence_length")
+        original = self.original_max_position_embeddings or config.max_position_embeddings
+        of_deepseek = {"mscale": 1.0, "mscale_all_dim": 1.0} if config.family == "deepseek_v3" else {}
+        own = self.model_dump(exclude={"original_max_position_embeddings"})
+        rope = {"rope_type": "yarn", "original_max_position_embeddings": original, **own, **of_deepseek}
+        length = round(self.factor * original)
+        return ModelConfig.parse(config.model_dump() | {"rope_scaling": rope, "max_position_embeddings": length}, name)
 
 
 def presets() -> list[str]:

@@ -1,4 +1,5 @@
-"""Pre-training from scratch: corpus, tokenizer, and the DeepSeek-V3 recipe (arXiv 2412.19437) at any size.
+"""Pre-training: corpus, tokenizer, and the DeepSeek-V3 recipe (arXiv 2412.19437) at any size; from scratch, or on from
+a checkpoint, whose context YaRN makes longer.
 
 The corpus is tasks' own worked documents of the train split, real text, or both; or token shards, which need not fit
 into memory. Documents are packed to a fixed length and attention stays within each. A multi-token prediction module is
@@ -26,13 +27,13 @@ from slingshot.base.config import StageConfig, Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.base.progress import Progress
 from slingshot.checkpoint.hub import locate
-from slingshot.checkpoint.load_save import load_tokenizer
+from slingshot.checkpoint.load_save import load_tokenizer, load_weights, open_weights
 from slingshot.cost.flops import training_parts
 from slingshot.data.corpora import Corpus
 from slingshot.data.mixing import epoch_order
 from slingshot.data.packing import pack, strided
 from slingshot.machine.device import Dtype
-from slingshot.model.config import ModelConfig
+from slingshot.model.config import ModelConfig, Yarn
 from slingshot.model.transformer import Transformer
 from slingshot.quantization.fp8_product import FP8Scaling
 from slingshot.stages.tool_documents import ToolDocument
@@ -100,13 +101,16 @@ class ShardSource(Strict):
 
 
 class PretrainConfig(StageConfig):
-    """`model` holds ModelConfig's fields, or names a preset; the vocabulary follows from the tokenizer."""
+    """`model` holds ModelConfig's fields, or names a preset; the vocabulary follows from the tokenizer. With `start`
+    it is a checkpoint that is trained on: its architecture, weights and tokenizer, `yarn` in addition."""
 
     moved: ClassVar[dict[str, str]] = MOVED_TO_OPTIMIZER | {"losses": "loss"}
 
-    model: dict[str, Any]
+    model: dict[str, Any] = {}
+    start: str | None = None
+    yarn: Yarn | None = None
     documents: Documents | None = None
-    text: list[str] = []  # files, folders, .jsonl, .parquet or "stdlib"
+    text: list[str] = []  # files, folders, .jsonl, .parquet, "stdlib", "package:NAME"
     text_key: str = "text"  # of a .jsonl or .parquet row
     shards: list[ShardSource] = []  # what the stage tokenize wrote, instead of documents and text
     tokenizer: str | None = None  # of this checkpoint, instead of a new one
@@ -137,23 +141,43 @@ class PretrainConfig(StageConfig):
             raise ValueError("shards: one folder is named twice; give it a weight")
         if not (self.shards or self.documents or self.text):
             raise ValueError("a corpus is needed: give [documents], text = [...], or both, or shards = [...]")
-        given, longest = self.sequence_length, self.shape(self.vocab_size).max_position_embeddings
-        if given > longest:
-            raise ValueError(f"sequence_length {given} is beyond the model's max_position_embeddings {longest}")
+        if bool(self.model) == bool(self.start):
+            raise ValueError("give model = {...} for a new one, or start = CHECKPOINT to go on from one, and not both")
+        if self.start and self.tokenizer:
+            raise ValueError("start brings its tokenizer; leave `tokenizer` out")
+        if self.yarn and not self.start:
+            raise ValueError("yarn makes the context of a checkpoint longer; name it: start = CHECKPOINT")
+        if self.model and (trouble := self._too_long(self.shape(self.vocab_size))):
+            raise ValueError(trouble)
         return self
 
     def shape(self, vocab_size: int) -> ModelConfig:
-        """The model's config for a tokenizer of this size."""
-        return ModelConfig.parse({**self.model, "vocab_size": vocab_size}, "model")
+        """The model's config for a tokenizer of this size. SlingshotError where it is a checkpoint's, and its context
+        shorter than rows are."""
+        if self.start is None:
+            return ModelConfig.parse({**self.model, "vocab_size": vocab_size}, "model")
+        config = open_weights(self.start).config.stored_as(None)
+        if self.yarn is not None:
+            config = self.yarn.extended(config, self.start)
+        if trouble := self._too_long(config):
+            raise SlingshotError(f"{self.start}: {trouble}; give yarn = {{ factor = ... }} to extend it")
+        return config
+
+    def _too_long(self, config: ModelConfig) -> str | None:
+        given, longest = self.sequence_length, config.max_position_embeddings
+        return f"sequence_length {given} is beyond the model's max_position_embeddings {longest}" * (given > longest)
 
 
 def run(config: PretrainConfig, out: Path) -> None:
-    """Train from scratch and write a checkpoint to `out`; resumes from `out.partial`."""
+    """Train and write a checkpoint to `out`; resumes from `out.partial`."""
     with Parallel.start(config.expert_parallel) as parallel, Checkpointer(out, "pretrain", config, parallel) as work:
         corpus = _open_shards(config) if config.shards else prepare(config)
         model_config = config.shape(corpus.tokenizer.vocab_size)
         model = Transformer.empty(model_config, parallel.device, shard=parallel.shard)
-        model.init_weights(torch.Generator().manual_seed(config.seed))
+        if config.start is None:
+            model.init_weights(torch.Generator().manual_seed(config.seed))
+        else:
+            load_weights(model, open_weights(config.start))
         model.compute_dtype = work.dtype
         train_in_fp8(model, config.fp8)
         config.memory.apply(model)
@@ -185,12 +209,18 @@ def run(config: PretrainConfig, out: Path) -> None:
             pieces = (rows.shard(parallel) for rows in corpus.heldout)
             nats = sum(evaluate_loss(model, rows, config.micro_batch_size, parallel) for rows in pieces)
             extra["bits_per_byte"] = nats / math.log(2) / corpus.heldout_bytes
-        work.finish_checkpoint(model, corpus.tokenizer, extra=extra)
+        source = None if config.start is None else work.reads[config.start]
+        work.finish_checkpoint(model, corpus.tokenizer, source, extra)
 
 
 def _open_shards(config: PretrainConfig) -> ShardCorpus:
     weights = {Path(source.path): source.weight for source in config.shards}
     corpus = ShardCorpus.open(weights, config.sequence_length, config.seed)
+    if config.start and corpus.tokenizer.digest != load_tokenizer(config.start).digest:
+        way_out = f'tokenize the text with tokenizer = "{config.start}"'
+        raise SlingshotError(
+            f"{config.shards[0].path} was written by another tokenizer than {config.start}'s; {way_out}"
+        )
     corpus.tokenizer.check_split(config.shape(config.vocab_size).model_type)
     return corpus
 
@@ -223,8 +253,8 @@ def prepare(config: PretrainConfig) -> PackedCorpus:
     written = list(_written(config)) if config.documents else []
     train_text, heldout_text = Corpus.open(config.text, config.text_key).split() if config.text else ([], [])
     model_type = config.shape(config.vocab_size).model_type
-    if config.tokenizer:
-        tokenizer = load_tokenizer(locate(config.tokenizer))
+    if brought := config.start or config.tokenizer:
+        tokenizer = load_tokenizer(locate(brought))
         tokenizer.check_split(model_type)
     else:
         first = written[:20_000]

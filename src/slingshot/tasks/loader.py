@@ -19,6 +19,7 @@ from slingshot.tasks.countdown import Countdown
 from slingshot.tasks.dataset import DatasetTask
 from slingshot.tasks.knights import Knights
 from slingshot.tasks.multiplication import Multiplication
+from slingshot.tasks.needle import Needle
 from slingshot.tasks.reasoning_gym import Gym, gym_keys
 from slingshot.tasks.task import GeneratedTask, Task
 from slingshot.tasks.tool_task import ToolTask
@@ -31,6 +32,7 @@ KINDS = {
     "countdown": "reach a target with given numbers; writes worked solutions that search in a fixed order",
     "knights": "knights and knaves: who is which follows from what they say; writes worked solutions, case by case",
     "multiplication": "products of numbers of several digits; writes worked solutions, digit by digit",
+    "needle": "a number that stands somewhere in a long text is asked for at its end",
     "gym:NAME": "any dataset of reasoning-gym; gym:chain_sum writes worked solutions",
     "dataset:SOURCE": "problems of a data set: gsm8k, math-500 and others by name, a hub's org/name, your own file",
     "path/to/file.py": "your own: one file with problems(split, seed) and verify(problem, text)",
@@ -92,6 +94,7 @@ def task_keys(name: str) -> list[Key]:
 def _generated(name: str) -> type[GeneratedTask]:
     kinds: dict[str, type[GeneratedTask]] = {
         "arithmetic": Arithmetic, "countdown": Countdown, "knights": Knights, "multiplication": Multiplication,
+        "needle": Needle,
     }  # fmt: skip
     if name not in kinds:
         there_are = f"there are: {', '.join(KINDS)}"

@@ -152,7 +152,7 @@ class Checkpointer:
 
     def _width(self) -> int:
         """The hidden size of the model at work, on which the best number of threads depends."""
-        model = getattr(self.config, "model", None)
+        model = getattr(self.config, "start", None) or getattr(self.config, "model", None)
         if isinstance(model, dict):
             return ModelConfig.parse({"vocab_size": 1, **model}, "model").hidden_size
         with suppress(SlingshotError):  # what cannot be read is for the stage to say

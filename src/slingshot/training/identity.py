@@ -24,10 +24,10 @@ from slingshot.checkpoint.adapter import described_by, is_adapter
 from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.repository import hub_name
 from slingshot.cost.receipt import Receipt, artifact_digest
+from slingshot.data.corpora import is_installed
 
-_CHECKPOINTS, _FILES = ("model", "source", "tokenizer"), ("data", "text", "contamination")
+_CHECKPOINTS, _FILES = ("model", "source", "start", "tokenizer"), ("data", "text", "contamination")
 _OF_ROWS, _ROWS = ("dataset:", "code:"), (".jsonl", ".parquet")
-_STDLIB = "stdlib"  # a corpus of that name is Python's own library, which is no file of the user's
 
 
 def inputs(config: StageConfig) -> dict[str, Path]:
@@ -48,7 +48,7 @@ def _named(values: Mapping[str, Any]) -> dict[str, bool]:
     found: dict[str, bool] = {}
 
     def note(name: str, checkpoint: bool) -> str:
-        if name != _STDLIB:
+        if not is_installed(name):
             found[name] = checkpoint
         return name
 

@@ -109,3 +109,19 @@ def test_an_installed_package_without_its_tests() -> None:
     for name in ("no_such_package", "os", "numpy.linalg"):
         with pytest.raises(SlingshotError, match=f"^corpus package:{name}: no package of that name is installed; pip"):
             Corpus.open(f"package:{name}")
+
+
+@pytest.mark.slow
+def test_a_data_set_is_streamed_row_by_row(tmp_path: Path) -> None:
+    """A folder in the shape of a repository on the hub, two files of the split train and one of another."""
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    for name, texts in (("train-00000", ["eins", "zwei"]), ("train-00001", ["drei"]), ("test-00000", ["vier"])):
+        table = pyarrow.Table.from_pylist([{"text": text, "id": 0} for text in texts])
+        pyarrow.parquet.write_table(table, tmp_path / "set" / "data" / f"{name}.parquet")
+    source = f"dataset:{tmp_path / 'set'}"
+    assert list(Corpus.stream([source])) == ["eins", "zwei", "drei"] and Corpus.size([source]) == 0
+    with pytest.raises(SlingshotError, match=r"row 1 has no text under 'body' \(keys: text, id\)"):
+        Corpus.check([source], text_key="body")
+    with pytest.raises(SlingshotError, match=r"^dataset:.*nowhere cannot be read from the hub: ") as caught:
+        Corpus.check([f"dataset:{tmp_path / 'nowhere'}"])
+    assert "\n" not in str(caught.value)

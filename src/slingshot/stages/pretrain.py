@@ -110,7 +110,7 @@ class PretrainConfig(StageConfig):
     start: str | None = None
     yarn: Yarn | None = None
     documents: Documents | None = None
-    text: list[str] = []  # files, folders, .jsonl, .parquet, "stdlib", "package:NAME"
+    text: list[str] = []  # files, folders, .jsonl, .parquet, "stdlib", package:NAME, dataset:NAME
     text_key: str = "text"  # of a .jsonl or .parquet row
     shards: list[ShardSource] = []  # what the stage tokenize wrote, instead of documents and text
     tokenizer: str | None = None  # of this checkpoint, instead of a new one

@@ -40,7 +40,7 @@ _SAMPLE = 1 << 26  # bytes of text that a tokenizer is trained on, about; all of
 class TokenizeConfig(StageConfig):
     """`heldout`: the share of documents kept for bits per byte. A shard ends with the document that fills it."""
 
-    text: list[str] = Field(min_length=1)  # files, folders, .jsonl, .parquet, "stdlib", "package:NAME"
+    text: list[str] = Field(min_length=1)  # files, folders, .jsonl, .parquet, "stdlib", package:NAME, dataset:NAME
     text_key: str = "text"  # of a .jsonl or .parquet row
     tokenizer: str | None = None  # of this checkpoint, instead of a new one
     vocab_size: int = Field(32_768, ge=264)

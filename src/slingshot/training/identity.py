@@ -24,7 +24,7 @@ from slingshot.checkpoint.adapter import described_by, is_adapter
 from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.repository import hub_name
 from slingshot.cost.receipt import Receipt, artifact_digest
-from slingshot.data.corpora import is_installed
+from slingshot.data.corpora import is_path
 
 _CHECKPOINTS, _FILES = ("model", "source", "start", "tokenizer"), ("data", "text", "contamination")
 _OF_ROWS, _ROWS = ("dataset:", "code:"), (".jsonl", ".parquet")
@@ -48,7 +48,7 @@ def _named(values: Mapping[str, Any]) -> dict[str, bool]:
     found: dict[str, bool] = {}
 
     def note(name: str, checkpoint: bool) -> str:
-        if not is_installed(name):
+        if checkpoint or is_path(name):
             found[name] = checkpoint
         return name
 

@@ -6,8 +6,9 @@ Forms: bfloat16 (every weight), q4_0 (ggml's, by the gguf package), int4, int8, 
 calibrated, with `:128` in groups of 128, with `:bits4.5` 8 bits where 4 lose most. Each but the first two is the folder
 that `slingshot quantize` writes. Routers, norms, embeddings and head are in bfloat16 in all. The texts are made where
 the file is not there: answers to everyday questions and to sums (temperature 0.6, top-p 0.95); every other question and
-sum is one to calibrate on. Of each form: KL to the full model a token, its standard error and 99th percentile, equal
-likeliest tokens, of all and of those whose two likeliest the full model holds apart by `--gap` nats or more, ratio of
+sum is one to calibrate on. Of each form, over the tokens that the model wrote (prompts begin alike, and one near-tie
+there would count in all of them): KL to the full model a token, its standard error and 99th percentile, equal likeliest
+tokens, of all and of those whose two likeliest the full model holds apart by `--gap` nats or more, ratio of
 perplexities, bits of a number in the matrices, scales included.
 """
 
@@ -19,6 +20,7 @@ import math
 import random
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +38,7 @@ from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.quantization.formats import PACKED, PACKED_SCALE, SCALE, is_packed
 from slingshot.stages.quantize import QuantizeConfig, packed_specs, scheme_of
-from slingshot.training.calibration import Batch, stream
+from slingshot.training.calibration import TextRows, stream
 from slingshot.training.fidelity import Reading, fidelity, reading, reading_by_layer
 from slingshot.training.fitting import Fit, fitted, tensors, widened
 
@@ -53,15 +55,24 @@ QUESTIONS = """Explain how a rainbow forms.|Write a short story about a fox who 
 |Tell me about the history of paper.|How do I learn to play the guitar?""".replace("\n", "").split("|")
 
 
+Text = Sequence[Sequence[int]]  # a prompt, and what the model wrote
+
+
+def batches_of(texts: Sequence[Text], rows: int) -> list[TextRows]:
+    """Rows of 256 tokens, of which those count that the model wrote."""
+    ids, written = [[*prompt, *answer] for prompt, answer in texts], [[0] * len(p) + [1] * len(a) for p, a in texts]
+    return stream(ids, 256, 8, written)[: max(1, rows // 8)]
+
+
 def make_texts(source: str, file: Path, answers: int, seed: int) -> None:
     """Own answers, so many to each question, and to as many sums."""
     engine, draw = Engine.load(source), random.Random(seed)
     sums = [f"What is {draw.randint(10, 999)} {draw.choice('+-*')} {draw.randint(10, 99)}? Explain." for _ in QUESTIONS]
-    texts: dict[str, list[list[int]]] = {"calibration": []}
+    texts: dict[str, list[Text]] = {"calibration": []}
     for kind, prompts in (("questions", QUESTIONS), ("sums", sums)):
         params = SamplingParams(n=answers, seed=seed, temperature=0.6, top_p=0.95, max_tokens=160)
         outputs = engine.generate([[{"role": "user", "content": prompt}] for prompt in prompts], params)
-        found = [[[*each.prompt_token_ids, *sample.token_ids] for sample in each.outputs] for each in outputs]
+        found = [[(each.prompt_token_ids, sample.token_ids) for sample in each.outputs] for each in outputs]
         texts[kind] = [text for group in found[1::2] for text in group]
         texts["calibration"] += [text for group in found[::2] for text in group]
     for each in texts.values():
@@ -70,7 +81,7 @@ def make_texts(source: str, file: Path, answers: int, seed: int) -> None:
     file.write_text(json.dumps(texts))
 
 
-def rounded_plainly(source: str, kind: str, batches: dict[str, list[Batch]]) -> tuple[dict[str, Reading], float]:
+def rounded_plainly(source: str, kind: str, batches: dict[str, list[TextRows]]) -> tuple[dict[str, Reading], float]:
     """What the model with every weight in bfloat16, its matrices in `kind`, makes of texts; bits of a number."""
     model = load_model(source).bfloat16().float()
     state, stored, numbers = model.state_dict(), 0.0, 0
@@ -85,7 +96,7 @@ def rounded_plainly(source: str, kind: str, batches: dict[str, list[Batch]]) -> 
 
 
 def quantised(
-    source: str, form: str, texts: list[list[int]], rows: int, batches: dict[str, list[Batch]]
+    source: str, form: str, texts: list[Text], rows: int, batches: dict[str, list[TextRows]]
 ) -> tuple[dict[str, Reading], float]:
     """What the folder that is written in this form makes of texts, and bits of a number in its matrices."""
     kind, *how = form.split(":")
@@ -94,10 +105,10 @@ def quantised(
     config = QuantizeConfig.parse({"model": source, "to": kind, "group_size": group, "bits": bits})
     weights, scheme = open_weights(source), scheme_of(config)
     if scheme is not None and bits is not None:
-        scheme, _ = widened(load_model(source), texts, scheme, bits)
+        scheme, _ = widened(load_model(source), [[*p, *a] for p, a in texts], scheme, bits)
     fit = Fit()
     if scheme is not None and "gptq" in how:
-        fit = fitted(weights, stream(texts, 256, 8)[: max(1, rows // 8)], scheme)
+        fit = fitted(weights, batches_of(texts, rows), scheme)
     with tempfile.TemporaryDirectory() as name, Progress(form, 1, shown=False) as progress:
         folder = Path(name)
         write_shards(folder, tensors(weights, fit, scheme, None, progress))
@@ -124,7 +135,7 @@ def main() -> None:
     if not asked.texts.exists():
         make_texts(asked.source, asked.texts, asked.answers, asked.seed)
     texts = json.loads(asked.texts.read_text())
-    batches = {kind: stream(texts[kind], 256, 8)[: asked.rows // 8] for kind in texts if kind != "calibration"}
+    batches = {kind: batches_of(texts[kind], asked.rows) for kind in texts if kind != "calibration"}
     full = {kind: reading_by_layer(locate(asked.source), each) for kind, each in batches.items()}
     for form in asked.forms:
         began = time.process_time()

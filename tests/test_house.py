@@ -35,10 +35,10 @@ ROOMS = {
     "rollout": (1461, 1038),
     "sandbox": (1005, 625),
     "serving": (5846, 5582),
-    "stages": (2480, 3376),
+    "stages": (2485, 3376),
     "tasks": (3876, 2668),
     "text": (2021, 1811),
-    "training": (3021, 1991),
+    "training": (3039, 2001),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

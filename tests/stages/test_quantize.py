@@ -223,7 +223,7 @@ def test_an_outlier_that_leaves_its_group_nothing_is_counted_and_said(quantizing
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["int8-dynamic:gptq", "int4:gptq:bits4.5", "fp8", "q4_0"])
 def test_the_benchmark_measures_a_mixture_of_experts_as_it_is_written(full, quantizing, tmp_path, form):
-    rows = torch.randint(5, 250, (30, 96), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = torch.randint(5, 250, (30, 2, 48), generator=torch.Generator().manual_seed(0)).tolist()
     (tmp_path / "texts.json").write_text(json.dumps({"calibration": rows, "questions": rows[::-1]}))
     program = Path(__file__).parents[2] / "benchmarks" / "quantize.py"
     command = [sys.executable, program, full, "--texts", tmp_path / "texts.json", "--forms", "bfloat16", form]

@@ -8,6 +8,7 @@ from slingshot.model.context import PackedContext
 from slingshot.stages.pretrain import PretrainConfig
 from slingshot.stages.pretrain import run as run_pretraining
 from slingshot.training.calibration import Gram, by_layer, stream
+from slingshot.training.fidelity import followed
 
 MIXTURE = {
     "family": "deepseek_v3", "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 32,
@@ -54,7 +55,7 @@ def test_every_token_goes_into_as_many_experts_as_it_chooses_and_no_row_is_repea
     moe, seen = model.model.layers[1].mlp, list[torch.Tensor]()
     moe.gate.register_forward_hook(lambda _, args, routing: seen.append(routing.experts_Nk))
     with torch.no_grad():
-        for tokens, segments in batches:
+        for tokens, segments, _ in batches:
             model(tokens, segments_BT=segments, context=PackedContext(model.config, tokens, segments))
     for experts in seen[: len(batches)]:
         chosen += experts.flatten().bincount(minlength=4)
@@ -81,6 +82,15 @@ def test_the_first_layers_inputs_are_its_normalised_embeddings(mixture, found):
     model = load_model(mixture).model
     with torch.no_grad():
         rows = torch.cat(
-            [model.layers[0].input_layernorm(model.embed_tokens(tokens)).flatten(0, 1) for tokens, _ in batches]
+            [model.layers[0].input_layernorm(model.embed_tokens(tokens)).flatten(0, 1) for tokens, *_ in batches]
         )
     assert torch.allclose(inputs["model.layers.0.self_attn.q_proj.weight"][0], rows.T @ rows, rtol=1e-4, atol=1e-4)
+
+
+def test_of_texts_with_masks_what_was_written_counts_alone_and_where_none_was_kept_all_of_it():
+    texts, written = [[1, 2, 3, 4, 5], [6, 7, 8]], [[0, 0, 1, 1, 1], [0, 1, 1]]
+    (batch,) = stream(texts, 4, 2, written)
+    assert batch.tokens_BT.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]] and batch.segments_BT[1].tolist() == [1, 2, 2, 2]
+    assert followed(batch).tolist() == [[False, True, True], [False, True, True]]  # 5 begins a row: nothing before it
+    (whole,), (prompts,) = stream(texts, 8, 1), stream(texts, 8, 1, [[0] * 5, [0] * 3])
+    assert followed(whole).sum() == followed(prompts).sum() == 6

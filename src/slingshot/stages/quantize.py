@@ -49,7 +49,7 @@ from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import Item, TaskMix, distinct
 from slingshot.tasks.task import Task
 from slingshot.tasks.verification import VerificationPool
-from slingshot.training.calibration import Batch, stream
+from slingshot.training.calibration import TextRows, stream
 from slingshot.training.checkpointer import Checkpointer, restore
 from slingshot.training.fidelity import fidelity, reading_by_layer
 from slingshot.training.fitting import FEW, Fit, fitted, tensors, widened
@@ -179,10 +179,9 @@ def run(config: QuantizeConfig, out: Path, sampler: Callable[[Path], Sampler] | 
 
             full, small = (answered(writer(model), asked, part) for model, part in ((source, FULL), (made, SMALL)))
             with clock("comparison"):
-                texts = [t.ids for t in full]
-                batches = stream(texts, config.sequence_length, _ROWS)
+                batches, lengths = compared_on(full, config)
                 told = fidelity(reading_by_layer(source, batches), reading_by_layer(made, batches), batches)
-            work.meter.add(comparison=2 * forward_flops(weights.config, map(len, texts)))
+            work.meter.add(comparison=2 * forward_flops(weights.config, lengths))
         speed = {
             name: sum(sum(t.mask) for t in each) / clock.seconds[part]
             for name, each, part in (("full", full, FULL), ("small", small, SMALL))
@@ -218,13 +217,13 @@ def distilled(
     for model in (full.to(work.parallel.device), student.to(work.parallel.device)):
         model.compute_dtype = work.dtype
 
-    def answers(first: int, count: int) -> tuple[list[Batch], list[int], int]:
+    def answers(first: int, count: int) -> tuple[list[TextRows], list[int], int]:
         """Of problems of the mix by the full model: in batches, the length of each, and the tokens sampled."""
         groups = rollout.run(mix.draw(first, count))
-        texts = [trajectory.ids for group in groups for trajectory in group]
+        batches, lengths = compared_on([trajectory for group in groups for trajectory in group], config)
         tokens, flops = sampling_cost(full.config, groups)
-        work.meter.add(tokens, sampling=flops, teacher=forward_flops(full.config, map(len, texts)))
-        return stream(texts, config.sequence_length, _ROWS), list(map(len, texts)), tokens
+        work.meter.add(tokens, sampling=flops, teacher=forward_flops(full.config, lengths))
+        return batches, lengths, tokens
 
     with clock(_ANSWERING):
         batches, _, _ = answers(config.calibrate + steps * asked, HELD_OUT)
@@ -266,6 +265,12 @@ def distilled(
     helped = f"became {after}" if held_out.step else "only rose: the scales stay as they were"
     print(f"{work.out.name}: KL {before} on answers held out {helped}", file=sys.stderr)
     return held_numbers(student), {"held_out_kl": [held_out.kl, held_out.best], "best_step": held_out.step}
+
+
+def compared_on(said: Sequence[Trajectory], config: QuantizeConfig) -> tuple[list[TextRows], list[int]]:
+    """Answers in batches, of which what the model wrote counts, and the length of each."""
+    texts, written = [t.ids for t in said], [t.mask for t in said]
+    return stream(texts, config.sequence_length, _ROWS, written), list(map(len, texts))
 
 
 def notes(config: QuantizeConfig, told: dict[str, Any], fit: Fit) -> Iterator[str]:

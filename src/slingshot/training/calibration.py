@@ -12,6 +12,7 @@ Shape suffixes: B batch, T time, D input width, F output width, N rows, k expert
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,15 @@ from slingshot.model.transformer import MTP, Transformer
 from slingshot.quantization.formats import is_packed
 
 EMBEDDING = "model.embed_tokens.weight"
-Batch = tuple[Tensor, Tensor]  # tokens_BT, segments_BT: no padding
 _WIDE = 1024  # columns of x^T x at a time: what lies above the diagonal is not multiplied, but within such a block
+
+
+class TextRows(NamedTuple):
+    """Rows of texts without padding: a segment each, and 1 where losses count a token, such as what a model wrote."""
+
+    tokens_BT: Tensor
+    segments_BT: Tensor
+    written_BT: Tensor
 
 
 class Gram:
@@ -112,7 +120,7 @@ def each_row_once(x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor:
 
 @torch.no_grad()
 def by_layer(
-    weights: StoredWeights, batches: Sequence[Batch], clock: Clock | None = None
+    weights: StoredWeights, batches: Sequence[TextRows], clock: Clock | None = None
 ) -> Iterator[tuple[str, Tensor, Tensor, int]]:
     """Name (as in a checkpoint's files), weight, x^T x and number of rows of every matrix of the layers that is packed.
 
@@ -122,9 +130,9 @@ def by_layer(
     clock = clock or Clock()
     with torch.device("meta"):
         model = Transformer(weights.config.stored_as(None)).model
-    contexts = [PackedContext(weights.config, *batch) for batch in batches]
+    contexts = [PackedContext(weights.config, *batch[:2]) for batch in batches]
     embedding_VD = weights.read(EMBEDDING)
-    states = [F.embedding(tokens_BT, embedding_VD).float() for tokens_BT, _ in batches]
+    states = [F.embedding(tokens_BT, embedding_VD).float() for tokens_BT, *_ in batches]
     del embedding_VD
     embedded = list(states) if weights.config.num_nextn_predict_layers else []
     load_part(model.norm, weights, "model.norm.")
@@ -185,15 +193,21 @@ def _matrices(name: str, observed: nn.Module) -> Iterator[tuple[str, Tensor, Ten
                 yield f"{experts}.{expert}.{part}.weight", weight_FD, gram.whole(), gram.rows
 
 
-def stream(texts: Sequence[Sequence[int]], length: int, rows: int) -> list[Batch]:
+def stream(
+    texts: Sequence[Sequence[int]], length: int, rows: int, written: Sequence[Sequence[int]] | None = None
+) -> list[TextRows]:
     """Texts end to end, each a segment, in batches of `rows` rows of `length` tokens; what fills no row is left out.
 
-    A text that a row's end cuts goes on in the next as a segment of its own.
+    A text that a row's end cuts goes on in the next as a segment of its own. written: masks of the texts, by which
+    tokens count; unless told all do.
     """
-    ids = torch.tensor([id for text in texts for id in text], dtype=torch.long)
-    segments = torch.tensor([number for number, text in enumerate(texts, start=1) for _ in text], dtype=torch.long)
-    length = max(1, min(length, len(ids)))
-    whole = len(ids) // length
-    tokens_NT, segments_NT = (each[: whole * length].view(whole, length) for each in (ids, segments))
+    parts = [[id for text in texts for id in text], [number for number, text in enumerate(texts, 1) for _ in text]]
+    parts.append([mark for mask in written for mark in mask] if written else [1] * len(parts[0]))
+    length = max(1, min(length, len(parts[0])))
+    whole = len(parts[0]) // length
+    tokens_NT, segments_NT, written_NT = torch.tensor(parts)[:, : whole * length].view(3, whole, length)
     segments_NT = segments_NT - segments_NT[:, :1] + 1  # numbered from 1 in every row
-    return list(zip(tokens_NT.split(rows), segments_NT.split(rows), strict=True))
+    if not written_NT.any():  # all that was kept of the texts is prompts
+        written_NT = torch.ones_like(written_NT)
+    pieces = (whole.split(rows) for whole in (tokens_NT, segments_NT, written_NT))
+    return [TextRows(*each) for each in zip(*pieces, strict=True)]

@@ -25,29 +25,29 @@ from slingshot.model.context import PackedContext
 from slingshot.model.dynamic import multiply_whole_numbers
 from slingshot.model.transformer import Transformer
 from slingshot.quantization.integers import WeightGrid
-from slingshot.training.calibration import EMBEDDING, Batch
+from slingshot.training.calibration import EMBEDDING, TextRows
 
 _BLOCK = 2**24  # numbers of logits at a time: 64 MiB, of which there are up to four
 _PIECE = 2**23  # of the head, where it is not in float32
 
 
 class Reading(NamedTuple):
-    """What a model makes of texts: of each batch the hidden states [N, D] of tokens that another of their text follows,
-    and the head [V, D] that reads them, in the type in which it is stored."""
+    """What a model makes of texts: of each batch the hidden states [N, D] of tokens that one which counts follows, and
+    the head [V, D] that reads them, in the type in which it is stored."""
 
     hidden: list[Tensor]
     head_VD: Tensor
 
 
 @torch.no_grad()
-def reading(model: Transformer, batches: Sequence[Batch]) -> Reading:
+def reading(model: Transformer, batches: Sequence[TextRows]) -> Reading:
     """Of a model in memory."""
     head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
     return Reading([hidden(model, batch) for batch in batches], head.weight)
 
 
 @torch.no_grad()
-def reading_by_layer(path: Path | str, batches: Sequence[Batch]) -> Reading:
+def reading_by_layer(path: Path | str, batches: Sequence[TextRows]) -> Reading:
     """Of a checkpoint, one layer of which is in memory at a time; an int8-dynamic one multiplies whole numbers."""
     weights = open_weights(path)
     config = weights.config.stored_as(None)
@@ -55,8 +55,8 @@ def reading_by_layer(path: Path | str, batches: Sequence[Batch]) -> Reading:
     with torch.device("meta"):
         body = Transformer(config).model
     embedding_VD = weights.read(EMBEDDING)
-    states = [F.embedding(tokens_BT, embedding_VD).float() for tokens_BT, _ in batches]
-    contexts = [PackedContext(config, *batch) for batch in batches]
+    states = [F.embedding(tokens_BT, embedding_VD).float() for tokens_BT, *_ in batches]
+    contexts = [PackedContext(config, *batch[:2]) for batch in batches]
     for number in range(config.num_hidden_layers):
         layer, prefix = body.layers[number], f"model.layers.{number}."
         load_part(layer, weights, prefix)
@@ -68,17 +68,17 @@ def reading_by_layer(path: Path | str, batches: Sequence[Batch]) -> Reading:
         layer.to_empty(device="meta")
     load_part(body.norm, weights, "model.norm.")
     for at, batch in enumerate(batches):
-        states[at] = body.norm(states[at][:, :-1][follows(batch)])
+        states[at] = body.norm(states[at][:, :-1][followed(batch)])
     return Reading(states, embedding_VD if config.tie_word_embeddings else weights.read("lm_head.weight"))
 
 
 @torch.no_grad()
-def fidelity(full: Reading, small: Reading, batches: Sequence[Batch]) -> dict[str, float]:
+def fidelity(full: Reading, small: Reading, batches: Sequence[TextRows]) -> dict[str, float]:
     """Mean of KL with its standard error, 99th percentile, share of tokens with the same most likely next token, ratio
     of perplexities."""
     kl, agreements, scores = list[Tensor](), list[Tensor](), list[Tensor]()
     for batch, full_ND, small_ND in zip(batches, full.hidden, small.hidden, strict=True):
-        target_N = batch[0][:, 1:][follows(batch)]
+        target_N = batch.tokens_BT[:, 1:][followed(batch)]
         for target_n, p_NV, q_NV in _logprobs(full_ND, full.head_VD, small_ND, small.head_VD, target_N):
             kl.append(_kl(p_NV, q_NV))
             agreements.append((p_NV.argmax(-1) == q_NV.argmax(-1)).float())
@@ -97,16 +97,16 @@ def divergences(full_ND: Tensor, small_ND: Tensor, head_VD: Tensor) -> Tensor:
     return torch.cat([_kl(p_NV, q_NV) for _, p_NV, q_NV in blocks])
 
 
-def hidden(model: Transformer, batch: Batch) -> Tensor:
-    """Hidden states [N, D] of the tokens that another of their text follows."""
+def hidden(model: Transformer, batch: TextRows) -> Tensor:
+    """Hidden states [N, D] of the tokens that one which counts follows."""
     device = model.model.embed_tokens.weight.device
-    tokens_BT, segments_BT = (each.to(device) for each in batch)
-    return model(tokens_BT, segments_BT=segments_BT, logits=False).hidden_BTD[:, :-1][follows(batch)]
+    tokens_BT, segments_BT = (each.to(device) for each in batch[:2])
+    return model(tokens_BT, segments_BT=segments_BT, logits=False).hidden_BTD[:, :-1][followed(batch)]
 
 
-def follows(batch: Batch) -> Tensor:
-    """Which tokens [B, T - 1] another of their text follows."""
-    return batch[1][:, 1:] == batch[1][:, :-1]
+def followed(batch: TextRows) -> Tensor:
+    """Which tokens [B, T - 1] another of their text follows that counts."""
+    return (batch.segments_BT[:, 1:] == batch.segments_BT[:, :-1]) & batch.written_BT[:, 1:].bool()
 
 
 def _logprobs(

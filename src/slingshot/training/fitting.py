@@ -30,7 +30,7 @@ from slingshot.quantization.formats import SCALE, Scheme, is_packed
 from slingshot.quantization.fp8 import quantize
 from slingshot.quantization.gptq import gptq, rounded
 from slingshot.quantization.integers import IntegerGrid, from_numbers
-from slingshot.training.calibration import Batch, by_layer, is_fitted, stream
+from slingshot.training.calibration import TextRows, by_layer, is_fitted, stream
 from slingshot.training.quantization_aware import Packed
 from slingshot.training.sensitivity import chosen, modules, sensitivities, together
 
@@ -84,7 +84,11 @@ class Fit:
 
 
 def fitted(
-    weights: StoredWeights, batches: Sequence[Batch], scheme: Scheme, title: str = "fitted", clock: Clock | None = None
+    weights: StoredWeights,
+    batches: Sequence[TextRows],
+    scheme: Scheme,
+    title: str = "fitted",
+    clock: Clock | None = None,
 ) -> Fit:
     """GPTQ of every matrix that enough of the text goes through, a layer at a time.
 

@@ -26,9 +26,9 @@ from slingshot.model.transformer import Transformer
 from slingshot.quantization.encode import grid
 from slingshot.quantization.formats import Scheme, is_packed
 from slingshot.quantization.gptq import rounded
-from slingshot.training.calibration import Batch
+from slingshot.training.calibration import TextRows
 from slingshot.training.distillation import distillation_loss
-from slingshot.training.fidelity import fidelity, follows, hidden, reading
+from slingshot.training.fidelity import fidelity, followed, hidden, reading
 from slingshot.training.optimizer import Optimizer
 
 Packed = tuple[Tensor, Tensor]  # numbers and scales of a matrix
@@ -76,9 +76,9 @@ def trained(student: Transformer) -> dict[str, Tensor]:
     return {name: parameter.data for name, parameter in student.named_parameters() if parameter.requires_grad}
 
 
-def matching_step(student: Transformer, full: Transformer, batches: Sequence[Batch]) -> float:
-    """Forward and backward over texts: gradients are of the mean of KL(full | student) over their tokens, in nats."""
-    n_tokens, total = sum(int(follows(batch).sum()) for batch in batches), 0.0
+def matching_step(student: Transformer, full: Transformer, batches: Sequence[TextRows]) -> float:
+    """Forward and backward over texts: gradients are of the mean of KL(full | student) over the tokens that count."""
+    n_tokens, total = sum(int(followed(batch).sum()) for batch in batches), 0.0
     for batch in batches:
         with torch.no_grad():
             full_ND = hidden(full, batch).float()
@@ -112,7 +112,7 @@ class HeldOut:
                     trained, by name
     """
 
-    def __init__(self, full: Transformer, student: Transformer, batches: Sequence[Batch]) -> None:
+    def __init__(self, full: Transformer, student: Transformer, batches: Sequence[TextRows]) -> None:
         self._full, self._batches = reading(full, batches), batches
         self.step, self.best = 0, float("inf")
         self.kl = self.measure(student, 0)

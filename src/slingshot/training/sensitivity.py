@@ -20,8 +20,8 @@ from slingshot.model.context import PackedContext
 from slingshot.model.transformer import Transformer
 from slingshot.quantization.gptq import Grid, rounded
 from slingshot.quantization.integers import from_numbers
-from slingshot.training.calibration import Batch
-from slingshot.training.fidelity import divergences, follows
+from slingshot.training.calibration import TextRows
+from slingshot.training.fidelity import divergences, followed
 
 # Matrices that engines put side by side: queries, keys and values; gate and up; MLA's two projections to latents.
 _SIDE_BY_SIDE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
@@ -54,17 +54,17 @@ def modules(unit: str, names: Sequence[str]) -> list[str]:
 
 @torch.no_grad()
 def sensitivities(
-    model: Transformer, batches: Sequence[Batch], units: Mapping[str, Sequence[str]], grid: Grid
+    model: Transformer, batches: Sequence[TextRows], units: Mapping[str, Sequence[str]], grid: Grid
 ) -> dict[str, float]:
     """KL of each unit alone on this grid: a pass a unit through its layer and those behind, after which the model is as
     it was. In float32, whatever type the weights have."""
     state, lost, layers = model.state_dict(), dict[str, float](), model.config.num_hidden_layers
-    runs = [(PackedContext(model.config, *batch), follows(batch)) for batch in batches]
-    states = [[model.model.embed_tokens(tokens_BT).float()] for tokens_BT, _ in batches]  # what enters each layer
+    runs = [(PackedContext(model.config, *batch[:2]), followed(batch)) for batch in batches]
+    states = [[model.model.embed_tokens(tokens_BT).float()] for tokens_BT, *_ in batches]  # what enters each layer
     head_VD = state["model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"]
 
     def onwards(first: int, x_BTD: Tensor, run: tuple[PackedContext, Tensor], kept: list[Tensor] | None) -> Tensor:
-        """Hidden states [N, D], of tokens that another follows, from what enters layer `first`."""
+        """Hidden states [N, D], of tokens that one which counts follows, from what enters layer `first`."""
         for layer in model.model.layers[first:layers]:
             x_BTD, _ = layer(x_BTD, run[0])
             if kept is not None:

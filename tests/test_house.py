@@ -17,7 +17,7 @@ FILE = 400  # lines
 
 # Lines of Python at most: the package's, the tests'.
 ROOMS = {
-    ".": (46, 583),
+    ".": (46, 530),
     "base": (777, 443),
     "checkpoint": (2721, 2764),
     "cli": (2019, 1426),
@@ -34,8 +34,8 @@ ROOMS = {
     "recipe": (1331, 1087),
     "rollout": (1461, 1038),
     "sandbox": (1005, 625),
-    "serving": (5846, 5582),
-    "stages": (2485, 3376),
+    "serving": (5846, 5560),
+    "stages": (2485, 3379),
     "tasks": (3876, 2668),
     "text": (2021, 1811),
     "training": (3039, 2001),

@@ -60,9 +60,8 @@ def test_a_server_connects_to_its_upstreams_alone(alone):
     assert set(statuses) == {200} and len(connected["upstream"]) == 2 and not connected["elsewhere"]
 
 
-@pytest.mark.parametrize(
-    "upstream, seen", [("http://198.51.100.7:8000", ["198.51.100.7", 8000]), ("http://a.example", 53)]
-)
-def test_a_connection_to_elsewhere_would_be_seen(alone, upstream, seen):
-    statuses, connected = alone("--engine", "vllm", "--upstream", upstream, asked=[])
-    assert not statuses and seen in (connected["elsewhere"] + [port for _, port in connected["elsewhere"]])
+def test_a_connection_to_elsewhere_would_be_seen(alone):
+    elsewhere = ("--upstream", "http://198.51.100.7:8000", "--upstream", "http://a.example")
+    statuses, connected = alone("--engine", "vllm", *elsewhere, asked=[])
+    assert not statuses and ["198.51.100.7", 8000] in connected["elsewhere"]
+    assert 53 in [port for _, port in connected["elsewhere"]]

@@ -24,7 +24,7 @@ from tests.serving.test_load import BODY, CHAT, Slow, until
 
 pytestmark = pytest.mark.slow
 
-COUNT = 10_000  # bodies
+COUNT = 2000  # bodies
 OPEN = ("/health", "/ready")  # to whoever has no key
 
 
@@ -40,7 +40,7 @@ async def crowd(url, size, draw):
     async def one(http, number):
         question = [{"role": "user", "content": f"What is {number}+4-2?"}]
         body = BODY | {"messages": question, "stream": number % 2 == 0, "seed": number, "max_tokens": 24}
-        patience = draw.random() * 6 if number % 3 == 0 else None
+        patience = draw.random() * 2 if number % 3 == 0 else None
         try:
             async with asyncio.timeout(patience):
                 if not body["stream"]:
@@ -72,17 +72,17 @@ def test_a_crowd_of_which_a_third_hangs_up_leaves_whole_answers_and_nothing_else
     with running(create_app(gateway)) as url:
         asyncio.run(crowd(url, 100, random.Random(0)))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        told = asyncio.run(crowd(url, 1000, random.Random(1)))
+        told = asyncio.run(crowd(url, 300, random.Random(1)))
         until(lambda: not small.counters.running and not small.counters.waiting and not gateway.running)
         assert small.counters.pages_used == 0
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB
         again = asyncio.run(crowd(url, 1, random.Random(2)))
     whole = {number: said for number, said in told.items() if said is not None}
-    assert 660 < len(whole) < 1000 and all(number in whole for number in range(1000) if number % 3)
+    assert 198 < len(whole) < 300 and all(number in whole for number in range(300) if number % 3)
     assert again[0] is None or again[0] == told[0] or told[0] is None  # a seed's answer does not depend on the crowd
     with ledger.transaction() as connection:
         rows = connection.execute(REQUESTS.select()).all()
-    assert len(rows) >= 1100 - 340 and all(row.ended is not None for row in rows)
+    assert len(rows) >= 400 - 140 and all(row.ended is not None for row in rows)
     booked = sum(row.completion for row in rows)
     # What closes a reasoning is booked and not drawn; a step that ran when its reader left is drawn and not booked.
     assert abs(small.counters.decoded - booked) <= small.counters.decoded // 50
@@ -161,7 +161,7 @@ def test_no_request_that_the_schema_allows_fails_the_server(served):
 
         @given(case=operation.as_strategy())
         @settings(
-            max_examples=40, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
+            max_examples=15, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
         def check(case):

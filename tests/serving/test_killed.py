@@ -1,4 +1,4 @@
-"""`slingshot serve` as a process of its own, under load: killed, and asked by a crowd of which a third hangs up."""
+"""`slingshot serve` as a process of its own, killed under load; test_memory.py asks such servers, too."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,6 @@ from slingshot.serving.ledger import Ledger
 from slingshot.serving.ledger_tables import REQUESTS
 from slingshot.serving.prices import PICO, PriceList
 from tests.serving.test_load import BODY, CHAT, until
-from tests.serving.test_monitoring import samples
 
 pytestmark = pytest.mark.slow
 
@@ -114,7 +113,7 @@ def test_a_server_that_is_killed_books_what_it_wrote_and_nothing_twice(serve, le
     key = accounts.create(ledger, "alice", balance=100.0)
     process, url = serve()
     told, again = {}, {}
-    asking = crowd(url, key, 400, random.Random(0), None, 450, told)  # seconds of work on a fast machine, too
+    asking = crowd(url, key, 200, random.Random(0), None, 450, told)  # seconds of work on a fast machine, too
     load = threading.Thread(target=asyncio.run, args=[asking], daemon=True)
     load.start()
 
@@ -142,31 +141,4 @@ def test_a_server_that_is_killed_books_what_it_wrote_and_nothing_twice(serve, le
     [[usage, _]] = again.values()
     until(lambda: not accounts.keys(ledger)[0].running)
     assert rows_of(ledger)[next(iter(again))].completion == usage["completion_tokens"]
-    assert_consistent(ledger, 100.0)
-
-
-def test_a_crowd_is_booked_as_it_was_served_and_leaves_nothing_behind(serve, ledger):
-    key = accounts.create(ledger, "alice", balance=100.0)
-    _, url = serve()
-    told = {}
-    asyncio.run(crowd(url, key, 300, random.Random(0), 3, 40, told))
-    with httpx.Client(base_url=url) as http:
-        until(lambda: samples(http)["slingshot_requests_running"]["tiny",] == 0, 30)
-        found = {name: values["tiny",] for name, values in samples(http).items() if ("tiny",) in values}
-    until(lambda: not accounts.keys(ledger)[0].running)
-    rows = rows_of(ledger)
-    assert told.keys() <= rows.keys() and len(rows) <= 300
-    cut = 0
-    for name, (usage, seen) in told.items():
-        row = rows[name]
-        if usage is None:
-            cut += 1
-        else:
-            assert (row.prompt, row.completion) == (usage["prompt_tokens"], usage["completion_tokens"])
-            assert seen <= usage["completion_tokens"] + 3
-    assert 0 < cut <= 100
-    completion = sum(row.completion for row in rows.values())
-    assert found["slingshot_generated_tokens_total"] == found["slingshot_completion_tokens_sum"] == completion
-    assert found["slingshot_completion_tokens_count"] == len(rows)
-    assert found["slingshot_pages_used"] == found["slingshot_engine_running"] == found["slingshot_waiting_tokens"] == 0
     assert_consistent(ledger, 100.0)

@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
+from slingshot.cost.receipt import Receipt
 from slingshot.stages import pretrain, rl, sft
 from slingshot.training.state import State
 
@@ -39,16 +40,18 @@ def on_ranks(tmp_path):
 
 @slow
 def test_a_run_killed_on_so_many_ranks_goes_on_with_others(on_ranks, pretraining, metrics, tmp_path):
-    """Two ranks, one, four of which two share experts, two that share them; each time another one is killed -9."""
-    config, out = pretraining(save_seconds=0.0), tmp_path / "out"
-    for ranks, shared, rank, step in ((2, 1, 1, 5), (1, 1, 0, 10), (4, 2, 3, 15), (2, 2, 0, 20)):
+    """Two ranks, four of which two share experts, one; each time another one is killed -9."""
+    config, out = pretraining(save_seconds=0.0, steps=20), tmp_path / "out"
+    for ranks, shared, rank, step in ((2, 1, 1, 5), (4, 2, 3, 10)):
         said = on_ranks("pretrain", config, ranks, out, {"rank": rank, "dies_at": step}, expert_parallel=shared)
-        assert not out.exists() and len(said) == (ranks > 1), said
+        assert not out.exists() and len(said) == 1, said
         assert all("another process is gone, killed or out of memory; run the same" in line for line in said)
         (folder,) = tmp_path.glob("out.partial/state-*")
         agrees_with_torchs_reader(folder)
-    on_ranks("pretrain", config, 2, out)
-    pretrain.run(config, tmp_path / "alone")
+    for place in (out, tmp_path / "alone"):
+        pretrain.run(config, place)
+    resumed, whole = (Receipt.read(place) for place in (out, tmp_path / "alone"))
+    assert (resumed.tokens, resumed.flops_by_part) == (whole.tokens, pytest.approx(whole.flops_by_part))
     for mine, alone in zip(metrics(out), metrics(tmp_path / "alone"), strict=True):
         for key in ("loss", "mtp_loss", "balance_loss"):
             assert mine[key] == pytest.approx(alone[key], abs=1e-5), (mine["step"], key)
@@ -69,12 +72,13 @@ def agrees_with_torchs_reader(folder):
 def test_rl_killed_on_two_ranks_ends_as_it_would_have(on_ranks, training, metrics, tmp_path):
     """To the byte as two ranks that were left alone; the losses of one process, to 1e-4."""
     loss = {"name": "cispo", "importance": "truncated", "kl": 0.01, "reference_steps": 2, "replay_routing": True}
-    sizes = {"refill": 2, "group_size": 4, "prompts_per_step": 4, "steps": 12, "save_seconds": 0.0}
+    sizes = {"refill": 2, "group_size": 4, "prompts_per_step": 4, "steps": 6, "save_seconds": 0.0}
     config = training(loss=loss, **sizes)
-    on_ranks("rl", config, 2, tmp_path / "out", {"rank": 1, "dies_at": 4})
+    on_ranks("rl", config, 2, tmp_path / "out", {"rank": 1, "dies_at": 3})
     assert not (tmp_path / "out").exists()
-    for ranks, name in ((2, "out"), (2, "whole"), (1, "alone")):
-        on_ranks("rl", config, ranks, tmp_path / name)
+    for name in ("out", "whole"):
+        on_ranks("rl", config, 2, tmp_path / name)
+    rl.run(config, tmp_path / "alone")
     assert metrics(tmp_path / "out") == metrics(tmp_path / "whole")
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole")]
     assert weights[0] == weights[1]
@@ -115,7 +119,6 @@ def test_rl_of_adapters_on_two_ranks_takes_the_steps_of_one_process(on_ranks, tr
     ("trouble", "line"),
     [
         ({"version": "0.0.1"}, "rank 1 has slingshot 0.0.1, rank 0 "),
-        pytest.param({"options": ["dtype=bfloat16"]}, "rank 1 has dtype bfloat16, rank 0 float32; start", marks=slow),
         pytest.param({"options": ["expert_parallel=2"]}, "rank 1 has expert_parallel 2, rank 0 1;", marks=slow),
         pytest.param({"options": ["steps=many"]}, "pretrain.steps: ", marks=slow),
         pytest.param({"largest_file": 20_000}, "rank 1 cannot write", marks=slow),

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from slingshot.model.linear import Embedding, Linear
 from slingshot.training.distillation import BLOCK, Divergence, distillation_loss, divergences
 
 EVERY: list[Divergence] = ["reverse", "forward", "jsd"]
@@ -54,12 +55,15 @@ def test_nothing_is_learned_from_a_teacher_who_says_the_same(divergence: Diverge
 
 @pytest.mark.parametrize("divergence", EVERY)
 def test_blocks_change_neither_loss_nor_gradients(divergence: Divergence) -> None:
+    """Of a head that is the embedding, and of one that is its own."""
     torch.manual_seed(0)
-    student, teacher = torch.nn.Linear(6, 17), torch.nn.Linear(8, 17)
+    student, teacher = Embedding(17, 6), Linear(8, 17)
+    for head in (student, teacher):
+        torch.nn.init.normal_(head.weight)
     hidden, others = torch.randn(BLOCK + 3, 6, requires_grad=True), torch.randn(BLOCK + 3, 8)
     inputs = [hidden, *student.parameters()]
     loss = distillation_loss(hidden, student, others, teacher, divergence)
-    whole = divergences(student(hidden), teacher(others), divergence).sum()
+    whole = divergences(student.product(hidden), teacher.product(others), divergence).sum()
     torch.testing.assert_close(loss, whole)
     found, expected = torch.autograd.grad(loss, inputs), torch.autograd.grad(whole, inputs)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -17,7 +17,7 @@ def full(make_model):
     return make_model(
         ModelConfig(
             family="dense", vocab_size=264, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
         )
     )  # fmt: skip
 

@@ -180,7 +180,7 @@ def distill_step(
 
         def chosen(network: Transformer, micro: Any = micro, places_N: Tensor = places_N) -> Tensor:
             hidden_BTD = network(**micro.documents()).hidden_BTD
-            return hidden_BTD.flatten(0, 1).index_select(0, places_N).float()
+            return hidden_BTD.flatten(0, 1).index_select(0, places_N)
 
         with torch.no_grad():
             teacher_ND = chosen(teacher)

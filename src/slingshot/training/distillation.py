@@ -9,7 +9,6 @@ Shape suffixes: N tokens, C tokens of one block, D model width, V vocabulary, K 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -17,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from slingshot.model.linear import Linear
+
 Divergence = Literal["reverse", "forward", "jsd"]
-Head = Callable[[Tensor], Tensor]
 BLOCK = 256  # tokens
 
 
@@ -52,20 +52,22 @@ def divergences(
 
 def distillation_loss(
     student_ND: Tensor,
-    student_head: Head,
+    student_head: Linear,
     teacher_ND: Tensor,
-    teacher_head: Head,
+    teacher_head: Linear,
     divergence: Divergence = "reverse",
     beta: float = 0.5,
     top_k: int = 0,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Sum of `divergences` over tokens, from the hidden states that each network's head takes."""
+    """Sum of `divergences` over tokens, from the hidden states that each network's head multiplies, in their dtype."""
 
     def block(student_CD: Tensor, teacher_CD: Tensor) -> Tensor:
         with torch.no_grad():
-            teacher_CV = teacher_head(teacher_CD)
-        return divergences(student_head(student_CD), teacher_CV, divergence, beta, top_k, temperature).sum()
+            teacher_CV = teacher_head.wide_product(teacher_CD)
+        return divergences(
+            student_head.wide_product(student_CD), teacher_CV, divergence, beta, top_k, temperature
+        ).sum()
 
     total = student_ND.new_zeros((), dtype=torch.float32)
     for student_CD, teacher_CD in zip(student_ND.split(BLOCK), teacher_ND.split(BLOCK), strict=True):

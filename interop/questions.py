@@ -31,9 +31,11 @@ class Questions:
     chats: list[list[dict[str, str]]]
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> Questions:
+    def of(cls, tokenizer: Tokenizer, **more: Any) -> Questions:
+        """more: parameters of the task, such as languages."""
         assert tokenizer.eos_id is not None
-        problems = list(islice(load_task(TASK["name"], **TASK["params"]).documents("test", 1, "steps", 0.2), 40))
+        task = load_task(TASK["name"], **TASK["params"], **more)
+        problems = list(islice(task.documents("test", 1, "steps", 0.2), 40))
         chats = [[{"role": "user", "content": problem.prompt}] for problem, _ in problems]
         worked: list[int] = []
         for chat, (_, solution) in zip(chats, problems, strict=True):

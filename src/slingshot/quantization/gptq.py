@@ -49,10 +49,11 @@ def best_scales(weight_FD: Tensor, grid: Grid, importance_D: Tensor | None = Non
         importance = rows_FGI.abs() ** grid.power if importance_D is None else importance_D.view(rows_FGI.shape[1:])
         candidates_CFG = grid.candidates(rows_FGI)
         errors_CFG = torch.empty_like(candidates_CFG)
-        for scales_FG, error_FG in zip(candidates_CFG[..., None], errors_CFG, strict=True):
-            errors_FGI = grid.nearest(rows_FGI / scales_FG).mul_(scales_FG).sub_(rows_FGI).square_()
-            torch.sum(errors_FGI.mul_(importance), -1, out=error_FG)
-        return candidates_CFG.gather(0, errors_CFG.argmin(0, keepdim=True))[0]
+        for inverse_FG, error_FG in zip(candidates_CFG[..., None].reciprocal(), errors_CFG, strict=True):
+            scaled_FGI = rows_FGI * inverse_FG
+            torch.sum(grid.nearest(scaled_FGI).sub_(scaled_FGI).square_().mul_(importance), -1, out=error_FG)
+        errors_CFG *= candidates_CFG.square()
+        return candidates_CFG.gather(0, errors_CFG.min(0, keepdim=True).indices)[0]  # argmin takes four times as long
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return torch.cat([*pool.map(best_of, weight_FGI.split(max(1, _CHUNK // weight_FD.shape[-1])))])

@@ -83,11 +83,11 @@ def from_numbers(numbers_FD: Tensor, scales_FG: Tensor) -> Tensor:
 
 def pack(numbers_FD: Tensor, bits: int) -> Tensor:
     """int32 words [F, ceil(D * bits / 32)] of whole numbers."""
-    per_word = WORD // bits
-    unsigned = numbers_FD.int() + 2 ** (bits - 1)
-    unsigned = torch.nn.functional.pad(unsigned, (0, -unsigned.shape[-1] % per_word))
-    shifts = torch.arange(0, WORD, bits, dtype=torch.int32)
-    return (unsigned.unflatten(-1, (-1, per_word)) << shifts).sum(-1, dtype=torch.int64).to(torch.int32)
+    unsigned = (numbers_FD + 2 ** (bits - 1)).to(torch.uint8)
+    unsigned = torch.nn.functional.pad(unsigned, (0, -unsigned.shape[-1] % (WORD // bits)))
+    if bits == 4:
+        unsigned = unsigned[..., ::2] | unsigned[..., 1::2] << 4
+    return unsigned.view(torch.int32)  # little-endian, as files are
 
 
 def unpack(words_FW: Tensor, bits: int, width: int) -> Tensor:

@@ -77,7 +77,7 @@ HELD_OUT, _MEASUREMENTS = 32, 10  # answers that distillation does not see, and 
 _ANSWERING, _MEASURING = "held-out answers", "held-out KL"
 # Held-out problems of each task where their number is not told: so many, or what both models answer and read for so
 # many FLOPs, but never fewer than that.
-_MOST, _SPENT, _FEWEST = 200, 2e13, 4
+_MOST, _SPENT, _FEWEST = 200, 1.2e13, 4
 # What takes the time, in FLOPs of a matrix product that takes as long (docs/compression.md): a number that is rounded,
 # one that is fitted; of an answer's forward pass, to write it and fit to it, to write it twice and compare.
 _ROUNDING, _FITTING, _CALIBRATION, _COMPARISON, _BEGINNING = 1e4, 2e4, 4.0, 6.0, 10.0
@@ -116,7 +116,8 @@ def run(config: QuantizeConfig, out: Path, sampler: Callable[[Path], Sampler] | 
 
     sampler: makes what a checkpoint's responses come from, by default the engine in this process.
     """
-    with Parallel.start() as parallel, Checkpointer(out, "quantize", config, parallel) as work:
+    starting = Parallel.start(trains=config.distill > 0)
+    with starting as parallel, Checkpointer(out, "quantize", config, parallel) as work:
         if parallel.mesh is not None:
             raise SlingshotError("quantize: runs in one process; start it without torchrun")
         source, made, clock = work.reads[config.model], work.folder / "checkpoint", Clock()

@@ -27,7 +27,8 @@ from slingshot.model.transformer import Transformer
 from slingshot.quantization.integers import WeightGrid
 from slingshot.training.calibration import EMBEDDING, TextRows
 
-_BLOCK = 2**24  # numbers of logits at a time: 64 MiB, of which there are up to four
+_BLOCK = 2**25  # numbers of logits at a time: 128 MiB, of which there are two
+_CACHED = 2**20  # of these at a time, what is made of them
 _PIECE = 2**23  # of the head, where it is not in float32
 
 
@@ -110,12 +111,14 @@ def followed(batch: TextRows) -> Tensor:
 
 
 def _logprobs(
-    full_ND: Tensor, full_VD: Tensor, small_ND: Tensor, small_VD: Tensor, target_N: Tensor
+    full_ND: Tensor, full_VD: Tensor, small_ND: Tensor, small_VD: Tensor, targets_N: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Targets and both models' logprobs over the vocabulary, some tokens at a time."""
-    rows = max(1, _BLOCK // len(full_VD))
-    for target_n, p_ND, q_ND in zip(*(each.split(rows) for each in (target_N, full_ND, small_ND)), strict=True):
-        yield target_n, _logits(p_ND, full_VD).log_softmax(-1), _logits(q_ND, small_VD).log_softmax(-1)
+    rows, few = (max(1, numbers // len(full_VD)) for numbers in (_BLOCK, _CACHED))
+    for target_N, p_ND, q_ND in zip(*(each.split(rows) for each in (targets_N, full_ND, small_ND)), strict=True):
+        logits = _logits(p_ND, full_VD), _logits(q_ND, small_VD)
+        for target_n, p_NV, q_NV in zip(*(each.split(few) for each in (target_N, *logits)), strict=True):
+            yield target_n, p_NV.log_softmax(-1), q_NV.log_softmax(-1)
 
 
 def _logits(x_ND: Tensor, head_VD: Tensor) -> Tensor:

@@ -109,8 +109,8 @@ def fitted(
 
 def lone(weight_FD: Tensor, numbers_FD: Tensor, groups: int) -> int:
     """Groups in which all numbers but one are 0, and not all weights but one: an outlier took the whole scale."""
-    some_FG, before_FG = (each.unflatten(-1, (groups, -1)).count_nonzero(-1) for each in (numbers_FD, weight_FD))
-    return int(((some_FG == 1) & (before_FG > 1)).sum())
+    numbers_FGI, weight_FGI = (each.unflatten(-1, (groups, -1)) for each in (numbers_FD, weight_FD))
+    return int((weight_FGI[numbers_FGI.count_nonzero(-1) == 1].count_nonzero(-1) > 1).sum())
 
 
 def tensors(

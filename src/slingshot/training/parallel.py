@@ -50,9 +50,13 @@ class Parallel:
     store: Any = None  # torch's, of names and numbers that all processes can read, also when one of them is gone
 
     @classmethod
-    def start(cls, expert_parallel: int = 1) -> Parallel:
-        """Join the other processes. Which kind of device all of them use is the first one's decision."""
-        keep_memory()
+    def start(cls, expert_parallel: int = 1, trains: bool = True) -> Parallel:
+        """Join the other processes. Which kind of device all of them use is the first one's decision.
+
+        trains: steps will take and free the same memory over and over, and this process keeps it.
+        """
+        if trains:
+            keep_memory()
         device, size = auto_device(), int(os.environ.get("WORLD_SIZE", "1"))
         if size % expert_parallel:
             raise SlingshotError(f"expert_parallel: {expert_parallel} is no divisor of {size} processes; see --nproc")

@@ -21,14 +21,19 @@ from slingshot.serving.exchange import Exchange
 from slingshot.serving.ledger import Usage
 from slingshot.serving.question import Question, plain_messages
 from slingshot.serving.sampling_fields import SamplingFields
-from slingshot.serving.sse import choice_events, to_json
+from slingshot.serving.sse import DONE, choice_events, plain_event
 from slingshot.serving.tools import read_choice, read_tools, told_call
 
 REASONER = {"temperature": 0.6, "top_p": 0.95}  # R1's recommended settings, where a client sets none
 LEAST_LOGPROB = -9999.0  # what DeepSeek and OpenAI write for one that JSON cannot hold
 
-EFFORTS = {"minimal": "low", "medium": "high", "xhigh": "high", "ultra": "max"}
+_EFFORTS = {"none": None, "minimal": "low", "medium": "high", "xhigh": "high", "ultra": "max"}
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
+
+
+def told_effort(asked: Effort | None) -> str | None:
+    """As templates read it."""
+    return None if asked is None else _EFFORTS.get(asked, asked)
 
 
 class Thinking(BaseModel):
@@ -88,7 +93,6 @@ class ChatCompletionRequest(SamplingFields):
         continues = bool(self.messages[-1].get("prefix") or self.continue_final_message)
         if continues and messages[-1]["role"] != "assistant":
             raise ApiError(400, "prefix: only an assistant's message is gone on with, as the last", param="messages")
-        effort = EFFORTS.get(self.reasoning_effort or "", self.reasoning_effort)
         tools = read_tools(self.tools)
         return Question(
             self.model,
@@ -96,7 +100,7 @@ class ChatCompletionRequest(SamplingFields):
             params=self.sampling(REASONER, top_logprobs=self.top_logprobs or 0, thinking_budget=self._budget()),
             most=self.max_completion_tokens or self.max_tokens,
             thinking=next((its for its in self._switches() if its is not None), None),
-            effort=None if effort == "none" else effort,
+            effort=told_effort(self.reasoning_effort),
             tools=tools,
             parallel=self.parallel_tool_calls is not False,
             **read_choice(self.tool_choice, self.tools, tools),
@@ -190,6 +194,11 @@ def _logprobs(exchange: Exchange, pieces: list[Piece]) -> dict[str, Any]:
     return {**told, "refusal": None}
 
 
+def _head(exchange: Exchange, kind: str) -> dict[str, Any]:
+    id, created = f"chatcmpl-{exchange.id}", exchange.created
+    return {"id": id, "object": kind, "created": created, "model": exchange.model.name}
+
+
 async def chat_completion(exchange: Exchange, told: ToldToClient) -> dict[str, Any]:
     """The answer in one object."""
     pieces: list[list[Piece]] = [[] for _ in exchange.answers]
@@ -206,24 +215,12 @@ async def chat_completion(exchange: Exchange, told: ToldToClient) -> dict[str, A
             message |= told.said(Piece("reasoning", reasoning))
         choice = {"index": index, "message": message, "finish_reason": finish_reason(answer)}
         choices.append(choice | _of_tokens(exchange, its, told))
-    return {
-        "id": f"chatcmpl-{exchange.id}",
-        "object": "chat.completion",
-        "created": exchange.created,
-        "model": exchange.model.name,
-        "choices": choices,
-        "usage": usage_of(exchange.usage),
-    }
+    return _head(exchange, "chat.completion") | {"choices": choices, "usage": usage_of(exchange.usage)}
 
 
 async def chunks(exchange: Exchange, told: ToldToClient) -> AsyncGenerator[str, None]:
     """The answer as events: one kind of text a chunk, then the finish reasons, then the usage where asked for."""
-    head = {
-        "id": f"chatcmpl-{exchange.id}",
-        "object": "chat.completion.chunk",
-        "created": exchange.created,
-        "model": exchange.model.name,
-    }
+    head = _head(exchange, "chat.completion.chunk")
     written = choice_events(head)
 
     def event(index: int, delta: dict[str, Any], reason: str | None = None, pieces: list[Piece] | None = None) -> str:
@@ -241,9 +238,9 @@ async def chunks(exchange: Exchange, told: ToldToClient) -> AsyncGenerator[str, 
         role = {} if index in begun else {"role": "assistant", "content": ""}
         yield event(index, role, finish_reason(answer))
     if told.usage:
-        yield f"data: {to_json(head | {'choices': [], 'usage': usage_of(exchange.usage)})}\n\n"
-    yield "data: [DONE]\n\n"
+        yield plain_event(head | {"choices": [], "usage": usage_of(exchange.usage)})
+    yield DONE
 
 
 def error_events(error: ApiError) -> str:
-    return f"data: {to_json(error.body)}\n\ndata: [DONE]\n\n"
+    return plain_event(error.body) + DONE

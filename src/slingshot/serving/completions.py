@@ -23,7 +23,7 @@ from slingshot.serving.exchange import Exchange
 from slingshot.serving.ledger import Usage
 from slingshot.serving.question import Question
 from slingshot.serving.sampling_fields import SamplingFields
-from slingshot.serving.sse import choice_events, to_json
+from slingshot.serving.sse import DONE, choice_events, plain_event
 from slingshot.serving.together import together
 
 Ids = list[int]
@@ -164,5 +164,5 @@ async def completion_chunks(exchanges: Sequence[Exchange], body: CompletionReque
     for index, (_, answer) in enumerate(answers):
         yield event(index, [], answer.finish_reason)
     if body.stream_options is not None and body.stream_options.include_usage:
-        yield f"data: {to_json(head | {'choices': [], 'usage': usage_of(_sum(exchanges))})}\n\n"
-    yield "data: [DONE]\n\n"
+        yield plain_event(head | {"choices": [], "usage": usage_of(_sum(exchanges))})
+    yield DONE

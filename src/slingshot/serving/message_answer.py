@@ -17,18 +17,14 @@ from pydantic_core import from_json
 from slingshot.serving.answer import Piece
 from slingshot.serving.errors import ApiError
 from slingshot.serving.exchange import Exchange
-from slingshot.serving.sse import to_json
+from slingshot.serving.sse import typed_event, typed_events
 
 PING = 'event: ping\ndata: {"type": "ping"}\n\n'
 
 
 def broken_off(error: ApiError) -> str:
     """The last event where an answer fails midway."""
-    return _written(error.body_at("/v1/messages"))
-
-
-def _written(event: dict[str, Any]) -> str:
-    return f"event: {event['type']}\ndata: {to_json(event)}\n\n"
+    return typed_event(error.body_at("/v1/messages"))
 
 
 class MessageAnswer:
@@ -46,11 +42,9 @@ class MessageAnswer:
                 pass
         return self._message() | self._end() | {"usage": self._usage()}
 
-    async def events(self) -> AsyncGenerator[str, None]:
+    def events(self) -> AsyncGenerator[str, None]:
         """As server-sent events."""
-        async with contextlib.aclosing(self._events()) as events:
-            async for event in events:
-                yield _written(event)
+        return typed_events(self._events())
 
     async def _events(self) -> AsyncGenerator[dict[str, Any], None]:
         begun = False

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from slingshot.serving.chat_completions import EFFORTS, REASONER, Effort, Thinking
+from slingshot.serving.chat_completions import REASONER, Effort, Thinking, told_effort
 from slingshot.serving.errors import ApiError
 from slingshot.serving.question import Question, joined, text_of
 from slingshot.serving.responses import TextFormat
-from slingshot.serving.sampling_fields import JsonSchemaFormat, ResponseFormat, SamplingFields
+from slingshot.serving.sampling_fields import SamplingFields
 from slingshot.serving.tools import read_choice, read_tools
 
 _BILLING = "x-anthropic-billing-header"  # Claude Code's first line: other with every request, so nothing were cached
@@ -50,10 +50,8 @@ class CountTokensRequest(SamplingFields):
         if self.n not in (None, 1):
             raise ValueError("n is not of this API: ask again for another answer")
         self.stop = self.stop_sequences
-        wanted = (self.output_config and self.output_config.format) or self.output_format
-        if wanted is not None:
-            given = None if wanted.schema_ is None else JsonSchemaFormat.model_validate({"schema": wanted.schema_})
-            self.response_format = ResponseFormat(type=wanted.type, json_schema=given)
+        if wanted := (self.output_config and self.output_config.format) or self.output_format:
+            self.response_format = wanted.in_chat()
         return self
 
     def question(self) -> Question:
@@ -70,7 +68,7 @@ class CountTokensRequest(SamplingFields):
             params=self.sampling(REASONER, thinking_budget=budget),
             most=self.max_tokens,
             thinking=False if effort == "none" else thinking,
-            effort=None if effort == "none" else EFFORTS.get(effort or "", effort),
+            effort=told_effort(effort),
             tools=tools,
             parallel=not (self.tool_choice and self.tool_choice.disable_parallel_tool_use),
             **read_choice(_choice(self.tool_choice), offered, tools),

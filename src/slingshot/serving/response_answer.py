@@ -15,7 +15,7 @@ from slingshot.serving.errors import ApiError
 from slingshot.serving.exchange import Exchange
 from slingshot.serving.question import Question
 from slingshot.serving.responses import ResponseRequest
-from slingshot.serving.sse import to_json
+from slingshot.serving.sse import typed_event, typed_events
 
 
 class ResponseAnswer:
@@ -37,20 +37,18 @@ class ResponseAnswer:
                 response = event.get("response", response)
         return response
 
-    async def events(self) -> AsyncGenerator[str, None]:
+    def events(self) -> AsyncGenerator[str, None]:
         """As server-sent events."""
-        async with contextlib.aclosing(self._events()) as events:
-            async for event in events:
-                yield _written(event)
+        return typed_events(self._events())
 
     def failed(self, error: ApiError) -> str:
         """The last event where an answer breaks off."""
         its = {"error": {"code": error.code or "server_error", "message": error.message}}
-        return _written(self._event("response.failed", response=self._response("failed") | its))
+        return typed_event(self._event("response.failed", response=self._response("failed") | its))
 
     def waiting(self) -> str:
         """What breaks a silence: the Codex CLI counts events, and gives up where comments alone come."""
-        return _written(self._begin())
+        return typed_event(self._begin())
 
     async def _events(self) -> AsyncGenerator[dict[str, Any], None]:
         async with contextlib.aclosing(self._exchange.pieces()) as pieces:
@@ -77,7 +75,7 @@ class ResponseAnswer:
                 yield from self._end_item()
                 yield from self._begin_call(piece.call)
             self._text += piece.text
-            yield self._of_call("response.function_call_arguments.delta", delta=piece.text)
+            yield self._of_item("response.function_call_arguments.delta", delta=piece.text)
             if piece.ends:
                 yield from self._end_item()
             return
@@ -102,7 +100,7 @@ class ResponseAnswer:
         kind = self._item["type"]
         if kind == "function_call":
             its = {"name": self._item["name"], "arguments": self._text}
-            yield self._of_call("response.function_call_arguments.done", **its)
+            yield self._of_item("response.function_call_arguments.done", **its)
             yield from self._end(self._item | {"arguments": self._text, "status": status})
             return
         yield self._of_part(f"response.{_PARTS[kind]}.done", text=self._text, **_LOGPROBS[kind])
@@ -120,7 +118,7 @@ class ResponseAnswer:
         item = its | {"arguments": "", "status": "in_progress"}
         yield self._event("response.output_item.added", output_index=len(self._output), item=item)
 
-    def _of_call(self, kind: str, **more: Any) -> dict[str, Any]:
+    def _of_item(self, kind: str, **more: Any) -> dict[str, Any]:
         assert self._item is not None
         return self._event(kind, item_id=self._item["id"], output_index=len(self._output), **more)
 
@@ -132,8 +130,7 @@ class ResponseAnswer:
         return part if kind == "reasoning" else part | {"annotations": []}
 
     def _of_part(self, kind: str, **more: Any) -> dict[str, Any]:
-        assert self._item is not None
-        return self._event(kind, item_id=self._item["id"], output_index=len(self._output), content_index=0, **more)
+        return self._of_item(kind, content_index=0, **more)
 
     def _event(self, kind: str, **more: Any) -> dict[str, Any]:
         number, self._told = self._told, self._told + 1
@@ -184,10 +181,6 @@ def _choice(question: Question) -> Any:
 
 def _told_tool(function: dict[str, Any], question: Question) -> dict[str, Any]:
     return {"type": "function", "strict": function["name"] in question.strict, **function}
-
-
-def _written(event: dict[str, Any]) -> str:
-    return f"event: {event['type']}\ndata: {to_json(event)}\n\n"
 
 
 _PARTS = {"reasoning": "reasoning_text", "message": "output_text"}  # what an item's text is called

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
-from slingshot.serving.chat_completions import EFFORTS, REASONER, Effort
+from slingshot.serving.chat_completions import REASONER, Effort, told_effort
 from slingshot.serving.errors import ApiError
 from slingshot.serving.question import Question, joined, text_of
 from slingshot.serving.sampling_fields import JsonSchemaFormat, ResponseFormat, SamplingFields
@@ -29,6 +29,11 @@ class TextFormat(BaseModel):
 
     type: str
     schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
+
+    def in_chat(self) -> ResponseFormat:
+        """As the chat API has it."""
+        given = None if self.schema_ is None else JsonSchemaFormat.model_validate({"schema": self.schema_})
+        return ResponseFormat(type=self.type, json_schema=given)
 
 
 class TextSettings(BaseModel):
@@ -60,10 +65,8 @@ class ResponseRequest(SamplingFields):
     def _one_format(self) -> ResponseRequest:
         if self.n not in (None, 1):
             raise ValueError("n is not of this API: ask again for another answer")
-        wanted = self.text.format if self.text else None
-        if wanted is not None:
-            given = None if wanted.schema_ is None else JsonSchemaFormat.model_validate({"schema": wanted.schema_})
-            self.response_format = ResponseFormat(type=wanted.type, json_schema=given)
+        if self.text and self.text.format:
+            self.response_format = self.text.format.in_chat()
         return self
 
     def question(self) -> Question:
@@ -84,7 +87,7 @@ class ResponseRequest(SamplingFields):
             params=self.sampling(REASONER),
             most=self.max_output_tokens,
             thinking=None if effort is None else effort != "none",
-            effort=None if effort == "none" else EFFORTS.get(effort or "", effort),
+            effort=told_effort(effort),
             tools=tools,
             parallel=self.parallel_tool_calls is not False,
             **read_choice(self.tool_choice, self.tools, tools),

@@ -36,6 +36,25 @@ def to_json(payload: Any) -> str:
     return _ENCODER.encode(payload)
 
 
+DONE = "data: [DONE]\n\n"
+
+
+def plain_event(payload: Any) -> str:
+    """As OpenAI's chat API has it."""
+    return f"data: {to_json(payload)}\n\n"
+
+
+def typed_event(event: dict[str, Any]) -> str:
+    """As Anthropic's API and the Responses API have it: named by its type."""
+    return f"event: {event['type']}\ndata: {to_json(event)}\n\n"
+
+
+async def typed_events(events: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[str, None]:
+    async with contextlib.aclosing(events):
+        async for event in events:
+            yield typed_event(event)
+
+
 def choice_events(head: dict[str, Any]) -> Callable[[dict[str, Any]], str]:
     """Writes a choice as an event, behind what is alike in all of a stream's."""
     opening = to_json(head).removesuffix("}")

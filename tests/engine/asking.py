@@ -3,13 +3,17 @@
 import random
 from itertools import accumulate
 
+import pytest
 import torch
 from hypothesis import strategies as st
 
 from slingshot.engine.batch import PAGE, FlatBatch
 from slingshot.engine.kv_cache import KVCache
 from slingshot.engine.sampling import SamplingParams
+from slingshot.kernels.native import native_levels
 
+# tests/kernels/ has every kernel at every level; a whole runner at the first is another look at the same.
+LEVELS = [*(pytest.param(each, marks=pytest.mark.slow) for each in native_levels()[:-1][:1]), *native_levels()[-1:]]
 PAGES = 40
 PROMPT, CHAT = [10, 11, 12], {"role": "user", "content": "3+4"}
 

@@ -12,11 +12,11 @@ from slingshot.engine.native_runner import NativeRunner
 from slingshot.engine.runner import TorchRunner
 from slingshot.engine.sampling import SamplingParams
 from slingshot.kernels.attention import attention_reference
-from slingshot.kernels.native import native_kernels, native_levels
+from slingshot.kernels.native import native_kernels
 from slingshot.model.config import ModelConfig
 from slingshot.model.context import Context
 
-from .asking import PAGES, logits_in_pieces, prompts_of, token_ids
+from .asking import LEVELS, PAGES, logits_in_pieces, prompts_of, token_ids
 from .test_scheduler import SAMPLED, SIX, run
 
 FORMS = ["int8", "fp8"]
@@ -98,12 +98,7 @@ def test_the_engine_has_the_room(make_model, dense, tokenizer):
     assert engines[1].runs_on == f"{engines[0].runs_on}, int8 cache"
 
 
-# Levels below the best are another look at the same.
-LEVELS = [pytest.param(level, marks=[pytest.mark.slow] * (level != native_levels()[-1])) for level in native_levels()]
-LEVELS += ["off"]
-
-
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", [*LEVELS, "off"])
 @pytest.mark.parametrize("form", FORMS)
 @settings(derandomize=True, max_examples=8, deadline=None)
 @given(data=st.data())

@@ -1,4 +1,4 @@
-"""The native runner gives what the plain model gives, at every level this processor has."""
+"""The native runner gives what the plain model gives, at this processor's first level and its best."""
 
 from __future__ import annotations
 
@@ -17,24 +17,21 @@ from slingshot.engine.kv_cache import KVCache
 from slingshot.engine.native_runner import NativeRunner
 from slingshot.engine.runner import TorchRunner
 from slingshot.engine.sampling import SamplingParams
-from slingshot.kernels.native import NativeKernels, native_kernels, native_levels
+from slingshot.kernels.native import NativeKernels, native_kernels
 from slingshot.model.config import ModelConfig
 from slingshot.model.dynamic import multiply_whole_numbers
 from slingshot.model.transformer import Transformer
 from slingshot.quantization.integers import WeightGrid
 
-from .asking import logits_in_pieces, used_cache
+from .asking import LEVELS, logits_in_pieces, used_cache
 
-KERNELS = {level: kernels for level in native_levels() if (kernels := native_kernels(level))}
-# tests/kernels/ has every kernel at every level; a whole runner at those below the best is another look at the same.
-LEVELS = [pytest.param(level, marks=[] if level == list(KERNELS)[-1] else pytest.mark.slow) for level in KERNELS]
 EACH_LEVEL = pytest.mark.parametrize("kernels", LEVELS, indirect=True)
 VOCABULARY = 83
 
 
 @pytest.fixture(scope="module")
-def kernels(request: pytest.FixtureRequest) -> NativeKernels:
-    return KERNELS[request.param]
+def kernels(request: pytest.FixtureRequest) -> NativeKernels | None:
+    return native_kernels(request.param)
 
 
 def dense_configs() -> st.SearchStrategy[ModelConfig]:
@@ -273,7 +270,7 @@ def test_a_weight_that_is_no_number_is_none_in_few_bits(kernels: NativeKernels) 
     assert logits_V.isnan().nonzero().tolist() == [[3]] and abs(logits_V[7]) < 1e-30
 
 
-@pytest.mark.skipif(not KERNELS, reason="no native library is built here")
+@pytest.mark.skipif(not LEVELS, reason="no native library is built here")
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
@@ -290,7 +287,7 @@ def test_few_bits_that_cannot_be_are_told_in_one_line(tokenizer: Any, change: An
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.skipif(not KERNELS, reason="no native library is built here")
+@pytest.mark.skipif(not LEVELS, reason="no native library is built here")
 @pytest.mark.parametrize("family", WIDE)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_an_engine_rounds_its_weights_and_new_ones(tokenizer: Any, family: str, bits: int) -> None:

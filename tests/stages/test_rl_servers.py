@@ -55,12 +55,13 @@ def mortal(base):
 
 @pytest.fixture(scope="module")
 def undisturbed(base, tmp_path_factory):
-    """undisturbed(config): the weights of a run whose server lives."""
+    """undisturbed(config): the weights of a run whose server lives, made once."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
 
     def run(config):
-        out = tmp_path_factory.mktemp("undisturbed") / "out"
-        with VllmDouble(base) as steady:
-            rl.run(config(rollouts=[steady.url], steps=3), out)
+        if not out.exists():
+            with VllmDouble(base) as steady:
+                rl.run(config(rollouts=[steady.url], steps=3), out)
         return weights(out)
 
     return run

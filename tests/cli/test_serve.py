@@ -67,7 +67,7 @@ def test_checkpoints_of_one_name_are_told_apart_by_their_folders():
 
 
 @pytest.mark.slow
-def test_adapters_of_a_checkpoint_are_models_beside_it(tmp_path, make_model, dense):
+def test_it_says_where_everything_is_adapters_too_and_ends_its_answers_before_it_leaves(tmp_path, make_model, dense):
     tokenizer = Tokenizer.train(["What is 3+4-2? 3 plus 4 is 7."] * 9, vocab_size=290)
     model = make_model(dense(vocab_size=tokenizer.vocab_size, max_position_embeddings=512))
     for name in ("small", "adapter"):
@@ -80,39 +80,23 @@ def test_adapters_of_a_checkpoint_are_models_beside_it(tmp_path, make_model, den
     write_adapter(tmp_path / "adapter", adapters(model), 4, 32, "not on this machine")
     line = [sys.executable, "-m", "slingshot", "serve", str(tmp_path / "small"), "--port", "0"]
     line += ["--ledger", str(tmp_path / "ledger.sqlite"), "--adapter", f"sums={tmp_path / 'adapter'}"]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
         try:
-            said = [process.stdout.readline() for _ in range(3)]
+            said = [process.stdout.readline() for _ in range(8)]
+            assert re.match(r"Model +small: \w+, .*context of 512 tokens", said[0])
             assert re.match(r"Model +sums: an adapter of small, torch, context of 512 tokens", said[1])
             url = re.match(r"API +(http://127.0.0.1:\d+)/v1", said[2])[1]
+            assert said[5] == f"Clients    OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=none\n"
+            assert said[6] == f"           ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN=none\n"
+            cards = httpx.get(f"{url}/v1/models").json()["data"]
+            assert [(card["id"], card["max_model_len"]) for card in cards] == [("small", 512), ("sums", 512)]
             body = {"prompt": "3+4", "max_tokens": 20, "temperature": 0, "ignore_eos": True}
             answers = [
                 httpx.post(f"{url}/v1/completions", json=body | {"model": name}, timeout=60).json()["choices"]
                 for name in ("small", "sums")
             ]
             assert answers[0] != answers[1]
-        finally:
-            process.kill()
-
-
-@pytest.mark.slow
-def test_it_says_where_everything_is_and_ends_its_answers_before_it_leaves(tmp_path, make_model, dense):
-    tokenizer = Tokenizer.train(["What is 3+4-2? 3 plus 4 is 7."] * 9, vocab_size=290)
-    model = make_model(dense(vocab_size=tokenizer.vocab_size, max_position_embeddings=512))
-    (tmp_path / "small").mkdir()
-    save_checkpoint(tmp_path / "small", model, tokenizer)
-    line = [sys.executable, "-m", "slingshot", "serve", str(tmp_path / "small"), "--port", "0", "--ledger"]
-    line.append(str(tmp_path / "ledger.sqlite"))
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
-        try:
-            said = [process.stdout.readline() for _ in range(7)]
-            assert re.match(r"Model +small: \w+, .*context of 512 tokens", said[0])
-            url = re.match(r"API +(http://127.0.0.1:\d+)/v1", said[1])[1]
-            assert said[4] == f"Clients    OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=none\n"
-            assert said[5] == f"           ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN=none\n"
-            [card] = httpx.get(f"{url}/v1/models").json()["data"]
-            assert (card["id"], card["max_model_len"]) == ("small", 512)
-            body = {"model": "small", "prompt": "3+4", "max_tokens": 400, "ignore_eos": True, "stream": True}
+            body |= {"model": "small", "max_tokens": 400, "stream": True}
             with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
                 lines = answer.iter_lines()
                 next(lines)

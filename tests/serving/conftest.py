@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -149,6 +150,18 @@ def talking(*given, **options):
         openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
     ):
         yield client
+
+
+def at_once(count, work):
+    """What work(0), work(1) ... return, begun at one moment in threads of their own."""
+    barrier = threading.Barrier(count)
+
+    def one(number):
+        barrier.wait()
+        return work(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
 
 
 @pytest.fixture(scope="session")

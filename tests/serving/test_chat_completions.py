@@ -47,12 +47,6 @@ def test_an_answer_cut_in_its_reasoning_has_no_content(says):
     assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", 3)
 
 
-def test_a_stop_string_acts_on_the_answer_alone(says):
-    client = says("3 plus 4 is 7.\n</think>\n\n5 is 7")
-    assert ask(client, stop="7").choices[0].message.content == "5 is "
-    assert joined(ask(client, stop="7", stream=True)) == ("3 plus 4 is 7.", "5 is ", False)
-
-
 def test_the_same_seed_gives_the_same_answer_streamed_or_not(client):
     whole = ask(client, seed=3, max_tokens=20).choices[0].message
     reasoning, content, _ = joined(ask(client, seed=3, max_tokens=20, stream=True))
@@ -106,7 +100,7 @@ def test_characters_of_several_tokens_come_whole_streamed_or_not(says, tokenizer
     assert "".join(part.content or "" for part in parts) == "🙂é🙂"
 
 
-@pytest.mark.parametrize("most", range(1, 12))
+@pytest.mark.parametrize("most", [1, 2, 5, 11])
 def test_reasoning_that_is_cut_anywhere_leaks_nothing_into_the_content(says, tokenizer, most):
     client = says("3 plus 4 is 7, 7 minus 2 is 5.\n" * 3 + "</think>\n\n5")
     answer = ask(client, max_tokens=most)

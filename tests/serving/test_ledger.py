@@ -1,4 +1,3 @@
-import threading
 import time
 from datetime import UTC, datetime
 
@@ -10,6 +9,7 @@ from slingshot.serving import accounts
 from slingshot.serving.errors import ApiError
 from slingshot.serving.ledger import LOCAL, Ledger, Usage
 from slingshot.serving.prices import PICO, PriceList
+from tests.serving.conftest import at_once
 from tests.serving.postgres import PostgresServer, find
 
 PRICES = PriceList.parse({"models": {"tiny": {"cache_hit": 1, "cache_miss": 10, "output": 100}}})  # dollars a million
@@ -50,21 +50,15 @@ def test_a_request_costs_its_tokens_once_and_cached_ones_at_their_own_price(ledg
 
 def test_of_many_at_once_only_as_many_pass_as_the_balance_pays_for(ledger):
     alice = account(ledger, balance=0.011)  # one request of 100 + 100 tokens
-    barrier, passed, refused = threading.Barrier(8), [], []
 
     def ask(number):
-        barrier.wait()
         try:
-            passed.append(ledger.reserve(alice, "tiny", 100, 100, f"r{number}"))
+            ledger.reserve(alice, "tiny", 100, 100, f"r{number}")
         except ApiError as error:
-            refused.append(error.status)
+            return error.status
+        return 200
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(passed) == 1 and refused == [402] * 7
+    assert sorted(at_once(8, ask)) == [200] + [402] * 7
 
 
 @pytest.mark.parametrize("limits, status", [({"concurrency": 1}, 429), ({"tokens_per_minute": 250}, 429)])
@@ -162,21 +156,7 @@ def test_a_gateway_that_was_taken_for_dead_by_a_clock_that_jumped_is_looked_afte
 
 
 def test_servers_that_start_at_once_make_one_ledger(url):
-    barrier, failures = threading.Barrier(6), []
-
-    def start():
-        barrier.wait()
-        try:
-            Ledger(url).close()
-        except SlingshotError as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=start) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    at_once(6, lambda _: Ledger(url).close())
 
 
 def test_what_a_living_gateway_has_open_stays_open(url):

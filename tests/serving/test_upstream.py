@@ -2,21 +2,17 @@ import asyncio
 import contextlib
 
 import httpx
-import openai
 import pytest
 
 from slingshot.base.errors import SlingshotError
 from slingshot.engine.sampling import SamplingParams
 from slingshot.engine.vocabulary import Vocabulary
-from slingshot.serving.app import create_app
 from slingshot.serving.backend import Generation
 from slingshot.serving.errors import ApiError
-from slingshot.serving.gateway import Gateway
 from slingshot.serving.inference_servers import LlamaServer, VllmServer
 from slingshot.serving.local import LocalBackend
-from slingshot.serving.served_model import ServedModel
 from slingshot.serving.upstream import UpstreamBackend
-from tests.serving.conftest import ScriptedBackend, ids_of, running, serving
+from tests.serving.conftest import ScriptedBackend, ids_of, running, serving, talking
 from tests.serving.fake_servers import fake_server
 
 KINDS = ["vllm", "llama.cpp"]
@@ -91,11 +87,7 @@ def test_characters_of_several_tokens_arrive_whole_and_are_counted(upstream, tok
 
 def test_what_was_cached_is_in_the_usage_though_it_is_told_last(upstream, tokenizer):
     script = ScriptedBackend(tokenizer.encode("7 and 8", continues=True))
-    model = ServedModel("tiny", tokenizer, upstream([script], "llama.cpp"))
-    with (
-        running(create_app(Gateway([model]))) as url,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
-    ):
+    with talking(tokenizer, upstream([script], "llama.cpp")) as client:
         answer = client.completions.create(model="tiny", prompt="What is 3+4-2?", max_tokens=20)
     assert answer.usage.prompt_tokens_details.cached_tokens == 3
 
@@ -104,11 +96,7 @@ def test_what_was_cached_is_in_the_usage_though_it_is_told_last(upstream, tokeni
 @pytest.mark.parametrize("asked", [None, 0])
 def test_logprobs_are_computed_where_they_are_read(upstream, tokenizer, kind, asked):
     script, state = ScriptedBackend(tokenizer.encode("7 and 8", continues=True)), {}
-    model = ServedModel("tiny", tokenizer, upstream([script], kind, [state]))
-    with (
-        running(create_app(Gateway([model]))) as url,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
-    ):
+    with talking(tokenizer, upstream([script], kind, [state])) as client:
         answer = client.completions.create(model="tiny", prompt="What is 3+4-2?", max_tokens=20, logprobs=asked)
     [body] = state["asked"]
     assert bool("logprobs" in body or body.get("n_probs")) == (asked is not None)
@@ -119,11 +107,7 @@ def test_logprobs_are_computed_where_they_are_read(upstream, tokenizer, kind, as
 @pytest.mark.parametrize("kind", KINDS)
 def test_samples_of_one_question_are_asked_with_seeds_of_their_own(upstream, tokenizer, kind):
     script, state = ScriptedBackend(tokenizer.encode("7", continues=True)), {}
-    model = ServedModel("tiny", tokenizer, upstream([script], kind, [state]))
-    with (
-        running(create_app(Gateway([model]))) as url,
-        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
-    ):
+    with talking(tokenizer, upstream([script], kind, [state])) as client:
         for _ in range(2):
             client.completions.create(model="tiny", prompt="What is 3+4-2?", seed=5, n=3)
     seeds = [body["seed"] for body in state["asked"]]

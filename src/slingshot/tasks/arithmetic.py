@@ -30,7 +30,17 @@ _MINUS = str.maketrans({"\u2212": "-", "\uff0d": "-"})  # the typographic and th
 _MAX_LENGTH = 64  # characters; no task here has longer answers, and int() of thousands of digits is slow
 
 
-class Arithmetic(GeneratedTask):
+class NumberTask(GeneratedTask):
+    """One whose answers are numbers."""
+
+    def read(self, text: str) -> str | None:
+        return read_number(text)
+
+    def extract(self, text: str) -> str | None:
+        return last_number(text)
+
+
+class Arithmetic(NumberTask):
     """Chains of numbers without zeros, each length as likely, joined by `operators`."""
 
     min_terms: int = Field(4, ge=2, le=64, description="numbers in a chain, at least")
@@ -71,12 +81,6 @@ class Arithmetic(GeneratedTask):
         numbers, operators = problem.data["numbers"], problem.data["operators"]
         spelt = str(numbers[0]) + "".join(map("{}{}".format, operators, numbers[1:])).replace("x", "*")
         return (Call("calculator", json.dumps({"expression": spelt})),)
-
-    def read(self, text: str) -> str | None:
-        return read_number(text)
-
-    def extract(self, text: str) -> str | None:
-        return last_number(text)
 
 
 def chain_steps(numbers: Sequence[int], operators: Sequence[str]) -> list[tuple[int, str, int, int]]:

@@ -14,7 +14,6 @@ from typing import Any
 
 from pydantic import Field
 
-from slingshot.base.errors import SlingshotError
 from slingshot.sandbox.worker import Target
 from slingshot.tasks.code_verifier import MARGIN, CodeLimits, code_block, require_judging
 from slingshot.tasks.programs import explain, generate
@@ -55,9 +54,5 @@ class Code(CodeLimits, IsolatedTask, GeneratedTask):
 
     def verify(self, problem: Problem, text: str, lenient: bool = False) -> Reward:
         """Whether all tests hold; with `partial` the share of those that do."""
-        if (answer := self.read(text)) is None:
-            return Reward(0.0, None)
-        try:
-            return Reward(self.call("score", problem.data["hidden"], answer), answer)
-        except SlingshotError as error:
-            return Reward(0.0, None, str(error))
+        answer = self.read(text)
+        return Reward(0.0, None) if answer is None else self.scored(answer, problem.data["hidden"], answer)

@@ -237,13 +237,9 @@ class DatasetTask(IsolatedTask):
         return str(problem.data.get("worked", ""))
 
     def verify(self, problem: Problem, text: str, lenient: bool = False) -> Reward:
-        """What the verifier says, asked in a worker; 0 that says why where it fails or hangs."""
+        """What the verifier says, asked in a worker."""
         verifier = VERIFIERS[self.verifier]
         answer = (verifier.extract if lenient else verifier.read)(text) if len(text) <= MAX_ANSWER else None
         if answer is None:
             return Reward(0.0, None)
-        try:
-            gold = problem.data.get("hidden", problem.answer)
-            return Reward(float(self.call("score", problem.prompt, answer, gold)), answer)
-        except SlingshotError as error:
-            return Reward(0.0, None, str(error))
+        return self.scored(answer, problem.prompt, answer, problem.data.get("hidden", problem.answer))

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from pydantic import Field
 
-from slingshot.tasks.arithmetic import last_number, natural_near_miss, read_number
-from slingshot.tasks.task import Call, GeneratedTask, Problem, Style
+from slingshot.tasks.arithmetic import NumberTask, natural_near_miss
+from slingshot.tasks.task import Call, Problem, Style
 
 _PROMPT = {"en": "What is %d x %d?", "ja": "%d x %dはいくつ?"}
 _BY = {"en": "%s by %s. ", "ja": "%sに%s。"}
@@ -31,7 +31,7 @@ _BACK = {"en": ", read back %s.", "ja": "、逆に%s。"}
 _SLIP = {"en": "%d, wait, %d", "ja": "%d、いや%d"}
 
 
-class Multiplication(GeneratedTask):
+class Multiplication(NumberTask):
     """Products of two numbers, each of `min_digits` to `max_digits` digits, each length as likely."""
 
     min_digits: int = Field(3, ge=1, le=9, description="digits of a number, at least")
@@ -65,12 +65,6 @@ class Multiplication(GeneratedTask):
     def calls(self, problem: Problem) -> tuple[Call, ...]:
         first, second = problem.data["factors"]
         return (Call("calculator", json.dumps({"expression": f"{first}*{second}"})),)
-
-    def read(self, text: str) -> str | None:
-        return read_number(text)
-
-    def extract(self, text: str) -> str | None:
-        return last_number(text)
 
 
 class DigitStep(NamedTuple):

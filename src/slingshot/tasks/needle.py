@@ -14,8 +14,8 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
-from slingshot.tasks.arithmetic import last_number, read_number
-from slingshot.tasks.task import GeneratedTask, Problem, Style
+from slingshot.tasks.arithmetic import NumberTask
+from slingshot.tasks.task import Problem, Style
 
 _HAY = {
     "en": (
@@ -35,7 +35,7 @@ _NEEDLE = {"en": "The code of the %s is %d. ", "ja": "%sの番号は%d。"}
 _ASKS = {"en": "What is the code of the %s?", "ja": "%sの番号は?"}
 
 
-class Needle(GeneratedTask):
+class Needle(NumberTask):
     """`min_sentences` to `max_sentences` of hay, each number as likely, and `needles` among them; one is asked for."""
 
     min_sentences: int = Field(10, ge=0, le=100_000, description="sentences of hay, at least")
@@ -59,9 +59,3 @@ class Needle(GeneratedTask):
 
     def reasoning(self, problem: Problem, style: Style, rng: random.Random) -> str:
         return str(problem.data["needle"])
-
-    def read(self, text: str) -> str | None:
-        return read_number(text)
-
-    def extract(self, text: str) -> str | None:
-        return last_number(text)

@@ -212,7 +212,7 @@ class Ledger:
             self._open[request_id] = its
             raise
         if not admitted:
-            raise self._refusal(account, worst, tokens, minute)
+            raise self._refusal(account, worst, tokens)
         self._open[request_id] = its
         return its
 
@@ -292,7 +292,7 @@ class Ledger:
         connection.execute(CHARGE, share)
         return cost
 
-    def _refusal(self, account: Account, worst: int, tokens: int, minute: int) -> ApiError:
+    def _refusal(self, account: Account, worst: int, tokens: int) -> ApiError:
         with self.transaction() as connection:
             row = connection.execute(sa.select(KEYS).where(KEYS.c.id == account.id)).one_or_none()
         if row is None or row.revoked is not None:

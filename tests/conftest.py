@@ -24,8 +24,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first: begun last, it keeps one worker at work while the others are done."""
-    items.sort(key=lambda item: item.path.name != "test_end_to_end.py")
+    """The longest files first: begun last, one keeps a worker at work while the others are done."""
+    longest = ["test_end_to_end.py", "test_ranks.py", "test_parallel.py"]
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -131,10 +131,8 @@ def child_of(process: subprocess.Popen[str]) -> int:
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recipe, its runner killed within pre-training, and then run to its end."""
     out = tmp_path_factory.mktemp("runs") / "killed"
-    command, base = (
-        ("run", *SMALL, "base.save_seconds=0.1", "base.evaluation=false", "--out", out),
-        out / "base.partial",
-    )
+    alone = ["base.evaluation=false", "rl.evaluation=false"]
+    command, base = ("run", *SMALL, "base.save_seconds=0.1", *alone, "--out", out), out / "base.partial"
     process = launch(*command)
     try:
         wait_for(process, lambda: lines(base) >= 10 and bool(states(base)))

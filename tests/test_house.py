@@ -17,7 +17,7 @@ FILE = 400  # lines
 
 # Lines of Python at most: the package's, the tests'.
 ROOMS = {
-    ".": (46, 530),
+    ".": (46, 529),
     "base": (777, 443),
     "checkpoint": (2721, 2764),
     "cli": (2019, 1410),
@@ -35,8 +35,8 @@ ROOMS = {
     "rollout": (1461, 1038),
     "sandbox": (1005, 625),
     "serving": (5850, 5505),
-    "stages": (2486, 3386),
-    "tasks": (3866, 2668),
+    "stages": (2486, 3390),
+    "tasks": (3857, 2668),
     "text": (2021, 1811),
     "training": (3048, 2005),
 }

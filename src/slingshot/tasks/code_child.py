@@ -85,17 +85,8 @@ _COMPUTED = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul",
 _BINARY = (*_COMPARED, *_COMPUTED, "contains", "getitem", "delitem")
 _OPERATIONS: dict[str, Callable[..., object]] = {
     **{name: getattr(operator, name) for name in [*_BINARY, "neg", "setitem"]},
-    **{"getattr": getattr, "setattr": setattr, "call": lambda work, *args, **named: work(*args, **named)},
-    **{
-        "isinstance": isinstance,
-        "len": len,
-        "str": str,
-        "repr": repr,
-        "hash": hash,
-        "bool": bool,
-        "list": list,
-        "next": next,
-    },
+    **{work.__name__: work for work in (getattr, setattr, isinstance, len, str, repr, hash, bool, list, next)},
+    "call": lambda work, *args, **named: work(*args, **named),
 }
 # What plain values alone are asked: an object that stands instead of one would say what the test wants to hear.
 _YES_OR_NO = {

@@ -31,7 +31,7 @@ ROOMS = {
     "parity": (0, 1125),
     "planning": (2184, 1269),
     "quantization": (645, 457),
-    "recipe": (1331, 1078),
+    "recipe": (1335, 1080),
     "rollout": (1461, 1038),
     "sandbox": (1005, 625),
     "serving": (5850, 5505),

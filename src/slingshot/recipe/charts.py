@@ -139,7 +139,7 @@ def compute_curves(stages: list[StageResult]) -> list[Curve]:
             continue
         seconds, rewards = (list(values) for values in zip(*points, strict=True))
         fit = fit_sigmoid(seconds, rewards)
-        said = "too few points: where it ends is not determined"
+        said = "where it ends these points do not tell"
         if fit:
             middle = f"C_mid {show_duration(fit.middle)} ± {show_share(fit.middle_se)}"
             said = (
@@ -153,7 +153,7 @@ def compute_curves(stages: list[StageResult]) -> list[Curve]:
 
 def _paint_fit(axes: Axes, seconds: list[float], rewards: list[float], fit: SigmoidFit | None) -> None:
     axes.plot(seconds, rewards, "o", color=SERIES[0], markersize=2.2, alpha=0.4)
-    axes.margins(x=0, y=0.08)
+    axes.margins(x=0.02, y=0.08)
     axes.locator_params(axis="both", nbins=4)
     if fit:
         axes.plot(seconds, fit.at(seconds), color=SERIES[0], linewidth=1.8)
@@ -187,12 +187,15 @@ def compression_charts(evaluated: list[StageResult], tasks: list[str]) -> list[C
 
 
 def _paint_columns(axes: Axes, places: list[tuple[StageResult, float]], tasks: list[str]) -> None:
-    """A column of dots with intervals, one for each task, over every stage's place on the x axis; names on top."""
+    """A column of dots with intervals, one for each task, over every stage's place on the x axis; names on top, numbers
+    beside the dots, away from a column that stands close."""
     places = sorted(places, key=lambda each: each[1])
     width = 1.1 * places[-1][1]
     shares = kept_apart([x / width for _, x in places], gap=0.14)
+    ends = [x for _, x in places[1:]] + [2 * width]
     faint: dict[str, Any] = {"color": MUTED, "linewidth": 0.6, "alpha": 0.5}
-    for (stage, x), moved in zip(places, shares, strict=True):
+    for (stage, x), moved, end in zip(places, shares, ends, strict=True):
+        side = {"ha": "left"} if end - x > 0.14 * width else {"ha": "right"}
         axes.axvline(x, zorder=0, **faint)
         line = {"arrowstyle": "-", "shrinkA": 0, "shrinkB": 0} | faint
         given: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "axes fraction", "ha": "center"}
@@ -202,8 +205,8 @@ def _paint_columns(axes: Axes, places: list[tuple[StageResult, float]], tasks: l
                 low, y, high = (100 * each for each in (score.ci95[0], score.pass_at_1, score.ci95[1]))
                 axes.vlines(x, low, high, color=colour, linewidth=2.4, alpha=0.5)
                 axes.plot(x, y, "o", color=colour, markersize=5.5)
-                label: dict[str, Any] = {"textcoords": "offset points", "color": colour, "ha": "center"}
-                axes.annotate(f"{y:.1f}", (moved * width, high), (0, 4), **label)
+                label: dict[str, Any] = {"textcoords": "offset points", "color": colour, "va": "center"} | side
+                axes.annotate(f"{y:.1f}", (x, y), (6 if label["ha"] == "left" else -6, 0), **label)
     axes.set_xlim(0, width)
     axes.margins(y=0.15)
     axes.locator_params(axis="both", nbins=5)

@@ -110,6 +110,7 @@ def _page(record: RunRecord, folder: str, stages: list[StageResult], offered: li
         show=quantity, has_pass_at_8=any(score.pass_at_8 is not None for score in scores),
         has_language=any(score.language is not None for score in scores),
         has_calls=any(score.calls is not None for score in scores),
+        noted=[(its, task, score.notes) for its in evaluated for task, score in its.scores.items() if score.notes],
         built=talking.model if talking else None,
         machine=finished[-1].machine if finished else None, version=finished[-1].version if finished else "",
         accuracy_chart=accuracy_chart(evaluated, tasks) if tasks else "", curves=training_curves(stages),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from slingshot.model.config import ModelConfig
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 # Before anything imports torch. Products this small gain nothing from a second thread, and lose much on a busy machine:
 # OpenMP threads spin.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# What is drawn is the same every time, and fixtures are as good for each draw as for the first.
+shared = [HealthCheck.function_scoped_fixture]
+settings.register_profile("house", derandomize=True, deadline=None, max_examples=40, suppress_health_check=shared)
+settings.load_profile("house")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slingshot.base import quantity
@@ -56,7 +56,6 @@ positive = st.floats(1e-9, 1e29, allow_nan=False, allow_infinity=False)
 
 
 @given(positive)
-@settings(derandomize=True, deadline=None)
 def test_what_is_printed_reads_back(number: float) -> None:
     """To the three figures that are printed."""
     assert count(quantity.show_count(number)) == pytest.approx(number, rel=0.0051)
@@ -67,7 +66,6 @@ def test_what_is_printed_reads_back(number: float) -> None:
 
 
 @given(st.floats(0, 1e29), st.sampled_from(["", "K", "M", "B", "T"]))
-@settings(derandomize=True, deadline=None)
 def test_a_suffix_is_a_factor(number: float, suffix: str) -> None:
     factor = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[suffix]
     if number * factor <= 1e30:

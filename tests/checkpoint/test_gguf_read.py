@@ -9,7 +9,7 @@ import pytest
 import torch
 from file_maker import LLAMA, LLAMA3, MSCALE, SCALED, TOKENS, V3, YARN, factors, tensors_of, write
 from gguf import GGMLQuantizationType as Type
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slingshot.base.errors import SlingshotError
@@ -286,9 +286,7 @@ STEPS = st.tuples(
 
 
 @pytest.mark.slow
-@settings(
-    derandomize=True, deadline=None, max_examples=600, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=200)
 @given(st.integers(0, 1), st.lists(STEPS, min_size=1, max_size=3))
 def test_broken_bytes_are_one_line_of_error(whole, file, which, steps):
     content = whole[which].read_bytes()

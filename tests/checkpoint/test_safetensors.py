@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -52,7 +52,6 @@ def test_rows_alone_are_all_that_is_read(folder):
     assert same(shards.read("c", slice(1, 2)), TENSORS["c"][1:2]) and shards.bytes_read == 12 + 3
 
 
-@settings(derandomize=True, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=8), st.lists(st.integers(1, 400), min_size=1, max_size=3))
 def test_resharding_never_changes_a_byte(tmp_path_factory, sizes, limits):
     tensors = {f"t{i}": torch.randn(size, generator=torch.Generator().manual_seed(i)) for i, size in enumerate(sizes)}
@@ -152,9 +151,7 @@ def damaged(draw):
     return bytes(content[: draw(st.integers(0, len(content)))] if draw(st.booleans()) else content)
 
 
-@settings(
-    derandomize=True, deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=100)
 @given(damaged())
 def test_damaged_files_give_one_line_or_sound_tensors(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slingshot.cost import flops
@@ -100,7 +100,6 @@ def test_parameters_are_the_network_s_own(config: ModelConfig) -> None:
 
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=6))
-@settings(derandomize=True, deadline=None)
 def test_documents_add_up_and_packing_them_together_would_cost_more(lengths: list[int]) -> None:
     """Documents do not see each other, so a batch costs the sum of its documents, never more than one long document."""
     assert forward_flops(TINY, lengths) == sum(forward_flops(TINY, [length]) for length in lengths)
@@ -119,7 +118,6 @@ def test_what_goes_on_from_another_document_meets_its_tokens_too() -> None:
 
 
 @given(st.integers(1, 50), st.integers(1, 50))
-@settings(derandomize=True, deadline=None)
 def test_dense_generation_equals_one_forward_pass(prompt: int, new: int) -> None:
     """Without absorption, decoding with a cache does the same products as a forward pass, but for the logits of the
     prompt."""

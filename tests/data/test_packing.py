@@ -2,12 +2,10 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slingshot.data.packing import pack, pack_examples, shared_ids, strided, whole_groups
-
-thorough = settings(derandomize=True, deadline=None, max_examples=200)
 
 
 def test_documents_by_hand() -> None:
@@ -18,7 +16,6 @@ def test_documents_by_hand() -> None:
     assert [part.shape for part in pack(iter([[], []]), length=4)] == [(0, 4), (0, 4)]
 
 
-@thorough
 @given(sizes=st.lists(st.integers(0, 9), max_size=12), length=st.integers(1, 7))
 def test_documents_come_back_in_order(sizes: list[int], length: int) -> None:
     documents = [[100 * index + at for at in range(size)] for index, size in enumerate(sizes, start=1)]
@@ -41,7 +38,6 @@ def test_examples_by_hand() -> None:
     assert packed.mask_NT.tolist() == [[False, True, True, False, True], [False, False, False, True, True]]
 
 
-@thorough
 @given(sizes=st.lists(st.integers(0, 8), max_size=30), seed=st.integers(0, 9))
 def test_examples_stay_whole(sizes: list[int], seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -62,7 +58,6 @@ def test_examples_stay_whole(sizes: list[int], seed: int) -> None:
         assert used[0] + used[1] > 8  # no two rows would have fitted one
 
 
-@thorough
 @given(
     groups=st.lists(st.tuples(st.integers(0, 9), st.lists(st.integers(0, 6), min_size=1, max_size=6)), max_size=6),
     own=st.integers(1, 2),

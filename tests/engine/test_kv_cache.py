@@ -100,7 +100,7 @@ def test_the_engine_has_the_room(make_model, dense, tokenizer):
 
 @pytest.mark.parametrize("level", [*LEVELS, "off"])
 @pytest.mark.parametrize("form", FORMS)
-@settings(derandomize=True, max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_sequences_in_any_pieces_give_the_logits_of_the_model_over_rounded_entries(wide_model, form, level, data):
     """But where a number lies so near to the middle between two that the last bits of its sum decide."""

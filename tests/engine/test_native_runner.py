@@ -90,7 +90,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @EACH_LEVEL
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12)
 @given(config=st.one_of(dense_configs(), deepseek_configs()), data=st.data())
 def test_steps_over_pages_give_the_plain_models_logits(
     kernels: NativeKernels, config: ModelConfig, data: st.DataObject
@@ -107,7 +107,7 @@ def test_steps_over_pages_give_the_plain_models_logits(
 
 @EACH_LEVEL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12)
 @given(config=st.one_of(dense_configs(), deepseek_configs()), tokens=st.integers(1, 40))
 def test_what_a_step_gives_besides_logits_is_the_torch_runners(
     kernels: NativeKernels, dtype: torch.dtype, config: ModelConfig, tokens: int

@@ -14,7 +14,7 @@ def runner_of(model):
     return TorchRunner(model, used_cache(model, torch.float32))
 
 
-@settings(derandomize=True, max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_sequences_in_any_pieces_give_the_logits_of_a_full_forward_pass(model, data):
     for found_V, expected_V in logits_in_pieces(runner_of(model), model, data):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slingshot.base.errors import SlingshotError
@@ -35,7 +35,6 @@ def drawn(rows: int, width: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_products_with_packed_weights_are_torchs(kernels: NativeKernels, dtype: str, data: st.DataObject) -> None:
     """Any rows and widths, one thread or several: float32 sums of products of the numbers as they are."""
@@ -68,7 +67,6 @@ def to_groups(weight_FD: torch.Tensor, group: int, largest: int) -> tuple[torch.
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [8, 4, FLOAT4])
-@settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_products_with_quantized_weights_are_those_of_their_numbers(
     kernels: NativeKernels, bits: int, dtype: str, data: st.DataObject

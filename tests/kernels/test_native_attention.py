@@ -133,7 +133,6 @@ def check(step: Step, kernels: NativeKernels, threads: int) -> None:
     assert ((step.native(kernels, threads) - expected).abs() <= size * PRECISION[step.q_NHW.dtype]).all()
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_attention_over_pages_is_softmax_attention(
     kernels: NativeKernels, dtype: torch.dtype, data: st.DataObject
@@ -177,7 +176,7 @@ def test_neither_threads_nor_neighbours_change_a_bit(kernels: NativeKernels, dty
         assert torch.equal(alone.native(kernels, 2), part)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_long_prompts_attend_with_keys_and_values_of_every_head(
     kernels: NativeKernels, dtype: torch.dtype, data: st.DataObject
@@ -254,7 +253,7 @@ def assert_rounded_alike(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("norms", [False, True], ids=["plain", "norms"])
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=10)
 @given(tokens=st.integers(1, 9), groups=st.integers(1, 3), share=st.integers(1, 3), eighths=st.integers(1, 16))
 def test_grouped_heads_are_rotated_and_written(
     kernels: NativeKernels, dtype: torch.dtype, norms: bool, tokens: int, groups: int, share: int, eighths: int
@@ -290,7 +289,7 @@ def test_grouped_heads_are_rotated_and_written(
             assert not held[others].any()  # nothing else is written
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=10)
 @given(tokens=st.integers(1, 9), heads=st.integers(1, 5), sizes=st.tuples(*[st.integers(1, 9)] * 3))
 def test_latent_entries_are_normed_rotated_and_written(
     kernels: NativeKernels, dtype: torch.dtype, tokens: int, heads: int, sizes: tuple[int, int, int]

@@ -107,7 +107,6 @@ def check(kernels: NativeKernels, module: MoE | MLP, rows: int, width: int, dtyp
     return clear_N
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_a_mixture_of_any_shape_is_torchs(kernels: NativeKernels, dtype: torch.dtype, data: st.DataObject) -> None:
     groups, members = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 9))
@@ -137,7 +136,7 @@ def test_mixtures_of_real_shapes_are_torchs(
     assert clear_N.float().mean() > 0.9
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=10)
 @given(rows=st.integers(1, 70), width=st.integers(1, 100), inner=st.integers(1, 100), threads=st.integers(1, 3))
 def test_without_experts_it_is_a_plain_feed_forward(
     kernels: NativeKernels, dtype: torch.dtype, rows: int, width: int, inner: int, threads: int

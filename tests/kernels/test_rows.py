@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -72,7 +72,6 @@ def test_logprobs(dtype: torch.dtype, shape: tuple[int, int], temperature: float
     )
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
 @given(rows=st.integers(1, 200), width=st.integers(1, 70), threads=st.integers(1, 3))
 def test_threads_change_nothing(rows: int, width: int, threads: int) -> None:
     """Every sum is made in parts that do not depend on the number of threads."""

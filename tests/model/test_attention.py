@@ -92,7 +92,7 @@ def test_a_context_over_flat_tokens_serves_the_same_modules(model: Transformer, 
 
 
 @torch.no_grad()
-@settings(derandomize=True, deadline=None, max_examples=10)
+@settings(max_examples=10)
 @example(cuts=set())
 @given(cuts=st.sets(st.integers(1, TIME - 1)))
 def test_cached_logits_equal_the_full_forward_pass_however_it_is_split(model: Transformer, cuts: set[int]) -> None:
@@ -102,7 +102,6 @@ def test_cached_logits_equal_the_full_forward_pass_however_it_is_split(model: Tr
 
 
 @torch.no_grad()
-@settings(derandomize=True, deadline=None, max_examples=30)
 @given(
     shape=st.fixed_dictionaries({
         "num_attention_heads": st.integers(1, 6), "q_lora_rank": st.sampled_from([None, 20]),

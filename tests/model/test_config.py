@@ -186,7 +186,6 @@ def test_the_dtype_keeps_its_one_spelling():
 SIZES, KEPT = st.integers(1, 4), st.sampled_from(["transformers_version", "pretraining_tp", "use_cache"])
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
 @given(
     groups=SIZES, per_group=st.integers(2, 4), top=SIZES, heads=SIZES, rank=st.none() | SIZES, tied=st.booleans(),
     mtp=st.integers(0, 1), dense_layers=st.integers(0, 3), kept=st.dictionaries(KEPT, st.integers()),
@@ -343,7 +342,7 @@ PUBLISHED = [json.loads((PRESETS / f"{name}.json").read_text()) for name in pres
 
 
 @pytest.mark.slow
-@settings(derandomize=True, deadline=None, max_examples=1500)
+@settings(max_examples=500)
 @given(raw=mutated())
 def test_any_config_json_is_read_or_refused_in_one_line(raw):
     """And what is read can be counted and written, and reads the same again."""

@@ -88,7 +88,7 @@ WIDTHS += ["qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
 def test_deepseek_v3_in_any_shape(pair: Pair, compare: Compare, deepseek: Config, examples: int) -> None:
     seen: list[ModelConfig] = []
 
-    @settings(derandomize=True, deadline=None, max_examples=examples)
+    @settings(max_examples=examples)
     @given(deepseek_changes())
     def agree(changes: dict[str, Any]) -> None:
         config = deepseek(**changes, vocab_size=264)
@@ -163,7 +163,7 @@ def test_the_dense_family_in_any_shape(pair: Pair, compare: Compare, dense: Conf
     )
     seen: list[ModelConfig] = []
 
-    @settings(derandomize=True, deadline=None, max_examples=10)
+    @settings(max_examples=10)
     @given(dense_changes())
     def agree(drawn: dict[str, Any]) -> None:
         config = dense(**DENSE[kind], **drawn, vocab_size=264)
@@ -179,7 +179,6 @@ def test_the_dense_family_in_any_shape(pair: Pair, compare: Compare, dense: Conf
     assert {config.tie_word_embeddings for config in seen} == {True, False}
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
 @given(
     width=st.sampled_from([2, 8, 64]),
     theta=st.sampled_from([10.0, 10000.0, 1e6]),

@@ -6,7 +6,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slingshot.cost.devices import device
@@ -79,7 +79,6 @@ def test_the_best_batch_has_room_and_is_in_time_and_the_next_is_not() -> None:
 
 
 @given(st.integers(1, 400), st.floats(1, 20_000), st.sampled_from([1, 8, 64]), st.sampled_from(["h800", "rtx4090"]))
-@settings(derandomize=True, deadline=None)
 def test_batches_only_help_throughput_and_context_never_time(batch: int, context: float, devices: int, on: str) -> None:
     copy = copy_of(V3, devices, "fp8", on, efficiency=0.46)
     step = copy.step_seconds(batch, context)
@@ -89,7 +88,6 @@ def test_batches_only_help_throughput_and_context_never_time(batch: int, context
 
 
 @given(st.floats(1, 1e5), st.floats(1.01, 1000))
-@settings(derandomize=True, deadline=None, max_examples=30)
 def test_lengths_have_the_mean_asked_for_and_the_mean_square_of_its_integral(mean: float, factor: float) -> None:
     lengths, points = ResponseLengths(mean, mean * factor), 20_000
     width = lengths.longest / points

@@ -4,7 +4,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slingshot.base.errors import SlingshotError
@@ -19,7 +19,6 @@ def draw(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(derandomize=True, deadline=None, max_examples=40)
 @given(BITS, st.integers(1, 5), st.integers(1, 70), st.integers(0, 9))
 def test_numbers_come_back_out_of_their_words(bits, rows, width, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -36,7 +35,6 @@ def test_words_by_hand():
     assert pack(torch.tensor([[-128, 127, 0, 1]], dtype=torch.int8), 8)[0, 0].item() & 0xFFFFFFFF == 0x8180FF00
 
 
-@settings(derandomize=True, deadline=None, max_examples=40)
 @given(BITS, st.sampled_from([32, 64]), st.integers(1, 4), st.integers(0, 9))
 def test_a_scale_cuts_nothing_off_that_costs_more_than_it_gains(bits, group, rows, seed):
     weight = draw(rows, 128, seed=seed) * 10 ** (4 * draw(rows, 1, seed=seed + 100))

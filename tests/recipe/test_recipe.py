@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slingshot.recipe.recipe import Recipe
@@ -113,7 +113,6 @@ def test_override_values_are_toml_or_text(text: str, path: list[str], value: obj
 
 
 @given(st.text(max_size=20))
-@settings(derandomize=True, deadline=None)
 def test_any_value_of_an_override_is_read(value: str) -> None:
     path, read = parse_override(f"key={value}")
     assert path == ["key"]

@@ -2,7 +2,7 @@
 
 from functools import cache
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slingshot.serving.answer import AnswerStream, joined
@@ -40,7 +40,6 @@ def told(tokenizer, ids, sizes, stop, opened, ended, tools=None, several=True):
     return *text.values(), answer.finish_reason, answer.stopped, *counted, answer.unanswered, streamed
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(st.data())
 def test_chunks_do_not_change_an_answer(data):
     tokenizer = trained()
@@ -79,7 +78,6 @@ CALL_WORDS = [
 ]
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(data=st.data(), name=st.sampled_from(NAMES))
 def test_chunks_do_not_change_calls_and_what_was_streamed_is_the_call(tokenizers, data, name):  # noqa: F811
     tokenizer, form = tokenizers[name], BY_NAME["hermes" if name == "spelt" else name]

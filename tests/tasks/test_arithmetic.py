@@ -5,7 +5,7 @@ import random
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slingshot.tasks.arithmetic import chain_key, chain_steps, last_number, read_number
@@ -25,7 +25,6 @@ def test_steps_by_hand():
     assert chain_steps([9, 2, 3, 4], ["-", "x", "x"]) == [(2, "x", 3, 6), (6, "x", 4, 24), (9, "-", 24, -15)]
 
 
-@settings(derandomize=True, deadline=None)
 @given(st.integers(1, 99), st.lists(st.tuples(st.sampled_from("+-x"), st.integers(1, 99)), min_size=1, max_size=7))
 def test_steps_agree_with_python(first, rest):
     operators, numbers = [operator for operator, _ in rest], [first, *(number for _, number in rest)]
@@ -112,7 +111,6 @@ def test_numbers_read_strictly_and_leniently(text, strict, lenient):
     assert task.verify(chain("en"), text, lenient=True).value == float(lenient == "14")
 
 
-@settings(derandomize=True, deadline=None)
 @given(st.integers(-(10**15), 10**15), st.text(ODD), st.text())
 def test_integers_are_read_back_in_any_surroundings(value, words, text):
     for spelling in (str(value), f"{value:,}"):

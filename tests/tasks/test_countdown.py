@@ -7,7 +7,7 @@ import warnings
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slingshot.base.errors import SlingshotError
@@ -37,7 +37,6 @@ def bracketed(tree):
     return str(tree) if isinstance(tree, int) else f"({bracketed(tree[1])} {tree[0]} {bracketed(tree[2])})"
 
 
-@settings(derandomize=True, deadline=None)
 @given(trees())
 def test_expressions_mean_what_they_say(tree):
     for text in (bracketed(tree), render(tree)):
@@ -46,7 +45,6 @@ def test_expressions_mean_what_they_say(tree):
     assert parse(render(tree)) == tree  # parentheses keep the order of operations, not only the value
 
 
-@settings(derandomize=True, deadline=None)
 @given(trees())
 def test_verify_accepts_exactly_the_numbers_and_the_target(tree):
     task = load_task("countdown")
@@ -57,7 +55,6 @@ def test_verify_accepts_exactly_the_numbers_and_the_target(tree):
         assert task.verify(Problem("", "", data={"numbers": has, "target": wanted}), render(tree)).value == reward
 
 
-@settings(derandomize=True, deadline=None)
 @given(st.one_of(st.text(), st.text("0123456789()+-*/ .=_ex", max_size=300)))
 def test_any_text_is_scored_without_an_exception(text):
     task = load_task("countdown")

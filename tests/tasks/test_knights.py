@@ -5,7 +5,7 @@ import random
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slingshot.tasks.knights import Statement, case_table, consistent_cases, knights_key
@@ -39,7 +39,6 @@ def puzzles(draw):
     return statements
 
 
-@settings(derandomize=True, deadline=None)
 @given(puzzles())
 def test_cases_are_those_of_plain_logic_and_the_table_ends_at_the_first(statements):
     cases = list(itertools.product((True, False), repeat=len(statements)))
@@ -55,7 +54,6 @@ def test_cases_are_those_of_plain_logic_and_the_table_ends_at_the_first(statemen
         assert all(agrees[:-1]) and (agrees[-1] or row.case not in right)
 
 
-@settings(derandomize=True, deadline=None)
 @given(puzzles())
 def test_a_check_says_which_claims_hold_or_of_which_kinds_the_people_are(statements):
     for case, one in itertools.product(itertools.product((True, False), repeat=len(statements)), statements):
@@ -68,7 +66,6 @@ def test_a_check_says_which_claims_hold_or_of_which_kinds_the_people_are(stateme
         assert [word == "yes" for word in re.findall(r"\b(?:yes|no)\b", said)] == holds
 
 
-@settings(derandomize=True, deadline=None)
 @given(puzzles(), st.randoms())
 def test_a_key_is_the_same_whoever_the_people_are(statements, rng):
     order = list(range(len(statements)))
@@ -144,7 +141,6 @@ def test_answers_in_either_language_are_read_strictly(text):
     assert task.verify(PROBLEM, f"So it is: {text}!", lenient=True).value == 1.0 or text in WRONG
 
 
-@settings(derandomize=True, deadline=None)
 @given(
     st.text() | st.lists(st.sampled_from(["Ann", "Bob", ":", " ", "knight", "knave", ", ", "は", "騎士"])).map("".join)
 )

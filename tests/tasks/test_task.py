@@ -5,7 +5,7 @@ import random
 from typing import ClassVar
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slingshot.base.errors import SlingshotError
@@ -29,7 +29,6 @@ def test_split_of_known_keys():
     assert 0.09 < share < 0.11
 
 
-@settings(derandomize=True, deadline=None)
 @given(st.lists(st.text()))
 def test_in_split_parts_problems_without_overlap_or_loss(keys):
     parts = []

@@ -5,7 +5,7 @@ import re
 import time
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
@@ -13,7 +13,6 @@ from slingshot.base.errors import SlingshotError
 from slingshot.text.reasoning import Parsed, ReasoningStream, encode_responses, ends_in_reasoning, parse
 from slingshot.text.tokenizer import END_THINK, THINK, Tokenizer
 
-thorough = settings(derandomize=True, deadline=None, max_examples=60)
 outputs = st.lists(
     st.sampled_from([THINK, END_THINK, "<think", "</", "think>", "<", "\n", "\n\n", " ", "7", "so é🙂"]), max_size=10
 ).map("".join)
@@ -68,7 +67,6 @@ def test_text(text: str, opened: bool | None, parsed: Parsed) -> None:
 opening = st.sampled_from([True, False, None])
 
 
-@thorough
 @given(text=outputs, opened=opening, cuts=st.lists(st.integers(0, 60), max_size=12))
 @example(text="a</think>b", opened=True, cuts=list(range(10)))
 @example(text="a</think>b", opened=None, cuts=list(range(10)))
@@ -85,7 +83,6 @@ def test_text_in_any_pieces_is_the_same(text: str, opened: bool | None, cuts: li
     assert kinds == sorted(kinds, reverse=True)  # reasoning, then the answer
 
 
-@thorough
 @given(opened=opening, data=st.data())
 def test_ids_follow_the_tokens(tokenizer: Tokenizer, opened: bool | None, data: st.DataObject) -> None:
     tags = [[tokenizer.think_id], [tokenizer.end_think_id]]
@@ -192,7 +189,6 @@ def test_responses_are_written_in_r1s_layout(tokenizer: Tokenizer) -> None:
     assert whole[0] == tokenizer.think_id and tokenizer.decode(whole) == "<think>\n3 plus 4 is 7\n</think>\n\n7"
 
 
-@thorough
 @given(responses=st.lists(st.tuples(written, written), max_size=3), opened=st.booleans())
 def test_parsing_reads_back_what_was_written(
     tokenizer: Tokenizer, chatml: Tokenizer, responses: list[tuple[str, str]], opened: bool

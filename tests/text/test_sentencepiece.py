@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
@@ -69,10 +69,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 parts = st.sampled_from(["the", "hello", " ", "  ", "\n", "é", "é9", "🙂", "漢", "3+4", "x", "▁", "\u0301"])
 texts = st.lists(parts, max_size=8).map("".join)
-thorough = settings(derandomize=True, deadline=None, max_examples=40)
 
 
-@thorough
 @given(text=texts, more=texts)
 def test_ids_and_text_are_transformers(pair: tuple[Tokenizer, Any], text: str, more: str) -> None:
     ours, theirs = pair
@@ -93,7 +91,6 @@ def test_ids_and_text_are_transformers(pair: tuple[Tokenizer, Any], text: str, m
         assert written + stream.finish() == decoded
 
 
-@thorough
 @given(text=texts, more=texts)
 def test_text_that_goes_on_brings_no_space(pair: tuple[Tokenizer, Any], text: str, more: str) -> None:
     ours, _ = pair

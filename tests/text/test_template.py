@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slingshot.base.errors import SlingshotError
@@ -107,7 +107,6 @@ SOURCES = st.lists(st.sampled_from(SYNTAX) | st.text(max_size=4), max_size=12).m
 LEAVES = st.none() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(exclude_categories=["Cs"]))
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
 @given(source=SOURCES, content=st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3)))
 def test_any_text_renders_or_is_refused(source: str, content: Any) -> None:
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import regex
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -77,7 +77,6 @@ SPACES = [" the", " ", "  ", "\n", "\r\n", "\u3000", "\x85"]
 texts = st.lists(st.sampled_from([*PARTS, *SPACES]) | st.text(max_size=3), max_size=14).map("".join)
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
 @given(text=texts)
 def test_text_is_split_and_merged_as_tiktoken_does(vocabulary: tuple[Tokenizer, dict[bytes, int]], text: str) -> None:
     tokenizer, ranks = vocabulary

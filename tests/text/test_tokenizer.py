@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import normalizers, pre_tokenizers
 from transformers import AutoTokenizer
@@ -23,7 +23,6 @@ PARTS = [
 ]
 hostile = st.lists(st.sampled_from(PARTS) | st.text(max_size=4), max_size=8).map("".join)
 harmless = hostile.filter(lambda text: not any(token in text for token in [*R1_TOKENS, "<|im_start|>", "<|im_end|>"]))
-thorough = settings(derandomize=True, deadline=None, max_examples=80)
 
 
 def controls(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
@@ -61,7 +60,6 @@ def test_training_needs_text_and_room(texts: list[str]) -> None:
         Tokenizer.train(["text"], 262)
 
 
-@thorough
 @given(text=hostile)
 def test_text_never_becomes_a_control_token(tokenizer: Tokenizer, chatml: Tokenizer, text: str) -> None:
     for one in (tokenizer, chatml):
@@ -76,7 +74,6 @@ def test_text_never_becomes_a_control_token(tokenizer: Tokenizer, chatml: Tokeni
         assert written == text and stream.finish() == ""
 
 
-@thorough
 @given(system=hostile, first=hostile, reply=hostile, second=hostile)
 def test_messages_never_become_control_tokens(
     tokenizer: Tokenizer, system: str, first: str, reply: str, second: str
@@ -90,7 +87,6 @@ def test_messages_never_become_control_tokens(
     assert tokenizer.decode(ids) == f"{system}{USER}{first}{ASSISTANT}{answered}{USER}{second}{ASSISTANT}{THINK}\n"
 
 
-@thorough
 @given(role=hostile, content=hostile)
 def test_nor_do_they_in_chatml_roles_included(chatml: Tokenizer, role: str, content: str) -> None:
     messages = [{"role": "system", "content": "s"}, {"role": role, "content": content}]
@@ -148,7 +144,6 @@ def test_think_tags_stay_even_where_they_are_special() -> None:
     assert tokenizer.decode([0, 3, 1, 2]) == f"{THINK}x{END_THINK}"
 
 
-@thorough
 @given(ids=st.lists(st.integers(-1, 341), max_size=40))
 def test_a_stream_joins_to_the_decoded_whole(tokenizer: Tokenizer, ids: list[int]) -> None:
     stream = tokenizer.stream()
@@ -171,7 +166,6 @@ def oracles(
     return pairs
 
 
-@thorough
 @given(text=harmless, reply=harmless, last=harmless, generate=st.booleans(), thinking=st.booleans())
 def test_transformers_encodes_identically(
     oracles: list[tuple[Tokenizer, Any]], text: str, reply: str, last: str, generate: bool, thinking: bool
@@ -253,7 +247,6 @@ SPACES = ["🙂", "\u200b", " ", "  ", "\n", "\r\n", "  \n  ", "\t", "\u3000", "
 spoken = st.lists(st.sampled_from(SPOKEN + SPACES) | st.text(max_size=3), max_size=10).map("".join)
 
 
-@thorough
 @given(text=spoken, more=spoken)
 def test_well_known_splits_and_forms(piped: tuple[Tokenizer, Any], text: str, more: str) -> None:
     ours, theirs = piped

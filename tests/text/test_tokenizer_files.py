@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
@@ -204,9 +204,6 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *(place for key, child in list(children)[:12] for place in _places(child, (*path, key)))]
 
 
-@settings(
-    derandomize=True, deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
 @given(data=st.data())
 def test_any_change_to_its_files_is_read_or_refused(tokenizer: Tokenizer, tmp_path: Path, data: st.DataObject) -> None:
     tokenizer.save(tmp_path)

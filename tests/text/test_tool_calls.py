@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slingshot.text.tokenizer import R1_CONFIG, R1_TOKENS, Tokenizer
@@ -177,7 +177,6 @@ def test_without_a_template_for_tools_nothing_is_a_call():
 OTHERS = ["Fine. ", "\n", "<tool_call>", "</tool_call>", "{", '{"name": "f", "arguments": {}}', "</think>", "日本"]
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
 @given(name=st.sampled_from(NAMES), pieces=st.lists(st.sampled_from([*OTHERS, "CALL", "QUOTED"]), max_size=8))
 def test_nothing_that_was_written_is_lost(tokenizers, name, pieces):
     """What is no call is told as text, but for white space and tags that are layout."""

@@ -15,7 +15,7 @@ from slingshot.cost.receipt import Receipt
 from slingshot.stages import pretrain, rl, sft
 from slingshot.training.state import State
 
-slow = pytest.mark.slow
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("stage_ranks.py")
 
 
@@ -38,7 +38,6 @@ def on_ranks(tmp_path):
     return run
 
 
-@slow
 def test_a_run_killed_on_so_many_ranks_goes_on_with_others(on_ranks, pretraining, metrics, tmp_path):
     """Two ranks, four of which two share experts, one; each time another one is killed -9."""
     config, out = pretraining(save_seconds=0.0, steps=20), tmp_path / "out"
@@ -68,7 +67,6 @@ def agrees_with_torchs_reader(folder):
     assert len(found) > 100 and all(torch.equal(tensor, state.read(name)) for name, tensor in found.items())
 
 
-@slow
 def test_rl_killed_on_two_ranks_ends_as_it_would_have(on_ranks, training, metrics, tmp_path):
     """To the byte as two ranks that were left alone; the losses of one process, to 1e-4."""
     loss = {"name": "cispo", "importance": "truncated", "kl": 0.01, "reference_steps": 2, "replay_routing": True}
@@ -87,7 +85,6 @@ def test_rl_killed_on_two_ranks_ends_as_it_would_have(on_ranks, training, metric
             assert two[key] == pytest.approx(alone[key], abs=1e-4, rel=1e-3), (two["step"], key)
 
 
-@slow
 def test_adapters_are_trained_on_two_ranks_as_by_one_process(on_ranks, base, sums, metrics, tmp_path):
     lora = {"rank": 4, "targets": ["attention", "mlp", "experts"]}
     tuning = {"model": str(base), "tasks": [sums], "examples": 40, "batch_size": 4, "lora": lora, "dtype": "float32"}
@@ -108,7 +105,6 @@ def same_weights(folder, other):
         assert all(torch.allclose(tensor, its[key], atol=1e-4) for key, tensor in mine.items())
 
 
-@slow
 def test_rl_of_adapters_on_two_ranks_takes_the_steps_of_one_process(on_ranks, training, metrics, tmp_path):
     """Two that share the experts."""
     config = training(lora={"rank": 4, "targets": ["attention", "experts"]}, loss={"kl": 0.01}, prompts_per_step=4)
@@ -124,8 +120,8 @@ def test_rl_of_adapters_on_two_ranks_takes_the_steps_of_one_process(on_ranks, tr
     ("trouble", "line"),
     [
         ({"version": "0.0.1"}, "rank 1 has slingshot 0.0.1, rank 0 "),
-        pytest.param({"options": ["expert_parallel=2"]}, "rank 1 has expert_parallel 2, rank 0 1;", marks=slow),
-        pytest.param({"largest_file": 20_000}, "rank 1 cannot write", marks=slow),
+        ({"options": ["expert_parallel=2"]}, "rank 1 has expert_parallel 2, rank 0 1;"),
+        ({"largest_file": 20_000}, "rank 1 cannot write"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
@@ -135,7 +131,6 @@ def test_one_rank_in_trouble_ends_all_in_one_line(on_ranks, pretraining, tmp_pat
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out.partial/*state*"))
 
 
-@slow
 def test_experts_that_ranks_cannot_share_are_told_in_one_line(on_ranks, pretraining, tmp_path):
     config = pretraining(expert_parallel=3, batch_size=15)
     said = on_ranks("pretrain", config, 3, tmp_path / "out", {"rank": 3})

@@ -25,11 +25,11 @@ ROOMS = {
     "data": (780, 416),
     "engine": (4313, 2950),
     "environments": (745, 247),
-    "kernels": (890, 1256),
-    "machine": (472, 319),
-    "model": (1958, 1412),
+    "kernels": (893, 1256),
+    "machine": (478, 319),
+    "model": (2044, 1412),
     "parity": (0, 1124),
-    "planning": (2184, 1266),
+    "planning": (2184, 1356),
     "quantization": (645, 453),
     "recipe": (1335, 1079),
     "rollout": (1461, 1037),
@@ -38,7 +38,7 @@ ROOMS = {
     "stages": (2486, 3381),
     "tasks": (3857, 2657),
     "text": (2021, 1791),
-    "training": (3048, 2005),
+    "training": (3059, 2005),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

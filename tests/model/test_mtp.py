@@ -120,7 +120,7 @@ def test_detached_mtp_trains_itself_only(make_model: Make, deepseek: Config, tie
     def reached(detach: bool) -> set[str]:
         model.zero_grad()
         hidden = model(rows, mtp=True, detach_mtp=detach, logits=False).mtp_hidden_BTD
-        model.lm_logits(hidden, detach_head=detach).logsumexp(-1).sum().backward()
+        model.head.product(hidden, detach).logsumexp(-1).sum().backward()
         return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.count_nonzero()}
 
     own = {name for name, _ in model.named_parameters() if name.startswith(MTP)}

@@ -17,7 +17,8 @@ def grouped_matmul_reference(x_ND: Tensor, weight_EFD: Tensor, counts: list[int]
 
 
 def grouped_matmul(x_ND: Tensor, weight_EFD: Tensor, counts: list[int]) -> Tensor:
-    """`grouped_matmul_reference` without a copy of its parts: every product writes where its rows belong."""
+    """`grouped_matmul_reference` without a copy of its parts: every product writes where its rows belong. In x's dtype,
+    the weights' may be another."""
     y: Tensor = _GroupedMatmul.apply(x_ND, weight_EFD, counts)
     return y
 
@@ -27,6 +28,7 @@ class _GroupedMatmul(torch.autograd.Function):
     def forward(ctx: Any, x_ND: Tensor, weight_EFD: Tensor, counts: list[int]) -> Tensor:
         ctx.save_for_backward(x_ND, weight_EFD)
         ctx.counts = counts
+        weight_EFD = weight_EFD.to(x_ND.dtype)  # the copy is not kept
         if len(set(counts)) == 1:
             return torch.bmm(x_ND.view(len(counts), -1, x_ND.shape[1]), weight_EFD.mT).flatten(0, 1)
         y_NF = x_ND.new_empty(x_ND.shape[0], weight_EFD.shape[1])
@@ -39,7 +41,8 @@ class _GroupedMatmul(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         """Frozen matrices have no gradient, neither in memory nor in time."""
         x_ND, weight_EFD = ctx.saved_tensors
-        grad_NF = grads[0].contiguous()
+        grad_NF, dtype = grads[0].contiguous(), weight_EFD.dtype
+        weight_EFD = weight_EFD.to(x_ND.dtype)
         dx_ND, dw_EFD = torch.empty_like(x_ND), torch.empty_like(weight_EFD) if ctx.needs_input_grad[1] else None
         dw = [None] * len(weight_EFD) if dw_EFD is None else dw_EFD.unbind()
         grads_dx_x = (t.split(ctx.counts) for t in (grad_NF, dx_ND, x_ND))
@@ -48,4 +51,4 @@ class _GroupedMatmul(torch.autograd.Function):
                 torch.mm(grad, weight_FD, out=dx)
             if dw_FD is not None:
                 torch.mm(grad.t(), x, out=dw_FD)
-        return dx_ND, dw_EFD, None
+        return dx_ND, None if dw_EFD is None else dw_EFD.to(dtype), None

@@ -2,13 +2,16 @@
 and the most it had. No torch.
 
 A step takes and frees hundreds of megabytes in blocks of a few. By default the C library gives each back to the system
-and gets fresh pages for the next, which cost more than what is computed in them.
+and gets fresh pages for the next, which cost more than what is computed in them. What is kept has holes: torch's blocks
+are aligned, and glibc never gives an aligned block a hole of its own size. With MALLOC_MMAP_THRESHOLD_=131072 in the
+environment every block is given back, and the peak is that of what is held.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import resource
 import sys
 from functools import cache
@@ -22,7 +25,10 @@ LARGE_PAGE = 2 << 20
 
 @cache
 def keep_memory() -> bool:
-    """Have this process keep the memory it frees. False where the C library is not glibc, and nothing is changed."""
+    """Have this process keep the memory it frees. False where the C library is not glibc, or its user set when it gives
+    memory back, and nothing is changed."""
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return False
     try:
         library = ctypes.CDLL(None)
         mallopt, malloc, free, advise = library.mallopt, library.malloc, library.free, library.madvise

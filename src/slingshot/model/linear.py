@@ -33,6 +33,11 @@ def _numbers(weight: Tensor | StoredMatrix | RescaledMatrix, dtype: torch.dtype)
     return weight.to(dtype) if isinstance(weight, Tensor) else weight.matrix(dtype)
 
 
+def _own_dtype(weight: Any, dtype: torch.dtype) -> torch.dtype:
+    """A parameter's own, so that no copy of it is kept for the backward pass; this one for what is no parameter."""
+    return weight.dtype if isinstance(weight, nn.Parameter) else dtype
+
+
 def _stored(module: Linear | GroupedLinear) -> StoredMatrix | None:
     weight: Any = module.weight
     return weight if isinstance(weight, StoredMatrix) else None
@@ -62,10 +67,10 @@ class Linear(nn.Module):
         if _stored(self) is not None:
             y_XF = frozen_product(x_XD, self)
             return y_XF if bias is None else y_XF + bias
-        weight = self.matrix(x_XD.dtype if self.fp8 is None else torch.float32)
+        weight = self.matrix(torch.float32 if self.fp8 is not None else _own_dtype(self.weight, x_XD.dtype))
         weight = weight.detach() if detach else weight
         if self.fp8 is None:
-            return F.linear(x_XD, weight, bias)
+            return plain_product(x_XD, bias, weight)
         y_XF = fp8_matmul(x_XD.flatten(0, -2), weight, self.fp8).unflatten(0, x_XD.shape[:-1])
         return y_XF if bias is None else y_XF + bias
 
@@ -85,6 +90,39 @@ def _by_head(x_XHD: Tensor, weight_FD: Tensor, part: slice, transposed: bool) ->
     weight_HFD = weight_FD.view(x_XHD.shape[-2], -1, weight_FD.shape[1])[:, part]
     y_HNF = torch.bmm(x_XHD.flatten(0, -3).transpose(0, 1), weight_HFD if transposed else weight_HFD.mT)
     return y_HNF.transpose(0, 1).view(*x_XHD.shape[:-1], -1)
+
+
+class PlainProduct(torch.autograd.Function):
+    """Kept for the backward pass are x and the matrices as they are, not their copy that is multiplied with."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, bias_F: Tensor | None, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x_ND, *weights)
+        return F.linear(x_ND, _side_by_side(weights, x_ND.dtype), bias_F)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, *weights = ctx.saved_tensors
+        wants_x, wants_bias, *wants = ctx.needs_input_grad
+        dx_ND = grad_NF @ _side_by_side(weights, x_ND.dtype) if wants_x else None
+        changes = [None] * len(weights)
+        if any(wants):
+            both = zip((grad_NF.T @ x_ND).split([len(each) for each in weights]), weights, strict=True)
+            changes = [change.to(weight.dtype) for change, weight in both]
+        return dx_ND, grad_NF.sum(0) if wants_bias else None, *changes
+
+
+def _side_by_side(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat([weight.to(dtype) for weight in weights]) if len(weights) > 1 else weights[0].to(dtype)
+
+
+def plain_product(x_XD: Tensor, bias_F: Tensor | None, *weights: Tensor) -> Tensor:
+    """What matrices of any dtype make of the same x, side by side, in x's dtype."""
+    if not torch.is_grad_enabled() or (len(weights) == 1 and weights[0].dtype == x_XD.dtype):
+        return F.linear(x_XD, _side_by_side(weights, x_XD.dtype), bias_F)
+    y_NF: Tensor = PlainProduct.apply(x_XD.reshape(-1, x_XD.shape[-1]), bias_F, *weights)
+    return y_NF.view(*x_XD.shape[:-1], y_NF.shape[-1])
 
 
 class LoRALinear(Linear):
@@ -212,7 +250,8 @@ def joined(x_XD: Tensor, *linears: Linear) -> Tensor:
         stored = [_stored(linear) is not None for linear in linears]
         plain = all(type(linear) is Linear and linear.fp8 is None for linear in linears)
         if plain and not any(stored):
-            return F.linear(x_XD, torch.cat([linear.matrix(x_XD.dtype) for linear in linears]))
+            weights = (linear.matrix(_own_dtype(linear.weight, x_XD.dtype)) for linear in linears)
+            return plain_product(x_XD, None, *weights)
         pairs = zip(linears, stored, strict=True)
         if all(isinstance(its, LoRALinear) or (type(its) is Linear and held) for its, held in pairs):
             return frozen_product(x_XD, *linears)
@@ -253,7 +292,7 @@ class GroupedLinear(nn.Module):
             return y_NF
         if self.fp8 is not None:
             return fp8_grouped_matmul(x_ND, self._stored_matrix(torch.float32), counts, self.fp8)
-        weight_EFD = self._stored_matrix(x_ND.dtype)
+        weight_EFD = self._stored_matrix(_own_dtype(self.weight, x_ND.dtype))
         return grouped_matmul(x_ND, weight_EFD.flatten(1, -2) if weight_EFD.dim() > 3 else weight_EFD, counts)
 
 

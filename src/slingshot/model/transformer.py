@@ -18,7 +18,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from slingshot.model.attention import GQA, MLA
 from slingshot.model.config import ModelConfig
@@ -26,6 +25,7 @@ from slingshot.model.context import Context, PackedContext
 from slingshot.model.dispatch import Routing
 from slingshot.model.linear import Embedding, Linear, RMSNorm
 from slingshot.model.moe import MLP, MoE, balance_loss, expert_load
+from slingshot.model.recompute import recomputed
 
 Routed = tuple[Tensor, Routing | None]  # what a block gives: x_BTD, and the routing of its MoE
 
@@ -219,7 +219,7 @@ class Transformer(nn.Module):
 
     def _through(self, layer: nn.Module, *given: Any) -> Routed:
         again = self.recompute and torch.is_grad_enabled()
-        found: Routed = checkpoint(layer, *given, use_reentrant=False) if again else layer(*given)
+        found: Routed = recomputed(layer, *given) if again else layer(*given)
         return found
 
 

@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from slingshot.model.linear import Linear
+from slingshot.model.recompute import recomputed
 
 Divergence = Literal["reverse", "forward", "jsd"]
 BLOCK = 256  # tokens
@@ -71,7 +71,7 @@ def distillation_loss(
 
     total = student_ND.new_zeros((), dtype=torch.float32)
     for student_CD, teacher_CD in zip(student_ND.split(BLOCK), teacher_ND.split(BLOCK), strict=True):
-        total = total + checkpoint(block, student_CD, teacher_CD, use_reentrant=False)
+        total = total + recomputed(block, student_CD, teacher_CD)
     return total
 
 

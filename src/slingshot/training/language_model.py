@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from slingshot.base.config import Strict
 from slingshot.kernels.logprobs import token_logprobs
+from slingshot.model.recompute import recomputed
 from slingshot.model.transformer import Transformer
 from slingshot.training.batch import Rows
 from slingshot.training.objectives import targets_ahead
@@ -103,7 +103,7 @@ def head_logprobs(
     if not 0 < size < len(targets_N):
         return logprobs(hidden_ND, targets_N)
     chunks = zip(hidden_ND.split(size), targets_N.split(size), strict=True)
-    logprobs_n, entropies_n = zip(*(checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks), strict=True)
+    logprobs_n, entropies_n = zip(*(recomputed(logprobs, *chunk) for chunk in chunks), strict=True)
     return torch.cat(logprobs_n), torch.cat(entropies_n)
 
 

@@ -23,6 +23,7 @@ from slingshot.model.transformer import Transformer, local_part
 from slingshot.training.parallel import whole
 
 _NOT_OF_MUON = ("embed_tokens", "lm_head", "mlp.gate.weight")
+AT_ONCE = 1 << 22  # numbers in a batch of Muon's, or one parameter
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -141,9 +142,9 @@ class Muon(ParameterGroups):
     """Momentum, orthogonalised: W -= lr (0.2 sqrt(max(M, N)) NS(nesterov momentum) + weight_decay W).
 
     The scale makes an update's root mean square that of AdamW (Moonlight, arXiv 2502.16982). Leading dimensions (as of
-    experts) are a batch of matrices; parameters of equal shape go through one batched Newton-Schulz. A matrix of which
-    ranks have some rows each is gathered for it, and every rank keeps its own rows of the result; of a sharded batch
-    every rank does its own matrices.
+    experts) are a batch of matrices; parameters of equal shape go through batched Newton-Schulz, which holds several
+    times as much, so many at a time. A matrix of which ranks have some rows each is gathered for it, and every rank
+    keeps its own rows of the result; of a sharded batch every rank does its own matrices.
     """
 
     def __init__(
@@ -161,29 +162,39 @@ class Muon(ParameterGroups):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            by_shape: dict[tuple[int, ...], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+            by_shape: dict[tuple[int, ...], list[list[nn.Parameter]]] = defaultdict(list)
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter, dtype=self.kept_as)
-                buffer = state["momentum"].to(parameter.dtype).lerp_(parameter.grad, 1 - group["momentum"])
-                if buffer is not state["momentum"]:
-                    state["momentum"].copy_(buffer)
-                update = parameter.grad.lerp(buffer, group["momentum"])
-                matrices = local_part(update)[0] if update.dim() > 2 else whole(update)
-                by_shape[tuple(update.shape[-2:])].append((parameter, matrices))
-            for (rows, columns), members in by_shape.items():
-                stacked = torch.cat([matrices.reshape(-1, rows, columns) for _, matrices in members]).to(self.dtype)
-                orthogonal = newton_schulz(stacked).to(members[0][0].dtype)
-                scale = -group["lr"] * 0.2 * math.sqrt(max(rows, columns))
-                counts = [matrices.numel() // (rows * columns) for _, matrices in members]
-                for (parameter, matrices), part in zip(members, orthogonal.split(counts), strict=True):
-                    own, first = local_part(parameter)
-                    change = part.view(matrices.shape)
-                    change = change if len(change) == len(own) else change[first : first + len(own)]
-                    own.mul_(1 - group["lr"] * group["weight_decay"]).add_(change, alpha=scale)
+                if parameter.grad is not None:
+                    pieces = by_shape[tuple(parameter.shape[-2:])]
+                    if not pieces or sum(its.numel() for its in (*pieces[-1], parameter)) > AT_ONCE:
+                        pieces.append([])
+                    pieces[-1].append(parameter)
+            for shape, pieces in by_shape.items():
+                for some in pieces:
+                    self._move(some, shape, group)
+
+    def _move(self, parameters: list[nn.Parameter], shape: tuple[int, ...], group: dict[str, Any]) -> None:
+        updates = [self._update(parameter, group["momentum"]) for parameter in parameters]
+        orthogonal = newton_schulz(torch.cat([its.reshape(-1, *shape) for its in updates]).to(self.dtype))
+        scale = -group["lr"] * 0.2 * math.sqrt(max(shape))
+        counts = [its.numel() // math.prod(shape) for its in updates]
+        for parameter, update, part in zip(parameters, updates, orthogonal.split(counts), strict=True):
+            own, first = local_part(parameter)
+            change = part.to(own.dtype).view(update.shape)
+            change = change if len(change) == len(own) else change[first : first + len(own)]
+            own.mul_(1 - group["lr"] * group["weight_decay"]).add_(change, alpha=scale)
+
+    def _update(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+        """What is to be orthogonalised: whole matrices, of a sharded batch those that are here."""
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter, dtype=self.kept_as)
+        buffer = state["momentum"].to(parameter.dtype).lerp_(parameter.grad, 1 - momentum)
+        if buffer is not state["momentum"]:
+            state["momentum"].copy_(buffer)
+        update = parameter.grad.lerp(buffer, momentum)
+        return local_part(update)[0] if update.dim() > 2 else whole(update)
 
 
 class Optimizer:

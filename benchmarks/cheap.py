@@ -166,11 +166,12 @@ def tables(runs: list[Path], seconds: dict[str, list[float]]) -> dict[str, Any]:
                 gains.append(of[DENSE] / cost)
         found["gains"][kind] = gains
         print(f"| {kind} | {shown(gains)}{' (extended beyond the lengths trained)' * outside} |")
-    print("\n| change | bits per byte less the sparse model's, by seed | FLOPs | seconds |\n|---|---|---|---|")
-    for name in receipts:
-        if name not in (SPARSE, *LENGTHS):
-            differences = [a - b for a, b in zip(bits[name], bits[SPARSE], strict=False)]
-            ratios = [costs[kind][name] / costs[kind][SPARSE] for kind in ("FLOPs", "processor seconds")
+    print("\n| change | bits per byte less the sparse model's of as many steps, by seed | FLOPs | seconds |")
+    print("|---|---|---|---|")
+    for name in (each for each in receipts if each not in LENGTHS):
+        if beside := [each for each in LENGTHS if each in receipts and steps[each] == steps[name]]:
+            differences = [a - b for a, b in zip(bits[name], bits[beside[0]], strict=False)]
+            ratios = [costs[kind][name] / costs[kind][beside[0]] for kind in ("FLOPs", "processor seconds")
                       if name in costs[kind]]  # fmt: skip
             print(f"| {name} | {shown(differences, '{:+.3f}')} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
     return found

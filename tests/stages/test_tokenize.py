@@ -87,6 +87,19 @@ def test_pre_training_reads_shards_and_scores_what_they_hold_out(shards, pretrai
     assert receipt.extra["epochs"] == receipt.extra["epochs_of"][str(shards)] == 12 * 16 / found.rows(48)
 
 
+def test_documents_are_a_share_of_the_rows_beside_shards(shards, pretraining, sums, tmp_path):
+    """A quarter: their rows are those that are packed of what the task writes, in the shards' tokenizer."""
+    documents = {"tasks": [sums], "count": 60, "styles": {"answer": 1.0}, "template_share": 0.0, "weight": 1}
+    config = pretraining(documents=documents, shards=[{"path": str(shards), "weight": 3}], steps=2)
+    pretrain.run(config, tmp_path / "out")
+    receipt, found = Receipt.read(tmp_path / "out"), TokenShards.open(shards)
+    assert receipt.extra["epochs_of"][str(shards)] == pytest.approx(0.75 * 2 * 16 / found.rows(48))
+    rows, tokenizer = pretrain._open_shards(config).batch(0, 16), load_tokenizer(shards)
+    texts = [tokenizer.decode(row.tolist()) for row in rows.tokens_BT]
+    assert sum("What is" in text and "+" in text for text in texts) == 4 and len(texts) == 16
+    assert receipt.extra["corpus_tokens"] > found.tokens
+
+
 def test_any_number_of_ranks_takes_the_same_global_batch(shards, text, tmp_path):
     tokenize.run(tokenizing(text, tokenizer=str(shards), seed=1), tmp_path / "other")
     corpus = ShardCorpus.open({shards: 3.0, tmp_path / "other": 1.0}, 32, seed=5)
@@ -121,8 +134,8 @@ def test_shards_that_were_touched_are_compared_and_the_changed_one_is_named(shar
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"text": ["stdlib"]}, "base: shards stand alone: they bring a tokenizer"),
-    ({"tokenizer": "x"}, "base: shards stand alone: they bring a tokenizer"),
+    ({"text": ["stdlib"]}, "base: shards bring a tokenizer, and text beside them goes into shards of its own"),
+    ({"tokenizer": "x"}, "base: shards bring a tokenizer, and text beside them goes into shards of its own"),
     ({"shards": ["a", {"path": "a", "weight": 2}]}, "base: shards: one folder is named twice"),
     ({"shards": [{"path": "a", "weight": 0}]}, "base.shards.0.weight: Input should be greater than 0"),
 ])  # fmt: skip

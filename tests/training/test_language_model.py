@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from slingshot.cost.flops import training_flops, training_parts
 from slingshot.data.packing import pack
+from slingshot.model.config import Yarn
 from slingshot.model.moe import balance_loss
 from slingshot.training.batch import Rows
 from slingshot.training.language_model import (
@@ -189,3 +190,23 @@ def test_logits_of_some_tokens_at_a_time_give_the_same_gradients(model, temperat
     MemoryConfig().apply(model)
     for one, chunked, large in zip(*found, strict=True):
         assert torch.allclose(one, chunked, atol=1e-5, rtol=1e-5) and torch.equal(one, large)
+
+
+@pytest.mark.slow
+def test_a_row_of_8192_tokens_learns_what_its_documents_do_each_in_a_row(make_model, deepseek):
+    """Of an extended model: documents of 5,000, 3,000 and 192 tokens, whose positions in the long row are others."""
+    extended = Yarn(factor=8.0, original_max_position_embeddings=1024).extended(deepseek(num_hidden_layers=2), "model")
+    model, generator = make_model(extended), torch.Generator().manual_seed(0)
+    lengths = [5000, 3000, 192]
+    documents = [torch.randint(0, 64, (length,), generator=generator) for length in lengths]
+    segments = [torch.full((length,), number) for number, length in enumerate(lengths, start=1)]
+    long = Rows(torch.cat(documents)[None], torch.cat(segments)[None], torch.ones(1, 8192))
+    apart = Rows(*(torch.nn.utils.rnn.pad_sequence(part, batch_first=True) for part in (
+        documents, [torch.ones_like(document) for document in documents], [torch.ones(length) for length in lengths]
+    )))  # fmt: skip
+    weights = LanguageModelLoss(balance=0.0)  # which is of rows
+    losses, expected = language_model_step(model, long, weights, 1, ALONE), gradients(model)
+    again = language_model_step(model, apart, weights, 1, ALONE)
+    assert (losses.loss, losses.mtp_loss) == pytest.approx((again.loss, again.mtp_loss), rel=1e-5)
+    for name, gradient in gradients(model).items():
+        assert (gradient - expected[name]).abs().max() <= 1e-3 * expected[name].abs().max(), name

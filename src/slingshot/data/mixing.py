@@ -23,7 +23,7 @@ class RowMix:
     """Endless rows of sources with `sizes` rows. Memory does not grow with them."""
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
-        self.sizes, self.seed = sizes, seed
+        self.sizes, self.weights, self.seed = sizes, weights, seed
         period = PERIOD if len(sizes) > 1 else 1
         ends = np.cumsum(np.array(weights, dtype=np.float64)) / sum(weights)
         turns = np.maximum(1, np.diff(np.round(ends * period).astype(np.int64), prepend=0))  # of each in a period

@@ -64,7 +64,8 @@ class WrittenTask(TaskConfig):
 class Documents(Strict):
     """Documents written by tasks: how many, in which styles, and how many of them as a chat in R1's template.
 
-    In style "calls" a task's tools are asked (docs/tools.md); those documents are chats, all of them.
+    In style "calls" a task's tools are asked (docs/tools.md); those documents are chats, all of them. `weight`: their
+    share of the rows beside shards.
     """
 
     tasks: list[WrittenTask] = Field(min_length=1)
@@ -72,6 +73,7 @@ class Documents(Strict):
     styles: dict[Style, Share] = Field({"answer": 0.6, "steps": 0.3, "slips": 0.1}, min_length=1)
     template_share: float = Field(0.25, ge=0, le=1)
     language_mix: float = Field(0.2, ge=0, le=1)
+    weight: float = Field(1.0, gt=0)
 
     @model_validator(mode="after")
     def _calls_have_tools(self) -> Self:
@@ -112,7 +114,7 @@ class PretrainConfig(StageConfig):
     documents: Documents | None = None
     text: list[str] = []  # files, folders, .jsonl, .parquet, "stdlib", package:NAME, dataset:NAME
     text_key: str = "text"  # of a .jsonl or .parquet row
-    shards: list[ShardSource] = []  # what the stage tokenize wrote, instead of documents and text
+    shards: list[ShardSource] = []  # what the stage tokenize wrote, instead of text
     tokenizer: str | None = None  # of this checkpoint, instead of a new one
     vocab_size: int = Field(512, ge=264)
     sequence_length: int = Field(256, ge=8)
@@ -135,8 +137,8 @@ class PretrainConfig(StageConfig):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.shards and (self.documents or self.text or self.tokenizer):
-            raise ValueError("shards stand alone: they bring a tokenizer, and text goes into shards of its own")
+        if self.shards and (self.text or self.tokenizer):
+            raise ValueError("shards bring a tokenizer, and text beside them goes into shards of its own")
         if len({source.path for source in self.shards}) < len(self.shards):
             raise ValueError("shards: one folder is named twice; give it a weight")
         if not (self.shards or self.documents or self.text):
@@ -222,7 +224,10 @@ def _open_shards(config: PretrainConfig) -> ShardCorpus:
             f"{config.shards[0].path} was written by another tokenizer than {config.start}'s; {way_out}"
         )
     corpus.tokenizer.check_split(config.shape(config.vocab_size).model_type)
-    return corpus
+    if config.documents is None:
+        return corpus
+    written_NT = pack(_encode(corpus.tokenizer, list(_written(config))), config.sequence_length)
+    return corpus.beside(*written_NT, config.documents.weight)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.load_save import load_tokenizer
 from slingshot.cost.receipt import RECEIPT, Receipt, artifact_digest
 from slingshot.data.mixing import RowMix
-from slingshot.data.packing import strided
+from slingshot.data.packing import Int32, strided
 from slingshot.data.shards import TokenShards
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.batch import Rows
@@ -28,12 +28,13 @@ _DOCUMENTS = 256  # held out, in memory at once
 
 @dataclass
 class ShardCorpus:
-    """Shards of one tokenizer, mixed; rows have `length` tokens."""
+    """Shards of one tokenizer, mixed, and rows in memory where some are `written` beside them; `length` tokens each."""
 
     tokenizer: Tokenizer
     sources: list[TokenShards]
     mix: RowMix
     length: int
+    written: tuple[Int32, Int32] | None = None
 
     @classmethod
     def open(cls, weights: Mapping[Path, float], length: int, seed: int) -> ShardCorpus:
@@ -54,13 +55,21 @@ class ShardCorpus:
         mix = RowMix([source.rows(length) for source in sources], list(weights.values()), seed)
         return cls(tokenizer, sources, mix, length)
 
+    def beside(self, tokens_NT: Int32, segments_NT: Int32, weight: float) -> ShardCorpus:
+        """The same, these rows mixed in."""
+        mix = RowMix([*self.mix.sizes, len(tokens_NT)], [*self.mix.weights, weight], self.mix.seed)
+        return replace(self, mix=mix, written=(tokens_NT, segments_NT))
+
     def batch(self, step: int, size: int) -> Rows:
         """The rows of one global step of `size` rows."""
         sources_N, rows_N = self.mix.rows(step * size, size)
         tokens_NT, segments_NT = (np.empty((size, self.length), dtype=np.int32) for _ in range(2))
         for number in np.unique(sources_N).tolist():
             own = sources_N == number
-            tokens_NT[own], segments_NT[own] = self.sources[number].read(rows_N[own], self.length)
+            if number < len(self.sources):
+                tokens_NT[own], segments_NT[own] = self.sources[number].read(rows_N[own], self.length)
+            elif self.written is not None:
+                tokens_NT[own], segments_NT[own] = (each_NT[rows_N[own]] for each_NT in self.written)
         return Rows.of(tokens_NT, segments_NT)
 
     @property
@@ -76,6 +85,8 @@ class ShardCorpus:
 
     def account(self, rows: int) -> dict[str, Any]:
         """For the receipt: tokens, and how many times as many rows go through each source."""
-        epochs = dict(zip((str(source.folder) for source in self.sources), self.mix.epochs(rows), strict=True))
+        names = [*(str(source.folder) for source in self.sources), *["documents"] * (self.written is not None)]
+        epochs = dict(zip(names, self.mix.epochs(rows), strict=True))
         tokens = sum(source.tokens for source in self.sources)
+        tokens += 0 if self.written is None else int((self.written[1] > 0).sum())
         return {"corpus_tokens": tokens, "epochs": rows / sum(self.mix.sizes), "epochs_of": epochs}

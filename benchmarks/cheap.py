@@ -39,7 +39,7 @@ from slingshot.training.language_model import language_model_step
 from slingshot.training.optimizer import Optimizer
 from slingshot.training.parallel import Parallel
 
-DENSE, SPARSE, LENGTHS = "dense", "cheap", ("cheap_third", "cheap_half", "cheap")
+DENSE, SPARSE, LENGTHS = ("dense", "dense_fourfold"), "cheap", ("cheap_quarter", "cheap_half", "cheap")
 WIDTHS = (192, 384, 768, 1536)
 DEVICES = 8
 
@@ -140,7 +140,8 @@ def tables(runs: list[Path], seconds: dict[str, list[float]]) -> dict[str, Any]:
     steps = {name: known[name].steps for name in receipts}
     shapes = {name: known[name].shape(2048) for name in receipts}
     time_of = {name: statistics.median(seconds[name]) for name in seconds}
-    time_of |= {name: time_of[SPARSE] for name in LENGTHS if SPARSE in time_of}
+    time_of |= {name: time_of[base] for base, names in ((SPARSE, LENGTHS), (DENSE[0], DENSE)) for name in names
+                if base in time_of}  # fmt: skip
     costs = {
         "FLOPs": {name: some[0].flops for name, some in receipts.items()},
         "processor seconds": {name: steps[name] * time_of[name] for name in receipts if name in time_of},
@@ -153,27 +154,29 @@ def tables(runs: list[Path], seconds: dict[str, list[float]]) -> dict[str, Any]:
         sizes = f"{count.total / 1e6:.2f}M, {count.active / 1e6:.2f}M"
         cost = f"{costs['FLOPs'][name]:.2e} | {took and f'{took:.0f}'} | {costs['bytes sent'][name]:.2e}"
         print(f"| {name} | {sizes} | {steps[name]} | {shown(bits[name], '{:.3f}')} | {cost} |")
-    print("\n| to the dense model's loss | dense over sparse, by seed; mean (95%) |\n|---|---|")
+    print("\n| to the loss of | cost | dense over sparse, by seed; mean (95%) |\n|---|---|---|")
     found: dict[str, Any] = {"bits_per_byte": bits, "costs": costs, "gains": {}}
-    for kind, of in costs.items():
-        if not {DENSE, *LENGTHS} <= of.keys():
-            continue
-        curve, outside, gains = [of[name] for name in LENGTHS], False, []
-        for seed, dense in enumerate(bits[DENSE]):
-            if all(len(bits[name]) > seed for name in LENGTHS):
-                cost, beyond = at_loss(dense, curve, [bits[name][seed] for name in LENGTHS])
-                outside |= beyond
-                gains.append(of[DENSE] / cost)
-        found["gains"][kind] = gains
-        print(f"| {kind} | {shown(gains)}{' (extended beyond the lengths trained)' * outside} |")
-    print("\n| change | bits per byte less the sparse model's of as many steps, by seed | FLOPs | seconds |")
-    print("|---|---|---|---|")
+    for goal in (*DENSE, "dense_muon"):
+        for kind, of in costs.items():
+            if not {goal, *LENGTHS} <= of.keys():
+                continue
+            curves = zip(*(bits[name] for name in LENGTHS), strict=False)  # a seed each
+            costs_here, pairs = [of[name] for name in LENGTHS], zip(bits[goal], curves, strict=False)
+            met = [at_loss(loss, costs_here, list(losses)) for loss, losses in pairs]
+            gains = [of[goal] / cost for cost, _ in met]
+            found["gains"][f"{goal}, {kind}"] = gains
+            beyond = " (extended beyond the lengths trained)" * any(outside for _, outside in met)
+            print(f"| {goal} | {kind} | {shown(gains)}{beyond} |")
+    print("\n| change | beside | bits per byte more, by seed | FLOPs | seconds |")
+    print("|---|---|---|---|---|")
     for name in (each for each in receipts if each not in LENGTHS):
-        if beside := [each for each in LENGTHS if each in receipts and steps[each] == steps[name]]:
+        also = DENSE if name.startswith("dense") else LENGTHS
+        if beside := [each for each in also if each in receipts and each != name and steps[each] == steps[name]]:
             differences = [a - b for a, b in zip(bits[name], bits[beside[0]], strict=False)]
             ratios = [costs[kind][name] / costs[kind][beside[0]] for kind in ("FLOPs", "processor seconds")
                       if name in costs[kind]]  # fmt: skip
-            print(f"| {name} | {shown(differences, '{:+.3f}')} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
+            shares = " | ".join(f"{ratio:.2f}" for ratio in ratios)
+            print(f"| {name} | {beside[0]} | {shown(differences, '{:+.3f}')} | {shares} |")
     return found
 
 
@@ -187,7 +190,7 @@ def main() -> None:
     kept = Path(__file__).with_suffix(".json")
     result: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     if given.time:
-        names = [name for name in configs() if name not in LENGTHS or name == SPARSE]
+        names = [name for name in configs() if name in (SPARSE, DENSE[0]) or name not in (*LENGTHS, *DENSE)]
         result["step_seconds"] = step_seconds(names, given.turns, given.steps)
         result["width_rates"] = width_rates(given.turns)
         print("| processor seconds of a step | median (lowest to highest) |\n|---|---|")

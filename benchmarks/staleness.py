@@ -1,18 +1,23 @@
 """What do rollouts beside the updates (rl's `staleness`) gain in time, and cost in learning?
 
-    .venv/bin/python benchmarks/staleness.py --out runs/staleness [--only time | learning]
+    .venv/bin/python benchmarks/staleness.py --out runs/staleness [--only time | learning | simulated]
 
 It prints Markdown and keeps benchmarks/staleness.json.
 Model and shapes are those of benchmarks/losses.py. Time: a verifier answers one response in sixteen after `--tail`
 seconds, as a program that runs into its time limit, and the others at once; in turns, seconds of a step without the
-first of each run. Learning: a free verifier, equal samples; gains as in benchmarks/losses.py.
+first of each run. Learning: a free verifier, equal samples; gains as in benchmarks/losses.py, and rewards of the last
+ten steps, what they are above those without staleness by seed.
+Simulated: one process and 64, each with a share of its own as large as that run's, which meet at every update;
+responses of exponential length, cut off at four times the mean, whose longest one sampling waits for.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +65,51 @@ def step_seconds(model: Path, folder: Path, task: str, staleness: int, turn: int
     return (rows[-1]["seconds"] - rows[skipped - 1]["seconds"]) / (len(rows) - skipped)
 
 
+def simulated(ranks: int, staleness: int, mean: float, update: float, slow: float, tail: float) -> float:
+    """Seconds of a step as `RolloutsAhead` goes about it: `mean` of a response, `update`; `slow`: the share of answers
+    whose verifier takes `tail`, 128 answers a process, of which 16 are verified at a time."""
+    rng, steps = random.Random(f"staleness/{ranks}"), 200
+    clock, sampled, begun = 0.0, [0.0] * ranks, deque[float]()
+    for step in range(steps):
+        clock = max(clock, *sampled)  # new weights wait for what is being sampled
+        while len(begun) < min(steps - step, staleness + 1):
+            verified = 0.0
+            for rank in range(ranks):
+                longest = max(min(rng.expovariate(1.0), 4.0) for _ in range(128))
+                sampled[rank] = max(clock, sampled[rank]) + mean * longest
+                rounds = -(-sum(rng.random() < slow for _ in range(128)) // 16)
+                verified = max(verified, sampled[rank] + tail * rounds)
+            begun.append(verified)
+        clock = max(clock, begun.popleft()) + update
+    return clock / steps
+
+
+def show_simulated(staleness: list[int], mean: float, update: float, tail: float) -> None:
+    cases = {"slow verifiers": (mean, 1 / 16, tail), "long responses": (2 * update / 4, 0.0, 0.0)}
+    cases["both"] = (2 * update / 4, 1 / 16, tail)
+    print("| case, processes | " + " | ".join(f"staleness {each}" for each in staleness) + " |")
+    print("|" + "---|" * (1 + len(staleness)))
+    for name, (response, slow, seconds) in cases.items():
+        for ranks in (1, 64):
+            its = [simulated(ranks, each, response, update, slow, seconds) for each in staleness]
+            row = " | ".join(f"{each:.2f} s, {its[0] / each:.2f} x" for each in its)
+            print(f"| {name}, {ranks} | {row} |")
+
+
+def late_reward(out: Path) -> float:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return statistics.mean(row["reward"] for row in rows[-10:])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", choices=["time", "learning"])
+    parser.add_argument("--only", choices=["time", "learning", "simulated"])
     parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 2, 4])
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--tail", type=float, default=5.0, help="seconds")
+    parser.add_argument("--response-seconds", type=float, default=0.06, help="of a mean response, for simulations")
+    parser.add_argument("--update-seconds", type=float, default=0.4, help="for simulations")
     parser.add_argument("--timed-steps", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
@@ -75,7 +118,9 @@ def main() -> None:
     given = parser.parse_args()
     kept = Path(__file__).with_suffix(".json")
     result: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-    if given.only != "learning":
+    if given.only in (None, "simulated"):
+        show_simulated(given.staleness, given.response_seconds, given.update_seconds, given.tail)
+    if given.only in (None, "time"):
         model = reasoner(0, given.out / "seed-0")
         task = slow_task(given.out, given.tail)
         seconds: dict[int, list[float]] = {each: [] for each in given.staleness}
@@ -87,7 +132,8 @@ def main() -> None:
             times = statistics.median(seconds[given.staleness[0]]) / statistics.median(its)
             print(f"| {each} | {statistics.median(its):.2f} ({min(its):.2f} to {max(its):.2f}) | {times:.2f} |")
         result["time"] = {"tail": given.tail, "steps": given.timed_steps, "seconds": seconds}
-    if given.only != "time":
+    if given.only in (None, "learning"):
+        rewards: dict[int, list[float]] = {each: [] for each in given.staleness}
         gains: dict[int, list[float]] = {each: [] for each in given.staleness}
         for seed in range(given.seeds):
             folder = given.out / f"seed-{seed}"
@@ -98,12 +144,20 @@ def main() -> None:
                 out = stage(rl, rl.RLConfig, folder / f"rl-{each}", SHAPE | values | {"optimizer": {"lr": given.lr}})
                 after = score(out, folder / f"rl-{each}-evaluation", given.problems)["pass@1"]
                 its.append(100 * (after - before))
-        print("| staleness | gain in points by seed | mean (95%) |\n|---|---|---|")
+                rewards[each].append(late_reward(out))
+        print("| staleness | gain in points by seed | mean (95%) | above that without | late reward | above it |")
+        print("|---|---|---|---|---|---|")
         for each, its in gains.items():
             mean, low, high = interval(its)
             by_seed = ", ".join(f"{gain:+.1f}" for gain in its)
-            print(f"| {each} | {by_seed} | {mean:+.1f} ({low:+.1f} to {high:+.1f}) |")
-        result["learning"] = {"steps": given.steps, "lr": given.lr, "problems": given.problems, "gains": gains}
+            cells = [str(each), by_seed, f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"]
+            for found in (gains, rewards):
+                more, low, high = interval([a - b for a, b in zip(found[each], found[given.staleness[0]], strict=True)])
+                cells += [f"{more:+.3f} ({low:+.3f} to {high:+.3f})"]
+            cells.insert(4, f"{statistics.mean(rewards[each]):.3f}")
+            print(f"| {' | '.join(cells)} |")
+        settings = {"steps": given.steps, "lr": given.lr, "problems": given.problems}
+        result["learning"] = settings | {"gains": gains, "late rewards": rewards}
     kept.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -35,10 +35,10 @@ ROOMS = {
     "rollout": (1461, 1037),
     "sandbox": (1005, 625),
     "serving": (5850, 5503),
-    "stages": (2491, 3394),
+    "stages": (2491, 3445),
     "tasks": (3857, 2657),
     "text": (2021, 1791),
-    "training": (3070, 2026),
+    "training": (3071, 2026),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

@@ -29,6 +29,8 @@ if __name__ == "__main__":
     if size := mine.get("largest_file"):  # as on a full disk, writing fails
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    if place := mine.get("works_in"):
+        os.chdir(place)
     slingshot.__version__ = mine.get("version", slingshot.__version__)
     from slingshot.cli.main import main
 

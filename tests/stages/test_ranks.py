@@ -1,6 +1,8 @@
 """Stages over several processes: killed at any moment on any rank, they go on with as many or another number."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from slingshot.cost.receipt import Receipt
 from slingshot.stages import pretrain, rl, sft
 from slingshot.training.state import State
+from tests.rollout.vllm_double import VllmDouble
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("stage_ranks.py")
@@ -116,6 +119,18 @@ def test_rl_of_adapters_on_two_ranks_takes_the_steps_of_one_process(on_ranks, tr
     same_weights(tmp_path / "two", tmp_path / "alone")
 
 
+def test_two_ranks_sample_at_one_server_as_one_process_does(on_ranks, training, base, metrics, tmp_path):
+    """Each asks for its own share, by weights that the first has pushed."""
+    with VllmDouble(base) as double:
+        config = training(rollouts=[double.url], prompts_per_step=4, steps=3)
+        on_ranks("rl", config, 2, tmp_path / "two")
+        rl.run(config, tmp_path / "alone")
+    for mine, its in zip(metrics(tmp_path / "two"), metrics(tmp_path / "alone"), strict=True):
+        assert mine["servers"] == 1 and max(mine["server_gap"], mine["logprob_gap"]) < 1e-4
+        for key in ("reward", "loss", "entropy", "response_tokens"):
+            assert mine[key] == pytest.approx(its[key], abs=1e-4), (mine["step"], key)
+
+
 @pytest.mark.parametrize(
     ("trouble", "line"),
     [
@@ -135,3 +150,37 @@ def test_experts_that_ranks_cannot_share_are_told_in_one_line(on_ranks, pretrain
     config = pretraining(expert_parallel=3, batch_size=15)
     said = on_ranks("pretrain", config, 3, tmp_path / "out", {"rank": 3})
     assert len(said) == 1 and "8 routed experts cannot be shared by 3 ranks; make expert_parallel a divisor" in said[0]
+
+
+def test_a_rank_that_reads_something_else_under_the_same_name_is_told(on_ranks, pretraining, monkeypatch, tmp_path):
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "corpus.txt").write_text(f"It is {place}.\n" * 4000)
+    monkeypatch.chdir(tmp_path / "here")
+    config, trouble = pretraining(documents=None, text=["corpus.txt"]), {"rank": 1, "works_in": str(tmp_path / "there")}
+    said = on_ranks("pretrain", config, 2, tmp_path / "out", trouble)
+    assert len(said) == 1 and said[0].startswith("slingshot: rank 1 has content of corpus.txt "), said
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    "trouble", [{"rank": 1, "dies_at": 3}, {"rank": 0, "dies_at": 3}, {"rank": 1, "largest_file": 20_000}]
+)
+def test_within_30_seconds_of_one_rank_s_end_all_have_ended(pretraining, tmp_path, trouble):
+    """Nothing watches over these processes, as over those on several machines."""
+    file, out = tmp_path / "pretrain.json", tmp_path / "out"
+    file.write_text(pretraining(save_seconds=0.0, steps=2000).model_dump_json())
+    with socket.socket() as its:
+        its.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(its.getsockname()[1]), "WORLD_SIZE": "2"}
+    command = [sys.executable, SCRIPT, "pretrain", file, out, json.dumps(trouble)]
+    processes = [
+        subprocess.Popen(command, env={**os.environ, **where, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")
+    ]
+    try:
+        processes[trouble["rank"]].wait(timeout=1800)
+        codes = [process.wait(timeout=30) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(codes) and not out.exists()

@@ -85,12 +85,14 @@ class Checkpointer:
         self._chosen: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
+        digests = {name: content_digest(path) for name, path in self.reads.items()}
         if self.parallel.mesh is not None:
-            agree({"stage": self.kind, "out": str(self.out.absolute()), **self.config.flat()})
+            contents = {f"content of {name}": digest for name, digest in digests.items()}
+            agree({"stage": self.kind, "out": str(self.out.absolute()), **self.config.flat(), **contents})
         if self.parallel.is_first:
             self._lock = lock(self.folder)
             try:
-                self._open()
+                self._open(digests)
             except BaseException as error:
                 self.__exit__(type(error))
                 raise
@@ -113,10 +115,9 @@ class Checkpointer:
         if self.out.exists() or not self.out.name:
             raise SlingshotError(f"{self.out} exists already; remove it or choose another --out")
 
-    def _open(self) -> None:
+    def _open(self, digests: dict[str, str]) -> None:
         """Find the folder of this very work, or begin one; decide what `auto` means."""
         self._refuse_what_exists()  # now that nobody else can make it
-        digests = {name: content_digest(path) for name, path in self.reads.items()}
         self.parents = [Parent(path=str(self.reads[name]), digest=digest) for name, digest in digests.items()]
         identity = Identity(self.kind, self.config.model_dump(mode="json"), digests)
         mark = self.folder / "identity.json"

@@ -29,7 +29,7 @@ REPO = Path(__file__).resolve().parent.parent
 FEW_BITS = {
     "int4": ["--calibrate", 0],  # under scales of either sign
     "int8": ["--to", "int8", "--calibrate", 0],
-    "mixed": ["--bits", 4.5, "--calibrate", 4, "sampling.max_tokens=64", "sequence_length=64"],
+    "int8-dynamic": ["--to", "int8-dynamic", "--calibrate", 0],
 }
 
 Peer = Callable[..., dict[str, Any]]

@@ -15,6 +15,10 @@ Deviations measured over 630 predictions (nats; median, worst; xllamacpp 2026.10
     tiny        9.5e-7, 8.1e-6    2.7e-3, 0.68
     smollm2     8.5e-5, 3.0e-4    1.1e-2, 0.31
 
+Of files in q4_0 and q8_0, for whose products llama.cpp rounds activations to 8 bits in blocks of 32 (an Intel Xeon with
+AMX): smollm2 5.9e-2, 0.95 and 4.4e-2, 1.1; tiny in q4_0 6.0e-3, 1.0. A model of random weights 4.6e-3 in q8_0; with the
+zero point off by one 1.3e-2, under another group's or row's scale 0.22, neighbours exchanged 0.57.
+
 The float32 bounds are about ten times the worst; a mistake in a file does far more (test_a_broken_export_shows).
 SmolLM2's part is llama.cpp's own: against float64 we are off by 8e-6 there, it by 1.2e-4. With bfloat16 files llama.cpp
 rounds every activation to bfloat16 before a product, where we compute in float32: a token whose router stands between
@@ -71,9 +75,9 @@ BOUNDS = {
     ("tiny", "bfloat16"): Bounds(worst=5.0, median=0.015),
     ("smollm2", "float32"): Bounds(worst=3e-3, median=5e-4),
     ("smollm2", "bfloat16"): Bounds(worst=1.5, median=0.05),
-    ("smollm2", "int4"): Bounds(worst=1.5, median=0.05),
-    ("smollm2", "int8"): Bounds(worst=1.5, median=0.05),
-    ("tiny", "int4"): Bounds(worst=5.0, median=0.015),
+    ("smollm2", "int4"): Bounds(worst=5.0, median=0.15),
+    ("smollm2", "int8"): Bounds(worst=5.0, median=0.15),
+    ("tiny", "int4"): Bounds(worst=5.0, median=0.02),
 }
 
 
@@ -364,4 +368,4 @@ def test_numbers_of_few_bits_and_their_order(
             patch.setattr(gguf_writer, "blocks", lambda n, s, bits, do=broken: blocks(*do(n, s), bits))
             medians[name] = median(deviations(*compared(shape, Scheme(kind, 32))))
     print(kind, *(f"{name} {each:.2g}" for name, each in medians.items()))
-    assert medians.pop("unbroken") < min(0.03, 0.2 * min(medians.values()))
+    assert medians.pop("unbroken") < min(0.03, 0.5 * min(medians.values()))

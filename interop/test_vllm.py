@@ -36,7 +36,7 @@ import torch
 from interop.compare import Bounds, Forced, assert_same_continuations, assert_same_predictions, teacher_forced
 from interop.conftest import FEW_BITS
 from interop.questions import MAX_TOKENS, TASK, Questions
-from slingshot.checkpoint.load_save import load_model, load_tokenizer
+from slingshot.checkpoint.load_save import load_as_stored, load_model, load_tokenizer
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.tasks.loader import load_task
@@ -50,8 +50,7 @@ BOUNDS = {
     ("smollm2", "float32"): Bounds(worst=6e-4, median=5e-5, tie=6e-4),
     ("smollm2", "bfloat16"): Bounds(worst=4.0, median=0.12, tie=0.5),
     ("int4", "bfloat16"): Bounds(worst=4.0, median=0.12, tie=0.5),
-    ("int8", "bfloat16"): Bounds(worst=4.0, median=0.12, tie=0.5),
-    ("mixed", "bfloat16"): Bounds(worst=4.0, median=0.12, tie=0.5),
+    ("int8-dynamic", "bfloat16"): Bounds(worst=4.0, median=0.12, tie=0.5),
 }
 
 # Which MLA kernels: where there is AMX vLLM would take others, which know no float32.
@@ -104,7 +103,7 @@ def meeting(
 
 def test_every_logprob_along_given_tokens(meeting: Meeting) -> None:
     """Prefill, against one uncached pass of ours."""
-    model = load_model(meeting.folder, getattr(torch, meeting.dtype))
+    model, _ = load_as_stored(meeting.folder, getattr(torch, meeting.dtype))
     theirs = [Forced(**forced) for forced in meeting.answer["forced"]]
     what = f"{meeting.folder.name}, vLLM {meeting.answer['version']}, {meeting.dtype}"
     assert_same_predictions(
@@ -114,7 +113,7 @@ def test_every_logprob_along_given_tokens(meeting: Meeting) -> None:
 
 def test_every_logprob_while_decoding(meeting: Meeting) -> None:
     """Decoding from the paged cache token by token, against one uncached pass of ours along vLLM's own greedy text."""
-    model = load_model(meeting.folder, getattr(torch, meeting.dtype))
+    model, _ = load_as_stored(meeting.folder, getattr(torch, meeting.dtype))
     chats = meeting.answer["chats"]
     ours = [
         forced.last(len(chat["ids"]))
@@ -132,7 +131,7 @@ def test_the_greedy_text_of_chats(meeting: Meeting) -> None:
     outputs = engine.generate(meeting.questions.chats, SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0))
     prompts = [chat["prompt"] for chat in meeting.answer["chats"]]
     theirs = [chat["ids"] for chat in meeting.answer["chats"]]
-    model = load_model(meeting.folder, getattr(torch, meeting.dtype))
+    model, _ = load_as_stored(meeting.folder, getattr(torch, meeting.dtype))
     ours = [output.outputs[0].token_ids for output in outputs]
     assert_same_continuations(model, prompts, ours, theirs, meeting.bounds.tie)
 

@@ -18,6 +18,7 @@ os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process, which ends with its parent
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # on whatever cores it is given
+    "VLLM_CPU_INT4_W4A8": "0",  # where there is AMX it would round activations to 8 bits, a scale for each token
     "TORCHDYNAMO_DISABLE": "1",  # the sampler would be compiled for 10 seconds; it needs a C++ compiler
     "VLLM_NO_USAGE_STATS": "1",  # no outgoing connection
     "HF_HUB_OFFLINE": "1",

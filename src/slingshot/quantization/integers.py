@@ -64,7 +64,7 @@ class IntegerGrid:
 
     def candidates(self, weight_FGI: Tensor) -> Tensor:
         """bfloat16 scales, in float32."""
-        least_FG, most_FG = weight_FGI.aminmax(dim=-1)
+        least_FG, most_FG = weight_FGI.amin(-1), weight_FGI.amax(-1)  # aminmax takes five times as long
         furthest_FG = torch.where(most_FG > -least_FG, most_FG, least_FG)
         whole_FG = furthest_FG / -8 if self.bits == 4 else furthest_FG.abs() / 127
         scales_CFG = (_SHARES[self.bits][:, None, None] * whole_FG).bfloat16().float()

@@ -37,7 +37,7 @@ from slingshot.cost.flops import forward_flops, training_parts
 from slingshot.cost.receipt import RECEIPT, Receipt
 from slingshot.engine.engine import Engine
 from slingshot.kernels.native import native_levels
-from slingshot.machine.device import Dtype
+from slingshot.machine.device import Dtype, machine_peak
 from slingshot.model.config import ModelConfig
 from slingshot.quantization.formats import BITS, MX_BLOCK, Scheme, is_packed
 from slingshot.quantization.integers import check_groups
@@ -125,7 +125,8 @@ def run(config: QuantizeConfig, out: Path, sampler: Callable[[Path], Sampler] | 
         check(weights.config, config)
         mix = TaskMix(config.tasks or trained_on(source, config.model), "train", f"quantize/{config.seed}")
         asked = held_out(mix.tasks, weights.config, config)
-        print(f"{out.name}: {foretold(weights.config, config, len(asked), work.peak)}", file=sys.stderr)
+        peak = machine_peak(torch.float32, parallel.device)  # of fitting and comparing, whatever answers are made in
+        print(f"{out.name}: {foretold(weights.config, config, len(asked), peak)}", file=sys.stderr)
         params = config.sampling.params(1, config.seed)
         with VerificationPool(mix.tasks) as pool:
 
@@ -352,7 +353,7 @@ def held_out(tasks: Sequence[Task], model: ModelConfig, config: QuantizeConfig) 
     return [Item(task, each, each.key) for task in tasks for each in distinct(task, "test", seed, count)]
 
 
-def foretold(model: ModelConfig, config: QuantizeConfig, problems: int, peak: float | None) -> str:
+def foretold(model: ModelConfig, config: QuantizeConfig, problems: int, peak: float) -> str:
     """What will be done, and about how long it takes where every answer is as long as it may be.
 
     peak: FLOP/s of this machine's matrix products, by which it is told.
@@ -369,7 +370,7 @@ def foretold(model: ModelConfig, config: QuantizeConfig, problems: int, peak: fl
     )
     bounded = "; problems=N asks others" if config.problems is None else ""
     done = f"{show_count(numbers)} numbers to {config.to}, {by}compared on {plural(problems, 'answer')}{bounded}"
-    return done if not peak else f"{done}: about {show_duration(_BEGINNING + work / peak)} if nothing else runs"
+    return f"{done}: about {show_duration(_BEGINNING + work / peak)} if nothing else runs"
 
 
 def compared(full: Sequence[Trajectory], small: Sequence[Trajectory], seed: int) -> dict[str, Any]:

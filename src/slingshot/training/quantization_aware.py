@@ -32,7 +32,7 @@ from slingshot.training.fidelity import fidelity, followed, hidden, reading
 from slingshot.training.optimizer import Optimizer
 
 Packed = tuple[Tensor, Tensor]  # numbers and scales of a matrix
-SHARE = 0.5  # of its KL that a step may hope to win
+SHARE = 0.1  # of its KL that a step may hope to win: what it wins on a few answers is in part of those alone
 
 
 @torch.no_grad()

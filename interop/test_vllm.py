@@ -9,6 +9,9 @@ measured on an AMD EPYC, in nats:
     deepseek                   1e-6, 1.3e-5       5e-3, 1.1          9e-3, 1.4
     smollm2                    5e-6, 6.4e-5       5e-2, 1.1          3e-2, 1.1
 
+On an Intel Xeon with AMX, in bfloat16: int4 5.1e-2, 0.73; int8-dynamic, whose activations both round to 8 bits, each
+in its own way, 0.22, 6.3.
+
 The bounds in float32 are eight to ten times the worst: other processors add in another order. What a mistake in
 deepseek's checkpoint does, with the same model on our side:
 
@@ -50,7 +53,7 @@ BOUNDS = {
     ("smollm2", "float32"): Bounds(worst=6e-4, median=5e-5, tie=6e-4),
     ("smollm2", "bfloat16"): Bounds(worst=4.0, median=0.12, tie=0.5),
     ("int4", "bfloat16"): Bounds(worst=4.0, median=0.12, tie=0.5),
-    ("int8-dynamic", "bfloat16"): Bounds(worst=4.0, median=0.12, tie=0.5),
+    ("int8-dynamic", "bfloat16"): Bounds(worst=12.0, median=0.45, tie=2.0),
 }
 
 # Which MLA kernels: where there is AMX vLLM would take others, which know no float32.

@@ -1,6 +1,7 @@
 """What do sparse experts, latent attention, MTP and Muon gain over a dense model, in FLOPs, in time and in bytes sent?
 
     .venv/bin/python benchmarks/cheap.py --time            # processor time of a step, in turns; of experts by width
+    .venv/bin/python benchmarks/cheap.py --plan            # where the plan says that it turns
     for seed in 0 1 2; do .venv/bin/slingshot run cheap --seed $seed --out runs/cheap-$seed; done
     .venv/bin/python benchmarks/cheap.py runs/cheap-0 runs/cheap-1 runs/cheap-2
 
@@ -32,6 +33,8 @@ from slingshot.model.transformer import Transformer
 from slingshot.planning.layout import layouts
 from slingshot.planning.memory import PRECISIONS, Blocks
 from slingshot.planning.network import transfers
+from slingshot.planning.plan_training import plan_pretrain
+from slingshot.planning.request import NamedModel, PretrainRequest
 from slingshot.recipe.recipe import Recipe
 from slingshot.stages.pretrain import PretrainConfig
 from slingshot.training.batch import Rows
@@ -42,6 +45,8 @@ from slingshot.training.parallel import Parallel
 DENSE, SPARSE, LENGTHS = ("dense", "dense_fourfold"), "cheap", ("cheap_quarter", "cheap_half", "cheap")
 WIDTHS = (192, 384, 768, 1536)
 DEVICES = 8
+SCALED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "kv_lora_rank",
+          "moe_intermediate_size")  # fmt: skip
 
 
 def configs() -> dict[str, PretrainConfig]:
@@ -111,6 +116,22 @@ def sent_bytes(config: PretrainConfig, shape: ModelConfig) -> tuple[float, str]:
     sums = {each: sum(t.n_bytes for t in transfers(blocks, each, device("h800"), tokens, context)) for each in choices}
     best = min(sums, key=lambda each: sums[each])
     return sums[best], str(best)
+
+
+def planned(times: int) -> dict[str, dict[str, float]]:
+    """What `slingshot plan` says of a step of each on one H800: the recipe's shapes so many times as wide, up to 8
+    times as deep, a vocabulary of 32,768; 4M tokens a step in sequences of 4,096."""
+    found = {}
+    for name in (DENSE[0], SPARSE):
+        given = configs()[name].shape(32_768).model_dump(exclude={"head_dim"})
+        given |= {key: times * given[key] for key in SCALED if given[key]}
+        given |= {"num_hidden_layers": min(times, 8) * given["num_hidden_layers"], "max_position_embeddings": 4096}
+        config = ModelConfig.parse(given, name)
+        asked = {"model": NamedModel(name=name, config=config), "device": "h800", "tokens": 4e9}
+        dominates = plan_pretrain(PretrainRequest.parse(asked)).dominates
+        seconds = {key: float(dominates[key]) for key in ("compute_seconds", "memory_traffic_seconds")}
+        found[name] = {"total": parameters(config).total, "active": parameters(config).active, **seconds}
+    return found
 
 
 def at_loss(loss: float, costs: list[float], losses: list[float]) -> tuple[float, bool]:
@@ -184,6 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="*")
     parser.add_argument("--time", action="store_true")
+    parser.add_argument("--plan", action="store_true")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5, help="of a turn")
     given = parser.parse_args()
@@ -200,6 +222,18 @@ def main() -> None:
         for width, its in result["width_rates"].items():
             dense, experts = (statistics.median(its[name]) / 1e9 for name in ("dense", "experts"))
             print(f"| {width} | {dense:.0f} | {experts:.0f} | {experts / dense:.0%} |")
+    if given.plan:
+        result["planned"] = {times: planned(times) for times in (1, 2, 4, 8, 16)}
+        print("| times as wide | dense: parameters; computing, memory | sparse, likewise | sparse over dense |")
+        print("|---|---|---|---|")
+        for times, its in result["planned"].items():
+            longest, cells = [], []
+            for name in (DENSE[0], SPARSE):
+                both = [its[name][key] for key in ("compute_seconds", "memory_traffic_seconds")]
+                sizes = ", ".join(dict.fromkeys(f"{its[name][key] / 1e6:.0f}M" for key in ("total", "active")))
+                longest.append(max(both))
+                cells.append(f"{sizes}; {both[0]:.2f} s, {both[1]:.2f} s")
+            print(f"| {times} | {' | '.join(cells)} | {longest[1] / longest[0]:.2f} |")
     if given.runs:
         result["runs"] = tables(given.runs, result.get("step_seconds", {}))
     kept.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

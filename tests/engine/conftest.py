@@ -39,8 +39,8 @@ class HalfSure(Transformer):
 
     sure = 0.8
 
-    def lm_logits(self, hidden, detach_head=False):
-        logits = super().lm_logits(hidden, detach_head)
+    def lm_logits(self, hidden):
+        logits = super().lm_logits(hidden)
         fixed = 3 * torch.randn(logits.shape[-1], generator=torch.Generator().manual_seed(3))
         return self.sure * fixed + (1 - self.sure) * logits
 
@@ -63,7 +63,7 @@ class ScriptedModel(Transformer):
         self.step = 0 if len(tokens_N) > 1 else self.step + 1
         return super().forward(tokens_N, **options)
 
-    def lm_logits(self, hidden, detach_head=False):
+    def lm_logits(self, hidden):
         logits = torch.full((*hidden.shape[:-1], self.config.vocab_size), -1e4)
         logits[..., self.script[self.step]] = 0.0
         return logits

@@ -26,7 +26,6 @@ from pydantic import Field, field_validator, model_validator
 from slingshot.base.config import StageConfig, Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.base.progress import Progress
-from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.load_save import load_tokenizer, load_weights, open_weights
 from slingshot.cost.flops import training_parts
 from slingshot.data.corpora import Corpus
@@ -167,7 +166,9 @@ class PretrainConfig(StageConfig):
 
     def _too_long(self, config: ModelConfig) -> str | None:
         given, longest = self.sequence_length, config.max_position_embeddings
-        return f"sequence_length {given} is beyond the model's max_position_embeddings {longest}" * (given > longest)
+        if given <= longest:
+            return None
+        return f"sequence_length {given} is beyond the model's max_position_embeddings {longest}"
 
 
 def run(config: PretrainConfig, out: Path) -> None:
@@ -220,9 +221,8 @@ def _open_shards(config: PretrainConfig) -> ShardCorpus:
     corpus = ShardCorpus.open(weights, config.sequence_length, config.seed)
     if config.start and corpus.tokenizer.digest != load_tokenizer(config.start).digest:
         way_out = f'tokenize the text with tokenizer = "{config.start}"'
-        raise SlingshotError(
-            f"{config.shards[0].path} was written by another tokenizer than {config.start}'s; {way_out}"
-        )
+        what = f"{config.shards[0].path} was written by another tokenizer than {config.start}'s"
+        raise SlingshotError(f"{what}; {way_out}")
     corpus.tokenizer.check_split(config.shape(config.vocab_size).model_type)
     if config.documents is None:
         return corpus
@@ -259,7 +259,7 @@ def prepare(config: PretrainConfig) -> PackedCorpus:
     train_text, heldout_text = Corpus.open(config.text, config.text_key).split() if config.text else ([], [])
     model_type = config.shape(config.vocab_size).model_type
     if brought := config.start or config.tokenizer:
-        tokenizer = load_tokenizer(locate(brought))
+        tokenizer = load_tokenizer(brought)
         tokenizer.check_split(model_type)
     else:
         first = written[:20_000]

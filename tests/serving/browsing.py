@@ -127,3 +127,16 @@ def grows(page, selector):
     length = f"(document.querySelector('{selector}')?.textContent.length ?? 0)"
     until(page, f"{length} > 5")
     until(page, f"{length} > {page.evaluate(length)}")
+
+
+KEPT = """new Promise((resolve) => {
+  indexedDB.open("slingshot").onsuccess = ({ target }) => {
+    const all = target.result.transaction("conversations").objectStore("conversations").getAll();
+    all.onsuccess = () => resolve(all.result.flatMap((each) => Object.values(each.nodes)));
+  };
+})"""
+
+
+def kept(page):
+    """Wait until the browser keeps an answer that began to come, by the name at which a reload goes on with it."""
+    until(page, f"{KEPT}.then((nodes) => nodes.some((node) => node.request && node.reasoning.length > 5))")

@@ -12,7 +12,7 @@ from slingshot.serving.gateway import Gateway
 from slingshot.serving.load import Limits
 from slingshot.serving.local import LocalBackend
 from slingshot.serving.served_model import ServedModel
-from tests.serving.browsing import ask, browsed, browser, grows, script, until, visit
+from tests.serving.browsing import ask, browsed, browser, grows, kept, script, until, visit
 from tests.serving.conftest import running, serving
 
 __all__ = ["browser", "script", "visit"]  # its fixtures
@@ -83,8 +83,7 @@ def test_a_reload_in_the_middle_loses_nothing(visit, script):
     url, (backend,) = script(ANSWER, 0.05)
     page = visit(url)
     ask(page, "What is 3+4-2?", wait=False)
-    grows(page, ".said")
-    page.wait_for_timeout(700)  # it is kept every half second
+    kept(page)
     page.reload()
     grows(page, ".said")
     page.wait_for_selector(".look")
@@ -97,8 +96,7 @@ def test_an_answer_that_is_kept_no_longer_is_shown_as_far_as_it_came_and_asked_f
     url, (backend,) = script(ANSWER, 0.05, limits=Limits(resume=0.0))
     page = visit(url, refused=True)
     ask(page, "What is 3+4-2?", wait=False)
-    grows(page, ".said")
-    page.wait_for_timeout(700)
+    kept(page)
     page.goto("about:blank")
     for _ in range(200):
         if backend.aborted:

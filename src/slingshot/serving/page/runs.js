@@ -42,13 +42,15 @@ function beginAnew(node) {
 }
 
 // goesOn: behind the chunks that came before a reload, or before the connection broke.
-async function answer(node, signal, { bodyOf, grew }, goesOn) {
+async function answer(node, signal, { bodyOf, grew }, save, goesOn) {
   if (!goesOn) beginAnew(node);
   for (let left = CONNECTIONS; ; left--) {
     try {
       const chunks = goesOn ? askOn(node.request, node.chunks, signal) : ask(bodyOf(node), signal);
       for await (const chunk of chunks) {
+        const name = node.request;
         take(node, chunk, node.begun);
+        if (node.request !== name) save(); // by its name a reload finds it again
         grew(node);
       }
       break;
@@ -92,7 +94,7 @@ export async function run(conversation, nodes, told, goesOn) {
   };
   const its = { conversation, nodes, stop, save };
   runs.add(its);
-  const answers = nodes.map((node) => answer(node, controller.signal, told, goesOn).then(() => told.settled(node)));
+  const answers = nodes.map((node) => answer(node, controller.signal, told, save, goesOn).then(() => told.settled(node)));
   const keepSaving = async () => {
     while (runs.has(its)) {
       const began = performance.now();

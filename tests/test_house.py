@@ -30,7 +30,7 @@ ROOMS = {
     "model": (2044, 1412),
     "parity": (0, 1124),
     "planning": (2184, 1356),
-    "quantization": (645, 453),
+    "quantization": (673, 472),
     "recipe": (1335, 1079),
     "rollout": (1461, 1037),
     "sandbox": (1005, 625),

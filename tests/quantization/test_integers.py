@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slingshot.base.errors import SlingshotError
+from slingshot.kernels.native import native_levels
 from slingshot.quantization.ggml_blocks import blocks
 from slingshot.quantization.gptq import best_scales, gptq, rounded
 from slingshot.quantization.integers import IntegerGrid, check_groups, from_numbers, pack, unpack
@@ -110,6 +111,24 @@ def test_columns_are_rounded_from_the_largest_inputs_to_the_smallest():
     numbers, scales = gptq(weight, inputs.T @ inputs, grid)
     assert torch.equal(numbers[:, 50], grid.nearest(weight[:, 50] / scales[:, 1]))
     assert not torch.equal(numbers[:, 0], grid.nearest(weight[:, 0] / scales[:, 0]))
+
+
+@pytest.mark.parametrize("level", native_levels())
+@pytest.mark.parametrize(("bits", "group", "width"), [(4, 32, 256), (4, 64, 192), (8, 32, 160), (8, 0, 150)])
+def test_compiled_kernels_choose_scales_and_round_as_torch_does(bits, group, width, level, monkeypatch):
+    """But where sums in another order put a near-tie the other way."""
+    inputs, weight = draw(512, width, seed=2) @ draw(width, width, seed=3), draw(45, width, seed=5)
+    weight[3, :64] = 0.0
+    gram, grid, found = inputs.T @ inputs, IntegerGrid(bits, group), {}
+    for name in ("off", level):
+        monkeypatch.setenv("SLINGSHOT_NATIVE", name)
+        found[name] = [*rounded(weight, grid), best_scales(weight, grid, gram.diagonal()), *gptq(weight, gram, grid)]
+    for ours, expected in zip(found[level], found["off"], strict=True):
+        assert (ours != expected).float().mean() < 0.01
+    error = {
+        name: ((inputs @ (from_numbers(*each[-2:]) - weight).T) ** 2).mean().item() for name, each in found.items()
+    }
+    assert error[level] == pytest.approx(error["off"], rel=0.01)
 
 
 def test_gptq_without_correlation_is_rounding_to_nearest():

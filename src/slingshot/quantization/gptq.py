@@ -15,6 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from slingshot.kernels.calls import native_for
+from slingshot.quantization.integers import SHARES, IntegerGrid
+
 DAMPING = 0.01  # of the mean diagonal, added to it: the paper's value (section 3.3, step 3)
 BLOCK = 128  # columns whose errors reach the others together
 _CHUNK = (1 << 15) - 1  # numbers at a time: they stay in a cache, and torch spreads no fewer than 2^15 over threads
@@ -43,7 +46,14 @@ def best_scales(weight_FD: Tensor, grid: Grid, importance_D: Tensor | None = Non
 
     importance_D: what the square of an error in each column counts, such as the mean square of its inputs.
     """
-    weight_FGI = weight_FD.detach().float().unflatten(-1, (-1, grid.group or weight_FD.shape[-1]))
+    weight_FD = weight_FD.detach().float().contiguous()
+    weight_FGI = weight_FD.unflatten(-1, (-1, grid.group or weight_FD.shape[-1]))
+    if isinstance(grid, IntegerGrid) and (native := native_for(weight_FD)) is not None:
+        scales_FG, shares = weight_FD.new_empty(weight_FGI.shape[:2]), SHARES[grid.bits]
+        sizes = *weight_FD.shape, weight_FGI.shape[-1], grid.bits
+        importance = None if importance_D is None else importance_D.float().contiguous()
+        native("best_scales", weight_FD, importance, grid.power, *sizes, shares, len(shares), scales_FG)
+        return scales_FG
 
     def best_of(rows_FGI: Tensor) -> Tensor:
         importance = rows_FGI.abs() ** grid.power if importance_D is None else importance_D.view(rows_FGI.shape[1:])
@@ -84,16 +94,26 @@ def gptq(weight_FD: Tensor, gram_DD: Tensor, grid: Grid) -> tuple[Tensor, Tensor
     scales_FG = best_scales(weight_FD, grid, diagonal_D + damping + torch.finfo(torch.float32).tiny)
     diagonal_D[diagonal_D == 0] = 1.0
     order_D = diagonal_D.argsort(descending=True, stable=True).flip(0)
-    gram_DD = gram_DD[order_D[:, None], order_D].div_(unit).float()
+    gram_DD = _reordered(gram_DD, order_D).div_(unit).float()
     gram_DD.diagonal().copy_(diagonal_D[order_D] + damping)
     root_DD = torch.linalg.cholesky(gram_DD.mT, out=gram_DD.mT)
     root_DD.div_(root_DD.diagonal().clone())
     group, scales_GF = weight_FD.shape[1] // scales_FG.shape[1], scales_FG.T.contiguous()
-    weight_DF, numbers_DF = weight_FD.float().T[order_D], torch.empty(weight_FD.T.shape)
+    weight_DF = weight_FD.float().index_select(1, order_D).T.contiguous()
+    numbers_DF = torch.empty_like(weight_DF)
     errors_DF = torch.empty_like(numbers_DF)
+    native = native_for(weight_DF) if isinstance(grid, IntegerGrid) else None
     for stop in range(len(order_D), 0, -BLOCK):
         start = max(0, stop - BLOCK)
         wanted_BF = torch.addmm(weight_DF[start:stop], root_DD[stop:, start:stop].T, errors_DF[stop:])
+        if native is not None and isinstance(grid, IntegerGrid):
+            factors, block = root_DD[start:, start:], slice(start, stop)
+            sizes = stop - start, weight_FD.shape[0], group, grid.bits
+            native(
+                "fit_block", wanted_BF, weight_DF[block], factors, *factors.stride(), order_D[block], scales_GF, *sizes,
+                numbers_DF, errors_DF[block],
+            )  # fmt: skip
+            continue
         for row in range(stop - 1, start - 1, -1):
             wanted_F, column = wanted_BF[row - start], order_D[row]
             wanted_F += root_DD[row + 1 : stop, row] @ errors_DF[row + 1 : stop]
@@ -101,3 +121,11 @@ def gptq(weight_FD: Tensor, gram_DD: Tensor, grid: Grid) -> tuple[Tensor, Tensor
             numbers_DF[column] = grid.nearest(wanted_F / scale_F)
             errors_DF[row] = weight_DF[row] - numbers_DF[column] * scale_F
     return numbers_DF.T.contiguous(), scales_FG
+
+
+def _reordered(gram_DD: Tensor, order_D: Tensor) -> Tensor:
+    """gram[order][:, order], some rows at a time: in a fifth of the time of torch's indexing, and no more memory."""
+    found_DD, columns_DD = torch.empty_like(gram_DD), order_D.expand_as(gram_DD)
+    for rows_BD, order_B in zip(found_DD.split(BLOCK), order_D.split(BLOCK), strict=True):
+        torch.gather(gram_DD.index_select(0, order_B), 1, columns_DD[: len(order_B)], out=rows_BD)
+    return found_DD

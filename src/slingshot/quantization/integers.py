@@ -25,7 +25,7 @@ WORD = 32  # bits
 # Scales tried for a group, of the one that makes its furthest weight the furthest number: with 4 bits that is -8, so a
 # scale has either sign, and some weights may be cut off; with 8 that gains nothing, but one of some wider grids lies
 # better, before all in what was of fewer bits before.
-_SHARES = {4: torch.linspace(1.2, 0.6, 25), 8: torch.linspace(1.0, 1.25, 24)}
+SHARES = {4: torch.linspace(1.2, 0.6, 25), 8: torch.linspace(1.0, 1.25, 24)}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class IntegerGrid:
         least_FG, most_FG = weight_FGI.amin(-1), weight_FGI.amax(-1)  # aminmax takes five times as long
         furthest_FG = torch.where(most_FG > -least_FG, most_FG, least_FG)
         whole_FG = furthest_FG / -8 if self.bits == 4 else furthest_FG.abs() / 127
-        scales_CFG = (_SHARES[self.bits][:, None, None] * whole_FG).bfloat16().float()
+        scales_CFG = (SHARES[self.bits][:, None, None] * whole_FG).bfloat16().float()
         return torch.where(scales_CFG == 0, 1.0, scales_CFG)
 
     def nearest(self, scaled: Tensor) -> Tensor:

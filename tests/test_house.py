@@ -21,15 +21,15 @@ ROOMS = {
     "base": (777, 440),
     "checkpoint": (2721, 2758),
     "cli": (2019, 1466),
-    "cost": (646, 566),
+    "cost": (656, 582),
     "data": (780, 418),
     "engine": (4313, 2950),
     "environments": (745, 247),
     "kernels": (893, 1256),
     "machine": (478, 319),
-    "model": (2044, 1412),
+    "model": (2142, 1412),
     "parity": (0, 1124),
-    "planning": (2184, 1356),
+    "planning": (2191, 1381),
     "quantization": (673, 472),
     "recipe": (1335, 1079),
     "rollout": (1461, 1037),
@@ -38,7 +38,7 @@ ROOMS = {
     "stages": (2492, 3445),
     "tasks": (3857, 2657),
     "text": (2021, 1791),
-    "training": (3071, 2026),
+    "training": (3074, 2025),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from slingshot.cost import flops
 from slingshot.cost.flops import decode_parts, forward_flops, forward_parts, parameters, prefill_parts, training_flops
@@ -59,6 +60,21 @@ def test_tiny_generation_by_hand() -> None:
     assert flops.generation_flops(TINY, 3, 1) == prefill
     assert flops.generation_flops(TINY, 3, 3) == flops.generation_flops(TINY, 3, [1, 3]) == prefill + decode
     assert flops.generation_flops(TINY, 3, [3, 3]) == prefill + 2 * decode
+
+
+def test_what_is_made_again_by_hand_and_by_the_network() -> None:
+    """TINY's kv_b in three blocks, with queries' latents of 5 their product too; and what a count of the network's
+    products is more."""
+    assert flops.remade_flops(TINY, 5) == 2 * 5 * 3 * 70 and flops.remade_flops(DENSE, 5) == 0
+    compressed = TINY.model_copy(update={"q_lora_rank": 5, "num_nextn_predict_layers": 0})
+    counts = []
+    for recompute in ("none", "selective"):
+        model = Transformer(compressed)
+        model.recompute = recompute
+        with FlopCounterMode(display=False) as counter:
+            model(torch.arange(5)[None]).logits_BTV.square().mean().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[1] - counts[0] == flops.remade_flops(compressed, 5) == 2 * 5 * 2 * (70 + 5 * 2 * 5)
 
 
 def test_dense_by_hand() -> None:

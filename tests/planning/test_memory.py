@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from slingshot.planning.layout import Layout
 from slingshot.planning.memory import PRECISIONS, Blocks, block_activations, stored_bytes, training_memory, with_momenta
 from slingshot.planning.model_copy import ModelCopy
 from slingshot.quantization.formats import Scheme
+from slingshot.training.language_model import MemoryConfig
 
 MOE = ModelConfig(
     family="deepseek_v3", vocab_size=64, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
@@ -50,42 +53,58 @@ def test_devices_hold_every_number_once(config: ModelConfig) -> None:
         assert held == counts.total + counts.mtp + twice
 
 
-def kept_by_autograd(config: ModelConfig, tokens: int) -> int:
-    """Bytes of every tensor a forward pass of the real network saves for its backward pass, parameters left out."""
+def kept_by_autograd(config: ModelConfig, tokens: int, recompute: str = "none") -> int:
+    """Bytes of every tensor a forward pass of the real network keeps for its backward pass, parameters left out."""
     torch.manual_seed(0)
     model = Transformer(config)
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, torch.UntypedStorage] = {}
+    MemoryConfig(recompute=recompute).apply(model)
+    before = live_storages()
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor):
+        output = model(torch.randint(0, config.vocab_size, (1, tokens)))  # which holds the graph
+    found = live_storages()
+    assert output.logits_BTV is not None
+    return sum(found[address] for address in found.keys() - before.keys())
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # held, so that no other can take its address
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(torch.randint(0, config.vocab_size, (1, tokens)))
-    return sum(storage.nbytes() for storage in kept.values())
+def live_storages() -> dict[int, int]:
+    """Bytes of the storages of all tensors, by address."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+    return {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+
+
+QWEN = DENSE.model_copy(update={"qk_norm": True})
+MLA_ALONE = ALONE.model_copy(update={"n_group": 1})
 
 
 @pytest.mark.parametrize(
-    ("config", "moe", "unfused"),
+    ("config", "moe", "recompute", "unfused"),
     [
         # silu's output, K and V repeated to all heads, one float32 a norm and head.
-        (DENSE, False, 4 * 384 + 4 * 2 * 2 * 32 + 4 * (2 + 4)),
+        (DENSE, False, "none", 4 * 384 + 4 * 2 * 2 * 32 + 4 * (2 + 4)),
         # silu's output, V and the output padded to the width of K; indices are small.
-        (ALONE.model_copy(update={"n_group": 1}), True, 4 * 3 * 96 + 4 * 4 * (48 - 32) + 4 * 4 * 48),
+        (MLA_ALONE, True, "none", 4 * 3 * 96 + 4 * 4 * (48 - 32) + 4 * 4 * 48),
+        # As before; a padded V is none that is made again, and what is dispatched here is gathered again.
+        (DENSE, False, "selective", 4 * 384 + 4 * 2 * 2 * 32 + 4 * (2 + 4)),
+        (MLA_ALONE, True, "selective", 4 * 3 * 96 + 4 * 4 * 48 + 4 * 4 * 48 - 4 * 2 * 128),
+        (DENSE, False, "full", 0),
+        # Two norms more; K before it is repeated.
+        (QWEN, False, "none", 4 * 384 + 4 * 2 * 2 * 32 + 4 * (2 + 4 + 4 + 2)),
+        (QWEN, False, "selective", 4 * 384 + 4 * 3 * 2 * 32 + 4 * (2 + 4 + 4 + 2)),
     ],
-)
+)  # fmt: skip
 def test_activations_are_autograd_s_but_for_what_fusion_saves(
-    config: ModelConfig, moe: bool, unfused: int, monkeypatch: pytest.MonkeyPatch
+    config: ModelConfig, moe: bool, recompute: str, unfused: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On CPU, without the kernels that fuse SwiGLU, autograd also keeps `unfused`, nothing else that grows with tokens
     but experts' padding. Of the fused attention, which is taken beyond 256 tokens."""
     monkeypatch.setenv("SLINGSHOT_NATIVE", "off")
     deeper = config.model_copy(update={"num_hidden_layers": 5})
-    few, many = (kept_by_autograd(deeper, tokens) - kept_by_autograd(config, tokens) for tokens in (512, 1024))
-    expected = block_activations(config, moe, FP32, "none") + unfused
+    few, many = (
+        kept_by_autograd(deeper, tokens, recompute) - kept_by_autograd(config, tokens, recompute)
+        for tokens in (512, 1024)
+    )
+    expected = block_activations(config, moe, FP32, recompute) + unfused
     assert (many - few) / 512 == pytest.approx(expected, rel=0.02 if moe else 0.005)
 
 

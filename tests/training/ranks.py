@@ -102,5 +102,6 @@ if __name__ == "__main__":
     with Parallel.start(int(sys.argv[2])) as me:
         place = Path(sys.argv[1])
         again = train(me, place / "again", recompute="full", logits_chunk=16)["losses"]
-        found = train(me, place / "state") | {"again": again, "reading": read(me, place / "model")}
+        some = train(me, place / "some", recompute="selective")["losses"]
+        found = train(me, place / "state") | {"again": again, "some": some, "reading": read(me, place / "model")}
         (place / f"rank-{me.dp_rank}.json").write_text(json.dumps(found))

@@ -62,7 +62,7 @@ def test_losses_and_norms_are_those_of_one_process(alone, spread):
     where blocks and logits are computed again."""
     assert len(alone["losses"]) == 20 and alone["losses"][-1][0] < alone["losses"][0][0] - 0.1
     for rank in spread:
-        for losses in (rank["losses"], rank["again"]):
+        for losses in (rank["losses"], rank["again"], rank["some"]):
             assert torch.allclose(torch.tensor(losses), torch.tensor(alone["losses"]), atol=1e-5, rtol=1e-6)
 
 

@@ -214,6 +214,16 @@ def _expansion_weights(config: ModelConfig) -> int:
     return config.kv_lora_rank * config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
 
 
+def remade_flops(config: ModelConfig, tokens: float) -> float:
+    """What selective recomputation computes again, MTP included, but for norms, rotation and SwiGLU: products of MLA's
+    latents, which make queries, keys and values."""
+    if config.family == "dense":
+        return 0.0
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    queries = (config.q_lora_rank or 0) * config.num_attention_heads * config.qk_head_dim
+    return 2.0 * tokens * layers * (queries + _expansion_weights(config))
+
+
 def _block_parts(
     config: ModelConfig, layers: Sequence[int], tokens: float, pairs: float, absorbed: bool = False
 ) -> dict[str, float]:

@@ -4,11 +4,13 @@ Both make queries, keys and values of the tokens they are given and let the cont
 same mathematics: expanded (keys and values of every head) and absorbed (queries moved into the latent space, where one
 entry a token serves all heads: what an engine caches). The context says which it wants.
 
-Shape suffixes: X leading dimensions of the tokens, H query heads, G key heads, D model width, K latent width, R rope
-width, N no-rope width, V value width, W width of queries and keys.
+Shape suffixes: X leading dimensions of the tokens, H query heads, G key heads, D model width, K latent width, L that
+of queries, R rope width, N no-rope width, V value width, W width of queries and keys.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from slingshot.kernels.heads import turned_heads
 from slingshot.model.config import ModelConfig
 from slingshot.model.context import Context
 from slingshot.model.linear import Linear, RMSNorm
+from slingshot.model.recompute import remade
 from slingshot.model.rope import rotate, softmax_scale
 
 
@@ -47,30 +50,38 @@ class MLA(nn.Module):
 
     def forward(self, x_XD: Tensor, context: Context) -> Tensor:
         config, heads = self.config, self.config.num_attention_heads
-        compressed, nope = config.q_lora_rank is not None, config.qk_nope_head_dim
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_XD))) if compressed else self.q_proj(x_XD)
-        q_XHN, q_XHR = q.unflatten(-1, (heads, -1)).split([nope, config.qk_rope_head_dim], dim=-1)
-        latent_XK, k_XR = self.kv_a_proj_with_mqa(x_XD).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
-        latent_XK = self.kv_a_layernorm(latent_XK)
-        if not context.absorb and (native := native_for(q)) is not None:
-            kv = self.kv_b_proj(latent_XK).unflatten(-1, (heads, -1))
-            k_XHN, v_XHV = kv.split([nope, config.v_head_dim], dim=-1)
-            pairs = (q_XHN, q_XHR), (k_XHN, k_XR.unsqueeze(-2))
-            q_XHW, k_XHW = (turned_heads(native, *pair, context.cos_XR, context.sin_XR, True) for pair in pairs)
-            return self.o_proj(context.attend(self.layer, q_XHW, k_XHW, v_XHV, self.scale).flatten(-2))
-        q_XHR = rotate(q_XHR, context.cos_XR, context.sin_XR, interleaved=True)
-        k_X1R = rotate(k_XR.unsqueeze(-2), context.cos_XR, context.sin_XR, interleaved=True)
+        nope, rope, compressed = config.qk_nope_head_dim, config.qk_rope_head_dim, config.q_lora_rank is not None
+        if compressed:
+            low_XL = self.q_a_layernorm(self.q_a_proj(x_XD))
+            q = remade(self.q_b_proj(low_XL), self.q_b_proj, low_XL)
+        else:
+            q = self.q_proj(x_XD)
+        q_XHN, q_XHR = q.unflatten(-1, (heads, -1)).split([nope, rope], dim=-1)
+        latent_XK, k_XR = self.kv_a_proj_with_mqa(x_XD).split([config.kv_lora_rank, rope], dim=-1)
+        latent_XK, k_X1R = self.kv_a_layernorm(latent_XK), k_XR.unsqueeze(-2)
         if context.absorb:
+            q_XHR, k_X1R = (rotate(x, context.cos_XR, context.sin_XR, interleaved=True) for x in (q_XHR, k_X1R))
             q_XHK = self.kv_b_proj.by_head(q_XHN, slice(0, nope), transposed=True)
             q_XHW, entries_X1W = torch.cat((q_XHK, q_XHR), -1), torch.cat((latent_XK.unsqueeze(-2), k_X1R), -1)
             mixed_XHK = context.attend(self.layer, q_XHW, entries_X1W, config.kv_lora_rank, self.scale)
             y_XHV = self.kv_b_proj.by_head(mixed_XHK, slice(nope, None))
         else:
-            kv = self.kv_b_proj(latent_XK).unflatten(-1, (heads, -1))
-            k_XHN, v_XHV = kv.split([nope, config.v_head_dim], dim=-1)
-            q_XHW, k_XHW = torch.cat((q_XHN, q_XHR), -1), torch.cat((k_XHN, k_X1R.expand(*q_XHR.shape)), -1)
+            kv = remade(self.kv_b_proj(latent_XK), self.kv_b_proj, latent_XK)
+            k_XHN, v_XHV = kv.unflatten(-1, (heads, -1)).split([nope, config.v_head_dim], dim=-1)
+            q_XHW, k_XHW = _turned(q_XHN, q_XHR, context), _turned(k_XHN, k_X1R, context)
+            if compressed:  # else q would be kept in its place
+                remade(q_XHW, _turned, q_XHN, q_XHR, context)
+            remade(k_XHW, _turned, k_XHN, k_X1R, context)
             y_XHV = context.attend(self.layer, q_XHW, k_XHW, v_XHV, self.scale)
         return self.o_proj(y_XHV.flatten(-2))
+
+
+def _turned(plain_XHN: Tensor, x_XGR: Tensor, context: Context) -> Tensor:
+    """Of every head what stays as it is, then the pairs that are turned, which all heads may share: W = N + R."""
+    if (native := native_for(plain_XHN)) is not None:
+        return turned_heads(native, plain_XHN, x_XGR, context.cos_XR, context.sin_XR, True)
+    x_XGR = rotate(x_XGR, context.cos_XR, context.sin_XR, interleaved=True)
+    return torch.cat((plain_XHN, x_XGR.expand(*plain_XHN.shape[:-1], -1)), -1)
 
 
 class GQA(nn.Module):
@@ -91,8 +102,10 @@ class GQA(nn.Module):
     def forward(self, x_XD: Tensor, context: Context) -> Tensor:
         width = self.config.head_dim
         q_XHW, k_XGW, v_XGW = (p(x_XD).unflatten(-1, (-1, width)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if self.config.qk_norm:
+        turn = partial(rotate, cos_XR=context.cos_XR, sin_XR=context.sin_XR, interleaved=False)
+        if self.config.qk_norm:  # which keep what they are given
             q_XHW, k_XGW = self.q_norm(q_XHW), self.k_norm(k_XGW)
-        q_XHW = rotate(q_XHW, context.cos_XR, context.sin_XR, interleaved=False)
-        k_XGW = rotate(k_XGW, context.cos_XR, context.sin_XR, interleaved=False)
+            q_XHW, k_XGW = remade(turn(q_XHW), turn, q_XHW), remade(turn(k_XGW), turn, k_XGW)
+        else:
+            q_XHW, k_XGW = turn(q_XHW), turn(k_XGW)
         return self.o_proj(context.attend(self.layer, q_XHW, k_XGW, v_XGW, self.scale).flatten(-2))

@@ -1,6 +1,7 @@
 """Between router and experts: tokens go to the experts they chose, what comes of them comes back as one sum a token.
 
-    y_ND = dispatcher(x_ND, routing, experts)      # experts(rows_PD, counts) -> y_PD: counts[e] rows for each expert
+    y_ND = dispatcher(x_ND, routing, experts)
+    # experts(rows_PD, counts, gates_P) -> y_PD: counts[e] rows for each expert, each times its gate where there are any
 
 `LocalDispatcher` serves experts that are all here. Experts on several ranks take another one, which sends the rows
 there and back.
@@ -17,7 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-Experts = Callable[[Tensor, list[int]], Tensor]
+from slingshot.model.recompute import remade
+
+Experts = Callable[..., Tensor]
 FEW = 256  # tokens up to which a GPU is no slower with all experts than with those chosen: it reads their weights
 
 
@@ -58,9 +61,11 @@ class LocalDispatcher:
         sorted_slot_A = torch.arange(len(order_A), device=x_ND.device) + shift_E[expert_A[order_A]]
         owner_P = order_A.new_full((sum(counts),), -1).index_copy_(0, sorted_slot_A, order_A)
         slot_A = torch.empty_like(order_A).index_copy_(0, order_A, sorted_slot_A)
-        source_P = owner_P.clamp(min=0) // k
-        y_PD = experts(_Scatter.apply(x_ND, source_P, slot_A, k), counts)
-        y_ND: Tensor = _Combine.apply(y_PD, routing.gates_Nk.to(x_ND.dtype), slot_A, owner_P)
+        first_P = owner_P.clamp(min=0)
+        source_P = first_P // k
+        gates_P = routing.gates_Nk.to(x_ND.dtype).flatten().index_select(0, first_P) * (owner_P >= 0)
+        x_PD = remade(_Scatter.apply(x_ND, source_P, slot_A, k), Tensor.index_select, x_ND, 0, source_P)
+        y_ND: Tensor = _Gather.apply(experts(x_PD, counts, gates_P), source_P, slot_A, k)
         return y_ND
 
 
@@ -72,12 +77,20 @@ def through_all(x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor:
     return (y_PD[slot_Nk] * routing.gates_Nk.to(x_ND.dtype)[..., None]).sum(1)
 
 
-class _Scatter(torch.autograd.Function):
-    """y_P = x[source_P], where assignment a of x's row a // k went to slot_A[a].
+def _summed(x_PD: Tensor, slot_A: Tensor, k: int) -> Tensor:
+    """Of every row of N the sum of those in its k slots.
 
-    The gradient is gathered back through the slots and summed slice by slice: on a CPU far faster than index_add, and
-    several times faster than reducing the middle dimension.
+    Slice by slice: on a CPU far faster than index_add, and several times faster than reducing the middle dimension.
     """
+    first, *others = x_PD.index_select(0, slot_A).unflatten(0, (-1, k)).unbind(1)
+    total = first.clone()
+    for other in others:
+        total += other
+    return total
+
+
+class _Scatter(torch.autograd.Function):
+    """y_P = x[source_P], where assignment a of x's row a // k went to slot_A[a]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, source_P: Tensor, slot_A: Tensor, k: int) -> Tensor:
@@ -88,32 +101,18 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (slot_A,) = ctx.saved_tensors
-        first, *others = grads[0].index_select(0, slot_A).unflatten(0, (-1, ctx.k)).unbind(1)
-        return sum(others, first), None, None, None
+        return _summed(grads[0], slot_A, ctx.k), None, None, None
 
 
-class _Combine(torch.autograd.Function):
-    """y_N = sum over a token's k assignments of gate times y_P[slot]; slots without an owner (-1) get no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, y_PD: Tensor, gates_Nk: Tensor, slot_A: Tensor, owner_P: Tensor) -> Tensor:
-        ctx.save_for_backward(y_PD, gates_Nk, slot_A, owner_P)
-        k = gates_Nk.shape[1]
-        parts, gates = (
-            y_PD.index_select(0, slot_A).view(-1, k, y_PD.shape[1]).unbind(1),
-            gates_Nk.unsqueeze(2).unbind(1),
-        )
-        total = parts[0] * gates[0]
-        for part, gate in zip(parts[1:], gates[1:], strict=True):
-            total.addcmul_(part, gate)
-        return total
+class _Gather(torch.autograd.Function):
+    """y_N = the sum of a token's k slots. What fills a slot without an owner was multiplied by 0 before."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        y_PD, gates_Nk, slot_A, owner_P = ctx.saved_tensors
-        k = gates_Nk.shape[1]
-        first_P = owner_P.clamp(min=0)
-        dy_PD = grads[0].index_select(0, first_P // k)
-        dgates_P = torch.linalg.vecdot(dy_PD, y_PD)
-        gates_P = gates_Nk.flatten().index_select(0, first_P) * (owner_P >= 0)
-        return dy_PD.mul_(gates_P[:, None]), dgates_P.index_select(0, slot_A).view_as(gates_Nk), None, None
+    def forward(ctx: Any, y_PD: Tensor, source_P: Tensor, slot_A: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(source_P)
+        return _summed(y_PD, slot_A, k)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (source_P,) = ctx.saved_tensors
+        return grads[0].index_select(0, source_P), None, None, None

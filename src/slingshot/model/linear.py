@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from slingshot.kernels.grouped import grouped_matmul
 from slingshot.kernels.norm import residual_norm, rms_norm
 from slingshot.kernels.wide_product import wide_product
+from slingshot.model.recompute import remade
 from slingshot.model.rescaled import RescaledMatrix
 from slingshot.model.stored import StoredMatrix
 from slingshot.quantization.fp8_product import FP8Scaling, fp8_grouped_matmul, fp8_matmul
@@ -355,8 +356,9 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return remade(rms_norm(x, self.weight, self.eps), rms_norm, x, self.weight, self.eps)
 
     def after(self, x: Tensor, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The residual stream x + more, and its norm."""
-        return residual_norm(x, more, self.weight, self.eps)
+        total, y = residual_norm(x, more, self.weight, self.eps)
+        return total, remade(y, rms_norm, total, self.weight, self.eps)

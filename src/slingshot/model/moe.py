@@ -19,6 +19,7 @@ from slingshot.kernels.swiglu import swiglu
 from slingshot.model.config import ModelConfig
 from slingshot.model.dispatch import Dispatcher, LocalDispatcher, Routing
 from slingshot.model.linear import GroupedLinear, Linear, joined
+from slingshot.model.recompute import remade
 from slingshot.model.stored import StoredMatrix
 
 
@@ -32,7 +33,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(intermediate, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(joined(x, self.gate_proj, self.up_proj)))
+        gate_up = joined(x, self.gate_proj, self.up_proj)
+        return self.down_proj(remade(swiglu(gate_up), swiglu, gate_up))
 
 
 class Gate(Linear):
@@ -55,7 +57,7 @@ class Gate(Linear):
     def forward(self, x_ND: Tensor, replayed_Nk: Tensor | None = None) -> Routing:  # type: ignore[override]  # a choice
         """`replayed_Nk`: experts chosen before, numbered from 1; 0 is for the router to choose. Gates are its own."""
         config = self.config
-        scores_NE = self.product(x_ND.float()).sigmoid()
+        scores_NE = self.product(remade(x_ND.float(), Tensor.float, x_ND)).sigmoid()
         choice_NE = scores_NE.detach() + self.e_score_correction_bias
         if config.n_group > 1:
             grouped = choice_NE.unflatten(-1, (config.n_group, -1))
@@ -79,8 +81,13 @@ class Experts(nn.Module):
         self.gate_up_proj = GroupedLinear(config.n_routed_experts, config.hidden_size, 2, config.moe_intermediate_size)
         self.down_proj = GroupedLinear(config.n_routed_experts, config.moe_intermediate_size, config.hidden_size)
 
-    def forward(self, x_PD: Tensor, counts: list[int]) -> Tensor:
-        return self.down_proj(swiglu(self.gate_up_proj(x_PD, counts)), counts)
+    def forward(self, x_PD: Tensor, counts: list[int], gates_P: Tensor | None = None) -> Tensor:
+        """Gate values scale what the down projection reads: so its outputs, which are wider, need not be kept."""
+        gate_up = self.gate_up_proj(x_PD, counts)
+        hidden_PF = remade(swiglu(gate_up), swiglu, gate_up)
+        if gates_P is not None:
+            hidden_PF = _times(hidden_PF, gates_P)
+        return self.down_proj(hidden_PF, counts)
 
     @property
     def plain(self) -> bool:
@@ -88,6 +95,11 @@ class Experts(nn.Module):
         both: tuple[Any, ...] = self.gate_up_proj, self.down_proj
         kinds = all(type(each) is GroupedLinear and not isinstance(each.weight, StoredMatrix) for each in both)
         return kinds and all(each.fp8 is None for each in both)
+
+
+def _times(hidden_PF: Tensor, gates_P: Tensor) -> Tensor:
+    gates_P1 = gates_P.unsqueeze(1)
+    return remade(hidden_PF * gates_P1, torch.mul, hidden_PF, gates_P1)
 
 
 class MoE(nn.Module):

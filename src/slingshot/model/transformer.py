@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from slingshot.model.context import Context, PackedContext
 from slingshot.model.dispatch import Routing
 from slingshot.model.linear import Embedding, Linear, RMSNorm
 from slingshot.model.moe import MLP, MoE, balance_loss, expert_load
-from slingshot.model.recompute import recomputed
+from slingshot.model.recompute import recomputed, recomputed_cheaply
 
 Routed = tuple[Tensor, Routing | None]  # what a block gives: x_BTD, and the routing of its MoE
 
@@ -95,15 +95,16 @@ class _Body(nn.Module):
 class Transformer(nn.Module):
     """Decoder-only language model of either family. Activations run in `compute_dtype` (default: the parameters').
 
-    With `recompute` the backward pass has of each block its input alone, and computes the rest again; with
-    `logits_chunk` so do the logits of as many tokens at a time, where a loss is of them (training/language_model.py).
+    With `recompute` "full" the backward pass has of each block its input alone, and computes the rest again; with
+    "selective" it makes again what costs little, norms, SwiGLU and MLA's keys, values and queries. With `logits_chunk`
+    so do the logits of as many tokens at a time, where a loss is of them (training/language_model.py).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None
-        self.recompute = False
+        self.recompute: Literal["none", "selective", "full"] = "none"
         self.logits_chunk = 0
         self.model = _Body(config)
         if not config.tie_word_embeddings:
@@ -218,8 +219,9 @@ class Transformer(nn.Module):
         return output
 
     def _through(self, layer: nn.Module, *given: Any) -> Routed:
-        again = self.recompute and torch.is_grad_enabled()
-        found: Routed = recomputed(layer, *given) if again else layer(*given)
+        ways = {"full": recomputed, "selective": recomputed_cheaply}
+        way = ways.get(self.recompute) if torch.is_grad_enabled() else None
+        found: Routed = way(layer, *given) if way else layer(*given)
         return found
 
 

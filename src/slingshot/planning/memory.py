@@ -77,9 +77,8 @@ def block_activations(config: ModelConfig, moe: bool, precision: Precision, reco
     """Bytes kept per token for the backward pass of one block.
 
     "selective" drops what costs little to compute again, as DeepSeek-V3 does (3.2.3): outputs of norms, MLA's
-    up-projections, the product of gate and up; and experts' outputs, which gate values' gradients need only where these
-    scale them and not what the down projection reads. "full" keeps the block's input alone. Scores are never kept
-    (fused attention).
+    up-projections, the product of gate and up, with experts also times their gate values. "full" keeps the block's
+    input alone. Scores are never kept (fused attention).
     """
     width, heads = config.hidden_size, config.num_attention_heads
     low, plain = precision.low_activation, precision.activation
@@ -90,14 +89,20 @@ def block_activations(config: ModelConfig, moe: bool, precision: Precision, reco
     cheap = 2 * width * low  # both, normalised
     if config.family == "dense":
         kept += 2 * config.head_dim * (heads + config.num_key_value_heads) * plain  # q, k, v and attention's output
+        if config.qk_norm:  # both as they are turned, too
+            cheap += config.head_dim * (heads + config.num_key_value_heads) * plain
     else:
-        query, latent = config.q_lora_rank or 0, config.kv_lora_rank
-        kept += (query + latent + config.qk_rope_head_dim + heads * config.v_head_dim) * plain
-        cheap += (query + latent) * low + heads * (2 * config.qk_head_dim + config.v_head_dim) * plain
+        latents = (config.q_lora_rank or 0) + config.kv_lora_rank
+        kept += (latents + config.qk_rope_head_dim + heads * config.v_head_dim) * plain
+        cheap += latents * low + heads * (config.qk_head_dim + config.v_head_dim) * plain
+        if config.q_lora_rank is None:  # a product of full width
+            kept += heads * config.qk_head_dim * plain
+        else:
+            cheap += heads * config.qk_head_dim * plain
     if moe:
         routed = config.num_experts_per_tok
         kept += config.n_routed_experts * 4.0 + routed * width * low  # scores in float32; what was dispatched
-        cheap += routed * width * plain  # what comes back
+        cheap += routed * config.moe_intermediate_size * low  # the product of gate and up, times gate values
         inner = (routed + config.n_shared_experts) * config.moe_intermediate_size
     return kept + 2 * inner * low + (0 if recompute == "selective" else cheap + inner * low)
 

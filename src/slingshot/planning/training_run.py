@@ -12,7 +12,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.quantity import show_count, show_share
 from slingshot.checkpoint.layout import AdapterNumbers
 from slingshot.cost.devices import and_others, mixed_peak
-from slingshot.cost.flops import forward_flops, forward_parts, trained, training_parts
+from slingshot.cost.flops import forward_flops, forward_parts, remade_flops, trained, training_parts
 from slingshot.model.config import ModelConfig
 from slingshot.planning.layout import RECOMPUTE, Layout, layouts
 from slingshot.planning.memory import PRECISIONS, Blocks, Memory, training_memory, with_momenta
@@ -62,7 +62,9 @@ class TrainingRun:
         peak = mixed_peak(hire.device, hire.precision.dtype, forward_parts(self.config, [context]))
         flops = sum(training_parts(self.config, [context], adapters=passed).values())
         self.compute_seconds = flops * self.sequences / hire.count / peak
-        self.computed_again = 1 + forward_flops(self.config, [context], mtp=True, adapters=passed or 0.0) / flops
+        again = {"full": forward_flops(self.config, [context], mtp=True, adapters=passed or 0.0)}
+        again["selective"] = remade_flops(self.config, context)
+        self.computed = {"none": 1.0} | {way: 1 + more / flops for way, more in again.items()}
 
     @cached_property
     def rate(self) -> TrainingRate:
@@ -132,9 +134,9 @@ class TrainingRun:
 
     def _seconds(self, layout: Layout, memory: Memory) -> float:
         """Of an optimizer step, to compare layouts: what takes longest; then less network."""
-        again = {"none": 1.0, "selective": 1.05, "full": self.computed_again}[layout.recompute]
-        compute = again * self.compute_seconds * (1 + (layout.pp - 1) / self.microbatches(layout))
         times = self.times(layout, memory)
+        elementwise = 1.03 if layout.recompute == "selective" else 1.0  # norms, rotation, SwiGLU: docs/results.md
+        compute = elementwise * times.compute * (1 + (layout.pp - 1) / self.microbatches(layout))
         return max(compute, times.memory, times.network) + 0.01 * times.network
 
     def times(self, layout: Layout, memory: Memory) -> ResourceTimes:
@@ -148,7 +150,7 @@ class TrainingRun:
         held = self.blocks.stage_weights(layout)
         moved = 3 * precision.weight * sum(held) + 2 * precision.gradient * sum(self.blocks.trained(layout, *held))
         return ResourceTimes(
-            compute=self.compute_seconds * (self.computed_again if layout.recompute == "full" else 1),
+            compute=self.compute_seconds * self.computed[layout.recompute],
             memory=(microbatches * (moved + 2 * kept) + 2 * memory.optimizer) / hire.device.bandwidth,
             network=network_seconds(transfers(self.blocks, layout, hire.device, self.batch_tokens, self.context)),
         )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from slingshot.base.errors import SlingshotError
 from slingshot.model.dispatch import Experts, LocalDispatcher, Routing
 from slingshot.model.moe import MoE
+from slingshot.model.recompute import remade
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -50,7 +51,8 @@ class AllToAllDispatcher:
         row_A, slot_A = ((chosen_Pk >= 0) & (chosen_Pk < own)).nonzero(as_tuple=True)
         expert_A1, gate_A1 = chosen_Pk[row_A, slot_A].long()[:, None], gates_Pk[row_A, slot_A][:, None]
         given = Routing(expert_A1, gate_A1, rows_PD.new_empty(len(row_A), own))
-        y_PD = torch.zeros_like(rows_PD).index_add(0, row_A, self._local(rows_PD[row_A], given, experts))
+        rows_AD = remade(rows_PD[row_A], Tensor.index_select, rows_PD, 0, row_A)
+        y_PD = torch.zeros_like(rows_PD).index_add(0, row_A, self._local(rows_AD, given, experts))
         y_SD = _exchange(y_PD, *sizes[::-1], self._group, 1 / ranks)
         return torch.zeros_like(x_ND).index_add(0, token_S, y_SD)
 

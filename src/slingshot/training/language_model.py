@@ -37,17 +37,18 @@ class LanguageModelLoss(Strict):
 class MemoryConfig(Strict):
     """The table `memory`: what the backward pass computes again instead of keeping. No loss depends on it.
 
-    `recompute`: all within a block ("full") or nothing; "auto" is full beside adapters alone, where state is small.
+    `recompute`: all within a block ("full"), what costs little ("selective") or nothing; "auto" is full beside adapters
+    alone, where state is small.
     `logits_chunk`: of how many tokens logits are in memory at once; 0 is all of a micro-batch.
     """
 
-    recompute: Literal["auto", "none", "full"] = "auto"
+    recompute: Literal["auto", "none", "selective", "full"] = "auto"
     logits_chunk: int = Field(default=0, ge=0)
 
     def apply(self, model: Transformer) -> None:
         """Have the model's training do so."""
         if self.recompute != "auto":
-            model.recompute = self.recompute == "full"
+            model.recompute = self.recompute
         model.logits_chunk = self.logits_chunk
 
 

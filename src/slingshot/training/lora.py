@@ -70,7 +70,7 @@ def add_lora(model: Transformer, config: LoRAConfig, seed: int, parallel: Parall
             raise SlingshotError(f"lora.targets: this model has no {target}; it has {', '.join(known)}")
         chosen |= found
     model.requires_grad_(False)
-    model.recompute = True
+    model.recompute = "full"
     generator = torch.Generator().manual_seed(seed)
     for name, module in sorted(chosen.items()):
         *leading, out, width = module.weight.shape

@@ -71,3 +71,7 @@ def test_a_closed_pool_leaves_nobody_waiting(load):
         futures = [pool.submit(task, PROBLEM, "hang") for _ in range(3)]
         began = time.monotonic()
     assert all(future.cancelled() or future.result().error for future in futures) and time.monotonic() - began < 60
+
+
+def test_as_many_answers_of_each_batch_may_wait_up_to_a_limit():
+    assert [VerificationPool([], batches=batches).most for batches in (1, 2, 9)] == [16, 32, 64]

@@ -150,7 +150,7 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
         if sampler is None:
             alone = parallel.mesh is None and not config.staleness
             sampler = EngineSampler.beside(model, tokenizer, work.dtype, alone)
-        pool = VerificationPool(tasks.tasks)
+        pool = VerificationPool(tasks.tasks, batches=1 + config.staleness)
         rollout = Rollout(sampler, params, config.form, pool, parallel)
         parallel.shard(model)
         for network in (model, reference):

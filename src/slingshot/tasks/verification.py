@@ -21,7 +21,8 @@ from slingshot.tasks.task import Problem, Reward, Task
 
 T = TypeVar("T")
 
-MOST_WORKERS = 16
+MOST_WORKERS = 16  # for each batch whose answers may wait at once
+IN_ALL = 64  # processes, some 20 MB each
 
 
 class IsolatedTask(Task):
@@ -60,13 +61,14 @@ class VerificationPool:
     """Workers shared by `tasks`. A verifier that raises or hangs costs its own item: a reward of 0 that says why.
 
     `workers` are two where there are cores to spare, else one, and more while verifiers wait; none start where no task
-    needs one.
+    needs one. `batches`: how many are verified at once; `most`: the workers that there are then, if all wait.
     """
 
-    def __init__(self, tasks: Sequence[Task], workers: int | None = None) -> None:
+    def __init__(self, tasks: Sequence[Task], workers: int | None = None, batches: int = 1) -> None:
         targets = [task.target for task in tasks if isinstance(task, IsolatedTask)]
         size = workers or min(2, max(1, (os.cpu_count() or 1) - 1))
-        self._pool = WorkerPool(size, targets, workers or MOST_WORKERS) if targets else None
+        self.most = workers or min(IN_ALL, MOST_WORKERS * batches)
+        self._pool = WorkerPool(size, targets, self.most) if targets else None
         self.verified = 0  # answers so far, over all ranks, as its Rollouts count them
 
     def submit(self, task: Task, problem: Problem, text: str, lenient: bool = False) -> Future[Reward]:

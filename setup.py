@@ -1,4 +1,5 @@
-"""Builds native/*.cpp into src/slingshot/kernels/slingshot_native.so where a C++ compiler is; goes on without it else.
+"""Builds native/*.cpp into src/slingshot/kernels/slingshot_native.so, and native/heap/ into a library of its own in
+src/slingshot/machine, where a C++ compiler is; goes on without it else.
 
     python setup.py build_ext --inplace      # in a source tree; `pip install` does it by itself
 
@@ -14,6 +15,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -60,6 +62,11 @@ class BuildNative(build_ext):
         return []
 
     def build_extension(self, ext: Extension) -> None:
+        if ext is heap:
+            if not sys.platform.startswith("linux"):
+                raise CompileError(f"the heap's library is written for Linux, this is {sys.platform}")
+            super().build_extension(ext)
+            return
         target = Path(self.get_ext_fullpath(ext.name))
         digest = sources_digest(NATIVE)
         built = Path("src", self.get_ext_filename(ext.name))  # by an earlier installation from this tree
@@ -118,4 +125,8 @@ class BuildNative(build_ext):
 
 sources = sorted(str(path) for path in NATIVE.glob("*.cpp"))
 native = Extension("slingshot.kernels.slingshot_native", sources, language="c++", optional=True)
-setup(ext_modules=[native], cmdclass={"build_ext": BuildNative})
+heap = Extension(
+    "slingshot.machine.slingshot_heap", ["native/heap/aligned.cpp"], extra_compile_args=FLAGS, language="c++",
+    optional=True,
+)  # fmt: skip
+setup(ext_modules=[native, heap], cmdclass={"build_ext": BuildNative})

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from slingshot.machine.memory import peak_device_memory_bytes, peak_host_memory_bytes
+from slingshot.machine.memory import HEAP, peak_device_memory_bytes, peak_host_memory_bytes
 
 PROGRAM = """
 import resource
@@ -24,15 +24,20 @@ def faults_of_a_step():
 
 kept = keep_memory()
 print(kept, keep_memory() == kept, [faults_of_a_step() for _ in range(3)][-1])
+blocks = [torch.empty(n << 20, dtype=torch.uint8) for n in (3, 1, 7, 5)]
+place = blocks[2].data_ptr()
+del blocks[2]
+again = torch.empty(7 << 20, dtype=torch.uint8)
+print(again.data_ptr() == place, {each.data_ptr() % 64 for each in [again, *blocks]} == {0})
 """
 
 
 @pytest.mark.slow
 def test_what_a_step_frees_the_next_takes_again() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=120)
-    kept, same, faults = done.stdout.split()
+    kept, same, faults, reused, aligned = done.stdout.split()
     assert (kept == "True") == (platform.libc_ver()[0] == "glibc")
-    assert same == "True"
+    assert same == aligned == "True" and (reused == "True") == (kept == "True" and HEAP.exists())
     assert kept == "False" or int(faults) < 100  # 113 MB in pages of 4 KB are 29,000
 
 

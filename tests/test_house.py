@@ -18,7 +18,7 @@ FILE = 400  # lines
 # Lines of Python at most: the package's, the tests'.
 ROOMS = {
     ".": (46, 535),
-    "base": (777, 440),
+    "base": (780, 440),
     "checkpoint": (2721, 2758),
     "cli": (2019, 1466),
     "cost": (656, 582),
@@ -35,10 +35,10 @@ ROOMS = {
     "rollout": (1461, 1037),
     "sandbox": (1005, 625),
     "serving": (5850, 5514),
-    "stages": (2492, 3445),
+    "stages": (2496, 3445),
     "tasks": (3859, 2661),
     "text": (2021, 1791),
-    "training": (3074, 2025),
+    "training": (3043, 2047),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

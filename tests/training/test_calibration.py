@@ -45,8 +45,13 @@ def test_half_of_a_symmetric_product_is_all_of_it():
 def found(mixture):
     """By matrix its x^T x and rows, and the tokens that were read."""
     texts = torch.randint(5, 250, (9, 23), generator=torch.Generator().manual_seed(0)).tolist()
-    batches = stream(texts, 23, 4)
-    return {name: (gram, rows) for name, _, gram, rows in by_layer(open_weights(mixture), batches)}, batches
+    batches, inputs = stream(texts, 23, 4), {}
+
+    def kept(name, weight, gram, rows):
+        inputs[name] = gram, rows
+
+    by_layer(open_weights(mixture), batches, kept)
+    return inputs, batches
 
 
 def test_every_token_goes_into_as_many_experts_as_it_chooses_and_no_row_is_repeated(mixture, found):
@@ -85,6 +90,23 @@ def test_the_first_layers_inputs_are_its_normalised_embeddings(mixture, found):
             [model.layers[0].input_layernorm(model.embed_tokens(tokens)).flatten(0, 1) for tokens, *_ in batches]
         )
     assert torch.allclose(inputs["model.layers.0.self_attn.q_proj.weight"][0], rows.T @ rows, rtol=1e-4, atol=1e-4)
+
+
+def test_a_matrix_sees_what_those_before_it_were_changed_to(mixture, found):
+    """Of its own layer and of those below."""
+    inputs, batches = found
+    grams = {}
+
+    def without_keys_and_values(name, weight, gram, _):
+        grams[name] = gram.clone()
+        if name == "model.layers.0.self_attn.kv_a_proj_with_mqa.weight":
+            weight.zero_()
+
+    by_layer(open_weights(mixture), batches, without_keys_and_values)
+    assert not grams["model.layers.0.self_attn.o_proj.weight"].any()
+    assert torch.equal(grams.pop(first := "model.layers.0.self_attn.q_proj.weight"), inputs[first][0])
+    moved = [not torch.equal(grams[name], inputs[name][0]) for name in grams if ".layers.1." in name and "attn" in name]
+    assert moved and all(moved)
 
 
 def test_of_texts_with_masks_what_was_written_counts_alone_and_where_none_was_kept_all_of_it():

@@ -77,10 +77,11 @@ HELD_OUT, _MEASUREMENTS = 32, 10  # answers that distillation does not see, and 
 _ANSWERING, _MEASURING = "held-out answers", "held-out KL"
 # Held-out problems of each task where their number is not told: so many, or what both models answer and read for so
 # many FLOPs, but never fewer than that.
-_MOST, _SPENT, _FEWEST = 200, 1.2e13, 4
+_MOST, _SPENT, _FEWEST = 200, 6e12, 2
 # What takes the time, in FLOPs of a matrix product that takes as long (docs/compression.md): a number that is rounded,
 # one that is fitted; of an answer's forward pass, to write it and fit to it, to write it twice and compare.
 _ROUNDING, _FITTING, _CALIBRATION, _COMPARISON, _BEGINNING = 1e4, 2e4, 4.0, 6.0, 10.0
+_LONG = 120  # seconds: from there on it is said what would take less
 
 
 class QuantizeConfig(StageConfig):
@@ -368,9 +369,12 @@ def foretold(model: ModelConfig, config: QuantizeConfig, problems: int, peak: fl
     by += (
         f"distilled in {plural(config.distill, 'step')}, whose time is told when they begin, " if config.distill else ""
     )
+    seconds = _BEGINNING + work / peak
     bounded = "; problems=N asks others" if config.problems is None else ""
-    done = f"{show_count(numbers)} numbers to {config.to}, {by}compared on {plural(problems, 'answer')}{bounded}"
-    return f"{done}: about {show_duration(_BEGINNING + work / peak)} if nothing else runs"
+    if seconds > _LONG:
+        bounded = f"; fewer problems{' or calibrate' if answers else ''}, a smaller sampling.max_tokens take less"
+    done = f"{show_count(numbers)} numbers to {config.to}, {by}compared on {plural(problems, 'answer')}"
+    return f"{done}: about {show_duration(seconds)} if nothing else runs{bounded}"
 
 
 def compared(full: Sequence[Trajectory], small: Sequence[Trajectory], seed: int) -> dict[str, Any]:

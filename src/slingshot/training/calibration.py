@@ -1,24 +1,25 @@
 """What goes into every matrix, a layer at a time: what calibrated quantisation needs of a model's own text.
 
-    for name, weight_FD, gram_DD, rows in by_layer(open_weights(path), batches): weight_FD.copy_(...)
+    by_layer(open_weights(path), batches, lambda name, weight_FD, gram_DD, rows: weight_FD.copy_(...))
 
-Layers come in order, and each is run again once its matrices were changed: the next one's inputs are of a model that is
-changed up to there (arXiv 2210.17323, 4: quantised layer by layer). Memory: activations, the embedding, and one layer
-with its grams; a layer is read when its turn comes.
+Every matrix is changed as soon as all of its inputs are there and before anything is multiplied by it, so that the
+inputs of each come of a model that is changed up to there (arXiv 2210.17323, 4, where that holds from layer to layer),
+and the text goes through a layer once. Memory: what a layer makes of the whole text at its widest, the embedding, and
+one layer; a layer is read when its turn comes.
 
 Shape suffixes: B batch, T time, D input width, F output width, N rows, k experts of a token, A = N k assignments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slingshot.base.clock import Clock
 from slingshot.checkpoint.load_save import StoredWeights, load_part
 from slingshot.model.context import PackedContext
 from slingshot.model.dispatch import Experts, Routing
@@ -27,6 +28,7 @@ from slingshot.model.moe import Gate, MoE
 from slingshot.model.transformer import MTP, Transformer
 from slingshot.quantization.formats import is_packed
 
+Change = Callable[[str, Tensor, Tensor, int], None]
 EMBEDDING = "model.embed_tokens.weight"
 _WIDE = 1024  # columns of x^T x at a time: what lies above the diagonal is not multiplied, but within such a block
 
@@ -67,46 +69,42 @@ class Inputs:
     def __init__(self) -> None:
         self._last: tuple[Tensor, Gram] | None = None
 
-    def add(self, x_XD: Tensor, own: Gram | None) -> Gram:
-        """The Gram that these rows are added to: a matrix's own, or that of the matrix which read them before it."""
-        if self._last is not None and self._last[0] is x_XD:
-            return self._last[1]
-        gram = own or Gram(x_XD.shape[-1])
-        gram.add(x_XD.flatten(0, -2).float())
-        self._last = x_XD, gram
-        return gram
-
-    def forget(self) -> None:
-        self._last = None
+    def gram(self, x_XD: Tensor) -> Gram:
+        """Of these rows; that of the matrix which read them before, where one did."""
+        if self._last is None or self._last[0] is not x_XD:
+            self._last = x_XD, Gram(x_XD.shape[-1])
+            self._last[1].add(x_XD.flatten(0, -2).float())
+        return self._last[1]
 
 
 class ObservedLinear(Linear):
-    """A matrix whose inputs are added up. What a layer's last one makes of them is not looked at, and is not made."""
+    """A matrix that is changed, by its inputs, before it multiplies them."""
 
-    def __init__(self, base: Linear, inputs: Inputs, last: bool) -> None:
+    def __init__(self, base: Linear, inputs: Inputs, change: Change) -> None:
         nn.Module.__init__(self)
-        self.weight, self.bias, self.inputs, self.last = base.weight, base.bias, inputs, last
-        self.gram: Gram | None = None
+        self.weight, self.bias, self.inputs, self.change = base.weight, base.bias, inputs, change
 
     def product(self, x_XD: Tensor, detach: bool = False) -> Tensor:
-        self.gram = self.inputs.add(x_XD, self.gram)
-        width = len(self.weight)
-        return x_XD.new_zeros(1).expand(*x_XD.shape[:-1], width) if self.last else super().product(x_XD, detach)
+        gram = self.inputs.gram(x_XD)
+        self.change("weight", self.weight.data, gram.whole(), gram.rows)
+        return super().product(x_XD, detach)
 
 
 class ObservedGroupedLinear(GroupedLinear):
-    """Expert matrices whose inputs are added up, each expert's apart."""
+    """Expert matrices that are changed, each by its own inputs, before they multiply these."""
 
-    def __init__(self, base: GroupedLinear, last: bool) -> None:
+    def __init__(self, base: GroupedLinear, parts: Sequence[str], change: Change) -> None:
         nn.Module.__init__(self)
-        self.weight, self.last = base.weight, last
-        self.grams = [Gram(base.weight.shape[-1]) for _ in base.weight]
+        self.weight, self.parts, self.change = base.weight, parts, change
 
     def forward(self, x_ND: Tensor, counts: list[int]) -> Tensor:
-        for gram, own_ND in zip(self.grams, x_ND.float().split(counts), strict=True):
+        for expert, own_ND in enumerate(x_ND.float().split(counts)):
+            gram = Gram(x_ND.shape[-1])
             gram.add(own_ND)
-        width = self.weight.shape[1:-1].numel()
-        return x_ND.new_zeros(1).expand(len(x_ND), width) if self.last else super().forward(x_ND, counts)
+            weights = self.weight.data[expert].view(len(self.parts), -1, x_ND.shape[-1])
+            for part, weight_FD in zip(self.parts, weights, strict=True):
+                self.change(f"{expert}.{part}.weight", weight_FD, gram.whole(), gram.rows)
+        return super().forward(x_ND, counts)
 
 
 def each_row_once(x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor:
@@ -119,78 +117,49 @@ def each_row_once(x_ND: Tensor, routing: Routing, experts: Experts) -> Tensor:
 
 
 @torch.no_grad()
-def by_layer(
-    weights: StoredWeights, batches: Sequence[TextRows], clock: Clock | None = None
-) -> Iterator[tuple[str, Tensor, Tensor, int]]:
-    """Name (as in a checkpoint's files), weight, x^T x and number of rows of every matrix of the layers that is packed.
+def by_layer(weights: StoredWeights, batches: Sequence[TextRows], change: Change) -> None:
+    """Read the text, and call `change` with the name (as in a checkpoint's files), weight, x^T x and number of rows of
+    every matrix of the layers that is packed.
 
-    The weights, in float32, are to be changed before the next is asked for. Matrices that read the same have the same
-    x^T x, one after the other. clock: counts "reading", which takes longer for more text, as nothing else here does.
+    It changes the weights, in float32. Matrices that read the same have the same x^T x, one after the other.
     """
-    clock = clock or Clock()
     with torch.device("meta"):
         model = Transformer(weights.config.stored_as(None)).model
-    contexts = [PackedContext(weights.config, *batch[:2]) for batch in batches]
-    embedding_VD = weights.read(EMBEDDING)
-    states = [F.embedding(tokens_BT, embedding_VD).float() for tokens_BT, *_ in batches]
+    text = TextRows(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+    context, embedding_VD = PackedContext(weights.config, *text[:2]), weights.read(EMBEDDING)
+    x_BTD = F.embedding(text.tokens_BT, embedding_VD).float()
     del embedding_VD
-    embedded = list(states) if weights.config.num_nextn_predict_layers else []
+    embedded_BTD = x_BTD if weights.config.num_nextn_predict_layers else None
     load_part(model.norm, weights, "model.norm.")
     for number, layer in enumerate(model.layers):
         load_part(layer, weights, f"model.layers.{number}.")
-        if isinstance(layer, MTP):  # it reads the last layer's hidden states and the tokens behind
-            states = [model.norm(x_BTD) for x_BTD in states]
-        more = [(x_BTD.roll(-1, dims=1),) for x_BTD in embedded] if isinstance(layer, MTP) else [()] * len(batches)
-        plain = {
-            name: module
-            for name, module in layer.named_modules()
-            if isinstance(module, Linear | GroupedLinear)
-            and not isinstance(module, Gate)
-            and is_fitted(f"{name}.weight")
-        }
-        gates = [module for module in layer.modules() if isinstance(module, MoE)]
-        inputs, dispatchers = Inputs(), [moe.dispatcher for moe in gates]
-        for moe in gates:
-            moe.dispatcher = each_row_once
-        for name, module in plain.items():
-            last = name.endswith("down_proj")
-            if isinstance(module, Linear):
-                layer.set_submodule(name, ObservedLinear(module, inputs, last))
-            elif isinstance(module, GroupedLinear):
-                layer.set_submodule(name, ObservedGroupedLinear(module, last))
-        with clock("reading"):
-            for x_BTD, context, others in zip(states, contexts, more, strict=True):
-                layer(x_BTD, context, *others)
-        inputs.forget()
-        found = {name: layer.get_submodule(name) for name in plain}
-        for name, module in plain.items():
-            layer.set_submodule(name, module)
-        for moe, dispatcher in zip(gates, dispatchers, strict=True):
-            moe.dispatcher = dispatcher
-        for name in list(found):
-            yield from _matrices(f"model.layers.{number}.{name}", found.pop(name))
-        if number + 1 < len(model.layers):
-            with clock("reading"):
-                for at, context in enumerate(contexts):
-                    states[at] = layer(states[at], context, *more[at])[0]
+        more = []
+        if isinstance(layer, MTP) and embedded_BTD is not None:  # it reads the last hidden states and the tokens behind
+            x_BTD, more = model.norm(x_BTD), [embedded_BTD.roll(-1, dims=1)]
+        inputs = Inputs()
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, MoE):
+                module.dispatcher = each_row_once
+            if isinstance(module, Gate) or not is_fitted(f"{name}.weight"):
+                continue
+            prefix, _, last = f"model.layers.{number}.{name}".rpartition(".")
+            if isinstance(module, GroupedLinear):
+                parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+                observed = ObservedGroupedLinear(module, parts, partial(_named, change, prefix))
+                layer.set_submodule(name, observed)
+            elif isinstance(module, Linear):
+                layer.set_submodule(name, ObservedLinear(module, inputs, partial(_named, change, f"{prefix}.{last}")))
+        x_BTD = layer(x_BTD, context, *more)[0]
         layer.to_empty(device="meta")
+
+
+def _named(change: Change, prefix: str, name: str, weight_FD: Tensor, gram_DD: Tensor, rows: int) -> None:
+    change(f"{prefix}.{name}", weight_FD, gram_DD, rows)
 
 
 def is_fitted(name: str) -> bool:
     """Whether inputs of the layers' matrix NAME are observed: not those of what joins an MTP module's two inputs."""
     return is_packed(name, "linear") and not name.endswith("eh_proj.weight")
-
-
-def _matrices(name: str, observed: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, int]]:
-    if isinstance(observed, ObservedLinear) and (gram := observed.gram) is not None:
-        yield f"{name}.weight", observed.weight.data, gram.whole(), gram.rows
-    elif isinstance(observed, ObservedGroupedLinear):
-        experts, _, parts = name.rpartition(".")
-        names = ("gate_proj", "up_proj") if parts == "gate_up_proj" else ("down_proj",)
-        for expert, gram in enumerate(observed.grams):
-            weights = observed.weight.data[expert].view(len(names), -1, observed.weight.shape[-1])
-            for part, weight_FD in zip(names, weights, strict=True):
-                yield f"{experts}.{expert}.{part}.weight", weight_FD, gram.whole(), gram.rows
 
 
 def stream(

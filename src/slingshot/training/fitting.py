@@ -95,15 +95,15 @@ def fitted(
     clock: counts "reading" the text, which takes longer for more of it, and "fitting", which does not.
     """
     clock, fit = clock or Clock(), Fit()
-    matrices = by_layer(weights, batches, clock)
     names = [s.name for s in layout(weights.config) if is_fitted(s.name) and is_packed(s.name, s.stored)]
-    with Progress(title, len(names)) as progress:
-        for number in range(1, len(names) + 1):
-            found = next(matrices)
+    with Progress(title, len(names)) as progress, clock("reading"):
+
+        def change(name: str, weight_FD: Tensor, gram_DD: Tensor, rows: int) -> None:
             with clock("fitting"):
-                fit.add(*found, scheme)
-            del found  # before the next layer is read
-            progress.update(number)
+                fit.add(name, weight_FD, gram_DD, rows, scheme)
+            progress.update(len(fit.packed) + len(fit.unseen))
+
+        by_layer(weights, batches, change)
     return fit
 
 

@@ -29,7 +29,7 @@ ROOMS = {
     "machine": (483, 324),
     "model": (2142, 1412),
     "parity": (0, 1124),
-    "planning": (2191, 1382),
+    "planning": (2193, 1383),
     "quantization": (673, 472),
     "recipe": (1335, 1079),
     "rollout": (1461, 1037),
@@ -38,7 +38,7 @@ ROOMS = {
     "stages": (2496, 3445),
     "tasks": (3859, 2661),
     "text": (2021, 1791),
-    "training": (3043, 2047),
+    "training": (3131, 2130),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

@@ -158,6 +158,7 @@ def test_momenta_of_16_bits_and_logits_of_some_tokens_are_counted() -> None:
     kept = {(name, to): with_momenta(PRECISIONS[name], to).optimizer for name in PRECISIONS for to in ("float32", None)}
     assert kept["float32", "float32"] == kept["float32", None] == 8 and kept["fp8", "float32"] == 12 > kept["fp8", None]
     assert [with_momenta(PRECISIONS[name], "bfloat16").optimizer for name in PRECISIONS] == [4, 8, 8, 8, 0]
+    assert [with_momenta(PRECISIONS[name], "bfloat16", True).optimizer for name in PRECISIONS] == [0, 4, 4, 4, 0]
     all_of_it, chunked = (training_memory(Blocks(DENSE, FP32), Layout(), 16, 1, chunk) for chunk in (None, 4))
     assert all_of_it.activations - chunked.activations == 12 * 8 * 64
 

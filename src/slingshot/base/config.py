@@ -169,7 +169,7 @@ class StageConfig(Strict):
     """What the config of every stage has. `threads` 0: the fastest here; `price`: money per hour of this machine."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset(
-        {"threads", "price", "save_seconds", "expert_parallel", "memory.recompute"}
+        {"threads", "price", "save_seconds", "expert_parallel", "memory.recompute", "optimizer.offload"}
     )
 
     seed: int = Field(0, ge=0, lt=2**63)

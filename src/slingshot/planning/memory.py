@@ -50,12 +50,13 @@ PRECISIONS = {
 }
 
 
-def with_momenta(precision: Precision, dtype: str | None) -> Precision:
-    """With both of AdamW's moments in this dtype; None: as they are."""
-    if dtype is None or not precision.optimizer:
+def with_momenta(precision: Precision, dtype: str | None, offload: bool = False) -> Precision:
+    """With both of AdamW's moments in this dtype, None: as they are; or with `offload` elsewhere."""
+    if not precision.optimizer:
         return precision
     moments = 4 if precision.dtype == "fp8" else 8
-    return precision._replace(optimizer=precision.optimizer - moments + (4 if dtype == "bfloat16" else 8))
+    held = 0 if offload else {None: moments, "bfloat16": 4, "float32": 8}[dtype]
+    return precision._replace(optimizer=precision.optimizer - moments + held)
 
 
 class Memory(Strict):

@@ -116,6 +116,7 @@ class TrainingRequest(PlanRequest):
     recompute: Recompute | None = _asked("none, selective or full; chosen when not given.")
     logits_chunk: Whole | None = _asked("Tokens whose logits are in memory at once; else a sequence's.")
     state_dtype: Literal["float32", "bfloat16"] | None = _asked("Of AdamW's moments; else as the precision has them.")
+    offload: bool = _asked("true: AdamW's moments lie in the host's memory or on its disk; not counted.", False)
 
     @property
     def adapters(self) -> AdapterNumbers | None:

@@ -57,7 +57,7 @@ class TrainingRun:
         self.sequences = batch_tokens / context
         adapters = asked.adapters
         held, passed = (None, None) if adapters is None else adapters
-        self.blocks = Blocks(self.config, with_momenta(hire.precision, asked.state_dtype), held)
+        self.blocks = Blocks(self.config, with_momenta(hire.precision, asked.state_dtype, asked.offload), held)
         # Of training on an optimizer step's tokens, MTP included, on one device at its peak.
         peak = mixed_peak(hire.device, hire.precision.dtype, forward_parts(self.config, [context]))
         flops = sum(training_parts(self.config, [context], adapters=passed).values())

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from slingshot.base.config import Strict
 from slingshot.model.transformer import Transformer, local_part
+from slingshot.training.offload import StatePlace
 from slingshot.training.parallel import whole
 
 _NOT_OF_MUON = ("embed_tokens", "lm_head", "mlp.gate.weight")
@@ -31,7 +32,8 @@ class OptimizerConfig(Strict):
     """The table `optimizer`. `lr` is the peak for matrices, `adam_lr` for what Muon leaves to AdamW.
 
     With the name adamw, `lr` is for everything. `warmup` and `decay` are shares of all steps; the rate falls linearly
-    to `final` of the peak. Momenta are kept in `state_dtype`, and computed in float32.
+    to `final` of the peak. Momenta are kept in `state_dtype`, and computed in float32. `offload`: they lie in the
+    host's memory ("host"), or in files of a folder, mapped into it, and updates are the same to the bit.
     """
 
     name: Literal["muon", "adamw"] = "muon"
@@ -41,6 +43,7 @@ class OptimizerConfig(Strict):
     betas: tuple[Beta, Beta] = (0.9, 0.95)  # arXiv 2412.19437, 4.2
     weight_decay: float = Field(default=0.1, ge=0)
     state_dtype: Literal["float32", "bfloat16"] = "float32"  # DeepSeek-V3's are bfloat16 (arXiv 2412.19437, 3.3.3)
+    offload: Annotated[str, Field(min_length=1)] | None = None
     clip: float = Field(default=1.0, gt=0)
     warmup: float = Field(default=0.02, ge=0, le=1)
     decay: float = Field(default=0.4, ge=0, le=1)
@@ -78,12 +81,14 @@ def newton_schulz(matrices_XMN: Tensor, steps: int = 5) -> Tensor:
 
 
 class ParameterGroups:
-    """Groups of parameters with their settings, and what is kept of each, in `kept_as` or the parameter's own dtype.
+    """Groups of parameters with their settings, and what is kept of each, beside it or where `offload` says.
     Not torch.optim's: making one of those imports torch's compiler, as long again as torch itself at every start."""
 
-    def __init__(self, groups: Iterable[dict[str, Any]], kept_as: torch.dtype | None, **settings: Any) -> None:
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], kept_as: torch.dtype | None, offload: str | None, **settings: Any
+    ) -> None:
         self.param_groups = [settings | group for group in groups]
-        self.kept_as = kept_as
+        self.place = StatePlace((each for group in self.param_groups for each in group["params"]), kept_as, offload)
         self.state: dict[nn.Parameter, dict[str, Tensor]] = defaultdict(dict)
 
     def step(self) -> None:
@@ -100,8 +105,9 @@ class AdamW(ParameterGroups):
         lr: float,
         betas: tuple[float, float],
         kept_as: torch.dtype | None = None,
+        offload: str | None = None,
     ) -> None:
-        super().__init__(groups, kept_as, lr=lr, betas=betas)
+        super().__init__(groups, kept_as, offload, lr=lr, betas=betas)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -110,9 +116,8 @@ class AdamW(ParameterGroups):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_kind[parameter.device, parameter.dtype].append(parameter)
-            for (_, dtype), moved in by_kind.items():
-                narrow = self.kept_as not in (None, dtype)  # then momenta are widened, one parameter's at a time
-                for some in [[parameter] for parameter in moved] if narrow else [moved]:
+            for moved in by_kind.values():  # state that has to come and go does so one parameter's at a time
+                for some in [[parameter] for parameter in moved] if self.place.moves(moved[0]) else [moved]:
                     self._move(some, group)
 
     def _move(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
@@ -120,11 +125,9 @@ class AdamW(ParameterGroups):
         for parameter, state in zip(parameters, states, strict=True):
             if not state:
                 state["step"] = torch.zeros((), device=parameter.device, dtype=torch.float32)
-                state["exp_avg"], state["exp_avg_sq"] = (
-                    torch.zeros_like(parameter, dtype=self.kept_as) for _ in range(2)
-                )
+                state["exp_avg"], state["exp_avg_sq"] = (self.place.zeros_like(parameter) for _ in range(2))
         kept = [state[key] for key in ("exp_avg", "exp_avg_sq") for state in states]
-        wide = [each.to(parameters[0].dtype) for each in kept]  # themselves where they are as wide
+        wide = [self.place.taken(each, parameters[0]) for each in kept]
         steps, count = [state["step"] for state in states], len(states)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         torch._foreach_add_(steps, 1)
@@ -133,9 +136,8 @@ class AdamW(ParameterGroups):
             beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=1e-8,
             amsgrad=False, maximize=False,
         )  # fmt: skip
-        for narrow, moved in zip(kept, wide, strict=True):
-            if narrow is not moved:
-                narrow.copy_(moved)
+        for value, own in zip(wide, kept, strict=True):
+            self.place.put_back(value, own)
 
 
 class Muon(ParameterGroups):
@@ -155,8 +157,10 @@ class Muon(ParameterGroups):
         weight_decay: float,
         dtype: torch.dtype,
         kept_as: torch.dtype | None = None,
+        offload: str | None = None,
     ) -> None:
-        super().__init__([{"params": list(params)}], kept_as, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__([{"params": list(params)}], kept_as, offload, **settings)
         self.dtype = dtype
 
     @torch.no_grad()
@@ -189,11 +193,10 @@ class Muon(ParameterGroups):
         assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
-            state["momentum"] = torch.zeros_like(parameter, dtype=self.kept_as)
-        buffer = state["momentum"].to(parameter.dtype).lerp_(parameter.grad, 1 - momentum)
-        if buffer is not state["momentum"]:
-            state["momentum"].copy_(buffer)
+            state["momentum"] = self.place.zeros_like(parameter)
+        buffer = self.place.taken(state["momentum"], parameter).lerp_(parameter.grad, 1 - momentum)
         update = parameter.grad.lerp(buffer, momentum)
+        self.place.put_back(buffer, state["momentum"])
         return local_part(update)[0] if update.dim() > 2 else whole(update)
 
 
@@ -216,11 +219,14 @@ class Optimizer:
         adam_lr = config.adam_lr if config.name == "muon" else config.lr
         self.parts: list[tuple[ParameterGroups, float]] = []
         if others:
-            adamw = AdamW([group for group in groups if group["params"]], adam_lr, config.betas, kept_as)
+            adamw = AdamW(
+                [group for group in groups if group["params"]], adam_lr, config.betas, kept_as, config.offload
+            )
             self.parts.append((adamw, adam_lr))
         if matrices:
             dtype = model.compute_dtype or matrices[0].dtype
-            muon = Muon(matrices, config.lr, config.momentum, config.weight_decay, dtype, kept_as)
+            rates = config.lr, config.momentum, config.weight_decay
+            muon = Muon(matrices, *rates, dtype, kept_as, config.offload)
             self.parts.append((muon, config.lr))
 
     def step(self, fraction: float) -> float:
@@ -263,7 +269,11 @@ class Optimizer:
         for name, part, parameter in self._slots():
             for key in ("step", "exp_avg", "exp_avg_sq", "momentum"):
                 if (value := read(f"{name}.{key}", parameter)) is not None:
-                    part.state[parameter][key] = value.clone()  # what is read may be the file's own pages
+                    if part.place.offload is None or key == "step":
+                        part.state[parameter][key] = value.clone()  # what is read may be the file's own pages
+                    else:
+                        part.state[parameter][key] = kept = part.place.zeros_like(parameter)
+                        part.place.put_back(value, kept)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import threading
 from functools import partial
 
@@ -220,6 +221,22 @@ def test_update_weights_reaches_copies_and_is_refused_in_flight(model, tokenizer
     own.add(prompts[0], params)
     with pytest.raises(SlingshotError, match="1 requests are in flight"):
         own.update_weights(other)
+
+
+def test_what_is_in_flight_goes_on_with_new_weights_where_asked_and_leaves_nothing_to_reuse(model, tokenizer):
+    engine = Engine(model, tokenizer, dtype=torch.float32)
+    prompt, params = [*range(3, 43)], SamplingParams(max_tokens=12, ignore_eos=True)
+    uniform = pytest.approx(-math.log(model.config.vocab_size), abs=1e-4)
+    engine.add(prompt, params)
+    for _ in range(6):
+        assert not engine.step()
+    engine.update_weights({name: torch.zeros_like(each) for name, each in model.state_dict().items()}, keep=True)
+    while not (outputs := engine.step()):
+        pass
+    logprobs = outputs[0].outputs[0].logprobs
+    assert len(logprobs) == 12 and logprobs[:5] != [uniform] * 5 and logprobs[6:] == [uniform] * 6
+    [again] = engine.generate([prompt], params)
+    assert again.outputs[0].logprobs == [uniform] * 12 and not engine.counters.cached
 
 
 def test_a_copy_in_bfloat16_keeps_float32_router_biases_and_leaves_the_model_alone(model, tokenizer):

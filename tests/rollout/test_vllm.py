@@ -1,5 +1,8 @@
 """Samples from vLLM servers, doubles of them here: weights that arrive, are compared, and servers that fail."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -136,6 +139,19 @@ def test_a_server_that_hangs_or_answers_with_old_weights_is_asked_no_more(folder
         assert all(each.finish_reason == "length" for samples in found.values() for each in samples)
         assert f"{failing.url}: {why}" in capsys.readouterr().err
         failing.faults.clear()
+
+
+def test_an_answer_goes_on_with_weights_that_come_meanwhile(folder, sampler):
+    with VllmDouble(folder) as only, ThreadPoolExecutor(1) as thread:
+        sampled, state = sampler([only])
+        sampled.update_weights(0, state)
+        only.faults.add("lasts")
+        under_way = thread.submit(lambda: list(sampled.sample(PROMPTS[:1], [PARAMS], KEYS[:1])))
+        while "lasts" in only.faults:
+            time.sleep(0.01)
+        assert sampled.update_weights(1, state)["servers"] == 1
+        ((_, samples),) = under_way.result()
+        assert [each.finish_reason for each in samples] == ["length"] * 3
 
 
 def test_where_no_server_is_left_samples_are_broken_off_and_weights_wait(folder, sampler, capsys):

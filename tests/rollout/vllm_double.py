@@ -18,7 +18,8 @@ SAME = ("temperature", "top_p", "top_k", "min_p", "n", "seed", "max_tokens", "ig
 
 class VllmDouble:
     """`asked`: the paths of what it was asked. `faults`: hangs; stale (it says that it loaded, and did not); wedged
-    (nothing loads); broken (no extension); old (it answers with other weights). `about`: what it tells of itself
+    (nothing loads); broken (no extension); old (it answers with other weights); lasts (the next answer takes until
+    others have come). `about`: what it tells of itself
     besides the truth. `answers`: how many it makes until it dies. `tokenizer`: another than the model's."""
 
     def __init__(self, folder, port=0, faults=(), about=None, answers=None, tokenizer=None):
@@ -118,12 +119,18 @@ class VllmDouble:
         params = SamplingParams(
             **{name: given[name] for name in SAME}, routed_experts=bool(self.model.config.n_moe_layers)
         )
+        versions = [self.version]
+        if "lasts" in self.faults:
+            self.faults.remove("lasts")
+            while self.version == versions[0]:
+                await asyncio.sleep(0.01)
+            versions.append(self.version)
         output = await asyncio.to_thread(self._make, body["token_ids"], params)
         choices = [
             {
                 "index": index, "token_ids": its.token_ids, "finish_reason": its.finish_reason,
                 "logprobs": {"content": [{"logprob": logprob} for logprob in its.logprobs]},
-                "weight_versions": [{"version": "old" if "old" in self.faults else self.version, "start": 0, "end": 1}],
+                "weight_versions": [{"version": "old" if "old" in self.faults else its} for its in versions],
                 "routed_experts": self._experts(its.routed_experts),
             }
             for index, its in enumerate(output.outputs)

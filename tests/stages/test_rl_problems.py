@@ -1,5 +1,7 @@
 """What RL draws: others for problems without a signal, none that are solved, and the same after an interruption."""
 
+import threading
+
 import pytest
 
 from slingshot.engine.engine import Engine
@@ -72,6 +74,40 @@ def test_samples_are_so_many_updates_behind_whatever_the_clock_does(training, sa
     assert [letter for _, letter in asked.keys] == [letter for _, letter in plain.keys]
     assert [version for version, _ in asked.keys[::2]] == [max(0, step - staleness) for step in range(6)]
     assert [row["staleness"] for row in metrics(tmp_path / "out")] == [min(step, staleness) for step in range(6)]
+
+
+class Lasting:
+    """A sampler whose last response to any but the `first` problems is under way until other weights have come."""
+
+    def __init__(self, sampler, first):
+        self.inner, self.first, self.changed, self.began, self.spans = sampler, first, threading.Condition(), 0, []
+        self.tokenizer, self.model_config, self.max_length = sampler.tokenizer, sampler.model_config, sampler.max_length
+
+    def sample(self, prompts, params, keys):
+        with self.changed:
+            self.began, version = self.began + 1, self.inner.version
+            self.changed.notify_all()
+        *found, last = self.inner.sample(prompts, params, keys)
+        yield from found
+        with self.changed:
+            self.changed.wait_for(lambda: keys == self.first or self.inner.version > version)
+            self.spans.append((version, self.inner.version))
+        yield last
+
+    def update_weights(self, version, state):
+        with self.changed:
+            self.changed.wait_for(lambda: not version or self.began > version)
+            self.changed.notify_all()
+            return self.inner.update_weights(version, state)
+
+
+def test_partial_responses_go_on_with_newer_weights(training, saying, metrics, tmp_path):
+    config = training(staleness=1, partial=True)
+    first = [item.key for item in TaskMix(config.tasks, "train", "rl/0").draw(0, config.prompts_per_step)]
+    sampler = Lasting(Asked(saying).sampler, first)
+    rl.run(config, tmp_path / "out", sampler)
+    assert sampler.spans == [(0, 0), (0, 1), (1, 2), (2, 3)]  # of weights that each batch began and ended with
+    assert [row["staleness"] for row in metrics(tmp_path / "out")] == [0, 1, 1, 1]
 
 
 def test_what_was_begun_and_not_trained_on_is_drawn_again(training, saying, metrics, tmp_path):

@@ -166,6 +166,7 @@ def test_divergence_is_reported_in_one_line(training, tmp_path, steps, lr):
     ({"loss": {"name": "gppo"}}, "rl.loss.name: .*'dapo'.*got 'gppo'"),
     ({"loss": {"normalize_std": True}}, "rl.normalize_std: this key is now loss.advantage_std"),
     ({"loss": {"importance_cap": 1.0}}, "rl.loss.importance_cap: .*got 1.0"),
+    ({"partial": True}, "rl: partial: responses last beyond an update only with staleness"),
     ({"max_flops": 0.0}, "rl.max_flops: .*got 0.0"),
     ({"rewards": {"acuracy": 1.0}}, r"rl.rewards.acuracy: unknown key; did you mean accuracy\?"),
 ])  # fmt: skip

@@ -128,6 +128,7 @@ class Engine:
         self.dtype, self.device, self.max_length = core.dtype, core.device, core.max_length
         self._turns, self._ids = Turns(), itertools.count()
         self._requests: dict[int, Request] = {}
+        self._updates = 0  # of weights, so far
         self._finished: list[RequestOutput] = []  # what the next `step` returns
 
     @classmethod
@@ -294,20 +295,25 @@ class Engine:
 
     @torch.no_grad()
     def update_weights(
-        self, source: Transformer | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], version: int = 0
+        self,
+        source: Transformer | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+        version: int = 0,
+        keep: bool = False,
     ) -> None:
         """Take over new weights, cast to the engine's dtype: a model, its state dict, or pairs taken one by one.
 
         Tensors that the engine shares with the model are there already. A model or a state dict that does not fit
         changes nothing; of pairs that turn out not to fit, those before were taken.
-        Raises SlingshotError while requests are in flight: their cached prefixes belong to the old weights.
+        keep: requests in flight go on with them, after what the old weights computed, which nobody else then reuses;
+        otherwise SlingshotError is raised while there are any.
         """
         with self._turns:
-            if self._requests:
+            if self._requests and not keep:
                 raise SlingshotError(f"update_weights: {len(self._requests)} requests are in flight; abort them first")
             state = source.state_dict() if isinstance(source, Transformer) else source
             self._core.take_weights(state)
             self.weights_version = version
+            self._updates += 1
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -360,7 +366,7 @@ class Engine:
             raise SamplingError("sampling: routed_experts: this model has none; leave it out")
         name = ",".join(map(str, ids)) if key is None else key
         number = 0 if adapter is None else numbers[adapter]
-        salted = f"{number}|{salt}" if numbers else salt
+        salted = f"{self._updates}|{number}|{salt}"
         whose = claimed, salted.encode(), traced, said, grammar, number
         request = Request(next(self._ids), ids, params, name, self.max_length, self._vocabulary, *whose)
         with self._turns:

@@ -2,13 +2,14 @@
 
 with RolloutsAhead(rollout, curriculum, count=16, staleness=1) as batches:
     for step in range(steps):
-        batches.wait()                     # what was begun is sampled, so that the sampler may take new weights
+        batches.wait()                     # what was begun is sampled, so that all of it is of the same weights
         sampler.update_weights(step, state)
         batches.begin(step, steps)         # with these weights, in a thread; none for steps that there are not
         groups = batches.take()            # of the weights of step `batches.version`
 
-Whatever the clock does, all of a step's batch is of the same weights: those of `staleness` steps before. With 0 nothing
-is begun before it is needed, and there is no thread.
+Whatever the clock does, all of a step's batch is of the same weights: those of `staleness` steps before. With `partial`
+no new weights wait: responses that are under way go on with them, and batches are sampled together. With 0 nothing is
+begun before it is needed, and there is no thread.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Groups = list[list[Trajectory]]
 
 class _Begun(NamedTuple):
     items: Sequence[Item]
-    version: int  # of the weights
+    version: int  # of the weights that it began with
     before: dict[str, Any]  # the curriculum's state before they were drawn
     batch: Callable[[], Batch]
 
@@ -36,15 +37,17 @@ class _Begun(NamedTuple):
 class RolloutsAhead:
     """Batches of `count` problems each, sampled one after the other; verified while later ones are sampled."""
 
-    def __init__(self, rollout: Rollout, curriculum: Curriculum, count: int, staleness: int) -> None:
+    def __init__(
+        self, rollout: Rollout, curriculum: Curriculum, count: int, staleness: int, partial: bool = False
+    ) -> None:
         self.rollout, self.curriculum = rollout, curriculum
-        self._count, self._staleness = count, staleness
-        self._thread = ThreadPoolExecutor(1, "rollouts") if staleness else None
+        self._count, self._staleness, self._partial = count, staleness, partial
+        self._threads = ThreadPoolExecutor(1 + staleness if partial else 1, "rollouts") if staleness else None
         self._begun = deque[_Begun]()
         self._sampling: list[Future[Batch]] = []
 
     def wait(self) -> None:
-        """Until no samples are under way."""
+        """Until no samples are under way that new weights wait for."""
         wait(self._sampling)
         self._sampling.clear()
 
@@ -62,7 +65,7 @@ class RolloutsAhead:
 
     @property
     def version(self) -> int:
-        """Of the batch that was taken last: the step whose weights it is of."""
+        """Of the batch that was taken last: the step whose weights it began with."""
         return self._taken.version
 
     def put_back(self, step: int) -> None:
@@ -81,9 +84,11 @@ class RolloutsAhead:
 
     def _begin(self, items: Sequence[Item]) -> Callable[[], Batch]:
         """What gives their samples: made when it is asked, or in the thread from now on."""
-        if self._thread is None:
+        if self._threads is None:
             return lambda: self.rollout.sample(items)
-        self._sampling.append(future := self._thread.submit(self.rollout.sample, items))
+        future = self._threads.submit(self.rollout.sample, items)
+        if not self._partial:
+            self._sampling.append(future)
         return future.result
 
     def __enter__(self) -> Self:
@@ -91,6 +96,6 @@ class RolloutsAhead:
 
     def __exit__(self, *_: object) -> None:
         """What waits is never begun; what runs is left after its next prompt."""
-        if self._thread is not None:
+        if self._threads is not None:
             self.rollout.stopped = True
-            self._thread.shutdown(cancel_futures=True)
+            self._threads.shutdown(cancel_futures=True)

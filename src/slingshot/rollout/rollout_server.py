@@ -49,7 +49,8 @@ class ServerLost(Exception):
 
 
 class RolloutServer:
-    """running: samples it is asked for. well: it has the present weights, of the name `version`.
+    """running: samples it is asked for. well: it has the present weights, of the name `version`. names: of
+    all weights it is given, in their order.
 
     silence: seconds without a token, or an answer, after which it hangs; `heard` begins them anew. loading: seconds
     that new weights may take.
@@ -58,7 +59,7 @@ class RolloutServer:
     def __init__(self, url: str, config: ModelConfig, tokenizer: Tokenizer, silence: float, loading: float) -> None:
         self.url, self._config, self._tokenizer = url.rstrip("/"), config, tokenizer
         self._silence, self._loading = silence, loading
-        self.running, self.well, self.version = 0, False, ""
+        self.running, self.well, self.version, self.names = 0, False, "", [""]
         self.max_length, self.dtype = 0, ""  # as it told
         self._counted = ""
         self._waits = set[asyncio.Timeout]()
@@ -106,7 +107,7 @@ class RolloutServer:
     async def generate(
         self, client: aiohttp.ClientSession, prompt: Sequence[int], params: SamplingParams, seed: int
     ) -> list[Sampled]:
-        """`params.n` samples of a prompt, by the weights last pushed. seed: below 2^32."""
+        """`params.n` samples of a prompt, by the weights last pushed, and those pushed meanwhile. seed: below 2^32."""
         if params != SamplingParams(**{name: getattr(params, name) for name in _KNOWN}):
             raise SlingshotError(f"{self.url}: rollout servers know {', '.join(_KNOWN)} of sampling, and nothing else")
         names = ("temperature", "top_p", "top_k", "min_p", "n", "ignore_eos")
@@ -115,6 +116,7 @@ class RolloutServer:
         wanted |= {"stop_token_ids": [] if params.ignore_eos else sorted(self._tokenizer.eos_ids)}
         body = {"token_ids": list(prompt), "sampling_params": wanted}
         self.running += params.n
+        first = self.names.index(self.version)
         try:
             async with asyncio.timeout(self._silence) as wait:
                 self._waits.add(wait)
@@ -126,13 +128,13 @@ class RolloutServer:
             self._waits.discard(wait)
         self.heard()
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        return [self._sampled(choice, params.routed_experts) for choice in choices]
+        return [self._sampled(choice, params.routed_experts, self.names[first:]) for choice in choices]
 
-    def _sampled(self, choice: dict[str, Any], routed_experts: bool) -> Sampled:
+    def _sampled(self, choice: dict[str, Any], routed_experts: bool, known: Sequence[str]) -> Sampled:
         if choice["finish_reason"] not in ("stop", "length"):
             raise ServerLost(f"it broke an answer off ({choice['finish_reason']})")
         versions = {span["version"] for span in choice["weight_versions"] or []}
-        if versions != {self.version}:
+        if not versions or not versions <= set(known):
             told = " and ".join(sorted(versions)) or "no version"
             raise ServerLost(f"it answers with the weights {told}, not {self.version}: does another run push to it?")
         ids, told = choice["token_ids"], choice["logprobs"]["content"]

@@ -21,6 +21,7 @@ from torch import Tensor
 from slingshot.base.config import Strict
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
+from slingshot.engine.sequence import RequestOutput
 from slingshot.model.config import ModelConfig
 from slingshot.model.stored import holds_stored
 from slingshot.model.transformer import Transformer
@@ -70,7 +71,7 @@ class Sampler(Protocol):
         """
 
     def update_weights(self, version: int, state: Mapping[str, Tensor]) -> dict[str, float]:
-        """Sample with these weights from now on: a model's state dict, sharded or not. No samples are under way.
+        """Sample with these weights from now on: a model's state dict, sharded or not. What is under way goes on so.
 
         Returns numbers to be logged.
         """
@@ -82,6 +83,7 @@ class EngineSampler:
     def __init__(self, engine: Engine, shares: bool = False) -> None:
         """`shares`: the engine's model is the one in training, its adapters beside it."""
         self._engine, self._shares = engine, shares
+        self._finished: dict[int, RequestOutput] = {}  # that the thread which waits for them has not taken yet
         self.tokenizer, self.model_config, self.max_length = engine.tokenizer, engine.config, engine.max_length
 
     @classmethod
@@ -101,21 +103,24 @@ class EngineSampler:
         return cls(Engine(twin(model) if adapted else model, tokenizer, dtype=dtype))
 
     def sample(self, prompts: Prompts, params: Sequence[SamplingParams], keys: Sequence[str]) -> Samples:
-        engine, running = self._engine, dict[int, int]()  # the latter: request -> prompt
+        """Several threads may; each step advances the samples of all."""
+        engine, finished, running = self._engine, self._finished, dict[int, int]()  # the latter: request -> prompt
         try:
             for index, request in enumerate(zip(prompts, params, keys, strict=True)):
                 running[engine.add(*request)] = index
             while running:
-                for output in engine.step():
-                    yield running.pop(output.request_id), [Sampled(*_parts(each)) for each in output.whole]
+                finished.update((output.request_id, output) for output in engine.step())
+                for request_id in sorted(running.keys() & finished.keys()):
+                    yield running.pop(request_id), [Sampled(*_parts(each)) for each in finished.pop(request_id).whole]
         finally:
             for request_id in running:
                 engine.abort(request_id)
+                finished.pop(request_id, None)
 
     def update_weights(self, version: int, state: Mapping[str, Tensor]) -> dict[str, float]:
         """Parameters are gathered and copied one by one; those that model and engine share are there already."""
         pairs = ((name, whole(tensor)) for name, tensor in state.items())
-        self._engine.update_weights(self._engine.model if self._shares else pairs, version)
+        self._engine.update_weights(self._engine.model if self._shares else pairs, version, keep=True)
         return {}
 
 

@@ -90,6 +90,8 @@ class VllmSampler:
         """
         began, name = time.monotonic(), f"{self._run}-{version}"
         self._write(name, state)
+        for server in self._servers:
+            server.names.append(name)
         for count in COUNTS:
             found = self._push_all(name, count)
             for server, its in zip(self._servers, found, strict=True):

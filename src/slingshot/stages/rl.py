@@ -63,7 +63,7 @@ WAIT = 2.0  # seconds until servers are asked again whether they take weights
 class RLConfig(StageConfig):
     """`max_flops` ends training once this stage has spent as many (sampling included). `rollouts`: addresses of vLLM
     servers that sample in the place of this process. `staleness`: updates that a step's samples may be behind its
-    weights; they are made beside the updates then."""
+    weights; they are made beside the updates then, `partial` ones go on with newer weights."""
 
     without_effect: ClassVar[frozenset[str]] = StageConfig.without_effect | {"rollouts"}
     moved: ClassVar[dict[str, str]] = (
@@ -90,6 +90,7 @@ class RLConfig(StageConfig):
     expert_parallel: int = Field(1, ge=1)
     rollouts: list[str] = []
     staleness: int = Field(0, ge=0, le=16)
+    partial: bool = False
     sequence_length: int = Field(256, ge=8)
     bias_update_speed: float = Field(0.0, ge=0)
     refill: int = Field(0, ge=0, le=100)
@@ -127,6 +128,8 @@ class RLConfig(StageConfig):
     def _samples_what_it_trains(self) -> Self:
         if self.sampling.temperature == 0 or self.sampling.top_p < 1 or self.sampling.top_k > 0:
             raise ValueError("sampling: rl trains the whole distribution; leave top_p 1, top_k 0, temperature above 0")
+        if self.partial and not self.staleness:
+            raise ValueError("partial: responses last beyond an update only with staleness; set it, or leave it out")
         if self.lora is not None and self.bias_update_speed:
             raise ValueError("bias_update_speed: with lora the base is frozen, its router biases too; leave it out")
         return self
@@ -175,7 +178,7 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
         def keep(step: int) -> None:
             work.keep(step, state, stop=interrupts.asked)
 
-        batches = RolloutsAhead(rollout, curriculum, config.prompts_per_step, config.staleness)
+        batches = RolloutsAhead(rollout, curriculum, config.prompts_per_step, config.staleness, config.partial)
         showing = Progress(out.name, config.steps, done, parallel.is_first)
         with pool, batches, Interrupts() as interrupts, showing as progress:
             for step in range(done, config.steps):

@@ -72,6 +72,7 @@ def main() -> None:
     for _ in range(asked.rounds):
         for shape, way, heap in cases:
             found[shape, way, heap].append(measured(SHAPES[shape], way, asked.tokens, asked.dtype, heap))
+            print(shape, way, heap, *found[shape, way, heap][-1], flush=True)
     rows = []
     for shape, way, heap in cases:
         blocks = Blocks(ModelConfig(**SHAPES[shape]), PRECISIONS[asked.dtype])

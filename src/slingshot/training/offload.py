@@ -59,7 +59,8 @@ class StatePlace:
         try:
             Path(self.offload).mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self.offload) as file:
-                os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)  # a full disk says so now
+                if hasattr(os, "posix_fallocate"):  # not on macOS; a full disk says so now
+                    os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
                 mapped = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
         except OSError as error:
             raise SlingshotError(f"optimizer.offload: {self.offload}: {error.strerror}") from error

@@ -6,8 +6,9 @@
 It prints Markdown and keeps benchmarks/staleness.json.
 Model and shapes are those of benchmarks/losses.py. Time: a verifier answers one response in sixteen after `--tail`
 seconds, as a program that runs into its time limit, and the others at once; in turns, seconds of a step without the
-first of each run. Learning: a free verifier, equal samples; gains as in benchmarks/losses.py, and rewards of the last
-ten steps, what they are above those without staleness by seed. `--more`: other keys of rl.
+first 3 + k of each run, a multiple of k + 1 steps, as k + 1 of them wait for the same verifiers. Learning: a free
+verifier, equal samples; gains as in benchmarks/losses.py, and rewards of the last ten steps, what they are above those
+without staleness by seed. `--more`: other keys of rl.
 Simulated: one process and 64, each with a share of its own as large as that run's, which meet at every update;
 responses of exponential length, cut off at four times the mean, for the longest of which new weights wait, or not.
 """
@@ -60,12 +61,12 @@ def slow_task(folder: Path, tail: float) -> str:
 
 
 def step_seconds(folder: Path, turn: int, values: dict[str, Any]) -> float:
-    """The mean of a run's steps but for the first ones, in which nothing is stale yet."""
+    """The mean of a run's last steps: in the first ones nothing is stale yet, and workers are still added."""
     staleness = values["staleness"]
     out = stage(rl, rl.RLConfig, folder / f"time-{staleness}-{turn}", values)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    skipped = 1 + staleness
-    return (rows[-1]["seconds"] - rows[skipped - 1]["seconds"]) / (len(rows) - skipped)
+    count = (len(rows) - 3 - staleness) // (1 + staleness) * (1 + staleness)
+    return (rows[-1]["seconds"] - rows[-1 - count]["seconds"]) / count
 
 
 def simulated(

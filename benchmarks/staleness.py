@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="for time, in place of the trained one")
     parser.add_argument("--more", type=json.loads, default={}, help="other keys of rl, as JSON")
     given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
     kept = Path(__file__).with_suffix(".json")
     result: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     if given.only in (None, "simulated"):

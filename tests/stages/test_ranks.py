@@ -131,6 +131,18 @@ def test_two_ranks_sample_at_one_server_as_one_process_does(on_ranks, training, 
             assert mine[key] == pytest.approx(its[key], abs=1e-4), (mine["step"], key)
 
 
+def test_samples_made_beside_the_updates_are_those_of_one_process(on_ranks, training, metrics, tmp_path):
+    """Each rank samples its share in a thread, while all of them train on what was begun an update before."""
+    config = training(staleness=1, loss={"importance": "truncated"}, prompts_per_step=4, steps=4)
+    on_ranks("rl", config, 2, tmp_path / "two")
+    rl.run(config, tmp_path / "alone")
+    two, alone = (metrics(tmp_path / name) for name in ("two", "alone"))
+    assert [row["staleness"] for row in two] == [0, 1, 1, 1]
+    for mine, its in zip(two, alone, strict=True):
+        for key in ("reward", "loss", "entropy", "response_tokens"):
+            assert mine[key] == pytest.approx(its[key], abs=1e-4), (mine["step"], key)
+
+
 @pytest.mark.parametrize(
     ("trouble", "line"),
     [

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from slingshot.cost.receipt import Receipt
-from slingshot.stages import pretrain, rl, sft
+from slingshot.stages import pretrain, rl, sft, tokenize
 from slingshot.training.state import State
 from tests.rollout.vllm_double import VllmDouble
 
@@ -42,8 +42,13 @@ def on_ranks(tmp_path):
 
 
 def test_a_run_killed_on_so_many_ranks_goes_on_with_others(on_ranks, pretraining, metrics, tmp_path):
-    """Two ranks, four of which two share experts, one; each time another one is killed -9."""
-    config, out = pretraining(save_seconds=0.0, steps=20), tmp_path / "out"
+    """Two ranks, four of which two share experts, one; each time another one is killed -9. Half of the rows are of token
+    shards, half of a task's documents."""
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("\n\n".join(f"{i} and {k} make {i + k}." for i in range(40) for k in range(i)))
+    written = {"text": [str(text)], "vocab_size": 300, "shard_tokens": 2000, "threads": 1}
+    tokenize.run(tokenize.TokenizeConfig.parse(written, "shards"), tmp_path / "shards")
+    config = pretraining(save_seconds=0.0, steps=20, shards=[str(tmp_path / "shards")])
     for ranks, shared, rank, step in ((2, 1, 1, 5), (4, 2, 3, 10)):
         said = on_ranks("pretrain", config, ranks, out, {"rank": rank, "dies_at": step}, expert_parallel=shared)
         assert not out.exists() and len(said) == 1, said

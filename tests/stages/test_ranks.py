@@ -42,8 +42,8 @@ def on_ranks(tmp_path):
 
 
 def test_a_run_killed_on_so_many_ranks_goes_on_with_others(on_ranks, pretraining, metrics, tmp_path):
-    """Two ranks, four of which two share experts, one; each time another one is killed -9. Half of the rows are of token
-    shards, half of a task's documents."""
+    """Two ranks, four of which two share experts, one; each time another one is killed -9. Half of the rows are of
+    token shards, half of a task's documents."""
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text("\n\n".join(f"{i} and {k} make {i + k}." for i in range(40) for k in range(i)))
     written = {"text": [str(text)], "vocab_size": 300, "shard_tokens": 2000, "threads": 1}

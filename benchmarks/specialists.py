@@ -1,0 +1,96 @@
+"""Do specialists become one model that loses nothing of either (DeepSeek-V4's way, arXiv 2306.13649's objective)?
+
+    .venv/bin/python benchmarks/specialists.py --out runs/specialists     # Markdown, and benchmarks/specialists.json
+
+Micro's model learns to work sums and products out; from there reinforcement on sums alone and on products alone makes
+two specialists, and on-policy distillation, each problem judged by the specialist of its task, one model of both.
+Beside it reinforcement on both tasks at once, of as many responses. Intervals are 95% t intervals over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from losses import stage
+from tiny import interval
+
+from slingshot.stages import distill, evaluate, pretrain, rl, sft
+
+TASKS: list[dict[str, Any]] = [
+    {"name": "arithmetic", "params": {"min_terms": 2, "max_terms": 4, "languages": ["en"]}},
+    {"name": "multiplication", "params": {"min_digits": 1, "max_digits": 2, "languages": ["en"]}},
+]
+SAMPLING = {"max_tokens": 180}
+
+
+def generalist(seed: int, out: Path) -> Path:
+    """Micro's model trained on both tasks, after a cold start on both."""
+    recipe = tomllib.loads((files("slingshot.recipe") / "recipes" / "micro.toml").read_text(encoding="utf-8"))
+    base = {key: value for key, value in recipe["base"].items() if key != "stage"}
+    documents = base["documents"] | {"tasks": TASKS, "count": 20_000}
+    base |= {"steps": 1500, "documents": documents, "seed": seed, "sequence_length": 256}
+    start = stage(pretrain, pretrain.PretrainConfig, out / "base", base)
+    cold = {"model": str(start), "tasks": TASKS, "examples": 800, "epochs": 2, "sequence_length": 256, "seed": seed}
+    return stage(sft, sft.SFTConfig, out / "cold_start", cold)
+
+
+def solved(model: Path, out: Path, problems: int) -> list[float]:
+    """The percentage of each task's held-out problems that a model solves at temperature 1."""
+    sampling = {"temperature": 1.0, "top_p": 1.0, **SAMPLING}
+    values = {"model": str(model), "tasks": TASKS, "problems": problems, "samples": 4, "examples": 0}
+    stage(evaluate, evaluate.EvaluateConfig, out, values | {"sampling": sampling})
+    found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["tasks"]
+    return [100 * found[task["name"]]["pass@1"] for task in TASKS]
+
+
+def models(seed: int, folder: Path, steps: int) -> dict[str, Path]:
+    """Where all began, both specialists, the one made of them, and the one reinforced on both tasks."""
+    start = generalist(seed, folder)
+    common = {"model": str(start), "sequence_length": 256, "sampling": SAMPLING, "seed": seed}
+    policy = common | {"group_size": 8, "minibatches": 4, "loss": {"kl": 0.0}, "optimizer": {"lr": 1e-4}}
+    shapes = {"sums": (TASKS[:1], 16), "products": (TASKS[1:], 16), "both": (TASKS, 32)}
+    made = {"before": start}
+    for name, (tasks, prompts) in shapes.items():
+        values = policy | {"tasks": tasks, "steps": steps, "prompts_per_step": prompts}
+        made[name] = stage(rl, rl.RLConfig, folder / name, values)
+    teachers = [
+        {"model": str(made[name]), "tasks": [task["name"]]}
+        for name, task in zip(("sums", "products"), TASKS, strict=True)
+    ]
+    optimizer = {"lr": 1e-3, "decay": 0.7}
+    values = common | {"tasks": TASKS, "teachers": teachers, "steps": 2 * steps, "optimizer": optimizer}
+    made["merged"] = stage(distill, distill.DistillConfig, folder / "merged", values)
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--problems", type=int, default=300)
+    given = parser.parse_args()
+    by_model: dict[str, list[list[float]]] = {}
+    for seed in range(given.seeds):
+        folder = given.out / f"seed-{seed}"
+        for name, model in models(seed, folder, given.steps).items():
+            by_model.setdefault(name, []).append(solved(model, folder / f"{name}-evaluation", given.problems))
+    print("| model | sums by seed | products by seed |\n|---|---|---|")
+    for name, runs in by_model.items():
+        print(f"| {name} | " + " | ".join(", ".join(f"{p:.1f}" for p in its) for its in zip(*runs, strict=True)) + " |")
+    for number, name in enumerate(("sums", "products")):
+        pairs = zip(by_model["merged"], by_model[name], strict=True)
+        mean, low, high = interval([merged[number] - its[number] for merged, its in pairs])
+        print(f"\nmerged above the specialist of {name}: {mean:+.1f} points ({low:+.1f} to {high:+.1f})")
+    settings = {key: value for key, value in vars(given).items() if key != "out"}
+    text = json.dumps({"settings": settings, "solved": by_model}, indent=1)
+    Path(__file__).with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

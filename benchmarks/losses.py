@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import tomllib
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -39,15 +40,24 @@ def score(model: Path, out: Path, problems: int) -> dict[str, float]:
     return json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["tasks"]["arithmetic"]
 
 
-def reasoner(seed: int, out: Path) -> Path:
-    """Micro's base, trained for longer, after its cold start."""
+def reasoner(
+    seed: int,
+    out: Path,
+    tasks: Sequence[dict[str, Any]] = (TASK,),
+    count: int = 8000,
+    examples: int = 400,
+    length: int = 64,
+) -> Path:
+    """Micro's base, trained for longer on `count` documents, after its cold start; rows are `length` tokens."""
     recipe = tomllib.loads((files("slingshot.recipe") / "recipes" / "micro.toml").read_text(encoding="utf-8"))
     base = {key: value for key, value in recipe["base"].items() if key != "stage"}
-    documents = base["documents"] | {"tasks": [TASK], "count": 8000}
-    base |= {"steps": 1500, "documents": documents, "seed": seed}
-    start = stage(pretrain, pretrain.PretrainConfig, out / "base", base)
-    cold = {"model": str(start), "tasks": [TASK], "examples": 400, "epochs": 2, "sequence_length": 64, "seed": seed}
-    return stage(sft, sft.SFTConfig, out / "cold_start", cold)
+    documents = base["documents"] | {"tasks": [*tasks], "count": count}
+    common = {"sequence_length": length, "seed": seed}
+    start = stage(
+        pretrain, pretrain.PretrainConfig, out / "base", base | {"steps": 1500, "documents": documents} | common
+    )
+    cold = {"model": str(start), "tasks": [*tasks], "examples": examples, "epochs": 2}
+    return stage(sft, sft.SFTConfig, out / "cold_start", cold | common)
 
 
 def main() -> None:

@@ -11,32 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import tomllib
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from losses import stage
+from losses import reasoner, stage
 from tiny import interval
 
-from slingshot.stages import distill, evaluate, pretrain, rl, sft
+from slingshot.stages import distill, evaluate, rl
 
 TASKS: list[dict[str, Any]] = [
     {"name": "arithmetic", "params": {"min_terms": 2, "max_terms": 4, "languages": ["en"]}},
     {"name": "multiplication", "params": {"min_digits": 1, "max_digits": 2, "languages": ["en"]}},
 ]
 SAMPLING = {"max_tokens": 180}
-
-
-def generalist(seed: int, out: Path) -> Path:
-    """Micro's model trained on both tasks, after a cold start on both."""
-    recipe = tomllib.loads((files("slingshot.recipe") / "recipes" / "micro.toml").read_text(encoding="utf-8"))
-    base = {key: value for key, value in recipe["base"].items() if key != "stage"}
-    documents = base["documents"] | {"tasks": TASKS, "count": 20_000}
-    base |= {"steps": 1500, "documents": documents, "seed": seed, "sequence_length": 256}
-    start = stage(pretrain, pretrain.PretrainConfig, out / "base", base)
-    cold = {"model": str(start), "tasks": TASKS, "examples": 800, "epochs": 2, "sequence_length": 256, "seed": seed}
-    return stage(sft, sft.SFTConfig, out / "cold_start", cold)
 
 
 def solved(model: Path, out: Path, problems: int) -> list[float]:
@@ -50,7 +37,7 @@ def solved(model: Path, out: Path, problems: int) -> list[float]:
 
 def models(seed: int, folder: Path, steps: int) -> dict[str, Path]:
     """Where all began, both specialists, the one made of them, and the one reinforced on both tasks."""
-    start = generalist(seed, folder)
+    start = reasoner(seed, folder, TASKS, count=20_000, examples=800, length=256)
     common = {"model": str(start), "sequence_length": 256, "sampling": SAMPLING, "seed": seed}
     policy = common | {"group_size": 8, "minibatches": 4, "loss": {"kl": 0.0}, "optimizer": {"lr": 1e-4}}
     shapes = {"sums": (TASKS[:1], 16), "products": (TASKS[1:], 16), "both": (TASKS, 32)}

@@ -56,16 +56,15 @@ template <> struct Weights<bf16> {
 #endif
         }
     }
-    void multiply_add(const bf16* x, Floats* sums) const {
-        const Floats first = all(to_float(x[0])), second = all(to_float(x[1]));
-        for (int i = 0; i < REGISTERS; i++) sums[i] = fma(second, odd[i], fma(first, even[i], sums[i]));
+    void multiply_add(const float* x, Floats* sums) const {
+        for (int i = 0; i < REGISTERS; i++) sums[i] = fma(all(x[1]), odd[i], fma(all(*x), even[i], sums[i]));
     }
 #endif
 };
 
-// R rows times C blocks of 16 outputs.
-template <int R, int C, class T>
-inline void matmul_rows(const uint32_t* w, size_t block_words, int words, const T* x, size_t ldx, float* y, int ldy) {
+// R rows times C blocks of 16 outputs. X: T, or float where pairs are not multiplied at once.
+template <int R, int C, class T, class X>
+inline void matmul_rows(const uint32_t* w, size_t block_words, int words, const X* x, size_t ldx, float* y, int ldy) {
     constexpr int REGISTERS = Weights<T>::REGISTERS, PER_WORD = 4 / sizeof(T), AHEAD = 2048 / 4;
     Floats sums[R][C * REGISTERS];
     for (auto& row : sums)
@@ -83,15 +82,15 @@ inline void matmul_rows(const uint32_t* w, size_t block_words, int words, const 
 }
 
 // R rows times blocks begin to end, which stand side by side in a piece.
-template <int R, class T>
-inline void matmul_piece(const Packed& w, int begin, int end, const T* x, size_t ldx, float* y) {
+template <int R, class T, class X>
+inline void matmul_piece(const Packed& w, int begin, int end, const X* x, size_t ldx, float* y) {
     const int words = sizeof(T) == 4 ? w.k : (w.k + 1) / 2;
     constexpr int C = LANES == 16 ? (R > 2 ? 2 : 4) : 1;  // as many sums as registers hold
     int b = begin;
     for (; b + C <= end; b += C)
-        matmul_rows<R, C>(w.block<uint32_t>(b), w.block_words(), words, x, ldx, y + (b - begin) * 16, PIECE);
+        matmul_rows<R, C, T>(w.block<uint32_t>(b), w.block_words(), words, x, ldx, y + (b - begin) * 16, PIECE);
     for (; b < end; b++)
-        matmul_rows<R, 1>(w.block<uint32_t>(b), w.block_words(), words, x, ldx, y + (b - begin) * 16, PIECE);
+        matmul_rows<R, 1, T>(w.block<uint32_t>(b), w.block_words(), words, x, ldx, y + (b - begin) * 16, PIECE);
 }
 
 #if defined(__AMX_BF16__)
@@ -158,25 +157,45 @@ inline void matmul_each_by_tiles(const Packed& w, int begin, int end, const bf16
 }
 #endif
 
+// Rows of X, for `each` from `top` on.
+template <class T, class X, class Each>
+inline void matmul_few(const Packed& w, int begin, int end, const X* x, size_t ldx, int rows, int top, Each& each) {
+    alignas(64) float piece[FEW * PIECE];
+    for (int b = begin; b < end; b += PIECE / 16) {
+        const int last = end - b < PIECE / 16 ? end : b + PIECE / 16;
+        const int columns = w.n < last * 16 ? w.n - b * 16 : (last - b) * 16;
+        for (int r = 0; r < rows; r += FEW) {
+            const X* at = x + r * ldx;
+            const int here = rows - r < FEW ? rows - r : FEW;
+            if (here == 4) matmul_piece<4, T>(w, b, last, at, ldx, piece);
+            if (here == 3) matmul_piece<3, T>(w, b, last, at, ldx, piece);
+            if (here == 2) matmul_piece<2, T>(w, b, last, at, ldx, piece);
+            if (here == 1) matmul_piece<1, T>(w, b, last, at, ldx, piece);
+            each(piece, PIECE, top + r, here, b * 16, columns);
+        }
+    }
+}
+
 template <class T, class Each>
 inline void matmul_words(const Packed& w, int begin, int end, const T* x, size_t ldx, int rows, Each& each) {
 #if defined(__AMX_BF16__)
     if constexpr (sizeof(T) == 2)
         if (rows > FEW) return matmul_each_by_tiles(w, begin, end, x, ldx, rows, each);
 #endif
-    alignas(64) float piece[FEW * PIECE];
-    for (int b = begin; b < end; b += PIECE / 16) {
-        const int last = end - b < PIECE / 16 ? end : b + PIECE / 16;
-        const int columns = w.n < last * 16 ? w.n - b * 16 : (last - b) * 16;
-        for (int r = 0; r < rows; r += FEW) {
-            const T* at = x + r * ldx;
-            const int here = rows - r < FEW ? rows - r : FEW;
-            if (here == 4) matmul_piece<4>(w, b, last, at, ldx, piece);
-            if (here == 3) matmul_piece<3>(w, b, last, at, ldx, piece);
-            if (here == 2) matmul_piece<2>(w, b, last, at, ldx, piece);
-            if (here == 1) matmul_piece<1>(w, b, last, at, ldx, piece);
-            each(piece, PIECE, r, here, b * 16, columns);
+    if constexpr (sizeof(T) == 4 || PAIRS) return matmul_few<T>(w, begin, end, x, ldx, rows, 0, each);
+    // A lane is filled from memory with a float, but not with half of a word: every number of x becomes one, once.
+    const int ld = (w.k + 1) / 2 * 2, most = X_BYTES / (4 * ld) / FEW * FEW, step = most < FEW ? FEW : most;
+    for (int top = 0; top < rows; top += step) {
+        const int here = rows - top < step ? rows - top : step;
+        float* wide = static_cast<float*>(row_scratch(static_cast<size_t>(here) * ld * 4));
+        for (int r = 0; r < here; r++) {
+            const T* from = x + (top + r) * ldx;
+            float* to = wide + static_cast<size_t>(r) * ld;
+            int i = 0;
+            for (; i + LANES <= w.k; i += LANES) store(to + i, load(from + i));
+            for (; i < ld; i++) to[i] = i < w.k ? to_float(from[i]) : 0;
         }
+        matmul_few<T>(w, begin, end, wide, ld, here, top, each);
     }
 }
 

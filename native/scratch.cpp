@@ -34,4 +34,9 @@ void* product_scratch(size_t bytes) {
     return buffer.grown(bytes);
 }
 
+void* row_scratch(size_t bytes) {
+    static thread_local Buffer buffer;
+    return buffer.grown(bytes);
+}
+
 }  // namespace slingshot

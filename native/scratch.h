@@ -5,10 +5,11 @@
 
 namespace slingshot {
 
-// 64-byte aligned; holds what the last call on this thread left there. Products have one of their own, since stages call
-// them while they work in theirs.
+// 64-byte aligned; holds what the last call on this thread left there. Products have two of their own, for weights and
+// for rows, since stages call them while they work in theirs.
 void* thread_scratch(size_t bytes);
 void* product_scratch(size_t bytes);
+void* row_scratch(size_t bytes);
 
 // Cuts consecutive aligned arrays out of one buffer; with a null buffer it only counts how long that must be.
 struct Carver {

@@ -26,7 +26,7 @@ ROOMS = {
     "engine": (4319, 2967),
     "environments": (745, 247),
     "kernels": (893, 1256),
-    "machine": (483, 324),
+    "machine": (494, 338),
     "model": (2142, 1412),
     "parity": (0, 1124),
     "planning": (2193, 1383),
@@ -35,10 +35,10 @@ ROOMS = {
     "rollout": (1475, 1060),
     "sandbox": (1005, 625),
     "serving": (5850, 5514),
-    "stages": (2499, 3499),
+    "stages": (2501, 3499),
     "tasks": (3859, 2661),
     "text": (2021, 1791),
-    "training": (3132, 2130),
+    "training": (3163, 2157),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from pathlib import Path
 
@@ -17,8 +18,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is not busy, of which nothing was measured."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
 
 
 def test_peak_agrees_with_a_product_timed_by_hand() -> None:
@@ -51,6 +54,17 @@ def test_machine_peak_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "measure_peak", lambda dtype, where, seconds: next(peaks))
     assert machine_peak(torch.float32, CPU) == machine_peak(torch.float32, CPU) == 7e9
     assert load_measurement(machine_key(CPU)).peak == {"float32": 7e9}
+
+
+def test_what_was_measured_on_a_busy_machine_is_measured_again_on_an_idle_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(device, "describe", lambda **_: Machine(cpu="x", cores=8, memory_bytes=1))
+    peaks, threads, loads = iter([7e9, 6e9, 9e9]), iter([1, 8]), iter([9.0] * 4 + [0.0] * 4)
+    monkeypatch.setattr(device, "measure_peak", lambda dtype, where, seconds: next(peaks))
+    monkeypatch.setattr(device, "measure_threads", lambda width, most: next(threads))
+    monkeypatch.setattr(os, "getloadavg", lambda: (next(loads), 0.0, 0.0))
+    found = [(machine_peak(torch.float32, CPU), auto_threads()) for _ in range(4)]
+    assert found == [(7e9, 1), (7e9, 1), (7e9, 8), (7e9, 8)]  # others only ever slow a product down
 
 
 @pytest.mark.parametrize(("bf16", "expected"), [(14.9e9, torch.float32), (15e9, torch.bfloat16)])

@@ -1,5 +1,7 @@
 """What goes into every matrix: x^T x of exactly the rows that it multiplies, once for matrices that read the same."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -43,8 +45,8 @@ def test_half_of_a_symmetric_product_is_all_of_it():
 
 @pytest.fixture(scope="module")
 def found(mixture):
-    """By matrix its x^T x and rows, and the tokens that were read."""
-    texts = torch.randint(5, 250, (9, 23), generator=torch.Generator().manual_seed(0)).tolist()
+    """By matrix its x^T x and rows, and the tokens that were read: more than go through a block's middle at a time."""
+    texts = torch.randint(5, 250, (24, 23), generator=torch.Generator().manual_seed(0)).tolist()
     batches, inputs = stream(texts, 23, 4), {}
 
     def kept(name, weight, gram, rows):
@@ -66,7 +68,7 @@ def test_every_token_goes_into_as_many_experts_as_it_chooses_and_no_row_is_repea
         chosen += experts.flatten().bincount(minlength=4)
     names = [f"model.layers.1.mlp.experts.{expert}.down_proj.weight" for expert in range(4)]
     assert [inputs[name][1] for name in names] == chosen.int().tolist()
-    assert chosen.sum() == 2 * 9 * 23
+    assert chosen.sum() == 2 * 24 * 23
 
 
 def test_matrices_that_read_the_same_have_one_gram_and_what_is_not_packed_has_none(found):
@@ -79,7 +81,7 @@ def test_matrices_that_read_the_same_have_one_gram_and_what_is_not_packed_has_no
         assert gate is up and down is not gate
     assert not any("kv_b_proj" in name or "eh_proj" in name for name in inputs)
     assert any(name.startswith("model.layers.2.") for name in inputs)
-    assert all(rows == 9 * 23 for name, (_, rows) in inputs.items() if ".experts." not in name)
+    assert all(rows == 24 * 23 for name, (_, rows) in inputs.items() if ".experts." not in name)
 
 
 def test_the_first_layers_inputs_are_its_normalised_embeddings(mixture, found):
@@ -90,6 +92,31 @@ def test_the_first_layers_inputs_are_its_normalised_embeddings(mixture, found):
             [model.layers[0].input_layernorm(model.embed_tokens(tokens)).flatten(0, 1) for tokens, *_ in batches]
         )
     assert torch.allclose(inputs["model.layers.0.self_attn.q_proj.weight"][0], rows.T @ rows, rtol=1e-4, atol=1e-4)
+
+
+def test_the_second_layers_inputs_are_what_the_model_makes_there(mixture, found):
+    """Also where a feed-forward block reads the text in pieces."""
+    inputs, batches = found
+    model, seen = load_model(mixture), list[torch.Tensor]()
+    model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda _, args, __: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        for tokens, segments, _ in batches:
+            model(tokens, segments_BT=segments)
+    rows = torch.cat(seen)
+    assert torch.allclose(inputs["model.layers.1.self_attn.q_proj.weight"][0], rows.T @ rows, rtol=1e-4, atol=1e-4)
+
+
+def test_what_went_into_a_layer_is_gone_when_the_next_is_read(mixture, found):
+    _, batches = found
+    grams, held = list[tuple[str, weakref.ref[torch.Tensor]]](), list[str]()
+
+    def watched(name, _, gram, __):
+        layer = name.split(".")[2]
+        held.extend(old for old, its in grams if old.split(".")[2] != layer and its() is not None)
+        grams.append((name, weakref.ref(gram)))
+
+    by_layer(open_weights(mixture), batches, watched)
+    assert len({name.split(".")[2] for name, _ in grams}) == 3 and not held
 
 
 def test_a_matrix_sees_what_those_before_it_were_changed_to(mixture, found):

@@ -22,7 +22,7 @@ from slingshot.base.quantity import plural, show_size
 from slingshot.kernels.native import native_kernels
 from slingshot.machine import device as hardware
 from slingshot.machine.device import BF16_WORTH_IT, auto_device, auto_threads, describe_machine, dtype_name
-from slingshot.machine.machine import Measurement, load_measurement, measurement_path, save_measurement
+from slingshot.machine.machine import Measurement, is_busy, load_measurement, measurement_path, save_measurement
 from slingshot.sandbox.program import isolation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
@@ -47,7 +47,7 @@ def measure(device: torch.device, seconds: float = 0.5, anew: bool = False) -> t
 def examine(console: Console, seconds: float = 0.5, calibrate: bool = False) -> None:
     """Measure the machine and print what was found; with `calibrate` four times as long, forgetting what was kept."""
     device = auto_device()
-    load = os.getloadavg()[0]
+    load, busy = os.getloadavg()[0], is_busy()
     with console.status("measuring ..."):
         measurement, kept = measure(device, 4 * seconds if calibrate else seconds, calibrate)
     machine = describe_machine(device)
@@ -78,7 +78,7 @@ def examine(console: Console, seconds: float = 0.5, calibrate: bool = False) -> 
     for heading, body in (("This machine", has), ("Matrix products", fast), ("What auto will use", uses)):
         console.print(heading, style="bold")
         console.print(body, "", highlight=False, sep="\n")
-    if load > machine.cores / 2:
+    if busy:
         cores = plural(machine.cores, "core")
         console.print(f"The machine is busy (load {load:.1f} on {cores}): its full speed shows when it is idle.")
     anew = ", in place of what was measured before" if calibrate else ""

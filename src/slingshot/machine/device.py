@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from slingshot.machine.machine import Machine, Measurement, describe, load_measurement, save_measurement
+from slingshot.machine.machine import Machine, Measurement, describe, is_busy, load_measurement, save_measurement
 
 Dtype = Literal["auto", "float32", "bfloat16"]  # of activations; parameters and optimizer state stay float32
 
@@ -60,8 +60,8 @@ def auto_dtype(device: torch.device | str | None = None) -> torch.dtype:
 def auto_threads(width: int = 256, anew: bool = False) -> int:
     """The threads with which a model of about this hidden size trains fastest on this machine's CPU.
 
-    Measured once per machine and power of two (0.3 s), or `anew`, then remembered. OMP_NUM_THREADS is the most: a
-    number, or a list for nested levels; anything else says nothing, as OpenMP has it.
+    Measured once per machine and power of two (0.3 s), or `anew`, then remembered; once more if it was busy then.
+    OMP_NUM_THREADS is the most: a number, or a list for nested levels; anything else says nothing, as OpenMP has it.
     """
     machine, first = describe(), os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     most = min(machine.cores, (int(first) if first.isdecimal() else 0) or machine.cores)
@@ -69,10 +69,11 @@ def auto_threads(width: int = 256, anew: bool = False) -> int:
         return 1
     rounded = 1 << max(6, min(9, width.bit_length() - 1))
     key = f"{machine.cpu}, up to {most} threads, torch {torch.__version__}"
-    best = load_measurement(key).threads.get(str(rounded))
-    if best is None or anew:
+    name, known, busy = str(rounded), load_measurement(key), is_busy()
+    best = known.threads.get(name)
+    if best is None or anew or (name in known.busy and not busy):
         best = measure_threads(rounded, most)
-        save_measurement(key, Measurement(threads={str(rounded): best}))
+        save_measurement(key, Measurement(threads={name: best}, busy=[name] if busy else []))
     return best
 
 
@@ -105,11 +106,12 @@ def measure_threads(width: int, most: int, seconds: float = 0.3) -> int:
 def machine_peak(dtype: torch.dtype, device: torch.device | str | None = None) -> float:
     """FLOP/s of the fastest matrix product in `dtype` seen on `device`: as saved, or as measured now (0.6 s)."""
     device = auto_device() if device is None else torch.device(device)
-    key = machine_key(device)
-    peak = load_measurement(key).peak.get(dtype_name(dtype))
-    if peak is None:
-        peak = measure_peak(dtype, device, seconds=0.6)
-        save_measurement(key, Measurement(peak={dtype_name(dtype): peak}))
+    key, name = machine_key(device), dtype_name(dtype)
+    known, busy = load_measurement(key), is_busy()
+    peak = known.peak.get(name)
+    if peak is None or (name in known.busy and not busy):
+        peak = max(peak or 0.0, measure_peak(dtype, device, seconds=0.6))
+        save_measurement(key, Measurement(peak={name: peak}, busy=[name] if busy else []))
     return peak
 
 

@@ -30,16 +30,23 @@ class Machine(Strict, extra="ignore"):  # what receipts of later versions say be
 
 class Measurement(Strict):
     """Of one device: FLOP/s (for int8: operations/s) of a matrix product by dtype, bytes/s of reading memory, and how
-    many threads are fastest by the model's width."""
+    many threads are fastest by the model's width. `busy`: dtypes and widths of which that was measured on a busy
+    machine, and is measured again on an idle one."""
 
     peak: dict[str, float] = {}
     bandwidth: float | None = None
     threads: dict[str, int] = {}
+    busy: list[str] = []
 
 
 def describe(**known: Any) -> Machine:
     """The machine as the system shows it; what only torch knows (`accelerator`, `threads`, `torch`) is handed in."""
     return Machine(cpu=_cpu_name(), cores=_cores(), memory_bytes=_memory_bytes(), **known)
+
+
+def is_busy() -> bool:
+    """Whether more than half of the cores have had work in the last minute: what is measured may then be too low."""
+    return os.getloadavg()[0] > _cores() / 2
 
 
 def cache_folder() -> Path:
@@ -76,7 +83,9 @@ def save_measurement(key: str, measurement: Measurement, anew: bool = False) -> 
     known = Measurement() if anew else load_measurement(key)
     peak = known.peak | {dtype: max(value, known.peak.get(dtype, 0.0)) for dtype, value in measurement.peak.items()}
     bandwidth = max(known.bandwidth or 0.0, measurement.bandwidth or 0.0) or None
-    best = Measurement(peak=peak, bandwidth=bandwidth, threads=known.threads | measurement.threads)
+    threads, named = known.threads | measurement.threads, {*measurement.peak, *measurement.threads}
+    busy = sorted({*known.busy} - named | {*measurement.busy})
+    best = Measurement(peak=peak, bandwidth=bandwidth, threads=threads, busy=busy)
     try:
         write_json(measurement_path(), {name: of.model_dump() for name, of in (measurements() | {key: best}).items()})
     except SlingshotError:

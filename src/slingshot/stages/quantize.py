@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from math import inf, prod
 from pathlib import Path
 from typing import Any, Literal
@@ -80,7 +81,7 @@ _ANSWERING, _MEASURING = "held-out answers", "held-out KL"
 _MOST, _SPENT, _FEWEST = 200, 6e12, 2
 # What takes the time, in FLOPs of a matrix product that takes as long (docs/compression.md): a number that is rounded,
 # one that is fitted; of an answer's forward pass, to write it and fit to it, to write it twice and compare.
-_ROUNDING, _FITTING, _CALIBRATION, _COMPARISON, _BEGINNING = 1e4, 2e4, 4.0, 6.0, 10.0
+_ROUNDING, _FITTING, _CALIBRATION, _COMPARISON, _BEGINNING = 4e3, 2e4, 4.0, 6.0, 10.0
 _LONG = 120  # seconds: from there on it is said what would take less
 
 
@@ -117,7 +118,7 @@ def run(config: QuantizeConfig, out: Path, sampler: Callable[[Path], Sampler] | 
 
     sampler: makes what a checkpoint's responses come from, by default the engine in this process.
     """
-    starting = Parallel.start(trains=config.distill > 0)
+    starting = Parallel.start()
     with starting as parallel, Checkpointer(out, "quantize", config, parallel) as work:
         if parallel.mesh is not None:
             raise SlingshotError("quantize: runs in one process; start it without torchrun")
@@ -155,10 +156,11 @@ def run(config: QuantizeConfig, out: Path, sampler: Callable[[Path], Sampler] | 
             scheme, probed, fit = scheme_of(config), dict[str, Any](), Fit()
             if config.calibrate and scheme is not None:
                 said = answered(writer(source), mix.draw(0, config.calibrate), CALIBRATION, config.calibrate_tokens)
-                texts = [t.ids for t in said]
+                ends = accumulate(len(t.ids) for t in said)
+                texts = [t.ids for t, end in zip(said, ends, strict=True) if end - len(t.ids) < config.calibrate_tokens]
                 if (read := sum(map(len, texts))) < FEW:
                     way_out = "calibrate=128, or calibrate=0 to round to nearest"
-                    hold = f"{plural(len(texts), 'response')} to calibrate on hold {plural(read, 'token')}"
+                    hold = f"{plural(len(said), 'response')} to calibrate on hold {plural(read, 'token')}"
                     raise SlingshotError(f"quantize: {hold}; a matrix is fitted to {FEW} at least: {way_out}")
                 if config.bits is not None:
                     with clock("sensitivities"):

@@ -4,10 +4,11 @@
 
 Every matrix is changed as soon as all of its inputs are there and before anything is multiplied by it, so that the
 inputs of each come of a model that is changed up to there (arXiv 2210.17323, 4, where that holds from layer to layer),
-and the text goes through a layer once. Memory: what a layer makes of the whole text at its widest, the embedding, and
-one layer; a layer is read when its turn comes.
+and the text goes through a layer once. Memory: what a matrix of a layer reads of the whole text at the widest, its
+x^T x, the embedding, and one layer; a layer is read when its turn comes.
 
-Shape suffixes: B batch, T time, D input width, F output width, N rows, k experts of a token, A = N k assignments.
+Shape suffixes: B batch, T time, D input width, F output width, N rows, n some of them, k experts of a token,
+A = N k assignments.
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slingshot.checkpoint.load_save import StoredWeights, load_part
+from slingshot.kernels.swiglu import swiglu
 from slingshot.model.context import PackedContext
 from slingshot.model.dispatch import Experts, Routing
 from slingshot.model.linear import GroupedLinear, Linear
-from slingshot.model.moe import Gate, MoE
+from slingshot.model.moe import MLP, Gate, MoE
 from slingshot.model.transformer import MTP, Transformer
 from slingshot.quantization.formats import is_packed
 
 Change = Callable[[str, Tensor, Tensor, int], None]
 EMBEDDING = "model.embed_tokens.weight"
+_ROWS = 512  # of the text at a time, between a feed-forward block's first matrices and its last
 _WIDE = 1024  # columns of x^T x at a time: what lies above the diagonal is not multiplied, but within such a block
 
 
@@ -84,10 +87,31 @@ class ObservedLinear(Linear):
         nn.Module.__init__(self)
         self.weight, self.bias, self.inputs, self.change = base.weight, base.bias, inputs, change
 
-    def product(self, x_XD: Tensor, detach: bool = False) -> Tensor:
+    def observe(self, x_XD: Tensor) -> None:
         gram = self.inputs.gram(x_XD)
         self.change("weight", self.weight.data, gram.whole(), gram.rows)
+
+    def product(self, x_XD: Tensor, detach: bool = False) -> Tensor:
+        self.observe(x_XD)
         return super().product(x_XD, detach)
+
+
+class ObservedMLP(MLP):
+    """A feed-forward block that never holds more of the whole text than what its last matrix reads."""
+
+    def __init__(self, base: MLP) -> None:
+        nn.Module.__init__(self)
+        self.gate_proj, self.up_proj, self.down_proj = base.gate_proj, base.up_proj, base.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.gate_proj, self.up_proj
+        for linear in first:
+            if isinstance(linear, ObservedLinear):
+                linear.observe(x)
+        hidden = x.new_empty(*x.shape[:-1], len(self.gate_proj.weight))
+        for x_nD, hidden_nF in zip(*(each.flatten(0, -2).split(_ROWS) for each in (x, hidden)), strict=True):
+            hidden_nF.copy_(swiglu(torch.cat([F.linear(x_nD, linear.weight) for linear in first], dim=-1)))
+        return self.down_proj(hidden)
 
 
 class ObservedGroupedLinear(GroupedLinear):
@@ -136,21 +160,28 @@ def by_layer(weights: StoredWeights, batches: Sequence[TextRows], change: Change
         more = []
         if isinstance(layer, MTP) and embedded_BTD is not None:  # it reads the last hidden states and the tokens behind
             x_BTD, more = model.norm(x_BTD), [embedded_BTD.roll(-1, dims=1)]
-        inputs = Inputs()
-        for name, module in list(layer.named_modules()):
-            if isinstance(module, MoE):
-                module.dispatcher = each_row_once
-            if isinstance(module, Gate) or not is_fitted(f"{name}.weight"):
-                continue
-            prefix, _, last = f"model.layers.{number}.{name}".rpartition(".")
-            if isinstance(module, GroupedLinear):
-                parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
-                observed = ObservedGroupedLinear(module, parts, partial(_named, change, prefix))
-                layer.set_submodule(name, observed)
-            elif isinstance(module, Linear):
-                layer.set_submodule(name, ObservedLinear(module, inputs, partial(_named, change, f"{prefix}.{last}")))
+        _observe(layer, f"model.layers.{number}.", change)
         x_BTD = layer(x_BTD, context, *more)[0]
-        layer.to_empty(device="meta")
+        model.layers[number] = nn.Identity()  # its weights, and what went into them
+
+
+def _observe(layer: nn.Module, prefix: str, change: Change) -> None:
+    """Have every matrix of a layer changed by what it reads."""
+    inputs = Inputs()
+    for name, module in list(layer.named_modules()):
+        if isinstance(module, MoE):
+            module.dispatcher = each_row_once
+        if isinstance(module, MLP):
+            layer.set_submodule(name, ObservedMLP(module))
+        if isinstance(module, Gate) or not is_fitted(f"{name}.weight"):
+            continue
+        parent, _, last = f"{prefix}{name}".rpartition(".")
+        if isinstance(module, GroupedLinear):
+            parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+            observed = ObservedGroupedLinear(module, parts, partial(_named, change, parent))
+            layer.set_submodule(name, observed)
+        elif isinstance(module, Linear):
+            layer.set_submodule(name, ObservedLinear(module, inputs, partial(_named, change, f"{parent}.{last}")))
 
 
 def _named(change: Change, prefix: str, name: str, weight_FD: Tensor, gram_DD: Tensor, rows: int) -> None:

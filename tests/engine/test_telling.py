@@ -130,9 +130,10 @@ def test_a_traced_request_finds_its_prompt_in_the_cache(moe_model, tokenizer):
 
 def test_the_sampler_hands_them_on(moe_model, tokenizer):
     params = [SamplingParams(max_tokens=5, n=2, routed_experts=row == 0) for row in range(2)]
-    found = dict(EngineSampler(Engine(moe_model, tokenizer)).sample([[9, 10, 11]] * 2, params, ["a", "b"]))
-    assert all(len(sampled.routed_experts) == 3 + len(sampled.ids) - 1 for sampled in found[0])
-    assert all(sampled.routed_experts is None for sampled in found[1])
+    found = list(EngineSampler(Engine(moe_model, tokenizer)).sample([[9, 10, 11]] * 2, params, ["a", "b"]))
+    assert len(found) == 4
+    for index, _, sampled in found:
+        assert (sampled.routed_experts is None) if index else len(sampled.routed_experts) == 2 + len(sampled.ids)
 
 
 def test_a_model_without_experts_is_told_so(dense_model, tokenizer):

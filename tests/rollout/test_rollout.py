@@ -1,5 +1,6 @@
 """From problems to verified trajectories: prompts, scores, what is left out, and conversations of several turns."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,15 @@ from slingshot.tasks.verification import VerificationPool
 from slingshot.text.reasoning import Parsed
 from slingshot.training.parallel import Parallel
 
+WAITING = """
+import time
+from pathlib import Path
+def problems(split, seed): yield {{"prompt": "x"}}
+def verify(problem, text):
+    Path({asked!r}).touch()
+    while not Path({whole!r}).exists(): time.sleep(0.01)
+    return True
+"""
 ALONE = Parallel()
 SUM = Problem(prompt="What is 3+4?", key="3+4", answer="7")
 
@@ -119,6 +129,28 @@ def test_an_answer_that_fails_to_be_verified_ends_nothing_and_all_of_them_do(say
             failing.run([item(task=task)] * 32)
 
 
+def test_a_response_is_verified_while_others_of_its_group_are_sampled(saying, tmp_path):
+    """The last is sampled once the verifier was asked of another, which it answers once all are sampled."""
+    file, asked, whole = (tmp_path / name for name in ("waiting.py", "asked", "whole"))
+    file.write_text(WAITING.format(asked=str(asked), whole=str(whole)))
+
+    class Lasting(ScriptedSampler):
+        def sample(self, *arguments):
+            *others, last = super().sample(*arguments)
+            yield from others
+            while not asked.exists():
+                time.sleep(0.01)
+            whole.touch()
+            yield last
+
+    task, scripted = load_task(str(file)), saying(lambda *_: Solution("", "7"))
+    sampler = Lasting(scripted.script, scripted.tokenizer, scripted.model_config)
+    with VerificationPool([task]) as verification:
+        rollout = Rollout(sampler, SamplingParams(n=3), PromptForm(), verification, ALONE)
+        (group,) = rollout.run([item(task=task)])
+    assert [trajectory.scores["accuracy"] for trajectory in group] == [1.0] * 3
+
+
 @pytest.mark.parametrize("rank", [0, 1])  # it fails on the first; the second has nothing to verify
 def test_ranks_end_together_when_nothing_can_be_verified(saying, rank):
     class OfTwo(Parallel):
@@ -139,8 +171,8 @@ def test_ranks_end_together_when_nothing_can_be_verified(saying, rank):
 def test_what_was_aborted_is_left_out(saying):
     class Aborting(ScriptedSampler):
         def sample(self, *arguments):
-            for index, samples in super().sample(*arguments):
-                yield index, [replace(samples[0], finish_reason="abort"), *samples[1:]]
+            for index, number, sampled in super().sample(*arguments):
+                yield index, number, sampled if number else replace(sampled, finish_reason="abort")
 
     scripted = saying(lambda *_: Solution("", "7"))
     sampler = Aborting(scripted.script, scripted.tokenizer, scripted.model_config)

@@ -23,18 +23,22 @@ THREE = SamplingParams(n=3, max_tokens=8)
 
 
 def drawn(sampler, params=THREE):
-    found = dict(sampler.sample(PROMPTS, [params] * 2, KEYS))
-    return [found[index] for index in range(2)]
+    found = {(index, number): sampled for index, number, sampled in sampler.sample(PROMPTS, [params] * 2, KEYS)}
+    return [[found[index, number] for number in range(params.n)] for index in range(2)]
 
 
-def test_the_engine_gives_prompts_as_they_finish_and_goes_by_their_keys(model, tokenizer):
+def test_the_engine_gives_samples_as_they_end_and_goes_by_their_keys(model, tokenizer):
     sampler = EngineSampler(Engine(model, tokenizer))
     whole = Engine(model, tokenizer).generate(PROMPTS, THREE, KEYS)
     for samples, output in zip(drawn(sampler), whole, strict=True):
         expected = [(c.token_ids, c.logprobs, c.finish_reason) for c in output.outputs]
         assert [(s.ids, s.logprobs, s.finish_reason) for s in samples] == expected
     sizes = [SamplingParams(max_tokens=size, ignore_eos=True) for size in (9, 2)]
-    assert [index for index, _ in sampler.sample(PROMPTS, sizes, KEYS)] == [1, 0]
+    assert [index for index, *_ in sampler.sample(PROMPTS, sizes, KEYS)] == [1, 0]
+    many = SamplingParams(n=8, max_tokens=60)
+    ended = [(len(each.ids), index) for index, _, each in sampler.sample(PROMPTS, [many] * 2, KEYS)]
+    assert [length for length, _ in ended] == sorted(length for length, _ in ended) and ended[0][0] < ended[-1][0]
+    assert len({index for _, index in ended[:8]}) == 2  # no group waits until it is whole
     broken_off = sampler.sample(PROMPTS, sizes, KEYS)
     next(broken_off)
     broken_off.close()
@@ -64,7 +68,7 @@ def test_an_engine_beside_a_model_in_training(model, make_model, tokenizer, dtyp
 def test_a_script_is_said_in_r1s_layout_or_as_it_stands(tokenizer, dense):
     script = {"a": [Solution("3 plus 4", "7"), "What", "What is 3+4? 3 plus 4 is 7." * 2]}
     sampler = ScriptedSampler(lambda key, index: script["a"][index], tokenizer, dense(max_position_embeddings=32))
-    ((_, samples),) = sampler.sample(PROMPTS[:1], [SamplingParams(n=3, max_tokens=20)], KEYS[:1])
+    samples = [sampled for *_, sampled in sampler.sample(PROMPTS[:1], [SamplingParams(n=3, max_tokens=20)], KEYS[:1])]
     assert [s.finish_reason for s in samples] == ["stop", "stop", "length"] and len(samples[2].ids) == 20
     assert [tokenizer.decode(s.ids) for s in samples[:2]] == ["<think>\n3 plus 4\n</think>\n\n7", "What"]
     assert all(s.ids[-1] == tokenizer.eos_id and len(s.logprobs) == len(s.ids) for s in samples[:2])

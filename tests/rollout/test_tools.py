@@ -118,11 +118,11 @@ def test_what_begins_as_a_call_and_is_none_is_told_so_and_is_not_in_format(knowi
         """Its first response has a tag of calls at its end, and no call."""
 
         def sample(self, prompts, params, keys):
-            for index, (each,) in super().sample(prompts, params, keys):
+            for index, number, each in super().sample(prompts, params, keys):
                 if "/" not in keys[index]:
                     ids, logprobs = [*each.ids[:-1], begin, each.ids[-1]], [*each.logprobs, self.logprob]
                     each = replace(each, ids=ids, logprobs=logprobs)
-                yield index, [each]
+                yield index, number, each
 
     lines = {"s": Solution("", "calculator("), "s/0": Solution("", "42")}
     sampler = Broken(lambda key, _: lines[key], knowing, dense(vocab_size=400, max_position_embeddings=1024))

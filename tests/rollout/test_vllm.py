@@ -46,16 +46,25 @@ def sampler(folder, make_model, tmp_path):
     return make
 
 
+def gathered(sampled):
+    """Samples by their prompt's index."""
+    found = {}
+    for index, number, each in sampled.sample(*ASKED):
+        assert number == len(found.setdefault(index, []))
+        found[index].append(each)
+    return found
+
+
 def test_weights_are_pushed_whole_and_samples_are_theirs(folder, sampler, tmp_path):
     with VllmDouble(folder) as one, VllmDouble(folder) as other:
         sampled, state = sampler([one, other])
         told = sampled.update_weights(0, state)
         assert told["server_gap"] < 1e-4 and told["servers"] == 2
-        first = dict(sampled.sample(*ASKED))
+        first = gathered(sampled)
         assert [len(first[index]) for index in range(4)] == [3] * 4
         assert all(len(each.ids) == len(each.logprobs) == 8 for samples in first.values() for each in samples)
         assert len({tuple(each.ids) for each in first[0]}) > 1  # each sample has noise of its own
-        again = {index: samples for index, samples in sampled.sample(*ASKED)}
+        again = gathered(sampled)
         assert {i: [s.ids for s in each] for i, each in again.items()} == {
             i: [s.ids for s in each] for i, each in first.items()
         }  # and the same from whichever server
@@ -64,7 +73,7 @@ def test_weights_are_pushed_whole_and_samples_are_theirs(folder, sampler, tmp_pa
         state = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
         sampled._model.load_state_dict(state)  # as training does
         assert sampled.update_weights(1, state)["server_gap"] < 1e-4
-        [zeros] = {round(p, 4) for _, samples in sampled.sample(*ASKED) for each in samples for p in each.logprobs}
+        [zeros] = {round(p, 4) for *_, each in sampled.sample(*ASKED) for p in each.logprobs}
         assert zeros == pytest.approx(-5.7038, abs=1e-3)  # log 1/300: nothing of the weights before is left
     others = "/tokenize", "/v1/models", "/inference/v1/generate", "/metrics"
     pushed = [path for path in one.asked if path not in others]
@@ -80,7 +89,7 @@ def test_routed_experts_are_those_of_moe_layers(folder, sampler):
         if not sampled.model_config.n_moe_layers:
             pytest.skip("has none")
         sampled.update_weights(0, state)
-        ((_, [sample]),) = sampled.sample(PROMPTS[:1], [params], KEYS[:1])
+        ((_, _, sample),) = sampled.sample(PROMPTS[:1], [params], KEYS[:1])
         assert sample.routed_experts.shape == (3 + 4 - 1, 2, 3) and sample.routed_experts.dtype == torch.int16
         double.about = {"routed_experts": False}
         with pytest.raises(SlingshotError, match=r"loss.replay_routing: http://\S+ tells of no experts"):
@@ -110,7 +119,7 @@ def test_a_server_that_dies_is_replaced_by_the_others_and_may_come_back(folder, 
         mortal.__enter__()
         sampled, state = sampler([steady, mortal])
         sampled.update_weights(0, state)
-        found = dict(sampled.sample(*ASKED))
+        found = gathered(sampled)
         assert all(each.finish_reason == "length" for samples in found.values() for each in samples)
         assert f"{mortal.url}: it does not answer" in capsys.readouterr().err
         assert sampled.update_weights(1, state)["servers"] == 1
@@ -118,7 +127,7 @@ def test_a_server_that_dies_is_replaced_by_the_others_and_may_come_back(folder, 
         with VllmDouble(folder, port=mortal.port):
             assert sampled.update_weights(2, state)["servers"] == 2
             assert f"{mortal.url} is back" in capsys.readouterr().err
-            assert {i: [s.ids for s in each] for i, each in sampled.sample(*ASKED)} == {
+            assert {i: [s.ids for s in each] for i, each in gathered(sampled).items()} == {
                 i: [s.ids for s in each] for i, each in found.items()
             }
 
@@ -135,7 +144,7 @@ def test_a_server_that_hangs_or_answers_with_old_weights_is_asked_no_more(folder
         sampled, state = sampler([steady, failing], silence=15.0)
         sampled.update_weights(0, state)
         failing.faults.add(fault)
-        found = dict(sampled.sample(*ASKED))
+        found = gathered(sampled)
         assert all(each.finish_reason == "length" for samples in found.values() for each in samples)
         assert f"{failing.url}: {why}" in capsys.readouterr().err
         failing.faults.clear()
@@ -150,15 +159,14 @@ def test_an_answer_goes_on_with_weights_that_come_meanwhile(folder, sampler):
         while "lasts" in only.faults:
             time.sleep(0.01)
         assert sampled.update_weights(1, state)["servers"] == 1
-        ((_, samples),) = under_way.result()
-        assert [each.finish_reason for each in samples] == ["length"] * 3
+        assert [each.finish_reason for *_, each in under_way.result()] == ["length"] * 3
 
 
 def test_where_no_server_is_left_samples_are_broken_off_and_weights_wait(folder, sampler, capsys):
     with VllmDouble(folder, answers=len(PROMPTS) + 1) as only:
         sampled, state = sampler([only])
         sampled.update_weights(0, state)
-        reasons = [each.finish_reason for _, samples in sampled.sample(*ASKED) for each in samples]
+        reasons = [each.finish_reason for *_, each in sampled.sample(*ASKED)]
         assert reasons.count("abort") >= 9
         with pytest.raises(NoServerLeft, match="no rollout server has the weights of step 1"):
             sampled.update_weights(1, state)

@@ -29,7 +29,7 @@ def answering(sampler, says):
         for index, ids in enumerate(prompts):
             begin = len(ids) - ids[::-1].index(tokenizer.think_id)
             ends = [*tokenizer.encode(says(tokenizer.decode(ids[begin:]), keys[index])), *sorted(tokenizer.eos_ids)[:1]]
-            yield index, [Sampled([tokenizer.end_think_id, *ends], [0.0] * (1 + len(ends)), "stop")]
+            yield index, 0, Sampled([tokenizer.end_think_id, *ends], [0.0] * (1 + len(ends)), "stop")
 
     sampler.sample = sample
     return sampler

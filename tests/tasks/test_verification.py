@@ -17,7 +17,7 @@ def verify(problem, text):
     if text == "die": os._exit(3)
     if text == "raise": raise ValueError("no such answer")
     if text == "token": return "HF_TOKEN" in os.environ
-    if text == "light": return not {"torch", "reasoning_gym"} & set(sys.modules)
+    if text == "light": return not {"torch", "reasoning_gym", "pydantic"} & set(sys.modules)
     return float(text)
 def step(problem, messages):
     if messages[-1]["content"] == "raise": raise ValueError("no such move")

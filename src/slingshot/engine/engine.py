@@ -383,8 +383,8 @@ class Engine:
         """One step; whoever calls has the turn."""
         for sequence in self._core.step():
             request = sequence.request
-            request.unfinished -= 1
-            if not request.unfinished:
+            request.done.append(sequence)
+            if len(request.done) == len(request.sequences):
                 request.result = self._requests.pop(request.request_id).output()
                 if not request.claimed:
                     self._finished.append(request.result)

@@ -209,7 +209,8 @@ class Sequence:
         rows: list[list[list[int]]] = own.tolist() if known is None else known.tolist() + own.tolist()
         return rows
 
-    def _routed_experts(self) -> Tensor | None:
+    def routed_experts(self) -> Tensor | None:
+        """As a completion tells them."""
         if not self.request.params.routed_experts:
             return None
         prompt, sampled = self.request.prompt_experts.first(len(self.request.prompt)), len(self.token_ids)
@@ -225,7 +226,7 @@ class Sequence:
         text, parsed = tokenizer.decode(visible), parse(visible, self.request.opened, tokenizer)
         sampled = self.token_ids, self.logprobs, self.finish_reason or "abort"
         told = self.top_logprobs[: len(self.token_ids)] if self.request.params.top_logprobs else None
-        return Completion(text, *sampled, parsed.reasoning, parsed.answer, told, self._routed_experts())
+        return Completion(text, *sampled, parsed.reasoning, parsed.answer, told, self.routed_experts())
 
 
 class Request:
@@ -234,9 +235,9 @@ class Request:
     claimed: whether a caller waits for `result` itself, so that `step` does not return it. salt: only requests of the
     same one share what is cached. traced: its sequences know of every sampled token the experts that made it and
     whether it was guessed. tells: more is wanted of a step than a next token; told_whole: of its prompt too, which is
-    then computed, not found in the cache. said: how many of the prompt's last ids its samples said themselves, before.
-    adapter: its number, 0 for none. cached: tokens of the prompt that were found in the cache. admitted: when it left
-    the queue (time.perf_counter).
+    then computed, not found in the cache. done: its sequences that finished, in that order. said: how many of the
+    prompt's last ids its samples said themselves, before. adapter: its number, 0 for none. cached: tokens of the prompt
+    that were found in the cache. admitted: when it left the queue (time.perf_counter).
     Raises SamplingError for ids that the model does not know, GrammarError for a structure that no answer can have.
     """
 
@@ -261,7 +262,7 @@ class Request:
         self.prompt_record = None if params.prompt_logprobs is None else PromptRecord(prompt, params.prompt_logprobs)
         self.prompt_experts = ExpertRecord()
         self.sequences = [Sequence(self, index) for index in range(params.n)]
-        self.unfinished = params.n
+        self.done: list[Sequence] = []
 
     def output(self) -> RequestOutput:
         error = next((sequence.error for sequence in self.sequences if sequence.error), None)

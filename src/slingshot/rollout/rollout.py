@@ -103,18 +103,17 @@ class Rollout:
             replies: list[tuple[str, Trajectory, Future[list[dict[str, Any]] | None]]] = []
             prompts = [group[0].ids for _, group in live]
             params = [replace(self.params, n=len(group)) for _, group in live]
-            for index, samples in self.sampler.sample(prompts, params, [key for key, _ in live]):
+            for index, number, sampled in self.sampler.sample(prompts, params, [key for key, _ in live]):
                 if self.stopped:
                     return batch
                 key, group = live[index]
-                for number, (trajectory, sampled) in enumerate(zip(group, samples, strict=True)):
-                    trajectory.respond(sampled, self.sampler.tokenizer)
-                    item = trajectory.item
-                    if item.task.has_turns and trajectory.finished:
-                        reply = self.verification.step(item.task, item.problem, trajectory.messages)
-                        replies.append((f"{key}/{number}", trajectory, reply))
-                    else:
-                        batch.verdicts.append((trajectory, self._verify(trajectory, self.form.lenient)))
+                trajectory, item = group[number], group[number].item
+                trajectory.respond(sampled, self.sampler.tokenizer)
+                if item.task.has_turns and trajectory.finished:
+                    reply = self.verification.step(item.task, item.problem, trajectory.messages)
+                    replies.append((f"{key}/{number}", trajectory, reply))
+                else:
+                    batch.verdicts.append((trajectory, self._verify(trajectory, self.form.lenient)))
             live = []
             for key, trajectory, reply in replies:
                 if self._hear(trajectory, reply, batch.counts):

@@ -1,7 +1,7 @@
 """Where samples come from: the `Sampler` protocol, the engine in this process, and a sampler that says a script.
 
     sampler = EngineSampler(Engine.load("runs/tiny/zero"))
-    for index, samples in sampler.sample(prompts, [params] * len(prompts), keys): ...     # prompts as they finish
+    for index, number, sampled in sampler.sample(prompts, [params] * len(prompts), keys): ...   # each as it finishes
     sampler.update_weights(version, model.state_dict())
 
 rl, sample and evaluate know samplers only, so that where the tokens come from is chosen outside of them.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from operator import attrgetter
 from typing import Protocol, Self
 
 import torch
@@ -21,7 +20,8 @@ from torch import Tensor
 from slingshot.base.config import Strict
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
-from slingshot.engine.sequence import RequestOutput
+from slingshot.engine.sequence import Request
+from slingshot.engine.sequence import Sequence as Sample
 from slingshot.model.config import ModelConfig
 from slingshot.model.stored import holds_stored
 from slingshot.model.transformer import Transformer
@@ -54,8 +54,7 @@ class SamplingConfig(Strict):
 
 
 Prompts = Sequence[list[int]]
-Samples = Iterator[tuple[int, list[Sampled]]]
-_parts = attrgetter("token_ids", "logprobs", "finish_reason", "routed_experts")  # of a completion
+Samples = Iterator[tuple[int, int, Sampled]]
 MOVED_TO_SAMPLING = {key: f"sampling.{key}" for key in SamplingConfig.model_fields}
 
 
@@ -65,7 +64,7 @@ class Sampler(Protocol):
     max_length: int  # tokens of prompt and sample together at most
 
     def sample(self, prompts: Prompts, params: Sequence[SamplingParams], keys: Sequence[str]) -> Samples:
-        """Yield (index, its params' n samples) for every prompt, each as soon as it is finished.
+        """Yield (prompt's index, number, sample) for its params' n samples of every prompt, each as soon as it ends.
 
         A key names the noise of its prompt's samples: seed, key and weights make the tokens, whatever runs beside them.
         """
@@ -83,7 +82,6 @@ class EngineSampler:
     def __init__(self, engine: Engine, shares: bool = False) -> None:
         """`shares`: the engine's model is the one in training, its adapters beside it."""
         self._engine, self._shares = engine, shares
-        self._finished: dict[int, RequestOutput] = {}  # that the thread which waits for them has not taken yet
         self.tokenizer, self.model_config, self.max_length = engine.tokenizer, engine.config, engine.max_length
 
     @classmethod
@@ -104,24 +102,34 @@ class EngineSampler:
 
     def sample(self, prompts: Prompts, params: Sequence[SamplingParams], keys: Sequence[str]) -> Samples:
         """Several threads may; each step advances the samples of all."""
-        engine, finished, running = self._engine, self._finished, dict[int, int]()  # the latter: request -> prompt
+        engine, requests = self._engine, list[Request]()
         try:
-            for index, request in enumerate(zip(prompts, params, keys, strict=True)):
-                running[engine.add(*request)] = index
-            while running:
-                finished.update((output.request_id, output) for output in engine.step())
-                for request_id in sorted(running.keys() & finished.keys()):
-                    yield running.pop(request_id), [Sampled(*_parts(each)) for each in finished.pop(request_id).whole]
+            for asked in zip(prompts, params, keys, strict=True):
+                requests.append(engine.submit(*asked))
+            told = [0] * len(requests)  # of the samples that are done
+            while sum(told) < sum(len(request.sequences) for request in requests):
+                engine.advance()
+                for index, request in enumerate(requests):
+                    for sequence in request.done[told[index] :]:
+                        told[index] += 1
+                        yield index, request.sequences.index(sequence), _sampled(sequence)
         finally:
-            for request_id in running:
-                engine.abort(request_id)
-                finished.pop(request_id, None)
+            for request in requests:
+                if request.result is None:
+                    engine.abort(request.request_id)
 
     def update_weights(self, version: int, state: Mapping[str, Tensor]) -> dict[str, float]:
         """Parameters are gathered and copied one by one; those that model and engine share are there already."""
         pairs = ((name, whole(tensor)) for name, tensor in state.items())
         self._engine.update_weights(self._engine.model if self._shares else pairs, version, keep=True)
         return {}
+
+
+def _sampled(sequence: Sample) -> Sampled:
+    if sequence.error is not None:
+        raise sequence.error
+    ended = sequence.finish_reason or "abort"
+    return Sampled(sequence.token_ids, sequence.logprobs, ended, sequence.routed_experts())
 
 
 Script = Callable[[str, int], Solution | str]
@@ -149,11 +157,13 @@ class ScriptedSampler:
             for prompt, its, key in zip(prompts, params, keys, strict=True)
         ]
         if self._timed is None:
-            yield from enumerate(said)
+            for index, samples in enumerate(said):
+                yield from ((index, number, sampled) for number, sampled in enumerate(samples))
             return
         longest = (max(len(sampled.ids) for sampled in samples) for samples in said)
         forced = [replace(its, max_tokens=size, ignore_eos=True) for its, size in zip(params, longest, strict=True)]
-        yield from ((index, said[index]) for index, _ in self._timed.sample(prompts, forced, keys))
+        for index, number, _ in self._timed.sample(prompts, forced, keys):
+            yield index, number, said[index][number]
 
     def update_weights(self, version: int, state: Mapping[str, Tensor]) -> dict[str, float]:
         self.version = version

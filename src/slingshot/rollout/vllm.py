@@ -123,7 +123,7 @@ class VllmSampler:
                 index, samples = found.get()
                 if isinstance(samples, Exception):
                     raise samples
-                yield index, samples
+                yield from ((index, number, sampled) for number, sampled in enumerate(samples))
         finally:
             work.cancel()
 

@@ -51,7 +51,7 @@ def probe(rollout: Rollout, items: Sequence[Item], seed: int) -> tuple[list[dict
     params = replace(rollout.params, n=1, thinking_budget=0)
     keys = [f"{trajectory.item.key}/{name}" for trajectory, (name, _, _), _ in asked]
     rows: list[dict[str, Any]] = [{} for _ in asked]
-    for index, (sampled,) in sampler.sample([ids for *_, ids in asked], [params] * len(asked), keys):
+    for index, _, sampled in sampler.sample([ids for *_, ids in asked], [params] * len(asked), keys):
         trajectory, (name, _, leads_to), ids = asked[index]
         tokens, flops = (
             tokens + len(sampled.ids),

@@ -14,62 +14,25 @@ docs/task.md tells what such a file may do and return.
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import random
-import reprlib
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr
 
-from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
-from slingshot.sandbox.isolate import number, take
-from slingshot.sandbox.worker import SandboxError, Target
-from slingshot.tasks.task import Language, Problem, Reward, Solution, Split, Style, in_split
+from slingshot.sandbox.worker import Target
+from slingshot.tasks.task import Problem, Reward, Solution, Split, Style, in_split
+from slingshot.tasks.user_file import FUNCTIONS
 from slingshot.tasks.verification import IsolatedTask
 
 _WINDOW = 1 << 14  # problems held to be shuffled, of a file whose order does not go by the seed
 _COMPARED = 8  # first problems of two seeds that tell whether the order does
 _MAX_SEED = 1 << 32  # what numpy.random.seed takes
 _CHUNK = 64  # problems fetched from the worker at a time
-_FUNCTIONS = {"problems": "problems(split, seed)", "verify": "verify(problem, text)"}  # those a file must have
-
-
-class _Returned(Strict):
-    """What a file's function may return: a dict, with numbers for the text they are and None for what is left out."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _as_text(cls, given: Any) -> dict[str, Any]:
-        if not isinstance(given, Mapping):
-            raise ValueError(f"{reprlib.repr(given)} is no dict with {', '.join(cls.model_fields)}")
-        said = {name: value for name, value in given.items() if value is not None}
-        return {name: value if number(value) is None else str(value) for name, value in said.items()}
-
-
-class _Problem(_Returned):
-    prompt: str = Field(min_length=1)
-    answer: str = ""
-    key: str = ""
-    language: Language = "en"
-    data: dict[Any, Any] = {}
-
-
-class _Solution(_Returned):
-    reasoning: str
-    answer: str
-
-
-class _Message(_Returned):
-    role: Literal["user", "system", "tool"] = "user"
-    content: str
 
 
 class UserTask(IsolatedTask):
@@ -86,10 +49,10 @@ class UserTask(IsolatedTask):
         """The task, its file imported. Raises SlingshotError where that fails or a function is missing."""
         task = cls.parse({"path": path, **params}, path)
         if not Path(path).is_file():
-            forms = " and ".join(_FUNCTIONS.values())
+            forms = " and ".join(FUNCTIONS.values())
             raise SlingshotError(f"{path}: no such file; a task is one Python file with {forms}")
         task._functions = task.call("functions", doing="importing it")
-        for name, form in _FUNCTIONS.items():
+        for name, form in FUNCTIONS.items():
             if name not in task._functions:
                 raise SlingshotError(f"{path}: function {form} is missing; add it")
         return task
@@ -97,7 +60,7 @@ class UserTask(IsolatedTask):
     @property
     def target(self) -> Target:
         file = str(Path(self.path).resolve())
-        return Target("slingshot.tasks.user:File", (file,), timeout=self.timeout, memory=self.memory_mb << 20)
+        return Target("slingshot.tasks.user_file:File", (file,), timeout=self.timeout, memory=self.memory_mb << 20)
 
     @property
     def name(self) -> str:
@@ -160,72 +123,3 @@ class UserTask(IsolatedTask):
 
     def step(self, problem: Problem, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
         return self.call("step", asdict(problem), list(map(dict, messages))) if self.has_turns else None
-
-
-class File:
-    """The worker's side: the imported file, and its iterators of problems where the parent left them."""
-
-    def __init__(self, path: str) -> None:
-        # A module of a package among the worker's temporary files, which looks into the file's folder: so it may be
-        # called random.py, `from . import helper` works, and processes of its own import it by its name.
-        folder, package = str(Path(path).parent), f"task_{sha256(path.encode()).hexdigest()[:8]}"
-        init = Path(tempfile.gettempdir(), package, "__init__.py")
-        init.parent.mkdir(exist_ok=True)
-        init.write_text(f"__path__ = [{folder!r}]", encoding="utf-8")
-        sys.path += [folder, str(init.parents[1])]  # the folder for `import helper`
-        self._seed(0)
-        self._module = importlib.import_module(f"{package}.{Path(path).stem}")
-        self._open: dict[tuple[str, int, int], tuple[Iterator[Any], list[Any]]] = {}
-
-    def _seed(self, seed: int) -> None:
-        for put, *_ in _generators():
-            put(seed)
-
-    def functions(self) -> list[str]:
-        names = (*_FUNCTIONS, "solution", "step")
-        return [name for name in names if callable(getattr(self._module, name, None))]
-
-    def problems(self, split: str, seed: int, start: int, count: int) -> list[dict[str, Any]]:
-        """Next items from `start` of problems(split, seed), none at its end. A new worker starts it over, and skips."""
-        iterator, states = self._open.pop((split, seed, start), (None, []))
-        for (*_, put), state in zip(_generators(), states, strict=False):
-            put(state)
-        if iterator is None:
-            self._seed(seed)
-            made = self._module.problems(split, seed)
-            try:
-                iterator = itertools.islice(made, start, None)
-            except TypeError as error:
-                raise SandboxError(f"returned {reprlib.repr(made)}; it should yield problems") from error
-        items = take(iterator, count)
-        self._open[split, seed, start + len(items)] = iterator, [get() for _, get, _ in _generators()]
-        if len(self._open) > 16:  # left where their readers stopped; who comes back to one starts it over
-            del self._open[next(iter(self._open))]
-        parsed = [_Problem.parse(item, f"item {place}") for place, item in enumerate(items, start)]
-        return [dict(item) | {"key": item.key or item.prompt} for item in parsed]
-
-    def verify(self, problem: dict[str, Any], text: str) -> bool | int | float:
-        given = self._module.verify(problem, text)
-        value = number(given)
-        if value is None or not 0 <= value <= 1:
-            raise SandboxError(f"returned {reprlib.repr(given)}; return True, False or a number from 0 to 1")
-        return value
-
-    def solution(self, problem: dict[str, Any], style: str) -> dict[str, str]:
-        return _Solution.parse(self._module.solution(problem, style), "returned").model_dump()
-
-    def step(self, problem: dict[str, Any], messages: list[dict[str, str]]) -> list[dict[str, str]] | None:
-        """The messages that were returned: none, one or a list, each a dict or what a user says."""
-        given = self._module.step(problem, messages)
-        said = given if isinstance(given, list | tuple) else [given]
-        dicts = [each if isinstance(each, Mapping) else {"content": each} for each in said]
-        return None if given is None else [_Message.parse(each, "message").model_dump() for each in dicts]
-
-
-def _generators() -> list[tuple[Callable[[int], Any], Callable[[], Any], Callable[[Any], Any]]]:
-    """How the global random generators are seeded, and their states read and set. A file that draws from them draws by
-    the seed too, the same in every process, whatever else is drawn meanwhile."""
-    found: list[Any] = [(random.seed, random.getstate, random.setstate)]
-    if numpy := sys.modules.get("numpy"):
-        found.append((numpy.random.seed, numpy.random.get_state, numpy.random.set_state))
-    return found

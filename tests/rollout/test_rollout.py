@@ -71,6 +71,12 @@ RESPONSES = [
 ]
 
 
+def test_how_many_trajectories_are_sampled_is_told_as_each_ends(saying):
+    heard = []
+    rolling(saying(lambda *_: RESPONSES[0][0]), SamplingParams(n=3, max_tokens=64)).run([item()], heard.append)
+    assert heard == [1, 2, 3]
+
+
 def test_responses_are_scored_on_their_answer_format_and_language(saying, tokenizer):
     group = rolled(saying(lambda _, index: RESPONSES[index][0]), len(RESPONSES), PromptForm())
     scores = [tuple(t.scores[name] for name in ("accuracy", "format", "language")) for t in group]

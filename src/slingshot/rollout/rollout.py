@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -89,11 +89,14 @@ class Rollout:
     _all: Counter[str] = field(default_factory=Counter)  # problems asked, groups made, answers unverified in all runs
     _reasons: dict[str, str] = field(default_factory=dict)  # the first of each kind
 
-    def run(self, items: Sequence[Item]) -> list[list[Trajectory]]:
-        """Groups of trajectories, one of each problem, in the order of the items."""
-        return self.finish(self.sample(items))
+    def run(self, items: Sequence[Item], heard: Callable[[int], None] | None = None) -> list[list[Trajectory]]:
+        """Groups of trajectories, one of each problem, in the order of the items.
 
-    def sample(self, items: Sequence[Item]) -> Batch:
+        heard: told how many trajectories of this rank are sampled, at the end of each.
+        """
+        return self.finish(self.sample(items, heard))
+
+    def sample(self, items: Sequence[Item], heard: Callable[[int], None] | None = None) -> Batch:
         """This rank's share of the items, through all turns."""
         batch = Batch(len(items), counts=Counter(skipped=0, aborted=0, unverified=0, verified=0))
         mine = self.parallel.mine(items)
@@ -113,13 +116,13 @@ class Rollout:
                     reply = self.verification.step(item.task, item.problem, trajectory.messages)
                     replies.append((f"{key}/{number}", trajectory, reply))
                 else:
-                    batch.verdicts.append((trajectory, self._verify(trajectory, self.form.lenient)))
+                    self._end(batch, trajectory, heard)
             live = []
             for key, trajectory, reply in replies:
                 if self._hear(trajectory, reply, batch.counts):
                     live.append((key, [trajectory]))
                 else:
-                    batch.verdicts.append((trajectory, self._verify(trajectory, self.form.lenient)))
+                    self._end(batch, trajectory, heard)
         return batch
 
     def finish(self, batch: Batch) -> list[list[Trajectory]]:
@@ -152,6 +155,11 @@ class Rollout:
             self._count(counts, "skipped", f"task {task.name}: {size}")
             return []
         return [Trajectory(item, ids, self.form.messages(item.problem)) for _ in range(self.params.n)]
+
+    def _end(self, batch: Batch, trajectory: Trajectory, heard: Callable[[int], None] | None) -> None:
+        batch.verdicts.append((trajectory, self._verify(trajectory, self.form.lenient)))
+        if heard is not None:
+            heard(len(batch.verdicts))
 
     def _hear(self, trajectory: Trajectory, reply: Future[list[dict[str, Any]] | None], counts: Counter[str]) -> bool:
         """Whether the conversation goes on. It is cut off where the environment fails or leaves no room."""

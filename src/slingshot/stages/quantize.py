@@ -141,14 +141,19 @@ def run(config: QuantizeConfig, out: Path, sampler: Callable[[Path], Sampler] | 
                 said, read = list[Trajectory](), 0
                 with clock(part), Progress(f"{out.name}: {part}", len(items)) as progress:
                     for start in range(0, len(items), CHUNK):
-                        groups = rollout.run(items[start : start + CHUNK])
+
+                        def heard(ended: int, before: int = start) -> None:
+                            progress.update(before + ended)
+
+                        groups = rollout.run(items[start : start + CHUNK], heard)
                         tokens, flops = sampling_cost(weights.config, groups)
                         work.meter.add(tokens, sampling=flops)
                         said += [group[0] for group in groups]
                         read = sum(len(trajectory.ids) for trajectory in said)
-                        progress.total = min(len(items), start + CHUNK) if read >= most else len(items)
-                        progress.update(min(len(items), start + CHUNK))
                         if read >= most:
+                            if start + CHUNK < len(items):
+                                progress.total = start + CHUNK
+                                progress.update(progress.total)
                             break
                 rollout.refuse_nothing()
                 return said

@@ -62,26 +62,25 @@ def total(path: Path) -> Bill:
     """Walk from an artifact's receipt through its parents'. SlingshotError when one is missing at `path`, or broken."""
     if not (path / RECEIPT).is_file():
         raise SlingshotError(f"{path} has no {RECEIPT}: {_way_out(path)}")
-    lines: dict[tuple[str, str], BillLine | None] = {}  # None: its parents' lines come first
+    lines: list[BillLine] = []
+    seen: set[tuple[str, str]] = set()
     missing: dict[str, None] = {}
 
     def add(folder: Path) -> None:
         receipt = Receipt.read(folder)
-        key = (receipt.stage, receipt.digest)
-        if key not in lines:
-            lines[key] = None
-            for parent in receipt.parents:
-                found, trouble = _find(parent, folder)
-                if found is not None:
-                    add(found)
-                if trouble:
-                    missing[f"{receipt.name}: {trouble}"] = None
-            del lines[key]
-            lines[key] = BillLine(path=str(folder), receipt=receipt)
+        if (key := (receipt.stage, receipt.digest)) in seen:
+            return
+        seen.add(key)
+        for parent in receipt.parents:
+            found, trouble = _find(parent, folder)
+            if found is not None:
+                add(found)
+            else:
+                missing[f"{receipt.name}: {trouble}"] = None
+        lines.append(BillLine(path=str(folder), receipt=receipt))
 
     add(path)
-    made = [line for line in lines.values() if line is not None]
-    return Bill(**dict(Sums.of([line.receipt for line in made])), lines=made, missing=list(missing))
+    return Bill(**dict(Sums.of([line.receipt for line in lines])), lines=lines, missing=list(missing))
 
 
 def _find(parent: Parent, child: Path) -> tuple[Path | None, str]:

@@ -95,7 +95,7 @@ def forward_parts(
     """
     lengths, layers = list(lengths), config.num_hidden_layers
     tokens = sum(lengths)
-    parts = _block_parts(config, range(layers), tokens, _pairs(lengths, before)) | {"head": _head(config) * tokens}
+    parts = _block_parts(config, range(layers), tokens, _pairs(lengths, before), tokens)
     module = _mtp_parts(config, lengths, before) if mtp else {}
     parts |= {"adapters": 2.0 * adapters * tokens, "mtp": sum(module.values())}
     return {part: flops for part, flops in parts.items() if flops}
@@ -107,12 +107,8 @@ def _mtp_parts(config: ModelConfig, lengths: list[int], before: Sequence[int]) -
         return {}
     shorter = [length - 1 for length in lengths]
     tokens = sum(shorter)
-    block = _block_parts(config, [config.num_hidden_layers], tokens, _pairs(shorter, before))
-    return block | {"eh_proj": 4.0 * config.hidden_size**2 * tokens, "head": _head(config) * tokens}
-
-
-def _head(config: ModelConfig) -> float:
-    return 2.0 * config.vocab_size * config.hidden_size
+    block = _block_parts(config, [config.num_hidden_layers], tokens, _pairs(shorter, before), tokens)
+    return block | {"eh_proj": 4.0 * config.hidden_size**2 * tokens}
 
 
 def _pairs(lengths: list[int], before: Sequence[int] = ()) -> int:
@@ -180,16 +176,15 @@ def prefill_parts(config: ModelConfig, length: float, cached: float = 0) -> dict
     latents, which kv_b_proj expands anew wherever a token is left to read. Means of many prompts may be fractions.
     """
     pairs = (length * (length + 1) - cached * (cached + 1)) / 2
-    parts = _block_parts(config, range(config.num_hidden_layers), length - cached, pairs)
+    parts = _block_parts(config, range(config.num_hidden_layers), length - cached, pairs, logits=1)
     if config.family == "deepseek_v3" and cached < length:
         parts["projections"] += 2.0 * cached * config.num_hidden_layers * _expansion_weights(config)
-    return parts | {"head": _head(config)}
+    return parts
 
 
 def decode_parts(config: ModelConfig, context: float, tokens: float = 1) -> dict[str, float]:
     """FLOPs of decoding tokens that meet `context` keys each, themselves included, by part; in absorbed form."""
-    parts = _block_parts(config, range(config.num_hidden_layers), tokens, tokens * context, absorbed=True)
-    return parts | {"head": _head(config) * tokens}
+    return _block_parts(config, range(config.num_hidden_layers), tokens, tokens * context, tokens, absorbed=True)
 
 
 def is_moe(config: ModelConfig, layer: int) -> bool:
@@ -225,9 +220,10 @@ def remade_flops(config: ModelConfig, tokens: float) -> float:
 
 
 def _block_parts(
-    config: ModelConfig, layers: Sequence[int], tokens: float, pairs: float, absorbed: bool = False
+    config: ModelConfig, layers: Sequence[int], tokens: float, pairs: float, logits: float, absorbed: bool = False
 ) -> dict[str, float]:
-    """Forward FLOPs of these layers for `tokens` tokens that form `pairs` query-key pairs."""
+    """Forward FLOPs of these layers for `tokens` tokens that form `pairs` query-key pairs, and of the head for those of
+    `logits` tokens."""
     n_moe = sum(is_moe(config, layer) for layer in layers)
     expert = 3 * config.hidden_size * config.moe_intermediate_size  # gate, up, down
     weights = {
@@ -244,4 +240,5 @@ def _block_parts(
     elif absorbed:
         score_and_value = 2 * config.kv_lora_rank + config.qk_rope_head_dim
     attention = 2.0 * pairs * len(layers) * config.num_attention_heads * score_and_value
-    return {part: 2.0 * tokens * count for part, count in weights.items()} | {"attention": attention}
+    ends = {"attention": attention, "head": 2.0 * logits * config.vocab_size * config.hidden_size}
+    return {part: 2.0 * tokens * count for part, count in weights.items()} | ends

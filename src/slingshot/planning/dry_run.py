@@ -23,7 +23,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, read_jsonl, write_json, write_jsonl
 from slingshot.base.quantity import plural, show_duration, show_money, show_size
 from slingshot.cost.receipt import PeakMemory, Receipt
-from slingshot.planning.page import PlanPage, assumed, table
+from slingshot.planning.page import PlanPage, table
 from slingshot.planning.plan import ASSUMPTIONS
 from slingshot.recipe.recipe import Recipe, RecipeStage
 from slingshot.recipe.tables import resolve
@@ -92,9 +92,7 @@ class _DryRun:
         whole = config.model_dump(mode="json")
         model, styles = whole.get("model"), {"steps": 1.0}  # how responses are written, but for an evaluated base
         if documents := getattr(config, "documents", None):
-            counts = Counter[str]()
-            for task in documents.tasks:
-                counts.update(documents.counts(task))
+            counts = sum((Counter(documents.counts(task)) for task in documents.tasks), Counter[str]())
             self._styles[str(out)] = dict(counts)
         key = stage.name
         if stage.kind == "evaluate":
@@ -176,5 +174,5 @@ def dry_run_page(found: DryRun) -> PlanPage:
     if found.money is not None:
         figures.append((show_money(found.money, ""), "at the given price"))
     note = "Every stage was run with a few steps; `once` is the part of its time that does not grow with them."
-    sections = (table("The stages", rows, note, strong=len(rows) - 1), assumed(found.assumptions))
-    return PlanPage(f"The recipe {found.recipe}", tuple(figures), sections, None, "recipe")
+    stages, assumptions = table("The stages", rows, note, strong=len(rows) - 1), tuple(found.assumptions)
+    return PlanPage(f"The recipe {found.recipe}", tuple(figures), (stages,), assumptions, None, "recipe")

@@ -30,7 +30,7 @@ class Section:
 
     title: str
     note: str = ""
-    columns: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ("", "")
     rows: tuple[tuple[str, ...], ...] = ()
     bars: tuple[float, ...] = ()  # lengths of bars beside the rows
     strong: int | None = None  # a row that stands out
@@ -43,6 +43,7 @@ class PlanPage:
     title: str
     figures: tuple[tuple[str, str], ...]  # headline figures: value, what it is
     sections: tuple[Section, ...]
+    assumptions: tuple[str, ...]
     warning: str | None  # that the work does not fit in memory; empty where it does, None where that is not asked
     command: str
 
@@ -80,24 +81,21 @@ def shown(field: str, value: Any) -> str:
     return show_count(value, 4) if abs(value) >= 1e6 else f"{value:,.6g}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def table(title: str, rows: Sequence[Mapping[str, Any]], note: str = "", bar: str = "", strong: int = -1) -> Section:
+def table(
+    title: str, rows: Sequence[Mapping[str, Any]], note: str = "", bar: str = "", strong: int | None = None
+) -> Section:
     """A section of rows of named values; `bar` names the one that is drawn, too, but for the row `strong`."""
-    names = [field.replace("_", " ").replace("days", "time") for field in (rows[0] if rows else ())]
-    columns = ("", *names[1:]) if rows else ()
+    _, *names = (field.replace("_", " ").replace("days", "time") for field in rows[0])
     lengths = [float(row[bar] or 0) if bar and at != strong else 0.0 for at, row in enumerate(rows)]
     bars = tuple(length / max(lengths) for length in lengths) if any(lengths) else ()
     cells = tuple(tuple(shown(field, value) for field, value in row.items()) for row in rows)
-    return Section(title, note, columns, cells, bars, strong if strong >= 0 else None)
+    return Section(title, note, ("", *names), cells, bars, strong)
 
 
 def facts(title: str, values: Mapping[str, Any]) -> Section:
     """A section of names and values, what is not known left out."""
     rows = ((name.replace("_", " "), shown(name, value)) for name, value in values.items())
     return Section(title, rows=tuple(row for row in rows if row[1]))
-
-
-def assumed(texts: Sequence[str]) -> Section:
-    return Section("Assumed", rows=tuple((text,) for text in texts))
 
 
 def _section(field: str, value: Any, plan: Mapping[str, Any]) -> Section:
@@ -112,16 +110,15 @@ def _section(field: str, value: Any, plan: Mapping[str, Any]) -> Section:
         unit, whole = ("bytes", value["total"]) if field == "memory" else ("flops", sum(value.values()))
         held = {name.replace("_", " "): part for name, part in value.items() if part}
         parts = [{"part": name, unit: part, "share": part / whole} for name, part in held.items()]
-        return table(title, parts, bar=unit, strong=len(parts) - 1 if field == "memory" else -1)
+        return table(title, parts, bar=unit, strong=len(parts) - 1 if field == "memory" else None)
     return facts(title, value)
 
 
 def plan_page(plan: Plan) -> PlanPage:
     """Put a plan into tables."""
     fields, fit = plan.model_dump(), plan.nearest_fit
-    unit, many = f"{plan.device} hours", f"{plan.count:,} {plan.device}"
-    if plan.device == "local":
-        unit, many = "hours", "this machine"
+    named = f"{plan.device} hours", f"{plan.count:,} {plan.device}"
+    unit, many = ("hours", "this machine") if plan.device == "local" else named
     figures = [
         (shown("hours", plan.device_hours), unit), (shown("days", plan.days), f"on {many}, in {plan.precision}"),
         (show_money(plan.money), f"at ${plan.price or 0:g} an hour"),
@@ -136,11 +133,10 @@ def plan_page(plan: Plan) -> PlanPage:
         table("The bill", [*lines, total], notes, "device_hours", len(lines)),
         facts("The figures", {name: value for name, value in own.items() if not isinstance(value, dict)}),
         *(_section(field, fields[field], fields) for field in _SECTIONS if fields.get(field)),
-        assumed(plan.assumptions),
     ]
     warning = "" if plan.fits else f"It does NOT fit in the memory of one {plan.device}. {nearest}."
-    title = _TITLES[plan.kind].format(**fields)
-    return PlanPage(title, tuple(figure for figure in figures if figure[0]), tuple(sections), warning, plan.kind)
+    title, known = _TITLES[plan.kind].format(**fields), tuple(figure for figure in figures if figure[0])
+    return PlanPage(title, known, tuple(sections), tuple(plan.assumptions), warning, plan.kind)
 
 
 def deliver(found: Strict, page: PlanPage, as_json: bool, html: Path | None) -> None:
@@ -168,19 +164,19 @@ def _show(page: PlanPage) -> None:
         console.print(Text(f"\n{section.title}", style="bold"))
         if section.note:
             console.print(Text(section.note, style="dim"))
-        if section.rows and len(section.rows[0]) == 1:
-            console.print(Text("\n".join(f"- {text}" for (text,) in section.rows), style="dim"))
-        elif section.rows:
-            for at, block in enumerate(_blocks(section, console.width)):
-                if at:
-                    console.print()
-                console.print(block)
+        for at, block in enumerate(_blocks(section, console.width)):
+            if at:
+                console.print()
+            console.print(block)
+    console.print(Text("\nAssumed", style="bold"))
+    if page.assumptions:
+        console.print(Text("\n".join(f"- {text}" for text in page.assumptions), style="dim"))
 
 
 def _blocks(section: Section, width: int) -> Iterator[Table]:
     """The table of a section; where it is wider than `width`, one under the other, the first column in each."""
-    lines = [*section.rows, section.columns] if section.columns else section.rows
-    first, *widths = (2 + max(map(cell_len, column)) for column in zip(*lines, strict=True))
+    columns = zip(section.columns, *section.rows, strict=True)
+    first, *widths = (2 + max(map(cell_len, column)) for column in columns)
     blocks, used = [[0]], first
     for at, wide in enumerate(widths, start=1):
         if used + wide - 2 > width and len(blocks[-1]) > 1:
@@ -191,8 +187,7 @@ def _blocks(section: Section, width: int) -> Iterator[Table]:
     for block in blocks:
         grid = Table(box=None, pad_edge=False, show_header=any(section.columns), header_style="dim")
         for at in block:
-            heading = section.columns[at] if section.columns else ""
-            grid.add_column(heading, justify="right" if at else "left", overflow="fold")
+            grid.add_column(section.columns[at], justify="right" if at else "left", overflow="fold")
         for index, row in enumerate(section.rows):
             grid.add_row(*(Text(row[at]) for at in block), style="bold" if index == section.strong else None)
         yield grid
@@ -203,6 +198,5 @@ def render(page: PlanPage) -> str:
     import jinja2  # only here
 
     source = Path(__file__).with_name("plan.html.jinja").read_text(encoding="utf-8")
-    blocks: Any = {"trim_blocks": True, "lstrip_blocks": True}
-    template = jinja2.Template(source, autoescape=True, undefined=jinja2.StrictUndefined, **blocks)
-    return template.render(page=page, version=__version__)
+    rules: Any = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    return jinja2.Template(source, **rules).render(page=page, version=__version__)

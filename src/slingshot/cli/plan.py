@@ -47,7 +47,7 @@ def named_model(source: str) -> NamedModel:
     return NamedModel(name=source, config=config)
 
 
-def _command(name: str, request: type[PlanRequest], plan: Callable[[Any], Plan], what: str) -> None:
+def _command(request: type[PlanRequest], plan: Callable[[Any], Plan], what: str) -> None:
     """Make a command whose options are the request's fields."""
 
     def command(as_json: bool, html: Path | None, **given: Any) -> None:
@@ -59,7 +59,7 @@ def _command(name: str, request: type[PlanRequest], plan: Callable[[Any], Plan],
 
     parameters: dict[str, Any] = {}
     for key, field in request.model_fields.items():
-        key, many = field.alias or key, key == "stage"
+        many = key == "stage"
         default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
         shown = False if field.is_required() or default in (None, {}) else str(default)
         option = typer.Option(f"--{key.replace('_', '-')}", help=field.description, show_default=shown)
@@ -71,13 +71,13 @@ def _command(name: str, request: type[PlanRequest], plan: Callable[[Any], Plan],
         inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
         for key, (annotation, default) in parameters.items()
     ])  # fmt: skip
-    app.command(name, help=f"What {what}.")(command)
+    app.command(request.kind, help=f"What {what}.")(command)
 
 
-_command("pretrain", PretrainRequest, plan_pretrain, "training on so many tokens costs: hours, money, energy, memory")
-_command("rl", RLRequest, plan_rl, "GRPO costs: rollouts, verification and update, each on a line of its own")
-_command("distill", DistillRequest, plan_distill, "it costs to sample a teacher and train a student on what it wrote")
-_command("serve", ServeRequest, plan_serve, "serving costs: tokens a second against batch, cost per million, margin")
+_command(PretrainRequest, plan_pretrain, "training on so many tokens costs: hours, money, energy, memory")
+_command(RLRequest, plan_rl, "GRPO costs: rollouts, verification and update, each on a line of its own")
+_command(DistillRequest, plan_distill, "it costs to sample a teacher and train a student on what it wrote")
+_command(ServeRequest, plan_serve, "serving costs: tokens a second against batch, cost per million, margin")
 
 
 @app.command("recipe")

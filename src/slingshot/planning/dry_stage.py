@@ -71,11 +71,9 @@ class SolutionScript:
 
 def items_of(kind: str, config: Any) -> list[Item]:
     """The problems a sampling stage will put to its model."""
-    if kind == "rl":
-        most = config.steps * config.prompts_per_step * (1 + config.refill)
-        return TaskMix(config.tasks, "train", f"rl/{config.seed}").draw(0, most)
-    if kind == "distill":
-        return TaskMix(config.tasks, "train", f"distill/{config.seed}").draw(0, config.steps * config.prompts_per_step)
+    if kind in ("rl", "distill"):
+        most = config.steps * config.prompts_per_step * (1 + getattr(config, "refill", 0))
+        return TaskMix(config.tasks, "train", f"{kind}/{config.seed}").draw(0, most)
     drawn = config.draw()
     return drawn if kind == "sample" else [item for items in drawn[0].values() for item in items]
 

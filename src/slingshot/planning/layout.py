@@ -55,8 +55,8 @@ def layouts(config: ModelConfig, count: int, per_node: int = 8, **given: Any) ->
         Layout(count // tp // pp, tp, pp, ep, zero, recompute)
         for tp in _divisors(math.gcd(count, config.num_attention_heads))
         if "tp" in given or tp <= per_node
-        for pp in _divisors(count // tp)
-        if pp <= config.num_hidden_layers
+        for pp in range(1, config.num_hidden_layers + 1)
+        if count // tp % pp == 0
         for ep in _divisors(math.gcd(count // pp, experts))
         for recompute in ((given["recompute"],) if "recompute" in given else RECOMPUTE)
         for zero in ((given["zero"],) if "zero" in given else (1, 2, 3) if count > tp * pp else (0,))
@@ -72,5 +72,4 @@ def layouts(config: ModelConfig, count: int, per_node: int = 8, **given: Any) ->
 
 
 def _divisors(number: int) -> list[int]:
-    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
-    return sorted({*small, *(number // divisor for divisor in small)})
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

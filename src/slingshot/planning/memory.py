@@ -24,7 +24,7 @@ from slingshot.quantization.formats import BITS, is_packed
 
 
 class Precision(NamedTuple):
-    """Bytes per number."""
+    """Bytes per number, and the share of the peak for a model's mix of products that training in it reaches."""
 
     dtype: str
     weight: float  # matrices of blocks
@@ -33,19 +33,23 @@ class Precision(NamedTuple):
     optimizer: float  # master weights and both moments of AdamW
     activation: float  # kept for backward, but for the
     low_activation: float  # inputs of matrix products
+    mfu: float = 0.4
+    mfu_source: str = "as in bfloat16"
 
 
 # float32: plain AdamW. bfloat16, float16: 2 + 2 + 12 bytes a parameter (ZeRO, arXiv 1910.02054, 3.1). fp8: DeepSeek-V3
 # (arXiv 2412.19437, 3.3.3), e4m3 with a float32 scale per 128 x 128 weights and per 128 activations, float32 gradients
 # and master weights, bfloat16 moments. int8 serves only.
+_LLAMA = "Llama 3 405B reports 38 to 43% (arXiv 2407.21783, Table 4)"
+_V3 = "what DeepSeek-V3's 385 TFLOP/s on an H800 come to (arXiv 2505.09343, Table 4)"
 PRECISIONS = {
-    row[0]: Precision(*row)
-    for row in (
-        ("float32", 4, 4, 4, 8, 4, 4),
-        ("bfloat16", 2, 2, 2, 12, 2, 2),
-        ("float16", 2, 2, 2, 12, 2, 2),
-        ("fp8", 1 + 4 / 128**2, 2, 4, 8, 2, 1 + 4 / 128),
-        ("int8", 1 + 4 / 128, 2, 0, 0, 2, 2),
+    precision.dtype: precision
+    for precision in (
+        Precision("float32", 4, 4, 4, 8, 4, 4),
+        Precision("bfloat16", 2, 2, 2, 12, 2, 2, mfu_source=_LLAMA),
+        Precision("float16", 2, 2, 2, 12, 2, 2),
+        Precision("fp8", 1 + 4 / 128**2, 2, 4, 8, 2, 1 + 4 / 128, mfu=0.22, mfu_source=_V3),
+        Precision("int8", 1 + 4 / 128, 2, 0, 0, 2, 2, mfu=0.22),
     )
 }
 
@@ -129,13 +133,9 @@ class Blocks:
 
     @cached_property
     def kinds(self) -> tuple[BlockWeights, BlockWeights, BlockWeights]:
-        """A dense block, a block of experts, and the MTP module; empty where there is none."""
+        """A dense block, a block of experts, and the MTP module, where `stages` count any."""
         config, last = self.config, self.config.num_hidden_layers
-        return (
-            BlockWeights() if is_moe(config, 0) else block_weights(config, 0),
-            block_weights(config, last - 1) if is_moe(config, last - 1) else BlockWeights(),
-            block_weights(config, last) if config.num_nextn_predict_layers else BlockWeights(),
-        )
+        return block_weights(config, 0), block_weights(config, last - 1), block_weights(config, last)
 
     @cached_property
     def held_bytes(self) -> tuple[float, float]:
@@ -154,8 +154,8 @@ class Blocks:
 
     def telling_stages(self, pp: int) -> list[int]:
         """Those among which the fullest is: the first of every kind, and the last, which has the head."""
-        first_of_kind = {kind: index for index, kind in reversed([*enumerate(self.stages(pp))])}
-        return sorted({*first_of_kind.values(), pp - 1})
+        stages = self.stages(pp)
+        return sorted({*map(stages.index, stages), pp - 1})
 
     def stage_weights(self, layout: Layout) -> tuple[float, float]:
         """Numbers on the device that holds most: routed experts' and all others."""
@@ -213,7 +213,7 @@ def _stage_memory(
         return dense / layout.dp + copies / layout.expert_dp if layout.zero >= from_zero else dense + copies
 
     dense, moe, mtp = blocks.stages(layout.pp)[stage]
-    extra_moe = bool(blocks.kinds[2].experts)
+    extra_moe = is_moe(config, config.num_hidden_layers)
     plain, routed = (block_activations(config, kind, precision, layout.recompute) for kind in (False, True))
     kept = dense * plain + moe * routed + mtp * (routed if extra_moe else plain)
     activations = min(layout.pp - stage, microbatches) * tokens * kept

@@ -80,9 +80,8 @@ def transfers(blocks: Blocks, layout: Layout, device: Device, tokens: float, con
         reductions = microbatches if layout.zero >= 2 else 1.0
         gathers = 2 * microbatches if layout.zero == 3 else 1.0
         gathered = precision.weight if layout.zero else precision.gradient  # without ZeRO gradients are all-reduced
-        n_bytes = (
-            trained * precision.gradient * reductions + (count if layout.zero == 3 else trained) * gathered * gathers
-        )
+        shared = count if layout.zero == 3 else trained
+        n_bytes = trained * precision.gradient * reductions + shared * gathered * gathers
         ring(purpose, (ranks - 1) / ranks * n_bytes, ranks, stride)
     return found
 

@@ -7,7 +7,7 @@ architecture, the table of devices or the request enters a figure without a line
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,15 +17,17 @@ from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import packaged_toml
 from slingshot.base.quantity import show_share, show_size
-from slingshot.cost.devices import USABLE, Device, and_others, dtype_peak
+from slingshot.cost.devices import USABLE, Device, and_others, dtype_peak, mixed_peak
 from slingshot.cost.flops import cache_bytes_per_token, parameters
 from slingshot.model.config import ModelConfig
 from slingshot.planning.memory import PRECISIONS, Memory, Precision, stored_bytes
-from slingshot.planning.request import PlanRequest, ServeRequest
+from slingshot.planning.network import LINK_EFFICIENCY
+from slingshot.planning.request import PlanRequest
 from slingshot.quantization.formats import BITS
 
 MOST = 10**7  # devices a plan takes
 ASSUMPTIONS = packaged_toml("slingshot.planning", "assumptions.toml")
+DECODING = "of the roofline (DeepSeek's day-6 disclosure comes to 46%), no speculation"
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
 
@@ -71,13 +73,11 @@ class Plan(Strict):
 
 @dataclass(frozen=True)
 class Hire:
-    """Devices taken for a plan, their precision, and what an hour of one costs; `example`: by the table."""
+    """Devices taken for a plan, with the memory and the price that were asked for, and their precision."""
 
     device: Device
     count: int
     precision: Precision
-    price: float | None
-    example: bool
 
     @classmethod
     def of(cls, asked: PlanRequest, count: int | None = None) -> Hire:
@@ -87,24 +87,25 @@ class Hire:
         if count > 1 and not device.network:
             why = "what joins several of them is not known"
             raise SlingshotError(f"{count} x {device.name}: {why}; the nearest valid count is 1")
-        price = device.price if asked.price is None else asked.price
-        config = asked.model.config
-        if getattr(asked, "adapters", None) is not None and config.quantization in BITS:  # products are of 16 bits
-            config = config.model_copy(update={"quantization": None})
-        choose = serving_precision if isinstance(asked, ServeRequest) else chosen_precision
-        precision = choose(config, device, asked.precision)
-        return cls(device, count, precision, price, asked.price is None)
+        own = {"memory_bytes": asked.memory, "price": asked.price}
+        device = device.model_copy(update={key: value for key, value in own.items() if value is not None})
+        choose = serving_precision if asked.kind == "serve" else chosen_precision
+        return cls(device, count, choose(asked.model.config, device, asked.precision))
+
+    def peak(self, parts: Mapping[str, float]) -> float:
+        """FLOP/s of one of them at work of these `parts`."""
+        return mixed_peak(self.device, self.precision.dtype, parts)
 
     def costs(self, hours: float | None) -> dict[str, Any]:
         """What so many device-hours come to."""
-        money = None if hours is None or self.price is None else hours * self.price
+        money = None if hours is None or self.device.price is None else hours * self.device.price
         return {"device_hours": hours, "days": None if hours is None else hours / self.count / 24, "money": money}
 
     def line(self, name: str, hours: float, tokens: float = 0.0, flops: float = 0.0, note: str = "") -> PlanLine:
         return PlanLine(name=name, tokens=tokens, flops=flops, note=note, **self.costs(hours))
 
     def plan(
-        self, kind: str, asked: PlanRequest, memory: Memory, lines: list[PlanLine],
+        self, asked: PlanRequest, memory: Memory, lines: list[PlanLine],
         there: Callable[[Hire], tuple[float | None, bool]], own_fits: bool | None = None, **own: Any,
     ) -> Plan:  # fmt: skip
         """Fill in the fields that every plan has, beside its `own`.
@@ -114,47 +115,41 @@ class Hire:
         watts, counts = self.device.power_watts, parameters(asked.model.config)
         hours, fits = sum(line.device_hours for line in lines), memory.total <= self.device.usable_bytes
         here = {"device": self.device.name, "precision": self.precision.dtype} | self.costs(hours)
-        others = self._alternatives(here | {"fits": fits if own_fits is None else own_fits}, there, kind)
+        others = []  # in other precisions, and on as many of every other device; a day of serving on what it takes
+        for device in and_others(self.device):
+            own_dtype = [self.precision.dtype] * (device is self.device)
+            for dtype in dict.fromkeys(("fp8", "bfloat16", *own_dtype)):
+                if dtype in own_dtype:
+                    others.append(here | {"fits": fits if own_fits is None else own_fits})
+                elif dtype in device.peak:
+                    other = replace(self, device=device, precision=PRECISIONS[dtype])
+                    found, room = there(other)
+                    days = {"days": 1.0} if asked.kind == "serve" else {}
+                    costs = other.costs(found) | days | {"fits": room}
+                    others.append({"device": device.name, "precision": dtype} | costs)
         return Plan.model_validate(here | {
-            "kind": kind, "model": asked.model.name, "count": self.count, "price": self.price, "stages": lines,
-            "parameters": {"total": counts.total} | counts.active_ways | {
+            "kind": asked.kind, "model": asked.model.name, "count": self.count, "price": self.device.price,
+            "stages": lines, "parameters": {"total": counts.total} | counts.active_ways | {
                 "mtp": counts.mtp, "cache_bytes_per_token": cache_bytes_per_token(asked.model.config),
             },
             "energy_kwh": None if watts is None else hours * watts / 1000, "memory": memory, "alternatives": others,
             "usable_memory_bytes": self.device.usable_bytes, "fits": fits,
         } | own)  # fmt: skip
 
-    def _alternatives(
-        self, own: dict[str, Any], there: Callable[[Hire], tuple[float | None, bool]], kind: str
-    ) -> list[dict[str, Any]]:
-        """The same work on as many of every other device, in other precisions; a day of serving on what it takes."""
-        found = []
-        for device in and_others(self.device):
-            same = device.name == self.device.name
-            for dtype in dict.fromkeys(("fp8", "bfloat16", *[own["precision"]] * same)):
-                if same and dtype == own["precision"]:
-                    found.append(own)
-                elif dtype in device.peak:
-                    price = self.price if same else device.price
-                    other = replace(self, device=device, precision=PRECISIONS[dtype], price=price)
-                    hours, fits = there(other)
-                    costs = other.costs(hours) | ({"days": 1.0} if kind == "serve" else {})
-                    found.append({"device": device.name, "precision": dtype} | costs | {"fits": fits})
-        return found
-
-    def assumed(self, kind: str, config: ModelConfig, length: float = 0.0, **known: Any) -> list[str]:
+    def assumed(self, asked: PlanRequest, length: float, **known: Any) -> list[str]:
         """The sentences of assumptions.toml for a plan of sequences of `length`, with what is `known` filled in; one
         that needs what is None is left out."""
-        device, most, found = self.device, config.max_position_embeddings, list[str]()
+        device, most, found = self.device, asked.model.config.max_position_embeddings, list[str]()
         known |= {
+            "asked": asked, "links": LINK_EFFICIENCY, "decoding": DECODING,
             "usable": show_share(USABLE), "memory": show_size(device.memory_bytes), "device": device.name,
-            "price": self.price, "whose": "the table's example" if self.example else "as given",
-            "unpriced": device.name if self.price is None else None, "watts": device.power_watts,
+            "price": device.price, "whose": "the table's example" if asked.price is None else "as given",
+            "unpriced": device.name if device.price is None else None, "watts": device.power_watts,
             "unknown": None if device.power_watts else "energy", "most": most,
             "length": length if length > most else None,
         }  # fmt: skip
         known = {name: value for name, value in known.items() if value is not None}
-        for part in (kind, "longer", "devices", *["elsewhere"] * (kind != "serve")):
+        for part in (asked.kind, "longer", "devices", *["elsewhere"] * (asked.kind != "serve")):
             for text in ASSUMPTIONS[part]:
                 with contextlib.suppress(KeyError):
                     found.append(text.format(**known))
@@ -162,9 +157,12 @@ class Hire:
 
 
 def chosen_precision(config: ModelConfig, device: Device, name: str | None) -> Precision:
-    """The precision asked for; else the one the model comes in, where the device has it, else 16 bits, else float32."""
+    """The precision asked for; else fp8 where the model comes in it and the device has it, else 16 bits, else float32.
+
+    Numbers that are stored as int8 and int4 multiply 16 bits.
+    """
     if name is None:
-        wanted = (config.quantization, "bfloat16", "float32")
+        wanted = (*["fp8"] * (config.quantization == "fp8"), "bfloat16", "float32")
         name = next((dtype for dtype in wanted if dtype in device.peak), "float32")
     name = _SHORT.get(name.lower(), name.lower())
     dtype_peak(device, name)
@@ -172,8 +170,9 @@ def chosen_precision(config: ModelConfig, device: Device, name: str | None) -> P
 
 
 def serving_precision(config: ModelConfig, device: Device, name: str | None) -> Precision:
-    """The same for a model that writes only: int8 and int4 numbers stay as they are stored, and multiply 16 bits."""
+    """The same for a model that writes only: int8 and int4 numbers stay as they are stored."""
+    precision = chosen_precision(config, device, name)
     if name is None and config.quantization in BITS:
         held = config.model_copy(update={"num_nextn_predict_layers": 0})
-        return chosen_precision(config.stored_as(None), device, None)._replace(weight=stored_bytes(held))
-    return chosen_precision(config, device, name)
+        return precision._replace(weight=stored_bytes(held))
+    return precision

@@ -12,11 +12,8 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.quantity import plural, show_share
 from slingshot.cost.flops import decode_parts, prefill_parts
 from slingshot.planning.model_copy import ModelCopy
-from slingshot.planning.network import LINK_EFFICIENCY
 from slingshot.planning.plan import MOST, Hire, Plan
-from slingshot.planning.plan_training import DECODING
 from slingshot.planning.request import ServeRequest
-from slingshot.planning.training_run import ASSUMED_MFU
 
 
 class _Server(NamedTuple):
@@ -43,7 +40,7 @@ def plan_serve(asked: ServeRequest) -> Plan:
     context = prompt + response / 2  # tokens a sequence has cached while it is decoded, in the mean
     hire = Hire.of(asked, asked.count or asked.devices_per_copy)
     chosen, device = hire.precision, hire.device
-    mfu = asked.mfu or ASSUMED_MFU[chosen.dtype]
+    mfu = asked.mfu or chosen.mfu
     if (asked.input is None) != (asked.output is None):
         raise SlingshotError("a day's traffic needs both its --input and its --output tokens; give the other one too")
     traffic = asked.input is not None
@@ -74,7 +71,7 @@ def plan_serve(asked: ServeRequest) -> Plan:
     read, written = to_read * many, to_write * many
 
     def money(seconds: float) -> float | None:
-        return None if hire.price is None else seconds * hire.price / 3600
+        return None if hire.device.price is None else seconds * hire.device.price / 3600
 
     cost = money(count * 86400)
     margin, break_even, revenue, day = None, None, None, None
@@ -108,7 +105,7 @@ def plan_serve(asked: ServeRequest) -> Plan:
     ]
 
     def there(other: Hire) -> tuple[float, bool]:
-        reads = mfu if other.precision == chosen else ASSUMED_MFU[other.precision.dtype]
+        reads = mfu if other.precision == chosen else other.precision.mfu
         found = best(ModelCopy(config, other.device, other.precision, 1, asked.efficiency), None, reads, traffic)
         return 24 * many * found.taken(traffic), bool(found.batch)
 
@@ -116,14 +113,14 @@ def plan_serve(asked: ServeRequest) -> Plan:
     spread = f"a copy on {plural(fit.devices, 'device')}" if fit else ""
     choice = "needs the fewest devices in all" if whole else "writes most in time"
     return hire.plan(
-        "serve", asked, memory, lines, there, own_fits=in_time > 0,
+        asked, memory, lines, there, own_fits=in_time > 0,
         nearest_fit={"device": fit.device.name, "count": fit.devices, "layout": spread} if fit else None,
         flops=decoded + prefilled, flops_by_part={"decoding": decoded, "reading prompts": prefilled},
         dominates=step.dominates(f"a decoding step of {batch} sequences a device"),
         assumptions=hire.assumed(
-            "serve", config, prompt + response, asked=asked, devices=copy.devices, decoding=DECODING, context=context,
+            asked, prompt + response, devices=copy.devices, context=context,
             choice="" if asked.devices_per_copy else f", the power of two that {choice}", mfu=show_share(mfu),
-            latents="" if config.family == "dense" else "; their latents are expanded anew", links=LINK_EFFICIENCY,
+            latents="" if config.family == "dense" else "; their latents are expanded anew",
             late=None if in_time else asked.latency,
             load="the day's traffic comes evenly; no peaks" if traffic else "the devices run at full load all day",
         ),

@@ -15,14 +15,13 @@ from slingshot.machine.machine import describe
 from slingshot.model.config import ModelConfig
 from slingshot.planning.memory import Precision
 from slingshot.planning.model_copy import ModelCopy, ResponseLengths, round_seconds
-from slingshot.planning.network import LINK_EFFICIENCY, transfers
+from slingshot.planning.network import transfers
 from slingshot.planning.plan import Hire, Plan, serving_precision
 from slingshot.planning.request import LONGEST, DistillRequest, PretrainRequest, RLRequest
-from slingshot.planning.training_run import ASSUMED_MFU, TrainingRun, forward_and_backward
+from slingshot.planning.training_run import TrainingRun
 
 BATCH = 4e6  # tokens in an optimizer step where the request does not say
 MTP_NOTE = "its FLOPs are not in the rate, its time is in the hours above"
-DECODING = "of the roofline (DeepSeek's day-6 disclosure comes to 46%), no speculation"
 
 
 def plan_pretrain(asked: PretrainRequest) -> Plan:
@@ -36,9 +35,8 @@ def plan_pretrain(asked: PretrainRequest) -> Plan:
         few = f"fewer than one sequence of {context}"
         raise SlingshotError(f"--tokens {tokens:g}: {few}; the nearest valid value is {context}")
     batch, batch_note = _batch(asked.batch, tokens, context, hire.count)
-    parts = forward_and_backward(config, context, tokens)
-    mtp, flops = training_parts(config, [context])["mtp"] * tokens / context, sum(parts.values())
-    run = TrainingRun(asked, hire, context, batch, parts)
+    run = TrainingRun(asked, hire, context, batch, context, tokens)
+    mtp, flops = training_parts(config, [context])["mtp"] * tokens / context, sum(run.parts.values())
     rate, layout, memory, computed, given = run.rate, run.layout, run.memory, run.hours, sum(asked.stage.values())
     times = run.times(layout, memory)
     bubble = (layout.pp - 1) / (run.microbatches(layout) + layout.pp - 1)  # a stage stands idle under 1F1B
@@ -49,13 +47,13 @@ def plan_pretrain(asked: PretrainRequest) -> Plan:
         lines.append(hire.line("of it the MTP module", 0.0, tokens, mtp, MTP_NOTE))
     lines += [hire.line(name, known, note="hours given, not computed") for name, known in asked.stage.items()]
     assumptions = hire.assumed(
-        "pretrain", config, context, rate=rate, batch=batch_note, context=context, layout=layout, bytes=hire.precision,
-        chosen="" if asked.ways else "; chosen as the fastest that fits", links=LINK_EFFICIENCY, mtp=mtp or None,
+        asked, context, rate=rate, batch=batch_note, context=context, layout=layout, bytes=hire.precision,
+        chosen="" if asked.ways else "; chosen as the fastest that fits", mtp=mtp or None,
         bound=bound / 1e12 if rate.per_device > bound else None, given=given or None,
     )  # fmt: skip
     return hire.plan(
-        "pretrain", asked, memory, lines, run.there(computed, lambda other: given), **run.fields(),
-        flops=flops, flops_by_part=parts | ({"mtp": mtp} if mtp else {}), assumptions=assumptions,
+        asked, memory, lines, lambda other: run.elsewhere(other, computed, lambda _: given), **run.fields(),
+        flops=flops, flops_by_part=run.parts | ({"mtp": mtp} if mtp else {}), assumptions=assumptions,
         dominates=times.dominates(f"an optimizer step of {show_count(batch)} tokens"),
         tokens=tokens, context=context, batch_tokens=batch, optimizer_steps=tokens / batch,
         tokens_per_day=tokens * hire.count * 24 / computed, six_nd_flops=6.0 * parameters(config).active * tokens,
@@ -96,7 +94,7 @@ def plan_rl(asked: RLRequest) -> Plan:
 
         one = ModelCopy(config, hire.device, hire.precision, efficiency=asked.efficiency)
         copies = one.roomy(hire.count, given, prompt + response)
-        return min(((hours(copy), copy) for copy in copies), key=lambda pair: pair[0])
+        return min(((hours(copy), copy) for copy in copies), key=lambda found: found[0])
 
     sampled, copy = sampling(hire, asked.devices_per_copy)
     copies = hire.count // copy.devices
@@ -114,19 +112,18 @@ def plan_rl(asked: RLRequest) -> Plan:
     pairs = responses * ((shared + 1) * shared / 2 / asked.group + each * shared + (square + each) / 2)
     longer = max(2, round(2 * pairs / tokens - 1))  # documents that have as many pairs a token
     length = max(2, round(tokens / responses))
-    train = forward_and_backward(config, longer, tokens, asked.adapters)
-    passed = None if asked.adapters is None else asked.adapters.passed
+    batch_tokens = max(asked.prompts * asked.group, hire.count) * float(length)
+    run = TrainingRun(asked, hire, length, batch_tokens, longer, tokens)
     at = (tokens - responses) / (longer - 1)  # the module does not run at a last position
-    mtp = training_parts(config, [longer], adapters=passed)["mtp"] * at
-    other_passes = asked.forwards * forward_flops(config, [longer]) * tokens / longer
-    run = TrainingRun(asked, hire, length, max(asked.prompts * asked.group, hire.count) * float(length), train)
+    mtp = training_parts(config, [longer], adapters=asked.adapters and asked.adapters.passed)["mtp"] * at
+    train, other_passes = sum(run.parts.values()), asked.forwards * forward_flops(config, [longer]) * tokens / longer
     batch = min(at_once / hire.count, copy.largest_batch(prompt + response))
     step = copy.decode_step(batch, prompt + response / 2)
     memory = max(run.memory, copy.memory(batch, prompt + response), key=lambda held: held.total)
     # A response waits for those before it on its core.
     waits = full * math.ceil(at_once / workers) + math.ceil(last / workers)
     verifying = waits * asked.verify_seconds * hire.count / 3600
-    updating = sum(train.values()) + other_passes
+    updating = train + other_passes
     which = f"{rounds:,} rounds of {at_once:,} responses{f', the last of {last:,}' if last else ''}"
     on_cores = f"{workers:,} cores, {asked.verify_seconds:g} s a response"
     lines = [
@@ -137,15 +134,15 @@ def plan_rl(asked: RLRequest) -> Plan:
     if mtp:
         lines.append(hire.line("of it the MTP module", 0.0, tokens, mtp, MTP_NOTE))
     return hire.plan(
-        "rl", asked, memory, lines,
-        run.there(lines[2].device_hours, lambda other: sampling(other)[0] + verifying), **run.fields(),
-        flops=decoding + updating,
-        flops_by_part={"rollouts": decoding, "training": sum(train.values()), "other forward passes": other_passes}
+        asked, memory, lines,
+        lambda other: run.elsewhere(other, lines[2].device_hours, lambda other: sampling(other)[0] + verifying),
+        **run.fields(), flops=decoding + updating,
+        flops_by_part={"rollouts": decoding, "training": train, "other forward passes": other_passes}
         | ({"mtp": mtp} if mtp else {}),
         dominates=step.dominates(f"a decoding step of {batch:.3g} sequences a device"),
         assumptions=hire.assumed(
-            "rl", config, prompt + asked.longest, rate=run.rate, asked=asked, cores=on_cores, layout=run.layout,
-            copies=_copies(copies, asked.devices_per_copy, "policy", copy), decoding=DECODING, adapters=asked.adapters,
+            asked, prompt + asked.longest, rate=run.rate, cores=on_cores, layout=run.layout,
+            copies=_copies(copies, asked.devices_per_copy, "policy", copy), adapters=asked.adapters,
         ),
         steps=asked.steps, responses=responses, rounds=rounds, tokens=tokens, devices_per_copy=copy.devices,
         round_seconds=round_seconds(copy, at_once, copies, prompt, lengths),
@@ -154,7 +151,7 @@ def plan_rl(asked: RLRequest) -> Plan:
 
 def plan_distill(asked: DistillRequest) -> Plan:
     """The bill of sampling until `samples` responses of the teacher are kept, and of training the model on them."""
-    hire, config, teacher = Hire.of(asked), asked.model.config, asked.teacher.config
+    hire, teacher = Hire.of(asked), asked.teacher.config
     prompt, response = asked.prompt, asked.response
     sampled, context = asked.samples / asked.accepted, prompt + response / 2
 
@@ -164,14 +161,12 @@ def plan_distill(asked: DistillRequest) -> Plan:
         def hours(copy: ModelCopy) -> tuple[float, float, ModelCopy]:
             used = copy.devices * (hire.count // copy.devices)  # devices that make up no copy stand idle
             batch = min(copy.largest_batch(context), max(1.0, sampled / used))
-            reading = copy.prefill_seconds(prompt, 0.0, ASSUMED_MFU[precision.dtype])
+            reading = copy.prefill_seconds(prompt, 0.0, precision.mfu)
             seconds = sampled * (response * copy.step_seconds(batch, context) / batch + reading)
             return seconds / 3600 * hire.count / used, batch, copy
 
-        copies = ModelCopy(teacher, hire.device, precision, efficiency=asked.efficiency).roomy(
-            hire.count, given, context
-        )
-        return min((hours(copy) for copy in copies), key=lambda found: found[0])
+        one = ModelCopy(teacher, hire.device, precision, efficiency=asked.efficiency)
+        return min((hours(copy) for copy in one.roomy(hire.count, given, context)), key=lambda found: found[0])
 
     of_teacher = serving_precision(teacher, hire.device, asked.teacher_precision)
     sampling_hours, batch, copy = sampling(hire, of_teacher, asked.devices_per_copy)
@@ -179,8 +174,8 @@ def plan_distill(asked: DistillRequest) -> Plan:
     writing = sampled * sum(each)
     length = max(2, round(prompt + response))
     tokens = asked.epochs * asked.samples * (prompt + response)
-    train = forward_and_backward(config, length, tokens, asked.adapters)
-    run, learning = TrainingRun(asked, hire, length, max(64, hire.count) * float(length), train), sum(train.values())
+    run = TrainingRun(asked, hire, length, max(64, hire.count) * float(length), length, tokens)
+    learning = sum(run.parts.values())
     memory = max(run.memory, copy.memory(batch, context), key=lambda held: held.total)
     kept = f"{show_count(sampled)} responses, {show_count(asked.samples)} kept"
     lines = [
@@ -193,15 +188,15 @@ def plan_distill(asked: DistillRequest) -> Plan:
         return sampling(other, of_teacher if here else serving_precision(teacher, other.device, None))[0]
 
     return hire.plan(
-        "distill", asked, memory, lines, run.there(run.hours, more), **run.fields(),
+        asked, memory, lines, lambda other: run.elsewhere(other, run.hours, more), **run.fields(),
         flops=writing + learning, flops_by_part={"sampling": writing, "training": learning},
         dominates=copy.decode_step(batch, context).dominates(
             f"a decoding step of the teacher, {batch:.3g} sequences a device"
         ),
         assumptions=hire.assumed(
-            "distill", config, rate=run.rate, asked=asked, dtype=of_teacher.dtype, layout=run.layout, decoding=DECODING,
+            asked, 0.0, rate=run.rate, dtype=of_teacher.dtype, layout=run.layout, adapters=asked.adapters,
             copies=_copies(hire.count // copy.devices, asked.devices_per_copy, "teacher", copy),
-            mfu=show_share(ASSUMED_MFU[of_teacher.dtype]), adapters=asked.adapters,
+            mfu=show_share(of_teacher.mfu),
         ),
         teacher=asked.teacher.name, sampled=sampled, kept=asked.samples, devices_per_copy=copy.devices,
         sampled_tokens_per_second_per_device=batch / copy.step_seconds(batch, context),

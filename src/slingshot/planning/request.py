@@ -8,7 +8,8 @@ The command line makes its options of these fields.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo
 
@@ -31,10 +32,10 @@ class NamedModel(Strict):
     config: ModelConfig
 
 
-def _reads(read: Callable[[Any, str], Any], positive: bool = False) -> BeforeValidator:
-    """Reads what is typed behind an option, whose name it is told; `positive`: more than 0."""
+def _number(read: Callable[[Any, str], float], positive: bool = False) -> BeforeValidator:
+    """Reads the number behind an option, which is told the option's name; `positive`: more than 0."""
 
-    def checked(value: Any, info: ValidationInfo) -> Any:
+    def checked(value: Any, info: ValidationInfo) -> float:
         option = f"--{(info.field_name or '').replace('_', '-')}"
         found = read(value, option)
         if positive and not found > 0:
@@ -44,40 +45,37 @@ def _reads(read: Callable[[Any, str], Any], positive: bool = False) -> BeforeVal
     return BeforeValidator(checked)
 
 
-def _prices(value: Any, option: str) -> tuple[float, ...]:
+def _text(read: Callable[[str], Any]) -> BeforeValidator:
+    """Reads what is typed; what a program hands in stays as it is."""
+    return BeforeValidator(lambda value: read(value) if isinstance(value, str) else value)
+
+
+def _prices(value: Any) -> tuple[float, ...]:
     prices = tuple(quantity.count(part, "a price") for part in (value.split("/") if isinstance(value, str) else value))
     if len(prices) != 3:
-        raise SlingshotError(f"{option}: three a million: cached input, other input, output, such as 0.14/0.55/2.19")
+        raise SlingshotError("--prices: three a million: cached input, other input, output, such as 0.14/0.55/2.19")
     return prices
 
 
-def _hours_by_name(value: Any, option: str) -> dict[str, Any]:
+def _hours_by_name(value: Any) -> dict[str, Any]:
     if isinstance(value, dict):
         return value
     stages: dict[str, Any] = {}
     for text in value:
-        name, separator, hours = (part.strip() for part in text.rpartition("="))
-        if not separator or not name:
-            raise SlingshotError(f"{option} {text!r:.60}: write NAME=HOURS, such as 'context extension=119K'")
-        if name in (*stages, "pre-training"):
+        name, _, hours = (part.strip() for part in text.rpartition("="))
+        if not name or name in (*stages, "pre-training"):
             taken = f"there is a line {name!r:.40} already; give it a name of its own"
-            raise SlingshotError(f"{option} {text!r:.60}: {taken}")
+            trouble = taken if name else "write NAME=HOURS, such as 'context extension=119K'"
+            raise SlingshotError(f"--stage {text!r:.60}: {trouble}")
         stages[name] = quantity.count(hours, f"the hours of {name}")
     return stages
 
 
-def _named(value: Any, _: str) -> Any:
-    return NamedModel(name=value, config=ModelConfig.preset(value)) if isinstance(value, str) else value
-
-
-def _targets(value: Any, _: str) -> Any:
-    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
-
-
-Number = Annotated[float, _reads(quantity.count, positive=True)]
-Whole = Annotated[int, _reads(quantity.whole)]
-Share = Annotated[float, _reads(quantity.share, positive=True)]
-Model = Annotated[NamedModel, _reads(_named)]
+Number = Annotated[float, _number(quantity.count, positive=True)]
+Whole = Annotated[int, _number(quantity.whole)]
+Share = Annotated[float, _number(quantity.share, positive=True)]
+Model = Annotated[NamedModel, _text(lambda name: NamedModel(name=name, config=ModelConfig.preset(name)))]
+Hired = Annotated[Device, _text(device)]
 
 
 def _asked(help: str, default: Any = None, **bounds: Any) -> Any:
@@ -86,21 +84,16 @@ def _asked(help: str, default: Any = None, **bounds: Any) -> Any:
 
 
 class PlanRequest(Strict):
-    """What every plan is asked."""
+    """What every plan is asked; `kind`: of which one."""
 
+    kind: ClassVar[str]
     model: Model = Field(description="A preset, a folder, a .gguf file, package:NAME, or a hub name.")
-    on: Annotated[Device, _reads(lambda value, _: device(value) if isinstance(value, str) else value)] = Field(
-        alias="device", description=f"{', '.join(DEVICES)}, or local for this machine"
-    )
+    device: Hired = Field(description=f"{', '.join(DEVICES)}, or local for this machine")
     count: Whole | None = _asked("Devices.", 1)
-    price: Annotated[float, _reads(quantity.count)] | None = _asked("Of a device-hour; else an example.")
-    memory: Annotated[float, _reads(quantity.size, True)] | None = _asked("Of a device: 40GiB; else the table's.")
+    price: Annotated[float, _number(quantity.count)] | None = _asked("Of a device-hour; else an example.")
+    memory: Annotated[float, _number(quantity.size, True)] | None = _asked("Of a device: 40GiB; else the table's.")
     precision: str | None = _asked("float32, bfloat16, float16, fp8 (serving: int8); else as stored, else 16 bits.")
     mfu: Share | None = _asked("Share of the peak reached; else 22% in 8 bits, 40% in others.")
-
-    @property
-    def device(self) -> Device:
-        return self.on if self.memory is None else self.on.model_copy(update={"memory_bytes": self.memory})
 
 
 class TrainingRequest(PlanRequest):
@@ -110,8 +103,8 @@ class TrainingRequest(PlanRequest):
     tp: Whole | None = _asked("Tensor parallel ways; chosen when not given.")
     pp: Whole | None = _asked("Pipeline stages; chosen when not given.")
     ep: Whole | None = _asked("Expert parallel ways; chosen when not given.")
-    zero: Annotated[Zero, BeforeValidator(lambda value: int(value) if str(value).isdecimal() else value)] | None = (
-        _asked("ZeRO stage, 0 to 3; or chosen.")
+    zero: Annotated[Zero, _text(lambda text: int(text) if text.isdecimal() else text)] | None = _asked(
+        "ZeRO stage, 0 to 3; or chosen."
     )
     recompute: Recompute | None = _asked("none, selective or full; chosen when not given.")
     logits_chunk: Whole | None = _asked("Tokens whose logits are in memory at once; else a sequence's.")
@@ -133,11 +126,11 @@ class AdapterRequest(TrainingRequest):
     """What every plan is asked in which all of a model is trained, or adapters beside a frozen one (LoRA)."""
 
     lora: Whole | None = _asked("Rank of adapters that are trained in place of all weights.")
-    lora_targets: Annotated[tuple[str, ...], _reads(_targets)] = _asked(
+    lora_targets: Annotated[tuple[str, ...], _text(lambda text: tuple(map(str.strip, text.split(","))))] = _asked(
         "What adapters stand beside: attention, mlp, experts, or matrices by name.", ("attention", "mlp")
     )
 
-    @property
+    @cached_property
     def adapters(self) -> AdapterNumbers | None:
         """How many numbers they hold; SlingshotError for what this model cannot have."""
         if self.lora is None:
@@ -152,11 +145,12 @@ class AdapterRequest(TrainingRequest):
 class PretrainRequest(TrainingRequest):
     """Training on so many tokens."""
 
+    kind = "pretrain"
     tokens: Number = Field(description="Tokens trained on.")
     hours: Number | None = _asked("Device-hours it took: shows what rate they come to.")
     context: Whole | None = _asked("Tokens in a sequence; else 4096.")
     batch: Number | None = _asked("Tokens in an optimizer step; else 4M, or a sequence a device.")
-    stage: Annotated[dict[str, Number], _reads(_hours_by_name)] = _asked(
+    stage: Annotated[dict[str, Number], BeforeValidator(_hours_by_name)] = _asked(
         "NAME=HOURS: a further line of the bill; may be repeated.", {}
     )
 
@@ -171,6 +165,7 @@ class SamplingRequest(PlanRequest):
 class RLRequest(AdapterRequest, SamplingRequest):
     """GRPO: rollouts, then their verification, then the update, in turns on the same devices."""
 
+    kind = "rl"
     steps: Whole = Field(description="Optimizer steps.")
     response: Number = Field(description="Mean tokens of a response.")
     longest: Number = Field(description="Tokens a response may have at most.")
@@ -178,14 +173,15 @@ class RLRequest(AdapterRequest, SamplingRequest):
     group: Whole = _asked("Responses to each question.", 16)
     rollout: Whole | None = _asked("Responses sampled at once; else those of a step.")
     prompt: Number = _asked("Mean tokens of a prompt.", 200)
-    forwards: Annotated[int, _reads(quantity.count)] = _asked("Forward passes besides the trained one.", 1)
-    verify_seconds: Annotated[float, _reads(quantity.seconds)] = _asked("Of one processor core for a response.", 0.1)
+    forwards: Annotated[int, _number(quantity.count)] = _asked("Forward passes besides the trained one.", 1)
+    verify_seconds: Annotated[float, _number(quantity.seconds)] = _asked("Of one processor core for a response.", 0.1)
     verify_workers: Whole | None = _asked("Cores that verify; else 16 a device, or this machine's with --device local.")
 
 
 class DistillRequest(AdapterRequest, SamplingRequest):
     """Sampling a teacher and training a student, the model, on what it wrote."""
 
+    kind = "distill"
     teacher: Model = Field(description="The teacher, named as the model is.")
     samples: Number = Field(description="Responses of the teacher to train on.")
     response: Number = Field(description="Mean tokens of a response.")
@@ -198,13 +194,14 @@ class DistillRequest(AdapterRequest, SamplingRequest):
 class ServeRequest(SamplingRequest):
     """A day of serving."""
 
+    kind = "serve"
     count: Whole | None = _asked("Devices; else what the traffic needs, or one copy.")
     prompt: Number = _asked("Mean tokens of a prompt.", 4000, ge=1, le=LONGEST)
     response: Number = _asked("Mean tokens of a response.", 1000, ge=1, le=LONGEST)
-    hit_share: Annotated[float, _reads(quantity.share)] = _asked("Share of prompt tokens cached.", 0)
-    latency: Annotated[float, _reads(quantity.seconds, True)] = _asked("What a user waits for a token at most.", 0.05)
+    hit_share: Annotated[float, _number(quantity.share)] = _asked("Share of prompt tokens cached.", 0)
+    latency: Annotated[float, _number(quantity.seconds, True)] = _asked("What a user waits for a token at most.", 0.05)
     input: Number | None = _asked("Input tokens of a day's traffic.")
     output: Number | None = _asked("Output tokens of a day's traffic.")
-    prices: Annotated[tuple[float, float, float], _reads(_prices)] | None = _asked(
+    prices: Annotated[tuple[float, float, float], BeforeValidator(_prices)] | None = _asked(
         "Per million tokens: cached input/other input/output, such as 0.14/0.55/2.19."
     )

@@ -10,23 +10,14 @@ from typing import Any, NamedTuple
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.quantity import show_count, show_share
-from slingshot.checkpoint.layout import AdapterNumbers
-from slingshot.cost.devices import and_others, mixed_peak
+from slingshot.cost.devices import and_others
 from slingshot.cost.flops import forward_flops, forward_parts, remade_flops, trained, training_parts
-from slingshot.model.config import ModelConfig
 from slingshot.planning.layout import RECOMPUTE, Layout, layouts
 from slingshot.planning.memory import PRECISIONS, Blocks, Memory, training_memory, with_momenta
 from slingshot.planning.model_copy import ResourceTimes
 from slingshot.planning.network import network_seconds, transfers
 from slingshot.planning.plan import MOST, Hire
 from slingshot.planning.request import TrainingRequest
-
-# MFU where the request gives no rate: the share of the peak for the mix of products a model has in that precision.
-ASSUMED_MFU = {"fp8": 0.22, "int8": 0.22, "bfloat16": 0.4, "float16": 0.4, "float32": 0.4}
-_MFU_SOURCE = {
-    "fp8": "what DeepSeek-V3's 385 TFLOP/s on an H800 come to (arXiv 2505.09343, Table 4)",
-    "bfloat16": "Llama 3 405B reports 38 to 43% (arXiv 2407.21783, Table 4)",
-}
 
 
 class TrainingRate(NamedTuple):
@@ -37,45 +28,38 @@ class TrainingRate(NamedTuple):
     note: str
 
 
-def forward_and_backward(
-    config: ModelConfig, length: int, tokens: float, adapters: AdapterNumbers | None = None
-) -> dict[str, float]:
-    """FLOPs of both passes of the main model over `tokens` tokens in documents of `length`, by part."""
-    passed = None if adapters is None else adapters.passed
-    parts = trained(forward_parts(config, [length], adapters=passed or 0.0), passed)
-    return {part: flops * tokens / length for part, flops in parts.items()}
-
-
 class TrainingRun:
-    """Sequences of `context` tokens, `batch_tokens` a step, on hired devices; `parts`: FLOPs of all steps by part."""
+    """Training on `tokens` tokens in documents of `length`, on hired devices, in sequences of `context` tokens of which
+    a step has `batch_tokens`; `parts`: FLOPs of both passes of the main model over all of them."""
 
     def __init__(
-        self, asked: TrainingRequest, hire: Hire, context: int, batch_tokens: float, parts: dict[str, float]
+        self, asked: TrainingRequest, hire: Hire, context: int, batch_tokens: float, length: int, tokens: float
     ) -> None:
-        self.asked, self.hire, self.context, self.batch_tokens, self.parts = asked, hire, context, batch_tokens, parts
-        self.config = asked.model.config
-        self.sequences = batch_tokens / context
-        adapters = asked.adapters
-        held, passed = (None, None) if adapters is None else adapters
-        self.blocks = Blocks(self.config, with_momenta(hire.precision, asked.state_dtype, asked.offload), held)
+        self.asked, self.hire, self.context, self.batch_tokens = asked, hire, context, batch_tokens
+        self.length, self.tokens, self.sequences = length, tokens, batch_tokens / context
+        self.config = config = asked.model.config
+        held, passed = asked.adapters or (None, None)
+        self.blocks = Blocks(config, with_momenta(hire.precision, asked.state_dtype, asked.offload), held)
+        parts = trained(forward_parts(config, [length], adapters=passed or 0.0), passed)
+        self.parts = {part: flops * tokens / length for part, flops in parts.items()}
         # Of training on an optimizer step's tokens, MTP included, on one device at its peak.
-        peak = mixed_peak(hire.device, hire.precision.dtype, forward_parts(self.config, [context]))
-        flops = sum(training_parts(self.config, [context], adapters=passed).values())
-        self.compute_seconds = flops * self.sequences / hire.count / peak
-        again = {"full": forward_flops(self.config, [context], mtp=True, adapters=passed or 0.0)}
-        again["selective"] = remade_flops(self.config, context)
-        self.computed = {"none": 1.0} | {way: 1 + more / flops for way, more in again.items()}
+        flops = sum(training_parts(config, [context], adapters=passed).values())
+        self.compute_seconds = flops * self.sequences / hire.count / hire.peak(forward_parts(config, [context]))
+        remade = remade_flops(config, context) / flops
+        whole = forward_flops(config, [context], mtp=True, adapters=passed or 0.0) / flops
+        self.computed = {"none": 1.0, "selective": 1 + remade, "full": 1 + whole}
 
     @cached_property
     def rate(self) -> TrainingRate:
         """By --mfu, --tflops or --hours, else by what is assumed. Never above the peak."""
-        asked, dtype, hours = self.asked, self.hire.precision.dtype, getattr(self.asked, "hours", None)
-        if not self.hire.precision.gradient:
-            trainable = ", ".join(name for name, precision in PRECISIONS.items() if precision.gradient)
+        asked, precision, hours = self.asked, self.hire.precision, getattr(self.asked, "hours", None)
+        dtype = precision.dtype
+        if not precision.gradient:
+            trainable = ", ".join(name for name, other in PRECISIONS.items() if other.gradient)
             raise SlingshotError(f"precision {dtype}: nothing is trained in it; the nearest that is are {trainable}")
         if sum(given is not None for given in (asked.mfu, asked.tflops, hours)) > 1:
             raise SlingshotError("--mfu, --tflops and --hours each set the rate; give one of them")
-        peak, flops = mixed_peak(self.hire.device, dtype, self.parts), sum(self.parts.values())
+        peak, flops = self.hire.peak(self.parts), sum(self.parts.values())
         if asked.tflops is not None:
             rate, source = asked.tflops * 1e12, f"{asked.tflops:g} TFLOP/s a device, as given"
         elif hours is not None:
@@ -83,8 +67,7 @@ class TrainingRun:
         elif asked.mfu is not None:
             rate, source = asked.mfu * peak, f"MFU {show_share(asked.mfu)}, as given"
         else:
-            assumed, why = ASSUMED_MFU[dtype], _MFU_SOURCE.get(dtype, "as in bfloat16")
-            rate, source = assumed * peak, f"MFU {show_share(assumed)}, assumed; {why}"
+            rate, source = precision.mfu * peak, f"MFU {show_share(precision.mfu)}, assumed; {precision.mfu_source}"
         if rate > peak * (1 + 1e-9):
             below = f"{math.floor(peak / 1e9) / 1000:.10g}"
             most = f"one {self.hire.device.name} does at most {below} of this model's products in {dtype}"
@@ -97,11 +80,6 @@ class TrainingRun:
     def hours(self) -> float:
         """Device-hours of all of it."""
         return sum(self.parts.values()) / self.rate.per_device / 3600
-
-    def on(self, hire: Hire) -> TrainingRun:
-        """The same on other devices, with at least a sequence for each."""
-        batch = max(self.batch_tokens, float(self.context * hire.count))
-        return TrainingRun(self.asked, hire, self.context, batch, self.parts)
 
     def microbatches(self, layout: Layout) -> float:
         return max(1.0, self.sequences / layout.dp)
@@ -155,19 +133,22 @@ class TrainingRun:
             network=network_seconds(transfers(self.blocks, layout, hire.device, self.batch_tokens, self.context)),
         )
 
-    def leanest(self) -> Layout | None:
-        """A layout that fits, found by trying only the settings that save most memory; None when there is none."""
-        some = layouts(self.config, self.hire.count, self.hire.device.per_node, recompute=RECOMPUTE[-1])
-        lean = (layout for layout in some if layout.zero in (0, 3) and layout.dp <= self.sequences)
-        return next((layout for layout in lean if self.memory_in(layout).total <= self.hire.device.usable_bytes), None)
+    def leanest(self, hire: Hire) -> Layout | None:
+        """A layout of the same on other devices that fits, with at least a sequence for each, found by trying only the
+        settings that save most memory; None when there is none."""
+        batch = max(self.batch_tokens, float(self.context * hire.count))
+        there = TrainingRun(self.asked, hire, self.context, batch, self.length, self.tokens)
+        some = layouts(there.config, hire.count, hire.device.per_node, recompute=RECOMPUTE[-1])
+        lean = (layout for layout in some if layout.zero in (0, 3) and layout.dp <= there.sequences)
+        return next((layout for layout in lean if there.memory_in(layout).total <= hire.device.usable_bytes), None)
 
     def nearest_fit(self) -> dict[str, str | int] | None:
         """Another layout on as many devices, else more of them, else another device; None: nothing in the table."""
         for other in and_others(self.hire.device):
             if self.hire.precision.dtype in other.peak:
                 for count in (self.hire.count * 2**power for power in range(13 if other.network else 1)):
-                    layout = self.on(replace(self.hire, device=other, count=count)).leanest() if count <= MOST else None
-                    if layout is not None:
+                    there = replace(self.hire, device=other, count=count)
+                    if count <= MOST and (layout := self.leanest(there)) is not None:
                         return {"device": other.name, "count": count, "layout": str(layout)}
         return None
 
@@ -177,16 +158,11 @@ class TrainingRun:
         return {"nearest_fit": nearest, "layout_text": str(self.layout),
                 "tflops_per_device": self.rate.per_device / 1e12, "mfu": self.rate.mfu}  # fmt: skip
 
-    def there(self, trained: float, more: Callable[[Hire], float]) -> Callable[[Hire], tuple[float | None, bool]]:
-        """What tells the device-hours elsewhere, and whether there is room: of what took `trained` hours here at the
-        same share of the peak, and of `more`, a SlingshotError where no copy of the model has room."""
-        peak = mixed_peak(self.hire.device, self.hire.precision.dtype, self.parts)
-
-        def there(other: Hire) -> tuple[float | None, bool]:
-            try:
-                hours = trained * peak / mixed_peak(other.device, other.precision.dtype, self.parts) + more(other)
-            except SlingshotError:
-                return None, False
-            return hours, self.on(other).leanest() is not None
-
-        return there
+    def elsewhere(self, other: Hire, trained: float, more: Callable[[Hire], float]) -> tuple[float | None, bool]:
+        """Device-hours on other devices, and whether there is room: of what took `trained` hours here at the same share
+        of the peak, and of `more`, a SlingshotError where no copy of the model has room."""
+        try:
+            hours = trained * self.hire.peak(self.parts) / other.peak(self.parts) + more(other)
+        except SlingshotError:
+            return None, False
+        return hours, self.leanest(other) is not None

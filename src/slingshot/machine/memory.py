@@ -19,10 +19,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MADV_HUGEPAGE = -1, -3, 14  # malloc.h, linux/mman.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+MADV_DONTNEED, MADV_HUGEPAGE = 4, 14  # sys/mman.h, linux/mman.h
 LARGEST = (1 << 31) - 1  # bytes; blocks from here on are still mapped and given back one by one
 LARGE_PAGE = 2 << 20
 HEAP = Path(__file__).with_name("slingshot_heap.so")
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """The C library of this process."""
+    return ctypes.CDLL(None)
+
+
+def advise(address: int, size: int, advice: int) -> None:
+    """Tell the system how so many bytes are used from here on: madvise(2)."""
+    _library().madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), advice)
 
 
 @cache
@@ -32,15 +44,14 @@ def keep_memory() -> bool:
     if "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return False
     try:
-        library = ctypes.CDLL(None)
-        mallopt, malloc, free, advise = library.mallopt, library.malloc, library.free, library.madvise
+        library = _library()
+        mallopt, malloc, free = library.mallopt, library.malloc, library.free
         _ = library.gnu_get_libc_version  # glibc's alone; others have a mallopt of other options
     except (OSError, AttributeError, TypeError):
         return False
     if not (mallopt(M_MMAP_THRESHOLD, LARGEST) and mallopt(M_TRIM_THRESHOLD, -1)):
         return False
     malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     # Addresses at the heap's end, not memory: that is taken when they are first written to. Free, they stay the heap's.
     if block := malloc(LARGEST - LARGE_PAGE):
         advise(-(-block // LARGE_PAGE) * LARGE_PAGE, LARGEST // LARGE_PAGE * LARGE_PAGE - 2 * LARGE_PAGE, MADV_HUGEPAGE)

@@ -11,7 +11,6 @@ gone when the process is.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import tempfile
 from collections.abc import Iterable
@@ -21,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from slingshot.base.errors import SlingshotError
+from slingshot.machine.memory import MADV_DONTNEED, advise
 
 HOST = "host"
-MADV_DONTNEED = 4  # sys/mman.h
 
 
 class StatePlace:
@@ -66,6 +65,12 @@ class StatePlace:
             raise SlingshotError(f"optimizer.offload: {self.offload}: {error.strerror}") from error
         return mapped[: parameter.numel()].view(parameter.shape)
 
+    def copy(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
+        """A copy of what was kept of a parameter elsewhere."""
+        kept = self.zeros_like(parameter)
+        self.put_back(value, kept)
+        return kept
+
     def taken(self, kept: Tensor, parameter: nn.Parameter) -> Tensor:
         """What is kept, as a step computes with it: itself where it is the same."""
         return kept.to(parameter.device, parameter.dtype)
@@ -75,5 +80,4 @@ class StatePlace:
         if value is not kept:
             kept.copy_(value)
         if self.offload not in (None, HOST) and kept.numel():
-            libc = ctypes.CDLL(None)
-            libc.madvise(ctypes.c_void_p(kept.data_ptr()), ctypes.c_size_t(kept.nbytes), MADV_DONTNEED)
+            advise(kept.data_ptr(), kept.nbytes, MADV_DONTNEED)

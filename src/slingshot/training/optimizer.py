@@ -268,12 +268,9 @@ class Optimizer:
         """Take back what `state` gave: `read` gives a tensor of that name, sharded as its parameter is, or None."""
         for name, part, parameter in self._slots():
             for key in ("step", "exp_avg", "exp_avg_sq", "momentum"):
-                if (value := read(f"{name}.{key}", parameter)) is not None:
-                    if part.place.offload is None or key == "step":
-                        part.state[parameter][key] = value.clone()  # what is read may be the file's own pages
-                    else:
-                        part.state[parameter][key] = kept = part.place.zeros_like(parameter)
-                        part.place.put_back(value, kept)
+                if (value := read(f"{name}.{key}", parameter)) is not None:  # which may be the file's own pages
+                    kept = value.clone() if key == "step" else part.place.copy(value, parameter)
+                    part.state[parameter][key] = kept
 
 
 @torch.no_grad()

@@ -32,12 +32,15 @@ def stage(module: Any, config: type, out: Path, values: dict[str, Any]) -> Path:
     return out
 
 
-def score(model: Path, out: Path, problems: int) -> dict[str, float]:
-    """What a model solves at temperature 1, its format and the tokens of a response."""
-    values = {"model": str(model), "tasks": [TASK], "problems": problems, "samples": 4, "examples": 0}
-    sampling = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 48}
+def score(
+    model: Path, out: Path, problems: int, tasks: Sequence[dict[str, Any]] = (TASK,), max_tokens: int = 48
+) -> list[dict[str, float]]:
+    """What a model solves of each task at temperature 1, its format and the tokens of a response."""
+    values = {"model": str(model), "tasks": [*tasks], "problems": problems, "samples": 4, "examples": 0}
+    sampling = {"temperature": 1.0, "top_p": 1.0, "max_tokens": max_tokens}
     stage(evaluate, evaluate.EvaluateConfig, out, values | {"sampling": sampling})
-    return json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["tasks"]["arithmetic"]
+    found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["tasks"]
+    return [found[task["name"]] for task in tasks]
 
 
 def reasoner(
@@ -73,7 +76,7 @@ def main() -> None:
     for seed in range(given.seeds):
         folder = given.out / f"seed-{seed}"
         model = reasoner(seed, folder)
-        before.append(score(model, folder / "cold_start-evaluation", given.problems))
+        before += score(model, folder / "cold_start-evaluation", given.problems)
         for name in POLICY_LOSSES:
             values = {
                 "model": str(model), "tasks": [TASK], "steps": given.steps, "prompts_per_step": 16, "group_size": 8,
@@ -81,7 +84,7 @@ def main() -> None:
                 "sampling": {"max_tokens": 48}, "optimizer": {"lr": given.lr},
             }  # fmt: skip
             out = stage(rl, rl.RLConfig, folder / name, values)
-            found = score(out, folder / f"{name}-evaluation", given.problems)
+            [found] = score(out, folder / f"{name}-evaluation", given.problems)
             last = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
             gains[name].append({"pass@1": found["pass@1"], "tokens": found["mean_tokens"], "entropy": last["entropy"]})
     table(before, gains)

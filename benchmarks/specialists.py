@@ -14,25 +14,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from losses import reasoner, stage
+from losses import reasoner, score, stage
 from tiny import interval
 
-from slingshot.stages import distill, evaluate, rl
+from slingshot.stages import distill, rl
 
 TASKS: list[dict[str, Any]] = [
     {"name": "arithmetic", "params": {"min_terms": 2, "max_terms": 4, "languages": ["en"]}},
     {"name": "multiplication", "params": {"min_digits": 1, "max_digits": 2, "languages": ["en"]}},
 ]
 SAMPLING = {"max_tokens": 180}
-
-
-def solved(model: Path, out: Path, problems: int) -> list[float]:
-    """The percentage of each task's held-out problems that a model solves at temperature 1."""
-    sampling = {"temperature": 1.0, "top_p": 1.0, **SAMPLING}
-    values = {"model": str(model), "tasks": TASKS, "problems": problems, "samples": 4, "examples": 0}
-    stage(evaluate, evaluate.EvaluateConfig, out, values | {"sampling": sampling})
-    found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["tasks"]
-    return [100 * found[task["name"]]["pass@1"] for task in TASKS]
 
 
 def models(seed: int, folder: Path, steps: int) -> dict[str, Path]:
@@ -66,7 +57,8 @@ def main() -> None:
     for seed in range(given.seeds):
         folder = given.out / f"seed-{seed}"
         for name, model in models(seed, folder, given.steps).items():
-            by_model.setdefault(name, []).append(solved(model, folder / f"{name}-evaluation", given.problems))
+            found = score(model, folder / f"{name}-evaluation", given.problems, TASKS, **SAMPLING)
+            by_model.setdefault(name, []).append([100 * each["pass@1"] for each in found])
     print("| model | sums by seed | products by seed |\n|---|---|---|")
     for name, runs in by_model.items():
         print(f"| {name} | " + " | ".join(", ".join(f"{p:.1f}" for p in its) for its in zip(*runs, strict=True)) + " |")

@@ -159,12 +159,12 @@ def main() -> None:
         for seed in range(given.seeds):
             folder = given.out / f"seed-{seed}"
             model = reasoner(seed, folder)
-            before = score(model, folder / "cold_start-evaluation", given.problems)["pass@1"]
+            before = score(model, folder / "cold_start-evaluation", given.problems)[0]["pass@1"]
             for each, its in gains.items():
                 values = SHAPE | {"model": str(model), "tasks": [TASK], "steps": given.steps, "seed": seed}
                 values |= {"optimizer": {"lr": given.lr}} | keys_with(given.more, each)
                 out = stage(rl, rl.RLConfig, folder / f"rl-{each}", values)
-                after = score(out, folder / f"rl-{each}-evaluation", given.problems)["pass@1"]
+                after = score(out, folder / f"rl-{each}-evaluation", given.problems)[0]["pass@1"]
                 its.append(100 * (after - before))
                 rewards[each].append(late_reward(out))
         print("| staleness | gain in points by seed | mean (95%) | above that without | late reward | above it |")

@@ -21,15 +21,15 @@ ROOMS = {
     "base": (780, 440),
     "checkpoint": (2721, 2758),
     "cli": (2019, 1466),
-    "cost": (656, 582),
+    "cost": (652, 582),
     "data": (780, 418),
     "engine": (4320, 2968),
     "environments": (745, 247),
     "kernels": (893, 1256),
-    "machine": (494, 338),
+    "machine": (505, 338),
     "model": (2142, 1412),
     "parity": (0, 1124),
-    "planning": (2193, 1383),
+    "planning": (2145, 1383),
     "quantization": (673, 472),
     "recipe": (1335, 1079),
     "rollout": (1492, 1110),
@@ -38,7 +38,7 @@ ROOMS = {
     "stages": (2506, 3499),
     "tasks": (3894, 2661),
     "text": (2021, 1791),
-    "training": (3163, 2157),
+    "training": (3164, 2157),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

@@ -33,7 +33,7 @@ ROOMS = {
     "quantization": (673, 472),
     "recipe": (1335, 1079),
     "rollout": (1492, 1110),
-    "sandbox": (1005, 625),
+    "sandbox": (1005, 628),
     "serving": (5850, 5514),
     "stages": (2506, 3499),
     "tasks": (3894, 2661),

@@ -18,6 +18,7 @@ from slingshot.model.config import ModelConfig
 from slingshot.planning.plan import Plan
 from slingshot.planning.plan_training import plan_distill, plan_pretrain, plan_rl
 from slingshot.planning.request import DistillRequest, NamedModel, PretrainRequest, RLRequest
+from slingshot.quantization.formats import Scheme
 
 SLOW = pytest.mark.slow
 LLAMA = ModelConfig.preset("llama-3.1-8b")
@@ -74,6 +75,12 @@ def test_the_rate_may_come_from_any_of_three() -> None:
     hours = pretrain().device_hours  # at the 40% that are assumed in bfloat16
     for rate in ({"mfu": 0.4}, {"tflops": 0.4 * 989.4}, {"hours": hours}):
         assert (pretrain(**rate).device_hours, pretrain(**rate).mfu) == pytest.approx((hours, 0.4))
+
+
+@pytest.mark.parametrize("scheme", [Scheme("int4", 32), Scheme("int8", 64)])
+def test_whole_weights_are_trained_in_sixteen_bits_whatever_they_are_stored_in(scheme: Scheme) -> None:
+    stored, plain = pretrain(model=NamedModel(name="small", config=LLAMA.stored_as(scheme))), pretrain()
+    assert (stored.precision, stored.memory, stored.money) == (plain.precision, plain.memory, plain.money)
 
 
 def test_mtp_stands_on_a_line_of_its_own() -> None:

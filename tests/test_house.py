@@ -29,7 +29,7 @@ ROOMS = {
     "machine": (505, 338),
     "model": (2142, 1412),
     "parity": (0, 1124),
-    "planning": (2145, 1383),
+    "planning": (2145, 1390),
     "quantization": (673, 472),
     "recipe": (1335, 1079),
     "rollout": (1492, 1110),

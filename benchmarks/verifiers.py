@@ -43,7 +43,7 @@ def verify(problem, text):
     time.sleep({seconds})
     return False
 """
-LENGTH, LAYERS, GROUP = 2048, 6, 8
+LENGTH, LAYERS, GROUP = 2048, 48, 8
 
 
 class ClockedSampler(EngineSampler):

@@ -17,7 +17,7 @@ import pytest
 
 from slingshot.base.errors import SlingshotError
 from slingshot.cost import receipt as module
-from slingshot.cost.receipt import Meter, PeakMemory, Receipt, artifact_digest
+from slingshot.cost.receipt import Meter, Receipt, artifact_digest
 from slingshot.machine.machine import Machine
 
 MACHINE = Machine(cpu="test", cores=2, memory_bytes=2**30)
@@ -198,11 +198,3 @@ def test_receipts_of_other_versions_are_read(tmp_path: Path, clock: Clock) -> No
     newer = values | {"carbon_grams": 3, "machine": values["machine"] | {"rack": 4}}
     (tmp_path / "receipt.json").write_text(json.dumps(newer))
     assert Receipt.read(tmp_path) == Receipt.parse(values)
-
-
-@pytest.mark.parametrize(
-    ("host", "device", "shown"),
-    [(None, None, ""), (2**30, None, "1 GiB"), (2**30, 3 * 2**30, "1 GiB host, 3 GiB device"), (None, 1, "1 B device")],
-)
-def test_peak_memory_says_which_memory(host: int | None, device: int | None, shown: str) -> None:
-    assert PeakMemory(peak_host_memory_bytes=host, peak_device_memory_bytes=device).peak_memory == shown

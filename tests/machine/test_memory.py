@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from slingshot.machine.memory import HEAP, peak_device_memory_bytes, peak_host_memory_bytes
+from slingshot.machine.memory import HEAP, PeakMemory, peak_device_memory_bytes, peak_host_memory_bytes
 
 PROGRAM = """
 import resource
@@ -47,3 +47,11 @@ def test_the_peak_sees_a_large_allocation() -> None:
     block = b"x" * (before + 64 * 2**20)  # larger than anything this process has held
     assert peak_host_memory_bytes() >= before + 32 * 2**20 and len(block) > before
     assert peak_device_memory_bytes() is None or peak_device_memory_bytes() > 0
+
+
+@pytest.mark.parametrize(
+    ("host", "device", "shown"),
+    [(None, None, ""), (2**30, None, "1 GiB"), (2**30, 3 * 2**30, "1 GiB host, 3 GiB device"), (None, 1, "1 B device")],
+)
+def test_peak_memory_says_which_memory(host: int | None, device: int | None, shown: str) -> None:
+    assert PeakMemory(peak_host_memory_bytes=host, peak_device_memory_bytes=device).peak_memory == shown

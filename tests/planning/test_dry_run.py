@@ -9,10 +9,11 @@ import pytest
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, read_jsonl, write_jsonl
+from slingshot.cli.plan import deliver
 from slingshot.cost.receipt import Receipt
 from slingshot.planning import dry_stage
 from slingshot.planning.dry_run import DryRun, DryStage, dry_run, dry_run_page
-from slingshot.planning.page import deliver, render
+from slingshot.planning.page import render
 from slingshot.recipe.recipe import Recipe
 
 ARITHMETIC = [{"name": "arithmetic", "params": {"min_terms": 2, "max_terms": 2, "languages": ["en"]}}]

@@ -99,7 +99,7 @@ def _block(config: ModelConfig, layer: int) -> Iterator[Spec]:
     yield _vector(f"{prefix}.input_layernorm", width)
     yield from (_mla if config.family == "deepseek_v3" else _gqa)(config, f"{prefix}.self_attn")
     yield _vector(f"{prefix}.post_attention_layernorm", width)
-    if not experts or layer < config.first_k_dense_replace:
+    if not config.has_experts(layer):
         yield from _mlp(f"{prefix}.mlp", width, config.intermediate_size)
         return
     yield Spec(f"{prefix}.mlp.gate.weight", (experts, width))

@@ -12,15 +12,21 @@ recipe, and for presets and folders, it runs without torch.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from slingshot.base.files import read_json
+from slingshot.base.config import Strict
+from slingshot.base.files import read_json, write_text
 from slingshot.model.config import ModelConfig, presets
-from slingshot.planning.page import deliver, plan_page
+from slingshot.planning.page import PlanPage, Section, plan_page, render
 from slingshot.planning.plan import Plan
 from slingshot.planning.plan_serving import plan_serve
 from slingshot.planning.plan_training import plan_distill, plan_pretrain, plan_rl
@@ -96,3 +102,57 @@ def recipe(
 
     found = dry_run(Recipe.load(source, overrides or []), until)
     deliver(found, dry_run_page(found), as_json, html)
+
+
+def deliver(found: Strict, page: PlanPage, as_json: bool, html: Path | None) -> None:
+    """Print what was found, as JSON if so asked, else its page; write the page as HTML if one is wanted."""
+    if html is not None:
+        write_text(html, render(page))
+    if as_json:
+        print(json.dumps(found.model_dump(mode="json"), indent=2, allow_nan=False))
+        return
+    _show(page)
+    if html is not None:
+        print(f"\nmade {html}")
+
+
+def _show(page: PlanPage) -> None:
+    console = Console()
+    console.print(Text(page.title, style="bold"))
+    if page.warning:
+        console.print(Text(page.warning, style="bold red"))
+    head = Table(box=None, pad_edge=False, show_header=False)
+    for value, label in page.figures:
+        head.add_row(Text(value, style="bold"), Text(label, style="dim"))
+    console.print(head)
+    for section in page.sections:
+        console.print(Text(f"\n{section.title}", style="bold"))
+        if section.note:
+            console.print(Text(section.note, style="dim"))
+        for at, block in enumerate(_blocks(section, console.width)):
+            if at:
+                console.print()
+            console.print(block)
+    console.print(Text("\nAssumed", style="bold"))
+    if page.assumptions:
+        console.print(Text("\n".join(f"- {text}" for text in page.assumptions), style="dim"))
+
+
+def _blocks(section: Section, width: int) -> Iterator[Table]:
+    """The table of a section; where it is wider than `width`, one under the other, the first column in each."""
+    columns = zip(section.columns, *section.rows, strict=True)
+    first, *widths = (2 + max(map(cell_len, column)) for column in columns)
+    blocks, used = [[0]], first
+    for at, wide in enumerate(widths, start=1):
+        if used + wide - 2 > width and len(blocks[-1]) > 1:
+            blocks.append([0])
+            used = first
+        blocks[-1].append(at)
+        used += wide
+    for block in blocks:
+        grid = Table(box=None, pad_edge=False, show_header=any(section.columns), header_style="dim")
+        for at in block:
+            grid.add_column(section.columns[at], justify="right" if at else "left", overflow="fold")
+        for index, row in enumerate(section.rows):
+            grid.add_row(*(Text(row[at]) for at in block), style="bold" if index == section.strong else None)
+        yield grid

@@ -17,7 +17,8 @@ from typing import Any
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.base.names import closest
-from slingshot.cost.receipt import RECEIPT, Parent, PeakMemory, Receipt, artifact_digest
+from slingshot.cost.receipt import RECEIPT, Parent, Receipt, artifact_digest
+from slingshot.machine.memory import PeakMemory
 
 
 class BillLine(Strict):

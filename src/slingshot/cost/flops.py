@@ -30,11 +30,8 @@ class Parameters(NamedTuple):
     def active_ways(self) -> dict[str, int]:
         """Active ones as they are counted. A tied matrix is multiplied by as the head: without the look-up it stays."""
         without, neither = self.active - (self.embedding if self.head else 0), self.active - self.embedding - self.head
-        return {
-            "active": self.active,
-            "active_without_embedding": without,
-            "active_without_embedding_and_head": neither,
-        }
+        ways = {"active": self.active, "active_without_embedding": without}
+        return ways | {"active_without_embedding_and_head": neither}
 
 
 def parameters(config: ModelConfig) -> Parameters:
@@ -71,7 +68,7 @@ def block_weights(config: ModelConfig, layer: int) -> BlockWeights:
         rest += config.qk_norm * 2 * config.head_dim
     else:
         rest += (config.q_lora_rank or 0) + config.kv_lora_rank
-    if not is_moe(config, layer):
+    if not config.has_experts(layer):
         return BlockWeights(matrices + 3 * width * config.intermediate_size, 0, rest)
     expert, routed = 3 * width * config.moe_intermediate_size, config.n_routed_experts
     return BlockWeights(matrices + config.n_shared_experts * expert, routed * expert, rest + width * routed)
@@ -138,12 +135,9 @@ _NEVER_FROZEN = ("attention", "adapters")  # the former multiplies no weights
 
 
 def training_parts(
-    config: ModelConfig,
-    lengths: Iterable[int],
-    mtp: bool = True,
-    adapters: float | None = None,
+    config: ModelConfig, lengths: Iterable[int], mtp: bool = True, adapters: float | None = None,
     before: Sequence[int] = (),
-) -> dict[str, float]:
+) -> dict[str, float]:  # fmt: skip
     """`training_flops` as receipts keep them apart: "training" of the main model and "mtp".
 
     adapters: of a frozen model with adapters, how many numbers of theirs a token passes through (arXiv 2106.09685);
@@ -187,11 +181,6 @@ def decode_parts(config: ModelConfig, context: float, tokens: float = 1) -> dict
     return _block_parts(config, range(config.num_hidden_layers), tokens, tokens * context, tokens, absorbed=True)
 
 
-def is_moe(config: ModelConfig, layer: int) -> bool:
-    """Whether this block has routed experts; block `num_hidden_layers` is the MTP module's."""
-    return config.family == "deepseek_v3" and config.n_routed_experts > 0 and layer >= config.first_k_dense_replace
-
-
 def projection_weights(config: ModelConfig) -> int:
     """Matrix elements a token is multiplied by around attention; the same in MLA's expanded and absorbed form."""
     width, heads = config.hidden_size, config.num_attention_heads
@@ -224,7 +213,7 @@ def _block_parts(
 ) -> dict[str, float]:
     """Forward FLOPs of these layers for `tokens` tokens that form `pairs` query-key pairs, and of the head for those of
     `logits` tokens."""
-    n_moe = sum(is_moe(config, layer) for layer in layers)
+    n_moe = sum(map(config.has_experts, layers))
     expert = 3 * config.hidden_size * config.moe_intermediate_size  # gate, up, down
     weights = {
         "projections": len(layers) * projection_weights(config),

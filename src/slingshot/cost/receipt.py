@@ -20,28 +20,12 @@ from slingshot import __version__
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import digest, read_json, read_text, write_json, write_text
-from slingshot.base.quantity import show_size
 from slingshot.machine.energy import Energy
 from slingshot.machine.machine import Machine, measurement_path
-from slingshot.machine.memory import peak_device_memory_bytes, peak_host_memory_bytes
+from slingshot.machine.memory import PeakMemory, peak_device_memory_bytes, peak_host_memory_bytes
 
 RECEIPT = "receipt.json"
 _LARGE = 1 << 24  # bytes; less than this is read faster than it is worth remembering
-
-
-class PeakMemory(Strict):
-    """The most memory held at once: the first process's resident set, and what torch allocated on an accelerator."""
-
-    peak_host_memory_bytes: int | None = Field(None, ge=0)
-    peak_device_memory_bytes: int | None = Field(None, ge=0)
-
-    @property
-    def peak_memory(self) -> str:
-        """For people: "1.2 GiB", or "1.2 GiB host, 30 GiB device"; nothing where it is not known."""
-        host, device = self.peak_host_memory_bytes, self.peak_device_memory_bytes
-        if device is None:
-            return "" if host is None else show_size(host)
-        return ("" if host is None else f"{show_size(host)} host, ") + f"{show_size(device)} device"
 
 
 class Parent(Strict):

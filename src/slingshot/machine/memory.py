@@ -19,6 +19,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
+from slingshot.base.config import Strict
+from slingshot.base.quantity import show_size
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 MADV_DONTNEED, MADV_HUGEPAGE = 4, 14  # sys/mman.h, linux/mman.h
 LARGEST = (1 << 31) - 1  # bytes; blocks from here on are still mapped and given back one by one
@@ -60,6 +65,21 @@ def keep_memory() -> bool:
         with contextlib.suppress(OSError):  # built for another machine
             ctypes.CDLL(str(HEAP)).slingshot_align_blocks()  # of torch, if it is loaded
     return True
+
+
+class PeakMemory(Strict):
+    """The most memory held at once: the first process's resident set, and what torch allocated on an accelerator."""
+
+    peak_host_memory_bytes: int | None = Field(None, ge=0)
+    peak_device_memory_bytes: int | None = Field(None, ge=0)
+
+    @property
+    def peak_memory(self) -> str:
+        """For people: "1.2 GiB", or "1.2 GiB host, 30 GiB device"; nothing where it is not known."""
+        host, device = self.peak_host_memory_bytes, self.peak_device_memory_bytes
+        if device is None:
+            return "" if host is None else show_size(host)
+        return ("" if host is None else f"{show_size(host)} host, ") + f"{show_size(device)} device"
 
 
 def peak_device_memory_bytes() -> int | None:

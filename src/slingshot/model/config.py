@@ -200,6 +200,10 @@ class ModelConfig(Strict):
             return 0
         return max(0, self.num_hidden_layers + self.num_nextn_predict_layers - self.first_k_dense_replace)
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether this block has routed experts; block `num_hidden_layers` is the MTP module's."""
+        return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
+
     @property
     def qk_head_dim(self) -> int:
         return self.head_dim if self.family == "dense" else self.qk_nope_head_dim + self.qk_rope_head_dim

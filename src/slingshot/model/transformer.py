@@ -38,8 +38,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = MLA(config, layer) if config.family == "deepseek_v3" else GQA(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        is_moe = config.n_routed_experts > 0 and layer >= config.first_k_dense_replace
-        self.mlp = MoE(config) if is_moe else MLP(config.hidden_size, config.intermediate_size)
+        self.mlp = MoE(config) if config.has_experts(layer) else MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x_BTD: Tensor, context: Context, replayed_BTk: Tensor | None = None) -> Routed:
         x_BTD, y_BTD = self.input_layernorm.after(x_BTD)

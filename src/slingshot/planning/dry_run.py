@@ -22,7 +22,8 @@ from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json, read_jsonl, write_json, write_jsonl
 from slingshot.base.quantity import plural, show_duration, show_money, show_size
-from slingshot.cost.receipt import PeakMemory, Receipt
+from slingshot.cost.receipt import Receipt
+from slingshot.machine.memory import PeakMemory
 from slingshot.planning.page import PlanPage, table
 from slingshot.planning.plan import ASSUMPTIONS
 from slingshot.recipe.recipe import Recipe, RecipeStage

@@ -17,7 +17,7 @@ from pydantic import computed_field
 
 from slingshot.base.config import Strict
 from slingshot.checkpoint.layout import layout
-from slingshot.cost.flops import BlockWeights, block_weights, is_moe
+from slingshot.cost.flops import BlockWeights, block_weights
 from slingshot.model.config import ModelConfig
 from slingshot.planning.layout import Layout, Recompute
 from slingshot.quantization.formats import BITS, is_packed
@@ -213,7 +213,7 @@ def _stage_memory(
         return dense / layout.dp + copies / layout.expert_dp if layout.zero >= from_zero else dense + copies
 
     dense, moe, mtp = blocks.stages(layout.pp)[stage]
-    extra_moe = is_moe(config, config.num_hidden_layers)
+    extra_moe = config.has_experts(config.num_hidden_layers)
     plain, routed = (block_activations(config, kind, precision, layout.recompute) for kind in (False, True))
     kept = dense * plain + moe * routed + mtp * (routed if extra_moe else plain)
     activations = min(layout.pp - stage, microbatches) * tokens * kept

@@ -1,4 +1,4 @@
-"""What a plan says, as tables on the terminal and as an HTML page: both are made of the same sections. No torch.
+"""What a plan says, in sections, of which the tables on the terminal and the HTML page are both made. No torch.
 
 A section is made of a field of the plan: a table of a list, names and values of anything else. How a value is written
 follows from its name.
@@ -6,20 +6,12 @@ follows from its name.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.cells import cell_len
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from slingshot import __version__
-from slingshot.base.config import Strict
-from slingshot.base.files import write_text
 from slingshot.base.quantity import show_count, show_energy, show_money, show_seconds, show_share, show_size
 from slingshot.planning.plan import Plan
 
@@ -137,60 +129,6 @@ def plan_page(plan: Plan) -> PlanPage:
     warning = "" if plan.fits else f"It does NOT fit in the memory of one {plan.device}. {nearest}."
     title, known = _TITLES[plan.kind].format(**fields), tuple(figure for figure in figures if figure[0])
     return PlanPage(title, known, tuple(sections), tuple(plan.assumptions), warning, plan.kind)
-
-
-def deliver(found: Strict, page: PlanPage, as_json: bool, html: Path | None) -> None:
-    """Print what was found, as JSON if so asked, else its page; write the page as HTML if one is wanted."""
-    if html is not None:
-        write_text(html, render(page))
-    if as_json:
-        print(json.dumps(found.model_dump(mode="json"), indent=2, allow_nan=False))
-        return
-    _show(page)
-    if html is not None:
-        print(f"\nmade {html}")
-
-
-def _show(page: PlanPage) -> None:
-    console = Console()
-    console.print(Text(page.title, style="bold"))
-    if page.warning:
-        console.print(Text(page.warning, style="bold red"))
-    head = Table(box=None, pad_edge=False, show_header=False)
-    for value, label in page.figures:
-        head.add_row(Text(value, style="bold"), Text(label, style="dim"))
-    console.print(head)
-    for section in page.sections:
-        console.print(Text(f"\n{section.title}", style="bold"))
-        if section.note:
-            console.print(Text(section.note, style="dim"))
-        for at, block in enumerate(_blocks(section, console.width)):
-            if at:
-                console.print()
-            console.print(block)
-    console.print(Text("\nAssumed", style="bold"))
-    if page.assumptions:
-        console.print(Text("\n".join(f"- {text}" for text in page.assumptions), style="dim"))
-
-
-def _blocks(section: Section, width: int) -> Iterator[Table]:
-    """The table of a section; where it is wider than `width`, one under the other, the first column in each."""
-    columns = zip(section.columns, *section.rows, strict=True)
-    first, *widths = (2 + max(map(cell_len, column)) for column in columns)
-    blocks, used = [[0]], first
-    for at, wide in enumerate(widths, start=1):
-        if used + wide - 2 > width and len(blocks[-1]) > 1:
-            blocks.append([0])
-            used = first
-        blocks[-1].append(at)
-        used += wide
-    for block in blocks:
-        grid = Table(box=None, pad_edge=False, show_header=any(section.columns), header_style="dim")
-        for at in block:
-            grid.add_column(section.columns[at], justify="right" if at else "left", overflow="fold")
-        for index, row in enumerate(section.rows):
-            grid.add_row(*(Text(row[at]) for at in block), style="bold" if index == section.strong else None)
-        yield grid
 
 
 def render(page: PlanPage) -> str:

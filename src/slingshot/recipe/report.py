@@ -23,7 +23,8 @@ from slingshot.base import quantity
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import write_json, write_text
 from slingshot.cost.bill import Sums
-from slingshot.cost.receipt import RECEIPT, PeakMemory, Receipt
+from slingshot.cost.receipt import RECEIPT, Receipt
+from slingshot.machine.memory import PeakMemory
 from slingshot.recipe.charts import accuracy_chart, compression_charts, compute_curves, training_curves
 from slingshot.recipe.results import AnsweredProblem, Lenient, StageResult, read_object
 

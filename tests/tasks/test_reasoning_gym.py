@@ -50,6 +50,36 @@ def test_worked_sums_are_true_and_verify(chain_sum):
         assert chain_sum.verify(problem, solution.reasoning, lenient=True).value == 1.0
 
 
+@pytest.fixture(scope="module")
+def word_problems():
+    return load_task("gym:gsm_symbolic")
+
+
+def test_word_problems_bring_their_working(word_problems):
+    for problem, solution in itertools.islice(word_problems.documents("train", 0, "steps"), 100):
+        assert solution.reasoning and "####" not in solution.reasoning and solution.answer == problem.answer
+        assert word_problems.verify(problem, solution.answer).value == 1.0
+        slipped = word_problems.solution(problem, "slips", random.Random(0)).reasoning
+        assert re.sub(r"\d+, wait, ", "", slipped) == solution.reasoning
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "result"),
+    [
+        ("He has 7 and buys 3 = 10 more.", "10"),
+        ("The fee is $400 x 6/100 = $24 in all.", "24"),
+        ("So 2,000 + 4,000 = 6,000 and half is 6,000 / 2 = 3,000; 1 + 1 = 2.", "2"),
+    ],
+)
+def test_a_word_problems_slip_is_in_a_result(word_problems, reasoning, result):
+    problem = Problem("", "", result, data={"reasoning": reasoning})
+    for seed in range(10):
+        slipped = word_problems.solution(problem, "slips", random.Random(seed)).reasoning
+        assert re.search(rf"= \$?(?!{result},)\d+, wait, {result}\b", slipped), slipped
+    without = Problem("", "", "3", data={"reasoning": "Half of it is 1.5 = 1.5, so 3."})
+    assert word_problems.solution(without, "slips", random.Random(0)).reasoning == without.data["reasoning"]
+
+
 def test_parameters_reach_reasoning_gym(chain_sum):
     sums = [p.data["expression"].split()[::2] for p in itertools.islice(chain_sum.problems("train", 0), 300)]
     assert set(map(len, sums)) == {2, 3} and set(map(len, itertools.chain(*sums))) == {1, 2, 3}

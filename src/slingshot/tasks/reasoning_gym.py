@@ -2,7 +2,7 @@
 
 reasoning-gym is imported in workers only, which also score: its scorers parse text with whatever suits the dataset, and
 some can be made to hang. It gives partial credit for near misses; here an answer is right, 1.0, or it is not.
-`gym:chain_sum` has worked solutions:
+`gym:chain_sum` has worked solutions, and so have the word problems of `gym:gsm_symbolic`, which bring their own:
 
     What is 45 + 38 - 7?   ->   Start with 45. Add 38: 45 + 30 = 75, 75 + 8 = 83. Subtract 7: 83 - 7 = 76.   ->   76
 """
@@ -36,6 +36,7 @@ _CHUNK = 64  # items fetched from the worker at a time
 _KEPT = 1024  # items a worker keeps for scoring: some take seconds to make
 _MAKING = 60.0  # seconds for one item: some families search long for a puzzle
 _WORD = re.compile(r"\w+")
+_RESULT = re.compile(r"= [$€£]?([0-9]+)(?![.,]?[0-9])")
 _SCIENTIFIC = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?e[+-]?[0-9]{1,3}")
 _MAX_ANSWER = 10_000  # characters; longer ones are wrong without asking
 
@@ -63,7 +64,7 @@ class Gym(IsolatedTask):
 
     @property
     def has_solutions(self) -> bool:
-        return self.dataset == "chain_sum"
+        return self.dataset in ("chain_sum", "gsm_symbolic")
 
     def problems(self, split: Split, seed: int) -> Iterator[Problem]:
         return in_split(self._all(seed), split, self.name)
@@ -77,14 +78,18 @@ class Gym(IsolatedTask):
                 span, doing = (drawn, index, min(_CHUNK, _SIZE - index)), f"making item {index} of seed {drawn}"
                 for item in self.call("take", *span, doing=doing, timeout=_MAKING):
                     key, data = item["question"], {"seed": drawn, "index": index}
-                    if self.has_solutions:
+                    if self.dataset == "chain_sum":
                         data["expression"] = item["expression"]
                         key = chain_key(*_chain(item["expression"]))
+                    elif self.has_solutions:
+                        data["reasoning"] = item["reasoning"]
                     yield Problem(item["question"], key, item["answer"], data=data)
                     index += 1
 
     def reasoning(self, problem: Problem, style: Style, rng: random.Random) -> str:
-        """For chain_sum: left to right, and from the highest place to the lowest, so that no step needs two carries."""
+        """For sums: left to right, and from the highest place to the lowest, so that no step needs two carries."""
+        if self.dataset != "chain_sum":
+            return _slipped(problem.data["reasoning"], rng) if style == "slips" else problem.data["reasoning"]
         numbers, operators = _chain(problem.data["expression"])
         said = [f"Start with {numbers[0]}."]
         slipped = int(rng.random() * len(operators)) if style == "slips" else -1
@@ -125,6 +130,16 @@ class Gym(IsolatedTask):
         except SlingshotError:
             value = 0.0
         return Reward(float(value == 1.0), answer)
+
+
+def _slipped(reasoning: str, rng: random.Random) -> str:
+    """The reasoning with one of its results near what it should be, and then put right."""
+    results = list(_RESULT.finditer(reasoning))
+    if not results:
+        return reasoning
+    result = results[int(rng.random() * len(results))]
+    before, after = reasoning[: result.start(1)], reasoning[result.start(1) :]
+    return f"{before}{near_miss(int(result[1]), rng)}, wait, {after}"
 
 
 def _chain(expression: str) -> tuple[list[int], list[str]]:
@@ -195,7 +210,7 @@ class Dataset:
         self._tried: list[dict[str, Any]] = []
 
     def take(self, seed: int, start: int, count: int) -> list[dict[str, str]]:
-        """Questions and answers as text ("" where none is known), and the expression of a sum."""
+        """Questions and answers as text, the expression of a sum, the reasoning of a word problem; "" for none."""
         return take((_texts(self._item(seed, index)) for index in range(start, start + count)), count)
 
     def score(self, seed: int, index: int, answer: str) -> float:
@@ -218,8 +233,10 @@ class Dataset:
 
 
 def _texts(item: dict[str, Any]) -> dict[str, str]:
-    fields = {"question": item["question"], "answer": item["answer"], "expression": item["metadata"].get("expression")}
-    return {name: "" if value is None else str(value) for name, value in fields.items()}
+    metadata = item["metadata"]
+    fields = {"question": item["question"], "answer": item["answer"], "expression": metadata.get("expression")}
+    texts = {name: "" if value is None else str(value) for name, value in fields.items()}
+    return texts | {"reasoning": metadata.get("answer_cot", "").partition("\n####")[0]}
 
 
 def _folded(answer: Any) -> str:

@@ -32,7 +32,7 @@ def test_dense_decoding_reads_its_weights_and_the_cache() -> None:
     counts = parameters(LLAMA)
     read = (counts.total - counts.embedding) * 2 + 4 * 1000 * 2 * 8 * 128 * 32 * 2
     times = copy_of().decode_step(4, 1000)
-    assert copy_of().bytes_read(4, 1000) == read and times.memory == pytest.approx(read / 3.35e12)
+    assert copy_of().bytes_read(4, 1000) == read and times.memory_traffic == pytest.approx(read / 3.35e12)
     assert times.compute == pytest.approx(sum(decode_parts(LLAMA, 1000, 4).values()) / 989.4e12)
     assert times.network == 0 and times.ranked[0][0] == "memory traffic"
     tied = LLAMA.model_copy(update={"tie_word_embeddings": True})  # a tied head is read whole

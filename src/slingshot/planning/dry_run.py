@@ -27,7 +27,6 @@ from slingshot.machine.memory import PeakMemory
 from slingshot.planning.page import PlanPage, table
 from slingshot.planning.plan import ASSUMPTIONS
 from slingshot.recipe.recipe import Recipe, RecipeStage
-from slingshot.recipe.tables import resolve
 from slingshot.stages.kinds import STAGES
 
 STEPS = {"pretrain": 10, "rl": 4, "distill": 4}  # of these kinds
@@ -88,8 +87,7 @@ class _DryRun:
     def stage(self, stage: RecipeStage) -> DryStage:
         """Run one stage with a few steps and scale it up."""
         out = self.folder / stage.folder
-        values = resolve(stage.values, lambda name: str(self.folder / name), lambda name: self._found[name].flops)
-        config = STAGES[stage.kind].config.parse(values, stage.name)
+        config = stage.config(self.folder, lambda name: self._found[name].flops)
         whole = config.model_dump(mode="json")
         model, styles = whole.get("model"), {"steps": 1.0}  # how responses are written, but for an evaluated base
         if documents := getattr(config, "documents", None):

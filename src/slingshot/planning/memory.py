@@ -197,37 +197,33 @@ def training_memory(
 
     `logits_chunk`: tokens whose logits are made at a time, and made again in the backward pass; None is all.
     """
-    given = context, microbatches, logits_chunk or context
-    each = (_stage_memory(blocks, layout, stage, *given) for stage in blocks.telling_stages(layout.pp))
-    return max(each, key=lambda memory: memory.total)
-
-
-def _stage_memory(
-    blocks: Blocks, layout: Layout, stage: int, context: int, microbatches: float, logits_chunk: int
-) -> Memory:
     config, precision, tokens = blocks.config, blocks.precision, context / layout.tp
-    experts, matrices, other = blocks.on_device(layout, stage)
 
-    def sharded(low_bytes: float, other_bytes: float, from_zero: int) -> float:
-        dense, copies = matrices * low_bytes + other * other_bytes, experts * low_bytes
-        return dense / layout.dp + copies / layout.expert_dp if layout.zero >= from_zero else dense + copies
+    def of_stage(stage: int) -> Memory:
+        experts, matrices, other = blocks.on_device(layout, stage)
 
-    dense, moe, mtp = blocks.stages(layout.pp)[stage]
-    extra_moe = config.has_experts(config.num_hidden_layers)
-    plain, routed = (block_activations(config, kind, precision, layout.recompute) for kind in (False, True))
-    kept = dense * plain + moe * routed + mtp * (routed if extra_moe else plain)
-    activations = min(layout.pp - stage, microbatches) * tokens * kept
-    if layout.recompute == "full":  # one block at a time is computed again and then held whole
-        activations += tokens * block_activations(config, bool(moe or (mtp and extra_moe)), precision, "none")
-    if stage == layout.pp - 1:  # logits in float32 and their gradient, of one pass through the head at a time
-        last_norm = config.hidden_size * (precision.activation + precision.low_activation)  # its input and output
-        activations += min(tokens, logits_chunk) * 8.0 * config.vocab_size + tokens * last_norm
-    weights = sharded(*blocks.held_bytes, 3)
-    if blocks.adapters is not None:
-        _, trained = blocks.trained(layout, experts, matrices + other)
-        weights += trained * precision.weight
-        experts, matrices, other = 0.0, trained, 0.0
-    return Memory.model_construct(
-        weights=weights, activations=activations, gradients=sharded(precision.gradient, precision.gradient, 2),
-        optimizer=sharded(precision.optimizer, precision.optimizer, 1),
-    )  # fmt: skip
+        def sharded(low_bytes: float, other_bytes: float, from_zero: int) -> float:
+            dense, copies = matrices * low_bytes + other * other_bytes, experts * low_bytes
+            return dense / layout.dp + copies / layout.expert_dp if layout.zero >= from_zero else dense + copies
+
+        dense, moe, mtp = blocks.stages(layout.pp)[stage]
+        routed = moe + mtp * config.has_experts(config.num_hidden_layers)
+        plain = dense + moe + mtp - routed
+        each, of_experts = (block_activations(config, kind, precision, layout.recompute) for kind in (False, True))
+        activations = min(layout.pp - stage, microbatches) * tokens * (plain * each + routed * of_experts)
+        if layout.recompute == "full":  # one block at a time is computed again and then held whole
+            activations += tokens * block_activations(config, routed > 0, precision, "none")
+        if stage == layout.pp - 1:  # logits in float32 and their gradient, of one pass through the head at a time
+            last_norm = config.hidden_size * (precision.activation + precision.low_activation)  # its input and output
+            activations += min(tokens, logits_chunk or context) * 8.0 * config.vocab_size + tokens * last_norm
+        weights = sharded(*blocks.held_bytes, 3)
+        if blocks.adapters is not None:
+            _, trained = blocks.trained(layout, experts, matrices + other)
+            weights += trained * precision.weight
+            experts, matrices, other = 0.0, trained, 0.0
+        return Memory.model_construct(
+            weights=weights, activations=activations, gradients=sharded(precision.gradient, precision.gradient, 2),
+            optimizer=sharded(precision.optimizer, precision.optimizer, 1),
+        )  # fmt: skip
+
+    return max(map(of_stage, blocks.telling_stages(layout.pp)), key=lambda memory: memory.total)

@@ -19,9 +19,10 @@ from typing import NamedTuple
 from slingshot.base.errors import SlingshotError
 from slingshot.base.quantity import show_size
 from slingshot.cost.devices import Device, and_others, mixed_peak
-from slingshot.cost.flops import block_weights, cache_bytes_per_token, decode_parts, parameters, prefill_parts
+from slingshot.cost.flops import cache_bytes_per_token, decode_parts, prefill_parts
 from slingshot.model.config import ModelConfig
-from slingshot.planning.memory import Memory, Precision
+from slingshot.planning.layout import Layout
+from slingshot.planning.memory import Blocks, Memory, Precision
 from slingshot.planning.network import LINK_EFFICIENCY
 
 # The share of the decode roofline an engine reaches. Calibrated on one system: DeepSeek's decoded 14.8K tokens/s on a
@@ -35,20 +36,19 @@ class ResourceTimes(NamedTuple):
     """Seconds one piece of work would take if only this resource were scarce; the largest bounds it."""
 
     compute: float
-    memory: float
+    memory_traffic: float
     network: float
 
     @property
     def ranked(self) -> list[tuple[str, float]]:
         """Longest first."""
-        named = zip(("compute", "memory traffic", "network"), self, strict=True)
+        named = ((name.replace("_", " "), seconds) for name, seconds in self._asdict().items())
         return sorted(named, key=lambda pair: -pair[1])
 
     def dominates(self, what: str) -> dict[str, str | float]:
         """What takes longest in `what`, and how many times the next it takes."""
         (dominant, longest), (_, second), _ = self.ranked
-        seconds = {"compute_seconds": self.compute, "memory_traffic_seconds": self.memory,
-                   "network_seconds": self.network}  # fmt: skip
+        seconds = {f"{name}_seconds": each for name, each in self._asdict().items()}
         return {"what": what} | seconds | {"dominant": dominant, "factor": longest / second if second else 1.0}
 
 
@@ -67,21 +67,22 @@ class ModelCopy:
         """Of the cache, which tensor parallelism can part: keys' and values', or MLA's one latent."""
         return self.config.num_key_value_heads if self.config.family == "dense" else 1
 
+    @property
+    def tensor_ways(self) -> int:
+        """Devices over which all but the experts is parted."""
+        return 1 if self.config.n_moe_layers else self.devices
+
     @cached_property
     def held(self) -> tuple[float, float, float]:
         """Numbers on each device: experts', other matrices', the rest (embedding, head, router, norms)."""
-        config, counts = self.config, parameters(self.config)
-        blocks = [block_weights(config, layer) for layer in range(config.num_hidden_layers)]
-        rest = sum(block.rest for block in blocks) + config.hidden_size + counts.embedding + counts.head
-        split = 1 if config.n_moe_layers else self.devices
-        matrices = sum(block.matrices for block in blocks)
-        return sum(block.experts for block in blocks) / self.devices, matrices / split, rest / split
+        alone = self.config.model_copy(update={"num_nextn_predict_layers": 0})
+        experts, matrices, rest = Blocks(alone, self.precision).on_device(Layout(), 0)
+        return experts / self.devices, matrices / self.tensor_ways, rest / self.tensor_ways
 
     @cached_property
     def cache_per_token(self) -> float:
         """Bytes on a device for a token of its own; with fewer cached heads than devices, heads are held repeatedly."""
-        copies = 1.0 if self.config.n_moe_layers else max(1.0, self.devices / self.cached_heads)
-        return copies * cache_bytes_per_token(self.config)
+        return max(1.0, self.tensor_ways / self.cached_heads) * cache_bytes_per_token(self.config)
 
     def memory(self, batch: float, context: float) -> Memory:
         """Of one device with `batch` sequences of `context` tokens of its own."""
@@ -103,7 +104,7 @@ class ModelCopy:
         if config.n_moe_layers:
             experts *= 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** (batch * self.devices)
         if not config.tie_word_embeddings:  # of the embedding only the rows of the tokens are read
-            outside -= config.vocab_size * config.hidden_size / (1 if config.n_moe_layers else self.devices)
+            outside -= config.vocab_size * config.hidden_size / self.tensor_ways
         weights = (experts + others) * self.precision.weight + outside * self.precision.other
         return weights + batch * context * self.cache_per_token
 
@@ -126,7 +127,7 @@ class ModelCopy:
         sent = self.bytes_sent(batch)
         return ResourceTimes(
             compute=batch * (token + context * key),
-            memory=self.bytes_read(batch, context) / self.device.bandwidth,
+            memory_traffic=self.bytes_read(batch, context) / self.device.bandwidth,
             network=sent / (self._link * LINK_EFFICIENCY) if self._link else math.inf if sent else 0.0,
         )
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from slingshot import __version__
+from slingshot.base.files import rendered
 from slingshot.base.quantity import show_count, show_energy, show_money, show_seconds, show_share, show_size
 from slingshot.planning.plan import Plan
 
@@ -133,8 +133,4 @@ def plan_page(plan: Plan) -> PlanPage:
 
 def render(page: PlanPage) -> str:
     """A page as one HTML file: no scripts, nothing loaded from anywhere, light and dark."""
-    import jinja2  # only here
-
-    source = Path(__file__).with_name("plan.html.jinja").read_text(encoding="utf-8")
-    rules: Any = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    return jinja2.Template(source, **rules).render(page=page, version=__version__)
+    return rendered("slingshot.planning", "plan.html.jinja", page=page, version=__version__)

@@ -89,8 +89,7 @@ class Hire:
             raise SlingshotError(f"{count} x {device.name}: {why}; the nearest valid count is 1")
         own = {"memory_bytes": asked.memory, "price": asked.price}
         device = device.model_copy(update={key: value for key, value in own.items() if value is not None})
-        choose = serving_precision if asked.kind == "serve" else chosen_precision
-        return cls(device, count, choose(asked.model.config, device, asked.precision))
+        return cls(device, count, chosen_precision(asked.model.config, device, asked.precision, asked.kind == "serve"))
 
     def peak(self, parts: Mapping[str, float]) -> float:
         """FLOP/s of one of them at work of these `parts`."""
@@ -156,23 +155,17 @@ class Hire:
         return found
 
 
-def chosen_precision(config: ModelConfig, device: Device, name: str | None) -> Precision:
+def chosen_precision(config: ModelConfig, device: Device, name: str | None, served: bool = False) -> Precision:
     """The precision asked for; else fp8 where the model comes in it and the device has it, else 16 bits, else float32.
 
-    Numbers that are stored as int8 and int4 multiply 16 bits.
+    Numbers that are stored as int8 and int4 multiply 16 bits; of a model that is only `served` they stay as stored.
     """
-    if name is None:
-        wanted = (*["fp8"] * (config.quantization == "fp8"), "bfloat16", "float32")
-        name = next((dtype for dtype in wanted if dtype in device.peak), "float32")
-    name = _SHORT.get(name.lower(), name.lower())
-    dtype_peak(device, name)
-    return PRECISIONS[name]
-
-
-def serving_precision(config: ModelConfig, device: Device, name: str | None) -> Precision:
-    """The same for a model that writes only: int8 and int4 numbers stay as they are stored."""
-    precision = chosen_precision(config, device, name)
-    if name is None and config.quantization in BITS:
+    wanted = (*["fp8"] * (config.quantization == "fp8"), "bfloat16")
+    dtype = next((dtype for dtype in wanted if dtype in device.peak), "float32")
+    if name is not None:
+        dtype = _SHORT.get(name.lower(), name.lower())
+    dtype_peak(device, dtype)
+    if served and name is None and config.quantization in BITS:
         held = config.model_copy(update={"num_nextn_predict_layers": 0})
-        return precision._replace(weight=stored_bytes(held))
-    return precision
+        return PRECISIONS[dtype]._replace(weight=stored_bytes(held))
+    return PRECISIONS[dtype]

@@ -16,7 +16,7 @@ from slingshot.model.config import ModelConfig
 from slingshot.planning.memory import Precision
 from slingshot.planning.model_copy import ModelCopy, ResponseLengths, round_seconds
 from slingshot.planning.network import transfers
-from slingshot.planning.plan import Hire, Plan, serving_precision
+from slingshot.planning.plan import Hire, Plan, chosen_precision
 from slingshot.planning.request import LONGEST, DistillRequest, PretrainRequest, RLRequest
 from slingshot.planning.training_run import TrainingRun
 
@@ -40,7 +40,7 @@ def plan_pretrain(asked: PretrainRequest) -> Plan:
     rate, layout, memory, computed, given = run.rate, run.layout, run.memory, run.hours, sum(asked.stage.values())
     times = run.times(layout, memory)
     bubble = (layout.pp - 1) / (run.microbatches(layout) + layout.pp - 1)  # a stage stands idle under 1F1B
-    shortest = max(times.compute / (1 - bubble), times.memory, times.network)
+    shortest = max(times.compute / (1 - bubble), times.memory_traffic, times.network)
     bound = flops / tokens * batch / hire.count / shortest if shortest < math.inf else 0.0
     lines = [hire.line("pre-training", computed, tokens, flops, _published(asked, computed))]
     if mtp:
@@ -168,7 +168,7 @@ def plan_distill(asked: DistillRequest) -> Plan:
         one = ModelCopy(teacher, hire.device, precision, efficiency=asked.efficiency)
         return min((hours(copy) for copy in one.roomy(hire.count, given, context)), key=lambda found: found[0])
 
-    of_teacher = serving_precision(teacher, hire.device, asked.teacher_precision)
+    of_teacher = chosen_precision(teacher, hire.device, asked.teacher_precision, served=True)
     sampling_hours, batch, copy = sampling(hire, of_teacher, asked.devices_per_copy)
     each = *prefill_parts(teacher, prompt).values(), *decode_parts(teacher, context, response).values()
     writing = sampled * sum(each)
@@ -185,7 +185,7 @@ def plan_distill(asked: DistillRequest) -> Plan:
 
     def more(other: Hire) -> float:
         here = of_teacher.dtype in other.device.peak
-        return sampling(other, of_teacher if here else serving_precision(teacher, other.device, None))[0]
+        return sampling(other, of_teacher if here else chosen_precision(teacher, other.device, None, served=True))[0]
 
     return hire.plan(
         asked, memory, lines, lambda other: run.elsewhere(other, run.hours, more), **run.fields(),

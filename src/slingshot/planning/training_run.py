@@ -115,7 +115,7 @@ class TrainingRun:
         times = self.times(layout, memory)
         elementwise = 1.03 if layout.recompute == "selective" else 1.0  # norms, rotation, SwiGLU: docs/results.md
         compute = elementwise * times.compute * (1 + (layout.pp - 1) / self.microbatches(layout))
-        return max(compute, times.memory, times.network) + 0.01 * times.network
+        return max(compute, times.memory_traffic, times.network) + 0.01 * times.network
 
     def times(self, layout: Layout, memory: Memory) -> ResourceTimes:
         """Seconds of an optimizer step on one device, each resource alone.
@@ -129,7 +129,7 @@ class TrainingRun:
         moved = 3 * precision.weight * sum(held) + 2 * precision.gradient * sum(self.blocks.trained(layout, *held))
         return ResourceTimes(
             compute=self.compute_seconds * self.computed[layout.recompute],
-            memory=(microbatches * (moved + 2 * kept) + 2 * memory.optimizer) / hire.device.bandwidth,
+            memory_traffic=(microbatches * (moved + 2 * kept) + 2 * memory.optimizer) / hire.device.bandwidth,
             network=network_seconds(transfers(self.blocks, layout, hire.device, self.batch_tokens, self.context)),
         )
 

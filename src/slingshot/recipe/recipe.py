@@ -28,11 +28,12 @@ import importlib.resources
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_text
 from slingshot.base.names import did_you_mean
@@ -74,6 +75,10 @@ class RecipeStage:
         names: dict[str, float] = {}
         resolve(self.values, lambda name: names.setdefault(name, 1.0), lambda name: names.setdefault(name, 1.0))
         return list(names)
+
+    def config(self, run: Path, flops: Callable[[str], float]) -> StageConfig:
+        """Its whole config, references resolved: to paths into the folder `run`, and to what earlier stages cost."""
+        return STAGES[self.kind].config.parse(resolve(self.values, lambda name: str(run / name), flops), self.name)
 
 
 @dataclass(frozen=True)

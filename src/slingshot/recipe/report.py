@@ -17,11 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from slingshot.base import quantity
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import write_json, write_text
+from slingshot.base.files import rendered, write_json, write_text
 from slingshot.cost.bill import Sums
 from slingshot.cost.receipt import RECEIPT, Receipt
 from slingshot.machine.memory import PeakMemory
@@ -93,9 +91,6 @@ def _summary(stage: StageResult, receipt: Receipt) -> dict[str, Any]:
 
 
 def _page(record: RunRecord, folder: str, stages: list[StageResult], offered: list[str], bill: RunBill | None) -> str:
-    strict: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined}  # what a model wrote is text
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
     evaluated = [stage for stage in stages if stage.scores]
     tasks = list(dict.fromkeys(task for stage in evaluated for task in stage.scores))
     finished = [stage.receipt for stage in stages if stage.receipt]
@@ -105,7 +100,8 @@ def _page(record: RunRecord, folder: str, stages: list[StageResult], offered: li
     apart = [bill.evaluations.seconds] if bill and bill.evaluations else []
     times = [*(receipt.seconds for receipt in finished), *apart]
     scores = [score for stage in evaluated for score in stage.scores.values()]
-    return environment.get_template("report.html.jinja").render(
+    return rendered(
+        "slingshot.recipe", "report.html.jinja",
         title=record.name or folder, stages=stages, offered=offered, evaluated=evaluated, tasks=tasks, subject=subject,
         talking=talking, first=evaluated[0] if evaluated else None, bill=bill, longest=max(times, default=0.0),
         show=quantity, has_pass_at_8=any(score.pass_at_8 is not None for score in scores),

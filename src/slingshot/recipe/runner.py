@@ -35,7 +35,6 @@ from slingshot.data.shards import TokenShards
 from slingshot.recipe.process import launcher, supervise
 from slingshot.recipe.recipe import Recipe, RecipeStage
 from slingshot.recipe.results import Evaluation, headline, read_object
-from slingshot.recipe.tables import resolve
 from slingshot.stages.kinds import STAGES
 from slingshot.tasks.loader import TaskConfig
 from slingshot.training.identity import Identity, local_inputs
@@ -116,8 +115,7 @@ class _Run:
         def flops(name: str) -> float:
             return 1.0 if coming else self._receipt(name).flops
 
-        values = resolve(stage.values, lambda name: str(self.out / self.stages[name].folder), flops)
-        return STAGES[stage.kind].config.parse(values, stage.name)
+        return stage.config(self.out, flops)
 
     def _changes(self, stage: RecipeStage, begun: bool = False) -> list[str]:
         """Why a stage's artifact, or what is `begun` of it, is not what the recipe now asks for. Empty: it is."""

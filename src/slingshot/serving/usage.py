@@ -10,14 +10,13 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from importlib.resources import files
 from typing import Any
 
-import jinja2
 import sqlalchemy as sa
 from rich.table import Table
 
 from slingshot.base.errors import SlingshotError
+from slingshot.base.files import rendered
 from slingshot.base.names import unknown_name
 from slingshot.base.quantity import show_count, show_duration, show_share
 from slingshot.serving.ledger import Ledger
@@ -97,12 +96,10 @@ class UsageReport:
         return table
 
     def html(self) -> str:
-        source = files("slingshot.serving").joinpath("usage.html.jinja").read_text(encoding="utf-8")
         most = max((row.cost or row.completion for row in self.rows), default=1) or 1
         bars = [(row.cost or row.completion) / most for row in self.rows]
         made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-        template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
-        return template.render(report=self, bars=bars, made=made)
+        return rendered("slingshot.serving", "usage.html.jinja", report=self, bars=bars, made=made)
 
 
 def _group(row: Any, by: Sequence[str]) -> tuple[str, ...]:

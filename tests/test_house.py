@@ -29,7 +29,7 @@ ROOMS = {
     "machine": (525, 346),
     "model": (2145, 1412),
     "parity": (0, 1124),
-    "planning": (2068, 1391),
+    "planning": (2067, 1391),
     "quantization": (673, 472),
     "recipe": (1335, 1079),
     "rollout": (1492, 1110),

@@ -57,8 +57,8 @@ def test_tiny_generation_by_hand() -> None:
     weights = 2 * PROJECTIONS + 3 * 6 * 7 + 6 * 4 + 3 * EXPERT
     prefill = 2 * (3 * weights + 6 * 2 * 2 * (5 + 4) + 6 * 11)
     decode = 2 * (2 * weights + (4 + 5) * 2 * 2 * (2 * 5 + 2) + 2 * 6 * 11)
-    assert flops.generation_flops(TINY, 3, 1) == prefill
-    assert flops.generation_flops(TINY, 3, 3) == flops.generation_flops(TINY, 3, [1, 3]) == prefill + decode
+    assert flops.generation_flops(TINY, 3, [1]) == prefill
+    assert flops.generation_flops(TINY, 3, [3]) == flops.generation_flops(TINY, 3, [1, 3]) == prefill + decode
     assert flops.generation_flops(TINY, 3, [3, 3]) == prefill + 2 * decode
 
 
@@ -138,7 +138,7 @@ def test_dense_generation_equals_one_forward_pass(prompt: int, new: int) -> None
     """Without absorption, decoding with a cache does the same products as a forward pass, but for the logits of the
     prompt."""
     skipped = 2 * (prompt - 1) * DENSE.hidden_size * DENSE.vocab_size
-    assert flops.generation_flops(DENSE, prompt, new) == forward_flops(DENSE, [prompt + new - 1]) - skipped
+    assert flops.generation_flops(DENSE, prompt, [new]) == forward_flops(DENSE, [prompt + new - 1]) - skipped
 
 
 def test_tiny_request_by_hand() -> None:

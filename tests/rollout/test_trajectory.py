@@ -86,5 +86,5 @@ def test_rows_are_as_long_as_a_group_where_a_micro_batch_stays_as_large(trajecto
 
 def test_a_groups_first_turns_share_a_prefill(trajectory, dense):
     group = [trajectory([11, 12, 13]), trajectory([21], [22, 23])]
-    expected = generation_flops(dense(), 2, [3, 1]) + generation_flops(dense(), 4, 2)
+    expected = generation_flops(dense(), 2, [3, 1]) + generation_flops(dense(), 4, [2])
     assert sampling_cost(dense(), [group, group]) == (12, 2 * expected)

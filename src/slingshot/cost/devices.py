@@ -59,9 +59,10 @@ def device(name: str) -> Device:
     return found
 
 
-def and_others(device: Device) -> list[Device]:
-    """`device` itself, then the rest of the table."""
-    return [device, *(entry for entry in DEVICES.values() if entry.name != device.name)]
+def and_others(device: Device, dtype: str | None = None) -> list[Device]:
+    """`device` itself, then the rest of the table; with a `dtype` those that multiply in it."""
+    every = [device, *(entry for entry in DEVICES.values() if entry.name != device.name)]
+    return [each for each in every if dtype is None or dtype in each.peak]
 
 
 def local_device() -> Device:

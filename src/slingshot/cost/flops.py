@@ -149,15 +149,14 @@ def training_parts(
     return {"training": sum(trained(main, adapters).values()), "mtp": sum(trained(module, adapters).values())}
 
 
-def generation_flops(config: ModelConfig, prompt_length: int, new_tokens: int | Iterable[int]) -> float:
+def generation_flops(config: ModelConfig, prompt_length: int, new_tokens: Iterable[int]) -> float:
     """FLOPs of sampling with a cache: one prefill of the prompt, then one decode step for each further token.
 
-    `new_tokens`: tokens sampled after the prompt, the first by the prefill; several counts for samples that share it.
+    `new_tokens`: of each of the samples that share the prompt, the first of them by the prefill.
     MLA decodes in absorbed form, attention over the latent (arXiv 2405.04434, 2.1.2).
     """
-    counts = [new_tokens] if isinstance(new_tokens, int) else list(new_tokens)
     # A sample of n tokens decodes n - 1 of them; decode step i (from 1) sees prompt_length + i keys.
-    steps = [max(0, count - 1) for count in counts]
+    steps = [max(0, count - 1) for count in new_tokens]
     keys = prompt_length + _pairs(steps) / max(1, sum(steps))  # in the mean
     decoded = sum(decode_parts(config, keys, sum(steps)).values())
     return sum(prefill_parts(config, prompt_length).values()) + decoded

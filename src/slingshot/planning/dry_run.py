@@ -166,11 +166,11 @@ def dry_run_page(found: DryRun) -> PlanPage:
     empty, time_of_all = dict.fromkeys(rows[0]), show_duration(found.seconds)
     rows.append(empty | {"name": "starting processes", "time": show_duration(found.start_seconds)})
     rows.append(empty | {"name": "in all", "flops": found.flops, "money": found.money, "time": time_of_all})
-    if found.money is None:
-        rows = [{key: value for key, value in row.items() if key != "money"} for row in rows]
     memory = max((stage.peak_host_memory_bytes or 0 for stage in found.stages), default=0)
     figures = [(time_of_all, f"on {found.machine}"), (show_size(memory), "of memory, at the most")]
-    if found.money is not None:
+    if found.money is None:
+        rows = [{key: value for key, value in row.items() if key != "money"} for row in rows]
+    else:
         figures.append((show_money(found.money, ""), "at the given price"))
     note = "Every stage was run with a few steps; `once` is the part of its time that does not grow with them."
     stages, assumptions = table("The stages", rows, note, strong=len(rows) - 1), tuple(found.assumptions)

@@ -189,7 +189,7 @@ class ModelCopy:
 
     def smallest(self, context: float) -> ModelCopy | None:
         """On the fewest of these devices, else of the first others in the table, that hold a copy and one sequence."""
-        others = (other for other in and_others(self.device) if self.precision.dtype in other.peak)
+        others = and_others(self.device, self.precision.dtype)
         copies = (replace(self, device=other).spread(1024 if other.network else 1) for other in others)
         return next((copy for some in copies for copy in some if copy.largest_batch(context) >= 1), None)
 

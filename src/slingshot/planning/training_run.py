@@ -144,12 +144,11 @@ class TrainingRun:
 
     def nearest_fit(self) -> dict[str, str | int] | None:
         """Another layout on as many devices, else more of them, else another device; None: nothing in the table."""
-        for other in and_others(self.hire.device):
-            if self.hire.precision.dtype in other.peak:
-                for count in (self.hire.count * 2**power for power in range(13 if other.network else 1)):
-                    there = replace(self.hire, device=other, count=count)
-                    if count <= MOST and (layout := self.leanest(there)) is not None:
-                        return {"device": other.name, "count": count, "layout": str(layout)}
+        for other in and_others(self.hire.device, self.hire.precision.dtype):
+            for count in (self.hire.count * 2**power for power in range(13 if other.network else 1)):
+                there = replace(self.hire, device=other, count=count)
+                if count <= MOST and (layout := self.leanest(there)) is not None:
+                    return {"device": other.name, "count": count, "layout": str(layout)}
         return None
 
     def fields(self) -> dict[str, Any]:

@@ -3,8 +3,8 @@ scaling.
 
     dry_run(Recipe.load("tiny"), until="rl_final").seconds
 
-Each stage has a process of its own (dry_stage.py), in a temporary folder, and the model that the dry stage before it
-made. No torch here.
+Each stage has a process of its own (recipe/dry_stage.py), in a temporary folder, and the model that the dry stage
+before it made. No torch here.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class _DryRun:
         write_json(self.folder / "job.json", job)
         result.unlink(missing_ok=True)
         begin = time.perf_counter()
-        command = [sys.executable, "-m", "slingshot.planning.dry_stage", str(self.folder / "job.json")]
+        command = [sys.executable, "-m", "slingshot.recipe.dry_stage", str(self.folder / "job.json")]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
         took = time.perf_counter() - begin
         if done.returncode or not result.exists():

@@ -1,6 +1,6 @@
 """One stage of a dry run, in a process of its own: the stage's own code on a few steps, sampling scripted. Uses torch.
 
-    python -m slingshot.planning.dry_stage job.json      # what `dry_run` starts
+    python -m slingshot.recipe.dry_stage job.json      # what `dry_run` starts
 
 Where a stage samples, the engine decodes as many tokens as the tasks' worked solutions have, and those are what is then
 verified and trained on: a model of a few steps would neither stop in time nor be right.

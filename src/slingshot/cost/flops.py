@@ -127,11 +127,8 @@ def training_flops(config: ModelConfig, lengths: Iterable[int], mtp: bool = True
 
 def trained(parts: Mapping[str, float], adapters: float | None = None) -> dict[str, float]:
     """FLOPs of forward and backward by part, of those of a forward pass; `adapters` as in `training_parts`."""
-    frozen = adapters is not None
-    return {part: flops * (2 if frozen and part not in _NEVER_FROZEN else 3) for part, flops in parts.items()}
-
-
-_NEVER_FROZEN = ("attention", "adapters")  # the former multiplies no weights
+    whole = parts if adapters is None else ("attention", "adapters")  # the former multiplies no weights
+    return {part: flops * (3 if part in whole else 2) for part, flops in parts.items()}
 
 
 def training_parts(

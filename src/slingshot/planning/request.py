@@ -76,6 +76,10 @@ Whole = Annotated[int, _number(quantity.whole)]
 Share = Annotated[float, _number(quantity.share, positive=True)]
 Model = Annotated[NamedModel, _text(lambda name: NamedModel(name=name, config=ModelConfig.preset(name)))]
 Hired = Annotated[Device, _text(device)]
+ZeroStage = Annotated[Zero, _text(lambda text: int(text) if text.isdecimal() else text)]
+Targets = Annotated[tuple[str, ...], _text(lambda text: tuple(map(str.strip, text.split(","))))]
+Stages = Annotated[dict[str, Number], BeforeValidator(_hours_by_name)]
+Prices = Annotated[tuple[float, float, float], BeforeValidator(_prices)]
 
 
 def _asked(help: str, default: Any = None, **bounds: Any) -> Any:
@@ -103,9 +107,7 @@ class TrainingRequest(PlanRequest):
     tp: Whole | None = _asked("Tensor parallel ways; chosen when not given.")
     pp: Whole | None = _asked("Pipeline stages; chosen when not given.")
     ep: Whole | None = _asked("Expert parallel ways; chosen when not given.")
-    zero: Annotated[Zero, _text(lambda text: int(text) if text.isdecimal() else text)] | None = _asked(
-        "ZeRO stage, 0 to 3; or chosen."
-    )
+    zero: ZeroStage | None = _asked("ZeRO stage, 0 to 3; or chosen.")
     recompute: Recompute | None = _asked("none, selective or full; chosen when not given.")
     logits_chunk: Whole | None = _asked("Tokens whose logits are in memory at once; else a sequence's.")
     state_dtype: Literal["float32", "bfloat16"] | None = _asked("Of AdamW's moments; else as the precision has them.")
@@ -126,7 +128,7 @@ class AdapterRequest(TrainingRequest):
     """What every plan is asked in which all of a model is trained, or adapters beside a frozen one (LoRA)."""
 
     lora: Whole | None = _asked("Rank of adapters that are trained in place of all weights.")
-    lora_targets: Annotated[tuple[str, ...], _text(lambda text: tuple(map(str.strip, text.split(","))))] = _asked(
+    lora_targets: Targets = _asked(
         "What adapters stand beside: attention, mlp, experts, or matrices by name.", ("attention", "mlp")
     )
 
@@ -150,9 +152,7 @@ class PretrainRequest(TrainingRequest):
     hours: Number | None = _asked("Device-hours it took: shows what rate they come to.")
     context: Whole | None = _asked("Tokens in a sequence; else 4096.")
     batch: Number | None = _asked("Tokens in an optimizer step; else 4M, or a sequence a device.")
-    stage: Annotated[dict[str, Number], BeforeValidator(_hours_by_name)] = _asked(
-        "NAME=HOURS: a further line of the bill; may be repeated.", {}
-    )
+    stage: Stages = _asked("NAME=HOURS: a further line of the bill; may be repeated.", {})
 
 
 class SamplingRequest(PlanRequest):
@@ -202,6 +202,4 @@ class ServeRequest(SamplingRequest):
     latency: Annotated[float, _number(quantity.seconds, True)] = _asked("What a user waits for a token at most.", 0.05)
     input: Number | None = _asked("Input tokens of a day's traffic.")
     output: Number | None = _asked("Output tokens of a day's traffic.")
-    prices: Annotated[tuple[float, float, float], BeforeValidator(_prices)] | None = _asked(
-        "Per million tokens: cached input/other input/output, such as 0.14/0.55/2.19."
-    )
+    prices: Prices | None = _asked("Per million tokens: cached input/other input/output, such as 0.14/0.55/2.19.")

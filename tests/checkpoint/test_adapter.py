@@ -108,8 +108,11 @@ def test_it_is_described_by_its_base(base, adapter):
     assert facts["parameters"] == examine(str(base))["parameters"] and described(str(adapter)) == described(str(base))
 
 
-def test_a_base_is_found_beside_its_adapter(base, adapter):
+def test_a_base_is_found_beside_its_adapter(base, adapter, tmp_path, monkeypatch):
     edit(adapter, base_model_name_or_path="../base")
+    (tmp_path / "else" / "base").mkdir(parents=True)  # no model lies there
+    (tmp_path / "else" / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "else" / "here")
     assert open_weights(adapter).config == open_weights(base).config
 
 

@@ -136,6 +136,7 @@ def test_offline_without_the_files_says_what_is_missing(hub, ask, filled, checkp
     assert ask.one("locate", "org/name") == found and same(Path(found), checkpoints[0])
 
 
+@pytest.mark.slow
 def test_a_revision_stays_what_it_was(hub, ask, checkpoints):
     first = hub.commit("org/name", contents(checkpoints[0]), "main", "v1")
     second = hub.commit("org/name", contents(checkpoints[1]), "main", "refs/pr/1")
@@ -258,6 +259,7 @@ def test_an_interrupt_ends_a_download_at_once(hub, ask, filled):
         process.kill()
 
 
+@pytest.mark.slow
 def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub, ask):
     """huggingface_hub counts in pieces of 10 MiB."""
     content = bytes(range(256)) * 100_000

@@ -53,11 +53,13 @@ def test_bench_prints_a_table_and_where_it_was_measured(command: Command, checkp
     assert all(value > 0 for row in measured["rows"] for value in row.values())
 
 
+@pytest.mark.slow
 def test_bench_takes_a_preset_with_random_weights(command: Command) -> None:
     code, out, _ = command("bench", "deepseek-v3-tiny-576", "--batch", 2, "--new", 2, "--first", 1, "--rounds", 1)
     assert code == 0 and "deepseek-v3-tiny-576 with random weights in " in out and " by " in out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(native_library() is None, reason="no native library is built here")
 def test_bench_rounds_weights_when_asked(command: Command) -> None:
     asked = (

@@ -26,7 +26,7 @@ def started(model, *options):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+@pytest.mark.parametrize("platform", ["cpu", pytest.param("cuda", marks=pytest.mark.slow)])
 def test_the_server_gets_the_options_that_rollouts_need(checkpoint, stand_in, platform):
     done = started(checkpoint, "--port", "8001", "--python", stand_in(platform), "--", "--seed", "7")
     said, told = done.stdout.splitlines()

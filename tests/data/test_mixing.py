@@ -43,7 +43,9 @@ def test_a_step_needs_no_step_before_it(
         assert whole.tolist() == [value for part in split for value in part.tolist()]
 
 
-@pytest.mark.parametrize("weights", [[0.7, 0.3], [3.0, 1.0, 1.0], [0.98, 0.01, 0.01]])
+@pytest.mark.parametrize(
+    "weights", [[3.0, 1.0, 1.0], *(pytest.param(w, marks=pytest.mark.slow) for w in ([0.7, 0.3], [0.98, 0.01, 0.01]))]
+)
 def test_sources_have_their_shares_at_every_moment_and_every_row_once_an_epoch(weights: list[float]) -> None:
     sizes = [900, 70, 33][: len(weights)]
     sources, rows = RowMix(sizes, weights, seed=3).rows(0, 3 * PERIOD)

@@ -87,7 +87,7 @@ def one_by_one(model, tokenizer):
 
 @pytest.mark.parametrize(
     "options",
-    [{"step_tokens": 7}, {"pages": 11}, *(pytest.param(o, marks=SLOW) for o in ({"max_batch": 3}, {"step_tokens": 1}))],
+    [{"step_tokens": 7}, *(pytest.param(o, marks=SLOW) for o in ({"pages": 11}, {"max_batch": 3}, {"step_tokens": 1}))],
 )
 def test_chunks_rows_and_preemption_change_no_token(model, tokenizer, one_by_one, options):
     """Requests arriving while others run, a cache of 11 pages that holds one of them, or two."""

@@ -58,19 +58,16 @@ def kept_by_autograd(config: ModelConfig, tokens: int, recompute: str = "none") 
     torch.manual_seed(0)
     model = Transformer(config)
     MemoryConfig(recompute=recompute).apply(model)
-    before = live_storages()
+    parameters = {each.untyped_storage().data_ptr() for each in model.state_dict().values()}
+    gc.collect()
+    gc.freeze()  # what is there already is not looked at again
     with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor):
         output = model(torch.randint(0, config.vocab_size, (1, tokens)))  # which holds the graph
-    found = live_storages()
+    storages = [each.untyped_storage() for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+    gc.unfreeze()
     assert output.logits_BTV is not None
-    return sum(found[address] for address in found.keys() - before.keys())
-
-
-def live_storages() -> dict[int, int]:
-    """Bytes of the storages of all tensors, by address."""
-    gc.collect()
-    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
-    return {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    found = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(size for address, size in found.items() if address not in parameters)
 
 
 QWEN = DENSE.model_copy(update={"qk_norm": True})

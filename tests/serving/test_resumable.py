@@ -80,6 +80,7 @@ def test_an_answer_goes_on_where_its_client_was_cut_off(serve):
     assert len(backend.asked) == 2
 
 
+@pytest.mark.slow
 def test_it_is_kept_for_a_while_after_its_end(serve):
     client, backend = serve(0.0, limits=Limits(resume=2.0))
     id, _ = left_behind(client, None)

@@ -11,6 +11,7 @@ from slingshot.checkpoint.load_save import load_model, load_tokenizer, save_chec
 from slingshot.cost.receipt import Receipt, artifact_digest
 from slingshot.stages.convert import ConvertConfig, run, write_gguf_file
 from slingshot.text.tokenizer import Tokenizer
+from slingshot.training.identity import Identity
 
 NAME = "model.layers.1.mlp.experts.5.up_proj.weight"
 
@@ -44,6 +45,28 @@ def test_a_checkpoint_with_its_receipt(source, tmp_path):
     receipt = Receipt.read(out)
     assert (receipt.stage, receipt.flops, receipt.parents[0].digest) == ("convert", 0.0, artifact_digest(source))
     assert not out.with_name("out.partial").exists()
+
+
+def test_a_packages_weights_make_the_same_artifact_until_they_change(make_model, deepseek, tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    source.mkdir()
+    tokenizer = Tokenizer.train(["the same words as before"] * 9, vocab_size=280)
+    save_checkpoint(source, make_model(deepseek(vocab_size=280)), tokenizer)
+    package = tmp_path / "carrier_of_weights"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    write_gguf_file(str(source), package / "model.gguf", None)
+    monkeypatch.syspath_prepend(tmp_path)
+    out = convert("package:carrier_of_weights", tmp_path / "out")
+    config = ConvertConfig(source="package:carrier_of_weights", threads=1)
+
+    def differences():
+        return Identity.of("convert", config).differences(Identity.of_receipt(Receipt.read(out)), ConvertConfig)
+
+    assert differences() == []
+    (package / "model.gguf").unlink()
+    write_gguf_file(str(source), package / "model.gguf", "float16")
+    assert differences() == ["package:carrier_of_weights changed"]
 
 
 def test_bfloat16_on_disk_is_what_config_json_says(source, tmp_path):

@@ -52,6 +52,7 @@ def test_the_same_seed_makes_the_same_weights(base, pretraining, metrics, tmp_pa
         assert (tmp_path / "again" / file).read_bytes() == (base / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_products_in_fp8_are_a_choice_of_training_alone(base, pretraining, metrics, tmp_path):
     """It learns as without, from the same weights; the receipt tells of it, and the checkpoint is float32's."""
     pretrain.run(pretraining(fp8="block"), tmp_path / "out")

@@ -87,6 +87,7 @@ def test_a_run_learns_the_format_and_says_what_it_took(base, finetuning, metrics
     assert load_model(tmp_path / "out").config == load_model(base).config
 
 
+@pytest.mark.slow
 def test_products_may_be_in_fp8_but_not_beside_adapters(finetuning, metrics, tmp_path):
     for name, choice in (("plain", {}), ("low", {"fp8": "tensor"})):
         sft.run(finetuning(epochs=1, **choice), tmp_path / name)

@@ -31,7 +31,7 @@ def keys(items):
     return [item.problem.key for item in items]
 
 
-@pytest.mark.parametrize("length", [60, 6000])
+@pytest.mark.parametrize("length", [60, pytest.param(6000, marks=pytest.mark.slow)])
 def test_every_problem_of_a_file_comes_once_before_any_twice(file, length):
     """Also of one that takes no notice of its seed, drawn in steps of four; every pass has an order of its own."""
     config = file(f"return [{{'prompt': str(n)}} for n in range({length})]")

@@ -74,6 +74,7 @@ def test_a_file_that_draws_from_global_generators_draws_by_the_seed(load):
     assert not set(whole) & {problem for _, problem in mixed}
 
 
+@pytest.mark.slow
 def test_problems_is_called_once_for_all_its_problems_and_slow_ones_are_fetched_in_time(load):
     wait = "for n in itertools.count(seed): yield time.sleep(0.03) or {'prompt': str(n), 'data': {'calls': calls}}"
     source = (

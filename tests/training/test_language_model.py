@@ -156,7 +156,9 @@ def test_ranks_share_the_rows_and_all_take_part():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("native", ["", "off"])
-@pytest.mark.parametrize("shape", [{}, {"q_lora_rank": None}, {"qk_norm": True}])
+@pytest.mark.parametrize(
+    "shape", [{}, *(pytest.param(s, marks=pytest.mark.slow) for s in ({"q_lora_rank": None}, {"qk_norm": True}))]
+)
 def test_what_is_computed_again_gives_the_same_gradients_to_the_bit(
     make_model, deepseek, dense, shape, native, dtype, monkeypatch
 ):

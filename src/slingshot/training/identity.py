@@ -148,7 +148,8 @@ class Identity:
 
         def old_content(name: str, checkpoint: bool) -> str:
             # What the old one did not record, such as a task file in an older receipt, goes by its name.
-            return recorded.get(name) or recorded.get(Path(name).name) or (name if hub_name(name) else Path(name).name)
+            file = _place(name, checkpoint).name
+            return recorded.get(name) or recorded.get(file) or (name if hub_name(name) else file)
 
         def new_content(name: str, checkpoint: bool) -> str:
             known, digest = old_content(name, checkpoint), self.digests.get(name)
@@ -161,6 +162,14 @@ class Identity:
         different = config.differences(_with_inputs(before, old_content), _with_inputs(self.config, new_content))
         shown = different | config.differences(before, self.config)
         return [*changed, *(f"{key} {_brief(shown[key][0])} -> {_brief(shown[key][1])}" for key in different)]
+
+
+def _place(name: str, checkpoint: bool) -> Path:
+    """Where it lies, as a receipt has it: a package's weights under their own path."""
+    if checkpoint and name.startswith("package:"):
+        with contextlib.suppress(SlingshotError):  # no longer installed
+            return locate(name)
+    return Path(name)
 
 
 def content_digest(path: Path) -> str:

@@ -31,7 +31,7 @@ ROOMS = {
     "parity": (0, 1124),
     "planning": (1910, 1303),
     "quantization": (673, 472),
-    "recipe": (1490, 1174),
+    "recipe": (1496, 1180),
     "rollout": (1492, 1110),
     "sandbox": (1005, 628),
     "serving": (5847, 5515),

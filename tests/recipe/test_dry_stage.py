@@ -48,6 +48,12 @@ def test_responses_are_worked_solutions_some_of_them_wrong(base: Path, tmp_path:
     assert all(0 < row["no_signal"] < 1 and 3 < row["response_tokens"] < 32 for row in rows)
 
 
+def test_rejection_sampling_keeps_all_that_it_may(base: Path, tmp_path: Path) -> None:
+    config = MICRO["sample"] | {"model": str(base), "problems": 24, "tasks": ARITHMETIC, "dtype": "float32"}
+    run("sample", config, config, 1.0, tmp_path / "sample")
+    assert len(read_jsonl(tmp_path / "sample" / "data.jsonl")) == 24
+
+
 def test_a_student_is_timed_on_what_is_written_for_it(base: Path, tmp_path: Path) -> None:
     sizes = {"steps": 2, "prompts_per_step": 8, "sequence_length": 64, "sampling": {"max_tokens": 32}}
     config = {"model": str(base), "teachers": [{"model": str(base)}], "tasks": ARITHMETIC, "dtype": "float32"} | sizes

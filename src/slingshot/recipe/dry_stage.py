@@ -40,14 +40,20 @@ _IN_WORDS: Mapping[Style, float] = {"steps": 1.0}
 
 
 class SolutionScript:
-    """Says an item's worked solution, with its own answer as often as the item's chance has it, else with another's."""
+    """Says an item's worked solution, with its own answer as often as the item's chance has it, else with another's;
+    where samples are `kept` for training, always with its own, so that they are as many as may be."""
 
     def __init__(
-        self, items: Sequence[Item], tokenizer: Tokenizer, max_tokens: int, styles: Mapping[Style, float]
+        self,
+        items: Sequence[Item],
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        styles: Mapping[Style, float],
+        kept: bool = False,
     ) -> None:
         self._items = {item.key: item for item in items}
         self._answers = [item.problem.answer for item in items]
-        self._tokenizer, self._max_tokens, self._styles = tokenizer, max_tokens, styles
+        self._tokenizer, self._max_tokens, self._styles, self._kept = tokenizer, max_tokens, styles, kept
         self.first_said: float | None = None  # when the first sample was asked for
 
     def __call__(self, key: str, index: int) -> Solution:
@@ -57,7 +63,7 @@ class SolutionScript:
         styles = {s: n for s, n in self._styles.items() if s != "calls" or item.task.tools}  # nothing to call: no calls
         (style,) = rng.choices(list(styles or _IN_WORDS), list((styles or _IN_WORDS).values()))
         said = item.task.solution(item.problem, style, rng) if item.task.has_solutions else self._long(item)
-        if rng.random() < random.Random(item.key).betavariate(SHARPNESS, SHARPNESS):
+        if self._kept or rng.random() < random.Random(item.key).betavariate(SHARPNESS, SHARPNESS):
             return said
         others = [answer for answer in rng.choices(self._answers, k=8) if answer != item.problem.answer]
         return replace(said, answer=others[0] if others else "?")
@@ -130,7 +136,7 @@ def run(job: dict[str, Any]) -> dict[str, float]:
         source, items = locate(settings.model), items_of(kind, settings)
         tokenizer, drawn = load_tokenizer(source), time.perf_counter()
         engine = Engine.load(source, dtype=settings.dtype)
-        script = SolutionScript(items, tokenizer, settings.sampling.max_tokens, job["styles"])
+        script = SolutionScript(items, tokenizer, settings.sampling.max_tokens, job["styles"], kept=kind == "sample")
         more["sampler"] = ScriptedSampler(script, tokenizer, engine.config, timed=EngineSampler(engine))
         if kind not in ("rl", "distill"):  # which load their own model beside the sampler's
             loading = time.perf_counter() - drawn

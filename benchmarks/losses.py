@@ -33,14 +33,25 @@ def stage(module: Any, config: type, out: Path, values: dict[str, Any]) -> Path:
 
 
 def score(
-    model: Path, out: Path, problems: int, tasks: Sequence[dict[str, Any]] = (TASK,), max_tokens: int = 48
-) -> list[dict[str, float]]:
+    model: Path, out: Path, problems: int, tasks: Sequence[dict[str, Any]] = (TASK,), max_tokens: int = 48, **more: Any
+) -> list[dict[str, Any]]:
     """What a model solves of each task at temperature 1, its format and the tokens of a response."""
-    values = {"model": str(model), "tasks": [*tasks], "problems": problems, "samples": 4, "examples": 0}
+    values = {"model": str(model), "tasks": [*tasks], "problems": problems, "samples": 4, "examples": 0} | more
     sampling = {"temperature": 1.0, "top_p": 1.0, "max_tokens": max_tokens}
     stage(evaluate, evaluate.EvaluateConfig, out, values | {"sampling": sampling})
     found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["tasks"]
     return [found[task["name"]] for task in tasks]
+
+
+def pretrained(
+    seed: int, out: Path, tasks: Sequence[dict[str, Any]], count: int, length: int, written: Any = None, **more: Any
+) -> Path:
+    """Micro's base, trained for longer on `count` documents, `written` so; rows are `length` tokens."""
+    recipe = tomllib.loads((files("slingshot.recipe") / "recipes" / "micro.toml").read_text(encoding="utf-8"))
+    base = {key: value for key, value in recipe["base"].items() if key != "stage"}
+    documents = base["documents"] | {"tasks": [*tasks], "count": count} | (written or {})
+    values = {"steps": 1500, "documents": documents, "sequence_length": length, "seed": seed} | more
+    return stage(pretrain, pretrain.PretrainConfig, out / "base", base | values)
 
 
 def reasoner(
@@ -51,16 +62,10 @@ def reasoner(
     examples: int = 400,
     length: int = 64,
 ) -> Path:
-    """Micro's base, trained for longer on `count` documents, after its cold start; rows are `length` tokens."""
-    recipe = tomllib.loads((files("slingshot.recipe") / "recipes" / "micro.toml").read_text(encoding="utf-8"))
-    base = {key: value for key, value in recipe["base"].items() if key != "stage"}
-    documents = base["documents"] | {"tasks": [*tasks], "count": count}
-    common = {"sequence_length": length, "seed": seed}
-    start = stage(
-        pretrain, pretrain.PretrainConfig, out / "base", base | {"steps": 1500, "documents": documents} | common
-    )
+    """That base after a cold start on `examples` worked solutions."""
+    start = pretrained(seed, out, tasks, count, length)
     cold = {"model": str(start), "tasks": [*tasks], "examples": examples, "epochs": 2}
-    return stage(sft, sft.SFTConfig, out / "cold_start", cold | common)
+    return stage(sft, sft.SFTConfig, out / "cold_start", cold | {"sequence_length": length, "seed": seed})
 
 
 def main() -> None:

@@ -96,10 +96,10 @@ def test_answers_that_the_limit_cut_off_are_told_where_they_are_many(evaluating)
 def test_scores_by_level_and_of_majorities(evaluating):
     """Level 10 comes behind 9. Of the second problem's samples two wrong answers are alike."""
     results = [result("chat", [1.0] * 4, [1] * 4, level="9", answers=["1"] * 4)]
-    results += [result("chat", [1.0, 0.0, 0.0, 0.0], [1] * 4, level="10", answers=["1", "2", "2", None])]
+    results += [result("chat", [1.0, 0.0, 0.0, 0.0], [1, 2, 3, 4], level="10", answers=["1", "2", "2", None])]
     found = summarise(results, evaluating(samples=4))["tasks"]["sums"]
     assert list(found["by_level"]) == ["9", "10"] and found["notes"] == ["by level 9: 100%, 10: 25%"]
-    assert found["by_level"]["10"] == {"pass@1": 0.25, "ci95": wilson(0.25, 1), "n": 1}
+    assert found["by_level"]["10"] == {"pass@1": 0.25, "ci95": wilson(0.25, 1), "n": 1, "mean_tokens": 2.5}
     means = {name: each["mean"] for name, each in found["at_k"].items()}
     assert means == {"pass@2": 0.75, "maj@2": 0.75, "pass@4": 1.0, "maj@4": 0.5}
     assert found["at_k"]["maj@4"]["ci95"] == interval([1.0, 0.0], samples=4, seed=0)

@@ -200,15 +200,16 @@ def at_k(rows: Sequence[dict[str, Any]], config: EvaluateConfig) -> dict[str, An
 
 
 def by_level(rows: Sequence[dict[str, Any]], config: EvaluateConfig) -> dict[str, Any]:
-    """pass@1 at each level, where problems have several; the easiest first."""
+    """pass@1 and tokens at each level, where problems have several; the easiest first."""
     levels = {row["level"] for row in rows if row.get("level") is not None}
     found = {}
     for name in sorted(levels, key=lambda level: (len(level), level)) if len(levels) > 1 else []:
-        scores = [float(np.mean(row["accuracy"])) for row in rows if row.get("level") == name]
-        ci95 = interval(scores, config.samples, config.seed)
-        found[name] = {"pass@1": float(np.mean(scores)), "ci95": ci95, "n": len(scores)}
+        its = [row for row in rows if row.get("level") == name]
+        scores = [float(np.mean(row["accuracy"])) for row in its]
+        told = {"pass@1": float(np.mean(scores)), "ci95": interval(scores, config.samples, config.seed)}
+        found[name] = told | {"n": len(its), "mean_tokens": mean(its, "tokens")}
         if "calls" in rows[0]:
-            found[name]["calls"] = mean([row for row in rows if row.get("level") == name], "calls")
+            found[name]["calls"] = mean(its, "calls")
     return found
 
 

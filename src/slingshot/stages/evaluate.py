@@ -205,9 +205,8 @@ def by_level(rows: Sequence[dict[str, Any]], config: EvaluateConfig) -> dict[str
     found = {}
     for name in sorted(levels, key=lambda level: (len(level), level)) if len(levels) > 1 else []:
         its = [row for row in rows if row.get("level") == name]
-        scores = [float(np.mean(row["accuracy"])) for row in its]
-        told = {"pass@1": float(np.mean(scores)), "ci95": interval(scores, config.samples, config.seed)}
-        found[name] = told | {"n": len(its), "mean_tokens": mean(its, "tokens")}
+        ci95 = interval([float(np.mean(row["accuracy"])) for row in its], config.samples, config.seed)
+        found[name] = {"pass@1": mean(its, "accuracy"), "ci95": ci95, "n": len(its), "mean_tokens": mean(its, "tokens")}
         if "calls" in rows[0]:
             found[name]["calls"] = mean(its, "calls")
     return found

@@ -44,28 +44,21 @@ def score(
 
 
 def pretrained(
-    seed: int, out: Path, tasks: Sequence[dict[str, Any]], count: int, length: int, written: Any = None, **more: Any
+    seed: int, out: Path, tasks: Sequence[dict[str, Any]], count: int, length: int, steps: int = 1500
 ) -> Path:
-    """Micro's base, trained for longer on `count` documents, `written` so; rows are `length` tokens."""
+    """Micro's base, trained for longer on `count` documents; rows are `length` tokens."""
     recipe = tomllib.loads((files("slingshot.recipe") / "recipes" / "micro.toml").read_text(encoding="utf-8"))
     base = {key: value for key, value in recipe["base"].items() if key != "stage"}
-    documents = base["documents"] | {"tasks": [*tasks], "count": count} | (written or {})
-    values = {"steps": 1500, "documents": documents, "sequence_length": length, "seed": seed} | more
+    documents = base["documents"] | {"tasks": [*tasks], "count": count}
+    values = {"steps": steps, "documents": documents, "sequence_length": length, "seed": seed}
     return stage(pretrain, pretrain.PretrainConfig, out / "base", base | values)
 
 
-def reasoner(
-    seed: int,
-    out: Path,
-    tasks: Sequence[dict[str, Any]] = (TASK,),
-    count: int = 8000,
-    examples: int = 400,
-    length: int = 64,
-) -> Path:
-    """That base after a cold start on `examples` worked solutions."""
-    start = pretrained(seed, out, tasks, count, length)
-    cold = {"model": str(start), "tasks": [*tasks], "examples": examples, "epochs": 2}
-    return stage(sft, sft.SFTConfig, out / "cold_start", cold | {"sequence_length": length, "seed": seed})
+def reasoner(seed: int, out: Path) -> Path:
+    """That base after a cold start on worked solutions."""
+    start = pretrained(seed, out, [TASK], 8000, 64)
+    cold = {"model": str(start), "tasks": [TASK], "examples": 400, "epochs": 2, "sequence_length": 64, "seed": seed}
+    return stage(sft, sft.SFTConfig, out / "cold_start", cold)
 
 
 def main() -> None:

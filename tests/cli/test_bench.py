@@ -36,6 +36,7 @@ def test_a_step_of_experts_reads_those_that_a_batch_touches(deepseek: Callable[.
     )
 
 
+@pytest.mark.slow
 def test_bench_prints_a_table_and_where_it_was_measured(command: Command, checkpoint: Path) -> None:
     asked = ("bench", checkpoint, "--batch", "1,3", "--prompt", 5, "--new", 4, "--first", 20, "--rounds", 1)
     code, out, _ = command(*asked, "--dtype", "float32")

@@ -38,6 +38,7 @@ def test_the_server_gets_the_options_that_rollouts_need(checkpoint, stand_in, pl
     assert ("--enforce-eager" in arguments) == (platform == "cpu")
 
 
+@pytest.mark.slow
 def test_a_python_without_vllm_is_refused_in_a_line(checkpoint):
     done = started(checkpoint)
     assert done.returncode == 2 and done.stderr.count("\n") == 1

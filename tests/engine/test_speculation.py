@@ -26,7 +26,7 @@ TIGHT = {"max_batch": 2, "step_tokens": 9}, {"cache_bytes": 38_000}
 @pytest.mark.parametrize(
     ("temperature", "options"),
     [
-        (0.0, {}), (0.8, TIGHT[0]), pytest.param(0.8, {}, marks=pytest.mark.slow),
+        (0.0, {}), *(pytest.param(0.8, each, marks=pytest.mark.slow) for each in (TIGHT[0], {})),
         *(pytest.param(each, TIGHT[1], marks=pytest.mark.slow) for each in (0.0, 0.8)),
         pytest.param(0.0, TIGHT[0], marks=pytest.mark.slow),
     ],

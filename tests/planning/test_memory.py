@@ -82,12 +82,12 @@ MLA_ALONE = ALONE.model_copy(update={"n_group": 1})
         # silu's output, V and the output padded to the width of K; indices are small.
         (MLA_ALONE, True, "none", 4 * 3 * 96 + 4 * 4 * (48 - 32) + 4 * 4 * 48),
         # As before; a padded V is none that is made again, and what is dispatched here is gathered again.
-        (DENSE, False, "selective", 4 * 384 + 4 * 2 * 2 * 32 + 4 * (2 + 4)),
+        pytest.param(DENSE, False, "selective", 4 * 384 + 4 * 2 * 2 * 32 + 4 * (2 + 4), marks=pytest.mark.slow),
         (MLA_ALONE, True, "selective", 4 * 3 * 96 + 4 * 4 * 48 + 4 * 4 * 48 - 4 * 2 * 128),
         (DENSE, False, "full", 0),
         # Two norms more; K before it is repeated.
-        (QWEN, False, "none", 4 * 384 + 4 * 2 * 2 * 32 + 4 * (2 + 4 + 4 + 2)),
-        (QWEN, False, "selective", 4 * 384 + 4 * 3 * 2 * 32 + 4 * (2 + 4 + 4 + 2)),
+        pytest.param(QWEN, False, "none", 4 * 384 + 4 * 2 * 2 * 32 + 4 * (2 + 4 + 4 + 2), marks=pytest.mark.slow),
+        pytest.param(QWEN, False, "selective", 4 * 384 + 4 * 3 * 2 * 32 + 4 * (2 + 4 + 4 + 2), marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_activations_are_autograd_s_but_for_what_fusion_saves(

@@ -77,6 +77,7 @@ def test_run_makes_every_artifact_and_then_skips_all(
     assert "skipped (unchanged)" in said.err and "What is 2+2?" in said.out
 
 
+@pytest.mark.slow
 def test_a_changed_key_runs_its_stage_and_what_came_of_it_again(load: Load, out: Path, capsys: Captured) -> None:
     run(load(TEXT, "picks.lr=0.75"), out)
     said = capsys.readouterr().err

@@ -110,6 +110,7 @@ def test_partial_responses_go_on_with_newer_weights(training, saying, metrics, t
     assert [row["staleness"] for row in metrics(tmp_path / "out")] == [0, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_what_was_begun_and_not_trained_on_is_drawn_again(training, saying, metrics, tmp_path):
     config = training(staleness=1, save_seconds=0.0)
     whole, broken = Asked(saying), Asked(saying)

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import tomllib
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from tiny import interval
 
+from slingshot.base.files import packaged_toml
 from slingshot.stages import evaluate, pretrain, rl, sft
 from slingshot.training.objectives import POLICY_LOSSES
 
@@ -43,12 +42,17 @@ def score(
     return [found[task["name"]] for task in tasks]
 
 
+def base_of(recipe: str) -> dict[str, Any]:
+    """What a recipe's stage `base` sets."""
+    stages = packaged_toml("slingshot.recipe", f"recipes/{recipe}.toml")
+    return {key: value for key, value in stages["base"].items() if key != "stage"}
+
+
 def pretrained(
     seed: int, out: Path, tasks: Sequence[dict[str, Any]], count: int, length: int, steps: int = 1500
 ) -> Path:
     """Micro's base, trained for longer on `count` documents; rows are `length` tokens."""
-    recipe = tomllib.loads((files("slingshot.recipe") / "recipes" / "micro.toml").read_text(encoding="utf-8"))
-    base = {key: value for key, value in recipe["base"].items() if key != "stage"}
+    base = base_of("micro")
     documents = base["documents"] | {"tasks": [*tasks], "count": count}
     values = {"steps": steps, "documents": documents, "sequence_length": length, "seed": seed}
     return stage(pretrain, pretrain.PretrainConfig, out / "base", base | values)

@@ -13,12 +13,12 @@ import argparse
 import json
 import statistics
 import time
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from slingshot.base.files import packaged_toml
 from slingshot.machine.device import describe_machine
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
@@ -29,7 +29,6 @@ from slingshot.tasks.task import Problem
 from slingshot.training.parallel import Parallel
 from slingshot.training.policy import PolicyLoss, PolicyRows, policy_step, trains_mtp
 
-PACKAGE = Path(__file__).resolve().parent.parent / "src" / "slingshot"
 LENGTH = 256
 
 
@@ -66,8 +65,8 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     smollm2 = ModelConfig.preset("smollm2-135m")
-    recipe = tomllib.loads((PACKAGE / "recipe" / "recipes" / "tiny.toml").read_text())
-    tiny = ModelConfig.model_validate(recipe["base"]["model"] | {"vocab_size": recipe["base"]["vocab_size"]})
+    base = packaged_toml("slingshot.recipe", "recipes/tiny.toml")["base"]
+    tiny = ModelConfig.model_validate(base["model"] | {"vocab_size": base["vocab_size"]})
     shapes = {"smollm2-50": (smollm2, 8, 50, 64), "smollm2-300": (smollm2, 8, 300, 64), "tiny": (tiny, 16, 60, 120)}
     found: dict[str, Any] = {
         "machine": describe_machine().model_dump(mode="json"),

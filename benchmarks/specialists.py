@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import tomllib
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from losses import score, stage
+from losses import base_of, score, stage
 from tiny import interval
 
 from slingshot.stages import distill, pretrain, rl, sft
@@ -37,8 +35,7 @@ SAMPLING: dict[str, Any] = {"max_tokens": 200}
 
 def reasoner(folder: Path) -> Path:
     """The recipe code's model, smaller, after 4.1M tokens of all tasks and a cold start on worked solutions."""
-    recipe = tomllib.loads((files("slingshot.recipe") / "recipes" / "code.toml").read_text(encoding="utf-8"))
-    base = {key: value for key, value in recipe["base"].items() if key != "stage"}
+    base = base_of("code")
     documents = {"count": 90_000, "styles": {"answer": 0.3, "steps": 0.7}, "template_share": 0.4, "language_mix": 0.0}
     base |= {"model": base["model"] | SHAPE, "documents": documents | {"tasks": TASKS}, "steps": 500}
     common = {"sequence_length": 256} | PRECISION

@@ -17,14 +17,12 @@ import argparse
 import json
 import statistics
 import time
-import tomllib
 from collections.abc import Sequence
-from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from losses import COMMON, stage
+from losses import COMMON, base_of, stage
 
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
@@ -60,8 +58,7 @@ class ClockedSampler(EngineSampler):
 
 
 def network(out: Path) -> Path:
-    recipe = tomllib.loads((files("slingshot.recipe") / "recipes" / "micro.toml").read_text(encoding="utf-8"))
-    base = {key: value for key, value in recipe["base"].items() if key != "stage"}
+    base = base_of("micro")
     base["model"] |= {"max_position_embeddings": LENGTH, "num_hidden_layers": LAYERS}
     return stage(pretrain, pretrain.PretrainConfig, out / "base", base | {"steps": 1, "optimizer": {"lr": 1e-8}})
 

@@ -233,10 +233,9 @@ class Dataset:
 
 
 def _texts(item: dict[str, Any]) -> dict[str, str]:
-    metadata = item["metadata"]
-    fields = {"question": item["question"], "answer": item["answer"], "expression": metadata.get("expression")}
-    texts = {name: "" if value is None else str(value) for name, value in fields.items()}
-    return texts | {"reasoning": metadata.get("answer_cot", "").partition("\n####")[0]}
+    fields = {"question": item["question"], "answer": item["answer"], "expression": item["metadata"].get("expression")}
+    fields["reasoning"] = item["metadata"].get("answer_cot", "").partition("\n####")[0]
+    return {name: "" if value is None else str(value) for name, value in fields.items()}
 
 
 def _folded(answer: Any) -> str:

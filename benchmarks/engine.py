@@ -206,7 +206,7 @@ def main() -> None:
             bandwidth = []
             for turn in range(-1, arguments.rounds):  # the first round warms up
                 if turn >= 0:
-                    bandwidth.append(measure_bandwidth("cpu"))
+                    bandwidth.append(measure_bandwidth(torch.device("cpu")))
                 for question in dict.fromkeys(question for contender in field for question in contender.questions):
                     for contender in field:
                         if question in contender.questions:

@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--steps", type=int, default=150)
     given = parser.parse_args()
-    if auto_dtype("cpu") == torch.float32:
+    if auto_dtype(torch.device("cpu")) == torch.float32:
         multiply_bfloat16_by_float32_units()
     tokens = {"text": ["stdlib"], "vocab_size": 1024, "heldout": 0.02, "threads": 1}
     corpus = stage(tokenize, tokenize.TokenizeConfig.parse(tokens), given.out / "corpus")

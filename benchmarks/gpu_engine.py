@@ -70,7 +70,7 @@ def measure(folder: Path, batches: list[int], rounds: int) -> dict[str, Any]:
     rates: dict[str, dict[str, list[float]]] = {str(batch): {name: [] for name in field} for batch in batches}
     first: dict[str, dict[str, float]] = {str(batch): {} for batch in batches}
     for number in range(rounds + 1):  # the first one warms up
-        bandwidth.append(measure_bandwidth("cuda"))
+        bandwidth.append(measure_bandwidth(torch.device("cuda")))
         for batch in batches:
             generator = torch.Generator().manual_seed(1000 * batch + number)
             prompts = torch.randint(3, config.vocab_size, (batch, PROMPT), generator=generator)

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from slingshot.cost.flops import training_flops
-from slingshot.machine.device import describe_machine, machine_peak
+from slingshot.machine.device import auto_device, describe_machine, machine_peak
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
 from slingshot.training.batch import Rows
@@ -111,7 +111,7 @@ def main() -> None:
             name: {"median": medians[name], "low": min(values), "high": max(values)} for name, values in speeds.items()
         },
         "ratio_to_best_peer": medians["slingshot"] / best,
-        "mfu": medians["slingshot"] * flops_per_token / machine_peak(torch.bfloat16),
+        "mfu": medians["slingshot"] * flops_per_token / machine_peak(torch.bfloat16, auto_device()),
         "threads": options.threads,
         "transformers": transformers.__version__,
         "machine": describe_machine().model_dump(mode="json"),

@@ -26,7 +26,7 @@ ROOMS = {
     "engine": (4320, 2968),
     "environments": (745, 247),
     "kernels": (893, 1256),
-    "machine": (525, 346),
+    "machine": (521, 346),
     "model": (2145, 1412),
     "parity": (0, 1124),
     "planning": (1910, 1303),
@@ -36,7 +36,7 @@ ROOMS = {
     "sandbox": (1005, 628),
     "serving": (5847, 5515),
     "stages": (2506, 3525),
-    "tasks": (3911, 2692),
+    "tasks": (3910, 2692),
     "text": (2021, 1793),
     "training": (3173, 2159),
 }

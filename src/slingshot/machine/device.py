@@ -47,12 +47,11 @@ def why_cpu() -> str:
     return "none that torch can use"
 
 
-def auto_dtype(device: torch.device | str | None = None) -> torch.dtype:
+def auto_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where it multiplies at least 1.5 times as fast as float32 on `device`, else float32.
 
     Measured once per machine, then remembered.
     """
-    device = auto_device() if device is None else torch.device(device)
     gain = machine_peak(torch.bfloat16, device) / machine_peak(torch.float32, device)
     return torch.bfloat16 if gain >= BF16_WORTH_IT else torch.float32
 
@@ -103,9 +102,8 @@ def measure_threads(width: int, most: int, seconds: float = 0.3) -> int:
     return chosen
 
 
-def machine_peak(dtype: torch.dtype, device: torch.device | str | None = None) -> float:
+def machine_peak(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of the fastest matrix product in `dtype` seen on `device`: as saved, or as measured now (0.6 s)."""
-    device = auto_device() if device is None else torch.device(device)
     key, name = machine_key(device), dtype_name(dtype)
     known, busy = load_measurement(key), is_busy()
     peak = known.peak.get(name)
@@ -115,13 +113,12 @@ def machine_peak(dtype: torch.dtype, device: torch.device | str | None = None) -
     return peak
 
 
-def measure_peak(dtype: torch.dtype, device: torch.device | str | None = None, seconds: float = 0.3) -> float:
+def measure_peak(dtype: torch.dtype, device: torch.device, seconds: float) -> float:
     """FLOP/s (int8: operations/s) of the best square matrix product found within about `seconds`.
 
     The width doubles from 256 while that stays cheap. The best run counts: neighbours only ever slow a product down.
     Raises RuntimeError where torch has no such product on this device.
     """
-    device = auto_device() if device is None else torch.device(device)
     end = time.perf_counter() + seconds
     best, took, width, patience = 0.0, 0.0, 128, seconds
     # Twice the width is eight times the work. Up to 1024 most time is spent waiting for threads, so growth stops only
@@ -135,15 +132,14 @@ def measure_peak(dtype: torch.dtype, device: torch.device | str | None = None, s
     return max(best, 2 * width**3 / _fastest(product, device, end - time.perf_counter()))
 
 
-def measure_bandwidth(device: torch.device | str | None = None, seconds: float = 0.3, size: int | None = None) -> float:
+def measure_bandwidth(device: torch.device, seconds: float = 0.3, size: int | None = None) -> float:
     """Bytes/s of reading `size` bytes: the best sum, by default over 256 MiB (accelerators: 1 GiB), which is memory's
     own where caches are smaller."""
-    device = auto_device() if device is None else torch.device(device)
     numbers = torch.ones((size or (256 if device.type == "cpu" else 1024) << 20) // 4, device=device)
     return numbers.nbytes / _fastest(numbers.sum, device, seconds)
 
 
-def machine_key(device: torch.device | str) -> str:
+def machine_key(device: torch.device) -> str:
     """The name measurements of `device` are kept under: processor, threads and torch, each of which changes speed."""
     machine = describe_machine(device)
     where = machine.accelerator or f"{machine.cpu}, {machine.threads} threads"

@@ -218,6 +218,14 @@ def test_a_state_of_an_earlier_version_goes_on_with_the_next_problems(letters):
     assert [item.problem.key for item in Curriculum(mix, place=2).draw(6)] == keys[2:]
 
 
+def test_a_weight_of_brevity_that_cancels_is_told_as_a_run_starts(training, tmp_path, capsys):
+    said = "out: where a whole group is right, division by its std leaves nothing of rewards.length; set"
+    for number, (length, std) in enumerate([(0.1, "group"), (0.1, "none"), (0.1, "batch"), (0.0, "group")]):
+        out = tmp_path / str(number) / "out"
+        rl.run(training(rewards={"length": length}, loss={"advantage_std": std}, steps=1), out)
+        assert capsys.readouterr().err.count(f'{said} loss.advantage_std = "none"\n') == (number == 0)
+
+
 def test_a_collapse_of_entropy_is_told_once(capsys):
     watch = rl.EntropyWatch(None)
     for entropy in (0.8, None, 0.3, 0.05, 0.03, 0.02):

@@ -138,6 +138,9 @@ class RLConfig(StageConfig):
 def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
     """Train `config.model`, sampling in process or by `sampler`, and write a checkpoint to `out`; resumes."""
     with Parallel.start(config.expert_parallel) as parallel, Checkpointer(out, "rl", config, parallel) as work:
+        if config.rewards.length and config.loss.advantage_std == "group" and parallel.is_first:
+            cancelled = "where a whole group is right, division by its std leaves nothing of rewards.length"
+            print(f'{out.name}: {cancelled}; set loss.advantage_std = "none"', file=sys.stderr)
         tasks, source = TaskMix(config.tasks, "train", f"rl/{config.seed}"), work.reads[config.model]
         load = load_model if config.lora is None else load_frozen
         model, tokenizer = load(source, device=parallel.device), load_tokenizer(source)

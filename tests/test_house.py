@@ -18,7 +18,7 @@ FILE = 400  # lines
 # Lines of Python at most: the package's, the tests'.
 ROOMS = {
     ".": (46, 535),
-    "base": (788, 440),
+    "base": (795, 440),
     "checkpoint": (2725, 2763),
     "cli": (2079, 1470),
     "cost": (623, 574),
@@ -36,7 +36,7 @@ ROOMS = {
     "sandbox": (1005, 628),
     "serving": (5847, 5515),
     "stages": (2509, 3533),
-    "tasks": (3910, 2692),
+    "tasks": (3806, 2683),
     "text": (2021, 1793),
     "training": (3173, 2159),
 }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
@@ -88,6 +89,12 @@ def read_json(path: Path) -> Any:
 def read_jsonl(path: Path) -> list[Any]:
     lines = enumerate(read_text(path).split("\n"), start=1)
     return [parse_json(line, f"{path} line {number}") for number, line in lines if line.strip()]
+
+
+def package_folder(name: str) -> Path | None:
+    """Where an installed package lies, none of whose code runs; None where there is none of that name."""
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    return next(map(Path, found.submodule_search_locations or ()), None) if found else None
 
 
 def packaged_toml(package: str, name: str) -> dict[str, Any]:

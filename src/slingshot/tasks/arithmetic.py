@@ -58,9 +58,8 @@ class Arithmetic(NumberTask):
             numbers = [low + int(uniform() * 9 * low) for low in lows]
             operators = [self.operators[int(uniform() * len(self.operators))] for _ in range(n_terms - 1)]
             language = self.languages[int(uniform() * len(self.languages))]
-            expression = str(numbers[0]) + "".join(map("{}{}".format, operators, numbers[1:]))
             yield Problem(
-                prompt=_PROMPT[language] % expression,
+                prompt=_PROMPT[language] % _spelt(numbers, operators),
                 key=chain_key(numbers, operators),
                 answer=str(chain_steps(numbers, operators)[-1][3]),
                 language=language,
@@ -78,9 +77,12 @@ class Arithmetic(NumberTask):
         return _COMMA[problem.language].join(said)
 
     def calls(self, problem: Problem) -> tuple[Call, ...]:
-        numbers, operators = problem.data["numbers"], problem.data["operators"]
-        spelt = str(numbers[0]) + "".join(map("{}{}".format, operators, numbers[1:])).replace("x", "*")
-        return (Call("calculator", json.dumps({"expression": spelt})),)
+        spelt = _spelt(problem.data["numbers"], problem.data["operators"])
+        return (Call("calculator", json.dumps({"expression": spelt.replace("x", "*")})),)
+
+
+def _spelt(numbers: Sequence[int], operators: Sequence[str]) -> str:
+    return str(numbers[0]) + "".join(map("{}{}".format, operators, numbers[1:]))
 
 
 def chain_steps(numbers: Sequence[int], operators: Sequence[str]) -> list[tuple[int, str, int, int]]:

@@ -19,12 +19,13 @@ from typing import Any, Self
 from pydantic import Field, JsonValue, PrivateAttr, model_validator
 
 from slingshot.base.errors import SlingshotError
+from slingshot.base.files import package_folder
 from slingshot.base.names import did_you_mean, unknown_name
 from slingshot.sandbox.worker import Target
 from slingshot.tasks.code_verifier import MARGIN, CodeOptions, require_judging
 from slingshot.tasks.hidden_tests import read_tests
 from slingshot.tasks.published import PUBLISHED
-from slingshot.tasks.rows import LETTERS, Row, column, file_rows, fill, fill_code, hub_rows, lettered, package_file
+from slingshot.tasks.rows import LETTERS, Row, column, file_rows, fill, fill_code, hub_rows, lettered
 from slingshot.tasks.task import Language, Problem, Reward, Split, Style, split_of
 from slingshot.tasks.verification import IsolatedTask
 from slingshot.tasks.verifiers import MAX_ANSWER, VERIFIERS
@@ -127,8 +128,8 @@ class DatasetTask(IsolatedTask):
             return {next(iter(self.splits)) if len(self.splits) == 1 else "all": source}
         if known := PUBLISHED.get(self.source):
             package, file, install = known.get("package", ("", "", ""))
-            if package and (path := package_file(package, file)):
-                return {"test": file_rows(path)}
+            if (folder := package_folder(package)) and (folder / file).is_file():
+                return {"test": file_rows(folder / file)}
             try:
                 return hub_rows(known["repo"], self.subset, dict(self.splits))
             except SlingshotError as error:
@@ -242,4 +243,4 @@ class DatasetTask(IsolatedTask):
         answer = (verifier.extract if lenient else verifier.read)(text) if len(text) <= MAX_ANSWER else None
         if answer is None:
             return Reward(0.0, None)
-        return self.scored(answer, problem.prompt, answer, problem.data.get("hidden", problem.answer))
+        return self.scored(answer, "score", problem.prompt, answer, problem.data.get("hidden", problem.answer))

@@ -77,7 +77,8 @@ def read_tests(row: Row, form: str, entry_point: str, preamble: str, where: str)
             raise SlingshotError(f'{where}: it has "tests" (asserts), or "inputs" and "outputs"')
         row = {**row, "tests": {"inputs": row.get("inputs") or [], "outputs": row["outputs"]}}
     asserts, inputs, outputs = list[str](), list[Any](), list[Any]()
-    entry_point = _function_name(entry_point, where)
+    if isinstance(particulars := _parsed(entry_point, f"{where}: entry_point"), Mapping):
+        entry_point = _named(particulars)
     for name in columns_of(form, row, where):
         value = _parsed(column(name, row, where), f"{where}: column {name}")
         if isinstance(value, Mapping) and "outputs" in value:
@@ -131,11 +132,6 @@ def _parsed(value: Any, where: str) -> Any:
         way = 'name columns with tests in JSON, for example answer = "public_test_cases"'
         raise SlingshotError(f"{where} holds tests packed as a pickle, which is never opened; {way}")
     return value
-
-
-def _function_name(told: str, where: str) -> str:
-    value = _parsed(told, f"{where}: entry_point")
-    return _named(value) if isinstance(value, Mapping) else told
 
 
 def _named(particulars: Mapping[str, Any]) -> str:

@@ -71,16 +71,14 @@ class _Answer:
 
     def define(self) -> bool:
         """Whether the answer could be run at all."""
-        return "value" in (self._exchange(self._sources) or {})
+        return "value" in (self.ask(self._sources) or {})
 
-    def ask(self, kind: str, name: str, args: Any, named: Any) -> dict[str, Any] | None:
+    def ask(self, *question: Any) -> dict[str, Any] | None:
         """{"value": encoded}, "after" with what it made of its arguments, or {"error": an exception's name}.
 
-        None from an answer that is gone. Kinds: "call" a function, "operate" on objects, "use" an object's methods.
+        None from an answer that is gone. A question: its kind ("call" a function, "operate" on objects, "use" an
+        object's methods), a name, arguments, named arguments.
         """
-        return self._exchange(kind, name, args, named)
-
-    def _exchange(self, *question: Any) -> dict[str, Any] | None:
         number = secrets.token_hex(8)
         try:
             repeated, reply = json.loads(self.program.exchange(json.dumps([number, *question])) or "")

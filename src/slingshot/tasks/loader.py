@@ -92,10 +92,8 @@ def task_keys(name: str) -> list[Key]:
 
 
 def _generated(name: str) -> type[GeneratedTask]:
-    kinds: dict[str, type[GeneratedTask]] = {
-        "arithmetic": Arithmetic, "countdown": Countdown, "knights": Knights, "multiplication": Multiplication,
-        "needle": Needle,
-    }  # fmt: skip
+    every: list[type[GeneratedTask]] = [Arithmetic, Countdown, Knights, Multiplication, Needle]
+    kinds = {kind.__name__.lower(): kind for kind in every}
     if name not in kinds:
         there_are = f"there are: {', '.join(KINDS)}"
         raise SlingshotError(f"task {name!r:.80} is unknown; {did_you_mean(name, KINDS, there_are)}")

@@ -7,7 +7,6 @@ problems = distinct(task, "test", seed="evaluate/0", count=500)
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count as count_from
@@ -79,8 +78,7 @@ def passes(task: Task, split: Split, seed: str) -> Iterator[Problem]:
 
 
 def _pass(task: Task, split: Split, seed: str, number: int) -> Iterator[Problem]:
-    digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
-    return task.problems(split, int.from_bytes(digest[:8], "big") >> 2)
+    return task.problems(split, key_number(f"{seed}/{number}") >> 2)
 
 
 def _stream(task: Task, split: Split, seed: str, repeat: bool) -> Iterator[Problem]:

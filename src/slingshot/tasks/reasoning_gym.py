@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import itertools
 import math
 import random
@@ -28,7 +27,7 @@ from slingshot.base.names import unknown_name
 from slingshot.sandbox.isolate import take
 from slingshot.sandbox.worker import SandboxError, Target, Worker
 from slingshot.tasks.arithmetic import chain_key, chain_steps, last_number, near_miss, read_number
-from slingshot.tasks.task import Problem, Reward, Split, Style, in_split
+from slingshot.tasks.task import Problem, Reward, Split, Style, in_split, key_number
 from slingshot.tasks.verification import IsolatedTask
 
 _SIZE = 1000  # items drawn from one dataset before the next seed
@@ -39,6 +38,8 @@ _WORD = re.compile(r"\w+")
 _RESULT = re.compile(r"= [$€£]?([0-9]+)(?![.,]?[0-9])")
 _SCIENTIFIC = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?e[+-]?[0-9]{1,3}")
 _MAX_ANSWER = 10_000  # characters; longer ones are wrong without asking
+# What worked solutions are made of: a sum's expression, or the reasoning that comes with a word problem.
+_WORKED = {"chain_sum": "expression", "gsm_symbolic": "reasoning"}
 
 
 class Gym(IsolatedTask):
@@ -64,31 +65,28 @@ class Gym(IsolatedTask):
 
     @property
     def has_solutions(self) -> bool:
-        return self.dataset in ("chain_sum", "gsm_symbolic")
+        return self.dataset in _WORKED
 
     def problems(self, split: Split, seed: int) -> Iterator[Problem]:
         return in_split(self._all(seed), split, self.name)
 
     def _all(self, seed: int) -> Iterator[Problem]:
+        part = _WORKED.get(self.dataset)
         for number in itertools.count():
             # Datasets seed item i with seed + i: seeds that lie near each other bring the same items again.
-            drawn = int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:4], "big")
+            drawn = key_number(f"{seed}/{number}") >> 32
             index = 0
             while index < _SIZE:
                 span, doing = (drawn, index, min(_CHUNK, _SIZE - index)), f"making item {index} of seed {drawn}"
                 for item in self.call("take", *span, doing=doing, timeout=_MAKING):
-                    key, data = item["question"], {"seed": drawn, "index": index}
-                    if self.dataset == "chain_sum":
-                        data["expression"] = item["expression"]
-                        key = chain_key(*_chain(item["expression"]))
-                    elif self.has_solutions:
-                        data["reasoning"] = item["reasoning"]
+                    data = {"seed": drawn, "index": index} | ({part: item[part]} if part else {})
+                    key = chain_key(*_chain(item[part])) if part == "expression" else item["question"]
                     yield Problem(item["question"], key, item["answer"], data=data)
                     index += 1
 
     def reasoning(self, problem: Problem, style: Style, rng: random.Random) -> str:
         """For sums: left to right, and from the highest place to the lowest, so that no step needs two carries."""
-        if self.dataset != "chain_sum":
+        if "expression" not in problem.data:
             return _slipped(problem.data["reasoning"], rng) if style == "slips" else problem.data["reasoning"]
         numbers, operators = _chain(problem.data["expression"])
         said = [f"Start with {numbers[0]}."]

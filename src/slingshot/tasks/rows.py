@@ -8,7 +8,6 @@ fill("{question}\\nOptions: {choices}", row)
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,13 +33,6 @@ def file_rows(path: Path) -> list[Row]:
     if not rows:
         raise SlingshotError(f"{path} holds no rows")
     return rows
-
-
-def package_file(package: str, file: str) -> Path | None:
-    """A file of an installed package, none of whose code runs; None where it is not installed."""
-    found = importlib.util.find_spec(package)
-    path = Path(*found.submodule_search_locations or (), file) if found else None
-    return path if path is not None and path.is_file() else None
 
 
 def _zipped(path: Path) -> list[Any]:

@@ -19,7 +19,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.environments.tool import failure, observation
 from slingshot.environments.toolbox import ask, toolbox
 from slingshot.sandbox.worker import Target, Worker
-from slingshot.tasks.task import Call, Problem, Reward, Solution, Split, Style, Task
+from slingshot.tasks.task import Problem, Reward, Solution, Split, Style, Task
 from slingshot.tasks.verification import IsolatedTask
 
 _AT_ONCE = 8  # calls of a response that are answered
@@ -79,7 +79,7 @@ class ToolTask(IsolatedTask):
         if style != "calls":
             return self.task.solution(problem, style, rng)
         names = {tool["function"]["name"] for tool in self._tools}
-        calls = tuple(call for call in self.calls(problem) if call.name in names)
+        calls = tuple(call for call in self.task.calls(problem) if call.name in names)
         if not calls:
             raise SlingshotError(f"{self.name}: writes no solutions with calls of {', '.join(sorted(names))}")
         return Solution("", problem.answer, calls)
@@ -103,18 +103,6 @@ class ToolTask(IsolatedTask):
 
     def problems(self, split: Split, seed: int) -> Iterator[Problem]:
         return self.task.problems(split, seed)
-
-    def calls(self, problem: Problem) -> tuple[Call, ...]:
-        return self.task.calls(problem)
-
-    def read(self, text: str) -> str | None:
-        return self.task.read(text)
-
-    def extract(self, text: str) -> str | None:
-        return self.task.extract(text)
-
-    def score(self, problem: Problem, answer: str) -> float:
-        return self.task.score(problem, answer)
 
     def verify(self, problem: Problem, text: str, lenient: bool = False) -> Reward:
         return self.task.verify(problem, text, lenient)

@@ -114,12 +114,7 @@ class UserTask(IsolatedTask):
     def verify(self, problem: Problem, text: str, lenient: bool = False) -> Reward:
         """What the file's verify says of `text`; with `lenient`, of its last line."""
         answer = self.extract(text) if lenient else self.read(text)
-        if answer is None:
-            return Reward(0.0, None)
-        try:
-            return Reward(float(self.call("verify", asdict(problem), answer)), answer)
-        except SlingshotError as error:
-            return Reward(0.0, None, str(error))
+        return Reward(0.0, None) if answer is None else self.scored(answer, "verify", asdict(problem), answer)
 
     def step(self, problem: Problem, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
         return self.call("step", asdict(problem), list(map(dict, messages))) if self.has_turns else None

@@ -49,10 +49,10 @@ class IsolatedTask(Task):
             what = f"{method}()" if doing is None else doing
             raise SlingshotError(f"{self.name}: {what} {error}" if what else f"{self.name}: {error}") from error
 
-    def scored(self, answer: str, *args: Any) -> Reward:
-        """What the target's `score` says of an answer; 0 that says why where it fails or hangs."""
+    def scored(self, answer: str, method: str, *args: Any) -> Reward:
+        """What a method of the target says an answer is worth; 0 that says why where it fails or hangs."""
         try:
-            return Reward(float(self.call("score", *args)), answer)
+            return Reward(float(self.call(method, *args)), answer)
         except SlingshotError as error:
             return Reward(0.0, None, str(error))
 

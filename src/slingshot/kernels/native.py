@@ -61,31 +61,6 @@ class NativeKernels:
         self.door("matmul")(is_bf16, out_features, width, pointer(packed), pointer(x), rows, pointer(y_NF), threads)
         return y_NF
 
-    def pack_quantized(self, numbers_FD: Tensor, scales_FG: Tensor, bits: int) -> Tensor:
-        """Weights of 8 or 4 bits in the kernels' order, as bytes: w = scale * number in groups of D / G neighbours.
-
-        numbers int8, -127 to 127, -8 to 7, or of `FLOAT4` twice its values. Raises SlingshotError where a group is no
-        multiple of 32.
-        """
-        (rows, width), groups = numbers_FD.shape, scales_FG.shape[1]
-        group = width // groups
-        if bits not in (4, 8, FLOAT4) or group * groups != width or group % GROUP_STEP:
-            raise SlingshotError(f"weights of {bits} bits in {groups} groups of {width}: 4 or 8, groups of 32, 64, ...")
-        packed = aligned_bytes(self.door("quantized_bytes", ctypes.c_size_t)(bits, group, rows, width))
-        numbers, scales = numbers_FD.to(torch.int8).contiguous(), scales_FG.float().contiguous()
-        self.door("pack_quantized")(bits, group, pointer(numbers), pointer(scales), rows, width, pointer(packed))
-        return packed
-
-    def matmul_quantized(
-        self, x_ND: Tensor, packed: Tensor, out_features: int, bits: int, group: int, threads: int = 1
-    ) -> Tensor:
-        """x W^T in float32 for quantized weights: y_NF. Up to 16 rows of x are brought to 8 bits by groups too."""
-        rows, width = x_ND.shape
-        y_NF, x = torch.empty(rows, out_features), padded(x_ND)
-        shape = int(x_ND.dtype == torch.bfloat16), bits, group, out_features, width
-        self.door("matmul_quantized")(*shape, pointer(packed), pointer(x), rows, pointer(y_NF), threads)
-        return y_NF
-
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     """The address of a contiguous tensor on the CPU; it must outlive the call."""

@@ -29,6 +29,7 @@ _OFF = {
 _OPTIONAL = {"prompt_logprobs": 0, "thinking_budget": 0, "json_schema": "", "regex": "", "grammar": "",
              "structural_tag": ""}  # fmt: skip  # or None
 STRUCTURES = ("json_schema", "regex", "choice", "grammar", "structural_tag")
+Structure = tuple[str, Any]  # one of STRUCTURES, and its text; of a choice several
 
 
 class SamplingError(SlingshotError):
@@ -129,6 +130,11 @@ class SamplingParams:
         for good, message in checks:
             if not good:
                 raise SamplingError(f"sampling: {message}")
+
+    @property
+    def structure(self) -> Structure | None:
+        """What the answer is held to."""
+        return next(((name, value) for name in STRUCTURES if (value := getattr(self, name))), None)
 
     @property
     def changes_logits(self) -> bool:

@@ -19,7 +19,7 @@ from slingshot.engine.draw import noise_stream
 from slingshot.engine.guide import Guide
 from slingshot.engine.logits import LogitRules
 from slingshot.engine.records import ExpertRecord, PromptRecord
-from slingshot.engine.sampling import STRUCTURES, SamplingParams
+from slingshot.engine.sampling import SamplingParams
 from slingshot.engine.vocabulary import Vocabulary
 from slingshot.text.chat_template import END_THINK
 from slingshot.text.reasoning import ReasoningStream, ends_in_reasoning, parse
@@ -254,8 +254,8 @@ class Request:
         self.admitted: float | None = None
         self.limit = min(len(prompt) + params.max_tokens, max_length)
         self.opened = ends_in_reasoning(prompt, vocabulary.tokenizer)
-        structured = any(getattr(params, name) for name in STRUCTURES)
-        self.grammar = (grammar or vocabulary.grammars.compile(params)) if structured else None
+        structure = params.structure
+        self.grammar = (grammar or vocabulary.grammars.compile(structure)) if structure else None
         self.routed = params.routed_experts or traced
         self.told_whole = params.routed_experts or params.prompt_logprobs is not None
         self.tells = self.told_whole or traced

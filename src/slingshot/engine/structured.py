@@ -1,6 +1,6 @@
 """Answers held to a JSON schema, a regular expression, a choice, an EBNF grammar or a structural tag, by xgrammar.
 
-    matcher = GrammarMatcher(vocabulary.grammars.compile(params), vocabulary.size)
+    matcher = GrammarMatcher(vocabulary.grammars.compile(params.structure), vocabulary.size)
     mask_W = matcher.mask(); matcher.push(token_id); matcher.slow
 
 Grammars are compiled once and kept. Only text is allowed, and at a whole end the tokens that end a sample; control
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from slingshot.base.errors import SlingshotError
-from slingshot.engine.sampling import STRUCTURES, SamplingError, SamplingParams
+from slingshot.engine.sampling import SamplingError, Structure
 
 if TYPE_CHECKING:
     import xgrammar
@@ -43,9 +43,6 @@ _UNKNOWN = {
 _PLACE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")  # of a message: time and file
 _OF_SCHEMAS = {"properties", "patternProperties", "$defs", "definitions"}  # names, and a schema each
 _PLAIN = {"enum", "const", "default", "examples", "required", "description", "title"}  # hold no schemas
-
-
-Source = str | tuple[str, ...]
 
 
 class GrammarError(SamplingError):
@@ -69,60 +66,56 @@ class Grammars:
             raise GrammarError("structured output needs a tokenizer that names its eos_token")
         info = xgrammar.TokenizerInfo(list(texts), stop_token_ids=self.ends, vocab_size=len(texts))
         self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
-        self._kept: OrderedDict[tuple[str, Source], xgrammar.CompiledGrammar] = OrderedDict()
+        self._kept: OrderedDict[Structure, xgrammar.CompiledGrammar] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
         self.size = len(texts)
 
-    def kept(self, params: SamplingParams) -> xgrammar.CompiledGrammar | None:
+    def kept(self, structure: Structure) -> xgrammar.CompiledGrammar | None:
         """What was compiled before."""
         with self._lock:
-            if found := self._kept.get(structure_of(params)):
-                self._kept.move_to_end(structure_of(params))
+            if found := self._kept.get(structure):
+                self._kept.move_to_end(structure)
             return found
 
-    def compile(self, params: SamplingParams) -> xgrammar.CompiledGrammar:
-        """What an answer of this request will be like. GrammarError where that is nothing."""
-        if found := self.kept(params):
+    def compile(self, structure: Structure) -> xgrammar.CompiledGrammar:
+        """What an answer will be like. GrammarError where that is nothing."""
+        if found := self.kept(structure):
             return found
-        kind, source = structure_of(params)
-        found = self._compile(kind, source)
+        found = self._compile(structure)
         if not GrammarMatcher(found, self.size).mask().any():
+            kind, source = structure
             raise GrammarError(f"sampling: no answer can have this {kind}: {_short(source)}")
         with self._lock:
-            if (kind, source) not in self._kept:
+            if structure not in self._kept:
                 self._bytes += found.memory_size_bytes
-            self._kept[kind, source] = found
+            self._kept[structure] = found
             while self._bytes > _KEPT and len(self._kept) > 1:
                 self._bytes -= self._kept.popitem(last=False)[1].memory_size_bytes
         return found
 
-    def _compile(self, kind: str, source: Source) -> xgrammar.CompiledGrammar:
+    def _compile(self, structure: Structure) -> xgrammar.CompiledGrammar:
+        kind, source = structure
         try:
             if kind == "json_schema":
-                _check(json.loads(str(source)))
-                return self._compiler.compile_json_schema(str(source), max_whitespace_cnt=SPACES)
+                _check(json.loads(source))
+                return self._compiler.compile_json_schema(source, max_whitespace_cnt=SPACES)
             if kind == "structural_tag":
-                for schema in _found(json.loads(str(source)), "json_schema"):
+                for schema in _found(json.loads(source), "json_schema"):
                     _check(schema)
-                return self._compiler.compile_structural_tag(str(source))
+                return self._compiler.compile_structural_tag(source)
             if kind == "regex":
-                return self._compiler.compile_regex(str(source))
+                return self._compiler.compile_regex(source)
             if kind == "choice":
                 source = "root ::= " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in source)
-            return self._compiler.compile_grammar(str(source))
+            return self._compiler.compile_grammar(source)
         except (RuntimeError, ValueError) as error:
             why = _PLACE.sub("", " ".join(str(error).split()))[:300]
-            raise unusable(kind, source, why) from error
+            raise unusable(structure, why) from error
 
 
-def structure_of(params: SamplingParams) -> tuple[str, Source]:
-    """Which of STRUCTURES an answer is held to, and its text."""
-    kind = next(name for name in STRUCTURES if getattr(params, name))
-    return kind, getattr(params, kind)
-
-
-def unusable(kind: str, source: Source, why: str) -> GrammarError:
+def unusable(structure: Structure, why: str) -> GrammarError:
+    kind, source = structure
     return GrammarError(f"sampling: {kind} {_short(source)} cannot be used: {why}")
 
 
@@ -227,5 +220,5 @@ def _passed_over(schema: Any) -> Iterator[str]:
             yield from _passed_over(list(value.values()) if key in _OF_SCHEMAS and isinstance(value, dict) else value)
 
 
-def _short(source: Source) -> str:
+def _short(source: str | tuple[str, ...]) -> str:
     return repr(source)[:120]

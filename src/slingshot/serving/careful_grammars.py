@@ -1,7 +1,7 @@
 """Structures that strangers ask for: each is compiled in a process of its own first, which is killed where it is slow.
 
     careful = CarefulGrammars()
-    grammar = await careful.compile(engine.grammars, params)        # GrammarError for what is none, or takes too long
+    grammar = await careful.compile(engine.grammars, structure)     # GrammarError for what is none, or takes too long
 
 What passes there takes as little here. Small schemas without patterns, and small choices, are known to take no time:
 where nothing else is asked for, the process is never started.
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slingshot.engine.sampling import SamplingError, SamplingParams
-from slingshot.engine.structured import GrammarMatcher, Grammars, structure_of, unusable
+from slingshot.engine.sampling import SamplingError, Structure
+from slingshot.engine.structured import GrammarMatcher, Grammars, unusable
 from slingshot.sandbox.worker import SandboxError, Target, WorkerPool
 
 if TYPE_CHECKING:
@@ -38,13 +38,13 @@ class CarefulGrammars:
         self._pool = WorkerPool(1)
         self.close = self._pool.close
 
-    async def compile(self, grammars: Grammars, params: SamplingParams) -> xgrammar.CompiledGrammar:
-        if found := grammars.kept(params):
+    async def compile(self, grammars: Grammars, structure: Structure) -> xgrammar.CompiledGrammar:
+        if found := grammars.kept(structure):
             return found
-        kind, source = structure_of(params)
+        kind, source = structure
         size = len(source) if isinstance(source, str) else sum(map(len, source))
         if size > MOST:
-            raise unusable(kind, source, f"it has {size} characters, at most {MOST} are compiled")
+            raise unusable(structure, f"it has {size} characters, at most {MOST} are compiled")
         plain = kind in ("json_schema", "structural_tag") and "attern" not in source
         small = size <= _SMALL and (kind == "choice" or plain)
         if not small:
@@ -54,10 +54,10 @@ class CarefulGrammars:
             try:
                 refusal = await asyncio.wrap_future(tried)
             except SandboxError as error:
-                raise unusable(kind, source, f"compiling it {error}; make it simpler") from error
+                raise unusable(structure, f"compiling it {error}; make it simpler") from error
             if refusal is not None:
                 raise SamplingError(refusal)
-        return await asyncio.to_thread(grammars.compile, params)
+        return await asyncio.to_thread(grammars.compile, structure)
 
 
 class Trial:
@@ -69,8 +69,9 @@ class Trial:
 
     def refusal(self, kind: str, source: str | list[str]) -> str | None:
         """Why it cannot be used."""
+        structure = kind, source if isinstance(source, str) else tuple(source)
         try:
-            grammar = self._grammars.compile(SamplingParams(**{kind: source}))  # type: ignore[arg-type]
+            grammar = self._grammars.compile(structure)
         except SamplingError as error:
             return str(error)
         matcher, draw = GrammarMatcher(grammar, self._grammars.size), random.Random(0)
@@ -81,5 +82,5 @@ class Trial:
                 break
             matcher.push(int(draw.choice(np.flatnonzero(bits))))
             if matcher.slow:
-                return str(unusable(kind, source, "it takes too long to be followed; make it simpler"))  # type: ignore
+                return str(unusable(structure, "it takes too long to be followed; make it simpler"))
         return None

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import aiohttp
 
-from slingshot.engine.sampling import STRUCTURES, SamplingParams
+from slingshot.engine.sampling import SamplingParams
 from slingshot.engine.sequence import FinishReason
 from slingshot.engine.vocabulary import Vocabulary
 from slingshot.serving.backend import Generation, TokenDelta
@@ -68,9 +68,9 @@ class VllmServer:
         if params.logit_bias:
             body["logit_bias"] = {str(id): max(bias, -100.0) for id, bias in params.logit_bias}  # it knows no less
         names = {"json_schema": "json", "regex": "regex", "choice": "choice", "grammar": "grammar"}
-        if structure := next((name for name in STRUCTURES if getattr(params, name)), None):
-            value = getattr(params, structure)
-            body["structured_outputs"] = {names[structure]: json.loads(value) if structure == "json_schema" else value}
+        if params.structure is not None:
+            kind, value = params.structure
+            body["structured_outputs"] = {names[kind]: json.loads(value) if kind == "json_schema" else value}
         cached = 0
         last: TokenDelta | None = None
         async with contextlib.aclosing(_events(client, f"{self.url}/v1/completions", body)) as events:
@@ -80,13 +80,10 @@ class VllmServer:
                 for choice in event["choices"]:
                     ids, told = choice.get("token_ids") or [], choice.get("logprobs") or {}
                     reason: FinishReason | None = choice["finish_reason"]
-                    likeliest = (
-                        told.get("top_logprobs") if params.top_logprobs else None
-                    )  # the sampled one always stands there
-                    top = [
-                        {_id_of(name): value for name, value in list((each or {}).items())[: params.top_logprobs]}
-                        for each in likeliest or []
-                    ]
+                    # The sampled one always stands there.
+                    likeliest = (told.get("top_logprobs") or []) if params.top_logprobs else []
+                    kept = (list((each or {}).items())[: params.top_logprobs] for each in likeliest)
+                    top = [{int(name.removeprefix("token_id:")): value for name, value in each} for each in kept]
                     delta = TokenDelta(ids, told.get("token_logprobs") or [0.0] * len(ids), cached, reason, top)
                     if reason is not None:
                         last = delta  # the usage comes behind it
@@ -199,10 +196,6 @@ def _refuse(params: SamplingParams, whose: str, words: bool) -> None:
     unknown += ["experts"] if params.routed_experts else []
     if unknown:
         raise ApiError(400, f"{whose} server does not know {' and '.join(unknown)}: leave that out")
-
-
-def _id_of(name: str) -> int:
-    return int(name.removeprefix("token_id:"))
 
 
 def _common(generation: Generation) -> dict[str, Any]:

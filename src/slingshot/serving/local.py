@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from slingshot.base.errors import SlingshotError
 from slingshot.engine.engine import Engine
-from slingshot.engine.sampling import STRUCTURES
 from slingshot.engine.scheduler import EngineCounters
 from slingshot.engine.sequence import Request
 from slingshot.serving.backend import Generation, TokenDelta
@@ -79,9 +78,9 @@ class LocalBackend:
 
     async def generate(self, generation: Generation) -> AsyncGenerator[TokenDelta, None]:
         grammar = None
-        if any(getattr(generation.params, name) for name in STRUCTURES):
+        if structure := generation.params.structure:
             grammars = await asyncio.to_thread(lambda: self.engine.grammars)  # the engine goes on meanwhile
-            grammar = await self._careful.compile(grammars, generation.params)
+            grammar = await self._careful.compile(grammars, structure)
         sample = _Sample(generation, asyncio.get_running_loop(), grammar)
         self._inbox.put(("add", sample))
         told = 0

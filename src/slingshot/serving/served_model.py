@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from slingshot.base.errors import SlingshotError
-from slingshot.engine.sampling import STRUCTURES, SamplingParams
+from slingshot.engine.sampling import SamplingParams
 from slingshot.engine.vocabulary import Vocabulary
 from slingshot.recipe.origin import Origin
 from slingshot.serving.backend import Backend
@@ -123,7 +123,7 @@ class ServedModel:
         must, form = question.tool_choice == "required", self.tool_format
         if form is None or not (must or (question.strict and question.tool_choice == "auto")):
             return {}
-        given = next((name for name in STRUCTURES if getattr(question.params, name)), None)
+        given, source = question.params.structure or (None, "")
         if given is not None and (must or given != "json_schema"):
             wish = "tool_choice" if must else "strict"
             raise ApiError(400, f"tools: {wish} and {given} bind the same answer; leave one of them out", param="tools")
@@ -135,14 +135,13 @@ class ServedModel:
         functions = [its | {"loose": its["name"] not in question.strict} for its in functions]
         if given is None:
             return {"structural_tag": free_text(form, self.tokenizer, functions)}
-        text = {"type": "json_schema", "json_schema": json.loads(question.params.json_schema or "")}
+        text = {"type": "json_schema", "json_schema": json.loads(source)}
         tag = call_structure(form, self.tokenizer, functions, question.parallel, otherwise=text)
         return {"structural_tag": tag, "json_schema": None}
 
     def resumed(self, params: SamplingParams, left: int) -> SamplingParams:
         """The same for the rest of a sample whose reasoning was closed."""
-        structured = any(getattr(params, name) for name in STRUCTURES)
-        return replace(params, max_tokens=left, thinking_budget=0 if structured else None, prompt_logprobs=None)
+        return replace(params, max_tokens=left, thinking_budget=0 if params.structure else None, prompt_logprobs=None)
 
     def _reads(self, variable: str) -> bool:
         return variable in (self.tokenizer.chat_template or "")

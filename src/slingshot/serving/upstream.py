@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Self
 import aiohttp
 
 from slingshot.base.errors import SlingshotError
-from slingshot.engine.sampling import STRUCTURES
 from slingshot.engine.vocabulary import Vocabulary
 from slingshot.serving.backend import Generation, TokenDelta
 from slingshot.serving.errors import ApiError
@@ -127,9 +126,8 @@ class UpstreamBackend:
             whose = "vLLM's and llama.cpp's servers are asked by token ids, and cannot be held to a call that way"
             raise ApiError(400, f"{whose}: take tool_choice auto, and functions that are not strict")
         opened = ends_in_reasoning(generation.prompt_ids, self._tokenizer)
-        structured = any(getattr(params, name) for name in STRUCTURES)
         end = self._tokenizer.end_think_id
-        if not opened or end is None or not (structured or params.thinking_budget is not None):
+        if not opened or end is None or not (params.structure or params.thinking_budget is not None):
             asked = replace(generation, params=replace(params, thinking_budget=None))
             async with contextlib.aclosing(self._ask(asked)) as deltas:
                 async for delta in deltas:

@@ -85,8 +85,8 @@ def test_an_entry_is_off_by_what_its_form_says(model, form):
 def test_nearly_twice_the_tokens_fit_into_the_same_memory(preset, times):
     """MLA keeps 64 of its 576 numbers in 16 bits."""
     config = ModelConfig.preset(preset)
-    pages = [KVCache.pages_in(1 << 30, config, torch.bfloat16, form=form) for form in ("auto", *FORMS)]
-    assert pages[1] == pages[2] and pages[1] / pages[0] == pytest.approx(times, abs=0.01)
+    sizes = [KVCache.page_bytes(config, torch.bfloat16, form=form) for form in ("auto", *FORMS)]
+    assert sizes[1] == sizes[2] and sizes[0] / sizes[1] == pytest.approx(times, abs=0.01)
 
 
 def test_the_engine_has_the_room(make_model, dense, tokenizer):

@@ -55,8 +55,8 @@ class EngineCore:
         config, weight = model.config, model.model.embed_tokens.weight
         self.dtype, self.device = dtype, device = model.compute_dtype or weight.dtype, weight.device
         mtp = speculation != "off" and config.num_nextn_predict_layers > 0
-        what = config, dtype, mtp, kv_cache
-        room, page_bytes = KVCache.pages_in(cache_bytes, *what), KVCache.page_bytes(*what)
+        page_bytes = KVCache.page_bytes(config, dtype, mtp, kv_cache)
+        room = max(0, cache_bytes // page_bytes - 1)  # pages besides page 0
         self.max_length = max_length or min(config.max_position_embeddings, max(2, room * PAGE))
         needed = -(-self.max_length // PAGE)  # pages of one sequence
         if room < needed:

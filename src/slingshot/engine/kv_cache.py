@@ -26,8 +26,6 @@ from slingshot.engine.batch import PAGE, placed
 from slingshot.model.config import ModelConfig
 
 SLACK = 4096  # bytes after the last page that kernels may read
-
-
 CacheForm = Literal["auto", "int8", "fp8"]  # what entries are kept as; auto: as they are computed
 LARGEST = {"int8": 127.0, "fp8": 448.0}  # fp8: e4m3
 SCALE = torch.bfloat16
@@ -93,13 +91,6 @@ class KVCache:
     def _rounded(self) -> int:
         """How many numbers of an entry have 8 bits."""
         return self.config.head_dim if self.config.family == "dense" else self.config.kv_lora_rank
-
-    @classmethod
-    def pages_in(
-        cls, budget: int, config: ModelConfig, dtype: torch.dtype, mtp: bool = False, form: CacheForm = "auto"
-    ) -> int:
-        """How many pages `budget` bytes hold besides page 0."""
-        return max(0, budget // cls.page_bytes(config, dtype, mtp, form) - 1)
 
     @property
     def layers(self) -> list[Tensor]:

@@ -195,7 +195,7 @@ class NativeRunner:
         self._values = (ctypes.c_void_p * len(cache.values))(*(layer.data_ptr() for layer in cache.values))
         self._cos = self._sin = torch.empty(0)
         self._logits = torch.empty(0)
-        self._routed_layers = config.n_moe_layers - (config.num_nextn_predict_layers if config.n_moe_layers else 0)
+        self._routed_layers = sum(map(config.has_experts, range(config.num_hidden_layers)))
         layers = len(model.model.layers)
         weight = model.model.embed_tokens.weight
         goes = not keep_model and not bits and config.tie_word_embeddings and weight.dtype == self._dtype

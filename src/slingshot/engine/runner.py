@@ -137,6 +137,8 @@ class TorchRunner:
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self._model, self._cache = model, cache
         self._device = model.model.embed_tokens.weight.device
+        main = sum(map(model.config.has_experts, range(model.config.num_hidden_layers)))
+        self._routed = model.moe_layers()[:main]
 
     def refresh(self) -> None:
         """Nothing: the modules read their weights at every call."""
@@ -154,8 +156,7 @@ class TorchRunner:
         chosen: list[Routing] = []
         hooks = [
             layer.gate.register_forward_hook(lambda _, __, routing: chosen.append(routing))
-            for layer in self._model.moe_layers()[: self._main_moe_layers]
-            if routing
+            for layer in (self._routed if routing else ())
         ]
         try:
             hidden_ND = self._model(tokens_N, context=context, logits=False).hidden_BTD
@@ -171,11 +172,6 @@ class TorchRunner:
         assert isinstance(module, MTP)
         drafted_ND: Tensor = module(hidden_ND, context, self._model.model.embed_tokens(tokens_N).to(hidden_ND.dtype))[0]
         return drafted_ND
-
-    @property
-    def _main_moe_layers(self) -> int:
-        config = self._model.config
-        return max(0, config.n_moe_layers - config.num_nextn_predict_layers)
 
     def _output(self, batch: FlatBatch, hidden_ND: Tensor, routing_NLk: Tensor | None = None) -> RunnerOutput:
         wanted_RD = hidden_ND.index_select(0, placed(batch.wanted, self._device))

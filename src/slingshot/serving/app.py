@@ -33,7 +33,7 @@ from slingshot.serving.chat_page import serve_page
 from slingshot.serving.completions import CompletionRequest, completion, completion_chunks
 from slingshot.serving.errors import ApiError
 from slingshot.serving.gateway import Gateway
-from slingshot.serving.guard import Guard
+from slingshot.serving.guard import Guard, error_response
 from slingshot.serving.ledger import Account
 from slingshot.serving.message_answer import PING, MessageAnswer, broken_off
 from slingshot.serving.messages import CountTokensRequest, MessageRequest
@@ -193,27 +193,25 @@ async def _balance(gateway: Gateway, account: Account) -> float | None:
 def _answer_errors(app: FastAPI) -> None:
     """Every error has a body as the API's clients know it."""
 
-    def answer(request: Request, error: ApiError) -> Response:
-        return JSONResponse(error.body_at(request.url.path), error.status, error.headers)
-
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:
-        return answer(request, error)
+        return error_response(error, request.url.path)
 
     @app.exception_handler(SlingshotError)
     async def impossible(request: Request, error: SlingshotError) -> Response:
-        return answer(request, ApiError(400, str(error)))
+        return error_response(ApiError(400, str(error)), request.url.path)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         message = str(first["msg"]).removeprefix("Value error, ")
-        return answer(request, ApiError(400, f"{where}: {message}" if where else message, param=where or None))
+        told = ApiError(400, f"{where}: {message}" if where else message, param=where or None)
+        return error_response(told, request.url.path)
 
     @app.exception_handler(HTTPException)
     async def not_here(request: Request, error: HTTPException) -> Response:
-        return answer(request, ApiError(error.status_code, str(error.detail)))
+        return error_response(ApiError(error.status_code, str(error.detail)), request.url.path)
 
     @app.exception_handler(ClientGone)
     async def gone(request: Request, error: ClientGone) -> Response:

@@ -8,6 +8,7 @@ The body is {"error": {"message", "type", "param", "code"}} (OpenAI's; DeepSeek'
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 _TYPES = {
@@ -51,3 +52,9 @@ class ApiError(Exception):
     @property
     def headers(self) -> dict[str, str]:
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+
+
+def places(error: BaseException) -> str:
+    """The last lines of an error's traceback, for the log: its text may hold what was asked."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return "; ".join(f"{frame.name}, {frame.filename}:{frame.lineno}" for frame in frames[-3:])

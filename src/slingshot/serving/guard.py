@@ -6,25 +6,26 @@ app.add_middleware(Guard, most=16 << 20, hosts=frozenset({"localhost"}))
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import traceback
+import re
 from contextlib import suppress
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from slingshot.serving.errors import ApiError
+from slingshot.serving.errors import ApiError, places
 
 _LOG = logging.getLogger(__name__)
 _PATIENCE = 60.0  # seconds for each part of a body
+_HOST = re.compile(r"\[[^]]*\]|[^:]*")  # in the Host header: an IPv6 address stands in brackets
 _LINGER = 1.0  # seconds for the rest of a body that was refused
 
-# The page loads nothing from elsewhere and runs no script that is written into it; formulas style themselves.
+# The page loads nothing from elsewhere and runs no script that is written into it; formulas (KaTeX) style themselves.
 _POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
-    "font-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; font-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS = {
     "Content-Security-Policy": _POLICY,
@@ -83,24 +84,22 @@ class Guard:
                 raise HTTPException(413, self._too_long)
             return message
 
-        host = headers.get("host", "").rpartition("]")[0] + "]" if "[" in headers.get("host", "") else None
-        host = host or headers.get("host", "").partition(":")[0]
+        async def refuse(error: ApiError) -> None:
+            await error_response(error, scope["path"])(scope, receive, guarded)
+
+        host = _HOST.findall(headers.get("host", ""))[0]
         if self._hosts is not None and host.lower() not in self._hosts:
-            message = (
-                f"this server is not called {host!r:.80}: it is this machine's alone. --require-key opens it to any"
-            )
-            return await _refuse(ApiError(403, message, code="unknown_host"), scope, guarded)
+            told = f"this server is not called {host!r:.80}: it is this machine's alone. --require-key opens it to any"
+            return await refuse(ApiError(403, told, code="unknown_host"))
         if length.isdecimal() and int(length[:20]) > self._most:
-            return await _refuse(ApiError(413, self._too_long), scope, guarded)
+            return await refuse(ApiError(413, self._too_long))
         try:
             await self._app(scope, counted, guarded)
         except Exception as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            where = "; ".join(f"{frame.name}, {frame.filename}:{frame.lineno}" for frame in frames[-3:])
-            _LOG.error("%s: %s (%s)", scope["path"], type(error).__name__, where)
+            _LOG.error("%s: %s (%s)", scope["path"], type(error).__name__, places(error))
             if begun:
                 raise ConnectionError("an answer broke off") from None
-            await _refuse(ApiError(500, "the server failed; its log says where"), scope, guarded)
+            await refuse(ApiError(500, "the server failed; its log says where"))
 
     @property
     def _too_long(self) -> str:
@@ -115,8 +114,6 @@ async def _pass_over(receive: Receive, most: int) -> None:
                 most -= len(message.get("body", b""))
 
 
-async def _refuse(error: ApiError, scope: Scope, send: Send) -> None:
-    body = json.dumps(error.body_at(scope["path"])).encode()
-    head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": error.status, "headers": head})
-    await send({"type": "http.response.body", "body": body})
+def error_response(error: ApiError, path: str) -> JSONResponse:
+    """What is answered to a request for this path that cannot be served."""
+    return JSONResponse(error.body_at(path), error.status, error.headers)

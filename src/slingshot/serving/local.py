@@ -12,7 +12,6 @@ import queue
 import sys
 import threading
 import time
-import traceback
 from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import suppress
@@ -25,7 +24,7 @@ from slingshot.engine.scheduler import EngineCounters
 from slingshot.engine.sequence import Request
 from slingshot.serving.backend import Generation, TokenDelta
 from slingshot.serving.careful_grammars import CarefulGrammars
-from slingshot.serving.errors import ApiError
+from slingshot.serving.errors import ApiError, places
 
 if TYPE_CHECKING:
     import xgrammar
@@ -110,7 +109,7 @@ class LocalBackend:
             self._run()
         except Exception as error:
             self.obstacle = f"the engine stopped with {type(error).__name__}; restart the server"
-            _LOG.error("%s (%s)", self.obstacle, _where(error))
+            _LOG.error("%s (%s)", self.obstacle, places(error))
             self._refuse()
 
     def _refuse(self) -> None:
@@ -170,7 +169,7 @@ class LocalBackend:
         except SlingshotError as error:
             self._hand({sample: error})
         except Exception as error:  # it was not taken in: the others go on
-            _LOG.error("a request could not be taken in: %s (%s)", type(error).__name__, _where(error))
+            _LOG.error("a request could not be taken in: %s (%s)", type(error).__name__, places(error))
             self._hand({sample: ApiError(500, f"the server failed with {type(error).__name__}")})
 
     def _tell(self) -> None:
@@ -263,9 +262,3 @@ def _joined(events: list[_Event]) -> tuple[TokenDelta, list[_Event]]:
         for name in ("token_ids", "logprobs", "top_logprobs", "experts", "drafted")
     }
     return replace(deltas[0], finish_reason=deltas[-1].finish_reason, **of_tokens), behind
-
-
-def _where(error: BaseException) -> str:
-    """The last places of its traceback; its text may hold what was asked."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return "; ".join(f"{frame.name}, {frame.filename}:{frame.lineno}" for frame in frames[-3:])

@@ -43,6 +43,7 @@ def test_it_refuses_in_a_line_before_a_model_is_loaded(refused):
     assert "slingshot keys create" in refused("--require-key")
     assert "vllm serve nowhere" in refused("--engine", "vllm")
     assert "--engine" in refused("--upstream", "http://127.0.0.1:9")
+    assert "another --ledger" in refused("--ledger", f"{__file__}/ledger")
     assert "--host" in refused("--host", "192.0.2.1", "--require-key")
     for given in ("sums", "=folder", "sums=", "a/b=folder"):
         assert "write NAME=FOLDER" in refused("--adapter", given)

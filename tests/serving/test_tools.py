@@ -57,6 +57,7 @@ def test_the_next_turn_begins_with_the_very_tokens_that_were_sampled(calls):
 
 def test_a_history_that_was_changed_is_read_as_it_stands(calls, caller):
     message = ask(calls, [QUESTION]).choices[0].message.model_dump(exclude_none=True)
+    message["tool_calls"][0]["function"]["arguments"] = "[" * 2000  # nested deeper than JSON is read
     changed = [{"role": "user", "content": "Another question"}, message, {"role": "tool", "content": "rain"}]
     ask(calls, changed)
     prompt = caller.decode(calls.backend.asked[1].prompt_ids)
@@ -70,7 +71,7 @@ def test_without_tools_the_same_words_are_text(calls):
 
 
 def test_tools_that_a_server_would_run_are_passed_over(calls):
-    ask(calls, [QUESTION], tools=[{"type": "web_search"}, WEATHER])
+    ask(calls, [QUESTION], tools=[{"type": "web_search", "strict": True}, WEATHER])
     ask(calls, [QUESTION], tools=[WEATHER])
     assert len({generation.prompt_ids for generation in calls.backend.asked}) == 1
 
@@ -85,6 +86,7 @@ def test_a_model_that_knows_no_tools_says_so(client):
     [
         ({"tools": [{"type": "function"}]}, "has a name"),
         ({"tools": [3]}, "with a type"),
+        ({"extra_body": {"messages": [{"role": "assistant", "tool_calls": 5}]}}, "a call has a function"),
         ({"tool_choice": "some"}, "is none of"),
         ({"tool_choice": "required", "tools": []}, "no function to call"),
         ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "bind the same answer"),

@@ -38,7 +38,7 @@ def _fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _told(what: str, way_out: str = "") -> Iterator[None]:
+def os_errors(what: str, way_out: str = "") -> Iterator[None]:
     """An OSError within is told in one line: `what`, why, and the way out."""
     try:
         yield
@@ -51,7 +51,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     if not path.name or (path.exists() and not path.is_file()):
         raise SlingshotError(f"cannot write {path}: that is no file; choose another place")
     temporary = path.with_name(f".{path.name}.tmp")
-    with _told(f"cannot write {path}", _NO_SPACE):
+    with os_errors(f"cannot write {path}", _NO_SPACE):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_bytes(content)
@@ -76,7 +76,7 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 def read_text(path: Path) -> str:
     """Read UTF-8 text without its byte order mark; a missing, unreadable or binary file is a SlingshotError."""
     try:
-        with _told(f"cannot read {path}"):
+        with os_errors(f"cannot read {path}"):
             return path.read_text(encoding="utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise SlingshotError(f"{path} is not UTF-8 text (byte {error.start}); is it a binary file?") from error
@@ -120,7 +120,7 @@ def parse_json(text: str, where: str) -> Any:
 
 def read_span(path: Path, start: int, buffer: memoryview, what: str) -> None:
     """Fill `buffer` with a file's bytes from `start` on. SlingshotError when it cannot, or ends within `what`."""
-    with _told(f"cannot read {path}"), path.open("rb", buffering=0) as file:
+    with os_errors(f"cannot read {path}"), path.open("rb", buffering=0) as file:
         file.seek(start)
         while buffer:
             count = file.readinto(buffer)
@@ -154,11 +154,11 @@ def inside(folder: Path, name: str) -> Path:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` (replacing what was there) if the block ends well."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with _told(f"cannot write {path}", "; choose another --out"):
+    with os_errors(f"cannot write {path}", "; choose another --out"):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     try:
-        with _told(f"cannot write {path}", _NO_SPACE):
+        with os_errors(f"cannot write {path}", _NO_SPACE):
             yield temporary
             rename_folder(temporary, path)
     finally:
@@ -190,7 +190,7 @@ def lock(folder: Path, patience: float = 0.0) -> int:
     """
     deadline = time.monotonic() + patience
     while True:
-        with _told(f"cannot write {folder}", "; choose another --out"):
+        with os_errors(f"cannot write {folder}", "; choose another --out"):
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         opened = os.fstat(descriptor)
@@ -219,7 +219,7 @@ def put_aside(path: Path) -> Path:
     """Move what lies at `path` to `.stale/NAME-N` beside it, so that another can be made there; returns where."""
     places = (path.parent / ".stale" / f"{path.name}-{number}" for number in itertools.count(1))
     place = next(place for place in places if not place.exists())
-    with _told(f"cannot move {path} aside", "; move or remove it"):
+    with os_errors(f"cannot move {path} aside", "; move or remove it"):
         place.parent.mkdir(exist_ok=True)
         path.rename(place)
     return place

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from slingshot.base.files import write_text
+from slingshot.base.files import os_errors, write_text
 
 if TYPE_CHECKING:
     from slingshot.serving.ledger import Ledger
@@ -35,7 +35,8 @@ def ledger_url(where: str | None) -> str:
         return where
     home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
     path = Path(where) if where is not None else home / "slingshot" / "ledger.sqlite"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with os_errors(f"cannot make {path.parent}", "; choose another --ledger"):
+        path.parent.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{path.absolute()}"
 
 

@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import typer
 
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import digest, parse_json, read_text
+from slingshot.base.files import digest, os_errors, parse_json, read_text
 from slingshot.base.names import closest
 from slingshot.base.progress import Progress
 from slingshot.base.quantity import plural, show_count
@@ -153,11 +153,9 @@ def _continued(out: Path, rows: Sequence[PromptRow], settings: Sequence[str]) ->
     """
     if out.exists() and not out.is_file():  # /dev/full has no end, /dev/null keeps nothing
         raise SlingshotError(f"{out} is no plain file; choose another --out")
-    try:
+    with os_errors(f"cannot write {out}", "; choose another --out"):
         out.parent.mkdir(parents=True, exist_ok=True)
         file = out.open("a+", encoding="utf-8", errors="backslashreplace", newline="\n")
-    except OSError as error:
-        raise SlingshotError(f"cannot write {out}: {error.strerror}; choose another --out") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from slingshot.base.errors import SlingshotError
+from slingshot.base.files import os_errors
 from slingshot.serving.metrics import Metrics
 from slingshot.serving.prices import PICO
 
@@ -86,10 +86,8 @@ class AccessLog:
         """A file that lines are added to, "-": standard error. SlingshotError where it cannot be opened."""
         if place == "-":
             return cls(sys.stderr)
-        try:
+        with os_errors(f"cannot write to the access log {place}"):
             return cls(open(place, "a", encoding="utf-8"))  # for as long as the server runs
-        except OSError as error:
-            raise SlingshotError(f"cannot write to the access log {place}: {error.strerror or error}") from error
 
     def write(self, record: RequestRecord) -> None:
         try:

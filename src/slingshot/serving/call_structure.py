@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slingshot.engine.structured import SPACES
+from slingshot.serving.sampling_fields import ANY_OBJECT
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.text.tool_formats import ToolFormat
 
-_ANY_OBJECT = {"type": "object", "additionalProperties": True}
 _Format = dict[str, Any]
 
 
@@ -69,7 +69,7 @@ class _Writer:
 
     def _part(self, part: str, function: Mapping[str, Any]) -> _Format:
         if part == "ARGUMENTS":
-            schema = _ANY_OBJECT if function.get("loose") else function["parameters"]
+            schema = ANY_OBJECT if function.get("loose") else function["parameters"]
             style = {"style": "qwen_xml"} if self._form.sign == "<function=" else {}
             return {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": SPACES} | style
         if part == "DIGITS":

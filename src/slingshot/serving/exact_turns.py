@@ -78,5 +78,5 @@ def _digest(question: Question, messages: Sequence[Mapping[str, Any]]) -> bytes:
 def _value(arguments: Any) -> Any:
     try:
         return json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments

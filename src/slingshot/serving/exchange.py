@@ -115,7 +115,7 @@ class Exchange:
     def _booked(self) -> Usage:
         """Nothing of what was never asked, or failed before its first token: who hangs up pays for the prompt."""
         refused = self.failure is not None or not self._asked
-        return Usage(0, 0, 0, 0) if refused and self.first_token_seconds is None else self.usage
+        return Usage() if refused and self.first_token_seconds is None else self.usage
 
     async def _settle(self) -> None:
         try:

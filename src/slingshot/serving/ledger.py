@@ -60,10 +60,10 @@ _FIRST = 0x736C696E67  # names the lock under which servers that start at once m
 class Usage:
     """Tokens of a request. cached: of the prompt's, those that were not computed. reasoning: of the completion's."""
 
-    prompt: int
-    cached: int
-    completion: int
-    reasoning: int
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+    reasoning: int = 0
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class Ledger:
                 if admitted:
                     connection.execute(OPEN, row)
         except ApiError:  # lost within the commit it may stand there all the same: a tick gives it back
-            its.due, its.doubtful = Usage(0, 0, 0, 0), True
+            its.due, its.doubtful = Usage(), True
             self._open[request_id] = its
             raise
         if not admitted:
@@ -265,7 +265,7 @@ class Ledger:
             rows = connection.execute(sa.select(REQUESTS).where(open_there)).all() if dead else []
             for row in rows:
                 begun = row.completion > 0  # what was lost before its first token costs nothing
-                used = Usage(row.prompt, row.cached, row.completion, row.reasoning) if begun else Usage(0, 0, 0, 0)
+                used = Usage(row.prompt, row.cached, row.completion, row.reasoning) if begun else Usage()
                 self._settle(connection, row, used)
             ended = sa.update(GATEWAYS).where(GATEWAYS.c.id.in_(dead)).values(ended=GATEWAYS.c.seen)
             connection.execute(ended)

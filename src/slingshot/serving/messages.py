@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from slingshot.serving.chat_completions import REASONER, Effort, Thinking, told_effort
 from slingshot.serving.errors import ApiError
-from slingshot.serving.question import Question, joined, text_of
+from slingshot.serving.question import Question, joined, role_of, text_of
 from slingshot.serving.responses import TextFormat
 from slingshot.serving.sampling_fields import SamplingFields
 from slingshot.serving.tools import read_choice, read_tools
@@ -113,14 +113,12 @@ def chat_messages(
     if blocks and (text := text_of(blocks, "system")):
         told.append({"role": "system", "content": text})
     for place, message in enumerate(messages):
-        where, role, content = f"messages.{place}", message.get("role"), message.get("content")
-        if role not in ("user", "assistant", "system"):
-            known = "user, assistant, system"
-            raise ApiError(400, f"{where}: role {role!r:.80} is none of {known}", param=f"{where}.role")
+        where, content = f"messages.{place}", message.get("content")
+        role = role_of(message, ("user", "assistant", "system"), where)
         said = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(said, list) or not all(isinstance(block, dict) for block in said):
             raise ApiError(400, f"{where}.content: content is text, or a list of blocks", param=f"{where}.content")
-        told += [_assistant(said, where)] if role == "assistant" else _others(str(role), said, where)
+        told += [_assistant(said, where)] if role == "assistant" else _others(role, said, where)
     return told
 
 

@@ -68,10 +68,8 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """
     plain = []
     for place, message in enumerate(messages):
-        where, role = f"messages.{place}", message.get("role")
-        if role not in ROLES:
-            known = ", ".join(ROLES)
-            raise ApiError(400, f"{where}: role {role!r:.80} is none of {known}", param=f"{where}.role")
+        where = f"messages.{place}"
+        role = role_of(message, ROLES, where)
         own = {key: value for key, value in message.items() if value is not None and key != "prefix"}
         if "content" in own:
             own["content"] = text_of(own["content"], f"{where}.content")
@@ -79,6 +77,14 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
             own["reasoning_content"] = text_of(reasoning, f"{where}.reasoning_content")
         plain.append(own | {"role": "system" if role == "developer" else role})
     return plain
+
+
+def role_of(message: Message, known: Sequence[str], where: str) -> str:
+    """A message's role; ApiError 400 for none of those known."""
+    role = message.get("role")
+    if role not in known:
+        raise ApiError(400, f"{where}: role {role!r:.80} is none of {', '.join(known)}", param=f"{where}.role")
+    return str(role)
 
 
 def joined(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

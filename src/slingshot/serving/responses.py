@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from slingshot.serving.chat_completions import REASONER, Effort, told_effort
 from slingshot.serving.errors import ApiError
-from slingshot.serving.question import Question, joined, text_of
+from slingshot.serving.question import Question, joined, role_of, text_of
 from slingshot.serving.sampling_fields import JsonSchemaFormat, ResponseFormat, SamplingFields
 from slingshot.serving.sse import to_json
 from slingshot.serving.tools import read_choice, read_tools
@@ -146,10 +146,7 @@ def _read_item(item: Item, kind: str, where: str) -> tuple[dict[str, Any], dict[
         return ({"reasoning_content": reasoning} if reasoning else {}), None
     if kind != "message":
         raise ApiError(400, f"{where}: an item of type {kind!r:.80} is not read by this server", param=f"{where}.type")
-    role, content = item.get("role"), item.get("content")
-    if role not in ("user", "assistant", "system", "developer"):
-        message = f"{where}: role {role!r:.80} is none of user, assistant, system, developer"
-        raise ApiError(400, message, param=f"{where}.role")
+    role, content = role_of(item, ("user", "assistant", "system", "developer"), where), item.get("content")
     if role == "assistant":
         parts = content if isinstance(content, list) else [content]
         return {"content": "".join(text_of([part], f"{where}.content") for part in parts)}, None

@@ -27,6 +27,8 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "num_predict": (), "think": (), "enable_thinking": (),
 }  # fmt: skip
 
+ANY_OBJECT = {"type": "object", "additionalProperties": True}  # a schema that any object keeps to
+
 
 class StreamOptions(BaseModel):
     include_usage: bool = False
@@ -116,19 +118,16 @@ class SamplingFields(BaseModel):
             if wanted.type == "json_schema" and wanted.json_schema is None:
                 raise ApiError(400, "response_format json_schema needs json_schema.schema", param="response_format")
             held = wanted.json_schema if wanted.type == "json_schema" else None
-            found.append({"json_schema": _ANY_OBJECT if held is None else held.schema_})
+            found.append({"json_schema": ANY_OBJECT if held is None else held.schema_})
         guided: dict[str, Any] = {
             "json_schema": self.guided_json, "regex": self.guided_regex, "choice": self.guided_choice,
             "grammar": self.guided_grammar,
         }  # fmt: skip
         found += [{name: value} for name, value in guided.items() if value is not None]
         if (its := self.structured_outputs) is not None:
-            json = _ANY_OBJECT if its.json_object else its.json_
+            json = ANY_OBJECT if its.json_object else its.json_
             held_to = {"json_schema": json, "regex": its.regex, "choice": its.choice, "grammar": its.grammar}
             found += [{name: value} for name, value in held_to.items() if value is not None]
         if len(found) > 1:
             raise ApiError(400, "response_format, structured_outputs and guided_... say different things: give one")
         return found[0] if found else {}
-
-
-_ANY_OBJECT = {"type": "object", "additionalProperties": True}

@@ -47,10 +47,10 @@ _NOTHING: dict[str, Any] = {"type": "object", "properties": {}}
 
 
 def read_choice(given: Any, offered: Sequence[Any] | None, tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What is asked of calls, as fields of Question. offered: the tools as they came, `strict` among their keys."""
-    strict = [tool.get("function", tool) for tool in offered or () if isinstance(tool, Mapping)]
+    """What is asked of calls, as fields of Question. offered: what `tools` were read from, `strict` among its keys."""
     known = [tool["function"]["name"] for tool in tools]
-    asked: dict[str, Any] = {"strict": frozenset(its["name"] for its in strict if its.get("strict")) & set(known)}
+    functions = [tool.get("function", tool) for tool in offered or () if tool["type"] == "function"]
+    asked: dict[str, Any] = {"strict": frozenset(its["name"] for its in functions if its.get("strict"))}
     if isinstance(given, Mapping):
         function = given.get("function", given)
         name = function.get("name") if isinstance(function, Mapping) else None
@@ -75,22 +75,23 @@ def with_arguments(messages: Sequence[Mapping[str, Any]], as_text: bool) -> list
     """Messages whose calls have their arguments as the template wants them: JSON text, or an object."""
     told = []
     for place, message in enumerate(messages):
-        calls = message.get("tool_calls")
-        if not calls:
-            told.append(dict(message))
-            continue
-        made = []
-        for call in calls:
-            function = call.get("function") if isinstance(call, Mapping) else None
-            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-                where = f"messages.{place}.tool_calls"
-                raise ApiError(400, f"{where}: a call has a function with a name and arguments", param=where)
-            arguments = function.get("arguments") or "{}"
-            if as_text and not isinstance(arguments, str):
-                arguments = json.dumps(arguments, ensure_ascii=False)
-            if not as_text and isinstance(arguments, str):
-                with contextlib.suppress(ValueError):  # what a model wrote wrongly it is told as it wrote it
-                    arguments = json.loads(arguments)
-            made.append({**call, "type": "function", "function": {**function, "arguments": arguments}})
-        told.append({**message, "content": message.get("content") or "", "tool_calls": made})
+        its = dict(message)
+        if calls := its.get("tool_calls"):
+            where, calls = f"messages.{place}.tool_calls", calls if isinstance(calls, list) else [calls]
+            made = [_with_arguments(call, as_text, where) for call in calls]
+            its |= {"content": its.get("content") or "", "tool_calls": made}
+        told.append(its)
     return told
+
+
+def _with_arguments(call: Any, as_text: bool, where: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ApiError(400, f"{where}: a call has a function with a name and arguments", param=where)
+    arguments = function.get("arguments") or "{}"
+    if as_text and not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    if not as_text and isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):  # what a model wrote wrongly it is told as it wrote it
+            arguments = json.loads(arguments)
+    return {**call, "type": "function", "function": {**function, "arguments": arguments}}

@@ -81,9 +81,8 @@ def test_bench_keeps_a_cache_of_8_bits_when_asked(command: Command, checkpoint: 
 def test_weights_of_few_bits_are_counted_so(dense: Callable[..., ModelConfig]) -> None:
     config = dense(vocab_size=300, hidden_size=64, intermediate_size=96, tie_word_embeddings=True)
     weights = bytes_read(config, 1, 0, 2) / 2
-    assert (
-        bytes_read(config, 1, 0, 2, 8) == weights * (1 + 4 / 32) and bytes_read(config, 1, 0, 2, 4) == weights * 0.625
-    )
+    assert bytes_read(config, 1, 0, 2, 8) == weights * (1 + 4 / 32)
+    assert bytes_read(config, 1, 0, 2, 4) == weights * 0.625
 
 
 @pytest.mark.parametrize(
@@ -92,6 +91,7 @@ def test_weights_of_few_bits_are_counted_so(dense: Callable[..., ModelConfig]) -
         (["deepseek-v3"], "deepseek-v3 has weights of"), (["none"], "none"),
         (["x", "--batch", "1,x"], "--batch 1,x: give whole numbers"), (["x", "--batch", "0"], "--batch 0: give whole"),
         (["x", "--weights", "int3"], "--weights int3: choose int8 or int4"),
+        (["deepseek-v3-tiny-576", "--dtype", "half"], "dtype 'half' is not supported"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_one_line(command: Command, arguments: list[str], message: str) -> None:

@@ -53,9 +53,8 @@ def test_a_call_is_run_and_shown_and_the_answer_follows_what_was_said(monkeypatc
     assert "tool▁call" not in shown
     before, after = engine.asked
     assert "### python" in tokenizer.decode(before) and after[: len(before) + len(first)] == [*before, *first]
-    assert (
-        tokenizer.decode(after[len(before) + len(first) :]) == "<｜tool▁output▁begin｜>42<｜tool▁output▁end｜><think>\n"
-    )
+    told = tokenizer.decode(after[len(before) + len(first) :])
+    assert told == "<｜tool▁output▁begin｜>42<｜tool▁output▁end｜><think>\n"
 
 
 def test_tools_that_are_not_to_be_had_are_refused_in_a_line():

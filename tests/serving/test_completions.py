@@ -17,10 +17,8 @@ def test_a_text_is_gone_on_with_as_it_stands_streamed_or_not(client, engine, tok
 
 def test_tags_are_text_and_stop_strings_act_everywhere(says):
     client = says("3 plus 4 is 7.\n</think>\n\n5 is 7")
-    assert (
-        client.completions.create(model="tiny", prompt="a", max_tokens=60).choices[0].text
-        == "3 plus 4 is 7.\n</think>\n\n5 is 7"
-    )
+    text = client.completions.create(model="tiny", prompt="a", max_tokens=60).choices[0].text
+    assert text == "3 plus 4 is 7.\n</think>\n\n5 is 7"
     assert client.completions.create(model="tiny", prompt="a", stop="4 is").choices[0].text == "3 plus "
 
 

@@ -128,7 +128,7 @@ def _load(
     from slingshot.checkpoint.load_save import open_weights
     from slingshot.cost.flops import parameters
     from slingshot.engine.engine import Engine
-    from slingshot.machine.device import auto_device, auto_dtype, describe_machine
+    from slingshot.machine.device import auto_device, describe_machine, named_dtype
     from slingshot.model.config import ModelConfig, presets
     from slingshot.model.transformer import Transformer
     from slingshot.text.tokenizer import Tokenizer
@@ -142,7 +142,7 @@ def _load(
         options: Any = {"max_batch": most, "max_length": length, "weight_bits": bits, "kv_cache": kv_cache}
         return Engine.load(source, dtype, **options), source
     device = auto_device()
-    chosen = auto_dtype(device) if dtype == "auto" else torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    chosen = named_dtype(dtype, device)
     size, memory = parameters(config).total * chosen.itemsize, describe_machine(device).memory_bytes
     if memory and size > 0.8 * memory:
         raise SlingshotError(f"{source} has weights of {show_size(size)}, this machine {show_size(memory)} of memory")

@@ -15,7 +15,8 @@ _HINTS = {
     "export": "you may want slingshot convert; ",
     "train": "you may want slingshot run RECIPE, or slingshot pretrain, sft or rl; ",
     "eval": "you may want slingshot evaluate; ",
-} | {"lora": ""}
+    "lora": "",
+}
 
 
 class Commands(TyperGroup):

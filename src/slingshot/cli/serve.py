@@ -98,7 +98,9 @@ def serve(
                 raise SlingshotError("--kv-cache: of slingshot's own engine; the other has an option of its own")
             if adapter:
                 raise SlingshotError("--adapter: only slingshot's own engine has adapters; leave --engine out")
-            source = _one(sources)
+            if len(sources) != 1:
+                raise SlingshotError("another engine's servers have one model: name its checkpoint alone")
+            source = sources[0]
             child = None
             if not upstream:
                 child = ends.enter_context(_started(source, engine, dtype, max_batch, cache_bytes))
@@ -160,12 +162,6 @@ def _local_models(
                 ServedModel(its, engine.tokenizer, AdapterBackend(backend, its), now, Origin.of(Path(folder)), beside)
             )
     return models
-
-
-def _one(sources: Sequence[str]) -> str:
-    if len(sources) != 1:
-        raise SlingshotError("another engine's servers have one model: name its checkpoint alone")
-    return sources[0]
 
 
 def _started(

@@ -33,7 +33,7 @@ from slingshot.engine.sampling import SamplingError, SamplingParams
 from slingshot.engine.scheduler import EngineCounters
 from slingshot.engine.sequence import Completion, Request, RequestOutput
 from slingshot.engine.vocabulary import Vocabulary
-from slingshot.machine.device import auto_device, auto_dtype
+from slingshot.machine.device import auto_device, named_dtype
 from slingshot.model.transformer import Transformer
 from slingshot.quantization.integers import WeightGrid
 from slingshot.text.reasoning import Delta, Kind, ReasoningStream
@@ -149,12 +149,7 @@ class Engine:
     ) -> Self:
         """Load a checkpoint (folder, .gguf file, hub name); "auto" takes the device and dtype that multiply fastest."""
         where = auto_device() if device == "auto" else torch.device(device)
-        if isinstance(dtype, str):
-            known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-            if dtype not in known:
-                raise SlingshotError(f"dtype {dtype!r} is not supported; choose {', '.join(known)}")
-            dtype = known[dtype] or auto_dtype(where)
-        path = locate(path)
+        dtype, path = named_dtype(dtype, where) if isinstance(dtype, str) else dtype, locate(path)
         (model, grid), tokenizer = load_as_stored(path, dtype=dtype, device=where), load_tokenizer(path)
         room, how = (max_batch, max_length, None, cache_bytes, step_tokens), (speculation, native, weight_bits, False)
         return cls(model, tokenizer, *room, *how, adapters, grid, kv_cache)

@@ -37,9 +37,8 @@ class Vocabulary:
 
     def check(self, params: SamplingParams) -> None:
         """Raise SamplingError where the parameters name ids that the model does not know."""
-        ids = [("stop_token_ids", id) for id in params.stop_token_ids] + [
-            ("logit_bias", id) for id, _ in params.logit_bias
-        ]
+        ids = [("stop_token_ids", id) for id in params.stop_token_ids]
+        ids += [("logit_bias", id) for id, _ in params.logit_bias]
         ids += [("bad_words", id) for word in params.bad_words if isinstance(word, tuple) for id in word]
         for name, id in ids:
             if not 0 <= id < self.size:

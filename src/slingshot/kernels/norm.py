@@ -72,12 +72,8 @@ class _RMSNorm(torch.autograd.Function):
             return kept, kept if ctx.has_more else None, None, None, None
         native, width = native_for(x), x.shape[-1]
         if native is not None:
-            rows, grad, dx, dweight = (
-                as_rows(x),
-                grad.contiguous(),
-                torch.empty(x.shape, dtype=x.dtype),
-                torch.empty(width),
-            )
+            rows, grad = as_rows(x), grad.contiguous()
+            dx, dweight = torch.empty(x.shape, dtype=x.dtype), torch.empty(width)
             kept = None if kept is None else kept.contiguous()
             held = weight.to(x.dtype).float()  # rounded as a copy of the model in this dtype is
             native("norm_backward", grad, kept, rows, rows.stride(0), held, inverse, len(rows), width, dx, dweight)

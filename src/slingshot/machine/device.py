@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 
+from slingshot.base.errors import SlingshotError
 from slingshot.machine.machine import Machine, Measurement, describe, is_busy, load_measurement, save_measurement
 
 Dtype = Literal["auto", "float32", "bfloat16"]  # of activations; parameters and optimizer state stay float32
@@ -54,6 +55,14 @@ def auto_dtype(device: torch.device) -> torch.dtype:
     """
     gain = machine_peak(torch.bfloat16, device) / machine_peak(torch.float32, device)
     return torch.bfloat16 if gain >= BF16_WORTH_IT else torch.float32
+
+
+def named_dtype(name: str, device: torch.device) -> torch.dtype:
+    """A dtype by its name, or what "auto" means on `device`; SlingshotError for one in which nothing is computed."""
+    known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in known:
+        raise SlingshotError(f"dtype {name!r} is not supported; choose {', '.join(known)}")
+    return known[name] or auto_dtype(device)
 
 
 def auto_threads(width: int = 256, anew: bool = False) -> int:

@@ -44,9 +44,8 @@ def quantize(matrix_SFD: Tensor, scale_fmt: str | None = None, tile: Tile = BLOC
         power = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
         scale = torch.where(scale.isfinite(), power, torch.nan)
     scaled = (tiles / scale[..., :, None, :, None]).clamp_(-E4M3_MAX, E4M3_MAX).flatten(-2).flatten(-3, -2)
-    return scaled[..., :out, :inner].to(torch.float8_e4m3fn).contiguous(), (
-        scale.to(torch.float8_e8m0fnu) if scale_fmt else scale
-    )
+    numbers = scaled[..., :out, :inner].to(torch.float8_e4m3fn).contiguous()
+    return numbers, scale.to(torch.float8_e8m0fnu) if scale_fmt else scale
 
 
 def dequantize(numbers_SFD: Tensor, scale: Tensor, first_row: int = 0, tile: Tile = BLOCK) -> Tensor:

@@ -1,7 +1,7 @@
 """A request from its arrival to its end: an id that its answer carries, a count, and a line in the access log.
 
 app.add_middleware(RequestWatch, metrics=gateway.metrics, log=AccessLog(sys.stderr))
-record = current()          # of the request that this task serves; None outside of one
+record = REQUEST.get()      # of the request that this task serves; None outside of one
 """
 
 from __future__ import annotations
@@ -67,11 +67,7 @@ class RequestRecord:
         }
 
 
-_CURRENT: ContextVar[RequestRecord | None] = ContextVar("request", default=None)
-
-
-def current() -> RequestRecord | None:
-    return _CURRENT.get()
+REQUEST: ContextVar[RequestRecord | None] = ContextVar("request", default=None)
 
 
 class AccessLog:
@@ -118,14 +114,14 @@ class RequestWatch:
                 failures = (exchange.failure for exchange in record.exchanges)
                 record.status = next((failure for failure in failures if failure), status)
 
-        token = _CURRENT.set(record)
+        token = REQUEST.set(record)
         try:
             await self._app(scope, receive, watched)
         except Exception:
             record.status = 500
             raise
         finally:
-            _CURRENT.reset(token)
+            REQUEST.reset(token)
             if record.method == "POST":
                 self._metrics.answered(record.model or "", record.status)
             if self._log is not None:

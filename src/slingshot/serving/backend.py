@@ -83,15 +83,12 @@ class Backend(Protocol):
 
     async def start(self) -> None:
         """Begin, in the event loop that asks; SlingshotError where that cannot be."""
-        ...
 
     def generate(self, generation: Generation) -> AsyncGenerator[TokenDelta, None]:
         """Yield what one sample grows by; the last delta has a finish_reason. Closing it aborts the sample.
 
         Raises SlingshotError for what the engine refuses, ApiError 503 where it cannot be reached, 500 where it fails.
         """
-        ...
 
     async def close(self) -> None:
         """Stop; samples on their way end with finish_reason "abort"."""
-        ...

@@ -13,7 +13,7 @@ from fastapi import Depends, Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
-from slingshot.serving.access_log import current
+from slingshot.serving.access_log import REQUEST
 from slingshot.serving.accounts import authenticate, is_ours
 from slingshot.serving.errors import ApiError
 from slingshot.serving.gateway import Gateway
@@ -44,7 +44,7 @@ async def _account(request: Request) -> Account:
     key = bearer or request.headers.get("x-api-key") or None
     keyless: bool = request.app.state.keyless
     account = LOCAL if keyless and not is_ours(key) else await ledger.aside(authenticate, ledger, key, keyless)
-    if record := current():
+    if record := REQUEST.get():
         record.key = account.name
     return account
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from slingshot.base.errors import SlingshotError
 from slingshot.base.names import did_you_mean
-from slingshot.serving.access_log import current
+from slingshot.serving.access_log import REQUEST
 from slingshot.serving.errors import ApiError
 from slingshot.serving.exchange import Exchange
 from slingshot.serving.ledger import LOCAL, Account, Ledger
@@ -83,7 +83,7 @@ class Gateway:
         """Begin an exchange, whose `pieces` must be taken; ApiError where the question cannot be answered."""
         if self.draining:
             raise ApiError(503, "the server is stopping; ask another one", code="stopping", retry_after=5)
-        began, record = time.perf_counter(), current()
+        began, record = time.perf_counter(), REQUEST.get()
         model = self.model(question.model, account)
         if record is not None:
             record.model = model.name

@@ -36,7 +36,6 @@ class InferenceServer(Protocol):
 
     async def context(self, client: aiohttp.ClientSession) -> int:
         """Tokens of a sequence at most."""
-        ...
 
     def stream(self, client: aiohttp.ClientSession, generation: Generation) -> AsyncGenerator[TokenDelta, None]: ...
 

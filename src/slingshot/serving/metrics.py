@@ -10,17 +10,18 @@ Every gateway has a registry of its own. Nothing here names a key or holds a wor
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import prometheus_client as prometheus
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from slingshot.serving.ledger import Usage
-from slingshot.serving.load import WaitingRoom
 from slingshot.serving.prices import PICO
-from slingshot.serving.served_model import ServedModel
+
+if TYPE_CHECKING:
+    from slingshot.serving.gateway import Gateway
 
 CONTENT_TYPE = prometheus.CONTENT_TYPE_LATEST
 
@@ -79,22 +80,10 @@ class ModelMeter:
         self._cached.inc(usage.cached)
 
 
-class Watched(Protocol):
-    """What is read of a gateway."""
-
-    models: dict[str, ServedModel]
-
-    @property
-    def waiting(self) -> Mapping[str, WaitingRoom]: ...
-
-    @property
-    def running_models(self) -> Sequence[str]: ...
-
-
 class Metrics:
     """Of a gateway; meters by the names of its models."""
 
-    def __init__(self, gateway: Watched) -> None:
+    def __init__(self, gateway: Gateway) -> None:
         self._registry = prometheus.CollectorRegistry()
         histograms = {
             name: prometheus.Histogram(f"slingshot_{name}", told, ["model"], buckets=buckets, registry=self._registry)
@@ -103,9 +92,7 @@ class Metrics:
         told = "Tokens of prompts that were found in the cache"
         cached = prometheus.Counter("slingshot_cached_tokens", told, ["model"], registry=self._registry)
         told = "Requests that ended; status 499: the client left"
-        self._requests = prometheus.Counter(
-            "slingshot_requests", told, ["model", "status"], registry=self._registry
-        )  # fmt: skip
+        self._requests = prometheus.Counter("slingshot_requests", told, ["model", "status"], registry=self._registry)
         self.meters = {name: ModelMeter(name, histograms, cached) for name in gateway.models}
         self._registry.register(_Standing(gateway, self.meters))
 
@@ -120,7 +107,7 @@ class Metrics:
 class _Standing(Collector):
     """What is read when it is asked for."""
 
-    def __init__(self, gateway: Watched, meters: dict[str, ModelMeter]) -> None:
+    def __init__(self, gateway: Gateway, meters: dict[str, ModelMeter]) -> None:
         self._gateway, self._meters = gateway, meters
 
     def collect(self) -> Iterator[Metric]:

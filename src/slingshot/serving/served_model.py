@@ -109,9 +109,10 @@ class ServedModel:
         budget = question.params.thinking_budget
         if question.messages is None:
             return budget
+        reads_effort = "reasoning_effort" in (self.tokenizer.chat_template or "")
         if question.thinking is False:
             budget = 0
-        elif budget is None and question.effort == "low" and not self._reads("reasoning_effort"):
+        elif budget is None and question.effort == "low" and not reads_effort:
             budget = most // LOW_EFFORT
         reasons = ends_in_reasoning(prompt_ids, self.tokenizer) or self.vocabulary.may_begin_reasoning
         if not reasons or (budget is not None and budget >= most):
@@ -143,9 +144,6 @@ class ServedModel:
         """The same for the rest of a sample whose reasoning was closed."""
         return replace(params, max_tokens=left, thinking_budget=0 if params.structure else None, prompt_logprobs=None)
 
-    def _reads(self, variable: str) -> bool:
-        return variable in (self.tokenizer.chat_template or "")
-
     def _encode_chat(self, question: Question, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         offered = question.tools and question.tool_choice != "none"
         if offered and self.tool_format is None:
@@ -156,7 +154,6 @@ class ServedModel:
         if question.effort is not None:
             more["reasoning_effort"] = question.effort
         messages = with_arguments(messages, as_text=self.tool_format is not None and self.tool_format.as_text)
-
         if self.tokenizer.think_id is not None:
             messages = [*map(reasoning_apart, messages[:-1]), *messages[-1:]]
         late = next((place for place, its in enumerate(messages) if place and its["role"] == "system"

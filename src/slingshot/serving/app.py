@@ -120,8 +120,7 @@ def create_app(
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: ChatCompletionRequest, request: Request, account: Caller) -> Any:
-        usage = body.stream_options is not None and body.stream_options.include_usage
-        told = ToldToClient(bool(body.logprobs), bool(body.glass), usage, also_reasoning)
+        told = ToldToClient(bool(body.logprobs), bool(body.glass), body.tells_usage, also_reasoning)
         exchange = await gateway.ask(body.question(), account)
         if not body.stream:
             return JSONResponse(await unless_gone(request, chat_completion(exchange, told)))

@@ -163,6 +163,6 @@ async def completion_chunks(exchanges: Sequence[Exchange], body: CompletionReque
         yield event(index, [piece], None)
     for index, (_, answer) in enumerate(answers):
         yield event(index, [], answer.finish_reason)
-    if body.stream_options is not None and body.stream_options.include_usage:
+    if body.tells_usage:
         yield plain_event(head | {"choices": [], "usage": usage_of(_sum(exchanges))})
     yield DONE

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slingshot.serving.question import Question
+from slingshot.text.tool_formats import parsed_json
 
 KEPT = 4_000_000  # ids in all; what was not asked for longest goes first
 
@@ -69,14 +70,11 @@ def _digest(question: Question, messages: Sequence[Mapping[str, Any]]) -> bytes:
     plain = []
     for message in messages:
         functions = [(call.get("id"), call.get("function") or {}) for call in message.get("tool_calls") or ()]
-        calls = [[id, function.get("name"), _value(function.get("arguments"))] for id, function in functions]
+        calls = [[id, function.get("name"), _plain(function.get("arguments"))] for id, function in functions]
         plain.append([message.get("role"), message.get("content") or "", calls, message.get("tool_call_id")])
     told = [plain, list(question.tools), question.thinking, question.effort]
     return hashlib.blake2b(json.dumps(told, sort_keys=True, default=str).encode(), digest_size=16).digest()
 
 
-def _value(arguments: Any) -> Any:
-    try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError):
-        return arguments
+def _plain(arguments: Any) -> Any:
+    return parsed_json(arguments, arguments) if isinstance(arguments, str) else arguments

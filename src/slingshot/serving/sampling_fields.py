@@ -93,6 +93,11 @@ class SamplingFields(BaseModel):
             raise ValueError("stream_options needs stream: true")
         return self
 
+    @property
+    def tells_usage(self) -> bool:
+        """Whether a stream ends with what was used."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
     def sampling(self, defaults: dict[str, Any], **more: Any) -> SamplingParams:
         """As the engine takes it; more: what the API at hand adds. ApiError 400 where it contradicts itself."""
         names = (

@@ -9,7 +9,6 @@ Tools of a type that this server does not run (web_search and the like) are left
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 from slingshot.base.names import did_you_mean
 from slingshot.serving.answer import AnsweredCall
 from slingshot.serving.errors import ApiError
+from slingshot.text.tool_formats import parsed_json
 
 MOST_TOOLS = 128
 
@@ -92,6 +92,5 @@ def _with_arguments(call: Any, as_text: bool, where: str) -> dict[str, Any]:
     if as_text and not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
     if not as_text and isinstance(arguments, str):
-        with contextlib.suppress(ValueError, RecursionError):  # what a model wrote wrongly it is told as it wrote it
-            arguments = json.loads(arguments)
+        arguments = parsed_json(arguments, arguments)  # what a model wrote wrongly it is told as it wrote it
     return {**call, "type": "function", "function": {**function, "arguments": arguments}}

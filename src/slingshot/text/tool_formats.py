@@ -50,11 +50,11 @@ class ToolFormat:
 
 def _checked(name: str, arguments: str) -> ToolCall | None:
     """The call, if its name is one and its arguments are an object."""
-    whole = isinstance(_parsed(arguments), dict)
+    whole = isinstance(parsed_json(arguments), dict)
     return ToolCall(name, arguments.strip()) if whole and name and not re.search(r"\s", name) else None
 
 
-def _parsed(text: str, otherwise: object = None) -> object:
+def parsed_json(text: str, otherwise: object = None) -> object:
     """A text as JSON; `otherwise` where it is none."""
     try:
         return json.loads(text)
@@ -72,7 +72,7 @@ def _hermes(text: str) -> list[ToolCall] | None:
         parameters = _XML_PARAMETER.findall(found[2])
         if "".join(_XML_PARAMETER.sub("", found[2]).split()):
             return None
-        values = {name: _parsed(value, value) for name, value in parameters}  # plain words are no JSON
+        values = {name: parsed_json(value, value) for name, value in parameters}  # plain words are no JSON
         return [ToolCall(found[1], json.dumps(values, ensure_ascii=False))]
     call = _object_call(text)
     return None if call is None else [call]
@@ -80,7 +80,7 @@ def _hermes(text: str) -> list[ToolCall] | None:
 
 def _object_call(text: str) -> ToolCall | None:
     """{"name": ..., "arguments" or "parameters": {...}}."""
-    found = _parsed(text)
+    found = parsed_json(text)
     if not isinstance(found, dict) or not isinstance(found.get("name"), str):
         return None
     arguments = found.get("arguments", found.get("parameters", {}))

@@ -21,7 +21,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.text.reasoning import Parsed, before_reasoning, encode_answers, encode_responses, ends_in_reasoning
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.text.tool_calls import CallDelta, ToolCallStream
-from slingshot.text.tool_formats import ToolCall, ToolFormat, tool_format
+from slingshot.text.tool_formats import ToolCall, ToolFormat, parsed_json, tool_format
 
 
 def read_turn(
@@ -171,10 +171,7 @@ def _as_template_wants(calls: Sequence[ToolCall], as_text: bool) -> list[dict[st
     """Calls that every template can write: what a model wrote wrongly has no arguments."""
     told = told_calls([replace(call, name=call.name or "call") for call in calls])
     for call in told:
-        try:
-            given = json.loads(call["function"]["arguments"])
-        except (ValueError, RecursionError):
-            given = {}
+        given = parsed_json(call["function"]["arguments"])
         plain = given if isinstance(given, dict) else {}
         call["function"]["arguments"] = json.dumps(plain, ensure_ascii=False) if as_text else plain
     return told

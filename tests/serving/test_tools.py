@@ -237,7 +237,7 @@ def test_a_strict_call_that_is_begun_keeps_to_its_schema_and_text_is_free(tokeni
 
     tokenizer, form = tokenizers[name], BY_NAME["hermes" if name == "spelt" else name]
     vocabulary = Vocabulary(tokenizer, tokenizer.vocab_size)
-    grammar = vocabulary.grammars.compile(SamplingParams(structural_tag=free_text(form, tokenizer, [ADD, NOW])))
+    grammar = vocabulary.grammars.compile(("structural_tag", free_text(form, tokenizer, [ADD, NOW])))
 
     def accepted(text):
         matcher = GrammarMatcher(grammar, vocabulary.size)

@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -58,11 +58,10 @@ def auto_dtype(device: torch.device) -> torch.dtype:
 
 
 def named_dtype(name: str, device: torch.device) -> torch.dtype:
-    """A dtype by its name, or what "auto" means on `device`; SlingshotError for one in which nothing is computed."""
-    known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-    if name not in known:
-        raise SlingshotError(f"dtype {name!r} is not supported; choose {', '.join(known)}")
-    return known[name] or auto_dtype(device)
+    """What one of `Dtype` is on `device`; SlingshotError for another name."""
+    if name not in get_args(Dtype):
+        raise SlingshotError(f"dtype {name!r} is not supported; choose {', '.join(get_args(Dtype))}")
+    return auto_dtype(device) if name == "auto" else getattr(torch, name)
 
 
 def auto_threads(width: int = 256, anew: bool = False) -> int:
@@ -179,20 +178,12 @@ def _product(width: int, dtype: torch.dtype, device: torch.device) -> Callable[[
 
 def _fastest(work: Callable[[], object], device: torch.device, seconds: float, runs: int = 1) -> float:
     """Seconds of the fastest of at least so many runs, and of all that begin within `seconds`."""
+    wait = torch.accelerator.synchronize if device.type != "cpu" else lambda _: None  # for the device's queue
     end, best = time.perf_counter() + seconds, float("inf")
     while runs > 0 or time.perf_counter() < end:
-        best, runs = min(best, _timed(work, device)), runs - 1
+        wait(device)
+        start = time.perf_counter()
+        work()
+        wait(device)
+        best, runs = min(best, time.perf_counter() - start), runs - 1
     return best
-
-
-def _timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds one call takes, the device's queue included."""
-
-    def now() -> float:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        return time.perf_counter()
-
-    start = now()
-    work()
-    return now() - start

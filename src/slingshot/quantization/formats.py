@@ -150,19 +150,15 @@ def _joined(found: list[tuple[Scheme, list[str]]]) -> Scheme | str:
     (narrow, all_of), (wide, named) = sorted(found, key=lambda each: each[0].kind)
     if (narrow.kind, wide.kind) != ("int4", "int8") or all_of != ["Linear"] or narrow.group != wide.group:
         return "config_groups other than int4 for Linear and int8 for named modules, in groups of one size"
-    names = list[str]()
-    for target in named:
-        if (name := _named(target)) is None:
-            return f"target {target!r:.60}"
-        names.append(name)
-    return Scheme("int4", narrow.group, tuple(names))
+    names = [_named(target) for target in named]
+    if None in names:
+        return f"target {named[names.index(None)]!r:.60}"
+    return Scheme("int4", narrow.group, tuple(name for name in names if name is not None))
 
 
 def _named(target: Any) -> str | None:
     """A module, or with a dot at the end all within one, as `Scheme.wide` has them; None for other patterns."""
-    if not isinstance(target, str):
-        return None
-    if re.fullmatch(r"(\w+\.)*\w+", target):
-        return target
+    if not isinstance(target, str) or re.fullmatch(r"(\w+\.)*\w+", target):
+        return target if isinstance(target, str) else None
     within = re.fullmatch(r"re:((\w+\\\.)+)\.\*", target)
     return within[1].replace("\\", "") if within else None

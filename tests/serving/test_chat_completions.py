@@ -78,6 +78,8 @@ def test_samples_of_one_seed_differ(client):
         ({"model": "big"}, "there is no model 'big'"),
         ({"messages": [{"role": "user", "content": "7" * 300}]}, "context 256"),
         ({"temperature": -1}, "temperature"),
+        ({"stop": "7" * 5000}, "stop: at most 128 strings, of 4096 characters"),
+        ({"extra_body": {"bad_words": ["7"] * 129}}, "bad_words: at most 128 strings"),
         ({"messages": [{"role": "user"}]}, "no content"),
         ({"stream_options": {"include_usage": True}}, "stream: true"),
     ],

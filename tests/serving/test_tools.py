@@ -241,9 +241,8 @@ def test_a_strict_call_that_is_begun_keeps_to_its_schema_and_text_is_free(tokeni
 
     def accepted(text):
         matcher = GrammarMatcher(grammar, vocabulary.size)
-        return all(map(matcher.push, encode(tokenizer, text))) and bool(
-            matcher.mask()[tokenizer.eos_id // 32] >> tokenizer.eos_id % 32 & 1
-        )
+        fits = all(map(matcher.push, encode(tokenizer, text)))
+        return fits and bool(matcher.mask()[tokenizer.eos_id // 32] >> tokenizer.eos_id % 32 & 1)
 
     def call(arguments):
         text = form.call.replace("NAME", "add").replace("ARGUMENTS", arguments).replace("DIGITS", "0")

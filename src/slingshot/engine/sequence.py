@@ -22,7 +22,7 @@ from slingshot.engine.records import ExpertRecord, PromptRecord
 from slingshot.engine.sampling import SamplingParams
 from slingshot.engine.vocabulary import Vocabulary
 from slingshot.text.chat_template import END_THINK
-from slingshot.text.reasoning import ReasoningStream, ends_in_reasoning, parse
+from slingshot.text.reasoning import ReasoningStream, beginning, ends_in_reasoning, parse
 from slingshot.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -122,9 +122,8 @@ class StopWatch:
 
     def safe_tokens(self) -> int:
         """How many tokens no stop string can reach back into any more, whatever comes next."""
-        starts = (stop[:size] for stop in self._stop for size in range(1, len(stop)))
         watched = self.text[self._start :] if not self._reasoning else ""
-        held = max((len(start) for start in starts if watched.endswith(start)), default=0)
+        held = max(beginning(watched, stop) for stop in self._stop)
         return bisect_right(self.ends, len(self.text) - held)
 
 

@@ -27,6 +27,8 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "num_predict": (), "think": (), "enable_thinking": (),
 }  # fmt: skip
 
+MOST_STRINGS, MOST_CHARACTERS = 128, 4096  # of `stop`, and of `bad_words`: they are looked for at every token
+
 ANY_OBJECT = {"type": "object", "additionalProperties": True}  # a schema that any object keeps to
 
 
@@ -108,6 +110,10 @@ class SamplingFields(BaseModel):
         if given.get("top_k") == -1:
             given["top_k"] = 0
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        for name, strings in (("stop", stop), ("bad_words", self.bad_words or ())):
+            if len(strings) > MOST_STRINGS or sum(map(len, strings)) > MOST_CHARACTERS:
+                message = f"{name}: at most {MOST_STRINGS} strings, of {MOST_CHARACTERS} characters in all"
+                raise ApiError(400, message, param=name)
         try:
             return SamplingParams(**defaults | given | self._structure() | more | {"stop": stop})
         except SlingshotError as error:

@@ -71,7 +71,8 @@ def parse(output: str | Iterable[int], opened: bool | None, tokenizer: Tokenizer
 
 def beginning(text: str, tag: str) -> int:
     """How much of the text's end may become the tag."""
-    return next((size for size in range(len(tag) - 1, 0, -1) if text.endswith(tag[:size])), 0)
+    sizes = range(min(len(tag) - 1, len(text)), 0, -1)
+    return next((size for size in sizes if text.endswith(tag[:size])), 0)
 
 
 class ReasoningStream:

@@ -149,7 +149,9 @@ class Engine:
     ) -> Self:
         """Load a checkpoint (folder, .gguf file, hub name); "auto" takes the device and dtype that multiply fastest."""
         where = auto_device() if device == "auto" else torch.device(device)
-        dtype, path = named_dtype(dtype, where) if isinstance(dtype, str) else dtype, locate(path)
+        if isinstance(dtype, str):
+            dtype = named_dtype(dtype, where)
+        path = locate(path)
         (model, grid), tokenizer = load_as_stored(path, dtype=dtype, device=where), load_tokenizer(path)
         room, how = (max_batch, max_length, None, cache_bytes, step_tokens), (speculation, native, weight_bits, False)
         return cls(model, tokenizer, *room, *how, adapters, grid, kv_cache)

@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -21,6 +22,7 @@ from slingshot.serving.load import Limits, WaitingRoom
 from slingshot.serving.local import LocalBackend
 from slingshot.serving.served_model import ServedModel
 from slingshot.serving.server import DrainingServer, listening
+from slingshot.text.tokenizer import Tokenizer
 from tests.serving.conftest import ScriptedBackend, ids_of, running
 
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "What is 3+4-2?"}]}
@@ -130,6 +132,27 @@ def test_bodies_and_names_are_held_to_their_limits(serve, tokenizer):
         assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
         assert "access-control-allow-origin" not in answer.headers
     assert http.get("/nowhere").json()["error"]["type"] == "not_found_error"
+
+
+@pytest.mark.slow
+def test_long_texts_hold_nobody_up(serve, tokenizer, tmp_path):
+    """While they are tokenized, and while chats are rendered in turn."""
+    tokenizer.save(tmp_path)
+    loops = "{% for a in range(messages[0].content | length) %}{% for b in range(90) %}{% endfor %}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(loops + "{{ messages[0].content }}")
+    tokenizer = Tokenizer.load(tmp_path)
+    http = serve(ServedModel("tiny", tokenizer, Slow(tokenizer, "5", 0.0)))
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "7+8 " * 10_000}]}
+    for path, body in (("/tokenize", {"prompt": "7+8 " * 50_000}), (CHAT, chat)):
+        with ThreadPoolExecutor() as pool:
+            began, asked, slowest = time.monotonic(), pool.submit(http.post, path, json=body), 0.0
+            time.sleep(0.2)
+            pool.submit(http.post, CHAT, json=BODY)
+            while not asked.done():
+                since = time.monotonic()
+                http.get("/health")
+                slowest = max(slowest, time.monotonic() - since)
+            assert slowest < (time.monotonic() - began) / 2
 
 
 class SlowEngine(Engine):

@@ -8,6 +8,7 @@ Without a ledger, or with `keyless`, whoever comes without a key uses the local 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
@@ -166,13 +167,18 @@ def create_app(
     async def count_tokens(body: CountTokensRequest, account: Caller) -> dict[str, Any]:
         return {"input_tokens": len(await gateway.encode(gateway.model(body.model, account), body.question()))}
 
+    async def told(body: TokenizeRequest | DetokenizeRequest, account: Account) -> Response:
+        """What takes long for long texts is done aside."""
+        model = gateway.model(body.model or next(iter(gateway.models)), account)
+        return await asyncio.to_thread(lambda: JSONResponse(body.answer(model)))
+
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest, account: Caller) -> dict[str, Any]:
-        return body.answer(gateway.model(body.model or next(iter(gateway.models)), account))
+    async def tokenize(body: TokenizeRequest, account: Caller) -> Response:
+        return await told(body, account)
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest, account: Caller) -> dict[str, Any]:
-        return body.answer(gateway.model(body.model or next(iter(gateway.models)), account))
+    async def detokenize(body: DetokenizeRequest, account: Caller) -> Response:
+        return await told(body, account)
 
     @app.get("/tokenizer_info")
     async def info(account: Caller) -> dict[str, Any]:

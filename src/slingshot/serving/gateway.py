@@ -52,6 +52,9 @@ class Gateway:
         self.failed: SlingshotError | None = None  # why it could not start
         self._running: dict[str, tuple[Exchange, Account]] = {}
         self._ticking: asyncio.Task[None] | None = None
+        self._encoding = (
+            0  # prompts aside: whoever comes meanwhile would wait for them, since chats are rendered in turn
+        )
         self.metrics = Metrics(self)
 
     @property
@@ -179,6 +182,10 @@ class Gateway:
     async def encode(self, model: ServedModel, question: Question) -> list[int]:
         """The prompt's ids; ApiError 400 where there can be none."""
         said = question.prompt if question.messages is None else question.messages
-        if len(str(said)) > _LONG:
+        if not self._encoding and len(str(said)) <= _LONG:
+            return model.encode(question)
+        self._encoding += 1
+        try:
             return await asyncio.to_thread(model.encode, question)
-        return model.encode(question)
+        finally:
+            self._encoding -= 1

@@ -44,14 +44,11 @@ class TokenizeRequest(BaseModel):
             ids = model.tokenizer.encode(self.prompt or "")
         else:
             ids = model.encode(Question(model.name, prompt=self.prompt))
-        detokenizer = model.tokenizer.detokenizer
-        names = [detokenizer.bytes_of(id).decode("utf-8", errors="replace") for id in ids]
-        return {
-            "count": len(ids),
-            "max_model_len": model.backend.max_length,
-            "tokens": ids,
-            "token_strs": names if self.return_token_strs else None,
-        }
+        told = {"count": len(ids), "max_model_len": model.backend.max_length, "tokens": ids, "token_strs": None}
+        if self.return_token_strs:
+            spelt = map(model.tokenizer.detokenizer.bytes_of, ids)
+            told["token_strs"] = [each.decode("utf-8", errors="replace") for each in spelt]
+        return told
 
 
 class DetokenizeRequest(BaseModel):

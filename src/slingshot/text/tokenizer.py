@@ -63,6 +63,7 @@ _SPACE = "".join(chr(code) for code in range(0x3001) if chr(code).isspace() and 
 
 _UNSPLIT = "the tokenizer's regular expression could not split the text"  # it gives up after millions of steps
 
+_LONG = 10_000  # characters: milliseconds of work
 _BATCH = 10_000  # texts handed to the Rust side at once; its results are many times the size of the ids
 
 
@@ -310,6 +311,8 @@ class Tokenizer:
 
 def _ids(backend: tokenizers.Tokenizer, text: str) -> list[int]:
     with rust_errors(_UNSPLIT):
+        if len(text) > _LONG:  # `encode` keeps Python's lock, so that no other thread would run for seconds
+            return backend.encode_batch_fast([clean(text)], add_special_tokens=False)[0].ids
         return backend.encode(clean(text), add_special_tokens=False).ids
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -49,6 +50,8 @@ TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"""
 
+BODY = {"model": "tiny", "messages": [{"role": "user", "content": "What is 3+4-2?"}]}
+CHAT = "/v1/chat/completions"
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 CALL = '<tool_call>\n{"name":  "weather", "arguments": {"city": "Paris"}}\n</tool_call>'  # two spaces: the model's own
 
@@ -109,6 +112,14 @@ class ScriptedBackend:
 
     async def close(self):
         pass
+
+
+def until(true, seconds=10.0):
+    """Wait for it to come true."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come true in time"
+        time.sleep(0.01)
 
 
 class Server(uvicorn.Server):

@@ -23,10 +23,7 @@ from slingshot.serving.local import LocalBackend
 from slingshot.serving.served_model import ServedModel
 from slingshot.serving.server import DrainingServer, listening
 from slingshot.text.tokenizer import Tokenizer
-from tests.serving.conftest import ScriptedBackend, ids_of, running
-
-BODY = {"model": "tiny", "messages": [{"role": "user", "content": "What is 3+4-2?"}]}
-CHAT = "/v1/chat/completions"
+from tests.serving.conftest import BODY, CHAT, ScriptedBackend, ids_of, running, until
 
 
 class Slow(ScriptedBackend):
@@ -53,14 +50,6 @@ def serve():
             return stack.enter_context(httpx.Client(base_url=url, timeout=30))
 
         yield make
-
-
-def until(true, seconds=10.0):
-    """Wait for it to come true."""
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not come true in time"
-        time.sleep(0.01)
 
 
 def test_a_queue_is_bounded_in_tokens_and_a_key_has_half_of_it():

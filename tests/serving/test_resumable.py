@@ -1,6 +1,7 @@
 """Answers that are left and come back to."""
 
 import contextlib
+import itertools
 import time
 
 import httpx
@@ -12,9 +13,8 @@ from slingshot.serving.gateway import Gateway
 from slingshot.serving.ledger import Ledger
 from slingshot.serving.load import Limits
 from slingshot.serving.served_model import ServedModel
-from tests.serving.conftest import ScriptedBackend, ids_of, running
+from tests.serving.conftest import CHAT, ScriptedBackend, ids_of, running, until
 
-CHAT = "/v1/chat/completions"
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "?"}], "stream": True}
 TEXT = "3 plus 4 is 7.\n</think>\n\nIt is 7, for 3 plus 4 is 7."
 
@@ -38,12 +38,8 @@ def serve(tokenizer):
 
 def events_of(response, most=None):
     """(id, its `data:` lines), `most` of them."""
-    events, lines = [], response.iter_lines()
-    while most is None or len(events) < most:
-        line = next(lines, None)
-        if line is None:
-            break
-        events += [line] if line.startswith("data: ") else []
+    told = (line for line in response.iter_lines() if line.startswith("data: "))
+    events = list(itertools.islice(told, most))
     return events[0].partition('"id":"')[2].partition('"')[0], events
 
 
@@ -51,14 +47,6 @@ def left_behind(client, most=3, **headers):
     """The id of an answer whose client left after a few events, and those."""
     with client.stream("POST", CHAT, json=BODY, headers={"X-Resumable": "1"} | headers) as response:
         return events_of(response, most)
-
-
-def until(true):
-    for _ in range(500):
-        if true():
-            return
-        time.sleep(0.02)
-    raise AssertionError("it did not come true in time")
 
 
 def again(client, id, after, **headers):

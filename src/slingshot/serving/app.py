@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
@@ -38,7 +39,6 @@ from slingshot.serving.guard import Guard, error_response
 from slingshot.serving.ledger import Account
 from slingshot.serving.message_answer import PING, MessageAnswer, broken_off
 from slingshot.serving.messages import CountTokensRequest, MessageRequest
-from slingshot.serving.metrics import CONTENT_TYPE
 from slingshot.serving.prices import PICO
 from slingshot.serving.response_answer import ResponseAnswer
 from slingshot.serving.responses import ResponseRequest
@@ -92,7 +92,7 @@ def create_app(
 
     @app.get("/metrics")
     async def metrics(account: Owner) -> Response:
-        return Response(gateway.metrics.text(), media_type=CONTENT_TYPE)
+        return Response(gateway.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/status.json")
     async def status(account: Owner) -> dict[str, Any]:

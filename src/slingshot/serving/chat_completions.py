@@ -194,9 +194,9 @@ def _logprobs(exchange: Exchange, pieces: list[Piece]) -> dict[str, Any]:
     return {**told, "refusal": None}
 
 
-def _head(exchange: Exchange, kind: str) -> dict[str, Any]:
-    id, created = f"chatcmpl-{exchange.id}", exchange.created
-    return {"id": id, "object": kind, "created": created, "model": exchange.model.name}
+def head_of(exchange: Exchange, prefix: str, kind: str) -> dict[str, Any]:
+    """What an answer, or a part of it, begins with."""
+    return {"id": f"{prefix}-{exchange.id}", "object": kind, "created": exchange.created, "model": exchange.model.name}
 
 
 async def chat_completion(exchange: Exchange, told: ToldToClient) -> dict[str, Any]:
@@ -215,12 +215,13 @@ async def chat_completion(exchange: Exchange, told: ToldToClient) -> dict[str, A
             message |= told.said(Piece("reasoning", reasoning))
         choice = {"index": index, "message": message, "finish_reason": finish_reason(answer)}
         choices.append(choice | _of_tokens(exchange, its, told))
-    return _head(exchange, "chat.completion") | {"choices": choices, "usage": usage_of(exchange.usage)}
+    head = head_of(exchange, "chatcmpl", "chat.completion")
+    return head | {"choices": choices, "usage": usage_of(exchange.usage)}
 
 
 async def chunks(exchange: Exchange, told: ToldToClient) -> AsyncGenerator[str, None]:
     """The answer as events: one kind of text a chunk, then the finish reasons, then the usage where asked for."""
-    head = _head(exchange, "chat.completion.chunk")
+    head = head_of(exchange, "chatcmpl", "chat.completion.chunk")
     written = choice_events(head)
 
     def event(index: int, delta: dict[str, Any], reason: str | None = None, pieces: list[Piece] | None = None) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from slingshot.serving.answer import AnswerStream, Piece
-from slingshot.serving.chat_completions import LEAST_LOGPROB, usage_of
+from slingshot.serving.chat_completions import LEAST_LOGPROB, head_of, usage_of
 from slingshot.serving.exchange import Exchange
 from slingshot.serving.ledger import Usage
 from slingshot.serving.question import Question
@@ -128,12 +128,6 @@ async def _pieces(exchanges: Sequence[Exchange]) -> AsyncGenerator[tuple[int, Pi
             await exchange.close()
 
 
-def _head(exchanges: Sequence[Exchange]) -> dict[str, Any]:
-    first = exchanges[0]
-    its = {"id": f"cmpl-{first.id}", "object": "text_completion", "created": first.created}
-    return its | {"model": first.model.name}
-
-
 def _answers(exchanges: Sequence[Exchange], body: CompletionRequest) -> list[tuple[_Choice, AnswerStream]]:
     return [(_Choice(exchange, body), answer) for exchange in exchanges for answer in exchange.answers]
 
@@ -148,12 +142,13 @@ async def completion(exchanges: Sequence[Exchange], body: CompletionRequest) -> 
         {"index": index, **choice.grow(its), "finish_reason": answer.finish_reason}
         for index, ((choice, answer), its) in enumerate(zip(answers, pieces, strict=True))
     ]
-    return {**_head(exchanges), "choices": choices, "usage": usage_of(_sum(exchanges))}
+    head = head_of(exchanges[0], "cmpl", "text_completion")
+    return head | {"choices": choices, "usage": usage_of(_sum(exchanges))}
 
 
 async def completion_chunks(exchanges: Sequence[Exchange], body: CompletionRequest) -> AsyncGenerator[str, None]:
     """The answers as events, then their finish reasons, then the usage where asked for."""
-    head, answers = _head(exchanges), _answers(exchanges, body)
+    head, answers = head_of(exchanges[0], "cmpl", "text_completion"), _answers(exchanges, body)
     written = choice_events(head)
 
     def event(index: int, pieces: list[Piece], reason: str | None) -> str:

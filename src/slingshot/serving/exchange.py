@@ -47,11 +47,10 @@ class Exchange:
     ) -> None:  # fmt: skip
         self.id, self.created = secrets.token_hex(12), int(time.time())
         self.model, self.question, self.prompt_ids = model, question, prompt_ids
-        opened = question.messages is not None and ends_in_reasoning(prompt_ids, model.tokenizer)
-        stop = question.params.stop
         raw = question.messages is None
+        opened = not raw and ends_in_reasoning(prompt_ids, model.tokenizer)
         tools = model.tool_format if question.tools and question.tool_choice != "none" else None
-        form = model.tokenizer, opened, stop, raw, tools, question.parallel
+        form = model.tokenizer, opened, question.params.stop, raw, tools, question.parallel
         self.answers = [AnswerStream(*form) for _ in range(question.params.n)]
         self._params = params
         self._place, self._patience, self._salt = place, patience, salt

@@ -23,8 +23,6 @@ from slingshot.serving.prices import PICO
 if TYPE_CHECKING:
     from slingshot.serving.gateway import Gateway
 
-CONTENT_TYPE = prometheus.CONTENT_TYPE_LATEST
-
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300]
 _TOKENS = [4**power for power in range(1, 10)]
 _DOLLARS = [10**power for power in range(-6, 3)]

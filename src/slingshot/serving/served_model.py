@@ -49,6 +49,7 @@ class ServedModel:
     created: int = 0
     origin: Origin = field(default_factory=Origin)
     runs: str = ""
+    exact_turns: ExactTurns = field(default_factory=ExactTurns, compare=False, repr=False)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -66,10 +67,6 @@ class ServedModel:
     @cached_property
     def tool_format(self) -> ToolFormat | None:
         return tool_format(self.tokenizer)
-
-    @cached_property
-    def exact_turns(self) -> ExactTurns:
-        return ExactTurns()
 
     @property
     def card(self) -> dict[str, Any]:

@@ -115,24 +115,21 @@ def _tagged(begin: str, middle: str, end: str, name: str) -> tuple[re.Pattern[st
     return _reader(rf"[\s`}}]*(?:{re.escape(end)}\s*)?", re.escape(begin), name.replace("SEP", re.escape(middle)))
 
 
-def _none(_: str) -> None:
-    """Calls of these formats have heads, all of them."""
-
-
 _DEEPSEEK = ("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>")
 _KIMI = ("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>")
 _NAMED = r'\s*"name"\s*:\s*"([^"\\\s]+)"\s*,\s*"(?:arguments|parameters)"\s*:'
 _OF_DEEPSEEK = _tagged(*_DEEPSEEK, r"\s*(?:functionSEP(\S+)\n```json\n|(\S+?)\s*SEP)")  # V3's, and V3.1's
-_OF_KIMI = _tagged(*_KIMI, r"\s*(?:functions\.)?(\S+?)(?::\d+)?\s*SEP")
+_OF_KIMI = _tagged(*_KIMI, r"\s*(?:functions\.)?(\S+?)(?::\d+)?\s*SEP")  # all calls of these two have heads
 _OF_HERMES = _reader(r"[\s}]*", "", r"\{" + _NAMED)
 _OF_LLAMA = _reader(r"[\s};]*", r"\{", r'(?:\s*"type"\s*:\s*"function"\s*,)?' + _NAMED)
 FORMATS = (
-    ToolFormat("deepseek-v3", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", _DEEPSEEK, *_OF_DEEPSEEK, _none,
-               "{}function{}NAME\n```json\nARGUMENTS\n```{}".format(*_DEEPSEEK), "\n", "```json", as_text=True),
-    ToolFormat("deepseek", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", _DEEPSEEK, *_OF_DEEPSEEK, _none,
-               "{}NAME{}ARGUMENTS{}".format(*_DEEPSEEK), as_text=True),
-    ToolFormat("kimi", "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", _KIMI, *_OF_KIMI, _none,
-               "{}functions.NAME:DIGITS{}ARGUMENTS{}".format(*_KIMI)),
+    ToolFormat("deepseek-v3", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", _DEEPSEEK, *_OF_DEEPSEEK,
+               lambda _: None, "{}function{}NAME\n```json\nARGUMENTS\n```{}".format(*_DEEPSEEK), "\n", "```json",
+               as_text=True),
+    ToolFormat("deepseek", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", _DEEPSEEK, *_OF_DEEPSEEK,
+               lambda _: None, "{}NAME{}ARGUMENTS{}".format(*_DEEPSEEK), as_text=True),
+    ToolFormat("kimi", "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", _KIMI, *_OF_KIMI,
+               lambda _: None, "{}functions.NAME:DIGITS{}ARGUMENTS{}".format(*_KIMI)),
     ToolFormat("qwen-coder", "<tool_call>", "</tool_call>", (), *_OF_HERMES, _hermes,
                "\n<function=NAME>\nARGUMENTS\n</function>\n", "\n", "<function="),
     ToolFormat("hermes", "<tool_call>", "</tool_call>", (), *_OF_HERMES, _hermes,

@@ -29,7 +29,7 @@ import torch
 from slingshot.base.files import read_jsonl
 from slingshot.checkpoint.load_save import load_model, load_tokenizer, save_checkpoint
 from slingshot.cli.bench import bench
-from slingshot.cost.flops import parameters, training_flops
+from slingshot.cost.flops import forward_flops, parameters
 from slingshot.engine.engine import Engine
 from slingshot.machine.device import auto_device, describe_machine, machine_peak, measure_bandwidth
 from slingshot.model.config import ModelConfig
@@ -105,7 +105,7 @@ def train(
             torch.accelerator.synchronize(device)
         seconds.append(time.perf_counter() - start)
     step, count = statistics.median(seconds[1:]), shape.rows * shape.length
-    flops = training_flops(config, [shape.length] * shape.rows) / step
+    flops = 3 * forward_flops(config, [shape.length] * shape.rows, mtp=True) / step
     found = {"tokens_per_second": count / step, "flops_per_second": flops, "first_step": seconds[0]}
     if device.type == "cuda":
         found["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from slingshot.cost.flops import training_flops
+from slingshot.cost.flops import forward_flops
 from slingshot.machine.device import auto_device, describe_machine, machine_peak
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
@@ -105,7 +105,7 @@ def main() -> None:
                 )
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     best = max(medians[name] for name in medians if name != "slingshot")
-    flops_per_token = training_flops(CONFIG, [LENGTH] * BATCH) / (BATCH * LENGTH)
+    flops_per_token = 3 * forward_flops(CONFIG, [LENGTH] * BATCH, mtp=True) / (BATCH * LENGTH)
     result = {
         "tokens_per_second": {
             name: {"median": medians[name], "low": min(values), "high": max(values)} for name, values in speeds.items()

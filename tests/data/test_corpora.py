@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from slingshot.base.errors import SlingshotError
-from slingshot.data.corpora import Corpus
+from slingshot.data.corpora import check_corpus, corpus_size, read_corpus, split_documents
 
 
 def test_a_folder_is_read_in_order_and_skips_what_is_no_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -26,15 +26,15 @@ def test_a_folder_is_read_in_order_and_skips_what_is_no_text(tmp_path: Path, cap
         (tmp_path / hidden).mkdir()
         (tmp_path / hidden / "x.txt").write_text("hidden")
     with caplog.at_level(logging.WARNING):
-        corpus = Corpus.open([tmp_path])
-    assert corpus == Corpus(["first", "row 1", "row 2", "zweite\nZeile"], skipped=2)
+        documents = list(read_corpus([tmp_path]))
+    assert documents == ["first", "row 1", "row 2", "zweite\nZeile"]
     assert "skipped 2 of 6 files" in caplog.text and "latin.txt" in caplog.text
 
 
 def test_one_long_file_becomes_documents_cut_at_line_ends(tmp_path: Path) -> None:
     text = "".join(f"line {number} of a long story\n" for number in range(2000))
     (tmp_path / "story.txt").write_text(text)
-    documents = Corpus.open(tmp_path / "story.txt").documents
+    documents = list(read_corpus([tmp_path / "story.txt"]))
     assert "".join(documents) == text
     assert len(documents) > 5
     assert all(document.endswith("\n") and len(document) < 9000 for document in documents)
@@ -45,31 +45,31 @@ def test_rows_of_jsonl_and_parquet(tmp_path: Path) -> None:
     rows = [{"body": "eins", "id": 1}, {"body": "zwei", "id": 2}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    corpus = Corpus.open([str(tmp_path / "rows.jsonl"), tmp_path / "rows.parquet"], text_key="body")
-    assert corpus.documents == ["eins", "zwei", "eins", "zwei"]
+    documents = list(read_corpus([str(tmp_path / "rows.jsonl"), tmp_path / "rows.parquet"], text_key="body"))
+    assert documents == ["eins", "zwei", "eins", "zwei"]
 
 
 def test_the_standard_library() -> None:
-    corpus = Corpus.open("stdlib")
-    assert len(corpus.documents) > 300
-    assert Path(json.__file__).read_text() in corpus.documents
-    assert not any("class TestJson" in document for document in corpus.documents)
+    documents = list(read_corpus(["stdlib"]))
+    assert len(documents) > 300
+    assert Path(json.__file__).read_text() in documents
+    assert not any("class TestJson" in document for document in documents)
 
 
 def test_the_split_is_by_content_and_covers_everything(tmp_path: Path) -> None:
     documents = [f"document {number}" for number in range(100)] + ["document 7"]
-    train, heldout = Corpus(documents, 0).split(0.1)
+    train, heldout = split_documents(documents, 0.1)
     assert len(heldout) in (10, 11) and sorted(train + heldout) == sorted(documents)
     assert set(train).isdisjoint(heldout)  # copies stand together
-    turned_train, turned_heldout = Corpus(documents[::-1], 0).split(0.1)
+    turned_train, turned_heldout = split_documents(documents[::-1], 0.1)
     assert set(turned_train) == set(train) and set(turned_heldout) == set(heldout)
     assert [document for document in documents if document in train] == train  # in order
 
 
 def test_small_corpora_still_split() -> None:
-    assert [len(side) for side in Corpus(["a", "b"], 0).split(0.05)] == [1, 1]
-    assert Corpus(["a"], 0).split(0.5) == (["a"], [])
-    assert Corpus(["a", "b"], 0).split(0.0) == (["a", "b"], [])
+    assert [len(side) for side in split_documents(["a", "b"], 0.05)] == [1, 1]
+    assert split_documents(["a"], 0.5) == (["a"], [])
+    assert split_documents(["a", "b"], 0.0) == (["a", "b"], [])
 
 
 @pytest.mark.parametrize(
@@ -84,31 +84,31 @@ def test_small_corpora_still_split() -> None:
 def test_unusable_files_are_named(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SlingshotError, match=reason) as caught:
-        Corpus.open(tmp_path / name)
+        list(read_corpus([tmp_path / name]))
     assert name in str(caught.value) and "\n" not in str(caught.value)
     if name == "bad.jsonl":
-        Corpus.check([tmp_path / name])  # its first row is one
+        check_corpus([tmp_path / name])  # its first row is one
     else:
         with pytest.raises(SlingshotError, match=reason):
-            Corpus.check(["stdlib", tmp_path / name])
+            check_corpus(["stdlib", tmp_path / name])
 
 
 def test_missing_and_unreadable_sources(tmp_path: Path) -> None:
     with pytest.raises(SlingshotError, match="nowhere does not exist"):
-        Corpus.open(["stdlib", tmp_path / "nowhere"])
+        list(read_corpus(["stdlib", tmp_path / "nowhere"]))
     with pytest.raises(SlingshotError, match="holds no text;"):
-        Corpus.open(tmp_path)
+        list(read_corpus([tmp_path]))
     (tmp_path / "only.bin").write_bytes(b"\xff\0")
     with pytest.raises(SlingshotError, match=r"holds no text \(1 files are not UTF-8 text\)"):
-        Corpus.open(tmp_path)
+        list(read_corpus([tmp_path]))
 
 
 def test_an_installed_package_without_its_tests() -> None:
-    corpus = Corpus.open("package:safetensors")
-    assert Path(safetensors.numpy.__file__).read_text() in corpus.documents
+    documents = list(read_corpus(["package:safetensors"]))
+    assert Path(safetensors.numpy.__file__).read_text() in documents
     for name in ("no_such_package", "os", "numpy.linalg"):
         with pytest.raises(SlingshotError, match=f"^corpus package:{name}: no package of that name is installed; pip"):
-            Corpus.open(f"package:{name}")
+            list(read_corpus([f"package:{name}"]))
 
 
 @pytest.mark.slow
@@ -119,9 +119,9 @@ def test_a_data_set_is_streamed_row_by_row(tmp_path: Path) -> None:
         table = pyarrow.Table.from_pylist([{"text": text, "id": 0} for text in texts])
         pyarrow.parquet.write_table(table, tmp_path / "set" / "data" / f"{name}.parquet")
     source = f"dataset:{tmp_path / 'set'}"
-    assert list(Corpus.stream([source])) == ["eins", "zwei", "drei"] and Corpus.size([source]) == 0
+    assert list(read_corpus([source])) == ["eins", "zwei", "drei"] and corpus_size([source]) == 0
     with pytest.raises(SlingshotError, match=r"row 1 has no text under 'body' \(keys: text, id\)"):
-        Corpus.check([source], text_key="body")
+        check_corpus([source], text_key="body")
     with pytest.raises(SlingshotError, match=r"^dataset:.*nowhere cannot be read from the hub: ") as caught:
-        Corpus.check([f"dataset:{tmp_path / 'nowhere'}"])
+        check_corpus([f"dataset:{tmp_path / 'nowhere'}"])
     assert "\n" not in str(caught.value)

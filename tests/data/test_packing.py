@@ -9,8 +9,8 @@ from slingshot.data.packing import pack, pack_examples, shared_ids, strided, who
 
 
 def test_documents_by_hand() -> None:
-    tokens_NT, segments_NT = pack([[1, 2, 3], [], [4, 5], [6, 7, 8, 9]], length=4, pad_id=99)
-    assert tokens_NT.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 99, 99, 99]]
+    tokens_NT, segments_NT = pack([[1, 2, 3], [], [4, 5], [6, 7, 8, 9]], length=4)
+    assert tokens_NT.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 0, 0, 0]]
     assert segments_NT.tolist() == [[1, 1, 1, 2], [1, 2, 2, 2], [1, 0, 0, 0]]
     assert tokens_NT.dtype == segments_NT.dtype == np.int32
     assert [part.shape for part in pack(iter([[], []]), length=4)] == [(0, 4), (0, 4)]
@@ -19,12 +19,12 @@ def test_documents_by_hand() -> None:
 @given(sizes=st.lists(st.integers(0, 9), max_size=12), length=st.integers(1, 7))
 def test_documents_come_back_in_order(sizes: list[int], length: int) -> None:
     documents = [[100 * index + at for at in range(size)] for index, size in enumerate(sizes, start=1)]
-    tokens_NT, segments_NT = pack(documents, length, pad_id=-1)
+    tokens_NT, segments_NT = pack(documents, length)
     stream = [token for document in documents for token in document]
-    assert tokens_NT.ravel().tolist() == stream + [-1] * (tokens_NT.size - len(stream))
+    assert tokens_NT.ravel().tolist() == stream + [0] * (tokens_NT.size - len(stream))
     assert tokens_NT.size - len(stream) < length
     for tokens, segments in zip(tokens_NT, segments_NT, strict=True):
-        owners = [token // 100 for token in tokens if token >= 0]
+        owners = [token // 100 for token in tokens if token]
         order = list(dict.fromkeys(owners))
         assert segments.tolist() == [order.index(owner) + 1 for owner in owners] + [0] * (length - len(owners))
 
@@ -42,7 +42,7 @@ def test_examples_by_hand() -> None:
 def test_examples_stay_whole(sizes: list[int], seed: int) -> None:
     rng = np.random.default_rng(seed)
     examples = [(rng.integers(1, 999, size).tolist(), rng.integers(0, 2, size).tolist()) for size in sizes]
-    tokens_NT, segments_NT, mask_NT, placement, *_ = pack_examples(examples, length=8, pad_id=0)
+    tokens_NT, segments_NT, mask_NT, placement, *_ = pack_examples(examples, length=8)
     taken = np.zeros_like(tokens_NT)
     for (ids, mask), (row, start) in zip(examples, placement, strict=True):
         span = slice(start, start + len(ids))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from slingshot.base.errors import SlingshotError
 from slingshot.cost.devices import DEVICES, device
-from slingshot.cost.flops import decode_parts, forward_parts, parameters, prefill_parts, training_flops
+from slingshot.cost.flops import decode_parts, forward_flops, forward_parts, parameters, prefill_parts
 from slingshot.machine.machine import describe
 from slingshot.model.config import ModelConfig
 from slingshot.planning.plan import Plan
@@ -45,7 +45,7 @@ def distill(**asked: Any) -> Any:
 def test_pretraining_by_hand() -> None:
     """8B parameters, a tenth of a T tokens at 400 TFLOP/s on 64 devices of $2."""
     plan = pretrain(tokens=1e11, tflops=400, price=2.0)
-    flops = training_flops(LLAMA, [4096]) / 4096 * 1e11
+    flops = 3 * forward_flops(LLAMA, [4096], mtp=True) / 4096 * 1e11
     assert plan.flops == pytest.approx(flops) and plan.device_hours == pytest.approx(flops / 400e12 / 3600)
     assert (plan.days, plan.money) == pytest.approx((plan.device_hours / 64 / 24, 2 * plan.device_hours))
     assert plan.energy_kwh == pytest.approx(0.7 * plan.device_hours)
@@ -86,9 +86,9 @@ def test_whole_weights_are_trained_in_sixteen_bits_whatever_they_are_stored_in(s
 def test_mtp_stands_on_a_line_of_its_own() -> None:
     """Its FLOPs are in no rate, so it adds none to the hours; without the module there is no line."""
     plan = pretrain(**ON_V3, count=2048, tflops=385)
-    line, without = plan.stages[1], training_flops(V3, [4096], mtp=False)
+    line, without = plan.stages[1], 3 * forward_flops(V3, [4096])
     assert "MTP" in line.name and line.device_hours == 0 and line.flops == plan.flops_by_part["mtp"]
-    assert line.flops == pytest.approx((training_flops(V3, [4096]) - without) / 4096 * 1e12)
+    assert line.flops == pytest.approx((3 * forward_flops(V3, [4096], mtp=True) - without) / 4096 * 1e12)
     assert plan.flops == pytest.approx(without / 4096 * 1e12)
     none = NamedModel(name="it", config=V3.model_copy(update={"num_nextn_predict_layers": 0}))
     plain = pretrain(model=none, device="h800", count=2048, tflops=385)
@@ -136,7 +136,7 @@ def test_a_rate_the_layout_cannot_let_through_is_said() -> None:
     """DeepSeek-V3's layout lets its rate through on InfiniBand; with a tenth of the network it does not."""
     plan = pretrain(**ON_V3, count=2048, tflops=385, **OWN_LAYOUT)
     assert plan.tflops_bound > 385 and "lets through" not in " ".join(plan.assumptions)
-    step = 15360 * 4096 * training_flops(V3, [4096], mtp=False) / 4096 / 2048 / plan.tflops_bound / 1e12
+    step = 15360 * 4096 * 3 * forward_flops(V3, [4096]) / 4096 / 2048 / plan.tflops_bound / 1e12
     compute, *others = (plan.dominates[f"{what}_seconds"] for what in ("compute", "memory_traffic", "network"))
     assert step == pytest.approx(max(compute / (1 - plan.bubble), *others))
     slow = DEVICES["h800"].model_copy(update={"network": 5e9})
@@ -156,7 +156,7 @@ def test_rl_by_hand() -> None:
     plan = rl(tflops=400, longest=1e6)
     assert plan.responses == 51_200 and plan.rounds == 100 and plan.tokens == pytest.approx(3200 * 32_215)
     rollouts, verification, update = plan.stages
-    assert update.flops == pytest.approx(4 * training_flops(LLAMA, [4372]) / 3 / 4372 * plan.tokens)
+    assert update.flops == pytest.approx(4 * forward_flops(LLAMA, [4372]) / 4372 * plan.tokens)
     assert update.device_hours == pytest.approx(update.flops / 400e12 / 3600)
     steps = sum(decode_parts(LLAMA, 200 + 7_998_000 / 2 / 1999, 51_200 * 1999).values())
     assert rollouts.flops == pytest.approx(steps + 3200 * sum(prefill_parts(LLAMA, 200).values()), rel=1e-3)

@@ -14,9 +14,9 @@ import torch
 
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
-from slingshot.cost.flops import training_flops
+from slingshot.cost.flops import forward_flops
 from slingshot.cost.receipt import Receipt
-from slingshot.data.corpora import Corpus
+from slingshot.data.corpora import read_corpus, split_documents
 from slingshot.stages import pretrain, tokenize
 from slingshot.stages.tokenize import TokenizeConfig
 from slingshot.tasks.loader import load_task
@@ -39,7 +39,7 @@ def test_a_run_leaves_a_checkpoint_its_metrics_and_its_account(base, pretraining
     assert receipt.flops == receipt.flops_by_part["training"] + receipt.flops_by_part["mtp"]
     # every batch is full: the FLOPs lie between those of one-token documents and of rows that are one document
     extremes = [1] * receipt.tokens, [48] * (30 * 16)
-    low, high = (training_flops(model.config, lengths, mtp=False) for lengths in extremes)
+    low, high = (3 * forward_flops(model.config, lengths) for lengths in extremes)
     assert low < receipt.flops_by_part["training"] < high
     assert config.model_dump(mode="json") == receipt.config
 
@@ -130,7 +130,7 @@ def test_real_text_is_scored_in_bits_per_byte_of_held_out_documents(pretraining,
     text.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
     pretrain.run(pretraining(documents=None, text=[str(text)], text_key="body", steps=5), tmp_path / "out")
     model, tokenizer = load_model(tmp_path / "out"), load_tokenizer(tmp_path / "out")
-    train, heldout = Corpus.open([str(text)], "body").split()
+    train, heldout = split_documents(read_corpus([str(text)], "body"))
     assert len(heldout) > 3 and len(train) + len(heldout) == 100
     nats, longest = 0.0, 0
     for document in heldout:

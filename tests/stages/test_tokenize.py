@@ -13,7 +13,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.files import read_json
 from slingshot.checkpoint.load_save import load_tokenizer
 from slingshot.cost.receipt import Receipt
-from slingshot.data.corpora import Corpus
+from slingshot.data.corpora import read_corpus
 from slingshot.data.packing import pack
 from slingshot.data.shards import TokenShards
 from slingshot.recipe.recipe import Recipe
@@ -49,7 +49,7 @@ def shards(text, tmp_path_factory):
 def test_shards_hold_the_corpus_in_its_order_and_what_is_held_out_apart(text, shards):
     found, tokenizer, receipt = TokenShards.open(shards), load_tokenizer(shards), Receipt.read(shards)
     found.verify()
-    texts, config = Corpus.open([text]).documents, tokenizing(text)
+    texts, config = list(read_corpus([text])), tokenizing(text)
     train = [each for each in texts if not config.holds_out(each)]
     heldout = [each for each in texts if config.holds_out(each)]
     assert 20 < len(heldout) < 60 and len(found.index.tokens) > 2
@@ -67,7 +67,7 @@ def test_rows_of_one_shard_are_those_of_packing_the_text(text, tmp_path):
     config = tokenizing(text, shard_tokens=10**6)
     tokenize.run(config, tmp_path / "corpus")
     found, tokenizer = TokenShards.open(tmp_path / "corpus"), load_tokenizer(tmp_path / "corpus")
-    train = [each for each in Corpus.open([text]).documents if not config.holds_out(each)]
+    train = [each for each in read_corpus([text]) if not config.holds_out(each)]
     expected = pack([[tokenizer.bos_id, *tokenizer.encode(each), tokenizer.eos_id] for each in train], 48)
     rows = found.read(range(found.rows(48)), 48)
     assert (rows[0] == expected[0]).all() and (rows[1] == expected[1]).all()

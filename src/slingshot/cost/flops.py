@@ -5,7 +5,7 @@ position t of its document meets t keys. A backward pass costs twice its forward
 gradient of their own, as much as its forward; recomputation is not counted.
 
     parameters(config).total                               # 671.03e9 for DeepSeek-V3
-    training_flops(config, [4096] * 16)                    # FLOPs of a step over 16 documents, MTP included
+    training_parts(config, [4096] * 16)                    # FLOPs of a step over 16 documents, of it and of its MTP
     generation_flops(config, prompt_length=64, new_tokens=[120, 87])     # two samples that share their prompt's prefill
 """
 
@@ -120,11 +120,6 @@ def forward_flops(
     return sum(forward_parts(config, lengths, mtp, adapters, before).values())
 
 
-def training_flops(config: ModelConfig, lengths: Iterable[int], mtp: bool = True) -> float:
-    """FLOPs of forward and backward over documents of these lengths, the MTP module trained along."""
-    return 3 * forward_flops(config, lengths, mtp)
-
-
 def trained(parts: Mapping[str, float], adapters: float | None = None) -> dict[str, float]:
     """FLOPs of forward and backward by part, of those of a forward pass; `adapters` as in `training_parts`."""
     whole = parts if adapters is None else ("attention", "adapters")  # the former multiplies no weights
@@ -135,7 +130,8 @@ def training_parts(
     config: ModelConfig, lengths: Iterable[int], mtp: bool = True, adapters: float | None = None,
     before: Sequence[int] = (),
 ) -> dict[str, float]:  # fmt: skip
-    """`training_flops` as receipts keep them apart: "training" of the main model and "mtp".
+    """FLOPs of forward and backward over documents of these lengths, as receipts keep them apart: "training" of the
+    main model, and "mtp", its module that is trained along.
 
     adapters: of a frozen model with adapters, how many numbers of theirs a token passes through (arXiv 2106.09685);
     every gradient of an activation is counted, those below the first adapter too.

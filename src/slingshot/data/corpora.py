@@ -1,29 +1,24 @@
 """Corpora: text documents from files, folders, JSONL, Parquet, data sets of the hub, Python's own standard library and
 installed packages.
 
-    corpus = Corpus.open(["stories/", "corpus.jsonl", "stdlib"])
-    train, heldout = corpus.split(heldout=0.05)
-    for text in Corpus.stream(["huge.parquet"]): ...
-
-A corpus that is opened is held in memory: it is packed and shuffled as a whole. One that is streamed is not.
+    for text in read_corpus(["huge.parquet"]): ...                                # one in memory at a time
+    train, heldout = split_documents(read_corpus(["stories/", "corpus.jsonl", "stdlib"]))
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import itertools
 import logging
 import math
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import parse_json
+from slingshot.base.files import package_folder, parse_json
 
 _log = logging.getLogger(__name__)
 
@@ -33,61 +28,46 @@ _PIECE = 8192  # characters: one long file is read as several documents, so that
 _NOT_SOURCE = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Documents in memory, in a fixed order, none blank. skipped: files of folders that are not UTF-8 text."""
+def read_corpus(sources: Iterable[str | Path], text_key: str = "text") -> Iterator[str]:
+    """The documents of all sources, in a fixed order, none blank. A source is one of
 
-    documents: list[str]
-    skipped: int
+    a folder        every file below it, hidden ones apart, each a document; what is no text is skipped and logged
+    a text file     documents of about 8192 characters, cut at line ends
+    .jsonl .parquet one document a row, under `text_key`; also within folders
+    "stdlib"        the modules of Python's standard library, its tests apart
+    "package:NAME"  likewise those of a package that is installed beside slingshot
+    "dataset:NAME"  the rows of a data set's split train, as they are downloaded: org/name[@REVISION][:SUBSET] of the
+                    hub, or a folder in such a repository's shape
 
-    @classmethod
-    def open(cls, sources: str | Path | Iterable[str | Path], text_key: str = "text") -> Corpus:
-        """Read sources, each of them one of
+    SlingshotError names a source that is missing, unreadable, binary or empty, or a row without text.
+    """
+    return itertools.chain.from_iterable(_texts(source, text_key) for source in sources)
 
-        a folder        every file below it, hidden ones apart, each a document; what is no text is skipped and logged
-        a text file     documents of about 8192 characters, cut at line ends
-        .jsonl .parquet one document a row, under `text_key`; also within folders
-        "stdlib"        the modules of Python's standard library, its tests apart
-        "package:NAME"  likewise those of a package that is installed beside slingshot
-        "dataset:NAME"  the rows of a data set's split train, as they are downloaded: org/name[@REVISION][:SUBSET] of
-                        the hub, or a folder in such a repository's shape
 
-        SlingshotError names a source that is missing, unreadable, binary or empty, or a row without text.
-        """
-        documents: list[str] = []
-        skipped: list[SlingshotError] = []
-        for source in [sources] if isinstance(sources, str | Path) else sources:
-            documents += _texts(source, text_key, skipped)
-        return cls(documents, len(skipped))
+def corpus_size(sources: Iterable[str | Path]) -> int:
+    """Bytes of all files that `read_corpus` reads."""
+    return sum(file.stat().st_size for source in sources for file in _files_of(source))
 
-    @staticmethod
-    def stream(sources: Iterable[str | Path], text_key: str = "text") -> Iterator[str]:
-        """The documents that `open` finds, one after the other."""
-        return itertools.chain.from_iterable(_texts(source, text_key, []) for source in sources)
 
-    @staticmethod
-    def size(sources: Iterable[str | Path]) -> int:
-        """Bytes of all files that `stream` reads."""
-        return sum(file.stat().st_size for source in sources for file in _files_of(source))
+def check_corpus(sources: Iterable[str | Path], text_key: str = "text") -> None:
+    """Read the first document of every source: SlingshotError where `read_corpus` would find that it is none."""
+    for source in sources:
+        next(_texts(source, text_key))
 
-    @staticmethod
-    def check(sources: Iterable[str | Path], text_key: str = "text") -> None:
-        """Read the first document of every source: SlingshotError where `open` would find that it is none."""
-        for source in sources:
-            next(_texts(source, text_key, []))
 
-    def split(self, heldout: float = 0.05) -> tuple[list[str], list[str]]:
-        """(train, held-out) documents. Held out is the share whose texts have the smallest SHA-256.
+def split_documents(documents: Iterable[str], heldout: float = 0.05) -> tuple[list[str], list[str]]:
+    """(train, held-out) documents. Held out is the share whose texts have the smallest SHA-256.
 
-        So the choice survives moving and reordering files, and copies of one text never stand on both sides.
-        """
-        digests = [hashlib.sha256(text.encode(errors="surrogatepass")).digest() for text in self.documents]
-        different = sorted(set(digests))
-        chosen = set(different[: min(math.ceil(heldout * len(different)), len(different) - 1)])
-        sides: tuple[list[str], list[str]] = ([], [])
-        for text, digest in zip(self.documents, digests, strict=True):
-            sides[digest in chosen].append(text)
-        return sides
+    So the choice survives moving and reordering files, and copies of one text never stand on both sides.
+    """
+    texts = list(documents)
+    digests = [hashlib.sha256(text.encode(errors="surrogatepass")).digest() for text in texts]
+    different = sorted(set(digests))
+    chosen = set(different[: min(math.ceil(heldout * len(different)), len(different) - 1)])
+    sides: tuple[list[str], list[str]] = ([], [])
+    for text, digest in zip(texts, digests, strict=True):
+        sides[digest in chosen].append(text)
+    return sides
 
 
 def is_path(source: str | Path) -> bool:
@@ -99,9 +79,9 @@ class _NotText(SlingshotError):
     """A file that cannot be read or is binary: skipped within a folder, an error by itself."""
 
 
-def _texts(source: str | Path, text_key: str, skipped: list[SlingshotError]) -> Iterator[str]:
-    """The documents of one source that are not blank; why files of folders are no text goes to `skipped`."""
-    path, before, empty = _root(source), len(skipped), True
+def _texts(source: str | Path, text_key: str) -> Iterator[str]:
+    """The documents of one source that are not blank."""
+    path, skipped, empty = _root(source), list[SlingshotError](), True
     if str(source).startswith(_DATASET):
         texts = _read_dataset(str(source).removeprefix(_DATASET), text_key)
     elif path.is_dir():
@@ -115,7 +95,7 @@ def _texts(source: str | Path, text_key: str, skipped: list[SlingshotError]) -> 
             empty = False
             yield text
     if empty:
-        unread = f" ({len(skipped) - before} files are not UTF-8 text)" if len(skipped) > before else ""
+        unread = f" ({len(skipped)} files are not UTF-8 text)" if skipped else ""
         raise SlingshotError(f"corpus {source} holds no text{unread}; give UTF-8 text, .jsonl or .parquet")
 
 
@@ -125,11 +105,9 @@ def _root(source: str | Path) -> Path:
         return Path(sysconfig.get_path("stdlib"))
     if not str(source).startswith(_PACKAGE):
         return Path(source)
-    name = str(source).removeprefix(_PACKAGE)
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
+    if (folder := package_folder(str(source).removeprefix(_PACKAGE))) is None:
         raise SlingshotError(f"corpus {source}: no package of that name is installed; pip install it, or give a folder")
-    return Path(spec.submodule_search_locations[0])
+    return folder
 
 
 def _files_of(source: str | Path) -> list[Path]:
@@ -145,8 +123,7 @@ def _files_of(source: str | Path) -> list[Path]:
 
 
 def _read_folder(root: Path, files: list[Path], text_key: str, skipped: list[SlingshotError]) -> Iterator[str]:
-    """The documents of all these files below a folder. A file is skipped where it turns out binary at its start."""
-    unread: list[SlingshotError] = []
+    """The documents of all these files below a folder. A file is `skipped` where it turns out binary at its start."""
     for file in files:
         begun = False
         try:
@@ -156,10 +133,9 @@ def _read_folder(root: Path, files: list[Path], text_key: str, skipped: list[Sli
         except _NotText as reason:
             if begun:
                 raise
-            unread.append(reason)
-    skipped += unread
-    if unread:
-        _log.warning("%s: skipped %d of %d files, the first because %s", root, len(unread), len(files), unread[0])
+            skipped.append(reason)
+    if skipped:
+        _log.warning("%s: skipped %d of %d files, the first because %s", root, len(skipped), len(files), skipped[0])
 
 
 def _read_file(path: Path, text_key: str, whole: bool) -> Iterator[str]:

@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 Int32 = NDArray[np.int32]
 
 
-def pack(documents: Iterable[Sequence[int]], length: int, pad_id: int = 0) -> tuple[Int32, Int32]:
+def pack(documents: Iterable[Sequence[int]], length: int) -> tuple[Int32, Int32]:
     """Lay documents end to end and cut the stream into rows: (tokens_NT, segments_NT), the last row padded."""
     documents = [document for document in documents if len(document)]
     sizes = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
     total = int(sizes.sum())
     rows = -(-total // length)
-    tokens = np.full(rows * length, pad_id, dtype=np.int32)
+    tokens = np.zeros(rows * length, dtype=np.int32)
     tokens[:total] = np.fromiter(itertools.chain.from_iterable(documents), dtype=np.int32, count=total)
     owner = np.full(rows * length, -1, dtype=np.int32)
     owner[:total] = np.repeat(np.arange(len(documents), dtype=np.int32), sizes)
@@ -70,7 +70,7 @@ class Packed(NamedTuple):
 
 
 def pack_examples(
-    examples: Sequence[MaskedIds], length: int, pad_id: int = 0, groups: Sequence[Hashable] | None = None, own: int = 1
+    examples: Sequence[MaskedIds], length: int, groups: Sequence[Hashable] | None = None, own: int = 1
 ) -> Packed:
     """Lay whole examples (ids, mask) into rows: each in turn into the fullest row that still has room for it.
 
@@ -84,8 +84,7 @@ def pack_examples(
     pieces = _pieces(examples, length, groups, own)
     sizes = [shared + sum(len(examples[index][0]) - shared for index in members) for shared, members in pieces]
     rows, places = _places(sizes, length)
-    tokens_NT = np.full((rows, length), pad_id, dtype=np.int32)
-    segments_NT, prefixes_NT = (np.zeros((rows, length), dtype=np.int32) for _ in range(2))
+    tokens_NT, segments_NT, prefixes_NT = (np.zeros((rows, length), dtype=np.int32) for _ in range(3))
     mask_NT = np.zeros((rows, length), dtype=np.bool_)
     count = [0] * rows
     placement, skipped = [(0, 0)] * len(examples), [0] * len(examples)

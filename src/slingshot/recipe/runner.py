@@ -27,9 +27,8 @@ from slingshot.base.config import StageConfig
 from slingshot.base.errors import SlingshotError
 from slingshot.base.files import lock, put_aside, read_json, unlock, write_json
 from slingshot.base.quantity import plural, show_duration
-from slingshot.checkpoint.hub import locate
 from slingshot.cost.receipt import Receipt
-from slingshot.data.corpora import Corpus
+from slingshot.data.corpora import check_corpus
 from slingshot.data.examples import read_examples
 from slingshot.data.shards import TokenShards
 from slingshot.recipe.process import launcher, supervise
@@ -37,7 +36,7 @@ from slingshot.recipe.recipe import Recipe, RecipeStage
 from slingshot.recipe.results import Evaluation, headline, read_object
 from slingshot.stages.kinds import STAGES
 from slingshot.tasks.loader import TaskConfig
-from slingshot.training.identity import Identity, local_inputs
+from slingshot.training.identity import Identity, input_path, local_inputs
 
 PROGRAM = ["-m", "slingshot"]  # how a stage's process is started, after the interpreter's name
 LOCK_SECONDS = 5.0  # patience with a folder's lock: a killed runner's child needs a moment to be gone
@@ -195,13 +194,13 @@ def check(config: StageConfig, coming: Collection[str]) -> None:
     """Refuse what the recipe and the disk tell of a stage's inputs: one that is neither there nor made by an earlier
     stage (`coming`), or begins in another format, a task that cannot be loaded. The hub is not asked."""
     for name, checkpoint in local_inputs(config.model_dump(mode="json")).items():
-        if name not in coming and not (locate(name) if checkpoint else Path(name)).exists():
+        if name not in coming and not input_path(name, checkpoint).exists():
             raise SlingshotError(f"{name} does not exist")
     for name in set(getattr(config, "data", [])) - set(coming):
         if not (Path(name) / "receipt.json").exists():  # a stage's own is known to be right
             read_examples(Path(name))
     if text_key := getattr(config, "text_key", None):
-        Corpus.check(sorted(set(getattr(config, "text", [])) - set(coming)), text_key)
+        check_corpus(sorted(set(getattr(config, "text", [])) - set(coming)), text_key)
     for source in getattr(config, "shards", []):
         if source.path not in coming:
             TokenShards.open(Path(source.path))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.base.progress import Progress
 from slingshot.checkpoint.load_save import load_tokenizer, load_weights, open_weights
 from slingshot.cost.flops import training_parts
-from slingshot.data.corpora import Corpus
+from slingshot.data.corpora import read_corpus, split_documents
 from slingshot.data.mixing import epoch_order
 from slingshot.data.packing import pack, strided
 from slingshot.machine.device import Dtype
@@ -226,7 +226,7 @@ def _open_shards(config: PretrainConfig) -> ShardCorpus:
     corpus.tokenizer.check_split(config.shape(config.vocab_size).model_type)
     if config.documents is None:
         return corpus
-    written_NT = pack(_encode(corpus.tokenizer, list(_written(config))), config.sequence_length)
+    written_NT = pack(_encode(corpus.tokenizer, _written(config)), config.sequence_length)
     return corpus.beside(*written_NT, config.documents.weight)
 
 
@@ -255,8 +255,8 @@ class PackedCorpus:
 
 def prepare(config: PretrainConfig) -> PackedCorpus:
     """Write, read, tokenize and pack what the config asks for, in memory."""
-    written = list(_written(config)) if config.documents else []
-    train_text, heldout_text = Corpus.open(config.text, config.text_key).split() if config.text else ([], [])
+    written = _written(config) if config.documents else []
+    train_text, heldout_text = split_documents(read_corpus(config.text, config.text_key))
     model_type = config.shape(config.vocab_size).model_type
     if brought := config.start or config.tokenizer:
         tokenizer = load_tokenizer(brought)
@@ -282,7 +282,7 @@ def prepare(config: PretrainConfig) -> PackedCorpus:
     return corpus
 
 
-def _written(config: PretrainConfig) -> Iterator[tuple[str, ...] | ToolDocument]:
+def _written(config: PretrainConfig) -> list[tuple[str, ...] | ToolDocument]:
     """Documents of the tasks' train split: (text,) plain, or (prompt, reasoning, answer) for the chat template."""
     documents = config.documents
     assert documents is not None
@@ -304,7 +304,7 @@ def _written(config: PretrainConfig) -> Iterator[tuple[str, ...] | ToolDocument]
                 else:
                     pieces.append(("\n".join(filter(None, (problem.prompt, solution.reasoning, solution.answer))),))
     rng.shuffle(pieces)
-    return iter(pieces)
+    return pieces
 
 
 def _encode(tokenizer: Tokenizer, written: Sequence[tuple[str, ...] | ToolDocument]) -> list[list[int]]:

@@ -26,7 +26,7 @@ from slingshot.base.files import write_json
 from slingshot.base.progress import Progress
 from slingshot.checkpoint.hub import locate
 from slingshot.checkpoint.load_save import load_tokenizer
-from slingshot.data.corpora import Corpus
+from slingshot.data.corpora import corpus_size, read_corpus
 from slingshot.data.shards import INDEX, ShardIndex, ShardWriter
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.checkpointer import Checkpointer, Named
@@ -74,8 +74,8 @@ def run(config: TokenizeConfig, out: Path) -> None:
             shards = {side: [shard.model_dump() for shard in writer.shards] for side, writer in sides.items()}
             return waiting, {"done": done, **shards}
 
-        megabytes = max(1, Corpus.size(config.text) // 10**6)
-        left = itertools.islice(Corpus.stream(config.text, config.text_key), done["documents"], None)
+        megabytes = max(1, corpus_size(config.text) // 10**6)
+        left = itertools.islice(read_corpus(config.text, config.text_key), done["documents"], None)
         begin, before = done["bytes"] // 10**6, saved.step if saved else 0
         with Interrupts() as interrupts, Progress(f"{out.name} MB", megabytes, begin, parallel.is_first) as progress:
             for step, texts in enumerate(_batches(left), start=before + 1):
@@ -122,11 +122,11 @@ def _keep_tokenizer(config: TokenizeConfig, folder: Path) -> None:
 
 
 def _train(config: TokenizeConfig) -> Tokenizer:
-    share = min(1.0, _SAMPLE / max(1, Corpus.size(config.text)))
+    share = min(1.0, _SAMPLE / max(1, corpus_size(config.text)))
 
     def sample() -> Iterator[str]:
         taken = 0
-        for text in Corpus.stream(config.text, config.text_key):
+        for text in read_corpus(config.text, config.text_key):
             if not config.holds_out(text) and _chance(text, 1) < share:
                 yield text
                 taken += len(text)

@@ -33,10 +33,15 @@ _OF_ROWS, _ROWS = ("dataset:", "code:"), (".jsonl", ".parquet")
 def inputs(config: StageConfig) -> dict[str, Path]:
     """Everything a stage reads, by name, and where it lies: checkpoints, datasets, corpora, task files and their like.
 
-    A checkpoint on the hub is fetched. SlingshotError for one that is not there.
+    See `input_path`.
     """
     named = _named(config.model_dump(mode="json"))
-    return {name: locate(name) if checkpoint else Path(name) for name, checkpoint in named.items()}
+    return {name: input_path(name, checkpoint) for name, checkpoint in named.items()}
+
+
+def input_path(name: str, checkpoint: bool) -> Path:
+    """Where an input lies; a checkpoint on the hub is fetched. SlingshotError for a checkpoint that is not there."""
+    return locate(name) if checkpoint else Path(name)
 
 
 def local_inputs(values: Mapping[str, Any]) -> dict[str, bool]:
@@ -131,7 +136,7 @@ class Identity:
         digests = {}
         for name, checkpoint in local_inputs(values).items():
             with contextlib.suppress(SlingshotError):
-                digests[name] = content_digest(locate(name) if checkpoint else Path(name))
+                digests[name] = content_digest(input_path(name, checkpoint))
         return cls(kind, values, digests)
 
     @classmethod
@@ -148,7 +153,9 @@ class Identity:
 
         def old_content(name: str, checkpoint: bool) -> str:
             # What the old one did not record, such as a task file in an older receipt, goes by its name.
-            file = _place(name, checkpoint).name
+            file = Path(name).name
+            with contextlib.suppress(SlingshotError):  # a package that is installed no longer; the hub is not asked
+                file = input_path(name, checkpoint and not hub_name(name)).name
             return recorded.get(name) or recorded.get(file) or (name if hub_name(name) else file)
 
         def new_content(name: str, checkpoint: bool) -> str:
@@ -162,14 +169,6 @@ class Identity:
         different = config.differences(_with_inputs(before, old_content), _with_inputs(self.config, new_content))
         shown = different | config.differences(before, self.config)
         return [*changed, *(f"{key} {_brief(shown[key][0])} -> {_brief(shown[key][1])}" for key in different)]
-
-
-def _place(name: str, checkpoint: bool) -> Path:
-    """Where it lies, as a receipt has it: a package's weights under their own path."""
-    if checkpoint and name.startswith("package:"):
-        with contextlib.suppress(SlingshotError):  # no longer installed
-            return locate(name)
-    return Path(name)
 
 
 def content_digest(path: Path) -> str:

@@ -75,10 +75,12 @@ class Adapter:
         name, revision = config.get("base_model_name_or_path"), config.get("revision")
         if not isinstance(name, str) or not name:
             raise SlingshotError(f"{self.file} names no base_model_name_or_path; write there what it changes")
-        beside, here = self.folder / name, _has_model(Path(name))
+        # As the path is written, or from the adapter's folder on, if a model lies there; else on the hub.
+        places = [
+            p for p in (Path(name), self.folder / name) if p.is_file() or is_adapter(p) or (p / "config.json").exists()
+        ]
         try:
-            base = beside if _has_model(beside) and not here else None
-            base = base or locate(f"{name}@{revision}" if revision and not here else name)
+            base = locate(str(places[0]) if places else f"{name}@{revision}" if revision else name)
         except SlingshotError as error:
             raise SlingshotError(f"{self.file}: its base is missing: {error}") from error
         if is_adapter(base):
@@ -133,10 +135,6 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], rank: int, alpha:
         "inference_mode": True,
     }
     write_json(folder / ADAPTER, config)
-
-
-def _has_model(path: Path) -> bool:
-    return path.is_file() or is_adapter(path) or (path / "config.json").is_file()
 
 
 def _by_matrix(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

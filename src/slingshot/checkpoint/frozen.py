@@ -60,13 +60,10 @@ def _stacked(weights: FolderWeights, path: Path | str) -> dict[str, tuple[Tensor
         if not stored[1].isfinite().all():
             raise SlingshotError(f"{weights.where(spec.name)}: {spec.name} has scales that are NaN or infinite")
         stack = (weights.config.n_routed_experts, 2)[: len(index)]
-        if index and name not in found:
+        if name not in found:
             found[name] = tuple(each.new_empty(*stack, *each.shape) for each in stored)  # type: ignore[assignment]
-        if index:
-            for whole, part in zip(found[name], stored, strict=True):
-                whole[index] = part
-        else:
-            found[name] = stored
+        for whole, part in zip(found[name], stored, strict=True):
+            whole[index] = part
     if mixed := [name for name in found if not all(matrices[name])]:
         raise SlingshotError(f"lora: {path}: of {mixed[0]} some experts are stored in fewer bits and some are not")
     return found

@@ -238,11 +238,8 @@ def load_grid(path: Path | str) -> WeightGrid | None:
                 continue
             its = FLOAT4 if scheme.kind == "mxfp4" else scheme.bits(spec.name)
             bits[name] = max(bits.get(name, 0), its)
-            if index:
-                stack = (weights.config.n_routed_experts, 2)[: len(index)]
-                scales.setdefault(name, torch.empty(*stack, *own_FG.shape))[index] = own_FG
-            else:
-                scales[name] = own_FG.contiguous()
+            stack = (weights.config.n_routed_experts, 2)[: len(index)]
+            scales.setdefault(name, torch.empty(*stack, *own_FG.shape))[index] = own_FG
     kept = scales.keys() - plain
     return WeightGrid({n: bits[n] for n in kept}, scheme.group, {n: scales[n] for n in kept}) if kept else None
 

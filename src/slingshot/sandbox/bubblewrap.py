@@ -1,6 +1,6 @@
 """bubblewrap, where it is installed: a program in namespaces of its own, with nothing but what it may read mounted.
 
-    [*wrapped("/usr/bin/bwrap", home, writable=False, ["/usr/lib"], hidden=[], shown=[]), "/usr/bin/python3", ...]
+    [*wrapped("/usr/bin/bwrap", home, ["/usr/lib"], hidden=[], shown=[]), "/usr/bin/python3", ...]
 
 It may be set-uid, and then makes namespaces where nobody else is allowed to. https://github.com/containers/bubblewrap
 """
@@ -20,10 +20,8 @@ def installed() -> str | None:
     return shutil.which("bwrap")
 
 
-def wrapped(
-    bwrap: str, home: str, writable: bool, readable: Sequence[str], hidden: Iterable[str], shown: Iterable[str]
-) -> list[str]:
-    """The beginning of a command whose process sees `readable` and `home`, and can write to `home` if `writable`.
+def wrapped(bwrap: str, home: str, readable: Sequence[str], hidden: Iterable[str], shown: Iterable[str]) -> list[str]:
+    """The beginning of a command whose process sees `readable` and `home`, and can write to neither.
 
     Folders that are `hidden` are empty where they lie in what is readable, but for what is `shown`. The process is the
     child of its namespace's first, and ends with the one that started it.
@@ -34,6 +32,6 @@ def wrapped(
         mounts += ["--dev-bind-try" if path.startswith("/dev/") else "--ro-bind-try", path, path]
     mounts += [option for path in empty for option in ("--tmpfs", path)]
     mounts += [option for path in shown for option in ("--ro-bind", path, path)]
-    mounts += ["--bind" if writable else "--ro-bind", home, home]
+    mounts += ["--ro-bind", home, home]
     mounts += [option for path in (*empty, "/") for option in ("--remount-ro", path)]
     return [bwrap, *(f"--unshare-{part}" for part in _PARTS), "--die-with-parent", "--cap-drop", "ALL", *mounts, "--"]

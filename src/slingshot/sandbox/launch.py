@@ -23,7 +23,7 @@ _KILL = 9
 
 def launch() -> None:
     """Run home/program.py, and end as it ended. Everything is said by the command line, in this order."""
-    _, home, parent, seconds, memory, files, layers, *readable = sys.argv
+    _, home, parent, seconds, memory, layers, *readable = sys.argv
     source = os.path.join(home, "program.py")
     with open(source, encoding="utf-8", errors="surrogatepass") as file:
         text = file.read()
@@ -41,13 +41,13 @@ def launch() -> None:
     if linux:
         libc.prctl(_PARENT_DEATH, _KILL, 0, 0, 0)
     os.chdir(home)
-    _limit(float(seconds), int(memory), int(files))
+    _limit(float(seconds), int(memory))
     _forget()
     if linux:
         _drop_capabilities(libc)
         landlock.no_new_privileges()
     if "landlock" in layers:
-        landlock.restrict([*readable, home], ["/dev/null", home] if int(files) else ["/dev/null"])
+        landlock.restrict([*readable, home], ["/dev/null"])
     if "seccomp" in layers:
         seccomp.restrict()
     _become(text, source)
@@ -63,8 +63,8 @@ def _wait(child: int) -> None:
     os._exit(code if code >= 0 else 128 - code)
 
 
-def _limit(seconds: float, memory: int, files: int) -> None:
-    for name, value in {"CPU": int(seconds) + 2, "AS": memory, "FSIZE": files, "NOFILE": 64, "CORE": 0}.items():
+def _limit(seconds: float, memory: int) -> None:
+    for name, value in {"CPU": int(seconds) + 2, "AS": memory, "FSIZE": 0, "NOFILE": 64, "CORE": 0}.items():
         kind = getattr(resource, f"RLIMIT_{name}")
         highest = resource.getrlimit(kind)[1]
         value = value if highest == resource.RLIM_INFINITY else min(value, highest)

@@ -46,15 +46,14 @@ _PIECE = 1 << 16  # bytes moved at a time
 
 @dataclass(frozen=True)
 class ProgramLimits:
-    """What a program may use: seconds by the clock, bytes of address space, of output (each stream), of a file.
+    """What a program may use: seconds by the clock, bytes of address space, of output (each stream).
 
-    With `files` 0 it can write none. It has one process, and threads.
+    It has one process, and threads, and can write no file.
     """
 
     seconds: float = 10.0
     memory: int = 512 << 20
     output: int = 1 << 20
-    files: int = 0
 
 
 @dataclass(frozen=True)
@@ -168,15 +167,14 @@ class Program:
         self._home = tempfile.mkdtemp(prefix="slingshot-program-")
         Path(self._home, "program.py").write_text(source, encoding="utf-8", errors="surrogatepass")
         parent = 1 if self._wrapped else os.getpid()
-        spec = (parent, self._limits.seconds, self._limits.memory, self._limits.files)
+        spec = (parent, self._limits.seconds, self._limits.memory)
         told = [self._home, *map(str, spec), " ".join(name for name, there in layers.items() if there), *_readable()]
         command = [sys.executable, "-s", "-S", "-P", "-X", "utf8", "-c", _LAUNCH, _PACKAGE, *told]
         if self._wrapped:
             command[0] = os.path.realpath(sys.executable)
             libraries, hidden = _libraries()
             seen, shown = [*_FILES, *libraries], [command[0], os.path.join(_PACKAGE, "slingshot")]
-            bwrap, writable = bubblewrap.installed() or "bwrap", self._limits.files > 0
-            command[:0] = bubblewrap.wrapped(bwrap, self._home, writable, seen, hidden, shown)
+            command[:0] = bubblewrap.wrapped(bubblewrap.installed() or "bwrap", self._home, seen, hidden, shown)
         self._began, self._reason = time.monotonic(), cast(Reason | None, None)
         self._process = subprocess.Popen(
             command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env={"PYTHONHASHSEED": "0"}, start_new_session=True

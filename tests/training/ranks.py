@@ -15,7 +15,7 @@ from slingshot.training.checkpointer import Checkpointer, restore
 from slingshot.training.fp8_training import train_in_fp8
 from slingshot.training.language_model import LanguageModelLoss, MemoryConfig, language_model_step
 from slingshot.training.optimizer import Optimizer, OptimizerConfig, update_router_biases
-from slingshot.training.parallel import Parallel, whole_tensors
+from slingshot.training.parallel import Parallel, whole
 from slingshot.training.state import State, StateWriter
 
 STEPS = 20
@@ -76,7 +76,7 @@ def train(parallel, folder, **memory):
         "losses": logged,
         "fp8": train_low(parallel),
         "biases": [layer.gate.e_score_correction_bias.tolist() for layer in model.moe_layers()],
-        "weights": {name: tensor.flatten()[:50].tolist() for name, tensor in whole_tensors(model.state_dict())},
+        "weights": {name: whole(tensor).flatten()[:50].tolist() for name, tensor in model.state_dict().items()},
         "sharded": sorted({hasattr(parameter, "full_tensor") for parameter in model.parameters()}),
         "gathered": parallel.gather(parallel.mine([{"row": row, "text": "é"} for row in range(5)])),
         "sums": parallel.sums({"ranks": 1.0, "rank": float(parallel.dp_rank)}),
@@ -92,7 +92,7 @@ def read(parallel, folder):
     local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in model.state_dict().values()]
     own = sum(tensor.nbytes for tensor in local)
     expected = load_model(folder).state_dict()
-    same = all(torch.equal(tensor, expected[name]) for name, tensor in whole_tensors(model.state_dict()))
+    same = all(torch.equal(whole(tensor), expected[name]) for name, tensor in model.state_dict().items())
     size = (folder / "model.safetensors").stat().st_size
     return {"read": weights.shards.bytes_read, "own": own, "same": same, "file": size}
 

@@ -62,7 +62,7 @@ def test_blocks_change_neither_loss_nor_gradients(divergence: Divergence) -> Non
         torch.nn.init.normal_(head.weight)
     hidden, others = torch.randn(BLOCK + 3, 6, requires_grad=True), torch.randn(BLOCK + 3, 8)
     inputs = [hidden, *student.parameters()]
-    loss = distillation_loss(hidden, student, others, teacher, divergence)
+    loss = distillation_loss(hidden, student, others, teacher, divergence=divergence)
     whole = divergences(student.product(hidden), teacher.product(others), divergence).sum()
     torch.testing.assert_close(loss, whole)
     found, expected = torch.autograd.grad(loss, inputs), torch.autograd.grad(whole, inputs)

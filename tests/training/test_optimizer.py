@@ -1,5 +1,4 @@
-"""The optimizer step: orthogonalisation, Muon computed by hand, AdamW as torch's, which parameter goes where, schedule,
-resuming."""
+"""The optimizer step: Muon computed by hand, AdamW as torch's, which parameter goes where, schedule, resuming."""
 
 import math
 import subprocess
@@ -52,7 +51,7 @@ def test_newton_schulz_of_a_diagonal_by_hand():
 def test_muon_by_an_independent_computation():
     """Two steps of W -= lr (0.2 sqrt(max(M, N)) NS(g + 0.9 (m - g)) + 0.1 W), m = 0.9 m + 0.1 g; also of a stack."""
     plain, stack = nn.Parameter(normal(3, 5)), nn.Parameter(normal(2, 2, 3, 5, seed=1))
-    optimizer = Muon([plain, stack], lr=0.02, momentum=0.9, weight_decay=0.1, dtype=torch.float32)
+    optimizer = Muon([{"params": [plain, stack]}], lr=0.02, momentum=0.9, weight_decay=0.1, dtype=torch.float32)
     matrices = [plain.detach().clone(), *stack.detach().clone().view(4, 3, 5)]
     momenta = [torch.zeros(3, 5) for _ in matrices]
     for step in range(2):
@@ -73,7 +72,7 @@ def test_muon_by_an_independent_computation():
 def test_muon_leaves_parameters_without_gradient_alone():
     parameter = nn.Parameter(normal(3, 5))
     before = parameter.detach().clone()
-    Muon([parameter], lr=0.1, momentum=0.9, weight_decay=0.5, dtype=torch.float32).step()
+    Muon([{"params": [parameter]}], lr=0.1, momentum=0.9, weight_decay=0.5, dtype=torch.float32).step()
     assert torch.equal(parameter, before)
 
 
@@ -101,9 +100,10 @@ def test_adamw_is_torchs_to_the_bit(dtype):
 def test_momenta_kept_in_16_bits_are_those_of_32_rounded_after_every_step(kind):
     def part(kept_as):
         parameters = [nn.Parameter(normal(8, 8)), nn.Parameter(normal(3, 8, seed=1))]
+        group = {"params": parameters, "lr": 1e-2, "weight_decay": 0.1}
         if kind == "adamw":
-            return parameters, AdamW([{"params": parameters, "weight_decay": 0.1}], 1e-2, (0.9, 0.95), kept_as)
-        return parameters, Muon(parameters, 1e-2, 0.9, 0.1, torch.float32, kept_as)
+            return parameters, AdamW([group], kept_as, betas=(0.9, 0.95))
+        return parameters, Muon([group], kept_as, momentum=0.9, dtype=torch.float32)
 
     (narrow, ours), (wide, theirs) = part(torch.bfloat16), part(None)
     for step in range(3):

@@ -24,15 +24,15 @@ class DynamicLinear(Linear):
     def __init__(self, base: Linear, scales_F1: Tensor) -> None:
         nn.Module.__init__(self)
         self.weight, self.bias = _numbers(base.weight, scales_F1), base.bias
-        self.register_buffer("scales_F1", scales_F1.to(base.weight.device), persistent=False)
-        self.scales_F1: Tensor
+        self.register_buffer("scales", scales_F1.to(base.weight.device), persistent=False)
+        self.scales: Tensor
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """Number times scale."""
-        return (self.weight * self.scales_F1).to(dtype)
+        return (self.weight * self.scales).to(dtype)
 
     def product(self, x_XD: Tensor, detach: bool = False) -> Tensor:
-        y_XF = whole_product(x_XD.flatten(0, -2), self.weight, self.scales_F1).unflatten(0, x_XD.shape[:-1])
+        y_XF = whole_product(x_XD.flatten(0, -2), self.weight, self.scales).unflatten(0, x_XD.shape[:-1])
         return y_XF if self.bias is None else y_XF + self.bias.to(x_XD.dtype)
 
 
@@ -72,7 +72,7 @@ def whole_product(x_ND: Tensor, weight_FD: Tensor, scales_F1: Tensor) -> Tensor:
 def dynamic_grid(model: nn.Module) -> WeightGrid | None:
     """Of all matrices of whole numbers that a model multiplies so; None where it does not."""
     scales = {
-        f"{name}.weight": module.scales_F1 if isinstance(module, DynamicLinear) else module.scales
+        f"{name}.weight": module.scales
         for name, module in model.named_modules()
         if isinstance(module, DynamicLinear | DynamicGroupedLinear)
     }

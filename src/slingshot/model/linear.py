@@ -280,10 +280,6 @@ class GroupedLinear(nn.Module):
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The weights [E, *out, D] as numbers of this dtype; of experts on several ranks, those that are here."""
-        return self._stored_matrix(dtype)
-
-    def _stored_matrix(self, dtype: torch.dtype) -> Tensor:
-        """`matrix` without what adapters add to it."""
         return _numbers(_local(self.weight), dtype)
 
     def forward(self, x_ND: Tensor, counts: list[int]) -> Tensor:
@@ -291,9 +287,10 @@ class GroupedLinear(nn.Module):
         if (stored := _stored(self)) is not None:
             y_NF: Tensor = FrozenGroups.apply(x_ND, stored, counts)
             return y_NF
+        dtype = torch.float32 if self.fp8 is not None else _own_dtype(self.weight, x_ND.dtype)
+        weight_EFD = _numbers(_local(self.weight), dtype)  # `matrix` without what adapters add to it
         if self.fp8 is not None:
-            return fp8_grouped_matmul(x_ND, self._stored_matrix(torch.float32), counts, self.fp8)
-        weight_EFD = self._stored_matrix(_own_dtype(self.weight, x_ND.dtype))
+            return fp8_grouped_matmul(x_ND, weight_EFD, counts, self.fp8)
         return grouped_matmul(x_ND, weight_EFD.flatten(1, -2) if weight_EFD.dim() > 3 else weight_EFD, counts)
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+_RESAMPLES = 2000
+
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """Unbiased estimate of the chance that one of k samples is right, from n samples (arXiv 2107.03374, equation 1)."""
@@ -34,19 +36,14 @@ def maj_at_k(answers: Sequence[str | None], accuracy: Sequence[float], k: int) -
     return float(np.mean(found))
 
 
-def powers_of_two(most: int) -> list[int]:
-    """2, 4, 8 ... up to `most`."""
-    return [1 << power for power in range(1, most.bit_length())]
-
-
-def interval(scores: Sequence[float], samples: int, seed: int, resamples: int = 2000) -> list[float]:
+def interval(scores: Sequence[float], samples: int, seed: int) -> list[float]:
     """95% interval of the mean of problems' scores: Wilson's for one sample of each, else a bootstrap over problems.
 
     Where all problems score alike a bootstrap would claim a width of 0: Wilson's there too.
     """
     if samples == 1 or len(set(scores)) == 1:
         return wilson(float(np.mean(scores)), len(scores))
-    draws = np.random.default_rng(seed).integers(0, len(scores), (resamples, len(scores)))
+    draws = np.random.default_rng(seed).integers(0, len(scores), (_RESAMPLES, len(scores)))
     low, high = np.percentile(np.asarray(scores)[draws].mean(1), [2.5, 97.5])
     return [float(low), float(high)]
 
@@ -58,13 +55,13 @@ def wilson(share: float, n: int, z: float = 1.959964) -> list[float]:
     return [max(0.0, low), min(1.0, high)]
 
 
-def difference(full: Sequence[float], small: Sequence[float], seed: int, resamples: int = 2000) -> dict[str, Any]:
+def difference(full: Sequence[float], small: Sequence[float], seed: int) -> dict[str, Any]:
     """The means of two models' scores on the same problems, and small - full with its 95% interval over the problems.
 
     A bootstrap of the pairs; where not one of n problems differs, as wide as Wilson's interval of a share of 0 of n.
     """
     change = np.asarray(small) - np.asarray(full)
-    draws = np.random.default_rng(seed).integers(0, len(change), (resamples, len(change)))
+    draws = np.random.default_rng(seed).integers(0, len(change), (_RESAMPLES, len(change)))
     low, high = np.percentile(change[draws].mean(1), [2.5, 97.5])
     if not change.any():
         low, high = (side * wilson(0.0, len(change))[1] for side in (-1, 1))

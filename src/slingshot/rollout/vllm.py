@@ -40,7 +40,7 @@ from slingshot.rollout.sampler import Prompts, Samples
 from slingshot.rollout.trajectory import Sampled, Trajectory, pack
 from slingshot.tasks.mixture import Item
 from slingshot.text.tokenizer import Tokenizer
-from slingshot.training.parallel import Parallel, whole_tensors
+from slingshot.training.parallel import Parallel
 from slingshot.training.policy import trainer_logprobs
 
 SILENCE, LOADING = 120.0, 600.0  # seconds: without a token until a server hangs; that new weights may take
@@ -59,7 +59,7 @@ class NoServerLeft(SlingshotError):
 
 class VllmSampler:
     """probes: problems and their prompts, of which each server answers each after every push. params: as the run's
-    samples are drawn. silence, loading: seconds (`RolloutServer`)."""
+    samples are drawn. silence: seconds (`RolloutServer`)."""
 
     def __init__(
         self,
@@ -71,13 +71,12 @@ class VllmSampler:
         params: SamplingParams,
         parallel: Parallel,
         silence: float = SILENCE,
-        loading: float = LOADING,
     ) -> None:
         self.tokenizer, self.model_config = tokenizer, model.config
         self.max_length = model.config.max_position_embeddings
         self._model, self._folder, self._probes, self._params, self._parallel = model, folder, probes, params, parallel
         self._lost = set[str]()
-        self._servers = [RolloutServer(url, model.config, tokenizer, silence, loading) for url in urls]
+        self._servers = [RolloutServer(url, model.config, tokenizer, silence, LOADING) for url in urls]
         self._run, self._written = parallel.agree(uuid.uuid4().hex[:8]), ""  # another run's weights have other names
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True).start()
@@ -217,8 +216,7 @@ class VllmSampler:
         """The folder of these weights, whole when it appears."""
         if self._written == name:  # and no server took them
             return
-        if self._parallel.mesh is not None:
-            state = {its: each for its, each in whole_tensors(dict(state)) if self._parallel.is_first}
+        state = self._parallel.gathered(state)
         if self._parallel.is_first:
             with new_folder(self._folder / name) as folder:
                 save_checkpoint(folder, self._model, self.tokenizer, state)

@@ -68,19 +68,15 @@ class DistillConfig(StageConfig):
     dtype: Dtype = "auto"
 
     @model_validator(mode="after")
-    def _every_task_has_one_teacher(self) -> Self:
+    def _possible(self) -> Self:
+        if self.sampling.temperature == 0 or self.sampling.top_p < 1 or self.sampling.top_k > 0:
+            way_out = "leave top_p 1, top_k 0, temperature above 0"
+            raise ValueError(f"sampling: distill trains the whole distribution; {way_out}")
         known = {task.name for task in self.tasks}
         if others := [name for teacher in self.teachers for name in teacher.tasks if name not in known]:
             raise ValueError(f"teachers: {others[0]} is none of the tasks; they are {', '.join(sorted(known))}")
         for name in known:
-            self.teacher_of(name)
-        return self
-
-    @model_validator(mode="after")
-    def _samples_what_it_trains(self) -> Self:
-        if self.sampling.temperature == 0 or self.sampling.top_p < 1 or self.sampling.top_k > 0:
-            way_out = "leave top_p 1, top_k 0, temperature above 0"
-            raise ValueError(f"sampling: distill trains the whole distribution; {way_out}")
+            self.teacher_of(name)  # which refuses a task of none or of several
         return self
 
     def teacher_of(self, task: str) -> int:

@@ -46,7 +46,7 @@ from slingshot.training.interrupts import Interrupts
 from slingshot.training.language_model import MemoryConfig, add_loads, busiest
 from slingshot.training.lora import LoRAConfig, add_lora, merged, twin
 from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule, update_router_biases
-from slingshot.training.parallel import Parallel, load_whole
+from slingshot.training.parallel import Parallel
 from slingshot.training.policy import (
     LOGGED_PER_TOKEN,
     DocumentSizes,
@@ -125,7 +125,7 @@ class RLConfig(StageConfig):
         return rollouts
 
     @model_validator(mode="after")
-    def _samples_what_it_trains(self) -> Self:
+    def _possible(self) -> Self:
         if self.sampling.temperature == 0 or self.sampling.top_p < 1 or self.sampling.top_k > 0:
             raise ValueError("sampling: rl trains the whole distribution; leave top_p 1, top_k 0, temperature above 0")
         if self.partial and not self.staleness:
@@ -192,7 +192,7 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
                 if spent >= 1:
                     break
                 if moving is not None and step and step % config.loss.reference_steps == 0:
-                    load_whole(moving, model.state_dict())
+                    moving.load_state_dict(model.state_dict())
 
                 pushed = hand_over(batches, step, model, keep)
                 batches.begin(step, config.steps)

@@ -14,7 +14,6 @@ A = N k assignments.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -83,13 +82,13 @@ class Inputs:
 class ObservedLinear(Linear):
     """A matrix that is changed, by its inputs, before it multiplies them."""
 
-    def __init__(self, base: Linear, inputs: Inputs, change: Change) -> None:
+    def __init__(self, base: Linear, name: str, inputs: Inputs, change: Change) -> None:
         nn.Module.__init__(self)
-        self.weight, self.bias, self.inputs, self.change = base.weight, base.bias, inputs, change
+        self.weight, self.bias, self.name, self.inputs, self.change = base.weight, base.bias, name, inputs, change
 
     def observe(self, x_XD: Tensor) -> None:
         gram = self.inputs.gram(x_XD)
-        self.change("weight", self.weight.data, gram.whole(), gram.rows)
+        self.change(f"{self.name}.weight", self.weight.data, gram.whole(), gram.rows)
 
     def product(self, x_XD: Tensor, detach: bool = False) -> Tensor:
         self.observe(x_XD)
@@ -117,9 +116,9 @@ class ObservedMLP(MLP):
 class ObservedGroupedLinear(GroupedLinear):
     """Expert matrices that are changed, each by its own inputs, before they multiply these."""
 
-    def __init__(self, base: GroupedLinear, parts: Sequence[str], change: Change) -> None:
+    def __init__(self, base: GroupedLinear, stack: str, parts: Sequence[str], change: Change) -> None:
         nn.Module.__init__(self)
-        self.weight, self.parts, self.change = base.weight, parts, change
+        self.weight, self.stack, self.parts, self.change = base.weight, stack, parts, change
 
     def forward(self, x_ND: Tensor, counts: list[int]) -> Tensor:
         for expert, own_ND in enumerate(x_ND.float().split(counts)):
@@ -127,7 +126,7 @@ class ObservedGroupedLinear(GroupedLinear):
             gram.add(own_ND)
             weights = self.weight.data[expert].view(len(self.parts), -1, x_ND.shape[-1])
             for part, weight_FD in zip(self.parts, weights, strict=True):
-                self.change(f"{expert}.{part}.weight", weight_FD, gram.whole(), gram.rows)
+                self.change(f"{self.stack}.{expert}.{part}.weight", weight_FD, gram.whole(), gram.rows)
         return super().forward(x_ND, counts)
 
 
@@ -175,17 +174,12 @@ def _observe(layer: nn.Module, prefix: str, change: Change) -> None:
             layer.set_submodule(name, ObservedMLP(module))
         if isinstance(module, Gate) or not is_fitted(f"{name}.weight"):
             continue
-        parent, _, last = f"{prefix}{name}".rpartition(".")
         if isinstance(module, GroupedLinear):
+            stack, _, last = f"{prefix}{name}".rpartition(".")
             parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
-            observed = ObservedGroupedLinear(module, parts, partial(_named, change, parent))
-            layer.set_submodule(name, observed)
+            layer.set_submodule(name, ObservedGroupedLinear(module, stack, parts, change))
         elif isinstance(module, Linear):
-            layer.set_submodule(name, ObservedLinear(module, inputs, partial(_named, change, f"{parent}.{last}")))
-
-
-def _named(change: Change, prefix: str, name: str, weight_FD: Tensor, gram_DD: Tensor, rows: int) -> None:
-    change(f"{prefix}.{name}", weight_FD, gram_DD, rows)
+            layer.set_submodule(name, ObservedLinear(module, f"{prefix}{name}", inputs, change))
 
 
 def is_fitted(name: str) -> bool:

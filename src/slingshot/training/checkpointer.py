@@ -50,7 +50,7 @@ from slingshot.training.identity import Identity, content_digest, inputs
 from slingshot.training.interrupts import Interrupts
 from slingshot.training.lora import adapters, merged
 from slingshot.training.optimizer import Optimizer
-from slingshot.training.parallel import Parallel, agree, whole_tensors
+from slingshot.training.parallel import Parallel, agree
 from slingshot.training.state import State, StateWriter, cannot_write
 
 try:
@@ -293,9 +293,7 @@ class Checkpointer:
         """`finish` with the model (made from the checkpoint `source`), unless its last update has broken it."""
         if self.parallel.max(int(not _computes(model))):
             raise self._diverged("after the last update the weights or the logits hold NaN or infinite values")
-        state, beside = merged(model), adapters(model)
-        if self.parallel.mesh is not None:
-            state, beside = self._whole(state), self._whole(beside)
+        state, beside = (self.parallel.gathered(each) for each in (merged(model), adapters(model)))
         alone = holds_stored(model)  # merged, its numbers would have to be rounded anew
 
         def write(folder: Path) -> None:
@@ -316,9 +314,6 @@ class Checkpointer:
             states["reference"] = reference.state_dict()
         named = {f"{group}/{name}": tensor for group, state in states.items() for name, tensor in state.items()}
         return named, {}
-
-    def _whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in whole_tensors(state) if self.parallel.is_first}
 
 
 @torch.no_grad()

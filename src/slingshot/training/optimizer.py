@@ -85,7 +85,11 @@ class ParameterGroups:
     Not torch.optim's: making one of those imports torch's compiler, as long again as torch itself at every start."""
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]], kept_as: torch.dtype | None, offload: str | None, **settings: Any
+        self,
+        groups: Iterable[dict[str, Any]],
+        kept_as: torch.dtype | None = None,
+        offload: str | None = None,
+        **settings: Any,
     ) -> None:
         self.param_groups = [settings | group for group in groups]
         self.place = StatePlace((each for group in self.param_groups for each in group["params"]), kept_as, offload)
@@ -97,17 +101,10 @@ class ParameterGroups:
 
 
 class AdamW(ParameterGroups):
-    """AdamW (arXiv 1711.05101) by torch's fused kernel, as torch.optim.AdamW(fused=True) calls it."""
+    """AdamW (arXiv 1711.05101) by torch's fused kernel, as torch.optim.AdamW(fused=True) calls it.
 
-    def __init__(
-        self,
-        groups: Iterable[dict[str, Any]],
-        lr: float,
-        betas: tuple[float, float],
-        kept_as: torch.dtype | None = None,
-        offload: str | None = None,
-    ) -> None:
-        super().__init__(groups, kept_as, offload, lr=lr, betas=betas)
+    Settings: lr, betas, weight_decay.
+    """
 
     @torch.no_grad()
     def step(self) -> None:
@@ -147,21 +144,9 @@ class Muon(ParameterGroups):
     experts) are a batch of matrices; parameters of equal shape go through batched Newton-Schulz, which holds several
     times as much, so many at a time. A matrix of which ranks have some rows each is gathered for it, and every rank
     keeps its own rows of the result; of a sharded batch every rank does its own matrices.
-    """
 
-    def __init__(
-        self,
-        params: Iterable[nn.Parameter],
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        dtype: torch.dtype,
-        kept_as: torch.dtype | None = None,
-        offload: str | None = None,
-    ) -> None:
-        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__([{"params": list(params)}], kept_as, offload, **settings)
-        self.dtype = dtype
+    Settings: lr, momentum, weight_decay, and the dtype of Newton-Schulz.
+    """
 
     @torch.no_grad()
     def step(self) -> None:
@@ -179,7 +164,7 @@ class Muon(ParameterGroups):
 
     def _move(self, parameters: list[nn.Parameter], shape: tuple[int, ...], group: dict[str, Any]) -> None:
         updates = [self._update(parameter, group["momentum"]) for parameter in parameters]
-        orthogonal = newton_schulz(torch.cat([its.reshape(-1, *shape) for its in updates]).to(self.dtype))
+        orthogonal = newton_schulz(torch.cat([its.reshape(-1, *shape) for its in updates]).to(group["dtype"]))
         scale = -group["lr"] * 0.2 * math.sqrt(max(shape))
         counts = [its.numel() // math.prod(shape) for its in updates]
         for parameter, update, part in zip(parameters, updates, orthogonal.split(counts), strict=True):
@@ -215,19 +200,16 @@ class Optimizer:
         decayed = [parameter for parameter in others if parameter.dim() >= 2]
         plain = [parameter for parameter in others if parameter.dim() < 2]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        kept_as = getattr(torch, config.state_dtype)
+        kept = getattr(torch, config.state_dtype), config.offload
         adam_lr = config.adam_lr if config.name == "muon" else config.lr
         self.parts: list[tuple[ParameterGroups, float]] = []
         if others:
-            adamw = AdamW(
-                [group for group in groups if group["params"]], adam_lr, config.betas, kept_as, config.offload
-            )
+            adamw = AdamW([group for group in groups if group["params"]], *kept, lr=adam_lr, betas=config.betas)
             self.parts.append((adamw, adam_lr))
         if matrices:
-            dtype = model.compute_dtype or matrices[0].dtype
-            rates = config.lr, config.momentum, config.weight_decay
-            muon = Muon(matrices, *rates, dtype, kept_as, config.offload)
-            self.parts.append((muon, config.lr))
+            rates = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+            group = {"params": matrices, "dtype": model.compute_dtype or matrices[0].dtype, **rates}
+            self.parts.append((Muon([group], *kept), config.lr))
 
     def step(self, fraction: float) -> float:
         """Clip the gradients' norm, step at `fraction` of the peak rate, drop them; returns the norm before clipping.

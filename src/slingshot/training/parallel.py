@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -29,7 +29,7 @@ from slingshot import __version__
 from slingshot.base.errors import SlingshotError
 from slingshot.machine.device import auto_device
 from slingshot.machine.memory import keep_memory
-from slingshot.model.transformer import Transformer, local_part
+from slingshot.model.transformer import Transformer
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -164,6 +164,13 @@ class Parallel:
         lists = [json.loads(text) for text in _texts(json.dumps(rows))]
         return [part[i] for i in range(max(map(len, lists))) for part in lists if i < len(part)]
 
+    def gathered(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A state dict with whole tensors on the first rank, itself where it is alone; on the others it is empty."""
+        if self.mesh is None:
+            return state
+        tensors = ((name, whole(tensor)) for name, tensor in state.items())  # which takes all ranks, one by one
+        return {name: tensor for name, tensor in tensors if self.is_first}
+
     def agree(self, value: Any) -> Any:
         """The first rank's value, JSON, on every rank."""
         return self.gather([value])[0]
@@ -199,12 +206,6 @@ def whole(tensor: Tensor) -> Tensor:
     return full
 
 
-def sharded_like(full: Tensor, target: Tensor) -> Tensor:
-    """`full`, which every rank has, on the device of `target` and sharded as it is: of a DTensor this rank's rows."""
-    local, first = local_part(target)
-    return placed_like(full if local is target else full[first : first + len(local)], target)
-
-
 def placed_like(rows: Tensor, target: Tensor) -> Tensor:
     """This rank's rows of a tensor, on the device of `target` and a DTensor where that is one."""
     rows = rows.to(target.device).contiguous()
@@ -215,16 +216,3 @@ def placed_like(rows: Tensor, target: Tensor) -> Tensor:
     assert isinstance(target, DTensor)
     mesh, placements = target.device_mesh, target.placements
     return DTensor.from_local(rows, mesh, placements, run_check=False, shape=target.shape, stride=target.stride())
-
-
-def whole_tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """A state dict's tensors one by one, whole, its own where nothing is sharded. All ranks take part."""
-    return ((name, whole(tensor)) for name, tensor in state.items())
-
-
-@torch.no_grad()
-def load_whole(model: Transformer, state: Mapping[str, Tensor]) -> None:
-    """Copy a whole state dict, or that of a model sharded alike, into a model, sharded or not."""
-    for name, target in model.state_dict().items():
-        given = state[name]
-        target.copy_(given if hasattr(given, "full_tensor") else sharded_like(given, target))

@@ -83,7 +83,7 @@ def matching_step(student: Transformer, full: Transformer, batches: Sequence[Tex
         with torch.no_grad():
             full_ND = hidden(full, batch)
         student_ND = hidden(student, batch)
-        loss = distillation_loss(student_ND, student.head, full_ND, full.head, "forward") / n_tokens
+        loss = distillation_loss(student_ND, student.head, full_ND, full.head, divergence="forward") / n_tokens
         loss.backward()
         total += loss.item()
     return total

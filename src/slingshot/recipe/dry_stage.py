@@ -8,7 +8,6 @@ verified and trained on: a model of a few steps would neither stop in time nor b
 
 from __future__ import annotations
 
-import importlib
 import random
 import sys
 import time
@@ -142,7 +141,7 @@ def run(job: dict[str, Any]) -> dict[str, float]:
             loading = time.perf_counter() - drawn
             factor = len(items_of(kind, whole)) / max(1, len(items))
     start = time.perf_counter()
-    importlib.import_module(STAGES[kind].module).run(config, out, **more)
+    STAGES[kind].run(config, out, **more)
     seconds, metrics = Receipt.read(out).seconds, out / "metrics.jsonl"
     ends = [row["seconds"] for row in (read_jsonl(metrics) if metrics.is_file() else []) if "seconds" in row]
     if len(ends) > 1:

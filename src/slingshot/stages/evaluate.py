@@ -22,7 +22,7 @@ from slingshot.base.progress import Progress
 from slingshot.engine.engine import Engine
 from slingshot.engine.kv_cache import CacheForm
 from slingshot.machine.device import Dtype
-from slingshot.rollout.metrics import interval, maj_at_k, pass_at_k, powers_of_two
+from slingshot.rollout.metrics import interval, maj_at_k, pass_at_k
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
 from slingshot.rollout.trajectory import Trajectory, sampling_cost
@@ -143,8 +143,8 @@ def result(task: str, form: str, group: Sequence[Trajectory]) -> dict[str, Any]:
 
 def level(problem: Problem) -> str | None:
     """How hard a problem is: its task's word for it, or how many numbers it has."""
-    data = problem.data
-    found = data["level"] if "level" in data else len(data["numbers"]) if "numbers" in data else None
+    numbers = problem.data.get("numbers")  # of a user's own problem it may be anything
+    found = problem.data.get("level", len(numbers) if isinstance(numbers, list) else None)
     return None if found is None else str(found)
 
 
@@ -161,7 +161,8 @@ def summarise(
     scores: dict[str, list[float]] = {}
     asked, forms = [row for row in results if "example" in row], [form.name for form in config.forms]
     for task in dict.fromkeys(row["task"] for row in asked):
-        by_form = {name: [r for r in asked if (r["task"], r["form"]) == (task, name)] for name in forms}
+        of_task = [row for row in asked if row["task"] == task]
+        by_form = {name: rows for name in forms if (rows := [row for row in of_task if row["form"] == name])}
         passes = {form: mean(rows, "accuracy") for form, rows in by_form.items()}
         best = max(passes, key=lambda form: passes[form])
         rows = by_form[best]
@@ -190,7 +191,7 @@ def summarise(
 def at_k(rows: Sequence[dict[str, Any]], config: EvaluateConfig) -> dict[str, Any]:
     """pass@k and maj@k for powers of two up to the samples that every problem has, with intervals over problems."""
     most, found = min(len(row["accuracy"]) for row in rows), dict[str, Any]()
-    for k in powers_of_two(most):
+    for k in (1 << power for power in range(1, most.bit_length())):
         scores = {f"pass@{k}": [pass_at_k(len(row["accuracy"]), row["accuracy"].count(1.0), k) for row in rows]}
         if all("answers" in row for row in rows):
             scores[f"maj@{k}"] = [maj_at_k(row["answers"], row["accuracy"], k) for row in rows]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from slingshot.base.config import StageConfig
 
@@ -27,30 +28,24 @@ class StageKind:
         found: type[StageConfig] = getattr(importlib.import_module(self.module), self.config_name)
         return found
 
-    def run(self, config: StageConfig, out: Path) -> None:
-        importlib.import_module(self.module).run(config, out)
+    def run(self, config: StageConfig, out: Path, **more: Any) -> None:
+        """more: what stands in for a part of the stage, such as a sampler."""
+        importlib.import_module(self.module).run(config, out, **more)
 
 
-STAGES = {
-    "tokenize": StageKind(
-        "slingshot.stages.tokenize", "TokenizeConfig", "writes a corpus as token shards, read by many runs", False
-    ),
-    "pretrain": StageKind("slingshot.stages.pretrain", "PretrainConfig", "trains a new model from scratch"),
-    "sft": StageKind("slingshot.stages.sft", "SFTConfig", "supervised fine-tuning"),
-    "rl": StageKind("slingshot.stages.rl", "RLConfig", "reinforcement learning with verified rewards (GRPO)"),
-    "distill": StageKind(
-        "slingshot.stages.distill", "DistillConfig", "on-policy distillation: teachers judge a student's own samples"
-    ),
-    "sample": StageKind(
-        "slingshot.stages.sample", "SampleConfig", "rejection sampling: keeps what the verifier accepts", False
-    ),
-    "evaluate": StageKind("slingshot.stages.evaluate", "EvaluateConfig", "scores a model on held-out problems", False),
-    "quantize": StageKind(
-        "slingshot.stages.quantize", "QuantizeConfig", "weights of 8 or 4 bits, and what is lost by it"
-    ),
-    "convert": StageKind(
-        "slingshot.stages.convert",
+# Of each module of this room: its config, what it does, and False where that is no checkpoint.
+_KINDS: dict[str, tuple[Any, ...]] = {
+    "tokenize": ("TokenizeConfig", "writes a corpus as token shards, read by many runs", False),
+    "pretrain": ("PretrainConfig", "trains a new model from scratch"),
+    "sft": ("SFTConfig", "supervised fine-tuning"),
+    "rl": ("RLConfig", "reinforcement learning with verified rewards (GRPO)"),
+    "distill": ("DistillConfig", "on-policy distillation: teachers judge a student's own samples"),
+    "sample": ("SampleConfig", "rejection sampling: keeps what the verifier accepts", False),
+    "evaluate": ("EvaluateConfig", "scores a model on held-out problems", False),
+    "quantize": ("QuantizeConfig", "weights of 8 or 4 bits, and what is lost by it"),
+    "convert": (
         "ConvertConfig",
         "writes a checkpoint in another dtype, from a folder, a GGUF file, a package or the hub",
     ),
 }
+STAGES = {kind: StageKind(f"slingshot.stages.{kind}", *told) for kind, told in _KINDS.items()}

@@ -53,19 +53,13 @@ def probe(rollout: Rollout, items: Sequence[Item], seed: int) -> tuple[list[dict
     rows: list[dict[str, Any]] = [{} for _ in asked]
     for index, _, sampled in sampler.sample([ids for *_, ids in asked], [params] * len(asked), keys):
         trajectory, (name, _, leads_to), ids = asked[index]
-        tokens, flops = (
-            tokens + len(sampled.ids),
-            flops + generation_flops(sampler.model_config, len(ids), [len(sampled.ids)]),
-        )
+        tokens += len(sampled.ids)
+        flops += generation_flops(sampler.model_config, len(ids), [len(sampled.ids)])
         item, text = trajectory.item, parse(sampled.ids, True, tokenizer).answer
         verdict = rollout.verification.submit(item.task, item.problem, text, rollout.form.lenient).result()
-        follows = None if leads_to is None else verdict.answer == leads_to
-        rows[index] = {
-            "chain": name,
-            "same": verdict.answer == trajectory.answer,
-            "follows": follows,
-            "right": verdict.value,
-        }
+        answer = verdict.answer
+        follows = None if leads_to is None else answer == leads_to
+        rows[index] = {"chain": name, "same": answer == trajectory.answer, "follows": follows, "right": verdict.value}
     return rows, (tokens, flops)
 
 

@@ -327,9 +327,9 @@ def check(model: ModelConfig, config: QuantizeConfig) -> None:
         raise SlingshotError(f"quantize: scale_fmt={config.scale_fmt} is of to=fp8, not {config.to}")
     if config.distill and config.to not in DISTILLED:
         raise SlingshotError(f"quantize: distill={config.distill} is of {', '.join(DISTILLED)}, not {config.to}")
-    group = (scheme_of(config) or Scheme("int8-dynamic")).group or 1
+    scheme = scheme_of(config)
     for spec in packed_specs(model):
-        check_groups(spec.shape, group, f"quantize: {config.model}: {spec.name}")
+        check_groups(spec.shape, (scheme and scheme.group) or 1, f"quantize: {config.model}: {spec.name}")
 
 
 def packed_specs(model: ModelConfig) -> list[Spec]:

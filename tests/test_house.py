@@ -19,46 +19,26 @@ FILE = 400  # lines
 ROOMS = {
     ".": (46, 535),
     "base": (795, 440),
-<<<<<<< HEAD
-    "checkpoint": (2725, 2763),
-    "cli": (2075, 1470),
-    "cost": (623, 574),
-    "data": (780, 420),
-    "engine": (4301, 2968),
-=======
     "checkpoint": (2716, 2763),
-    "cli": (2079, 1470),
+    "cli": (2075, 1470),
     "cost": (619, 574),
     "data": (755, 420),
-    "engine": (4320, 2968),
->>>>>>> 5a544a8 (An evaluation stands where no prompt of a form had room, and where a user's problem has a number called numbers)
+    "engine": (4301, 2968),
     "environments": (745, 247),
     "kernels": (864, 1254),
     "machine": (521, 346),
     "model": (2142, 1412),
     "parity": (0, 1124),
     "planning": (1910, 1303),
-<<<<<<< HEAD
     "quantization": (672, 472),
-    "recipe": (1496, 1181),
-    "rollout": (1492, 1110),
-    "sandbox": (1005, 628),
-    "serving": (5808, 5509),
-    "stages": (2509, 3533),
-    "tasks": (3806, 2683),
-    "text": (2019, 1793),
-    "training": (3173, 2159),
-=======
-    "quantization": (673, 472),
     "recipe": (1494, 1181),
     "rollout": (1487, 1110),
     "sandbox": (1001, 621),
-    "serving": (5847, 5515),
+    "serving": (5808, 5509),
     "stages": (2495, 3533),
     "tasks": (3806, 2683),
-    "text": (2021, 1793),
+    "text": (2019, 1793),
     "training": (3123, 2159),
->>>>>>> 5a544a8 (An evaluation stands where no prompt of a form had room, and where a user's problem has a number called numbers)
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}

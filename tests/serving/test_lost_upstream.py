@@ -118,9 +118,8 @@ def test_of_a_server_that_is_killed_only_what_had_begun_is_lost_and_all_is_booke
 
         asyncio.run(load())
         assert first.wait() < 0 and len(seen) == 20
-        assert 0 < len(errors) <= AT_ONCE and set(errors.values()) == {
-            "the server that made this answer failed midway; ask again"
-        }
+        assert 0 < len(errors) <= AT_ONCE
+        assert set(errors.values()) == {"the server that made this answer failed midway; ask again"}
         until(lambda: not accounts.keys(ledger)[0].running)
         rows = rows_of(ledger)
         assert rows.keys() == seen.keys()

@@ -25,10 +25,8 @@ def upstream(tokenizer):
 
         def make(backends, kind, states=None, **more):
             states, vocabulary = states or [{} for _ in backends], Vocabulary(tokenizer, tokenizer.vocab_size)
-            urls = [
-                stack.enter_context(running(fake_server(backend, tokenizer, kind, state)))
-                for backend, state in zip(backends, states, strict=True)
-            ]
+            apps = [fake_server(its, tokenizer, kind, state) for its, state in zip(backends, states, strict=True)]
+            urls = [stack.enter_context(running(app)) for app in apps]
             servers = [VllmServer(url) if kind == "vllm" else LlamaServer(url, vocabulary) for url in urls]
             return UpstreamBackend(servers, tokenizer, **more)
 
@@ -48,8 +46,11 @@ def gather(backend, generations):
         return ids, last.finish_reason, last.cached
 
     async def run():
-        async with backend:
+        await backend.start()
+        try:
             return [await one(generation) for generation in generations]
+        finally:
+            await backend.close()
 
     return asyncio.run(run())
 

@@ -1,7 +1,7 @@
 """Servers somewhere else as a backend: several replicas of one model, asked by token ids.
 
     backend = UpstreamBackend([VllmServer("http://gpu1:8000"), VllmServer("http://gpu2:8000")], tokenizer)
-    async with backend: ...                      # begins the health checks
+    await backend.start()                        # begins the health checks
     async for delta in backend.generate(generation): ...
 
 A prompt goes to the replica that has seen its beginning, unless that one is much busier than the least busy. What has
@@ -20,7 +20,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import aiohttp
 
@@ -214,10 +214,3 @@ class UpstreamBackend:
         while True:
             await asyncio.sleep(CHECK)
             await asyncio.gather(*map(self._check, self._replicas))
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()

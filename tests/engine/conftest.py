@@ -82,6 +82,12 @@ def scripted(dense_model, tokenizer):
     return make
 
 
+@pytest.fixture
+def asked(tokenizer):
+    """A prompt that ends in an open reasoning."""
+    return tokenizer.encode_chat([{"role": "user", "content": "3+4-2"}])
+
+
 @pytest.fixture(scope="session")
 def vocabulary(tokenizer):
     return Vocabulary(tokenizer, tokenizer.vocab_size)

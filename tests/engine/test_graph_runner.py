@@ -36,7 +36,7 @@ def long_model(request, make_model, deepseek, dense):
     return make_model(make(vocab_size=300, max_position_embeddings=LONGEST))
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(data=st.data())
 @torch.inference_mode()
 def test_buckets_give_what_the_torch_runner_gives(long_model, data):

@@ -16,12 +16,6 @@ from slingshot.text.tokenizer import Tokenizer
 THOUGHT, ANSWER = "3 plus 4 is 7, 7 minus 2 is 5.", "The end: 5"
 
 
-@pytest.fixture
-def asked(tokenizer):
-    """A prompt that ends in an open reasoning."""
-    return tokenizer.encode_chat([{"role": "user", "content": "3+4-2"}])
-
-
 def reasoned(tokenizer, thought=THOUGHT, answer=ANSWER):
     return [*tokenizer.encode(thought), tokenizer.end_think_id, *tokenizer.encode(answer)]
 

@@ -83,37 +83,22 @@ def test_a_sample_that_is_taken_up_again_goes_on_as_if_it_had_never_stopped(dens
 
 
 def test_tokens_do_not_depend_on_what_else_is_in_the_batch(vocabulary):
-    """To the last bit, from the same logits: 24 steps of 16 requests together, and each alone."""
+    """To the last bit, from the same logits: rows of 16 requests come and go and change places, and each alone."""
     drawn = [{**MIXTURE[row % 8], "top_logprobs": row % 3, "thinking_budget": (None, 4)[row % 2]} for row in range(16)]
     params = [
         SamplingParams(100, (0.0, 0.8, 1.3)[row % 3], (1.0, 0.9)[row // 8], **more) for row, more in enumerate(drawn)
     ]
-    together, alone = rows_of(vocabulary, *params), rows_of(vocabulary, *params)
-    sampler, others = RowSampler(), [RowSampler() for _ in params]
-    generator = torch.Generator().manual_seed(0)
+    kept, alone = rows_of(vocabulary, *params), rows_of(vocabulary, *params)
+    generator, sampler = torch.Generator().manual_seed(0), RowSampler()
     for _ in range(24):
-        logits_RV = torch.randn(16, vocabulary.size, generator=generator) * 3
-        single = [other.draw(logits_RV[[row]], [alone[row]]) for row, other in enumerate(others)]
-        for row, (token_id, logprob) in enumerate(zip(*sampler.draw(logits_RV, together), strict=True)):
-            assert single[row] == ([token_id], [logprob])
-            together[row].push(token_id, logprob)
-            alone[row].push(token_id, logprob)
-    assert [sequence.top_logprobs for sequence in together] == [sequence.top_logprobs for sequence in alone]
-
-
-def test_rows_may_come_and_go_and_change_places(vocabulary):
-    """What is kept of rows between steps never belongs to others."""
-    params = [SamplingParams(100, (0.0, 1.0, 0.5)[row % 3], seed=row, **MIXTURE[row]) for row in range(8)]
-    order, sampler = torch.Generator().manual_seed(1), RowSampler()
-    kept, again = rows_of(vocabulary, *params), rows_of(vocabulary, *params)
-    logits_RV = torch.randn(8, vocabulary.size, generator=order) * 3
-    for _ in range(12):
-        rows = torch.randperm(8, generator=order)[: int(torch.randint(1, 9, (), generator=order))].tolist()
-        ids, logprobs = sampler.draw(logits_RV[rows], [kept[row] for row in rows])
-        for row, token_id, logprob in zip(rows, ids, logprobs, strict=True):
-            assert RowSampler().draw(logits_RV[[row]], [again[row]]) == ([token_id], [logprob])
+        rows = torch.randperm(16, generator=generator)[: int(torch.randint(1, 17, (), generator=generator))].tolist()
+        logits_RV = torch.randn(len(rows), vocabulary.size, generator=generator) * 3
+        ids, logprobs = sampler.draw(logits_RV.clone(), [kept[row] for row in rows])
+        for place, (row, token_id, logprob) in enumerate(zip(rows, ids, logprobs, strict=True)):
+            assert RowSampler().draw(logits_RV[[place]], [alone[row]]) == ([token_id], [logprob])
             kept[row].push(token_id, logprob)
-            again[row].push(token_id, logprob)
+            alone[row].push(token_id, logprob)
+    assert [sequence.top_logprobs for sequence in kept] == [sequence.top_logprobs for sequence in alone]
 
 
 def test_rows_with_too_few_candidates_are_drawn_again(vocabulary):

@@ -90,7 +90,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @EACH_LEVEL
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(config=st.one_of(dense_configs(), deepseek_configs()), data=st.data())
 def test_steps_over_pages_give_the_plain_models_logits(
     kernels: NativeKernels, config: ModelConfig, data: st.DataObject
@@ -319,12 +319,7 @@ def test_what_the_kernels_do_not_cover_is_said(dense: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("speculation", "kv_cache"),
-    [
-        ("on", "auto"),
-        ("off", "fp8"),
-        *(pytest.param(*o, marks=pytest.mark.slow) for o in (("off", "auto"), ("on", "int8"))),
-    ],
+    ("speculation", "kv_cache"), [("on", "auto"), ("off", "fp8"), pytest.param("on", "int8", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("family", ["dense", "deepseek_v3"])
 def test_an_engine_on_native_kernels_samples_what_one_on_torch_does(
@@ -366,7 +361,7 @@ def test_a_sequence_alone_is_sampled_in_one_call_a_step_as_torch_does_it_by_turn
         {}, {"top_p": 0.8, "seed": 1}, {"temperature": 0.0},
         {"min_p": 0.4, "top_k": 50, "stop_token_ids": (70,), "ignore_eos": False},
     ]  # fmt: skip
-    params = [SamplingParams(**{"max_tokens": 45, "ignore_eos": True, **kind}) for kind in kinds]
+    params = [SamplingParams(**{"max_tokens": 22, "ignore_eos": True, **kind}) for kind in kinds]
     found, counted = {}, {}
     for native, speculation in [("auto", "off"), ("auto", "on"), ("off", "on")]:
         engine = Engine(copy.deepcopy(model), tokenizer, native=native, speculation=speculation)

@@ -20,15 +20,11 @@ def both_ways(model, tokenizer, prompts, params, **options):
     return plain, guessed, engine.counters
 
 
-TIGHT = {"max_batch": 2, "step_tokens": 9}, {"cache_bytes": 38_000}
-
-
 @pytest.mark.parametrize(
     ("temperature", "options"),
     [
-        (0.0, {}), *(pytest.param(0.8, each, marks=pytest.mark.slow) for each in (TIGHT[0], {})),
-        *(pytest.param(each, TIGHT[1], marks=pytest.mark.slow) for each in (0.0, 0.8)),
-        pytest.param(0.0, TIGHT[0], marks=pytest.mark.slow),
+        (0.0, {}), pytest.param(0.8, {"max_batch": 2, "step_tokens": 9}, marks=pytest.mark.slow),
+        pytest.param(0.8, {"cache_bytes": 38_000}, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_tokens_are_those_of_plain_decoding(guesser, tokenizer, temperature, options):
@@ -50,10 +46,10 @@ def test_tokens_are_those_of_plain_decoding(guesser, tokenizer, temperature, opt
 def test_a_module_that_is_always_right_saves_most_steps(guesser, tokenizer, monkeypatch):
     """Each step gives one token more than the last, up to all guesses and one."""
     monkeypatch.setattr(guesser, "sure", 1.0)
-    params = [SamplingParams(90, 1.0, seed=1, ignore_eos=True)]
+    params = [SamplingParams(45, 1.0, seed=1, ignore_eos=True)]
     plain, guessed, counters = both_ways(guesser, tokenizer, prompts_of(20), params)
     assert token_ids(guessed) == token_ids(plain)
-    assert counters.accepted == counters.drafted and counters.steps < 90 / 3.5
+    assert counters.accepted == counters.drafted and counters.steps < 45 / 3
 
 
 def test_rows_that_need_more_than_the_plain_sampler_are_not_guessed_for(guesser, tokenizer):

@@ -100,15 +100,6 @@ def test_stream_withholds_what_may_become_a_stop_string(scripted, tokenizer):
     assert "".join(pieces) == "a sto a "
 
 
-def test_closing_a_stream_aborts_its_request(dense_model, tokenizer):
-    engine = Engine(dense_model, tokenizer)
-    deltas = engine.stream(PROMPT, SamplingParams(max_tokens=100, temperature=1.5))
-    next(deltas)
-    assert engine.unfinished == 1
-    deltas.close()
-    assert engine.unfinished == 0 and engine.step() == []
-
-
 def test_stream_leaves_other_requests_to_their_owner(dense_model, tokenizer):
     engine = Engine(dense_model, tokenizer)
     mine = engine.add(PROMPT, SamplingParams(max_tokens=3, temperature=0))

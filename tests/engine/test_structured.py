@@ -34,12 +34,6 @@ STRUCTURES = {
 }
 
 
-@pytest.fixture
-def asked(tokenizer):
-    """A prompt that ends in an open reasoning."""
-    return tokenizer.encode_chat([{"role": "user", "content": "3+4-2"}])
-
-
 @pytest.mark.parametrize("kind", STRUCTURES)
 def test_every_answer_fits(dense_model, tokenizer, kind):
     """Of 12 samples at a high temperature; those that were cut at the length began as one that fits."""

@@ -63,17 +63,13 @@ def test_prompt_logprobs_are_those_of_a_full_pass(model, tokenizer, options):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"cache_bytes": 80_000},
-        *(pytest.param(o, marks=pytest.mark.slow) for o in ({}, {"step_tokens": 20, "max_batch": 3})),
-    ],
+    "options", [{"cache_bytes": 80_000}, pytest.param({"step_tokens": 20, "max_batch": 3}, marks=pytest.mark.slow)]
 )
 def test_routed_experts_are_those_of_a_full_pass(moe_model, tokenizer, options):
     """Of prompt and sample, for samples that share a prompt, run in chunks, or gave their pages up on the way."""
     engine = Engine(moe_model, tokenizer, max_length=128, **options)
     prompts = [prompt_of(size, 3)[:size] for size in (60, 60, 1, 33, 17)]
-    params = [SamplingParams(max_tokens=50, n=1 + row % 3, routed_experts=row != 3, seed=row) for row in range(5)]
+    params = [SamplingParams(max_tokens=30, n=1 + row % 3, routed_experts=row != 3, seed=row) for row in range(5)]
     different = total = 0
     for prompt, its, output in zip(prompts, params, engine.generate(prompts, params), strict=True):
         for completion in output.outputs:
@@ -91,16 +87,12 @@ def test_routed_experts_are_those_of_a_full_pass(moe_model, tokenizer, options):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"max_batch": 2, "step_tokens": 9},
-        *(pytest.param(o, marks=pytest.mark.slow) for o in ({}, {"cache_bytes": 38_000})),
-    ],
+    "options", [{"max_batch": 2, "step_tokens": 9}, pytest.param({"cache_bytes": 38_000}, marks=pytest.mark.slow)]
 )
 def test_guessing_changes_nothing_of_what_is_told(guesser, tokenizer, options):
     """Likeliest tokens and experts of traced requests, and which tokens had been guessed."""
     told, prompts = [], [prompt_of(size, size)[:size] for size in (3, 17, 40)]
-    params = SamplingParams(40, 0.8, seed=3, ignore_eos=True, top_logprobs=3)
+    params = SamplingParams(24, 0.8, seed=3, ignore_eos=True, top_logprobs=3)
     for speculation in ("off", "on"):
         engine = Engine(guesser, tokenizer, speculation=speculation, **options)
         requests = [engine.submit(prompt, params, traced=True) for prompt in prompts]
@@ -108,11 +100,11 @@ def test_guessing_changes_nothing_of_what_is_told(guesser, tokenizer, options):
             engine.advance()
         told.append([request.sequences[0] for request in requests])
         accepted = sum(len(sequence.accepted) for sequence in told[-1])
-        assert accepted == engine.counters.accepted and (accepted > 20) == (speculation == "on")
+        assert accepted == engine.counters.accepted and (accepted > 12) == (speculation == "on")
     for plain, guessed in zip(*told, strict=True):
-        assert guessed.token_ids == plain.token_ids and guessed.accepted <= set(range(40))
+        assert guessed.token_ids == plain.token_ids and guessed.accepted <= set(range(24))
         assert [[*top] for top in guessed.top_logprobs] == [[*top] for top in plain.top_logprobs]
-        assert guessed.experts_of(0, 40) == plain.experts_of(0, 40)
+        assert guessed.experts_of(0, 24) == plain.experts_of(0, 24)
 
 
 def test_a_traced_request_finds_its_prompt_in_the_cache(moe_model, tokenizer):

@@ -35,22 +35,10 @@ def test_reasoning_and_answer_are_told_apart(says, tokenizer):
     assert answer.usage.completion_tokens_details.reasoning_tokens == ids.index(tokenizer.end_think_id) + 1
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 100])
+@pytest.mark.parametrize("chunk", [1, 3])
 def test_no_chunk_holds_two_kinds_of_text(says, chunk):
     stream = ask(says("3 plus 4 is 7.\n</think>\n\n5", chunk=chunk), stream=True)
     assert joined(stream) == ("3 plus 4 is 7.", "5", False)
-
-
-def test_an_answer_cut_in_its_reasoning_has_no_content(says):
-    answer = ask(says("3 plus 4 is 7.\n</think>\n\n5"), max_tokens=3)
-    assert answer.choices[0].message.content is None
-    assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", 3)
-
-
-def test_the_same_seed_gives_the_same_answer_streamed_or_not(client):
-    whole = ask(client, seed=3, max_tokens=20).choices[0].message
-    reasoning, content, _ = joined(ask(client, seed=3, max_tokens=20, stream=True))
-    assert (whole.reasoning_content or "", whole.content or "") == (reasoning, content)
 
 
 def test_with_glass_every_token_says_whether_it_was_drafted(tokenizer, make_model, dense):
@@ -67,21 +55,14 @@ def test_with_glass_every_token_says_whether_it_was_drafted(tokenizer, make_mode
     assert [flag for its in told for flag in getattr(its, "glass", {"drafted": []})["drafted"]] == drafted
 
 
-def test_samples_of_one_seed_differ(client):
-    choices = ask(client, seed=3, max_tokens=20, n=3).choices
-    assert len({choice.message.reasoning_content for choice in choices}) == 3
-
-
 @pytest.mark.parametrize(
     "wrong, said",
     [
         ({"model": "big"}, "there is no model 'big'"),
         ({"messages": [{"role": "user", "content": "7" * 300}]}, "context 256"),
-        ({"temperature": -1}, "temperature"),
         ({"stop": "7" * 5000}, "stop: at most 128 strings, of 4096 characters"),
         ({"extra_body": {"bad_words": ["7"] * 129}}, "bad_words: at most 128 strings"),
         ({"messages": [{"role": "user"}]}, "no content"),
-        ({"stream_options": {"include_usage": True}}, "stream: true"),
     ],
 )
 def test_an_impossible_request_is_refused_with_what_is_wrong(client, wrong, said):
@@ -90,7 +71,7 @@ def test_an_impossible_request_is_refused_with_what_is_wrong(client, wrong, said
     assert caught.value.status_code in (400, 404) and said in caught.value.body["message"]
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 100])
+@pytest.mark.parametrize("chunk", [1, 3])
 def test_characters_of_several_tokens_come_whole_streamed_or_not(says, tokenizer, chunk):
     """Alone and side by side, in the reasoning and in the answer; each is several tokens of this vocabulary."""
     assert len(tokenizer.encode("🙂")) > 1
@@ -102,7 +83,7 @@ def test_characters_of_several_tokens_come_whole_streamed_or_not(says, tokenizer
     assert "".join(part.content or "" for part in parts) == "🙂é🙂"
 
 
-@pytest.mark.parametrize("most", [1, 2, 5, 11])
+@pytest.mark.parametrize("most", [1, 5])
 def test_reasoning_that_is_cut_anywhere_leaks_nothing_into_the_content(says, tokenizer, most):
     client = says("3 plus 4 is 7, 7 minus 2 is 5.\n" * 3 + "</think>\n\n5")
     answer = ask(client, max_tokens=most)

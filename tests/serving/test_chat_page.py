@@ -1,21 +1,6 @@
 import re
 
 import httpx
-from playwright.sync_api import expect
-
-from tests.serving.browsing import ask, browser, needs_browser, script, visit
-
-__all__ = ["browser", "script", "visit"]  # its fixtures
-
-
-@needs_browser
-def test_a_question_is_asked_and_answered_in_a_browser(visit, script):
-    """The rest of what the page does is in test_browser.py, which is slow."""
-    page = visit(script("3 plus 4 is 7.\n</think>\n\nIt is **7**, `print`")[0])
-    ask(page, "What is 3+4?")
-    expect(page.locator("summary")).to_contain_text("Thought for")
-    assert page.inner_text(".answer .text") == "It is 7, print"
-    assert page.inner_text(".answer .text strong") == "7"
 
 
 def test_the_page_and_all_it_asks_for_come_from_this_server(served):

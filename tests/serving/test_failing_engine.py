@@ -52,7 +52,7 @@ async def told(url, headers):
 
 @pytest.mark.parametrize("failure", [RuntimeError("7 is not 8"), SlingshotError("the logits are no numbers")])
 def test_every_stream_hears_of_a_step_that_failed_and_what_was_made_is_paid(
-    tokenizer, make_model, dense, tmp_path, failure
+    tokenizer, make_model, dense, tmp_path, caplog, failure
 ):
     engine = Failing(make_model(dense(vocab_size=tokenizer.vocab_size, max_position_embeddings=256)), tokenizer)
     engine.failure, lost = failure, isinstance(failure, RuntimeError)
@@ -70,5 +70,8 @@ def test_every_stream_hears_of_a_step_that_failed_and_what_was_made_is_paid(
         [key] = accounts.keys(ledger)
         assert (key.reserved, key.balance) == (0, 100 * PICO - engine.counters.decoded * 100 * PICO // 10**6)
         again = httpx.post(f"{url}{CHAT}", json=BODY | {"max_tokens": 5}, headers=headers)
-        assert again.status_code == (503 if lost else 200) and (reason in again.text) == lost
+        health, ready = (httpx.get(url + path) for path in ("/health", "/ready"))
+        for answer in (again, health, ready):
+            assert answer.status_code == (503 if lost else 200) and ("RuntimeError" in answer.text) == lost
+        assert "7 is not 8" not in caplog.text  # it may hold what was asked
     ledger.close()

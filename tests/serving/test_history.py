@@ -1,9 +1,7 @@
 """What clients send of earlier turns: read as it was meant, so that the cache has its beginning."""
 
+import httpx
 import pytest
-
-from slingshot.text.tokenizer import Tokenizer
-from tests.serving.conftest import TEXTS
 
 QUESTION = {"role": "user", "content": "What is 3+4-2? " * 5}
 PAGE = 16  # tokens of a prompt that the cache has or has not
@@ -38,7 +36,7 @@ def test_a_late_word_of_the_system_s_leaves_the_cached_beginning_as_it_was(says,
     assert tokenizer.decode(prompts[1]).count("Be brief.\n\nSure?") == 1
 
 
-def test_the_changing_header_of_an_agent_s_is_dropped_and_nothing_behind_it(says, anthropic_of):
+def test_the_changing_header_of_an_agent_s_is_dropped_and_nothing_behind_it(says, tokenizer):
     client = says("7\n</think>\n\n5")
     header, rest = "x-anthropic-billing-header: cch={};", "You are an agent."
     for system in (
@@ -46,9 +44,10 @@ def test_the_changing_header_of_an_agent_s_is_dropped_and_nothing_behind_it(says
         f"{header.format('2b')}\n{rest}",
         [{"type": "text", "text": header.format("3c")}, {"type": "text", "text": rest}],
     ):
-        anthropic_of(client).messages.create(model="tiny", messages=[QUESTION], system=system, max_tokens=9)
+        body = {"model": "tiny", "messages": [QUESTION], "system": system, "max_tokens": 9}
+        assert httpx.post(f"{client.base_url}messages", json=body).status_code == 200
     prompts = {its.prompt_ids for its in client.backend.asked}
-    told = Tokenizer.train(TEXTS * 20, 300).decode(list(prompts.pop()))
+    told = tokenizer.decode(list(prompts.pop()))
     assert not prompts and "You are an agent." in told and "cch" not in told
 
 

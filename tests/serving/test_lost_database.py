@@ -33,7 +33,7 @@ def test_a_database_that_is_lost_under_load_costs_nothing(database, checkpoint, 
     headers = {"Authorization": f"Bearer {key}"}
     options = ["--require-key", "--ledger", database.url, "--prices", tmp_path / "prices.toml"]
     with started(checkpoint, options, tmp_path) as (process, url), httpx.Client(base_url=url, headers=headers) as http:
-        asking = crowd(url, key, 60, random.Random(0), None, 1500, told)
+        asking = crowd(url, key, 60, random.Random(0), None, 800, told)
         load = threading.Thread(target=asyncio.run, args=[asking], daemon=True)
         load.start()
         until(lambda: len(told) == 60 and any(row.completion for row in rows_of(ledger).values()), 60)

@@ -26,7 +26,7 @@ from tests.serving.test_killed import rows_of
 from tests.serving.test_load import CHAT, until
 
 AT_ONCE = 4  # answers that one of them makes; others wait there
-TEXT = "3 plus 4 is 7, 7 minus 2 is 5. " * 4 + "\n</think>\n\n5"
+TEXT = "3 plus 4 is 7, 7 minus 2 is 5. " * 2 + "\n</think>\n\n5"
 PRICES = PriceList.parse({"models": {"*": {"cache_hit": 1, "cache_miss": 10, "output": 100}}})
 
 

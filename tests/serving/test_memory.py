@@ -25,7 +25,7 @@ from tests.serving.test_monitoring import samples
 
 pytestmark = pytest.mark.slow
 
-CROWD, IDLE = 500, 400
+CROWD, IDLE = 300, 200
 
 
 @pytest.fixture(autouse=True)

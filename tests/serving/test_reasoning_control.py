@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 
 import httpx
 import openai
@@ -167,9 +166,9 @@ def test_reasoning_goes_by_both_names(server, tokenizer):
         ({"guided_choice": ["a"], "guided_regex": "a"}, "give one"),
     ],
 )
-def test_what_would_change_the_answer_is_refused_by_name(says, wrong, said):
+def test_what_would_change_the_answer_is_refused_by_name(client, wrong, said):
     with pytest.raises(openai.BadRequestError) as caught:
-        ask(says("5"), extra_body=wrong)
+        ask(client, extra_body=wrong)
     assert said in caught.value.body["message"]
 
 
@@ -178,15 +177,3 @@ def test_what_changes_nothing_is_tolerated(says):
     parts = [{"type": "text", "text": "What is"}, {"type": "text", "text": "3+4-2?"}]
     messages = [{"role": "developer", "content": "Add."}, {"role": "user", "content": parts}]
     assert ask(says("</think>5"), messages=messages, extra_body=more).choices[0].message.content == "5"
-
-
-def test_an_answer_keeps_to_what_it_is_held_to(client):
-    pytest.importorskip("xgrammar")
-    schema = {"type": "object", "properties": {"sum": {"type": "boolean"}}, "required": ["sum"]}
-    wanted = {"type": "json_schema", "json_schema": {"name": "sum", "schema": schema}}
-    answer = ask(client, response_format=wanted, reasoning_effort="none", max_tokens=200).choices[0]
-    assert answer.finish_reason == "length" or isinstance(json.loads(answer.message.content)["sum"], bool)
-    chosen = ask(client, extra_body={"guided_choice": ["yes", "no"], "thinking_budget": 3}, max_tokens=60)
-    assert chosen.choices[0].message.content in ("yes", "no")
-    with pytest.raises(openai.BadRequestError):
-        ask(client, response_format={"type": "json_schema", "json_schema": {"schema": {"not": {}}}})

@@ -33,7 +33,7 @@ def test_reasoning_and_answer_are_items(says):
     assert response.usage.input_tokens == len(client.backend.asked[0].prompt_ids)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 100])
+@pytest.mark.parametrize("chunk", [1, 3])
 def test_the_stream_adds_up_to_the_response(calls, chunk):
     calls.backend.chunk = chunk
     events = list(ask(calls, tools=[FUNCTION], stream=True))

@@ -93,13 +93,6 @@ def test_it_is_stopped_by_name(serve):
     assert client.post(f"{CHAT}/control", json={"id": id, "action": "stop"}).status_code == 404
 
 
-def test_without_being_asked_for_nothing_runs_on(serve):
-    client, backend = serve(0.05, LONG)
-    with client.stream("POST", CHAT, json=BODY) as response:
-        events_of(response, 3)
-    until(lambda: backend.aborted)
-
-
 def test_another_key_does_not_read_it_and_it_is_booked_once(serve, tmp_path):
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.sqlite")
     try:

@@ -22,7 +22,6 @@ from slingshot.cost.receipt import Receipt
 from slingshot.stages import pretrain
 
 STAGES = {"base": "pretrain", "cold_start": "sft", "rl": "rl", "sample": "sample", "sft": "sft"}
-CHECKPOINTS = [name for name, kind in STAGES.items() if kind != "sample"]
 EVALUATED = ["base", "rl"]
 CLOCKS = {"seconds", "tokens_per_second", "mfu"}
 WAIT = 300  # seconds at most for a moment or an end, on a machine that has other work
@@ -75,7 +74,7 @@ def test_the_report_tells_of_every_stage(micro: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", EVALUATED)
 def test_transformers_loads_what_was_trained(micro: Path, name: str) -> None:
     """Logits of a problem with a response agree within 1e-4 of their standard deviation, and so do tokenizer and
     template."""
@@ -204,18 +203,14 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_at_once_and_says_how_to_go_on(interrupted: tuple[Path, dict[str, Any]]) -> None:
+def test_what_was_interrupted_saves_at_once_and_says_so_in_one_line(interrupted: tuple[Path, dict[str, Any]]) -> None:
     _, seen = interrupted
     logged, saved = seen["steps at Ctrl-C"]
     assert saved == [logged]
     assert re.search(r" base: .*going on where it stopped", seen["said at the stage's death"])
     assert seen["said at Ctrl-C"].splitlines()[-1] == "slingshot: stopped and saved; the same command goes on from here"
     assert "Traceback" not in seen["said at Ctrl-C"]
-
-
-@pytest.mark.slow
-def test_a_killed_stage_is_reported_in_one_line(interrupted: tuple[Path, dict[str, Any]]) -> None:
-    said = interrupted[1]["said at the stage's death"]
+    said = seen["said at the stage's death"]
     assert "Traceback" not in said
     assert said.splitlines()[-1].startswith("slingshot: rl: its process was killed by SIGKILL")
     assert said.count("slingshot: ") == 1

@@ -2,11 +2,12 @@
 
 import pytest
 
-from slingshot.base.files import read_jsonl
+from slingshot.base.files import read_jsonl, write_jsonl
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.rollout.sampler import ScriptedSampler
-from slingshot.stages import pretrain
+from slingshot.stages import pretrain, quantize
 from slingshot.stages.rl import RLConfig
+from slingshot.stages.sft import SFTConfig
 
 SUMS = {"name": "arithmetic", "params": {"min_terms": 2, "max_terms": 2, "operators": "+", "languages": ["en"]}}
 
@@ -40,6 +41,40 @@ def base(pretraining, tmp_path_factory):
     out = tmp_path_factory.mktemp("base") / "base"
     pretrain.run(pretraining(), out)
     return out
+
+
+@pytest.fixture(scope="session")
+def full(pretraining, tmp_path_factory):
+    """A model all of whose rows are whole groups of 32."""
+    widths = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "v_head_dim": 16}
+    out = tmp_path_factory.mktemp("full") / "full"
+    pretrain.run(pretraining(model=MODEL | widths), out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def stored(full, tmp_path_factory):
+    """stored(kind): that model, quantised as it comes; made once of each kind."""
+    folder = tmp_path_factory.mktemp("stored")
+
+    def make(kind):
+        if not (folder / kind).exists():
+            config = {"model": str(full), "to": kind, "tasks": [SUMS], "calibrate": 0, "problems": 1, "threads": 1}
+            quantize.run(quantize.QuantizeConfig.parse(config, "quantize"), folder / kind)
+        return folder / kind
+
+    return make
+
+
+@pytest.fixture
+def tuning(tmp_path):
+    """tuning(model, **changes): adapters that learn sums, a step a batch of four rows: SFT's settings."""
+    lines = [{"prompt": f"{a}+{b}=", "reasoning": "so", "answer": str(a + b)} for a in range(9) for b in range(9)]
+    write_jsonl(tmp_path / "data.jsonl", lines)
+    data = {"data": [str(tmp_path / "data.jsonl")], "dtype": "float32", "threads": 1, "sequence_length": 48}
+    lora = {"rank": 4, "targets": ["attention", "mlp", "experts"]}
+    sizes = {"batch_size": 4, "epochs": 2, "lora": lora, "optimizer": {"adam_lr": 0.01}}
+    return lambda model, **changes: SFTConfig.parse({"model": str(model), **data, **sizes, **changes}, "sft")
 
 
 @pytest.fixture

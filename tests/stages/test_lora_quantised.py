@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import write_jsonl
 from slingshot.checkpoint.frozen import load_frozen
 from slingshot.checkpoint.load_save import load_model, open_weights
 from slingshot.engine.engine import Engine
@@ -16,37 +15,11 @@ from slingshot.planning.layout import Layout
 from slingshot.planning.memory import PRECISIONS, Blocks, training_memory
 from slingshot.planning.plan_training import plan_rl
 from slingshot.planning.request import NamedModel, RLRequest
-from slingshot.stages import convert, pretrain, quantize, rl, sft
+from slingshot.stages import convert, rl, sft
 from slingshot.training.lora import LoRAConfig, adapters, add_lora
 from slingshot.training.parallel import Parallel
 
 ALL = ["attention", "mlp", "experts"]
-
-
-@pytest.fixture(scope="session")
-def stored(pretraining, sums, tmp_path_factory):
-    """stored(kind): a model of which every row is whole groups, quantised; made once of each kind."""
-    widths = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "v_head_dim": 16}
-    folder = tmp_path_factory.mktemp("stored")
-    pretrain.run(pretraining(model=pretraining().model | widths), folder / "full")
-
-    def make(kind):
-        if not (folder / kind).exists():
-            config = {"model": str(folder / "full"), "to": kind, "tasks": [sums], "calibrate": 0, "problems": 1}
-            quantize.run(quantize.QuantizeConfig.parse(config | {"threads": 1}, "quantize"), folder / kind)
-        return folder / kind
-
-    return make
-
-
-@pytest.fixture
-def tuning(tmp_path):
-    """tuning(model, **changes): sums to learn, a step a batch of four rows."""
-    lines = [{"prompt": f"{a}+{b}=", "reasoning": "so", "answer": str(a + b)} for a in range(9) for b in range(9)]
-    write_jsonl(tmp_path / "data.jsonl", lines)
-    data = {"data": [str(tmp_path / "data.jsonl")], "dtype": "float32", "threads": 1, "sequence_length": 48}
-    sizes = {"batch_size": 4, "epochs": 2, "lora": {"rank": 4, "targets": ALL}, "optimizer": {"adam_lr": 0.01}}
-    return lambda model, **changes: sft.SFTConfig.parse({"model": str(model), **data, **sizes, **changes}, "sft")
 
 
 def beside(model, targets):

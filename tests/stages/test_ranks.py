@@ -48,8 +48,8 @@ def test_a_run_killed_on_so_many_ranks_goes_on_with_others(on_ranks, pretraining
     text.write_text("\n\n".join(f"{i} and {k} make {i + k}." for i in range(40) for k in range(i)))
     written = {"text": [str(text)], "vocab_size": 300, "shard_tokens": 2000, "threads": 1}
     tokenize.run(tokenize.TokenizeConfig.parse(written, "shards"), tmp_path / "shards")
-    config = pretraining(save_seconds=0.0, steps=20, shards=[str(tmp_path / "shards")])
-    for ranks, shared, rank, step in ((2, 1, 1, 5), (4, 2, 3, 10)):
+    config = pretraining(save_seconds=0.0, steps=12, shards=[str(tmp_path / "shards")])
+    for ranks, shared, rank, step in ((2, 1, 1, 3), (4, 2, 3, 6)):
         said = on_ranks("pretrain", config, ranks, out, {"rank": rank, "dies_at": step}, expert_parallel=shared)
         assert not out.exists() and len(said) == 1, said
         assert all("another process is gone, killed or out of memory; run the same" in line for line in said)
@@ -78,9 +78,9 @@ def agrees_with_torchs_reader(folder):
 def test_rl_killed_on_two_ranks_ends_as_it_would_have(on_ranks, training, metrics, tmp_path):
     """To the byte as two ranks that were left alone; the losses of one process, to 1e-4."""
     loss = {"name": "cispo", "importance": "truncated", "kl": 0.01, "reference_steps": 2, "replay_routing": True}
-    sizes = {"refill": 2, "group_size": 4, "prompts_per_step": 4, "steps": 6, "save_seconds": 0.0}
+    sizes = {"refill": 2, "group_size": 4, "prompts_per_step": 4, "steps": 4, "save_seconds": 0.0}
     config = training(loss=loss, **sizes)
-    on_ranks("rl", config, 2, tmp_path / "out", {"rank": 1, "dies_at": 3})
+    on_ranks("rl", config, 2, tmp_path / "out", {"rank": 1, "dies_at": 2})
     assert not (tmp_path / "out").exists()
     for name in ("out", "whole"):
         on_ranks("rl", config, 2, tmp_path / name)
@@ -151,7 +151,6 @@ def test_samples_made_beside_the_updates_are_those_of_one_process(on_ranks, trai
 @pytest.mark.parametrize(
     ("trouble", "line"),
     [
-        ({"version": "0.0.1"}, "rank 1 has slingshot 0.0.1, rank 0 "),
         ({"options": ["expert_parallel=2"]}, "rank 1 has expert_parallel 2, rank 0 1;"),
         ({"largest_file": 20_000}, "rank 1 cannot write"),
     ],
@@ -180,9 +179,7 @@ def test_a_rank_that_reads_something_else_under_the_same_name_is_told(on_ranks, 
     assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize(
-    "trouble", [{"rank": 1, "dies_at": 3}, {"rank": 0, "dies_at": 3}, {"rank": 1, "largest_file": 20_000}]
-)
+@pytest.mark.parametrize("trouble", [{"rank": 1, "dies_at": 3}, {"rank": 0, "dies_at": 3}])
 def test_when_one_rank_ends_all_end(pretraining, tmp_path, trouble):
     """Nothing watches over these processes, as over those on several machines."""
     file, out = tmp_path / "pretrain.json", tmp_path / "out"

@@ -47,6 +47,7 @@ def edit(folder, **changes):
     file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [{"lora_alpha": 10}, {"use_rslora": True, "rank_pattern": {"o_proj": 2}}])
 def test_pefts_own_adapter_gives_pefts_logits(base, tmp_path, keys):
     import peft

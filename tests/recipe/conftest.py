@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,17 +51,20 @@ def load(tmp_path: Path) -> Callable[..., Recipe]:
 
 
 @pytest.fixture(scope="module")
-def finished(built: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
+def finished(built: list[Path], tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The folder of a run of TEXT, what it said on standard output and error, and the runs whose reports it built."""
+    folder, out, err = tmp_path_factory.mktemp("finished"), io.StringIO(), io.StringIO()
     (folder / "three.toml").write_text(TEXT)
-    run(Recipe.load(str(folder / "three.toml")), folder / "run")
-    return folder / "run"
+    built.clear()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        run(Recipe.load(str(folder / "three.toml")), folder / "run")
+    return SimpleNamespace(folder=folder / "run", out=out.getvalue(), err=err.getvalue(), built=[*built])
 
 
 @pytest.fixture
-def out(finished: Path, tmp_path: Path) -> Path:
+def out(finished: SimpleNamespace, tmp_path: Path) -> Path:
     """A run of TEXT with every stage finished."""
-    return Path(shutil.copytree(finished, tmp_path / "run"))
+    return Path(shutil.copytree(finished.folder, tmp_path / "run"))
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,11 +37,9 @@ TEXT = Path(__file__).with_name("three.toml").read_text()
 TASK_FILE = """
 def problems(split, seed):
     yield {"prompt": "1+1?", "answer": "2"}
-
 def verify(problem, text):
     return text == problem["answer"]
 """
-
 
 pytestmark = pytest.mark.usefixtures("built")
 
@@ -51,13 +50,8 @@ def states(output: str) -> dict[str, str]:
     return {name: said.split(" ")[0] for name, said in (line.split(": ", 1) for line in lines)}
 
 
-def test_run_makes_every_artifact_and_then_skips_all(
-    load: Load, tmp_path: Path, capsys: Captured, built: list[Path]
-) -> None:
-    out = tmp_path / "run"
-    built.clear()
-    run(load(), out)
-    said = capsys.readouterr()
+def test_run_makes_every_artifact_and_then_skips_all(load: Load, finished: SimpleNamespace, capsys: Captured) -> None:
+    said, out = finished, finished.folder
     assert set(states(said.err).values()) == {"done"}
     assert re.search(r"^\[3/3\] tuned: done in \S+ s; loss 0.250, 1.5K tokens, 15 FLOP$", said.err, re.MULTILINE)
     assert "sums 2 of 4 (few problems, so chance has a large part in it), 1.5K tokens" in said.err
@@ -65,7 +59,7 @@ def test_run_makes_every_artifact_and_then_skips_all(
     assert "What is 2+2?" in said.out and "two and two" in said.out and "1+1" not in said.out
     assert f"report: {out / 'report.html'}" in said.out
     assert "\x1b" not in said.err + said.out
-    assert len(built) == 6 and set(built) == {out}  # after each of five, and at the end
+    assert len(finished.built) == 6 and set(finished.built) == {out}  # after each of five, and at the end
     assert Receipt.read(out / "tuned").flops == 15  # three times what base cost
     assert [parent.path for parent in Receipt.read(out / "tuned").parents] == [str(out / "picks"), str(out / "base")]
     assert Receipt.read(out / "evaluations" / "tuned").config["model"] == str(out / "tuned")

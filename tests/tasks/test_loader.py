@@ -45,7 +45,6 @@ def test_what_names_no_task_is_refused():
         ("countdown", {"n_numbers": 1}, "countdown.n_numbers: .*, got 1"),
         ("countdown", {"max_target": 5}, "countdown: max_number 10 is above max_target 5"),
         ("countdown", {"operators": "^"}, r"countdown\.operators: .*, got '\^'"),
-        ("countdown", {"n_numbers": 1}, "countdown.n_numbers: .*, got 1"),
         ("countdown", {"languages": []}, "countdown.languages: .*at least 1 item"),
         ("multiplication", {"min_digits": 4}, "multiplication: min_digits 4 is above max_digits 3"),
         ("knights", {"min_people": 4}, "knights: min_people 4 is above max_people 3"),

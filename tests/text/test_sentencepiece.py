@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
@@ -71,6 +71,7 @@ parts = st.sampled_from(["the", "hello", " ", "  ", "\n", "é", "é9", "🙂", "
 texts = st.lists(parts, max_size=8).map("".join)
 
 
+@settings(max_examples=15)
 @given(text=texts, more=texts)
 def test_ids_and_text_are_transformers(pair: tuple[Tokenizer, Any], text: str, more: str) -> None:
     ours, theirs = pair

@@ -18,8 +18,7 @@ from slingshot.text.tokenizer import ASSISTANT, BOS, END_THINK, EOS, PAD, R1_TOK
 PARTS = [
     *R1_TOKENS,
     *["<|im_start|>", "<|im_end|>", "<th", "ink>", "</", "<", "｜>", "<｜", "User", "42", "足す", "é", "🙂", "the"],
-    " ",
-    "\n",
+    *" \n",
 ]
 hostile = st.lists(st.sampled_from(PARTS) | st.text(max_size=4), max_size=8).map("".join)
 harmless = hostile.filter(lambda text: not any(token in text for token in [*R1_TOKENS, "<|im_start|>", "<|im_end|>"]))

@@ -117,7 +117,7 @@ def test_an_update_replays_the_samplers_experts_in_the_prompt_too(make_model: Ma
     same(model, *(pack(each, 96, own=keeps) for keeps in (2, None)))
 
 
-@pytest.mark.parametrize("prompt", [9, 300])
+@pytest.mark.parametrize("prompt", [9, pytest.param(300, marks=pytest.mark.slow)])
 def test_hidden_states_and_their_gradients_are_those_of_whole_documents(
     make_model: Make, dense: Config, deepseek: Config, prompt: int
 ) -> None:

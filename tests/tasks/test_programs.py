@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from slingshot.sandbox.program import ProgramLimits, isolation
+from slingshot.sandbox.program import ProgramLimits, isolation, run_program
 from slingshot.tasks.code import OPERATIONS, solve
 from slingshot.tasks.hidden_tests import HiddenTests
 from slingshot.tasks.judge import passed_tests
@@ -23,6 +23,14 @@ INPUTS = {
 
 def drawn(count, **params):
     return list(itertools.islice(load_task("code", trusted=True, **params).problems("train", 0), count))
+
+
+@pytest.mark.skipif(bool(isolation().missing), reason="this machine cannot contain programs")
+def test_every_operation_is_the_expression_it_is_written_as():
+    cases = [(i, k, x) for i, each in enumerate(OPERATIONS) for k in each.ks for x in INPUTS[each.takes]]
+    lines = [f"out.append((lambda x: {OPERATIONS[i].spelt(k)})({x!r}))" for i, k, x in cases]
+    outcome = run_program("\n".join(["import json", "out = []", *lines, "print(json.dumps(out))"]))
+    assert json.loads(outcome.stdout) == [OPERATIONS[i].function(x, k) for i, k, x in cases], outcome.stderr
 
 
 def test_operations_give_what_they_say_and_no_two_read_alike():

@@ -1,6 +1,6 @@
 """The sizes of the house: lines of each room and of a file; the package's root; names that grep finds.
 
-A room's limit is its size when it was last set; lower it when the room shrinks. The whole is to come down to TOTAL.
+A room's limit is its size when it was last set; lower it when the room shrinks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TOTAL = {"src": 12_500, "tests": 12_500}  # what the rooms' limits are to add up to
+TOPS = ("src", "tests")
 FILE = 400  # lines
 
 # Lines of Python at most: the package's, the tests'.
@@ -41,7 +41,7 @@ ROOMS = {
     "training": (3123, 2108),
 }
 
-FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOTAL for path in (ROOT / top).rglob("*.py")}
+FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOPS for path in (ROOT / top).rglob("*.py")}
 
 
 def room(path: Path) -> tuple[str, str]:
@@ -51,7 +51,7 @@ def room(path: Path) -> tuple[str, str]:
     return top, parts[0] if len(parts) > 1 else "."
 
 
-@pytest.mark.parametrize("top", TOTAL)
+@pytest.mark.parametrize("top", TOPS)
 def test_no_room_outgrows_its_limit(top: str) -> None:
     lines = Counter[str]()
     for path, text in FILES.items():

@@ -52,9 +52,8 @@ class Gateway:
         self.failed: SlingshotError | None = None  # why it could not start
         self._running: dict[str, tuple[Exchange, Account]] = {}
         self._ticking: asyncio.Task[None] | None = None
-        self._encoding = (
-            0  # prompts aside: whoever comes meanwhile would wait for them, since chats are rendered in turn
-        )
+        # Prompts aside: whoever comes meanwhile would wait for them, since chats are rendered in turn.
+        self._encoding = 0
         self.metrics = Metrics(self)
 
     @property

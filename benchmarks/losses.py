@@ -49,12 +49,19 @@ def base_of(recipe: str) -> dict[str, Any]:
 
 
 def pretrained(
-    seed: int, out: Path, tasks: Sequence[dict[str, Any]], count: int, length: int, steps: int = 1500
+    seed: int,
+    out: Path,
+    tasks: Sequence[dict[str, Any]],
+    count: int,
+    length: int,
+    steps: int = 1500,
+    shape: dict[str, int] | None = None,
 ) -> Path:
-    """Micro's base, trained for longer on `count` documents; rows are `length` tokens."""
+    """Micro's base, or one of another `shape`, trained for longer on `count` documents; rows are `length` tokens."""
     base = base_of("micro")
     documents = base["documents"] | {"tasks": [*tasks], "count": count}
     values = {"steps": steps, "documents": documents, "sequence_length": length, "seed": seed}
+    values |= {"model": base["model"] | (shape or {})}
     return stage(pretrain, pretrain.PretrainConfig, out / "base", base | values)
 
 

@@ -361,7 +361,7 @@ def test_a_sequence_alone_is_sampled_in_one_call_a_step_as_torch_does_it_by_turn
         {}, {"top_p": 0.8, "seed": 1}, {"temperature": 0.0},
         {"min_p": 0.4, "top_k": 50, "stop_token_ids": (70,), "ignore_eos": False},
     ]  # fmt: skip
-    params = [SamplingParams(**{"max_tokens": 22, "ignore_eos": True, **kind}) for kind in kinds]
+    params = [SamplingParams(**{"max_tokens": 45, "ignore_eos": True, **kind}) for kind in kinds]
     found, counted = {}, {}
     for native, speculation in [("auto", "off"), ("auto", "on"), ("off", "on")]:
         engine = Engine(copy.deepcopy(model), tokenizer, native=native, speculation=speculation)

@@ -10,18 +10,17 @@ Every gateway has a registry of its own. Nothing here names a key or holds a wor
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import prometheus_client as prometheus
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from slingshot.serving.ledger import Usage
+from slingshot.serving.load import WaitingRoom
 from slingshot.serving.prices import PICO
-
-if TYPE_CHECKING:
-    from slingshot.serving.gateway import Gateway
+from slingshot.serving.served_model import ServedModel
 
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300]
 _TOKENS = [4**power for power in range(1, 10)]
@@ -78,10 +77,22 @@ class ModelMeter:
         self._cached.inc(usage.cached)
 
 
+class Watched(Protocol):
+    """What is read of a gateway, which imports this file."""
+
+    models: dict[str, ServedModel]
+
+    @property
+    def waiting(self) -> Mapping[str, WaitingRoom]: ...
+
+    @property
+    def running_models(self) -> Sequence[str]: ...
+
+
 class Metrics:
     """Of a gateway; meters by the names of its models."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Watched) -> None:
         self._registry = prometheus.CollectorRegistry()
         histograms = {
             name: prometheus.Histogram(f"slingshot_{name}", told, ["model"], buckets=buckets, registry=self._registry)
@@ -105,7 +116,7 @@ class Metrics:
 class _Standing(Collector):
     """What is read when it is asked for."""
 
-    def __init__(self, gateway: Gateway, meters: dict[str, ModelMeter]) -> None:
+    def __init__(self, gateway: Watched, meters: dict[str, ModelMeter]) -> None:
         self._gateway, self._meters = gateway, meters
 
     def collect(self) -> Iterator[Metric]:

@@ -9,7 +9,7 @@ Shape suffixes: N tokens, C tokens of one block, D model width, V vocabulary, K 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -51,15 +51,22 @@ def divergences(
 
 
 def distillation_loss(
-    student_ND: Tensor, student_head: Linear, teacher_ND: Tensor, teacher_head: Linear, **how: Any
+    student_ND: Tensor,
+    student_head: Linear,
+    teacher_ND: Tensor,
+    teacher_head: Linear,
+    divergence: Divergence = "reverse",
+    beta: float = 0.5,
+    top_k: int = 0,
+    temperature: float = 1.0,
 ) -> Tensor:
-    """Sum of `divergences` (which takes `how`) over tokens, from the hidden states that each network's head multiplies,
-    in their dtype."""
+    """Sum of `divergences` over tokens, from the hidden states that each network's head multiplies, in their dtype."""
 
     def block(student_CD: Tensor, teacher_CD: Tensor) -> Tensor:
         with torch.no_grad():
             teacher_CV = teacher_head.wide_product(teacher_CD)
-        return divergences(student_head.wide_product(student_CD), teacher_CV, **how).sum()
+        student_CV = student_head.wide_product(student_CD)
+        return divergences(student_CV, teacher_CV, divergence, beta, top_k, temperature).sum()
 
     total = student_ND.new_zeros((), dtype=torch.float32)
     for student_CD, teacher_CD in zip(student_ND.split(BLOCK), teacher_ND.split(BLOCK), strict=True):

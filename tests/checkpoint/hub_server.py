@@ -23,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 import torch
 
 from slingshot.checkpoint.load_save import load_model
+from tests.waiting import PATIENCE
 
 
 @dataclass
@@ -222,7 +223,7 @@ class Asker:
     def __call__(self, function, *sources, **environment):
         """What the function returned for each source, or the line in which it refused. `said` keeps standard error."""
         process = self.start(function, *sources, **environment)
-        out, self.said = process.communicate(timeout=60)
+        out, self.said = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, self.said
         answers = [json.loads(line) for line in out.splitlines()]
         assert len(answers) == len(sources) and not any("\n" in answer for answer in answers if isinstance(answer, str))

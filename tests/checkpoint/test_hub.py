@@ -12,6 +12,7 @@ from slingshot.checkpoint.hub import locate, outline
 from slingshot.checkpoint.repository import HubName, hub_name
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
+from tests.waiting import PATIENCE
 
 WEIGHTS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -233,7 +234,7 @@ def test_a_full_disk_is_seen_before_or_at_the_latest_when_it_is_full(hub, ask, f
 def test_a_killed_download_goes_on_with_the_files_it_lacks(hub, ask, filled, checkpoints):
     hub.stall.add(WEIGHTS[1])
     process = ask.start("locate", "org/name")
-    assert hub.stalled.wait(30)
+    assert hub.stalled.wait(PATIENCE)
     process.kill()
     process.communicate()
     hub.stall.clear()
@@ -254,10 +255,10 @@ def test_an_interrupt_ends_a_download_at_once(hub, ask, filled):
     # as the command line does: in a shell's background the signal is ignored
     heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     process = ask.start("locate", "org/name", prelude=heeds)
-    assert hub.stalled.wait(30)
+    assert hub.stalled.wait(PATIENCE)
     process.send_signal(signal.SIGINT)
     try:
-        assert process.communicate(timeout=30)[1].rstrip().endswith("KeyboardInterrupt")
+        assert process.communicate(timeout=PATIENCE)[1].rstrip().endswith("KeyboardInterrupt")
     finally:
         process.kill()
 

@@ -19,6 +19,7 @@ from slingshot.cli.inspect import show
 from slingshot.cli.main import app
 from slingshot.model.config import ModelConfig
 from slingshot.quantization.formats import SCALE, scale_shape
+from tests.waiting import PATIENCE
 
 
 def inspect(source):
@@ -292,4 +293,4 @@ def test_looking_at_a_folder_needs_no_torch(checkpoint):
         "import sys; from slingshot.checkpoint.inspection import examine; "
         "assert not examine(sys.argv[1])['problems']; assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code, str(checkpoint())], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code, str(checkpoint())], check=True, timeout=PATIENCE)

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 from slingshot.data.examples import read_examples
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
+from tests.waiting import until
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -251,10 +251,7 @@ def test_kill_9_in_the_middle_changes_nothing(command: Command, checkpoint: Path
     killed, whole = ((*asking(checkpoint, prompts, file), "-n", 8, "--max-tokens", 40) for file in (out, other))
     script = [sys.executable, "-m", "slingshot", *map(str, killed)]
     with subprocess.Popen(script, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        deadline = time.monotonic() + 120
-        while process.poll() is None and (not out.exists() or out.stat().st_size < 20_000):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(lambda: process.poll() is not None or (out.exists() and out.stat().st_size >= 20_000))
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL and 0 < out.read_bytes().count(b"\n") < 2000
     assert command(*killed)[0] == command(*whole)[0] == 0

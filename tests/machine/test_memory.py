@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from slingshot.machine.memory import HEAP, PeakMemory, peak_device_memory_bytes, peak_host_memory_bytes
+from tests.waiting import PATIENCE
 
 PROGRAM = """
 import resource
@@ -34,7 +35,7 @@ print(again.data_ptr() == place, {each.data_ptr() % 64 for each in [again, *bloc
 
 @pytest.mark.slow
 def test_what_a_step_frees_the_next_takes_again() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=PATIENCE)
     kept, same, faults, reused, aligned = done.stdout.split()
     assert (kept == "True") == (platform.libc_ver()[0] == "glibc")
     assert same == aligned == "True" and (reused == "True") == (kept == "True" and HEAP.exists())

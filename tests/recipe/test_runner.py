@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +24,7 @@ from slingshot.recipe.recipe import Recipe
 from slingshot.recipe.runner import check, run
 from slingshot.stages.pretrain import PretrainConfig
 from slingshot.stages.sft import SFTConfig
+from tests.waiting import PATIENCE, until
 
 Refusal = Callable[[Callable[[], object]], str]
 Load = Callable[..., Recipe]
@@ -217,11 +217,11 @@ def test_only_what_is_trained_on_has_to_write_solutions(tmp_path: Path) -> None:
 def test_the_end_of_a_run_says_what_comes_next(
     load: Load, tmp_path: Path, out: Path, capsys: Captured, refusal: Refusal
 ) -> None:
-    until = tmp_path / "until"
-    run(load(), until, until="picks")
+    part = tmp_path / "part"
+    run(load(), part, until="picks")
     said = capsys.readouterr().out
     assert "the recipe has 1 stage more; the same command without --until goes on" in said
-    assert read_json(until / "recipe.json")["asked"] == ["base", "picks"]
+    assert read_json(part / "recipe.json")["asked"] == ["base", "picks"]
     run(load(f'chat = "base"\n{TEXT}'), out)
     model = out / "base"
     assert f"next: slingshot chat {model}, or on a page: slingshot serve {model}\n" in capsys.readouterr().out
@@ -288,13 +288,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
         started.communicate()
 
 
-def wait_for(what: Callable[[], object], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "what the test waits for did not happen"
-        time.sleep(0.02)
-
-
 def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -309,15 +302,15 @@ def alive(pid: int) -> bool:
 def test_an_interrupted_stage_saves_and_the_same_command_goes_on(start: Start, tmp_path: Path, number: int) -> None:
     partial = tmp_path / "run" / "tuned.partial"
     runner = start("tuned.do=wait")
-    wait_for((partial / "pid").exists)
+    until((partial / "pid").exists)
     runner.send_signal(number)
-    said = runner.communicate(timeout=20)[1]
+    said = runner.communicate(timeout=PATIENCE)[1]
     assert runner.returncode == 130 and said.count("slingshot:") == 1 and "Traceback" not in said
     assert said.splitlines()[-1] == "slingshot: stopped and saved; the same command goes on from here"
     assert (partial / "saved").exists()
     (tmp_path / "run" / "go").touch()
     runner = start("tuned.do=wait")
-    said = runner.communicate(timeout=20)[1]
+    said = runner.communicate(timeout=PATIENCE)[1]
     assert runner.returncode == 0
     assert list(states(said).values()) == ["skipped", "skipped", "skipped", "done", "done"]
     assert "going on where it stopped" in said
@@ -328,13 +321,13 @@ def test_two_runs_do_not_share_a_folder_and_a_killed_one_leaves_no_stage_running
     only = ("base.do=wait", "base.evaluation=false", "--until", "base")
     runner = start(*only)
     mark = tmp_path / "run" / "base.partial" / "pid"
-    wait_for(mark.exists)
+    until(mark.exists)
     second = start(*only)
-    said = second.communicate(timeout=20)[1]
+    said = second.communicate(timeout=PATIENCE)[1]
     assert second.returncode == 2 and f"another slingshot is at work in {tmp_path / 'run'}" in said
     pid = int(mark.read_text())
     assert alive(pid)
     runner.kill()
-    wait_for(lambda: not alive(pid))
+    until(lambda: not alive(pid))
     (tmp_path / "run" / "go").touch()
-    assert start(*only).wait(timeout=20) == 0
+    assert start(*only).wait(timeout=PATIENCE) == 0

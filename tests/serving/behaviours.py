@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 
-from tests.serving.test_load import until
+from tests.waiting import until
 
 MESSAGES = [{"role": "user", "content": "What is 3+4-2?"}]
 PROMPT = "What is 3+4-2? 3 plus"

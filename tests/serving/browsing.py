@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import socket
 import threading
+import time
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
@@ -12,6 +13,9 @@ from slingshot.serving.app import create_app
 from slingshot.serving.gateway import Gateway
 from slingshot.serving.served_model import ServedModel
 from tests.serving.conftest import ScriptedBackend, ids_of, running
+from tests.waiting import PATIENCE
+
+expect.set_options(timeout=1000 * PATIENCE)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; Debian has it in `chromium`")
@@ -54,7 +58,7 @@ def visit(browser, script):
         def make(url, refused=False, **options):
             options = {"locale": "en-US", "color_scheme": "light", "reduced_motion": "reduce"} | options
             page = stack.enter_context(contextlib.closing(browser.new_context(**options))).new_page()
-            page.set_default_timeout(20_000)
+            page.set_default_timeout(1000 * PATIENCE)
             meant = "Failed to load resource" if refused else "\0"
             page.on("console", lambda message: meant in message.text or notes.append(message.text))
             page.on("pageerror", lambda error: notes.append(str(error)))
@@ -116,11 +120,10 @@ def ask(page, text, wait=True):
 
 def until(page, condition):
     """Wait for what the page says of itself; its policy forbids code that is made of text."""
-    for _ in range(1000):
-        if page.evaluate(condition):
-            return
+    deadline = time.monotonic() + PATIENCE
+    while not page.evaluate(condition):
+        assert time.monotonic() < deadline, f"never: {condition}"
         page.wait_for_timeout(20)
-    raise AssertionError(f"never: {condition}")
 
 
 def grows(page, selector):

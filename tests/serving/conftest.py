@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -112,14 +111,6 @@ class ScriptedBackend:
 
     async def close(self):
         pass
-
-
-def until(true, seconds=10.0):
-    """Wait for it to come true."""
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not come true in time"
-        time.sleep(0.01)
 
 
 class Server(uvicorn.Server):

@@ -15,7 +15,8 @@ from slingshot.serving.ledger_tables import REQUESTS
 from slingshot.serving.local import LocalBackend
 from slingshot.serving.prices import PICO, PriceList
 from tests.serving.conftest import serving
-from tests.serving.test_load import BODY, CHAT, until
+from tests.serving.test_load import BODY, CHAT
+from tests.waiting import until
 
 STREAMS = 20
 PRICES = PriceList.parse({"models": {"*": {"output": 100}}})

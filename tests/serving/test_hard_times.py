@@ -20,7 +20,8 @@ from slingshot.serving.local import LocalBackend
 from slingshot.serving.served_model import ServedModel
 from tests.serving.conftest import ScriptedBackend, running, serving
 from tests.serving.test_callers import error_of, posts
-from tests.serving.test_load import BODY, CHAT, Slow, until
+from tests.serving.test_load import BODY, CHAT, Slow
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 

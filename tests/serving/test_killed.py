@@ -17,7 +17,8 @@ from slingshot.serving import accounts
 from slingshot.serving.ledger import Ledger
 from slingshot.serving.ledger_tables import REQUESTS
 from slingshot.serving.prices import PICO, PriceList
-from tests.serving.test_load import BODY, CHAT, until
+from tests.serving.test_load import BODY, CHAT
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 
@@ -121,7 +122,7 @@ def test_a_server_that_is_killed_books_what_it_wrote_and_nothing_twice(serve, le
         under_way = sum(row.ended is None and row.completion > 0 for row in rows_of(ledger).values())
         return under_way >= 5 and any(usage for usage, _ in list(told.values()))
 
-    until(half_way, 60)
+    until(half_way)
     process.kill()
     process.wait()
     load.join(30)

@@ -18,7 +18,7 @@ from slingshot.serving.llama_process import as_gguf, llama_server
 from slingshot.serving.upstream import UpstreamBackend
 from tests.serving.conftest import serving
 from tests.serving.test_killed import rows_of, started
-from tests.serving.test_load import until
+from tests.waiting import until
 
 # As much of the package as the child asks of it: a server that is well, and knows the context of a slot.
 PACKAGE = """\
@@ -141,7 +141,7 @@ def test_a_server_that_is_killed_is_started_again_in_its_place(checkpoint, tmp_p
         url = server.url
         for _ in range(3):  # each of them lasted: it is started once more
             os.kill(first := pid(tmp_path), signal.SIGKILL)
-            until(lambda first=first: pid(tmp_path) not in (first, 0) and answers(url) and not server.obstacle, 60)
+            until(lambda first=first: pid(tmp_path) not in (first, 0) and answers(url) and not server.obstacle)
         assert server.url == url and caplog.text.count("ended with status -9; it is started again") == 3
     assert not answers(url)
 
@@ -154,7 +154,7 @@ def test_a_server_that_does_not_start_any_more_is_given_up_and_says_why(checkpoi
             assert httpx.get(f"{url}/health").status_code == 200
             as_gguf(checkpoint, "auto").write_bytes(b"nothing")
             os.kill(pid(tmp_path), signal.SIGKILL)
-            until(lambda: "restart" in (server.obstacle or ""), 60)
+            until(lambda: "restart" in (server.obstacle or ""))
             asked = httpx.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": "3+4"})
             health = httpx.get(f"{url}/health")
     why = "llama.cpp's server does not start: invalid magic; 2 starts did not help: restart slingshot"

@@ -23,7 +23,8 @@ from slingshot.serving.local import LocalBackend
 from slingshot.serving.served_model import ServedModel
 from slingshot.serving.server import DrainingServer, listening
 from slingshot.text.tokenizer import Tokenizer
-from tests.serving.conftest import BODY, CHAT, ScriptedBackend, ids_of, running, until
+from tests.serving.conftest import BODY, CHAT, ScriptedBackend, ids_of, running
+from tests.waiting import until
 
 
 class Slow(ScriptedBackend):
@@ -161,7 +162,7 @@ def test_who_hangs_up_stops_the_answer(serve, slow_engine, tokenizer, streamed):
     http = serve(ServedModel("tiny", tokenizer, LocalBackend(slow_engine)))
     with contextlib.suppress(httpx.ReadTimeout):
         body = BODY | {"stream": streamed, "max_tokens": 400, "logit_bias": {str(id): -100 for id in tokenizer.eos_ids}}
-        with http.stream("POST", CHAT, json=body, timeout=0.6) as answer:
+        with http.stream("POST", CHAT, json=body, timeout=2.0) as answer:
             for _, _ in zip(answer.iter_lines(), range(20), strict=False):
                 pass
     until(lambda: not slow_engine.counters.running and not slow_engine.counters.waiting)

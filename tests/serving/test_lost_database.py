@@ -20,7 +20,8 @@ from slingshot.serving.ledger import LOCAL, Ledger
 from slingshot.serving.ledger_tables import KEYS, REQUESTS
 from slingshot.serving.prices import PICO
 from tests.serving.test_killed import PRICES, assert_consistent, checkpoint, crowd, rows_of, started  # noqa: F401
-from tests.serving.test_load import BODY, CHAT, until
+from tests.serving.test_load import BODY, CHAT
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +37,7 @@ def test_a_database_that_is_lost_under_load_costs_nothing(database, checkpoint, 
         asking = crowd(url, key, 60, random.Random(0), None, 800, told)
         load = threading.Thread(target=asyncio.run, args=[asking], daemon=True)
         load.start()
-        until(lambda: len(told) == 60 and any(row.completion for row in rows_of(ledger).values()), 60)
+        until(lambda: len(told) == 60 and any(row.completion for row in rows_of(ledger).values()))
         whole_before = sum(usage is not None for usage, _ in list(told.values()))
         getattr(database, lose)()
         refused = set()

@@ -23,7 +23,8 @@ from slingshot.text.tokenizer import Tokenizer
 from tests.serving.conftest import ScriptedBackend, ids_of, running
 from tests.serving.fake_servers import fake_server
 from tests.serving.test_killed import rows_of
-from tests.serving.test_load import CHAT, until
+from tests.serving.test_load import CHAT
+from tests.waiting import until
 
 AT_ONCE = 4  # answers that one of them makes; others wait there
 TEXT = "3 plus 4 is 7, 7 minus 2 is 5. " * 2 + "\n</think>\n\n5"
@@ -98,7 +99,7 @@ def test_of_a_server_that_is_killed_only_what_had_begun_is_lost_and_all_is_booke
     monkeypatch.setattr(upstream, "CHECK", 0.2)
     (first, port), (_, other) = start(), start()
     urls = [f"http://127.0.0.1:{its}" for its in (port, other)]
-    until(lambda: all(asked(url) == 0 for url in urls), 60)
+    until(lambda: all(asked(url) == 0 for url in urls))
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.sqlite", PRICES)
     key = accounts.create(ledger, "alice", balance=100.0)
     model = ServedModel("tiny", tokenizer, UpstreamBackend([VllmServer(url) for url in urls], tokenizer))
@@ -130,7 +131,7 @@ def test_of_a_server_that_is_killed_only_what_had_begun_is_lost_and_all_is_booke
         [alice] = accounts.keys(ledger)
         assert (alice.balance, alice.reserved) == (100 * PICO - sum(row.cost for row in rows.values()), 0)
         start(port)
-        until(lambda: asked(urls[0]) == 0, 60)
+        until(lambda: asked(urls[0]) == 0)
 
         def used_again():
             body = {"model": "tiny", "messages": [{"role": "user", "content": os.urandom(4).hex()}], "max_tokens": 1}

@@ -20,8 +20,8 @@ from tests.serving.test_killed import (  # noqa: F401
     serve,
     started,
 )
-from tests.serving.test_load import until
 from tests.serving.test_monitoring import samples
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +49,7 @@ def test_a_crowd_is_booked_as_it_was_served_and_a_second_one_takes_no_more_memor
     with httpx.Client(base_url=url, timeout=30) as http:
         for number in range(2):
             asyncio.run(crowd(url, key, CROWD, random.Random(number), 3, 24, told))
-            until(lambda: samples(http)["slingshot_requests_running"]["tiny",] == 0, 60)
+            until(lambda: samples(http)["slingshot_requests_running"]["tiny",] == 0)
             held.append(resident(process))
         assert held[1] < held[0] + 20  # megabytes
         until(lambda: not accounts.keys(ledger)[0].running)

@@ -13,7 +13,7 @@ from slingshot.serving.ledger_tables import REQUESTS
 from slingshot.serving.prices import PICO, PriceList
 from tests.serving.conftest import ScriptedBackend, ids_of, serving
 from tests.serving.test_ledger import url  # noqa: F401
-from tests.serving.test_load import until
+from tests.waiting import until
 
 PRICES = PriceList.parse({"models": {"*": {"cache_hit": 1, "cache_miss": 10, "output": 100}}})
 CHAT = [{"role": "user", "content": "What is 3+4-2?"}]

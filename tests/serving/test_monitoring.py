@@ -22,7 +22,8 @@ from slingshot.serving.ledger_tables import REQUESTS
 from slingshot.serving.local import LocalBackend
 from slingshot.serving.prices import PICO, PriceList
 from slingshot.serving.served_model import ServedModel
-from tests.serving.conftest import BODY, CHAT, ScriptedBackend, ids_of, running, until
+from tests.serving.conftest import BODY, CHAT, ScriptedBackend, ids_of, running
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 PRICES = PriceList.parse({"models": {"*": {"cache_hit": 1, "cache_miss": 10, "output": 100}}})

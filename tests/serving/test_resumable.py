@@ -13,7 +13,8 @@ from slingshot.serving.gateway import Gateway
 from slingshot.serving.ledger import Ledger
 from slingshot.serving.load import Limits
 from slingshot.serving.served_model import ServedModel
-from tests.serving.conftest import CHAT, ScriptedBackend, ids_of, running, until
+from tests.serving.conftest import CHAT, ScriptedBackend, ids_of, running
+from tests.waiting import until
 
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "?"}], "stream": True}
 TEXT = "3 plus 4 is 7.\n</think>\n\nIt is 7, for 3 plus 4 is 7."

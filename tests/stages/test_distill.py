@@ -17,6 +17,7 @@ from slingshot.tasks.mixture import TaskMix
 from slingshot.tasks.task import Solution
 from slingshot.text.tokenizer import Tokenizer
 from slingshot.training.identity import local_inputs
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture(scope="session")
@@ -160,7 +161,7 @@ def test_several_processes_are_refused_in_one_line(distilling, tmp_path):
     (tmp_path / "distill.json").write_text(distilling().model_dump_json())
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command = [*torchrun, "slingshot", "distill", "--config", tmp_path / "distill.json", "--out", tmp_path / "out"]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    said = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert said.returncode != 0 and "distill: runs in one process; start it without torchrun" in said.stderr
 
 

@@ -20,6 +20,7 @@ from slingshot.data.corpora import read_corpus, split_documents
 from slingshot.stages import pretrain, tokenize
 from slingshot.stages.tokenize import TokenizeConfig
 from slingshot.tasks.loader import load_task
+from tests.waiting import PATIENCE
 
 FEW = {"tasks": [{"name": "arithmetic"}], "count": 5}
 
@@ -167,7 +168,7 @@ def test_ctrl_c_while_the_corpus_is_prepared_stops_at_once(pretraining, tmp_path
         time.sleep(0.05)
     time.sleep(0.3)
     stage.send_signal(signal.SIGINT)
-    assert stage.wait(timeout=30) == 130
+    assert stage.wait(timeout=PATIENCE) == 130
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out.partial"]
 
 

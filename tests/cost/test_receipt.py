@@ -190,9 +190,9 @@ def test_receipts_of_other_versions_are_read(tmp_path: Path, clock: Clock) -> No
     Meter().receipt("sft", "out", {"lr": 1.0}, [], tmp_path, MACHINE, price=1).write(tmp_path)
     values = json.loads((tmp_path / "receipt.json").read_text())
     needed = {key: values[key] for key in ("stage", "name", "digest", "tokens", "flops", "seconds")}
-    (tmp_path / "receipt.json").write_text(json.dumps(needed | {"peak_memory_bytes": 7}))  # as it was once called
+    (tmp_path / "receipt.json").write_text(json.dumps(needed))
     old = Receipt.read(tmp_path)
-    assert (old.peak_host_memory_bytes, old.peak_device_memory_bytes) == (7, None)
+    assert (old.peak_host_memory_bytes, old.peak_device_memory_bytes) == (None, None)
     assert (old.energy_joules, old.devices) == (None, 1)
     assert (old.mfu, old.money, old.machine.cpu, old.version) == (None, None, "unknown", "unknown")
     newer = values | {"carbon_grams": 3, "machine": values["machine"] | {"rack": 4}}

@@ -164,7 +164,6 @@ def test_divergence_is_reported_in_one_line(training, tmp_path, steps, lr):
     ({"sampling": {"top_p": 0.9}}, "rl.* leave top_p 1"),
     ({"sampling": {"top_k": 5}}, "rl.* top_k 0"),
     ({"loss": {"name": "gppo"}}, "rl.loss.name: .*'dapo'.*got 'gppo'"),
-    ({"loss": {"normalize_std": True}}, "rl.normalize_std: this key is now loss.advantage_std"),
     ({"loss": {"importance_cap": 1.0}}, "rl.loss.importance_cap: .*got 1.0"),
     ({"partial": True}, "rl: partial: responses last beyond an update only with staleness"),
     ({"max_flops": 0.0}, "rl.max_flops: .*got 0.0"),

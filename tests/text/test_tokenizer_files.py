@@ -69,19 +69,6 @@ def test_a_text_that_stands_alone_is_framed_as_transformers_does(
     assert ours.encode_raw("a b") == theirs("a b").input_ids
 
 
-def test_an_artifact_of_an_earlier_version_begins_texts_as_its_training_did(
-    tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    """Its documents began with bos, and its tokenizer.json does not say so; without a receipt the file decides."""
-    tokenizer.save(tmp_path)
-    description = read_json(tmp_path / "tokenizer.json") | {"post_processor": None}
-    write_json(tmp_path / "tokenizer.json", description)
-    plain = tokenizer.encode("3+4")
-    assert Tokenizer.load(tmp_path).encode_raw("3+4") == plain
-    write_json(tmp_path / "receipt.json", {})
-    assert Tokenizer.load(tmp_path).encode_raw("3+4") == [tokenizer.bos_id, *plain]
-
-
 def test_added_tokens_that_are_not_special_are_text(tmp_path: Path) -> None:
     """As DeepSeek-Coder's letters; tags that frame a chat are none, special or not."""
     backend = backend_of([], [("e", "r")])

@@ -20,18 +20,12 @@ from slingshot.base.names import did_you_mean
 class Strict(BaseModel):
     """A pydantic model that refuses unknown keys and names the nearest right one; all configs derive from it.
 
-    A table that is given in part takes its other keys from the field's own default, not the table's class. `moved`:
-    keys of earlier versions, each with its present dotted place. Keys `without_effect` change nothing in an artifact.
-    One thing stands for a list of it.
+    A table that is given in part takes its other keys from the field's own default, not the table's class. Keys
+    `without_effect` change nothing in an artifact. One thing stands for a list of it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    moved: ClassVar[dict[str, str]] = {}
     without_effect: ClassVar[frozenset[str]] = frozenset()
-
-    @classmethod
-    def _is_old(cls, key: str, value: Any) -> bool:
-        return key in cls.moved and not (key in cls.model_fields and isinstance(value, dict | BaseModel))
 
     @model_validator(mode="before")
     @classmethod
@@ -44,8 +38,6 @@ class Strict(BaseModel):
             for place, number in _flat({key: value}).items() if isinstance(value, dict | list) else ():
                 if isinstance(number, float) and not math.isfinite(number):
                     raise SlingshotError(f"{place}: {number} is no number to compute with")
-            if cls._is_old(key, value):
-                raise SlingshotError(f"{key}: this key is now {cls.moved[key]}")
             if field := cls.model_fields.get(key):
                 if get_origin(field.annotation) is list and isinstance(value, str | dict):
                     value = [value]
@@ -53,19 +45,6 @@ class Strict(BaseModel):
                     value = field.default.model_dump(exclude_unset=True) | value
             complete[key] = value
         return complete
-
-    @classmethod
-    def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """A config that an earlier version wrote, such as a receipt's, with its keys where they stand now."""
-        new = {key: value for key, value in values.items() if not cls._is_old(key, value)}
-        for key in values.keys() - new.keys():
-            *tables, name = cls.moved[key].split(".")
-            place = new
-            for table in tables:
-                place[table] = dict(place.get(table, {}))
-                place = place[table]
-            place[name] = values[key]
-        return new
 
     def flat(self) -> dict[str, Any]:
         """JSON values by dotted key."""
@@ -109,7 +88,6 @@ class Strict(BaseModel):
         `old` may be of an earlier version: a key that only one of them has does not count, but in free tables, whose
         keys the user decides on.
         """
-        old = cls.renewed(old)
         had = _flat(old, lists=False)
         with contextlib.suppress(ValidationError, SlingshotError):  # keys that are new within lists take their defaults
             old = cls.model_validate(old, extra="ignore").model_dump(mode="json")

@@ -12,7 +12,7 @@ import hashlib
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import Field
 
@@ -37,8 +37,6 @@ class Parent(Strict):
 
 class Receipt(PeakMemory, extra="ignore"):
     """The content of receipt.json. Of other versions, what they lack is unknown, what they have besides left out."""
-
-    moved: ClassVar[dict[str, str]] = {"peak_memory_bytes": "peak_host_memory_bytes"}
 
     stage: str  # its kind: pretrain, sft, rl ...
     name: str  # the artifact's own
@@ -71,7 +69,7 @@ class Receipt(PeakMemory, extra="ignore"):
         values = read_json(folder / RECEIPT)
         if not isinstance(values, dict):
             raise SlingshotError(f"{folder / RECEIPT} is no receipt; remove {folder} to have it made again")
-        return cls.parse(cls.renewed(values), str(folder / RECEIPT))
+        return cls.parse(values, str(folder / RECEIPT))
 
 
 class Meter:

@@ -55,7 +55,6 @@ class SamplingConfig(Strict):
 
 Prompts = Sequence[list[int]]
 Samples = Iterator[tuple[int, int, Sampled]]
-MOVED_TO_SAMPLING = {key: f"sampling.{key}" for key in SamplingConfig.model_fields}
 
 
 class Sampler(Protocol):

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -24,7 +24,7 @@ from slingshot.engine.kv_cache import CacheForm
 from slingshot.machine.device import Dtype
 from slingshot.rollout.metrics import interval, maj_at_k, pass_at_k
 from slingshot.rollout.rollout import PromptForm, Rollout
-from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
+from slingshot.rollout.sampler import EngineSampler, Sampler, SamplingConfig
 from slingshot.rollout.trajectory import Trajectory, sampling_cost
 from slingshot.stages.contamination import contaminated
 from slingshot.stages.probe import probe, probe_notes, summarise_probe
@@ -43,8 +43,6 @@ _MANY_CUT = 0.1  # of the answers: told
 
 class EvaluateConfig(StageConfig):
     """Sampling as DeepSeek evaluates R1: temperature 0.6, top-p 0.95 (arXiv 2501.12948, 3)."""
-
-    moved: ClassVar[dict[str, str]] = MOVED_TO_SAMPLING
 
     model: str
     tasks: list[TaskConfig] = Field(min_length=1)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ from slingshot.training.checkpointer import Checkpointer, restore
 from slingshot.training.fp8_training import train_in_fp8
 from slingshot.training.interrupts import Interrupts
 from slingshot.training.language_model import LanguageModelLoss, MemoryConfig, evaluate_loss, language_model_step
-from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule, update_router_biases
+from slingshot.training.optimizer import Optimizer, OptimizerConfig, schedule, update_router_biases
 from slingshot.training.parallel import Parallel
 from slingshot.training.shard_corpus import ShardCorpus
 
@@ -104,8 +104,6 @@ class ShardSource(Strict):
 class PretrainConfig(StageConfig):
     """`model` holds ModelConfig's fields, or names a preset; the vocabulary follows from the tokenizer. With `start`
     it is a checkpoint that is trained on: its architecture, weights and tokenizer, `yarn` in addition."""
-
-    moved: ClassVar[dict[str, str]] = MOVED_TO_OPTIMIZER | {"losses": "loss"}
 
     model: dict[str, Any] = {}
     start: str | None = None

@@ -35,7 +35,7 @@ from slingshot.rollout.ahead import RolloutsAhead
 from slingshot.rollout.curriculum import Curriculum
 from slingshot.rollout.reward import RewardWeights, assign_advantages, assign_rewards, has_signal
 from slingshot.rollout.rollout import PromptForm, Rollout
-from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
+from slingshot.rollout.sampler import EngineSampler, Sampler, SamplingConfig
 from slingshot.rollout.trajectory import Trajectory, pack, row_shape, sampling_cost
 from slingshot.rollout.vllm import NoServerLeft, VllmSampler
 from slingshot.tasks.loader import TaskConfig
@@ -45,7 +45,7 @@ from slingshot.training.checkpointer import Checkpointer, Named, restore
 from slingshot.training.interrupts import Interrupts
 from slingshot.training.language_model import MemoryConfig, add_loads, busiest
 from slingshot.training.lora import LoRAConfig, add_lora, merged, twin
-from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule, update_router_biases
+from slingshot.training.optimizer import Optimizer, OptimizerConfig, schedule, update_router_biases
 from slingshot.training.parallel import Parallel
 from slingshot.training.policy import (
     LOGGED_PER_TOKEN,
@@ -66,12 +66,6 @@ class RLConfig(StageConfig):
     weights; they are made beside the updates then, `partial` ones go on with newer weights."""
 
     without_effect: ClassVar[frozenset[str]] = StageConfig.without_effect | {"rollouts"}
-    moved: ClassVar[dict[str, str]] = (
-        MOVED_TO_OPTIMIZER
-        | MOVED_TO_SAMPLING
-        | {key: f"loss.{key}" for key in ("clip_low", "clip_high", "kl", "mtp", "reference_steps")}
-        | {"normalize_std": "loss.advantage_std"}
-    )
 
     model: str
     tasks: list[TaskConfig] = Field(min_length=1)
@@ -97,17 +91,6 @@ class RLConfig(StageConfig):
     retire: float = Field(0.0, ge=0, le=1)
     max_flops: float | None = Field(None, gt=0)
     dtype: Dtype = "auto"
-
-    @classmethod
-    def renewed(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Also where `advantage_std` was a yes or no."""
-        new = super().renewed(values)
-        if isinstance(loss := new.get("loss"), dict):
-            new["loss"] = loss = dict(loss)
-            std = loss.pop("normalize_std", loss.get("advantage_std"))
-            if isinstance(std, bool):
-                loss["advantage_std"] = "group" if std else "none"
-        return new
 
     @property
     def compares_trainer(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import Field
 
@@ -21,7 +21,7 @@ from slingshot.base.progress import Progress
 from slingshot.engine.engine import Engine
 from slingshot.machine.device import Dtype
 from slingshot.rollout.rollout import PromptForm, Rollout
-from slingshot.rollout.sampler import MOVED_TO_SAMPLING, EngineSampler, Sampler, SamplingConfig
+from slingshot.rollout.sampler import EngineSampler, Sampler, SamplingConfig
 from slingshot.rollout.trajectory import Trajectory, Turn, sampling_cost
 from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import Item, TaskMix
@@ -33,8 +33,6 @@ from slingshot.training.parallel import Parallel
 
 class SampleConfig(StageConfig):
     """`per_problem` caps how many different accepted responses to one problem are kept."""
-
-    moved: ClassVar[dict[str, str]] = MOVED_TO_SAMPLING
 
     model: str
     tasks: list[TaskConfig] = Field(min_length=1)

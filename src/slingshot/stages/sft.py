@@ -12,7 +12,7 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -39,7 +39,7 @@ from slingshot.training.fp8_training import train_in_fp8
 from slingshot.training.interrupts import Interrupts
 from slingshot.training.language_model import LanguageModelLoss, MemoryConfig, language_model_step
 from slingshot.training.lora import LoRAConfig, add_lora
-from slingshot.training.optimizer import MOVED_TO_OPTIMIZER, Optimizer, OptimizerConfig, schedule
+from slingshot.training.optimizer import Optimizer, OptimizerConfig, schedule
 from slingshot.training.parallel import Parallel
 
 Marked = tuple[list[int], list[int]]  # ids, and a mask: 1 on those that are learnt
@@ -50,8 +50,6 @@ class SFTConfig(StageConfig):
 
     Examples without reasoning learn to answer behind an empty think block, or with `no_reasoning` "none" without any.
     """
-
-    moved: ClassVar[dict[str, str]] = MOVED_TO_OPTIMIZER | {"losses": "loss"}
 
     model: str
     data: list[str] = []

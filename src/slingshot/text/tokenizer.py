@@ -116,10 +116,6 @@ class Tokenizer:
         Chat templates stand in the latter, in chat_template.jinja, and by name in additional_chat_templates/.
         """
         backend, config, eos_ids = read_tokenizer_files(Path(path))
-        first = [backend.id_to_token(number) for number in range(len(R1_TOKENS))]
-        if backend.post_processor is None and first == list(R1_TOKENS) and (Path(path) / "receipt.json").is_file():
-            # An earlier version's documents began with bos, and its files did not say so.
-            _write_bos(backend, BOS)
         try:
             return cls(backend, config, eos_ids)
         except SlingshotError as error:

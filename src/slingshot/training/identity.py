@@ -148,7 +148,7 @@ class Identity:
         if self.kind != old.kind:
             return [f"stage {old.kind} -> {self.kind}"]
         recorded = old.digests | {Path(path).name: digest for path, digest in old.digests.items()}
-        before = config.renewed(old.config)
+        before = old.config
         changed: dict[str, None] = {}
 
         def old_content(name: str, checkpoint: bool) -> str:

@@ -50,11 +50,6 @@ class OptimizerConfig(Strict):
     final: float = Field(default=0.05, ge=0, le=1)
 
 
-MOVED_TO_OPTIMIZER = {"optimizer": "optimizer.name"} | {
-    key: f"optimizer.{key}" for key in OptimizerConfig.model_fields if key != "name"
-}
-
-
 def schedule(config: OptimizerConfig, step: int, steps: int) -> float:
     """Warm-up, constant, linear decay: the fraction of the peak learning rate at `step` (counted from 0)."""
     warmup, decay = config.warmup * steps, config.decay * steps

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +39,6 @@ class PolicyLoss(Strict):
 
     What `POLICY_LOSSES` knows of the loss `name` is taken from there where it is not set.
     """
-
-    moved: ClassVar[dict[str, str]] = {"normalize_std": "loss.advantage_std"}
 
     name: PolicyLossName = "dapo"
     clip_low: float = Field(default=0.2, ge=0, le=1)

@@ -20,21 +20,13 @@ from typing import Any
 from losses import score, stage
 from tiny import interval
 
-from slingshot.base.files import packaged_toml
 from slingshot.cost.receipt import Receipt
+from slingshot.recipe.recipe import Recipe
 from slingshot.stages import rl, sft
 
-RECIPE = packaged_toml("slingshot.recipe", "recipes/functions.toml")
-TASK = RECIPE["defaults"]["tasks"][0]
+KEYS = {stage.name: stage.values for stage in Recipe.load("functions").stages}
 ADAPTER, WHOLE = "adapter", "whole model"
 KINDS: dict[str, dict[str, Any]] = {ADAPTER: {}, WHOLE: {"lora": None, "optimizer": {"lr": 2e-5}}}
-
-
-def values(name: str, **more: Any) -> dict[str, Any]:
-    """A stage's keys in the recipe, and others."""
-    known = sft.SFTConfig.model_fields if name == "sft" else rl.RLConfig.model_fields
-    given = {key: value for key, value in RECIPE["defaults"].items() if key in known} | RECIPE[name]
-    return {key: value for key, value in given.items() if key != "stage"} | more
 
 
 def main() -> None:
@@ -45,7 +37,7 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=150, help="held-out ones")
     parser.add_argument("--at-once", type=int, default=1, help="runs")
     given = parser.parse_args()
-    begun = stage(sft, sft.SFTConfig, given.out / "sft", values("sft", model=str(given.model)))
+    begun = stage(sft, sft.SFTConfig, given.out / "sft", KEYS["sft"] | {"model": str(given.model)})
     runs: dict[str, list[dict[str, float]]] = {}
     with ProcessPoolExecutor(given.at_once, get_context("spawn"), max_tasks_per_child=1) as pool:  # each its own peak
         asked = [
@@ -64,14 +56,14 @@ def main() -> None:
 
 def reinforced(begun: Path, folder: Path, kind: str, seed: int, problems: int) -> dict[str, float]:
     """What reinforcement of one kind makes of it."""
-    asked = values("rl", model=str(begun), seed=seed, **KINDS[kind])
+    asked = KEYS["rl"] | {"model": str(begun), "seed": seed} | KINDS[kind]
     return measured(stage(rl, rl.RLConfig, folder / kind.replace(" ", "-"), asked), problems)
 
 
 def measured(model: Path, problems: int) -> dict[str, float]:
     """What a model solves, in percent, and what its last stage took."""
     place = model.with_name(f"{model.name}-evaluation")
-    [found] = score(model, place, problems, [TASK], RECIPE["defaults"]["sampling"]["max_tokens"])
+    [found] = score(model, place, problems, KEYS["rl"]["tasks"], KEYS["rl"]["sampling"]["max_tokens"])
     receipt = Receipt.read(model)
     return {
         "pass@1": 100 * found["pass@1"], "pass@4": 100 * found["at_k"]["pass@4"]["mean"],

@@ -7,9 +7,9 @@ PATIENCE = 300.0
 """Seconds until a test gives up: a whole launch on a starved core takes most of a minute."""
 
 
-def until(true: Callable[[], object], seconds: float = PATIENCE, every: float = 0.01) -> None:
+def until(true: Callable[[], object], pause: Callable[[float], object] = time.sleep) -> None:
     """Wait for it to come true."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE
     while not true():
         assert time.monotonic() < deadline, "what the test waits for did not happen"
-        time.sleep(every)
+        pause(0.01)

@@ -4,7 +4,6 @@ import contextlib
 import shutil
 import socket
 import threading
-import time
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
@@ -12,10 +11,10 @@ from playwright.sync_api import expect, sync_playwright
 from slingshot.serving.app import create_app
 from slingshot.serving.gateway import Gateway
 from slingshot.serving.served_model import ServedModel
+from tests import waiting
 from tests.serving.conftest import ScriptedBackend, ids_of, running
-from tests.waiting import PATIENCE
 
-expect.set_options(timeout=1000 * PATIENCE)
+expect.set_options(timeout=1000 * waiting.PATIENCE)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; Debian has it in `chromium`")
@@ -58,7 +57,7 @@ def visit(browser, script):
         def make(url, refused=False, **options):
             options = {"locale": "en-US", "color_scheme": "light", "reduced_motion": "reduce"} | options
             page = stack.enter_context(contextlib.closing(browser.new_context(**options))).new_page()
-            page.set_default_timeout(1000 * PATIENCE)
+            page.set_default_timeout(1000 * waiting.PATIENCE)
             meant = "Failed to load resource" if refused else "\0"
             page.on("console", lambda message: meant in message.text or notes.append(message.text))
             page.on("pageerror", lambda error: notes.append(str(error)))
@@ -120,10 +119,7 @@ def ask(page, text, wait=True):
 
 def until(page, condition):
     """Wait for what the page says of itself; its policy forbids code that is made of text."""
-    deadline = time.monotonic() + PATIENCE
-    while not page.evaluate(condition):
-        assert time.monotonic() < deadline, f"never: {condition}"
-        page.wait_for_timeout(20)
+    waiting.until(lambda: page.evaluate(condition), lambda seconds: page.wait_for_timeout(1000 * seconds))
 
 
 def grows(page, selector):

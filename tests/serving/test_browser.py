@@ -12,6 +12,7 @@ from slingshot.serving.gateway import Gateway
 from slingshot.serving.load import Limits
 from slingshot.serving.local import LocalBackend
 from slingshot.serving.served_model import ServedModel
+from tests import waiting
 from tests.serving.browsing import ask, browsed, browser, grows, kept, script, until, visit
 from tests.serving.conftest import running, serving
 
@@ -98,8 +99,7 @@ def test_an_answer_that_is_kept_no_longer_is_shown_as_far_as_it_came_and_asked_f
     ask(page, "What is 3+4-2?", wait=False)
     kept(page)
     page.goto("about:blank")
-    while not backend.aborted:
-        page.wait_for_timeout(20)
+    waiting.until(lambda: backend.aborted)
     page.goto(url)
     again = page.get_by_role("button", name="Ask again")
     again.wait_for()

@@ -51,7 +51,7 @@ def test_a_database_that_is_lost_under_load_costs_nothing(database, checkpoint, 
         assert len(told) == 60 and all(usage is not None for usage, _ in told.values()) and whole_before < 60
         assert http.get("/health").json() == {"status": "ok"}
         getattr(database, restore)()
-        until(lambda: not accounts.keys(ledger)[0].running, 30)
+        until(lambda: not accounts.keys(ledger)[0].running)
         asyncio.run(crowd(url, key, 3, random.Random(1), None, 20, again))
         until(lambda: not accounts.keys(ledger)[0].running)
         rows = rows_of(ledger)

@@ -148,7 +148,6 @@ class Identity:
         if self.kind != old.kind:
             return [f"stage {old.kind} -> {self.kind}"]
         recorded = old.digests | {Path(path).name: digest for path, digest in old.digests.items()}
-        before = old.config
         changed: dict[str, None] = {}
 
         def old_content(name: str, checkpoint: bool) -> str:
@@ -166,8 +165,8 @@ class Identity:
                 changed[f"{Path(name).name} changed"] = None
             return known  # a change is said already; what is gone by now cannot be compared
 
-        different = config.differences(_with_inputs(before, old_content), _with_inputs(self.config, new_content))
-        shown = different | config.differences(before, self.config)
+        different = config.differences(_with_inputs(old.config, old_content), _with_inputs(self.config, new_content))
+        shown = different | config.differences(old.config, self.config)
         return [*changed, *(f"{key} {_brief(shown[key][0])} -> {_brief(shown[key][1])}" for key in different)]
 
 

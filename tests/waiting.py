@@ -7,7 +7,7 @@ PATIENCE = 300.0
 """Seconds until a test gives up: a whole launch on a starved core takes most of a minute."""
 
 
-def until(true: Callable[[], object], pause: Callable[[float], object] = time.sleep) -> None:
+def until(true: Callable[[], object], *, pause: Callable[[float], object] = time.sleep) -> None:
     """Wait for it to come true."""
     deadline = time.monotonic() + PATIENCE
     while not true():

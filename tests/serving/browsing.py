@@ -119,7 +119,7 @@ def ask(page, text, wait=True):
 
 def until(page, condition):
     """Wait for what the page says of itself; its policy forbids code that is made of text."""
-    waiting.until(lambda: page.evaluate(condition), lambda seconds: page.wait_for_timeout(1000 * seconds))
+    waiting.until(lambda: page.evaluate(condition), pause=lambda seconds: page.wait_for_timeout(1000 * seconds))
 
 
 def grows(page, selector):

@@ -5,6 +5,7 @@ import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import openai
 import pytest
 import sqlalchemy as sa
@@ -19,8 +20,12 @@ from slingshot.serving.served_model import ServedModel
 from slingshot.serving.server import listening
 from slingshot.text.tokenizer import R1_CONFIG, R1_TOKENS, Tokenizer
 from tests.serving.postgres import PostgresServer, find
+from tests.waiting import PATIENCE
 
 pytest.register_assert_rewrite("tests.serving.behaviours")
+
+# A busy machine may answer later than within the five seconds httpx waits of itself.
+httpx._config.DEFAULT_TIMEOUT_CONFIG.read = PATIENCE
 
 TEXTS = [
     "What is 3+4-2? 3 plus 4 is 7, 7 minus 2 is 5.",

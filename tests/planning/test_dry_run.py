@@ -34,14 +34,18 @@ sequence_length = 64
 batch_size = 2
 epochs = 3
 [evaluation]
-problems = 4
-tasks = [{ name = "arithmetic", params = { min_terms = 2, max_terms = 2 } }]
-sampling = { max_tokens = 24 }
+problems = 34
+samples = 2
+chunk = 34
+tasks = [{ name = "arithmetic", params = { min_terms = 2, max_terms = 3 } }]
+sampling = { max_tokens = 32 }
 """
 
 
 @pytest.mark.slow
-def test_a_recipe_is_run_scaled_and_left_without_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_is_run_scaled_and_left_without_a_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.toml").write_text(RECIPE)
     examples = [{"prompt": f"{n}?", "reasoning": "so", "answer": str(n)} for n in range(96)]
@@ -49,13 +53,16 @@ def test_a_recipe_is_run_scaled_and_left_without_a_trace(tmp_path: Path, monkeyp
     found = dry_run(Recipe.load("recipe.toml"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["examples.jsonl", "recipe.toml"]
     base, scored, tuned, again = found.stages
-    assert [base.share, scored.share] == [pytest.approx(10 / 40), 1]
+    assert [base.share, scored.share] == [pytest.approx(10 / 40), pytest.approx(17 / 34)]
     assert tuned.share == pytest.approx(24 / 96 / 3) and tuned.fixed_seconds < tuned.seconds
     assert again.tokens > scored.tokens  # a base writes bare answers, too, as its documents do
     assert found.seconds == pytest.approx(sum(stage.seconds for stage in found.stages) + found.start_seconds)
     assert base.money == pytest.approx(base.seconds) and base.peak_host_memory_bytes > 2**26
+    said = capsys.readouterr().err
+    assert "3 of 4: dry run of tuned (" in said and "\nevaluation of tuned 1/1" in said  # the stage's own progress
     with pytest.raises(SlingshotError, match=r"^dry run of base: the corpus fills .* rows"):
         dry_run(Recipe.load("recipe.toml", ["base.batch_size=4000"]))
+    assert "the corpus fills" not in capsys.readouterr().err  # it is said once, by the error
 
 
 def test_the_page_says_every_stage_the_sum_and_what_was_assumed() -> None:

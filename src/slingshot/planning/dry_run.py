@@ -30,8 +30,10 @@ from slingshot.recipe.recipe import Recipe, RecipeStage
 from slingshot.stages.kinds import STAGES
 
 STEPS = {"pretrain": 10, "rl": 4, "distill": 4}  # of these kinds
-CHUNKS = {"sample": 3, "evaluate": 1}  # of problems
+CHUNKS = {"sample": 3, "evaluate": 1}  # of problems; an evaluation's are as many answers as a chunk has problems
+LEAST_PROBLEMS = 16
 BATCHES = 12  # of examples, at most, that are fine-tuned on
+ERROR = "slingshot: "  # how a process begins the line that says why it ends
 
 
 class DryStage(PeakMemory):
@@ -64,7 +66,10 @@ def dry_run(recipe: Recipe, until: str | None = None) -> DryRun:
     """Run every stage up to `until`. SlingshotError when one fails, with what it printed last."""
     with tempfile.TemporaryDirectory(prefix="slingshot-dry-run-") as folder:
         run = _DryRun(Path(folder))
-        stages = [run.stage(stage) for stage in recipe.until(until)]
+        asked = recipe.until(until)
+        print(f"a few steps of {plural(len(asked), 'stage')}; answers are scripted, so losses and scores mean nothing",
+              file=sys.stderr)  # fmt: skip
+        stages = [run.stage(stage, f"{at} of {len(asked)}") for at, stage in enumerate(asked, start=1)]
     known = [stage.money for stage in stages if stage.money is not None]
     return DryRun(
         recipe=recipe.name, machine=run.machine, stages=stages,
@@ -84,8 +89,8 @@ class _DryRun:
         self._growth: dict[str, float] = {}  # by path of a dataset
         self._styles: dict[str, dict[str, float]] = {}  # by path of a model that was pre-trained on tasks' documents
 
-    def stage(self, stage: RecipeStage) -> DryStage:
-        """Run one stage with a few steps and scale it up."""
+    def stage(self, stage: RecipeStage, place: str) -> DryStage:
+        """Run one stage, `place` in all, with a few steps and scale it up."""
         out = self.folder / stage.folder
         config = stage.config(self.folder, lambda name: self._found[name].flops)
         whole = config.model_dump(mode="json")
@@ -100,7 +105,7 @@ class _DryRun:
             file = Path(str(model)) / "config.json"
             key = json.dumps([styles, whole | {"model": read_json(file) if file.is_file() else model}], sort_keys=True)
         if key not in self._found:
-            print(f"dry run of {stage.name} ({STAGES[stage.kind].what})", file=sys.stderr)
+            print(f"{place}: dry run of {stage.name} ({STAGES[stage.kind].what})", file=sys.stderr)
             self._found[key] = self._run(stage, whole, styles, out)
         self._found[stage.name] = self._found[key].model_copy(update={"name": stage.name})
         return self._found[stage.name]
@@ -113,11 +118,10 @@ class _DryRun:
         result.unlink(missing_ok=True)
         begin = time.perf_counter()
         command = [sys.executable, "-m", "slingshot.recipe.dry_stage", str(self.folder / "job.json")]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        code, said = _watched(command)
         took = time.perf_counter() - begin
-        if done.returncode or not result.exists():
-            said = done.stderr.strip().splitlines() or [f"its process ended with code {done.returncode}"]
-            raise SlingshotError(f"dry run of {stage.name}: {said[-1].removeprefix('slingshot: ')}")
+        if code or not result.exists():
+            raise SlingshotError(f"dry run of {stage.name}: {said or f'its process ended with code {code}'}")
         measured, receipt = read_json(result), Receipt.read(out)
         factor, fixed, varying = measured["factor"], measured["fixed_seconds"], measured["varying_seconds"]
         if (most := whole.get("max_flops")) is not None and receipt.flops:
@@ -139,7 +143,9 @@ class _DryRun:
             steps = min(STEPS[stage.kind], whole["steps"])
             return whole | {"steps": steps}, whole["steps"] / steps
         if stage.kind in CHUNKS:
-            return whole | {"problems": min(whole["problems"], CHUNKS[stage.kind] * whole["chunk"])}, 1.0
+            answers = whole["samples"] * len(whole["forms"]) if stage.kind == "evaluate" else 1
+            most = max(LEAST_PROBLEMS, CHUNKS[stage.kind] * whole["chunk"] // answers)
+            return whole | {"problems": min(whole["problems"], most)}, 1.0
         if stage.kind != "sft":
             return whole, 1.0
         most, heads = BATCHES * whole["batch_size"], list[str]()
@@ -151,6 +157,21 @@ class _DryRun:
             total, taken = total + len(rows) * self._growth.get(path, 1.0), taken + len(rows[:most])
         cut = whole | {"data": heads, "examples": min(whole["examples"], most), "epochs": 1}
         return cut, whole["epochs"] * total / max(1, taken)
+
+
+def _watched(command: list[str]) -> tuple[int, str]:
+    """Run a command, its progress on our standard error; its code, and the last line it wrote."""
+    said = ""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            for line in process.stderr or ():
+                said = line.strip() or said
+                if not line.startswith(ERROR):
+                    print(line, end="", file=sys.stderr, flush=True)
+        except BaseException:
+            process.kill()
+            raise
+    return process.returncode, said.removeprefix(ERROR)
 
 
 def dry_run_page(found: DryRun) -> PlanPage:

@@ -12,14 +12,14 @@ scored on held-out sums. Intervals are 95% t intervals over seeds of the differe
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from losses import score, stage
+from losses import keep, keys_of, score, stage
 from tiny import interval
 
-from slingshot.base.files import packaged_toml, write_jsonl
+from slingshot.base.files import write_jsonl
+from slingshot.cost.receipt import Receipt
 from slingshot.stages import distill, pretrain, rl, sample, sft
 from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import TaskMix
@@ -33,9 +33,7 @@ ON_POLICY = "on-policy distillation"
 
 def student(seed: int, tokenizer: Path, folder: Path) -> Path:
     """As the recipe pre-trains it."""
-    recipe = packaged_toml("slingshot.recipe", "recipes/tiny.toml")
-    values = {key: value for key, value in recipe["student"].items() if key not in ("stage", "evaluation")}
-    values |= {"tokenizer": str(tokenizer), "sequence_length": recipe["defaults"]["sequence_length"], "seed": seed}
+    values = keys_of("tiny")["student"] | {"tokenizer": str(tokenizer), "seed": seed}
     return stage(pretrain, pretrain.PretrainConfig, folder / "student", values)
 
 
@@ -43,10 +41,7 @@ def few(seed: int, folder: Path) -> dict[str, Any]:
     """The task whose problems are the first of those for training, and no others."""
     drawn = TaskMix([TaskConfig(**TASK)], "train", f"few/{seed}", repeat=False).draw(0, PROBLEMS + 1)
     rows = [{"prompt": item.problem.prompt, "answer": item.problem.answer} for item in drawn]
-    train, other = (
-        folder / "problems.jsonl",
-        folder / "other.jsonl",
-    )  # with a file for testing, none of ours is kept back
+    train, other = folder / "problems.jsonl", folder / "other.jsonl"  # with one for testing, none of ours is kept back
     write_jsonl(train, rows[:PROBLEMS])
     write_jsonl(other, rows[PROBLEMS:])
     return {"name": "dataset", "params": {"source": str(train), "test": str(other), "verifier": "number"}}
@@ -64,15 +59,11 @@ def models(start: Path, teacher: Path, seed: int, folder: Path) -> dict[str, Pat
         made[f"SFT, {epochs} epochs"] = stage(sft, sft.SFTConfig, folder / f"sft-{epochs}", taught)
     least, *_, most = (made[f"SFT, {epochs} epochs"] for epochs in EPOCHS)
     common: dict[str, Any] = {"model": str(least), "tasks": [task], "sampling": SAMPLING, "seed": seed} | ROW
-    common |= {"max_flops": flops(most) - flops(least)}
+    common |= {"max_flops": Receipt.read(most).flops - Receipt.read(least).flops}
     judged = {"teachers": [{"model": str(teacher)}], "steps": STEPS, "optimizer": {"lr": 4e-4, "decay": 0.7}}
     made[ON_POLICY] = stage(distill, distill.DistillConfig, folder / "on-policy", common | judged)
     made["reinforcement"] = stage(rl, rl.RLConfig, folder / "rl", common | {"steps": 1000})
     return made
-
-
-def flops(model: Path) -> float:
-    return float(json.loads((model / "receipt.json").read_text(encoding="utf-8"))["flops"])
 
 
 def main() -> None:
@@ -90,7 +81,7 @@ def main() -> None:
         for name, model in models(start, given.run / "rl_final", seed, folder).items():
             [found] = score(model, model.with_name(f"{model.name}-evaluation"), given.problems, [TASK], **SAMPLING)
             solved.setdefault(name, []).append(100 * found["pass@1"])
-            gflop.setdefault(name, []).append(flops(model) / 1e9)
+            gflop.setdefault(name, []).append(Receipt.read(model).flops / 1e9)
     print(
         "| model | pass@1 by seed | on-policy distillation - it | GFLOP of the last stage by seed |\n|---|---|---|---|"
     )
@@ -99,9 +90,7 @@ def main() -> None:
         beyond = "" if name == ON_POLICY else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
         spent = ", ".join(f"{each:.0f}" for each in gflop[name])
         print(f"| {name} | {', '.join(f'{each:.1f}' for each in points)} | {beyond} | {spent} |")
-    settings = {key: value for key, value in vars(given).items() if key not in ("run", "out")}
-    text = json.dumps({"settings": settings, "solved": solved, "gflop": gflop}, indent=1)
-    Path(__file__).with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    keep(__file__, given, solved=solved, gflop=gflop)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,11 @@ start, of the difference to the model without such a reward and without a budget
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from losses import pretrained, score, stage
+from losses import keep, pretrained, score, stage
 from tiny import interval
 
 from slingshot.stages import rl, sft
@@ -82,9 +81,7 @@ def main() -> None:
             by_model.setdefault(name, []).append(its)
     table(by_model)
     by_terms(by_model)
-    settings = {key: value for key, value in vars(given).items() if key != "out"}
-    text = json.dumps({"settings": settings, "models": by_model}, indent=1)
-    Path(__file__).with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    keep(__file__, given, models=by_model)
 
 
 def overall(found: Found, key: str) -> float:

@@ -11,20 +11,18 @@ problems by their hidden tests at temperature 1. Intervals are 95% t intervals o
 from __future__ import annotations
 
 import argparse
-import json
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from losses import score, stage
+from losses import keep, keys_of, score, stage
 from tiny import interval
 
 from slingshot.cost.receipt import Receipt
-from slingshot.recipe.recipe import Recipe
 from slingshot.stages import rl, sft
 
-KEYS = {stage.name: stage.values for stage in Recipe.load("functions").stages}
+KEYS = keys_of("functions")
 ADAPTER, WHOLE = "adapter", "whole model"
 KINDS: dict[str, dict[str, Any]] = {ADAPTER: {}, WHOLE: {"lora": None, "optimizer": {"lr": 2e-5}}}
 
@@ -49,9 +47,7 @@ def main() -> None:
             runs.setdefault(kind, []).append(row.result())
     runs["before"] = [measured(begun, given.problems)] * given.seeds
     table(runs)
-    settings = {key: value for key, value in vars(given).items() if key not in ("model", "out", "at_once")}
-    text = json.dumps({"settings": settings, "runs": runs}, indent=1)
-    Path(__file__).with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    keep(__file__, given, runs=runs)
 
 
 def reinforced(begun: Path, folder: Path, kind: str, seed: int, problems: int) -> dict[str, float]:

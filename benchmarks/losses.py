@@ -16,7 +16,8 @@ from typing import Any
 
 from tiny import interval
 
-from slingshot.base.files import packaged_toml
+from slingshot.base.files import read_json, read_jsonl
+from slingshot.recipe.recipe import Recipe
 from slingshot.stages import evaluate, pretrain, rl, sft
 from slingshot.training.objectives import POLICY_LOSSES
 
@@ -38,14 +39,13 @@ def score(
     values = {"model": str(model), "tasks": [*tasks], "problems": problems, "samples": 4, "examples": 0} | more
     sampling = {"temperature": 1.0, "top_p": 1.0, "max_tokens": max_tokens}
     stage(evaluate, evaluate.EvaluateConfig, out, values | {"sampling": sampling})
-    found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["tasks"]
+    found = read_json(out / "evaluation.json")["tasks"]
     return [found[task["name"]] for task in tasks]
 
 
-def base_of(recipe: str) -> dict[str, Any]:
-    """What a recipe's stage `base` sets."""
-    stages = packaged_toml("slingshot.recipe", f"recipes/{recipe}.toml")
-    return {key: value for key, value in stages["base"].items() if key != "stage"}
+def keys_of(recipe: str) -> dict[str, dict[str, Any]]:
+    """What the stages of a recipe set."""
+    return {stage.name: stage.values for stage in Recipe.load(recipe).stages}
 
 
 def pretrained(
@@ -58,7 +58,7 @@ def pretrained(
     shape: dict[str, int] | None = None,
 ) -> Path:
     """Micro's base, or one of another `shape`, trained for longer on `count` documents; rows are `length` tokens."""
-    base = base_of("micro")
+    base = keys_of("micro")["base"]
     documents = base["documents"] | {"tasks": [*tasks], "count": count}
     values = {"steps": steps, "documents": documents, "sequence_length": length, "seed": seed}
     values |= {"model": base["model"] | (shape or {})}
@@ -70,6 +70,13 @@ def reasoner(seed: int, out: Path) -> Path:
     start = pretrained(seed, out, [TASK], 8000, 64)
     cold = {"model": str(start), "tasks": [TASK], "examples": 400, "epochs": 2, "sequence_length": 64, "seed": seed}
     return stage(sft, sft.SFTConfig, out / "cold_start", cold)
+
+
+def keep(benchmark: str, given: argparse.Namespace, **found: Any) -> None:
+    """Write what was found, and with which settings, beside the benchmark."""
+    settings = {key: value for key, value in vars(given).items() if not isinstance(value, Path)}
+    text = json.dumps({"settings": settings} | found, indent=1)
+    Path(benchmark).with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -94,12 +101,10 @@ def main() -> None:
             }  # fmt: skip
             out = stage(rl, rl.RLConfig, folder / name, values)
             [found] = score(out, folder / f"{name}-evaluation", given.problems)
-            last = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+            last = read_jsonl(out / "metrics.jsonl")[-1]
             gains[name].append({"pass@1": found["pass@1"], "tokens": found["mean_tokens"], "entropy": last["entropy"]})
     table(before, gains)
-    settings = {key: value for key, value in vars(given).items() if key != "out"}
-    result = {"settings": settings, "before": [each["pass@1"] for each in before], "after": gains}
-    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    keep(__file__, given, before=[each["pass@1"] for each in before], after=gains)
 
 
 def table(before: list[dict[str, float]], gains: dict[str, list[dict[str, float]]]) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from losses import keys_of
 
-from slingshot.base.files import packaged_toml
 from slingshot.machine.device import describe_machine
 from slingshot.model.config import ModelConfig
 from slingshot.model.transformer import Transformer
@@ -65,7 +65,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     smollm2 = ModelConfig.preset("smollm2-135m")
-    base = packaged_toml("slingshot.recipe", "recipes/tiny.toml")["base"]
+    base = keys_of("tiny")["base"]
     tiny = ModelConfig.model_validate(base["model"] | {"vocab_size": base["vocab_size"]})
     shapes = {"smollm2-50": (smollm2, 8, 50, 64), "smollm2-300": (smollm2, 8, 300, 64), "tiny": (tiny, 16, 60, 120)}
     found: dict[str, Any] = {

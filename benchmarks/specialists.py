@@ -11,13 +11,13 @@ intervals over seeds, which share the model that all began from.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from losses import base_of, score, stage
+from losses import keep, keys_of, score, stage
 from tiny import interval
 
+from slingshot.cost.receipt import Receipt
 from slingshot.stages import distill, pretrain, rl, sft
 
 TASKS: list[dict[str, Any]] = [
@@ -35,7 +35,7 @@ SAMPLING: dict[str, Any] = {"max_tokens": 200}
 
 def reasoner(folder: Path) -> Path:
     """The recipe code's model, smaller, after 4.1M tokens of all tasks and a cold start on worked solutions."""
-    base = base_of("code")
+    base = keys_of("code")["base"]
     documents = {"count": 90_000, "styles": {"answer": 0.3, "steps": 0.7}, "template_share": 0.4, "language_mix": 0.0}
     base |= {"model": base["model"] | SHAPE, "documents": documents | {"tasks": TASKS}, "steps": 500}
     common = {"sequence_length": 256} | PRECISION
@@ -80,13 +80,11 @@ def main() -> None:
                 out = model.with_name(f"{model.name}-evaluation")
                 scores = score(model, out, given.problems, tasks, **SAMPLING, **PRECISION)
                 found += [100 * each["pass@1"] for each in scores]
-                spent += json.loads((model / "receipt.json").read_text(encoding="utf-8"))["flops"] / 1e9
+                spent += Receipt.read(model).flops / 1e9
             solved.setdefault(name, []).append(found)
             gflop.setdefault(name, []).append(spent)
     table(solved, gflop)
-    settings = {key: value for key, value in vars(given).items() if key != "out"}
-    text = json.dumps({"settings": settings, "solved": solved, "gflop": gflop}, indent=1)
-    Path(__file__).with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    keep(__file__, given, solved=solved, gflop=gflop)
 
 
 def table(solved: dict[str, list[list[float]]], gflop: dict[str, list[float]]) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 from losses import TASK, reasoner, score, stage
 from tiny import interval
 
+from slingshot.base.files import read_jsonl
 from slingshot.stages import rl
 from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import TaskMix
@@ -64,7 +65,7 @@ def step_seconds(folder: Path, turn: int, values: dict[str, Any]) -> float:
     """The mean of a run's last steps: in the first ones nothing is stale yet, and workers are still added."""
     staleness = values["staleness"]
     out = stage(rl, rl.RLConfig, folder / f"time-{staleness}-{turn}", values)
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_jsonl(out / "metrics.jsonl")
     count = (len(rows) - 3 - staleness) // (1 + staleness) * (1 + staleness)
     return (rows[-1]["seconds"] - rows[-1 - count]["seconds"]) / count
 
@@ -114,8 +115,7 @@ def keys_with(given: dict[str, Any], staleness: int) -> dict[str, Any]:
 
 
 def late_reward(out: Path) -> float:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return statistics.mean(row["reward"] for row in rows[-10:])
+    return statistics.mean(row["reward"] for row in read_jsonl(out / "metrics.jsonl")[-10:])
 
 
 def main() -> None:

@@ -136,6 +136,7 @@ def test_a_server_that_dies_is_replaced_by_the_others_and_may_come_back(folder, 
     ("fault", "why"),
     [
         ("old", "it answers with the weights old"),
+        ("aborts", "it broke an answer off (abort)"),
         pytest.param("hangs", "it made no token for 15 s", marks=pytest.mark.slow),
     ],
 )

@@ -18,9 +18,9 @@ SAME = ("temperature", "top_p", "top_k", "min_p", "n", "seed", "max_tokens", "ig
 
 class VllmDouble:
     """`asked`: the paths of what it was asked. `faults`: hangs; stale (it says that it loaded, and did not); wedged
-    (nothing loads); broken (no extension); old (it answers with other weights); lasts (the next answer takes until
-    others have come). `about`: what it tells of itself
-    besides the truth. `answers`: how many it makes until it dies. `tokenizer`: another than the model's."""
+    (nothing loads); broken (no extension); old (it answers with other weights); aborts (it breaks answers off); lasts
+    (the next answer takes until others have come). `about`: what it tells of itself besides the truth. `answers`: how
+    many it makes until it dies. `tokenizer`: another than the model's."""
 
     def __init__(self, folder, port=0, faults=(), about=None, answers=None, tokenizer=None):
         self.model, self.tokenizer = load_model(folder), load_tokenizer(folder)
@@ -41,7 +41,7 @@ class VllmDouble:
             for verb, path, handler in (
                 ("GET", "/v1/models", self._models), ("GET", "/metrics", self._metrics),
                 ("POST", "/tokenize", self._tokenize), ("POST", "/collective_rpc", self._call),
-                ("POST", "/pause", self._well), ("POST", "/reset_prefix_cache", self._well),
+                ("POST", "/pause", self._pause), ("POST", "/reset_prefix_cache", self._well),
                 ("POST", "/update_weight_version", self._name), ("POST", "/resume", self._well),
                 ("POST", "/inference/v1/generate", self._generate),
             ):  # fmt: skip
@@ -74,6 +74,12 @@ class VllmDouble:
 
     async def _well(self, request):
         return web.json_response({"success": True})
+
+    async def _pause(self, request):
+        """What runs is kept where it is asked for, and else broken off."""
+        if request.query.get("mode", "abort") != "keep":
+            self.faults.add("aborts")
+        return await self._well(request)
 
     async def _models(self, request):
         return web.json_response({"data": [{"id": "theirs", "max_model_len": self.engine.max_length}]})
@@ -128,7 +134,8 @@ class VllmDouble:
         output = await asyncio.to_thread(self._make, body["token_ids"], params)
         choices = [
             {
-                "index": index, "token_ids": its.token_ids, "finish_reason": its.finish_reason,
+                "index": index, "token_ids": its.token_ids,
+                "finish_reason": "abort" if "aborts" in self.faults else its.finish_reason,
                 "logprobs": {"content": [{"logprob": logprob} for logprob in its.logprobs]},
                 "weight_versions": [{"version": "old" if "old" in self.faults else its} for its in versions],
                 "routed_experts": self._experts(its.routed_experts),

@@ -1,5 +1,6 @@
 """On-policy distillation: each problem's teacher draws the student to itself, and the student's samples to it."""
 
+import json
 import subprocess
 import sys
 
@@ -57,6 +58,22 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(distilling, base, me
     run(distilling(teachers=[{"model": str(base)}], steps=1), tmp_path / "out")
     (row,) = metrics(tmp_path / "out")
     assert abs(row["loss"]) < 1e-5 and row["gradient_norm"] < 1e-4
+
+
+def test_adapters_alone_move_towards_the_teacher(distilling, base, metrics, tmp_path):
+    """The student is sampled with them merged; what is written is whole, and the adapter beside it."""
+    given = {"steps": 12, "prompts_per_step": 8}
+    run(distilling(lora={"rank": 4, "targets": ["attention", "mlp", "experts"]}, **given), tmp_path / "out")
+    losses = [row["loss"] for row in metrics(tmp_path / "out")]
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
+    before, after = load_model(base).state_dict(), load_model(tmp_path / "out").state_dict()
+    changed = {name for name, each in after.items() if not torch.equal(each, before[name])}
+    assert changed and all(".self_attn." in name or ".mlp." in name for name in changed)
+    assert json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    run(distilling(**given), tmp_path / "whole")
+    parts = [Receipt.read(tmp_path / name).flops_by_part for name in ("out", "whole")]
+    cost = [each["training"] / each["teacher"] for each in parts]  # of as many tokens
+    assert cost[0] < cost[1]
 
 
 def test_each_problem_goes_to_the_teacher_of_its_task(distilling, base, sums, teachers, metrics, tmp_path):

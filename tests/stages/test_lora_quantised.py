@@ -7,7 +7,7 @@ import torch
 
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.frozen import load_frozen
-from slingshot.checkpoint.load_save import load_model, open_weights
+from slingshot.checkpoint.load_save import load_model, load_tokenizer, open_weights, save_checkpoint
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.model.stored import StoredMatrix
@@ -15,7 +15,7 @@ from slingshot.planning.layout import Layout
 from slingshot.planning.memory import PRECISIONS, Blocks, training_memory
 from slingshot.planning.plan_training import plan_rl
 from slingshot.planning.request import NamedModel, RLRequest
-from slingshot.stages import convert, rl, sft
+from slingshot.stages import convert, distill, rl, sft
 from slingshot.training.lora import LoRAConfig, adapters, add_lora
 from slingshot.training.parallel import Parallel
 
@@ -126,4 +126,20 @@ def test_reinforcement_samples_from_what_it_trains_and_is_compared_with_the_base
     rows = metrics(tmp_path / "out")
     assert abs(rows[0]["kl"]) < 1e-6 < rows[2]["kl"]
     assert all(row["logprob_gap"] < 1e-4 for row in rows)
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_adapters_beside_few_bits_move_towards_a_teacher(stored, full, sums, metrics, tmp_path):
+    """One that is surer of everything that the model says."""
+    teacher, folder = load_model(full), tmp_path / "teacher"
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(2.0)
+    folder.mkdir()
+    save_checkpoint(folder, teacher, load_tokenizer(full))
+    given = {"model": str(stored("int4")), "teachers": [{"model": str(folder)}], "tasks": [sums], "dtype": "float32"}
+    sizes = {"threads": 1, "steps": 8, "prompts_per_step": 8, "sampling": {"max_tokens": 12}, "sequence_length": 48}
+    lora = {"lora": {"rank": 4, "targets": ALL}, "optimizer": {"lr": 1e-3}}
+    distill.run(distill.DistillConfig.parse({**given, **sizes, **lora}, "distill"), tmp_path / "out")
+    losses = [row["loss"] for row in metrics(tmp_path / "out")]
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()

@@ -1,5 +1,10 @@
 """What a run of RL does step by step: its metrics and costs, where responses come from, and what is refused."""
 
+import gc
+import re
+from operator import attrgetter
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,9 +13,33 @@ from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.receipt import Receipt
 from slingshot.planning.plan_training import plan_rl
 from slingshot.planning.request import NamedModel, RLRequest
+from slingshot.rollout.trajectory import Trajectory
 from slingshot.stages import rl
 from slingshot.tasks.mixture import TaskMix
 from slingshot.tasks.task import Solution
+from slingshot.training.objectives import POLICY_LOSSES
+
+PAGE = (Path(__file__).parents[2] / "docs" / "rl.md").read_text(encoding="utf-8")
+
+
+def test_the_page_says_what_each_loss_takes_and_what_each_key_is_where_it_is_not_set():
+    given = {"model": "m", "tasks": ["arithmetic"]}
+    rows = [
+        line.strip("| ").split(" | ") for line in PAGE.splitlines() if line.startswith("| `") and "name" not in line
+    ]
+    losses = {re.findall(r"`(\w+)`", row[0])[0]: row for row in rows if len(row) == 6}
+    assert losses.keys() == POLICY_LOSSES.keys()
+    for name, (said, _, _, clips, aggregation, std) in losses.items():
+        loss = rl.RLConfig.parse({**given, "loss": {"name": name}}).loss
+        told = *(float(each.split()[0]) for each in clips.split(",")), re.findall(r"`(\w+)`", aggregation)[0], std
+        assert told == (loss.clip_low, loss.clip_high, loss.aggregation, f"`{loss.advantage_std}`")
+        assert ("(default)" in said) == (rl.RLConfig.parse(given).loss.name == name)
+    keys = [row for row in rows if len(row) == 4]
+    assert len(keys) > 9
+    for names, _, defaults, _ in keys:
+        for name, default in zip(re.findall(r"`([\w.]+)`", names), defaults.split(", "), strict=True):
+            value, told = attrgetter(name)(rl.RLConfig.parse(given)), default.strip("`")
+            assert told == f"{value}".lower() or float(told) == value
 
 
 def test_what_was_cut_off_is_not_trained_on_where_asked(training, metrics, tmp_path):
@@ -44,6 +73,22 @@ def test_a_run_logs_every_step_and_counts_its_cost(training, metrics, tmp_path):
     assert metrics(tmp_path / "again") == rows
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_step_keeps_nothing_of_the_steps_before(training, saying, tmp_path, staleness):
+    """Trajectories that are there as weights are handed over: no more at the last step than once all are begun."""
+    sampler, there = saying(lambda key, index: Solution("so", str(index))), []
+    hand_over = sampler.update_weights
+
+    def counted(*given):
+        gc.collect()
+        there.append(sum(type(each) is Trajectory for each in gc.get_objects()))
+        return hand_over(*given)
+
+    sampler.update_weights = counted
+    rl.run(training(steps=8, staleness=staleness), tmp_path / "out", sampler)
+    assert there[-1] <= there[1 + staleness] <= there[0] + 12 * (2 + staleness)
 
 
 def test_samples_made_beside_the_updates_come_out_alike_twice(training, metrics, tmp_path):

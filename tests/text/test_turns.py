@@ -65,6 +65,14 @@ def test_a_response_without_a_form_is_parsed_as_ever(calling):
         assert (parsed.reasoning, parsed.answer, parsed.closed, calls) == ("hm", "7", True, [])
 
 
+@pytest.mark.parametrize("told", [[USER], [{"role": "tool", "content": "12"}, USER]])
+def test_what_stands_between_two_turns_is_kept_to_the_last_newline(chatml, told):
+    """ChatML writes one behind every end token: the ids are those of the whole chat."""
+    said = [*chatml.encode("7"), chatml.eos_id]
+    whole = chatml.encode_chat([USER, ANSWER, *told])
+    assert chatml.encode_chat([USER]) + said + turn_suffix(chatml, told) == whole
+
+
 @pytest.mark.parametrize("arguments", ["{", "[]", "nothing", '{"a": 1}', "[" * 50_000])
 def test_what_follows_a_call_does_not_depend_on_how_it_was_written(calling, arguments):
     told = [{"role": "tool", "content": "12"}]

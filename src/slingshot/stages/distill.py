@@ -21,6 +21,7 @@ from torch import Tensor
 from slingshot.base.config import StageConfig, Strict
 from slingshot.base.errors import SlingshotError
 from slingshot.base.progress import Progress
+from slingshot.checkpoint.frozen import load_frozen
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.flops import forward_flops, training_parts
 from slingshot.machine.device import Dtype
@@ -34,6 +35,7 @@ from slingshot.tasks.verification import VerificationPool
 from slingshot.training.checkpointer import Checkpointer, restore
 from slingshot.training.distillation import Divergence, distillation_loss
 from slingshot.training.interrupts import Interrupts
+from slingshot.training.lora import LoRAConfig, add_lora, merged
 from slingshot.training.objectives import targets_ahead
 from slingshot.training.optimizer import Optimizer, OptimizerConfig, schedule
 from slingshot.training.parallel import Parallel
@@ -59,6 +61,7 @@ class DistillConfig(StageConfig):
     group_size: int = Field(1, ge=1)
     sampling: SamplingConfig = SamplingConfig()
     optimizer: OptimizerConfig = OptimizerConfig(name="adamw", lr=1e-4, warmup=0.0, decay=0.0, weight_decay=0.0)
+    lora: LoRAConfig | None = None
     divergence: Divergence = "reverse"
     beta: float = Field(0.5, gt=0, lt=1)
     top_k: int = Field(0, ge=0)
@@ -94,7 +97,11 @@ def run(config: DistillConfig, out: Path, sampler: Sampler | None = None) -> Non
         if parallel.mesh is not None:
             raise SlingshotError("distill: runs in one process; start it without torchrun")
         mix, source = TaskMix(config.tasks, "train", f"distill/{config.seed}"), work.reads[config.model]
-        model, tokenizer = load_model(source, device=parallel.device), load_tokenizer(source)
+        load = load_model if config.lora is None else load_frozen
+        model, tokenizer = load(source, device=parallel.device), load_tokenizer(source)
+        if config.lora is not None:
+            add_lora(model, config.lora, config.seed, parallel)
+        passed = None if config.lora is None else config.lora.numbers_passed(model.config)
         teachers = []
         for teacher in config.teachers:
             path = work.reads[teacher.model]
@@ -116,7 +123,7 @@ def run(config: DistillConfig, out: Path, sampler: Sampler | None = None) -> Non
             for step in range(done, config.steps):
                 if config.max_flops is not None and work.meter.flops >= config.max_flops:
                     break
-                sampler.update_weights(step, model.state_dict())
+                sampler.update_weights(step, merged(model))
                 groups = rollout.run(mix.draw(step * config.prompts_per_step, config.prompts_per_step))
                 each = [trajectory for group in groups for trajectory in group]
                 n_tokens = sum(sum(t.mask) for t in each)
@@ -125,7 +132,7 @@ def run(config: DistillConfig, out: Path, sampler: Sampler | None = None) -> Non
                     own = [t for t in each if config.teacher_of(task_name(config, mix, t)) == index]
                     loss, sizes = distill_step(model, judge, own, n_tokens, config, parallel)
                     total += loss
-                    parts = training_parts(model.config, sizes.lengths, mtp=False, before=sizes.before)
+                    parts = training_parts(model.config, sizes.lengths, False, passed, sizes.before)
                     taught = forward_flops(judge.config, sizes.lengths, before=sizes.before)
                     work.meter.add(0, teacher=taught, **parts)
                 factor = schedule(config.optimizer, step, config.steps)

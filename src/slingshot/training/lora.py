@@ -30,7 +30,7 @@ GROUPS = ("attention", "mlp", "experts")  # of targets
 
 
 class LoRAConfig(Strict):
-    """The table `lora` of sft and rl. The change is scaled by alpha / rank.
+    """The table `lora` of sft, rl and distill. The change is scaled by alpha / rank.
 
     `targets`: attention, mlp, experts (each its own A and B), or names of matrices as PEFT's target_modules: q_proj.
     """

@@ -159,6 +159,7 @@ def test_tests_are_columns_of_any_name_and_a_table_of_inputs_and_outputs(written
         assert [task.verify(problem, f"def add(a, b): return {what}").value for what in ("a + b", "1")] == [1.0, 0.0]
     for params, message in {
         "{input_output} {checks}": r'row 1: it has "tests"', "{none}": "no column 'none'", "none": "no column 'none'",
+        "{checks": "no text with {columns}",
         "question": "its tests call no function|no Python",
     }.items():  # fmt: skip
         with pytest.raises(SlingshotError, match=message):

@@ -64,6 +64,13 @@ def test_published_splits_are_kept_and_what_is_in_both_is_for_testing(file):
         next(only.problems("train", 0))
 
 
+def test_a_number_in_where_is_the_number_in_a_column_however_it_is_written(file):
+    rows = [{"prompt": f"{n}?", "answer": n, "level": float(n % 3)} for n in range(60)]
+    for level in (1, 1.0, "1.0", [1]):
+        task = load_task(f"dataset:{file(rows)}", where={"level": level})
+        assert sum(len(list(task.problems(split, 0))) for split in ("train", "test")) == 20
+
+
 def test_choices_are_shuffled_the_same_every_time_and_the_letter_is_right(file):
     source = file(TRIVIA)
     problems = list(load_task("dataset", source=source, like="gpqa-diamond").problems("test", 0))
@@ -104,6 +111,10 @@ def test_prompts_are_made_of_columns_and_of_nothing_else(file):
         ([{"prompt": "?", "answer": "x" * 10_000_000}], {}, "row 1: the answer has 10,000,000 characters; at most 100"),
         ([{"prompt": "?", "answer": None}], {}, "row 1: column answer holds None, which is no text and no number"),
         ([{"prompt": "?", "answer": "("}], {"verifier": "regex"}, "nothing for the verifier regex"),
+        ([{"prompt": "?", "answer": float("nan")}], {}, "row 1: column answer holds nan, which is no text and no num"),
+        ([{"prompt": "?", "answer": ["a", "b"]}], {}, "row 1: column answer holds a list, .*; an answer is one text"),
+        ([{"prompt": ["x", "y"], "answer": 2}], {"verifier": "choice"}, "row 1: column answer holds 2 of 2 choices"),
+        (TRIVIA, {"prompt": "Question", "wrong": ["Question"]}, "prompt 'Question' shows no choices; put {choices} w"),
         ([{"prompt": " ", "answer": "1"}], {}, "row 1: the prompt has 1 characters"),
         ([], {}, r"rows\.jsonl holds no rows"),
         ([1], {}, "row 1 is no object"),

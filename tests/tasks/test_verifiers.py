@@ -18,7 +18,9 @@ from slingshot.tasks.verifiers import MAX_ANSWER, VERIFIERS, boxed, quantity
         ("1,234.5 km", "1234.5", "km"), ("$3", "3", ""), ("-$5", "-5", ""), ("50%", "50", "%"), (r"25\%", "25", "%"),
         ("3/4", "3/4", ""), ("1 3/4", "7/4", ""), (r"\frac{3}{4}", "3/4", ""), ("2e5", "200000", ""), (".5", "1/2", ""),
         ("−7", "-7", ""), ("14 apples.", "14", "apple"), (r"12\text{ cm}", "12", "cm"), ("1{,}234", "1234", ""),
-        ("12 m^2", "12", "m^2"), ("007", "7", ""),
+        ("12 m^2", "12", "m^2"), ("007", "7", ""), (r"1\frac{3}{4}", "7/4", ""), ("+3", "3", ""),
+        ("−1 3/4", "-7/4", ""), ("１，２３４．５％", "1234.5", "%"), ("$2.5 million", "2500000", ""),
+        ("3 hundreds", "300", ""),
     ],
 )  # fmt: skip
 def test_quantities_are_read_as_people_write_them(text, value, unit):
@@ -26,8 +28,10 @@ def test_quantities_are_read_as_people_write_them(text, value, unit):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "fourteen", "13 14 15", "13, 14", "1/0", "1,23", "The answer is 14", "9" * 200, "1e9999"]
-)
+    "text",
+    ["", "fourteen", "13 14 15", "13, 14", "1/0", "1,23", "The answer is 14", "9" * 200, "1e9999", "1½", "5²", r"5\pi",
+     "5π", "14 or 3"],
+)  # fmt: skip
 def test_what_is_no_one_quantity_is_none(text):
     assert quantity(text) is None
 
@@ -38,7 +42,10 @@ def test_what_is_no_one_quantity_is_none(text):
         ("number", "14", "14", "14"), ("number", "It is 13, no, 14.", None, "14"), ("number", "none", None, None),
         ("number", r"\boxed{14}", "14", "14"), ("number", r"so \boxed{3/4} of 9", None, "3/4"),
         ("number", "x^2 = 1 3/4", None, "1 3/4"), ("number", r"thus \frac{3}{4}", None, "3/4"),
-        ("number", "about 25%", None, "25%"), ("number", "it costs -$1,234", None, "-$1,234"),
+        ("number", "about 25%", None, "25%"), ("number", "答えは１４です。", None, "14"),
+        ("number", "some 3 million of them", None, "3 million"), ("number", r"so 1\frac{3}{4}", None, "1 3/4"),
+        ("choice", "（Ｂ）。", "B", "B"), ("choice", "The answer is a number", None, None),
+        ("choice", "answer: a", None, "A"), ("number", "it costs -$1,234", None, "-$1,234"),
         ("math", r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", r"\frac{1}{2}"), ("math", "$x+1$", "x+1", "x+1"),
         ("math", "So\n$x+1$", "So\n$x+1$", "x+1"), ("math", " ", None, None),
         ("choice", "B", "B", "B"), ("choice", "(b).", "B", "B"), ("choice", "A dog", None, None),
@@ -59,7 +66,8 @@ def test_answers_are_read_strictly_and_leniently(name, text, strict, lenient):
     [
         ("number", "1,000", "1000.0", {}, 1), ("number", "0.75", "3/4", {}, 1), ("number", "5 km", "5 m", {}, 0),
         ("number", "5 miles", "5 mile", {}, 1), ("number", "5", "5 km", {}, 1), ("number", "50%", "0.5", {}, 1),
-        ("number", "50%", "50", {}, 1), ("number", "3.14", "3.1416", {}, 0), ("number", "0.5", "50%", {}, 0),
+        ("number", "50%", "50", {}, 1), ("number", "3 million", "3", {}, 0), ("exact", "!", "?", {}, 0),
+        ("exact", "...", "...", {}, 1), ("number", "3.14", "3.1416", {}, 0), ("number", "0.5", "50%", {}, 0),
         ("number", "336", r"336^\circ", {}, 1), ("number", r"336^{\circ}", "336", {}, 1),
         ("number", "3.14", "3.1416", {"tolerance": 0.01}, 1), ("number", "-3.14", "3.14", {"tolerance": 0.01}, 0),
         ("choice", "B", "b", {}, 1), ("choice", "B", "C", {}, 0),
@@ -104,7 +112,8 @@ def test_formulas_are_compared_in_a_worker_and_one_that_hangs_costs_itself():
     pytest.importorskip("math_verify")
     worker, target = Worker(), Target("slingshot.tasks.verifiers:Scorer", ("math", {}), timeout=10.0)
     right = [("1/2", "0.5"), (r"\frac12", "0.5"), ("(1,2)", "(1, 2)"), ("(x+1)^2", "x^2+2x+1"), ("14", "14.0")]
-    wrong = [("13 14 15", "14"), ("13, 14, 15", "14"), ("The answer is 42", "42"), (r"14}\boxed{15", "15"), ("1", "2")]
+    wrong = [("13 14 15", "14"), ("13, 14, 15", "14"), ("The answer is 42", "42"), ("1", "2"), ("14} 15", "14")]
+    wrong += [(r"14}\boxed{15", "15")]
     assert [worker.call(target, "score", "", *pair) for pair in right] == [1.0] * len(right)
     assert [worker.call(target, "score", "", *pair) for pair in wrong] == [0.0] * len(wrong)
     with pytest.raises(SandboxError, match="took longer than 3 s"):

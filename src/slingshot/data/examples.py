@@ -11,6 +11,7 @@ examples = read_examples(Path("runs/samples"))
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,8 +118,8 @@ def _is_call(call: Any) -> bool:
 
 
 def _text(value: Any) -> Any:
-    """Numbers as the text they are, and the parts that an API's content may consist of as one text."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    """Numbers as the text they are, but NaN, and the parts that an API's content may consist of as one text."""
+    if type(value) is int or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     if isinstance(value, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in value):
         return "".join(part["text"] for part in value) or None

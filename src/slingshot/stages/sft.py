@@ -168,8 +168,11 @@ def _single_turns(examples: Sequence[Example], tokenizer: Tokenizer, config: SFT
     for example in examples:
         if isinstance(example.prompt, str):
             prompts.append(config.form.encode(tokenizer, Problem(prompt=example.prompt, key=example.prompt)))
-        else:
+            continue
+        try:
             prompts.append(tokenizer.encode_chat(example.prompt))
+        except SlingshotError as error:
+            raise SlingshotError(f"the example {example.prompt!r:.120}: {error}") from error
     silent = {i for i, example in enumerate(examples) if example.reasoning is None and config.no_reasoning == "none"}
     opened = {i for i, prompt in enumerate(prompts) if ends_in_reasoning(prompt, tokenizer)}
     responses: dict[int, list[int]] = {}

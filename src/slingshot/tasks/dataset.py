@@ -25,7 +25,7 @@ from slingshot.sandbox.worker import Target
 from slingshot.tasks.code_verifier import MARGIN, CodeOptions, require_judging
 from slingshot.tasks.hidden_tests import read_tests
 from slingshot.tasks.published import PUBLISHED
-from slingshot.tasks.rows import LETTERS, Row, column, file_rows, fill, fill_code, hub_rows, lettered
+from slingshot.tasks.rows import LETTERS, Row, column, columns_of, file_rows, fill, fill_code, hub_rows, lettered
 from slingshot.tasks.task import Language, Problem, Reward, Split, Style, split_of
 from slingshot.tasks.verification import IsolatedTask
 from slingshot.tasks.verifiers import MAX_ANSWER, VERIFIERS
@@ -69,6 +69,8 @@ class DatasetTask(IsolatedTask):
             raise unknown_name("verifier", self.verifier, VERIFIERS)
         if self.test and not self.source.endswith(_FILES):
             raise ValueError("test is a file beside a source that is one; of a hub's data set, splits names the parts")
+        if self.wrong and "{choices}" not in self.prompt:
+            raise ValueError(f"prompt {self.prompt!r:.60} shows no choices; put {{choices}} where they belong")
         if self.pattern:
             try:
                 groups = re.compile(self.pattern).groups
@@ -137,7 +139,7 @@ class DatasetTask(IsolatedTask):
                     f"{error}; or pip install {install} --no-deps" if package else str(error)
                 ) from error
         if not _HUB.fullmatch(self.source) and not Path(self.source).is_dir():
-            way = did_you_mean(self.source, PUBLISHED, "or give a hub's org/name, or a .jsonl or .parquet file")
+            way = did_you_mean(self.source, PUBLISHED, "give a hub's org/name, or a .jsonl or .parquet file")
             raise SlingshotError(f"dataset.source: {self.source!r:.80} is no data set; {way}")
         return hub_rows(self.source, self.subset, dict(self.splits))
 
@@ -147,8 +149,8 @@ class DatasetTask(IsolatedTask):
 
     def _wanted(self, row: Row, where: str) -> bool:
         for name, wanted in self.where.items():
-            allowed = wanted if isinstance(wanted, list) else [wanted]
-            if str(column(name, row, where)) not in map(str, allowed):
+            value, allowed = column(name, row, where), wanted if isinstance(wanted, list) else [wanted]
+            if value not in allowed and str(value) not in map(str, allowed):
                 return False
         return True
 
@@ -197,7 +199,12 @@ class DatasetTask(IsolatedTask):
         if self.verifier == "judge" and value in (None, ""):  # a rubric may need no reference
             return ""
         if self.verifier == "choice" and type(value) is int and 0 <= value < len(LETTERS):
+            lists = [row[name] for name in columns_of(self.prompt, row, where) if isinstance(row.get(name), list)]
+            if lists and value >= (most := max(map(len, lists))):
+                raise SlingshotError(f"{where}: column {self.answer} holds {value} of {most} choices, counted from 0")
             return LETTERS[value]
+        if isinstance(value, list):
+            raise SlingshotError(f"{where}: column {self.answer} holds a list, {value!r:.60}; an answer is one text")
         gold = fill(self.answer, row, where)
         if self.pattern:
             *_, last = None, *re.findall(self.pattern, gold)

@@ -8,6 +8,7 @@ fill("{question}\\nOptions: {choices}", row)
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,11 +104,7 @@ def fill(form: str, row: Row, where: str) -> str:
     """
     if form in row:
         return text_of(row[form], form, where)
-    parts = list[str]()
-    try:
-        pieces = list(Formatter().parse(form))
-    except ValueError as error:
-        raise SlingshotError(f"{where}: {form!r:.80} is no text with {{columns}}: {error}") from error
+    parts, pieces = list[str](), _pieces(form, where)
     if all(name is None for _, name, *_ in pieces):
         raise _no_column(form, row, where)
     for literal, name, spec, conversion in pieces:
@@ -120,6 +117,14 @@ def fill(form: str, row: Row, where: str) -> str:
             raise _no_column(name, row, where)
         parts.append(text_of(row[name], name, where))
     return "".join(parts)
+
+
+def _pieces(form: str, where: str) -> list[tuple[str, str | None, str | None, str | None]]:
+    """What `string.Formatter` makes of a form: texts, each with the name in the braces behind it."""
+    try:
+        return list(Formatter().parse(form))
+    except ValueError as error:
+        raise SlingshotError(f"{where}: {form!r:.80} is no text with {{columns}}: {error}") from error
 
 
 def fill_code(form: str, row: Row, where: str) -> str:
@@ -140,7 +145,8 @@ def text_of(value: Any, column: str, where: str) -> str:
         return lettered([text_of(each, column, where) for each in value])
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if not isinstance(value, str | int | float) or isinstance(value, bool):
+    nothing = isinstance(value, float) and not math.isfinite(value)  # as tables write what is missing
+    if not isinstance(value, str | int | float) or isinstance(value, bool) or nothing:
         raise SlingshotError(f"{where}: column {column} holds {value!r:.60}, which is no text and no number")
     return str(value)
 
@@ -153,7 +159,7 @@ def columns_of(form: str, row: Row, where: str) -> list[str]:
     """The column that `form` names, or all that stand in its braces."""
     if form in row:
         return [form]
-    names = [name for _, name, *_ in Formatter().parse(form) if name]
+    names = [name for _, name, *_ in _pieces(form, where) if name]
     if not names:
         raise _no_column(form, row, where)
     return names

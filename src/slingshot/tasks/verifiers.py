@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 from pydantic import Field
@@ -28,22 +29,27 @@ from slingshot.tasks.model_judge import JudgeOptions, judged_score
 
 MAX_ANSWER = 100_000  # characters; longer ones are wrong without asking
 _MAX_QUANTITY = 100  # characters of a number with its unit
-_NUMERAL = r"[-\u2212\uff0d]?[0-9][0-9,]*(?:\.[0-9]+)?"
+# The typographic minus, and ASCII's signs in the full width that Japanese text gives them.
+_PLAIN = str.maketrans({"\u2212": "-"} | {chr(code + 0xFEE0): chr(code) for code in range(0x21, 0x7F)})
+_NUMERAL = r"-?[0-9][0-9,]*(?:\.[0-9]+)?"
+# Words that are no units, and what power of 10 they are.
+_TIMES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _QUANTITY = re.compile(
-    rf"(?P<sign>-)?[$€£¥]?\s?(?:(?P<whole>[0-9]+) (?=[0-9]+/))?(?P<top>{_NUMERAL}|-?\.[0-9]+)"
+    rf"(?P<sign>[-+])?[$€£¥]?\s?(?:(?P<whole>[0-9]+) (?=[0-9]+/))?(?P<top>{_NUMERAL}|-?\.[0-9]+)"
     rf"(?:\s?/\s?(?P<bottom>{_NUMERAL}))?(?:[eE](?P<power>[+-]?[0-9]{{1,3}}))?"
-    r"\s?(?P<unit>(?:[%°]|[^\W\d_])[^\d\n,;]{0,30}(?:\^?[23])?)?"
+    rf"(?:\s?(?P<times>{'|'.join(_TIMES)})s?\b)?"
+    r"\s?(?P<unit>(?!pi\b|π)(?:[%°]|[^\W\d_])[^\d\n,;]{0,30}(?:(?<!\s)\^?[23])?)?"
 )
 _FOUND = re.compile(
-    rf"(?<![\w^.])(?:-?[$€£¥])?(?:[0-9]{{1,9}} (?=[0-9]+/))?(?:{_NUMERAL}|\.[0-9]+)"
-    r"(?:/[0-9]+)?(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?(?:\s?\\?%)?"
+    rf"(?<![A-Za-z0-9_^.])(?:-?[$€£¥])?(?:[0-9]{{1,9}} (?=[0-9]+/))?(?:{_NUMERAL}|\.[0-9]+)"
+    rf"(?:/[0-9]+)?(?:[eE][+-]?[0-9]{{1,3}}(?![0-9]))?(?:\s?\\?%|\s?(?:{'|'.join(_TIMES)})s?\b)?"
 )
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]{1,40})\}\s*\{([^{}]{1,40})\}")
 _WRAPPED = re.compile(r"\\(?:text|mathrm|mbox)\s*\{([^{}]{0,40})\}")
-_LETTER = re.compile(r"[(\[]?([A-Ja-j])[)\]]?[.:]?")
-# Where a response names its choice, the surest place first; of each the last.
+_LETTER = re.compile(r"[(\[]?([A-Ja-j])[)\]]?[.:。]?")
+# Where a response names its choice, the surest place first; of each the last. "a number" and "i think" name none.
 _NAMED = (
-    re.compile(r"(?:answer|choice|option)(?:\s+is)?\s*:?\s*\**\s*[(\[]?([A-J])\b", re.IGNORECASE),
+    re.compile(r"(?i)(?:answer|choice|option)(?:\s+is)?\s*:?\s*\**\s*[(\[]?((?-i:[A-J])|[b-hj]|[ai](?!\s\w))\b"),
     re.compile(r"[(\[]([A-J])[)\]]"),
     re.compile(r"\b([A-J])[.)]?\**\s*$"),
 )
@@ -107,17 +113,23 @@ def quantity(text: str) -> tuple[Fraction, str] | None:
     """A number and its unit ("" for none): 1,234.5 km, $3, 50%, 3/4, 1 3/4, 2e5, \\frac{3}{4}. None for others."""
     if len(text) > _MAX_QUANTITY:
         return None
-    text = _FRACTION.sub(r"\1/\2", text)
+    text = _in_line(text.translate(_PLAIN))
     text = _WRAPPED.sub(r" \1", text.replace("\\!", "").replace("\\,", "").replace("\\ ", " ").replace("{,}", ","))
     text = re.sub(r"\^\{?\\circ\}?", "°", text)
     text = re.sub(r"\s+", " ", text.replace("\\", "")).strip().removesuffix(".").removesuffix("。")
-    if not (match := _QUANTITY.fullmatch(text)):
+    if not (match := _QUANTITY.fullmatch(text)) or (match["unit"] or "")[:1].isnumeric():  # 1½, 5²
         return None
     parts = [read_number(re.sub(r"^(-?)\.", r"\g<1>0.", match[name] or "1")) for name in ("top", "bottom")]
     if parts[0] is None or parts[1] is None or Fraction(parts[1]) == 0:
         return None
-    value = (int(match["whole"] or 0) + Fraction(parts[0]) / Fraction(parts[1])) * (-1 if match["sign"] else 1)
-    return value * Fraction(10) ** int(match["power"] or 0), _unit(match["unit"] or "")
+    value = (int(match["whole"] or 0) + Fraction(parts[0]) / Fraction(parts[1])) * (-1 if match["sign"] == "-" else 1)
+    power = int(match["power"] or 0) + _TIMES.get(match["times"], 0)
+    return value * Fraction(10) ** power, _unit(match["unit"] or "")
+
+
+def _in_line(text: str) -> str:
+    """With LaTeX's fractions as 3/4; one behind a whole number apart from it."""
+    return _FRACTION.sub(r"\1/\2", re.sub(r"(?<=[0-9])(?=\\[dt]?frac)", " ", text))
 
 
 def _unit(said: str) -> str:
@@ -133,7 +145,7 @@ def _read_quantity(text: str) -> str | None:
 def _find_quantity(text: str) -> str | None:
     if (inside := boxed(text)) and quantity(inside):
         return inside
-    *_, found = "", *_FOUND.findall(_FRACTION.sub(r"\1/\2", text))
+    *_, found = "", *_FOUND.findall(_in_line(text.translate(_PLAIN)))
     found = found.rstrip(",").strip()
     return found if quantity(found) else None
 
@@ -167,11 +179,20 @@ def score_math(answer: str, gold: str, options: dict[str, Any]) -> float:
 
     if answer.strip() == gold.strip():
         return 1.0
+    if not _closed(answer):  # of what follows a brace too many nothing would be read
+        return 0.0
     return float(verify(_formula(gold), _formula(answer), timeout_seconds=None))
 
 
+def _closed(text: str) -> bool:
+    """Whether every brace that opens is closed, and none besides; \\{ is a sign."""
+    braces = re.sub(r"\\.|[^{}]", "", text, flags=re.DOTALL)
+    depths = list(accumulate((1 if sign == "{" else -1 for sign in braces), initial=0))
+    return min(depths) == depths[-1] == 0
+
+
 def _read_letter(text: str) -> str | None:
-    match = _LETTER.fullmatch((whole(text) or "").strip("* "))
+    match = _LETTER.fullmatch((whole(text) or "").translate(_PLAIN).strip("* "))
     return match[1].upper() if match else None
 
 
@@ -187,7 +208,8 @@ def _find_letter(text: str) -> str | None:
 
 
 def _normal(text: str, case: bool = False) -> str:
-    text = " ".join(unicodedata.normalize("NFKC", text).split()).strip(" .。!?\"'`*")
+    text = " ".join(unicodedata.normalize("NFKC", text).split())
+    text = text.strip(" .。!?\"'`*") or text  # an answer of punctuation alone is that
     return text if case else text.casefold()
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from slingshot.training.offload import StatePlace
 from slingshot.training.optimizer import (
     AdamW,
     Muon,
@@ -21,6 +22,15 @@ from slingshot.training.optimizer import (
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def adamw(parameters, kept_as=None, **rates):
+    return AdamW(parameters=parameters, place=StatePlace(parameters, kept_as, None), betas=(0.9, 0.95), **rates)
+
+
+def muon(parameters, kept_as=None, **rates):
+    place = StatePlace(parameters, kept_as, None)
+    return Muon(parameters=parameters, place=place, momentum=0.9, dtype=torch.float32, **rates)
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 8, 20), (3, 2, 20, 8), (12, 12)])
@@ -50,13 +60,13 @@ def test_newton_schulz_of_a_diagonal_by_hand():
 def test_muon_by_an_independent_computation():
     """Two steps of W -= lr (0.2 sqrt(max(M, N)) NS(g + 0.9 (m - g)) + 0.1 W), m = 0.9 m + 0.1 g; also of a stack."""
     plain, stack = nn.Parameter(normal(3, 5)), nn.Parameter(normal(2, 2, 3, 5, seed=1))
-    optimizer = Muon([{"params": [plain, stack]}], lr=0.02, momentum=0.9, weight_decay=0.1, dtype=torch.float32)
+    optimizer = muon([plain, stack], lr=0.02, weight_decay=0.1)
     matrices = [plain.detach().clone(), *stack.detach().clone().view(4, 3, 5)]
     momenta = [torch.zeros(3, 5) for _ in matrices]
     for step in range(2):
         gradients = [normal(3, 5, seed=10 + step), *normal(4, 3, 5, seed=20 + step)]
         plain.grad, stack.grad = gradients[0].clone(), torch.stack(gradients[1:]).view(2, 2, 3, 5)
-        optimizer.step()
+        optimizer.step(1.0)
         for index, gradient in enumerate(gradients):
             momenta[index] = 0.9 * momenta[index] + 0.1 * gradient
             direction = gradient + 0.9 * (momenta[index] - gradient)
@@ -71,45 +81,46 @@ def test_muon_by_an_independent_computation():
 def test_muon_leaves_parameters_without_gradient_alone():
     parameter = nn.Parameter(normal(3, 5))
     before = parameter.detach().clone()
-    Muon([{"params": [parameter]}], lr=0.1, momentum=0.9, weight_decay=0.5, dtype=torch.float32).step()
+    muon([parameter], lr=0.1, weight_decay=0.5).step(1.0)
     assert torch.equal(parameter, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adamw_is_torchs_to_the_bit(dtype):
     """Over changing rates, with and without decay, a parameter without a gradient among them."""
-    shapes, settings = ((5, 7), (64, 64), (3,), (2, 2)), {"lr": 1e-2, "betas": (0.9, 0.95)}
+    shapes = (5, 7), (64, 64), (3,), (2, 2)
     ours, theirs = ([nn.Parameter(normal(*shape).to(dtype)) for shape in shapes] for _ in range(2))
-    groups = lambda ps: [{"params": ps[:2], "weight_decay": 0.1}, {"params": ps[2:], "weight_decay": 0.0}]  # noqa: E731
-    parts = AdamW(groups(ours), **settings), torch.optim.AdamW(groups(theirs), **settings, fused=True)
+    mine = [adamw(ours[:2], lr=1e-2, weight_decay=0.1), adamw(ours[2:], lr=1e-2, weight_decay=0.0)]
+    groups = [{"params": theirs[:2], "weight_decay": 0.1}, {"params": theirs[2:], "weight_decay": 0.0}]
+    torchs = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     for step in range(4):
-        for parameters, part in zip((ours, theirs), parts, strict=True):
-            for parameter in parameters[:3]:
-                parameter.grad = normal(*parameter.shape, seed=step).to(dtype)
-            for group in part.param_groups:
-                group["lr"] = 1e-2 * (step + 1)
-            part.step()
+        for parameter in (*ours[:3], *theirs[:3]):
+            parameter.grad = normal(*parameter.shape, seed=step).to(dtype)
+        for part in mine:
+            part.step(step + 1)
+        for group in torchs.param_groups:
+            group["lr"] = 1e-2 * (step + 1)
+        torchs.step()
     assert all(map(torch.equal, ours, theirs)) and torch.equal(ours[3], normal(2, 2).to(dtype))
-    for mine, its in zip(ours[:3], theirs[:3], strict=True):  # and so are checkpoints
-        torch.testing.assert_close(parts[0].state[mine], dict(parts[1].state[its]), rtol=0, atol=0)
-    assert ours[3] not in parts[0].state
+    state = {**mine[0].state, **mine[1].state}
+    for each, its in zip(ours[:3], theirs[:3], strict=True):  # and so are checkpoints
+        torch.testing.assert_close(state[each], dict(torchs.state[its]), rtol=0, atol=0)
+    assert ours[3] not in state
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_momenta_kept_in_16_bits_are_those_of_32_rounded_after_every_step(kind):
     def part(kept_as):
         parameters = [nn.Parameter(normal(8, 8)), nn.Parameter(normal(3, 8, seed=1))]
-        group = {"params": parameters, "lr": 1e-2, "weight_decay": 0.1}
-        if kind == "adamw":
-            return parameters, AdamW([group], kept_as, betas=(0.9, 0.95))
-        return parameters, Muon([group], kept_as, momentum=0.9, dtype=torch.float32)
+        rule = adamw if kind == "adamw" else muon
+        return parameters, rule(parameters, lr=1e-2, weight_decay=0.1, kept_as=kept_as)
 
     (narrow, ours), (wide, theirs) = part(torch.bfloat16), part(None)
     for step in range(3):
         for parameters, its in ((narrow, ours), (wide, theirs)):
             for parameter in parameters:
                 parameter.grad = normal(*parameter.shape, seed=10 + step)
-            its.step()
+            its.step(1.0)
         for state in theirs.state.values():
             for name in state.keys() - {"step"}:
                 state[name].copy_(state[name].bfloat16())
@@ -157,22 +168,21 @@ def test_matrices_go_to_muon_and_the_rest_to_adamw_each_once(make_model, deepsee
     model = make_model(deepseek())
     optimizer = Optimizer(model, OptimizerConfig())
     names = {parameter: name for name, parameter in model.named_parameters()}
-    (adamw, _), (muon, _) = optimizer.parts
-    by_muon = {names[p] for group in muon.param_groups for p in group["params"]}
-    decayed, plain = ({names[p] for p in group["params"]} for group in adamw.param_groups)
+    decayed, plain, by_muon = ({names[p] for p in part.parameters} for part in optimizer.parts)
     assert by_muon | decayed | plain == set(names.values()) and len(by_muon) + len(decayed) + len(plain) == len(names)
     assert decayed == {"model.embed_tokens.weight", "lm_head.weight"} | {
         f"model.layers.{layer}.mlp.gate.weight" for layer in (1, 2, 3)
     }
     assert "model.layers.1.mlp.experts.gate_up_proj.weight" in by_muon and "model.layers.3.eh_proj.weight" in by_muon
     assert all("norm" in name for name in plain)
-    assert [group["weight_decay"] for group in adamw.param_groups] == [0.1, 0.0]
+    assert [part.weight_decay for part in optimizer.parts] == [0.1, 0.0, 0.1]
 
 
 def test_adamw_alone_has_one_learning_rate(make_model, dense):
     model = make_model(dense())
-    ((part, lr),) = Optimizer(model, OptimizerConfig(name="adamw", lr=0.5, adam_lr=0.1)).parts
-    assert lr == 0.5 and sum(len(group["params"]) for group in part.param_groups) == len(list(model.parameters()))
+    parts = Optimizer(model, OptimizerConfig(name="adamw", lr=0.5, adam_lr=0.1)).parts
+    assert [part.lr for part in parts] == [0.5, 0.5]
+    assert sum(len(part.parameters) for part in parts) == len(list(model.parameters()))
 
 
 def test_a_step_clips_the_norm_scales_the_rate_and_drops_the_gradients(make_model, dense):

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
@@ -75,44 +76,41 @@ def newton_schulz(matrices_XMN: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).reshape(matrices_XMN.shape)
 
 
-class ParameterGroups:
-    """Groups of parameters with their settings, and what is kept of each, beside it or where `offload` says.
-    Not torch.optim's: making one of those imports torch's compiler, as long again as torch itself at every start."""
+@dataclass(eq=False)
+class UpdateRule:
+    """How some parameters move, and what is kept of each. `lr` is the peak.
 
-    def __init__(
-        self,
-        groups: Iterable[dict[str, Any]],
-        kept_as: torch.dtype | None = None,
-        offload: str | None = None,
-        **settings: Any,
-    ) -> None:
-        self.param_groups = [settings | group for group in groups]
-        self.place = StatePlace((each for group in self.param_groups for each in group["params"]), kept_as, offload)
-        self.state: dict[nn.Parameter, dict[str, Tensor]] = defaultdict(dict)
+    Not torch.optim's: making one of those imports torch's compiler, as long again as torch itself at every start.
+    """
 
-    def step(self) -> None:
-        """Move every parameter that has a gradient."""
+    parameters: list[nn.Parameter]
+    place: StatePlace
+    lr: float
+    weight_decay: float
+    state: dict[nn.Parameter, dict[str, Tensor]] = field(init=False, default_factory=lambda: defaultdict(dict))
+
+    def step(self, fraction: float) -> None:
+        """Move every parameter that has a gradient, at `fraction` of the rate."""
         raise NotImplementedError
 
 
-class AdamW(ParameterGroups):
-    """AdamW (arXiv 1711.05101) by torch's fused kernel, as torch.optim.AdamW(fused=True) calls it.
+@dataclass(eq=False)
+class AdamW(UpdateRule):
+    """AdamW (arXiv 1711.05101) by torch's fused kernel, as torch.optim.AdamW(fused=True) calls it."""
 
-    Settings: lr, betas, weight_decay.
-    """
+    betas: tuple[float, float]
 
     @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            by_kind: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = defaultdict(list)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_kind[parameter.device, parameter.dtype].append(parameter)
-            for moved in by_kind.values():  # state that has to come and go does so one parameter's at a time
-                for some in [[parameter] for parameter in moved] if self.place.moves(moved[0]) else [moved]:
-                    self._move(some, group)
+    def step(self, fraction: float) -> None:
+        by_kind: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = defaultdict(list)
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                by_kind[parameter.device, parameter.dtype].append(parameter)
+        for moved in by_kind.values():  # state that has to come and go does so one parameter's at a time
+            for some in [[parameter] for parameter in moved] if self.place.moves(moved[0]) else [moved]:
+                self._move(some, self.lr * fraction)
 
-    def _move(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+    def _move(self, parameters: list[nn.Parameter], lr: float) -> None:
         states = [self.state[parameter] for parameter in parameters]
         for parameter, state in zip(parameters, states, strict=True):
             if not state:
@@ -124,58 +122,59 @@ class AdamW(ParameterGroups):
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         torch._foreach_add_(steps, 1)
         torch._fused_adamw_(
-            list[Tensor](parameters), gradients, wide[:count], wide[count:], [], steps, lr=group["lr"],
-            beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=1e-8,
-            amsgrad=False, maximize=False,
+            list[Tensor](parameters), gradients, wide[:count], wide[count:], [], steps, lr=lr,
+            beta1=self.betas[0], beta2=self.betas[1], weight_decay=self.weight_decay, eps=1e-8, amsgrad=False,
+            maximize=False,
         )  # fmt: skip
         for value, own in zip(wide, kept, strict=True):
             self.place.put_back(value, own)
 
 
-class Muon(ParameterGroups):
+@dataclass(eq=False)
+class Muon(UpdateRule):
     """Momentum, orthogonalised: W -= lr (0.2 sqrt(max(M, N)) NS(nesterov momentum) + weight_decay W).
 
     The scale makes an update's root mean square that of AdamW (Moonlight, arXiv 2502.16982). Leading dimensions (as of
     experts) are a batch of matrices; parameters of equal shape go through batched Newton-Schulz, which holds several
     times as much, so many at a time. A matrix of which ranks have some rows each is gathered for it, and every rank
     keeps its own rows of the result; of a sharded batch every rank does its own matrices.
-
-    Settings: lr, momentum, weight_decay, and the dtype of Newton-Schulz.
     """
 
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            by_shape: dict[tuple[int, ...], list[list[nn.Parameter]]] = defaultdict(list)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    pieces = by_shape[tuple(parameter.shape[-2:])]
-                    if not pieces or sum(its.numel() for its in (*pieces[-1], parameter)) > AT_ONCE:
-                        pieces.append([])
-                    pieces[-1].append(parameter)
-            for shape, pieces in by_shape.items():
-                for some in pieces:
-                    self._move(some, shape, group)
+    momentum: float
+    dtype: torch.dtype  # of Newton-Schulz
 
-    def _move(self, parameters: list[nn.Parameter], shape: tuple[int, ...], group: dict[str, Any]) -> None:
-        updates = [self._update(parameter, group["momentum"]) for parameter in parameters]
-        orthogonal = newton_schulz(torch.cat([its.reshape(-1, *shape) for its in updates]).to(group["dtype"]))
-        scale = -group["lr"] * 0.2 * math.sqrt(max(shape))
+    @torch.no_grad()
+    def step(self, fraction: float) -> None:
+        by_shape: dict[tuple[int, ...], list[list[nn.Parameter]]] = defaultdict(list)
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                pieces = by_shape[tuple(parameter.shape[-2:])]
+                if not pieces or sum(its.numel() for its in (*pieces[-1], parameter)) > AT_ONCE:
+                    pieces.append([])
+                pieces[-1].append(parameter)
+        for shape, pieces in by_shape.items():
+            for some in pieces:
+                self._move(some, shape, self.lr * fraction)
+
+    def _move(self, parameters: list[nn.Parameter], shape: tuple[int, ...], lr: float) -> None:
+        updates = [self._update(parameter) for parameter in parameters]
+        orthogonal = newton_schulz(torch.cat([its.reshape(-1, *shape) for its in updates]).to(self.dtype))
+        scale = -lr * 0.2 * math.sqrt(max(shape))
         counts = [its.numel() // math.prod(shape) for its in updates]
         for parameter, update, part in zip(parameters, updates, orthogonal.split(counts), strict=True):
             own, first = local_part(parameter)
             change = part.to(own.dtype).view(update.shape)
             change = change if len(change) == len(own) else change[first : first + len(own)]
-            own.mul_(1 - group["lr"] * group["weight_decay"]).add_(change, alpha=scale)
+            own.mul_(1 - lr * self.weight_decay).add_(change, alpha=scale)
 
-    def _update(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+    def _update(self, parameter: nn.Parameter) -> Tensor:
         """What is to be orthogonalised: whole matrices, of a sharded batch those that are here."""
         assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
             state["momentum"] = self.place.zeros_like(parameter)
-        buffer = self.place.taken(state["momentum"], parameter).lerp_(parameter.grad, 1 - momentum)
-        update = parameter.grad.lerp(buffer, momentum)
+        buffer = self.place.taken(state["momentum"], parameter).lerp_(parameter.grad, 1 - self.momentum)
+        update = parameter.grad.lerp(buffer, self.momentum)
         self.place.put_back(buffer, state["momentum"])
         return local_part(update)[0] if update.dim() > 2 else whole(update)
 
@@ -186,25 +185,23 @@ class Optimizer:
     def __init__(self, model: Transformer, config: OptimizerConfig) -> None:
         self.config, self.model = config, model
         matrices: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:  # a frozen base beside adapters
                 continue
-            is_matrix = parameter.dim() >= 2 and not any(part in name for part in _NOT_OF_MUON)
-            (matrices if is_matrix and config.name == "muon" else others).append(parameter)
-        decayed = [parameter for parameter in others if parameter.dim() >= 2]
-        plain = [parameter for parameter in others if parameter.dim() < 2]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        kept = getattr(torch, config.state_dtype), config.offload
+            is_matrix = config.name == "muon" and not any(part in name for part in _NOT_OF_MUON)
+            (plain if parameter.dim() < 2 else matrices if is_matrix else decayed).append(parameter)
+        place = StatePlace([*decayed, *plain, *matrices], getattr(torch, config.state_dtype), config.offload)
         adam_lr = config.adam_lr if config.name == "muon" else config.lr
-        self.parts: list[tuple[ParameterGroups, float]] = []
-        if others:
-            adamw = AdamW([group for group in groups if group["params"]], *kept, lr=adam_lr, betas=config.betas)
-            self.parts.append((adamw, adam_lr))
+        self.parts: list[UpdateRule] = [
+            AdamW(some, place, adam_lr, decay, config.betas)
+            for some, decay in ((decayed, config.weight_decay), (plain, 0.0))
+            if some
+        ]
         if matrices:
-            rates = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
-            group = {"params": matrices, "dtype": model.compute_dtype or matrices[0].dtype, **rates}
-            self.parts.append((Muon([group], *kept), config.lr))
+            dtype = model.compute_dtype or matrices[0].dtype
+            self.parts.append(Muon(matrices, place, config.lr, config.weight_decay, config.momentum, dtype))
 
     def step(self, fraction: float) -> float:
         """Clip the gradients' norm, step at `fraction` of the peak rate, drop them; returns the norm before clipping.
@@ -213,10 +210,8 @@ class Optimizer:
         """
         value = self._clip()
         if math.isfinite(value):
-            for part, lr in self.parts:
-                for group in part.param_groups:
-                    group["lr"] = lr * fraction
-                part.step()
+            for part in self.parts:
+                part.step(fraction)
         self.model.zero_grad(set_to_none=True)
         return value
 
@@ -232,9 +227,9 @@ class Optimizer:
             nn.utils.clip_grads_with_norm_(each, self.config.clip, norm)
         return float(norm)
 
-    def _slots(self) -> list[tuple[str, ParameterGroups, nn.Parameter]]:
+    def _slots(self) -> list[tuple[str, UpdateRule, nn.Parameter]]:
         names = {parameter: name for name, parameter in self.model.named_parameters()}
-        return [(names[p], part, p) for part, _ in self.parts for group in part.param_groups for p in group["params"]]
+        return [(names[p], part, p) for part in self.parts for p in part.parameters]
 
     def state(self) -> dict[str, Tensor]:
         """Named tensors of the state, sharded as the parameters are: NAME.exp_avg, NAME.momentum ..."""

@@ -24,13 +24,9 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def adamw(parameters, kept_as=None, **rates):
-    return AdamW(parameters=parameters, place=StatePlace(parameters, kept_as, None), betas=(0.9, 0.95), **rates)
-
-
-def muon(parameters, kept_as=None, **rates):
-    place = StatePlace(parameters, kept_as, None)
-    return Muon(parameters=parameters, place=place, momentum=0.9, dtype=torch.float32, **rates)
+def rule(kind, parameters, lr, decay, kept_as=None):
+    own = [(0.9, 0.95)] if kind is AdamW else [0.9, torch.float32]
+    return kind(parameters, StatePlace(parameters, kept_as, None), lr, decay, *own)
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 8, 20), (3, 2, 20, 8), (12, 12)])
@@ -60,7 +56,7 @@ def test_newton_schulz_of_a_diagonal_by_hand():
 def test_muon_by_an_independent_computation():
     """Two steps of W -= lr (0.2 sqrt(max(M, N)) NS(g + 0.9 (m - g)) + 0.1 W), m = 0.9 m + 0.1 g; also of a stack."""
     plain, stack = nn.Parameter(normal(3, 5)), nn.Parameter(normal(2, 2, 3, 5, seed=1))
-    optimizer = muon([plain, stack], lr=0.02, weight_decay=0.1)
+    optimizer = rule(Muon, [plain, stack], 0.02, 0.1)
     matrices = [plain.detach().clone(), *stack.detach().clone().view(4, 3, 5)]
     momenta = [torch.zeros(3, 5) for _ in matrices]
     for step in range(2):
@@ -81,7 +77,7 @@ def test_muon_by_an_independent_computation():
 def test_muon_leaves_parameters_without_gradient_alone():
     parameter = nn.Parameter(normal(3, 5))
     before = parameter.detach().clone()
-    muon([parameter], lr=0.1, weight_decay=0.5).step(1.0)
+    rule(Muon, [parameter], 0.1, 0.5).step(1.0)
     assert torch.equal(parameter, before)
 
 
@@ -90,7 +86,7 @@ def test_adamw_is_torchs_to_the_bit(dtype):
     """Over changing rates, with and without decay, a parameter without a gradient among them."""
     shapes = (5, 7), (64, 64), (3,), (2, 2)
     ours, theirs = ([nn.Parameter(normal(*shape).to(dtype)) for shape in shapes] for _ in range(2))
-    mine = [adamw(ours[:2], lr=1e-2, weight_decay=0.1), adamw(ours[2:], lr=1e-2, weight_decay=0.0)]
+    mine = [rule(AdamW, ours[:2], 1e-2, 0.1), rule(AdamW, ours[2:], 1e-2, 0.0)]
     groups = [{"params": theirs[:2], "weight_decay": 0.1}, {"params": theirs[2:], "weight_decay": 0.0}]
     torchs = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     for step in range(4):
@@ -108,12 +104,11 @@ def test_adamw_is_torchs_to_the_bit(dtype):
     assert ours[3] not in state
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", [AdamW, Muon])
 def test_momenta_kept_in_16_bits_are_those_of_32_rounded_after_every_step(kind):
     def part(kept_as):
         parameters = [nn.Parameter(normal(8, 8)), nn.Parameter(normal(3, 8, seed=1))]
-        rule = adamw if kind == "adamw" else muon
-        return parameters, rule(parameters, lr=1e-2, weight_decay=0.1, kept_as=kept_as)
+        return parameters, rule(kind, parameters, 1e-2, 0.1, kept_as)
 
     (narrow, ours), (wide, theirs) = part(torch.bfloat16), part(None)
     for step in range(3):
@@ -181,8 +176,7 @@ def test_matrices_go_to_muon_and_the_rest_to_adamw_each_once(make_model, deepsee
 def test_adamw_alone_has_one_learning_rate(make_model, dense):
     model = make_model(dense())
     parts = Optimizer(model, OptimizerConfig(name="adamw", lr=0.5, adam_lr=0.1)).parts
-    assert [part.lr for part in parts] == [0.5, 0.5]
-    assert sum(len(part.parameters) for part in parts) == len(list(model.parameters()))
+    assert {part.lr for part in parts} == {0.5} and sum(len(p.parameters) for p in parts) == len([*model.parameters()])
 
 
 def test_a_step_clips_the_norm_scales_the_rate_and_drops_the_gradients(make_model, dense):

@@ -127,6 +127,7 @@ def test_a_server_that_dies_is_replaced_by_the_others_and_may_come_back(folder, 
         with VllmDouble(folder, port=mortal.port):
             assert sampled.update_weights(2, state)["servers"] == 2
             assert f"{mortal.url} is back" in capsys.readouterr().err
+            assert [len(server.names) for server in sampled._servers] == [2, 2]  # the last weights, and those before
             assert {i: [s.ids for s in each] for i, each in gathered(sampled).items()} == {
                 i: [s.ids for s in each] for i, each in found.items()
             }

@@ -43,13 +43,9 @@ class Curriculum:
     def note(self, groups: Sequence[Sequence[Trajectory]], parallel: Parallel) -> None:
         """Retire what all ranks have seen solved."""
         if self._retire:
-            solved = [
-                self._number(group[0].item) for group in groups if group[0].item.task.is_given and self._solved(group)
-            ]
-            self.retired.update(parallel.gather(solved))
-
-    def _solved(self, group: Sequence[Trajectory]) -> bool:
-        return sum(each.scores["accuracy"] for each in group) >= self._retire * len(group)
+            given = (group for group in groups if group[0].item.task.is_given)
+            solved = (its for its in given if sum(t.scores["accuracy"] for t in its) >= self._retire * len(its))
+            self.retired.update(parallel.gather([self._number(group[0].item) for group in solved]))
 
     def state(self) -> dict[str, Any]:
         return {"drawn": self.place, "retired": sorted(self.retired)}

@@ -49,8 +49,8 @@ class ServerLost(Exception):
 
 
 class RolloutServer:
-    """running: samples it is asked for. well: it has the present weights, of the name `version`. names: of
-    all weights it is given, in their order.
+    """running: samples it is asked for. well: it has the present weights, of the name `version`. names: of all weights
+    that its next answers may be of, in their order.
 
     silence: seconds without a token, or an answer, after which it hangs; `heard` begins them anew. loading: seconds
     that new weights may take.
@@ -62,7 +62,7 @@ class RolloutServer:
         self.running, self.well, self.version, self.names = 0, False, "", [""]
         self.max_length, self.dtype = 0, ""  # as it told
         self._counted = ""
-        self._waits = set[asyncio.Timeout]()
+        self._waits = dict[asyncio.Timeout, str]()  # and the weights of which each answer began, the oldest first
 
     async def meet(self, client: aiohttp.ClientSession, routed_experts: bool) -> None:
         """See that it serves this model's shape and tokenizer, in a way that a trainer can use."""
@@ -87,6 +87,11 @@ class RolloutServer:
             if said["tokens"] != self._tokenizer.encode(text):
                 raise SlingshotError(f"{self.url} has another tokenizer: of {text!r} it makes {said['tokens']!s:.60}")
         self.max_length, self.dtype = int(listed["data"][0]["max_model_len"]), about["dtype"]
+
+    def expect(self, version: str) -> None:
+        """It will be given the weights of this name."""
+        oldest = [*self._waits.values(), self.version][0]
+        self.names = [*self.names[self.names.index(oldest) :], version]
 
     async def push(self, client: aiohttp.ClientSession, folder: Path, version: str) -> None:
         """Take the weights of a folder, and this name for them. What runs there goes on, with them, afterwards."""
@@ -116,19 +121,20 @@ class RolloutServer:
         wanted |= {"stop_token_ids": [] if params.ignore_eos else sorted(self._tokenizer.eos_ids)}
         body = {"token_ids": list(prompt), "sampling_params": wanted}
         self.running += params.n
-        first = self.names.index(self.version)
+        began = self.version
         try:
             async with asyncio.timeout(self._silence) as wait:
-                self._waits.add(wait)
+                self._waits[wait] = began
                 answer = await self._ask(client, "POST", "/inference/v1/generate", body, aiohttp.ClientTimeout())
+                known = self.names[self.names.index(began) :]
         except TimeoutError as error:
             raise ServerLost(f"it made no token for {self._silence:g} s") from error
         finally:
             self.running -= params.n
-            self._waits.discard(wait)
+            self._waits.pop(wait, None)
         self.heard()
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        return [self._sampled(choice, params.routed_experts, self.names[first:]) for choice in choices]
+        return [self._sampled(choice, params.routed_experts, known) for choice in choices]
 
     def _sampled(self, choice: dict[str, Any], routed_experts: bool, known: Sequence[str]) -> Sampled:
         if choice["finish_reason"] not in ("stop", "length"):

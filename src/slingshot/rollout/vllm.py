@@ -90,7 +90,7 @@ class VllmSampler:
         began, name = time.monotonic(), f"{self._run}-{version}"
         self._write(name, state)
         for server in self._servers:
-            server.names.append(name)
+            server.expect(name)
         for count in COUNTS:
             found = self._push_all(name, count)
             for server, its in zip(self._servers, found, strict=True):
@@ -113,10 +113,8 @@ class VllmSampler:
         return {"push_seconds": time.monotonic() - began, "server_gap": apart, "servers": len(well)}
 
     def sample(self, prompts: Prompts, params: Sequence[SamplingParams], keys: Sequence[str]) -> Samples:
-        found = queue.SimpleQueue[_Found]()
-        work = asyncio.run_coroutine_threadsafe(
-            self._sample_all(list(zip(prompts, params, keys, strict=True)), found), self._loop
-        )
+        found, asked = queue.SimpleQueue[_Found](), list(zip(prompts, params, keys, strict=True))
+        work = asyncio.run_coroutine_threadsafe(self._sample_all(asked, found), self._loop)
         try:
             for _ in prompts:
                 index, samples = found.get()

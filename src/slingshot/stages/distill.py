@@ -11,6 +11,7 @@ and teach nothing. MTP modules and the biases of routers stay as they are.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,7 +34,7 @@ from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import TaskMix
 from slingshot.tasks.verification import VerificationPool
 from slingshot.training.checkpointer import Checkpointer, restore
-from slingshot.training.distillation import Divergence, distillation_loss
+from slingshot.training.distillation import Divergence, distillation_loss, divergences
 from slingshot.training.interrupts import Interrupts
 from slingshot.training.lora import LoRAConfig, add_lora, merged
 from slingshot.training.objectives import targets_ahead
@@ -174,8 +175,10 @@ def distill_step(
     """
     length, micro_batch_size = row_shape(trajectories, config.sequence_length, config.micro_batch_size, parallel, own=1)
     rows, total = pack(trajectories, length, own=1).to(parallel.device), 0.0
-    given: dict[str, Any] = {"temperature": config.sampling.temperature}
-    given |= {"divergence": config.divergence, "beta": config.beta, "top_k": config.top_k}
+    judged = partial(
+        divergences, divergence=config.divergence, beta=config.beta, top_k=config.top_k,
+        temperature=config.sampling.temperature,
+    )  # fmt: skip
     for start in range(0, len(rows), micro_batch_size):
         micro = rows[start : start + micro_batch_size]
         weights_BT = targets_ahead(micro.tokens_BT, micro.segments_BT, micro.mask_BT)[1]
@@ -187,7 +190,7 @@ def distill_step(
 
         with torch.no_grad():
             teacher_ND = chosen(teacher)
-        loss = distillation_loss(chosen(model), model.head, teacher_ND, teacher.head, **given)
+        loss = distillation_loss(chosen(model), model.head, teacher_ND, teacher.head, judged)
         (loss / n_tokens).backward()
         total += float(loss.detach())
     return total, rows.sizes()

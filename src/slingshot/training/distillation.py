@@ -1,6 +1,7 @@
 """Divergences between a student's and a teacher's next-token distributions, in nats: what distillation minimises.
 
-    loss = distillation_loss(student_hidden_ND, student.head, teacher_hidden_ND, teacher.head)   # a sum over tokens
+    judged = partial(divergences, divergence="reverse", temperature=0.6)
+    loss = distillation_loss(student_hidden_ND, student.head, teacher_hidden_ND, teacher.head, judged)   # of all tokens
 
 Logits are made for `BLOCK` tokens at a time and made again in the backward pass: never [N, V] of all tokens.
 
@@ -9,6 +10,7 @@ Shape suffixes: N tokens, C tokens of one block, D model width, V vocabulary, K 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -55,18 +57,15 @@ def distillation_loss(
     student_head: Linear,
     teacher_ND: Tensor,
     teacher_head: Linear,
-    divergence: Divergence = "reverse",
-    beta: float = 0.5,
-    top_k: int = 0,
-    temperature: float = 1.0,
+    judged: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Sum of `divergences` over tokens, from the hidden states that each network's head multiplies, in their dtype."""
+    """Sum over tokens of what `judged` makes of student's and teacher's logits, as `divergences` does, from the hidden
+    states that each network's head multiplies, in their dtype."""
 
     def block(student_CD: Tensor, teacher_CD: Tensor) -> Tensor:
         with torch.no_grad():
             teacher_CV = teacher_head.wide_product(teacher_CD)
-        student_CV = student_head.wide_product(student_CD)
-        return divergences(student_CV, teacher_CV, divergence, beta, top_k, temperature).sum()
+        return judged(student_head.wide_product(student_CD), teacher_CV).sum()
 
     total = student_ND.new_zeros((), dtype=torch.float32)
     for student_CD, teacher_CD in zip(student_ND.split(BLOCK), teacher_ND.split(BLOCK), strict=True):

@@ -43,8 +43,7 @@ class Reading(NamedTuple):
 @torch.no_grad()
 def reading(model: Transformer, batches: Sequence[TextRows]) -> Reading:
     """Of a model in memory."""
-    head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
-    return Reading([hidden(model, batch) for batch in batches], head.weight)
+    return Reading([hidden(model, batch) for batch in batches], model.head.weight)
 
 
 @torch.no_grad()
@@ -92,7 +91,7 @@ def fidelity(full: Reading, small: Reading, batches: Sequence[TextRows]) -> dict
     }  # fmt: skip
 
 
-def divergences(full_ND: Tensor, small_ND: Tensor, head_VD: Tensor) -> Tensor:
+def token_kl(full_ND: Tensor, small_ND: Tensor, head_VD: Tensor) -> Tensor:
     """KL of the full model to the small one at every token, from their hidden states under one head: [N]."""
     blocks = _logprobs(full_ND, head_VD, small_ND, head_VD, torch.zeros(len(full_ND)))
     return torch.cat([_kl(p_NV, q_NV) for _, p_NV, q_NV in blocks])

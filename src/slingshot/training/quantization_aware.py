@@ -15,6 +15,7 @@ Shape suffixes: N tokens, D input width, F output width, G groups of a row.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from slingshot.quantization.encode import grid
 from slingshot.quantization.formats import Scheme, is_packed
 from slingshot.quantization.gptq import rounded
 from slingshot.training.calibration import TextRows
-from slingshot.training.distillation import distillation_loss
+from slingshot.training.distillation import distillation_loss, divergences
 from slingshot.training.fidelity import fidelity, followed, hidden, reading
 from slingshot.training.optimizer import Optimizer
 
@@ -78,12 +79,13 @@ def trained(student: Transformer) -> dict[str, Tensor]:
 
 def matching_step(student: Transformer, full: Transformer, batches: Sequence[TextRows]) -> float:
     """Forward and backward over texts: gradients are of the mean of KL(full | student) over the tokens that count."""
+    forward_kl = partial(divergences, divergence="forward")
     n_tokens, total = sum(int(followed(batch).sum()) for batch in batches), 0.0
     for batch in batches:
         with torch.no_grad():
             full_ND = hidden(full, batch)
         student_ND = hidden(student, batch)
-        loss = distillation_loss(student_ND, student.head, full_ND, full.head, divergence="forward") / n_tokens
+        loss = distillation_loss(student_ND, student.head, full_ND, full.head, forward_kl) / n_tokens
         loss.backward()
         total += loss.item()
     return total

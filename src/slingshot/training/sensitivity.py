@@ -21,7 +21,7 @@ from slingshot.model.transformer import Transformer
 from slingshot.quantization.gptq import Grid, rounded
 from slingshot.quantization.integers import from_numbers
 from slingshot.training.calibration import TextRows
-from slingshot.training.fidelity import divergences, followed
+from slingshot.training.fidelity import followed, token_kl
 
 # Matrices that engines put side by side: queries, keys and values; gate and up; MLA's two projections to latents.
 _SIDE_BY_SIDE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
@@ -61,7 +61,6 @@ def sensitivities(
     state, lost, layers = model.state_dict(), dict[str, float](), model.config.num_hidden_layers
     runs = [(PackedContext(model.config, *batch[:2]), followed(batch)) for batch in batches]
     states = [[model.model.embed_tokens(tokens_BT).float()] for tokens_BT, *_ in batches]  # what enters each layer
-    head_VD = state["model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"]
 
     def onwards(first: int, x_BTD: Tensor, run: tuple[PackedContext, Tensor], kept: list[Tensor] | None) -> Tensor:
         """Hidden states [N, D], of tokens that one which counts follows, from what enters layer `first`."""
@@ -81,7 +80,7 @@ def sensitivities(
             weight_FD.copy_(from_numbers(*rounded(weight_FD, grid)))
         first = min(layers, int(unit.split(".")[2]))  # an MTP module's changes nothing
         kl_N = [
-            divergences(full_ND, onwards(first, kept[first], run, None), head_VD)  # the head is not rounded
+            token_kl(full_ND, onwards(first, kept[first], run, None), model.head.weight)  # which is not rounded
             for full_ND, kept, run in zip(full, states, runs, strict=True)
         ]
         lost[unit] = torch.cat(kl_N).mean().item()

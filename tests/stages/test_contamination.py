@@ -54,3 +54,6 @@ def test_data_that_is_not_there_is_named(tmp_path):
         contaminated(PROMPTS, [str(tmp_path / "no.jsonl")])
     with pytest.raises(SlingshotError, match="holds no file of data"):
         contaminated(PROMPTS, [str(tmp_path)])
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(SlingshotError, match=r"bad.parquet is not a readable Parquet file: Parquet magic bytes"):
+        contaminated(PROMPTS, [str(tmp_path)])

@@ -153,7 +153,7 @@ def test_rows_without_reasoning_and_chats_are_taken(base, finetuning, tmp_path):
 
 @pytest.mark.parametrize(("lines", "message"), [
     ('{"prompt": "a", "reasoning": "b"}\n', 'data.jsonl line 1: an example holds "prompt" and "answer", with or'),
-    ('{"prompt": "a", "answer": "c"}\n{"prompt": "a", "answer": true}\n', "line 2: an example holds"),
+    ('{"prompt": "a", "answer": "c"}\n\n{"prompt": "a", "answer": true}\n', "line 3: an example holds"),
     ('{"prompt": NaN, "answer": "c"}\n', "line 1: an example holds"),
     ("[1, 2]\n", "line 1: an example holds"),
     ('{"messages": [{"role": "wizard", "content": "a"}, {"role": "assistant", "content": "b"}]}\n', "example .*wizard"),

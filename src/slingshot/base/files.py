@@ -87,8 +87,28 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    lines = enumerate(read_text(path).split("\n"), start=1)
-    return [parse_json(line, f"{path} line {number}") for number, line in lines if line.strip()]
+    return [row for _, row in jsonl_rows(path, read_text(path).split("\n"))]
+
+
+def jsonl_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """The values of a file's lines, blank ones apart, each with its place for an error."""
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            where = f"{path} line {number}"
+            yield where, parse_json(line, where)
+
+
+def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a table, some in memory at once. SlingshotError for a file that is missing or broken."""
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise SlingshotError(f"reading {path} needs the datasets package: pip install datasets") from error
+    try:
+        for batch in ParquetFile(path).iter_batches(1024):
+            yield from batch.to_pylist()
+    except Exception as error:  # pyarrow raises kinds of its own
+        raise SlingshotError(f"{path} is not a readable Parquet file: {' '.join(str(error).split())[:200]}") from error
 
 
 def package_folder(name: str) -> Path | None:

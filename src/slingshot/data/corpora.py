@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import package_folder, parse_json
+from slingshot.base.files import jsonl_rows, package_folder, parquet_rows
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def _texts(source: str | Path, text_key: str) -> Iterator[str]:
     """The documents of one source that are not blank."""
     path, skipped, empty = _root(source), list[SlingshotError](), True
     if str(source).startswith(_DATASET):
-        texts = _read_dataset(str(source).removeprefix(_DATASET), text_key)
+        texts = _read_dataset(str(source), text_key)
     elif path.is_dir():
         texts = _read_folder(path, _files_of(source), text_key, skipped)
     elif path.exists():
@@ -141,11 +141,15 @@ def _read_folder(root: Path, files: list[Path], text_key: str, skipped: list[Sli
 def _read_file(path: Path, text_key: str, whole: bool) -> Iterator[str]:
     """The documents of one file; a plain text is one document where `whole`, else several."""
     if path.suffix == ".parquet":
-        yield from _read_parquet(path, text_key)
+        for number, row in enumerate(parquet_rows(path), start=1):
+            yield _text_of(row, text_key, f"{path} row {number}")
         return
     try:
         with path.open(encoding="utf-8-sig") as file:
-            yield from _read_jsonl(path, file, text_key) if path.suffix == ".jsonl" else _read_plain(path, file, whole)
+            if path.suffix == ".jsonl":
+                yield from (_text_of(row, text_key, where) for where, row in jsonl_rows(path, file))
+            else:
+                yield from _read_plain(path, file, whole)
     except OSError as error:
         raise _NotText(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -159,39 +163,23 @@ def _read_plain(path: Path, file: IO[str], whole: bool) -> Iterator[str]:
         yield text
 
 
-def _read_jsonl(path: Path, file: IO[str], text_key: str) -> Iterator[str]:
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            where = f"{path} line {number}"
-            yield _text_of(parse_json(line, where), text_key, where)
-
-
-def _read_parquet(path: Path, text_key: str) -> Iterator[str]:
-    wrong = f"{path} is not a readable Parquet file"
-    return _stream_rows(str(path), wrong, text_key, "parquet", data_files=str(path))
-
-
-def _read_dataset(name: str, text_key: str) -> Iterator[str]:
-    repo, _, subset = name.partition(":")
-    repo, _, revision = repo.partition("@")
-    wrong = f"dataset:{name} cannot be read from the hub"
-    return _stream_rows(f"dataset:{name}", wrong, text_key, repo, subset or None, revision=revision or None)
-
-
-def _stream_rows(where: str, wrong: str, text_key: str, *given: str | None, **options: str | None) -> Iterator[str]:
+def _read_dataset(source: str, text_key: str) -> Iterator[str]:
     """Texts of the rows of a split train, none of which is kept."""
+    repo, _, subset = source.removeprefix(_DATASET).partition(":")
+    repo, _, revision = repo.partition("@")
     try:
         import datasets
     except ImportError as error:
-        raise SlingshotError(f"reading {where} needs the datasets package: pip install datasets") from error
+        raise SlingshotError(f"reading {source} needs the datasets package: pip install datasets") from error
     try:
-        rows = datasets.load_dataset(*given, split="train", streaming=True, **options)
+        rows = datasets.load_dataset(repo, subset or None, revision=revision or None, split="train", streaming=True)
         for number, row in enumerate(rows, start=1):
-            yield _text_of(row, text_key, f"{where} row {number}")
+            yield _text_of(row, text_key, f"{source} row {number}")
     except SlingshotError:
         raise
     except Exception as error:  # datasets, pyarrow, the hub and the network raise kinds of their own
-        raise SlingshotError(f"{wrong}: {' '.join(str(error).split())[:300]}") from error
+        said = " ".join(str(error).split())[:300]
+        raise SlingshotError(f"{source} cannot be read from the hub: {said}") from error
 
 
 def _text_of(row: Any, text_key: str, where: str) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import read_jsonl
+from slingshot.base.files import jsonl_rows, read_text
 
 _log = logging.getLogger(__name__)
 
@@ -61,13 +61,13 @@ def read_examples(source: Path) -> list[Example | Conversation]:
     """
     file = source / "data.jsonl" if source.is_dir() else source
     examples, cut = list[Example | Conversation](), 0
-    for number, row in enumerate(read_jsonl(file), start=1):
+    for where, row in jsonl_rows(file, read_text(file).split("\n")):
         if isinstance(row, dict) and row.get("finish_reason") in _CUT:
             cut += 1
             continue
         found = _of_row(row) if isinstance(row, dict) else []
         if not found:
-            raise SlingshotError(f"{file} line {number}: {_FORMS}")
+            raise SlingshotError(f"{where}: {_FORMS}")
         examples += found
     if cut:
         _log.warning("%s: %d answers were cut off (finish_reason) and are left out", file, cut)

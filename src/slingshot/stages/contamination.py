@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import parse_json
+from slingshot.base.files import jsonl_rows, os_errors, parquet_rows
 
 _N = 13  # tokens, as GPT-3's authors compare (arXiv 2005.14165, appendix C)
 _TOKEN = re.compile(r"\w+|[^\w\s]")  # signs too: 3 + 4 is not 3 - 4
@@ -60,27 +60,18 @@ def texts(path: Path) -> Iterator[str]:
         for below in files:
             yield from texts(below)
         return
+    if path.suffix == ".parquet":
+        yield from (" ".join(_strings(row)) for row in parquet_rows(path))
+        return
     try:
-        if path.suffix == ".parquet":
-            from pyarrow import parquet
-
-            for batch in parquet.ParquetFile(path).iter_batches(1024):
-                yield from (" ".join(_strings(row)) for row in batch.to_pylist())
-            return
-        with path.open(encoding="utf-8-sig") as file:
+        with os_errors(f"contamination: cannot read {path}"), path.open(encoding="utf-8-sig") as file:
             if path.suffix == ".jsonl":
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield " ".join(_strings(parse_json(line, f"{path} line {number}")))
+                yield from (" ".join(_strings(row)) for _, row in jsonl_rows(path, file))
             else:
                 while text := file.read(_PIECE) + file.readline():
                     yield text
-    except ImportError as error:
-        raise SlingshotError(f"reading {path} needs the datasets package: pip install datasets") from error
     except UnicodeDecodeError as error:
         raise SlingshotError(f"contamination: {path} is not UTF-8 text") from error
-    except OSError as error:  # pyarrow's errors of broken files are of this kind too
-        raise SlingshotError(f"contamination: cannot read {path}: {error.strerror or error}") from error
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -16,7 +16,7 @@ from string import Formatter
 from typing import Any
 
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import parse_json, read_jsonl
+from slingshot.base.files import jsonl_rows, parquet_rows, read_jsonl
 from slingshot.base.names import did_you_mean
 
 LETTERS = "ABCDEFGHIJ"
@@ -27,7 +27,10 @@ def file_rows(path: Path) -> list[Row]:
     """The rows of a file. Raises SlingshotError for one that is missing, unreadable, empty, or no table."""
     if not path.is_file():
         raise SlingshotError(f"{path}: no such file; a data set is a .jsonl or .parquet file, or a hub's org/name")
-    rows = _parquet(path) if path.suffix == ".parquet" else _zipped(path) if path.suffix == ".gz" else read_jsonl(path)
+    if path.suffix == ".parquet":
+        rows: list[Any] = list(parquet_rows(path))
+    else:
+        rows = _zipped(path) if path.suffix == ".gz" else read_jsonl(path)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise SlingshotError(f"{path} row {number} is no object with names and values")
@@ -41,18 +44,7 @@ def _zipped(path: Path) -> list[Any]:
         lines = gzip.decompress(path.read_bytes()).decode().split("\n")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise SlingshotError(f"{path} is not a readable gzip file: {error}") from error
-    return [parse_json(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def _parquet(path: Path) -> list[Any]:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise SlingshotError(f"reading {path} needs the datasets package: pip install datasets") from error
-    try:
-        return parquet.read_table(path).to_pylist()
-    except Exception as error:  # pyarrow raises kinds of its own
-        raise SlingshotError(f"{path} is not a readable Parquet file: {' '.join(str(error).split())[:200]}") from error
+    return [row for _, row in jsonl_rows(path, lines)]
 
 
 def hub_rows(repo: str, subset: str, splits: dict[Any, str]) -> dict[str, list[Row]]:

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from slingshot.base.errors import SlingshotError
+from slingshot.base.files import os_errors
 from slingshot.base.names import closest
 from slingshot.checkpoint.adapter import Adapter, described_by, is_adapter
 from slingshot.checkpoint.description import check_tokenizer, folder_tokenizer, load_config
 from slingshot.checkpoint.hub import locate, outline
-from slingshot.checkpoint.layout import Spec, layout
+from slingshot.checkpoint.layout import Spec, layout, packed_layout
 from slingshot.checkpoint.repository import hub_name
 from slingshot.checkpoint.safetensors import INDEX, NEVER_READ, PICKLED, Shards, fit
 from slingshot.cost.flops import cache_bytes_per_token, parameters
@@ -110,10 +111,8 @@ def _examine_folder(folder: Path, facts: Facts) -> ModelConfig | None:
     config, notes = None, facts["notes"]
     with _told(facts):
         config = load_config(folder)
-    try:
+    with os_errors(f"cannot read {folder}"):
         names = sorted(file.name for file in folder.iterdir())
-    except OSError as error:
-        raise SlingshotError(f"cannot read {folder}: {error.strerror or error}") from error
     others = {".py": "is a program, and is never run"} | dict.fromkeys(PICKLED, NEVER_READ)
     others[".gguf"] = "is another checkpoint; give its own path to look at it"
     notes += [f"{folder}: {name} {others[end]}" for name in names if (end := Path(name).suffix) in others]
@@ -300,9 +299,8 @@ def _widths(config: ModelConfig) -> dict[str, int]:
     """Of matrices of int4 some of which are int8: how many numbers are which."""
     widths: Counter[str] = Counter()
     if (scheme := config.scheme) is not None and scheme.wide:
-        for spec in layout(config):
-            if is_packed(spec.name, spec.stored):
-                widths[f"int{scheme.bits(spec.name)}"] += math.prod(spec.shape)
+        for spec in packed_layout(config):
+            widths[f"int{scheme.bits(spec.name)}"] += math.prod(spec.shape)
     return dict(sorted(widths.items()))
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from slingshot.model.config import ModelConfig
+from slingshot.quantization.formats import is_packed
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 
@@ -44,6 +45,11 @@ def layout(config: ModelConfig) -> Iterator[Spec]:
     yield _vector("model.norm", config.hidden_size)
     if not config.tie_word_embeddings:
         yield Spec("lm_head.weight", embedding)
+
+
+def packed_layout(config: ModelConfig) -> list[Spec]:
+    """The matrices that get few bits where a checkpoint's do."""
+    return [spec for spec in layout(config) if is_packed(spec.name, spec.stored)]
 
 
 def tensor_count(config: ModelConfig) -> int:

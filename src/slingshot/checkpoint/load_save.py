@@ -26,7 +26,7 @@ from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.adapter import Adapter, described_by, is_adapter
 from slingshot.checkpoint.description import check_tokenizer, folder_tokenizer, load_config, write_description
 from slingshot.checkpoint.hub import locate
-from slingshot.checkpoint.layout import Spec, layout, place
+from slingshot.checkpoint.layout import Spec, layout, packed_layout, place
 from slingshot.checkpoint.safetensors import DTYPES, Shards, Unmade, fit, of_few_bits, write_shards
 from slingshot.kernels.native import FLOAT4
 from slingshot.machine.device import dtype_name
@@ -34,7 +34,7 @@ from slingshot.model.config import ModelConfig
 from slingshot.model.dynamic import multiply_whole_numbers
 from slingshot.model.transformer import Transformer, local_part
 from slingshot.quantization import mxfp4
-from slingshot.quantization.formats import BITS, FP8_BLOCK, PACKED, PACKED_SCALE, SCALE, is_packed
+from slingshot.quantization.formats import BITS, FP8_BLOCK, PACKED, PACKED_SCALE, SCALE
 from slingshot.quantization.fp8 import dequantize
 from slingshot.quantization.integers import WeightGrid, from_numbers, unpack
 from slingshot.text.tokenizer import Tokenizer
@@ -230,16 +230,15 @@ def load_grid(path: Path | str) -> WeightGrid | None:
     if not isinstance(weights, FolderWeights) or scheme is None:
         return None
     bits, scales, plain = dict[str, int](), dict[str, Tensor](), set[str]()
-    for spec in layout(weights.config):
-        if is_packed(spec.name, spec.stored):
-            name, index = place(spec.name)
-            if (own_FG := weights.scales(spec.name)) is None or not own_FG.all():
-                plain.add(name)
-                continue
-            its = FLOAT4 if scheme.kind == "mxfp4" else scheme.bits(spec.name)
-            bits[name] = max(bits.get(name, 0), its)
-            stack = (weights.config.n_routed_experts, 2)[: len(index)]
-            scales.setdefault(name, torch.empty(*stack, *own_FG.shape))[index] = own_FG
+    for spec in packed_layout(weights.config):
+        name, index = place(spec.name)
+        if (own_FG := weights.scales(spec.name)) is None or not own_FG.all():
+            plain.add(name)
+            continue
+        its = FLOAT4 if scheme.kind == "mxfp4" else scheme.bits(spec.name)
+        bits[name] = max(bits.get(name, 0), its)
+        stack = (weights.config.n_routed_experts, 2)[: len(index)]
+        scales.setdefault(name, torch.empty(*stack, *own_FG.shape))[index] = own_FG
     kept = scales.keys() - plain
     return WeightGrid({n: bits[n] for n in kept}, scheme.group, {n: scales[n] for n in kept}) if kept else None
 

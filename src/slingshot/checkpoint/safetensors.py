@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import inside, read_json, read_span, write_json
+from slingshot.base.files import inside, os_errors, read_json, read_span, write_json
 from slingshot.checkpoint.layout import Spec, layout, tensor_count
 from slingshot.model.config import ModelConfig
 from slingshot.quantization.formats import PACKED, PACKED_SCALE, PACKED_SHAPE, SCALE, scale_shape
@@ -196,13 +196,9 @@ def _shard(folder: Path, name: str) -> Path:
 def _headers(file: Path) -> dict[str, TensorHeader]:
     """The headers of one file. The library checks them (sizes, offsets, the file's length); offsets are in the JSON."""
     try:
-        with safe_open(file, framework="numpy"):
-            pass
-        with file.open("rb") as content:
+        with os_errors(f"cannot read {file}"), safe_open(file, framework="numpy"), file.open("rb") as content:
             size = int.from_bytes(content.read(8), "little")
             raw = json.loads(content.read(size))
-    except OSError as error:
-        raise SlingshotError(f"cannot read {file}: {error.strerror or error}") from error
     except (SafetensorError, ValueError, RecursionError) as error:
         raise SlingshotError(f"{file} is no whole safetensors file: {error}; is the download complete?") from error
     raw.pop("__metadata__", None)
@@ -271,12 +267,10 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor | Unmade]) -> None:
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    try:
+    with os_errors(f"cannot write {file}", "; free space there or choose another --out"):
         with file.open("wb") as content:
             content.write(len(text).to_bytes(8, "little") + text)
             for _, tensor in ordered:
                 made = (tensor.make() if isinstance(tensor, Unmade) else tensor).detach().cpu().contiguous()
                 content.write(made.flatten().view(torch.uint8).numpy().data)
         file.chmod(file.parent.stat().st_mode & 0o666)  # who reads the folder reads it
-    except OSError as error:
-        raise SlingshotError(f"cannot write {file}: {error}; free space there or choose another --out") from error

@@ -19,7 +19,7 @@ from pydantic import Field
 from slingshot import __version__
 from slingshot.base.config import Strict
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import digest, read_json, read_text, write_json, write_text
+from slingshot.base.files import digest, os_errors, read_json, read_text, write_json, write_text
 from slingshot.machine.energy import Energy
 from slingshot.machine.machine import Machine, measurement_path
 from slingshot.machine.memory import PeakMemory, peak_device_memory_bytes, peak_host_memory_bytes
@@ -154,11 +154,8 @@ def artifact_digest(path: Path) -> str:
         return read_text(remembered)
     total = hashlib.sha256()
     for relative, file in files.items():
-        try:
-            with file.open("rb") as content:
-                total.update(bytes(relative) + b"\0" + hashlib.file_digest(content, "sha256").digest())
-        except OSError as error:
-            raise SlingshotError(f"cannot read {file}: {error.strerror or error}") from error
+        with os_errors(f"cannot read {file}"), file.open("rb") as content:
+            total.update(bytes(relative) + b"\0" + hashlib.file_digest(content, "sha256").digest())
     name = total.hexdigest()[:16]
     # A change within a tick of the clock after another leaves no trace: only files that have rested are remembered.
     rested = all(ctime < began - 2_000_000_000 for *_, ctime in stats)

@@ -16,11 +16,11 @@ from typing import NamedTuple
 from pydantic import computed_field
 
 from slingshot.base.config import Strict
-from slingshot.checkpoint.layout import layout
+from slingshot.checkpoint.layout import packed_layout
 from slingshot.cost.flops import BlockWeights, block_weights
 from slingshot.model.config import ModelConfig
 from slingshot.planning.layout import Layout, Recompute
-from slingshot.quantization.formats import BITS, is_packed
+from slingshot.quantization.formats import BITS
 
 
 class Precision(NamedTuple):
@@ -118,7 +118,7 @@ def stored_bytes(config: ModelConfig) -> float:
     scheme, layers = config.scheme, config.num_hidden_layers + config.num_nextn_predict_layers
     assert scheme is not None
     numbers = sum(sum(block_weights(config, layer)[:2]) for layer in range(layers))
-    packed = (spec for spec in layout(config) if is_packed(spec.name, spec.stored))
+    packed = packed_layout(config)
     fewer = sum(prod(spec.shape) * (2 - scheme.bits(spec.name) / 8 - 2 / scheme.group) for spec in packed)
     return 2 - fewer / numbers
 

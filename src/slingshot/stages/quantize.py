@@ -31,7 +31,7 @@ from slingshot.base.files import new_folder, write_json
 from slingshot.base.progress import Progress
 from slingshot.base.quantity import plural, show_count, show_duration
 from slingshot.checkpoint.description import write_description
-from slingshot.checkpoint.layout import Spec, layout, tensor_count
+from slingshot.checkpoint.layout import layout, packed_layout, tensor_count
 from slingshot.checkpoint.load_save import load_model, load_tokenizer, open_weights
 from slingshot.checkpoint.safetensors import write_shards
 from slingshot.cost.flops import forward_flops, training_parts
@@ -40,7 +40,7 @@ from slingshot.engine.engine import Engine
 from slingshot.kernels.native import native_levels
 from slingshot.machine.device import Dtype, machine_peak
 from slingshot.model.config import ModelConfig
-from slingshot.quantization.formats import BITS, MX_BLOCK, Scheme, is_packed
+from slingshot.quantization.formats import BITS, MX_BLOCK, Scheme
 from slingshot.quantization.integers import check_groups
 from slingshot.rollout.metrics import difference
 from slingshot.rollout.rollout import PromptForm, Rollout
@@ -328,13 +328,8 @@ def check(model: ModelConfig, config: QuantizeConfig) -> None:
     if config.distill and config.to not in DISTILLED:
         raise SlingshotError(f"quantize: distill={config.distill} is of {', '.join(DISTILLED)}, not {config.to}")
     scheme = scheme_of(config)
-    for spec in packed_specs(model):
+    for spec in packed_layout(model):
         check_groups(spec.shape, (scheme and scheme.group) or 1, f"quantize: {config.model}: {spec.name}")
-
-
-def packed_specs(model: ModelConfig) -> list[Spec]:
-    """The matrices that get few bits."""
-    return [spec for spec in layout(model) if is_packed(spec.name, spec.stored)]
 
 
 def engine_of(model: Path) -> Sampler:
@@ -366,7 +361,7 @@ def foretold(model: ModelConfig, config: QuantizeConfig, problems: int, peak: fl
 
     peak: FLOP/s of this machine's matrix products, by which it is told.
     """
-    length, numbers = config.sampling.max_tokens, sum(prod(spec.shape) for spec in packed_specs(model))
+    length, numbers = config.sampling.max_tokens, sum(prod(spec.shape) for spec in packed_layout(model))
     answers = (
         0 if config.to == "fp8" else min(config.calibrate, CHUNK * -(-config.calibrate_tokens // (CHUNK * length)))
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from slingshot.base.clock import Clock
 from slingshot.base.progress import Progress
-from slingshot.checkpoint.layout import layout
+from slingshot.checkpoint.layout import layout, packed_layout
 from slingshot.checkpoint.load_save import StoredWeights, read_into
 from slingshot.cost.flops import forward_flops
 from slingshot.model.transformer import Transformer
@@ -45,7 +45,7 @@ def widened(
     model: Transformer, texts: Sequence[Sequence[int]], scheme: Scheme, bits: float, length: int = 256
 ) -> tuple[Scheme, dict[str, Any]]:
     """The scheme with 8 bits where 4 lose most, on texts in rows of `length`, and what was measured."""
-    shapes = {spec.name: spec.shape for spec in layout(model.config) if is_packed(spec.name, spec.stored)}
+    shapes = {spec.name: spec.shape for spec in packed_layout(model.config)}
     units = together(shapes)
     sizes = {unit: sum(prod(shapes[name]) for name in names) for unit, names in units.items()}
     length = min(length, _PROBED)
@@ -95,7 +95,7 @@ def fitted(
     clock: counts "reading" the text, which takes longer for more of it, and "fitting", which does not.
     """
     clock, fit = clock or Clock(), Fit()
-    names = [s.name for s in layout(weights.config) if is_fitted(s.name) and is_packed(s.name, s.stored)]
+    names = [spec.name for spec in packed_layout(weights.config) if is_fitted(spec.name)]
     with Progress(title, len(names)) as progress, clock("reading"):
 
         def change(name: str, weight_FD: Tensor, gram_DD: Tensor, rows: int) -> None:

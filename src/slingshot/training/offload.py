@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from slingshot.base.errors import SlingshotError
+from slingshot.base.files import os_errors
 from slingshot.machine.memory import MADV_DONTNEED, advise
 
 HOST = "host"
@@ -55,14 +56,12 @@ class StatePlace:
         if self.offload == HOST:
             return torch.zeros(parameter.shape, dtype=dtype, pin_memory=parameter.is_cuda)
         size = max(parameter.numel(), 1)
-        try:
+        with os_errors(f"optimizer.offload: {self.offload}"):
             Path(self.offload).mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self.offload) as file:
                 if hasattr(os, "posix_fallocate"):  # not on macOS; a full disk says so now
                     os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
                 mapped = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
-        except OSError as error:
-            raise SlingshotError(f"optimizer.offload: {self.offload}: {error.strerror}") from error
         return mapped[: parameter.numel()].view(parameter.shape)
 
     def copy(self, value: Tensor, parameter: nn.Parameter) -> Tensor:

@@ -20,12 +20,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from slingshot.checkpoint.layout import layout, place
+from slingshot.checkpoint.layout import packed_layout, place
 from slingshot.model.rescaled import RescaledMatrix
 from slingshot.model.stored import hold
 from slingshot.model.transformer import Transformer
 from slingshot.quantization.encode import grid
-from slingshot.quantization.formats import Scheme, is_packed
+from slingshot.quantization.formats import Scheme
 from slingshot.quantization.gptq import rounded
 from slingshot.training.calibration import TextRows
 from slingshot.training.distillation import distillation_loss, divergences
@@ -45,9 +45,7 @@ def hold_rescaled(
     for parameter in student.requires_grad_(False).parameters():
         parameter.copy_(parameter.bfloat16())
     weights, made = full.state_dict(), dict[str, Packed]()
-    for spec in layout(full.config):
-        if not is_packed(spec.name, spec.stored):
-            continue
+    for spec in packed_layout(full.config):
         where, index = place(spec.name)
         numbers_FD, scales_FG = packed.get(spec.name) or rounded(weights[where][index], grid(scheme, spec.name))
         if where not in made:
@@ -63,12 +61,11 @@ def hold_rescaled(
 def held_numbers(student: Transformer) -> dict[str, Packed]:
     """Numbers and scales of every matrix, by name."""
     found = dict[str, Packed]()
-    for spec in layout(student.config):
-        if is_packed(spec.name, spec.stored):
-            where, index = place(spec.name)
-            weight = student.get_submodule(where)
-            assert isinstance(weight, RescaledMatrix)
-            found[spec.name] = weight.numbers[index].cpu(), weight.rescaled()[index].cpu()
+    for spec in packed_layout(student.config):
+        where, index = place(spec.name)
+        weight = student.get_submodule(where)
+        assert isinstance(weight, RescaledMatrix)
+        found[spec.name] = weight.numbers[index].cpu(), weight.rescaled()[index].cpu()
     return found
 
 

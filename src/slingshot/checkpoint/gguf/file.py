@@ -23,7 +23,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import read_span
+from slingshot.base.files import os_errors, read_span
 
 _HEADER_LIMIT = 2**26  # bytes; a vocabulary of 262,144 tokens and its merges take 15 million
 _MAX_DIMENSIONS = 4  # ggml's
@@ -99,14 +99,11 @@ def read_header(data: bytes | mmap.mmap, length: int, path: Path) -> GGUFHeader 
 
 
 def _open_header(path: Path) -> GGUFHeader:
-    try:
-        with path.open("rb") as file:
-            if not (length := path.stat().st_size):
-                raise SlingshotError(f"{path} is no whole GGUF file: it is empty; is the download complete?")
-            with mmap.mmap(file.fileno(), min(length, _HEADER_LIMIT), access=mmap.ACCESS_READ) as data:
-                header = read_header(data, length, path)
-    except OSError as error:
-        raise SlingshotError(f"cannot read {path}: {error.strerror or error}") from error
+    with os_errors(f"cannot read {path}"), path.open("rb") as file:
+        if not (length := path.stat().st_size):
+            raise SlingshotError(f"{path} is no whole GGUF file: it is empty; is the download complete?")
+        with mmap.mmap(file.fileno(), min(length, _HEADER_LIMIT), access=mmap.ACCESS_READ) as data:
+            header = read_header(data, length, path)
     assert header is not None  # all bytes that it may take were there
     return header
 

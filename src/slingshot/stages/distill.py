@@ -117,11 +117,10 @@ def run(config: DistillConfig, out: Path, sampler: Sampler | None = None) -> Non
         for network in (model, *teachers):
             network.compute_dtype = work.dtype
         optimizer = Optimizer(model, config.optimizer)
-        if saved := work.load():
-            restore(saved, model, optimizer)
-        done = saved.step if saved else 0
-        with pool, Interrupts() as interrupts, Progress(out.name, config.steps, done, True) as progress:
-            for step in range(done, config.steps):
+        saved = work.load()
+        restore(saved, model, optimizer)
+        with pool, Interrupts() as interrupts, Progress(out.name, config.steps, saved.step, True) as progress:
+            for step in range(saved.step, config.steps):
                 if config.max_flops is not None and work.meter.flops >= config.max_flops:
                     break
                 sampler.update_weights(step, merged(model))

@@ -96,9 +96,9 @@ def run(config: EvaluateConfig, out: Path, sampler: Sampler | None = None) -> No
             for start in range(0, len(some), config.chunk)
         ]
         saved = work.load()
-        results: list[dict[str, Any]] = saved.info["results"] if saved else []
-        probes: dict[str, Any] = saved.info.get("probes", {}) if saved else {}
-        done, title = saved.step if saved else 0, f"evaluation of {source.name}"
+        results: list[dict[str, Any]] = saved.info.get("results", [])
+        probes: dict[str, Any] = saved.info.get("probes", {})
+        done, title = saved.step, f"evaluation of {source.name}"
         with pool, Interrupts() as interrupts, Progress(title, len(jobs), done, parallel.is_first) as progress:
             for step in range(done, len(jobs)):
                 task, rollout, chunk = jobs[step]

@@ -184,12 +184,10 @@ def run(config: PretrainConfig, out: Path) -> None:
         config.memory.apply(model)
         optimizer = Optimizer(model, config.optimizer)
         saved = work.load()
-        done = saved.step if saved else 0
-        if saved:
-            restore(saved, model, optimizer)
+        restore(saved, model, optimizer)
 
-        with Interrupts() as interrupts, Progress(out.name, config.steps, done, parallel.is_first) as progress:
-            for step in range(done, config.steps):
+        with Interrupts() as interrupts, Progress(out.name, config.steps, saved.step, parallel.is_first) as progress:
+            for step in range(saved.step, config.steps):
                 batch = corpus.batch(step, config.batch_size)
                 rows = batch.shard(parallel)
                 losses = language_model_step(model, rows, config.loss, config.micro_batch_size, parallel)

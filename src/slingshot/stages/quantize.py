@@ -254,9 +254,8 @@ def distilled(
         tensors = {f"{group}/{name}": each for group, its in groups.items() for name, each in its.items()}
         return tensors, {"best": held_out.best, "best_step": held_out.step}
 
-    done = saved.step if saved else 0
-    with Interrupts() as interrupts, Progress(f"{work.out.name}: distilled", steps, done) as progress:
-        for step in range(done, steps):
+    with Interrupts() as interrupts, Progress(f"{work.out.name}: distilled", steps, saved.step) as progress:
+        for step in range(saved.step, steps):
             with clock("distillation"):
                 batches, lengths, tokens = answers(config.calibrate + step * asked, asked)
                 kl, factor = matching_step(student, full, batches), schedule(config.optimizer, step, steps)

@@ -149,10 +149,9 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
         moving = reference if config.lora is None else None
         optimizer = Optimizer(model, config.optimizer)
         saved = work.load()
-        if saved:
-            restore(saved, model, optimizer, moving)
+        restore(saved, model, optimizer, moving)
 
-        done, info = (saved.step, saved.info) if saved else (0, {})
+        done, info = saved.step, saved.info
         place = info.get("drawn", done * config.prompts_per_step)
         curriculum = Curriculum(tasks, config.retire, place, info.get("retired", ()))
         entropy = EntropyWatch(info.get("entropy"))

@@ -62,12 +62,12 @@ def run(config: SampleConfig, out: Path, sampler: Sampler | None = None) -> None
         rollout = Rollout(sampler, params, config.form, pool, parallel)
         digest = sampler.tokenizer.digest
         saved = work.load()
-        rows: list[dict[str, Any]] = saved.info["rows"] if saved else []
+        rows: list[dict[str, Any]] = saved.info.get("rows", [])
         chunks = [items[i : i + config.chunk] for i in range(0, len(items), config.chunk)]
 
-        done = saved.step if saved else 0
-        with pool, Interrupts() as interrupts, Progress(out.name, len(chunks), done, parallel.is_first) as progress:
-            for step in range(done, len(chunks)):
+        showing = Progress(out.name, len(chunks), saved.step, parallel.is_first)
+        with pool, Interrupts() as interrupts, showing as progress:
+            for step in range(saved.step, len(chunks)):
                 groups = rollout.run(chunks[step])
                 tokens, flops = sampling_cost(sampler.model_config, groups)
                 work.meter.add(tokens, sampling=flops)

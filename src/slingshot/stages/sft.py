@@ -105,12 +105,10 @@ def run(config: SFTConfig, out: Path) -> None:
         passed = None if config.lora is None else config.lora.numbers_passed(model.config)
         optimizer = Optimizer(model, config.optimizer)
         saved = work.load()
-        done = saved.step if saved else 0
-        if saved:
-            restore(saved, model, optimizer)
+        restore(saved, model, optimizer)
 
-        with Interrupts() as interrupts, Progress(out.name, len(batches), done, parallel.is_first) as progress:
-            for step in range(done, len(batches)):
+        with Interrupts() as interrupts, Progress(out.name, len(batches), saved.step, parallel.is_first) as progress:
+            for step in range(saved.step, len(batches)):
                 rows = batches[step].shard(parallel)
                 losses = language_model_step(model, rows, config.loss, config.micro_batch_size, parallel)
                 lr = schedule(config.optimizer, step, len(batches))

@@ -76,9 +76,9 @@ def run(config: TokenizeConfig, out: Path) -> None:
 
         megabytes = max(1, corpus_size(config.text) // 10**6)
         left = itertools.islice(read_corpus(config.text, config.text_key), done["documents"], None)
-        begin, before = done["bytes"] // 10**6, saved.step if saved else 0
+        begin = done["bytes"] // 10**6
         with Interrupts() as interrupts, Progress(f"{out.name} MB", megabytes, begin, parallel.is_first) as progress:
-            for step, texts in enumerate(_batches(left), start=before + 1):
+            for step, texts in enumerate(_batches(left), start=saved.step + 1):
                 count = _write(texts, tokenizer, config, sides, done) if parallel.is_first else 0
                 work.meter.add(count)
                 work.log({"step": step, **done, **work.speed(count)})

@@ -5,9 +5,9 @@ A stage that writes to `out` works in `out.partial/`: `state-STEP/` (safetensors
 last state; metrics written after that are dropped and written anew, so what is logged ends the same, clocks excepted.
 
     with Parallel.start() as parallel, Checkpointer(out, "sft", config, parallel) as work:
-        saved = work.load()                                        # None at the start
+        saved = work.load()
         with Interrupts() as interrupts:
-            for step in range(saved.step if saved else 0, steps):
+            for step in range(saved.step, steps):
                 ...
                 work.log({"step": step + 1, "loss": loss})
                 work.keep(step + 1, state, stop=interrupts.asked)  # saves now and then, and before stopping at Ctrl-C
@@ -160,18 +160,18 @@ class Checkpointer:
             return open_weights(self.reads[model]).config.hidden_size if model in self.reads else 256
         return 256
 
-    def load(self) -> State | None:
-        """The last state saved by an earlier run, or None; drops metrics of later steps."""
+    def load(self) -> State:
+        """The last state saved by an earlier run, that of the start if there is none; drops metrics of later steps."""
         states = self._states()
-        state = State(states[max(states)]) if states else None
+        state = State(states[max(states)] if states else None)
         if state:
             self.meter = Meter(state.meter)
             if not self.parallel.is_first:  # what all ranks spent is the first one's
                 self.meter.tokens, self.meter.flops_by_part = 0, dict.fromkeys(self.meter.flops_by_part, 0.0)
         if self.parallel.is_first:
-            self._cut_metrics(state.step if state else 0)
+            self._cut_metrics(state.step)
             if SummaryWriter is not None:
-                self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.step + 1 if state else 1)
+                self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.step + 1)
         self.parallel.barrier()
         self._step_at = time.perf_counter(), self.meter.flops
         return state

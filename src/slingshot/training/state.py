@@ -40,12 +40,15 @@ class _Piece(NamedTuple):
 
 
 class State:
-    """What was saved after `step` steps: JSON, and tensors that are read when they are asked for, by name."""
+    """What was saved after `step` steps: JSON, and tensors that are read when they are asked for, by name. False at the
+    start, where nothing was saved."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
         """SlingshotError when the folder holds no whole state."""
-        self.folder = folder
-        self._pieces: dict[str, list[_Piece]] = {}
+        self.step, self.meter, self.info = 0, dict[str, Any](), dict[str, Any]()
+        self._folder, self._pieces = folder, dict[str, list[_Piece]]()
+        if folder is None:
+            return
         try:
             for path in sorted(folder.glob("*.safetensors")):
                 file = safe_open(path, framework="pt")
@@ -56,9 +59,10 @@ class State:
         except (OSError, SafetensorError) as error:
             raise self._unreadable(error) from error
         said = read_json(folder / "state.json")
-        self.step: int = said["step"]
-        self.meter: dict[str, Any] = said["meter"]
-        self.info: dict[str, Any] = said["info"]
+        self.step, self.meter, self.info = said["step"], said["meter"], said["info"]
+
+    def __bool__(self) -> bool:
+        return self._folder is not None
 
     def __contains__(self, name: str) -> bool:
         return name in self._pieces
@@ -89,8 +93,8 @@ class State:
         return rows
 
     def _unreadable(self, why: object) -> SlingshotError:
-        way_out = f"remove {self.folder.parent} to start the stage anew"
-        return SlingshotError(f"{self.folder} cannot be read: {why}; {way_out}")
+        way_out = f"remove {self._folder and self._folder.parent} to start the stage anew"
+        return SlingshotError(f"{self._folder} cannot be read: {why}; {way_out}")
 
 
 class StateWriter:

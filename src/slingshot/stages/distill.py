@@ -100,9 +100,7 @@ def run(config: DistillConfig, out: Path, sampler: Sampler | None = None) -> Non
         mix, source = TaskMix(config.tasks, "train", f"distill/{config.seed}"), work.reads[config.model]
         load = load_model if config.lora is None else load_frozen
         model, tokenizer = load(source, device=parallel.device), load_tokenizer(source)
-        if config.lora is not None:
-            add_lora(model, config.lora, config.seed, parallel)
-        passed = None if config.lora is None else config.lora.numbers_passed(model.config)
+        passed = add_lora(model, config.lora, config.seed, parallel)
         teachers = []
         for teacher in config.teachers:
             path = work.reads[teacher.model]

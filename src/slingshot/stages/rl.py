@@ -128,9 +128,7 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
         load = load_model if config.lora is None else load_frozen
         model, tokenizer = load(source, device=parallel.device), load_tokenizer(source)
         reference = reference_of(config, model, source, parallel)
-        if config.lora is not None:
-            add_lora(model, config.lora, config.seed, parallel)
-        passed = None if config.lora is None else config.lora.numbers_passed(model.config)
+        passed = add_lora(model, config.lora, config.seed, parallel)
         params = sampling_of(config, model)
         if sampler is None and config.rollouts:
             probes = [(item, config.form.encode(tokenizer, item.problem, item.task.tools)) for item in tasks.draw(0, 8)]

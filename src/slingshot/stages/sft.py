@@ -98,11 +98,10 @@ def run(config: SFTConfig, out: Path) -> None:
 
         model.compute_dtype = work.dtype
         train_in_fp8(model, config.fp8)
-        if config.lora is not None:
-            add_lora(model, config.lora, config.seed, parallel)
+        passed = add_lora(model, config.lora, config.seed, parallel)
+        if config.lora is not None:  # else it is sharded as it is loaded
             parallel.shard(model)
         config.memory.apply(model)
-        passed = None if config.lora is None else config.lora.numbers_passed(model.config)
         optimizer = Optimizer(model, config.optimizer)
         saved = work.load()
         restore(saved, model, optimizer)

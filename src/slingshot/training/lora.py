@@ -50,12 +50,15 @@ class LoRAConfig(Strict):
         return adapter_numbers(config, self.rank, self.targets).passed
 
 
-def add_lora(model: Transformer, config: LoRAConfig, seed: int, parallel: Parallel) -> None:
-    """Freeze the model and put adapters beside the targets. SlingshotError: an unknown target, a rank above a width.
+def add_lora(model: Transformer, config: LoRAConfig | None, seed: int, parallel: Parallel) -> int | None:
+    """Freeze the model and put adapters beside the targets; -> through how many of their numbers a token passes. None:
+    without a config the model is trained itself. SlingshotError: an unknown target, a rank above a width.
 
     Beside so small a state, activations would be most of the memory: blocks compute them again. Several processes
     shard the model afterwards.
     """
+    if config is None:
+        return None
     if parallel.mesh is not None and holds_stored(model):
         raise SlingshotError("lora: over int8, int4 and FP8 numbers adapters are trained by one process; start one")
     chosen: dict[str, Linear | GroupedLinear] = {}
@@ -80,6 +83,7 @@ def add_lora(model: Transformer, config: LoRAConfig, seed: int, parallel: Parall
         given = numbers.to(module.weight.device), config.alpha / config.rank
         beside = LoRALinear(module, *given) if isinstance(module, Linear) else LoRAGroupedLinear(module, *given)
         model.set_submodule(name, beside)
+    return config.numbers_passed(model.config)
 
 
 def _candidates(model: Transformer) -> Iterator[tuple[str, Linear | GroupedLinear]]:

@@ -15,15 +15,14 @@ from collections.abc import Iterator, Sequence
 
 from pydantic import Field
 
-from slingshot.tasks.task import Call, GeneratedTask, Problem, Style
+from slingshot.tasks.task import COMMA, Call, GeneratedTask, Problem, Style
 
 _PROMPT = {"en": "What is %s?", "ja": "%sはいくつ?"}
 _STEP = {
     "en": {"+": "%d plus %d is %s", "-": "%d minus %d is %s", "x": "%d times %d is %s"},
     "ja": {"+": "%d足す%dは%s", "-": "%d引く%dは%s", "x": "%d掛ける%dは%s"},
 }
-_COMMA = {"en": ", ", "ja": "、"}
-_SLIP = {"en": "%d, wait, %d", "ja": "%d、いや%d"}
+SLIP = {"en": "%d, wait, %d", "ja": "%d、いや%d"}
 # A minus right after a digit or a closing bracket is an operator, not a sign.
 _NUMBER = re.compile(r"(?:(?<![0-9)])-)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
 _MINUS = str.maketrans({"\u2212": "-", "\uff0d": "-"})  # the typographic and the full-width minus
@@ -68,13 +67,13 @@ class Arithmetic(NumberTask):
 
     def reasoning(self, problem: Problem, style: Style, rng: random.Random) -> str:
         steps = chain_steps(problem.data["numbers"], problem.data["operators"])
-        words, slip = _STEP[problem.language], _SLIP[problem.language]
+        words, slip = _STEP[problem.language], SLIP[problem.language]
         slipped = int(rng.random() * len(steps)) if style == "slips" else -1
         said = [
             words[operator] % (left, right, slip % (near_miss(result, rng), result) if index == slipped else result)
             for index, (left, operator, right, result) in enumerate(steps)
         ]
-        return _COMMA[problem.language].join(said)
+        return COMMA[problem.language].join(said)
 
     def calls(self, problem: Problem) -> tuple[Call, ...]:
         spelt = _spelt(problem.data["numbers"], problem.data["operators"])

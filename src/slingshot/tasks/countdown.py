@@ -24,15 +24,11 @@ from pydantic import Field, model_validator
 
 from slingshot.base.errors import SlingshotError
 from slingshot.tasks.arithmetic import natural_near_miss
-from slingshot.tasks.task import GeneratedTask, Problem, Solution, Style
+from slingshot.tasks.task import COLON, COMMA, FULL_STOP, YES, GeneratedTask, Problem, Solution, Style
 
 Tree: TypeAlias = "int | tuple[str, Tree, Tree]"  # a number, or an operator with its two sides
 
 _PROMPT = {"en": "Make {target} from {numbers}.", "ja": "{numbers}で{target}を作れ。"}
-_COMMA = {"en": ", ", "ja": "、"}
-_THEN = {"en": ": ", "ja": ":"}
-_NEXT = {"en": ". ", "ja": "。"}
-_RIGHT = {"en": ", yes.", "ja": "、正解。"}
 _SLIP = {"en": ", wait, ", "ja": "、いや"}
 
 _OPERATORS: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
@@ -70,7 +66,7 @@ class Countdown(GeneratedTask):
             tree, target = combined
             language = self.languages[int(rng.random() * len(self.languages))]
             yield Problem(
-                prompt=_PROMPT[language].format(target=target, numbers=_COMMA[language].join(map(str, numbers))),
+                prompt=_PROMPT[language].format(target=target, numbers=COMMA[language].join(map(str, numbers))),
                 key=f"{','.join(map(str, sorted(numbers)))}={target}",
                 answer=render(tree),
                 language=language,
@@ -116,11 +112,11 @@ class Countdown(GeneratedTask):
         for at, (step, later) in enumerate(zip(steps, [*steps[1:], None], strict=True)):
             text += step.tell(target, self.max_target, _SLIP[language], slips if at == slipped else None)
             if later is None:
-                text += _RIGHT[language]
+                text += YES[language]
             elif later.others < step.others:
-                text += _THEN[language]
+                text += COLON[language]
             else:
-                text += _COMMA[language] if step.others == later.others == 0 else _NEXT[language]
+                text += COMMA[language] if step.others == later.others == 0 else FULL_STOP[language]
         return text
 
     def _search(self, numbers: Sequence[int], target: int) -> list[_Step]:

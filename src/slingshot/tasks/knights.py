@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from pydantic import Field
 
-from slingshot.tasks.task import GeneratedTask, Problem, Style
+from slingshot.tasks.task import COLON, COMMA, FULL_STOP, YES, GeneratedTask, Problem, Style
 
 Form = Literal["is", "same", "and", "or", "if"]
 Case: TypeAlias = tuple[bool, ...]  # who of the people is a knight
@@ -42,8 +42,6 @@ _JOINED = {
     "en": {"and": "%s and %s", "or": "%s or %s", "if": "if %s then %s"},
     "ja": {"and": "%sかつ%s", "or": "%sまたは%s", "if": "%sならば%s"},
 }
-_COMMA, _THEN = {"en": ", ", "ja": "、"}, {"en": ": ", "ja": ":"}
-_NEXT, _RIGHT = {"en": ". ", "ja": "。"}, {"en": ", yes.", "ja": "、正解。"}
 _HOLDS = {"en": ("%s %s no", "%s %s yes"), "ja": ("%s%s否", "%s%s是")}
 _ALIKE = {"en": ("%s and %s different", "%s and %s same"), "ja": ("%sと%s別類", "%sと%s同類")}
 _CHECK = {"en": "%s says %s:%s", "ja": "%s「%s」%s"}
@@ -157,8 +155,8 @@ class Knights(GeneratedTask):
                     truth = _SLIP[language] % (_TRUTH[language][not holds], truth)
                 checks.append(_CHECK[language] % (names[at], statements[at].check(row.case, names, language), truth))
             slipped -= len(row.checks)
-            said.append(_COMMA[language].join(people) + _THEN[language] + _COMMA[language].join(checks))
-        return _NEXT[language].join(said) + _RIGHT[language]
+            said.append(COMMA[language].join(people) + COLON[language] + COMMA[language].join(checks))
+        return FULL_STOP[language].join(said) + YES[language]
 
     def read(self, text: str) -> str | None:
         """Every person once with a kind, in English or Japanese, in any order, and nothing else."""
@@ -214,8 +212,8 @@ def _spell(one: Statement, order: Sequence[int]) -> str:
 
 def _answer(places: Sequence[int], case: Case, language: str) -> str:
     people = zip(places, case, strict=True)
-    return _COMMA[language].join(
-        f"{NAMES[language][place]}{_THEN[language]}{_KINDS[language][kind]}" for place, kind in people
+    return COMMA[language].join(
+        f"{NAMES[language][place]}{COLON[language]}{_KINDS[language][kind]}" for place, kind in people
     )
 
 

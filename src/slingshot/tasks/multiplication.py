@@ -19,16 +19,14 @@ from typing import NamedTuple
 
 from pydantic import Field
 
-from slingshot.tasks.arithmetic import NumberTask, natural_near_miss
-from slingshot.tasks.task import Call, Problem, Style
+from slingshot.tasks.arithmetic import SLIP, NumberTask, natural_near_miss
+from slingshot.tasks.task import FULL_STOP, Call, Problem, Style
 
 _PROMPT = {"en": "What is %d x %d?", "ja": "%d x %dはいくつ?"}
 _BY = {"en": "%s by %s. ", "ja": "%sに%s。"}
 _ROW = {"en": "%d: %s: %s", "ja": "%d:%s:%s"}
 _THEN = {"en": "; ", "ja": ";"}
-_NEXT = {"en": ". ", "ja": "。"}
 _BACK = {"en": ", read back %s.", "ja": "、逆に%s。"}
-_SLIP = {"en": "%d, wait, %d", "ja": "%d、いや%d"}
 
 
 class Multiplication(NumberTask):
@@ -56,10 +54,10 @@ class Multiplication(NumberTask):
         for row in rows:
             steps = []
             for step in row.steps:
-                steps.append(step.tell(slipped, _SLIP[language], rng))
+                steps.append(step.tell(slipped, SLIP[language], rng))
                 slipped -= 1 + len(step.added)
             said.append(_ROW[language] % (row.steps[0].b, _THEN[language].join(steps), spaced(row.total)))
-        worked = _BY[language] % (spaced(first), spaced(second)) + _NEXT[language].join(said)
+        worked = _BY[language] % (spaced(first), spaced(second)) + FULL_STOP[language].join(said)
         return worked + _BACK[language] % " ".join(problem.answer)
 
     def calls(self, problem: Problem) -> tuple[Call, ...]:

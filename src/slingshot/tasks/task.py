@@ -26,6 +26,10 @@ Split = Literal["train", "test"]
 Style = Literal["answer", "steps", "slips", "calls"]
 Language = Literal["en", "ja"]
 
+# What joins and ends the steps of worked solutions.
+COMMA, COLON = {"en": ", ", "ja": "、"}, {"en": ": ", "ja": ":"}
+FULL_STOP, YES = {"en": ". ", "ja": "。"}, {"en": ", yes.", "ja": "、正解。"}
+
 # Problems of the other split drawn in a row before a task is told to have none: 0.9 ** 20000 is no accident.
 _PATIENCE = 20_000
 

@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import typer
 
 from slingshot.base.errors import SlingshotError
-from slingshot.base.files import digest, os_errors, parse_json, read_text
+from slingshot.base.files import digest, jsonl_rows, os_errors, parse_json, read_text
 from slingshot.base.names import closest
 from slingshot.base.progress import Progress
 from slingshot.base.quantity import plural, show_count
@@ -102,13 +102,11 @@ class PromptRow:
 
 def read_prompts(path: Path, given: Mapping[str, Any]) -> list[PromptRow]:
     """The prompts of a file: rows of .jsonl, else the lines of a text. SlingshotError names file and line."""
-    rows = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            where = f"{path} line {number}"
-            row = parse_json(line, where) if path.suffix == ".jsonl" else {"prompt": line.rstrip("\r")}
-            rows.append(PromptRow.read(row, where, given))
-    return rows
+    lines = read_text(path).split("\n")
+    if path.suffix == ".jsonl":
+        return [PromptRow.read(row, where, given) for where, row in jsonl_rows(path, lines)]
+    texts = ((f"{path} line {number}", line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip())
+    return [PromptRow.read({"prompt": text}, where, given) for where, text in texts]
 
 
 def complete(engine: Engine, rows: Sequence[PromptRow], raw: bool) -> Iterator[RequestOutput]:

@@ -17,14 +17,14 @@ FILE = 400  # lines
 
 # Lines of Python at most: the package's, the tests'.
 ROOMS = {
-    ".": (46, 550),
+    ".": (56, 550),
     "base": (793, 426),
     "checkpoint": (2710, 2766),
-    "cli": (2073, 1467),
+    "cli": (2073, 1475),
     "cost": (614, 574),
     "data": (744, 420),
-    "engine": (4301, 2894),
-    "environments": (745, 247),
+    "engine": (4301, 2898),
+    "environments": (749, 251),
     "kernels": (864, 1254),
     "machine": (521, 347),
     "model": (2142, 1406),
@@ -32,11 +32,11 @@ ROOMS = {
     "planning": (1931, 1310),
     "quantization": (672, 472),
     "recipe": (1494, 1174),
-    "rollout": (1486, 1119),
+    "rollout": (1487, 1119),
     "sandbox": (1001, 613),
     "serving": (5811, 5398),
-    "stages": (2457, 3577),
-    "tasks": (3846, 2715),
+    "stages": (2459, 3587),
+    "tasks": (3847, 2729),
     "text": (2015, 1788),
     "training": (3120, 2113),
 }

@@ -82,6 +82,14 @@ def test_help_and_import_are_light() -> None:
         assert f" {name} " in done.stdout
 
 
+def test_ctrl_c_while_the_command_is_imported_ends_it_quietly() -> None:
+    script = "import sys; from slingshot.__main__ import main\n"
+    script += "class Pressed:\n    def find_spec(self, name, *_):\n        if name == 'slingshot.cli.main':\n"
+    script += "            raise KeyboardInterrupt\nsys.meta_path.insert(0, Pressed()); main()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_the_package_offers_what_it_promises(command: Command) -> None:
     assert command("--version") == (0, f"slingshot {slingshot.__version__}\n", "")
     assert [getattr(slingshot, name).__name__ for name in slingshot.__all__] == slingshot.__all__

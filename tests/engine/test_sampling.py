@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slingshot.base.errors import SlingshotError
-from slingshot.engine.draw import DrawParams, sample, uniform_noise
+from slingshot.engine.draw import DrawParams, noise_stream, sample, uniform_noise
 from slingshot.engine.draw import draw as draw_ids
 from slingshot.engine.sampling import SamplingParams
 
@@ -139,6 +139,10 @@ def test_noise_is_splitmix64():
     ]  # fmt: skip
     uniform = uniform_noise(torch.full((5,), 1234567), torch.arange(1, 6))
     assert uniform.tolist() == [(value >> 40) / (1 << 24) for value in expected]
+
+
+def test_any_key_names_a_stream_halves_of_characters_too():
+    assert len({noise_stream(0, key, 0) for key in ("", "a", "\ud800", "\udfff")}) == 4
 
 
 def test_largest_uniform_never_hits_a_dropped_token():

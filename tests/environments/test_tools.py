@@ -23,6 +23,7 @@ def computed(expression):
     ("-7//2", "-4"), ("-7 % 3", "2"), ("2^10", "1024"), ("2**-3", "0.125"), ("1e3 + 1.50", "1001.5"), ("12÷8", "1.5"),
     ("３＋４", "7"), ("(-1)**999999999999", "-1"), ("0**99999999999", "0"), ("-0.05", "-0.05"), ("6*7 =", "42"),
     ("123456789*987654321", "121932631112635269"), ("9" * 500, "9" * 500),
+    ("5² + 1", "26"), ("2¹⁰", "1024"),
 ])  # fmt: skip
 def test_arithmetic_is_exact(expression, value):
     assert computed(expression) == value
@@ -108,6 +109,8 @@ def flood() -> str:
     print("into the pipe?")
     return "x" * 10_000_000
 def unsaid(a: int): return a
+async def later():
+    """Says it later."""
 TOOLS = [double, hang, die, flood]
 '''
 
@@ -135,7 +138,8 @@ def test_functions_of_a_file_are_tools_whatever_they_do(tmp_path):
 
 @pytest.mark.parametrize(("spec", "says"), [
     ("calculater", "did you mean calculator?"), ("search", "unknown"), ("own.py:doubel", "did you mean double?"),
-    ("own.py:unsaid", "unsaid has no docstring"), ("none.py:f", "no such file"), ("empty.py", "say TOOLS = "),
+    ("own.py:unsaid", "unsaid has no docstring"), ("own.py:later", "later is async"),
+    ("none.py:f", "no such file"), ("empty.py", "say TOOLS = "),
     ("search:none", "no such folder"), ("mcp:", "unknown"), ("own.py", "2 of them are called double"),
 ])  # fmt: skip
 def test_a_tool_that_cannot_be_had_is_refused_by_name(tmp_path, monkeypatch, spec, says):

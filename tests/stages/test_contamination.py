@@ -49,6 +49,16 @@ def test_an_evaluation_tells_scores_with_and_without_what_was_seen(base, sums, s
     assert found["notes"] == ["2 of 4 problems stand in the data named, pass@1 without them 0%"]
 
 
+def test_data_that_cannot_be_read_is_said_before_anything_is_sampled(base, sums, saying, tmp_path):
+    (tmp_path / "empty").mkdir()
+    values = {"model": str(base), "tasks": [sums], "threads": 1, "contamination": [str(tmp_path / "empty")]}
+    asked = list[str]()
+    sampler = saying(lambda key, _: asked.append(key) or Solution("so", "1"))
+    with pytest.raises(SlingshotError, match="holds no file of data"):
+        evaluate.run(evaluate.EvaluateConfig.parse(values), tmp_path / "out", sampler)
+    assert not asked
+
+
 def test_data_that_is_not_there_is_named(tmp_path):
     with pytest.raises(SlingshotError, match=r"cannot read .*no.jsonl"):
         contaminated(PROMPTS, [str(tmp_path / "no.jsonl")])

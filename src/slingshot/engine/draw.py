@@ -63,7 +63,7 @@ class DrawParams:
 
 def noise_stream(seed: int, key: str, sample_index: int) -> int:
     """A signed 64-bit number that names one sample's stream of noise: nothing of the batch it runs in enters."""
-    name = f"{seed}/{sample_index}/{key}".encode()
+    name = f"{seed}/{sample_index}/{key}".encode(errors="surrogatepass")
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
 
 

@@ -24,6 +24,7 @@ _LONGEST = 500  # characters of an expression
 _BITS = 4096  # of a numerator or denominator, some 1,200 digits
 _DIGITS = 12  # of what stands beside a fraction that no decimal is equal to
 _SIGNS = str.maketrans({"×": "*", "·": "*", "⋅": "*", "÷": "/", "−": "-", "^": "**"})
+_RAISED = re.compile(r"[⁰¹²³⁴-⁹]+")
 _TIMES = re.compile(r"(?<=[\d)\s])x(?=[\d(\s])")
 
 _BINARY: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction | int]] = {
@@ -43,7 +44,8 @@ class Calculator:
         text = arguments["expression"].strip()
         if len(text) > _LONGEST:
             raise ToolError(f"the expression has {len(text)} characters, {_LONGEST} at most")
-        text = unicodedata.normalize("NFKC", text.translate(_SIGNS)).removesuffix("=").strip()
+        text = _RAISED.sub(r"**\g<0>", text.translate(_SIGNS))  # before NFKC makes 52 of 5²
+        text = unicodedata.normalize("NFKC", text).removesuffix("=").strip()
         text = _TIMES.sub("*", text)
         try:
             tree = ast.parse(text, mode="eval")

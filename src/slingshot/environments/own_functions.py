@@ -33,6 +33,8 @@ class OwnFunction:
         self.description = " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
         if not self.description:
             raise SlingshotError(f"{where}: {self.name} has no docstring; say there what it is for")
+        if inspect.iscoroutinefunction(function):
+            raise SlingshotError(f"{where}: {self.name} is async; a tool is a plain function that returns what it says")
         try:
             adapter: TypeAdapter[Any] = TypeAdapter(function)  # type: ignore[arg-type]
             found = adapter.json_schema()

@@ -142,7 +142,8 @@ class VllmSampler:
         self, client: aiohttp.ClientSession, prompt: list[int], params: SamplingParams, key: str
     ) -> list[Sampled]:
         """From the least busy server, or the next one while they fail."""
-        seed = int.from_bytes(blake2b(f"{params.seed}|{key}".encode(), digest_size=4).digest())
+        name = f"{params.seed}|{key}".encode(errors="surrogatepass")
+        seed = int.from_bytes(blake2b(name, digest_size=4).digest())
         while well := [server for server in self._servers if server.well]:
             server = min(well, key=lambda its: its.running)
             try:

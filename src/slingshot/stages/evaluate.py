@@ -26,7 +26,7 @@ from slingshot.rollout.metrics import interval, maj_at_k, pass_at_k
 from slingshot.rollout.rollout import PromptForm, Rollout
 from slingshot.rollout.sampler import EngineSampler, Sampler, SamplingConfig
 from slingshot.rollout.trajectory import Trajectory, sampling_cost
-from slingshot.stages.contamination import contaminated
+from slingshot.stages.contamination import contaminated, texts
 from slingshot.stages.probe import probe, probe_notes, summarise_probe
 from slingshot.tasks.loader import TaskConfig
 from slingshot.tasks.mixture import Item, distinct
@@ -86,6 +86,8 @@ def run(config: EvaluateConfig, out: Path, sampler: Sampler | None = None) -> No
             Engine.load(source, dtype=work.dtype, device=parallel.device, kv_cache=config.kv_cache)
         )  # fmt: skip
         params = replace(config.sampling.params(config.samples, config.seed), thinking_budget=config.thinking_budget)
+        for data in config.contamination:
+            next(texts(Path(data)), None)  # what cannot be read is said before hours of sampling
         items, given = config.draw()
         pool = VerificationPool([some[0].task for some in items.values() if some])
         jobs = [

@@ -178,7 +178,8 @@ class DatasetTask(IsolatedTask):
     def _programming(self, row: Row, where: str) -> Problem:
         """A problem whose answer is a program, with its hidden tests; what is worked is a right program."""
         forms = {name: self._settings[name] for name in ("entry_point", "preamble")}
-        named = {name: fill_code(form, row, where) for name, form in forms.items() if form != name or name in row}
+        there = {name: form for name, form in forms.items() if form != name or row.get(name) is not None}
+        named = {name: fill_code(form, row, where) for name, form in there.items()}
         hidden = read_tests(row, self.answer, named.get("entry_point", ""), named.get("preamble", ""), where)
         form = self.worked or ("solution" if row.get("solution") else "")
         prompt = fill_code(self.prompt, row, where)

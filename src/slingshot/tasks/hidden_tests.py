@@ -72,7 +72,7 @@ def read_tests(row: Row, form: str, entry_point: str, preamble: str, where: str)
 
     `entry_point` is a function's name, or JSON that tells it; "inputs" and "outputs" of a row are its "tests".
     """
-    if "outputs" in row and form == "tests":
+    if row.get("outputs") is not None and form == "tests":
         if row.get("tests"):
             raise SlingshotError(f'{where}: it has "tests" (asserts), or "inputs" and "outputs"')
         row = {**row, "tests": {"inputs": row.get("inputs") or [], "outputs": row["outputs"]}}
@@ -116,8 +116,8 @@ def _fault(hidden: HiddenTests) -> str:
     try:
         if not called_names(hidden) and hidden.tests and not hidden.entry_point:
             return "its tests call no function of an answer"
-    except SyntaxError as error:
-        return f"its tests are no Python: {error.msg}"
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        return f"its tests are no Python: {getattr(error, 'msg', type(error).__name__)}"
     return ""
 
 

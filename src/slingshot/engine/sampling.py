@@ -22,10 +22,7 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "str": (str, "a text"), "stop": (str, "strings"), "stop_token_ids": (Integral, "token ids"),
     "bad_words": ((str, list, tuple), "strings and lists of token ids"), "choice": (str, "strings"),
 }  # fmt: skip
-_OFF = {
-    "top_p": 1.0, "top_k": 0, "stop": (), "stop_token_ids": (), "logit_bias": (), "bad_words": (), "top_logprobs": 0,
-    "choice": (), "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
-}  # fmt: skip  # what None means
+_NEEDED = {"max_tokens", "temperature", "n", "seed", "ignore_eos", "routed_experts"}  # of all others None is: off
 _OPTIONAL = {"prompt_logprobs": 0, "thinking_budget": 0, "json_schema": "", "regex": "", "grammar": "",
              "structural_tag": ""}  # fmt: skip  # or None
 STRUCTURES = ("json_schema", "regex", "choice", "grammar", "structural_tag")
@@ -94,9 +91,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            value = _OFF.get(field.name) if value is None else value
-            if value is not None or field.name not in _OPTIONAL:
-                object.__setattr__(self, field.name, _of_kind(field.name, value))
+            value = field.default if value is None and field.name not in _NEEDED else value
+            if value is not None or field.name in _NEEDED:
+                object.__setattr__(self, field.name, _of_kind(field.name, field.default, value))
         temperature = self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < float("inf")
         told = f"from 0 to {MOST_LOGPROBS}"
         bias = all(bias < float("inf") for _, bias in self.logit_bias)  # nan is not
@@ -143,13 +140,9 @@ class SamplingParams:
         return penalised or bool(self.logit_bias or self.bad_words)
 
 
-_FIELDS = {field.name: field.default for field in fields(SamplingParams)}
-
-
-def _of_kind(name: str, value: Any) -> Any:
+def _of_kind(name: str, default: Any, value: Any) -> Any:
     """The value as Python's own int, float, bool, str or tuple; SamplingError where the field takes no such kind."""
-    default: Any = _OPTIONAL.get(name, _FIELDS[name])
-    hint = ""
+    default, hint = _OPTIONAL.get(name, default), ""
     if name == "logit_bias":
         return _biases(value)
     if name == "json_schema" and isinstance(value, dict | bool):

@@ -31,13 +31,13 @@ from gguf.quants import dequantize, quantize
 from slingshot.base.progress import Progress
 from slingshot.checkpoint.description import write_description
 from slingshot.checkpoint.hub import locate
-from slingshot.checkpoint.layout import layout, place
+from slingshot.checkpoint.layout import layout, packed_layout, place
 from slingshot.checkpoint.load_save import load_model, load_tokenizer, open_weights
 from slingshot.checkpoint.safetensors import DTYPES, Shards, write_shards
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.quantization.formats import PACKED, PACKED_SCALE, SCALE, is_packed
-from slingshot.stages.quantize import QuantizeConfig, packed_specs, scheme_of
+from slingshot.stages.quantize import QuantizeConfig, scheme_of
 from slingshot.training.calibration import TextRows, stream
 from slingshot.training.fidelity import Reading, fidelity, reading, reading_by_layer
 from slingshot.training.fitting import Fit, fitted, tensors, widened
@@ -114,7 +114,7 @@ def quantised(
         write_shards(folder, tensors(weights, fit, scheme, None, progress))
         stored = weights.config.stored_as(scheme, scheme is None, None)
         write_description(folder, stored, load_tokenizer(source), "bfloat16", locate(source))
-        headers, specs = Shards(folder).headers, packed_specs(weights.config)
+        headers, specs = Shards(folder).headers, packed_layout(weights.config)
         names = {spec.name + suffix for spec in specs for suffix in ("", PACKED, PACKED_SCALE, SCALE)}
         size = sum(math.prod(headers[name].shape) * DTYPES[headers[name].dtype][1] for name in names & headers.keys())
         numbers = sum(math.prod(spec.shape) for spec in specs)

@@ -22,8 +22,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from losses import COMMON, base_of, stage
+from losses import COMMON, keys_of, stage
 
+from slingshot.base.files import read_jsonl
 from slingshot.engine.engine import Engine
 from slingshot.engine.sampling import SamplingParams
 from slingshot.machine.device import describe_machine
@@ -58,7 +59,7 @@ class ClockedSampler(EngineSampler):
 
 
 def network(out: Path) -> Path:
-    base = base_of("micro")
+    base = keys_of("micro")["base"]
     base["model"] |= {"max_position_embeddings": LENGTH, "num_hidden_layers": LAYERS}
     return stage(pretrain, pretrain.PretrainConfig, out / "base", base | {"steps": 1, "optimizer": {"lr": 1e-8}})
 
@@ -72,7 +73,7 @@ def steps(model: Path, out: Path, verifier: Path, prompts: int, count: int) -> t
     }  # fmt: skip
     sampler = ClockedSampler(model)
     rl.run(rl.RLConfig.parse(values, out.name), out, sampler)
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_jsonl(out / "metrics.jsonl")
     ends = [0.0, *(row["seconds"] for row in rows)]
     return [after - before for before, after in pairwise(ends)], sampler.seconds
 

@@ -59,6 +59,29 @@ def secrets() -> str:
 server.run()
 '''
 
+LIAR = """
+import json, sys
+listed, shape = 0, {"type": "object", "properties": {"a": {"type": "integer"}, "b": True}, "required": ["a"]}
+if "worse" in sys.argv:
+    shape["required"] = 7
+for line in sys.stdin:
+    asked = json.loads(line)
+    if "id" not in asked:
+        continue
+    given, told = asked.get("params", {}), {}
+    if asked["method"] == "initialize":
+        version, about = given["protocolVersion"], {"name": "liar", "version": "1"}
+        told = {"protocolVersion": version, "capabilities": {"tools": {}}, "serverInfo": about}
+    if asked["method"] == "tools/list":
+        listed += 1
+        told = {"name": f"tool{listed}", "description": "x" * 100_000, "inputSchema": shape}
+        told = {"tools": [told, {"name": "no name", "inputSchema": shape}], "nextCursor": "more"}
+    if asked["method"] == "tools/call":
+        told = {"tool1": {"content": "none"}, "tool2": {"content": [{"type": "song", "text": 3}]}, "tool3": {}}
+        told = told.get(given["name"], {"content": [], "isError": True})
+    print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], "result": told}), flush=True)
+"""
+
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
@@ -87,6 +110,29 @@ def test_a_servers_tools_are_called_and_its_trouble_is_an_observation(served):
     start = time.perf_counter()
     assert asked("hang") == "error: the server did not answer in 10 s"
     assert time.perf_counter() - start < 25 and asked("add", a=1, b=1) == "2"
+
+
+@pytest.mark.slow
+def test_a_server_that_lies_is_taken_at_no_more_than_words(tmp_path):
+    """It turns its pages for ever, tells at length, and answers in no form that there is."""
+    (tmp_path / "liar.py").write_text(LIAR)
+    worker, box = Worker(), toolbox([f"mcp:{shlex.join([sys.executable, str(tmp_path / 'liar.py')])}"])
+    told = [each["function"] for each in worker.call(box, "schemas")]
+    assert [each["name"] for each in told] == [f"tool{number}" for number in range(1, 21)]
+    assert all(len(each["description"]) == 2000 for each in told)
+    assert told[0]["parameters"] == {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b": {}},
+        "required": ["a"],
+    }
+    for number in range(1, 5):
+        said = ask(worker, box, f"tool{number}", json.dumps({"a": 1}))
+        assert said.startswith("error: ") and "\n" not in said and len(said) < 600
+    worse = toolbox([f"mcp:{shlex.join([sys.executable, str(tmp_path / 'liar.py'), 'worse'])}"])
+    with pytest.raises(SlingshotError, match=r"the server failed: .*required") as refused:
+        worker.call(worse, "schemas")
+    assert "\n" not in str(refused.value)
+    worker.close()
 
 
 @pytest.mark.slow

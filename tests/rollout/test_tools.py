@@ -133,6 +133,13 @@ def test_what_begins_as_a_call_and_is_none_is_told_so_and_is_not_in_format(knowi
     assert trajectory.scores["calls"] == 1 and trajectory.scores["accuracy"] == 1.0
 
 
+def test_of_many_calls_in_a_response_eight_are_answered(knowing, task, dense):
+    lines = {"s": Solution("", "", (RIGHT,) * 9), "s/0": Solution("so", "42")}
+    (trajectory,) = rolled(lambda key, _: lines[key], knowing, task, dense)
+    told = [message["content"] for message in trajectory.messages if message["role"] == "tool"]
+    assert told[:8] == ["42"] * 8 and told[8:] == ["error: 8 calls are answe ..."] and trajectory.scores["calls"] == 9
+
+
 def test_turns_and_observations_are_bounded(knowing, task, dense):
     """Three turns at most; a call more is not answered, and earns nothing. Observations have 20 tokens."""
     big = Call("calculator", '{"expression": "7**1000"}')

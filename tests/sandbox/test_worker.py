@@ -214,9 +214,12 @@ def test_iteration_over_sets_repeats_from_worker_to_worker(make):
     assert len({tuple(make().run("value = list({'one', 'two', 'three', 'four', 'five'})")) for _ in range(4)}) == 1
 
 
-@pytest.mark.parametrize(("took", "computed", "grows"), [(10.0, 0.1, True), (10.0, 5.0, False), (0.3, 0.0, False)])
-def test_a_pool_has_more_workers_where_calls_wait_and_only_there(took, computed, grows):
-    pool = WorkerPool(1, most=4)
+@pytest.mark.parametrize(
+    ("took", "computed", "cores", "grows"),
+    [(10.0, 0.1, 1, True), (10.0, 5.0, 1, False), (0.3, 0.0, 1, False), (10.0, 9.9, 2, True), (0.3, 0.3, 2, False)],
+)
+def test_a_pool_has_more_workers_where_calls_wait_or_cores_are_idle(took, computed, cores, grows):
+    pool = WorkerPool(1, most=4, cores=cores)
 
     def spent(worker):
         worker.calls, worker.took, worker.computed = 10, took, computed

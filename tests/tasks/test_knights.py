@@ -91,7 +91,7 @@ def test_problems_have_one_solution_at_which_the_worked_one_ends(params):
         statements = [Statement(*given) for given in problem.data["statements"]]
         (case,) = consistent_cases(statements)
         assert {one.form for one in statements} <= set(task.forms)
-        assert task.min_people <= len(case) <= task.max_people
+        assert task.min_people <= len(case) == problem.data["level"] <= task.max_people
         assert problem.language == ("en" if problem.prompt.isascii() else "ja")
         kinds = ("knight", "騎士")
         assert tuple(pair.endswith(kinds) for pair in re.split(r", |、", solution.answer)) == case

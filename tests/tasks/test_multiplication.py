@@ -21,6 +21,7 @@ WORKED = (
 WORKED_JA = (
     "4 8に6 7。6:4*6=24,+0=24;8*6=48,+2=50:4 0 5。7:4*7=28,+0=28,+0=28;8*7=56,+5=61,+2=63:4 8 3 6、逆に6 3 8 4。"
 )
+LEVELS = {"2x2", "2x3", "2x4", "3x3", "3x4", "4x4"}
 STEP = re.compile(r"(\d)\*(\d)=(\d+)((?:,\+\d=\d+)+)")
 
 
@@ -83,6 +84,7 @@ def test_problems_keep_to_their_digits_and_the_order_of_factors_is_no_matter():
         assert problem.prompt == (f"What is {a} x {b}?" if problem.language == "en" else f"{a} x {b}はいくつ?")
         assert solution.answer == problem.answer == str(a * b)
         lengths |= {len(str(a)), len(str(b))}
+        assert problem.data["level"] in {f"{len(str(a))}x{len(str(b))}", f"{len(str(b))}x{len(str(a))}"} & LEVELS
         for text in (solution.answer, f"{a * b:,}", f" {a * b}. "):
             assert task.verify(problem, text).value == 1.0
         for text in (str(a * b + 1), str(a * b)[:-1], f"{a * b} {a * b}", f"{a} x {b}", "", solution.reasoning):

@@ -1,5 +1,6 @@
 """The pool that verifies beside sampling, and what an answer that breaks a verifier costs."""
 
+import random
 import time
 
 import pytest
@@ -75,3 +76,14 @@ def test_a_closed_pool_leaves_nobody_waiting(load):
 
 def test_as_many_answers_of_each_batch_may_wait_up_to_a_limit():
     assert [VerificationPool([], batches=batches).most for batches in (1, 2, 9)] == [16, 32, 64]
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "countdown", "knights", "multiplication", "needle"])
+def test_of_ten_megabytes_the_end_is_read_leniently(name):
+    task, flood = load_task(name), "(1,2) " * 1_700_000
+    problem = next(task.problems("train", 0))
+    right = task.solution(problem, "answer", random.Random(0)).answer
+    with VerificationPool([task]) as pool:
+        assert pool.submit(task, problem, f"{flood}\n{right}", lenient=True).result().value == 1.0
+        assert pool.submit(task, problem, f"{right}\n{flood}", lenient=True).result().value == 0.0
+        assert pool.submit(task, problem, f"{flood}\n{right}").result() == Reward(0.0, None)

@@ -106,7 +106,8 @@ class McpServer:
             first = _first(error)
             if isinstance(first, TimeoutError):
                 raise ToolError(f"the server did not answer in {seconds:g} s") from error
-            raise ToolError(f"the server failed: {str(first) or type(first).__name__}") from error
+            words = " ".join((str(first) or type(first).__name__).split())
+            raise ToolError(f"the server failed: {words:.300}") from error
 
     def _start(self) -> None:
         """Connect, in a thread of its own. Who does not answer the first greeting in time is no server."""
@@ -156,7 +157,7 @@ class McpTool:
         required = shape.get("required")
         self.parameters: Mapping[str, Any] = {
             "type": "object",
-            "properties": properties if _is_schemas(properties) else {},
+            "properties": _schemas(properties) if isinstance(properties, Mapping) else {},
             "required": [name for name in required if isinstance(name, str)] if isinstance(required, list) else [],
         }
 
@@ -164,8 +165,9 @@ class McpTool:
         return self._server.call(self.name, arguments)
 
 
-def _is_schemas(given: Any) -> bool:
-    return isinstance(given, Mapping) and all(isinstance(each, Mapping) for each in given.values())
+def _schemas(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema may also be true: anything."""
+    return {name: each if isinstance(each, Mapping) else {} for name, each in properties.items()}
 
 
 def _text(part: Any) -> str:

@@ -137,12 +137,13 @@ class Worker:
 class WorkerPool:
     """`size` workers that run beside the caller; `targets` are built at once, others at their first call.
 
-    While calls wait more than they compute (for a server, a process, a clock) there are more workers, `most` at most.
-    `close()`, or the end of a pool that is forgotten, ends them: what waits is cancelled, what runs fails.
+    While calls queue up there are more workers: `cores` where they compute, and more where they wait more than they
+    compute (for a server, a process, a clock); `most` at most. `close()`, or the end of a pool that is forgotten, ends
+    them: what waits is cancelled, what runs fails.
     """
 
-    def __init__(self, size: int, targets: Sequence[Target] = (), most: int = 0) -> None:
-        self._crew = _Crew(size, max(size, most))
+    def __init__(self, size: int, targets: Sequence[Target] = (), most: int = 0, cores: int = 0) -> None:
+        self._crew = _Crew(size, max(size, most), max(size, cores))
         self._threads = ThreadPoolExecutor(self._crew.most)
         self.close = weakref.finalize(self, _stop, self._threads, self._crew.workers)
         for target in targets:
@@ -161,8 +162,8 @@ class WorkerPool:
 class _Crew:
     """The workers of a pool, at first `size`, and which of them are free."""
 
-    def __init__(self, size: int, most: int) -> None:
-        self.most, self.workers = most, [Worker() for _ in range(size)]
+    def __init__(self, size: int, most: int, cores: int) -> None:
+        self._cores, self.most, self.workers = cores, most, [Worker() for _ in range(size)]
         self._size, self._free, self._changed = size, deque(self.workers), Condition()
 
     def run(self, function: Callable[[Worker], T]) -> T:
@@ -179,14 +180,14 @@ class _Crew:
                 self._changed.notify_all()
 
     def _worthwhile(self) -> int:
-        """As many as keep a quarter of the cores that `size` of them may have busy.
+        """As many as there are cores for them, or as keep a quarter of the cores that `size` of them may have busy.
 
         A quarter: calls that compute on a busy machine wait for their core too, and shall not become more for that.
         """
         calls, took, computed = (sum(getattr(w, name) for w in self.workers) for name in ("calls", "took", "computed"))
         if took <= _SHORT * calls:
             return self._size
-        return min(self.most, round(self._size * took / (4 * computed + 0.01)))
+        return min(self.most, max(self._cores, round(self._size * took / (4 * computed + 0.01))))
 
 
 def _stop(threads: ThreadPoolExecutor, workers: Sequence[Worker]) -> None:

@@ -124,7 +124,7 @@ class Knights(GeneratedTask):
                 key=knights_key(statements),
                 answer=_answer(places, found[0], language),
                 language=language,
-                data={"places": places, "statements": statements},
+                data={"places": places, "statements": statements, "level": n_people},
             )
 
     def _statement(self, speaker: int, n_people: int, rng: random.Random) -> Statement:

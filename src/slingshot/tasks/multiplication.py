@@ -42,7 +42,8 @@ class Multiplication(NumberTask):
             a, b = (low + int(uniform() * 9 * low) for low in lows)
             language = self.languages[int(uniform() * len(self.languages))]
             key = "x".join(map(str, sorted((a, b))))
-            yield Problem(_PROMPT[language] % (a, b), key, str(a * b), language, {"factors": [a, b]})
+            data = {"factors": [a, b], "level": "x".join(map(str, sorted(map(len, (str(a), str(b))))))}
+            yield Problem(_PROMPT[language] % (a, b), key, str(a * b), language, data)
 
     def reasoning(self, problem: Problem, style: Style, rng: random.Random) -> str:
         language = problem.language

@@ -18,6 +18,7 @@ from pydantic import PrivateAttr
 from slingshot.base.errors import SlingshotError
 from slingshot.sandbox.worker import SandboxError, Target, Worker, WorkerPool
 from slingshot.tasks.task import Problem, Reward, Task
+from slingshot.tasks.verifiers import MAX_ANSWER
 
 T = TypeVar("T")
 
@@ -60,19 +61,22 @@ class IsolatedTask(Task):
 class VerificationPool:
     """Workers shared by `tasks`. A verifier that raises or hangs costs its own item: a reward of 0 that says why.
 
-    `workers` are two where there are cores to spare, else one, and more while verifiers wait; none start where no task
-    needs one. `batches`: how many are verified at once; `most`: the workers that there are then, if all wait.
+    `workers` are at first two where there are cores to spare, else one; while answers queue up as many as cores but
+    one, and more where verifiers wait; none start where no task needs one. `batches`: how many are verified at once;
+    `most`: the workers that there are then at most.
     """
 
     def __init__(self, tasks: Sequence[Task], workers: int | None = None, batches: int = 1) -> None:
         targets = [task.target for task in tasks if isinstance(task, IsolatedTask)]
-        size = workers or min(2, max(1, (os.cpu_count() or 1) - 1))
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun says
+        cores = workers or max(1, (os.cpu_count() or 1) // ranks - 1)
         self.most = workers or min(IN_ALL, MOST_WORKERS * batches)
-        self._pool = WorkerPool(size, targets, self.most) if targets else None
+        self._pool = WorkerPool(workers or min(2, cores), targets, self.most, cores) if targets else None
         self.verified = 0  # answers so far, over all ranks, as its Rollouts count them
 
     def submit(self, task: Task, problem: Problem, text: str, lenient: bool = False) -> Future[Reward]:
-        """The Future of `task.verify(problem, text, lenient)`."""
+        """The Future of `task.verify(problem, text, lenient)`; leniently the answer is looked for at a text's end."""
+        text = text[-MAX_ANSWER:] if lenient else text
         return self._ask(task, lambda asked: asked.verify(problem, text, lenient))
 
     def step(

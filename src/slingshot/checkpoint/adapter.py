@@ -102,9 +102,8 @@ class Adapter:
             rank = 0 if a is None else a.shape[0]
             if a is None or b is None or a.shape != (rank, width) or b.shape != (out, rank):
                 pair = " and ".join("none" if its is None else str(list(its.shape)) for its in (a, b))
-                raise SlingshotError(
-                    f"{place}: A and B are {pair}, of {[out, width]} they are [r, {width}], [{out}, r]"
-                )
+                fitting = f"of {[out, width]} they are [r, {width}], [{out}, r]"
+                raise SlingshotError(f"{place}: A and B are {pair}, {fitting}")
         return shards
 
     def changes(self, shards: Shards) -> dict[str, tuple[Tensor, Tensor, float]]:

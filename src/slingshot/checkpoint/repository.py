@@ -246,9 +246,8 @@ def _one_line(name: HubName) -> Iterator[None]:
         if isinstance(cause, errors.GatedRepoError):
             line = f"{repo} is gated: ask for access at {hub}/{repo}, then {token}"
         elif isinstance(cause, errors.RevisionNotFoundError):
-            line = (
-                f"{repo} has no revision {name.revision}; {hub}/{repo}/tree/main lists its branches, tags and commits"
-            )
+            lists = f"{hub}/{repo}/tree/main lists its branches, tags and commits"
+            line = f"{repo} has no revision {name.revision}; {lists}"
         elif status in (401, 403, 404):
             line = f"there is no folder {repo} here, and {hub} has no such repository that you may read ({status}); "
             line += f"check the name and, if it is private, {token}"

@@ -169,6 +169,5 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...]:
         pairs = value.items() if isinstance(value, Mapping) else value
         return tuple(sorted((int(id), float(bias)) for id, bias in pairs))
     except (TypeError, ValueError, OverflowError) as error:
-        raise SamplingError(
-            f"sampling: logit_bias must be a table of token id and number, got {value!r:.200}"
-        ) from error
+        wanted = "a table of token id and number"
+        raise SamplingError(f"sampling: logit_bias must be {wanted}, got {value!r:.200}") from error

@@ -118,8 +118,7 @@ def run(config: QuantizeConfig, out: Path, sampler: Callable[[Path], Sampler] | 
 
     sampler: makes what a checkpoint's responses come from, by default the engine in this process.
     """
-    starting = Parallel.start()
-    with starting as parallel, Checkpointer(out, "quantize", config, parallel) as work:
+    with Parallel.start() as parallel, Checkpointer(out, "quantize", config, parallel) as work:
         if parallel.mesh is not None:
             raise SlingshotError("quantize: runs in one process; start it without torchrun")
         source, made, clock = work.reads[config.model], work.folder / "checkpoint", Clock()
@@ -361,15 +360,13 @@ def foretold(model: ModelConfig, config: QuantizeConfig, problems: int, peak: fl
     peak: FLOP/s of this machine's matrix products, by which it is told.
     """
     length, numbers = config.sampling.max_tokens, sum(prod(spec.shape) for spec in packed_layout(model))
-    answers = (
-        0 if config.to == "fp8" else min(config.calibrate, CHUNK * -(-config.calibrate_tokens // (CHUNK * length)))
-    )
+    most = CHUNK * -(-config.calibrate_tokens // (CHUNK * length))
+    answers = 0 if config.to == "fp8" else min(config.calibrate, most)
     answer = forward_flops(model, [length])
     work = numbers * (_FITTING if answers else _ROUNDING) + answer * (answers * _CALIBRATION + problems * _COMPARISON)
     by = f"fitted to {plural(answers, 'answer')}, " if answers else ""
-    by += (
-        f"distilled in {plural(config.distill, 'step')}, whose time is told when they begin, " if config.distill else ""
-    )
+    if config.distill:
+        by += f"distilled in {plural(config.distill, 'step')}, whose time is told when they begin, "
     seconds = _BEGINNING + work / peak
     bounded = "; problems=N asks others" if config.problems is None else ""
     if seconds > _LONG:
@@ -382,9 +379,8 @@ def compared(full: Sequence[Trajectory], small: Sequence[Trajectory], seed: int)
     """pass@1 of both models on each task, and the difference with its interval over the problems."""
     found = {}
     for name in dict.fromkeys(t.item.task.name for t in full):
-        before, after = (
-            {t.item.key: t.scores["accuracy"] for t in each if t.item.task.name == name} for each in (full, small)
-        )
+        mine = ([t for t in each if t.item.task.name == name] for each in (full, small))
+        before, after = ({t.item.key: t.scores["accuracy"] for t in its} for its in mine)
         pairs = [(before[key], after[key]) for key in before if key in after]
         found[name] = difference([a for a, _ in pairs], [b for _, b in pairs], seed)
     return found

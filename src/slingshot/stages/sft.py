@@ -132,9 +132,8 @@ def read(config: SFTConfig) -> list[Example | Conversation]:
         rng = random.Random(f"solutions/{config.seed}")
         for item in TaskMix(config.tasks, "train", f"solutions/{config.seed}", repeat=False).draw(0, config.examples):
             if item.task.tools:
-                raise SlingshotError(
-                    f"{item.task.name}: sft writes no calls of tools; leave its `tools` to pretrain and rl"
-                )
+                way = "leave its `tools` to pretrain and rl"
+                raise SlingshotError(f"{item.task.name}: sft writes no calls of tools; {way}")
             if not item.task.has_solutions:
                 way = "leave `examples` out" if config.data else "give data = [...] instead"
                 raise SlingshotError(f"the task {item.task.name} writes no worked solutions; {way}")

@@ -91,9 +91,8 @@ def run(config: TokenizeConfig, out: Path) -> None:
             for writer in sides.values():
                 writer.flush()
             if not sides["tokens"].shards:
-                raise SlingshotError(
-                    f"all of the corpus would be held out; add text, or lower heldout {config.heldout:g}"
-                )
+                way = f"add text, or lower heldout {config.heldout:g}"
+                raise SlingshotError(f"all of the corpus would be held out; {way}")
         files = {side: writer.shards for side, writer in sides.items()}
         kept = {"tokenizer": tokenizer.digest, "eos_id": tokenizer.eos_id, **done, **files}
 

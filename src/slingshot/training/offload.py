@@ -36,13 +36,11 @@ class StatePlace:
             return
         for parameter in parameters:
             if hasattr(parameter, "to_local"):
-                raise SlingshotError(
-                    "optimizer.offload: parameters of several processes keep their state; leave it out"
-                )
+                what = "parameters of several processes keep their state"
+                raise SlingshotError(f"optimizer.offload: {what}; leave it out")
             if offload == HOST and parameter.device.type == "cpu":
-                raise SlingshotError(
-                    "optimizer.offload: host is where the parameters are; name a folder, or leave it out"
-                )
+                way = "name a folder, or leave it out"
+                raise SlingshotError(f"optimizer.offload: host is where the parameters are; {way}")
 
     def moves(self, parameter: nn.Parameter) -> bool:
         """Whether state is something else than what a step computes with."""

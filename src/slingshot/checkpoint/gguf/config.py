@@ -195,9 +195,8 @@ def _read_llama3(file: GGUFFile, config: ModelConfig) -> ModelConfig:
         scaled = config.model_copy(update={"rope_scaling": RopeScaling.parse(scaling, place)})
         if torch.allclose(factors, llama3_factors(scaled), rtol=1e-5, atol=0):
             return scaled
-    raise SlingshotError(
-        f"{place} is not Llama 3's scaling from 8192 positions (low_freq_factor 1, high_freq_factor 4)"
-    )
+    known = "Llama 3's scaling from 8192 positions (low_freq_factor 1, high_freq_factor 4)"
+    raise SlingshotError(f"{place} is not {known}")
 
 
 def problems(config: ModelConfig) -> Iterator[str]:

@@ -19,11 +19,11 @@ FILE = 400  # lines
 ROOMS = {
     ".": (56, 550),
     "base": (793, 426),
-    "checkpoint": (2710, 2766),
+    "checkpoint": (2707, 2766),
     "cli": (2073, 1475),
     "cost": (614, 574),
     "data": (744, 420),
-    "engine": (4294, 2898),
+    "engine": (4293, 2898),
     "environments": (751, 297),
     "kernels": (864, 1254),
     "machine": (521, 347),
@@ -35,10 +35,10 @@ ROOMS = {
     "rollout": (1487, 1126),
     "sandbox": (1002, 616),
     "serving": (5811, 5398),
-    "stages": (2459, 3587),
-    "tasks": (3852, 2743),
+    "stages": (2453, 3587),
+    "tasks": (3847, 2743),
     "text": (2015, 1788),
-    "training": (3120, 2113),
+    "training": (3117, 2113),
 }
 
 FILES = {path: path.read_text(encoding="utf-8").splitlines() for top in TOPS for path in (ROOT / top).rglob("*.py")}

@@ -11,8 +11,10 @@ import torch
 from slingshot.base.errors import SlingshotError
 from slingshot.checkpoint.load_save import load_model, load_tokenizer
 from slingshot.cost.receipt import Receipt
+from slingshot.engine.engine import Engine
 from slingshot.planning.plan_training import plan_rl
 from slingshot.planning.request import NamedModel, RLRequest
+from slingshot.rollout.sampler import EngineSampler
 from slingshot.rollout.trajectory import Trajectory
 from slingshot.stages import rl
 from slingshot.tasks.mixture import TaskMix
@@ -100,9 +102,11 @@ def test_samples_made_beside_the_updates_come_out_alike_twice(training, metrics,
     assert rows[0]["logprob_gap"] < 1e-4 < min(row["logprob_gap"] for row in rows[1:])  # what they are behind by
 
 
-def test_adapters_are_sampled_from_merged_and_compared_with_the_base_they_stand_beside(training, metrics, tmp_path):
+@pytest.mark.parametrize("shares", [True, False])
+def test_adapters_are_sampled_from_merged_and_compared_with_the_base(training, base, metrics, tmp_path, shares):
     lora = {"rank": 4, "targets": ["attention", "mlp", "experts"]}
-    rl.run(training(lora=lora, steps=3, optimizer={"lr": 0.01}), tmp_path / "out")
+    sampler = None if shares else EngineSampler(Engine.load(base, dtype="float32"))
+    rl.run(training(lora=lora, steps=3, optimizer={"lr": 0.01}), tmp_path / "out", sampler)
     rows = metrics(tmp_path / "out")
     assert abs(rows[0]["kl"]) < 1e-6 < rows[2]["kl"]  # the base has not moved along
     assert all(row["logprob_gap"] < 1e-4 for row in rows)  # the engine has every step's merged weights

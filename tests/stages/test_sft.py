@@ -159,6 +159,7 @@ def test_rows_without_reasoning_and_chats_are_taken(base, finetuning, tmp_path):
     ('{"messages": [{"role": "wizard", "content": "a"}, {"role": "assistant", "content": "b"}]}\n', "example .*wizard"),
     ('{"messages": [{"role": "user", "content": "a"}]}\n', "line 1: an example holds"),
     ('{"messages": "a"}\n', "line 1: an example holds"),
+    (json.dumps({"messages": [{"role": r, "content": "2"} for r in ("user", "assistant")], "ids": [3]}), "line 1: an"),
     ("nonsense\n", "data.jsonl line 1 is not valid JSON"),
     ("", "no examples; did any sample pass the verifier"),
 ])  # fmt: skip

@@ -214,6 +214,8 @@ def test_divergence_is_reported_in_one_line(training, tmp_path, steps, lr):
     ({"sampling": {"top_k": 5}}, "rl.* top_k 0"),
     ({"loss": {"name": "gppo"}}, "rl.loss.name: .*'dapo'.*got 'gppo'"),
     ({"loss": {"importance_cap": 1.0}}, "rl.loss.importance_cap: .*got 1.0"),
+    ({"rewards": {"overlong_buffer": 99999}}, "rl: rewards.overlong_buffer: the last tokens of sampling.max_tokens"),
+    ({"threads": 100_000}, "rl.threads: Input should be less than or equal to 1024"),
     ({"partial": True}, "rl: partial: responses last beyond an update only with staleness"),
     ({"max_flops": 0.0}, "rl.max_flops: .*got 0.0"),
     ({"rewards": {"acuracy": 1.0}}, r"rl.rewards.acuracy: unknown key; did you mean accuracy\?"),

@@ -1,6 +1,7 @@
 """The task `dataset`: files of the shapes that published sets have, their splits, and one line for each bad input."""
 
 import json
+from decimal import Decimal
 
 import pytest
 
@@ -69,6 +70,12 @@ def test_a_number_in_where_is_the_number_in_a_column_however_it_is_written(file)
     for level in (1, 1.0, "1.0", [1]):
         task = load_task(f"dataset:{file(rows)}", where={"level": level})
         assert sum(len(list(task.problems(split, 0))) for split in ("train", "test")) == 20
+
+
+def test_decimals_of_a_table_are_numbers(file):
+    rows = [{"prompt": f"{n}?", "answer": Decimal("1.50")} for n in range(20)]
+    task = load_task(f"dataset:{file(rows, 'rows.parquet')}", verifier="number")
+    assert {problem.answer for problem in task.problems("train", 0)} == {"1.50"}
 
 
 def test_choices_are_shuffled_the_same_every_time_and_the_letter_is_right(file):

@@ -46,6 +46,8 @@ def test_what_names_no_task_is_refused():
         ("countdown", {"max_target": 5}, "countdown: max_number 10 is above max_target 5"),
         ("countdown", {"operators": "^"}, r"countdown\.operators: .*, got '\^'"),
         ("countdown", {"languages": []}, "countdown.languages: .*at least 1 item"),
+        ("arithmetic", {"operators": "+x", "digits": 8}, "arithmetic: products have up to 64 digits, 63 can be read"),
+        ("knights", {"forms": ["is", "is"]}, 'knights: forms: of puzzles of "is" alone none has exactly one solution'),
         ("multiplication", {"min_digits": 4}, "multiplication: min_digits 4 is above max_digits 3"),
         ("knights", {"min_people": 4}, "knights: min_people 4 is above max_people 3"),
         ("knights", {"forms": ["nor"]}, "knights.forms.0: .*'nor'"),

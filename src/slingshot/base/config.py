@@ -151,6 +151,6 @@ class StageConfig(Strict):
     )
 
     seed: int = Field(0, ge=0, lt=2**63)
-    threads: int = Field(0, ge=0)
+    threads: int = Field(0, ge=0, le=1024)  # far beyond what a system starts, torch ends the process
     price: float | None = Field(None, ge=0)
     save_seconds: float = Field(60.0, ge=0)

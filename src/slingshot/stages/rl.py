@@ -111,6 +111,10 @@ class RLConfig(StageConfig):
     def _possible(self) -> Self:
         if self.sampling.temperature == 0 or self.sampling.top_p < 1 or self.sampling.top_k > 0:
             raise ValueError("sampling: rl trains the whole distribution; leave top_p 1, top_k 0, temperature above 0")
+        if self.rewards.overlong_buffer > self.sampling.max_tokens:
+            raise ValueError(
+                "rewards.overlong_buffer: the last tokens of sampling.max_tokens are no more than all of it"
+            )
         if self.partial and not self.staleness:
             raise ValueError("partial: responses last beyond an update only with staleness; set it, or leave it out")
         if self.lora is not None and self.bias_update_speed:

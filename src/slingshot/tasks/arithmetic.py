@@ -12,8 +12,9 @@ import json
 import random
 import re
 from collections.abc import Iterator, Sequence
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from slingshot.tasks.task import COMMA, Call, GeneratedTask, Problem, Style
 
@@ -46,6 +47,12 @@ class Arithmetic(NumberTask):
     max_terms: int = Field(8, ge=2, le=64, description="numbers in a chain, at most")
     digits: int = Field(1, ge=1, le=9, description="digits of a number, at most")
     operators: str = Field("+-", pattern=r"^[+\-x]+$", description="those that may occur, of + - x")
+
+    @model_validator(mode="after")
+    def _answers_can_be_read(self) -> Self:
+        if "x" in self.operators and (most := self.max_terms * self.digits) >= _MAX_LENGTH:
+            raise ValueError(f"products have up to {most} digits, {_MAX_LENGTH - 1} can be read; take fewer terms")
+        return self
 
     def generate(self, rng: random.Random) -> Iterator[Problem]:
         # rng.random() scaled by hand: randrange takes several times as long, and pre-training draws millions.

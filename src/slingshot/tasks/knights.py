@@ -18,9 +18,9 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from itertools import permutations, product
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, Self, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from slingshot.tasks.task import COLON, COMMA, FULL_STOP, YES, GeneratedTask, Problem, Style
 
@@ -108,6 +108,12 @@ class Knights(GeneratedTask):
     forms: tuple[Form, ...] = Field(
         ("is", "same", "and", "or", "if"), min_length=1, description="of what is said: of one person, or of two"
     )
+
+    @model_validator(mode="after")
+    def _some_have_one_solution(self) -> Self:
+        if set(self.forms) == {"is"}:  # such statements fit as well where everybody is the other kind
+            raise ValueError('forms: of puzzles of "is" alone none has exactly one solution; add another form')
+        return self
 
     def generate(self, rng: random.Random) -> Iterator[Problem]:
         while True:

@@ -156,8 +156,9 @@ def _places(number: int) -> list[int]:
 
 def gym_keys(dataset: str = "") -> list[Key]:
     """A dataset's parameters as reasoning-gym declares them; of none, the datasets. SlingshotError if unknown."""
+    families = Target("slingshot.tasks.reasoning_gym:Families", timeout=60.0)  # its imports take long on a busy machine
     try:
-        return [Key(*row) for row in Worker().call(Target("slingshot.tasks.reasoning_gym:Families"), "keys", dataset)]
+        return [Key(*row) for row in Worker().call(families, "keys", dataset)]
     except SandboxError as error:
         raise SlingshotError(f"gym:{dataset}: {error}") from error
 

@@ -11,6 +11,7 @@ import gzip
 import math
 import zlib
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -136,6 +137,8 @@ def text_of(value: Any, column: str, where: str) -> str:
         return lettered([text_of(each, column, where) for each in value])
     if isinstance(value, float) and value.is_integer():
         value = int(value)
+    if isinstance(value, Decimal) and value.is_finite():
+        value = f"{value:f}"
     nothing = isinstance(value, float) and not math.isfinite(value)  # as tables write what is missing
     if not isinstance(value, str | int | float) or isinstance(value, bool) or nothing:
         raise SlingshotError(f"{where}: column {column} holds {value!r:.60}, which is no text and no number")

@@ -11,15 +11,7 @@ import httpx
 import pytest
 
 from slingshot.serving import accounts
-from tests.serving.test_killed import (  # noqa: F401
-    assert_consistent,
-    checkpoint,
-    crowd,
-    ledger,
-    rows_of,
-    serve,
-    started,
-)
+from tests.serving.test_killed import assert_consistent, checkpoint, crowd, ledger, rows_of, serve, started  # noqa: F401
 from tests.serving.test_monitoring import samples
 from tests.waiting import until
 

@@ -59,7 +59,7 @@ def test_replay_is_refused_where_no_experts_are_told(training, saying, tmp_path)
         rl.run(training(loss={"replay_routing": True}), tmp_path / "out", sampler)
 
 
-def test_a_run_logs_every_step_and_counts_its_cost(training, metrics, tmp_path):
+def test_a_run_logs_every_step_and_counts_its_cost(training, metrics, tmp_path, capsys):
     rl.run(training(), tmp_path / "out")
     rows, receipt = metrics(tmp_path / "out"), Receipt.read(tmp_path / "out")
     sampling = {"step", "reward", "pass_rate", "format", "language", "response_tokens", "no_signal"}
@@ -71,6 +71,7 @@ def test_a_run_logs_every_step_and_counts_its_cost(training, metrics, tmp_path):
     assert receipt.tokens == round(sum(row["response_tokens"] * 12 for row in rows))
     parts = receipt.flops_by_part
     assert set(parts) == {"sampling", "training", "mtp", "reference"} and min(parts.values()) > 0
+    assert "nothing was learned" not in capsys.readouterr().err
     rl.run(training(), tmp_path / "again")
     assert metrics(tmp_path / "again") == rows
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
@@ -164,11 +165,12 @@ def test_without_a_kl_weight_there_is_no_reference(training, metrics, tmp_path):
     assert cost[0] == 0 < cost[1]
 
 
-def test_groups_of_equal_reward_give_no_signal(training, base, metrics, tmp_path):
-    """Nothing to learn from: the step is logged, and not a weight moves."""
+def test_groups_of_equal_reward_give_no_signal(training, base, metrics, tmp_path, capsys):
+    """Nothing to learn from: the step is logged, not a weight moves, and the end says so."""
     rl.run(training(rewards={"accuracy": 0.0, "format": 0.0}, steps=1), tmp_path / "out")
     (row,) = metrics(tmp_path / "out")
     assert row["no_signal"] == 1.0 and row["reward"] == 0.0 and "loss" not in row
+    assert "out: in no group did rewards differ, so nothing was learned; try" in capsys.readouterr().err
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 
 
@@ -214,7 +216,7 @@ def test_divergence_is_reported_in_one_line(training, tmp_path, steps, lr):
     ({"sampling": {"top_k": 5}}, "rl.* top_k 0"),
     ({"loss": {"name": "gppo"}}, "rl.loss.name: .*'dapo'.*got 'gppo'"),
     ({"loss": {"importance_cap": 1.0}}, "rl.loss.importance_cap: .*got 1.0"),
-    ({"rewards": {"overlong_buffer": 99999}}, "rl: rewards.overlong_buffer: the last tokens of sampling.max_tokens"),
+    ({"rewards": {"overlong_buffer": 99999}}, "rl: rewards.overlong_buffer: it is more than sampling.max_tokens"),
     ({"threads": 100_000}, "rl.threads: Input should be less than or equal to 1024"),
     ({"partial": True}, "rl: partial: responses last beyond an update only with staleness"),
     ({"max_flops": 0.0}, "rl.max_flops: .*got 0.0"),

@@ -112,9 +112,7 @@ class RLConfig(StageConfig):
         if self.sampling.temperature == 0 or self.sampling.top_p < 1 or self.sampling.top_k > 0:
             raise ValueError("sampling: rl trains the whole distribution; leave top_p 1, top_k 0, temperature above 0")
         if self.rewards.overlong_buffer > self.sampling.max_tokens:
-            raise ValueError(
-                "rewards.overlong_buffer: the last tokens of sampling.max_tokens are no more than all of it"
-            )
+            raise ValueError("rewards.overlong_buffer: it is more than sampling.max_tokens; make it smaller")
         if self.partial and not self.staleness:
             raise ValueError("partial: responses last beyond an update only with staleness; set it, or leave it out")
         if self.lora is not None and self.bias_update_speed:
@@ -207,6 +205,9 @@ def run(config: RLConfig, out: Path, sampler: Sampler | None = None) -> None:
                 keep(step + 1)
 
         rollout.refuse_nothing()
+        if entropy.first is None and parallel.is_first:  # no step had an update
+            alike = "in no group did rewards differ, so nothing was learned"
+            print(f"{out.name}: {alike}; try other problems, larger groups, or more sft before", file=sys.stderr)
         work.finish_checkpoint(model, tokenizer, source)
 
 

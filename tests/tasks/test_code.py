@@ -276,7 +276,7 @@ def test_an_answer_is_its_last_block_or_all_of_it():
 def test_what_cannot_be_judged_here_is_refused(tmp_path, monkeypatch):
     with pytest.raises(
         SlingshotError,
-        match=r"^dataset\.source: 'mine' is no data set; or give a hub's org/name, or a \.jsonl or \.parquet file$",
+        match=r"^dataset\.source: 'mine' is no data set; give a hub's org/name, or a \.jsonl or \.parquet file$",
     ):
         load_task("code:mine")
     monkeypatch.setattr("slingshot.sandbox.seccomp.available", lambda: False)

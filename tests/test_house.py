@@ -29,7 +29,7 @@ ROOMS = {
     "machine": (521, 347),
     "model": (2142, 1406),
     "parity": (0, 1124),
-    "planning": (1931, 1310),
+    "planning": (1932, 1310),
     "quantization": (672, 472),
     "recipe": (1494, 1174),
     "rollout": (1487, 1126),

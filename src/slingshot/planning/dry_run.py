@@ -30,8 +30,8 @@ from slingshot.recipe.recipe import Recipe, RecipeStage
 from slingshot.stages.kinds import STAGES
 
 STEPS = {"pretrain": 10, "rl": 4, "distill": 4}  # of these kinds
-CHUNKS = {"sample": 3, "evaluate": 1}  # of problems; an evaluation's are as many answers as a chunk has problems
-LEAST_PROBLEMS = 16
+SAMPLE_CHUNKS = 3  # of problems
+LEAST_PROBLEMS = 16  # of an evaluation
 BATCHES = 12  # of examples, at most, that are fine-tuned on
 ERROR = "slingshot: "  # how a process begins the line that says why it ends
 
@@ -142,9 +142,10 @@ class _DryRun:
         if stage.kind in STEPS:
             steps = min(STEPS[stage.kind], whole["steps"])
             return whole | {"steps": steps}, whole["steps"] / steps
-        if stage.kind in CHUNKS:
-            answers = whole["samples"] * len(whole["forms"]) if stage.kind == "evaluate" else 1
-            most = max(LEAST_PROBLEMS, CHUNKS[stage.kind] * whole["chunk"] // answers)
+        if stage.kind == "sample":
+            return whole | {"problems": min(whole["problems"], SAMPLE_CHUNKS * whole["chunk"])}, 1.0
+        if stage.kind == "evaluate":  # as many answers as a chunk has problems
+            most = max(LEAST_PROBLEMS, whole["chunk"] // (whole["samples"] * len(whole["forms"])))
             return whole | {"problems": min(whole["problems"], most)}, 1.0
         if stage.kind != "sft":
             return whole, 1.0
